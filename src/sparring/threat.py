@@ -1,0 +1,105 @@
+"""Threat models: one table keyed by norm holds distances, duals, projections and random points.
+
+Everything that depends on the norm of a perturbation is looked up here, so an attack reads the same for every norm.
+Batches have shape (N, ...); a norm reduces everything but the first axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+__all__ = ["L1", "L2", "LINF", "Threat", "distance", "dual", "norm_name", "parse_norm", "project", "random_point"]
+
+LINF = math.inf
+L2 = 2.0
+L1 = 1.0
+_NAMES = {LINF: "linf", L2: "l2", L1: "l1"}
+
+
+@dataclass(frozen=True)
+class Threat:
+    """Name what an attacker may do: move an image by at most eps in a norm (eps None: as little as possible)."""
+
+    norm: float
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        norm_name(self.norm)
+        if self.eps is not None and not (math.isfinite(self.eps) and self.eps >= 0):
+            raise UserError(f"eps must be a finite number >= 0, not {self.eps}")
+        if self.norm == LINF and self.eps is not None and self.eps > 1:
+            raise UserError(f"eps {self.eps} is larger than the image range [0, 1]; divide eps by 255")
+
+
+def norm_name(norm: float) -> str:
+    """Return "linf", "l2" or "l1"; raise UserError for any other norm."""
+    if norm not in _NAMES:
+        raise UserError(f"norm {norm} is not one of linf, l2, l1")
+    return _NAMES[norm]
+
+
+def parse_norm(name: str) -> float:
+    """Return the norm named "linf", "l2" or "l1"."""
+    for norm, known in _NAMES.items():
+        if name == known:
+            return norm
+    raise UserError(f"norm '{name}' is not one of linf, l2, l1")
+
+
+def dual(norm: float) -> float:
+    """Return q with 1/p + 1/q = 1."""
+    return {LINF: L1, L2: L2, L1: LINF}[norm]
+
+
+def distance(delta: Tensor, norm: float) -> Tensor:
+    """Return the norm of each perturbation: (N, ...) to (N,), in pixel units where an image spans [0, 1]."""
+    return torch.linalg.vector_norm(delta.flatten(1), ord=norm, dim=1)
+
+
+def project(delta: Tensor, norm: float, eps: float | Tensor) -> Tensor:
+    """Return the nearest point (in l_2) of the eps-ball to each perturbation; eps is a number or of shape (N,)."""
+    radius = torch.as_tensor(eps, dtype=delta.dtype, device=delta.device).expand(len(delta))
+    radius = radius.view(-1, *[1] * (delta.dim() - 1))
+    if norm == LINF:
+        return torch.minimum(torch.maximum(delta, -radius), radius)
+    if norm == L2:
+        length = distance(delta, L2).view_as(radius)
+        return delta * (radius / length.clamp_min(1e-30)).clamp_max(1.0)
+    return _project_l1(delta, radius)
+
+
+def _project_l1(delta: Tensor, radius: Tensor) -> Tensor:
+    # Duchi et al. 2008, figure 1: soft-threshold at the level that makes the absolute values sum to the radius.
+    flat = delta.flatten(1).abs()
+    ordered = flat.sort(dim=1, descending=True).values
+    excess = ordered.cumsum(1) - radius.flatten(1)
+    counts = torch.arange(1, flat.shape[1] + 1, device=delta.device, dtype=delta.dtype)
+    last = (ordered * counts > excess).sum(1, keepdim=True).clamp_min(1)
+    level = (excess.gather(1, last - 1) / last).clamp_min(0)
+    shrunk = (flat - level).clamp_min(0)
+    return (shrunk * delta.flatten(1).sign()).view_as(delta)
+
+
+def random_point(like: Tensor, norm: float, eps: float, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a point uniformly from the eps-ball for each image; `like` gives shape, dtype and device."""
+    shape, flat = like.shape, like.flatten(1)
+    if norm == LINF:
+        return (torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device) * 2 - 1) * eps
+    dimension = flat.shape[1]
+    radius = torch.rand(len(like), 1, generator=generator, dtype=like.dtype, device=like.device) ** (1 / dimension)
+    if norm == L2:
+        direction = torch.randn(flat.shape, generator=generator, dtype=like.dtype, device=like.device)
+        unit = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    else:
+        # Exponential magnitudes normalised by their sum are uniform on the simplex; signs are fair coins.
+        uniform = torch.rand(flat.shape, generator=generator, dtype=like.dtype, device=like.device)
+        size = -torch.log1p(-uniform)
+        coin = torch.rand(flat.shape, generator=generator, dtype=like.dtype, device=like.device) < 0.5
+        unit = torch.where(coin, -size, size) / size.sum(1, keepdim=True).clamp_min(1e-30)
+    return (unit * radius * eps).view(shape)
