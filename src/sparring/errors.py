@@ -30,5 +30,5 @@ class UnknownNameError(UserError):
         super().__init__(f"unknown {kind} '{name}'.{hint} Known: {', '.join(names)}")
 
 
-class Unsupported(UserError):  # noqa: N818 (the design's word)
+class Unsupported(UserError):
     """Signal an operation that has no sound rule for this model or layer, and say why."""
