@@ -59,7 +59,8 @@ def dual(norm: float) -> float:
 
 def distance(delta: Tensor, norm: float) -> Tensor:
     """Return the norm of each perturbation: (N, ...) to (N,), in pixel units where an image spans [0, 1]."""
-    return torch.linalg.vector_norm(delta.flatten(1), ord=norm, dim=1)
+    result: Tensor = torch.linalg.vector_norm(delta.flatten(1), ord=norm, dim=1)
+    return result
 
 
 def project(delta: Tensor, norm: float, eps: float | Tensor) -> Tensor:
@@ -82,8 +83,9 @@ def _project_l1(delta: Tensor, radius: Tensor) -> Tensor:
     counts = torch.arange(1, flat.shape[1] + 1, device=delta.device, dtype=delta.dtype)
     last = (ordered * counts > excess).sum(1, keepdim=True).clamp_min(1)
     level = (excess.gather(1, last - 1) / last).clamp_min(0)
-    shrunk = (flat - level).clamp_min(0)
-    return (shrunk * delta.flatten(1).sign()).view_as(delta)
+    shrunk: Tensor = (flat - level).clamp_min(0)
+    result: Tensor = (shrunk * delta.flatten(1).sign()).view_as(delta)
+    return result
 
 
 def random_point(like: Tensor, norm: float, eps: float, generator: torch.Generator | None = None) -> Tensor:
@@ -102,4 +104,5 @@ def random_point(like: Tensor, norm: float, eps: float, generator: torch.Generat
         size = -torch.log1p(-uniform)
         coin = torch.rand(flat.shape, generator=generator, dtype=like.dtype, device=like.device) < 0.5
         unit = torch.where(coin, -size, size) / size.sum(1, keepdim=True).clamp_min(1e-30)
-    return (unit * radius * eps).view(shape)
+    point: Tensor = unit * radius * eps
+    return point.view(shape)
