@@ -1,0 +1,388 @@
+"""Files that can be trusted: atomic writes, canonical JSON, hashes, kernel locks, archives and tensors from strangers.
+
+Whatever goes wrong with a file that a user named ends in a `UserError` that says which file, why, and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import secrets
+import stat
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from .errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `sparring --help` reads this module
+    from torch import Tensor
+
+__all__ = [
+    "canonical_json",
+    "explain",
+    "load_tensors",
+    "lock",
+    "read_bounded",
+    "read_json",
+    "remove_leftovers",
+    "safe_members",
+    "safe_name",
+    "save_tensors",
+    "sha256_bytes",
+    "sha256_file",
+    "write_atomic",
+    "write_json",
+]
+
+MIB = 1 << 20
+_LEFTOVER = ".tmp"
+_WAYS_OUT = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "your disk quota is used up; free some space or choose another folder",
+    errno.EACCES: "permission denied; choose a folder and files that you may use",
+    errno.EPERM: "operation not permitted; choose a folder and files that you may use",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOENT: "no such file or folder; check the path",
+    errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
+    errno.EISDIR: "this is a folder, not a file; choose another path",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EFBIG: "the file would exceed the size limit of the system; raise the limit or choose another folder",
+}
+
+
+def explain(error: OSError, path: Path | str, doing: str = "use") -> UserError:
+    """Return the UserError for a failed system call on `path`: cause and way out; `doing` is a verb."""
+    reason = _WAYS_OUT.get(error.errno or 0, error.strerror or str(error))
+    return UserError(f"cannot {doing} {path}: {reason}")
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path | str, content: bytes | str) -> Path:
+    """Write a file whole or not at all, make it durable, and return its path.
+
+    Missing folders are made. The content goes to a temporary name in the same folder (".NAME.RANDOM.tmp"), is synced,
+    and renamed over `path`; the folder is synced after. Text is UTF-8. Raises UserError (full disk, no permission, ...)
+    with the old file, if any, untouched and nothing left behind.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{_LEFTOVER}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:  # an interrupt as well: nothing half-written stays
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise explain(error, path, "write") from error
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path | str) -> None:
+    """Remove the temporary files of writers that were killed. Call it only while nobody else writes (see `lock`)."""
+    for path in Path(folder).glob(f".*{_LEFTOVER}"):
+        path.unlink(missing_ok=True)
+
+
+# -- JSON and hashes --------------------------------------------------------------------------------------------------
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one compact JSON text of a value, for hashing: sorted keys, no spaces, ASCII.
+
+    Nonfinite floats become Infinity, -Infinity and NaN, which JSON lacks, so that no two of them hash alike.
+    Raises TypeError for what JSON cannot say.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def write_json(path: Path | str, value: Any) -> Path:
+    """Write a value atomically as strict JSON: sorted keys, nonfinite floats as null, a newline at the end."""
+    return write_atomic(path, json.dumps(_finite(value), sort_keys=True, indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_json(path: Path | str, *, limit: int = 64 * MIB) -> Any:
+    """Read a JSON file of at most `limit` bytes; raise UserError if it is missing, too large or not strict JSON."""
+    data = read_bounded(path, limit=limit)
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); remove it or make it again") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_bounded(path: Path | str, *, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes; raise UserError if it is missing, no regular file or larger."""
+    try:
+        # O_NONBLOCK: opening a named pipe that nobody writes to would wait for ever.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path} is not a regular file; choose another path")
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise explain(error, path, "read") from error
+    if len(data) > limit:
+        raise UserError(f"{path} is larger than {limit / MIB:.0f} MiB, the most that is read; is it the right file?")
+    return data
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal; raise UserError if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise explain(error, path, "read") from error
+
+
+# -- locks ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(path: Path | str, *, wait: float = 0.0) -> Iterator[None]:
+    """Hold the kernel's exclusive lock on a file while the block runs; the kernel frees it when the process dies.
+
+    `wait` is how many seconds to wait for another holder (math.inf: for ever); then UserError. The file itself stays,
+    since removing it would let two processes lock different files of one name. A forked child shares the lock.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise explain(error, path, "lock") from error
+    try:
+        _acquire(descriptor, path, time.monotonic() + wait)
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: Path, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"another process is using {path.parent} (it holds {path.name}); wait for it or end it"
+                ) from None
+        except OSError as error:
+            raise explain(error, path, "lock") from error
+        time.sleep(0.05)
+
+
+# -- names and archives -----------------------------------------------------------------------------------------------
+
+
+def safe_name(name: str) -> str:
+    """Return a name that is one harmless file name; raise UserError for path tricks and unprintable names."""
+    harmless = 0 < len(name.encode(errors="replace")) <= 200 and name.isprintable()
+    if not harmless or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
+        raise UserError(f"{name[:80]!r} cannot be a file name; use letters, digits, '-', '_' and inner dots")
+    return name
+
+
+class _Refused(Exception):
+    """Say why an archive is refused; `safe_members` adds the archive's name."""
+
+
+class _Bounded(io.BufferedReader):
+    """Read an archive, but never more at once than an honest one needs, however large a header says a part is."""
+
+    most = 64 * MIB
+    left = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        size = -1 if size is None else size
+        data = super().read(min(size, self.most + 1) if size >= 0 else self.most + 1)
+        self.left -= len(data)
+        if len(data) > self.most or self.left < 0:
+            raise _Refused("it unpacks to more than it should")
+        return data
+
+
+def safe_members(
+    path: Path | str,
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
+    max_bytes: int = 1024 * MIB,
+    max_files: int = 1_000_000,
+) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the wanted regular files in a zip, tar or tar.gz, in the archive's order.
+
+    Nothing is written to disk. Raises UserError, naming the archive, if it is damaged, encrypted, packed by another
+    method, has a file above 64 MiB, unpacks to more than `max_bytes` or `max_files`, or has an absolute name, "..", a
+    link, a device or a pipe anywhere.
+    """
+    try:
+        raw: io.RawIOBase | io.BufferedIOBase = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError as error:
+        raise explain(error, path, "read") from error
+    with raw:
+        try:
+            start = os.pread(raw.fileno(), 4, 0)
+            if start[:2] == b"\x1f\x8b":
+                raw = gzip.GzipFile(fileobj=cast(Any, raw))
+            file = _Bounded(cast(Any, raw))
+            file.left = max_bytes + 64 * MIB  # headers come on top
+            members = _zip_members if start[:2] == b"PK" else _tar_members
+            yield from members(file, wanted, max_bytes, max_files)
+        except UserError:
+            raise
+        except _Refused as error:
+            raise UserError(f"{path} is refused: {error}") from error
+        except (OSError, EOFError, ValueError, RecursionError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged ({error}); get it again") from error
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
+            raise UserError(f"{path} is damaged ({error}); get it again") from error
+
+
+def _zip_members(
+    file: _Bounded, wanted: Callable[[str], bool], max_bytes: int, max_files: int
+) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(file) as archive:
+        infos = archive.infolist()
+        _check_totals(len(infos), sum(info.file_size for info in infos), max_bytes, max_files)
+        for info in infos:
+            _check_member(info.filename, info.file_size)
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise _Refused(f"{info.filename!r} is a link or a device")
+            # bzip2 and lzma unpack without a bound on what one call may return.
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise _Refused(f"{info.filename!r} is packed by a method other than deflate")
+            if not info.is_dir() and wanted(info.filename):
+                yield info.filename, archive.read(info)
+
+
+def _tar_members(
+    file: _Bounded, wanted: Callable[[str], bool], max_bytes: int, max_files: int
+) -> Iterator[tuple[str, bytes]]:
+    count = total = 0
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for info in archive:
+            count, total = count + 1, total + info.size
+            _check_totals(count, total, max_bytes, max_files)
+            _check_member(info.name, info.size)
+            if not (info.isdir() or info.isreg()) or info.issparse():
+                raise _Refused(f"{info.name!r} is a link or a device")
+            content = archive.extractfile(info) if info.isreg() and wanted(info.name) else None
+            if content is not None:
+                data = content.read()
+                if len(data) != info.size:
+                    raise EOFError(f"{info.name!r} is cut short")
+                yield info.name, data
+
+
+def _check_totals(count: int, total: int, max_bytes: int, max_files: int) -> None:
+    if count > max_files:
+        raise _Refused(f"it holds more than {max_files} files")
+    if total > max_bytes:
+        raise _Refused(f"it unpacks to more than {max_bytes / MIB:.0f} MiB")
+
+
+def _check_member(name: str, size: int) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in path.parts[0:1]:
+        raise _Refused(f"{name!r} leads outside of it")
+    if not 0 <= size <= _Bounded.most:
+        raise _Refused(f"{name!r} is larger than {_Bounded.most / MIB:.0f} MiB")
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+class _TensorFormat(Protocol):
+    def load(self, data: bytes) -> dict[str, Tensor]: ...
+
+    def save(self, tensors: dict[str, Tensor]) -> bytes: ...
+
+
+def _safetensors() -> _TensorFormat:
+    import safetensors.torch
+
+    return cast(_TensorFormat, safetensors.torch)
+
+
+def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * MIB) -> dict[str, Tensor]:
+    """Read a safetensors file of at most `limit` bytes into memory; nothing in it is ever executed.
+
+    Raises UserError, naming the file, if it is missing, truncated or malformed, or, with `finite`, if a tensor holds
+    NaN or infinity.
+    """
+    data = read_bounded(path, limit=limit)
+    header = int.from_bytes(data[:8], "little")
+    if len(data) < 10 or header > min(len(data) - 8, 16 * MIB):
+        raise UserError(f"{path} is not a whole safetensors file; get it or make it again")
+    try:
+        tensors = _safetensors().load(data)
+    except Exception as error:  # the format's own error type, and whatever an absurd header makes of torch
+        raise UserError(f"{path} is not a sound safetensors file ({error}); get it or make it again") from error
+    for name, tensor in tensors.items():
+        if finite and tensor.dtype.is_floating_point and not tensor.isfinite().all():
+            raise UserError(f"tensor {name!r} in {path} holds NaN or infinity; the run that made it has diverged")
+    return tensors
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> Path:
+    """Write tensors atomically as safetensors, equal tensors as equal bytes, and return the path."""
+    import torch
+
+    whole = {
+        name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name in sorted(tensors)
+    }
+    return write_atomic(path, _safetensors().save(whole))
