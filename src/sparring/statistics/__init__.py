@@ -1,0 +1,43 @@
+"""Statistics of a study: paired by seed and by image, corrected for the many sparsities, honest about few seeds.
+
+Pure numpy and scipy. Everything here is a function of arrays of per-image values: a metric is the mean of such an
+array, (seeds, images), and a curve is a stack of them, (sparsities, seeds, images).
+"""
+
+from __future__ import annotations
+
+from .curves import Curve, Peak, SweetSpot, curve, over_sparsified, peak, sweet_spot
+from .effects import (
+    INDICATIVE_BELOW,
+    Effect,
+    binomial_interval,
+    effect,
+    equivalence,
+    holm,
+    minimum_detectable_effect,
+    ratio_values,
+    seeds_needed,
+)
+from .ledger import Claim, Row, judge
+
+__all__ = [
+    "INDICATIVE_BELOW",
+    "Claim",
+    "Curve",
+    "Effect",
+    "Peak",
+    "Row",
+    "SweetSpot",
+    "binomial_interval",
+    "curve",
+    "effect",
+    "equivalence",
+    "holm",
+    "judge",
+    "minimum_detectable_effect",
+    "over_sparsified",
+    "peak",
+    "ratio_values",
+    "seeds_needed",
+    "sweet_spot",
+]

@@ -1,0 +1,169 @@
+"""One effect: its estimate, interval and p-value from values that seeds and images share.
+
+The model is the crossed one, d[s, i] = μ + a[s] + b[i] + e[s, i]: every seed is tested on the same images, so an image
+that is easy for one seed is easy for the others, and averaging over seeds does not average the images' luck away.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+__all__ = [
+    "INDICATIVE_BELOW",
+    "Effect",
+    "binomial_interval",
+    "effect",
+    "equivalence",
+    "holm",
+    "minimum_detectable_effect",
+    "ratio_values",
+    "seeds_needed",
+]
+
+INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicative"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Hold the mean of crossed values with its standard error, interval and two-sided p-value against zero.
+
+    `df` are Satterthwaite's degrees of freedom. With one seed the interval covers the choice of images only.
+    """
+
+    estimate: float
+    se: float
+    df: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+    images: int
+
+    @property
+    def indicative(self) -> bool:
+        """Tell whether there are too few seeds to call this more than an indication."""
+        return self.seeds < INDICATIVE_BELOW
+
+
+def binomial_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Return the exact (Clopper-Pearson) interval of a proportion, as fractions.
+
+    Raises ValueError unless 0 <= successes <= n and n >= 1. Source: Clopper & Pearson 1934, through the beta quantiles.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} successes of {n}: need 0 <= successes <= n and n >= 1")
+    tail = (1 - level) / 2
+    low = stats.beta.ppf(tail, successes, n - successes + 1) if successes > 0 else 0.0
+    high = stats.beta.ppf(1 - tail, successes + 1, n - successes) if successes < n else 1.0
+    return float(low), float(high)
+
+
+def effect(values: ArrayLike, *, level: float = 0.95) -> Effect:
+    """Estimate the mean of `values` (seeds, images), as a draw of new seeds and of new images would vary it.
+
+    The variance is the crossed bootstrap's (one draw of images for all seeds) in closed form and without its bias:
+    (MS_seed + MS_image - MS_rest) / (seeds · images), never below what the seeds or the images alone give. The interval
+    is Student's, with Satterthwaite's degrees of freedom. One seed gives the images' variance alone.
+
+    Raises ValueError for fewer than two images or values that are not finite.
+    Sources: Cornfield & Tukey 1956 (variance); Satterthwaite 1946; Owen 2007 (the crossed bootstrap and its bias).
+    """
+    d = np.asarray(values, dtype=np.float64)
+    if d.ndim != 2 or d.shape[0] < 1 or d.shape[1] < 2:
+        raise ValueError(f"values must be (seeds, images) with at least two images, not {d.shape}")
+    if not np.isfinite(d).all():
+        raise ValueError("values must be finite: leave failed images out by ratio_values")
+    seeds, images = d.shape
+    mean = float(d.mean())
+    se, df = _crossed_error(d)
+    t = _statistic(mean, se)
+    half = float(stats.t.ppf((1 + level) / 2, df)) * se
+    p = float(2 * stats.t.sf(abs(t), df)) if math.isfinite(t) else 0.0
+    return Effect(mean, se, df, mean - half, mean + half, p, seeds, images)
+
+
+def _crossed_error(d: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the standard error of the mean of d (seeds, images) and its degrees of freedom."""
+    seeds, images = d.shape
+    if seeds == 1:
+        return float(d.std(ddof=1)) / math.sqrt(images), images - 1.0
+    by_seed, by_image = d.mean(axis=1), d.mean(axis=0)
+    ms_seed = images * float(by_seed.var(ddof=1))
+    ms_image = seeds * float(by_image.var(ddof=1))
+    rest = d - by_seed[:, None] - by_image + d.mean()
+    ms_rest = float(np.square(rest).sum()) / ((seeds - 1) * (images - 1))
+    total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
+    if total <= 0:
+        return 0.0, seeds - 1.0
+    spread = ms_seed**2 / (seeds - 1) + ms_image**2 / (images - 1) + ms_rest**2 / ((seeds - 1) * (images - 1))
+    df = float(np.clip(total**2 / spread, seeds - 1, seeds * images - 1))
+    return math.sqrt(total / (seeds * images)), df
+
+
+def _statistic(estimate: float, se: float) -> float:
+    """Return estimate / se, where an estimate without any spread is zero or infinitely sure."""
+    if se > 0:
+        return estimate / se
+    return math.copysign(math.inf, estimate) if estimate else 0.0
+
+
+def ratio_values(numerator: ArrayLike, denominator: ArrayLike) -> NDArray[np.float64]:
+    """Return per-image values whose mean over the last axis is sum(numerator) / sum(denominator).
+
+    So a mean over some of the images (the correctly classified, those where the attack did not fail) is handled like
+    any other mean: the values are the ratio plus each image's influence on it (the linearised bootstrap). Shapes are
+    equal, (..., images). Raises ValueError where a denominator sums to zero: that mean does not exist.
+    """
+    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    share = bottom.mean(axis=-1, keepdims=True)
+    if (share == 0).any():
+        raise ValueError("a mean over no images does not exist")
+    ratio = top.mean(axis=-1, keepdims=True) / share
+    return np.asarray(ratio + (top - ratio * bottom) / share)
+
+
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values corrected for their number by Holm's step-down method (Holm 1979); NaN stays and counts not."""
+    raw = np.asarray(p, dtype=np.float64)
+    known = np.flatnonzero(~np.isnan(raw))
+    order = known[np.argsort(raw[known], kind="stable")]
+    corrected = np.full_like(raw, np.nan)
+    steps = raw[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0) if len(order) else steps
+    return corrected
+
+
+def minimum_detectable_effect(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Return the smallest true effect that this study would have called significant with probability `power`.
+
+    In the effect's own unit. Divide alpha by the number of tests for the first step of Holm's method.
+    """
+    return float(stats.t.ppf(1 - alpha / 2, one.df) + stats.t.ppf(power, one.df)) * one.se
+
+
+def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Return about how many seeds would make an effect of this size significant, if all its spread shrank with them.
+
+    A lower bound in truth, as the images' share of the spread does not shrink with seeds. At least one more than now.
+    """
+    if one.estimate == 0:
+        raise ValueError("no number of seeds makes an effect of zero significant")
+    z = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power))
+    return max(one.seeds + 1, math.ceil(one.seeds * (z * one.se / one.estimate) ** 2))
+
+
+def equivalence(one: Effect, margin: float) -> float:
+    """Return the p-value of "the effect lies within ±margin": two one-sided tests (Schuirmann 1987).
+
+    At most 0.05 exactly when the 90% interval lies inside the margin. Raises ValueError unless margin > 0.
+    """
+    if not margin > 0:
+        raise ValueError(f"an equivalence margin must be positive, not {margin}")
+    below = stats.t.sf(_statistic(one.estimate + margin, one.se), one.df)
+    above = stats.t.sf(_statistic(margin - one.estimate, one.se), one.df)
+    return float(max(below, above))

@@ -1,0 +1,148 @@
+"""The effects against closed forms, scipy and simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from sparring.statistics import (
+    Effect,
+    binomial_interval,
+    effect,
+    equivalence,
+    holm,
+    minimum_detectable_effect,
+    ratio_values,
+    seeds_needed,
+)
+
+
+def crossed(rng, seeds, images, *, mean=0.0, a=0.3, b=1.0, e=1.0):
+    return (
+        mean + a * rng.normal(size=(seeds, 1)) + b * rng.normal(size=(1, images)) + e * rng.normal(size=(seeds, images))
+    )
+
+
+@given(st.integers(1, 500), st.data())
+def test_binomial_interval_is_scipys_exact_one(n, data):
+    k = data.draw(st.integers(0, n))
+    expected = stats.binomtest(k, n).proportion_ci(method="exact")
+    assert binomial_interval(k, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(-1, 5), (6, 5), (0, 0)])
+def test_binomial_interval_refuses_what_is_no_proportion(successes, n):
+    with pytest.raises(ValueError, match="successes"):
+        binomial_interval(successes, n)
+
+
+def test_one_seed_is_the_t_interval_over_images():
+    d = crossed(np.random.default_rng(0), 1, 40, mean=0.2)
+    one = effect(d)
+    expected = stats.ttest_1samp(d[0], 0.0)
+    interval = expected.confidence_interval()
+    assert (one.low, one.high, one.p) == pytest.approx((interval.low, interval.high, expected.pvalue))
+    assert one.seeds == 1
+    assert one.indicative
+
+
+def test_seeds_without_image_spread_are_the_t_interval_over_seeds():
+    by_seed = np.array([0.1, 0.4, 0.2, 0.7])
+    one = effect(np.tile(by_seed[:, None], (1, 50)))
+    expected = stats.ttest_1samp(by_seed, 0.0)
+    assert (one.p, one.df) == pytest.approx((expected.pvalue, 3.0))
+
+
+def test_identical_seeds_add_no_information():
+    d = crossed(np.random.default_rng(1), 1, 60)
+    one, copies = effect(d), effect(np.repeat(d, 5, axis=0))
+    assert copies.se == pytest.approx(one.se)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_constant_values_are_certain(value):
+    one = effect(np.full((3, 10), value))
+    assert (one.estimate, one.se, one.low, one.high) == (value, 0.0, value, value)
+    assert one.p == (1.0 if value == 0 else 0.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.floats(-3, 3), st.floats(0.1, 5), st.integers(0, 2**32 - 1))
+def test_effects_shift_and_scale_with_the_values(seeds, shift, scale, seed):
+    d = crossed(np.random.default_rng(seed), seeds, 30)
+    one, moved = effect(d), effect(shift + scale * d)
+    assert moved.estimate == pytest.approx(shift + scale * one.estimate, abs=1e-9)
+    assert moved.se == pytest.approx(scale * one.se)
+
+
+@pytest.mark.parametrize("values", [np.zeros(3), np.zeros((2, 1)), np.full((2, 3), np.inf)])
+def test_effect_refuses_what_it_cannot_average(values):
+    with pytest.raises(ValueError):
+        effect(values)
+
+
+def test_intervals_cover_at_the_nominal_rate():
+    rng = np.random.default_rng(2)
+    covered = [(one.low <= 0.5 <= one.high) for one in (effect(crossed(rng, 5, 60, mean=0.5)) for _ in range(600))]
+    assert 0.93 <= np.mean(covered) <= 0.98
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_lies_between_raw_and_bonferroni(p):
+    corrected, raw = holm(p), np.array(p)
+    assert (corrected >= raw).all()
+    assert (corrected <= np.minimum(raw * len(p), 1)).all()
+    assert (np.diff(corrected[np.argsort(raw, kind="stable")]) >= 0).all()
+
+
+def test_holm_by_hand_and_with_a_gap():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.01, math.nan, 0.03]) == pytest.approx([0.02, math.nan, 0.03], nan_ok=True)
+
+
+def test_ratio_values_average_to_the_ratio_and_have_its_jackknife_error():
+    rng = np.random.default_rng(3)
+    counted = (rng.random(400) < 0.8).astype(float)
+    distance = counted * rng.gamma(4, size=400)
+    values = ratio_values(distance, counted)
+    assert values.mean() == pytest.approx(distance.sum() / counted.sum())
+    left_out = [np.delete(distance, i).sum() / np.delete(counted, i).sum() for i in range(400)]
+    jackknife = math.sqrt(399 / 400 * np.square(left_out - np.mean(left_out)).sum())
+    assert values.std(ddof=1) / math.sqrt(400) == pytest.approx(jackknife, rel=0.01)
+
+
+def test_ratio_values_refuse_a_mean_over_nothing():
+    with pytest.raises(ValueError, match="over no images"):
+        ratio_values(np.zeros(4), np.zeros(4))
+
+
+def test_the_minimum_detectable_effect_is_detected_at_its_power():
+    one = Effect(estimate=0.0, se=0.1, df=20.0, low=-0.2, high=0.2, p=1.0, seeds=5, images=100)
+    least = minimum_detectable_effect(one, power=0.8)
+    reach = stats.nct.sf(stats.t.ppf(0.975, one.df), one.df, least / one.se)
+    assert reach == pytest.approx(0.8, abs=0.02)
+
+
+def test_seeds_needed_grow_as_the_effect_shrinks():
+    large = Effect(0.2, 0.1, 20.0, 0.0, 0.4, 0.06, 5, 100)
+    small = Effect(0.05, 0.1, 20.0, -0.15, 0.25, 0.6, 5, 100)
+    assert 5 < seeds_needed(large) < seeds_needed(small)
+    with pytest.raises(ValueError, match="zero"):
+        seeds_needed(Effect(0.0, 0.1, 20.0, -0.2, 0.2, 1.0, 5, 100))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-0.3, 0.3), st.floats(0.01, 0.2), st.floats(0.01, 0.3))
+def test_equivalence_is_the_ninety_percent_interval_inside_the_margin(estimate, se, margin):
+    one = Effect(estimate, se, 12.0, 0.0, 0.0, 1.0, 5, 100)
+    half = float(stats.t.ppf(0.95, one.df)) * se
+    inside = -margin < estimate - half and estimate + half < margin
+    assert (equivalence(one, margin) < 0.05) == inside
+
+
+def test_equivalence_needs_a_margin():
+    with pytest.raises(ValueError, match="margin"):
+        equivalence(Effect(0.0, 0.1, 12.0, -0.2, 0.2, 1.0, 5, 100), 0.0)
