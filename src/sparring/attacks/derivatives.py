@@ -1,0 +1,92 @@
+"""What an attack asks of a model: logits with an input gradient, or all rows of a Jacobian at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .losses import Objective
+
+__all__ = ["Probe", "frozen", "logits_and_gradient", "logits_and_rows"]
+
+
+class Probe(nn.Module):
+    """Wrap a model to count what an attack asks of it, in images sent forward and gradient rows sent back.
+
+    `nonfinite` counts images whose logits were NaN or infinite. With draws > 1 the logits are averaged over that many
+    random passes, so that every attack climbs the expectation (Athalye et al. 2018, expectation over transformation).
+    """
+
+    def __init__(self, model: nn.Module, *, draws: int = 1) -> None:
+        super().__init__()
+        self.model = model
+        self.draws = draws
+        self.forwards = 0
+        self.backwards = 0
+        self.nonfinite = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of x, averaged over the draws."""
+        self.forwards += len(x) * self.draws
+        batch = x if self.draws == 1 else x.repeat(self.draws, *[1] * (x.dim() - 1))
+        logits: Tensor = self.model(batch)
+        if self.draws > 1:
+            logits = logits.view(self.draws, len(x), -1).mean(0)
+        if not bool(torch.isfinite(logits.detach().sum())):
+            self.nonfinite += int((~torch.isfinite(logits.detach()).all(1)).sum())
+        if logits.requires_grad:
+            logits.register_hook(self._count)  # type: ignore[no-untyped-call]
+        return logits
+
+    def _count(self, gradient: Tensor) -> None:
+        self.backwards += gradient.shape[0] * self.draws
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode with parameters that need no gradient, and restore both on leaving."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, required in wanted:
+            parameter.requires_grad_(required)
+
+
+def logits_and_gradient(
+    model: nn.Module, x: Tensor, objective: Objective, y: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of x and the gradient of a per-image objective of them with respect to x.
+
+    NaN and infinite gradients become 0: an attack that follows them would lose the image for good.
+    """
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+        total = objective(logits, y, targets).sum()
+    (gradient,) = torch.autograd.grad(total, point)
+    return logits.detach(), torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return logits (N, K) and the input gradients (R, N, ...) of R weighted sums of them, in one backward pass.
+
+    `rows` turns the detached logits into the weights, shape (R, N, K).
+    """
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+    weights = rows(logits.detach())
+    (gradients,) = torch.autograd.grad(logits, point, grad_outputs=weights, is_grads_batched=True)
+    if isinstance(model, Probe):  # the hook saw the batched pass as one
+        model.backwards += (len(weights) - 1) * len(x) * model.draws
+    return logits.detach(), torch.nan_to_num_(gradients, nan=0.0, posinf=0.0, neginf=0.0)

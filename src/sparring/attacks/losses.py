@@ -1,0 +1,64 @@
+"""Per-image objectives that attacks climb: (logits, y, targets) to (N,), larger = closer to the attacker's goal.
+
+With `targets` (int64, (N,)) the goal is that very class, without it any class but y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Objective", "cross_entropy", "dlr", "margin", "smooth_margin"]
+
+Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _others(logits: Tensor, label: Tensor) -> Tensor:
+    return logits.scatter(1, label.unsqueeze(1), -torch.inf)
+
+
+def margin(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return how far an image is past the boundary: positive exactly when the attack has succeeded.
+
+    Untargeted: max of the other logits minus the own one; targeted: the target's logit minus the max of the others
+    (Carlini & Wagner 2017, section V-A, f_6 with the sign turned and no floor).
+    """
+    label = y if targets is None else targets
+    gap = _others(logits, label).amax(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
+    return gap if targets is None else -gap
+
+
+def smooth_margin(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return the margin with its maximum over classes replaced by a logsumexp, so that every class pulls."""
+    label = y if targets is None else targets
+    gap = _others(logits, label).logsumexp(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
+    return gap if targets is None else -gap
+
+
+def cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of y, or minus that of the targets."""
+    if targets is None:
+        return functional.cross_entropy(logits, y, reduction="none")
+    return -functional.cross_entropy(logits, targets, reduction="none")
+
+
+def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return the difference-of-logits ratio, which no scale or shift of the logits changes.
+
+    Croce & Hein 2020 (AutoAttack), equations 6 and 7. With fewer than three classes (four if targeted) the
+    denominator of the paper is not defined, and the spread of the logits stands in its place.
+    """
+    ordered = logits.sort(dim=1, descending=True).values
+    classes = logits.shape[1]
+    own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+    if targets is None:
+        rival = _others(logits, y).amax(1)
+        spread = ordered[:, 0] - ordered[:, min(2, classes - 1)]
+    else:
+        rival = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+        low = 0.5 * (ordered[:, 2] + ordered[:, 3]) if classes > 3 else ordered[:, -1]
+        spread = ordered[:, 0] - low
+    return (rival - own) / (spread + 1e-12)

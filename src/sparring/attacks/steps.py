@@ -1,0 +1,115 @@
+"""Geometry shared by attacks: steepest steps, the budget inside the box, the nearest point of a boundary in the box.
+
+The box is [0, 1] for every pixel. Batches have shape (N, ...), one number per image has shape (N,).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..threat import L1, L2, LINF, distance, project
+
+__all__ = ["boundary_step", "budget", "column", "inside", "keep_within", "select", "steepest"]
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """Return (N,) values shaped to broadcast over a batch."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def select(values: Tensor | None, which: Tensor) -> Tensor | None:
+    """Return the chosen entries of optional per-image values (an index or a mask), or None."""
+    return None if values is None else values[which]
+
+
+def budget(eps: float | None) -> float:
+    """Return eps, or raise UserError where a budget attack was given none."""
+    if eps is None:
+        raise UserError(
+            "this attack needs a budget: give eps, or choose a minimum-norm attack (nearest, deepfool, ...)"
+        )
+    return eps
+
+
+def steepest(gradient: Tensor, norm: float) -> Tensor:
+    """Return the direction of unit norm along which a linear function with this gradient grows most."""
+    if norm == LINF:
+        return gradient.sign()
+    if norm == L2:
+        return gradient / column(distance(gradient, L2).clamp_min(1e-30), gradient)
+    flat = gradient.flatten(1)
+    best = flat.abs().argmax(1, keepdim=True)
+    return torch.zeros_like(flat).scatter(1, best, flat.gather(1, best).sign()).view_as(gradient)
+
+
+def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor:
+    """Return x_adv brought into both the box and the eps-ball around x (exactly the nearest such point for l_inf).
+
+    Clipping a point of the ball to the box brings every pixel nearer to x, so it stays in the ball; the l_2 length
+    that clipping loses is given back to the free pixels a few times.
+    """
+    if norm == LINF:
+        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp_(0, 1)
+    delta = project(x_adv - x, norm, eps)
+    point = (x + delta).clamp_(0, 1)
+    if norm == L1:
+        return point
+    limit = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
+    outside = (distance(x_adv - x, norm) > limit) & (distance(point - x, norm) < 0.999 * limit)
+    if bool(outside.any()):
+        low, high, goal = -x[outside], 1 - x[outside], limit[outside]
+        step = delta[outside]
+        for _ in range(3):
+            held = torch.minimum(torch.maximum(step, low), high)
+            free = held == step
+            missing = (goal.square() - (held * ~free).flatten(1).square().sum(1)).clamp_min(0).sqrt()
+            length = (step * free).flatten(1).norm(dim=1).clamp_min(1e-30)
+            # At most 10 times: an image whose free pixels hardly matter would otherwise divide by almost nothing.
+            step = step * column((missing / length).clamp(1, 10), step)
+        again = project(torch.minimum(torch.maximum(step, low), high), norm, goal)
+        point[outside] = (x[outside] + again).clamp_(0, 1)
+    return point
+
+
+def keep_within(x: Tensor, x_adv: Tensor, norm: float, eps: float | None) -> Tensor:
+    """Return x_adv with the images that a minimum-norm attack moved by more than eps put back to x."""
+    if eps is None:
+        return x_adv
+    return torch.where(column(distance(x_adv - x, norm) <= eps, x), x_adv, x)
+
+
+def boundary_step(x: Tensor, gradient: Tensor, gain: Tensor, norm: float, *, rounds: int = 8) -> Tensor:
+    """Return the smallest perturbation inside the box that raises a linear function by `gain`.
+
+    The function has this gradient, shape (N, ...), and gain has shape (N,). Where the box does not allow the gain, the
+    perturbation is the one that gains most. For l_2 and l_inf the answer is clip(t·direction) for one multiplier t per
+    image, and what it gains is concave in t: Newton from t = 0 climbs to the root in a few rounds, never past it. For
+    l_1 the pixels of largest gradient are used up in turn.
+    """
+    flat, base = gradient.flatten(1), x.flatten(1)
+    # The room each pixel has in the direction that helps.
+    room = torch.where(flat > 0, 1 - base, base)
+    size = flat.abs()
+    wanted = gain.clamp_min(0)
+    if norm == L1:
+        order = size.argsort(dim=1, descending=True)
+        gains = (size * room).gather(1, order)
+        before = gains.cumsum(1) - gains
+        share = ((wanted.unsqueeze(1) - before) / gains.clamp_min(1e-30)).clamp(0, 1)
+        moved = torch.zeros_like(flat).scatter(1, order, share) * room
+        return (moved * flat.sign()).view_as(x)
+    speed = size if norm == L2 else (size > 0).to(flat.dtype)
+    power = size * speed
+    slope = power.sum(1)
+    t = wanted / slope.clamp_min(1e-30)
+    moved = torch.minimum(speed * t.unsqueeze(1), room)
+    for _ in range(rounds):
+        missing = wanted - (moved * size).sum(1)
+        slope = (power * (moved < room)).sum(1)
+        if not bool((missing > 1e-6 * wanted).logical_and_(slope > 0).any()):
+            break
+        t = t + torch.where(slope > 0, missing.clamp_min(0) / slope.clamp_min(1e-30), 0.0)
+        moved = torch.minimum(speed * t.unsqueeze(1), room)
+    return (moved * flat.sign()).view_as(x)

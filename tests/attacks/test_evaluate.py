@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparring.attacks import ATTACKS, fgsm, pgd, robust_accuracy, run
+from sparring.errors import UserError
+from sparring.threat import L2, LINF, Threat, distance
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_every_attack_stays_inside_box_and_budget(name: str, net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    generator = torch.Generator().manual_seed(0)
+    x_adv = ATTACKS[name](net, images, y, norm=L2, eps=0.3, generator=generator)
+    assert x_adv.shape == images.shape
+    assert float(x_adv.min()) >= 0
+    assert float(x_adv.max()) <= 1
+    assert float(distance(x_adv - images, L2).max()) <= 0.3 + 1e-6
+
+
+def test_misclassified_images_cost_nothing_and_keep_their_pixels(net: nn.Module, images: Tensor) -> None:
+    y = (net(images).argmax(1) + 1) % 4
+    result = run(net, images, y, pgd, Threat(LINF, 0.1))
+    assert not result.clean_correct.any()
+    assert not result.success.any()
+    assert torch.equal(result.x_adv, images)
+    assert torch.equal(result.distance, torch.zeros(12))
+    assert (result.forwards, result.backwards) == (0, 0)
+    assert robust_accuracy(result) == 0
+
+
+def test_a_failed_attack_has_infinite_distance(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    result = run(net, images, y, pgd, Threat(LINF, 0.0))
+    assert robust_accuracy(result) == 1
+    assert torch.equal(result.distance, torch.full((12,), math.inf))
+
+
+def test_cost_is_counted_per_image(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    result = run(net, images, y, fgsm, Threat(LINF, 0.1), batch_size=5)
+    assert (result.forwards, result.backwards) == (1, 1)
+
+
+def test_mode_and_parameters_are_restored(net: nn.Module, images: Tensor) -> None:
+    net.train()
+    net[1].eval()
+    net[3].weight.requires_grad_(False)
+    run(net, images, torch.zeros(12, dtype=torch.int64), fgsm, Threat(LINF, 0.1))
+    assert [module.training for module in net] == [True, False, True, True]
+    assert [p.requires_grad for p in net.parameters()] == [True, True, False, True]
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_violations_are_flagged_and_never_repaired(net: nn.Module, images: Tensor) -> None:
+    def cheat(model, x, y, *, norm, eps=None, targets=None, generator=None):  # type: ignore[no-untyped-def]
+        return x + 2
+
+    result = run(net, images, net(images).argmax(1), cheat, Threat(LINF, 0.1))
+    assert {flag.name for flag in result.flags} == {"box-violation", "budget-violation"}
+    assert torch.equal(result.x_adv, images + 2)
+
+
+def test_a_budget_attack_without_budget_is_refused(net: nn.Module, images: Tensor) -> None:
+    with pytest.raises(UserError, match="eps"):
+        run(net, images, net(images).argmax(1), pgd, Threat(LINF))
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_same_seed_same_bits(name: str, net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    first, second = (
+        ATTACKS[name](net, images, y, norm=L2, eps=0.5, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+    )
+    assert torch.equal(first, second)
