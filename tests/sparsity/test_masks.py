@@ -1,0 +1,95 @@
+"""Masks name the right parameters, hold through optimisers, and survive a file bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparring.errors import UserError
+from sparring.files import load_tensors, save_tensors
+from sparring.models import build
+from sparring.sparsity import all_ones, apply_, check_masks, counts, magnitude, prunable, select, sparsity_of
+
+
+def small() -> nn.Module:
+    return build("resnet-32", shape=(3, 8, 8), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3, width=0.25, depth=8)
+
+
+def test_prunable_are_the_weights_of_linear_and_convolutional_layers() -> None:
+    model = small()
+    expected = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert list(prunable(model)) == expected
+    assert sparsity_of(all_ones(model)) == 0.0
+
+
+def test_counts_separate_weights_biases_and_normalisation() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        model.get_parameter("0.bias").fill_(1.0)
+    masks = select(magnitude(model), 0.5)
+    apply_(model, masks)
+    found = counts(model)
+    assert (found.weights, found.weights_nonzero) == (18, 9)
+    assert (found.biases, found.biases_nonzero) == (3, 3)
+    assert (found.other, found.other_nonzero) == (6, 3)  # batch norm starts with ones and zeros
+    assert found.weight_sparsity == sparsity_of(masks) == 0.5
+    assert found.parameter_sparsity == 1 - 15 / 27
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True),
+        lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=1e-2),
+    ],
+)
+def test_masked_weights_stay_zero_through_momentum_and_decay(
+    optimiser: Callable[[object], torch.optim.Optimizer],
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    steps = optimiser(model.parameters())
+    masks = all_ones(model)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        x, y = torch.rand(16, 6, generator=generator), torch.randint(3, (16,), generator=generator)
+        steps.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        steps.step()
+        if step == 5:
+            masks = select(magnitude(model), 0.7)
+        apply_(model, masks)
+        assert all(bool((model.get_parameter(n)[~m] == 0).all()) for n, m in masks.items())
+    assert counts(model).weight_sparsity == sparsity_of(masks)
+
+
+def test_masks_survive_a_file_bit_for_bit(tmp_path: Path) -> None:
+    model = small()
+    masks = select(magnitude(model), 0.53)
+    loaded = check_masks(model, load_tensors(save_tensors(tmp_path / "masks.safetensors", masks)))
+    assert loaded.keys() == masks.keys()
+    assert all(torch.equal(loaded[name], masks[name]) for name in masks)
+
+
+def test_masks_that_do_not_fit_are_named() -> None:
+    model = small()
+    masks = all_ones(model)
+    name = next(iter(masks))
+    with pytest.raises(UserError, match="lack"):
+        check_masks(model, {})
+    with pytest.raises(UserError, match="the model lacks"):
+        check_masks(model, {**masks, "other": torch.ones(1, dtype=torch.bool)})
+    with pytest.raises(UserError, match=name):
+        check_masks(model, {**masks, name: masks[name].float()})
+
+
+def test_apply_clears_values_that_are_not_finite() -> None:
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.inf
+    apply_(model, {"weight": torch.tensor([[False, True]])})
+    assert model.weight[0, 0] == 0
