@@ -21,7 +21,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .errors import UserError
@@ -242,8 +242,9 @@ class _Refused(Exception):
 class _Bounded(io.BufferedReader):
     """Read an archive, but never more at once than an honest one needs, however large a header says a part is."""
 
-    most = 64 * MIB
-    left = 0
+    def __init__(self, raw: Any, most: int, left: int) -> None:
+        super().__init__(raw)
+        self.most, self.left = most, left
 
     def read(self, size: int | None = -1, /) -> bytes:
         size = -1 if size is None else size
@@ -259,13 +260,14 @@ def safe_members(
     *,
     wanted: Callable[[str], bool] = lambda name: True,
     max_bytes: int = 1024 * MIB,
+    max_member: int = 64 * MIB,
     max_files: int = 1_000_000,
 ) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of the wanted regular files in a zip, tar or tar.gz, in the archive's order.
 
     Nothing is written to disk. Raises UserError, naming the archive, if it is damaged, encrypted, packed by another
-    method, has a file above 64 MiB, unpacks to more than `max_bytes` or `max_files`, or has an absolute name, "..", a
-    link, a device or a pipe anywhere.
+    method, has a file above `max_member` bytes, unpacks to more than `max_bytes` or `max_files`, or has an absolute
+    name, "..", a link, a device or a pipe anywhere.
     """
     try:
         raw: io.RawIOBase | io.BufferedIOBase = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
@@ -276,8 +278,7 @@ def safe_members(
             start = os.pread(raw.fileno(), 4, 0)
             if start[:2] == b"\x1f\x8b":
                 raw = gzip.GzipFile(fileobj=cast(Any, raw))
-            file = _Bounded(cast(Any, raw))
-            file.left = max_bytes + 64 * MIB  # headers come on top
+            file = _Bounded(raw, most=max_member, left=max_bytes + 64 * MIB)  # headers come on top
             members = _zip_members if start[:2] == b"PK" else _tar_members
             yield from members(file, wanted, max_bytes, max_files)
         except UserError:
@@ -297,7 +298,7 @@ def _zip_members(
         infos = archive.infolist()
         _check_totals(len(infos), sum(info.file_size for info in infos), max_bytes, max_files)
         for info in infos:
-            _check_member(info.filename, info.file_size)
+            _check_member(info.filename, info.file_size, file.most)
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise _Refused(f"{info.filename!r} is a link or a device")
@@ -305,7 +306,11 @@ def _zip_members(
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise _Refused(f"{info.filename!r} is packed by a method other than deflate")
             if not info.is_dir() and wanted(info.filename):
-                yield info.filename, archive.read(info)
+                with archive.open(info) as member:
+                    data = member.read(info.file_size)  # a plain read() unpacks all there is, whatever was declared
+                if len(data) != info.file_size:
+                    raise EOFError(f"{info.filename!r} is cut short")
+                yield info.filename, data
 
 
 def _tar_members(
@@ -316,7 +321,7 @@ def _tar_members(
         for info in archive:
             count, total = count + 1, total + info.size
             _check_totals(count, total, max_bytes, max_files)
-            _check_member(info.name, info.size)
+            _check_member(info.name, info.size, file.most)
             if not (info.isdir() or info.isreg()) or info.issparse():
                 raise _Refused(f"{info.name!r} is a link or a device")
             content = archive.extractfile(info) if info.isreg() and wanted(info.name) else None
@@ -334,12 +339,12 @@ def _check_totals(count: int, total: int, max_bytes: int, max_files: int) -> Non
         raise _Refused(f"it unpacks to more than {max_bytes / MIB:.0f} MiB")
 
 
-def _check_member(name: str, size: int) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in path.parts[0:1]:
+def _check_member(name: str, size: int, most: int) -> None:
+    parts = name.split("/")
+    if parts[0] == "" or ".." in parts or set(name) & set("\\\0") or parts[0].endswith(":"):
         raise _Refused(f"{name!r} leads outside of it")
-    if not 0 <= size <= _Bounded.most:
-        raise _Refused(f"{name!r} is larger than {_Bounded.most / MIB:.0f} MiB")
+    if not 0 <= size <= most:
+        raise _Refused(f"{name!r} is larger than {most / MIB:.0f} MiB")
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------

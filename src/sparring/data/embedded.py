@@ -11,7 +11,8 @@ import torch
 from ..errors import DataError
 from ..files import sha256_bytes
 from .places import Find, unpack
-from .types import Dataset, Split, balanced_order, from_splits
+from .splits import tenths
+from .types import Dataset, Split, from_splits
 
 __all__ = ["digits", "mnist_5k"]
 
@@ -37,7 +38,7 @@ def mnist_5k(find: Find) -> Dataset:
         )
     rows = rows.reshape(5_000, 785)
     x = torch.from_numpy(rows[:, :-1].reshape(-1, 1, 28, 28).copy())
-    return _tenths("mnist-5k", Split(x, torch.from_numpy(rows[:, -1].astype(np.int64))))
+    return _dataset("mnist-5k", Split(x, torch.from_numpy(rows[:, -1].astype(np.int64))))
 
 
 def _parse_bytes(text: bytes) -> Bytes:
@@ -56,13 +57,9 @@ def digits(find: Find) -> Dataset:
 
     bunch = load_digits()
     x = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    return _tenths("digits", Split(x, torch.from_numpy(bunch.target.astype(np.int64))))
+    return _dataset("digits", Split(x, torch.from_numpy(bunch.target.astype(np.int64))))
 
 
-def _tenths(name: str, every: Split) -> Dataset:
-    order, rank = balanced_order(every.y)
-    tenth = rank % 10
-    train, valid, test = (
-        Split(every.x[order[chosen]], every.y[order[chosen]]) for chosen in (tenth < 7, tenth == 7, tenth > 7)
-    )
+def _dataset(name: str, every: Split) -> Dataset:
+    train, valid, test = tenths(every)
     return from_splits(name, train, valid, test, classes=10, class_names=DIGIT_NAMES)

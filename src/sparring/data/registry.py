@@ -6,10 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import UnknownNameError
+from ..errors import DataError, UnknownNameError
+from ..files import safe_name
+from .arrays import load_arrays
 from .cifar import CIFAR10, cifar10
 from .embedded import digits, mnist_5k
 from .idx import FASHION_MNIST, MNIST, fashion_mnist, mnist
+from .images import load_images
+from .mirrors import Progress
+from .mirrors import download as fetch
 from .places import Content, Find, Source, locate, missing, read, roots
 from .types import Dataset
 
@@ -24,6 +29,7 @@ DATASETS: dict[str, Callable[[Find], Dataset]] = {
 }
 
 SOURCES = (CIFAR10, FASHION_MNIST, MNIST)
+PACKED = (".zip", ".tar", ".tar.gz", ".npz")  # what a user's own data may come in, besides a folder
 
 
 class Available(NamedTuple):
@@ -33,24 +39,51 @@ class Available(NamedTuple):
     where: str
 
 
-def load(name: str, root: Path | str | None = None) -> Dataset:
-    """Load a data set by its name in `DATASETS`.
+def load(
+    name: str, root: Path | str | None = None, *, download: bool = False, progress: Progress | None = None
+) -> Dataset:
+    """Load a data set by its name in `DATASETS`, or by the path of a folder, zip or tar of images or of an .npz.
 
-    Files are looked for in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that order.
-    Raises DataError if they are missing (it lists which files go where), damaged, mislabelled or of the wrong shape,
-    and UnknownNameError if there is no such data set.
+    Files and names are looked for in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that
+    order. With `download`, what is missing is fetched from public mirrors into the first of these, and `progress` is
+    told. A user's file is never called what a known set is called: its name gets "-user".
+
+    Raises DataError if files are missing (it lists which go where), damaged, mislabelled or of the wrong shape, and
+    UnknownNameError if there is no such data set.
     """
     places = roots(root)
 
     def find(source: Source) -> list[Content]:
         paths = locate(source, places)
+        if paths is None and download:
+            fetch(source, places[0] / source.folders[0], progress)
+            paths = locate(source, places)
         if paths is None:
             raise missing(source, places)
         return read(source, paths)
 
     if name in DATASETS:
         return DATASETS[name](find)
+    path = _locate_users(name, places)
+    label = _label(path)
+    return load_arrays(path, label) if path.suffix == ".npz" else load_images(path, label)
+
+
+def _locate_users(name: str, places: list[Path]) -> Path:
+    candidates = [Path(name).expanduser(), *(place / (name + end) for place in places for end in ("", *PACKED))]
+    for path in candidates:
+        if name and (path.is_dir() or (path.is_file() and path.name.endswith(PACKED))):
+            return path
+    if "/" in name or name.endswith(PACKED):
+        raise DataError(f"there is no folder, {', '.join(PACKED)} file called {name}; check the path")
     raise UnknownNameError("data set", name, DATASETS)
+
+
+def _label(path: Path) -> str:
+    name = path.resolve().name
+    for end in PACKED:
+        name = name.removesuffix(end)
+    return safe_name(f"{name}-user" if name.lower() in DATASETS else name)
 
 
 def available(root: Path | str | None = None) -> list[Available]:
@@ -62,4 +95,11 @@ def available(root: Path | str | None = None) -> list[Available]:
         paths = locate(by_name[name], places) if name in by_name else []
         if paths is not None:
             found.append(Available(name, str(paths[0].parent) if paths else ""))
+    for place in places:
+        users = sorted(path for path in place.glob("*") if _is_users(path))
+        found.extend(Available(_label(path), str(path)) for path in users)
     return found
+
+
+def _is_users(path: Path) -> bool:
+    return (path.is_dir() and (path / "train").is_dir()) or (path.is_file() and path.name.endswith((".zip", ".npz")))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError
 
-__all__ = ["Dataset", "Split", "as_float", "balanced_order", "content_hash", "from_splits"]
+__all__ = ["Dataset", "Split", "as_float", "content_hash", "from_splits"]
 
 
 class Split(NamedTuple):
@@ -91,20 +91,6 @@ def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         # A constant channel keeps its scale, since a model divides by the deviation.
         deviations.append(float(variance.sqrt()) or 1.0)
     return tuple(means), tuple(deviations)
-
-
-def balanced_order(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Order labelled items so that every prefix is as balanced as can be, without drawing anything at random.
-
-    Takes labels y (N,), int64. Returns the order (N,), which takes the first item of every class, then the second of
-    every class and so on, and the rank within its class (N,) of each item in that order.
-    """
-    by_class = torch.argsort(y, stable=True)
-    counts = torch.bincount(y)
-    starts = torch.cumsum(counts, 0) - counts
-    rank = torch.arange(len(y)) - starts[y[by_class]]
-    order = torch.argsort(rank, stable=True)
-    return by_class[order], rank[order]
 
 
 def content_hash(dataset: Dataset) -> str:

@@ -1,0 +1,105 @@
+"""A user's own arrays: an .npz file with x_train, y_train, x_test, y_test, and maybe x_valid, y_valid, class_names."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DataError, UserError
+from ..files import safe_members
+from .splits import hold_out
+from .types import Dataset, Split, from_splits
+
+__all__ = ["load_arrays"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+NEEDED = ("x_train", "y_train", "x_test", "y_test")
+OPTIONAL = ("x_valid", "y_valid", "class_names")
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def load_arrays(path: Path, name: str) -> Dataset:
+    """Load an .npz of at most 1 GiB; nothing in it is ever unpickled.
+
+    Images x are uint8, (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3; labels y are integers (N,) or (N, 1)
+    from 0 to classes - 1, each of which occurs in y_train. Without x_valid and y_valid every tenth training image of a
+    class is held out. Raises DataError, naming file and key, for anything else.
+    """
+    try:
+        members = safe_members(path, wanted=_key_known, max_member=1 << 30, max_files=1_000)
+        arrays = {member.removesuffix(".npy"): _array(data, member, path) for member, data in members}
+    except UserError as error:
+        raise DataError(str(error)) from error
+    for key in NEEDED:
+        if key not in arrays:
+            raise DataError(f"{path} has no array '{key}'; it needs {', '.join(NEEDED)}")
+    train = Split(_images(arrays["x_train"], "x_train", path), _labels(arrays["y_train"], "y_train", path))
+    test = Split(_images(arrays["x_test"], "x_test", path), _labels(arrays["y_test"], "y_test", path))
+    classes = _count_classes(train.y, path)
+    if "x_valid" in arrays and "y_valid" in arrays:
+        valid = Split(_images(arrays["x_valid"], "x_valid", path), _labels(arrays["y_valid"], "y_valid", path))
+    else:
+        _check_lengths(train, path)
+        train, valid = hold_out(train)
+    names = [str(item) for item in arrays["class_names"].ravel()] if "class_names" in arrays else []
+    try:
+        return from_splits(name, train, valid, test, classes=classes, class_names=names)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _key_known(member: str) -> bool:
+    return member.removesuffix(".npy") in NEEDED + OPTIONAL
+
+
+def _array(data: bytes, member: str, path: Path) -> Array:
+    file = io.BytesIO(data)
+    try:
+        shape, fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
+        kind, size = dtype.kind, math.prod(shape) * dtype.itemsize
+    except Exception as error:  # the header is a Python literal: a hostile one fails in any way
+        raise DataError(f"{member} in {path} is not a sound array ({error}); make it again") from error
+    if kind not in "uiU":
+        raise DataError(
+            f"{member} in {path} has the type {dtype}; images must be uint8 from 0 to 255, labels integers, class "
+            "names text"
+        )
+    if size != len(data) - file.tell():
+        raise DataError(f"{member} in {path} is truncated, or its header lies about its shape {shape}; make it again")
+    flat = np.frombuffer(data, dtype, offset=file.tell())
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _images(array: Array, key: str, path: Path) -> torch.Tensor:
+    if array.dtype != np.uint8 or array.ndim not in (3, 4):
+        raise DataError(f"{key} in {path} must be uint8 images (N, C, H, W), not {array.dtype} {array.shape}")
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+        array = array.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.array(array, order="C"))
+
+
+def _labels(array: Array, key: str, path: Path) -> torch.Tensor:
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.dtype.kind not in "ui" or array.ndim != 1:
+        raise DataError(f"{key} in {path} must be integers of shape (N,), not {array.dtype} {array.shape}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _count_classes(y: torch.Tensor, path: Path) -> int:
+    present = np.unique(y.numpy())
+    if len(present) == 0 or int(present[0]) < 0 or int(present[-1]) != len(present) - 1:
+        raise DataError(f"y_train in {path} must hold every label from 0 to the last; number the classes 0, 1, 2, ...")
+    return len(present)
+
+
+def _check_lengths(train: Split, path: Path) -> None:
+    if len(train.x) != len(train.y):
+        raise DataError(f"{path} has {len(train.x)} training images but {len(train.y)} labels")
