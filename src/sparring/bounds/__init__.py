@@ -1,0 +1,7 @@
+"""Theory on the same axis as data: what robustness can be proved, and how far attacks are from it."""
+
+from __future__ import annotations
+
+from .certificates import BOUNDS, certified_accuracy, margin, radius
+
+__all__ = ["BOUNDS", "certified_accuracy", "margin", "radius"]

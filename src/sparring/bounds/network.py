@@ -1,0 +1,77 @@
+"""A lowered network in float64, and its linear operations run backwards."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import grad
+
+from ..errors import Unsupported
+from ..graph import Affine, AvgPool, Conv2d, Flatten, Graph, Linear, evaluate, lower
+
+__all__ = ["LinearOp", "adjoint", "margin_rows", "offset", "others", "prepare"]
+
+LinearOp = Linear | Conv2d | Affine | AvgPool | Flatten
+
+
+def prepare(model: nn.Module, shape: tuple[int, ...]) -> Graph:
+    """Lower a float64 copy of a model for images of `shape`: every bound is computed in float64."""
+    return lower(copy.deepcopy(model).double().requires_grad_(False), shape)
+
+
+def adjoint(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Pull coefficients on an operation's output (M, *out) back to its input (M, *shape): aᵀ(Wx) = (Wᵀa)ᵀx."""
+    match op:
+        case Linear():
+            return _times(a, op.weight)
+        case Conv2d():
+            return _transposed(op, a, shape)
+        case Affine():
+            return a * op.scale.view(1, -1, *[1] * (a.dim() - 2))
+        case AvgPool():
+            channels, (height, width) = shape[0], op.kernel
+            weight = a.new_full((channels, 1, height, width), 1 / (height * width))
+            return _transposed(Conv2d("", weight, None, op.stride, (0, 0), (1, 1), channels), a, shape)
+        case Flatten():
+            return a.reshape(len(a), *shape)
+    raise Unsupported(f"an operation of type {type(op).__name__} is not linear")
+
+
+def _transposed(op: Conv2d, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    size = (len(a), *shape)
+    result: Tensor = grad.conv2d_input(  # type: ignore[no-untyped-call]
+        size, op.weight, a, op.stride, op.padding, op.dilation, op.groups
+    )
+    return result
+
+
+def _times(a: Tensor, weight: Tensor) -> Tensor:
+    # Coefficients of dead units are zero for every row: those units cost nothing.
+    used = (a != 0).flatten(0, -2).any(0) if a.dim() > 1 else a != 0
+    if int(used.sum()) * 4 < 3 * used.numel():
+        index = used.nonzero().squeeze(1)
+        return a[..., index] @ weight[index]
+    return a @ weight
+
+
+def offset(op: LinearOp, shape: tuple[int, ...]) -> Tensor | None:
+    """Return what a linear operation adds, its value at zero, flat (out,); None where that is nothing."""
+    if isinstance(op, AvgPool | Flatten) or (isinstance(op, Linear | Conv2d) and op.bias is None):
+        return None
+    some = op.shift if isinstance(op, Affine) else op.weight
+    return evaluate(op, torch.zeros(1, *shape, dtype=some.dtype, device=some.device)).flatten()
+
+
+def others(y: Tensor, classes: int) -> Tensor:
+    """Return, for each label, the other classes in ascending order: (N,) to (N, classes − 1)."""
+    rest = torch.arange(classes - 1, device=y.device).expand(len(y), -1)
+    return rest + (rest >= y[:, None])
+
+
+def margin_rows(graph: Graph, y: Tensor) -> Tensor:
+    """Return the coefficients of all margins g_y − g_k on the logits: (N, classes − 1, classes), float64."""
+    (classes,) = graph.nodes[-1].shape
+    eye = torch.eye(classes, dtype=torch.float64, device=y.device)
+    return eye[y][:, None] - eye[others(y, classes)]
