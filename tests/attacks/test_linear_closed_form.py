@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from linear_answers import affine_problem, boxed_distance
 
-from sparring.attacks import deepfool, fgsm, pgd, robust_accuracy, run
-from sparring.threat import L2, LINF, Threat
+from sparring.attacks import Attack, cw, ddn, deepfool, fgsm, nearest, pgd, robust_accuracy, run
+from sparring.threat import L1, L2, LINF, Threat
 
 
 @pytest.mark.parametrize("norm", [L2, LINF])
@@ -27,9 +29,29 @@ def test_deepfool_with_pixels_on_the_box(norm: float) -> None:
     assert float(ratio.max()) <= 1.0201
 
 
+MINIMUM_NORM = [
+    (nearest, L2),
+    (nearest, LINF),
+    (nearest, L1),
+    (partial(ddn, steps=300), L2),
+    (partial(cw, searches=9), L2),
+]
+
+
+@pytest.mark.parametrize(("attack", "norm"), MINIMUM_NORM)
+@pytest.mark.parametrize("on_box", [True, False])
+def test_minimum_norm_attacks_reach_the_exact_distance(attack: Attack, norm: float, on_box: bool) -> None:
+    model, x, y = affine_problem(3, on_box=on_box)
+    result = run(model, x, y, attack, Threat(norm))
+    ratio = result.distance / boxed_distance(model, x, y, norm)
+    assert result.success.all()
+    assert float(ratio.min()) >= 1 - 1e-6
+    assert float(ratio.max()) <= 1.01
+
+
 @pytest.mark.parametrize("attack", [fgsm, pgd])
 @pytest.mark.parametrize("on_box", [True, False])
-def test_budget_attacks_reach_the_exact_worst_case(attack, on_box: bool) -> None:  # type: ignore[no-untyped-def]
+def test_budget_attacks_reach_the_exact_worst_case(attack: Attack, on_box: bool) -> None:
     model, x, y = affine_problem(2, on_box=on_box)
     exact = boxed_distance(model, x, y, LINF)
     eps = float(exact.median()) + 1e-5

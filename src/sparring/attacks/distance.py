@@ -9,9 +9,13 @@ from torch.nn.functional import one_hot
 from ..threat import L2, dual
 from .derivatives import logits_and_rows
 from .losses import margin
-from .steps import boundary_step, keep_within, select
+from .steps import column, keep_within, select, steepest
 
 __all__ = ["deepfool"]
+
+# Added to every step after the first, in pixel units (the authors' code adds it always): where clipping takes more
+# than the overshoot, steps alone would approach the boundary for ever.
+_PUSH = 1e-4
 
 
 def deepfool(
@@ -30,10 +34,10 @@ def deepfool(
     """Step onto the nearest linearised boundary until the label changes (Moosavi-Dezfooli et al. 2016, algorithm 2).
 
     norm: l_2, l_inf (the paper's section 3.3) or l_1. All classes compete unless `candidates` limits them to those of
-    largest logit. The chosen boundary is reached by the smallest step inside the box, and every step is stretched by
-    1 + overshoot: clipping to the box afterwards would take the overshoot back and leave ties. Images leave at their
-    first success; one still standing after `steps` comes back where it was left, one outside a given eps unchanged.
-    The generator is not used.
+    largest logit. Every step is stretched by 1 + overshoot and clipped to the box at once, never at the end: the
+    network judges exactly what is returned, and what clipping took from one step the next one makes up for. Images
+    leave at their first success; one still standing after `steps` comes back where it was left, one outside a given
+    eps unchanged. The generator is not used.
     """
     x_adv = x.clone()
     active = torch.arange(len(x), device=x.device)
@@ -45,15 +49,16 @@ def deepfool(
         if step == steps or not bool(standing.any()):
             break
         active, point, y, targets = active[standing], point[standing], y[standing], select(targets, standing)
-        gap, gradient = _nearest_boundary(model, point, y, targets, norm, candidates)
-        point = (point + (1 + overshoot) * boundary_step(point, gradient, gap, norm)).clamp_(0, 1)
+        length, gradient = _nearest_boundary(model, point, y, targets, norm, candidates)
+        stretched = column((1 + overshoot) * (length + (_PUSH if step > 0 else 0.0)), point)
+        point = (point + stretched * steepest(gradient, norm)).clamp_(0, 1)
     return keep_within(x, x_adv, norm, eps)
 
 
 def _nearest_boundary(
     model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None, norm: float, candidates: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the gap, shape (N,), and the gradient of the two-class boundary that is nearest when linearised."""
+    """Return the distance, shape (N,), and the gradient of the two-class boundary that is nearest when linearised."""
     pairs: list[Tensor] = []
 
     def differences(logits: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def _nearest_boundary(
     dual_norms = torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2).clamp_min(1e-30)
     nearest = (gaps / dual_norms).argmin(0)
     images = torch.arange(len(x), device=x.device)
-    return gaps[nearest, images], gradients[nearest, images]
+    return (gaps / dual_norms)[nearest, images], gradients[nearest, images]
 
 
 def _rivals(logits: Tensor, y: Tensor, targets: Tensor | None, candidates: int | None) -> Tensor:

@@ -1,0 +1,58 @@
+"""DDN: the direction and the length of a perturbation are searched apart."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Unsupported
+from ..threat import L2, distance
+from .derivatives import logits_and_gradient
+from .losses import Objective, cross_entropy, margin
+from .steps import column, keep_within, steepest
+
+__all__ = ["ddn"]
+
+
+def ddn(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = L2,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    objective: Objective = cross_entropy,
+    steps: int = 100,
+    start_radius: float = 1.0,
+    gamma: float = 0.05,
+) -> Tensor:
+    """Walk on a sphere whose radius shrinks by gamma while adversarial and grows otherwise (Rony et al. 2019, alg. 1).
+
+    l_2 only; the step length falls from 1 to 0.01 on a half cosine. Returns the nearest adversarial point seen, x where
+    there was none or none within a given eps. The generator is not used. Raises Unsupported for other norms.
+    """
+    if norm != L2:
+        raise Unsupported("DDN is an l_2 attack; for other norms use nearest or fab")
+    nearest = x.clone()
+    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+    radius = torch.full_like(smallest, start_radius)
+    point = x
+    for step in range(steps + 1):
+        logits, gradient = logits_and_gradient(model, point, objective, y, targets)
+        won = margin(logits, y, targets) > 0
+        delta = point - x
+        moved = distance(delta, L2)
+        better = won & (moved < smallest)
+        smallest = torch.where(better, moved, smallest)
+        nearest = torch.where(column(better, x), point, nearest)
+        if step > 0:
+            radius = radius * torch.where(won, 1 - gamma, 1 + gamma)
+        rate = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
+        delta = delta + rate * steepest(gradient, L2)
+        delta = delta * column(radius / distance(delta, L2).clamp_min(1e-30), x)
+        point = (x + delta).clamp(0, 1)
+    return keep_within(x, nearest, L2, eps)
