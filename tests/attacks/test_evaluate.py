@@ -11,7 +11,6 @@ from sparring.attacks import ATTACKS, cw, fgsm, pgd, robust_accuracy, run
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
 
-
 # The same attack, short: these tests ask for its contract, not its strength.
 SHORT = ATTACKS | {"cw": partial(cw, steps=30, searches=3)}
 

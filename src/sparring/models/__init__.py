@@ -1,127 +1,19 @@
-"""Networks by name, and a user's own."""
+"""Networks by name, a user's own, and the file that holds one."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
-
-from ..errors import UnknownNameError, UserError
-from .architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, vgg_like
 from .layers import Normalise, Residual
+from .registry import MODELS, build, import_object, load_weights_
+from .saved import Blueprint, load_model, save_model
 
-__all__ = ["MODELS", "Normalise", "Residual", "build", "import_object", "load_weights_"]
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "linear": linear,
-    "mlp": mlp,
-    "lenet-300-100": lenet_300_100,
-    "lenet-5": lenet_5,
-    "vgg-like": vgg_like,
-    "resnet-32": resnet_32,
-}
-
-
-def build(
-    name: str,
-    *,
-    shape: tuple[int, ...],
-    classes: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    seed: int = 0,
-    width: float | None = None,
-    widths: tuple[int, ...] | None = None,
-    depth: int | None = None,
-) -> nn.Module:
-    """Build a network by name, or a user's own by "package.module:factory", initialised from `seed`.
-
-    The result maps images (N, *shape), float in [0, 1], to logits (N, classes). A user's factory is called with those
-    of the keywords shape, classes, mean, std that it accepts. `width` scales channels, `widths` are an mlp's hidden
-    sizes, `depth` is resnet-32's. Raise UserError for an unknown name or an option the network does not have.
-    """
-    if len(shape) != 3 or min(shape) < 1 or classes < 2:
-        raise UserError(
-            f"a model needs images (channels, height, width) and two classes or more, not {shape}, {classes}"
-        )
-    factory = MODELS.get(name) or _user_factory(name)
-    known = _parameters(factory)
-    given: dict[str, Any] = {"shape": shape, "classes": classes, "mean": mean, "std": std}
-    if known is not None:
-        given = {key: value for key, value in given.items() if key in known}
-    for key, value in (("width", width), ("widths", widths), ("depth", depth)):
-        if value is not None:
-            if known is not None and key not in known:
-                raise UserError(f"model '{name}' has no option '{key}'")
-            given[key] = value
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = factory(**given)
-    if not isinstance(model, nn.Module):
-        raise UserError(f"factory '{name}' returned {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _user_factory(name: str) -> Callable[..., nn.Module]:
-    if ":" not in name:
-        raise UnknownNameError("model", name, MODELS)
-    factory: Callable[..., nn.Module] = import_object(name)
-    return factory
-
-
-def import_object(path: str) -> Any:
-    """Import what "package.module:name" names, looking in the current folder too; it runs the user's code.
-
-    Raise UserError if the module cannot be imported, does not have the name, or the object cannot be called.
-    """
-    module_name, _, attribute = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
-        raise UserError(f"cannot import '{module_name}' for '{path}': {type(error).__name__}: {error}") from error
-    try:
-        found = getattr(module, attribute)
-    except AttributeError as error:
-        raise UserError(f"module '{module_name}' has no '{attribute}'") from error
-    if not callable(found):
-        raise UserError(f"'{path}' is not a function")
-    return found
-
-
-def _parameters(factory: Callable[..., nn.Module]) -> set[str] | None:
-    """Return the keywords that a factory accepts; None where it accepts any."""
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except ValueError as error:
-        raise UserError(f"factory {factory!r} has no signature that can be read; wrap it in a function") from error
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters}
-
-
-def load_weights_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy named tensors into a model's parameters and buffers.
-
-    Raise UserError that names the first tensor that is missing, unknown, of another shape, or not finite.
-    """
-    own = model.state_dict()
-    for name in own:
-        if name not in tensors:
-            raise UserError(f"the weights lack '{name}', which the model has: do model and weights belong together?")
-    for name, value in tensors.items():
-        if name not in own:
-            raise UserError(f"the weights have '{name}', which the model lacks: do model and weights belong together?")
-        if value.shape != own[name].shape:
-            raise UserError(f"'{name}' has shape {tuple(value.shape)} in the weights and {tuple(own[name].shape)} here")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise UserError(f"'{name}' holds NaN or infinite values: the weights are damaged or training diverged")
-    model.load_state_dict(tensors)
+__all__ = [
+    "MODELS",
+    "Blueprint",
+    "Normalise",
+    "Residual",
+    "build",
+    "import_object",
+    "load_model",
+    "load_weights_",
+    "save_model",
+]

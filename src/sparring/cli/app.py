@@ -1,0 +1,147 @@
+"""The commands; each reads its options, calls one library function and prints what came back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="sparring",
+    help="Measure, explain and exploit how sparsity changes a neural network's adversarial robustness.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where to look for data first.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch missing data from its public mirror.")]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print plain lines, no live view.")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="A safetensors file with the model's weights.")]
+Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
+ModelArgument = Annotated[str, typer.Argument(help="A name, a model file (.safetensors), or package.module:factory.")]
+
+
+@app.command()
+def study(
+    plan: Annotated[str, typer.Argument(help="A preset's name or a TOML file; see `sparring list presets`.")] = "quick",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder [default: out/PLAN].")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE in TOML; repeatable.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Tasks at a time [default: one per core].")] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU such as cuda:0.")] = "cpu",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> int:
+    """Run a study: train, prune, attack, and write the report. Run it again and it goes on where it stopped."""
+    from .study_command import run_study
+
+    return run_study(
+        plan, out, tuple(overrides or ()), workers, data_dir, download, retry=retry, device=device, quiet=quiet,
+        as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
+def status(out: Annotated[Path, typer.Argument(help="A study's output folder.")], json: Json = False) -> int:
+    """Say how far a study is, also while another process runs it."""
+    from .study_command import show_status
+
+    return show_status(out, as_json=json)
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="A study's output folder.")]) -> int:
+    """Rebuild report.html, results.csv and figures from a study's folder, without models or data."""
+    from ..report import verdict, write
+
+    path = write(out)
+    print(f"{verdict(out)}\n\nreport: {path}")
+    return 0
+
+
+@app.command()
+def train(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model file to write.")],
+    data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
+    recipe: Annotated[list[str] | None, typer.Option("--set", help="Recipe KEY=VALUE, as epochs=5.")] = None,
+    loss: Annotated[str, typer.Option(help="standard, pgd-at or trades.")] = "standard",
+    eps: Annotated[float, typer.Option(help="Budget of adversarial training, in [0, 1].")] = 0.1,
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    download: Download = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train a network and write it to one file."""
+    from .model_commands import run_train
+
+    return run_train(model, out, data, tuple(recipe or ()), loss, eps, seed, data_dir, download, quiet=quiet)
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model file to write.")],
+    sparsity: Annotated[float, typer.Option(help="Fraction of weights to remove, between 0 and 1.")],
+    weights: Weights = None,
+    data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
+    options: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as method=dns, epochs=5.")] = None,
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    download: Download = False,
+    quiet: Quiet = False,
+) -> int:
+    """Prune a trained network, fine-tune it, and write it to one file."""
+    from .model_commands import run_prune
+
+    return run_prune(model, out, sparsity, weights, data, tuple(options or ()), seed, data_dir, download, quiet=quiet)
+
+
+@app.command()
+def attack(
+    model: ModelArgument,
+    weights: Weights = None,
+    data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
+    attacks: Annotated[str, typer.Option(help="Names, separated by commas; see `sparring list attacks`.")] = "fgsm,pgd",
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
+    eps: Annotated[str, typer.Option(help="Budgets in [0, 1], separated by commas.")] = "0.1",
+    images: Annotated[int, typer.Option(help="How many test images.")] = 1000,
+    batch_size: Annotated[int | None, typer.Option(help="Images at a time [default: what memory allows].")] = None,
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    download: Download = False,
+    json: Json = False,
+) -> int:
+    """Attack any classifier on any data and print how it stands."""
+    from .model_commands import run_attack
+
+    return run_attack(
+        model, weights, data, attacks, norm, eps, images, batch_size, seed, data_dir, download, as_json=json
+    )
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="attacks, models, data, presets, pruners, ... or nothing for all.")] = "",
+    json: Json = False,
+) -> int:
+    """Show what there is of everything."""
+    from .info_commands import show_list
+
+    return show_list(what, as_json=json)
+
+
+@app.command()
+def doctor(data_dir: DataDir = None, json: Json = False) -> int:
+    """Say whether this machine is ready: versions, cores, and which data are found where."""
+    from .info_commands import show_doctor
+
+    return show_doctor(data_dir, as_json=json)

@@ -1,0 +1,277 @@
+"""`sparring train`, `prune` and `attack`: one model at a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .. import attacks, data
+from ..data import Dataset, as_float
+from ..errors import UnknownNameError, UserError
+from ..files import load_tensors
+from ..metrics import accuracy, distances, robust_accuracy
+from ..models import Blueprint, load_model, load_weights_, save_model
+from ..sparsity import all_ones, build_pruner
+from ..statistics import binomial_interval
+from ..study import Plan, Training
+from ..study.stages import chosen_images, training_loss
+from ..threat import Threat, parse_norm
+from ..train import Progress, Recipe, fit, predict
+from .study_command import duration
+
+__all__ = ["open_model", "run_attack", "run_prune", "run_train"]
+
+DEFAULT_EPOCHS = 10
+
+
+def run_train(
+    name: str,
+    out: Path,
+    data_name: str,
+    overrides: tuple[str, ...],
+    loss: str,
+    eps: float,
+    seed: int,
+    data_dir: Path | None,
+    download: bool,
+    *,
+    quiet: bool,
+) -> int:
+    """Train a model and write it; a checkpoint beside it lets an interrupted run go on."""
+    dataset = data.load(data_name, data_dir, download=download)
+    recipe = _settings(overrides, "recipe").recipe
+    blueprint = _blueprint(name, dataset)
+    model = blueprint.build(seed=seed)
+    training = Plan.from_table({"name": "train", "training": {"loss": loss, "eps": eps}}).training
+    _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet)
+    save_model(out, model, blueprint)
+    print(f"{_accuracies(model, dataset)}\nwrote {out}")
+    return 0
+
+
+def run_prune(
+    name: str,
+    out: Path,
+    sparsity: float,
+    weights: Path | None,
+    data_name: str,
+    overrides: tuple[str, ...],
+    seed: int,
+    data_dir: Path | None,
+    download: bool,
+    *,
+    quiet: bool,
+) -> int:
+    """Prune a model, fine-tune it and write it with its masks."""
+    dataset = data.load(data_name, data_dir, download=download)
+    model, blueprint = open_model(name, weights, dataset)
+    recipe_names = set(asdict(Recipe()))
+    recipe = _settings(tuple(o for o in overrides if o.partition("=")[0] in recipe_names), "finetune").finetune
+    pruning = _settings(tuple(o for o in overrides if o.partition("=")[0] not in recipe_names), "pruning.0").pruning[0]
+    pruner = build_pruner(pruning, sparsity)
+    masks = _fit(model, dataset, recipe, out, seed=seed, training=Training(), quiet=quiet, pruner=pruner)
+    save_model(out, model, blueprint, masks)
+    total = sum(mask.numel() for mask in masks.values())
+    removed = total - sum(int(mask.sum()) for mask in masks.values())
+    print(f"removed {removed} of {total} weights ({removed / total:.2%}); {_accuracies(model, dataset)}\nwrote {out}")
+    return 0
+
+
+def run_attack(
+    name: str,
+    weights: Path | None,
+    data_name: str,
+    attack_names: str,
+    norm_name: str,
+    eps_text: str,
+    images: int,
+    batch_size: int | None,
+    seed: int,
+    data_dir: Path | None,
+    download: bool,
+    *,
+    as_json: bool,
+) -> int:
+    """Attack a model and print a row for each attack and budget."""
+    norm = parse_norm(norm_name)
+    threats = _threats(attack_names, norm, eps_text)
+    dataset = data.load(data_name, data_dir, download=download)
+    model, _ = open_model(name, weights, dataset)
+    x, y = chosen_images(dataset, "test", 0, images)
+    rows = []
+    for attack_name, threat in threats:
+        generator = torch.Generator().manual_seed(seed)
+        result = attacks.run(
+            model, as_float(x), y, attacks.ATTACKS[attack_name], threat, batch_size=batch_size, generator=generator
+        )
+        rows.append(_row(attack_name, norm_name, threat, result))
+    if as_json:
+        print(json.dumps({"model": name, "data": dataset.name, "images": len(y), "results": rows}, indent=1))
+    else:
+        _print_rows(rows)
+    return 0
+
+
+def _threats(names: str, norm: float, eps_text: str) -> list[tuple[str, Threat]]:
+    chosen = [part.strip() for part in names.split(",") if part.strip()]
+    for name in chosen:
+        if name not in attacks.ATTACKS:
+            raise UnknownNameError("attack", name, attacks.ATTACKS)
+    try:
+        budgets = [float(part) for part in eps_text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--eps takes numbers separated by commas, as 0.05,0.1; not '{eps_text}'") from None
+    minimum = attacks.MINIMUM_NORM
+    return [(name, Threat(norm, eps)) for name in chosen for eps in ([None] if name in minimum else budgets)]
+
+
+def _row(name: str, norm_name: str, threat: Threat, result: attacks.AttackResult) -> dict[str, Any]:
+    right = result.clean_correct & ~result.success
+    found = distances(result.distance, result.clean_correct)
+    low, high = binomial_interval(int(right.sum()), len(right))
+    minimum = threat.eps is None
+    return {
+        "attack": name,
+        "norm": norm_name,
+        "eps": threat.eps,
+        "accuracy": float(result.clean_correct.double().mean()),
+        "robust_accuracy": None if minimum else robust_accuracy(result.clean_correct, result.success),
+        "interval": None if minimum else [low, high],
+        "mean_distance": found.mean if minimum else None,
+        "median_distance_correct": found.median_correct if minimum else None,
+        "failed": found.failed if minimum else None,
+        "forwards": result.forwards,
+        "backwards": result.backwards,
+        "seconds": result.seconds,
+        "flags": [{"name": flag.name, "detail": flag.detail} for flag in result.flags],
+    }
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, header_style="bold")
+    for heading in ("attack", "norm", "eps", "accuracy", "robust accuracy", "mean distance", "median", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("attack", "norm") else "right")
+    for row in rows:
+        robust = "–" if row["robust_accuracy"] is None else f"{row['robust_accuracy']:.1%}"
+        if row["interval"] is not None:
+            robust += f" [{row['interval'][0]:.1%}, {row['interval'][1]:.1%}]"
+        table.add_row(
+            row["attack"],
+            row["norm"],
+            "–" if row["eps"] is None else f"{row['eps']:g}",
+            f"{row['accuracy']:.1%}",
+            robust,
+            "–" if row["mean_distance"] is None else f"{row['mean_distance']:.4f}",
+            "–" if row["median_distance_correct"] is None else f"{row['median_distance_correct']:.4f}",
+            f"{row['seconds']:.1f}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for row in rows:
+        for flag in row["flags"]:
+            console.print(f"flag: {row['attack']}: {flag['name']}: {flag['detail']}", markup=False)
+
+
+def open_model(name: str, weights: Path | None, dataset: Dataset) -> tuple[nn.Module, Blueprint]:
+    """Return a model and its blueprint from a model file, a name with weights, or a user's factory.
+
+    Raise UserError if the model does not accept the data's images or has another number of classes.
+    """
+    if name.endswith(".safetensors"):
+        if weights is not None:
+            raise UserError("a model file holds its weights; give either a model file or --weights")
+        model, blueprint, _ = load_model(name)
+    else:
+        blueprint = _blueprint(name, dataset)
+        model = blueprint.build()
+        if weights is not None:
+            load_weights_(model, _plain_weights(load_tensors(weights)))
+        elif ":" not in name:
+            raise UserError(f"'{name}' names an architecture without weights; give --weights FILE or a model file")
+    model.eval()
+    _check_fit(model, dataset)
+    return model, blueprint
+
+
+def _plain_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not name.startswith("sparring/")}
+
+
+def _check_fit(model: nn.Module, dataset: Dataset) -> None:
+    shape = tuple(dataset.test.x.shape[1:])
+    try:
+        with torch.no_grad():
+            logits = model(as_float(dataset.test.x[:2]))
+    except RuntimeError as error:
+        raise UserError(f"the model does not accept {dataset.name}'s images of shape {shape}: {error}") from error
+    if logits.dim() != 2 or logits.shape[1] != dataset.classes:
+        raise UserError(
+            f"the model returns {tuple(logits.shape[1:])} numbers an image, but {dataset.name} has "
+            f"{dataset.classes} classes: do model and data belong together?"
+        )
+
+
+def _blueprint(name: str, dataset: Dataset) -> Blueprint:
+    shape = tuple(dataset.train.x.shape[1:])
+    return Blueprint(name, shape, dataset.classes, dataset.mean, dataset.std, data=dataset.name)
+
+
+def _settings(overrides: tuple[str, ...], table: str) -> Plan:
+    """Read KEY=VALUE options into one table of a plan, whose checks and messages then apply."""
+    base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": {"epochs": DEFAULT_EPOCHS}}
+    return Plan.from_table(base, overrides=tuple(f"{table}.{override}" for override in overrides))
+
+
+def _fit(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    out: Path,
+    *,
+    seed: int,
+    training: Training,
+    quiet: bool,
+    pruner: Any = None,
+) -> dict[str, Tensor]:
+    checkpoint = out.with_suffix(".checkpoint.safetensors")
+    result = fit(
+        model,
+        dataset.train.x,
+        dataset.train.y,
+        recipe,
+        seed=seed,
+        loss=training_loss(asdict(training)),
+        masks={} if pruner is None else all_ones(model),
+        pruner=pruner,
+        checkpoint=checkpoint,
+        progress=None if quiet else _show,
+    )
+    checkpoint.unlink(missing_ok=True)
+    return result.masks
+
+
+def _show(progress: Progress) -> None:
+    end = "\r" if sys.stdout.isatty() and progress.epoch < progress.epochs else "\n"
+    print(
+        f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {duration(progress.remaining)} left   ",
+        end=end,
+        flush=True,
+    )
+
+
+def _accuracies(model: nn.Module, dataset: Dataset) -> str:
+    parts = []
+    for name, split in (("validation", dataset.valid), ("test", dataset.test)):
+        logits = predict(model, split.x)
+        right = int((logits.argmax(1) == split.y).sum())
+        low, high = binomial_interval(right, len(split.y))
+        parts.append(f"{name} accuracy {accuracy(logits, split.y):.2%} [{low:.2%}, {high:.2%}]")
+    return ", ".join(parts)

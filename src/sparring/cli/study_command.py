@@ -1,0 +1,188 @@
+"""`sparring study` and `sparring status`: run a plan and show how it goes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from .. import data, report
+from ..errors import UserError
+from ..files import read_json
+from ..study import Event, Plan, Record, Store, available_cores, run
+
+__all__ = ["run_study", "show_status"]
+
+FAILED = 3
+
+
+def run_study(
+    plan_name: str,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    workers: int | None,
+    data_dir: Path | None,
+    download: bool,
+    *,
+    retry: bool,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Run a plan, write its report, print the verdict; return the exit code."""
+    plan = Plan.load(plan_name, overrides)
+    out = out or Path("out") / plan.name
+    dataset = data.load(plan.data, data_dir, download=download)
+    view = _view(quiet or as_json, sys.stderr if as_json else sys.stdout, workers)
+    command = shlex.join(["sparring", *sys.argv[1:]])
+    with view:
+        records = run(
+            plan, out, dataset=dataset, workers=workers, retry=retry, watch=view.show, device=device, command=command
+        )
+    path = report.write(out)
+    failed = [record for record in records if record.error]
+    if as_json:
+        print(json.dumps(_summary(out, path, records), indent=1))
+    else:
+        print(f"\n{report.verdict(out)}\n\nreport: {path.resolve()}")
+    for record in failed:
+        print(f"failed: {record.stage} {record.key}: {record.error}", file=sys.stderr)
+    return FAILED if failed else 0
+
+
+def _summary(out: Path, path: Path, records: list[Record]) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "report": str(path),
+        "verdict": report.verdict(out),
+        "failed": sum(1 for record in records if record.error),
+        "records": [
+            {"key": r.key, "stage": r.stage, "metrics": r.metrics, "flags": r.flags, "error": r.error} for r in records
+        ],
+    }
+
+
+class PlainView:
+    """Print one line for every finished task."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.stream.flush()
+
+    def show(self, event: Event) -> None:
+        if event.record is None:
+            print(f"{event.total} tasks, {event.cached} done before", file=self.stream, flush=True)
+        else:
+            line = f"[{event.done}/{event.total}] {describe(event)}"
+            print(line, file=self.stream, flush=True)
+
+
+class LiveView:
+    """Keep a progress bar, what is running, an estimate of what is left, and the last results on the terminal."""
+
+    def __init__(self, workers: int | None) -> None:
+        self.live = Live(console=Console(), refresh_per_second=8, transient=False)
+        self.slots = max(1, available_cores() if workers is None else workers)
+        self.began = time.monotonic()
+        self.seconds: dict[str, list[float]] = {}
+        self.recent: list[str] = []
+
+    def __enter__(self) -> LiveView:
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.live.__exit__(*details)
+
+    def show(self, event: Event) -> None:
+        if event.record is not None:
+            self.recent = [*self.recent, describe(event)][-6:]
+        left = event.total - event.done - len(event.running)
+        running = Counter(task.stage for task in event.running)
+        state = ", ".join(f"{count} × {stage}" for stage, count in running.items()) or "nothing"
+        failed = f" · {event.failed} failed" if event.failed else ""
+        self.live.update(
+            Group(
+                ProgressBar(total=max(1, event.total), completed=event.done, width=60),
+                Text(
+                    f"{event.done} done ({event.cached} before) · running {state} · {left} left"
+                    f"{failed} · {self._remaining(event)}"
+                ),
+                *(Text("  " + line, style="dim") for line in self.recent),
+            )
+        )
+
+    def _remaining(self, event: Event) -> str:
+        fresh = event.done - event.cached
+        if fresh < 3:
+            return "estimating"
+        each = (time.monotonic() - self.began) / fresh
+        return f"about {duration(each * (event.total - event.done))} to go"
+
+
+def _view(plain: bool, stream: TextIO, workers: int | None) -> PlainView | LiveView:
+    return PlainView(stream) if plain or not sys.stdout.isatty() else LiveView(workers)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe(event: Event) -> str:
+    """Return one line about a finished task."""
+    record = event.record
+    assert record is not None
+    what = record.stage
+    if record.stage == "attack":
+        spec = record.inputs["attack"]
+        what = f"{spec['name']} {spec['norm']}" + (f" eps {spec['eps']:g}" if spec["eps"] is not None else "")
+    if record.error:
+        return f"{event.label} · {what}: failed: {record.error}"
+    shown = ("accuracy", "accuracy_valid", "robust_accuracy", "mean_distance", "sparsity", "radius_median")
+    values = [f"{name} {value:.4g}" for name in shown if (value := record.metrics.get(name)) is not None]
+    flags = f" [{', '.join(flag['name'] for flag in record.flags)}]" if record.flags else ""
+    return f"{event.label} · {what}: {', '.join(values)}{flags} ({record.times.get('seconds', 0):.1f} s)"
+
+
+def show_status(out: Path, *, as_json: bool) -> int:
+    """Count a study's done and failed tasks without disturbing whoever runs it."""
+    path = out / "plan.json"
+    if not path.exists():
+        raise UserError(f"{out} is not a study's output folder: it has no plan.json")
+    content = read_json(path)
+    keys = {key for cell in content["cells"] for key in cell["tasks"]}
+    store = Store(out)
+    records = [record for key in sorted(keys) if (record := store.peek(key)) is not None]
+    failed = [record for record in records if record.error]
+    summary = {
+        "plan": content["plan"]["name"],
+        "tasks": len(keys),
+        "done": len(records) - len(failed),
+        "failed": len(failed),
+        "stages": dict(Counter(record.stage for record in records)),
+    }
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print(f"{summary['plan']}: {summary['done']} of {summary['tasks']} tasks done, {summary['failed']} failed")
+        for record in failed:
+            print(f"  failed: {record.stage} {record.key}: {record.error}")
+    return 0

@@ -1,0 +1,116 @@
+"""Pure functions of models and tensors: accuracy, distances in both conventions, operations, bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Distances", "Size", "accuracy", "distances", "macs", "robust_accuracy", "size"]
+
+
+def accuracy(logits: Tensor, y: Tensor) -> float:
+    """Return the fraction of images (N, classes) whose largest logit is that of the label y (N,)."""
+    return float((logits.argmax(1) == y).double().mean())
+
+
+def robust_accuracy(clean_correct: Tensor, success: Tensor) -> float:
+    """Return the fraction of images that were right and stayed right under attack; both are bool (N,)."""
+    return float((clean_correct & ~success).double().mean())
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Hold a minimum-norm attack's distances in both conventions (design.md, section 2).
+
+    `mean` is over all images, misclassified ones counting 0 (the paper's r_2); `mean_correct` and `median_correct` are
+    over correctly classified images on which the attack succeeded; `failed` is the share of correctly classified
+    images on which it did not (censored: they enter no mean). NaN where nothing is left to average.
+    """
+
+    mean: float
+    mean_correct: float
+    median_correct: float
+    failed: float
+
+
+def distances(distance: Tensor, clean_correct: Tensor) -> Distances:
+    """Summarise distances (N,), inf where the attack failed."""
+    found = torch.isfinite(distance)
+    counted = torch.where(clean_correct, distance, torch.zeros_like(distance)).double()
+    correct = counted[clean_correct & found]
+    failed = float((clean_correct & ~found).sum()) / max(1, int(clean_correct.sum()))
+    usable = counted[found | ~clean_correct]
+    return Distances(_mean(usable), _mean(correct), float(correct.median()) if len(correct) else math.nan, failed)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+@dataclass(frozen=True)
+class Size:
+    """Count a network: `weights` are those of linear and convolution layers, the prunable ones."""
+
+    parameters: int
+    weights: int
+    nonzero: int
+    nonzero_weights: int
+
+    @property
+    def sparsity(self) -> float:
+        """Return the fraction of prunable weights that are zero."""
+        return 1 - self.nonzero_weights / max(1, self.weights)
+
+    @property
+    def sparsity_total(self) -> float:
+        """Return the fraction of all parameters (biases and normalisation counted) that are zero."""
+        return 1 - self.nonzero / max(1, self.parameters)
+
+    @property
+    def bytes_dense(self) -> int:
+        """Return the bytes of all parameters in float32."""
+        return 4 * self.parameters
+
+    @property
+    def bytes_sparse(self) -> int:
+        """Return the bytes of a bitmask over the prunable weights and the remaining values in float32."""
+        return math.ceil(self.weights / 8) + 4 * (self.nonzero_weights + self.parameters - self.weights)
+
+
+def size(model: nn.Module) -> Size:
+    """Count parameters and weights, and which of them are not zero."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    everything = list(model.parameters())
+    return Size(
+        sum(p.numel() for p in everything),
+        sum(w.numel() for w in weights),
+        sum(int(p.count_nonzero()) for p in everything),
+        sum(int(w.count_nonzero()) for w in weights),
+    )
+
+
+def macs(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Count multiply-accumulates of one image of `shape`: (all weights, nonzero weights only)."""
+    dense, sparse = 0, 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal dense, sparse
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            positions = output[0].numel() // module.weight.shape[0]
+            dense += module.weight.numel() * positions
+            sparse += int(module.weight.count_nonzero()) * positions
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *shape))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return dense, sparse

@@ -1,0 +1,85 @@
+"""One file for a model: weights and what is needed to build it again; tensors and JSON only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..files import load_tensors, save_tensors
+from .registry import build, load_weights_
+
+__all__ = ["Blueprint", "load_model", "save_model"]
+
+_ABOUT = "sparring/blueprint"
+_MASK = "sparring/mask/"
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Hold the arguments of `build`, and the data set that the model was made for."""
+
+    name: str
+    shape: tuple[int, ...]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    width: float | None = None
+    widths: tuple[int, ...] | None = None
+    depth: int | None = None
+    data: str = ""
+
+    def build(self, *, seed: int = 0) -> nn.Module:
+        """Build the model with fresh weights."""
+        return build(
+            self.name,
+            shape=self.shape,
+            classes=self.classes,
+            mean=self.mean,
+            std=self.std,
+            seed=seed,
+            width=self.width,
+            widths=self.widths,
+            depth=self.depth,
+        )
+
+
+def save_model(
+    path: str | Path, model: nn.Module, blueprint: Blueprint, masks: dict[str, Tensor] | None = None
+) -> Path:
+    """Write weights, masks and blueprint to a safetensors file."""
+    about = torch.frombuffer(bytearray(json.dumps(asdict(blueprint)).encode()), dtype=torch.uint8)
+    tensors = {**model.state_dict(), **{_MASK + name: mask for name, mask in (masks or {}).items()}, _ABOUT: about}
+    return save_tensors(path, {name: value.detach().contiguous() for name, value in tensors.items()})
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor]]:
+    """Build a model, in eval mode, from a file that `save_model` wrote; also return its blueprint and masks.
+
+    Nothing of the file is executed; a blueprint that names a user's factory ("module:function") is refused, since
+    the file may be a stranger's: build that model yourself and give the file as weights.
+    """
+    tensors = load_tensors(path)
+    if _ABOUT not in tensors:
+        raise UserError(
+            f"{path} holds weights but not what model they are of; name the model and give --weights {path}"
+        )
+    try:
+        about = json.loads(bytes(tensors.pop(_ABOUT).numpy()).decode())
+        about = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
+        blueprint = Blueprint(**about)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: its description of the model is damaged ({error})") from error
+    if ":" in blueprint.name:
+        raise UserError(
+            f"{path} was made by the factory '{blueprint.name}', which is code; "
+            f"if you trust it, name it as the model and give --weights {path}"
+        )
+    masks = {name.removeprefix(_MASK): tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    model = blueprint.build()
+    load_weights_(model, tensors)
+    return model.eval(), blueprint, masks

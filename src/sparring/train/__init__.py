@@ -1,0 +1,21 @@
+"""Train networks, dense, pruned and adversarially."""
+
+from __future__ import annotations
+
+from .loop import Fit, Progress, Pruner, fit, predict
+from .losses import Loss, adversarial, cross_entropy, trades
+from .recipe import Recipe, learning_rate
+
+__all__ = [
+    "Fit",
+    "Loss",
+    "Progress",
+    "Pruner",
+    "Recipe",
+    "adversarial",
+    "cross_entropy",
+    "fit",
+    "learning_rate",
+    "predict",
+    "trades",
+]

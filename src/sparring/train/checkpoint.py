@@ -1,0 +1,69 @@
+"""Save and restore a training run between epochs; tensors only, nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from .loop import State
+
+__all__ = ["load_checkpoint_", "save_checkpoint"]
+
+
+def save_checkpoint(state: State, path: Path) -> None:
+    """Write the state atomically to a safetensors file."""
+    tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in state.model.state_dict().items()}
+    tensors |= {f"best/{name}": value for name, value in state.best_state.items()}
+    tensors |= {f"mask/{name}": value for name, value in state.masks.items()}
+    for index, slot in enumerate(_slots(state)):
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in slot.items() if isinstance(value, Tensor)}
+    tensors |= {f"pruner/{name}": value for name, value in _pruner_state(state).items()}
+    tensors["generator"] = state.generator.get_state()
+    scalars = {"epoch": state.epoch, "losses": state.losses, "scores": state.scores, "best_epoch": state.best_epoch}
+    tensors["scalars"] = torch.frombuffer(bytearray(json.dumps(scalars).encode()), dtype=torch.uint8)
+    save_tensors(path, {name: value.detach().contiguous() for name, value in tensors.items()})
+
+
+def load_checkpoint_(state: State, path: Path) -> None:
+    """Restore a state that `save_checkpoint` wrote; raise UserError if it belongs to another model or is damaged."""
+    tensors = load_tensors(path)
+    try:
+        scalars = json.loads(bytes(tensors.pop("scalars").numpy()).decode())
+        state.model.load_state_dict(_part(tensors, "model/"))
+        state.generator.set_state(tensors["generator"])
+        state.epoch, state.best_epoch = scalars["epoch"], scalars["best_epoch"]
+        state.losses, state.scores = scalars["losses"], scalars["scores"]
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is not a checkpoint of this training run; remove it to start afresh") from error
+    state.masks = _part(tensors, "mask/")
+    state.best_state = _part(tensors, "best/")
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        slot = _part(tensors, f"optimizer/{index}/")
+        if slot:
+            state.optimizer.state[parameter] = slot
+    kept = _part(tensors, "pruner/")
+    restore = getattr(state.pruner, "load_state_", None)
+    if kept and restore is not None:
+        restore(kept)
+
+
+def _slots(state: State) -> list[dict[str, Tensor]]:
+    return [state.optimizer.state[p] for group in state.optimizer.param_groups for p in group["params"]]
+
+
+def _pruner_state(state: State) -> dict[str, Tensor]:
+    dump = getattr(state.pruner, "state", None)
+    return dict(dump()) if dump is not None else {}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

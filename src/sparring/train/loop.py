@@ -1,0 +1,257 @@
+"""The training loop, to be read top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .checkpoint import load_checkpoint_, save_checkpoint
+from .losses import Loss, cross_entropy
+from .recipe import Recipe, learning_rate
+
+__all__ = ["Fit", "Progress", "Pruner", "fit", "predict"]
+
+Masks = dict[str, Tensor]
+
+
+@runtime_checkable
+class Pruner(Protocol):
+    """Decide the masks after every optimiser step; see docs/design.md, "Contracts between strangers"."""
+
+    dense_weights: bool
+
+    def __call__(
+        self,
+        model: nn.Module,
+        masks: Masks,
+        *,
+        step: int,
+        steps: int,
+        batch: tuple[Tensor, Tensor],
+        loss: Loss,
+        generator: torch.Generator,
+    ) -> Masks: ...
+
+
+class Progress(NamedTuple):
+    """Report one finished epoch; `remaining` is the estimate of what is left, in seconds."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    score: float | None
+    remaining: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Hold what `fit` found besides the trained model: masks, the loss of each epoch, and the best state if scored."""
+
+    masks: Masks
+    losses: tuple[float, ...]
+    scores: tuple[float, ...] = ()
+    best_epoch: int | None = None
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """Everything that a resumed run needs; `checkpoint` writes and reads it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    masks: Masks
+    generator: torch.Generator
+    pruner: Pruner | None
+    epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+def fit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    loss: Loss = cross_entropy,
+    masks: Masks | None = None,
+    pruner: Pruner | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+    checkpoint: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Fit:
+    """Train a model in place on uint8 images x (N, C, H, W) and labels y (N,), and leave it in eval mode.
+
+    Weights outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of
+    the (masked) model after each epoch and the state of its highest value is kept. With `checkpoint` the state is
+    saved after each epoch, and a run that finds the file goes on from there to the same bits. One seed, machine and
+    thread count give one result. Raise UserError when the loss stops being finite.
+    """
+    _check(model, x, y)
+    state = _start(model, recipe, seed, masks, pruner)
+    if checkpoint is not None and checkpoint.exists():
+        load_checkpoint_(state, checkpoint)
+    began, first = time.monotonic(), state.epoch
+    with torch.random.fork_rng(devices=[]):
+        # Layers that draw (dropout, stochastic activations) see a fresh, known stream in each epoch.
+        while state.epoch < recipe.epochs:
+            torch.manual_seed(seed * 1_000_003 + state.epoch)
+            mean_loss = _epoch(state, x, y, recipe, loss)
+            state.epoch += 1
+            state.losses.append(mean_loss)
+            value = _score_(state, score)
+            if checkpoint is not None:
+                save_checkpoint(state, checkpoint)
+            if progress is not None:
+                each = (time.monotonic() - began) / (state.epoch - first)
+                remaining = each * (recipe.epochs - state.epoch)
+                progress(Progress(state.epoch, recipe.epochs, mean_loss, value, remaining))
+    _apply_(_targets(model, state.masks))
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    return Fit(state.masks, tuple(state.losses), tuple(state.scores), state.best_epoch, state.best_state)
+
+
+def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    if x.dtype != torch.uint8 or x.dim() != 4 or len(x) != len(y) or len(x) == 0:
+        raise UserError(f"training needs uint8 images (N, C, H, W) and as many labels, not {x.dtype} {tuple(x.shape)}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("the model has no parameter that can be trained")
+
+
+def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pruner: Pruner | None) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return State(model, _optimizer(model, recipe), dict(masks or {}), generator, pruner)
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+    )
+
+
+def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> float:
+    model, optimizer, generator = state.model, state.optimizer, state.generator
+    model.train()
+    batches = -(-len(x) // recipe.batch_size)
+    steps, step = recipe.epochs * batches, state.epoch * batches
+    order = torch.randperm(len(x), generator=generator)
+    total = torch.zeros(())
+    behind = state.pruner is not None and state.pruner.dense_weights
+    targets = _targets(model, state.masks)
+    for chosen in torch.split(order, recipe.batch_size):
+        image = x[chosen].float().div_(255)
+        batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step, steps)
+        optimizer.zero_grad(set_to_none=True)
+        with _masked(targets if behind else []):
+            value = loss(model, *batch, generator)
+            value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if state.pruner is not None:
+            masks = state.pruner(
+                model, state.masks, step=step, steps=steps, batch=batch, loss=loss, generator=generator
+            )
+            if masks is not state.masks:
+                state.masks, targets = masks, _targets(model, masks)
+        if not behind:
+            _apply_(targets)
+            _apply_(_momenta(optimizer, targets))
+        total += value.detach() * len(chosen)
+        step += 1
+    mean = float(total) / len(x)
+    if not mean < float("inf"):
+        raise UserError(f"training diverged: the loss of epoch {state.epoch + 1} is {mean}; lower recipe.lr")
+    return mean
+
+
+def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
+    """Pair each masked parameter with its mask in the parameter's own type, which multiplies fastest."""
+    parameters = dict(model.named_parameters())
+    unknown = set(masks) - set(parameters)
+    if unknown:
+        raise UserError(f"the mask names '{min(unknown)}', which is no parameter of the model")
+    return [(parameters[name], mask.to(parameters[name].dtype)) for name, mask in masks.items()]
+
+
+def _apply_(targets: list[tuple[Tensor, Tensor]] | list[tuple[nn.Parameter, Tensor]]) -> None:
+    with torch.no_grad():
+        for value, mask in targets:
+            value.mul_(mask)
+
+
+def _momenta(
+    optimizer: torch.optim.Optimizer, targets: list[tuple[nn.Parameter, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Find the moving averages of masked weights: zeroed too, so that a weight that comes back starts afresh."""
+    return [
+        (value, mask)
+        for parameter, mask in targets
+        for name, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor) and name != "step"
+    ]
+
+
+@contextmanager
+def _masked(targets: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Show the model w∘mask for a while; the gradient then is dense, and w itself comes back unchanged."""
+    kept = [parameter.detach().clone() for parameter, _ in targets]
+    _apply_(targets)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (parameter, _), dense in zip(targets, kept, strict=True):
+                parameter.copy_(dense)
+
+
+def _score_(state: State, score: Callable[[nn.Module], float] | None) -> float | None:
+    if score is None:
+        return None
+    state.model.eval()
+    with _masked(_targets(state.model, state.masks)):
+        value = score(state.model)
+        if not state.scores or value > max(state.scores):
+            state.best_epoch = state.epoch
+            state.best_state = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    state.scores.append(value)
+    return value
+
+
+def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Pad by 4, crop each image at a place of its own and flip half of them (He et al. 2016, section 4.2)."""
+    count, channels, height, width = image.shape
+    padded = nn.functional.pad(image, (4, 4, 4, 4))
+    top, left = (torch.randint(0, 9, (count, 1), generator=generator) for _ in range(2))
+    flip = torch.randint(0, 2, (count, 1), generator=generator).bool()
+    rows = top + torch.arange(height)
+    columns = left + torch.where(flip, torch.arange(width - 1, -1, -1), torch.arange(width))
+    index = (torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None])
+    return padded[(*index, rows[:, None, :, None], columns[:, None, None, :])]
+
+
+def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
+    """Return the logits (N, classes) of uint8 images in eval mode; the model's mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return torch.cat([model(part.float().div_(255)) for part in torch.split(x, batch_size)])
+    finally:
+        model.train(training)
