@@ -13,7 +13,7 @@ def measured(mean, *, seeds=5, noise=0.1) -> Effect:
 
 
 def verdict(expects, one):
-    (row,) = judge([(Claim("c", expects, 0.05, "t"), one)], study="s")
+    (row,) = judge([(Claim("c", expects, 0.05, "points", "t"), one)], study="s")
     return row.verdict
 
 
@@ -36,19 +36,19 @@ def test_verdicts(expects, mean, noise, expected):
 
 
 def test_what_was_not_measured_stays_undecided_and_does_not_count_in_the_correction():
-    claim = Claim("c", "above", 0.05, "t")
+    claim = Claim("c", "above", 0.05, "points", "t")
     rows = judge([(claim, measured(0.2)), (claim, None)], study="s")
     assert (rows[1].verdict, rows[1].p, rows[1].seeds) == ("undecided", None, 0)
     assert rows[0].p == measured(0.2).p
 
 
 def test_holm_runs_across_the_ledger():
-    claim, weak = Claim("c", "above", 0.001, "t"), Effect(0.1, 0.048, 50.0, 0.004, 0.196, 0.04, 5, 100)
+    claim, weak = Claim("c", "above", 0.001, "points", "t"), Effect(0.1, 0.048, 50.0, 0.004, 0.196, 0.04, 5, 100)
     assert judge([(claim, weak)], study="s")[0].verdict == "reproduced"
     assert judge([(claim, weak)] * 3, study="s")[0].verdict == "undecided"
 
 
 def test_few_seeds_are_called_indicative_and_the_undecided_say_what_it_takes():
-    (row,) = judge([(Claim("c", "above", 0.001, "t"), measured(0.02, seeds=3, noise=2.0))], study="s")
+    (row,) = judge([(Claim("c", "above", 0.001, "points", "t"), measured(0.02, seeds=3, noise=2.0))], study="s")
     assert row.why.startswith("indicative (3 seeds)")
     assert "seeds or more" in row.why

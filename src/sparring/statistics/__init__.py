@@ -6,7 +6,7 @@ array, (seeds, images), and a curve is a stack of them, (sparsities, seeds, imag
 
 from __future__ import annotations
 
-from .curves import Curve, Peak, SweetSpot, curve, over_sparsified, peak, sweet_spot
+from .curves import Curve, Peak, SweetSpot, curve, joint_errors, over_sparsified, peak, sweet_spot
 from .effects import (
     INDICATIVE_BELOW,
     Effect,
@@ -33,6 +33,7 @@ __all__ = [
     "effect",
     "equivalence",
     "holm",
+    "joint_errors",
     "judge",
     "minimum_detectable_effect",
     "over_sparsified",

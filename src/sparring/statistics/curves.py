@@ -12,7 +12,7 @@ from scipy import stats
 
 from .effects import Effect, effect, holm
 
-__all__ = ["Curve", "Peak", "SweetSpot", "curve", "over_sparsified", "peak", "sweet_spot"]
+__all__ = ["Curve", "Peak", "SweetSpot", "curve", "joint_errors", "over_sparsified", "peak", "sweet_spot"]
 
 ALPHA = 0.05
 
@@ -21,14 +21,14 @@ ALPHA = 0.05
 class Curve:
     """Hold the gains over the dense control at rising sparsities.
 
-    `p_holm` are two-sided and corrected across the sparsities; `draws` (sparsities, B) are joint errors of the
-    estimates: crossed bootstrap draws, scaled to each effect's standard error and Student's tails.
+    `p_holm` are two-sided and corrected across the sparsities; `differences` (sparsities, seeds, images) are what the
+    effects are the means of.
     """
 
     sparsities: tuple[float, ...]
     effects: tuple[Effect, ...]
     p_holm: tuple[float, ...]
-    draws: NDArray[np.float64]
+    differences: NDArray[np.float64]
 
     def gains(self) -> list[bool]:
         """Tell where the metric is significantly above the dense control."""
@@ -50,9 +50,14 @@ class Peak:
 
 @dataclass(frozen=True)
 class SweetSpot:
-    """Name the highest sparsity that is safe on every watched metric (None: not even the lowest), and what ends it."""
+    """Name the highest sparsity that is safe on every watched metric (None: not even the lowest), and what ends it.
+
+    `at_most` is the highest sparsity that the data do not rule out: the truth lies between the two in 95% of studies.
+    `limit` names the metric that ends the safe range, None where nothing does.
+    """
 
     sparsity: float | None
+    at_most: float | None
     limit: str | None
 
 
@@ -61,8 +66,6 @@ def curve(
     values: ArrayLike,
     control: ArrayLike,
     *,
-    generator: np.random.Generator,
-    draws: int = 2000,
     level: float = 0.95,
 ) -> Curve:
     """Compare each sparsity with the dense control, paired by seed and by image.
@@ -78,48 +81,53 @@ def curve(
     d = v - c
     effects = tuple(effect(one, level=level) for one in d)
     corrected = holm([e.p for e in effects])
-    return Curve(tuple(sparsities), effects, tuple(map(float, corrected)), _joint_errors(d, effects, generator, draws))
+    return Curve(tuple(sparsities), effects, tuple(map(float, corrected)), d)
 
 
-def _joint_errors(
-    d: NDArray[np.float64], effects: Sequence[Effect], generator: np.random.Generator, draws: int
-) -> NDArray[np.float64]:
-    """Draw errors of all sparsities' estimates together, so that what they share (seeds, images) stays shared.
+def joint_errors(one: Curve, *, generator: np.random.Generator, draws: int = 2000) -> NDArray[np.float64]:
+    """Draw errors of all sparsities' estimates together, (sparsities, draws), by the crossed bootstrap.
 
-    Seeds and images are drawn once for all sparsities. Their joint term is left out, as resampling both would count
-    the seed-by-image part three times (Owen 2007); each row is then scaled to its effect's own standard error.
+    Seeds and images are drawn once for all sparsities, so what the estimates share stays shared. The joint term is left
+    out, as resampling both would count the seed-by-image part three times (Owen 2007); each row is then scaled to its
+    effect's own standard error and given Student's tails.
     """
-    _, seeds, images = d.shape
-    of_images = generator.multinomial(images, np.full(images, 1 / images), size=draws).T / images - 1 / images
-    errors = d.mean(axis=1) @ of_images
+    _, seeds, images = one.differences.shape
+    errors = one.differences.mean(axis=1) @ (_resample(images, draws, generator) / images - 1 / images)
     if seeds > 1:
-        of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws).T / seeds - 1 / seeds
-        errors += d.mean(axis=2) @ (of_seeds * np.sqrt(seeds / (seeds - 1)))
+        of_seeds = _resample(seeds, draws, generator) / seeds - 1 / seeds
+        errors += one.differences.mean(axis=2) @ (of_seeds * np.sqrt(seeds / (seeds - 1)))
     spread = errors.std(axis=1)
-    scale = np.array([e.se / s if s > 0 else 0.0 for e, s in zip(effects, spread, strict=True)])
-    df = np.array([e.df for e in effects])[:, None]
+    scale = np.array([e.se / s if s > 0 else 0.0 for e, s in zip(one.effects, spread, strict=True)])
+    df = np.array([e.df for e in one.effects])[:, None]
     luck = stats.chi2.ppf(generator.random(draws), df) / df
     return np.asarray(errors * scale[:, None] / np.sqrt(luck))
 
 
-def peak(one: Curve) -> Peak | None:
+def _resample(n: int, draws: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Return how often each of n things comes in each draw of n with replacement, (n, draws)."""
+    picked = generator.integers(0, n, size=(n, draws)) + n * np.arange(draws)
+    return np.bincount(picked.ravel(), minlength=n * draws).reshape(draws, n).T
+
+
+def peak(one: Curve, *, generator: np.random.Generator, draws: int = 2000) -> Peak | None:
     """Return the peak of a curve, or None where no gain over the dense control is significant.
 
     A sparsity belongs to the peak unless some other is significantly better than it (multiple comparison with the best,
-    Hsu 1981, with the critical value from the joint draws), so that the set holds the truly best in 95% of studies.
+    Hsu 1981, with the critical value from joint draws), so that the set holds the truly best in 95% of studies.
     """
     gains = one.gains()
     if not any(gains):
         return None
     means = np.array([e.estimate for e in one.effects])
     best = max((k for k, gain in enumerate(gains) if gain), key=lambda k: means[k])
-    members = tuple(s for k, s in enumerate(one.sparsities) if k == best or _may_be_best(k, means, one.draws))
+    errors = joint_errors(one, generator=generator, draws=draws)
+    members = tuple(s for k, s in enumerate(one.sparsities) if k == best or _may_be_best(k, means, errors))
     return Peak(one.sparsities[best], members, one.effects[best])
 
 
-def _may_be_best(k: int, means: NDArray[np.float64], draws: NDArray[np.float64]) -> bool:
+def _may_be_best(k: int, means: NDArray[np.float64], errors: NDArray[np.float64]) -> bool:
     """Tell whether no other sparsity is significantly better than the k-th."""
-    others = np.delete(draws, k, axis=0) - draws[k]
+    others = np.delete(errors, k, axis=0) - errors[k]
     if len(others) == 0:
         return True
     lead = np.delete(means, k) - means[k]
@@ -148,10 +156,20 @@ def sweet_spot(curves: Mapping[str, Curve], margins: Mapping[str, float]) -> Swe
     """
     if not curves or not set(curves) <= set(margins):
         raise ValueError("every watched metric needs a margin, and there must be one at least")
+    shared = sorted(set.intersection(*(set(c.sparsities) for c in curves.values())))
+    safe, limit = _walk(shared, {name: (c, [e.low for e in c.effects]) for name, c in curves.items()}, margins)
+    at_most, _ = _walk(shared, {name: (c, [e.high for e in c.effects]) for name, c in curves.items()}, margins)
+    return SweetSpot(safe, at_most, limit)
+
+
+def _walk(
+    sparsities: Sequence[float], bounds: Mapping[str, tuple[Curve, Sequence[float]]], margins: Mapping[str, float]
+) -> tuple[float | None, str | None]:
+    """Return the last sparsity before some metric's bound falls to minus its margin, and that metric's name."""
     reached: float | None = None
-    for sparsity in sorted(set.intersection(*(set(c.sparsities) for c in curves.values()))):
-        for name, one in curves.items():
-            if one.effects[one.sparsities.index(sparsity)].low <= -margins[name]:
-                return SweetSpot(reached, name)
+    for sparsity in sparsities:
+        for name, (one, bound) in bounds.items():
+            if bound[one.sparsities.index(sparsity)] <= -margins[name]:
+                return reached, name
         reached = sparsity
-    return SweetSpot(reached, None)
+    return reached, None

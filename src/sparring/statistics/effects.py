@@ -7,7 +7,7 @@ that is easy for one seed is easy for the others, and averaging over seeds does 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,6 +48,11 @@ class Effect:
     def indicative(self) -> bool:
         """Tell whether there are too few seeds to call this more than an indication."""
         return self.seeds < INDICATIVE_BELOW
+
+    def scaled(self, factor: float) -> Effect:
+        """Return the same effect in another unit: times a positive factor."""
+        estimate, se, low, high = (factor * v for v in (self.estimate, self.se, self.low, self.high))
+        return replace(self, estimate=estimate, se=se, low=low, high=high)
 
 
 def binomial_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:

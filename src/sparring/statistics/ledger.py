@@ -19,12 +19,13 @@ Verdict = Literal["reproduced", "contradicted", "undecided"]
 class Claim:
     """State what a claim says of an effect: that it is above zero, below zero, or within ±margin of zero.
 
-    `margin`, in the effect's unit, is the largest effect that does not matter; `test` says in words what was compared.
+    `margin`, in the effect's `unit`, is the largest effect that does not matter; `test` says what was compared.
     """
 
     text: str
     expects: Literal["above", "below", "none"]
     margin: float
+    unit: str
     test: str
 
 
@@ -38,6 +39,7 @@ class Row:
     estimate: float | None
     low: float | None
     high: float | None
+    unit: str
     p: float | None
     seeds: int
     images: int
@@ -59,11 +61,12 @@ def judge(claims: Sequence[tuple[Claim, Effect | None]], *, study: str) -> list[
 def _row(claim: Claim, e: Effect | None, p: float, study: str) -> Row:
     if e is None:
         why = "not measured in this study"
-        return Row(claim.text, claim.test, "undecided", None, None, None, None, 0, 0, study, why)
+        return Row(claim.text, claim.test, "undecided", None, None, None, claim.unit, None, 0, 0, study, why)
     verdict, why = _verdict(claim, e, p)
     if e.indicative:
         why = f"indicative ({e.seeds} seed{'s' if e.seeds > 1 else ''}): {why}"
-    return Row(claim.text, claim.test, verdict, e.estimate, e.low, e.high, p, e.seeds, e.images, study, why)
+    bounds = e.estimate, e.low, e.high
+    return Row(claim.text, claim.test, verdict, *bounds, claim.unit, p, e.seeds, e.images, study, why)
 
 
 def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
@@ -73,20 +76,20 @@ def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
         found = "above" if e.estimate > 0 else "below"
     if claim.expects == "none":
         if small:
-            return "reproduced", f"within ±{claim.margin:.3g} by two one-sided tests"
-        return ("contradicted", f"significantly {found} zero") if found else ("undecided", _takes(e))
+            return "reproduced", f"within ±{claim.margin:.3g} {claim.unit} by two one-sided tests"
+        return ("contradicted", f"significantly {found} zero") if found else ("undecided", _takes(claim, e))
     if found == claim.expects:
         return "reproduced", f"significantly {found} zero" + (", though smaller than matters" if small else "")
     if found is not None:
         return "contradicted", f"significantly {found} zero"
     if small:
-        return "contradicted", f"within ±{claim.margin:.3g} by two one-sided tests: no effect that matters"
-    return "undecided", _takes(e)
+        return "contradicted", f"within ±{claim.margin:.3g} {claim.unit} by two one-sided tests: no effect that matters"
+    return "undecided", _takes(claim, e)
 
 
-def _takes(e: Effect) -> str:
+def _takes(claim: Claim, e: Effect) -> str:
     """Say what a decision would take."""
-    least = f"would have seen an effect of {minimum_detectable_effect(e):.3g}"
+    least = f"would have seen an effect of {minimum_detectable_effect(e):.2g} {claim.unit}"
     if e.estimate == 0:
         return least
     return f"{least}; this one needs about {seeds_needed(e)} seeds or more"

@@ -1,0 +1,44 @@
+"""Make a study's report from its output folder alone: the page, the figures, results.csv and ledger.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..files import write_atomic, write_json
+from . import figures, tables, words
+from .claims import ledger
+from .findings import find
+from .page import render
+from .panels import Panel, Picture, curve_panels, density_pictures
+from .records import load
+
+__all__ = ["verdict", "write"]
+
+
+def write(out: Path | str) -> Path:
+    """Write OUT/report.html, OUT/results.csv, OUT/ledger.json and OUT/figures/*.svg and *.png; return the page's path.
+
+    Reads plan.json and the records and objects that it names; no models, no data. Raises UserError when there is no
+    study in the folder, something in it is damaged, or it cannot be written to.
+    """
+    out = Path(out)
+    findings = find(load(out))
+    panels, layers, rows = curve_panels(findings), density_pictures(findings), ledger(findings)
+    write_atomic(out / "results.csv", tables.csv_text(findings))
+    write_json(out / "ledger.json", [asdict(row) for row in rows])
+    _write_figures(out / "figures", panels, layers)
+    return write_atomic(out / "report.html", render(findings, panels, layers, rows))
+
+
+def _write_figures(folder: Path, panels: Sequence[Panel], layers: Sequence[Picture]) -> None:
+    pictures = [picture for panel in panels for picture in (panel.levels, panel.gains)] + list(layers)
+    for picture in pictures:
+        write_atomic(folder / f"{picture.slug}.svg", picture.svg)
+        write_atomic(folder / f"{picture.slug}.png", figures.png(picture.svg))
+
+
+def verdict(out: Path | str) -> str:
+    """Return what the study in a folder found, as one paragraph of plain text; raises as `write` does."""
+    return " ".join(words.headline(find(load(out))))

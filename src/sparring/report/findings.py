@@ -1,0 +1,194 @@
+"""What a study found: curves over the dense control, the sparsities that matter, and the ledger's effects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..statistics import Curve, Effect, Peak, SweetSpot, curve, effect, over_sparsified, peak, sweet_spot
+from .measures import Collected, Measure, PerImage, collect, common, main_measures, values
+from .records import CONTROL, Study
+
+__all__ = ["Findings", "Result", "difference", "find"]
+
+DRAWS_SEED = 20260101  # the joint draws are part of the result, so they are always the same
+DEFAULT_MARGINS = {"accuracy": 0.005, "robust": 0.02, "distance": 0.02}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Hold one metric of one method against sparsity.
+
+    `levels` are the metric's own means with intervals, at each sparsity; `by_seed` (seeds, sparsities) the lines of
+    single seeds; `gains` compares with the dense control. `left_out` names sparsities without all the seeds.
+    """
+
+    measure: Measure
+    method: str
+    sparsities: tuple[float, ...]
+    seeds: tuple[int, ...]
+    images: int
+    levels: tuple[Effect, ...]
+    by_seed: NDArray[np.float64]
+    control: Effect
+    control_by_seed: tuple[float, ...]
+    gains: Curve
+    peak: Peak | None
+    left_out: tuple[float, ...]
+
+    @property
+    def over_sparsified(self) -> float | None:
+        """Return the sparsity from which on the metric stays significantly below the dense control."""
+        return over_sparsified(self.gains)
+
+    def gain(self, sparsity: float) -> Effect | None:
+        """Return the gain at one sparsity, or None where it was not measured."""
+        return self.gains.effects[self.sparsities.index(sparsity)] if sparsity in self.sparsities else None
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Hold everything that the page, the tables and the verdict say, computed once.
+
+    `method` is the one that the headline speaks of: the one with the most sparsities, the plan's first among equals.
+    """
+
+    study: Study
+    collected: Collected
+    results: Mapping[tuple[Measure, str], Result]
+    main: tuple[Measure, ...]
+    method: str | None
+    margins: Mapping[Measure, float]
+    sweet_spot: SweetSpot | None
+
+    def result(self, measure: Measure | None, method: str | None = None) -> Result | None:
+        """Return one metric's result for a method (None: the headline's), or None where there is none."""
+        name = method if method is not None else self.method
+        return None if measure is None or name is None else self.results.get((measure, name))
+
+    @property
+    def seeds(self) -> int:
+        """Return how many seeds the headline's comparison has."""
+        found = self.result(self.main[0]) if self.main else None
+        return len(found.seeds) if found else len({n.seed for n in self.study.networks})
+
+    def first(self, role: str, *names: str) -> Measure | None:
+        """Return the first main metric with a role, and an attack's name if any are given."""
+        return next((m for m in self.main if m.role == role and (not names or m.name in names)), None)
+
+
+def find(study: Study) -> Findings:
+    """Compute a study's findings."""
+    collected = collect(study)
+    results = {
+        (measure, method): result
+        for measure, held in collected.items()
+        for method in study.methods
+        if (result := _result(measure, method, held)) is not None
+    }
+    main = tuple(main_measures(list(collected)))
+    method = max(study.methods, key=lambda m: len({n.sparsity for n in study.of(m)}), default=None)
+    watched = {
+        m: results[m, method] for m in main if m.role != "distance-correct" and (m, method) in results and method
+    }
+    margins = {m: _margin(m, r, study) for m, r in watched.items()}
+    spot = None
+    if watched:
+        spot = sweet_spot({m.slug: r.gains for m, r in watched.items()}, {m.slug: margins[m] for m in watched})
+    return Findings(study, collected, results, main, method, margins, spot)
+
+
+def _margin(measure: Measure, result: Result, study: Study) -> float:
+    """Return how much a metric may fall, in its own unit: from the plan, else the design's defaults."""
+    margins = DEFAULT_MARGINS | dict(study.plan.get("margins") or {})
+    if measure.role == "accuracy":
+        return float(margins["accuracy"])
+    if measure.is_share:
+        return float(margins["robust"])
+    return float(margins["distance"]) * result.control.estimate
+
+
+def _result(measure: Measure, method: str, held: Mapping[tuple[str, float, int], PerImage]) -> Result | None:
+    """Compare a method with the dense control on the seeds and images that both have."""
+    usable = {who: one for who, one in held.items() if one.bottom.any()}
+    control = {seed: one for (name, _, seed), one in usable.items() if name == CONTROL}
+    by_sparsity: dict[float, dict[int, PerImage]] = {}
+    for (name, sparsity, seed), one in sorted(usable.items()):
+        if name == method and seed in control:
+            by_sparsity.setdefault(sparsity, {})[seed] = one
+    if not by_sparsity:
+        return None
+    seeds = max((tuple(sorted(part)) for part in by_sparsity.values()), key=len)
+    kept = {s: part for s, part in by_sparsity.items() if tuple(sorted(part)) == seeds}
+    images = common([one.images for part in (*kept.values(), control) for k, one in part.items() if k in seeds])
+    if len(images) < 2:
+        return None
+    dense = values([control[k] for k in seeds], images)
+    sparse = np.stack([values([part[k] for k in seeds], images) for part in kept.values()])
+    gains = curve(tuple(kept), sparse, dense)
+    return Result(
+        measure=measure,
+        method=method,
+        sparsities=tuple(kept),
+        seeds=seeds,
+        images=len(images),
+        levels=tuple(effect(one) for one in sparse),
+        by_seed=sparse.mean(axis=2).T,
+        control=effect(dense),
+        control_by_seed=tuple(dense.mean(axis=1)),
+        gains=gains,
+        peak=peak(gains, generator=np.random.default_rng(DRAWS_SEED)),
+        left_out=tuple(s for s in by_sparsity if s not in kept),
+    )
+
+
+def difference(findings: Findings, measure: Measure, one: tuple[str, float], other: tuple[str, float]) -> Effect | None:
+    """Return the paired difference of a metric between two (method, sparsity), or None where they share no seed."""
+    held = findings.collected[measure]
+    sides = [
+        {seed: image for (method, sparsity, seed), image in held.items() if (method, sparsity) == side}
+        for side in (one, other)
+    ]
+    seeds = sorted(set(sides[0]) & set(sides[1]))
+    if not seeds:
+        return None
+    images = common([side[k].images for side in sides for k in seeds])
+    if len(images) < 2 or not all(side[k].at(images).bottom.any() for side in sides for k in seeds):
+        return None
+    first, second = (values([side[k] for k in seeds], images) for side in sides)
+    return effect(first - second)
+
+
+def best(result: Result, chosen_on: Result | None) -> tuple[float, Effect]:
+    """Return the most favourable sparsity and the gain there, without the luck of choosing.
+
+    The choice is made on validation images where `chosen_on` has them and the value reported on test images; else both
+    are on the same images and the p-value is the one corrected for all sparsities.
+    """
+    if chosen_on is not None:
+        shared = [s for s in chosen_on.sparsities if s in result.sparsities]
+        if shared:
+            sparsity = max(shared, key=lambda s: _estimate(chosen_on, s))
+            return sparsity, result.gains.effects[result.sparsities.index(sparsity)]
+    sparsity = max(result.sparsities, key=lambda s: _estimate(result, s))
+    index = result.sparsities.index(sparsity)
+    return sparsity, replace(result.gains.effects[index], p=result.gains.p_holm[index])
+
+
+def _estimate(result: Result, sparsity: float) -> float:
+    return result.gains.effects[result.sparsities.index(sparsity)].estimate
+
+
+def validation_twin(findings: Findings, result: Result) -> Result | None:
+    """Return the same metric and method measured on validation images, or None."""
+    twin = replace(result.measure, split="valid")
+    return findings.result(twin, result.method)
+
+
+def seeds_phrase(seeds: int) -> str:
+    """Return "5 seeds", or "3 seeds (indicative)" where there are too few to say more."""
+    word = "seed" if seeds == 1 else "seeds"
+    return f"{seeds} {word}" + (" (indicative)" if seeds < 5 else "")

@@ -1,0 +1,222 @@
+"""The metrics of a study as per-image values: which there are, and the arrays behind each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..statistics import binomial_interval, ratio_values
+from .records import Network, Record, Study, Who, arrays
+
+__all__ = ["Collected", "Measure", "PerImage", "collect", "common", "main_measures", "pretty", "summary", "values"]
+
+Floats = NDArray[np.float64]
+Role = Literal["accuracy", "budget", "worst", "distance", "distance-correct"]
+NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Name one metric: what is averaged over images. `attack` is the attack's label, empty for plain accuracy."""
+
+    role: Role
+    split: str = "test"
+    attack: str = ""
+    name: str = ""
+    norm: str = ""
+    eps: float | None = None
+
+    @property
+    def is_share(self) -> bool:
+        """Tell whether this is a share of images (shown in %), not a distance."""
+        return self.role in ("accuracy", "budget", "worst")
+
+    @property
+    def slug(self) -> str:
+        """Return a name fit for files and identifiers."""
+        parts = [self.role if self.role != "budget" else "", self.attack, self.norm, _number(self.eps)]
+        text = "-".join(part for part in parts if part)
+        return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in text)
+
+    @property
+    def title(self) -> str:
+        """Return a heading."""
+        norm, eps = NORMS.get(self.norm, self.norm), _number(self.eps)
+        if self.role == "accuracy":
+            return "Accuracy"
+        if self.role == "budget":
+            r_inf = " (r_inf)" if self.name == "fgsm" and self.norm == "linf" else ""
+            return f"Accuracy under {pretty(self.attack)}{r_inf}, {norm} ε = {eps}"
+        if self.role == "worst":
+            return f"Worst case over all attacks, {norm} ε = {eps}"
+        r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" and self.role == "distance" else ""
+        over = "all images" if self.role == "distance" else "correctly classified only"
+        return f"{pretty(self.attack)} {norm} distance{r_2}, {over}"
+
+    @property
+    def short(self) -> str:
+        """Return a column heading."""
+        eps = f" {_number(self.eps)}" if self.eps is not None else ""
+        label = {"accuracy": "accuracy", "budget": pretty(self.attack), "worst": "worst case"}.get(self.role)
+        if label:
+            return label + eps
+        return f"{pretty(self.attack)} {NORMS.get(self.norm, self.norm)}" + (
+            "" if self.role == "distance" else ", correct only"
+        )
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """Hold one metric of one network: the mean is sum(top) / sum(bottom) over the images with these indices."""
+
+    images: NDArray[np.int64]
+    top: Floats
+    bottom: Floats
+
+    def at(self, images: NDArray[np.int64]) -> PerImage:
+        """Return the part on the given images, all of which must be here."""
+        index = np.searchsorted(self.images, images)
+        return PerImage(images, self.top[index], self.bottom[index])
+
+
+Collected = dict[Measure, dict[Who, PerImage]]
+
+
+def pretty(label: str) -> str:
+    """Return an attack's label as the field writes it."""
+    known = {"fgsm": "FGSM", "rfgsm": "R-FGSM", "pgd": "PGD", "apgd": "APGD", "deepfool": "DeepFool", "cw": "C&W"}
+    known |= {"ddn": "DDN", "fab": "FAB", "nearest": "Nearest", "square": "Square"}
+    head, dash, tail = label.partition("-")
+    return known.get(head, head) + dash + tail
+
+
+def _number(eps: float | None) -> str:
+    return "" if eps is None else f"{eps:g}"
+
+
+def collect(study: Study) -> Collected:
+    """Return every metric of every network as per-image values, in reading order, each object opened once."""
+    found: Collected = {}
+    for network in study.networks:
+        for measure, shards in _of_network(network).items():
+            found.setdefault(measure, {})[network.who] = _merge(shards)
+    _add_worst(found)
+    order = ("accuracy", "budget", "worst", "distance", "distance-correct")
+    weakest = ("fgsm", "rfgsm", "pgd")
+
+    def rank(m: Measure) -> tuple[object, ...]:
+        strength = weakest.index(m.name) if m.name in weakest else len(weakest)
+        return (
+            m.split != "test",
+            m.norm not in ("", "linf"),
+            m.norm,
+            order.index(m.role),
+            strength,
+            m.attack,
+            m.eps or 0,
+        )
+
+    return {measure: found[measure] for measure in sorted(found, key=rank)}
+
+
+def _of_network(network: Network) -> dict[Measure, list[PerImage]]:
+    found: dict[Measure, list[PerImage]] = {}
+    for record in network.stage("measure"):
+        correct = arrays(record, "correct").get("correct")
+        if correct is not None:
+            one = PerImage(np.arange(len(correct)), correct.astype(float), np.ones(len(correct)))
+            found[Measure("accuracy")] = [one]
+    for record in network.stage("attack"):
+        held = arrays(record, "clean_correct", "success", "distance")
+        if held:
+            for measure in _measures_of(record):
+                found.setdefault(measure, []).append(_shard(record, held, measure.role))
+    return found
+
+
+def _measures_of(record: Record) -> list[Measure]:
+    attack, split = record.inputs["attack"], str(record.inputs["split"])
+    name, norm = str(attack["name"]), str(attack["norm"])
+    label = str(attack.get("label") or name)
+    if attack.get("eps") is not None:
+        return [Measure("budget", split, label, name, norm, float(attack["eps"]))]
+    return [Measure("distance", split, label, name, norm), Measure("distance-correct", split, label, name, norm)]
+
+
+def _shard(record: Record, held: Mapping[str, NDArray[Any]], role: Role) -> PerImage:
+    images = np.arange(int(record.inputs["start"]), int(record.inputs["stop"]))
+    correct = held["clean_correct"].astype(bool)
+    if role == "budget":
+        return PerImage(images, (correct & ~held["success"].astype(bool)).astype(float), np.ones(len(images)))
+    distance = np.where(correct, held["distance"].astype(float), 0.0)
+    counted = np.isfinite(distance)  # where the attack failed the distance is censored
+    if role == "distance-correct":
+        counted &= correct
+    return PerImage(images, np.where(counted, distance, 0.0), counted.astype(float))
+
+
+def _merge(shards: list[PerImage]) -> PerImage:
+    """Return the shards as one, in the order of their images; an image that is in two counts once."""
+    images, first = np.unique(np.concatenate([s.images for s in shards]), return_index=True)
+    top, bottom = (np.concatenate([getattr(s, name) for s in shards])[first] for name in ("top", "bottom"))
+    return PerImage(images, top, bottom)
+
+
+def _add_worst(found: Collected) -> None:
+    """Add the per-image worst case over the attacks with one norm and eps, for networks on which all of them ran."""
+    budgets = [m for m in found if m.role == "budget"]
+    for split, norm, eps in dict.fromkeys((m.split, m.norm, m.eps) for m in budgets):
+        same = [found[m] for m in budgets if (m.split, m.norm, m.eps) == (split, norm, eps)]
+        everywhere = set.intersection(*(set(one) for one in same))
+        if len(same) > 1 and everywhere:
+            worst = {who: _smallest([one[who] for one in same]) for who in sorted(everywhere)}
+            found[Measure("worst", split, norm=norm, eps=eps)] = worst
+
+
+def _smallest(held: list[PerImage]) -> PerImage:
+    images = common([one.images for one in held])
+    top = np.minimum.reduce([one.at(images).top for one in held])
+    return PerImage(images, top, np.ones(len(images)))
+
+
+def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the images that are in all of the given sets."""
+    return functools.reduce(np.intersect1d, images)
+
+
+def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:
+    """Return the few metrics the page opens with: accuracy, FGSM, PGD and worst case at one eps, r_2 in both forms."""
+    here = [m for m in every if m.split == split]
+    worst = [m for m in here if m.role == "worst"]
+    strong = worst or [m for m in here if m.role == "budget" and m.name != "fgsm"] or [m for m in here if m.eps]
+    budgets = dict.fromkeys((m.norm, m.eps) for m in strong)
+    chosen = list(budgets)[len(budgets) // 2] if budgets else None
+    return [
+        m
+        for m in here
+        if m.role == "accuracy"
+        or (m.role in ("budget", "worst") and (m.norm, m.eps) == chosen)
+        or (m.role in ("distance", "distance-correct") and m.norm == "l2")
+    ]
+
+
+def values(seeds: Sequence[PerImage], images: NDArray[np.int64]) -> Floats:
+    """Return (seeds, images) values whose row means are each seed's metric, on the given images."""
+    rows = [one.at(images) for one in seeds]
+    return np.stack([ratio_values(row.top, row.bottom) for row in rows])
+
+
+def summary(measure: Measure, one: PerImage) -> tuple[float | None, float | None, float | None]:
+    """Return one network's metric and, for shares, its exact binomial interval (None where there is none)."""
+    counted = float(one.bottom.sum())
+    if counted == 0:
+        return None, None, None
+    mean = float(one.top.sum() / counted)
+    if not measure.is_share:
+        return mean, None, None
+    return mean, *binomial_interval(round(float(one.top.sum())), len(one.images))

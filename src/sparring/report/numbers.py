@@ -1,0 +1,65 @@
+"""Write numbers as the report does: real minus signs, signs on gains, units once."""
+
+from __future__ import annotations
+
+import math
+
+from ..statistics import Effect
+from .measures import Measure
+
+__all__ = ["gain", "gain_unit", "level", "p_value", "percent", "scale", "signed", "value"]
+
+
+def percent(share: float) -> str:
+    """Return a sparsity as "90%" or "99.7%"."""
+    return f"{100 * share:.4g}%"
+
+
+def value(measure: Measure, number: float | None) -> str:
+    """Return one value of a metric: "61.2%" or "1.083"."""
+    if number is None or not math.isfinite(number):
+        return "–"
+    return f"{100 * number:.1f}%" if measure.is_share else f"{number:.3f}"
+
+
+def level(measure: Measure, one: Effect) -> str:
+    """Return a metric's mean with its interval: "61.2% [58.9, 63.4]"."""
+    if measure.is_share:
+        return f"{100 * one.estimate:.1f}% [{_fixed(100 * one.low, 1)}, {_fixed(100 * one.high, 1)}]"
+    return f"{one.estimate:.3f} [{_fixed(one.low, 3)}, {_fixed(one.high, 3)}]"
+
+
+def gain_unit(measure: Measure) -> str:
+    """Return the unit that gains of a metric are given in."""
+    return "points" if measure.is_share else "%"
+
+
+def gain(measure: Measure, one: Effect, control: Effect, *, unit: bool = True) -> str:
+    """Return a gain over the dense control: "+16.2 [+13.4, +19.0] points", distances in % of the control's mean."""
+    shown = one.scaled(scale(measure, control))
+    text = signed(shown.estimate, shown.low, shown.high)
+    return f"{text} {gain_unit(measure)}" if unit else text
+
+
+def scale(measure: Measure, control: Effect) -> float:
+    """Return what turns a gain into its unit: points for shares, % of the dense control's mean for distances."""
+    return 100.0 if measure.is_share or not control.estimate else 100.0 / control.estimate
+
+
+def signed(estimate: float, low: float, high: float) -> str:
+    """Return a difference with its interval: "+16.2 [+13.4, +19.0]"."""
+    return f"{_signed(estimate)} [{_signed(low)}, {_signed(high)}]"
+
+
+def p_value(p: float) -> str:
+    """Return a p-value as "< 0.001" or "0.034"."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _fixed(number: float, digits: int) -> str:
+    return f"{number:.{digits}f}".replace("-", "−")
+
+
+def _signed(number: float) -> str:
+    text = f"{number:+.1f}".replace("-", "−")
+    return text if text not in ("−0.0", "+0.0") else "0.0"

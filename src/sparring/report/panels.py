@@ -1,0 +1,81 @@
+"""Draw every figure of a study once: what the page shows is what lies in figures/."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from . import figures, numbers
+from .findings import Findings, Result
+from .measures import Measure
+
+__all__ = ["Panel", "Picture", "curve_panels", "density_pictures", "styles"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Hold one drawn figure; `slug` is its file's name without the ending."""
+
+    slug: str
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Hold one metric's two figures, its own values and the gains over the dense control, and what they show."""
+
+    measure: Measure
+    results: tuple[Result, ...]
+    levels: Picture
+    gains: Picture
+
+
+def styles(findings: Findings) -> dict[str, int]:
+    """Return the number of each method's colour, dash and shape."""
+    return {method: k for k, method in enumerate(findings.study.methods)}
+
+
+def curve_panels(findings: Findings) -> list[Panel]:
+    """Return a panel for every metric on test images, the main ones first."""
+    numbered = styles(findings)
+    tested = [m for m in findings.collected if m.split == "test" and m not in findings.main]
+    return [panel for m in (*findings.main, *tested) if (panel := _panel(findings, m, numbered)) is not None]
+
+
+def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int]) -> Panel | None:
+    results = tuple(r for method in numbered if (r := findings.result(measure, method)) is not None)
+    if not results:
+        return None
+    drawn = figures.svg(figures.levels_figure(results, numbered)), figures.svg(figures.gains_figure(results, numbered))
+    levels = Picture(measure.slug, measure.title, drawn[0])
+    return Panel(measure, results, levels, Picture(f"{measure.slug}-gain", f"{measure.title}: gain", drawn[1]))
+
+
+def density_pictures(findings: Findings) -> list[Picture]:
+    """Return heat maps of each layer's density and activation sparsity, means over seeds, where they were measured."""
+    wanted = (
+        ("density", "Weights kept in each layer", "% of the layer's weights"),
+        ("activation_sparsity", "Zero activations after each nonlinearity", "% of activations"),
+    )
+    pictures = []
+    for name, title, unit in wanted:
+        rows = _by_layer(findings, name)
+        if rows:
+            spec = figures.heatmap(title, rows, x="sparsity", y="", unit=unit)
+            pictures.append(Picture(f"layers-{name}", title, figures.svg(spec)))
+    return pictures
+
+
+def _by_layer(findings: Findings, series: str) -> list[dict[str, str | float]]:
+    """Return cells (layer, sparsity) of a per-layer series of the headline's method, the dense control first."""
+    sums: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for network in (*findings.study.of("control"), *findings.study.of(findings.method or "")):
+        for record in network.stage("measure"):
+            for layer, share in (record.series.get(series) or {}).items():
+                sums[str(layer), network.sparsity].append(float(share))
+    return [
+        {"y": layer, "x": numbers.percent(sparsity), "value": sum(shares) / len(shares)}
+        for (layer, sparsity), shares in sums.items()
+    ]

@@ -1,0 +1,162 @@
+"""Read an output folder: the plan, the records it names, and their per-image arrays. Nothing else is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError
+from ..files import read_json, safe_name
+
+__all__ = ["CONTROL", "REFERENCE", "Network", "Record", "Study", "Who", "arrays", "load"]
+
+Array = NDArray[Any]
+Who = tuple[str, float, int]  # method, sparsity, seed
+CONTROL, REFERENCE = "control", "reference"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Hold one task's record; `object` is the path of its tensors, or None."""
+
+    key: str
+    stage: str
+    inputs: Mapping[str, Any]
+    metrics: Mapping[str, float | None]
+    series: Mapping[str, Any]
+    flags: tuple[Mapping[str, str], ...]
+    error: str | None
+    object: Path | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """Hold one cell of the study: a network of one seed, method and sparsity (0 to 1, the fraction removed)."""
+
+    seed: int
+    method: str
+    sparsity: float
+    records: tuple[Record, ...]
+
+    @property
+    def who(self) -> Who:
+        """Return what identifies this network in its study."""
+        return self.method, self.sparsity, self.seed
+
+    def stage(self, name: str) -> list[Record]:
+        """Return this network's usable records of one stage."""
+        return [r for r in self.records if r.stage == name and r.error is None]
+
+    def metric(self, name: str) -> float | None:
+        """Return a scalar of the "measure" stage, or None where it is not known."""
+        for record in self.stage("measure"):
+            value = record.metrics.get(name)
+            if value is not None:
+                return float(value)
+        return None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Hold everything the report may know of a study. `missing` are the keys of tasks without a record."""
+
+    folder: Path
+    plan: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    command: str
+    classes: tuple[str, ...]
+    networks: tuple[Network, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """Return every record once, by key: networks may share one."""
+        return {r.key: r for network in self.networks for r in network.records}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return the pruning labels in the plan's order, without the dense networks."""
+        names = dict.fromkeys(n.method for n in self.networks)
+        return tuple(name for name in names if name not in (CONTROL, REFERENCE))
+
+    def of(self, method: str, sparsity: float | None = None) -> list[Network]:
+        """Return the networks of one method, of all sparsities or of one, sorted by sparsity and seed."""
+        found = [n for n in self.networks if n.method == method and sparsity in (None, n.sparsity)]
+        return sorted(found, key=lambda n: (n.sparsity, n.seed))
+
+
+def load(folder: Path | str) -> Study:
+    """Read a study's output folder.
+
+    Raises UserError when plan.json is missing or is not a plan, or a record that it names is damaged. Records that do
+    not exist (yet) are listed in `missing`.
+    """
+    folder = Path(folder)
+    path = folder / "plan.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no study: there is no plan.json in it. Run 'sparring study' first")
+    document = read_json(path)
+    try:
+        found: dict[str, Record | None] = {}
+        for cell in document["cells"]:
+            for key in cell["tasks"]:
+                if key not in found:
+                    found[key] = _record(folder, key)
+        networks = tuple(_network(cell, found) for cell in document["cells"])
+        return Study(
+            folder=folder,
+            plan=document["plan"],
+            environment=document["environment"],
+            command=str(document["command"]),
+            classes=tuple(str(name) for name in document.get("classes") or ()),
+            networks=networks,
+            missing=tuple(key for key, record in found.items() if record is None),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} or a record it names is not as this version writes them: {error!r}") from error
+
+
+def _network(cell: Mapping[str, Any], found: Mapping[str, Record | None]) -> Network:
+    records = tuple(record for key in cell["tasks"] if (record := found[key]) is not None)
+    return Network(int(cell["seed"]), str(cell["method"]), float(cell["sparsity"]), records)
+
+
+def _record(folder: Path, key: str) -> Record | None:
+    path = folder / "records" / f"{safe_name(key)}.json"
+    if not path.exists():
+        return None
+    raw = read_json(path)
+    held = raw["object"]
+    return Record(
+        key=key,
+        stage=raw["stage"],
+        inputs=raw["inputs"],
+        metrics=raw["metrics"],
+        series=raw["series"],
+        flags=tuple(raw["flags"]),
+        error=raw["error"],
+        object=None if held is None else folder / "objects" / safe_name(Path(held["file"]).name),
+        seconds=float(raw["times"].get("seconds") or 0.0),
+    )
+
+
+def arrays(record: Record, *names: str) -> dict[str, Array]:
+    """Return those of the named tensors that a record's object holds, as numpy arrays.
+
+    Raises UserError when the object is missing or damaged.
+    """
+    if record.object is None:
+        return {}
+    try:
+        with safe_open(record.object, framework="numpy") as file:
+            return {name: np.asarray(file.get_tensor(name)) for name in names if name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        way_out = "run the study again, which makes what is missing, then the report"
+        raise UserError(f"{record.object} cannot be read ({error}); {way_out}") from error

@@ -1,0 +1,203 @@
+"""The tables: key numbers, curves, networks, ledger, cost and flags, as HTML, and the tidy results.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from ..statistics import Row, minimum_detectable_effect
+from . import numbers
+from .findings import Findings, Result
+from .markup import Html, join, tag
+from .measures import Measure, pretty, summary
+from .records import Study
+
+__all__ = ["cost", "csv_text", "curve_table", "flags", "key_numbers", "ledger_table", "networks", "table"]
+
+SCALARS: tuple[str, ...] = (
+    "accuracy_valid",
+    "sparsity",
+    "sparsity_total",
+    "nonzero",
+    "parameters",
+    "macs",
+    "macs_dense",
+)
+SCALARS += ("bytes_dense", "bytes_sparse", "activation_sparsity")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str | None = None, text: int = 1) -> Html:
+    """Return a table whose first `text` columns are words and the rest numbers, scrollable on narrow screens."""
+    classes = ["" if k < text else "number" for k in range(len(head))]
+    top = tag("tr", *(tag("th", name, scope="col", class_=c or None) for name, c in zip(head, classes, strict=True)))
+    body = [
+        tag("tr", *(_cell(k, cell, c) for k, (cell, c) in enumerate(zip(row, classes, strict=True)))) for row in rows
+    ]
+    label = tag("caption", caption) if caption else None
+    inner = tag("table", label, tag("thead", top), tag("tbody", *body))
+    return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=caption or head[0])
+
+
+def _cell(column: int, content: str, class_: str) -> Html:
+    if column == 0:
+        return tag("th", content, scope="row")
+    return tag("td", content, class_=class_ or None)
+
+
+def key_numbers(findings: Findings, sparsity: float) -> Html:
+    """Return the table behind the verdict: every main metric at one sparsity, with what could have been seen."""
+    rows = []
+    for measure in findings.main:
+        result = findings.result(measure)
+        if result is None or sparsity not in result.sparsities:
+            continue
+        index = result.sparsities.index(sparsity)
+        one, p = result.gains.effects[index], result.gains.p_holm[index]
+        scale = numbers.scale(measure, result.control)
+        least = scale * minimum_detectable_effect(one, alpha=0.05 / len(result.sparsities))
+        best = "none" if result.peak is None else ", ".join(numbers.percent(s) for s in result.peak.members)
+        over = "–" if result.over_sparsified is None else numbers.percent(result.over_sparsified)
+        told = numbers.gain(measure, one, result.control)
+        rows.append(
+            [
+                measure.title,
+                numbers.level(measure, result.control),
+                numbers.level(measure, result.levels[index]),
+                told if p > 0.05 else tag("strong", told),
+                numbers.p_value(p),
+                f"{least:.2g} {numbers.gain_unit(measure)}",
+                best,
+                over,
+            ]
+        )
+    head = ["Metric", "Dense control", f"At {numbers.percent(sparsity)}", "Gain", "p (Holm)", "Detectable"]
+    return table([*head, "Peak", "Over-sparsified from"], rows)
+
+
+def curve_table(results: Sequence[Result]) -> Html:
+    """Return a figure's numbers: level and gain at every sparsity of every method."""
+    rows = []
+    for result in results:
+        rows.append([result.method, "0 (control)", numbers.level(result.measure, result.control), "–", "–"])
+        columns = result.sparsities, result.levels, result.gains.effects, result.gains.p_holm
+        for sparsity, level, one, p in zip(*columns, strict=True):
+            told = numbers.gain(result.measure, one, result.control, unit=False)
+            shown = [numbers.percent(sparsity), numbers.level(result.measure, level), told, numbers.p_value(p)]
+            rows.append([result.method, *shown])
+    unit = numbers.gain_unit(results[0].measure)
+    return table(["Method", "Sparsity", "Mean [95%]", f"Gain, {unit} [95%]", "p (Holm)"], rows)
+
+
+def networks(findings: Findings) -> Html:
+    """Return one row a network: what it is, and each test metric (accuracy with its exact binomial interval)."""
+    shown = [m for m in findings.collected if m.split == "test"]
+    head = ["Method", "Sparsity", "Seed", "Of all parameters", "Bytes", *(m.short for m in shown)]
+    rows = []
+    for network in findings.study.networks:
+        total, size = network.metric("sparsity_total"), network.metric("bytes_sparse")
+        row = [network.method, numbers.percent(network.sparsity), str(network.seed)]
+        row += ["–" if total is None else f"{100 * total:.2f}%", "–" if size is None else f"{size:,.0f}"]
+        for measure in shown:
+            one = findings.collected[measure].get(network.who)
+            mean, low, high = (None, None, None) if one is None else summary(measure, one)
+            told = numbers.value(measure, mean)
+            if measure.role == "accuracy" and low is not None and high is not None:
+                told += f" [{100 * low:.1f}, {100 * high:.1f}]"
+            row.append(told)
+        rows.append(row)
+    return table(head, rows)
+
+
+def ledger_table(rows: Sequence[Row]) -> Html:
+    """Return the ledger as a table; verdicts are words, not colours alone."""
+    cells = []
+    for row in rows:
+        effect = "–"
+        if row.estimate is not None and row.low is not None and row.high is not None:
+            effect = f"{numbers.signed(row.estimate, row.low, row.high)} {row.unit}"
+        mark = {"reproduced": "●", "contradicted": "✕", "undecided": "○"}[row.verdict]
+        verdict = tag("span", f"{mark} {row.verdict}", class_=f"verdict {row.verdict}")
+        what = join(row.claim, tag("small", row.test))
+        p = "–" if row.p is None else numbers.p_value(row.p)
+        cells.append([what, join(verdict, tag("small", row.why)), effect, p, str(row.seeds), f"{row.images:,}"])
+    return table(["Claim and test", "Verdict", "Effect [95%]", "p (Holm)", "Seeds", "Images"], cells, text=2)
+
+
+def cost(study: Study) -> Html:
+    """Return what the study cost: seconds by stage, and passes by attack."""
+    seconds: dict[str, float] = defaultdict(float)
+    passes: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    tasks: Counter[str] = Counter()
+    for record in study.records.values():
+        name = record.stage
+        if record.stage == "attack":
+            attack = record.inputs["attack"]
+            name = f"attack: {pretty(str(attack.get('label') or attack['name']))}"
+            passes[name][0] += record.metrics.get("forwards") or 0.0
+            passes[name][1] += record.metrics.get("backwards") or 0.0
+        seconds[name] += record.seconds
+        tasks[name] += 1
+    rows = [
+        [name, f"{tasks[name]:,}", f"{spent:,.1f}", *(f"{n:,.0f}" if n else "–" for n in passes.get(name, (0, 0)))]
+        for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    rows.append(["all", f"{sum(tasks.values()):,}", f"{sum(seconds.values()):,.1f}", "–", "–"])
+    return table(["Stage", "Tasks", "Seconds of one core", "Forward passes", "Backward passes"], rows)
+
+
+def flags(study: Study) -> Html:
+    """Return the reliability flags, failures and missing tasks, each with where it was seen."""
+    seen: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for network in study.networks:
+        where = f"{network.method} {numbers.percent(network.sparsity)} seed {network.seed}"
+        for record in network.records:
+            stage = record.stage
+            if stage == "attack":
+                stage = pretty(str(record.inputs["attack"].get("label") or record.inputs["attack"]["name"]))
+            for flag in record.flags:
+                seen[str(flag["name"]), str(flag["detail"])].append(f"{where} ({stage})")
+            if record.error is not None:
+                seen["failed", record.error].append(f"{where} ({stage})")
+    if study.missing:
+        seen["missing", "tasks of the plan without a record"] = [f"{len(study.missing)} tasks"]
+    if not seen:
+        return tag("p", "No attack, network or measurement raised a flag.")
+    rows = [
+        [name, detail, ", ".join(list(dict.fromkeys(places))[:4]) + (" …" if len(set(places)) > 4 else "")]
+        for (name, detail), places in seen.items()
+    ]
+    return table(["Flag", "What it says", "Where"], rows, text=3)
+
+
+def csv_text(findings: Findings) -> str:
+    """Return results.csv: one row a network and metric, ready for a data frame.
+
+    Shares are fractions with exact binomial bounds, distances in the norm's own unit; empty where not known.
+    """
+    target = io.StringIO()
+    head = ["method", "sparsity", "seed", "metric", "attack", "norm", "eps", "split", "value", "low", "high", "images"]
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(_csv_rows(findings))
+    return target.getvalue()
+
+
+def _csv_rows(findings: Findings) -> Iterator[list[object]]:
+    for network in findings.study.networks:
+        who: list[object] = [network.method, network.sparsity, network.seed]
+        for measure, held in findings.collected.items():
+            if (one := held.get(network.who)) is not None:
+                yield who + _described(measure) + list(summary(measure, one)) + [len(one.images)]
+        for name in SCALARS:
+            value = network.metric(name)
+            if value is not None:
+                yield [*who, name, "", "", "", "", value, "", "", ""]
+
+
+def _described(measure: Measure) -> list[object]:
+    metric = {"budget": "robust_accuracy", "worst": "worst_case_accuracy", "distance": "mean_distance"}
+    metric |= {"accuracy": "accuracy", "distance-correct": "mean_distance_correct"}
+    eps = "" if measure.eps is None else measure.eps
+    return [metric[measure.role], measure.attack, measure.norm, eps, measure.split]

@@ -1,0 +1,236 @@
+"""Say what was found, in sentences that a busy engineer understands and a reviewer cannot fault. Plain text."""
+
+from __future__ import annotations
+
+from ..statistics import minimum_detectable_effect
+from . import numbers
+from .findings import Findings, Result, seeds_phrase
+from .measures import Measure
+
+__all__ = ["bibtex", "headline", "methods", "title"]
+
+
+def title(findings: Findings) -> str:
+    """Return the study's name."""
+    plan = findings.study.plan
+    return str(plan.get("name") or "study")
+
+
+def subject(findings: Findings) -> str:
+    """Return the model and the data in words."""
+    plan = findings.study.plan
+    model, data = (_name(plan.get(key)) for key in ("model", "data"))
+    return f"{model} on {data}"
+
+
+def _name(value: object) -> str:
+    if isinstance(value, dict):
+        return str(value.get("name", "?"))
+    return str(value) if value is not None else "?"
+
+
+def headline(findings: Findings) -> list[str]:
+    """Return the verdict: first the sentence for somebody in a hurry, then what a sceptic asks."""
+    if findings.method is None or not any(findings.result(m) for m in findings.main):
+        return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
+    return [
+        sentence
+        for sentence in (
+            _first(findings),
+            _spot(findings),
+            _strongest(findings),
+            _over(findings),
+            _undetected(findings),
+            _several(findings),
+            _missing(findings),
+        )
+        if sentence
+    ]
+
+
+def chosen(findings: Findings) -> float | None:
+    """Return the sparsity that the headline speaks of: the sweet spot, else the strongest peak, else the lowest."""
+    if findings.sweet_spot is not None and findings.sweet_spot.sparsity is not None:
+        return findings.sweet_spot.sparsity
+    for role in ("worst", "budget", "distance", "accuracy"):
+        found = findings.result(findings.first(role))
+        if found is not None and found.peak is not None:
+            return found.peak.sparsity
+    first = next((r for m in findings.main if (r := findings.result(m))), None)
+    return first.sparsities[0] if first else None
+
+
+def _first(findings: Findings) -> str:
+    sparsity = chosen(findings)
+    if sparsity is None:
+        return ""
+    parts = []
+    ratio = size_ratio(findings, sparsity)
+    if ratio is not None:
+        parts.append(f"{ratio:.1f}× smaller" if ratio >= 1.05 else "no smaller on disk")
+    for measure in _told(findings):
+        found = findings.result(measure)
+        one = found.gain(sparsity) if found else None
+        if found and one:
+            parts.append(f"{short_name(measure)} {numbers.gain(measure, one, found.control)}")
+    over = [r.over_sparsified for m in findings.main if (r := findings.result(m)) and r.over_sparsified is not None]
+    end = f"; over-sparsified from {numbers.percent(min(over))}" if over else ""
+    safe = findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity
+    what = "the sweet spot" if safe else "no sweet spot was shown; the largest gain"
+    return (
+        f"At {numbers.percent(sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
+        f"Gains over the dense control with 95% intervals, {seeds_phrase(findings.seeds)}."
+    )
+
+
+def _told(findings: Findings) -> list[Measure]:
+    """Return accuracy, one r_2, FGSM, and the strongest attack there is."""
+    strongest = findings.first("worst") or findings.first("budget", "pgd", "apgd")
+    wanted = [findings.first("accuracy"), findings.first("distance", "deepfool") or findings.first("distance")]
+    wanted += [findings.first("budget", "fgsm"), strongest]
+    return list(dict.fromkeys(m for m in wanted if m is not None))
+
+
+def short_name(measure: Measure) -> str:
+    """Return a metric's name within a sentence."""
+    if measure.role in ("distance", "distance-correct") and measure.name == "deepfool" and measure.norm == "l2":
+        return "r_2" if measure.role == "distance" else "r_2 (correct images only)"
+    return measure.short
+
+
+def size_ratio(findings: Findings, sparsity: float) -> float | None:
+    """Return how many times fewer bytes the headline's networks need at a sparsity, on average over seeds."""
+    ratios = [
+        dense / sparse
+        for network in findings.study.of(findings.method or "", sparsity)
+        if (dense := network.metric("bytes_dense")) and (sparse := network.metric("bytes_sparse"))
+    ]
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+def _spot(findings: Findings) -> str:
+    spot = findings.sweet_spot
+    if spot is None:
+        return ""
+    allowed = ", ".join(f"{short_name(m)} {_margin(m, d, findings)}" for m, d in findings.margins.items())
+    limit = next((m for m in findings.margins if m.slug == spot.limit), None)
+    at_most = "none" if spot.at_most is None else numbers.percent(spot.at_most)
+    found = "none shown" if spot.sparsity is None else numbers.percent(spot.sparsity)
+    ends = f" It ends where the lower bound of {short_name(limit)} passes its allowance." if limit else ""
+    return (
+        f"Sweet spot: {found} (the data do not rule out {at_most}). Allowed losses: {allowed}.{ends}"
+        if spot.at_most is not None
+        else f"Sweet spot: none; already the lowest sparsity loses more than allowed ({allowed})."
+    )
+
+
+def _margin(measure: Measure, margin: float, findings: Findings) -> str:
+    if measure.is_share:
+        return f"{100 * margin:.3g} points"
+    found = findings.result(measure)
+    return f"{100 * margin / found.control.estimate:.3g}%" if found else f"{margin:.3g}"
+
+
+def _strongest(findings: Findings) -> str:
+    """Say whether what FGSM shows is there under the strongest attack."""
+    fgsm = findings.result(findings.first("budget", "fgsm"))
+    strong = findings.result(findings.first("worst") or findings.first("budget", "pgd", "apgd"))
+    if strong is None:
+        return "No attack stronger than FGSM was run: a gain under FGSM alone is no robustness."
+    name = f"{short_name(strong.measure)} (l∞)" if strong.measure.norm == "linf" else short_name(strong.measure)
+    if strong.peak is None:
+        seen = "FGSM's gain is" if fgsm and fgsm.peak else "There is"
+        tail = " not confirmed by the strongest attack" if fgsm and fgsm.peak else " no significant gain"
+        return f"{seen}{tail}: none in {name} is significant."
+    top = strong.peak
+    members = ", ".join(numbers.percent(s) for s in top.members)
+    told = numbers.gain(strong.measure, top.gain, strong.control)
+    which = f"any of {members} may be best" if len(top.members) > 1 else "no other sparsity may be as good"
+    return f"Under the strongest attack the gain is real: {name} {told} at {numbers.percent(top.sparsity)} ({which})."
+
+
+def _over(findings: Findings) -> str:
+    parts = [
+        f"{short_name(m)} from {numbers.percent(r.over_sparsified)}"
+        for m in findings.main
+        if (r := findings.result(m)) and r.over_sparsified is not None
+    ]
+    if not parts:
+        return "No metric is over-sparsified at the sparsities tested."
+    return f"Significantly below the dense control, and staying so: {', '.join(parts)}."
+
+
+def _undetected(findings: Findings) -> str:
+    parts = [f"{short_name(m)} ({_least(r)})" for m in findings.main if (r := findings.result(m)) and _silent(r)]
+    return f"Not significant at any sparsity: {', '.join(parts)}." if parts else ""
+
+
+def _silent(result: Result) -> bool:
+    return not any(result.gains.gains()) and not any(result.gains.losses())
+
+
+def _least(result: Result) -> str:
+    scale = numbers.scale(result.measure, result.control)
+    alpha = 0.05 / len(result.sparsities)
+    least = max(minimum_detectable_effect(e, alpha=alpha) for e in result.gains.effects)
+    return f"would have seen {scale * least:.2g} {numbers.gain_unit(result.measure)}"
+
+
+def _several(findings: Findings) -> str:
+    others = [m for m in findings.study.methods if m != findings.method]
+    if not others:
+        return ""
+    return f"These sentences speak of the method “{findings.method}”; also studied: {', '.join(others)}."
+
+
+def _missing(findings: Findings) -> str:
+    study = findings.study
+    failed = sum(r.error is not None for r in study.records.values())
+    parts = [f"{len(study.missing)} tasks have no record yet"] if study.missing else []
+    parts += [f"{failed} tasks failed"] if failed else []
+    return f"Incomplete: {' and '.join(parts)}; the figures show what there is." if parts else ""
+
+
+def methods(findings: Findings) -> str:
+    """Return a methods paragraph, ready to paste."""
+    found = next((r for m in findings.main if (r := findings.result(m))), None)
+    images = f"{found.images:,} test images" if found else "the test images"
+    seeds = f"{findings.seeds} seed{'s' if findings.seeds != 1 else ''}"
+    attacks = ", ".join(dict.fromkeys(m.short for m in findings.collected if m.role in ("budget", "distance")))
+    return (
+        f"We trained {subject(findings)} with {seeds} and compared each pruned network with a dense control: the same "
+        f"network fine-tuned for exactly as many further steps with the same recipe, unpruned. Each was attacked on "
+        f"{images} ({attacks}). Robust accuracy is the share of images classified correctly before and after the "
+        f"attack; r_2 is the mean l2 norm of DeepFool's perturbation, misclassified images counting 0, and is shown "
+        f"beside the mean over correctly classified images. Images on which a minimum-norm attack failed are left out. "
+        f"Differences are paired by seed and by image. Their standard error is that of the crossed bootstrap (one draw "
+        f"of images for all seeds) in closed form, with Student's quantiles and Satterthwaite's degrees of freedom; "
+        f"intervals are 95%, relative to the control's mean for distances. Across the sparsities of a curve p-values "
+        f"are corrected by Holm's method. A peak is claimed only where a gain is significant, and is given as the set "
+        f"of sparsities that are not significantly worse than the best (joint bootstrap draws). A network is "
+        f"over-sparsified from the first sparsity at which a metric is significantly below the control and stays so. "
+        f"The sweet spot is the highest sparsity up to which every watched metric's lower bound stays above its "
+        f"allowance."
+    )
+
+
+def bibtex(findings: Findings) -> str:
+    """Return the entries to cite."""
+    version = str(findings.study.environment.get("sparring") or "0.1.0")
+    return f"""@software{{sparring,
+  title = {{sparring: how sparsity changes a neural network's adversarial robustness}},
+  version = {{{version}}},
+  year = {{2026}}
+}}
+@inproceedings{{guo2018sparse,
+  title = {{Sparse {{DNN}}s with Improved Adversarial Robustness}},
+  author = {{Guo, Yiwen and Zhang, Chao and Zhang, Changshui and Chen, Yurong}},
+  booktitle = {{Advances in Neural Information Processing Systems}},
+  year = {{2018}}
+}}
+@inproceedings{{moosavi2016deepfool,
+  title = {{{{DeepFool}}: a simple and accurate method to fool deep neural networks}},
+  author = {{Moosavi-Dezfooli, Seyed-Mohsen and Fawzi, Alhussein and Frossard, Pascal}},
+  booktitle = {{IEEE Conference on Computer Vision and Pattern Recognition}},
+  year = {{2016}}
+}}"""

@@ -1,0 +1,136 @@
+"""A made-up study folder, exactly as the records contract in docs/design.md has it."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+BUDGETS = [("fgsm", 0.05), ("fgsm", 0.1), ("fgsm", 0.2), ("pgd", 0.1)]
+
+
+class Maker:
+    """Write the records of networks whose robustness rises and then falls with sparsity."""
+
+    def __init__(self, out, images, rng):
+        self.out, self.images, self.rng = out, images, rng
+        self.ease = rng.normal(size=images)  # an easy image is easy for every network
+        self.labels = rng.integers(0, 10, size=images)
+        self.clean = rng.random((6, 1, 28, 28)).astype(np.float32)
+        (out / "records").mkdir(parents=True)
+        (out / "objects").mkdir()
+
+    def record(self, stage, inputs, metrics=None, *, series=None, flags=(), error=None, tensors=None):
+        text = json.dumps([stage, inputs], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        held = None
+        if tensors is not None:
+            held = {"file": f"{key}.safetensors", "sha256": "0" * 64}
+            save_file(tensors, self.out / "objects" / held["file"])
+        record = {
+            "schema": 1,
+            "key": key,
+            "stage": stage,
+            "inputs": inputs,
+            "metrics": metrics or {},
+            "series": series or {},
+            "flags": list(flags),
+            "error": error,
+            "object": held,
+            "environment": {"torch": "2.13.0"},
+            "times": {"seconds": 1.5},
+            "sha256": "0" * 64,
+        }
+        (self.out / "records" / f"{key}.json").write_text(json.dumps(record))
+        return key
+
+    def network(self, seed, method, sparsity):
+        """Write one network's records and return their keys."""
+        gain = 1.2 * sparsity - 8 * max(0.0, sparsity - 0.95) ** 0.6 + 0.05 * self.rng.normal()
+        gain *= 0.2 if method == "random" else 1.0
+        who = {"seed": seed, "method": method, "sparsity": sparsity}
+        correct = self.ease + 0.3 * self.rng.normal(size=self.images) > -2.0 + 4 * max(0.0, sparsity - 0.95)
+        kept = (self.rng.random((300, 784)) >= sparsity).astype(np.uint8)
+        keys = [
+            self.record("train", who | {"epochs": 2}, {"loss": 0.1}, series={"loss": [0.5, 0.1]}),
+            self.record(
+                "measure",
+                who,
+                {
+                    "accuracy": float(correct.mean()),
+                    "sparsity": sparsity,
+                    "sparsity_total": sparsity * 0.99,
+                    "macs": 266200 * (1 - sparsity),
+                    "macs_dense": 266200,
+                    "bytes_dense": 1066440,
+                    "bytes_sparse": 1066440 * max(0.01, 1.2 * (1 - sparsity)),
+                    "activation_sparsity": 0.6,
+                },
+                series={"density": {"fc1.weight": 1 - sparsity, "fc2.weight": (1 - sparsity) ** 0.5}},
+                tensors={
+                    "correct": correct.astype(np.uint8),
+                    "first_mask": kept,
+                    "first_weight": (kept * self.rng.normal(size=kept.shape)).astype(np.float32),
+                },
+            ),
+        ]
+        for name, eps in BUDGETS:
+            margin = self.ease + gain + 1.5 - 15 * eps - (0.4 if name == "pgd" else 0.0)
+            robust = correct & (margin + 0.3 * self.rng.normal(size=self.images) > 0)
+            keys += self.attack(who, {"name": name, "norm": "linf", "eps": eps, "label": name}, correct, ~robust)
+        far = np.where(correct, np.exp(0.3 * self.ease + 0.2 * gain), 0.0).astype(np.float32)
+        far[0] = np.inf  # one image on which the attack fails
+        deepfool = {"name": "deepfool", "norm": "l2", "eps": None, "label": "deepfool"}
+        return keys + self.attack(who, deepfool, correct, np.isfinite(far), far)
+
+    def attack(self, who, attack, correct, success, distance=None):
+        """Write one attack's records, in two shards."""
+        far = np.where(success, 0.1, np.inf).astype(np.float32) if distance is None else distance
+        keys, half = [], self.images // 2
+        for start, stop in ((0, half), (half, self.images)):
+            part = slice(start, stop)
+            tensors = {
+                "clean_correct": correct[part].astype(np.uint8),
+                "success": success[part].astype(np.uint8),
+                "distance": far[part],
+                "label": self.labels[part],
+            }
+            if start == 0:
+                noise = 0.1 * np.sign(self.rng.normal(size=self.clean.shape)).astype(np.float32)
+                tensors |= {"clean": self.clean, "perturbed": np.clip(self.clean + noise, 0, 1)}
+            inputs = who | {"attack": attack, "split": "test", "start": start, "stop": stop}
+            metrics = {"forwards": 100, "backwards": 50, "robust_accuracy": None}
+            keys.append(self.record("attack", inputs, metrics, tensors=tensors))
+        return keys
+
+
+@pytest.fixture(scope="session")
+def make_study(tmp_path_factory):
+    """Return a function that writes a made-up study and returns its folder."""
+
+    def make(*, seeds=3, images=200, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99), methods=("gradual",), classes=None):
+        out = tmp_path_factory.mktemp("study")
+        maker = Maker(out, images, np.random.default_rng(0))
+        cells = []
+        for seed in range(seeds):
+            wanted = [("reference", 0.0), ("control", 0.0)] + [(m, s) for m in methods for s in sparsities]
+            cells += [{"seed": seed, "method": m, "sparsity": s, "tasks": maker.network(seed, m, s)} for m, s in wanted]
+        plan = {
+            "schema": 1,
+            "plan": {"name": "made-up", "data": "mnist-5k", "model": "lenet-300-100", "seeds": seeds},
+            "environment": {"python": "3.11", "torch": "2.13.0", "platform": "Linux"},
+            "command": "sparring study made-up",
+            "classes": classes or [str(k) for k in range(10)],
+            "cells": cells,
+        }
+        (out / "plan.json").write_text(json.dumps(plan))
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def study_folder(make_study):
+    """A small complete study; tests must not change it."""
+    return make_study()

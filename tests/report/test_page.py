@@ -1,0 +1,147 @@
+"""The page and its files, from a made-up study."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from sparring import report
+from sparring.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def page(study_folder):
+    return report.write(study_folder).read_text()
+
+
+class Balance(HTMLParser):
+    """Collect what is wrong with the nesting of elements, and every address and identifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.wrong, self.ids, self.addresses, self.text = [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in {"meta", "img", "input"}:
+            self.open.append(tag)
+        self.ids += [v for k, v in attrs if k == "id"]
+        self.addresses += [v for k, v in attrs if k in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parsed(page):
+    found = Balance()
+    found.feed(page)
+    return found
+
+
+def test_the_page_is_well_formed_and_refers_to_nothing_outside(page):
+    found = parsed(page)
+    assert not found.wrong
+    assert not found.open
+    assert all(a.startswith(("data:image/png;base64,", "#")) for a in found.addresses)
+    assert len(set(found.ids)) == len(found.ids)
+    assert len(page) < 3_000_000
+
+
+def test_every_figure_is_a_file_too(study_folder, page):
+    drawn = {path.stem for path in (study_folder / "figures").glob("*.svg")}
+    assert {path.stem for path in (study_folder / "figures").glob("*.png")} == drawn
+    assert {"accuracy", "accuracy-gain", "fgsm-linf-0.1", "worst-linf-0.1", "distance-deepfool-l2"} <= drawn
+    assert page.count('<svg role="group"') == len(drawn)
+
+
+def test_the_page_says_what_a_reader_must_be_able_to_name(page):
+    text = " ".join(parsed(page).text)
+    for part in ("Sweet spot", "strongest attack", "over-sparsified", "indicative", "sparring study made-up", "Holm"):
+        assert part in text
+
+
+def test_results_csv_has_a_row_a_network_and_metric(study_folder, page):
+    with (study_folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    accuracy = [row for row in rows if row["metric"] == "accuracy"]
+    assert len(accuracy) == 3 * 8
+    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in accuracy)
+
+
+def test_the_ledger_is_written_as_rows(study_folder, page):
+    rows = json.loads((study_folder / "ledger.json").read_text())
+    assert {"claim", "verdict", "estimate", "low", "high", "p", "seeds", "images", "study"} <= set(rows[0])
+    assert {row["verdict"] for row in rows} <= {"reproduced", "contradicted", "undecided"}
+
+
+def test_writing_twice_gives_the_same_bytes(study_folder, page):
+    assert report.write(study_folder).read_text() == page
+
+
+def test_hostile_names_stay_text(make_study):
+    hostile = "</script><img src=x onerror=alert(1)>'\"&"
+    out = make_study(seeds=1, images=60, sparsities=(0.5, 0.9), methods=(hostile,), classes=[hostile] * 10)
+    page = report.write(out).read_text()
+    found = parsed(page)
+    assert not found.wrong
+    assert "<img src=x" not in page
+    assert page.count("<script>") == page.count("</script>") == 1
+    assert hostile in report.verdict(out) or "methods" not in report.verdict(out)
+
+
+def test_one_seed_is_said_to_cover_images_only(make_study):
+    out = make_study(seeds=1, images=80, sparsities=(0.5, 0.9))
+    assert "1 seed, so intervals cover the images only" in report.write(out).read_text()
+    assert "1 seed (indicative)" in report.verdict(out)
+
+
+def test_unfinished_studies_show_what_there_is(make_study):
+    out = make_study(seeds=2, images=60, sparsities=(0.5, 0.9))
+    plan = json.loads((out / "plan.json").read_text())
+    for cell in plan["cells"]:
+        if cell["sparsity"] == 0.9 and cell["seed"] == 1:
+            for key in cell["tasks"]:
+                (out / "records" / f"{key}.json").unlink()
+    page = report.write(out).read_text()
+    assert "tasks have no record yet" in page
+    assert "90% left out: not all seeds are there" in page
+
+
+def test_a_plan_without_any_record_still_makes_a_page(make_study):
+    out = make_study(seeds=1, images=60, sparsities=(0.5,))
+    for path in (out / "records").iterdir():
+        path.unlink()
+    assert "no sparse network yet" in report.write(out).read_text()
+
+
+def test_no_study_in_the_folder_is_a_users_error(tmp_path):
+    with pytest.raises(UserError, match=r"no plan\.json"):
+        report.write(tmp_path)
+
+
+def test_a_damaged_object_is_a_users_error(make_study):
+    out = make_study(seeds=1, images=60, sparsities=(0.5,))
+    for path in (out / "objects").iterdir():
+        path.write_bytes(b"not tensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        report.write(out)
+
+
+def test_a_record_that_points_outside_its_folder_is_refused(make_study):
+    out = make_study(seeds=1, images=60, sparsities=(0.5,))
+    plan = json.loads((out / "plan.json").read_text())
+    plan["cells"][0]["tasks"] = ["../plan"]
+    (out / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError):
+        report.write(out)
+
+
+def test_numbers_have_real_minus_signs_and_no_negative_zero(page):
+    text = " ".join(parsed(page).text)
+    assert not re.search(r"\[-\d", text)
+    assert "−0.0 " not in text
