@@ -103,6 +103,8 @@ def fit(
     state = _start(model, recipe, seed, masks, pruner)
     if checkpoint is not None and checkpoint.exists():
         load_checkpoint_(state, checkpoint)
+    if pruner is None or not pruner.dense_weights:
+        _apply_(_targets(model, state.masks))
     began, first = time.monotonic(), state.epoch
     with torch.random.fork_rng(devices=[]):
         # Layers that draw (dropout, stochastic activations) see a fresh, known stream in each epoch.

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparring.errors import UserError
+from sparring.study import Plan, presets
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_presets_load_and_go_through_json(name: str) -> None:
+    plan = Plan.load(name)
+    assert plan.name == name and presets()[name]
+    assert Plan.from_table(plan.table()) == plan
+
+
+def test_overrides_are_toml_values() -> None:
+    plan = Plan.load("quick", ["seeds=5", "data=mnist", "recipe.epochs=2", "attacks.0.eps=[0.3]", "model.width=0.5"])
+    assert (plan.seeds, plan.data, plan.recipe.epochs) == (5, "mnist", 2)
+    assert plan.attacks[0].eps == (0.3,)
+    assert plan.model.name == "lenet-300-100" and plan.model.width == 0.5
+
+
+def test_finetune_inherits_from_recipe() -> None:
+    plan = Plan.load("quick", ["recipe.weight_decay=0.25"])
+    assert plan.finetune.weight_decay == 0.25 and plan.finetune.epochs == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds = ", r"plan.toml is not valid TOML.*line 1"),
+        ("sedes = 3", r"unknown key 'sedes'; did you mean 'seeds'"),
+        ("[recipe]\nepoch = 3", r"unknown key 'recipe.epoch'; did you mean 'epochs'"),
+        ("[[attacks]]\nname = 'fgsm'\neps = [0.1]\nstep = 3", r"unknown key 'attacks.0.step'"),
+        ("seeds = 'three'", r"key 'seeds'"),
+        ("seeds = 0", r"seeds must lie between 1 and 1000"),
+        ("seeds = 99999999999999999999999", r"seeds"),
+        ("[recipe]\nlr = -1.0", r"lr must lie between"),
+        ("[recipe]\nlr = nan", r"lr must lie between"),
+        ("[recipe]\nepochs = 1.5", r"key 'recipe.epochs'"),
+        ("sparsities = [1.0]", r"a sparsity is the fraction removed"),
+        ("sparsities = [-0.5]", r"a sparsity is the fraction removed"),
+        ("model = 'lenet-301'", r"Did you mean 'lenet-300-100'"),
+        ("[[attacks]]\nname = 'fgms'", r"Did you mean 'fgsm'"),
+        ("[[attacks]]\nname = 'fgsm'\neps = [8]", r"255"),
+        ("[[attacks]]\nname = 'fgsm'\neps = [0.1]\nsteps = 3", r"no option 'steps'"),
+        ("[[pruning]]\nlabel = 'a'\n[[pruning]]\nlabel = 'a'", r"two methods bear the label 'a'"),
+        ("[[pruning]]\nlabel = 'control'", r"label 'control'"),
+        ("[[pruning]]\nscore = 'magnitud'", r"Did you mean 'magnitude'"),
+        ("pruning = []", r"prunes nothing"),
+        ("recipe = 3", r"recipe"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seeds", "KEY=VALUE"),
+        ("attacks.9.eps=[0.1]", "not a place in a list"),
+        ("seeds.deep=3", "is a value, not a table"),
+        ("seeds=[", "not a value in TOML"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Plan.load("quick", [override])
+
+
+def test_unknown_presets_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Did you mean 'quick'"):
+        Plan.load("quik")
+    with pytest.raises(UserError, match=r"nowhere\.toml"):
+        Plan.load(tmp_path / "nowhere.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="UTF-8"):
+        Plan.load(tmp_path / "binary.toml")

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparring.data import Dataset
+from sparring.errors import UserError
+from sparring.study import (
+    DataFacts,
+    Event,
+    InProcess,
+    Outcome,
+    Plan,
+    Processes,
+    Store,
+    Task,
+    execute,
+    lay_out,
+    run,
+)
+
+
+def tiny_plan(**changes: Any) -> Plan:
+    table = {
+        "name": "tiny",
+        "data": "digits",
+        "model": {"name": "mlp", "widths": [16]},
+        "seeds": 2,
+        "sparsities": [0.5, 0.9],
+        "recipe": {"epochs": 2, "lr": 0.05},
+        "finetune": {"epochs": 2},
+        "pruning": [{"label": "magnitude"}],
+        "attacks": [
+            {"name": "fgsm", "eps": [0.1], "images": 40},
+            {"name": "deepfool", "norm": "l2", "images": 40},
+        ],
+        "shard": 25,
+        "batch_size": 10,
+    }
+    return Plan.from_table({**table, **changes})
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Return every record without its times, and the bytes of every object."""
+    found: dict[str, Any] = {}
+    for path in sorted((out / "records").glob("*.json")):
+        record = json.loads(path.read_text())
+        record.pop("times")
+        found[path.name] = record
+    for path in sorted((out / "objects").glob("*.safetensors")):
+        found[path.name] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, few_digits: Dataset) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    records = run(tiny_plan(), out, dataset=few_digits, workers=0)
+    assert not [record.error for record in records if record.error]
+    return out
+
+
+def test_a_study_has_every_cell(undisturbed: Path) -> None:
+    plan = json.loads((undisturbed / "plan.json").read_text())
+    cells = {(c["seed"], c["method"], c["sparsity"]) for c in plan["cells"]}
+    methods = [("reference", 0.0), ("control", 0.0), ("magnitude", 0.5), ("magnitude", 0.9)]
+    assert cells == {(seed, *method) for seed in (0, 1) for method in methods}
+    store = Store(undisturbed)
+    stages = {
+        (c["method"], store.read(key).stage): store.read(key)  # type: ignore[union-attr]
+        for c in plan["cells"]
+        for key in c["tasks"]
+    }
+    assert stages["magnitude", "prune"].metrics["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert stages["control", "measure"].metrics["sparsity"] < 0.01  # type: ignore[operator]
+
+
+def test_a_second_run_does_nothing(undisturbed: Path, few_digits: Dataset) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (undisturbed / "records").iterdir()}
+    events: list[Event] = []
+    run(tiny_plan(), undisturbed, dataset=few_digits, workers=0, watch=events.append)
+    assert events[0].cached == events[0].total and len(events) == 1
+    assert before == {p: p.stat().st_mtime_ns for p in (undisturbed / "records").iterdir()}
+
+
+def test_workers_change_nothing(undisturbed: Path, few_digits: Dataset, tmp_path: Path) -> None:
+    run(tiny_plan(), tmp_path, dataset=few_digits, workers=3)
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+def test_a_plan_may_grow(undisturbed: Path, few_digits: Dataset, tmp_path: Path) -> None:
+    run(tiny_plan(seeds=1, sparsities=[0.5]), tmp_path, dataset=few_digits, workers=0)
+    events: list[Event] = []
+    run(tiny_plan(), tmp_path, dataset=few_digits, workers=0, watch=events.append)
+    assert events[0].cached > 5
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+def test_another_plan_is_refused(undisturbed: Path, few_digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="belongs to another plan: its recipe"):
+        run(tiny_plan(recipe={"epochs": 3}), undisturbed, dataset=few_digits, workers=0)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "x.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no plan\.json"):
+        run(tiny_plan(), tmp_path, dataset=few_digits, workers=0)
+
+
+def test_a_folder_in_use_is_refused(few_digits: Dataset, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.prepare()
+    with store.lock(), pytest.raises(UserError, match="another process"), store.lock(wait=0.1):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_named(few_digits: Dataset, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="--out"):
+        run(tiny_plan(), tmp_path / "x", dataset=few_digits, workers=0)
+
+
+def test_damaged_files_are_found_set_aside_and_made_again(
+    undisturbed: Path, few_digits: Dataset, tmp_path: Path
+) -> None:
+    run(tiny_plan(), tmp_path, dataset=few_digits, workers=0)
+    good = contents(tmp_path)
+    objects = sorted((tmp_path / "objects").iterdir())
+    records = sorted((tmp_path / "records").iterdir())
+    train = next(p for p in records if json.loads(p.read_text())["stage"] == "train")
+    weights = tmp_path / "objects" / f"{train.stem}.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    dependents = [p for p in records if train.stem in json.loads(p.read_text())["inputs"].get("parents", [])]
+    dependents[0].write_text(dependents[0].read_text()[:50])
+    changed = json.loads(dependents[1].read_text())
+    changed["metrics"]["accuracy"] = 1.0
+    dependents[1].write_text(json.dumps(changed))
+    (tmp_path / "objects" / f"{dependents[2].stem}.safetensors").unlink()
+    run(tiny_plan(), tmp_path, dataset=few_digits, workers=0)
+    assert contents(tmp_path) == good
+    assert (tmp_path / "damaged" / weights.name).exists()
+    assert len(objects) == len(sorted((tmp_path / "objects").iterdir()))
+
+
+DRIVER = """
+import sys
+sys.path[:0] = {path!r}
+from conftest import *
+from study.test_run import tiny_plan
+from sparring import data
+from sparring.data import Dataset, Split
+from sparring.study import run
+d = data.load("digits")
+cut = lambda s, n: Split(s.x[:n], s.y[:n])
+few = Dataset("few-digits", cut(d.train, 300), cut(d.valid, 60), cut(d.test, 100), d.classes, d.mean, d.std)
+run(tiny_plan(), {out!r}, dataset=few, workers=2)
+"""
+
+
+def _driver(out: Path) -> subprocess.Popen[bytes]:
+    tests = str(Path(__file__).parent.parent)
+    code = DRIVER.format(path=[tests], out=str(out))
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds workers through /proc")
+def test_killed_at_random_moments_it_ends_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    draw = random.Random(7)
+    for _ in range(4):
+        process = _driver(tmp_path)
+        deadline = time.monotonic() + 60
+        count = len(list(tmp_path.glob("records/*.json")))
+        while time.monotonic() < deadline and process.poll() is None:
+            if len(list(tmp_path.glob("records/*.json"))) > count:
+                break
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.4))
+        workers = _children(process.pid) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        time.sleep(0.2)
+        assert not [pid for pid in workers if _alive(pid)], "workers must end with their driver"
+    assert _driver(tmp_path).wait(timeout=120) == 0
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _tasks(count: int) -> list[Task]:
+    return [Task(f"{i:032x}", "train", {"i": i}, (f"{i - 1:032x}",) if i % 3 else ()) for i in range(count)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    found = Store(tmp_path)
+    found.prepare()
+    yield found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers: int) -> None:
+    flag = store.out / "mended"
+
+    def work(task: Task) -> Outcome:
+        if task.inputs["i"] == 3 and not flag.exists():
+            raise ValueError("the user's pruner raised")
+        return Outcome({"value": float(task.inputs["i"])})
+
+    def go(retry: bool = False) -> list[Any]:
+        executor = Processes(work, workers) if workers else InProcess(work)
+        try:
+            return execute(_tasks(9), store, executor, retry=retry)
+        finally:
+            executor.close()
+
+    first = go()
+    failed = [r for r in first if r.error]
+    assert len(failed) == 1 and "the user's pruner raised" in failed[0].error and "test_run.py" in failed[0].error
+    assert len(first) == 7  # two depend on the failed one
+    flag.touch()
+    assert len(go()) == 7  # not tried again unasked
+    assert [r.metrics["value"] for r in go(retry=True)] == list(range(9))
+
+
+def test_a_worker_that_dies_is_replaced(store: Store) -> None:
+    def work(task: Task) -> Outcome:
+        marker = store.out / f"died-{task.inputs['i']}"
+        if task.inputs["i"] in (1, 4) and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task.inputs["i"] == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Outcome({"value": 1.0}, tensors={"t": torch.arange(3)})
+
+    executor = Processes(work, 2)
+    try:
+        records = execute(_tasks(9), store, executor)
+    finally:
+        executor.close()
+    assert [r.error is None for r in records] == [True] * 6 + [False]
+    assert "died 3 times" in (records[-1].error or "")
+
+
+def test_keys_depend_on_what_matters_and_on_nothing_else() -> None:
+    facts = DataFacts("h", 100, 50)
+    base = {cell.tasks for cell in lay_out(tiny_plan(), facts).cells}
+
+    def keys(plan: Plan, data: DataFacts = facts) -> set[Any]:
+        return {cell.tasks for cell in lay_out(plan, data).cells}
+
+    assert keys(replace(tiny_plan(), name="other", title="x")) == base
+    assert keys(tiny_plan(seeds=3)) > base
+    relabelled = tiny_plan(pruning=[{"label": "another name"}])
+    assert keys(relabelled) == base
+    assert not keys(tiny_plan(), DataFacts("other", 100, 50)) & base
+    assert not keys(tiny_plan(recipe={"epochs": 2, "lr": 0.04})) & base
+
+
+def test_shards_cover_the_images_once() -> None:
+    work = lay_out(tiny_plan(), DataFacts("h", 100, 50))
+    spans = [
+        (task.inputs["start"], task.inputs["stop"])
+        for task in work.tasks.values()
+        if task.stage == "attack" and task.inputs["attack"]["name"] == "fgsm"
+    ]
+    assert set(spans) == {(0, 25), (25, 40)}

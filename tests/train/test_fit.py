@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparring.data import Dataset
+from sparring.errors import UserError
+from sparring.metrics import accuracy
+from sparring.models import build
+from sparring.train import Progress, Recipe, adversarial, cross_entropy, fit, learning_rate, predict, trades
+
+
+def network(data: Dataset, seed: int = 0) -> nn.Module:
+    shape = tuple(data.train.x.shape[1:])
+    return build("mlp", shape=shape, classes=10, mean=data.mean, std=data.std, widths=(32,), seed=seed)
+
+
+def half(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {n: torch.rand(p.shape, generator=generator) < 0.5 for n, p in model.named_parameters() if p.dim() > 1}
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_and_is_bit_identical(digits: Dataset) -> None:
+    states = []
+    for _ in range(2):
+        model = network(digits)
+        fit(model, *digits.train, Recipe(epochs=6, lr=0.05), seed=4)
+        states.append(state(model))
+    assert same(*states)
+    assert accuracy(predict(model, digits.test.x), digits.test.y) > 0.9
+    assert not model.training
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_masked_weights_stay_zero_through_momentum_and_decay(few_digits: Dataset, optimizer: str) -> None:
+    model = network(few_digits)
+    masks = half(model)
+    recipe = Recipe(optimizer=optimizer, lr=0.01, weight_decay=1e-2, epochs=3)  # type: ignore[arg-type]
+    seen: list[int] = []
+
+    def watching(m: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
+        named = dict(m.named_parameters())
+        seen.append(sum(int(named[n].detach()[~mask].count_nonzero()) for n, mask in masks.items()))
+        return cross_entropy(m, x, y)
+
+    fit(model, *few_digits.train, recipe, masks=masks, loss=watching)
+    assert set(seen) == {0}
+    named = dict(model.named_parameters())
+    assert all(not named[n].detach()[~mask].any() for n, mask in masks.items())
+
+
+class Behind:
+    """Keep dense weights behind fixed masks, as Dynamic Network Surgery does."""
+
+    dense_weights = True
+
+    def __init__(self) -> None:
+        self.moved = 0
+        self.start: Tensor | None = None
+
+    def __call__(self, model: nn.Module, masks: dict[str, Tensor], **unused: object) -> dict[str, Tensor]:
+        name, mask = next(iter(masks.items()))
+        weight = dict(model.named_parameters())[name].detach()
+        if self.start is not None:
+            self.moved += int((weight[~mask] != self.start).any())
+        self.start = weight[~mask].clone()
+        return masks
+
+
+def test_dense_weights_keep_learning_behind_the_mask_and_never_show(few_digits: Dataset) -> None:
+    model, pruner = network(few_digits), Behind()
+    masks = half(model)
+    visible: list[int] = []
+
+    def watching(m: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
+        named = dict(m.named_parameters())
+        visible.append(sum(int(named[n].detach()[~mask].count_nonzero()) for n, mask in masks.items()))
+        return cross_entropy(m, x, y)
+
+    fit(model, *few_digits.train, Recipe(epochs=2, lr=0.05), masks=masks, pruner=pruner, loss=watching)
+    assert set(visible) == {0}
+    assert pruner.moved > 5
+    named = dict(model.named_parameters())
+    assert all(not named[n].detach()[~mask].any() for n, mask in masks.items())
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_run_cut_short_goes_on_to_the_same_bits(few_digits: Dataset, tmp_path: Path, optimizer: str) -> None:
+    recipe = Recipe(optimizer=optimizer, lr=0.01, epochs=4)  # type: ignore[arg-type]
+    whole = network(few_digits)
+    score = lambda m: accuracy(predict(m, few_digits.valid.x), few_digits.valid.y)  # noqa: E731
+    result = fit(whole, *few_digits.train, recipe, seed=2, masks=half(whole), score=score)
+
+    def cut(progress: Progress) -> None:
+        if progress.epoch == 2:
+            raise Stop
+
+    path = tmp_path / "checkpoint.safetensors"
+    broken = network(few_digits)
+    with pytest.raises(Stop):
+        fit(broken, *few_digits.train, recipe, seed=2, masks=half(broken), score=score, checkpoint=path, progress=cut)
+    resumed = network(few_digits, seed=99)
+    again = fit(resumed, *few_digits.train, recipe, seed=2, score=score, checkpoint=path)
+    assert same(state(whole), state(resumed))
+    assert result.losses == again.losses and result.scores == again.scores
+    assert same(result.best_state, again.best_state) and result.best_epoch == again.best_epoch
+
+
+def test_a_strange_checkpoint_is_refused(few_digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    fit(network(few_digits), *few_digits.train, Recipe(epochs=1), checkpoint=path)
+    other = build("linear", shape=(1, 8, 8), classes=10, mean=few_digits.mean, std=few_digits.std)
+    with pytest.raises(UserError, match="not a checkpoint of this"):
+        fit(other, *few_digits.train, Recipe(epochs=1), checkpoint=path)
+
+
+def test_divergence_is_said(few_digits: Dataset) -> None:
+    with pytest.raises(UserError, match="diverged"):
+        fit(network(few_digits), *few_digits.train, Recipe(epochs=3, lr=1e3, weight_decay=1.0))
+
+
+@pytest.mark.parametrize("loss", [adversarial(eps=0.1, steps=3), trades(eps=0.1, steps=3)])
+def test_adversarial_losses_train_and_keep_the_mode(few_digits: Dataset, loss: object) -> None:
+    model = network(few_digits)
+    result = fit(model, *few_digits.train, Recipe(epochs=2, lr=0.05), loss=loss)  # type: ignore[arg-type]
+    assert result.losses[-1] < result.losses[0]
+    model.train()
+    loss(model, few_digits.test.x[:4].float() / 255, few_digits.test.y[:4], None)  # type: ignore[operator]
+    assert model.training
+
+
+def test_adversarial_loss_refuses_units_of_255() -> None:
+    with pytest.raises(UserError, match="255"):
+        adversarial(eps=8)
+
+
+def test_augmentation_crops_and_flips() -> None:
+    from sparring.train.loop import _augment
+
+    image = torch.arange(64.0).view(1, 1, 8, 8).expand(200, 1, 8, 8)
+    out = _augment(image, torch.Generator().manual_seed(0))
+    assert out.shape == image.shape
+    # The centre of an image stays inside every crop: each output holds it, some mirrored, some not.
+    ordered = [int((o.diff(dim=-1) == 1).sum()) > int((o.diff(dim=-1) == -1).sum()) for o in out[:, 0]]
+    assert 60 < sum(ordered) < 140
+
+
+def test_learning_rates() -> None:
+    recipe = Recipe(lr=1.0, schedule="linear", warmup=0.1)
+    rates = [learning_rate(recipe, step, 100) for step in range(100)]
+    assert max(rates) <= 1.0 and rates[0] < 0.1 and rates[-1] < 0.02
+    assert rates.index(max(rates)) in (9, 10)
+    constant = Recipe(lr=0.5, schedule="constant")
+    assert {learning_rate(constant, step, 10) for step in range(10)} == {0.5}
+
+
+@pytest.mark.parametrize("field", [{"lr": -1.0}, {"epochs": -1}, {"batch_size": 0}, {"optimizer": "sdg"}])
+def test_bad_recipes_are_refused(field: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="recipe"):
+        Recipe(**field)  # type: ignore[arg-type]
