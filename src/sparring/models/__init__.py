@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .layers import Normalise, Residual
-from .registry import MODELS, build, import_object, load_weights_
+from .registry import MODELS, build, load_weights_
 from .saved import Blueprint, load_model, save_model
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Normalise",
     "Residual",
     "build",
-    "import_object",
     "load_model",
     "load_weights_",
     "save_model",

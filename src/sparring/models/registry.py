@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import UnknownNameError, UserError
+from ..plugins import import_object
 from .architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, vgg_like
 
-__all__ = ["MODELS", "build", "import_object", "load_weights_"]
+__all__ = ["MODELS", "build", "load_weights_"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "linear": linear,
@@ -72,28 +70,6 @@ def _user_factory(name: str) -> Callable[..., nn.Module]:
         raise UnknownNameError("model", name, MODELS)
     factory: Callable[..., nn.Module] = import_object(name)
     return factory
-
-
-def import_object(path: str) -> Any:
-    """Import what "package.module:name" names, looking in the current folder too; it runs the user's code.
-
-    Raise UserError if the module cannot be imported, does not have the name, or the object cannot be called.
-    """
-    module_name, _, attribute = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
-        raise UserError(f"cannot import '{module_name}' for '{path}': {type(error).__name__}: {error}") from error
-    try:
-        found = getattr(module, attribute)
-    except AttributeError as error:
-        raise UserError(f"module '{module_name}' has no '{attribute}'") from error
-    if not callable(found):
-        raise UserError(f"'{path}' is not a function")
-    return found
 
 
 def _parameters(factory: Callable[..., nn.Module]) -> set[str] | None:

@@ -1,0 +1,34 @@
+"""A user's own models, pruners and attacks, named "package.module:name"."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+__all__ = ["import_object"]
+
+
+def import_object(path: str) -> Any:
+    """Import what "package.module:name" names, looking in the current folder too; it runs the user's code.
+
+    Raise UserError if the module cannot be imported, does not have the name, or the object cannot be called.
+    """
+    module_name, _, attribute = path.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module may raise anything while it is imported
+        raise UserError(f"cannot import '{module_name}' for '{path}': {type(error).__name__}: {error}") from error
+    try:
+        found = getattr(module, attribute)
+    except AttributeError as error:
+        raise UserError(f"module '{module_name}' has no '{attribute}'") from error
+    if not callable(found):
+        raise UserError(f"'{path}' is not a function")
+    return found
