@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .allocation import erdos_renyi_kernel, uniform
 from .contracts import Batch, Loss, Masks, Pruner, Score, Scores, Stateful
+from .learned import hydra, movement
 from .masks import (
     CollapsedLayerWarning,
     Counts,
@@ -15,16 +16,23 @@ from .masks import (
     prunable,
     sparsity_of,
 )
-from .pruners import cubic, gradual, one_shot
-from .rules import Rule, first_and_last
+from .pruners import bernoulli, gradual, one_shot, proximal
+from .registry import METHODS, STRUCTURES, PruningSpec, build_pruner
+from .regrow import rigged_lottery, sparse_evolution
+from .rewinding import iterative
+from .rules import Rule, check_reached
+from .schedule import cubic
 from .scores import SCORES, magnitude, random, snip, taylor, wanda
 from .selection import SCOPES, select
 from .structures import NM, Blocks, Channels, Structure, Unstructured
+from .surgery import dynamic_network_surgery
 
 __all__ = [
+    "METHODS",
     "NM",
     "SCOPES",
     "SCORES",
+    "STRUCTURES",
     "Batch",
     "Blocks",
     "Channels",
@@ -33,6 +41,7 @@ __all__ = [
     "Loss",
     "Masks",
     "Pruner",
+    "PruningSpec",
     "Rule",
     "Score",
     "Scores",
@@ -41,19 +50,28 @@ __all__ = [
     "Unstructured",
     "all_ones",
     "apply_",
+    "bernoulli",
+    "build_pruner",
     "check_masks",
+    "check_reached",
     "collapsed",
     "counts",
     "cubic",
+    "dynamic_network_surgery",
     "erdos_renyi_kernel",
-    "first_and_last",
     "gradual",
+    "hydra",
+    "iterative",
     "magnitude",
+    "movement",
     "one_shot",
+    "proximal",
     "prunable",
     "random",
+    "rigged_lottery",
     "select",
     "snip",
+    "sparse_evolution",
     "sparsity_of",
     "taylor",
     "uniform",

@@ -40,7 +40,9 @@ class Pruner(Protocol):
     """Change masks while a network trains: one shape for one-shot, gradual and dynamic methods.
 
     The training loop calls it after every optimiser step, with `p.grad` still the dense gradient of that step. It may
-    change weights in place. Where nothing changes it returns the very masks it was given.
+    change weights in place. Where nothing changes it returns the very masks it was given. It may also have `exact`
+    (False: it ends at a sparsity of its own), `rule` (which weights its sparsity is of), `cycles` (the learning rate
+    starts anew in each of so many equal parts) and `series()` (numbers over the steps, for the record).
     """
 
     @property

@@ -1,47 +1,22 @@
-"""Pruners that follow a schedule: one-shot, gradual, proximal."""
+"""Pruners without a memory: gradual and one-shot by any score, random with Bernoulli masks, proximal."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.functional import softshrink
 
 from ..errors import UserError
 from .contracts import Batch, Loss, Masks, Pruner, Score
-from .masks import apply_, sparsity_of
+from .masks import apply_, sparsity_of, warn_of_collapse
 from .rules import Rule
+from .schedule import check_every, check_sparsity, check_window, cubic, due, require_unstructured, window
+from .scores import magnitude
 
-__all__ = ["cubic", "gradual", "one_shot"]
-
-
-def cubic(progress: float, final: float, initial: float = 0.0) -> float:
-    """Return the sparsity when the fraction `progress` of the schedule is over (Zhu & Gupta 2017, equation 1)."""
-    left = 1.0 - min(max(progress, 0.0), 1.0)
-    return final + (initial - final) * left**3
-
-
-def window(start: float, stop: float, steps: int) -> tuple[int, int]:
-    """Return the first and the last step of the part [start, stop] of a training; the last is never step `steps`."""
-    last = min(steps - 1, max(0, math.ceil(stop * steps) - 1))
-    return min(math.floor(start * steps), last), last
-
-
-def check_window(start: float, stop: float) -> None:
-    """Raise UserError unless 0 <= start <= stop <= 1."""
-    if not 0 <= start <= stop <= 1:
-        raise UserError(
-            f"pruning goes from start to stop, fractions of the training with start <= stop, not {start}, {stop}"
-        )
-
-
-def check_sparsity(sparsity: float | Mapping[str, float]) -> None:
-    """Raise UserError unless the sparsity, or each of them, is in [0, 1)."""
-    for value in sparsity.values() if isinstance(sparsity, Mapping) else (sparsity,):
-        if not 0 <= value < 1:
-            raise UserError(f"sparsity is the fraction removed, at least 0 and below 1, not {value}")
+__all__ = ["bernoulli", "gradual", "one_shot", "proximal"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +40,9 @@ class _Gradual:
         loss: Loss,
         generator: torch.Generator,
     ) -> Masks:
-        first, last = window(self.start, self.stop, steps)
-        if not first <= step <= last or ((step - first) % self.every and step != last):
+        progress = due(step, *window(self.start, self.stop, steps), self.every)
+        if progress is None:
             return masks
-        progress = 1.0 if step == last else (step - first) / (last - first)
         scores = self.score(model, batch, loss=loss, generator=generator)
         masks = self.rule.masks(model, scores, self._target(masks, progress), masks=masks, batch=batch)
         apply_(model, masks)
@@ -103,8 +77,7 @@ def gradual(
     """
     check_window(start, stop)
     check_sparsity(sparsity)
-    if every < 1:
-        raise UserError(f"every is a number of optimiser steps, at least 1, not {every}")
+    check_every(every)
     return _Gradual(score, sparsity, start, stop, every, rule or Rule())
 
 
@@ -113,3 +86,94 @@ def one_shot(
 ) -> Pruner:
     """Prune once, when the fraction `at` of the training is over; what remains is fine-tuning."""
     return gradual(score, sparsity, start=at, stop=at, rule=rule)
+
+
+@dataclass(frozen=True)
+class _Bernoulli:
+    sparsity: float | Mapping[str, float]
+    at: float
+    rule: Rule
+    exact: bool = field(default=False, init=False)
+    dense_weights: bool = field(default=False, init=False)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        masks: Masks,
+        *,
+        step: int,
+        steps: int,
+        batch: Batch,
+        loss: Loss,
+        generator: torch.Generator,
+    ) -> Masks:
+        if step != window(self.at, self.at, steps)[1]:
+            return masks
+        new = dict(masks)
+        for name, mask in self.rule.open(masks).items():
+            drop = self.sparsity.get(name, 0.0) if isinstance(self.sparsity, Mapping) else self.sparsity
+            draw = torch.rand(mask.shape, generator=generator, device=generator.device).to(mask.device)
+            new[name] = mask & (draw >= drop)
+        warn_of_collapse(new, masks)
+        apply_(model, new)
+        return new
+
+
+def bernoulli(sparsity: float | Mapping[str, float], *, at: float = 0.0, rule: Rule | None = None) -> Pruner:
+    """Drop every weight independently with probability `sparsity` (by layer, if a mapping): the theorem's masks.
+
+    The sparsity is that of the expectation; read what was drawn from the masks. Of the rule only `spare` is used.
+    """
+    check_sparsity(sparsity)
+    check_window(at, at)
+    rule = rule or Rule()
+    require_unstructured(rule, "Bernoulli masking")
+    return _Bernoulli(sparsity, at, rule)
+
+
+@dataclass(frozen=True)
+class _Proximal:
+    then: Pruner
+    strength: float
+    start: float
+    stop: float
+    rule: Rule
+    dense_weights: bool = field(default=False, init=False)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        masks: Masks,
+        *,
+        step: int,
+        steps: int,
+        batch: Batch,
+        loss: Loss,
+        generator: torch.Generator,
+    ) -> Masks:
+        first, last = window(self.start, self.stop, steps)
+        if first <= step <= last:
+            for name in self.rule.open(masks):
+                weight = model.get_parameter(name).detach()
+                weight.copy_(softshrink(weight, self.strength))
+        return self.then(model, masks, step=step, steps=steps, batch=batch, loss=loss, generator=generator)
+
+
+def proximal(
+    sparsity: float | Mapping[str, float],
+    *,
+    strength: float = 1e-5,
+    start: float = 0.0,
+    stop: float = 0.6,
+    rule: Rule | None = None,
+) -> Pruner:
+    """Train with an l_1 penalty by proximal steps, then keep the largest weights (Parikh & Boyd 2014, section 6.5.2).
+
+    After every optimiser step from start to stop, all weights move towards zero by `strength` (learning rate ×
+    penalty) and stop there; at `stop` the network is pruned to `sparsity` by magnitude, and fine-tuned from then on.
+    """
+    check_window(start, stop)
+    if strength < 0:
+        raise UserError(f"strength is by how much a step shrinks every weight, at least 0, not {strength}")
+    rule = rule or Rule()
+    return _Proximal(one_shot(magnitude, sparsity, at=stop, rule=rule), strength, start, stop, rule)

@@ -7,33 +7,40 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..errors import UnknownNameError
-from .contracts import Batch, Masks, Scores
-from .masks import prunable
+from ..errors import UnknownNameError, UserError
+from .contracts import Batch, Masks, Pruner, Scores
 from .selection import select
-from .structures import Structure, Unstructured
+from .structures import Channels, Structure, Unstructured
 
-__all__ = ["Rule", "first_and_last"]
+__all__ = ["Rule", "check_reached"]
 
 
 @dataclass(frozen=True)
 class Rule:
     """Hold the options of `select` that stay the same from step to step.
 
-    `spare` names weights that are never pruned; sparsities are fractions of the other weights.
+    `spare` names weights that are never pruned, `spare_first` and `spare_last` mean the first and last in the model's
+    order; sparsities are fractions of the other weights.
     """
 
     scope: str = "global"
     structure: Structure = field(default_factory=Unstructured)
     floor: float = 0.0
     spare: Collection[str] = ()
+    spare_first: bool = False
+    spare_last: bool = False
 
     def open(self, masks: Masks) -> Masks:
         """Return the masks of the weights that may be pruned."""
+        weights = {name: mask for name, mask in masks.items() if mask.dim() > 1}
         for name in self.spare:
-            if name not in masks:
-                raise UnknownNameError("layer", name, masks)
-        return {name: mask for name, mask in masks.items() if name not in self.spare and mask.dim() > 1}
+            if name not in weights:
+                raise UnknownNameError("layer", name, weights)
+        names = list(weights)
+        spared = {*self.spare, *names[: self.spare_first], *names[len(names) - self.spare_last :]}
+        if len(spared) == len(names):
+            raise UserError("every layer is spared: nothing is left to prune")
+        return {name: mask for name, mask in weights.items() if name not in spared}
 
     def masks(
         self,
@@ -58,8 +65,23 @@ class Rule:
         )
         return {**masks, **new}
 
+    def tolerance(self, masks: Masks) -> float:
+        """Return by how many weights the masks may miss a sparsity: half a unit, for each layer that counts alone."""
+        sizes = self.structure.sizes(self.open(masks)).values()
+        return max(sizes) / 2 if self.scope == "global" else sum(sizes) / 2
 
-def first_and_last(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the first and the last prunable weight, the ones most often spared."""
-    names = list(prunable(model))
-    return tuple(dict.fromkeys((names[0], names[-1]))) if names else ()
+
+def check_reached(pruner: Pruner, masks: Masks, sparsity: float) -> None:
+    """Raise UserError unless a pruner removed what was asked of it, to one unit of its structure.
+
+    A pruner's `rule`, if it has one, says which weights count. Not checked are pruners that say they are not `exact`,
+    and channels: which of them can go together, only the network's graph knows, and `select` has seen to it.
+    """
+    rule = getattr(pruner, "rule", Rule())
+    if not getattr(pruner, "exact", True) or isinstance(rule.structure, Channels):
+        return
+    counted = rule.open(masks)
+    total = sum(mask.numel() for mask in counted.values())
+    removed = sum(int((~mask).sum()) for mask in counted.values())
+    if abs(removed - sparsity * total) > rule.tolerance(masks) + 0.5:
+        raise UserError(f"the pruner removed {removed} of {total} weights where {sparsity:.4%} was asked")

@@ -14,7 +14,7 @@ from .contracts import Masks, Scores
 from .masks import warn_of_collapse
 from .structures import Structure, Unstructured
 
-__all__ = ["ALLOCATIONS", "SCOPES", "select"]
+__all__ = ["ALLOCATIONS", "SCOPES", "largest", "select"]
 
 ALLOCATIONS = {"layer": uniform, "erk": erdos_renyi_kernel}
 SCOPES = ("global", *ALLOCATIONS)
@@ -108,7 +108,7 @@ def _keep(units: Sequence[Tensor], sizes: Sequence[int], sparsity: float, where:
         raise UserError(
             f"{where} cannot be {sparsity:.4%} sparse: structure and floor protect {protected / total:.4%} of it"
         )
-    return _largest(units, total - removed)
+    return largest(units, total - removed)
 
 
 def _removed_of_unequal(units: Sequence[Tensor], sizes: Sequence[int], wanted: float) -> int:
@@ -119,7 +119,7 @@ def _removed_of_unequal(units: Sequence[Tensor], sizes: Sequence[int], wanted: f
     return int((removed - wanted).abs().argmin())
 
 
-def _largest(units: Sequence[Tensor], keep: int) -> list[Tensor]:
+def largest(units: Sequence[Tensor], keep: int) -> list[Tensor]:
     """Return masks of the `keep` largest values over all tensors; among equal ones the first."""
     total = sum(unit.numel() for unit in units)
     if keep in (0, total):

@@ -1,0 +1,90 @@
+"""Words of a plan become pruners, or a refusal that says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparring.errors import UserError
+from sparring.sparsity import (
+    METHODS,
+    SCORES,
+    STRUCTURES,
+    Pruner,
+    PruningSpec,
+    all_ones,
+    apply_,
+    build_pruner,
+    sparsity_of,
+)
+
+
+def prune(pruner: Pruner, steps: int = 12) -> float:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    masks, generator = all_ones(model), torch.Generator().manual_seed(0)
+    for step in range(steps):
+        batch = torch.rand(8, 1, 4, 4, generator=generator), torch.randint(8, (8,), generator=generator)
+        model.zero_grad()
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        loss = lambda m, x, y, g: F.cross_entropy(m(x), y)  # noqa: E731
+        masks = pruner(model, masks, step=step, steps=steps, batch=batch, loss=loss, generator=generator)
+        if not pruner.dense_weights:
+            apply_(model, masks)
+    return sparsity_of(masks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reaches_its_sparsity(method: str) -> None:
+    tolerance = 0.2 if method == "bernoulli" else 0.005
+    assert prune(build_pruner(PruningSpec(method=method), 0.5)) == pytest.approx(0.5, abs=tolerance)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("method", ["one-shot", "gradual", "iterative"])
+@pytest.mark.parametrize("structure", sorted(set(STRUCTURES) - {"channels"}))
+def test_scores_structures_and_schedules_are_orthogonal(score: str, method: str, structure: str) -> None:
+    spec = PruningSpec(method=method, score=score, structure=structure, floor=0.01)
+    assert prune(build_pruner(spec, 0.5), steps=6) == pytest.approx(0.5, abs=0.021)
+
+
+def test_a_users_own_score_and_pruner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_pruning.py").write_text(
+        "from sparring.sparsity import gradual, prunable\n"
+        "def small_ones(model, batch=None, *, loss=None, generator=None):\n"
+        "    return {name: -w.detach().abs() for name, w in prunable(model).items()}\n"
+        "def backwards(sparsity):\n"
+        "    return gradual(small_ones, sparsity)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert prune(build_pruner(PruningSpec(score="my_pruning:small_ones"), 0.5)) == 0.5
+    assert prune(build_pruner(PruningSpec(method="my_pruning:backwards"), 0.25)) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("spec", "sparsity", "reason"),
+    [
+        (PruningSpec(method="gradul"), 0.5, "Did you mean 'gradual'"),
+        (PruningSpec(score="magnitud"), 0.5, "Did you mean 'magnitude'"),
+        (PruningSpec(structure="2:5"), 0.5, "unknown structure"),
+        (PruningSpec(scope="layers"), 0.5, "Did you mean 'layer'"),
+        (PruningSpec(method="set", score="magnitude"), 0.5, "'set' has no option 'score'"),
+        (PruningSpec(rounds=3), 0.5, "'gradual' has no option 'rounds'"),
+        (PruningSpec(method="dns", structure="channels"), 0.5, "cannot keep the structure"),
+        (PruningSpec(method="dns", c_rate=1.0), 0.5, "give one of them"),
+        (PruningSpec(structure="2:4", scope="erk"), 0.5, "cannot be allocated by 'erk'"),
+        (PruningSpec(layers={"a": 0.5}, scope="erk"), None, "has no meaning"),
+        (PruningSpec(method="set", layers={"a": 0.5}), None, "one sparsity for the network"),
+        (PruningSpec(), None, "needs a sparsity"),
+        (PruningSpec(), 1.5, "fraction removed"),
+        (PruningSpec(method="os:getcwd"), 0.5, "must take the keyword 'sparsity'"),
+        (PruningSpec(score="nowhere:at_all"), 0.5, "cannot import 'nowhere'"),
+    ],
+)
+def test_refusals_name_their_reason(spec: PruningSpec, sparsity: float | None, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        build_pruner(spec, sparsity)
