@@ -305,6 +305,8 @@ def _zip_members(
             # bzip2 and lzma unpack without a bound on what one call may return.
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise _Refused(f"{info.filename!r} is packed by a method other than deflate")
+            if info.flag_bits & 1:
+                raise _Refused(f"{info.filename!r} is encrypted")
             if not info.is_dir() and wanted(info.filename):
                 with archive.open(info) as member:
                     data = member.read(info.file_size)  # a plain read() unpacks all there is, whatever was declared
@@ -365,8 +367,8 @@ def _safetensors() -> _TensorFormat:
 def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * MIB) -> dict[str, Tensor]:
     """Read a safetensors file of at most `limit` bytes into memory; nothing in it is ever executed.
 
-    Raises UserError, naming the file, if it is missing, truncated or malformed, or, with `finite`, if a tensor holds
-    NaN or infinity.
+    Raises UserError, naming the file, if it is missing, truncated or malformed, if a tensor has more than 8 dimensions
+    or, with `finite`, holds NaN or infinity.
     """
     data = read_bounded(path, limit=limit)
     header = int.from_bytes(data[:8], "little")
@@ -377,6 +379,8 @@ def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * 
     except Exception as error:  # the format's own error type, and whatever an absurd header makes of torch
         raise UserError(f"{path} is not a sound safetensors file ({error}); get it or make it again") from error
     for name, tensor in tensors.items():
+        if tensor.dim() > 8:  # torch takes minutes over one of 100,000
+            raise UserError(f"tensor {name!r} in {path} has {tensor.dim()} dimensions; at most 8 make sense")
         if finite and tensor.dtype.is_floating_point and not tensor.isfinite().all():
             raise UserError(f"tensor {name!r} in {path} holds NaN or infinity; the run that made it has diverged")
     return tensors

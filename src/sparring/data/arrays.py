@@ -19,29 +19,31 @@ __all__ = ["load_arrays"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NEEDED = ("x_train", "y_train", "x_test", "y_test")
+MOST = 512 << 20
 OPTIONAL = ("x_valid", "y_valid", "class_names")
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def load_arrays(path: Path, name: str) -> Dataset:
-    """Load an .npz of at most 1 GiB; nothing in it is ever unpickled.
+    """Load an .npz of at most 512 MiB, unpacked; nothing in it is ever unpickled.
 
     Images x are uint8, (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3; labels y are integers (N,) or (N, 1)
     from 0 to classes - 1, each of which occurs in y_train. Without x_valid and y_valid every tenth training image of a
     class is held out. Raises DataError, naming file and key, for anything else.
     """
     try:
-        members = safe_members(path, wanted=_key_known, max_member=1 << 30, max_files=1_000)
+        members = safe_members(path, wanted=_key_known, max_bytes=MOST, max_member=MOST, max_files=1_000)
         arrays = {member.removesuffix(".npy"): _array(data, member, path) for member, data in members}
     except UserError as error:
         raise DataError(str(error)) from error
-    for key in NEEDED:
+    needed = NEEDED + (("x_valid", "y_valid") if arrays.keys() & {"x_valid", "y_valid"} else ())
+    for key in needed:
         if key not in arrays:
-            raise DataError(f"{path} has no array '{key}'; it needs {', '.join(NEEDED)}")
+            raise DataError(f"{path} has no array '{key}'; it needs {', '.join(needed)}")
     train = Split(_images(arrays["x_train"], "x_train", path), _labels(arrays["y_train"], "y_train", path))
     test = Split(_images(arrays["x_test"], "x_test", path), _labels(arrays["y_test"], "y_test", path))
     classes = _count_classes(train.y, path)
-    if "x_valid" in arrays and "y_valid" in arrays:
+    if "x_valid" in arrays:
         valid = Split(_images(arrays["x_valid"], "x_valid", path), _labels(arrays["y_valid"], "y_valid", path))
     else:
         _check_lengths(train, path)
@@ -61,18 +63,18 @@ def _array(data: bytes, member: str, path: Path) -> Array:
     file = io.BytesIO(data)
     try:
         shape, fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
-        kind, size = dtype.kind, math.prod(shape) * dtype.itemsize
+        whole = min(shape, default=0) >= 0 and math.prod(shape) * dtype.itemsize == len(data) - file.tell()
+        if whole and dtype.kind in "uiU":
+            flat = np.frombuffer(data, dtype, offset=file.tell())
+            return flat.reshape(shape, order="F" if fortran else "C")
     except Exception as error:  # the header is a Python literal: a hostile one fails in any way
-        raise DataError(f"{member} in {path} is not a sound array ({error}); make it again") from error
-    if kind not in "uiU":
+        raise DataError(f"{member} in {path} is not a sound array; make it again") from error
+    if whole:
         raise DataError(
             f"{member} in {path} has the type {dtype}; images must be uint8 from 0 to 255, labels integers, class "
             "names text"
         )
-    if size != len(data) - file.tell():
-        raise DataError(f"{member} in {path} is truncated, or its header lies about its shape {shape}; make it again")
-    flat = np.frombuffer(data, dtype, offset=file.tell())
-    return flat.reshape(shape, order="F" if fortran else "C")
+    raise DataError(f"{member} in {path} is truncated, or its header lies about its shape {shape}; make it again")
 
 
 def _images(array: Array, key: str, path: Path) -> torch.Tensor:

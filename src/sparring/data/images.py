@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError, UserError
 from ..files import read_bounded, safe_members
@@ -95,6 +95,8 @@ def _decode(data: bytes, where: str) -> Pixels:
             return np.asarray(image if image.mode == mode else image.convert(mode))
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{where} is not a JPEG or PNG image; get it again or remove it") from error
     except Exception as error:  # a decoder that meets hostile bytes raises whatever it likes
         raise DataError(f"{where} is not a sound JPEG or PNG image ({error}); get it again or remove it") from error
 
@@ -121,6 +123,8 @@ def _assemble(name: str, items: list[_Item], path: Path) -> Dataset:
     train, valid = splits["train"], splits["valid"]
     if len(valid.y) == 0:
         train, valid = hold_out(train)
+    if len(valid.y) == 0:
+        raise DataError(f"{path} has one image a class in train/; add more, or some in valid/<class>/")
     return from_splits(name, train, valid, splits["test"], classes=len(labels), class_names=labels)
 
 

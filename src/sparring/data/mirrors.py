@@ -97,7 +97,7 @@ def _receive(response: http.client.HTTPResponse, part: Path, here: int, name: st
         while chunk := response.read(CHUNK):
             here += len(chunk)
             if here > MOST:
-                raise _Failed("it is larger than 1 GiB")
+                raise _Failed("it is larger than 256 MiB")
             try:
                 file.write(chunk)
                 file.flush()
