@@ -38,7 +38,7 @@ def test_verdicts(expects, mean, noise, expected):
 def test_what_was_not_measured_stays_undecided_and_does_not_count_in_the_correction():
     claim = Claim("c", "above", 0.05, "points", "t")
     rows = judge([(claim, measured(0.2)), (claim, None)], study="s")
-    assert (rows[1].verdict, rows[1].p, rows[1].seeds) == ("undecided", None, 0)
+    assert (rows[1].verdict, rows[1].p, rows[1].as_dict()["seeds"]) == ("undecided", None, 0)
     assert rows[0].p == measured(0.2).p
 
 

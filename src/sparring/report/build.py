@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from ..files import write_atomic, write_json
@@ -27,7 +26,7 @@ def write(out: Path | str) -> Path:
     findings = find(load(out))
     panels, layers, rows = curve_panels(findings), density_pictures(findings), ledger(findings)
     write_atomic(out / "results.csv", tables.csv_text(findings))
-    write_json(out / "ledger.json", [asdict(row) for row in rows])
+    write_json(out / "ledger.json", [row.as_dict() for row in rows])
     _write_figures(out / "figures", panels, layers)
     return write_atomic(out / "report.html", render(findings, panels, layers, rows))
 

@@ -67,7 +67,7 @@ def levels_figure(results: Sequence[Result], styles: Mapping[str, int]) -> Spec:
     layers = _control(first, x, scale)
     legend = _legend([r.method for r in results], styles)
     for result in results:
-        layers += _level_layers(result, styles[result.method], x, scale, legend)
+        layers += _level_layers(result, styles[result.method], x, scale, legend, crowded=len(results) > 2)
     unit = "% of images" if first.measure.is_share else "distance"
     return _chart(first.measure.title, layers, x, unit)
 
@@ -165,7 +165,7 @@ def _control(result: Result, x: _Axis, scale: float) -> list[Spec]:
     ]
 
 
-def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Spec) -> list[Spec]:
+def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Spec, *, crowded: bool) -> list[Spec]:
     color, name = COLORS[style % len(COLORS)], f"s{style}"
     mean, seeds = [], []
     dense = (0.0, result.control)
@@ -184,13 +184,13 @@ def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Sp
         places = (0.0, *result.sparsities)
         values = (start, *row)
         seeds += [{"x": x.at(s), "y": scale * float(v), "seed": seed} for s, v in zip(places, values, strict=True)]
-    thin = {"type": "line", "color": color, "strokeWidth": 0.7, "opacity": 0.45}
+    thin = {"type": "line", "color": color, "strokeWidth": 0.7, "opacity": 0.25 if crowded else 0.45}
     dot = {"type": "point", "filled": True, "color": color, "opacity": 1, "size": 42, "shape": SHAPES[style % 7]}
     return [
         {
             "data": {"values": mean},
             "name": f"{name}_band",
-            "mark": {"type": "area", "color": color, "opacity": 0.15},
+            "mark": {"type": "area", "color": color, "opacity": 0.06 if crowded else 0.15},
             "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}},
         },
         {
@@ -265,7 +265,7 @@ def heatmap(title: str, rows: Sequence[Mapping[str, Any]], *, x: str, y: str, un
         for row in rows
     ]
     columns, lines = (list(dict.fromkeys(row[name] for row in rows)) for name in ("x", "y"))
-    shape = {"width": max(260, 46 * len(columns)), "height": 24 * len(lines)}
+    shape = {"width": max(WIDTH - 60, 46 * len(columns)), "height": 26 * len(lines)}
     where = {
         "x": {"field": "x", "type": "ordinal", "sort": columns, "axis": {"title": x, "labelAngle": 0, "domain": False}},
         "y": {"field": "y", "type": "ordinal", "sort": lines, "axis": {"title": y, "labelLimit": 220, "domain": False}},

@@ -51,9 +51,9 @@ class Measure:
             return "Accuracy"
         if self.role == "budget":
             r_inf = " (r_inf)" if self.name == "fgsm" and self.norm == "linf" else ""
-            return f"Accuracy under {pretty(self.attack)}{r_inf}, {norm} ε = {eps}"
+            return f"{pretty(self.attack)} accuracy{r_inf}, {norm} ε = {eps}"
         if self.role == "worst":
-            return f"Worst case over all attacks, {norm} ε = {eps}"
+            return f"Worst-case accuracy, {norm} ε = {eps}"
         r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" and self.role == "distance" else ""
         over = "all images" if self.role == "distance" else "correctly classified only"
         return f"{pretty(self.attack)} {norm} distance{r_2}, {over}"
@@ -61,7 +61,7 @@ class Measure:
     @property
     def short(self) -> str:
         """Return a column heading."""
-        eps = f" {_number(self.eps)}" if self.eps is not None else ""
+        eps = f" (ε {_number(self.eps)})" if self.eps is not None else ""
         label = {"accuracy": "accuracy", "budget": pretty(self.attack), "worst": "worst case"}.get(self.role)
         if label:
             return label + eps

@@ -7,7 +7,7 @@ import math
 from ..statistics import Effect
 from .measures import Measure
 
-__all__ = ["gain", "gain_unit", "level", "p_value", "percent", "scale", "signed", "value"]
+__all__ = ["amount", "gain", "gain_unit", "level", "p_value", "percent", "scale", "signed", "value"]
 
 
 def percent(share: float) -> str:
@@ -35,10 +35,8 @@ def gain_unit(measure: Measure) -> str:
 
 
 def gain(measure: Measure, one: Effect, control: Effect, *, unit: bool = True) -> str:
-    """Return a gain over the dense control: "+16.2 [+13.4, +19.0] points", distances in % of the control's mean."""
-    shown = one.scaled(scale(measure, control))
-    text = signed(shown.estimate, shown.low, shown.high)
-    return f"{text} {gain_unit(measure)}" if unit else text
+    """Return a gain over the dense control: "+16 [+13, +19] points", or "+1.2% [+0.3, +2.1]" of its mean distance."""
+    return signed(one.scaled(scale(measure, control)), gain_unit(measure) if unit else "")
 
 
 def scale(measure: Measure, control: Effect) -> float:
@@ -46,9 +44,18 @@ def scale(measure: Measure, control: Effect) -> float:
     return 100.0 if measure.is_share or not control.estimate else 100.0 / control.estimate
 
 
-def signed(estimate: float, low: float, high: float) -> str:
-    """Return a difference with its interval: "+16.2 [+13.4, +19.0]"."""
-    return f"{_signed(estimate)} [{_signed(low)}, {_signed(high)}]"
+def signed(one: Effect, unit: str) -> str:
+    """Return a difference in points or % with its interval, and a decimal only where the interval is that sharp."""
+    digits = 1 if one.high - one.low < 4 else 0
+    estimate, low, high = (_signed(number, digits) for number in (one.estimate, one.low, one.high))
+    if unit == "%":
+        return f"{estimate}% [{low}, {high}]"
+    return f"{estimate} [{low}, {high}] {unit}".rstrip()
+
+
+def amount(number: float, unit: str) -> str:
+    """Return an amount of a gain's unit without a sign: "2.4 points" or "3%"."""
+    return f"{number:.2g}%" if unit == "%" else f"{number:.2g} {unit}"
 
 
 def p_value(p: float) -> str:
@@ -60,6 +67,6 @@ def _fixed(number: float, digits: int) -> str:
     return f"{number:.{digits}f}".replace("-", "−")
 
 
-def _signed(number: float) -> str:
-    text = f"{number:+.1f}".replace("-", "−")
-    return text if text not in ("−0.0", "+0.0") else "0.0"
+def _signed(number: float, digits: int) -> str:
+    text = f"{number:+.{digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]

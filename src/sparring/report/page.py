@@ -47,7 +47,7 @@ def render(findings: Findings, panels: Sequence[Panel], layers: Sequence[Picture
     shown = [(name, heading, bodies[name]) for name, heading in SECTIONS if bodies[name]]
     links = [tag("a", heading, href=f"#{name}") for name, heading, _ in shown]
     sections = [tag("section", tag("h2", heading), body, id=name) for name, heading, body in shown]
-    main = tag("main", _opening(findings), tag("nav", *links, aria_label="Sections"), *sections)
+    main = tag("main", _opening(findings, tag("nav", *links, aria_label="Sections")), *sections)
     name = f"{words.title(findings)}: sparsity and adversarial robustness"
     script = _resource("page.js")
     head = tag(
@@ -89,12 +89,13 @@ def _switches(findings: Findings) -> str:
     return "\n".join(rules)
 
 
-def _opening(findings: Findings) -> Html:
+def _opening(findings: Findings, sections: Html) -> Html:
     first, *rest = words.headline(findings)
     sparsity = words.chosen(findings)
     return join(
-        tag("p", f"sparring · {words.subject(findings)}", class_="eyebrow"),
-        tag("h1", words.title(findings)),
+        tag("p", f"sparring · study “{words.title(findings)}”", class_="eyebrow"),
+        tag("h1", f"{words.subject(findings)}: sparsity and adversarial robustness"),
+        sections,
         tag("div", tag("p", first), class_="verdict-box"),
         tag("ul", *(tag("li", sentence) for sentence in rest)) if rest else None,
         None if sparsity is None else tables.key_numbers(findings, sparsity),
@@ -207,7 +208,7 @@ def _first_layer(findings: Findings) -> Html | None:
     for network in _shown_pair(findings):
         sheet = pictures.first_layer(network)
         if sheet is not None:
-            text = f"First layer of the {_who(network)}"
+            text = f"First layer: {_who(network)}"
             image = tag("img", class_="sheet", src=sheet, alt=f"{text}: its weights as tiles")
             parts.append(tag("figure", image, tag("figcaption", text), data_title=text))
     if not parts:

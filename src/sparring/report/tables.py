@@ -28,16 +28,15 @@ SCALARS: tuple[str, ...] = (
 SCALARS += ("bytes_dense", "bytes_sparse", "activation_sparsity")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str | None = None, text: int = 1) -> Html:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1, class_: str | None = None) -> Html:
     """Return a table whose first `text` columns are words and the rest numbers, scrollable on narrow screens."""
     classes = ["" if k < text else "number" for k in range(len(head))]
     top = tag("tr", *(tag("th", name, scope="col", class_=c or None) for name, c in zip(head, classes, strict=True)))
     body = [
         tag("tr", *(_cell(k, cell, c) for k, (cell, c) in enumerate(zip(row, classes, strict=True)))) for row in rows
     ]
-    label = tag("caption", caption) if caption else None
-    inner = tag("table", label, tag("thead", top), tag("tbody", *body))
-    return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=caption or head[0])
+    inner = tag("table", tag("thead", top), tag("tbody", *body), class_=class_)
+    return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=f"Table by {head[0].lower()}")
 
 
 def _cell(column: int, content: str, class_: str) -> Html:
@@ -67,13 +66,13 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
                 numbers.level(measure, result.levels[index]),
                 told if p > 0.05 else tag("strong", told),
                 numbers.p_value(p),
-                f"{least:.2g} {numbers.gain_unit(measure)}",
+                numbers.amount(least, numbers.gain_unit(measure)),
                 best,
                 over,
             ]
         )
     head = ["Metric", "Dense control", f"At {numbers.percent(sparsity)}", "Gain", "p (Holm)", "Detectable"]
-    return table([*head, "Peak", "Over-sparsified from"], rows)
+    return table([*head, "Peak", "Over-sparsified from"], rows, class_="key")
 
 
 def curve_table(results: Sequence[Result]) -> Html:
@@ -114,14 +113,13 @@ def ledger_table(rows: Sequence[Row]) -> Html:
     """Return the ledger as a table; verdicts are words, not colours alone."""
     cells = []
     for row in rows:
-        effect = "–"
-        if row.estimate is not None and row.low is not None and row.high is not None:
-            effect = f"{numbers.signed(row.estimate, row.low, row.high)} {row.unit}"
+        effect = "–" if row.effect is None else numbers.signed(row.effect, row.unit)
         mark = {"reproduced": "●", "contradicted": "✕", "undecided": "○"}[row.verdict]
         verdict = tag("span", f"{mark} {row.verdict}", class_=f"verdict {row.verdict}")
         what = join(row.claim, tag("small", row.test))
         p = "–" if row.p is None else numbers.p_value(row.p)
-        cells.append([what, join(verdict, tag("small", row.why)), effect, p, str(row.seeds), f"{row.images:,}"])
+        counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")
+        cells.append([what, join(verdict, tag("small", row.why)), effect, p, *counts])
     return table(["Claim and test", "Verdict", "Effect [95%]", "p (Holm)", "Seeds", "Images"], cells, text=2)
 
 

@@ -76,7 +76,7 @@ def _first(findings: Findings) -> str:
     over = [r.over_sparsified for m in findings.main if (r := findings.result(m)) and r.over_sparsified is not None]
     end = f"; over-sparsified from {numbers.percent(min(over))}" if over else ""
     safe = findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity
-    what = "the sweet spot" if safe else "no sweet spot was shown; the largest gain"
+    what = "the sweet spot" if safe else "the largest gain; no sweet spot could be shown"
     return (
         f"At {numbers.percent(sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
         f"Gains over the dense control with 95% intervals, {seeds_phrase(findings.seeds)}."
@@ -137,7 +137,7 @@ def _strongest(findings: Findings) -> str:
     strong = findings.result(findings.first("worst") or findings.first("budget", "pgd", "apgd"))
     if strong is None:
         return "No attack stronger than FGSM was run: a gain under FGSM alone is no robustness."
-    name = f"{short_name(strong.measure)} (l∞)" if strong.measure.norm == "linf" else short_name(strong.measure)
+    name = short_name(strong.measure)
     if strong.peak is None:
         seen = "FGSM's gain is" if fgsm and fgsm.peak else "There is"
         tail = " not confirmed by the strongest attack" if fgsm and fgsm.peak else " no significant gain"
@@ -173,7 +173,7 @@ def _least(result: Result) -> str:
     scale = numbers.scale(result.measure, result.control)
     alpha = 0.05 / len(result.sparsities)
     least = max(minimum_detectable_effect(e, alpha=alpha) for e in result.gains.effects)
-    return f"would have seen {scale * least:.2g} {numbers.gain_unit(result.measure)}"
+    return f"would have seen {numbers.amount(scale * least, numbers.gain_unit(result.measure))}"
 
 
 def _several(findings: Findings) -> str:

@@ -31,20 +31,30 @@ class Claim:
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one line of the ledger. `p` is two-sided, corrected by Holm across the ledger; None where not measured."""
+    """Hold one line of the ledger. `p` is two-sided and corrected by Holm across the ledger; None: not measured."""
 
     claim: str
     test: str
     verdict: Verdict
-    estimate: float | None
-    low: float | None
-    high: float | None
+    effect: Effect | None
     unit: str
     p: float | None
-    seeds: int
-    images: int
     study: str
     why: str
+
+    def as_dict(self) -> dict[str, str | float | int | None]:
+        """Return the row flat, for JSON."""
+        e = self.effect
+        numbers: dict[str, float | int | None] = {
+            "estimate": None if e is None else e.estimate,
+            "low": None if e is None else e.low,
+            "high": None if e is None else e.high,
+            "p": self.p,
+            "seeds": 0 if e is None else e.seeds,
+            "images": 0 if e is None else e.images,
+        }
+        words = {"claim": self.claim, "test": self.test, "verdict": self.verdict, "unit": self.unit, "why": self.why}
+        return words | numbers | {"study": self.study}
 
 
 def judge(claims: Sequence[tuple[Claim, Effect | None]], *, study: str) -> list[Row]:
@@ -55,41 +65,42 @@ def judge(claims: Sequence[tuple[Claim, Effect | None]], *, study: str) -> list[
     Anything else is undecided, and `why` says what it would take.
     """
     corrected = holm([math.nan if e is None else e.p for _, e in claims])
-    return [_row(claim, e, float(p), study) for (claim, e), p in zip(claims, corrected, strict=True)]
+    alpha = ALPHA / max(1, sum(e is not None for _, e in claims))
+    return [_row(claim, e, float(p), alpha, study) for (claim, e), p in zip(claims, corrected, strict=True)]
 
 
-def _row(claim: Claim, e: Effect | None, p: float, study: str) -> Row:
+def _row(claim: Claim, e: Effect | None, p: float, alpha: float, study: str) -> Row:
     if e is None:
-        why = "not measured in this study"
-        return Row(claim.text, claim.test, "undecided", None, None, None, claim.unit, None, 0, 0, study, why)
+        return Row(claim.text, claim.test, "undecided", None, claim.unit, None, study, "not measured in this study")
     verdict, why = _verdict(claim, e, p)
+    if verdict == "undecided":
+        why = f"{why}; {_takes(claim, e, alpha)}"
     if e.indicative:
         why = f"indicative ({e.seeds} seed{'s' if e.seeds > 1 else ''}): {why}"
-    bounds = e.estimate, e.low, e.high
-    return Row(claim.text, claim.test, verdict, *bounds, claim.unit, p, e.seeds, e.images, study, why)
+    return Row(claim.text, claim.test, verdict, e, claim.unit, p, study, why)
 
 
 def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
+    """Judge one claim by its corrected p-value and by equivalence."""
     small = equivalence(e, claim.margin) <= ALPHA
-    found: Literal["above", "below", "none"] | None = None
+    within = f"within ±{claim.margin:.3g} {claim.unit} by two one-sided tests"
+    found: Literal["above", "below", "none"] = "none"
     if p <= ALPHA:
         found = "above" if e.estimate > 0 else "below"
-    if claim.expects == "none":
-        if small:
-            return "reproduced", f"within ±{claim.margin:.3g} {claim.unit} by two one-sided tests"
-        return ("contradicted", f"significantly {found} zero") if found else ("undecided", _takes(claim, e))
-    if found == claim.expects:
+    if claim.expects == "none" and small:
+        return "reproduced", within
+    if found == claim.expects and found != "none":
         return "reproduced", f"significantly {found} zero" + (", though smaller than matters" if small else "")
-    if found is not None:
+    if found != "none":
         return "contradicted", f"significantly {found} zero"
     if small:
-        return "contradicted", f"within ±{claim.margin:.3g} {claim.unit} by two one-sided tests: no effect that matters"
-    return "undecided", _takes(claim, e)
+        return "contradicted", f"{within}: no effect that matters"
+    return "undecided", "not significant after correction" if e.low > 0 or e.high < 0 else "not significant"
 
 
-def _takes(claim: Claim, e: Effect) -> str:
+def _takes(claim: Claim, e: Effect, alpha: float) -> str:
     """Say what a decision would take."""
-    least = f"would have seen an effect of {minimum_detectable_effect(e):.2g} {claim.unit}"
+    least = f"would have seen an effect of {minimum_detectable_effect(e, alpha=alpha):.2g} {claim.unit}"
     if e.estimate == 0:
         return least
-    return f"{least}; this one needs about {seeds_needed(e)} seeds or more"
+    return f"{least}; this one needs about {seeds_needed(e, alpha=alpha)} seeds or more"
