@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparring.errors import UserError
-from sparring.models import MODELS, Blueprint, build, import_object, load_model, load_weights_, save_model
+from sparring.models import MODELS, Blueprint, build, load_model, load_weights_, save_model
+from sparring.plugins import import_object
 
 
 def make(name: str, **options: object) -> nn.Module:

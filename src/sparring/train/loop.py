@@ -26,7 +26,8 @@ Masks = dict[str, Tensor]
 class Pruner(Protocol):
     """Decide the masks after every optimiser step; see docs/design.md, "Contracts between strangers"."""
 
-    dense_weights: bool
+    @property
+    def dense_weights(self) -> bool: ...
 
     def __call__(
         self,
@@ -152,6 +153,7 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> fl
     model.train()
     batches = -(-len(x) // recipe.batch_size)
     steps, step = recipe.epochs * batches, state.epoch * batches
+    cycle = -(-steps // getattr(state.pruner, "cycles", 1))  # iterative pruning starts the schedule anew
     order = torch.randperm(len(x), generator=generator)
     total = torch.zeros(())
     behind = state.pruner is not None and state.pruner.dense_weights
@@ -160,7 +162,7 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> fl
         image = x[chosen].float().div_(255)
         batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step, steps)
+            group["lr"] = learning_rate(recipe, step % cycle, cycle)
         optimizer.zero_grad(set_to_none=True)
         with _masked(targets if behind else []):
             value = loss(model, *batch, generator)
