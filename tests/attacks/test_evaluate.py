@@ -7,12 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring.attacks import ATTACKS, cw, fgsm, pgd, robust_accuracy, run
+from sparring.attacks import ATTACKS, cw, fgsm, hopskipjump, pgd, robust_accuracy, run, square
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
 
 # The same attack, short: these tests ask for its contract, not its strength.
-SHORT = ATTACKS | {"cw": partial(cw, steps=30, searches=3)}
+SHORT = ATTACKS | {
+    "cw": partial(cw, steps=30, searches=3),
+    "hopskipjump": partial(hopskipjump, steps=3, draws=10),
+    "square": partial(square, queries=50),
+}
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))

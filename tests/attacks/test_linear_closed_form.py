@@ -6,7 +6,21 @@ import pytest
 import torch
 from linear_answers import affine_problem, boxed_distance
 
-from sparring.attacks import Attack, cw, ddn, deepfool, fgsm, nearest, pgd, robust_accuracy, run
+from sparring.attacks import (
+    Attack,
+    apgd,
+    cw,
+    ddn,
+    deepfool,
+    fgsm,
+    hopskipjump,
+    nearest,
+    pgd,
+    robust_accuracy,
+    run,
+    square,
+)
+from sparring.attacks.losses import dlr
 from sparring.threat import L1, L2, LINF, Threat
 
 
@@ -41,7 +55,7 @@ MINIMUM_NORM = [
 @pytest.mark.parametrize(("attack", "norm"), MINIMUM_NORM)
 @pytest.mark.parametrize("on_box", [True, False])
 def test_minimum_norm_attacks_reach_the_exact_distance(attack: Attack, norm: float, on_box: bool) -> None:
-    model, x, y = affine_problem(3, on_box=on_box)
+    model, x, y = affine_problem(3, images=15, on_box=on_box)
     result = run(model, x, y, attack, Threat(norm))
     ratio = result.distance / boxed_distance(model, x, y, norm)
     assert result.success.all()
@@ -49,7 +63,7 @@ def test_minimum_norm_attacks_reach_the_exact_distance(attack: Attack, norm: flo
     assert float(ratio.max()) <= 1.01
 
 
-@pytest.mark.parametrize("attack", [fgsm, pgd])
+@pytest.mark.parametrize("attack", [fgsm, pgd, apgd, partial(apgd, objective=dlr)])
 @pytest.mark.parametrize("on_box", [True, False])
 def test_budget_attacks_reach_the_exact_worst_case(attack: Attack, on_box: bool) -> None:
     model, x, y = affine_problem(2, on_box=on_box)
@@ -57,3 +71,23 @@ def test_budget_attacks_reach_the_exact_worst_case(attack: Attack, on_box: bool)
     eps = float(exact.median()) + 1e-5
     result = run(model, x, y, attack, Threat(LINF, eps), generator=torch.Generator().manual_seed(0))
     assert robust_accuracy(result) == float((exact > eps).double().mean())
+
+
+@pytest.mark.parametrize("on_box", [True, False])
+@pytest.mark.parametrize("norm", [L2, LINF])
+def test_decision_based_attack_comes_within_ten_percent(norm: float, on_box: bool) -> None:
+    model, x, y = affine_problem(4, images=10, on_box=on_box)
+    result = run(model, x, y, hopskipjump, Threat(norm), generator=torch.Generator().manual_seed(0))
+    ratio = result.distance / boxed_distance(model, x, y, norm)
+    assert float(ratio.min()) >= 1 - 1e-6
+    assert float(ratio.median()) <= 1.1
+
+
+@pytest.mark.parametrize(("norm", "slack"), [(LINF, 1.1), (L2, 1.5)])
+def test_square_comes_near_the_exact_worst_case(norm: float, slack: float) -> None:
+    model, x, y = affine_problem(5, features=64, on_box=False)
+    exact = boxed_distance(model, x, y, norm)
+    eps = float(exact.max())
+    attack = partial(square, queries=1000)
+    result = run(model, x.view(-1, 1, 8, 8), y, attack, Threat(norm, eps), generator=torch.Generator().manual_seed(0))
+    assert result.success[exact * slack < eps].double().mean() >= 0.95

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from .adaptive import apgd
+from .adaptive_boundary import fab
 from .carlini import cw
+from .decisions import hopskipjump
 from .decoupled import ddn
 from .distance import deepfool
 from .evaluate import Attack, AttackResult, robust_accuracy, run
 from .flags import FLAGS, Flag
 from .gradient import fgsm, pgd, rfgsm
 from .hybrid import nearest
+from .losses import dlr
+from .squares import square
 
 ATTACKS: dict[str, Attack] = {
+    "apgd": apgd,
+    "apgd-dlr": partial(apgd, objective=dlr),
     "cw": cw,
     "ddn": ddn,
     "deepfool": deepfool,
+    "fab": fab,
     "fgsm": fgsm,
+    "hopskipjump": hopskipjump,
     "nearest": nearest,
     "pgd": pgd,
     "rfgsm": rfgsm,
+    "square": square,
 }
 
 __all__ = [
@@ -26,13 +38,17 @@ __all__ = [
     "Attack",
     "AttackResult",
     "Flag",
+    "apgd",
     "cw",
     "ddn",
     "deepfool",
+    "fab",
     "fgsm",
+    "hopskipjump",
     "nearest",
     "pgd",
     "rfgsm",
     "robust_accuracy",
     "run",
+    "square",
 ]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
-from ..threat import L2, dual
-from .derivatives import logits_and_rows
+from ..threat import L2
+from .boundaries import nearest_boundary
 from .losses import margin
 from .steps import column, keep_within, select, steepest
 
@@ -49,37 +48,7 @@ def deepfool(
         if step == steps or not bool(standing.any()):
             break
         active, point, y, targets = active[standing], point[standing], y[standing], select(targets, standing)
-        length, gradient = _nearest_boundary(model, point, y, targets, norm, candidates)
-        stretched = column((1 + overshoot) * (length + (_PUSH if step > 0 else 0.0)), point)
-        point = (point + stretched * steepest(gradient, norm)).clamp_(0, 1)
+        boundary = nearest_boundary(model, point, y, targets, norm=norm, candidates=candidates)
+        stretched = column((1 + overshoot) * (boundary.distance + (_PUSH if step > 0 else 0.0)), point)
+        point = (point + stretched * steepest(boundary.gradient, norm)).clamp_(0, 1)
     return keep_within(x, x_adv, norm, eps)
-
-
-def _nearest_boundary(
-    model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None, norm: float, candidates: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return the distance, shape (N,), and the gradient of the two-class boundary that is nearest when linearised."""
-    pairs: list[Tensor] = []
-
-    def differences(logits: Tensor) -> Tensor:
-        pairs.append(_rivals(logits, y, targets, candidates))
-        return pairs[0]
-
-    logits, gradients = logits_and_rows(model, x, differences)
-    gaps = -(pairs[0] * logits).sum(2)
-    dual_norms = torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2).clamp_min(1e-30)
-    nearest = (gaps / dual_norms).argmin(0)
-    images = torch.arange(len(x), device=x.device)
-    return (gaps / dual_norms)[nearest, images], gradients[nearest, images]
-
-
-def _rivals(logits: Tensor, y: Tensor, targets: Tensor | None, candidates: int | None) -> Tensor:
-    """Return the differences of logits that an attack may turn positive, as weights of shape (rivals, N, classes)."""
-    classes = logits.shape[1]
-    if targets is not None:
-        best = logits.scatter(1, targets.unsqueeze(1), -torch.inf).argmax(1)
-        pair = one_hot(targets, classes) - one_hot(best, classes)
-        return pair.unsqueeze(0).to(logits.dtype)
-    count = classes - 1 if candidates is None else min(candidates, classes - 1)
-    others = logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(count, dim=1).indices.T
-    return (one_hot(others, classes) - one_hot(y, classes)).to(logits.dtype)

@@ -48,17 +48,16 @@ def cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> T
 def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
     """Return the difference-of-logits ratio, which no scale or shift of the logits changes.
 
-    Croce & Hein 2020 (AutoAttack), equations 6 and 7. With fewer than three classes (four if targeted) the
-    denominator of the paper is not defined, and the spread of the logits stands in its place.
+    Croce & Hein 2020 (AutoAttack), equations 6 and 7. The paper's denominators need three classes, or four if targeted.
+    With three, a targeted loss takes the lowest logit; with two no such ratio exists and the margin is returned.
     """
+    if logits.shape[1] == 2:
+        return margin(logits, y, targets)
     ordered = logits.sort(dim=1, descending=True).values
-    classes = logits.shape[1]
     own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
     if targets is None:
-        rival = _others(logits, y).amax(1)
-        spread = ordered[:, 0] - ordered[:, min(2, classes - 1)]
+        rival, low = _others(logits, y).amax(1), ordered[:, 2]
     else:
         rival = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-        low = 0.5 * (ordered[:, 2] + ordered[:, 3]) if classes > 3 else ordered[:, -1]
-        spread = ordered[:, 0] - low
-    return (rival - own) / (spread + 1e-12)
+        low = ordered[:, 2:4].mean(1)
+    return (rival - own) / (ordered[:, 0] - low + 1e-12)

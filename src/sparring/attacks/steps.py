@@ -5,13 +5,21 @@ The box is [0, 1] for every pixel. Batches have shape (N, ...), one number per i
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, TypeVar
+
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..threat import L1, L2, LINF, distance, project
 
-__all__ = ["boundary_step", "budget", "column", "inside", "keep_within", "select", "steepest"]
+__all__ = ["boundary_step", "budget", "column", "inside", "keep_within", "select", "shrink", "steepest"]
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+State = TypeVar("State", bound="DataclassInstance")
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
@@ -22,6 +30,12 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 def select(values: Tensor | None, which: Tensor) -> Tensor | None:
     """Return the chosen entries of optional per-image values (an index or a mask), or None."""
     return None if values is None else values[which]
+
+
+def shrink(state: State, keep: Tensor) -> State:
+    """Return a dataclass of per-image tensors (or None) with only the chosen images."""
+    values = {field.name: select(getattr(state, field.name), keep) for field in fields(state)}
+    return replace(state, **values)
 
 
 def budget(eps: float | None) -> float:

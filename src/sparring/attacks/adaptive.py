@@ -1,0 +1,163 @@
+"""APGD: projected gradient ascent with momentum whose step length needs no tuning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Unsupported
+from ..threat import L1, LINF, random_point
+from .derivatives import logits_and_gradient
+from .losses import Objective, cross_entropy, margin
+from .steps import budget, column, inside, select, shrink, steepest
+
+__all__ = ["apgd"]
+
+_MOMENTUM = 0.75
+_NEEDED_SHARE = 0.75
+
+
+@dataclass
+class _Ascent:
+    """Everything about the images still under attack: one entry per image in every tensor."""
+
+    row: Tensor
+    x: Tensor
+    y: Tensor
+    targets: Tensor | None
+    aims: Tensor | None
+    point: Tensor
+    previous: Tensor
+    step_size: Tensor
+    rises: Tensor
+    last_loss: Tensor
+    best_loss: Tensor
+    best_point: Tensor
+    best_gradient: Tensor
+    checked_loss: Tensor
+    just_halved: Tensor
+
+
+def apgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    objective: Objective = cross_entropy,
+    steps: int = 100,
+    restarts: int = 1,
+    aims: Tensor | None = None,
+) -> Tensor:
+    """Ascend the objective, halving an image's step length when it stalls (Croce & Hein 2020, algorithm 1).
+
+    l_inf and l_2. Images leave at their first success, restarts go on with those still standing. `aims` (int64, (N,))
+    are classes that the objective climbs towards while any wrong class counts as success, as AutoAttack's targeted
+    losses do. Raises UserError without eps, Unsupported for l_1.
+    """
+    eps = budget(eps)
+    if norm == L1:
+        raise Unsupported("APGD is implemented for l_inf and l_2; for l_1 use pgd or nearest")
+    x_adv = x.clone()
+    standing = torch.arange(len(x), device=x.device)
+    for _ in range(restarts):
+        if len(standing) == 0:
+            break
+        part = x[standing]
+        start = inside(part, part + random_point(part, norm, eps, generator), norm, eps)
+        state = _begin(part, start, y[standing], select(targets, standing), select(aims, standing), eps)
+        x_adv[standing], won = _ascend(model, state, objective, norm, eps, steps)
+        standing = standing[~won]
+    return x_adv
+
+
+def _begin(x: Tensor, start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None, eps: float) -> _Ascent:
+    numbers = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    lowest = torch.full_like(numbers, -torch.inf)
+    return _Ascent(
+        row=torch.arange(len(x), device=x.device),
+        x=x,
+        y=y,
+        targets=targets,
+        aims=aims,
+        point=start,
+        previous=start,
+        step_size=torch.full_like(numbers, 2 * eps),
+        rises=numbers,
+        last_loss=lowest,
+        best_loss=lowest,
+        best_point=start,
+        best_gradient=torch.zeros_like(x),
+        checked_loss=lowest,
+        just_halved=torch.ones_like(numbers, dtype=torch.bool),
+    )
+
+
+def _ascend(
+    model: nn.Module, state: _Ascent, objective: Objective, norm: float, eps: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Return the best point of each image, or the one at which it succeeded, and which images did."""
+    end = state.point.clone()
+    won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
+    checkpoints = _checkpoints(steps)
+    last_check = 0
+    for step in range(steps + 1):
+        pull = state.targets if state.aims is None else state.aims
+        logits, gradient = logits_and_gradient(model, state.point, objective, state.y, pull)
+        done = margin(logits, state.y, state.targets) > 0
+        end[state.row[done]] = state.point[done]
+        won[state.row[done]] = True
+        loss = objective(logits, state.y, pull)
+        if bool(done.any()):
+            state, gradient, loss = shrink(state, ~done), gradient[~done], loss[~done]
+        if len(state.row) == 0:
+            return end, won
+        _record(state, loss, gradient)
+        if step in checkpoints:
+            gradient = _halve_where_stalled(state, gradient, step - last_check)
+            last_check = step
+        ahead = inside(state.x, state.point + column(state.step_size, state.x) * steepest(gradient, norm), norm, eps)
+        momentum = _MOMENTUM if step > 0 else 1.0
+        mixed = state.point + momentum * (ahead - state.point) + (1 - momentum) * (state.point - state.previous)
+        state.previous, state.point = state.point, inside(state.x, mixed, norm, eps)
+    end[state.row] = state.best_point
+    return end, won
+
+
+def _record(state: _Ascent, loss: Tensor, gradient: Tensor) -> None:
+    state.rises = state.rises + (loss > state.last_loss)
+    state.last_loss = loss
+    better = loss > state.best_loss
+    state.best_loss = torch.where(better, loss, state.best_loss)
+    taken = column(better, gradient)
+    state.best_point = torch.where(taken, state.point, state.best_point)
+    state.best_gradient = torch.where(taken, gradient, state.best_gradient)
+
+
+def _halve_where_stalled(state: _Ascent, gradient: Tensor, interval: int) -> Tensor:
+    """Halve stalled steps (conditions 1 and 2 of the paper) and go back to the best point; return the gradients."""
+    few_rises = state.rises < _NEEDED_SHARE * interval
+    no_gain = ~state.just_halved & (state.best_loss <= state.checked_loss)
+    stalled = few_rises | no_gain
+    state.step_size = torch.where(stalled, state.step_size / 2, state.step_size)
+    state.just_halved, state.checked_loss = stalled, state.best_loss
+    state.rises = torch.zeros_like(state.rises)
+    back = column(stalled, gradient)
+    state.point = torch.where(back, state.best_point, state.point)
+    return torch.where(back, state.best_gradient, gradient)
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """Return the steps after which progress is judged: gaps of 22% of all steps shrinking by 3% each, at least 6%."""
+    marks, share, gap = {0}, 0.22, 0.22
+    while share < 1:
+        marks.add(math.ceil(share * steps))
+        gap = max(gap - 0.03, 0.06)
+        share += gap
+    return marks - {0}

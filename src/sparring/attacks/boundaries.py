@@ -1,0 +1,91 @@
+"""Boundaries between two classes: the nearest one by linearisation, and the way back to one along a line."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from ..threat import dual
+from .derivatives import logits_and_rows
+from .losses import margin
+from .steps import column
+
+__all__ = ["Boundary", "nearest_boundary", "pull_back"]
+
+
+class Boundary(NamedTuple):
+    """One linearised boundary per image.
+
+    logits (N, K); gap (N,), positive where it is still to be closed; gradient (N, ...) of the growing difference of
+    logits; distance (N,) = |gap| / dual norm of the gradient, the box ignored.
+    """
+
+    logits: Tensor
+    gap: Tensor
+    gradient: Tensor
+    distance: Tensor
+
+
+def nearest_boundary(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    targets: Tensor | None = None,
+    *,
+    norm: float,
+    aims: Tensor | None = None,
+    candidates: int | None = None,
+) -> Boundary:
+    """Return the nearest boundary of each image when all differences of logits are linearised at x.
+
+    Untargeted, the own class meets all others, or the `candidates` of largest logit, or only the class in `aims`;
+    with `targets` the target meets the strongest other class.
+    """
+    chosen: list[Tensor] = []
+
+    def differences(logits: Tensor) -> Tensor:
+        chosen.append(_differences(logits, y, targets, aims, candidates))
+        return chosen[0]
+
+    logits, gradients = logits_and_rows(model, x, differences)
+    gaps = -(chosen[0] * logits).sum(2)
+    dual_norms = torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2).clamp_min(1e-30)
+    distances = gaps.abs() / dual_norms
+    images = torch.arange(len(x), device=x.device)
+    nearest = distances.argmin(0)
+    return Boundary(logits, gaps[nearest, images], gradients[nearest, images], distances[nearest, images])
+
+
+def _differences(
+    logits: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None, candidates: int | None
+) -> Tensor:
+    """Return the differences of logits that an attack may turn positive, as weights of shape (rivals, N, classes)."""
+    classes = logits.shape[1]
+    if targets is not None:
+        against = logits.scatter(1, targets.unsqueeze(1), -torch.inf).argmax(1)
+        towards = targets.unsqueeze(0)
+    else:
+        against = y
+        count = classes - 1 if candidates is None else min(candidates, classes - 1)
+        rivals = logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(count, dim=1).indices.T
+        towards = rivals if aims is None else aims.unsqueeze(0)
+    return (one_hot(towards, classes) - one_hot(against, classes)).to(logits.dtype)
+
+
+def pull_back(
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, targets: Tensor | None = None, *, rounds: int
+) -> Tensor:
+    """Return points on the segments from x to adversarial x_adv, still adversarial, nearer to x, by bisection."""
+    low, high = torch.zeros(len(x), dtype=x.dtype, device=x.device), torch.ones(len(x), dtype=x.dtype, device=x.device)
+    best = x_adv
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        point = x + column(middle, x) * (x_adv - x)
+        with torch.no_grad():
+            won = margin(model(point), y, targets) > 0
+        high, low = torch.where(won, middle, high), torch.where(won, low, middle)
+        best = torch.where(column(won, x), point, best)
+    return best

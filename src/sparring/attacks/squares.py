@@ -1,0 +1,161 @@
+"""Square: a score-based attack that needs no gradient, only logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Unsupported
+from ..threat import L2, LINF, distance
+from .losses import margin
+from .steps import budget, column, inside, shrink
+
+__all__ = ["square"]
+
+# Fractions of the queries at which the side of the squares shrinks (the area halves each time).
+_HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+
+
+@dataclass
+class _Search:
+    """The images still standing: one entry per image in every tensor."""
+
+    row: Tensor
+    x: Tensor
+    y: Tensor
+    targets: Tensor | None
+    point: Tensor
+    gap: Tensor
+
+
+def square(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    queries: int = 5000,
+    share: float = 0.8,
+) -> Tensor:
+    """Change random squares and keep what raises the margin (Andriushchenko et al. 2020, algorithms 1 to 3).
+
+    x: (N, C, H, W); l_inf and l_2. `share` is the first square's part of the image's area. Images leave at their first
+    success. Raises UserError without eps, Unsupported for l_1 or inputs that are not images.
+    """
+    eps = budget(eps)
+    if norm not in (LINF, L2) or x.dim() != 4:
+        raise Unsupported("Square needs images (N, C, H, W) and l_inf or l_2")
+    propose = _propose_linf if norm == LINF else _propose_l2
+    start = inside(x, x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)), norm, eps)
+    x_adv = start.clone()
+    row = torch.arange(len(x), device=x.device)
+    state = _Search(row, x, y, targets, start, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device))
+    candidate = start
+    for query in range(queries):
+        with torch.no_grad():
+            gap = margin(model(candidate), state.y, state.targets)
+        better = gap > state.gap
+        state.gap = torch.where(better, gap, state.gap)
+        state.point = torch.where(column(better, candidate), candidate, state.point)
+        won = state.gap > 0
+        if bool(won.any()):
+            x_adv[state.row[won]] = state.point[won]
+            state = shrink(state, ~won)
+        if len(state.row) == 0:
+            return x_adv
+        area = share / 2 ** sum(query / queries > mark for mark in _HALVINGS)
+        candidate = propose(state, area, eps, generator)
+    x_adv[state.row] = state.point
+    return x_adv
+
+
+def _coins(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return fair signs, +1 or −1."""
+    draw = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+    return torch.where(draw < 0.5, -1.0, 1.0).to(like.dtype)
+
+
+def _corner(room: int, like: Tensor, generator: torch.Generator | None) -> int:
+    return int(torch.randint(0, room + 1, (), generator=generator, device=like.device))
+
+
+def _stripes(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
+    """Return the l_inf start: vertical stripes of ±eps, one column and channel wide."""
+    images, channels, _, width = x.shape
+    return eps * _coins((images, channels, 1, width), x, generator).expand_as(x)
+
+
+def _propose_linf(state: _Search, area: float, eps: float, generator: torch.Generator | None) -> Tensor:
+    """Move one square of every image, the same place for all, to one side of the budget, per channel."""
+    images, channels, height, width = state.x.shape
+    side = max(round(math.sqrt(area * height * width)), 1)
+    rows, columns = min(side, height), min(side, width)
+    top, left = _corner(height - rows, state.x, generator), _corner(width - columns, state.x, generator)
+    window = (..., slice(top, top + rows), slice(left, left + columns))
+    candidate = state.point.clone()
+    candidate[window] = candidate[window] + 2 * eps * _coins((images, channels, 1, 1), state.x, generator)
+    return inside(state.x, candidate, LINF, eps)
+
+
+def _hill(height: int, width: int, like: Tensor) -> Tensor:
+    """Return the paper's equation for η: a pyramid whose steps grow like Σ 1/k² towards the middle."""
+    half = height // 2
+    rows = torch.arange(height, device=like.device).view(-1, 1) - half
+    columns = torch.arange(width, device=like.device).view(1, -1) - width // 2
+    # Distance in steps from the middle, the longer axis setting the number of steps.
+    ring = torch.maximum(rows.abs(), columns.abs())
+    steps = torch.arange(half + 1, dtype=like.dtype, device=like.device)
+    heights: Tensor = (1 / (half + 1 - steps) ** 2).cumsum(0)
+    return heights[(half - ring).clamp_min(0)]
+
+
+def _pattern(side: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return two hills of opposite sign, side by side or one above the other, at unit length: (side, side)."""
+    first = side // 2
+    pair = torch.cat([_hill(side, first, like), -_hill(side, side - first, like)], dim=1)
+    unit: Tensor = pair / pair.norm()
+    return unit.T if float(torch.rand((), generator=generator, device=like.device)) < 0.5 else unit
+
+
+def _tiles(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
+    """Return the l_2 start: a 5×5 grid of patterns with random signs, of length eps."""
+    images, channels, height, width = x.shape
+    side = max(min(height, width) // 5, 1)
+    start = torch.zeros_like(x)
+    for top in range(0, height - side + 1, side):
+        for left in range(0, width - side + 1, side):
+            sign = _coins((images, channels, 1, 1), x, generator)
+            tile = _pattern(side, x, generator) if side > 1 else torch.ones(1, 1, dtype=x.dtype, device=x.device)
+            start[..., top : top + side, left : left + side] = sign * tile
+    return start * column(eps / distance(start, L2).clamp_min(1e-30), x)
+
+
+def _propose_l2(state: _Search, area: float, eps: float, generator: torch.Generator | None) -> Tensor:
+    """Take the length that one window holds, with what is unused, and spend it on a pattern in another window."""
+    images, channels, height, width = state.x.shape
+    # Odd and at least 3, as the pattern needs, but no larger than the image.
+    side = max(round(math.sqrt(area * height * width)), 3) | 1
+    side = min(side, height, width)
+    windows = []
+    for _ in range(2):
+        top, left = _corner(height - side, state.x, generator), _corner(width - side, state.x, generator)
+        windows.append((..., slice(top, top + side), slice(left, left + side)))
+    delta = state.point - state.x
+    unused = (eps**2 - delta.flatten(1).square().sum(1)).clamp_min(0).view(-1, 1, 1, 1)
+    before = delta.square().sum((2, 3), keepdim=True)
+    grown = delta[windows[0]]
+    direction = _coins((images, channels, 1, 1), state.x, generator) * _pattern(side, state.x, generator)
+    direction = direction + grown / grown.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-10)
+    changed = delta.clone()
+    changed[windows[1]] = 0
+    changed[windows[0]] = 0
+    freed = before - changed.square().sum((2, 3), keepdim=True)
+    length = (freed + unused / channels).clamp_min(0).sqrt()
+    changed[windows[0]] = direction / direction.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-10) * length
+    return inside(state.x, state.x + changed, L2, eps)
