@@ -126,7 +126,9 @@ def main() -> None:
         if result["ratio"] is None:
             print("foolbox is not installed: nothing to compare with (pip install 'sparring[peers]')")
         else:
-            print(f"torch.nn.utils.prune and foolbox by hand: {result['by_hand_seconds']:.1f} s ({result['ratio']:.1f}×)")
+            print(
+                f"torch.nn.utils.prune and foolbox by hand: {result['by_hand_seconds']:.1f} s ({result['ratio']:.1f}×)"
+            )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_finetune_inherits_from_recipe() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seeds = ", r"plan.toml is not valid TOML.*line 1"),
+        ("seeds = 3\nsparsities = [0.5 0.6]", r"plan.toml is not valid TOML.*line 2"),
         ("sedes = 3", r"unknown key 'sedes'; did you mean 'seeds'"),
         ("[recipe]\nepoch = 3", r"unknown key 'recipe.epoch'; did you mean 'epochs'"),
         ("[[attacks]]\nname = 'fgsm'\neps = [0.1]\nstep = 3", r"unknown key 'attacks.0.step'"),

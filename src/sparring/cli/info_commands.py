@@ -35,7 +35,10 @@ def _tables() -> dict[str, dict[str, str]]:
 
 
 def _described(table: Mapping[str, Callable[..., object]]) -> dict[str, str]:
-    return {name: (inspect.getdoc(function) or "").split("\n")[0] for name, function in table.items()}
+    return {
+        name: (inspect.getdoc(getattr(function, "func", function)) or "").split("\n")[0]
+        for name, function in table.items()
+    }
 
 
 def show_list(what: str, *, as_json: bool) -> int:

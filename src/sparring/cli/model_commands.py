@@ -30,6 +30,7 @@ from .study_command import duration
 __all__ = ["open_model", "run_attack", "run_prune", "run_train"]
 
 DEFAULT_EPOCHS = 10
+MINIMUM_NORM = {"cw", "ddn", "deepfool", "fab", "hopskipjump", "nearest"}
 
 
 def run_train(
@@ -129,8 +130,7 @@ def _threats(names: str, norm: float, eps_text: str) -> list[tuple[str, Threat]]
         budgets = [float(part) for part in eps_text.split(",") if part.strip()]
     except ValueError:
         raise UserError(f"--eps takes numbers separated by commas, as 0.05,0.1; not '{eps_text}'") from None
-    minimum = attacks.MINIMUM_NORM
-    return [(name, Threat(norm, eps)) for name in chosen for eps in ([None] if name in minimum else budgets)]
+    return [(name, Threat(norm, eps)) for name in chosen for eps in ([None] if name in MINIMUM_NORM else budgets)]
 
 
 def _row(name: str, norm_name: str, threat: Threat, result: attacks.AttackResult) -> dict[str, Any]:

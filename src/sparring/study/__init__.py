@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from .driver import Event, available_cores, environment, execute, run
 from .executors import Executor, InProcess, Outcome, Processes, Task
 from .plan import Activation, Attack, Certify, Controls, Network, Plan, Pruning, Training, presets
-from .run import Event, available_cores, environment, execute, run
 from .stages import Context, perform_stage
 from .store import SCHEMA, Record, Store
 from .tasks import Cell, DataFacts, lay_out

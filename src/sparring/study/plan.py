@@ -304,7 +304,7 @@ def _in_range(name: str, value: int, low: int, high: int) -> None:
 
 
 def _default_label(pruning: Pruning) -> str:
-    return f"{pruning.method} {pruning.score}"
+    return " ".join(part for part in (pruning.method, pruning.score, pruning.structure) if part)
 
 
 def _labelled(pruning: Pruning) -> Pruning:

@@ -17,7 +17,7 @@ from ..data import Dataset, as_float
 from ..errors import UserError
 from ..metrics import accuracy, distances, macs, robust_accuracy, size
 from ..models import build, load_weights_
-from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, sparsity_of
+from ..sparsity import PruningSpec, all_ones, build_pruner, check_reached, sparsity_of
 from ..threat import Threat, parse_norm
 from ..train import Loss, Recipe, adversarial, cross_entropy, fit, predict, trades
 from .executors import Outcome, Task
@@ -81,21 +81,21 @@ def _fitted(
     tensors |= {MASK + name: value for name, value in result.masks.items()}
     metrics: dict[str, float | None] = {"loss": result.losses[-1] if result.losses else None, "accuracy_valid": valid}
     if pruning is not None:
-        metrics["sparsity"] = _assert_sparsity(model, result.masks, task.inputs["sparsity"], pruner)
+        assert pruner is not None
+        _assert_masked(model, result.masks)
+        check_reached(pruner, result.masks, task.inputs["sparsity"])
+        metrics["sparsity"] = sparsity_of(result.masks)
     tell = getattr(pruner, "series", None)  # how often surgery pruned and spliced, for instance
     series = {"loss": list(result.losses)} | (tell() if tell is not None else {})
     return Outcome(metrics, series, tensors=tensors)
 
 
-def _assert_sparsity(model: nn.Module, masks: dict[str, Tensor], asked: float, pruner: Pruner | None) -> float:
-    """Return the sparsity reached; raise UserError if a masked weight came back or the count is not what was asked."""
+def _assert_masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Raise UserError if a masked weight came back: what is evaluated must be what was asked for."""
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         if bool((parameters[name].detach()[~mask] != 0).any()):
             raise UserError(f"masked weights of '{name}' are not zero: the pruner changed weights after its masks")
-    if pruner is not None:
-        check_reached(pruner, masks, asked)
-    return sparsity_of(masks)
 
 
 def _measure(context: Context, task: Task) -> Outcome:

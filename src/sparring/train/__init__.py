@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .loop import Fit, Progress, Pruner, fit, predict
+from .loop import Fit, Progress, fit, predict
 from .losses import Loss, adversarial, cross_entropy, trades
 from .recipe import Recipe, learning_rate
 
@@ -10,7 +10,6 @@ __all__ = [
     "Fit",
     "Loss",
     "Progress",
-    "Pruner",
     "Recipe",
     "adversarial",
     "cross_entropy",

@@ -7,39 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..sparsity import Masks, Pruner
 from .checkpoint import load_checkpoint_, save_checkpoint
 from .losses import Loss, cross_entropy
 from .recipe import Recipe, learning_rate
 
-__all__ = ["Fit", "Progress", "Pruner", "fit", "predict"]
-
-Masks = dict[str, Tensor]
-
-
-@runtime_checkable
-class Pruner(Protocol):
-    """Decide the masks after every optimiser step; see docs/design.md, "Contracts between strangers"."""
-
-    @property
-    def dense_weights(self) -> bool: ...
-
-    def __call__(
-        self,
-        model: nn.Module,
-        masks: Masks,
-        *,
-        step: int,
-        steps: int,
-        batch: tuple[Tensor, Tensor],
-        loss: Loss,
-        generator: torch.Generator,
-    ) -> Masks: ...
+__all__ = ["Fit", "Progress", "fit", "predict"]
 
 
 class Progress(NamedTuple):
@@ -154,6 +133,7 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> fl
     batches = -(-len(x) // recipe.batch_size)
     steps, step = recipe.epochs * batches, state.epoch * batches
     cycle = -(-steps // getattr(state.pruner, "cycles", 1))  # iterative pruning starts the schedule anew
+    cycle = -(-steps // getattr(state.pruner, "cycles", 1))
     order = torch.randperm(len(x), generator=generator)
     total = torch.zeros(())
     behind = state.pruner is not None and state.pruner.dense_weights

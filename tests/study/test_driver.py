@@ -157,7 +157,7 @@ DRIVER = """
 import sys
 sys.path[:0] = {path!r}
 from conftest import *
-from study.test_run import tiny_plan
+from study.test_driver import tiny_plan
 from sparring import data
 from sparring.data import Dataset, Split
 from sparring.study import run
@@ -239,7 +239,7 @@ def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers
 
     first = go()
     failed = [r for r in first if r.error]
-    assert len(failed) == 1 and "the user's pruner raised" in failed[0].error and "test_run.py" in failed[0].error
+    assert len(failed) == 1 and "the user's pruner raised" in failed[0].error and "test_driver.py" in failed[0].error
     assert len(first) == 7  # two depend on the failed one
     flag.touch()
     assert len(go()) == 7  # not tried again unasked
