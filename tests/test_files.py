@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
-import multiprocessing
 import os
-import resource
-import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparring import files
@@ -76,22 +78,45 @@ def test_failed_write_keeps_the_old_file(
     assert names(tmp_path) == ["a"]
 
 
-def _write_beyond_limit(path: Path) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    try:
-        files.write_atomic(path, b"x" * 100_000)
-    except UserError:
-        os._exit(0)
-    os._exit(1)
+@contextlib.contextmanager
+def child(code: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run code that prints a line when it is ready in another process; sys.argv[1] is the path."""
+    code = "import sys, resource, signal\nfrom sparring import files\n" + code
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+BEYOND_LIMIT = """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    files.write_atomic(sys.argv[1], b"x" * 100_000)
+except files.UserError as error:
+    sys.exit(0 if "size limit" in str(error) else 2)
+sys.exit(1)
+"""
 
 
 def test_real_write_that_runs_out_of_room_leaves_nothing(tmp_path: Path) -> None:
-    child = multiprocessing.get_context("spawn").Process(target=_write_beyond_limit, args=(tmp_path / "a",))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
+    with child(BEYOND_LIMIT, tmp_path / "a") as writer:
+        assert writer.wait(60) == 0
     assert names(tmp_path) == []
+
+
+def test_killed_writer_leaves_the_old_or_the_new_file_whole(tmp_path: Path) -> None:
+    path = files.write_atomic(tmp_path / "a", b"0" * 300_000)
+    code = "print(flush=True)\nwhile True:\n for digit in '123': files.write_atomic(sys.argv[1], digit * 300_000)"
+    for number in range(6):
+        with child(code, path):
+            time.sleep(0.003 * number)
+        data = path.read_bytes()
+        assert len(data) == 300_000
+        assert len(set(data)) == 1
+        files.remove_leftovers(tmp_path)
+        assert names(tmp_path) == ["a"]
 
 
 def test_folder_in_the_way_is_a_user_error(tmp_path: Path) -> None:
@@ -111,6 +136,7 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["kept.tmp"]
 
 
+@settings(deadline=None, max_examples=40)
 @given(value=values)
 def test_json_round_trip_is_strict_and_stable(folder: Path, value: object) -> None:
     path = files.write_json(folder / "value.json", value)
@@ -171,23 +197,17 @@ def test_lock_refuses_a_second_holder_and_frees_itself(tmp_path: Path) -> None:
         pass
 
 
-def _hold(path: Path, ready: multiprocessing.synchronize.Event) -> None:
-    with files.lock(path):
-        ready.set()
-        signal.pause()
+def refused(path: Path) -> None:
+    """Require that the lock is held by another process."""
+    with pytest.raises(UserError, match="another process"), files.lock(path):
+        pass
 
 
 def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    child = context.Process(target=_hold, args=(tmp_path / "lock", ready))
-    child.start()
-    assert ready.wait(60)
-    with pytest.raises(UserError), files.lock(tmp_path / "lock"):
-        pass
-    child.kill()
-    child.join(60)
-    with files.lock(tmp_path / "lock", wait=5):
+    path = tmp_path / "lock"
+    with child("with files.lock(sys.argv[1]): print(flush=True); signal.pause()", path):
+        refused(path)
+    with files.lock(path, wait=5):
         pass
 
 
@@ -204,6 +224,7 @@ def test_path_tricks_are_refused(name: str) -> None:
         files.safe_name(name)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_a_safe_name_stays_in_its_folder(name: str) -> None:
     try:

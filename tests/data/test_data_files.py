@@ -19,7 +19,7 @@ from sparring import data
 from sparring.data import registry
 from sparring.data.cifar import CIFAR10, RECORD, RECORDS
 from sparring.data.idx import FASHION_MNIST, MNIST
-from sparring.data.places import SYSTEM_ROOTS
+from sparring.data.places import SYSTEM_ROOTS, File, Find, Source
 from sparring.errors import DataError
 
 
@@ -241,7 +241,30 @@ def test_arrays_with_their_own_validation_split(tmp_path: Path) -> None:
     assert (len(mine.train.y), len(mine.valid.y)) == (4, 1)
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "nothing.zip", "gone.npz"])
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "nothing.zip", "gone.npz", "~nobody-has-this-name/x", "a/" + "b" * 5_000]
+)
 def test_path_to_nothing_is_a_data_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="check the path"):
         data.load(name, tmp_path)
+
+
+def test_a_new_data_set_is_a_source_and_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = Source("blobs", (File("blobs.bin"),), folders=("blobs", ""), mirrors=())
+
+    def load_blobs(find: Find) -> data.Dataset:
+        (content,) = find(blobs)
+        x = torch.frombuffer(bytearray(content.data), dtype=torch.uint8).view(-1, 1, 2, 2)
+        return data.from_splits("blobs", *[data.Split(x, torch.arange(len(x)) % 2)] * 3, classes=2)
+
+    monkeypatch.setitem(data.DATASETS, "blobs", load_blobs)
+    with pytest.raises(DataError, match=r"blobs\.bin"):
+        data.load("blobs", tmp_path)
+    (tmp_path / "blobs.bin").write_bytes(bytes(range(16)))
+    assert data.load("blobs", tmp_path).test.x[3].flatten().tolist() == [12, 13, 14, 15]
+
+
+def test_what_is_available_can_be_asked_of_an_odd_folder(tmp_path: Path) -> None:
+    (tmp_path / "odd:name.zip").write_bytes(b"")
+    (tmp_path / "fine.npz").write_bytes(b"")
+    assert [item.name for item in data.available(tmp_path) if str(tmp_path) in item.where] == ["fine"]

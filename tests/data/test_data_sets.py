@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparring import data
@@ -108,6 +108,7 @@ def test_identity_is_the_content_not_the_name(mnist_5k: data.Dataset) -> None:
     assert data.content_hash(changed) != data.content_hash(mnist_5k)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
 def test_balanced_order_is_a_permutation_with_balanced_prefixes(labels: list[int]) -> None:
     y = torch.tensor(labels)

@@ -17,7 +17,20 @@ from typing import NamedTuple
 from ..errors import DataError, UserError
 from ..files import read_bounded, safe_members
 
-__all__ = ["Content", "File", "Find", "Source", "locate", "missing", "read", "roots", "unpack"]
+__all__ = [
+    "Content",
+    "File",
+    "Find",
+    "Source",
+    "expand",
+    "is_file",
+    "is_folder",
+    "locate",
+    "missing",
+    "read",
+    "roots",
+    "unpack",
+]
 
 SYSTEM_ROOTS = (Path("/usr/share/datasets"),)
 MOST = 256 << 20  # bytes of one file or archive, packed and unpacked: half as much again as the largest known
@@ -62,13 +75,37 @@ def roots(root: Path | str | None) -> list[Path]:
     found = []
     for named, by in ((root, "the data folder"), (os.environ.get("SPARRING_DATA"), "$SPARRING_DATA")):
         if named:
-            if not Path(named).expanduser().is_dir():
+            if not is_folder(expand(named)):
                 raise DataError(f"{by}, {named}, is not a folder; correct the path or make the folder")
-            found.append(Path(named).expanduser())
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    found.append((Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache") / "sparring")
+            found.append(expand(named))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    found.append((cache if cache.is_absolute() else expand("~/.cache")) / "sparring")
     found.extend(SYSTEM_ROOTS)
     return list(dict.fromkeys(found))
+
+
+def expand(path: Path | str) -> Path:
+    """Return a path with "~" replaced by the home folder, if there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user, or a container's user without a home
+        return Path(path)
+
+
+def is_file(path: Path) -> bool:
+    """Return whether there is a file; False as well for a name that is too long or a folder that may not be read."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether there is a folder; False as well for a name that is too long or one that may not be read."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def locate(source: Source, places: list[Path]) -> list[Path] | None:
@@ -79,14 +116,14 @@ def locate(source: Source, places: list[Path]) -> list[Path] | None:
             found = [path for path in paths if path is not None]
             if len(found) == len(paths):
                 return found
-            if source.archive and (place / folder / source.archive.name).is_file():
+            if source.archive and is_file(place / folder / source.archive.name):
                 return [place / folder / source.archive.name]
     return None
 
 
 def _plain_or_packed(path: Path) -> Path | None:
     candidates = (path, path.with_name(path.name + ".gz"))
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    return next((candidate for candidate in candidates if is_file(candidate)), None)
 
 
 def missing(source: Source, places: list[Path]) -> DataError:

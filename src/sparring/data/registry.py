@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import DataError, UnknownNameError
+from ..errors import DataError, UnknownNameError, UserError
 from ..files import safe_name
 from .arrays import load_arrays
 from .cifar import CIFAR10, cifar10
@@ -15,7 +16,7 @@ from .idx import FASHION_MNIST, MNIST, fashion_mnist, mnist
 from .images import load_images
 from .mirrors import Progress
 from .mirrors import download as fetch
-from .places import Content, Find, Source, locate, missing, read, roots
+from .places import Content, Find, Source, expand, is_file, is_folder, locate, missing, read, roots
 from .types import Dataset
 
 __all__ = ["DATASETS", "Available", "available", "load"]
@@ -70,12 +71,12 @@ def load(
 
 
 def _locate_users(name: str, places: list[Path]) -> Path:
-    candidates = [Path(name).expanduser(), *(place / (name + end) for place in places for end in ("", *PACKED))]
+    candidates = [expand(name), *(place / (name + end) for place in places for end in ("", *PACKED))]
     for path in candidates:
-        if name and (path.is_dir() or (path.is_file() and path.name.endswith(PACKED))):
+        if name and (is_folder(path) or (is_file(path) and path.name.endswith(PACKED))):
             return path
     if "/" in name or name.endswith(PACKED):
-        raise DataError(f"there is no folder, {', '.join(PACKED)} file called {name}; check the path")
+        raise DataError(f"there is no folder or {', '.join(PACKED)} file called {name[:200]}; check the path")
     raise UnknownNameError("data set", name, DATASETS)
 
 
@@ -96,10 +97,8 @@ def available(root: Path | str | None = None) -> list[Available]:
         if paths is not None:
             found.append(Available(name, str(paths[0].parent) if paths else ""))
     for place in places:
-        users = sorted(path for path in place.glob("*") if _is_users(path))
-        found.extend(Available(_label(path), str(path)) for path in users)
+        for path in sorted(place.glob("*")):
+            if is_folder(path / "train") or (is_file(path) and path.name.endswith((".zip", ".npz"))):
+                with contextlib.suppress(UserError):  # its name could not be written into an output folder
+                    found.append(Available(_label(path), str(path)))
     return found
-
-
-def _is_users(path: Path) -> bool:
-    return (path.is_dir() and (path / "train").is_dir()) or (path.is_file() and path.name.endswith((".zip", ".npz")))
