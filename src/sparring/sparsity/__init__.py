@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .allocation import erdos_renyi_kernel, uniform
+from .channels import remove_channels, silent, tied_channels
 from .contracts import Batch, Loss, Masks, Pruner, Score, Scores, Stateful
 from .learned import hydra, movement
 from .masks import (
@@ -68,12 +69,15 @@ __all__ = [
     "proximal",
     "prunable",
     "random",
+    "remove_channels",
     "rigged_lottery",
     "select",
+    "silent",
     "snip",
     "sparse_evolution",
     "sparsity_of",
     "taylor",
+    "tied_channels",
     "uniform",
     "wanda",
 ]

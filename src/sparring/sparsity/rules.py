@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import UnknownNameError, UserError
+from .channels import silent, tied_channels
 from .contracts import Batch, Masks, Pruner, Scores
 from .selection import select
 from .structures import Channels, Structure, Unstructured
@@ -52,18 +53,25 @@ class Rule:
         batch: Batch | None = None,
         regrow: bool = False,
     ) -> Masks:
-        """Return new masks for a model; with `regrow` a weight may come back."""
-        within = self.open(masks)
-        scores = {name: scores[name] for name in within}
+        """Return new masks for a model; with `regrow` a weight may come back.
+
+        Whole channels go with their biases and batch norms, and together where they are added to one another, if the
+        batch tells the shape of an image; the layers that write classes keep all of theirs.
+        """
+        within, structure, shape = self.open(masks), self.structure, None
+        if isinstance(structure, Channels) and batch is not None:
+            shape = tuple(batch[0].shape[1:])
+            structure, fixed = tied_channels(model, shape)
+            within = {name: mask for name, mask in within.items() if name not in fixed}
         new = select(
-            scores,
+            {name: scores[name] for name in within},
             sparsity,
-            structure=self.structure,
+            structure=structure,
             scope=self.scope,
             within=None if regrow else within,
             floor=self.floor,
         )
-        return {**masks, **new}
+        return {**masks, **new} if shape is None else silent(model, {**masks, **new}, shape)
 
     def tolerance(self, masks: Masks) -> float:
         """Return by how many weights the masks may miss a sparsity: half a unit, for each layer that counts alone."""

@@ -1,0 +1,157 @@
+"""Time pruning against torch.nn.utils.prune, on one thread.
+
+    python benchmarks/sparsity.py [--json]
+
+Rows are `{what, seconds, over_torch}`; repetitions of both sides alternate and the median of each is kept.
+`select` on 25 million scores: seconds, the ratio to torch's global magnitude pruning of the same layers, and the most
+memory it took beyond the scores as a multiple of their bytes (measured in a process of its own). A fine-tuning epoch of
+LeNet-300-100 with masks, as a ratio to the same epoch without (`over_dense`), and torch's parametrised one beside it.
+Before any time is taken, both sides must keep the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from sparring.models import build
+from sparring.sparsity import Masks, Scores, all_ones, gradual, magnitude, one_shot, prunable, select
+from sparring.train import Recipe, fit
+
+LAYERS = [(2500, 5000), (1000, 5000), (2500, 3000)]
+SPARSITY = 0.9
+
+
+def layers(shapes: list[tuple[int, int]]) -> nn.Sequential:
+    """Linear layers that no input ever goes through: only their weights matter."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(columns, rows, bias=False) for rows, columns in shapes))
+
+
+def torch_masks(model: nn.Module) -> Masks:
+    """Prune globally by magnitude with torch, and take its masks off again."""
+    linear = [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear)]
+    prune.global_unstructured(linear, pruning_method=prune.L1Unstructured, amount=SPARSITY)
+    masks = {f"{index}.weight": module.weight_mask.bool() for index, (module, _) in enumerate(linear)}
+    for module, _ in linear:
+        module.weight = nn.Parameter(module.weight_orig.detach())
+        del module._forward_pre_hooks[next(iter(module._forward_pre_hooks))]
+        del module._parameters["weight_orig"], module._buffers["weight_mask"]
+    return masks
+
+
+def assert_same_up_to_ties(scores: Scores, ours: Masks, theirs: Masks) -> None:
+    """Check that both keep as many weights, and that they differ only among equal scores."""
+    assert sum(int(m.sum()) for m in ours.values()) == sum(int(m.sum()) for m in theirs.values())
+    disputed = [scores[name][ours[name] != theirs[name]] for name in scores]
+    assert torch.cat(disputed).unique().numel() <= 1, "both must keep the same weights"
+
+
+def alternate(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Return the median seconds of two functions whose runs alternate."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for function, kept in zip((first, second), times, strict=True):
+            began = time.perf_counter()
+            function()
+            kept.append(time.perf_counter() - began)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def peak_of_select(sender: Connection) -> None:
+    """Send by how many times the scores' bytes memory grew while `select` ran."""
+    torch.set_num_threads(1)
+    model = layers(LAYERS)
+    scores: Scores = magnitude(model)
+    select({"warm-up": torch.rand(4, 4)}, 0.5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    select(scores, SPARSITY)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sender.send(1024 * (after - before) / sum(s.numel() * s.element_size() for s in scores.values()))
+
+
+def time_select() -> list[dict[str, object]]:
+    """Compare one global selection over 25 million weights."""
+    model = layers(LAYERS)
+    scores = magnitude(model)
+    assert_same_up_to_ties(scores, select(scores, SPARSITY), torch_masks(model))
+    selecting, pruning = alternate(lambda: select(scores, SPARSITY), lambda: torch_masks(model), 5)
+    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=peak_of_select, args=(sender,))
+    process.start()
+    memory = receiver.recv()
+    process.join()
+    row = {"what": "select, 25M scores", "seconds": selecting, "over_torch": selecting / pruning, "memory": memory}
+    return [row]
+
+
+def time_epoch() -> list[dict[str, object]]:
+    """Compare a fine-tuning epoch with and without masks, and with torch's reparametrised weights."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (10_000, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    y = torch.randint(0, 10, (10_000,), generator=generator)
+    recipe = Recipe(epochs=1, batch_size=128, lr=0.01)
+
+    def network() -> nn.Module:
+        return build("lenet-300-100", shape=(1, 28, 28), classes=10, mean=(0.13,), std=(0.31,))
+
+    dense, sparse, slow = network(), network(), network()
+    masks = select(magnitude(sparse), SPARSITY)
+    linear = [(module, "weight") for module in slow.modules() if isinstance(module, nn.Linear)]
+    prune.global_unstructured(linear, pruning_method=prune.L1Unstructured, amount=SPARSITY)
+
+    def epoch(model: nn.Module, kept: Masks | None = None) -> Tensor | None:
+        pruner = one_shot(magnitude, SPARSITY) if kept is not None else None
+        result = fit(model, x, y, recipe, masks=kept, pruner=pruner)
+        for name, mask in result.masks.items():
+            assert not model.get_parameter(name)[~mask].any(), "masked weights must stay zero"
+        return None
+
+    plain, masked = alternate(lambda: epoch(dense), lambda: epoch(sparse, masks), 5)
+    _, parametrised = alternate(lambda: epoch(dense), lambda: epoch(slow), 5)
+    gradually = alternate(lambda: epoch(dense), lambda: fit(
+        sparse, x, y, recipe, masks=all_ones(sparse), pruner=gradual(magnitude, SPARSITY)
+    ), 5)  # fmt: skip
+    assert prunable(dense).keys() == masks.keys()
+    return [
+        {
+            "what": "epoch with masks",
+            "seconds": masked,
+            "over_torch": masked / parametrised,
+            "over_dense": masked / plain,
+        },
+        {
+            "what": "epoch of gradual pruning",
+            "seconds": gradually[1],
+            "over_torch": gradually[1] / parametrised,
+            "over_dense": gradually[1] / gradually[0],
+        },
+    ]
+
+
+def main() -> None:
+    """Print one row per measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = time_select() + time_epoch()
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print("  ".join(f"{key} {value:.3f}" if isinstance(value, float) else str(value) for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Removing channels shrinks a network and leaves the masked network's logits, through residual connections too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparring.errors import Unsupported
+from sparring.models import build
+from sparring.sparsity import (
+    STRUCTURES,
+    Rule,
+    all_ones,
+    apply_,
+    counts,
+    magnitude,
+    prunable,
+    remove_channels,
+    silent,
+    tied_channels,
+)
+
+SHAPE = (3, 16, 16)
+
+
+def network(name: str, seed: int = 0) -> nn.Module:
+    options: dict[str, dict[str, object]] = {
+        "resnet-32": {"depth": 14, "width": 0.5},
+        "vgg-like": {"width": 0.05},
+        "lenet-5": {"width": 0.4},
+        "lenet-300-100": {"width": 0.1},
+    }
+    model = build(name, shape=SHAPE, classes=5, mean=(0.5,) * 3, std=(0.25,) * 3, seed=seed, **options[name])  # type: ignore[arg-type]
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after training
+            for value in (module.weight, module.bias, module.running_mean, module.running_var):
+                assert isinstance(value, Tensor)
+                nn.init.uniform_(value, 0.2, 1.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["resnet-32", "vgg-like", "lenet-5", "lenet-300-100"])
+@settings(max_examples=4, deadline=None)
+@given(sparsity=st.floats(0.1, 0.9), scope=st.sampled_from(["global", "layer"]), seed=st.integers(0, 99))
+@pytest.mark.filterwarnings("ignore::sparring.sparsity.CollapsedLayerWarning")
+def test_logits_are_those_of_the_masked_network(name: str, sparsity: float, scope: str, seed: int) -> None:
+    model = network(name, seed)
+    x = torch.rand(4, *SHAPE)
+    rule = Rule(scope=scope, structure=STRUCTURES["channels"])
+    masks = rule.masks(model, magnitude(model), sparsity, masks=all_ones(model), batch=(x, torch.zeros(4)))
+    smaller = remove_channels(model, masks, SHAPE)
+    apply_(model, masks)
+    with torch.no_grad():
+        assert torch.allclose(smaller(x), model(x), atol=1e-5, rtol=1e-5)
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+    assert counts(smaller).weights_nonzero <= counts(model).weights_nonzero
+
+
+def test_residual_channels_are_tied_and_classes_fixed() -> None:
+    model = network("resnet-32")
+    structure, fixed = tied_channels(model, SHAPE)
+    assert fixed == (list(prunable(model))[-1],)
+    assert len(structure.tied) == 3  # one residual stream per stage
+    masks = all_ones(model)
+    (stream, *_) = structure.tied
+    masks[stream[0]][0] = False
+    # One layer alone is silent in a channel that others still write: nothing can go.
+    assert all(bool(mask.all()) for name, mask in silent(model, masks, SHAPE).items() if name not in masks)
+    for name in stream:
+        masks[name][0] = False
+    smaller = remove_channels(model, masks, SHAPE)
+    assert all(len(smaller.get_parameter(name)) == len(model.get_parameter(name)) - 1 for name in stream)
+
+
+def test_a_smaller_network_can_be_trained_on() -> None:
+    model = network("lenet-5")
+    masks = all_ones(model)
+    masks["1.weight"][:3] = False
+    smaller = remove_channels(model, masks, SHAPE)
+    smaller(torch.rand(2, *SHAPE)).sum().backward()
+    assert isinstance(smaller[1], nn.Conv2d)
+    assert smaller[1].out_channels == 5
+    assert all(p.grad is not None for p in smaller.parameters())
+    assert model[1].out_channels == 8, "the original is left alone"
+
+
+class Rigid(nn.Module):
+    """A model whose forward pass has a size written into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.first(x).relu().view(-1, 784))
+        return result
+
+
+def test_written_out_sizes_are_refused_with_the_reason() -> None:
+    model = Rigid()
+    masks = all_ones(model)
+    masks["first.weight"][0] = False
+    with pytest.raises(Unsupported, match="write no sizes"):
+        remove_channels(model, masks, SHAPE)
+
+
+def test_what_cannot_lose_channels_is_found() -> None:
+    shared = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Conv2d(3, 6, 3, groups=3), nn.Flatten(), nn.Linear(6 * 196, 2))
+    _, fixed = tied_channels(model, SHAPE)
+    assert set(fixed) == {"0.weight", "3.weight", "5.weight"}
+    bare = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(768, 2))
+    assert tied_channels(bare, SHAPE)[1] == ("0.weight", "3.weight")
