@@ -7,15 +7,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring.attacks import ATTACKS, cw, fgsm, hopskipjump, pgd, robust_accuracy, run, square
+from sparring.attacks import (
+    ATTACKS,
+    apgd_targeted,
+    cw,
+    fab_targeted,
+    fgsm,
+    hopskipjump,
+    nearest,
+    pgd,
+    robust_accuracy,
+    run,
+    square,
+    worst_case,
+)
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
 
 # The same attack, short: these tests ask for its contract, not its strength.
 SHORT = ATTACKS | {
+    "apgd-targeted": partial(apgd_targeted, steps=10),
     "cw": partial(cw, steps=30, searches=3),
     "hopskipjump": partial(hopskipjump, steps=3, draws=10),
+    "fab-targeted": partial(fab_targeted, steps=10),
     "square": partial(square, queries=50),
+    "standard": partial(worst_case, attacks=[nearest, partial(square, queries=50)]),
 }
 
 

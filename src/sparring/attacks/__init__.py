@@ -10,6 +10,7 @@ from .carlini import cw
 from .decisions import hopskipjump
 from .decoupled import ddn
 from .distance import deepfool
+from .ensemble import apgd_targeted, fab_targeted, fast, standard, worst_case
 from .evaluate import Attack, AttackResult, robust_accuracy, run
 from .flags import FLAGS, Flag
 from .gradient import fgsm, pgd, rfgsm
@@ -20,16 +21,20 @@ from .squares import square
 ATTACKS: dict[str, Attack] = {
     "apgd": apgd,
     "apgd-dlr": partial(apgd, objective=dlr),
+    "apgd-targeted": apgd_targeted,
     "cw": cw,
     "ddn": ddn,
     "deepfool": deepfool,
     "fab": fab,
+    "fab-targeted": fab_targeted,
+    "fast": fast,
     "fgsm": fgsm,
     "hopskipjump": hopskipjump,
     "nearest": nearest,
     "pgd": pgd,
     "rfgsm": rfgsm,
     "square": square,
+    "standard": standard,
 }
 
 __all__ = [
@@ -39,10 +44,13 @@ __all__ = [
     "AttackResult",
     "Flag",
     "apgd",
+    "apgd_targeted",
     "cw",
     "ddn",
     "deepfool",
     "fab",
+    "fab_targeted",
+    "fast",
     "fgsm",
     "hopskipjump",
     "nearest",
@@ -51,4 +59,6 @@ __all__ = [
     "robust_accuracy",
     "run",
     "square",
+    "standard",
+    "worst_case",
 ]

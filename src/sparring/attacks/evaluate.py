@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..threat import Threat, distance
+from .activations import has_masked_gradients, is_stochastic, seeded, straight_through
+from .checks import check_inputs, check_model, check_threat, is_random, state_of
 from .derivatives import Probe, frozen
 from .flags import Flag
-from .steps import select
+from .steps import column, select
 
 __all__ = ["Attack", "AttackResult", "batch_size_for", "classify", "robust_accuracy", "run"]
 
 TOLERANCE = 1e-6
 _BATCH_BYTES = 256 * 2**20
+# Another way of attacking must do better on this share of the images before it is called a sign of masking.
+_NOTABLE = 0.02
 
 
 class Attack(Protocol):
@@ -70,55 +76,179 @@ def run(
     threat: Threat,
     *,
     targets: Tensor | None = None,
+    surrogates: Mapping[str, nn.Module] | None = None,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
+    draws: int = 10,
 ) -> AttackResult:
     """Attack every correctly classified image and judge the outcome on a fresh forward pass.
 
     x: float (N, ...) in [0, 1]; y: int64 (N,). With a threat without eps the attack looks for the smallest
     perturbation. batch_size None: as many images as fit into 256 MB of activations. The model is held in eval mode
-    with frozen parameters and restored. Raises UserError for inputs or a model that break the contract.
+    with frozen parameters and restored.
+
+    Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
+    straight-through backward pass; with `surrogates` (name to model, such as the dense network) it runs on each of
+    them and its examples are transferred. The best of all counts for each image. A model that draws random numbers is
+    attacked in expectation over `draws` passes, and an image counts as misclassified if most of 3·draws + 1 other
+    passes are wrong. Raises UserError for inputs or a model that break the contract (see `checks`).
     """
     start = time.perf_counter()
-    with frozen(model):
+    check_inputs(x, y)
+    check_threat(x, threat)
+    seed = _seed_from(generator)
+    others = surrogates or {}
+    with ExitStack() as stack:
+        for network in (model, *others.values()):
+            stack.enter_context(frozen(network))
+        before = state_of(model)
+        random = is_stochastic(model) or is_random(model, x)
+        flags = [*_undeclared(model, random), *check_model(model, x, y, random=random)]
         size = batch_size or batch_size_for(model, x)
-        predicted, _ = classify(model, x, size)
-        clean_correct = predicted == y
-        probe = Probe(model)
-        x_adv = x.clone()
-        attacked = clean_correct.nonzero().squeeze(1)
-        for rows in torch.split(attacked, size):
-            x_adv[rows] = attack(
-                probe,
-                x[rows],
-                y[rows],
-                norm=threat.norm,
-                eps=threat.eps,
-                targets=select(targets, rows),
-                generator=generator,
-            ).detach()
-        predicted, _ = classify(model, x_adv, size)
-    reached = predicted != y if targets is None else predicted == targets
-    success = clean_correct & reached
-    moved = distance(x_adv - x, threat.norm)
-    count = max(len(attacked), 1)
+        judge = _Judge(model, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1)
+        clean_correct = ~judge.wrong(x)
+        probe = Probe(model, draws=draws if random else 1)
+        order = _Order(attack, threat, x, y, targets, size, generator)
+        stack.enter_context(seeded(model, seed))
+
+        outcome = judge(x, order(probe, clean_correct), clean_correct)
+        hidden = has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags)
+        if hidden:
+            with straight_through(model, x[:1]):
+                found = order(probe, _still_open(outcome, threat))
+            outcome, more = _better(outcome, judge(x, found, clean_correct))
+            flags += _masked("a straight-through backward pass", more, clean_correct)
+        for name, surrogate in others.items():
+            found = order(surrogate, _still_open(outcome, threat))
+            outcome, more = _better(outcome, judge(x, found, clean_correct))
+            flags += _masked(f"transfer from {name}", more, clean_correct)
+        flags += _violations(outcome, threat, probe)
+        if state_of(model) != before:
+            flags.append(Flag("state-changed", "parameters or buffers were written to"))
+    count = max(int(clean_correct.sum()), 1)
     return AttackResult(
-        x_adv=x_adv,
+        x_adv=outcome.x_adv,
         clean_correct=clean_correct,
-        success=success,
-        distance=torch.where(success, moved, torch.where(clean_correct, torch.inf, 0.0)),
+        success=outcome.success,
+        distance=outcome.distance,
         forwards=probe.forwards / count,
         backwards=probe.backwards / count,
         seconds=time.perf_counter() - start,
-        flags=_violations(x_adv, moved, threat, probe),
+        flags=tuple(flags),
     )
 
 
-def classify(model: nn.Module, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Return the predicted classes (−1 where logits are not finite: no class) and the logits, without gradients."""
+class _Outcome(NamedTuple):
+    """What one way of attacking reached: the images, how far each moved, success, distance as in AttackResult."""
+
+    x_adv: Tensor
+    moved: Tensor
+    success: Tensor
+    distance: Tensor
+
+
+@dataclass(frozen=True)
+class _Order:
+    """An attack with its images: call it with a model and a mask of the images to attack."""
+
+    attack: Attack
+    threat: Threat
+    x: Tensor
+    y: Tensor
+    targets: Tensor | None
+    batch_size: int
+    generator: torch.Generator | None
+
+    def __call__(self, model: nn.Module, wanted: Tensor) -> Tensor:
+        x_adv = self.x.clone()
+        for rows in torch.split(wanted.nonzero().squeeze(1), self.batch_size):
+            if len(rows):
+                x_adv[rows] = self.attack(
+                    model,
+                    self.x[rows],
+                    self.y[rows],
+                    norm=self.threat.norm,
+                    eps=self.threat.eps,
+                    targets=select(self.targets, rows),
+                    generator=self.generator,
+                ).detach()
+        return x_adv
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Says, on fresh forward passes, which images are misclassified and how far they were moved."""
+
+    model: nn.Module
+    y: Tensor
+    targets: Tensor | None
+    norm: float
+    batch_size: int
+    draws: int
+    seed: int
+
+    def wrong(self, x: Tensor) -> Tensor:
+        """Return which images most of the passes do not assign to their class."""
+        return self._share(x, self.y) < 0.5
+
+    def __call__(self, x: Tensor, x_adv: Tensor, clean_correct: Tensor) -> _Outcome:
+        """Return the outcome of an attack; images misclassified from the start are no success."""
+        reached = self.wrong(x_adv) if self.targets is None else self._share(x_adv, self.targets) > 0.5
+        success = clean_correct & reached
+        moved = distance(x_adv - x, self.norm)
+        reach = torch.where(success, moved, torch.where(clean_correct, torch.inf, 0.0))
+        return _Outcome(x_adv, moved, success, reach)
+
+    def _share(self, x: Tensor, label: Tensor) -> Tensor:
+        votes = torch.zeros(len(x), device=x.device)
+        with seeded(self.model, self.seed):
+            for _ in range(self.draws):
+                votes += classify(self.model, x, self.batch_size) == label
+        return votes / self.draws
+
+
+def _still_open(outcome: _Outcome, threat: Threat) -> Tensor:
+    """Return the images another way of attacking could still do something about."""
+    return (outcome.distance > 0) if threat.eps is None else torch.isinf(outcome.distance)
+
+
+def _better(first: _Outcome, second: _Outcome) -> tuple[_Outcome, Tensor]:
+    """Return the per-image better of two outcomes, and where the second was better by more than 5% or alone."""
+    taken = second.distance < first.distance
+    shape = column(taken, first.x_adv)
+    merged = _Outcome(
+        torch.where(shape, second.x_adv, first.x_adv),
+        torch.where(taken, second.moved, first.moved),
+        first.success | second.success,
+        torch.where(taken, second.distance, first.distance),
+    )
+    return merged, second.distance < 0.95 * first.distance
+
+
+def _masked(way: str, more: Tensor, attacked: Tensor) -> list[Flag]:
+    gained, count = int(more.sum()), int(attacked.sum())
+    if gained < max(2, _NOTABLE * count):
+        return []
+    return [Flag("masked-gradients", f"{way} does better on {gained} of {count} images")]
+
+
+def _undeclared(model: nn.Module, random: bool) -> list[Flag]:
+    if not random or is_stochastic(model):
+        return []
+    return [Flag("random-model", "two passes over the same images differ, and no layer declares why")]
+
+
+def _seed_from(generator: torch.Generator | None) -> int:
+    if generator is None:
+        return 0
+    return int(torch.randint(0, 2**31, (), generator=generator, device=generator.device))
+
+
+def classify(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
+    """Return the predicted classes, −1 where the logits are not finite: no class."""
     with torch.no_grad():
         logits = torch.cat([model(part) for part in torch.split(x, batch_size)])
-    return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1), logits
+    return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
 
 
 def batch_size_for(model: nn.Module, x: Tensor) -> int:
@@ -139,16 +269,20 @@ def batch_size_for(model: nn.Module, x: Tensor) -> int:
     return max(1, min(1024, _BATCH_BYTES // (2 * x.element_size() * sum(numbers))))
 
 
-def _violations(x_adv: Tensor, moved: Tensor, threat: Threat, probe: Probe) -> tuple[Flag, ...]:
+def _violations(outcome: _Outcome, threat: Threat, probe: Probe) -> list[Flag]:
     flags = []
-    beyond = float((x_adv.clamp(0, 1) - x_adv).abs().max()) if x_adv.numel() else 0.0
+    beyond = float((outcome.x_adv.clamp(0, 1) - outcome.x_adv).abs().max())
     if not beyond <= TOLERANCE:
         flags.append(Flag("box-violation", f"by up to {beyond:.2g}"))
     if threat.eps is not None:
-        excess = float((moved - threat.eps).max()) if len(moved) else 0.0
+        excess = float((outcome.moved - threat.eps).max())
         # Rounding of a norm grows with its size.
         if not excess <= TOLERANCE * max(1.0, threat.eps):
             flags.append(Flag("budget-violation", f"by up to {excess:.2g}"))
+    if threat.eps is None:
+        failed = int(torch.isinf(outcome.distance).sum())
+        if failed:
+            flags.append(Flag("unfinished-search", f"on {failed} images"))
     if probe.nonfinite:
         flags.append(Flag("nonfinite-logits", f"{probe.nonfinite} times"))
-    return tuple(flags)
+    return flags

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Objective", "cross_entropy", "dlr", "margin", "smooth_margin"]
+__all__ = ["Objective", "cross_entropy", "dlr", "margin", "scaled_cross_entropy", "smooth_margin"]
 
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -43,6 +43,15 @@ def cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> T
     if targets is None:
         return functional.cross_entropy(logits, y, reduction="none")
     return -functional.cross_entropy(logits, targets, reduction="none")
+
+
+def scaled_cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of logits stretched to a span of 20, so that it never saturates and no scale matters.
+
+    The span is a constant to the gradient. 20 is what an ordinarily trained network of ten classes has.
+    """
+    span = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach().clamp_min(1e-12)
+    return cross_entropy(logits * (20 / span), y, targets)
 
 
 def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:

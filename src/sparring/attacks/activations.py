@@ -1,0 +1,96 @@
+"""Layers that hide or randomise gradients: how an attack sees through them without knowing their classes.
+
+The contract is structural (docs/design.md, "Contracts between strangers"): such a module carries `masks_gradients`,
+`stochastic`, `straight_through` and `generator`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["has_masked_gradients", "is_stochastic", "seeded", "straight_through"]
+
+
+def has_masked_gradients(model: nn.Module) -> bool:
+    """Return whether some module declares that its true backward pass misleads an attack."""
+    return any(getattr(module, "masks_gradients", False) for module in model.modules())
+
+
+def is_stochastic(model: nn.Module) -> bool:
+    """Return whether some module declares that it draws random numbers in eval mode."""
+    return any(getattr(module, "stochastic", False) for module in model.modules())
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Let every stochastic module draw from a generator of its own with this seed, and restore the old ones."""
+    modules = [module for module in model.modules() if getattr(module, "stochastic", False)]
+    before = [getattr(module, "generator", None) for module in modules]
+    try:
+        for place, module in enumerate(modules):
+            module.generator = torch.Generator().manual_seed(seed + place)  # type: ignore[assignment]
+        yield
+    finally:
+        for module, generator in zip(modules, before, strict=True):
+            module.generator = generator  # type: ignore[assignment]
+
+
+@contextmanager
+def straight_through(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """Give declared modules their own BPDA backward pass, and layers with a dead one the identity's.
+
+    Athalye et al. 2018, section 4.1. A layer is dead if its output has the shape of its input and does not depend on
+    it as far as autograd can tell, at any of the images x.
+    """
+    declared = [module for module in model.modules() if getattr(module, "masks_gradients", False)]
+    before = [module.straight_through for module in declared]
+    with ExitStack() as stack:
+        try:
+            for module in declared:
+                module.straight_through = True  # type: ignore[assignment]
+            for module in _dead_layers(model, x):
+                stack.callback(module.register_forward_hook(_as_identity).remove)
+            yield
+        finally:
+            for module, value in zip(declared, before, strict=True):
+                module.straight_through = value
+
+
+def _as_identity(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return inputs[0] + (output - inputs[0]).detach()
+
+
+def _dead_layers(model: nn.Module, x: Tensor) -> list[nn.Module]:
+    """Return the modules whose own backward pass gives nothing although input and output have one shape."""
+    dead: list[nn.Module] = []
+
+    def examine(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        entry = inputs[0] if inputs else None
+        if not (isinstance(entry, Tensor) and isinstance(output, Tensor) and entry.shape == output.shape):
+            return
+        if not entry.is_floating_point() or torch.equal(entry, output):
+            return
+        point = entry.detach().requires_grad_()
+        with torch.enable_grad():
+            again = forwards[module](point)
+        if not again.requires_grad:
+            dead.append(module)
+            return
+        (gradient,) = torch.autograd.grad(again.sum(), point, allow_unused=True)
+        if gradient is None or not bool(gradient.any()):
+            dead.append(module)
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {module: module.forward for module in leaves}
+    handles = [module.register_forward_hook(examine) for module in leaves]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dead

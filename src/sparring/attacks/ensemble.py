@@ -1,0 +1,216 @@
+"""Worst cases over several attacks, image by image; each is itself an attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..threat import L1, L2, LINF, distance
+from .adaptive import apgd
+from .adaptive_boundary import fab
+from .distance import deepfool
+from .evaluate import Attack
+from .gradient import pgd
+from .hybrid import nearest
+from .losses import dlr, margin, scaled_cross_entropy
+from .squares import square
+from .steps import column, select
+
+__all__ = ["AimedAttack", "apgd_targeted", "fab_targeted", "fast", "standard", "worst_case"]
+
+
+class AimedAttack(Protocol):
+    """An attack that can climb towards given classes while any wrong class is a success."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        /,
+        *,
+        norm: float,
+        eps: float | None = None,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        aims: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+def worst_case(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    attacks: Sequence[Attack],
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Run attacks in order and return each image's worst case.
+
+    With eps only images still standing go on to the next attack. Without, every attack sees every image and the
+    smallest perturbation counts.
+    """
+
+    def attempt(attack: Attack) -> Callable[[Tensor], Tensor]:
+        return lambda rows: attack(
+            model, x[rows], y[rows], norm=norm, eps=eps, targets=select(targets, rows), generator=generator
+        )
+
+    return _best_of([attempt(attack) for attack in attacks], model, x, y, targets, norm, eps)
+
+
+def _best_of(
+    attempts: Sequence[Callable[[Tensor], Tensor]],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    targets: Tensor | None,
+    norm: float,
+    eps: float | None,
+) -> Tensor:
+    """Return each image's worst case over attempts: functions from row numbers to perturbed images."""
+    x_adv = x.clone()
+    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+    rows = torch.arange(len(x), device=x.device)
+    for attempt in attempts:
+        if len(rows) == 0:
+            break
+        found = attempt(rows)
+        with torch.no_grad():
+            won = margin(model(found), y[rows], select(targets, rows)) > 0
+        moved = torch.where(won, distance(found - x[rows], norm), torch.inf)
+        better = moved < smallest[rows]
+        # An attempt that failed still leaves its last point to be looked at.
+        taken = column(better | torch.isinf(smallest[rows]), found)
+        x_adv[rows] = torch.where(taken, found, x_adv[rows])
+        smallest[rows] = torch.where(better, moved, smallest[rows])
+        if eps is not None:
+            rows = rows[~won]
+    return x_adv
+
+
+def _towards_each_class(
+    attack: AimedAttack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: float,
+    eps: float | None,
+    generator: torch.Generator | None,
+    classes: int,
+) -> Tensor:
+    """Return the worst case of an attack aimed at each of the most likely other classes in turn."""
+    with torch.no_grad():
+        logits = model(x)
+    ranked = logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(min(classes, logits.shape[1] - 1), dim=1).indices
+
+    def attempt(aims: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda rows: attack(model, x[rows], y[rows], norm=norm, eps=eps, generator=generator, aims=aims[rows])
+
+    return _best_of([attempt(aims) for aims in ranked.T], model, x, y, None, norm, eps)
+
+
+def apgd_targeted(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    steps: int = 100,
+    classes: int = 9,
+) -> Tensor:
+    """Run APGD on the targeted DLR loss towards each of the most likely classes (Croce & Hein 2020, APGD-T).
+
+    With `targets` it aims at those alone, and only they count. Raises as apgd does.
+    """
+    attack = partial(apgd, objective=dlr, steps=steps)
+    if targets is not None:
+        return attack(model, x, y, norm=norm, eps=eps, targets=targets, generator=generator)
+    return _towards_each_class(attack, model, x, y, norm, eps, generator, classes)
+
+
+def fab_targeted(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = L2,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    steps: int = 100,
+    classes: int = 9,
+) -> Tensor:
+    """Run FAB towards each of the most likely classes (FAB-T), which costs one gradient a step, not one per class.
+
+    With `targets` it aims at those alone, and only they count.
+    """
+    attack = partial(fab, steps=steps)
+    if targets is not None:
+        return attack(model, x, y, norm=norm, eps=eps, targets=targets, generator=generator)
+    return _towards_each_class(attack, model, x, y, norm, eps, generator, classes)
+
+
+def standard(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the worst case of AutoAttack's composition, with `nearest` before it.
+
+    With eps: nearest, which clears most images away at a tenth of the cost, then APGD on the cross-entropy, APGD-T,
+    FAB-T and Square (Croce & Hein 2020, section 5), the cross-entropy at a fixed span of logits so that it cannot
+    saturate. l_1 has PGD for APGD and no Square. Without eps: the smallest perturbation of nearest, DeepFool and FAB.
+    """
+    attacks: list[Attack]
+    if eps is None:
+        attacks = [partial(nearest, steps=100), deepfool, fab]
+    elif norm == L1:
+        attacks = [nearest, partial(pgd, steps=100, objective=scaled_cross_entropy), fab_targeted]
+    else:
+        attacks = [nearest, partial(apgd, objective=scaled_cross_entropy), apgd_targeted, fab_targeted]
+        attacks += [square] if x.dim() == 4 else []
+    return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
+
+
+def fast(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return a worst case that a study can afford for every network: a twentieth of `standard`'s passes.
+
+    With eps: nearest, then short PGD and APGD runs on two losses. Without: nearest and DeepFool towards three classes.
+    """
+    attacks: list[Attack]
+    if eps is None:
+        attacks = [nearest, partial(deepfool, candidates=3)]
+    elif norm == L1:
+        attacks = [nearest, partial(pgd, steps=40, objective=margin)]
+    else:
+        attacks = [
+            nearest,
+            partial(pgd, steps=20, objective=scaled_cross_entropy),
+            partial(apgd, steps=30, objective=dlr),
+        ]
+    return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
