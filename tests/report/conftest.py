@@ -51,7 +51,7 @@ class Maker:
         gain *= 0.2 if method == "random" else 1.0
         who = {"seed": seed, "method": method, "sparsity": sparsity}
         correct = self.ease + 0.3 * self.rng.normal(size=self.images) > -2.0 + 4 * max(0.0, sparsity - 0.95)
-        kept = (self.rng.random((300, 784)) >= sparsity).astype(np.uint8)
+        kept = self.rng.random((300, 784)) >= sparsity
         keys = [
             self.record("train", who | {"epochs": 2}, {"loss": 0.1}, series={"loss": [0.5, 0.1]}),
             self.record(
@@ -69,7 +69,7 @@ class Maker:
                 },
                 series={"density": {"fc1.weight": 1 - sparsity, "fc2.weight": (1 - sparsity) ** 0.5}},
                 tensors={
-                    "correct": correct.astype(np.uint8),
+                    "correct": correct,
                     "first_mask": kept,
                     "first_weight": (kept * self.rng.normal(size=kept.shape)).astype(np.float32),
                 },
@@ -78,10 +78,10 @@ class Maker:
         for name, eps in BUDGETS:
             margin = self.ease + gain + 1.5 - 15 * eps - (0.4 if name == "pgd" else 0.0)
             robust = correct & (margin + 0.3 * self.rng.normal(size=self.images) > 0)
-            keys += self.attack(who, {"name": name, "norm": "linf", "eps": eps, "label": name}, correct, ~robust)
+            keys += self.attack(who, {"name": name, "norm": "linf", "eps": eps}, correct, ~robust)
         far = np.where(correct, np.exp(0.3 * self.ease + 0.2 * gain), 0.0).astype(np.float32)
         far[0] = np.inf  # one image on which the attack fails
-        deepfool = {"name": "deepfool", "norm": "l2", "eps": None, "label": "deepfool"}
+        deepfool = {"name": "deepfool", "norm": "l2", "eps": None, "steps": 50}
         return keys + self.attack(who, deepfool, correct, np.isfinite(far), far)
 
     def attack(self, who, attack, correct, success, distance=None):
@@ -91,8 +91,8 @@ class Maker:
         for start, stop in ((0, half), (half, self.images)):
             part = slice(start, stop)
             tensors = {
-                "clean_correct": correct[part].astype(np.uint8),
-                "success": success[part].astype(np.uint8),
+                "clean_correct": correct[part],
+                "success": success[part],
                 "distance": far[part],
                 "label": self.labels[part],
             }
@@ -115,13 +115,16 @@ def make_study(tmp_path_factory):
         cells = []
         for seed in range(seeds):
             wanted = [("reference", 0.0), ("control", 0.0)] + [(m, s) for m in methods for s in sparsities]
-            cells += [{"seed": seed, "method": m, "sparsity": s, "tasks": maker.network(seed, m, s)} for m, s in wanted]
+            for method, sparsity in wanted:
+                tasks = maker.network(seed, method, sparsity)
+                who = {"seed": seed, "method": method, "sparsity": sparsity, "axis": "weights"}
+                cells.append(who | {"tasks": tasks})
         plan = {
             "schema": 1,
-            "plan": {"name": "made-up", "data": "mnist-5k", "model": "lenet-300-100", "seeds": seeds},
+            "plan": {"name": "made-up", "data": "mnist-5k", "model": {"name": "lenet-300-100"}, "seeds": seeds},
             "environment": {"python": "3.11", "torch": "2.13.0", "platform": "Linux"},
             "command": "sparring study made-up",
-            "classes": classes or [str(k) for k in range(10)],
+            "dataset": {"name": "mnist-5k", "classes": classes or [str(k) for k in range(10)], "test": images},
             "cells": cells,
         }
         (out / "plan.json").write_text(json.dumps(plan))

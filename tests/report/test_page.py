@@ -55,7 +55,7 @@ def test_the_page_is_well_formed_and_refers_to_nothing_outside(page):
 def test_every_figure_is_a_file_too(study_folder, page):
     drawn = {path.stem for path in (study_folder / "figures").glob("*.svg")}
     assert {path.stem for path in (study_folder / "figures").glob("*.png")} == drawn
-    assert {"accuracy", "accuracy-gain", "fgsm-linf-0.1", "worst-linf-0.1", "distance-deepfool-l2"} <= drawn
+    assert {"accuracy", "accuracy-gain", "fgsm-linf-0.1", "worst-linf-0.1", "distance-deepfool-50-l2"} <= drawn
     assert page.count('<svg role="group"') == len(drawn)
 
 

@@ -52,7 +52,7 @@ def _at_best(findings: Findings, result: Result, text: str) -> Judged:
 def _when_over_sparsified(result: Result, label: str) -> Judged:
     sparsity, one = result.sparsities[-1], result.gains.effects[-1]
     test = f"{short_name(result.measure)}, {result.method} at {numbers.percent(sparsity)} − dense control"
-    return _judged(f"over-sparsified networks lose {label}", "below", result, one, test)
+    return _judged(f"over-sparsified networks lose {label} (here: the sparsest)", "below", result, one, test)
 
 
 def _survival(findings: Findings, fgsm: Result | None) -> Iterator[Judged]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..statistics import binomial_interval, ratio_values
-from .records import Network, Record, Study, Who, arrays
+from .records import Network, Record, Study, Who, arrays, attack_label
 
 __all__ = ["Collected", "Measure", "PerImage", "collect", "common", "main_measures", "pretty", "summary", "values"]
 
@@ -127,10 +127,9 @@ def collect(study: Study) -> Collected:
 def _of_network(network: Network) -> dict[Measure, list[PerImage]]:
     found: dict[Measure, list[PerImage]] = {}
     for record in network.stage("measure"):
-        correct = arrays(record, "correct").get("correct")
-        if correct is not None:
+        for name, correct in arrays(record, "correct", "correct_valid").items():
             one = PerImage(np.arange(len(correct)), correct.astype(float), np.ones(len(correct)))
-            found[Measure("accuracy")] = [one]
+            found[Measure("accuracy", "test" if name == "correct" else "valid")] = [one]
     for record in network.stage("attack"):
         held = arrays(record, "clean_correct", "success", "distance")
         if held:
@@ -141,8 +140,7 @@ def _of_network(network: Network) -> dict[Measure, list[PerImage]]:
 
 def _measures_of(record: Record) -> list[Measure]:
     attack, split = record.inputs["attack"], str(record.inputs["split"])
-    name, norm = str(attack["name"]), str(attack["norm"])
-    label = str(attack.get("label") or name)
+    name, norm, label = str(attack["name"]), str(attack["norm"]), attack_label(record)
     if attack.get("eps") is not None:
         return [Measure("budget", split, label, name, norm, float(attack["eps"]))]
     return [Measure("distance", split, label, name, norm), Measure("distance-correct", split, label, name, norm)]

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..statistics import Effect
 from .measures import Measure
 
-__all__ = ["amount", "gain", "gain_unit", "level", "p_value", "percent", "scale", "signed", "value"]
+__all__ = ["amount", "gain", "gain_unit", "level", "p_value", "percent", "scale", "signed", "span", "value"]
 
 
 def percent(share: float) -> str:
     """Return a sparsity as "90%" or "99.7%"."""
     return f"{100 * share:.4g}%"
+
+
+def span(chosen: Sequence[float], grid: Sequence[float]) -> str:
+    """Return sparsities as "95%", "90% or 95%", or "90% to 99%" where they are neighbours in the grid."""
+    places = [grid.index(s) for s in chosen]
+    if len(chosen) > 2 and places == list(range(places[0], places[-1] + 1)):
+        return f"{percent(chosen[0])} to {percent(chosen[-1])}"
+    return " or ".join(
+        [", ".join(map(percent, chosen[:-1])), percent(chosen[-1])] if len(chosen) > 1 else map(percent, chosen)
+    )
 
 
 def value(measure: Measure, number: float | None) -> str:
@@ -55,7 +66,8 @@ def signed(one: Effect, unit: str) -> str:
 
 def amount(number: float, unit: str) -> str:
     """Return an amount of a gain's unit without a sign: "2.4 points" or "3%"."""
-    return f"{number:.2g}%" if unit == "%" else f"{number:.2g} {unit}"
+    digits = 1 if abs(number) < 10 else 0
+    return f"{number:.{digits}f}%" if unit == "%" else f"{number:.{digits}f} {unit}"
 
 
 def p_value(p: float) -> str:

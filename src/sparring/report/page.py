@@ -165,7 +165,7 @@ def _caption(panel: Panel) -> str:
         name = f"{result.method}: " if len(panel.results) > 1 else ""
         if result.peak is not None:
             told = numbers.gain(result.measure, result.peak.gain, result.control)
-            members = ", ".join(numbers.percent(s) for s in result.peak.members)
+            members = numbers.span(result.peak.members, result.sparsities)
             parts.append(f"{name}peak at {members}, {told}")
         elif not any(result.gains.losses()):
             parts.append(f"{name}no significant change")

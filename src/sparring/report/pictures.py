@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .records import Network, arrays
+from .records import Network, arrays, attack_label
 
 __all__ = ["Gallery", "Shot", "data_uri", "first_layer", "gallery"]
 
@@ -46,9 +46,8 @@ class Gallery:
 def gallery(network: Network, attack: str, norm: str, eps: float | None) -> Gallery | None:
     """Return what an attack (by label) did to a network's first images, or None where no images were kept."""
     for record in network.stage("attack"):
-        held_by = record.inputs["attack"]
-        label = str(held_by.get("label") or held_by["name"])
-        if (label, held_by["norm"], held_by.get("eps")) != (attack, norm, eps):
+        spec = record.inputs["attack"]
+        if (attack_label(record), spec["norm"], spec["eps"]) != (attack, norm, eps):
             continue
         held = arrays(record, "clean", "perturbed", "label", "clean_correct", "success", "distance")
         if "clean" in held and "perturbed" in held:

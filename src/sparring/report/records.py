@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import UserError
 from ..files import read_json, safe_name
 
-__all__ = ["CONTROL", "REFERENCE", "Network", "Record", "Study", "Who", "arrays", "load"]
+__all__ = ["CONTROL", "REFERENCE", "Network", "Record", "Study", "Who", "arrays", "attack_label", "load"]
 
 Array = NDArray[Any]
 Who = tuple[str, float, int]  # method, sparsity, seed
@@ -38,11 +38,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Network:
-    """Hold one cell of the study: a network of one seed, method and sparsity (0 to 1, the fraction removed)."""
+    """Hold one cell of the study: a network of one seed, method and sparsity (0 to 1, the fraction removed).
+
+    `axis` says what is sparse: "weights" or "activations".
+    """
 
     seed: int
     method: str
     sparsity: float
+    axis: str
     records: tuple[Record, ...]
 
     @property
@@ -82,9 +86,13 @@ class Study:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Return the pruning labels in the plan's order, without the dense networks."""
+        """Return the labels of every way to a sparse network, in the plan's order, without the dense networks."""
         names = dict.fromkeys(n.method for n in self.networks)
         return tuple(name for name in names if name not in (CONTROL, REFERENCE))
+
+    def axis(self, method: str) -> str:
+        """Return what a method makes sparse: "weights" or "activations"."""
+        return next((n.axis for n in self.networks if n.method == method), "weights")
 
     def of(self, method: str, sparsity: float | None = None) -> list[Network]:
         """Return the networks of one method, of all sparsities or of one, sorted by sparsity and seed."""
@@ -115,7 +123,7 @@ def load(folder: Path | str) -> Study:
             plan=document["plan"],
             environment=document["environment"],
             command=str(document["command"]),
-            classes=tuple(str(name) for name in document.get("classes") or ()),
+            classes=tuple(str(name) for name in document["dataset"]["classes"]),
             networks=networks,
             missing=tuple(key for key, record in found.items() if record is None),
         )
@@ -125,7 +133,8 @@ def load(folder: Path | str) -> Study:
 
 def _network(cell: Mapping[str, Any], found: Mapping[str, Record | None]) -> Network:
     records = tuple(record for key in cell["tasks"] if (record := found[key]) is not None)
-    return Network(int(cell["seed"]), str(cell["method"]), float(cell["sparsity"]), records)
+    axis = str(cell.get("axis", "weights"))
+    return Network(int(cell["seed"]), str(cell["method"]), float(cell["sparsity"]), axis, records)
 
 
 def _record(folder: Path, key: str) -> Record | None:
@@ -145,6 +154,15 @@ def _record(folder: Path, key: str) -> Record | None:
         object=None if held is None else folder / "objects" / safe_name(Path(held["file"]).name),
         seconds=float(raw["times"].get("seconds") or 0.0),
     )
+
+
+def attack_label(record: Record) -> str:
+    """Return an attack's name with the options that tell it from others of that name, as "pgd-40"."""
+    attack = dict(record.inputs["attack"])
+    name, _, _ = attack.pop("name"), attack.pop("norm"), attack.pop("eps")
+    label = attack.pop("label", None)
+    options = [str(value) if key == "steps" else f"{key} {value}" for key, value in sorted(attack.items())]
+    return str(label) if label else "-".join([str(name), *sorted(options, key=lambda text: not text.isdigit())])
 
 
 def arrays(record: Record, *names: str) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from . import numbers
 from .findings import Findings, Result
 from .markup import Html, join, tag
 from .measures import Measure, pretty, summary
-from .records import Study
+from .records import Study, attack_label
 
 __all__ = ["cost", "csv_text", "curve_table", "flags", "key_numbers", "ledger_table", "networks", "table"]
 
@@ -56,7 +56,7 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
         one, p = result.gains.effects[index], result.gains.p_holm[index]
         scale = numbers.scale(measure, result.control)
         least = scale * minimum_detectable_effect(one, alpha=0.05 / len(result.sparsities))
-        best = "none" if result.peak is None else ", ".join(numbers.percent(s) for s in result.peak.members)
+        best = "none" if result.peak is None else numbers.span(result.peak.members, result.sparsities)
         over = "–" if result.over_sparsified is None else numbers.percent(result.over_sparsified)
         told = numbers.gain(measure, one, result.control)
         rows.append(
@@ -72,7 +72,7 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
             ]
         )
     head = ["Metric", "Dense control", f"At {numbers.percent(sparsity)}", "Gain", "p (Holm)", "Detectable"]
-    return table([*head, "Peak", "Over-sparsified from"], rows, class_="key")
+    return table([*head, "Peak", "Too sparse from"], rows, class_="key")
 
 
 def curve_table(results: Sequence[Result]) -> Html:
@@ -124,25 +124,31 @@ def ledger_table(rows: Sequence[Row]) -> Html:
 
 
 def cost(study: Study) -> Html:
-    """Return what the study cost: seconds by stage, and passes by attack."""
+    """Return what the study cost: seconds by stage, and each attack's mean passes through the network an image."""
     seconds: dict[str, float] = defaultdict(float)
     passes: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     tasks: Counter[str] = Counter()
+    images: Counter[str] = Counter()
     for record in study.records.values():
         name = record.stage
         if record.stage == "attack":
-            attack = record.inputs["attack"]
-            name = f"attack: {pretty(str(attack.get('label') or attack['name']))}"
-            passes[name][0] += record.metrics.get("forwards") or 0.0
-            passes[name][1] += record.metrics.get("backwards") or 0.0
+            name = f"attack: {pretty(attack_label(record))}"
+            attacked = int(record.inputs["stop"]) - int(record.inputs["start"])
+            images[name] += attacked
+            passes[name][0] += attacked * (record.metrics.get("forwards") or 0.0)
+            passes[name][1] += attacked * (record.metrics.get("backwards") or 0.0)
         seconds[name] += record.seconds
         tasks[name] += 1
     rows = [
-        [name, f"{tasks[name]:,}", f"{spent:,.1f}", *(f"{n:,.0f}" if n else "–" for n in passes.get(name, (0, 0)))]
+        [name, f"{tasks[name]:,}", f"{spent:,.1f}", *_each(passes.get(name), images[name])]
         for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
     ]
     rows.append(["all", f"{sum(tasks.values()):,}", f"{sum(seconds.values()):,.1f}", "–", "–"])
-    return table(["Stage", "Tasks", "Seconds of one core", "Forward passes", "Backward passes"], rows)
+    return table(["Stage", "Tasks", "Seconds of one core", "Forwards an image", "Backwards an image"], rows)
+
+
+def _each(passes: Sequence[float] | None, images: int) -> list[str]:
+    return ["–", "–"] if not passes or not images else [f"{total / images:,.1f}" for total in passes]
 
 
 def flags(study: Study) -> Html:
@@ -153,7 +159,7 @@ def flags(study: Study) -> Html:
         for record in network.records:
             stage = record.stage
             if stage == "attack":
-                stage = pretty(str(record.inputs["attack"].get("label") or record.inputs["attack"]["name"]))
+                stage = pretty(attack_label(record))
             for flag in record.flags:
                 seen[str(flag["name"]), str(flag["detail"])].append(f"{where} ({stage})")
             if record.error is not None:

@@ -73,8 +73,10 @@ def _first(findings: Findings) -> str:
         one = found.gain(sparsity) if found else None
         if found and one:
             parts.append(f"{short_name(measure)} {numbers.gain(measure, one, found.control)}")
-    over = [r.over_sparsified for m in findings.main if (r := findings.result(m)) and r.over_sparsified is not None]
-    end = f"; over-sparsified from {numbers.percent(min(over))}" if over else ""
+    over = _over_sparsified(findings)
+    end = f"; over-sparsified from {numbers.percent(min(over.values()))}" if over else ""
+    if over:
+        end += f" ({' and '.join(name for name, s in over.items() if s == min(over.values()))})"
     safe = findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity
     what = "the sweet spot" if safe else "the largest gain; no sweet spot could be shown"
     return (
@@ -114,14 +116,15 @@ def _spot(findings: Findings) -> str:
         return ""
     allowed = ", ".join(f"{short_name(m)} {_margin(m, d, findings)}" for m, d in findings.margins.items())
     limit = next((m for m in findings.margins if m.slug == spot.limit), None)
-    at_most = "none" if spot.at_most is None else numbers.percent(spot.at_most)
+    if spot.at_most is None:
+        return f"Sweet spot: none; already the lowest sparsity loses more than allowed ({allowed})."
     found = "none shown" if spot.sparsity is None else numbers.percent(spot.sparsity)
-    ends = f" It ends where the lower bound of {short_name(limit)} passes its allowance." if limit else ""
-    return (
-        f"Sweet spot: {found} (the data do not rule out {at_most}). Allowed losses: {allowed}.{ends}"
-        if spot.at_most is not None
-        else f"Sweet spot: none; already the lowest sparsity loses more than allowed ({allowed})."
-    )
+    if spot.at_most == spot.sparsity:
+        beyond = "and nothing beyond it passes"
+    else:
+        beyond = f"and the data do not rule out {numbers.percent(spot.at_most)}"
+    ends = f" What ends it: {short_name(limit)}." if limit else ""
+    return f"Sweet spot: {found}, {beyond}.{ends} Allowed losses: {allowed}."
 
 
 def _margin(measure: Measure, margin: float, findings: Findings) -> str:
@@ -143,21 +146,25 @@ def _strongest(findings: Findings) -> str:
         tail = " not confirmed by the strongest attack" if fgsm and fgsm.peak else " no significant gain"
         return f"{seen}{tail}: none in {name} is significant."
     top = strong.peak
-    members = ", ".join(numbers.percent(s) for s in top.members)
     told = numbers.gain(strong.measure, top.gain, strong.control)
-    which = f"any of {members} may be best" if len(top.members) > 1 else "no other sparsity may be as good"
+    members = numbers.span(top.members, strong.sparsities)
+    which = f"the best may be any of {members}" if len(top.members) > 1 else "significantly better than all others"
     return f"Under the strongest attack the gain is real: {name} {told} at {numbers.percent(top.sparsity)} ({which})."
 
 
 def _over(findings: Findings) -> str:
-    parts = [
-        f"{short_name(m)} from {numbers.percent(r.over_sparsified)}"
-        for m in findings.main
-        if (r := findings.result(m)) and r.over_sparsified is not None
-    ]
-    if not parts:
-        return "No metric is over-sparsified at the sparsities tested."
-    return f"Significantly below the dense control, and staying so: {', '.join(parts)}."
+    over = _over_sparsified(findings)
+    if not over:
+        return "No robustness metric is over-sparsified at the sparsities tested."
+    told = ", ".join(f"{name} from {numbers.percent(sparsity)}" for name, sparsity in over.items())
+    return f"Significantly below the dense control, and staying so: {told}."
+
+
+def _over_sparsified(findings: Findings) -> dict[str, float]:
+    """Return from which sparsity on each robustness metric stays significantly below the dense control."""
+    robustness = [m for m in findings.main if m.role not in ("accuracy", "distance-correct")]
+    found = {short_name(m): r.over_sparsified for m in robustness if (r := findings.result(m))}
+    return {name: sparsity for name, sparsity in found.items() if sparsity is not None}
 
 
 def _undetected(findings: Findings) -> str:

@@ -83,7 +83,7 @@ def _row(claim: Claim, e: Effect | None, p: float, alpha: float, study: str) -> 
 def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
     """Judge one claim by its corrected p-value and by equivalence."""
     small = equivalence(e, claim.margin) <= ALPHA
-    within = f"within ±{claim.margin:.3g} {claim.unit} by two one-sided tests"
+    within = f"within ±{claim.margin:.3g} {claim.unit}, by two one-sided tests"
     found: Literal["above", "below", "none"] = "none"
     if p <= ALPHA:
         found = "above" if e.estimate > 0 else "below"

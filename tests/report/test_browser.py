@@ -1,0 +1,105 @@
+"""The page in a real browser: it opens offline without a complaint, every figure renders, controls and keys work."""
+
+import shutil
+
+import pytest
+
+from sparring import report
+
+pytestmark = pytest.mark.browser
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("Chromium and its driver are not installed (Debian: apt-get install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    quiet = ("background-networking", "component-update", "sync", "gpu", "dev-shm-usage")
+    for name in ("headless", "no-sandbox", "no-first-run", "window-size=1280,1000", *(f"disable-{q}" for q in quiet)):
+        options.add_argument(f"--{name}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(DRIVER)
+    with webdriver.Chrome(options=options, service=service) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def opened(driver, make_study):
+    """Open a page with two methods and hostile class names, with the network off."""
+    page = report.write(make_study(images=80, methods=("gradual", "random"), classes=["</script>"] * 10))
+    driver.execute_cdp_cmd("Network.enable", {})
+    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+    driver.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+    driver.get(page.as_uri())
+    return driver
+
+
+def shown(driver, selector):
+    script = "return [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length > 0).length"
+    return driver.execute_script(script, selector)
+
+
+def click(driver, selector):
+    driver.execute_script("document.querySelector(arguments[0]).click()", selector)
+
+
+def test_it_opens_offline_without_a_message_on_the_console(opened):
+    assert opened.get_log("browser") == []
+    assert "sparsity and adversarial robustness" in opened.title
+
+
+def test_every_figure_renders_with_marks_and_size(opened):
+    script = """return [...document.querySelectorAll('figure.levels svg')].filter(s => s.getClientRects().length).map(
+        s => [s.getBoundingClientRect().width, s.querySelectorAll('.mark-symbol path').length])"""
+    drawn = opened.execute_script(script)
+    assert len(drawn) >= 6
+    assert all(width > 200 and marks >= 2 * 7 for width, marks in drawn)
+
+
+def test_every_picture_is_an_image(opened):
+    script = "return [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).length"
+    assert opened.execute_script(script) == 0
+
+
+def test_the_controls_switch_what_is_shown(opened):
+    levels = shown(opened, "figure.levels")
+    click(opened, "#view-gains")
+    assert shown(opened, "figure.levels") == 0
+    assert shown(opened, "figure.gains") == levels
+    click(opened, "#view-levels")
+    click(opened, "#norm-l2")
+    assert 0 < shown(opened, "figure.levels") < levels
+    click(opened, "#norm-any")
+    lines = shown(opened, "g[class*=' s1_'] path")
+    click(opened, "#method-1")
+    assert lines > 0
+    assert shown(opened, "g[class*=' s1_'] path") == 0
+    click(opened, "#method-1")
+    assert shown(opened, "g[class*=' s1_'] path") == lines
+
+
+def test_the_arrow_keys_read_the_numbers_out(opened):
+    script = "document.querySelector('figure.levels svg').focus()"
+    opened.execute_script(script)
+    keys = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0]}))"
+    tip = "const t = document.querySelector('.tip'); return t.hidden ? null : t.textContent"
+    opened.execute_script(keys, "ArrowRight")
+    first = opened.execute_script(tip)
+    opened.execute_script(keys, "ArrowRight")
+    second = opened.execute_script(tip)
+    assert first.startswith("dense control: ")
+    assert second.startswith("gradual, 50%: ")
+    opened.execute_script(keys, "Escape")
+    assert opened.execute_script(tip) is None
+
+
+def test_narrow_screens_do_not_scroll_sideways(opened):
+    opened.set_window_size(500, 900)
+    wide = opened.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    opened.set_window_size(1280, 1000)
+    assert wide <= 0
