@@ -160,9 +160,10 @@ def read_bounded(path: Path | str, *, limit: int) -> bytes:
     try:
         # O_NONBLOCK: opening a named pipe that nobody writes to would wait for ever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{path} is not a regular file; choose another path")
-            data = file.read(limit + 1)
+            data = file.read(min(limit, status.st_size) + 1)
     except OSError as error:
         raise explain(error, path, "read") from error
     if len(data) > limit:

@@ -231,6 +231,7 @@ def _images() -> Named:
         "text-bomb": file.getvalue(),
         "profile-bomb": _png_chunk(png, b"iCCP", b"a\0\0" + b"\x78\x9c" + BOMB),
         "pixel-bomb": _png_chunk(png, b"IDAT", b"\x78\x9c" + BOMB),
+        "scan-bomb": _scan_bomb(20_000),
         "bad-chunk": _png_chunk(png, b"\xff\xfe\xfd\xfc", b"x"),
     }
     wrong |= {f"cut-{cut}": png[:cut] for cut in (8, 30, 50, len(png) - 13)}
@@ -243,6 +244,14 @@ def _images() -> Named:
     yield "one-image-a-class", zipped({"train/a/0.png": png, "test/a/0.png": png})
     yield "nothing", zipped({})
     yield "climbs", zipped(pictures({"train/../../0.png": png}))
+
+
+def _scan_bomb(scans: int) -> bytes:
+    # One more pass of a progressive JPEG costs 33 bytes of file and, here, tens of milliseconds of work.
+    file = io.BytesIO()
+    Image.new("L", (4096, 4096), 100).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * scans + data[-2:]
 
 
 def _png_size(png: bytes, width: int, height: int) -> bytes:

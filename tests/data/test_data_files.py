@@ -211,6 +211,17 @@ def test_pixels_arrive_where_they_belong(tmp_path: Path) -> None:
     assert loaded.test.x[2].unique().tolist() == [100]
 
 
+def test_noise_that_looks_like_jpeg_scans_is_read(tmp_path: Path) -> None:
+    # Stored, not deflated, so that the marks of scans stand in the PNG as they are.
+    noise = Image.frombytes("L", (64, 64), b"\xff\xda" * 2_048)
+    file = io.BytesIO()
+    noise.save(file, "PNG", compress_level=0)
+    assert file.getvalue().count(b"\xff\xda") > 1_000
+    members = {f"{part}/a/{n}.png": file.getvalue() for part in ("train", "test") for n in range(2)}
+    (tmp_path / "noise.zip").write_bytes(zipped(members))
+    assert data.load("noise", tmp_path).test.x.unique().tolist() == [0xDA, 0xFF]
+
+
 def test_lossy_copies_and_namesakes_say_so(tmp_path: Path) -> None:
     (tmp_path / "photos.zip").write_bytes(zipped(pictures({"train/cat/0.jpg": image("JPEG")})))
     (tmp_path / "cifar10.zip").write_bytes(zipped(pictures()))

@@ -17,7 +17,7 @@ from sparring.errors import UserError
 from sparring.files import load_tensors, read_json, safe_members
 
 FUZZED = 60  # of each kind
-HANG = 20  # seconds; the slowest takes one
+HANG = 60  # seconds; the slowest takes one or two
 MOST_MEMORY = 2_000_000  # KiB
 
 READERS: dict[str, Callable[[Path], object]] = {

@@ -164,6 +164,14 @@ def test_folder_that_cannot_be_made_is_a_user_error(mirror: Mirror, tmp_path: Pa
         mirrors.download(_source(mirror.address), tmp_path / "file")
 
 
+def test_full_disk_is_told_from_a_bad_network(mirror: Mirror, tmp_path: Path) -> None:
+    url = f"{mirror.address}numbers.gz"
+    (tmp_path / f".numbers.gz.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="disk is full"):
+        mirrors.download(_source(mirror.address), tmp_path)
+    assert len(mirror.asked) == 1
+
+
 def test_archive_is_checked_as_it_is(mirror: Mirror, tmp_path: Path) -> None:
     mirror.content["all.tar.gz"] = PACKED
     archive = File("all.tar.gz", hashlib.sha256(PACKED).hexdigest())

@@ -25,6 +25,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 GREY, COLOUR = ("1", "L", "LA"), ("P", "RGB", "RGBA")
 MOST_SIDE = 4096
 MOST_FILE = 64 << 20
+MOST_SCANS = 32  # an honest progressive JPEG has about ten; each is a pass over all pixels for a few bytes of file
 MOST_PIXELS = 512 << 20  # bytes of all images as three channels
 
 
@@ -85,6 +86,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _decode(data: bytes, where: str) -> Pixels:
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MOST_SCANS:
+        raise DataError(f"{where} makes its decoder pass over the image more than {MOST_SCANS} times; save it again")
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             if max(image.size) > MOST_SIDE:

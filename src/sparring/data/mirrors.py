@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import math
 import os
@@ -102,6 +103,8 @@ def _receive(response: http.client.HTTPResponse, part: Path, here: int, name: st
                 file.write(chunk)
                 file.flush()
             except OSError as error:
+                with contextlib.suppress(OSError):
+                    file.close()  # now, since it tries to write once more
                 raise explain(error, part, "write") from error
             if progress:
                 progress(name, here, total)
