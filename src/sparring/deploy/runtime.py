@@ -9,9 +9,11 @@ from typing import Any, overload
 import numpy as np
 from torch import Tensor, from_numpy, nn
 
-from ..errors import UserError
+from ..errors import Unsupported, UserError
 from .artefact import read_program, round_program, write_program
+from .engine import Engine
 from .folding import compile_model
+from .native import native_available
 from .program import Floats, Program
 from .reference import run_reference
 
@@ -21,8 +23,12 @@ __all__ = ["Packed", "export", "load", "pack"]
 class Packed:
     """A packed network: call it with images (N, *shape) in [0, 1] to get logits (N, classes)."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, threads: int = 1, native: bool = True) -> None:
+        """Take a program; `threads` share large batches; without `native` (or without llvmlite) numpy runs it."""
+        if threads < 1:
+            raise UserError(f"a network runs on one thread or more, not on {threads}")
         self.program = program
+        self._engine = _engine(program, threads) if native else None
 
     @overload
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -43,7 +49,21 @@ class Packed:
         images: Floats = np.ascontiguousarray(x, np.float32)
         if images.shape[1:] != self.program.shape:
             raise UserError(f"the network takes images (N, {self.program.shape}), not {images.shape}")
-        return run_reference(self.program, images)
+        return run_reference(self.program, images) if self._engine is None else self._engine.run(images)
+
+    @property
+    def native(self) -> bool:
+        """Tell whether generated kernels run it, rather than numpy."""
+        return self._engine is not None
+
+
+def _engine(program: Program, threads: int) -> Engine | None:
+    if not native_available():
+        return None
+    try:
+        return Engine(program, threads=threads)
+    except Unsupported:
+        return None
 
 
 def pack(
@@ -81,6 +101,9 @@ def export(
     return write_program(packed.program, path, values=values)
 
 
-def load(path: Path | str) -> Packed:
-    """Open an artefact, from whomever it comes; raise UserError, never more, if it is damaged or hostile."""
-    return Packed(read_program(path))
+def load(path: Path | str, *, threads: int = 1, native: bool = True) -> Packed:
+    """Open an artefact, from whomever it comes; raise UserError, never more, if it is damaged or hostile.
+
+    `threads` share large batches; without `native`, or where no kernels can be generated, numpy runs the network.
+    """
+    return Packed(read_program(path), threads=threads, native=native)

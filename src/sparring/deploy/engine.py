@@ -1,0 +1,145 @@
+"""Execute plans: machine code, tables and memory for one layout, one native call for a run."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .kernels import module_of, runner
+from .native import Code, host_lanes, permutes
+from .planning import Call, Choice, Layout, Planner
+from .program import Floats, Program
+from .tasks import tasks_of
+
+__all__ = ["Engine", "Plan"]
+
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+_FEW = 3  # a batch of at most so many images is run image by image
+
+
+class Workspace:
+    """The memory of one run at a time: an arena, zeroed where padding is read, and the fields of the call."""
+
+    def __init__(self, size: int, fields: tuple[int, ...]) -> None:
+        self._memory = np.zeros(size + 64, np.uint8)
+        self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
+        self.call = np.array(fields, np.int64)
+        self.call_address = self.call.ctypes.data
+
+
+class Plan:
+    """A program compiled for one layout: run it on up to `together` images at a time, from any thread."""
+
+    def __init__(self, program: Program, layout: Layout, calls: list[Call], unit_bytes: int, code: Code) -> None:
+        self.together = layout.together
+        self._calls = calls
+        self._code = code  # keeps the machine code alive
+        missing = {call.spec.name: call.spec for call in calls if call.spec.name not in code}
+        if missing:
+            code.add(module_of(list(missing.values())), list(missing))
+        self._segments, self._tables = _segments(calls, code)
+        self._segments_address = self._segments.ctypes.data
+        self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
+        lanes = layout.lanes if layout.tiles else 1
+        self._size = unit_bytes * layout.units
+        self._fields = (0, 0, 0, self._image, self._logits, lanes, unit_bytes, 0, 0, 0)
+        self._idle: list[Workspace] = []
+        self._run = _RUN(code["run"])
+
+    def run(self, images: int, logits: int, count: int) -> None:
+        """Read `count` images (contiguous float32) at an address, write their logits to another."""
+        try:
+            space = self._idle.pop()
+        except IndexError:
+            space = Workspace(self._size, self._fields)
+        call, together = space.call, self.together
+        while count > 0:
+            call[0], call[1], call[2] = images, logits, min(count, together)
+            self._run(space.arena, self._segments_address, space.call_address)
+            images, logits, count = images + together * self._image, logits + together * self._logits, count - together
+        self._idle.append(space)
+
+
+def _segments(calls: list[Call], code: Code) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+    """Return the runner's segments: calls in order, those that run once a unit apart from those that run once."""
+    groups: list[list[Call]] = []
+    for call in calls:
+        if not groups or groups[-1][0].per_unit != call.per_unit:
+            groups.append([])
+        groups[-1].append(call)
+    tables = [
+        np.array([[code[call.spec.name], call.arguments.ctypes.data] for call in group], np.int64) for group in groups
+    ]
+    rows = [
+        (int(group[0].per_unit), len(group), table.ctypes.data) for group, table in zip(groups, tables, strict=True)
+    ]
+    return np.array([len(rows), *(number for row in rows for number in row)], np.int64), tables
+
+
+class Engine:
+    """Run a program natively on batches of any size, with a plan for each way to lay images out."""
+
+    def __init__(self, program: Program, *, lanes: int | None = None, threads: int = 1) -> None:
+        """Prepare a program; `lanes` floats make a vector (default: what the host has).
+
+        Raise Unsupported for a program that has steps without a kernel.
+        """
+        self._program = program
+        self._tasks = tasks_of(program)
+        self._lanes = lanes or host_lanes()
+        self._lookup = lanes is None and permutes()
+        self._threads = threads
+        self._code = Code()
+        self._code.add(runner(), ["run"])
+        self._plans: dict[Layout, Plan] = {}
+        self._one = self.plan(Layout(False, self._lanes))
+
+    def plan(self, layout: Layout, choose: Callable[[str], Choice] | None = None) -> Plan:
+        """Return the plan for a layout, made when first asked for."""
+        if layout not in self._plans:
+            planner = Planner(self._program, self._tasks, layout)
+            calls = planner.calls(choose or (lambda key: Choice(lanes=self._lanes)), lookup=self._lookup)
+            self._plans[layout] = Plan(self._program, layout, calls, planner.unit_bytes, self._code)
+        return self._plans[layout]
+
+    def run(self, x: Floats) -> Floats:
+        """Return the logits of contiguous images (N, *shape)."""
+        count = len(x)
+        result = np.empty((count, self._program.classes), np.float32)
+        source, target = x.ctypes.data, result.ctypes.data
+        if count == 1:
+            self._one.run(source, target, 1)
+            return result
+        image, logits = 4 * math.prod(self._program.shape), 4 * self._program.classes
+
+        def work(part: tuple[Layout, int, int]) -> None:
+            self.plan(part[0]).run(source + part[1] * image, target + part[1] * logits, part[2])
+
+        parts = list(self._parts(count))
+        if self._threads > 1 and len(parts) > 1:
+            for part in parts:
+                self.plan(part[0])
+            with ThreadPoolExecutor(self._threads) as pool:
+                list(pool.map(work, parts))
+        else:
+            for part in parts:
+                work(part)
+        return result
+
+    def _parts(self, count: int) -> list[tuple[Layout, int, int]]:
+        """Split a batch into (layout, first image, images): runs of four tiles, then what is left."""
+        most = 4 * self._lanes
+        whole = count // most * most
+        share = -(-whole // (self._threads * most)) * most or most
+        parts = [(Layout(True, self._lanes, 4), at, min(share, whole - at)) for at in range(0, whole, share)]
+        rest = count - whole
+        if rest > _FEW:
+            parts.append((Layout(True, self._lanes, -(-rest // self._lanes)), whole, rest))
+        elif rest:
+            parts.append((Layout(False, self._lanes), whole, rest))
+        return parts

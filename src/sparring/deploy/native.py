@@ -1,0 +1,120 @@
+"""Turn LLVM IR into functions of the host processor, and keep the machine code in a private, hashed cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import write_atomic
+
+__all__ = ["Code", "cache_folder", "host_lanes", "native_available"]
+
+
+@cache
+def _llvm() -> Any:
+    """Return llvmlite's binding, ready for this host, or None where llvmlite is missing or does not know the host."""
+    try:
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        llvm.Target.from_default_triple()
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return llvm
+
+
+def native_available() -> bool:
+    """Tell whether kernels can be generated here."""
+    return _llvm() is not None
+
+
+@cache
+def _features() -> str:
+    return str(_llvm().get_host_cpu_features().flatten())
+
+
+@cache
+def host_lanes() -> int:
+    """Return how many float32 a vector register of this host holds: 16 (AVX-512), 8 (AVX), else 4."""
+    features = set(_features().split(","))
+    return 16 if "+avx512f" in features else 8 if "+avx" in features else 4
+
+
+@cache
+def permutes() -> bool:
+    """Tell whether the host looks up 32 floats in two registers by one instruction."""
+    return host_lanes() == 16
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for generated code, made if need be, or None if it would not be this user's alone.
+
+    Machine code from a folder that others can write to would be theirs to choose.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        folder = Path(base).expanduser() / "sparring" / "kernels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.lstat()
+    except (OSError, RuntimeError):
+        return None
+    private = stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o077
+    return folder if private else None
+
+
+class Code:
+    """Functions compiled from modules of LLVM IR; they live as long as this object."""
+
+    def __init__(self) -> None:
+        self._engines: list[Any] = []
+        self._addresses: dict[str, int] = {}
+
+    def add(self, ir: str, names: Sequence[str]) -> None:
+        """Compile a module, or take its machine code from the cache, and note where `names` are."""
+        llvm = _llvm()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=_features(), opt=3, jit=True
+        )
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        engine.add_object_file(llvm.ObjectFileRef.from_data(_object(llvm, machine, ir)))
+        engine.finalize_object()
+        self._engines.append(engine)
+        for name in names:
+            self._addresses[name] = engine.get_function_address(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._addresses
+
+    def __getitem__(self, name: str) -> int:
+        return self._addresses[name]
+
+
+def _object(llvm: Any, machine: Any, ir: str) -> bytes:
+    identity = "\0".join((ir, machine.triple, llvm.get_host_cpu_name(), _features(), str(llvm.llvm_version_info)))
+    folder = cache_folder()
+    path = None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.o"
+    if path is not None:
+        found = _cached(path)
+        if found is not None:
+            return found
+    code = bytes(machine.emit_object(llvm.parse_assembly(ir)))
+    if path is not None:
+        with contextlib.suppress(UserError):  # a full disk costs time at the next start, nothing else
+            write_atomic(path, hashlib.sha256(code).digest() + code)
+    return code
+
+
+def _cached(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None

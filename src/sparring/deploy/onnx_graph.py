@@ -1,0 +1,102 @@
+"""The packed program as an ONNX graph: for engines that gain nothing from zeros, but from removed channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..errors import Unsupported, UserError
+from ..files import write_atomic
+from .folding import compile_model
+from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Sparse, infer_shapes
+
+__all__ = ["program_to_onnx", "to_onnx"]
+
+_OPSET = 22
+_IR_VERSION = 10  # the oldest that has the opset, so that older runtimes open the file too
+
+
+def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...]) -> Path:
+    """Write a classifier for images of `shape` as ONNX: normalisation folded, dead units and channels gone.
+
+    Input "images" (N, *shape) float32 in [0, 1], output "logits" (N, classes), N free. Raise UserError if the package
+    onnx is missing, Unsupported for networks without a packed form.
+    """
+    return program_to_onnx(compile_model(model, shape), path)
+
+
+def program_to_onnx(program: Program, path: Path | str) -> Path:
+    """Write a program as ONNX; as `to_onnx`."""
+    try:
+        import onnx
+        from onnx import TensorProto, helper
+    except ImportError as error:
+        raise UserError("ONNX export needs the package onnx; install sparring[onnx]") from error
+    graph = _Graph(helper)
+    shapes = infer_shapes(program.shape, program.steps)
+    names = ["images"]
+    for number, step in enumerate(program.steps):
+        last = number == len(program.steps) - 1
+        name = "logits" if last else f"value{number + 1}"
+        graph.add(step.op, [names[i] for i in step.inputs], name, shapes[step.inputs[0]])
+        names.append(name)
+    made = helper.make_graph(
+        graph.nodes,
+        "sparring",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", *program.shape])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", program.classes])],
+        graph.constants,
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", _OPSET)], producer_name="sparring")
+    model.ir_version = _IR_VERSION
+    onnx.checker.check_model(model, full_check=True)
+    return write_atomic(path, model.SerializeToString())
+
+
+class _Graph:
+    """Collect nodes and constants."""
+
+    def __init__(self, helper: Any) -> None:
+        self.helper = helper
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def add(self, op: Op, inputs: list[str], output: str, shape: Shape) -> None:
+        match op:
+            case Sparse() if len(shape) == 1:
+                weight = self._constant(f"{output}.weight", op.dense().reshape(op.shape[:2]))
+                self._node("Gemm", [*inputs, weight, self._constant(f"{output}.bias", op.bias)], output, transB=1)
+            case Sparse():
+                constants = [self._constant(f"{output}.weight", op.dense()), self._constant(f"{output}.bias", op.bias)]
+                geometry = {"strides": op.stride, "pads": (*op.padding, *op.padding), "dilations": op.dilation}
+                self._node("Conv", [*inputs, *constants], output, **geometry)
+            case Scale():
+                axes = (1, -1, *[1] * (len(shape) - 1))
+                scaled = f"{output}.scaled"
+                scale = self._constant(f"{output}.scale", op.scale.reshape(axes))
+                self._node("Mul", [*inputs, scale], scaled)
+                self._node("Add", [scaled, self._constant(f"{output}.shift", op.shift.reshape(axes))], output)
+            case ReLU():
+                self._node("Relu", inputs, output)
+            case Flatten():
+                self._node("Flatten", inputs, output)
+            case Add():
+                self._node("Add", inputs, output)
+            case Pool(mean=True):
+                self._node("AveragePool", inputs, output, kernel_shape=op.kernel, strides=op.stride)
+            case Pool():
+                geometry = {"strides": op.stride, "pads": (*op.padding, *op.padding), "dilations": op.dilation}
+                self._node("MaxPool", inputs, output, kernel_shape=op.kernel, ceil_mode=int(op.ceil_mode), **geometry)
+            case Activation():
+                raise Unsupported(f"activation sparsity of kind {op.kind!r} has no ONNX form")
+
+    def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        self.nodes.append(self.helper.make_node(kind, inputs, [output], **attributes))
+
+    def _constant(self, name: str, array: Floats) -> str:
+        raw = np.ascontiguousarray(array, "<f4").tobytes()
+        self.constants.append(self.helper.make_tensor(name, 1, array.shape, raw, raw=True))  # 1: FLOAT
+        return name

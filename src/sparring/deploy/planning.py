@@ -1,0 +1,353 @@
+"""From tasks to kernel calls: places in the arena, kernels for the geometries, and the tables they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import Unsupported
+from .kernels import Lookup, Pack, Pointwise, PoolMax, Spec, Tile, Unpack
+from .layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
+from .program import Program, Scale, Shape, Sparse, infer_shapes
+from .tasks import Elementwise, Layer, MaxPool, Task, View
+
+__all__ = ["Call", "Choice", "Layout", "Planner"]
+
+Table = NDArray[np.generic]
+MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How images lie: one by one with pixels as vectors (`tiles` False), or `units` tiles of `lanes` images each."""
+
+    tiles: bool
+    lanes: int
+    units: int = 1
+
+    @property
+    def together(self) -> int:
+        """Return the images of one run."""
+        return self.lanes * self.units if self.tiles else 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What may be tuned in a layer: accumulators at most, lanes of a vector, bytes of input a block may touch."""
+
+    accumulators: int = 16
+    lanes: int = 16
+    block_bytes: int = 0  # 0: all input channels at once
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One kernel call: its kernel, its arguments, what tables they point to, and whether it runs once a unit."""
+
+    spec: Spec
+    arguments: NDArray[np.int64]
+    tables: tuple[Table, ...]
+    per_unit: bool
+    key: str = ""  # equal keys: equal geometry, so that one tuning serves both
+
+
+class Planner:
+    """Lay out a program's values and make its kernel calls."""
+
+    def __init__(self, program: Program, tasks: list[Task], layout: Layout) -> None:
+        self.program = program
+        self.tasks = tasks
+        self.layout = layout
+        self.shapes = infer_shapes(program.shape, program.steps)
+        self.end = 0  # of the arena of one unit, in bytes
+        self.buffers: dict[int, Buffer] = {}
+        self._views: dict[int, int] = {t.result: t.source for t in tasks if isinstance(t, View)}
+        self._place_all()
+
+    # -- places -------------------------------------------------------------------------------------------------------
+
+    def buffer(self, value: int) -> Buffer:
+        """Return where a value lies; a flattened one lies where the value lies that it views."""
+        base = self.buffers[self._base(value)]
+        if value in self._views and base.whole:
+            return replace(base, shape=(self.shapes[value][0], 1, 1))
+        return base
+
+    def _place_all(self) -> None:
+        """Give every value a place; values of one geometry share places when their lives do not overlap."""
+        pads = self._pads()
+        last: dict[int, int] = {}
+        for number, task in enumerate(self.tasks):
+            for source in _sources(task):
+                last[self._base(source)] = number
+        last[self._base(len(self.program.steps))] = len(self.tasks)
+        free: dict[tuple[Shape, tuple[int, int]], list[Buffer]] = {}
+        self._place(0, pads, free)
+        for number, task in enumerate(self.tasks):
+            if not isinstance(task, View):
+                self._place(task.result, pads, free)
+            for value in [v for v, end in last.items() if end == number and v in self.buffers]:
+                buffer = self.buffers[value]
+                free.setdefault((buffer.shape, buffer.pad), []).append(buffer)
+
+    def _plain(self, value: int) -> Buffer:
+        """Return where a value lies if it lies as its shape says, which a view of a padded value does not."""
+        buffer = self.buffer(value)
+        if buffer.shape[0] != self.shapes[value][0]:
+            raise Unsupported("a flattened padded value is read by more than linear layers")
+        return buffer
+
+    def _base(self, value: int) -> int:
+        while value in self._views:
+            value = self._views[value]
+        return value
+
+    def _pads(self) -> dict[int, tuple[int, int]]:
+        pads: dict[int, tuple[int, int]] = {}
+        for task in self.tasks:
+            if isinstance(task, Layer):
+                base = self._base(task.source)
+                old = pads.get(base, (0, 0))
+                pads[base] = (max(old[0], task.op.padding[0]), max(old[1], task.op.padding[1]))
+        return pads
+
+    def _place(
+        self,
+        value: int,
+        pads: dict[int, tuple[int, int]],
+        free: dict[tuple[Shape, tuple[int, int]], list[Buffer]],
+    ) -> None:
+        channels, *sides = self.shapes[value]
+        height, width = (*sides, 1, 1)[:2]
+        shape, pad = (channels, height, width), pads.get(value, (0, 0))
+        reusable = free.get((shape, pad))
+        if reusable:
+            self.buffers[value] = reusable.pop()
+            return
+        buffer = Buffer(shape, pad, self.layout.lanes if self.layout.tiles else 1)
+        # Start pixel (0, 0) at a vector's boundary, so that most loads are aligned.
+        lead = -buffer.before % 64
+        self.buffers[value] = replace(buffer, origin=self.end + lead + buffer.before)
+        self.end += -(-(lead + buffer.size) // 64) * 64
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def calls(self, choose: Callable[[str], Choice], *, lookup: bool) -> list[Call]:
+        """Return all kernel calls; `choose` gives the tuned choice for a layer's key, `lookup` allows that kernel."""
+        first, tasks = self._pack()
+        calls = [first]
+        for task in tasks:
+            match task:
+                case Layer():
+                    calls.append(self.layer(task, choose, lookup=lookup))
+                case Elementwise():
+                    calls.append(self._elementwise(task))
+                case MaxPool():
+                    calls.append(self._max_pool(task))
+        logits = self._plain(len(self.program.steps))
+        lanes = self.layout.lanes if self.layout.tiles else 1
+        return [*calls, _call(Unpack(lanes), [logits.origin, self.program.classes])]
+
+    def _pack(self) -> tuple[Call, list[Task]]:
+        """Return the call that brings images in, normalised if the first task does that, and the remaining tasks."""
+        first, scale, result, rest = self.tasks[0], None, 0, self.tasks
+        alone = sum(0 in _sources(task) for task in self.tasks) == 1
+        if isinstance(first, Elementwise) and first.scale is not None and alone and not first.relu:
+            scale, result, rest = first.scale, first.result, self.tasks[1:]
+        target = self.buffer(result)
+        channels, rows, width = target.shape
+        if scale is None and target.whole:
+            channels, rows, width = 1, 1, channels * rows * width
+        image = 4 * target.shape[1] * target.shape[2]
+        factors = _factors(scale)
+        if self.layout.tiles:
+            arguments = [target.origin, channels, rows, width, target.outer, target.inner, image * target.shape[0]]
+            return _call(Pack(self.layout.lanes, scale is not None), arguments, factors), rest
+        strides = [image, 4 * target.shape[2], target.outer, target.inner, 0, 0]
+        arguments = [0, target.origin, 0, channels, rows, width, *strides]
+        return _call(Pointwise(self.layout.lanes, image=True, scaled=scale is not None), arguments, factors), rest
+
+    def _elementwise(self, task: Elementwise) -> Call:
+        source, target = self._plain(task.source), self._plain(task.result)
+        other = target if task.other is None else self._plain(task.other)
+        channels, rows, width = target.shape
+        strides = [number for b in (source, target, other) for number in (b.outer, b.inner)]
+        arguments = [source.origin, target.origin, other.origin, channels, rows, width * target.lanes, *strides]
+        spec = Pointwise(self.layout.lanes, scaled=task.scale is not None, added=task.other is not None, relu=task.relu)
+        return _call(spec, arguments, _factors(task.scale))
+
+    def _max_pool(self, task: MaxPool) -> Call:
+        source, target, op = self.buffer(task.source), self.buffer(task.result), task.op
+        spec = PoolMax(
+            target.lanes,
+            (*source.shape[1:], *target.shape[1:]),
+            op.kernel,
+            op.stride,
+            op.padding,
+            op.dilation,
+            task.relu,
+        )
+        strides = [source.outer, source.inner, target.outer, target.inner]
+        return _call(spec, [source.origin, target.origin, target.shape[0], *strides])
+
+    def layer(self, task: Layer, choose: Callable[[str], Choice], *, lookup: bool) -> Call:
+        """Return the call for one layer."""
+        source, target = self.buffer(task.source), self.buffer(task.result)
+        flat = len(self.shapes[task.source]) == 1
+        if flat and not self.layout.tiles and lookup and task.residual is None:
+            return _lookup(task, source, target)
+        key = self._key(task, source)
+        choice = choose(key)
+        cut = self._cut(task, target, flat, choice)
+        other = target if task.residual is None else self.buffer(task.residual)
+        unit = self.unit_bytes if flat and self.layout.tiles else 0
+        spec, table = _tile(task, cut, (source, target, other), unit, self.layout.units)
+        offsets = offsets_of(task.op, source, flat)
+        channels = task.op.shape[1]
+        per_block = _channels_per_block(choice, cut, task.op, source, flat, spec)
+        blocks = -(-channels // per_block)
+        starts, nonzeros = _nonzeros(task.op, offsets, per_block, blocks)
+        spec = replace(spec, blocked=blocks > 1)
+        arguments = [source.origin, target.origin, other.origin, len(cut.starts)]
+        rows = task.op.shape[0]
+        tables = (table, starts, nonzeros, task.op.bias)
+        values = _with_tables([*arguments, 0, rows, 0, 0, 0, target.outer, other.outer, blocks, self.end], tables)
+        return Call(spec, values, tables, not (flat and self.layout.tiles), key)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Return the bytes of one unit: its values, then scratch for the sums of the layer with most rows."""
+        rows = max((task.op.shape[0] for task in self.tasks if isinstance(task, Layer)), default=0)
+        return self.end + rows * MOST_ACCUMULATORS * 4 * self.layout.lanes
+
+    def _key(self, task: Layer, source: Buffer) -> str:
+        density = task.op.nonzeros / max(1, int(np.prod(task.op.shape)))
+        fields = (self.layout, task.op.shape, task.op.stride, task.op.dilation, source.shape, source.pad, task.pool)
+        return repr((*fields, task.relu, task.residual is not None, round(np.log2(density + 1e-6))))
+
+    def _cut(self, task: Layer, target: Buffer, flat: bool, choice: Choice) -> Cut:
+        pool = 2 if task.pool else 1
+        if flat and self.layout.tiles:
+            units = tuple((unit, 0) for unit in range(self.layout.units))
+            return Cut(self.layout.lanes, units, tuple((i,) for i in range(len(units))), units, ((0, 0),))
+        if self.layout.tiles:
+            return cut_tiles(target.shape, task.op.stride, pool, self.layout.lanes, choice.accumulators)
+        for lanes in (choice.lanes, 8, 4):
+            cut = cut_planes(target.shape, task.op.stride, pool, lanes, choice.accumulators)
+            if cut is not None and lanes <= choice.lanes:
+                return cut
+        return cut_scalars(target.shape, task.op.stride, pool, 1 if flat else 8)
+
+
+def _sources(task: Task) -> list[int]:
+    match task:
+        case Layer():
+            return [task.source] if task.residual is None else [task.source, task.residual]
+        case Elementwise():
+            return [task.source] if task.other is None else [task.source, task.other]
+    return [task.source]
+
+
+def _factors(scale: Scale | None) -> tuple[Table, ...]:
+    return (np.ones(1, np.float32), np.zeros(1, np.float32)) if scale is None else (scale.scale, scale.shift)
+
+
+def _call(spec: Spec, arguments: list[int], tables: tuple[Table, ...] = ()) -> Call:
+    """Make a call that runs once a unit, with the addresses of tables behind the other arguments."""
+    addresses = [table.ctypes.data for table in tables]
+    return Call(spec, np.array([*arguments, *addresses], np.int64), tables, True)
+
+
+def _with_tables(arguments: list[int], tables: tuple[Table, ...]) -> NDArray[np.int64]:
+    """Fill in the addresses of a tile kernel's tables."""
+    values = np.array(arguments, np.int64)
+    values[[4, 6, 7, 8]] = [table.ctypes.data for table in tables]
+    return values
+
+
+def _tile(
+    task: Layer, cut: Cut, buffers: tuple[Buffer, Buffer, Buffer], unit: int, units: int
+) -> tuple[Tile, NDArray[np.int64]]:
+    """Return the kernel for a cut, and the table of its tiles: three offsets each."""
+    source, target, other = buffers
+
+    def offsets(places: tuple[tuple[int, int], ...], buffer: Buffer) -> tuple[int, ...]:
+        return tuple(y * (unit or buffer.inner) + x * buffer.pixel for y, x in places)
+
+    stride = (task.op.stride[0] * (1 + task.pool), task.op.stride[1] * (1 + task.pool))
+    inputs = tuple((y * stride[0], x * stride[1]) for y, x in cut.starts)
+    table = np.stack([offsets(inputs, source), offsets(cut.starts, target), offsets(cut.starts, other)], axis=1)
+    count = len(cut.read)
+    spec = Tile(
+        cut.lanes,
+        offsets(cut.read, source),
+        cut.groups,
+        offsets(cut.stored, target),
+        offsets(cut.stored, other) if task.residual is not None else (),
+        halve=cut.halve,
+        pair=cut.halve and task.pool,
+        relu=task.relu,
+        unroll=8 if count == 1 else 4 if count == 2 else 2 if count <= 4 else 1,
+    )
+    return spec, np.ascontiguousarray(table, np.int64)
+
+
+def _channels_per_block(choice: Choice, cut: Cut, op: Sparse, source: Buffer, flat: bool, spec: Tile) -> int:
+    """Return how many input channels to take at once, so that what a tile reads of them is `block_bytes`."""
+    if not choice.block_bytes:
+        return op.shape[1]
+    if flat:
+        touched = len(spec.reads) * 4 * spec.lanes
+    else:
+        rows = max(y for y, _ in cut.read) + 1 + op.dilation[0] * (op.shape[2] - 1)
+        columns = max(x for _, x in cut.read) + 1 + op.dilation[1] * (op.shape[3] - 1)
+        touched = rows * (columns * source.pixel + (0 if source.lanes > 1 else 4 * spec.lanes))
+    return max(1, min(op.shape[1], choice.block_bytes // touched))
+
+
+def _nonzeros(op: Sparse, offsets: NDArray[np.int64], per_block: int, blocks: int) -> tuple[Table, Table]:
+    """Return the starts of rows, block by block, and the nonzeros as pairs (offset, weight) in that order."""
+    rows = np.repeat(np.arange(op.shape[0]), np.diff(op.indptr))
+    block = op.indices // (op.shape[2] * op.shape[3] * per_block)
+    place = block * op.shape[0] + rows
+    order = np.argsort(place, kind="stable")
+    starts = np.zeros(blocks * op.shape[0] + 1, np.int32)
+    np.cumsum(np.bincount(place, minlength=len(starts) - 1), out=starts[1:])
+    pairs = np.zeros(op.nonzeros, [("offset", np.int32), ("weight", np.float32)])
+    pairs["offset"], pairs["weight"] = offsets[order], op.values[order]
+    return starts, pairs
+
+
+def _lookup(task: Layer, source: Buffer, target: Buffer) -> Call:
+    """Return the call of the kernel that computes sixteen rows at once from windows of 32 inputs."""
+    op = task.op
+    offsets = offsets_of(op, source, True)
+    groups = -(-op.shape[0] // 16)
+    starts = [0]
+    windows: list[int] = []
+    slots: list[tuple[int, int, int]] = []  # slot, lane, nonzero
+    for group in range(groups):
+        rows = range(16 * group, min(16 * group + 16, op.shape[0]))
+        heads = [int(op.indptr[row]) for row in rows]
+        ends = [int(op.indptr[row + 1]) for row in rows]
+        while any(head < end for head, end in zip(heads, ends, strict=True)):
+            window = min(int(offsets[h]) for h, end in zip(heads, ends, strict=True) if h < end)
+            for lane, (head, end) in enumerate(zip(heads, ends, strict=True)):
+                if head < end and offsets[head] < window + 128:
+                    slots.append((len(windows), lane, head))
+                    heads[lane] += 1
+            windows.append(window)
+        starts.append(len(windows))
+    places = np.zeros((len(windows), 16), np.uint8)
+    weights = np.zeros((len(windows), 16), np.float32)
+    chosen = np.array(slots, np.int64).reshape(-1, 3)
+    base = np.array(windows, np.int32)
+    places[chosen[:, 0], chosen[:, 1]] = (offsets[chosen[:, 2]] - base[chosen[:, 0]]) // 4
+    weights[chosen[:, 0], chosen[:, 1]] = op.values[chosen[:, 2]]
+    biases = np.zeros(16 * groups, np.float32)
+    biases[: op.shape[0]] = op.bias
+    tables = (np.array(starts, np.int32), base, places, weights, biases)
+    return _call(Lookup(task.relu), [source.origin, target.origin, groups], tables)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sparring import deploy
+from sparring.deploy.engine import Engine
+from sparring.deploy.folding import compile_model
+from sparring.deploy.reference import run_reference
+from sparring.models import Residual
+
+BATCHES = (1, 3, 16, 64, 65)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def check(model: nn.Module, shape: tuple[int, ...], batches=BATCHES, lanes: int | None = None) -> None:
+    engine = Engine(compile_model(model.eval(), shape), lanes=lanes)
+    for n in batches:
+        x = torch.rand(n, *shape, generator=torch.Generator().manual_seed(n))
+        expected = model(x).detach()
+        error = (torch.from_numpy(engine.run(x.numpy())) - expected).abs().max()
+        assert error <= 5e-6 * expected.abs().max(), (n, error)
+
+
+@pytest.mark.parametrize(("name", "density"), [("lenet-300-100", 0.1), ("lenet-5", 0.05), ("resnet-32", 0.02)])
+def test_logits_are_torchs(sparse_model, name, density):
+    check(sparse_model(name, density), (1, 28, 28) if "lenet" in name else (3, 32, 32))
+
+
+def test_logits_are_torchs_for_a_wide_network(sparse_model):
+    check(sparse_model("vgg-like", 0.05, width=0.5), (3, 32, 32), batches=(1, 5))
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_hosts_with_shorter_vectors_get_the_same_logits(sparse_model, lanes):
+    check(sparse_model("resnet-32", 0.1, width=0.25), (3, 32, 32), batches=(1, 3, 9), lanes=lanes)
+    check(sparse_model("lenet-5", 0.1), (1, 28, 28), batches=(1, 9), lanes=lanes)
+
+
+def test_dense_empty_and_all_zero_layers():
+    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Conv2d(5, 6, 3, padding=1), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(*model, nn.Linear(96, 4))
+    with torch.no_grad():
+        model[0].weight[2] = 0  # an empty row, whose constant stands in front of padding
+        model[0].bias[2] = 1
+    check(model, (1, 6, 6))
+    with torch.no_grad():
+        model[2].weight.zero_()
+    check(model, (1, 6, 6))
+
+
+@st.composite
+def networks(draw):
+    """A small convolutional network with odd shapes, strides, paddings, dilations and pools."""
+    side, channels = draw(st.integers(5, 21)), draw(st.integers(1, 3))
+    layers: list[nn.Module] = []
+    shape = (channels, side, draw(st.integers(5, 21)))
+    probe = torch.zeros(1, *shape)
+    for _ in range(draw(st.integers(1, 3))):
+        kernel = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+        options = {
+            "stride": (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+            "padding": (draw(st.integers(0, 2)), draw(st.integers(0, 2))),
+            "dilation": draw(st.integers(1, 2)),
+        }
+        out = draw(st.integers(1, 6))
+        block: list[nn.Module] = [nn.Conv2d(probe.shape[1], out, kernel, **options)]
+        block += [nn.BatchNorm2d(out)] if draw(st.booleans()) else []
+        pools = [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(2)]
+        tail: list[nn.Module] = [nn.ReLU()] + ([draw(st.sampled_from(pools))] if draw(st.booleans()) else [])
+        block += tail if draw(st.booleans()) else tail[::-1]
+        try:
+            with torch.no_grad():
+                after = nn.Sequential(*block).eval()(probe)
+        except RuntimeError:
+            break
+        if after.numel() == 0:
+            break
+        layers, probe = layers + block, after
+        if draw(st.booleans()):
+            layers.append(Residual(nn.Conv2d(probe.shape[1], probe.shape[1], 3, padding=1), nn.Identity()))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(probe[0].numel(), draw(st.integers(2, 20))))
+    return model, shape, draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), draw(st.integers(0, 99))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(network=networks(), lanes=st.sampled_from([None, None, 8, 4]))
+def test_any_geometry(sparsify, network, lanes):
+    model, shape, density, seed = network
+    check(sparsify(model, density, torch.Generator().manual_seed(seed)), shape, (1, 3, 18), lanes)
+
+
+def test_numpy_and_native_agree_and_threads_change_nothing(sparse_model):
+    model = sparse_model("lenet-5", 0.1)
+    x = np.random.default_rng(0).random((200, 1, 28, 28), np.float32)
+    one = deploy.pack(model, shape=(1, 28, 28))
+    assert one.native
+    expected = run_reference(one.program, x)
+    np.testing.assert_allclose(one(x), expected, atol=5e-6 * np.abs(expected).max())
+    assert (deploy.Packed(one.program, threads=2)(x) == one(x)).all()
+    with ThreadPoolExecutor(4) as pool:  # one network, many callers
+        for result in pool.map(one, [x[i : i + 50] for i in range(0, 150, 10)]):
+            assert result.shape == (50, 10)
+    again = np.concatenate(list(ThreadPoolExecutor(4).map(one, np.split(x[:192], 3))))
+    assert (again == one(x)[:192]).all()
+
+
+def test_odd_inputs_are_taken_as_they_come(sparse_model):
+    packed = deploy.pack(sparse_model("lenet-300-100", 0.1), shape=(1, 28, 28))
+    x = np.random.default_rng(0).random((6, 1, 28, 56)).astype(np.float64)[..., ::2]
+    expected = packed(np.ascontiguousarray(x, np.float32))
+    assert (packed(x) == expected).all()
+    assert packed(x[:0]).shape == (0, 10)
+    assert (packed(torch.from_numpy(x).requires_grad_()).numpy() == expected).all()
