@@ -212,8 +212,9 @@ def test_pixels_arrive_where_they_belong(tmp_path: Path) -> None:
 
 
 def test_noise_that_looks_like_jpeg_scans_is_read(tmp_path: Path) -> None:
-    # Stored, not deflated, so that the marks of scans stand in the PNG as they are.
-    noise = Image.frombytes("L", (64, 64), b"\xff\xda" * 2_048)
+    # A palette image that is stored, not deflated: the marks of scans stand in the PNG as they are.
+    noise = Image.frombytes("P", (64, 64), b"\xff\xda" * 2_048)
+    noise.putpalette([value for value in range(256) for _ in range(3)])
     file = io.BytesIO()
     noise.save(file, "PNG", compress_level=0)
     assert file.getvalue().count(b"\xff\xda") > 1_000
