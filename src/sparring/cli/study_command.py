@@ -19,7 +19,7 @@ from rich.text import Text
 from .. import data, report
 from ..errors import UserError
 from ..files import read_json
-from ..study import Event, Plan, Record, Store, available_cores, run
+from ..study import Event, Plan, Record, Store, run
 
 __all__ = ["run_study", "show_status"]
 
@@ -43,13 +43,15 @@ def run_study(
     plan = Plan.load(plan_name, overrides)
     out = out or Path("out") / plan.name
     dataset = data.load(plan.data, data_dir, download=download)
-    view = _view(quiet or as_json, sys.stderr if as_json else sys.stdout, workers)
+    view = _view(quiet or as_json, sys.stderr if as_json else sys.stdout)
     command = shlex.join(["sparring", *sys.argv[1:]])
     with view:
         records = run(
             plan, out, dataset=dataset, workers=workers, retry=retry, watch=view.show, device=device, command=command
         )
-    path = report.write(out)
+    path = out / "report.html"
+    if not path.exists() or path.stat().st_mtime_ns < (out / "plan.json").stat().st_mtime_ns or view.fresh:
+        report.write(out)
     failed = [record for record in records if record.error]
     if as_json:
         print(json.dumps(_summary(out, path, records), indent=1))
@@ -77,6 +79,7 @@ class PlainView:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.fresh = 0
 
     def __enter__(self) -> PlainView:
         return self
@@ -88,6 +91,7 @@ class PlainView:
         if event.record is None:
             print(f"{event.total} tasks, {event.cached} done before", file=self.stream, flush=True)
         else:
+            self.fresh += 1
             line = f"[{event.done}/{event.total}] {describe(event)}"
             print(line, file=self.stream, flush=True)
 
@@ -95,12 +99,11 @@ class PlainView:
 class LiveView:
     """Keep a progress bar, what is running, an estimate of what is left, and the last results on the terminal."""
 
-    def __init__(self, workers: int | None) -> None:
+    def __init__(self) -> None:
         self.live = Live(console=Console(), refresh_per_second=8, transient=False)
-        self.slots = max(1, available_cores() if workers is None else workers)
         self.began = time.monotonic()
-        self.seconds: dict[str, list[float]] = {}
         self.recent: list[str] = []
+        self.fresh = 0
 
     def __enter__(self) -> LiveView:
         self.live.__enter__()
@@ -111,6 +114,7 @@ class LiveView:
 
     def show(self, event: Event) -> None:
         if event.record is not None:
+            self.fresh += 1
             self.recent = [*self.recent, describe(event)][-6:]
         left = event.total - event.done - len(event.running)
         running = Counter(task.stage for task in event.running)
@@ -128,15 +132,14 @@ class LiveView:
         )
 
     def _remaining(self, event: Event) -> str:
-        fresh = event.done - event.cached
-        if fresh < 3:
+        if self.fresh < 3:
             return "estimating"
-        each = (time.monotonic() - self.began) / fresh
+        each = (time.monotonic() - self.began) / self.fresh
         return f"about {duration(each * (event.total - event.done))} to go"
 
 
-def _view(plain: bool, stream: TextIO, workers: int | None) -> PlainView | LiveView:
-    return PlainView(stream) if plain or not sys.stdout.isatty() else LiveView(workers)
+def _view(plain: bool, stream: TextIO) -> PlainView | LiveView:
+    return PlainView(stream) if plain or not sys.stdout.isatty() else LiveView()
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..data import Dataset, content_hash
 from ..errors import PlanError, UserError
-from ..files import read_json, write_json
+from ..files import canonical_json, read_json, write_json
 from .executors import Done, Executor, InProcess, Processes, Task
 from .plan import Plan
 from .stages import Context, Factory, perform_stage
@@ -204,33 +204,41 @@ def environment() -> dict[str, Any]:
 
 
 def _write_plan(store: Store, plan: Plan, work: Work, dataset: Dataset, command: str) -> None:
+    """Write plan.json unless it says the same already; refuse a folder that belongs to another plan."""
     path = store.out / "plan.json"
-    table = plan.table()
+    content = _described(plan, work, dataset)
     if path.exists():
-        kept = read_json(path).get("plan", {})
-        for name in FOUNDATIONS:
-            if kept.get(name) != table.get(name):
-                raise PlanError(
-                    f"{store.out} belongs to another plan: its {name} is {kept.get(name)}, this one's is "
-                    f"{table.get(name)}; choose another folder with --out"
-                )
+        kept = read_json(path)
+        _refuse_another(store, kept.get("plan", {}), content["plan"])
+        kept.pop("command", None)
+        if canonical_json(kept) == canonical_json(content):
+            return
     elif any(store.records.iterdir()):
         raise PlanError(f"{store.out} holds records but no plan.json; choose another folder with --out")
-    write_json(
-        path,
-        {
-            "schema": SCHEMA,
-            "plan": table,
-            "dataset": {
-                "name": dataset.name,
-                "classes": list(dataset.class_names),
-                "train": len(dataset.train.x),
-                "valid": len(dataset.valid.x),
-                "test": len(dataset.test.x),
-                "shape": list(dataset.train.x.shape[1:]),
-            },
-            "environment": environment(),
-            "command": command,
-            "cells": [asdict(cell) for cell in work.cells],
+    write_json(path, {**content, "command": command})
+
+
+def _refuse_another(store: Store, kept: dict[str, Any], table: dict[str, Any]) -> None:
+    for name in FOUNDATIONS:
+        if kept.get(name) != table.get(name):
+            raise PlanError(
+                f"{store.out} belongs to another plan: its {name} is {kept.get(name)}, this one's is "
+                f"{table.get(name)}; choose another folder with --out"
+            )
+
+
+def _described(plan: Plan, work: Work, dataset: Dataset) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "plan": plan.table(),
+        "dataset": {
+            "name": dataset.name,
+            "classes": list(dataset.class_names),
+            "train": len(dataset.train.x),
+            "valid": len(dataset.valid.x),
+            "test": len(dataset.test.x),
+            "shape": list(dataset.train.x.shape[1:]),
         },
-    )
+        "environment": environment(),
+        "cells": [asdict(cell) for cell in work.cells],
+    }
