@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from .activation import (
+    ACTIVATIONS,
+    ActivationSparsifier,
+    MeanSparse,
+    Percentile,
+    ShiftedReLU,
+    StochasticPruning,
+    Threshold,
+    TopK,
+)
 from .allocation import erdos_renyi_kernel, uniform
 from .channels import remove_channels, silent, tied_channels
 from .contracts import Batch, Loss, Masks, Pruner, Score, Scores, Stateful
+from .insertion import calibrate_, insert, sparsifiers
 from .learned import hydra, movement
+from .listening import Activity, LayerActivity, activity, with_activation_penalty
 from .masks import (
     CollapsedLayerWarning,
     Counts,
@@ -29,30 +41,42 @@ from .structures import NM, Blocks, Channels, Structure, Unstructured
 from .surgery import dynamic_network_surgery
 
 __all__ = [
+    "ACTIVATIONS",
     "METHODS",
     "NM",
     "SCOPES",
     "SCORES",
     "STRUCTURES",
+    "ActivationSparsifier",
+    "Activity",
     "Batch",
     "Blocks",
     "Channels",
     "CollapsedLayerWarning",
     "Counts",
+    "LayerActivity",
     "Loss",
     "Masks",
+    "MeanSparse",
+    "Percentile",
     "Pruner",
     "PruningSpec",
     "Rule",
     "Score",
     "Scores",
+    "ShiftedReLU",
     "Stateful",
+    "StochasticPruning",
     "Structure",
+    "Threshold",
+    "TopK",
     "Unstructured",
+    "activity",
     "all_ones",
     "apply_",
     "bernoulli",
     "build_pruner",
+    "calibrate_",
     "check_masks",
     "check_reached",
     "collapsed",
@@ -62,6 +86,7 @@ __all__ = [
     "erdos_renyi_kernel",
     "gradual",
     "hydra",
+    "insert",
     "iterative",
     "magnitude",
     "movement",
@@ -75,9 +100,11 @@ __all__ = [
     "silent",
     "snip",
     "sparse_evolution",
+    "sparsifiers",
     "sparsity_of",
     "taylor",
     "tied_channels",
     "uniform",
     "wanda",
+    "with_activation_penalty",
 ]
