@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-BUDGETS = [("fgsm", 0.05), ("fgsm", 0.1), ("fgsm", 0.2), ("pgd", 0.1)]
+FEW = (("fgsm", 0.1), ("pgd", 0.1))
+MANY = (("fgsm", 0.05), ("fgsm", 0.2), *FEW)
+SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
 class Maker:
     """Write the records of networks whose robustness rises and then falls with sparsity."""
 
-    def __init__(self, out, images, rng):
-        self.out, self.images, self.rng = out, images, rng
+    def __init__(self, out, images, budgets, rng):
+        self.out, self.images, self.budgets, self.rng = out, images, budgets, rng
         self.ease = rng.normal(size=images)  # an easy image is easy for every network
         self.labels = rng.integers(0, 10, size=images)
         self.clean = rng.random((6, 1, 28, 28)).astype(np.float32)
@@ -75,7 +77,7 @@ class Maker:
                 },
             ),
         ]
-        for name, eps in BUDGETS:
+        for name, eps in self.budgets:
             margin = self.ease + gain + 1.5 - 15 * eps - (0.4 if name == "pgd" else 0.0)
             robust = correct & (margin + 0.3 * self.rng.normal(size=self.images) > 0)
             keys += self.attack(who, {"name": name, "norm": "linf", "eps": eps}, correct, ~robust)
@@ -109,9 +111,9 @@ class Maker:
 def make_study(tmp_path_factory):
     """Return a function that writes a made-up study and returns its folder."""
 
-    def make(*, seeds=3, images=200, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99), methods=("gradual",), classes=None):
+    def make(*, seeds=3, images=200, sparsities=SPARSITIES, methods=("gradual",), classes=None, budgets=FEW):
         out = tmp_path_factory.mktemp("study")
-        maker = Maker(out, images, np.random.default_rng(0))
+        maker = Maker(out, images, budgets, np.random.default_rng(0))
         cells = []
         for seed in range(seeds):
             wanted = [("reference", 0.0), ("control", 0.0)] + [(m, s) for m in methods for s in sparsities]
@@ -136,4 +138,4 @@ def make_study(tmp_path_factory):
 @pytest.fixture(scope="session")
 def study_folder(make_study):
     """A small complete study; tests must not change it."""
-    return make_study()
+    return make_study(budgets=MANY)

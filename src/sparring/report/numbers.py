@@ -21,9 +21,8 @@ def span(chosen: Sequence[float], grid: Sequence[float]) -> str:
     places = [grid.index(s) for s in chosen]
     if len(chosen) > 2 and places == list(range(places[0], places[-1] + 1)):
         return f"{percent(chosen[0])} to {percent(chosen[-1])}"
-    return " or ".join(
-        [", ".join(map(percent, chosen[:-1])), percent(chosen[-1])] if len(chosen) > 1 else map(percent, chosen)
-    )
+    *others, last = map(percent, chosen)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def value(measure: Measure, number: float | None) -> str:

@@ -148,7 +148,7 @@ def _strongest(findings: Findings) -> str:
     top = strong.peak
     told = numbers.gain(strong.measure, top.gain, strong.control)
     members = numbers.span(top.members, strong.sparsities)
-    which = f"the best may be any of {members}" if len(top.members) > 1 else "significantly better than all others"
+    which = f"the peak: {members}" if len(top.members) > 1 else "significantly more than at any other"
     return f"Under the strongest attack the gain is real: {name} {told} at {numbers.percent(top.sparsity)} ({which})."
 
 

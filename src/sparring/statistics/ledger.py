@@ -83,7 +83,7 @@ def _row(claim: Claim, e: Effect | None, p: float, alpha: float, study: str) -> 
 def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
     """Judge one claim by its corrected p-value and by equivalence."""
     small = equivalence(e, claim.margin) <= ALPHA
-    within = f"within ±{claim.margin:.3g} {claim.unit}, by two one-sided tests"
+    within = f"within ±{_amount(claim.margin, claim)}, by two one-sided tests"
     found: Literal["above", "below", "none"] = "none"
     if p <= ALPHA:
         found = "above" if e.estimate > 0 else "below"
@@ -100,7 +100,11 @@ def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
 
 def _takes(claim: Claim, e: Effect, alpha: float) -> str:
     """Say what a decision would take."""
-    least = f"would have seen an effect of {minimum_detectable_effect(e, alpha=alpha):.2g} {claim.unit}"
+    least = f"would have seen an effect of {_amount(minimum_detectable_effect(e, alpha=alpha), claim)}"
     if e.estimate == 0:
         return least
     return f"{least}; this one needs about {seeds_needed(e, alpha=alpha)} seeds or more"
+
+
+def _amount(number: float, claim: Claim) -> str:
+    return f"{number:.2g}%" if claim.unit == "%" else f"{number:.2g} {claim.unit}"
