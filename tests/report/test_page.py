@@ -97,7 +97,9 @@ def test_hostile_names_stay_text(make_study):
 def test_one_seed_is_said_to_cover_images_only(make_study):
     out = make_study(seeds=1, images=80, sparsities=(0.5, 0.9))
     assert "1 seed, so intervals cover the images only" in report.write(out).read_text()
-    assert "1 seed (indicative)" in report.verdict(out)
+    verdict = report.verdict(out)
+    assert "1 seed (indicative)" in verdict
+    assert "no peak, loss or sweet spot is claimed" in verdict
 
 
 def test_unfinished_studies_show_what_there_is(make_study):

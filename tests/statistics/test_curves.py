@@ -90,3 +90,11 @@ def test_draws_are_the_same_for_the_same_generator():
 def test_curves_refuse_what_does_not_fit(sparsities):
     with pytest.raises(ValueError):
         curve(sparsities, np.zeros((2, 3, 4)), np.zeros((3, 4)))
+
+
+def test_one_seed_claims_nothing():
+    one = planted([0.0, 0.2, 0.3, 0.2, -0.3], seeds=1)
+    assert peak(one) is None
+    assert over_sparsified(one) is None
+    spot = sweet_spot({"a": one}, {"a": 1.0})
+    assert (spot.sparsity, spot.at_most, spot.limit) == (None, 0.99, "a")

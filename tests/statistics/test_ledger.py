@@ -52,3 +52,8 @@ def test_few_seeds_are_called_indicative_and_the_undecided_say_what_it_takes():
     (row,) = judge([(Claim("c", "above", 0.001, "points", "t"), measured(0.02, seeds=3, noise=2.0))], study="s")
     assert row.why.startswith("indicative (3 seeds)")
     assert "seeds or more" in row.why
+
+
+def test_one_seed_decides_nothing():
+    (row,) = judge([(Claim("c", "above", 0.001, "points", "t"), measured(0.5, seeds=1))], study="s")
+    assert (row.verdict, row.why) == ("undecided", "indicative (1 seed): one seed cannot decide")

@@ -91,9 +91,9 @@ def find(study: Study) -> Findings:
     }
     main = tuple(main_measures(list(collected)))
     method = max(study.methods, key=lambda m: len({n.sparsity for n in study.of(m)}), default=None)
-    watched = {
-        m: results[m, method] for m in main if m.role != "distance-correct" and (m, method) in results and method
-    }
+    every = {m: results[m, method] for m in main if method is not None and (m, method) in results}
+    seeds = max((len(result.seeds) for result in every.values()), default=0)
+    watched = {m: r for m, r in every.items() if m.role != "distance-correct" and len(r.seeds) == seeds}
     margins = {m: _margin(m, r, study) for m, r in watched.items()}
     spot = None
     if watched:

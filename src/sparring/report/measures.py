@@ -166,10 +166,14 @@ def _merge(shards: list[PerImage]) -> PerImage:
 
 
 def _add_worst(found: Collected) -> None:
-    """Add the per-image worst case over the attacks with one norm and eps, for networks on which all of them ran."""
+    """Add the per-image worst case over the attacks with one norm and eps.
+
+    Attacks that ran on fewer networks than others (a slow one, on one seed) stand for themselves.
+    """
     budgets = [m for m in found if m.role == "budget"]
     for split, norm, eps in dict.fromkeys((m.split, m.norm, m.eps) for m in budgets):
         same = [found[m] for m in budgets if (m.split, m.norm, m.eps) == (split, norm, eps)]
+        same = [one for one in same if len(one) == max(map(len, same))]
         everywhere = set.intersection(*(set(one) for one in same))
         if len(same) > 1 and everywhere:
             worst = {who: _smallest([one[who] for one in same]) for who in sorted(everywhere)}

@@ -33,19 +33,9 @@ def headline(findings: Findings) -> list[str]:
     """Return the verdict: first the sentence for somebody in a hurry, then what a sceptic asks."""
     if findings.method is None or not any(findings.result(m) for m in findings.main):
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
-    return [
-        sentence
-        for sentence in (
-            _first(findings),
-            _spot(findings),
-            _strongest(findings),
-            _over(findings),
-            _undetected(findings),
-            _several(findings),
-            _missing(findings),
-        )
-        if sentence
-    ]
+    judged = [_spot, _strongest, _over, _undetected] if findings.seeds > 1 else [_one_seed]
+    told = [say(findings) for say in (_first, *judged, _several, _missing)]
+    return [sentence for sentence in told if sentence]
 
 
 def chosen(findings: Findings) -> float | None:
@@ -77,12 +67,20 @@ def _first(findings: Findings) -> str:
     end = f"; over-sparsified from {numbers.percent(min(over.values()))}" if over else ""
     if over:
         end += f" ({' and '.join(name for name, s in over.items() if s == min(over.values()))})"
-    safe = findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity
-    what = "the sweet spot" if safe else "the largest gain; no sweet spot could be shown"
+    what = _why(findings, sparsity)
     return (
         f"At {numbers.percent(sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
         f"Gains over the dense control with 95% intervals, {seeds_phrase(findings.seeds)}."
     )
+
+
+def _why(findings: Findings, sparsity: float) -> str:
+    """Say why the headline speaks of this sparsity."""
+    if findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity:
+        return "the sweet spot"
+    peaks = [r.peak.sparsity for m in findings.main if (r := findings.result(m)) and r.peak]
+    found = "the largest gain" if sparsity in peaks else "the lowest tested"
+    return f"{found}; no sweet spot could be shown"
 
 
 def _told(findings: Findings) -> list[Measure]:
@@ -108,6 +106,10 @@ def size_ratio(findings: Findings, sparsity: float) -> float | None:
         if (dense := network.metric("bytes_dense")) and (sparse := network.metric("bytes_sparse"))
     ]
     return sum(ratios) / len(ratios) if ratios else None
+
+
+def _one_seed(_: Findings) -> str:
+    return "One seed: the intervals cover the choice of images only, so no peak, loss or sweet spot is claimed."
 
 
 def _spot(findings: Findings) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Curve:
     """Hold the gains over the dense control at rising sparsities.
 
     `p_holm` are two-sided and corrected across the sparsities; `differences` (sparsities, seeds, images) are what the
-    effects are the means of.
+    effects are the means of. With one seed nothing is called significant: its luck cannot be told from an effect.
     """
 
     sparsities: tuple[float, ...]
@@ -32,11 +33,14 @@ class Curve:
 
     def gains(self) -> list[bool]:
         """Tell where the metric is significantly above the dense control."""
-        return [p <= ALPHA and e.estimate > 0 for p, e in zip(self.p_holm, self.effects, strict=True)]
+        return [s and e.estimate > 0 for s, e in zip(self._significant(), self.effects, strict=True)]
 
     def losses(self) -> list[bool]:
         """Tell where the metric is significantly below the dense control."""
-        return [p <= ALPHA and e.estimate < 0 for p, e in zip(self.p_holm, self.effects, strict=True)]
+        return [s and e.estimate < 0 for s, e in zip(self._significant(), self.effects, strict=True)]
+
+    def _significant(self) -> list[bool]:
+        return [p <= ALPHA and e.seeds > 1 for p, e in zip(self.p_holm, self.effects, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,16 @@ def sweet_spot(curves: Mapping[str, Curve], margins: Mapping[str, float]) -> Swe
 
     Margins are in the metrics' units. The sparsities that all curves share are walked upwards and the walk ends at the
     first failure, so neither the many sparsities (a fixed sequence of tests) nor the many metrics (all must pass) need
-    a correction. Raises ValueError when there is no metric or a margin is missing.
+    a correction. One seed bounds nothing, so with it no sparsity is safe. Raises ValueError when there is no metric or
+    a margin is missing.
     """
     if not curves or not set(curves) <= set(margins):
         raise ValueError("every watched metric needs a margin, and there must be one at least")
     shared = sorted(set.intersection(*(set(c.sparsities) for c in curves.values())))
-    safe, limit = _walk(shared, {name: (c, [e.low for e in c.effects]) for name, c in curves.items()}, margins)
-    at_most, _ = _walk(shared, {name: (c, [e.high for e in c.effects]) for name, c in curves.items()}, margins)
+    low = {name: (c, [e.low if e.seeds > 1 else -math.inf for e in c.effects]) for name, c in curves.items()}
+    high = {name: (c, [e.high if e.seeds > 1 else math.inf for e in c.effects]) for name, c in curves.items()}
+    safe, limit = _walk(shared, low, margins)
+    at_most, _ = _walk(shared, high, margins)
     return SweetSpot(safe, at_most, limit)
 
 

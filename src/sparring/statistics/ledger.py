@@ -62,7 +62,7 @@ def judge(claims: Sequence[tuple[Claim, Effect | None]], *, study: str) -> list[
 
     A claimed direction is reproduced when the effect is significant that way (Holm across the ledger), contradicted
     when it is significant the other way or shown to lie within the margin; a claim of no effect the other way round.
-    Anything else is undecided, and `why` says what it would take.
+    Anything else is undecided, and `why` says what it would take; one seed decides nothing.
     """
     corrected = holm([math.nan if e is None else e.p for _, e in claims])
     alpha = ALPHA / max(1, sum(e is not None for _, e in claims))
@@ -72,8 +72,9 @@ def judge(claims: Sequence[tuple[Claim, Effect | None]], *, study: str) -> list[
 def _row(claim: Claim, e: Effect | None, p: float, alpha: float, study: str) -> Row:
     if e is None:
         return Row(claim.text, claim.test, "undecided", None, claim.unit, None, study, "not measured in this study")
-    verdict, why = _verdict(claim, e, p)
-    if verdict == "undecided":
+    verdict: Verdict
+    verdict, why = _verdict(claim, e, p) if e.seeds > 1 else ("undecided", "one seed cannot decide")
+    if verdict == "undecided" and e.seeds > 1:
         why = f"{why}; {_takes(claim, e, alpha)}"
     if e.indicative:
         why = f"indicative ({e.seeds} seed{'s' if e.seeds > 1 else ''}): {why}"
