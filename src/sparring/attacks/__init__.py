@@ -16,6 +16,7 @@ from .flags import FLAGS, Flag
 from .gradient import fgsm, pgd, rfgsm
 from .hybrid import nearest
 from .losses import dlr
+from .reliability import check_convergence, check_losses, check_order, check_unlimited
 from .squares import square
 
 ATTACKS: dict[str, Attack] = {
@@ -45,6 +46,10 @@ __all__ = [
     "Flag",
     "apgd",
     "apgd_targeted",
+    "check_convergence",
+    "check_losses",
+    "check_order",
+    "check_unlimited",
     "cw",
     "ddn",
     "deepfool",

@@ -41,7 +41,7 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 @contextmanager
 def straight_through(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Give declared modules their own BPDA backward pass, and layers with a dead one the identity's.
+    """Give declared modules their own BPDA backward pass, and layers with a dead one a secant's.
 
     Athalye et al. 2018, section 4.1. A layer is dead if its output has the shape of its input and does not depend on
     it as far as autograd can tell, at any of the images x.
@@ -53,15 +53,25 @@ def straight_through(model: nn.Module, x: Tensor) -> Iterator[None]:
             for module in declared:
                 module.straight_through = True  # type: ignore[assignment]
             for module in _dead_layers(model, x):
-                stack.callback(module.register_forward_hook(_as_identity).remove)
+                stack.callback(module.register_forward_hook(_with_secant_slope).remove)
             yield
         finally:
             for module, value in zip(declared, before, strict=True):
                 module.straight_through = value
 
 
-def _as_identity(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return inputs[0] + (output - inputs[0]).detach()
+def _with_secant_slope(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return the output with the backward pass of an elementwise function of secant slopes.
+
+    The secants reach half a standard deviation to both sides, so that a staircase has the slope of its ramp, and a
+    layer that only cuts the graph that of the identity.
+    """
+    entry = inputs[0]
+    with torch.no_grad():
+        reach = 0.5 * entry.std() + 1e-12
+        slope: Tensor = (module.forward(entry + reach) - module.forward(entry - reach)) / (2 * reach)
+        rest: Tensor = output.detach() - slope * entry
+    return rest + slope * entry
 
 
 def _dead_layers(model: nn.Module, x: Tensor) -> list[nn.Module]:
@@ -72,15 +82,15 @@ def _dead_layers(model: nn.Module, x: Tensor) -> list[nn.Module]:
         entry = inputs[0] if inputs else None
         if not (isinstance(entry, Tensor) and isinstance(output, Tensor) and entry.shape == output.shape):
             return
-        if not entry.is_floating_point() or torch.equal(entry, output):
+        if not entry.is_floating_point():
             return
         point = entry.detach().requires_grad_()
         with torch.enable_grad():
             again = forwards[module](point)
-        if not again.requires_grad:
-            dead.append(module)
-            return
-        (gradient,) = torch.autograd.grad(again.sum(), point, allow_unused=True)
+            summed = again.sum()
+        gradient = None
+        if summed.requires_grad:
+            (gradient,) = torch.autograd.grad(summed, point, allow_unused=True)
         if gradient is None or not bool(gradient.any()):
             dead.append(module)
 

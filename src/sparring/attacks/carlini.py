@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..threat import L2, distance
-from .losses import margin
+from .derivatives import logits_and_gradient
+from .losses import Objective, margin
 from .steps import column, keep_within, select
 
 __all__ = ["cw"]
@@ -80,16 +81,14 @@ def _minimise(
     checked = torch.full_like(smallest, torch.inf)
     for step in range(1, steps + 1):
         squashed = torch.tanh(w)
-        point = ((squashed + 1) / 2).requires_grad_()
-        with torch.enable_grad():
-            gap = margin(model(point), y, targets)
-            shortfall = (constant * (confidence - gap).clamp_min(0)).sum()
-        (gradient,) = torch.autograd.grad(shortfall, point)
-        delta = point.detach() - x
+        point = (squashed + 1) / 2
+        logits, gradient = logits_and_gradient(model, point, _shortfall(constant, confidence), y, targets)
+        gap = margin(logits, y, targets)
+        delta = point - x
         moved = distance(delta, L2)
-        better = (gap.detach() > confidence) & (moved < smallest[active])
+        better = (gap > confidence) & (moved < smallest[active])
         if bool(better.any()):
-            nearest[active[better]] = point.detach()[better]
+            nearest[active[better]] = point[better]
             smallest[active[better]] = moved[better]
         gradient.add_(delta, alpha=2).mul_(1 - squashed.square()).mul_(0.5)
         mean.lerp_(gradient, 1 - _BETAS[0])
@@ -97,7 +96,7 @@ def _minimise(
         scale = (square / (1 - _BETAS[1] ** step)).sqrt_().add_(1e-8)
         w.addcdiv_(mean, scale, value=-learning_rate / (1 - _BETAS[0] ** step))
         if step % max(steps // 10, 1) == 0:
-            loss = moved.square() + constant * (confidence - gap.detach()).clamp_min(0)
+            loss = moved.square() + constant * (confidence - gap).clamp_min(0)
             keep = loss <= 0.9999 * checked
             checked = loss[keep]
             if not bool(keep.all()):
@@ -107,3 +106,12 @@ def _minimise(
             if len(active) == 0:
                 break
     return nearest, smallest
+
+
+def _shortfall(constant: Tensor, confidence: float) -> Objective:
+    """Return the paper's c·f_6: c times what the margin still lacks."""
+
+    def objective(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
+        return constant * (confidence - margin(logits, y, targets)).clamp_min(0)
+
+    return objective

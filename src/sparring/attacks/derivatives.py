@@ -67,13 +67,15 @@ def logits_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the logits of x and the gradient of a per-image objective of them with respect to x.
 
-    NaN and infinite gradients become 0: an attack that follows them would lose the image for good.
+    A graph that is cut gives zeros, and so do NaN and infinite gradients, which would lose an image for good.
     """
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
         total = objective(logits, y, targets).sum()
-    (gradient,) = torch.autograd.grad(total, point)
+    if not total.requires_grad:
+        return logits.detach(), torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(total, point, allow_unused=True, materialize_grads=True)
     return logits.detach(), torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -86,6 +88,8 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
     with torch.enable_grad():
         logits = model(point)
     weights = rows(logits.detach())
+    if not logits.requires_grad:
+        return logits.detach(), x.new_zeros((len(weights), *x.shape))
     (gradients,) = torch.autograd.grad(logits, point, grad_outputs=weights, is_grads_batched=True)
     if isinstance(model, Probe):  # the hook saw the batched pass as one
         model.backwards += (len(weights) - 1) * len(x) * model.draws

@@ -111,9 +111,12 @@ def run(
         order = _Order(attack, threat, x, y, targets, size, generator)
         stack.enter_context(seeded(model, seed))
 
-        outcome = judge(x, order(probe, clean_correct), clean_correct)
-        hidden = has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags)
-        if hidden:
+        outcome = judge(x, x, clean_correct)
+        # What fools one set of draws need not fool another: images still standing get four more chances.
+        for _ in range(5 if random else 1):
+            found = order(probe, _still_open(outcome, threat))
+            outcome, _ = _better(outcome, judge(x, found, clean_correct))
+        if has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags):
             with straight_through(model, x[:1]):
                 found = order(probe, _still_open(outcome, threat))
             outcome, more = _better(outcome, judge(x, found, clean_correct))
@@ -213,14 +216,17 @@ def _still_open(outcome: _Outcome, threat: Threat) -> Tensor:
 
 
 def _better(first: _Outcome, second: _Outcome) -> tuple[_Outcome, Tensor]:
-    """Return the per-image better of two outcomes, and where the second was better by more than 5% or alone."""
-    taken = second.distance < first.distance
+    """Return the per-image better of two outcomes, and where the second was better by more than 5% or alone.
+
+    Where neither succeeded, what the second left behind is kept if it moved at all.
+    """
+    taken = (second.distance < first.distance) | (torch.isinf(first.distance) & (second.moved > 0))
     shape = column(taken, first.x_adv)
     merged = _Outcome(
         torch.where(shape, second.x_adv, first.x_adv),
         torch.where(taken, second.moved, first.moved),
         first.success | second.success,
-        torch.where(taken, second.distance, first.distance),
+        torch.minimum(second.distance, first.distance),
     )
     return merged, second.distance < 0.95 * first.distance
 
