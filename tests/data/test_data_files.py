@@ -207,6 +207,7 @@ def test_pixels_arrive_where_they_belong(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(zipped(members | {"test/a/2.png": grey}))
     loaded = data.load("x", tmp_path)
     assert torch.equal(loaded.train.x[1], pixels.permute(2, 0, 1))
+    assert loaded.train.x.stride() == torch.empty(2, 3, 7, 4).stride()
     assert len(loaded.valid.x) == 2
     assert loaded.test.x[2].unique().tolist() == [100]
 

@@ -52,6 +52,8 @@ def from_splits(
 
     Raises DataError, naming the split, for a wrong dtype or shape, an empty split, or a label outside [0, classes).
     """
+    # Equal images lie equally in memory, so that equal data give equal arithmetic wherever they were read from.
+    train, valid, test = (Split(split.x.contiguous(), split.y.contiguous()) for split in (train, valid, test))
     for part, split in (("training", train), ("validation", valid), ("test", test)):
         _check_split(f"the {part} split of '{name}'", split, train.x.shape[1:], classes)
     if class_names and len(class_names) != classes:
