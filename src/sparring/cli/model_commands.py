@@ -22,7 +22,8 @@ from ..models import Blueprint, load_model, load_weights_, save_model
 from ..sparsity import all_ones, build_pruner
 from ..statistics import binomial_interval
 from ..study import Plan, Training
-from ..study.stages import chosen_images, training_loss
+from ..study.fitting import training_loss
+from ..study.networks import chosen_images
 from ..threat import Threat, parse_norm
 from ..train import Progress, Recipe, fit, predict
 from .study_command import duration

@@ -89,14 +89,18 @@ def load_weights_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     Raise UserError that names the first tensor that is missing, unknown, of another shape, or not finite.
     """
     own = model.state_dict()
+    learned = dict(model.named_parameters())  # some buffers take the size of what they are given
     for name in own:
         if name not in tensors:
             raise UserError(f"the weights lack '{name}', which the model has: do model and weights belong together?")
     for name, value in tensors.items():
         if name not in own:
             raise UserError(f"the weights have '{name}', which the model lacks: do model and weights belong together?")
-        if value.shape != own[name].shape:
+        if name in learned and value.shape != own[name].shape:
             raise UserError(f"'{name}' has shape {tuple(value.shape)} in the weights and {tuple(own[name].shape)} here")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"'{name}' holds NaN or infinite values: the weights are damaged or training diverged")
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"the weights do not fit the model: {str(error).splitlines()[-1].strip()}") from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .driver import Event, available_cores, environment, execute, run
 from .executors import Executor, InProcess, Outcome, Processes, Task
+from .networks import Context
 from .plan import Activation, Attack, Certify, Controls, Network, Plan, Pruning, Training, presets
-from .stages import Context, perform_stage
+from .stages import perform_stage
 from .store import SCHEMA, Record, Store
 from .tasks import Cell, DataFacts, lay_out
 

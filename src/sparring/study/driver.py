@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..data import Dataset, content_hash
+from ..data import Dataset
 from ..errors import PlanError, UserError
 from ..files import canonical_json, read_json, write_json
 from .executors import Done, Executor, InProcess, Processes, Task
+from .networks import Context, Factory
 from .plan import Plan
-from .stages import Context, Factory, perform_stage
+from .stages import perform_stage
 from .store import SCHEMA, Record, Store
 from .tasks import Cell, DataFacts, Work, lay_out
 
@@ -65,7 +66,7 @@ def run(
     store = Store(out)
     store.prepare()
     with store.lock():
-        facts = DataFacts(content_hash(dataset), len(dataset.test.x), len(dataset.valid.x))
+        facts = DataFacts.of(dataset)
         work = lay_out(plan, facts, device=device)
         _write_plan(store, plan, work, dataset, command)
         context = Context(dataset, store.tensors, store.scratch, device, factory)
@@ -166,7 +167,13 @@ class _Scheduler:
             self.failed.add(task.key)
             self.store.write(record)
         else:
-            record = replace(record, metrics=outcome.metrics, series=outcome.series, flags=outcome.flags)
+            record = replace(
+                record,
+                metrics=outcome.metrics,
+                series=outcome.series,
+                flags=outcome.flags,
+                times={**outcome.times, **record.times},
+            )
             record = self.store.write(record, outcome.tensors)
             (self.store.scratch / f"{task.key}.safetensors").unlink(missing_ok=True)
         del self.running[task.key]

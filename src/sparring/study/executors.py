@@ -38,12 +38,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold what a stage found: numbers, series, flags, and tensors to keep."""
+    """Hold what a stage found: numbers, series, flags, tensors to keep, and times, which alone may vary."""
 
     metrics: dict[str, float | None] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
     flags: list[dict[str, str]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

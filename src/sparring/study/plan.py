@@ -21,7 +21,7 @@ from ..attacks import ATTACKS
 from ..errors import PlanError, UnknownNameError
 from ..files import read_bounded
 from ..models import MODELS
-from ..sparsity import PruningSpec, build_pruner
+from ..sparsity import ACTIVATIONS, PruningSpec, build_pruner
 from ..threat import Threat, parse_norm
 from ..train import Recipe
 
@@ -30,6 +30,8 @@ __all__ = ["Activation", "Attack", "Certify", "Controls", "Network", "Plan", "Pr
 MAX_PLAN_BYTES = 1_000_000
 CONTROL = "control"
 REFERENCE = "reference"
+RESERVED = (CONTROL, REFERENCE, "tuned decay", "small dense", "wide sparse")
+OPTIONS = ("steps", "restarts", "queries")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Pruning(PruningSpec):
 class Attack:
     """Attack `images` images of a split; `eps` lists budgets (none: a minimum-norm attack).
 
-    `seeds`, `methods` and `sparsities` narrow the cells that are attacked; the other options are the attack's own.
+    `seeds`, `methods` and `sparsities` narrow the cells that are attacked. `naive` attacks activation sparsity without
+    the straight-through backward pass and without transfer, to show what that hides. `steps`, `restarts` and `queries`
+    are the attack's own.
     """
 
     name: str
@@ -84,26 +88,30 @@ class Attack:
     steps: int | None = None
     restarts: int | None = None
     queries: int | None = None
+    naive: bool = False
 
     def options(self) -> dict[str, Any]:
         """Return the attack's own options that the plan sets."""
-        names = ("steps", "restarts", "queries")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class Certify:
-    """Compute certified radii on the first `images` images that the attacks use."""
+    """Compute certified radii of the first `images` images that the attacks use, and certified accuracy at eps."""
 
     images: int = 200
-    norms: tuple[Literal["linf", "l2"], ...] = ("linf",)
+    norm: Literal["linf", "l2"] = "linf"
     method: Literal["interval", "crown"] = "crown"
+    eps: tuple[float, ...] = ()
     seeds: int | None = None
 
 
 @dataclass(frozen=True)
 class Activation:
-    """Put an activation-sparsity module after every nonlinearity of the dense network, at each level."""
+    """Make the dense control's activations sparse at each level; with `train`, fine-tune the dense network so.
+
+    `kind` names a module that takes the place of every ReLU, or "l1-penalty": a penalty in training, weighed by `level`.
+    """
 
     kind: str
     levels: tuple[float, ...]
@@ -111,10 +119,22 @@ class Activation:
     train: bool = False
     seeds: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind not in ACTIVATIONS and self.kind != "l1-penalty":
+            raise UnknownNameError("activation sparsity", self.kind, [*ACTIVATIONS, "l1-penalty"])
+        for level in self.levels:
+            if self.kind in ACTIVATIONS:
+                ACTIVATIONS[self.kind](level)  # refuses a level out of range
+
 
 @dataclass(frozen=True)
 class Controls:
-    """Add the baselines that keep one honest, each at the sparsities listed (design.md, trap 7)."""
+    """Add the baselines that keep one honest (design.md, section 6, trap 7).
+
+    `decays` are the weight decays of dense controls, of which validation accuracy chooses one; `small_dense` and
+    `wide_sparse` list sparsities: a dense network with as many weights as the sparse one keeps, and a wider network
+    pruned at that sparsity to as many weights as the dense one has.
+    """
 
     decays: tuple[float, ...] = ()
     small_dense: tuple[float, ...] = ()
@@ -124,7 +144,12 @@ class Controls:
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold a whole study; equal plans give equal records."""
+    """Hold a whole study; equal plans give equal records.
+
+    `transfer` attacks are made on the dense control and tried on every sparse network, and the other way round.
+    `checkpoints` adds the best epoch of adversarial training beside the final one. `shard` is how many images one
+    task attacks; `margins` are the losses that the sweet spot allows, by metric (design.md, section 2).
+    """
 
     name: str
     data: str = "mnist-5k"
@@ -140,6 +165,8 @@ class Plan:
     activation: tuple[Activation, ...] = ()
     controls: Controls = field(default_factory=Controls)
     certify: tuple[Certify, ...] = ()
+    transfer: tuple[Attack, ...] = ()
+    checkpoints: tuple[Literal["final", "best"], ...] = ("final",)
     deploy: bool = False
     batch_size: int = 500
     shard: int = 1000
@@ -159,13 +186,13 @@ class Plan:
                     raise PlanError(f"a sparsity is the fraction removed, above 0 and below 1; {sparsity} is not")
         labels = [p.label or _default_label(p) for p in self.pruning] + [a.label or a.kind for a in self.activation]
         for label in labels:
-            if labels.count(label) > 1 or label in (CONTROL, REFERENCE):
+            if labels.count(label) > 1 or label in RESERVED:
                 raise PlanError(f"two methods bear the label '{label}'; give each [[pruning]] a label of its own")
         object.__setattr__(self, "pruning", tuple(_labelled(p) for p in self.pruning))
         object.__setattr__(
             self, "activation", tuple(dataclasses.replace(a, label=a.label or a.kind) for a in self.activation)
         )
-        for attack in self.attacks:
+        for attack in (*self.attacks, *self.transfer):
             _check_attack(attack)
         for pruning in self.pruning:
             build_pruner(pruning, (pruning.sparsities or self.sparsities or (0.5,))[-1])

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..data import Dataset, content_hash
 from ..files import canonical_json, sha256_bytes
 from .executors import Task
-from .plan import CONTROL, REFERENCE, Attack, Plan, Pruning
+from .plan import CONTROL, REFERENCE, Activation, Attack, Plan, Pruning
+from .stages import VERSIONS
+from .widths import narrowed, widened
 
 __all__ = ["Cell", "DataFacts", "Work", "lay_out"]
-
-# Raised when a stage's meaning changes, so that old results are not taken for new ones.
-VERSIONS = {"train": 1, "prune": 1, "measure": 1, "attack": 1, "certify": 1, "deploy": 1}
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Hold what keys need to know of a data set: its content hash and the sizes of the splits that are attacked."""
+    """Hold what keys and network sizes need to know of a data set."""
 
     hash: str
     test: int
     valid: int
+    shape: tuple[int, ...]
+    classes: int
+
+    @staticmethod
+    def of(dataset: Dataset) -> DataFacts:
+        """Take the facts of a data set."""
+        shape = tuple(dataset.train.x.shape[1:])
+        return DataFacts(content_hash(dataset), len(dataset.test.x), len(dataset.valid.x), shape, dataset.classes)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Name one network of the study and the keys of every task that made or judged it."""
+    """Name one network of the study and the keys of every task that made or judged it.
+
+    `axis` says what `sparsity` counts: "weights", or the level of an "activations" control.
+    """
 
     seed: int
     method: str
@@ -65,79 +76,170 @@ class Work:
 def lay_out(plan: Plan, data: DataFacts, *, device: str = "cpu") -> Work:
     """Return every task and cell of a plan, parents before children."""
     work = Work(device)
-    shared = {"data": data.hash, "model": _known(asdict(plan.model))}
     for seed in range(plan.seeds):
-        dense = work.add(
-            "train",
-            {**shared, "recipe": asdict(plan.recipe), "training": asdict(plan.training), "seed": seed},
-        )
-        _judge(work, plan, data, shared, Cell(seed, REFERENCE, 0.0, "weights", (dense,)))
-        for method, sparsity, pruning in _networks(plan, seed):
-            pruned = work.add(
-                "prune",
-                {
-                    **shared,
-                    "recipe": asdict(plan.finetune),
-                    "training": asdict(plan.training),
-                    "pruning": _method(pruning),
-                    "sparsity": sparsity,
-                    "seed": seed,
-                },
-                dense,
-            )
-            _judge(work, plan, data, shared, Cell(seed, method, sparsity, "weights", (dense, pruned)))
+        _Seed(work, plan, data, seed).lay_out()
     return work
 
 
-def _networks(plan: Plan, seed: int) -> list[tuple[str, float, Pruning | None]]:
-    """List the networks made from one dense network: the control, then every method at its sparsities."""
-    networks: list[tuple[str, float, Pruning | None]] = [(CONTROL, 0.0, None)]
-    for pruning in plan.pruning:
-        if pruning.seeds is None or seed < pruning.seeds:
-            grid = plan.sparsities if pruning.sparsities is None else pruning.sparsities
-            networks += [(pruning.label, sparsity, pruning) for sparsity in sorted(grid)]
-    return networks
+class _Seed:
+    """Lay out one seed's networks, all made from one dense network, and their judgement."""
 
+    def __init__(self, work: Work, plan: Plan, data: DataFacts, seed: int) -> None:
+        self.work, self.plan, self.data, self.seed = work, plan, data, seed
+        self.model = _known(asdict(plan.model))
 
-def _judge(work: Work, plan: Plan, data: DataFacts, shared: dict[str, Any], cell: Cell) -> None:
-    """Add everything that measures and attacks one network, and its cell."""
-    parent = cell.tasks[-1]
-    keys = [*cell.tasks, work.add("measure", shared, parent)]
-    for attack in plan.attacks:
-        if _applies(attack, cell):
-            keys += _attack_tasks(work, plan, data, shared, attack, cell.seed, parent)
-    work.cells.append(Cell(cell.seed, cell.method, cell.sparsity, cell.axis, tuple(keys)))
+    def lay_out(self) -> None:
+        dense = self._train(self.model, self.plan.recipe.weight_decay)
+        control = self._prune(self.model, dense, None, 0.0)
+        self._judge(REFERENCE, 0.0, dense)
+        self._judge(CONTROL, 0.0, dense, control)
+        pruned = {
+            (pruning.label, sparsity): self._prune(self.model, dense, pruning, sparsity)
+            for pruning in self.plan.pruning
+            if self._included(pruning.seeds)
+            for sparsity in sorted(self.plan.sparsities if pruning.sparsities is None else pruning.sparsities)
+        }
+        for (label, sparsity), key in pruned.items():
+            extra = self._transfers(label, sparsity, control, key)
+            self._judge(label, sparsity, dense, key, *extra)
+        for activation in self.plan.activation:
+            if self._included(activation.seeds):
+                self._activate(activation, dense, control)
+        if self._included(self.plan.controls.seeds):
+            self._controls()
 
+    def _included(self, seeds: int | None) -> bool:
+        return seeds is None or self.seed < seeds
 
-def _applies(attack: Attack, cell: Cell) -> bool:
-    if attack.seeds is not None and cell.seed >= attack.seeds:
-        return False
-    if attack.methods is not None and cell.method not in attack.methods:
-        return False
-    baseline = cell.method in (CONTROL, REFERENCE)
-    return attack.sparsities is None or baseline or cell.sparsity in attack.sparsities
+    def _shared(self, model: dict[str, Any]) -> dict[str, Any]:
+        return {"data": self.data.hash, "model": model}
 
+    def _train(self, model: dict[str, Any], decay: float) -> str:
+        recipe = replace(self.plan.recipe, weight_decay=decay)
+        inputs = {"recipe": asdict(recipe), "training": asdict(self.plan.training), "seed": self.seed}
+        return self.work.add("train", {**self._shared(model), **inputs})
 
-def _attack_tasks(
-    work: Work, plan: Plan, data: DataFacts, shared: dict[str, Any], attack: Attack, seed: int, parent: str
-) -> list[str]:
-    """Add one task for each budget and shard of an attack. Shards belong to the plan, never to the workers."""
-    images = min(attack.images, data.test if attack.split == "test" else data.valid)
-    keys = []
-    for eps in attack.eps or (None,):
-        for start in range(0, images, plan.shard):
+    def _prune(
+        self,
+        model: dict[str, Any],
+        parent: str,
+        pruning: Pruning | None,
+        sparsity: float,
+        decay: float | None = None,
+    ) -> str:
+        recipe = self.plan.finetune if decay is None else replace(self.plan.finetune, weight_decay=decay)
+        inputs = {
+            **self._shared(model),
+            "recipe": asdict(recipe),
+            "training": asdict(self.plan.training),
+            "pruning": _method(pruning),
+            "sparsity": sparsity,
+            "seed": self.seed,
+        }
+        return self.work.add("prune", inputs, parent)
+
+    def _activate(self, activation: Activation, dense: str, control: str) -> None:
+        fitted = activation.train or activation.kind == "l1-penalty"
+        for level in sorted(activation.levels):
+            part = {"activation": {"kind": activation.kind, "level": level}}
             inputs = {
+                **self._shared(self.model),
+                **part,
+                "recipe": asdict(self.plan.finetune) if fitted else None,
+                "training": asdict(self.plan.training),
+                "seed": self.seed,
+            }
+            key = self.work.add("activate", inputs, dense if fitted else control)
+            self._judge(activation.label, level, key, extra=part, surrogate=control, axis="activations")
+
+    def _controls(self) -> None:
+        controls, first = self.plan.controls, self.plan.pruning[0] if self.plan.pruning else None
+        if controls.decays:
+            candidates = [
+                self._prune(self.model, self._train(self.model, decay), None, 0.0, decay) for decay in controls.decays
+            ]
+            chosen = self.work.add("choose", {**self._shared(self.model), "decays": list(controls.decays)}, *candidates)
+            self._judge("tuned decay", 0.0, chosen)
+        for sparsity in controls.small_dense:
+            model = narrowed(self.model, self.data.shape, self.data.classes, sparsity)
+            if model is not None:
+                dense = self._train(model, self.plan.recipe.weight_decay)
+                self._judge("small dense", sparsity, self._prune(model, dense, None, 0.0), model=model)
+        for sparsity in controls.wide_sparse:
+            model = widened(self.model, self.data.shape, self.data.classes, sparsity)
+            dense = self._train(model, self.plan.recipe.weight_decay)
+            self._judge("wide sparse", sparsity, self._prune(model, dense, first, sparsity), model=model)
+
+    def _transfers(self, label: str, sparsity: float, control: str, key: str) -> list[str]:
+        """Attack the control and try the images on the sparse network, and the other way round."""
+        keys = []
+        for attack in self.plan.transfer:
+            if self._applies(attack, label, sparsity):
+                for inputs in self._attack_inputs(self._shared(self.model), attack):
+                    keys.append(self.work.add("transfer", {**inputs, "direction": "to sparse"}, control, key))
+                    keys.append(self.work.add("transfer", {**inputs, "direction": "to dense"}, key, control))
+        return keys
+
+    def _judge(
+        self,
+        method: str,
+        sparsity: float,
+        *tasks: str,
+        model: dict[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
+        surrogate: str | None = None,
+        axis: str = "weights",
+    ) -> None:
+        """Add everything that measures and attacks the network that the last task made, and its cell."""
+        shared = {**self._shared(model or self.model), **(extra or {})}
+        made = [t for t in tasks if self.work.tasks[t].stage != "transfer"][-1]
+        for checkpoint in self.plan.checkpoints:
+            part = shared if checkpoint == "final" else {**shared, "checkpoint": checkpoint}
+            label = method if checkpoint == "final" else f"{method} ({checkpoint} epoch)"
+            keys = [*tasks, *self._judgements(part, label, sparsity, made, surrogate)]
+            self.work.cells.append(Cell(self.seed, label, sparsity, axis, tuple(keys)))
+
+    def _judgements(
+        self, shared: dict[str, Any], method: str, sparsity: float, made: str, surrogate: str | None
+    ) -> list[str]:
+        keys = [self.work.add("measure", shared, made)]
+        parents = (made,) if surrogate is None else (made, surrogate)
+        for attack in self.plan.attacks:
+            if self._applies(attack, method, sparsity) and not (attack.naive and surrogate is None):
+                keys += [self.work.add("attack", inputs, *parents) for inputs in self._attack_inputs(shared, attack)]
+        for certify in self.plan.certify:
+            if self._included(certify.seeds):
+                images = min(certify.images, self.data.test)
+                inputs = {"images": images, "norm": certify.norm, "method": certify.method, "eps": list(certify.eps)}
+                keys.append(self.work.add("certify", {**shared, **inputs}, made))
+        if self.plan.deploy:
+            keys.append(self.work.add("deploy", {**shared, "images": min(256, self.data.test)}, made))
+        return keys
+
+    def _applies(self, attack: Attack, method: str, sparsity: float) -> bool:
+        if not self._included(attack.seeds) or (attack.methods is not None and method not in attack.methods):
+            return False
+        return attack.sparsities is None or sparsity == 0.0 or sparsity in attack.sparsities
+
+    def _attack_inputs(self, shared: dict[str, Any], attack: Attack) -> list[dict[str, Any]]:
+        """Return the inputs of one task for each budget and shard. Shards belong to the plan, never to the workers."""
+        plan = self.plan
+        images = min(attack.images, self.data.test if attack.split == "test" else self.data.valid)
+        naive = {"naive": True} if attack.naive else {}
+        return [
+            {
                 **shared,
-                "attack": {"name": attack.name, "norm": attack.norm, "eps": eps, **attack.options()},
+                "attack": {"name": attack.name, "norm": attack.norm, "eps": eps, **attack.options(), **naive},
                 "split": attack.split,
                 "start": start,
                 "stop": min(start + plan.shard, images),
                 "batch_size": plan.batch_size,
                 "gallery": plan.gallery if start == 0 and attack.split == "test" else 0,
-                "seed": seed,
+                "seed": self.seed,
             }
-            keys.append(work.add("attack", inputs, parent))
-    return keys
+            for eps in attack.eps or (None,)
+            for start in range(0, images, plan.shard)
+        ]
 
 
 def _method(pruning: Pruning | None) -> dict[str, Any] | None:

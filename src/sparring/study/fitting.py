@@ -1,0 +1,152 @@
+"""Stages that make networks: dense training, pruning, activation sparsity, and the choice of a weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import pgd
+from ..data import as_float
+from ..errors import UserError
+from ..metrics import accuracy
+from ..sparsity import (
+    Pruner,
+    PruningSpec,
+    all_ones,
+    build_pruner,
+    calibrate_,
+    check_reached,
+    sparsity_of,
+    with_activation_penalty,
+)
+from ..threat import parse_norm
+from ..train import Loss, Recipe, adversarial, cross_entropy, fit, predict, trades
+from .executors import Outcome, Task
+from .networks import BEST, MASK, PENALTY, WEIGHTS, Context, network, network_of, with_activation
+
+__all__ = ["activate", "choose", "prune", "train", "training_loss"]
+
+# The fine-tuning of every network of one seed sees the same order of images, so pairs differ in their masks alone.
+FINETUNE_SEED = 10_007
+CALIBRATION_IMAGES = 500
+# The best epoch of adversarial training is the one that stands best on these, under this many steps of PGD.
+SCORING_IMAGES, SCORING_STEPS = 500, 10
+
+
+def train(context: Context, task: Task) -> Outcome:
+    """Train a dense network from scratch."""
+    return _fitted(context, task, network(context, task.inputs), seed=task.inputs["seed"])
+
+
+def prune(context: Context, task: Task) -> Outcome:
+    """Prune and fine-tune the parent's network; without a method this is the dense control."""
+    model = network_of(context, task.inputs, task.parents[0])
+    spec = task.inputs["pruning"]
+    pruner = None if spec is None else build_pruner(PruningSpec(**spec), task.inputs["sparsity"])
+    return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], pruner=pruner)
+
+
+def activate(context: Context, task: Task) -> Outcome:
+    """Make the parent's activations sparse; with a recipe, fine-tune it so."""
+    activation = dict(task.inputs["activation"])
+    bare = {name: value for name, value in task.inputs.items() if name != "activation"}
+    model = network_of(context, bare, task.parents[0])
+    if activation["kind"] != PENALTY:
+        model = with_activation(model, activation)
+        calibrate_(model, as_float(context.dataset.valid.x[:CALIBRATION_IMAGES]))
+    if task.inputs["recipe"] is None:
+        valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
+        return Outcome({"accuracy_valid": valid}, tensors=_weights(model))
+    penalty = activation["level"] if activation["kind"] == PENALTY else None
+    return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], penalty=penalty)
+
+
+def choose(context: Context, task: Task) -> Outcome:
+    """Take the parent that is best on the validation split (the first of equals), tensors and all."""
+    scores = [_validation_score(context, task.inputs, key) for key in task.parents]
+    best = max(range(len(scores)), key=lambda i: (scores[i], -i))
+    decay = task.inputs["decays"][best]
+    metrics: dict[str, float | None] = {"accuracy_valid": scores[best], "weight_decay": decay}
+    return Outcome(metrics, {"accuracy_valid": scores}, tensors=context.tensors(task.parents[best]))
+
+
+def _validation_score(context: Context, inputs: dict[str, Any], key: str) -> float:
+    valid = context.dataset.valid
+    return accuracy(predict(network_of(context, inputs, key), valid.x), valid.y)
+
+
+def _fitted(
+    context: Context,
+    task: Task,
+    model: nn.Module,
+    *,
+    seed: int,
+    pruner: Pruner | None = None,
+    penalty: float | None = None,
+) -> Outcome:
+    data, training = context.dataset, task.inputs["training"]
+    recipe = Recipe(**task.inputs["recipe"])
+    loss = training_loss(training)
+    result = fit(
+        model,
+        data.train.x,
+        data.train.y,
+        recipe,
+        seed=seed,
+        loss=loss if penalty is None else with_activation_penalty(loss, penalty),
+        masks={} if pruner is None else all_ones(model),
+        pruner=pruner,
+        score=None if training["loss"] == "standard" else lambda m: _robust_score(context, m, training),
+        checkpoint=context.scratch / f"{task.key}.safetensors" if context.scratch and recipe.epochs > 1 else None,
+    )
+    metrics: dict[str, float | None] = {
+        "loss": result.losses[-1] if result.losses else None,
+        "accuracy_valid": accuracy(predict(model, data.valid.x), data.valid.y),
+    }
+    if pruner is not None:
+        _assert_masked(model, result.masks)
+        check_reached(pruner, result.masks, task.inputs["sparsity"])
+        metrics["sparsity"] = sparsity_of(result.masks)
+    if result.best_epoch is not None:
+        metrics["best_epoch"] = result.best_epoch
+    tell = getattr(pruner, "series", None)  # how often surgery pruned and spliced, for instance
+    series = {"loss": list(result.losses)} | (tell() if tell is not None else {})
+    if result.scores:
+        series["robust_accuracy_valid"] = list(result.scores)
+    tensors = _weights(model) | {MASK + name: value for name, value in result.masks.items()}
+    return Outcome(metrics, series, tensors=tensors | {BEST + k: v for k, v in result.best_state.items()})
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {WEIGHTS + name: value for name, value in model.state_dict().items()}
+
+
+def _assert_masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Raise UserError if a masked weight came back: what is evaluated must be what was asked for."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if bool((parameters[name].detach()[~mask] != 0).any()):
+            raise UserError(f"masked weights of '{name}' are not zero: the pruner changed weights after its masks")
+
+
+def _robust_score(context: Context, model: nn.Module, training: dict[str, Any]) -> float:
+    """Return the share of validation images that stand under a short PGD: what chooses the best epoch."""
+    valid = context.dataset.valid
+    x, y = as_float(valid.x[:SCORING_IMAGES]), valid.y[:SCORING_IMAGES]
+    generator = torch.Generator().manual_seed(0)
+    norm = parse_norm(training["norm"])
+    x_adv = pgd(model, x, y, norm=norm, eps=training["eps"], steps=SCORING_STEPS, generator=generator)
+    with torch.no_grad():
+        return accuracy(model(x_adv), y)
+
+
+def training_loss(training: dict[str, Any]) -> Loss:
+    """Return the loss that a plan's [training] table names."""
+    if training["loss"] == "standard":
+        return cross_entropy
+    norm = parse_norm(training["norm"])
+    if training["loss"] == "pgd-at":
+        return adversarial(eps=training["eps"], norm=norm, steps=training["steps"])
+    return trades(eps=training["eps"], norm=norm, steps=training["steps"], beta=training["beta"])

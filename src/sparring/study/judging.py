@@ -1,0 +1,209 @@
+"""Stages that judge networks: sizes and accuracies, attacks, transfer, certificates, the packed artefact."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import attacks, bounds, deploy
+from ..data import as_float
+from ..errors import Unsupported, UserError
+from ..metrics import accuracy, distances, macs, robust_accuracy, size
+from ..sparsity import activity
+from ..threat import Threat, parse_norm
+from ..train import predict
+from .executors import Outcome, Task
+from .networks import Context, chosen_images, network_of
+
+__all__ = ["attack", "certify", "measure", "pack", "transfer"]
+
+ACTIVITY_IMAGES = 1000
+LATENCY_ROUNDS = 200
+LOGIT_TOLERANCE = 1e-4
+
+
+def measure(context: Context, task: Task) -> Outcome:
+    """Count a network and take its accuracies and natural activation sparsity."""
+    data = context.dataset
+    model = _judged(context, task)
+    logits, logits_valid = predict(model, data.test.x), predict(model, data.valid.x)
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the network's logits are NaN or infinite; its training diverged")
+    counted = size(model)
+    dense, sparse = macs(model, tuple(data.test.x.shape[1:]))
+    active = activity(model, data.test.x[:ACTIVITY_IMAGES])
+    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    first = next(iter(weights.values())).detach()
+    return Outcome(
+        {
+            "accuracy": accuracy(logits, data.test.y),
+            "accuracy_valid": accuracy(logits_valid, data.valid.y),
+            "sparsity": counted.sparsity,
+            "sparsity_total": counted.sparsity_total,
+            "parameters": counted.parameters,
+            "nonzero": counted.nonzero,
+            "bytes_dense": counted.bytes_dense,
+            "bytes_sparse": min(counted.bytes_dense, counted.bytes_sparse),
+            "macs_dense": dense,
+            "macs": sparse,
+            "activation_sparsity": active.sparsity,
+        },
+        {
+            "density": {name: float(p.count_nonzero()) / p.numel() for name, p in weights.items()},
+            "activation_sparsity": {layer.name: layer.sparsity for layer in active.layers},
+            "dead_units": {layer.name: len(layer.dead) for layer in active.layers},
+        },
+        tensors={
+            "correct": logits.argmax(1) == data.test.y,
+            "correct_valid": logits_valid.argmax(1) == data.valid.y,
+            "label": data.test.y,
+            "first_weight": first.clone(),
+            "first_mask": first != 0,
+        },
+    )
+
+
+def attack(context: Context, task: Task) -> Outcome:
+    """Attack one shard of images; where activations are sparse, the dense control serves as a surrogate."""
+    inputs = task.inputs
+    model = _judged(context, task)
+    surrogates = {}
+    if len(task.parents) > 1 and not inputs["attack"].get("naive"):
+        bare = {name: value for name, value in inputs.items() if name != "activation"}
+        surrogates = {"dense control": network_of(context, bare, task.parents[1])}
+    x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
+    result = _run(model, as_float(x), y, inputs, surrogates)
+    metrics: dict[str, float | None] = {
+        "forwards": result.forwards,
+        "backwards": result.backwards,
+        "success": float(result.success.double().mean()),
+    }
+    if inputs["attack"]["eps"] is None:
+        found = distances(result.distance, result.clean_correct)
+        metrics |= {
+            "mean_distance": found.mean,
+            "mean_distance_correct": found.mean_correct,
+            "median_distance_correct": found.median_correct,
+            "failed": found.failed,
+        }
+    else:
+        metrics["robust_accuracy"] = robust_accuracy(result.clean_correct, result.success)
+    tensors = {
+        "distance": result.distance,
+        "success": result.success,
+        "clean_correct": result.clean_correct,
+        "label": y,
+    }
+    if inputs["gallery"]:
+        tensors["clean"] = as_float(x[: inputs["gallery"]])
+        tensors["perturbed"] = result.x_adv[: inputs["gallery"]].clone()
+    flags = [{"name": flag.name, "detail": flag.detail} for flag in result.flags]
+    return Outcome(_finite(metrics), flags=flags, tensors=tensors)
+
+
+def transfer(context: Context, task: Task) -> Outcome:
+    """Attack the first parent's network and try its adversarial images on the second's."""
+    inputs = task.inputs
+    source, target = (network_of(context, inputs, key) for key in task.parents)
+    x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
+    images = as_float(x)
+    result = _run(source, images, y, inputs, {})
+    with torch.no_grad():
+        right = torch.cat([target(part).argmax(1) for part in torch.split(images, inputs["batch_size"])]) == y
+        fooled = torch.cat([target(part).argmax(1) for part in torch.split(result.x_adv, inputs["batch_size"])]) != y
+    counted = right & result.success
+    moved = float((fooled & counted).sum()) / max(1, int(counted.sum()))
+    metrics: dict[str, float | None] = {"transferred": moved if bool(counted.any()) else None}
+    metrics["robust_accuracy"] = robust_accuracy(right, fooled)
+    return Outcome(metrics, tensors={"success": fooled & counted, "clean_correct": counted, "label": y})
+
+
+def certify(context: Context, task: Task) -> Outcome:
+    """Compute certified radii of some images; a network without a sound rule has none, and says why."""
+    inputs = task.inputs
+    model = _judged(context, task)
+    x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
+    try:
+        radius = bounds.radius(model, as_float(x), y, parse_norm(inputs["norm"]), method=inputs["method"])
+    except Unsupported as reason:
+        return Outcome(flags=[{"name": "no-certificate", "detail": str(reason)}])
+    metrics: dict[str, float | None] = {
+        "radius_mean": float(radius.mean()),
+        "radius_median": float(radius.median()),
+        **{f"certified_accuracy_{eps:g}": float((radius >= eps).double().mean()) for eps in inputs["eps"]},
+    }
+    return Outcome(metrics, tensors={"radius": radius, "label": y})
+
+
+def pack(context: Context, task: Task) -> Outcome:
+    """Export a network as users ship it and hold the artefact against it: bytes, logits, predictions, time."""
+    inputs = task.inputs
+    model = _judged(context, task)
+    x = as_float(context.dataset.test.x[: inputs["images"]])
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = deploy.export(model, Path(folder) / "packed.sparring", shape=tuple(x.shape[1:]))
+        except Unsupported as reason:
+            return Outcome(flags=[{"name": "no-packed-form", "detail": str(reason)}])
+        packed, bytes_packed = deploy.load(path), path.stat().st_size
+    with torch.no_grad():
+        expected = model(x)
+    found = packed(x)
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return Outcome(
+        {
+            "bytes_packed": bytes_packed,
+            "agreement": float((found.argmax(1) == expected.argmax(1)).double().mean()),
+            "logits_agree": float(error <= LOGIT_TOLERANCE),
+        },
+        times={"latency": _latency(packed, x[:1]), "latency_torch": _latency(model, x[:1])},
+    )
+
+
+@torch.no_grad()
+def _latency(answer: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Return the median seconds of one answer."""
+    times = []
+    for _ in range(LATENCY_ROUNDS):
+        began = time.perf_counter()
+        answer(x)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _judged(context: Context, task: Task) -> nn.Module:
+    return network_of(context, task.inputs, task.parents[0], checkpoint=task.inputs.get("checkpoint", "final"))
+
+
+def _run(
+    model: nn.Module, x: Tensor, y: Tensor, inputs: dict[str, Any], surrogates: dict[str, nn.Module]
+) -> attacks.AttackResult:
+    spec = dict(inputs["attack"])
+    name, norm, eps = spec.pop("name"), parse_norm(spec.pop("norm")), spec.pop("eps")
+    if spec.pop("naive", False):
+        for module in model.modules():
+            if hasattr(module, "masks_gradients"):
+                module.masks_gradients = False  # type: ignore[assignment]
+    return attacks.run(
+        model,
+        x,
+        y,
+        functools.partial(attacks.ATTACKS[name], **spec),
+        Threat(norm, eps),
+        surrogates=surrogates,
+        batch_size=inputs["batch_size"],
+        generator=torch.Generator().manual_seed(1_000_003 * inputs["seed"] + inputs["start"]),
+    )
+
+
+def _finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}
