@@ -86,6 +86,20 @@ class Maker:
         deepfool = {"name": "deepfool", "norm": "l2", "eps": None, "steps": 50}
         return keys + self.attack(who, deepfool, correct, np.isfinite(far), far)
 
+    def extras(self, seed, method, sparsity):
+        """Write records that only larger studies have: a certificate, a deployment, a transfer; return their keys."""
+        who = {"seed": seed, "method": method, "sparsity": sparsity}
+        radius = {"radius": self.rng.random(20).astype(np.float32)}
+        certified = who | {"norm": "l2", "method": "crown", "split": "test", "start": 0, "stop": 20}
+        pgd = {"name": "pgd", "norm": "linf", "eps": 0.1}
+        source = {"method": "control", "sparsity": 0.0}
+        flags = [{"name": "zero-gradient", "detail": "40% of gradients vanish"}]
+        return [
+            self.record("certify", certified, tensors=radius),
+            self.record("deploy", who, {"seconds_1": 1e-5 * (1.1 - sparsity), "bytes": 1000}),
+            self.record("transfer", who | {"attack": pgd, "source": source}, {"robust_accuracy": 0.7}, flags=flags),
+        ]
+
     def attack(self, who, attack, correct, success, distance=None):
         """Write one attack's records, in two shards."""
         far = np.where(success, 0.1, np.inf).astype(np.float32) if distance is None else distance
@@ -111,7 +125,9 @@ class Maker:
 def make_study(tmp_path_factory):
     """Return a function that writes a made-up study and returns its folder."""
 
-    def make(*, seeds=3, images=200, sparsities=SPARSITIES, methods=("gradual",), classes=None, budgets=FEW):
+    def make(
+        *, seeds=3, images=200, sparsities=SPARSITIES, methods=("gradual",), classes=None, budgets=FEW, extras=False
+    ):
         out = tmp_path_factory.mktemp("study")
         maker = Maker(out, images, budgets, np.random.default_rng(0))
         cells = []
@@ -119,7 +135,9 @@ def make_study(tmp_path_factory):
             wanted = [("reference", 0.0), ("control", 0.0)] + [(m, s) for m in methods for s in sparsities]
             for method, sparsity in wanted:
                 tasks = maker.network(seed, method, sparsity)
-                who = {"seed": seed, "method": method, "sparsity": sparsity, "axis": "weights"}
+                tasks += maker.extras(seed, method, sparsity) if extras else []
+                who = {"seed": seed, "method": method, "sparsity": sparsity}
+                who["axis"] = "activations" if method.startswith("top-k") else "weights"
                 cells.append(who | {"tasks": tasks})
         plan = {
             "schema": 1,

@@ -94,6 +94,15 @@ def test_hostile_names_stay_text(make_study):
     assert hostile in report.verdict(out) or "methods" not in report.verdict(out)
 
 
+def test_larger_studies_show_theory_speed_transfer_and_activations(make_study):
+    out = make_study(seeds=2, images=60, sparsities=(0.5, 0.9), methods=("gradual", "top-k"), extras=True)
+    text = " ".join(parsed(report.write(out).read_text()).text)
+    drawn = {path.stem for path in (out / "figures").glob("*.svg")}
+    assert {"brackets-l2", "latency", "transfer-0", "certified-crown-l2", "activations-accuracy"} <= drawn
+    assert "Robustness against activation sparsity" in text
+    assert "40% of gradients vanish" in text
+
+
 def test_one_seed_is_said_to_cover_images_only(make_study):
     out = make_study(seeds=1, images=80, sparsities=(0.5, 0.9))
     assert "1 seed, so intervals cover the images only" in report.write(out).read_text()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import write_atomic, write_json
 from . import figures, tables, words
 from .claims import ledger
+from .comparisons import comparisons
 from .findings import find
 from .page import render
-from .panels import Panel, Picture, curve_panels, density_pictures
+from .panels import Drawn, Picture, curve_panels, density_pictures
 from .records import load
 
 __all__ = ["verdict", "write"]
@@ -24,18 +24,19 @@ def write(out: Path | str) -> Path:
     """
     out = Path(out)
     findings = find(load(out))
-    panels, layers, rows = curve_panels(findings), density_pictures(findings), ledger(findings)
+    weights, activations = (curve_panels(findings, axis) for axis in ("weights", "activations"))
+    drawn = Drawn(weights, activations, density_pictures(findings), comparisons(findings))
+    rows = ledger(findings)
     write_atomic(out / "results.csv", tables.csv_text(findings))
     write_json(out / "ledger.json", [row.as_dict() for row in rows])
-    _write_figures(out / "figures", panels, layers)
-    return write_atomic(out / "report.html", render(findings, panels, layers, rows))
+    for picture in drawn.pictures:
+        _write_figure(out / "figures", picture)
+    return write_atomic(out / "report.html", render(findings, drawn, rows))
 
 
-def _write_figures(folder: Path, panels: Sequence[Panel], layers: Sequence[Picture]) -> None:
-    pictures = [picture for panel in panels for picture in (panel.levels, panel.gains)] + list(layers)
-    for picture in pictures:
-        write_atomic(folder / f"{picture.slug}.svg", picture.svg)
-        write_atomic(folder / f"{picture.slug}.png", figures.png(picture.svg))
+def _write_figure(folder: Path, picture: Picture) -> None:
+    write_atomic(folder / f"{picture.slug}.svg", picture.svg)
+    write_atomic(folder / f"{picture.slug}.png", figures.png(picture.svg))
 
 
 def verdict(out: Path | str) -> str:

@@ -21,7 +21,7 @@ __all__ = ["COLORS", "gains_figure", "heatmap", "levels_figure", "png", "scatter
 Spec = dict[str, Any]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 DASHES: tuple[list[int], ...] = ([], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3], [10, 3])
-SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 GREY, INK, FAINT = "#767676", "#222222", "#e6e6e6"
 WIDTH, HEIGHT = 400, 230
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
@@ -56,13 +56,14 @@ def png(drawn: str) -> bytes:
     return bytes(vl_convert.svg_to_png(drawn, scale=2))
 
 
-def levels_figure(results: Sequence[Result], styles: Mapping[str, int]) -> Spec:
+def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "weights") -> Spec:
     """Return the figure of one metric against sparsity: seeds thin, mean and interval bold, dense control grey.
 
-    `styles` gives each method the number of its colour, dash and shape, the same in every figure.
+    `styles` gives each method the number of its colour, dash and shape, the same in every figure; `axis` says what is
+    sparse, "weights" or "activations".
     """
     first = results[0]
-    x = _Axis([s for r in results for s in r.sparsities])
+    x = _Axis([s for r in results for s in r.sparsities], axis)
     scale = 100.0 if first.measure.is_share else 1.0
     layers = _control(first, x, scale)
     legend = _legend([r.method for r in results], styles)
@@ -72,10 +73,10 @@ def levels_figure(results: Sequence[Result], styles: Mapping[str, int]) -> Spec:
     return _chart(first.measure.title, layers, x, unit)
 
 
-def gains_figure(results: Sequence[Result], styles: Mapping[str, int]) -> Spec:
+def gains_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "weights") -> Spec:
     """Return the figure of paired gains over the dense control; filled marks are significant (Holm), hollow are not."""
     first = results[0]
-    x = _Axis([s for r in results for s in r.sparsities])
+    x = _Axis([s for r in results for s in r.sparsities], axis)
     zero = {"values": [{"x": end, "y": 0} for end in (x.left, x.right)]}
     layers: list[Spec] = [{"data": zero, "mark": {"type": "line", "color": GREY, "strokeWidth": 1.2}, "encoding": {}}]
     legend = _legend([r.method for r in results], styles)
@@ -89,7 +90,8 @@ def gains_figure(results: Sequence[Result], styles: Mapping[str, int]) -> Spec:
 class _Axis:
     """Place sparsities on the logit axis: 0 stands a step left of the lowest."""
 
-    def __init__(self, sparsities: Sequence[float]) -> None:
+    def __init__(self, sparsities: Sequence[float], what: str) -> None:
+        self.title = f"{'sparsity' if what == 'weights' else 'activation sparsity'} (logit scale)"
         self.ticks = sorted({s for s in sparsities if 0 < s < 1})
         inner = [_logit(s) for s in self.ticks] or [0.0]
         self._zero = min(inner) - 0.45
@@ -106,7 +108,7 @@ class _Axis:
             "labelExpr": f"{table}[format(datum.value, '.4f')]",
             "labelOverlap": "greedy",
             "labelFlush": False,
-            "title": "sparsity (logit scale)",
+            "title": self.title,
             "grid": False,
         }
         scale = {"domain": [self.left, self.right], "nice": False, "zero": False}
@@ -130,12 +132,16 @@ def _legend(methods: Sequence[str], styles: Mapping[str, int]) -> Spec:
     """Return the scales and the one legend that colour, dash and shape share."""
 
     def channel(name: str, table: Sequence[Any]) -> Spec:
-        wanted = [table[styles[m] % len(table)] for m in methods]
+        wanted = [_of(table, styles[m]) for m in methods]
         legend = {"orient": "top", "title": None, "symbolType": "stroke", "symbolSize": 300, "offset": 12}
         scale = {"domain": list(methods), "range": wanted}
         return {name: {"scale": scale, "legend": legend if len(methods) > 1 else None}}
 
     return channel("color", COLORS) | channel("strokeDash", DASHES)
+
+
+def _of(table: Sequence[Any], style: int) -> Any:
+    return table[style % len(table)]
 
 
 def _drawn(legend: Spec, method: str) -> Spec:
@@ -166,7 +172,7 @@ def _control(result: Result, x: _Axis, scale: float) -> list[Spec]:
 
 
 def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Spec, *, crowded: bool) -> list[Spec]:
-    color, name = COLORS[style % len(COLORS)], f"s{style}"
+    color, name = _of(COLORS, style), f"s{style}"
     mean, seeds = [], []
     dense = (0.0, result.control)
     for sparsity, one in (dense, *zip(result.sparsities, result.levels, strict=True)):
@@ -185,7 +191,14 @@ def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Sp
         values = (start, *row)
         seeds += [{"x": x.at(s), "y": scale * float(v), "seed": seed} for s, v in zip(places, values, strict=True)]
     thin = {"type": "line", "color": color, "strokeWidth": 0.7, "opacity": 0.25 if crowded else 0.45}
-    dot = {"type": "point", "filled": True, "color": color, "opacity": 1, "size": 42, "shape": SHAPES[style % 7]}
+    dot = {
+        "type": "point",
+        "filled": True,
+        "color": color,
+        "opacity": 1,
+        "size": 42,
+        "shape": _of(SHAPES, style),
+    }
     return [
         {
             "data": {"values": mean},
@@ -215,7 +228,7 @@ def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Sp
 
 
 def _gain_layers(result: Result, style: int, x: _Axis, shift: float, legend: Spec) -> list[Spec]:
-    color, name = COLORS[style % len(COLORS)], f"s{style}"
+    color, name = _of(COLORS, style), f"s{style}"
     scale = numbers.scale(result.measure, result.control)
     rows: list[Spec] = []
     for sparsity, one, p in zip(result.sparsities, result.gains.effects, result.gains.p_holm, strict=True):
@@ -231,7 +244,14 @@ def _gain_layers(result: Result, style: int, x: _Axis, shift: float, legend: Spe
             }
         )
     data = {"values": rows}
-    dot = {"type": "point", "stroke": color, "strokeWidth": 1.5, "opacity": 1, "size": 50, "shape": SHAPES[style % 7]}
+    dot = {
+        "type": "point",
+        "stroke": color,
+        "strokeWidth": 1.5,
+        "opacity": 1,
+        "size": 50,
+        "shape": _of(SHAPES, style),
+    }
     fill = {"field": "fill", "type": "nominal", "scale": None}
     return [
         {
@@ -291,32 +311,33 @@ def heatmap(title: str, rows: Sequence[Mapping[str, Any]], *, x: str, y: str, un
     }
 
 
-def scatter(title: str, rows: Sequence[Mapping[str, Any]], *, x: str, y: str, log_x: bool = False) -> Spec:
-    """Return points joined in their order, one line per `series`. Rows hold `x`, `y`, `series` and `text`."""
+def scatter(
+    title: str, rows: Sequence[Mapping[str, Any]], *, x: str, y: str, log_x: bool = False, ordinal: bool = False
+) -> Spec:
+    """Return points joined in their order, one line per series. Rows hold `x`, `y`, `series`, `order` and `text`.
+
+    `x` and `y` are axis titles; with `ordinal` the rows' x are names, shown in the order they come in.
+    """
     names = list(dict.fromkeys(row["series"] for row in rows))
     legend = _legend(names, {name: k for k, name in enumerate(names)})
-    axis = {"type": "log"} if log_x else {"zero": False}
+    across: Spec = {"field": "x", "type": "quantitative", "axis": {"title": x, "grid": False}}
+    across["scale"] = {"type": "log"} if log_x else {"zero": False}
+    if ordinal:
+        places = list(dict.fromkeys(row["x"] for row in rows))
+        across = {"field": "x", "type": "ordinal", "sort": places, "axis": {"title": x, "labelAngle": 0}}
+    up = {"title": y, "tickCount": 5, "domain": False, "ticks": False}
+    place = {"x": across, "y": {"field": "y", "type": "quantitative", "axis": up, "scale": {"zero": False}}}
     layers: list[Spec] = []
     for k, name in enumerate(names):
         data = {"values": [dict(row) for row in rows if row["series"] == name]}
-        place = {
-            "x": {"field": "x", "type": "quantitative", "scale": axis, "axis": {"title": x, "grid": False}},
-            "y": {"field": "y", "type": "quantitative", "scale": {"zero": False}, "axis": {"title": y, "tickCount": 5}},
-        }
-        dot = {
-            "type": "point",
-            "filled": True,
-            "color": COLORS[k % 7],
-            "opacity": 1,
-            "size": 42,
-            "shape": SHAPES[k % 7],
-        }
+        dot = {"type": "point", "filled": True, "color": _of(COLORS, k), "opacity": 1, "size": 42}
+        joined = {"order": {"field": "order", "type": "quantitative"}} | _drawn(legend, name)
         layers += [
+            {"data": data, "mark": {"type": "line", "strokeWidth": 1.5}, "encoding": place | joined},
             {
                 "data": data,
-                "mark": {"type": "line", "strokeWidth": 1.5},
-                "encoding": place | {"order": {"field": "order"}} | _drawn(legend, name),
+                "mark": dot | {"shape": _of(SHAPES, k)},
+                "encoding": place | {"description": {"field": "text"}},
             },
-            {"data": data, "mark": dot, "encoding": place | {"description": {"field": "text"}}},
         ]
     return {"title": title, "width": WIDTH, "height": HEIGHT, "layer": layers}

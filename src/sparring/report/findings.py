@@ -90,7 +90,7 @@ def find(study: Study) -> Findings:
         if (result := _result(measure, method, held)) is not None
     }
     main = tuple(main_measures(list(collected)))
-    method = max(study.methods, key=lambda m: len({n.sparsity for n in study.of(m)}), default=None)
+    method = _headline_method(study)
     every = {m: results[m, method] for m in main if method is not None and (m, method) in results}
     seeds = max((len(result.seeds) for result in every.values()), default=0)
     watched = {m: r for m, r in every.items() if m.role != "distance-correct" and len(r.seeds) == seeds}
@@ -99,6 +99,15 @@ def find(study: Study) -> Findings:
     if watched:
         spot = sweet_spot({m.slug: r.gains for m, r in watched.items()}, {m.slug: margins[m] for m in watched})
     return Findings(study, collected, results, main, method, margins, spot)
+
+
+def _headline_method(study: Study) -> str | None:
+    """Return the method with the most sparsities, one that makes weights sparse if there is any."""
+    return max(
+        study.methods,
+        key=lambda m: (study.axis(m) == "weights", len({n.sparsity for n in study.of(m)})),
+        default=None,
+    )
 
 
 def _margin(measure: Measure, result: Result, study: Study) -> float:

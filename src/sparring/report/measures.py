@@ -16,7 +16,7 @@ from .records import Network, Record, Study, Who, arrays, attack_label
 __all__ = ["Collected", "Measure", "PerImage", "collect", "common", "main_measures", "pretty", "summary", "values"]
 
 Floats = NDArray[np.float64]
-Role = Literal["accuracy", "budget", "worst", "distance", "distance-correct"]
+Role = Literal["accuracy", "budget", "worst", "distance", "distance-correct", "certified"]
 NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1"}
 
 
@@ -54,6 +54,8 @@ class Measure:
             return f"{pretty(self.attack)} accuracy{r_inf}, {norm} ε = {eps}"
         if self.role == "worst":
             return f"Worst-case accuracy, {norm} ε = {eps}"
+        if self.role == "certified":
+            return f"Certified {norm} radius ({self.attack}), all images"
         r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" and self.role == "distance" else ""
         over = "all images" if self.role == "distance" else "correctly classified only"
         return f"{pretty(self.attack)} {norm} distance{r_2}, {over}"
@@ -62,12 +64,10 @@ class Measure:
     def short(self) -> str:
         """Return a column heading."""
         eps = f" (ε {_number(self.eps)})" if self.eps is not None else ""
-        label = {"accuracy": "accuracy", "budget": pretty(self.attack), "worst": "worst case"}.get(self.role)
-        if label:
-            return label + eps
-        return f"{pretty(self.attack)} {NORMS.get(self.norm, self.norm)}" + (
-            "" if self.role == "distance" else ", correct only"
-        )
+        norm = NORMS.get(self.norm, self.norm)
+        labels = {"accuracy": "accuracy", "budget": pretty(self.attack), "worst": "worst case"}
+        labels |= {"certified": f"certified {norm}", "distance": f"{pretty(self.attack)} {norm}"}
+        return labels.get(self.role, f"{pretty(self.attack)} {norm}, correct only") + eps
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ Collected = dict[Measure, dict[Who, PerImage]]
 def pretty(label: str) -> str:
     """Return an attack's label as the field writes it."""
     known = {"fgsm": "FGSM", "rfgsm": "R-FGSM", "pgd": "PGD", "apgd": "APGD", "deepfool": "DeepFool", "cw": "C&W"}
-    known |= {"ddn": "DDN", "fab": "FAB", "nearest": "Nearest", "square": "Square"}
+    known |= {"ddn": "DDN", "fab": "FAB", "nearest": "Nearest", "smallest": "Smallest", "square": "Square"}
     head, dash, tail = label.partition("-")
     return known.get(head, head) + dash + tail
 
@@ -106,7 +106,7 @@ def collect(study: Study) -> Collected:
         for measure, shards in _of_network(network).items():
             found.setdefault(measure, {})[network.who] = _merge(shards)
     _add_worst(found)
-    order = ("accuracy", "budget", "worst", "distance", "distance-correct")
+    order = ("accuracy", "budget", "worst", "distance", "distance-correct", "certified")
     weakest = ("fgsm", "rfgsm", "pgd")
 
     def rank(m: Measure) -> tuple[object, ...]:
@@ -135,6 +135,13 @@ def _of_network(network: Network) -> dict[Measure, list[PerImage]]:
         if held:
             for measure in _measures_of(record):
                 found.setdefault(measure, []).append(_shard(record, held, measure.role))
+    for record in network.stage("certify"):
+        radius = arrays(record, "radius").get("radius")
+        if radius is not None:
+            images = np.arange(int(record.inputs["start"]), int(record.inputs["stop"]))
+            norm, method = str(record.inputs["norm"]), str(record.inputs["method"])
+            one = PerImage(images, radius.astype(float), np.ones(len(images)))
+            found.setdefault(Measure("certified", attack=method, norm=norm), []).append(one)
     return found
 
 
@@ -166,24 +173,30 @@ def _merge(shards: list[PerImage]) -> PerImage:
 
 
 def _add_worst(found: Collected) -> None:
-    """Add the per-image worst case over the attacks with one norm and eps.
+    """Add what all attacks together do to an image: the worst case in a budget, the smallest distance in a norm.
 
     Attacks that ran on fewer networks than others (a slow one, on one seed) stand for themselves.
     """
-    budgets = [m for m in found if m.role == "budget"]
-    for split, norm, eps in dict.fromkeys((m.split, m.norm, m.eps) for m in budgets):
-        same = [found[m] for m in budgets if (m.split, m.norm, m.eps) == (split, norm, eps)]
-        same = [one for one in same if len(one) == max(map(len, same))]
-        everywhere = set.intersection(*(set(one) for one in same))
+    groups: dict[Measure, list[dict[Who, PerImage]]] = {}
+    for m, held in found.items():
+        if m.role == "budget":
+            groups.setdefault(Measure("worst", m.split, norm=m.norm, eps=m.eps), []).append(held)
+        elif m.role in ("distance", "distance-correct"):
+            groups.setdefault(Measure(m.role, m.split, "smallest", "smallest", m.norm), []).append(held)
+    for measure, every in groups.items():
+        same = [held for held in every if len(held) == max(map(len, every))]
+        everywhere = set.intersection(*map(set, same))
         if len(same) > 1 and everywhere:
-            worst = {who: _smallest([one[who] for one in same]) for who in sorted(everywhere)}
-            found[Measure("worst", split, norm=norm, eps=eps)] = worst
+            found[measure] = {who: _smallest([held[who] for held in same]) for who in sorted(everywhere)}
 
 
-def _smallest(held: list[PerImage]) -> PerImage:
+def _smallest(held: Sequence[PerImage]) -> PerImage:
+    """Return each image's smallest value among those that count, on the images that all have."""
     images = common([one.images for one in held])
-    top = np.minimum.reduce([one.at(images).top for one in held])
-    return PerImage(images, top, np.ones(len(images)))
+    here = [one.at(images) for one in held]
+    top = np.minimum.reduce([np.where(one.bottom > 0, one.top, np.inf) for one in here])
+    counted = np.isfinite(top)
+    return PerImage(images, np.where(counted, top, 0.0), counted.astype(float))
 
 
 def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -194,17 +207,16 @@ def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:
     """Return the few metrics the page opens with: accuracy, FGSM, PGD and worst case at one eps, r_2 in both forms."""
     here = [m for m in every if m.split == split]
-    worst = [m for m in here if m.role == "worst"]
-    strong = worst or [m for m in here if m.role == "budget" and m.name != "fgsm"] or [m for m in here if m.eps]
-    budgets = dict.fromkeys((m.norm, m.eps) for m in strong)
-    chosen = list(budgets)[len(budgets) // 2] if budgets else None
-    return [
-        m
-        for m in here
-        if m.role == "accuracy"
-        or (m.role in ("budget", "worst") and (m.norm, m.eps) == chosen)
-        or (m.role in ("distance", "distance-correct") and m.norm == "l2")
-    ]
+    strong = [m for m in here if m.role == "worst"] or [m for m in here if m.role == "budget"]
+    budgets = list(dict.fromkeys((m.norm, m.eps) for m in strong))
+    budget = budgets[len(budgets) // 2] if budgets else None
+    distances = [m for m in here if m.role in ("distance", "distance-correct") and m.norm == "l2"]
+    shown = [m for m in distances if m.name == "deepfool"] or distances[:2]
+    shown += [m for m in distances if m.name == "smallest" and m.role == "distance"]
+    shown += [m for m in here if m.role == "accuracy" or (m.role == "worst" and (m.norm, m.eps) == budget)]
+    attacks = [m for m in here if m.role == "budget" and (m.norm, m.eps) == budget]
+    shown += [m for m in attacks if m.name in ("fgsm", "pgd")] or attacks
+    return [m for m in here if m in shown]
 
 
 def values(seeds: Sequence[PerImage], images: NDArray[np.int64]) -> Floats:

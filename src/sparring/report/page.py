@@ -13,13 +13,15 @@ from . import figures, numbers, pictures, tables, words
 from .findings import Findings
 from .markup import Html, join, tag
 from .measures import NORMS, pretty
-from .panels import Panel, Picture, styles
+from .panels import Drawn, Panel, Picture, styles
 from .records import CONTROL, Network
 
 __all__ = ["render"]
 
 SECTIONS = (
     ("curves", "Robustness against sparsity"),
+    ("activations", "Robustness against activation sparsity"),
+    ("comparisons", "Theory, speed and transfer"),
     ("layers", "Layer by layer"),
     ("gallery", "What the attacks did"),
     ("ledger", "Ledger of claims"),
@@ -31,11 +33,13 @@ SECTIONS = (
 )
 
 
-def render(findings: Findings, panels: Sequence[Panel], layers: Sequence[Picture], ledger: Sequence[Row]) -> str:
+def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
     """Return the page as HTML text."""
     bodies = {
-        "curves": _curves(findings, panels),
-        "layers": _layers(findings, layers),
+        "curves": _curves(findings, drawn.weights),
+        "activations": _grids(findings, drawn.activations) if drawn.activations else None,
+        "comparisons": _comparisons(drawn.comparisons),
+        "layers": _layers(findings, drawn.layers),
         "gallery": _gallery(findings),
         "ledger": _ledger(ledger),
         "flags": tables.flags(findings.study),
@@ -103,8 +107,6 @@ def _opening(findings: Findings, sections: Html) -> Html:
 
 
 def _curves(findings: Findings, panels: Sequence[Panel]) -> Html:
-    main = [p for p in panels if p.measure in findings.main]
-    others = [p for p in panels if p.measure not in findings.main]
     note = tag(
         "p",
         "Thin lines are single seeds, bold lines their mean with a 95% interval over seeds and images; the grey band "
@@ -113,11 +115,22 @@ def _curves(findings: Findings, panels: Sequence[Panel]) -> Html:
         "the arrow keys.",
         class_="note",
     )
+    return join(note, _controls(findings, panels), _grids(findings, panels))
+
+
+def _grids(findings: Findings, panels: Sequence[Panel]) -> Html:
+    """Return the main metrics' figures, and all others folded away."""
+    main = [p for p in panels if p.measure in findings.main]
+    others = [p for p in panels if p.measure not in findings.main]
     more = None
     if others:
         heading = tag("summary", f"{len(others)} other metrics and budgets")
         more = tag("details", heading, tag("div", *map(_panel, others), class_="grid"))
-    return join(note, _controls(findings, panels), tag("div", *map(_panel, main), class_="grid"), more)
+    return join(tag("div", *map(_panel, main), class_="grid"), more)
+
+
+def _comparisons(drawn: Sequence[Picture]) -> Html | None:
+    return tag("div", *(_figure(p, p.note) for p in drawn), class_="grid") if drawn else None
 
 
 def _controls(findings: Findings, panels: Sequence[Panel]) -> Html:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import figures, numbers
 from .findings import Findings, Result
 from .measures import Measure
 
-__all__ = ["Panel", "Picture", "curve_panels", "density_pictures", "styles"]
+__all__ = ["Drawn", "Panel", "Picture", "curve_panels", "density_pictures", "styles"]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Hold one drawn figure; `slug` is its file's name without the ending."""
+    """Hold one drawn figure; `slug` is its file's name without the ending, `note` what a reader must know."""
 
     slug: str
     title: str
     svg: str
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,46 @@ class Panel:
     gains: Picture
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Hold every figure of a report, by the section that shows it."""
+
+    weights: Sequence[Panel]
+    activations: Sequence[Panel]
+    layers: Sequence[Picture]
+    comparisons: Sequence[Picture]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Return all of them, as they go into files."""
+        panels = [picture for panel in (*self.weights, *self.activations) for picture in (panel.levels, panel.gains)]
+        return [*panels, *self.layers, *self.comparisons]
+
+
 def styles(findings: Findings) -> dict[str, int]:
     """Return the number of each method's colour, dash and shape."""
     return {method: k for k, method in enumerate(findings.study.methods)}
 
 
-def curve_panels(findings: Findings) -> list[Panel]:
-    """Return a panel for every metric on test images, the main ones first."""
-    numbered = styles(findings)
+def curve_panels(findings: Findings, axis: str) -> list[Panel]:
+    """Return a panel for every metric on test images, the main ones first, of the methods that make `axis` sparse."""
+    numbered = {method: k for method, k in styles(findings).items() if findings.study.axis(method) == axis}
     tested = [m for m in findings.collected if m.split == "test" and m not in findings.main]
-    return [panel for m in (*findings.main, *tested) if (panel := _panel(findings, m, numbered)) is not None]
+    return [panel for m in (*findings.main, *tested) if (panel := _panel(findings, m, numbered, axis)) is not None]
 
 
-def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int]) -> Panel | None:
+def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int], axis: str) -> Panel | None:
     results = tuple(r for method in numbered if (r := findings.result(measure, method)) is not None)
     if not results:
         return None
-    drawn = figures.svg(figures.levels_figure(results, numbered)), figures.svg(figures.gains_figure(results, numbered))
-    levels = Picture(measure.slug, measure.title, drawn[0])
-    return Panel(measure, results, levels, Picture(f"{measure.slug}-gain", f"{measure.title}: gain", drawn[1]))
+    slug = measure.slug if axis == "weights" else f"{axis}-{measure.slug}"
+    levels, gains = (draw(results, numbered, axis=axis) for draw in (figures.levels_figure, figures.gains_figure))
+    return Panel(
+        measure=measure,
+        results=results,
+        levels=Picture(slug, measure.title, figures.svg(levels)),
+        gains=Picture(f"{slug}-gain", f"{measure.title}: gain", figures.svg(gains)),
+    )
 
 
 def density_pictures(findings: Findings) -> list[Picture]:

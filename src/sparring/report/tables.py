@@ -203,5 +203,6 @@ def _csv_rows(findings: Findings) -> Iterator[list[object]]:
 def _described(measure: Measure) -> list[object]:
     metric = {"budget": "robust_accuracy", "worst": "worst_case_accuracy", "distance": "mean_distance"}
     metric |= {"accuracy": "accuracy", "distance-correct": "mean_distance_correct"}
+    metric |= {"certified": "mean_certified_radius"}
     eps = "" if measure.eps is None else measure.eps
     return [metric[measure.role], measure.attack, measure.norm, eps, measure.split]

@@ -1,0 +1,90 @@
+"""Figures that put two kinds of record side by side: theory and attacks, speed and robustness, source and target."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from . import figures, numbers
+from .findings import Findings, Result
+from .measures import NORMS, Measure, pretty
+from .panels import Picture
+from .records import CONTROL, REFERENCE, Network, attack_label
+from .words import short_name
+
+__all__ = ["comparisons"]
+
+
+def comparisons(findings: Findings) -> list[Picture]:
+    """Return the comparisons that this study has records for."""
+    return [*_brackets(findings), *_speed(findings), *_transfer(findings)]
+
+
+def _brackets(findings: Findings) -> Iterator[Picture]:
+    """Draw, in each norm, the certified radius and the attack's distance: the true distance lies between the two."""
+    certified = [m for m in findings.collected if m.role == "certified"]
+    for norm in dict.fromkeys(m.norm for m in certified):
+        distances = [m for m in findings.collected if (m.role, m.norm, m.split) == ("distance", norm, "test")]
+        shown = [m for m in certified if m.norm == norm] + distances
+        rows = [row for m in shown if (r := findings.result(m)) for row in _levels(r, m)]
+        if not rows:
+            continue
+        title = f"{NORMS.get(norm, norm)} distance to the decision boundary: proof below, attacks above"
+        spec = figures.scatter(title, rows, x="sparsity, in the plan's steps", y="mean distance", ordinal=True)
+        note = "A certified radius is a sound lower bound, an attack's distance an upper bound; the truth lies between."
+        yield Picture(f"brackets-{norm}", title, figures.svg(spec), note)
+
+
+def _levels(result: Result, measure: Measure) -> Iterator[Mapping[str, str | float]]:
+    series = "certified" if measure.role == "certified" else pretty(measure.attack)
+    levels = ((0.0, result.control), *zip(result.sparsities, result.levels, strict=True))
+    for order, (sparsity, level) in enumerate(levels):
+        place = numbers.percent(sparsity) if sparsity else "0 (control)"
+        text = f"{series}, {place}: {numbers.level(measure, level)}"
+        yield {"x": place, "y": level.estimate, "series": series, "order": order, "text": text}
+
+
+def _speed(findings: Findings) -> Iterator[Picture]:
+    """Draw robustness against the latency of the packed network, where "deploy" records have it."""
+    measure = findings.first("worst") or findings.first("budget") or findings.first("accuracy")
+    rows = [row for network in findings.study.networks for row in _fast(findings, network, measure)]
+    if rows and measure is not None:
+        title = f"{measure.title} against latency"
+        axis = "milliseconds an image, one at a time (log scale)"
+        spec = figures.scatter(title, rows, x=axis, y=f"{short_name(measure)}, %", log_x=True)
+        note = "Each mark is one network as deployed, packed for sparse kernels, on the machine of this study."
+        yield Picture("latency", title, figures.svg(spec), note)
+
+
+def _fast(findings: Findings, network: Network, measure: Measure | None) -> Iterator[Mapping[str, str | float]]:
+    held = None if measure is None else findings.collected[measure].get(network.who)
+    for record in network.stage("deploy"):
+        seconds = record.metrics.get("seconds_1")
+        if held is not None and seconds:
+            share = 100 * float(held.top.sum() / held.bottom.sum())
+            place = f"{network.method}, {numbers.percent(network.sparsity)}, seed {network.seed}"
+            text = f"{place}: {share:.1f}% at {1000 * seconds:.3g} ms"
+            order = network.sparsity + 1e-6 * network.seed
+            yield {"x": 1000 * seconds, "y": share, "series": network.method, "order": order, "text": text}
+
+
+def _transfer(findings: Findings) -> Iterator[Picture]:
+    """Draw the accuracy of each network on examples made against another, means over seeds."""
+    cells: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for network in findings.study.networks:
+        for record in network.stage("transfer"):
+            robust, source = record.metrics.get("robust_accuracy"), record.inputs["source"]
+            if robust is not None:
+                made = _name(str(source["method"]), float(source["sparsity"]))
+                title = f"Transfer of {pretty(attack_label(record))} examples"
+                cells[title][made, _name(network.method, network.sparsity)].append(float(robust))
+    for k, (title, found) in enumerate(cells.items()):
+        rows = [
+            {"y": source, "x": target, "value": sum(shares) / len(shares)} for (source, target), shares in found.items()
+        ]
+        spec = figures.heatmap(title, rows, x="tested on", y="made against", unit="% still correct")
+        yield Picture(f"transfer-{k}", title, figures.svg(spec), "Means over seeds; the diagonal is the direct attack.")
+
+
+def _name(method: str, sparsity: float) -> str:
+    return method if method in (CONTROL, REFERENCE) else f"{method} {numbers.percent(sparsity)}"
