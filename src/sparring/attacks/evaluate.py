@@ -105,7 +105,8 @@ def run(
         random = is_stochastic(model) or is_random(model, x)
         flags = [*_undeclared(model, random), *check_model(model, x, y, random=random)]
         size = batch_size or batch_size_for(model, x)
-        judge = _Judge(model, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1)
+        watch = Probe(model)
+        judge = _Judge(watch, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1)
         clean_correct = ~judge.wrong(x)
         probe = Probe(model, draws=draws if random else 1)
         order = _Order(attack, threat, x, y, targets, size, generator)
@@ -125,7 +126,7 @@ def run(
             found = order(surrogate, _still_open(outcome, threat))
             outcome, more = _better(outcome, judge(x, found, clean_correct))
             flags += _masked(f"transfer from {name}", more, clean_correct)
-        flags += _violations(outcome, threat, probe)
+        flags += _violations(outcome, threat, probe.nonfinite + watch.nonfinite)
         if state_of(model) != before:
             flags.append(Flag("state-changed", "parameters or buffers were written to"))
     count = max(int(clean_correct.sum()), 1)
@@ -275,7 +276,7 @@ def batch_size_for(model: nn.Module, x: Tensor) -> int:
     return max(1, min(1024, _BATCH_BYTES // (2 * x.element_size() * sum(numbers))))
 
 
-def _violations(outcome: _Outcome, threat: Threat, probe: Probe) -> list[Flag]:
+def _violations(outcome: _Outcome, threat: Threat, nonfinite: int) -> list[Flag]:
     flags = []
     beyond = float((outcome.x_adv.clamp(0, 1) - outcome.x_adv).abs().max())
     if not beyond <= TOLERANCE:
@@ -289,6 +290,6 @@ def _violations(outcome: _Outcome, threat: Threat, probe: Probe) -> list[Flag]:
         failed = int(torch.isinf(outcome.distance).sum())
         if failed:
             flags.append(Flag("unfinished-search", f"on {failed} images"))
-    if probe.nonfinite:
-        flags.append(Flag("nonfinite-logits", f"{probe.nonfinite} times"))
+    if nonfinite:
+        flags.append(Flag("nonfinite-logits", f"for {nonfinite} images, counting every pass"))
     return flags

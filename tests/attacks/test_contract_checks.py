@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparring.attacks import fgsm, nearest, pgd, run
+from sparring.errors import UserError
+from sparring.threat import L2, LINF, Threat
+
+SMALL = Threat(LINF, 0.05)
+
+
+def flag_names(model: nn.Module, x: Tensor, y: Tensor) -> set[str]:
+    return {flag.name for flag in run(model, x, y, fgsm, SMALL).flags}
+
+
+def test_probabilities_are_refused(net: nn.Module, images: Tensor) -> None:
+    with pytest.raises(UserError, match="softmax"):
+        run(nn.Sequential(net, nn.Softmax(1)), images, net(images).argmax(1), fgsm, SMALL)
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x * 255, lambda x: (x - 0.13) / 0.3, lambda x: x * torch.nan])
+def test_images_outside_the_box_are_refused(spoil, net: nn.Module, images: Tensor) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match=r"\[0, 1\]"):
+        run(net, spoil(images), net(images).argmax(1), fgsm, SMALL)
+
+
+def test_bytes_are_refused(net: nn.Module, images: Tensor) -> None:
+    with pytest.raises(UserError, match="255"):
+        run(net, (images * 255).byte(), net(images).argmax(1), fgsm, SMALL)
+
+
+def test_labels_beyond_the_classes_are_refused(net: nn.Module, images: Tensor) -> None:
+    with pytest.raises(UserError, match="4 classes"):
+        run(net, images, torch.full((12,), 7), fgsm, SMALL)
+
+
+def test_labels_of_another_type_are_refused(net: nn.Module, images: Tensor) -> None:
+    with pytest.raises(UserError, match="int64"):
+        run(net, images, net(images).argmax(1).float(), fgsm, SMALL)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [(LINF, 8.0), (L2, 128.0)])
+def test_eps_in_other_units_is_refused(norm: float, eps: float, net: nn.Module, images: Tensor) -> None:
+    with pytest.raises(UserError, match="255"):
+        run(net, images, net(images).argmax(1), fgsm, Threat(norm, eps))
+
+
+class Jitter(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+class BatchMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Overflow(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > x.mean(), torch.inf, x)
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+class Cut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (Jitter(), "random-model"),
+        (BatchMean(), "batch-dependent"),
+        (Overflow(), "nonfinite-logits"),
+        (Counter(), "state-changed"),
+        (Cut(), "zero-gradients"),
+    ],
+)
+def test_a_doubtful_model_is_flagged(layer: nn.Module, name: str, net: nn.Module, images: Tensor) -> None:
+    assert name in flag_names(nn.Sequential(net, layer), images, net(images).argmax(1))
+
+
+def test_saturated_logits_are_flagged(net: nn.Module, images: Tensor) -> None:
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1e5 * x
+
+    assert flag_names(nn.Sequential(net, Large()), images, net(images).argmax(1)) == {"logit-scale"}
+
+
+def test_dropout_in_train_mode_is_switched_off(net: nn.Module, images: Tensor) -> None:
+    model = nn.Sequential(net, nn.Dropout(0.5)).train()
+    assert flag_names(model, images, net(images).argmax(1)) == set()
+    assert model.training
+
+
+def test_dropout_that_ignores_eval_mode_is_flagged(net: nn.Module, images: Tensor) -> None:
+    class Always(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.dropout(x, 0.5, training=True)
+
+    assert "random-model" in flag_names(nn.Sequential(net, Always()), images, net(images).argmax(1))
+
+
+def test_a_search_that_finds_nothing_is_flagged(images: Tensor) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    nn.init.zeros_(model[1].weight)
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([2.0, 0.0, 0.0]))
+    result = run(model, images, torch.zeros(12, dtype=torch.int64), nearest, Threat(L2))
+    assert "unfinished-search" in {flag.name for flag in result.flags}
+    assert torch.isinf(result.distance).all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_honest_models_raise_no_flag(seed: int, images: Tensor) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 5)
+    ).eval()
+    y = model(images).argmax(1)
+    for attack, threat in ((fgsm, SMALL), (pgd, SMALL), (nearest, Threat(L2))):
+        assert run(model, images, y, attack, threat).flags == ()
