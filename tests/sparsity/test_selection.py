@@ -161,3 +161,30 @@ def test_half_precision_and_odd_memory_layouts() -> None:
     assert sparsity_of(select({"a": score.bfloat16()}, 0.5)) == 0.5
     plain, strided = select({"a": score.contiguous()}, 0.5), select({"a": score}, 0.5)
     assert torch.equal(plain["a"], strided["a"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(5_000, 40_000),
+    st.sampled_from([0.0, 0.3, 0.5, 0.97]),
+    st.sampled_from([-1.0, 0.0, 9.0]),
+    st.floats(0, 0.999),
+    st.integers(0, 99),
+)
+def test_many_scores_of_which_one_value_prevails(
+    count: int, share: float, value: float, sparsity: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randn(count, 1, generator=generator)
+    score[torch.rand(count, 1, generator=generator) < share] = value
+    mask = select({"a": score}, sparsity)["a"]
+    keep = count - round(sparsity * count)
+    assert int(mask.sum()) == keep
+    assert torch.equal(score[mask].sort().values, score.flatten().sort().values[count - keep :])
+
+
+def test_sorted_and_periodic_scores() -> None:
+    for score in (torch.arange(20_000.0), torch.arange(20_000.0).remainder(10), -torch.arange(20_000.0)):
+        for sparsity in (0.001, 0.5, 0.999):
+            mask = select({"a": score.view(-1, 1)}, sparsity)["a"].flatten()
+            assert float(score[mask].min()) == float(score.sort().values[round(sparsity * 20_000)])

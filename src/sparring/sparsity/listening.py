@@ -1,4 +1,4 @@
-"""Listen to activations: how many activations are zero after each nonlinearity, which units are dead, and a penalty on them."""
+"""Listen to activations: how many are zero after each nonlinearity, which units are dead, and a penalty."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def wanda(
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
 ) -> Scores:
-    """Score by |w| times the l_2 norm of the input it multiplies (Sun et al. 2024, equation 1).
+    """Score by |w| times the root mean square of the input it multiplies (Sun et al. 2024, equation 1).
 
     A convolution's inputs are taken per channel, over all positions.
     """

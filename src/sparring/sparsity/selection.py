@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnknownNameError, UserError
@@ -19,6 +22,8 @@ __all__ = ["ALLOCATIONS", "SCOPES", "largest", "select"]
 ALLOCATIONS = {"layer": uniform, "erk": erdos_renyi_kernel}
 SCOPES = ("global", *ALLOCATIONS)
 _UNSTRUCTURED = Unstructured()
+_SORTED, _SAMPLE, _SLACK = 4096, 2000, 60
+FloatArray = NDArray[np.floating[Any]]
 
 
 def select(
@@ -124,10 +129,7 @@ def largest(units: Sequence[Tensor], keep: int) -> list[Tensor]:
     total = sum(unit.numel() for unit in units)
     if keep in (0, total):
         return [torch.full_like(unit, keep > 0, dtype=torch.bool) for unit in units]
-    values = torch.cat([unit.flatten() for unit in units]).cpu().numpy()
-    values.partition(total - keep)  # in place: nothing is sorted, and no index is kept
-    threshold = float(values[total - keep])
-    del values
+    threshold = _threshold(torch.cat([unit.flatten() for unit in units]).cpu().numpy(), keep)
     masks = [(unit > threshold).flatten() for unit in units]
     missing = keep - sum(int(torch.count_nonzero(mask)) for mask in masks)
     for unit, mask in zip(units, masks, strict=True):
@@ -137,3 +139,26 @@ def largest(units: Sequence[Tensor], keep: int) -> list[Tensor]:
         mask[tied] = True
         missing -= len(tied)
     return [mask.view(unit.shape) for unit, mask in zip(units, masks, strict=True)]
+
+
+def _threshold(values: FloatArray, keep: int) -> float:
+    """Return the keep-th largest value: a sample brackets it, what lies outside is counted and dropped, and so on.
+
+    Unlike a plain partition this does not mind if one value prevails, as zeros and −inf do in a pruned network.
+    """
+    while len(values) > _SORTED:
+        sample = np.sort(values[:: len(values) // _SAMPLE])
+        place = round(len(sample) * (1 - keep / len(values)))
+        low, high = sample[max(place - _SLACK, 0)], sample[min(place + _SLACK, len(sample) - 1)]
+        above, inside = int(np.count_nonzero(values > high)), values[(low <= values) & (values <= high)]
+        if above >= keep:  # the sample was misleading: all that is known is a side
+            values = values[values > high]
+        elif above + len(inside) < keep:
+            values, keep = values[values < low], keep - above - len(inside)
+        elif low == high:
+            return float(low)
+        elif 2 * len(inside) > len(values):
+            break  # few distinct values, which are sorted quickly
+        else:
+            values, keep = inside, keep - above
+    return float(np.sort(values)[len(values) - keep])
