@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .certificates import BOUNDS, certified_accuracy, margin, radius
+from .distances import Exact, exact
 
-__all__ = ["BOUNDS", "certified_accuracy", "margin", "radius"]
+__all__ = ["BOUNDS", "Exact", "certified_accuracy", "exact", "margin", "radius"]

@@ -17,7 +17,7 @@ from .network import margin_rows, prepare
 from .region import Region, region
 from .relaxations import Lines
 
-__all__ = ["BOUNDS", "Bound", "certified_accuracy", "margin", "margins_over", "radius"]
+__all__ = ["BOUNDS", "Bound", "certified_accuracy", "margin", "margins_over", "radius", "radius_over"]
 
 Bound = Callable[[Graph, Region, Tensor], Tensor]
 _CHUNK = 2**22  # coefficients that one image batch may need at once: 32 MB of float64
@@ -131,7 +131,11 @@ def radius(
     No perturbation of smaller norm that stays in [0, 1] changes the label. Zero where the model is wrong at x. Each
     result is at most the relative `tolerance` below an eps that was not certified. Raises as `margin` does.
     """
-    graph = prepare(model, tuple(x.shape[1:]))
+    return radius_over(prepare(model, tuple(x.shape[1:])), x, y, norm, method, tolerance)
+
+
+def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, tolerance: float = 1e-3) -> Tensor:
+    """Do what `radius` does for a lowered float64 network."""
     limit = float(distance(torch.ones(1, *x.shape[1:]), norm))  # the whole box
     safe = torch.zeros(len(x), dtype=torch.float64)
     right = margins_over(graph, x, y, norm, safe, "interval").amin(1) > 0
@@ -139,10 +143,10 @@ def radius(
     if len(index) == 0:
         return safe
     x, y = x[index], y[index]
-    low, high = torch.zeros(len(x), dtype=torch.float64), torch.full((len(x),), limit, dtype=torch.float64)
+    low, high = torch.zeros(len(x), dtype=torch.float64), torch.full((len(x),), torch.inf, dtype=torch.float64)
     guess = _linearised(graph, x, y, norm).clamp(1e-6, limit)
     while True:
-        open_ = (high - low > tolerance * high) & (high > 1e-9)
+        open_ = torch.where(high < torch.inf, (high - low > tolerance * high) & (high > 1e-9), low < limit)
         if not bool(open_.any()):
             break
         tried = guess[open_]
@@ -155,7 +159,7 @@ def radius(
 
 def _next_guess(low: Tensor, high: Tensor, limit: float) -> Tensor:
     # Double or quarter until both ends are known, then halve the interval.
-    up = torch.where(high < limit, (low + high) / 2, (2 * low).clamp_max(limit))
+    up = torch.where(high < torch.inf, (low + high) / 2, (2 * low).clamp_max(limit))
     return torch.where(low > 0, up, high / 4)
 
 
