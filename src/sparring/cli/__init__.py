@@ -24,7 +24,7 @@ def _guarded(app: Callable[..., object]) -> int:
     from ..errors import UserError
 
     try:
-        code = app(standalone_mode=False)
+        code = app(joined(sys.argv[1:]), standalone_mode=False)
         if code == INTERRUPTED:  # how typer reports Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -49,6 +49,17 @@ def _guarded(app: Callable[..., object]) -> int:
             raise
         show()
         return USER_ERROR
+
+
+def joined(words: list[str]) -> list[str]:
+    """Write `--max-drop METRIC AMOUNT` as one value: typer knows no repeatable option of two words."""
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        found.append(word)
+        if word == "--max-drop":
+            found.append("=".join(value for _, value in zip(range(2), rest, strict=False)))
+    return found
 
 
 def _say(text: str, code: int) -> int:

@@ -128,6 +128,45 @@ def attack(
     )
 
 
+@app.command()
+def certify(
+    model: ModelArgument,
+    weights: Weights = None,
+    data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    method: Annotated[str, typer.Option(help="interval or crown.")] = "crown",
+    eps: Annotated[str, typer.Option(help="Budgets in [0, 1], separated by commas.")] = "0.01,0.03",
+    images: Annotated[int, typer.Option(help="How many test images.")] = 100,
+    data_dir: DataDir = None,
+    download: Download = False,
+    json: Json = False,
+) -> int:
+    """Prove how far images lie from the decision boundary, beside how near the best attack comes."""
+    from .theory_command import run_certify
+
+    return run_certify(model, weights, data, norm, method, eps, images, data_dir, download, as_json=json)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A study's folder or a model file.")],
+    second: Annotated[str, typer.Argument(help="Another of the same kind: the candidate.")],
+    max_drop: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC AMOUNT", help="How much of a metric may be lost; repeatable.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="For models: a data set's name or path.")] = "mnist-5k",
+    eps: Annotated[float, typer.Option(help="For models: the budget of l_inf attacks.")] = 0.1,
+    images: Annotated[int, typer.Option(help="For models: how many test images.")] = 500,
+    data_dir: DataDir = None,
+    download: Download = False,
+    json: Json = False,
+) -> int:
+    """Compare two studies or models, paired by image; exit code 1 if a larger drop than allowed is not excluded."""
+    from .compare_command import run_compare
+
+    return run_compare(first, second, tuple(max_drop or ()), data, eps, images, data_dir, download, as_json=json)
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(help="attacks, models, data, presets, pruners, ... or nothing for all.")] = "",

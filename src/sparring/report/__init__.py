@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .build import verdict, write
+from .comparing import Comparison, Drop, compare, compare_models, failures
 
-__all__ = ["verdict", "write"]
+__all__ = ["Comparison", "Drop", "compare", "compare_models", "failures", "verdict", "write"]

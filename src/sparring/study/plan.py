@@ -110,7 +110,7 @@ class Certify:
 class Activation:
     """Make the dense control's activations sparse at each level; with `train`, fine-tune the dense network so.
 
-    `kind` names a module that takes the place of every ReLU, or "l1-penalty": a penalty in training, weighed by `level`.
+    `kind` names a module that takes the place of every ReLU, or "l1-penalty" (in training, weighed by `level`).
     """
 
     kind: str

@@ -1,0 +1,188 @@
+"""The command line as a user meets it: exit codes, messages, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparring.cli import main
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def sparring(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Run the command line in this process (a fresh one imports torch each time)."""
+
+    def call(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["sparring", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        found = capsys.readouterr()
+        assert "Traceback" not in found.err
+        return Result(int(stop.value.code or 0), found.out, found.err)
+
+    return call
+
+
+TINY = """
+data = "digits"
+model = { name = "mlp", widths = [16] }
+seeds = 2
+sparsities = [0.5, 0.9]
+[recipe]
+epochs = 1
+lr = 0.05
+[[attacks]]
+name = "fgsm"
+eps = [0.1]
+images = 30
+[[attacks]]
+name = "deepfool"
+norm = "l2"
+images = 30
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return folder / "dense.safetensors", folder / "sparse.safetensors"
+
+
+def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    first = sparring("study", plan, "--out", tmp_path / "out", "--workers", 0)
+    assert first.code == 0
+    assert "seed 0" in first.out and str(tmp_path / "out" / "report.html") in first.out
+    page = (tmp_path / "out" / "report.html").stat().st_mtime_ns
+    again = sparring("study", plan, "--out", tmp_path / "out", "--workers", 0, "--json")
+    summary = json.loads(again.out)
+    assert summary["failed"] == 0 and summary["verdict"] and len(summary["records"]) > 10
+    assert (tmp_path / "out" / "report.html").stat().st_mtime_ns == page
+    assert sparring("report", tmp_path / "out").code == 0
+    status = sparring("status", tmp_path / "out", "--json")
+    assert json.loads(status.out)["done"] == len(summary["records"])
+
+
+def test_failed_cells_give_exit_code_3(  # type: ignore[no-untyped-def]
+    sparring, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "breaking.py").write_text(
+        "def pruner(sparsity):\n"
+        "    def prune(model, masks, **rest):\n"
+        "        raise RuntimeError('my pruner broke')\n"
+        "    prune.dense_weights = False\n"
+        "    return prune\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = sparring(
+        "study", plan, "--out", "out", "--workers", 0, "--set", "pruning=[{method='breaking:pruner',label='mine'}]"
+    )
+    assert result.code == 3
+    assert "my pruner broke" in result.err
+    assert Path("out/report.html").exists()
+
+
+def test_train_prune_attack_certify_compare(sparring, models: tuple[Path, Path]) -> None:  # type: ignore[no-untyped-def]
+    dense, sparse = models
+    options = ("--data", "digits", "--quiet")
+    assert sparring("train", "lenet-300-100", "--out", dense, *options, "--set", "epochs=2").code == 0
+    pruned = sparring(
+        "prune", dense, "--out", sparse, "--sparsity", 0.9, *options, "--set", "epochs=2", "--set", "method=one-shot"
+    )
+    assert pruned.code == 0 and "90.00%" in pruned.out
+    attacked = sparring(
+        "attack", sparse, "--data", "digits", "--attacks", "fgsm,deepfool", "--norm", "l2", "--eps", "0.1,0.2",
+        "--images", 50, "--json",
+    )  # fmt: skip
+    rows = json.loads(attacked.out)["results"]
+    assert [(r["attack"], r["eps"]) for r in rows] == [("fgsm", 0.1), ("fgsm", 0.2), ("deepfool", None)]
+    assert all(r["mean_distance"] > 0 for r in rows if r["eps"] is None)
+    assert "robust accuracy" in sparring("attack", sparse, "--data", "digits", "--images", 20).out
+    certified = json.loads(sparring("certify", sparse, "--data", "digits", "--images", 20, "--json").out)
+    assert certified["certified_accuracy"]["0.01"] <= certified["attacked_accuracy"]["0.01"]
+    same = sparring("compare", dense, dense, "--data", "digits", "--images", 40, "--max-drop", "accuracy", 0.1)
+    assert same.code == 0
+    worse = sparring("compare", dense, sparse, "--data", "digits", "--images", 40, "--max-drop", "accuracy", 0.0001)
+    assert worse.code in (0, 1)
+    unknown = sparring("compare", dense, sparse, "--data", "digits", "--images", 40, "--max-drop", "acuracy", 1)
+    assert unknown.code == 2 and "was not compared" in unknown.err
+
+
+def test_lists_and_doctor(sparring) -> None:  # type: ignore[no-untyped-def]
+    tables = json.loads(sparring("list", "--json").out)
+    assert "quick" in tables["presets"] and "pgd" in tables["attacks"] and "digits" in tables["data"]
+    assert all(text for table in tables.values() for text in table.values()), "everything has a description"
+    assert "lenet-5" in sparring("list", "models").out
+    facts = json.loads(sparring("doctor", "--json").out)
+    assert facts["cores"] >= 1 and facts["data"]["mnist-5k"] and facts["packages"]["torch"]
+    assert "torch" in sparring("doctor").out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("study", "quik"), "Did you mean 'quick'"),
+        (("study", "nowhere.toml"), "nowhere.toml"),
+        (("study", "quick", "--set", "sedes=3"), "did you mean 'seeds'"),
+        (("study", "quick", "--set", "data=mnits"), "Did you mean 'mnist'"),
+        (("study", "quick", "--set", "data=/nowhere/at/all"), "/nowhere/at/all"),
+        (("study", "quick", "--workers", "-1"), "workers"),
+        (("report", "nowhere"), "nowhere"),
+        (("status", "nowhere"), "not a study"),
+        (("attack", "lenet-5"), "without weights"),
+        (("attack", "missing.safetensors"), "missing.safetensors"),
+        (("attack", "lenet-5", "--attacks", "fgms"), "Did you mean 'fgsm'"),
+        (("attack", "lenet-5", "--eps", "8"), "255"),
+        (("attack", "lenet-5", "--eps", "a"), "numbers separated by commas"),
+        (("attack", "lenet-5", "--norm", "l3"), "linf, l2, l1"),
+        (("attack", "no_module:f", "--data", "digits"), "cannot import"),
+        (("train", "lenet-6", "--out", "x.safetensors"), "Did you mean 'lenet-5'"),
+        (("train", "mlp", "--out", "x.safetensors", "--set", "lr=-1"), "lr must lie"),
+        (("list", "atacks"), "Did you mean 'attacks'"),
+        (("compare", "a", "b"), "a"),
+        (("frobnicate",), "frobnicate"),
+        (("study", "--no-such-option"), "no-such-option"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_say_why(  # type: ignore[no-untyped-def]
+    sparring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = sparring(*words)
+    assert result.code == 2
+    assert message in result.err + result.out
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_model_that_does_not_fit_the_data_is_named(sparring, models: tuple[Path, Path]) -> None:  # type: ignore[no-untyped-def]
+    result = sparring("attack", models[0], "--data", "mnist-5k", "--images", 10)
+    assert result.code == 2 and "does not accept" in result.err
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys, sparring.cli as c; sys.argv = ['sparring', '--help']\n"
+        "try: c.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'altair', 'pydantic', 'sklearn'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "study" in done.stdout
