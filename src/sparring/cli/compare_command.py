@@ -11,13 +11,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import attacks, data
+from .. import attacks
 from ..data import Dataset, as_float
 from ..errors import UserError
 from ..report import Comparison, Drop, compare, compare_models, failures
 from ..report.comparing import Floats
 from ..study.networks import chosen_images
 from ..threat import L2, LINF, Threat
+from .loading import open_data
 from .model_commands import open_model
 
 __all__ = ["run_compare"]
@@ -45,7 +46,7 @@ def run_compare(
     if all(folders):
         rows = compare(first, second)
     else:
-        dataset = data.load(data_name, data_dir, download=download)
+        dataset = open_data(data_name, data_dir, download)
         rows = compare_models(*(_profile(name, dataset, eps, images) for name in (first, second)))
     broken = failures(rows, drops)
     if as_json:

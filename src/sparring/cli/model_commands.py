@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import attacks, data
+from .. import attacks
 from ..data import Dataset, as_float
-from ..errors import UnknownNameError, UserError
+from ..errors import UserError
 from ..files import load_tensors
 from ..metrics import accuracy, distances, robust_accuracy
 from ..models import Blueprint, load_model, load_weights_, save_model
@@ -24,8 +24,10 @@ from ..statistics import binomial_interval
 from ..study import Plan, Training
 from ..study.fitting import training_loss
 from ..study.networks import chosen_images
+from ..study.plan import attack_named
 from ..threat import Threat, parse_norm
 from ..train import Progress, Recipe, fit, predict
+from .loading import open_data
 from .study_command import duration
 
 __all__ = ["open_model", "run_attack", "run_prune", "run_train"]
@@ -48,7 +50,7 @@ def run_train(
     quiet: bool,
 ) -> int:
     """Train a model and write it; a checkpoint beside it lets an interrupted run go on."""
-    dataset = data.load(data_name, data_dir, download=download)
+    dataset = open_data(data_name, data_dir, download)
     recipe = _settings(overrides, "recipe").recipe
     blueprint = _blueprint(name, dataset)
     model = blueprint.build(seed=seed)
@@ -73,7 +75,7 @@ def run_prune(
     quiet: bool,
 ) -> int:
     """Prune a model, fine-tune it and write it with its masks."""
-    dataset = data.load(data_name, data_dir, download=download)
+    dataset = open_data(data_name, data_dir, download)
     model, blueprint = open_model(name, weights, dataset)
     recipe_names = set(asdict(Recipe()))
     recipe = _settings(tuple(o for o in overrides if o.partition("=")[0] in recipe_names), "finetune").finetune
@@ -105,14 +107,14 @@ def run_attack(
     """Attack a model and print a row for each attack and budget."""
     norm = parse_norm(norm_name)
     threats = _threats(attack_names, norm, eps_text)
-    dataset = data.load(data_name, data_dir, download=download)
+    dataset = open_data(data_name, data_dir, download)
     model, _ = open_model(name, weights, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
     rows = []
     for attack_name, threat in threats:
         generator = torch.Generator().manual_seed(seed)
         result = attacks.run(
-            model, as_float(x), y, attacks.ATTACKS[attack_name], threat, batch_size=batch_size, generator=generator
+            model, as_float(x), y, attack_named(attack_name), threat, batch_size=batch_size, generator=generator
         )
         rows.append(_row(attack_name, norm_name, threat, result))
     if as_json:
@@ -125,8 +127,7 @@ def run_attack(
 def _threats(names: str, norm: float, eps_text: str) -> list[tuple[str, Threat]]:
     chosen = [part.strip() for part in names.split(",") if part.strip()]
     for name in chosen:
-        if name not in attacks.ATTACKS:
-            raise UnknownNameError("attack", name, attacks.ATTACKS)
+        attack_named(name)
     try:
         budgets = [float(part) for part in eps_text.split(",") if part.strip()]
     except ValueError:

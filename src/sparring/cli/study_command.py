@@ -16,10 +16,11 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from .. import data, report
+from .. import report
 from ..errors import UserError
 from ..files import read_json
 from ..study import Event, Plan, Record, Store, run
+from .loading import open_data
 
 __all__ = ["run_study", "show_status"]
 
@@ -42,7 +43,7 @@ def run_study(
     """Run a plan, write its report, print the verdict; return the exit code."""
     plan = Plan.load(plan_name, overrides)
     out = out or Path("out") / plan.name
-    dataset = data.load(plan.data, data_dir, download=download)
+    dataset = open_data(plan.data, data_dir, download)
     view = _view(quiet or as_json, sys.stderr if as_json else sys.stdout)
     command = shlex.join(["sparring", *sys.argv[1:]])
     with view:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from .. import attacks, bounds, data
+from .. import attacks, bounds
 from ..data import as_float
 from ..errors import UserError
 from ..study.networks import chosen_images
 from ..threat import Threat, parse_norm
+from .loading import open_data
 from .model_commands import open_model
 
 __all__ = ["run_certify"]
@@ -36,7 +37,7 @@ def run_certify(
         budgets = [float(part) for part in eps_text.split(",") if part.strip()]
     except ValueError:
         raise UserError(f"--eps takes numbers separated by commas, as 0.01,0.03; not '{eps_text}'") from None
-    dataset = data.load(data_name, data_dir, download=download)
+    dataset = open_data(data_name, data_dir, download)
     model, _ = open_model(name, weights, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
     radius = bounds.radius(model, as_float(x), y, norm, method=method)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..errors import DataError, UnknownNameError, UserError
 from ..files import safe_name
+from ..plugins import import_object
 from .arrays import load_arrays
 from .cifar import CIFAR10, cifar10
 from .embedded import digits, mnist_5k
@@ -43,7 +44,9 @@ class Available(NamedTuple):
 def load(
     name: str, root: Path | str | None = None, *, download: bool = False, progress: Progress | None = None
 ) -> Dataset:
-    """Load a data set by its name in `DATASETS`, or by the path of a folder, zip or tar of images or of an .npz.
+    """Load a data set by its name in `DATASETS`, by a path, or from a user's function "package.module:function".
+
+    A path is a folder, zip or tar of images, or an .npz.
 
     Files and names are looked for in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that
     order. With `download`, what is missing is fetched from public mirrors into the first of these, and `progress` is
@@ -65,9 +68,18 @@ def load(
 
     if name in DATASETS:
         return DATASETS[name](find)
+    if ":" in name and not expand(name).exists():
+        return _from_function(name)
     path = _locate_users(name, places)
     label = _label(path)
     return load_arrays(path, label) if path.suffix == ".npz" else load_images(path, label)
+
+
+def _from_function(name: str) -> Dataset:
+    dataset = import_object(name)()
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"'{name}' returned {type(dataset).__name__}, not a Dataset; make one with data.from_splits")
+    return dataset
 
 
 def _locate_users(name: str, places: list[Path]) -> Path:

@@ -23,6 +23,7 @@ from ..threat import Threat, parse_norm
 from ..train import predict
 from .executors import Outcome, Task
 from .networks import Context, chosen_images, network_of
+from .plan import attack_named
 
 __all__ = ["attack", "certify", "measure", "pack", "transfer"]
 
@@ -197,7 +198,7 @@ def _run(
         model,
         x,
         y,
-        functools.partial(attacks.ATTACKS[name], **spec),
+        functools.partial(attack_named(name), **spec),
         Threat(norm, eps),
         surrogates=surrogates,
         batch_size=inputs["batch_size"],

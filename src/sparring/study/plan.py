@@ -18,14 +18,27 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from ..attacks import ATTACKS
+from ..attacks import Attack as AttackFunction
 from ..errors import PlanError, UnknownNameError
 from ..files import read_bounded
 from ..models import MODELS
+from ..plugins import import_object
 from ..sparsity import ACTIVATIONS, PruningSpec, build_pruner
 from ..threat import Threat, parse_norm
 from ..train import Recipe
 
-__all__ = ["Activation", "Attack", "Certify", "Controls", "Network", "Plan", "Pruning", "Training", "presets"]
+__all__ = [
+    "Activation",
+    "Attack",
+    "Certify",
+    "Controls",
+    "Network",
+    "Plan",
+    "Pruning",
+    "Training",
+    "attack_named",
+    "presets",
+]
 
 MAX_PLAN_BYTES = 1_000_000
 CONTROL = "control"
@@ -338,13 +351,22 @@ def _labelled(pruning: Pruning) -> Pruning:
     return pruning if pruning.label else dataclasses.replace(pruning, label=_default_label(pruning))
 
 
+def attack_named(name: str) -> AttackFunction:
+    """Return an attack by its name in ATTACKS, or a user's own by "package.module:function"."""
+    if name in ATTACKS:
+        return ATTACKS[name]
+    if ":" not in name:
+        raise UnknownNameError("attack", name, ATTACKS)
+    function: AttackFunction = import_object(name)
+    return function
+
+
 def _check_attack(attack: Attack) -> None:
-    if attack.name not in ATTACKS:
-        raise UnknownNameError("attack", attack.name, ATTACKS)
+    function = attack_named(attack.name)
     for eps in attack.eps:
         Threat(parse_norm(attack.norm), eps)
     _in_range(f"attack '{attack.name}': images", attack.images, 1, 1_000_000)
-    known = inspect.signature(ATTACKS[attack.name]).parameters
+    known = inspect.signature(function).parameters
     for option in attack.options():
         if option not in known:
             raise PlanError(f"attack '{attack.name}' has no option '{option}'")
