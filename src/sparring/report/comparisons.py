@@ -9,7 +9,7 @@ from . import figures, numbers
 from .findings import Findings, Result
 from .measures import NORMS, Measure, pretty
 from .panels import Picture
-from .records import CONTROL, REFERENCE, Network, attack_label
+from .records import CONTROL, REFERENCE, attack_label
 from .words import short_name
 
 __all__ = ["comparisons"]
@@ -47,25 +47,29 @@ def _levels(result: Result, measure: Measure) -> Iterator[Mapping[str, str | flo
 def _speed(findings: Findings) -> Iterator[Picture]:
     """Draw robustness against the latency of the packed network, where "deploy" records have it."""
     measure = findings.first("worst") or findings.first("budget") or findings.first("accuracy")
-    rows = [row for network in findings.study.networks for row in _fast(findings, network, measure)]
+    rows = [] if measure is None else list(_fast(findings, measure))
     if rows and measure is not None:
         title = f"{measure.title} against latency"
         axis = "milliseconds an image, one at a time (log scale)"
         spec = figures.scatter(title, rows, x=axis, y=f"{short_name(measure)}, %", log_x=True)
-        note = "Each mark is one network as deployed, packed for sparse kernels, on the machine of this study."
+        note = "Networks as deployed, packed for sparse kernels, on the machine of this study; means over seeds."
         yield Picture("latency", title, figures.svg(spec), note)
 
 
-def _fast(findings: Findings, network: Network, measure: Measure | None) -> Iterator[Mapping[str, str | float]]:
-    held = None if measure is None else findings.collected[measure].get(network.who)
-    for record in network.stage("deploy"):
-        seconds = record.metrics.get("seconds_1")
-        if held is not None and seconds:
-            share = 100 * float(held.top.sum() / held.bottom.sum())
-            place = f"{network.method}, {numbers.percent(network.sparsity)}, seed {network.seed}"
-            text = f"{place}: {share:.1f}% at {1000 * seconds:.3g} ms"
-            order = network.sparsity + 1e-6 * network.seed
-            yield {"x": 1000 * seconds, "y": share, "series": network.method, "order": order, "text": text}
+def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | float]]:
+    """Return a mark for every method and sparsity: mean latency and mean share over seeds."""
+    found: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+    for network in findings.study.networks:
+        held = findings.collected[measure].get(network.who)
+        for record in network.stage("deploy"):
+            seconds = record.metrics.get("seconds_1")
+            if held is not None and seconds:
+                share = float(held.top.sum() / held.bottom.sum())
+                found[network.method, network.sparsity].append((1000 * seconds, 100 * share))
+    for (method, sparsity), pairs in found.items():
+        latency, share = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        text = f"{_name(method, sparsity)}: {share:.1f}% at {latency:.3g} ms"
+        yield {"x": latency, "y": share, "series": method, "order": sparsity, "text": text}
 
 
 def _transfer(findings: Findings) -> Iterator[Picture]:

@@ -134,6 +134,7 @@ def _legend(methods: Sequence[str], styles: Mapping[str, int]) -> Spec:
     def channel(name: str, table: Sequence[Any]) -> Spec:
         wanted = [_of(table, styles[m]) for m in methods]
         legend = {"orient": "top", "title": None, "symbolType": "stroke", "symbolSize": 300, "offset": 12}
+        legend |= {"columns": 4} if len(methods) > 4 else {}
         scale = {"domain": list(methods), "range": wanted}
         return {name: {"scale": scale, "legend": legend if len(methods) > 1 else None}}
 

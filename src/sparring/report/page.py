@@ -130,7 +130,7 @@ def _grids(findings: Findings, panels: Sequence[Panel]) -> Html:
 
 
 def _comparisons(drawn: Sequence[Picture]) -> Html | None:
-    return tag("div", *(_figure(p, p.note) for p in drawn), class_="grid") if drawn else None
+    return tag("div", *(_figure(p, p.note, class_="narrow") for p in drawn), class_="grid") if drawn else None
 
 
 def _controls(findings: Findings, panels: Sequence[Panel]) -> Html:
@@ -174,7 +174,7 @@ def _panel(panel: Panel) -> Html:
 
 def _caption(panel: Panel) -> str:
     parts = []
-    for result in panel.results:
+    for result in panel.results if len(panel.results) <= 2 else panel.results[:1]:
         name = f"{result.method}: " if len(panel.results) > 1 else ""
         if result.peak is not None:
             told = numbers.gain(result.measure, result.peak.gain, result.control)
