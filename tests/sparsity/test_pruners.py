@@ -104,5 +104,9 @@ def test_bad_options_are_refused() -> None:
         gradual(magnitude, 0.5, every=0)
     with pytest.raises(UserError, match="unknown layer"):
         follow(gradual(magnitude, 0.5, rule=Rule(spare=("nope",))), network(), 2)
+    with pytest.raises(UserError, match="unknown layer 'nope'"):
+        follow(gradual(magnitude, {"nope": 0.5}), network(), 2)
+    with pytest.raises(UserError, match="no value is given"):
+        follow(gradual(magnitude, {"1.weight": 0.5}), network(), 2)
     with pytest.raises(UserError, match="needs a batch"):
         snip(network())

@@ -14,6 +14,7 @@ from sparring.sparsity import (
     METHODS,
     SCORES,
     STRUCTURES,
+    Masks,
     Pruner,
     PruningSpec,
     all_ones,
@@ -24,6 +25,10 @@ from sparring.sparsity import (
 
 
 def prune(pruner: Pruner, steps: int = 12) -> float:
+    return sparsity_of(masks_of(pruner, steps))
+
+
+def masks_of(pruner: Pruner, steps: int = 12) -> Masks:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
     masks, generator = all_ones(model), torch.Generator().manual_seed(0)
@@ -35,7 +40,7 @@ def prune(pruner: Pruner, steps: int = 12) -> float:
         masks = pruner(model, masks, step=step, steps=steps, batch=batch, loss=loss, generator=generator)
         if not pruner.dense_weights:
             apply_(model, masks)
-    return sparsity_of(masks)
+    return masks
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -52,8 +57,25 @@ def test_scores_structures_and_schedules_are_orthogonal(score: str, method: str,
     assert prune(build_pruner(spec, 0.5), steps=6) == pytest.approx(0.5, abs=0.021)
 
 
+@pytest.mark.parametrize("method", ["movement", "hydra", "proximal"])
+@pytest.mark.parametrize("structure", ["2:4", "blocks-4x4"])
+def test_learned_masks_keep_structures(method: str, structure: str) -> None:
+    spec = PruningSpec(method=method, structure=structure, floor=0.01)
+    assert prune(build_pruner(spec, 0.5)) == pytest.approx(0.5, abs=0.021)
+
+
+@pytest.mark.parametrize("method", ["one-shot", "gradual", "iterative", "movement", "hydra"])
+def test_channels_go_with_their_biases_and_classes_stay(method: str) -> None:
+    masks = masks_of(build_pruner(PruningSpec(method=method, structure="channels"), 0.5))
+    gone = ~masks["1.weight"].any(1)
+    assert int(gone.sum()) == 8
+    assert torch.equal(masks["1.bias"], ~gone)
+    assert torch.equal(masks["1.weight"].all(1), ~gone)
+    assert masks["3.weight"].all()
+
+
 def test_a_users_own_score_and_pruner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_pruning.py").write_text(
+    (tmp_path / "own_pruning.py").write_text(
         "from sparring.sparsity import gradual, prunable\n"
         "def small_ones(model, batch=None, *, loss=None, generator=None):\n"
         "    return {name: -w.detach().abs() for name, w in prunable(model).items()}\n"
@@ -61,8 +83,8 @@ def test_a_users_own_score_and_pruner(tmp_path: Path, monkeypatch: pytest.Monkey
         "    return gradual(small_ones, sparsity)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert prune(build_pruner(PruningSpec(score="my_pruning:small_ones"), 0.5)) == 0.5
-    assert prune(build_pruner(PruningSpec(method="my_pruning:backwards"), 0.25)) == 0.25
+    assert prune(build_pruner(PruningSpec(score="own_pruning:small_ones"), 0.5)) == 0.5
+    assert prune(build_pruner(PruningSpec(method="own_pruning:backwards"), 0.25)) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -79,6 +101,7 @@ def test_a_users_own_score_and_pruner(tmp_path: Path, monkeypatch: pytest.Monkey
         (PruningSpec(structure="2:4", scope="erk"), 0.5, "cannot be allocated by 'erk'"),
         (PruningSpec(layers={"a": 0.5}, scope="erk"), None, "has no meaning"),
         (PruningSpec(method="set", layers={"a": 0.5}), None, "one sparsity for the network"),
+        (PruningSpec(structure="2:4"), 0.8, "cannot reach 80.00%"),
         (PruningSpec(), None, "needs a sparsity"),
         (PruningSpec(), 1.5, "fraction removed"),
         (PruningSpec(method="os:getcwd"), 0.5, "must take the keyword 'sparsity'"),

@@ -35,7 +35,7 @@ from .regrow import rigged_lottery, sparse_evolution
 from .rewinding import iterative
 from .rules import Rule, check_reached
 from .schedule import cubic
-from .scores import SCORES, magnitude, random, snip, taylor, wanda
+from .scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
 from .selection import SCOPES, select
 from .structures import NM, Blocks, Channels, Structure, Unstructured
 from .surgery import dynamic_network_surgery
@@ -84,6 +84,7 @@ __all__ = [
     "cubic",
     "dynamic_network_surgery",
     "erdos_renyi_kernel",
+    "gradients",
     "gradual",
     "hydra",
     "insert",

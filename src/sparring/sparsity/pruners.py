@@ -55,8 +55,7 @@ class _Gradual:
             return max(cubic(progress, self.sparsity), sparsity_of(now))
         return {
             name: max(cubic(progress, value), sparsity_of({name: now[name]}))
-            for name, value in self.sparsity.items()
-            if name in now
+            for name, value in self.rule.by_layer(masks, self.sparsity).items()
         }
 
 
@@ -110,10 +109,9 @@ class _Bernoulli:
         if step != window(self.at, self.at, steps)[1]:
             return masks
         new = dict(masks)
-        for name, mask in self.rule.open(masks).items():
-            drop = self.sparsity.get(name, 0.0) if isinstance(self.sparsity, Mapping) else self.sparsity
-            draw = torch.rand(mask.shape, generator=generator, device=generator.device).to(mask.device)
-            new[name] = mask & (draw >= drop)
+        for name, drop in self.rule.by_layer(masks, self.sparsity).items():
+            draw = torch.rand(masks[name].shape, generator=generator, device=generator.device)
+            new[name] = masks[name] & (draw >= drop).to(masks[name].device)
         warn_of_collapse(new, masks)
         apply_(model, new)
         return new

@@ -105,6 +105,7 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
         options["score"] = _score(options.get("score", "magnitude"))
     if rule:
         options["rule"] = _rule(spec, rule)
+        _check_limit(options["rule"].structure, target)
     return factory(sparsity=target, **options)
 
 
@@ -158,3 +159,14 @@ def _rule(spec: PruningSpec, given: dict[str, Any]) -> Rule:
     if isinstance(STRUCTURES[name], NM) and scope == "erk":
         raise UserError(f"'{name}' fixes every layer's sparsity, so it cannot be allocated by 'erk'; use 'layer'")
     return Rule(**{**given, "scope": scope, "structure": STRUCTURES[name]})
+
+
+def _check_limit(structure: Structure, target: float | Mapping[str, float] | None) -> None:
+    if not isinstance(structure, NM) or target is None:
+        return
+    most, limit = max(target.values()) if isinstance(target, Mapping) else target, 1 - structure.n / structure.m
+    if most > limit:
+        raise UserError(
+            f"{structure.n}:{structure.m} removes {limit:.2%} of the weights and cannot reach {most:.2%}; "
+            "ask for that sparsity or less"
+        )

@@ -43,6 +43,19 @@ class Rule:
             raise UserError("every layer is spared: nothing is left to prune")
         return {name: mask for name, mask in weights.items() if name not in spared}
 
+    def by_layer(self, masks: Masks, values: float | Mapping[str, float]) -> dict[str, float]:
+        """Return one value for every weight that may be pruned; raise UserError for other names and missing ones."""
+        names = self.open(masks)
+        if not isinstance(values, Mapping):
+            return dict.fromkeys(names, values)
+        for name in values:
+            if name not in names:
+                raise UnknownNameError("layer", name, names)
+        for name in names:
+            if name not in values:
+                raise UserError(f"no value is given for '{name}'; give one, or spare this layer")
+        return {name: values[name] for name in names}
+
     def masks(
         self,
         model: nn.Module,
@@ -71,7 +84,11 @@ class Rule:
             within=None if regrow else within,
             floor=self.floor,
         )
-        return {**masks, **new} if shape is None else silent(model, {**masks, **new}, shape)
+        if shape is None:
+            return {**masks, **new}
+        # Where weights come back, so must the biases that went with them.
+        kept = {name: mask for name, mask in masks.items() if mask.dim() > 1} if regrow else masks
+        return silent(model, {**kept, **new}, shape)
 
     def tolerance(self, masks: Masks) -> float:
         """Return by how many weights the masks may miss a sparsity: half a unit, for each layer that counts alone."""

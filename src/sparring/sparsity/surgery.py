@@ -62,7 +62,7 @@ class _Surgery:
         if not chosen:
             return masks
         if self.sparsity is None:
-            thresholds = self._frozen(layers)
+            thresholds = self._frozen(layers, self.rule.by_layer(masks, self.c_rate))
         else:
             thresholds = self._towards(cubic(step / last, self.sparsity), model, masks)
         new = dict(masks)
@@ -82,14 +82,13 @@ class _Surgery:
             layers[name] = {part: everything[part] for part in parts}
         return layers
 
-    def _frozen(self, layers: dict[str, dict[str, nn.Parameter]]) -> dict[str, Tensor]:
+    def _frozen(self, layers: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]) -> dict[str, Tensor]:
         """Return T = max(μ + c_rate·σ, 0) per layer, computed once, over nonzero values."""
         for name, parts in layers.items():
             if name not in self.thresholds:
                 size = torch.cat([value.detach().abs().flatten() for value in parts.values()])
                 size = size[size > 0]
-                rate = self.c_rate.get(name, 0.0) if isinstance(self.c_rate, Mapping) else self.c_rate
-                self.thresholds[name] = (size.mean() + rate * size.std(correction=0)).clamp_min(0)
+                self.thresholds[name] = (size.mean() + rates[name] * size.std(correction=0)).clamp_min(0)
         return self.thresholds
 
     def _towards(self, sparsity: float, model: nn.Module, masks: Masks) -> dict[str, Tensor]:
