@@ -4,5 +4,21 @@ from __future__ import annotations
 
 from .certificates import BOUNDS, certified_accuracy, margin, radius
 from .distances import Exact, exact
+from .estimators import linear_path
+from .linear import Theorem, linear_distance, linear_r_2, linear_r_inf, theorem, weights_of
 
-__all__ = ["BOUNDS", "Exact", "certified_accuracy", "exact", "margin", "radius"]
+__all__ = [
+    "BOUNDS",
+    "Exact",
+    "Theorem",
+    "certified_accuracy",
+    "exact",
+    "linear_distance",
+    "linear_path",
+    "linear_r_2",
+    "linear_r_inf",
+    "margin",
+    "radius",
+    "theorem",
+    "weights_of",
+]

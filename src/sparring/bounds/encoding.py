@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import highspy
 import numpy as np
@@ -110,11 +111,12 @@ def _max_pool(program: Program, op: MaxPool, z: Expression, box: Interval) -> Ex
 
 
 def tightened(
-    graph: Graph, bounds: list[Interval], program: Program, values: list[Expression]
+    graph: Graph, bounds: list[Interval], program: Program, values: list[Expression], *, deadline: float
 ) -> list[Interval] | None:
     """Bound the inputs of unstable ReLUs by two linear programs each, all rows of the program counted.
 
-    None where the program without integrality has no point at all. One that is not solved changes nothing.
+    None where the program without integrality has no point at all. One that is not solved before the deadline (of
+    time.perf_counter) changes nothing.
     """
     solver = program.highs(relaxed=True)
     solver.run()
@@ -127,6 +129,8 @@ def tightened(
         z, box = values[node.inputs[0]], bounds[node.inputs[0]]
         low, high = _flat(box.lower).copy(), _flat(box.upper).copy()
         for unit in np.flatnonzero((low < 0) & (high > 0)):
+            if time.perf_counter() > deadline:
+                break
             row = z[np.array([unit])]
             columns = row.matrix.indices.astype(np.int32)
             solver.changeColsCost(len(columns), columns, row.matrix.data)

@@ -30,7 +30,7 @@ def nearest_linf(
     with torch.no_grad():
         bounds, _ = bound_nodes(graph, region(x, LINF, cap), backward=True)
     program, values, _ = _distance_program(graph, bounds, x, y, k, cap)
-    better = tightened(graph, bounds, program, values)
+    better = tightened(graph, bounds, program, values, deadline=deadline)
     if better is None:
         return cap, []
     program, values, size = _distance_program(graph, better, x, y, k, cap)

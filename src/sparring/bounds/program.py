@@ -77,7 +77,7 @@ class Program:
         self.row_lower += (low - total.constant).tolist()
         self.row_upper += (high - total.constant).tolist()
 
-    def highs(self, *, relaxed: bool = False) -> highspy.Highs:
+    def highs(self, *, relaxed: bool = False, threads: int = 1) -> highspy.Highs:
         """Build the solver; `relaxed` drops integrality."""
         columns = len(self.lower)
         matrix = sparse.vstack([_widened(block, columns) for block in self.blocks], format="csr")
@@ -93,6 +93,7 @@ class Program:
             lp.integrality_ = [kinds[i] for i in self.integer]
         solver = highspy.Highs()
         solver.setOptionValue("output_flag", False)
+        solver.setOptionValue("threads", threads)
         for name in ("primal_feasibility_tolerance", "dual_feasibility_tolerance", "mip_feasibility_tolerance"):
             solver.setOptionValue(name, 1e-9)
         solver.passModel(lp)
@@ -100,10 +101,9 @@ class Program:
 
     def minimise(self, variable: int, *, seconds: float, threads: int, gap: float) -> Solution:
         """Minimise one variable within a time limit, to a relative gap."""
-        solver = self.highs()
+        solver = self.highs(threads=threads)
         solver.changeColCost(variable, 1.0)
         solver.setOptionValue("time_limit", max(seconds, 0.01))
-        solver.setOptionValue("threads", threads)
         solver.setOptionValue("mip_rel_gap", gap)
         solver.run()
         status, info = solver.getModelStatus(), solver.getInfo()

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sparring.bounds import linear_distance, linear_path, linear_r_2, linear_r_inf, margin, theorem, weights_of
+from sparring.bounds.distances import exact
+from sparring.errors import Unsupported, UserError
+from sparring.models import Normalise
+from sparring.threat import Threat, dual
+
+
+def linear_model(classes: int, seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(Normalise((0.3,), (0.5,)), nn.Flatten(), nn.Linear(9, classes))
+    x = torch.rand(40, 1, 3, 3)
+    x = torch.where(torch.rand(x.shape) < 0.3, x.round(), x)
+    y = model(x).argmax(1)
+    y[:4] = (y[:4] + 1) % classes
+    return model, x, y
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("norm", [math.inf, 2.0, 1.0])
+def test_unboxed_distances_are_margin_over_dual_norm(classes: int, norm: float) -> None:
+    model, x, y = linear_model(classes)
+    weight, bias = weights_of(model, (1, 3, 3))
+    torch.testing.assert_close(x.double().flatten(1) @ weight.T + bias, model(x).double(), atol=1e-5, rtol=0)
+    expected = []
+    for image, label in zip(x.double().flatten(1), y, strict=True):
+        values = weight @ image + bias
+        ways = [
+            (values[label] - values[k]) / torch.linalg.vector_norm(weight[label] - weight[k], ord=dual(norm))
+            for k in range(classes)
+            if k != label
+        ]
+        expected.append(max(0.0, float(min(ways))))
+    found = linear_distance(model, x, y, norm, boxed=False)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert (found[:4] == 0).all()
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("norm", [math.inf, 2.0])
+def test_at_the_boxed_distance_the_worst_margin_vanishes(classes: int, norm: float) -> None:
+    model, x, y = linear_model(classes)
+    distances = linear_distance(model, x, y, norm)
+    assert (distances >= linear_distance(model, x, y, norm, boxed=False) - 1e-12).all()
+    assert (distances > 0).any() and distances.isfinite().any()
+    for i in ((distances > 0) & distances.isfinite()).nonzero().flatten():
+        worst = margin(model, x[i : i + 1], y[i : i + 1], Threat(norm, float(distances[i])), method="crown")
+        assert abs(float(worst.min())) < (1e-6 if norm == math.inf else 1e-3)
+
+
+def test_the_boxed_l_inf_distance_equals_the_exact_solver() -> None:
+    model, x, y = linear_model(3)
+    found = exact(model, x[:6], y[:6], math.inf)
+    expected = linear_distance(model, x[:6], y[:6], math.inf)
+    near = expected.isfinite()
+    assert (found.lower <= expected + 1e-6).all()
+    assert ((found.upper - expected).abs()[near] < 1e-3).all()
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_r_inf_counts_distances_beyond_eps_and_r_2_is_their_mean(boxed: bool) -> None:
+    model, x, y = linear_model(3)
+    distances = linear_distance(model, x, y, math.inf, boxed=boxed)
+    for eps in (0.0, 0.05, 0.2):
+        assert linear_r_inf(model, x, y, eps, boxed=boxed) == pytest.approx(float((distances > eps).double().mean()))
+    assert linear_r_2(model, x, y, boxed=False) == pytest.approx(
+        float(linear_distance(model, x, y, 2.0, boxed=False).mean())
+    )
+
+
+def test_two_class_fgsm_is_the_worst_case() -> None:
+    model, x, y = linear_model(2)
+    weight, _ = weights_of(model, (1, 3, 3))
+    w = (weight[1] - weight[0]).view(1, 1, 3, 3).float()
+    attacked = (x - 0.1 * (2 * y - 1).view(-1, 1, 1, 1) * w.sign()).clamp(0, 1)
+    assert linear_r_inf(model, x, y, 0.1) == pytest.approx(float((model(attacked).argmax(1) == y).double().mean()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_theorem_holds(seed: int) -> None:
+    model, x, y = linear_model(2, seed)
+    for eps in (0.01, 0.1):
+        found = theorem(model, x, y, eps)
+        assert found.by_means == pytest.approx(found.numerator, abs=1e-9)
+        assert found.r_2 == pytest.approx(found.numerator / found.l2, abs=1e-9)
+        assert found.r_inf <= found.markov + 1e-12
+        assert found.l1 / found.l2 <= math.sqrt(found.nonzero) + 1e-9
+
+
+def test_the_balanced_form_needs_its_assumptions() -> None:
+    model, x, _ = linear_model(2)
+    x = torch.cat([x, x])
+    y = model(x).argmax(1)
+    counts = torch.bincount(y, minlength=2)
+    keep = torch.cat([(y == label).nonzero().flatten()[: int(counts.min())] for label in (0, 1)])
+    balanced = theorem(model, x[keep], y[keep], 0.1)  # balanced classes, accuracy 1 in each
+    assert balanced.balanced == pytest.approx(balanced.numerator, abs=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("loss", ["logistic", "svm"])
+@pytest.mark.parametrize("penalty", ["l1", "l2"])
+def test_paths_of_scikit_learn_become_models(classes: int, loss: str, penalty: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(60 * classes, 1, 4, 4, generator=generator)
+    y = torch.arange(len(x)) % classes
+    x[:, 0, 0] = (x[:, 0, 0] + 0.7 * torch.nn.functional.one_hot(y, 4)).clamp(0, 1)
+    models = linear_path(x, y, (0.02, 1.0), loss=loss, penalty=penalty)
+    nonzero = [int((weights_of(m, (1, 4, 4))[0] != 0).sum()) for m in models]
+    accuracy = [float((m(x).argmax(1) == y).double().mean()) for m in models]
+    assert all(m(x).shape == (len(x), classes) for m in models)
+    assert accuracy[1] > 0.7
+    if penalty == "l1":
+        assert nonzero[0] < nonzero[1]
+
+
+def test_refusals() -> None:
+    model, x, y = linear_model(3)
+    with pytest.raises(UserError, match="two classes"):
+        theorem(model, x, y, 0.1)
+    with pytest.raises(UserError, match="l1"):
+        linear_distance(model, x, y, 1.0)
+    with pytest.raises(Unsupported, match="ReLU"):
+        linear_distance(nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(9, 3)), x, y, 2.0)
+    with pytest.raises(UserError, match="svm"):
+        linear_path(x, y, (1.0,), loss="hinge")
