@@ -266,7 +266,7 @@ def test_a_worker_that_dies_is_replaced(store: Store) -> None:
 
 
 def test_keys_depend_on_what_matters_and_on_nothing_else() -> None:
-    facts = DataFacts("h", 100, 50)
+    facts = DataFacts("h", 100, 50, (1, 8, 8), 10)
     base = {cell.tasks for cell in lay_out(tiny_plan(), facts).cells}
 
     def keys(plan: Plan, data: DataFacts = facts) -> set[Any]:
@@ -276,12 +276,12 @@ def test_keys_depend_on_what_matters_and_on_nothing_else() -> None:
     assert keys(tiny_plan(seeds=3)) > base
     relabelled = tiny_plan(pruning=[{"label": "another name"}])
     assert keys(relabelled) == base
-    assert not keys(tiny_plan(), DataFacts("other", 100, 50)) & base
+    assert not keys(tiny_plan(), DataFacts("other", 100, 50, (1, 8, 8), 10)) & base
     assert not keys(tiny_plan(recipe={"epochs": 2, "lr": 0.04})) & base
 
 
 def test_shards_cover_the_images_once() -> None:
-    work = lay_out(tiny_plan(), DataFacts("h", 100, 50))
+    work = lay_out(tiny_plan(), DataFacts("h", 100, 50, (1, 8, 8), 10))
     spans = [
         (task.inputs["start"], task.inputs["stop"])
         for task in work.tasks.values()

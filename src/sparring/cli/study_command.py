@@ -90,7 +90,7 @@ class PlainView:
 
     def show(self, event: Event) -> None:
         if event.record is None:
-            print(f"{event.total} tasks, {event.cached} done before", file=self.stream, flush=True)
+            print(beginning(event), file=self.stream, flush=True)
         else:
             self.fresh += 1
             line = f"[{event.done}/{event.total}] {describe(event)}"
@@ -114,7 +114,9 @@ class LiveView:
         self.live.__exit__(*details)
 
     def show(self, event: Event) -> None:
-        if event.record is not None:
+        if event.record is None:
+            self.live.console.print(beginning(event), highlight=False)
+        else:
             self.fresh += 1
             self.recent = [*self.recent, describe(event)][-6:]
         left = event.total - event.done - len(event.running)
@@ -141,6 +143,12 @@ class LiveView:
 
 def _view(plain: bool, stream: TextIO) -> PlainView | LiveView:
     return PlainView(stream) if plain or not sys.stdout.isatty() else LiveView()
+
+
+def beginning(event: Event) -> str:
+    """Return what there is to do, and about how long it will take."""
+    text = f"{event.total} tasks, {event.cached} done before"
+    return text + (f"; the rest takes about {duration(event.estimate)} (a rough guess)" if event.estimate else "")
 
 
 def duration(seconds: float) -> str:

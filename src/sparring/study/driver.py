@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..data import Dataset
+from ..data import Dataset, load
 from ..errors import PlanError, UserError
 from ..files import canonical_json, read_json, write_json
+from .estimate import estimate
 from .executors import Done, Executor, InProcess, Processes, Task
 from .networks import Context, Factory
 from .plan import Plan
@@ -31,7 +33,10 @@ FOUNDATIONS = ("data", "model", "recipe", "finetune", "training")
 
 @dataclass(frozen=True)
 class Event:
-    """Tell a watcher what happened: counts of tasks, and the record that was just found or made."""
+    """Tell a watcher what happened: counts of tasks, and the record that was just made.
+
+    The first event has no record but an `estimate` of the seconds that the rest will take (None: nobody made one).
+    """
 
     total: int
     done: int
@@ -40,6 +45,7 @@ class Event:
     running: tuple[Task, ...]
     record: Record | None = None
     label: str = ""
+    estimate: float | None = None
 
 
 Watcher = Callable[[Event], None]
@@ -49,7 +55,7 @@ def run(
     plan: Plan,
     out: str | Path,
     *,
-    dataset: Dataset,
+    dataset: Dataset | None = None,
     workers: int | None = None,
     retry: bool = False,
     watch: Watcher | None = None,
@@ -59,20 +65,31 @@ def run(
 ) -> list[Record]:
     """Run a plan into the folder `out` and return its records, in the plan's order.
 
-    Whatever the folder already holds is not done again. `workers` tasks run at a time (default: one per core; 0: in
+    `dataset` stands in for the one that the plan names; `factory`, called without arguments, for its model. Whatever the folder already holds is not done again. `workers` tasks run at a time (default: one per core; 0: in
     this process). A task that fails fails its cell alone; `retry` tries failed ones again. Raise UserError if the
     folder belongs to another plan, is in use, or cannot be written.
     """
     store = Store(out)
     store.prepare()
+    if dataset is None:
+        dataset = load(plan.data)
     with store.lock():
         facts = DataFacts.of(dataset)
         work = lay_out(plan, facts, device=device)
         _write_plan(store, plan, work, dataset, command)
         context = Context(dataset, store.tensors, store.scratch, device, factory)
         executor = _executor(context, workers, device)
+        foretell = functools.partial(estimate, context=context, workers=executor.slots)
         try:
-            return execute(work.tasks.values(), store, executor, retry=retry, watch=watch, labels=_labels(work.cells))
+            return execute(
+                work.tasks.values(),
+                store,
+                executor,
+                retry=retry,
+                watch=watch,
+                labels=_labels(work.cells),
+                foretell=foretell,
+            )
         finally:
             executor.close()
 
@@ -101,12 +118,13 @@ def execute(
     retry: bool = False,
     watch: Watcher | None = None,
     labels: Mapping[str, str] = MappingProxyType({}),
+    foretell: Callable[[list[Task]], float] | None = None,
 ) -> list[Record]:
     """Run tasks (parents first) that the store lacks, and return all records in the tasks' order.
 
     A task whose parent failed is not run and has no record.
     """
-    scheduler = _Scheduler(list(tasks), store, executor, retry, watch, labels)
+    scheduler = _Scheduler(list(tasks), store, executor, retry, watch, labels, foretell)
     scheduler.run()
     return [scheduler.records[task.key] for task in scheduler.order if task.key in scheduler.records]
 
@@ -120,7 +138,9 @@ class _Scheduler:
         retry: bool,
         watch: Watcher | None,
         labels: Mapping[str, str],
+        foretell: Callable[[list[Task]], float] | None,
     ) -> None:
+        self.foretell = foretell
         self.labels = labels
         self.order, self.store, self.executor, self.watch = tasks, store, executor, watch
         self.records: dict[str, Record] = {}
@@ -139,7 +159,7 @@ class _Scheduler:
 
     def run(self) -> None:
         waiting = [task for task in self.order if task.key not in self.records]
-        self._tell(None)
+        self._tell(None, None if self.foretell is None else self.foretell(waiting))
         while waiting or self.running:
             waiting = self._submit(waiting)
             if self.running:
@@ -180,12 +200,12 @@ class _Scheduler:
         self.records[task.key] = record
         self._tell(record)
 
-    def _tell(self, record: Record | None) -> None:
+    def _tell(self, record: Record | None, estimate: float | None = None) -> None:
         if self.watch is not None:
             errors = sum(1 for r in self.records.values() if r.error)
             running = tuple(self.running.values())
             label = self.labels.get(record.key, "") if record is not None else ""
-            self.watch(Event(len(self.order), len(self.records), self.cached, errors, running, record, label))
+            self.watch(Event(len(self.order), len(self.records), self.cached, errors, running, record, label, estimate))
 
 
 def _labels(cells: Iterable[Cell]) -> dict[str, str]:
