@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import verdict, write
-from .comparing import Comparison, Drop, compare, compare_models, failures
+from .build import Report, read, verdict, write
+from .versus import Difference, Side, broken, compare
 
-__all__ = ["Comparison", "Drop", "compare", "compare_models", "failures", "verdict", "write"]
+__all__ = ["Difference", "Report", "Side", "broken", "compare", "read", "verdict", "write"]

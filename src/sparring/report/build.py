@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..errors import UserError
 from ..files import write_atomic, write_json
 from . import figures, tables, words
 from .claims import ledger
 from .comparisons import comparisons
-from .findings import find
-from .page import render
+from .findings import Findings, find
+from .page import render, summary_html
 from .panels import Drawn, Picture, curve_panels, density_pictures
 from .records import load
 
-__all__ = ["verdict", "write"]
+__all__ = ["Report", "read", "verdict", "write"]
 
 
 def write(out: Path | str) -> Path:
@@ -41,4 +44,34 @@ def _write_figure(folder: Path, picture: Picture) -> None:
 
 def verdict(out: Path | str) -> str:
     """Return what the study in a folder found, as one paragraph of plain text; raises as `write` does."""
-    return " ".join(words.headline(find(load(out))))
+    return str(read(out))
+
+
+def read(out: Path | str) -> Report:
+    """Return the study in a folder as an object for notebooks and scripts; raises as `write` does."""
+    return Report(find(load(out)))
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Hold what a study found: `str` is the verdict; in a notebook it shows as words, table and figures."""
+
+    findings: Findings
+
+    def __str__(self) -> str:
+        return " ".join(words.headline(self.findings))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row a network and metric, as in results.csv."""
+        return tables.csv_rows(self.findings)
+
+    def frame(self) -> Any:
+        """Return the rows as a pandas.DataFrame; raise UserError if pandas is not installed."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise UserError("a data frame needs pandas: pip install pandas, or use rows()") from error
+        return pandas.DataFrame(self.rows())
+
+    def _repr_html_(self) -> str:
+        return summary_html(self.findings, curve_panels(self.findings, "weights", only_main=True))

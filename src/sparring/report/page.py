@@ -16,7 +16,7 @@ from .measures import NORMS, pretty
 from .panels import Drawn, Panel, Picture, styles
 from .records import CONTROL, Network
 
-__all__ = ["render"]
+__all__ = ["render", "summary_html"]
 
 SECTIONS = (
     ("curves", "Robustness against sparsity"),
@@ -64,6 +64,18 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
     )
     body = tag("body", main, tag("script", Html(script)))
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def summary_html(findings: Findings, panels: Sequence[Panel]) -> str:
+    """Return the verdict, the key numbers and the main figures as a fragment, for notebooks."""
+    first, *rest = words.headline(findings)
+    sparsity = words.chosen(findings)
+    return join(
+        tag("p", tag("strong", first)),
+        tag("ul", *(tag("li", sentence) for sentence in rest)),
+        None if sparsity is None else tables.key_numbers(findings, sparsity),
+        *(Html(panel.levels.svg) for panel in panels),
+    )
 
 
 def _resource(name: str) -> str:
@@ -183,7 +195,7 @@ def _caption(panel: Panel) -> str:
         elif not any(result.gains.losses()):
             parts.append(f"{name}no significant change")
         if result.over_sparsified is not None:
-            parts.append(f"{name}over-sparsified from {numbers.percent(result.over_sparsified)}")
+            parts.append(f"{name}significantly below the control from {numbers.percent(result.over_sparsified)}")
         if result.left_out:
             parts.append(f"{name}{', '.join(map(numbers.percent, result.left_out))} left out: not all seeds are there")
     first = panel.results[0]

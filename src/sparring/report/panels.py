@@ -54,11 +54,12 @@ def styles(findings: Findings) -> dict[str, int]:
     return {method: k for k, method in enumerate(findings.study.methods)}
 
 
-def curve_panels(findings: Findings, axis: str) -> list[Panel]:
+def curve_panels(findings: Findings, axis: str, *, only_main: bool = False) -> list[Panel]:
     """Return a panel for every metric on test images, the main ones first, of the methods that make `axis` sparse."""
     numbered = {method: k for method, k in styles(findings).items() if findings.study.axis(method) == axis}
     tested = [m for m in findings.collected if m.split == "test" and m not in findings.main]
-    return [panel for m in (*findings.main, *tested) if (panel := _panel(findings, m, numbered, axis)) is not None]
+    wanted = findings.main if only_main else (*findings.main, *tested)
+    return [panel for m in wanted if (panel := _panel(findings, m, numbered, axis)) is not None]
 
 
 def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int], axis: str) -> Panel | None:

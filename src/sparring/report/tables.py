@@ -6,6 +6,7 @@ import csv
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..statistics import Row, minimum_detectable_effect
 from . import numbers
@@ -14,18 +15,13 @@ from .markup import Html, join, tag
 from .measures import Measure, pretty, summary
 from .records import Study, attack_label
 
-__all__ = ["cost", "csv_text", "curve_table", "flags", "key_numbers", "ledger_table", "networks", "table"]
+__all__ = ["cost", "csv_rows", "csv_text", "curve_table", "flags", "key_numbers", "ledger_table", "networks", "table"]
 
-SCALARS: tuple[str, ...] = (
-    "accuracy_valid",
-    "sparsity",
-    "sparsity_total",
-    "nonzero",
-    "parameters",
-    "macs",
-    "macs_dense",
+COLUMNS = ("method", "sparsity", "seed", "metric", "attack", "norm", "eps", "split", "value", "low", "high", "images")
+SCALARS = (
+    *("accuracy_valid", "sparsity", "sparsity_total", "activation_sparsity", "nonzero", "parameters"),
+    *("macs", "macs_dense", "bytes_dense", "bytes_sparse"),
 )
-SCALARS += ("bytes_dense", "bytes_sparse", "activation_sparsity")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1, class_: str | None = None) -> Html:
@@ -72,7 +68,7 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
             ]
         )
     head = ["Metric", "Dense control", f"At {numbers.percent(sparsity)}", "Gain", "p (Holm)", "Detectable"]
-    return table([*head, "Peak", "Too sparse from"], rows, class_="key")
+    return table([*head, "Peak", "Below control from"], rows, class_="key")
 
 
 def curve_table(results: Sequence[Result]) -> Html:
@@ -176,33 +172,36 @@ def flags(study: Study) -> Html:
 
 
 def csv_text(findings: Findings) -> str:
-    """Return results.csv: one row a network and metric, ready for a data frame.
-
-    Shares are fractions with exact binomial bounds, distances in the norm's own unit; empty where not known.
-    """
+    """Return results.csv: one row a network and metric; what is not known is empty."""
     target = io.StringIO()
-    head = ["method", "sparsity", "seed", "metric", "attack", "norm", "eps", "split", "value", "low", "high", "images"]
-    writer = csv.writer(target, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(_csv_rows(findings))
+    writer = csv.DictWriter(target, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(csv_rows(findings))
     return target.getvalue()
 
 
-def _csv_rows(findings: Findings) -> Iterator[list[object]]:
+def csv_rows(findings: Findings) -> list[dict[str, Any]]:
+    """Return one row a network and metric, ready for a data frame; what is not known is None.
+
+    Shares are fractions with exact binomial bounds, distances in the norm's own unit.
+    """
+    return [dict(zip(COLUMNS, row, strict=True)) for row in _rows(findings)]
+
+
+def _rows(findings: Findings) -> Iterator[list[Any]]:
     for network in findings.study.networks:
-        who: list[object] = [network.method, network.sparsity, network.seed]
+        who: list[Any] = [network.method, network.sparsity, network.seed]
         for measure, held in findings.collected.items():
             if (one := held.get(network.who)) is not None:
-                yield who + _described(measure) + list(summary(measure, one)) + [len(one.images)]
+                yield [*who, *_described(measure), *summary(measure, one), len(one.images)]
         for name in SCALARS:
             value = network.metric(name)
             if value is not None:
-                yield [*who, name, "", "", "", "", value, "", "", ""]
+                yield [*who, name, None, None, None, None, value, None, None, None]
 
 
-def _described(measure: Measure) -> list[object]:
+def _described(measure: Measure) -> list[Any]:
     metric = {"budget": "robust_accuracy", "worst": "worst_case_accuracy", "distance": "mean_distance"}
     metric |= {"accuracy": "accuracy", "distance-correct": "mean_distance_correct"}
     metric |= {"certified": "mean_certified_radius"}
-    eps = "" if measure.eps is None else measure.eps
-    return [metric[measure.role], measure.attack, measure.norm, eps, measure.split]
+    return [metric[measure.role], measure.attack or None, measure.norm or None, measure.eps, measure.split]

@@ -151,7 +151,9 @@ def _strongest(findings: Findings) -> str:
     told = numbers.gain(strong.measure, top.gain, strong.control)
     members = numbers.span(top.members, strong.sparsities)
     which = f"the peak: {members}" if len(top.members) > 1 else "significantly more than at any other"
-    return f"Under the strongest attack the gain is real: {name} {told} at {numbers.percent(top.sparsity)} ({which})."
+    return (
+        f"Under the strongest attack run the gain is real: {name} {told} at {numbers.percent(top.sparsity)} ({which})."
+    )
 
 
 def _over(findings: Findings) -> str:

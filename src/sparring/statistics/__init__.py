@@ -17,6 +17,7 @@ from .effects import (
     minimum_detectable_effect,
     ratio_values,
     seeds_needed,
+    unpaired,
 )
 from .ledger import Claim, Row, judge
 
@@ -41,4 +42,5 @@ __all__ = [
     "ratio_values",
     "seeds_needed",
     "sweet_spot",
+    "unpaired",
 ]

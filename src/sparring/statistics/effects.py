@@ -23,6 +23,7 @@ __all__ = [
     "minimum_detectable_effect",
     "ratio_values",
     "seeds_needed",
+    "unpaired",
 ]
 
 INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicative"
@@ -174,3 +175,19 @@ def equivalence(one: Effect, margin: float) -> float:
     below = stats.t.sf(_statistic(one.estimate + margin, one.se), one.df)
     above = stats.t.sf(_statistic(margin - one.estimate, one.se), one.df)
     return float(max(below, above))
+
+
+def unpaired(first: Effect, second: Effect, *, level: float = 0.95) -> Effect:
+    """Return second − first for two means that share neither seeds nor images (Welch 1947).
+
+    `seeds` and `images` are the smaller of the two.
+    """
+    variances = first.se**2, second.se**2
+    se = math.sqrt(sum(variances))
+    spread = sum(v**2 / one.df for v, one in zip(variances, (first, second), strict=True))
+    df = se**4 / spread if spread > 0 else min(first.df, second.df)
+    estimate = second.estimate - first.estimate
+    half = float(stats.t.ppf((1 + level) / 2, df)) * se
+    p = float(2 * stats.t.sf(abs(_statistic(estimate, se)), df))
+    fewest = min(first.seeds, second.seeds), min(first.images, second.images)
+    return Effect(estimate, se, df, estimate - half, estimate + half, p, *fewest)
