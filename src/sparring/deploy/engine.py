@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,20 @@ _FEW = 3  # a batch of at most so many images is run image by image
 
 
 class Workspace:
-    """The memory of one run at a time: an arena, zeroed where padding is read, and the fields of the call."""
+    """The memory of one run at a time: an arena, zeroed where padding is read, the fields of the call, and one image.
 
-    def __init__(self, size: int, fields: tuple[int, ...]) -> None:
+    To ask numpy for an address takes longer than a small network, hence `image` and `logits` at known places.
+    """
+
+    def __init__(self, size: int, fields: tuple[int, ...], shape: tuple[int, ...], classes: int) -> None:
         self._memory = np.zeros(size + 64, np.uint8)
         self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
         self.call = np.array(fields, np.int64)
         self.call_address = self.call.ctypes.data
+        self.image, self.logits = np.zeros((1, *shape), np.float32), np.zeros((1, classes), np.float32)
+        self.own = np.array(fields, np.int64)
+        self.own[:3] = self.image.ctypes.data, self.logits.ctypes.data, 1
+        self.own_address = self.own.ctypes.data
 
 
 class Plan:
@@ -46,8 +54,8 @@ class Plan:
         self._segments_address = self._segments.ctypes.data
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         lanes = layout.lanes if layout.tiles else 1
-        self._size = unit_bytes * layout.units
-        self._fields = (0, 0, 0, self._image, self._logits, lanes, unit_bytes, 0, 0, 0)
+        fields = (0, 0, 0, self._image, self._logits, lanes, unit_bytes, 0, 0, 0)
+        self._workspace = partial(Workspace, unit_bytes * layout.units, fields, program.shape, program.classes)
         self._idle: list[Workspace] = []
         self._run = _RUN(code["run"])
 
@@ -56,13 +64,25 @@ class Plan:
         try:
             space = self._idle.pop()
         except IndexError:
-            space = Workspace(self._size, self._fields)
+            space = self._workspace()
         call, together = space.call, self.together
         while count > 0:
             call[0], call[1], call[2] = images, logits, min(count, together)
             self._run(space.arena, self._segments_address, space.call_address)
             images, logits, count = images + together * self._image, logits + together * self._logits, count - together
         self._idle.append(space)
+
+    def run_one(self, image: Floats) -> Floats:
+        """Return the logits of one image (1, *shape)."""
+        try:
+            space = self._idle.pop()
+        except IndexError:
+            space = self._workspace()
+        space.image[...] = image
+        self._run(space.arena, self._segments_address, space.own_address)
+        result = space.logits.copy()
+        self._idle.append(space)
+        return result
 
 
 def _segments(calls: list[Call], code: Code) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
@@ -97,7 +117,7 @@ class Engine:
         self._code = Code()
         self._code.add(runner(), ["run"])
         self._plans: dict[Layout, Plan] = {}
-        self._one = self.plan(Layout(False, self._lanes))
+        self.run_one = self.plan(Layout(False, self._lanes)).run_one
 
     def plan(self, layout: Layout, choose: Callable[[str], Choice] | None = None) -> Plan:
         """Return the plan for a layout, made when first asked for."""
@@ -112,9 +132,6 @@ class Engine:
         count = len(x)
         result = np.empty((count, self._program.classes), np.float32)
         source, target = x.ctypes.data, result.ctypes.data
-        if count == 1:
-            self._one.run(source, target, 1)
-            return result
         image, logits = 4 * math.prod(self._program.shape), 4 * self._program.classes
 
         def work(part: tuple[Layout, int, int]) -> None:

@@ -29,6 +29,8 @@ class Packed:
             raise UserError(f"a network runs on one thread or more, not on {threads}")
         self.program = program
         self._engine = _engine(program, threads) if native else None
+        self._run_one = self._engine.run_one if self._engine is not None else None
+        self._one = (1, *program.shape)
 
     @overload
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -42,7 +44,9 @@ class Packed:
         Raise UserError for images of another shape.
         """
         if isinstance(x, Tensor):
-            return from_numpy(self._run(x.detach().cpu().numpy()))
+            return from_numpy(self(x.detach().cpu().numpy()))
+        if self._run_one is not None and x.shape == self._one:
+            return self._run_one(x)
         return self._run(x)
 
     def _run(self, x: Any) -> Floats:
