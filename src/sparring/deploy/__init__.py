@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from .onnx_graph import to_onnx
 from .program import Program
 from .runtime import Packed, export, load, pack
+from .timing import Timing, interleaved, multiplications, peak_flops
 
-__all__ = ["Packed", "Program", "export", "load", "pack"]
+__all__ = [
+    "Packed",
+    "Program",
+    "Timing",
+    "export",
+    "interleaved",
+    "load",
+    "multiplications",
+    "pack",
+    "peak_flops",
+    "to_onnx",
+]

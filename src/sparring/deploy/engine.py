@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels import module_of, runner
+from .kernels import add_kernels, add_runner
 from .native import Code, host_lanes, permutes
-from .planning import Call, Choice, Layout, Planner
+from .planning import Call, Layout, Planner
 from .program import Floats, Program
 from .tasks import tasks_of
+from .tuning import shortest, tuned
 
 __all__ = ["Engine", "Plan"]
 
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-_FEW = 3  # a batch of at most so many images is run image by image
 
 
 class Workspace:
@@ -47,9 +46,7 @@ class Plan:
         self.together = layout.together
         self._calls = calls
         self._code = code  # keeps the machine code alive
-        missing = {call.spec.name: call.spec for call in calls if call.spec.name not in code}
-        if missing:
-            code.add(module_of(list(missing.values())), list(missing))
+        add_kernels(code, (call.spec for call in calls))
         self._segments, self._tables = _segments(calls, code)
         self._segments_address = self._segments.ctypes.data
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
@@ -115,29 +112,33 @@ class Engine:
         self._lookup = lanes is None and permutes()
         self._threads = threads
         self._code = Code()
-        self._code.add(runner(), ["run"])
+        add_runner(self._code)
         self._plans: dict[Layout, Plan] = {}
+        self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
+        self._costs: tuple[float, float] | None = None
         self.run_one = self.plan(Layout(False, self._lanes)).run_one
 
-    def plan(self, layout: Layout, choose: Callable[[str], Choice] | None = None) -> Plan:
-        """Return the plan for a layout, made when first asked for."""
+    def plan(self, layout: Layout) -> Plan:
+        """Return the plan for a layout, tuned and made when first asked for."""
         if layout not in self._plans:
             planner = Planner(self._program, self._tasks, layout)
-            calls = planner.calls(choose or (lambda key: Choice(lanes=self._lanes)), lookup=self._lookup)
+            space = Workspace(planner.unit_bytes * layout.units, (0,) * 10, self._program.shape, 1)
+            choose = tuned(planner, self._code, space.arena, lanes=self._lanes, lookup=self._lookup)
+            calls = planner.calls(choose, lookup=self._lookup)
             self._plans[layout] = Plan(self._program, layout, calls, planner.unit_bytes, self._code)
         return self._plans[layout]
 
     def run(self, x: Floats) -> Floats:
         """Return the logits of contiguous images (N, *shape)."""
         count = len(x)
-        result = np.empty((count, self._program.classes), np.float32)
+        result = np.empty((count, self._logits // 4), np.float32)
         source, target = x.ctypes.data, result.ctypes.data
-        image, logits = 4 * math.prod(self._program.shape), 4 * self._program.classes
+        image, logits = self._image, self._logits
 
         def work(part: tuple[Layout, int, int]) -> None:
             self.plan(part[0]).run(source + part[1] * image, target + part[1] * logits, part[2])
 
-        parts = list(self._parts(count))
+        parts = self._parts(count)
         if self._threads > 1 and len(parts) > 1:
             for part in parts:
                 self.plan(part[0])
@@ -149,14 +150,30 @@ class Engine:
         return result
 
     def _parts(self, count: int) -> list[tuple[Layout, int, int]]:
-        """Split a batch into (layout, first image, images): runs of four tiles, then what is left."""
+        """Split a batch into (layout, first image, images): for each thread runs of four tiles, then what is left.
+
+        Where a tile takes longer than its images one by one, or few images are left, they run one by one.
+        """
+        if count <= 1:
+            return [(Layout(False, self._lanes), 0, count)]
+        one, tile = self._costs = self._costs or self._measure()
         most = 4 * self._lanes
         whole = count // most * most
-        share = -(-whole // (self._threads * most)) * most or most
-        parts = [(Layout(True, self._lanes, 4), at, min(share, whole - at)) for at in range(0, whole, share)]
+        share = (-(-whole // (self._threads * most)) * most) or most
+        layout = Layout(True, self._lanes, 4) if tile < self._lanes * one else Layout(False, self._lanes)
+        parts = [(layout, at, min(share, whole - at)) for at in range(0, whole, share)]
         rest = count - whole
-        if rest > _FEW:
-            parts.append((Layout(True, self._lanes, -(-rest // self._lanes)), whole, rest))
-        elif rest:
-            parts.append((Layout(False, self._lanes), whole, rest))
-        return parts
+        tiles = -(-rest // self._lanes)
+        layout = Layout(True, self._lanes, tiles) if tiles * tile < rest * one else Layout(False, self._lanes)
+        return [*parts, (layout, whole, rest)] if rest else parts
+
+    def _measure(self) -> tuple[float, float]:
+        """Return the seconds for one image by itself and for one tile of images."""
+        images = np.zeros((self._lanes, *self._program.shape), np.float32)
+        logits = np.zeros((self._lanes, self._program.classes), np.float32)
+        source, target = images.ctypes.data, logits.ctypes.data
+        plans = [self.plan(Layout(False, self._lanes)), self.plan(Layout(True, self._lanes))]
+        counts = (1, self._lanes)
+        runs = [partial(plan.run, source, target, n) for plan, n in zip(plans, counts, strict=True)]
+        one, tile = shortest(runs)
+        return one, tile

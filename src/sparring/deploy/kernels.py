@@ -7,14 +7,19 @@ A vector holds `lanes` floats: neighbouring pixels of one image (the "planes" la
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import llvmlite
 from llvmlite import ir
 
 from .emit import BYTE, FLOAT, INT32, INT64, POINTER, Kernel, vector
+from .native import Code
 
-__all__ = ["Lookup", "Pack", "Pointwise", "PoolMax", "Spec", "Tile", "Unpack", "module_of", "runner"]
+__all__ = ["Lookup", "Pack", "Pointwise", "PoolMax", "Spec", "Tile", "Unpack", "add_kernels", "add_runner"]
 
 Value = Any
 
@@ -30,6 +35,26 @@ class Spec:
     def emit(self, k: Kernel) -> None:
         """Write the function's body."""
         raise AssertionError(f"{type(self).__name__} does not say how it is written")
+
+
+def add_kernels(code: Code, specs: Iterable[Spec]) -> None:
+    """Compile those of the kernels that the code lacks."""
+    missing = {spec.name: spec for spec in specs if spec.name not in code}
+    if missing:
+        code.add("\0".join((*sorted(missing), _sources())), lambda: module_of(list(missing.values())), list(missing))
+
+
+def add_runner(code: Code) -> None:
+    """Compile the function "run", which executes a plan."""
+    code.add(f"run\0{_sources()}", runner, ["run"])
+
+
+@cache
+def _sources() -> str:
+    """Return a hash of how kernels are written, so that a cache never outlives the code that filled it."""
+    folder = Path(__file__).parent
+    content = b"".join((folder / name).read_bytes() for name in ("emit.py", "kernels.py"))
+    return hashlib.sha256(content + llvmlite.__version__.encode()).hexdigest()
 
 
 def module_of(specs: list[Spec]) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import write_atomic
 
-__all__ = ["Code", "cache_folder", "host_lanes", "native_available"]
+__all__ = ["Code", "cache_folder", "host_identity", "host_lanes", "native_available", "permutes"]
 
 
 @cache
@@ -49,6 +49,14 @@ def host_lanes() -> int:
 
 
 @cache
+def host_identity() -> str:
+    """Return what machine code depends on besides its source: processor, features, system and compiler."""
+    llvm = _llvm()
+    parts = (llvm.get_default_triple(), llvm.get_host_cpu_name(), _features(), str(llvm.llvm_version_info))
+    return "\0".join(parts)
+
+
+@cache
 def permutes() -> bool:
     """Tell whether the host looks up 32 floats in two registers by one instruction."""
     return host_lanes() == 16
@@ -77,14 +85,17 @@ class Code:
         self._engines: list[Any] = []
         self._addresses: dict[str, int] = {}
 
-    def add(self, ir: str, names: Sequence[str]) -> None:
-        """Compile a module, or take its machine code from the cache, and note where `names` are."""
+    def add(self, identity: str, write: Callable[[], str], names: Sequence[str]) -> None:
+        """Compile the module of LLVM IR that `write` returns, and note where `names` are.
+
+        If the cache holds machine code for `identity`, which must be another whenever the IR is, nothing is written.
+        """
         llvm = _llvm()
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=_features(), opt=3, jit=True
         )
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        engine.add_object_file(llvm.ObjectFileRef.from_data(_object(llvm, machine, ir)))
+        engine.add_object_file(llvm.ObjectFileRef.from_data(_object(llvm, machine, identity, write)))
         engine.finalize_object()
         self._engines.append(engine)
         for name in names:
@@ -97,15 +108,15 @@ class Code:
         return self._addresses[name]
 
 
-def _object(llvm: Any, machine: Any, ir: str) -> bytes:
-    identity = "\0".join((ir, machine.triple, llvm.get_host_cpu_name(), _features(), str(llvm.llvm_version_info)))
+def _object(llvm: Any, machine: Any, identity: str, write: Callable[[], str]) -> bytes:
     folder = cache_folder()
-    path = None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.o"
+    digest = hashlib.sha256(f"{identity}\0{host_identity()}".encode()).hexdigest()
+    path = None if folder is None else folder / f"{digest}.o"
     if path is not None:
         found = _cached(path)
         if found is not None:
             return found
-    code = bytes(machine.emit_object(llvm.parse_assembly(ir)))
+    code = bytes(machine.emit_object(llvm.parse_assembly(write())))
     if path is not None:
         with contextlib.suppress(UserError):  # a full disk costs time at the next start, nothing else
             write_atomic(path, hashlib.sha256(code).digest() + code)

@@ -199,7 +199,7 @@ class Planner:
         flat = len(self.shapes[task.source]) == 1
         if flat and not self.layout.tiles and lookup and task.residual is None:
             return _lookup(task, source, target)
-        key = self._key(task, source)
+        key = self.key(task)
         choice = choose(key)
         cut = self._cut(task, target, flat, choice)
         other = target if task.residual is None else self.buffer(task.residual)
@@ -223,7 +223,9 @@ class Planner:
         rows = max((task.op.shape[0] for task in self.tasks if isinstance(task, Layer)), default=0)
         return self.end + rows * MOST_ACCUMULATORS * 4 * self.layout.lanes
 
-    def _key(self, task: Layer, source: Buffer) -> str:
+    def key(self, task: Layer) -> str:
+        """Return the geometry of a layer and roughly its density: layers of one key are tuned as one."""
+        source = self.buffer(task.source)
         density = task.op.nonzeros / max(1, int(np.prod(task.op.shape)))
         fields = (self.layout, task.op.shape, task.op.stride, task.op.dilation, source.shape, source.pad, task.pool)
         return repr((*fields, task.relu, task.residual is not None, round(np.log2(density + 1e-6))))

@@ -1,0 +1,126 @@
+"""Choose, once for each host and geometry, how each layer is cut: time a few candidates, remember the fastest."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import read_json, write_json
+from .kernels import add_kernels
+from .native import Code, cache_folder, host_identity
+from .planning import Call, Choice, Planner
+from .tasks import Layer
+
+__all__ = ["shortest", "tuned"]
+
+_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+_SHARE = 0.02  # a layer with less of the network's work than this is not worth tuning
+_ROUNDS = 5
+_KIB = 1024
+
+
+def _candidates(lanes: int) -> list[Choice]:
+    """Return the choices that are tried, the default first."""
+    half = max(4, lanes // 2)
+    return [
+        Choice(16, lanes),
+        Choice(8, lanes),
+        Choice(16, half),
+        Choice(8, lanes, 24 * _KIB),
+        Choice(16, half, 24 * _KIB),
+    ]
+
+
+def tuned(planner: Planner, code: Code, arena: int, *, lanes: int, lookup: bool) -> Callable[[str], Choice]:
+    """Return the fastest choice for each layer's key, from an earlier tuning on this host if there was one.
+
+    `arena` is the address of memory for one run of the planner's layout; what it holds is overwritten.
+    """
+    candidates = _candidates(lanes)
+    layers = _worth_tuning(planner)
+    if not layers:
+        return lambda key: candidates[0]
+    path = _path(sorted(layers), lanes)
+    winners = _remembered(path, layers, len(candidates))
+    if winners is None:
+        winners = _measure(planner, layers, candidates, code, arena, lookup)
+        _remember(path, winners)
+    chosen = winners
+    return lambda key: candidates[chosen.get(key, 0)]
+
+
+def _worth_tuning(planner: Planner) -> dict[str, Layer]:
+    """Return one layer for each key that stands for enough of the work, where there is anything to choose."""
+    work: dict[str, int] = {}
+    layers: dict[str, Layer] = {}
+    for task in planner.tasks:
+        if isinstance(task, Layer) and len(planner.shapes[task.source]) == 3:
+            key = planner.key(task)
+            layers[key] = task
+            work[key] = work.get(key, 0) + task.op.nonzeros * int(np.prod(planner.shapes[task.result][1:]))
+    total = sum(work.values())
+    return {key: layer for key, layer in layers.items() if work[key] > _SHARE * total}
+
+
+def _measure(
+    planner: Planner, layers: dict[str, Layer], candidates: list[Choice], code: Code, arena: int, lookup: bool
+) -> dict[str, int]:
+    calls: dict[str, list[Call]] = {
+        key: [planner.layer(layer, lambda key, choice=choice: choice, lookup=lookup) for choice in candidates]  # type: ignore[misc]
+        for key, layer in layers.items()
+    }
+    add_kernels(code, (call.spec for tried in calls.values() for call in tried))
+    return {
+        key: int(np.argmin(shortest([_runner(call, code, arena) for call in tried]))) for key, tried in calls.items()
+    }
+
+
+def _always(choice: Choice) -> Callable[[str], Choice]:
+    return lambda key: choice
+
+
+def _runner(call: Call, code: Code, arena: int) -> Callable[[], None]:
+    function, arguments = _KERNEL(code[call.spec.name]), call.arguments.ctypes.data
+    return lambda: function(arena, arguments, 0)
+
+
+def shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
+    """Return the shortest time of each function over a few interleaved rounds, in seconds."""
+    times = [float("inf")] * len(runs)
+    for _ in range(_ROUNDS):
+        for number, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            times[number] = min(times[number], time.perf_counter() - start)
+    return times
+
+
+def _path(keys: list[str], lanes: int) -> Path | None:
+    folder = cache_folder()
+    identity = "\0".join((*keys, str(lanes), host_identity()))
+    return None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+
+
+def _remembered(path: Path | None, layers: dict[str, Layer], count: int) -> dict[str, int] | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        found = read_json(path)
+    except UserError:
+        return None
+    sound = isinstance(found, dict) and found.keys() == layers.keys()
+    return found if sound and all(type(i) is int and 0 <= i < count for i in found.values()) else None
+
+
+def _remember(path: Path | None, winners: dict[str, int]) -> None:
+    if path is not None:
+        try:
+            write_json(path, winners)
+        except UserError:
+            return  # a full disk costs time at the next start, nothing else
