@@ -32,7 +32,14 @@ def sparse_model() -> Callable[..., nn.Module]:
         channels = 1 if "lenet" in name else 3
         shape = (channels, 28, 28) if channels == 1 else (channels, 32, 32)
         model = build(name, shape=shape, classes=10, mean=(0.4,) * channels, std=(0.3,) * channels, width=width)
-        return sparsify_(model, density, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        sparsify_(model, density, generator)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0  # take the statistics of the one batch that follows, so that no layer dies
+        with torch.no_grad():
+            model.train()(torch.rand(16, *shape, generator=generator))
+        return model.eval()
 
     return make
 

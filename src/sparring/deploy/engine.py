@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from .kernels import add_kernels, add_runner
 from .native import Code, host_lanes, permutes
 from .planning import Call, Layout, Planner
-from .program import Floats, Program
-from .tasks import tasks_of
-from .tuning import shortest, tuned
+from .program import Floats, Program, infer_shapes
+from .tasks import Layer, Task, tasks_of
+from .tuning import tuned
 
 __all__ = ["Engine", "Plan"]
 
+_NEAR_CACHE = 1 << 19  # bytes: half of what a core has for itself
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
@@ -115,7 +116,7 @@ class Engine:
         add_runner(self._code)
         self._plans: dict[Layout, Plan] = {}
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
-        self._costs: tuple[float, float] | None = None
+        self._tiles = _tiles_pay(program, self._tasks, self._lanes)
         self.run_one = self.plan(Layout(False, self._lanes)).run_one
 
     def plan(self, layout: Layout) -> Plan:
@@ -152,28 +153,30 @@ class Engine:
     def _parts(self, count: int) -> list[tuple[Layout, int, int]]:
         """Split a batch into (layout, first image, images): for each thread runs of four tiles, then what is left.
 
-        Where a tile takes longer than its images one by one, or few images are left, they run one by one.
+        The split depends on the network, the batch size and nothing else, since it decides how sums are rounded.
         """
-        if count <= 1:
-            return [(Layout(False, self._lanes), 0, count)]
-        one, tile = self._costs = self._costs or self._measure()
+        single = Layout(False, self._lanes)
+        if not self._tiles:
+            share = -(-count // self._threads) or 1
+            return [(single, at, min(share, count - at)) for at in range(0, count, share)]
         most = 4 * self._lanes
         whole = count // most * most
         share = (-(-whole // (self._threads * most)) * most) or most
-        layout = Layout(True, self._lanes, 4) if tile < self._lanes * one else Layout(False, self._lanes)
-        parts = [(layout, at, min(share, whole - at)) for at in range(0, whole, share)]
+        parts = [(Layout(True, self._lanes, 4), at, min(share, whole - at)) for at in range(0, whole, share)]
         rest = count - whole
-        tiles = -(-rest // self._lanes)
-        layout = Layout(True, self._lanes, tiles) if tiles * tile < rest * one else Layout(False, self._lanes)
-        return [*parts, (layout, whole, rest)] if rest else parts
+        if rest > self._lanes // 4:
+            parts.append((Layout(True, self._lanes, -(-rest // self._lanes)), whole, rest))
+        elif rest:
+            parts.append((single, whole, rest))
+        return parts
 
-    def _measure(self) -> tuple[float, float]:
-        """Return the seconds for one image by itself and for one tile of images."""
-        images = np.zeros((self._lanes, *self._program.shape), np.float32)
-        logits = np.zeros((self._lanes, self._program.classes), np.float32)
-        source, target = images.ctypes.data, logits.ctypes.data
-        plans = [self.plan(Layout(False, self._lanes)), self.plan(Layout(True, self._lanes))]
-        counts = (1, self._lanes)
-        runs = [partial(plan.run, source, target, n) for plan, n in zip(plans, counts, strict=True)]
-        one, tile = shortest(runs)
-        return one, tile
+
+def _tiles_pay(program: Program, tasks: list[Task], lanes: int) -> bool:
+    """Tell whether a tile of images runs faster than images one by one: while each layer's values stay in a near cache.
+
+    Linear layers always gain, since a weight that is loaded serves all images; larger convolutions run as fast by rows.
+    """
+    shapes = infer_shapes(program.shape, program.steps)
+    layers = [task for task in tasks if isinstance(task, Layer) and len(shapes[task.source]) == 3]
+    values = [math.prod(shapes[task.source]) + math.prod(shapes[task.result]) for task in layers]
+    return 4 * lanes * max(values, default=0) <= _NEAR_CACHE

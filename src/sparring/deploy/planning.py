@@ -282,7 +282,6 @@ def _tile(
     stride = (task.op.stride[0] * (1 + task.pool), task.op.stride[1] * (1 + task.pool))
     inputs = tuple((y * stride[0], x * stride[1]) for y, x in cut.starts)
     table = np.stack([offsets(inputs, source), offsets(cut.starts, target), offsets(cut.starts, other)], axis=1)
-    count = len(cut.read)
     spec = Tile(
         cut.lanes,
         offsets(cut.read, source),
@@ -292,7 +291,9 @@ def _tile(
         halve=cut.halve,
         pair=cut.halve and task.pool,
         relu=task.relu,
-        unroll=8 if count == 1 else 4 if count == 2 else 2 if count <= 4 else 1,
+        # Small outputs leave few accumulators, which would wait for one another. That this does not depend on what
+        # is tuned keeps the order of every sum, and so its last bit, the same.
+        unroll=4 if target.shape[1] * target.shape[2] <= 4 else 1,
     )
     return spec, np.ascontiguousarray(table, np.int64)
 

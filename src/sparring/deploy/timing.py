@@ -43,9 +43,9 @@ def interleaved(functions: Sequence[Callable[[], object]], *, rounds: int = 60) 
             after = _energy()
             if energy is not None and after is not None and after > energy:
                 joules[number, turn] = (after - energy) / repeat
-    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75], axis=1)
     spent = [float(np.nanmedian(row)) if np.isfinite(row).any() else None for row in joules]
-    return [Timing(*map(float, row), joules=j) for *row, j in zip(median, low, high, spent, strict=True)]
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75], axis=1)
+    return [Timing(float(m), float(a), float(b), j) for m, a, b, j in zip(median, low, high, spent, strict=True)]
 
 
 def _repeats(function: Callable[[], object]) -> int:
@@ -75,10 +75,10 @@ def multiplications(program: Program) -> int:
 @cache
 def peak_flops() -> float:
     """Measure the floating-point operations per second of one core at its best: a product of two matrices."""
-    a = np.ones((768, 768), np.float32)
-    best = math.inf
-    for _ in range(15):
+    side, best = 384, math.inf
+    a = np.ones((side, side), np.float32)
+    for _ in range(100):  # short, so that some rounds are not interrupted
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
-    return 2 * 768**3 / best
+    return 2 * side**3 / best

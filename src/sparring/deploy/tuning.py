@@ -17,7 +17,7 @@ from .native import Code, cache_folder, host_identity
 from .planning import Call, Choice, Planner
 from .tasks import Layer
 
-__all__ = ["shortest", "tuned"]
+__all__ = ["tuned"]
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 _SHARE = 0.02  # a layer with less of the network's work than this is not worth tuning
@@ -77,7 +77,7 @@ def _measure(
     }
     add_kernels(code, (call.spec for tried in calls.values() for call in tried))
     return {
-        key: int(np.argmin(shortest([_runner(call, code, arena) for call in tried]))) for key, tried in calls.items()
+        key: int(np.argmin(_shortest([_runner(call, code, arena) for call in tried]))) for key, tried in calls.items()
     }
 
 
@@ -90,7 +90,7 @@ def _runner(call: Call, code: Code, arena: int) -> Callable[[], None]:
     return lambda: function(arena, arguments, 0)
 
 
-def shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
+def _shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
     """Return the shortest time of each function over a few interleaved rounds, in seconds."""
     times = [float("inf")] * len(runs)
     for _ in range(_ROUNDS):
