@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from .certificates import BOUNDS, certified_accuracy, margin, radius
+from .constants import LIPSCHITZ, lipschitz
 from .distances import Exact, exact
 from .estimators import linear_path
 from .linear import Theorem, linear_distance, linear_r_2, linear_r_inf, theorem, weights_of
 
 __all__ = [
     "BOUNDS",
+    "LIPSCHITZ",
     "Exact",
     "Theorem",
     "certified_accuracy",
@@ -17,6 +19,7 @@ __all__ = [
     "linear_path",
     "linear_r_2",
     "linear_r_inf",
+    "lipschitz",
     "margin",
     "radius",
     "theorem",

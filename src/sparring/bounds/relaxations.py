@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..graph import Activation, MaxPool, Op, ReLU, evaluate
-from .activations import activation_lines
+from .activations import activation_lines, relu_lines
 from .intervals import Interval
 
 __all__ = ["Lines", "Relaxation", "WindowLines", "relax"]
@@ -81,13 +81,8 @@ def relax(op: Op, bounds: Interval) -> Relaxation:
 
 
 def _relu(bounds: Interval) -> Lines:
-    # Zhang et al. 2018, CROWN: the chord above; below, the line through the origin that leaves the smaller area.
-    lower, upper = bounds
-    unstable = (lower < 0) & (upper > 0)
-    chord = torch.where(unstable, upper / (upper - lower).clamp_min(1e-300), (lower >= 0).double())
-    shift = torch.where(unstable, -lower * chord, 0)
-    low = torch.where(unstable, (upper > -lower).double(), chord)
-    return Lines(low, torch.zeros_like(low), chord, shift, unstable)
+    unstable = (bounds.lower < 0) & (bounds.upper > 0)
+    return Lines(*relu_lines(*bounds), unstable)
 
 
 def _max_pool(op: MaxPool, bounds: Interval) -> WindowLines:
