@@ -146,8 +146,8 @@ def _multiplied(graph: Graph, norm: float, rows: Tensor, inputs: list[Tensor], o
     source = nodes[-1].inputs[0] if isinstance(last, Linear) else len(nodes) - 1
     if isinstance(last, Linear):
         rows = (rows @ last.weight) * inputs[source][:, None]
-    size: Tensor = torch.linalg.vector_norm(rows, ord=dual(norm), dim=2)
-    return size * constants[source][:, None]
+    sizes: Tensor = torch.linalg.vector_norm(rows, ord=dual(norm), dim=2)
+    return sizes * constants[source][:, None]
 
 
 def _jacobian(graph: Graph, reach: Region, rows: Tensor) -> Tensor:
