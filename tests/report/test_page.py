@@ -65,6 +65,12 @@ def test_the_page_says_what_a_reader_must_be_able_to_name(page):
         assert part in text
 
 
+def test_failures_and_medians_are_shown(page):
+    text = " ".join(parsed(page).text)
+    assert "the attack failed on 0.5% of images, which are left out" in text
+    assert "Median" in text
+
+
 def test_results_csv_has_a_row_a_network_and_metric(study_folder, page):
     with (study_folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -8,6 +8,7 @@ from typing import Literal
 from ..statistics import Claim, Effect, Row, judge
 from . import numbers
 from .findings import Findings, Result, best, difference, validation_twin
+from .measures import Measure
 from .words import short_name
 
 __all__ = ["ledger"]
@@ -32,6 +33,8 @@ def ledger(findings: Findings) -> list[Row]:
             judged.append(_when_over_sparsified(result, label))
     judged += _survival(findings, findings.result(fgsm))
     judged += _other_methods(findings, findings.result(fgsm))
+    judged += _activations(findings, fgsm)
+    judged += _proofs(findings)
     return judge(judged, study=str(findings.study.plan.get("name") or "study"))
 
 
@@ -87,6 +90,24 @@ def _other_methods(findings: Findings, fgsm: Result | None) -> Iterator[Judged]:
                 yield _at_best(findings, result, text)
         else:
             yield from _against(findings, fgsm, mine, method, text)
+
+
+def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Judged]:
+    """Ask of each activation-sparse method whether it gains, and whether the gain outlives the strongest attack."""
+    for method in (m for m in findings.study.methods if findings.study.axis(m) == "activations"):
+        for measure, attack in ((fgsm, "FGSM"), (findings.first("worst"), "the worst case over all attacks")):
+            result = findings.result(measure, method)
+            if result is not None:
+                text = f"activation sparsity gains robustness under {attack} ({method})"
+                yield _at_best(findings, result, text)
+
+
+def _proofs(findings: Findings) -> Iterator[Judged]:
+    """Ask whether what can be proved, not only what attacks fail to break, grows with sparsity."""
+    for measure in (m for m in findings.collected if m.role == "certified"):
+        result = findings.result(measure)
+        if result is not None:
+            yield _at_best(findings, result, f"the certified {measure.norm} radius grows at an appropriate sparsity")
 
 
 def _what(method: str) -> tuple[str, str] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +23,9 @@ class Result:
     """Hold one metric of one method against sparsity.
 
     `levels` are the metric's own means with intervals, at each sparsity; `by_seed` (seeds, sparsities) the lines of
-    single seeds; `gains` compares with the dense control. `left_out` names sparsities without all the seeds.
+    single seeds; `gains` compares with the dense control. `left_out` names sparsities without all the seeds. Of
+    distances, `medians` are over the images that count, means over seeds, the dense control's first; `failed` is the
+    share of images on which the attack failed, which are left out (0 for other metrics).
     """
 
     measure: Measure
@@ -38,6 +40,8 @@ class Result:
     gains: Curve
     peak: Peak | None
     left_out: tuple[float, ...]
+    medians: tuple[float, ...]
+    failed: float
 
     @property
     def over_sparsified(self) -> float | None:
@@ -138,6 +142,7 @@ def _result(measure: Measure, method: str, held: Mapping[tuple[str, float, int],
     dense = values([control[k] for k in seeds], images)
     sparse = np.stack([values([part[k] for k in seeds], images) for part in kept.values()])
     gains = curve(tuple(kept), sparse, dense)
+    groups = [[part[k].at(images) for k in seeds] for part in (control, *kept.values())]
     return Result(
         measure=measure,
         method=method,
@@ -151,7 +156,17 @@ def _result(measure: Measure, method: str, held: Mapping[tuple[str, float, int],
         gains=gains,
         peak=peak(gains, generator=np.random.default_rng(DRAWS_SEED)),
         left_out=tuple(s for s in by_sparsity if s not in kept),
+        medians=() if measure.is_share else tuple(map(_median, groups)),
+        failed=_failed(groups) if measure.role == "distance" else 0.0,
     )
+
+
+def _median(seeds: Sequence[PerImage]) -> float:
+    return float(np.mean([np.median(one.top[one.bottom > 0]) for one in seeds]))
+
+
+def _failed(groups: Sequence[Sequence[PerImage]]) -> float:
+    return float(np.mean([1 - one.bottom.mean() for seeds in groups for one in seeds]))
 
 
 def difference(findings: Findings, measure: Measure, one: tuple[str, float], other: tuple[str, float]) -> Effect | None:

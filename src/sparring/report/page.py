@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from ..statistics import Row
@@ -185,7 +185,7 @@ def _panel(panel: Panel) -> Html:
 
 
 def _caption(panel: Panel) -> str:
-    parts = []
+    parts, first = [], panel.results[0]
     for result in panel.results if len(panel.results) <= 2 else panel.results[:1]:
         name = f"{result.method}: " if len(panel.results) > 1 else ""
         if result.peak is not None:
@@ -198,7 +198,8 @@ def _caption(panel: Panel) -> str:
             parts.append(f"{name}significantly below the control from {numbers.percent(result.over_sparsified)}")
         if result.left_out:
             parts.append(f"{name}{', '.join(map(numbers.percent, result.left_out))} left out: not all seeds are there")
-    first = panel.results[0]
+    if first.failed > 0:
+        parts.append(f"the attack failed on {100 * first.failed:.2g}% of images, which are left out")
     seeds = "1 seed, so intervals cover the images only" if len(first.seeds) == 1 else f"{len(first.seeds)} seeds"
     return "; ".join([*parts, f"{seeds}, {first.images:,} images"]) + "."
 
@@ -311,7 +312,13 @@ def _again(findings: Findings) -> Html:
     return join(
         tag("pre", study.command),
         tag("h3", "Plan"),
-        tag("pre", json.dumps(study.plan, indent=2, ensure_ascii=False)),
+        tag("pre", _json(study.plan)),
         tag("h3", "Environment"),
-        tag("pre", json.dumps(study.environment, indent=2, ensure_ascii=False)),
+        tag("pre", _json(study.environment)),
     )
+
+
+def _json(table: Mapping[str, object]) -> str:
+    """Return a table as JSON, one key a line."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in table.items()]
+    return "\n".join(["{", ",\n".join(lines), "}"])

@@ -72,17 +72,20 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
 
 
 def curve_table(results: Sequence[Result]) -> Html:
-    """Return a figure's numbers: level and gain at every sparsity of every method."""
+    """Return a figure's numbers: level and gain at every sparsity of every method, and of distances the medians."""
+    measure = results[0].measure
     rows = []
     for result in results:
-        rows.append([result.method, "0 (control)", numbers.level(result.measure, result.control), "–", "–"])
-        columns = result.sparsities, result.levels, result.gains.effects, result.gains.p_holm
-        for sparsity, level, one, p in zip(*columns, strict=True):
-            told = numbers.gain(result.measure, one, result.control, unit=False)
-            shown = [numbers.percent(sparsity), numbers.level(result.measure, level), told, numbers.p_value(p)]
-            rows.append([result.method, *shown])
-    unit = numbers.gain_unit(results[0].measure)
-    return table(["Method", "Sparsity", "Mean [95%]", f"Gain, {unit} [95%]", "p (Holm)"], rows)
+        medians = [numbers.value(measure, number) for number in result.medians]
+        rows.append([result.method, "0 (control)", numbers.level(measure, result.control), *medians[:1], "–", "–"])
+        for k, (sparsity, level) in enumerate(zip(result.sparsities, result.levels, strict=True)):
+            told = numbers.gain(measure, result.gains.effects[k], result.control, unit=False)
+            shown = [numbers.percent(sparsity), numbers.level(measure, level), *medians[k + 1 : k + 2], told]
+            rows.append([result.method, *shown, numbers.p_value(result.gains.p_holm[k])])
+    middle = [] if measure.is_share else ["Median"]
+    return table(
+        ["Method", "Sparsity", "Mean [95%]", *middle, f"Gain, {numbers.gain_unit(measure)} [95%]", "p (Holm)"], rows
+    )
 
 
 def networks(findings: Findings) -> Html:

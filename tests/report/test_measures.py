@@ -1,0 +1,96 @@
+"""Metrics as per-image values: shards merged in order, failures censored, worst cases per image."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sparring.report.measures import Measure, collect, main_measures, summary, values
+from sparring.report.records import Network, Record, Study, arrays, load
+
+
+@pytest.fixture(scope="module")
+def study(study_folder):
+    return load(study_folder)
+
+
+@pytest.fixture(scope="module")
+def collected(study):
+    return collect(study)
+
+
+def tensors_of(study, network, name, eps):
+    """Return an attack's tensors of one network, straight from the files."""
+    shards = [
+        (record.inputs["start"], arrays(record, "distance", "success", "clean_correct"))
+        for record in network.stage("attack")
+        if (record.inputs["attack"]["name"], record.inputs["attack"]["eps"]) == (name, eps)
+    ]
+    ordered = [held for _, held in sorted(shards, key=lambda shard: shard[0])]
+    return {key: np.concatenate([held[key] for held in ordered]) for key in ordered[0]}
+
+
+def test_shards_are_merged_in_the_order_of_their_images(study, collected):
+    network = study.of("gradual", 0.9)[1]
+    held = tensors_of(study, network, "pgd", 0.1)
+    one = collected[Measure("budget", "test", "pgd", "pgd", "linf", 0.1)][network.who]
+    assert (one.images == np.arange(200)).all()
+    assert (one.top == (held["clean_correct"] & ~held["success"])).all()
+
+
+def test_failures_are_censored_and_misclassified_images_count_zero(study, collected):
+    network = study.of("gradual", 0.5)[0]
+    held = tensors_of(study, network, "deepfool", None)
+    found, correct = np.isfinite(held["distance"]), held["clean_correct"]
+    everyone = collected[Measure("distance", "test", "deepfool-50", "deepfool", "l2")][network.who]
+    only = collected[Measure("distance-correct", "test", "deepfool-50", "deepfool", "l2")][network.who]
+    distance = np.where(correct & found, held["distance"], 0.0)
+    assert summary(Measure("distance"), everyone)[0] == pytest.approx(distance.sum() / (found | ~correct).sum())
+    assert summary(Measure("distance-correct"), only)[0] == pytest.approx(distance.sum() / (found & correct).sum())
+
+
+def test_the_worst_case_is_per_image(collected):
+    worst = collected[Measure("worst", "test", norm="linf", eps=0.1)]
+    parts = [collected[Measure("budget", "test", name, name, "linf", 0.1)] for name in ("fgsm", "pgd")]
+    for who, one in worst.items():
+        assert (one.top == parts[0][who].top * parts[1][who].top).all()
+
+
+def test_an_attack_on_few_networks_does_not_shrink_the_worst_case(study):
+    def without_pgd(network: Network) -> Network:
+        kept = [r for r in network.records if r.stage != "attack" or r.inputs["attack"]["name"] != "pgd"]
+        return dataclasses.replace(network, records=tuple(kept))
+
+    networks = tuple(n if n.seed == 0 else without_pgd(n) for n in study.networks)
+    found = collect(dataclasses.replace(study, networks=networks))
+    assert Measure("worst", "test", norm="linf", eps=0.1) not in found
+    assert len(found[Measure("budget", "test", "pgd", "pgd", "linf", 0.1)]) == 8
+
+
+def test_values_average_to_each_seeds_metric(collected):
+    held = collected[Measure("distance-correct", "test", "deepfool-50", "deepfool", "l2")]
+    seeds = [held["gradual", 0.9, seed] for seed in range(3)]
+    means = values(seeds, seeds[0].images).mean(axis=1)
+    assert means == pytest.approx([summary(Measure("distance-correct"), one)[0] for one in seeds])
+
+
+def test_the_main_metrics_are_few_and_of_one_budget(collected):
+    main = main_measures(list(collected))
+    assert [m.role for m in main] == ["accuracy", "budget", "budget", "worst", "distance", "distance-correct"]
+    assert {m.eps for m in main if m.eps is not None} == {0.1}
+
+
+def test_names_of_files_are_harmless():
+    odd = Measure("budget", "test", "../../</script> é", "x", "linf", 0.1)
+    assert set(odd.slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-._")
+    assert "/" not in odd.slug
+
+
+def test_failed_records_are_not_used(study):
+    def fail(record: Record) -> Record:
+        return dataclasses.replace(record, error="it broke")
+
+    broken: Study = dataclasses.replace(
+        study, networks=tuple(dataclasses.replace(n, records=tuple(map(fail, n.records))) for n in study.networks)
+    )
+    assert collect(broken) == {}
