@@ -12,7 +12,7 @@ from ..errors import Unsupported
 from ..threat import L1, LINF, random_point
 from .derivatives import logits_and_gradient
 from .losses import Objective, cross_entropy, margin
-from .steps import budget, column, inside, select, shrink, steepest
+from .steps import Region, budget, column, select, shrink, steepest
 
 __all__ = ["apgd"]
 
@@ -25,7 +25,6 @@ class _Ascent:
     """Everything about the images still under attack: one entry per image in every tensor."""
 
     row: Tensor
-    x: Tensor
     y: Tensor
     targets: Tensor | None
     aims: Tensor | None
@@ -69,20 +68,19 @@ def apgd(
     for _ in range(restarts):
         if len(standing) == 0:
             break
-        part = x[standing]
-        start = inside(part, part + random_point(part, norm, eps, generator), norm, eps)
-        state = _begin(part, start, y[standing], select(targets, standing), select(aims, standing), eps)
-        x_adv[standing], won = _ascend(model, state, objective, norm, eps, steps)
+        region = Region.around(x[standing], norm, eps)
+        start = region.bring_in(region.x + random_point(region.x, norm, eps, generator))
+        state = _begin(start, y[standing], select(targets, standing), select(aims, standing), eps)
+        x_adv[standing], won = _ascend(model, state, region, objective, steps)
         standing = standing[~won]
     return x_adv
 
 
-def _begin(x: Tensor, start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None, eps: float) -> _Ascent:
-    numbers = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+def _begin(start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None, eps: float) -> _Ascent:
+    numbers = torch.zeros(len(start), dtype=start.dtype, device=start.device)
     lowest = torch.full_like(numbers, -torch.inf)
     return _Ascent(
-        row=torch.arange(len(x), device=x.device),
-        x=x,
+        row=torch.arange(len(start), device=start.device),
         y=y,
         targets=targets,
         aims=aims,
@@ -92,15 +90,15 @@ def _begin(x: Tensor, start: Tensor, y: Tensor, targets: Tensor | None, aims: Te
         rises=numbers,
         last_loss=lowest,
         best_loss=lowest,
-        best_point=start,
-        best_gradient=torch.zeros_like(x),
+        best_point=start.clone(),
+        best_gradient=torch.zeros_like(start),
         checked_loss=lowest,
         just_halved=torch.ones_like(numbers, dtype=torch.bool),
     )
 
 
 def _ascend(
-    model: nn.Module, state: _Ascent, objective: Objective, norm: float, eps: float, steps: int
+    model: nn.Module, state: _Ascent, region: Region, objective: Objective, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Return the best point of each image, or the one at which it succeeded, and which images did."""
     end = state.point.clone()
@@ -111,21 +109,24 @@ def _ascend(
         pull = state.targets if state.aims is None else state.aims
         logits, gradient = logits_and_gradient(model, state.point, objective, state.y, pull)
         done = margin(logits, state.y, state.targets) > 0
-        end[state.row[done]] = state.point[done]
-        won[state.row[done]] = True
         loss = objective(logits, state.y, pull)
         if bool(done.any()):
-            state, gradient, loss = shrink(state, ~done), gradient[~done], loss[~done]
+            end[state.row[done]] = state.point[done]
+            won[state.row[done]] = True
+            state, region = shrink(state, ~done), region.take(~done)
+            gradient, loss = gradient[~done], loss[~done]
         if len(state.row) == 0:
             return end, won
         _record(state, loss, gradient)
         if step in checkpoints:
             gradient = _halve_where_stalled(state, gradient, step - last_check)
             last_check = step
-        ahead = inside(state.x, state.point + column(state.step_size, state.x) * steepest(gradient, norm), norm, eps)
-        momentum = _MOMENTUM if step > 0 else 1.0
-        mixed = state.point + momentum * (ahead - state.point) + (1 - momentum) * (state.point - state.previous)
-        state.previous, state.point = state.point, inside(state.x, mixed, norm, eps)
+        ahead = region.bring_in(state.point + column(state.step_size, gradient) * steepest(gradient, region.norm))
+        if step > 0:
+            # z + 0.75·(ahead − z) + 0.25·(z − previous), gathered.
+            ahead = ahead.mul_(_MOMENTUM).add_(state.point, alpha=2 - 2 * _MOMENTUM)
+            ahead = region.bring_in(ahead.sub_(state.previous, alpha=1 - _MOMENTUM))
+        state.previous, state.point = state.point, ahead
     end[state.row] = state.best_point
     return end, won
 
@@ -135,9 +136,9 @@ def _record(state: _Ascent, loss: Tensor, gradient: Tensor) -> None:
     state.last_loss = loss
     better = loss > state.best_loss
     state.best_loss = torch.where(better, loss, state.best_loss)
-    taken = column(better, gradient)
-    state.best_point = torch.where(taken, state.point, state.best_point)
-    state.best_gradient = torch.where(taken, gradient, state.best_gradient)
+    rows = better.nonzero().squeeze(1)
+    state.best_point[rows] = state.point[rows]
+    state.best_gradient[rows] = gradient[rows]
 
 
 def _halve_where_stalled(state: _Ascent, gradient: Tensor, interval: int) -> Tensor:

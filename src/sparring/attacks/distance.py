@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..threat import L2
 from .boundaries import nearest_boundary
 from .losses import margin
+from .stem import find_stem
 from .steps import column, keep_within, select, steepest
 
 __all__ = ["deepfool"]
@@ -41,6 +42,7 @@ def deepfool(
     x_adv = x.clone()
     active = torch.arange(len(x), device=x.device)
     point = x
+    stem = find_stem(model, x) if norm == L2 else None
     for step in range(steps + 1):
         with torch.no_grad():
             standing = margin(model(point), y, targets) <= 0
@@ -48,7 +50,7 @@ def deepfool(
         if step == steps or not bool(standing.any()):
             break
         active, point, y, targets = active[standing], point[standing], y[standing], select(targets, standing)
-        boundary = nearest_boundary(model, point, y, targets, norm=norm, candidates=candidates)
+        boundary = nearest_boundary(model, point, y, targets, norm=norm, candidates=candidates, stem=stem)
         stretched = column((1 + overshoot) * (boundary.distance + (_PUSH if step > 0 else 0.0)), point)
         point = (point + stretched * steepest(boundary.gradient, norm)).clamp_(0, 1)
     return keep_within(x, x_adv, norm, eps)

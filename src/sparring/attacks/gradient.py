@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from ..threat import LINF, random_point
 from .derivatives import logits_and_gradient
 from .losses import Objective, cross_entropy, margin
-from .steps import budget, inside, select, steepest
+from .steps import Region, budget, inside, select, steepest
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
 
@@ -86,41 +84,36 @@ def pgd(
     """
     eps = budget(eps)
     length = 2.5 * eps / steps if step_size is None else step_size
-
-    def climb(point: Tensor, origin: Tensor, gradient: Tensor) -> Tensor:
-        return inside(origin, point + length * steepest(gradient, norm), norm, eps)
-
     x_adv = x.clone()
     standing = torch.arange(len(x), device=x.device)
     for restart in range(restarts):
         if len(standing) == 0:
             break
-        part, labels, aims = x[standing], y[standing], select(targets, standing)
-        start = part
+        region = Region.around(x[standing], norm, eps)
+        start = region.x
         if random_start or restart > 0:
-            start = inside(part, part + random_point(part, norm, eps, generator), norm, eps)
-        ascent = _ascend(model, part, start, labels, aims, objective, climb, steps, stop_early)
-        x_adv[standing], won = ascent
+            start = region.bring_in(start + random_point(start, norm, eps, generator))
+        labels, aims = y[standing], select(targets, standing)
+        x_adv[standing], won = _ascend(model, region, start, labels, aims, objective, steps, length, stop_early)
         standing = standing[~won]
     return x_adv
 
 
 def _ascend(
     model: nn.Module,
-    x: Tensor,
-    start: Tensor,
+    region: Region,
+    point: Tensor,
     y: Tensor,
     targets: Tensor | None,
     objective: Objective,
-    climb: Callable[[Tensor, Tensor, Tensor], Tensor],
     steps: int,
+    length: float,
     stop_early: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the points where the ascent of each image ended, and which of them are known to have succeeded."""
-    end = start.clone()
-    won = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    active = torch.arange(len(x), device=x.device)
-    point = start
+    end = point.clone()
+    won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
+    active = torch.arange(len(end), device=end.device)
     for _ in range(steps):
         logits, gradient = logits_and_gradient(model, point, objective, y, targets)
         if stop_early:
@@ -128,11 +121,11 @@ def _ascend(
             if bool(done.any()):
                 end[active[done]] = point[done]
                 won[active[done]] = True
-                active, x, y, point, gradient = (part[~done] for part in (active, x, y, point, gradient))
-                targets = select(targets, ~done)
+                active, y, point, gradient = (part[~done] for part in (active, y, point, gradient))
+                targets, region = select(targets, ~done), region.take(~done)
             if len(active) == 0:
                 return end, won
-        point = climb(point, x, gradient)
+        point = region.bring_in(point.add(steepest(gradient, region.norm), alpha=length))
     end[active] = point
     with torch.no_grad():
         won[active] = margin(model(point), y, targets) > 0

@@ -5,7 +5,7 @@ The box is [0, 1] for every pixel. Batches have shape (N, ...), one number per i
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..threat import L1, L2, LINF, distance, project
 
-__all__ = ["boundary_step", "budget", "column", "inside", "keep_within", "select", "shrink", "steepest"]
+__all__ = ["Region", "boundary_step", "budget", "column", "inside", "keep_within", "select", "shrink", "steepest"]
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -85,6 +85,36 @@ def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor
         again = project(torch.minimum(torch.maximum(step, low), high), norm, goal)
         point[outside] = (x[outside] + again).clamp_(0, 1)
     return point
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where an attack may go, the box and the eps-ball around x, prepared once for all steps."""
+
+    x: Tensor
+    norm: float
+    eps: float
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def around(cls, x: Tensor, norm: float, eps: float) -> Region:
+        """Return the region of images x."""
+        if norm != LINF:
+            return cls(x, norm, eps, x, x)
+        return cls(x, norm, eps, (x - eps).clamp_min_(0), (x + eps).clamp_max_(1))
+
+    def bring_in(self, point: Tensor) -> Tensor:
+        """Return points brought into the region; see `inside`."""
+        if self.norm == LINF:
+            return torch.clamp(point, self.low, self.high)
+        return inside(self.x, point, self.norm, self.eps)
+
+    def take(self, which: Tensor) -> Region:
+        """Return the region of the chosen images."""
+        if self.norm != LINF:
+            return Region.around(self.x[which], self.norm, self.eps)
+        return Region(self.x[which], self.norm, self.eps, self.low[which], self.high[which])
 
 
 def keep_within(x: Tensor, x_adv: Tensor, norm: float, eps: float | None) -> Tensor:

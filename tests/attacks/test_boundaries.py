@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparring.attacks.boundaries import nearest_boundary, pull_back
+from sparring.attacks.losses import margin
+from sparring.attacks.stem import find_stem
+from sparring.threat import L2, LINF, distance
+
+
+class Shift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.1) / 0.3
+
+
+def narrow_net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        Shift(), nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 10)
+    ).eval()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_stem_finds_the_same_boundary(seed: int, images: Tensor) -> None:
+    net = narrow_net(seed)
+    y = net(images).argmax(1)
+    stem = find_stem(net, images)
+    assert stem is not None
+    full, short = (nearest_boundary(net, images, y, norm=L2, stem=choice) for choice in (None, stem))
+    for expected, found in zip(full, short, strict=True):
+        assert torch.allclose(expected, found, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_way_for_the_input_is_noticed(images: Tensor) -> None:
+    class Bypass(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = narrow_net(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + x.flatten(1)[:, :10]
+
+    net = Bypass().eval()
+    y = net(images).argmax(1)
+    full, short = (nearest_boundary(net, images, y, norm=L2, stem=stem) for stem in (None, find_stem(net, images)))
+    assert torch.equal(full.gap, short.gap)
+    assert torch.equal(full.gradient, short.gradient)
+
+
+def test_networks_without_a_narrow_linear_first_layer_have_no_stem(images: Tensor) -> None:
+    assert find_stem(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3)), images) is None
+    assert find_stem(nn.Sequential(nn.Flatten(), nn.Linear(64, 64)), images) is None
+
+
+@pytest.mark.parametrize("norm", [L2, LINF])
+def test_the_nearest_boundary_is_the_smallest_of_all_classes(norm: float, images: Tensor) -> None:
+    net = narrow_net(1)
+    y = net(images).argmax(1)
+    boundary = nearest_boundary(net, images, y, norm=norm)
+    for offset in range(1, 10):
+        single = nearest_boundary(net, images, y, norm=norm, aims=(y + offset) % 10)
+        assert bool((boundary.distance <= single.distance * (1 + 1e-5)).all())
+
+
+def test_pull_back_stays_adversarial_and_comes_nearer(images: Tensor) -> None:
+    net = narrow_net(2)
+    y = net(images).argmax(1)
+    far = torch.rand(images.shape, generator=torch.Generator().manual_seed(4))
+    won = margin(net(far), y) > 0
+    x, far, y = images[won], far[won], y[won]
+    near = pull_back(net, x, far, y, rounds=12)
+    assert len(x) > 0
+    assert bool((margin(net(near), y) > 0).all())
+    assert bool((distance(near - x, L2) <= distance(far - x, L2) + 1e-6).all())
