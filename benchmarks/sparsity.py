@@ -113,11 +113,11 @@ def time_epoch() -> list[dict[str, object]]:
             assert not model.get_parameter(name)[~mask].any(), "masked weights must stay zero"
         return None
 
-    plain, masked = alternate(lambda: epoch(dense), lambda: epoch(sparse, masks), 5)
+    plain, masked = alternate(lambda: epoch(dense), lambda: epoch(sparse, masks), 9)
     _, parametrised = alternate(lambda: epoch(dense), lambda: epoch(slow), 5)
     gradually = alternate(lambda: epoch(dense), lambda: fit(
         sparse, x, y, recipe, masks=all_ones(sparse), pruner=gradual(magnitude, SPARSITY)
-    ), 5)  # fmt: skip
+    ), 9)  # fmt: skip
     assert prunable(dense).keys() == masks.keys()
     return [
         {
