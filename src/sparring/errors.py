@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["DataError", "PlanError", "UnknownNameError", "Unsupported", "UserError"]
+__all__ = ["DataError", "PlanError", "StorageError", "UnknownNameError", "Unsupported", "UserError"]
 
 
 class UserError(Exception):
@@ -18,6 +18,10 @@ class PlanError(UserError):
 
 class DataError(UserError):
     """Signal data that are missing, damaged or of the wrong shape."""
+
+
+class StorageError(UserError):
+    """Signal a disk that is full or fails, or a damaged file: a study stops there, since no network is to blame."""
 
 
 class UnknownNameError(UserError):

@@ -22,9 +22,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from .errors import UserError
+from .errors import StorageError, UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `sparring --help` reads this module
     from torch import Tensor
@@ -34,6 +34,7 @@ __all__ = [
     "explain",
     "load_tensors",
     "lock",
+    "pack_tensors",
     "read_bounded",
     "read_json",
     "remove_leftovers",
@@ -59,13 +60,16 @@ _WAYS_OUT = {
     errno.EISDIR: "this is a folder, not a file; choose another path",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EFBIG: "the file would exceed the size limit of the system; raise the limit or choose another folder",
+    errno.EIO: "the disk reports an error; check it, or choose another folder",
 }
+_FAILING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def explain(error: OSError, path: Path | str, doing: str = "use") -> UserError:
     """Return the UserError for a failed system call on `path`: cause and way out; `doing` is a verb."""
     reason = _WAYS_OUT.get(error.errno or 0, error.strerror or str(error))
-    return UserError(f"cannot {doing} {path}: {reason}")
+    kind = StorageError if error.errno in _FAILING else UserError
+    return kind(f"cannot {doing} {path}: {reason}")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -353,30 +357,20 @@ def _check_member(name: str, size: int, most: int) -> None:
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-class _TensorFormat(Protocol):
-    def load(self, data: bytes) -> dict[str, Tensor]: ...
-
-    def save(self, tensors: dict[str, Tensor]) -> bytes: ...
-
-
-def _safetensors() -> _TensorFormat:
-    import safetensors.torch
-
-    return cast(_TensorFormat, safetensors.torch)
-
-
 def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * MIB) -> dict[str, Tensor]:
     """Read a safetensors file of at most `limit` bytes into memory; nothing in it is ever executed.
 
     Raises UserError, naming the file, if it is missing, truncated or malformed, if a tensor has more than 8 dimensions
     or, with `finite`, holds NaN or infinity.
     """
+    import safetensors.torch
+
     data = read_bounded(path, limit=limit)
     header = int.from_bytes(data[:8], "little")
     if len(data) < 10 or header > min(len(data) - 8, 16 * MIB):
         raise UserError(f"{path} is not a whole safetensors file; get it or make it again")
     try:
-        tensors = _safetensors().load(data)
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except Exception as error:  # the format's own error type, and whatever an absurd header makes of torch
         raise UserError(f"{path} is not a sound safetensors file ({error}); get it or make it again") from error
     for name, tensor in tensors.items():
@@ -389,10 +383,16 @@ def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> Path:
     """Write tensors atomically as safetensors, equal tensors as equal bytes, and return the path."""
+    return write_atomic(path, pack_tensors(tensors))
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as the bytes of a safetensors file, equal tensors as equal bytes."""
+    import safetensors.torch
     import torch
 
     whole = {
         name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name in sorted(tensors)
     }
-    return write_atomic(path, _safetensors().save(whole))
+    return cast(bytes, safetensors.torch.save(whole))

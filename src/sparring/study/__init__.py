@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from .driver import Event, available_cores, environment, execute, run
+from .cluster import RayCluster
+from .driver import available_cores, run
 from .executors import Executor, InProcess, Outcome, Processes, Task
 from .networks import Context
 from .plan import Activation, Attack, Certify, Controls, Network, Plan, Pruning, Training, presets
+from .scheduling import Event, Watcher, environment, execute
 from .stages import perform_stage
 from .store import SCHEMA, Record, Store
 from .tasks import Cell, DataFacts, lay_out
@@ -27,10 +29,12 @@ __all__ = [
     "Plan",
     "Processes",
     "Pruning",
+    "RayCluster",
     "Record",
     "Store",
     "Task",
     "Training",
+    "Watcher",
     "available_cores",
     "environment",
     "execute",

@@ -35,12 +35,18 @@ PASSES = {
 BATCH, SECONDS = 64, 0.3
 
 
-def estimate(tasks: Iterable[Task], context: Context, *, workers: int) -> float:
-    """Return a rough number of seconds for some tasks, from the speed of the first one's network (half a second)."""
+def estimate(tasks: Iterable[Task], context: Context, *, workers: int) -> float | None:
+    """Return a rough number of seconds for some tasks, from the speed of the first one's network (half a second).
+
+    None where that network cannot be run: the cells that need it will fail and say why.
+    """
     todo = list(tasks)
     if not todo:
         return 0.0
-    each = _seconds_per_pass(context, todo[0])
+    try:
+        each = _seconds_per_pass(context, todo[0])
+    except Exception:  # a user's factory may raise anything
+        return None
     return sum(_passes(task, context) for task in todo) * each / max(1, workers)
 
 

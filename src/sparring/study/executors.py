@@ -1,4 +1,4 @@
-"""Run tasks: in this process, in local processes, each on one thread."""
+"""Run tasks, each on one thread: in this process, or in local processes; cluster.py runs them on Ray."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import StorageError, UserError
+from ..files import pack_tensors
 
-__all__ = ["Done", "Executor", "InProcess", "Outcome", "Processes", "Task"]
+__all__ = ["MAX_DEATHS", "Done", "Executor", "InProcess", "Outcome", "Processes", "Task", "perform"]
 
 MAX_DEATHS = 3
 
@@ -49,12 +50,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Done:
-    """Report a finished task: an outcome, or the error that ended it, and the seconds it took."""
+    """Report a finished task: an outcome, or the error that ended it, and the seconds it took.
+
+    The outcome's tensors travel as `content`, the bytes of a safetensors file: torch would send them through shared
+    memory, of which containers have little. `stops` says that storage failed, so that the study must end.
+    """
 
     task: Task
     outcome: Outcome | None
     error: str | None
     seconds: float
+    content: bytes = b""
+    stops: bool = False
 
 
 Work = Callable[[Task], Outcome]
@@ -63,7 +70,8 @@ Work = Callable[[Task], Outcome]
 class Executor(Protocol):
     """Run tasks somewhere. `slots` is how many may be under way; `wait` blocks until at least one is done."""
 
-    slots: int
+    @property
+    def slots(self) -> int: ...
 
     def submit(self, task: Task) -> None: ...
 
@@ -76,17 +84,19 @@ def perform(work: Work, task: Task) -> Done:
     """Run one task on one thread and turn whatever it raises into an error text."""
     began = time.perf_counter()
     torch.set_num_threads(1)
+    stops = False
     try:
-        outcome, error = work(task), None
+        outcome = work(task)
+        content = pack_tensors(outcome.tensors) if outcome.tensors else b""
+        return Done(task, replace(outcome, tensors={}), None, time.perf_counter() - began, content)
     except UserError as problem:
-        outcome, error = None, str(problem)
+        error, stops = str(problem), isinstance(problem, StorageError)
     except MemoryError:
-        outcome, error = None, "out of memory: use a smaller batch_size, or fewer workers"
+        error = "out of memory: use a smaller batch_size, or fewer workers"
     except Exception as problem:  # a user's factory or pruner may raise anything; it fails this cell alone
         place = traceback.extract_tb(problem.__traceback__)[-1]
         error = f"{type(problem).__name__}: {problem} ({os.path.basename(place.filename)}:{place.lineno})"  # noqa: PTH119
-        outcome = None
-    return Done(task, outcome, error, time.perf_counter() - began)
+    return Done(task, None, error, time.perf_counter() - began, stops=stops)
 
 
 class InProcess:

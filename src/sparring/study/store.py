@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import StorageError, UserError
 from ..files import (
     canonical_json,
+    explain,
     load_tensors,
     lock,
     read_json,
     remove_leftovers,
-    save_tensors,
     sha256_bytes,
     sha256_file,
+    write_atomic,
     write_json,
 )
 
-__all__ = ["SCHEMA", "Record", "Store"]
+__all__ = ["SCHEMA", "Record", "Store", "parse_record"]
 
 SCHEMA = 1
+# The fields of a record as JSON has them.
+FIELDS: dict[str, Any] = {
+    "key": str,
+    "stage": str,
+    "inputs": dict,
+    "metrics": dict,
+    "series": dict,
+    "flags": list,
+    "error": str | None,
+    "object": dict | None,
+    "environment": dict,
+    "times": dict,
+    "schema": int,
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,30 @@ class Record:
 
     def checksum(self) -> str:
         """Return the SHA-256 of everything but times, which may differ between equal runs."""
-        content = {name: value for name, value in asdict(self).items() if name != "times"}
+        content = {name: value for name, value in vars(self).items() if name != "times"}
         return sha256_bytes(canonical_json(content).encode())
+
+
+def parse_record(content: Any) -> Record:
+    """Return a record from its JSON content; raise UserError if a field or the checksum is wrong."""
+    if not isinstance(content, dict) or set(content) != {*FIELDS, "sha256"}:
+        raise UserError("not a record: its fields are not those of a record")
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(content[name], kind)]
+    if wrong:
+        raise UserError(f"not a record: {wrong[0]} is {content[wrong[0]]!r:.80}")
+    numbers = [*content["metrics"].values(), *content["times"].values()]
+    if not all(value is None or isinstance(value, int | float) for value in numbers):
+        raise UserError("not a record: a metric or a time is no number")
+    if not all(isinstance(flag, dict) and {"name", "detail"} <= set(flag) for flag in content["flags"]):
+        raise UserError("not a record: a flag lacks its name or detail")
+    found = content["object"]
+    if found is not None and (set(found) != {"file", "sha256"} or found["file"] != f"{content['key']}.safetensors"):
+        raise UserError("not a record: its object is not its own")
+    checksum = content.pop("sha256")
+    record = Record(**content)
+    if record.checksum() != checksum:
+        raise UserError("its checksum is wrong: it was damaged or changed")
+    return record
 
 
 class Store:
@@ -62,13 +100,21 @@ class Store:
         self.objects = self.out / "objects"
         self.scratch = self.out / "scratch"
         self.damaged = self.out / "damaged"
+        self.found_damaged: list[str] = []  # what this process has set aside
 
-    def lock(self, wait: float = 5.0) -> AbstractContextManager[None]:
-        """Hold the folder for writing; the kernel frees it when the process dies. Raise UserError if another has it."""
-        return lock(self.out / ".lock", wait=wait)
+    @contextlib.contextmanager
+    def lock(self, wait: float = 5.0) -> Iterator[None]:
+        """Hold the folder for writing, and clear what killed writers left in it.
+
+        The kernel frees it when the process dies. Raise UserError if another process has it after `wait` seconds.
+        """
+        with lock(self.out / ".lock", wait=wait):
+            for folder in (self.out, self.records, self.objects, self.scratch):
+                remove_leftovers(folder)
+            yield
 
     def prepare(self) -> None:
-        """Make the folders and clear what killed writers left behind; raise UserError if the folder is not writable."""
+        """Make the folders; raise UserError if they are not writable."""
         for folder in (self.out, self.records, self.objects, self.scratch):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -76,26 +122,23 @@ class Store:
                 raise UserError(f"cannot make {folder}: {error.strerror}; choose another folder with --out") from error
             if not os.access(folder, os.W_OK):
                 raise UserError(f"{folder} is not writable; choose another folder with --out")
-            remove_leftovers(folder)
 
-    def write(self, record: Record, tensors: dict[str, Tensor] | None = None) -> Record:
-        """Write tensors, then the record that vouches for them; a record on disk is always whole."""
-        if tensors:
-            path = save_tensors(self.objects / f"{record.key}.safetensors", tensors)
-            record = _with_object(record, {"file": path.name, "sha256": sha256_file(path)})
-        write_json(self.records / f"{record.key}.json", {**asdict(record), "sha256": record.checksum()})
+    def write(self, record: Record, content: bytes = b"") -> Record:
+        """Write tensors (packed), then the record that vouches for them; a record on disk is always whole."""
+        if content:
+            path = write_atomic(self.objects / f"{record.key}.safetensors", content)
+            record = replace(record, object={"file": path.name, "sha256": sha256_bytes(content)})
+        write_json(self.records / f"{record.key}.json", {**vars(record), "sha256": record.checksum()})
         return record
 
     def peek(self, key: str) -> Record | None:
         """Return a record without touching anything, even if another process writes; None if missing or damaged."""
         path = self.records / f"{key}.json"
         try:
-            content = read_json(path)
-            checksum = content.pop("sha256")
-            record = Record(**content)
-        except (UserError, TypeError, KeyError, AttributeError):
+            record = parse_record(read_json(path))
+        except UserError:
             return None
-        if record.checksum() != checksum or record.key != key:
+        if record.key != key:
             return None
         return record if record.object is None or (self.objects / f"{key}.safetensors").exists() else None
 
@@ -107,15 +150,15 @@ class Store:
         return record
 
     def tensors(self, key: str) -> dict[str, Tensor]:
-        """Return a record's tensors; raise UserError if the file is damaged (it is set aside, to be made again)."""
+        """Return a record's tensors; raise StorageError if the file is damaged (it is set aside, to be made again)."""
         record = self.read(key)
         path = self.objects / f"{key}.safetensors"
         if record is None or record.object is None:
-            raise UserError(f"{path} was damaged or removed; run the same command again to make it anew")
+            raise StorageError(f"{path} was damaged or removed; run the same command again to make it anew")
         if sha256_file(path) != record.object["sha256"]:
             self._set_aside(path)
             self._set_aside(self.records / f"{key}.json")
-            raise UserError(f"{path} was damaged and has been set aside; run the same command again to make it anew")
+            raise StorageError(f"{path} was damaged and has been set aside; run the same command again to make it anew")
         return load_tensors(path)
 
     def verify(self, key: str) -> Record | None:
@@ -132,9 +175,11 @@ class Store:
 
     def _set_aside(self, path: Path) -> None:
         """Move a damaged file where it is in nobody's way but can still be looked at."""
-        self.damaged.mkdir(parents=True, exist_ok=True)
-        path.replace(self.damaged / path.name)
-
-
-def _with_object(record: Record, found: dict[str, str]) -> Record:
-    return Record(**{**asdict(record), "object": found})
+        try:
+            self.damaged.mkdir(parents=True, exist_ok=True)
+            path.replace(self.damaged / path.name)
+        except FileNotFoundError:  # another worker found it too
+            return
+        except OSError as error:
+            raise explain(error, path, "set aside") from error
+        self.found_damaged.append(path.name)

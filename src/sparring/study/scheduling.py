@@ -1,0 +1,181 @@
+"""Run tasks that a store lacks, parents before children, as many at a time as an executor takes."""
+
+from __future__ import annotations
+
+import heapq
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import StorageError
+from .executors import Done, Executor, Task
+from .store import Record, Store
+
+__all__ = ["Event", "Watcher", "environment", "execute"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Tell a watcher what happened: counts of tasks, and the record that was just made.
+
+    The first event has no record but an `estimate` of the seconds that the rest will take (None: nobody made one).
+    `damaged` names the files that were found damaged and set aside so far.
+    """
+
+    total: int
+    done: int
+    cached: int
+    failed: int
+    running: tuple[Task, ...]
+    record: Record | None = None
+    label: str = ""
+    estimate: float | None = None
+    damaged: tuple[str, ...] = ()
+
+
+Watcher = Callable[[Event], None]
+
+
+def execute(
+    tasks: Iterable[Task],
+    store: Store,
+    executor: Executor,
+    *,
+    retry: bool = False,
+    watch: Watcher | None = None,
+    labels: Mapping[str, str] = MappingProxyType({}),
+    foretell: Callable[[list[Task]], float | None] | None = None,
+) -> list[Record]:
+    """Run tasks (parents first) that the store lacks, and return all records in the tasks' order.
+
+    A task whose parent failed is not run and has no record. Raise StorageError where the disk is full or a file that
+    a task needs is damaged: what was done before stays done.
+    """
+    scheduler = _Scheduler(list(tasks), store, executor, watch, labels)
+    scheduler.recall(retry)
+    scheduler.run(foretell)
+    return [scheduler.records[task.key] for task in scheduler.order if task.key in scheduler.records]
+
+
+class _Scheduler:
+    """Hold what is done, running and ready. Each task and each of its parents is looked at once, not once a round."""
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        store: Store,
+        executor: Executor,
+        watch: Watcher | None,
+        labels: Mapping[str, str],
+    ) -> None:
+        self.order, self.store, self.executor, self.watch, self.labels = tasks, store, executor, watch, labels
+        self.records: dict[str, Record] = {}
+        self.running: dict[str, Task] = {}
+        self.children: defaultdict[str, list[int]] = defaultdict(list)  # places in the order, by parent's key
+        self.unmet: dict[int, int] = {}  # how many parents a waiting task still lacks, by place
+        self.ready: list[int] = []  # a heap of places: tasks are handed out in the plan's order
+        self.cached = self.errors = 0
+
+    def recall(self, retry: bool) -> None:
+        """Take what the store has; what a missing task needs is checked byte by byte."""
+        for task in self.order:
+            record = self.store.read(task.key)
+            if record is not None and not (retry and record.error):
+                self.records[task.key] = record
+        needed = {parent for task in self.order if task.key not in self.records for parent in task.parents}
+        for key in needed & set(self.records):
+            if self.store.verify(key) is None:
+                del self.records[key]  # damaged: set aside by the store, to be made again
+        self.cached = len(self.records)
+        self.errors = sum(1 for record in self.records.values() if record.error)
+
+    def run(self, foretell: Callable[[list[Task]], float | None] | None) -> None:
+        self._line_up()
+        missing = [task for task in self.order if task.key not in self.records]
+        self._tell(None, None if foretell is None else foretell(missing))
+        while self.ready or self.running:
+            while self.ready and len(self.running) < self.executor.slots:
+                task = self.order[heapq.heappop(self.ready)]
+                self.running[task.key] = task
+                self.executor.submit(task)
+            for done in self.executor.wait():
+                self._keep(done)
+
+    def _line_up(self) -> None:
+        """Count for each missing task the parents that are not done; one whose parent failed will never be ready."""
+        for place, task in enumerate(self.order):
+            if task.key in self.records:
+                continue
+            waits_for = {p for p in task.parents if p not in self.records or self.records[p].error}
+            for parent in waits_for:
+                self.children[parent].append(place)
+            if waits_for:
+                self.unmet[place] = len(waits_for)
+            else:
+                self.ready.append(place)
+        heapq.heapify(self.ready)
+
+    def _keep(self, done: Done) -> None:
+        task, outcome = done.task, done.outcome
+        if done.stops:
+            raise StorageError(done.error)
+        record = Record(task.key, task.stage, task.inputs, environment=environment(), times={"seconds": done.seconds})
+        if outcome is None:
+            record = self.store.write(replace(record, error=done.error))
+            self.errors += 1
+        else:
+            record = replace(
+                record,
+                metrics=outcome.metrics,
+                series=outcome.series,
+                flags=outcome.flags,
+                times={**outcome.times, **record.times},
+            )
+            record = self.store.write(record, done.content)
+            (self.store.scratch / f"{task.key}.safetensors").unlink(missing_ok=True)
+            self._release(task.key)
+        del self.running[task.key]
+        self.records[task.key] = record
+        self._tell(record)
+
+    def _release(self, key: str) -> None:
+        for place in self.children.pop(key, ()):
+            self.unmet[place] -= 1
+            if not self.unmet[place]:
+                del self.unmet[place]
+                heapq.heappush(self.ready, place)
+
+    def _tell(self, record: Record | None, estimate: float | None = None) -> None:
+        if self.watch is None:
+            return
+        self.watch(
+            Event(
+                total=len(self.order),
+                done=len(self.records),
+                cached=self.cached,
+                failed=self.errors,
+                running=tuple(self.running.values()),
+                record=record,
+                label=self.labels.get(record.key, "") if record is not None else "",
+                estimate=estimate,
+                damaged=tuple(self.store.found_damaged),
+            )
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Return what a record says of where it was made."""
+    return {
+        "sparring": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": 1,
+    }
