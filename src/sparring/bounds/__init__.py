@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .bernoulli import MaskedPoint, bernoulli, margin_ratios
 from .certificates import BOUNDS, certified_accuracy, margin, radius
 from .constants import LIPSCHITZ, lipschitz
 from .distances import Exact, exact
@@ -12,7 +13,9 @@ __all__ = [
     "BOUNDS",
     "LIPSCHITZ",
     "Exact",
+    "MaskedPoint",
     "Theorem",
+    "bernoulli",
     "certified_accuracy",
     "exact",
     "linear_distance",
@@ -21,6 +24,7 @@ __all__ = [
     "linear_r_inf",
     "lipschitz",
     "margin",
+    "margin_ratios",
     "radius",
     "theorem",
     "weights_of",

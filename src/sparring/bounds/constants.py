@@ -21,7 +21,7 @@ from .operator_norms import max_pool_norm, operator_norm
 from .region import Region, region
 from .relaxations import WindowLines, relax
 
-__all__ = ["LIPSCHITZ", "lipschitz"]
+__all__ = ["LIPSCHITZ", "constants_over", "lipschitz"]
 
 _LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
 Constants = Callable[[Graph, Region, Tensor], Tensor]
@@ -39,16 +39,20 @@ def lipschitz(
     active in the ball) and "jacobian" (intervals of the Jacobian, exact where the ball lies in one linear region).
     `seed` is for the first two. Raise Unsupported for discontinuous layers, which have no finite constant.
     """
+    graph = prepare(model, tuple(x.shape[1:]))
+    reach = region(x, norm, radius)
+    return constants_over(graph, reach, graph(reach.x).argmax(1), method, seed)
+
+
+def constants_over(graph: Graph, reach: Region, y: Tensor, method: str, seed: int = 0) -> Tensor:
+    """Do what `lipschitz` does for a lowered float64 network, a region and given labels."""
     if method not in LIPSCHITZ:
         raise UnknownNameError("Lipschitz method", method, LIPSCHITZ)
-    if norm not in (L2, LINF):
-        raise UserError(f"Lipschitz constants are computed for l2 and linf, not for {norm_name(norm)}")
-    graph = prepare(model, tuple(x.shape[1:]))
+    if reach.norm not in (L2, LINF):
+        raise UserError(f"Lipschitz constants are computed for l2 and linf, not for {norm_name(reach.norm)}")
     for node in graph.nodes:
         if isinstance(node.op, Activation):
             kink_of(node.op)
-    reach = region(x, norm, radius)
-    y = graph(reach.x).argmax(1)
     if method in ("sampled", "clever"):
         largest = _sampled_gradients(graph, reach, y, torch.Generator().manual_seed(seed))
         return largest.amax(0) if method == "sampled" else _extreme_value(largest)
