@@ -59,4 +59,4 @@ def _weights(model: dict[str, Any], shape: tuple[int, ...], classes: int) -> tup
     with torch.device("meta"):
         built = build(model["name"], shape=shape, classes=classes, mean=ones, std=ones, **options)
     layers = [m.weight for m in built.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    return sum(w.numel() for w in layers), min(w.shape[0] for w in layers[:-1])
+    return sum(w.numel() for w in layers), min((w.shape[0] for w in layers[:-1]), default=0)

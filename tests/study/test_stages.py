@@ -1,0 +1,190 @@
+"""One small study with every kind of network and judgement, and what must hold between its records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparring.data import Dataset
+from sparring.errors import UserError
+from sparring.study import Context, DataFacts, Plan, Record, Store, lay_out, run
+from sparring.study.estimate import estimate
+from sparring.study.networks import WEIGHTS, chosen_images
+from sparring.study.widths import narrowed, widened
+
+TABLE: dict[str, Any] = {
+    "name": "everything",
+    "data": "digits",
+    "model": {"name": "mlp", "widths": [32, 16]},
+    "seeds": 1,
+    "sparsities": [0.8],
+    "checkpoints": ["final", "best"],
+    "deploy": True,
+    "training": {"loss": "pgd-at", "eps": 0.05, "steps": 2},
+    "recipe": {"epochs": 3, "lr": 0.05},
+    "finetune": {"epochs": 2},
+    "pruning": [{"label": "magnitude"}, {"label": "surgery", "method": "dns", "sparsities": [0.7]}],
+    "controls": {"decays": [1e-4, 1e-1], "small_dense": [0.5, 0.95], "wide_sparse": [0.8]},
+    "activation": [
+        {"kind": "top-k", "levels": [0.8]},
+        {"kind": "mean-sparse", "levels": [0.3]},
+        {"kind": "stochastic-pruning", "levels": [1.0]},
+        {"kind": "l1-penalty", "levels": [0.1]},
+    ],
+    "attacks": [
+        {"name": "pgd", "eps": [0.1], "steps": 10, "images": 40},
+        {"name": "pgd", "eps": [0.1], "steps": 10, "images": 40, "naive": True},
+        {"name": "nearest", "norm": "linf", "images": 40},
+        {"name": "fgsm", "eps": [0.1], "images": 40, "split": "valid", "methods": ["magnitude"]},
+    ],
+    "transfer": [{"name": "pgd", "eps": [0.1], "images": 40, "steps": 5}],
+    "certify": [{"norm": "linf", "images": 20, "eps": [0.01]}],
+}
+
+
+class Finished:
+    def __init__(self, out: Path) -> None:
+        self.store = Store(out)
+        self.cells = json.loads((out / "plan.json").read_text())["cells"]
+
+    def of(self, method: str, stage: str, sparsity: float | None = None) -> list[Record]:
+        records = [
+            self.store.read(key)
+            for cell in self.cells
+            if cell["method"] == method and sparsity in (None, cell["sparsity"])
+            for key in cell["tasks"]
+        ]
+        return [record for record in records if record is not None and record.stage == stage]
+
+    def one(self, method: str, stage: str, sparsity: float | None = None) -> Record:
+        (record,) = self.of(method, stage, sparsity)
+        return record
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, few_digits: Dataset) -> Finished:
+    out = tmp_path_factory.mktemp("everything")
+    records = run(Plan.from_table(TABLE), out, dataset=few_digits, workers=2)
+    assert not [record.error for record in records if record.error]
+    return Finished(out)
+
+
+def test_every_network_has_its_cell(study: Finished) -> None:
+    final = {cell["method"] for cell in study.cells if "epoch)" not in cell["method"]}
+    assert final == {
+        "reference", "control", "magnitude", "surgery", "top-k", "mean-sparse", "stochastic-pruning", "l1-penalty",
+        "tuned decay", "small dense", "wide sparse",
+    }  # fmt: skip
+    assert {f"{method} (best epoch)" for method in final} == {c["method"] for c in study.cells} - final
+    axes = {cell["method"]: cell["axis"] for cell in study.cells}
+    assert axes["top-k"] == "activations" and axes["magnitude"] == "weights"
+
+
+def test_the_tuned_decay_is_the_best_on_validation_images(study: Finished) -> None:
+    choice = study.one("tuned decay", "choose")
+    scores = choice.series["accuracy_valid"]
+    assert choice.metrics["accuracy_valid"] == max(scores)
+    assert choice.metrics["weight_decay"] == [1e-4, 1e-1][scores.index(max(scores))]
+
+
+def test_controls_of_equal_size_have_equal_size(study: Finished) -> None:
+    dense = study.one("control", "measure").metrics
+    small = study.one("small dense", "measure", 0.5).metrics
+    wide = study.one("wide sparse", "measure").metrics
+    weights = 64 * 32 + 32 * 16 + 16 * 10
+    assert small["parameters"] < dense["parameters"]  # type: ignore[operator]
+    assert small["nonzero"] == pytest.approx(0.5 * weights, rel=0.1)
+    assert wide["nonzero"] == pytest.approx(weights, rel=0.1)
+    assert not study.of("small dense", "measure", 0.95), "no fair control below width 8"
+
+
+def test_surgery_says_what_it_did_when(study: Finished) -> None:
+    series = study.one("surgery", "prune").series
+    removed = sum(series["pruned"]) - sum(series["spliced"])
+    assert removed == round(0.7 * (64 * 32 + 32 * 16 + 16 * 10))
+    assert series["step"] == sorted(series["step"])
+
+
+def test_the_best_epoch_stood_best_on_validation_images(study: Finished) -> None:
+    record = study.one("reference", "train")
+    scores = record.series["robust_accuracy_valid"]
+    assert record.metrics["best_epoch"] == scores.index(max(scores)) + 1
+
+
+def test_certified_radii_never_pass_an_attack(study: Finished) -> None:
+    for method in ("reference", "control", "magnitude", "surgery", "wide sparse"):
+        radius = study.store.tensors(study.one(method, "certify").key)["radius"]
+        attacks = [r for r in study.of(method, "attack") if r.inputs["attack"]["name"] == "nearest"]
+        distance = study.store.tensors(attacks[0].key)["distance"][: len(radius)].double()
+        assert (radius <= distance * (1 + 1e-6)).all()
+
+
+def test_activation_sparsity_is_attacked_at_least_as_hard_as_naively(study: Finished) -> None:
+    for method in ("top-k", "mean-sparse"):
+        found = {
+            bool(r.inputs["attack"].get("naive")): r.metrics["robust_accuracy"]
+            for r in study.of(method, "attack")
+            if r.inputs["attack"]["name"] == "pgd"
+        }
+        assert found[False] <= found[True]  # type: ignore[operator]
+    naive = [r for r in study.of("magnitude", "attack") if r.inputs["attack"].get("naive")]
+    assert not naive, "naive attacks are for activation sparsity alone"
+
+
+def test_what_has_no_certificate_or_packed_form_says_why(study: Finished) -> None:
+    record = study.one("stochastic-pruning", "certify")
+    assert record.flags[0]["name"] == "no-certificate" and record.flags[0]["detail"]
+
+
+def test_the_packed_artefact_answers_as_the_network(study: Finished) -> None:
+    for record in study.of("magnitude", "deploy") + study.of("control", "deploy"):
+        assert record.metrics["agreement"] == 1.0 and record.metrics["logits_agree"] == 1.0
+        assert record.metrics["bytes_packed"] > 0 and record.times["latency"] > 0  # type: ignore[operator]
+    sparse, dense = study.one("magnitude", "deploy"), study.one("control", "deploy")
+    assert sparse.metrics["bytes_packed"] < dense.metrics["bytes_packed"]  # type: ignore[operator]
+
+
+def test_transfer_goes_both_ways(study: Finished) -> None:
+    records = study.of("magnitude", "transfer")
+    assert {r.inputs["direction"] for r in records} == {"to sparse", "to dense"}
+    assert all(0 <= r.metrics["transferred"] <= 1 for r in records)  # type: ignore[operator]
+
+
+def test_attacks_are_narrowed(study: Finished) -> None:
+    assert [r for r in study.of("magnitude", "attack") if r.inputs["split"] == "valid"]
+    assert not [r for r in study.of("control", "attack") if r.inputs["split"] == "valid"]
+
+
+def test_weights_are_what_was_measured(study: Finished) -> None:
+    made, measured = study.one("magnitude", "prune"), study.one("magnitude", "measure")
+    tensors = study.store.tensors(made.key)
+    nonzero = sum(int(v.count_nonzero()) for k, v in tensors.items() if k.startswith(WEIGHTS) and v.dim() == 2)
+    assert nonzero == round(0.2 * (64 * 32 + 32 * 16 + 16 * 10))
+    assert measured.metrics["sparsity"] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_widths_of_named_models() -> None:
+    model = {"name": "lenet-5"}
+    narrow = narrowed(model, (1, 28, 28), 10, 0.9)
+    assert narrow is None  # 20 channels at a tenth of the weights are fewer than 8
+    assert widened(model, (1, 28, 28), 10, 0.5)["width"] > 1.2
+    with pytest.raises(UserError, match="no width"):
+        widened({"name": "linear"}, (1, 28, 28), 10, 0.5)
+
+
+def test_the_images_of_a_split_are_a_fixed_unbiased_choice(few_digits: Dataset) -> None:
+    x, y = chosen_images(few_digits, "test", 0, 30)
+    again, _ = chosen_images(few_digits, "test", 10, 30)
+    assert torch.equal(x[10:], again)
+    assert len(set(y.tolist())) > 5
+
+
+def test_the_estimate_grows_with_the_work(few_digits: Dataset) -> None:
+    context = Context(few_digits, lambda key: {})
+    tasks = list(lay_out(Plan.from_table(TABLE), DataFacts.of(few_digits)).tasks.values())
+    assert estimate([], context, workers=1) == 0
+    assert estimate(tasks, context, workers=1) > estimate(tasks[:1], context, workers=1) > 0
