@@ -23,7 +23,7 @@ class Maker:
         (out / "records").mkdir(parents=True)
         (out / "objects").mkdir()
 
-    def record(self, stage, inputs, metrics=None, *, series=None, flags=(), error=None, tensors=None):
+    def record(self, stage, inputs, metrics=None, *, series=None, flags=(), error=None, tensors=None, times=None):
         text = json.dumps([stage, inputs], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         held = None
@@ -41,7 +41,7 @@ class Maker:
             "error": error,
             "object": held,
             "environment": {"torch": "2.13.0"},
-            "times": {"seconds": 1.5},
+            "times": {"seconds": 1.5} | (times or {}),
             "sha256": "0" * 64,
         }
         (self.out / "records" / f"{key}.json").write_text(json.dumps(record))
@@ -90,14 +90,15 @@ class Maker:
         """Write records that only larger studies have: a certificate, a deployment, a transfer; return their keys."""
         who = {"seed": seed, "method": method, "sparsity": sparsity}
         radius = {"radius": self.rng.random(20).astype(np.float32)}
-        certified = who | {"norm": "l2", "method": "crown", "split": "test", "start": 0, "stop": 20}
-        pgd = {"name": "pgd", "norm": "linf", "eps": 0.1}
-        source = {"method": "control", "sparsity": 0.0}
+        certified = who | {"norm": "l2", "method": "crown", "images": 20, "eps": []}
+        moved = who | {"attack": {"name": "pgd", "norm": "linf", "eps": 0.1}}
         flags = [{"name": "zero-gradient", "detail": "40% of gradients vanish"}]
+        times = {"latency": 1e-5 * (1.1 - sparsity)}
         return [
             self.record("certify", certified, tensors=radius),
-            self.record("deploy", who, {"seconds_1": 1e-5 * (1.1 - sparsity), "bytes": 1000}),
-            self.record("transfer", who | {"attack": pgd, "source": source}, {"robust_accuracy": 0.7}, flags=flags),
+            self.record("deploy", who, {"bytes_packed": 50000}, times=times),
+            self.record("transfer", moved | {"direction": "to sparse"}, {"transferred": 0.7}, flags=flags),
+            self.record("transfer", moved | {"direction": "to dense"}, {"transferred": 0.4}),
         ]
 
     def attack(self, who, attack, correct, success, distance=None):

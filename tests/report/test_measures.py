@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparring.report.measures import Measure, collect, main_measures, summary, values
-from sparring.report.records import Network, Record, Study, arrays, load
+from sparring.report.records import Network, Record, Study, arrays, control_of, is_dense, load
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,30 @@ def test_names_of_files_are_harmless():
     odd = Measure("budget", "test", "../../</script> é", "x", "linf", 0.1)
     assert set(odd.slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-._")
     assert "/" not in odd.slug
+
+
+def test_checkpoints_are_held_against_the_same_checkpoint_of_the_control():
+    assert control_of("gradual") == "control"
+    assert control_of("gradual (best epoch)") == "control (best epoch)"
+    assert is_dense("control (best epoch)")
+    assert not is_dense("controlled")
+
+
+def test_naive_attacks_borrow_the_control_and_stay_out_of_the_worst_case(study):
+    def renamed(record: Record) -> Record:
+        if record.stage != "attack" or record.inputs["attack"]["name"] != "pgd":
+            return record
+        inputs = {**record.inputs, "attack": {**record.inputs["attack"], "naive": True}}
+        return dataclasses.replace(record, inputs=inputs)
+
+    def with_naive(network: Network) -> Network:
+        twins = tuple(twin for r in network.records if (twin := renamed(r)) is not r)
+        return network if network.method != "gradual" else dataclasses.replace(network, records=network.records + twins)
+
+    found = collect(dataclasses.replace(study, networks=tuple(map(with_naive, study.networks))))
+    naive = found[Measure("budget", "test", "pgd (naive)", "pgd", "linf", 0.1)]
+    assert ("control", 0.0, 0) in naive
+    assert len(found[Measure("worst", "test", norm="linf", eps=0.1)]) == len(study.networks)
 
 
 def test_failed_records_are_not_used(study):

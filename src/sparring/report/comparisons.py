@@ -62,7 +62,7 @@ def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | f
     for network in findings.study.networks:
         held = findings.collected[measure].get(network.who)
         for record in network.stage("deploy"):
-            seconds = record.metrics.get("seconds_1")
+            seconds = record.times.get("latency")
             if held is not None and seconds:
                 share = float(held.top.sum() / held.bottom.sum())
                 found[network.method, network.sparsity].append((1000 * seconds, 100 * share))
@@ -73,21 +73,21 @@ def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | f
 
 
 def _transfer(findings: Findings) -> Iterator[Picture]:
-    """Draw the accuracy of each network on examples made against another, means over seeds."""
+    """Draw which share of the examples that fool one network fool the other too, both ways, means over seeds."""
     cells: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for network in findings.study.networks:
         for record in network.stage("transfer"):
-            robust, source = record.metrics.get("robust_accuracy"), record.inputs["source"]
-            if robust is not None:
-                made = _name(str(source["method"]), float(source["sparsity"]))
-                title = f"Transfer of {pretty(attack_label(record))} examples"
-                cells[title][made, _name(network.method, network.sparsity)].append(float(robust))
+            moved = record.metrics.get("transferred")
+            if moved is not None:
+                way = "control → sparse" if record.inputs["direction"] == "to sparse" else "sparse → control"
+                eps = record.inputs["attack"]["eps"]
+                title = f"Transfer of {pretty(attack_label(record))} examples" + (f", ε = {eps:g}" if eps else "")
+                cells[title][f"{network.method}: {way}", numbers.percent(network.sparsity)].append(float(moved))
     for k, (title, found) in enumerate(cells.items()):
-        rows = [
-            {"y": source, "x": target, "value": sum(shares) / len(shares)} for (source, target), shares in found.items()
-        ]
-        spec = figures.heatmap(title, rows, x="tested on", y="made against", unit="% still correct")
-        yield Picture(f"transfer-{k}", title, figures.svg(spec), "Means over seeds; the diagonal is the direct attack.")
+        rows = [{"y": way, "x": place, "value": sum(shares) / len(shares)} for (way, place), shares in found.items()]
+        spec = figures.heatmap(title, rows, x="sparsity", y="", unit="% that fool the other network too")
+        note = "Among images that fool the network attacked and that the other classifies correctly when clean."
+        yield Picture(f"transfer-{k}", title, figures.svg(spec), note)
 
 
 def _name(method: str, sparsity: float) -> str:

@@ -174,10 +174,11 @@ def _control(result: Result, x: _Axis, scale: float) -> list[Spec]:
 
 def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Spec, *, crowded: bool) -> list[Spec]:
     color, name = _of(COLORS, style), f"s{style}"
-    mean, seeds = [], []
+    mean: list[Spec] = []
+    seeds: list[Spec] = []
     dense = (0.0, result.control)
     for sparsity, one in (dense, *zip(result.sparsities, result.levels, strict=True)):
-        label = "dense control" if sparsity == 0 else f"{result.method}, {numbers.percent(sparsity)}"
+        label = f"{result.method}, {numbers.percent(sparsity)}" if mean else "dense control"
         mean.append(
             {
                 "x": x.at(sparsity),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..statistics import Curve, Effect, Peak, SweetSpot, curve, effect, over_sparsified, peak, sweet_spot
 from .measures import Collected, Measure, PerImage, collect, common, main_measures, values
-from .records import CONTROL, Study
+from .records import Study, control_of
 
 __all__ = ["Findings", "Result", "difference", "find"]
 
@@ -127,7 +127,7 @@ def _margin(measure: Measure, result: Result, study: Study) -> float:
 def _result(measure: Measure, method: str, held: Mapping[tuple[str, float, int], PerImage]) -> Result | None:
     """Compare a method with the dense control on the seeds and images that both have."""
     usable = {who: one for who, one in held.items() if one.bottom.any()}
-    control = {seed: one for (name, _, seed), one in usable.items() if name == CONTROL}
+    control = {seed: one for (name, _, seed), one in usable.items() if name == control_of(method)}
     by_sparsity: dict[float, dict[int, PerImage]] = {}
     for (name, sparsity, seed), one in sorted(usable.items()):
         if name == method and seed in control:

@@ -14,10 +14,24 @@ from safetensors import SafetensorError, safe_open
 from ..errors import UserError
 from ..files import read_json, safe_name
 
-__all__ = ["CONTROL", "REFERENCE", "Network", "Record", "Study", "Who", "arrays", "attack_label", "load"]
+__all__ = [
+    "CONTROL",
+    "NAIVE",
+    "REFERENCE",
+    "Network",
+    "Record",
+    "Study",
+    "Who",
+    "arrays",
+    "attack_label",
+    "control_of",
+    "is_dense",
+    "load",
+]
 
 Array = NDArray[Any]
 Who = tuple[str, float, int]  # method, sparsity, seed
+NAIVE = " (naive)"  # marks an attack without the straight-through pass and transfer that sparse activations call for
 CONTROL, REFERENCE = "control", "reference"
 
 
@@ -33,7 +47,12 @@ class Record:
     flags: tuple[Mapping[str, str], ...]
     error: str | None
     object: Path | None
-    seconds: float
+    times: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the task took on one core."""
+        return float(self.times.get("seconds") or 0.0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,7 @@ class Study:
     def methods(self) -> tuple[str, ...]:
         """Return the labels of every way to a sparse network, in the plan's order, without the dense networks."""
         names = dict.fromkeys(n.method for n in self.networks)
-        return tuple(name for name in names if name not in (CONTROL, REFERENCE))
+        return tuple(name for name in names if not is_dense(name))
 
     def axis(self, method: str) -> str:
         """Return what a method makes sparse: "weights" or "activations"."""
@@ -152,8 +171,22 @@ def _record(folder: Path, key: str) -> Record | None:
         flags=tuple(raw["flags"]),
         error=raw["error"],
         object=None if held is None else folder / "objects" / safe_name(Path(held["file"]).name),
-        seconds=float(raw["times"].get("seconds") or 0.0),
+        times=raw["times"],
     )
+
+
+def is_dense(method: str) -> bool:
+    """Tell whether a method's name means the dense network or its control, at whichever checkpoint."""
+    return method.removesuffix(_checkpoint(method)) in (CONTROL, REFERENCE)
+
+
+def _checkpoint(method: str) -> str:
+    return method[method.rindex(" (") :] if method.endswith(" epoch)") and " (" in method else ""
+
+
+def control_of(method: str) -> str:
+    """Return the dense control that a method is held against: "x (best epoch)" against "control (best epoch)"."""
+    return CONTROL + _checkpoint(method)
 
 
 def attack_label(record: Record) -> str:
@@ -161,8 +194,10 @@ def attack_label(record: Record) -> str:
     attack = dict(record.inputs["attack"])
     name, _, _ = attack.pop("name"), attack.pop("norm"), attack.pop("eps")
     label = attack.pop("label", None)
+    naive = NAIVE if attack.pop("naive", False) else ""
     options = [str(value) if key == "steps" else f"{key} {value}" for key, value in sorted(attack.items())]
-    return str(label) if label else "-".join([str(name), *sorted(options, key=lambda text: not text.isdigit())])
+    options.sort(key=lambda text: not text.isdigit())
+    return (str(label) if label else "-".join([str(name), *options])) + naive
 
 
 def arrays(record: Record, *names: str) -> dict[str, Array]:

@@ -6,6 +6,7 @@ from ..statistics import minimum_detectable_effect
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
 from .measures import Measure
+from .records import Network
 
 __all__ = ["bibtex", "headline", "methods", "title"]
 
@@ -103,13 +104,19 @@ def size_ratio(findings: Findings, sparsity: float) -> float | None:
     ratios = [
         dense / sparse
         for network in findings.study.of(findings.method or "", sparsity)
-        if (dense := network.metric("bytes_dense")) and (sparse := network.metric("bytes_sparse"))
+        if (dense := network.metric("bytes_dense")) and (sparse := _packed(network) or network.metric("bytes_sparse"))
     ]
     return sum(ratios) / len(ratios) if ratios else None
 
 
 def _one_seed(_: Findings) -> str:
     return "One seed: the intervals cover the choice of images only, so no peak, loss or sweet spot is claimed."
+
+
+def _packed(network: Network) -> float | None:
+    """Return the bytes of the network as deployed, or None where it was not."""
+    sizes = [size for record in network.stage("deploy") if (size := record.metrics.get("bytes_packed"))]
+    return sizes[0] if sizes else None
 
 
 def _spot(findings: Findings) -> str:
