@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from sparring.bounds import linear_distance, linear_path, linear_r_2, linear_r_inf, margin, theorem, weights_of
+from sparring.bounds import (
+    linear_distance,
+    linear_path,
+    linear_pruned,
+    linear_r_2,
+    linear_r_inf,
+    margin,
+    theorem,
+    weights_of,
+)
 from sparring.bounds.distances import exact
 from sparring.errors import Unsupported, UserError
 from sparring.models import Normalise
@@ -119,6 +128,25 @@ def test_paths_of_scikit_learn_become_models(classes: int, loss: str, penalty: s
     assert accuracy[1] > 0.7
     if penalty == "l1":
         assert nonzero[0] < nonzero[1]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("loss", ["logistic", "svm"])
+def test_magnitude_pruning_keeps_the_largest_weights_and_fits_them_again(classes: int, loss: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(60 * classes, 1, 4, 4, generator=generator)
+    y = torch.arange(len(x)) % classes
+    x[:, 0, 0] = (x[:, 0, 0] + 0.7 * torch.nn.functional.one_hot(y, 4)).clamp(0, 1)
+    (dense,) = linear_path(x, y, (1.0,), loss=loss)
+    none, half = linear_pruned(x, y, (0.0, 0.5), dense=dense, loss=loss)
+    torch.testing.assert_close(none[1].weight, dense[1].weight)
+    kept = half[1].weight != 0
+    assert (kept.sum(1) == 8).all()
+    for row, mask in zip(dense[1].weight.abs(), kept, strict=True):
+        assert row[mask].min() >= row[~mask].max()
+    assert not torch.equal(half[1].weight, dense[1].weight * kept)
+    with pytest.raises(UserError, match="fraction removed"):
+        linear_pruned(x, y, (1.0,), dense=dense, loss=loss)
 
 
 def test_refusals() -> None:

@@ -6,7 +6,7 @@ from .bernoulli import MaskedPoint, bernoulli, margin_ratios
 from .certificates import BOUNDS, certified_accuracy, margin, radius
 from .constants import LIPSCHITZ, lipschitz
 from .distances import Exact, exact
-from .estimators import linear_path
+from .estimators import linear_path, linear_pruned
 from .linear import Theorem, linear_distance, linear_r_2, linear_r_inf, theorem, weights_of
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "exact",
     "linear_distance",
     "linear_path",
+    "linear_pruned",
     "linear_r_2",
     "linear_r_inf",
     "lipschitz",
