@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ def cw(
 ) -> Tensor:
     """Minimise squared distance plus c times the margin shortfall over tanh variables (sections V and VI-A).
 
-    Adam for `steps` iterations, `searches` rounds of binary search on c (the paper's 9 and 1000... 10000), starting
+    Adam for `steps` iterations, `searches` rounds of binary search on c (the paper's code: 9 and 10000), starting
     each round afresh; a round of an image ends early when a tenth of the steps brought no progress, as in the authors'
     code. l_2 only. Returns the nearest point with margin above `confidence`, x where there was none or none within a
     given eps. The generator is not used. Raises Unsupported for other norms.
@@ -81,7 +83,7 @@ def _minimise(
     checked = torch.full_like(smallest, torch.inf)
     for step in range(1, steps + 1):
         squashed = torch.tanh(w)
-        point = (squashed + 1) / 2
+        point = squashed.add(1).mul_(0.5)
         logits, gradient = logits_and_gradient(model, point, _shortfall(constant, confidence), y, targets)
         gap = margin(logits, y, targets)
         delta = point - x
@@ -90,11 +92,14 @@ def _minimise(
         if bool(better.any()):
             nearest[active[better]] = point[better]
             smallest[active[better]] = moved[better]
-        gradient.add_(delta, alpha=2).mul_(1 - squashed.square()).mul_(0.5)
+        # The chain rule through (tanh(w) + 1)/2: half the gradient times 1 − tanh².
+        gradient.mul_(0.5).add_(delta)
+        gradient.addcmul_(gradient.clone(), squashed.square_(), value=-1)
         mean.lerp_(gradient, 1 - _BETAS[0])
         square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-        scale = (square / (1 - _BETAS[1] ** step)).sqrt_().add_(1e-8)
-        w.addcdiv_(mean, scale, value=-learning_rate / (1 - _BETAS[0] ** step))
+        # Adam's bias corrections, applied to the step's length and to epsilon instead of to whole tensors.
+        late = math.sqrt(1 - _BETAS[1] ** step)
+        w.addcdiv_(mean, square.sqrt().add_(1e-8 * late), value=-learning_rate * late / (1 - _BETAS[0] ** step))
         if step % max(steps // 10, 1) == 0:
             loss = moved.square() + constant * (confidence - gap).clamp_min(0)
             keep = loss <= 0.9999 * checked

@@ -59,7 +59,8 @@ def nearest(
     logsumexp margin in place of the cross-entropy, pixels held where the box is active, and annealed rates. The
     projections follow FAB (Croce & Hein 2020) without its memory: from x onto the linearised boundary at the best
     point, inside the box. Images whose projection no longer gains leave. norm: l_2, l_inf or l_1. Images for which
-    nothing was found, or nothing within a given eps, come back unchanged. The generator is not used.
+    nothing was found, or nothing within a given eps, come back unchanged; with eps an image leaves as soon as it
+    succeeds within it. The generator is not used.
     """
     with torch.no_grad():
         clean = -margin(model(x), y, targets)
@@ -67,8 +68,8 @@ def nearest(
     rows = (clean >= 0).nonzero().squeeze(1)
     if len(rows):
         scale = clean.clamp_min(1e-12)
-        _descend(model, x[rows], y[rows], select(targets, rows), norm, scale[rows], steps, best, rows)
-        _project_repeatedly(model, x, y, targets, norm, scale, polish, best)
+        _descend(model, x[rows], y[rows], select(targets, rows), norm, scale[rows], steps, best, rows, eps)
+        _project_repeatedly(model, x, y, targets, norm, scale, polish, best, eps)
     return keep_within(x, best.point, norm, eps)
 
 
@@ -82,11 +83,18 @@ def _descend(
     steps: int,
     best: _Best,
     rows: Tensor,
+    eps: float | None,
 ) -> None:
     """Walk around the boundary on a shrinking sphere and record the nearest adversarial points in `best`."""
     objective = _tempered(_SHARPNESS / scale)
     point, radius = x, torch.zeros_like(scale)
     for step in range(steps):
+        if eps is not None and bool((best.distance[rows] <= eps).any()):
+            going = best.distance[rows] > eps
+            rows, x, y, point, radius, scale = (part[going] for part in (rows, x, y, point, radius, scale))
+            targets, objective = select(targets, going), _tempered(_SHARPNESS / scale)
+        if len(rows) == 0:
+            return
         logits, gradient = logits_and_gradient(model, point, objective, y, targets)
         won = margin(logits, y, targets) > _CLEARANCE * scale
         delta = point - x
@@ -121,9 +129,11 @@ def _project_repeatedly(
     scale: Tensor,
     rounds: int,
     best: _Best,
+    eps: float | None,
 ) -> None:
     """Project x onto the boundary linearised at the latest point, for as long as that brings an image nearer."""
-    active = (torch.isfinite(best.distance) & (best.distance > 0)).nonzero().squeeze(1)
+    enough = 0.0 if eps is None else eps
+    active = (torch.isfinite(best.distance) & (best.distance > enough)).nonzero().squeeze(1)
     point = best.point[active]
     for turn in range(rounds + 1):
         if len(active) == 0:
