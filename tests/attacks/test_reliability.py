@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparring.attacks import (
+    ATTACKS,
+    Attack,
+    Flag,
+    apgd,
+    check_convergence,
+    check_losses,
+    check_order,
+    check_unlimited,
+    deepfool,
+    fast,
+    fgsm,
+    nearest,
+    pgd,
+    run,
+    worst_case,
+)
+from sparring.attacks.reliability import lengthened
+from sparring.errors import UserError
+from sparring.threat import L2, LINF, Threat, distance
+
+THREAT = Threat(LINF, 0.05)
+
+
+def idle(model, x, y, *, norm, eps=None, targets=None, generator=None):  # type: ignore[no-untyped-def]
+    return x
+
+
+def test_flag_names_are_known() -> None:
+    with pytest.raises(ValueError, match="unknown"):
+        Flag("no-such-flag", "")
+
+
+def test_an_idle_attack_fails_with_an_unlimited_budget(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    assert [flag.name for flag in check_unlimited(net, images, y, idle)] == ["unlimited-budget"]
+    assert check_unlimited(net, images, y, pgd) == ()
+
+
+def test_a_weak_attack_above_a_strong_one_is_flagged(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    good, bad = (run(net, images, y, attack, THREAT) for attack in (pgd, idle))
+    assert int(good.success.sum()) >= 2
+    assert [flag.name for flag in check_order({"fgsm": good, "pgd": bad})["pgd"]] == ["weaker-wins"]
+    assert check_order({"fgsm": bad, "pgd": good}) == {}
+
+
+def test_a_run_that_stopped_too_soon_is_flagged(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    short = partial(pgd, steps=2, step_size=0.012, random_start=False)
+    result = run(net, images, y, short, THREAT)
+    assert [flag.name for flag in check_convergence(net, images, y, short, THREAT, result)] == ["not-converged"]
+    result = run(net, images, y, nearest, Threat(L2))
+    assert check_convergence(net, images, y, nearest, Threat(L2), result) == ()
+
+
+def test_an_attack_without_steps_cannot_be_lengthened() -> None:
+    with pytest.raises(UserError, match="steps"):
+        lengthened(fgsm)
+
+
+def test_a_descent_is_flagged(net: nn.Module, images: Tensor) -> None:
+    def backwards(model, x, y, *, norm, eps=None, targets=None, generator=None):  # type: ignore[no-untyped-def]
+        return (2 * x - fgsm(model, x, y, norm=norm, eps=eps)).clamp(0, 1)
+
+    y = net(images).argmax(1)
+    result = run(net, images, y, backwards, Threat(LINF, 0.01))
+    assert [flag.name for flag in check_losses(net, images, y, result)] == ["loss-not-increasing"]
+    assert check_losses(net, images, y, run(net, images, y, fgsm, Threat(LINF, 0.001))) == ()
+
+
+TARGETED = ("apgd", "apgd-targeted", "deepfool", "fab", "fab-targeted", "fast", "nearest", "pgd", "ddn")
+
+
+@pytest.mark.parametrize("name", TARGETED)
+def test_targeted_attacks_reach_their_target(name: str, net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    targets = (y + 1) % 4
+    budget = Threat(L2, 3.0) if name in ("apgd", "apgd-targeted", "fast", "pgd") else Threat(L2)
+    result = run(net, images, y, ATTACKS[name], budget, targets=targets, generator=torch.Generator().manual_seed(0))
+    assert result.success.double().mean() >= 0.9
+    assert torch.equal(net(result.x_adv).argmax(1)[result.success], targets[result.success])
+
+
+def test_the_worst_case_is_the_union_of_its_attacks(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    attacks: list[Attack] = [fgsm, partial(apgd, steps=10)]
+    union = run(
+        net, images, y, partial(worst_case, attacks=attacks), THREAT, generator=torch.Generator().manual_seed(0)
+    )
+    alone = run(net, images, y, fgsm, THREAT)
+    assert bool((union.success | ~alone.success).all())
+
+
+def test_the_smallest_of_several_searches_counts(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    parts = [run(net, images, y, attack, Threat(L2)).distance for attack in (nearest, deepfool)]
+    both = run(net, images, y, partial(worst_case, attacks=[nearest, deepfool]), Threat(L2)).distance
+    assert torch.allclose(both, torch.minimum(*parts), atol=1e-6)
+
+
+@pytest.mark.parametrize("attack", [nearest, deepfool, partial(pgd, random_start=False)])
+def test_batch_size_and_order_change_nothing_but_rounding(attack: Attack, net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    threat = Threat(L2, 0.5) if isinstance(attack, partial) else Threat(L2)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    whole = run(net, images, y, attack, threat)
+    parts = run(net, images[order], y[order], attack, threat, batch_size=5)
+    assert torch.allclose(whole.distance[order], parts.distance, atol=1e-4)
+    assert torch.equal(whole.success[order], parts.success)
+
+
+def test_fast_with_a_budget_stays_inside_it(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    x_adv = fast(net, images, y, norm=LINF, eps=0.03, generator=torch.Generator().manual_seed(0))
+    assert float(distance(x_adv - images, LINF).max()) <= 0.03 + 1e-6
