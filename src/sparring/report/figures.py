@@ -324,6 +324,7 @@ def scatter(
     legend = _legend(names, {name: k for k, name in enumerate(names)})
     across: Spec = {"field": "x", "type": "quantitative", "axis": {"title": x, "grid": False}}
     across["scale"] = {"type": "log"} if log_x else {"zero": False}
+    across["axis"] |= {"labelOverlap": "greedy", "labelSeparation": 6}
     if ordinal:
         places = list(dict.fromkeys(row["x"] for row in rows))
         across = {"field": "x", "type": "ordinal", "sort": places, "axis": {"title": x, "labelAngle": 0}}

@@ -149,9 +149,9 @@ def _result(measure: Measure, method: str, held: Mapping[tuple[str, float, int],
         sparsities=tuple(kept),
         seeds=seeds,
         images=len(images),
-        levels=tuple(effect(one) for one in sparse),
+        levels=tuple(_level(one, measure) for one in sparse),
         by_seed=sparse.mean(axis=2).T,
-        control=effect(dense),
+        control=_level(dense, measure),
         control_by_seed=tuple(dense.mean(axis=1)),
         gains=gains,
         peak=peak(gains, generator=np.random.default_rng(DRAWS_SEED)),
@@ -159,6 +159,12 @@ def _result(measure: Measure, method: str, held: Mapping[tuple[str, float, int],
         medians=() if measure.is_share else tuple(map(_median, groups)),
         failed=_failed(groups) if measure.role == "distance" else 0.0,
     )
+
+
+def _level(one: NDArray[np.float64], measure: Measure) -> Effect:
+    """Return a metric's own mean; the interval of a share ends at 0 and 1."""
+    level = effect(one)
+    return replace(level, low=max(level.low, 0.0), high=min(level.high, 1.0)) if measure.is_share else level
 
 
 def _median(seeds: Sequence[PerImage]) -> float:

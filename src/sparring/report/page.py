@@ -136,7 +136,7 @@ def _grids(findings: Findings, panels: Sequence[Panel]) -> Html:
     others = [p for p in panels if p.measure not in findings.main]
     more = None
     if others:
-        heading = tag("summary", f"{len(others)} other metrics and budgets")
+        heading = tag("summary", f"Other metrics and budgets ({len(others)})")
         more = tag("details", heading, tag("div", *map(_panel, others), class_="grid"))
     return join(tag("div", *map(_panel, main), class_="grid"), more)
 

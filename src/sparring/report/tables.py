@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -151,26 +152,29 @@ def _each(passes: Sequence[float] | None, images: int) -> list[str]:
 
 
 def flags(study: Study) -> Html:
-    """Return the reliability flags, failures and missing tasks, each with where it was seen."""
-    seen: dict[tuple[str, str], list[str]] = defaultdict(list)
+    """Return the reliability flags, failures and missing tasks, each with where it was seen.
+
+    Flags that differ in their numbers only share a row, which shows the first.
+    """
+    seen: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for network in study.networks:
         where = f"{network.method} {numbers.percent(network.sparsity)} seed {network.seed}"
         for record in network.records:
-            stage = record.stage
-            if stage == "attack":
-                stage = pretty(attack_label(record))
-            for flag in record.flags:
-                seen[str(flag["name"]), str(flag["detail"])].append(f"{where} ({stage})")
-            if record.error is not None:
-                seen["failed", record.error].append(f"{where} ({stage})")
+            stage = pretty(attack_label(record)) if record.stage == "attack" else record.stage
+            raised = [(str(flag["name"]), str(flag["detail"])) for flag in record.flags]
+            raised += [("failed", record.error)] if record.error is not None else []
+            for name, detail in raised:
+                seen[name, re.sub(r"[0-9]+", "#", detail)].append((detail, f"{where} ({stage})"))
     if study.missing:
-        seen["missing", "tasks of the plan without a record"] = [f"{len(study.missing)} tasks"]
+        seen["missing", ""] = [("tasks of the plan without a record", f"{len(study.missing)} tasks")]
     if not seen:
         return tag("p", "No attack, network or measurement raised a flag.")
-    rows = [
-        [name, detail, ", ".join(list(dict.fromkeys(places))[:4]) + (" …" if len(set(places)) > 4 else "")]
-        for (name, detail), places in seen.items()
-    ]
+    rows = []
+    for (name, _), found in seen.items():
+        details, places = (list(dict.fromkeys(column)) for column in zip(*found, strict=True))
+        alike = f" (and {len(details) - 1} alike)" if len(details) > 1 else ""
+        rest = f" and {len(places) - 4} more" if len(places) > 4 else ""
+        rows.append([name, details[0] + alike, ", ".join(places[:4]) + rest])
     return table(["Flag", "What it says", "Where"], rows, text=3)
 
 

@@ -108,4 +108,5 @@ def _takes(claim: Claim, e: Effect, alpha: float) -> str:
 
 
 def _amount(number: float, claim: Claim) -> str:
-    return f"{number:.2g}%" if claim.unit == "%" else f"{number:.2g} {claim.unit}"
+    text = f"{number:.1f}" if abs(number) < 10 else f"{number:.0f}"
+    return f"{text}%" if claim.unit == "%" else f"{text} {claim.unit}"
