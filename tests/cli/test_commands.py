@@ -75,6 +75,23 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
     assert summary["failed"] == 0 and summary["verdict"] and len(summary["records"]) > 10
     assert (tmp_path / "out" / "report.html").stat().st_mtime_ns == page
     assert sparring("report", tmp_path / "out").code == 0
+    against = sparring(
+        "compare",
+        tmp_path / "out",
+        tmp_path / "out",
+        "--methods",
+        "control",
+        "gradual",
+        "--sparsities",
+        0,
+        0.5,
+        "--json",
+    )
+    assert against.code == 0 and json.loads(against.out)["differences"]
+    picked = sparring("pick", tmp_path / "out", "--max-accuracy-drop", 100, "--to", tmp_path / "best.sparring")
+    assert picked.code == 0 and (tmp_path / "best.sparring").exists()
+    nothing = sparring("pick", tmp_path / "out", "--max-accuracy-drop", -100)
+    assert nothing.code == 2 and "no network fits" in nothing.err
     status = sparring("status", tmp_path / "out", "--json")
     assert json.loads(status.out)["done"] == len(summary["records"])
 
@@ -121,7 +138,19 @@ def test_train_prune_attack_certify_compare(sparring, models: tuple[Path, Path])
     worse = sparring("compare", dense, sparse, "--data", "digits", "--images", 40, "--max-drop", "accuracy", 0.0001)
     assert worse.code in (0, 1)
     unknown = sparring("compare", dense, sparse, "--data", "digits", "--images", 40, "--max-drop", "acuracy", 1)
-    assert unknown.code == 2 and "was not compared" in unknown.err
+    assert unknown.code == 2 and "Did you mean 'accuracy'" in unknown.err
+
+
+def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-def]
+    sparring, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for values in ("fp32", "int8"):
+        path = tmp_path / f"{values}.sparring"
+        told = sparring("export", models[1], path, "--data", "digits", "--values", values, "--images", 50)
+        assert told.code == 0 and path.exists() and "times smaller" in told.out and "on the artefact" in told.out
+    assert sparring("export", models[1], tmp_path / "m.onnx", "--to", "onnx", "--data", "digits").code == 0
+    wrong = sparring("export", models[1], tmp_path / "m.tflite", "--to", "tflite", "--data", "digits")
+    assert wrong.code == 2 and "packed or onnx" in wrong.err
 
 
 def test_lists_and_doctor(sparring) -> None:  # type: ignore[no-untyped-def]

@@ -154,6 +154,10 @@ def compare(
     max_drop: Annotated[
         list[str] | None, typer.Option(metavar="METRIC AMOUNT", help="How much of a metric may be lost; repeatable.")
     ] = None,
+    methods: Annotated[
+        tuple[str, str] | None, typer.Option(help="For studies: the two methods [default: those of the headlines].")
+    ] = None,
+    sparsities: Annotated[tuple[float, float] | None, typer.Option(help="For studies: the two sparsities.")] = None,
     data: Annotated[str, typer.Option(help="For models: a data set's name or path.")] = "mnist-5k",
     eps: Annotated[float, typer.Option(help="For models: the budget of l_inf attacks.")] = 0.1,
     images: Annotated[int, typer.Option(help="For models: how many test images.")] = 500,
@@ -162,9 +166,46 @@ def compare(
     json: Json = False,
 ) -> int:
     """Compare two studies or models, paired by image; exit code 1 if a larger drop than allowed is not excluded."""
+    from ..report import Side
     from .compare_command import run_compare
 
-    return run_compare(first, second, tuple(max_drop or ()), data, eps, images, data_dir, download, as_json=json)
+    one, other = zip((first, second), methods or (None, None), sparsities or (None, None), strict=True)
+    sides = (Side(Path(one[0]), *one[1:]), Side(Path(other[0]), *other[1:]))
+    return run_compare(sides, tuple(max_drop or ()), data, eps, images, data_dir, download, as_json=json)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    to: Annotated[str, typer.Option(help="packed (one checked file for the sparse runtime) or onnx.")] = "packed",
+    values: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    weights: Weights = None,
+    data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
+    eps: Annotated[float, typer.Option(help="Budget of the attack that is tried on the artefact.")] = 0.1,
+    images: Annotated[int, typer.Option(help="How many test images.")] = 500,
+    data_dir: DataDir = None,
+    download: Download = False,
+) -> int:
+    """Write a model as one small file, and say what that costs in accuracy and robustness."""
+    from .deploy_commands import run_export
+
+    return run_export(model, out, to, values, weights, data, eps, images, data_dir, download)
+
+
+@app.command()
+def pick(
+    out: Annotated[Path, typer.Argument(help="A study's output folder.")],
+    to: Annotated[Path | None, typer.Option(help="The artefact to write [default: inside the folder].")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Milliseconds for one image.")] = None,
+    max_accuracy_drop: Annotated[float, typer.Option(help="Points, on validation images.")] = 0.5,
+    values: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    json: Json = False,
+) -> int:
+    """Pick a study's best network within limits: chosen on validation images, reported on test images, exported."""
+    from .deploy_commands import run_pick
+
+    return run_pick(out, to, max_latency, max_accuracy_drop, values, as_json=json)
 
 
 @app.command(name="list")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from .. import attacks
 from ..data import Dataset, as_float
 from ..errors import UserError
-from ..report import Comparison, Drop, compare, compare_models, failures
-from ..report.comparing import Floats
+from ..report import Difference, Side, broken, compare, compare_values
 from ..study.networks import chosen_images
 from ..threat import L2, LINF, Threat
 from .loading import open_data
@@ -27,8 +28,7 @@ DROPPED = 1
 
 
 def run_compare(
-    first: str,
-    second: str,
+    sides: tuple[Side, Side],
     max_drop: tuple[str, ...],
     data_name: str,
     eps: float,
@@ -38,41 +38,41 @@ def run_compare(
     *,
     as_json: bool,
 ) -> int:
-    """Compare two studies or two models; exit code 1 if a drop larger than allowed is not excluded."""
-    drops = [_drop(text) for text in max_drop]
-    folders = [Path(name, "plan.json").exists() for name in (first, second)]
+    """Compare two studies' networks or two models; exit code 1 if a drop larger than allowed is not excluded."""
+    allowed = dict(_drop(text) for text in max_drop)
+    folders = [(side.folder / "plan.json").exists() for side in sides]
     if any(folders) and not all(folders):
         raise UserError("compare takes two studies' output folders or two models, not one of each")
     if all(folders):
-        rows = compare(first, second)
+        found = compare(*sides)
     else:
         dataset = open_data(data_name, data_dir, download)
-        rows = compare_models(*(_profile(name, dataset, eps, images) for name in (first, second)))
-    broken = failures(rows, drops)
+        found = compare_values(*(_profile(str(side.folder), dataset, eps, images) for side in sides))
+    too_much = broken(found, allowed)
     if as_json:
-        print(json.dumps({"rows": [row.as_dict() for row in rows], "failures": broken}, indent=1))
+        print(json.dumps({"differences": [asdict(one) for one in found], "broken": too_much}, indent=1))
     else:
-        _print(rows)
-    for sentence in broken:
+        _print(found)
+    for sentence in too_much:
         print(sentence, file=sys.stderr)
-    return DROPPED if broken else 0
+    return DROPPED if too_much else 0
 
 
-def _drop(text: str) -> Drop:
+def _drop(text: str) -> tuple[str, float]:
     metric, _, amount = text.partition("=")
     try:
-        return Drop(metric, float(amount))
+        return metric, float(amount)
     except ValueError:
         raise UserError(
             f"--max-drop takes a metric and a number, as in --max-drop accuracy 0.5; not '{text}'"
         ) from None
 
 
-def _profile(name: str, dataset: Dataset, eps: float, images: int) -> dict[str, Floats]:
+def _profile(name: str, dataset: Dataset, eps: float, images: int) -> dict[str, NDArray[np.float64]]:
     """Return per-image values of a model: right or wrong, standing under attack or not, smallest distance."""
     model, _ = open_model(name, None, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
-    found: dict[str, Floats] = {}
+    found: dict[str, NDArray[np.float64]] = {}
     for attack, threat in (
         ("fgsm", Threat(LINF, eps)),
         ("pgd", Threat(LINF, eps)),
@@ -91,19 +91,18 @@ def _profile(name: str, dataset: Dataset, eps: float, images: int) -> dict[str, 
     return found
 
 
-def _print(rows: list[Comparison]) -> None:
+def _print(found: list[Difference]) -> None:
     table = Table(box=None, header_style="bold")
-    for heading in ("metric", "cell", "first", "second", "difference", "95% interval", "p"):
-        table.add_column(heading, justify="left" if heading in ("metric", "cell") else "right")
-    for row in rows:
-        e = row.effect
+    for heading in ("metric", "first", "second", "change", "95% interval", "p"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for one in found:
+        change = one.change
         table.add_row(
-            row.metric,
-            row.cell,
-            f"{row.first:.4g}",
-            f"{row.second:.4g}",
-            f"{e.estimate:+.3g} {row.unit}",
-            f"[{e.low:+.3g}, {e.high:+.3g}]",
-            f"{e.p:.3g}",
+            one.metric,
+            f"{one.first.estimate:.4g}",
+            f"{one.second.estimate:.4g}",
+            f"{change.estimate:+.3g} {one.unit}",
+            f"[{change.low:+.3g}, {change.high:+.3g}]",
+            f"{change.p:.3g}",
         )
     Console(width=None if sys.stdout.isatty() else 140).print(table)

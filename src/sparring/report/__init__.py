@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from .build import Report, read, verdict, write
-from .versus import Difference, Side, broken, compare
+from .picking import Choice, pick
+from .versus import Difference, Side, broken, compare, compare_values
 
-__all__ = ["Difference", "Report", "Side", "broken", "compare", "read", "verdict", "write"]
+__all__ = [
+    "Choice",
+    "Difference",
+    "Report",
+    "Side",
+    "broken",
+    "compare",
+    "compare_values",
+    "pick",
+    "read",
+    "verdict",
+    "write",
+]

@@ -10,10 +10,10 @@ from ..errors import UnknownNameError, UserError
 from ..statistics import Effect, effect, unpaired
 from . import numbers, words
 from .findings import Findings, find
-from .measures import Measure, PerImage, common, values
+from .measures import Floats, Measure, PerImage, common, values
 from .records import load
 
-__all__ = ["Difference", "Side", "broken", "compare"]
+__all__ = ["Difference", "Side", "broken", "compare", "compare_values"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,21 @@ def compare(first: Side, second: Side) -> list[Difference]:
     if not differences:
         raise UserError("the two sides have no metric in common: attack both with the same attacks and budgets")
     return differences
+
+
+def compare_values(first: Mapping[str, Floats], second: Mapping[str, Floats]) -> list[Difference]:
+    """Return the change of every metric of two models, from per-image values (N,) of the same images.
+
+    A metric called "distance..." changes by % of the first model's mean; the others are shares of images (0 or 1).
+    """
+    found = []
+    for name in (n for n in first if n in second):
+        before, after = effect(first[name][None]), effect(second[name][None])
+        is_share = not name.startswith("distance")
+        factor = 100.0 if is_share or before.estimate <= 0 else 100.0 / before.estimate
+        change = effect((second[name] - first[name])[None]).scaled(factor)
+        found.append(Difference(name, name, before, after, change, "points" if is_share else "%", paired=True))
+    return found
 
 
 def broken(differences: Sequence[Difference], allowed: Mapping[str, float]) -> list[str]:

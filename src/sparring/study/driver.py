@@ -130,6 +130,7 @@ def _described(plan: Plan, work: Work, dataset: Dataset) -> dict[str, Any]:
         "dataset": {
             "name": dataset.name,
             "classes": list(dataset.class_names),
+            "class_count": dataset.classes,
             "train": len(dataset.train.x),
             "valid": len(dataset.valid.x),
             "test": len(dataset.test.x),
