@@ -27,8 +27,9 @@ class MaskedPoint:
     """One drop rate alpha: estimates (mean, low, high) over draws of the masks.
 
     constant: the mean over images of the largest constant of a margin; change: its difference to the previous rate,
-    for the same draws (the masks are nested), so that an interval above zero shows a rise; ratio: the mean over images
-    of the smallest margin / constant, negative for images that the masked network gets wrong.
+    for the same draws (the masks are nested), so that an interval above zero shows a rise; ratio: the median over
+    images of the smallest margin / constant, negative for images that the masked network gets wrong. Where a draw is
+    infinite (a network without any slope) the interval is all numbers.
     """
 
     alpha: float
@@ -92,7 +93,7 @@ def bernoulli(
         for column, alpha in enumerate(alphas):
             kept = {i: u >= alpha for i, u in uniform.items()}
             constant, ratio = _ratios(_masked(graph, kept), reach, y, method)
-            constants[draw, column], ratios[draw, column] = constant.mean(), ratio.mean()
+            constants[draw, column], ratios[draw, column] = constant.mean(), ratio.median()
     return [
         MaskedPoint(
             alpha,
@@ -121,5 +122,7 @@ def _weight(node: Node) -> Tensor:
 def _estimate(values: Tensor, confidence: float) -> Estimate:
     values = values.double()
     mean = float(values.mean())
+    if not math.isfinite(mean):
+        return mean, -math.inf, math.inf
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * float(values.std()) / math.sqrt(len(values))
     return mean, mean - half, mean + half
