@@ -19,7 +19,7 @@ from ..study import available_cores, presets
 
 __all__ = ["show_doctor", "show_list"]
 
-PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "safetensors", "altair", "highspy", "llvmlite", "mlxtend")
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "safetensors", "highspy", "llvmlite", "mlxtend")
 EXTRAS = ("onnxruntime", "openvino", "ray", "mlflow-skinny", "tensorboard", "foolbox")
 
 
