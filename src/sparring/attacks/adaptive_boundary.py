@@ -81,7 +81,7 @@ def _walk(
 ) -> None:
     """Move all images `steps` times and record adversarial points in `nearest` and `smallest`."""
     for _ in range(steps):
-        if eps is not None:
+        if eps is not None and bool((smallest[walk.row] <= eps).any()):
             walk = shrink(walk, smallest[walk.row] > eps)
         if len(walk.row) == 0:
             return
@@ -89,8 +89,14 @@ def _walk(
             model, walk.point, walk.y, walk.targets, norm=norm, aims=walk.aims, candidates=candidates
         )
         lead = ((walk.point - walk.x) * boundary.gradient).flatten(1).sum(1)
-        from_point = _onto(walk.point, boundary.gradient, boundary.gap, norm)
-        from_x = _onto(walk.x, boundary.gradient, boundary.gap + lead, norm)
+        # Both projections in one call: for small batches its cost is that of its operations, not of their size.
+        both = _onto(
+            torch.cat([walk.point, walk.x]),
+            torch.cat([boundary.gradient, boundary.gradient]),
+            torch.cat([boundary.gap, boundary.gap + lead]),
+            norm,
+        )
+        from_point, from_x = both.chunk(2)
         near, far = distance(from_point, norm), distance(from_x, norm)
         alpha = column((near / (near + far).clamp_min(1e-30)).clamp_max(_ALPHA_MAX), walk.x)
         mixed = (1 - alpha) * (walk.point + _ETA * from_point) + alpha * (walk.x + _ETA * from_x)
