@@ -72,11 +72,12 @@ def _smallest(a: np.ndarray, b: np.ndarray, origin: np.ndarray, norm: float) -> 
     return float(np.sqrt(result.fun)) if (a @ result.x <= b + 1e-8).all() else math.inf
 
 
+@pytest.mark.parametrize("norm", [math.inf, 2.0])
 @pytest.mark.parametrize("seed", range(12))
-def test_the_distance_equals_brute_force_over_activation_patterns(seed: int) -> None:
+def test_the_distance_equals_brute_force_over_activation_patterns(seed: int, norm: float) -> None:
     model, x, y = tiny(seed)
-    expected = brute_force(model, x, int(y), math.inf)
-    found = exact(model, x, y, math.inf)
+    expected = brute_force(model, x, int(y), norm)
+    found = exact(model, x, y, norm)
     assert found.status == ("exact",)
     if math.isinf(expected):
         assert found.lower.item() == found.upper.item() == math.inf

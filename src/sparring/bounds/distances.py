@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..graph import Graph
-from ..threat import LINF, distance, norm_name, project, random_point
+from ..threat import L2, LINF, distance, norm_name, project, random_point
 from .certificates import margins_over, radius_over
+from .nearest_l2 import nearest_l2
 from .nearest_linf import nearest_linf
 from .network import others, prepare
 
@@ -57,7 +58,7 @@ def exact(
     x (N, ...) in [0, 1], labels y (N,); x_adv are the caller's best adversarial points: the nearer they are, the fewer
     units are unstable in the ball that has to be searched. One search per class that CROWN cannot exclude: for l_inf a
     mixed-integer program, for l_2 branch and bound over the same units. Sparse networks are those it can solve.
-    Raise Unsupported for layers that are not piecewise linear or too large. Sources: Tjeng et al. 2019 (program);
+    Raise Unsupported for layers that are not piecewise linear or too large. Max pooling is solved for l_inf only. Sources: Tjeng et al. 2019 (program);
     dual bounds carry the solver's tolerances of 1e-9 and are lowered by 1e-7.
     """
     if norm not in _NEAREST:
@@ -160,4 +161,4 @@ def _wide(value: Tensor, like: Tensor) -> Tensor:
 
 
 Nearest = Callable[..., tuple[float, list[Tensor]]]
-_NEAREST: dict[float, Nearest] = {LINF: nearest_linf}
+_NEAREST: dict[float, Nearest] = {LINF: nearest_linf, L2: nearest_l2}
