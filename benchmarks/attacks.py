@@ -161,7 +161,7 @@ def works(images: int) -> list[Work]:
 
 
 EPS = 0.07
-STEPS = {"lenet-300-100": 20, "lenet-300-100-p95": 20, "lenet-5": 25}
+STEPS = {"lenet-300-100": 20, "lenet-300-100-p95": 20, "lenet-5": 40}
 MINIMUM_NORM = {"deepfool": deepfool, "ddn": ddn, "cw": cw}
 
 
