@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .differentiable import PackedModule, run_torch
 from .onnx_graph import to_onnx
 from .program import Program
 from .runtime import Packed, export, load, pack
@@ -9,6 +10,7 @@ from .timing import Timing, interleaved, multiplications, peak_flops
 
 __all__ = [
     "Packed",
+    "PackedModule",
     "Program",
     "Timing",
     "export",
@@ -17,5 +19,6 @@ __all__ = [
     "multiplications",
     "pack",
     "peak_flops",
+    "run_torch",
     "to_onnx",
 ]

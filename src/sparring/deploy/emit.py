@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 
-__all__ = ["BYTE", "FLOAT", "INT32", "INT64", "Kernel", "vector"]
+__all__ = ["BYTE", "FLOAT", "INT32", "INT64", "POINTER", "Kernel", "Spec", "vector"]
 
 Value = Any
 
@@ -96,6 +97,11 @@ class Kernel:
         """Return max(value, 0)."""
         return self.maximum(value, ir.Constant(value.type, None))
 
+    def gated(self, value: Value, gate: Value) -> Value:
+        """Return the value where the gate is above zero, else zero."""
+        zero = ir.Constant(value.type, None)
+        return self.b.select(self.b.fcmp_ordered(">", gate, zero), value, zero)
+
     @contextmanager
     def loop(self, count: Value | int, step: int = 1) -> Iterator[Value]:
         """Run the body for 0, step, 2 · step, ... below count."""
@@ -163,3 +169,16 @@ class Kernel:
     def finish(self) -> None:
         """Close the function."""
         self.b.ret_void()
+
+
+class Spec:
+    """What a kernel is made for: subclasses are frozen dataclasses, equal when their code would be."""
+
+    @property
+    def name(self) -> str:
+        """Return the function's name, the same in every process."""
+        return f"{type(self).__name__.lower()}_{hashlib.sha256(repr(self).encode()).hexdigest()[:24]}"
+
+    def emit(self, k: Kernel) -> None:
+        """Write the function's body."""
+        raise AssertionError(f"{type(self).__name__} does not say how it is written")

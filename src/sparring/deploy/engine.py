@@ -10,9 +10,10 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from .gradients import GradientPlanner
 from .kernels import add_kernels, add_runner
 from .native import Code, host_lanes, permutes
-from .planning import Call, Layout, Planner
+from .planning import Call, Choice, Layout, Planner
 from .program import Floats, Program, infer_shapes
 from .tasks import Layer, Task, tasks_of
 from .tuning import tuned
@@ -43,7 +44,8 @@ class Workspace:
 class Plan:
     """A program compiled for one layout: run it on up to `together` images at a time, from any thread."""
 
-    def __init__(self, program: Program, layout: Layout, calls: list[Call], unit_bytes: int, code: Code) -> None:
+    def __init__(self, program: Program, planner: Planner, calls: list[Call], code: Code) -> None:
+        layout, unit_bytes = planner.layout, planner.unit_bytes
         self.together = layout.together
         self._calls = calls
         self._code = code  # keeps the machine code alive
@@ -52,7 +54,8 @@ class Plan:
         self._segments_address = self._segments.ctypes.data
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         lanes = layout.lanes if layout.tiles else 1
-        fields = (0, 0, 0, self._image, self._logits, lanes, unit_bytes, 0, 0, 0)
+        result = self._image if isinstance(planner, GradientPlanner) else self._logits
+        fields = (0, 0, 0, self._image, result, lanes, unit_bytes, 0, self._logits, *[0] * 4)
         self._workspace = partial(Workspace, unit_bytes * layout.units, fields, program.shape, program.classes)
         self._idle: list[Workspace] = []
         self._run = _RUN(code["run"])
@@ -68,6 +71,16 @@ class Plan:
             call[0], call[1], call[2] = images, logits, min(count, together)
             self._run(space.arena, self._segments_address, space.call_address)
             images, logits, count = images + together * self._image, logits + together * self._logits, count - together
+        self._idle.append(space)
+
+    def run_gradient(self, images: int, upstream: int, gradients: int, count: int) -> None:
+        """Read images and the gradients of their logits, write the gradients of the images (a GradientPlanner's)."""
+        space = self._idle.pop() if self._idle else self._workspace()
+        call, together = space.call, self.together
+        for start in range(0, count, together):
+            call[0], call[1] = images + start * self._image, gradients + start * self._image
+            call[2], call[7] = min(count - start, together), upstream + start * self._logits
+            self._run(space.arena, self._segments_address, space.call_address)
         self._idle.append(space)
 
     def run_one(self, image: Floats) -> Floats:
@@ -115,6 +128,7 @@ class Engine:
         self._code = Code()
         add_runner(self._code)
         self._plans: dict[Layout, Plan] = {}
+        self._gradient_plans: dict[Layout, Plan] = {}
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         self._tiles = _tiles_pay(program, self._tasks, self._lanes)
         self.run_one = self.plan(Layout(False, self._lanes)).run_one
@@ -123,10 +137,10 @@ class Engine:
         """Return the plan for a layout, tuned and made when first asked for."""
         if layout not in self._plans:
             planner = Planner(self._program, self._tasks, layout)
-            space = Workspace(planner.unit_bytes * layout.units, (0,) * 10, self._program.shape, 1)
+            space = Workspace(planner.unit_bytes * layout.units, (0,) * 13, self._program.shape, 1)
             choose = tuned(planner, self._code, space.arena, lanes=self._lanes, lookup=self._lookup)
             calls = planner.calls(choose, lookup=self._lookup)
-            self._plans[layout] = Plan(self._program, layout, calls, planner.unit_bytes, self._code)
+            self._plans[layout] = Plan(self._program, planner, calls, self._code)
         return self._plans[layout]
 
     def run(self, x: Floats) -> Floats:
@@ -149,6 +163,27 @@ class Engine:
             for part in parts:
                 work(part)
         return result
+
+    def gradient(self, x: Floats, upstream: Floats) -> Floats:
+        """Return the gradient of sum(upstream · logits) at contiguous images, for upstream (N, classes).
+
+        Raise Unsupported for the few networks without a backward pass in kernels.
+        """
+        result = np.empty_like(x)
+        if len(x):
+            # Large values crowd the caches, which shorter vectors relieve.
+            lanes = self._lanes if self._tiles else max(4, self._lanes // 2)
+            units = min(4, -(-len(x) // lanes)) if self._tiles else 1
+            plan = self._gradient_plan(Layout(True, lanes, units))
+            plan.run_gradient(x.ctypes.data, upstream.ctypes.data, result.ctypes.data, len(x))
+        return result
+
+    def _gradient_plan(self, layout: Layout) -> Plan:
+        if layout not in self._gradient_plans:
+            planner = GradientPlanner(self._program, layout)
+            calls = planner.calls(lambda key: Choice(lanes=layout.lanes), lookup=False)
+            self._gradient_plans[layout] = Plan(self._program, planner, calls, self._code)
+        return self._gradient_plans[layout]
 
     def _parts(self, count: int) -> list[tuple[Layout, int, int]]:
         """Split a batch into (layout, first image, images): for each thread runs of four tiles, then what is left.

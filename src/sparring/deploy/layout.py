@@ -19,13 +19,15 @@ Pair = tuple[int, int]
 class Buffer:
     """A value in the arena: channels of rows of pixels of `lanes` floats, with zeros around.
 
-    `origin` is the offset in bytes of pixel (0, 0) of channel 0.
+    `origin` is the offset in bytes of pixel (0, 0) of channel 0. With a `step` the value's pixels lie that far apart
+    among zeros, and `shape` counts the zeros too: so a strided convolution's gradient is one without a stride.
     """
 
     shape: tuple[int, int, int]
     pad: Pair
     lanes: int
     origin: int = 0
+    step: Pair = (1, 1)
 
     @property
     def pixel(self) -> int:
@@ -43,6 +45,11 @@ class Buffer:
         return (self.shape[1] + self.pad[0]) * self.inner
 
     @property
+    def strides(self) -> tuple[int, int, int]:
+        """Return the bytes from channel to channel, and from row to row and column to column of the value itself."""
+        return self.outer, self.inner * self.step[0], self.pixel * self.step[1]
+
+    @property
     def before(self) -> int:
         """Return the bytes of zeros before the first pixel."""
         return self.pad[0] * self.inner + self.pad[1] * self.pixel
@@ -56,7 +63,7 @@ class Buffer:
     @property
     def whole(self) -> bool:
         """Tell whether its floats lie without gaps, so that it can be read as one row."""
-        return self.pad == (0, 0)
+        return self.pad == (0, 0) and self.step == (1, 1)
 
 
 def offsets_of(op: Sparse, source: Buffer, flat: bool) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Unsupported
-from .kernels import Lookup, Pack, Pointwise, PoolMax, Spec, Tile, Unpack
+from .emit import Spec
+from .kernels import Lookup, Tile
 from .layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
+from .movement import Pack, Pointwise, PoolMax, Unpack
 from .program import Program, Scale, Shape, Sparse, infer_shapes
 from .tasks import Elementwise, Layer, MaxPool, Task, View
 
-__all__ = ["Call", "Choice", "Layout", "Planner"]
+__all__ = ["Call", "Choice", "Layout", "Planner", "kernel_call"]
 
 Table = NDArray[np.generic]
 MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
@@ -57,7 +60,8 @@ class Call:
 class Planner:
     """Lay out a program's values and make its kernel calls."""
 
-    def __init__(self, program: Program, tasks: list[Task], layout: Layout) -> None:
+    def __init__(self, program: Program, tasks: list[Task], layout: Layout, *, keep: bool = False) -> None:
+        """Place all values; `keep`: each in a place of its own, so that all can be read again after a run."""
         self.program = program
         self.tasks = tasks
         self.layout = layout
@@ -65,42 +69,43 @@ class Planner:
         self.end = 0  # of the arena of one unit, in bytes
         self.buffers: dict[int, Buffer] = {}
         self._views: dict[int, int] = {t.result: t.source for t in tasks if isinstance(t, View)}
-        self._place_all()
+        self._place_all(keep)
 
     # -- places -------------------------------------------------------------------------------------------------------
 
     def buffer(self, value: int) -> Buffer:
         """Return where a value lies; a flattened one lies where the value lies that it views."""
-        base = self.buffers[self._base(value)]
+        base = self.buffers[self.base(value)]
         if value in self._views and base.whole:
             return replace(base, shape=(self.shapes[value][0], 1, 1))
         return base
 
-    def _place_all(self) -> None:
+    def _place_all(self, keep: bool) -> None:
         """Give every value a place; values of one geometry share places when their lives do not overlap."""
         pads = self._pads()
         last: dict[int, int] = {}
         for number, task in enumerate(self.tasks):
             for source in _sources(task):
-                last[self._base(source)] = number
-        last[self._base(len(self.program.steps))] = len(self.tasks)
+                last[self.base(source)] = number
+        last[self.base(len(self.program.steps))] = len(self.tasks)
         free: dict[tuple[Shape, tuple[int, int]], list[Buffer]] = {}
         self._place(0, pads, free)
         for number, task in enumerate(self.tasks):
             if not isinstance(task, View):
                 self._place(task.result, pads, free)
-            for value in [v for v, end in last.items() if end == number and v in self.buffers]:
+            ended = [] if keep else [v for v, end in last.items() if end == number and v in self.buffers]
+            for value in ended:
                 buffer = self.buffers[value]
                 free.setdefault((buffer.shape, buffer.pad), []).append(buffer)
 
-    def _plain(self, value: int) -> Buffer:
+    def plain(self, value: int) -> Buffer:
         """Return where a value lies if it lies as its shape says, which a view of a padded value does not."""
         buffer = self.buffer(value)
         if buffer.shape[0] != self.shapes[value][0]:
             raise Unsupported("a flattened padded value is read by more than linear layers")
         return buffer
 
-    def _base(self, value: int) -> int:
+    def base(self, value: int) -> int:
         while value in self._views:
             value = self._views[value]
         return value
@@ -109,7 +114,7 @@ class Planner:
         pads: dict[int, tuple[int, int]] = {}
         for task in self.tasks:
             if isinstance(task, Layer):
-                base = self._base(task.source)
+                base = self.base(task.source)
                 old = pads.get(base, (0, 0))
                 pads[base] = (max(old[0], task.op.padding[0]), max(old[1], task.op.padding[1]))
         return pads
@@ -127,17 +132,21 @@ class Planner:
         if reusable:
             self.buffers[value] = reusable.pop()
             return
-        buffer = Buffer(shape, pad, self.layout.lanes if self.layout.tiles else 1)
+        self.buffers[value] = self.reserve(Buffer(shape, pad, self.layout.lanes if self.layout.tiles else 1))
+
+    def reserve(self, buffer: Buffer) -> Buffer:
+        """Return the buffer with a place of its own."""
         # Start pixel (0, 0) at a vector's boundary, so that most loads are aligned.
         lead = -buffer.before % 64
-        self.buffers[value] = replace(buffer, origin=self.end + lead + buffer.before)
+        placed = replace(buffer, origin=self.end + lead + buffer.before)
         self.end += -(-(lead + buffer.size) // 64) * 64
+        return placed
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def calls(self, choose: Callable[[str], Choice], *, lookup: bool) -> list[Call]:
         """Return all kernel calls; `choose` gives the tuned choice for a layer's key, `lookup` allows that kernel."""
-        first, tasks = self._pack()
+        first, tasks = self.pack_images()
         calls = [first]
         for task in tasks:
             match task:
@@ -147,11 +156,11 @@ class Planner:
                     calls.append(self._elementwise(task))
                 case MaxPool():
                     calls.append(self._max_pool(task))
-        logits = self._plain(len(self.program.steps))
+        logits = self.plain(len(self.program.steps))
         lanes = self.layout.lanes if self.layout.tiles else 1
-        return [*calls, _call(Unpack(lanes), [logits.origin, self.program.classes])]
+        return [*calls, kernel_call(Unpack(lanes), [logits.origin, self.program.classes])]
 
-    def _pack(self) -> tuple[Call, list[Task]]:
+    def pack_images(self) -> tuple[Call, list[Task]]:
         """Return the call that brings images in, normalised if the first task does that, and the remaining tasks."""
         first, scale, result, rest = self.tasks[0], None, 0, self.tasks
         alone = sum(0 in _sources(task) for task in self.tasks) == 1
@@ -165,19 +174,38 @@ class Planner:
         factors = _factors(scale)
         if self.layout.tiles:
             arguments = [target.origin, channels, rows, width, target.outer, target.inner, image * target.shape[0]]
-            return _call(Pack(self.layout.lanes, scale is not None), arguments, factors), rest
-        strides = [image, 4 * target.shape[2], target.outer, target.inner, 0, 0]
-        arguments = [0, target.origin, 0, channels, rows, width, *strides]
-        return _call(Pointwise(self.layout.lanes, image=True, scaled=scale is not None), arguments, factors), rest
+            return kernel_call(Pack(self.layout.lanes, scale is not None), arguments, factors), rest
+        strides = [image, 4 * target.shape[2], 0, *target.strides, *[0] * 6]
+        arguments = [0, target.origin, 0, 0, channels, rows, 1, width, *strides]
+        return kernel_call(Pointwise(self.layout.lanes, image=True, scaled=scale is not None), arguments, factors), rest
 
     def _elementwise(self, task: Elementwise) -> Call:
-        source, target = self._plain(task.source), self._plain(task.result)
-        other = target if task.other is None else self._plain(task.other)
-        channels, rows, width = target.shape
-        strides = [number for b in (source, target, other) for number in (b.outer, b.inner)]
-        arguments = [source.origin, target.origin, other.origin, channels, rows, width * target.lanes, *strides]
-        spec = Pointwise(self.layout.lanes, scaled=task.scale is not None, added=task.other is not None, relu=task.relu)
-        return _call(spec, arguments, _factors(task.scale))
+        source, target = self.plain(task.source), self.plain(task.result)
+        other = None if task.other is None else self.plain(task.other)
+        return self.pointwise(source, target, target.shape, other=other, scale=task.scale, relu=task.relu)
+
+    def pointwise(
+        self,
+        source: Buffer,
+        target: Buffer,
+        shape: tuple[int, int, int],
+        *,
+        other: Buffer | None = None,
+        gate: Buffer | None = None,
+        scale: Scale | None = None,
+        relu: bool = False,
+    ) -> Call:
+        """Return the call for target = relu(source · scale + shift + other), zero where the gate is not above zero."""
+        four = [source, target, other or target, gate or target]
+        (channels, rows, columns), width = shape, source.lanes
+        if all(b.step == (1, 1) for b in four):
+            columns, width = 1, columns * width
+        strides = [number for b in four for number in b.strides]
+        arguments = [*(b.origin for b in four), channels, rows, columns, width, *strides]
+        spec = Pointwise(
+            self.layout.lanes, scaled=scale is not None, added=other is not None, relu=relu, gated=gate is not None
+        )
+        return kernel_call(spec, arguments, _factors(scale))
 
     def _max_pool(self, task: MaxPool) -> Call:
         source, target, op = self.buffer(task.source), self.buffer(task.result), task.op
@@ -191,7 +219,7 @@ class Planner:
             task.relu,
         )
         strides = [source.outer, source.inner, target.outer, target.inner]
-        return _call(spec, [source.origin, target.origin, target.shape[0], *strides])
+        return kernel_call(spec, [source.origin, target.origin, target.shape[0], *strides])
 
     def layer(self, task: Layer, choose: Callable[[str], Choice], *, lookup: bool) -> Call:
         """Return the call for one layer."""
@@ -200,28 +228,50 @@ class Planner:
         if flat and not self.layout.tiles and lookup and task.residual is None:
             return _lookup(task, source, target)
         key = self.key(task)
-        choice = choose(key)
-        cut = self._cut(task, target, flat, choice)
-        other = target if task.residual is None else self.buffer(task.residual)
+        other = None if task.residual is None else self.buffer(task.residual)
+        shape = self.shapes[task.result]
+        call = self.sums(task, source, target, choose(key), shape=shape, flat=flat, other=other, gate=None)
+        return replace(call, key=key)
+
+    def sums(
+        self,
+        task: Layer,
+        source: Buffer,
+        target: Buffer,
+        choice: Choice,
+        *,
+        shape: Shape,
+        flat: bool,
+        other: Buffer | None,
+        gate: Buffer | None,
+    ) -> Call:
+        """Return the call that computes a layer of result `shape` from one buffer into another, in tiles as chosen."""
+        height, width = (*shape[1:], 1, 1)[:2]
+        cut = self._cut(task, (shape[0], height, width), flat, choice)
+        four = (source, target, other or target, gate or target)
         unit = self.unit_bytes if flat and self.layout.tiles else 0
-        spec, table = _tile(task, cut, (source, target, other), unit, self.layout.units)
-        offsets = offsets_of(task.op, source, flat)
-        channels = task.op.shape[1]
+        spec, table = _tile(task, cut, four, unit, few=height * width <= 4)
+        spec = replace(
+            spec, others=spec.others if other is not None else (), gates=spec.gates if gate is not None else ()
+        )
         per_block = _channels_per_block(choice, cut, task.op, source, flat, spec)
-        blocks = -(-channels // per_block)
-        starts, nonzeros = _nonzeros(task.op, offsets, per_block, blocks)
+        blocks = -(-task.op.shape[1] // per_block)
+        starts, nonzeros = _nonzeros(task.op, offsets_of(task.op, source, flat), per_block, blocks)
         spec = replace(spec, blocked=blocks > 1)
-        arguments = [source.origin, target.origin, other.origin, len(cut.starts)]
-        rows = task.op.shape[0]
+        outer = [b.outer for b in four[1:]]
         tables = (table, starts, nonzeros, task.op.bias)
-        values = _with_tables([*arguments, 0, rows, 0, 0, 0, target.outer, other.outer, blocks, self.end], tables)
-        return Call(spec, values, tables, not (flat and self.layout.tiles), key)
+        values = np.array(
+            [*(b.origin for b in four), len(cut.starts), 0, task.op.shape[0], 0, 0, 0, *outer, blocks, self.end],
+            np.int64,
+        )
+        values[[5, 7, 8, 9]] = [t.ctypes.data for t in tables]
+        return Call(spec, values, tables, not (flat and self.layout.tiles))
 
     @property
     def unit_bytes(self) -> int:
         """Return the bytes of one unit: its values, then scratch for the sums of the layer with most rows."""
-        rows = max((task.op.shape[0] for task in self.tasks if isinstance(task, Layer)), default=0)
-        return self.end + rows * MOST_ACCUMULATORS * 4 * self.layout.lanes
+        rows = max((max(task.op.shape[:2]) for task in self.tasks if isinstance(task, Layer)), default=0)
+        return self.end + 4 * max(rows * MOST_ACCUMULATORS * self.layout.lanes, math.prod(self.program.shape))
 
     def key(self, task: Layer) -> str:
         """Return the geometry of a layer and roughly its density: layers of one key are tuned as one."""
@@ -230,18 +280,18 @@ class Planner:
         fields = (self.layout, task.op.shape, task.op.stride, task.op.dilation, source.shape, source.pad, task.pool)
         return repr((*fields, task.relu, task.residual is not None, round(np.log2(density + 1e-6))))
 
-    def _cut(self, task: Layer, target: Buffer, flat: bool, choice: Choice) -> Cut:
+    def _cut(self, task: Layer, shape: tuple[int, int, int], flat: bool, choice: Choice) -> Cut:
         pool = 2 if task.pool else 1
         if flat and self.layout.tiles:
             units = tuple((unit, 0) for unit in range(self.layout.units))
             return Cut(self.layout.lanes, units, tuple((i,) for i in range(len(units))), units, ((0, 0),))
         if self.layout.tiles:
-            return cut_tiles(target.shape, task.op.stride, pool, self.layout.lanes, choice.accumulators)
+            return cut_tiles(shape, task.op.stride, pool, self.layout.lanes, choice.accumulators)
         for lanes in (choice.lanes, 8, 4):
-            cut = cut_planes(target.shape, task.op.stride, pool, lanes, choice.accumulators)
+            cut = cut_planes(shape, task.op.stride, pool, lanes, choice.accumulators)
             if cut is not None and lanes <= choice.lanes:
                 return cut
-        return cut_scalars(target.shape, task.op.stride, pool, 1 if flat else 8)
+        return cut_scalars(shape, task.op.stride, pool, 1 if flat else 8)
 
 
 def _sources(task: Task) -> list[int]:
@@ -257,43 +307,44 @@ def _factors(scale: Scale | None) -> tuple[Table, ...]:
     return (np.ones(1, np.float32), np.zeros(1, np.float32)) if scale is None else (scale.scale, scale.shift)
 
 
-def _call(spec: Spec, arguments: list[int], tables: tuple[Table, ...] = ()) -> Call:
+def kernel_call(spec: Spec, arguments: list[int], tables: tuple[Table, ...] = ()) -> Call:
     """Make a call that runs once a unit, with the addresses of tables behind the other arguments."""
     addresses = [table.ctypes.data for table in tables]
     return Call(spec, np.array([*arguments, *addresses], np.int64), tables, True)
 
 
-def _with_tables(arguments: list[int], tables: tuple[Table, ...]) -> NDArray[np.int64]:
-    """Fill in the addresses of a tile kernel's tables."""
-    values = np.array(arguments, np.int64)
-    values[[4, 6, 7, 8]] = [table.ctypes.data for table in tables]
-    return values
-
-
 def _tile(
-    task: Layer, cut: Cut, buffers: tuple[Buffer, Buffer, Buffer], unit: int, units: int
+    task: Layer, cut: Cut, buffers: tuple[Buffer, Buffer, Buffer, Buffer], unit: int, *, few: bool
 ) -> tuple[Tile, NDArray[np.int64]]:
-    """Return the kernel for a cut, and the table of its tiles: three offsets each."""
-    source, target, other = buffers
+    """Return the kernel for a cut, and the table of its tiles: an offset for each buffer.
 
-    def offsets(places: tuple[tuple[int, int], ...], buffer: Buffer) -> tuple[int, ...]:
-        return tuple(y * (unit or buffer.inner) + x * buffer.pixel for y, x in places)
+    The buffers are input, output, residual and gate. `few`: the output has few pixels.
+    """
+    source = buffers[0]
+
+    def outside(places: tuple[tuple[int, int], ...], buffer: Buffer) -> tuple[int, ...]:
+        return tuple(y * (unit or buffer.strides[1]) + x * buffer.strides[2] for y, x in places)
+
+    def inside(places: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+        return tuple(y * (unit or source.inner) + x * source.pixel for y, x in places)
 
     stride = (task.op.stride[0] * (1 + task.pool), task.op.stride[1] * (1 + task.pool))
-    inputs = tuple((y * stride[0], x * stride[1]) for y, x in cut.starts)
-    table = np.stack([offsets(inputs, source), offsets(cut.starts, target), offsets(cut.starts, other)], axis=1)
+    inputs = inside(tuple((y * stride[0], x * stride[1]) for y, x in cut.starts))
+    table = np.stack([inputs, *(outside(cut.starts, buffer) for buffer in buffers[1:])], axis=1)
+    writes, others, gates = (outside(cut.stored, buffer) for buffer in buffers[1:])
     spec = Tile(
         cut.lanes,
-        offsets(cut.read, source),
+        inside(cut.read),
         cut.groups,
-        offsets(cut.stored, target),
-        offsets(cut.stored, other) if task.residual is not None else (),
+        writes,
+        others,
+        gates,
         halve=cut.halve,
         pair=cut.halve and task.pool,
         relu=task.relu,
         # Small outputs leave few accumulators, which would wait for one another. That this does not depend on what
         # is tuned keeps the order of every sum, and so its last bit, the same.
-        unroll=4 if target.shape[1] * target.shape[2] <= 4 else 1,
+        unroll=4 if few else 1,
     )
     return spec, np.ascontiguousarray(table, np.int64)
 
@@ -353,7 +404,7 @@ def _lookup(task: Layer, source: Buffer, target: Buffer) -> Call:
     biases = np.zeros(16 * groups, np.float32)
     biases[: op.shape[0]] = op.bias
     tables = (np.array(starts, np.int32), base, places, weights, biases)
-    return _call(Lookup(task.relu), [source.origin, target.origin, groups], tables)
+    return kernel_call(Lookup(task.relu), [source.origin, target.origin, groups], tables)
 
 
 def _aligned(shape: tuple[int, int]) -> NDArray[np.float32]:

@@ -220,8 +220,6 @@ def _pooled(op: Pool, side: int, axis: int) -> int:
     if 2 * padding > kernel:
         raise _Misfit("padding of more than half the window")
     span = side + 2 * padding - op.dilation[axis] * (kernel - 1) - 1
-    if span < 0:
-        return 0
     result = (span + (stride - 1 if op.ceil_mode else 0)) // stride + 1
     # torch: the last window must start inside the image or its left padding.
     return result - 1 if op.ceil_mode and (result - 1) * stride >= side + padding else result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -54,6 +55,31 @@ class Packed:
         if images.shape[1:] != self.program.shape:
             raise UserError(f"the network takes images (N, {self.program.shape}), not {images.shape}")
         return run_reference(self.program, images) if self._engine is None else self._engine.run(images)
+
+    def gradient(self, x: Tensor, upstream: Tensor) -> Tensor:
+        """Return the gradient of sum(upstream · logits) at images x (N, *shape), for upstream (N, classes).
+
+        Raise Unsupported where `has_gradient` is false.
+        """
+        if self._engine is None:
+            raise Unsupported("gradients need generated kernels; use deploy.PackedModule, which falls back to torch")
+        images, given = (np.ascontiguousarray(t.detach().cpu().numpy(), np.float32) for t in (x, upstream))
+        if images.shape[1:] != self.program.shape or given.shape != (len(images), self.program.classes):
+            raise UserError(f"images {images.shape} and gradients of logits {given.shape} do not fit the network")
+        return from_numpy(self._engine.gradient(images, given)).to(x)
+
+    @cached_property
+    def has_gradient(self) -> bool:
+        """Tell whether the kernels can compute gradients of this network."""
+        if self._engine is None:
+            return False
+        try:
+            self._engine.gradient(
+                np.zeros((1, *self.program.shape), np.float32), np.zeros((1, self.program.classes), np.float32)
+            )
+        except Unsupported:
+            return False
+        return True
 
     @property
     def native(self) -> bool:

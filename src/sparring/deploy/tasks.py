@@ -56,8 +56,11 @@ class View:
 Task = Layer | Elementwise | MaxPool | View
 
 
-def tasks_of(program: Program) -> list[Task]:
-    """Return the program as tasks in order; raise Unsupported if a step has no kernel."""
+def tasks_of(program: Program, *, pools: bool = True) -> list[Task]:
+    """Return the program as tasks in order; raise Unsupported if a step has no kernel.
+
+    Without `pools`, pooling stays apart from layers, so that what it pools is kept.
+    """
     shapes = infer_shapes(program.shape, program.steps)
     readers: dict[int, list[int]] = {}
     for number, step in enumerate(program.steps):
@@ -77,7 +80,10 @@ def tasks_of(program: Program) -> list[Task]:
             if len(following) == 1:
                 reader = program.steps[following[0]]
                 others = [i for i in reader.inputs if i != task.result]
-                wider = _absorb(task, reader.op, following[0] + 1, others, number, shapes)
+                pooled = isinstance(reader.op, Pool)
+                wider = (
+                    None if pooled and not pools else _absorb(task, reader.op, following[0] + 1, others, number, shapes)
+                )
             if wider is None:
                 break
             fused.add(following[0])
