@@ -43,6 +43,8 @@ TABLE: dict[str, Any] = {
     ],
     "transfer": [{"name": "pgd", "eps": [0.1], "images": 40, "steps": 5}],
     "certify": [{"norm": "linf", "images": 20, "eps": [0.01]}],
+    "lipschitz": [{"norm": "linf", "images": 20, "radius": 0.05, "method": "jacobian"}],
+    "exact": [{"norm": "linf", "images": 5, "seconds": 20, "sparsities": [0.8]}],
 }
 
 
@@ -121,6 +123,18 @@ def test_certified_radii_never_pass_an_attack(study: Finished) -> None:
         attacks = [r for r in study.of(method, "attack") if r.inputs["attack"]["name"] == "nearest"]
         distance = study.store.tensors(attacks[0].key)["distance"][: len(radius)].double()
         assert (radius <= distance * (1 + 1e-6)).all()
+
+
+def test_theory_and_attacks_bracket_the_truth(study: Finished) -> None:
+    record = study.one("magnitude", "exact")
+    held = study.store.tensors(record.key)
+    radius = study.store.tensors(study.one("magnitude", "certify").key)["radius"][:5]
+    ratio = study.store.tensors(study.one("magnitude", "lipschitz").key)["ratio"][:5].clamp_max(0.05)
+    right = held["clean_correct"]
+    assert record.metrics["solved"] == 1.0
+    assert (radius <= held["upper"] + 1e-6).all()
+    assert (ratio[right] <= held["upper"][right] + 1e-6).all()
+    assert (held["lower"][right] <= held["attack"][right].double() + 1e-6).all()
 
 
 def test_activation_sparsity_is_attacked_at_least_as_hard_as_naively(study: Finished) -> None:

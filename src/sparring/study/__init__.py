@@ -6,7 +6,7 @@ from .cluster import RayCluster
 from .driver import available_cores, run
 from .executors import Executor, InProcess, Outcome, Processes, Task
 from .networks import Context
-from .plan import Activation, Attack, Certify, Controls, Network, Plan, Pruning, Training, presets
+from .plan import Activation, Attack, Certify, Controls, Exact, Lipschitz, Network, Plan, Pruning, Training, presets
 from .scheduling import Event, Watcher, environment, execute
 from .stages import perform_stage
 from .store import SCHEMA, Record, Store
@@ -22,8 +22,10 @@ __all__ = [
     "Controls",
     "DataFacts",
     "Event",
+    "Exact",
     "Executor",
     "InProcess",
+    "Lipschitz",
     "Network",
     "Outcome",
     "Plan",

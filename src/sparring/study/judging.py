@@ -1,4 +1,4 @@
-"""Stages that judge networks: sizes and accuracies, attacks, transfer, certificates, the packed artefact."""
+"""Stages that judge networks: sizes and accuracies, attacks, transfer, the packed artefact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attacks, bounds, deploy
+from .. import attacks, deploy
 from ..data import as_float
 from ..errors import Unsupported, UserError
 from ..metrics import accuracy, distances, macs, robust_accuracy, size
@@ -25,7 +25,7 @@ from .executors import Outcome, Task
 from .networks import Context, chosen_images, network_of
 from .plan import attack_named
 
-__all__ = ["attack", "certify", "measure", "pack", "transfer"]
+__all__ = ["attack", "judged", "measure", "pack", "transfer"]
 
 ACTIVITY_IMAGES = 1000
 LATENCY_ROUNDS = 200
@@ -35,7 +35,7 @@ LOGIT_TOLERANCE = 1e-4
 def measure(context: Context, task: Task) -> Outcome:
     """Count a network and take its accuracies and natural activation sparsity."""
     data = context.dataset
-    model = _judged(context, task)
+    model = judged(context, task)
     logits, logits_valid = predict(model, data.test.x), predict(model, data.valid.x)
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the network's logits are NaN or infinite; its training diverged")
@@ -76,7 +76,7 @@ def measure(context: Context, task: Task) -> Outcome:
 def attack(context: Context, task: Task) -> Outcome:
     """Attack one shard of images; where activations are sparse, the dense control serves as a surrogate."""
     inputs = task.inputs
-    model = _judged(context, task)
+    model = judged(context, task)
     surrogates = {}
     if len(task.parents) > 1 and not inputs["attack"].get("naive"):
         bare = {name: value for name, value in inputs.items() if name != "activation"}
@@ -128,27 +128,10 @@ def transfer(context: Context, task: Task) -> Outcome:
     return Outcome(metrics, tensors={"success": fooled & counted, "clean_correct": counted, "label": y})
 
 
-def certify(context: Context, task: Task) -> Outcome:
-    """Compute certified radii of some images; a network without a sound rule has none, and says why."""
-    inputs = task.inputs
-    model = _judged(context, task)
-    x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
-    try:
-        radius = bounds.radius(model, as_float(x), y, parse_norm(inputs["norm"]), method=inputs["method"])
-    except Unsupported as reason:
-        return Outcome(flags=[{"name": "no-certificate", "detail": str(reason)}])
-    metrics: dict[str, float | None] = {
-        "radius_mean": float(radius.mean()),
-        "radius_median": float(radius.median()),
-        **{f"certified_accuracy_{eps:g}": float((radius >= eps).double().mean()) for eps in inputs["eps"]},
-    }
-    return Outcome(metrics, tensors={"radius": radius, "label": y})
-
-
 def pack(context: Context, task: Task) -> Outcome:
     """Export a network as users ship it and hold the artefact against it: bytes, logits, predictions, time."""
     inputs = task.inputs
-    model = _judged(context, task)
+    model = judged(context, task)
     x = as_float(context.dataset.test.x[: inputs["images"]])
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -181,7 +164,8 @@ def _latency(answer: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return statistics.median(times)
 
 
-def _judged(context: Context, task: Task) -> nn.Module:
+def judged(context: Context, task: Task) -> nn.Module:
+    """Build the network that a task judges: the first parent's, at the checkpoint that the task names."""
     return network_of(context, task.inputs, task.parents[0], checkpoint=task.inputs.get("checkpoint", "final"))
 
 

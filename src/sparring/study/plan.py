@@ -120,6 +120,31 @@ class Certify:
 
 
 @dataclass(frozen=True)
+class Lipschitz:
+    """Take margins and local Lipschitz constants over balls of `radius` around the first `images` images."""
+
+    radius: float
+    images: int = 200
+    norm: Literal["linf", "l2"] = "linf"
+    method: Literal["sampled", "clever", "product", "active", "jacobian"] = "jacobian"
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Find exact distances of the first `images` images, within `seconds` each, at the sparsities listed (none: all).
+
+    What a search proves within its time depends on the machine: these records alone may differ between runs.
+    """
+
+    images: int = 10
+    norm: Literal["linf", "l2"] = "linf"
+    seconds: float = 60.0
+    seeds: int | None = 1
+    sparsities: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Activation:
     """Make the dense control's activations sparse at each level; with `train`, fine-tune the dense network so.
 
@@ -178,6 +203,8 @@ class Plan:
     activation: tuple[Activation, ...] = ()
     controls: Controls = field(default_factory=Controls)
     certify: tuple[Certify, ...] = ()
+    lipschitz: tuple[Lipschitz, ...] = ()
+    exact: tuple[Exact, ...] = ()
     transfer: tuple[Attack, ...] = ()
     checkpoints: tuple[Literal["final", "best"], ...] = ("final",)
     deploy: bool = False

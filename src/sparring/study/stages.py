@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from .executors import Outcome, Task
 from .fitting import activate, choose, prune, train
-from .judging import attack, certify, measure, pack, transfer
+from .judging import attack, measure, pack, transfer
 from .networks import Context
+from .proving import certify, constants, distances
 
 __all__ = ["STAGES", "VERSIONS", "perform_stage"]
 
@@ -20,6 +21,8 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
     "attack": attack,
     "transfer": transfer,
     "certify": certify,
+    "lipschitz": constants,
+    "exact": distances,
     "deploy": pack,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from .. import __version__
 from ..data import Dataset, content_hash
 from ..files import canonical_json, sha256_bytes
 from .executors import Task
-from .plan import CONTROL, REFERENCE, Activation, Attack, Plan, Pruning
+from .plan import CONTROL, REFERENCE, Activation, Attack, Certify, Exact, Lipschitz, Plan, Pruning
 from .stages import VERSIONS
 from .widths import narrowed, widened
 
@@ -207,14 +208,22 @@ class _Seed:
         for attack in self.plan.attacks:
             if self._applies(attack, method, sparsity) and not (attack.naive and surrogate is None):
                 keys += [self.work.add("attack", inputs, *parents) for inputs in self._attack_inputs(shared, attack)]
-        for certify in self.plan.certify:
-            if self._included(certify.seeds):
-                images = min(certify.images, self.data.test)
-                inputs = {"images": images, "norm": certify.norm, "method": certify.method, "eps": list(certify.eps)}
-                keys.append(self.work.add("certify", {**shared, **inputs}, made))
+        keys += [self.work.add(stage, {**shared, **inputs}, made) for stage, inputs in self._proofs(sparsity)]
         if self.plan.deploy:
             keys.append(self.work.add("deploy", {**shared, "images": min(256, self.data.test)}, made))
         return keys
+
+    def _proofs(self, sparsity: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield stage and inputs of every certificate, Lipschitz constant and exact distance at a sparsity."""
+        for certify in self.plan.certify:
+            if self._included(certify.seeds):
+                yield "certify", _asked(certify, self.data.test)
+        for lipschitz in self.plan.lipschitz:
+            if self._included(lipschitz.seeds):
+                yield "lipschitz", _asked(lipschitz, self.data.test)
+        for exact in self.plan.exact:
+            if self._included(exact.seeds) and (exact.sparsities is None or sparsity in exact.sparsities):
+                yield "exact", _asked(exact, self.data.test)
 
     def _applies(self, attack: Attack, method: str, sparsity: float) -> bool:
         if not self._included(attack.seeds) or (attack.methods is not None and method not in attack.methods):
@@ -240,6 +249,12 @@ class _Seed:
             for eps in attack.eps or (None,)
             for start in range(0, images, plan.shard)
         ]
+
+
+def _asked(proof: Certify | Exact | Lipschitz, images: int) -> dict[str, Any]:
+    """Return what a proof depends on: everything but which cells it is for."""
+    options = {k: v for k, v in asdict(proof).items() if k not in ("seeds", "sparsities")}
+    return {**options, "images": min(proof.images, images)}
 
 
 def _method(pruning: Pruning | None) -> dict[str, Any] | None:
