@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from .benching import BenchRow, bench
 from .differentiable import PackedModule, run_torch
 from .onnx_graph import to_onnx
 from .program import Program
 from .runtime import Packed, export, load, pack
+from .shipped import Shipped, compare_shipped
 from .timing import Timing, interleaved, multiplications, peak_flops
 
 __all__ = [
+    "BenchRow",
     "Packed",
     "PackedModule",
     "Program",
+    "Shipped",
     "Timing",
+    "bench",
+    "compare_shipped",
     "export",
     "interleaved",
     "load",

@@ -32,6 +32,7 @@ class Workspace:
 
     def __init__(self, size: int, fields: tuple[int, ...], shape: tuple[int, ...], classes: int) -> None:
         self._memory = np.zeros(size + 64, np.uint8)
+        self.bytes_memory = size
         self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
         self.call = np.array(fields, np.int64)
         self.call_address = self.call.ctypes.data
@@ -72,6 +73,12 @@ class Plan:
             self._run(space.arena, self._segments_address, space.call_address)
             images, logits, count = images + together * self._image, logits + together * self._logits, count - together
         self._idle.append(space)
+
+    @property
+    def bytes_memory(self) -> int:
+        """Return the bytes of tables and of memory for values."""
+        tables = sum(table.nbytes for call in self._calls for table in (call.arguments, *call.tables))
+        return tables + sum(space.bytes_memory for space in self._idle)
 
     def run_gradient(self, images: int, upstream: int, gradients: int, count: int) -> None:
         """Read images and the gradients of their logits, write the gradients of the images (a GradientPlanner's)."""
@@ -163,6 +170,11 @@ class Engine:
             for part in parts:
                 work(part)
         return result
+
+    @property
+    def bytes_memory(self) -> int:
+        """Return the bytes of all plans made so far."""
+        return sum(plan.bytes_memory for plan in (*self._plans.values(), *self._gradient_plans.values()))
 
     def gradient(self, x: Floats, upstream: Floats) -> Floats:
         """Return the gradient of sum(upstream · logits) at contiguous images, for upstream (N, classes).

@@ -82,6 +82,11 @@ class Packed:
         return True
 
     @property
+    def bytes_memory(self) -> int | None:
+        """Return the bytes that the network's tables and values take in memory so far; None where numpy runs it."""
+        return None if self._engine is None else self._engine.bytes_memory
+
+    @property
     def native(self) -> bool:
         """Tell whether generated kernels run it, rather than numpy."""
         return self._engine is not None

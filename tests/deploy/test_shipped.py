@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sparring import deploy
+from sparring.deploy.timing import interleaved
+from sparring.errors import UserError
+
+onnxruntime = pytest.importorskip("onnxruntime")
+SHAPE = (1, 28, 28)
+
+
+def signs(model, x, y):
+    """One step of FGSM at .1: enough of an attack for a comparison."""
+    image = x.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(model(image), y)
+    return (x + 0.1 * torch.autograd.grad(loss, image)[0].sign()).clamp(0, 1)
+
+
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_what_is_shipped_is_attacked_and_compared(sparse_model, values):
+    model = sparse_model("lenet-5", 0.1).train()
+    x = torch.rand(40, *SHAPE, generator=torch.Generator().manual_seed(0))
+    y = model.eval()(x).argmax(1)
+    model.train()
+    packed = deploy.pack(model, shape=SHAPE, values=values)
+    result = deploy.compare_shipped(model, packed, x, y, signs)
+    assert model.training
+    assert result.accuracy_model == 1 and result.agreement == result.accuracy_packed >= 0.9
+    assert result.logit_error <= (5e-6 if values == "fp32" else 5e-2)
+    assert abs(result.robust_transfer - result.robust_model) <= (0.03 if values == "fp32" else 0.15)
+    assert abs(result.robust_packed - result.robust_model) <= (0.03 if values == "fp32" else 0.15)
+
+
+@pytest.mark.parametrize("name", ["lenet-5", "resnet-32"])
+def test_onnx_gives_the_same_logits(tmp_path, sparse_model, name):
+    model = sparse_model(name, 0.2, width=0.5)
+    shape = SHAPE if name == "lenet-5" else (3, 32, 32)
+    session = onnxruntime.InferenceSession(deploy.to_onnx(model, tmp_path / "net.onnx", shape=shape))
+    x = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+    expected = model(x).detach().numpy()
+    got = session.run(None, {"images": x.numpy()})[0]
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_removed_channels_make_a_smaller_onnx_graph(tmp_path, sparse_model):
+    model = sparse_model("lenet-5", 1.0)
+    whole = deploy.to_onnx(model, tmp_path / "whole.onnx", shape=SHAPE).stat().st_size
+    with torch.no_grad():
+        model[3].weight[:, ::2] = 0  # every second channel of the first convolution is unread
+        model[6].weight[:, : 25 * 16] = 0  # half the channels of the second are
+    assert deploy.to_onnx(model, tmp_path / "small.onnx", shape=SHAPE).stat().st_size < 0.6 * whole
+
+
+def test_bench_measures_all_engines_on_equal_terms(sparse_model):
+    model = sparse_model("lenet-300-100", 0.1)
+    rows = deploy.bench(model, shape=SHAPE, batches=(1, 5), rounds=2, small=sparse_model("lenet-300-100", 1, width=0.1))
+    names = [row.engine for row in rows if row.batch == 5]
+    assert {"packed", "torch", "onnxruntime fp32", "onnxruntime int8", "small dense, torch"} <= set(names)
+    for row in rows:
+        assert 0 < row.low <= row.milliseconds <= row.high and row.bytes_disk > 0
+        if row.engine in ("packed", "onnxruntime fp32"):
+            assert row.logit_error < 5e-6
+    with pytest.raises(UserError):
+        deploy.bench(model, shape=SHAPE, batches=())
+
+
+def test_rounds_interleave():
+    order = []
+    timings = interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=3)
+    assert len(timings) == 2 and order[-1] == "b"
+    assert all(t.low <= t.median <= t.high for t in timings)
