@@ -24,7 +24,7 @@ from ..statistics import binomial_interval
 from ..study import Plan, Training
 from ..study.fitting import training_loss
 from ..study.networks import chosen_images
-from ..study.plan import attack_named
+from ..study.settings import attack_named
 from ..threat import Threat, parse_norm
 from ..train import Progress, Recipe, fit, predict
 from .loading import open_data

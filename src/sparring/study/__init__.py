@@ -6,8 +6,10 @@ from .cluster import RayCluster
 from .driver import available_cores, run
 from .executors import Executor, InProcess, Outcome, Processes, Task
 from .networks import Context
-from .plan import Activation, Attack, Certify, Controls, Exact, Lipschitz, Network, Plan, Pruning, Training, presets
+from .plan import Plan
+from .reading import presets
 from .scheduling import Event, Watcher, environment, execute
+from .settings import Activation, Attack, Certify, Controls, Exact, Lipschitz, Network, Pruning, Training
 from .stages import perform_stage
 from .store import SCHEMA, Record, Store
 from .tasks import Cell, DataFacts, lay_out

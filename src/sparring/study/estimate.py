@@ -60,7 +60,11 @@ def _passes(task: Task, context: Context) -> float:
         return PASSES.get(inputs["attack"]["name"], 50.0) * float(inputs["stop"] - inputs["start"])
     if task.stage == "exact":
         return 1e5 * float(inputs["images"])  # seconds on end, where a search runs into its limit
-    return 50.0 * float(inputs["images"]) if task.stage in ("certify", "lipschitz") else float(len(context.dataset.test.x)) / 3
+    return (
+        50.0 * float(inputs["images"])
+        if task.stage in ("certify", "lipschitz")
+        else float(len(context.dataset.test.x)) / 3
+    )
 
 
 def _seconds_per_pass(context: Context, task: Task) -> float:

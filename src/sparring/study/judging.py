@@ -23,7 +23,7 @@ from ..threat import Threat, parse_norm
 from ..train import predict
 from .executors import Outcome, Task
 from .networks import Context, chosen_images, network_of
-from .plan import attack_named
+from .settings import attack_named
 
 __all__ = ["attack", "judged", "measure", "pack", "transfer"]
 

@@ -12,7 +12,8 @@ from .. import __version__
 from ..data import Dataset, content_hash
 from ..files import canonical_json, sha256_bytes
 from .executors import Task
-from .plan import CONTROL, REFERENCE, Activation, Attack, Certify, Exact, Lipschitz, Plan, Pruning
+from .plan import CONTROL, REFERENCE, Plan
+from .settings import Activation, Attack, Certify, Exact, Lipschitz, Pruning
 from .stages import VERSIONS
 from .widths import narrowed, widened
 

@@ -1,0 +1,193 @@
+"""The tables of a plan: what may be said of networks, pruning, attacks, proofs and controls."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..attacks import ATTACKS
+from ..attacks import Attack as AttackFunction
+from ..errors import PlanError, UnknownNameError
+from ..models import MODELS
+from ..plugins import import_object
+from ..sparsity import ACTIVATIONS, PruningSpec
+from ..threat import Threat, parse_norm
+
+__all__ = [
+    "Activation",
+    "Attack",
+    "Certify",
+    "Controls",
+    "Exact",
+    "Lipschitz",
+    "Network",
+    "Pruning",
+    "Training",
+    "attack_named",
+    "check_attack",
+    "in_range",
+]
+
+OPTIONS = ("steps", "restarts", "queries")
+
+
+@dataclass(frozen=True)
+class Network:
+    """Name a model and its size; what an option does not apply to refuses it."""
+
+    name: str = "lenet-300-100"
+    width: float | None = None
+    widths: tuple[int, ...] | None = None
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in MODELS and ":" not in self.name:
+            raise UnknownNameError("model", self.name, MODELS)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Choose the loss: plain cross-entropy, PGD adversarial training, or TRADES (eps in [0, 1])."""
+
+    loss: Literal["standard", "pgd-at", "trades"] = "standard"
+    eps: float = 0.1
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = 7
+    beta: float = 6.0
+
+
+@dataclass(frozen=True)
+class Pruning(PruningSpec):
+    """Prune by one method at the plan's sparsities, or at its own, for all seeds or the first few."""
+
+    label: str = ""
+    sparsities: tuple[float, ...] | None = None
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Attack `images` images of a split; `eps` lists budgets (none: a minimum-norm attack).
+
+    `seeds`, `methods` and `sparsities` narrow the cells that are attacked. `naive` attacks activation sparsity without
+    the straight-through backward pass and without transfer, to show what that hides. `steps`, `restarts` and `queries`
+    are the attack's own.
+    """
+
+    name: str
+    norm: Literal["linf", "l2", "l1"] = "linf"
+    eps: tuple[float, ...] = ()
+    images: int = 1000
+    split: Literal["test", "valid"] = "test"
+    seeds: int | None = None
+    methods: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
+    steps: int | None = None
+    restarts: int | None = None
+    queries: int | None = None
+    naive: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Return the attack's own options that the plan sets."""
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Certify:
+    """Compute certified radii of the first `images` images that the attacks use, and certified accuracy at eps."""
+
+    images: int = 200
+    norm: Literal["linf", "l2"] = "linf"
+    method: Literal["interval", "crown"] = "crown"
+    eps: tuple[float, ...] = ()
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Lipschitz:
+    """Take margins and local Lipschitz constants over balls of `radius` around the first `images` images."""
+
+    radius: float
+    images: int = 200
+    norm: Literal["linf", "l2"] = "linf"
+    method: Literal["sampled", "clever", "product", "active", "jacobian"] = "jacobian"
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Find exact distances of the first `images` images, within `seconds` each, at the sparsities listed (none: all).
+
+    What a search proves within its time depends on the machine: these records alone may differ between runs.
+    """
+
+    images: int = 10
+    norm: Literal["linf", "l2"] = "linf"
+    seconds: float = 60.0
+    seeds: int | None = 1
+    sparsities: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Make the dense control's activations sparse at each level; with `train`, fine-tune the dense network so.
+
+    `kind` names a module that takes the place of every ReLU, or "l1-penalty" (in training, weighed by `level`).
+    """
+
+    kind: str
+    levels: tuple[float, ...]
+    label: str = ""
+    train: bool = False
+    seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ACTIVATIONS and self.kind != "l1-penalty":
+            raise UnknownNameError("activation sparsity", self.kind, [*ACTIVATIONS, "l1-penalty"])
+        for level in self.levels:
+            if self.kind in ACTIVATIONS:
+                ACTIVATIONS[self.kind](level)  # refuses a level out of range
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Add the baselines that keep one honest (design.md, section 6, trap 7).
+
+    `decays` are the weight decays of dense controls, of which validation accuracy chooses one; `small_dense` and
+    `wide_sparse` list sparsities: a dense network with as many weights as the sparse one keeps, and a wider network
+    pruned at that sparsity to as many weights as the dense one has.
+    """
+
+    decays: tuple[float, ...] = ()
+    small_dense: tuple[float, ...] = ()
+    wide_sparse: tuple[float, ...] = ()
+    seeds: int | None = None
+
+
+def attack_named(name: str) -> AttackFunction:
+    """Return an attack by its name in ATTACKS, or a user's own by "package.module:function"."""
+    if name in ATTACKS:
+        return ATTACKS[name]
+    if ":" not in name:
+        raise UnknownNameError("attack", name, ATTACKS)
+    function: AttackFunction = import_object(name)
+    return function
+
+
+def check_attack(attack: Attack) -> None:
+    """Raise UserError for an unknown attack, a budget out of range, or an option that the attack does not have."""
+    function = attack_named(attack.name)
+    for eps in attack.eps:
+        Threat(parse_norm(attack.norm), eps)
+    in_range(f"attack '{attack.name}': images", attack.images, 1, 1_000_000)
+    known = inspect.signature(function).parameters
+    for option in attack.options():
+        if option not in known:
+            raise PlanError(f"attack '{attack.name}' has no option '{option}'")
+
+
+def in_range(name: str, value: int, low: int, high: int) -> None:
+    """Raise PlanError unless a whole number lies in its range."""
+    if not low <= value <= high:
+        raise PlanError(f"{name} must lie between {low} and {high}, not {value}")
