@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import load_tensors, save_tensors
+from ..sparsity import Masks, Pruner
 
-if TYPE_CHECKING:
-    from .loop import State
+__all__ = ["State", "load_checkpoint_", "save_checkpoint"]
 
-__all__ = ["load_checkpoint_", "save_checkpoint"]
+
+@dataclass
+class State:
+    """Hold everything that a run cut short needs to go on."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    masks: Masks
+    generator: torch.Generator
+    pruner: Pruner | None
+    epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_state: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(state: State, path: Path) -> None:

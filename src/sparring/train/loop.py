@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..sparsity import Masks, Pruner
-from .checkpoint import load_checkpoint_, save_checkpoint
+from .checkpoint import State, load_checkpoint_, save_checkpoint
 from .losses import Loss, cross_entropy
 from .recipe import Recipe, learning_rate
 
@@ -38,22 +38,6 @@ class Fit:
     masks: Masks
     losses: tuple[float, ...]
     scores: tuple[float, ...] = ()
-    best_epoch: int | None = None
-    best_state: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class State:
-    """Everything that a resumed run needs; `checkpoint` writes and reads it."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    masks: Masks
-    generator: torch.Generator
-    pruner: Pruner | None
-    epoch: int = 0
-    losses: list[float] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
     best_epoch: int | None = None
     best_state: dict[str, Tensor] = field(default_factory=dict)
 
