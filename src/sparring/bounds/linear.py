@@ -59,6 +59,8 @@ def linear_distance(model: nn.Module, x: Tensor, y: Tensor, norm: float, *, boxe
     """
     norm_name(norm)
     margin, w = _margins(model, x, y)
+    used = (w != 0).any(1).any(0)  # the other pixels move nothing
+    w, x = w[:, :, used], x.flatten(1)[:, used]
     if not boxed:
         size = torch.linalg.vector_norm(w, ord=dual(norm), dim=2)
         distances = torch.where(size > 0, margin / size.clamp_min(1e-300), torch.inf)
