@@ -5,6 +5,7 @@ from __future__ import annotations
 from .cluster import RayCluster
 from .driver import available_cores, run
 from .executors import Executor, InProcess, Outcome, Processes, Task
+from .linear import LinearPaths
 from .networks import Context
 from .plan import Plan
 from .reading import presets
@@ -28,6 +29,7 @@ __all__ = [
     "Executor",
     "InProcess",
     "Lipschitz",
+    "LinearPaths",
     "Network",
     "Outcome",
     "Plan",

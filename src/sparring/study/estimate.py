@@ -58,6 +58,10 @@ def _passes(task: Task, context: Context) -> float:
         return float(len(context.dataset.train.x) * epochs * inner)
     if task.stage in ("attack", "transfer"):
         return PASSES.get(inputs["attack"]["name"], 50.0) * float(inputs["stop"] - inputs["start"])
+    if task.stage == "linear":
+        classifiers = sum(len(inputs[path]) for path in ("l2", "l1", "magnitude"))
+        against = max(1, len(inputs["classes"]) - 1)
+        return float(classifiers) * (8.0 * against * inputs["train_images"] + 100.0 * inputs["images"])
     if task.stage == "exact":
         return 1e5 * float(inputs["images"])  # seconds on end, where a search runs into its limit
     return (

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import PlanError
 from ..sparsity import build_pruner
 from ..train import Recipe
+from .linear import LinearPaths
 from .reading import as_table, override_, read_text, refuse_unknown
 from .settings import (
     Activation,
@@ -43,7 +44,8 @@ class Plan:
 
     `transfer` attacks are made on the dense control and tried on every sparse network, and the other way round.
     `checkpoints` adds the best epoch of adversarial training beside the final one. `shard` is how many images one
-    task attacks; `margins` are the losses that the sweet spot allows, by metric (design.md, section 2).
+    task attacks; `margins` are the losses that the sweet spot allows, by metric (design.md, section 2). A plan with
+    `linear` tables studies linear classifiers and nothing else.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Plan:
     lipschitz: tuple[Lipschitz, ...] = ()
     exact: tuple[Exact, ...] = ()
     transfer: tuple[Attack, ...] = ()
+    linear: tuple[LinearPaths, ...] = ()
     checkpoints: tuple[Literal["final", "best"], ...] = ("final",)
     deploy: bool = False
     batch_size: int = 500
@@ -75,6 +78,8 @@ class Plan:
         in_range("batch_size", self.batch_size, 1, 100_000)
         in_range("shard", self.shard, 1, 1_000_000)
         in_range("gallery", self.gallery, 0, 64)
+        if self.linear and self.model.name != "linear":
+            raise PlanError(f'[[linear]] tables need model = "linear", not "{self.model.name}"')
         if not self.pruning and not self.activation:
             raise PlanError("the plan prunes nothing: give at least one [[pruning]] or [[activation]] table")
         for group in (self.sparsities, *(p.sparsities or () for p in self.pruning)):

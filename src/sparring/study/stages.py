@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .classifiers import classify_group
 from .executors import Outcome, Task
 from .fitting import activate, choose, prune, train
 from .judging import attack, measure, pack, transfer
@@ -24,6 +25,7 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
     "lipschitz": constants,
     "exact": distances,
     "deploy": pack,
+    "linear": classify_group,
 }
 
 # Raised when a stage's meaning changes, so that old results are not taken for new ones.

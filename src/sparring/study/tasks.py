@@ -78,9 +78,22 @@ class Work:
 def lay_out(plan: Plan, data: DataFacts, *, device: str = "cpu") -> Work:
     """Return every task and cell of a plan, parents before children."""
     work = Work(device)
+    if plan.linear:
+        _linear(work, plan, data)
+        return work
     for seed in range(plan.seeds):
         _Seed(work, plan, data, seed).lay_out()
     return work
+
+
+def _linear(work: Work, plan: Plan, data: DataFacts) -> None:
+    """Lay out one task for each loss and group of classes; a cell's seed counts the groups."""
+    for paths in plan.linear:
+        chosen = asdict(paths)
+        for seed, group in enumerate(paths.groups(data.classes)):
+            inputs = {"data": data.hash, "model": {"name": "linear"}, **chosen, "classes": list(group)}
+            name = " and ".join(map(str, group)) if len(group) == 2 else f"{len(group)} classes"
+            work.cells.append(Cell(seed, f"{paths.loss}, {name}", 0.0, "weights", (work.add("linear", inputs),)))
 
 
 class _Seed:
