@@ -149,6 +149,16 @@ def test_magnitude_pruning_keeps_the_largest_weights_and_fits_them_again(classes
         linear_pruned(x, y, (1.0,), dense=dense, loss=loss)
 
 
+def test_nothing_moves_a_constant_classifier() -> None:
+    model, x, _ = linear_model(2)
+    with torch.no_grad():
+        model[2].weight.zero_()
+    y = model(x).argmax(1)
+    for boxed in (True, False):
+        assert linear_distance(model, x, y, 2.0, boxed=boxed).isinf().all()
+        assert (linear_distance(model, x, 1 - y, math.inf, boxed=boxed) == 0).all()
+
+
 def test_refusals() -> None:
     model, x, y = linear_model(3)
     with pytest.raises(UserError, match="two classes"):

@@ -12,7 +12,7 @@ from sparring.study.classifiers import mismatches
 
 
 def small_plan(**changes: Any) -> Plan:
-    paths = {"l2": [0.01, 1.0], "l1": [0.1, 1.0], "magnitude": [0.5, 0.9], "classes": [0, 1, 2, 3], "eps": [0.2]}
+    paths = {"l2": [0.01, 1.0], "l1": [0.5, 5.0], "magnitude": [0.5, 0.9], "classes": [0, 1, 2, 3], "eps": [0.2]}
     return Plan.from_table({"name": "small", "data": "digits", "model": "linear", "linear": [{**paths, **changes}]})
 
 

@@ -60,6 +60,7 @@ def linear_distance(model: nn.Module, x: Tensor, y: Tensor, norm: float, *, boxe
     norm_name(norm)
     margin, w = _margins(model, x, y)
     used = (w != 0).any(1).any(0)  # the other pixels move nothing
+    used[0] = True  # a constant classifier uses none
     w, x = w[:, :, used], x.flatten(1)[:, used]
     if not boxed:
         size = torch.linalg.vector_norm(w, ord=dual(norm), dim=2)

@@ -61,14 +61,13 @@ def _passes(task: Task, context: Context) -> float:
     if task.stage == "linear":
         classifiers = sum(len(inputs[path]) for path in ("l2", "l1", "magnitude"))
         against = max(1, len(inputs["classes"]) - 1)
-        return float(classifiers) * (8.0 * against * inputs["train_images"] + 100.0 * inputs["images"])
+        images: float = 8.0 * against * inputs["train_images"] + 100.0 * inputs["images"]
+        return classifiers * images
     if task.stage == "exact":
         return 1e5 * float(inputs["images"])  # seconds on end, where a search runs into its limit
-    return (
-        50.0 * float(inputs["images"])
-        if task.stage in ("certify", "lipschitz")
-        else float(len(context.dataset.test.x)) / 3
-    )
+    if task.stage in ("certify", "lipschitz"):
+        return 50.0 * float(inputs["images"])
+    return float(len(context.dataset.test.x)) / 3
 
 
 def _seconds_per_pass(context: Context, task: Task) -> float:
