@@ -149,6 +149,8 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
         told = sparring("export", models[1], path, "--data", "digits", "--values", values, "--images", 50)
         assert told.code == 0 and path.exists() and "times smaller" in told.out and "on the artefact" in told.out
     assert sparring("export", models[1], tmp_path / "m.onnx", "--to", "onnx", "--data", "digits").code == 0
+    rows = json.loads(sparring("bench", models[1], "--data", "digits", "--batches", "1", "--rounds", 2, "--json").out)
+    assert {"packed", "torch"} <= {row["engine"] for row in rows} and all(row["milliseconds"] > 0 for row in rows)
     wrong = sparring("export", models[1], tmp_path / "m.tflite", "--to", "tflite", "--data", "digits")
     assert wrong.code == 2 and "packed or onnx" in wrong.err
 

@@ -194,6 +194,24 @@ def export(
 
 
 @app.command()
+def bench(
+    model: ModelArgument,
+    weights: Weights = None,
+    data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,64,256",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 30,
+    small: Annotated[str | None, typer.Option(help="A small dense network of equal accuracy, to compare.")] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    json: Json = False,
+) -> int:
+    """Time a model on one core: packed, torch, and ONNX Runtime and OpenVINO where installed."""
+    from .deploy_commands import run_bench
+
+    return run_bench(model, weights, data, batches, rounds, small, data_dir, download, as_json=json)
+
+
+@app.command()
 def pick(
     out: Annotated[Path, typer.Argument(help="A study's output folder.")],
     to: Annotated[Path | None, typer.Option(help="The artefact to write [default: inside the folder].")] = None,

@@ -1,30 +1,31 @@
-"""`sparring export` and `pick`: the artefact to ship, and what shipping it costs."""
+"""`sparring export`, `bench` and `pick`: the artefact to ship, and what shipping it costs and brings."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
 
 from .. import attacks, deploy
 from ..data import Dataset, as_float
 from ..errors import UserError
 from ..files import read_json
-from ..metrics import accuracy, robust_accuracy
 from ..models import build, load_weights_
 from ..report import pick
 from ..study import Store
 from ..study.networks import WEIGHTS, chosen_images
 from ..threat import LINF, Threat
-from ..train import predict
 from .loading import open_data
 from .model_commands import open_model
 
-__all__ = ["run_export", "run_pick"]
+__all__ = ["run_bench", "run_export", "run_pick"]
 
 
 def run_export(
@@ -57,19 +58,62 @@ def run_export(
 
 
 def _print_cost(model: nn.Module, path: Path, dataset: Dataset, eps: float, images: int) -> None:
-    """Hold the artefact against the model: predictions, accuracy, and attacks made on the model, tried on it."""
-    packed = deploy.load(path)
+    """Attack the model and the artefact, and say what shipping costs in accuracy and robustness."""
     x, y = chosen_images(dataset, "test", 0, images)
-    clean, ours = packed(as_float(x)), predict(model, x)
-    agree = float((clean.argmax(1) == ours.argmax(1)).double().mean())
-    print(f"predictions agree on {agree:.2%} of {len(y)} images; ", end="")
-    print(f"accuracy {accuracy(ours, y):.2%} → {accuracy(clean, y):.2%}")
-    generator = torch.Generator().manual_seed(0)
-    result = attacks.run(model, as_float(x), y, attacks.ATTACKS["pgd"], Threat(LINF, eps), generator=generator)
-    right = clean.argmax(1) == y
-    fooled = packed(result.x_adv).argmax(1) != y
-    before, after = robust_accuracy(result.clean_correct, result.success), robust_accuracy(right, fooled)
-    print(f"standing under PGD (l_inf, eps {eps:g}, made on the model): {before:.2%} → {after:.2%} on the artefact")
+
+    def attack(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return attacks.run(network, x, y, attacks.pgd, Threat(LINF, eps), generator=generator).x_adv
+
+    found = deploy.compare_shipped(model, deploy.load(path), as_float(x), y, attack)
+    print(f"predictions agree on {found.agreement:.2%} of {len(y)} images", end="; ")
+    print(f"accuracy {found.accuracy_model:.2%} → {found.accuracy_packed:.2%}")
+    print(
+        f"standing under PGD (l_inf, eps {eps:g}): the model {found.robust_model:.2%}; on the artefact "
+        f"{found.robust_packed:.2%} when attacked itself, {found.robust_transfer:.2%} under the model's examples"
+    )
+
+
+def run_bench(
+    name: str,
+    weights: Path | None,
+    data_name: str,
+    batches: str,
+    rounds: int,
+    small: str | None,
+    data_dir: Path | None,
+    download: bool,
+    *,
+    as_json: bool,
+) -> int:
+    """Time a model, packed and in every engine that is installed, side by side on one core."""
+    try:
+        sizes = tuple(int(part) for part in batches.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"--batches takes whole numbers separated by commas, as 1,64; not '{batches}'") from None
+    dataset = open_data(data_name, data_dir, download)
+    model, _ = open_model(name, weights, dataset)
+    rival = None if small is None else open_model(small, None, dataset)[0]
+    rows = deploy.bench(model, shape=tuple(dataset.test.x.shape[1:]), batches=sizes, rounds=rounds, small=rival)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return 0
+    table = Table(box=None, header_style="bold")
+    for heading in ("engine", "batch", "ms", "quartiles", "images/s", "over floor", "bytes", "logit error"):
+        table.add_column(heading, justify="left" if heading == "engine" else "right")
+    for row in rows:
+        table.add_row(
+            row.engine,
+            str(row.batch),
+            f"{row.milliseconds:.3g}",
+            f"{row.low:.3g}–{row.high:.3g}",
+            f"{row.images_per_second:,.0f}",
+            f"{row.milliseconds / row.floor:.1f}×",
+            f"{row.bytes_disk:,}",
+            f"{row.logit_error:.1e}",
+        )
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    return 0
 
 
 def run_pick(
