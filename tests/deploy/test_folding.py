@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparring import deploy
 from sparring.deploy.folding import compile_model
 from sparring.deploy.program import Scale, Sparse
 from sparring.deploy.reference import run_reference
@@ -92,3 +93,44 @@ def test_groups_strides_paddings_and_dilations(groups, sparsify):
 def test_a_linear_layer_over_images_is_refused():
     with pytest.raises((Unsupported, UserError), match="flatten"):
         compile_model(nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(16, 2)), (1, 4, 4))
+
+
+class Rule(nn.Module):
+    """An activation-sparsity module, as the contract between parts describes it."""
+
+    straight_through = False
+
+    def __init__(self, kind: str, number: float) -> None:
+        super().__init__()
+        self.kind, self.threshold, self.sparsity = kind, number, number
+
+    def forward(self, x):
+        if self.kind == "shifted-relu":
+            return (x - self.threshold).clamp_min(0)
+        if self.kind in ("threshold", "percentile"):
+            return x * (x > self.threshold)
+        flat = x.flatten(1)
+        kept = flat.topk(flat.shape[1] - round(self.sparsity * flat.shape[1]), dim=1).indices
+        return (flat.clamp_min(0) * torch.zeros_like(flat).scatter_(1, kept, 1.0)).view_as(x)
+
+
+@pytest.mark.parametrize("kind", ["shifted-relu", "threshold", "percentile", "top-k"])
+def test_activation_sparsity_is_packed_run_and_differentiated(tmp_path, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), Rule(kind, 0.2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)).eval()
+    assert_same(model, (1, 8, 8))
+    packed = deploy.load(deploy.export(model, tmp_path / "a.sparring", shape=(1, 8, 8)))
+    assert packed.native == (kind == "shifted-relu")
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(packed(x), model(x).detach(), rtol=1e-5, atol=1e-6)
+    gradients = []
+    for network in (model, deploy.PackedModule(packed)):
+        image = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(network(image).sum(), image)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_activation_sparsity_without_a_packed_form_is_refused_by_name():
+    model = nn.Sequential(nn.Flatten(), Rule("stochastic-pruning", 0.2), nn.Linear(4, 2))
+    with pytest.raises(Unsupported, match="Rule"):
+        compile_model(model, (1, 2, 2))

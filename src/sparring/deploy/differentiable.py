@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import Unsupported
 from .program import Activation, Add, Flatten, Op, Pool, Program, ReLU, Scale, Sparse
 from .runtime import Packed
 
@@ -92,4 +91,15 @@ def _evaluate(op: Op, x: Tensor, *others: Tensor) -> Tensor:
         case Add():
             return x + others[0]
         case Activation():
-            raise Unsupported(f"activation sparsity of kind {op.kind!r} cannot be run by this version")
+            return _activate(op, x)
+
+
+def _activate(op: Activation, x: Tensor) -> Tensor:
+    if op.kind == "shifted-relu":
+        return (x - op.number).clamp_min(0)
+    if op.kind == "threshold":
+        return x * (x > op.number)
+    flat = x.flatten(1)
+    best = flat.topk(op.kept(flat.shape[1]), dim=1).indices
+    mask = torch.zeros_like(flat).scatter_(1, best, 1.0)
+    return (flat.clamp_min(0) * mask).view_as(x)

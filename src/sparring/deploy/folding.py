@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import graph
 from ..errors import Unsupported
 from .program import (
+    ACTIVATIONS,
     Activation,
     Add,
     Flatten,
@@ -112,9 +113,14 @@ def _convert(op: graph.Op, node: graph.Node) -> _Layer | _Affine | Op:
 
 
 def _activation(op: graph.Activation) -> Activation:
-    raise Unsupported(
-        f"layer '{op.name}' ({type(op.module).__name__}) has no packed form; export the network without it"
-    )
+    kind = getattr(op.module, "kind", "")
+    kind = "threshold" if kind == "percentile" else kind  # a threshold that was calibrated
+    if kind not in ACTIVATIONS:
+        raise Unsupported(
+            f"layer '{op.name}' ({type(op.module).__name__}) has no packed form; those of {', '.join(ACTIVATIONS)} have"
+        )
+    number: Any = op.module.sparsity if kind == "top-k" else op.module.threshold
+    return Activation(kind, float(number))
 
 
 def _numpy(tensor: Tensor) -> Doubles:

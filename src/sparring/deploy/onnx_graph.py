@@ -90,6 +90,11 @@ class _Graph:
             case Pool():
                 geometry = {"strides": op.stride, "pads": (*op.padding, *op.padding), "dilations": op.dilation}
                 self._node("MaxPool", inputs, output, kernel_shape=op.kernel, ceil_mode=int(op.ceil_mode), **geometry)
+            case Activation(kind="shifted-relu"):
+                shifted = f"{output}.shifted"
+                threshold = self._constant(f"{output}.threshold", np.array([op.number], np.float32))
+                self._node("Sub", [*inputs, threshold], shifted)
+                self._node("Relu", [shifted], output)
             case Activation():
                 raise Unsupported(f"activation sparsity of kind {op.kind!r} has no ONNX form")
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 
 __all__ = [
+    "ACTIVATIONS",
     "Activation",
     "Add",
     "Flatten",
@@ -121,11 +122,21 @@ class Add:
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation-sparsity module: its kind, and its numbers by name."""
+    """An activation-sparsity module by its kind and its one number; flat is a value's features of one image.
+
+    "shifted-relu": max(x − number, 0). "threshold": x where x > number, else 0. "top-k": max(x, 0) for the largest
+    of the flat features, of which the fraction `number` becomes zero.
+    """
 
     kind: str
-    numbers: tuple[tuple[str, float], ...] = ()
+    number: float
 
+    def kept(self, features: int) -> int:
+        """Return how many features top-k keeps."""
+        return max(1, features - round(self.number * features))
+
+
+ACTIVATIONS = ("shifted-relu", "threshold", "top-k")
 
 Op = Sparse | Scale | ReLU | Pool | Flatten | Add | Activation
 

@@ -7,7 +7,6 @@ import math
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..errors import Unsupported
 from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Sparse
 
 __all__ = ["run_reference"]
@@ -37,7 +36,21 @@ def _evaluate(op: Op, x: Floats, *others: Floats) -> Floats:
         case Add():
             return x + others[0]
         case Activation():
-            raise Unsupported(f"activation sparsity of kind {op.kind!r} cannot be run by this version")
+            return _activate(op, x)
+
+
+def _activate(op: Activation, x: Floats) -> Floats:
+    if op.kind == "shifted-relu":
+        shifted: Floats = np.maximum(x - np.float32(op.number), np.float32(0))
+        return shifted
+    if op.kind == "threshold":
+        return np.where(x > np.float32(op.number), x, np.float32(0))
+    flat = x.reshape(len(x), -1)
+    keep = op.kept(flat.shape[1])
+    best = np.argpartition(-flat, keep - 1, axis=1)[:, :keep]
+    result = np.zeros_like(flat)
+    np.put_along_axis(result, best, np.take_along_axis(np.maximum(flat, 0), best, axis=1), axis=1)
+    return result.reshape(x.shape)
 
 
 def _sparse(op: Sparse, x: Floats) -> Floats:

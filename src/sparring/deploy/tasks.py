@@ -71,7 +71,7 @@ def tasks_of(program: Program, *, pools: bool = True) -> list[Task]:
     for number, step in enumerate(program.steps):
         if number in fused:
             continue
-        if isinstance(step.op, Activation):
+        if isinstance(step.op, Activation) and step.op.kind != "shifted-relu":
             raise Unsupported(f"activation sparsity of kind {step.op.kind!r} has no kernel")
         task = _task(step.op, step.inputs, number + 1, shapes)
         while True:
@@ -106,6 +106,10 @@ def _task(op: Op, inputs: tuple[int, ...], result: int, shapes: list[Shape]) -> 
             return Elementwise(inputs[0], result, scale=op)
         case Add():
             return Elementwise(inputs[0], result, other=inputs[1])
+        case Activation():  # max(x − threshold, 0)
+            channels = shapes[inputs[0]][0]
+            shift = Scale(np.ones(channels, np.float32), np.full(channels, -op.number, np.float32))
+            return Elementwise(inputs[0], result, scale=shift, relu=True)
     return Elementwise(inputs[0], result, relu=True)
 
 
