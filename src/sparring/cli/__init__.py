@@ -8,13 +8,19 @@ from collections.abc import Callable
 __all__ = ["main"]
 
 USER_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
 
 
 def main() -> None:
-    """Run the command line; user errors end it with one message and exit code 2, an interrupt with 130."""
+    """Run the command line; user errors end it with one message and exit code 2, SIGINT with 130, SIGTERM with 143."""
+    import signal
+
     from .app import app
 
+    def stop(*_: object) -> None:
+        sys.exit(TERMINATED)  # unlike the default, this ends workers and frees what is held
+
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(_guarded(app))
 
 
@@ -32,6 +38,10 @@ def _guarded(app: Callable[..., object]) -> int:
         return _say(f"error: {error}", USER_ERROR)
     except KeyboardInterrupt:
         return _say("interrupted; run the same command again and it goes on from here", INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == TERMINATED:
+            return _say("ended by SIGTERM; run the same command again and it goes on from here", TERMINATED)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         return 0

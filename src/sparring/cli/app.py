@@ -37,24 +37,42 @@ def study(
     download: Download = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or a GPU such as cuda:0.")] = "cpu",
+    ray: Annotated[str | None, typer.Option(help="Run on the Ray cluster at ADDRESS, or auto.")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="Log progress to this MLflow URI.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Log progress for TensorBoard to this folder.")] = None,
+    status: Annotated[Path | None, typer.Option(help="Run nothing; say how far this folder is.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
     """Run a study: train, prune, attack, and write the report. Run it again and it goes on where it stopped."""
+    if status is not None:
+        return show_progress(status, json)
     from .study_command import run_study
 
     return run_study(
-        plan, out, tuple(overrides or ()), workers, data_dir, download, retry=retry, device=device, quiet=quiet,
-        as_json=json,
+        plan, out, tuple(overrides or ()), workers, data_dir, download, retry=retry, device=device, ray=ray,
+        mlflow=mlflow, tensorboard=tensorboard, quiet=quiet, as_json=json,
     )  # fmt: skip
 
 
-@app.command()
-def status(out: Annotated[Path, typer.Argument(help="A study's output folder.")], json: Json = False) -> int:
+@app.command(name="status")
+def show_progress(out: Annotated[Path, typer.Argument(help="A study's output folder.")], json: Json = False) -> int:
     """Say how far a study is, also while another process runs it."""
-    from .study_command import show_status
+    from .folder_commands import show_status
 
     return show_status(out, as_json=json)
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Output folders of studies with the same foundations.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to [default: into the first].")] = None,
+    json: Json = False,
+) -> int:
+    """Unite studies that were run apart; every hash is checked, since another's folder may be damaged or forged."""
+    from .folder_commands import run_merge
+
+    return run_merge(sources, out, as_json=json)
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""`sparring study` and `sparring status`: run a plan and show how it goes."""
+"""`sparring study`: run a plan and show how it goes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -17,12 +18,10 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from .. import report
-from ..errors import UserError
-from ..files import read_json
-from ..study import Event, Plan, Record, Store, run
+from ..study import Event, Plan, Record, Watcher, run, to_mlflow, to_tensorboard, what_of
 from .loading import open_data
 
-__all__ = ["run_study", "show_status"]
+__all__ = ["run_study"]
 
 FAILED = 3
 
@@ -37,6 +36,9 @@ def run_study(
     *,
     retry: bool,
     device: str,
+    ray: str | None,
+    mlflow: str | None,
+    tensorboard: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -46,10 +48,17 @@ def run_study(
     dataset = open_data(plan.data, data_dir, download)
     view = _view(quiet or as_json, sys.stderr if as_json else sys.stdout)
     command = shlex.join(["sparring", *sys.argv[1:]])
-    with view:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(view)
+        watchers: list[Watcher] = [view.show]
+        if mlflow is not None:
+            watchers.append(stack.enter_context(to_mlflow(mlflow, plan.name)))
+        if tensorboard is not None:
+            watchers.append(stack.enter_context(to_tensorboard(tensorboard)))
         records = run(
-            plan, out, dataset=dataset, workers=workers, retry=retry, watch=view.show, device=device, command=command
-        )
+            plan, out, dataset=dataset, workers=workers, retry=retry, watch=_all_of(watchers), device=device, ray=ray,
+            command=command,
+        )  # fmt: skip
     path = out / "report.html"
     if not path.exists() or path.stat().st_mtime_ns < (out / "plan.json").stat().st_mtime_ns or view.fresh:
         report.write(out)
@@ -61,6 +70,14 @@ def run_study(
     for record in failed:
         print(f"failed: {record.stage} {record.key}: {record.error}", file=sys.stderr)
     return FAILED if failed else 0
+
+
+def _all_of(watchers: list[Watcher]) -> Watcher:
+    def watch(event: Event) -> None:
+        for watcher in watchers:
+            watcher(event)
+
+    return watch
 
 
 def _summary(out: Path, path: Path, records: list[Record]) -> dict[str, Any]:
@@ -148,6 +165,8 @@ def _view(plain: bool, stream: TextIO) -> PlainView | LiveView:
 def beginning(event: Event) -> str:
     """Return what there is to do, and about how long it will take."""
     text = f"{event.total} tasks, {event.cached} done before"
+    if event.damaged:
+        text += f"; {len(event.damaged)} damaged files were set aside, their tasks are done again"
     return text + (f"; the rest takes about {duration(event.estimate)} (a rough guess)" if event.estimate else "")
 
 
@@ -162,39 +181,10 @@ def describe(event: Event) -> str:
     """Return one line about a finished task."""
     record = event.record
     assert record is not None
-    what = record.stage
-    if record.stage == "attack":
-        spec = record.inputs["attack"]
-        what = f"{spec['name']} {spec['norm']}" + (f" eps {spec['eps']:g}" if spec["eps"] is not None else "")
+    what = what_of(record)
     if record.error:
         return f"{event.label} · {what}: failed: {record.error}"
     shown = ("accuracy", "accuracy_valid", "robust_accuracy", "mean_distance", "sparsity", "radius_median")
     values = [f"{name} {value:.4g}" for name in shown if (value := record.metrics.get(name)) is not None]
     flags = f" [{', '.join(flag['name'] for flag in record.flags)}]" if record.flags else ""
     return f"{event.label} · {what}: {', '.join(values)}{flags} ({record.times.get('seconds', 0):.1f} s)"
-
-
-def show_status(out: Path, *, as_json: bool) -> int:
-    """Count a study's done and failed tasks without disturbing whoever runs it."""
-    path = out / "plan.json"
-    if not path.exists():
-        raise UserError(f"{out} is not a study's output folder: it has no plan.json")
-    content = read_json(path)
-    keys = {key for cell in content["cells"] for key in cell["tasks"]}
-    store = Store(out)
-    records = [record for key in sorted(keys) if (record := store.peek(key)) is not None]
-    failed = [record for record in records if record.error]
-    summary = {
-        "plan": content["plan"]["name"],
-        "tasks": len(keys),
-        "done": len(records) - len(failed),
-        "failed": len(failed),
-        "stages": dict(Counter(record.stage for record in records)),
-    }
-    if as_json:
-        print(json.dumps(summary, indent=1))
-    else:
-        print(f"{summary['plan']}: {summary['done']} of {summary['tasks']} tasks done, {summary['failed']} failed")
-        for record in failed:
-            print(f"  failed: {record.stage} {record.key}: {record.error}")
-    return 0

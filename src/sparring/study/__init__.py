@@ -5,7 +5,9 @@ from __future__ import annotations
 from .cluster import RayCluster
 from .driver import available_cores, run
 from .executors import Executor, InProcess, Outcome, Processes, Task
+from .kept import Progress, progress, read_plan
 from .linear import LinearPaths
+from .merging import Merged, merge
 from .networks import Context
 from .plan import Plan
 from .reading import presets
@@ -14,6 +16,7 @@ from .settings import Activation, Attack, Certify, Controls, Exact, Lipschitz, N
 from .stages import perform_stage
 from .store import SCHEMA, Record, Store
 from .tasks import Cell, DataFacts, lay_out
+from .watching import to_mlflow, to_tensorboard, what_of
 
 __all__ = [
     "SCHEMA",
@@ -30,10 +33,12 @@ __all__ = [
     "InProcess",
     "LinearPaths",
     "Lipschitz",
+    "Merged",
     "Network",
     "Outcome",
     "Plan",
     "Processes",
+    "Progress",
     "Pruning",
     "RayCluster",
     "Record",
@@ -45,7 +50,13 @@ __all__ = [
     "environment",
     "execute",
     "lay_out",
+    "merge",
     "perform_stage",
     "presets",
+    "progress",
+    "read_plan",
     "run",
+    "to_mlflow",
+    "to_tensorboard",
+    "what_of",
 ]

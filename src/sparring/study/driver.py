@@ -11,10 +11,11 @@ from typing import Any
 
 from ..data import Dataset, load
 from ..errors import PlanError, UserError
-from ..files import canonical_json, read_json, write_json
+from ..files import canonical_json, write_json
 from .cluster import RayCluster
 from .estimate import estimate
 from .executors import Executor, InProcess, Processes
+from .kept import read_plan, refuse_another
 from .networks import Context, Factory
 from .plan import Plan
 from .scheduling import Watcher, environment, execute
@@ -23,9 +24,6 @@ from .store import SCHEMA, Record, Store
 from .tasks import Cell, DataFacts, Work, lay_out
 
 __all__ = ["available_cores", "run"]
-
-# What may differ between a folder's plan and a new one: the plan may grow, its foundations may not change.
-FOUNDATIONS = ("data", "model", "recipe", "finetune", "training")
 
 
 def run(
@@ -104,23 +102,14 @@ def _write_plan(store: Store, plan: Plan, work: Work, dataset: Dataset, command:
     path = store.out / "plan.json"
     content = _described(plan, work, dataset)
     if path.exists():
-        kept = read_json(path)
-        _refuse_another(store, kept.get("plan", {}), content["plan"])
+        kept = read_plan(store.out)
+        refuse_another(store.out, kept["plan"], content["plan"])
         kept.pop("command", None)
         if canonical_json(kept) == canonical_json(content):
             return
     elif any(store.records.iterdir()):
         raise PlanError(f"{store.out} holds records but no plan.json; choose another folder with --out")
     write_json(path, {**content, "command": command})
-
-
-def _refuse_another(store: Store, kept: dict[str, Any], table: dict[str, Any]) -> None:
-    for name in FOUNDATIONS:
-        if kept.get(name) != table.get(name):
-            raise PlanError(
-                f"{store.out} belongs to another plan: its {name} is {kept.get(name)}, this one's is "
-                f"{table.get(name)}; choose another folder with --out"
-            )
 
 
 def _described(plan: Plan, work: Work, dataset: Dataset) -> dict[str, Any]:

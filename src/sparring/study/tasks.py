@@ -17,7 +17,10 @@ from .settings import Activation, Attack, Certify, Exact, Lipschitz, Pruning
 from .stages import VERSIONS
 from .widths import narrowed, widened
 
-__all__ = ["Cell", "DataFacts", "Work", "lay_out"]
+__all__ = ["Cell", "DataFacts", "Work", "is_key_of", "lay_out"]
+
+# Types of device that records may come from.
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,31 @@ class Work:
     def add(self, stage: str, inputs: dict[str, Any], *parents: str) -> str:
         """Add a task unless its equal is there, and return its key."""
         inputs = {**inputs, "parents": list(parents)} if parents else inputs
-        identity = {
-            "stage": stage,
-            "version": VERSIONS[stage],
-            "inputs": inputs,
-            "sparring": __version__,
-            "torch": torch.__version__,
-            "device": self.device.split(":")[0],
-        }
-        key = sha256_bytes(canonical_json(identity).encode())[:32]
+        key = _key(stage, VERSIONS[stage], inputs, __version__, torch.__version__, self.device.split(":")[0])
         self.tasks.setdefault(key, Task(key, stage, inputs, parents))
         return key
+
+
+def _key(stage: str, version: int, inputs: dict[str, Any], sparring: str, torch: str, device: str) -> str:
+    identity = {
+        "stage": stage,
+        "version": version,
+        "inputs": inputs,
+        "sparring": sparring,
+        "torch": torch,
+        "device": device,
+    }
+    return sha256_bytes(canonical_json(identity).encode())[:32]
+
+
+def is_key_of(key: str, stage: str, inputs: dict[str, Any], environment: dict[str, Any]) -> bool:
+    """Say whether a record's key is the hash of what it says it was made from, by any version of its stage."""
+    sparring, torch = (str(environment.get(name)) for name in ("sparring", "torch"))
+    return stage in VERSIONS and any(
+        key == _key(stage, version, inputs, sparring, torch, device)
+        for version in range(1, VERSIONS[stage] + 1)
+        for device in DEVICES
+    )
 
 
 def lay_out(plan: Plan, data: DataFacts, *, device: str = "cpu") -> Work:
