@@ -2,11 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -151,63 +147,6 @@ def test_damaged_files_are_found_set_aside_and_made_again(
     assert contents(tmp_path) == good
     assert (tmp_path / "damaged" / weights.name).exists()
     assert len(objects) == len(sorted((tmp_path / "objects").iterdir()))
-
-
-DRIVER = """
-import sys
-sys.path[:0] = {path!r}
-from conftest import *
-from study.test_driver import tiny_plan
-from sparring import data
-from sparring.data import Dataset, Split
-from sparring.study import run
-d = data.load("digits")
-cut = lambda s, n: Split(s.x[:n], s.y[:n])
-few = Dataset("few-digits", cut(d.train, 300), cut(d.valid, 60), cut(d.test, 100), d.classes, d.mean, d.std)
-run(tiny_plan(), {out!r}, dataset=few, workers=2)
-"""
-
-
-def _driver(out: Path) -> subprocess.Popen[bytes]:
-    tests = str(Path(__file__).parent.parent)
-    code = DRIVER.format(path=[tests], out=str(out))
-    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(child) for child in task.read_text().split()]
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds workers through /proc")
-def test_killed_at_random_moments_it_ends_the_same(undisturbed: Path, tmp_path: Path) -> None:
-    draw = random.Random(7)
-    for _ in range(4):
-        process = _driver(tmp_path)
-        deadline = time.monotonic() + 60
-        count = len(list(tmp_path.glob("records/*.json")))
-        while time.monotonic() < deadline and process.poll() is None:
-            if len(list(tmp_path.glob("records/*.json"))) > count:
-                break
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0, 0.4))
-        workers = _children(process.pid) if process.poll() is None else []
-        process.kill()
-        process.wait()
-        time.sleep(0.2)
-        assert not [pid for pid in workers if _alive(pid)], "workers must end with their driver"
-    assert _driver(tmp_path).wait(timeout=120) == 0
-    assert contents(tmp_path) == contents(undisturbed)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def _tasks(count: int) -> list[Task]:
