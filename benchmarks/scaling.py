@@ -1,0 +1,183 @@
+"""Measure what a study costs beside its work, and what a cell's work costs by stage.
+
+    python benchmarks/scaling.py [--json] [--cells N] [--epochs N]
+
+1. A cached study: a plan of N cells (default 1,000) over digits is laid out, every record and object is written by a
+   stand-in for the work, and then the plan is run, in a process of its own. That run must find every record and do
+   nothing. Measured: seconds of `run` and peak memory of the process, with its libraries.
+2. Scheduling alone: tasks a second through `execute` with work that does nothing, for two sizes (the time per task must
+   not grow with their number).
+3. Workers: a short form of the preset `quick` on one worker and on two, alternating. Records must be equal.
+4. Seconds by stage, from the records of 3: docs/scaling.md is built on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import resource
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sparring import data
+from sparring.files import pack_tensors, write_json
+from sparring.study import (
+    SCHEMA,
+    DataFacts,
+    Event,
+    InProcess,
+    Outcome,
+    Plan,
+    Record,
+    Store,
+    Task,
+    environment,
+    execute,
+    lay_out,
+    run,
+)
+
+ROUNDS = 3
+
+
+def in_a_child(work: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Run something in a process of its own and return what it returns and its peak memory in MiB."""
+    context = mp.get_context("fork")
+    here, there = context.Pipe()
+
+    def send() -> None:
+        there.send({**work(), "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+
+    process = context.Process(target=send)
+    process.start()
+    there.close()  # so that a child that fails ends the wait
+    found: dict[str, float] = here.recv()
+    process.join()
+    return found
+
+
+def cached(cells: int, folder: Path) -> dict[str, float]:
+    """Time a study that has nothing to do."""
+    seeds = 10 if cells >= 100 else 1
+    points = cells // seeds - 2  # the reference and the control are cells too
+    plan = Plan.from_table(
+        {
+            "name": "cached",
+            "data": "digits",
+            "model": {"name": "mlp", "widths": [32]},
+            "seeds": seeds,
+            "sparsities": [(i + 1) / (points + 1) for i in range(points)],
+            "attacks": [
+                {"name": "fgsm", "eps": [0.05, 0.1, 0.2]},
+                {"name": "pgd", "eps": [0.1]},
+                {"name": "deepfool", "norm": "l2"},
+            ],
+        }
+    )
+    dataset = data.load("digits")
+    work = lay_out(plan, DataFacts.of(dataset))
+    store = Store(folder)
+    store.prepare()
+    write_json(folder / "plan.json", {"schema": SCHEMA, "plan": plan.table(), "cells": []})
+    content = pack_tensors({"distance": torch.zeros(300), "success": torch.zeros(300, dtype=torch.bool)})
+    with mock.patch("os.fsync"):  # thousands of syncs, which the run that is timed does not make, take minutes
+        for task in work.tasks.values():
+            record = Record(task.key, task.stage, task.inputs, {"accuracy": 0.5}, environment=environment())
+            store.write(record, content)
+    events: list[Event] = []
+
+    def again() -> dict[str, float]:
+        began = time.perf_counter()
+        records = run(plan, folder, dataset=dataset, watch=events.append)
+        seconds = time.perf_counter() - began
+        assert len(records) == len(work.tasks) and events[0].cached == events[0].total == len(records)
+        return {"seconds": seconds}
+
+    return {"cells": len(work.cells), "tasks": len(work.tasks), **in_a_child(again)}
+
+
+class Forgetful(Store):
+    """Write nothing, to time the scheduler alone."""
+
+    def write(self, record: Record, content: bytes = b"") -> Record:
+        return record
+
+
+def scheduling(count: int, folder: Path) -> float:
+    """Return microseconds per task of a scheduler whose tasks, a third of them parents of two others, do nothing."""
+    keys = [f"{i:032x}" for i in range(count)]
+    tasks = [Task(key, "train", {}, (keys[i - i % 3],) if i % 3 else ()) for i, key in enumerate(keys)]
+    store = Forgetful(folder)
+    store.prepare()
+    began = time.perf_counter()
+    records = execute(tasks, store, InProcess(lambda task: Outcome()))
+    assert len(records) == count
+    return (time.perf_counter() - began) / count * 1e6
+
+
+def quick(epochs: int) -> dict[str, Any]:
+    """Run a short form of `quick` on one worker and on two in turn; return their ratio and seconds by stage."""
+    changes = [f"recipe.epochs={epochs}", f"finetune.epochs={max(1, epochs // 2)}", "seeds=2", "sparsities=[0.5, 0.9]"]
+    plan = Plan.load("quick", changes)
+    dataset = data.load(plan.data)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    stages: dict[str, list[float]] = defaultdict(list)
+    for _ in range(ROUNDS):
+        found = {}
+        for workers in (1, 2):
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.perf_counter()
+                records = run(plan, folder, dataset=dataset, workers=workers)
+                seconds[workers].append(time.perf_counter() - began)
+            found[workers] = {record.key: (record.metrics, record.object) for record in records}
+            for record in records if workers == 1 else ():
+                name = record.inputs["attack"]["name"] if record.stage == "attack" else record.stage
+                stages[name].append(record.times["seconds"])
+        assert found[1] == found[2], "two workers made other records than one"
+    return {
+        "one_worker": statistics.median(seconds[1]),
+        "two_workers": statistics.median(seconds[2]),
+        "speedup": statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True)),
+        "stages": {name: statistics.median(times) for name, times in sorted(stages.items())},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cells", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=6)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result: dict[str, Any] = {"cached": cached(options.cells, folder / "cached")}
+        result["scheduler_us_per_task"] = {
+            str(count): round(scheduling(count, folder / f"{count}"), 1) for count in (1_000, 16_000)
+        }
+    result["quick"] = quick(options.epochs)
+    if options.json:
+        print(json.dumps(result))
+        return
+    found, short = result["cached"], result["quick"]
+    print(f"cached study, {found['cells']} cells, {found['tasks']} tasks: {found['seconds']:.2f} s, ", end="")
+    print(f"peak {found['peak_mib']:.0f} MiB")
+    for count, cost in result["scheduler_us_per_task"].items():
+        print(f"scheduler, {count} tasks: {cost:.0f} µs per task")
+    print(f"quick, short: {short['one_worker']:.1f} s on one worker, {short['two_workers']:.1f} s on two ", end="")
+    print(f"({short['speedup']:.2f}×)")
+    for stage, seconds in short["stages"].items():
+        print(f"  {stage}: {seconds:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
