@@ -6,7 +6,7 @@ from .certificates import BOUNDS, certified_accuracy, margin, radius
 from .constants import LIPSCHITZ, lipschitz
 from .distances import Exact, exact
 from .estimators import linear_path, linear_pruned
-from .linear import Theorem, linear_distance, linear_r_2, linear_r_inf, theorem, weights_of
+from .linear import Theorem, linear_distance, linear_distances, linear_r_2, linear_r_inf, theorem, weights_of
 from .random_masks import MaskedPoint, bernoulli, margin_ratios
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "certified_accuracy",
     "exact",
     "linear_distance",
+    "linear_distances",
     "linear_path",
     "linear_pruned",
     "linear_r_2",

@@ -7,6 +7,7 @@ not, as in every attack). With more than two classes the distance is the smalles
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from ..graph import Affine, AvgPool, Conv2d, Flatten, Graph, Input, Linear
 from ..threat import L2, LINF, dual, norm_name
 from .network import adjoint, margin_rows, prepare
 
-__all__ = ["Theorem", "linear_distance", "linear_r_2", "linear_r_inf", "theorem", "weights_of"]
+__all__ = ["Theorem", "linear_distance", "linear_distances", "linear_r_2", "linear_r_inf", "theorem", "weights_of"]
 
 
 def weights_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -57,19 +58,28 @@ def linear_distance(model: nn.Module, x: Tensor, y: Tensor, norm: float, *, boxe
     box in the harmful direction and s_i is 1 (l_inf) or |w_i| (l_2), and t is the level that makes the margin vanish.
     Raise Unsupported for a model that is not linear, UserError for the boxed l_1 distance.
     """
-    norm_name(norm)
+    return linear_distances(model, x, y, [(norm, boxed)])[0]
+
+
+def linear_distances(model: nn.Module, x: Tensor, y: Tensor, kinds: Sequence[tuple[float, bool]]) -> list[Tensor]:
+    """Return `linear_distance` for several pairs of norm and boxed, for the price of reading the model once."""
+    for norm, boxed in kinds:
+        norm_name(norm)
+        if boxed and norm not in (LINF, L2):
+            raise UserError("the boxed distance has a closed form here for linf and l2 only; use boxed=False for l1")
     margin, w = _margins(model, x, y)
     used = (w != 0).any(1).any(0)  # the other pixels move nothing
     used[0] = True  # a constant classifier uses none
-    w, x = w[:, :, used], x.flatten(1)[:, used]
-    if not boxed:
-        size = torch.linalg.vector_norm(w, ord=dual(norm), dim=2)
-        distances = torch.where(size > 0, margin / size.clamp_min(1e-300), torch.inf)
-    elif norm in (LINF, L2):
-        distances = _boxed(margin, w, _room(x, w), norm)
-    else:
-        raise UserError("the boxed distance has a closed form here for linf and l2 only; use boxed=False for l1")
-    return torch.where((margin > 0).all(1), distances.amin(1), 0.0)
+    w = w[:, :, used]
+    room = _room(x.flatten(1)[:, used], w)
+    right = (margin > 0).all(1)
+    found = (_boxed(margin, w, room, norm) if boxed else _unboxed(margin, w, norm) for norm, boxed in kinds)
+    return [torch.where(right, distances.amin(1), 0.0) for distances in found]
+
+
+def _unboxed(margin: Tensor, w: Tensor, norm: float) -> Tensor:
+    size = torch.linalg.vector_norm(w, ord=dual(norm), dim=2)
+    return torch.where(size > 0, margin / size.clamp_min(1e-300), torch.inf)
 
 
 def _room(x: Tensor, w: Tensor) -> Tensor:
