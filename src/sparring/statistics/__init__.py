@@ -15,11 +15,13 @@ from .effects import (
     equivalence,
     holm,
     minimum_detectable_effect,
+    no_gain,
     ratio_values,
     seeds_needed,
     unpaired,
 )
 from .ledger import Claim, Row, judge
+from .pairs import pair_effect
 
 __all__ = [
     "INDICATIVE_BELOW",
@@ -37,7 +39,9 @@ __all__ = [
     "joint_errors",
     "judge",
     "minimum_detectable_effect",
+    "no_gain",
     "over_sparsified",
+    "pair_effect",
     "peak",
     "ratio_values",
     "seeds_needed",

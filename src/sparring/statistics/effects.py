@@ -21,6 +21,7 @@ __all__ = [
     "equivalence",
     "holm",
     "minimum_detectable_effect",
+    "no_gain",
     "ratio_values",
     "seeds_needed",
     "unpaired",
@@ -87,7 +88,7 @@ def effect(values: ArrayLike, *, level: float = 0.95) -> Effect:
     seeds, images = d.shape
     mean = float(d.mean())
     se, df = _crossed_error(d)
-    t = _statistic(mean, se)
+    t = statistic(mean, se)
     half = float(stats.t.ppf((1 + level) / 2, df)) * se
     p = float(2 * stats.t.sf(abs(t), df)) if math.isfinite(t) else 0.0
     return Effect(mean, se, df, mean - half, mean + half, p, seeds, images)
@@ -113,7 +114,7 @@ def _crossed_error(d: NDArray[np.float64]) -> tuple[float, float]:
     return math.sqrt(total / (seeds * images)), df
 
 
-def _statistic(estimate: float, se: float) -> float:
+def statistic(estimate: float, se: float) -> float:
     """Return estimate / se, where an estimate without any spread is zero or infinitely sure."""
     if se > 0:
         return estimate / se
@@ -172,9 +173,18 @@ def equivalence(one: Effect, margin: float) -> float:
     """
     if not margin > 0:
         raise ValueError(f"an equivalence margin must be positive, not {margin}")
-    below = stats.t.sf(_statistic(one.estimate + margin, one.se), one.df)
-    above = stats.t.sf(_statistic(margin - one.estimate, one.se), one.df)
-    return float(max(below, above))
+    below = stats.t.sf(statistic(one.estimate + margin, one.se), one.df)
+    return max(float(below), no_gain(one, margin))
+
+
+def no_gain(one: Effect, margin: float) -> float:
+    """Return the p-value of "the effect is less than margin", a gain too small to matter or a loss: one one-sided test.
+
+    Raises ValueError unless margin > 0.
+    """
+    if not margin > 0:
+        raise ValueError(f"a margin must be positive, not {margin}")
+    return float(stats.t.sf(statistic(margin - one.estimate, one.se), one.df))
 
 
 def unpaired(first: Effect, second: Effect, *, level: float = 0.95) -> Effect:
@@ -188,6 +198,6 @@ def unpaired(first: Effect, second: Effect, *, level: float = 0.95) -> Effect:
     df = se**4 / spread if spread > 0 else min(first.df, second.df)
     estimate = second.estimate - first.estimate
     half = float(stats.t.ppf((1 + level) / 2, df)) * se
-    p = float(2 * stats.t.sf(abs(_statistic(estimate, se)), df))
+    p = float(2 * stats.t.sf(abs(statistic(estimate, se)), df))
     fewest = min(first.seeds, second.seeds), min(first.images, second.images)
     return Effect(estimate, se, df, estimate - half, estimate + half, p, *fewest)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .effects import Effect, equivalence, holm, minimum_detectable_effect, seeds_needed
+from .effects import Effect, equivalence, holm, minimum_detectable_effect, no_gain, seeds_needed
 
 __all__ = ["Claim", "Row", "judge"]
 
@@ -17,13 +17,13 @@ Verdict = Literal["reproduced", "contradicted", "undecided"]
 
 @dataclass(frozen=True)
 class Claim:
-    """State what a claim says of an effect: that it is above zero, below zero, or within ±margin of zero.
+    """State what a claim says of an effect: above zero, below zero, within ±margin of zero, or not above margin.
 
     `margin`, in the effect's `unit`, is the largest effect that does not matter; `test` says what was compared.
     """
 
     text: str
-    expects: Literal["above", "below", "none"]
+    expects: Literal["above", "below", "none", "not above"]
     margin: float
     unit: str
     test: str
@@ -88,6 +88,9 @@ def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
     found: Literal["above", "below", "none"] = "none"
     if p <= ALPHA:
         found = "above" if e.estimate > 0 else "below"
+    if claim.expects == "not above" and no_gain(e, claim.margin) <= ALPHA:
+        loss = f", and significantly {found} zero" if found != "none" else ""
+        return "reproduced", f"less than {_amount(claim.margin, claim)}, by a one-sided test{loss}"
     if claim.expects == "none" and small:
         return "reproduced", within
     if found == claim.expects and found != "none":
