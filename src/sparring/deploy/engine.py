@@ -10,10 +10,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from .calls import Call, Choice, Layout
 from .gradients import GradientPlanner
 from .kernels import add_kernels, add_runner
 from .native import Code, host_lanes, permutes
-from .planning import Call, Choice, Layout, Planner
+from .planning import Planner
 from .program import Floats, Program, infer_shapes
 from .tasks import Layer, Task, tasks_of
 from .tuning import tuned

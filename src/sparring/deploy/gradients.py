@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import Unsupported
+from .calls import Call, Choice, Layout, kernel_call
 from .layout import Buffer
 from .movement import Pack, PoolGradient, UnpackImages
-from .planning import Call, Choice, Layout, Planner, kernel_call
+from .planning import Planner
 from .program import Program, Scale, Shape, Sparse, sparse_from_dense
 from .tasks import Elementwise, Layer, MaxPool, Task, View, tasks_of
 

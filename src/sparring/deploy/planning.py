@@ -4,57 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Unsupported
-from .emit import Spec
+from .calls import Call, Choice, Layout, Table, kernel_call
 from .kernels import Lookup, Tile
 from .layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
 from .movement import Pack, Pointwise, PoolMax, Unpack
 from .program import Program, Scale, Shape, Sparse, infer_shapes
 from .tasks import Elementwise, Layer, MaxPool, Task, View
 
-__all__ = ["Call", "Choice", "Layout", "Planner", "kernel_call"]
+__all__ = ["Planner"]
 
-Table = NDArray[np.generic]
 MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How images lie: one by one with pixels as vectors (`tiles` False), or `units` tiles of `lanes` images each."""
-
-    tiles: bool
-    lanes: int
-    units: int = 1
-
-    @property
-    def together(self) -> int:
-        """Return the images of one run."""
-        return self.lanes * self.units if self.tiles else 1
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What may be tuned in a layer: accumulators at most, lanes of a vector, bytes of input a block may touch."""
-
-    accumulators: int = 16
-    lanes: int = 16
-    block_bytes: int = 0  # 0: all input channels at once
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One kernel call: its kernel, its arguments, what tables they point to, and whether it runs once a unit."""
-
-    spec: Spec
-    arguments: NDArray[np.int64]
-    tables: tuple[Table, ...]
-    per_unit: bool
-    key: str = ""  # equal keys: equal geometry, so that one tuning serves both
 
 
 class Planner:
@@ -305,12 +270,6 @@ def _sources(task: Task) -> list[int]:
 
 def _factors(scale: Scale | None) -> tuple[Table, ...]:
     return (np.ones(1, np.float32), np.zeros(1, np.float32)) if scale is None else (scale.scale, scale.shift)
-
-
-def kernel_call(spec: Spec, arguments: list[int], tables: tuple[Table, ...] = ()) -> Call:
-    """Make a call that runs once a unit, with the addresses of tables behind the other arguments."""
-    addresses = [table.ctypes.data for table in tables]
-    return Call(spec, np.array([*arguments, *addresses], np.int64), tables, True)
 
 
 def _tile(

@@ -12,9 +12,10 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import read_json, write_json
+from .calls import Call, Choice
 from .kernels import add_kernels
 from .native import Code, cache_folder, host_identity
-from .planning import Call, Choice, Planner
+from .planning import Planner
 from .tasks import Layer
 
 __all__ = ["tuned"]
