@@ -50,7 +50,7 @@ class Maker:
     def network(self, seed, method, sparsity):
         """Write one network's records and return their keys."""
         gain = 1.2 * sparsity - 8 * max(0.0, sparsity - 0.95) ** 0.6 + 0.05 * self.rng.normal()
-        gain *= 0.2 if method == "random" else 1.0
+        gain *= 0.2 if method == "luck" else 1.0
         who = {"seed": seed, "method": method, "sparsity": sparsity}
         correct = self.ease + 0.3 * self.rng.normal(size=self.images) > -2.0 + 4 * max(0.0, sparsity - 0.95)
         kept = self.rng.random((300, 784)) >= sparsity
@@ -91,14 +91,26 @@ class Maker:
         who = {"seed": seed, "method": method, "sparsity": sparsity}
         radius = {"radius": self.rng.random(20).astype(np.float32)}
         certified = who | {"norm": "l2", "method": "crown", "images": 20, "eps": []}
-        moved = who | {"attack": {"name": "pgd", "norm": "linf", "eps": 0.1}}
         flags = [{"name": "zero-gradient", "detail": "40% of gradients vanish"}]
-        times = {"latency": 1e-5 * (1.1 - sparsity)}
+        times = {"latency": 1e-5 * (1.1 - sparsity), "latency_torch": 3e-5}
+        constant = (1 - sparsity) * (1 + self.rng.random(20))
+        margin = constant * (0.2 + 0.1 * sparsity + 0.01 * self.rng.random(20))
+        right = np.ones(20, dtype=bool)
+        proved = {"margin": margin, "lipschitz": constant, "ratio": margin / constant, "clean_correct": right}
+        far = 1 + self.rng.random(5)
+        searched = {"lower": far, "upper": far, "attack": 1.1 * far, "solved": right[:5], "clean_correct": right[:5]}
+        moved = who | {"split": "test", "start": 0, "stop": 20, "attack": {"name": "pgd", "norm": "linf", "eps": 0.1}}
+        most = {"clean_correct": right, "success": np.arange(20) < 18}
         return [
             self.record("certify", certified, tensors=radius),
-            self.record("deploy", who, {"bytes_packed": 50000}, times=times),
-            self.record("transfer", moved | {"direction": "to sparse"}, {"transferred": 0.7}, flags=flags),
-            self.record("transfer", moved | {"direction": "to dense"}, {"transferred": 0.4}),
+            self.record("lipschitz", who | {"norm": "linf", "method": "active", "radius": 0.1}, tensors=proved),
+            self.record("exact", who | {"norm": "l2", "images": 5}, tensors=searched),
+            self.record("prune", who, series={"step": [0, 5, 9], "pruned": [9, 5, 1], "spliced": [0, 2, 1]}),
+            self.record("deploy", who, {"bytes_packed": 51234, "agreement": 1.0}, times=times),
+            self.record(
+                "transfer", moved | {"direction": "to sparse"}, {"transferred": 0.9}, flags=flags, tensors=most
+            ),
+            self.record("transfer", moved | {"direction": "to dense"}, {"transferred": 0.9}, tensors=most),
         ]
 
     def attack(self, who, attack, correct, success, distance=None):
@@ -127,7 +139,16 @@ def make_study(tmp_path_factory):
     """Return a function that writes a made-up study and returns its folder."""
 
     def make(
-        *, seeds=3, images=200, sparsities=SPARSITIES, methods=("gradual",), classes=None, budgets=FEW, extras=False
+        *,
+        seeds=3,
+        images=200,
+        sparsities=SPARSITIES,
+        methods=("gradual",),
+        classes=None,
+        budgets=FEW,
+        extras=False,
+        pruning=(),
+        name="made-up",
     ):
         out = tmp_path_factory.mktemp("study")
         maker = Maker(out, images, budgets, np.random.default_rng(0))
@@ -142,7 +163,13 @@ def make_study(tmp_path_factory):
                 cells.append(who | {"tasks": tasks})
         plan = {
             "schema": 1,
-            "plan": {"name": "made-up", "data": "mnist-5k", "model": {"name": "lenet-300-100"}, "seeds": seeds},
+            "plan": {
+                "name": name,
+                "data": "mnist-5k",
+                "model": {"name": "lenet-300-100"},
+                "seeds": seeds,
+                "pruning": list(pruning),
+            },
             "environment": {"python": "3.11", "torch": "2.13.0", "platform": "Linux"},
             "command": "sparring study made-up",
             "dataset": {"name": "mnist-5k", "classes": classes or [str(k) for k in range(10)], "test": images},

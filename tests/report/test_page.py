@@ -56,7 +56,13 @@ def test_every_figure_is_a_file_too(study_folder, page):
     drawn = {path.stem for path in (study_folder / "figures").glob("*.svg")}
     assert {path.stem for path in (study_folder / "figures").glob("*.png")} == drawn
     assert {"accuracy", "accuracy-gain", "fgsm-linf-0.1", "worst-linf-0.1", "distance-deepfool-50-l2"} <= drawn
-    assert page.count('<svg role="group"') == len(drawn)
+    assert page.count('<svg role="group"') == len(drawn - {"overview"})
+
+
+def test_the_panels_of_the_overview_differ(study_folder, page):
+    drawn = (study_folder / "figures" / "overview.svg").read_text()
+    curves = set(re.findall(r'aria-label="gradual, 90%: ([^"]*)"', drawn))
+    assert len(curves) == 4
 
 
 def test_the_page_says_what_a_reader_must_be_able_to_name(page):
@@ -101,10 +107,15 @@ def test_hostile_names_stay_text(make_study):
 
 
 def test_larger_studies_show_theory_speed_transfer_and_activations(make_study):
-    out = make_study(seeds=2, images=60, sparsities=(0.5, 0.9), methods=("gradual", "top-k"), extras=True)
+    pruning = ({"label": "gradual", "method": "dns"},)
+    methods = ("gradual", "top-k")
+    out = make_study(seeds=2, images=60, sparsities=(0.5, 0.9), methods=methods, extras=True, pruning=pruning)
     text = " ".join(parsed(report.write(out).read_text()).text)
     drawn = {path.stem for path in (out / "figures").glob("*.svg")}
-    assert {"brackets-l2", "latency", "transfer-0", "certified-crown-l2", "activations-accuracy"} <= drawn
+    assert {"brackets-l2", "exact-l2", "lipschitz-linf-active_in_radius_0.1", "surgery-0"} <= drawn
+    assert {"latency", "transfer-0", "certified-crown-l2", "activations-accuracy", "overview"} <= drawn
+    for part in ("How tight the bounds are", "Solved exactly", "Packed bytes", "51,234", "Agreement"):
+        assert part in text
     assert "Robustness against activation sparsity" in text
     assert "40% of gradients vanish" in text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import Report, read, verdict, write
+from .build import Report, merge_ledgers, read, verdict, write
 from .picking import Choice, pick
 from .versus import Difference, Side, broken, compare, compare_values
 
@@ -14,6 +14,7 @@ __all__ = [
     "broken",
     "compare",
     "compare_values",
+    "merge_ledgers",
     "pick",
     "read",
     "verdict",

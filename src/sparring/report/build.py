@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomic, write_json
+from ..statistics import Row, judge
 from . import figures, tables, words
-from .claims import ledger
+from .claims import claims, ledger
 from .comparisons import comparisons
 from .findings import Findings, find
 from .page import render, summary_html
-from .panels import Drawn, Picture, curve_panels, density_pictures
+from .panels import Drawn, Picture, curve_panels, density_pictures, overview_picture
 from .records import load
+from .words import title
 
-__all__ = ["Report", "read", "verdict", "write"]
+__all__ = ["Report", "merge_ledgers", "read", "verdict", "write"]
 
 
 def write(out: Path | str) -> Path:
@@ -28,7 +31,8 @@ def write(out: Path | str) -> Path:
     out = Path(out)
     findings = find(load(out))
     weights, activations = (curve_panels(findings, axis) for axis in ("weights", "activations"))
-    drawn = Drawn(weights, activations, density_pictures(findings), comparisons(findings))
+    overview = overview_picture(findings)
+    drawn = Drawn(weights, activations, density_pictures(findings), comparisons(findings), overview)
     rows = ledger(findings)
     write_atomic(out / "results.csv", tables.csv_text(findings))
     write_json(out / "ledger.json", [row.as_dict() for row in rows])
@@ -39,7 +43,7 @@ def write(out: Path | str) -> Path:
 
 def _write_figure(folder: Path, picture: Picture) -> None:
     write_atomic(folder / f"{picture.slug}.svg", picture.svg)
-    write_atomic(folder / f"{picture.slug}.png", figures.png(picture.svg))
+    write_atomic(folder / f"{picture.slug}.png", figures.png(picture.svg, scale=picture.scale))
 
 
 def verdict(out: Path | str) -> str:
@@ -50,6 +54,14 @@ def verdict(out: Path | str) -> str:
 def read(out: Path | str) -> Report:
     """Return the study in a folder as an object for notebooks and scripts; raises as `write` does."""
     return Report(find(load(out)))
+
+
+def merge_ledgers(outs: Iterable[Path | str]) -> list[Row]:
+    """Return the claims of several studies as one ledger, corrected by Holm across all; raises as `write` does."""
+    studies = [find(load(out)) for out in outs]
+    asked = [(title(findings), judged) for findings in studies for judged in claims(findings)]
+    rows = judge([judged for _, judged in asked], study="")
+    return [replace(row, study=name) for (name, _), row in zip(asked, rows, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import vl_convert
 
 from . import numbers
 from .findings import Result
 
-__all__ = ["COLORS", "gains_figure", "heatmap", "levels_figure", "png", "scatter", "svg"]
+__all__ = ["COLORS", "gains_figure", "heatmap", "levels_figure", "overview", "png", "scatter", "svg"]
 
 Spec = dict[str, Any]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
@@ -51,9 +51,9 @@ def svg(spec: Spec) -> str:
     return str(vl_convert.vegalite_to_svg(complete))
 
 
-def png(drawn: str) -> bytes:
-    """Return drawn SVG as PNG bytes, at twice the size."""
-    return bytes(vl_convert.svg_to_png(drawn, scale=2))
+def png(drawn: str, *, scale: float = 2.0) -> bytes:
+    """Return drawn SVG as PNG bytes, at `scale` times the size."""
+    return bytes(vl_convert.svg_to_png(drawn, scale=scale))
 
 
 def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "weights") -> Spec:
@@ -278,15 +278,17 @@ def _gain_layers(result: Result, style: int, x: _Axis, shift: float, legend: Spe
 
 
 def heatmap(title: str, rows: Sequence[Mapping[str, Any]], *, x: str, y: str, unit: str) -> Spec:
-    """Return a table of shares as a heat map with its numbers written in. Rows hold `x`, `y` (text) and `value` (0-1).
+    """Return a table of shares as a heat map with its numbers written in.
 
-    Axes keep the order of the rows; `x`, `y` are axis titles and `unit` says what a cell shows.
+    Rows hold `x`, `y` (text), `value` (0-1) and `order`, by which columns are sorted; lines keep the rows' order. `x`,
+    `y` are axis titles and `unit` says what a cell shows.
     """
     drawn = [
         dict(row) | {"shown": f"{100 * row['value']:.3g}", "text": f"{row['y']}, {row['x']}: {100 * row['value']:.3g}%"}
         for row in rows
     ]
-    columns, lines = (list(dict.fromkeys(row[name] for row in rows)) for name in ("x", "y"))
+    columns = list(dict.fromkeys(row["x"] for row in sorted(rows, key=lambda row: row["order"])))
+    lines = list(dict.fromkeys(row["y"] for row in rows))
     shape = {"width": max(WIDTH - 60, 46 * len(columns)), "height": 26 * len(lines)}
     where = {
         "x": {"field": "x", "type": "ordinal", "sort": columns, "axis": {"title": x, "labelAngle": 0, "domain": False}},
@@ -314,11 +316,19 @@ def heatmap(title: str, rows: Sequence[Mapping[str, Any]], *, x: str, y: str, un
 
 
 def scatter(
-    title: str, rows: Sequence[Mapping[str, Any]], *, x: str, y: str, log_x: bool = False, ordinal: bool = False
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
+    log_y: bool | Literal["symlog"] = False,
+    ordinal: bool = False,
 ) -> Spec:
-    """Return points joined in their order, one line per series. Rows hold `x`, `y`, `series`, `order` and `text`.
+    """Return points joined in their order, one line per series, with bars where rows hold `low` and `high`.
 
-    `x` and `y` are axis titles; with `ordinal` the rows' x are names, shown in the order they come in.
+    Rows hold `x`, `y`, `series`, `order` and `text`. `x` and `y` are axis titles; with `ordinal` the rows' x are names,
+    shown in the order they come in; "symlog" is a log axis that has a zero.
     """
     names = list(dict.fromkeys(row["series"] for row in rows))
     legend = _legend(names, {name: k for k, name in enumerate(names)})
@@ -326,21 +336,31 @@ def scatter(
     across["scale"] = {"type": "log"} if log_x else {"zero": False}
     across["axis"] |= {"labelOverlap": "greedy", "labelSeparation": 6}
     if ordinal:
-        places = list(dict.fromkeys(row["x"] for row in rows))
+        places = list(dict.fromkeys(row["x"] for row in sorted(rows, key=lambda row: row["order"])))
         across = {"field": "x", "type": "ordinal", "sort": places, "axis": {"title": x, "labelAngle": 0}}
-    up = {"title": y, "tickCount": 5, "domain": False, "ticks": False}
-    place = {"x": across, "y": {"field": "y", "type": "quantitative", "axis": up, "scale": {"zero": False}}}
+    up = {"title": y, "tickCount": 5, "domain": False, "ticks": False, "labelOverlap": "greedy"}
+    scale = {"type": "symlog" if log_y == "symlog" else "log"} if log_y else {"zero": False}
+    place = {"x": across, "y": {"field": "y", "type": "quantitative", "axis": up, "scale": scale}}
     layers: list[Spec] = []
     for k, name in enumerate(names):
-        data = {"values": [dict(row) for row in rows if row["series"] == name]}
-        dot = {"type": "point", "filled": True, "color": _of(COLORS, k), "opacity": 1, "size": 42}
+        mine = [dict(row) for row in rows if row["series"] == name]
+        data, color = {"values": mine}, _of(COLORS, k)
+        dot = {"type": "point", "filled": True, "color": color, "opacity": 1, "size": 42, "shape": _of(SHAPES, k)}
         joined = {"order": {"field": "order", "type": "quantitative"}} | _drawn(legend, name)
-        layers += [
-            {"data": data, "mark": {"type": "line", "strokeWidth": 1.5}, "encoding": place | joined},
-            {
-                "data": data,
-                "mark": dot | {"shape": _of(SHAPES, k)},
-                "encoding": place | {"description": {"field": "text"}},
-            },
-        ]
+        layers.append({"data": data, "mark": {"type": "line", "strokeWidth": 1.5}, "encoding": place | joined})
+        if any("low" in row for row in mine):
+            ends = {"y": place["y"] | {"field": "low"}, "y2": {"field": "high"}}
+            barred = {"values": [row for row in mine if "low" in row]}
+            layers.append({"data": barred, "mark": {"type": "rule", "color": color}, "encoding": place | ends})
+        layers.append({"data": data, "mark": dot, "encoding": place | {"description": {"field": "text"}}})
     return {"title": title, "width": WIDTH, "height": HEIGHT, "layer": layers}
+
+
+def overview(panels: Sequence[Spec]) -> Spec:
+    """Return figures of curves side by side, two in a row, with one legend for all."""
+    # Layers' names must be unique in a specification: without, each panel would show the first one's data.
+    nameless = [
+        panel | {"layer": [{k: v for k, v in layer.items() if k != "name"} for layer in panel["layer"]]}
+        for panel in panels
+    ]
+    return {"concat": nameless, "columns": 2, "spacing": {"row": 30, "column": 34}}

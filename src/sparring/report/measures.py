@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,27 @@ from numpy.typing import NDArray
 from ..statistics import binomial_interval, ratio_values
 from .records import NAIVE, Network, Record, Study, Who, arrays, attack_label, is_dense
 
-__all__ = ["Collected", "Measure", "PerImage", "collect", "common", "main_measures", "pretty", "summary", "values"]
+__all__ = [
+    "LIPSCHITZ",
+    "TRANSFER",
+    "Collected",
+    "Measure",
+    "PerImage",
+    "collect",
+    "common",
+    "main_measures",
+    "pretty",
+    "summary",
+    "values",
+]
 
 Floats = NDArray[np.float64]
-Role = Literal["accuracy", "budget", "worst", "distance", "distance-correct", "certified"]
+Role = Literal[
+    "accuracy", "budget", "worst", "distance", "distance-correct", "certified",
+    "margin", "lipschitz", "ratio", "to sparse", "to dense",
+]  # fmt: skip
+LIPSCHITZ: tuple[Role, ...] = ("margin", "lipschitz", "ratio")  # the tensors of "lipschitz" records
+TRANSFER: tuple[Role, ...] = ("to sparse", "to dense")  # the directions of "transfer" records
 NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1"}
 
 
@@ -34,12 +51,17 @@ class Measure:
     @property
     def is_share(self) -> bool:
         """Tell whether this is a share of images (shown in %), not a distance."""
-        return self.role in ("accuracy", "budget", "worst")
+        return self.role in ("accuracy", "budget", "worst", *TRANSFER)
 
     @property
     def slug(self) -> str:
         """Return a name fit for files and identifiers."""
-        parts = [self.role if self.role != "budget" else "", self.attack, self.norm, _number(self.eps)]
+        parts = [
+            self.role.replace(" ", "-") if self.role != "budget" else "",
+            self.attack,
+            self.norm,
+            _number(self.eps),
+        ]
         text = "-".join(part for part in parts if part)
         return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in text)
 
@@ -56,6 +78,11 @@ class Measure:
             return f"Worst-case accuracy, {norm} ε = {eps}"
         if self.role == "certified":
             return f"Certified {norm} radius ({self.attack}), all images"
+        if self.role in TRANSFER:
+            return f"{pretty(self.attack)} examples that transfer {self.role}, {norm}" + (f" ε = {eps}" if eps else "")
+        if self.role in LIPSCHITZ:
+            what = {"margin": "Margin", "lipschitz": "Lipschitz constant L", "ratio": "Margin / L"}[self.role]
+            return f"{what}, {norm}, {self.attack}, correctly classified only"
         r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" and self.role == "distance" else ""
         over = "all images" if self.role == "distance" else "correctly classified only"
         return f"{pretty(self.attack)} {norm} distance{r_2}, {over}"
@@ -67,6 +94,8 @@ class Measure:
         norm = NORMS.get(self.norm, self.norm)
         labels = {"accuracy": "accuracy", "budget": pretty(self.attack), "worst": "worst case"}
         labels |= {"certified": f"certified {norm}", "distance": f"{pretty(self.attack)} {norm}"}
+        labels |= {"margin": f"margin ({norm})", "lipschitz": f"L ({norm})", "ratio": f"margin / L ({norm})"}
+        labels |= {role: f"{pretty(self.attack)} transfers {role}" for role in TRANSFER}
         return labels.get(self.role, f"{pretty(self.attack)} {norm}, correct only") + eps
 
 
@@ -107,7 +136,7 @@ def collect(study: Study) -> Collected:
             found.setdefault(measure, {})[network.who] = _merge(shards)
     _lend_controls(found)
     _add_worst(found)
-    order = ("accuracy", "budget", "worst", "distance", "distance-correct", "certified")
+    order = ("accuracy", "budget", "worst", "distance", "distance-correct", "certified", *LIPSCHITZ, *TRANSFER)
     weakest = ("fgsm", "rfgsm", "pgd")
 
     def rank(m: Measure) -> tuple[object, ...]:
@@ -143,7 +172,28 @@ def _of_network(network: Network) -> dict[Measure, list[PerImage]]:
             norm, method = str(record.inputs["norm"]), str(record.inputs["method"])
             one = PerImage(images, radius.astype(float), np.ones(len(images)))
             found.setdefault(Measure("certified", attack=method, norm=norm), []).append(one)
+    for record in network.stage("lipschitz"):
+        held = arrays(record, "clean_correct", *LIPSCHITZ)
+        method = f"{record.inputs['method']} in radius {record.inputs['radius']:g}"
+        for role in (role for role in LIPSCHITZ if role in held):
+            correct = held["clean_correct"].astype(float)
+            one = PerImage(np.arange(len(correct)), np.where(correct > 0, held[role], 0.0), correct)
+            found.setdefault(Measure(role, attack=method, norm=str(record.inputs["norm"])), []).append(one)
+    for record in network.stage("transfer"):
+        held = arrays(record, "clean_correct", "success")
+        if held:
+            images = np.arange(int(record.inputs["start"]), int(record.inputs["stop"]))
+            one = PerImage(images, held["success"].astype(float), held["clean_correct"].astype(float))
+            found.setdefault(_transferred(record), []).append(one)
     return found
+
+
+def _transferred(record: Record) -> Measure:
+    attack, role = record.inputs["attack"], cast(Role, str(record.inputs["direction"]))
+    eps = None if attack["eps"] is None else float(attack["eps"])
+    return Measure(
+        role, str(record.inputs["split"]), attack_label(record), str(attack["name"]), str(attack["norm"]), eps
+    )
 
 
 def _measures_of(record: Record) -> list[Measure]:
@@ -244,4 +294,4 @@ def summary(measure: Measure, one: PerImage) -> tuple[float | None, float | None
     mean = float(one.top.sum() / counted)
     if not measure.is_share:
         return mean, None, None
-    return mean, *binomial_interval(round(float(one.top.sum())), len(one.images))
+    return mean, *binomial_interval(round(float(one.top.sum())), round(counted))

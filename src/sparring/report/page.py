@@ -38,7 +38,7 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
     bodies = {
         "curves": _curves(findings, drawn.weights),
         "activations": _grids(findings, drawn.activations) if drawn.activations else None,
-        "comparisons": _comparisons(drawn.comparisons),
+        "comparisons": _comparisons(findings, drawn.comparisons),
         "layers": _layers(findings, drawn.layers),
         "gallery": _gallery(findings),
         "ledger": _ledger(ledger),
@@ -141,8 +141,11 @@ def _grids(findings: Findings, panels: Sequence[Panel]) -> Html:
     return join(tag("div", *map(_panel, main), class_="grid"), more)
 
 
-def _comparisons(drawn: Sequence[Picture]) -> Html | None:
-    return tag("div", *(_figure(p, p.note, class_="narrow") for p in drawn), class_="grid") if drawn else None
+def _comparisons(findings: Findings, drawn: Sequence[Picture]) -> Html | None:
+    shown = tag("div", *(_figure(p, p.note, class_="narrow") for p in drawn), class_="grid") if drawn else None
+    tightness = tables.tightness(findings)
+    heading = None if tightness is None else tag("h3", "How tight the bounds are")
+    return join(shown, heading, tightness) if shown or tightness else None
 
 
 def _controls(findings: Findings, panels: Sequence[Panel]) -> Html:

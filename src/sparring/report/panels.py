@@ -10,17 +10,24 @@ from . import figures, numbers
 from .findings import Findings, Result
 from .measures import Measure
 
-__all__ = ["Drawn", "Panel", "Picture", "curve_panels", "density_pictures", "styles"]
+__all__ = ["Drawn", "Panel", "Picture", "curve_panels", "density_pictures", "overview_picture", "styles"]
+
+OVERVIEW_METHODS = 4
+OVERVIEW_SCALE = 1.25  # about 1,200 pixels wide
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Hold one drawn figure; `slug` is its file's name without the ending, `note` what a reader must know."""
+    """Hold one drawn figure; `slug` is its file's name without the ending, `note` what a reader must know.
+
+    `scale` is how many times larger its PNG is drawn.
+    """
 
     slug: str
     title: str
     svg: str
     note: str | None = None
+    scale: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,14 @@ class Drawn:
     activations: Sequence[Panel]
     layers: Sequence[Picture]
     comparisons: Sequence[Picture]
+    overview: Picture | None = None
 
     @property
     def pictures(self) -> list[Picture]:
         """Return all of them, as they go into files."""
         panels = [picture for panel in (*self.weights, *self.activations) for picture in (panel.levels, panel.gains)]
-        return [*panels, *self.layers, *self.comparisons]
+        first = [self.overview] if self.overview is not None else []
+        return [*first, *panels, *self.layers, *self.comparisons]
 
 
 def styles(findings: Findings) -> dict[str, int]:
@@ -76,6 +85,32 @@ def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int], ax
     )
 
 
+def overview_picture(findings: Findings) -> Picture | None:
+    """Return accuracy, FGSM, the strongest budget attack and r_2 of the main methods in one picture, or None."""
+    strongest = findings.first("worst") or findings.first("budget", "pgd", "apgd")
+    distance = findings.first("distance", "deepfool") or findings.first("distance")
+    wanted = (findings.first("accuracy"), findings.first("budget", "fgsm"), strongest, distance)
+    measures = list(dict.fromkeys(m for m in wanted if m is not None))
+    numbered, method = styles(findings), findings.method
+    if method is None:
+        return None
+    axis = findings.study.axis(method)
+    curved = [m for m in numbered if findings.study.axis(m) == axis and _steps(findings, m) >= 3 and m != method]
+    specs = []
+    for measure in measures:
+        shown = [r for m in (method, *curved[: OVERVIEW_METHODS - 1]) if (r := findings.result(measure, m)) is not None]
+        if shown:
+            specs.append(figures.levels_figure(shown, numbered, axis=axis))
+    if not specs:
+        return None
+    drawn = figures.svg(figures.overview(specs))
+    return Picture("overview", "Overview", drawn, scale=OVERVIEW_SCALE)
+
+
+def _steps(findings: Findings, method: str) -> int:
+    return len({n.sparsity for n in findings.study.of(method)})
+
+
 def density_pictures(findings: Findings) -> list[Picture]:
     """Return heat maps of each layer's density and activation sparsity, means over seeds, where they were measured."""
     wanted = (
@@ -99,6 +134,6 @@ def _by_layer(findings: Findings, series: str) -> list[dict[str, str | float]]:
             for layer, share in (record.series.get(series) or {}).items():
                 sums[str(layer), network.sparsity].append(float(share))
     return [
-        {"y": layer, "x": numbers.percent(sparsity), "value": sum(shares) / len(shares)}
+        {"y": layer, "x": numbers.percent(sparsity), "value": sum(shares) / len(shares), "order": sparsity}
         for (layer, sparsity), shares in sums.items()
     ]

@@ -24,6 +24,7 @@ __all__ = [
     "Who",
     "arrays",
     "attack_label",
+    "checkpoint_of",
     "control_of",
     "is_dense",
     "load",
@@ -177,16 +178,17 @@ def _record(folder: Path, key: str) -> Record | None:
 
 def is_dense(method: str) -> bool:
     """Tell whether a method's name means the dense network or its control, at whichever checkpoint."""
-    return method.removesuffix(_checkpoint(method)) in (CONTROL, REFERENCE)
+    return method.removesuffix(checkpoint_of(method)) in (CONTROL, REFERENCE)
 
 
-def _checkpoint(method: str) -> str:
+def checkpoint_of(method: str) -> str:
+    """Return the part of a method's name that says which checkpoint it is: " (best epoch)", or nothing."""
     return method[method.rindex(" (") :] if method.endswith(" epoch)") and " (" in method else ""
 
 
 def control_of(method: str) -> str:
     """Return the dense control that a method is held against: "x (best epoch)" against "control (best epoch)"."""
-    return CONTROL + _checkpoint(method)
+    return CONTROL + checkpoint_of(method)
 
 
 def attack_label(record: Record) -> str:

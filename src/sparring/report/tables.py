@@ -11,12 +11,24 @@ from typing import Any
 
 from ..statistics import Row, minimum_detectable_effect
 from . import numbers
+from .brackets import Bracket, brackets, norms
 from .findings import Findings, Result
 from .markup import Html, join, tag
-from .measures import Measure, pretty, summary
-from .records import Study, attack_label
+from .measures import NORMS, Measure, pretty, summary
+from .records import Network, Study, attack_label
 
-__all__ = ["cost", "csv_rows", "csv_text", "curve_table", "flags", "key_numbers", "ledger_table", "networks", "table"]
+__all__ = [
+    "cost",
+    "csv_rows",
+    "csv_text",
+    "curve_table",
+    "flags",
+    "key_numbers",
+    "ledger_table",
+    "networks",
+    "table",
+    "tightness",
+]
 
 COLUMNS = ("method", "sparsity", "seed", "metric", "attack", "norm", "eps", "split", "value", "low", "high", "images")
 SCALARS = (
@@ -92,12 +104,16 @@ def curve_table(results: Sequence[Result]) -> Html:
 def networks(findings: Findings) -> Html:
     """Return one row a network: what it is, and each test metric (accuracy with its exact binomial interval)."""
     shown = [m for m in findings.collected if m.split == "test"]
-    head = ["Method", "Sparsity", "Seed", "Of all parameters", "Bytes", *(m.short for m in shown)]
+    deployed = any(network.stage("deploy") for network in findings.study.networks)
+    head = ["Method", "Sparsity", "Seed", "Of all parameters", "Bytes"]
+    head += ["Packed bytes", "ms an image", "in PyTorch", "Agreement"] if deployed else []
+    head += [m.short for m in shown]
     rows = []
     for network in findings.study.networks:
         total, size = network.metric("sparsity_total"), network.metric("bytes_sparse")
         row = [network.method, numbers.percent(network.sparsity), str(network.seed)]
         row += ["–" if total is None else f"{100 * total:.2f}%", "–" if size is None else f"{size:,.0f}"]
+        row += _deployed(network) if deployed else []
         for measure in shown:
             one = findings.collected[measure].get(network.who)
             mean, low, high = (None, None, None) if one is None else summary(measure, one)
@@ -107,6 +123,43 @@ def networks(findings: Findings) -> Html:
             row.append(told)
         rows.append(row)
     return table(head, rows)
+
+
+def tightness(findings: Findings) -> Html | None:
+    """Return how far attacks are from proofs at each sparsity, and which share of searches ended; None: no proofs."""
+    rows = []
+    for norm in norms(findings):
+        searched = {(b.method, b.sparsity): b for b in brackets(findings, norm, exact=True)}
+        wide = {(b.method, b.sparsity): b for b in brackets(findings, norm, exact=False)}
+        for key in dict.fromkeys([*wide, *searched]):
+            one, other = wide.get(key) or searched[key], searched.get(key)
+            row = [NORMS.get(norm, norm), key[0], numbers.percent(key[1]), f"{one.seeds} × {one.images}"]
+            row += [_short(one.certified), _short(one.attack), _short(one.ratio, "×")]
+            row += ["–"] * 3 if other is None else _search(other)
+            rows.append(row)
+    head = ["Norm", "Method", "Sparsity", "Seeds × images", "Certified", "Attack", "Attack / certified"]
+    return table([*head, "Searched", "Exact distance", "Solved exactly"], rows, text=2) if rows else None
+
+
+def _search(one: Bracket) -> list[str]:
+    closed = one.lower is not None and one.upper is not None and one.upper - one.lower < 1e-3 * one.upper
+    interval = _short(one.upper) if closed else f"{_short(one.lower)} to {_short(one.upper)}"
+    return [f"{one.seeds} × {one.images}", interval, "–" if one.solved is None else f"{100 * one.solved:.0f}%"]
+
+
+def _short(number: float | None, unit: str = "") -> str:
+    return "–" if number is None else f"{number:.3g}{unit}"
+
+
+def _deployed(network: Network) -> list[str]:
+    """Return the packed network's bytes, its latency and PyTorch's, and the share of predictions that agree."""
+    metrics: dict[str, float | None] = {}
+    for record in network.stage("deploy"):
+        metrics |= {**record.metrics, **record.times}
+    wanted = (("bytes_packed", 1, ",.0f"), ("latency", 1000, ".3g"), ("latency_torch", 1000, ".3g"))
+    told = [(metrics.get(name), factor, form) for name, factor, form in (*wanted, ("agreement", 100, ".4g"))]
+    *cells, agreement = ["–" if value is None else format(factor * value, form) for value, factor, form in told]
+    return [*cells, agreement if agreement == "–" else f"{agreement}%"]
 
 
 def ledger_table(rows: Sequence[Row]) -> Html:
@@ -210,5 +263,7 @@ def _rows(findings: Findings) -> Iterator[list[Any]]:
 def _described(measure: Measure) -> list[Any]:
     metric = {"budget": "robust_accuracy", "worst": "worst_case_accuracy", "distance": "mean_distance"}
     metric |= {"accuracy": "accuracy", "distance-correct": "mean_distance_correct"}
-    metric |= {"certified": "mean_certified_radius"}
+    metric |= {"certified": "mean_certified_radius", "margin": "mean_margin"}
+    metric |= {"lipschitz": "mean_lipschitz_constant", "ratio": "mean_margin_over_lipschitz"}
+    metric |= {"to sparse": "transferred_to_sparse", "to dense": "transferred_to_dense"}
     return [metric[measure.role], measure.attack or None, measure.norm or None, measure.eps, measure.split]

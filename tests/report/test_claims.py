@@ -1,0 +1,90 @@
+"""The ledger's claims, the brackets around the truth, and ledgers of several studies in one."""
+
+import json
+
+import pytest
+
+from sparring import report
+from sparring.report.brackets import brackets
+from sparring.report.findings import find
+from sparring.report.kinds import kind_of
+from sparring.report.records import load
+
+PRUNING = (
+    {"label": "gradual", "method": "gradual", "score": "magnitude"},
+    {"label": "luck", "method": "gradual", "score": "random"},
+    {"label": "not random", "method": "gradual", "structure": "channels"},
+    {"label": "top-k channels", "method": "dns"},
+)
+METHODS = (*(table["label"] for table in PRUNING), "small dense", "tuned decay")
+
+
+@pytest.fixture(scope="module")
+def folder(make_study):
+    return make_study(seeds=3, images=60, sparsities=(0.5, 0.9), methods=METHODS, extras=True, pruning=PRUNING)
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    report.write(folder)
+    return json.loads((folder / "ledger.json").read_text())
+
+
+def test_kinds_come_from_the_plan_not_from_the_words_of_a_label(folder):
+    study = load(folder)
+    kinds = {method: kind_of(study, method) for method in study.methods if method != "top-k channels"}
+    assert kinds == {
+        "gradual": "pruned",
+        "luck": "random",
+        "not random": "channels",
+        "small dense": "small dense",
+        "tuned decay": "tuned decay",
+    }
+    assert kind_of(study, "luck (best epoch)") == "random"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "random masks gain r_inf too (luck)",
+        "pruning whole channels or filters gains r_inf too (not random)",
+        "a dense network of equal size (small dense)",
+        "tuned weight decay (tuned decay)",
+        "fine-tuning alone",
+        "the l∞ Lipschitz constant falls with sparsity",
+        "the l∞ margin / Lipschitz constant rises",
+        "the certified l2 radius rises",
+        "transfer dense → sparse",
+        "transfer sparse → dense",
+        "the gain survives PGD",
+        "the gain survives the worst case",
+    ],
+)
+def test_each_claim_is_asked_once(rows, words):
+    assert [words in row["claim"] for row in rows].count(True) == 1
+
+
+def test_what_was_planted_is_found(rows):
+    verdicts = {row["claim"]: row["verdict"] for row in rows}
+    assert next(v for claim, v in verdicts.items() if "Lipschitz constant falls" in claim) == "reproduced"
+    assert next(v for claim, v in verdicts.items() if "constant rises" in claim) == "reproduced"
+    moved = [row for row in rows if "transfer" in row["claim"]]
+    assert [row["estimate"] for row in moved] == pytest.approx([40.0, 40.0])
+
+
+def test_brackets_hold_what_the_records_say(folder):
+    found = find(load(folder))
+    exact = brackets(found, "l2", exact=True)
+    assert [b.sparsity for b in exact] == [0.0, 0.5, 0.9]
+    assert all(b.solved == 1.0 and b.lower == b.upper and b.images <= 5 for b in exact)
+    wide = brackets(found, "l2", exact=False)
+    assert all(b.lower is None and 15 <= b.images <= 20 for b in wide)
+
+
+def test_merged_ledgers_correct_for_all_claims_of_all_studies(folder, make_study, rows):
+    other = make_study(seeds=3, images=60, sparsities=(0.5, 0.9), name="another")
+    merged = report.merge_ledgers([folder, other])
+    assert {row.study for row in merged} == {"made-up", "another"}
+    first = [row for row in merged if row.study == "made-up"]
+    assert [row.claim for row in first] == [row["claim"] for row in rows]
+    assert all(row.p >= alone["p"] for row, alone in zip(first, rows, strict=True))
