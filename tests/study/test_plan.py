@@ -37,6 +37,8 @@ def test_finetune_inherits_from_recipe() -> None:
         ("seeds = 'three'", r"key 'seeds'"),
         ("seeds = 0", r"seeds must lie between 1 and 1000"),
         ("seeds = 99999999999999999999999", r"seeds"),
+        ("[margins]\naccurcy = 0.01", r"unknown margin 'accurcy'. Did you mean 'accuracy'"),
+        ("[margins]\nrobust = 2", r"margins.robust is the fraction"),
         ("[recipe]\nlr = -1.0", r"lr must lie between"),
         ("[recipe]\nlr = nan", r"lr must lie between"),
         ("[recipe]\nepochs = 1.5", r"key 'recipe.epochs'"),

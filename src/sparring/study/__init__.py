@@ -7,6 +7,7 @@ from .driver import available_cores, run
 from .executors import Executor, InProcess, Outcome, Processes, Task
 from .kept import Progress, progress, read_plan
 from .linear import LinearPaths
+from .live import show_progress
 from .merging import Merged, merge
 from .networks import Context
 from .plan import Plan
@@ -56,6 +57,7 @@ __all__ = [
     "progress",
     "read_plan",
     "run",
+    "show_progress",
     "to_mlflow",
     "to_tensorboard",
     "what_of",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import PlanError
+from ..errors import PlanError, UnknownNameError
 from ..sparsity import build_pruner
 from ..train import Recipe
 from .linear import LinearPaths
@@ -35,6 +35,7 @@ __all__ = ["CONTROL", "REFERENCE", "Plan"]
 
 CONTROL = "control"
 REFERENCE = "reference"
+MARGINS = ("accuracy", "robust", "distance")
 RESERVED = (CONTROL, REFERENCE, "tuned decay", "small dense", "wide sparse")
 
 
@@ -78,6 +79,11 @@ class Plan:
         in_range("batch_size", self.batch_size, 1, 100_000)
         in_range("shard", self.shard, 1, 1_000_000)
         in_range("gallery", self.gallery, 0, 64)
+        for name, margin in self.margins.items():
+            if name not in MARGINS:
+                raise UnknownNameError("margin", name, MARGINS)
+            if not 0 <= margin < 1:
+                raise PlanError(f"margins.{name} is the fraction that may be lost, from 0 to below 1, not {margin}")
         if self.linear and self.model.name != "linear":
             raise PlanError(f'[[linear]] tables need model = "linear", not "{self.model.name}"')
         if not self.pruning and not self.activation:
