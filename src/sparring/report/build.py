@@ -14,6 +14,10 @@ from . import figures, tables, words
 from .claims import claims, ledger
 from .comparisons import comparisons
 from .findings import Findings, find
+from .linear_claims import linear_ledger
+from .linear_figures import linear_pictures
+from .linear_page import linear_csv, linear_headline, render_linear
+from .linear_study import LinearStudy, is_linear, read_linear
 from .page import render, summary_html
 from .panels import Drawn, Picture, curve_panels, density_pictures, overview_picture
 from .records import load
@@ -29,7 +33,10 @@ def write(out: Path | str) -> Path:
     study in the folder, something in it is damaged, or it cannot be written to.
     """
     out = Path(out)
-    findings = find(load(out))
+    study = load(out)
+    if is_linear(study):
+        return _write_linear(out, read_linear(study))
+    findings = find(study)
     weights, activations = (curve_panels(findings, axis) for axis in ("weights", "activations"))
     overview = overview_picture(findings)
     drawn = Drawn(weights, activations, density_pictures(findings), comparisons(findings), overview)
@@ -41,6 +48,15 @@ def write(out: Path | str) -> Path:
     return write_atomic(out / "report.html", render(findings, drawn, rows))
 
 
+def _write_linear(out: Path, data: LinearStudy) -> Path:
+    pictures, rows = linear_pictures(data), linear_ledger(data)
+    write_atomic(out / "results.csv", linear_csv(data))
+    write_json(out / "ledger.json", [row.as_dict() for row in rows])
+    for picture in pictures:
+        _write_figure(out / "figures", picture)
+    return write_atomic(out / "report.html", render_linear(data, pictures, rows))
+
+
 def _write_figure(folder: Path, picture: Picture) -> None:
     write_atomic(folder / f"{picture.slug}.svg", picture.svg)
     write_atomic(folder / f"{picture.slug}.png", figures.png(picture.svg, scale=picture.scale))
@@ -48,12 +64,19 @@ def _write_figure(folder: Path, picture: Picture) -> None:
 
 def verdict(out: Path | str) -> str:
     """Return what the study in a folder found, as one paragraph of plain text; raises as `write` does."""
-    return str(read(out))
+    study = load(Path(out))
+    return " ".join(linear_headline(read_linear(study))) if is_linear(study) else str(Report(find(study)))
 
 
 def read(out: Path | str) -> Report:
-    """Return the study in a folder as an object for notebooks and scripts; raises as `write` does."""
-    return Report(find(load(out)))
+    """Return the study in a folder as an object for notebooks and scripts; raises as `write` does.
+
+    A study of linear classifiers has no such object: its results.csv and ledger.json hold all of it.
+    """
+    study = load(out)
+    if is_linear(study):
+        raise UserError(f"{out} is a study of linear classifiers; read its results.csv and ledger.json instead")
+    return Report(find(study))
 
 
 def merge_ledgers(outs: Iterable[Path | str]) -> list[Row]:

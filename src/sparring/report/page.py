@@ -16,7 +16,7 @@ from .measures import NORMS, pretty
 from .panels import Drawn, Panel, Picture, styles
 from .records import CONTROL, Network
 
-__all__ = ["render", "summary_html"]
+__all__ = ["document", "ledger_section", "render", "summary_html"]
 
 SECTIONS = (
     ("curves", "Robustness against sparsity"),
@@ -41,7 +41,7 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
         "comparisons": _comparisons(findings, drawn.comparisons),
         "layers": _layers(findings, drawn.layers),
         "gallery": _gallery(findings),
-        "ledger": _ledger(ledger),
+        "ledger": ledger_section(ledger),
         "flags": tables.flags(findings.study),
         "cost": tables.cost(findings.study),
         "networks": _networks(findings),
@@ -52,15 +52,19 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
     links = [tag("a", heading, href=f"#{name}") for name, heading, _ in shown]
     sections = [tag("section", tag("h2", heading), body, id=name) for name, heading, body in shown]
     main = tag("main", _opening(findings, tag("nav", *links, aria_label="Sections")), *sections)
-    name = f"{words.title(findings)}: sparsity and adversarial robustness"
+    return document(f"{words.title(findings)}: sparsity and adversarial robustness", main, _switches(findings))
+
+
+def document(title: str, main: Html, rules: str = "") -> str:
+    """Return a whole page: its main element with the report's style, further rules, script and policy."""
     script = _resource("page.js")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=_policy(script)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", name),
-        tag("style", Html(_resource("page.css") + _switches(findings))),
+        tag("title", title),
+        tag("style", Html(_resource("page.css") + rules)),
     )
     body = tag("body", main, tag("script", Html(script)))
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
@@ -285,7 +289,8 @@ def _class(findings: Findings, label: int) -> str:
     return names[label] if 0 <= label < len(names) else str(label)
 
 
-def _ledger(rows: Sequence[Row]) -> Html | None:
+def ledger_section(rows: Sequence[Row]) -> Html | None:
+    """Return the ledger with what its verdicts mean, or None where it is empty."""
     if not rows:
         return None
     note = (

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparring import report
+from sparring.data import Dataset
+from sparring.errors import UserError
+from sparring.report.linear_claims import PATHS, r_2, r_inf
+from sparring.report.linear_study import DENSE, LinearStudy, read_linear
+from sparring.report.records import load
+from sparring.study import Plan, run
+
+PATHS_TABLE = {
+    "l2": [0.01, 1.0],
+    "l1": [0.5, 5.0],
+    "magnitude": [0.5, 0.9],
+    "classes": [0, 1, 2, 3],
+    "eps": [0.1, 0.2],
+    "images": 40,
+}
+
+
+def make(out: Path, dataset: Dataset, **changes: Any) -> Path:
+    table = {"name": "small", "data": "digits", "model": "linear", "linear": [{**PATHS_TABLE, **changes}]}
+    run(Plan.from_table(table), out, dataset=dataset, workers=0)
+    report.write(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(few_digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("linear-report"), few_digits)
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> LinearStudy:
+    return read_linear(load(folder))
+
+
+def test_the_page_is_whole_and_alone(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    for heading in ("Theory and measurement", "Ledger of claims", "Every step of every path", "Flags", "Methods"):
+        assert heading in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    assert len(list((folder / "figures").glob("*.svg"))) == 5
+    assert "Over 6 pairs of classes" in report.verdict(folder)
+    assert "0 flags were raised" in report.verdict(folder)
+
+
+def test_the_ledger_counts_pairs_as_seeds(folder: Path) -> None:
+    rows = json.loads((folder / "ledger.json").read_text())
+    assert len(rows) == 5 * len(PATHS)
+    for row in rows:
+        assert {"claim", "verdict", "estimate", "low", "high", "p", "seeds", "images", "study"} <= set(row)
+        assert row["seeds"] == 6 and 0 < row["images"] <= 40
+        assert row["low"] <= row["estimate"] <= row["high"]
+
+
+def test_steps_are_chosen_on_validation_images_and_told_on_test_images(data: LinearStudy) -> None:
+    value = r_inf(0.1)
+    chosen = data.best("logistic", "magnitude", value)
+    seen = {
+        step: sum(value(group.points[step]["valid"]) for group in data.pairs("logistic"))
+        for step in data.steps("logistic", "magnitude")
+    }
+    assert chosen == max(seen, key=lambda step: seen[step])
+    effect = data.effect("logistic", lambda group: r_2()(group.points[DENSE]))
+    assert effect is not None
+    assert effect.estimate == pytest.approx(data.mean("logistic", DENSE, r_2()))
+
+
+def test_results_csv_has_every_number_of_every_classifier(folder: Path, data: LinearStudy) -> None:
+    lines = (folder / "results.csv").read_text().splitlines()
+    assert lines[0] == "loss,classes,path,step,metric,value"
+    group = data.pairs("logistic")[0]
+    expected = group.points["magnitude", 0.5]["r_inf_unboxed"]["0.2"]
+    assert f"logistic,0 1,magnitude,0.5,r_inf_unboxed.0.2,{expected}" in lines
+
+
+def test_pairs_that_are_not_all_there_claim_nothing(few_digits: Dataset, tmp_path: Path) -> None:
+    out = make(tmp_path / "two", few_digits, classes=[3, 8], l1=[])
+    rows = json.loads((out / "ledger.json").read_text())
+    assert {row["verdict"] for row in rows} == {"undecided"}
+    assert "not all pairs" in report.verdict(out)
+    with pytest.raises(UserError, match="linear classifiers"):
+        report.read(out)
