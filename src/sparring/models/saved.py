@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
         about = json.loads(bytes(tensors.pop(_ABOUT).numpy()).decode())
         about = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
         blueprint = Blueprint(**about)
-    except (ValueError, TypeError) as error:
+        _refuse_absurd(blueprint)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its description of the model is damaged ({error})") from error
     if ":" in blueprint.name:
         raise UserError(
@@ -80,6 +82,27 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
             f"if you trust it, name it as the model and give --weights {path}"
         )
     masks = {name.removeprefix(_MASK): tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+        wanted = {name: value.shape for name, value in blueprint.build().state_dict().items()}
+    for name, shape in wanted.items():
+        if name in tensors and tensors[name].shape != shape:
+            found = tuple(tensors[name].shape)
+            raise UserError(f"{path}: '{name}' has shape {found}, its model needs {tuple(shape)}")
+    if sum(shape.numel() for shape in wanted.values()) > 2 * sum(value.numel() for value in tensors.values()):
+        raise UserError(f"{path}: it lacks most of its model's weights")
     model = blueprint.build()
     load_weights_(model, tensors)
     return model.eval(), blueprint, masks
+
+
+def _refuse_absurd(blueprint: Blueprint) -> None:
+    """Raise ValueError or TypeError unless a stranger's blueprint could be a model's."""
+    numbers = (*blueprint.shape, blueprint.classes, *(blueprint.widths or ()), blueprint.depth or 1)
+    if len(blueprint.shape) != 3 or len(blueprint.widths or ()) > 100:
+        raise ValueError("its shape or its number of layers")
+    if not all(type(number) is int and 1 <= number <= 1_000_000 for number in numbers) or (blueprint.depth or 1) > 1000:
+        raise ValueError("its sizes")
+    if not 0 < (1.0 if blueprint.width is None else blueprint.width) <= 64:
+        raise ValueError("its width")
+    if not all(math.isfinite(value) for value in blueprint.mean) or not all(0 < v < math.inf for v in blueprint.std):
+        raise ValueError("its mean or std")

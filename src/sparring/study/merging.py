@@ -127,7 +127,7 @@ def _grown(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     table["sparsities"] = sorted({*first["sparsities"], *second["sparsities"]})
     table["pruning"] = list(_methods(first, second, "pruning", "sparsities"))
     table["activation"] = list(_methods(first, second, "activation", "levels"))
-    for name in ("attacks", "transfer", "certify", "lipschitz", "exact", "checkpoints"):
+    for name in ("attacks", "transfer", "certify", "lipschitz", "exact", "linear", "checkpoints"):
         table[name] = [*first[name], *(item for item in second[name] if item not in first[name])]
     return table
 

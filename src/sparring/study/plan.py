@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import PlanError, UnknownNameError
+from ..files import safe_name
 from ..sparsity import build_pruner
 from ..train import Recipe
 from .linear import LinearPaths
@@ -75,6 +76,7 @@ class Plan:
     margins: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        safe_name(self.name)  # the output folder is called so
         in_range("seeds", self.seeds, 1, 1000)
         in_range("batch_size", self.batch_size, 1, 100_000)
         in_range("shard", self.shard, 1, 1_000_000)
@@ -114,10 +116,12 @@ class Plan:
         source, text = read_text(path_or_preset)
         try:
             table = tomllib.loads(text)
+            table.setdefault("name", Path(source).stem)
+            return Plan.from_table(table, overrides, source=source)
         except tomllib.TOMLDecodeError as error:
             raise PlanError(f"{source} is not valid TOML: {error}") from error
-        table.setdefault("name", Path(source).stem)
-        return Plan.from_table(table, overrides, source=source)
+        except RecursionError as error:
+            raise PlanError(f"{source} is nested too deeply; no plan needs that") from error
 
     @staticmethod
     def from_table(table: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "plan") -> Plan:

@@ -44,6 +44,11 @@ class Network:
     def __post_init__(self) -> None:
         if self.name not in MODELS and ":" not in self.name:
             raise UnknownNameError("model", self.name, MODELS)
+        in_range("model.width", 1.0 if self.width is None else self.width, 1e-3, 64)
+        in_range("model.depth", 1 if self.depth is None else self.depth, 1, 1000)
+        in_range("the number of model.widths", len(self.widths or (1,)), 1, 100)
+        for width in self.widths or ():
+            in_range("a width in model.widths", width, 1, 100_000)
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def check_attack(attack: Attack) -> None:
             raise PlanError(f"attack '{attack.name}' has no option '{option}'")
 
 
-def in_range(name: str, value: int, low: int, high: int) -> None:
-    """Raise PlanError unless a whole number lies in its range."""
+def in_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise PlanError unless a number lies in its range."""
     if not low <= value <= high:
         raise PlanError(f"{name} must lie between {low} and {high}, not {value}")

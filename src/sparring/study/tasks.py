@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from .. import __version__
 from ..data import Dataset, content_hash
+from ..errors import PlanError
 from ..files import canonical_json, sha256_bytes
 from .executors import Task
 from .plan import CONTROL, REFERENCE, Plan
@@ -19,6 +21,8 @@ from .widths import narrowed, widened
 
 __all__ = ["Cell", "DataFacts", "Work", "is_key_of", "lay_out"]
 
+# A task and its record take about a kilobyte of the driver's memory each.
+MAX_TASKS = 500_000
 # Types of device that records may come from.
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -93,7 +97,8 @@ def is_key_of(key: str, stage: str, inputs: dict[str, Any], environment: dict[st
 
 
 def lay_out(plan: Plan, data: DataFacts, *, device: str = "cpu") -> Work:
-    """Return every task and cell of a plan, parents before children."""
+    """Return every task and cell of a plan, parents before children; raise PlanError if they are too many to hold."""
+    _refuse_endless(plan, data)
     work = Work(device)
     if plan.linear:
         _linear(work, plan, data)
@@ -111,6 +116,22 @@ def _linear(work: Work, plan: Plan, data: DataFacts) -> None:
             inputs = {"data": data.hash, "model": {"name": "linear"}, **chosen, "classes": list(group)}
             name = " and ".join(map(str, group)) if len(group) == 2 else f"{len(group)} classes"
             work.cells.append(Cell(seed, f"{paths.loss}, {name}", 0.0, "weights", (work.add("linear", inputs),)))
+
+
+def _refuse_endless(plan: Plan, data: DataFacts) -> None:
+    grids = [plan.sparsities if p.sparsities is None else p.sparsities for p in plan.pruning]
+    grids += [a.levels for a in plan.activation]
+    cells = plan.seeds * (2 + sum(map(len, grids))) * len(plan.checkpoints)
+    images = {"test": data.test, "valid": data.valid}
+    attacks = sum(
+        max(1, len(a.eps)) * math.ceil(min(a.images, images[a.split]) / plan.shard)
+        for a in (*plan.attacks, *plan.transfer, *plan.transfer)
+    )
+    if cells * (2 + attacks) > MAX_TASKS:
+        raise PlanError(
+            f"the plan has about {cells * (2 + attacks)} tasks, more than the {MAX_TASKS} that fit one study; "
+            "raise shard, or divide it into several plans and merge their folders"
+        )
 
 
 class _Seed:

@@ -38,7 +38,7 @@ class Recipe:
             ("batch_size", self.batch_size, 1, 1_000_000),
             ("warmup", self.warmup, 0.0, 1.0),
         ):
-            if not (math.isfinite(value) and low <= value <= high):
+            if not low <= value <= high:  # NaN lies nowhere
                 raise UserError(f"recipe: {name} must lie between {low} and {high}, not {value}")
         if self.optimizer not in ("sgd", "adam"):
             raise UserError(f"recipe: optimizer must be 'sgd' or 'adam', not '{self.optimizer}'")
