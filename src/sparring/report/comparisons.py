@@ -185,8 +185,11 @@ def _transfer(findings: Findings) -> Iterator[Picture]:
             {"y": way, "x": numbers.percent(sparsity), "value": sum(shares) / len(shares), "order": sparsity}
             for (way, sparsity), shares in found.items()
         ]
-        spec = figures.heatmap(title, rows, x="sparsity", y="", unit="% that fool the other network too")
-        note = "Among images that fool the network attacked and that the other classifies correctly when clean."
+        spec = figures.heatmap(title, rows, x="sparsity", y="", unit="% transferred")
+        note = (
+            "Shares of examples that fool the other network too, among images that fool the network attacked and that "
+            "the other classifies correctly when clean."
+        )
         yield Picture(f"transfer-{k}", title, figures.svg(spec), note)
 
 

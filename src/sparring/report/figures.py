@@ -133,7 +133,14 @@ def _legend(methods: Sequence[str], styles: Mapping[str, int]) -> Spec:
 
     def channel(name: str, table: Sequence[Any]) -> Spec:
         wanted = [_of(table, styles[m]) for m in methods]
-        legend = {"orient": "top", "title": None, "symbolType": "stroke", "symbolSize": 300, "offset": 12}
+        legend = {
+            "orient": "top",
+            "title": None,
+            "symbolType": "stroke",
+            "symbolSize": 300,
+            "offset": 12,
+            "columnPadding": 20,
+        }
         legend |= {"columns": 4} if len(methods) > 4 else {}
         scale = {"domain": list(methods), "range": wanted}
         return {name: {"scale": scale, "legend": legend if len(methods) > 1 else None}}
@@ -363,4 +370,5 @@ def overview(panels: Sequence[Spec]) -> Spec:
         panel | {"layer": [{k: v for k, v in layer.items() if k != "name"} for layer in panel["layer"]]}
         for panel in panels
     ]
-    return {"concat": nameless, "columns": 2, "spacing": {"row": 30, "column": 34}}
+    # "flush" aligns the axes; spacing then has to leave room for their labels.
+    return {"concat": nameless, "columns": 2, "bounds": "flush", "spacing": {"row": 104, "column": 72}}

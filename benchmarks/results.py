@@ -1,0 +1,96 @@
+"""Copy finished studies into the documentation: small figures, a bounded results.csv, and one ledger for all of them.
+
+    python benchmarks/results.py out/paper-linear out/paper-lenet-300-100 --to docs/results
+
+writes docs/results/ledger.json (Holm's correction across all studies) and a folder for each study with its main
+figures as SVG, results.csv (means over seeds), plan.json's command and plan, and the verdict in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from sparring import report
+from sparring.errors import UserError
+
+LIMIT = 1_500_000  # bytes a study may take in the documentation
+# What is copied first; whatever does not fit any more is left out, and said to be.
+FIRST = ("overview", "accuracy", "fgsm", "pgd", "worst", "distance", "brackets", "exact", "lipschitz", "certified")
+KEYS = ("method", "sparsity", "metric", "attack", "norm", "eps", "split")
+
+
+def copy_study(out: Path, folder: Path) -> list[str]:
+    """Copy what documentation shows of one study and return the names of figures that did not fit."""
+    report.write(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    document = json.loads((out / "plan.json").read_text())
+    kept = {name: document[name] for name in ("command", "plan", "environment")}
+    _write(folder / "plan.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    _write(folder / "results.csv", means(report.read(out).rows()))
+    _write(
+        folder / "README.md", f"# {document['plan']['name']}\n\n{report.verdict(out)}\n\n    {document['command']}\n"
+    )
+    left = LIMIT - sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".svg")
+    if left < 0:
+        raise UserError(f"the tables of {out} alone take more than {LIMIT:,} bytes; study fewer metrics")
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    missed = []
+    for figure in sorted((out / "figures").glob("*.svg"), key=_rank):
+        size = figure.stat().st_size
+        if size <= left:
+            shutil.copyfile(figure, folder / figure.name)
+            left -= size
+        else:
+            missed.append(figure.name)
+    return missed
+
+
+def _rank(figure: Path) -> tuple[int, str]:
+    place = next((k for k, name in enumerate(FIRST) if figure.name.startswith(name)), len(FIRST))
+    return place, figure.name
+
+
+def means(rows: list[dict[str, Any]]) -> str:
+    """Return results as CSV text with one row for all seeds of a network and metric: their number, mean and range."""
+    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        if row["value"] is not None:
+            groups[tuple(row[key] for key in KEYS)].append(float(row["value"]))
+    target = io.StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow([*KEYS, "seeds", "mean", "lowest", "highest"])
+    for key, values in groups.items():
+        numbers = (sum(values) / len(values), min(values), max(values))
+        writer.writerow([*key, len(values), *(f"{number:.6g}" for number in numbers)])
+    return target.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("outs", nargs="+", type=Path, metavar="OUT")
+    parser.add_argument("--to", type=Path, required=True)
+    options = parser.parse_args()
+    for out in options.outs:
+        folder = options.to / out.name
+        missed = copy_study(out, folder)
+        total = sum(path.stat().st_size for path in folder.iterdir())
+        print(f"{out} -> {folder}: {total:,} bytes" + (f"; {len(missed)} figures did not fit" if missed else ""))
+    rows = [row.as_dict() for row in report.merge_ledgers(options.outs)]
+    _write(options.to / "ledger.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    print(f"{options.to / 'ledger.json'}: {len(rows)} claims")
+
+
+if __name__ == "__main__":
+    main()
