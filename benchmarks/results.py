@@ -15,7 +15,6 @@ import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from sparring import report
 from sparring.errors import UserError
@@ -33,7 +32,7 @@ def copy_study(out: Path, folder: Path) -> list[str]:
     document = json.loads((out / "plan.json").read_text())
     kept = {name: document[name] for name in ("command", "plan", "environment")}
     _write(folder / "plan.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    _write(folder / "results.csv", means(report.read(out).rows()))
+    _write(folder / "results.csv", means((out / "results.csv").read_text(encoding="utf-8")))
     _write(
         folder / "README.md", f"# {document['plan']['name']}\n\n{report.verdict(out)}\n\n    {document['command']}\n"
     )
@@ -58,11 +57,17 @@ def _rank(figure: Path) -> tuple[int, str]:
     return place, figure.name
 
 
-def means(rows: list[dict[str, Any]]) -> str:
-    """Return results as CSV text with one row for all seeds of a network and metric: their number, mean and range."""
-    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+def means(text: str) -> str:
+    """Return results as CSV text with one row for all seeds of a network and metric: their number, mean and range.
+
+    What has no seeds, as a study of linear classifiers, stays as it is.
+    """
+    rows = list(csv.DictReader(io.StringIO(text)))
+    if not rows or "seed" not in rows[0]:
+        return text
+    groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for row in rows:
-        if row["value"] is not None:
+        if row["value"]:
             groups[tuple(row[key] for key in KEYS)].append(float(row["value"]))
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")

@@ -88,3 +88,10 @@ def test_pairs_that_are_not_all_there_claim_nothing(few_digits: Dataset, tmp_pat
     assert "not all pairs" in report.verdict(out)
     with pytest.raises(UserError, match="linear classifiers"):
         report.read(out)
+
+
+def test_a_linear_ledger_merges_with_others(folder: Path) -> None:
+    rows = json.loads((folder / "ledger.json").read_text())
+    twice = report.merge_ledgers([folder, folder])
+    assert [row.as_dict() for row in report.merge_ledgers([folder])] == rows
+    assert all(one.p is not None and one.p >= row["p"] for one, row in zip(twice, rows + rows, strict=True))

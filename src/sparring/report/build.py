@@ -14,14 +14,13 @@ from . import figures, tables, words
 from .claims import claims, ledger
 from .comparisons import comparisons
 from .findings import Findings, find
-from .linear_claims import linear_ledger
+from .linear_claims import linear_claims, linear_ledger
 from .linear_figures import linear_pictures
 from .linear_page import linear_csv, linear_headline, render_linear
 from .linear_study import LinearStudy, is_linear, read_linear
 from .page import render, summary_html
 from .panels import Drawn, Picture, curve_panels, density_pictures, overview_picture
 from .records import load
-from .words import title
 
 __all__ = ["Report", "merge_ledgers", "read", "verdict", "write"]
 
@@ -81,8 +80,12 @@ def read(out: Path | str) -> Report:
 
 def merge_ledgers(outs: Iterable[Path | str]) -> list[Row]:
     """Return the claims of several studies as one ledger, corrected by Holm across all; raises as `write` does."""
-    studies = [find(load(out)) for out in outs]
-    asked = [(title(findings), judged) for findings in studies for judged in claims(findings)]
+    studies = [load(out) for out in outs]
+    asked = [
+        (str(study.plan.get("name") or "study"), judged)
+        for study in studies
+        for judged in (linear_claims(read_linear(study)) if is_linear(study) else claims(find(study)))
+    ]
     rows = judge([judged for _, judged in asked], study="")
     return [replace(row, study=name) for (name, _), row in zip(asked, rows, strict=True)]
 

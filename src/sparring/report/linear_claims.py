@@ -8,7 +8,7 @@ from typing import Literal
 from ..statistics import Claim, Effect, Row, judge
 from .linear_study import DENSE, Group, LinearStudy, Step, Value
 
-__all__ = ["NAMES", "PATHS", "gain", "linear_ledger", "r_2", "r_inf", "sparsity_of"]
+__all__ = ["NAMES", "PATHS", "gain", "linear_claims", "linear_ledger", "r_2", "r_inf", "sparsity_of"]
 
 MARGIN = 2.0  # points or %: a gain or loss that does not matter, as in every ledger
 PATHS = {"magnitude": "magnitude pruning", "l1": "l1 penalty"}  # the ways to sparsity
@@ -37,14 +37,18 @@ def gain(data: LinearStudy, loss: str, step: Step, value: Value, over: Step = DE
 
 def linear_ledger(data: LinearStudy) -> list[Row]:
     """Return the claims, each for every loss and way to sparsity, with verdicts (Holm across all)."""
-    found = [
+    return judge(linear_claims(data), study=str(data.study.plan.get("name") or "study"))
+
+
+def linear_claims(data: LinearStudy) -> list[tuple[Claim, Effect | None]]:
+    """Return the claims, each for every loss and way to sparsity, with its effect, not yet judged."""
+    return [
         judged
         for loss in data.losses
         for path in PATHS
         if data.steps(loss, path) and data.pairs(loss)
         for judged in _claims(data, loss, path)
     ]
-    return judge(found, study=str(data.study.plan.get("name") or "study"))
 
 
 def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[tuple[Claim, Effect | None]]:
