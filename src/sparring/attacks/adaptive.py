@@ -12,6 +12,7 @@ from ..errors import Unsupported
 from ..threat import L1, LINF, random_point
 from .derivatives import logits_and_gradient
 from .losses import Objective, cross_entropy, margin
+from .prospects import Prospects
 from .steps import Region, budget, column, select, shrink, steepest
 
 __all__ = ["apgd"]
@@ -24,7 +25,6 @@ _NEEDED_SHARE = 0.75
 class _Ascent:
     """Everything about the images still under attack: one entry per image in every tensor."""
 
-    row: Tensor
     y: Tensor
     targets: Tensor | None
     aims: Tensor | None
@@ -56,7 +56,8 @@ def apgd(
 ) -> Tensor:
     """Ascend the objective, halving an image's step length when it stalls (Croce & Hein 2020, algorithm 1).
 
-    l_inf and l_2. Images leave at their first success, restarts go on with those still standing. `aims` (int64, (N,))
+    l_inf and l_2. Images leave at their first success, or once their ascent
+    has stalled far from the boundary (see `Prospects`); restarts go on with those still standing. `aims` (int64, (N,))
     are classes that the objective climbs towards while any wrong class counts as success, as AutoAttack's targeted
     losses do. Raises UserError without eps, Unsupported for l_1.
     """
@@ -69,7 +70,7 @@ def apgd(
         if len(standing) == 0:
             break
         region = Region.around(x[standing], norm, eps)
-        start = region.bring_in(region.x + random_point(region.x, norm, eps, generator))
+        start = region.bring_in_(region.x + random_point(region.x, norm, eps, generator))
         state = _begin(start, y[standing], select(targets, standing), select(aims, standing), eps)
         x_adv[standing], won = _ascend(model, state, region, objective, steps)
         standing = standing[~won]
@@ -80,7 +81,6 @@ def _begin(start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None
     numbers = torch.zeros(len(start), dtype=start.dtype, device=start.device)
     lowest = torch.full_like(numbers, -torch.inf)
     return _Ascent(
-        row=torch.arange(len(start), device=start.device),
         y=y,
         targets=targets,
         aims=aims,
@@ -103,31 +103,39 @@ def _ascend(
     """Return the best point of each image, or the one at which it succeeded, and which images did."""
     end = state.point.clone()
     won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
+    prospects = Prospects.of(len(end), steps, interval=max(steps // 5, 8), like=end)
     checkpoints = _checkpoints(steps)
     last_check = 0
     for step in range(steps + 1):
         pull = state.targets if state.aims is None else state.aims
         logits, gradient = logits_and_gradient(model, state.point, objective, state.y, pull)
-        done = margin(logits, state.y, state.targets) > 0
-        loss = objective(logits, state.y, pull)
-        if bool(done.any()):
-            end[state.row[done]] = state.point[done]
-            won[state.row[done]] = True
-            state, region = shrink(state, ~done), region.take(~done)
-            gradient, loss = gradient[~done], loss[~done]
-        if len(state.row) == 0:
-            return end, won
-        _record(state, loss, gradient)
+        done, leaving = prospects.judge(margin(logits, state.y, state.targets), step)
+        _record(state, objective(logits, state.y, pull), gradient)
+        end[prospects.row[leaving]] = state.best_point[leaving]
+        end[prospects.row[done]] = state.point[done]
+        won[prospects.row[done]] = True
+        if prospects.crowded():
+            stay = prospects.staying()
+            state, region, prospects, gradient = (
+                shrink(state, stay),
+                region.take(stay),
+                prospects.take(stay),
+                gradient[stay],
+            )
+            if len(stay) == 0:
+                return end, won
         if step in checkpoints:
             gradient = _halve_where_stalled(state, gradient, step - last_check)
             last_check = step
-        ahead = region.bring_in(state.point + column(state.step_size, gradient) * steepest(gradient, region.norm))
+        ahead = steepest(gradient, region.norm).mul_(column(state.step_size, gradient)).add_(state.point)
+        ahead = region.bring_in_(ahead)
         if step > 0:
             # z + 0.75·(ahead − z) + 0.25·(z − previous), gathered.
             ahead = ahead.mul_(_MOMENTUM).add_(state.point, alpha=2 - 2 * _MOMENTUM)
-            ahead = region.bring_in(ahead.sub_(state.previous, alpha=1 - _MOMENTUM))
+            ahead = region.bring_in_(ahead.sub_(state.previous, alpha=1 - _MOMENTUM))
         state.previous, state.point = state.point, ahead
-    end[state.row] = state.best_point
+    stay = prospects.staying()
+    end[prospects.row[stay]] = state.best_point[stay]
     return end, won
 
 
@@ -136,9 +144,9 @@ def _record(state: _Ascent, loss: Tensor, gradient: Tensor) -> None:
     state.last_loss = loss
     better = loss > state.best_loss
     state.best_loss = torch.where(better, loss, state.best_loss)
-    rows = better.nonzero().squeeze(1)
-    state.best_point[rows] = state.point[rows]
-    state.best_gradient[rows] = gradient[rows]
+    taken = column(better, gradient)
+    torch.where(taken, state.point, state.best_point, out=state.best_point)
+    torch.where(taken, gradient, state.best_gradient, out=state.best_gradient)
 
 
 def _halve_where_stalled(state: _Ascent, gradient: Tensor, interval: int) -> Tensor:

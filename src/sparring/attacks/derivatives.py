@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .dense import Dense
 from .losses import Objective
 
 __all__ = ["Probe", "frozen", "logits_and_gradient", "logits_and_rows"]
@@ -18,11 +19,13 @@ class Probe(nn.Module):
 
     `nonfinite` counts images whose logits were NaN or infinite. With draws > 1 the logits are averaged over that many
     random passes, so that every attack climbs the expectation (Athalye et al. 2018, expectation over transformation).
+    `dense` is the model as plain matrices, if it is no more than that: passes then go through those.
     """
 
-    def __init__(self, model: nn.Module, *, draws: int = 1) -> None:
+    def __init__(self, model: nn.Module, *, draws: int = 1, dense: Dense | None = None) -> None:
         super().__init__()
         self.model = model
+        self.dense = dense
         self.draws = draws
         self.forwards = 0
         self.backwards = 0
@@ -30,16 +33,27 @@ class Probe(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of x, averaged over the draws."""
-        self.forwards += len(x) * self.draws
+        if self.dense is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            return self.through(self.dense, x)[0]
         batch = x if self.draws == 1 else x.repeat(self.draws, *[1] * (x.dim() - 1))
         logits: Tensor = self.model(batch)
         if self.draws > 1:
             logits = logits.view(self.draws, len(x), -1).mean(0)
-        if not bool(torch.isfinite(logits.detach().sum())):
-            self.nonfinite += int((~torch.isfinite(logits.detach()).all(1)).sum())
+        self._note(logits.detach(), self.draws)
         if logits.requires_grad:
             logits.register_hook(self._count)  # type: ignore[no-untyped-call]
         return logits
+
+    def through(self, dense: Dense, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what `dense.forward` does, and count it."""
+        logits, hidden = dense.forward(x)
+        self._note(logits, 1)
+        return logits, hidden
+
+    def _note(self, logits: Tensor, passes: int) -> None:
+        self.forwards += len(logits) * passes
+        if not bool(torch.isfinite(logits.sum())):
+            self.nonfinite += int((~torch.isfinite(logits).all(1)).sum())
 
     def _count(self, gradient: Tensor) -> None:
         self.backwards += gradient.shape[0] * self.draws
@@ -69,6 +83,8 @@ def logits_and_gradient(
 
     A graph that is cut gives zeros, and so do NaN and infinite gradients, which would lose an image for good.
     """
+    if isinstance(model, Probe) and model.dense is not None:
+        return _by_hand(model, model.dense, x, objective, y, targets)
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
@@ -76,7 +92,7 @@ def logits_and_gradient(
     if not total.requires_grad:
         return logits.detach(), torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(total, point, allow_unused=True, materialize_grads=True)
-    return logits.detach(), torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+    return logits.detach(), _finite(gradient)
 
 
 def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -84,6 +100,11 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
 
     `rows` turns the detached logits into the weights, shape (R, N, K).
     """
+    if isinstance(model, Probe) and model.dense is not None:
+        logits, hidden = model.through(model.dense, x)
+        weights = rows(logits)
+        model.backwards += len(weights) * len(x)
+        return logits, _finite(model.dense.backward(weights, hidden)).view(len(weights), *x.shape)
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
@@ -93,4 +114,24 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
     (gradients,) = torch.autograd.grad(logits, point, grad_outputs=weights, is_grads_batched=True)
     if isinstance(model, Probe):  # the hook saw the batched pass as one
         model.backwards += (len(weights) - 1) * len(x) * model.draws
-    return logits.detach(), torch.nan_to_num_(gradients, nan=0.0, posinf=0.0, neginf=0.0)
+    return logits.detach(), _finite(gradients)
+
+
+def _by_hand(
+    probe: Probe, dense: Dense, x: Tensor, objective: Objective, y: Tensor, targets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what logits_and_gradient does; autograd sees no more than the objective of the logits."""
+    logits, hidden = probe.through(dense, x)
+    probe.backwards += len(x)
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        total = objective(leaf, y, targets).sum()
+    (row,) = torch.autograd.grad(total, leaf)
+    return logits, _finite(dense.backward(row, hidden)).view_as(x)
+
+
+def _finite(gradients: Tensor) -> Tensor:
+    """Set NaN and infinite entries to zero, in place."""
+    if not bool(torch.isfinite(gradients.sum())):
+        torch.nan_to_num_(gradients, nan=0.0, posinf=0.0, neginf=0.0)
+    return gradients

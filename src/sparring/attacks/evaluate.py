@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..threat import Threat, distance
 from .activations import has_masked_gradients, is_stochastic, seeded, straight_through
 from .checks import check_inputs, check_model, check_threat, is_random, state_of
+from .dense import read_dense
 from .derivatives import Probe, frozen
 from .flags import Flag
 from .steps import column, select
@@ -108,7 +109,7 @@ def run(
         watch = Probe(model)
         judge = _Judge(watch, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1)
         clean_correct = ~judge.wrong(x)
-        probe = Probe(model, draws=draws if random else 1)
+        probe = Probe(model, draws=draws) if random else Probe(model, dense=read_dense(model, x[:2]))
         order = _Order(attack, threat, x, y, targets, size, generator)
         stack.enter_context(seeded(model, seed))
 
@@ -118,6 +119,7 @@ def run(
             found = order(probe, _still_open(outcome, threat))
             outcome, _ = _better(outcome, judge(x, found, clean_correct))
         if has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags):
+            probe.dense = None
             with straight_through(model, x[:1]):
                 found = order(probe, _still_open(outcome, threat))
             outcome, more = _better(outcome, judge(x, found, clean_correct))

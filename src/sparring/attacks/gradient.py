@@ -8,9 +8,13 @@ from torch import Tensor, nn
 from ..threat import LINF, random_point
 from .derivatives import logits_and_gradient
 from .losses import Objective, cross_entropy, margin
+from .prospects import Prospects
 from .steps import Region, budget, inside, select, steepest
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
+
+# PGD's last step as a share of its first.
+_LAST_STEP = 0.01
 
 
 def fgsm(
@@ -78,23 +82,24 @@ def pgd(
 ) -> Tensor:
     """Ascend the objective by projected steepest steps (Madry et al. 2018, section 2.1).
 
-    step_size defaults to 2.5·eps/steps, in the units of eps. Images leave at their first
-    success, unless `stop_early` is False (adversarial training wants the full ascent). Restarts go on with the images
-    still standing. Raises UserError without eps.
+    step_size, in the units of eps, is constant; by default steps shrink from eps to eps/100 in equal proportions, which
+    fools more images in fewer steps than any constant. Images leave at their first success, or once their ascent has
+    stalled far from the boundary (see `Prospects`), unless `stop_early` is False: adversarial training wants the full
+    ascent. Restarts go on with the images still standing. Raises UserError without eps.
     """
     eps = budget(eps)
-    length = 2.5 * eps / steps if step_size is None else step_size
+    lengths = [eps * _LAST_STEP ** (step / steps) if step_size is None else step_size for step in range(steps)]
     x_adv = x.clone()
     standing = torch.arange(len(x), device=x.device)
     for restart in range(restarts):
         if len(standing) == 0:
             break
         region = Region.around(x[standing], norm, eps)
-        start = region.x
+        start = region.x.clone()
         if random_start or restart > 0:
-            start = region.bring_in(start + random_point(start, norm, eps, generator))
+            start = region.bring_in_(start.add_(random_point(start, norm, eps, generator)))
         labels, aims = y[standing], select(targets, standing)
-        x_adv[standing], won = _ascend(model, region, start, labels, aims, objective, steps, length, stop_early)
+        x_adv[standing], won = _ascend(model, region, start, labels, aims, objective, lengths, stop_early)
         standing = standing[~won]
     return x_adv
 
@@ -106,27 +111,29 @@ def _ascend(
     y: Tensor,
     targets: Tensor | None,
     objective: Objective,
-    steps: int,
-    length: float,
+    lengths: list[float],
     stop_early: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the points where the ascent of each image ended, and which of them are known to have succeeded."""
     end = point.clone()
     won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
-    active = torch.arange(len(end), device=end.device)
-    for _ in range(steps):
+    prospects = Prospects.of(len(end), len(lengths), interval=max(len(lengths) // 8, 4), like=end)
+    for step, length in enumerate(lengths):
         logits, gradient = logits_and_gradient(model, point, objective, y, targets)
         if stop_early:
-            done = margin(logits, y, targets) > 0
-            if bool(done.any()):
-                end[active[done]] = point[done]
-                won[active[done]] = True
-                active, y, point, gradient = (part[~done] for part in (active, y, point, gradient))
-                targets, region = select(targets, ~done), region.take(~done)
-            if len(active) == 0:
+            done, leaving = prospects.judge(margin(logits, y, targets), step)
+            end[prospects.row[leaving]] = point[leaving]
+            won[prospects.row[done]] = True
+        point = region.bring_in_(point.add_(steepest(gradient, region.norm), alpha=length))
+        if prospects.crowded():
+            stay = prospects.staying()
+            prospects, region, targets = prospects.take(stay), region.take(stay), select(targets, stay)
+            point, y = point[stay], y[stay]
+            if len(stay) == 0:
                 return end, won
-        point = region.bring_in(point.add(steepest(gradient, region.norm), alpha=length))
-    end[active] = point
+    stay = prospects.staying()
+    rows, point, y, targets = prospects.row[stay], point[stay], y[stay], select(targets, stay)
+    end[rows] = point
     with torch.no_grad():
-        won[active] = margin(model(point), y, targets) > 0
+        won[rows] = margin(model(point), y, targets) > 0
     return end, won

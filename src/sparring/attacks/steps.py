@@ -104,10 +104,10 @@ class Region:
             return cls(x, norm, eps, x, x)
         return cls(x, norm, eps, (x - eps).clamp_min_(0), (x + eps).clamp_max_(1))
 
-    def bring_in(self, point: Tensor) -> Tensor:
-        """Return points brought into the region; see `inside`."""
+    def bring_in_(self, point: Tensor) -> Tensor:
+        """Return points brought into the region, in the memory of `point` where the norm allows it; see `inside`."""
         if self.norm == LINF:
-            return torch.clamp(point, self.low, self.high)
+            return point.clamp_(self.low, self.high)
         return inside(self.x, point, self.norm, self.eps)
 
     def take(self, which: Tensor) -> Region:

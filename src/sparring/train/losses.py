@@ -28,13 +28,14 @@ def adversarial(*, eps: float, norm: float = LINF, steps: int = 7, step_size: fl
     `eps` is in image units ([0, 1]); `step_size` defaults to 2.5 eps / steps.
     """
     _check(eps, norm, steps)
+    length = 2.5 * eps / steps if step_size is None else step_size
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         training = model.training
         model.eval()
         try:
             x_adv = pgd(
-                model, x, y, norm=norm, eps=eps, steps=steps, step_size=step_size, stop_early=False,
+                model, x, y, norm=norm, eps=eps, steps=steps, step_size=length, stop_early=False,
                 generator=generator,
             )  # fmt: skip
         finally:

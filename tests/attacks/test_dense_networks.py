@@ -1,0 +1,74 @@
+"""Fully connected networks by hand: the same logits and gradients as autograd's, and only where that is so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparring import models
+from sparring.attacks.dense import read_dense
+from sparring.attacks.derivatives import Probe, frozen, logits_and_gradient, logits_and_rows
+from sparring.attacks.losses import cross_entropy, margin
+
+
+class Loud(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e4 * x
+
+
+def networks() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    head = {"shape": (2, 6, 6), "classes": 5, "mean": (0.3, 0.4), "std": (0.2, 0.5)}
+    batch_norm = nn.Sequential(nn.Flatten(), nn.Linear(72, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 5))
+    batch_norm(torch.rand(16, 2, 6, 6))
+    return {
+        "linear": models.build("linear", **head),
+        "lenet": models.build("lenet-300-100", **head),
+        "scaled": nn.Sequential(models.build("lenet-300-100", **head), Loud()),
+        "batch-norm": batch_norm.eval(),
+        "no-bias": nn.Sequential(nn.Flatten(), nn.Linear(72, 9, bias=False), nn.ReLU(), nn.Linear(9, 5)),
+    }
+
+
+@pytest.mark.parametrize("name", list(networks()))
+def test_logits_and_gradients_are_those_of_autograd(name: str) -> None:
+    model = networks()[name].eval()
+    x, y = torch.rand(7, 2, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(7) % 5
+    with frozen(model):
+        dense = read_dense(model, x[:2])
+        assert dense is not None
+        plain, by_hand = Probe(model), Probe(model, dense=dense)
+        for objective in (cross_entropy, margin):
+            for first, second in zip(
+                logits_and_gradient(plain, x, objective, y), logits_and_gradient(by_hand, x, objective, y), strict=True
+            ):
+                torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
+        rows = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(2))
+        for first, second in zip(
+            logits_and_rows(plain, x, lambda _: rows), logits_and_rows(by_hand, x, lambda _: rows), strict=True
+        ):
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
+        assert (plain.forwards, plain.backwards) == (by_hand.forwards, by_hand.backwards)
+
+
+class Hidden(nn.Module):
+    """A network inside a module that cuts the graph: its gradients must stay cut."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.inner(x)
+
+
+def test_anything_else_is_left_to_autograd() -> None:
+    lenet = networks()["lenet"].eval()
+    x = torch.rand(2, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+    assert read_dense(Hidden(lenet), x) is None
+    assert read_dense(nn.Sequential(nn.Flatten(), nn.Linear(72, 9), nn.Tanh(), nn.Linear(9, 5)), x) is None
+    assert read_dense(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5)), x) is None
+    lenet.register_forward_hook(lambda _module, _inputs, output: -output)
+    assert read_dense(lenet, x) is None
