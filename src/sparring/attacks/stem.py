@@ -71,11 +71,16 @@ def norms_agree(predicted: Tensor, true: Tensor) -> bool:
 
 
 def find_stem(model: nn.Module, x: Tensor) -> Stem | None:
-    """Return the stem of a network whose first layer with weights is linear with fewer units than inputs."""
-    called: list[nn.Module] = []
+    """Return the stem of a network whose first layer with weights is linear with fewer units than inputs.
 
-    def note(module: nn.Module, _inputs: object, _output: object) -> None:
+    A network that passes each image several times, as one attacked in expectation does, has none.
+    """
+    called: list[nn.Module] = []
+    rows: list[int] = []
+
+    def note(module: nn.Module, _inputs: object, output: object) -> None:
         called.append(module)
+        rows.append(len(output) if isinstance(output, Tensor) else 0)
 
     weighted = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
     handles = [module.register_forward_hook(note) for module in weighted]
@@ -88,7 +93,7 @@ def find_stem(model: nn.Module, x: Tensor) -> Stem | None:
     first = called[0] if called else None
     if not isinstance(first, nn.Linear) or called.count(first) > 1 or first.out_features >= first.in_features:
         return None
-    if first.in_features != x[0].numel():
+    if first.in_features != x[0].numel() or rows[0] != 1:
         return None
     weight = first.weight.detach()
     gram = weight @ weight.T
