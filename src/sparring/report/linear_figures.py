@@ -13,7 +13,7 @@ from .panels import Picture
 
 __all__ = ["linear_pictures"]
 
-LINES: dict[str, list[int]] = {"boxed": [], "unboxed": [5, 3]}
+LINES: dict[str, list[int]] = {"boxed": [], "unboxed": [5, 3], "ratio": []}
 Row = dict[str, Any]
 
 
@@ -32,8 +32,9 @@ def _over_pairs(data: LinearStudy, loss: str) -> Iterator[Picture]:
         "the box [0, 1]; dashed: the theorem's, without the box; marks: measured by the attack."
     )
     yield _picture(data, loss, f"{loss}: accuracy at l∞ ε = {eps:g}, pairs", f"{loss}-r_inf", _r_inf(eps), "%", note)
-    yield _picture(data, loss, f"{loss}: mean l2 distance, pairs", f"{loss}-r_2", _r_2(), "distance", note)
-    ratio = {"boxed": lambda point: point["theorem"]["l1"] / max(point["theorem"]["l2"], 1e-30)}
+    left_out = f"{note} Images that nothing inside the box moves are left out of solid lines and marks."
+    yield _picture(data, loss, f"{loss}: mean l2 distance, pairs", f"{loss}-r_2", _r_2(), "distance", left_out)
+    ratio = {"ratio": lambda point: point["theorem"]["l1"] / max(point["theorem"]["l2"], 1e-30)}
     note = "r_2 divided by ε times this ratio bounds r_inf (both without the box): a smaller ratio leaves more room."
     yield _picture(data, loss, f"{loss}: ‖w‖₁ / ‖w‖₂, pairs", f"{loss}-norms", ratio, "ratio", note)
 
