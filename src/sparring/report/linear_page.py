@@ -77,13 +77,17 @@ def linear_headline(data: LinearStudy) -> list[str]:
 def _summary(data: LinearStudy) -> str:
     """Say in one sentence in which norm sparsity gains, over all losses and ways to sparsity."""
     eps = data.eps[0]
-    linf, l2 = [], []
+    linf: list[float] = []
+    l2: list[float] = []
     for loss in data.losses:
         for path in PATHS:
             best = data.best(loss, path, r_inf(eps)), data.best(loss, path, r_2())
-            if best[0] is not None and best[1] is not None:
-                linf.append(100 * _estimate(gain(data, loss, best[0], r_inf(eps, "fgsm"))))
-                l2.append(100 * _estimate(gain(data, loss, best[1], r_2())) / data.mean(loss, DENSE, r_2()))
+            if best[0] is None or best[1] is None:
+                continue
+            one, other = gain(data, loss, best[0], r_inf(eps, "fgsm")), gain(data, loss, best[1], r_2())
+            if one is not None and other is not None:
+                linf.append(100 * one.estimate)
+                l2.append(100 * other.estimate / data.mean(loss, DENSE, r_2()))
     pairs = len(data.pairs(data.losses[0]))
     return (
         f"Over {pairs} pairs of classes, the sparsity best for it changes FGSM accuracy at ε = {eps:g} by "
@@ -92,12 +96,9 @@ def _summary(data: LinearStudy) -> str:
     )
 
 
-def _estimate(one: Effect | None) -> float:
-    return 0.0 if one is None else one.estimate
-
-
 def _range(values: Sequence[float]) -> str:
     low, high = (f"{end:+.0f}".replace("-", "−") for end in (min(values), max(values)))
+    low, high = (end if end.strip("+−0") else "0" for end in (low, high))
     return low if low == high else f"{low} to {high}"
 
 
