@@ -3,11 +3,11 @@
     python benchmarks/torture.py [--kills N] [--faults N] [--seed N] [--json]
 
 A small study of digits runs again and again in one folder while `kills` SIGKILLs strike the driver or one of its
-workers at random moments. Then one seed of it runs in another folder, where every write of the driver (records,
-objects, plan) fails in five ways before it succeeds: no file can be opened, the disk is full after half the bytes, a
-sync fails, a rename finds the disk read-only, the system's limit of a file's size (RLIMIT_FSIZE) is reached. `--faults`
-ends that early. After every blow all that was reported done must be there, whole; at the end all records and objects
-must equal those of an undisturbed run, byte for byte (times excepted).
+workers at random moments. Then one seed of it runs in fresh folders, once for each write of the driver (records,
+objects, plan) and each way in which that write fails: no file can be opened, the disk is full after half the bytes, a
+sync fails, a rename finds the disk read-only, the system's limit of a file's size (RLIMIT_FSIZE) is reached; then it is
+run again. `--faults` ends that early. After every blow all that was reported done must be there, whole; at the end all
+records and objects must equal those of an undisturbed run, byte for byte (times excepted).
 
 The last line is one JSON object, {"kills", "faults", "lost", "different"}; exit code 1 unless the last two are 0.
 """
@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import io
+import itertools
 import json
 import multiprocessing as mp
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -69,6 +72,7 @@ class Torture:
         self.plan, self.dataset, self.out, self.dice = plan, dataset, out, dice
         self.log = out.with_suffix(".log")
         self.lost: set[str] = set()
+        self.different = 0
 
     def start(self, prepare: Callable[[], None] = lambda: None) -> Any:
         """Start a driver with two workers; it writes the key of each record that it reports to the log."""
@@ -135,22 +139,30 @@ class Torture:
             if self.dice.random() < 0.5:
                 path.unlink()
 
-    def fail(self, most: int) -> int:
-        """Make every write of the driver fail in each of the ways before it succeeds. Count the faults."""
+    def fail(self, most: int, expected: dict[str, Any]) -> int:
+        """Make each write of a fresh study fail in each way, run it again to its end, and compare. Count the faults."""
         faults = 0
-        while faults < most:
-            for number, kind in enumerate(FAULTS):
-                # The first of each round lets one write pass: the one that failed in all ways in the last round.
-                passes = 1 if number == 0 and faults else 0
-                driver = self.start(lambda kind=kind, passes=passes: _break(kind, passes))
+        for place in itertools.count():
+            for kind in FAULTS[: most - faults]:
+                shutil.rmtree(self.out, ignore_errors=True)
+                self.log.unlink(missing_ok=True)
+                driver = self.start(functools.partial(_break, kind, place))
                 driver.join()
-                self.check()
                 if driver.exitcode == 0:
-                    return faults
+                    return faults  # there are no more writes
                 assert driver.exitcode == ENDED_BY_FAULT, f"a fault of kind '{kind}' ended with {driver.exitcode}"
+                self.check()
+                self.finish()
+                self.compare(expected)
                 faults += 1
-        self.finish()
-        return faults
+            if faults == most:
+                return faults
+        raise AssertionError("a count has no end")
+
+    def compare(self, expected: dict[str, Any]) -> None:
+        """Count the records and objects that are not what they should be."""
+        found = contents(self.out)
+        self.different += sum(expected.get(key) != found.get(key) for key in {*expected, *found})
 
 
 def _children(pid: int) -> list[int]:
@@ -209,11 +221,15 @@ def torture(folder: Path, *, kills: int, faults: int, seed: int = 0) -> dict[str
     for name, changes in (("kills", {}), ("faults", {"seeds": 1, "sparsities": [0.9], "shard": 40})):
         plan = Plan.from_table({**PLAN, **changes})
         run(plan, folder / f"{name}-undisturbed", dataset=dataset, workers=2)
+        expected = contents(folder / f"{name}-undisturbed")
         study = Torture(plan, dataset, folder / name, dice)
-        tally[name] = study.kill(kills) if name == "kills" else study.fail(faults)
+        if name == "kills":
+            tally[name] = study.kill(kills)
+            study.compare(expected)
+        else:
+            tally[name] = study.fail(faults, expected)
         tally["lost"] += len(study.lost)
-        expected, found = contents(folder / f"{name}-undisturbed"), contents(folder / name)
-        tally["different"] += sum(expected.get(key) != found.get(key) for key in {*expected, *found})
+        tally["different"] += study.different
     return tally
 
 
