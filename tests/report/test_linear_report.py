@@ -95,3 +95,8 @@ def test_a_linear_ledger_merges_with_others(folder: Path) -> None:
     twice = report.merge_ledgers([folder, folder])
     assert [row.as_dict() for row in report.merge_ledgers([folder])] == rows
     assert all(one.p is not None and one.p >= row["p"] for one, row in zip(twice, rows + rows, strict=True))
+
+
+def test_a_classifier_without_weights_has_an_infinite_bound(few_digits: Dataset, tmp_path: Path) -> None:
+    make(tmp_path, few_digits, l1=[1e-6, 5.0])
+    assert ">inf<" in (tmp_path / "report.html").read_text()

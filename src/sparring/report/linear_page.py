@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -167,7 +168,7 @@ def _table(data: LinearStudy, loss: str) -> Html | None:
         "FGSM": lambda p: 100 * r_inf(eps, "fgsm")(p),
         "r_inf boxed": lambda p: 100 * r_inf(eps)(p),
         "unboxed": lambda p: 100 * r_inf(eps, "unboxed")(p),
-        "Markov's bound": lambda p: 100 * p["theorem"]["markov"][f"{eps:g}"],
+        "Markov's bound": lambda p: 100 * _markov(p["theorem"]["markov"][f"{eps:g}"]),
         "DeepFool": r_2("deepfool"),
         "failed, %": lambda p: 100 * p["failed_deepfool"],
         "nearest": r_2("nearest"),
@@ -185,6 +186,11 @@ def _table(data: LinearStudy, loss: str) -> Html | None:
     ]
     note = f"{loss}: means over {len(data.pairs(loss))} pairs, shares in % at ε = {eps:g}. A step is C or a sparsity."
     return join(tag("p", note, class_="note"), tables.table(["Path", "Step", "Sparsity", *columns], rows))
+
+
+def _markov(bound: float | None) -> float:
+    """Return the bound, which a record writes as null where all weights are zero and it is infinite."""
+    return math.inf if bound is None else bound
 
 
 def _name(step: Step) -> str:

@@ -148,8 +148,10 @@ def _grids(findings: Findings, panels: Sequence[Panel]) -> Html:
 def _comparisons(findings: Findings, drawn: Sequence[Picture]) -> Html | None:
     shown = tag("div", *(_figure(p, p.note, class_="narrow") for p in drawn), class_="grid") if drawn else None
     tightness = tables.tightness(findings)
-    heading = None if tightness is None else tag("h3", "How tight the bounds are")
-    return join(shown, heading, tightness) if shown or tightness else None
+    if tightness is None:
+        return shown
+    note = "Medians over correctly classified images; an exact distance is an interval where searches ran out of time."
+    return join(shown, tag("h3", "How tight the bounds are"), tag("p", note, class_="note"), tightness)
 
 
 def _controls(findings: Findings, panels: Sequence[Panel]) -> Html:

@@ -133,7 +133,12 @@ def tightness(findings: Findings) -> Html | None:
         wide = {(b.method, b.sparsity): b for b in brackets(findings, norm, exact=False)}
         for key in dict.fromkeys([*wide, *searched]):
             one, other = wide.get(key) or searched[key], searched.get(key)
-            row = [NORMS.get(norm, norm), key[0], numbers.percent(key[1]), f"{one.seeds} × {one.images}"]
+            row = [
+                NORMS.get(norm, norm),
+                key[0],
+                numbers.percent(key[1]) if key[1] else "0",
+                f"{one.seeds} × {one.images}",
+            ]
             row += [_short(one.certified), _short(one.attack), _short(one.ratio, "×")]
             row += ["–"] * 3 if other is None else _search(other)
             rows.append(row)
