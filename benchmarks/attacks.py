@@ -2,7 +2,9 @@
 
     python benchmarks/attacks.py [--json] [--works deepfool,nearest,...] [--images 500] [--rounds 3]
 
-Peers that are not installed are skipped with a notice. MNIST is looked for as `sparring.data.load` does; the embedded
+Peers that are not installed are skipped with a notice: the extra `peers` brings foolbox and ART, while adversarial-library
+(whose wheel is not on the package index: install it from its repository, with visdom left out), torchattacks and
+pyautoattack pin old versions of others and want an environment of their own. MNIST is looked for as `sparring.data.load` does; the embedded
 extract stands in for it. Networks are trained once and kept in --cache.
 """
 

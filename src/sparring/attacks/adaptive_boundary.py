@@ -15,6 +15,8 @@ from .steps import boundary_step, column, keep_within, select, shrink
 __all__ = ["fab"]
 
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
+# With eps: how often prospects are checked, and how many times its pace an image is trusted to keep up.
+_CHECKS, _PATIENCE = 10, 2.0
 
 
 @dataclass
@@ -79,10 +81,21 @@ def _walk(
     nearest: Tensor,
     smallest: Tensor,
 ) -> None:
-    """Move all images `steps` times and record adversarial points in `nearest` and `smallest`."""
-    for _ in range(steps):
-        if eps is not None and bool((smallest[walk.row] <= eps).any()):
-            walk = shrink(walk, smallest[walk.row] > eps)
+    """Move all images `steps` times and record adversarial points in `nearest` and `smallest`.
+
+    With eps an image leaves at its success, or when twice its pace of late would not bring it within eps.
+    """
+    closest = torch.full_like(smallest, torch.inf)
+    checked, interval = closest.clone(), max(steps // _CHECKS, 5)
+    for step in range(steps):
+        if eps is not None:
+            leaving = smallest <= eps
+            if step % interval == 0:
+                pace = (checked - closest) / interval
+                leaving |= closest - _PATIENCE * pace * (steps - step) > eps
+                checked.copy_(closest)
+            if bool(leaving[walk.row].any()):
+                walk = shrink(walk, ~leaving[walk.row])
         if len(walk.row) == 0:
             return
         boundary = nearest_boundary(
@@ -104,6 +117,7 @@ def _walk(
         with torch.no_grad():
             won = margin(model(point), walk.y, walk.targets) > 0
         moved = distance(point - walk.x, norm)
+        closest[walk.row] = torch.where(won, torch.minimum(moved, closest[walk.row]), closest[walk.row])
         better = won & (moved < smallest[walk.row])
         nearest[walk.row[better]] = point[better]
         smallest[walk.row[better]] = moved[better]

@@ -175,7 +175,8 @@ def standard(
 
     With eps: nearest, which clears most images away at a tenth of the cost, then APGD on the cross-entropy, APGD-T,
     FAB-T and Square (Croce & Hein 2020, section 5), the cross-entropy at a fixed span of logits so that it cannot
-    saturate. l_1 has PGD for APGD and no Square. Without eps: the smallest perturbation of nearest, DeepFool and FAB.
+    saturate. Each gives up images that it can no longer reach. l_1 has PGD for APGD and no Square. Without eps: the
+    smallest perturbation of nearest, DeepFool and FAB.
     """
     attacks: list[Attack]
     if eps is None:
@@ -184,7 +185,7 @@ def standard(
         attacks = [nearest, partial(pgd, steps=100, objective=scaled_cross_entropy), fab_targeted]
     else:
         attacks = [nearest, partial(apgd, objective=scaled_cross_entropy), apgd_targeted, fab_targeted]
-        attacks += [square] if x.dim() == 4 else []
+        attacks += [partial(square, patience=4.0)] if x.dim() == 4 else []
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
 
 

@@ -17,6 +17,8 @@ __all__ = ["square"]
 
 # Fractions of the queries at which the side of the squares shrinks (the area halves each time).
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+# Progress of a random search goes with the logarithm of its length: checks at this many halvings of the queries.
+_CHECKS = 6
 
 
 @dataclass
@@ -29,6 +31,7 @@ class _Search:
     targets: Tensor | None
     point: Tensor
     gap: Tensor
+    checked: Tensor
 
 
 def square(
@@ -42,11 +45,14 @@ def square(
     generator: torch.Generator | None = None,
     queries: int = 5000,
     share: float = 0.8,
+    patience: float | None = None,
 ) -> Tensor:
     """Change random squares and keep what raises the margin (Andriushchenko et al. 2020, algorithms 1 to 3).
 
     x: (N, C, H, W); l_inf and l_2. `share` is the first square's part of the image's area. Images leave at their first
-    success. Raises UserError without eps, Unsupported for l_1 or inputs that are not images.
+    success; with `patience` also when that many times the gain of the last doubling of queries, at every doubling still
+    to come, would not reach the boundary (4 halves the queries and loses about one success in a hundred). Raises
+    UserError without eps, Unsupported for l_1 or inputs that are not images.
     """
     eps = budget(eps)
     if norm not in (LINF, L2) or x.dim() != 4:
@@ -55,18 +61,25 @@ def square(
     start = inside(x, x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)), norm, eps)
     x_adv = start.clone()
     row = torch.arange(len(x), device=x.device)
-    state = _Search(row, x, y, targets, start, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device))
+    lowest = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+    state = _Search(row, x, y, targets, start, lowest, lowest)
     candidate = start
+    checks = {queries >> halvings for halvings in range(1, _CHECKS + 1)}
     for query in range(queries):
         with torch.no_grad():
             gap = margin(model(candidate), state.y, state.targets)
         better = gap > state.gap
         state.gap = torch.where(better, gap, state.gap)
-        state.point = torch.where(column(better, candidate), candidate, state.point)
-        won = state.gap > 0
-        if bool(won.any()):
-            x_adv[state.row[won]] = state.point[won]
-            state = shrink(state, ~won)
+        rows = better.nonzero().squeeze(1)
+        state.point[rows] = candidate[rows]
+        leaving = state.gap > 0
+        if patience is not None and query in checks:
+            hope = state.gap + patience * (state.gap - state.checked) * math.log2(queries / query)
+            leaving = leaving | (hope < 0)
+            state.checked = state.gap
+        if bool(leaving.any()):
+            x_adv[state.row[leaving]] = state.point[leaving]
+            state = shrink(state, ~leaving)
         if len(state.row) == 0:
             return x_adv
         area = share / 2 ** sum(query / queries > mark for mark in _HALVINGS)
@@ -99,8 +112,9 @@ def _propose_linf(state: _Search, area: float, eps: float, generator: torch.Gene
     top, left = _corner(height - rows, state.x, generator), _corner(width - columns, state.x, generator)
     window = (..., slice(top, top + rows), slice(left, left + columns))
     candidate = state.point.clone()
-    candidate[window] = candidate[window] + 2 * eps * _coins((images, channels, 1, 1), state.x, generator)
-    return inside(state.x, candidate, LINF, eps)
+    moved = candidate[window] + 2 * eps * _coins((images, channels, 1, 1), state.x, generator)
+    candidate[window] = inside(state.x[window], moved, LINF, eps)
+    return candidate
 
 
 def _hill(height: int, width: int, like: Tensor) -> Tensor:

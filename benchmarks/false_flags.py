@@ -1,0 +1,121 @@
+"""Honestly trained networks under every attack and check: how many raise a flag, all of them false alarms.
+
+    python benchmarks/false_flags.py [--json] [--networks 54] [--images 150]
+
+Small networks on the 8×8 digits, in equal parts plain, pruned and adversarially trained, fully connected and
+convolutional with batch normalisation. Each is attacked by FGSM, PGD, `fast` (l_inf) and by `nearest` and DeepFool
+(l_2), then checked for convergence, order, losses and unlimited budgets. At most 1% of the networks may raise a flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from torch import Tensor, nn
+
+from sparring import data, models
+from sparring.attacks import (
+    Flag,
+    check_convergence,
+    check_losses,
+    check_order,
+    check_unlimited,
+    deepfool,
+    fast,
+    fgsm,
+    nearest,
+    pgd,
+    robust_accuracy,
+    run,
+)
+from sparring.threat import L2, LINF, Threat
+
+EPS = 0.1
+KINDS = ("plain", "pruned", "adversarial")
+BUDGET = {"fgsm": fgsm, "pgd": pgd, "fast": fast}
+MINIMUM_NORM = {"nearest": nearest, "deepfool": deepfool}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--networks", type=int, default=54)
+    parser.add_argument("--images", type=int, default=150)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [examine(seed, options.images, report=not options.json) for seed in range(options.networks)]
+    flagged = sum(bool(row["flags"]) for row in rows)
+    if options.json:
+        print(json.dumps({"networks": len(rows), "flagged": flagged, "rows": rows}, indent=1))
+    else:
+        print(f"{flagged} of {len(rows)} networks raised a flag")
+    if flagged > 0.01 * len(rows):
+        raise SystemExit(f"{flagged} of {len(rows)} honest networks raised a flag; 1% is the limit")
+
+
+def examine(seed: int, images: int, *, report: bool) -> dict[str, object]:
+    """Return one row: what was trained, its robust accuracies and the flags that it raised."""
+    dataset = data.load("digits")
+    kind, shape = KINDS[seed % 3], "dense" if seed // 3 % 2 else "convolutional"
+    torch.manual_seed(seed)
+    model = network(shape, dataset)
+    train(model, data.as_float(dataset.train.x), dataset.train.y, kind)
+    x, y = data.as_float(dataset.test.x)[:images], dataset.test.y[:images]
+    robust, flags = judge(model.eval(), x, y)
+    row: dict[str, object] = {"seed": seed, "network": shape, "training": kind, "robust": robust, "flags": flags}
+    if report:
+        print(row, flush=True)
+    return row
+
+
+def network(shape: str, dataset: data.Dataset) -> nn.Module:
+    if shape == "dense":
+        return models.build("lenet-300-100", shape=(1, 8, 8), classes=10, mean=dataset.mean, std=dataset.std)
+    head = (nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
+    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), *head)
+
+
+def train(model: nn.Module, x: Tensor, y: Tensor, kind: str, *, epochs: int = 12) -> None:
+    """Train with Adam; "pruned" drops 90% of each layer half-way, "adversarial" trains on PGD's points."""
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    masks: list[Tensor] = []
+    for epoch in range(epochs):
+        if kind == "pruned" and epoch == epochs // 2:
+            masks = [w.detach().abs() > w.detach().abs().quantile(0.9) for w in weights]
+        for rows in torch.randperm(len(x)).split(128):
+            batch = x[rows]
+            if kind == "adversarial":
+                model.eval()
+                batch = pgd(model, batch, y[rows], eps=EPS, steps=4, step_size=EPS / 2, stop_early=False)
+            model.train()
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(batch), y[rows]).backward()
+            optimiser.step()
+            with torch.no_grad():
+                for weight, mask in zip(weights, masks, strict=False):
+                    weight.mul_(mask)
+
+
+def judge(model: nn.Module, x: Tensor, y: Tensor) -> tuple[dict[str, float], list[str]]:
+    """Return the robust accuracies and every flag of every attack and check, as "where: flag (detail)"."""
+    generator = torch.Generator().manual_seed(0)
+    results = {
+        name: run(model, x, y, attack, Threat(LINF, EPS), generator=generator) for name, attack in BUDGET.items()
+    }
+    found: dict[str, tuple[Flag, ...]] = {name: result.flags for name, result in results.items()}
+    for name, attack in MINIMUM_NORM.items():
+        found[name] = run(model, x, y, attack, Threat(L2), generator=generator).flags
+    found |= {f"losses of {name}": check_losses(model, x, y, result) for name, result in results.items()}
+    found |= {f"order of {name}": flags for name, flags in check_order(results).items()}
+    threat = Threat(LINF, EPS)
+    found["convergence"] = check_convergence(model, x, y, pgd, threat, results["pgd"], generator=generator)
+    found["unlimited"] = check_unlimited(model, x, y, pgd, generator=generator)
+    listed = [f"{place}: {flag.name} ({flag.detail})" for place, flags in found.items() for flag in flags]
+    return {name: round(robust_accuracy(result), 4) for name, result in results.items()}, listed
+
+
+if __name__ == "__main__":
+    main()
