@@ -2,10 +2,13 @@
 
     python benchmarks/attacks.py [--json] [--works deepfool,nearest,...] [--images 500] [--rounds 3]
 
-Peers that are not installed are skipped with a notice: the extra `peers` brings foolbox and ART, while adversarial-library
-(whose wheel is not on the package index: install it from its repository, with visdom left out), torchattacks and
-pyautoattack pin old versions of others and want an environment of their own. MNIST is looked for as `sparring.data.load` does; the embedded
-extract stands in for it. Networks are trained once and kept in --cache.
+Peers that are not installed are skipped with a notice. The extra `peers` brings foolbox, ART and pyautoattack. The other
+two need care: adv-lib (adversarial-library) imports torchvision, whose version must fit torch's, and requires visdom,
+which no attack uses; torchattacks requires an old `requests`. Beside a fitting torchvision, tqdm and `requests`,
+`pip install --no-deps adv-lib torchattacks` leaves everything else as it is.
+
+MNIST is looked for as `sparring.data.load` does; the embedded extract stands in for it. Networks are trained once and
+kept in --cache.
 """
 
 from __future__ import annotations
