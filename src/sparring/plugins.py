@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
-__all__ = ["import_object"]
+__all__ = ["code_hash", "import_object"]
 
 
 def import_object(path: str) -> Any:
@@ -32,3 +34,17 @@ def import_object(path: str) -> Any:
     if not callable(found):
         raise UserError(f"'{path}' is not a function")
     return found
+
+
+def code_hash(path: str) -> str:
+    """Return the SHA-256 of the file that defines what "package.module:name" names, so that a change is noticed.
+
+    Objects without a source file (typed into an interpreter) have the hash of nothing. Raise as `import_object` does.
+    """
+    found = inspect.unwrap(import_object(path))
+    try:
+        file = inspect.getsourcefile(found)
+    except TypeError:
+        file = None
+    source = Path(file).read_bytes() if file is not None and Path(file).is_file() else b""
+    return hashlib.sha256(source).hexdigest()

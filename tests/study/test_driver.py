@@ -227,3 +227,34 @@ def test_shards_cover_the_images_once() -> None:
         if task.stage == "attack" and task.inputs["attack"]["name"] == "fgsm"
     ]
     assert set(spans) == {(0, 25), (25, 40)}
+
+
+def test_keys_change_with_a_user_s_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    module = tmp_path / "scored_by_me.py"
+    text = "def score(model, batch=None, *, loss=None, generator=None):\n    return {}\n"
+    module.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    importlib.invalidate_caches()
+    plan = tiny_plan(pruning=[{"label": "mine", "score": "scored_by_me:score"}])
+    facts = DataFacts("h", 100, 50, (1, 8, 8), 10)
+
+    def keys(stage: str) -> set[str]:
+        return {key for key, task in lay_out(plan, facts).tasks.items() if task.stage == stage}
+
+    before = keys("train"), keys("prune")
+    module.write_text(text + "# changed\n")
+    assert keys("train") == before[0], "the dense networks know nothing of the score"
+    assert len(keys("prune") & before[1]) == 2, "only the dense controls stay"
+
+
+def test_a_model_given_in_code_is_told_from_another(few_digits: Dataset, tmp_path: Path) -> None:
+    from torch import nn
+
+    plan = tiny_plan(model="my:net", seeds=1, sparsities=[0.5])
+    events: list[Event] = []
+    for width in (4, 8):
+        net = lambda width=width: nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))  # noqa: E731
+        run(plan, tmp_path, dataset=few_digits, factory=net, workers=0, watch=events.append)
+    assert [event.cached for event in events if event.record is None] == [0, 0]

@@ -16,7 +16,7 @@ from .cluster import RayCluster
 from .estimate import estimate
 from .executors import Executor, InProcess, Processes
 from .kept import read_plan, refuse_another
-from .networks import Context, Factory
+from .networks import Context, Factory, fingerprint
 from .plan import Plan
 from .scheduling import Watcher, environment, execute
 from .stages import perform_stage
@@ -41,11 +41,11 @@ def run(
 ) -> list[Record]:
     """Run a plan into the folder `out` and return its records, in the plan's order.
 
-    `dataset` stands in for the one that the plan names; `factory`, called without arguments, for its model. Whatever
-    the folder already holds is not done again. `workers` tasks run at a time (default: one per core; 0: in this
-    process), or as many as fit on the Ray cluster at the address `ray` ("auto": the one on this machine). A task that
-    fails fails its cell alone; `retry` tries failed ones again. Raise UserError if the folder belongs to another plan,
-    is in use, or cannot be written.
+    `dataset` stands in for the one that the plan names; `factory`, called without arguments, for its model, which the
+    plan then calls "module:name". Whatever the folder already holds is not done again. `workers` tasks run at a time
+    (default: one per core; 0: in this process), or as many as fit on the Ray cluster at the address `ray` ("auto": the
+    one on this machine). A task that fails fails its cell alone; `retry` tries failed ones again. Raise UserError if
+    the folder belongs to another plan, is in use, or cannot be written.
     """
     store = Store(out)
     store.prepare()
@@ -53,7 +53,8 @@ def run(
         dataset = load(plan.data)
     with store.lock():
         facts = DataFacts.of(dataset)
-        work = lay_out(plan, facts, device=device)
+        code = {} if factory is None else {plan.model.name: fingerprint(factory)}
+        work = lay_out(plan, facts, device=device, code=code)
         _write_plan(store, plan, work, dataset, command)
         context = Context(dataset, store.tensors, store.scratch, device, factory)
         executor = _executor(context, workers, ray)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..data import Dataset
 from ..errors import UnknownNameError
+from ..files import sha256_bytes
 from ..models import build, load_weights_
 from ..sparsity import ACTIVATIONS, insert
 
-__all__ = ["BEST", "MASK", "WEIGHTS", "Context", "Factory", "chosen_images", "network", "network_of"]
+__all__ = ["BEST", "MASK", "WEIGHTS", "Context", "Factory", "chosen_images", "fingerprint", "network", "network_of"]
 
 Factory = Callable[..., nn.Module]
 # How a network's tensors are named in an object: the final weights, those of the best epoch, and the masks.
@@ -58,6 +59,18 @@ def network(context: Context, inputs: dict[str, Any]) -> nn.Module:
         **options,
     )
     return model.to(context.device)
+
+
+def fingerprint(factory: Factory) -> str:
+    """Return a hash of the network that a user's factory builds: its printed form and its weights from one seed.
+
+    What its forward() does is not seen: after changing that alone, choose another output folder.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = factory()
+    parts = [repr(model).encode(), *(v.detach().cpu().numpy().tobytes() for v in model.state_dict().values())]
+    return sha256_bytes(b"\0".join(parts))
 
 
 def network_of(context: Context, inputs: dict[str, Any], key: str, *, checkpoint: str = "final") -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from .. import __version__
 from ..data import Dataset, content_hash
 from ..errors import PlanError
 from ..files import canonical_json, sha256_bytes
+from ..plugins import code_hash
 from .executors import Task
 from .plan import CONTROL, REFERENCE, Plan
 from .settings import Activation, Attack, Certify, Exact, Lipschitz, Pruning
@@ -60,18 +61,36 @@ class Cell:
 
 @dataclass
 class Work:
-    """Collect tasks by key (shared ones once, parents first) and cells."""
+    """Collect tasks by key (shared ones once, parents first) and cells.
+
+    `code` holds hashes of users' code by the name it goes by in plans, so that a key changes when the code does.
+    """
 
     device: str = "cpu"
+    code: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
 
     def add(self, stage: str, inputs: dict[str, Any], *parents: str) -> str:
         """Add a task unless its equal is there, and return its key."""
         inputs = {**inputs, "parents": list(parents)} if parents else inputs
+        code = {name: self._code_of(name) for name in sorted(_users_names(inputs))}
+        inputs = {**inputs, "code": code} if code else inputs
         key = _key(stage, VERSIONS[stage], inputs, __version__, torch.__version__, self.device.split(":")[0])
         self.tasks.setdefault(key, Task(key, stage, inputs, parents))
         return key
+
+    def _code_of(self, name: str) -> str:
+        if name not in self.code:
+            self.code[name] = code_hash(name)
+        return self.code[name]
+
+
+def _users_names(value: Any) -> set[str]:
+    """Return every "package.module:name" among the values of nested inputs."""
+    if isinstance(value, dict):
+        return set().union(*map(_users_names, value.values()))
+    return {value} if isinstance(value, str) and ":" in value else set()
 
 
 def _key(stage: str, version: int, inputs: dict[str, Any], sparring: str, torch: str, device: str) -> str:
@@ -96,10 +115,13 @@ def is_key_of(key: str, stage: str, inputs: dict[str, Any], environment: dict[st
     )
 
 
-def lay_out(plan: Plan, data: DataFacts, *, device: str = "cpu") -> Work:
-    """Return every task and cell of a plan, parents before children; raise PlanError if they are too many to hold."""
+def lay_out(plan: Plan, data: DataFacts, *, device: str = "cpu", code: Mapping[str, str] | None = None) -> Work:
+    """Return every task and cell of a plan, parents before children; raise PlanError if they are too many to hold.
+
+    `code` gives hashes of users' code that cannot be imported by the name it has in the plan.
+    """
     _refuse_endless(plan, data)
-    work = Work(device)
+    work = Work(device, dict(code or {}))
     if plan.linear:
         _linear(work, plan, data)
         return work
