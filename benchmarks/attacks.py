@@ -2,7 +2,7 @@
 
     python benchmarks/attacks.py [--json] [--works deepfool,nearest,...] [--images 500] [--rounds 3]
 
-Peers that are not installed are skipped with a notice. The extra `peers` brings foolbox, ART and pyautoattack. The other
+Peers that are not installed are skipped with a notice. The extra `peers` brings foolbox, ART and pyautoattack. Other
 two need care: adv-lib (adversarial-library) imports torchvision, whose version must fit torch's, and requires visdom,
 which no attack uses; torchattacks requires an old `requests`. Beside a fitting torchvision, tqdm and `requests`,
 `pip install --no-deps adv-lib torchattacks` leaves everything else as it is.
@@ -211,7 +211,8 @@ def _torchattacks(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tens
 
 def _pyautoattack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     attack = importlib.import_module("pyautoattack").AutoAttack(model, norm="Linf", eps=eps, seed=0)
-    return attack.run_standard_evaluation(x, y, batch_size=len(x))
+    found = attack.run_standard_evaluation(x, y, batch_size=len(x))
+    return found[0] if isinstance(found, tuple) else found
 
 
 # Contestants by module; options are the settings in which each does best.

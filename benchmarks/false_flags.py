@@ -1,10 +1,12 @@
-"""Honestly trained networks under every attack and check: how many raise a flag, all of them false alarms.
+"""Honestly trained networks under every attack and check: how many raise a false alarm.
 
-    python benchmarks/false_flags.py [--json] [--networks 54] [--images 150]
+    python benchmarks/false_flags.py [--json] [--networks 54] [--first-seed 0] [--images 150]
 
 Small networks on the 8×8 digits, in equal parts plain, pruned and adversarially trained, fully connected and
 convolutional with batch normalisation. Each is attacked by FGSM, PGD, `fast` (l_inf) and by `nearest` and DeepFool
-(l_2), then checked for convergence, order, losses and unlimited budgets. At most 1% of the networks may raise a flag.
+(l_2), then checked for convergence, order, losses and unlimited budgets. At most 1% of the networks may raise a
+false flag. Two kinds are shown but not counted, because what they say is so: `unfinished-search`, where the attack
+found nothing for an image, and `not-converged` of PGD, where `fast` finds at least 2 points more.
 """
 
 from __future__ import annotations
@@ -42,17 +44,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--networks", type=int, default=54)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=150)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [examine(seed, options.images, report=not options.json) for seed in range(options.networks)]
-    flagged = sum(bool(row["flags"]) for row in rows)
+    rows = [
+        examine(seed, options.images, report=not options.json)
+        for seed in range(options.first_seed, options.first_seed + options.networks)
+    ]
+    flagged = sum(bool(row["false"]) for row in rows)
     if options.json:
         print(json.dumps({"networks": len(rows), "flagged": flagged, "rows": rows}, indent=1))
     else:
-        print(f"{flagged} of {len(rows)} networks raised a flag")
+        print(f"{flagged} of {len(rows)} networks raised a false flag")
     if flagged > 0.01 * len(rows):
-        raise SystemExit(f"{flagged} of {len(rows)} honest networks raised a flag; 1% is the limit")
+        raise SystemExit(f"{flagged} of {len(rows)} honest networks raised a false flag; 1% is the limit")
 
 
 def examine(seed: int, images: int, *, report: bool) -> dict[str, object]:
@@ -64,7 +70,12 @@ def examine(seed: int, images: int, *, report: bool) -> dict[str, object]:
     train(model, data.as_float(dataset.train.x), dataset.train.y, kind)
     x, y = data.as_float(dataset.test.x)[:images], dataset.test.y[:images]
     robust, flags = judge(model.eval(), x, y)
+    loose = robust["pgd"] - robust["fast"] >= 0.02
+    false = [
+        flag for flag in flags if "unfinished-search" not in flag and not (loose and flag.startswith("convergence:"))
+    ]
     row: dict[str, object] = {"seed": seed, "network": shape, "training": kind, "robust": robust, "flags": flags}
+    row["false"] = false
     if report:
         print(row, flush=True)
     return row

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..threat import L2, LINF, distance, project, random_point
 from .boundaries import nearest_boundary, pull_back
-from .losses import margin
+from .losses import is_past
 from .steps import boundary_step, column, keep_within, select, shrink
 
 __all__ = ["fab"]
@@ -115,7 +115,7 @@ def _walk(
         mixed = (1 - alpha) * (walk.point + _ETA * from_point) + alpha * (walk.x + _ETA * from_x)
         point = mixed.clamp(0, 1)
         with torch.no_grad():
-            won = margin(model(point), walk.y, walk.targets) > 0
+            won = is_past(model(point), walk.y, walk.targets)
         moved = distance(point - walk.x, norm)
         closest[walk.row] = torch.where(won, torch.minimum(moved, closest[walk.row]), closest[walk.row])
         better = won & (moved < smallest[walk.row])

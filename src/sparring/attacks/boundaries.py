@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from ..threat import L2, distance, dual
-from .derivatives import Probe, logits_and_rows
-from .losses import margin
-from .stem import Stem, norms_agree
+from ..threat import L2, dual
+from .derivatives import logits_and_rows
+from .losses import is_past
+from .stem import Stem
 from .steps import column
 
 __all__ = ["Boundary", "nearest_boundary", "pull_back"]
@@ -47,9 +47,7 @@ def nearest_boundary(
     with `targets` the target meets the strongest other class. For l_2 a `stem` finds the same boundary at less cost.
     """
     if stem is not None and norm == L2:
-        boundary = _through_stem(stem, model, x, y, targets, aims, candidates)
-        if boundary is not None:
-            return boundary
+        return _through_stem(stem, x, y, targets, aims, candidates)
     chosen: list[Tensor] = []
 
     def differences(logits: Tensor) -> Tensor:
@@ -66,31 +64,19 @@ def nearest_boundary(
 
 
 def _through_stem(
-    stem: Stem,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    targets: Tensor | None,
-    aims: Tensor | None,
-    candidates: int | None,
-) -> Boundary | None:
-    """Return what nearest_boundary does with only the winner's gradient sent back to the input; None if it misleads."""
-    point = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits, hidden = stem.forward(model, point)
-    weights = _differences(logits.detach(), y, targets, aims, candidates)
-    (rows,) = torch.autograd.grad(logits, hidden, weights, is_grads_batched=True, retain_graph=True)
-    gaps = -(weights * logits.detach()).sum(2)
-    nearest, predicted = stem.nearest(gaps, rows)
+    stem: Stem, x: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None, candidates: int | None
+) -> Boundary:
+    """Return what nearest_boundary does with only the winner's gradient sent back to the input."""
+    logits, hidden = stem.probe.through(stem.dense, x)
+    weights = _differences(logits, y, targets, aims, candidates)
+    stem.probe.backwards += len(weights) * len(x)
+    rows = stem.dense.back_to_first(weights, hidden)
+    gaps = -(weights * logits).sum(2)
+    nearest, length = stem.nearest(gaps, rows)
     images = torch.arange(len(x), device=x.device)
-    (gradient,) = torch.autograd.grad(logits, point, weights[nearest, images])
-    length = distance(gradient, L2)
-    if not norms_agree(predicted, length):
-        return None
-    if isinstance(model, Probe):  # the hook saw the batched pass as one
-        model.backwards += (len(weights) - 1) * len(x) * model.draws
+    gradient = (rows[nearest, images] @ stem.dense.weights[0]).view_as(x)
     gap = gaps[nearest, images]
-    return Boundary(logits.detach(), gap, gradient, gap.abs() / length.clamp_min(1e-30))
+    return Boundary(logits, gap, gradient, gap.abs() / length)
 
 
 def _differences(
@@ -119,7 +105,7 @@ def pull_back(
         middle = (low + high) / 2
         point = x + column(middle, x) * (x_adv - x)
         with torch.no_grad():
-            won = margin(model(point), y, targets) > 0
+            won = is_past(model(point), y, targets)
         high, low = torch.where(won, middle, high), torch.where(won, low, middle)
         best = torch.where(column(won, x), point, best)
     return best

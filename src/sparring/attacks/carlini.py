@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import Unsupported
 from ..threat import L2, distance
 from .derivatives import logits_and_gradient
-from .losses import Objective, margin
+from .losses import Objective, is_past, margin
 from .steps import column, keep_within, select
 
 __all__ = ["cw"]
@@ -88,7 +88,7 @@ def _minimise(
         gap = margin(logits, y, targets)
         delta = point - x
         moved = distance(delta, L2)
-        better = (gap > confidence) & (moved < smallest[active])
+        better = is_past(logits, y, targets, confidence=confidence) & (moved < smallest[active])
         if bool(better.any()):
             nearest[active[better]] = point[better]
             smallest[active[better]] = moved[better]

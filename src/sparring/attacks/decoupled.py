@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import Unsupported
 from ..threat import L2, distance
 from .derivatives import logits_and_gradient
-from .losses import Objective, cross_entropy, margin
+from .losses import Objective, cross_entropy, is_past
 from .steps import column, keep_within, steepest
 
 __all__ = ["ddn"]
@@ -43,7 +43,7 @@ def ddn(
     point = x
     for step in range(steps + 1):
         logits, gradient = logits_and_gradient(model, point, objective, y, targets)
-        won = margin(logits, y, targets) > 0
+        won = is_past(logits, y, targets)
         delta = point - x
         moved = distance(delta, L2)
         better = won & (moved < smallest)

@@ -38,12 +38,19 @@ class Dense:
                 hidden.append(value.relu_())
         return value, hidden
 
-    def backward(self, rows: Tensor, hidden: list[Tensor]) -> Tensor:
-        """Return the input gradients (..., N, pixels) of sums of logits with the weights rows (..., N, classes)."""
+    def back_to_first(self, rows: Tensor, hidden: list[Tensor]) -> Tensor:
+        """Return the gradients (..., N, units) at the first layer's output of sums of logits.
+
+        rows: the weights of the sums, shape (..., N, classes).
+        """
         value = rows
         for weight, output in zip(self.weights[:0:-1], hidden[::-1], strict=True):
             value = (value @ weight).mul_(output > 0)
-        return value @ self.weights[0]
+        return value
+
+    def backward(self, rows: Tensor, hidden: list[Tensor]) -> Tensor:
+        """Return the input gradients (..., N, pixels) of such sums."""
+        return self.back_to_first(rows, hidden) @ self.weights[0]
 
 
 def read_dense(model: nn.Module, x: Tensor) -> Dense | None:

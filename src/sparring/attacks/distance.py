@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..threat import L2
 from .boundaries import nearest_boundary
-from .losses import margin
+from .losses import is_past
 from .stem import find_stem
 from .steps import column, keep_within, select, steepest
 
@@ -42,10 +42,10 @@ def deepfool(
     x_adv = x.clone()
     active = torch.arange(len(x), device=x.device)
     point = x
-    stem = find_stem(model, x) if norm == L2 else None
+    stem = find_stem(model) if norm == L2 else None
     for step in range(steps + 1):
         with torch.no_grad():
-            standing = margin(model(point), y, targets) <= 0
+            standing = ~is_past(model(point), y, targets)
         x_adv[active] = point
         if step == steps or not bool(standing.any()):
             break

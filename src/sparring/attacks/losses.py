@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Objective", "cross_entropy", "dlr", "margin", "scaled_cross_entropy", "smooth_margin"]
+__all__ = ["Objective", "cross_entropy", "dlr", "is_past", "margin", "scaled_cross_entropy", "smooth_margin"]
+
+# A fresh pass in another batch may round this differently, as a share of the largest logit.
+_ROUNDING = 2e-6
 
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -29,6 +32,13 @@ def margin(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
     label = y if targets is None else targets
     gap = _others(logits, label).amax(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
     return gap if targets is None else -gap
+
+
+def is_past(logits: Tensor, y: Tensor, targets: Tensor | None = None, *, confidence: float = 0.0) -> Tensor:
+    """Return where the margin exceeds `confidence` by more than rounding: a search for the nearest point ends so near
+    the boundary that another pass could otherwise judge differently.
+    """
+    return margin(logits, y, targets) > confidence + _ROUNDING * logits.abs().amax(1)
 
 
 def smooth_margin(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -1,9 +1,7 @@
 """A shortcut for fully connected networks: l_2 norms of input gradients without the input gradients.
 
-If the input reaches a network only through one linear layer W (after a normalisation with one scale s), the gradient
-of anything with respect to it is s·Wᵀu, u being the gradient at the layer's output, and its squared norm s²·uᵀ(WWᵀ)u.
-With 300 units and 784 pixels that saves most of what DeepFool spends on the classes that do not win. Nothing is taken
-on trust: `norms_agree` compares with the true gradient of the winner.
+With W the first layer and u the gradient at its output, the gradient at the input is Wᵀu and its squared norm
+uᵀ(WWᵀ)u. With 300 units and 784 pixels that saves most of what DeepFool spends on the classes that do not win.
 """
 
 from __future__ import annotations
@@ -13,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Stem", "find_stem", "norms_agree"]
+from .dense import Dense
+from .derivatives import Probe
+
+__all__ = ["Stem", "find_stem"]
 
 # Leading eigenvectors in the bounds: a tenth of the products of the whole matrix for 300 units.
 _RANK = 32
@@ -21,29 +22,16 @@ _RANK = 32
 
 @dataclass(frozen=True)
 class Stem:
-    """The first layer of a network, if it is linear, with G = WWᵀ.
+    """A fully connected network under a probe, with G = WWᵀ of its first layer.
 
     basis: the leading eigenvectors of G, scaled by the roots of their eigenvalues; tail: the largest other eigenvalue.
     """
 
-    layer: nn.Linear
+    probe: Probe
+    dense: Dense
     gram: Tensor
     basis: Tensor
     tail: float
-
-    def forward(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits and the layer's output, both in the graph of x."""
-        caught: list[Tensor] = []
-
-        def catch(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            caught.append(output)
-
-        handle = self.layer.register_forward_hook(catch)
-        try:
-            logits = model(x)
-        finally:
-            handle.remove()
-        return logits, caught[0]
 
     def nearest(self, gaps: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Return which rival is nearest, |gap| / ‖Wᵀu‖ smallest, and that norm, for gaps (R, N) and u (R, N, units).
@@ -64,40 +52,15 @@ class Stem:
         return nearest, norms[nearest, torch.arange(gaps.shape[1], device=gaps.device)]
 
 
-def norms_agree(predicted: Tensor, true: Tensor) -> bool:
-    """Return whether true norms are one multiple of the predicted ones, so that predictions rank classes rightly."""
-    ratio = true / predicted.clamp_min(1e-30)
-    return bool((ratio - ratio.mean()).abs().max() <= 1e-3 * ratio.mean())
-
-
-def find_stem(model: nn.Module, x: Tensor) -> Stem | None:
-    """Return the stem of a network whose first layer with weights is linear with fewer units than inputs.
-
-    A network that passes each image several times, as one attacked in expectation does, has none.
-    """
-    called: list[nn.Module] = []
-    rows: list[int] = []
-
-    def note(module: nn.Module, _inputs: object, output: object) -> None:
-        called.append(module)
-        rows.append(len(output) if isinstance(output, Tensor) else 0)
-
-    weighted = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
-    handles = [module.register_forward_hook(note) for module in weighted]
-    try:
-        with torch.no_grad():
-            model(x[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    first = called[0] if called else None
-    if not isinstance(first, nn.Linear) or called.count(first) > 1 or first.out_features >= first.in_features:
+def find_stem(model: nn.Module) -> Stem | None:
+    """Return the stem of a probed network of matrices whose first layer has fewer units than inputs, and at least 2."""
+    if not isinstance(model, Probe) or model.dense is None:
         return None
-    if first.in_features != x[0].numel() or rows[0] != 1:
+    weight = model.dense.weights[0]
+    if not 2 <= weight.shape[0] < weight.shape[1]:
         return None
-    weight = first.weight.detach()
     gram = weight @ weight.T
     values, vectors = torch.linalg.eigh(gram)
     rank = min(_RANK, len(values) - 1)
     basis = vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
-    return Stem(first, gram, basis, float(values[-rank - 1].clamp_min(0)))
+    return Stem(model, model.dense, gram, basis, float(values[-rank - 1].clamp_min(0)))
