@@ -155,6 +155,26 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
     assert wrong.code == 2 and "packed or onnx" in wrong.err
 
 
+def test_a_study_of_weights_that_exist(  # type: ignore[no-untyped-def]
+    sparring, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shipped.py").write_text(
+        "from torch import nn\n\ndef net(shape, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), "
+        "nn.ReLU(), nn.Linear(9, classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ("--data", "digits", "--quiet", "--set", "epochs=2")
+    assert sparring("train", "shipped:net", "--out", "mine.safetensors", *options).code == 0
+    Path("own.toml").write_text(TINY.replace('model = { name = "mlp", widths = [16] }', ""))
+    words = ("--model", "shipped:net", "--weights", "mine.safetensors")
+    done = sparring("study", "own.toml", "--out", "own", *words, "--workers", 0, "--json")
+    assert done.code == 0
+    trained = [record for record in json.loads(done.out)["records"] if record["stage"] == "train"]
+    assert len(trained) == 1, "one dense network, the user's, for both seeds"
+    missing = sparring("study", "own.toml", "--out", "none", "--weights", "nowhere.safetensors")
+    assert missing.code == 2 and "nowhere.safetensors" in missing.err
+
+
 def test_lists_and_doctor(sparring) -> None:  # type: ignore[no-untyped-def]
     tables = json.loads(sparring("list", "--json").out)
     assert "quick" in tables["presets"] and "pgd" in tables["attacks"] and "digits" in tables["data"]

@@ -32,6 +32,8 @@ def study(
     plan: Annotated[str, typer.Argument(help="A preset's name or a TOML file; see `sparring list presets`.")] = "quick",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder [default: out/PLAN].")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE in TOML; repeatable.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model's name or your own package.module:factory.")] = None,
+    weights: Weights = None,
     workers: Annotated[int | None, typer.Option(help="Tasks at a time [default: one per core].")] = None,
     data_dir: DataDir = None,
     download: Download = False,
@@ -49,8 +51,10 @@ def study(
         return show_progress(status, json)
     from .study_command import run_study
 
+    named = {"model.name": model, "model.weights": weights}
+    changes = [*(overrides or ()), *(f"{key}='{value}'" for key, value in named.items() if value is not None)]
     return run_study(
-        plan, out, tuple(overrides or ()), workers, data_dir, download, retry=retry, device=device, ray=ray,
+        plan, out, tuple(changes), workers, data_dir, download, retry=retry, device=device, ray=ray,
         mlflow=mlflow, tensorboard=tensorboard, quiet=quiet, as_json=json,
     )  # fmt: skip
 

@@ -53,7 +53,9 @@ def estimate(tasks: Iterable[Task], context: Context, *, workers: int) -> float 
 def _passes(task: Task, context: Context) -> float:
     inputs = task.inputs
     if task.stage in ("train", "prune", "activate"):
-        epochs = (inputs["recipe"] or {"epochs": 0})["epochs"]
+        epochs = (inputs.get("recipe") or {"epochs": 0})["epochs"]
+        if not epochs:
+            return float(len(context.dataset.valid.x))
         inner = inputs["training"]["steps"] + 1 if inputs["training"]["loss"] != "standard" else 1
         return float(len(context.dataset.train.x) * epochs * inner)
     if task.stage in ("attack", "transfer"):

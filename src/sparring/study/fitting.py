@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ..attacks import pgd
 from ..data import as_float
 from ..errors import UserError
+from ..files import load_tensors, sha256_file
 from ..metrics import accuracy
+from ..models import load_weights_
 from ..sparsity import (
     Pruner,
     PruningSpec,
@@ -36,8 +38,20 @@ SCORING_IMAGES, SCORING_STEPS = 500, 10
 
 
 def train(context: Context, task: Task) -> Outcome:
-    """Train a dense network from scratch."""
+    """Train a dense network from scratch, or take the weights that the plan names."""
+    if "weights" in task.inputs:
+        return _given(context, task)
     return _fitted(context, task, network(context, task.inputs), seed=task.inputs["seed"])
+
+
+def _given(context: Context, task: Task) -> Outcome:
+    file, expected = task.inputs["weights"]["file"], task.inputs["weights"]["sha256"]
+    if sha256_file(file) != expected:
+        raise UserError(f"{file} changed while the study ran; run it again")
+    model = network(context, task.inputs)
+    load_weights_(model, {k: v for k, v in load_tensors(file).items() if not k.startswith("sparring/")})
+    valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
+    return Outcome({"accuracy_valid": valid}, tensors=_weights(model))
 
 
 def prune(context: Context, task: Task) -> Outcome:

@@ -34,12 +34,16 @@ OPTIONS = ("steps", "restarts", "queries")
 
 @dataclass(frozen=True)
 class Network:
-    """Name a model and its size; what an option does not apply to refuses it."""
+    """Name a model and its size; what an option does not apply to refuses it.
+
+    `weights` is a safetensors file: its network stands in for the dense one that would be trained from each seed.
+    """
 
     name: str = "lenet-300-100"
     width: float | None = None
     widths: tuple[int, ...] | None = None
     depth: int | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in MODELS and ":" not in self.name:

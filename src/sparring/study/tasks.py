@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from .. import __version__
 from ..data import Dataset, content_hash
 from ..errors import PlanError
-from ..files import canonical_json, sha256_bytes
+from ..files import canonical_json, sha256_bytes, sha256_file
 from ..plugins import code_hash
 from .executors import Task
 from .plan import CONTROL, REFERENCE, Plan
@@ -161,10 +162,10 @@ class _Seed:
 
     def __init__(self, work: Work, plan: Plan, data: DataFacts, seed: int) -> None:
         self.work, self.plan, self.data, self.seed = work, plan, data, seed
-        self.model = _known(asdict(plan.model))
+        self.model = {name: value for name, value in _known(asdict(plan.model)).items() if name != "weights"}
 
     def lay_out(self) -> None:
-        dense = self._train(self.model, self.plan.recipe.weight_decay)
+        dense = self._given() or self._train(self.model, self.plan.recipe.weight_decay)
         control = self._prune(self.model, dense, None, 0.0)
         self._judge(REFERENCE, 0.0, dense)
         self._judge(CONTROL, 0.0, dense, control)
@@ -188,6 +189,14 @@ class _Seed:
 
     def _shared(self, model: dict[str, Any]) -> dict[str, Any]:
         return {"data": self.data.hash, "model": model}
+
+    def _given(self) -> str | None:
+        """Add the task that loads the user's weights, if the plan names some: one dense network for all seeds."""
+        file = self.plan.model.weights
+        if file is None:
+            return None
+        weights = {"file": str(Path(file).absolute()), "sha256": sha256_file(file)}
+        return self.work.add("train", {**self._shared(self.model), "weights": weights})
 
     def _train(self, model: dict[str, Any], decay: float) -> str:
         recipe = replace(self.plan.recipe, weight_decay=decay)
