@@ -24,7 +24,7 @@ class _Movement:
     sparsity: float
     start: float
     stop: float
-    every: int
+    every: int | None
     rule: Rule
     scores: Scores = field(default_factory=dict, init=False)
     dense_weights: bool = field(default=True, init=False)
@@ -63,7 +63,7 @@ class _Movement:
 
 
 def movement(
-    sparsity: float, *, start: float = 0.0, stop: float = 0.8, every: int = 100, rule: Rule | None = None
+    sparsity: float, *, start: float = 0.0, stop: float = 0.8, every: int | None = None, rule: Rule | None = None
 ) -> Pruner:
     """Keep weights that move away from zero: score −Σ w · ∂L/∂w over the training (Sanh et al. 2020, equation 4).
 

@@ -39,16 +39,23 @@ def check_sparsity(sparsity: float | Mapping[str, float]) -> None:
             raise UserError(f"sparsity is the fraction removed, at least 0 and below 1, not {value}")
 
 
-def due(step: int, first: int, last: int, every: int) -> float | None:
-    """Return how much of the schedule is over if the masks change at this step (1 at the last), else None."""
+UPDATES = 100  # how often masks change along a schedule unless a plan says otherwise
+
+
+def due(step: int, first: int, last: int, every: int | None) -> float | None:
+    """Return how much of the schedule is over if the masks change at this step (1 at the last), else None.
+
+    With `every` None they change about a hundred times, however short the training: few large cuts cost accuracy.
+    """
+    every = max(1, (last - first) // UPDATES) if every is None else every
     if not first <= step <= last or ((step - first) % every and step != last):
         return None
     return 1.0 if step == last else (step - first) / (last - first)
 
 
-def check_every(every: int) -> None:
+def check_every(every: int | None) -> None:
     """Raise UserError unless there is at least one step from update to update."""
-    if every < 1:
+    if every is not None and every < 1:
         raise UserError(f"every is a number of optimiser steps, at least 1, not {every}")
 
 
