@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
-from sklearn.linear_model import LogisticRegression
-from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import LinearSVC
 
 __all__ = ["linear_path", "linear_pruned"]
 
@@ -103,6 +106,10 @@ def _fit(
 def _estimator(
     loss: str, penalty: str, strength: float, iterations: int, tolerance: float, seed: int
 ) -> LogisticRegression | LinearSVC:
+    # A third of a second to import, which only linear studies should pay.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import LinearSVC
+
     if loss == "svm":
         return LinearSVC(C=strength, penalty=penalty, dual=False, max_iter=iterations, tol=tolerance, random_state=seed)
     estimator = LogisticRegression(
