@@ -60,7 +60,14 @@ def find_stem(model: nn.Module) -> Stem | None:
     if not 2 <= weight.shape[0] < weight.shape[1]:
         return None
     gram = weight @ weight.T
-    values, vectors = torch.linalg.eigh(gram)
+    # In double precision: of the many equal eigenvalues that pruned rows make, the single-precision solver loses one
+    # network in five on a single thread, by an error or by NaN vectors without a word.
+    try:
+        values, vectors = torch.linalg.eigh(gram.double())
+    except torch.linalg.LinAlgError:
+        return None
     rank = min(_RANK, len(values) - 1)
-    basis = vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
+    basis = (vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()).to(weight.dtype)
+    if not bool(torch.isfinite(basis).all()):
+        return None
     return Stem(model, model.dense, gram, basis, float(values[-rank - 1].clamp_min(0)))
