@@ -149,6 +149,7 @@ def make_study(tmp_path_factory):
         extras=False,
         pruning=(),
         name="made-up",
+        mark="",
     ):
         out = tmp_path_factory.mktemp("study")
         maker = Maker(out, images, budgets, np.random.default_rng(0))
@@ -165,6 +166,7 @@ def make_study(tmp_path_factory):
             "schema": 1,
             "plan": {
                 "name": name,
+                "mark": mark,
                 "data": "mnist-5k",
                 "model": {"name": "lenet-300-100"},
                 "seeds": seeds,

@@ -52,6 +52,15 @@ def test_the_page_is_well_formed_and_refers_to_nothing_outside(page):
     assert len(page) < 3_000_000
 
 
+def test_the_mark_of_a_smaller_study_stands_in_every_figure(make_study):
+    out = make_study(seeds=2, sparsities=(0.5, 0.9), extras=True, mark="SMALL: two seeds")
+    page = report.write(out).read_text()
+    drawn = sorted((out / "figures").glob("*.svg"))
+    assert len(drawn) > 10
+    assert [path.name for path in drawn if "SMALL: two seeds" not in path.read_text()] == []
+    assert "<strong>SMALL: two seeds</strong>" in page
+
+
 def test_every_figure_is_a_file_too(study_folder, page):
     drawn = {path.stem for path in (study_folder / "figures").glob("*.svg")}
     assert {path.stem for path in (study_folder / "figures").glob("*.png")} == drawn

@@ -53,7 +53,8 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
                 + f". At most {counts}; {findings.method}."
             )
             spec = figures.scatter(title, rows, x="sparsity, in the plan's steps", y="median distance", ordinal=True)
-            yield Picture(f"{'exact' if exact else 'brackets'}-{norm}", title, figures.svg(spec), note)
+            drawn = figures.svg(spec, mark=findings.mark)
+            yield Picture(f"{'exact' if exact else 'brackets'}-{norm}", title, drawn, note)
 
 
 def _sides(bracket: Bracket) -> Iterator[Mapping[str, str | float]]:
@@ -95,7 +96,8 @@ def _constants(findings: Findings) -> Iterator[Picture]:
                 f"Means over correctly classified images with 95% intervals; {findings.method}. A smaller L is no gain "
                 "where the margin shrinks as much: what bounds the distance is margin / L."
             )
-            yield Picture(f"lipschitz-{_safe(key[0])}-{_safe(key[1])}", title, figures.svg(spec), note)
+            drawn = figures.svg(spec, mark=findings.mark)
+            yield Picture(f"lipschitz-{_safe(key[0])}-{_safe(key[1])}", title, drawn, note)
 
 
 def _multiples(name: str, result: Result) -> Iterator[Mapping[str, str | float]]:
@@ -121,7 +123,7 @@ def _surgery(findings: Findings) -> Iterator[Picture]:
         rows = [row for name in ("pruned", "spliced") for row in _over_time(name, series)]
         spec = figures.scatter(title, rows, x="training step", y="weights in each span (log, from 0)", log_y="symlog")
         note = f"Sums over spans of equal length, means over {len(series)} seeds."
-        yield Picture(f"surgery-{k}", title, figures.svg(spec), note)
+        yield Picture(f"surgery-{k}", title, figures.svg(spec, mark=findings.mark), note)
 
 
 def _over_time(name: str, series: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, str | float]]:
@@ -150,7 +152,7 @@ def _speed(findings: Findings) -> Iterator[Picture]:
         axis = "milliseconds an image, one at a time (log scale)"
         spec = figures.scatter(title, rows, x=axis, y=f"{short_name(measure)}, %", log_x=True)
         note = "Networks as deployed, packed for sparse kernels, on the machine of this study; means over seeds."
-        yield Picture("latency", title, figures.svg(spec), note)
+        yield Picture("latency", title, figures.svg(spec, mark=findings.mark), note)
 
 
 def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | float]]:
@@ -190,7 +192,7 @@ def _transfer(findings: Findings) -> Iterator[Picture]:
             "Shares of examples that fool the other network too, among images that fool the network attacked and that "
             "the other classifies correctly when clean."
         )
-        yield Picture(f"transfer-{k}", title, figures.svg(spec), note)
+        yield Picture(f"transfer-{k}", title, figures.svg(spec, mark=findings.mark), note)
 
 
 def _name(method: str, sparsity: float) -> str:

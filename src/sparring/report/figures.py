@@ -45,9 +45,12 @@ CONFIG: Spec = {
 }
 
 
-def svg(spec: Spec) -> str:
-    """Return a specification drawn as SVG text."""
+def svg(spec: Spec, *, mark: str = "") -> str:
+    """Return a specification drawn as SVG text, with a mark below its title that says what the study is not."""
     complete = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "config": CONFIG, "padding": 4} | spec
+    if mark:
+        under = {"subtitle": mark, "subtitleColor": COLORS[1]}
+        complete["title"] = {"text": spec["title"]} | under if "title" in spec else {"text": mark, "color": COLORS[1]}
     return str(vl_convert.vegalite_to_svg(complete))
 
 

@@ -115,6 +115,7 @@ def _opening(findings: Findings, sections: Html) -> Html:
     return join(
         tag("p", f"sparring · study “{words.title(findings)}”", class_="eyebrow"),
         tag("h1", f"{words.subject(findings)}: sparsity and adversarial robustness"),
+        tag("p", tag("strong", findings.mark)) if findings.mark else None,
         sections,
         tag("div", tag("p", first), class_="verdict-box"),
         tag("ul", *(tag("li", sentence) for sentence in rest)) if rest else None,

@@ -80,8 +80,8 @@ def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int], ax
     return Panel(
         measure=measure,
         results=results,
-        levels=Picture(slug, measure.title, figures.svg(levels)),
-        gains=Picture(f"{slug}-gain", f"{measure.title}: gain", figures.svg(gains)),
+        levels=Picture(slug, measure.title, figures.svg(levels, mark=findings.mark)),
+        gains=Picture(f"{slug}-gain", f"{measure.title}: gain", figures.svg(gains, mark=findings.mark)),
     )
 
 
@@ -103,7 +103,7 @@ def overview_picture(findings: Findings) -> Picture | None:
             specs.append(figures.levels_figure(shown, numbered, axis=axis))
     if not specs:
         return None
-    drawn = figures.svg(figures.overview(specs))
+    drawn = figures.svg(figures.overview(specs), mark=findings.mark)
     return Picture("overview", "Overview", drawn, scale=OVERVIEW_SCALE)
 
 
@@ -122,7 +122,7 @@ def density_pictures(findings: Findings) -> list[Picture]:
         rows = _by_layer(findings, name)
         if rows:
             spec = figures.heatmap(title, rows, x="sparsity", y="", unit=unit)
-            pictures.append(Picture(f"layers-{name}", title, figures.svg(spec)))
+            pictures.append(Picture(f"layers-{name}", title, figures.svg(spec, mark=findings.mark)))
     return pictures
 
 

@@ -45,7 +45,8 @@ class Plan:
     """Hold a whole study; equal plans give equal records.
 
     `transfer` attacks are made on the dense control and tried on every sparse network, and the other way round.
-    `checkpoints` adds the best epoch of adversarial training beside the final one. `shard` is how many images one
+    `checkpoints` adds the best epoch of adversarial training beside the final one. `mark` is written into every
+    figure: what a smaller version of a study leaves out. `shard` is how many images one
     task attacks; `margins` are the losses that the sweet spot allows, by metric (design.md, section 2). A plan with
     `linear` tables studies linear classifiers and nothing else.
     """
@@ -53,6 +54,7 @@ class Plan:
     name: str
     data: str = "mnist-5k"
     title: str = ""
+    mark: str = ""
     model: Network = field(default_factory=Network)
     seeds: int = 3
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)

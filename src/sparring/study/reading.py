@@ -23,7 +23,8 @@ def presets() -> dict[str, str]:
     """Return the names of the presets that ship with the package, each with its title."""
     folder = resources.files("sparring") / "plans"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): tomllib.loads(f.read_text()).get("title", "") for f in files}
+    tables = {f.name.removesuffix(".toml"): tomllib.loads(f.read_text()) for f in files}
+    return {name: ". ".join(t[k] for k in ("title", "mark") if k in t) for name, t in tables.items()}
 
 
 def read_text(path_or_preset: str | Path) -> tuple[str, str]:

@@ -117,7 +117,6 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> fl
     batches = -(-len(x) // recipe.batch_size)
     steps, step = recipe.epochs * batches, state.epoch * batches
     cycle = -(-steps // getattr(state.pruner, "cycles", 1))  # iterative pruning starts the schedule anew
-    cycle = -(-steps // getattr(state.pruner, "cycles", 1))
     order = torch.randperm(len(x), generator=generator)
     total = torch.zeros(())
     behind = state.pruner is not None and state.pruner.dense_weights
