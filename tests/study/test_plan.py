@@ -53,6 +53,9 @@ def test_finetune_inherits_from_recipe() -> None:
         ("[[pruning]]\nscore = 'magnitud'", r"Did you mean 'magnitude'"),
         ("pruning = []", r"prunes nothing"),
         ("recipe = 3", r"recipe"),
+        ("[[pruning]]\nmethod = 'dns'\nc_rate = 1.0\nsparsities = [0.5]", r"give that or sparsities, not both"),
+        ("[[pruning]]\nc_rate = 1.0", r"'gradual' has no option 'c_rate'"),
+        ("[[pruning]]\nmethod='dns'\nc_rate=1.0\n[controls]\nwide_sparse=[0.5]", r"can be asked for a sparsity"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:

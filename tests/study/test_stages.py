@@ -11,6 +11,7 @@ import torch
 
 from sparring.data import Dataset
 from sparring.errors import UserError
+from sparring.report.records import load
 from sparring.study import Context, DataFacts, Plan, Record, Store, lay_out, run
 from sparring.study.estimate import estimate
 from sparring.study.networks import WEIGHTS, chosen_images
@@ -27,7 +28,11 @@ TABLE: dict[str, Any] = {
     "training": {"loss": "pgd-at", "eps": 0.05, "steps": 2},
     "recipe": {"epochs": 3, "lr": 0.05},
     "finetune": {"epochs": 2},
-    "pruning": [{"label": "magnitude"}, {"label": "surgery", "method": "dns", "sparsities": [0.7]}],
+    "pruning": [
+        {"label": "frozen", "method": "dns", "c_rate": 0.5},
+        {"label": "magnitude"},
+        {"label": "surgery", "method": "dns", "sparsities": [0.7]},
+    ],
     "controls": {"decays": [1e-4, 1e-1], "small_dense": [0.5, 0.95], "wide_sparse": [0.8]},
     "activation": [
         {"kind": "top-k", "levels": [0.8]},
@@ -50,6 +55,7 @@ TABLE: dict[str, Any] = {
 
 class Finished:
     def __init__(self, out: Path) -> None:
+        self.out = out
         self.store = Store(out)
         self.cells = json.loads((out / "plan.json").read_text())["cells"]
 
@@ -78,8 +84,8 @@ def study(tmp_path_factory: pytest.TempPathFactory, few_digits: Dataset) -> Fini
 def test_every_network_has_its_cell(study: Finished) -> None:
     final = {cell["method"] for cell in study.cells if "epoch)" not in cell["method"]}
     assert final == {
-        "reference", "control", "magnitude", "surgery", "top-k", "mean-sparse", "stochastic-pruning", "l1-penalty",
-        "tuned decay", "small dense", "wide sparse",
+        "reference", "control", "magnitude", "surgery", "frozen", "top-k", "mean-sparse", "stochastic-pruning",
+        "l1-penalty", "tuned decay", "small dense", "wide sparse",
     }  # fmt: skip
     assert {f"{method} (best epoch)" for method in final} == {c["method"] for c in study.cells} - final
     axes = {cell["method"]: cell["axis"] for cell in study.cells}
@@ -109,6 +115,21 @@ def test_surgery_says_what_it_did_when(study: Finished) -> None:
     removed = sum(series["pruned"]) - sum(series["spliced"])
     assert removed == round(0.7 * (64 * 32 + 32 * 16 + 16 * 10))
     assert series["step"] == sorted(series["step"])
+
+
+def test_frozen_surgery_ends_where_its_thresholds_lead(study: Finished) -> None:
+    record = study.one("frozen", "prune")
+    reached = record.metrics["sparsity"]
+    assert reached is not None and 0 < reached < 1 and record.inputs["sparsity"] is None
+    # Biases share their layer's threshold in the paper, and are counted apart.
+    held = study.store.tensors(record.key)
+    weights = [v for k, v in held.items() if k.startswith("mask/") and v.dim() == 2]
+    assert reached == pytest.approx(1 - sum(int(w.sum()) for w in weights) / sum(w.numel() for w in weights))
+    assert any(name.startswith("mask/") and name.endswith("bias") for name in held)
+    # The report puts it where it ended; the control that wants a sparsity takes the first method that has one.
+    networks = [n for n in load(study.out).networks if n.method == "frozen"]
+    assert [n.sparsity for n in networks] == [round(reached, 4)]
+    assert study.one("wide sparse", "prune").inputs["pruning"] == {"method": "gradual"}
 
 
 def test_the_best_epoch_stood_best_on_validation_images(study: Finished) -> None:

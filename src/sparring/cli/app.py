@@ -112,7 +112,9 @@ def train(
 def prune(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="The model file to write.")],
-    sparsity: Annotated[float, typer.Option(help="Fraction of weights to remove, between 0 and 1.")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of weights to remove; none for dns with a c_rate.")
+    ] = None,
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
     options: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as method=dns, epochs=5.")] = None,

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import load_tensors
 from ..metrics import accuracy, distances, robust_accuracy
 from ..models import Blueprint, load_model, load_weights_, save_model
-from ..sparsity import all_ones, build_pruner
+from ..sparsity import Pruner, all_ones, build_pruner
 from ..statistics import binomial_interval
 from ..study import Plan, Training
 from ..study.fitting import training_loss
@@ -64,7 +64,7 @@ def run_train(
 def run_prune(
     name: str,
     out: Path,
-    sparsity: float,
+    sparsity: float | None,
     weights: Path | None,
     data_name: str,
     overrides: tuple[str, ...],
@@ -83,10 +83,21 @@ def run_prune(
     pruner = build_pruner(pruning, sparsity)
     masks = _fit(model, dataset, recipe, out, seed=seed, training=Training(), quiet=quiet, pruner=pruner)
     save_model(out, model, blueprint, masks)
-    total = sum(mask.numel() for mask in masks.values())
-    removed = total - sum(int(mask.sum()) for mask in masks.values())
-    print(f"removed {removed} of {total} weights ({removed / total:.2%}); {_accuracies(model, dataset)}\nwrote {out}")
+    print(f"{_removed(masks, pruner)}; {_accuracies(model, dataset)}\nwrote {out}")
     return 0
+
+
+def _removed(masks: dict[str, Tensor], pruner: Pruner) -> str:
+    """Say how many weights went, biases and normalisation counted apart, and what surgery did on the way."""
+    weights, vectors = ([m for m in masks.values() if (m.dim() > 1) is wanted] for wanted in (True, False))
+    (total, kept), (others, held) = (
+        (sum(m.numel() for m in part), sum(int(m.sum()) for m in part)) for part in (weights, vectors)
+    )
+    text = f"removed {total - kept} of {total} weights ({1 - kept / total:.2%})"
+    text += f" and {others - held} of {others} biases and norms" if others else ""
+    series = pruner.series() if hasattr(pruner, "series") else {}
+    moved = {name: sum(series[name]) for name in ("pruned", "spliced") if name in series}
+    return text + (f", having pruned {moved['pruned']} and spliced back {moved['spliced']}" if len(moved) == 2 else "")
 
 
 def run_attack(
@@ -241,7 +252,7 @@ def _fit(
     seed: int,
     training: Training,
     quiet: bool,
-    pruner: Any = None,
+    pruner: Pruner | None = None,
 ) -> dict[str, Tensor]:
     checkpoint = out.with_suffix(".checkpoint.safetensors")
     result = fit(

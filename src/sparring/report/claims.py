@@ -55,6 +55,7 @@ def claims(findings: Findings) -> list[Judged]:
         judged += _survival(findings, headline)
         judged += _fine_tuning(findings, headline)
         judged += _other_methods(findings, headline)
+    judged += _chosen_weights(findings)
     judged += _activations(findings, fgsm)
     judged += _proofs(findings)
     judged += _transfers(findings, headline)
@@ -121,6 +122,22 @@ def _other_methods(findings: Findings, fgsm: Result) -> Iterator[Judged]:
                 yield _at_best(findings, result, f"{ITSELF[kind]} ({method})")
         elif kind in OVER_IT:
             yield from _against(findings, fgsm, mine, method, f"{OVER_IT[kind]} ({method})")
+
+
+def _chosen_weights(findings: Findings) -> Iterator[Judged]:
+    """Ask whether it matters which weights stay: pruned against random masks where both are sparsest."""
+    accuracy = findings.first("accuracy")
+    masks = [m for m in _comparable(findings) if kind_of(findings.study, m) == "random"]
+    for method in (m for m in _comparable(findings) if masks and kind_of(findings.study, m) in ("pruned", "surgery")):
+        result = findings.result(accuracy, masks[0])
+        shared = {n.sparsity for n in findings.study.of(method)}.intersection(result.sparsities if result else ())
+        one = None
+        if accuracy is not None and shared:
+            one = difference(findings, accuracy, (method, max(shared)), (masks[0], max(shared)))
+        if one is not None and result is not None:
+            test = f"{short_name(result.measure)}, {method} − {masks[0]}, both at {numbers.percent(max(shared))}"
+            text = f"weights that were chosen keep more accuracy than random ones ({method})"
+            yield _judged(text, "above", result, one, test)
 
 
 def _comparable(findings: Findings) -> list[str]:

@@ -21,6 +21,7 @@ __all__ = ["document", "ledger_section", "render", "summary_html"]
 SECTIONS = (
     ("curves", "Robustness against sparsity"),
     ("activations", "Robustness against activation sparsity"),
+    ("methods", "Methods at the same sparsity"),
     ("comparisons", "Theory, speed and transfer"),
     ("layers", "Layer by layer"),
     ("gallery", "What the attacks did"),
@@ -38,6 +39,7 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
     bodies = {
         "curves": _curves(findings, drawn.weights),
         "activations": _grids(findings, drawn.activations) if drawn.activations else None,
+        "methods": _methods(findings),
         "comparisons": _comparisons(findings, drawn.comparisons),
         "layers": _layers(findings, drawn.layers),
         "gallery": _gallery(findings),
@@ -144,6 +146,16 @@ def _grids(findings: Findings, panels: Sequence[Panel]) -> Html:
         heading = tag("summary", f"Other metrics and budgets ({len(others)})")
         more = tag("details", heading, tag("div", *map(_panel, others), class_="grid"))
     return join(tag("div", *map(_panel, main), class_="grid"), more)
+
+
+def _methods(findings: Findings) -> Html | None:
+    compared = tables.methods(findings)
+    note = (
+        "Differences paired by seed and by image, in points or in % of the other method's mean, with 95% intervals; "
+        "p-values are corrected over the whole table (Holm), and bold differences are significant. Fewer than 5 seeds "
+        "are indicative."
+    )
+    return join(tag("p", note, class_="note"), compared) if compared is not None else None
 
 
 def _comparisons(findings: Findings, drawn: Sequence[Picture]) -> Html | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def load(folder: Path | str) -> Study:
             for key in cell["tasks"]:
                 if key not in found:
                     found[key] = _record(folder, key)
-        networks = tuple(_network(cell, found) for cell in document["cells"])
+        networks = tuple(_networks(document["cells"], found))
         return Study(
             folder=folder,
             plan=document["plan"],
@@ -151,10 +151,24 @@ def load(folder: Path | str) -> Study:
         raise UserError(f"{path} or a record it names is not as this version writes them: {error!r}") from error
 
 
-def _network(cell: Mapping[str, Any], found: Mapping[str, Record | None]) -> Network:
-    records = tuple(record for key in cell["tasks"] if (record := found[key]) is not None)
-    axis = str(cell.get("axis", "weights"))
-    return Network(int(cell["seed"]), str(cell["method"]), float(cell["sparsity"]), axis, records)
+def _networks(cells: Sequence[Mapping[str, Any]], found: Mapping[str, Record | None]) -> Iterator[Network]:
+    """Yield a network for each cell.
+
+    Where a method was asked for no sparsity its networks stand at the mean of what they reached, over seeds, so that
+    they can be compared; those of which nothing is known yet are left out.
+    """
+    reached: dict[str, list[float]] = {}
+    records = [tuple(record for key in cell["tasks"] if (record := found[key]) is not None) for cell in cells]
+    for cell, known in zip(cells, records, strict=True):
+        ends = [end for r in known if r.stage == "prune" and (end := r.metrics.get("sparsity")) is not None]
+        if cell["sparsity"] is None and ends:
+            reached.setdefault(str(cell["method"]), []).append(ends[-1])
+    means = {method: round(sum(ends) / len(ends), 4) for method, ends in reached.items()}
+    for cell, known in zip(cells, records, strict=True):
+        method, axis = str(cell["method"]), str(cell.get("axis", "weights"))
+        sparsity = means.get(method) if cell["sparsity"] is None else float(cell["sparsity"])
+        if sparsity is not None:
+            yield Network(int(cell["seed"]), method, sparsity, axis, known)
 
 
 def _record(folder: Path, key: str) -> Record | None:

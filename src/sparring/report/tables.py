@@ -16,6 +16,7 @@ from .findings import Findings, Result
 from .markup import Html, join, tag
 from .measures import NORMS, Measure, pretty, summary
 from .records import Network, Study, attack_label
+from .rivals import duels
 
 __all__ = [
     "cost",
@@ -25,6 +26,7 @@ __all__ = [
     "flags",
     "key_numbers",
     "ledger_table",
+    "methods",
     "networks",
     "table",
     "tightness",
@@ -99,6 +101,23 @@ def curve_table(results: Sequence[Result]) -> Html:
     return table(
         ["Method", "Sparsity", "Mean [95%]", *middle, f"Gain, {numbers.gain_unit(measure)} [95%]", "p (Holm)"], rows
     )
+
+
+def methods(findings: Findings) -> Html | None:
+    """Return each method against random masks (without them: the headline's method) at the same sparsity, or None."""
+    found = duels(findings)
+    shown = [m for m in findings.main if any(duel.measure == m for duel in found)]
+    told = {
+        (duel.sparsity, duel.method, duel.against, duel.measure): tag("strong", text) if duel.significant else text
+        for duel in found
+        for text in (f"{numbers.signed(duel.effect, numbers.gain_unit(duel.measure))}, p {numbers.p_value(duel.p)}",)
+    }
+    seeds = {(duel.sparsity, duel.method, duel.against): str(duel.effect.seeds) for duel in found}
+    rows = [
+        [numbers.percent(who[0]), f"{who[1]} − {who[2]}", *(told.get((*who, m), "–") for m in shown), count]
+        for who, count in seeds.items()
+    ]
+    return table(["Sparsity", "Methods", *(m.short for m in shown), "Seeds"], rows, text=2) if rows else None
 
 
 def networks(findings: Findings) -> Html:

@@ -96,14 +96,14 @@ class Rule:
         return max(sizes) / 2 if self.scope == "global" else sum(sizes) / 2
 
 
-def check_reached(pruner: Pruner, masks: Masks, sparsity: float) -> None:
-    """Raise UserError unless a pruner removed what was asked of it, to one unit of its structure.
+def check_reached(pruner: Pruner, masks: Masks, sparsity: float | None) -> None:
+    """Raise UserError unless a pruner removed what was asked of it (None: nothing), to one unit of its structure.
 
     A pruner's `rule`, if it has one, says which weights count. Not checked are pruners that say they are not `exact`,
     and channels: which of them can go together, only the network's graph knows, and `select` has seen to it.
     """
     rule = getattr(pruner, "rule", Rule())
-    if not getattr(pruner, "exact", True) or isinstance(rule.structure, Channels):
+    if sparsity is None or not getattr(pruner, "exact", True) or isinstance(rule.structure, Channels):
         return
     counted = rule.open(masks)
     total = sum(mask.numel() for mask in counted.values())

@@ -18,7 +18,7 @@ __all__ = ["Progress", "is_key", "progress", "read_plan", "refuse_another"]
 FOUNDATIONS = ("data", "model", "recipe", "finetune", "training")
 # A large study's plan.json lists hundreds of thousands of keys.
 MAX_BYTES = 512 << 20
-CELL = {"seed": int, "method": str, "sparsity": int | float, "axis": str, "tasks": list}
+CELL = {"seed": int, "method": str, "sparsity": int | float | None, "axis": str, "tasks": list}
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,17 @@ class Plan:
         for attack in (*self.attacks, *self.transfer):
             check_attack(attack)
         for pruning in self.pruning:
-            build_pruner(pruning, (pruning.sparsities or self.sparsities or (0.5,))[-1])
+            if pruning.c_rate is not None and pruning.sparsities is not None:
+                raise PlanError(f"'{pruning.label}' ends where its c_rate leads; give that or sparsities, not both")
+            for asked in pruning.grid(self.sparsities) or (0.5,):
+                build_pruner(pruning, asked)
+        if self.controls.wide_sparse and self.pruning and self.first_to_a_sparsity is None:
+            raise PlanError("controls.wide_sparse needs a [[pruning]] table that can be asked for a sparsity")
+
+    @property
+    def first_to_a_sparsity(self) -> Pruning | None:
+        """The first pruning method that can be asked for a sparsity, or None."""
+        return next((p for p in self.pruning if p.c_rate is None), None)
 
     @staticmethod
     def load(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> Plan:

@@ -68,11 +68,20 @@ class Training:
 
 @dataclass(frozen=True)
 class Pruning(PruningSpec):
-    """Prune by one method at the plan's sparsities, or at its own, for all seeds or the first few."""
+    """Prune by one method at the plan's sparsities, or at its own, for all seeds or the first few.
+
+    Surgery with `c_rate` ends at a sparsity of its own, so it is one network a seed.
+    """
 
     label: str = ""
     sparsities: tuple[float, ...] | None = None
     seeds: int | None = None
+
+    def grid(self, sparsities: tuple[float, ...]) -> tuple[float | None, ...]:
+        """Return what is asked of the method, given the plan's sparsities; None: whatever its own rule leads to."""
+        if self.c_rate is not None:
+            return (None,)
+        return sparsities if self.sparsities is None else self.sparsities
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,13 @@ class DataFacts:
 class Cell:
     """Name one network of the study and the keys of every task that made or judged it.
 
-    `axis` says what `sparsity` counts: "weights", or the level of an "activations" control.
+    `axis` says what `sparsity` counts: "weights", or the level of an "activations" control. None: the method ends
+    where its own rule leads, and only its record will tell.
     """
 
     seed: int
     method: str
-    sparsity: float
+    sparsity: float | None
     axis: str
     tasks: tuple[str, ...]
 
@@ -142,7 +143,7 @@ def _linear(work: Work, plan: Plan, data: DataFacts) -> None:
 
 
 def _refuse_endless(plan: Plan, data: DataFacts) -> None:
-    grids = [plan.sparsities if p.sparsities is None else p.sparsities for p in plan.pruning]
+    grids: list[tuple[float | None, ...]] = [p.grid(plan.sparsities) for p in plan.pruning]
     grids += [a.levels for a in plan.activation]
     cells = plan.seeds * (2 + sum(map(len, grids))) * len(plan.checkpoints)
     images = {"test": data.test, "valid": data.valid}
@@ -173,7 +174,7 @@ class _Seed:
             (pruning.label, sparsity): self._prune(self.model, dense, pruning, sparsity)
             for pruning in self.plan.pruning
             if self._included(pruning.seeds)
-            for sparsity in sorted(self.plan.sparsities if pruning.sparsities is None else pruning.sparsities)
+            for sparsity in sorted(pruning.grid(self.plan.sparsities), key=lambda s: s or 0.0)
         }
         for (label, sparsity), key in pruned.items():
             extra = self._transfers(label, sparsity, control, key)
@@ -208,7 +209,7 @@ class _Seed:
         model: dict[str, Any],
         parent: str,
         pruning: Pruning | None,
-        sparsity: float,
+        sparsity: float | None,
         decay: float | None = None,
     ) -> str:
         recipe = self.plan.finetune if decay is None else replace(self.plan.finetune, weight_decay=decay)
@@ -237,7 +238,7 @@ class _Seed:
             self._judge(activation.label, level, key, extra=part, surrogate=control, axis="activations")
 
     def _controls(self) -> None:
-        controls, first = self.plan.controls, self.plan.pruning[0] if self.plan.pruning else None
+        controls, first = self.plan.controls, self.plan.first_to_a_sparsity
         if controls.decays:
             candidates = [
                 self._prune(self.model, self._train(self.model, decay), None, 0.0, decay) for decay in controls.decays
@@ -254,7 +255,7 @@ class _Seed:
             dense = self._train(model, self.plan.recipe.weight_decay)
             self._judge("wide sparse", sparsity, self._prune(model, dense, first, sparsity), model=model)
 
-    def _transfers(self, label: str, sparsity: float, control: str, key: str) -> list[str]:
+    def _transfers(self, label: str, sparsity: float | None, control: str, key: str) -> list[str]:
         """Attack the control and try the images on the sparse network, and the other way round."""
         keys = []
         for attack in self.plan.transfer:
@@ -267,7 +268,7 @@ class _Seed:
     def _judge(
         self,
         method: str,
-        sparsity: float,
+        sparsity: float | None,
         *tasks: str,
         model: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
@@ -284,7 +285,7 @@ class _Seed:
             self.work.cells.append(Cell(self.seed, label, sparsity, axis, tuple(keys)))
 
     def _judgements(
-        self, shared: dict[str, Any], method: str, sparsity: float, made: str, surrogate: str | None
+        self, shared: dict[str, Any], method: str, sparsity: float | None, made: str, surrogate: str | None
     ) -> list[str]:
         keys = [self.work.add("measure", shared, made)]
         parents = (made,) if surrogate is None else (made, surrogate)
@@ -296,7 +297,7 @@ class _Seed:
             keys.append(self.work.add("deploy", {**shared, "images": min(256, self.data.test)}, made))
         return keys
 
-    def _proofs(self, sparsity: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _proofs(self, sparsity: float | None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield stage and inputs of every certificate, Lipschitz constant and exact distance at a sparsity."""
         for certify in self.plan.certify:
             if self._included(certify.seeds):
@@ -308,7 +309,7 @@ class _Seed:
             if self._included(exact.seeds) and (exact.sparsities is None or sparsity in exact.sparsities):
                 yield "exact", _asked(exact, self.data.test)
 
-    def _applies(self, attack: Attack, method: str, sparsity: float) -> bool:
+    def _applies(self, attack: Attack, method: str, sparsity: float | None) -> bool:
         if not self._included(attack.seeds) or (attack.methods is not None and method not in attack.methods):
             return False
         return attack.sparsities is None or sparsity == 0.0 or sparsity in attack.sparsities
