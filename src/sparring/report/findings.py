@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..statistics import Curve, Effect, Peak, SweetSpot, curve, effect, over_sparsified, peak, sweet_spot
+from .consistency import Doubt, doubts
 from .measures import Collected, Measure, PerImage, collect, common, main_measures, values
 from .records import Study, control_of
 
@@ -67,6 +68,7 @@ class Findings:
     method: str | None
     margins: Mapping[Measure, float]
     sweet_spot: SweetSpot | None
+    doubts: tuple[Doubt, ...] = ()
 
     def result(self, measure: Measure | None, method: str | None = None) -> Result | None:
         """Return one metric's result for a method (None: the headline's), or None where there is none."""
@@ -107,7 +109,7 @@ def find(study: Study) -> Findings:
     spot = None
     if watched:
         spot = sweet_spot({m.slug: r.gains for m, r in watched.items()}, {m.slug: margins[m] for m in watched})
-    return Findings(study, collected, results, main, method, margins, spot)
+    return Findings(study, collected, results, main, method, margins, spot, tuple(doubts(study, collected)))
 
 
 def _headline_method(study: Study) -> str | None:

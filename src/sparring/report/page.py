@@ -44,7 +44,7 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
         "layers": _layers(findings, drawn.layers),
         "gallery": _gallery(findings),
         "ledger": ledger_section(ledger),
-        "flags": tables.flags(findings.study),
+        "flags": tables.flags(findings.study, findings.doubts),
         "cost": tables.cost(findings.study),
         "networks": _networks(findings),
         "method": _method(findings),

@@ -12,10 +12,11 @@ from typing import Any
 from ..statistics import Row, minimum_detectable_effect
 from . import numbers
 from .brackets import Bracket, brackets, norms
+from .consistency import Doubt
 from .findings import Findings, Result
 from .markup import Html, join, tag
 from .measures import NORMS, Measure, pretty, summary
-from .records import Network, Study, attack_label
+from .records import Network, Study, Who, attack_label
 from .rivals import duels
 
 __all__ = [
@@ -228,31 +229,42 @@ def _each(passes: Sequence[float] | None, images: int) -> list[str]:
     return ["–", "–"] if not passes or not images else [f"{total / images:,.1f}" for total in passes]
 
 
-def flags(study: Study) -> Html:
-    """Return the reliability flags, failures and missing tasks, each with where it was seen.
+def flags(study: Study, found: Sequence[Doubt] = ()) -> Html:
+    """Return the reliability flags, contradictions, failures and missing tasks, each with where it was seen.
 
     Flags that differ in their numbers only share a row, which shows the first.
     """
     seen: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for network in study.networks:
-        where = f"{network.method} {numbers.percent(network.sparsity)} seed {network.seed}"
         for record in network.records:
             stage = pretty(attack_label(record)) if record.stage == "attack" else record.stage
             raised = [(str(flag["name"]), str(flag["detail"])) for flag in record.flags]
             raised += [("failed", record.error)] if record.error is not None else []
             for name, detail in raised:
-                seen[name, re.sub(r"[0-9]+", "#", detail)].append((detail, f"{where} ({stage})"))
+                seen[name, _alike(detail)].append((detail, f"{_place(network.who)} ({stage})"))
+    for doubt in found:
+        place = f"{_place(doubt.who)} ({pretty(doubt.attack)})"
+        seen[doubt.name, _alike(doubt.detail)].append((doubt.detail, place))
     if study.missing:
         seen["missing", ""] = [("tasks of the plan without a record", f"{len(study.missing)} tasks")]
     if not seen:
         return tag("p", "No attack, network or measurement raised a flag.")
     rows = []
-    for (name, _), found in seen.items():
-        details, places = (list(dict.fromkeys(column)) for column in zip(*found, strict=True))
+    for (name, _), raised in seen.items():
+        details, places = (list(dict.fromkeys(column)) for column in zip(*raised, strict=True))
         alike = f" (and {len(details) - 1} alike)" if len(details) > 1 else ""
         rest = f" and {len(places) - 4} more" if len(places) > 4 else ""
         rows.append([name, details[0] + alike, ", ".join(places[:4]) + rest])
     return table(["Flag", "What it says", "Where"], rows, text=3)
+
+
+def _place(who: Who) -> str:
+    method, sparsity, seed = who
+    return f"{method} {numbers.percent(sparsity)} seed {seed}"
+
+
+def _alike(detail: str) -> str:
+    return re.sub(r"[0-9.]+", "#", detail)
 
 
 def csv_text(findings: Findings) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..statistics import minimum_detectable_effect
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
-from .measures import Measure
+from .measures import Measure, pretty
 from .records import Network
 
 __all__ = ["bibtex", "headline", "methods", "title"]
@@ -35,7 +35,7 @@ def headline(findings: Findings) -> list[str]:
     if findings.method is None or not any(findings.result(m) for m in findings.main):
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
     judged = [_spot, _strongest, _over, _undetected] if findings.seeds > 1 else [_one_seed]
-    told = [say(findings) for say in (_first, *judged, _several, _missing)]
+    told = [say(findings) for say in (_first, *judged, _doubted, _several, _missing)]
     return [sentence for sentence in told if sentence]
 
 
@@ -199,6 +199,16 @@ def _several(findings: Findings) -> str:
     if not others:
         return ""
     return f"These sentences speak of the method “{findings.method}”; also studied: {', '.join(others)}."
+
+
+def _doubted(findings: Findings) -> str:
+    """Warn of attacks that another attack contradicts: their numbers are too good to be true."""
+    if not findings.doubts:
+        return ""
+    attacks = " and ".join(dict.fromkeys(pretty(doubt.attack) for doubt in findings.doubts))
+    networks = len({doubt.who for doubt in findings.doubts})
+    where = "one network" if networks == 1 else f"{networks} networks"
+    return f"Not to be believed as it stands: {attacks} on {where}, where another attack does better (see Flags)."
 
 
 def _missing(findings: Findings) -> str:

@@ -1,0 +1,118 @@
+"""Hold a network's attacks against one another: where a weaker one does better, the stronger one is not to be believed.
+
+Records are judged one by one when they are made; these doubts need two of them and are found from the records alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from .measures import NORMS, Collected, Measure, PerImage, common, pretty
+from .records import NAIVE, Network, Study, Who, arrays
+
+__all__ = ["Doubt", "doubts"]
+
+# From weak to strong: on the same images and budget no attack must do better than a later one.
+LADDER = (("fgsm", "rfgsm"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",), ("standard",))
+NOTABLE = 0.02  # of the images, and at least two of them
+SLACK = 1.05  # of a distance: DeepFool's overshoot is 2%
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Say why an attack's numbers on one network may be wrong; `attack` is its label."""
+
+    name: str
+    detail: str
+    who: Who
+    attack: str
+
+
+def doubts(study: Study, collected: Collected) -> list[Doubt]:
+    """Return every contradiction between two attacks on the same network and images, in the plan's order."""
+    pixels = _pixels(study)
+    attacked = [m for m in collected if m.role in ("budget", "distance") and m.attack and m.name != "smallest"]
+    found = []
+    for network in study.networks:
+        held = {m: one for m in attacked if (one := collected[m].get(network.who)) is not None}
+        for first, second in combinations(held, 2):
+            for weak, strong in ((first, second), (second, first)):
+                found += list(_between(network, (weak, held[weak]), (strong, held[strong]), pixels))
+    return found
+
+
+def _between(
+    network: Network, weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], pixels: int | None
+) -> Iterator[Doubt]:
+    (one, _), (other, _) = weak, strong
+    if one.split != other.split:
+        return
+    if one.role == other.role == "budget" and one.norm == other.norm:
+        if one.eps == other.eps and _rung(one) < _rung(other) and (extra := _extra(weak, strong)):
+            detail = f"{pretty(one.attack)} fools {extra} images more at {NORMS[one.norm]} ε = {one.eps:g}"
+            yield Doubt("weaker-wins", detail, network.who, other.attack)
+        if one.attack == other.attack and (one.eps or 0) < (other.eps or 0) and (extra := _extra(weak, strong)):
+            detail = f"ε = {other.eps:g} fools {extra} images fewer than ε = {one.eps:g}"
+            yield Doubt("larger-eps-loses", detail, network.who, other.attack)
+    if one.role == "budget" and other.role == "distance" and one.eps is not None:
+        reach = _reach(one, other.norm, pixels)
+        extra = 0 if reach is None else _beyond(weak[1], strong[1], reach)
+        if extra:
+            detail = (
+                f"on {extra} images the distance exceeds the {reach:.3g} ({NORMS[other.norm]}) within which "
+                f"{pretty(one.attack)} at {NORMS[one.norm]} ε = {one.eps:g} succeeds"
+            )
+            yield Doubt("contradicted-distance", detail, network.who, other.attack)
+
+
+def _rung(measure: Measure) -> float:
+    """Return a place on the ladder; naive attacks are weaker by design, and unknown ones are on no rung."""
+    rungs = [k for k, names in enumerate(LADDER) if measure.name in names]
+    return rungs[0] if rungs and not measure.attack.endswith(NAIVE) else math.nan
+
+
+def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage]) -> int:
+    """Return how many images more the first attack fools, 0 where they are too few to matter."""
+    images = common([weak[1].images, strong[1].images])
+    if len(images) == 0:
+        return 0
+    return _notable(int(strong[1].at(images).top.sum() - weak[1].at(images).top.sum()), len(images))
+
+
+def _reach(budget: Measure, norm: str, pixels: int | None) -> float | None:
+    """Return how long, in another norm, a perturbation within a budget can be; None where that is not known."""
+    assert budget.eps is not None
+    if budget.norm == norm:
+        return budget.eps
+    if budget.norm == "linf" and pixels is not None:
+        return budget.eps * (math.sqrt(pixels) if norm == "l2" else pixels)
+    if (budget.norm, norm) in (("l2", "linf"), ("l1", "linf"), ("l1", "l2")):
+        return budget.eps  # the larger p, the smaller the norm
+    return None
+
+
+def _beyond(budget: PerImage, distance: PerImage, reach: float) -> int:
+    """Return on how many images a smaller perturbation is known than the minimum-norm attack's, 0 where too few."""
+    images = common([budget.images, distance.images])
+    one, other = budget.at(images), distance.at(images)
+    far = np.where(other.bottom > 0, other.top, np.inf)
+    return _notable(int(((one.top == 0) & (far > SLACK * reach)).sum()), len(images))
+
+
+def _notable(count: int, images: int) -> int:
+    return count if count >= max(2, NOTABLE * images) else 0
+
+
+def _pixels(study: Study) -> int | None:
+    """Return the number of values of an image, from the first one in a gallery."""
+    for record in study.records.values():
+        if record.stage == "attack" and record.error is None:
+            clean = arrays(record, "clean").get("clean")
+            if clean is not None and len(clean):
+                return int(clean[0].size)
+    return None

@@ -1,0 +1,61 @@
+"""What one attack proves, another must not deny."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sparring import report
+from sparring.report import tables
+from sparring.report.consistency import doubts
+from sparring.report.findings import find
+from sparring.report.records import load
+
+
+def change(out, name, eps, seed, sparsity, edit):
+    """Change the tensors of one attack on one network, in all its shards."""
+    for path in (out / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        inputs = record["inputs"]
+        attack = inputs.get("attack", {"name": None, "eps": None})
+        if (inputs["seed"], inputs["sparsity"], attack["name"], attack["eps"]) == (seed, sparsity, name, eps):
+            held = load_file(out / "objects" / record["object"]["file"])
+            edit(held)
+            save_file(held, out / "objects" / record["object"]["file"])
+
+
+def stand(held):
+    held["success"][:] = False
+
+
+def fall(held):
+    held["success"][:] = True
+
+
+def far(held):
+    held["distance"][:] = np.where(held["clean_correct"], 10.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "eps", "edit", "doubt", "attack"),
+    [
+        ("pgd", 0.1, stand, "weaker-wins", "pgd"),
+        ("fgsm", 0.05, fall, "larger-eps-loses", "fgsm"),
+        ("deepfool", None, far, "contradicted-distance", "deepfool-50"),
+    ],
+)
+def test_an_attack_that_another_one_contradicts_is_doubted(make_study, name, eps, edit, doubt, attack):
+    out = make_study(sparsities=(0.5, 0.9), budgets=(("fgsm", 0.05), ("fgsm", 0.1), ("pgd", 0.1)))
+    change(out, name, eps, 1, 0.9, edit)
+    findings = find(load(out))
+    mine = [d for d in findings.doubts if d.who == ("gradual", 0.9, 1) and d.name == doubt]
+    assert attack in {d.attack for d in mine}
+    assert doubt in tables.flags(findings.study, findings.doubts)
+    assert "Not to be believed as it stands" in report.verdict(out)
+
+
+def test_attacks_that_agree_raise_no_doubt(study_folder):
+    study = load(study_folder)
+    assert doubts(study, find(study).collected) == []
+    assert "Not to be believed" not in report.verdict(study_folder)
