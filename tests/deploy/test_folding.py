@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from sparring import deploy
+from sparring.attacks.activations import has_masked_gradients, straight_through
 from sparring.deploy.folding import compile_model
 from sparring.deploy.program import Scale, Sparse
 from sparring.deploy.reference import run_reference
 from sparring.errors import Unsupported, UserError
 from sparring.models import Normalise
+from sparring.sparsity import MeanSparse, Percentile, ShiftedReLU, Threshold, TopK
 
 
 def assert_same(model: nn.Module, shape: tuple[int, ...], tolerance: float = 5e-6):
@@ -95,42 +99,89 @@ def test_a_linear_layer_over_images_is_refused():
         compile_model(nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(16, 2)), (1, 4, 4))
 
 
-class Rule(nn.Module):
-    """An activation-sparsity module, as the contract between parts describes it."""
-
-    straight_through = False
-
-    def __init__(self, kind: str, number: float) -> None:
-        super().__init__()
-        self.kind, self.threshold, self.sparsity = kind, number, number
-
-    def forward(self, x):
-        if self.kind == "shifted-relu":
-            return (x - self.threshold).clamp_min(0)
-        if self.kind in ("threshold", "percentile"):
-            return x * (x > self.threshold)
-        flat = x.flatten(1)
-        kept = flat.topk(flat.shape[1] - round(self.sparsity * flat.shape[1]), dim=1).indices
-        return (flat.clamp_min(0) * torch.zeros_like(flat).scatter_(1, kept, 1.0)).view_as(x)
+def drawn(alpha: float) -> MeanSparse:
+    module = MeanSparse(alpha)
+    generator = torch.Generator().manual_seed(0)
+    module.mean, module.radius = torch.randn(4, generator=generator) / 4, torch.rand(4, generator=generator) / 4
+    return module
 
 
-@pytest.mark.parametrize("kind", ["shifted-relu", "threshold", "percentile", "top-k"])
-def test_activation_sparsity_is_packed_run_and_differentiated(tmp_path, kind):
+def percentile(sparsity: float) -> Percentile:
+    module = Percentile(sparsity)
+    module.threshold.fill_(0.15)
+    return module
+
+
+RULES = {"shifted-relu": ShiftedReLU, "threshold": Threshold, "percentile": percentile, "top-k": TopK}
+
+
+@pytest.mark.parametrize("kind", [*RULES, "mean-sparse"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_activation_sparsity_is_packed_run_differentiated_and_exported(tmp_path, kind, padding):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), Rule(kind, 0.2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)).eval()
-    assert_same(model, (1, 8, 8))
-    packed = deploy.load(deploy.export(model, tmp_path / "a.sparring", shape=(1, 8, 8)))
-    assert packed.native == (kind == "shifted-relu")
-    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(packed(x), model(x).detach(), rtol=1e-5, atol=1e-6)
+    rule = {**RULES, "mean-sparse": drawn}[kind](0.2)
+    layers = [nn.Conv2d(1, 4, 3), rule, nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=padding), copy.deepcopy(rule)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * (3 + 2 * padding) ** 2, 3)).eval()
+    assert_same(model, (1, 12, 12))
+    packed = deploy.load(deploy.export(model, tmp_path / "a.sparring", shape=(1, 12, 12)))
+    assert packed.native
+    for n in (1, 3, 37):
+        x = torch.rand(n, 1, 12, 12, generator=torch.Generator().manual_seed(n))
+        torch.testing.assert_close(packed(x), model(x).detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.from_numpy(run_reference(packed.program, x.numpy())), packed(x))
     gradients = []
     for network in (model, deploy.PackedModule(packed)):
         image = x.clone().requires_grad_()
         gradients.append(torch.autograd.grad(network(image).sum(), image)[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    assert packed.has_gradient == (kind != "mean-sparse")
+    if packed.has_gradient:
+        torch.testing.assert_close(packed.gradient(x, torch.ones(n, 3)), gradients[0], rtol=1e-4, atol=1e-6)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(deploy.to_onnx(model, tmp_path / "a.onnx", shape=(1, 12, 12)))
+    got = session.run(None, {"images": x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(got), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_of_equal_values_the_first_stay(n):
+    model = nn.Sequential(nn.Flatten(), TopK(0.5), nn.Linear(37, 37)).eval()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.eye(37))
+        model[2].bias.zero_()
+    x = torch.randint(0, 4, (n, 1, 1, 37), generator=torch.Generator().manual_seed(n)) / 4.0
+    order = torch.sort(x.flatten(1), dim=1, descending=True, stable=True).indices[:, :19]
+    expected = torch.zeros(n, 37).scatter_(1, order, x.flatten(1).gather(1, order))
+    assert (deploy.pack(model, shape=(1, 1, 37))(x) == expected).all()
+
+
+def test_an_attack_sees_through_packed_activation_sparsity():
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(16, 30), Threshold(0.3), nn.Linear(30, 3)]
+    model = nn.Sequential(*layers).eval()
+    packed = deploy.PackedModule(deploy.pack(model, shape=(1, 4, 4)))
+    x = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert has_masked_gradients(packed)
+    with straight_through(packed, x[:1]), straight_through(model, x[:1]):
+        expected, found = (torch.autograd.grad(net(x).sum(), x)[0] for net in (model, packed))
+    assert (expected != torch.autograd.grad(model(x).sum(), x)[0]).any()
+    torch.testing.assert_close(found, expected)
+
+
+class Rule(nn.Module):
+    """An activation-sparsity module, as the contract between parts describes it."""
+
+    straight_through = False
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        return x
 
 
 def test_activation_sparsity_without_a_packed_form_is_refused_by_name():
-    model = nn.Sequential(nn.Flatten(), Rule("stochastic-pruning", 0.2), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Flatten(), Rule("stochastic-pruning"), nn.Linear(4, 2))
     with pytest.raises(Unsupported, match="Rule"):
         compile_model(model, (1, 2, 2))

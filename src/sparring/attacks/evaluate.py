@@ -78,6 +78,7 @@ def run(
     *,
     targets: Tensor | None = None,
     surrogates: Mapping[str, nn.Module] | None = None,
+    through: nn.Module | None = None,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
     draws: int = 10,
@@ -92,7 +93,8 @@ def run(
     straight-through backward pass; with `surrogates` (name to model, such as the dense network) it runs on each of
     them and its examples are transferred. The best of all counts for each image. A model that draws random numbers is
     attacked in expectation over `draws` passes, and an image counts as misclassified if most of 3·draws + 1 other
-    passes are wrong. Raises UserError for inputs or a model that break the contract (see `checks`).
+    passes are wrong. `through` is the same network by faster passes, such as packed kernels: the attack asks that, the
+    verdict the model. Raises UserError for inputs or a model that break the contract (see `checks`).
     """
     start = time.perf_counter()
     check_inputs(x, y)
@@ -109,7 +111,8 @@ def run(
         watch = Probe(model)
         judge = _Judge(watch, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1)
         clean_correct = ~judge.wrong(x)
-        probe = Probe(model, draws=draws) if random else Probe(model, dense=read_dense(model, x[:2]))
+        fast = None if random or through is not None else read_dense(model, x[:2])
+        probe = Probe(through or model, draws=draws if random else 1, dense=fast)
         order = _Order(attack, threat, x, y, targets, size, generator)
         stack.enter_context(seeded(model, seed))
 
@@ -119,7 +122,7 @@ def run(
             found = order(probe, _still_open(outcome, threat))
             outcome, _ = _better(outcome, judge(x, found, clean_correct))
         if has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags):
-            probe.dense = None
+            probe.model, probe.dense = model, None
             with straight_through(model, x[:1]):
                 found = order(probe, _still_open(outcome, threat))
             outcome, more = _better(outcome, judge(x, found, clean_correct))

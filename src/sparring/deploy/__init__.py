@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .benching import BenchRow, bench
-from .differentiable import PackedModule, run_torch
+from .differentiable import PackedModule
+from .equivalent import Equivalent
 from .onnx_graph import to_onnx
 from .program import Program
 from .runtime import Packed, export, load, pack
@@ -12,6 +13,7 @@ from .timing import Timing, interleaved, multiplications, peak_flops
 
 __all__ = [
     "BenchRow",
+    "Equivalent",
     "Packed",
     "PackedModule",
     "Program",
@@ -25,6 +27,5 @@ __all__ = [
     "multiplications",
     "pack",
     "peak_flops",
-    "run_torch",
     "to_onnx",
 ]

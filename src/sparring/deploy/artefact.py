@@ -31,6 +31,7 @@ from .program import (
     ReLU,
     Scale,
     Shape,
+    Snap,
     Sparse,
     Step,
     infer_shapes,
@@ -61,6 +62,8 @@ def round_program(program: Program, values: str) -> Program:
 def _rounded(op: Op, values: str) -> Op:
     if isinstance(op, Scale) and not (np.isfinite(op.scale).all() and np.isfinite(op.shift).all()):
         raise UserError("the model normalises by values that are NaN or infinite; it cannot be exported")
+    if isinstance(op, Snap) and not (np.isfinite(op.centre).all() and np.isfinite(op.radius).all()):
+        raise UserError("the model's activation sparsity has centres or radii that are NaN or infinite")
     if not isinstance(op, Sparse):
         return op
     if not np.isfinite(op.bias).all():
@@ -105,6 +108,9 @@ def _describe(op: Op, values: str, blobs: _Blobs) -> dict[str, Any]:
         case Scale():
             both = np.concatenate([op.scale, op.shift]).astype("<f4").tobytes()
             return {"op": "scale", "channels": len(op.scale), "numbers": blobs.add(both)}
+        case Snap():
+            both = np.concatenate([op.centre, op.radius]).astype("<f4").tobytes()
+            return {"op": "snap", "channels": len(op.centre), "numbers": blobs.add(both)}
         case Pool():
             fields = ("mean", "kernel", "stride", "padding", "dilation", "ceil_mode")
             return {"op": "pool"} | {name: getattr(op, name) for name in fields}
@@ -199,12 +205,12 @@ class _Reader:
             return plain[kind]()
         if kind == "sparse":
             return self._sparse(item, values)
-        if kind == "scale":
+        if kind in ("scale", "snap"):
             channels = _field(item, "channels", int)
             if not 1 <= channels <= MOST_ELEMENTS:
-                raise UserError(f"the artefact scales {channels} channels")
+                raise UserError(f"the artefact has a {kind} of {channels} channels")
             both = self._floats(item, "numbers", 2 * channels)
-            return Scale(both[:channels], both[channels:])
+            return (Scale if kind == "scale" else Snap)(both[:channels], both[channels:])
         if kind == "pool":
             geometry = {name: self._pair(item, name, least) for name, least in _POOL_FIELDS}
             return Pool(_field(item, "mean", bool), ceil_mode=_field(item, "ceil_mode", bool), **geometry)

@@ -22,6 +22,7 @@ from .program import (
     Program,
     ReLU,
     Scale,
+    Snap,
     Step,
     infer_shapes,
     sparse_from_dense,
@@ -108,18 +109,21 @@ def _convert(op: graph.Op, node: graph.Node) -> _Layer | _Affine | Op:
         case graph.Add():
             return Add()
         case graph.Activation():
-            return _activation(op)
+            return _activation(op, node.shape[0])
     raise Unsupported(f"an operation of type {type(op).__name__} cannot be packed")
 
 
-def _activation(op: graph.Activation) -> Activation:
-    kind = getattr(op.module, "kind", "")
+def _activation(op: graph.Activation, channels: int) -> Activation | Snap:
+    kind, module = getattr(op.module, "kind", ""), op.module
+    if kind == "mean-sparse":
+        both: Any = (module.mean, module.radius)  # of one entry before they are calibrated
+        centre, radius = (_single(np.broadcast_to(_numpy(values), channels)) for values in both)
+        return Snap(centre, radius)
     kind = "threshold" if kind == "percentile" else kind  # a threshold that was calibrated
     if kind not in ACTIVATIONS:
-        raise Unsupported(
-            f"layer '{op.name}' ({type(op.module).__name__}) has no packed form; those of {', '.join(ACTIVATIONS)} have"
-        )
-    number: Any = op.module.sparsity if kind == "top-k" else op.module.threshold
+        known = ", ".join((*ACTIVATIONS, "percentile", "mean-sparse"))
+        raise Unsupported(f"layer '{op.name}' ({type(module).__name__}) has no packed form; those of {known} have")
+    number: Any = module.sparsity if kind == "top-k" else module.threshold
     return Activation(kind, float(number))
 
 

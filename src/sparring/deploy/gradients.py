@@ -13,8 +13,8 @@ from .calls import Call, Choice, Layout, kernel_call
 from .layout import Buffer
 from .movement import Pack, PoolGradient, UnpackImages
 from .planning import Planner
-from .program import Program, Scale, Shape, Sparse, sparse_from_dense
-from .tasks import Elementwise, Layer, MaxPool, Task, View, tasks_of
+from .program import Program, Scale, Shape, Snap, Sparse, sparse_from_dense
+from .tasks import Elementwise, Layer, MaxPool, Sparsify, Task, View, tasks_of
 
 __all__ = ["GradientPlanner"]
 
@@ -27,6 +27,8 @@ class GradientPlanner(Planner):
 
     def __init__(self, program: Program, layout: Layout) -> None:
         """Raise Unsupported for the few networks without a backward pass in kernels."""
+        if any(isinstance(step.op, Snap) for step in program.steps):
+            raise Unsupported("what snaps to a centre may be above zero without a slope")
         super().__init__(program, tasks_of(program, pools=False), layout, keep=True)
         producers = {task.result: task for task in self.tasks if not isinstance(task, View)}
         self._rectified = {v for v, task in producers.items() if getattr(task, "relu", False)}
@@ -108,6 +110,8 @@ class GradientPlanner(Planner):
                 return [*calls, *self._back_layer(task, upstream)]
             case MaxPool():
                 return self._back_pool(task, upstream)
+            case Sparsify():
+                return [self._add(upstream, task.source)]
         scale = None if task.scale is None else Scale(task.scale.scale, np.zeros_like(task.scale.shift))
         calls = [self._add(upstream, task.source, scale)]
         return calls if task.other is None else [*calls, self._add(upstream, task.other)]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..errors import Unsupported, UserError
+from ..errors import UserError
 from ..files import write_atomic
 from .folding import compile_model
-from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Sparse, infer_shapes
+from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse, infer_shapes
 
 __all__ = ["program_to_onnx", "to_onnx"]
 
@@ -95,8 +96,35 @@ class _Graph:
                 threshold = self._constant(f"{output}.threshold", np.array([op.number], np.float32))
                 self._node("Sub", [*inputs, threshold], shifted)
                 self._node("Relu", [shifted], output)
+            case Activation(kind="threshold"):
+                self._node("ThresholdedRelu", inputs, output, alpha=float(op.number))
             case Activation():
-                raise Unsupported(f"activation sparsity of kind {op.kind!r} has no ONNX form")
+                self._largest(op.kept(math.prod(shape)), inputs, output, shape)
+            case Snap():
+                self._snap(op, inputs, output, (1, -1, *[1] * (len(shape) - 1)))
+
+    def _largest(self, kept: int, inputs: list[str], output: str, shape: Shape) -> None:
+        """Scatter an image's largest values into zeros."""
+        flat, zeros, values, places, spread = (f"{output}.{part}" for part in ("flat", "zeros", "top", "at", "spread"))
+        self._node("Flatten", inputs, f"{flat}.any")
+        self._node("Relu", [f"{flat}.any"], flat)
+        self._node("Shape", [flat], f"{flat}.shape")
+        self._node("ConstantOfShape", [f"{flat}.shape"], zeros)
+        count = self._integers(f"{output}.kept", [kept])
+        self.nodes.append(self.helper.make_node("TopK", [flat, count], [values, places]))
+        self._node("ScatterElements", [zeros, places, values], spread, axis=1)
+        self._node("Reshape", [spread, self._integers(f"{output}.shape", [0, *shape])], output)
+
+    def _snap(self, op: Snap, inputs: list[str], output: str, axes: tuple[int, ...]) -> None:
+        """Put the channel's centre where a value lies within its radius, then cut at zero."""
+        centre = self._constant(f"{output}.centre", op.centre.reshape(axes))
+        radius = self._constant(f"{output}.radius", op.radius.reshape(axes))
+        away, far, within, drawn = (f"{output}.{part}" for part in ("away", "far", "within", "drawn"))
+        self._node("Sub", [*inputs, centre], away)
+        self._node("Abs", [away], far)
+        self._node("LessOrEqual", [far, radius], within)
+        self._node("Where", [within, centre, *inputs], drawn)
+        self._node("Relu", [drawn], output)
 
     def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
         self.nodes.append(self.helper.make_node(kind, inputs, [output], **attributes))
@@ -104,4 +132,8 @@ class _Graph:
     def _constant(self, name: str, array: Floats) -> str:
         raw = np.ascontiguousarray(array, "<f4").tobytes()
         self.constants.append(self.helper.make_tensor(name, 1, array.shape, raw, raw=True))  # 1: FLOAT
+        return name
+
+    def _integers(self, name: str, numbers: list[int]) -> str:
+        self.constants.append(self.helper.make_tensor(name, 7, [len(numbers)], numbers))  # 7: INT64
         return name

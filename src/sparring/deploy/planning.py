@@ -14,8 +14,9 @@ from .calls import Call, Choice, Layout, Table, kernel_call
 from .kernels import Lookup, Tile
 from .layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
 from .movement import Pack, Pointwise, PoolMax, Unpack
-from .program import Program, Scale, Shape, Sparse, infer_shapes
-from .tasks import Elementwise, Layer, MaxPool, Task, View
+from .program import Program, Scale, Shape, Snap, Sparse, infer_shapes
+from .sparsifiers import Largest, Narrow
+from .tasks import Elementwise, Layer, MaxPool, Sparsify, Task, View
 
 __all__ = ["Planner"]
 
@@ -121,6 +122,8 @@ class Planner:
                     calls.append(self._elementwise(task))
                 case MaxPool():
                     calls.append(self._max_pool(task))
+                case Sparsify():
+                    calls.append(self._sparsify(task))
         logits = self.plain(len(self.program.steps))
         lanes = self.layout.lanes if self.layout.tiles else 1
         return [*calls, kernel_call(Unpack(lanes), [logits.origin, self.program.classes])]
@@ -185,6 +188,21 @@ class Planner:
         )
         strides = [source.outer, source.inner, target.outer, target.inner]
         return kernel_call(spec, [source.origin, target.origin, target.shape[0], *strides])
+
+    def _sparsify(self, task: Sparsify) -> Call:
+        source, target, op = self.plain(task.source), self.plain(task.result), task.op
+        channels, rows, width = source.shape
+        if source.whole and target.whole and not isinstance(op, Snap):
+            channels, rows, width = 1, 1, channels * rows * width
+        sizes = [source.origin, target.origin, channels, rows, width * source.lanes]
+        arguments = [*sizes, source.outer, source.inner, target.outer, target.inner]
+        if isinstance(op, Snap):
+            return kernel_call(Narrow(self.layout.lanes, snap=True), arguments, (op.centre, op.radius))
+        if op.kind == "threshold":
+            threshold = np.full(channels, op.number, np.float32)
+            return kernel_call(Narrow(self.layout.lanes, snap=False), arguments, (threshold, threshold))
+        kept = op.kept(math.prod(self.shapes[task.source]))
+        return kernel_call(Largest(self.layout.lanes, tiles=self.layout.tiles), [*arguments, kept])
 
     def layer(self, task: Layer, choose: Callable[[str], Choice], *, lookup: bool) -> Call:
         """Return the call for one layer."""

@@ -29,6 +29,7 @@ __all__ = [
     "ReLU",
     "Scale",
     "Shape",
+    "Snap",
     "Sparse",
     "Step",
     "infer_shape",
@@ -125,7 +126,7 @@ class Activation:
     """An activation-sparsity module by its kind and its one number; flat is a value's features of one image.
 
     "shifted-relu": max(x − number, 0). "threshold": x where x > number, else 0. "top-k": max(x, 0) for the largest
-    of the flat features, of which the fraction `number` becomes zero.
+    of the flat features, of equal ones the first, of which the fraction `number` becomes zero.
     """
 
     kind: str
@@ -138,7 +139,16 @@ class Activation:
 
 ACTIVATIONS = ("shifted-relu", "threshold", "top-k")
 
-Op = Sparse | Scale | ReLU | Pool | Flatten | Add | Activation
+
+@dataclass(frozen=True, eq=False)
+class Snap:
+    """max(x, 0), where a channel's centre stands in for every x within its radius (MeanSparse); a radius may be < 0."""
+
+    centre: Floats
+    radius: Floats
+
+
+Op = Sparse | Scale | ReLU | Pool | Flatten | Add | Activation | Snap
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,8 @@ def infer_shape(op: Op, inputs: Sequence[Shape]) -> Shape:
             return _sparse_shape(op, shape)
         case Scale() if op.scale.shape != (shape[0],) or op.shift.shape != (shape[0],):
             raise _Misfit(f"{op.scale.size} scales and {op.shift.size} shifts for {shape[0]} channels")
+        case Snap() if op.centre.shape != (shape[0],) or op.radius.shape != (shape[0],):
+            raise _Misfit(f"{op.centre.size} centres and {op.radius.size} radii for {shape[0]} channels")
         case Pool():
             if len(shape) != 3:
                 raise _Misfit(f"pooling of a value of shape {shape}")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from scipy.sparse import csr_array
 
-from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Sparse
+from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Snap, Sparse
 
 __all__ = ["run_reference"]
 
@@ -37,6 +37,9 @@ def _evaluate(op: Op, x: Floats, *others: Floats) -> Floats:
             return x + others[0]
         case Activation():
             return _activate(op, x)
+        case Snap():
+            centre, radius = (values.reshape(1, -1, *[1] * (x.ndim - 2)) for values in (op.centre, op.radius))
+            return np.maximum(np.where(np.abs(x - centre) <= radius, centre, x), np.float32(0))
 
 
 def _activate(op: Activation, x: Floats) -> Floats:
@@ -47,7 +50,7 @@ def _activate(op: Activation, x: Floats) -> Floats:
         return np.where(x > np.float32(op.number), x, np.float32(0))
     flat = x.reshape(len(x), -1)
     keep = op.kept(flat.shape[1])
-    best = np.argpartition(-flat, keep - 1, axis=1)[:, :keep]
+    best = np.argsort(-flat, axis=1, kind="stable")[:, :keep]
     result = np.zeros_like(flat)
     np.put_along_axis(result, best, np.take_along_axis(np.maximum(flat, 0), best, axis=1), axis=1)
     return result.reshape(x.shape)

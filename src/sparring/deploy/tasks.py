@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..errors import Unsupported
-from .program import Activation, Add, Flatten, Op, Pool, Program, ReLU, Scale, Shape, Sparse, infer_shapes
+from .program import Activation, Add, Flatten, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse, infer_shapes
 
-__all__ = ["Elementwise", "Layer", "MaxPool", "Task", "View", "tasks_of"]
+__all__ = ["Elementwise", "Layer", "MaxPool", "Sparsify", "Task", "View", "tasks_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +52,24 @@ class View:
     result: int
 
 
-Task = Layer | Elementwise | MaxPool | View
+@dataclass(frozen=True, eq=False)
+class Sparsify:
+    """result is what activation sparsity leaves of source; `relu`: its slope is 1 where it is above zero, else 0."""
+
+    op: Activation | Snap
+    source: int
+    result: int
+
+    @property
+    def relu(self) -> bool:
+        return isinstance(self.op, Activation)
+
+
+Task = Layer | Elementwise | MaxPool | Sparsify | View
 
 
 def tasks_of(program: Program, *, pools: bool = True) -> list[Task]:
-    """Return the program as tasks in order; raise Unsupported if a step has no kernel.
+    """Return the program as tasks in order.
 
     Without `pools`, pooling stays apart from layers, so that what it pools is kept.
     """
@@ -71,8 +83,6 @@ def tasks_of(program: Program, *, pools: bool = True) -> list[Task]:
     for number, step in enumerate(program.steps):
         if number in fused:
             continue
-        if isinstance(step.op, Activation) and step.op.kind != "shifted-relu":
-            raise Unsupported(f"activation sparsity of kind {step.op.kind!r} has no kernel")
         task = _task(step.op, step.inputs, number + 1, shapes)
         while True:
             following = readers.get(task.result, [])
@@ -106,6 +116,10 @@ def _task(op: Op, inputs: tuple[int, ...], result: int, shapes: list[Shape]) -> 
             return Elementwise(inputs[0], result, scale=op)
         case Add():
             return Elementwise(inputs[0], result, other=inputs[1])
+        case Snap():
+            return Sparsify(op, inputs[0], result)
+        case Activation() if op.kind != "shifted-relu":
+            return Sparsify(op, inputs[0], result)
         case Activation():  # max(x − threshold, 0)
             channels = shapes[inputs[0]][0]
             shift = Scale(np.ones(channels, np.float32), np.full(channels, -op.number, np.float32))
@@ -126,7 +140,7 @@ def _mean_as_layer(op: Pool, channels: int) -> Sparse:
 def _absorb(task: Task, op: Op, result: int, others: list[int], number: int, shapes: list[Shape]) -> Task | None:
     """Return the task that also does the step which alone reads its result, or None if it cannot."""
     match op:
-        case ReLU() if not isinstance(task, View) and not task.relu:
+        case ReLU() if not isinstance(task, View | Sparsify) and not task.relu:
             return replace(task, result=result, relu=True)
         case Add() if isinstance(task, Layer) and len(others) == 1 and others[0] <= number:
             if not (task.relu or task.pool or task.residual is not None):
