@@ -24,7 +24,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable resul
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print plain lines, no live view.")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="A safetensors file with the model's weights.")]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
-ModelArgument = Annotated[str, typer.Argument(help="A name, a model file (.safetensors), or package.module:factory.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A name, a file (.safetensors, .sparring), or package.module:factory.")
+]
 
 
 @app.command()
@@ -225,6 +227,7 @@ def bench(
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,64,256",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 30,
     small: Annotated[str | None, typer.Option(help="A small dense network of equal accuracy, to compare.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the times to this .svg or .png.")] = None,
     data_dir: DataDir = None,
     download: Download = False,
     json: Json = False,
@@ -232,7 +235,7 @@ def bench(
     """Time a model on one core: packed, torch, and ONNX Runtime and OpenVINO where installed."""
     from .deploy_commands import run_bench
 
-    return run_bench(model, weights, data, batches, rounds, small, data_dir, download, as_json=json)
+    return run_bench(model, weights, data, batches, rounds, small, plot, data_dir, download, as_json=json)
 
 
 @app.command()

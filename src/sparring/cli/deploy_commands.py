@@ -8,24 +8,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import attacks, deploy
-from ..data import Dataset, as_float
+from .. import __version__, deploy
+from ..data import Dataset, as_float, content_hash
 from ..errors import UserError
-from ..files import read_json
+from ..files import read_json, sha256_file, write_atomic
+from ..metrics import accuracy
 from ..models import build, load_weights_
-from ..report import pick
-from ..study import Store
+from ..report import pick, shipped_verdict, timings_figure
+from ..report.figures import png
+from ..statistics import effect
+from ..study import Record, Store
+from ..study.kept import read_plan
 from ..study.networks import WEIGHTS, chosen_images
-from ..threat import LINF, Threat
+from ..study.shipping import held_against
+from ..train import predict
 from .loading import open_data
-from .model_commands import open_model
+from .model_commands import SAVED, open_model, plain
 
 __all__ = ["run_bench", "run_export", "run_pick"]
+
+
+ONNX_TOLERANCE = 1e-4
+DECISION_STEPS = 5
 
 
 def run_export(
@@ -42,35 +50,63 @@ def run_export(
 ) -> int:
     """Export a model and say what the artefact costs in bytes, accuracy and robustness."""
     dataset = open_data(data_name, data_dir, download)
-    model, _ = open_model(name, weights, dataset)
+    model = plain(open_model(name, weights, dataset)[0])
     shape = tuple(dataset.test.x.shape[1:])
+    dense = 4 * sum(p.numel() for p in model.parameters())
     if to == "onnx":
         path = deploy.to_onnx(model, out, shape=shape)
-        print(f"wrote {path} ({path.stat().st_size} bytes)")
-        return 0
+        _print_size(path, dense)
+        return _check_onnx(path, model, as_float(dataset.test.x[:images]))
     if to != "packed":
         raise UserError(f"--to takes packed or onnx, not '{to}'")
-    path = deploy.export(model, out, shape=shape, values=values, class_names=dataset.class_names or None)
-    dense = 4 * sum(p.numel() for p in model.parameters())
-    print(f"wrote {path}: {path.stat().st_size} bytes, {dense / path.stat().st_size:.1f} times smaller than float32")
+    file = weights or (Path(name) if name.endswith(SAVED) else None)
+    provenance = {
+        "model": name,
+        "weights_sha256": None if file is None else sha256_file(file),
+        "data": dataset.name,
+        "data_hash": content_hash(dataset),
+        "sparring": __version__,
+    }
+    names = dataset.class_names or None
+    path = deploy.export(model, out, shape=shape, values=values, class_names=names, provenance=provenance)
+    _print_size(path, dense)
     _print_cost(model, path, dataset, eps, images)
+    return 0
+
+
+def _print_size(path: Path, dense: int) -> None:
+    size = path.stat().st_size
+    print(f"wrote {path}: {size} bytes, {dense / size:.1f} times smaller than its dense parameters in float32")
+
+
+def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> int:
+    error = deploy.onnx_error(path, model, x)
+    if error is None:
+        print("not checked: ONNX Runtime is not installed (sparring[onnx])")
+    elif error > ONNX_TOLERANCE:
+        raise UserError(f"{path}: ONNX Runtime's logits are off by {error:.1e} of the largest: do not use this file")
+    else:
+        print(f"checked in ONNX Runtime on {len(x)} images: logits equal to {error:.1e} of the largest")
     return 0
 
 
 def _print_cost(model: nn.Module, path: Path, dataset: Dataset, eps: float, images: int) -> None:
     """Attack the model and the artefact, and say what shipping costs in accuracy and robustness."""
     x, y = chosen_images(dataset, "test", 0, images)
-
-    def attack(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return attacks.run(network, x, y, attacks.pgd, Threat(LINF, eps), generator=generator).x_adv
-
-    found = deploy.compare_shipped(model, deploy.load(path), as_float(x), y, attack)
+    attack = {"name": "pgd", "norm": "linf", "eps": eps}
+    found = held_against(model, deploy.load(path), as_float(x), y, attack, decisions=DECISION_STEPS)
     print(f"predictions agree on {found.agreement:.2%} of {len(y)} images", end="; ")
+    print(f"logits differ by {found.logit_error:.1e} of the largest", end="; ")
     print(f"accuracy {found.accuracy_model:.2%} → {found.accuracy_packed:.2%}")
     print(
         f"standing under PGD (l_inf, eps {eps:g}): the model {found.robust_model:.2%}; on the artefact "
-        f"{found.robust_packed:.2%} when attacked itself, {found.robust_transfer:.2%} under the model's examples"
+        f"{found.robust_packed:.2%} when attacked itself, {found.robust_transfer:.2%} under the model's examples; "
+        f"{found.robust_decision:.0%} of the first {min(len(y), 50)} under HopSkipJump, which asks it for classes only"
+    )
+    one = effect((found.stands_packed.double() - found.stands_model.double()).numpy()[None])
+    print(
+        f"against all gradient examples the artefact stands on {100 * one.estimate:+.2f} points more images than the "
+        f"model [{100 * one.low:+.2f}, {100 * one.high:+.2f}]: {shipped_verdict(one)}"
     )
 
 
@@ -81,6 +117,7 @@ def run_bench(
     batches: str,
     rounds: int,
     small: str | None,
+    plot: Path | None,
     data_dir: Path | None,
     download: bool,
     *,
@@ -91,17 +128,35 @@ def run_bench(
         sizes = tuple(int(part) for part in batches.split(",") if part.strip())
     except ValueError:
         raise UserError(f"--batches takes whole numbers separated by commas, as 1,64; not '{batches}'") from None
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise UserError(f"--plot writes .svg or .png, not '{plot.suffix}'")
     dataset = open_data(data_name, data_dir, download)
-    model, _ = open_model(name, weights, dataset)
-    rival = None if small is None else open_model(small, None, dataset)[0]
+    model = plain(open_model(name, weights, dataset)[0])
+    rival = None if small is None else plain(open_model(small, None, dataset)[0])
     rows = deploy.bench(model, shape=tuple(dataset.test.x.shape[1:]), batches=sizes, rounds=rounds, small=rival)
+    table = [asdict(row) for row in rows]
+    if plot is not None:
+        drawn = timings_figure(f"{Path(name).stem} on one core", table)
+        write_atomic(plot, drawn.encode() if plot.suffix == ".svg" else png(drawn))
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps(table, indent=1))
         return 0
+    _print_rows(rows)
+    if rival is not None:
+        theirs, ours = (accuracy(predict(network, dataset.test.x), dataset.test.y) for network in (rival, model))
+        print(f"test accuracy: this network {ours:.2%}, the small dense one {theirs:.2%}")
+    print("floor: the time that the nonzero products alone would take at the measured peak of this core")
+    return 0
+
+
+def _print_rows(rows: list[deploy.BenchRow]) -> None:
     table = Table(box=None, header_style="bold")
-    for heading in ("engine", "batch", "ms", "quartiles", "images/s", "over floor", "bytes", "logit error"):
+    headings = ["engine", "batch", "ms", "quartiles", "images/s", "over floor", "bytes", "in memory"]
+    told = any(row.joules is not None for row in rows)
+    for heading in [*headings, *(["mJ an image"] if told else []), "logit error"]:
         table.add_column(heading, justify="left" if heading == "engine" else "right")
     for row in rows:
+        joules = "–" if row.joules is None else f"{1e3 * row.joules / row.batch:.3g}"
         table.add_row(
             row.engine,
             str(row.batch),
@@ -110,10 +165,13 @@ def run_bench(
             f"{row.images_per_second:,.0f}",
             f"{row.milliseconds / row.floor:.1f}×",
             f"{row.bytes_disk:,}",
+            "–" if row.bytes_memory is None else f"{row.bytes_memory:,}",
+            *([joules] if told else []),
             f"{row.logit_error:.1e}",
         )
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
-    return 0
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    if not told:
+        print("joules: this machine does not tell (no readable counter under /sys/class/powercap)")
 
 
 def run_pick(
@@ -122,9 +180,19 @@ def run_pick(
     """Choose a network of a study on validation images, report it on test images, and export it."""
     choice = pick(out, max_latency=max_latency, max_accuracy_drop=max_accuracy_drop)
     path = to or out / f"{choice.method}-{choice.sparsity:g}.sparring".replace(" ", "-")
-    model, shape = _network(out, choice.key)
-    provenance = {"study": str(out), "method": choice.method, "sparsity": choice.sparsity, "seed": choice.seed}
-    deploy.export(model, path, shape=shape, values=values, provenance={**provenance, "key": choice.key})
+    model, shape, record = _network(out, choice.key)
+    content = read_plan(out)
+    provenance = {
+        "study": content["plan"]["name"],
+        "cell": {"method": choice.method, "sparsity": choice.sparsity, "seed": choice.seed},
+        "key": choice.key,
+        "weights_sha256": (record.object or {}).get("sha256"),
+        "data": content["dataset"]["name"],
+        "data_hash": record.inputs["data"],
+        "sparring": __version__,
+    }
+    names = content["dataset"]["classes"] or None
+    deploy.export(model, path, shape=shape, values=values, class_names=names, provenance=provenance)
     if as_json:
         print(json.dumps({**asdict(choice), "path": str(path)}, indent=1))
         return 0
@@ -138,8 +206,8 @@ def run_pick(
     return 0
 
 
-def _network(out: Path, key: str) -> tuple[nn.Module, tuple[int, ...]]:
-    """Rebuild a study's network from its folder alone; normalisation is among its weights."""
+def _network(out: Path, key: str) -> tuple[nn.Module, tuple[int, ...], Record]:
+    """Rebuild a study's network from its folder alone, with its record; normalisation is among its weights."""
     facts = read_json(out / "plan.json")["dataset"]
     record = Store(out).read(key)
     if record is None:
@@ -152,4 +220,4 @@ def _network(out: Path, key: str) -> tuple[nn.Module, tuple[int, ...]]:
     model = build(options.pop("name"), shape=shape, classes=facts["class_count"], mean=ones, std=ones, **options)
     tensors = Store(out).tensors(key)
     load_weights_(model, {k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)})
-    return model.eval(), shape
+    return model.eval(), shape, record

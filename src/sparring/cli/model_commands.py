@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import attacks
+from .. import attacks, deploy
 from ..data import Dataset, as_float
 from ..errors import UserError
 from ..files import load_tensors
@@ -30,7 +30,10 @@ from ..train import Progress, Recipe, fit, predict
 from .loading import open_data
 from .study_command import duration
 
-__all__ = ["open_model", "run_attack", "run_prune", "run_train"]
+__all__ = ["SAVED", "open_model", "plain", "run_attack", "run_prune", "run_train"]
+
+# How files end that hold a whole model: saved by us for further work, or packed for shipping.
+SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
 
 DEFAULT_EPOCHS = 10
 MINIMUM_NORM = {"cw", "ddn", "deepfool", "fab", "hopskipjump", "nearest"}
@@ -76,6 +79,8 @@ def run_prune(
 ) -> int:
     """Prune a model, fine-tune it and write it with its masks."""
     dataset = open_data(data_name, data_dir, download)
+    if name.endswith(PACKED):
+        raise UserError("an artefact is for shipping and cannot be pruned further; prune the model it was made from")
     model, blueprint = open_model(name, weights, dataset)
     recipe_names = set(asdict(Recipe()))
     recipe = _settings(tuple(o for o in overrides if o.partition("=")[0] in recipe_names), "finetune").finetune
@@ -194,13 +199,17 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def open_model(name: str, weights: Path | None, dataset: Dataset) -> tuple[nn.Module, Blueprint]:
-    """Return a model and its blueprint from a model file, a name with weights, or a user's factory.
+    """Return a model and its blueprint from a model file, an artefact, a name with weights, or a user's factory.
 
-    Raise UserError if the model does not accept the data's images or has another number of classes.
+    An artefact is attacked as it is shipped, on its kernels. Raise UserError
+    if the model does not accept the data's images or has another number of classes.
     """
-    if name.endswith(".safetensors"):
-        if weights is not None:
-            raise UserError("a model file holds its weights; give either a model file or --weights")
+    if name.endswith(SAVED) and weights is not None:
+        raise UserError("a model file holds its weights; give either a model file or --weights")
+    model: nn.Module
+    if name.endswith(PACKED):
+        model, blueprint = deploy.PackedModule(deploy.load(name)), _blueprint(name, dataset)
+    elif name.endswith(SAVED):
         model, blueprint, _ = load_model(name)
     else:
         blueprint = _blueprint(name, dataset)
@@ -214,6 +223,11 @@ def open_model(name: str, weights: Path | None, dataset: Dataset) -> tuple[nn.Mo
     return model, blueprint
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """Return a model that can be looked into: of an artefact the same network, as rounded, in torch's own modules."""
+    return model.equivalent if isinstance(model, deploy.PackedModule) else model
+
+
 def _plain_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if not name.startswith("sparring/")}
 
@@ -223,7 +237,7 @@ def _check_fit(model: nn.Module, dataset: Dataset) -> None:
     try:
         with torch.no_grad():
             logits = model(as_float(dataset.test.x[:2]))
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         raise UserError(f"the model does not accept {dataset.name}'s images of shape {shape}: {error}") from error
     if logits.dim() != 2 or logits.shape[1] != dataset.classes:
         raise UserError(

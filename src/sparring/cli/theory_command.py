@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..study.networks import chosen_images
 from ..threat import Threat, parse_norm
 from .loading import open_data
-from .model_commands import open_model
+from .model_commands import open_model, plain
 
 __all__ = ["run_certify"]
 
@@ -38,7 +38,7 @@ def run_certify(
     except ValueError:
         raise UserError(f"--eps takes numbers separated by commas, as 0.01,0.03; not '{eps_text}'") from None
     dataset = open_data(data_name, data_dir, download)
-    model, _ = open_model(name, weights, dataset)
+    model = plain(open_model(name, weights, dataset)[0])
     x, y = chosen_images(dataset, "test", 0, images)
     radius = bounds.radius(model, as_float(x), y, norm, method=method)
     attacked = attacks.run(

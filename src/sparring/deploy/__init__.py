@@ -5,7 +5,7 @@ from __future__ import annotations
 from .benching import BenchRow, bench
 from .differentiable import PackedModule
 from .equivalent import Equivalent
-from .onnx_graph import to_onnx
+from .onnx_graph import onnx_error, to_onnx
 from .program import Program
 from .runtime import Packed, export, load, pack
 from .shipped import Shipped, compare_shipped
@@ -25,6 +25,7 @@ __all__ = [
     "interleaved",
     "load",
     "multiplications",
+    "onnx_error",
     "pack",
     "peak_flops",
     "to_onnx",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import nn
 from ..errors import UserError
 from .onnx_graph import to_onnx
 from .program import Floats
-from .runtime import Packed, export, load
+from .runtime import export, load
 from .timing import interleaved, multiplications, peak_flops
 
 __all__ = ["BenchRow", "bench"]
@@ -27,8 +29,9 @@ __all__ = ["BenchRow", "bench"]
 class BenchRow:
     """One engine at one batch size: milliseconds of a call (median, quartiles over rounds), and its bytes.
 
-    `floor` is the milliseconds that the nonzero products alone would take at the measured peak. `joules` of a call and
-    `bytes_memory` are None where nothing tells; `logit_error` is against torch, over the largest logit.
+    `floor` is the milliseconds that the network's nonzero products alone would take at the measured peak. `joules` of a
+    call and `bytes_memory` are None where nothing tells; `logit_error` is against the same network in torch, over the
+    largest logit.
     """
 
     engine: str
@@ -48,8 +51,10 @@ class BenchRow:
 class _Engine:
     name: str
     run: Callable[[Floats], Any]
+    model: nn.Module
+    products: int
     bytes_disk: int
-    bytes_memory: int | None = None
+    bytes_memory: Callable[[], int | None] = lambda: None
 
 
 def bench(
@@ -67,25 +72,31 @@ def bench(
     """
     if not batches or min(batches) < 1 or rounds < 1:
         raise UserError("a benchmark needs batch sizes and rounds of at least 1")
-    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, _one_core():
+        engines = _engines(model, shape, Path(folder), "")
+        if small is not None:
+            engines += _engines(small, shape, Path(folder), "small dense, ")
+        return [row for batch in batches for row in _rows(engines, shape, batch, rounds)]
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Hold this process, and threads that start meanwhile, on one core where the system lets it."""
+    threads, cores = torch.get_num_threads(), None
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {max(cores)})
     torch.set_num_threads(1)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            packed, engines = _engines(model, shape, Path(folder), "")
-            if small is not None:
-                engines += _engines(small, shape, Path(folder), "small dense, ")[1]
-            return [row for batch in batches for row in _rows(model, packed, engines, shape, batch, rounds)]
+        yield
     finally:
         torch.set_num_threads(threads)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
 
 
-def _rows(
-    model: nn.Module, packed: Packed, engines: list[_Engine], shape: tuple[int, ...], batch: int, rounds: int
-) -> list[BenchRow]:
+def _rows(engines: list[_Engine], shape: tuple[int, ...], batch: int, rounds: int) -> list[BenchRow]:
     x = np.random.default_rng(batch).random((batch, *shape), np.float32)
-    with torch.no_grad():
-        expected = model.eval()(torch.from_numpy(x)).numpy()
-    floor = 2e3 * batch * multiplications(packed.program) / peak_flops()
     timings = interleaved([partial(engine.run, x) for engine in engines], rounds=rounds)
     return [
         BenchRow(
@@ -95,34 +106,39 @@ def _rows(
             timing.low * 1e3,
             timing.high * 1e3,
             batch / timing.median,
-            floor,
+            2e3 * batch * engine.products / peak_flops(),
             timing.joules,
             engine.bytes_disk,
-            engine.bytes_memory,
-            float(np.abs(np.asarray(engine.run(x)) - expected).max() / max(1e-30, np.abs(expected).max())),
+            engine.bytes_memory(),
+            _error(np.asarray(engine.run(x)), _run_torch(engine.model, x)),
         )
         for engine, timing in zip(engines, timings, strict=True)
     ]
 
 
-def _engines(model: nn.Module, shape: tuple[int, ...], folder: Path, prefix: str) -> tuple[Packed, list[_Engine]]:
-    """Return the packed network and all engines for it; files go to a folder."""
+def _error(found: Floats, expected: Floats) -> float:
+    return float(np.abs(found - expected).max() / max(1e-30, np.abs(expected).max()))
+
+
+def _engines(model: nn.Module, shape: tuple[int, ...], folder: Path, prefix: str) -> list[_Engine]:
+    """Return all engines for a network; files go to a folder."""
+    model = model.eval()
     stem = folder / (prefix or "net").replace(", ", "").replace(" ", "-")
     path = export(model, stem.with_suffix(".sparring"), shape=shape)
     packed = load(path)
-    packed(np.zeros((1, *shape), np.float32))
+    products = multiplications(packed.program)
     parameters = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    engines = [
-        _Engine(f"{prefix}packed", packed, path.stat().st_size, packed.bytes_memory),
-        _Engine(f"{prefix}torch", partial(_run_torch, model.eval()), parameters, parameters),
+    runs: list[tuple[str, Callable[[Floats], Any], int, Callable[[], int | None]]] = [
+        ("packed", packed, path.stat().st_size, lambda: packed.bytes_memory),
+        ("torch", partial(_run_torch, model), parameters, lambda: parameters),
     ]
     if importlib.util.find_spec("onnx") is not None:
         onnx = to_onnx(model, stem.with_suffix(".onnx"), shape=shape)
         if importlib.util.find_spec("onnxruntime") is not None:
-            engines += _onnxruntime(onnx, prefix)
+            runs += [(name, run, size, lambda: None) for name, run, size in _onnxruntime(onnx)]
         if importlib.util.find_spec("openvino") is not None:
-            engines.append(_openvino(onnx, prefix))
-    return packed, engines
+            runs.append(("openvino", _openvino(onnx), onnx.stat().st_size, lambda: None))
+    return [_Engine(prefix + name, run, model, products, size, memory) for name, run, size, memory in runs]
 
 
 def _run_torch(model: nn.Module, x: Floats) -> Floats:
@@ -131,7 +147,8 @@ def _run_torch(model: nn.Module, x: Floats) -> Floats:
     return result
 
 
-def _onnxruntime(path: Path, prefix: str) -> list[_Engine]:
+def _onnxruntime(path: Path) -> Iterator[tuple[str, Callable[[Floats], Any], int]]:
+    """Yield name, function and bytes on disk of ONNX Runtime in fp32 and with weights in int8."""
     import onnxruntime
     from onnxruntime.quantization import quantize_dynamic
 
@@ -140,19 +157,17 @@ def _onnxruntime(path: Path, prefix: str) -> list[_Engine]:
     options.log_severity_level = 3
     small = path.with_suffix(".int8.onnx")
     quantize_dynamic(path, small)
-    engines = []
     for name, file in (("onnxruntime fp32", path), ("onnxruntime int8", small)):
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        engines.append(_Engine(f"{prefix}{name}", partial(_run_session, session), file.stat().st_size))
-    return engines
+        yield name, partial(_run_session, session), file.stat().st_size
 
 
 def _run_session(session: Any, x: Floats) -> Any:
     return session.run(None, {"images": x})[0]
 
 
-def _openvino(path: Path, prefix: str) -> _Engine:
+def _openvino(path: Path) -> Callable[[Floats], Any]:
     import openvino
 
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1})
-    return _Engine(f"{prefix}openvino", lambda x: compiled(x)[0], path.stat().st_size)
+    return lambda x: compiled(x)[0]

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import write_atomic
 from .folding import compile_model
 from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse, infer_shapes
 
-__all__ = ["program_to_onnx", "to_onnx"]
+__all__ = ["onnx_error", "program_to_onnx", "to_onnx"]
 
 _OPSET = 22
 _IR_VERSION = 10  # the oldest that has the opset, so that older runtimes open the file too
@@ -55,6 +56,22 @@ def program_to_onnx(program: Program, path: Path | str) -> Path:
     model.ir_version = _IR_VERSION
     onnx.checker.check_model(model, full_check=True)
     return write_atomic(path, model.SerializeToString())
+
+
+def onnx_error(path: Path | str, model: nn.Module, x: Tensor) -> float | None:
+    """Run an ONNX file in ONNX Runtime; return the largest difference of logits from a model's over the largest logit.
+
+    x: images (N, *shape) in [0, 1]. Return None where ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+    with torch.no_grad():
+        expected = model.eval()(x)
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 class _Graph:

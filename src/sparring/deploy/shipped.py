@@ -18,11 +18,14 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shipped:
-    """Studied network and artefact side by side, over the same images; shares are fractions of all images.
+    """Studied network and artefact side by side, over the same images; shares are fractions of them.
 
     `agreement` is the share of clean images with the same prediction, `logit_error` the largest difference of logits
     over the largest logit. `robust_model` and `robust_packed` are the shares classified correctly under an attack made
-    on the network itself, `robust_transfer` that of the artefact under adversarial examples made on the model.
+    on the network itself, `robust_transfer` that of the artefact under examples made on the model, `robust_decision`
+    that of the artefact under a decision-based attack on its kernels, over the first few images, None without one.
+    `stands_model` and `stands_packed`, bool (N,), are the images that withstand both the examples made on the model and
+    those made on the artefact: the same examples for both, so that the two can be compared.
     """
 
     accuracy_model: float
@@ -32,31 +35,50 @@ class Shipped:
     robust_model: float
     robust_packed: float
     robust_transfer: float
+    robust_decision: float | None
+    stands_model: Tensor
+    stands_packed: Tensor
 
 
-def compare_shipped(model: nn.Module, packed: Packed, x: Tensor, y: Tensor, attack: Attack) -> Shipped:
+def compare_shipped(
+    model: nn.Module,
+    packed: Packed,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    *,
+    decide: Attack | None = None,
+    few: int = 50,
+) -> Shipped:
     """Attack a model and its artefact on images x (N, *shape) in [0, 1] with labels y (N,), int64.
 
-    `attack` maps (network, x, y) to adversarial images within its budget. A gradient attack runs on the artefact's own
-    values, as rounded; one that reads predictions only runs on the very kernels that are shipped. The model is
-    evaluated in eval mode and left as it was.
+    `attack` maps (network, x, y) to adversarial images within its budget; on the artefact a gradient attack works with
+    its own values, as rounded. `decide` does the same from predictions alone, on the first `few` images: they come from
+    the very kernels that are shipped. The model is evaluated in eval mode and left as it was.
     """
     training = model.training
     model.eval()
     try:
         shipped = PackedModule(packed)
-        adversarial, adversarial_shipped = attack(model, x, y), attack(shipped, x, y)
+        examples = [attack(model, x, y), attack(shipped, x, y)]
+        decided = None if decide is None else decide(shipped, x[:few], y[:few])
         with torch.no_grad():
             logits, own = model(x), packed(x)
-            return Shipped(
-                accuracy_model=_share(logits.argmax(1) == y),
-                accuracy_packed=_share(own.argmax(1) == y),
-                agreement=_share(logits.argmax(1) == own.argmax(1)),
-                logit_error=float((logits - own).abs().max() / logits.abs().max().clamp_min(1e-30)),
-                robust_model=_share(model(adversarial).argmax(1) == y),
-                robust_packed=_share(packed(adversarial_shipped).argmax(1) == y),
-                robust_transfer=_share(packed(adversarial).argmax(1) == y),
-            )
+            right, right_packed = logits.argmax(1) == y, own.argmax(1) == y
+            standing = [right & (model(one).argmax(1) == y) for one in examples]
+            standing_packed = [right_packed & (packed(one).argmax(1) == y) for one in examples]
+        return Shipped(
+            accuracy_model=_share(right),
+            accuracy_packed=_share(right_packed),
+            agreement=_share(logits.argmax(1) == own.argmax(1)),
+            logit_error=float((logits - own).abs().max() / logits.abs().max().clamp_min(1e-30)),
+            robust_model=_share(standing[0]),
+            robust_packed=_share(standing_packed[1]),
+            robust_transfer=_share(standing_packed[0]),
+            robust_decision=None if decided is None else _share(packed(decided).argmax(1) == y[:few]),
+            stands_model=standing[0] & standing[1],
+            stands_packed=standing_packed[0] & standing_packed[1],
+        )
     finally:
         model.train(training)
 

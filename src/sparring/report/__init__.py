@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .build import Report, merge_ledgers, read, verdict, write
 from .picking import Choice, pick
+from .shipped import shipped_verdict
+from .timings import timings_figure
 from .versus import Difference, Side, broken, compare, compare_values
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "merge_ledgers",
     "pick",
     "read",
+    "shipped_verdict",
+    "timings_figure",
     "verdict",
     "write",
 ]

@@ -15,6 +15,7 @@ from .markup import Html, join, tag
 from .measures import NORMS, pretty
 from .panels import Drawn, Panel, Picture, styles
 from .records import CONTROL, Network
+from .shipped import shipped_html
 
 __all__ = ["document", "ledger_section", "render", "summary_html"]
 
@@ -23,6 +24,7 @@ SECTIONS = (
     ("activations", "Robustness against activation sparsity"),
     ("methods", "Methods at the same sparsity"),
     ("comparisons", "Theory, speed and transfer"),
+    ("shipped", "As shipped"),
     ("layers", "Layer by layer"),
     ("gallery", "What the attacks did"),
     ("ledger", "Ledger of claims"),
@@ -41,6 +43,7 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
         "activations": _grids(findings, drawn.activations) if drawn.activations else None,
         "methods": _methods(findings),
         "comparisons": _comparisons(findings, drawn.comparisons),
+        "shipped": shipped_html(findings),
         "layers": _layers(findings, drawn.layers),
         "gallery": _gallery(findings),
         "ledger": ledger_section(ledger),

@@ -1,22 +1,17 @@
-"""Stages that judge networks: sizes and accuracies, attacks, transfer, the packed artefact."""
+"""Stages that judge networks: sizes and accuracies, attacks, transfer."""
 
 from __future__ import annotations
 
 import functools
 import math
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import attacks, deploy
+from .. import attacks
 from ..data import as_float
-from ..errors import Unsupported, UserError
+from ..errors import UserError
 from ..metrics import accuracy, distances, macs, robust_accuracy, size
 from ..sparsity import activity
 from ..threat import Threat, parse_norm
@@ -25,11 +20,9 @@ from .executors import Outcome, Task
 from .networks import Context, chosen_images, network_of
 from .settings import attack_named
 
-__all__ = ["attack", "judged", "measure", "pack", "transfer"]
+__all__ = ["attack", "judged", "measure", "transfer"]
 
 ACTIVITY_IMAGES = 1000
-LATENCY_ROUNDS = 200
-LOGIT_TOLERANCE = 1e-4
 
 
 def measure(context: Context, task: Task) -> Outcome:
@@ -126,42 +119,6 @@ def transfer(context: Context, task: Task) -> Outcome:
     metrics: dict[str, float | None] = {"transferred": moved if bool(counted.any()) else None}
     metrics["robust_accuracy"] = robust_accuracy(right, fooled)
     return Outcome(metrics, tensors={"success": fooled & counted, "clean_correct": counted, "label": y})
-
-
-def pack(context: Context, task: Task) -> Outcome:
-    """Export a network as users ship it and hold the artefact against it: bytes, logits, predictions, time."""
-    inputs = task.inputs
-    model = judged(context, task)
-    x = as_float(context.dataset.test.x[: inputs["images"]])
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = deploy.export(model, Path(folder) / "packed.sparring", shape=tuple(x.shape[1:]))
-        except Unsupported as reason:
-            return Outcome(flags=[{"name": "no-packed-form", "detail": str(reason)}])
-        packed, bytes_packed = deploy.load(path), path.stat().st_size
-    with torch.no_grad():
-        expected = model(x)
-    found = packed(x)
-    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    return Outcome(
-        {
-            "bytes_packed": bytes_packed,
-            "agreement": float((found.argmax(1) == expected.argmax(1)).double().mean()),
-            "logits_agree": float(error <= LOGIT_TOLERANCE),
-        },
-        times={"latency": _latency(packed, x[:1]), "latency_torch": _latency(model, x[:1])},
-    )
-
-
-@torch.no_grad()
-def _latency(answer: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Return the median seconds of one answer."""
-    times = []
-    for _ in range(LATENCY_ROUNDS):
-        began = time.perf_counter()
-        answer(x)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def judged(context: Context, task: Task) -> nn.Module:

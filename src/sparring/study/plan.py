@@ -27,6 +27,7 @@ from .settings import (
     Lipschitz,
     Network,
     Pruning,
+    Shipped,
     Training,
     check_attack,
     in_range,
@@ -72,6 +73,7 @@ class Plan:
     linear: tuple[LinearPaths, ...] = ()
     checkpoints: tuple[Literal["final", "best"], ...] = ("final",)
     deploy: bool = False
+    shipped: tuple[Shipped, ...] = ()
     batch_size: int = 500
     shard: int = 1000
     gallery: int = 8
@@ -104,7 +106,7 @@ class Plan:
         object.__setattr__(
             self, "activation", tuple(dataclasses.replace(a, label=a.label or a.kind) for a in self.activation)
         )
-        for attack in (*self.attacks, *self.transfer):
+        for attack in (*self.attacks, *self.transfer, *(s.judge for s in self.shipped)):
             check_attack(attack)
         for pruning in self.pruning:
             if pruning.c_rate is not None and pruning.sparsities is not None:

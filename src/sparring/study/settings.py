@@ -23,6 +23,7 @@ __all__ = [
     "Lipschitz",
     "Network",
     "Pruning",
+    "Shipped",
     "Training",
     "attack_named",
     "check_attack",
@@ -145,6 +146,35 @@ class Exact:
     seconds: float = 60.0
     seeds: int | None = 1
     sparsities: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Hold what would be shipped against the network itself: accuracy, robustness and certificates of the artefact.
+
+    Its weights are rounded to `values`; the first `images` images that attacks use are attacked by `attack` at eps, on
+    the network and on the artefact, and some of them by HopSkipJump with `decisions` steps (0: not) on the artefact.
+    The plan's [[certify]] tables are computed again for these images. `seeds` and `sparsities` narrow the cells.
+    """
+
+    values: Literal["fp32", "fp16", "int8"] = "int8"
+    images: int = 200
+    attack: str = "pgd"
+    norm: Literal["linf", "l2"] = "linf"
+    eps: float = 0.1
+    steps: int | None = None
+    decisions: int = 5
+    seeds: int | None = 1
+    sparsities: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        in_range("shipped.images", self.images, 1, 100_000)
+        in_range("shipped.decisions", self.decisions, 0, 100)
+
+    @property
+    def judge(self) -> Attack:
+        """Return the attack as an [[attacks]] table would say it."""
+        return Attack(self.attack, norm=self.norm, eps=(self.eps,), images=self.images, steps=self.steps)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from .classifiers import classify_group
 from .executors import Outcome, Task
 from .fitting import activate, choose, prune, train
-from .judging import attack, measure, pack, transfer
+from .judging import attack, measure, transfer
 from .networks import Context
 from .proving import certify, constants, distances
+from .shipping import pack, ship
 
 __all__ = ["STAGES", "VERSIONS", "perform_stage"]
 
@@ -25,6 +26,7 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
     "lipschitz": constants,
     "exact": distances,
     "deploy": pack,
+    "ship": ship,
     "linear": classify_group,
 }
 

@@ -17,7 +17,7 @@ from ..files import canonical_json, sha256_bytes, sha256_file
 from ..plugins import code_hash
 from .executors import Task
 from .plan import CONTROL, REFERENCE, Plan
-from .settings import Activation, Attack, Certify, Exact, Lipschitz, Pruning
+from .settings import Activation, Attack, Certify, Exact, Lipschitz, Pruning, Shipped
 from .stages import VERSIONS
 from .widths import narrowed, widened
 
@@ -295,7 +295,23 @@ class _Seed:
         keys += [self.work.add(stage, {**shared, **inputs}, made) for stage, inputs in self._proofs(sparsity)]
         if self.plan.deploy:
             keys.append(self.work.add("deploy", {**shared, "images": min(256, self.data.test)}, made))
+        for shipped in self.plan.shipped:
+            if self._included(shipped.seeds) and (shipped.sparsities is None or sparsity in (0, *shipped.sparsities)):
+                keys.append(self.work.add("ship", {**shared, **self._shipment(shipped)}, made))
         return keys
+
+    def _shipment(self, shipped: Shipped) -> dict[str, Any]:
+        """Return what a comparison of network and artefact depends on."""
+        judge, images = shipped.judge, min(shipped.images, self.data.test)
+        return {
+            "values": shipped.values,
+            "images": images,
+            "attack": {"name": judge.name, "norm": judge.norm, "eps": shipped.eps, **judge.options()},
+            "decisions": shipped.decisions,
+            "certify": [
+                {"norm": one.norm, "method": one.method, "images": min(one.images, images)} for one in self.plan.certify
+            ],
+        }
 
     def _proofs(self, sparsity: float | None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield stage and inputs of every certificate, Lipschitz constant and exact distance at a sparsity."""
