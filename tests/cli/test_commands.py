@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sparring import deploy
 from sparring.cli import main
 
 
@@ -89,7 +90,10 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
     )
     assert against.code == 0 and json.loads(against.out)["differences"]
     picked = sparring("pick", tmp_path / "out", "--max-accuracy-drop", 100, "--to", tmp_path / "best.sparring")
-    assert picked.code == 0 and (tmp_path / "best.sparring").exists()
+    assert picked.code == 0
+    best = deploy.load(tmp_path / "best.sparring").program
+    assert best.provenance["cell"]["method"] == "gradual" and len(best.provenance["data_hash"]) == 64
+    assert best.provenance["weights_sha256"] and best.class_names == tuple("0123456789")
     nothing = sparring("pick", tmp_path / "out", "--max-accuracy-drop", -100)
     assert nothing.code == 2 and "no network fits" in nothing.err
     status = sparring("status", tmp_path / "out", "--json")
@@ -148,8 +152,21 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
         path = tmp_path / f"{values}.sparring"
         told = sparring("export", models[1], path, "--data", "digits", "--values", values, "--images", 50)
         assert told.code == 0 and path.exists() and "times smaller" in told.out and "on the artefact" in told.out
-    assert sparring("export", models[1], tmp_path / "m.onnx", "--to", "onnx", "--data", "digits").code == 0
-    rows = json.loads(sparring("bench", models[1], "--data", "digits", "--batches", "1", "--rounds", 2, "--json").out)
+        assert "HopSkipJump" in told.out and "the artefact stands on" in told.out
+    program = deploy.load(path).program
+    assert program.class_names is not None and len(program.provenance["weights_sha256"]) == 64
+    onnx = sparring("export", models[1], tmp_path / "m.onnx", "--to", "onnx", "--data", "digits")
+    assert onnx.code == 0 and "checked in ONNX Runtime" in onnx.out
+    attacked = sparring("attack", path, "--data", "digits", "--images", 20, "--attacks", "pgd", "--json")
+    assert 0 <= json.loads(attacked.out)["results"][0]["robust_accuracy"] <= 1
+    assert "median certified radius" in sparring("certify", path, "--data", "digits", "--images", 10).out
+    refused = sparring("prune", path, "--out", tmp_path / "x.safetensors", "--sparsity", 0.5, "--data", "digits")
+    assert refused.code == 2 and "cannot be pruned further" in refused.err
+    shown = ("--batches", "1", "--rounds", 2, "--data", "digits", "--plot", tmp_path / "bench.svg")
+    table = sparring("bench", models[1], *shown, "--small", models[0])
+    assert table.code == 0 and "in memory" in table.out and "small dense one" in table.out
+    assert (tmp_path / "bench.svg").read_text().startswith("<svg")
+    rows = json.loads(sparring("bench", path, "--data", "digits", "--batches", "1", "--rounds", 2, "--json").out)
     assert {"packed", "torch"} <= {row["engine"] for row in rows} and all(row["milliseconds"] > 0 for row in rows)
     wrong = sparring("export", models[1], tmp_path / "m.tflite", "--to", "tflite", "--data", "digits")
     assert wrong.code == 2 and "packed or onnx" in wrong.err

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparring import deploy
+from sparring.deploy import engine, tuning
 from sparring.deploy.engine import Engine
 from sparring.deploy.folding import compile_model
+from sparring.deploy.native import host_lanes
 from sparring.deploy.reference import run_reference
 from sparring.models import Residual
+from sparring.sparsity import Threshold, TopK
 
 BATCHES = (1, 3, 16, 64, 65)
 
@@ -124,3 +127,22 @@ def test_odd_inputs_are_taken_as_they_come(sparse_model):
     assert (packed(x) == expected).all()
     assert packed(x[:0]).shape == (0, 10)
     assert (packed(torch.from_numpy(x).requires_grad_()).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("name", ["lenet-5", "vgg-like"])
+def test_what_is_tuned_never_changes_a_bit(sparse_model, monkeypatch, name):
+    shape = (1, 28, 28) if name == "lenet-5" else (3, 32, 32)
+    program = compile_model(sparse_model(name, 0.1, width=0.25), shape)
+    x = np.random.default_rng(0).random((18, *shape), np.float32)
+    found = set()
+    for choice in tuning._candidates(host_lanes()):
+        monkeypatch.setattr(engine, "tuned", lambda *_, choice=choice, **__: lambda key: choice)
+        found.add(b"".join(Engine(program).run(part).tobytes() for part in (x, x[:1])))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_hosts_with_shorter_vectors_sparsify_alike(lanes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), TopK(0.7), nn.Conv2d(5, 4, 3, padding=1), Threshold(0.1))
+    check(nn.Sequential(*model, nn.Flatten(), TopK(0.5), nn.Linear(4 * 49, 6)), (2, 7, 7), (1, 5, 19), lanes)

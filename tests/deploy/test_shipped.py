@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from sparring import deploy
 from sparring.deploy.timing import interleaved
 from sparring.errors import UserError
+from sparring.report import timings_figure
 
 onnxruntime = pytest.importorskip("onnxruntime")
 SHAPE = (1, 28, 28)
@@ -26,7 +28,17 @@ def test_what_is_shipped_is_attacked_and_compared(sparse_model, values):
     y = model.eval()(x).argmax(1)
     model.train()
     packed = deploy.pack(model, shape=SHAPE, values=values)
-    result = deploy.compare_shipped(model, packed, x, y, signs)
+    asked = []
+
+    def noise(network, x, y):
+        asked.append((network, len(x)))
+        return (x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+
+    result = deploy.compare_shipped(model, packed, x, y, signs, decide=noise, few=10)
+    ((network, few),) = asked
+    assert isinstance(network, deploy.PackedModule) and few == 10 and 0 <= result.robust_decision <= 1
+    assert result.stands_packed.double().mean() <= min(result.robust_packed, result.robust_transfer)
+    assert result.stands_model.double().mean() <= result.robust_model
     assert model.training
     assert result.accuracy_model == 1 and result.agreement == result.accuracy_packed >= 0.9
     assert result.logit_error <= (5e-6 if values == "fp32" else 5e-2)
@@ -38,11 +50,10 @@ def test_what_is_shipped_is_attacked_and_compared(sparse_model, values):
 def test_onnx_gives_the_same_logits(tmp_path, sparse_model, name):
     model = sparse_model(name, 0.2, width=0.5)
     shape = SHAPE if name == "lenet-5" else (3, 32, 32)
-    session = onnxruntime.InferenceSession(deploy.to_onnx(model, tmp_path / "net.onnx", shape=shape))
     x = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
-    expected = model(x).detach().numpy()
-    got = session.run(None, {"images": x.numpy()})[0]
-    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert deploy.onnx_error(deploy.to_onnx(model, tmp_path / "net.onnx", shape=shape), model, x) <= 1e-4
+    other = sparse_model(name, 0.2, width=0.5, seed=1)
+    assert deploy.onnx_error(tmp_path / "net.onnx", other, x) > 1e-4
 
 
 def test_removed_channels_make_a_smaller_onnx_graph(tmp_path, sparse_model):
@@ -61,8 +72,12 @@ def test_bench_measures_all_engines_on_equal_terms(sparse_model):
     assert {"packed", "torch", "onnxruntime fp32", "onnxruntime int8", "small dense, torch"} <= set(names)
     for row in rows:
         assert 0 < row.low <= row.milliseconds <= row.high and row.bytes_disk > 0
-        if row.engine in ("packed", "onnxruntime fp32"):
+        if row.engine.endswith(("packed", "onnxruntime fp32")):
             assert row.logit_error < 5e-6
+    floors = {row.engine: row.floor for row in rows if row.batch == 1}
+    assert floors["packed"] == floors["torch"] and floors["packed"] != floors["small dense, packed"]
+    drawn = timings_figure("one core", [asdict(row) for row in rows])
+    assert drawn.startswith("<svg") and all(name in drawn for name in (*names, "batch 5"))
     with pytest.raises(UserError):
         deploy.bench(model, shape=SHAPE, batches=())
 

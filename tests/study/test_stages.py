@@ -11,7 +11,9 @@ import torch
 
 from sparring.data import Dataset
 from sparring.errors import UserError
+from sparring.report.findings import find
 from sparring.report.records import load
+from sparring.report.shipped import shipped_html
 from sparring.study import Context, DataFacts, Plan, Record, Store, lay_out, run
 from sparring.study.estimate import estimate
 from sparring.study.networks import WEIGHTS, chosen_images
@@ -25,6 +27,7 @@ TABLE: dict[str, Any] = {
     "sparsities": [0.8],
     "checkpoints": ["final", "best"],
     "deploy": True,
+    "shipped": [{"values": "int8", "images": 40, "decisions": 2}],
     "training": {"loss": "pgd-at", "eps": 0.05, "steps": 2},
     "recipe": {"epochs": 3, "lr": 0.05},
     "finetune": {"epochs": 2},
@@ -183,6 +186,21 @@ def test_the_packed_artefact_answers_as_the_network(study: Finished) -> None:
     assert sparse.metrics["bytes_packed"] < dense.metrics["bytes_packed"]  # type: ignore[operator]
 
 
+def test_the_rounded_artefact_is_attacked_and_certified(study: Finished) -> None:
+    record = study.one("magnitude", "ship")
+    metrics, held = record.metrics, study.store.tensors(record.key)
+    assert metrics["agreement"] > 0.9 and 0 < metrics["logit_error"] < 0.05  # type: ignore[operator]
+    assert abs(metrics["robust_model"] - metrics["robust_packed"]) < 0.15  # type: ignore[operator]
+    assert 0 <= metrics["robust_decision"] <= 1  # type: ignore[operator]
+    exact = study.store.tensors(study.one("magnitude", "certify").key)["radius"]
+    assert torch.equal(held["radius_model_linf_crown"], exact)
+    rounded = held["radius_packed_linf_crown"]
+    assert not torch.equal(rounded, exact) and (rounded - exact).abs().max() < 0.2 * exact.max()
+    page = shipped_html(find(load(study.store.out)))
+    assert page is not None and "int8" in page and "as robust" in page and "crown" in page
+    assert study.one("mean-sparse", "ship").metrics["agreement"] > 0.9  # type: ignore[operator]
+
+
 def test_transfer_goes_both_ways(study: Finished) -> None:
     records = study.of("magnitude", "transfer")
     assert {r.inputs["direction"] for r in records} == {"to sparse", "to dense"}
@@ -216,6 +234,37 @@ def test_the_images_of_a_split_are_a_fixed_unbiased_choice(few_digits: Dataset) 
     again, _ = chosen_images(few_digits, "test", 10, 30)
     assert torch.equal(x[10:], again)
     assert len(set(y.tolist())) > 5
+
+
+def test_attacks_through_packed_kernels_reach_what_torch_does(few_digits: Dataset, tmp_path: Path) -> None:
+    attacks = [{"name": "pgd", "eps": [0.1], "steps": 10}, {"name": "nearest", "images": 40}]
+    small = {"name": "packed", "data": "digits", "model": {"name": "mlp", "widths": [32]}, "seeds": 1}
+    table = {**small, "recipe": {"epochs": 2}, "sparsities": [0.9], "attacks": attacks}
+    found: dict[str, dict[str, Record]] = {}
+    for kernels in ("torch", "packed"):
+        records = run(Plan.from_table({**table, "kernels": kernels}), tmp_path / kernels, dataset=few_digits, workers=0)
+        found[kernels] = {r.inputs["attack"]["name"]: r for r in records if r.stage == "attack"}  # the last: sparse
+    for name, one in found["torch"].items():
+        other = found["packed"][name]
+        assert other.inputs["kernels"] == "packed" and "kernels" not in one.inputs and other.key != one.key
+        assert other.metrics["success"] == pytest.approx(one.metrics["success"], abs=0.02)
+        if name == "nearest":
+            assert other.metrics["mean_distance"] == pytest.approx(one.metrics["mean_distance"], rel=5e-3)
+
+
+def test_the_route_of_attacks_is_the_plans_and_changes_no_other_key(few_digits: Dataset) -> None:
+    def keys(**changes: Any) -> dict[str, dict[str, Any]]:
+        table = {**TABLE, "model": "lenet-5", "controls": {}, "exact": [], **changes}
+        tasks = lay_out(Plan.from_table(table), DataFacts.of(few_digits)).tasks
+        return {key: task.inputs for key, task in tasks.items()}
+
+    torch_only, auto = keys(), keys(kernels="auto", sparsities=[0.8, 0.95])
+    assert keys(kernels="torch") == torch_only
+    packed = [inputs for inputs in auto.values() if inputs.get("kernels") == "packed"]
+    assert packed and {inputs["attack"]["name"] for inputs in packed} == {"pgd", "nearest", "fgsm"}
+    assert torch_only.keys() <= auto.keys(), "0.8 is too dense to gain"
+    mlp = {"model": "lenet-300-100", "sparsities": [0.95]}
+    assert keys(kernels="auto", **mlp) == keys(**mlp), "attacks compute these by hand"
 
 
 def test_the_estimate_grows_with_the_work(few_digits: Dataset) -> None:

@@ -47,6 +47,7 @@ _DIGEST = 32
 _MOST_BYTES = 1 << 30
 _MOST_STEPS = 10_000
 _MOST_SIDE = 1 << 16
+_MOST_WEIGHTS = 1 << 28  # of all layers together, so that layers cannot share a blob without end
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -176,6 +177,7 @@ class _Reader:
     def __init__(self, header: Any, blobs: Bytes) -> None:
         self.header = header
         self.blobs = blobs
+        self.weights = 0  # of the layers read so far, zeros counted
 
     def program(self) -> Program:
         header = self.header
@@ -190,7 +192,10 @@ class _Reader:
         if not 1 <= len(described) <= _MOST_STEPS:
             raise UserError(f"the artefact has {len(described)} steps")
         steps = tuple(Step(self._op(item, values), _inputs(item)) for item in described)
-        classes = infer_shapes(shape, steps)[-1][0]
+        shapes = infer_shapes(shape, steps)
+        if sum(map(math.prod, shapes)) > MOST_ELEMENTS:
+            raise UserError("the artefact's values for one image would not fit into memory")
+        classes = shapes[-1][0]
         names = header.get("class_names")
         if names is not None and not (
             isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
@@ -224,8 +229,10 @@ class _Reader:
     def _sparse(self, item: Any, values: str) -> Sparse:
         out, channels, height, width = self._sides(item, "weight", (4,), 1)
         row = channels * height * width
-        if out * row > MOST_ELEMENTS:
-            raise UserError(f"the artefact has a layer of {out * row} weights, more than {MOST_ELEMENTS}")
+        self.weights += out * row
+        if out * row > MOST_ELEMENTS or self.weights > _MOST_WEIGHTS:
+            raise UserError(f"the artefact has a layer of {out * row} weights, more than can be")
+        bias = self._floats(item, "bias", out)  # first, since then `out` is no larger than the file
         count = _field(item, "nonzeros", int)
         flat = decode_positions(_field(item, "coding", str), self._blob(item, "index"), count, out * row)
         rows, indices = np.divmod(flat, row)
@@ -233,7 +240,6 @@ class _Reader:
         np.cumsum(np.bincount(rows, minlength=out), out=indptr[1:])
         kept = decode_values(self._blob(item, "kept"), rows, out, values)
         geometry = {name: self._pair(item, name, least) for name, least in _LAYER_FIELDS}
-        bias = self._floats(item, "bias", out)
         return Sparse((out, channels, height, width), indptr, indices.astype(np.int32), kept, bias, **geometry)
 
     def _sides(self, item: Any, name: str, lengths: tuple[int, ...], least: int) -> Shape:

@@ -41,7 +41,9 @@ def add_runner(code: Code) -> None:
 def _sources() -> str:
     """Return a hash of how kernels are written, so that a cache never outlives the code that filled it."""
     folder = Path(__file__).parent
-    content = b"".join((folder / name).read_bytes() for name in ("emit.py", "kernels.py", "movement.py"))
+    content = b"".join(
+        (folder / name).read_bytes() for name in ("emit.py", "kernels.py", "movement.py", "sparsifiers.py")
+    )
     return hashlib.sha256(content + llvmlite.__version__.encode()).hexdigest()
 
 

@@ -327,8 +327,12 @@ def _tile(
 
 
 def _channels_per_block(choice: Choice, cut: Cut, op: Sparse, source: Buffer, flat: bool, spec: Tile) -> int:
-    """Return how many input channels to take at once, so that what a tile reads of them is `block_bytes`."""
-    if not choice.block_bytes:
+    """Return how many input channels to take at once, so that what a tile reads of them is `block_bytes`.
+
+    All of them where a row's sum has several accumulators: to add those up block by block would round otherwise, and
+    what is tuned must not change a bit.
+    """
+    if not choice.block_bytes or spec.unroll > 1:
         return op.shape[1]
     if flat:
         touched = len(spec.reads) * 4 * spec.lanes

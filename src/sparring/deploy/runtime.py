@@ -42,15 +42,17 @@ class Packed:
     def __call__(self, x: Any) -> Any:
         """Return the logits of images, float32; numpy in, numpy out; torch in, torch out (no gradients).
 
-        Raise UserError for images of another shape.
+        Raise UserError for images of another shape, and for whole numbers.
         """
         if isinstance(x, Tensor):
             return from_numpy(self(x.detach().cpu().numpy()))
-        if self._run_one is not None and x.shape == self._one:
+        if self._run_one is not None and x.shape == self._one and x.dtype.kind == "f":
             return self._run_one(x)
         return self._run(x)
 
     def _run(self, x: Any) -> Floats:
+        if x.dtype.kind != "f":
+            raise UserError(f"the network takes images as floats in [0, 1], not {x.dtype}; divide by 255")
         images: Floats = np.ascontiguousarray(x, np.float32)
         if images.shape[1:] != self.program.shape:
             raise UserError(f"the network takes images (N, {self.program.shape}), not {images.shape}")
@@ -141,4 +143,7 @@ def load(path: Path | str, *, threads: int = 1, native: bool = True) -> Packed:
 
     `threads` share large batches; without `native`, or where no kernels can be generated, numpy runs the network.
     """
-    return Packed(read_program(path), threads=threads, native=native)
+    try:
+        return Packed(read_program(path), threads=threads, native=native)
+    except MemoryError as error:
+        raise UserError(f"{path}: this network does not fit into memory") from error

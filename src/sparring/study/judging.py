@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attacks
+from .. import attacks, deploy
 from ..data import as_float
-from ..errors import UserError
+from ..errors import Unsupported, UserError
 from ..metrics import accuracy, distances, macs, robust_accuracy, size
 from ..sparsity import activity
 from ..threat import Threat, parse_norm
@@ -75,7 +75,8 @@ def attack(context: Context, task: Task) -> Outcome:
         bare = {name: value for name, value in inputs.items() if name != "activation"}
         surrogates = {"dense control": network_of(context, bare, task.parents[1])}
     x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
-    result = _run(model, as_float(x), y, inputs, surrogates)
+    through, flags = _packed(model, as_float(x[:1])) if inputs.get("kernels") == "packed" else (None, [])
+    result = _run(model, as_float(x), y, inputs, surrogates, through)
     metrics: dict[str, float | None] = {
         "forwards": result.forwards,
         "backwards": result.backwards,
@@ -100,7 +101,7 @@ def attack(context: Context, task: Task) -> Outcome:
     if inputs["gallery"]:
         tensors["clean"] = as_float(x[: inputs["gallery"]])
         tensors["perturbed"] = result.x_adv[: inputs["gallery"]].clone()
-    flags = [{"name": flag.name, "detail": flag.detail} for flag in result.flags]
+    flags += [{"name": flag.name, "detail": flag.detail} for flag in result.flags]
     return Outcome(_finite(metrics), flags=flags, tensors=tensors)
 
 
@@ -126,8 +127,24 @@ def judged(context: Context, task: Task) -> nn.Module:
     return network_of(context, task.inputs, task.parents[0], checkpoint=task.inputs.get("checkpoint", "final"))
 
 
+def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[str, str]]]:
+    """Return a network in its packed form, or None and a flag that says why it has none."""
+    try:
+        packed = deploy.pack(model, shape=tuple(x.shape[1:]))
+    except Unsupported as reason:
+        return None, [{"name": "no-packed-form", "detail": f"attacked through torch: {reason}"}]
+    if not packed.native:  # numpy would round otherwise than what other machines record under this key
+        raise UserError("no kernels can be generated here for kernels = 'packed'; use --set kernels=torch")
+    return deploy.PackedModule(packed), []
+
+
 def _run(
-    model: nn.Module, x: Tensor, y: Tensor, inputs: dict[str, Any], surrogates: dict[str, nn.Module]
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    inputs: dict[str, Any],
+    surrogates: dict[str, nn.Module],
+    through: nn.Module | None = None,
 ) -> attacks.AttackResult:
     spec = dict(inputs["attack"])
     name, norm, eps = spec.pop("name"), parse_norm(spec.pop("norm")), spec.pop("eps")
@@ -142,6 +159,7 @@ def _run(
         functools.partial(attack_named(name), **spec),
         Threat(norm, eps),
         surrogates=surrogates,
+        through=through,
         batch_size=inputs["batch_size"],
         generator=torch.Generator().manual_seed(1_000_003 * inputs["seed"] + inputs["start"]),
     )

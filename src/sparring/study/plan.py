@@ -48,8 +48,9 @@ class Plan:
     `transfer` attacks are made on the dense control and tried on every sparse network, and the other way round.
     `checkpoints` adds the best epoch of adversarial training beside the final one. `mark` is written into every
     figure: what a smaller version of a study leaves out. `shard` is how many images one
-    task attacks; `margins` are the losses that the sweet spot allows, by metric (design.md, section 2). A plan with
-    `linear` tables studies linear classifiers and nothing else.
+    task attacks; `margins` are the losses that the sweet spot allows, by metric (design.md, section 2). `kernels`
+    says what attacks on networks with sparse weights go through: torch, their packed form, or "auto", the faster of the
+    two by a rule that knows the plan alone. A plan with `linear` tables studies linear classifiers and nothing else.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Plan:
     checkpoints: tuple[Literal["final", "best"], ...] = ("final",)
     deploy: bool = False
     shipped: tuple[Shipped, ...] = ()
+    kernels: Literal["torch", "packed", "auto"] = "torch"
     batch_size: int = 500
     shard: int = 1000
     gallery: int = 8

@@ -17,6 +17,7 @@ from ..files import canonical_json, sha256_bytes, sha256_file
 from ..plugins import code_hash
 from .executors import Task
 from .plan import CONTROL, REFERENCE, Plan
+from .routes import goes_packed
 from .settings import Activation, Attack, Certify, Exact, Lipschitz, Pruning, Shipped
 from .stages import VERSIONS
 from .widths import narrowed, widened
@@ -291,7 +292,11 @@ class _Seed:
         parents = (made,) if surrogate is None else (made, surrogate)
         for attack in self.plan.attacks:
             if self._applies(attack, method, sparsity) and not (attack.naive and surrogate is None):
-                keys += [self.work.add("attack", inputs, *parents) for inputs in self._attack_inputs(shared, attack)]
+                removed = 0.0 if method.startswith("small dense") else sparsity
+                packed = surrogate is None and goes_packed(self.plan.kernels, shared["model"], removed, attack)
+                extra = {"kernels": "packed"} if packed and self.work.device == "cpu" else {}
+                tasks = self._attack_inputs({**shared, **extra}, attack)
+                keys += [self.work.add("attack", inputs, *parents) for inputs in tasks]
         keys += [self.work.add(stage, {**shared, **inputs}, made) for stage, inputs in self._proofs(sparsity)]
         if self.plan.deploy:
             keys.append(self.work.add("deploy", {**shared, "images": min(256, self.data.test)}, made))
