@@ -39,6 +39,7 @@ data = "digits"
 model = { name = "mlp", widths = [16] }
 seeds = 2
 sparsities = [0.5, 0.9]
+deploy = true
 [recipe]
 epochs = 1
 lr = 0.05
@@ -50,6 +51,10 @@ images = 30
 name = "deepfool"
 norm = "l2"
 images = 30
+[[shipped]]
+images = 30
+decisions = 1
+seeds = 2
 """
 
 
@@ -89,11 +94,13 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
         "--json",
     )
     assert against.code == 0 and json.loads(against.out)["differences"]
-    picked = sparring("pick", tmp_path / "out", "--max-accuracy-drop", 100, "--to", tmp_path / "best.sparring")
+    limits = ("--max-accuracy-drop", 100, "--max-latency", 1000)
+    picked = sparring("pick", tmp_path / "out", *limits, "--values", "int8", "--to", tmp_path / "best.sparring")
     assert picked.code == 0
     best = deploy.load(tmp_path / "best.sparring").program
     assert best.provenance["cell"]["method"] == "gradual" and len(best.provenance["data_hash"]) == 64
     assert best.provenance["weights_sha256"] and best.class_names == tuple("0123456789")
+    assert "as shipped in int8: robust_packed" in picked.out
     nothing = sparring("pick", tmp_path / "out", "--max-accuracy-drop", -100)
     assert nothing.code == 2 and "no network fits" in nothing.err
     status = sparring("status", tmp_path / "out", "--json")
@@ -163,7 +170,10 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
     refused = sparring("prune", path, "--out", tmp_path / "x.safetensors", "--sparsity", 0.5, "--data", "digits")
     assert refused.code == 2 and "cannot be pruned further" in refused.err
     shown = ("--batches", "1", "--rounds", 2, "--data", "digits", "--plot", tmp_path / "bench.svg")
-    table = sparring("bench", models[1], *shown, "--small", models[0])
+    small = tmp_path / "small.safetensors"
+    options = ("--data", "digits", "--quiet", "--set", "epochs=1", "--width", 0.1)
+    assert sparring("train", "lenet-300-100", "--out", small, *options).code == 0
+    table = sparring("bench", models[1], *shown, "--small", small)
     assert table.code == 0 and "in memory" in table.out and "small dense one" in table.out
     assert (tmp_path / "bench.svg").read_text().startswith("<svg")
     rows = json.loads(sparring("bench", path, "--data", "digits", "--batches", "1", "--rounds", 2, "--json").out)

@@ -97,6 +97,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="The model file to write.")],
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
     recipe: Annotated[list[str] | None, typer.Option("--set", help="Recipe KEY=VALUE, as epochs=5.")] = None,
+    width: Annotated[float | None, typer.Option(help="Multiple of the named model's layer widths.")] = None,
     loss: Annotated[str, typer.Option(help="standard, pgd-at or trades.")] = "standard",
     eps: Annotated[float, typer.Option(help="Budget of adversarial training, in [0, 1].")] = 0.1,
     seed: Seed = 0,
@@ -107,7 +108,7 @@ def train(
     """Train a network and write it to one file."""
     from .model_commands import run_train
 
-    return run_train(model, out, data, tuple(recipe or ()), loss, eps, seed, data_dir, download, quiet=quiet)
+    return run_train(model, out, data, tuple(recipe or ()), width, loss, eps, seed, data_dir, download, quiet=quiet)
 
 
 @app.command()

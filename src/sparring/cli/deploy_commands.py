@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import read_json, sha256_file, write_atomic
 from ..metrics import accuracy
 from ..models import build, load_weights_
-from ..report import pick, shipped_verdict, timings_figure
+from ..report import Choice, pick, shipped_verdict, timings_figure
 from ..report.figures import png
 from ..statistics import effect
 from ..study import Record, Store
@@ -193,17 +193,33 @@ def run_pick(
     }
     names = content["dataset"]["classes"] or None
     deploy.export(model, path, shape=shape, values=values, class_names=names, provenance=provenance)
+    shipped = _as_shipped(out, content, choice, values)
     if as_json:
-        print(json.dumps({**asdict(choice), "path": str(path)}, indent=1))
+        print(json.dumps({**asdict(choice), "path": str(path), "shipped": shipped}, indent=1))
         return 0
     print(
         f"{choice.method} at {choice.sparsity:.1%} (seed {choice.seed}), of {choice.fitting} that fit out of "
         f"{choice.considered}; chosen on validation images, where it loses {choice.accuracy_drop_valid:.2g} points"
     )
+    if choice.latency_ms is not None:
+        print(f"  {choice.latency_ms:.3g} ms an image, packed in fp32 on the machine of the study")
     for name, gain in choice.gains.items():
         print(f"  test, over the dense control: {name} {gain.estimate:+.4g} [{gain.low:+.4g}, {gain.high:+.4g}]")
+    for name, value in shipped.items():
+        print(f"  as shipped in {values}: {name} {value:.4g}")
+    if not shipped and values != "fp32":
+        print(f"  what {values} costs this network was not measured: add a [[shipped]] table for {values} to the plan")
     print(f"wrote {path} ({path.stat().st_size} bytes)")
     return 0
+
+
+def _as_shipped(out: Path, content: dict[str, Any], choice: Choice, values: str) -> dict[str, float]:
+    """Return what the study measured of the chosen network's artefact with these values, attacked and certified."""
+    who = choice.method, choice.sparsity, choice.seed
+    keys = [k for c in content["cells"] if (c["method"], c["sparsity"], c["seed"]) == who for k in c["tasks"]]
+    records = [record for key in keys if (record := Store(out).read(key)) is not None]
+    metrics = [r.metrics for r in records if r.stage == "ship" and r.inputs["values"] == values]
+    return {name: value for found in metrics for name, value in found.items() if value is not None}
 
 
 def _network(out: Path, key: str) -> tuple[nn.Module, tuple[int, ...], Record]:

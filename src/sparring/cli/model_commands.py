@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def run_train(
     out: Path,
     data_name: str,
     overrides: tuple[str, ...],
+    width: float | None,
     loss: str,
     eps: float,
     seed: int,
@@ -55,7 +56,7 @@ def run_train(
     """Train a model and write it; a checkpoint beside it lets an interrupted run go on."""
     dataset = open_data(data_name, data_dir, download)
     recipe = _settings(overrides, "recipe").recipe
-    blueprint = _blueprint(name, dataset)
+    blueprint = replace(_blueprint(name, dataset), width=width)
     model = blueprint.build(seed=seed)
     training = Plan.from_table({"name": "train", "training": {"loss": loss, "eps": eps}}).training
     _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet)

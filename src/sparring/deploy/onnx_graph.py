@@ -17,8 +17,7 @@ from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, 
 
 __all__ = ["onnx_error", "program_to_onnx", "to_onnx"]
 
-_OPSET = 22
-_IR_VERSION = 10  # the oldest that has the opset, so that older runtimes open the file too
+_OPSET = 28  # the newest that this was tried with; an older onnx takes its own newest
 
 
 def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...]) -> Path:
@@ -52,8 +51,9 @@ def program_to_onnx(program: Program, path: Path | str) -> Path:
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", program.classes])],
         graph.constants,
     )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", _OPSET)], producer_name="sparring")
-    model.ir_version = _IR_VERSION
+    opset = [helper.make_opsetid("", min(_OPSET, onnx.defs.onnx_opset_version()))]
+    model = helper.make_model(made, opset_imports=opset, producer_name="sparring")
+    model.ir_version = helper.find_min_ir_version_for(opset)  # so that older runtimes open the file if they can
     onnx.checker.check_model(model, full_check=True)
     return write_atomic(path, model.SerializeToString())
 
