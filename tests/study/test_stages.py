@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from sparring import deploy
 from sparring.data import Dataset
 from sparring.errors import UserError
+from sparring.models import build
 from sparring.report.findings import find
 from sparring.report.records import load
 from sparring.report.shipped import shipped_html
-from sparring.study import Context, DataFacts, Plan, Record, Store, lay_out, run
+from sparring.study import Context, DataFacts, Plan, Record, Store, judging, lay_out, run
 from sparring.study.estimate import estimate
 from sparring.study.networks import WEIGHTS, chosen_images
 from sparring.study.widths import narrowed, widened
@@ -258,13 +260,26 @@ def test_the_route_of_attacks_is_the_plans_and_changes_no_other_key(few_digits: 
         tasks = lay_out(Plan.from_table(table), DataFacts.of(few_digits)).tasks
         return {key: task.inputs for key, task in tasks.items()}
 
-    torch_only, auto = keys(), keys(kernels="auto", sparsities=[0.8, 0.95])
-    assert keys(kernels="torch") == torch_only
+    torch_only, auto = keys(kernels="torch"), keys(sparsities=[0.8, 0.95])
+    assert torch_only == keys(), "0.8 is too dense to gain"
     packed = [inputs for inputs in auto.values() if inputs.get("kernels") == "packed"]
-    assert packed and {inputs["attack"]["name"] for inputs in packed} == {"pgd", "nearest", "fgsm"}
-    assert torch_only.keys() <= auto.keys(), "0.8 is too dense to gain"
+    assert packed and {inputs["attack"]["name"] for inputs in packed} == {"pgd", "nearest"}
+    assert all(inputs["attack"].get("naive") is None and "activation" not in inputs for inputs in packed)
+    assert torch_only.keys() <= auto.keys()
     mlp = {"model": "lenet-300-100", "sparsities": [0.95]}
-    assert keys(kernels="auto", **mlp) == keys(**mlp), "attacks compute these by hand"
+    assert keys(**mlp) == keys(kernels="torch", **mlp), "attacks compute these by hand"
+
+
+def test_a_packed_form_that_differs_is_not_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = (
+        build("mlp", shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.5,), widths=(8,)).eval(),
+        torch.rand(8, 1, 4, 4),
+    )
+    assert judging._packed(model, x)[0] is not None
+    wrong = deploy.PackedModule.forward
+    monkeypatch.setattr(deploy.PackedModule, "forward", lambda self, x: 1.01 * wrong(self, x))
+    through, flags = judging._packed(model, x)
+    assert through is None and flags[0]["name"] == "packed-form-differs"
 
 
 def test_the_estimate_grows_with_the_work(few_digits: Dataset) -> None:

@@ -23,6 +23,8 @@ from .settings import attack_named
 __all__ = ["attack", "judged", "measure", "transfer"]
 
 ACTIVITY_IMAGES = 1000
+# Of a packed network against the network itself, before attacks may go through it.
+LOGIT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-2
 
 
 def measure(context: Context, task: Task) -> Outcome:
@@ -75,7 +77,7 @@ def attack(context: Context, task: Task) -> Outcome:
         bare = {name: value for name, value in inputs.items() if name != "activation"}
         surrogates = {"dense control": network_of(context, bare, task.parents[1])}
     x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
-    through, flags = _packed(model, as_float(x[:1])) if inputs.get("kernels") == "packed" else (None, [])
+    through, flags = _packed(model, as_float(x[:8])) if inputs.get("kernels") == "packed" else (None, [])
     result = _run(model, as_float(x), y, inputs, surrogates, through)
     metrics: dict[str, float | None] = {
         "forwards": result.forwards,
@@ -128,14 +130,29 @@ def judged(context: Context, task: Task) -> nn.Module:
 
 
 def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[str, str]]]:
-    """Return a network in its packed form, or None and a flag that says why it has none."""
+    """Return a network in its packed form, or None and a flag that says why attacks must do without."""
     try:
         packed = deploy.pack(model, shape=tuple(x.shape[1:]))
     except Unsupported as reason:
         return None, [{"name": "no-packed-form", "detail": f"attacked through torch: {reason}"}]
     if not packed.native:  # numpy would round otherwise than what other machines record under this key
-        raise UserError("no kernels can be generated here for kernels = 'packed'; use --set kernels=torch")
-    return deploy.PackedModule(packed), []
+        raise UserError("no kernels can be generated here; run the study with --set kernels=torch")
+    through = deploy.PackedModule(packed)
+    if _agree(model, through, x):
+        return through, []
+    return None, [{"name": "packed-form-differs", "detail": "attacked through torch: logits or gradients differ"}]
+
+
+def _agree(model: nn.Module, through: nn.Module, x: Tensor) -> bool:
+    """Compare logits and input gradients of a few images; a maximum of equal values may send a gradient elsewhere."""
+    logits, gradients = [], []
+    for network in (model, through):
+        point = x.clone().requires_grad_()
+        logits.append(network(point))
+        gradients.append(torch.autograd.grad(logits[-1].logsumexp(1).sum(), point)[0].flatten(1))
+    error = (logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp_min(1e-30)
+    apart = (gradients[0] - gradients[1]).norm(dim=1) / gradients[0].norm(dim=1).clamp_min(1e-30)
+    return bool(error <= LOGIT_TOLERANCE) and bool(apart.median() <= GRADIENT_TOLERANCE)
 
 
 def _run(

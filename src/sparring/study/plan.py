@@ -75,7 +75,7 @@ class Plan:
     checkpoints: tuple[Literal["final", "best"], ...] = ("final",)
     deploy: bool = False
     shipped: tuple[Shipped, ...] = ()
-    kernels: Literal["torch", "packed", "auto"] = "torch"
+    kernels: Literal["torch", "packed", "auto"] = "auto"
     batch_size: int = 500
     shard: int = 1000
     gallery: int = 8
