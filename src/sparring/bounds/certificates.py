@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from ..errors import UnknownNameError, UserError
 from ..graph import Graph, Linear
 from ..threat import Threat, distance, dual
+from .compaction import compacted
 from .crown import bound_nodes, lower_bound
 from .intervals import Interval
 from .network import margin_rows, prepare
-from .region import Region, region
+from .region import Region, check_pixels, region
 from .relaxations import Lines
 
 __all__ = ["BOUNDS", "Bound", "certified_accuracy", "margin", "margins_over", "radius", "radius_over"]
 
 Bound = Callable[[Graph, Region, Tensor], Tensor]
-_CHUNK = 2**22  # coefficients that one image batch may need at once: 32 MB of float64
+_CHUNK = 2**22  # coefficients of the margins that one image batch may need at once: 32 MB of float64
 _ROUNDING = 1e-12  # what float64 may lose in a sum of thousands of terms, relative to the largest magnitude met
 
 
@@ -99,8 +100,9 @@ def margin(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: st
     """
     if threat.eps is None:
         raise UserError("a certified margin needs a threat with eps; for the largest certified eps use radius")
-    graph = prepare(model, tuple(x.shape[1:]))
-    return margins_over(graph, x, y, threat.norm, torch.full((len(x),), threat.eps, dtype=torch.float64), method)
+    check_pixels(x)
+    graph, pixels = compacted(prepare(model, tuple(x.shape[1:])), x)
+    return margins_over(graph, pixels, y, threat.norm, torch.full((len(x),), threat.eps, dtype=torch.float64), method)
 
 
 def margins_over(graph: Graph, x: Tensor, y: Tensor, norm: float, eps: Tensor, method: str) -> Tensor:
@@ -119,8 +121,8 @@ def margins_over(graph: Graph, x: Tensor, y: Tensor, norm: float, eps: Tensor, m
 
 
 def _images_at_once(graph: Graph) -> int:
-    widest = sorted((math.prod(node.shape) for node in graph.nodes), reverse=True)[:2]
-    return max(1, min(64, _CHUNK // (2 * widest[0] * widest[-1])))
+    (classes,) = graph.nodes[-1].shape
+    return max(1, min(64, _CHUNK // (classes * max(math.prod(node.shape) for node in graph.nodes))))
 
 
 def radius(
@@ -131,7 +133,8 @@ def radius(
     No perturbation of smaller norm that stays in [0, 1] changes the label. Zero where the model is wrong at x. Each
     result is at most the relative `tolerance` below an eps that was not certified. Raises as `margin` does.
     """
-    return radius_over(prepare(model, tuple(x.shape[1:])), x, y, norm, method, tolerance)
+    check_pixels(x)
+    return radius_over(*compacted(prepare(model, tuple(x.shape[1:])), x), y, norm, method, tolerance)
 
 
 def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, tolerance: float = 1e-3) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..graph import Activation, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU
 from .intervals import Interval, first_layers, propagate
-from .network import adjoint, offset
+from .network import LinearOp, adjoint, offset
 from .region import Region
 from .relaxations import Relaxation, relax
 
@@ -17,7 +18,7 @@ __all__ = ["bound_nodes", "lower_bound"]
 
 _LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
 _NONLINEAR = (ReLU, MaxPool, Activation)
-_CHUNK = 2**22  # coefficients held at once: 32 MB of float64
+_CHUNK = 2**17  # coefficients of units that are refined at once: 1 MB of float64 stays in the cache
 
 
 def lower_bound(
@@ -29,12 +30,15 @@ def lower_bound(
     *,
     alpha: dict[int, Tensor] | None = None,
     refine: bool = False,
+    paired: bool = False,
 ) -> Tensor:
     """Bound rows·(output of node `start`) from below over a region: rows (N, K, *shape of the node) to (N, K).
 
     `relaxed` holds the linear bounds of the nonlinear nodes before `start`; `alpha` replaces, per row, the lower slopes
-    of unstable ReLUs. The result is differentiable in `alpha`.
+    of unstable ReLUs. The result is differentiable in `alpha`. With `paired` the second half of the K rows is minus the
+    first, which saves time.
     """
+    pull = _pull_pairs if paired else _pull
     count, many = rows.shape[:2]
     total = rows.new_zeros(count, many)
     waiting = {start: rows}
@@ -49,10 +53,23 @@ def lower_bound(
             shape = graph.nodes[node.inputs[0]].shape
             if (constant := offset(node.op, shape)) is not None:
                 total = total + a.flatten(2) @ constant
-            a = adjoint(node.op, a.flatten(0, 1), shape).view(count, many, *shape)
+            a = pull(node.op, a, shape)
         for source in node.inputs:
             waiting[source] = waiting[source] + a if source in waiting else a
     return total + region.minimum(waiting[0].flatten(2), refine=refine)
+
+
+def _pull(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return adjoint(op, a.flatten(0, 1), shape).view(*a.shape[:2], *shape)
+
+
+def _pull_pairs(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Pull rows whose second half is minus the first wherever no sign is open: the sum of the halves is mostly zero."""
+    if not isinstance(op, Linear):
+        return _pull(op, a, shape)
+    low, high = a.chunk(2, dim=1)
+    one = _pull(op, low, shape)
+    return torch.cat([one, _pull(op, low + high, shape) - one], 1)
 
 
 def bound_nodes(graph: Graph, region: Region, *, backward: bool) -> tuple[list[Interval], dict[int, Relaxation]]:
@@ -80,18 +97,34 @@ def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: 
     lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
     pooled = any(isinstance(n.op, MaxPool | Activation) and index in n.inputs for n in graph.nodes)
     open_ = torch.ones_like(lower, dtype=torch.bool) if pooled else (lower < 0) & (upper > 0)
-    count = int(open_.sum(1).max())
-    if count == 0:
-        return known
-    # Each image has its own open neurons; shorter lists are filled up with neurons that are tightened for nothing.
-    chosen = open_.byte().topk(count, dim=1).indices
-    width = 2 * len(lower) * max(math.prod(node.shape) for node in graph.nodes[: index + 1])
-    for part in torch.split(chosen, max(1, _CHUNK // width), dim=1):
-        rows = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part[..., None], 1.0)
-        rows = torch.cat([rows, -rows], 1).view(len(lower), -1, *graph.nodes[index].shape)
-        found = lower_bound(graph, index, rows, region, relaxed)
-        low, high = found[:, : part.shape[1]], -found[:, part.shape[1] :]
-        lower.scatter_(1, part, torch.maximum(lower.gather(1, part), low))
-        upper.scatter_(1, part, torch.minimum(upper.gather(1, part), high))
+    width = 2 * max(math.prod(node.shape) for node in graph.nodes[: index + 1])
+    for images, units in _groups(open_, max(1, _CHUNK // width)):
+        here = region[images]
+        rows = lower.new_zeros(*units.shape, lower.shape[1]).scatter_(2, units[..., None], 1.0)
+        rows = torch.cat([rows, -rows], 1).view(len(units), -1, *graph.nodes[index].shape)
+        lines = {i: r[images] for i, r in relaxed.items()}
+        found = lower_bound(graph, index, rows, here, lines, paired=True)
+        low, high = found[:, : units.shape[1]], -found[:, units.shape[1] :]
+        lower[images] = lower[images].scatter(1, units, torch.maximum(lower[images].gather(1, units), low))
+        upper[images] = upper[images].scatter(1, units, torch.minimum(upper[images].gather(1, units), high))
     shape = known.lower.shape
     return Interval(lower.view(shape), torch.maximum(upper, lower).view(shape))  # rounding may cross equal bounds
+
+
+def _groups(open_: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Split open units (N, units) into images and, for each of them, about `rows` units together: (images, count).
+
+    Few images together have few units that are alive in any. Each image has its own open units; shorter lists are
+    filled up with units that are refined for nothing.
+    """
+    counts = open_.sum(1).tolist()
+    start = 0
+    while start < len(counts):
+        stop = start + 1
+        while stop < len(counts) and max(counts[start : stop + 1]) * (stop + 1 - start) <= rows:
+            stop += 1
+        if most := max(counts[start:stop]):
+            chosen = open_[start:stop].byte().topk(most, dim=1).indices
+            for units in torch.split(chosen, max(1, rows // (stop - start)), dim=1):
+                yield slice(start, stop), units
+        start = stop

@@ -21,7 +21,7 @@ from .network import others, prepare
 __all__ = ["Exact", "exact"]
 
 _GAP = 1e-3
-_STOP = 2e-4  # relative gap at which the search in one class stops
+_STOP = 5e-4  # relative gap at which the search in one class stops
 _BEYOND = (1e-7, 1e-6, 1e-5, 3e-5, 1e-4)  # a solution lies on the boundary: replays go this much beyond it
 _CLIMBERS, _CLIMBS = 16, 10
 
@@ -94,12 +94,13 @@ class _Search:
         self.deadline, self.threads = deadline, threads
         self.best, self.upper = x, math.inf
 
-    def offer_(self, point: Tensor) -> None:
-        """Keep a point if the model itself gives it another label and it is nearer than the best."""
+    def offer_(self, point: Tensor) -> bool:
+        """Keep a point if the model itself gives it another label and it is nearer than the best; tell whether."""
         point = point.to(self.x).clamp(0, 1)
         reached = float(distance(point.double() - self.x.double(), self.norm))
-        if reached < self.upper and self._wrong(point):
+        if better := reached < self.upper and self._wrong(point):
             self.best, self.upper = point, reached
+        return better
 
     def _wrong(self, point: Tensor) -> bool:
         with torch.no_grad():
@@ -114,7 +115,7 @@ class _Search:
         certified = float(radius_over(self.graph, self.x, self.y, self.norm, "crown"))
         lower = math.inf
         for k in self._open_classes():
-            lower = min(lower, self._search_class_(k))
+            lower = min(lower, self._search_class_(k, certified))
         lower = min(max(certified, lower), self.upper)
         closed = self.upper == lower or self.upper - lower <= _GAP * min(1, self.upper)
         return lower, "exact" if closed else "time limit", time.perf_counter() - begin
@@ -143,17 +144,31 @@ class _Search:
         classes = others(self.y, self.graph.nodes[-1].shape[0])[0]
         return [int(classes[j]) for j in margins.argsort() if margins[j] <= 0]
 
-    def _search_class_(self, k: int) -> float:
+    def _search_class_(self, k: int, floor: float) -> float:
         """Return a lower bound on the distance to class k, which may be anything above the best distance known."""
         known = math.isfinite(self.upper)
         cap = self._cap() * (1 - _STOP * known)
         bound, points = _NEAREST[self.norm](
-            self.graph, self.x, int(self.y), k, cap, gap=_STOP, deadline=self.deadline, threads=self.threads
+            self.graph,
+            self.x,
+            int(self.y),
+            k,
+            cap,
+            floor=floor,
+            start=self.best if known and self._label() == k else None,
+            gap=_STOP,
+            deadline=self.deadline,
+            threads=self.threads,
         )
-        for point in points:
-            for reach in _BEYOND:
-                self.offer_(self._beyond(point, k, reach))
+        for point in points:  # nearest first
+            if self.offer_(point) or any(self.offer_(self._beyond(point, k, reach)) for reach in _BEYOND):
+                break
         return max(0.0, bound - 1e-7) if bound < cap or known else math.inf
+
+    def _label(self) -> int:
+        """Return the model's label of the best point."""
+        with torch.no_grad():
+            return int(self.model(self.best).argmax(1))
 
 
 def _wide(value: Tensor, like: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Container
 
 import highspy
 import numpy as np
@@ -111,12 +112,18 @@ def _max_pool(program: Program, op: MaxPool, z: Expression, box: Interval) -> Ex
 
 
 def tightened(
-    graph: Graph, bounds: list[Interval], program: Program, values: list[Expression], *, deadline: float
+    graph: Graph,
+    bounds: list[Interval],
+    program: Program,
+    values: list[Expression],
+    *,
+    skip: Container[int],
+    deadline: float,
 ) -> list[Interval] | None:
     """Bound the inputs of unstable ReLUs by two linear programs each, all rows of the program counted.
 
-    None where the program without integrality has no point at all. One that is not solved before the deadline (of
-    time.perf_counter) changes nothing.
+    Nodes in `skip` have bounds that are hardly ever improved. None where the program without integrality has no point
+    at all. One that is not solved before the deadline (of time.perf_counter) changes nothing.
     """
     solver = program.highs(relaxed=True)
     solver.run()
@@ -124,7 +131,7 @@ def tightened(
         return None
     result = list(bounds)
     for node in graph.nodes:
-        if not isinstance(node.op, ReLU):
+        if not isinstance(node.op, ReLU) or node.inputs[0] in skip:
             continue
         z, box = values[node.inputs[0]], bounds[node.inputs[0]]
         low, high = _flat(box.lower).copy(), _flat(box.upper).copy()

@@ -52,18 +52,20 @@ def first_layers(graph: Graph, region: Region) -> dict[int, Interval]:
     bounds = {0: Interval(region.lower, region.upper)}
     if region.norm not in (L2, LINF):
         return bounds
+    single = {0}  # nodes whose values each come from one pixel
     squares, centres = {0: torch.ones_like(region.x[:1])}, {0: region.x}
     for index, node in enumerate(graph.nodes):
         op, source = node.op, node.inputs[0] if node.inputs else 0
-        if not isinstance(op, Affine | Flatten | Linear | Conv2d) or source not in squares:
+        if not isinstance(op, Affine | Flatten | Linear | Conv2d) or source not in single:
             continue
         box = bounds[index] = propagate(op, bounds[source])
-        square, centre = evaluate(_squared(op), squares[source]), evaluate(op, centres[source])
         if isinstance(op, Affine | Flatten):
-            squares[index], centres[index] = square, centre
-        elif region.norm == L2:
-            half = region.eps.view(-1, *[1] * (centre.dim() - 1)) * square.sqrt()
-            bounds[index] = Interval(torch.maximum(box.lower, centre - half), torch.minimum(box.upper, centre + half))
+            single.add(index)
+        if region.norm == L2:
+            squares[index], centres[index] = evaluate(_squared(op), squares[source]), evaluate(op, centres[source])
+            half = region.eps.view(-1, *[1] * (centres[index].dim() - 1)) * squares[index].sqrt()
+            low, high = centres[index] - half, centres[index] + half
+            bounds[index] = Interval(torch.maximum(box.lower, low), torch.minimum(box.upper, high))
     return bounds
 
 

@@ -28,7 +28,17 @@ Split = tuple[int, int, bool]  # node whose output the unit reads, unit, active
 
 
 def nearest_l2(
-    graph: Graph, x: Tensor, y: int, k: int, cap: float, *, gap: float, deadline: float, threads: int
+    graph: Graph,
+    x: Tensor,
+    y: int,
+    k: int,
+    cap: float,
+    *,
+    floor: float,
+    start: Tensor | None,
+    gap: float,
+    deadline: float,
+    threads: int,
 ) -> tuple[float, list[Tensor]]:
     """Minimise the l_2 distance from one image x (1, ...) to a point with g_k ≥ g_y, if it is below `cap`.
 

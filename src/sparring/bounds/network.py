@@ -3,27 +3,59 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn import grad
 
 from ..errors import Unsupported
-from ..graph import Affine, AvgPool, Conv2d, Flatten, Graph, Linear, evaluate, lower
+from ..graph import Affine, AvgPool, Conv2d, Flatten, Graph, Linear, Node, evaluate, lower
 
-__all__ = ["LinearOp", "adjoint", "margin_rows", "offset", "others", "prepare"]
+__all__ = ["LinearOp", "SparseLinear", "adjoint", "as_sparse", "margin_rows", "offset", "others", "prepare"]
 
 LinearOp = Linear | Conv2d | Affine | AvgPool | Flatten
+_SPARSE = 0.2  # density up to which products that skip zeros beat dense ones, by 3 times at 0.1
 
 
-def prepare(model: nn.Module, shape: tuple[int, ...]) -> Graph:
-    """Lower a float64 copy of a model for images of `shape`: every bound is computed in float64."""
-    return lower(copy.deepcopy(model).double().requires_grad_(False), shape)
+@dataclass(frozen=True, eq=False)
+class SparseLinear(Linear):
+    """A Linear with few nonzero weights, whose adjoint multiplies only those."""
+
+    @cached_property
+    def transposed(self) -> csr_array:
+        """Return the weight (out, in) as a compressed matrix (in, out)."""
+        return csr_array(self.weight.numpy().T)
+
+
+def prepare(model: nn.Module, shape: tuple[int, ...], *, sparse: bool = True) -> Graph:
+    """Lower a float64 copy of a model for images of `shape`: every bound is computed in float64.
+
+    Layers with few nonzero weights become SparseLinear, unless `sparse` is False.
+    """
+    graph = lower(copy.deepcopy(model).double().requires_grad_(False), shape)
+    if not sparse:
+        return graph
+    return Graph(
+        tuple(Node(as_sparse(n.op), n.inputs, n.shape) if isinstance(n.op, Linear) else n for n in graph.nodes)
+    )
+
+
+def as_sparse(op: Linear) -> Linear:
+    """Return a layer as a SparseLinear if that is faster."""
+    few = op.weight.device.type == "cpu" and int(op.weight.count_nonzero()) <= _SPARSE * op.weight.numel()
+    return SparseLinear(op.name, op.weight, op.bias) if few else op
 
 
 def adjoint(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Pull coefficients on an operation's output (M, *out) back to its input (M, *shape): aᵀ(Wx) = (Wᵀa)ᵀx."""
     match op:
+        case SparseLinear():
+            product: Tensor = _SparseProduct.apply(a, op.transposed)  # type: ignore[no-untyped-call]
+            return product
         case Linear():
             return _times(a, op.weight)
         case Conv2d():
@@ -39,6 +71,25 @@ def adjoint(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
     raise Unsupported(f"an operation of type {type(op).__name__} is not linear")
 
 
+class _SparseProduct(torch.autograd.Function):
+    """a·W from the compressed transpose of W; the gradient is for a alone."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, transposed: csr_array) -> Tensor:
+        ctx.transposed = transposed
+        return _sparse_product(transposed, a)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        return _sparse_product(ctx.transposed.T, slopes[0]), None
+
+
+def _sparse_product(left: csr_array, a: Tensor) -> Tensor:
+    # The result stays as the product left it, transposed in memory: what follows can read it so.
+    flat = a.reshape(-1, a.shape[-1])
+    return torch.from_numpy(left @ flat.T.contiguous().numpy()).T.view(*a.shape[:-1], left.shape[0])
+
+
 def _transposed(op: Conv2d, a: Tensor, shape: tuple[int, ...]) -> Tensor:
     size = (len(a), *shape)
     result: Tensor = grad.conv2d_input(  # type: ignore[no-untyped-call]
@@ -49,7 +100,7 @@ def _transposed(op: Conv2d, a: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _times(a: Tensor, weight: Tensor) -> Tensor:
     # Coefficients of dead units are zero for every row: those units cost nothing.
-    used = (a != 0).flatten(0, -2).any(0) if a.dim() > 1 else a != 0
+    used = (a != 0).flatten(0, -2).any(0)
     if int(used.sum()) * 4 < 3 * used.numel():
         index = used.nonzero().squeeze(1)
         return a[..., index] @ weight[index]
@@ -60,6 +111,8 @@ def offset(op: LinearOp, shape: tuple[int, ...]) -> Tensor | None:
     """Return what a linear operation adds, its value at zero, flat (out,); None where that is nothing."""
     if isinstance(op, AvgPool | Flatten) or (isinstance(op, Linear | Conv2d) and op.bias is None):
         return None
+    if isinstance(op, Linear) and len(shape) == 1:
+        return op.bias
     some = op.shift if isinstance(op, Affine) else op.weight
     return evaluate(op, torch.zeros(1, *shape, dtype=some.dtype, device=some.device)).flatten()
 

@@ -103,8 +103,19 @@ class Program:
         """Minimise one variable within a time limit, to a relative gap."""
         solver = self.highs(threads=threads)
         solver.changeColCost(variable, 1.0)
-        solver.setOptionValue("time_limit", max(seconds, 0.01))
         solver.setOptionValue("mip_rel_gap", gap)
+        return self._solved(solver, seconds)
+
+    def point(self, objective: Expression, *, seconds: float, threads: int) -> Solution:
+        """Find any point, looking where one objective (1 row) is large, within a time limit."""
+        solver = self.highs(threads=threads)
+        columns = objective.matrix.indices.astype(np.int32)
+        solver.changeColsCost(len(columns), columns, -objective.matrix.data)
+        solver.setOptionValue("mip_max_improving_sols", 1)
+        return self._solved(solver, seconds)
+
+    def _solved(self, solver: highspy.Highs, seconds: float) -> Solution:
+        solver.setOptionValue("time_limit", max(seconds, 0.01))
         solver.run()
         status, info = solver.getModelStatus(), solver.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..threat import L2, LINF, distance, norm_name
 
-__all__ = ["Region", "region"]
+__all__ = ["Region", "check_pixels", "distance_rows", "region"]
 
 _REFINEMENTS = 6
 
@@ -24,6 +24,9 @@ class Region:
     eps: Tensor
     lower: Tensor
     upper: Tensor
+
+    def __getitem__(self, images: slice) -> Region:
+        return Region(self.x[images], self.norm, self.eps[images], self.lower[images], self.upper[images])
 
     def minimum(self, a: Tensor, *, refine: bool = False) -> Tensor:
         """Bound a·x' from below over the region: coefficients (N, K, features) to (N, K).
@@ -60,12 +63,17 @@ class Region:
 def region(x: Tensor, norm: float, eps: float | Tensor) -> Region:
     """Return the region of radius eps (a number or (N,)) around images x; raise UserError for pixels outside [0, 1]."""
     norm_name(norm)
+    check_pixels(x)
     x = x.detach().double()
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise UserError("bounds need images in [0, 1]; put the normalisation inside the model and divide bytes by 255")
     radius = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
     wide = radius.view(-1, *[1] * (x.dim() - 1))
     return Region(x, norm, radius, (x - wide).clamp_min(0), (x + wide).clamp_max(1))
+
+
+def check_pixels(x: Tensor) -> None:
+    """Raise UserError for pixels outside [0, 1]."""
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise UserError("bounds need images in [0, 1]; put the normalisation inside the model and divide bytes by 255")
 
 
 def distance_rows(a: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class Lines:
     high_shift: Tensor
     free: Tensor
 
+    def __getitem__(self, images: slice) -> Lines:
+        """Return the bounds of some of the images."""
+        return Lines(*(getattr(self, field.name)[images] for field in fields(self)))
+
     def pull(self, a: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
         """Bound a·f(z), a of shape (N, K, ...), from below by b·z + c: return b (N, K, ...) and c (N, K)."""
         slope = self.low_slope[:, None]
@@ -51,6 +55,10 @@ class WindowLines:
     slopes: Tensor
     shift: Tensor
     shape: tuple[int, ...]
+
+    def __getitem__(self, images: slice) -> WindowLines:
+        """Return the bounds of some of the images."""
+        return replace(self, best=self.best[images], slopes=self.slopes[images], shift=self.shift[images])
 
     def pull(self, a: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
         """As for Lines; a maximum has no slope to optimise."""
