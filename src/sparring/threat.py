@@ -14,7 +14,19 @@ from torch import Tensor
 
 from .errors import UserError
 
-__all__ = ["L1", "L2", "LINF", "Threat", "distance", "dual", "norm_name", "parse_norm", "project", "random_point"]
+__all__ = [
+    "L1",
+    "L2",
+    "LINF",
+    "Threat",
+    "diameter",
+    "distance",
+    "dual",
+    "norm_name",
+    "parse_norm",
+    "project",
+    "random_point",
+]
 
 LINF = math.inf
 L2 = 2.0
@@ -61,6 +73,12 @@ def distance(delta: Tensor, norm: float) -> Tensor:
     """Return the norm of each perturbation: (N, ...) to (N,), in pixel units where an image spans [0, 1]."""
     result: Tensor = torch.linalg.vector_norm(delta.flatten(1), ord=norm, dim=1)
     return result
+
+
+def diameter(x: Tensor, norm: float) -> float:
+    """Return the largest distance between two images in [0, 1] of the shape of those in x, (N, ...)."""
+    pixels = float(x[0].numel())
+    return {LINF: 1.0, L1: pixels}.get(norm, math.sqrt(pixels))
 
 
 def project(delta: Tensor, norm: float, eps: float | Tensor) -> Tensor:

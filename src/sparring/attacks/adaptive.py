@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import Unsupported
-from ..threat import L1, LINF, random_point
+from ..threat import LINF, random_point
 from .derivatives import logits_and_gradient
 from .losses import Objective, cross_entropy, margin
 from .prospects import Prospects
-from .steps import Region, budget, column, select, shrink, steepest
+from .steps import Region, budget, column, select, shrink
 
 __all__ = ["apgd"]
 
@@ -56,14 +55,13 @@ def apgd(
 ) -> Tensor:
     """Ascend the objective, halving an image's step length when it stalls (Croce & Hein 2020, algorithm 1).
 
-    l_inf and l_2. Images leave at their first success, or once their ascent
-    has stalled far from the boundary (see `Prospects`); restarts go on with those still standing. `aims` (int64, (N,))
-    are classes that the objective climbs towards while any wrong class counts as success, as AutoAttack's targeted
-    losses do. Raises UserError without eps, Unsupported for l_1.
+    l_inf, l_2 and l_1, whose steps and projection see box and ball together (see `Region`; the projection is that of
+    Croce & Hein 2021, whose sparse steps and shrinking radius Frank-Wolfe steps replace). Images leave at their first
+    success, or once their ascent has stalled far from the boundary (see `Prospects`); restarts go on with those still
+    standing. `aims` (int64, (N,)) are classes that the objective climbs towards while any wrong class counts as
+    success, as AutoAttack's targeted losses do. Raises UserError without eps.
     """
     eps = budget(eps)
-    if norm == L1:
-        raise Unsupported("APGD is implemented for l_inf and l_2; for l_1 use pgd or nearest")
     x_adv = x.clone()
     standing = torch.arange(len(x), device=x.device)
     for _ in range(restarts):
@@ -127,8 +125,7 @@ def _ascend(
         if step in checkpoints:
             gradient = _halve_where_stalled(state, gradient, step - last_check)
             last_check = step
-        ahead = steepest(gradient, region.norm).mul_(column(state.step_size, gradient)).add_(state.point)
-        ahead = region.bring_in_(ahead)
+        ahead = region.ahead(state.point, gradient, state.step_size)
         if step > 0:
             # z + 0.75·(ahead − z) + 0.25·(z − previous), gathered.
             ahead = ahead.mul_(_MOMENTUM).add_(state.point, alpha=2 - 2 * _MOMENTUM)

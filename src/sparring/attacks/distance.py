@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..threat import L2
+from ..threat import L1, L2
 from .boundaries import nearest_boundary
 from .losses import is_past
 from .stem import find_stem
-from .steps import column, keep_within, select, steepest
+from .steps import boundary_step, column, keep_within, select, steepest
 
 __all__ = ["deepfool"]
 
@@ -51,6 +51,11 @@ def deepfool(
             break
         active, point, y, targets = active[standing], point[standing], y[standing], select(targets, standing)
         boundary = nearest_boundary(model, point, y, targets, norm=norm, candidates=candidates, stem=stem)
-        stretched = column((1 + overshoot) * (boundary.distance + (_PUSH if step > 0 else 0.0)), point)
-        point = (point + stretched * steepest(boundary.gradient, norm)).clamp_(0, 1)
+        push = _PUSH if step > 0 else 0.0
+        if norm == L1:  # one pixel, which the box would stop: as many as the box makes necessary
+            gain = boundary.gap * (1 + overshoot) + push * boundary.gradient.flatten(1).abs().amax(1)
+            point = (point + boundary_step(point, boundary.gradient, gain, norm)).clamp_(0, 1)
+        else:
+            stretched = column((1 + overshoot) * (boundary.distance + push), point)
+            point = (point + stretched * steepest(boundary.gradient, norm)).clamp_(0, 1)
     return keep_within(x, x_adv, norm, eps)

@@ -9,7 +9,7 @@ from ..threat import LINF, random_point
 from .derivatives import logits_and_gradient
 from .losses import Objective, cross_entropy, margin
 from .prospects import Prospects
-from .steps import Region, budget, inside, select, steepest
+from .steps import Region, budget, climb, inside, select
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
 
@@ -35,7 +35,7 @@ def fgsm(
     """
     eps = budget(eps)
     _, gradient = logits_and_gradient(model, x, objective, y, targets)
-    return inside(x, x + eps * steepest(gradient, norm), norm, eps)
+    return inside(x, climb(x, gradient, norm, eps), norm, eps)
 
 
 def rfgsm(
@@ -61,7 +61,7 @@ def rfgsm(
         first = share * eps * first.sign()
     start = inside(x, x + first, norm, eps)
     _, gradient = logits_and_gradient(model, start, objective, y, targets)
-    return inside(x, start + (1 - share) * eps * steepest(gradient, norm), norm, eps)
+    return inside(x, climb(start, gradient, norm, (1 - share) * eps), norm, eps)
 
 
 def pgd(
@@ -124,7 +124,7 @@ def _ascend(
             done, leaving = prospects.judge(margin(logits, y, targets), step)
             end[prospects.row[leaving]] = point[leaving]
             won[prospects.row[done]] = True
-        point = region.bring_in_(point.add_(steepest(gradient, region.norm), alpha=length))
+        point = region.ahead(point, gradient, length)
         if prospects.crowded():
             stay = prospects.staying()
             prospects, region, targets = prospects.take(stay), region.take(stay), select(targets, stay)

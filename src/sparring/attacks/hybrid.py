@@ -6,13 +6,12 @@ projections alone (DeepFool, FAB) do not; projections land on the boundary exact
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..threat import L1, L2, LINF, distance, dual, project
+from ..threat import L2, LINF, diameter, distance, dual, project
 from .derivatives import logits_and_gradient
 from .losses import Objective, margin, smooth_margin
 from .steps import boundary_step, column, keep_within, select
@@ -106,7 +105,7 @@ def _descend(
         if step == 0:
             # The linearised distance, a little enlarged; a dead gradient must not send an image to infinity.
             slope = torch.linalg.vector_norm(gradient.flatten(1), ord=dual(norm), dim=1)
-            radius = (1.2 * _SHARPNESS / slope.clamp_min(1e-12)).clamp_max(_diameter(x, norm))
+            radius = (1.2 * _SHARPNESS / slope.clamp_min(1e-12)).clamp_max(diameter(x, norm))
         else:
             change = 0.2 * 0.05**done
             nearest_yet = best.distance[rows]
@@ -168,9 +167,3 @@ def _onto_sphere(delta: Tensor, norm: float, radius: Tensor) -> Tensor:
     if norm == L2:
         return delta * column(radius / distance(delta, L2).clamp_min(1e-30), delta)
     return project(delta, norm, radius)
-
-
-def _diameter(x: Tensor, norm: float) -> float:
-    """Return the largest distance between two images of the box."""
-    pixels = float(x[0].numel())
-    return {L1: pixels, L2: math.sqrt(pixels), LINF: 1.0}[norm]

@@ -14,7 +14,18 @@ from torch import Tensor
 from ..errors import UserError
 from ..threat import L1, L2, LINF, distance, project
 
-__all__ = ["Region", "boundary_step", "budget", "column", "inside", "keep_within", "select", "shrink", "steepest"]
+__all__ = [
+    "Region",
+    "boundary_step",
+    "budget",
+    "climb",
+    "column",
+    "inside",
+    "keep_within",
+    "select",
+    "shrink",
+    "steepest",
+]
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -58,20 +69,39 @@ def steepest(gradient: Tensor, norm: float) -> Tensor:
     return torch.zeros_like(flat).scatter(1, best, flat.gather(1, best).sign()).view_as(gradient)
 
 
+def climb(point: Tensor, gradient: Tensor, norm: float, length: float | Tensor) -> Tensor:
+    """Return points moved by `length`, a number or of shape (N,), along which a linear function grows most.
+
+    For l_1 the direction is one pixel, which the box soon stops: each pixel goes as far as the box lets it, those of
+    largest gradient first, until the length is used up. Other norms leave the box, which `inside` is for.
+    """
+    if norm == L1:
+        flat, base = gradient.flatten(1), point.flatten(1)
+        order = flat.abs().argsort(dim=1, descending=True)
+        room = torch.where(flat > 0, 1 - base, base).clamp_min_(0).gather(1, order)
+        left = torch.as_tensor(length, dtype=point.dtype, device=point.device).view(-1, 1) - (room.cumsum(1) - room)
+        moved = torch.zeros_like(flat).scatter_(1, order, torch.minimum(left.clamp_min_(0), room))
+        return moved.mul_(flat.sign()).add_(base).view_as(point)
+    if isinstance(length, Tensor):
+        return steepest(gradient, norm).mul_(column(length, gradient)).add_(point)
+    return torch.add(point, steepest(gradient, norm), alpha=length)
+
+
 def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor:
-    """Return x_adv brought into both the box and the eps-ball around x (exactly the nearest such point for l_inf).
+    """Return x_adv brought into both the box and the eps-ball around x (exactly the nearest such point but for l_2).
 
     Clipping a point of the ball to the box brings every pixel nearer to x, so it stays in the ball; the l_2 length
     that clipping loses is given back to the free pixels a few times.
     """
     if norm == LINF:
         return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp_(0, 1)
+    limit = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
+    if norm == L1:
+        return _inside_l1(x, x_adv, limit.unsqueeze(1))
     delta = project(x_adv - x, norm, eps)
     point = (x + delta).clamp_(0, 1)
-    if norm == L1:
-        return point
-    limit = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
-    outside = (distance(x_adv - x, norm) > limit) & (distance(point - x, norm) < 0.999 * limit)
+    # A step of FGSM ends on the sphere but for rounding, and has lost as much.
+    outside = (distance(x_adv - x, norm) > (1 - 1e-6) * limit) & (distance(point - x, norm) < 0.999 * limit)
     if bool(outside.any()):
         low, high, goal = -x[outside], 1 - x[outside], limit[outside]
         step = delta[outside]
@@ -85,6 +115,27 @@ def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor
         again = project(torch.minimum(torch.maximum(step, low), high), norm, goal)
         point[outside] = (x[outside] + again).clamp_(0, 1)
     return point
+
+
+def _inside_l1(x: Tensor, x_adv: Tensor, limit: Tensor) -> Tensor:
+    """Return the nearest point of box and l_1 ball (Croce & Hein 2021, proposition 2.1); limit has shape (N, 1).
+
+    Every pixel moves by min(max(|delta| − level, 0), room). At level 0 that is clipping to the box; as the level rises
+    a pixel's movement begins to shrink at |delta| − room and ends at |delta|: the total is linear between such marks.
+    """
+    delta, base = (x_adv - x).flatten(1), x.flatten(1)
+    size, room = delta.abs(), torch.where(delta > 0, 1 - base, base)
+    start = torch.minimum(size, room).sum(1, keepdim=True)
+    marks, order = torch.cat([(size - room).clamp_min(0), size], dim=1).sort(dim=1)
+    shrinking = torch.cat([torch.ones_like(size), -torch.ones_like(size)], dim=1).gather(1, order).cumsum(1)
+    totals = start - torch.cat([torch.zeros_like(start), (shrinking[:, :-1] * marks.diff(dim=1)).cumsum(1)], dim=1)
+    last = (totals > limit).sum(1, keepdim=True).clamp_min(1) - 1
+    level = marks.gather(1, last) + (totals.gather(1, last) - limit) / shrinking.gather(1, last).clamp_min(1)
+    level = torch.where(start > limit, level, 0.0)
+    moved = torch.minimum((size - level).clamp_min(0), room)
+    # Rounding of the sums must not leave the ball.
+    moved = moved * (limit / moved.sum(1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+    return (base + moved * delta.sign()).view_as(x)
 
 
 @dataclass(frozen=True)
@@ -109,6 +160,18 @@ class Region:
         if self.norm == LINF:
             return point.clamp_(self.low, self.high)
         return inside(self.x, point, self.norm, self.eps)
+
+    def ahead(self, point: Tensor, gradient: Tensor, length: float | Tensor) -> Tensor:
+        """Return points moved by `length`, a number or (N,), in the steepest direction and brought into the region.
+
+        For l_1 they go towards the region's best point instead (Frank & Wolfe 1956), the share length/eps of the way:
+        a steepest step would leave even the optimum of a linear function.
+        """
+        if self.norm != L1:
+            return self.bring_in_(climb(point, gradient, self.norm, length))
+        share = torch.as_tensor(length / max(self.eps, 1e-30), dtype=point.dtype, device=point.device).clamp_max(1.0)
+        best = climb(self.x, gradient, L1, self.eps)
+        return point + share.view(-1, *[1] * (point.dim() - 1)) * (best - point)
 
     def take(self, which: Tensor) -> Region:
         """Return the region of the chosen images."""
