@@ -102,8 +102,12 @@ def test_saturated_logits_are_flagged(net: nn.Module, images: Tensor) -> None:
 
 def test_dropout_in_train_mode_is_switched_off(net: nn.Module, images: Tensor) -> None:
     model = nn.Sequential(net, nn.Dropout(0.5)).train()
-    assert flag_names(model, images, net(images).argmax(1)) == set()
+    result = run(model, images, net(images).argmax(1), fgsm, SMALL)
     assert model.training
+    assert result.success.equal(run(net, images, net(images).argmax(1), fgsm, SMALL).success)
+    assert [flag.name for flag in result.flags] == ["training-mode"]
+    assert "model.eval()" in result.flags[0].detail
+    assert flag_names(net.train(), images, net(images).argmax(1)) == set(), "no layer of it cares"
 
 
 def test_dropout_that_ignores_eval_mode_is_flagged(net: nn.Module, images: Tensor) -> None:
@@ -133,3 +137,15 @@ def test_honest_models_raise_no_flag(seed: int, images: Tensor) -> None:
     y = model(images).argmax(1)
     for attack, threat in ((fgsm, SMALL), (pgd, SMALL), (nearest, Threat(L2))):
         assert run(model, images, y, attack, threat).flags == ()
+
+
+def test_a_layer_called_dense_is_nobody_to_replace(net: nn.Module, images: Tensor) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dense(x)
+
+    assert flag_names(Head(), images, net(images).argmax(1)) == set()

@@ -11,9 +11,10 @@ from sparring.attacks import (
     Attack,
     Flag,
     apgd,
+    check_budgets,
     check_convergence,
-    check_losses,
     check_order,
+    check_silence,
     check_unlimited,
     deepfool,
     fast,
@@ -23,7 +24,8 @@ from sparring.attacks import (
     run,
     worst_case,
 )
-from sparring.attacks.reliability import lengthened
+from sparring.attacks.evaluate import lengthened
+from sparring.attacks.flags import exceeds
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
 
@@ -45,21 +47,73 @@ def test_an_idle_attack_fails_with_an_unlimited_budget(net: nn.Module, images: T
     assert check_unlimited(net, images, y, pgd) == ()
 
 
-def test_a_weak_attack_above_a_strong_one_is_flagged(net: nn.Module, images: Tensor) -> None:
-    y = net(images).argmax(1)
-    good, bad = (run(net, images, y, attack, THREAT) for attack in (pgd, idle))
-    assert int(good.success.sum()) >= 2
+@pytest.fixture
+def many() -> Tensor:
+    """Return as many images as it takes to tell a weak attack from bad luck."""
+    return torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def test_a_weak_attack_above_a_strong_one_is_flagged(net: nn.Module, many: Tensor) -> None:
+    y = net(many).argmax(1)
+    good, bad = (run(net, many, y, attack, THREAT) for attack in (pgd, idle))
+    assert int(good.success.sum()) >= 10
     assert [flag.name for flag in check_order({"fgsm": good, "pgd": bad})["pgd"]] == ["weaker-wins"]
     assert check_order({"fgsm": bad, "pgd": good}) == {}
 
 
-def test_a_run_that_stopped_too_soon_is_flagged(net: nn.Module, images: Tensor) -> None:
+def test_a_larger_budget_that_does_worse_is_flagged(net: nn.Module, many: Tensor) -> None:
+    y = net(many).argmax(1)
+    good, bad = (run(net, many, y, attack, THREAT) for attack in (pgd, idle))
+    assert [flag.name for flag in check_budgets({0.05: good, 0.1: bad, 0.02: bad})[0.1]] == ["weaker-wins"]
+    assert check_budgets({0.02: bad, 0.05: good}) == {}
+
+
+def test_ten_images_to_none_are_beyond_chance_and_nine_are_not() -> None:
+    assert exceeds(10, 0, share=0.05, of=100) and not exceeds(9, 0, share=0.05, of=100)
+    assert not exceeds(10, 3, share=0.05, of=100), "as uneven a count comes up by luck"
+    assert not exceeds(100, 20, share=0.05, of=10_000), "significant, but small"
+    assert not exceeds(0, 0, share=0.0, of=5)
+
+
+SHORT = partial(pgd, steps=2, step_size=0.012, random_start=False)
+
+
+def test_a_run_that_stopped_too_soon_is_flagged(net: nn.Module, many: Tensor) -> None:
+    y = net(many).argmax(1)
+    result = run(net, many, y, SHORT, THREAT)
+    assert [flag.name for flag in check_convergence(net, many, y, SHORT, THREAT, result)] == ["not-converged"]
+    assert [flag.name for flag in run(net, many, y, SHORT, THREAT, convergence=40).flags] == ["not-converged"]
+    result = run(net, many, y, nearest, Threat(L2))
+    assert check_convergence(net, many, y, nearest, Threat(L2), result) == ()
+    assert run(net, many, y, fgsm, THREAT, convergence=40).flags == ()
+
+
+def tiring(model, x, y, *, norm, eps=None, targets=None, generator=None, steps=5):  # type: ignore[no-untyped-def]
+    """Stand for an attack that loses its way: with more than five steps it does nothing."""
+    return pgd(model, x, y, norm=norm, eps=eps) if steps <= 5 else x
+
+
+def test_more_steps_that_do_worse_are_flagged(net: nn.Module, many: Tensor) -> None:
+    y = net(many).argmax(1)
+    result = run(net, many, y, tiring, THREAT)
+    assert [flag.name for flag in check_convergence(net, many, y, tiring, THREAT, result)] == ["weaker-wins"]
+
+
+def forgetful(model, x, y, *, norm, eps=None, targets=None, generator=None):  # type: ignore[no-untyped-def]
+    """Stand for an attack that looks at adversarial points and returns where it began."""
+    with torch.no_grad():
+        model(pgd(model, x, y, norm=norm, eps=eps))
+    return x
+
+
+def test_an_attack_that_drops_its_success_is_flagged(net: nn.Module, images: Tensor) -> None:
     y = net(images).argmax(1)
-    short = partial(pgd, steps=2, step_size=0.012, random_start=False)
-    result = run(net, images, y, short, THREAT)
-    assert [flag.name for flag in check_convergence(net, images, y, short, THREAT, result)] == ["not-converged"]
-    result = run(net, images, y, nearest, Threat(L2))
-    assert check_convergence(net, images, y, nearest, Threat(L2), result) == ()
+    result = run(net, images, y, forgetful, THREAT)
+    assert [flag.name for flag in check_silence(net, images, y, forgetful, THREAT, result)] == ["silent-success"]
+    for attack in (pgd, apgd, fgsm):
+        weak = run(net, images, y, attack, Threat(LINF, 0.01))
+        assert bool((~weak.success).any())
+        assert check_silence(net, images, y, attack, Threat(LINF, 0.01), weak) == ()
 
 
 def test_an_attack_without_steps_cannot_be_lengthened() -> None:
@@ -72,9 +126,8 @@ def test_a_descent_is_flagged(net: nn.Module, images: Tensor) -> None:
         return (2 * x - fgsm(model, x, y, norm=norm, eps=eps)).clamp(0, 1)
 
     y = net(images).argmax(1)
-    result = run(net, images, y, backwards, Threat(LINF, 0.01))
-    assert [flag.name for flag in check_losses(net, images, y, result)] == ["loss-not-increasing"]
-    assert check_losses(net, images, y, run(net, images, y, fgsm, Threat(LINF, 0.001))) == ()
+    assert [flag.name for flag in run(net, images, y, backwards, Threat(LINF, 0.01)).flags] == ["loss-not-increasing"]
+    assert run(net, images, y, fgsm, Threat(LINF, 0.001)).flags == ()
 
 
 TARGETED = ("apgd", "apgd-targeted", "deepfool", "fab", "fab-targeted", "fast", "nearest", "pgd", "ddn")

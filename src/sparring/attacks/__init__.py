@@ -11,12 +11,12 @@ from .decisions import hopskipjump
 from .decoupled import ddn
 from .distance import deepfool
 from .ensemble import apgd_targeted, fab_targeted, fast, standard, worst_case
-from .evaluate import Attack, AttackResult, robust_accuracy, run
+from .evaluate import Attack, AttackResult, check_convergence, robust_accuracy, run
 from .flags import FLAGS, Flag
 from .gradient import fgsm, pgd, rfgsm
 from .hybrid import nearest
 from .losses import dlr
-from .reliability import check_convergence, check_losses, check_order, check_unlimited
+from .reliability import check_budgets, check_order, check_silence, check_unlimited
 from .squares import square
 
 ATTACKS: dict[str, Attack] = {
@@ -46,9 +46,10 @@ __all__ = [
     "Flag",
     "apgd",
     "apgd_targeted",
+    "check_budgets",
     "check_convergence",
-    "check_losses",
     "check_order",
+    "check_silence",
     "check_unlimited",
     "cw",
     "ddn",

@@ -1,18 +1,19 @@
 """Layers that hide or randomise gradients: how an attack sees through them without knowing their classes.
 
 The contract is structural (docs/design.md, "Contracts between strangers"): such a module carries `masks_gradients`,
-`stochastic`, `straight_through` and `generator`.
+`stochastic`, `straight_through` and `generator`, and says in `dense()` what it took the place of.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["has_masked_gradients", "is_stochastic", "seeded", "straight_through"]
+__all__ = ["dense_copy", "has_masked_gradients", "is_stochastic", "seeded", "straight_through"]
 
 
 def has_masked_gradients(model: nn.Module) -> bool:
@@ -23,6 +24,28 @@ def has_masked_gradients(model: nn.Module) -> bool:
 def is_stochastic(model: nn.Module) -> bool:
     """Return whether some module declares that it draws random numbers in eval mode."""
     return any(getattr(module, "stochastic", False) for module in model.modules())
+
+
+def dense_copy(model: nn.Module) -> nn.Module | None:
+    """Return a copy of a model with every module of activation sparsity replaced by what it took the place of.
+
+    None where no module says so. Examples of such a copy are tried on the model itself.
+    """
+    # A user's own layer may well be called `dense`: only modules of this contract are asked.
+    paths = [
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if hasattr(module, "masks_gradients") and hasattr(module, "dense")
+    ]
+    if not paths:
+        return None
+    model = copy.deepcopy(model)
+    for path in paths:
+        dense: nn.Module = model.get_submodule(path).dense()  # type: ignore[operator]
+        if path == "":
+            return dense
+        model.set_submodule(path, dense)
+    return model
 
 
 @contextmanager

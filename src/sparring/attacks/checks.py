@@ -5,22 +5,33 @@ A model maps float images in [0, 1], shape (N, ...), to logits (N, classes), eac
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..threat import L1, LINF, Threat, norm_name
+from ..threat import Threat, diameter, norm_name
 from .derivatives import logits_and_gradient
 from .flags import Flag
 from .losses import cross_entropy, margin
 
-__all__ = ["check_inputs", "check_model", "check_threat", "is_random", "state_of", "zero_gradient_share"]
+__all__ = [
+    "check_inputs",
+    "check_losses",
+    "check_mode",
+    "check_model",
+    "check_threat",
+    "is_random",
+    "state_of",
+    "zero_gradient_share",
+]
 
+# Layers that answer differently in training mode.
+_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 # Enough images to see a systematic fault, few enough to cost nothing.
 _SAMPLE = 32
 _MANY = 0.1
+# A step this long, in pixel units of l_inf, is so short that a trained network follows its gradient.
+_SHORT = 1e-3
 
 
 def check_inputs(x: Tensor, y: Tensor) -> None:
@@ -41,13 +52,44 @@ def check_inputs(x: Tensor, y: Tensor) -> None:
 
 def check_threat(x: Tensor, threat: Threat) -> None:
     """Raise UserError for a budget that no image pair can use up: eps is then in other units."""
-    pixels = float(x[0].numel())
-    diameter = {LINF: 1.0, L1: pixels}.get(threat.norm, math.sqrt(pixels))
-    if threat.eps is not None and threat.eps > diameter:
+    widest = diameter(x, threat.norm)
+    if threat.eps is not None and threat.eps > widest:
         raise UserError(
-            f"eps {threat.eps} is larger than any {norm_name(threat.norm)} distance between images ({diameter:.4g}); "
+            f"eps {threat.eps} is larger than any {norm_name(threat.norm)} distance between images ({widest:.4g}); "
             "eps is measured where pixels span [0, 1]: divide it by 255"
         )
+
+
+def check_mode(model: nn.Module) -> tuple[Flag, ...]:
+    """Return a flag if layers whose answers depend on it are in training mode; call it before `frozen`."""
+    kinds = sorted({type(m).__name__ for m in model.modules() if m.training and isinstance(m, _MODAL)})
+    if not kinds:
+        return ()
+    return (
+        Flag(
+            "training-mode",
+            f"{', '.join(kinds)} in training mode; the model was attacked in eval mode and set back: "
+            "call model.eval() before measuring anything else",
+        ),
+    )
+
+
+def check_losses(
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, targets: Tensor | None = None
+) -> tuple[Flag, ...]:
+    """Return a flag if a failed attack left more than a fifth of its images with a lower margin than it began with.
+
+    x, x_adv: the images it failed on, before and after. From the indicators of attack failure (Pintor et al. 2022): an
+    ascent that descends does not follow the model.
+    """
+    if len(x) < 5:
+        return ()
+    with torch.no_grad():
+        lower = int((margin(model(x_adv), y, targets) < margin(model(x), y, targets)).sum())
+    if lower <= 0.2 * len(x):
+        return ()
+    detail = f"{lower} of {len(x)} images it failed on ended further from a success; take smaller steps or `fast`"
+    return (Flag("loss-not-increasing", detail),)
 
 
 def check_model(model: nn.Module, x: Tensor, y: Tensor, *, random: bool) -> tuple[Flag, ...]:
@@ -64,12 +106,19 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, *, random: bool) -> tupl
         with torch.no_grad():
             alone = model(x[:1])
         if _differ(alone, logits[:1]):
-            flags.append(Flag("batch-dependent", "the first image's logits change when it comes alone"))
+            flags.append(
+                Flag(
+                    "batch-dependent",
+                    "the first image's logits change when it comes alone; make normalisation use running statistics",
+                )
+            )
     finite = torch.isfinite(logits).all(1)
     x, y, logits = x[finite], y[finite], logits[finite]
     right = logits.argmax(1) == y
     if bool(right.any()):
         flags += _gradient_flags(model, x[right], y[right])
+        # Draws would be taken for jumps.
+        flags += [] if flags or random else _shattered(model, x[right], y[right])
     return tuple(flags)
 
 
@@ -110,9 +159,26 @@ def _differ(first: Tensor, second: Tensor) -> bool:
 def _gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
     dead = zero_gradient_share(model, x, y)
     if dead > _MANY:
-        return [Flag("zero-gradients", f"at {dead:.0%} of the images")]
+        way_out = "`run` adds a secant backward pass where a layer is dead; else give surrogates, or attack by square"
+        return [Flag("zero-gradients", f"at {dead:.0%} of the images; {way_out}")]
     _, gradient = logits_and_gradient(model, x, cross_entropy, y)
     saturated = float((gradient.flatten(1) == 0).all(1).double().mean())
     if saturated > _MANY:
-        return [Flag("logit-scale", f"the cross-entropy has no gradient at {saturated:.0%} of the images")]
+        detail = f"the cross-entropy has no gradient at {saturated:.0%} of the images; use fast, standard or nearest"
+        return [Flag("logit-scale", detail)]
     return []
+
+
+def _shattered(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
+    """Return a flag if short steps along the gradient do not gain what it promises.
+
+    From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to honest curvature.
+    """
+    logits, gradient = logits_and_gradient(model, x, margin, y)
+    step = (x + _SHORT * gradient.sign()).clamp(0, 1) - x
+    with torch.no_grad():
+        gained = margin(model(x + step), y) - margin(logits, y)
+    promised = (step * gradient).flatten(1).sum(1)
+    off = float(((gained - promised).abs() > 0.5 * promised).double().mean())
+    detail = f"at {off:.0%} of the images; use fast or standard, which go on where gradients end, or give surrogates"
+    return [Flag("shattered-gradients", detail)] if off > _MANY else []

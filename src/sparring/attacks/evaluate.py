@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..threat import Threat, distance
-from .activations import has_masked_gradients, is_stochastic, seeded, straight_through
-from .checks import check_inputs, check_model, check_threat, is_random, state_of
+from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
+from .checks import check_inputs, check_losses, check_mode, check_model, check_threat, is_random, state_of
 from .dense import read_dense
 from .derivatives import Probe, frozen
-from .flags import Flag
+from .flags import Flag, exceeds
 from .steps import column, select
 
-__all__ = ["Attack", "AttackResult", "batch_size_for", "classify", "robust_accuracy", "run"]
+__all__ = [
+    "Attack",
+    "AttackResult",
+    "batch_size_for",
+    "check_convergence",
+    "classify",
+    "lengthened",
+    "robust_accuracy",
+    "run",
+]
 
 TOLERANCE = 1e-6
 _BATCH_BYTES = 256 * 2**20
 # Another way of attacking must do better on this share of the images before it is called a sign of masking.
 _NOTABLE = 0.02
+_LENGTHS = ("steps", "queries")
 
 
 class Attack(Protocol):
@@ -82,6 +95,7 @@ def run(
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
     draws: int = 10,
+    convergence: int = 0,
 ) -> AttackResult:
     """Attack every correctly classified image and judge the outcome on a fresh forward pass.
 
@@ -90,23 +104,28 @@ def run(
     with frozen parameters and restored.
 
     Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
-    straight-through backward pass; with `surrogates` (name to model, such as the dense network) it runs on each of
-    them and its examples are transferred. The best of all counts for each image. A model that draws random numbers is
-    attacked in expectation over `draws` passes, and an image counts as misclassified if most of 3·draws + 1 other
-    passes are wrong. `through` is the same network by faster passes, such as packed kernels: the attack asks that, the
-    verdict the model. Raises UserError for inputs or a model that break the contract (see `checks`).
+    straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
+    transferred. None: on the dense network where modules of activation sparsity say what they took the place of; {}: on
+    none. The best of all counts for each image. A model that draws random numbers is attacked in expectation over
+    `draws` passes, and an image counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the
+    same network by faster passes, such as packed kernels: the attack asks that, the verdict the model.
+
+    `convergence`: on how many of the images a run four times as long shows whether more steps would still help (see
+    `check_convergence`); an attack without steps has nothing to show. Raises UserError for inputs or a model that break
+    the contract (see `checks`).
     """
     start = time.perf_counter()
     check_inputs(x, y)
     check_threat(x, threat)
     seed = _seed_from(generator)
-    others = surrogates or {}
+    others = _dense_network(model) if surrogates is None else surrogates
+    mode = check_mode(model)
     with ExitStack() as stack:
         for network in (model, *others.values()):
             stack.enter_context(frozen(network))
         before = state_of(model)
         random = is_stochastic(model) or is_random(model, x)
-        flags = [*_undeclared(model, random), *check_model(model, x, y, random=random)]
+        flags = [*mode, *_undeclared(model, random), *check_model(model, x, y, random=random)]
         size = batch_size or batch_size_for(model, x)
         watch = Probe(model)
         judge = _Judge(watch, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1)
@@ -133,9 +152,13 @@ def run(
             flags += _masked(f"transfer from {name}", more, clean_correct)
         flags += _violations(outcome, threat, probe.nonfinite + watch.nonfinite)
         if state_of(model) != before:
-            flags.append(Flag("state-changed", "parameters or buffers were written to"))
+            detail = "parameters or buffers were written to; make them constant in eval mode"
+            flags.append(Flag("state-changed", detail))
+        failed = (clean_correct & ~outcome.success).nonzero().squeeze(1)
+        if threat.eps is not None and not random:
+            flags += check_losses(model, x[failed], outcome.x_adv[failed], y[failed], select(targets, failed))
     count = max(int(clean_correct.sum()), 1)
-    return AttackResult(
+    result = AttackResult(
         x_adv=outcome.x_adv,
         clean_correct=clean_correct,
         success=outcome.success,
@@ -145,6 +168,73 @@ def run(
         seconds=time.perf_counter() - start,
         flags=tuple(flags),
     )
+    if convergence and _length_of(attack) is not None:
+        opinion = check_convergence(
+            model, x, y, attack, threat, result, images=convergence, targets=targets, generator=generator
+        )
+        result = replace(result, flags=(*result.flags, *opinion), seconds=time.perf_counter() - start)
+    return result
+
+
+def lengthened(attack: Attack, factor: int = 4) -> Attack:
+    """Return the attack with `factor` times its steps (or queries); raise UserError where it has neither."""
+    name = _length_of(attack)
+    if name is None:
+        raise UserError("this attack has neither steps nor queries, so it cannot be run for longer")
+    function = cast(Callable[..., Tensor], attack)
+    return cast(Attack, partial(function, **{name: factor * inspect.signature(function).parameters[name].default}))
+
+
+def _length_of(attack: Attack) -> str | None:
+    parameters = inspect.signature(cast(Callable[..., Tensor], attack)).parameters
+    return next((name for name in _LENGTHS if name in parameters), None)
+
+
+def check_convergence(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    threat: Threat,
+    result: AttackResult,
+    *,
+    images: int = 128,
+    factor: int = 4,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Flag, ...]:
+    """Return a flag if a run `factor` times as long does notably better, or worse, on the first correct images.
+
+    With eps, better means than a second run of the same length, which shows what another random start does alone: it
+    fools images that the second does not, beyond 5% of all and beyond chance (see `exceeds`). Without, the median
+    distance falls by more than 5%. Worse, the other way round, is the flag `weaker-wins`: the search is not one.
+    """
+    rows = result.clean_correct.nonzero().squeeze(1)[:images]
+    if len(rows) == 0:
+        return ()
+    task = (model, x[rows], y[rows])
+    aims = select(targets, rows)
+    longer = run(*task, lengthened(attack, factor), threat, targets=aims, generator=generator)
+    if threat.eps is None:
+        ratio = float((longer.distance / result.distance[rows]).nan_to_num(1.0).median())
+        if ratio < 0.95:
+            detail = f"{factor} times the steps shorten the median distance by {1 - ratio:.0%}; take more steps"
+            return (Flag("not-converged", detail),)
+        if ratio > 1.05:
+            return (Flag("weaker-wins", f"{factor} times the steps lengthen the median distance by {ratio - 1:.0%}"),)
+        return ()
+    first = result.success[rows]
+    if not exceeds(int((longer.success & ~first).sum()), 0, share=0.05, of=len(rows)):
+        lost = int((first & ~longer.success).sum())
+        if not exceeds(lost, int((longer.success & ~first).sum()), share=_NOTABLE, of=len(rows)):
+            return ()
+        return (Flag("weaker-wins", f"{factor} times the steps fool {lost} of {len(rows)} images no longer"),)
+    again = run(*task, attack, threat, targets=aims, generator=generator).success | first
+    gained, missed = int((longer.success & ~again).sum()), int((again & ~longer.success).sum())
+    if not exceeds(gained, missed, share=0.05, of=len(rows)):
+        return ()
+    detail = f"{factor} times the steps fool {gained} of {len(rows)} images that two runs do not; take more steps"
+    return (Flag("not-converged", detail),)
 
 
 class _Outcome(NamedTuple):
@@ -244,10 +334,15 @@ def _masked(way: str, more: Tensor, attacked: Tensor) -> list[Flag]:
     return [Flag("masked-gradients", f"{way} does better on {gained} of {count} images")]
 
 
+def _dense_network(model: nn.Module) -> dict[str, nn.Module]:
+    dense = dense_copy(model)
+    return {} if dense is None else {"the dense network": dense}
+
+
 def _undeclared(model: nn.Module, random: bool) -> list[Flag]:
     if not random or is_stochastic(model):
         return []
-    return [Flag("random-model", "two passes over the same images differ, and no layer declares why")]
+    return [Flag("random-model", "two passes over the same images differ: switch that off in eval mode, or declare it")]
 
 
 def _seed_from(generator: torch.Generator | None) -> int:
@@ -294,7 +389,9 @@ def _violations(outcome: _Outcome, threat: Threat, nonfinite: int) -> list[Flag]
     if threat.eps is None:
         failed = int(torch.isinf(outcome.distance).sum())
         if failed:
-            flags.append(Flag("unfinished-search", f"on {failed} images"))
+            detail = f"on {failed} images, whose distance is infinite; take more steps, or another attack"
+            flags.append(Flag("unfinished-search", detail))
     if nonfinite:
-        flags.append(Flag("nonfinite-logits", f"for {nonfinite} images, counting every pass"))
+        detail = f"for {nonfinite} images, counting every pass; look for divisions and exponentials in the model"
+        flags.append(Flag("nonfinite-logits", detail))
     return flags

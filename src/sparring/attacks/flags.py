@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-__all__ = ["FLAGS", "Flag"]
+__all__ = ["FLAGS", "Flag", "exceeds"]
+
+# A result raises about ten checks, and at most one honest network in a hundred may see one fail.
+_CHANCE = 1e-3
 
 FLAGS = {
     "box-violation": "the attack left the box [0, 1]",
     "budget-violation": "the attack moved an image by more than eps",
     "nonfinite-logits": "the model returned NaN or infinite logits",
     "zero-gradients": "the gradient of the loss is exactly zero for many images",
+    "shattered-gradients": "short steps along the gradient do not gain what it promises",
     "random-model": "the model answers differently each time",
+    "training-mode": "layers came in training mode",
     "batch-dependent": "an image's logits depend on the other images of the batch",
     "state-changed": "parameters or buffers changed during the attack",
     "masked-gradients": "a straight-through backward pass or another model's examples beat the model's own gradients",
     "weaker-wins": "an attack that should be weaker did better",
+    "silent-success": "the attack passed an adversarial example and returned another point",
     "unlimited-budget": "the attack fails on some images although everything is allowed",
     "not-converged": "a longer run of the same attack finds more",
     "loss-not-increasing": "the attack ended at a lower loss than it began for many images",
@@ -34,3 +41,15 @@ class Flag:
     def __post_init__(self) -> None:
         if self.name not in FLAGS:
             raise ValueError(f"unknown flag {self.name!r}")
+
+
+def exceeds(more: int, fewer: int, *, share: float, of: int) -> bool:
+    """Return whether one attack does notably and significantly better than another on the same images.
+
+    more, fewer: the images that only the one fools, and only the other; of: all images. Notably: by at least `share`
+    of all. Significantly: were both equally strong, each image that only one of them fools would be either's with
+    chance 1/2, and as uneven a count has a chance of at most 0.001 (McNemar's exact test, one-sided).
+    """
+    apart = more + fewer
+    chance = sum(math.comb(apart, count) for count in range(more, apart + 1)) / 2**apart
+    return more - fewer >= share * of and chance <= _CHANCE

@@ -137,10 +137,15 @@ def attack(
     model: ModelArgument,
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
-    attacks: Annotated[str, typer.Option(help="Names, separated by commas; see `sparring list attacks`.")] = "fgsm,pgd",
+    attacks: Annotated[
+        str, typer.Option(help="Names, separated by commas; see `sparring list attacks`.")
+    ] = "fgsm,pgd,fast",
     norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
     eps: Annotated[str, typer.Option(help="Budgets in [0, 1], separated by commas.")] = "0.1",
     images: Annotated[int, typer.Option(help="How many test images.")] = 1000,
+    checks: Annotated[
+        int, typer.Option(help="Images of the second opinions: longer runs, unlimited budgets, ... [0: none].")
+    ] = 128,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time [default: what memory allows].")] = None,
     seed: Seed = 0,
     data_dir: DataDir = None,
@@ -151,7 +156,7 @@ def attack(
     from .model_commands import run_attack
 
     return run_attack(
-        model, weights, data, attacks, norm, eps, images, batch_size, seed, data_dir, download, as_json=json
+        model, weights, data, attacks, norm, eps, images, batch_size, seed, data_dir, download, checks, as_json=json
     )
 
 

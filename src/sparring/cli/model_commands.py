@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ __all__ = ["SAVED", "open_model", "plain", "run_attack", "run_prune", "run_train
 SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
 
 DEFAULT_EPOCHS = 10
-MINIMUM_NORM = {"cw", "ddn", "deepfool", "fab", "hopskipjump", "nearest"}
+MINIMUM_NORM = {"cw", "ddn", "deepfool", "fab", "fab-targeted", "hopskipjump", "nearest"}
+SINGLE_STEP = {"fgsm", "rfgsm"}
 
 
 def run_train(
@@ -118,22 +120,29 @@ def run_attack(
     seed: int,
     data_dir: Path | None,
     download: bool,
+    checks: int,
     *,
     as_json: bool,
 ) -> int:
-    """Attack a model and print a row for each attack and budget."""
+    """Attack a model and print a row for each attack and budget, with the flags of `checks` images' second opinions."""
     norm = parse_norm(norm_name)
     threats = _threats(attack_names, norm, eps_text)
     dataset = open_data(data_name, data_dir, download)
     model, _ = open_model(name, weights, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
-    rows = []
+    task = (model, as_float(x), y)
+    chosen = {name: attack_named(name) for name, _ in threats}
+    results: dict[tuple[str, Threat], attacks.AttackResult] = {}
     for attack_name, threat in threats:
         generator = torch.Generator().manual_seed(seed)
-        result = attacks.run(
-            model, as_float(x), y, attack_named(attack_name), threat, batch_size=batch_size, generator=generator
+        results[attack_name, threat] = attacks.run(
+            *task, chosen[attack_name], threat, batch_size=batch_size, generator=generator, convergence=checks
         )
-        rows.append(_row(attack_name, norm_name, threat, result))
+    found = _opinions(task, chosen, results, checks, seed) if checks else {}
+    rows = [
+        _row(attack_name, norm_name, threat, result, found.get((attack_name, threat), ()))
+        for (attack_name, threat), result in results.items()
+    ]
     if as_json:
         print(json.dumps({"model": name, "data": dataset.name, "images": len(y), "results": rows}, indent=1))
     else:
@@ -152,7 +161,36 @@ def _threats(names: str, norm: float, eps_text: str) -> list[tuple[str, Threat]]
     return [(name, Threat(norm, eps)) for name in chosen for eps in ([None] if name in MINIMUM_NORM else budgets)]
 
 
-def _row(name: str, norm_name: str, threat: Threat, result: attacks.AttackResult) -> dict[str, Any]:
+def _opinions(
+    task: tuple[nn.Module, Tensor, Tensor],
+    chosen: Mapping[str, attacks.Attack],
+    results: Mapping[tuple[str, Threat], attacks.AttackResult],
+    images: int,
+    seed: int,
+) -> dict[tuple[str, Threat], tuple[attacks.Flag, ...]]:
+    """Return what a look at several results, or at other budgets, says against each."""
+    flags: dict[tuple[str, Threat], tuple[attacks.Flag, ...]] = dict.fromkeys(results, ())
+    for threat in {threat for _, threat in results}:
+        rivals = {name: result for (name, other), result in results.items() if other == threat}
+        for name, more in attacks.check_order(rivals).items():
+            flags[name, threat] += more
+    for name in chosen:
+        budgets = {t.eps: (t, r) for (other, t), r in results.items() if other == name and t.eps is not None}
+        for eps, more in attacks.check_budgets({eps: result for eps, (_, result) in budgets.items()}).items():
+            flags[name, budgets[eps][0]] += more
+        generator = torch.Generator().manual_seed(seed)
+        if budgets and name not in SINGLE_STEP:
+            threat, result = budgets[max(budgets)]
+            flags[name, threat] += attacks.check_unlimited(
+                *task, chosen[name], norm=threat.norm, images=images, generator=generator
+            )
+            flags[name, threat] += attacks.check_silence(*task, chosen[name], threat, result, generator=generator)
+    return flags
+
+
+def _row(
+    name: str, norm_name: str, threat: Threat, result: attacks.AttackResult, more: tuple[attacks.Flag, ...]
+) -> dict[str, Any]:
     right = result.clean_correct & ~result.success
     found = distances(result.distance, result.clean_correct)
     low, high = binomial_interval(int(right.sum()), len(right))
@@ -170,7 +208,7 @@ def _row(name: str, norm_name: str, threat: Threat, result: attacks.AttackResult
         "forwards": result.forwards,
         "backwards": result.backwards,
         "seconds": result.seconds,
-        "flags": [{"name": flag.name, "detail": flag.detail} for flag in result.flags],
+        "flags": [{"name": flag.name, "detail": flag.detail} for flag in (*result.flags, *more)],
     }
 
 

@@ -47,6 +47,10 @@ class ActivationSparsifier(nn.Module):
         dense = x.clamp_min(0)
         return dense + (result - dense).detach()
 
+    def dense(self) -> nn.Module:
+        """Return what this module took the place of, for attacks that transfer from the dense network."""
+        return nn.ReLU()
+
     def sparse(self, x: Tensor) -> Tensor:
         """Return the sparse activations (N, ...) of pre-activations (N, ...)."""
         raise TypeError(f"{type(self).__name__} must define sparse()")
