@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -156,7 +157,11 @@ def _onnxruntime(path: Path) -> Iterator[tuple[str, Callable[[Floats], Any], int
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     small = path.with_suffix(".int8.onnx")
-    quantize_dynamic(path, small)
+    logging.disable(logging.WARNING)  # it advises to prepare the graph, which is as small as it gets
+    try:
+        quantize_dynamic(path, small)
+    finally:
+        logging.disable(logging.NOTSET)
     for name, file in (("onnxruntime fp32", path), ("onnxruntime int8", small)):
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         yield name, partial(_run_session, session), file.stat().st_size

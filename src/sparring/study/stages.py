@@ -30,7 +30,8 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
     "linear": classify_group,
 }
 
-# Raised when a stage's meaning changes, so that old results are not taken for new ones.
+# Raised when a stage's meaning changes, so that old results are not taken for new ones. That includes packed kernels
+# that sum in another order: attacks that go through them ("kernels" in their inputs) then end in other bits.
 VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 2, "exact": 2}
 
 
