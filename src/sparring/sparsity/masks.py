@@ -117,13 +117,16 @@ def counts(model: nn.Module) -> Counts:
 
 def collapsed(masks: Masks) -> list[str]:
     """Return the names of weights of which nothing is kept."""
-    return [name for name, mask in masks.items() if mask.dim() > 1 and not bool(mask.any())]
+    # numpy stops at the first weight that is kept; torch's any() reads them all.
+    return [name for name, mask in masks.items() if mask.dim() > 1 and not mask.detach().cpu().numpy().any()]
 
 
 def warn_of_collapse(masks: Masks, before: Masks | None = None) -> None:
     """Warn of layers that have lost all their weights (and had not in `before`)."""
-    old = set(collapsed(before)) if before is not None else set()
-    lost = [name for name in collapsed(masks) if name not in old]
+    lost = collapsed(masks)
+    if lost and before is not None:
+        old = set(collapsed({name: before[name] for name in lost if name in before}))
+        lost = [name for name in lost if name not in old]
     if lost:
         names = ", ".join(f"'{name}'" for name in lost)
         warnings.warn(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import softshrink
 
 from ..errors import UserError
+from .allocation import erdos_renyi_kernel
 from .contracts import Batch, Loss, Masks, Pruner, Score
 from .masks import apply_, sparsity_of, warn_of_collapse
 from .rules import Rule
@@ -110,23 +111,32 @@ class _Bernoulli:
         if step != window(self.at, self.at, steps)[1]:
             return masks
         new = dict(masks)
-        for name, drop in self.rule.by_layer(masks, self.sparsity).items():
+        for name, drop in self._chances(masks).items():
             draw = torch.rand(masks[name].shape, generator=generator, device=generator.device)
             new[name] = masks[name] & (draw >= drop).to(masks[name].device)
         warn_of_collapse(new, masks)
         apply_(model, new)
         return new
 
+    def _chances(self, masks: Masks) -> dict[str, float]:
+        if isinstance(self.sparsity, Mapping) or self.rule.scope != "erk":
+            return self.rule.by_layer(masks, self.sparsity)
+        return erdos_renyi_kernel(self.rule.open(masks), self.sparsity)
+
 
 def bernoulli(sparsity: float | Mapping[str, float], *, at: float = 0.0, rule: Rule | None = None) -> Pruner:
     """Drop every weight independently with probability `sparsity` (by layer, if a mapping): the theorem's masks.
 
-    The sparsity is that of the expectation; read what was drawn from the masks. Of the rule only `spare` is used.
+    The sparsity is that of the expectation; read what was drawn from the masks. The rule's scope "erk" gives each layer
+    a probability of its own; the others are the same here. Raise UserError for a rule with a floor or a structure,
+    which draws that know nothing of one another cannot keep.
     """
     check_sparsity(sparsity)
     check_window(at, at)
     rule = rule or Rule()
     require_unstructured(rule, "Bernoulli masking")
+    if rule.floor:
+        raise UserError("Bernoulli masking draws each weight by itself and cannot keep a floor; use score 'random'")
     return _Bernoulli(sparsity, at, rule)
 
 

@@ -145,6 +145,8 @@ def _target(
         raise UserError(f"the pruning method '{spec.method}' needs a sparsity")
     if sparsity is not None and spec.method == "dns" and spec.c_rate is not None:
         raise UserError("surgery reaches either a sparsity or what 'c_rate' leads to; give one of them")
+    if sparsity is None and (spec.scope is not None or spec.floor is not None):
+        raise UserError("surgery by 'c_rate' has a threshold for each layer, so 'scope' and 'floor' have no meaning")
     return sparsity
 
 

@@ -76,6 +76,9 @@ class Rule:
             shape = tuple(batch[0].shape[1:])
             structure, fixed = tied_channels(model, shape)
             within = {name: mask for name, mask in within.items() if name not in fixed}
+            if isinstance(sparsity, Mapping):
+                _check_channels(sparsity, structure.tied, fixed)
+                sparsity = {name: value for name, value in sparsity.items() if name not in fixed}
         new = select(
             {name: scores[name] for name in within},
             sparsity,
@@ -94,6 +97,16 @@ class Rule:
         """Return by how many weights the masks may miss a sparsity: half a unit, for each layer that counts alone."""
         sizes = self.structure.sizes(self.open(masks)).values()
         return max(sizes) / 2 if self.scope == "global" else sum(sizes) / 2
+
+
+def _check_channels(given: Mapping[str, float], tied: Collection[Collection[str]], fixed: Collection[str]) -> None:
+    """Raise UserError for sparsities by hand that whole channels cannot have."""
+    for name in fixed:
+        if given.get(name):
+            raise UserError(f"'{name}' keeps all its channels (classes, or inputs that cannot shrink); give it 0")
+    for group in tied:
+        if len({given[name] for name in group if name in given}) > 1:
+            raise UserError(f"{', '.join(group)} lose their channels together; give them one sparsity")
 
 
 def check_reached(pruner: Pruner, masks: Masks, sparsity: float | None) -> None:
