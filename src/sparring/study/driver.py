@@ -18,6 +18,7 @@ from .executors import Executor, InProcess, Processes
 from .kept import read_plan, refuse_another
 from .networks import Context, Factory, fingerprint
 from .plan import Plan
+from .rehearsal import rehearse
 from .scheduling import Watcher, environment, execute
 from .stages import perform_stage
 from .store import SCHEMA, Record, Store
@@ -55,8 +56,9 @@ def run(
         facts = DataFacts.of(dataset)
         code = {} if factory is None else {plan.model.name: fingerprint(factory)}
         work = lay_out(plan, facts, device=device, code=code)
-        _write_plan(store, plan, work, dataset, command)
         context = Context(dataset, store.tensors, store.scratch, device, factory)
+        rehearse(plan, context)
+        _write_plan(store, plan, work, dataset, command)
         executor = _executor(context, workers, ray)
         foretell = functools.partial(estimate, context=context, workers=executor.slots)
         try:

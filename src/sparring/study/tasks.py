@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = ["Cell", "DataFacts", "Work", "is_key_of", "lay_out"]
 
 # A task and its record take about a kilobyte of the driver's memory each.
 MAX_TASKS = 500_000
+# "package.module:name", and not the structure "2:4" or a file called "a:b.safetensors".
+USERS_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 # Types of device that records may come from.
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -93,7 +96,7 @@ def _users_names(value: Any) -> set[str]:
     """Return every "package.module:name" among the values of nested inputs."""
     if isinstance(value, dict):
         return set().union(*map(_users_names, value.values()))
-    return {value} if isinstance(value, str) and ":" in value else set()
+    return {value} if isinstance(value, str) and USERS_NAME.fullmatch(value) else set()
 
 
 def _key(stage: str, version: int, inputs: dict[str, Any], sparring: str, torch: str, device: str) -> str:

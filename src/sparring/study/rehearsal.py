@@ -1,0 +1,49 @@
+"""Try each pruning method on the untrained network, so that what cannot be is refused before anything runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import nn
+
+from ..data import as_float
+from ..errors import PlanError, UserError
+from ..sparsity import Batch, CollapsedLayerWarning, Rule, all_ones, build_pruner, magnitude
+from .networks import Context, network
+from .plan import Plan
+from .settings import Pruning
+
+__all__ = ["rehearse"]
+
+
+def rehearse(plan: Plan, context: Context) -> None:
+    """Raise PlanError for structures, layers and allocations that the plan's network cannot have.
+
+    Only tables that name a structure, layers or a floor can be wrong that way; plans without pay nothing.
+    """
+    depending = [p for p in plan.pruning if p.structure or p.layers or p.spare or p.floor or p.c_rate is not None]
+    if not depending:
+        return
+    options = {name: value for name, value in asdict(plan.model).items() if value is not None and name != "weights"}
+    model = network(context, {"model": options})
+    train = context.dataset.train
+    for pruning in depending:
+        try:
+            _try(pruning, plan, model, (as_float(train.x[:2]), train.y[:2]))
+        except UserError as error:
+            raise PlanError(f"pruning method '{pruning.label}': {error}") from error
+
+
+def _try(pruning: Pruning, plan: Plan, model: nn.Module, batch: Batch) -> None:
+    grid = pruning.grid(plan.sparsities)
+    asked = max((sparsity for sparsity in grid if sparsity is not None), default=None)
+    rule, masks = getattr(build_pruner(pruning, asked), "rule", Rule()), all_ones(model)
+    target = pruning.layers or (pruning.c_rate if asked is None else asked)
+    if isinstance(target, Mapping):
+        rule.by_layer(masks, target)
+    if pruning.c_rate is None and target is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CollapsedLayerWarning)  # these are not the weights that will be pruned
+            rule.masks(model, magnitude(model), target, masks=masks, batch=batch)

@@ -1,0 +1,55 @@
+"""What a network cannot have is refused before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparring.data import Dataset
+from sparring.errors import PlanError
+from sparring.study import Context, Plan, run
+from sparring.study.rehearsal import rehearse
+
+
+def plan(**pruning: Any) -> Plan:
+    model = {"name": "mlp", "widths": [30, 16]}
+    return Plan.from_table({"name": "p", "data": "digits", "model": model, "sparsities": [0.5], "pruning": [pruning]})
+
+
+@pytest.mark.parametrize(
+    ("pruning", "message"),
+    [
+        ({"structure": "2:4"}, r"30 inputs, which are not whole groups of 4"),
+        ({"structure": "blocks-4x4"}, r"not whole blocks of 4 × 4"),
+        ({"spare": ["nope"]}, r"unknown layer 'nope'"),
+        ({"layers": {"nope": 0.5}}, r"unknown layer 'nope'"),
+        ({"method": "dns", "c_rate": {"nope": 0.5}}, r"unknown layer 'nope'"),
+        ({"floor": 0.8}, r"structure and floor protect"),
+    ],
+)
+def test_it_is_refused_with_the_methods_name(few_digits: Dataset, pruning: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=rf"pruning method 'mine'.*{message}"):
+        rehearse(plan(label="mine", **pruning), Context(few_digits, lambda key: {}))
+
+
+def test_channels_by_hand_must_fit_the_network(few_digits: Dataset) -> None:
+    context, names = Context(few_digits, lambda key: {}), ("2.weight", "4.weight", "6.weight")
+    with pytest.raises(PlanError, match=r"'6\.weight' keeps all its channels"):
+        rehearse(plan(structure="channels", layers=dict.fromkeys(names, 0.5)), context)
+    rehearse(plan(structure="channels", layers=dict(zip(names, (0.5, 0.5, 0.0), strict=True))), context)
+
+
+def test_nothing_is_written_for_a_plan_that_is_refused(few_digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(PlanError):
+        run(plan(structure="2:4"), tmp_path, dataset=few_digits, workers=0)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_plan_may_ask_for_n_of_m(few_digits: Dataset, tmp_path: Path) -> None:
+    table = plan(structure="2:4", label="half").table()
+    quick = {"seeds": 1, "recipe": {"epochs": 1}, "finetune": {"epochs": 1}, "model": {"name": "mlp", "widths": [16]}}
+    records = run(Plan.from_table(table | quick), tmp_path, dataset=few_digits, workers=0)
+    (made,) = [r for r in records if r.stage == "prune" and r.inputs["pruning"] is not None]
+    assert made.error is None and made.metrics["sparsity"] == 0.5
