@@ -61,7 +61,7 @@ def test_at_the_boxed_distance_the_worst_margin_vanishes(classes: int, norm: flo
     assert (distances > 0).any() and distances.isfinite().any()
     for i in ((distances > 0) & distances.isfinite()).nonzero().flatten():
         worst = margin(model, x[i : i + 1], y[i : i + 1], Threat(norm, float(distances[i])), method="crown")
-        assert abs(float(worst.min())) < (1e-6 if norm == math.inf else 1e-3)
+        assert abs(float(worst.min())) < 1e-6
 
 
 def test_the_boxed_l_inf_distance_equals_the_exact_solver() -> None:
