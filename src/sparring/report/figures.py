@@ -344,11 +344,14 @@ def scatter(
     legend = _legend(names, {name: k for k, name in enumerate(names)})
     across: Spec = {"field": "x", "type": "quantitative", "axis": {"title": x, "grid": False}}
     across["scale"] = {"type": "log"} if log_x else {"zero": False}
-    across["axis"] |= {"labelOverlap": "greedy", "labelSeparation": 6}
+    across["axis"] |= {"labelOverlap": "greedy", "labelSeparation": 6, "tickCount": 6}
     if ordinal:
         places = list(dict.fromkeys(row["x"] for row in sorted(rows, key=lambda row: row["order"])))
         across = {"field": "x", "type": "ordinal", "sort": places, "axis": {"title": x, "labelAngle": 0}}
     up = {"title": y, "tickCount": 5, "domain": False, "ticks": False, "labelOverlap": "greedy"}
+    if log_y == "symlog":  # of its own Vega marks only the highest decade
+        highest = max(float(row["y"]) for row in rows)
+        up["values"] = [0, *(10**k for k in range(16) if 10**k <= highest)]
     scale = {"type": "symlog" if log_y == "symlog" else "log"} if log_y else {"zero": False}
     place = {"x": across, "y": {"field": "y", "type": "quantitative", "axis": up, "scale": scale}}
     layers: list[Spec] = []
