@@ -101,3 +101,26 @@ def test_same_seed_same_bits(name: str, net: nn.Module, images: Tensor) -> None:
         SHORT[name](net, images, y, norm=L2, eps=0.5, generator=torch.Generator().manual_seed(3)) for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+def test_another_form_of_the_network_is_asked_and_the_model_judges(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    asked: list[int] = []
+
+    class Twin(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append(len(x))
+            return net(x)
+
+    class Blind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return net(torch.zeros_like(x)) + 0 * net(x)
+
+    attack = partial(pgd, steps=5)
+    plain, twin, blind = (
+        run(net, images, y, attack, Threat(LINF, 0.1), through=through, generator=torch.Generator().manual_seed(0))
+        for through in (None, Twin(), Blind())
+    )
+    assert sum(asked) > len(images) and twin.forwards == plain.forwards
+    assert torch.equal(twin.success, plain.success)
+    assert torch.equal(blind.success, net(blind.x_adv).argmax(1) != y), "the verdict is the model's"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparring import deploy
-from sparring.attacks.activations import has_masked_gradients, straight_through
+from sparring.attacks.activations import dense_copy, has_masked_gradients, straight_through
 from sparring.deploy.folding import compile_model
 from sparring.deploy.program import Scale, Sparse
 from sparring.deploy.reference import run_reference
@@ -166,6 +166,9 @@ def test_an_attack_sees_through_packed_activation_sparsity():
         expected, found = (torch.autograd.grad(net(x).sum(), x)[0] for net in (model, packed))
     assert (expected != torch.autograd.grad(model(x).sum(), x)[0]).any()
     torch.testing.assert_close(found, expected)
+    dense = dense_copy(packed)
+    assert dense is not None
+    torch.testing.assert_close(dense(x), nn.Sequential(layers[0], layers[1], nn.ReLU(), layers[3])(x))
 
 
 class Rule(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,22 @@ class PackedModule(nn.Module):
         if not self._native:
             return cast(Tensor, self.equivalent(x))
         return cast(Tensor, _Logits.apply(x, self))  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Return a copy to be changed, such as one without activation sparsity: torch alone can compute that."""
+        return _Copy(copy.deepcopy(self.equivalent, memo))
+
+
+class _Copy(nn.Module):
+    """The equivalent under the name that it has in a packed module."""
+
+    def __init__(self, equivalent: Equivalent) -> None:
+        super().__init__()
+        self.equivalent = equivalent
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.equivalent(x))
 
 
 class _Logits(torch.autograd.Function):

@@ -62,7 +62,9 @@ def _sentence(effects: dict[Cell, Effect]) -> str:
     same = sum(verdict.startswith("as robust") for verdict in verdicts)
     less = sum(verdict.startswith("less") for verdict in verdicts)
     told = f"{same} of {len(verdicts)} kinds of artefact are as robust as the networks that were studied"
-    return f"{told}, {less} are significantly less robust." if less else f"{told}; none is significantly less robust."
+    open_ = sum(verdict.startswith("undecided") for verdict in verdicts)
+    told += f", {open_} are undecided, which more images or seeds would end" if open_ else ""
+    return f"{told}; {less or 'none'} significantly less robust."
 
 
 def _difference(records: Sequence[Record]) -> Effect:
