@@ -3,11 +3,13 @@
     python benchmarks/torture.py [--kills N] [--faults N] [--seed N] [--json]
 
 A small study of digits runs again and again in one folder while `kills` SIGKILLs strike the driver or one of its
-workers at random moments. Then one seed of it runs in fresh folders, once for each write of the driver (records,
-objects, plan) and each way in which that write fails: no file can be opened, the disk is full after half the bytes, a
-sync fails, a rename finds the disk read-only, the system's limit of a file's size (RLIMIT_FSIZE) is reached; then it is
-run again. `--faults` ends that early. After every blow all that was reported done must be there, whole; at the end all
-records and objects must equal those of an undisturbed run, byte for byte (times excepted).
+workers at random moments. Then one seed of it runs in fresh folders, once for each write (records, objects, plan, and
+the workers' checkpoints) and each way in which that write and all after it fail: no file can be opened, the disk is
+full after half the bytes, a sync fails, a rename finds the disk read-only, the system's limit of a file's size
+(RLIMIT_FSIZE) is reached; then it is run again. `--faults` ends that early. Where Ray is installed, a cluster of a head
+and two workers on loopback runs it too, and a worker is killed in the middle of a task, which counts as one kill more.
+After every blow all that was reported done must be there, whole; at the end all records and objects must equal those of
+an undisturbed run, byte for byte (times excepted).
 
 The last line is one JSON object, {"kills", "faults", "lost", "different"}; exit code 1 unless the last two are 0.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -28,7 +31,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,11 +87,12 @@ class Torture:
             descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
             def report(event: Event) -> None:
-                if event.record is not None:
+                if event.record is not None and not event.record.error:
                     os.write(descriptor, f"{event.record.key}\n".encode())
 
             try:
-                run(self.plan, self.out, dataset=self.dataset, workers=2, watch=report)
+                # Three blows to one task fail its cell, as they should: it is tried again.
+                run(self.plan, self.out, dataset=self.dataset, workers=2, retry=True, watch=report)
             except UserError:
                 sys.exit(ENDED_BY_FAULT)
 
@@ -108,28 +114,35 @@ class Torture:
         self.check()
 
     def kill(self, kills: int) -> int:
-        """Strike at random moments, half of the time the driver; a study that is done begins anew. Count the kills."""
-        struck = 0
+        """Strike drivers and workers at random moments; a study that is done begins anew. Count the kills."""
+        began = time.perf_counter()
+        self.finish()
+        seconds = time.perf_counter() - began
+        self.again()
+        struck: Counter[str] = Counter()
         driver = self.start()
-        while struck < kills:
-            time.sleep(self.dice.uniform(0.01, 0.3))
-            victim = driver.pid if self.dice.random() < 0.5 else self.dice.choice([*_children(driver.pid), driver.pid])
+        while struck.total() < kills:
+            time.sleep(self.dice.uniform(0, seconds / 2))
             if driver.exitcode is not None:
-                assert driver.exitcode in (0, -signal.SIGKILL), f"a driver ended with {driver.exitcode}"
-                if driver.exitcode == 0:
-                    self.again()
+                assert driver.exitcode == 0, f"a driver ended with {driver.exitcode}"
+                self.again()
                 driver = self.start()
                 continue
-            os.kill(victim, signal.SIGKILL)
-            struck += 1
-            if victim == driver.pid:
-                driver.join()
-                self.check()
-                driver = self.start()
+            workers = _children(driver.pid)
+            if workers and self.dice.random() < 0.5:
+                os.kill(self.dice.choice(workers), signal.SIGKILL)
+                struck["workers"] += 1
+                continue
+            os.kill(driver.pid, signal.SIGKILL)
+            struck["drivers at work" if workers else "drivers that begin or end"] += 1
+            driver.join()
+            self.check()
+            print(f"{dict(struck)}, {len(self.lost)} lost", file=sys.stderr)
+            driver = self.start()
         driver.kill()
         driver.join()
         self.finish()
-        return struck
+        return struck.total()
 
     def again(self) -> None:
         """Forget half of the records, so that there is something to do."""
@@ -155,6 +168,7 @@ class Torture:
                 self.finish()
                 self.compare(expected)
                 faults += 1
+            print(f"write {place}: {faults} faults, {len(self.lost)} lost, {self.different} different", file=sys.stderr)
             if faults == most:
                 return faults
         raise AssertionError("a count has no end")
@@ -175,9 +189,8 @@ def _children(pid: int) -> list[int]:
 
 
 def _break(kind: str, passes: int) -> None:
-    """Make the write after `passes` others fail, in this process; its workers, which write checkpoints, are spared."""
-    driver = os.getpid()
-    writes = iter(range(1_000_000))
+    """Make the write after `passes` others, and all that follow, fail in this process and its workers."""
+    writes = mp.get_context("fork").Value("i", 0)  # the workers, forked from here, count on
     real_open, real_fsync, real_replace = io.open, os.fsync, os.replace
     failing = False
 
@@ -186,9 +199,14 @@ def _break(kind: str, passes: int) -> None:
             super().write(bytes(content)[: len(content) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def passed() -> bool:
+        with writes.get_lock():
+            writes.value += 1
+            return writes.value > passes
+
     def open_(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
         nonlocal failing
-        if mode == "xb" and os.getpid() == driver and next(writes) >= passes:
+        if mode == "xb" and passed():
             failing = True
             if kind == "open":
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), file)
@@ -212,15 +230,77 @@ def _break(kind: str, passes: int) -> None:
     io.open, os.fsync, os.replace = open_, fsync, replace  # type: ignore[assignment]
 
 
-def torture(folder: Path, *, kills: int, faults: int, seed: int = 0) -> dict[str, int]:
-    """Do it all under a folder and return the tally."""
+# -- Ray --------------------------------------------------------------------------------------------------------------
+
+
+def kill_on_ray(plan: Plan, dataset: Dataset, out: Path, expected: dict[str, Any]) -> dict[str, int]:
+    """Kill one worker of a cluster on loopback in the middle of a task; return a tally."""
+    from ray.cluster_utils import Cluster
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    small = {"object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    struck, reported = [], set()
+    ended = threading.Event()
+
+    def strike() -> None:
+        while not struck and not ended.wait(0.005):
+            working = [pid for pid in _descendants(os.getpid()) if _title(pid).startswith("ray::_perform")]
+            if working and reported:
+                os.kill(working[0], signal.SIGKILL)
+                struck.append(working[0])
+
+    def report(event: Event) -> None:
+        if event.record is not None:
+            reported.add(event.record.key)
+
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        cluster.wait_for_nodes()
+        killer = threading.Thread(target=strike)
+        killer.start()
+        try:
+            run(plan, out, dataset=dataset, ray=cluster.address, watch=report)
+        finally:
+            ended.set()
+            killer.join()
+    finally:
+        cluster.shutdown()
+    assert struck, "no worker was seen in the middle of a task"
+    found = contents(out)
+    lost = sum(f"{key}.json" not in found for key in reported)
+    different = sum(expected.get(key) != found.get(key) for key in {*expected, *found})
+    return {"kills": len(struck), "lost": lost, "different": different}
+
+
+def _descendants(pid: int) -> list[int]:
+    """Return the processes below one (Linux)."""
+    found = _children(pid)
+    return [*found, *(below for child in found for below in _descendants(child))]
+
+
+def _title(pid: int) -> str:
+    """Return what a process calls itself; "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+# -- all of it --------------------------------------------------------------------------------------------------------
+
+
+def torture(folder: Path, *, kills: int, faults: int, seed: int = 0, ray: bool = False) -> dict[str, int]:
+    """Do it all under a folder, with `ray` on a cluster as well, and return the tally."""
     torch.set_num_threads(1)
     dice = random.Random(seed)
     dataset = _few(data.load("digits"))
     tally = {"kills": 0, "faults": 0, "lost": 0, "different": 0}
     for name, changes in (("kills", {}), ("faults", {"seeds": 1, "sparsities": [0.9], "shard": 40})):
         plan = Plan.from_table({**PLAN, **changes})
-        run(plan, folder / f"{name}-undisturbed", dataset=dataset, workers=2)
+        # In this process, so that the drivers and workers forked from it need not import what stages import.
+        run(plan, folder / f"{name}-undisturbed", dataset=dataset, workers=0)
         expected = contents(folder / f"{name}-undisturbed")
         study = Torture(plan, dataset, folder / name, dice)
         if name == "kills":
@@ -230,6 +310,9 @@ def torture(folder: Path, *, kills: int, faults: int, seed: int = 0) -> dict[str
             tally[name] = study.fail(faults, expected)
         tally["lost"] += len(study.lost)
         tally["different"] += study.different
+    if ray:
+        for name, count in kill_on_ray(plan, dataset, folder / "ray", expected).items():
+            tally[name] += count
     return tally
 
 
@@ -250,7 +333,8 @@ def main() -> None:
     options = parser.parse_args()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        tally = torture(Path(folder), kills=options.kills, faults=options.faults, seed=options.seed)
+        ray = importlib.util.find_spec("ray") is not None
+        tally = torture(Path(folder), kills=options.kills, faults=options.faults, seed=options.seed, ray=ray)
     if not options.json:
         print(f"{tally['kills']} kills and {tally['faults']} faults in {time.perf_counter() - began:.0f} s")
     print(json.dumps(tally))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["DataError", "PlanError", "StorageError", "UnknownNameError", "Unsupported", "UserError"]
+__all__ = ["DamageError", "DataError", "PlanError", "StorageError", "UnknownNameError", "Unsupported", "UserError"]
 
 
 class UserError(Exception):
@@ -18,6 +18,10 @@ class PlanError(UserError):
 
 class DataError(UserError):
     """Signal data that are missing, damaged or of the wrong shape."""
+
+
+class DamageError(UserError):
+    """Signal a file of a study's that is not what it was when it was written."""
 
 
 class StorageError(UserError):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `sparring --help` reads 
 __all__ = [
     "canonical_json",
     "explain",
+    "finite",
     "load_tensors",
     "lock",
     "pack_tensors",
@@ -133,16 +134,17 @@ def canonical_json(value: Any) -> str:
 
 def write_json(path: Path | str, value: Any) -> Path:
     """Write a value atomically as strict JSON: sorted keys, nonfinite floats as null, a newline at the end."""
-    return write_atomic(path, json.dumps(_finite(value), sort_keys=True, indent=1, allow_nan=False) + "\n")
+    return write_atomic(path, json.dumps(finite(value), sort_keys=True, indent=1, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a nested value as `write_json` writes it: nonfinite floats as None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

@@ -7,6 +7,7 @@ Batches have shape (N, ...); a norm reduces everything but the first axis.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,12 @@ __all__ = [
     "diameter",
     "distance",
     "dual",
+    "gaussian",
     "norm_name",
     "parse_norm",
     "project",
     "random_point",
+    "uniform",
 ]
 
 LINF = math.inf
@@ -106,21 +109,35 @@ def _project_l1(delta: Tensor, radius: Tensor) -> Tensor:
     return result
 
 
+def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw numbers from [0, 1), of the dtype and on the device of `like`.
+
+    They are drawn where the generator is, so that one on the CPU gives a GPU the same numbers.
+    """
+    device = like.device if generator is None else generator.device
+    return torch.rand(tuple(shape), generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+def gaussian(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw standard normal numbers as `uniform` does."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
 def random_point(like: Tensor, norm: float, eps: float, generator: torch.Generator | None = None) -> Tensor:
     """Draw a point uniformly from the eps-ball for each image; `like` gives shape, dtype and device."""
     shape, flat = like.shape, like.flatten(1)
     if norm == LINF:
-        return (torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device) * 2 - 1) * eps
+        return (uniform(shape, like, generator) * 2 - 1) * eps
     dimension = flat.shape[1]
-    radius = torch.rand(len(like), 1, generator=generator, dtype=like.dtype, device=like.device) ** (1 / dimension)
+    radius = uniform((len(like), 1), like, generator) ** (1 / dimension)
     if norm == L2:
-        direction = torch.randn(flat.shape, generator=generator, dtype=like.dtype, device=like.device)
+        direction = gaussian(flat.shape, like, generator)
         unit = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
     else:
         # Exponential magnitudes normalised by their sum are uniform on the simplex; signs are fair coins.
-        uniform = torch.rand(flat.shape, generator=generator, dtype=like.dtype, device=like.device)
-        size = -torch.log1p(-uniform)
-        coin = torch.rand(flat.shape, generator=generator, dtype=like.dtype, device=like.device) < 0.5
+        size = -torch.log1p(-uniform(flat.shape, like, generator))
+        coin = uniform(flat.shape, like, generator) < 0.5
         unit = torch.where(coin, -size, size) / size.sum(1, keepdim=True).clamp_min(1e-30)
     point: Tensor = unit * radius * eps
     return point.view(shape)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +15,7 @@ import torch
 
 from sparring.data import Dataset
 from sparring.errors import UserError
+from sparring.files import sha256_file
 from sparring.study import (
     DataFacts,
     Event,
@@ -24,8 +27,10 @@ from sparring.study import (
     Task,
     execute,
     lay_out,
+    read_plan,
     run,
 )
+from sparring.train import loop
 
 
 def tiny_plan(**changes: Any) -> Plan:
@@ -149,6 +154,81 @@ def test_damaged_files_are_found_set_aside_and_made_again(
     assert len(objects) == len(sorted((tmp_path / "objects").iterdir()))
 
 
+def test_a_damaged_result_is_found_though_nothing_needs_it(
+    undisturbed: Path, few_digits: Dataset, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    attacked = next(p.stem for p in (out / "records").iterdir() if json.loads(p.read_text())["stage"] == "attack")
+    path = out / "objects" / f"{attacked}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    events: list[Event] = []
+    run(tiny_plan(), out, dataset=few_digits, workers=0, watch=events.append)
+    assert events[0].total - events[0].cached == 1 and path.name in events[0].damaged
+    assert contents(out) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", None])
+def test_a_damaged_plan_json_is_made_again(
+    undisturbed: Path, few_digits: Dataset, tmp_path: Path, damage: str | None
+) -> None:
+    out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    path = out / "plan.json"
+    before = read_plan(out)
+    path.write_text(path.read_text().replace("tiny", "tino") if damage is None else damage)
+    with pytest.raises(UserError, match=r"plan\.json"):
+        read_plan(out)
+    events: list[Event] = []
+    run(tiny_plan(), out, dataset=few_digits, workers=0, watch=events.append)
+    assert events[0].cached == events[0].total and events[0].damaged == ("plan.json",)
+    assert read_plan(out) == before and (out / "damaged" / "plan.json").exists()
+    path.write_text("{")
+    with pytest.raises(UserError, match="records of another plan and a damaged"):
+        run(tiny_plan(recipe={"epochs": 1}), out, dataset=few_digits, workers=0)
+    assert path.read_text() == "{", "what belongs to another plan is left alone"
+
+
+def test_a_damaged_checkpoint_is_set_aside(undisturbed: Path, few_digits: Dataset, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    trained = read_plan(undisturbed)["cells"][0]["tasks"][0]
+    with pytest.MonkeyPatch.context() as patch:
+        real = loop.save_checkpoint
+
+        def once(state: Any, path: Path) -> None:
+            real(state, path)
+            raise KeyboardInterrupt
+
+        patch.setattr(loop, "save_checkpoint", once)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_plan(), tmp_path, dataset=few_digits, workers=0)
+    path = store.checkpoint(trained)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1  # in the middle of the numbers: a sound file of tensors still
+    path.write_bytes(content)
+    events: list[Event] = []
+    run(tiny_plan(), tmp_path, dataset=few_digits, workers=0, watch=events.append)
+    assert events[0].damaged == (path.name,) and (store.damaged / path.name).exists()
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+def test_a_record_says_where_it_comes_from(undisturbed: Path) -> None:
+    store, cells = Store(undisturbed), read_plan(undisturbed)["cells"]
+    for cell in cells:
+        for key in cell["tasks"]:
+            record = store.read(key)
+            assert record is not None and record.object is not None
+            assert (record.origin["plan"], record.origin["seed"]) == ("tiny", cell["seed"])
+            assert record.inputs["data"] and {"sparring", "torch", "numpy", "threads"} <= set(record.environment)
+            parents = {p: sha256_file(undisturbed / "objects" / f"{p}.safetensors") for p in record.origin["weights"]}
+            assert record.origin["weights"] == parents and set(parents) == set(record.inputs.get("parents", []))
+
+
+def test_what_json_cannot_say_is_no_damage(store: Store) -> None:
+    work = lambda task: Outcome({"value": math.nan}, {"splices": [1.0, math.inf]})  # noqa: E731
+    execute(_tasks(1), store, InProcess(work))
+    (again,) = execute(_tasks(1), store, InProcess(work))
+    assert again.metrics == {"value": None} and again.series == {"splices": [1.0, None]} and not store.found_damaged
+
+
 def _tasks(count: int) -> list[Task]:
     return [Task(f"{i:032x}", "train", {"i": i}, (f"{i - 1:032x}",) if i % 3 else ()) for i in range(count)]
 
@@ -160,13 +240,14 @@ def store(tmp_path: Path) -> Iterator[Store]:
     yield found
 
 
+@pytest.mark.parametrize("problem", [ValueError("the user's pruner raised"), SystemExit("the user's pruner raised")])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers: int) -> None:
+def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers: int, problem: BaseException) -> None:
     flag = store.out / "mended"
 
     def work(task: Task) -> Outcome:
         if task.inputs["i"] == 3 and not flag.exists():
-            raise ValueError("the user's pruner raised")
+            raise problem
         return Outcome({"value": float(task.inputs["i"])})
 
     def go(retry: bool = False) -> list[Any]:

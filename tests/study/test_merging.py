@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from test_driver import contents, tiny_plan
 
 from sparring.data import Dataset
 from sparring.errors import UserError
-from sparring.files import write_json
+from sparring.files import pack_tensors, write_json
 from sparring.study import Record, Store, merge, progress, read_plan, run
 
 ONE = {"seeds": 1, "sparsities": [0.5]}
@@ -82,6 +83,24 @@ def test_contradictions_are_told_and_the_first_stays(halves: tuple[Path, Path], 
     changed = _rewritten(forged, "attack", metrics={"robust_accuracy": 1.0})
     merged = merge([halves[1], forged], tmp_path / "c")
     assert merged.different == (changed.key,) and merged.added == merged.known
+    assert contents(tmp_path / "c") == contents(halves[1])
+
+
+def test_what_was_made_from_other_weights_is_refused(halves: tuple[Path, Path], forged: Path, tmp_path: Path) -> None:
+    store = Store(forged)
+    trained = next(r for p in sorted(store.records.iterdir()) if (r := store.read(p.stem)) and r.stage == "train")
+    tensors = {name: value + 1 for name, value in store.tensors(trained.key).items()}
+    other = store.write(trained, pack_tensors(tensors))  # as another type of processor might have trained it
+    assert other.object != trained.object
+    merged = merge([halves[1], forged], tmp_path / "c")
+    assert merged.different == (trained.key,) and not merged.refused
+    for path in sorted(store.records.iterdir()):
+        record = store.read(path.stem)
+        if record is not None and trained.key in record.origin["weights"]:
+            weights = {**record.origin["weights"], trained.key: other.object["sha256"]}  # type: ignore[index]
+            store.write(replace(record, origin={**record.origin, "weights": weights}), b"")
+    merged = merge([halves[1], forged], tmp_path / "c")
+    assert len(merged.refused) > 2 and all("other weights" in line for line in merged.refused)
     assert contents(tmp_path / "c") == contents(halves[1])
 
 

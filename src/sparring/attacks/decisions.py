@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..threat import L2, LINF, distance
+from ..threat import L2, LINF, distance, gaussian, uniform
 from .boundaries import pull_back
 from .losses import margin
 from .steps import column, keep_within, select, steepest
@@ -82,7 +82,7 @@ def _random_start(
     for _ in range(tries):
         if bool(found.all()):
             break
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        noise = uniform(x.shape, x, generator)
         fresh = ~found & _decide(model, noise, y, targets)
         start = torch.where(column(fresh, x), noise, start)
         found = found | fresh
@@ -104,7 +104,7 @@ def _estimate(
     block = max(1, _BLOCK // images)
     for first in range(0, count, block):
         size = min(block, count - first)
-        noise = torch.randn((size, *point.shape), generator=generator, dtype=point.dtype, device=point.device)
+        noise = gaussian((size, *point.shape), point, generator)
         noise = steepest(noise.flatten(0, 1), L2).view_as(noise)
         near = (point + column(probe, point) * noise).clamp(0, 1)
         offset = (near - point) / column(probe.clamp_min(1e-30), point)

@@ -62,7 +62,7 @@ def read_dense(model: nn.Module, x: Tensor) -> Dense | None:
     if any(p.dim() > 2 for p in model.parameters()) or any(_is_hooked(module) for module in model.modules()):
         return None
     try:
-        dense = _fold(lower(model, tuple(x.shape[1:])))
+        dense = _fold(lower(model, tuple(x.shape[1:])), x.device)
     except UserError:
         return None
     return dense if dense is not None and _agree(dense, model, x) else None
@@ -88,12 +88,12 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _fold(graph: Graph) -> Dense | None:
+def _fold(graph: Graph, device: torch.device) -> Dense | None:
     """Return a chain of linear layers and ReLUs with every constant scale and shift folded in; None for others."""
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     # What has been done to the pixels, or to the last ReLU's outputs, since: value · scale + shift.
-    scale = torch.ones(graph.nodes[0].shape).flatten()
+    scale = torch.ones(graph.nodes[0].shape, device=device).flatten()
     shift = torch.zeros_like(scale)
     after_linear = False
     for place, node in enumerate(graph.nodes[1:]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..threat import L2, LINF, distance
+from ..threat import L2, LINF, distance, uniform
 from .losses import margin
 from .steps import budget, column, inside, shrink
 
@@ -90,12 +90,13 @@ def square(
 
 def _coins(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return fair signs, +1 or −1."""
-    draw = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+    draw = uniform(shape, like, generator)
     return torch.where(draw < 0.5, -1.0, 1.0).to(like.dtype)
 
 
 def _corner(room: int, like: Tensor, generator: torch.Generator | None) -> int:
-    return int(torch.randint(0, room + 1, (), generator=generator, device=like.device))
+    device = like.device if generator is None else generator.device
+    return int(torch.randint(0, room + 1, (), generator=generator, device=device))
 
 
 def _stripes(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
@@ -134,7 +135,7 @@ def _pattern(side: int, like: Tensor, generator: torch.Generator | None) -> Tens
     first = side // 2
     pair = torch.cat([_hill(side, first, like), -_hill(side, side - first, like)], dim=1)
     unit: Tensor = pair / pair.norm()
-    return unit.T if float(torch.rand((), generator=generator, device=like.device)) < 0.5 else unit
+    return unit.T if float(uniform((), like, generator)) < 0.5 else unit
 
 
 def _tiles(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:

@@ -40,7 +40,7 @@ def study(
     data_dir: DataDir = None,
     download: Download = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, or a GPU such as cuda:0.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, a GPU such as cuda:0, or auto: a GPU if there is one.")] = "auto",
     ray: Annotated[str | None, typer.Option(help="Run on the Ray cluster at ADDRESS, or auto.")] = None,
     mlflow: Annotated[str | None, typer.Option(help="Log progress to this MLflow URI.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Log progress for TensorBoard to this folder.")] = None,

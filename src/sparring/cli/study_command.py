@@ -166,7 +166,8 @@ def beginning(event: Event) -> str:
     """Return what there is to do, and about how long it will take."""
     text = f"{event.total} tasks, {event.cached} done before"
     if event.damaged:
-        text += f"; {len(event.damaged)} damaged files were set aside, their tasks are done again"
+        shown = ", ".join(event.damaged[:3]) + (", ..." if len(event.damaged) > 3 else "")
+        text += f"; damaged, moved to damaged/ and made again: {len(event.damaged)} ({shown})"
     return text + (f"; the rest takes about {duration(event.estimate)} (a rough guess)" if event.estimate else "")
 
 

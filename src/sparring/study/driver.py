@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data import Dataset, load
-from ..errors import PlanError, UserError
-from ..files import canonical_json, write_json
+from ..errors import DamageError, PlanError, UserError
+from ..files import canonical_json
 from .cluster import RayCluster
 from .estimate import estimate
 from .executors import Executor, InProcess, Processes
-from .kept import read_plan, refuse_another
+from .kept import read_plan, refuse_another, write_plan
 from .networks import Context, Factory, fingerprint
 from .plan import Plan
 from .rehearsal import rehearse
 from .scheduling import Watcher, environment, execute
 from .stages import perform_stage
 from .store import SCHEMA, Record, Store
-from .tasks import Cell, DataFacts, Work, lay_out
+from .tasks import DEVICES, Cell, DataFacts, Work, lay_out
 
 __all__ = ["available_cores", "run"]
 
@@ -45,9 +47,11 @@ def run(
     `dataset` stands in for the one that the plan names; `factory`, called without arguments, for its model, which the
     plan then calls "module:name". Whatever the folder already holds is not done again. `workers` tasks run at a time
     (default: one per core; 0: in this process), or as many as fit on the Ray cluster at the address `ray` ("auto": the
-    one on this machine). A task that fails fails its cell alone; `retry` tries failed ones again. Raise UserError if
-    the folder belongs to another plan, is in use, or cannot be written.
+    one on this machine). `device` is "cpu", a GPU such as "cuda:0", or "auto": a GPU if there is one. A task that
+    fails fails its cell alone; `retry` tries failed ones again. Raise UserError if the folder belongs to another plan,
+    is in use, or cannot be written, or if there is no such device.
     """
+    device = _device(device, here=ray is None)
     store = Store(out)
     store.prepare()
     if dataset is None:
@@ -69,6 +73,7 @@ def run(
                 retry=retry,
                 watch=watch,
                 labels=_labels(work.cells),
+                origins=_origins(plan, work.cells),
                 foretell=foretell,
             )
         finally:
@@ -83,6 +88,22 @@ def _executor(context: Context, workers: int | None, ray: str | None) -> Executo
         raise UserError(f"workers must be 0 or more, not {count}")
     work = functools.partial(perform_stage, context)
     return InProcess(work) if count == 0 or context.device != "cpu" else Processes(work, count)
+
+
+def _device(name: str, *, here: bool) -> str:
+    """Return the device that a name means; raise UserError unless it is one that can be used (`here`: tried out)."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+        if here:
+            torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"there is no device '{name}' here ({reason}); try --device cpu") from error
+    if kind not in DEVICES:
+        raise UserError(f"studies do not run on devices of type '{kind}'; use one of {', '.join(DEVICES)}")
+    return name
 
 
 def available_cores() -> int:
@@ -100,19 +121,40 @@ def _labels(cells: Iterable[Cell]) -> dict[str, str]:
     return labels
 
 
+def _origins(plan: Plan, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Say of each task the plan and the seed it belongs to; of one that all share, the first."""
+    return {key: {"plan": plan.name, "seed": cell.seed} for cell in reversed(cells) for key in cell.tasks}
+
+
 def _write_plan(store: Store, plan: Plan, work: Work, dataset: Dataset, command: str) -> None:
     """Write plan.json unless it says the same already; refuse a folder that belongs to another plan."""
-    path = store.out / "plan.json"
-    content = _described(plan, work, dataset)
-    if path.exists():
-        kept = read_plan(store.out)
+    kept, content = _kept(store, work), _described(plan, work, dataset)
+    if kept is not None:
         refuse_another(store.out, kept["plan"], content["plan"])
         kept.pop("command", None)
         if canonical_json(kept) == canonical_json(content):
             return
-    elif any(store.records.iterdir()):
-        raise PlanError(f"{store.out} holds records but no plan.json; choose another folder with --out")
-    write_json(path, {**content, "command": command})
+    write_plan(store.out, {**content, "command": command})
+
+
+def _kept(store: Store, work: Work) -> dict[str, Any] | None:
+    """Return what plan.json says. A damaged one is set aside and counts as none, if the records are this plan's."""
+    path = store.out / "plan.json"
+    damaged = False
+    if path.exists():
+        try:
+            return read_plan(store.out)
+        except DamageError:
+            damaged = True
+    records = [record.stem for record in store.records.iterdir()]
+    if records and work.tasks.keys().isdisjoint(records):
+        raise PlanError(
+            f"{store.out} holds records of another plan and {'a damaged' if damaged else 'no'} plan.json; "
+            "choose another folder with --out"
+        )
+    if damaged:
+        store.set_aside(path)
+    return None
 
 
 def _described(plan: Plan, work: Work, dataset: Dataset) -> dict[str, Any]:

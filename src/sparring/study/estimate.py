@@ -74,7 +74,8 @@ def _passes(task: Task, context: Context) -> float:
 
 def _seconds_per_pass(context: Context, task: Task) -> float:
     model = network(context, task.inputs)
-    x, y = as_float(context.dataset.train.x[:BATCH]), context.dataset.train.y[:BATCH]
+    x = as_float(context.dataset.train.x[:BATCH]).to(context.device)
+    y = context.dataset.train.y[:BATCH].to(context.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -91,9 +91,9 @@ def perform(work: Work, task: Task) -> Done:
         return Done(task, replace(outcome, tensors={}), None, time.perf_counter() - began, content)
     except UserError as problem:
         error, stops = str(problem), isinstance(problem, StorageError)
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         error = "out of memory: use a smaller batch_size, or fewer workers"
-    except Exception as problem:  # a user's factory or pruner may raise anything; it fails this cell alone
+    except (Exception, SystemExit) as problem:  # a user's factory or pruner may do anything; it fails this cell alone
         place = traceback.extract_tb(problem.__traceback__)[-1]
         error = f"{type(problem).__name__}: {problem} ({os.path.basename(place.filename)}:{place.lineno})"  # noqa: PTH119
     return Done(task, None, error, time.perf_counter() - began, stops=stops)

@@ -69,7 +69,7 @@ def activate(context: Context, task: Task) -> Outcome:
     model = network_of(context, bare, task.parents[0])
     if activation["kind"] != PENALTY:
         model = with_activation(model, activation)
-        calibrate_(model, as_float(context.dataset.valid.x[:CALIBRATION_IMAGES]))
+        calibrate_(model, as_float(context.dataset.valid.x[:CALIBRATION_IMAGES]).to(context.device))
     if task.inputs["recipe"] is None:
         valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
         return Outcome({"accuracy_valid": valid}, tensors=_weights(model))
@@ -148,7 +148,8 @@ def _assert_masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
 def _robust_score(context: Context, model: nn.Module, training: dict[str, Any]) -> float:
     """Return the share of validation images that stand under a short PGD: what chooses the best epoch."""
     valid = context.dataset.valid
-    x, y = as_float(valid.x[:SCORING_IMAGES]), valid.y[:SCORING_IMAGES]
+    x = as_float(valid.x[:SCORING_IMAGES]).to(context.device)
+    y = valid.y[:SCORING_IMAGES].to(context.device)
     generator = torch.Generator().manual_seed(0)
     norm = parse_norm(training["norm"])
     x_adv = pgd(model, x, y, norm=norm, eps=training["eps"], steps=SCORING_STEPS, generator=generator)

@@ -34,6 +34,7 @@ def measure(context: Context, task: Task) -> Outcome:
     logits, logits_valid = predict(model, data.test.x), predict(model, data.valid.x)
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the network's logits are NaN or infinite; its training diverged")
+    model = model.cpu()  # what follows counts, and has no need of a GPU
     counted = size(model)
     dense, sparse = macs(model, tuple(data.test.x.shape[1:]))
     active = activity(model, data.test.x[:ACTIVITY_IMAGES])
@@ -76,9 +77,9 @@ def attack(context: Context, task: Task) -> Outcome:
     if len(task.parents) > 1 and not inputs["attack"].get("naive"):
         bare = {name: value for name, value in inputs.items() if name != "activation"}
         surrogates = {"dense control": network_of(context, bare, task.parents[1])}
-    x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
-    through, flags = _packed(model, as_float(x[:8])) if inputs.get("kernels") == "packed" else (None, [])
-    result = _run(model, as_float(x), y, inputs, surrogates, through)
+    x, y = _images(context, inputs)
+    through, flags = _packed(model, x[:8]) if inputs.get("kernels") == "packed" else (None, [])
+    result = _run(model, x, y, inputs, surrogates, through)
     metrics: dict[str, float | None] = {
         "forwards": result.forwards,
         "backwards": result.backwards,
@@ -101,7 +102,7 @@ def attack(context: Context, task: Task) -> Outcome:
         "label": y,
     }
     if inputs["gallery"]:
-        tensors["clean"] = as_float(x[: inputs["gallery"]])
+        tensors["clean"] = x[: inputs["gallery"]]
         tensors["perturbed"] = result.x_adv[: inputs["gallery"]].clone()
     flags += [{"name": flag.name, "detail": flag.detail} for flag in result.flags]
     return Outcome(_finite(metrics), flags=flags, tensors=tensors)
@@ -111,8 +112,7 @@ def transfer(context: Context, task: Task) -> Outcome:
     """Attack the first parent's network and try its adversarial images on the second's."""
     inputs = task.inputs
     source, target = (network_of(context, inputs, key) for key in task.parents)
-    x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
-    images = as_float(x)
+    images, y = _images(context, inputs)
     result = _run(source, images, y, inputs, {})
     with torch.no_grad():
         right = torch.cat([target(part).argmax(1) for part in torch.split(images, inputs["batch_size"])]) == y
@@ -153,6 +153,12 @@ def _agree(model: nn.Module, through: nn.Module, x: Tensor) -> bool:
     error = (logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp_min(1e-30)
     apart = (gradients[0] - gradients[1]).norm(dim=1) / gradients[0].norm(dim=1).clamp_min(1e-30)
     return bool(error <= LOGIT_TOLERANCE) and bool(apart.median() <= GRADIENT_TOLERANCE)
+
+
+def _images(context: Context, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of a task's shard, where its networks are."""
+    x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
+    return as_float(x).to(context.device), y.to(context.device)
 
 
 def _run(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError, UserError
-from ..files import read_json
+from ..errors import DamageError, PlanError, UserError
+from ..files import canonical_json, finite, read_json, sha256_bytes, write_json
 from .store import SCHEMA, Record, Store
 
-__all__ = ["Progress", "is_key", "progress", "read_plan", "refuse_another"]
+__all__ = ["Progress", "is_key", "progress", "read_plan", "refuse_another", "write_plan"]
 
 # What may differ between a folder's plan and a new one: the plan may grow, its foundations may not change.
 FOUNDATIONS = ("data", "model", "recipe", "finetune", "training")
@@ -48,19 +48,39 @@ def progress(out: str | Path) -> Progress:
 
 
 def read_plan(out: str | Path) -> dict[str, Any]:
-    """Return the content of a study's plan.json (docs/design.md, "Records"); raise UserError if it is not one."""
+    """Return the content of a study's plan.json (docs/design.md, "Records").
+
+    Raise UserError if there is none or it is another version's, DamageError if it is not what was written.
+    """
     path = Path(out) / "plan.json"
     if not path.exists():
         raise UserError(f"{out} is not a study's output folder: it has no plan.json")
-    content = read_json(path, limit=MAX_BYTES)
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    way_out = "run the study again, which makes it anew, or get it again"
+    try:
+        content = read_json(path, limit=MAX_BYTES)
+    except UserError as error:
+        raise DamageError(f"{path} cannot be read; {way_out} ({error})") from error
+    if not isinstance(content, dict):
+        raise DamageError(f"{path} is no plan; {way_out}")
+    if content.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a plan of schema {SCHEMA}: it is damaged, or another version's")
-    plan, cells = content.get("plan"), content.get("cells")
+    plan, cells, stated = content.get("plan"), content.get("cells"), content.pop("sha256", None)
+    if stated is not None and stated != _checksum(content):
+        raise DamageError(f"{path} was damaged or changed: its checksum is wrong; {way_out}")
     if not isinstance(plan, dict) or not isinstance(plan.get("name"), str) or not isinstance(cells, list):
-        raise UserError(f"{path} lacks a plan or its cells; run the study again, or get it again")
+        raise DamageError(f"{path} lacks a plan or its cells; {way_out}")
     if not all(_is_cell(cell) for cell in cells):
-        raise UserError(f"{path} has a cell that is none; run the study again, or get it again")
+        raise DamageError(f"{path} has a cell that is none; {way_out}")
     return content
+
+
+def write_plan(out: str | Path, content: dict[str, Any]) -> None:
+    """Write a study's plan.json and the checksum of its content."""
+    write_json(Path(out) / "plan.json", {**content, "sha256": _checksum(content)})
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return sha256_bytes(canonical_json(finite(content)).encode())
 
 
 def _is_cell(cell: Any) -> bool:

@@ -23,8 +23,9 @@ def show_progress(event: Event) -> None:
 def _line(event: Event) -> str:
     counts = f"{event.done} of {event.total} tasks done" + (f", {event.failed} failed" if event.failed else "")
     if event.record is None:
+        damaged = f"; damaged, to be made again: {len(event.damaged)}" if event.damaged else ""
         guess = f"; the rest takes about {event.estimate:.0f} s (a rough guess)" if event.estimate else ""
-        return counts + guess
+        return counts + damaged + guess
     return f"{counts} · {event.label} · {what_of(event.record)}"
 
 

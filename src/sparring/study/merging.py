@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError, UserError
-from ..files import load_tensors, read_bounded, read_json, sha256_bytes, write_json
-from .kept import is_key, read_plan, refuse_another
+from ..files import load_tensors, read_bounded, read_json, sha256_bytes
+from .kept import is_key, read_plan, refuse_another, write_plan
 from .plan import Plan
 from .store import Record, Store, parse_record
 from .tasks import is_key_of
@@ -32,10 +33,11 @@ class Merged:
 def merge(sources: Sequence[str | Path], out: str | Path) -> Merged:
     """Unite studies of the same foundations into `out`, which may be one of them or a study of its own.
 
-    A record is taken if it is sound, its checksum is right, its key is the hash of what it says it was made from, and
-    its object has the hash that it names. A failed one gives way to one that is not. Where two equal tasks have
-    different results, the first stays and the key is reported. Raise UserError if plans or data do not fit together.
-    A stranger may still have invented results: hashes show damage and mistakes, not honesty.
+    A record is taken if it is sound, its checksum is right, its key is the hash of what it says it was made from, its
+    object has the hash that it names, and the weights that it was made from are those kept here. A failed one gives way
+    to one that is not. Where two equal tasks have different results, the first stays and the key is reported. Raise
+    UserError if plans or data do not fit together. A stranger may still have invented results: hashes show damage and
+    mistakes, not honesty.
     """
     store = Store(out)
     folders = [Path(source) for source in sources]
@@ -49,9 +51,9 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> Merged:
     store.prepare()
     with store.lock():
         for folder in folders:
-            for path in sorted((folder / "records").glob("*.json")):
-                tally.take(folder, path)
-        write_json(store.out / "plan.json", united)
+            for path, record in _parents_first(folder, tally):
+                tally.take(folder, path, record)
+        write_plan(store.out, united)
     return Merged(tally.added, tally.known, tuple(tally.refused), tuple(tally.different))
 
 
@@ -63,13 +65,17 @@ class _Tally:
         self.different: list[str] = []
         self.data: str | None = None
 
-    def take(self, folder: Path, path: Path) -> None:
-        try:
-            record, content = _checked(folder, path)
-        except UserError as error:
-            self.refused.append(f"{path}: {error}")
-            return
+    def refuse(self, path: Path, reason: UserError) -> None:
+        self.refused.append(f"{path}: {reason}")
+
+    def take(self, folder: Path, path: Path, record: Record) -> None:
         self._same_data(folder, record)
+        try:
+            content = _tensors_of(folder, record)
+            self._same_weights(record)
+        except UserError as error:
+            self.refuse(path, error)
+            return
         mine = self.store.read(record.key)
         if mine is None or (mine.error and not record.error):
             self.store.write(record, content)
@@ -85,22 +91,59 @@ class _Tally:
         if data != self.data:
             raise UserError(f"{folder} was made from other data than the rest, though under the same name")
 
+    def _same_weights(self, record: Record) -> None:
+        """Raise UserError if a record was made from other tensors than those that are kept here under the same key."""
+        for key, checksum in _weights(record).items():
+            parent = self.store.peek(key)
+            if parent is not None and parent.object is not None and parent.object["sha256"] != checksum:
+                raise UserError(f"it was made from other weights than those kept of {key}")
 
-def _checked(folder: Path, path: Path) -> tuple[Record, bytes]:
-    """Return a record of a stranger's and its object's bytes; raise UserError unless all hashes are right."""
+
+def _parents_first(folder: Path, tally: _Tally) -> Iterator[tuple[Path, Record]]:
+    """Yield the sound records of a stranger's folder; the tally is told of the others."""
+    found: dict[str, Path] = {}
+    before: dict[str, list[str]] = {}
+    for path in sorted((folder / "records").glob("*.json")):
+        try:
+            record = _checked(path)
+        except UserError as error:
+            tally.refuse(path, error)
+        else:
+            found[record.key] = path
+            before[record.key] = sorted(_weights(record))
+    for key in TopologicalSorter(before).static_order():  # no circle: a key is the hash of its parents' keys
+        if key in found:
+            yield found[key], _checked(found[key])
+
+
+def _checked(path: Path) -> Record:
+    """Return a record of a stranger's; raise UserError unless its own hashes are right."""
     record = parse_record(read_json(path))
     if record.key != path.stem or not is_key(record.key):
         raise UserError("it does not bear its own key")
     if not is_key_of(record.key, record.stage, record.inputs, record.environment):
         raise UserError("its key is not the hash of its inputs")
+    if not set(_weights(record)) <= set(record.inputs.get("parents", [])):
+        raise UserError("it names weights that it was not made from")
+    return record
+
+
+def _weights(record: Record) -> dict[str, str]:
+    """Return the hashes of the tensors that a record was made from, by their keys; the first records named none."""
+    found: dict[str, str] = record.origin.get("weights", {})
+    return found
+
+
+def _tensors_of(folder: Path, record: Record) -> bytes:
+    """Return the bytes of a stranger's object; raise UserError unless it is the one that its record names."""
     if record.object is None:
-        return record, b""
+        return b""
     file = folder / "objects" / f"{record.key}.safetensors"
     content = read_bounded(file, limit=MAX_OBJECT)
     if sha256_bytes(content) != record.object["sha256"]:
         raise UserError("its object is not the one that it names")
     load_tensors(file)  # raises where it is no sound file of tensors
-    return record, content
+    return content
 
 
 def _result(record: Record) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Stages that prove things of networks: certificates, Lipschitz constants, exact distances."""
+"""Stages that prove things of networks: certificates, Lipschitz constants, exact distances; on the CPU, in double."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["certify", "constants", "distances"]
 def certify(context: Context, task: Task) -> Outcome:
     """Compute certified radii of some images; a network without a sound rule has none, and says why."""
     inputs = task.inputs
-    model = judged(context, task)
+    model = judged(context, task).cpu()
     x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
     try:
         radius = bounds.radius(model, as_float(x), y, parse_norm(inputs["norm"]), method=inputs["method"])
@@ -39,7 +39,7 @@ def constants(context: Context, task: Task) -> Outcome:
     Over classes k the pair with the smallest margin / constant counts, which bounds the distance from below.
     """
     inputs = task.inputs
-    model = judged(context, task)
+    model = judged(context, task).cpu()
     x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
     images = as_float(x)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def _tightest(logits: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
 def distances(context: Context, task: Task) -> Outcome:
     """Find exact distances of a few images within a time limit each, starting from the best attack."""
     inputs = task.inputs
-    model, norm = judged(context, task), parse_norm(inputs["norm"])
+    model, norm = judged(context, task).cpu(), parse_norm(inputs["norm"])
     x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
     images = as_float(x)
     generator = torch.Generator().manual_seed(inputs["images"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from .. import __version__
 from ..errors import StorageError
+from ..train import is_whole
 from .executors import Done, Executor, Task
 from .store import Record, Store
 
@@ -50,14 +53,16 @@ def execute(
     retry: bool = False,
     watch: Watcher | None = None,
     labels: Mapping[str, str] = MappingProxyType({}),
+    origins: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     foretell: Callable[[list[Task]], float | None] | None = None,
 ) -> list[Record]:
     """Run tasks (parents first) that the store lacks, and return all records in the tasks' order.
 
-    A task whose parent failed is not run and has no record. Raise StorageError where the disk is full or a file that
-    a task needs is damaged: what was done before stays done.
+    `labels` and `origins` say by key what a watcher is told and what a record keeps of where a task belongs. A task
+    whose parent failed is not run and has no record. Raise StorageError where the disk is full or a file that a task
+    needs is damaged: what was done before stays done.
     """
-    scheduler = _Scheduler(list(tasks), store, executor, watch, labels)
+    scheduler = _Scheduler(list(tasks), store, executor, watch, labels, origins)
     scheduler.recall(retry)
     scheduler.run(foretell)
     return [scheduler.records[task.key] for task in scheduler.order if task.key in scheduler.records]
@@ -73,8 +78,10 @@ class _Scheduler:
         executor: Executor,
         watch: Watcher | None,
         labels: Mapping[str, str],
+        origins: Mapping[str, dict[str, Any]],
     ) -> None:
-        self.order, self.store, self.executor, self.watch, self.labels = tasks, store, executor, watch, labels
+        self.order, self.store, self.executor, self.watch = tasks, store, executor, watch
+        self.labels, self.origins = labels, origins
         self.records: dict[str, Record] = {}
         self.running: dict[str, Task] = {}
         self.children: defaultdict[str, list[int]] = defaultdict(list)  # places in the order, by parent's key
@@ -83,29 +90,36 @@ class _Scheduler:
         self.cached = self.errors = 0
 
     def recall(self, retry: bool) -> None:
-        """Take what the store has; what a missing task needs is checked byte by byte."""
+        """Take what the store has; what a missing task needs is checked byte by byte, however large."""
         for task in self.order:
-            record = self.store.read(task.key)
+            record = self.store.recall(task.key)
             if record is not None and not (retry and record.error):
                 self.records[task.key] = record
-        needed = {parent for task in self.order if task.key not in self.records for parent in task.parents}
-        for key in needed & set(self.records):
+        missing = [task for task in self.order if task.key not in self.records]
+        for key in {parent for task in missing for parent in task.parents} & set(self.records):
             if self.store.verify(key) is None:
                 del self.records[key]  # damaged: set aside by the store, to be made again
+        for path in map(self.store.checkpoint, (task.key for task in missing)):
+            if path.exists() and not is_whole(path):
+                self.store.set_aside(path)
         self.cached = len(self.records)
         self.errors = sum(1 for record in self.records.values() if record.error)
 
     def run(self, foretell: Callable[[list[Task]], float | None] | None) -> None:
         self._line_up()
         missing = [task for task in self.order if task.key not in self.records]
-        self._tell(None, None if foretell is None else foretell(missing))
-        while self.ready or self.running:
-            while self.ready and len(self.running) < self.executor.slots:
-                task = self.order[heapq.heappop(self.ready)]
-                self.running[task.key] = task
-                self.executor.submit(task)
+        self._hand_out()  # before anything else: the workers need not wait for an estimate
+        self._tell(None, None if foretell is None or self.watch is None else foretell(missing))
+        while self.running:
             for done in self.executor.wait():
                 self._keep(done)
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self.ready and len(self.running) < self.executor.slots:
+            task = self.order[heapq.heappop(self.ready)]
+            self.running[task.key] = task
+            self.executor.submit(task)
 
     def _line_up(self) -> None:
         """Count for each missing task the parents that are not done; one whose parent failed will never be ready."""
@@ -125,7 +139,14 @@ class _Scheduler:
         task, outcome = done.task, done.outcome
         if done.stops:
             raise StorageError(done.error)
-        record = Record(task.key, task.stage, task.inputs, environment=environment(), times={"seconds": done.seconds})
+        record = Record(
+            task.key,
+            task.stage,
+            task.inputs,
+            environment=environment(),
+            times={"seconds": done.seconds},
+            origin={**self.origins.get(task.key, {}), "weights": self._hashes(task.parents)},
+        )
         if outcome is None:
             record = self.store.write(replace(record, error=done.error))
             self.errors += 1
@@ -138,11 +159,16 @@ class _Scheduler:
                 times={**outcome.times, **record.times},
             )
             record = self.store.write(record, done.content)
-            (self.store.scratch / f"{task.key}.safetensors").unlink(missing_ok=True)
+            self.store.checkpoint(task.key).unlink(missing_ok=True)
             self._release(task.key)
         del self.running[task.key]
         self.records[task.key] = record
         self._tell(record)
+
+    def _hashes(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the SHA-256 of the tensors that a task read, by the key of the parent that left them."""
+        held = {key: self.records[key].object for key in keys}
+        return {key: found["sha256"] for key, found in held.items() if found is not None}
 
     def _release(self, key: str) -> None:
         for place in self.children.pop(key, ()):
@@ -169,10 +195,17 @@ class _Scheduler:
         )
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Return the version of every library that a stage computes with."""
+    return {name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn", "safetensors", "llvmlite")}
+
+
 def environment() -> dict[str, Any]:
     """Return what a record says of where it was made."""
     return {
         "sparring": __version__,
+        **_versions(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

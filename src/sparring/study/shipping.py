@@ -31,7 +31,7 @@ LOGIT_TOLERANCE = 1e-4
 def pack(context: Context, task: Task) -> Outcome:
     """Export a network as users ship it and hold the artefact against it: bytes, logits, predictions, time."""
     inputs = task.inputs
-    model = judged(context, task)
+    model = judged(context, task).cpu()
     x = as_float(context.dataset.test.x[: inputs["images"]])
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -67,7 +67,7 @@ def _latency(answer: Callable[[Tensor], Tensor], x: Tensor) -> float:
 def ship(context: Context, task: Task) -> Outcome:
     """Attack and certify the artefact of a network beside the network itself, its values rounded as `values` says."""
     inputs = task.inputs
-    model = judged(context, task)
+    model = judged(context, task).cpu()
     x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
     images = as_float(x)
     try:

@@ -15,6 +15,7 @@ from ..errors import StorageError, UserError
 from ..files import (
     canonical_json,
     explain,
+    finite,
     load_tensors,
     lock,
     read_json,
@@ -41,12 +42,18 @@ FIELDS: dict[str, Any] = {
     "environment": dict,
     "times": dict,
     "schema": int,
+    "origin": dict,
 }
+# Tensors that a report reads are smaller, and are checked at every start; larger ones, weights, when they are needed.
+SMALL_OBJECT = 1 << 20
 
 
 @dataclass(frozen=True)
 class Record:
-    """Hold the result of one task; see docs/design.md, "Records". `error` is None where the task succeeded."""
+    """Hold the result of one task; see docs/design.md, "Records". `error` is None where the task succeeded.
+
+    `origin` says what the inputs do not: the plan's name, the seed, and the SHA-256 of each parent's tensors.
+    """
 
     key: str
     stage: str
@@ -59,17 +66,20 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def checksum(self) -> str:
         """Return the SHA-256 of everything but times, which may differ between equal runs."""
-        content = {name: value for name, value in vars(self).items() if name != "times"}
+        left_out = ("times",) if self.origin else ("times", "origin")  # the first records knew of no origin
+        content = {name: value for name, value in vars(self).items() if name not in left_out}
         return sha256_bytes(canonical_json(content).encode())
 
 
 def parse_record(content: Any) -> Record:
     """Return a record from its JSON content; raise UserError if a field or the checksum is wrong."""
-    if not isinstance(content, dict) or set(content) != {*FIELDS, "sha256"}:
+    if not isinstance(content, dict) or {"origin", *content} != {*FIELDS, "sha256"}:
         raise UserError("not a record: its fields are not those of a record")
+    content.setdefault("origin", {})
     wrong = [name for name, kind in FIELDS.items() if not isinstance(content[name], kind)]
     if wrong:
         raise UserError(f"not a record: {wrong[0]} is {content[wrong[0]]!r:.80}")
@@ -81,6 +91,9 @@ def parse_record(content: Any) -> Record:
     found = content["object"]
     if found is not None and (set(found) != {"file", "sha256"} or found["file"] != f"{content['key']}.safetensors"):
         raise UserError("not a record: its object is not its own")
+    weights = content["origin"].get("weights", {})
+    if not isinstance(weights, dict) or not all(isinstance(checksum, str) for checksum in weights.values()):
+        raise UserError("not a record: its origin names weights without their hashes")
     checksum = content.pop("sha256")
     record = Record(**content)
     if record.checksum() != checksum:
@@ -128,6 +141,8 @@ class Store:
         if content:
             path = write_atomic(self.objects / f"{record.key}.safetensors", content)
             record = replace(record, object={"file": path.name, "sha256": sha256_bytes(content)})
+        # The checksum is of what can be read back, and JSON has no NaN.
+        record = replace(record, metrics=finite(record.metrics), series=finite(record.series))
         write_json(self.records / f"{record.key}.json", {**vars(record), "sha256": record.checksum()})
         return record
 
@@ -146,7 +161,7 @@ class Store:
         """Return a record; None if there is none. A damaged one is set aside and counts as none."""
         record, path = self.peek(key), self.records / f"{key}.json"
         if record is None and path.exists():
-            self._set_aside(path)
+            self.set_aside(path)
         return record
 
     def tensors(self, key: str) -> dict[str, Tensor]:
@@ -156,24 +171,39 @@ class Store:
         if record is None or record.object is None:
             raise StorageError(f"{path} was damaged or removed; run the same command again to make it anew")
         if sha256_file(path) != record.object["sha256"]:
-            self._set_aside(path)
-            self._set_aside(self.records / f"{key}.json")
+            self.set_aside(path)
+            self.set_aside(self.records / f"{key}.json")
             raise StorageError(f"{path} was damaged and has been set aside; run the same command again to make it anew")
         return load_tensors(path)
 
-    def verify(self, key: str) -> Record | None:
-        """Return a record whose object's checksum was read anew; None, and both set aside, if either is damaged."""
+    def recall(self, key: str) -> Record | None:
+        """Return a record as `verify` does, but spare objects so large that hashing all of them would take long."""
         record = self.read(key)
+        if record is None or record.object is None:
+            return record
+        small = (self.objects / f"{key}.safetensors").stat().st_size <= SMALL_OBJECT
+        return self.verify(key, record) if small else record
+
+    def verify(self, key: str, record: Record | None = None) -> Record | None:
+        """Return a record whose object's checksum was read anew; None, and both set aside, if either is damaged.
+
+        `record` spares reading it once more.
+        """
+        record = record or self.read(key)
         if record is None or record.object is None:
             return record
         path = self.objects / f"{key}.safetensors"
         if sha256_file(path) == record.object["sha256"]:
             return record
-        self._set_aside(path)
-        self._set_aside(self.records / f"{key}.json")
+        self.set_aside(path)
+        self.set_aside(self.records / f"{key}.json")
         return None
 
-    def _set_aside(self, path: Path) -> None:
+    def checkpoint(self, key: str) -> Path:
+        """Return where a long training keeps what it has so far."""
+        return self.scratch / f"{key}.safetensors"
+
+    def set_aside(self, path: Path) -> None:
         """Move a damaged file where it is in nobody's way but can still be looked at."""
         try:
             self.damaged.mkdir(parents=True, exist_ok=True)

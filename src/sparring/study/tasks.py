@@ -23,7 +23,7 @@ from .settings import Activation, Attack, Certify, Exact, Lipschitz, Pruning, Sh
 from .stages import VERSIONS
 from .widths import narrowed, widened
 
-__all__ = ["Cell", "DataFacts", "Work", "is_key_of", "lay_out"]
+__all__ = ["DEVICES", "Cell", "DataFacts", "Work", "is_key_of", "lay_out"]
 
 # A task and its record take about a kilobyte of the driver's memory each.
 MAX_TASKS = 500_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .checkpoint import is_whole
 from .loop import Fit, Progress, fit, predict
 from .losses import Loss, adversarial, cross_entropy, trades
 from .recipe import Recipe, learning_rate
@@ -14,6 +15,7 @@ __all__ = [
     "adversarial",
     "cross_entropy",
     "fit",
+    "is_whole",
     "learning_rate",
     "predict",
     "trades",

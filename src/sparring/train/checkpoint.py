@@ -1,4 +1,4 @@
-"""Save and restore a training run between epochs; tensors only, nothing is unpickled."""
+"""Save and restore a training run between epochs; tensors only, nothing is unpickled, and a checksum over all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import load_tensors, save_tensors
+from ..files import load_tensors, pack_tensors, save_tensors, sha256_bytes
 from ..sparsity import Masks, Pruner
 
-__all__ = ["State", "load_checkpoint_", "save_checkpoint"]
+__all__ = ["State", "is_whole", "load_checkpoint_", "save_checkpoint"]
 
 
 @dataclass
@@ -42,13 +42,22 @@ def save_checkpoint(state: State, path: Path) -> None:
     tensors |= {f"pruner/{name}": value for name, value in _pruner_state(state).items()}
     tensors["generator"] = state.generator.get_state()
     scalars = {"epoch": state.epoch, "losses": state.losses, "scores": state.scores, "best_epoch": state.best_epoch}
-    tensors["scalars"] = torch.frombuffer(bytearray(json.dumps(scalars).encode()), dtype=torch.uint8)
-    save_tensors(path, {name: value.detach().contiguous() for name, value in tensors.items()})
+    tensors["scalars"] = _bytes(json.dumps(scalars))
+    save_tensors(path, {**tensors, "sha256": _bytes(_checksum(tensors))})
+
+
+def is_whole(path: Path) -> bool:
+    """Say whether a checkpoint's checksum is right."""
+    try:
+        _read(path)
+    except UserError:
+        return False
+    return True
 
 
 def load_checkpoint_(state: State, path: Path) -> None:
     """Restore a state that `save_checkpoint` wrote; raise UserError if it belongs to another model or is damaged."""
-    tensors = load_tensors(path)
+    tensors = _read(path)
     try:
         scalars = json.loads(bytes(tensors.pop("scalars").numpy()).decode())
         state.model.load_state_dict(_part(tensors, "model/"))
@@ -57,17 +66,34 @@ def load_checkpoint_(state: State, path: Path) -> None:
         state.losses, state.scores = scalars["losses"], scalars["scores"]
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this training run; remove it to start afresh") from error
-    state.masks = _part(tensors, "mask/")
+    place = next(state.model.parameters()).device
+    state.masks = {name: mask.to(place) for name, mask in _part(tensors, "mask/").items()}
     state.best_state = _part(tensors, "best/")
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     for index, parameter in enumerate(parameters):
         slot = _part(tensors, f"optimizer/{index}/")
         if slot:
-            state.optimizer.state[parameter] = slot
+            state.optimizer.state[parameter] = {name: value.to(place) for name, value in slot.items()}
     kept = _part(tensors, "pruner/")
     restore = getattr(state.pruner, "load_state_", None)
     if kept and restore is not None:
         restore(kept)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    tensors = load_tensors(path)
+    stated = tensors.pop("sha256", torch.empty(0))
+    if not torch.equal(stated, _bytes(_checksum(tensors))):
+        raise UserError(f"{path} is damaged: its checksum is wrong; remove it to start afresh")
+    return tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    return sha256_bytes(pack_tensors(tensors))
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def _slots(state: State) -> list[dict[str, Tensor]]:

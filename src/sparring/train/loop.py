@@ -64,6 +64,8 @@ def fit(
     thread count give one result. Raise UserError when the loss stops being finite.
     """
     _check(model, x, y)
+    place = next(model.parameters()).device
+    x, y = x.to(place), y.to(place)
     state = _start(model, recipe, seed, masks, pruner)
     if checkpoint is not None and checkpoint.exists():
         load_checkpoint_(state, checkpoint)
@@ -118,7 +120,7 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> fl
     steps, step = recipe.epochs * batches, state.epoch * batches
     cycle = -(-steps // getattr(state.pruner, "cycles", 1))  # iterative pruning starts the schedule anew
     order = torch.randperm(len(x), generator=generator)
-    total = torch.zeros(())
+    total = torch.zeros((), device=x.device)
     behind = state.pruner is not None and state.pruner.dense_weights
     targets = _targets(model, state.masks)
     for chosen in torch.split(order, recipe.batch_size):
@@ -214,11 +216,12 @@ def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Return the logits (N, classes) of uint8 images in eval mode; the model's mode is restored."""
+    """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; the model's mode is restored."""
     training = model.training
+    place = next((p.device for p in model.parameters()), x.device)
     model.eval()
     try:
         with torch.no_grad():
-            return torch.cat([model(part.float().div_(255)) for part in torch.split(x, batch_size)])
+            return torch.cat([model(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
     finally:
         model.train(training)

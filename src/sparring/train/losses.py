@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..attacks import pgd
 from ..errors import UserError
-from ..threat import L2, LINF
+from ..threat import L2, LINF, gaussian
 
 __all__ = ["Loss", "adversarial", "cross_entropy", "trades"]
 
@@ -71,7 +71,7 @@ def _ascend_divergence(
 ) -> Tensor:
     with torch.no_grad():
         target = F.softmax(model(x), 1)
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    noise = gaussian(x.shape, x, generator)
     x_adv = (x + 1e-3 * noise).clamp(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_(True)
