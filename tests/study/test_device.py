@@ -45,9 +45,19 @@ def _numbers(records: list[Record]) -> list[Any]:
     return [(r.stage, r.inputs.get("attack"), r.metrics, r.series, r.flags, r.error) for r in records]
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"training": {"loss": "trades", "eps": 0.1, "steps": 2}, "checkpoints": ["final", "best"]}]
-)
+ROBUST: dict[str, Any] = {
+    "training": {"loss": "trades", "eps": 0.1, "steps": 2},
+    "checkpoints": ["final", "best"],
+    "pruning": [{"label": "magnitude"}],
+    "attacks": PLAN["attacks"][:1],
+    "activation": [],
+    "transfer": [],
+    "certify": [],
+    "deploy": False,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, ROBUST])
 def test_a_gpu_finds_what_the_cpu_finds(few_digits: Dataset, tmp_path: Path, changes: dict[str, Any]) -> None:
     plan = tiny_plan(**{**PLAN, **changes})
     expected = run(plan, tmp_path / "cpu", dataset=few_digits, workers=0)
