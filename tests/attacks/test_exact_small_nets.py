@@ -1,4 +1,4 @@
-"""Two inputs and a few units: the exact distance by looking along every direction."""
+"""Small networks with exact distances: by looking along every direction, or by mixed-integer programs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring.attacks import Attack, cw, ddn, deepfool, fab, nearest, run
+from sparring.bounds import exact as exact_distances
 from sparring.threat import L2, LINF, Threat, distance
 
 
@@ -69,3 +70,28 @@ def test_no_attack_undercuts_the_exact_distance(attack: Attack, norm: float) -> 
         ratios += (found / exact)[torch.isfinite(exact)].tolist()
     if attack is nearest:
         assert torch.tensor(ratios).median() <= 1.05
+
+
+@lru_cache
+def solved() -> tuple[nn.Sequential, Tensor, Tensor, Tensor]:
+    """Return a network of 16 pixels, images, its own labels and bounds on their exact l_inf distances, by MILP."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
+    with torch.no_grad():
+        for layer in (net[1], net[3], net[5]):
+            layer.weight.mul_(2)
+    x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = net(x).argmax(1)
+    start = run(net, x, y, nearest, Threat(LINF)).x_adv
+    found = exact_distances(net, x, y, LINF, x_adv=start, seconds=20)
+    assert set(found.status) == {"exact"}
+    return net, x, y, torch.stack([found.lower, found.upper])
+
+
+@pytest.mark.parametrize("attack", [nearest, fab, deepfool])
+def test_no_attack_undercuts_a_proven_distance(attack: Attack) -> None:
+    net, x, y, (lower, upper) = solved()
+    found = run(net, x, y, attack, Threat(LINF)).distance
+    assert bool((found >= lower * (1 - 1e-6)).all())
+    if attack is nearest:
+        assert float((found / upper).median()) <= 1.05

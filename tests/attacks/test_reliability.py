@@ -16,7 +16,10 @@ from sparring.attacks import (
     check_order,
     check_silence,
     check_unlimited,
+    cw,
+    ddn,
     deepfool,
+    fab,
     fast,
     fgsm,
     nearest,
@@ -27,7 +30,7 @@ from sparring.attacks import (
 from sparring.attacks.evaluate import lengthened
 from sparring.attacks.flags import exceeds
 from sparring.errors import UserError
-from sparring.threat import L2, LINF, Threat, distance
+from sparring.threat import L1, L2, LINF, Threat, distance
 
 THREAT = Threat(LINF, 0.05)
 
@@ -160,14 +163,35 @@ def test_the_smallest_of_several_searches_counts(net: nn.Module, images: Tensor)
     assert torch.allclose(both, torch.minimum(*parts), atol=1e-6)
 
 
-@pytest.mark.parametrize("attack", [nearest, deepfool, partial(pgd, random_start=False)])
-def test_batch_size_and_order_change_nothing_but_rounding(attack: Attack, net: nn.Module, images: Tensor) -> None:
+DETERMINISTIC = [
+    *((attack, norm) for attack in (nearest, deepfool, fab) for norm in (L2, LINF, L1)),
+    (partial(cw, steps=60, start_constant=1.0, searches=3), L2),
+    (ddn, L2),
+    (fast, L2),
+]
+
+
+@pytest.mark.parametrize(("attack", "norm"), DETERMINISTIC)
+def test_batch_size_and_order_move_no_distance(attack: Attack, norm: float, net: nn.Module, images: Tensor) -> None:
     y = net(images).argmax(1)
-    threat = Threat(L2, 0.5) if isinstance(attack, partial) else Threat(L2)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    whole = run(net, images, y, attack, threat)
-    parts = run(net, images[order], y[order], attack, threat, batch_size=5)
-    assert torch.allclose(whole.distance[order], parts.distance, atol=1e-4)
+    whole = run(net, images, y, attack, Threat(norm))
+    parts = run(net, images[order], y[order], attack, Threat(norm), batch_size=5)
+    assert whole.success.all()
+    assert torch.equal(whole.success[order], parts.success)
+    assert torch.allclose(whole.distance[order], parts.distance, atol=1e-3)
+    assert abs(float(whole.distance.mean() - parts.distance.mean())) <= 1e-4
+
+
+@pytest.mark.parametrize("attack", [fgsm, partial(pgd, random_start=False)])
+@pytest.mark.parametrize(("norm", "eps"), [(LINF, 0.05), (L2, 0.5), (L1, 3.0)])
+def test_batch_size_and_order_change_no_success(
+    attack: Attack, norm: float, eps: float, net: nn.Module, images: Tensor
+) -> None:
+    y = net(images).argmax(1)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    whole = run(net, images, y, attack, Threat(norm, eps))
+    parts = run(net, images[order], y[order], attack, Threat(norm, eps), batch_size=5)
     assert torch.equal(whole.success[order], parts.success)
 
 

@@ -143,6 +143,7 @@ def run_attack(
         _row(attack_name, norm_name, threat, result, found.get((attack_name, threat), ()))
         for (attack_name, threat), result in results.items()
     ]
+    rows += _worst_cases(norm_name, results)
     if as_json:
         print(json.dumps({"model": name, "data": dataset.name, "images": len(y), "results": rows}, indent=1))
     else:
@@ -159,6 +160,21 @@ def _threats(names: str, norm: float, eps_text: str) -> list[tuple[str, Threat]]
     except ValueError:
         raise UserError(f"--eps takes numbers separated by commas, as 0.05,0.1; not '{eps_text}'") from None
     return [(name, Threat(norm, eps)) for name in chosen for eps in ([None] if name in MINIMUM_NORM else budgets)]
+
+
+def _worst_cases(norm_name: str, results: Mapping[tuple[str, Threat], attacks.AttackResult]) -> list[dict[str, Any]]:
+    """Return a row for each budget that several attacks were given: what is robust is what withstands them all."""
+    rows = []
+    for threat in dict.fromkeys(threat for _, threat in results if threat.eps is not None):
+        rivals = [result for (_, other), result in results.items() if other == threat]
+        if len(rivals) == 1:
+            continue
+        success = torch.stack([result.success for result in rivals]).any(0)
+        passes = {
+            what: sum(getattr(result, what) for result in rivals) for what in ("forwards", "backwards", "seconds")
+        }
+        rows.append(_row("worst case", norm_name, threat, replace(rivals[0], success=success, flags=(), **passes), ()))
+    return rows
 
 
 def _opinions(
@@ -184,7 +200,9 @@ def _opinions(
             flags[name, threat] += attacks.check_unlimited(
                 *task, chosen[name], norm=threat.norm, images=images, generator=generator
             )
-            flags[name, threat] += attacks.check_silence(*task, chosen[name], threat, result, generator=generator)
+            flags[name, threat] += attacks.check_silence(
+                *task, chosen[name], threat, result, images=4, generator=generator
+            )
     return flags
 
 
