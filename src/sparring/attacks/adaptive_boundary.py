@@ -17,6 +17,8 @@ __all__ = ["fab"]
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
 # With eps: how often prospects are checked, and how many times its pace an image is trusted to keep up.
 _CHECKS, _PATIENCE = 10, 2.0
+# How far a projection may stay short of its plane, as a share of the way; η goes 5% past it.
+_SHORT = 1e-3
 
 
 @dataclass
@@ -128,4 +130,4 @@ def _walk(
 def _onto(x: Tensor, gradient: Tensor, gap: Tensor, norm: float) -> Tensor:
     """Return the smallest step inside the box from x to the hyperplane, from either side."""
     side = column(torch.where(gap < 0, -1.0, 1.0), x)
-    return boundary_step(x, gradient * side, gap.abs(), norm)
+    return boundary_step(x, gradient * side, gap.abs(), norm, tolerance=_SHORT)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from ..threat import L2, dual
 from .derivatives import logits_and_rows
@@ -58,6 +57,8 @@ def nearest_boundary(
     gaps = -(chosen[0] * logits).sum(2)
     dual_norms = torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2).clamp_min(1e-30)
     distances = gaps.abs() / dual_norms
+    if len(distances) == 1:
+        return Boundary(logits, gaps[0], gradients[0], distances[0])
     images = torch.arange(len(x), device=x.device)
     nearest = distances.argmin(0)
     return Boundary(logits, gaps[nearest, images], gradients[nearest, images], distances[nearest, images])
@@ -89,10 +90,14 @@ def _differences(
         towards = targets.unsqueeze(0)
     else:
         against = y
-        count = classes - 1 if candidates is None else min(candidates, classes - 1)
-        rivals = logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(count, dim=1).indices.T
-        towards = rivals if aims is None else aims.unsqueeze(0)
-    return (one_hot(towards, classes) - one_hot(against, classes)).to(logits.dtype)
+        if aims is None:
+            count = classes - 1 if candidates is None else min(candidates, classes - 1)
+            towards = logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(count, dim=1).indices.T
+        else:
+            towards = aims.unsqueeze(0)
+    weights = torch.zeros(*towards.shape, classes, dtype=logits.dtype, device=logits.device)
+    weights.scatter_(2, towards.unsqueeze(2), 1.0)
+    return weights.scatter_(2, against.view(1, -1, 1).expand(len(towards), -1, 1), -1.0)
 
 
 def pull_back(

@@ -30,12 +30,18 @@ class Dense:
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the logits of x and the outputs of every ReLU, which `backward` wants back."""
+        return self.from_first(self.first(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        """Return the first layer's outputs (N, units), before any ReLU."""
+        return functional.linear(x.flatten(1), self.weights[0], self.biases[0])
+
+    def from_first(self, value: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what `forward` does, from the first layer's outputs on."""
         hidden: list[Tensor] = []
-        value = x.flatten(1)
-        for place, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            value = functional.linear(value, weight, bias)
-            if place + 1 < len(self.weights):
-                hidden.append(value.relu_())
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            hidden.append(value.relu())
+            value = functional.linear(hidden[-1], weight, bias)
         return value, hidden
 
     def back_to_first(self, rows: Tensor, hidden: list[Tensor]) -> Tensor:

@@ -50,6 +50,12 @@ class Probe(nn.Module):
         self._note(logits, 1)
         return logits, hidden
 
+    def from_first(self, dense: Dense, first: Tensor) -> Tensor:
+        """Return the logits that follow from the first layer's outputs, and count it as a pass."""
+        logits, _ = dense.from_first(first)
+        self._note(logits, 1)
+        return logits
+
     def _note(self, logits: Tensor, passes: int) -> None:
         self.forwards += len(logits) * passes
         if not bool(torch.isfinite(logits.sum())):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..threat import L2, LINF, distance, uniform
+from .derivatives import Probe
 from .losses import margin
-from .steps import budget, column, inside, shrink
+from .steps import Region, budget, column, inside, shrink
 
 __all__ = ["square"]
 
@@ -19,19 +21,31 @@ __all__ = ["square"]
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 # Progress of a random search goes with the logarithm of its length: checks at this many halvings of the queries.
 _CHECKS = 6
+# First-layer outputs that are added up change by change are computed afresh after so many, so that no rounding piles up.
+_REFRESH = 100
+
+
+Window = tuple[EllipsisType | slice, ...]
 
 
 @dataclass
 class _Search:
-    """The images still standing: one entry per image in every tensor."""
+    """The images still standing: one entry per image in every tensor.
+
+    low, high: where pixels may be, for l_inf; gap: the margin at `point`; first: for a network of matrices, its first
+    layer's outputs at `point`.
+    """
 
     row: Tensor
     x: Tensor
+    low: Tensor
+    high: Tensor
     y: Tensor
     targets: Tensor | None
     point: Tensor
     gap: Tensor
     checked: Tensor
+    first: Tensor | None
 
 
 def square(
@@ -58,20 +72,15 @@ def square(
     if norm not in (LINF, L2) or x.dim() != 4:
         raise Unsupported("Square needs images (N, C, H, W) and l_inf or l_2")
     propose = _propose_linf if norm == LINF else _propose_l2
-    start = inside(x, x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)), norm, eps)
+    region = Region.around(x, norm, eps)
+    start = region.bring_in_(x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)))
     x_adv = start.clone()
+    with torch.no_grad():
+        gap = margin(model(start), y, targets)
     row = torch.arange(len(x), device=x.device)
-    lowest = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
-    state = _Search(row, x, y, targets, start, lowest, lowest)
-    candidate = start
+    state = _Search(row, x, region.low, region.high, y, targets, start, gap, gap, _first(model, start))
     checks = {queries >> halvings for halvings in range(1, _CHECKS + 1)}
-    for query in range(queries):
-        with torch.no_grad():
-            gap = margin(model(candidate), state.y, state.targets)
-        better = gap > state.gap
-        state.gap = torch.where(better, gap, state.gap)
-        rows = better.nonzero().squeeze(1)
-        state.point[rows] = candidate[rows]
+    for query in range(1, queries):
         leaving = state.gap > 0
         if patience is not None and query in checks:
             hope = state.gap + patience * (state.gap - state.checked) * math.log2(queries / query)
@@ -83,9 +92,40 @@ def square(
         if len(state.row) == 0:
             return x_adv
         area = share / 2 ** sum(query / queries > mark for mark in _HALVINGS)
-        candidate = propose(state, area, eps, generator)
+        _try_out(model, state, *propose(state, area, eps, generator))
+        if query % _REFRESH == 0:
+            state.first = _first(model, state.point)
     x_adv[state.row] = state.point
     return x_adv
+
+
+def _try_out(model: nn.Module, state: _Search, window: Window, values: Tensor) -> None:
+    """Put the values into the window of each image where that raises its margin."""
+    before = state.point[window]
+    first = None
+    with torch.no_grad():
+        if state.first is None or not isinstance(model, Probe) or model.dense is None:
+            candidate = state.point.clone()
+            candidate[window] = values
+            logits = model(candidate)
+        else:
+            # Only the window's pixels change what the first layer puts out.
+            weight = model.dense.weights[0].view(-1, *state.x.shape[1:])[window].flatten(1)
+            first = torch.addmm(state.first, (values - before).flatten(1), weight.T)
+            logits = model.from_first(model.dense, first)
+    gap = margin(logits, state.y, state.targets)
+    better = gap > state.gap
+    state.gap = torch.where(better, gap, state.gap)
+    rows = better.nonzero().squeeze(1)
+    if len(rows):
+        before[rows] = values[rows]  # a view of `point`
+        if first is not None and state.first is not None:
+            state.first[rows] = first[rows]
+
+
+def _first(model: nn.Module, point: Tensor) -> Tensor | None:
+    """Return the first layer's outputs of a network of matrices."""
+    return model.dense.first(point) if isinstance(model, Probe) and model.dense is not None else None
 
 
 def _coins(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -105,17 +145,16 @@ def _stripes(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor
     return eps * _coins((images, channels, 1, width), x, generator).expand_as(x)
 
 
-def _propose_linf(state: _Search, area: float, eps: float, generator: torch.Generator | None) -> Tensor:
+def _propose_linf(state: _Search, area: float, eps: float, generator: torch.Generator | None) -> tuple[Window, Tensor]:
     """Move one square of every image, the same place for all, to one side of the budget, per channel."""
     images, channels, height, width = state.x.shape
     side = max(round(math.sqrt(area * height * width)), 1)
     rows, columns = min(side, height), min(side, width)
     top, left = _corner(height - rows, state.x, generator), _corner(width - columns, state.x, generator)
     window = (..., slice(top, top + rows), slice(left, left + columns))
-    candidate = state.point.clone()
-    moved = candidate[window] + 2 * eps * _coins((images, channels, 1, 1), state.x, generator)
-    candidate[window] = inside(state.x[window], moved, LINF, eps)
-    return candidate
+    coins = uniform((images, channels, 1, 1), state.x, generator)
+    shift = coins.ge_(0.5).mul_(4 * eps).sub_(2 * eps)
+    return window, (state.point[window] + shift).clamp_(state.low[window], state.high[window])
 
 
 def _hill(height: int, width: int, like: Tensor) -> Tensor:
@@ -151,7 +190,7 @@ def _tiles(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
     return start * column(eps / distance(start, L2).clamp_min(1e-30), x)
 
 
-def _propose_l2(state: _Search, area: float, eps: float, generator: torch.Generator | None) -> Tensor:
+def _propose_l2(state: _Search, area: float, eps: float, generator: torch.Generator | None) -> tuple[Window, Tensor]:
     """Take the length that one window holds, with what is unused, and spend it on a pattern in another window."""
     images, channels, height, width = state.x.shape
     # Odd and at least 3, as the pattern needs, but no larger than the image.
@@ -173,4 +212,4 @@ def _propose_l2(state: _Search, area: float, eps: float, generator: torch.Genera
     freed = before - changed.square().sum((2, 3), keepdim=True)
     length = (freed + unused / channels).clamp_min(0).sqrt()
     changed[windows[0]] = direction / direction.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-10) * length
-    return inside(state.x, state.x + changed, L2, eps)
+    return (...,), inside(state.x, state.x + changed, L2, eps)

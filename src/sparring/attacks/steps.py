@@ -187,13 +187,15 @@ def keep_within(x: Tensor, x_adv: Tensor, norm: float, eps: float | None) -> Ten
     return torch.where(column(distance(x_adv - x, norm) <= eps, x), x_adv, x)
 
 
-def boundary_step(x: Tensor, gradient: Tensor, gain: Tensor, norm: float, *, rounds: int = 8) -> Tensor:
+def boundary_step(
+    x: Tensor, gradient: Tensor, gain: Tensor, norm: float, *, rounds: int = 8, tolerance: float = 1e-6
+) -> Tensor:
     """Return the smallest perturbation inside the box that raises a linear function by `gain`.
 
     The function has this gradient, shape (N, ...), and gain has shape (N,). Where the box does not allow the gain, the
     perturbation is the one that gains most. For l_2 and l_inf the answer is clip(t·direction) for one multiplier t per
-    image, and what it gains is concave in t: Newton from t = 0 climbs to the root in a few rounds, never past it. For
-    l_1 the pixels of largest gradient are used up in turn.
+    image, and what it gains is concave in t: Newton from t = 0 climbs to the root in a few rounds, never past it, and
+    stops when at most that share of the gain is missing. For l_1 the pixels of largest gradient are used up in turn.
     """
     flat, base = gradient.flatten(1), x.flatten(1)
     # The room each pixel has in the direction that helps.
@@ -207,15 +209,19 @@ def boundary_step(x: Tensor, gradient: Tensor, gain: Tensor, norm: float, *, rou
         share = ((wanted.unsqueeze(1) - before) / gains.clamp_min(1e-30)).clamp(0, 1)
         moved = torch.zeros_like(flat).scatter(1, order, share) * room
         return (moved * flat.sign()).view_as(x)
-    speed = size if norm == L2 else (size > 0).to(flat.dtype)
-    power = size * speed
+    if norm == L2:
+        speed, power = size, size * size
+    else:
+        # All pixels move alike, but those that change nothing stay.
+        speed, power = torch.ones_like(size[:, :1]), size
+        room = room * (size > 0)
     slope = power.sum(1)
     t = wanted / slope.clamp_min(1e-30)
     moved = torch.minimum(speed * t.unsqueeze(1), room)
     for _ in range(rounds):
         missing = wanted - (moved * size).sum(1)
         slope = (power * (moved < room)).sum(1)
-        if not bool((missing > 1e-6 * wanted).logical_and_(slope > 0).any()):
+        if not bool((missing > tolerance * wanted).logical_and_(slope > 0).any()):
             break
         t = t + torch.where(slope > 0, missing.clamp_min(0) / slope.clamp_min(1e-30), 0.0)
         moved = torch.minimum(speed * t.unsqueeze(1), room)
