@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring import models
+from sparring.attacks import square
 from sparring.attacks.dense import read_dense
 from sparring.attacks.derivatives import Probe, frozen, logits_and_gradient, logits_and_rows
 from sparring.attacks.losses import cross_entropy, margin
@@ -50,6 +51,23 @@ def test_logits_and_gradients_are_those_of_autograd(name: str) -> None:
         ):
             torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
         assert (plain.forwards, plain.backwards) == (by_hand.forwards, by_hand.backwards)
+
+
+@pytest.mark.parametrize("name", ["linear", "lenet"])
+def test_square_computes_what_changes_and_finds_the_same(name: str) -> None:
+    model = networks()[name].eval()
+    x = torch.rand(9, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+    with frozen(model):
+        y = model(x).argmax(1)
+        plain, by_hand = Probe(model), Probe(model, dense=read_dense(model, x[:2]))
+        found = [
+            square(probe, x, y, eps=0.1, queries=400, generator=torch.Generator().manual_seed(0))
+            for probe in (plain, by_hand)
+        ]
+    assert by_hand.dense is not None
+    torch.testing.assert_close(found[0], found[1], rtol=0.0, atol=1e-6)
+    assert plain.forwards == by_hand.forwards
+    assert not torch.equal(found[0], x)
 
 
 class Hidden(nn.Module):

@@ -21,7 +21,7 @@ __all__ = ["square"]
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 # Progress of a random search goes with the logarithm of its length: checks at this many halvings of the queries.
 _CHECKS = 6
-# First-layer outputs that are added up change by change are computed afresh after so many, so that no rounding piles up.
+# First-layer outputs, added up change by change, are computed afresh after so many: no rounding piles up.
 _REFRESH = 100
 
 
