@@ -10,14 +10,14 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from .calls import Call, Choice, Layout
+from .calls import Call, Layout
 from .gradients import GradientPlanner
 from .kernels import add_kernels, add_runner
 from .native import Code, host_lanes, permutes
 from .planning import Planner
 from .program import Floats, Program, infer_shapes
 from .tasks import Layer, Task, tasks_of
-from .tuning import tuned
+from .tuning import tuned, usual
 
 __all__ = ["Engine", "Plan"]
 
@@ -138,7 +138,10 @@ class Engine:
         self._plans: dict[Layout, Plan] = {}
         self._gradient_plans: dict[Layout, Plan] = {}
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
-        self._tiles = _tiles_pay(program, self._tasks, self._lanes)
+        # Four tiles share a linear layer's weights where they stay in a near cache; a gradient needs all values twice.
+        pairs, kept = (_convolved(program, tasks_of(program, pools=pools)) for pools in (True, False))
+        self._units = 4 if 4 * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
+        self._gradient_units = 4 if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
         self.run_one = self.plan(Layout(False, self._lanes)).run_one
 
     def plan(self, layout: Layout) -> Plan:
@@ -185,8 +188,8 @@ class Engine:
         result = np.empty_like(x)
         if len(x):
             # Large values crowd the caches, which shorter vectors relieve.
-            lanes = self._lanes if self._tiles else max(4, self._lanes // 2)
-            units = min(4, -(-len(x) // lanes)) if self._tiles else 1
+            lanes = self._lanes if self._gradient_units > 1 else min(8, self._lanes)
+            units = min(self._gradient_units, -(-len(x) // lanes))
             plan = self._gradient_plan(Layout(True, lanes, units))
             plan.run_gradient(x.ctypes.data, upstream.ctypes.data, result.ctypes.data, len(x))
         return result
@@ -194,37 +197,29 @@ class Engine:
     def _gradient_plan(self, layout: Layout) -> Plan:
         if layout not in self._gradient_plans:
             planner = GradientPlanner(self._program, layout)
-            calls = planner.calls(lambda key: Choice(lanes=layout.lanes), lookup=False)
+            calls = planner.calls(lambda key: usual(layout.lanes), lookup=False)
             self._gradient_plans[layout] = Plan(self._program, planner, calls, self._code)
         return self._gradient_plans[layout]
 
     def _parts(self, count: int) -> list[tuple[Layout, int, int]]:
-        """Split a batch into (layout, first image, images): for each thread runs of four tiles, then what is left.
+        """Split a batch into (layout, first image, images): for each thread runs of some tiles, then what is left.
 
         The split depends on the network, the batch size and nothing else, since it decides how sums are rounded.
         """
-        single = Layout(False, self._lanes)
-        if not self._tiles:
-            share = -(-count // self._threads) or 1
-            return [(single, at, min(share, count - at)) for at in range(0, count, share)]
-        most = 4 * self._lanes
+        most = self._units * self._lanes
         whole = count // most * most
         share = (-(-whole // (self._threads * most)) * most) or most
-        parts = [(Layout(True, self._lanes, 4), at, min(share, whole - at)) for at in range(0, whole, share)]
+        parts = [(Layout(True, self._lanes, self._units), at, min(share, whole - at)) for at in range(0, whole, share)]
         rest = count - whole
-        if rest > self._lanes // 4:
+        if rest > self._lanes // 2:
             parts.append((Layout(True, self._lanes, -(-rest // self._lanes)), whole, rest))
         elif rest:
-            parts.append((single, whole, rest))
+            parts.append((Layout(False, self._lanes), whole, rest))
         return parts
 
 
-def _tiles_pay(program: Program, tasks: list[Task], lanes: int) -> bool:
-    """Tell whether a tile of images runs faster than images one by one: while each layer's values stay in a near cache.
-
-    Linear layers always gain, since a weight that is loaded serves all images; larger convolutions run as fast by rows.
-    """
+def _convolved(program: Program, tasks: list[Task]) -> list[int]:
+    """Return how many numbers go into and out of each convolution, for one image."""
     shapes = infer_shapes(program.shape, program.steps)
     layers = [task for task in tasks if isinstance(task, Layer) and len(shapes[task.source]) == 3]
-    values = [math.prod(shapes[task.source]) + math.prod(shapes[task.result]) for task in layers]
-    return 4 * lanes * max(values, default=0) <= _NEAR_CACHE
+    return [math.prod(shapes[task.source]) + math.prod(shapes[task.result]) for task in layers]

@@ -15,6 +15,7 @@ from .movement import Pack, PoolGradient, UnpackImages
 from .planning import Planner
 from .program import Program, Scale, Shape, Snap, Sparse, sparse_from_dense
 from .tasks import Elementwise, Layer, MaxPool, Sparsify, Task, View, tasks_of
+from .tuning import usual
 
 __all__ = ["GradientPlanner"]
 
@@ -132,7 +133,7 @@ class GradientPlanner(Planner):
         flat = len(self.shapes[task.source]) == 1
         turned = Layer(_transposed(task.op), 0, 0)
         target, other, gate = self._into(task.source)
-        choice = Choice(lanes=self.layout.lanes)
+        choice = usual(self.layout.lanes)
         shape: Shape = self.shapes[task.source]
         after: list[Call] = []
         if flat:

@@ -20,9 +20,11 @@ from llvmlite import ir
 from .emit import BYTE, FLOAT, INT32, INT64, POINTER, Kernel, Spec, vector
 from .native import Code
 
-__all__ = ["Lookup", "Tile", "add_kernels", "add_runner"]
+__all__ = ["AHEAD", "Lookup", "Rows", "Tile", "add_kernels", "add_runner"]
 
 Value = Any
+
+AHEAD = 4  # nonzeros behind the last one that a kernel may read
 
 
 def add_kernels(code: Code, specs: Iterable[Spec]) -> None:
@@ -69,8 +71,8 @@ class Tile(Spec):
     tile of the input stays in the nearest cache while all rows pass over it.
 
     Arguments: input, output, residual, gate (offsets), tiles, their table (four offsets each), rows, row starts
-    (int32), nonzeros (int32 offset, float32 weight), biases, bytes from row to row in output, residual and gate,
-    blocks, scratch.
+    (int32), nonzeros (int32 offset, float32 weight; AHEAD more than there are), biases, bytes from row to row in
+    output, residual and gate, blocks, scratch.
     """
 
     lanes: int
@@ -95,12 +97,14 @@ class Tile(Spec):
         with k.loop(tiles) as tile:
             places = [k.index(table, b.add(b.mul(tile, k.number(4)), k.number(i)), INT64) for i in range(4)]
             here, *outside = (k.at(base, place) for base, place in zip(bases, places, strict=True))
-            with k.loop(blocks if self.blocked else 1) as block, k.loop(rows) as row:
+
+            def one_row(block: Value, row: Value, carried: list[Value]) -> list[Value]:
+                first, *ahead = carried
                 kept = k.at(scratch, b.mul(row, k.number(4 * self.lanes * len(self.reads))))
                 number = b.add(b.mul(block, rows), row) if self.blocked else row
-                start = k.index(starts, number, INT32)
                 end = k.index(starts, b.add(number, k.number(1)), INT32)
-                sums = self._sum(k, here, nonzeros, start, end, self._initial(k, biases, row, block, kept))
+                initial = self._initial(k, biases, row, block, kept)
+                sums, ahead = self._sum(k, here, nonzeros, first, end, initial, ahead)
                 lines = [k.at(place, b.mul(row, size)) for place, size in zip(outside, row_bytes, strict=True)]
                 if not self.blocked:
                     self._finish(k, sums, *lines)
@@ -111,6 +115,13 @@ class Tile(Spec):
                         with otherwise:
                             for i, value in enumerate(sums):
                                 k.store(value, k.at(kept, i * 4 * self.lanes))
+                return [end, *ahead]
+
+            def one_block(block: Value, carried: list[Value]) -> list[Value]:
+                return k.accumulate(k.number(0), rows, 1, carried, lambda row, c: one_row(block, row, c))[1]
+
+            ahead = [self._offset(k, nonzeros, k.number(i)) for i in range(AHEAD)]
+            k.accumulate(k.number(0), blocks if self.blocked else k.number(1), 1, [k.number(0), *ahead], one_block)
 
     def _initial(self, k: Kernel, biases: Value, row: Value, block: Value, kept: Value) -> list[Value]:
         def from_bias() -> list[Value]:
@@ -124,30 +135,50 @@ class Tile(Spec):
             return from_bias()
         return k.choose(k.b.icmp_signed("==", block, k.number(0)), from_bias, from_scratch)
 
+    @staticmethod
+    def _offset(k: Kernel, nonzeros: Value, number: Value) -> Value:
+        return k.b.sext(k.load(k.at(nonzeros, k.b.mul(number, k.number(8))), INT32), INT64)
+
     def _sum(
-        self, k: Kernel, here: Value, nonzeros: Value, start: Value, end: Value, initial: list[Value]
-    ) -> list[Value]:
+        self,
+        k: Kernel,
+        here: Value,
+        nonzeros: Value,
+        start: Value,
+        end: Value,
+        initial: list[Value],
+        ahead: list[Value],
+    ) -> tuple[list[Value], list[Value]]:
+        """Return a row's sums, and the offsets of the nonzeros after it.
+
+        Offsets are loaded a few nonzeros ahead: loads that wait for their address fill the queue of those that do not.
+        """
         b, count = k.b, len(self.reads)
 
-        def add(number: Value, ahead: int, sums: list[Value]) -> list[Value]:
-            entry = k.at(nonzeros, b.mul(b.add(number, k.number(ahead)), k.number(8)))
-            point = k.at(here, b.sext(k.load(entry, INT32), INT64))
-            weight = k.splat(k.load(k.at(entry, 4), FLOAT), self.lanes)
+        def add(number: Value, offset: Value, sums: list[Value]) -> list[Value]:
+            point = k.at(here, offset)
+            weight = k.splat(k.load(k.at(nonzeros, b.add(b.mul(number, k.number(8)), k.number(4))), FLOAT), self.lanes)
             loaded = [k.load(k.at(point, read), vector(self.lanes)) for read in self.reads]
             return [k.multiply_add(weight, value, total) for value, total in zip(loaded, sums, strict=True)]
 
-        def add_all(number: Value, carried: list[Value]) -> list[Value]:
-            parts = [add(number, u, carried[u * count : (u + 1) * count]) for u in range(self.unroll)]
-            return [value for part in parts for value in part]
+        def add_some(number: Value, carried: list[Value]) -> list[Value]:
+            """Take as many nonzeros as there are groups of sums."""
+            sums, offsets = carried[:-AHEAD], carried[-AHEAD:]
+            groups = [sums[i : i + count] for i in range(0, len(sums), count)]
+            numbers = [b.add(number, k.number(u)) for u in range(len(groups))]
+            added = [add(*three) for three in zip(numbers, offsets[: len(groups)], groups, strict=True)]
+            following = [self._offset(k, nonzeros, b.add(number, k.number(AHEAD))) for number in numbers]
+            return [*(total for group in added for total in group), *offsets[len(groups) :], *following]
 
         zero = ir.Constant(vector(self.lanes), None)
-        sums = initial + [zero] * (count * (self.unroll - 1))
-        start, sums = k.accumulate(start, end, self.unroll, sums, add_all)
+        carried = [*initial, *[zero] * (count * (self.unroll - 1)), *ahead]
+        start, carried = k.accumulate(start, end, self.unroll, carried, add_some)
+        sums, ahead = carried[:-AHEAD], carried[-AHEAD:]
         for u in range(1, self.unroll):
             sums[:count] = [b.fadd(a, c) for a, c in zip(sums[:count], sums[u * count : (u + 1) * count], strict=True)]
         if self.unroll > 1:
-            _, sums = k.accumulate(start, end, 1, sums[:count], lambda number, carried: add(number, 0, carried))
-        return sums[:count]
+            _, carried = k.accumulate(start, end, 1, [*sums[:count], *ahead], add_some)
+        return carried[:count], carried[-AHEAD:]
 
     def _finish(self, k: Kernel, sums: list[Value], target: Value, other: Value, gate: Value) -> None:
         for number, (group, write) in enumerate(zip(self.groups, self.writes, strict=True)):
@@ -163,6 +194,57 @@ class Tile(Spec):
             if self.gates:
                 value = k.gated(value, k.load(k.at(gate, self.gates[number]), value.type))
             k.store(k.relu(value) if self.relu else value, k.at(target, write))
+
+
+@dataclass(frozen=True)
+class Rows(Spec):
+    """A linear layer for one image, eight rows at once: a lane is a row, and its inputs are gathered one by one.
+
+    A slot holds one nonzero (or zero) of each of eight rows. Rows of about equal length stand together, so that few
+    slots are filled up, and few loops end otherwise than the branch predictor expects.
+
+    Arguments: input, output (offsets), groups of rows, group starts (int32), places (8 uint16 a slot, in floats; a slot
+    more than there are), weights (8 floats a slot), biases (in groups' order), where each row is stored (int32 bytes).
+    """
+
+    relu: bool
+
+    def emit(self, k: Kernel) -> None:
+        b, four = k.b, vector(4)
+        source, target, groups = k.argument_in_arena(0), k.argument_in_arena(1), k.argument(2)
+        starts, places, weights, biases, stored = (k.argument_pointer(i) for i in range(3, 8))
+
+        def quads(slot: Value) -> list[Value]:
+            place = k.at(places, b.mul(slot, k.number(16)))
+            return [k.load(place, INT64), k.load(k.at(place, 8), INT64)]
+
+        def gathered(quad: Value) -> Value:
+            value = ir.Constant(four, ir.Undefined)
+            for lane in range(4):
+                index = b.and_(b.lshr(quad, k.number(16 * lane)), k.number(0xFFFF))
+                loaded = k.load(b.gep(source, [index], source_etype=FLOAT), FLOAT)
+                value = b.insert_element(value, loaded, ir.Constant(INT32, lane))
+            return value
+
+        def add(slot: Value, carried: list[Value]) -> list[Value]:
+            sums, current = carried[:2], carried[2:]
+            following = quads(b.add(slot, k.number(1)))  # early, as in Tile
+            factors = [k.load(k.at(weights, b.add(b.mul(slot, k.number(32)), k.number(16 * i))), four) for i in (0, 1)]
+            three = zip(factors, current, sums, strict=True)
+            return [*(k.multiply_add(weight, gathered(quad), total) for weight, quad, total in three), *following]
+
+        def one_group(group: Value, carried: list[Value]) -> list[Value]:
+            end = k.index(starts, b.add(group, k.number(1)), INT32)
+            row = b.mul(group, k.number(32))
+            first = [k.load(k.at(biases, b.add(row, k.number(16 * i))), four) for i in (0, 1)]
+            _, (*sums, low, high) = k.accumulate(carried[0], end, 1, [*first, *carried[1:]], add)
+            for i, value in enumerate(k.relu(total) if self.relu else total for total in sums):
+                for lane in range(4):
+                    place = k.load(k.at(stored, b.add(row, k.number(16 * i + 4 * lane))), INT32)
+                    k.store(b.extract_element(value, ir.Constant(INT32, lane)), k.at(target, b.sext(place, INT64)))
+            return [end, low, high]
+
+        k.accumulate(k.number(0), groups, 1, [k.number(0), *quads(k.number(0))], one_group)
 
 
 @dataclass(frozen=True)

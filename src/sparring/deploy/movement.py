@@ -7,7 +7,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from .emit import FLOAT, INT32, POINTER, Kernel, Spec, vector
+from .emit import FLOAT, POINTER, Kernel, Spec, vector
 
 __all__ = ["Pack", "Pointwise", "PoolGradient", "PoolMax", "Unpack", "UnpackImages"]
 
@@ -85,37 +85,39 @@ class Pack(Spec):
         for lane in range(self.lanes):
             exists = b.icmp_signed("<", k.number(lane), last)
             images.append(k.at(first, b.mul(b.select(exists, k.number(lane), last), image_bytes)))
-        whole = b.mul(b.sdiv(width, k.number(self.lanes)), k.number(self.lanes))
+        whole = b.mul(b.sdiv(width, k.number(4)), k.number(4))
         with k.loop(channels) as channel:
-            factors = [
-                k.splat(k.load(b.gep(p, [channel], source_etype=FLOAT), FLOAT), self.lanes)
-                for p in (scales, shifts)
-                if self.scaled
-            ]
+            factors = [k.load(b.gep(p, [channel], source_etype=FLOAT), FLOAT) for p in (scales, shifts) if self.scaled]
             with k.loop(rows) as row:
                 line = k.at(target, b.add(b.mul(channel, outer), b.mul(row, inner)))
                 before = b.mul(b.add(b.mul(channel, rows), row), width)
-                with k.loop(whole, self.lanes) as x:
+
+                def write(
+                    value: Value, x: Value, lane: int, line: Value = line, factors: list[Value] = factors
+                ) -> None:
+                    if self.scaled:
+                        lanes = getattr(value.type, "count", 1)
+                        value = k.multiply_add(value, *(k.splat(factor, lanes) for factor in factors))
+                    k.store(value, k.at(line, b.add(b.mul(x, k.number(4 * self.lanes)), k.number(4 * lane))))
+
+                with k.loop(whole, 4) as x:
                     place = b.mul(b.add(before, x), k.number(4))
-                    block = transpose(k, [k.load(k.at(image, place), vector(self.lanes)) for image in images])
-                    self._write(k, block, line, x, factors)
+                    for lane in range(0, self.lanes, 4):
+                        four = [k.load(k.at(image, place), vector(4)) for image in images[lane : lane + 4]]
+                        for i, value in enumerate(transpose(k, four)):
+                            write(value, b.add(x, k.number(i)), lane)
                 with k.loop(b.sub(width, whole)) as rest:
                     x = b.add(whole, rest)
                     place = b.mul(b.add(before, x), k.number(4))
-                    value = ir.Constant(vector(self.lanes), ir.Undefined)
                     for lane, image in enumerate(images):
-                        value = b.insert_element(value, k.load(k.at(image, place), FLOAT), ir.Constant(INT32, lane))
-                    self._write(k, [value], line, x, factors)
-
-    def _write(self, k: Kernel, values: list[Value], line: Value, x: Value, factors: list[Value]) -> None:
-        for i, value in enumerate(values):
-            result = k.multiply_add(value, factors[0], factors[1]) if self.scaled else value
-            place = k.b.mul(k.b.add(x, k.number(i)), k.number(4 * self.lanes))
-            k.store(result, k.at(line, place))
+                        write(k.load(k.at(image, place), FLOAT), x, lane)
 
 
 def transpose(k: Kernel, rows: list[Value]) -> list[Value]:
-    """Transpose as many vectors as they have lanes: interleave the two halves, again and again."""
+    """Transpose as many vectors as they have lanes: interleave the two halves, again and again.
+
+    Kernels do so by four: to move floats between the halves of longer vectors takes many processors long.
+    """
     lanes = len(rows)
     low = [i // 2 + lanes * (i % 2) for i in range(lanes)]
     high = [i + lanes // 2 for i in low]
@@ -259,24 +261,25 @@ class UnpackImages(Spec):
         for lane in range(self.lanes):
             exists = b.icmp_signed("<", k.number(lane), count)
             images.append(b.select(exists, k.at(first, b.mul(k.number(lane), image_bytes)), scratch))
-        whole = b.mul(b.sdiv(width, k.number(self.lanes)), k.number(self.lanes))
+        whole = b.mul(b.sdiv(width, k.number(4)), k.number(4))
         with k.loop(channels) as channel:
-            scale = k.splat(k.load(b.gep(scales, [channel], source_etype=FLOAT), FLOAT), self.lanes)
+            scale = k.load(b.gep(scales, [channel], source_etype=FLOAT), FLOAT)
             with k.loop(rows) as row:
                 line = k.at(source, b.add(b.mul(channel, outer), b.mul(row, inner)))
                 before = b.mul(b.add(b.mul(channel, rows), row), width)
 
-                def pixel(x: Value, line: Value = line, scale: Value = scale) -> Value:
-                    return b.fmul(k.load(k.at(line, b.mul(x, k.number(4 * self.lanes))), vector(self.lanes)), scale)
+                def pixel(x: Value, lane: int, lanes: int, line: Value = line, scale: Value = scale) -> Value:
+                    place = b.add(b.mul(x, k.number(4 * self.lanes)), k.number(4 * lane))
+                    return b.fmul(k.load(k.at(line, place), vector(lanes)), k.splat(scale, lanes))
 
-                with k.loop(whole, self.lanes) as x:
+                with k.loop(whole, 4) as x:
                     place = b.mul(b.add(before, x), k.number(4))
-                    block = transpose(k, [pixel(b.add(x, k.number(i))) for i in range(self.lanes)])
-                    for value, image in zip(block, images, strict=True):
-                        k.store(value, k.at(image, place))
+                    for lane in range(0, self.lanes, 4):
+                        four = transpose(k, [pixel(b.add(x, k.number(i)), lane, 4) for i in range(4)])
+                        for value, image in zip(four, images[lane : lane + 4], strict=True):
+                            k.store(value, k.at(image, place))
                 with k.loop(b.sub(width, whole)) as rest:
                     x = b.add(whole, rest)
                     place = b.mul(b.add(before, x), k.number(4))
-                    value = pixel(x)
                     for lane, image in enumerate(images):
-                        k.store(b.extract_element(value, ir.Constant(INT32, lane)), k.at(image, place))
+                        k.store(pixel(x, lane, 1), k.at(image, place))

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import write_atomic
 
-__all__ = ["Code", "cache_folder", "host_identity", "host_lanes", "native_available", "permutes"]
+__all__ = ["Code", "cache_folder", "host_identity", "host_lanes", "host_registers", "native_available", "permutes"]
 
 
 @cache
@@ -46,6 +46,12 @@ def host_lanes() -> int:
     """Return how many float32 a vector register of this host holds: 16 (AVX-512), 8 (AVX), else 4."""
     features = set(_features().split(","))
     return 16 if "+avx512f" in features else 8 if "+avx" in features else 4
+
+
+@cache
+def host_registers() -> int:
+    """Return how many vector registers this host has: x86 had 16 before AVX-512, most others have 32."""
+    return 16 if _llvm().get_default_triple().startswith("x86_64") and host_lanes() < 16 else 32
 
 
 @cache

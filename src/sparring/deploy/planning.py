@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import Unsupported
 from .calls import Call, Choice, Layout, Table, kernel_call
-from .kernels import Lookup, Tile
+from .kernels import AHEAD, Lookup, Rows, Tile
 from .layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
 from .movement import Pack, Pointwise, PoolMax, Unpack
 from .program import Program, Scale, Shape, Snap, Sparse, infer_shapes
@@ -20,6 +20,7 @@ from .tasks import Elementwise, Layer, MaxPool, Sparsify, Task, View
 
 __all__ = ["Planner"]
 
+_MOST_PLACES = 1 << 16  # what sixteen bits tell apart
 MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
 
 
@@ -208,8 +209,11 @@ class Planner:
         """Return the call for one layer."""
         source, target = self.buffer(task.source), self.buffer(task.result)
         flat = len(self.shapes[task.source]) == 1
-        if flat and not self.layout.tiles and lookup and task.residual is None:
-            return _lookup(task, source, target)
+        if flat and not self.layout.tiles and task.residual is None:
+            if lookup:
+                return _lookup(task, source, target)
+            if source.size < _MOST_PLACES * 4:
+                return _rows(task, source, target)
         key = self.key(task)
         other = None if task.residual is None else self.buffer(task.residual)
         shape = self.shapes[task.result]
@@ -233,7 +237,7 @@ class Planner:
         cut = self._cut(task, (shape[0], height, width), flat, choice)
         four = (source, target, other or target, gate or target)
         unit = self.unit_bytes if flat and self.layout.tiles else 0
-        spec, table = _tile(task, cut, four, unit, few=height * width <= 4)
+        spec, table = _tile(task, cut, four, unit, few=height * width <= 4 and len(cut.read) < 4)
         spec = replace(
             spec, others=spec.others if other is not None else (), gates=spec.gates if gate is not None else ()
         )
@@ -300,10 +304,12 @@ def _tile(
     source = buffers[0]
 
     def outside(places: tuple[tuple[int, int], ...], buffer: Buffer) -> tuple[int, ...]:
-        return tuple(y * (unit or buffer.strides[1]) + x * buffer.strides[2] for y, x in places)
+        _, row, column = buffer.strides
+        return tuple(y * (unit or row) + x * column for y, x in places)
 
     def inside(places: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-        return tuple(y * (unit or source.inner) + x * source.pixel for y, x in places)
+        row, column = unit or source.inner, source.pixel
+        return tuple(y * row + x * column for y, x in places)
 
     stride = (task.op.stride[0] * (1 + task.pool), task.op.stride[1] * (1 + task.pool))
     inputs = inside(tuple((y * stride[0], x * stride[1]) for y, x in cut.starts))
@@ -351,9 +357,34 @@ def _nonzeros(op: Sparse, offsets: NDArray[np.int64], per_block: int, blocks: in
     order = np.argsort(place, kind="stable")
     starts = np.zeros(blocks * op.shape[0] + 1, np.int32)
     np.cumsum(np.bincount(place, minlength=len(starts) - 1), out=starts[1:])
-    pairs = np.zeros(op.nonzeros, [("offset", np.int32), ("weight", np.float32)])
-    pairs["offset"], pairs["weight"] = offsets[order], op.values[order]
+    pairs = np.zeros(op.nonzeros + AHEAD, [("offset", np.int32), ("weight", np.float32)])
+    pairs["offset"][: op.nonzeros], pairs["weight"][: op.nonzeros] = offsets[order], op.values[order]
     return starts, pairs
+
+
+def _rows(task: Layer, source: Buffer, target: Buffer) -> Call:
+    """Return the call of the kernel that computes eight rows of a linear layer at once."""
+    op = task.op
+    lengths = np.diff(op.indptr)
+    groups = -(-op.shape[0] // 8)
+    order = np.argsort(-lengths, kind="stable")
+    starts = np.zeros(groups + 1, np.int32)
+    np.cumsum(lengths[order[::8]], out=starts[1:])  # the first of a group is its longest
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    row = np.repeat(rank, lengths)
+    slot = starts[row // 8] + np.arange(op.nonzeros) - np.repeat(op.indptr[:-1], lengths)
+    places = np.zeros((starts[-1] + 1, 8), np.uint16)
+    places[slot, row % 8] = offsets_of(op, source, True) // 4
+    weights = _aligned((max(1, int(starts[-1])), 8))
+    weights[slot, row % 8] = op.values
+    biases = np.zeros(8 * groups, np.float32)
+    biases[: len(order)] = op.bias[order]
+    stored = np.full(8 * groups, 4 * len(order), np.int32)  # lanes without a row write behind the last one
+    stored[: len(order)] = 4 * order
+    return kernel_call(
+        Rows(task.relu), [source.origin, target.origin, groups], (starts, places, weights, biases, stored)
+    )
 
 
 def _lookup(task: Layer, source: Buffer, target: Buffer) -> Call:

@@ -14,28 +14,28 @@ from ..errors import UserError
 from ..files import read_json, write_json
 from .calls import Call, Choice
 from .kernels import add_kernels
-from .native import Code, cache_folder, host_identity
+from .native import Code, cache_folder, host_identity, host_registers
 from .planning import Planner
 from .tasks import Layer
 
-__all__ = ["tuned"]
+__all__ = ["tuned", "usual"]
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 _SHARE = 0.02  # a layer with less of the network's work than this is not worth tuning
 _ROUNDS = 5
-_KIB = 1024
+_NEAR = 24 * 1024  # bytes of input that the nearest cache holds beside weights and sums
 
 
-def _candidates(lanes: int) -> list[Choice]:
-    """Return the choices that are tried, the default first."""
-    half = max(4, lanes // 2)
-    return [
-        Choice(16, lanes),
-        Choice(8, lanes),
-        Choice(16, half),
-        Choice(8, lanes, 24 * _KIB),
-        Choice(16, half, 24 * _KIB),
-    ]
+def _candidates(lanes: int, tiles: bool) -> list[Choice]:
+    """Return the choices that are tried; the first is taken for layers that are not worth tuning."""
+    few, many, half = host_registers() // 2, host_registers() * 3 // 4, max(4, lanes // 2)
+    choices = [Choice(many, lanes, _NEAR), Choice(few, lanes, _NEAR), Choice(many, lanes), Choice(few, lanes)]
+    return choices if tiles else [*choices, Choice(many, half), Choice(many, half, _NEAR)]
+
+
+def usual(lanes: int) -> Choice:
+    """Return what is good for most layers."""
+    return _candidates(lanes, True)[0]
 
 
 def tuned(planner: Planner, code: Code, arena: int, *, lanes: int, lookup: bool) -> Callable[[str], Choice]:
@@ -43,11 +43,11 @@ def tuned(planner: Planner, code: Code, arena: int, *, lanes: int, lookup: bool)
 
     `arena` is the address of memory for one run of the planner's layout; what it holds is overwritten.
     """
-    candidates = _candidates(lanes)
+    candidates = _candidates(lanes, planner.layout.tiles)
     layers = _worth_tuning(planner)
     if not layers:
         return lambda key: candidates[0]
-    path = _path(sorted(layers), lanes)
+    path = _path(sorted(layers), candidates)
     winners = _remembered(path, layers, len(candidates))
     if winners is None:
         winners = _measure(planner, layers, candidates, code, arena, lookup)
@@ -96,15 +96,15 @@ def _shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
     times = [float("inf")] * len(runs)
     for _ in range(_ROUNDS):
         for number, run in enumerate(runs):
-            start = time.perf_counter()
+            start = time.thread_time()  # what else the machine does is not counted
             run()
-            times[number] = min(times[number], time.perf_counter() - start)
+            times[number] = min(times[number], time.thread_time() - start)
     return times
 
 
-def _path(keys: list[str], lanes: int) -> Path | None:
+def _path(keys: list[str], candidates: list[Choice]) -> Path | None:
     folder = cache_folder()
-    identity = "\0".join((*keys, str(lanes), host_identity()))
+    identity = "\0".join((*keys, repr(candidates), host_identity()))
     return None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
 
