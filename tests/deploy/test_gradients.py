@@ -66,6 +66,14 @@ def test_any_geometry_backwards(sparsify, network):
     assert error.median() <= 1e-5 * expected.abs().max().clamp_min(1e-6)
 
 
+@pytest.mark.parametrize("side", [7, 10, 17, 23])
+def test_gradients_that_add_up_in_place_are_added_once(sparsify, side):
+    """Tiles that overlap would add twice where two branches meet."""
+    block = Residual(nn.Conv2d(3, 3, 3, padding=1), nn.Identity())
+    model = nn.Sequential(block, nn.ReLU(), nn.Flatten(), nn.Linear(3 * side * side, 4))
+    check(sparsify(model, 0.7, torch.Generator().manual_seed(side)), (3, side, side), batches=(9,))
+
+
 def test_many_vectors_at_once_and_no_gradient_at_all(sparse_model):
     model = sparse_model("lenet-5", 0.1)
     packed = deploy.PackedModule(deploy.pack(model, shape=(1, 28, 28)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -31,7 +32,15 @@ class Workspace:
     To ask numpy for an address takes longer than a small network, hence `image` and `logits` at known places.
     """
 
-    def __init__(self, size: int, fields: tuple[int, ...], shape: tuple[int, ...], classes: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        fields: tuple[int, ...],
+        shape: tuple[int, ...],
+        classes: int,
+        run: Callable[..., None] = lambda *_: None,
+        segments: int = 0,
+    ) -> None:
         self._memory = np.zeros(size + 64, np.uint8)
         self.bytes_memory = size
         self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
@@ -40,7 +49,8 @@ class Workspace:
         self.image, self.logits = np.zeros((1, *shape), np.float32), np.zeros((1, classes), np.float32)
         self.own = np.array(fields, np.int64)
         self.own[:3] = self.image.ctypes.data, self.logits.ctypes.data, 1
-        self.own_address = self.own.ctypes.data
+        own = (self.arena, segments, self.own.ctypes.data)
+        self.run_own = partial(run, *(ctypes.c_void_p(address) for address in own))
 
 
 class Plan:
@@ -58,9 +68,10 @@ class Plan:
         lanes = layout.lanes if layout.tiles else 1
         result = self._image if isinstance(planner, GradientPlanner) else self._logits
         fields = (0, 0, 0, self._image, result, lanes, unit_bytes, 0, self._logits, *[0] * 4)
-        self._workspace = partial(Workspace, unit_bytes * layout.units, fields, program.shape, program.classes)
-        self._idle: list[Workspace] = []
         self._run = _RUN(code["run"])
+        size, last = unit_bytes * layout.units, (self._run, self._segments_address)
+        self._workspace = partial(Workspace, size, fields, program.shape, program.classes, *last)
+        self._idle: list[Workspace] = []
 
     def run(self, images: int, logits: int, count: int) -> None:
         """Read `count` images (contiguous float32) at an address, write their logits to another."""
@@ -98,7 +109,7 @@ class Plan:
         except IndexError:
             space = self._workspace()
         space.image[...] = image
-        self._run(space.arena, self._segments_address, space.own_address)
+        space.run_own()
         result = space.logits.copy()
         self._idle.append(space)
         return result

@@ -102,17 +102,22 @@ def cover(length: int, part: int) -> list[int]:
     return [*range(0, length - part, part), length - part]
 
 
-def _grids(height: int, width: int, most: int) -> Iterator[tuple[float, int, int]]:
+def _grids(height: int, width: int, most: int, apart: bool) -> Iterator[tuple[float, int, int]]:
     for rows in range(1, min(height, most) + 1):
         for columns in range(1, min(width, most // rows) + 1):
+            if apart and (height % rows or width % columns):
+                continue
             tiles = len(cover(height, rows)) * len(cover(width, columns))
             # A tile costs its pixels and a little more; then prefer square ones, which read fewer pixels around them.
             yield tiles * (rows * columns + 1.5) + 0.01 * abs(rows - columns), rows, columns
 
 
-def cut_tiles(shape: Shape, stride: Pair, pool: int, lanes: int, most: int) -> Cut:
-    """Cut an output (channels, height, width) whose pixels are vectors of images into tiles of `most` accumulators."""
-    _, rows, columns = min(_grids(shape[1], shape[2], max(1, most // pool**2)))
+def cut_tiles(shape: Shape, stride: Pair, pool: int, lanes: int, most: int, *, apart: bool = False) -> Cut:
+    """Cut an output (channels, height, width) whose pixels are vectors of images into tiles of `most` accumulators.
+
+    Tiles may overlap, unless they must lie `apart` because they add to what is there.
+    """
+    _, rows, columns = min(_grids(shape[1], shape[2], max(1, most // pool**2), apart))
     cells = [(r, c) for r in range(rows) for c in range(columns)]
     read = [(y * stride[0], x * stride[1]) for y in range(rows * pool) for x in range(columns * pool)]
     across = columns * pool

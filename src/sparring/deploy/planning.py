@@ -234,7 +234,8 @@ class Planner:
     ) -> Call:
         """Return the call that computes a layer of result `shape` from one buffer into another, in tiles as chosen."""
         height, width = (*shape[1:], 1, 1)[:2]
-        cut = self._cut(task, (shape[0], height, width), flat, choice)
+        adds = other is not None and other.origin == target.origin
+        cut = self._cut(task, (shape[0], height, width), flat, choice, apart=adds)
         four = (source, target, other or target, gate or target)
         unit = self.unit_bytes if flat and self.layout.tiles else 0
         spec, table = _tile(task, cut, four, unit, few=height * width <= 4 and len(cut.read) < 4)
@@ -267,13 +268,13 @@ class Planner:
         fields = (self.layout, task.op.shape, task.op.stride, task.op.dilation, source.shape, source.pad, task.pool)
         return repr((*fields, task.relu, task.residual is not None, round(np.log2(density + 1e-6))))
 
-    def _cut(self, task: Layer, shape: tuple[int, int, int], flat: bool, choice: Choice) -> Cut:
+    def _cut(self, task: Layer, shape: tuple[int, int, int], flat: bool, choice: Choice, *, apart: bool) -> Cut:
         pool = 2 if task.pool else 1
         if flat and self.layout.tiles:
             units = tuple((unit, 0) for unit in range(self.layout.units))
             return Cut(self.layout.lanes, units, tuple((i,) for i in range(len(units))), units, ((0, 0),))
         if self.layout.tiles:
-            return cut_tiles(shape, task.op.stride, pool, self.layout.lanes, choice.accumulators)
+            return cut_tiles(shape, task.op.stride, pool, self.layout.lanes, choice.accumulators, apart=apart)
         for lanes in (choice.lanes, 8, 4):
             cut = cut_planes(shape, task.op.stride, pool, lanes, choice.accumulators)
             if cut is not None and lanes <= choice.lanes:

@@ -30,8 +30,9 @@ class Packed:
             raise UserError(f"a network runs on one thread or more, not on {threads}")
         self.program = program
         self._engine = _engine(program, threads) if native else None
-        self._run_one = self._engine.run_one if self._engine is not None else None
-        self._one = (1, *program.shape)
+        # Small networks take as long as a few Python calls: one image has a way of its own.
+        self._run_one = self._run if self._engine is None else self._engine.run_one
+        self._one = (1, *program.shape) if self._engine is not None else None
 
     @overload
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -44,10 +45,10 @@ class Packed:
 
         Raise UserError for images of another shape, and for whole numbers.
         """
+        if type(x) is np.ndarray and x.shape == self._one and x.dtype.kind == "f":
+            return self._run_one(x)
         if isinstance(x, Tensor):
             return from_numpy(self(x.detach().cpu().numpy()))
-        if self._run_one is not None and x.shape == self._one and x.dtype.kind == "f":
-            return self._run_one(x)
         return self._run(x)
 
     def _run(self, x: Any) -> Floats:
