@@ -7,6 +7,8 @@ attack, over_torch, mean_distance, mean_distance_torch, seconds.
 
 Starts: seconds from `load` to the first answer of ResNet-32 at 90%, each in a fresh process, without (`cold`) and with
 (`cached`) generated code on disk. Importing sparring and torch is not counted.
+
+Threads: how many times faster two threads answer 256 images than one, with the same bits.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from deploy import sparse_network
 from sparring import data, deploy
 from sparring.attacks import ddn
+from sparring.deploy.timing import interleaved
 from sparring.models import build, load_model
 from sparring.sparsity import magnitude, select
 from sparring.train import Recipe, fit
@@ -62,7 +65,7 @@ def main() -> None:
         networks = {name: pruned(name, digits) for name in ("lenet-300-100", "lenet-5")}
     x, y = digits.test.x[: arguments.images].float() / 255, digits.test.y[: arguments.images]
     rows = [attacked(name, model, x, y, arguments.rounds) for name, model in networks.items()]
-    rows.append(started(arguments.rounds))
+    rows += [started(arguments.rounds), threaded(arguments.rounds)]
     if arguments.json:
         json.dump(rows, sys.stdout, indent=1)
         print()
@@ -128,6 +131,16 @@ def started(rounds: int) -> dict[str, float | str]:
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
                 times.append(float(done.stdout))
     return {"network": "resnet-32", "cold": statistics.median(colds), "cached": statistics.median(cached)}
+
+
+def threaded(rounds: int) -> dict[str, float | str]:
+    """Return how much two threads gain on a large batch."""
+    one = deploy.pack(sparse_network("resnet-32", (3, 32, 32), 1.0, 0.9), shape=(3, 32, 32))
+    two = deploy.Packed(one.program, threads=2)
+    x = torch.rand(256, 3, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
+    assert (one(x) == two(x)).all()
+    first, second = interleaved([lambda: one(x), lambda: two(x)], rounds=3 * rounds)
+    return {"network": "resnet-32", "batch": 256, "threads": 2, "over_one_thread": first.median / second.median}
 
 
 if __name__ == "__main__":

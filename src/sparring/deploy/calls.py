@@ -16,11 +16,16 @@ Table = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Layout:
-    """How images lie: one by one with pixels as vectors (`tiles` False), or `units` tiles of `lanes` images each."""
+    """How images lie: one by one with pixels as vectors (`tiles` False), or `units` tiles of `lanes` images each.
+
+    A pixel of a tile is `vectors` vectors long: several where there are only linear layers, whose weights then serve
+    more images from one stretch of memory.
+    """
 
     tiles: bool
     lanes: int
     units: int = 1
+    vectors: int = 1
 
     @property
     def together(self) -> int:

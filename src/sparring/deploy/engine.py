@@ -151,8 +151,10 @@ class Engine:
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         # Four tiles share a linear layer's weights where they stay in a near cache; a gradient needs all values twice.
         pairs, kept = (_convolved(program, tasks_of(program, pools=pools)) for pools in (True, False))
-        self._units = 4 if 4 * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
-        self._gradient_units = 4 if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
+        self._linear = not pairs
+        most = min(8, 64 // self._lanes) if self._linear else 4
+        self._units = most if 4 * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
+        self._gradient_units = most if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
         self.run_one = self.plan(Layout(False, self._lanes)).run_one
 
     def plan(self, layout: Layout) -> Plan:
@@ -201,7 +203,7 @@ class Engine:
             # Large values crowd the caches, which shorter vectors relieve.
             lanes = self._lanes if self._gradient_units > 1 else min(8, self._lanes)
             units = min(self._gradient_units, -(-len(x) // lanes))
-            plan = self._gradient_plan(Layout(True, lanes, units))
+            plan = self._gradient_plan(self._tiles(lanes, units))
             plan.run_gradient(x.ctypes.data, upstream.ctypes.data, result.ctypes.data, len(x))
         return result
 
@@ -212,6 +214,10 @@ class Engine:
             self._gradient_plans[layout] = Plan(self._program, planner, calls, self._code)
         return self._gradient_plans[layout]
 
+    def _tiles(self, lanes: int, tiles: int) -> Layout:
+        """Return the layout of some tiles: side by side in each pixel, if all layers are linear."""
+        return Layout(True, lanes * tiles, 1, tiles) if self._linear else Layout(True, lanes, tiles)
+
     def _parts(self, count: int) -> list[tuple[Layout, int, int]]:
         """Split a batch into (layout, first image, images): for each thread runs of some tiles, then what is left.
 
@@ -220,10 +226,11 @@ class Engine:
         most = self._units * self._lanes
         whole = count // most * most
         share = (-(-whole // (self._threads * most)) * most) or most
-        parts = [(Layout(True, self._lanes, self._units), at, min(share, whole - at)) for at in range(0, whole, share)]
+        layout = self._tiles(self._lanes, self._units)
+        parts = [(layout, at, min(share, whole - at)) for at in range(0, whole, share)]
         rest = count - whole
         if rest > self._lanes // 2:
-            parts.append((Layout(True, self._lanes, -(-rest // self._lanes)), whole, rest))
+            parts.append((self._tiles(self._lanes, -(-rest // self._lanes)), whole, rest))
         elif rest:
             parts.append((Layout(False, self._lanes), whole, rest))
         return parts

@@ -237,7 +237,9 @@ class Planner:
         adds = other is not None and other.origin == target.origin
         cut = self._cut(task, (shape[0], height, width), flat, choice, apart=adds)
         four = (source, target, other or target, gate or target)
-        unit = self.unit_bytes if flat and self.layout.tiles else 0
+        unit = 0
+        if flat and self.layout.tiles:
+            unit = self.unit_bytes if self.layout.units > 1 else 4 * self.layout.lanes // self.layout.vectors
         spec, table = _tile(task, cut, four, unit, few=height * width <= 4 and len(cut.read) < 4)
         spec = replace(
             spec, others=spec.others if other is not None else (), gates=spec.gates if gate is not None else ()
@@ -271,8 +273,9 @@ class Planner:
     def _cut(self, task: Layer, shape: tuple[int, int, int], flat: bool, choice: Choice, *, apart: bool) -> Cut:
         pool = 2 if task.pool else 1
         if flat and self.layout.tiles:
-            units = tuple((unit, 0) for unit in range(self.layout.units))
-            return Cut(self.layout.lanes, units, tuple((i,) for i in range(len(units))), units, ((0, 0),))
+            units = tuple((unit, 0) for unit in range(self.layout.units * self.layout.vectors))
+            lanes = self.layout.lanes // self.layout.vectors
+            return Cut(lanes, units, tuple((i,) for i in range(len(units))), units, ((0, 0),))
         if self.layout.tiles:
             return cut_tiles(shape, task.op.stride, pool, self.layout.lanes, choice.accumulators, apart=apart)
         for lanes in (choice.lanes, 8, 4):
@@ -336,17 +339,14 @@ def _tile(
 def _channels_per_block(choice: Choice, cut: Cut, op: Sparse, source: Buffer, flat: bool, spec: Tile) -> int:
     """Return how many input channels to take at once, so that what a tile reads of them is `block_bytes`.
 
-    All of them where a row's sum has several accumulators: to add those up block by block would round otherwise, and
-    what is tuned must not change a bit.
+    All of them in linear layers, which read an input once or twice for each row, and where a row's sum has several
+    accumulators: to add those up block by block would round otherwise, and what is tuned must not change a bit.
     """
-    if not choice.block_bytes or spec.unroll > 1:
+    if not choice.block_bytes or flat or spec.unroll > 1:
         return op.shape[1]
-    if flat:
-        touched = len(spec.reads) * 4 * spec.lanes
-    else:
-        rows = max(y for y, _ in cut.read) + 1 + op.dilation[0] * (op.shape[2] - 1)
-        columns = max(x for _, x in cut.read) + 1 + op.dilation[1] * (op.shape[3] - 1)
-        touched = rows * (columns * source.pixel + (0 if source.lanes > 1 else 4 * spec.lanes))
+    rows = max(y for y, _ in cut.read) + 1 + op.dilation[0] * (op.shape[2] - 1)
+    columns = max(x for _, x in cut.read) + 1 + op.dilation[1] * (op.shape[3] - 1)
+    touched = rows * (columns * source.pixel + (0 if source.lanes > 1 else 4 * spec.lanes))
     return max(1, min(op.shape[1], choice.block_bytes // touched))
 
 
