@@ -147,6 +147,8 @@ def _strongest(findings: Findings) -> str:
     """Say whether what FGSM shows is there under the strongest attack."""
     fgsm = findings.result(findings.first("budget", "fgsm"))
     strong = findings.result(findings.first("worst") or findings.first("budget", "pgd", "apgd"))
+    if strong is None and fgsm is None:
+        return "No budget attack was run: nothing is said of robustness within a budget."
     if strong is None:
         return "No attack stronger than FGSM was run: a gain under FGSM alone is no robustness."
     name = short_name(strong.measure)
