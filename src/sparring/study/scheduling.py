@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -86,7 +87,8 @@ class _Scheduler:
         self.running: dict[str, Task] = {}
         self.children: defaultdict[str, list[int]] = defaultdict(list)  # places in the order, by parent's key
         self.unmet: dict[int, int] = {}  # how many parents a waiting task still lacks, by place
-        self.ready: list[int] = []  # a heap of places: tasks are handed out in the plan's order
+        self.ranks = _ranks(tasks)
+        self.ready: list[tuple[float, int]] = []  # a heap of ranks and places
         self.cached = self.errors = 0
 
     def recall(self, retry: bool) -> None:
@@ -117,7 +119,7 @@ class _Scheduler:
 
     def _hand_out(self) -> None:
         while self.ready and len(self.running) < self.executor.slots:
-            task = self.order[heapq.heappop(self.ready)]
+            task = self.order[heapq.heappop(self.ready)[1]]
             self.running[task.key] = task
             self.executor.submit(task)
 
@@ -132,7 +134,7 @@ class _Scheduler:
             if waits_for:
                 self.unmet[place] = len(waits_for)
             else:
-                self.ready.append(place)
+                self.ready.append((self.ranks[place], place))
         heapq.heapify(self.ready)
 
     def _keep(self, done: Done) -> None:
@@ -175,7 +177,7 @@ class _Scheduler:
             self.unmet[place] -= 1
             if not self.unmet[place]:
                 del self.unmet[place]
-                heapq.heappush(self.ready, place)
+                heapq.heappush(self.ready, (self.ranks[place], place))
 
     def _tell(self, record: Record | None, estimate: float | None = None) -> None:
         if self.watch is None:
@@ -193,6 +195,19 @@ class _Scheduler:
                 damaged=tuple(self.store.found_damaged),
             )
         )
+
+
+def _ranks(tasks: list[Task]) -> list[float]:
+    """Say in which order tasks that are ready are handed out: the plan's, but a first task before its turn.
+
+    One that waits for nothing (a dense training) goes where the one before it stands. Else the last seed's would start
+    when all others' tasks are done, and one worker would train while the rest waited.
+    """
+    ranks = [float(place) for place in range(len(tasks))]
+    first = [place for place, task in enumerate(tasks) if not task.parents]
+    for before, place in itertools.pairwise(first):
+        ranks[place] = before + 0.5
+    return ranks
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import load_tensors, pack_tensors, save_tensors, sha256_bytes
 from ..sparsity import Masks, Pruner
+from .optimizer import Optimizer
 
 __all__ = ["State", "is_whole", "load_checkpoint_", "save_checkpoint"]
 
@@ -21,7 +22,7 @@ class State:
     """Hold everything that a run cut short needs to go on."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     masks: Masks
     generator: torch.Generator
     pruner: Pruner | None
@@ -37,8 +38,9 @@ def save_checkpoint(state: State, path: Path) -> None:
     tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"best/{name}": value for name, value in state.best_state.items()}
     tensors |= {f"mask/{name}": value for name, value in state.masks.items()}
-    for index, slot in enumerate(_slots(state)):
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in slot.items() if isinstance(value, Tensor)}
+    for index, parameter in enumerate(state.optimizer.parameters):
+        slot = state.optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in slot.items()}
     tensors |= {f"pruner/{name}": value for name, value in _pruner_state(state).items()}
     tensors["generator"] = state.generator.get_state()
     scalars = {"epoch": state.epoch, "losses": state.losses, "scores": state.scores, "best_epoch": state.best_epoch}
@@ -69,8 +71,7 @@ def load_checkpoint_(state: State, path: Path) -> None:
     place = next(state.model.parameters()).device
     state.masks = {name: mask.to(place) for name, mask in _part(tensors, "mask/").items()}
     state.best_state = _part(tensors, "best/")
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
+    for index, parameter in enumerate(state.optimizer.parameters):
         slot = _part(tensors, f"optimizer/{index}/")
         if slot:
             state.optimizer.state[parameter] = {name: value.to(place) for name, value in slot.items()}
@@ -94,10 +95,6 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _slots(state: State) -> list[dict[str, Tensor]]:
-    return [state.optimizer.state[p] for group in state.optimizer.param_groups for p in group["params"]]
 
 
 def _pruner_state(state: State) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..sparsity import Masks, Pruner
 from .checkpoint import State, load_checkpoint_, save_checkpoint
 from .losses import Loss, cross_entropy
+from .optimizer import Optimizer
 from .recipe import Recipe, learning_rate
 
 __all__ = ["Fit", "Progress", "fit", "predict"]
@@ -101,16 +102,8 @@ def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pruner: Pruner | None) -> State:
     generator = torch.Generator().manual_seed(seed)
-    return State(model, _optimizer(model, recipe), dict(masks or {}), generator, pruner)
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
-    )
+    optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
+    return State(model, optimizer, dict(masks or {}), generator, pruner)
 
 
 def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> float:
@@ -126,13 +119,11 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> fl
     for chosen in torch.split(order, recipe.batch_size):
         image = x[chosen].float().div_(255)
         batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step % cycle, cycle)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         with _masked(targets if behind else []):
             value = loss(model, *batch, generator)
             value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        optimizer.step(learning_rate(recipe, step % cycle, cycle))
         if state.pruner is not None:
             masks = state.pruner(
                 model, state.masks, step=step, steps=steps, batch=batch, loss=loss, generator=generator
@@ -165,15 +156,13 @@ def _apply_(targets: list[tuple[Tensor, Tensor]] | list[tuple[nn.Parameter, Tens
             value.mul_(mask)
 
 
-def _momenta(
-    optimizer: torch.optim.Optimizer, targets: list[tuple[nn.Parameter, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
+def _momenta(optimizer: Optimizer, targets: list[tuple[nn.Parameter, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Find the moving averages of masked weights: zeroed too, so that a weight that comes back starts afresh."""
     return [
         (value, mask)
         for parameter, mask in targets
-        for name, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor) and name != "step"
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if name != "step"
     ]
 
 
