@@ -45,11 +45,13 @@ import torch
 from sparring import data
 from sparring.data import Dataset, Split
 from sparring.errors import UserError
+from sparring.files import lock
 from sparring.study import Event, Plan, Store, run
 
 FAULTS = ("open", "write", "fsync", "replace", "limit")
 ENDED_BY_FAULT = 2
 NO_CLUSTER = 4
+PATIENCE = 120
 RAY_SECONDS = 900
 PLAN = {
     "name": "torture",
@@ -94,6 +96,8 @@ class Torture:
                 if event.record is not None and not event.record.error:
                     os.write(descriptor, f"{event.record.key}\n".encode())
 
+            with lock(self.out / ".lock", wait=PATIENCE):
+                pass  # on a loaded machine the workers of a driver that was killed need a while to die with it
             try:
                 # Three blows to one task fail its cell, as they should: it is tried again.
                 run(self.plan, self.out, dataset=self.dataset, workers=2, retry=True, watch=report)
