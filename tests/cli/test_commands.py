@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from sparring import deploy
 from sparring.cli import main
+from sparring.models import load_model
+from sparring.sparsity import sparsity_of
 
 
 class Result:
@@ -31,7 +34,9 @@ def sparring(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         assert "Traceback" not in found.err
         return Result(int(stop.value.code or 0), found.out, found.err)
 
-    return call
+    before = signal.getsignal(signal.SIGTERM)
+    yield call
+    signal.signal(signal.SIGTERM, before)  # else later tests that are told to end would raise the command line's exit
 
 
 TINY = """
@@ -151,6 +156,23 @@ def test_train_prune_attack_certify_compare(sparring, models: tuple[Path, Path])
     assert worse.code in (0, 1)
     unknown = sparring("compare", dense, sparse, "--data", "digits", "--images", 40, "--max-drop", "acuracy", 1)
     assert unknown.code == 2 and "Did you mean 'accuracy'" in unknown.err
+
+
+def test_a_network_is_pruned_under_attack(sparring, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dense, sparse = tmp_path / "dense.safetensors", tmp_path / "sparse.safetensors"
+    attack = ("--data", "digits", "--quiet", "--loss", "trades", "--eps", 0.05, "--set", "epochs=1")
+    assert sparring("train", "mlp", "--out", dense, *attack).code == 0
+    told = sparring("prune", dense, "--out", sparse, "--sparsity", 0.8, *attack, "--set", "method=hydra")
+    assert told.code == 0 and "(80.00%)" in told.out and "under PGD at eps 0.05" in told.out
+    for path in (sparse, tmp_path / "sparse-best.safetensors"):
+        assert f"wrote {path}" in told.out
+        model, _, masks = load_model(path)
+        assert sparsity_of(masks) == pytest.approx(0.8)
+        assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
+    half = ("--quiet", "--set", "epochs=1", "--set", "structure=2:4", "--set", "scope=layer", "--sparsity", 0.5)
+    assert "(50.00%)" in sparring("prune", dense, "--out", sparse, "--data", "digits", *half).out
+    wrong = sparring("prune", dense, "--out", sparse, "--data", "digits", "--sparsity", 0.8, "--loss", "pdg-at")
+    assert wrong.code == 2 and "'pgd-at'" in wrong.err
 
 
 def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-def]

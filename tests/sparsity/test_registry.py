@@ -100,6 +100,7 @@ def test_a_users_own_score_and_pruner(tmp_path: Path, monkeypatch: pytest.Monkey
         (PruningSpec(method="dns", c_rate=1.0), 0.5, "give one of them"),
         (PruningSpec(structure="2:4", scope="erk"), 0.5, "cannot be allocated by 'erk'"),
         (PruningSpec(layers={"a": 0.5}, scope="erk"), None, "has no meaning"),
+        (PruningSpec(layers={"a": 0.5}), 0.5, "a sparsity for the whole network has no meaning"),
         (PruningSpec(method="set", layers={"a": 0.5}), None, "one sparsity for the network"),
         (PruningSpec(structure="2:4"), 0.8, "cannot reach 80.00%"),
         (PruningSpec(), None, "needs a sparsity"),

@@ -47,9 +47,12 @@ def test_nothing_is_written_for_a_plan_that_is_refused(few_digits: Dataset, tmp_
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_plan_may_ask_for_n_of_m(few_digits: Dataset, tmp_path: Path) -> None:
-    table = plan(structure="2:4", label="half").table()
+def test_a_plan_may_ask_for_n_of_m_and_for_layers_by_hand(few_digits: Dataset, tmp_path: Path) -> None:
+    layers = {"2.weight": 0.75, "4.weight": 0.2}
     quick = {"seeds": 1, "recipe": {"epochs": 1}, "finetune": {"epochs": 1}, "model": {"name": "mlp", "widths": [16]}}
-    records = run(Plan.from_table(table | quick), tmp_path, dataset=few_digits, workers=0)
-    (made,) = [r for r in records if r.stage == "prune" and r.inputs["pruning"] is not None]
-    assert made.error is None and made.metrics["sparsity"] == 0.5
+    table = {"pruning": [{"structure": "2:4", "label": "half"}, {"layers": layers, "label": "by hand"}]}
+    records = run(Plan.from_table(plan().table() | quick | table), tmp_path, dataset=few_digits, workers=0)
+    half, by_hand = [r for r in records if r.stage == "prune" and r.inputs["pruning"] is not None]
+    assert half.error is None and half.metrics["sparsity"] == 0.5
+    assert by_hand.error is None and by_hand.inputs["sparsity"] is None
+    assert by_hand.metrics["sparsity"] == pytest.approx((0.75 * 64 * 16 + 0.2 * 16 * 10) / (64 * 16 + 16 * 10))

@@ -121,6 +121,26 @@ def test_a_run_cut_short_goes_on_to_the_same_bits(few_digits: Dataset, tmp_path:
     assert same(result.best_state, again.best_state) and result.best_epoch == again.best_epoch
 
 
+class Late:
+    """Prune half of the weights at the end of the second epoch."""
+
+    dense_weights = False
+
+    def __call__(
+        self, model: nn.Module, masks: dict[str, Tensor], *, step: int, steps: int, **_: object
+    ) -> dict[str, Tensor]:
+        return half(model) if step + 1 == steps // 2 else masks
+
+
+def test_the_best_epoch_is_as_sparse_as_the_last(few_digits: Dataset) -> None:
+    model, values = network(few_digits), iter([0.9, 0.8, 0.7, 0.6])
+    whole = {name: torch.ones_like(mask) for name, mask in half(model).items()}
+    recipe = Recipe(epochs=4, lr=0.05)
+    result = fit(model, *few_digits.train, recipe, masks=whole, pruner=Late(), score=lambda m: next(values))
+    assert result.best_epoch == 2, "the first was better, and dense"
+    assert all(not result.best_state[name][~mask].any() for name, mask in result.masks.items())
+
+
 def test_a_strange_checkpoint_is_refused(few_digits: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     fit(network(few_digits), *few_digits.train, Recipe(epochs=1), checkpoint=path)

@@ -23,6 +23,8 @@ Download = Annotated[bool, typer.Option("--download", help="Fetch missing data f
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print plain lines, no live view.")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="A safetensors file with the model's weights.")]
+Loss = Annotated[str, typer.Option(help="standard, pgd-at or trades.")]
+Eps = Annotated[float, typer.Option(help="Budget of training under attack, in [0, 1].")]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
 ModelArgument = Annotated[
     str, typer.Argument(help="A name, a file (.safetensors, .sparring), or package.module:factory.")
@@ -98,8 +100,8 @@ def train(
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
     recipe: Annotated[list[str] | None, typer.Option("--set", help="Recipe KEY=VALUE, as epochs=5.")] = None,
     width: Annotated[float | None, typer.Option(help="Multiple of the named model's layer widths.")] = None,
-    loss: Annotated[str, typer.Option(help="standard, pgd-at or trades.")] = "standard",
-    eps: Annotated[float, typer.Option(help="Budget of adversarial training, in [0, 1].")] = 0.1,
+    loss: Loss = "standard",
+    eps: Eps = 0.1,
     seed: Seed = 0,
     data_dir: DataDir = None,
     download: Download = False,
@@ -121,6 +123,8 @@ def prune(
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
     options: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as method=dns, epochs=5.")] = None,
+    loss: Loss = "standard",
+    eps: Eps = 0.1,
     seed: Seed = 0,
     data_dir: DataDir = None,
     download: Download = False,
@@ -129,7 +133,8 @@ def prune(
     """Prune a trained network, fine-tune it, and write it to one file."""
     from .model_commands import run_prune
 
-    return run_prune(model, out, sparsity, weights, data, tuple(options or ()), seed, data_dir, download, quiet=quiet)
+    settings = tuple(options or ())
+    return run_prune(model, out, sparsity, weights, data, settings, loss, eps, seed, data_dir, download, quiet=quiet)
 
 
 @app.command()

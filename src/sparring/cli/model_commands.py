@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Mapping
@@ -20,14 +21,14 @@ from ..errors import UserError
 from ..files import load_tensors
 from ..metrics import accuracy, distances, robust_accuracy
 from ..models import Blueprint, load_model, load_weights_, save_model
-from ..sparsity import Pruner, all_ones, build_pruner
+from ..sparsity import Pruner, all_ones, build_pruner, check_reached
 from ..statistics import binomial_interval
 from ..study import Plan, Training
-from ..study.fitting import training_loss
+from ..study.fitting import robust_score, training_loss
 from ..study.networks import chosen_images
 from ..study.settings import attack_named
 from ..threat import Threat, parse_norm
-from ..train import Progress, Recipe, fit, predict
+from ..train import Fit, Progress, Recipe, fit, predict
 from .loading import open_data
 from .study_command import duration
 
@@ -55,15 +56,13 @@ def run_train(
     *,
     quiet: bool,
 ) -> int:
-    """Train a model and write it; a checkpoint beside it lets an interrupted run go on."""
+    """Train a model and write it, under attack also its best epoch; an interrupted run goes on when run again."""
     dataset = open_data(data_name, data_dir, download)
     recipe = _settings(overrides, "recipe").recipe
     blueprint = replace(_blueprint(name, dataset), width=width)
     model = blueprint.build(seed=seed)
-    training = Plan.from_table({"name": "train", "training": {"loss": loss, "eps": eps}}).training
-    _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet)
-    save_model(out, model, blueprint)
-    print(f"{_accuracies(model, dataset)}\nwrote {out}")
+    result = _fit(model, dataset, recipe, out, seed=seed, training=_training(loss, eps), quiet=quiet)
+    _finish(model, blueprint, dataset, result, eps, out)
     return 0
 
 
@@ -74,13 +73,15 @@ def run_prune(
     weights: Path | None,
     data_name: str,
     overrides: tuple[str, ...],
+    loss: str,
+    eps: float,
     seed: int,
     data_dir: Path | None,
     download: bool,
     *,
     quiet: bool,
 ) -> int:
-    """Prune a model, fine-tune it and write it with its masks."""
+    """Prune a model, fine-tune it and write it with its masks, under attack also its best epoch."""
     dataset = open_data(data_name, data_dir, download)
     if name.endswith(PACKED):
         raise UserError("an artefact is for shipping and cannot be pruned further; prune the model it was made from")
@@ -89,10 +90,27 @@ def run_prune(
     recipe = _settings(tuple(o for o in overrides if o.partition("=")[0] in recipe_names), "finetune").finetune
     pruning = _settings(tuple(o for o in overrides if o.partition("=")[0] not in recipe_names), "pruning.0").pruning[0]
     pruner = build_pruner(pruning, sparsity)
-    masks = _fit(model, dataset, recipe, out, seed=seed, training=Training(), quiet=quiet, pruner=pruner)
-    save_model(out, model, blueprint, masks)
-    print(f"{_removed(masks, pruner)}; {_accuracies(model, dataset)}\nwrote {out}")
+    training = _training(loss, eps)
+    result = _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet, pruner=pruner)
+    check_reached(pruner, result.masks, pruning.layers or sparsity)
+    print(_removed(result.masks, pruner))
+    _finish(model, blueprint, dataset, result, eps, out)
     return 0
+
+
+def _finish(model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fit, eps: float, out: Path) -> None:
+    """Write a network and say how good it is; beside it the best epoch's, where training under attack tells which."""
+    save_model(out, model, blueprint, result.masks)
+    if result.best_epoch is None:
+        print(f"{_accuracies(model, dataset)}\nwrote {out}")
+        return
+    best, beside = copy.deepcopy(model), out.with_stem(f"{out.stem}-best")
+    best.load_state_dict(result.best_state)
+    save_model(beside, best, blueprint, {name: result.best_state[name] != 0 for name in result.masks})
+    last = len(result.scores)
+    for name, network, epoch, path in (("final", model, last, out), ("best", best, result.best_epoch, beside)):
+        stands = f"{result.scores[epoch - 1]:.1%} of validation images stand under PGD at eps {eps:g}"
+        print(f"{name} epoch {epoch}: {_accuracies(network, dataset)}, {stands}\nwrote {path}")
 
 
 def _removed(masks: dict[str, Tensor], pruner: Pruner) -> str:
@@ -311,7 +329,12 @@ def _blueprint(name: str, dataset: Dataset) -> Blueprint:
 def _settings(overrides: tuple[str, ...], table: str) -> Plan:
     """Read KEY=VALUE options into one table of a plan, whose checks and messages then apply."""
     base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": {"epochs": DEFAULT_EPOCHS}}
+    base["sparsities"] = [0.5]  # which every method and structure can reach: what is asked for is checked apart
     return Plan.from_table(base, overrides=tuple(f"{table}.{override}" for override in overrides))
+
+
+def _training(loss: str, eps: float) -> Training:
+    return Plan.from_table({"name": "settings", "training": {"loss": loss, "eps": eps}}).training
 
 
 def _fit(
@@ -324,22 +347,23 @@ def _fit(
     training: Training,
     quiet: bool,
     pruner: Pruner | None = None,
-) -> dict[str, Tensor]:
-    checkpoint = out.with_suffix(".checkpoint.safetensors")
+) -> Fit:
+    checkpoint, table = out.with_suffix(".checkpoint.safetensors"), asdict(training)
     result = fit(
         model,
         dataset.train.x,
         dataset.train.y,
         recipe,
         seed=seed,
-        loss=training_loss(asdict(training)),
+        loss=training_loss(table),
         masks={} if pruner is None else all_ones(model),
         pruner=pruner,
+        score=None if training.loss == "standard" else lambda m: robust_score(m, dataset.valid, table),
         checkpoint=checkpoint,
         progress=None if quiet else _show,
     )
     checkpoint.unlink(missing_ok=True)
-    return result.masks
+    return result
 
 
 def _show(progress: Progress) -> None:

@@ -86,7 +86,7 @@ class PruningSpec:
 
 
 def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
-    """Make a fresh pruner (some remember: one per training) for a sparsity; None only for "dns" with its `c_rate`.
+    """Make a fresh pruner (some remember: one per training) for a sparsity; None with `layers`, or "dns" with `c_rate`.
 
     Raise UserError for unknown names, for options that the method does not have, and for combinations that cannot be.
     """
@@ -140,6 +140,8 @@ def _target(
             raise UserError(f"the pruning method '{spec.method}' takes one sparsity for the network, not one per layer")
         if spec.scope is not None:
             raise UserError(f"'layers' allocates by hand, so the scope '{spec.scope}' has no meaning; drop one of them")
+        if sparsity is not None:
+            raise UserError("'layers' allocates by hand, so a sparsity for the whole network has no meaning; drop one")
         return layers
     if sparsity is None and spec.method != "dns":
         raise UserError(f"the pruning method '{spec.method}' needs a sparsity")

@@ -109,8 +109,10 @@ def _check_channels(given: Mapping[str, float], tied: Collection[Collection[str]
             raise UserError(f"{', '.join(group)} lose their channels together; give them one sparsity")
 
 
-def check_reached(pruner: Pruner, masks: Masks, sparsity: float | None) -> None:
+def check_reached(pruner: Pruner, masks: Masks, sparsity: float | Mapping[str, float] | None) -> None:
     """Raise UserError unless a pruner removed what was asked of it (None: nothing), to one unit of its structure.
+
+    Asked by layer, it is checked by layer.
 
     A pruner's `rule`, if it has one, says which weights count. Not checked are pruners that say they are not `exact`,
     and channels: which of them can go together, only the network's graph knows, and `select` has seen to it.
@@ -119,7 +121,16 @@ def check_reached(pruner: Pruner, masks: Masks, sparsity: float | None) -> None:
     if sparsity is None or not getattr(pruner, "exact", True) or isinstance(rule.structure, Channels):
         return
     counted = rule.open(masks)
+    if isinstance(sparsity, Mapping):
+        for name, value in sparsity.items():
+            layer = {name: counted[name]}
+            _check_count(layer, value, rule.structure.sizes(layer)[name] / 2, f"in '{name}' ")
+    else:
+        _check_count(counted, sparsity, rule.tolerance(masks), "")
+
+
+def _check_count(counted: Masks, sparsity: float, tolerance: float, where: str) -> None:
     total = sum(mask.numel() for mask in counted.values())
     removed = sum(int((~mask).sum()) for mask in counted.values())
-    if abs(removed - sparsity * total) > rule.tolerance(masks) + 0.5:
-        raise UserError(f"the pruner removed {removed} of {total} weights where {sparsity:.4%} was asked")
+    if abs(removed - sparsity * total) > tolerance + 0.5:
+        raise UserError(f"{where}the pruner removed {removed} of {total} weights where {sparsity:.4%} was asked")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -95,10 +96,8 @@ class _Surgery:
         """Return the thresholds that would give this sparsity now: the smallest magnitude that stays in each layer."""
         sizes = magnitude(model)
         wanted = self.rule.masks(model, sizes, sparsity, masks=masks, regrow=True)
-        return {
-            name: sizes[name][wanted[name]].amin() if bool(wanted[name].any()) else sizes[name].amax()
-            for name in self.rule.open(masks)
-        }
+        smallest = {name: torch.where(wanted[name], sizes[name], math.inf).amin() for name in self.rule.open(masks)}
+        return {name: low if low < math.inf else sizes[name].amax() for name, low in smallest.items()}
 
     def _record(self, step: int, before: Masks, after: Masks) -> Masks:
         whole = {name: torch.ones_like(mask) for name, mask in after.items() if name not in before}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attacks import pgd
-from ..data import as_float
+from ..data import Split, as_float
 from ..errors import UserError
 from ..files import load_tensors, sha256_file
 from ..metrics import accuracy
@@ -28,7 +29,7 @@ from ..train import Loss, Recipe, adversarial, cross_entropy, fit, predict, trad
 from .executors import Outcome, Task
 from .networks import BEST, MASK, PENALTY, WEIGHTS, Context, network, network_of, with_activation
 
-__all__ = ["activate", "choose", "prune", "train", "training_loss"]
+__all__ = ["activate", "choose", "prune", "robust_score", "train", "training_loss"]
 
 # The fine-tuning of every network of one seed sees the same order of images, so pairs differ in their masks alone.
 FINETUNE_SEED = 10_007
@@ -66,15 +67,28 @@ def activate(context: Context, task: Task) -> Outcome:
     """Make the parent's activations sparse; with a recipe, fine-tune it so."""
     activation = dict(task.inputs["activation"])
     bare = {name: value for name, value in task.inputs.items() if name != "activation"}
-    model = network_of(context, bare, task.parents[0])
+    plain = network_of(context, bare, task.parents[0])
+    model, images = plain, as_float(context.dataset.valid.x[:CALIBRATION_IMAGES]).to(context.device)
     if activation["kind"] != PENALTY:
-        model = with_activation(model, activation)
-        calibrate_(model, as_float(context.dataset.valid.x[:CALIBRATION_IMAGES]).to(context.device))
+        model = with_activation(plain, activation)
+        calibrate_(model, images)
     if task.inputs["recipe"] is None:
         valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
         return Outcome({"accuracy_valid": valid}, tensors=_weights(model))
     penalty = activation["level"] if activation["kind"] == PENALTY else None
-    return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], penalty=penalty)
+
+    def finish(trained: nn.Module) -> nn.Module:
+        """Take the modules out again where they are for training alone; else their levels are those of the end."""
+        if trained is plain:
+            return plain
+        if activation.get("test", True):
+            calibrate_(trained, images)
+            return trained
+        names, learned = set(plain.state_dict()), trained.state_dict()
+        load_weights_(plain, {name: value for name, value in learned.items() if name in names})
+        return plain
+
+    return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], penalty=penalty, finish=finish)
 
 
 def choose(context: Context, task: Task) -> Outcome:
@@ -99,6 +113,7 @@ def _fitted(
     seed: int,
     pruner: Pruner | None = None,
     penalty: float | None = None,
+    finish: Callable[[nn.Module], nn.Module] = lambda trained: trained,
 ) -> Outcome:
     data, training = context.dataset, task.inputs["training"]
     recipe = Recipe(**task.inputs["recipe"])
@@ -112,16 +127,17 @@ def _fitted(
         loss=loss if penalty is None else with_activation_penalty(loss, penalty),
         masks={} if pruner is None else all_ones(model),
         pruner=pruner,
-        score=None if training["loss"] == "standard" else lambda m: _robust_score(context, m, training),
+        score=None if training["loss"] == "standard" else lambda m: robust_score(m, data.valid, training),
         checkpoint=context.scratch / f"{task.key}.safetensors" if context.scratch and recipe.epochs > 1 else None,
     )
+    model = finish(model)
     metrics: dict[str, float | None] = {
         "loss": result.losses[-1] if result.losses else None,
         "accuracy_valid": accuracy(predict(model, data.valid.x), data.valid.y),
     }
     if pruner is not None:
         _assert_masked(model, result.masks)
-        check_reached(pruner, result.masks, task.inputs["sparsity"])
+        check_reached(pruner, result.masks, task.inputs["pruning"].get("layers") or task.inputs["sparsity"])
         metrics["sparsity"] = sparsity_of(result.masks)
     if result.best_epoch is not None:
         metrics["best_epoch"] = result.best_epoch
@@ -130,7 +146,8 @@ def _fitted(
     if result.scores:
         series["robust_accuracy_valid"] = list(result.scores)
     tensors = _weights(model) | {MASK + name: value for name, value in result.masks.items()}
-    return Outcome(metrics, series, tensors=tensors | {BEST + k: v for k, v in result.best_state.items()})
+    best = {BEST + name: value for name, value in result.best_state.items() if WEIGHTS + name in tensors}
+    return Outcome(metrics, series, tensors=tensors | best)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -145,11 +162,10 @@ def _assert_masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
             raise UserError(f"masked weights of '{name}' are not zero: the pruner changed weights after its masks")
 
 
-def _robust_score(context: Context, model: nn.Module, training: dict[str, Any]) -> float:
+def robust_score(model: nn.Module, valid: Split, training: dict[str, Any]) -> float:
     """Return the share of validation images that stand under a short PGD: what chooses the best epoch."""
-    valid = context.dataset.valid
-    x = as_float(valid.x[:SCORING_IMAGES]).to(context.device)
-    y = valid.y[:SCORING_IMAGES].to(context.device)
+    place = next(model.parameters()).device
+    x, y = as_float(valid.x[:SCORING_IMAGES]).to(place), valid.y[:SCORING_IMAGES].to(place)
     generator = torch.Generator().manual_seed(0)
     norm = parse_norm(training["norm"])
     x_adv = pgd(model, x, y, norm=norm, eps=training["eps"], steps=SCORING_STEPS, generator=generator)

@@ -77,7 +77,7 @@ def network_of(context: Context, inputs: dict[str, Any], key: str, *, checkpoint
     """Build a network with the weights that the task `key` left, with its activation-sparsity modules, in eval mode."""
     model = network(context, inputs)
     activation = inputs.get("activation")
-    if activation is not None and activation["kind"] != PENALTY:
+    if activation is not None and activation["kind"] != PENALTY and activation.get("test", True):
         model = with_activation(model, activation)
     tensors = context.tensors(key)
     prefix = BEST if checkpoint == "best" and any(name.startswith(BEST) for name in tensors) else WEIGHTS

@@ -111,8 +111,9 @@ class Plan:
         for attack in (*self.attacks, *self.transfer, *(s.judge for s in self.shipped)):
             check_attack(attack)
         for pruning in self.pruning:
-            if pruning.c_rate is not None and pruning.sparsities is not None:
-                raise PlanError(f"'{pruning.label}' ends where its c_rate leads; give that or sparsities, not both")
+            if pruning.ends_by_itself and pruning.sparsities is not None:
+                own = "layers lead" if pruning.c_rate is None else "c_rate leads"
+                raise PlanError(f"'{pruning.label}' ends where its {own}; give that or sparsities, not both")
             for asked in pruning.grid(self.sparsities) or (0.5,):
                 build_pruner(pruning, asked)
         if self.controls.wide_sparse and self.pruning and self.first_to_a_sparsity is None:
@@ -121,7 +122,7 @@ class Plan:
     @property
     def first_to_a_sparsity(self) -> Pruning | None:
         """The first pruning method that can be asked for a sparsity, or None."""
-        return next((p for p in self.pruning if p.c_rate is None), None)
+        return next((p for p in self.pruning if not p.ends_by_itself), None)
 
     @staticmethod
     def load(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> Plan:

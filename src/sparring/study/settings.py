@@ -71,16 +71,21 @@ class Training:
 class Pruning(PruningSpec):
     """Prune by one method at the plan's sparsities, or at its own, for all seeds or the first few.
 
-    Surgery with `c_rate` ends at a sparsity of its own, so it is one network a seed.
+    Surgery with `c_rate` ends at a sparsity of its own, and so does a table with `layers`: one network a seed.
     """
 
     label: str = ""
     sparsities: tuple[float, ...] | None = None
     seeds: int | None = None
 
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether the table says without a sparsity how much goes."""
+        return self.c_rate is not None or self.layers is not None
+
     def grid(self, sparsities: tuple[float, ...]) -> tuple[float | None, ...]:
         """Return what is asked of the method, given the plan's sparsities; None: whatever its own rule leads to."""
-        if self.c_rate is not None:
+        if self.ends_by_itself:
             return (None,)
         return sparsities if self.sparsities is None else self.sparsities
 
@@ -181,18 +186,22 @@ class Shipped:
 class Activation:
     """Make the dense control's activations sparse at each level; with `train`, fine-tune the dense network so.
 
-    `kind` names a module that takes the place of every ReLU, or "l1-penalty" (in training, weighed by `level`).
+    `kind` names a module that takes the place of every ReLU, or "l1-penalty" (in training, weighed by `level`). Without
+    `test` the module is there in training alone, and the network that is judged has its ReLUs back.
     """
 
     kind: str
     levels: tuple[float, ...]
     label: str = ""
     train: bool = False
+    test: bool = True
     seeds: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ACTIVATIONS and self.kind != "l1-penalty":
             raise UnknownNameError("activation sparsity", self.kind, [*ACTIVATIONS, "l1-penalty"])
+        if not (self.train or self.test):
+            raise PlanError(f"activation '{self.kind}' is to act neither in training nor in tests; set train or test")
         for level in self.levels:
             if self.kind in ACTIVATIONS:
                 ACTIVATIONS[self.kind](level)  # refuses a level out of range

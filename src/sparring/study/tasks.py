@@ -230,7 +230,8 @@ class _Seed:
     def _activate(self, activation: Activation, dense: str, control: str) -> None:
         fitted = activation.train or activation.kind == "l1-penalty"
         for level in sorted(activation.levels):
-            part = {"activation": {"kind": activation.kind, "level": level}}
+            named = {"kind": activation.kind, "level": level}
+            part = {"activation": named if activation.test else {**named, "test": False}}
             inputs = {
                 **self._shared(self.model),
                 **part,

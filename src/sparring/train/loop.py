@@ -60,7 +60,8 @@ def fit(
     """Train a model in place on uint8 images x (N, C, H, W) and labels y (N,), and leave it in eval mode.
 
     Weights outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of
-    the (masked) model after each epoch and the state of its highest value is kept. With `checkpoint` the state is
+    the (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model
+    was as sparse as at the end. With `checkpoint` the state is
     saved after each epoch, and a run that finds the file goes on from there to the same bits. One seed, machine and
     thread count give one result. Raise UserError when the loss stops being finite.
     """
@@ -185,11 +186,17 @@ def _score_(state: State, score: Callable[[nn.Module], float] | None) -> float |
     state.model.eval()
     with _masked(_targets(state.model, state.masks)):
         value = score(state.model)
-        if not state.scores or value > max(state.scores):
+        if state.best_epoch is None or value > state.scores[state.best_epoch - 1] or _best_is_denser(state):
             state.best_epoch = state.epoch
             state.best_state = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     state.scores.append(value)
     return value
+
+
+def _best_is_denser(state: State) -> bool:
+    """Say whether the best epoch lies before the pruning that came since: a denser network is no checkpoint of this."""
+    held = sum(int(torch.count_nonzero(state.best_state[name])) for name in state.masks)
+    return held > sum(int(torch.count_nonzero(mask)) for mask in state.masks.values())
 
 
 def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
