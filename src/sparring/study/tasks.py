@@ -225,6 +225,8 @@ class _Seed:
             "sparsity": sparsity,
             "seed": self.seed,
         }
+        if pruning is not None and self.plan.training.loss != "standard":
+            inputs["best"] = "as sparse as the last"  # once it was of any sparsity; only these networks are made anew
         return self.work.add("prune", inputs, parent)
 
     def _activate(self, activation: Activation, dense: str, control: str) -> None:
