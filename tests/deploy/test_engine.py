@@ -120,12 +120,29 @@ def test_numpy_and_native_agree_and_threads_change_nothing(sparse_model):
     assert (again == one(x)[:192]).all()
 
 
+def test_one_image_is_answered_alike_with_and_without_a_builtin(sparse_model, monkeypatch):
+    program = deploy.pack(sparse_model("lenet-5", 0.1), shape=(1, 28, 28)).program
+    images = [np.random.default_rng(i).random((1, 1, 28, 28), np.float32) for i in range(12)]
+    packed = deploy.Packed(program)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(packed, images))
+    monkeypatch.setattr(engine, "builtin", lambda *_: None)
+    plain = deploy.Packed(program)
+    for image, logits in zip(images, found, strict=True):
+        assert (plain(image) == logits).all()
+    assert (plain(images[0][..., ::-1]) == packed(images[0][..., ::-1])).all()
+
+
 def test_odd_inputs_are_taken_as_they_come(sparse_model):
     packed = deploy.pack(sparse_model("lenet-300-100", 0.1), shape=(1, 28, 28))
     x = np.random.default_rng(0).random((6, 1, 28, 56)).astype(np.float64)[..., ::2]
     expected = packed(np.ascontiguousarray(x, np.float32))
     assert (packed(x) == expected).all()
     assert packed(x[:0]).shape == (0, 10)
+    one = np.asfortranarray(x[:1], np.float32)
+    assert not one.flags.c_contiguous
+    assert (packed(one) == packed(np.ascontiguousarray(one))).all()
+    assert (packed(np.ascontiguousarray(one, ">f4")) == packed(np.ascontiguousarray(one))).all()
     assert (packed(torch.from_numpy(x).requires_grad_()).numpy() == expected).all()
 
 

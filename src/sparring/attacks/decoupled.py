@@ -48,11 +48,12 @@ def ddn(
         moved = distance(delta, L2)
         better = won & (moved < smallest)
         smallest = torch.where(better, moved, smallest)
-        nearest = torch.where(column(better, x), point, nearest)
+        nearest[better] = point[better]
         if step > 0:
             radius = radius * torch.where(won, 1 - gamma, 1 + gamma)
         rate = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
-        delta = delta + rate * steepest(gradient, L2)
-        delta = delta * column(radius / distance(delta, L2).clamp_min(1e-30), x)
-        point = (x + delta).clamp(0, 1)
+        # In place: through sparse kernels the passes over these arrays take longer than the network.
+        delta.add_(steepest(gradient, L2), alpha=rate)
+        delta.mul_(column(radius / distance(delta, L2).clamp_min(1e-30), x))
+        point = delta.add_(x).clamp_(0, 1)
     return keep_within(x, nearest, L2, eps)

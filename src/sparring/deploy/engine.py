@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .builtin import add_answer, builtin
 from .calls import Call, Layout
 from .gradients import GradientPlanner
 from .kernels import add_kernels, add_runner
@@ -27,30 +27,37 @@ _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class Workspace:
-    """The memory of one run at a time: an arena, zeroed where padding is read, the fields of the call, and one image.
+    """The memory of one run at a time: an arena, zeroed where padding is read, and the fields of the call."""
 
-    To ask numpy for an address takes longer than a small network, hence `image` and `logits` at known places.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        fields: tuple[int, ...],
-        shape: tuple[int, ...],
-        classes: int,
-        run: Callable[..., None] = lambda *_: None,
-        segments: int = 0,
-    ) -> None:
+    def __init__(self, size: int, fields: tuple[int, ...]) -> None:
         self._memory = np.zeros(size + 64, np.uint8)
         self.bytes_memory = size
         self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
         self.call = np.array(fields, np.int64)
         self.call_address = self.call.ctypes.data
-        self.image, self.logits = np.zeros((1, *shape), np.float32), np.zeros((1, classes), np.float32)
-        self.own = np.array(fields, np.int64)
-        self.own[:3] = self.image.ctypes.data, self.logits.ctypes.data, 1
-        own = (self.arena, segments, self.own.ctypes.data)
-        self.run_own = partial(run, *(ctypes.c_void_p(address) for address in own))
+
+
+class Single(Workspace):
+    """The memory of runs on one image, whose logits are always written to one place: `answer(image)` runs it.
+
+    To ask numpy for an address takes longer than a small network.
+    """
+
+    def __init__(self, size: int, fields: tuple[int, ...], classes: int, code: Code, segments: int) -> None:
+        super().__init__(size, fields)
+        self.logits = np.zeros((1, classes), np.float32)
+        self.call[1], self.call[2] = self.logits.ctypes.data, 1
+        self._arguments = np.array([code["run"], self.arena, segments, self.call_address], np.int64)
+        self._code = code  # keeps the machine code alive
+        self.answer = builtin(code, self._arguments.ctypes.data) or self._through_ctypes
+
+    def _through_ctypes(self, image: Floats) -> int:
+        if not image.flags.c_contiguous:
+            raise ValueError("the image is not contiguous")
+        run, arena, segments, call = self._arguments.tolist()
+        self.call[0] = image.ctypes.data
+        _RUN(run)(arena, segments, call)
+        return 0
 
 
 class Plan:
@@ -69,9 +76,11 @@ class Plan:
         result = self._image if isinstance(planner, GradientPlanner) else self._logits
         fields = (0, 0, 0, self._image, result, lanes, unit_bytes, 0, self._logits, *[0] * 4)
         self._run = _RUN(code["run"])
-        size, last = unit_bytes * layout.units, (self._run, self._segments_address)
-        self._workspace = partial(Workspace, size, fields, program.shape, program.classes, *last)
+        size = unit_bytes * layout.units
+        self._workspace = partial(Workspace, size, fields)
+        self._single = partial(Single, size, fields, program.classes, code, self._segments_address)
         self._idle: list[Workspace] = []
+        self._idle_single: list[Single] = []
 
     def run(self, images: int, logits: int, count: int) -> None:
         """Read `count` images (contiguous float32) at an address, write their logits to another."""
@@ -90,7 +99,7 @@ class Plan:
     def bytes_memory(self) -> int:
         """Return the bytes of tables and of memory for values."""
         tables = sum(table.nbytes for call in self._calls for table in (call.arguments, *call.tables))
-        return tables + sum(space.bytes_memory for space in self._idle)
+        return tables + sum(space.bytes_memory for space in (*self._idle, *self._idle_single))
 
     def run_gradient(self, images: int, upstream: int, gradients: int, count: int) -> None:
         """Read images and the gradients of their logits, write the gradients of the images (a GradientPlanner's)."""
@@ -103,15 +112,14 @@ class Plan:
         self._idle.append(space)
 
     def run_one(self, image: Floats) -> Floats:
-        """Return the logits of one image (1, *shape)."""
+        """Return the logits of one image (1, *shape), float32; raise ValueError if it is not contiguous."""
         try:
-            space = self._idle.pop()
+            space = self._idle_single.pop()
         except IndexError:
-            space = self._workspace()
-        space.image[...] = image
-        space.run_own()
+            space = self._single()
+        space.answer(image)
         result = space.logits.copy()
-        self._idle.append(space)
+        self._idle_single.append(space)
         return result
 
 
@@ -146,6 +154,7 @@ class Engine:
         self._threads = threads
         self._code = Code()
         add_runner(self._code)
+        add_answer(self._code)
         self._plans: dict[Layout, Plan] = {}
         self._gradient_plans: dict[Layout, Plan] = {}
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
@@ -161,7 +170,7 @@ class Engine:
         """Return the plan for a layout, tuned and made when first asked for."""
         if layout not in self._plans:
             planner = Planner(self._program, self._tasks, layout)
-            space = Workspace(planner.unit_bytes * layout.units, (0,) * 13, self._program.shape, 1)
+            space = Workspace(planner.unit_bytes * layout.units, (0,) * 13)
             choose = tuned(planner, self._code, space.arena, lanes=self._lanes, lookup=self._lookup)
             calls = planner.calls(choose, lookup=self._lookup)
             self._plans[layout] = Plan(self._program, planner, calls, self._code)

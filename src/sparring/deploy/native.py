@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError
@@ -91,12 +92,22 @@ class Code:
         self._engines: list[Any] = []
         self._addresses: dict[str, int] = {}
 
-    def add(self, identity: str, write: Callable[[], str], names: Sequence[str]) -> None:
+    def add(
+        self,
+        identity: str,
+        write: Callable[[], str],
+        names: Sequence[str],
+        *,
+        symbols: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Compile the module of LLVM IR that `write` returns, and note where `names` are.
 
         If the cache holds machine code for `identity`, which must be another whenever the IR is, nothing is written.
+        `symbols` are the addresses of functions that the module calls without holding them.
         """
         llvm = _llvm()
+        for name, address in symbols.items():
+            llvm.add_symbol(name, address)
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=_features(), opt=3, jit=True
         )

@@ -20,6 +20,8 @@ from .reference import run_reference
 
 __all__ = ["Packed", "export", "load", "pack"]
 
+_FLOAT32 = np.dtype(np.float32)
+
 
 class Packed:
     """A packed network: call it with images (N, *shape) in [0, 1] to get logits (N, classes)."""
@@ -45,8 +47,11 @@ class Packed:
 
         Raise UserError for images of another shape, and for whole numbers.
         """
-        if type(x) is np.ndarray and x.shape == self._one and x.dtype.kind == "f":
-            return self._run_one(x)
+        if type(x) is np.ndarray and x.dtype is _FLOAT32 and x.shape == self._one:
+            try:
+                return self._run_one(x)
+            except (BufferError, ValueError):  # not contiguous: numpy has said so in both ways
+                return self._run(x)
         if isinstance(x, Tensor):
             return from_numpy(self(x.detach().cpu().numpy()))
         return self._run(x)
