@@ -30,7 +30,7 @@ def narrow_net(seed: int) -> nn.Sequential:
 def test_the_stem_finds_the_same_boundary(seed: int, images: Tensor) -> None:
     net = narrow_net(seed)
     y = net(images).argmax(1)
-    probe = Probe(net, dense=read_dense(net, images))
+    probe = Probe(net, hand=read_dense(net, images))
     stem = find_stem(probe)
     assert stem is not None
     full, short = (nearest_boundary(probe, images, y, norm=L2, stem=choice) for choice in (None, stem))
@@ -58,7 +58,7 @@ def test_the_stem_of_a_sparse_network_finds_the_same_boundary() -> None:
             net[1].weight.copy_(torch.randn(300, 784, generator=draws) * kept)
         x = torch.rand(30, 1, 28, 28, generator=draws)
         y = net(x).argmax(1)
-        probe = Probe(net, dense=read_dense(net, x))
+        probe = Probe(net, hand=read_dense(net, x))
         stem = find_stem(probe)
         assert stem is not None
         full, short = (nearest_boundary(probe, x, y, norm=L2, stem=choice) for choice in (None, stem))
@@ -75,7 +75,7 @@ def test_a_second_way_for_the_input_is_noticed(images: Tensor) -> None:
             return self.net(x) + x.flatten(1)[:, :10]
 
     net = Bypass().eval()
-    assert find_stem(Probe(net, dense=read_dense(net, images))) is None
+    assert find_stem(Probe(net, hand=read_dense(net, images))) is None
 
 
 def test_networks_without_a_narrow_linear_first_layer_have_no_stem(images: Tensor) -> None:
@@ -85,7 +85,7 @@ def test_networks_without_a_narrow_linear_first_layer_have_no_stem(images: Tenso
         (nn.Flatten(), nn.Linear(64, 1)),
     ):
         net = nn.Sequential(*layers).eval()
-        assert find_stem(Probe(net, dense=read_dense(net, images))) is None
+        assert find_stem(Probe(net, hand=read_dense(net, images))) is None
 
 
 @pytest.mark.parametrize("norm", [L2, LINF])

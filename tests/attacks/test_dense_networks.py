@@ -39,7 +39,7 @@ def test_logits_and_gradients_are_those_of_autograd(name: str) -> None:
     with frozen(model):
         dense = read_dense(model, x[:2])
         assert dense is not None
-        plain, by_hand = Probe(model), Probe(model, dense=dense)
+        plain, by_hand = Probe(model), Probe(model, hand=dense)
         for objective in (cross_entropy, margin):
             for first, second in zip(
                 logits_and_gradient(plain, x, objective, y), logits_and_gradient(by_hand, x, objective, y), strict=True
@@ -59,7 +59,7 @@ def test_square_computes_what_changes_and_finds_the_same(name: str) -> None:
     x = torch.rand(9, 2, 6, 6, generator=torch.Generator().manual_seed(1))
     with frozen(model):
         y = model(x).argmax(1)
-        plain, by_hand = Probe(model), Probe(model, dense=read_dense(model, x[:2]))
+        plain, by_hand = Probe(model), Probe(model, hand=read_dense(model, x[:2]))
         found = [
             square(probe, x, y, eps=0.1, queries=400, generator=torch.Generator().manual_seed(0))
             for probe in (plain, by_hand)

@@ -7,6 +7,7 @@ the images. Nothing is taken on trust: `read_dense` compares with the model befo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,19 @@ from torch.nn import functional
 from ..errors import UserError
 from ..graph import Affine, Flatten, Graph, Linear, ReLU, lower
 
-__all__ = ["Dense", "read_dense"]
+__all__ = ["ByHand", "Dense", "agree", "fold", "is_hooked", "per_value", "read_dense"]
+
+
+class ByHand(Protocol):
+    """A network that computes its own gradients: what `forward` keeps beside the logits, `backward` wants back."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return the logits of x (N, ...), and what was kept."""
+        ...
+
+    def backward(self, rows: Tensor, hidden: Any) -> Tensor:
+        """Return the input gradients (..., N, pixels) of sums of logits with weights `rows` (..., N, classes)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,51 +78,55 @@ def read_dense(model: nn.Module, x: Tensor) -> Dense | None:
     x: a few images, at which both must give the same logits and gradients: a model that hides its gradients keeps them
     hidden, so that flags can tell. Models with hooks are refused, since a hook may change what flows.
     """
-    if any(p.dim() > 2 for p in model.parameters()) or any(_is_hooked(module) for module in model.modules()):
+    if any(p.dim() > 2 for p in model.parameters()) or is_hooked(model):
         return None
     try:
-        dense = _fold(lower(model, tuple(x.shape[1:])), x.device)
+        graph = lower(model, tuple(x.shape[1:]))
+        ones = torch.ones(graph.nodes[0].shape, device=x.device).flatten()
+        dense = fold(graph, 0, ones, torch.zeros_like(ones))
     except UserError:
         return None
-    return dense if dense is not None and _agree(dense, model, x) else None
+    return dense if dense is not None and agree(dense, model, x) else None
 
 
-def _agree(dense: Dense, model: nn.Module, x: Tensor) -> bool:
+def agree(network: ByHand, model: nn.Module, x: Tensor) -> bool:
+    """Return whether a network by hand gives the model's logits and gradients at x."""
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         expected = model(point)
-    logits, hidden = dense.forward(x)
+    logits, hidden = network.forward(x)
     if not expected.requires_grad or not _close(logits, expected.detach()):
         return False
     weights = torch.linspace(-1, 1, logits.shape[1], dtype=x.dtype, device=x.device).expand_as(logits)
     (gradient,) = torch.autograd.grad(expected, point, weights, allow_unused=True, materialize_grads=True)
-    return _close(dense.backward(weights, hidden).view_as(x), gradient)
+    return _close(network.backward(weights, hidden).view_as(x), gradient)
 
 
 def _close(value: Tensor, expected: Tensor) -> bool:
     return torch.allclose(value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def is_hooked(model: nn.Module) -> bool:
+    """Return whether a hook may change what flows through the model."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
 
 
-def _fold(graph: Graph, device: torch.device) -> Dense | None:
-    """Return a chain of linear layers and ReLUs with every constant scale and shift folded in; None for others."""
+def fold(graph: Graph, start: int, scale: Tensor, shift: Tensor) -> Dense | None:
+    """Return the linear layers and ReLUs that follow the node `start`, every constant folded in; None for others.
+
+    scale, shift: what has been done to the node's values, or to the last ReLU's outputs, since: value · scale + shift.
+    """
     weights: list[Tensor] = []
     biases: list[Tensor] = []
-    # What has been done to the pixels, or to the last ReLU's outputs, since: value · scale + shift.
-    scale = torch.ones(graph.nodes[0].shape, device=device).flatten()
-    shift = torch.zeros_like(scale)
     after_linear = False
-    for place, node in enumerate(graph.nodes[1:]):
+    for place, node in enumerate(graph.nodes[start + 1 :], start):
         if node.inputs != (place,):
             return None
         match node.op:
             case Flatten():
                 pass
             case Affine(scale=times, shift=plus):
-                times, plus = (_per_value(value, node.shape) for value in (times, plus))
+                times, plus = (per_value(value, node.shape) for value in (times, plus))
                 if after_linear:
                     weights[-1], biases[-1] = weights[-1] * times.unsqueeze(1), biases[-1] * times + plus
                 else:
@@ -127,6 +144,6 @@ def _fold(graph: Graph, device: torch.device) -> Dense | None:
     return Dense(tuple(weights), tuple(biases)) if after_linear else None
 
 
-def _per_value(channels: Tensor, shape: tuple[int, ...]) -> Tensor:
+def per_value(channels: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return one number per value for one per channel."""
     return channels.view(-1, *[1] * (len(shape) - 1)).expand(shape).flatten()

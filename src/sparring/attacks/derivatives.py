@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .dense import Dense
+from .dense import ByHand, Dense
 from .losses import Objective
 
 __all__ = ["Probe", "frozen", "logits_and_gradient", "logits_and_rows"]
@@ -19,22 +20,27 @@ class Probe(nn.Module):
 
     `nonfinite` counts images whose logits were NaN or infinite. With draws > 1 the logits are averaged over that many
     random passes, so that every attack climbs the expectation (Athalye et al. 2018, expectation over transformation).
-    `dense` is the model as plain matrices, if it is no more than that: passes then go through those.
+    `hand` is the model as plain matrices, if it is no more than that: passes then go through those.
     """
 
-    def __init__(self, model: nn.Module, *, draws: int = 1, dense: Dense | None = None) -> None:
+    def __init__(self, model: nn.Module, *, draws: int = 1, hand: ByHand | None = None) -> None:
         super().__init__()
         self.model = model
-        self.dense = dense
+        self.hand = hand
         self.draws = draws
         self.forwards = 0
         self.backwards = 0
         self.nonfinite = 0
 
+    @property
+    def dense(self) -> Dense | None:
+        """The model as matrices alone, for what can use nothing else."""
+        return self.hand if isinstance(self.hand, Dense) else None
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of x, averaged over the draws."""
-        if self.dense is not None and not (torch.is_grad_enabled() and x.requires_grad):
-            return self.through(self.dense, x)[0]
+        if self.hand is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            return self.through(self.hand, x)[0]
         batch = x if self.draws == 1 else x.repeat(self.draws, *[1] * (x.dim() - 1))
         logits: Tensor = self.model(batch)
         if self.draws > 1:
@@ -44,9 +50,9 @@ class Probe(nn.Module):
             logits.register_hook(self._count)  # type: ignore[no-untyped-call]
         return logits
 
-    def through(self, dense: Dense, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return what `dense.forward` does, and count it."""
-        logits, hidden = dense.forward(x)
+    def through(self, hand: ByHand, x: Tensor) -> tuple[Tensor, Any]:
+        """Return what `hand.forward` does, and count it."""
+        logits, hidden = hand.forward(x)
         self._note(logits, 1)
         return logits, hidden
 
@@ -89,8 +95,8 @@ def logits_and_gradient(
 
     A graph that is cut gives zeros, and so do NaN and infinite gradients, which would lose an image for good.
     """
-    if isinstance(model, Probe) and model.dense is not None:
-        return _by_hand(model, model.dense, x, objective, y, targets)
+    if isinstance(model, Probe) and model.hand is not None:
+        return _by_hand(model, model.hand, x, objective, y, targets)
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
@@ -106,11 +112,11 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
 
     `rows` turns the detached logits into the weights, shape (R, N, K).
     """
-    if isinstance(model, Probe) and model.dense is not None:
-        logits, hidden = model.through(model.dense, x)
+    if isinstance(model, Probe) and model.hand is not None:
+        logits, hidden = model.through(model.hand, x)
         weights = rows(logits)
         model.backwards += len(weights) * len(x)
-        return logits, _finite(model.dense.backward(weights, hidden)).view(len(weights), *x.shape)
+        return logits, _finite(model.hand.backward(weights, hidden)).view(len(weights), *x.shape)
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
@@ -124,16 +130,16 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
 
 
 def _by_hand(
-    probe: Probe, dense: Dense, x: Tensor, objective: Objective, y: Tensor, targets: Tensor | None
+    probe: Probe, hand: ByHand, x: Tensor, objective: Objective, y: Tensor, targets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return what logits_and_gradient does; autograd sees no more than the objective of the logits."""
-    logits, hidden = probe.through(dense, x)
+    logits, hidden = probe.through(hand, x)
     probe.backwards += len(x)
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
         total = objective(leaf, y, targets).sum()
     (row,) = torch.autograd.grad(total, leaf)
-    return logits, _finite(dense.backward(row, hidden)).view_as(x)
+    return logits, _finite(hand.backward(row, hidden)).view_as(x)
 
 
 def _finite(gradients: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..threat import Threat, distance
 from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
 from .checks import check_inputs, check_losses, check_mode, check_model, check_threat, is_random, state_of
+from .convolved import read_convolved
 from .dense import read_dense
 from .derivatives import Probe, frozen
 from .flags import Flag, exceeds
@@ -130,8 +131,8 @@ def run(
         watch = Probe(model)
         judge = _Judge(watch, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1)
         clean_correct = ~judge.wrong(x)
-        fast = None if random or through is not None else read_dense(model, x[:2])
-        probe = Probe(through or model, draws=draws if random else 1, dense=fast)
+        hand = None if random or through is not None else read_dense(model, x[:2]) or read_convolved(model, x[:2])
+        probe = Probe(through or model, draws=draws if random else 1, hand=hand)
         order = _Order(attack, threat, x, y, targets, size, generator)
         stack.enter_context(seeded(model, seed))
 
@@ -141,7 +142,7 @@ def run(
             found = order(probe, _still_open(outcome, threat))
             outcome, _ = _better(outcome, judge(x, found, clean_correct))
         if has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags):
-            probe.model, probe.dense = model, None
+            probe.model, probe.hand = model, None
             with straight_through(model, x[:1]):
                 found = order(probe, _still_open(outcome, threat))
             outcome, more = _better(outcome, judge(x, found, clean_correct))
