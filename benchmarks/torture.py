@@ -353,6 +353,7 @@ def torture(folder: Path, *, kills: int, faults: int, seed: int = 0, ray: bool =
             tally[name] = study.fail(faults, expected)
         tally["lost"] += len(study.lost)
         tally["different"] += study.different
+        print(f"so far: {tally}", file=sys.stderr)
     if ray:
         found = kill_on_ray(plan, dataset, folder / "ray", expected)
         if found is None:
