@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--norm", default="linf")
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", type=Path)
     options = parser.parse_args()
     if options.to and len(options.weights) > 1:

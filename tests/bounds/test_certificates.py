@@ -8,6 +8,10 @@ from random_networks import network
 from torch import nn
 
 from sparring.bounds import BOUNDS, certified_accuracy, margin, radius
+from sparring.bounds.crown import bound_nodes, lower_bound
+from sparring.bounds.intervals import Interval
+from sparring.bounds.network import prepare
+from sparring.bounds.region import region
 from sparring.errors import UnknownNameError, Unsupported, UserError
 from sparring.threat import Threat, distance
 
@@ -33,6 +37,29 @@ def test_a_linear_model_is_bounded_exactly(method: str, norm: float) -> None:
         near = distances < 0.35
         assert near.any()
         assert ((radius(model, x, y, norm, method=method) / distances - 1)[near].abs() < 1.1e-3).all()
+
+
+@pytest.mark.parametrize("norm", [math.inf, 2.0])
+def test_both_ends_of_every_unit_are_lower_bounds_of_it_and_of_minus_it(norm: float) -> None:
+    for seed in range(14):  # every kind of network twice
+        model, shape = network(seed)
+        graph = prepare(model, shape)
+        reach = region(torch.rand(2, *shape, generator=torch.Generator().manual_seed(seed)), norm, 0.2)
+        with torch.no_grad():
+            bounds, relaxed = bound_nodes(graph, reach, backward=True)
+            simple, _ = bound_nodes(graph, reach, backward=False)
+            for index in {node.inputs[0] for i, node in enumerate(graph.nodes) if i in relaxed}:
+                units = math.prod(graph.nodes[index].shape)
+                rows = (
+                    torch.eye(units, dtype=torch.float64)
+                    .view(1, units, *graph.nodes[index].shape)
+                    .repeat(2, *[1] * (1 + len(graph.nodes[index].shape)))
+                )
+                lower, upper = (sign * lower_bound(graph, index, sign * rows, reach, relaxed) for sign in (1, -1))
+                known, found = (Interval(*(end.flatten(1) for end in b[index])) for b in (simple, bounds))
+                refined = (known.lower < 0) & (known.upper > 0)
+                torch.testing.assert_close(found.lower[refined], torch.maximum(lower, known.lower)[refined])
+                torch.testing.assert_close(found.upper[refined], torch.minimum(upper, known.upper)[refined])
 
 
 def test_the_ball_and_the_box_are_used_together() -> None:

@@ -58,6 +58,8 @@ def exact(
     x (N, ...) in [0, 1], labels y (N,); x_adv are the caller's best adversarial points: the nearer they are, the fewer
     units are unstable in the ball that has to be searched. One search per class that CROWN cannot exclude: for l_inf a
     mixed-integer program, for l_2 branch and bound over the same units. Sparse networks are those it can solve.
+    `threads` are HiGHS's own: they spin while they wait, so that more of them than free cores cost far more than they
+    save, and two processes with half of the images each use two cores better.
     Raise Unsupported for layers that are not piecewise linear or too large, and for max pooling with l_2. Bounds carry
     the solver's tolerances of 1e-9 and are lowered by 1e-7. Source: Tjeng et al. 2019 (the program).
     """

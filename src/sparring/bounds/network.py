@@ -19,6 +19,7 @@ __all__ = ["LinearOp", "SparseLinear", "adjoint", "as_sparse", "margin_rows", "o
 
 LinearOp = Linear | Conv2d | Affine | AvgPool | Flatten
 _SPARSE = 0.2  # density up to which products that skip zeros beat dense ones, by 3 times at 0.1
+_ALIVE = 0.9  # share of units with coefficients up to which dense products are faster without the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +101,10 @@ def _transposed(op: Conv2d, a: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _times(a: Tensor, weight: Tensor) -> Tensor:
     # Coefficients of dead units are zero for every row: those units cost nothing.
-    used = (a != 0).flatten(0, -2).any(0)
-    if int(used.sum()) * 4 < 3 * used.numel():
-        index = used.nonzero().squeeze(1)
-        return a[..., index] @ weight[index]
+    flat = a.flatten(0, -2)
+    index = flat.abs().amax(0).nonzero().squeeze(1)
+    if len(index) < _ALIVE * len(weight):
+        return (flat.index_select(1, index) @ weight.index_select(0, index)).view(*a.shape[:-1], weight.shape[1])
     return a @ weight
 
 
