@@ -29,6 +29,8 @@ class PackedModule(nn.Module):
         self.equivalent = Equivalent(packed.program)
         masked = any(isinstance(step.op, Activation | Snap) for step in packed.program.steps)
         self._native = packed.has_gradient and not masked
+        # What an attack that needs no graph calls by itself: (images, gradients of logits) to gradients of images.
+        self.input_gradient = packed.gradient if self._native else None
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,7 @@ class Program:
     class_names: tuple[str, ...] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def classes(self) -> int:
         """Return the number of logits."""
         return infer_shapes(self.shape, self.steps)[-1][0]
