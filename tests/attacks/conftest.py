@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from broken_defences import undefended
+
 
 @pytest.fixture
 def net() -> nn.Module:
@@ -18,3 +20,9 @@ def net() -> nn.Module:
 def images() -> Tensor:
     """Return twelve random 8×8 images."""
     return torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def trained() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """Return LeNet-300-100 trained on mnist-5k and a hundred test images that it classifies correctly."""
+    return undefended()

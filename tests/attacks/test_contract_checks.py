@@ -128,6 +128,14 @@ def test_a_search_that_finds_nothing_is_flagged(images: Tensor) -> None:
     assert torch.isinf(result.distance).all()
 
 
+def test_a_gradient_that_says_little_about_the_next_step_is_flagged(net: nn.Module, images: Tensor) -> None:
+    class Ripple(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (3000 * x).sin() / 100
+
+    assert "shattered-gradients" in flag_names(nn.Sequential(Ripple(), net), images, net(images).argmax(1))
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_honest_models_raise_no_flag(seed: int, images: Tensor) -> None:
     torch.manual_seed(seed)

@@ -21,6 +21,8 @@ from sparring.attacks import (
     square,
     worst_case,
 )
+from sparring.attacks.derivatives import logits_and_rows
+from sparring.attacks.evaluate import batch_size_for
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
 
@@ -101,6 +103,23 @@ def test_same_seed_same_bits(name: str, net: nn.Module, images: Tensor) -> None:
         SHORT[name](net, images, y, norm=L2, eps=0.5, generator=torch.Generator().manual_seed(3)) for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+def test_the_batch_size_it_finds_counts_draws_and_classes(images: Tensor) -> None:
+    def network(classes: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 64, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+
+    x = torch.zeros(1, 1, 64, 64)
+    few, many, more = (batch_size_for(network(classes), x) for classes in (2, 10, 40))
+    assert 1 < more < many < few < 1024
+    assert abs(batch_size_for(network(10), x, draws=5) - many / 5) <= 1
+    assert batch_size_for(network(10), images) == 1024
+
+
+def test_rows_of_many_classes_go_back_in_parts(images: Tensor) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 40))
+    _, rows = logits_and_rows(net, images, lambda logits: torch.eye(40).unsqueeze(1).expand(40, len(logits), 40))
+    assert torch.allclose(rows.flatten(2), net[1].weight.unsqueeze(1).expand(40, 12, 64))
 
 
 def test_another_form_of_the_network_is_asked_and_the_model_judges(net: nn.Module, images: Tensor) -> None:

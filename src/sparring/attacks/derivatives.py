@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from .dense import ByHand, Dense
 from .losses import Objective
 
-__all__ = ["Probe", "frozen", "logits_and_gradient", "logits_and_rows"]
+__all__ = ["ROWS_AT_ONCE", "Probe", "frozen", "logits_and_gradient", "logits_and_rows"]
+
+# Gradients that share one backward pass, and its memory.
+ROWS_AT_ONCE = 16
 
 
 class Probe(nn.Module):
@@ -115,9 +118,9 @@ def logits_and_gradient(
 
 
 def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return logits (N, K) and the input gradients (R, N, ...) of R weighted sums of them, in one backward pass.
+    """Return logits (N, K) and the input gradients (R, N, ...) of R weighted sums of them, together.
 
-    `rows` turns the detached logits into the weights, shape (R, N, K).
+    `rows` turns the detached logits into the weights, shape (R, N, K). Of many rows 16 go back at a time.
     """
     if isinstance(model, Probe) and model.hand is not None:
         logits, hidden = model.through(model.hand, x)
@@ -130,7 +133,15 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
     weights = rows(logits.detach())
     if not logits.requires_grad:
         return logits.detach(), x.new_zeros((len(weights), *x.shape))
-    (gradients,) = torch.autograd.grad(logits, point, grad_outputs=weights, is_grads_batched=True)
+    parts = torch.split(weights, ROWS_AT_ONCE)
+    gradients = torch.cat(
+        [
+            torch.autograd.grad(
+                logits, point, grad_outputs=part, is_grads_batched=True, retain_graph=part is not parts[-1]
+            )[0]
+            for part in parts
+        ]
+    )
     if isinstance(model, Probe):  # the hook saw the batched pass as one
         model.backwards += (len(weights) - 1) * len(x) * model.draws
     return logits.detach(), _finite(gradients)

@@ -19,7 +19,7 @@ from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded
 from .checks import check_inputs, check_losses, check_mode, check_model, check_threat, is_random, state_of
 from .convolved import read_convolved
 from .dense import read_dense
-from .derivatives import Probe, frozen
+from .derivatives import ROWS_AT_ONCE, Probe, frozen
 from .flags import Flag, exceeds
 from .steps import column, select
 
@@ -127,7 +127,7 @@ def run(
         before = state_of(model)
         random = is_stochastic(model) or is_random(model, x)
         flags = [*mode, *_undeclared(model, random), *check_model(model, x, y, random=random)]
-        size = batch_size or batch_size_for(model, x)
+        size = batch_size or batch_size_for(model, x, draws=draws if random else 1)
         watch = Probe(model)
         judge = _Judge(watch, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1)
         clean_correct = ~judge.wrong(x)
@@ -359,8 +359,12 @@ def classify(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
 
 
-def batch_size_for(model: nn.Module, x: Tensor) -> int:
-    """Return how many images keep the outputs of all layers, stored for the backward pass, in 256 MB (1 to 1024)."""
+def batch_size_for(model: nn.Module, x: Tensor, *, draws: int = 1) -> int:
+    """Return how many images an attack can take at once in 256 MB (1 to 1024).
+
+    Counted for each image and draw: the outputs of all layers, stored for the backward pass, and the gradients of the
+    largest for as many classes as go back together.
+    """
     numbers = [x[:1].numel()]
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output: numbers.append(output.numel()))
@@ -369,12 +373,12 @@ def batch_size_for(model: nn.Module, x: Tensor) -> int:
     ]
     try:
         with torch.no_grad():
-            model(x[:1])
+            classes: int = model(x[:1]).shape[1]
     finally:
         for handle in handles:
             handle.remove()
-    # Twice: what the forward pass stores and as much again for gradients.
-    return max(1, min(1024, _BATCH_BYTES // (2 * x.element_size() * sum(numbers))))
+    stored: int = sum(numbers) + min(classes, ROWS_AT_ONCE) * max(numbers)
+    return max(1, min(1024, _BATCH_BYTES // (x.element_size() * draws * stored)))
 
 
 def _violations(outcome: _Outcome, threat: Threat, nonfinite: int) -> list[Flag]:
