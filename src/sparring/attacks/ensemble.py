@@ -200,7 +200,7 @@ def fast(
     targets: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return a worst case that a study can afford for every network: a twentieth of `standard`'s passes.
+    """Return a worst case that a study can afford for every network, for a fraction of `standard`'s passes.
 
     With eps: nearest, then short PGD and APGD runs on two losses, then APGD towards three classes each, which finds a
     way where the boundary to the likeliest class is all jumps. Without: nearest and DeepFool towards three classes.
