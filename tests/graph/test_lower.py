@@ -80,9 +80,15 @@ class Branching(nn.Module):
         return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
 
+class Staircase(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.floor(4 * x.flatten(1))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (Staircase(), "'floor' has no rule: it jumps, so it has no finite Lipschitz constant"),
         (Branching(), "cannot be traced"),
         (nn.Sequential(nn.Flatten(), nn.Sigmoid()), "Sigmoid"),
         (nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten()), "uneven"),

@@ -15,6 +15,9 @@ from .ops import Activation, Add, Affine, AvgPool, Conv2d, Flatten, Graph, Input
 
 __all__ = ["lower"]
 
+# Functions that are constant but for jumps, of which staircase activations are made.
+STEPS = ("floor", "ceil", "round", "trunc", "sign", "heaviside")
+
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -135,7 +138,9 @@ class _Lowering:
         elif name in ("avg_pool2d", "adaptive_avg_pool2d", "mean"):
             self._average(node, source, None)
         else:
-            raise Unsupported(f"operation '{name}' has no rule")
+            step = name.rstrip("_") in STEPS
+            reason = ": it jumps, so it has no finite Lipschitz constant" if step else ""
+            raise Unsupported(f"operation '{name}' has no rule{reason}")
 
     def _flatten(self, node: fx.Node, source: Any) -> None:
         before, after = _shape(source), _shape(node)
