@@ -51,7 +51,7 @@ from sparring.study import Event, Plan, Store, run
 FAULTS = ("open", "write", "fsync", "replace", "limit")
 ENDED_BY_FAULT = 2
 NO_CLUSTER = 4
-PATIENCE = 120
+PATIENCE = 30
 RAY_SECONDS = 900
 PLAN = {
     "name": "torture",
@@ -266,7 +266,7 @@ def kill_on_ray(plan: Plan, dataset: Dataset, out: Path, expected: dict[str, Any
 
 def _drive_on_ray(plan: Plan, dataset: Dataset, out: Path, log: Path, struck: Any) -> None:
     """Run a plan on a cluster and kill one of its workers, once something was reported (to the log)."""
-    # Ray makes workers nice by 15: where other jobs want the processor, theirs would not come in an hour.
+    # Ray makes workers nice by 15: where other jobs want the processor, theirs may hardly run.
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
     cluster = _cluster()
     if cluster is None:
