@@ -12,7 +12,7 @@ from sparring import data, models
 from sparring.data import as_float
 from sparring.sparsity import MeanSparse, StochasticPruning, TopK, calibrate_
 
-__all__ = ["DEFENCES", "EPS", "IMAGES", "defended", "undefended"]
+__all__ = ["DEFENCES", "EPS", "IMAGES", "Hidden", "defended", "undefended"]
 
 IMAGES = 100
 # The l_inf budget at which the undefended network keeps between 30 and 60% of these images.
@@ -38,6 +38,18 @@ class Loud(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 1e4 * x
+
+
+class Hidden(nn.Module):
+    """A network inside one module that cuts the graph, where no straight-through pass reaches."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.inner(x)
 
 
 # Each takes the place of the network's ReLUs: of both, or of the last alone. Loud follows the logits.

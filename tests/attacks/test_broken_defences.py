@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from broken_defences import DEFENCES, EPS, defended
+from broken_defences import DEFENCES, EPS, Hidden, defended
 from sparring.attacks import fast, fgsm, nearest, pgd, robust_accuracy, run
 from sparring.threat import L2, LINF, Threat
 
@@ -95,21 +95,9 @@ def test_the_dense_network_lends_its_examples_unasked(trained: Trained) -> None:
     assert [flag.name for flag in helped.flags if "the dense network" in flag.detail] == ["masked-gradients"]
 
 
-class Mute(nn.Module):
-    """A defence inside one module, where no straight-through pass reaches."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.inner(x)
-
-
 def test_examples_are_transferred_from_a_named_model(trained: Trained) -> None:
     model, x, y = trained
-    alone = run(Mute(model), x, y, pgd, THREAT, generator=seeded())
-    helped = run(Mute(model), x, y, pgd, THREAT, surrogates={"dense": model}, generator=seeded())
+    alone = run(Hidden(model), x, y, pgd, THREAT, generator=seeded())
+    helped = run(Hidden(model), x, y, pgd, THREAT, surrogates={"dense": model}, generator=seeded())
     assert robust_accuracy(alone) > robust_accuracy(helped) + 0.2
     assert any(flag.name == "masked-gradients" and "dense" in flag.detail for flag in helped.flags)

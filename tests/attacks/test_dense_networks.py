@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from broken_defences import Hidden
 from sparring import models
 from sparring.attacks import square
 from sparring.attacks.dense import read_dense
@@ -68,18 +69,6 @@ def test_square_computes_what_changes_and_finds_the_same(name: str) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=0.0, atol=1e-6)
     assert plain.forwards == by_hand.forwards
     assert not torch.equal(found[0], x)
-
-
-class Hidden(nn.Module):
-    """A network inside a module that cuts the graph: its gradients must stay cut."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.inner(x)
 
 
 def test_anything_else_is_left_to_autograd() -> None:

@@ -21,8 +21,8 @@ from sparring.attacks import (
     square,
     worst_case,
 )
+from sparring.attacks.batches import batch_size_for
 from sparring.attacks.derivatives import logits_and_rows
-from sparring.attacks.evaluate import batch_size_for
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
 

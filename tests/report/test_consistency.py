@@ -41,7 +41,7 @@ def far(held):
     ("name", "eps", "edit", "doubt", "attack"),
     [
         ("pgd", 0.1, stand, "weaker-wins", "pgd"),
-        ("fgsm", 0.05, fall, "larger-eps-loses", "fgsm"),
+        ("fgsm", 0.05, fall, "weaker-wins", "fgsm"),
         ("deepfool", None, far, "contradicted-distance", "deepfool-50"),
     ],
 )
@@ -53,6 +53,18 @@ def test_an_attack_that_another_one_contradicts_is_doubted(make_study, name, eps
     assert attack in {d.attack for d in mine}
     assert doubt in tables.flags(findings.study, findings.doubts)
     assert "Not to be believed as it stands" in report.verdict(out)
+
+
+def test_a_naive_attack_is_made_to_be_outdone(make_study):
+    out = make_study(seeds=2, sparsities=(0.5, 0.9))
+    change(out, "deepfool", None, 1, 0.9, far)
+    assert find(load(out)).doubts
+    for path in (out / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        if record["inputs"].get("attack", {}).get("name") == "deepfool":
+            record["inputs"]["attack"]["naive"] = True
+            path.write_text(json.dumps(record))
+    assert find(load(out)).doubts == ()
 
 
 def test_attacks_that_agree_raise_no_doubt(study_folder):

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..threat import Threat, distance
 from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
+from .batches import batch_size_for
 from .checks import check_inputs, check_losses, check_mode, check_model, check_threat, is_random, state_of
 from .convolved import read_convolved
 from .dense import read_dense
-from .derivatives import ROWS_AT_ONCE, Probe, frozen
+from .derivatives import Probe, frozen
 from .flags import Flag, exceeds
 from .steps import column, select
 
 __all__ = [
     "Attack",
     "AttackResult",
-    "batch_size_for",
     "check_convergence",
     "classify",
     "lengthened",
@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 TOLERANCE = 1e-6
-_BATCH_BYTES = 256 * 2**20
 # Another way of attacking must do better on this share of the images before it is called a sign of masking.
 _NOTABLE = 0.02
 _LENGTHS = ("steps", "queries")
@@ -357,28 +356,6 @@ def classify(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     with torch.no_grad():
         logits = torch.cat([model(part) for part in torch.split(x, batch_size)])
     return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
-
-
-def batch_size_for(model: nn.Module, x: Tensor, *, draws: int = 1) -> int:
-    """Return how many images an attack can take at once in 256 MB (1 to 1024).
-
-    Counted for each image and draw: the outputs of all layers, stored for the backward pass, and the gradients of the
-    largest for as many classes as go back together.
-    """
-    numbers = [x[:1].numel()]
-    handles = [
-        module.register_forward_hook(lambda _module, _inputs, output: numbers.append(output.numel()))
-        for module in model.modules()
-        if not any(True for _ in module.children())
-    ]
-    try:
-        with torch.no_grad():
-            classes: int = model(x[:1]).shape[1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    stored: int = sum(numbers) + min(classes, ROWS_AT_ONCE) * max(numbers)
-    return max(1, min(1024, _BATCH_BYTES // (x.element_size() * draws * stored)))
 
 
 def _violations(outcome: _Outcome, threat: Threat, nonfinite: int) -> list[Flag]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from scipy.stats import binomtest
 
 from .measures import NORMS, Collected, Measure, PerImage, common, pretty
 from .records import NAIVE, Network, Study, Who, arrays
@@ -20,6 +21,7 @@ __all__ = ["Doubt", "doubts"]
 # From weak to strong: on the same images and budget no attack must do better than a later one.
 LADDER = (("fgsm", "rfgsm"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",), ("standard",))
 NOTABLE = 0.02  # of the images, and at least two of them
+CHANCE = 1e-3  # of as uneven a count, were both attacks equally strong
 SLACK = 1.05  # of a distance: DeepFool's overshoot is 2%
 
 
@@ -34,9 +36,16 @@ class Doubt:
 
 
 def doubts(study: Study, collected: Collected) -> list[Doubt]:
-    """Return every contradiction between two attacks on the same network and images, in the plan's order."""
+    """Return every contradiction between two attacks on the same network and images, in the plan's order.
+
+    Naive attacks are left out: they are made to be outdone.
+    """
     pixels = _pixels(study)
-    attacked = [m for m in collected if m.role in ("budget", "distance") and m.attack and m.name != "smallest"]
+    attacked = [
+        m
+        for m in collected
+        if m.role in ("budget", "distance") and m.attack and m.name != "smallest" and not m.attack.endswith(NAIVE)
+    ]
     found = []
     for network in study.networks:
         held = {m: one for m in attacked if (one := collected[m].get(network.who)) is not None}
@@ -58,7 +67,7 @@ def _between(
             yield Doubt("weaker-wins", detail, network.who, other.attack)
         if one.attack == other.attack and (one.eps or 0) < (other.eps or 0) and (extra := _extra(weak, strong)):
             detail = f"ε = {other.eps:g} fools {extra} images fewer than ε = {one.eps:g}"
-            yield Doubt("larger-eps-loses", detail, network.who, other.attack)
+            yield Doubt("weaker-wins", detail, network.who, other.attack)
     if one.role == "budget" and other.role == "distance" and one.eps is not None:
         reach = _reach(one, other.norm, pixels)
         extra = 0 if reach is None else _beyond(weak[1], strong[1], reach)
@@ -71,17 +80,22 @@ def _between(
 
 
 def _rung(measure: Measure) -> float:
-    """Return a place on the ladder; naive attacks are weaker by design, and unknown ones are on no rung."""
-    rungs = [k for k, names in enumerate(LADDER) if measure.name in names]
-    return rungs[0] if rungs and not measure.attack.endswith(NAIVE) else math.nan
+    """Return a place on the ladder; unknown attacks are on no rung, which compares with none."""
+    return next((float(k) for k, names in enumerate(LADDER) if measure.name in names), math.nan)
 
 
 def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage]) -> int:
-    """Return how many images more the first attack fools, 0 where they are too few to matter."""
+    """Return how many images more the first attack fools, 0 where they are few or may be chance.
+
+    Each image that only one of them fools would be either's, were both equally strong (McNemar's exact test, one-sided;
+    `sparring.attacks` asks the same of results that it holds together).
+    """
     images = common([weak[1].images, strong[1].images])
-    if len(images) == 0:
+    stands_strong, stands_weak = (one.at(images).top > 0 for _, one in (strong, weak))
+    more, fewer = int((stands_strong & ~stands_weak).sum()), int((stands_weak & ~stands_strong).sum())
+    if more <= fewer or binomtest(more, more + fewer, alternative="greater").pvalue > CHANCE:
         return 0
-    return _notable(int(strong[1].at(images).top.sum() - weak[1].at(images).top.sum()), len(images))
+    return _notable(more - fewer, len(images))
 
 
 def _reach(budget: Measure, norm: str, pixels: int | None) -> float | None:
