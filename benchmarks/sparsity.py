@@ -15,6 +15,7 @@ Before any time is taken, both sides must keep the same weights.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
@@ -85,6 +86,7 @@ def alternate(first: Callable[[], object], second: Callable[[], object], repeats
 
 def memory_of(function: Callable[[], object]) -> int:
     """Return by how many bytes the resident memory rose at most while a function ran (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and is still held would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
     before = _resident("VmRSS")
     function()

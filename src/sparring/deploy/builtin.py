@@ -59,15 +59,17 @@ def builtin(code: Code, arguments: int) -> Callable[[Any], int] | None:
     """
     if _ANSWER not in code:
         return None
-    definition = _Definition(_ANSWER.encode(), code[_ANSWER], _ONE_OBJECT, None)
+    definition = _definition(code[_ANSWER])
     capsule = _function("PyCapsule_New", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(arguments, None, None)
     make = _function("PyCFunction_NewEx", ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
     function: Callable[[Any], int] = make(ctypes.addressof(definition), capsule, None)
-    _KEPT.append(definition)  # CPython's functions point to their definitions
     return function
 
 
-_KEPT: list[_Definition] = []
+@cache
+def _definition(address: int) -> _Definition:
+    """Return the definition of the function at an address: kept, as CPython's functions point to theirs."""
+    return _Definition(_ANSWER.encode(), address, _ONE_OBJECT, None)
 
 
 def _function(name: str, *arguments: Any) -> Any:
