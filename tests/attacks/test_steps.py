@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.attacks.steps import Region, climb, inside
+from sparring.attacks.steps import Region, boundary_step, climb, hold, inside
 from sparring.threat import L1, L2, LINF, distance
 
 
@@ -64,3 +64,24 @@ def test_an_l1_step_uses_its_length_up_inside_the_box() -> None:
     point = climb(x, gradient, L1, torch.full((20,), 2.5))
     torch.testing.assert_close(distance(point - x, L1), torch.full((20,), 2.5))
     assert float(point.min()) >= 0 and float(point.max()) <= 1 + 1e-6
+
+
+def test_only_what_the_box_stops_is_held() -> None:
+    x, gradient = problem(3)
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 1.0, 1.0
+    gradient[0, 0, 0, :2] = torch.tensor([1.0, -1.0])
+    stopped = ((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0))
+    assert 0 < int(stopped.sum()) < x.numel() // 2
+    assert torch.equal(hold(gradient, x), torch.where(stopped, 0.0, gradient))
+
+
+@pytest.mark.parametrize("norm", [L1, L2, LINF])
+def test_a_boundary_step_gains_what_is_wanted_or_all_the_box_allows(norm: float) -> None:
+    x, gradient = problem(4)
+    gradient[:, :, 0] = 0.0
+    most = torch.where(gradient > 0, 1 - x, -x).mul(gradient).flatten(1).sum(1)
+    for share, gained in ((0.3, 0.3), (1.5, 1.0)):
+        step = boundary_step(x, gradient, share * most, norm)
+        torch.testing.assert_close((step * gradient).flatten(1).sum(1), gained * most, rtol=1e-5, atol=0)
+        assert float((x + step).min()) >= -1e-6 and float((x + step).max()) <= 1 + 1e-6
+        assert bool((step[:, :, 0] == 0).all())

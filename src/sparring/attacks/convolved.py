@@ -58,13 +58,11 @@ class Layer:
         """Return the gradient (inputs, height, width, N) at the input for one at the outputs."""
         values, largest = seen.values, seen.largest
         if self.rectified:
-            gradient = gradient * (largest > -self.bias.view(-1, 1, 1, 1))
+            gradient = gradient * (largest + self.bias.view(-1, 1, 1, 1)).sign_().clamp_min_(0)
         spread = torch.empty_like(values)
-        taken = torch.zeros_like(largest, dtype=torch.bool)
         for place, value in enumerate(values):  # of equal values the first takes it, as in torch
-            hit = (value == largest) & ~taken
-            taken |= hit
-            torch.mul(gradient, hit, out=spread[place])
+            hit = torch.sub(value, largest, out=spread[place]).sign_().add_(1)
+            gradient = gradient - hit.mul_(gradient)
         rows, columns, images = gradient.shape[1:]
         patches = (self.weight.T @ spread.view(len(self.weight), -1)).view(-1, *self.patch, rows, columns, images)
         back = gradient.new_zeros(seen.shape)

@@ -64,7 +64,7 @@ class Dense:
         """
         value = rows
         for weight, output in zip(self.weights[:0:-1], hidden[::-1], strict=True):
-            value = (value @ weight).mul_(output > 0)
+            value = (value @ weight).mul_(output.sign())  # a ReLU's output: 0 or 1, and no mask to convert
         return value
 
     def backward(self, rows: Tensor, hidden: list[Tensor]) -> Tensor:

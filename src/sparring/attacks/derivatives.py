@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,9 @@ __all__ = ["ROWS_AT_ONCE", "Probe", "frozen", "logits_and_gradient", "logits_and
 
 # Gradients that share one backward pass, and its memory.
 ROWS_AT_ONCE = 16
+# Images whose objective has no slope (C&W's beyond the boundary) are not sent back once they are this share, while so
+# many others remain: BLAS sums products of fewer rows than about five in another order, so results would depend on it.
+_IDLE, _FEWEST = 0.1, 8
 
 
 class Probe(nn.Module):
@@ -56,18 +60,18 @@ class Probe(nn.Module):
     def through(self, hand: ByHand, x: Tensor) -> tuple[Tensor, Any]:
         """Return what `hand.forward` does, and count it."""
         logits, hidden = hand.forward(x)
-        self._note(logits, 1)
+        self._note(logits)
         return logits, hidden
 
     def from_first(self, dense: Dense, first: Tensor) -> Tensor:
         """Return the logits that follow from the first layer's outputs, and count it as a pass."""
         logits, _ = dense.from_first(first)
-        self._note(logits, 1)
+        self._note(logits)
         return logits
 
-    def _note(self, logits: Tensor, passes: int) -> None:
+    def _note(self, logits: Tensor, passes: int = 1) -> None:
         self.forwards += len(logits) * passes
-        if not bool(torch.isfinite(logits.sum())):
+        if not math.isfinite(logits.sum()):
             self.nonfinite += int((~torch.isfinite(logits).all(1)).sum())
 
     def _count(self, gradient: Tensor) -> None:
@@ -153,7 +157,14 @@ def _by_hand(
     """Return what logits_and_gradient does; autograd sees no more than the objective of the logits."""
     logits, hidden = probe.through(hand, x)
     probe.backwards += len(x)
-    return logits, _finite(hand.backward(_slope(objective, logits, y, targets), hidden)).view_as(x)
+    slope = _slope(objective, logits, y, targets)
+    if isinstance(hand, Dense):
+        live = slope.any(1).nonzero().squeeze(1)
+        if _FEWEST <= len(live) < (1 - _IDLE) * len(x):
+            gradient = torch.zeros_like(x)
+            gradient[live] = _finite(hand.backward(slope[live], [part[live] for part in hidden])).view_as(x[live])
+            return logits, gradient
+    return logits, _finite(hand.backward(slope, hidden)).view_as(x)
 
 
 def _kernels(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -173,6 +184,6 @@ def _slope(objective: Objective, logits: Tensor, y: Tensor, targets: Tensor | No
 
 def _finite(gradients: Tensor) -> Tensor:
     """Set NaN and infinite entries to zero, in place."""
-    if not bool(torch.isfinite(gradients.sum())):
+    if not math.isfinite(gradients.sum()):
         torch.nan_to_num_(gradients, nan=0.0, posinf=0.0, neginf=0.0)
     return gradients

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..threat import L2, LINF, diameter, distance, dual, project
 from .derivatives import logits_and_gradient
 from .losses import Objective, margin, smooth_margin
-from .steps import boundary_step, column, keep_within, select
+from .steps import boundary_step, column, hold, keep_within, select
 
 __all__ = ["nearest"]
 
@@ -99,8 +99,7 @@ def _descend(
         delta = point - x
         moved = distance(delta, norm)
         best.update(rows, point, moved, won)
-        held = ((point <= 0) & (gradient < 0)) | ((point >= 1) & (gradient > 0))
-        gradient = gradient.masked_fill(held, 0.0)
+        gradient = hold(gradient, point)
         done = step / max(steps - 1, 1)
         if step == 0:
             # The linearised distance, a little enlarged; a dead gradient must not send an image to infinity.

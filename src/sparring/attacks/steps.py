@@ -20,6 +20,7 @@ __all__ = [
     "budget",
     "climb",
     "column",
+    "hold",
     "inside",
     "keep_within",
     "select",
@@ -85,6 +86,15 @@ def climb(point: Tensor, gradient: Tensor, norm: float, length: float | Tensor) 
     if isinstance(length, Tensor):
         return steepest(gradient, norm).mul_(column(length, gradient)).add_(point)
     return torch.add(point, steepest(gradient, norm), alpha=length)
+
+
+def hold(gradient: Tensor, point: Tensor) -> Tensor:
+    """Return the gradient with zeros where the box is active: at pixels that it would move out of [0, 1].
+
+    Signs in place of masks, which cost several times as much on pixels without a pattern.
+    """
+    up, down = (1 - point).sign_(), point.sign()
+    return up.mul_(gradient.clamp_min(0)).add_(down.mul_(gradient.clamp_max(0)))
 
 
 def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor:
@@ -198,8 +208,9 @@ def boundary_step(
     stops when at most that share of the gain is missing. For l_1 the pixels of largest gradient are used up in turn.
     """
     flat, base = gradient.flatten(1), x.flatten(1)
-    # The room each pixel has in the direction that helps.
-    room = torch.where(flat > 0, 1 - base, base)
+    # The room each pixel has in the direction that helps, |1 - x| or |0 - x|. Here and below signs take the place of
+    # masks: on pixels without a pattern `where` and products with booleans cost five to ten times as much.
+    room = flat.sign().clamp_min_(0).sub_(base).abs_()
     size = flat.abs()
     wanted = gain.clamp_min(0)
     if norm == L1:
@@ -214,15 +225,15 @@ def boundary_step(
     else:
         # All pixels move alike, but those that change nothing stay.
         speed, power = torch.ones_like(size[:, :1]), size
-        room = room * (size > 0)
+        room.mul_(size.sign())
     slope = power.sum(1)
     t = wanted / slope.clamp_min(1e-30)
     moved = torch.minimum(speed * t.unsqueeze(1), room)
     for _ in range(rounds):
         missing = wanted - (moved * size).sum(1)
-        slope = (power * (moved < room)).sum(1)
+        slope = (room - moved).sign_().mul_(power).sum(1)
         if not bool((missing > tolerance * wanted).logical_and_(slope > 0).any()):
             break
         t = t + torch.where(slope > 0, missing.clamp_min(0) / slope.clamp_min(1e-30), 0.0)
         moved = torch.minimum(speed * t.unsqueeze(1), room)
-    return (moved * flat.sign()).view_as(x)
+    return moved.mul_(flat.sign()).view_as(x)
