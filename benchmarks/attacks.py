@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from peers import Attacker, missing, peers
+from peers import PEERS, Attacker, missing, peers
 from sparring.attacks import apgd, cw, ddn, deepfool, nearest, pgd, run, standard
 from sparring.attacks.derivatives import frozen
 from sparring.threat import L2, LINF, Threat, distance
@@ -88,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print rows as JSON, when all are done")
     parser.add_argument("--only", default="", help="works by commas, as NAME or NAME:NETWORK")
+    parser.add_argument("--peers", default="", help="hold against these alone, by commas: adv_lib, foolbox, art, ...")
     parser.add_argument("--data-dir", type=Path, help="where MNIST and CIFAR-10 are")
     parser.add_argument("--images", type=int, default=500, help="at most so many a row")
     parser.add_argument("--rounds", type=int, default=3, help="at least so often each contestant")
@@ -118,7 +119,8 @@ def race(works: list[Work], options: argparse.Namespace) -> list[dict[str, objec
     x, y = correct_images(network, min(first.images, options.images))
     with frozen(network.model):
         eps = halving_eps(network.model, x, y) if first.budget else None
-        rivals = peers(first.against, eps)
+        invited = set(options.peers.split(",")) if options.peers else set(PEERS[first.against])
+        rivals = {name: attack for name, attack in peers(first.against, eps).items() if name in invited}
         ours = {work.name: partial(_ours, attack=work.attack, eps=eps) for work in works}
         results = compete({**ours, **rivals}, network.model, x, y, eps, options.rounds, options.seconds)
     floor = floor_seconds(network.model, x[:1]) * len(x)
