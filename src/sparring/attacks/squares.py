@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from itertools import pairwise
 from types import EllipsisType
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..threat import L2, LINF, distance, uniform
-from .derivatives import Probe
+from .lookahead import Search, try_squares
 from .losses import margin
 from .steps import Region, budget, column, inside, shrink
 
@@ -21,31 +21,8 @@ __all__ = ["square"]
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 # Progress of a random search goes with the logarithm of its length: checks at this many halvings of the queries.
 _CHECKS = 6
-# First-layer outputs, added up change by change, are computed afresh after so many: no rounding piles up.
-_REFRESH = 100
-
-
-Window = tuple[EllipsisType | slice, ...]
-
-
-@dataclass
-class _Search:
-    """The images still standing: one entry per image in every tensor.
-
-    low, high: where pixels may be, for l_inf; gap: the margin at `point`; first: for a network of matrices, its first
-    layer's outputs at `point`.
-    """
-
-    row: Tensor
-    x: Tensor
-    low: Tensor
-    high: Tensor
-    y: Tensor
-    targets: Tensor | None
-    point: Tensor
-    gap: Tensor
-    checked: Tensor
-    first: Tensor | None
+# First-layer outputs, added up change by change, are computed afresh after so many queries: no rounding piles up.
+_REFRESH = 500
 
 
 def square(
@@ -71,61 +48,68 @@ def square(
     eps = budget(eps)
     if norm not in (LINF, L2) or x.dim() != 4:
         raise Unsupported("Square needs images (N, C, H, W) and l_inf or l_2")
-    propose = _propose_linf if norm == LINF else _propose_l2
     region = Region.around(x, norm, eps)
     start = region.bring_in_(x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)))
+    start = start.contiguous()
     x_adv = start.clone()
     with torch.no_grad():
         gap = margin(model(start), y, targets)
-    row = torch.arange(len(x), device=x.device)
-    state = _Search(row, x, region.low, region.high, y, targets, start, gap, gap, _first(model, start))
+    state = Search.of(region, y, targets, start, gap)
     checks = {queries >> halvings for halvings in range(1, _CHECKS + 1)}
-    for query in range(1, queries):
+    for begin, end in pairwise(_marks(queries, checks)):
         leaving = state.gap > 0
-        if patience is not None and query in checks:
-            hope = state.gap + patience * (state.gap - state.checked) * math.log2(queries / query)
+        if patience is not None and begin in checks:
+            hope = state.gap + patience * (state.gap - state.checked) * math.log2(queries / begin)
             leaving = leaving | (hope < 0)
-            state.checked = state.gap
-        if bool(leaving.any()):
-            x_adv[state.row[leaving]] = state.point[leaving]
-            state = shrink(state, ~leaving)
+            state.checked = state.gap.clone()
+        state = _leave(state, leaving, x_adv)
         if len(state.row) == 0:
             return x_adv
-        area = share / 2 ** sum(query / queries > mark for mark in _HALVINGS)
-        _try_out(model, state, *propose(state, area, eps, generator))
-        if query % _REFRESH == 0:
-            state.first = _first(model, state.point)
+        area = share * _shrunk(begin, queries) * x[0, 0].numel()
+        if norm == LINF:
+            with torch.no_grad():
+                try_squares(model, state, max(round(math.sqrt(area)), 1), begin, end, generator)
+        else:
+            for _ in range(begin, end):
+                state = _leave(state, state.gap > 0, x_adv)
+                if len(state.row) == 0:
+                    return x_adv
+                _try_l2(model, state, max(round(math.sqrt(area)), 3), eps, generator)
     x_adv[state.row] = state.point
     return x_adv
 
 
-def _try_out(model: nn.Module, state: _Search, window: Window, values: Tensor) -> None:
-    """Put the values into the window of each image where that raises its margin."""
-    before = state.point[window]
-    first = None
+def _shrunk(query: int, queries: int) -> float:
+    """Return the share of the first square's area that a query's has."""
+    return 0.5 ** sum(query / queries > mark for mark in _HALVINGS)
+
+
+def _marks(queries: int, checks: set[int]) -> list[int]:
+    """Return the queries at which something happens: the size changes, prospects are checked, sums start afresh."""
+    return [
+        query
+        for query in range(1, queries + 1)
+        if query in {1, queries} | checks
+        or query % _REFRESH == 1
+        or _shrunk(query, queries) != _shrunk(query - 1, queries)
+    ]
+
+
+def _leave(state: Search, leaving: Tensor, x_adv: Tensor) -> Search:
+    """Return the images that stay; x_adv takes the points of the others."""
+    if not bool(leaving.any()):
+        return state
+    x_adv[state.row[leaving]] = state.point[leaving]
+    return shrink(state, ~leaving)
+
+
+def _try_l2(model: nn.Module, state: Search, side: int, eps: float, generator: torch.Generator | None) -> None:
+    """Try one query of l_2 on every image, and keep what raises its margin."""
+    candidate = _propose_l2(state, side, eps, generator)
     with torch.no_grad():
-        if state.first is None or not isinstance(model, Probe) or model.dense is None:
-            candidate = state.point.clone()
-            candidate[window] = values
-            logits = model(candidate)
-        else:
-            # Only the window's pixels change what the first layer puts out.
-            weight = model.dense.weights[0].view(-1, *state.x.shape[1:])[window].flatten(1)
-            first = torch.addmm(state.first, (values - before).flatten(1), weight.T)
-            logits = model.from_first(model.dense, first)
-    gap = margin(logits, state.y, state.targets)
-    better = gap > state.gap
-    state.gap = torch.where(better, gap, state.gap)
-    rows = better.nonzero().squeeze(1)
-    if len(rows):
-        before[rows] = values[rows]  # a view of `point`
-        if first is not None and state.first is not None:
-            state.first[rows] = first[rows]
-
-
-def _first(model: nn.Module, point: Tensor) -> Tensor | None:
-    """Return the first layer's outputs of a network of matrices."""
-    return model.dense.first(point) if isinstance(model, Probe) and model.dense is not None else None
+        gap = margin(model(candidate), state.y, state.targets)
+    better = (gap > state.gap).nonzero().squeeze(1)
+    state.gap[better], state.point[better] = gap[better], candidate[better]
 
 
 def _coins(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -143,18 +127,6 @@ def _stripes(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor
     """Return the l_inf start: vertical stripes of ±eps, one column and channel wide."""
     images, channels, _, width = x.shape
     return eps * _coins((images, channels, 1, width), x, generator).expand_as(x)
-
-
-def _propose_linf(state: _Search, area: float, eps: float, generator: torch.Generator | None) -> tuple[Window, Tensor]:
-    """Move one square of every image, the same place for all, to one side of the budget, per channel."""
-    images, channels, height, width = state.x.shape
-    side = max(round(math.sqrt(area * height * width)), 1)
-    rows, columns = min(side, height), min(side, width)
-    top, left = _corner(height - rows, state.x, generator), _corner(width - columns, state.x, generator)
-    window = (..., slice(top, top + rows), slice(left, left + columns))
-    coins = uniform((images, channels, 1, 1), state.x, generator)
-    shift = coins.ge_(0.5).mul_(4 * eps).sub_(2 * eps)
-    return window, (state.point[window] + shift).clamp_(state.low[window], state.high[window])
 
 
 def _hill(height: int, width: int, like: Tensor) -> Tensor:
@@ -190,13 +162,12 @@ def _tiles(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
     return start * column(eps / distance(start, L2).clamp_min(1e-30), x)
 
 
-def _propose_l2(state: _Search, area: float, eps: float, generator: torch.Generator | None) -> tuple[Window, Tensor]:
+def _propose_l2(state: Search, side: int, eps: float, generator: torch.Generator | None) -> Tensor:
     """Take the length that one window holds, with what is unused, and spend it on a pattern in another window."""
     images, channels, height, width = state.x.shape
     # Odd and at least 3, as the pattern needs, but no larger than the image.
-    side = max(round(math.sqrt(area * height * width)), 3) | 1
-    side = min(side, height, width)
-    windows = []
+    side = min(side | 1, height, width)
+    windows: list[tuple[EllipsisType | slice, ...]] = []
     for _ in range(2):
         top, left = _corner(height - side, state.x, generator), _corner(width - side, state.x, generator)
         windows.append((..., slice(top, top + side), slice(left, left + side)))
@@ -212,4 +183,4 @@ def _propose_l2(state: _Search, area: float, eps: float, generator: torch.Genera
     freed = before - changed.square().sum((2, 3), keepdim=True)
     length = (freed + unused / channels).clamp_min(0).sqrt()
     changed[windows[0]] = direction / direction.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-10) * length
-    return (...,), inside(state.x, state.x + changed, L2, eps)
+    return inside(state.x, state.x + changed, L2, eps)

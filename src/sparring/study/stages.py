@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from .classifiers import classify_group
 from .executors import Outcome, Task
@@ -12,7 +13,7 @@ from .networks import Context
 from .proving import certify, constants, distances
 from .shipping import pack, ship
 
-__all__ = ["STAGES", "VERSIONS", "perform_stage"]
+__all__ = ["REVISIONS", "STAGES", "VERSIONS", "perform_stage", "versions"]
 
 STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
     "train": train,
@@ -33,6 +34,20 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
 # Raised when a stage's meaning changes, so that old results are not taken for new ones. That includes packed kernels
 # that sum in another order: attacks that go through them ("kernels" in their inputs) then end in other bits.
 VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "exact": 2}
+# Raised when the results of one attack change, and for ensembles that contain it: whatever stage runs an attack of that
+# name does so again, and all other records keep their keys.
+REVISIONS = {"square": 1, "standard": 1}
+
+
+def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
+    """Return every version that a task with these inputs ever had, the present one last."""
+    attack = inputs.get("attack")
+    revisions = REVISIONS.get(attack.get("name", ""), 0) if isinstance(attack, Mapping) else 0
+    return [
+        f"{version}.{revision}" if revision else version
+        for version in range(1, VERSIONS[stage] + 1)
+        for revision in range(revisions + 1)
+    ]
 
 
 def perform_stage(context: Context, task: Task) -> Outcome:

@@ -20,7 +20,7 @@ from .executors import Task
 from .plan import CONTROL, REFERENCE, Plan
 from .routes import goes_packed
 from .settings import Activation, Attack, Certify, Exact, Lipschitz, Pruning, Shipped
-from .stages import VERSIONS
+from .stages import STAGES, versions
 from .widths import narrowed, widened
 
 __all__ = ["DEVICES", "Cell", "DataFacts", "Work", "is_key_of", "lay_out"]
@@ -82,7 +82,9 @@ class Work:
         inputs = {**inputs, "parents": list(parents)} if parents else inputs
         code = {name: self._code_of(name) for name in sorted(_users_names(inputs))}
         inputs = {**inputs, "code": code} if code else inputs
-        key = _key(stage, VERSIONS[stage], inputs, __version__, torch.__version__, self.device.split(":")[0])
+        key = _key(
+            stage, versions(stage, inputs)[-1], inputs, __version__, torch.__version__, self.device.split(":")[0]
+        )
         self.tasks.setdefault(key, Task(key, stage, inputs, parents))
         return key
 
@@ -99,7 +101,7 @@ def _users_names(value: Any) -> set[str]:
     return {value} if isinstance(value, str) and USERS_NAME.fullmatch(value) else set()
 
 
-def _key(stage: str, version: int, inputs: dict[str, Any], sparring: str, torch: str, device: str) -> str:
+def _key(stage: str, version: int | str, inputs: dict[str, Any], sparring: str, torch: str, device: str) -> str:
     identity = {
         "stage": stage,
         "version": version,
@@ -114,9 +116,9 @@ def _key(stage: str, version: int, inputs: dict[str, Any], sparring: str, torch:
 def is_key_of(key: str, stage: str, inputs: dict[str, Any], environment: dict[str, Any]) -> bool:
     """Say whether a record's key is the hash of what it says it was made from, by any version of its stage."""
     sparring, torch = (str(environment.get(name)) for name in ("sparring", "torch"))
-    return stage in VERSIONS and any(
+    return stage in STAGES and any(
         key == _key(stage, version, inputs, sparring, torch, device)
-        for version in range(1, VERSIONS[stage] + 1)
+        for version in versions(stage, inputs)
         for device in DEVICES
     )
 

@@ -1,0 +1,43 @@
+"""Keys of tasks: what a result depends on is in its key, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import sparring
+from sparring.study import DataFacts, Plan, lay_out, stages
+from sparring.study.tasks import is_key_of
+
+TABLE: dict[str, Any] = {
+    "name": "keys",
+    "data": "digits",
+    "model": {"name": "mlp", "widths": [8]},
+    "seeds": 1,
+    "sparsities": [0.5],
+    "pruning": [{"label": "magnitude"}],
+    "attacks": [{"name": name, "norm": "linf", "eps": [0.1]} for name in ("pgd", "fast", "square", "standard")],
+}
+FACTS = DataFacts("0" * 64, 100, 100, (1, 8, 8), 10)
+
+
+def keys_of() -> dict[str, str]:
+    tasks = lay_out(Plan.from_table(TABLE), FACTS).tasks
+    return {key: task.inputs.get("attack", {}).get("name", task.stage) for key, task in tasks.items()}
+
+
+def test_an_attack_that_changed_is_done_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "REVISIONS", {})
+    before = lay_out(Plan.from_table(TABLE), FACTS).tasks
+    first = keys_of()
+    monkeypatch.setattr(stages, "REVISIONS", {"square": 1, "standard": 2})
+    second = keys_of()
+    assert {name for key, name in second.items() if key not in first} == {"square", "standard"}
+    assert len(first) == len(second)
+    # What was found before the change stays a record of its task, of whatever revision it was.
+    environment = {"sparring": sparring.__version__, "torch": torch.__version__}
+    assert all(is_key_of(key, task.stage, task.inputs, environment) for key, task in before.items())
+    monkeypatch.setattr(stages, "REVISIONS", {"standard": 1})
+    assert {name for key, name in second.items() if key not in keys_of()} == {"square", "standard"}
