@@ -114,12 +114,12 @@ def try_squares(
         if len(view.asked) == 0:
             done[part] += view.seen.sum(1)
             continue
-        image, pixels = going[view.asked // view.seen.shape[1]], view.pixels.flatten(0, 1)[view.asked]
+        image, pixels = going[view.asked // view.seen.shape[1]], view.pixels.flatten(0, 1).index_select(0, view.asked)
         if matrices is None:
-            candidates = point[image].scatter_(1, pixels, view.new.flatten(0, 1)[view.asked])
+            candidates = point[image].scatter_(1, pixels, view.new.flatten(0, 1).index_select(0, view.asked))
             logits = model(candidates.view(-1, *state.x.shape[1:]))
         else:
-            logits = matrices.ask(image, pixels, view.change.flatten(0, 1)[view.asked])
+            logits = matrices.ask(image, pixels, view.change.flatten(0, 1).index_select(0, view.asked))
         gap = view.change.new_full(view.seen.shape, -torch.inf)
         gap.view(-1)[view.asked] = margin(logits, state.y[image], select(state.targets, image))
         better = gap > state.gap[part].unsqueeze(1)
@@ -176,7 +176,7 @@ class _Matrices:
     def ask(self, image: Tensor, pixels: Tensor, change: Tensor) -> Tensor:
         """Return the logits of images some of whose pixels change: image (M,), pixels and change (M, P)."""
         added = functional.embedding_bag(pixels, self.columns, mode="sum", per_sample_weights=change)
-        self.after = added.add_(self.first[image])
+        self.after = added.add_(self.first.index_select(0, image))
         return self.probe.from_first(self.dense, self.after)
 
     def keep(self, rows: Tensor, asked: Tensor, kept: Tensor) -> None:
