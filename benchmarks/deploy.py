@@ -1,9 +1,10 @@
 """Sparse kernels beside ONNX Runtime: `python benchmarks/deploy.py [--json] [--networks lenet-5,...] [--rounds N]`.
 
-Random layer-uniform masks, one thread, fp32. Outputs are compared before anything is timed. Rounds are interleaved, so
-that whatever else the machine does falls on both; ratios are of medians. Rows: network, batch, sparsity,
+Random layer-uniform masks, or with `--weights FILE ...` the networks that `sparring prune` wrote, beside the same
+network with all its weights; one thread, fp32. Outputs are compared before anything is timed. Rounds are interleaved,
+so that whatever else the machine does falls on both; ratios are of medians. Rows: network, batch, sparsity,
 over_onnxruntime (dense time over sparse time), over_floor (time over what the nonzeros alone would need at the measured
-peak of fused multiply-adds, so 1 is perfect), relative_error (of the largest logit, against torch), milliseconds.
+peak of a product of matrices, so 1 is perfect), relative_error (of the largest logit, against torch), milliseconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from torch import nn
 
 from sparring import deploy
 from sparring.deploy.timing import interleaved, peak_flops
-from sparring.models import build
+from sparring.models import build, load_model
 
 NETWORKS = {
     "lenet-300-100": ("lenet-300-100", (1, 28, 28), 1.0, (1, 64)),
@@ -44,50 +46,74 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print rows as JSON and nothing else")
     parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--weights", nargs="*", type=Path, default=[], help="networks written by sparring prune")
     parser.add_argument("--rounds", type=int, default=60)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    pairs = map(pruned, arguments.weights) if arguments.weights else random(arguments.networks.split(","))
     rows = []
-    for name in arguments.networks.split(","):
-        rows += rows_of(name, arguments.rounds, quiet=arguments.json)
+    for pair in pairs:
+        for row in rows_of(pair, arguments.rounds):
+            rows.append(row)
+            if not arguments.json:
+                print(
+                    " ".join(
+                        f"{key}={value:.4g}" if type(value) is float else f"{key}={value}" for key, value in row.items()
+                    )
+                )
     if arguments.json:
         json.dump(rows, sys.stdout, indent=1)
         print()
 
 
-def rows_of(name: str, rounds: int, *, quiet: bool) -> list[dict[str, float | str]]:
-    """Measure one network at all sparsities and batch sizes."""
-    kind, shape, width, batches = NETWORKS[name]
-    rows: list[dict[str, float | str]] = []
-    dense_model = sparse_network(kind, shape, width, 0.0)  # all channels: removing dead ones is a gain of sparsity too
-    session = onnx_session(dense_model, shape)
-    for sparsity in SPARSITIES:
-        model = sparse_network(kind, shape, width, sparsity)
-        packed = deploy.pack(model, shape=shape)
-        for batch in batches:
-            x = np.random.default_rng(batch).random((batch, *shape), np.float32)
-            expected = model(torch.from_numpy(x)).detach().numpy()
-            error = float(np.abs(packed(x) - expected).max() / np.abs(expected).max())
-            assert error <= TOLERANCE, (name, batch, sparsity, error)
-            dense_logits = dense_model(torch.from_numpy(x)).detach().numpy()
-            assert np.abs(session(x) - dense_logits).max() <= 1e-4 * np.abs(dense_logits).max()
-            sparse, dense = interleaved([partial(packed, x), partial(session, x)], rounds=rounds)
-            floor = 2 * batch * deploy.multiplications(packed.program) / peak_flops()
-            row = {
-                "network": name,
-                "batch": batch,
-                "sparsity": sparsity,
-                "over_onnxruntime": round(dense.median / sparse.median, 2),
-                "over_floor": round(sparse.median / floor, 2),
-                "relative_error": error,
-                "milliseconds": sparse.median * 1e3,
-            }
-            rows.append(row)
-            if not quiet:
-                print(
-                    " ".join(f"{key}={value:.4g}" if type(value) is float else f"{value}" for key, value in row.items())
-                )
-    return rows
+@dataclass(frozen=True)
+class Pair:
+    """A sparse network, the ONNX session of the same one with all its weights, and the batch sizes to time."""
+
+    name: str
+    sparsity: float
+    model: nn.Module
+    session: Callable[[np.ndarray], np.ndarray]
+    shape: tuple[int, ...]
+    batches: tuple[int, ...]
+
+
+def random(names: Sequence[str]) -> Iterator[Pair]:
+    """Make networks with random masks."""
+    for name in names:
+        kind, shape, width, batches = NETWORKS[name]
+        session = checked_session(sparse_network(kind, shape, width, 0.0), shape)
+        for sparsity in SPARSITIES:
+            yield Pair(name, sparsity, sparse_network(kind, shape, width, sparsity), session, shape, batches)
+
+
+def pruned(path: Path) -> Pair:
+    """Load a pruned network."""
+    model, blueprint, _ = load_model(path)
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    kept = sum(int(p.count_nonzero()) for p in weights) / sum(p.numel() for p in weights)
+    session = checked_session(blueprint.build().eval(), blueprint.shape)
+    return Pair(path.stem, 1 - kept, model.eval(), session, blueprint.shape, (1, 64))
+
+
+def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
+    """Measure one network at its batch sizes."""
+    packed = deploy.pack(pair.model, shape=pair.shape)
+    for batch in pair.batches:
+        x = np.random.default_rng(batch).random((batch, *pair.shape), np.float32)
+        error = relative_error(packed(x), pair.model, x)
+        assert error <= TOLERANCE, (pair.name, batch, pair.sparsity, error)
+        sparse, dense = interleaved([partial(packed, x), partial(pair.session, x)], rounds=rounds)
+        floor = 2 * batch * deploy.multiplications(packed.program) / peak_flops()
+        yield {
+            "network": pair.name,
+            "batch": batch,
+            "sparsity": pair.sparsity,
+            "over_onnxruntime": round(dense.median / sparse.median, 2),
+            "over_floor": round(sparse.median / floor, 2),
+            "relative_error": error,
+            "milliseconds": sparse.median * 1e3,
+        }
 
 
 def sparse_network(kind: str, shape: tuple[int, ...], width: float, sparsity: float) -> nn.Module:
@@ -107,14 +133,26 @@ def sparse_network(kind: str, shape: tuple[int, ...], width: float, sparsity: fl
     return model.eval()
 
 
-def onnx_session(model: nn.Module, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+def relative_error(logits: np.ndarray, model: nn.Module, x: np.ndarray) -> float:
+    """Return the largest difference to torch's logits over the largest of them."""
+    expected = model(torch.from_numpy(x)).detach().numpy()
+    return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+def checked_session(model: nn.Module, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
     """Return ONNX Runtime's function for a network, on one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     with tempfile.TemporaryDirectory() as folder:
         path = deploy.to_onnx(model, Path(folder) / "net.onnx", shape=shape)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"images": x})[0]
+
+    def run(x: np.ndarray) -> np.ndarray:
+        return session.run(None, {"images": x})[0]
+
+    x = np.random.default_rng(0).random((3, *shape), np.float32)
+    assert relative_error(run(x), model, x) <= 1e-4
+    return run
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/routes.py MODEL.safetensors [--attacks pgd,ddn,...] [--images 100] [--rounds 3] [--json]
 
-Each pair is interleaved on one thread; the verdict is torch's in both. Fails where success differs by more than 2%, or
-mean distances by more than 0.5%. Packing is timed apart: a study packs once for each task.
+Each pair is interleaved on one thread; the verdict is torch's in both. Fails where the routes differ by more than the
+rounding of sums explains (see `disagreement`). Packing is timed apart: a study packs once for each task.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import time
 from functools import partial
 
 import torch
+from scipy.stats import binomtest
 
 from sparring import data, deploy
-from sparring.attacks import apgd, ddn, fast, fgsm, nearest, pgd, run
+from sparring.attacks import AttackResult, apgd, ddn, fast, fgsm, nearest, pgd, run
 from sparring.data import as_float
 from sparring.models import load_model
 from sparring.threat import L2, LINF, Threat
@@ -32,6 +33,10 @@ ATTACKS = {
     "ddn": (partial(ddn, steps=100), SMALLEST),
     "nearest": (nearest, SMALLEST),
 }
+ROUTES = ("torch", "packed")
+FEW = 0.05  # of the images
+SAME = 5e-3  # of the mean distance
+CHANCE = 0.01
 
 
 def main() -> None:
@@ -54,24 +59,46 @@ def main() -> None:
     rows = []
     for name in options.attacks.split(","):
         attack, threat = ATTACKS[name]
-        times: dict[str, list[float]] = {"torch": [], "packed": []}
+        times: dict[str, list[float]] = {route: [] for route in ROUTES}
         found = {}
         for _ in range(options.rounds):
-            for route, network in (("torch", None), ("packed", through)):
+            for route, network in zip(ROUTES, (None, through), strict=True):
                 began = time.perf_counter()
                 found[route] = run(model, x, y, attack, threat, through=network, batch_size=500)
                 times[route].append(time.perf_counter() - began)
-        success = [float(found[route].success.double().mean()) for route in times]
-        reached = [found[route].distance[torch.isfinite(found[route].distance)].mean() for route in times]
-        if abs(success[0] - success[1]) > 0.02 or abs(reached[0] / reached[1] - 1) > 5e-3:
-            sys.exit(f"{name}: the routes disagree: success {success}, distance {reached}")
+        fault = disagreement(found["torch"], found["packed"], smallest=threat.eps is None)
+        if fault is not None:
+            sys.exit(f"{name}: the routes disagree: {fault}")
         seconds = {route: statistics.median(values) for route, values in times.items()}
-        rows.append({"attack": name, **seconds, "ratio": seconds["torch"] / seconds["packed"], "packing": packing})
+        alone = [int((found[a].success & ~found[b].success).sum()) for a, b in (ROUTES, ROUTES[::-1])]
+        ratio = seconds["torch"] / seconds["packed"]
+        rows.append({"attack": name, **seconds, "ratio": ratio, "broken_by_one": alone, "packing": packing})
         if not options.json:
             print(
-                f"{name:10s} torch {seconds['torch']:.3f} s, packed {seconds['packed']:.3f} s: {rows[-1]['ratio']:.2f}"
+                f"{name:10s} torch {seconds['torch']:.3f} s, packed {seconds['packed']:.3f} s: {ratio:.2f}; "
+                f"images that one route alone broke: {alone[0]} and {alone[1]}"
             )
     print(json.dumps(rows, indent=1) if options.json else f"packing took {packing:.2f} s")
+
+
+def disagreement(one: AttackResult, other: AttackResult, *, smallest: bool) -> str | None:
+    """Say how two routes' results differ by more than the rounding of sums explains, or None.
+
+    The routes add in different orders. Where an entry of a gradient is about zero, the last bit decides its sign, and
+    a signed step goes elsewhere from there on: images near the edge of the budget then fall by one route and not by
+    the other. They must be few, and not one route's more often than chance makes them (a sign test). Mean distances
+    must agree on the images that both broke, if the attack looks for the smallest; within a budget all are as good.
+    """
+    both = one.success & other.success
+    alone = int((one.success & ~both).sum()), int((other.success & ~both).sum())
+    if sum(alone) > FEW * len(both):
+        return f"of {len(both)} images {alone[0]} and {alone[1]} were broken by one alone"
+    if sum(alone) and binomtest(alone[0], sum(alone)).pvalue < CHANCE:
+        return f"{alone[0]} images were broken by the first alone, {alone[1]} by the second: no chance"
+    reached = [float(result.distance[both].mean()) for result in (one, other)]
+    if smallest and not abs(reached[0] / reached[1] - 1) <= SAME:
+        return f"mean distances {reached[0]:.5g} and {reached[1]:.5g}"
+    return None
 
 
 if __name__ == "__main__":
