@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparring import deploy
-from sparring.deploy import engine, tuning
+from sparring.deploy import engine, planning, tuning
+from sparring.deploy.calls import Layout
 from sparring.deploy.engine import Engine
 from sparring.deploy.folding import compile_model
 from sparring.deploy.native import host_lanes
 from sparring.deploy.reference import run_reference
+from sparring.deploy.tasks import Layer
 from sparring.models import Residual
 from sparring.sparsity import Threshold, TopK
 
@@ -152,10 +154,20 @@ def test_what_is_tuned_never_changes_a_bit(sparse_model, monkeypatch, name):
     program = compile_model(sparse_model(name, 0.1, width=0.25), shape)
     x = np.random.default_rng(0).random((18, *shape), np.float32)
     found = set()
-    for choice in tuning._candidates(host_lanes(), False):
+    for choice in (*tuning._candidates(host_lanes(), False), *tuning._candidates(host_lanes(), True, linear=True)):
         monkeypatch.setattr(engine, "tuned", lambda *_, choice=choice, **__: lambda key: choice)
         found.add(b"".join(Engine(program).run(part).tobytes() for part in (x, x[:1])))
     assert len(found) == 1
+
+
+def test_units_share_memory_up_to_the_first_linear_layer(sparse_model):
+    program = compile_model(sparse_model("lenet-5", 0.1), (1, 28, 28))
+    tasks = engine.tasks_of(program)
+    one, four = (planning.Planner(program, tasks, Layout(True, 8, units)) for units in (1, 4))
+    assert one.end == four.end and one.unit_bytes == four.unit_bytes
+    convolved, *linear = [four.buffer(task.result) for task in tasks if isinstance(task, Layer)]
+    assert convolved.origin >= 0 and all(buffer.origin < 0 for buffer in linear)
+    assert four.arena_bytes - one.arena_bytes == 3 * four.unit_bytes
 
 
 @pytest.mark.parametrize("lanes", [4, 8])

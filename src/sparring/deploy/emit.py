@@ -45,8 +45,10 @@ class Kernel:
         return self.b.inttoptr(self.argument(number), POINTER)
 
     def argument_in_arena(self, number: int) -> Value:
-        """Load an argument that is an offset into the arena."""
-        return self.at(self.arena, self.argument(number))
+        """Load an argument that is a place in the arena: an offset, or -1 - offset into the unit's own memory."""
+        place, b = self.argument(number), self.b
+        own = b.add(b.not_(place), self.call_field(4))
+        return self.at(self.arena, b.select(b.icmp_signed("<", place, self.number(0)), own, place))
 
     def call_field(self, number: int) -> Value:
         """Load a field of this call."""

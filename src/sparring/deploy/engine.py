@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from .builtin import add_answer, builtin
+from .builtin import add_answer, builtin, reader
 from .calls import Call, Layout
 from .gradients import GradientPlanner
 from .kernels import add_kernels, add_runner
@@ -64,7 +64,7 @@ class Plan:
     """A program compiled for one layout: run it on up to `together` images at a time, from any thread."""
 
     def __init__(self, program: Program, planner: Planner, calls: list[Call], code: Code) -> None:
-        layout, unit_bytes = planner.layout, planner.unit_bytes
+        layout = planner.layout
         self.together = layout.together
         self._calls = calls
         self._code = code  # keeps the machine code alive
@@ -74,11 +74,11 @@ class Plan:
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         lanes = layout.lanes if layout.tiles else 1
         result = self._image if isinstance(planner, GradientPlanner) else self._logits
-        fields = (0, 0, 0, self._image, result, lanes, unit_bytes, 0, self._logits, *[0] * 4)
+        units = planner.common_bytes, planner.unit_bytes
+        fields = (0, 0, 0, self._image, result, lanes, *units, 0, self._logits, *[0] * 5)
         self._run = _RUN(code["run"])
-        size = unit_bytes * layout.units
-        self._workspace = partial(Workspace, size, fields)
-        self._single = partial(Single, size, fields, program.classes, code, self._segments_address)
+        self._workspace = partial(Workspace, planner.arena_bytes, fields)
+        self._single = partial(Single, planner.arena_bytes, fields, program.classes, code, self._segments_address)
         self._idle: list[Workspace] = []
         self._idle_single: list[Single] = []
 
@@ -107,7 +107,7 @@ class Plan:
         call, together = space.call, self.together
         for start in range(0, count, together):
             call[0], call[1] = images + start * self._image, gradients + start * self._image
-            call[2], call[7] = min(count - start, together), upstream + start * self._logits
+            call[2], call[8] = min(count - start, together), upstream + start * self._logits
             self._run(space.arena, self._segments_address, space.call_address)
         self._idle.append(space)
 
@@ -155,7 +155,9 @@ class Engine:
         self._code = Code()
         add_runner(self._code)
         add_answer(self._code)
+        self._address = reader(self._code) or _address
         self._plans: dict[Layout, Plan] = {}
+        self._split: tuple[int, list[tuple[Plan, int, int, int]]] = 0, []
         self._gradient_plans: dict[Layout, Plan] = {}
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         # Four tiles share a linear layer's weights where they stay in a near cache; a gradient needs all values twice.
@@ -170,8 +172,9 @@ class Engine:
         """Return the plan for a layout, tuned and made when first asked for."""
         if layout not in self._plans:
             planner = Planner(self._program, self._tasks, layout)
-            space = Workspace(planner.unit_bytes * layout.units, (0,) * 13)
-            choose = tuned(planner, self._code, space.arena, lanes=self._lanes, lookup=self._lookup)
+            space = Workspace(planner.arena_bytes, (0, 0, 0, 0, planner.common_bytes))
+            memory = space.arena, space.call_address
+            choose = tuned(planner, self._code, memory, lanes=self._lanes, lookup=self._lookup)
             calls = planner.calls(choose, lookup=self._lookup)
             self._plans[layout] = Plan(self._program, planner, calls, self._code)
         return self._plans[layout]
@@ -180,16 +183,19 @@ class Engine:
         """Return the logits of contiguous images (N, *shape)."""
         count = len(x)
         result = np.empty((count, self._logits // 4), np.float32)
-        source, target = x.ctypes.data, result.ctypes.data
-        image, logits = self._image, self._logits
+        known, parts = self._split
+        if known != count:
+            parts = [
+                (self.plan(layout), at * self._image, at * self._logits, n) for layout, at, n in self._parts(count)
+            ]
+            self._split = count, parts  # batches mostly have one size
+        source, target = self._address(x), self._address(result)
 
-        def work(part: tuple[Layout, int, int]) -> None:
-            self.plan(part[0]).run(source + part[1] * image, target + part[1] * logits, part[2])
+        def work(part: tuple[Plan, int, int, int]) -> None:
+            plan, images, logits, number = part
+            plan.run(source + images, target + logits, number)
 
-        parts = self._parts(count)
         if self._threads > 1 and len(parts) > 1:
-            for part in parts:
-                self.plan(part[0])
             with ThreadPoolExecutor(self._threads) as pool:
                 list(pool.map(work, parts))
         else:
@@ -213,7 +219,8 @@ class Engine:
             lanes = self._lanes if self._gradient_units > 1 else min(8, self._lanes)
             units = min(self._gradient_units, -(-len(x) // lanes))
             plan = self._gradient_plan(self._tiles(lanes, units))
-            plan.run_gradient(x.ctypes.data, upstream.ctypes.data, result.ctypes.data, len(x))
+            images, given, gradients = (self._address(array) for array in (x, upstream, result))
+            plan.run_gradient(images, given, gradients, len(x))
         return result
 
     def _gradient_plan(self, layout: Layout) -> Plan:
@@ -243,6 +250,10 @@ class Engine:
         elif rest:
             parts.append((Layout(False, self._lanes), whole, rest))
         return parts
+
+
+def _address(array: Floats) -> int:
+    return array.ctypes.data
 
 
 def _convolved(program: Program, tasks: list[Task]) -> list[int]:

@@ -120,7 +120,7 @@ class Tile(Spec):
             def one_block(block: Value, carried: list[Value]) -> list[Value]:
                 return k.accumulate(k.number(0), rows, 1, carried, lambda row, c: one_row(block, row, c))[1]
 
-            ahead = [self._offset(k, nonzeros, k.number(i)) for i in range(AHEAD)]
+            ahead = [self._nonzero(k, nonzeros, k.number(i)) for i in range(AHEAD)]
             k.accumulate(k.number(0), blocks if self.blocked else k.number(1), 1, [k.number(0), *ahead], one_block)
 
     def _initial(self, k: Kernel, biases: Value, row: Value, block: Value, kept: Value) -> list[Value]:
@@ -136,8 +136,9 @@ class Tile(Spec):
         return k.choose(k.b.icmp_signed("==", block, k.number(0)), from_bias, from_scratch)
 
     @staticmethod
-    def _offset(k: Kernel, nonzeros: Value, number: Value) -> Value:
-        return k.b.sext(k.load(k.at(nonzeros, k.b.mul(number, k.number(8))), INT32), INT64)
+    def _nonzero(k: Kernel, nonzeros: Value, number: Value) -> Value:
+        """Load offset and weight as one number: what is short are loads, not what takes the two apart."""
+        return k.load(k.at(nonzeros, k.b.mul(number, k.number(8))), INT64)
 
     def _sum(
         self,
@@ -149,26 +150,27 @@ class Tile(Spec):
         initial: list[Value],
         ahead: list[Value],
     ) -> tuple[list[Value], list[Value]]:
-        """Return a row's sums, and the offsets of the nonzeros after it.
+        """Return a row's sums, and the nonzeros after it.
 
-        Offsets are loaded a few nonzeros ahead: loads that wait for their address fill the queue of those that do not.
+        They are loaded a few ahead: loads that wait for their address fill the queue of those that do not.
         """
         b, count = k.b, len(self.reads)
 
-        def add(number: Value, offset: Value, sums: list[Value]) -> list[Value]:
-            point = k.at(here, offset)
-            weight = k.splat(k.load(k.at(nonzeros, b.add(b.mul(number, k.number(8)), k.number(4))), FLOAT), self.lanes)
+        def add(nonzero: Value, sums: list[Value]) -> list[Value]:
+            point = k.at(here, b.sext(b.trunc(nonzero, INT32), INT64))
+            bits = b.trunc(b.lshr(nonzero, k.number(32)), INT32)
+            weight = k.splat(b.bitcast(bits, FLOAT), self.lanes)
             loaded = [k.load(k.at(point, read), vector(self.lanes)) for read in self.reads]
             return [k.multiply_add(weight, value, total) for value, total in zip(loaded, sums, strict=True)]
 
         def add_some(number: Value, carried: list[Value]) -> list[Value]:
             """Take as many nonzeros as there are groups of sums."""
-            sums, offsets = carried[:-AHEAD], carried[-AHEAD:]
+            sums, taken = carried[:-AHEAD], carried[-AHEAD:]
             groups = [sums[i : i + count] for i in range(0, len(sums), count)]
-            numbers = [b.add(number, k.number(u)) for u in range(len(groups))]
-            added = [add(*three) for three in zip(numbers, offsets[: len(groups)], groups, strict=True)]
-            following = [self._offset(k, nonzeros, b.add(number, k.number(AHEAD))) for number in numbers]
-            return [*(total for group in added for total in group), *offsets[len(groups) :], *following]
+            numbers = [b.add(number, k.number(u + AHEAD)) for u in range(len(groups))]
+            added = [add(*two) for two in zip(taken[: len(groups)], groups, strict=True)]
+            following = [self._nonzero(k, nonzeros, n) for n in numbers]
+            return [*(total for group in added for total in group), *taken[len(groups) :], *following]
 
         zero = ir.Constant(vector(self.lanes), None)
         carried = [*initial, *[zero] * (count * (self.unroll - 1)), *ahead]
@@ -299,17 +301,18 @@ def runner() -> str:
 
     segments: a count, then for each (1 to run it once for every unit of images that is in use, else 0; operations;
     address of their table), a table holding a kernel's address and its arguments' address each. call: image address,
-    logits address, images, bytes of an image, bytes of its logits, images of a unit, bytes of a unit's arena, address
-    of the logits' gradients and their bytes, then four fields that `run` fills for the kernels: the unit's image
-    address, logits address, images, gradients' address. A gradient of the images takes the place of the logits.
+    logits address, images, bytes of an image, bytes of its logits, images of a unit, offset in the arena of the first
+    unit's own memory, bytes from unit to unit, address of the logits' gradients and their bytes, then five fields that
+    `run` fills for the kernels: the unit's image address, logits address, images, gradients' address, offset of its own
+    memory. A gradient of the images takes the place of the logits.
     """
     module = ir.Module("runner")
     k = Kernel(module, "run")
     b = k.b
     segments = k.load(k.arguments, INT64)
-    image, logits, images, image_bytes, logits_bytes, lanes, unit_bytes = (k.call_field(i) for i in range(7))
-    upstream, upstream_bytes = k.call_field(7), k.call_field(8)
-    inner = k.at(k.call, 8 * 9)
+    image, logits, images, image_bytes, logits_bytes, lanes, own, unit_bytes = (k.call_field(i) for i in range(8))
+    upstream, upstream_bytes = k.call_field(8), k.call_field(9)
+    inner = k.at(k.call, 8 * 10)
     used = b.sdiv(b.add(images, b.sub(lanes, k.number(1))), lanes)
     kind = ir.FunctionType(ir.VoidType(), [POINTER, POINTER, POINTER])
     with k.loop(segments) as number:
@@ -324,11 +327,11 @@ def runner() -> str:
             k.store(b.add(logits, b.mul(before, logits_bytes)), k.at(inner, 8))
             k.store(here, k.at(inner, 16))
             k.store(b.add(upstream, b.mul(before, upstream_bytes)), k.at(inner, 24))
-            arena = k.at(k.arena, b.mul(unit, unit_bytes))
+            k.store(b.add(own, b.mul(unit, unit_bytes)), k.at(inner, 32))
             with k.loop(count) as entry:
                 pair = k.at(table, b.mul(entry, k.number(16)))
                 function = b.inttoptr(k.load(pair, INT64), kind.as_pointer())
                 arguments = b.inttoptr(k.load(k.at(pair, 8), INT64), POINTER)
-                b.call(function, [arena, arguments, inner])
+                b.call(function, [k.arena, arguments, inner])
     k.finish()
     return str(module)

@@ -19,8 +19,9 @@ Pair = tuple[int, int]
 class Buffer:
     """A value in the arena: channels of rows of pixels of `lanes` floats, with zeros around.
 
-    `origin` is the offset in bytes of pixel (0, 0) of channel 0. With a `step` the value's pixels lie that far apart
-    among zeros, and `shape` counts the zeros too: so a strided convolution's gradient is one without a stride.
+    `origin` is the offset in bytes of pixel (0, 0) of channel 0, or -1 - offset if it counts from the start of a unit's
+    own memory. With a `step` the value's pixels lie that far apart among zeros, and `shape` counts the zeros too: so a
+    strided convolution's gradient is one without a stride.
     """
 
     shape: tuple[int, int, int]

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -33,8 +34,8 @@ def _llvm() -> Any:
 
 
 def native_available() -> bool:
-    """Tell whether kernels can be generated here."""
-    return _llvm() is not None
+    """Tell whether kernels can be generated here; they take several numbers by one load, from the lowest byte on."""
+    return sys.byteorder == "little" and _llvm() is not None
 
 
 @cache

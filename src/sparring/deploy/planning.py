@@ -33,7 +33,8 @@ class Planner:
         self.tasks = tasks
         self.layout = layout
         self.shapes = infer_shapes(program.shape, program.steps)
-        self.end = 0  # of the arena of one unit, in bytes
+        self.end = 0  # of the memory that all units use in turn, in bytes
+        self.unit_bytes = 0  # of the memory that each unit has for itself
         self.buffers: dict[int, Buffer] = {}
         self._views: dict[int, int] = {t.result: t.source for t in tasks if isinstance(t, View)}
         self._place_all(keep)
@@ -55,15 +56,22 @@ class Planner:
             for source in _sources(task):
                 last[self.base(source)] = number
         last[self.base(len(self.program.steps))] = len(self.tasks)
-        free: dict[tuple[Shape, tuple[int, int]], list[Buffer]] = {}
-        self._place(0, pads, free)
+        # Up to the first linear layer units run one after the other, and what they leave in the caches serves the next.
+        together = [number for number, task in enumerate(self.tasks) if self._joins_units(task)]
+        inner = set() if keep else {v for v, end in last.items() if end < min(together, default=len(self.tasks))}
+        free: dict[tuple[Shape, tuple[int, int], bool], list[Buffer]] = {}
+        self._place(0, pads, free, own=0 not in inner)
         for number, task in enumerate(self.tasks):
             if not isinstance(task, View):
-                self._place(task.result, pads, free)
+                self._place(task.result, pads, free, own=task.result not in inner)
             ended = [] if keep else [v for v, end in last.items() if end == number and v in self.buffers]
             for value in ended:
                 buffer = self.buffers[value]
-                free.setdefault((buffer.shape, buffer.pad), []).append(buffer)
+                free.setdefault((buffer.shape, buffer.pad, value not in inner), []).append(buffer)
+
+    def _joins_units(self, task: Task) -> bool:
+        """Tell whether a task takes all units at once, as linear layers of tiles do."""
+        return isinstance(task, Layer) and len(self.shapes[task.source]) == 1 and self.layout.tiles
 
     def plain(self, value: int) -> Buffer:
         """Return where a value lies if it lies as its shape says, which a view of a padded value does not."""
@@ -90,24 +98,29 @@ class Planner:
         self,
         value: int,
         pads: dict[int, tuple[int, int]],
-        free: dict[tuple[Shape, tuple[int, int]], list[Buffer]],
+        free: dict[tuple[Shape, tuple[int, int], bool], list[Buffer]],
+        *,
+        own: bool,
     ) -> None:
         channels, *sides = self.shapes[value]
         height, width = (*sides, 1, 1)[:2]
         shape, pad = (channels, height, width), pads.get(value, (0, 0))
-        reusable = free.get((shape, pad))
+        reusable = free.get((shape, pad, own))
         if reusable:
             self.buffers[value] = reusable.pop()
             return
-        self.buffers[value] = self.reserve(Buffer(shape, pad, self.layout.lanes if self.layout.tiles else 1))
+        self.buffers[value] = self.reserve(Buffer(shape, pad, self.layout.lanes if self.layout.tiles else 1), own=own)
 
-    def reserve(self, buffer: Buffer) -> Buffer:
-        """Return the buffer with a place of its own."""
+    def reserve(self, buffer: Buffer, *, own: bool = True) -> Buffer:
+        """Return the buffer with a place of its own, in memory that each unit has for itself or that all share."""
         # Start pixel (0, 0) at a vector's boundary, so that most loads are aligned.
         lead = -buffer.before % 64
-        placed = replace(buffer, origin=self.end + lead + buffer.before)
-        self.end += -(-(lead + buffer.size) // 64) * 64
-        return placed
+        size = -(-(lead + buffer.size) // 64) * 64
+        if own:
+            self.unit_bytes += size
+            return replace(buffer, origin=-1 - (self.unit_bytes - size + lead + buffer.before))
+        self.end += size
+        return replace(buffer, origin=self.end - size + lead + buffer.before)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -258,10 +271,17 @@ class Planner:
         return Call(spec, values, tables, not (flat and self.layout.tiles))
 
     @property
-    def unit_bytes(self) -> int:
-        """Return the bytes of one unit: its values, then scratch for the sums of the layer with most rows."""
+    def common_bytes(self) -> int:
+        """Return the bytes that all units use in turn: values, then scratch for sums of the layer with most rows."""
         rows = max((max(task.op.shape[:2]) for task in self.tasks if isinstance(task, Layer)), default=0)
-        return self.end + 4 * max(rows * MOST_ACCUMULATORS * self.layout.lanes, math.prod(self.program.shape))
+        sums = self.layout.lanes * (MOST_ACCUMULATORS if self.layout.vectors == 1 else 1)  # of a row in one tile
+        scratch = 4 * max(rows * sums, math.prod(self.program.shape))
+        return -(-(self.end + scratch) // 64) * 64
+
+    @property
+    def arena_bytes(self) -> int:
+        """Return the bytes of the arena: what all units use in turn, then each unit's own."""
+        return self.common_bytes + self.unit_bytes * self.layout.units
 
     def key(self, task: Layer) -> str:
         """Return the geometry of a layer and roughly its density: layers of one key are tuned as one."""
@@ -339,9 +359,11 @@ def _tile(
 def _channels_per_block(choice: Choice, cut: Cut, op: Sparse, source: Buffer, flat: bool, spec: Tile) -> int:
     """Return how many input channels to take at once, so that what a tile reads of them is `block_bytes`.
 
-    All of them in linear layers, which read an input once or twice for each row, and where a row's sum has several
-    accumulators: to add those up block by block would round otherwise, and what is tuned must not change a bit.
+    All of them where a row's sum has several accumulators: to add those up block by block would round otherwise, and
+    what is tuned must not change a bit.
     """
+    if flat and choice.linear_bytes and spec.unroll == 1:
+        return max(1, choice.linear_bytes // (4 * spec.lanes * len(spec.reads)))
     if not choice.block_bytes or flat or spec.unroll > 1:
         return op.shape[1]
     rows = max(y for y, _ in cut.read) + 1 + op.dilation[0] * (op.shape[2] - 1)

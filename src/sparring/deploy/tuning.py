@@ -21,14 +21,17 @@ from .tasks import Layer
 __all__ = ["tuned", "usual"]
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+Memory = tuple[int, int]  # the addresses of an arena and of a kernel's call fields
 _SHARE = 0.02  # a layer with less of the network's work than this is not worth tuning
 _ROUNDS = 5
 _NEAR = 24 * 1024  # bytes of input that the nearest cache holds beside weights and sums
 
 
-def _candidates(lanes: int, tiles: bool) -> list[Choice]:
+def _candidates(lanes: int, tiles: bool, *, linear: bool = False) -> list[Choice]:
     """Return the choices that are tried; the first is taken for layers that are not worth tuning."""
     few, many, half = host_registers() // 2, host_registers() * 3 // 4, max(4, lanes // 2)
+    if linear:  # to put a row's sums aside costs more here, where a row reads little of a block
+        return [usual(lanes), Choice(many, lanes, _NEAR, 2 * _NEAR)]
     choices = [Choice(many, lanes, _NEAR), Choice(few, lanes, _NEAR), Choice(many, lanes), Choice(few, lanes)]
     return choices if tiles else [*choices, Choice(many, half), Choice(many, half, _NEAR)]
 
@@ -38,22 +41,25 @@ def usual(lanes: int) -> Choice:
     return _candidates(lanes, True)[0]
 
 
-def tuned(planner: Planner, code: Code, arena: int, *, lanes: int, lookup: bool) -> Callable[[str], Choice]:
+def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int, lookup: bool) -> Callable[[str], Choice]:
     """Return the fastest choice for each layer's key, from an earlier tuning on this host if there was one.
 
-    `arena` is the address of memory for one run of the planner's layout; what it holds is overwritten.
+    `memory` is for one run of the planner's layout; what it holds is overwritten.
     """
-    candidates = _candidates(lanes, planner.layout.tiles)
     layers = _worth_tuning(planner)
     if not layers:
-        return lambda key: candidates[0]
-    path = _path(sorted(layers), candidates)
-    winners = _remembered(path, layers, len(candidates))
+        return lambda key: usual(lanes)
+    candidates = {
+        key: _candidates(lanes, planner.layout.tiles, linear=len(planner.shapes[layer.source]) == 1)
+        for key, layer in layers.items()
+    }
+    path = _path(candidates)
+    winners = _remembered(path, candidates)
     if winners is None:
-        winners = _measure(planner, layers, candidates, code, arena, lookup)
+        winners = _measure(planner, layers, candidates, code, memory, lookup)
         _remember(path, winners)
-    chosen = winners
-    return lambda key: candidates[chosen.get(key, 0)]
+    chosen = {key: candidates[key][winner] for key, winner in winners.items()}
+    return lambda key: chosen.get(key, usual(lanes))
 
 
 def _worth_tuning(planner: Planner) -> dict[str, Layer]:
@@ -61,7 +67,7 @@ def _worth_tuning(planner: Planner) -> dict[str, Layer]:
     work: dict[str, int] = {}
     layers: dict[str, Layer] = {}
     for task in planner.tasks:
-        if isinstance(task, Layer) and len(planner.shapes[task.source]) == 3:
+        if isinstance(task, Layer) and (planner.layout.tiles or len(planner.shapes[task.source]) == 3):
             key = planner.key(task)
             layers[key] = task
             work[key] = work.get(key, 0) + task.op.nonzeros * int(np.prod(planner.shapes[task.result][1:]))
@@ -70,25 +76,41 @@ def _worth_tuning(planner: Planner) -> dict[str, Layer]:
 
 
 def _measure(
-    planner: Planner, layers: dict[str, Layer], candidates: list[Choice], code: Code, arena: int, lookup: bool
+    planner: Planner,
+    layers: dict[str, Layer],
+    candidates: dict[str, list[Choice]],
+    code: Code,
+    memory: Memory,
+    lookup: bool,
 ) -> dict[str, int]:
     calls: dict[str, list[Call]] = {
-        key: [planner.layer(layer, lambda key, choice=choice: choice, lookup=lookup) for choice in candidates]  # type: ignore[misc]
+        key: [planner.layer(layer, _always(choice), lookup=lookup) for choice in candidates[key]]
         for key, layer in layers.items()
     }
     add_kernels(code, (call.spec for tried in calls.values() for call in tried))
+    for layer in layers.values():
+        _write_zeros(planner, layer, memory[0])
     return {
-        key: int(np.argmin(_shortest([_runner(call, code, arena) for call in tried]))) for key, tried in calls.items()
+        key: int(np.argmin(_shortest([_runner(call, code, memory) for call in tried]))) for key, tried in calls.items()
     }
+
+
+def _write_zeros(planner: Planner, layer: Layer, arena: int) -> None:
+    """Write what a layer reads: pages never written are all one page, which would always be in the nearest cache."""
+    buffer = planner.buffer(layer.source)
+    own = buffer.origin < 0
+    for unit in range(planner.layout.units if own else 1):
+        place = planner.common_bytes + unit * planner.unit_bytes - 1 - buffer.origin if own else buffer.origin
+        ctypes.memset(arena + place - buffer.before, 0, buffer.size)
 
 
 def _always(choice: Choice) -> Callable[[str], Choice]:
     return lambda key: choice
 
 
-def _runner(call: Call, code: Code, arena: int) -> Callable[[], None]:
+def _runner(call: Call, code: Code, memory: Memory) -> Callable[[], None]:
     function, arguments = _KERNEL(code[call.spec.name]), call.arguments.ctypes.data
-    return lambda: function(arena, arguments, 0)
+    return lambda: function(memory[0], arguments, memory[1])
 
 
 def _shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
@@ -102,21 +124,22 @@ def _shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
     return times
 
 
-def _path(keys: list[str], candidates: list[Choice]) -> Path | None:
+def _path(candidates: dict[str, list[Choice]]) -> Path | None:
     folder = cache_folder()
-    identity = "\0".join((*keys, repr(candidates), host_identity()))
+    identity = "\0".join((repr(sorted(candidates.items(), key=lambda item: item[0])), host_identity()))
     return None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
 
-def _remembered(path: Path | None, layers: dict[str, Layer], count: int) -> dict[str, int] | None:
+def _remembered(path: Path | None, candidates: dict[str, list[Choice]]) -> dict[str, int] | None:
     if path is None or not path.exists():
         return None
     try:
         found = read_json(path)
     except UserError:
         return None
-    sound = isinstance(found, dict) and found.keys() == layers.keys()
-    return found if sound and all(type(i) is int and 0 <= i < count for i in found.values()) else None
+    if not isinstance(found, dict) or found.keys() != candidates.keys():
+        return None
+    return found if all(type(i) is int and 0 <= i < len(candidates[key]) for key, i in found.items()) else None
 
 
 def _remember(path: Path | None, winners: dict[str, int]) -> None:
