@@ -122,14 +122,16 @@ def test_numpy_and_native_agree_and_threads_change_nothing(sparse_model):
     assert (again == one(x)[:192]).all()
 
 
-def test_one_image_is_answered_alike_with_and_without_a_builtin(sparse_model, monkeypatch):
+def test_images_are_answered_alike_with_and_without_builtins(sparse_model, monkeypatch):
     program = deploy.pack(sparse_model("lenet-5", 0.1), shape=(1, 28, 28)).program
     images = [np.random.default_rng(i).random((1, 1, 28, 28), np.float32) for i in range(12)]
     packed = deploy.Packed(program)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(packed, images))
     monkeypatch.setattr(engine, "builtin", lambda *_: None)
+    monkeypatch.setattr(engine, "reader", lambda *_: None)
     plain = deploy.Packed(program)
+    assert (plain(np.concatenate(images)) == packed(np.concatenate(images))).all()
     for image, logits in zip(images, found, strict=True):
         assert (plain(image) == logits).all()
     assert (plain(images[0][..., ::-1]) == packed(images[0][..., ::-1])).all()
