@@ -15,6 +15,7 @@ from .compaction import compacted
 from .crown import bound_nodes, lower_bound
 from .intervals import Interval
 from .network import margin_rows, prepare
+from .parallel import over_slices, slices
 from .region import Region, check_pixels, region
 from .relaxations import Lines
 
@@ -111,13 +112,11 @@ def margins_over(graph: Graph, x: Tensor, y: Tensor, norm: float, eps: Tensor, m
         raise UnknownNameError("bound", method, BOUNDS)
     if len(x) == 0:
         return torch.zeros(0, graph.nodes[-1].shape[0] - 1, dtype=torch.float64)
-    step = _images_at_once(graph)
-    parts = []
-    with torch.no_grad():
-        for i in range(0, len(x), step):
-            reach = region(x[i : i + step], norm, eps[i : i + step])
-            parts.append(BOUNDS[method](graph, reach, margin_rows(graph, y[i : i + step])))
-    return torch.cat(parts)
+
+    def bound(images: slice) -> Tensor:
+        return BOUNDS[method](graph, region(x[images], norm, eps[images]), margin_rows(graph, y[images]))
+
+    return over_slices(bound, slices(len(x), _images_at_once(graph)))
 
 
 def _images_at_once(graph: Graph) -> int:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from scipy.stats import weibull_max
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, UserError
@@ -84,6 +83,8 @@ def _sampled_gradients(graph: Graph, reach: Region, y: Tensor, generator: torch.
 
 def _extreme_value(largest: Tensor) -> Tensor:
     """Return the location of a reverse Weibull fitted to batch maxima (Weng et al. 2018, theorem 4.1)."""
+    from scipy.stats import weibull_max  # here, as importing it takes a second or two
+
     best = largest.amax(0)
     result = best.clone()
     for i in range(best.shape[0]):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -124,5 +124,5 @@ def _estimate(values: Tensor, confidence: float) -> Estimate:
     mean = float(values.mean())
     if not math.isfinite(mean):
         return mean, -math.inf, math.inf
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * float(values.std()) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * float(values.std()) / math.sqrt(len(values))
     return mean, mean - half, mean + half

@@ -86,10 +86,10 @@ def merge(
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="A study's output folder.")]) -> int:
     """Rebuild report.html, results.csv and figures from a study's folder, without models or data."""
-    from ..report import verdict, write
+    from ..report import publish
 
-    path = write(out)
-    print(f"{verdict(out)}\n\nreport: {path}")
+    path, verdict = publish(out)
+    print(f"{verdict}\n\nreport: {path}")
     return 0
 
 

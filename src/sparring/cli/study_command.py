@@ -60,13 +60,13 @@ def run_study(
             command=command,
         )  # fmt: skip
     path = out / "report.html"
-    if not path.exists() or path.stat().st_mtime_ns < (out / "plan.json").stat().st_mtime_ns or view.fresh:
-        report.write(out)
+    stale = not path.exists() or path.stat().st_mtime_ns < (out / "plan.json").stat().st_mtime_ns or view.fresh
+    verdict = report.publish(out)[1] if stale else report.verdict(out)
     failed = [record for record in records if record.error]
     if as_json:
-        print(json.dumps(_summary(out, path, records), indent=1))
+        print(json.dumps(_summary(out, path, verdict, records), indent=1))
     else:
-        print(f"\n{report.verdict(out)}\n\nreport: {path.resolve()}")
+        print(f"\n{verdict}\n\nreport: {path.resolve()}")
     for record in failed:
         print(f"failed: {record.stage} {record.key}: {record.error}", file=sys.stderr)
     return FAILED if failed else 0
@@ -80,11 +80,11 @@ def _all_of(watchers: list[Watcher]) -> Watcher:
     return watch
 
 
-def _summary(out: Path, path: Path, records: list[Record]) -> dict[str, Any]:
+def _summary(out: Path, path: Path, verdict: str, records: list[Record]) -> dict[str, Any]:
     return {
         "out": str(out),
         "report": str(path),
-        "verdict": report.verdict(out),
+        "verdict": verdict,
         "failed": sum(1 for record in records if record.error),
         "records": [
             {"key": r.key, "stage": r.stage, "metrics": r.metrics, "flags": r.flags, "error": r.error} for r in records

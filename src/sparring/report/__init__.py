@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import Report, merge_ledgers, read, verdict, write
+from .build import Report, merge_ledgers, publish, read, verdict, write
 from .picking import Choice, pick
 from .shipped import shipped_verdict
 from .timings import timings_figure
@@ -18,6 +18,7 @@ __all__ = [
     "compare_values",
     "merge_ledgers",
     "pick",
+    "publish",
     "read",
     "shipped_verdict",
     "timings_figure",

@@ -22,7 +22,7 @@ from .page import render, summary_html
 from .panels import Drawn, Picture, curve_panels, density_pictures, overview_picture
 from .records import load
 
-__all__ = ["Report", "merge_ledgers", "read", "verdict", "write"]
+__all__ = ["Report", "merge_ledgers", "publish", "read", "verdict", "write"]
 
 
 def write(out: Path | str) -> Path:
@@ -31,11 +31,21 @@ def write(out: Path | str) -> Path:
     Reads plan.json and the records and objects that it names; no models, no data. Raises UserError when there is no
     study in the folder, something in it is damaged, or it cannot be written to.
     """
+    return publish(out)[0]
+
+
+def publish(out: Path | str) -> tuple[Path, str]:
+    """Write all that `write` does and return the page's path and the verdict, for one reading of the study."""
     out = Path(out)
     study = load(out)
     if is_linear(study):
-        return _write_linear(out, read_linear(study))
+        linear = read_linear(study)
+        return _write_linear(out, linear), _linear_verdict(linear)
     findings = find(study)
+    return _write(out, findings), str(Report(findings))
+
+
+def _write(out: Path, findings: Findings) -> Path:
     weights, activations = (curve_panels(findings, axis) for axis in ("weights", "activations"))
     overview = overview_picture(findings)
     drawn = Drawn(weights, activations, density_pictures(findings), comparisons(findings), overview)
@@ -64,7 +74,11 @@ def _write_figure(folder: Path, picture: Picture) -> None:
 def verdict(out: Path | str) -> str:
     """Return what the study in a folder found, as one paragraph of plain text; raises as `write` does."""
     study = load(Path(out))
-    return " ".join(linear_headline(read_linear(study))) if is_linear(study) else str(Report(find(study)))
+    return _linear_verdict(read_linear(study)) if is_linear(study) else str(Report(find(study)))
+
+
+def _linear_verdict(data: LinearStudy) -> str:
+    return " ".join(linear_headline(data))
 
 
 def read(out: Path | str) -> Report:

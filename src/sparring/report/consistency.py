@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.special import bdtrc
 
 from .measures import NORMS, Collected, Measure, PerImage, common, pretty
 from .records import NAIVE, Network, Study, Who, arrays
@@ -93,7 +93,7 @@ def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage]) -> 
     images = common([weak[1].images, strong[1].images])
     stands_strong, stands_weak = (one.at(images).top > 0 for _, one in (strong, weak))
     more, fewer = int((stands_strong & ~stands_weak).sum()), int((stands_weak & ~stands_strong).sum())
-    if more <= fewer or binomtest(more, more + fewer, alternative="greater").pvalue > CHANCE:
+    if more <= fewer or bdtrc(more - 1, more + fewer, 0.5) > CHANCE:
         return 0
     return _notable(more - fewer, len(images))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from .effects import Effect, effect, holm
 
@@ -103,7 +103,7 @@ def joint_errors(one: Curve, *, generator: np.random.Generator, draws: int = 200
     spread = errors.std(axis=1)
     scale = np.array([e.se / s if s > 0 else 0.0 for e, s in zip(one.effects, spread, strict=True)])
     df = np.array([e.df for e in one.effects])[:, None]
-    luck = stats.chi2.ppf(generator.random(draws), df) / df
+    luck = 2 * special.gammaincinv(df / 2, generator.random(draws)) / df  # chi-square over its degrees
     return np.asarray(errors * scale[:, None] / np.sqrt(luck))
 
 

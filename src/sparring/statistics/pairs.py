@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import combinations
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from .effects import Effect, statistic
 
@@ -39,6 +39,6 @@ def pair_effect(values: Mapping[tuple[int, int], float], *, images: int, level: 
     crossed = 4 * ms_general / (n * (n - 2)) - 2 * ms_rest / ((n - 1) * (n - 2))
     se = math.sqrt(max(crossed, float(d.var(ddof=1)) / pairs))
     df = n - 1.0
-    half = float(stats.t.ppf((1 + level) / 2, df)) * se
-    p = float(2 * stats.t.sf(abs(statistic(mean, se)), df))
+    half = float(special.stdtrit(df, (1 + level) / 2)) * se
+    p = float(2 * special.stdtr(df, -abs(statistic(mean, se))))
     return Effect(mean, se, df, mean - half, mean + half, p, pairs, images)
