@@ -1,6 +1,7 @@
 """The page and its files, from a made-up study."""
 
 import csv
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -102,6 +103,13 @@ def test_the_ledger_is_written_as_rows(study_folder, page):
 
 def test_writing_twice_gives_the_same_bytes(study_folder, page):
     assert report.write(study_folder).read_text() == page
+
+
+def test_publishing_says_the_verdict_of_the_page_it_writes(study_folder):
+    path, verdict = report.publish(study_folder)
+    assert path == study_folder / "report.html"
+    assert verdict == report.verdict(study_folder)
+    assert verdict.split(",")[0] in html.unescape(path.read_text())
 
 
 def test_hostile_names_stay_text(make_study):
