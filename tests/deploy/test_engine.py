@@ -156,7 +156,7 @@ def test_what_is_tuned_never_changes_a_bit(sparse_model, monkeypatch, name):
     program = compile_model(sparse_model(name, 0.1, width=0.25), shape)
     x = np.random.default_rng(0).random((18, *shape), np.float32)
     found = set()
-    for choice in (*tuning._candidates(host_lanes(), False), *tuning._candidates(host_lanes(), True, linear=True)):
+    for choice in tuning._candidates(host_lanes(), False):
         monkeypatch.setattr(engine, "tuned", lambda *_, choice=choice, **__: lambda key: choice)
         found.add(b"".join(Engine(program).run(part).tobytes() for part in (x, x[:1])))
     assert len(found) == 1
@@ -170,6 +170,19 @@ def test_units_share_memory_up_to_the_first_linear_layer(sparse_model):
     convolved, *linear = [four.buffer(task.result) for task in tasks if isinstance(task, Layer)]
     assert convolved.origin >= 0 and all(buffer.origin < 0 for buffer in linear)
     assert four.arena_bytes - one.arena_bytes == 3 * four.unit_bytes
+
+
+def test_blocks_of_a_linear_layer_change_no_bit(sparse_model, monkeypatch):
+    program = compile_model(sparse_model("lenet-300-100", 0.1), (1, 28, 28))
+    x = np.random.default_rng(0).random((64, 1, 28, 28), np.float32)
+    found, blocks = set(), set()
+    for most in (1 << 12, 1 << 16, 1 << 30):
+        monkeypatch.setattr(planning, "_LINEAR_BYTES", most)
+        monkeypatch.setattr(planning, "_LINEAR_READS", 1)
+        run = Engine(program)
+        found.add(run.run(x).tobytes())
+        blocks.add(max(int(call.arguments[13]) for call in run._split[1][0][0]._calls if call.spec.name[:4] == "tile"))
+    assert len(found) == 1 and len(blocks) == 3
 
 
 @pytest.mark.parametrize("lanes", [4, 8])

@@ -39,8 +39,7 @@ class Choice:
 
     accumulators: int = 16
     lanes: int = 16
-    block_bytes: int = 0  # of a convolution; 0: all input channels at once
-    linear_bytes: int = 0  # of a linear layer; 0: all inputs at once
+    block_bytes: int = 0  # 0: all input channels at once
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from .tasks import Elementwise, Layer, MaxPool, Sparsify, Task, View
 
 __all__ = ["Planner"]
 
+_LINEAR_BYTES, _LINEAR_READS = 1 << 16, 16  # of a linear layer's block, as measured
 MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
 
 
@@ -362,9 +363,12 @@ def _channels_per_block(choice: Choice, cut: Cut, op: Sparse, source: Buffer, fl
     All of them where a row's sum has several accumulators: to add those up block by block would round otherwise, and
     what is tuned must not change a bit.
     """
-    if flat and choice.linear_bytes and spec.unroll == 1:
-        return max(1, choice.linear_bytes // (4 * spec.lanes * len(spec.reads)))
-    if not choice.block_bytes or flat or spec.unroll > 1:
+    if spec.unroll > 1:
+        return op.shape[1]
+    if flat:  # worth it where a row reads so much of a block that to put its sums aside takes little beside
+        inputs = max(1, _LINEAR_BYTES // (4 * spec.lanes * len(spec.reads)))
+        return inputs if op.nonzeros * inputs >= _LINEAR_READS * op.shape[0] * op.shape[1] else op.shape[1]
+    if not choice.block_bytes:
         return op.shape[1]
     rows = max(y for y, _ in cut.read) + 1 + op.dilation[0] * (op.shape[2] - 1)
     columns = max(x for _, x in cut.read) + 1 + op.dilation[1] * (op.shape[3] - 1)

@@ -27,11 +27,9 @@ _ROUNDS = 5
 _NEAR = 24 * 1024  # bytes of input that the nearest cache holds beside weights and sums
 
 
-def _candidates(lanes: int, tiles: bool, *, linear: bool = False) -> list[Choice]:
+def _candidates(lanes: int, tiles: bool) -> list[Choice]:
     """Return the choices that are tried; the first is taken for layers that are not worth tuning."""
     few, many, half = host_registers() // 2, host_registers() * 3 // 4, max(4, lanes // 2)
-    if linear:  # to put a row's sums aside costs more here, where a row reads little of a block
-        return [usual(lanes), Choice(many, lanes, _NEAR, 2 * _NEAR)]
     choices = [Choice(many, lanes, _NEAR), Choice(few, lanes, _NEAR), Choice(many, lanes), Choice(few, lanes)]
     return choices if tiles else [*choices, Choice(many, half), Choice(many, half, _NEAR)]
 
@@ -46,20 +44,17 @@ def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int, lookup: b
 
     `memory` is for one run of the planner's layout; what it holds is overwritten.
     """
+    candidates = _candidates(lanes, planner.layout.tiles)
     layers = _worth_tuning(planner)
     if not layers:
-        return lambda key: usual(lanes)
-    candidates = {
-        key: _candidates(lanes, planner.layout.tiles, linear=len(planner.shapes[layer.source]) == 1)
-        for key, layer in layers.items()
-    }
-    path = _path(candidates)
-    winners = _remembered(path, candidates)
+        return lambda key: candidates[0]
+    path = _path(sorted(layers), candidates)
+    winners = _remembered(path, layers, len(candidates))
     if winners is None:
         winners = _measure(planner, layers, candidates, code, memory, lookup)
         _remember(path, winners)
-    chosen = {key: candidates[key][winner] for key, winner in winners.items()}
-    return lambda key: chosen.get(key, usual(lanes))
+    chosen = winners
+    return lambda key: candidates[chosen.get(key, 0)]
 
 
 def _worth_tuning(planner: Planner) -> dict[str, Layer]:
@@ -67,7 +62,7 @@ def _worth_tuning(planner: Planner) -> dict[str, Layer]:
     work: dict[str, int] = {}
     layers: dict[str, Layer] = {}
     for task in planner.tasks:
-        if isinstance(task, Layer) and (planner.layout.tiles or len(planner.shapes[task.source]) == 3):
+        if isinstance(task, Layer) and len(planner.shapes[task.source]) == 3:
             key = planner.key(task)
             layers[key] = task
             work[key] = work.get(key, 0) + task.op.nonzeros * int(np.prod(planner.shapes[task.result][1:]))
@@ -78,13 +73,13 @@ def _worth_tuning(planner: Planner) -> dict[str, Layer]:
 def _measure(
     planner: Planner,
     layers: dict[str, Layer],
-    candidates: dict[str, list[Choice]],
+    candidates: list[Choice],
     code: Code,
     memory: Memory,
     lookup: bool,
 ) -> dict[str, int]:
     calls: dict[str, list[Call]] = {
-        key: [planner.layer(layer, _always(choice), lookup=lookup) for choice in candidates[key]]
+        key: [planner.layer(layer, _always(choice), lookup=lookup) for choice in candidates]
         for key, layer in layers.items()
     }
     add_kernels(code, (call.spec for tried in calls.values() for call in tried))
@@ -124,22 +119,21 @@ def _shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
     return times
 
 
-def _path(candidates: dict[str, list[Choice]]) -> Path | None:
+def _path(keys: list[str], candidates: list[Choice]) -> Path | None:
     folder = cache_folder()
-    identity = "\0".join((repr(sorted(candidates.items(), key=lambda item: item[0])), host_identity()))
+    identity = "\0".join((*keys, repr(candidates), host_identity()))
     return None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
 
-def _remembered(path: Path | None, candidates: dict[str, list[Choice]]) -> dict[str, int] | None:
+def _remembered(path: Path | None, layers: dict[str, Layer], count: int) -> dict[str, int] | None:
     if path is None or not path.exists():
         return None
     try:
         found = read_json(path)
     except UserError:
         return None
-    if not isinstance(found, dict) or found.keys() != candidates.keys():
-        return None
-    return found if all(type(i) is int and 0 <= i < len(candidates[key]) for key, i in found.items()) else None
+    sound = isinstance(found, dict) and found.keys() == layers.keys()
+    return found if sound and all(type(i) is int and 0 <= i < count for i in found.values()) else None
 
 
 def _remember(path: Path | None, winners: dict[str, int]) -> None:
