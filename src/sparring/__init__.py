@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
 try:
     __version__ = version("sparring")
@@ -10,3 +12,24 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = ["__version__"]
+
+_PARTS = (
+    "attacks",
+    "bounds",
+    "data",
+    "deploy",
+    "metrics",
+    "models",
+    "report",
+    "sparsity",
+    "statistics",
+    "study",
+    "train",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a part when it is first used, so that `import sparring` is fast and `sparring.deploy.load` is found."""
+    if name in _PARTS:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

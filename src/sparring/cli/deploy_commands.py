@@ -179,7 +179,8 @@ def run_pick(
 ) -> int:
     """Choose a network of a study on validation images, report it on test images, and export it."""
     choice = pick(out, max_latency=max_latency, max_accuracy_drop=max_accuracy_drop)
-    path = to or out / f"{choice.method}-{choice.sparsity:g}.sparring".replace(" ", "-")
+    rounded = "" if values == "fp32" else f"-{values}"
+    path = to or out / f"{choice.method}-{choice.sparsity:g}{rounded}.sparring".replace(" ", "-")
     model, shape, record = _network(out, choice.key)
     content = read_plan(out)
     provenance = {

@@ -16,7 +16,7 @@ from .gradients import GradientPlanner
 from .kernels import add_kernels, add_runner
 from .native import Code, host_lanes, permutes
 from .planning import Planner
-from .program import Floats, Program, infer_shapes
+from .program import Floats, Program
 from .tasks import Layer, Task, tasks_of
 from .tuning import tuned, usual
 
@@ -161,7 +161,7 @@ class Engine:
         self._gradient_plans: dict[Layout, Plan] = {}
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         # Four tiles share a linear layer's weights where they stay in a near cache; a gradient needs all values twice.
-        pairs, kept = (_convolved(program, tasks_of(program, pools=pools)) for pools in (True, False))
+        pairs, kept = (_convolved(program, tasks) for tasks in (self._tasks, tasks_of(program, pools=False)))
         self._linear = not pairs
         most = min(8, 64 // self._lanes) if self._linear else 4
         self._units = most if 4 * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
@@ -258,6 +258,6 @@ def _address(array: Floats) -> int:
 
 def _convolved(program: Program, tasks: list[Task]) -> list[int]:
     """Return how many numbers go into and out of each convolution, for one image."""
-    shapes = infer_shapes(program.shape, program.steps)
+    shapes = program.shapes
     layers = [task for task in tasks if isinstance(task, Layer) and len(shapes[task.source]) == 3]
     return [math.prod(shapes[task.source]) + math.prod(shapes[task.result]) for task in layers]

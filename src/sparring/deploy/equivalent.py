@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sparsity import MeanSparse, ShiftedReLU, Threshold, TopK
-from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse, infer_shapes
+from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 __all__ = ["Equivalent"]
 
@@ -20,7 +20,7 @@ class Equivalent(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        shapes = infer_shapes(program.shape, program.steps)
+        shapes = program.shapes
         self.layers = nn.ModuleList(_module(step.op, shapes[step.inputs[0]]) for step in program.steps)
         self.inputs = tuple(step.inputs for step in program.steps)
         self.requires_grad_(False)

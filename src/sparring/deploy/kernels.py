@@ -20,18 +20,28 @@ from llvmlite import ir
 from .emit import BYTE, FLOAT, INT32, INT64, POINTER, Kernel, Spec, vector
 from .native import Code
 
-__all__ = ["AHEAD", "Lookup", "Rows", "Tile", "add_kernels", "add_runner"]
+__all__ = ["AHEAD", "Lookup", "Rows", "Tile", "add_cached_kernels", "add_kernels", "add_runner"]
 
 Value = Any
 
 AHEAD = 4  # nonzeros behind the last one that a kernel may read
 
 
-def add_kernels(code: Code, specs: Iterable[Spec]) -> None:
-    """Compile those of the kernels that the code lacks."""
+def add_kernels(code: Code, specs: Iterable[Spec]) -> list[str]:
+    """Compile those of the kernels that the code lacks, and return their names."""
     missing = {spec.name: spec for spec in specs if spec.name not in code}
     if missing:
-        code.add("\0".join((*sorted(missing), _sources())), lambda: module_of(list(missing.values())), list(missing))
+        code.add(_identity(list(missing)), lambda: module_of(list(missing.values())), list(missing))
+    return list(missing)
+
+
+def add_cached_kernels(code: Code, names: list[str]) -> None:
+    """Load what `add_kernels` once compiled together, if the cache still holds it."""
+    code.add_cached(_identity(names), names)
+
+
+def _identity(names: list[str]) -> str:
+    return "\0".join((*sorted(names), _sources()))
 
 
 def add_runner(code: Code) -> None:

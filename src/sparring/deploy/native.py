@@ -106,18 +106,25 @@ class Code:
         If the cache holds machine code for `identity`, which must be another whenever the IR is, nothing is written.
         `symbols` are the addresses of functions that the module calls without holding them.
         """
-        llvm = _llvm()
         for name, address in symbols.items():
-            llvm.add_symbol(name, address)
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=_features(), opt=3, jit=True
-        )
+            _llvm().add_symbol(name, address)
+        machine = _machine()
+        self._link(machine, _cached(identity) or _compiled(machine, identity, write), names)
+
+    def add_cached(self, identity: str, names: Sequence[str]) -> None:
+        """Note where `names` are if the cache holds machine code for `identity`; else do nothing."""
+        found = _cached(identity)
+        if found is not None:
+            self._link(_machine(), found, names)
+
+    def _link(self, machine: Any, code: bytes, names: Sequence[str]) -> None:
+        llvm = _llvm()
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        engine.add_object_file(llvm.ObjectFileRef.from_data(_object(llvm, machine, identity, write)))
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         self._engines.append(engine)
-        for name in names:
-            self._addresses[name] = engine.get_function_address(name)
+        found = {name: engine.get_function_address(name) for name in names}
+        self._addresses.update({name: address for name, address in found.items() if address})
 
     def __contains__(self, name: str) -> bool:
         return name in self._addresses
@@ -126,24 +133,32 @@ class Code:
         return self._addresses[name]
 
 
-def _object(llvm: Any, machine: Any, identity: str, write: Callable[[], str]) -> bytes:
+def _machine() -> Any:
+    llvm = _llvm()
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=_features(), opt=3, jit=True
+    )
+
+
+def _path(identity: str) -> Path | None:
     folder = cache_folder()
     digest = hashlib.sha256(f"{identity}\0{host_identity()}".encode()).hexdigest()
-    path = None if folder is None else folder / f"{digest}.o"
-    if path is not None:
-        found = _cached(path)
-        if found is not None:
-            return found
-    code = bytes(machine.emit_object(llvm.parse_assembly(write())))
+    return None if folder is None else folder / f"{digest}.o"
+
+
+def _compiled(machine: Any, identity: str, write: Callable[[], str]) -> bytes:
+    code = bytes(machine.emit_object(_llvm().parse_assembly(write())))
+    path = _path(identity)
     if path is not None:
         with contextlib.suppress(UserError):  # a full disk costs time at the next start, nothing else
             write_atomic(path, hashlib.sha256(code).digest() + code)
     return code
 
 
-def _cached(path: Path) -> bytes | None:
+def _cached(identity: str) -> bytes | None:
+    path = _path(identity)
     try:
-        content = path.read_bytes()
+        content = b"" if path is None else path.read_bytes()
     except OSError:
         return None
     return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None

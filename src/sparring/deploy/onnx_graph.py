@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import write_atomic
 from .folding import compile_model
-from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse, infer_shapes
+from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 __all__ = ["onnx_error", "program_to_onnx", "to_onnx"]
 
@@ -37,7 +37,7 @@ def program_to_onnx(program: Program, path: Path | str) -> Path:
     except ImportError as error:
         raise UserError("ONNX export needs the package onnx; install sparring[onnx]") from error
     graph = _Graph(helper)
-    shapes = infer_shapes(program.shape, program.steps)
+    shapes = program.shapes
     names = ["images"]
     for number, step in enumerate(program.steps):
         last = number == len(program.steps) - 1

@@ -14,7 +14,7 @@ from .calls import Call, Choice, Layout, Table, kernel_call
 from .kernels import AHEAD, Tile
 from .layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
 from .movement import Pack, Pointwise, PoolMax, Unpack
-from .program import Program, Scale, Shape, Snap, Sparse, infer_shapes
+from .program import Program, Scale, Shape, Snap, Sparse
 from .single import MOST_PLACES, lookup_call, rows_call
 from .sparsifiers import Largest, Narrow
 from .tasks import Elementwise, Layer, MaxPool, Sparsify, Task, View
@@ -33,7 +33,7 @@ class Planner:
         self.program = program
         self.tasks = tasks
         self.layout = layout
-        self.shapes = infer_shapes(program.shape, program.steps)
+        self.shapes = program.shapes
         self.end = 0  # of the memory that all units use in turn, in bytes
         self.unit_bytes = 0  # of the memory that each unit has for itself
         self.buffers: dict[int, Buffer] = {}

@@ -170,9 +170,14 @@ class Program:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
+    def shapes(self) -> list[Shape]:
+        """Return the shape, for one image, of every value."""
+        return infer_shapes(self.shape, self.steps)
+
+    @property
     def classes(self) -> int:
         """Return the number of logits."""
-        return infer_shapes(self.shape, self.steps)[-1][0]
+        return self.shapes[-1][0]
 
     @property
     def nonzeros(self) -> int:

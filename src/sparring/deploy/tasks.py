@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .program import Activation, Add, Flatten, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse, infer_shapes
+from .program import Activation, Add, Flatten, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 __all__ = ["Elementwise", "Layer", "MaxPool", "Sparsify", "Task", "View", "tasks_of"]
 
@@ -73,7 +73,7 @@ def tasks_of(program: Program, *, pools: bool = True) -> list[Task]:
 
     Without `pools`, pooling stays apart from layers, so that what it pools is kept.
     """
-    shapes = infer_shapes(program.shape, program.steps)
+    shapes = program.shapes
     readers: dict[int, list[int]] = {}
     for number, step in enumerate(program.steps):
         for source in step.inputs:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .program import Program, Sparse, infer_shapes
+from .program import Program, Sparse
 
 __all__ = ["Timing", "interleaved", "multiplications", "peak_flops"]
 
@@ -67,7 +67,7 @@ def _energy() -> float | None:
 
 def multiplications(program: Program) -> int:
     """Return how many products of a nonzero weight and an input one image needs."""
-    shapes = infer_shapes(program.shape, program.steps)
+    shapes = program.shapes
     layers = [(step.op, shapes[number + 1]) for number, step in enumerate(program.steps)]
     return sum(op.nonzeros * math.prod(shape[1:]) for op, shape in layers if isinstance(op, Sparse))
 

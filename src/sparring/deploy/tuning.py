@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from ..errors import UserError
 from ..files import read_json, write_json
 from .calls import Call, Choice
-from .kernels import add_kernels
+from .kernels import add_cached_kernels, add_kernels
 from .native import Code, cache_folder, host_identity, host_registers
 from .planning import Planner
 from .tasks import Layer
@@ -21,6 +22,16 @@ from .tasks import Layer
 __all__ = ["tuned", "usual"]
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """The number of the fastest choice for each layer's key, and the names of all kernels that were compiled for it."""
+
+    winners: dict[str, int]
+    kernels: list[str]
+
+
 Memory = tuple[int, int]  # the addresses of an arena and of a kernel's call fields
 _SHARE = 0.02  # a layer with less of the network's work than this is not worth tuning
 _ROUNDS = 5
@@ -49,12 +60,14 @@ def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int, lookup: b
     if not layers:
         return lambda key: candidates[0]
     path = _path(sorted(layers), candidates)
-    winners = _remembered(path, layers, len(candidates))
-    if winners is None:
-        winners = _measure(planner, layers, candidates, code, memory, lookup)
-        _remember(path, winners)
-    chosen = winners
-    return lambda key: candidates[chosen.get(key, 0)]
+    found = _remembered(path, layers, len(candidates))
+    if found is None:
+        found = _measure(planner, layers, candidates, code, memory, lookup)
+        _remember(path, found)
+    else:
+        add_cached_kernels(code, found.kernels)  # they were compiled together with those that lost
+    winners = found.winners
+    return lambda key: candidates[winners.get(key, 0)]
 
 
 def _worth_tuning(planner: Planner) -> dict[str, Layer]:
@@ -77,17 +90,16 @@ def _measure(
     code: Code,
     memory: Memory,
     lookup: bool,
-) -> dict[str, int]:
+) -> _Tuning:
     calls: dict[str, list[Call]] = {
         key: [planner.layer(layer, _always(choice), lookup=lookup) for choice in candidates]
         for key, layer in layers.items()
     }
-    add_kernels(code, (call.spec for tried in calls.values() for call in tried))
+    names = add_kernels(code, (call.spec for tried in calls.values() for call in tried))
     for layer in layers.values():
         _write_zeros(planner, layer, memory[0])
-    return {
-        key: int(np.argmin(_shortest([_runner(call, code, memory) for call in tried]))) for key, tried in calls.items()
-    }
+    times = {key: _shortest([_runner(call, code, memory) for call in tried]) for key, tried in calls.items()}
+    return _Tuning({key: int(np.argmin(one)) for key, one in times.items()}, names)
 
 
 def _write_zeros(planner: Planner, layer: Layer, arena: int) -> None:
@@ -125,20 +137,20 @@ def _path(keys: list[str], candidates: list[Choice]) -> Path | None:
     return None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
 
-def _remembered(path: Path | None, layers: dict[str, Layer], count: int) -> dict[str, int] | None:
+def _remembered(path: Path | None, layers: dict[str, Layer], count: int) -> _Tuning | None:
     if path is None or not path.exists():
         return None
     try:
-        found = read_json(path)
-    except UserError:
+        found = _Tuning(**read_json(path))
+        sound = found.winners.keys() == layers.keys() and all(type(name) is str for name in found.kernels)
+        return found if sound and all(type(i) is int and 0 <= i < count for i in found.winners.values()) else None
+    except (UserError, TypeError, AttributeError):
         return None
-    sound = isinstance(found, dict) and found.keys() == layers.keys()
-    return found if sound and all(type(i) is int and 0 <= i < count for i in found.values()) else None
 
 
-def _remember(path: Path | None, winners: dict[str, int]) -> None:
+def _remember(path: Path | None, found: _Tuning) -> None:
     if path is not None:
         try:
-            write_json(path, winners)
+            write_json(path, asdict(found))
         except UserError:
             return  # a full disk costs time at the next start, nothing else

@@ -96,9 +96,10 @@ def _judges(measure: Measure) -> bool:
 def _nearest(facts: dict[tuple[str, float], tuple[float | None, float, float]], max_latency: float | None) -> str:
     if not facts:
         return "this study has no sparse network to pick from"
-    (method, sparsity), (latency, drop, _) = min(facts.items(), key=lambda item: item[1][1])
-    told = "" if latency is None or max_latency is None else f" and {latency:.3g} ms"
-    return (
-        f"no network fits; the smallest accuracy drop on validation images is {drop:.2g} points{told} "
-        f"({method} at {sparsity:.1%}): allow more with --max-accuracy-drop or --max-latency"
-    )
+    (method, sparsity), (_, drop, _) = min(facts.items(), key=lambda item: item[1][1])
+    told = f"the smallest accuracy drop on validation images is {drop:.2g} points ({method} at {sparsity:.1%})"
+    timed = {who: latency for who, (latency, _, _) in facts.items() if latency is not None}
+    if timed and max_latency is not None:
+        (method, sparsity), latency = min(timed.items(), key=lambda item: item[1])
+        told += f", the lowest latency {latency:.3g} ms ({method} at {sparsity:.1%})"
+    return f"no network fits; {told}: allow more with --max-accuracy-drop or --max-latency"
