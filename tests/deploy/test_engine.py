@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparring import deploy
-from sparring.deploy import engine, planning, tuning
+from sparring.deploy import engine, native, planning, tuning
 from sparring.deploy.calls import Layout
 from sparring.deploy.engine import Engine
 from sparring.deploy.folding import compile_model
@@ -160,6 +160,15 @@ def test_what_is_tuned_never_changes_a_bit(sparse_model, monkeypatch, name):
         monkeypatch.setattr(engine, "tuned", lambda *_, choice=choice, **__: lambda key: choice)
         found.add(b"".join(Engine(program).run(part).tobytes() for part in (x, x[:1])))
     assert len(found) == 1
+
+
+def test_a_second_start_compiles_nothing(sparse_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program = compile_model(sparse_model("lenet-5", 0.1), (1, 28, 28))
+    x = np.random.default_rng(0).random((20, 1, 28, 28), np.float32)
+    first = [Engine(program).run(part) for part in (x, x[:1])]
+    monkeypatch.delattr(native, "_compiled")
+    assert all((Engine(program).run(part) == logits).all() for part, logits in zip((x, x[:1]), first, strict=True))
 
 
 def test_units_share_memory_up_to_the_first_linear_layer(sparse_model):
