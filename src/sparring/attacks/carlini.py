@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..threat import L2, distance
-from .derivatives import logits_and_gradient
-from .losses import Objective, is_past, margin
-from .steps import column, keep_within, select
+from .derivatives import logits_and_gradient, logits_and_pull
+from .losses import is_clear, margin
+from .steps import keep_within, select
 
-__all__ = ["cw"]
+__all__ = ["cw", "lacking"]
 
 _BETAS = (0.9, 0.999)
 # Keeps arctanh finite for pixels that lie on the box.
 _SHRINK = 1 - 1e-6
+# How far beyond the constant of the linearised margin the search begins: nearly every image then succeeds at once.
+_AHEAD = 2.0
 
 
 def cw(
@@ -33,31 +35,41 @@ def cw(
     steps: int = 1000,
     searches: int = 9,
     learning_rate: float = 0.01,
-    start_constant: float = 1e-3,
+    start_constant: float | None = None,
+    precision: float = 0.5,
 ) -> Tensor:
     """Minimise squared distance plus c times the margin shortfall over tanh variables (sections V and VI-A).
 
-    Adam for `steps` iterations, `searches` rounds of binary search on c (the paper's code: 9 and 10000), starting
-    each round afresh; a round of an image ends early when a tenth of the steps brought no progress, as in the authors'
-    code. l_2 only. Returns the nearest point with margin above `confidence`, x where there was none or none within a
-    given eps. The generator is not used. Raises Unsupported for other norms.
+    Adam for `steps` iterations, at most `searches` rounds of binary search on c (the paper's code: 10000 and 9),
+    starting each round afresh; a round of an image ends early when a tenth of the steps brought no progress, as in the
+    authors' code. An image's search begins at twice the c at which its linearised margin would reach the boundary, and
+    ends when c is known to the share `precision` of itself. The authors' search begins at c = 0.001 for every image,
+    goes up in tens and makes all nine rounds: start_constant=1e-3, precision=0. l_2 only. Returns the nearest point
+    with margin above `confidence`, x where there was none or none within a given eps. The generator is not used. Raises
+    Unsupported for other norms.
     """
     if norm != L2:
         raise Unsupported("C&W is an l_2 attack here; for other norms use nearest or fab")
     nearest = x.clone()
     smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-    low = torch.zeros_like(smallest)
-    high = torch.full_like(smallest, 1e10)
-    constant = torch.full_like(smallest, start_constant)
+    low, high = torch.zeros_like(smallest), torch.full_like(smallest, torch.inf)
+    if start_constant is None:
+        constant, growth = _AHEAD * _linearised(model, x, y, targets, confidence), 2.0
+    else:
+        constant, growth = torch.full_like(smallest, start_constant), 10.0
+    rows = torch.arange(len(x), device=x.device)
     for _ in range(searches):
-        point, moved = _minimise(model, x, y, targets, constant, confidence, steps, learning_rate)
-        better = moved < smallest
-        smallest = torch.where(better, moved, smallest)
-        nearest = torch.where(column(better, x), point, nearest)
+        if len(rows) == 0:
+            break
+        part = x[rows], y[rows], select(targets, rows), constant[rows]
+        point, moved = _minimise(model, *part, confidence, steps, learning_rate)
+        better = moved < smallest[rows]
+        nearest[rows[better]], smallest[rows[better]] = point[better], moved[better]
         won = torch.isfinite(moved)
-        high = torch.where(won, torch.minimum(high, constant), high)
-        low = torch.where(won, low, torch.maximum(low, constant))
-        constant = torch.where(high < 1e9, (low + high) / 2, constant * 10)
+        high[rows] = torch.where(won, constant[rows], high[rows])
+        low[rows] = torch.where(won, low[rows], constant[rows])
+        constant = torch.where(torch.isfinite(high), (low + high) / 2, low * growth)
+        rows = (torch.isinf(high) | (high - low > precision * high)).nonzero().squeeze(1)
     return keep_within(x, nearest, L2, eps)
 
 
@@ -81,20 +93,22 @@ def _minimise(
     w = torch.atanh((2 * x - 1) * _SHRINK)
     mean, square = torch.zeros_like(w), torch.zeros_like(w)
     checked = torch.full_like(smallest, torch.inf)
+
+    def slope(logits: Tensor) -> Tensor:
+        return lacking(logits, y, targets, constant, confidence)
+
     for step in range(1, steps + 1):
-        squashed = torch.tanh(w)
-        point = squashed.add(1).mul_(0.5)
-        logits, gradient = logits_and_gradient(model, point, _shortfall(constant, confidence), y, targets)
+        point = torch.sigmoid(2 * w)
+        logits, gradient = logits_and_pull(model, point, slope)
         gap = margin(logits, y, targets)
         delta = point - x
         moved = distance(delta, L2)
-        better = is_past(logits, y, targets, confidence=confidence) & (moved < smallest[active])
+        better = is_clear(gap, logits, confidence=confidence) & (moved < smallest[active])
         if bool(better.any()):
             nearest[active[better]] = point[better]
             smallest[active[better]] = moved[better]
-        # The chain rule through (tanh(w) + 1)/2: half the gradient times 1 − tanh².
-        gradient.mul_(0.5).add_(delta)
-        gradient.addcmul_(gradient.clone(), squashed.square_(), value=-1)
+        # The chain rule through p = (tanh(w) + 1)/2: twice p(1 - p).
+        gradient.add_(delta, alpha=2).mul_((1 - point).mul_(point).mul_(2))
         mean.lerp_(gradient, 1 - _BETAS[0])
         square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
         # Adam's bias corrections, applied to the step's length and to epsilon instead of to whole tensors.
@@ -113,10 +127,20 @@ def _minimise(
     return nearest, smallest
 
 
-def _shortfall(constant: Tensor, confidence: float) -> Objective:
-    """Return the paper's c·f_6: c times what the margin still lacks."""
+def lacking(logits: Tensor, y: Tensor, targets: Tensor | None, constant: Tensor, confidence: float) -> Tensor:
+    """Return the gradient of the paper's c·f_6, c times what the margin still lacks, with respect to the logits."""
+    label = (y if targets is None else targets).unsqueeze(1)
+    rival = logits.scatter(1, label, -torch.inf).argmax(1, keepdim=True)
+    gap = (logits.gather(1, rival) - logits.gather(1, label)).squeeze(1) * (1 if targets is None else -1)
+    pull = (constant * (gap <= confidence) * (1 if targets is None else -1)).unsqueeze(1)
+    return torch.zeros_like(logits).scatter_(1, label, pull).scatter_(1, rival, -pull)
 
-    def objective(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
-        return constant * (confidence - margin(logits, y, targets)).clamp_min(0)
 
-    return objective
+def _linearised(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None, confidence: float) -> Tensor:
+    """Return the constants at which the boundary would just be reached if the margin were linear and the box not there.
+
+    Then |δ|² + c·(lack − g·δ) is smallest at δ = c·g/2, which makes up for the lack if c·|g|² = 2·lack.
+    """
+    logits, gradient = logits_and_gradient(model, x, margin, y, targets)
+    lack = (confidence - margin(logits, y, targets)).clamp_min(1e-12)
+    return 2 * lack / distance(gradient, L2).square().clamp_min(1e-12)

@@ -102,15 +102,8 @@ def logits_and_gradient(
 
     A graph that is cut gives zeros, and so do NaN and infinite gradients, which would lose an image for good.
     """
-    if isinstance(model, Probe) and model.hand is not None:
-        return _by_hand(model, model.hand, x, objective, y, targets)
-    kernels = _kernels(model)
-    if kernels is not None:
-        with torch.no_grad():
-            logits = model(x)
-        if isinstance(model, Probe):
-            model.backwards += len(x)
-        return logits, _finite(kernels(x, _slope(objective, logits, y, targets)))
+    if (isinstance(model, Probe) and model.hand is not None) or _kernels(model) is not None:
+        return logits_and_pull(model, x, lambda logits: _slope(objective, logits, y, targets))
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
@@ -118,6 +111,30 @@ def logits_and_gradient(
     if not total.requires_grad:
         return logits.detach(), torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(total, point, allow_unused=True, materialize_grads=True)
+    return logits.detach(), _finite(gradient)
+
+
+def logits_and_pull(model: nn.Module, x: Tensor, slope: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return logits (N, K) and the input gradient of one weighted sum of them per image; see logits_and_gradient.
+
+    `slope` turns the detached logits into the weights, (N, K): an objective's gradient, where that is known by hand.
+    """
+    if isinstance(model, Probe) and model.hand is not None:
+        return _by_hand(model, model.hand, x, slope)
+    kernels = _kernels(model)
+    if kernels is not None:
+        with torch.no_grad():
+            logits = model(x)
+        if isinstance(model, Probe):
+            model.backwards += len(x)
+        return logits, _finite(kernels(x, slope(logits)))
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+    if not logits.requires_grad:
+        return logits, torch.zeros_like(x)
+    weights = slope(logits.detach())
+    (gradient,) = torch.autograd.grad(logits, point, weights, allow_unused=True, materialize_grads=True)
     return logits.detach(), _finite(gradient)
 
 
@@ -151,13 +168,11 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
     return logits.detach(), _finite(gradients)
 
 
-def _by_hand(
-    probe: Probe, hand: ByHand, x: Tensor, objective: Objective, y: Tensor, targets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return what logits_and_gradient does; autograd sees no more than the objective of the logits."""
+def _by_hand(probe: Probe, hand: ByHand, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what logits_and_pull does, without autograd."""
     logits, hidden = probe.through(hand, x)
     probe.backwards += len(x)
-    slope = _slope(objective, logits, y, targets)
+    slope = weigh(logits)
     if isinstance(hand, Dense):
         live = slope.any(1).nonzero().squeeze(1)
         if _FEWEST <= len(live) < (1 - _IDLE) * len(x):

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Objective", "cross_entropy", "dlr", "is_past", "margin", "scaled_cross_entropy", "smooth_margin"]
+__all__ = [
+    "Objective",
+    "cross_entropy",
+    "dlr",
+    "is_clear",
+    "is_past",
+    "margin",
+    "scaled_cross_entropy",
+    "smooth_margin",
+]
 
 # A fresh pass in another batch may round this differently, as a share of the largest logit.
 _ROUNDING = 2e-6
@@ -38,7 +47,12 @@ def is_past(logits: Tensor, y: Tensor, targets: Tensor | None = None, *, confide
     """Return where the margin exceeds `confidence` by more than rounding: a search for the nearest point ends so near
     the boundary that another pass could otherwise judge differently.
     """
-    return margin(logits, y, targets) > confidence + _ROUNDING * logits.abs().amax(1)
+    return is_clear(margin(logits, y, targets), logits, confidence=confidence)
+
+
+def is_clear(gap: Tensor, logits: Tensor, *, confidence: float = 0.0) -> Tensor:
+    """Return what `is_past` does for logits whose margin is known, (N,)."""
+    return gap > confidence + _ROUNDING * logits.abs().amax(1)
 
 
 def smooth_margin(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
