@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparring.threat import dual
+
 
 class Affine(nn.Module):
     """Two classes, logits (0, w·x + b): every distance has a closed form."""
@@ -33,6 +35,13 @@ def affine_problem(seed: int, *, features: int = 20, images: int = 40, on_box: b
     with torch.no_grad():
         y = model(x).argmax(1)
     return model, x, y
+
+
+def unboxed_distance(model: Affine, x: Tensor, norm: float) -> Tensor:
+    """Return the exact distance to the boundary where pixels may take any value: |f| over the dual norm of w."""
+    weight = model.weight.detach().double()
+    score = x.flatten(1).double() @ weight + model.bias.detach().double()
+    return score.abs() / torch.linalg.vector_norm(weight, ord=dual(norm))
 
 
 def boxed_distance(model: Affine, x: Tensor, y: Tensor, norm: float) -> Tensor:

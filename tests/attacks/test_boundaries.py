@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparring.attacks import deepfool, run
 from sparring.attacks.boundaries import nearest_boundary, pull_back
 from sparring.attacks.dense import read_dense
 from sparring.attacks.derivatives import Probe
 from sparring.attacks.losses import margin
 from sparring.attacks.stem import find_stem
-from sparring.threat import L2, LINF, distance
+from sparring.threat import L2, LINF, Threat, distance
 
 
 class Shift(nn.Module):
@@ -63,6 +64,18 @@ def test_the_stem_of_a_sparse_network_finds_the_same_boundary() -> None:
         assert stem is not None
         full, short = (nearest_boundary(probe, x, y, norm=L2, stem=choice) for choice in (None, stem))
         torch.testing.assert_close(short.distance, full.distance, rtol=1e-4, atol=1e-6)
+
+
+def test_the_stem_leaves_an_image_without_gradient_where_it_is(images: Tensor) -> None:
+    """Channel pruning leaves so few units that all of them can be silent at an image."""
+    net = narrow_net(3)
+    with torch.no_grad():
+        net[2].bias[:] = -100
+    probe = Probe(net, hand=read_dense(net, images))
+    boundary = nearest_boundary(probe, images, net(images).argmax(1), norm=L2, stem=find_stem(probe))
+    assert torch.isfinite(boundary.distance).all() and not boundary.gradient.any()
+    result = run(net, images, net(images).argmax(1), deepfool, Threat(L2))
+    assert torch.isfinite(result.x_adv).all() and torch.isinf(result.distance).all()
 
 
 def test_a_second_way_for_the_input_is_noticed(images: Tensor) -> None:

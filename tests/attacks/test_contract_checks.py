@@ -48,6 +48,27 @@ def test_eps_in_other_units_is_refused(norm: float, eps: float, net: nn.Module, 
         run(net, images, net(images).argmax(1), fgsm, Threat(norm, eps))
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda y: y, "12 images have their own class"),
+        (lambda y: y + 4, "4 classes"),
+        (lambda y: y - 4, "4 classes"),
+        (lambda y: (y + 1).float() % 4, "int64"),
+        (lambda y: (y[:3] + 1) % 4, r"\(12,\)"),
+    ],
+)
+def test_targets_that_mean_nothing_are_refused(spoil, message: str, net: nn.Module, images: Tensor) -> None:  # type: ignore[no-untyped-def]
+    y = net(images).argmax(1)
+    with pytest.raises(UserError, match=message):
+        run(net, images, y, pgd, SMALL, targets=spoil(y))
+
+
+def test_images_of_another_precision_are_refused(net: nn.Module, images: Tensor) -> None:
+    with pytest.raises(UserError, match="float64"):
+        run(net, images.double(), net(images).argmax(1), fgsm, SMALL)
+
+
 class Jitter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.rand_like(x)

@@ -91,6 +91,17 @@ def test_violations_are_flagged_and_never_repaired(net: nn.Module, images: Tenso
     assert torch.equal(result.x_adv, images + 2)
 
 
+def test_an_image_that_is_no_number_is_no_success(net: nn.Module, images: Tensor) -> None:
+    def overflow(model, x, y, *, norm, eps=None, targets=None, generator=None):  # type: ignore[no-untyped-def]
+        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 3, torch.nan, x)
+
+    for threat in (Threat(LINF, 0.1), Threat(L2)):
+        result = run(net, images, net(images).argmax(1), overflow, threat)
+        assert not result.success.any()
+        assert torch.isinf(result.distance).all()
+        assert "box-violation" in {flag.name for flag in result.flags}
+
+
 def test_a_budget_attack_without_budget_is_refused(net: nn.Module, images: Tensor) -> None:
     with pytest.raises(UserError, match="eps"):
         run(net, images, net(images).argmax(1), pgd, Threat(LINF))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from sparring.attacks import (
     ATTACKS,
+    FLAGS,
     Attack,
     Flag,
     apgd,
@@ -46,10 +49,30 @@ def test_flag_names_are_known() -> None:
         Flag("no-such-flag", "")
 
 
+def test_the_document_explains_every_flag_and_no_other() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "flags.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `([a-z-]+)` \|", document, flags=re.MULTILINE))
+    assert explained == {*FLAGS, "contradicted-distance"}, "the last one is found by the report"
+
+
 def test_an_idle_attack_fails_with_an_unlimited_budget(net: nn.Module, images: Tensor) -> None:
     y = net(images).argmax(1)
     assert [flag.name for flag in check_unlimited(net, images, y, idle)] == ["unlimited-budget"]
     assert check_unlimited(net, images, y, pgd) == ()
+
+
+def test_bad_luck_with_an_unlimited_budget_is_no_flag(net: nn.Module, images: Tensor) -> None:
+    tries: list[int] = []
+
+    def unlucky(model, x, y, *, norm, eps=None, targets=None, generator=None):  # type: ignore[no-untyped-def]
+        tries.append(len(x))
+        x_adv = pgd(model, x, y, norm=norm, eps=eps)
+        return torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x_adv, x)
+
+    assert (
+        check_unlimited(net, images, net(images).argmax(1), unlucky, generator=torch.Generator().manual_seed(0)) == ()
+    )
+    assert len(tries) > 1 and tries == sorted(tries, reverse=True), "only images still standing are tried again"
 
 
 @pytest.fixture
@@ -193,7 +216,7 @@ def test_batch_size_and_order_move_no_distance(attack: Attack, norm: float, net:
     assert abs(float(whole.distance.mean() - parts.distance.mean())) <= 1e-4
 
 
-@pytest.mark.parametrize(("attack", "norm"), [(nearest, L2), (nearest, LINF), (deepfool, L2), (fab, L2)])
+@pytest.mark.parametrize(("attack", "norm"), [(nearest, L2), (nearest, LINF), (deepfool, L2), (fab, L2), (ddn, L2)])
 def test_batch_size_and_order_move_no_distance_on_real_images(
     attack: Attack, norm: float, trained: tuple[nn.Module, Tensor, Tensor]
 ) -> None:

@@ -19,8 +19,8 @@ __all__ = ["Boundary", "nearest_boundary", "pull_back"]
 class Boundary(NamedTuple):
     """One linearised boundary per image.
 
-    logits (N, K); gap (N,), positive where it is still to be closed; gradient (N, ...) of the growing difference of
-    logits; distance (N,) = |gap| / dual norm of the gradient, the box ignored.
+    logits (N, K); gap (N,), positive where it is still to be closed, 0 where it is not finite; gradient (N, ...) of the
+    growing difference of logits; distance (N,) = |gap| / dual norm of the gradient, the box ignored.
     """
 
     logits: Tensor
@@ -54,7 +54,7 @@ def nearest_boundary(
         return chosen[0]
 
     logits, gradients = logits_and_rows(model, x, differences)
-    gaps = -(chosen[0] * logits).sum(2)
+    gaps = _gaps(chosen[0], logits)
     dual_norms = torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2).clamp_min(1e-30)
     distances = gaps.abs() / dual_norms
     if len(distances) == 1:
@@ -72,12 +72,17 @@ def _through_stem(
     weights = _differences(logits, y, targets, aims, candidates)
     stem.probe.backwards += len(weights) * len(x)
     rows = stem.dense.back_to_first(weights, hidden)
-    gaps = -(weights * logits).sum(2)
+    gaps = _gaps(weights, logits)
     nearest, length = stem.nearest(gaps, rows)
     images = torch.arange(len(x), device=x.device)
     gradient = (rows[nearest, images] @ stem.dense.weights[0]).view_as(x)
     gap = gaps[nearest, images]
     return Boundary(logits, gap, gradient, gap.abs() / length)
+
+
+def _gaps(weights: Tensor, logits: Tensor) -> Tensor:
+    """Return what the weighted sums (R, N) of logits lack to be positive, 0 where that is no number."""
+    return (-(weights * logits).sum(2)).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _differences(

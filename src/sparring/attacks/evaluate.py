@@ -17,7 +17,17 @@ from ..errors import UserError
 from ..threat import Threat, distance
 from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
 from .batches import batch_size_for
-from .checks import check_inputs, check_losses, check_mode, check_model, check_threat, is_random, state_of
+from .checks import (
+    check_inputs,
+    check_losses,
+    check_mode,
+    check_model,
+    check_precision,
+    check_targets,
+    check_threat,
+    is_random,
+    state_of,
+)
 from .convolved import read_convolved
 from .dense import read_dense
 from .derivatives import Probe, frozen
@@ -106,9 +116,10 @@ def run(
     Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
     straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
     transferred. None: on the dense network where modules of activation sparsity say what they took the place of; {}: on
-    none. The best of all counts for each image. A model that draws random numbers is attacked in expectation over
-    `draws` passes, and an image counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the
-    same network by faster passes, such as packed kernels: the attack asks that, the verdict the model.
+    none. The best of all counts for each image. A model that draws random numbers is attacked with single passes, then
+    in expectation over `draws` of them, and an image counts as misclassified if most of 3·draws + 1 other passes are
+    wrong. `through` is the same network by faster passes, such as packed kernels: the attack asks that, the verdict the
+    model.
 
     `convergence`: on how many of the images a run four times as long shows whether more steps would still help (see
     `check_convergence`); an attack without steps has nothing to show. Raises UserError for inputs or a model that break
@@ -117,12 +128,14 @@ def run(
     start = time.perf_counter()
     check_inputs(x, y)
     check_threat(x, threat)
+    check_precision(model, x)
     seed = _seed_from(generator)
     others = _dense_network(model) if surrogates is None else surrogates
     mode = check_mode(model)
     with ExitStack() as stack:
         for network in (model, *others.values()):
             stack.enter_context(frozen(network))
+        check_targets(model, x, y, targets)
         before = state_of(model)
         random = is_stochastic(model) or is_random(model, x)
         flags = [*mode, *_undeclared(model, random), *check_model(model, x, y, random=random)]
@@ -136,10 +149,18 @@ def run(
         stack.enter_context(seeded(model, seed))
 
         outcome = judge(x, x, clean_correct)
+        if random:
+            # As one would attack any model, a draw at a time: what the expectation adds to that, chance had hidden.
+            probe.draws = 1
+            outcome, _ = _better(outcome, judge(x, order(probe, _still_open(outcome, threat)), clean_correct))
+            probe.draws = draws
+        gained = torch.zeros_like(clean_correct)
         # What fools one set of draws need not fool another: images still standing get four more chances.
         for _ in range(5 if random else 1):
             found = order(probe, _still_open(outcome, threat))
-            outcome, _ = _better(outcome, judge(x, found, clean_correct))
+            outcome, more = _better(outcome, judge(x, found, clean_correct))
+            gained |= more
+        flags += _masked("the expectation over draws", gained, clean_correct) if random else []
         if has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags):
             probe.model, probe.hand = model, None
             with straight_through(model, x[:1]):
@@ -293,8 +314,8 @@ class _Judge:
     def __call__(self, x: Tensor, x_adv: Tensor, clean_correct: Tensor) -> _Outcome:
         """Return the outcome of an attack; images misclassified from the start are no success."""
         reached = self.wrong(x_adv) if self.targets is None else self._share(x_adv, self.targets) > 0.5
-        success = clean_correct & reached
         moved = distance(x_adv - x, self.norm)
+        success = clean_correct & reached & torch.isfinite(moved)  # NaN is no image, whatever the model makes of it
         reach = torch.where(success, moved, torch.where(clean_correct, torch.inf, 0.0))
         return _Outcome(x_adv, moved, success, reach)
 
@@ -316,7 +337,7 @@ def _better(first: _Outcome, second: _Outcome) -> tuple[_Outcome, Tensor]:
 
     Where neither succeeded, what the second left behind is kept if it moved at all.
     """
-    taken = (second.distance < first.distance) | (torch.isinf(first.distance) & (second.moved > 0))
+    taken = (second.distance < first.distance) | (torch.isinf(first.distance) & (second.moved != 0))  # NaN is not 0
     shape = column(taken, first.x_adv)
     merged = _Outcome(
         torch.where(shape, second.x_adv, first.x_adv),

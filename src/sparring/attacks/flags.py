@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["FLAGS", "Flag", "exceeds"]
+__all__ = ["FLAGS", "Flag", "exceeds", "many"]
 
 # A result raises about ten checks, and at most one honest network in a hundred may see one fail.
 _CHANCE = 1e-3
@@ -20,7 +20,7 @@ FLAGS = {
     "training-mode": "layers came in training mode",
     "batch-dependent": "an image's logits depend on the other images of the batch",
     "state-changed": "parameters or buffers changed during the attack",
-    "masked-gradients": "a straight-through backward pass or another model's examples beat the model's own gradients",
+    "masked-gradients": "a straight-through pass, an expectation or another model's examples beat plain gradients",
     "weaker-wins": "an attack that should be weaker did better",
     "silent-success": "the attack passed an adversarial example and returned another point",
     "unlimited-budget": "the attack fails on some images although everything is allowed",
@@ -53,3 +53,12 @@ def exceeds(more: int, fewer: int, *, share: float, of: int) -> bool:
     apart = more + fewer
     chance = sum(math.comb(apart, count) for count in range(more, apart + 1)) / 2**apart
     return more - fewer >= share * of and chance <= _CHANCE
+
+
+def many(count: int, of: int, *, share: float) -> bool:
+    """Return whether more than `share` of all images are so, beyond chance.
+
+    Were `share` what such images are of all there are, so many in a sample of `of` would have a chance of at most 0.001
+    (exact binomial test, one-sided).
+    """
+    return sum(math.comb(of, k) * share**k * (1 - share) ** (of - k) for k in range(count, of + 1)) <= _CHANCE

@@ -72,8 +72,11 @@ def cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> T
 def scaled_cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
     """Return the cross-entropy of logits stretched to a span of 20, so that it never saturates and no scale matters.
 
-    The span is a constant to the gradient. 20 is what an ordinarily trained network of ten classes has.
+    The span is a constant to the gradient. 20 is what an ordinarily trained network of ten classes has. Of two classes
+    the gap is the span, at which single precision loses the own class's gradient: the margin is returned.
     """
+    if logits.shape[1] == 2:
+        return margin(logits, y, targets)
     span = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach().clamp_min(1e-12)
     return cross_entropy(logits * (20 / span), y, targets)
 

@@ -29,6 +29,7 @@ WEAKER: tuple[tuple[str, str], ...] = (
     ("fast", "standard"),
 )
 _NOTABLE = 0.02
+_RETRIES = 3
 # What the evaluator itself allows beyond box and budget.
 _TOLERANCE = 1e-6
 
@@ -43,16 +44,22 @@ def check_unlimited(
     images: int = 64,
     generator: torch.Generator | None = None,
 ) -> tuple[Flag, ...]:
-    """Return a flag unless the attack fools every image when each pixel may take any value (Athalye et al. 2018).
+    """Return a flag unless the attack fools the images when each pixel may take any value (Athalye et al. 2018).
 
-    Not for attacks of a single step (FGSM), which need not arrive anywhere.
+    Images still standing are attacked three times again: an honest network too may be silent around one random start.
+    At least 2 images and 2% of all must withstand that. Not for attacks of a single step (FGSM), which need not arrive
+    anywhere.
     """
     threat = Threat(norm, diameter(x, norm))
-    result = run(model, x[:images], y[:images], attack, threat, generator=generator)
-    standing = int((result.clean_correct & ~result.success).sum())
-    if standing == 0:
-        return ()
-    detail = f"{standing} of {int(result.clean_correct.sum())} images withstand any change; do not report this attack"
+    rows = torch.arange(min(images, len(x)), device=x.device)
+    attacked = 0
+    for attempt in range(1 + _RETRIES):
+        result = run(model, x[rows], y[rows], attack, threat, generator=generator)
+        attacked = int(result.clean_correct.sum()) if attempt == 0 else attacked
+        rows = rows[result.clean_correct & ~result.success]
+        if len(rows) < max(2, _NOTABLE * attacked):
+            return ()
+    detail = f"{len(rows)} of {attacked} images withstand any change; do not report this attack"
     return (Flag("unlimited-budget", detail),)
 
 

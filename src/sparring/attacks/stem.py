@@ -47,7 +47,8 @@ class Stem:
         open_still = size / widest <= (size / narrowest).amin(0) * (1 + 1e-4)
         chosen = gradients[open_still]
         norms = torch.full_like(gaps, 1e-30)
-        norms[open_still] = ((chosen @ self.gram) * chosen).sum(1).clamp_min(1e-60).sqrt()
+        # The square of the floor would be 0 in single precision, and what is dead would be sent to infinity.
+        norms[open_still] = ((chosen @ self.gram) * chosen).sum(1).clamp_min(0).sqrt().clamp_min(1e-30)
         nearest = torch.where(open_still, size / norms, torch.inf).argmin(0)
         return nearest, norms[nearest, torch.arange(gaps.shape[1], device=gaps.device)]
 
