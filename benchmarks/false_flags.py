@@ -1,18 +1,26 @@
 """Honestly trained networks under every attack and check: how many raise a false alarm.
 
     python benchmarks/false_flags.py [--json] [--networks 54] [--first-seed 0] [--images 100]
+        [--study out/paper-lenet-300-100 --studied 54 --data-dir DIR] [--keep DIR] [--seconds 170]
 
 Small networks on the 8×8 digits, in equal parts plain, pruned and adversarially trained, fully connected and
-convolutional with batch normalisation. Each is attacked by FGSM, PGD, `fast` (l_inf) and by `nearest` and DeepFool
-(l_2), then checked for convergence, order, losses, silent successes, and for half and unlimited budgets. At most 1% of
-the networks may raise a false flag. `unfinished-search` is shown but not counted: where the attack found nothing for an
-image, it says no more than that.
+convolutional with batch normalisation; and, with --study, networks that a study has trained on real images: its
+references, controls and those of every pruning method at every sparsity, evenly picked. Each is attacked by FGSM, PGD,
+`fast` (l_inf) and by `nearest` and DeepFool (l_2), then checked for convergence, order, losses, silent successes, and
+for half and unlimited budgets. At most 1% of the networks may raise a false flag. `unfinished-search` is shown but not
+counted: where the attack found nothing for an image, it says no more than that.
+
+With --keep each network's row is written to a file; --seconds ends a run early, and the next goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +41,9 @@ from sparring.attacks import (
     robust_accuracy,
     run,
 )
+from sparring.files import write_json
+from sparring.study import Context, Record, Store, read_plan
+from sparring.study.networks import chosen_images, network_of
 from sparring.threat import L2, LINF, Threat
 
 EPS = 0.1
@@ -41,42 +52,103 @@ BUDGET = {"fgsm": fgsm, "pgd": pgd, "fast": fast}
 MINIMUM_NORM = {"nearest": nearest, "deepfool": deepfool}
 
 
+@dataclass(frozen=True)
+class Subject:
+    """An honest network: its name, how it was trained, and what makes it together with images and labels."""
+
+    name: str
+    training: str
+    make: Callable[[int], tuple[nn.Module, Tensor, Tensor]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--networks", type=int, default=54)
+    parser.add_argument("--networks", type=int, default=54, help="how many small ones are trained")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--study", type=Path, help="a study's folder")
+    parser.add_argument("--studied", type=int, default=54, help="how many of its networks")
+    parser.add_argument("--data-dir", type=Path, help="where the study's data are")
+    parser.add_argument("--keep", type=Path, help="a folder for the rows")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other network after that")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [
-        examine(seed, options.images, report=not options.json)
-        for seed in range(options.first_seed, options.first_seed + options.networks)
-    ]
+    subjects = [small(seed) for seed in range(options.first_seed, options.first_seed + options.networks)]
+    if options.study:
+        subjects += studied(options.study, options.studied, options.data_dir)
+    start, rows = time.monotonic(), []
+    for subject in subjects:
+        kept = options.keep / f"{subject.name}.json" if options.keep else None
+        if kept and kept.exists():
+            rows.append(json.loads(kept.read_text()))
+        elif time.monotonic() - start < options.seconds:
+            rows.append(examine(subject, options.images))
+            if kept:
+                write_json(kept, rows[-1])
+            if not options.json:
+                print(rows[-1], flush=True)
+    report(rows, len(subjects), as_json=options.json)
+
+
+def report(rows: list[dict[str, object]], wanted: int, *, as_json: bool) -> None:
+    """Print what was found, and fail where more than 1% of all networks raised a false flag."""
     flagged = sum(bool(row["false"]) for row in rows)
-    if options.json:
+    if as_json:
         print(json.dumps({"networks": len(rows), "flagged": flagged, "rows": rows}, indent=1))
     else:
-        print(f"{flagged} of {len(rows)} networks raised a false flag")
-    if flagged > 0.01 * len(rows):
+        for kind in sorted({str(row["training"]) for row in rows}):
+            alike = [row for row in rows if row["training"] == kind]
+            print(f"{kind}: {sum(bool(row['false']) for row in alike)} of {len(alike)}")
+        print(f"{flagged} of {len(rows)} networks raised a false flag; {wanted - len(rows)} are still to be examined")
+    if len(rows) == wanted and flagged > 0.01 * len(rows):
         raise SystemExit(f"{flagged} of {len(rows)} honest networks raised a false flag; 1% is the limit")
 
 
-def examine(seed: int, images: int, *, report: bool) -> dict[str, object]:
+def examine(subject: Subject, images: int) -> dict[str, object]:
     """Return one row: what was trained, its robust accuracies and the flags that it raised."""
-    dataset = data.load("digits")
-    kind, shape = KINDS[seed % 3], "dense" if seed // 3 % 2 else "convolutional"
-    torch.manual_seed(seed)
-    model = network(shape, dataset)
-    train(model, data.as_float(dataset.train.x), dataset.train.y, kind)
-    x, y = data.as_float(dataset.test.x)[:images], dataset.test.y[:images]
+    model, x, y = subject.make(images)
     robust, flags = judge(model.eval(), x, y)
     false = [flag for flag in flags if "unfinished-search" not in flag]
-    row: dict[str, object] = {"seed": seed, "network": shape, "training": kind, "robust": robust, "flags": flags}
-    row["false"] = false
-    if report:
-        print(row, flush=True)
-    return row
+    row: dict[str, object] = {"network": subject.name, "training": subject.training, "robust": robust, "flags": flags}
+    return row | {"false": false}
+
+
+def studied(folder: Path, count: int, root: Path | None) -> Iterator[Subject]:
+    """Yield networks of a study, evenly picked from all of its cells."""
+    document, store = read_plan(folder), Store(folder)
+    dataset = data.load(document["plan"]["data"], root)
+    found = {}
+    for cell in document["cells"]:
+        for key in cell["tasks"]:
+            record = store.peek(key)
+            # A cell's last training is its own; those before it are what it began from.
+            if record is not None and record.stage in ("train", "prune") and record.error is None:
+                found[cell["method"], cell["sparsity"], cell["seed"]] = record
+    places = sorted(found, key=str)
+    for method, level, seed in places[:: max(len(places) // count, 1)][:count]:
+        record = found[method, level, seed]
+
+        def make(images: int, record: Record = record) -> tuple[nn.Module, Tensor, Tensor]:
+            network = network_of(Context(dataset, store.tensors), record.inputs, record.key)
+            x, y = chosen_images(dataset, "test", 0, images)
+            return network, data.as_float(x), y
+
+        yield Subject(f"{method}-{level}-{seed}", method, make)
+
+
+def small(seed: int) -> Subject:
+    """Return a network on the digits; its seed says of which of six kinds."""
+    kind, shape = KINDS[seed % 3], "dense" if seed // 3 % 2 else "convolutional"
+
+    def make(images: int) -> tuple[nn.Module, Tensor, Tensor]:
+        dataset = data.load("digits")
+        torch.manual_seed(seed)
+        model = network(shape, dataset)
+        train(model, data.as_float(dataset.train.x), dataset.train.y, kind)
+        return model, data.as_float(dataset.test.x)[:images], dataset.test.y[:images]
+
+    return Subject(f"digits-{shape}-{seed}", kind, make)
 
 
 def network(shape: str, dataset: data.Dataset) -> nn.Module:
