@@ -1,101 +1,176 @@
-"""Side by side with other libraries, where they are installed: no larger norms, no fewer successes, same budget."""
+"""Side by side with other libraries, where they are installed: no larger norms, no fewer successes, same budget.
+
+`pip install 'sparring[peers]'` brings foolbox and ART; adversarial-library comes by `pip install --no-deps adv-lib` and
+wants modules named visdom and torchvision, empty ones will do. CIFAR-10 is looked for as `sparring data` says.
+"""
 
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring import models
-from sparring.attacks import AttackResult, ddn, deepfool, nearest, pgd, run
+from sparring import data, models
+from sparring.attacks import Attack, AttackResult, apgd, cw, ddn, deepfool, fab, nearest, pgd, run
+from sparring.attacks.losses import dlr
 from sparring.data import Dataset, as_float
+from sparring.errors import DataError
 from sparring.threat import L2, LINF, Threat, distance
+from sparring.train import Recipe, fit
 
 # As many passes as a hundred steps of DDN.
 EQUAL = partial(nearest, steps=93)
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs, not ours
 
 
-@pytest.fixture(scope="module", params=["digits", "mnist-5k"])
-def task(request: pytest.FixtureRequest, digits: Dataset) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return LeNet-300-100 trained on real images and a hundred of them that it classifies correctly."""
+class Task(NamedTuple):
+    """A trained network, a hundred images that it classifies correctly, and an l_inf budget that fools some of them.
+
+    slack: by how much `nearest` may end farther away than DDN: on 64 pixels it does, by .2%, elsewhere it ends nearer.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float
+    slack: float = 1e-3
+
+
+# Before `task` in every test, so that nothing is trained where the peer is missing.
+@pytest.fixture(scope="module")
+def foolbox() -> ModuleType:
+    return pytest.importorskip("foolbox")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def adv_lib() -> ModuleType:
+    return pytest.importorskip("adv_lib.attacks", exc_type=ImportError)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def art() -> ModuleType:
+    return pytest.importorskip("art")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=["digits", "mnist-5k", "cifar10-jpeg.zip"])
+def task(request: pytest.FixtureRequest) -> Task:
+    """Return LeNet-300-100 trained on real digits, or a small convolutional network on CIFAR-10."""
     if request.param == "mnist-5k":
         model, x, y = request.getfixturevalue("trained")
-        return model.requires_grad_(False), x, y
-    model = models.build("lenet-300-100", shape=(1, 8, 8), classes=10, mean=digits.mean, std=digits.std)
-    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
-    x, y = as_float(digits.train.x), digits.train.y
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(8):
-        for rows in torch.randperm(len(x), generator=generator).split(128):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimiser.step()
-    x, y = as_float(digits.test.x), digits.test.y
-    right = (model.eval()(x).argmax(1) == y).nonzero().squeeze(1)[:100]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model, x[right], y[right]
+        return Task(model.requires_grad_(False), x, y, 0.07)
+    try:
+        dataset = data.load(request.param)
+    except DataError as error:
+        pytest.skip(str(error))
+    if request.param == "digits":
+        shape, mean, std = (1, 8, 8), dataset.mean, dataset.std
+        model = models.build("lenet-300-100", shape=shape, classes=10, mean=mean, std=std)
+        return trained_on(dataset, model, 8, 0.1)._replace(slack=2.5e-3)
+    return trained_on(dataset, convolutional(dataset), 2, 2 / 255, images=10_000)
 
 
-def ours(task: tuple[nn.Module, Tensor, Tensor], attack, threat: Threat) -> AttackResult:  # type: ignore[no-untyped-def]
-    return run(*task, attack, threat, generator=torch.Generator().manual_seed(0))
+def convolutional(dataset: Dataset) -> nn.Sequential:
+    torch.manual_seed(0)
+    head = models.build("lenet-300-100", shape=(3, 32, 32), classes=10, mean=dataset.mean, std=dataset.std)
+    assert isinstance(head, nn.Sequential)
+    return nn.Sequential(
+        head[0],  # the normalisation
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(32 * 36, 10)),
+    )
 
 
-def judged(task: tuple[nn.Module, Tensor, Tensor], x_adv: Tensor) -> tuple[float, float]:
-    """Return a peer's success rate and the mean l_2 norm of its successes."""
-    model, x, y = task
+def trained_on(dataset: Dataset, model: nn.Module, epochs: int, eps: float, images: int | None = None) -> Task:
+    recipe = Recipe(optimizer="adam", lr=2e-3, weight_decay=0.0, epochs=epochs, batch_size=128)
+    fit(model, dataset.train.x[:images], dataset.train.y[:images], recipe)
+    model.eval().requires_grad_(False)
+    x, y = as_float(dataset.test.x[:300]), dataset.test.y[:300]
+    right = (model(x).argmax(1) == y).nonzero().squeeze(1)[:100]
+    return Task(model, x[right], y[right], eps)
+
+
+def ours(task: Task, attack: Attack, threat: Threat) -> AttackResult:
+    return run(task.model, task.x, task.y, attack, threat, generator=torch.Generator().manual_seed(0))
+
+
+class Judged(NamedTuple):
+    """A peer's success rate and the mean l_2 norm of its successes."""
+
+    success: float
+    mean: float
+
+
+def judged(task: Task, x_adv: Tensor) -> Judged:
     with torch.no_grad():
-        won = model(x_adv.clamp(0, 1)).argmax(1) != y
-    return float(won.double().mean()), float(distance(x_adv - x, L2)[won].mean())
+        won = task.model(x_adv.clamp(0, 1)).argmax(1) != task.y
+    return Judged(float(won.double().mean()), float(distance(x_adv - task.x, L2)[won].mean()))
 
 
-def holds(result: AttackResult, success: float, mean: float, slack: float = 1e-3) -> None:
-    assert float(result.success.double().mean()) >= success
-    assert float(result.distance[result.success].mean()) <= mean * (1 + slack)
+def as_near(task: Task, attack: Attack, peer: Judged, slack: float = 1e-3) -> None:
+    """Hold a minimum-norm attack against a peer's: no fewer successes, no larger mean norm beyond rounding."""
+    result = ours(task, attack, Threat(L2))
+    assert float(result.success.double().mean()) >= peer.success
+    assert float(result.distance[result.success].mean()) <= peer.mean * (1 + slack)
 
 
-def test_foolbox(task: tuple[nn.Module, Tensor, Tensor]) -> None:
-    foolbox = pytest.importorskip("foolbox")
-    model, x, y = task
+def as_many(task: Task, attack: Attack, peer: Judged) -> None:
+    """Hold a budget attack against a peer's: no fewer successes, but for the luck of one start."""
+    assert float(ours(task, attack, Threat(LINF, task.eps)).success.double().mean()) >= peer.success - 0.01
+
+
+def test_foolbox(foolbox: Any, task: Task) -> None:
+    model, x, y, eps, _ = task
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-    theirs = foolbox.attacks.L2DeepFoolAttack(steps=50, candidates=10)(wrapped, x, y, epsilons=None)[1]
-    holds(ours(task, deepfool, Threat(L2)), *judged(task, theirs))
-    theirs = foolbox.attacks.DDNAttack(steps=100)(wrapped, x, y, epsilons=None)[1]
-    holds(ours(task, ddn, Threat(L2)), *judged(task, theirs), slack=2e-3)
-    holds(ours(task, EQUAL, Threat(L2)), *judged(task, theirs), slack=2e-3)
+    theirs = foolbox.attacks.L2DeepFoolAttack(candidates=10)(wrapped, x, y, epsilons=None)[1]
+    as_near(task, deepfool, judged(task, theirs))
+    peer = judged(task, foolbox.attacks.DDNAttack(steps=100)(wrapped, x, y, epsilons=None)[1])
+    as_near(task, ddn, peer, slack=2e-3)
+    as_near(task, EQUAL, peer, task.slack)
     torch.manual_seed(0)
-    theirs = foolbox.attacks.LinfPGD(steps=40)(wrapped, x, y, epsilons=0.1)[1]
-    assert float(ours(task, pgd, Threat(LINF, 0.1)).success.double().mean()) >= judged(task, theirs)[0] - 0.01
+    as_many(task, pgd, judged(task, foolbox.attacks.LinfPGD(steps=40)(wrapped, x, y, epsilons=eps)[1]))
 
 
-def test_adversarial_library(task: tuple[nn.Module, Tensor, Tensor]) -> None:
-    adv_lib = pytest.importorskip("adv_lib.attacks", exc_type=ImportError)
-    model, x, y = task
-    holds(ours(task, deepfool, Threat(L2)), *judged(task, adv_lib.df(model, x, y, steps=50)))
-    theirs = judged(task, adv_lib.ddn(model, x, y, steps=100))
-    holds(ours(task, ddn, Threat(L2)), *theirs, slack=2e-3)
-    holds(ours(task, EQUAL, Threat(L2)), *theirs, slack=2e-3)
+def test_adversarial_library(adv_lib: Any, task: Task) -> None:
+    model, x, y, eps, _ = task
+    as_near(task, deepfool, judged(task, adv_lib.df(model, x, y, steps=50)))
+    peer = judged(task, adv_lib.ddn(model, x, y, steps=100))
+    as_near(task, ddn, peer, slack=2e-3)
+    as_near(task, EQUAL, peer, task.slack)
+    as_near(task, fab, judged(task, adv_lib.fab(model, x, y, norm=2, n_iter=100)))
     torch.manual_seed(0)
-    theirs = judged(task, adv_lib.pgd_linf(model, x, y, 0.1, steps=40))
-    assert float(ours(task, pgd, Threat(LINF, 0.1)).success.double().mean()) >= theirs[0] - 0.01
+    as_many(task, pgd, judged(task, adv_lib.pgd_linf(model, x, y, eps, steps=40)))
+    theirs = adv_lib.apgd(model, x, y, eps, norm=float("inf"), n_iter=100)
+    as_many(task, partial(apgd, objective=dlr), judged(task, theirs))
 
 
-def test_art(task: tuple[nn.Module, Tensor, Tensor]) -> None:
-    pytest.importorskip("art")
-    from art.attacks.evasion import DeepFool, ProjectedGradientDescentPyTorch
+def test_adversarial_library_carlini(adv_lib: Any, task: Task) -> None:
+    short = task._replace(x=task.x[:20], y=task.y[:20])
+    theirs = adv_lib.carlini_wagner_l2(
+        short.model, short.x, short.y, learning_rate=0.01, initial_const=1.0, binary_search_steps=4, max_iterations=200
+    )
+    attack = partial(cw, start_constant=1.0, searches=4, steps=200)
+    as_near(short, attack, judged(short, theirs), slack=2e-3)
+
+
+def test_art(art: Any, task: Task) -> None:
+    from art.attacks.evasion import AutoProjectedGradientDescent, DeepFool, ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
-    model, x, y = task
-    wrapped = PyTorchClassifier(
-        model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0, 1), device_type="cpu"
-    )
-    made = partial(DeepFool, wrapped, max_iter=50, epsilon=0.02, batch_size=100, verbose=False)
-    holds(ours(task, deepfool, Threat(L2)), *judged(task, torch.from_numpy(made().generate(x.numpy(), y.numpy()))))
+    model, x, y, eps, _ = task
+    shape = tuple(x.shape[1:])
+    wrapped = PyTorchClassifier(model, nn.CrossEntropyLoss(), shape, 10, clip_values=(0, 1), device_type="cpu")
+    quiet = {"batch_size": 100, "verbose": False}
+    images, labels = x.numpy(), y.numpy()
+    theirs = DeepFool(wrapped, max_iter=50, epsilon=0.02, **quiet).generate(images, labels)
+    as_near(task, deepfool, judged(task, torch.from_numpy(theirs)))
     attack = ProjectedGradientDescentPyTorch(
-        wrapped, eps=0.1, eps_step=0.01, max_iter=40, num_random_init=1, batch_size=100, verbose=False
+        wrapped, eps=eps, eps_step=eps / 10, max_iter=40, num_random_init=1, **quiet
     )
-    theirs = judged(task, torch.from_numpy(attack.generate(x.numpy(), y.numpy())))
-    assert float(ours(task, pgd, Threat(LINF, 0.1)).success.double().mean()) >= theirs[0] - 0.01
+    as_many(task, pgd, judged(task, torch.from_numpy(attack.generate(images, labels))))
+    attack = AutoProjectedGradientDescent(wrapped, eps=eps, max_iter=50, nb_random_init=1, **quiet)
+    as_many(task, partial(apgd, steps=50), judged(task, torch.from_numpy(attack.generate(images, labels))))
