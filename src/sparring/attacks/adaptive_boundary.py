@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..threat import L2, LINF, distance, project, random_point
 from .boundaries import nearest_boundary, pull_back
-from .losses import is_past
+from .losses import is_past, margin
 from .steps import boundary_step, column, keep_within, select, shrink
 
 __all__ = ["fab"]
@@ -117,14 +117,17 @@ def _walk(
         mixed = (1 - alpha) * (walk.point + _ETA * from_point) + alpha * (walk.x + _ETA * from_x)
         point = mixed.clamp(0, 1)
         with torch.no_grad():
-            won = is_past(model(point), walk.y, walk.targets)
+            logits = model(point)
+        won = is_past(logits, walk.y, walk.targets)
         moved = distance(point - walk.x, norm)
         closest[walk.row] = torch.where(won, torch.minimum(moved, closest[walk.row]), closest[walk.row])
         better = won & (moved < smallest[walk.row])
         nearest[walk.row[better]] = point[better]
         smallest[walk.row[better]] = moved[better]
-        # After a success the search goes on from a little nearer to x.
-        walk.point = torch.where(column(won, point), walk.x + _BETA * (point - walk.x), point)
+        # After a success the search goes on from a little nearer to x, be it one that only rounding would take back:
+        # a step that ends as near to the boundary as that would be followed by ever smaller ones.
+        beyond = column(margin(logits, walk.y, walk.targets) > 0, point)
+        walk.point = torch.where(beyond, walk.x + _BETA * (point - walk.x), point)
 
 
 def _onto(x: Tensor, gradient: Tensor, gap: Tensor, norm: float) -> Tensor:
