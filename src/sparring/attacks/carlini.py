@@ -1,4 +1,4 @@
-"""The l_2 attack of Carlini & Wagner 2017, faithful to the paper."""
+"""The l_2 attack of Carlini & Wagner 2017; its search of c begins where the linearised margin says, or as theirs."""
 
 from __future__ import annotations
 
