@@ -79,6 +79,14 @@ def test_bad_overrides_are_named(override: str, message: str) -> None:
         Plan.load("quick", [override])
 
 
+def test_a_folder_of_a_presets_name_does_not_hide_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quick").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Plan.load("quick").name == "quick"
+    with pytest.raises(UserError, match="folder"):
+        Plan.load(str(tmp_path))
+
+
 def test_unknown_presets_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Did you mean 'quick'"):
         Plan.load("quik")

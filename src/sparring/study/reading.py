@@ -28,14 +28,16 @@ def presets() -> dict[str, str]:
 
 
 def read_text(path_or_preset: str | Path) -> tuple[str, str]:
-    """Return name and text of a TOML file or of a preset; raise UserError if there is neither."""
-    path = Path(path_or_preset)
-    if path.suffix == ".toml" or path.exists():
+    """Return name and text of a TOML file or of a preset; raise UserError if there is neither.
+
+    A folder of a preset's name, such as the output of its study, does not stand in the preset's way.
+    """
+    path, known = Path(path_or_preset), presets()
+    if path.suffix == ".toml" or (path.exists() and not (path.is_dir() and str(path_or_preset) in known)):
         try:
             return str(path), read_bounded(path, limit=MAX_PLAN_BYTES).decode()
         except UnicodeDecodeError as error:
             raise PlanError(f"{path} is not a text file in UTF-8: {error}") from error
-    known = presets()
     if str(path_or_preset) not in known:
         raise UnknownNameError("preset", str(path_or_preset), known)
     file = resources.files("sparring") / "plans" / f"{path_or_preset}.toml"
