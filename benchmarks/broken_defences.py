@@ -1,10 +1,12 @@
 """Freeze what an attack written for each broken defence reaches, and the passes it takes beside the default one's.
 
-    python benchmarks/broken_defences.py [--json] [--only k-winners,...] [--write tests/attacks/broken_defences.json]
+    python benchmarks/broken_defences.py [--json] [--only k-winners,...] [--seconds 150]
+        [--write tests/attacks/broken_defences.json]
+    python benchmarks/broken_defences.py --train   # the convolutional network's weights, beside the tests
 
-The defences and the LeNet-300-100 they are put on live in tests/attacks/broken_defences.py; the tests hold `fast`
-against the numbers frozen here. `naive` is what FGSM and PGD on the cross-entropy (10 steps of eps/4) leave standing
-when nobody looks further; `reference` is the adaptive attack's robust accuracy, `standing` the images behind it.
+The defences and the LeNets they are put on live in tests/attacks/broken_defences.py; the tests hold `fast` against the
+numbers frozen here. `naive` is what FGSM and PGD on the cross-entropy (10 steps of eps/4) leave standing when nobody
+looks further; `reference` is the adaptive attack's robust accuracy.
 
 The budget is counted in forward passes per image that withstands everything, for both: the adaptive attack goes through
 its ways again, with other seeds, until it has spent 20 times those of the default evaluation. A defence that draws is
@@ -16,28 +18,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "attacks"))
-from broken_defences import DEFENCES, EPS, defended, undefended
-from sparring.attacks import AttackResult, apgd_targeted, dlr, fast, fgsm, pgd, robust_accuracy, run
+from broken_defences import DEFENCES, UNDEFENDED, WEIGHTS, Task, convolutional, defended, naive, right, task, train_
+from sparring.attacks import AttackResult, apgd_targeted, dlr, fast, nearest, pgd, robust_accuracy, run
 from sparring.attacks.activations import dense_copy, is_stochastic
 from sparring.attacks.derivatives import Probe, frozen
 from sparring.attacks.losses import margin, scaled_cross_entropy
-from sparring.files import write_json
+from sparring.files import save_tensors, write_json
 from sparring.threat import LINF, Threat
 
-# Votes that propose and confirm a success against a random defence, and passes whose logits its attack climbs together.
-VOTES, CONFIRMED, DRAWS = 101, 1001, 40
-# The reference's budget over the default evaluation's, and the most rounds it takes to spend that.
-BUDGET, ROUNDS = 20, 50
+# Votes that confirm a success against a random defence, and passes whose logits its attack climbs together.
+CONFIRMED, DRAWS = 1001, 40
+# The reference's budget over the default evaluation's.
+BUDGET = 20
 LOSSES = (scaled_cross_entropy, margin, dlr)
-NAIVE = {"fgsm": fgsm, "pgd": partial(pgd, steps=10, step_size=EPS / 4)}
 
 
 def main() -> None:
@@ -45,11 +49,19 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--only", default="", help="defences by commas")
     parser.add_argument("--write", type=Path, help="the file to update")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="break off after that, with --write")
+    parser.add_argument("--train", action="store_true", help="train the convolutional network and keep its weights")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.train:
+        network = convolutional()
+        train_(network, epochs=5)
+        save_tensors(WEIGHTS, network.state_dict())
+        return
+    breaks = Breaks(options.write, time.monotonic() + options.seconds)
     rows = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
-    for name in options.only.split(",") if options.only else ("undefended", *DEFENCES):
-        rows[name] = freeze(name)
+    for name in options.only.split(",") if options.only else (*UNDEFENDED, *DEFENCES):
+        rows[name] = freeze(name, breaks)
         if not options.json:
             print(name, rows[name], flush=True)
         if options.write:
@@ -58,96 +70,133 @@ def main() -> None:
         print(json.dumps(rows, indent=1))
 
 
-def freeze(name: str) -> dict[str, object]:
+class Siege(NamedTuple):
+    """Which images stand, the passes that one of them has cost, and how many ways were tried."""
+
+    standing: list[bool]
+    passes: float
+    tried: int
+
+
+@dataclass(frozen=True)
+class Breaks:
+    """Where a siege is kept that was broken off, and when to do so."""
+
+    file: Path | None
+    until: float
+
+    def resumed(self, name: str) -> Siege | None:
+        kept = self._kept(name)
+        return Siege(*json.loads(kept.read_text())) if kept and kept.exists() else None
+
+    def pause(self, name: str, state: Siege) -> None:
+        kept = self._kept(name)
+        if kept and time.monotonic() > self.until:
+            write_json(kept, list(state))
+            raise SystemExit(
+                f"{name}: broken off after {state.passes:.0f} passes per image; the next run goes on there"
+            )
+
+    def forget(self, name: str) -> None:
+        kept = self._kept(name)
+        if kept:
+            kept.unlink(missing_ok=True)
+
+    def _kept(self, name: str) -> Path | None:
+        return self.file.with_suffix(f".{name}.part") if self.file else None
+
+
+def freeze(name: str, breaks: Breaks) -> dict[str, object]:
     """Return one row: clean, naive, default and reference accuracy, and the passes per image behind the last two."""
-    model, x, y = undefended()
-    network = model if name == "undefended" else defended(model, name)
-    if name == "stochastic-pruning":
-        x, y = x[:50], y[:50]
+    undefended = task(name)
+    model, x, y, eps = undefended
+    here = undefended if name in UNDEFENDED else undefended._replace(network=defended(model, name))
+    network = here.network
     with frozen(network):
+        torch.manual_seed(0)
         clean = right(network, x, y)
-        naive = {
-            attack: float((clean & right(network, found(method, network, x, y, 0), y)).double().mean())
-            for attack, method in NAIVE.items()
+        fooling = {
+            attack: round(float((clean & right(network, found(method, network, here, 0), y)).double().mean()), 4)
+            for attack, method in naive(eps).items()
         }
-    default = evaluate(network, x, y)
+    default = evaluate(here)
     withstood = default.clean_correct & ~default.success
-    cost = evaluate(network, x[withstood], y[withstood]).forwards
+    cost = evaluate(here._replace(x=x[withstood], y=y[withstood])).forwards
     with frozen(network):
-        standing, passes = besiege(name, model, network, x, y, clean, budget=BUDGET * cost)
+        reached = besiege(name, model, here, clean, budget=BUDGET * cost, breaks=breaks)
     return {
+        "images": len(x),
+        "eps": eps,
         "clean": round(float(clean.double().mean()), 4),
-        "naive": {attack: round(value, 4) for attack, value in naive.items()},
+        "naive": fooling,
         "default": round(robust_accuracy(default), 4),
-        "reference": round(float(standing.double().mean()), 4),
-        "passes": {"default": round(cost), "reference": round(passes)},
+        "reference": round(sum(reached.standing) / len(x), 4),
+        "passes": {"default": round(cost), "reference": round(reached.passes)},
         "flags": sorted(flag.name for flag in default.flags),
-        "standing": standing.nonzero().squeeze(1).tolist(),
     }
 
 
-def evaluate(network: nn.Module, x: Tensor, y: Tensor) -> AttackResult:
+def evaluate(here: Task) -> AttackResult:
     """Return what the default evaluation makes of a network."""
-    return run(network, x, y, fast, Threat(LINF, EPS), generator=torch.Generator().manual_seed(0))
+    return run(here.network, here.x, here.y, fast, Threat(LINF, here.eps), generator=torch.Generator().manual_seed(0))
 
 
-def right(network: nn.Module, x: Tensor, y: Tensor, votes: int = VOTES) -> Tensor:
-    """Return which images most passes classify correctly; one pass decides where all are alike."""
-    votes = votes if is_stochastic(network) else 1
-    with torch.no_grad():
-        return torch.stack([network(x).argmax(1) == y for _ in range(votes)]).double().mean(0) >= 0.5
+def found(attack: Callable[..., Tensor], network: nn.Module, here: Task, seed: int) -> Tensor:
+    """Return what an attack on one network, which may stand for the task's own, makes of the task's images."""
+    generator = torch.Generator().manual_seed(seed)
+    return attack(network, here.x, here.y, norm=LINF, eps=here.eps, generator=generator)
 
 
-def found(attack: Callable[..., Tensor], network: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
-    return attack(network, x, y, norm=LINF, eps=EPS, generator=torch.Generator().manual_seed(seed))
+def besiege(name: str, model: nn.Sequential, here: Task, clean: Tensor, *, budget: float, breaks: Breaks) -> Siege:
+    """Attack in turn the images still standing, until one that withstands everything has cost at least the budget."""
+    network, x, y, _ = here
+    state = breaks.resumed(name) or Siege(clean.tolist(), 0.0, 0)
+    ways = list(siege(name, model, here))
+    while state.passes < budget or state.tried % len(ways):
+        breaks.pause(name, state)
+        rows = torch.tensor(state.standing).nonzero().squeeze(1)
+        if len(rows) == 0:
+            break
+        torch.manual_seed(state.tried)
+        climbed, attack = ways[state.tried % len(ways)]
+        probe = Probe(climbed.eval())
+        x_adv = found(attack, probe, here._replace(x=x[rows], y=y[rows]), state.tried)
+        fooled = ~right(network, x_adv, y[rows])
+        if is_stochastic(network) and bool(fooled.any()):
+            fooled[fooled.clone()] = ~right(network, x_adv[fooled], y[rows][fooled], CONFIRMED)
+        standing = torch.tensor(state.standing)
+        standing[rows] = ~fooled
+        spent = probe.forwards / len(rows) * getattr(climbed, "copies", 1)
+        state = Siege(standing.tolist(), state.passes + spent, state.tried + 1)
+    breaks.forget(name)
+    return state
 
 
-def besiege(
-    name: str, model: nn.Sequential, network: nn.Sequential, x: Tensor, y: Tensor, standing: Tensor, *, budget: float
-) -> tuple[Tensor, float]:
-    """Return which images withstand every attack in turn, each on those still standing, and the passes per image that
-    an image which withstands them all costs: at least the budget.
-    """
-    torch.manual_seed(0)
-    standing, passes = standing.clone(), 0.0
-    for turn in range(ROUNDS):
-        for way, (climbed, attack) in enumerate(siege(name, model, network)):
-            rows = standing.nonzero().squeeze(1)
-            if len(rows) == 0:
-                return standing, passes
-            probe = Probe(climbed.eval(), draws=DRAWS if climbed is network and is_stochastic(network) else 1)
-            x_adv = found(attack, probe, x[rows], y[rows], 1000 * turn + way)
-            fooled = ~right(network, x_adv, y[rows])
-            if is_stochastic(network) and bool(fooled.any()):
-                fooled[fooled.clone()] = ~right(network, x_adv[fooled], y[rows][fooled], CONFIRMED)
-            standing[rows] = ~fooled
-            passes += probe.forwards / len(rows)
-        if passes >= budget:
-            return standing, passes
-    raise SystemExit(f"{name}: {ROUNDS} rounds spent {passes:.0f} passes per image of {budget:.0f}")
-
-
-def siege(name: str, model: nn.Sequential, network: nn.Sequential) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+def siege(name: str, model: nn.Sequential, here: Task) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     """Yield what is known to break a defence: networks to climb, and with which attack.
 
     k-winners, MeanSparse, staircase: the network with the ReLU's backward pass, the dense network's examples in
-    plenty, and the gradient averaged over noise. Stochastic pruning: the dense network, which is its expectation, and
-    the mean of 40 draws. Scaled and cut: the network without the scale or the cut, which has the same decisions, and
-    every gradient.
+    plenty, the gradient averaged over noise, and the network's own. Stochastic pruning: the dense network, which is its
+    expectation, and the mean probabilities of 40 draws, to the end. Scaled and cut: the network without the scale or
+    the cut, which has the same decisions, and every gradient.
     """
+    network = here.network
     long = [partial(pgd, steps=100, restarts=5, objective=loss) for loss in LOSSES]
     many = [partial(pgd, steps=40, objective=loss, stop_early=False) for loss in LOSSES for _ in range(5)]
-    if name in ("undefended", "scaled-logits", "cut"):
+    if name in (*UNDEFENDED, "scaled-logits", "cut"):
         yield from ((model, attack) for attack in (*long, apgd_targeted))
     elif name == "stochastic-pruning":
         yield from ((model, attack) for attack in many)
         for loss in LOSSES:
-            yield network, partial(pgd, steps=100, restarts=2, objective=loss)
+            yield Drawn(network), partial(pgd, steps=100, objective=loss, stop_early=False)
     else:
         through = bridged(model, network)
         yield from ((through, attack) for attack in (*long, apgd_targeted))
         yield from ((dense_copy(network) or model, attack) for attack in many)
-        yield from ((Blurred(network), partial(pgd, steps=30, objective=loss, stop_early=False)) for loss in LOSSES)
+        yield from (
+            (Blurred(network, here.eps), partial(pgd, steps=30, objective=loss, stop_early=False)) for loss in LOSSES
+        )
+        yield from ((network, attack) for attack in (nearest, *long, apgd_targeted))
 
 
 class Bridge(nn.Module):
@@ -162,16 +211,39 @@ class Bridge(nn.Module):
         return relu + (self.layer(x) - relu).detach()
 
 
-class Blurred(nn.Module):
-    """The mean over 20 noisy copies of each image: jumps become slopes."""
+class Drawn(nn.Module):
+    """The log of the mean probabilities over many draws of stochastic pruning: its gradient is that of the votes.
 
-    def __init__(self, network: nn.Module) -> None:
+    (The mean logits are the dense network's.) Units are drawn independently here, which takes a fortieth of the time.
+    """
+
+    copies = DRAWS
+
+    def __init__(self, network: nn.Sequential) -> None:
         super().__init__()
-        self.network = network
+        place = next(place for place, part in enumerate(network) if is_stochastic(part))
+        self.head, self.tail, self.samples = network[:place], network[place + 1 :], network[place].samples
 
     def forward(self, x: Tensor) -> Tensor:
-        copies = x.repeat(20, 1, 1, 1)
-        return self.network(copies + EPS / 4 * torch.randn_like(copies)).view(20, len(x), -1).mean(0)
+        dense = self.head(x).clamp_min(0)
+        share = (dense / dense.sum(1, keepdim=True).clamp_min(1e-30)).detach()
+        kept = (1 - (1 - share) ** round(self.samples * dense.shape[1])).clamp_min(1e-30)
+        hit = torch.rand(self.copies, *dense.shape) < kept
+        return self.tail(dense * hit / kept).log_softmax(2).logsumexp(0)
+
+
+class Blurred(nn.Module):
+    """The mean over 10 noisy copies of each image: jumps become slopes."""
+
+    copies = 10
+
+    def __init__(self, network: nn.Module, eps: float) -> None:
+        super().__init__()
+        self.network, self.eps = network, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        copies = x.repeat(self.copies, 1, 1, 1)
+        return self.network(copies + self.eps / 4 * torch.randn_like(copies)).view(self.copies, len(x), -1).mean(0)
 
 
 def bridged(model: nn.Sequential, network: nn.Sequential) -> nn.Sequential:

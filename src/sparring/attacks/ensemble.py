@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..threat import L1, L2, LINF, distance
+from .activations import has_masked_gradients, is_stochastic
 from .adaptive import apgd
 from .adaptive_boundary import fab
+from .derivatives import Probe
 from .distance import deepfool
 from .evaluate import Attack
 from .gradient import pgd
@@ -21,6 +23,10 @@ from .squares import square
 from .steps import column, select
 
 __all__ = ["AimedAttack", "apgd_targeted", "fab_targeted", "fast", "standard", "worst_case"]
+
+
+# For models that draw: what is just past the boundary for some draws is not for others, so nobody leaves early.
+_DEEP = partial(pgd, objective=margin, stop_early=False)
 
 
 class AimedAttack(Protocol):
@@ -75,22 +81,31 @@ def _best_of(
     norm: float,
     eps: float | None,
 ) -> Tensor:
-    """Return each image's worst case over attempts: functions from row numbers to perturbed images."""
+    """Return each image's worst case over attempts: functions from row numbers to perturbed images.
+
+    Where none succeeds, the point of the largest margin is left to be looked at.
+    """
     x_adv = x.clone()
     smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+    largest = torch.full_like(smallest, -torch.inf)
     rows = torch.arange(len(x), device=x.device)
     for attempt in attempts:
         if len(rows) == 0:
             break
         found = attempt(rows)
         with torch.no_grad():
-            won = margin(model(found), y[rows], select(targets, rows)) > 0
-        moved = torch.where(won, distance(found - x[rows], norm), torch.inf)
+            logits = model(found)
+        # Logits that are no numbers are no class: the evaluator counts them as a success, an image of NaN never.
+        finite = torch.isfinite(logits).all(1)
+        past = torch.where(finite, margin(logits, y[rows], select(targets, rows)), torch.inf)
+        length = distance(found - x[rows], norm)
+        won = (past > 0) & torch.isfinite(length)
+        moved = torch.where(won, length, torch.inf)
         better = moved < smallest[rows]
-        # An attempt that failed still leaves its last point to be looked at.
-        taken = column(better | torch.isinf(smallest[rows]), found)
-        x_adv[rows] = torch.where(taken, found, x_adv[rows])
+        taken = better | (torch.isinf(smallest[rows]) & (past > largest[rows]))
+        x_adv[rows] = torch.where(column(taken, found), found, x_adv[rows])
         smallest[rows] = torch.where(better, moved, smallest[rows])
+        largest[rows] = torch.maximum(past, largest[rows])
         if eps is not None:
             rows = rows[~won]
     return x_adv
@@ -176,16 +191,17 @@ def standard(
     With eps: nearest, which clears most images away at a tenth of the cost, then APGD on the cross-entropy, APGD-T,
     FAB-T and Square (Croce & Hein 2020, section 5) with the paper's 100 steps, 9 classes and 5,000 queries, the
     cross-entropy at a fixed span of logits so that it cannot saturate. APGD and FAB give up images that even twice
-    their recent pace would not bring to the boundary; Square gives up none. l_1 has PGD for APGD and no Square.
-    Without eps: the smallest perturbation of nearest, DeepFool and FAB.
+    their recent pace would not bring to the boundary; Square gives up none. l_1 has PGD for APGD and no Square. A model
+    that draws meets PGD on the margin, to the end, in place of nearest. Without eps: the smallest perturbation of
+    nearest, DeepFool and FAB.
     """
     attacks: list[Attack]
     if eps is None:
         attacks = [partial(nearest, steps=100), deepfool, fab]
     elif norm == L1:
-        attacks = [nearest, partial(pgd, steps=100, objective=scaled_cross_entropy), fab_targeted]
+        attacks = [_first(model), partial(pgd, steps=100, objective=scaled_cross_entropy), fab_targeted]
     else:
-        attacks = [nearest, partial(apgd, objective=scaled_cross_entropy), apgd_targeted, fab_targeted]
+        attacks = [_first(model), partial(apgd, objective=scaled_cross_entropy), apgd_targeted, fab_targeted]
         attacks += [square] if x.dim() == 4 else []
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
 
@@ -203,18 +219,32 @@ def fast(
     """Return a worst case that a study can afford for every network, for a fraction of `standard`'s passes.
 
     With eps: nearest, then short PGD and APGD runs on two losses, then APGD towards three classes each, which finds a
-    way where the boundary to the likeliest class is all jumps. Without: nearest and DeepFool towards three classes.
+    way where the boundary to the likeliest class is all jumps. Where layers declare that they mask gradients it takes
+    three times the steps, and all but nearest go a second time from other starts: no two find the same images. A model
+    that draws meets PGD on the margin alone, to the end. Without eps: nearest and DeepFool towards three classes.
     """
     attacks: list[Attack]
     if eps is None:
         attacks = [nearest, partial(deepfool, candidates=3)]
+    elif _draws(model):
+        attacks = [_DEEP]
     elif norm == L1:
         attacks = [nearest, partial(pgd, steps=40, objective=margin)]
     else:
-        attacks = [
-            nearest,
+        masked = has_masked_gradients(model)
+        started: list[Attack] = [
             partial(pgd, steps=20, objective=scaled_cross_entropy),
             partial(apgd, steps=30, objective=dlr),
-            partial(apgd_targeted, steps=20, classes=3),
+            partial(apgd_targeted, steps=60 if masked else 20, classes=3),
         ]
+        attacks = [nearest, *started, *(started if masked else [])]
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
+
+
+def _draws(model: nn.Module) -> bool:
+    """Return whether a model declares that it draws, or an evaluator saw that it does and averages its passes."""
+    return is_stochastic(model) or (isinstance(model, Probe) and model.draws > 1)
+
+
+def _first(model: nn.Module) -> Attack:
+    return _DEEP if _draws(model) else nearest
