@@ -63,7 +63,8 @@ def _sentence(effects: dict[Cell, Effect]) -> str:
     less = sum(verdict.startswith("less") for verdict in verdicts)
     told = f"{same} of {len(verdicts)} kinds of artefact are as robust as the networks that were studied"
     open_ = sum(verdict.startswith("undecided") for verdict in verdicts)
-    told += f", {open_} are undecided, which more images or seeds would end" if open_ else ""
+    if open_:
+        told += f", {open_} {'is' if open_ == 1 else 'are'} undecided, which more images or seeds would end"
     return f"{told}; {less or 'none'} significantly less robust."
 
 
