@@ -3,7 +3,8 @@
     python benchmarks/results.py out/paper-linear out/paper-lenet-300-100 --to docs/results
 
 writes docs/results/ledger.json (Holm's correction across all studies) and a folder for each study with its main
-figures as SVG, results.csv (means over seeds), plan.json's command and plan, and the verdict in README.md.
+figures as SVG, results.csv (means over seeds, unless that is too long), plan.json's command and plan, and the verdict
+in README.md.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ KEYS = ("method", "sparsity", "metric", "attack", "norm", "eps", "split")
 
 
 def copy_study(out: Path, folder: Path) -> list[str]:
-    """Copy what documentation shows of one study and return the names of figures that did not fit."""
+    """Copy what documentation shows of one study and return the names of files that did not fit."""
     report.write(out)
     folder.mkdir(parents=True, exist_ok=True)
     document = json.loads((out / "plan.json").read_text())
     kept = {name: document[name] for name in ("command", "plan", "environment")}
     _write(folder / "plan.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    _write(folder / "results.csv", means((out / "results.csv").read_text(encoding="utf-8")))
+    rows = means((out / "results.csv").read_text(encoding="utf-8"))
+    missed = ["results.csv"] if len(rows) > LIMIT // 2 else []
+    if not missed:
+        _write(folder / "results.csv", rows)
     _write(
         folder / "README.md", f"# {document['plan']['name']}\n\n{report.verdict(out)}\n\n    {document['command']}\n"
     )
@@ -41,7 +45,6 @@ def copy_study(out: Path, folder: Path) -> list[str]:
         raise UserError(f"the tables of {out} alone take more than {LIMIT:,} bytes; study fewer metrics")
     for old in folder.glob("*.svg"):
         old.unlink()
-    missed = []
     for figure in sorted((out / "figures").glob("*.svg"), key=_rank):
         size = figure.stat().st_size
         if size <= left:
@@ -91,7 +94,7 @@ def main() -> None:
         folder = options.to / out.name
         missed = copy_study(out, folder)
         total = sum(path.stat().st_size for path in folder.iterdir())
-        print(f"{out} -> {folder}: {total:,} bytes" + (f"; {len(missed)} figures did not fit" if missed else ""))
+        print(f"{out} -> {folder}: {total:,} bytes" + (f"; {len(missed)} files did not fit" if missed else ""))
     rows = [row.as_dict() for row in report.merge_ledgers(options.outs)]
     _write(options.to / "ledger.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     print(f"{options.to / 'ledger.json'}: {len(rows)} claims")
