@@ -27,6 +27,7 @@ epochs = 3
 
 def _command(plan: Path, out: Path) -> Any:
     def go() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin deaf to it
         os.dup2(os.open(out.with_suffix(".said"), os.O_CREAT | os.O_WRONLY), 2)
         sys.argv = ["sparring", "study", str(plan), "--out", str(out), "--quiet", "--workers", "2"]
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
