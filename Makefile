@@ -13,7 +13,7 @@ study: $(VENV)/.ready
 	@$(BIN)/sparring study $(PRESET) --out $(OUT)
 
 test: $(VENV)/.ready
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto
 
 setup: $(VENV)/.ready
 
