@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import shlex
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -31,15 +32,13 @@ def copy_study(out: Path, folder: Path) -> list[str]:
     report.write(out)
     folder.mkdir(parents=True, exist_ok=True)
     document = json.loads((out / "plan.json").read_text())
-    kept = {name: document[name] for name in ("command", "plan", "environment")}
+    kept = {"command": portable(document["command"])} | {name: document[name] for name in ("plan", "environment")}
     _write(folder / "plan.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     rows = means((out / "results.csv").read_text(encoding="utf-8"))
     missed = ["results.csv"] if len(rows) > LIMIT // 2 else []
     if not missed:
         _write(folder / "results.csv", rows)
-    _write(
-        folder / "README.md", f"# {document['plan']['name']}\n\n{report.verdict(out)}\n\n    {document['command']}\n"
-    )
+    _write(folder / "README.md", f"# {document['plan']['name']}\n\n{report.verdict(out)}\n\n    {kept['command']}\n")
     left = LIMIT - sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".svg")
     if left < 0:
         raise UserError(f"the tables of {out} alone take more than {LIMIT:,} bytes; study fewer metrics")
@@ -53,6 +52,11 @@ def copy_study(out: Path, folder: Path) -> list[str]:
         else:
             missed.append(figure.name)
     return missed
+
+
+def portable(command: str) -> str:
+    """Return a command with the last part alone of every absolute path: where a folder lay tells a reader nothing."""
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in shlex.split(command))
 
 
 def _rank(figure: Path) -> tuple[int, str]:
