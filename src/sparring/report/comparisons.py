@@ -45,8 +45,7 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
             title = f"{name} distance to the decision boundary: " + (
                 "searched exactly" if exact else "proof and attack"
             )
-            seeds, images = max(b.seeds for b in found), max(b.images for b in found)
-            counts = f"{seeds} seed{'s' if seeds != 1 else ''}, {images} images"
+            counts = f"{numbers.seeds(max(b.seeds for b in found))}, {max(b.images for b in found)} images"
             note = (
                 "Medians over correctly classified images, the same for every line of a sparsity. A certified radius "
                 "is a sound lower bound, an attack's distance an upper bound; the truth lies between"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..statistics import Curve, Effect, Peak, SweetSpot, curve, effect, over_sparsified, peak, sweet_spot
+from . import numbers
 from .consistency import Doubt, doubts
 from .measures import Collected, Measure, PerImage, collect, common, main_measures, values
 from .records import Study, control_of
@@ -227,5 +228,4 @@ def validation_twin(findings: Findings, result: Result) -> Result | None:
 
 def seeds_phrase(seeds: int) -> str:
     """Return "5 seeds", or "3 seeds (indicative)" where there are too few to say more."""
-    word = "seed" if seeds == 1 else "seeds"
-    return f"{seeds} {word}" + (" (indicative)" if seeds < 5 else "")
+    return numbers.seeds(seeds) + (" (indicative)" if seeds < 5 else "")

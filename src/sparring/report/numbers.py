@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..statistics import Effect
 from .measures import Measure
 
-__all__ = ["amount", "gain", "gain_unit", "level", "p_value", "percent", "scale", "signed", "span", "value"]
+__all__ = ["amount", "gain", "gain_unit", "level", "p_value", "percent", "scale", "seeds", "signed", "span", "value"]
 
 
 def percent(share: float) -> str:
@@ -72,6 +72,11 @@ def amount(number: float, unit: str) -> str:
 def p_value(p: float) -> str:
     """Return a p-value as "< 0.001" or "0.034"."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def seeds(count: int) -> str:
+    """Return "1 seed" or "5 seeds"."""
+    return f"{count} seed{'s' if count != 1 else ''}"
 
 
 def _fixed(number: float, digits: int) -> str:

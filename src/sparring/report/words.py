@@ -225,7 +225,7 @@ def methods(findings: Findings) -> str:
     """Return a methods paragraph, ready to paste."""
     found = next((r for m in findings.main if (r := findings.result(m))), None)
     images = f"{found.images:,} test images" if found else "the test images"
-    seeds = f"{findings.seeds} seed{'s' if findings.seeds != 1 else ''}"
+    seeds = numbers.seeds(findings.seeds)
     attacks = ", ".join(dict.fromkeys(m.short for m in findings.collected if m.role in ("budget", "distance")))
     return (
         f"We trained {subject(findings)} with {seeds} and compared each pruned network with a dense control: the same "
