@@ -6,6 +6,7 @@ The reference numbers are frozen: `python benchmarks/broken_defences.py --write 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from broken_defences import DEFENCES, UNDEFENDED, Hidden, Task, defended, naive, right, task
-from sparring.attacks import fast, nearest, pgd, robust_accuracy, run
+from sparring.attacks import dlr, fast, nearest, pgd, robust_accuracy, run
 from sparring.sparsity import TopK
 from sparring.threat import L2, LINF, Threat
 
@@ -117,3 +118,15 @@ def test_examples_are_transferred_from_a_named_model(trained: Trained) -> None:
     helped = run(Hidden(model), x, y, pgd, THREAT, surrogates={"dense": model}, generator=seeded())
     assert robust_accuracy(alone) > robust_accuracy(helped) + 0.2
     assert any(flag.name == "masked-gradients" and "dense" in flag.detail for flag in helped.flags)
+
+
+def test_examples_are_lent_from_as_deep_as_the_budget_allows(trained: Trained) -> None:
+    def idle(model: nn.Module, x: Tensor, y: Tensor, **_: object) -> Tensor:
+        return x
+
+    model, x, y = trained
+    helped = run(Hidden(model), x, y, idle, THREAT, surrogates={"dense": model}, generator=seeded())
+    deep = run(model, x, y, partial(pgd, objective=dlr, stop_early=False), THREAT, generator=seeded())
+    assert robust_accuracy(helped) == pytest.approx(robust_accuracy(deep), abs=0.02)
+    # What it costs to ask another network is counted too.
+    assert helped.backwards == 40 and helped.forwards >= 40

@@ -41,3 +41,15 @@ def test_an_attack_that_changed_is_done_again_and_nothing_else(monkeypatch: pyte
     assert all(is_key_of(key, task.stage, task.inputs, environment) for key, task in before.items())
     monkeypatch.setattr(stages, "REVISIONS", {"standard": 1})
     assert {name for key, name in second.items() if key not in keys_of()} == {"square", "standard"}
+
+
+def test_attacks_with_a_surrogate_have_a_revision_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = TABLE | {"activation": [{"label": "k-winners", "kind": "top-k", "levels": [0.5]}]}
+
+    def tasks() -> dict[str, Any]:
+        return lay_out(Plan.from_table(table), FACTS).tasks
+
+    now = tasks()
+    monkeypatch.setattr(stages, "LENDING", stages.LENDING + 1)
+    new = [task for key, task in tasks().items() if key not in now]
+    assert len(new) == 4 and all(len(task.inputs["parents"]) == 2 for task in new)

@@ -32,6 +32,8 @@ from .convolved import read_convolved
 from .dense import read_dense
 from .derivatives import Probe, frozen
 from .flags import Flag, exceeds
+from .gradient import pgd
+from .losses import dlr
 from .steps import column, select
 
 __all__ = [
@@ -48,6 +50,8 @@ TOLERANCE = 1e-6
 # Another way of attacking must do better on this share of the images before it is called a sign of masking.
 _NOTABLE = 0.02
 _LENGTHS = ("steps", "queries")
+# What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
+_DEEP = partial(pgd, objective=dlr, stop_early=False)
 
 
 class Attack(Protocol):
@@ -115,7 +119,7 @@ def run(
 
     Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
     straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
-    transferred. None: on the dense network where modules of activation sparsity say what they took the place of; {}: on
+    transferred, and within a budget those of PGD on DLR to the end. None: on the dense network where modules of activation sparsity say what they took the place of; {}: on
     none. The best of all counts for each image. A model that draws random numbers is attacked with single passes, then
     in expectation over `draws` of them, and an image counts as misclassified if most of 3·draws + 1 other passes are
     wrong. `through` is the same network by faster passes, such as packed kernels: the attack asks that, the verdict the
@@ -167,10 +171,14 @@ def run(
                 found = order(probe, _still_open(outcome, threat))
             outcome, more = _better(outcome, judge(x, found, clean_correct))
             flags += _masked("a straight-through backward pass", more, clean_correct)
-        for name, surrogate in others.items():
-            found = order(surrogate, _still_open(outcome, threat))
-            outcome, more = _better(outcome, judge(x, found, clean_correct))
-            flags += _masked(f"transfer from {name}", more, clean_correct)
+        lenders = {name: Probe(surrogate) for name, surrogate in others.items()}
+        for name, lender in lenders.items():
+            gained = torch.zeros_like(clean_correct)
+            for lend in (order,) if threat.eps is None else (order, replace(order, attack=_DEEP)):
+                found = lend(lender, _still_open(outcome, threat))
+                outcome, more = _better(outcome, judge(x, found, clean_correct))
+                gained |= more
+            flags += _masked(f"transfer from {name}", gained, clean_correct)
         flags += _violations(outcome, threat, probe.nonfinite + watch.nonfinite)
         if state_of(model) != before:
             detail = "parameters or buffers were written to; make them constant in eval mode"
@@ -184,8 +192,8 @@ def run(
         clean_correct=clean_correct,
         success=outcome.success,
         distance=outcome.distance,
-        forwards=probe.forwards / count,
-        backwards=probe.backwards / count,
+        forwards=sum(asked.forwards for asked in (probe, *lenders.values())) / count,
+        backwards=sum(asked.backwards for asked in (probe, *lenders.values())) / count,
         seconds=time.perf_counter() - start,
         flags=tuple(flags),
     )

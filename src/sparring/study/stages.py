@@ -37,12 +37,16 @@ VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "exact": 2}
 # Raised when the results of one attack change, and for ensembles that contain it: whatever stage runs an attack of that
 # name does so again, and all other records keep their keys.
 REVISIONS = {"cw": 1, "deepfool": 1, "fab": 1, "fast": 1, "square": 1, "standard": 1}
+# Raised when what is made of a surrogate's examples changes: attacks that have one, their second parent, run again.
+LENDING = 1
 
 
 def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     """Return every version that a task with these inputs ever had, the present one last."""
     attack = inputs.get("attack")
     revisions = REVISIONS.get(attack.get("name", ""), 0) if isinstance(attack, Mapping) else 0
+    if stage == "attack" and len(inputs.get("parents", ())) > 1:
+        revisions += LENDING
     return [
         f"{version}.{revision}" if revision else version
         for version in range(1, VERSIONS[stage] + 1)
