@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import UnknownNameError, UserError
 from ..graph import Graph, Linear
 from ..threat import Threat, distance, dual
+from .brackets import Bracket
 from .compaction import compacted
 from .crown import bound_nodes, lower_bound
 from .intervals import Interval
@@ -127,7 +128,7 @@ def _images_at_once(graph: Graph) -> int:
 def radius(
     model: nn.Module, x: Tensor, y: Tensor, norm: float, *, method: str = "crown", tolerance: float = 1e-3
 ) -> Tensor:
-    """Find the largest eps that is certified, by bisection: (N,), float64, in pixel units where an image spans [0, 1].
+    """Find the largest eps that is certified, by regula falsi: (N,), float64, in pixels that span [0, 1].
 
     No perturbation of smaller norm that stays in [0, 1] changes the label. Zero where the model is wrong at x. Each
     result is at most the relative `tolerance` below an eps that was not certified. Raises as `margin` does.
@@ -140,33 +141,22 @@ def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, to
     """Do what `radius` does for a lowered float64 network."""
     limit = float(distance(torch.ones(1, *x.shape[1:]), norm))  # the whole box
     safe = torch.zeros(len(x), dtype=torch.float64)
-    right = margins_over(graph, x, y, norm, safe, "interval").amin(1) > 0
-    index = right.nonzero().squeeze(1)
+    clean = margins_over(graph, x, y, norm, safe, "interval").amin(1)
+    index = (clean > 0).nonzero().squeeze(1)
     if len(index) == 0:
         return safe
     x, y = x[index], y[index]
-    low, high = torch.zeros(len(x), dtype=torch.float64), torch.full((len(x),), torch.inf, dtype=torch.float64)
     guess = _linearised(graph, x, y, norm).clamp(1e-6, limit)
-    while True:
-        open_ = torch.where(high < torch.inf, (high - low > tolerance * high) & (high > 1e-9), low < limit)
-        if not bool(open_.any()):
-            break
-        tried = guess[open_]
-        certified = margins_over(graph, x[open_], y[open_], norm, tried, method).amin(1) > 0
-        low[open_], high[open_] = torch.where(certified, tried, low[open_]), torch.where(certified, high[open_], tried)
-        guess = _next_guess(low, high, limit)
-    safe[index] = low
+    bracket = Bracket.above_zero(clean[index], limit, tolerance)
+    while len(open_ := bracket.open_images()):
+        value = margins_over(graph, x[open_], y[open_], norm, guess[open_], method).amin(1)
+        guess[open_] = bracket.narrow_(open_, guess[open_], value)
+    safe[index] = bracket.low
     return safe
 
 
-def _next_guess(low: Tensor, high: Tensor, limit: float) -> Tensor:
-    # Double or quarter until both ends are known, then halve the interval.
-    up = torch.where(high < torch.inf, (low + high) / 2, (2 * low).clamp_max(limit))
-    return torch.where(low > 0, up, high / 4)
-
-
 def _linearised(graph: Graph, x: Tensor, y: Tensor, norm: float) -> Tensor:
-    """Guess the distance to the boundary by margin over gradient norm: only a start for the bisection."""
+    """Guess the distance to the boundary by margin over gradient norm: only a start for the search."""
     point = x.detach().double().requires_grad_()
     with torch.enable_grad():
         value = torch.bmm(margin_rows(graph, y), graph(point)[..., None]).amin((1, 2))

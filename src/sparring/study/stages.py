@@ -33,7 +33,7 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
 
 # Raised when a stage's meaning changes, so that old results are not taken for new ones. That includes packed kernels
 # that sum in another order: attacks that go through them ("kernels" in their inputs) then end in other bits.
-VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "exact": 2}
+VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 2}
 # Raised when the results of one attack change, and for ensembles that contain it: whatever stage runs an attack of that
 # name does so again, and all other records keep their keys.
 REVISIONS = {"cw": 1, "deepfool": 1, "fab": 1, "fast": 1, "square": 1, "standard": 1}
