@@ -1,8 +1,12 @@
-"""The l_2 attack of Carlini & Wagner 2017; its search of c begins where the linearised margin says, or as theirs."""
+"""The l_2 attack of Carlini & Wagner 2017; its search of c begins where the linearised margin says, or as theirs.
+
+Every image goes through its rounds at its own pace: one that ends a round begins the next in the same batch, which so
+stays full until images have made all theirs.
+"""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +15,10 @@ from ..errors import Unsupported
 from ..threat import L2, distance
 from .derivatives import logits_and_gradient, logits_and_pull
 from .losses import is_clear, margin
-from .steps import keep_within, select
+from .steps import keep_within, shrink
 
-__all__ = ["cw", "lacking"]
+__all__ = ["Aim", "cw"]
 
-_BETAS = (0.9, 0.999)
 # Keeps arctanh finite for pixels that lie on the box.
 _SHRINK = 1 - 1e-6
 # How far beyond the constant of the linearised margin the search begins: nearly every image then succeeds at once.
@@ -50,90 +53,141 @@ def cw(
     """
     if norm != L2:
         raise Unsupported("C&W is an l_2 attack here; for other norms use nearest or fab")
-    nearest = x.clone()
-    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-    low, high = torch.zeros_like(smallest), torch.full_like(smallest, torch.inf)
     if start_constant is None:
         constant, growth = _AHEAD * _linearised(model, x, y, targets, confidence), 2.0
     else:
-        constant, growth = torch.full_like(smallest, start_constant), 10.0
-    rows = torch.arange(len(x), device=x.device)
-    for _ in range(searches):
-        if len(rows) == 0:
-            break
-        part = x[rows], y[rows], select(targets, rows), constant[rows]
-        point, moved = _minimise(model, *part, confidence, steps, learning_rate)
-        better = moved < smallest[rows]
-        nearest[rows[better]], smallest[rows[better]] = point[better], moved[better]
-        won = torch.isfinite(moved)
-        high[rows] = torch.where(won, constant[rows], high[rows])
-        low[rows] = torch.where(won, low[rows], constant[rows])
-        constant = torch.where(torch.isfinite(high), (low + high) / 2, low * growth)
-        rows = (torch.isinf(high) | (high - low > precision * high)).nonzero().squeeze(1)
+        constant, growth = torch.full((len(x),), start_constant, dtype=x.dtype, device=x.device), 10.0
+    nearest, sign = x.clone(), 1 if targets is None else -1
+    images = _Images.starting(x.contiguous(), y if targets is None else targets, constant)
+    often = max(steps // 10, 1)
+    while len(images.x):
+        ahead = torch.minimum(often - images.step % often, steps - images.step)
+        pause = int(ahead.min())
+        moved, gap = _descend(model, images, nearest, pause, confidence, learning_rate, sign)
+        images.step += pause
+        due = images.step % often == 0
+        loss = moved.square() + images.constant * (confidence - gap).clamp_min(0)
+        over = (due & ~(loss <= 0.9999 * images.checked)) | (images.step == steps)
+        images.checked = torch.where(due, loss, images.checked)
+        if bool(over.any()):
+            _begin_next(images, over.nonzero().squeeze(1), growth)
+            searching = torch.isinf(images.high) | (images.high - images.low > precision * images.high)
+            rows = (searching & (images.rounds < searches) | ~over).nonzero().squeeze(1)
+            images = shrink(images, rows[images.step[rows].argsort(stable=True)])
     return keep_within(x, nearest, L2, eps)
 
 
-def _minimise(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    targets: Tensor | None,
-    constant: Tensor,
-    confidence: float,
-    steps: int,
-    learning_rate: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the nearest adversarial point for fixed constants and its distance, inf where there was none.
+@dataclass
+class _Images:
+    """Those whose search goes on, a row each; rows of the same `step` are neighbours, for Adam to take at once.
 
-    Written out by hand: the gradient of the distance and of tanh needs no graph, and Adam works in place.
+    place: the image's row in the batch. label: y or the target. low, high: what is known of c. step: of this round,
+    which `won` if it found an adversarial point. checked: the loss when progress was last looked for. smallest: the
+    distance of the nearest point of all rounds. v: 2·arctanh(2p - 1) for the point p, with Adam's averages.
     """
-    nearest = x.clone()
-    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-    active = torch.arange(len(x), device=x.device)
-    w = torch.atanh((2 * x - 1) * _SHRINK)
-    mean, square = torch.zeros_like(w), torch.zeros_like(w)
-    checked = torch.full_like(smallest, torch.inf)
 
-    def slope(logits: Tensor) -> Tensor:
-        return lacking(logits, y, targets, constant, confidence)
+    place: Tensor
+    x: Tensor
+    label: Tensor
+    constant: Tensor
+    low: Tensor
+    high: Tensor
+    rounds: Tensor
+    step: Tensor
+    won: Tensor
+    checked: Tensor
+    smallest: Tensor
+    v: Tensor
+    mean: Tensor
+    square: Tensor
 
-    for step in range(1, steps + 1):
-        point = torch.sigmoid(2 * w)
-        logits, gradient = logits_and_pull(model, point, slope)
-        gap = margin(logits, y, targets)
-        delta = point - x
-        moved = distance(delta, L2)
-        better = is_clear(gap, logits, confidence=confidence) & (moved < smallest[active])
-        if bool(better.any()):
-            nearest[active[better]] = point[better]
-            smallest[active[better]] = moved[better]
-        # The chain rule through p = (tanh(w) + 1)/2: twice p(1 - p).
-        gradient.add_(delta, alpha=2).mul_((1 - point).mul_(point).mul_(2))
-        mean.lerp_(gradient, 1 - _BETAS[0])
-        square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-        # Adam's bias corrections, applied to the step's length and to epsilon instead of to whole tensors.
-        late = math.sqrt(1 - _BETAS[1] ** step)
-        w.addcdiv_(mean, square.sqrt().add_(1e-8 * late), value=-learning_rate * late / (1 - _BETAS[0] ** step))
-        if step % max(steps // 10, 1) == 0:
-            loss = moved.square() + constant * (confidence - gap).clamp_min(0)
-            keep = loss <= 0.9999 * checked
-            checked = loss[keep]
-            if not bool(keep.all()):
-                active, x, y, constant = active[keep], x[keep], y[keep], constant[keep]
-                w, mean, square = w[keep], mean[keep], square[keep]
-                targets = select(targets, keep)
-            if len(active) == 0:
-                break
-    return nearest, smallest
+    @classmethod
+    def starting(cls, x: Tensor, label: Tensor, constant: Tensor) -> _Images:
+        """Return images before their first step."""
+        v, none, never = _variable(x), torch.zeros_like(label), torch.full_like(constant, torch.inf)
+        return cls(
+            place=torch.arange(len(x), device=x.device), x=x, label=label, constant=constant,
+            low=torch.zeros_like(constant), high=never, rounds=none, step=none.clone(), won=none.bool(),
+            checked=never.clone(), smallest=never.clone(), v=v, mean=torch.zeros_like(v), square=torch.zeros_like(v),
+        )  # fmt: skip
 
 
-def lacking(logits: Tensor, y: Tensor, targets: Tensor | None, constant: Tensor, confidence: float) -> Tensor:
-    """Return the gradient of the paper's c·f_6, c times what the margin still lacks, with respect to the logits."""
-    label = (y if targets is None else targets).unsqueeze(1)
-    rival = logits.scatter(1, label, -torch.inf).argmax(1, keepdim=True)
-    gap = (logits.gather(1, rival) - logits.gather(1, label)).squeeze(1) * (1 if targets is None else -1)
-    pull = (constant * (gap <= confidence) * (1 if targets is None else -1)).unsqueeze(1)
-    return torch.zeros_like(logits).scatter_(1, label, pull).scatter_(1, rival, -pull)
+def _variable(x: Tensor) -> Tensor:
+    return torch.atanh((2 * x - 1) * _SHRINK).mul_(2)
+
+
+def _begin_next(images: _Images, rows: Tensor, growth: float) -> None:
+    """Narrow down the constants of the images in these rows by what their round found, and begin another."""
+    won, constant = images.won[rows], images.constant[rows]
+    low, high = torch.where(won, images.low[rows], constant), torch.where(won, constant, images.high[rows])
+    images.low[rows], images.high[rows] = low, high
+    images.constant[rows] = torch.where(torch.isfinite(high), (low + high) / 2, low * growth)
+    images.rounds[rows] += 1
+    images.step[rows], images.won[rows], images.checked[rows] = 0, False, torch.inf
+    images.v[rows], images.mean[rows], images.square[rows] = _variable(images.x[rows]), 0.0, 0.0
+
+
+def _descend(
+    model: nn.Module, images: _Images, nearest: Tensor, count: int, confidence: float, learning_rate: float, sign: int
+) -> tuple[Tensor, Tensor]:
+    """Take `count` steps and note what is found in `nearest`; return distances and margins before the last, (N,) each.
+
+    Written out by hand: the gradient of the distance and of the sigmoid needs no graph, and Adam works in place.
+    """
+    x, v = images.x, images.v
+    paces, sizes = torch.unique_consecutive(images.step, return_counts=True)
+    taken = paces.to(torch.float32)
+    point, delta, slope = (torch.empty_like(v) for _ in range(3))
+    # Adam reads memory in order, whatever the strides: a gradient goes to it in memory of ours.
+    blocks = (list(torch.split(values, sizes.tolist())) for values in (v, delta, images.mean, images.square))
+    variables, gradients, means, squares = blocks
+    # Half the gradient with respect to v, which is a quarter of that with respect to arctanh(2p - 1).
+    aim = Aim(images.label, images.constant / 2, confidence, sign)
+    moved = gap = images.smallest
+    for _ in range(count):
+        torch.sigmoid(v, out=point)
+        logits, gradient = logits_and_pull(model, point, aim)
+        torch.sub(point, x, out=delta)
+        moved, gap = distance(delta, L2), aim.gap
+        clear = is_clear(gap, logits, confidence=confidence)
+        images.won |= clear
+        better = clear.logical_and_(moved < images.smallest).nonzero().squeeze(1)
+        if len(better):
+            nearest.index_copy_(0, images.place[better], point[better])
+            images.smallest[better] = moved[better]
+        # The chain rule through p = sigmoid(v): p - p².
+        delta.add_(gradient).mul_(torch.addcmul(point, point, point, value=-1, out=slope))
+        # What torch.optim.Adam comes to; its public wrapper takes half as long again. The paper steps in half of v:
+        # there the step is half as long, the gradient four times as large, and so is epsilon.
+        taken += 1
+        torch._fused_adam_(
+            variables, gradients, means, squares, [], list(taken.unbind()), lr=2 * learning_rate, beta1=0.9,
+            beta2=0.999, eps=1e-8 / 4, weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
+    return moved, gap
+
+
+class Aim:
+    """The gradient of the paper's c·f_6, c times what the margin still lacks, with respect to the logits.
+
+    label, constant: (N,); sign: 1 to leave the label, -1 to reach it. `gap` keeps the margins that were last seen.
+    """
+
+    def __init__(self, label: Tensor, constant: Tensor, confidence: float, sign: int) -> None:
+        self.label, self.sign, self.confidence = label.unsqueeze(1), sign, confidence
+        self.constant = sign * constant.unsqueeze(1)
+        self.away = torch.zeros(0)
+        self.gap = torch.empty_like(constant)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the gradient (N, classes) at these logits."""
+        if self.away.shape != logits.shape:
+            self.away = torch.zeros_like(logits).scatter_(1, self.label, 1.0)
+        best, rival = logits.scatter(1, self.label, -torch.inf).max(1, keepdim=True)
+        gap = best.sub_(logits.gather(1, self.label)).mul_(self.sign)
+        self.gap = gap.squeeze(1)
+        pull = self.constant * (gap <= self.confidence)
+        return (self.away * pull).scatter_(1, rival, pull.neg_())
 
 
 def _linearised(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None, confidence: float) -> Tensor:

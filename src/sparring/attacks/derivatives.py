@@ -117,7 +117,8 @@ def logits_and_gradient(
 def logits_and_pull(model: nn.Module, x: Tensor, slope: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Return logits (N, K) and the input gradient of one weighted sum of them per image; see logits_and_gradient.
 
-    `slope` turns the detached logits into the weights, (N, K): an objective's gradient, where that is known by hand.
+    `slope` turns the detached logits into the weights, (N, K): an objective's gradient, where that is known by hand. It
+    is called once, always.
     """
     if isinstance(model, Probe) and model.hand is not None:
         return _by_hand(model, model.hand, x, slope)
@@ -131,9 +132,9 @@ def logits_and_pull(model: nn.Module, x: Tensor, slope: Callable[[Tensor], Tenso
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
+    weights = slope(logits.detach())
     if not logits.requires_grad:
         return logits, torch.zeros_like(x)
-    weights = slope(logits.detach())
     (gradient,) = torch.autograd.grad(logits, point, weights, allow_unused=True, materialize_grads=True)
     return logits.detach(), _finite(gradient)
 
