@@ -39,17 +39,18 @@ def cw(
     searches: int = 9,
     learning_rate: float = 0.01,
     start_constant: float | None = 1e-3,
-    precision: float = 0.0,
+    precision: float = 0.5,
 ) -> Tensor:
     """Minimise squared distance plus c times the margin shortfall over tanh variables (sections V and VI-A).
 
     Adam for `steps` iterations, at most `searches` rounds of binary search on c (the paper's code: 10000 and 9),
     starting each round afresh; a round of an image ends early when a tenth of the steps brought no progress, as in the
-    authors' code. As there, every image's search begins at `start_constant`, goes up in tens, and makes all rounds.
-    start_constant=None begins at twice the c at which the image's linearised margin would reach the boundary, and a
-    `precision` ends its search when c is known to that share of itself: with 0.5 a quarter of the steps. l_2 only.
-    Returns the nearest point with margin above `confidence`, x where there was none or none within a given eps. The
-    generator is not used. Raises Unsupported for other norms.
+    authors' code. As there, every image's search begins at `start_constant` and goes up in tens; it ends once c is
+    known to the share `precision` of itself. 0 makes all rounds, as their code does: on MNIST half as many steps again
+    for distances .02% smaller in the mean. start_constant=None begins at twice the c at which the image's linearised
+    margin would reach the boundary: a third of the steps. l_2 only. Returns the nearest point with margin above
+    `confidence`, x where there was none or none within a given eps. The generator is not used. Raises Unsupported for
+    other norms.
     """
     if norm != L2:
         raise Unsupported("C&W is an l_2 attack here; for other norms use nearest or fab")
