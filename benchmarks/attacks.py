@@ -72,7 +72,7 @@ WORKS = (
     Work("cw", "lenet-300-100", 200, cw, "cw", 2.5, 5.0, slack=0.002),
     Work("cw-all-rounds", "lenet-300-100", 200, ALL_ROUNDS, "cw", 2.5, 5.0, slack=0.002),
     Work("cw-linearised", "lenet-300-100", 200, LINEARISED, "cw", 2.5, 5.0, slack=0.002),
-    Work("nearest-for-cw", "lenet-300-100", 200, partial(nearest, steps=20), "cw", 300.0, 500.0, slack=0.0),
+    Work("nearest-for-cw", "lenet-300-100", 200, partial(nearest, steps=12), "cw", 300.0, 500.0, slack=0.0),
     Work("pgd-40", "lenet-300-100", 500, partial(pgd, steps=40), "pgd", 3.0, 5.0, budget=True),
     Work("apgd-100", "lenet-300-100", 500, apgd, "apgd", 3.0, 5.0, budget=True),
     Work("standard", "lenet-300-100", 200, standard, "autoattack", 2.0, 4.0, budget=True),
