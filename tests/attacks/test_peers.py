@@ -24,8 +24,6 @@ from sparring.train import Recipe, fit
 
 # As many passes as a hundred steps of DDN.
 EQUAL = partial(nearest, steps=93)
-# Not equal yet, on CIFAR: FAB ends 0.3% farther away than adversarial-library's, C&W 1.2%.
-FAB_IN_COLOUR, CW_IN_COLOUR = 5e-3, 1.5e-2
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs, not ours
 
 
@@ -145,7 +143,7 @@ def test_adversarial_library(adv_lib: Any, task: Task) -> None:
     as_near(task, ddn, peer, slack=2e-3)
     as_near(task, EQUAL, peer, task.slack)
     theirs = adv_lib.fab(model, x, y, norm=2, n_iter=100)
-    as_near(task, fab, judged(task, theirs), FAB_IN_COLOUR if x.shape[1] == 3 else 1e-3)
+    as_near(task, fab, judged(task, theirs))
     torch.manual_seed(0)
     as_many(task, pgd, judged(task, adv_lib.pgd_linf(model, x, y, eps, steps=40)))
     theirs = adv_lib.apgd(model, x, y, eps, norm=float("inf"), n_iter=100)
@@ -153,12 +151,21 @@ def test_adversarial_library(adv_lib: Any, task: Task) -> None:
 
 
 def test_adversarial_library_carlini(adv_lib: Any, task: Task) -> None:
+    """Compare at equal budget: adversarial-library is given one image at a time.
+
+    Its rounds end when all images of a batch have stalled, ours image by image: on CIFAR its batch of 20 makes all 800
+    passes, ours 280 an image, and its own, one by one, 249, which ends 3.7% farther away than the batch. When neither
+    ends a round early ours is as near as theirs, image for image.
+    """
     short = task._replace(x=task.x[:20], y=task.y[:20])
-    theirs = adv_lib.carlini_wagner_l2(
-        short.model, short.x, short.y, learning_rate=0.01, initial_const=1.0, binary_search_steps=4, max_iterations=200
-    )
-    attack = partial(cw, start_constant=1.0, searches=4, steps=200)
-    as_near(short, attack, judged(short, theirs), CW_IN_COLOUR if task.x.shape[1] == 3 else 2e-3)
+    theirs = [
+        adv_lib.carlini_wagner_l2(
+            short.model, image, label, learning_rate=0.01, initial_const=1.0, binary_search_steps=4, max_iterations=200
+        )
+        for image, label in zip(short.x.split(1), short.y.split(1), strict=True)
+    ]
+    attack = partial(cw, start_constant=1.0, searches=4, steps=200, precision=0.0)
+    as_near(short, attack, judged(short, torch.cat(theirs)))
 
 
 def test_art(art: Any, task: Task) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..threat import LINF, random_point
 from .derivatives import logits_and_gradient
-from .losses import Objective, cross_entropy, margin
+from .losses import Objective, cross_entropy, dlr, margin
 from .prospects import Prospects
 from .steps import Region, budget, column, select, shrink
 
@@ -18,6 +18,9 @@ __all__ = ["apgd"]
 
 _MOMENTUM = 0.75
 _NEEDED_SHARE = 0.75
+# How often in an ascent prospects are checked, and no more often than after so many steps. With other starts to follow,
+# giving up too early costs less.
+_CHECKS, _CHECKS_AGAIN, _SHORTEST = 5, 7, 8
 
 
 @dataclass
@@ -52,26 +55,46 @@ def apgd(
     steps: int = 100,
     restarts: int = 1,
     aims: Tensor | None = None,
+    again: bool = True,
 ) -> Tensor:
     """Ascend the objective, halving an image's step length when it stalls (Croce & Hein 2020, algorithm 1).
 
     l_inf, l_2 and l_1, whose steps and projection see box and ball together (see `Region`; the projection is that of
     Croce & Hein 2021, whose sparse steps and shrinking radius Frank-Wolfe steps replace). Images leave at their first
     success, or once their ascent has stalled far from the boundary (see `Prospects`); restarts go on with those still
-    standing. `aims` (int64, (N,)) are classes that the objective climbs towards while any wrong class counts as
-    success, as AutoAttack's targeted losses do. Raises UserError without eps.
+    standing. With `again` those that stalled in the first half and just short of it spend what steps they have left on
+    two other starts, of which the second climbs the DLR loss: the start decides more than an ascent's last steps. No
+    image takes more than `steps`. `aims` (int64, (N,)) are classes that the objective climbs towards while any wrong
+    class counts as success, as AutoAttack's targeted losses do. Raises UserError without eps.
     """
     eps = budget(eps)
     x_adv = x.clone()
-    standing = torch.arange(len(x), device=x.device)
+    still_open = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    interval = max(steps // (_CHECKS_AGAIN if again else _CHECKS), _SHORTEST)
+    # An ascent of n steps asks n + 1 times.
+    left = (steps - steps // 2 // interval * interval) // 2 - 1
+    others = (objective, dlr) if again and left >= _SHORTEST else ()
+
+    def ascend(rows: Tensor, objective: Objective, steps: int, interval: int) -> tuple[Tensor, Tensor, Tensor]:
+        region = Region.around(x[rows], norm, eps)
+        start = region.bring_in_(region.x + random_point(region.x, norm, eps, generator))
+        state = _begin(start, y[rows], select(targets, rows), select(aims, rows), eps)
+        return _ascend(model, state, region, objective, steps, interval)
+
     for _ in range(restarts):
+        standing = still_open.nonzero().squeeze(1)
         if len(standing) == 0:
             break
-        region = Region.around(x[standing], norm, eps)
-        start = region.bring_in_(region.x + random_point(region.x, norm, eps, generator))
-        state = _begin(start, y[standing], select(targets, standing), select(aims, standing), eps)
-        x_adv[standing], won = _ascend(model, state, region, objective, steps)
-        standing = standing[~won]
+        x_adv[standing], won, short = ascend(standing, objective, steps, interval)
+        still_open[standing[won]] = False
+        near = standing[short]
+        for other in others:
+            if len(near) == 0:
+                break
+            found, won, _ = ascend(near, other, left, max(left // _CHECKS, _SHORTEST))
+            x_adv[near[won]] = found[won]
+            still_open[near[won]] = False
+            near = near[~won]
     return x_adv
 
 
@@ -96,12 +119,15 @@ def _begin(start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None
 
 
 def _ascend(
-    model: nn.Module, state: _Ascent, region: Region, objective: Objective, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Return the best point of each image, or the one at which it succeeded, and which images did."""
+    model: nn.Module, state: _Ascent, region: Region, objective: Objective, steps: int, interval: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best point of each image, or the one at which it succeeded; which images did; which stalled in the
+    first half and just short of the boundary.
+    """
     end = state.point.clone()
     won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
-    prospects = Prospects.of(len(end), steps, interval=max(steps // 5, 8), like=end)
+    short = won.clone()
+    prospects = Prospects.of(len(end), steps, interval=interval, like=end)
     checkpoints = _checkpoints(steps)
     last_check = 0
     for step in range(steps + 1):
@@ -112,6 +138,8 @@ def _ascend(
         end[prospects.row[leaving]] = state.best_point[leaving]
         end[prospects.row[done]] = state.point[done]
         won[prospects.row[done]] = True
+        if step <= steps // 2:
+            short[prospects.row[leaving]] = (prospects.short() & ~done)[leaving]
         if prospects.crowded():
             stay = prospects.staying()
             state, region, prospects, gradient = (
@@ -121,7 +149,7 @@ def _ascend(
                 gradient[stay],
             )
             if len(stay) == 0:
-                return end, won
+                return end, won, short
         if step in checkpoints:
             gradient = _halve_where_stalled(state, gradient, step - last_check)
             last_check = step
@@ -133,7 +161,7 @@ def _ascend(
         state.previous, state.point = state.point, ahead
     stay = prospects.staying()
     end[prospects.row[stay]] = state.best_point[stay]
-    return end, won
+    return end, won, short
 
 
 def _record(state: _Ascent, loss: Tensor, gradient: Tensor) -> None:

@@ -19,6 +19,9 @@ _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
 _CHECKS, _PATIENCE = 10, 2.0
 # How far a projection may stay short of its plane, as a share of the way; η goes 5% past it.
 _SHORT = 1e-3
+# The least a step aims to gain, as a share of the largest logit. Nearer to the boundary the missing step is lost in
+# rounding, and an image would stand still for all the steps that are left.
+_LEAST = 1e-4
 
 
 @dataclass
@@ -103,12 +106,14 @@ def _walk(
         boundary = nearest_boundary(
             model, walk.point, walk.y, walk.targets, norm=norm, aims=walk.aims, candidates=candidates
         )
+        least = (_LEAST * boundary.logits.abs().amax(1)).nan_to_num_(nan=0.0, posinf=0.0)
+        gap = torch.where(boundary.gap.abs() < least, least, boundary.gap)
         lead = ((walk.point - walk.x) * boundary.gradient).flatten(1).sum(1)
         # Both projections in one call: for small batches its cost is that of its operations, not of their size.
         both = _onto(
             torch.cat([walk.point, walk.x]),
             torch.cat([boundary.gradient, boundary.gradient]),
-            torch.cat([boundary.gap, boundary.gap + lead]),
+            torch.cat([gap, gap + lead]),
             norm,
         )
         from_point, from_x = both.chunk(2)

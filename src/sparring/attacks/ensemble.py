@@ -148,7 +148,7 @@ def apgd_targeted(
 
     With `targets` it aims at those alone, and only they count. Raises as apgd does.
     """
-    attack = partial(apgd, objective=dlr, steps=steps)
+    attack = partial(apgd, objective=dlr, steps=steps, again=False)
     if targets is not None:
         return attack(model, x, y, norm=norm, eps=eps, targets=targets, generator=generator)
     return _towards_each_class(attack, model, x, y, norm, eps, generator, classes)
@@ -195,13 +195,18 @@ def standard(
     that draws meets PGD on the margin, to the end, in place of nearest. Without eps: the smallest perturbation of
     nearest, DeepFool and FAB.
     """
-    attacks: list[Attack]
+    attacks: list[Attack]  # APGD without its other starts: what they might find the next attacks look for too
     if eps is None:
         attacks = [partial(nearest, steps=100), deepfool, fab]
     elif norm == L1:
         attacks = [_first(model), partial(pgd, steps=100, objective=scaled_cross_entropy), fab_targeted]
     else:
-        attacks = [_first(model), partial(apgd, objective=scaled_cross_entropy), apgd_targeted, fab_targeted]
+        attacks = [
+            _first(model),
+            partial(apgd, objective=scaled_cross_entropy, again=False),
+            apgd_targeted,
+            fab_targeted,
+        ]
         attacks += [square] if x.dim() == 4 else []
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
 
@@ -234,7 +239,7 @@ def fast(
         masked = has_masked_gradients(model)
         started: list[Attack] = [
             partial(pgd, steps=20, objective=scaled_cross_entropy),
-            partial(apgd, steps=30, objective=dlr),
+            partial(apgd, steps=30, objective=dlr, again=False),
             partial(apgd_targeted, steps=60 if masked else 20, classes=3),
         ]
         attacks = [nearest, *started, *(started if masked else [])]

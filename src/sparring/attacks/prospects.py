@@ -11,6 +11,8 @@ __all__ = ["Prospects"]
 
 # An image is given up when even this many times its recent pace would not bring it to the boundary.
 _PATIENCE = 2.0
+# Given up just short of the boundary: what is missing is at most this share of what was climbed.
+_SHORT = 0.1
 # Moving the others together costs more than a few passes for nothing: wait until this share has left.
 _SLACK = 0.1
 
@@ -19,8 +21,8 @@ _SLACK = 0.1
 class Prospects:
     """Which images of a batch are still climbing, in an attack of `steps` steps that is checked every `interval` steps.
 
-    row: their numbers, int64 (N,); best and checked: largest margin so far, and at the last check; gone: who has left
-    but is still in the batch.
+    row: their numbers, int64 (N,); first, best and checked: the margin at the start, the largest so far, and the one at
+    the last check; gone: who has left but is still in the batch.
 
     An ascent inside a ball slows down: it crosses the ball first, then only turns corners. So twice the pace since the
     last check, kept up for all steps that are left, is more than what is to be hoped for.
@@ -29,6 +31,7 @@ class Prospects:
     steps: int
     interval: int
     row: Tensor
+    first: Tensor
     best: Tensor
     checked: Tensor
     gone: Tensor
@@ -38,10 +41,12 @@ class Prospects:
         """Return the beginning, with everybody in it."""
         row = torch.arange(images, device=like.device)
         lowest = torch.full((images,), -torch.inf, dtype=like.dtype, device=like.device)
-        return cls(steps, interval, row, lowest, lowest, torch.zeros_like(row, dtype=torch.bool))
+        return cls(steps, interval, row, lowest, lowest, lowest, torch.zeros_like(row, dtype=torch.bool))
 
     def judge(self, margin: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Take note of the margins after `step` steps; return who has just succeeded and who leaves at this step."""
+        if step == 0:
+            self.first = margin
         self.best = torch.maximum(self.best, margin)
         done = (margin > 0) & ~self.gone
         leaving = done
@@ -52,6 +57,10 @@ class Prospects:
             self.checked = self.best
         self.gone = self.gone | leaving
         return done, leaving
+
+    def short(self) -> Tensor:
+        """Return whose best point lies just short of the boundary, or beyond it."""
+        return self.best + _SHORT * (self.best - self.first) > 0
 
     def crowded(self) -> bool:
         """Return whether enough images of the batch have left to move the others together."""
@@ -64,5 +73,11 @@ class Prospects:
     def take(self, which: Tensor) -> Prospects:
         """Return the chosen images."""
         return Prospects(
-            self.steps, self.interval, self.row[which], self.best[which], self.checked[which], self.gone[which]
+            self.steps,
+            self.interval,
+            self.row[which],
+            self.first[which],
+            self.best[which],
+            self.checked[which],
+            self.gone[which],
         )
