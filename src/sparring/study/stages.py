@@ -36,7 +36,10 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
 VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "exact": 2}
 # Raised when the results of one attack change, and for ensembles that contain it: whatever stage runs an attack of that
 # name does so again, and all other records keep their keys.
-REVISIONS = {"apgd": 1, "apgd-dlr": 1, "cw": 1, "deepfool": 1, "fab": 2, "fast": 1, "square": 1, "standard": 2}
+REVISIONS = dict.fromkeys(("apgd", "apgd-dlr", "cw", "deepfool", "fab-targeted", "fast", "square"), 1) | {
+    "fab": 2,
+    "standard": 2,
+}
 
 
 def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
