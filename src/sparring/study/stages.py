@@ -36,7 +36,11 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
 VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 2}
 # Raised when the results of one attack change, and for ensembles that contain it: whatever stage runs an attack of that
 # name does so again, and all other records keep their keys.
-REVISIONS = {"apgd": 1, "apgd-dlr": 1, "cw": 2, "deepfool": 1, "fab": 2, "fast": 1, "square": 1, "standard": 2}
+REVISIONS = dict.fromkeys(("apgd", "apgd-dlr", "deepfool", "fab-targeted", "fast", "square"), 1) | {
+    "cw": 2,
+    "fab": 2,
+    "standard": 2,
+}
 # Raised when what is made of a surrogate's examples changes: attacks that have one, their second parent, run again.
 LENDING = 1
 
