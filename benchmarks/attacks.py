@@ -76,7 +76,8 @@ WORKS = (
     Work("pgd-40", "lenet-300-100", 500, partial(pgd, steps=40), "pgd", 3.0, 5.0, budget=True),
     Work("apgd-100", "lenet-300-100", 500, apgd, "apgd", 3.0, 5.0, budget=True),
     Work("standard", "lenet-300-100", 200, standard, "autoattack", 2.0, 4.0, budget=True),
-    # The same attacks on a colour network, for the comparison of results; nothing is asked of their times.
+    # The same attacks on convolutional networks, for the comparison of results; nothing is asked of their times.
+    Work("apgd-100", "lenet-5", 200, apgd, "apgd", budget=True),
     Work("deepfool", "resnet-20", 50, deepfool, "deepfool"),
     Work("pgd-40", "resnet-20", 100, partial(pgd, steps=40), "pgd", budget=True),
 )

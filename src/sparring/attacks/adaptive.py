@@ -121,9 +121,7 @@ def _begin(start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None
 def _ascend(
     model: nn.Module, state: _Ascent, region: Region, objective: Objective, steps: int, interval: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best point of each image, or the one at which it succeeded; which images did; which stalled in the
-    first half and just short of the boundary.
-    """
+    """Return each image's best point, or that of its success; who succeeded; who stalled early and just short of it."""
     end = state.point.clone()
     won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
     short = won.clone()

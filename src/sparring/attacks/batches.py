@@ -1,4 +1,4 @@
-"""How many images an attack takes at once where nobody says."""
+"""How many images an attack takes at once where nobody says, and what a model makes of them, so many at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .derivatives import ROWS_AT_ONCE
 
-__all__ = ["batch_size_for"]
+__all__ = ["batch_size_for", "classify"]
 
 _BATCH_BYTES = 256 * 2**20
 
@@ -32,3 +32,10 @@ def batch_size_for(model: nn.Module, x: Tensor, *, draws: int = 1) -> int:
             handle.remove()
     stored: int = sum(numbers) + min(classes, ROWS_AT_ONCE) * max(numbers)
     return max(1, min(1024, _BATCH_BYTES // (x.element_size() * draws * stored)))
+
+
+def classify(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
+    """Return the predicted classes, −1 where the logits are not finite: no class."""
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in torch.split(x, batch_size)])
+    return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)

@@ -46,8 +46,8 @@ def cw(
     Adam for `steps` iterations, at most `searches` rounds of binary search on c (the paper's code: 10000 and 9),
     starting each round afresh; a round of an image ends early when a tenth of the steps brought no progress, as in the
     authors' code. As there, every image's search begins at `start_constant` and goes up in tens; it ends once c is
-    known to the share `precision` of itself. 0 makes all rounds, as their code does: on MNIST half as many steps again
-    for distances .02% smaller in the mean. start_constant=None begins at twice the c at which the image's linearised
+    known to the share `precision` of itself. 0 makes all rounds, as their code does: on MNIST 40% more steps for
+    distances .02% smaller in the mean. start_constant=None begins at twice the c at which the image's linearised
     margin would reach the boundary: a third of the steps. l_2 only. Returns the nearest point with margin above
     `confidence`, x where there was none or none within a given eps. The generator is not used. Raises Unsupported for
     other norms.

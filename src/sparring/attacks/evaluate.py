@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..threat import Threat, distance
 from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
-from .batches import batch_size_for
+from .batches import batch_size_for, classify
 from .checks import (
     check_inputs,
     check_losses,
@@ -40,7 +40,6 @@ __all__ = [
     "Attack",
     "AttackResult",
     "check_convergence",
-    "classify",
     "lengthened",
     "robust_accuracy",
     "run",
@@ -378,13 +377,6 @@ def _seed_from(generator: torch.Generator | None) -> int:
     if generator is None:
         return 0
     return int(torch.randint(0, 2**31, (), generator=generator, device=generator.device))
-
-
-def classify(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """Return the predicted classes, −1 where the logits are not finite: no class."""
-    with torch.no_grad():
-        logits = torch.cat([model(part) for part in torch.split(x, batch_size)])
-    return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
 
 
 def _violations(outcome: _Outcome, threat: Threat, nonfinite: int) -> list[Flag]:

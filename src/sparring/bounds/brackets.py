@@ -13,6 +13,7 @@ __all__ = ["Bracket"]
 _ASIDE = 0.4
 # And the margin of one end counts at most so many times the other's, so that a cliff cannot make guesses crawl.
 _STEEPEST = 200.0
+# Below this eps nobody asks for more digits.
 _SMALLEST = 1e-9
 
 
