@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,11 @@ from sparring.train import Progress, Recipe, adversarial, cross_entropy, fit, le
 def network(data: Dataset, seed: int = 0) -> nn.Module:
     shape = tuple(data.train.x.shape[1:])
     return build("mlp", shape=shape, classes=10, mean=data.mean, std=data.std, widths=(32,), seed=seed)
+
+
+def convolutional(data: Dataset, seed: int = 0) -> nn.Module:
+    shape = tuple(data.train.x.shape[1:])
+    return build("vgg-like", shape=shape, classes=10, mean=data.mean, std=data.std, width=0.05, seed=seed)
 
 
 def half(model: nn.Module) -> dict[str, Tensor]:
@@ -100,7 +107,10 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_run_cut_short_goes_on_to_the_same_bits(few_digits: Dataset, tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize("network", [network, convolutional])
+def test_a_run_cut_short_goes_on_to_the_same_bits(
+    few_digits: Dataset, tmp_path: Path, optimizer: str, network: Callable[..., nn.Module]
+) -> None:
     recipe = Recipe(optimizer=optimizer, lr=0.01, epochs=4)  # type: ignore[arg-type]
     whole = network(few_digits)
     score = lambda m: accuracy(predict(m, few_digits.valid.x), few_digits.valid.y)  # noqa: E731
@@ -119,6 +129,48 @@ def test_a_run_cut_short_goes_on_to_the_same_bits(few_digits: Dataset, tmp_path:
     assert same(state(whole), state(resumed))
     assert result.losses == again.losses and result.scores == again.scores
     assert same(result.best_state, again.best_state) and result.best_epoch == again.best_epoch
+
+
+def test_filters_lie_as_they_did_after_training_and_after_a_failure(few_digits: Dataset) -> None:
+    model = convolutional(few_digits)
+    inside: list[bool] = []
+
+    def watching(m: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
+        inside.append(all(p.is_contiguous() for p in m.parameters()))
+        return cross_entropy(m, x, y)
+
+    def stop(progress: Progress) -> None:
+        raise Stop
+
+    for progress in (None, stop):
+        with nullcontext() if progress is None else pytest.raises(Stop):
+            fit(model, *few_digits.train, Recipe(epochs=1), loss=watching, progress=progress)
+        assert all(p.is_contiguous() for p in model.parameters())
+    assert not any(inside)
+
+
+def test_networks_with_strided_1_by_1_filters_train_in_the_plain_layout(few_digits: Dataset) -> None:
+    shape = tuple(few_digits.train.x.shape[1:])
+    model = build("resnet-32", shape=shape, classes=10, mean=few_digits.mean, std=few_digits.std, width=0.25, depth=8)
+    inside: list[bool] = []
+
+    def watching(m: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
+        inside.append(all(p.is_contiguous() for p in m.parameters()))
+        return cross_entropy(m, x, y)
+
+    fit(model, *few_digits.train, Recipe(epochs=1), loss=watching)
+    assert all(inside)
+
+
+def test_the_layout_of_filters_changes_no_result_but_by_rounding(few_digits: Dataset) -> None:
+    recipe = Recipe(epochs=1, lr=0.01)
+    model, same_net = convolutional(few_digits), convolutional(few_digits)
+    fit(model, *few_digits.train, recipe, seed=1)
+    # An unused 1 × 1 filter keeps the layout plain.
+    same_net.register_parameter("unused", nn.Parameter(torch.zeros(1, 1, 1, 1)))
+    fit(same_net, *few_digits.train, recipe, seed=1)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value.float(), same_net.state_dict()[name].float(), rtol=1e-3, atol=1e-4), name
 
 
 class Late:

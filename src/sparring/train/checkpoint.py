@@ -74,11 +74,18 @@ def load_checkpoint_(state: State, path: Path) -> None:
     for index, parameter in enumerate(state.optimizer.parameters):
         slot = _part(tensors, f"optimizer/{index}/")
         if slot:
-            state.optimizer.state[parameter] = {name: value.to(place) for name, value in slot.items()}
+            state.optimizer.state[parameter] = {name: _laid_out(value, parameter) for name, value in slot.items()}
     kept = _part(tensors, "pruner/")
     restore = getattr(state.pruner, "load_state_", None)
     if kept and restore is not None:
         restore(kept)
+
+
+def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return the value in its parameter's place and order in memory: fused optimisers go through both as they lie."""
+    if value.shape != parameter.shape:  # a count of steps
+        return value.to(parameter.device)
+    return torch.empty_like(parameter.detach()).copy_(value)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
