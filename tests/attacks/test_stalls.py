@@ -24,15 +24,15 @@ def test_other_starts_of_apgd_cost_no_image_more_than_its_steps(trained: tuple[n
         apgd(probe, image, label, eps=0.07, generator=torch.Generator().manual_seed(0))
         passes.append(probe.forwards)
     assert max(passes) <= 101
-    # Given up at the earliest after 28 steps; some went on from another start then, for 28 each.
-    assert any(count > 57 for count in passes)
+    # Given up just short of the boundary after 70 steps, some went on from another start, for 29 more.
+    assert any(count > 71 for count in passes)
 
 
 def test_other_starts_of_apgd_fool_more(trained: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = trained
     fooled = {
         again: sum(
-            int(won(model, apgd(model, x, y, eps=0.1, generator=generator, again=again), y).sum())
+            int(won(model, apgd(model, x, y, eps=0.07, generator=generator, again=again), y).sum())
             for generator in (torch.Generator().manual_seed(seed) for seed in range(5))
         )
         for again in (False, True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..threat import LINF, random_point
 from .derivatives import logits_and_gradient
-from .losses import Objective, cross_entropy, dlr, margin
+from .losses import Objective, cross_entropy, margin
 from .prospects import Prospects
 from .steps import Region, budget, column, select, shrink
 
@@ -21,6 +21,8 @@ _NEEDED_SHARE = 0.75
 # How often in an ascent prospects are checked, and no more often than after so many steps. With other starts to follow,
 # giving up too early costs less.
 _CHECKS, _CHECKS_AGAIN, _SHORTEST = 5, 7, 8
+# Up to this share of an ascent nobody just short of the boundary is given up if another start is to follow.
+_SPARED = 0.6
 
 
 @dataclass
@@ -62,39 +64,38 @@ def apgd(
     l_inf, l_2 and l_1, whose steps and projection see box and ball together (see `Region`; the projection is that of
     Croce & Hein 2021, whose sparse steps and shrinking radius Frank-Wolfe steps replace). Images leave at their first
     success, or once their ascent has stalled far from the boundary (see `Prospects`); restarts go on with those still
-    standing. With `again` those that stalled in the first half and just short of it spend what steps they have left on
-    two other starts, of which the second climbs the DLR loss: the start decides more than an ascent's last steps. No
-    image takes more than `steps`. `aims` (int64, (N,)) are classes that the objective climbs towards while any wrong
-    class counts as success, as AutoAttack's targeted losses do. Raises UserError without eps.
+    standing. With `again` those just short of the boundary get time until 60% of the steps, and spend what they have
+    left on another start if they stand still then. No image takes more than `steps`. `aims` (int64, (N,)) are classes
+    that the objective climbs towards while any wrong class counts as success, as AutoAttack's targeted losses do.
+    Raises UserError without eps.
     """
     eps = budget(eps)
     x_adv = x.clone()
     still_open = torch.ones(len(x), dtype=torch.bool, device=x.device)
     interval = max(steps // (_CHECKS_AGAIN if again else _CHECKS), _SHORTEST)
-    # An ascent of n steps asks n + 1 times.
-    left = (steps - steps // 2 // interval * interval) // 2 - 1
-    others = (objective, dlr) if again and left >= _SHORTEST else ()
+    # The first check after everybody was spared; an ascent of n steps asks n + 1 times.
+    early = (int(_SPARED * steps) // interval + 1) * interval
+    left = steps - early - 1
+    again = again and left >= _SHORTEST
 
-    def ascend(rows: Tensor, objective: Objective, steps: int, interval: int) -> tuple[Tensor, Tensor, Tensor]:
+    def ascend(rows: Tensor, steps: int, interval: int, spared: int) -> tuple[Tensor, Tensor, Tensor]:
         region = Region.around(x[rows], norm, eps)
         start = region.bring_in_(region.x + random_point(region.x, norm, eps, generator))
         state = _begin(start, y[rows], select(targets, rows), select(aims, rows), eps)
-        return _ascend(model, state, region, objective, steps, interval)
+        prospects = Prospects.of(len(rows), steps, interval=interval, like=x, spared=spared)
+        return _ascend(model, state, region, objective, prospects, early)
 
     for _ in range(restarts):
         standing = still_open.nonzero().squeeze(1)
         if len(standing) == 0:
             break
-        x_adv[standing], won, short = ascend(standing, objective, steps, interval)
+        x_adv[standing], won, short = ascend(standing, steps, interval, early - 1 if again else 0)
         still_open[standing[won]] = False
         near = standing[short]
-        for other in others:
-            if len(near) == 0:
-                break
-            found, won, _ = ascend(near, other, left, max(left // _CHECKS, _SHORTEST))
+        if again and len(near) > 0:
+            found, won, _ = ascend(near, left, max(left // _CHECKS, _SHORTEST), 0)
             x_adv[near[won]] = found[won]
             still_open[near[won]] = False
-            near = near[~won]
     return x_adv
 
 
@@ -119,16 +120,15 @@ def _begin(start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None
 
 
 def _ascend(
-    model: nn.Module, state: _Ascent, region: Region, objective: Objective, steps: int, interval: int
+    model: nn.Module, state: _Ascent, region: Region, objective: Objective, prospects: Prospects, early: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each image's best point, or that of its success; who succeeded; who stalled early and just short of it."""
+    """Return each image's best point, or that of its success; who won; who left just short of that by step `early`."""
     end = state.point.clone()
     won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
     short = won.clone()
-    prospects = Prospects.of(len(end), steps, interval=interval, like=end)
-    checkpoints = _checkpoints(steps)
+    checkpoints = _checkpoints(prospects.steps)
     last_check = 0
-    for step in range(steps + 1):
+    for step in range(prospects.steps + 1):
         pull = state.targets if state.aims is None else state.aims
         logits, gradient = logits_and_gradient(model, state.point, objective, state.y, pull)
         done, leaving = prospects.judge(margin(logits, state.y, state.targets), step)
@@ -136,7 +136,7 @@ def _ascend(
         end[prospects.row[leaving]] = state.best_point[leaving]
         end[prospects.row[done]] = state.point[done]
         won[prospects.row[done]] = True
-        if step <= steps // 2:
+        if step <= early:
             short[prospects.row[leaving]] = (prospects.short() & ~done)[leaving]
         if prospects.crowded():
             stay = prospects.staying()

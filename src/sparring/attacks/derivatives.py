@@ -26,14 +26,23 @@ class Probe(nn.Module):
     """Wrap a model to count what an attack asks of it, in images sent forward and gradient rows sent back.
 
     `nonfinite` counts images whose logits were NaN or infinite. With draws > 1 the logits are averaged over that many
-    random passes, so that every attack climbs the expectation (Athalye et al. 2018, expectation over transformation).
+    random passes, so that every attack climbs the expectation (Athalye et al. 2018, expectation over transformation);
+    with `split`, its steady and its drawing part, the first is asked but once for all of them.
     `hand` is the model as plain matrices, if it is no more than that: passes then go through those.
     """
 
-    def __init__(self, model: nn.Module, *, draws: int = 1, hand: ByHand | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        draws: int = 1,
+        hand: ByHand | None = None,
+        split: tuple[nn.Module, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.hand = hand
+        self.split = split
         self.draws = draws
         self.forwards = 0
         self.backwards = 0
@@ -48,14 +57,17 @@ class Probe(nn.Module):
         """Return the logits of x, averaged over the draws."""
         if self.hand is not None and not (torch.is_grad_enabled() and x.requires_grad):
             return self.through(self.hand, x)[0]
-        batch = x if self.draws == 1 else x.repeat(self.draws, *[1] * (x.dim() - 1))
-        logits: Tensor = self.model(batch)
-        if self.draws > 1:
-            logits = logits.view(self.draws, len(x), -1).mean(0)
+        logits: Tensor = self.model(x) if self.draws == 1 else self._mean(x)
         self._note(logits.detach(), self.draws)
         if logits.requires_grad:
             logits.register_hook(self._count)  # type: ignore[no-untyped-call]
         return logits
+
+    def _mean(self, x: Tensor) -> Tensor:
+        steady, drawing = self.split or (nn.Identity(), self.model)
+        value = steady(x)
+        logits: Tensor = drawing(value.repeat(self.draws, *[1] * (value.dim() - 1)))
+        return logits.view(self.draws, len(x), -1).mean(0)
 
     def through(self, hand: ByHand, x: Tensor) -> tuple[Tensor, Any]:
         """Return what `hand.forward` does, and count it."""

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..threat import Threat, distance
+from ..threat import Threat
 from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
-from .batches import batch_size_for, classify
+from .batches import batch_size_for
 from .checks import (
     check_inputs,
     check_losses,
@@ -31,10 +31,12 @@ from .checks import (
 from .convolved import read_convolved
 from .dense import read_dense
 from .derivatives import Probe, frozen
+from .draws import split_at_draw
 from .flags import Flag, exceeds
 from .gradient import pgd
 from .losses import dlr
-from .steps import column, select
+from .steps import select
+from .verdicts import Judge, better, still_open, violations
 
 __all__ = [
     "Attack",
@@ -45,7 +47,6 @@ __all__ = [
     "run",
 ]
 
-TOLERANCE = 1e-6
 # Another way of attacking must do better on this share of the images before it is called a sign of masking.
 _NOTABLE = 0.02
 _LENGTHS = ("steps", "queries")
@@ -143,11 +144,14 @@ def run(
         random = is_stochastic(model) or is_random(model, x)
         flags = [*mode, *_undeclared(model, random), *check_model(model, x, y, random=random)]
         size = batch_size or batch_size_for(model, x, draws=draws if random else 1)
-        watch = Probe(model)
-        judge = _Judge(watch, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1)
+        split = split_at_draw(model, x) if random and through is None else None
+        watch = Probe(split.drawing if split else model)
+        judge = Judge(
+            watch, split and split.steady, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1
+        )
         clean_correct = ~judge.wrong(x)
         hand = None if random or through is not None else read_dense(model, x[:2]) or read_convolved(model, x[:2])
-        probe = Probe(through or model, draws=draws if random else 1, hand=hand)
+        probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=split)
         order = _Order(attack, threat, x, y, targets, size, generator)
         stack.enter_context(seeded(model, seed))
 
@@ -155,30 +159,30 @@ def run(
         if random:
             # As one would attack any model, a draw at a time: what the expectation adds to that, chance had hidden.
             probe.draws = 1
-            outcome, _ = _better(outcome, judge(x, order(probe, _still_open(outcome, threat)), clean_correct))
+            outcome, _ = better(outcome, judge(x, order(probe, still_open(outcome, threat)), clean_correct))
             probe.draws = draws
         gained = torch.zeros_like(clean_correct)
         # What fools one set of draws need not fool another: images still standing get four more chances.
         for _ in range(5 if random else 1):
-            found = order(probe, _still_open(outcome, threat))
-            outcome, more = _better(outcome, judge(x, found, clean_correct))
+            found = order(probe, still_open(outcome, threat))
+            outcome, more = better(outcome, judge(x, found, clean_correct))
             gained |= more
         flags += _masked("the expectation over draws", gained, clean_correct) if random else []
         if has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags):
             probe.model, probe.hand = model, None
             with straight_through(model, x[:1]):
-                found = order(probe, _still_open(outcome, threat))
-            outcome, more = _better(outcome, judge(x, found, clean_correct))
+                found = order(probe, still_open(outcome, threat))
+            outcome, more = better(outcome, judge(x, found, clean_correct))
             flags += _masked("a straight-through backward pass", more, clean_correct)
         lenders = {name: Probe(surrogate) for name, surrogate in others.items()}
         for name, lender in lenders.items():
             gained = torch.zeros_like(clean_correct)
             for lend in (order,) if threat.eps is None else (order, replace(order, attack=_DEEP)):
-                found = lend(lender, _still_open(outcome, threat))
-                outcome, more = _better(outcome, judge(x, found, clean_correct))
+                found = lend(lender, still_open(outcome, threat))
+                outcome, more = better(outcome, judge(x, found, clean_correct))
                 gained |= more
             flags += _masked(f"transfer from {name}", gained, clean_correct)
-        flags += _violations(outcome, threat, probe.nonfinite + watch.nonfinite)
+        flags += violations(outcome, threat, probe.nonfinite + watch.nonfinite)
         if state_of(model) != before:
             detail = "parameters or buffers were written to; make them constant in eval mode"
             flags.append(Flag("state-changed", detail))
@@ -265,15 +269,6 @@ def check_convergence(
     return (Flag("not-converged", detail),)
 
 
-class _Outcome(NamedTuple):
-    """What one way of attacking reached: the images, how far each moved, success, distance as in AttackResult."""
-
-    x_adv: Tensor
-    moved: Tensor
-    success: Tensor
-    distance: Tensor
-
-
 @dataclass(frozen=True)
 class _Order:
     """An attack with its images: call it with a model and a mask of the images to attack."""
@@ -302,59 +297,6 @@ class _Order:
         return x_adv
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """Says, on fresh forward passes, which images are misclassified and how far they were moved."""
-
-    model: nn.Module
-    y: Tensor
-    targets: Tensor | None
-    norm: float
-    batch_size: int
-    draws: int
-    seed: int
-
-    def wrong(self, x: Tensor) -> Tensor:
-        """Return which images most of the passes do not assign to their class."""
-        return self._share(x, self.y) < 0.5
-
-    def __call__(self, x: Tensor, x_adv: Tensor, clean_correct: Tensor) -> _Outcome:
-        """Return the outcome of an attack; images misclassified from the start are no success."""
-        reached = self.wrong(x_adv) if self.targets is None else self._share(x_adv, self.targets) > 0.5
-        moved = distance(x_adv - x, self.norm)
-        success = clean_correct & reached & torch.isfinite(moved)  # NaN is no image, whatever the model makes of it
-        reach = torch.where(success, moved, torch.where(clean_correct, torch.inf, 0.0))
-        return _Outcome(x_adv, moved, success, reach)
-
-    def _share(self, x: Tensor, label: Tensor) -> Tensor:
-        votes = torch.zeros(len(x), device=x.device)
-        with seeded(self.model, self.seed):
-            for _ in range(self.draws):
-                votes += classify(self.model, x, self.batch_size) == label
-        return votes / self.draws
-
-
-def _still_open(outcome: _Outcome, threat: Threat) -> Tensor:
-    """Return the images another way of attacking could still do something about."""
-    return (outcome.distance > 0) if threat.eps is None else torch.isinf(outcome.distance)
-
-
-def _better(first: _Outcome, second: _Outcome) -> tuple[_Outcome, Tensor]:
-    """Return the per-image better of two outcomes, and where the second was better by more than 5% or alone.
-
-    Where neither succeeded, what the second left behind is kept if it moved at all.
-    """
-    taken = (second.distance < first.distance) | (torch.isinf(first.distance) & (second.moved != 0))  # NaN is not 0
-    shape = column(taken, first.x_adv)
-    merged = _Outcome(
-        torch.where(shape, second.x_adv, first.x_adv),
-        torch.where(taken, second.moved, first.moved),
-        first.success | second.success,
-        torch.minimum(second.distance, first.distance),
-    )
-    return merged, second.distance < 0.95 * first.distance
-
-
 def _masked(way: str, more: Tensor, attacked: Tensor) -> list[Flag]:
     gained, count = int(more.sum()), int(attacked.sum())
     if gained < max(2, _NOTABLE * count):
@@ -377,24 +319,3 @@ def _seed_from(generator: torch.Generator | None) -> int:
     if generator is None:
         return 0
     return int(torch.randint(0, 2**31, (), generator=generator, device=generator.device))
-
-
-def _violations(outcome: _Outcome, threat: Threat, nonfinite: int) -> list[Flag]:
-    flags = []
-    beyond = float((outcome.x_adv.clamp(0, 1) - outcome.x_adv).abs().max())
-    if not beyond <= TOLERANCE:
-        flags.append(Flag("box-violation", f"by up to {beyond:.2g}"))
-    if threat.eps is not None:
-        excess = float((outcome.moved - threat.eps).max())
-        # Rounding of a norm grows with its size.
-        if not excess <= TOLERANCE * max(1.0, threat.eps):
-            flags.append(Flag("budget-violation", f"by up to {excess:.2g}"))
-    if threat.eps is None:
-        failed = int(torch.isinf(outcome.distance).sum())
-        if failed:
-            detail = f"on {failed} images, whose distance is infinite; take more steps, or another attack"
-            flags.append(Flag("unfinished-search", detail))
-    if nonfinite:
-        detail = f"for {nonfinite} images, counting every pass; look for divisions and exponentials in the model"
-        flags.append(Flag("nonfinite-logits", detail))
-    return flags

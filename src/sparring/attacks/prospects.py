@@ -11,8 +11,8 @@ __all__ = ["Prospects"]
 
 # An image is given up when even this many times its recent pace would not bring it to the boundary.
 _PATIENCE = 2.0
-# Given up just short of the boundary: what is missing is at most this share of what was climbed.
-_SHORT = 0.1
+# Just short of the boundary: what is missing is at most this share of what was climbed.
+_SHORT = 0.15
 # Moving the others together costs more than a few passes for nothing: wait until this share has left.
 _SLACK = 0.1
 
@@ -21,15 +21,18 @@ _SLACK = 0.1
 class Prospects:
     """Which images of a batch are still climbing, in an attack of `steps` steps that is checked every `interval` steps.
 
-    row: their numbers, int64 (N,); first, best and checked: the margin at the start, the largest so far, and the one at
-    the last check; gone: who has left but is still in the batch.
+    spared: the step up to which nobody just short of the boundary is given up; row: their numbers, int64 (N,); first,
+    best and checked: the margin at the start, the largest so far, and the one at the last check; gone: who has left but
+    is still in the batch.
 
     An ascent inside a ball slows down: it crosses the ball first, then only turns corners. So twice the pace since the
-    last check, kept up for all steps that are left, is more than what is to be hoped for.
+    last check, kept up for all steps that are left, is more than what is to be hoped for. But an image may also stand
+    still while steps are too long, and go on once they are shorter, on networks with convolutions most of all.
     """
 
     steps: int
     interval: int
+    spared: int
     row: Tensor
     first: Tensor
     best: Tensor
@@ -37,11 +40,11 @@ class Prospects:
     gone: Tensor
 
     @classmethod
-    def of(cls, images: int, steps: int, *, interval: int, like: Tensor) -> Prospects:
+    def of(cls, images: int, steps: int, *, interval: int, like: Tensor, spared: int = 0) -> Prospects:
         """Return the beginning, with everybody in it."""
         row = torch.arange(images, device=like.device)
         lowest = torch.full((images,), -torch.inf, dtype=like.dtype, device=like.device)
-        return cls(steps, interval, row, lowest, lowest, lowest, torch.zeros_like(row, dtype=torch.bool))
+        return cls(steps, interval, spared, row, lowest, lowest, lowest, torch.zeros_like(row, dtype=torch.bool))
 
     def judge(self, margin: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Take note of the margins after `step` steps; return who has just succeeded and who leaves at this step."""
@@ -52,7 +55,10 @@ class Prospects:
         leaving = done
         if step > 0 and step % self.interval == 0:
             pace = (self.best - self.checked) / self.interval
-            leaving = done | ((self.best + _PATIENCE * pace * (self.steps - step) < 0) & ~self.gone)
+            hopeless = self.best + _PATIENCE * pace * (self.steps - step) < 0
+            if step <= self.spared:
+                hopeless &= ~self.short()
+            leaving = done | (hopeless & ~self.gone)
         if step % self.interval == 0:
             self.checked = self.best
         self.gone = self.gone | leaving
@@ -75,6 +81,7 @@ class Prospects:
         return Prospects(
             self.steps,
             self.interval,
+            self.spared,
             self.row[which],
             self.first[which],
             self.best[which],
