@@ -12,7 +12,7 @@ __all__ = ["Prospects"]
 # An image is given up when even this many times its recent pace would not bring it to the boundary.
 _PATIENCE = 2.0
 # Just short of the boundary: what is missing is at most this share of what was climbed.
-_SHORT = 0.15
+_SHORT = 0.1
 # Moving the others together costs more than a few passes for nothing: wait until this share has left.
 _SLACK = 0.1
 
