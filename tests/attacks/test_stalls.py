@@ -24,7 +24,7 @@ def test_other_starts_of_apgd_cost_no_image_more_than_its_steps(trained: tuple[n
         apgd(probe, image, label, eps=0.07, generator=torch.Generator().manual_seed(0))
         passes.append(probe.forwards)
     assert max(passes) <= 101
-    # Given up just short of the boundary after 70 steps, some went on from another start, for 29 more.
+    # Given up just short of the boundary after 70 steps, some went on from two other starts, for 14 each.
     assert any(count > 71 for count in passes)
 
 

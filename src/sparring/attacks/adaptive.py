@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..threat import LINF, random_point
 from .derivatives import logits_and_gradient
-from .losses import Objective, cross_entropy, margin
+from .losses import Objective, cross_entropy, dlr, margin
 from .prospects import Prospects
 from .steps import Region, budget, column, select, shrink
 
@@ -64,10 +64,10 @@ def apgd(
     l_inf, l_2 and l_1, whose steps and projection see box and ball together (see `Region`; the projection is that of
     Croce & Hein 2021, whose sparse steps and shrinking radius Frank-Wolfe steps replace). Images leave at their first
     success, or once their ascent has stalled far from the boundary (see `Prospects`); restarts go on with those still
-    standing. With `again` those just short of the boundary get time until 60% of the steps, and spend what they have
-    left on another start if they stand still then. No image takes more than `steps`. `aims` (int64, (N,)) are classes
-    that the objective climbs towards while any wrong class counts as success, as AutoAttack's targeted losses do.
-    Raises UserError without eps.
+    standing. With `again` those just short of the boundary get time until 60% of the steps, and if they stand still
+    then spend what they have left on two other starts, of which the second climbs the DLR loss. No image takes more
+    than `steps`. `aims` (int64, (N,)) are classes that the objective climbs towards while any wrong class counts as
+    success, as AutoAttack's targeted losses do. Raises UserError without eps.
     """
     eps = budget(eps)
     x_adv = x.clone()
@@ -75,10 +75,12 @@ def apgd(
     interval = max(steps // (_CHECKS_AGAIN if again else _CHECKS), _SHORTEST)
     # The first check after everybody was spared; an ascent of n steps asks n + 1 times.
     early = (int(_SPARED * steps) // interval + 1) * interval
-    left = steps - early - 1
-    again = again and left >= _SHORTEST
+    left = (steps - early) // 2 - 1
+    others = (objective, dlr) if again and left >= _SHORTEST else ()
 
-    def ascend(rows: Tensor, steps: int, interval: int, spared: int) -> tuple[Tensor, Tensor, Tensor]:
+    def ascend(
+        rows: Tensor, objective: Objective, steps: int, interval: int, spared: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         region = Region.around(x[rows], norm, eps)
         start = region.bring_in_(region.x + random_point(region.x, norm, eps, generator))
         state = _begin(start, y[rows], select(targets, rows), select(aims, rows), eps)
@@ -89,13 +91,16 @@ def apgd(
         standing = still_open.nonzero().squeeze(1)
         if len(standing) == 0:
             break
-        x_adv[standing], won, short = ascend(standing, steps, interval, early - 1 if again else 0)
+        x_adv[standing], won, short = ascend(standing, objective, steps, interval, early - 1 if others else 0)
         still_open[standing[won]] = False
         near = standing[short]
-        if again and len(near) > 0:
-            found, won, _ = ascend(near, left, max(left // _CHECKS, _SHORTEST), 0)
+        for other in others:
+            if len(near) == 0:
+                break
+            found, won, _ = ascend(near, other, left, max(left // _CHECKS, _SHORTEST))
             x_adv[near[won]] = found[won]
             still_open[near[won]] = False
+            near = near[~won]
     return x_adv
 
 
