@@ -109,7 +109,7 @@ def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pru
 
 @contextmanager
 def _channels_last(model: nn.Module) -> Iterator[None]:
-    """Lay filters out as convolutions on a CPU go back fastest: LeNet-5 trains 1.6 times as fast.
+    """Lay filters out as convolutions on a CPU go back fastest.
 
     Networks with 1 × 1 filters are left alone: in this layout oneDNN writes past its memory when such a convolution has
     a stride and fewer than eight inputs (its issue 6035).
