@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from broken_defences import DEFENCES, UNDEFENDED, Hidden, Task, defended, naive, right, task
-from sparring.attacks import dlr, fast, nearest, pgd, robust_accuracy, run
+from sparring.attacks import Attack, dlr, fast, fgsm, nearest, pgd, rfgsm, robust_accuracy, run
 from sparring.sparsity import TopK
 from sparring.threat import L2, LINF, Threat
 
@@ -126,3 +126,13 @@ def test_examples_are_lent_from_as_deep_as_the_budget_allows(trained: Trained) -
     assert robust_accuracy(helped) == pytest.approx(robust_accuracy(deep), abs=0.02)
     # What it costs to ask another network is counted too.
     assert helped.backwards == 40 and helped.forwards >= 40
+
+
+@pytest.mark.parametrize("attack", [fgsm, partial(rfgsm, share=0.3)])
+def test_a_single_step_is_lent_a_single_step(trained: Trained, attack: Attack) -> None:
+    model, x, y = trained
+    helped = run(Hidden(model), x, y, attack, THREAT, surrogates={"dense": model}, generator=seeded())
+    alone = run(model, x, y, attack, THREAT, generator=seeded())
+    assert robust_accuracy(helped) == pytest.approx(robust_accuracy(alone), abs=0.02)
+    # One of its own, one through ReLUs that pretend to pass gradients, one on the dense network.
+    assert helped.backwards <= 3

@@ -53,3 +53,15 @@ def test_attacks_with_a_surrogate_have_a_revision_of_their_own(monkeypatch: pyte
     monkeypatch.setattr(stages, "LENDING", stages.LENDING + 1)
     new = [task for key, task in tasks().items() if key not in now]
     assert len(new) == 4 and all(len(task.inputs["parents"]) == 2 for task in new)
+
+
+def test_one_attack_with_a_surrogate_is_done_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = TABLE | {"activation": [{"label": "k-winners", "kind": "top-k", "levels": [0.5]}]}
+
+    def tasks() -> dict[str, Any]:
+        return lay_out(Plan.from_table(table), FACTS).tasks
+
+    now = tasks()
+    monkeypatch.setattr(stages, "LENDINGS", stages.LENDINGS | {"square": 1})
+    new = [task for key, task in tasks().items() if key not in now]
+    assert [task.inputs["attack"]["name"] for task in new] == ["square"] and len(new[0].inputs["parents"]) == 2

@@ -33,7 +33,7 @@ from .dense import read_dense
 from .derivatives import Probe, frozen
 from .draws import split_at_draw
 from .flags import Flag, exceeds
-from .gradient import pgd
+from .gradient import fgsm, pgd, rfgsm
 from .losses import dlr
 from .steps import select
 from .verdicts import Judge, better, still_open, violations
@@ -52,6 +52,8 @@ _NOTABLE = 0.02
 _LENGTHS = ("steps", "queries")
 # What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
 _DEEP = partial(pgd, objective=dlr, stop_early=False)
+# To these alone it would be no loan but another attack, and robust accuracy under a single step no longer that.
+_SINGLE_STEP = (fgsm, rfgsm)
 
 
 class Attack(Protocol):
@@ -119,9 +121,9 @@ def run(
 
     Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
     straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
-    transferred, and within a budget those of PGD on DLR to the end. None: on the dense network where modules of
-    activation sparsity say what they took the place of; {}: on none. The best of all counts for each image. A model
-    that draws random numbers is attacked with single passes, then in expectation over `draws` of them, and an image
+    transferred, and within a budget those of PGD on DLR to the end (but not to FGSM and rFGSM, which stay attacks of a
+    single step). None: on the dense network where modules of activation sparsity say what they took the place of; {}:
+    on none. The best of all counts for each image. A model that draws random numbers is attacked with single passes, then in expectation over `draws` of them, and an image
     counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network by faster
     passes, such as packed kernels: the attack asks that, the verdict the model.
 
@@ -177,7 +179,8 @@ def run(
         lenders = {name: Probe(surrogate) for name, surrogate in others.items()}
         for name, lender in lenders.items():
             gained = torch.zeros_like(clean_correct)
-            for lend in (order,) if threat.eps is None else (order, replace(order, attack=_DEEP)):
+            deep = [] if threat.eps is None or _is_single_step(attack) else [replace(order, attack=_DEEP)]
+            for lend in (order, *deep):
                 found = lend(lender, still_open(outcome, threat))
                 outcome, more = better(outcome, judge(x, found, clean_correct))
                 gained |= more
@@ -215,6 +218,10 @@ def lengthened(attack: Attack, factor: int = 4) -> Attack:
         raise UserError("this attack has neither steps nor queries, so it cannot be run for longer")
     function = cast(Callable[..., Tensor], attack)
     return cast(Attack, partial(function, **{name: factor * inspect.signature(function).parameters[name].default}))
+
+
+def _is_single_step(attack: Attack) -> bool:
+    return (attack.func if isinstance(attack, partial) else attack) in _SINGLE_STEP
 
 
 def _length_of(attack: Attack) -> str | None:

@@ -45,14 +45,17 @@ REVISIONS = dict.fromkeys(("deepfool", "fab-targeted", "fast", "square"), 1) | {
 }
 # Raised when what is made of a surrogate's examples changes: attacks that have one, their second parent, run again.
 LENDING = 1
+# The same for one attack alone, on top of it.
+LENDINGS = {"fgsm": 1, "rfgsm": 1}
 
 
 def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     """Return every version that a task with these inputs ever had, the present one last."""
     attack = inputs.get("attack")
-    revisions = REVISIONS.get(attack.get("name", ""), 0) if isinstance(attack, Mapping) else 0
+    name = attack.get("name", "") if isinstance(attack, Mapping) else ""
+    revisions = REVISIONS.get(name, 0)
     if stage == "attack" and len(inputs.get("parents", ())) > 1:
-        revisions += LENDING
+        revisions += LENDING + LENDINGS.get(name, 0)
     return [
         f"{version}.{revision}" if revision else version
         for version in range(1, VERSIONS[stage] + 1)
