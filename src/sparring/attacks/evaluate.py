@@ -123,9 +123,10 @@ def run(
     straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
     transferred, and within a budget those of PGD on DLR to the end (but not to FGSM and rFGSM, which stay attacks of a
     single step). None: on the dense network where modules of activation sparsity say what they took the place of; {}:
-    on none. The best of all counts for each image. A model that draws random numbers is attacked with single passes, then in expectation over `draws` of them, and an image
-    counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network by faster
-    passes, such as packed kernels: the attack asks that, the verdict the model.
+    on none. The best of all counts for each image. A model that draws random numbers is attacked with single passes,
+    then in expectation over `draws` of them, and an image counts as misclassified if most of 3·draws + 1 other passes
+    are wrong. `through` is the same network by faster passes, such as packed kernels: the attack asks that, the verdict
+    the model.
 
     `convergence`: on how many of the images a run four times as long shows whether more steps would still help (see
     `check_convergence`); an attack without steps has nothing to show. Raises UserError for inputs or a model that break
