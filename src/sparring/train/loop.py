@@ -118,12 +118,20 @@ def _channels_last(model: nn.Module) -> Iterator[None]:
     if any(p.shape[2:] == (1, 1) for p in filters):
         filters = []
     for parameter in filters:
-        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        parameter.data = _copied(parameter.data, torch.channels_last)
     try:
         yield
     finally:
         for parameter in filters:
-            parameter.data = parameter.data.contiguous()
+            parameter.data = _copied(parameter.data, torch.contiguous_format)
+
+
+def _copied(value: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return a copy in this layout, also where there is one channel and every layout is "contiguous" already.
+
+    The strides of a filter of one channel still decide how its outputs are laid out, and what is slow about them.
+    """
+    return torch.empty_like(value, memory_format=layout).copy_(value)
 
 
 def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> float:
