@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..layout import channels_last
 from ..threat import Threat
 from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
 from .batches import batch_size_for
@@ -36,7 +37,7 @@ from .flags import Flag, exceeds
 from .gradient import fgsm, pgd, rfgsm
 from .losses import dlr
 from .steps import select
-from .verdicts import Judge, better, still_open, violations
+from .verdicts import Judge, better, still_open, untouched, violations
 
 __all__ = [
     "Attack",
@@ -142,6 +143,7 @@ def run(
     with ExitStack() as stack:
         for network in (model, *others.values()):
             stack.enter_context(frozen(network))
+            stack.enter_context(channels_last(network))
         check_targets(model, x, y, targets)
         before = state_of(model)
         random = is_stochastic(model) or is_random(model, x)
@@ -158,7 +160,7 @@ def run(
         order = _Order(attack, threat, x, y, targets, size, generator)
         stack.enter_context(seeded(model, seed))
 
-        outcome = judge(x, x, clean_correct)
+        outcome = untouched(x, clean_correct)
         if random:
             # As one would attack any model, a draw at a time: what the expectation adds to that, chance had hidden.
             probe.draws = 1

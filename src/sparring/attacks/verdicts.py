@@ -15,7 +15,7 @@ from .derivatives import Probe
 from .flags import Flag
 from .steps import column
 
-__all__ = ["Judge", "Outcome", "better", "still_open", "violations"]
+__all__ = ["Judge", "Outcome", "better", "still_open", "untouched", "violations"]
 
 TOLERANCE = 1e-6
 
@@ -66,6 +66,13 @@ class Judge:
             for _ in range(self.draws):
                 votes += classify(self.probe, x, self.batch_size) == label
         return votes / self.draws
+
+
+def untouched(x: Tensor, clean_correct: Tensor) -> Outcome:
+    """Return the outcome of no attack at all."""
+    nowhere = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    reach = torch.where(clean_correct, torch.inf, nowhere)
+    return Outcome(x, nowhere, torch.zeros_like(clean_correct), reach)
 
 
 def still_open(outcome: Outcome, threat: Threat) -> Tensor:

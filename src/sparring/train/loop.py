@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..layout import channels_last
 from ..sparsity import Masks, Pruner
 from .checkpoint import State, load_checkpoint_, save_checkpoint
 from .losses import Loss, cross_entropy
@@ -68,7 +69,7 @@ def fit(
     _check(model, x, y)
     place = next(model.parameters()).device
     x, y = x.to(place), y.to(place)
-    with torch.random.fork_rng(devices=[]), _channels_last(model):
+    with torch.random.fork_rng(devices=[]), channels_last(model):
         state = _start(model, recipe, seed, masks, pruner)
         if checkpoint is not None and checkpoint.exists():
             load_checkpoint_(state, checkpoint)
@@ -105,33 +106,6 @@ def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pru
     generator = torch.Generator().manual_seed(seed)
     optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
     return State(model, optimizer, dict(masks or {}), generator, pruner)
-
-
-@contextmanager
-def _channels_last(model: nn.Module) -> Iterator[None]:
-    """Lay filters out as convolutions on a CPU go back fastest.
-
-    Networks with 1 × 1 filters are left alone: in this layout oneDNN writes past its memory when such a convolution has
-    a stride and fewer than eight inputs (its issue 6035).
-    """
-    filters = [p for p in model.parameters() if p.dim() == 4 and p.device.type == "cpu" and p.is_contiguous()]
-    if any(p.shape[2:] == (1, 1) for p in filters):
-        filters = []
-    for parameter in filters:
-        parameter.data = _copied(parameter.data, torch.channels_last)
-    try:
-        yield
-    finally:
-        for parameter in filters:
-            parameter.data = _copied(parameter.data, torch.contiguous_format)
-
-
-def _copied(value: Tensor, layout: torch.memory_format) -> Tensor:
-    """Return a copy in this layout, also where there is one channel and every layout is "contiguous" already.
-
-    The strides of a filter of one channel still decide how its outputs are laid out, and what is slow about them.
-    """
-    return torch.empty_like(value, memory_format=layout).copy_(value)
 
 
 def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> float:
@@ -244,7 +218,7 @@ def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
     place = next((p.device for p in model.parameters()), x.device)
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), channels_last(model):
             return torch.cat([model(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
     finally:
         model.train(training)
