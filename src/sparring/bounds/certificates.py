@@ -147,7 +147,7 @@ def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, to
         return safe
     x, y = x[index], y[index]
     guess = _linearised(graph, x, y, norm).clamp(1e-6, limit)
-    bracket = Bracket.above_zero(clean[index], limit, tolerance)
+    bracket = Bracket.above_zero(clean[index], clean[index] / guess, limit, tolerance)
     while len(open_ := bracket.open_images()):
         value = margins_over(graph, x[open_], y[open_], norm, guess[open_], method).amin(1)
         guess[open_] = bracket.narrow_(open_, guess[open_], value)

@@ -13,6 +13,7 @@ from .intervals import Interval, first_layers, propagate
 from .network import LinearOp, adjoint, offset
 from .region import Region
 from .relaxations import Relaxation, relax
+from .windows import windows
 
 __all__ = ["bound_nodes", "lower_bound"]
 
@@ -124,10 +125,25 @@ def bound_nodes(graph: Graph, region: Region, *, backward: bool) -> tuple[list[I
 
 
 def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: dict[int, Relaxation]) -> Interval:
-    """Tighten the neurons whose sign is not known yet; the others gain nothing from it."""
-    lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
+    """Tighten the neurons whose sign is not known yet, or all if more than the sign counts."""
     pooled = any(isinstance(n.op, MaxPool | Activation) and index in n.inputs for n in graph.nodes)
-    open_ = torch.ones_like(lower, dtype=torch.bool) if pooled else (lower < 0) & (upper > 0)
+    seen = windows(graph, index)
+    if seen is None:
+        return _refined(graph, index, known, region, relaxed, pooled)
+    parts = []
+    for start in range(len(known.lower)):  # the windows of one image alone are many
+        image = slice(start, start + 1)
+        lines = {i: seen.relaxation(r[image], i) for i, r in relaxed.items()}
+        here = seen.interval(Interval(known.lower[image], known.upper[image]))
+        parts.append(seen.whole(_refined(seen.network(), index, here, seen.region(region[image]), lines, pooled)))
+    return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
+
+
+def _refined(
+    graph: Graph, index: int, known: Interval, region: Region, relaxed: dict[int, Relaxation], all_: bool
+) -> Interval:
+    lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
+    open_ = torch.ones_like(lower, dtype=torch.bool) if all_ else (lower < 0) & (upper > 0)
     width = 2 * max(math.prod(node.shape) for node in graph.nodes[: index + 1])
     for images, units in _groups(open_, max(1, _CHUNK // width)):
         here = region[images]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..graph import Activation, MaxPool, Op, ReLU, evaluate
 from .activations import activation_lines, relu_lines
 from .intervals import Interval
 
-__all__ = ["Lines", "Relaxation", "WindowLines", "relax"]
+__all__ = ["Lines", "Relaxation", "WindowLines", "pool_windows", "relax", "tile_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,8 @@ class Lines:
 class WindowLines:
     """Bounds of maxima over windows: `index` (out, k) points into the flat input, one past its end for padding.
 
-    The maximum is at least the entry `best` (N, out) of its window and at most slopes·z + shift.
+    The maximum is at least the entry `best` (N, out) of its window and at most slopes·z + shift. `tile` is the window's
+    (height, width) where windows cover the input and share nothing.
     """
 
     index: Tensor
@@ -55,6 +57,7 @@ class WindowLines:
     slopes: Tensor
     shift: Tensor
     shape: tuple[int, ...]
+    tile: tuple[int, int] | None = None
 
     def __getitem__(self, images: slice) -> WindowLines:
         """Return the bounds of some of the images."""
@@ -64,13 +67,36 @@ class WindowLines:
         """As for Lines; a maximum has no slope to optimise."""
         flat = a.flatten(2)
         up, down = flat.clamp_min(0), flat.clamp_max(0)
+        shift = (down * self.shift[:, None]).sum(2)
+        if self.tile is not None:
+            return self._spread(up, down).view(*a.shape[:2], *self.shape), shift
         spread = down[..., None] * self.slopes[:, None]
         chosen = self.best[:, None, :, None].expand(*up.shape, 1)
         spread = spread.scatter_add(3, chosen, up[..., None])
         pixels = math.prod(self.shape)
         pulled = flat.new_zeros(*flat.shape[:2], pixels + 1)
         pulled = pulled.index_add(2, self.index.flatten(), spread.flatten(2))[..., :pixels]
-        return pulled.reshape(*a.shape[:2], *self.shape), (down * self.shift[:, None]).sum(2)
+        return pulled.reshape(*a.shape[:2], *self.shape), shift
+
+    def _spread(self, up: Tensor, down: Tensor) -> Tensor:
+        """Do what `pull` does for windows that share nothing: one entry of all windows after the other."""
+        assert self.tile is not None
+        (height, width), (channels, tall, wide) = self.tile, self.shape
+        rows, columns = tall // height, wide // width
+        found = up.new_empty(*up.shape[:2], channels, rows, height, columns, width)
+        for entry, (slope, first) in enumerate(self._entries):
+            value = torch.addcmul(down * slope, up, first)
+            found[:, :, :, :, entry // width, :, entry % width] = value.view(*up.shape[:2], channels, rows, columns)
+        return found
+
+    @cached_property
+    def _entries(self) -> list[tuple[Tensor, Tensor]]:
+        """Return, for each entry of a window, the slopes and 1 where it is the best: two of (N, 1, out)."""
+        first = torch.zeros_like(self.slopes).scatter_(2, self.best[..., None], 1.0)
+        return [
+            (self.slopes[:, None, :, entry].contiguous(), first[:, None, :, entry].contiguous())
+            for entry in range(self.slopes.shape[2])
+        ]
 
 
 Relaxation = Lines | WindowLines
@@ -95,7 +121,7 @@ def _relu(bounds: Interval) -> Lines:
 
 def _max_pool(op: MaxPool, bounds: Interval) -> WindowLines:
     shape = tuple(bounds.lower.shape[1:])
-    index = _windows(op, shape).to(bounds.lower.device)
+    index = pool_windows(op, shape).to(bounds.lower.device)
     lower, upper = (_gather(value, index) for value in bounds)
     floor, best = lower.max(2)
     ceiling = upper.amax(2)
@@ -108,7 +134,14 @@ def _max_pool(op: MaxPool, bounds: Interval) -> WindowLines:
     level = torch.minimum(torch.maximum(level, floor), ceiling)
     slopes = torch.where(rivals, (upper - level[..., None]).clamp_min(0) / (upper - lower).clamp_min(1e-300), 0)
     shift = level - (slopes * torch.where(rivals, lower, 0)).sum(2)
-    return WindowLines(index, best, slopes, shift, shape)
+    return WindowLines(index, best, slopes, shift, shape, tile_of(op, shape))
+
+
+def tile_of(op: MaxPool, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return the height and width of windows that tile an input of this shape; None where they do not."""
+    alone = op.stride == op.kernel and op.padding == (0, 0) and op.dilation == (1, 1)
+    covered = all(side % size == 0 for side, size in zip(shape[1:], op.kernel, strict=True))
+    return op.kernel if alone and covered else None
 
 
 def _gather(value: Tensor, index: Tensor) -> Tensor:
@@ -116,7 +149,8 @@ def _gather(value: Tensor, index: Tensor) -> Tensor:
     return padded[:, index]
 
 
-def _windows(op: MaxPool, shape: tuple[int, ...]) -> Tensor:
+def pool_windows(op: MaxPool, shape: tuple[int, ...]) -> Tensor:
+    """Return what each maximum is of: indices (out, k) into the flat input, one past its end for padding."""
     channels, height, width = shape
     out_height, out_width = evaluate(op, torch.zeros(1, 1, height, width)).shape[2:]
 
