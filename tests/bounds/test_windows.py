@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from sparring.bounds import crown, windows
 from sparring.bounds.crown import bound_nodes
+from sparring.bounds.intervals import Interval
 from sparring.bounds.network import prepare
 from sparring.bounds.region import region
+from sparring.bounds.relaxations import WindowLines, relax
+from sparring.graph import MaxPool
 from sparring.models import Normalise
 from sparring.threat import L1, L2, LINF
 
@@ -63,6 +68,24 @@ def test_windows_change_no_bound(body: str, norm: float, monkeypatch: pytest.Mon
     expected, _ = bound_nodes(graph, reach, backward=True)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one.lower, other.lower, atol=1e-12) and torch.allclose(one.upper, other.upper, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 2)])
+def test_windows_that_share_nothing_are_pulled_through_as_any_others(kernel: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    op = MaxPool(kernel, kernel, (0, 0), (1, 1), False)
+    centre, half = (torch.rand(2, 3, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    tiled = relax(op, Interval(centre - half, centre + half))
+    assert isinstance(tiled, WindowLines) and tiled.tile == kernel
+    any_ = dataclasses.replace(tiled, tile=None)
+    a = torch.randn(2, 5, 3, 6 // kernel[0], 4 // kernel[1], generator=generator, dtype=torch.float64)
+    slopes = []
+    for lines in (tiled, any_):
+        point = a.clone().requires_grad_()
+        pulled, shift = lines.pull(point, None)
+        (slope,) = torch.autograd.grad((pulled.sin().flatten(2).sum(2) + shift).sum(), point)  # as alpha-CROWN does
+        slopes.append((pulled.detach(), shift.detach(), slope))
+    assert all(torch.allclose(one, other, atol=1e-14) for one, other in zip(*slopes, strict=True))
 
 
 def test_lenet_5_is_cut_to_a_quarter_of_its_image() -> None:

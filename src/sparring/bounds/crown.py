@@ -130,12 +130,12 @@ def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: 
     seen = windows(graph, index)
     if seen is None:
         return _refined(graph, index, known, region, relaxed, pooled)
-    parts = []
+    network, parts = seen.network(), []
     for start in range(len(known.lower)):  # the windows of one image alone are many
         image = slice(start, start + 1)
         lines = {i: seen.relaxation(r[image], i) for i, r in relaxed.items()}
         here = seen.interval(Interval(known.lower[image], known.upper[image]))
-        parts.append(seen.whole(_refined(seen.network(), index, here, seen.region(region[image]), lines, pooled)))
+        parts.append(seen.whole(_refined(network, index, here, seen.region(region[image]), lines, pooled)))
     return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
 
 

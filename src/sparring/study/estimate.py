@@ -33,6 +33,7 @@ PASSES = {
     "cw": 6000.0,
     "hopskipjump": 5000.0,
 }
+# The same for stages that are no attacks.
 STAGES = {"certify": 2000.0, "lipschitz": 400.0, "ship": 500.0}
 BATCH, SECONDS = 64, 0.3
 
