@@ -65,3 +65,23 @@ def test_one_attack_with_a_surrogate_is_done_again_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(stages, "LENDINGS", stages.LENDINGS | {"square": 1})
     new = [task for key, task in tasks().items() if key not in now]
     assert [task.inputs["attack"]["name"] for task in new] == ["square"] and len(new[0].inputs["parents"]) == 2
+
+
+@pytest.mark.parametrize("table", ["certify", "lipschitz", "shipped"])
+def test_what_narrows_cells_is_no_part_of_a_key(table: str) -> None:
+    options = {"radius": 0.1} if table == "lipschitz" else {}
+    stage = "ship" if table == "shipped" else table
+    labels = [{"label": "magnitude"}, {"label": "random", "score": "random"}]
+    plan = TABLE | {"seeds": 2, "sparsities": [0.5, 0.8], "pruning": labels}
+
+    def judged(**narrow: Any) -> dict[tuple[str, float | None, int], str]:
+        work = lay_out(Plan.from_table(plan | {table: [options | {"seeds": 2} | narrow]}), FACTS)
+        cells = [(cell, key) for cell in work.cells for key in cell.tasks if work.tasks[key].stage == stage]
+        return {(cell.method, cell.sparsity, cell.seed): key for cell, key in cells}
+
+    everywhere = judged()
+    assert len(everywhere) == 2 * (2 + 2 * 2)
+    few = judged(seeds=1, methods=["control", "magnitude"], sparsities=[0.8])
+    assert few.keys() == {("control", 0.0, 0), ("magnitude", 0.8, 0)}
+    assert judged(methods=["random"]).keys() == {("random", s, seed) for s in (0.5, 0.8) for seed in (0, 1)}
+    assert all(everywhere[cell] == key for cell, key in few.items())

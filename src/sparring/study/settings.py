@@ -94,8 +94,9 @@ class Pruning(PruningSpec):
 class Attack:
     """Attack `images` images of a split; `eps` lists budgets (none: a minimum-norm attack).
 
-    `seeds`, `methods` and `sparsities` narrow the cells that are attacked. `naive` attacks activation sparsity without
-    the straight-through backward pass and without transfer, to show what that hides. `steps`, `restarts` and `queries`
+    `seeds` (the first few), `methods` (labels, "control" and "reference" among them) and `sparsities` (besides 0)
+    narrow the cells that are attacked. `naive` attacks activation sparsity without the straight-through backward pass
+    and without transfer, to show what that hides. `steps`, `restarts` and `queries`
     are the attack's own.
     """
 
@@ -119,24 +120,34 @@ class Attack:
 
 @dataclass(frozen=True)
 class Certify:
-    """Compute certified radii of the first `images` images that the attacks use, and certified accuracy at eps."""
+    """Compute certified radii of the first `images` images that the attacks use, and certified accuracy at eps.
+
+    `seeds`, `methods` and `sparsities` narrow the cells as they do for an attack.
+    """
 
     images: int = 200
     norm: Literal["linf", "l2"] = "linf"
     method: Literal["interval", "crown"] = "crown"
     eps: tuple[float, ...] = ()
     seeds: int | None = None
+    methods: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Lipschitz:
-    """Take margins and local Lipschitz constants over balls of `radius` around the first `images` images."""
+    """Take margins and local Lipschitz constants over balls of `radius` around the first `images` images.
+
+    `seeds`, `methods` and `sparsities` narrow the cells as they do for an attack.
+    """
 
     radius: float
     images: int = 200
     norm: Literal["linf", "l2"] = "linf"
     method: Literal["sampled", "clever", "product", "active", "jacobian"] = "jacobian"
     seeds: int | None = None
+    methods: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,8 @@ class Shipped:
 
     Its weights are rounded to `values`; the first `images` images that attacks use are attacked by `attack` at eps, on
     the network and on the artefact, and some of them by HopSkipJump with `decisions` steps (0: not) on the artefact.
-    The plan's [[certify]] tables are computed again for these images. `seeds` and `sparsities` narrow the cells.
+    The plan's [[certify]] tables are computed again for these images. `seeds`, `methods` and `sparsities` narrow
+    the cells as they do for an attack.
     """
 
     values: Literal["fp32", "fp16", "int8"] = "int8"
@@ -170,6 +182,7 @@ class Shipped:
     steps: int | None = None
     decisions: int = 5
     seeds: int | None = 1
+    methods: tuple[str, ...] | None = None
     sparsities: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -305,11 +305,11 @@ class _Seed:
                 extra = {"kernels": "packed"} if packed and self.work.device == "cpu" else {}
                 tasks = self._attack_inputs({**shared, **extra}, attack)
                 keys += [self.work.add("attack", inputs, *parents) for inputs in tasks]
-        keys += [self.work.add(stage, {**shared, **inputs}, made) for stage, inputs in self._proofs(sparsity)]
+        keys += [self.work.add(stage, {**shared, **inputs}, made) for stage, inputs in self._proofs(method, sparsity)]
         if self.plan.deploy:
             keys.append(self.work.add("deploy", {**shared, "images": min(256, self.data.test)}, made))
         for shipped in self.plan.shipped:
-            if self._included(shipped.seeds) and (shipped.sparsities is None or sparsity in (0, *shipped.sparsities)):
+            if self._applies(shipped, method, sparsity):
                 keys.append(self.work.add("ship", {**shared, **self._shipment(shipped)}, made))
         return keys
 
@@ -326,22 +326,22 @@ class _Seed:
             ],
         }
 
-    def _proofs(self, sparsity: float | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield stage and inputs of every certificate, Lipschitz constant and exact distance at a sparsity."""
+    def _proofs(self, method: str, sparsity: float | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield stage and inputs of every certificate, Lipschitz constant and exact distance of a cell."""
         for certify in self.plan.certify:
-            if self._included(certify.seeds):
+            if self._applies(certify, method, sparsity):
                 yield "certify", _asked(certify, self.data.test)
         for lipschitz in self.plan.lipschitz:
-            if self._included(lipschitz.seeds):
+            if self._applies(lipschitz, method, sparsity):
                 yield "lipschitz", _asked(lipschitz, self.data.test)
         for exact in self.plan.exact:
             if self._included(exact.seeds) and (exact.sparsities is None or sparsity in exact.sparsities):
                 yield "exact", _asked(exact, self.data.test)
 
-    def _applies(self, attack: Attack, method: str, sparsity: float | None) -> bool:
-        if not self._included(attack.seeds) or (attack.methods is not None and method not in attack.methods):
+    def _applies(self, table: Attack | Certify | Lipschitz | Shipped, method: str, sparsity: float | None) -> bool:
+        if not self._included(table.seeds) or (table.methods is not None and method not in table.methods):
             return False
-        return attack.sparsities is None or sparsity == 0.0 or sparsity in attack.sparsities
+        return table.sparsities is None or sparsity == 0.0 or sparsity in table.sparsities
 
     def _attack_inputs(self, shared: dict[str, Any], attack: Attack) -> list[dict[str, Any]]:
         """Return the inputs of one task for each budget and shard. Shards belong to the plan, never to the workers."""
@@ -366,7 +366,7 @@ class _Seed:
 
 def _asked(proof: Certify | Exact | Lipschitz, images: int) -> dict[str, Any]:
     """Return what a proof depends on: everything but which cells it is for."""
-    options = {k: v for k, v in asdict(proof).items() if k not in ("seeds", "sparsities")}
+    options = {k: v for k, v in asdict(proof).items() if k not in ("seeds", "methods", "sparsities")}
     return {**options, "images": min(proof.images, images)}
 
 
