@@ -110,6 +110,7 @@ class _Axis:
             "values": [self.at(s) for s in (0.0, *self.ticks)],
             "labelExpr": f"{table}[format(datum.value, '.4f')]",
             "labelOverlap": "greedy",
+            "labelSeparation": 6,
             "labelFlush": False,
             "title": self.title,
             "grid": False,
