@@ -96,8 +96,7 @@ class Attack:
 
     `seeds` (the first few), `methods` (labels, "control" and "reference" among them) and `sparsities` (besides 0)
     narrow the cells that are attacked. `naive` attacks activation sparsity without the straight-through backward pass
-    and without transfer, to show what that hides. `steps`, `restarts` and `queries`
-    are the attack's own.
+    and without transfer, to show what that hides. `steps`, `restarts` and `queries` are the attack's own.
     """
 
     name: str
