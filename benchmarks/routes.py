@@ -19,7 +19,7 @@ import torch
 from scipy.stats import binomtest
 
 from sparring import data, deploy
-from sparring.attacks import AttackResult, apgd, ddn, fast, fgsm, nearest, pgd, run
+from sparring.attacks import AttackResult, apgd, cw, ddn, deepfool, fab, fast, fgsm, nearest, pgd, run, standard
 from sparring.data import as_float
 from sparring.models import load_model
 from sparring.threat import L2, LINF, Threat
@@ -30,6 +30,10 @@ ATTACKS = {
     "pgd": (partial(pgd, steps=40), BUDGET),
     "apgd": (apgd, BUDGET),
     "fast": (fast, BUDGET),
+    "standard": (standard, BUDGET),
+    "deepfool": (deepfool, SMALLEST),
+    "fab": (fab, SMALLEST),
+    "cw": (cw, SMALLEST),
     "ddn": (partial(ddn, steps=100), SMALLEST),
     "nearest": (nearest, SMALLEST),
 }

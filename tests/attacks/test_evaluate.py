@@ -22,7 +22,7 @@ from sparring.attacks import (
     worst_case,
 )
 from sparring.attacks.batches import batch_size_for
-from sparring.attacks.derivatives import logits_and_rows
+from sparring.attacks.derivatives import Probe, logits_and_rows
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
 
@@ -131,6 +131,32 @@ def test_rows_of_many_classes_go_back_in_parts(images: Tensor) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 40))
     _, rows = logits_and_rows(net, images, lambda logits: torch.eye(40).unsqueeze(1).expand(40, len(logits), 40))
     assert torch.allclose(rows.flatten(2), net[1].weight.unsqueeze(1).expand(40, 12, 64))
+
+
+def test_rows_come_from_a_network_that_computes_its_own_gradients(net: nn.Module, images: Tensor) -> None:
+    asked: list[torch.Size] = []
+
+    class Kernels(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return net(x).detach()
+
+        def input_gradient(self, x: Tensor, upstream: Tensor) -> Tensor:
+            asked.append(upstream.shape)
+            point = x.clone().requires_grad_()
+            with torch.enable_grad():
+                logits = net(point)
+            return torch.autograd.grad(logits, point, upstream, is_grads_batched=upstream.dim() == 3)[0]
+
+    def rows(logits: Tensor) -> Tensor:
+        return torch.eye(logits.shape[1]).unsqueeze(1).expand(-1, len(logits), -1)
+
+    own, torchs = Probe(Kernels()), Probe(net)
+    found, expected = (logits_and_rows(probe, images, rows) for probe in (own, torchs))
+    classes = found[0].shape[1]
+    assert asked == [(classes, len(images), classes)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert (own.forwards, own.backwards) == (torchs.forwards, torchs.backwards)
 
 
 def test_another_form_of_the_network_is_asked_and_the_model_judges(net: nn.Module, images: Tensor) -> None:

@@ -7,6 +7,7 @@ from test_engine import networks, own_cache  # noqa: F401
 from torch import nn
 
 from sparring import deploy
+from sparring.errors import UserError
 from sparring.models import Residual
 
 
@@ -29,6 +30,15 @@ def check(model: nn.Module, shape: tuple[int, ...], batches=(1, 18, 70)) -> None
         # A maximum of two nearly equal values may be taken from the other one: allow it in few images.
         assert error.median() <= 1e-5 * expected.abs().max()
         assert (error > 1e-5 * expected.abs().max()).sum() <= 1 + n // 10
+        check_rows(packed.packed, x, torch.stack([upstream, upstream.flip(1), -upstream]))
+
+
+def check_rows(packed: deploy.Packed, x: torch.Tensor, rows: torch.Tensor) -> None:
+    """Several gradients after one forward pass are to the last bit what they are one by one."""
+    together = packed.gradient(x, rows)
+    assert together.shape == (len(rows), *x.shape)
+    for row, found in zip(rows, together, strict=True):
+        assert torch.equal(found, packed.gradient(x, row))
 
 
 @pytest.mark.parametrize("name", ["lenet-300-100", "lenet-5", "resnet-32"])
@@ -64,6 +74,7 @@ def test_any_geometry_backwards(sparsify, network):
     expected = gradient(model, x, upstream)
     error = (gradient(packed, x, upstream) - expected).abs().flatten(1).amax(1)
     assert error.median() <= 1e-5 * expected.abs().max().clamp_min(1e-6)
+    check_rows(packed.packed, x, torch.stack([upstream, upstream.cumsum(1)]))
 
 
 @pytest.mark.parametrize("side", [7, 10, 17, 23])
@@ -85,6 +96,14 @@ def test_many_vectors_at_once_and_no_gradient_at_all(sparse_model):
         jacobians.append(torch.autograd.grad(module(image), image, basis, is_grads_batched=True)[0])
     torch.testing.assert_close(jacobians[1], jacobians[0], rtol=1e-4, atol=1e-5)
     assert not packed(x).requires_grad
+    torch.testing.assert_close(packed.packed.gradient(x, basis), jacobians[0], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_logits_that_do_not_fit_are_refused(sparse_model):
+    packed = deploy.pack(sparse_model("lenet-5", 0.1), shape=(1, 28, 28))
+    for shape in ((2, 10), (3, 9), (4, 2, 10), (1, 1, 3, 10)):
+        with pytest.raises(UserError, match="do not fit"):
+            packed.gradient(torch.zeros(3, 1, 28, 28), torch.zeros(shape))
 
 
 def test_without_kernels_torch_computes_the_same(sparse_model):

@@ -161,6 +161,14 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
         weights = rows(logits)
         model.backwards += len(weights) * len(x)
         return logits, _finite(model.hand.backward(weights, hidden)).view(len(weights), *x.shape)
+    kernels = _kernels(model)
+    if kernels is not None:
+        with torch.no_grad():
+            logits = model(x)
+        weights = rows(logits)
+        if isinstance(model, Probe):
+            model.backwards += len(weights) * len(x)
+        return logits, _finite(kernels(x, weights))
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)

@@ -63,7 +63,8 @@ class Single(Workspace):
 class Plan:
     """A program compiled for one layout: run it on up to `together` images at a time, from any thread."""
 
-    def __init__(self, program: Program, planner: Planner, calls: list[Call], code: Code) -> None:
+    def __init__(self, program: Program, planner: Planner, calls: list[Call], code: Code, *, again: int = 0) -> None:
+        """Take calls in order; those from number `again` on are repeated for every further gradient of an image."""
         layout = planner.layout
         self.together = layout.together
         self._calls = calls
@@ -71,6 +72,7 @@ class Plan:
         add_kernels(code, (call.spec for call in calls))
         self._segments, self._tables = _segments(calls, code)
         self._segments_address = self._segments.ctypes.data
+        self._again, self._tables_again = _segments(calls[again:], code)
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         lanes = layout.lanes if layout.tiles else 1
         result = self._image if isinstance(planner, GradientPlanner) else self._logits
@@ -101,14 +103,20 @@ class Plan:
         tables = sum(table.nbytes for call in self._calls for table in (call.arguments, *call.tables))
         return tables + sum(space.bytes_memory for space in (*self._idle, *self._idle_single))
 
-    def run_gradient(self, images: int, upstream: int, gradients: int, count: int) -> None:
-        """Read images and the gradients of their logits, write the gradients of the images (a GradientPlanner's)."""
+    def run_gradient(self, images: int, upstream: int, gradients: int, count: int, rows: int) -> None:
+        """Read images and `rows` gradients of their logits each, write as many of the images (a GradientPlanner's).
+
+        The forward pass of some images is run once for all their rows, while its values are near.
+        """
         space = self._idle.pop() if self._idle else self._workspace()
         call, together = space.call, self.together
+        again = self._again.ctypes.data
         for start in range(0, count, together):
-            call[0], call[1] = images + start * self._image, gradients + start * self._image
-            call[2], call[8] = min(count - start, together), upstream + start * self._logits
-            self._run(space.arena, self._segments_address, space.call_address)
+            call[0], call[2] = images + start * self._image, min(count - start, together)
+            for row in range(rows):
+                at = row * count + start
+                call[1], call[8] = gradients + at * self._image, upstream + at * self._logits
+                self._run(space.arena, again if row else self._segments_address, space.call_address)
         self._idle.append(space)
 
     def run_one(self, image: Floats) -> Floats:
@@ -209,25 +217,25 @@ class Engine:
         return sum(plan.bytes_memory for plan in (*self._plans.values(), *self._gradient_plans.values()))
 
     def gradient(self, x: Floats, upstream: Floats) -> Floats:
-        """Return the gradient of sum(upstream · logits) at contiguous images, for upstream (N, classes).
+        """Return the gradients (R, N, *shape) of sum(upstream · logits) at contiguous images, for R rows of upstream.
 
-        Raise Unsupported for the few networks without a backward pass in kernels.
+        upstream: contiguous (R, N, classes). Raise Unsupported for the few networks without a backward pass in kernels.
         """
-        result = np.empty_like(x)
+        result = np.empty((len(upstream), *x.shape), np.float32)
         if len(x):
             # Large values crowd the caches, which shorter vectors relieve.
             lanes = self._lanes if self._gradient_units > 1 else min(8, self._lanes)
             units = min(self._gradient_units, -(-len(x) // lanes))
             plan = self._gradient_plan(self._tiles(lanes, units))
             images, given, gradients = (self._address(array) for array in (x, upstream, result))
-            plan.run_gradient(images, given, gradients, len(x))
+            plan.run_gradient(images, given, gradients, len(x), len(upstream))
         return result
 
     def _gradient_plan(self, layout: Layout) -> Plan:
         if layout not in self._gradient_plans:
             planner = GradientPlanner(self._program, layout)
             calls = planner.calls(lambda key: usual(layout.lanes), lookup=False)
-            self._gradient_plans[layout] = Plan(self._program, planner, calls, self._code)
+            self._gradient_plans[layout] = Plan(self._program, planner, calls, self._code, again=planner.forward_calls)
         return self._gradient_plans[layout]
 
     def _tiles(self, lanes: int, tiles: int) -> Layout:

@@ -42,6 +42,7 @@ class GradientPlanner(Planner):
         }
         self._left = dict.fromkeys(self.buffers, 0)  # how many contributions a gradient still lacks
         self._started: set[int] = set()
+        self.forward_calls = 0  # how many of the calls come before the backward pass
 
     def _place_gradient(self, value: int, producer: Task | None) -> Buffer:
         """Return the buffer of a value's gradient, with the zeros that the transposed producer reads."""
@@ -58,6 +59,7 @@ class GradientPlanner(Planner):
     def calls(self, choose: Callable[[str], Choice], *, lookup: bool) -> list[Call]:
         """Return all kernel calls, forward then backward."""
         forward = super().calls(choose, lookup=lookup)[:-1]
+        self.forward_calls = len(forward)
         _, tasks = self.pack_images()
         for task in tasks:
             for value in _read(task):

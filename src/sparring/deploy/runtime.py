@@ -67,14 +67,17 @@ class Packed:
     def gradient(self, x: Tensor, upstream: Tensor) -> Tensor:
         """Return the gradient of sum(upstream · logits) at images x (N, *shape), for upstream (N, classes).
 
-        Raise Unsupported where `has_gradient` is false.
+        For upstream (R, N, classes) return R of them, (R, N, *shape), after one forward pass for all. Raise Unsupported
+        where `has_gradient` is false.
         """
         if self._engine is None:
             raise Unsupported("gradients need generated kernels; use deploy.PackedModule, which falls back to torch")
         images, given = (np.ascontiguousarray(t.detach().cpu().numpy(), np.float32) for t in (x, upstream))
-        if images.shape[1:] != self.program.shape or given.shape != (len(images), self.program.classes):
+        fits = given.ndim in (2, 3) and given.shape[-2:] == (len(images), self.program.classes)
+        if images.shape[1:] != self.program.shape or not fits:
             raise UserError(f"images {images.shape} and gradients of logits {given.shape} do not fit the network")
-        return from_numpy(self._engine.gradient(images, given)).to(x)
+        found = self._engine.gradient(images, given.reshape(-1, *given.shape[-2:]))
+        return from_numpy(found.reshape(*given.shape[:-1], *self.program.shape)).to(x)
 
     @cached_property
     def has_gradient(self) -> bool:
@@ -83,7 +86,7 @@ class Packed:
             return False
         try:
             self._engine.gradient(
-                np.zeros((1, *self.program.shape), np.float32), np.zeros((1, self.program.classes), np.float32)
+                np.zeros((1, *self.program.shape), np.float32), np.zeros((1, 1, self.program.classes), np.float32)
             )
         except Unsupported:
             return False

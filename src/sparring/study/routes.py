@@ -9,10 +9,15 @@ from .settings import Attack
 
 __all__ = ["goes_packed"]
 
-# As measured (docs/deploy.md): how sparse a network must be for each attack to gain from the kernels.
-CONVOLUTIONAL = dict.fromkeys(("pgd", "apgd", "apgd-dlr", "ddn", "nearest", "fast"), 0.9)
+# As measured (docs/deploy.md): how sparse a network must be for each attack to gain from the kernels. Single steps do
+# not make up for packing.
+_STEPWISE = (
+    *("apgd", "apgd-dlr", "apgd-targeted", "cw", "ddn", "deepfool", "fab", "fab-targeted"),
+    *("fast", "nearest", "pgd", "standard"),
+)
+CONVOLUTIONAL = dict.fromkeys(_STEPWISE, 0.5)
 # Attacks compute fully connected networks by hand (attacks/dense.py), which leaves less to gain.
-FULLY_CONNECTED = dict.fromkeys(("apgd", "apgd-dlr", "ddn"), 0.95)
+FULLY_CONNECTED = {"apgd": 0.95, "apgd-dlr": 0.95, "ddn": 0.95, "cw": 0.8}
 BY_HAND = ("linear", "mlp", "lenet-300-100")
 NEVER = 1.0
 
