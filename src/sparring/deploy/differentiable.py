@@ -19,8 +19,8 @@ class PackedModule(nn.Module):
     """What is shipped, as attacks want it: images (N, *shape) to logits, differentiable with respect to the images.
 
     For fp16 and int8 artefacts it computes with the values as they were rounded. Logits are the kernels'. Gradients are
-    theirs too, or where they have none those of `equivalent`: without llvmlite, of many vectors at once, and through
-    activation sparsity, whose modules an attack finds there and may switch to their straight-through backward pass.
+    theirs too, or where they have none those of `equivalent`: without llvmlite, of vectors that autograd batches, and
+    through activation sparsity, whose modules an attack finds there and may switch to their straight-through pass.
     """
 
     def __init__(self, packed: Packed) -> None:
@@ -29,7 +29,8 @@ class PackedModule(nn.Module):
         self.equivalent = Equivalent(packed.program)
         masked = any(isinstance(step.op, Activation | Snap) for step in packed.program.steps)
         self._native = packed.has_gradient and not masked
-        # What an attack that needs no graph calls by itself: (images, gradients of logits) to gradients of images.
+        # What an attack that needs no graph calls by itself: (images, gradients of logits, one or several for each) to
+        # gradients of images.
         self.input_gradient = packed.gradient if self._native else None
         self.eval()
 
