@@ -103,3 +103,10 @@ def test_narrow_screens_do_not_scroll_sideways(opened):
     wide = opened.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
     opened.set_window_size(1280, 1000)
     assert wide <= 0
+
+
+def test_a_peak_of_many_sparsities_keeps_the_last_column_on_the_page(opened):
+    script = """const table = document.querySelector('table.key');
+        for (const row of table.tBodies[0].rows) row.cells[row.cells.length - 2].textContent = arguments[0];
+        const frame = table.closest('.scroll'); return frame.scrollWidth - frame.clientWidth"""
+    assert opened.execute_script(script, "50%, 70%, 80%, 90%, 95%, 97%, 98%, 98.5%, 99% or 99.5%") <= 0
