@@ -104,6 +104,8 @@ def test_gradients_of_logits_that_do_not_fit_are_refused(sparse_model):
     for shape in ((2, 10), (3, 9), (4, 2, 10), (1, 1, 3, 10)):
         with pytest.raises(UserError, match="do not fit"):
             packed.gradient(torch.zeros(3, 1, 28, 28), torch.zeros(shape))
+    assert packed.gradient(torch.zeros(0, 1, 28, 28), torch.zeros(0, 10)).shape == (0, 1, 28, 28)
+    assert packed.gradient(torch.zeros(0, 1, 28, 28), torch.zeros(4, 0, 10)).shape == (4, 0, 1, 28, 28)
 
 
 def test_without_kernels_torch_computes_the_same(sparse_model):

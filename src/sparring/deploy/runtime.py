@@ -76,8 +76,8 @@ class Packed:
         fits = given.ndim in (2, 3) and given.shape[-2:] == (len(images), self.program.classes)
         if images.shape[1:] != self.program.shape or not fits:
             raise UserError(f"images {images.shape} and gradients of logits {given.shape} do not fit the network")
-        found = self._engine.gradient(images, given.reshape(-1, *given.shape[-2:]))
-        return from_numpy(found.reshape(*given.shape[:-1], *self.program.shape)).to(x)
+        found = self._engine.gradient(images, given if given.ndim == 3 else given[None])
+        return from_numpy(found if given.ndim == 3 else found[0]).to(x)
 
     @cached_property
     def has_gradient(self) -> bool:
