@@ -19,26 +19,24 @@ import torch
 from scipy.stats import binomtest
 
 from sparring import data, deploy
-from sparring.attacks import Attack, AttackResult, apgd, cw, ddn, deepfool, fab, fast, fgsm, nearest, pgd, run, standard
+from sparring.attacks import AttackResult, apgd, cw, ddn, deepfool, fab, fast, fgsm, nearest, pgd, run, standard
 from sparring.data import as_float
 from sparring.models import load_model
 from sparring.threat import L2, LINF, Threat
 
-BUDGET: dict[str, Attack] = {
-    "fgsm": fgsm,
-    "pgd": partial(pgd, steps=40),
-    "apgd": apgd,
-    "fast": fast,
-    "standard": standard,
+BUDGET, SMALLEST = Threat(LINF, 0.1), Threat(L2)
+ATTACKS = {
+    "fgsm": (fgsm, BUDGET),
+    "pgd": (partial(pgd, steps=40), BUDGET),
+    "apgd": (apgd, BUDGET),
+    "fast": (fast, BUDGET),
+    "standard": (standard, BUDGET),
+    "deepfool": (deepfool, SMALLEST),
+    "fab": (fab, SMALLEST),
+    "cw": (cw, SMALLEST),
+    "ddn": (partial(ddn, steps=100), SMALLEST),
+    "nearest": (nearest, SMALLEST),
 }
-SMALLEST: dict[str, Attack] = {
-    "deepfool": deepfool,
-    "fab": fab,
-    "cw": cw,
-    "ddn": partial(ddn, steps=100),
-    "nearest": nearest,
-}
-ATTACKS = BUDGET | SMALLEST
 ROUTES = ("torch", "packed")
 FEW = 0.05  # of the images
 SAME = 5e-3  # of the mean distance
@@ -49,7 +47,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--data", default="mnist-5k")
-    parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--attacks", default=",".join(ATTACKS))
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
@@ -65,7 +62,7 @@ def main() -> None:
     packing = time.perf_counter() - began
     rows = []
     for name in options.attacks.split(","):
-        attack, threat = ATTACKS[name], Threat(LINF, options.eps) if name in BUDGET else Threat(L2)
+        attack, threat = ATTACKS[name]
         times: dict[str, list[float]] = {route: [] for route in ROUTES}
         found = {}
         for _ in range(options.rounds):

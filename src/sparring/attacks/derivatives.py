@@ -136,11 +136,7 @@ def logits_and_pull(model: nn.Module, x: Tensor, slope: Callable[[Tensor], Tenso
         return _by_hand(model, model.hand, x, slope)
     kernels = _kernels(model)
     if kernels is not None:
-        with torch.no_grad():
-            logits = model(x)
-        if isinstance(model, Probe):
-            model.backwards += len(x)
-        return logits, _finite(kernels(x, slope(logits)))
+        return _by_kernels(model, kernels, x, slope)
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
@@ -163,12 +159,7 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
         return logits, _finite(model.hand.backward(weights, hidden)).view(len(weights), *x.shape)
     kernels = _kernels(model)
     if kernels is not None:
-        with torch.no_grad():
-            logits = model(x)
-        weights = rows(logits)
-        if isinstance(model, Probe):
-            model.backwards += len(weights) * len(x)
-        return logits, _finite(kernels(x, weights))
+        return _by_kernels(model, kernels, x, rows)
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
@@ -201,6 +192,21 @@ def _by_hand(probe: Probe, hand: ByHand, x: Tensor, weigh: Callable[[Tensor], Te
             gradient[live] = _finite(hand.backward(slope[live], [part[live] for part in hidden])).view_as(x[live])
             return logits, gradient
     return logits, _finite(hand.backward(slope, hidden)).view_as(x)
+
+
+def _by_kernels(
+    model: nn.Module, kernels: Callable[[Tensor, Tensor], Tensor], x: Tensor, weigh: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return logits, and the input gradients of one weighted sum of them per image or of several, by a packed network.
+
+    `weigh` turns the logits into weights, (N, K) or (R, N, K).
+    """
+    with torch.no_grad():
+        logits = model(x)
+    weights = weigh(logits)
+    if isinstance(model, Probe):
+        model.backwards += weights.shape[:-1].numel()
+    return logits, _finite(kernels(x, weights))
 
 
 def _kernels(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
