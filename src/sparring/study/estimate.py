@@ -72,7 +72,7 @@ def _passes(task: Task, context: Context) -> float:
     if task.stage == "exact":
         return 1e5 * float(inputs["images"])  # seconds on end, where a search runs into its limit
     if task.stage in STAGES:
-        each = 20.0 if inputs.get("method") == "interval" else STAGES[task.stage]
+        each = 20.0 if inputs.get("method") in ("interval", "crown-interval") else STAGES[task.stage]
         return each * float(inputs["images"])
     return float(len(context.dataset.test.x)) / 3
 
