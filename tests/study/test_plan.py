@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sparring.bounds import BOUNDS
 from sparring.errors import UserError
 from sparring.study import Plan, presets
 
@@ -20,6 +21,14 @@ def test_overrides_are_toml_values() -> None:
     assert (plan.seeds, plan.data, plan.recipe.epochs) == (5, "mnist", 2)
     assert plan.attacks[0].eps == (0.3,)
     assert plan.model.name == "lenet-300-100" and plan.model.width == 0.5
+
+
+def test_a_plan_certifies_by_every_bound() -> None:
+    table = Plan.load("quick").table()
+    plan = Plan.from_table(table | {"certify": [{"method": name} for name in BOUNDS]})
+    assert [one.method for one in plan.certify] == list(BOUNDS)
+    with pytest.raises(UserError, match=r"certify\.0\.method"):
+        Plan.from_table(table | {"certify": [{"method": "crow"}]})
 
 
 def test_finetune_inherits_from_recipe() -> None:

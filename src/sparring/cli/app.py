@@ -171,7 +171,7 @@ def certify(
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
-    method: Annotated[str, typer.Option(help="interval or crown.")] = "crown",
+    method: Annotated[str, typer.Option(help="interval, crown-interval, crown or alpha-crown.")] = "crown",
     eps: Annotated[str, typer.Option(help="Budgets in [0, 1], separated by commas.")] = "0.01,0.03",
     images: Annotated[int, typer.Option(help="How many test images.")] = 100,
     data_dir: DataDir = None,

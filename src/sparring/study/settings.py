@@ -126,7 +126,7 @@ class Certify:
 
     images: int = 200
     norm: Literal["linf", "l2"] = "linf"
-    method: Literal["interval", "crown"] = "crown"
+    method: Literal["interval", "crown-interval", "crown", "alpha-crown"] = "crown"
     eps: tuple[float, ...] = ()
     seeds: int | None = None
     methods: tuple[str, ...] | None = None
