@@ -105,6 +105,17 @@ def test_narrow_screens_do_not_scroll_sideways(opened):
     assert wide <= 0
 
 
+def test_seven_metrics_of_rivals_stay_on_the_page(opened):
+    script = """const table = document.querySelector('#methods table');
+        for (const row of table.rows)
+            while (row.cells.length < 10) row.insertBefore(row.cells[2].cloneNode(true), row.cells[3]);
+        for (const cell of table.querySelectorAll('td.number strong, td.number:not(:has(strong)):not(:last-child)'))
+            cell.innerHTML = '<strong>' + arguments[0] + '</strong>';
+        const frame = table.closest('.scroll'); return frame.scrollWidth - frame.clientWidth"""
+    space = "\N{NO-BREAK SPACE}"
+    assert opened.execute_script(script, f"+12.5 [+10.9,{space}+14.1] points, p{space}<{space}0.001") <= 0
+
+
 def test_a_peak_of_many_sparsities_keeps_the_last_column_on_the_page(opened):
     script = """const table = document.querySelector('table.key');
         for (const row of table.tBodies[0].rows) row.cells[row.cells.length - 2].textContent = arguments[0];

@@ -17,7 +17,7 @@ from .findings import Findings, Result
 from .markup import Html, join, tag
 from .measures import NORMS, Measure, pretty, summary
 from .records import Network, Study, Who, attack_label
-from .rivals import duels
+from .rivals import Duel, duels
 
 __all__ = [
     "cost",
@@ -111,14 +111,21 @@ def methods(findings: Findings) -> Html | None:
     told = {
         (duel.sparsity, duel.method, duel.against, duel.measure): tag("strong", text) if duel.significant else text
         for duel in found
-        for text in (f"{numbers.signed(duel.effect, numbers.gain_unit(duel.measure))}, p {numbers.p_value(duel.p)}",)
+        for text in (_duel(duel),)
     }
     seeds = {(duel.sparsity, duel.method, duel.against): str(duel.effect.seeds) for duel in found}
     rows = [
         [numbers.percent(who[0]), f"{who[1]} − {who[2]}", *(told.get((*who, m), "–") for m in shown), count]
         for who, count in seeds.items()
     ]
-    return table(["Sparsity", "Methods", *(m.short for m in shown), "Seeds"], rows, text=2) if rows else None
+    head = ["Sparsity", "Methods", *(m.short for m in shown), "Seeds"]
+    return table(head, rows, text=2, class_="wrapped") if rows else None
+
+
+def _duel(duel: Duel) -> str:
+    """Return "+12.5 [+10.9, +14.1] points, p 0.008", to be broken before and after the interval at most."""
+    gain = numbers.signed(duel.effect, numbers.gain_unit(duel.measure)).replace(", ", ",\N{NO-BREAK SPACE}")
+    return f"{gain}, " + f"p {numbers.p_value(duel.p)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def networks(findings: Findings) -> Html:
