@@ -67,6 +67,18 @@ def test_one_attack_with_a_surrogate_is_done_again_alone(monkeypatch: pytest.Mon
     assert [task.inputs["attack"]["name"] for task in new] == ["square"] and len(new[0].inputs["parents"]) == 2
 
 
+def test_a_ramp_is_part_of_dense_training_alone() -> None:
+    def trainings(**ramp: float) -> dict[str, list[dict[str, Any]]]:
+        training = {"loss": "pgd-at", "eps": 0.2, **ramp}
+        tasks = lay_out(Plan.from_table(TABLE | {"training": training}), FACTS).tasks.values()
+        return {s: [t.inputs["training"] for t in tasks if t.stage == s] for s in ("train", "prune")}
+
+    without, ramped = trainings(), trainings(ramp=0.5)
+    assert ramped["train"] == [one | {"ramp": 0.5} for one in without["train"]]
+    assert ramped["prune"] == without["prune"] and len(without["prune"]) >= 2
+    assert all("ramp" not in one for one in without["train"] + without["prune"])
+
+
 @pytest.mark.parametrize("table", ["certify", "lipschitz", "shipped"])
 def test_what_narrows_cells_is_no_part_of_a_key(table: str) -> None:
     options = {"radius": 0.1} if table == "lipschitz" else {}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +13,18 @@ from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.metrics import accuracy
 from sparring.models import build
-from sparring.train import Progress, Recipe, adversarial, cross_entropy, fit, learning_rate, predict, trades
+from sparring.train import (
+    Loss,
+    Progress,
+    Ramped,
+    Recipe,
+    adversarial,
+    cross_entropy,
+    fit,
+    learning_rate,
+    predict,
+    trades,
+)
 
 
 def network(data: Dataset, seed: int = 0) -> nn.Module:
@@ -215,6 +227,28 @@ def test_adversarial_losses_train_and_keep_the_mode(few_digits: Dataset, loss: o
     model.train()
     loss(model, few_digits.test.x[:4].float() / 255, few_digits.test.y[:4], None)  # type: ignore[operator]
     assert model.training
+
+
+def test_a_ramped_loss_knows_the_share_of_training_and_goes_on_from_a_checkpoint(
+    few_digits: Dataset, tmp_path: Path
+) -> None:
+    images, labels = (part[:40] for part in few_digits.train)
+
+    def run(stop: bool, path: Path | None = None) -> list[float]:
+        def at(share: float) -> Loss:
+            seen.append(share)
+            if stop and share > 0.5:
+                raise KeyboardInterrupt
+            return cross_entropy
+
+        seen: list[float] = []
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(network(few_digits), images, labels, Recipe(epochs=4, batch_size=20), loss=Ramped(at), checkpoint=path)
+        return seen
+
+    whole = run(False)
+    assert whole == [k / 8 for k in range(1, 9)]
+    assert run(True, tmp_path / "c") + run(False, tmp_path / "c") == [*whole[:5], *whole[4:]]
 
 
 def test_adversarial_loss_refuses_units_of_255() -> None:

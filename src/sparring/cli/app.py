@@ -102,6 +102,9 @@ def train(
     width: Annotated[float | None, typer.Option(help="Multiple of the named model's layer widths.")] = None,
     loss: Loss = "standard",
     eps: Eps = 0.1,
+    ramp: Annotated[
+        float | None, typer.Option(help="Share of the training over which eps grows to its value; for a large eps.")
+    ] = None,
     seed: Seed = 0,
     data_dir: DataDir = None,
     download: Download = False,
@@ -110,7 +113,9 @@ def train(
     """Train a network and write it to one file."""
     from .model_commands import run_train
 
-    return run_train(model, out, data, tuple(recipe or ()), width, loss, eps, seed, data_dir, download, quiet=quiet)
+    return run_train(
+        model, out, data, tuple(recipe or ()), width, loss, eps, ramp, seed, data_dir, download, quiet=quiet
+    )
 
 
 @app.command()

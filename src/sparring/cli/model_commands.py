@@ -24,7 +24,7 @@ from ..models import Blueprint, load_model, load_weights_, save_model
 from ..sparsity import Pruner, all_ones, build_pruner, check_reached
 from ..statistics import binomial_interval
 from ..study import Plan, Training
-from ..study.fitting import robust_score, training_loss
+from ..study.fitting import ramped_loss, robust_score
 from ..study.networks import chosen_images
 from ..study.settings import attack_named
 from ..threat import Threat, parse_norm
@@ -50,6 +50,7 @@ def run_train(
     width: float | None,
     loss: str,
     eps: float,
+    ramp: float | None,
     seed: int,
     data_dir: Path | None,
     download: bool,
@@ -61,7 +62,7 @@ def run_train(
     recipe = _settings(overrides, "recipe").recipe
     blueprint = replace(_blueprint(name, dataset), width=width)
     model = blueprint.build(seed=seed)
-    result = _fit(model, dataset, recipe, out, seed=seed, training=_training(loss, eps), quiet=quiet)
+    result = _fit(model, dataset, recipe, out, seed=seed, training=_training(loss, eps, ramp), quiet=quiet)
     _finish(model, blueprint, dataset, result, eps, out)
     return 0
 
@@ -333,8 +334,8 @@ def _settings(overrides: tuple[str, ...], table: str) -> Plan:
     return Plan.from_table(base, overrides=tuple(f"{table}.{override}" for override in overrides))
 
 
-def _training(loss: str, eps: float) -> Training:
-    return Plan.from_table({"name": "settings", "training": {"loss": loss, "eps": eps}}).training
+def _training(loss: str, eps: float, ramp: float | None = None) -> Training:
+    return Plan.from_table({"name": "settings", "training": {"loss": loss, "eps": eps, "ramp": ramp}}).training
 
 
 def _fit(
@@ -355,7 +356,7 @@ def _fit(
         dataset.train.y,
         recipe,
         seed=seed,
-        loss=training_loss(table),
+        loss=ramped_loss(table),
         masks={} if pruner is None else all_ones(model),
         pruner=pruner,
         score=None if training.loss == "standard" else lambda m: robust_score(m, dataset.valid, table),

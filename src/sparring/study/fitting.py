@@ -25,11 +25,11 @@ from ..sparsity import (
     with_activation_penalty,
 )
 from ..threat import parse_norm
-from ..train import Loss, Recipe, adversarial, cross_entropy, fit, predict, trades
+from ..train import Loss, Ramped, Recipe, adversarial, cross_entropy, fit, predict, trades
 from .executors import Outcome, Task
 from .networks import BEST, MASK, PENALTY, WEIGHTS, Context, network, network_of, with_activation
 
-__all__ = ["activate", "choose", "prune", "robust_score", "train", "training_loss"]
+__all__ = ["activate", "choose", "prune", "ramped_loss", "robust_score", "train", "training_loss"]
 
 # The fine-tuning of every network of one seed sees the same order of images, so pairs differ in their masks alone.
 FINETUNE_SEED = 10_007
@@ -117,14 +117,13 @@ def _fitted(
 ) -> Outcome:
     data, training = context.dataset, task.inputs["training"]
     recipe = Recipe(**task.inputs["recipe"])
-    loss = training_loss(training)
     result = fit(
         model,
         data.train.x,
         data.train.y,
         recipe,
         seed=seed,
-        loss=loss if penalty is None else with_activation_penalty(loss, penalty),
+        loss=ramped_loss(training) if penalty is None else with_activation_penalty(training_loss(training), penalty),
         masks={} if pruner is None else all_ones(model),
         pruner=pruner,
         score=None if training["loss"] == "standard" else lambda m: robust_score(m, data.valid, training),
@@ -174,10 +173,18 @@ def robust_score(model: nn.Module, valid: Split, training: dict[str, Any]) -> fl
 
 
 def training_loss(training: dict[str, Any]) -> Loss:
-    """Return the loss that a plan's [training] table names."""
+    """Return the loss that a plan's [training] table names, with the whole eps."""
     if training["loss"] == "standard":
         return cross_entropy
     norm = parse_norm(training["norm"])
     if training["loss"] == "pgd-at":
         return adversarial(eps=training["eps"], norm=norm, steps=training["steps"])
     return trades(eps=training["eps"], norm=norm, steps=training["steps"], beta=training["beta"])
+
+
+def ramped_loss(training: dict[str, Any]) -> Loss | Ramped:
+    """Return the loss of a [training] table, whose eps grows to its value if the table has a `ramp`."""
+    ramp = training.get("ramp")
+    if ramp is None:
+        return training_loss(training)
+    return Ramped(lambda share: training_loss({**training, "eps": training["eps"] * min(1.0, share / ramp)}))

@@ -58,13 +58,23 @@ class Network:
 
 @dataclass(frozen=True)
 class Training:
-    """Choose the loss: plain cross-entropy, PGD adversarial training, or TRADES (eps in [0, 1])."""
+    """Choose the loss: plain cross-entropy, PGD adversarial training, or TRADES (eps in [0, 1]).
+
+    `ramp` is the share of a dense network's training over which eps grows to its value; fine-tuning has it whole.
+    """
 
     loss: Literal["standard", "pgd-at", "trades"] = "standard"
     eps: float = 0.1
     norm: Literal["linf", "l2"] = "linf"
     steps: int = 7
     beta: float = 6.0
+    ramp: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ramp is not None and not 0 < self.ramp <= 1:
+            raise PlanError(f"training: ramp is a share of the training, above 0 and up to 1, not {self.ramp}")
+        if self.ramp is not None and self.loss == "standard":
+            raise PlanError("training: ramp is for eps to grow, and the standard loss has none; drop it")
 
 
 @dataclass(frozen=True)

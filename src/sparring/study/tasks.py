@@ -205,9 +205,14 @@ class _Seed:
         weights = {"file": str(Path(file).absolute()), "sha256": sha256_file(file)}
         return self.work.add("train", {**self._shared(self.model), "weights": weights})
 
+    def _training(self) -> dict[str, Any]:
+        """Return how networks are fine-tuned: as the plan says, with the whole eps from the start."""
+        return {name: value for name, value in asdict(self.plan.training).items() if name != "ramp"}
+
     def _train(self, model: dict[str, Any], decay: float) -> str:
         recipe = replace(self.plan.recipe, weight_decay=decay)
-        inputs = {"recipe": asdict(recipe), "training": asdict(self.plan.training), "seed": self.seed}
+        training = self._training() if self.plan.training.ramp is None else asdict(self.plan.training)
+        inputs = {"recipe": asdict(recipe), "training": training, "seed": self.seed}
         return self.work.add("train", {**self._shared(model), **inputs})
 
     def _prune(
@@ -222,7 +227,7 @@ class _Seed:
         inputs = {
             **self._shared(model),
             "recipe": asdict(recipe),
-            "training": asdict(self.plan.training),
+            "training": self._training(),
             "pruning": _method(pruning),
             "sparsity": sparsity,
             "seed": self.seed,
@@ -240,7 +245,7 @@ class _Seed:
                 **self._shared(self.model),
                 **part,
                 "recipe": asdict(self.plan.finetune) if fitted else None,
-                "training": asdict(self.plan.training),
+                "training": self._training(),
                 "seed": self.seed,
             }
             key = self.work.add("activate", inputs, dense if fitted else control)

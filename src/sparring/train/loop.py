@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..layout import channels_last
 from ..sparsity import Masks, Pruner
 from .checkpoint import State, load_checkpoint_, save_checkpoint
-from .losses import Loss, cross_entropy
+from .losses import Loss, Ramped, cross_entropy
 from .optimizer import Optimizer
 from .recipe import Recipe, learning_rate
 
@@ -51,7 +51,7 @@ def fit(
     recipe: Recipe,
     *,
     seed: int = 0,
-    loss: Loss = cross_entropy,
+    loss: Loss | Ramped = cross_entropy,
     masks: Masks | None = None,
     pruner: Pruner | None = None,
     score: Callable[[nn.Module], float] | None = None,
@@ -108,7 +108,7 @@ def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pru
     return State(model, optimizer, dict(masks or {}), generator, pruner)
 
 
-def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> float:
+def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramped) -> float:
     model, optimizer, generator = state.model, state.optimizer, state.generator
     model.train()
     batches = -(-len(x) // recipe.batch_size)
@@ -121,15 +121,14 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss) -> fl
     for chosen in torch.split(order, recipe.batch_size):
         image = x[chosen].float().div_(255)
         batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
+        now = loss.at((step + 1) / steps) if isinstance(loss, Ramped) else loss
         model.zero_grad(set_to_none=True)
         with _masked(targets if behind else []):
-            value = loss(model, *batch, generator)
+            value = now(model, *batch, generator)
             value.backward()  # type: ignore[no-untyped-call]
         optimizer.step(learning_rate(recipe, step % cycle, cycle))
         if state.pruner is not None:
-            masks = state.pruner(
-                model, state.masks, step=step, steps=steps, batch=batch, loss=loss, generator=generator
-            )
+            masks = state.pruner(model, state.masks, step=step, steps=steps, batch=batch, loss=now, generator=generator)
             if masks is not state.masks:
                 state.masks, targets = masks, _targets(model, masks)
         if not behind:

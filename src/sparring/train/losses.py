@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,19 @@ from ..attacks import pgd
 from ..errors import UserError
 from ..threat import L2, LINF, gaussian
 
-__all__ = ["Loss", "adversarial", "cross_entropy", "trades"]
+__all__ = ["Loss", "Ramped", "adversarial", "cross_entropy", "trades"]
 
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Ramped:
+    """Hold a loss that changes in the course of training: `at(share)` is the loss at a share of all steps, in (0, 1].
+
+    Adversarial training at a large eps needs an eps that grows: from the start it ends at a constant network.
+    """
+
+    at: Callable[[float], Loss]
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
