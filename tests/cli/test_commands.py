@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparring import deploy
 from sparring.cli import main
@@ -173,6 +174,19 @@ def test_a_network_is_pruned_under_attack(sparring, tmp_path: Path) -> None:  # 
     assert "(50.00%)" in sparring("prune", dense, "--out", sparse, "--data", "digits", *half).out
     wrong = sparring("prune", dense, "--out", sparse, "--data", "digits", "--sparsity", 0.8, "--loss", "pdg-at")
     assert wrong.code == 2 and "'pgd-at'" in wrong.err
+
+
+def test_eps_grows_where_a_ramp_is_asked_for(sparring, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    attack = ("--data", "digits", "--quiet", "--loss", "pgd-at", "--eps", 0.2, "--set", "epochs=1")
+    weights = []
+    for name, ramp in (("whole", ()), ("ramped", ("--ramp", 1)), ("again", ("--ramp", 1))):
+        path = tmp_path / f"{name}.safetensors"
+        assert sparring("train", "mlp", "--out", path, *attack, *ramp).code == 0
+        weights.append(torch.cat([p.detach().flatten() for p in load_model(path)[0].parameters()]))
+    whole, ramped, again = weights
+    assert torch.equal(ramped, again) and not torch.allclose(whole, ramped)
+    wrong = sparring("train", "mlp", "--out", tmp_path / "x.safetensors", *attack, "--ramp", 2)
+    assert wrong.code == 2 and "ramp is a share of the training" in wrong.err
 
 
 def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-def]
