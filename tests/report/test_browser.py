@@ -113,7 +113,7 @@ def test_seven_metrics_of_rivals_stay_on_the_page(opened):
             cell.innerHTML = '<strong>' + arguments[0] + '</strong>';
         const frame = table.closest('.scroll'); return frame.scrollWidth - frame.clientWidth"""
     space = "\N{NO-BREAK SPACE}"
-    assert opened.execute_script(script, f"+12.5 [+10.9,{space}+14.1] points, p{space}<{space}0.001") <= 0
+    assert opened.execute_script(script, f"+12.5 [+10.9,{space}+14.1], p{space}<{space}0.001") <= 0
 
 
 def test_a_peak_of_many_sparsities_keeps_the_last_column_on_the_page(opened):

@@ -118,13 +118,16 @@ def methods(findings: Findings) -> Html | None:
         [numbers.percent(who[0]), f"{who[1]} − {who[2]}", *(told.get((*who, m), "–") for m in shown), count]
         for who, count in seeds.items()
     ]
-    head = ["Sparsity", "Methods", *(m.short for m in shown), "Seeds"]
+    units = {m: numbers.gain_unit(m) for m in shown}
+    metrics = (m.short if units[m] == "%" else f"{m.short}, {units[m]}" for m in shown)
+    head = ["Sparsity", "Methods", *(name.replace("ε ", "ε\N{NO-BREAK SPACE}") for name in metrics), "Seeds"]
     return table(head, rows, text=2, class_="wrapped") if rows else None
 
 
 def _duel(duel: Duel) -> str:
-    """Return "+12.5 [+10.9, +14.1] points, p 0.008", to be broken before and after the interval at most."""
-    gain = numbers.signed(duel.effect, numbers.gain_unit(duel.measure)).replace(", ", ",\N{NO-BREAK SPACE}")
+    """Return "+12.5 [+10.9, +14.1], p 0.008" or "+3% [+1, +5], p 0.008", to be broken around the interval at most."""
+    unit = numbers.gain_unit(duel.measure)
+    gain = numbers.signed(duel.effect, unit if unit == "%" else "").replace(", ", ",\N{NO-BREAK SPACE}")
     return f"{gain}, " + f"p {numbers.p_value(duel.p)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
