@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..statistics import minimum_detectable_effect
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
-from .measures import Measure, pretty
+from .measures import NORMS, Measure, pretty
 from .records import Network
 
 __all__ = ["bibtex", "headline", "methods", "title"]
@@ -223,14 +223,11 @@ def _missing(findings: Findings) -> str:
 
 def methods(findings: Findings) -> str:
     """Return a methods paragraph, ready to paste."""
-    found = next((r for m in findings.main if (r := findings.result(m))), None)
-    images = f"{found.images:,} test images" if found else "the test images"
     seeds = numbers.seeds(findings.seeds)
-    attacks = ", ".join(dict.fromkeys(m.short for m in findings.collected if m.role in ("budget", "distance")))
     return (
         f"We trained {subject(findings)} with {seeds} and compared each pruned network with a dense control: the same "
-        f"network fine-tuned for exactly as many further steps with the same recipe, unpruned. Each was attacked on "
-        f"{images} ({attacks}). Robust accuracy is the share of images classified correctly before and after the "
+        f"network fine-tuned for exactly as many further steps with the same recipe, unpruned. {_recipe(findings)}"
+        f"{_attacks(findings)}Robust accuracy is the share of images classified correctly before and after the "
         f"attack; r_2 is the mean l2 norm of DeepFool's perturbation, misclassified images counting 0, and is shown "
         f"beside the mean over correctly classified images. Images on which a minimum-norm attack failed are left out. "
         f"Differences are paired by seed and by image. Their standard error is that of the crossed bootstrap (one draw "
@@ -242,6 +239,45 @@ def methods(findings: Findings) -> str:
         f"The sweet spot is the highest sparsity up to which every watched metric's lower bound stays above its "
         f"allowance."
     )
+
+
+def _recipe(findings: Findings) -> str:
+    """Say how networks were trained, under attack or not; nothing if the plan does not say, or has no networks."""
+    plan = findings.study.plan
+    recipe, finetune, training = (plan.get(name) for name in ("recipe", "finetune", "training"))
+    if not findings.collected or not (
+        isinstance(recipe, dict) and isinstance(finetune, dict) and isinstance(training, dict)
+    ):
+        return ""
+    told = [
+        f"{one.get('epochs')} epochs ({one.get('optimizer')}, learning rate {one.get('lr')}, "
+        f"weight decay {one.get('weight_decay')}, batches of {one.get('batch_size')})"
+        for one in (recipe, finetune)
+    ]
+    model = plan.get("model")
+    given = isinstance(model, dict) and model.get("weights") is not None
+    said = (
+        f"The dense network was given; fine-tuning took {told[1]}"
+        if given
+        else f"Training took {told[0]}, fine-tuning {told[1]}"
+    )
+    name = {"pgd-at": "PGD adversarial training", "trades": "TRADES"}.get(str(training.get("loss")))
+    if name is None:
+        return f"{said}. "
+    norm, eps, steps = (training.get(key) for key in ("norm", "eps", "steps"))
+    ramp = training.get("ramp")
+    grown = "" if ramp is None else f"; ε grew to its value over a share of {ramp} of the dense network's training"
+    return f"{said}, under attack: {name}, {NORMS.get(str(norm), norm)}, ε = {eps}, {steps} steps{grown}. "
+
+
+def _attacks(findings: Findings) -> str:
+    """Say which attacks met how many test images."""
+    met: dict[int, list[str]] = {}
+    for measure, held in findings.collected.items():
+        if measure.role in ("budget", "distance") and measure.split == "test" and measure.name != "smallest" and held:
+            met.setdefault(max(len(one.images) for one in held.values()), []).append(measure.short)
+    parts = [f"{count:,} test images by {', '.join(dict.fromkeys(met[count]))}" for count in sorted(met, reverse=True)]
+    return f"Each was attacked on {'; on '.join(parts)}. " if parts else ""
 
 
 def bibtex(findings: Findings) -> str:

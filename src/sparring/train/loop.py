@@ -60,7 +60,8 @@ def fit(
 ) -> Fit:
     """Train a model in place on uint8 images x (N, C, H, W) and labels y (N,), and leave it in eval mode.
 
-    Weights outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of
+    A `Ramped` loss is asked at each step for the loss of the share of training that the step completes. Weights
+    outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of
     the (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model
     was as sparse as at the end. With `checkpoint` the state is
     saved after each epoch, and a run that finds the file goes on from there to the same bits. One seed, machine and
