@@ -244,30 +244,27 @@ def methods(findings: Findings) -> str:
 def _recipe(findings: Findings) -> str:
     """Say how networks were trained, under attack or not; nothing if the plan does not say, or has no networks."""
     plan = findings.study.plan
-    recipe, finetune, training = (plan.get(name) for name in ("recipe", "finetune", "training"))
-    if not findings.collected or not (
-        isinstance(recipe, dict) and isinstance(finetune, dict) and isinstance(training, dict)
-    ):
+    recipe, finetune, training, model = (plan.get(name) for name in ("recipe", "finetune", "training", "model"))
+    if not (findings.collected and isinstance(training, dict)):
         return ""
-    told = [
-        f"{one.get('epochs')} epochs ({one.get('optimizer')}, learning rate {one.get('lr')}, "
-        f"weight decay {one.get('weight_decay')}, batches of {one.get('batch_size')})"
-        for one in (recipe, finetune)
-    ]
-    model = plan.get("model")
     given = isinstance(model, dict) and model.get("weights") is not None
-    said = (
-        f"The dense network was given; fine-tuning took {told[1]}"
-        if given
-        else f"Training took {told[0]}, fine-tuning {told[1]}"
-    )
+    first = "The dense network was given" if given else f"Training took {_epochs(recipe)}"
+    said = f"{first}; fine-tuning took {_epochs(finetune)}"
     name = {"pgd-at": "PGD adversarial training", "trades": "TRADES"}.get(str(training.get("loss")))
     if name is None:
         return f"{said}. "
-    norm, eps, steps = (training.get(key) for key in ("norm", "eps", "steps"))
-    ramp = training.get("ramp")
-    grown = "" if ramp is None else f"; ε grew to its value over a share of {ramp} of the dense network's training"
-    return f"{said}, under attack: {name}, {NORMS.get(str(norm), norm)}, ε = {eps}, {steps} steps{grown}. "
+    norm, eps, steps, ramp = (training.get(key) for key in ("norm", "eps", "steps", "ramp"))
+    grown = f"; ε grew to its value over a share of {ramp} of the dense network's training"
+    said += f", under attack: {name}, {NORMS.get(str(norm), norm)}, ε = {eps}, {steps} steps"
+    return f"{said}{'' if ramp is None or given else grown}. "
+
+
+def _epochs(recipe: object) -> str:
+    told = recipe if isinstance(recipe, dict) else {}
+    epochs, optimizer, lr, decay, batch = (
+        told.get(name, "?") for name in ("epochs", "optimizer", "lr", "weight_decay", "batch_size")
+    )
+    return f"{epochs} epochs ({optimizer}, learning rate {lr}, weight decay {decay}, batches of {batch})"
 
 
 def _attacks(findings: Findings) -> str:
@@ -277,7 +274,7 @@ def _attacks(findings: Findings) -> str:
         if measure.role in ("budget", "distance") and measure.split == "test" and measure.name != "smallest" and held:
             met.setdefault(max(len(one.images) for one in held.values()), []).append(measure.short)
     parts = [f"{count:,} test images by {', '.join(dict.fromkeys(met[count]))}" for count in sorted(met, reverse=True)]
-    return f"Each was attacked on {'; on '.join(parts)}. " if parts else ""
+    return f"Each network was attacked on {'; on '.join(parts)}. " if parts else ""
 
 
 def bibtex(findings: Findings) -> str:

@@ -205,13 +205,14 @@ class _Seed:
         weights = {"file": str(Path(file).absolute()), "sha256": sha256_file(file)}
         return self.work.add("train", {**self._shared(self.model), "weights": weights})
 
-    def _training(self) -> dict[str, Any]:
-        """Return how networks are fine-tuned: as the plan says, with the whole eps from the start."""
-        return {name: value for name, value in asdict(self.plan.training).items() if name != "ramp"}
+    def _training(self, *, ramp: float | None = None) -> dict[str, Any]:
+        """Return the plan's loss, without a ramp as for fine-tuning; where there is none, keys know of none."""
+        table = asdict(replace(self.plan.training, ramp=ramp))
+        return {name: value for name, value in table.items() if value is not None}
 
     def _train(self, model: dict[str, Any], decay: float) -> str:
         recipe = replace(self.plan.recipe, weight_decay=decay)
-        training = self._training() if self.plan.training.ramp is None else asdict(self.plan.training)
+        training = self._training(ramp=self.plan.training.ramp)
         inputs = {"recipe": asdict(recipe), "training": training, "seed": self.seed}
         return self.work.add("train", {**self._shared(model), **inputs})
 

@@ -61,11 +61,11 @@ def fit(
     """Train a model in place on uint8 images x (N, C, H, W) and labels y (N,), and leave it in eval mode.
 
     A `Ramped` loss is asked at each step for the loss of the share of training that the step completes. Weights
-    outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of
-    the (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model
-    was as sparse as at the end. With `checkpoint` the state is
-    saved after each epoch, and a run that finds the file goes on from there to the same bits. One seed, machine and
-    thread count give one result. Raise UserError when the loss stops being finite.
+    outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of the
+    (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model was
+    as sparse as at the end. With `checkpoint` the state is saved after each epoch, and a run that finds the file goes
+    on from there to the same bits. One seed, machine and thread count give one result. Raise UserError when the loss
+    stops being finite.
     """
     _check(model, x, y)
     place = next(model.parameters()).device
