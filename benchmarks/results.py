@@ -2,9 +2,10 @@
 
     python benchmarks/results.py out/paper-linear out/paper-lenet-300-100 --to docs/results
 
-writes docs/results/ledger.json (Holm's correction across all studies) and a folder for each study with its main
-figures as SVG, results.csv (means over seeds, unless that is too long), plan.json's command and plan, and the verdict
-in README.md.
+writes docs/results/ledger.json (Holm's correction across all studies, those that it held before included) and a folder
+for each study with its main figures as SVG, results.csv (means over seeds, unless that is too long), plan.json's
+command and plan, and the verdict in README.md. The table of claims between two marks in a study's page,
+docs/results/STUDY.md, is written anew from the ledger; without any OUT only that is done.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import json
 import shlex
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparring import report
 from sparring.errors import UserError
+from sparring.statistics import Row, judge
 
 LIMIT = 1_500_000  # bytes a study may take in the documentation
 # What is copied first; whatever does not fit any more is left out, and said to be.
 FIRST = ("overview", "accuracy", "fgsm", "pgd", "worst", "distance", "brackets", "exact", "lipschitz", "certified")
 KEYS = ("method", "sparsity", "metric", "attack", "norm", "eps", "split")
+
+MARKS = ("<!-- claims: written by benchmarks/results.py -->\n", "<!-- end of claims -->\n")
 
 
 def copy_study(out: Path, folder: Path) -> list[str]:
@@ -85,13 +90,40 @@ def means(text: str) -> str:
     return target.getvalue()
 
 
+def renewed(page: str, study: str, ledger: Sequence[Row]) -> str:
+    """Return a study's page with the table of its claims written anew, if it has the marks to hold one."""
+    if not all(page.count(mark) == 1 for mark in MARKS):
+        return page
+    before, after = page[: page.index(MARKS[0])], page[page.index(MARKS[1]) :]
+    return before + MARKS[0] + claims_table([row for row in ledger if row.study == study], len(ledger)) + after
+
+
+def claims_table(rows: Sequence[Row], total: int) -> str:
+    """Return claims as Markdown, each with its verdict among the study's own rows and among all."""
+    alone = judge([(row.claim, row.effect) for row in rows], study="")
+    heads = f"| claim | effect [95%] | seeds × images | these {len(rows)} claims | all {total} |"
+    lines = [f"{heads}\n|---|---|---|---|---|"]
+    for row, mine in zip(rows, alone, strict=True):
+        if (e := row.effect) is not None:
+            unit = row.claim.unit
+            effect = f"{e.estimate:+.3g} [{e.low:+.3g}, {e.high:+.3g}] {unit} | {e.seeds} × {e.images:,}"
+            lines.append(f"| {row.claim.text} | {effect} | {_told(mine)} | {_told(row)} |")
+    words = "Verdicts by Holm's correction over this study's claims and over those of all studies, with its p-value."
+    return "\n".join(lines) + f"\n\n{words} The tests are in [ledger.json](ledger.json).\n"
+
+
+def _told(row: Row) -> str:
+    assert row.p is not None
+    return f"{row.verdict} ({row.p:.2g})"
+
+
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("outs", nargs="+", type=Path, metavar="OUT")
+    parser.add_argument("outs", nargs="*", type=Path, metavar="OUT")
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     for out in options.outs:
@@ -99,9 +131,12 @@ def main() -> None:
         missed = copy_study(out, folder)
         total = sum(path.stat().st_size for path in folder.iterdir())
         print(f"{out} -> {folder}: {total:,} bytes" + (f"; {len(missed)} files did not fit" if missed else ""))
-    rows = [row.as_dict() for row in report.merge_ledgers(options.outs)]
-    _write(options.to / "ledger.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    print(f"{options.to / 'ledger.json'}: {len(rows)} claims")
+    earlier = options.to / "ledger.json"
+    rows = report.merge_ledgers(options.outs, earlier=earlier if earlier.exists() else None)
+    _write(earlier, json.dumps([row.as_dict() for row in rows], indent=1, ensure_ascii=False) + "\n")
+    print(f"{earlier}: {len(rows)} claims")
+    for page in sorted(options.to.glob("*.md")):
+        _write(page, renewed(page.read_text(encoding="utf-8"), page.stem, rows))
 
 
 if __name__ == "__main__":

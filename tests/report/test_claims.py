@@ -5,6 +5,7 @@ import json
 import pytest
 
 from sparring import report
+from sparring.errors import UserError
 from sparring.report.brackets import brackets
 from sparring.report.findings import find
 from sparring.report.kinds import kind_of
@@ -86,5 +87,29 @@ def test_merged_ledgers_correct_for_all_claims_of_all_studies(folder, make_study
     merged = report.merge_ledgers([folder, other])
     assert {row.study for row in merged} == {"made-up", "another"}
     first = [row for row in merged if row.study == "made-up"]
-    assert [row.claim for row in first] == [row["claim"] for row in rows]
+    assert [row.claim.text for row in first] == [row["claim"] for row in rows]
     assert all(row.p >= alone["p"] for row, alone in zip(first, rows, strict=True))
+
+
+def test_a_ledger_is_merged_with_studies_whose_folders_are_gone(folder, make_study, tmp_path):
+    other = make_study(seeds=3, images=60, sparsities=(0.5, 0.9), name="another")
+    both = [row.as_dict() for row in report.merge_ledgers([folder, other])]
+    alone = tmp_path / "earlier.json"
+    alone.write_text(json.dumps([row.as_dict() for row in report.merge_ledgers([folder])]))
+    assert [row.as_dict() for row in report.merge_ledgers([other], earlier=alone)] == both
+    alone.write_text(json.dumps(both))
+    again = [row.as_dict() for row in report.merge_ledgers([folder], earlier=alone)]  # its own old rows are replaced
+    assert sorted(again, key=str) == sorted(both, key=str)
+
+
+NO_LEDGERS = ("{}", "[{", "[1]", '[{"study": "s"}]', '[{"study": "s", "claim": "c", "expects": "above"}]')
+
+
+@pytest.mark.parametrize("text", NO_LEDGERS)
+def test_what_is_no_ledger_is_said_to_be_none(text, tmp_path):
+    path = tmp_path / "ledger.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no ledger of this version"):
+        report.merge_ledgers([], earlier=path)
+    with pytest.raises(UserError, match="cannot read"):
+        report.merge_ledgers([], earlier=tmp_path / "none.json")

@@ -1,9 +1,11 @@
 """Verdicts follow from the effect, the margin and Holm's correction."""
 
+import json
+
 import numpy as np
 import pytest
 
-from sparring.statistics import Claim, Effect, effect, judge
+from sparring.statistics import Claim, Effect, effect, judge, reread
 
 
 def measured(mean, *, seeds=5, noise=0.1) -> Effect:
@@ -57,3 +59,17 @@ def test_few_seeds_are_called_indicative_and_the_undecided_say_what_it_takes():
 def test_one_seed_decides_nothing():
     (row,) = judge([(Claim("c", "above", 0.001, "points", "t"), measured(0.5, seeds=1))], study="s")
     assert (row.verdict, row.why) == ("undecided", "indicative (1 seed): one seed cannot decide")
+
+
+def test_a_row_that_was_written_is_judged_again_from_what_it_says():
+    asked = [
+        (Claim("c", "above", 0.05, "points", "t"), measured(0.2)),
+        (Claim("d", "none", 2.0, "%", "u"), measured(0.0)),
+        (Claim("e", "not above", 2.0, "%", "v"), None),
+    ]
+    flat = json.loads(json.dumps([row.as_dict() for row in judge(asked, study="s")]))
+    assert [reread(row) for row in flat] == asked
+    assert [row["p_alone"] for row in flat[:2]] == [one.p for _, one in asked[:2]]
+    del flat[0]["se"]
+    with pytest.raises(KeyError, match="se"):
+        reread(flat[0])

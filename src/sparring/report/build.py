@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomic, write_json
-from ..statistics import Row, judge
+from ..statistics import Claim, Effect, Row, judge, reread
 from . import figures, tables, words
 from .claims import claims, ledger
 from .comparisons import comparisons
@@ -23,6 +24,8 @@ from .panels import Drawn, Picture, curve_panels, density_pictures, overview_pic
 from .records import load
 
 __all__ = ["Report", "merge_ledgers", "publish", "read", "verdict", "write"]
+
+Named = tuple[str, tuple[Claim, Effect | None]]  # a claim with its effect, and the study that it is of
 
 
 def write(out: Path | str) -> Path:
@@ -92,16 +95,37 @@ def read(out: Path | str) -> Report:
     return Report(find(study))
 
 
-def merge_ledgers(outs: Iterable[Path | str]) -> list[Row]:
-    """Return the claims of several studies as one ledger, corrected by Holm across all; raises as `write` does."""
-    studies = [load(out) for out in outs]
-    asked = [
-        (str(study.plan.get("name") or "study"), judged)
-        for study in studies
-        for judged in (linear_claims(read_linear(study)) if is_linear(study) else claims(find(study)))
-    ]
-    rows = judge([judged for _, judged in asked], study="")
+def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = None) -> list[Row]:
+    """Return the claims of several studies as one ledger, corrected by Holm across all.
+
+    `earlier` is a ledger.json, of one study or of many, whose folders need not be there any more: its rows are judged
+    again among the others, but for those of a study of the same name as one in `outs`. Raises as `write` does, and
+    UserError when `earlier` is no such file.
+    """
+    asked = [named for out in outs for named in _claims_of(out)]
+    names = {name for name, _ in asked}
+    if earlier is not None:
+        asked = [named for named in _read_ledger(Path(earlier)) if named[0] not in names] + asked
+    rows = judge([one for _, one in asked], study="")
     return [replace(row, study=name) for (name, _), row in zip(asked, rows, strict=True)]
+
+
+def _claims_of(out: Path | str) -> list[Named]:
+    study = load(out)
+    judged = linear_claims(read_linear(study)) if is_linear(study) else claims(find(study))
+    return [(str(study.plan.get("name") or "study"), one) for one in judged]
+
+
+def _read_ledger(path: Path) -> list[Named]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list):
+            raise TypeError("a ledger is a list of rows")
+        return [(str(row["study"]), reread(row)) for row in rows]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no ledger of this version: make it anew, sparring report OUT") from error
 
 
 @dataclass(frozen=True, eq=False)

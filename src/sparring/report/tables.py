@@ -201,10 +201,10 @@ def ledger_table(rows: Sequence[Row]) -> Html:
     """Return the ledger as a table; verdicts are words, not colours alone."""
     cells = []
     for row in rows:
-        effect = "–" if row.effect is None else numbers.signed(row.effect, row.unit)
+        effect = "–" if row.effect is None else numbers.signed(row.effect, row.claim.unit)
         mark = {"reproduced": "●", "contradicted": "✕", "undecided": "○"}[row.verdict]
         verdict = tag("span", f"{mark} {row.verdict}", class_=f"verdict {row.verdict}")
-        what = join(row.claim, tag("small", row.test))
+        what = join(row.claim.text, tag("small", row.claim.test))
         p = "–" if row.p is None else numbers.p_value(row.p)
         counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")
         cells.append([what, join(verdict, tag("small", row.why)), effect, p, *counts])

@@ -20,7 +20,7 @@ from .effects import (
     seeds_needed,
     unpaired,
 )
-from .ledger import Claim, Row, judge
+from .ledger import Claim, Row, judge, reread
 from .pairs import pair_effect
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "pair_effect",
     "peak",
     "ratio_values",
+    "reread",
     "seeds_needed",
     "sweet_spot",
     "unpaired",

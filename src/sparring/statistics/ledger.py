@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .effects import Effect, equivalence, holm, minimum_detectable_effect, no_gain, seeds_needed
 
-__all__ = ["Claim", "Row", "judge"]
+__all__ = ["Claim", "Row", "judge", "reread"]
 
 ALPHA = 0.05
 Verdict = Literal["reproduced", "contradicted", "undecided"]
@@ -33,28 +33,34 @@ class Claim:
 class Row:
     """Hold one line of the ledger. `p` is two-sided and corrected by Holm across the ledger; None: not measured."""
 
-    claim: str
-    test: str
+    claim: Claim
     verdict: Verdict
     effect: Effect | None
-    unit: str
     p: float | None
     study: str
     why: str
 
     def as_dict(self) -> dict[str, str | float | int | None]:
-        """Return the row flat, for JSON."""
-        e = self.effect
-        numbers: dict[str, float | int | None] = {
-            "estimate": None if e is None else e.estimate,
-            "low": None if e is None else e.low,
-            "high": None if e is None else e.high,
-            "p": self.p,
-            "seeds": 0 if e is None else e.seeds,
-            "images": 0 if e is None else e.images,
-        }
-        words = {"claim": self.claim, "test": self.test, "verdict": self.verdict, "unit": self.unit, "why": self.why}
-        return words | numbers | {"study": self.study}
+        """Return the row flat, for JSON: all that `reread` needs; `p_alone` is the p-value before any correction."""
+        c, e = self.claim, self.effect
+        words = {"claim": c.text, "test": c.test, "verdict": self.verdict, "unit": c.unit, "why": self.why}
+        asked = {"expects": c.expects, "margin": c.margin}
+        names = {"estimate": "estimate", "low": "low", "high": "high", "se": "se", "df": "df", "p_alone": "p"}
+        numbers = {name: None if e is None else getattr(e, field) for name, field in names.items()}
+        counts = {"seeds": 0 if e is None else e.seeds, "images": 0 if e is None else e.images}
+        return words | asked | numbers | {"p": self.p} | counts | {"study": self.study}
+
+
+def reread(row: Mapping[str, Any]) -> tuple[Claim, Effect | None]:
+    """Return the claim and effect of a row that `as_dict` made flat, to be judged again among others.
+
+    Raises KeyError or TypeError when something is missing or is not a number where it should be.
+    """
+    claim = Claim(str(row["claim"]), row["expects"], float(row["margin"]), str(row["unit"]), str(row["test"]))
+    if row["estimate"] is None:
+        return claim, None
+    estimate, se, df, low, high, p = (float(row[n]) for n in ("estimate", "se", "df", "low", "high", "p_alone"))
+    return claim, Effect(estimate, se, df, low, high, p, int(row["seeds"]), int(row["images"]))
 
 
 def judge(claims: Sequence[tuple[Claim, Effect | None]], *, study: str) -> list[Row]:
@@ -71,14 +77,14 @@ def judge(claims: Sequence[tuple[Claim, Effect | None]], *, study: str) -> list[
 
 def _row(claim: Claim, e: Effect | None, p: float, alpha: float, study: str) -> Row:
     if e is None:
-        return Row(claim.text, claim.test, "undecided", None, claim.unit, None, study, "not measured in this study")
+        return Row(claim, "undecided", None, None, study, "not measured in this study")
     verdict: Verdict
     verdict, why = _verdict(claim, e, p) if e.seeds > 1 else ("undecided", "one seed cannot decide")
     if verdict == "undecided" and e.seeds > 1:
         why = f"{why}; {_takes(claim, e, alpha)}"
     if e.indicative:
         why = f"indicative ({e.seeds} seed{'s' if e.seeds > 1 else ''}): {why}"
-    return Row(claim.text, claim.test, verdict, e, claim.unit, p, study, why)
+    return Row(claim, verdict, e, p, study, why)
 
 
 def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
