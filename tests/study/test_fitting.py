@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparring.data import Dataset
-from sparring.errors import PlanError
+from sparring.data import Dataset, Split
+from sparring.errors import PlanError, UserError
 from sparring.models import build
 from sparring.study import Plan, Store, run
-from sparring.study.fitting import ramped_loss, training_loss
+from sparring.study.fitting import ramped_loss, refuse_constant, training_loss
 from sparring.study.settings import Training
 from sparring.train import Ramped
 
@@ -31,6 +31,33 @@ def test_eps_grows_over_the_ramp_and_stays(few_digits: Dataset, kind: str, share
     ]
     assert torch.equal(*values)
     assert not isinstance(ramped_loss(table | {"ramp": None}), Ramped)
+
+
+def test_a_constant_network_is_refused_with_the_way_out(few_digits: Dataset, tmp_path: Path) -> None:
+    table = {
+        "name": "p",
+        "data": "digits",
+        "model": {"name": "mlp", "widths": [24]},
+        "seeds": 1,
+        "sparsities": [0.5],
+        "recipe": {"epochs": 2, "lr": 50.0},  # the units die in the first epoch
+        "finetune": {"epochs": 1},
+        "attacks": [{"name": "fgsm", "eps": [0.1]}],
+    }
+    records = run(Plan.from_table(table), tmp_path, dataset=few_digits, workers=0)
+    assert [record.stage for record in records] == ["train"], "nothing is made of it"
+    assert "for class" in (records[0].error or "") and "ramp = 0.5" in (records[0].error or "")
+
+
+def test_a_network_of_several_answers_passes_and_so_does_data_of_one_class(few_digits: Dataset) -> None:
+    valid = few_digits.valid
+    constant = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    torch.nn.init.zeros_(constant[1].weight)
+    with pytest.raises(UserError, match="every validation image"):
+        refuse_constant(constant, valid)
+    refuse_constant(constant, Split(valid.x[:5], torch.full((5,), 3)))
+    torch.nn.init.normal_(constant[1].weight)
+    refuse_constant(constant, valid)
 
 
 def plan(*activation: dict[str, object]) -> Plan:

@@ -24,7 +24,7 @@ from ..models import Blueprint, load_model, load_weights_, save_model
 from ..sparsity import Pruner, all_ones, build_pruner, check_reached
 from ..statistics import binomial_interval
 from ..study import Plan, Training
-from ..study.fitting import ramped_loss, robust_score
+from ..study.fitting import ramped_loss, refuse_constant, robust_score
 from ..study.networks import chosen_images
 from ..study.settings import attack_named
 from ..threat import Threat, parse_norm
@@ -57,13 +57,17 @@ def run_train(
     *,
     quiet: bool,
 ) -> int:
-    """Train a model and write it, under attack also its best epoch; an interrupted run goes on when run again."""
+    """Train a model and write it, under attack also its best epoch; an interrupted run goes on when run again.
+
+    Raises UserError, with all written, when training ended at a network that answers one class.
+    """
     dataset = open_data(data_name, data_dir, download)
     recipe = _settings(overrides, "recipe").recipe
     blueprint = replace(_blueprint(name, dataset), width=width)
     model = blueprint.build(seed=seed)
     result = _fit(model, dataset, recipe, out, seed=seed, training=_training(loss, eps, ramp), quiet=quiet)
     _finish(model, blueprint, dataset, result, eps, out)
+    refuse_constant(model, dataset.valid)
     return 0
 
 

@@ -29,7 +29,7 @@ from ..train import Loss, Ramped, Recipe, adversarial, cross_entropy, fit, predi
 from .executors import Outcome, Task
 from .networks import BEST, MASK, PENALTY, WEIGHTS, Context, network, network_of, with_activation
 
-__all__ = ["activate", "choose", "prune", "ramped_loss", "robust_score", "train", "training_loss"]
+__all__ = ["activate", "choose", "prune", "ramped_loss", "refuse_constant", "robust_score", "train", "training_loss"]
 
 # The fine-tuning of every network of one seed sees the same order of images, so pairs differ in their masks alone.
 FINETUNE_SEED = 10_007
@@ -42,7 +42,21 @@ def train(context: Context, task: Task) -> Outcome:
     """Train a dense network from scratch, or take the weights that the plan names."""
     if "weights" in task.inputs:
         return _given(context, task)
-    return _fitted(context, task, network(context, task.inputs), seed=task.inputs["seed"])
+    model = network(context, task.inputs)
+    outcome = _fitted(context, task, model, seed=task.inputs["seed"])
+    refuse_constant(model, context.dataset.valid)
+    return outcome
+
+
+def refuse_constant(model: nn.Module, valid: Split) -> None:
+    """Raise UserError if a model takes all images for one class, though they are of several: it learned nothing."""
+    answers = set(predict(model, valid.x).argmax(1).tolist())
+    if len(answers) == 1 and len(set(valid.y.tolist())) > 1:
+        raise UserError(
+            f"the trained network takes every validation image for class {answers.pop()}, so nothing that is pruned "
+            "from it or attacked would tell anything; train with a lower lr or for more epochs and, under attack, let "
+            "eps grow (ramp = 0.5)"
+        )
 
 
 def _given(context: Context, task: Task) -> Outcome:
