@@ -43,10 +43,13 @@ def far(held):
         ("pgd", 0.1, stand, "weaker-wins", "pgd"),
         ("fgsm", 0.05, fall, "weaker-wins", "fgsm"),
         ("deepfool", None, far, "contradicted-distance", "deepfool-50"),
+        ("standard", 0.1, fall, "outdone", "fast"),
+        ("fast", 0.1, fall, "weaker-wins", "pgd"),
     ],
 )
 def test_an_attack_that_another_one_contradicts_is_doubted(make_study, name, eps, edit, doubt, attack):
-    out = make_study(sparsities=(0.5, 0.9), budgets=(("fgsm", 0.05), ("fgsm", 0.1), ("pgd", 0.1)))
+    budgets = (("fgsm", 0.05), ("fgsm", 0.1), ("pgd", 0.1), ("pgd", 0.2), ("fast", 0.1), ("standard", 0.1))
+    out = make_study(sparsities=(0.5, 0.9), budgets=budgets)
     change(out, name, eps, 1, 0.9, edit)
     findings = find(load(out))
     mine = [d for d in findings.doubts if d.who == ("gradual", 0.9, 1) and d.name == doubt]
@@ -71,3 +74,9 @@ def test_attacks_that_agree_raise_no_doubt(study_folder):
     study = load(study_folder)
     assert doubts(study, find(study).collected) == []
     assert "Not to be believed" not in report.verdict(study_folder)
+
+
+def test_a_single_step_may_find_less_in_a_larger_budget_than_an_ensemble_in_a_smaller_one(make_study):
+    out = make_study(sparsities=(0.5, 0.9), budgets=(("fgsm", 0.2), ("fast", 0.1)))
+    change(out, "fgsm", 0.2, 1, 0.9, stand)
+    assert "fgsm" not in {doubt.attack for doubt in find(load(out)).doubts}

@@ -20,7 +20,10 @@ __all__ = ["Doubt", "doubts"]
 
 # From weak to strong: on the same images and budget no attack must do better than a later one.
 LADDER = (("fgsm", "rfgsm"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",), ("standard",))
+ITERATED = 1.0  # the rung from which on an attack should find in a larger budget what others do in a smaller one
+GATHERED = 3.0  # the rung from which on an attack is taken for a worst case
 NOTABLE = 0.02  # of the images, and at least two of them
+FAR = 0.05  # of the images: more than a worst case of one strength is ever short of the next on an honest network
 CHANCE = 1e-3  # of as uneven a count, were both attacks equally strong
 SLACK = 1.05  # of a distance: DeepFool's overshoot is 2%
 
@@ -62,12 +65,8 @@ def _between(
     if one.split != other.split:
         return
     if one.role == other.role == "budget" and one.norm == other.norm:
-        if one.eps == other.eps and _rung(one) < _rung(other) and (extra := _extra(weak, strong)):
-            detail = f"{pretty(one.attack)} fools {extra} images more at {NORMS[one.norm]} ε = {one.eps:g}"
-            yield Doubt("weaker-wins", detail, network.who, other.attack)
-        if one.attack == other.attack and (one.eps or 0) < (other.eps or 0) and (extra := _extra(weak, strong)):
-            detail = f"ε = {other.eps:g} fools {extra} images fewer than ε = {one.eps:g}"
-            yield Doubt("weaker-wins", detail, network.who, other.attack)
+        for name, detail in _between_budgets(weak, strong):
+            yield Doubt(name, detail, network.who, other.attack)
     if one.role == "budget" and other.role == "distance" and one.eps is not None:
         reach = _reach(one, other.norm, pixels)
         extra = 0 if reach is None else _beyond(weak[1], strong[1], reach)
@@ -79,13 +78,29 @@ def _between(
             yield Doubt("contradicted-distance", detail, network.who, other.attack)
 
 
+def _between_budgets(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage]) -> Iterator[tuple[str, str]]:
+    """Yield what the first attack's success says against the second's, as a flag and its detail."""
+    (one, _), (other, _) = weak, strong
+    (lower, upper), (smaller, larger) = (_rung(one), _rung(other)), (one.eps or 0.0, other.eps or 0.0)
+    at = f"at {NORMS[one.norm]} ε = {smaller:g}"
+    if smaller == larger and lower < upper and (extra := _extra(weak, strong)):
+        yield "weaker-wins", f"{pretty(one.attack)} fools {extra} images more {at}"
+    elif smaller == larger and lower > upper >= GATHERED and (extra := _extra(weak, strong, notable=FAR)):
+        told = f"{pretty(one.attack)} fools {extra} images more {at}"
+        yield "outdone", f"{told}; where it was not run, as many may be missing"
+    elif smaller < larger and one.attack == other.attack and (extra := _extra(weak, strong)):
+        yield "weaker-wins", f"ε = {larger:g} fools {extra} images fewer than ε = {smaller:g}"
+    elif smaller < larger and upper >= ITERATED and one.attack != other.attack and (extra := _extra(weak, strong)):
+        yield "weaker-wins", f"{pretty(one.attack)} {at} fools {extra} images more than this at ε = {larger:g}"
+
+
 def _rung(measure: Measure) -> float:
     """Return a place on the ladder; unknown attacks are on no rung, which compares with none."""
     return next((float(k) for k, names in enumerate(LADDER) if measure.name in names), math.nan)
 
 
-def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage]) -> int:
-    """Return how many images more the first attack fools, 0 where they are few or may be chance.
+def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], *, notable: float = NOTABLE) -> int:
+    """Return how many images more the first attack fools, 0 where they are a small share or may be chance.
 
     Each image that only one of them fools would be either's, were both equally strong (McNemar's exact test, one-sided;
     `sparring.attacks` asks the same of results that it holds together).
@@ -95,7 +110,7 @@ def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage]) -> 
     more, fewer = int((stands_strong & ~stands_weak).sum()), int((stands_weak & ~stands_strong).sum())
     if more <= fewer or bdtrc(more - 1, more + fewer, 0.5) > CHANCE:
         return 0
-    return _notable(more - fewer, len(images))
+    return _notable(more - fewer, len(images), notable)
 
 
 def _reach(budget: Measure, norm: str, pixels: int | None) -> float | None:
@@ -118,8 +133,8 @@ def _beyond(budget: PerImage, distance: PerImage, reach: float) -> int:
     return _notable(int(((one.top == 0) & (far > SLACK * reach)).sum()), len(images))
 
 
-def _notable(count: int, images: int) -> int:
-    return count if count >= max(2, NOTABLE * images) else 0
+def _notable(count: int, images: int, share: float = NOTABLE) -> int:
+    return count if count >= max(2, share * images) else 0
 
 
 def _pixels(study: Study) -> int | None:

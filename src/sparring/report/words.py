@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..statistics import minimum_detectable_effect
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
@@ -203,11 +205,17 @@ def _several(findings: Findings) -> str:
     return f"These sentences speak of the method “{findings.method}”; also studied: {', '.join(others)}."
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def _doubted(findings: Findings) -> str:
     """Warn of attacks that another attack contradicts: their numbers are too good to be true."""
     if not findings.doubts:
         return ""
-    attacks = " and ".join(dict.fromkeys(pretty(doubt.attack) for doubt in findings.doubts))
+    attacks = _listed(dict.fromkeys(pretty(doubt.attack) for doubt in findings.doubts))
     networks = len({doubt.who for doubt in findings.doubts})
     where = "one network" if networks == 1 else f"{networks} networks"
     return f"Not to be believed as it stands: {attacks} on {where}, where another attack does better (see Flags)."
