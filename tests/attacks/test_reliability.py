@@ -85,7 +85,8 @@ def test_a_weak_attack_above_a_strong_one_is_flagged(net: nn.Module, many: Tenso
     y = net(many).argmax(1)
     good, bad = (run(net, many, y, attack, THREAT) for attack in (pgd, idle))
     assert int(good.success.sum()) >= 10
-    assert [flag.name for flag in check_order({"fgsm": good, "pgd": bad})["pgd"]] == ["weaker-wins"]
+    for weak, strong in (("fgsm", "pgd"), ("square", "fast"), ("square", "apgd-targeted")):
+        assert [flag.name for flag in check_order({weak: good, strong: bad})[strong]] == ["weaker-wins"]
     assert check_order({"fgsm": bad, "pgd": good}) == {}
 
 

@@ -45,10 +45,19 @@ def far(held):
         ("deepfool", None, far, "contradicted-distance", "deepfool-50"),
         ("standard", 0.1, fall, "outdone", "fast"),
         ("fast", 0.1, fall, "weaker-wins", "pgd"),
+        ("square", 0.1, fall, "weaker-wins", "fast"),
     ],
 )
 def test_an_attack_that_another_one_contradicts_is_doubted(make_study, name, eps, edit, doubt, attack):
-    budgets = (("fgsm", 0.05), ("fgsm", 0.1), ("pgd", 0.1), ("pgd", 0.2), ("fast", 0.1), ("standard", 0.1))
+    budgets = (
+        ("fgsm", 0.05),
+        ("fgsm", 0.1),
+        ("pgd", 0.1),
+        ("pgd", 0.2),
+        ("square", 0.1),
+        ("fast", 0.1),
+        ("standard", 0.1),
+    )
     out = make_study(sparsities=(0.5, 0.9), budgets=budgets)
     change(out, name, eps, 1, 0.9, edit)
     findings = find(load(out))

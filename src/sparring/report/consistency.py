@@ -19,7 +19,7 @@ from .records import NAIVE, Network, Study, Who, arrays
 __all__ = ["Doubt", "doubts"]
 
 # From weak to strong: on the same images and budget no attack must do better than a later one.
-LADDER = (("fgsm", "rfgsm"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",), ("standard",))
+LADDER = (("fgsm", "rfgsm", "square"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",), ("standard",))
 ITERATED = 1.0  # the rung from which on an attack should find in a larger budget what others do in a smaller one
 GATHERED = 3.0  # the rung from which on an attack is taken for a worst case
 NOTABLE = 0.02  # of the images, and at least two of them
