@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 FEW = (("fgsm", 0.1), ("pgd", 0.1))
 MANY = (("fgsm", 0.05), ("fgsm", 0.2), *FEW)
+STRENGTH = {"pgd": 0.4, "fast": 0.6, "standard": 0.65}  # beyond a single step's
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
@@ -78,7 +79,7 @@ class Maker:
             ),
         ]
         for name, eps in self.budgets:
-            margin = self.ease + gain + 1.5 - 15 * eps - (0.4 if name == "pgd" else 0.0)
+            margin = self.ease + gain + 1.5 - 15 * eps - STRENGTH.get(name, 0.0)
             robust = correct & (margin + 0.3 * self.rng.normal(size=self.images) > 0)
             keys += self.attack(who, {"name": name, "norm": "linf", "eps": eps}, correct, ~robust)
         far = np.where(correct, np.exp(0.3 * self.ease + 0.2 * gain), 0.0).astype(np.float32)

@@ -10,6 +10,7 @@ from sparring import report
 from sparring.report import tables
 from sparring.report.consistency import doubts
 from sparring.report.findings import find
+from sparring.report.measures import pretty
 from sparring.report.records import load
 
 
@@ -59,12 +60,16 @@ def test_an_attack_that_another_one_contradicts_is_doubted(make_study, name, eps
         ("standard", 0.1),
     )
     out = make_study(sparsities=(0.5, 0.9), budgets=budgets)
+    assert find(load(out)).doubts == ()
     change(out, name, eps, 1, 0.9, edit)
     findings = find(load(out))
+    assert {d.who for d in findings.doubts} == {("gradual", 0.9, 1)}
     mine = [d for d in findings.doubts if d.who == ("gradual", 0.9, 1) and d.name == doubt]
     assert attack in {d.attack for d in mine}
     assert doubt in tables.flags(findings.study, findings.doubts)
-    assert "Not to be believed as it stands" in report.verdict(out)
+    said = report.verdict(out)
+    assert "Not to be believed as it stands: " in said and f"{pretty(attack)} at 90%" in said
+    assert "sparsity, on one network, where another" in said
 
 
 def test_a_naive_attack_is_made_to_be_outdone(make_study):

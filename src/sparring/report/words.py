@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 from ..statistics import minimum_detectable_effect
@@ -215,10 +216,15 @@ def _doubted(findings: Findings) -> str:
     """Warn of attacks that another attack contradicts: their numbers are too good to be true."""
     if not findings.doubts:
         return ""
-    attacks = _listed(dict.fromkeys(pretty(doubt.attack) for doubt in findings.doubts))
+    where: dict[str, set[float]] = defaultdict(set)
+    for doubt in findings.doubts:
+        where[pretty(doubt.attack)].add(doubt.who[1])
+    grid = sorted(set().union(*where.values()))
+    attacks = _listed(f"{attack} at {numbers.span(sorted(found), grid)}" for attack, found in where.items())
     networks = len({doubt.who for doubt in findings.doubts})
-    where = "one network" if networks == 1 else f"{networks} networks"
-    return f"Not to be believed as it stands: {attacks} on {where}, where another attack does better (see Flags)."
+    count = "one network" if networks == 1 else f"{networks} networks"
+    better = "where another attack does better (see Flags)"
+    return f"Not to be believed as it stands: {attacks} sparsity, on {count}, {better}."
 
 
 def _missing(findings: Findings) -> str:
