@@ -99,13 +99,14 @@ def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = No
     """Return the claims of several studies as one ledger, corrected by Holm across all.
 
     `earlier` is a ledger.json, of one study or of many, whose folders need not be there any more: its rows are judged
-    again among the others, but for those of a study of the same name as one in `outs`. Raises as `write` does, and
-    UserError when `earlier` is no such file.
+    again among the others, but for those of a study of the same name as one in `outs`, which takes their place. Raises
+    as `write` does, and UserError when `earlier` is no such file.
     """
-    asked = [named for out in outs for named in _claims_of(out)]
-    names = {name for name, _ in asked}
-    if earlier is not None:
-        asked = [named for named in _read_ledger(Path(earlier)) if named[0] not in names] + asked
+    fresh = [named for out in outs for named in _claims_of(out)]
+    old = [] if earlier is None else _read_ledger(Path(earlier))
+    places = list(dict.fromkeys(name for name, _ in [*old, *fresh]))
+    names = {name for name, _ in fresh}
+    asked = sorted([named for named in old if named[0] not in names] + fresh, key=lambda named: places.index(named[0]))
     rows = judge([one for _, one in asked], study="")
     return [replace(row, study=name) for (name, _), row in zip(asked, rows, strict=True)]
 
