@@ -189,6 +189,14 @@ def test_eps_grows_where_a_ramp_is_asked_for(sparring, tmp_path: Path) -> None: 
     assert wrong.code == 2 and "ramp is a share of the training" in wrong.err
 
 
+def test_a_constant_network_is_written_and_refused(sparring, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "constant.safetensors"
+    options = ("--data", "digits", "--quiet", "--set", "epochs=1", "--set", "lr=50", "--width", 0.1)
+    told = sparring("train", "lenet-300-100", "--out", path, *options)
+    assert told.code == 2 and "every validation image for class" in told.err and "ramp" in told.err
+    assert f"wrote {path}" in told.out and load_model(path)
+
+
 def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-def]
     sparring, models: tuple[Path, Path], tmp_path: Path
 ) -> None:

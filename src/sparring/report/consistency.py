@@ -23,7 +23,7 @@ LADDER = (("fgsm", "rfgsm", "square"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",)
 ITERATED = 1.0  # the rung from which on an attack should find in a larger budget what others do in a smaller one
 GATHERED = 3.0  # the rung from which on an attack is taken for a worst case
 NOTABLE = 0.02  # of the images, and at least two of them
-FAR = 0.05  # of the images: `fast` is short of `standard` by at most 1.5% on dense LeNets, adversarially trained
+FAR = 0.05  # of the images: `fast` is short of `standard` by 1.5% at most where it hides nothing (benchmarks/gaps.py)
 CHANCE = 1e-3  # of as uneven a count, were both attacks equally strong
 SLACK = 1.05  # of a distance: DeepFool's overshoot is 2%
 
