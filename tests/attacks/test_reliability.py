@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import re
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from sparring.attacks import (
 )
 from sparring.attacks.evaluate import lengthened
 from sparring.attacks.flags import exceeds
+from sparring.attacks.flags import many as beyond
 from sparring.errors import UserError
 from sparring.threat import L1, L2, LINF, Threat, distance
 
@@ -102,6 +105,25 @@ def test_ten_images_to_none_are_beyond_chance_and_nine_are_not() -> None:
     assert not exceeds(10, 3, share=0.05, of=100), "as uneven a count comes up by luck"
     assert not exceeds(100, 20, share=0.05, of=10_000), "significant, but small"
     assert not exceeds(0, 0, share=0.0, of=5)
+
+
+def test_what_is_beyond_chance_is_told_of_any_number_of_images() -> None:
+    for of in (5, 100, 1000):  # the exact sums, in fractions
+        chances = [math.comb(of, k) * Fraction(1, 10) ** k * Fraction(9, 10) ** (of - k) for k in range(of + 1)]
+        for count in range(0, of + 1, max(1, of // 50)):
+            assert beyond(count, of, share=0.1) == (sum(chances[count:]) <= Fraction(1, 1000)), (count, of)
+    # Beyond a thousand images these sums need numbers that no float holds.
+    assert not beyond(0, 60_000, share=0.1) and not beyond(6_100, 60_000, share=0.1)
+    assert beyond(6_400, 60_000, share=0.1) and beyond(60_000, 60_000, share=0.1)
+    assert exceeds(30_500, 29_500, share=0.01, of=60_000) and not exceeds(30_300, 29_700, share=0.01, of=60_000)
+
+
+def test_an_attack_may_fail_on_thousands_of_images() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    x = torch.rand(3000, 1, 2, 2)
+    result = run(model, x, model(x).argmax(1), fgsm, Threat(LINF, 1e-4))
+    assert result.flags == () and int(result.success.sum()) < 100
 
 
 SHORT = partial(pgd, steps=2, step_size=0.012, random_start=False)

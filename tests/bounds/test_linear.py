@@ -52,6 +52,20 @@ def test_unboxed_distances_are_margin_over_dual_norm(classes: int, norm: float) 
     assert (found[:4] == 0).all()
 
 
+def test_a_model_read_once_gives_to_the_bit_what_the_model_gives() -> None:
+    for classes in (2, 4):
+        model, x, y = linear_model(classes)
+        linear = weights_of(model, (1, 3, 3))
+        for boxed in (True, False):
+            assert torch.equal(
+                linear_distance(linear, x, y, 2.0, boxed=boxed), linear_distance(model, x, y, 2.0, boxed=boxed)
+            )
+            assert linear_r_2(linear, x, y, boxed=boxed) == linear_r_2(model, x, y, boxed=boxed)
+            assert linear_r_inf(linear, x, y, 0.1, boxed=boxed) == linear_r_inf(model, x, y, 0.1, boxed=boxed)
+    model, x, y = linear_model(2)
+    assert theorem(weights_of(model, (1, 3, 3)), x, y, 0.1) == theorem(model, x, y, 0.1)
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("norm", [math.inf, 2.0])
 def test_at_the_boxed_distance_the_worst_margin_vanishes(classes: int, norm: float) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from scipy import special  # not scipy.stats, which takes a second or two to import
 
 __all__ = ["FLAGS", "Flag", "exceeds", "many"]
 
@@ -51,8 +52,7 @@ def exceeds(more: int, fewer: int, *, share: float, of: int) -> bool:
     chance 1/2, and as uneven a count has a chance of at most 0.001 (McNemar's exact test, one-sided).
     """
     apart = more + fewer
-    chance = sum(math.comb(apart, count) for count in range(more, apart + 1)) / 2**apart
-    return more - fewer >= share * of and chance <= _CHANCE
+    return more - fewer >= share * of and _chance(more, apart, 0.5) <= _CHANCE
 
 
 def many(count: int, of: int, *, share: float) -> bool:
@@ -61,4 +61,9 @@ def many(count: int, of: int, *, share: float) -> bool:
     Were `share` what such images are of all there are, so many in a sample of `of` would have a chance of at most 0.001
     (exact binomial test, one-sided).
     """
-    return sum(math.comb(of, k) * share**k * (1 - share) ** (of - k) for k in range(count, of + 1)) <= _CHANCE
+    return _chance(count, of, share) <= _CHANCE
+
+
+def _chance(count: int, of: int, share: float) -> float:
+    """Return the chance of `count` or more successes in `of` trials, each with the chance `share`."""
+    return float(special.bdtrc(count - 1, of, share))

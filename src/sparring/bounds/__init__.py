@@ -6,13 +6,14 @@ from .certificates import BOUNDS, certified_accuracy, margin, radius
 from .constants import LIPSCHITZ, lipschitz
 from .distances import Exact, exact
 from .estimators import linear_path, linear_pruned
-from .linear import Theorem, linear_distance, linear_distances, linear_r_2, linear_r_inf, theorem, weights_of
+from .linear import LinearMap, Theorem, linear_distance, linear_distances, linear_r_2, linear_r_inf, theorem, weights_of
 from .random_masks import MaskedPoint, bernoulli, margin_ratios
 
 __all__ = [
     "BOUNDS",
     "LIPSCHITZ",
     "Exact",
+    "LinearMap",
     "MaskedPoint",
     "Theorem",
     "bernoulli",

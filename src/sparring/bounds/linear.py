@@ -9,27 +9,44 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported, UserError
-from ..graph import Affine, AvgPool, Conv2d, Flatten, Graph, Input, Linear
+from ..graph import Affine, AvgPool, Conv2d, Flatten, Input, Linear
 from ..threat import L2, LINF, dual, norm_name
-from .network import adjoint, margin_rows, prepare
+from .network import adjoint, others, prepare
 
-__all__ = ["Theorem", "linear_distance", "linear_distances", "linear_r_2", "linear_r_inf", "theorem", "weights_of"]
+__all__ = [
+    "LinearMap",
+    "Theorem",
+    "linear_distance",
+    "linear_distances",
+    "linear_r_2",
+    "linear_r_inf",
+    "theorem",
+    "weights_of",
+]
 
 
-def weights_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return weight (classes, pixels) and bias (classes,), float64, of a model that is linear in its input.
+class LinearMap(NamedTuple):
+    """Hold a model that is linear in its input, multiplied out: weight (classes, pixels), bias (classes,), float64.
+
+    Every function here takes one in place of the model, and then need not read the model again.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+def weights_of(model: nn.Module, shape: tuple[int, ...]) -> LinearMap:
+    """Return what a model that is linear in its input computes from images of `shape`.
 
     Normalisation and convolutions are multiplied out. Raise Unsupported if any operation is not linear.
     """
-    return _multiplied_out(prepare(model, shape))
-
-
-def _multiplied_out(graph: Graph) -> tuple[Tensor, Tensor]:
+    graph = prepare(model, shape)
     (classes,) = graph.nodes[-1].shape
     rows = torch.eye(classes, dtype=torch.float64)
     for node in reversed(graph.nodes[1:]):
@@ -38,19 +55,23 @@ def _multiplied_out(graph: Graph) -> tuple[Tensor, Tensor]:
         rows = adjoint(node.op, rows, graph.nodes[node.inputs[0]].shape)
     assert isinstance(graph.nodes[0].op, Input)
     bias = graph(torch.zeros(1, *graph.nodes[0].shape, dtype=torch.float64))[0]
-    return rows.flatten(1), bias
+    return LinearMap(rows.flatten(1), bias)
 
 
-def _margins(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _read(model: nn.Module | LinearMap, x: Tensor) -> LinearMap:
+    return model if isinstance(model, LinearMap) else weights_of(model, tuple(x.shape[1:]))
+
+
+def _margins(model: nn.Module | LinearMap, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return the margins (N, classes − 1) and the weights behind them (N, classes − 1, pixels), float64."""
-    graph = prepare(model, tuple(x.shape[1:]))
-    weight, bias = _multiplied_out(graph)
-    rows = margin_rows(graph, y)
-    slopes = rows @ weight
-    return torch.bmm(slopes, x.double().flatten(1)[..., None]).squeeze(2) + rows @ bias, slopes
+    weight, bias = _read(model, x)
+    rivals = others(y, len(weight))
+    slopes = weight[y][:, None] - weight[rivals]
+    margins = torch.bmm(slopes, x.double().flatten(1)[..., None]).squeeze(2)
+    return margins + (bias[y][:, None] - bias[rivals]), slopes
 
 
-def linear_distance(model: nn.Module, x: Tensor, y: Tensor, norm: float, *, boxed: bool = True) -> Tensor:
+def linear_distance(model: nn.Module | LinearMap, x: Tensor, y: Tensor, norm: float, *, boxed: bool = True) -> Tensor:
     """Return the exact distance of images x (N, ...) to the decision boundary of a linear model: (N,), float64.
 
     Zero where the model is wrong, infinite where no perturbation inside the box suffices. Unboxed: margin / ‖w‖_q with
@@ -61,8 +82,10 @@ def linear_distance(model: nn.Module, x: Tensor, y: Tensor, norm: float, *, boxe
     return linear_distances(model, x, y, [(norm, boxed)])[0]
 
 
-def linear_distances(model: nn.Module, x: Tensor, y: Tensor, kinds: Sequence[tuple[float, bool]]) -> list[Tensor]:
-    """Return `linear_distance` for several pairs of norm and boxed, for the price of reading the model once."""
+def linear_distances(
+    model: nn.Module | LinearMap, x: Tensor, y: Tensor, kinds: Sequence[tuple[float, bool]]
+) -> list[Tensor]:
+    """Return `linear_distance` for several pairs of norm and boxed, for the price of finding the margins once."""
     for norm, boxed in kinds:
         norm_name(norm)
         if boxed and norm not in (LINF, L2):
@@ -105,7 +128,7 @@ def _boxed(margin: Tensor, w: Tensor, room: Tensor, norm: float) -> Tensor:
     return torch.where(level < torch.inf, moved.nan_to_num(0.0).square().sum(2).sqrt(), torch.inf)
 
 
-def linear_r_inf(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, boxed: bool = True) -> float:
+def linear_r_inf(model: nn.Module | LinearMap, x: Tensor, y: Tensor, eps: float, *, boxed: bool = True) -> float:
     """Return the accuracy of a linear model under the worst l_inf perturbation of size eps.
 
     For two classes this is the accuracy under FGSM; for more, FGSM is not the worst case.
@@ -115,7 +138,7 @@ def linear_r_inf(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, boxed: b
     return float((margin > (w.abs() * reach).sum(2)).all(1).double().mean())
 
 
-def linear_r_2(model: nn.Module, x: Tensor, y: Tensor, *, boxed: bool = True) -> float:
+def linear_r_2(model: nn.Module | LinearMap, x: Tensor, y: Tensor, *, boxed: bool = True) -> float:
     """Return the mean l_2 distance to the boundary over all images, those that are misclassified counting 0."""
     return float(linear_distance(model, x, y, L2, boxed=boxed).mean())
 
@@ -141,12 +164,13 @@ class Theorem:
     r_2: float
 
 
-def theorem(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Theorem:
+def theorem(model: nn.Module | LinearMap, x: Tensor, y: Tensor, eps: float) -> Theorem:
     """Evaluate the linear theorem (docs/theory.md) for a two-class linear model on images x with labels y in {0, 1}.
 
     Raise UserError for another number of classes, Unsupported for a model that is not linear.
     """
-    weight, bias = weights_of(model, tuple(x.shape[1:]))
+    linear = _read(model, x)
+    weight, bias = linear
     if len(weight) != 2:
         raise UserError(f"the theorem is about two classes, and the model has {len(weight)}; use linear_distance")
     w, b = weight[1] - weight[0], bias[1] - bias[0]
@@ -169,7 +193,7 @@ def theorem(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Theorem:
         numerator=numerator,
         by_means=by_means,
         balanced=accuracy * float(w @ (means[0] - means[1])) / 2,
-        r_inf=linear_r_inf(model, x, y, eps, boxed=False),
+        r_inf=linear_r_inf(linear, x, y, eps, boxed=False),
         markov=numerator / (eps * l1) if eps * l1 > 0 else math.inf,
-        r_2=linear_r_2(model, x, y, boxed=False),
+        r_2=linear_r_2(linear, x, y, boxed=False),
     )

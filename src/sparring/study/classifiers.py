@@ -113,19 +113,19 @@ def _accuracy(model: nn.Module, images: _Images) -> float:
 
 def _judge(model: nn.Module, test: _Images, valid: _Images, eps: list[float]) -> Point:
     """Return everything that is known of one classifier, exactly and by attack; budgets are keyed by their text."""
-    weight, _ = bounds.weights_of(model, tuple(test.x.shape[1:]))
+    linear = bounds.weights_of(model, tuple(test.x.shape[1:]))
     boxed, unboxed = [(LINF, True), (L2, True)], [(LINF, False), (L2, False)]
-    exact = bounds.linear_distances(model, test.x, test.y, boxed + unboxed)
+    exact = bounds.linear_distances(linear, test.x, test.y, boxed + unboxed)
     return {
-        "sparsity": float((weight == 0).double().mean()),
+        "sparsity": float((linear.weight == 0).double().mean()),
         "accuracy": _accuracy(model, test),
         "accuracy_valid": _accuracy(model, valid),
         **_summary("boxed", exact[:2], eps),
         **_summary("unboxed", exact[2:], eps),
         # A point of a path is chosen on validation images, so these are all that is needed of them.
-        "valid": _summary("boxed", bounds.linear_distances(model, valid.x, valid.y, boxed), eps),
+        "valid": _summary("boxed", bounds.linear_distances(linear, valid.x, valid.y, boxed), eps),
         **_attacked(model, test, eps, exact[1]),
-        "theorem": _theorem(model, test, eps) if len(weight) == 2 else None,
+        "theorem": _theorem(linear, test, eps) if len(linear.weight) == 2 else None,
         "images": len(test.x),
     }
 
@@ -161,8 +161,8 @@ def _run(model: nn.Module, images: _Images, attack: attacks.Attack, threat: Thre
     return attacks.run(model, images.x, images.y, attack, threat, generator=generator)
 
 
-def _theorem(model: nn.Module, images: _Images, eps: list[float]) -> Point:
-    found = bounds.theorem(model, images.x, images.y, eps[0])
+def _theorem(linear: bounds.LinearMap, images: _Images, eps: list[float]) -> Point:
+    found = bounds.theorem(linear, images.x, images.y, eps[0])
     markov = {f"{e:g}": found.markov * eps[0] / e for e in eps}
     names = ("l1", "l2", "nonzero", "numerator", "by_means", "balanced", "r_2")
     return {**{name: getattr(found, name) for name in names}, "markov": markov}
