@@ -14,7 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from broken_defences import DEFENCES, UNDEFENDED, Hidden, Task, defended, naive, right, task
-from sparring.attacks import Attack, dlr, fast, fgsm, nearest, pgd, rfgsm, robust_accuracy, run
+from sparring.attacks import (
+    Attack,
+    deepfool,
+    dlr,
+    fast,
+    fgsm,
+    lend,
+    nearest,
+    pgd,
+    rfgsm,
+    robust_accuracy,
+    run,
+)
+from sparring.errors import UserError
 from sparring.sparsity import TopK
 from sparring.threat import L2, LINF, Threat
 
@@ -126,6 +139,31 @@ def test_examples_are_lent_from_as_deep_as_the_budget_allows(trained: Trained) -
     assert robust_accuracy(helped) == pytest.approx(robust_accuracy(deep), abs=0.02)
     # What it costs to ask another network is counted too.
     assert helped.backwards == 40 and helped.forwards >= 40
+
+
+@pytest.mark.parametrize("attack", [deepfool, fgsm, partial(pgd, random_start=False)])
+def test_what_was_lent_before_counts_as_what_is_lent_now(trained: Trained, attack: Attack) -> None:
+    model, x, y = trained
+    threat = Threat(L2) if attack is deepfool else THREAT
+    model.train()
+    before = {"dense": lend(model, x, y, attack, threat)}
+    assert model.training and len(before["dense"]) == (2 if isinstance(attack, partial) else 1)
+    model.eval()
+    later = run(Hidden(model), x, y, attack, threat, lent=before)
+    now = run(Hidden(model), x, y, attack, threat, surrogates={"dense": model})
+    alone = run(Hidden(model), x, y, attack, threat)
+    if isinstance(attack, partial):  # what climbs deep starts at random, here for all images and there for those left
+        assert float((later.success == now.success).float().mean()) >= 0.97
+    else:
+        assert torch.equal(later.success, now.success) and torch.equal(later.x_adv, now.x_adv)
+        assert later.flags == now.flags
+    assert not torch.equal(later.x_adv, alone.x_adv) and later.backwards == alone.backwards < now.backwards
+
+
+def test_what_is_lent_must_be_of_the_same_images(trained: Trained) -> None:
+    model, x, y = trained
+    with pytest.raises(UserError, match=r"what dense lends has the shape \(1, .* on the same images"):
+        run(model, x, y, pgd, THREAT, lent={"dense": [x[:1]]})
 
 
 @pytest.mark.parametrize("attack", [fgsm, partial(rfgsm, share=0.3)])

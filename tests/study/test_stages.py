@@ -175,6 +175,20 @@ def test_activation_sparsity_is_attacked_at_least_as_hard_as_naively(study: Fini
     assert not naive, "naive attacks are for activation sparsity alone"
 
 
+def test_the_dense_control_is_attacked_once_for_all_that_are_lent_its_examples(study: Finished) -> None:
+    records = [study.store.read(key) for cell in study.cells for key in cell["tasks"]]
+    lending = {r.key: r for r in records if r is not None and r.stage == "lend"}
+    lent = [r for r in records if r is not None and r.stage == "attack" and "activation" in r.inputs]
+    plain = [r for r in lent if not r.inputs["attack"].get("naive")]
+    assert {r.inputs["parents"][1] for r in plain} == set(lending)
+    for record in plain:
+        loan = lending[record.inputs["parents"][1]]
+        assert loan.inputs["parents"] == study.one("control", "measure").inputs["parents"]
+        assert loan.inputs["attack"] == record.inputs["attack"] and loan.inputs["stop"] == record.inputs["stop"]
+    assert len(lending) < len(plain), "networks share them"
+    assert all(len(r.inputs["parents"]) == 1 for r in lent if r not in plain)
+
+
 def test_what_has_no_certificate_or_packed_form_says_why(study: Finished) -> None:
     record = study.one("stochastic-pruning", "certify")
     assert record.flags[0]["name"] == "no-certificate" and record.flags[0]["detail"]

@@ -11,7 +11,7 @@ from .decisions import hopskipjump
 from .decoupled import ddn
 from .distance import deepfool
 from .ensemble import apgd_targeted, fab_targeted, fast, standard, worst_case
-from .evaluate import Attack, AttackResult, check_convergence, robust_accuracy, run
+from .evaluate import Attack, AttackResult, check_convergence, lend, robust_accuracy, run
 from .flags import FLAGS, Flag
 from .gradient import fgsm, pgd, rfgsm
 from .hybrid import nearest
@@ -59,6 +59,7 @@ __all__ = [
     "fast",
     "fgsm",
     "hopskipjump",
+    "lend",
     "nearest",
     "pgd",
     "rfgsm",

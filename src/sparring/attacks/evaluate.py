@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,7 @@ from .checks import (
     state_of,
 )
 from .convolved import read_convolved
-from .dense import read_dense
+from .dense import ByHand, read_dense
 from .derivatives import Probe, frozen
 from .draws import split_at_draw
 from .flags import Flag, exceeds
@@ -43,6 +43,7 @@ __all__ = [
     "Attack",
     "AttackResult",
     "check_convergence",
+    "lend",
     "lengthened",
     "robust_accuracy",
     "run",
@@ -108,6 +109,7 @@ def run(
     *,
     targets: Tensor | None = None,
     surrogates: Mapping[str, nn.Module] | None = None,
+    lent: Mapping[str, Sequence[Tensor]] | None = None,
     through: nn.Module | None = None,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
@@ -124,10 +126,10 @@ def run(
     straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
     transferred, and within a budget those of PGD on DLR to the end (but not to FGSM and rFGSM, which stay attacks of a
     single step). None: on the dense network where modules of activation sparsity say what they took the place of; {}:
-    on none. The best of all counts for each image. A model that draws random numbers is attacked with single passes,
-    then in expectation over `draws` of them, and an image counts as misclassified if most of 3·draws + 1 other passes
-    are wrong. `through` is the same network by faster passes, such as packed kernels: the attack asks that, the verdict
-    the model.
+    on none. `lent` holds such examples by their surrogate's name, as `lend` found them once for many models. The best
+    of all counts for each image. A model that draws random numbers is attacked with single passes, then in expectation
+    over `draws` of them, and an image counts as misclassified if most of 3·draws + 1 other passes are wrong. `through`
+    is the same network by faster passes, such as packed kernels: the attack asks that, the verdict the model.
 
     `convergence`: on how many of the images a run four times as long shows whether more steps would still help (see
     `check_convergence`); an attack without steps has nothing to show. Raises UserError for inputs or a model that break
@@ -137,6 +139,7 @@ def run(
     check_inputs(x, y)
     check_threat(x, threat)
     check_precision(model, x)
+    _check_lent(lent or {}, x)
     seed = _seed_from(generator)
     others = _dense_network(model) if surrogates is None else surrogates
     mode = check_mode(model)
@@ -155,7 +158,7 @@ def run(
             watch, split and split.steady, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1
         )
         clean_correct = ~judge.wrong(x)
-        hand = None if random or through is not None else read_dense(model, x[:2]) or read_convolved(model, x[:2])
+        hand = None if random or through is not None else _by_hand(model, x)
         probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=split)
         order = _Order(attack, threat, x, y, targets, size, generator)
         stack.enter_context(seeded(model, seed))
@@ -179,13 +182,15 @@ def run(
                 found = order(probe, still_open(outcome, threat))
             outcome, more = better(outcome, judge(x, found, clean_correct))
             flags += _masked("a straight-through backward pass", more, clean_correct)
-        lenders = {name: Probe(surrogate) for name, surrogate in others.items()}
-        for name, lender in lenders.items():
+        lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
+        loans: list[tuple[str, Iterable[Tensor]]] = [
+            (name, order.loans(lender, lambda: still_open(outcome, threat))) for name, lender in lenders.items()
+        ]
+        for name, examples in (*loans, *(lent or {}).items()):
             gained = torch.zeros_like(clean_correct)
-            deep = [] if threat.eps is None or _is_single_step(attack) else [replace(order, attack=_DEEP)]
-            for lend in (order, *deep):
-                found = lend(lender, still_open(outcome, threat))
-                outcome, more = better(outcome, judge(x, found, clean_correct))
+            for found in examples:
+                open_yet = still_open(outcome, threat).view(-1, *[1] * (x.dim() - 1))
+                outcome, more = better(outcome, judge(x, torch.where(open_yet, found, x), clean_correct))
                 gained |= more
             flags += _masked(f"transfer from {name}", gained, clean_correct)
         flags += violations(outcome, threat, probe.nonfinite + watch.nonfinite)
@@ -212,6 +217,31 @@ def run(
         )
         result = replace(result, flags=(*result.flags, *opinion), seconds=time.perf_counter() - start)
     return result
+
+
+def lend(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    threat: Threat,
+    *,
+    batch_size: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Return the examples that a surrogate lends to other models: those of the attack and, in a budget, of a deep PGD.
+
+    Each has the shape of x, and goes to `run` on another model and the same images as `lent`. One surrogate is attacked
+    once so, for however many models. Raises UserError as `run` does.
+    """
+    check_inputs(x, y)
+    check_threat(x, threat)
+    check_precision(model, x)
+    with frozen(model), channels_last(model):
+        size = batch_size or batch_size_for(model, x)
+        order = _Order(attack, threat, x, y, None, size, generator)
+        everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        return list(order.loans(Probe(model, hand=_by_hand(model, x)), lambda: everything))
 
 
 def lengthened(attack: Attack, factor: int = 4) -> Attack:
@@ -305,6 +335,26 @@ class _Order:
                     generator=self.generator,
                 ).detach()
         return x_adv
+
+    def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:
+        """Yield what a surrogate lends, found on the images that are wanted when their turn comes."""
+        yield self(surrogate, wanted())
+        if self.threat.eps is not None and not _is_single_step(self.attack):
+            yield replace(self, attack=_DEEP)(surrogate, wanted())
+
+
+def _check_lent(lent: Mapping[str, Sequence[Tensor]], x: Tensor) -> None:
+    for name, examples in lent.items():
+        for found in examples:
+            if found.shape != x.shape:
+                raise UserError(
+                    f"what {name} lends has the shape {tuple(found.shape)} and the images {tuple(x.shape)}; "
+                    "lend what was found on the same images"
+                )
+
+
+def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:
+    return read_dense(model, x[:2]) or read_convolved(model, x[:2])
 
 
 def _masked(way: str, more: Tensor, attacked: Tensor) -> list[Flag]:

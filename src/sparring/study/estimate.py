@@ -62,7 +62,7 @@ def _passes(task: Task, context: Context) -> float:
             return float(len(context.dataset.valid.x))
         inner = inputs["training"]["steps"] + 1 if inputs["training"]["loss"] != "standard" else 1
         return float(len(context.dataset.train.x) * epochs * inner)
-    if task.stage in ("attack", "transfer"):
+    if task.stage in ("attack", "lend", "transfer"):
         return PASSES.get(inputs["attack"]["name"], 50.0) * float(inputs["stop"] - inputs["start"])
     if task.stage == "linear":
         classifiers = sum(len(inputs[path]) for path in ("l2", "l1", "magnitude"))

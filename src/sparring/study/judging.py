@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .executors import Outcome, Task
 from .networks import Context, chosen_images, network_of
 from .settings import attack_named
 
-__all__ = ["attack", "judged", "measure", "transfer"]
+__all__ = ["attack", "judged", "lend", "measure", "transfer"]
 
 ACTIVITY_IMAGES = 1000
 # Of a packed network against the network itself, before attacks may go through it.
@@ -70,16 +71,13 @@ def measure(context: Context, task: Task) -> Outcome:
 
 
 def attack(context: Context, task: Task) -> Outcome:
-    """Attack one shard of images; where activations are sparse, the dense control serves as a surrogate."""
+    """Attack one shard of images; a second parent lends what was found on the dense control (`lend`)."""
     inputs = task.inputs
     model = judged(context, task)
-    surrogates = {}
-    if len(task.parents) > 1 and not inputs["attack"].get("naive"):
-        bare = {name: value for name, value in inputs.items() if name != "activation"}
-        surrogates = {"dense control": network_of(context, bare, task.parents[1])}
     x, y = _images(context, inputs)
+    lent = [found.to(x) for loan in task.parents[1:] for _, found in sorted(context.tensors(loan).items())]
     through, flags = _packed(model, x[:8]) if inputs.get("kernels") == "packed" else (None, [])
-    result = _run(model, x, y, inputs, surrogates, through)
+    result = _run(model, x, y, inputs, {"dense control": lent}, through)
     metrics: dict[str, float | None] = {
         "forwards": result.forwards,
         "backwards": result.backwards,
@@ -106,6 +104,23 @@ def attack(context: Context, task: Task) -> Outcome:
         tensors["perturbed"] = result.x_adv[: inputs["gallery"]].clone()
     flags += [{"name": flag.name, "detail": flag.detail} for flag in result.flags]
     return Outcome(_finite(metrics), flags=flags, tensors=tensors)
+
+
+def lend(context: Context, task: Task) -> Outcome:
+    """Attack one shard of images on a network that lends what is found to others: `loan0`, and so on."""
+    inputs = task.inputs
+    x, y = _images(context, inputs)
+    attack, threat = _asked(inputs)
+    found = attacks.lend(
+        judged(context, task),
+        x,
+        y,
+        attack,
+        threat,
+        batch_size=inputs["batch_size"],
+        generator=_generator(inputs),
+    )
+    return Outcome({}, tensors={f"loan{place}": examples for place, examples in enumerate(found)})
 
 
 def transfer(context: Context, task: Task) -> Outcome:
@@ -166,26 +181,37 @@ def _run(
     x: Tensor,
     y: Tensor,
     inputs: dict[str, Any],
-    surrogates: dict[str, nn.Module],
+    lent: Mapping[str, Sequence[Tensor]],
     through: nn.Module | None = None,
 ) -> attacks.AttackResult:
-    spec = dict(inputs["attack"])
-    name, norm, eps = spec.pop("name"), parse_norm(spec.pop("norm")), spec.pop("eps")
-    if spec.pop("naive", False):
+    if inputs["attack"].get("naive"):
         for module in model.modules():
             if hasattr(module, "masks_gradients"):
                 module.masks_gradients = False  # type: ignore[assignment]
+    attack, threat = _asked(inputs)
     return attacks.run(
         model,
         x,
         y,
-        functools.partial(attack_named(name), **spec),
-        Threat(norm, eps),
-        surrogates=surrogates,
+        attack,
+        threat,
+        surrogates={},
+        lent=lent,
         through=through,
         batch_size=inputs["batch_size"],
-        generator=torch.Generator().manual_seed(1_000_003 * inputs["seed"] + inputs["start"]),
+        generator=_generator(inputs),
     )
+
+
+def _asked(inputs: dict[str, Any]) -> tuple[attacks.Attack, Threat]:
+    """Return the attack and the threat of a task."""
+    spec = {name: value for name, value in inputs["attack"].items() if name != "naive"}
+    name, norm, eps = spec.pop("name"), parse_norm(spec.pop("norm")), spec.pop("eps")
+    return functools.partial(attack_named(name), **spec), Threat(norm, eps)
+
+
+def _generator(inputs: dict[str, Any]) -> torch.Generator:
+    return torch.Generator().manual_seed(1_000_003 * inputs["seed"] + inputs["start"])
 
 
 def _finite(metrics: dict[str, float | None]) -> dict[str, float | None]:

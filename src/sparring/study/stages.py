@@ -8,7 +8,7 @@ from typing import Any
 from .classifiers import classify_group
 from .executors import Outcome, Task
 from .fitting import activate, choose, prune, train
-from .judging import attack, measure, transfer
+from .judging import attack, lend, measure, transfer
 from .networks import Context
 from .proving import certify, constants, distances
 from .shipping import pack, ship
@@ -22,6 +22,7 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
     "choose": choose,
     "measure": measure,
     "attack": attack,
+    "lend": lend,
     "transfer": transfer,
     "certify": certify,
     "lipschitz": constants,
@@ -43,7 +44,7 @@ REVISIONS = dict.fromkeys(("deepfool", "fab-targeted", "fast", "square"), 1) | {
     "fab": 2,
     "standard": 2,
 }
-# Raised when what is made of a surrogate's examples changes: attacks that have one, their second parent, run again.
+# Raised when what is made of lent examples changes: attacks that have some, of their second parent, run again.
 LENDING = 1
 # The same for one attack alone, on top of it.
 LENDINGS = {"fgsm": 1, "rfgsm": 1}

@@ -303,14 +303,14 @@ class _Seed:
         self, shared: dict[str, Any], method: str, sparsity: float | None, made: str, surrogate: str | None
     ) -> list[str]:
         keys = [self.work.add("measure", shared, made)]
-        parents = (made,) if surrogate is None else (made, surrogate)
         for attack in self.plan.attacks:
             if self._applies(attack, method, sparsity) and not (attack.naive and surrogate is None):
                 removed = 0.0 if method.startswith("small dense") else sparsity
                 packed = surrogate is None and goes_packed(self.plan.kernels, shared["model"], removed, attack)
                 extra = {"kernels": "packed"} if packed and self.work.device == "cpu" else {}
-                tasks = self._attack_inputs({**shared, **extra}, attack)
-                keys += [self.work.add("attack", inputs, *parents) for inputs in tasks]
+                for inputs in self._attack_inputs({**shared, **extra}, attack):
+                    loans = [] if surrogate is None or attack.naive else [self._lend(inputs, surrogate)]
+                    keys += [*loans, self.work.add("attack", inputs, made, *loans)]
         keys += [self.work.add(stage, {**shared, **inputs}, made) for stage, inputs in self._proofs(method, sparsity)]
         if self.plan.deploy:
             keys.append(self.work.add("deploy", {**shared, "images": min(256, self.data.test)}, made))
@@ -318,6 +318,11 @@ class _Seed:
             if self._applies(shipped, method, sparsity):
                 keys.append(self.work.add("ship", {**shared, **self._shipment(shipped)}, made))
         return keys
+
+    def _lend(self, inputs: dict[str, Any], surrogate: str) -> str:
+        """Add the same attack on a surrogate, whose examples all networks of a seed are lent."""
+        own = ("activation", "checkpoint", "gallery")
+        return self.work.add("lend", {name: value for name, value in inputs.items() if name not in own}, surrogate)
 
     def _shipment(self, shipped: Shipped) -> dict[str, Any]:
         """Return what a comparison of network and artefact depends on."""

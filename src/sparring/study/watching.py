@@ -103,8 +103,8 @@ def _numbers(event: Event) -> dict[str, float]:
 
 def what_of(record: Record) -> str:
     """Return what a record's task did, in a few words."""
-    if record.stage not in ("attack", "transfer"):
+    if record.stage not in ("attack", "lend", "transfer"):
         return record.stage
     spec = record.inputs["attack"]
     budget = f" eps {spec['eps']:g}" if spec["eps"] is not None else ""
-    return ("transfer " if record.stage == "transfer" else "") + f"{spec['name']} {spec['norm']}{budget}"
+    return ("" if record.stage == "attack" else f"{record.stage} ") + f"{spec['name']} {spec['norm']}{budget}"
