@@ -17,7 +17,7 @@ from sparring.report.findings import find
 from sparring.report.records import load
 from sparring.report.shipped import shipped_html
 from sparring.study import Context, DataFacts, Plan, Record, Store, judging, lay_out, run
-from sparring.study.estimate import estimate
+from sparring.study.estimate import _passes, estimate
 from sparring.study.networks import WEIGHTS, chosen_images
 from sparring.study.widths import narrowed, widened
 
@@ -303,3 +303,16 @@ def test_the_estimate_grows_with_the_work(few_digits: Dataset) -> None:
     tasks = list(lay_out(Plan.from_table(TABLE), DataFacts.of(few_digits)).tasks.values())
     assert estimate([], context, workers=1) == 0
     assert estimate(tasks, context, workers=1) > estimate(tasks[:1], context, workers=1) > 0
+
+    def passes(kind: str, naive: bool = False) -> float:
+        (task, *_) = (
+            t
+            for t in tasks
+            if t.stage == "attack"
+            and t.inputs.get("activation", {}).get("kind") == kind
+            and t.inputs["attack"].get("naive", False) == naive
+        )
+        return _passes(task, context)
+
+    assert passes("top-k") == 2 * passes("top-k", naive=True) == 2 * passes("l1-penalty"), "again straight through"
+    assert passes("stochastic-pruning") > 5 * passes("top-k"), "a mean over draws"

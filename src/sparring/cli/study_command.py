@@ -188,4 +188,5 @@ def describe(event: Event) -> str:
     shown = ("accuracy", "accuracy_valid", "robust_accuracy", "mean_distance", "sparsity", "radius_median")
     values = [f"{name} {value:.4g}" for name in shown if (value := record.metrics.get(name)) is not None]
     flags = f" [{', '.join(flag['name'] for flag in record.flags)}]" if record.flags else ""
-    return f"{event.label} · {what}: {', '.join(values)}{flags} ({record.times.get('seconds', 0):.1f} s)"
+    told = f": {', '.join(values)}" if values else ""
+    return f"{event.label} · {what}{told}{flags} ({record.times.get('seconds', 0):.1f} s)"

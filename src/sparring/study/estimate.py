@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ..data import as_float
 from ..layout import channels_last
+from ..sparsity import ACTIVATIONS
 from .executors import Task
 from .networks import Context, network
 
@@ -36,6 +38,8 @@ PASSES = {
 }
 # The same for stages that are no attacks.
 STAGES = {"certify": 2000.0, "lipschitz": 400.0, "ship": 500.0}
+# How much longer an attack takes where each gradient is a mean over draws.
+DRAWN = 20.0
 BATCH, SECONDS = 64, 0.3
 
 
@@ -63,7 +67,8 @@ def _passes(task: Task, context: Context) -> float:
         inner = inputs["training"]["steps"] + 1 if inputs["training"]["loss"] != "standard" else 1
         return float(len(context.dataset.train.x) * epochs * inner)
     if task.stage in ("attack", "lend", "transfer"):
-        return PASSES.get(inputs["attack"]["name"], 50.0) * float(inputs["stop"] - inputs["start"])
+        each = PASSES.get(inputs["attack"]["name"], 50.0) * _rounds(inputs)
+        return each * float(inputs["stop"] - inputs["start"])
     if task.stage == "linear":
         classifiers = sum(len(inputs[path]) for path in ("l2", "l1", "magnitude"))
         against = max(1, len(inputs["classes"]) - 1)
@@ -75,6 +80,17 @@ def _passes(task: Task, context: Context) -> float:
         each = 20.0 if inputs.get("method") in ("interval", "crown-interval") else STAGES[task.stage]
         return each * float(inputs["images"])
     return float(len(context.dataset.test.x)) / 3
+
+
+def _rounds(inputs: dict[str, Any]) -> float:
+    """Return how many times an attack goes over an image: again straight through, and many draws where they differ."""
+    asked = inputs.get("activation")
+    module = ACTIVATIONS.get(asked["kind"]) if asked else None
+    if asked is None or module is None:
+        return 1.0
+    found = module(asked["level"])
+    rounds = 2.0 if found.masks_gradients and not inputs["attack"].get("naive") else 1.0
+    return rounds * DRAWN if found.stochastic else rounds
 
 
 def _seconds_per_pass(context: Context, task: Task) -> float:
