@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from ..errors import Unsupported, UserError
 from .ops import Activation, Add, Affine, AvgPool, Conv2d, Flatten, Graph, Input, Linear, MaxPool, Node, Op, ReLU
@@ -24,6 +23,16 @@ class _Tracer(fx.Tracer):
         return hasattr(m, "straight_through") or super().is_leaf_module(m, module_qualified_name)
 
 
+class _Shapes(fx.Interpreter):
+    """Run a graph and note every tensor's shape; torch's own ShapeProp imports sympy, which takes most of a second."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            n.meta["shape"] = tuple(value.shape)
+        return value
+
+
 def lower(model: nn.Module, shape: tuple[int, ...]) -> Graph:
     """Lower a classifier for images of `shape` (channels, height, width) to a Graph; parameters are shared, not copied.
 
@@ -37,17 +46,17 @@ def lower(model: nn.Module, shape: tuple[int, ...]) -> Graph:
             first = next((p for p in model.parameters()), torch.zeros(()))
             with torch.no_grad():
                 # Two images, so that a batch axis is never mistaken for one of size 1.
-                ShapeProp(traced).propagate(torch.zeros(2, *shape, dtype=first.dtype, device=first.device))
-        except RuntimeError as error:
+                _Shapes(model, graph=traced).run(torch.zeros(2, *shape, dtype=first.dtype, device=first.device))
+        except Exception as error:  # the user's own operations, which can raise anything
             raise UserError(f"the model does not accept images of shape {shape}: {_first_line(error)}") from error
         return _Lowering(model, traced).run()
     finally:
         model.train(training)
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
+def _trace(model: nn.Module) -> fx.Graph:
     try:
-        return fx.GraphModule(model, _Tracer().trace(model))
+        return _Tracer().trace(model)
     except Exception as error:  # tracing runs the user's forward(), which can raise anything
         raise Unsupported(
             f"{type(model).__name__} cannot be traced ({_first_line(error)}); "
@@ -62,7 +71,7 @@ def _first_line(error: BaseException) -> str:
 class _Lowering:
     """Translate a traced graph node by node, dropping what does nothing in eval mode."""
 
-    def __init__(self, model: nn.Module, traced: fx.GraphModule) -> None:
+    def __init__(self, model: nn.Module, traced: fx.Graph) -> None:
         self.model = model
         self.traced = traced
         self.nodes: list[Node] = []
@@ -70,7 +79,7 @@ class _Lowering:
         self.constants: dict[fx.Node, Tensor] = {}
 
     def run(self) -> Graph:
-        for node in self.traced.graph.nodes:
+        for node in self.traced.nodes:
             if node.op == "placeholder":
                 if self.nodes:
                     raise Unsupported("the model takes more than one input; give it one image batch")
@@ -215,14 +224,14 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    return hasattr(node.meta.get("tensor_meta"), "dtype")
+    return "shape" in node.meta
 
 
 def _shape(node: Any) -> tuple[int, ...]:
-    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    if not hasattr(meta, "dtype"):
+    if not isinstance(node, fx.Node) or not _is_tensor(node):
         raise Unsupported(f"'{node}' is not a tensor")
-    return tuple(meta.shape[1:])  # type: ignore[union-attr]
+    shape: tuple[int, ...] = node.meta["shape"]
+    return shape[1:]
 
 
 def _pair(value: Any) -> tuple[int, int]:
