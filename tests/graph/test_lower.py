@@ -101,5 +101,5 @@ def test_what_has_no_rule_is_named(model: nn.Module, message: str) -> None:
 
 
 def test_wrong_shape_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="does not accept images .*cannot be multiplied"):
+    with pytest.raises(UserError, match=r"does not accept images .*cannot be multiplied"):
         lower(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 3, 3))
