@@ -75,7 +75,8 @@ def attack(context: Context, task: Task) -> Outcome:
     inputs = task.inputs
     model = judged(context, task)
     x, y = _images(context, inputs)
-    lent = [found.to(x) for loan in task.parents[1:] for _, found in sorted(context.tensors(loan).items())]
+    loans = [found for loan in task.parents[1:] for _, found in sorted(context.tensors(loan).items())]
+    lent = [found.to(context.device) for found in loans]
     through, flags = _packed(model, x[:8]) if inputs.get("kernels") == "packed" else (None, [])
     result = _run(model, x, y, inputs, {"dense control": lent}, through)
     metrics: dict[str, float | None] = {
