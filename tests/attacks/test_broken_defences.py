@@ -164,6 +164,8 @@ def test_what_is_lent_must_be_of_the_same_images(trained: Trained) -> None:
     model, x, y = trained
     with pytest.raises(UserError, match=r"what dense lends has the shape \(1, .* on the same images"):
         run(model, x, y, pgd, THREAT, lent={"dense": [x[:1]]})
+    with pytest.raises(UserError, match="labels span"):
+        lend(model, x, y + 100, pgd, THREAT)
 
 
 @pytest.mark.parametrize("attack", [fgsm, partial(rfgsm, share=0.3)])

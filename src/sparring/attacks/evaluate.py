@@ -36,7 +36,7 @@ from .draws import split_at_draw
 from .flags import Flag, exceeds
 from .gradient import fgsm, pgd, rfgsm
 from .losses import dlr
-from .steps import select
+from .steps import column, select
 from .verdicts import Judge, better, still_open, untouched, violations
 
 __all__ = [
@@ -126,10 +126,11 @@ def run(
     straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
     transferred, and within a budget those of PGD on DLR to the end (but not to FGSM and rFGSM, which stay attacks of a
     single step). None: on the dense network where modules of activation sparsity say what they took the place of; {}:
-    on none. `lent` holds such examples by their surrogate's name, as `lend` found them once for many models. The best
-    of all counts for each image. A model that draws random numbers is attacked with single passes, then in expectation
-    over `draws` of them, and an image counts as misclassified if most of 3·draws + 1 other passes are wrong. `through`
-    is the same network by faster passes, such as packed kernels: the attack asks that, the verdict the model.
+    on none. `lent` holds such examples by their surrogate's name, as `lend` found them once for many models, whose
+    passes do not count here. The best of all counts for each image. A model that draws random numbers is attacked with
+    single passes, then in expectation over `draws` of them, and an image counts as misclassified if most of 3·draws + 1
+    other passes are wrong. `through` is the same network by faster passes, such as packed kernels: the attack asks
+    that, the verdict the model.
 
     `convergence`: on how many of the images a run four times as long shows whether more steps would still help (see
     `check_convergence`); an attack without steps has nothing to show. Raises UserError for inputs or a model that break
@@ -189,8 +190,8 @@ def run(
         for name, examples in (*loans, *(lent or {}).items()):
             gained = torch.zeros_like(clean_correct)
             for found in examples:
-                open_yet = still_open(outcome, threat).view(-1, *[1] * (x.dim() - 1))
-                outcome, more = better(outcome, judge(x, torch.where(open_yet, found, x), clean_correct))
+                tried = torch.where(column(still_open(outcome, threat), x), found, x)
+                outcome, more = better(outcome, judge(x, tried, clean_correct))
                 gained |= more
             flags += _masked(f"transfer from {name}", gained, clean_correct)
         flags += violations(outcome, threat, probe.nonfinite + watch.nonfinite)
@@ -232,12 +233,14 @@ def lend(
     """Return the examples that a surrogate lends to other models: those of the attack and, in a budget, of a deep PGD.
 
     Each has the shape of x, and goes to `run` on another model and the same images as `lent`. One surrogate is attacked
-    once so, for however many models. Raises UserError as `run` does.
+    once so, for however many models. Raises UserError as `run` does; what it would flag, it flags where the surrogate
+    is attacked for its own sake.
     """
     check_inputs(x, y)
     check_threat(x, threat)
     check_precision(model, x)
     with frozen(model), channels_last(model):
+        check_model(model, x, y, random=is_random(model, x))
         size = batch_size or batch_size_for(model, x)
         order = _Order(attack, threat, x, y, None, size, generator)
         everything = torch.ones(len(x), dtype=torch.bool, device=x.device)

@@ -38,7 +38,7 @@ PASSES = {
 }
 # The same for stages that are no attacks.
 STAGES = {"certify": 2000.0, "lipschitz": 400.0, "ship": 500.0}
-# How much longer an attack takes where each gradient is a mean over draws.
+# How much longer an attack takes where each gradient is a mean over draws: a guess between ten and many times ten.
 DRAWN = 20.0
 BATCH, SECONDS = 64, 0.3
 
