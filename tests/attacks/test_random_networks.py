@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparring import attacks
+from sparring.attacks import ensemble
 from sparring.sparsity import ACTIVATIONS, insert
-from sparring.threat import Threat
+from sparring.threat import LINF, Threat
 
 
 def test_deepfool_runs_in_expectation_behind_a_linear_layer() -> None:
@@ -20,3 +24,32 @@ def test_deepfool_runs_in_expectation_behind_a_linear_layer() -> None:
     result = attacks.run(model, x, y, attacks.deepfool, Threat(2.0), batch_size=20, generator=generator)
     assert result.success.any()
     assert torch.isfinite(result.distance[result.success]).all()
+
+
+@pytest.mark.parametrize("norm", [LINF, 1.0])
+def test_the_standard_worst_case_leaves_searches_out_where_a_model_draws(
+    norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def noted(name: str) -> Callable[..., Tensor]:
+        def attack(_model: nn.Module, x: Tensor, _y: Tensor, **_: object) -> Tensor:
+            asked.append(name)
+            return x
+
+        return attack
+
+    for name in ("nearest", "_DEEP", "pgd", "apgd", "apgd_targeted", "fab_targeted", "square"):
+        monkeypatch.setattr(ensemble, name, noted(name))
+    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    found = []
+    for activation in (nn.ReLU(), ACTIVATIONS["stochastic-pruning"](1.0)):
+        layer = nn.Linear(64, 10)
+        nn.init.zeros_(layer.weight)
+        layer.bias.data.copy_(torch.eye(10)[0])  # class 0 wins whatever is drawn
+        asked.clear()
+        ensemble.standard(nn.Sequential(nn.Flatten(), layer, activation).eval(), x, y, norm=norm, eps=0.1)
+        found.append(list(asked))
+    gradients = ["pgd"] if norm == 1.0 else ["apgd", "apgd_targeted"]
+    assert found[0][1:] == [*gradients, "fab_targeted", *([] if norm == 1.0 else ["square"])]
+    assert found == [["nearest", *found[0][1:]], ["_DEEP", *gradients]]

@@ -67,6 +67,18 @@ def test_one_attack_with_a_surrogate_is_done_again_alone(monkeypatch: pytest.Mon
     assert [task.inputs["attack"]["name"] for task in new] == ["square"] and len(new[0].inputs["parents"]) == 2
 
 
+def test_one_attack_on_networks_that_draw_is_done_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [{"kind": "top-k", "levels": [0.5]}, {"kind": "stochastic-pruning", "levels": [1.0]}]
+
+    def tasks() -> dict[str, Any]:
+        return lay_out(Plan.from_table(TABLE | {"activation": kinds}), FACTS).tasks
+
+    now = tasks()
+    monkeypatch.setattr(stages, "DRAWINGS", stages.DRAWINGS | {"square": 1})
+    (new,) = [task for key, task in tasks().items() if key not in now]
+    assert new.inputs["attack"]["name"] == "square" and new.inputs["activation"]["kind"] == "stochastic-pruning"
+
+
 def test_a_ramp_is_part_of_dense_training_alone() -> None:
     def trainings(**ramp: float) -> dict[str, list[dict[str, Any]]]:
         training = {"loss": "pgd-at", "eps": 0.2, **ramp}

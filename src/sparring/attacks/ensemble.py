@@ -192,22 +192,21 @@ def standard(
     FAB-T and Square (Croce & Hein 2020, section 5) with the paper's 100 steps, 9 classes and 5,000 queries, the
     cross-entropy at a fixed span of logits so that it cannot saturate. APGD and FAB give up images that even twice
     their recent pace would not bring to the boundary; Square gives up none. l_1 has PGD for APGD and no Square. A model
-    that draws meets PGD on the margin, to the end, in place of nearest. Without eps: the smallest perturbation of
+    that draws meets PGD on the margin, to the end, in place of nearest, and the two kinds of APGD, as AutoAttack's
+    version for such models: FAB and Square take a lucky draw for progress. Without eps: the smallest perturbation of
     nearest, DeepFool and FAB.
     """
-    attacks: list[Attack]  # APGD without its other starts: what they might find the next attacks look for too
+    # APGD without its other starts: what they might find the next attacks look for too.
+    gradients: list[Attack] = [partial(apgd, objective=scaled_cross_entropy, again=False), apgd_targeted]
+    searches: list[Attack] = [fab_targeted, square] if x.dim() == 4 else [fab_targeted]
+    if norm == L1:
+        gradients, searches = [partial(pgd, steps=100, objective=scaled_cross_entropy)], [fab_targeted]
     if eps is None:
-        attacks = [partial(nearest, steps=100), deepfool, fab]
-    elif norm == L1:
-        attacks = [_first(model), partial(pgd, steps=100, objective=scaled_cross_entropy), fab_targeted]
+        attacks: list[Attack] = [partial(nearest, steps=100), deepfool, fab]
+    elif _draws(model):
+        attacks = [_DEEP, *gradients]
     else:
-        attacks = [
-            _first(model),
-            partial(apgd, objective=scaled_cross_entropy, again=False),
-            apgd_targeted,
-            fab_targeted,
-        ]
-        attacks += [square] if x.dim() == 4 else []
+        attacks = [nearest, *gradients, *searches]
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
 
 
@@ -249,7 +248,3 @@ def fast(
 def _draws(model: nn.Module) -> bool:
     """Return whether a model declares that it draws, or an evaluator saw that it does and averages its passes."""
     return is_stochastic(model) or (isinstance(model, Probe) and model.draws > 1)
-
-
-def _first(model: nn.Module) -> Attack:
-    return _DEEP if _draws(model) else nearest

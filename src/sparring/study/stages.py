@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..sparsity import ACTIVATIONS
 from .classifiers import classify_group
 from .executors import Outcome, Task
 from .fitting import activate, choose, prune, train
@@ -48,6 +49,8 @@ REVISIONS = dict.fromkeys(("deepfool", "fab-targeted", "fast", "square"), 1) | {
 LENDING = 1
 # The same for one attack alone, on top of it.
 LENDINGS = {"fgsm": 1, "rfgsm": 1}
+# The same for an attack on networks that draw.
+DRAWINGS = {"standard": 1}
 
 
 def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
@@ -57,6 +60,10 @@ def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     revisions = REVISIONS.get(name, 0)
     if stage == "attack" and len(inputs.get("parents", ())) > 1:
         revisions += LENDING + LENDINGS.get(name, 0)
+    activation = inputs.get("activation")
+    kind = activation.get("kind") if isinstance(activation, Mapping) else None
+    if getattr(ACTIVATIONS.get(str(kind)), "stochastic", False):
+        revisions += DRAWINGS.get(name, 0)
     return [
         f"{version}.{revision}" if revision else version
         for version in range(1, VERSIONS[stage] + 1)
