@@ -220,3 +220,10 @@ def test_the_methods_paragraph_says_how_networks_were_trained_and_on_how_many_im
 
 def methods_of(out):
     return words.methods(find(load(out)))
+
+
+def test_no_two_of_many_methods_look_alike(make_study):
+    methods = tuple(f"method {k}" for k in range(9))
+    page = report.write(make_study(methods=methods, seeds=2, images=20, sparsities=(0.5, 0.9))).read_text()
+    drawn = re.findall(r'<svg class="swatch"[^>]*>(<line[^>]*>)', page)
+    assert len(drawn) == len(set(drawn)) == 9

@@ -19,9 +19,10 @@ from .findings import Result
 __all__ = ["COLORS", "gains_figure", "heatmap", "levels_figure", "overview", "png", "scatter", "svg"]
 
 Spec = dict[str, Any]
+# One colour fewer than dashes and shapes: what has the first colour again then has another dash and shape.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-DASHES: tuple[list[int], ...] = ([], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3], [10, 3])
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
+DASHES: tuple[list[int], ...] = ([], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3], [10, 3], [12, 3, 2, 3, 2, 3])
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
 GREY, INK, FAINT = "#767676", "#222222", "#e6e6e6"
 WIDTH, HEIGHT = 400, 230
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
