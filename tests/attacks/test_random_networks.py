@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparring import attacks
 from sparring.attacks import ensemble
+from sparring.attacks.derivatives import Probe
 from sparring.sparsity import ACTIVATIONS, insert
 from sparring.threat import LINF, Threat
 
@@ -27,7 +28,7 @@ def test_deepfool_runs_in_expectation_behind_a_linear_layer() -> None:
 
 
 @pytest.mark.parametrize("norm", [LINF, 1.0])
-def test_the_standard_worst_case_leaves_searches_out_where_a_model_draws(
+def test_the_standard_worst_case_leaves_searches_out_where_layers_declare_that_they_draw(
     norm: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -43,13 +44,15 @@ def test_the_standard_worst_case_leaves_searches_out_where_a_model_draws(
         monkeypatch.setattr(ensemble, name, noted(name))
     x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     found = []
-    for activation in (nn.ReLU(), ACTIVATIONS["stochastic-pruning"](1.0)):
+    for activation, draws in ((nn.ReLU(), 1), (ACTIVATIONS["stochastic-pruning"](1.0), 1), (nn.ReLU(), 5)):
         layer = nn.Linear(64, 10)
         nn.init.zeros_(layer.weight)
         layer.bias.data.copy_(torch.eye(10)[0])  # class 0 wins whatever is drawn
         asked.clear()
-        ensemble.standard(nn.Sequential(nn.Flatten(), layer, activation).eval(), x, y, norm=norm, eps=0.1)
+        model = Probe(nn.Sequential(nn.Flatten(), layer, activation).eval(), draws=draws)
+        ensemble.standard(model, x, y, norm=norm, eps=0.1)
         found.append(list(asked))
     gradients = ["pgd"] if norm == 1.0 else ["apgd", "apgd_targeted"]
     assert found[0][1:] == [*gradients, "fab_targeted", *([] if norm == 1.0 else ["square"])]
-    assert found == [["nearest", *found[0][1:]], ["_DEEP", *gradients]]
+    undeclared = ["_DEEP", *found[0][1:]]
+    assert found == [["nearest", *found[0][1:]], ["_DEEP", *gradients], undeclared]

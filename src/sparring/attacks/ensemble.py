@@ -192,9 +192,9 @@ def standard(
     FAB-T and Square (Croce & Hein 2020, section 5) with the paper's 100 steps, 9 classes and 5,000 queries, the
     cross-entropy at a fixed span of logits so that it cannot saturate. APGD and FAB give up images that even twice
     their recent pace would not bring to the boundary; Square gives up none. l_1 has PGD for APGD and no Square. A model
-    that draws meets PGD on the margin, to the end, in place of nearest, and the two kinds of APGD, as AutoAttack's
-    version for such models: FAB and Square take a lucky draw for progress. Without eps: the smallest perturbation of
-    nearest, DeepFool and FAB.
+    that draws meets PGD on the margin, to the end, in place of nearest; where its layers declare it, FAB and Square are
+    left out, as in AutoAttack's version for such models. Without eps: the smallest perturbation of nearest, DeepFool
+    and FAB.
     """
     # APGD without its other starts: what they might find the next attacks look for too.
     gradients: list[Attack] = [partial(apgd, objective=scaled_cross_entropy, again=False), apgd_targeted]
@@ -203,10 +203,9 @@ def standard(
         gradients, searches = [partial(pgd, steps=100, objective=scaled_cross_entropy)], [fab_targeted]
     if eps is None:
         attacks: list[Attack] = [partial(nearest, steps=100), deepfool, fab]
-    elif _draws(model):
-        attacks = [_DEEP, *gradients]
     else:
-        attacks = [nearest, *gradients, *searches]
+        # Only a declared draw is known to leave gradients that lead somewhere.
+        attacks = [_DEEP if _draws(model) else nearest, *gradients, *([] if is_stochastic(model) else searches)]
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
 
 
