@@ -79,6 +79,20 @@ def test_one_attack_on_networks_that_draw_is_done_again_alone(monkeypatch: pytes
     assert new.inputs["attack"]["name"] == "square" and new.inputs["activation"]["kind"] == "stochastic-pruning"
 
 
+def test_distances_on_networks_that_draw_are_measured_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [{"kind": "top-k", "levels": [0.5]}, {"kind": "stochastic-pruning", "levels": [1.0]}]
+
+    def tasks() -> dict[str, Any]:
+        attacks = [*TABLE["attacks"], {"name": "deepfool", "norm": "l2"}]
+        return lay_out(Plan.from_table(TABLE | {"activation": kinds, "attacks": attacks}), FACTS).tasks
+
+    now = tasks()
+    monkeypatch.setattr(stages, "DRAWN_DISTANCES", stages.DRAWN_DISTANCES + 1)
+    new = [task for key, task in tasks().items() if key not in now]
+    assert {task.inputs["attack"]["name"] for task in new} == {"deepfool"}
+    assert {task.inputs["activation"]["kind"] for task in new} == {"stochastic-pruning"}
+
+
 def test_a_ramp_is_part_of_dense_training_alone() -> None:
     def trainings(**ramp: float) -> dict[str, list[dict[str, Any]]]:
         training = {"loss": "pgd-at", "eps": 0.2, **ramp}

@@ -37,7 +37,7 @@ from .flags import Flag, exceeds
 from .gradient import fgsm, pgd, rfgsm
 from .losses import dlr
 from .steps import column, select
-from .verdicts import Judge, better, still_open, untouched, violations
+from .verdicts import Judge, better, resized, still_open, untouched, violations
 
 __all__ = [
     "Attack",
@@ -176,6 +176,8 @@ def run(
             found = order(probe, still_open(outcome, threat))
             outcome, more = better(outcome, judge(x, found, clean_correct))
             gained |= more
+        if random and threat.eps is None:
+            outcome = resized(judge, x, outcome, clean_correct)
         flags += _masked("the expectation over draws", gained, clean_correct) if random else []
         if has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags):
             probe.model, probe.hand = model, None

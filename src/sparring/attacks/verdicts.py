@@ -15,9 +15,11 @@ from .derivatives import Probe
 from .flags import Flag
 from .steps import column
 
-__all__ = ["Judge", "Outcome", "better", "still_open", "untouched", "violations"]
+__all__ = ["Judge", "Outcome", "better", "resized", "still_open", "untouched", "violations"]
 
 TOLERANCE = 1e-6
+# Factors by which a perturbation is tried shorter and longer where a model draws.
+_SIZES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
 
 
 class Outcome(NamedTuple):
@@ -94,6 +96,18 @@ def better(first: Outcome, second: Outcome) -> tuple[Outcome, Tensor]:
         torch.minimum(second.distance, first.distance),
     )
     return merged, second.distance < 0.95 * first.distance
+
+
+def resized(judge: Judge, x: Tensor, outcome: Outcome, clean_correct: Tensor) -> Outcome:
+    """Return the nearest of an outcome's perturbations and the same ones shorter and longer.
+
+    A search on a model that draws ends at the boundary of its own few draws, and that of most draws lies elsewhere.
+    """
+    nearest = outcome
+    for size in _SIZES:
+        x_adv = (x + size * (outcome.x_adv - x)).clamp(0, 1)
+        nearest, _ = better(nearest, judge(x, x_adv, clean_correct))
+    return nearest
 
 
 def violations(outcome: Outcome, threat: Threat, nonfinite: int) -> list[Flag]:

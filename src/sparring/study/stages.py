@@ -49,8 +49,9 @@ REVISIONS = dict.fromkeys(("deepfool", "fab-targeted", "fast", "square"), 1) | {
 LENDING = 1
 # The same for one attack alone, on top of it.
 LENDINGS = {"fgsm": 1, "rfgsm": 1}
-# The same for an attack on networks that draw.
+# The same for an attack on networks that draw, and for all there that look for the smallest perturbation.
 DRAWINGS = {"standard": 1}
+DRAWN_DISTANCES = 1
 
 
 def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
@@ -64,6 +65,8 @@ def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     kind = activation.get("kind") if isinstance(activation, Mapping) else None
     if getattr(ACTIVATIONS.get(str(kind)), "stochastic", False):
         revisions += DRAWINGS.get(name, 0)
+        if stage == "attack" and isinstance(attack, Mapping) and attack.get("eps") is None:
+            revisions += DRAWN_DISTANCES
     return [
         f"{version}.{revision}" if revision else version
         for version in range(1, VERSIONS[stage] + 1)
