@@ -100,14 +100,16 @@ def _seconds_per_pass(context: Context, task: Task) -> float:
     x = as_float(context.dataset.train.x[:BATCH]).to(context.device)
     y = context.dataset.train.y[:BATCH].to(context.device)
     threads = torch.get_num_threads()
+    # The workers have just begun and want this core too, so that what counts is the time it was given.
+    clock = time.process_time if torch.device(context.device).type == "cpu" else time.perf_counter
     torch.set_num_threads(1)
     try:
         with channels_last(model):
             F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-            began, fastest = time.perf_counter(), math.inf  # the workers have begun and take this core now and then
-            while (start := time.perf_counter()) - began < SECONDS:
+            began, fastest = clock(), math.inf
+            while (start := clock()) - began < SECONDS:
                 F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-                fastest = min(fastest, time.perf_counter() - start)
+                fastest = min(fastest, clock() - start)
             return fastest / len(x)
     finally:
         torch.set_num_threads(threads)
