@@ -15,11 +15,11 @@ __all__ = ["channels_last"]
 def channels_last(model: nn.Module) -> Iterator[None]:
     """Hold filters on a CPU with their channels side by side, and put them back on leaving; values stay the same.
 
-    Networks with 1 × 1 filters are left alone: in this layout oneDNN writes past its memory when such a convolution has
-    a stride and fewer than eight inputs (its issue 6035).
+    Networks with 1 × 1 filters over fewer than 16 inputs are left alone: in this layout oneDNN writes past its memory
+    when such a convolution has a stride (its issue 6035).
     """
     filters = [p for p in model.parameters() if p.dim() == 4 and p.device.type == "cpu" and p.is_contiguous()]
-    if any(p.shape[2:] == (1, 1) for p in filters):
+    if any(p.shape[2:] == (1, 1) and p.shape[1] < 16 for p in filters):
         filters = []
     places = [p.data for p in filters]
     for parameter in filters:
