@@ -1,6 +1,6 @@
 """Attacks through torch and through the packed network, side by side: what the "auto" rule of studies rests on.
 
-    python benchmarks/routes.py MODEL.safetensors [--attacks pgd,ddn,...] [--images 100] [--rounds 3] [--json]
+    python benchmarks/routes.py MODEL.safetensors [--attacks pgd,ddn,...] [--data D] [--eps 0.1] [--images 100]
 
 Each pair is interleaved on one thread; the verdict is torch's in both. Fails where the routes differ by more than the
 rounding of sums explains (see `disagreement`). Packing is timed apart: a study packs once for each task.
@@ -24,19 +24,8 @@ from sparring.data import as_float
 from sparring.models import load_model
 from sparring.threat import L2, LINF, Threat
 
-BUDGET, SMALLEST = Threat(LINF, 0.1), Threat(L2)
-ATTACKS = {
-    "fgsm": (fgsm, BUDGET),
-    "pgd": (partial(pgd, steps=40), BUDGET),
-    "apgd": (apgd, BUDGET),
-    "fast": (fast, BUDGET),
-    "standard": (standard, BUDGET),
-    "deepfool": (deepfool, SMALLEST),
-    "fab": (fab, SMALLEST),
-    "cw": (cw, SMALLEST),
-    "ddn": (partial(ddn, steps=100), SMALLEST),
-    "nearest": (nearest, SMALLEST),
-}
+BUDGET = {"fgsm": fgsm, "pgd": partial(pgd, steps=40), "apgd": apgd, "fast": fast, "standard": standard}
+SMALLEST = {"deepfool": deepfool, "fab": fab, "cw": cw, "ddn": partial(ddn, steps=100), "nearest": nearest}
 ROUTES = ("torch", "packed")
 FEW = 0.05  # of the images
 SAME = 5e-3  # of the mean distance
@@ -47,7 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--data", default="mnist-5k")
-    parser.add_argument("--attacks", default=",".join(ATTACKS))
+    parser.add_argument("--attacks", default=",".join((*BUDGET, *SMALLEST)))
+    parser.add_argument("--eps", type=float, default=0.1, help="the l_inf budget of attacks that have one")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
@@ -62,7 +52,7 @@ def main() -> None:
     packing = time.perf_counter() - began
     rows = []
     for name in options.attacks.split(","):
-        attack, threat = ATTACKS[name]
+        attack, threat = (BUDGET | SMALLEST)[name], Threat(LINF, options.eps) if name in BUDGET else Threat(L2)
         times: dict[str, list[float]] = {route: [] for route in ROUTES}
         found = {}
         for _ in range(options.rounds):
