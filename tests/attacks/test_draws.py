@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from noise import Noise
 from torch import Tensor, nn
 
 from sparring.attacks import pgd, run
@@ -24,13 +25,6 @@ def drawing(units: int = 20) -> nn.Sequential:
         ACTIVATIONS["stochastic-pruning"](1.0),
         nn.Linear(16, 4),
     ).eval()
-
-
-class Noise(nn.Module):
-    """A layer that draws and does not say so."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 0.1 * torch.randn_like(x)
 
 
 @pytest.fixture

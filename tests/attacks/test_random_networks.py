@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from linear_answers import affine_problem, unboxed_distance
+from noise import Noise
 from torch import Tensor, nn
 
 from sparring import attacks
@@ -27,27 +29,12 @@ def test_deepfool_runs_in_expectation_behind_a_linear_layer() -> None:
     assert torch.isfinite(result.distance[result.success]).all()
 
 
-class Noise(nn.Module):
-    """A layer that draws and does not say so."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 0.3 * torch.randn_like(x)
-
-
 @pytest.mark.parametrize("attack", [attacks.nearest, attacks.ddn, attacks.deepfool])
 def test_distances_on_a_noisy_linear_model_are_those_to_the_boundary_of_most_draws(attack: attacks.Attack) -> None:
+    affine, x, y = affine_problem(0, features=64, on_box=False)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, generator=generator)
-    layer = nn.Linear(64, 2)
-    layer.weight.data, layer.bias.data = torch.stack([weight, -weight]), torch.zeros(2)
-    x = 0.5 + 0.1 * torch.randn(60, 64, generator=generator)
-    layer.bias.data[0] = -2 * float(weight.sum()) * 0.5
-    margin = layer(x).detach() @ torch.tensor([1.0, -1.0])
-    clear = margin.abs() > 1.0  # else some of the verdict's draws fool it as it stands
-    x, margin = x[clear].view(-1, 1, 8, 8), margin[clear]
-    model = nn.Sequential(nn.Flatten(), layer, Noise()).eval()
-    result = attacks.run(model, x, (margin < 0).long(), attack, Threat(2.0), generator=generator)
-    ratio = result.distance / (margin.abs() / (2 * weight.norm()))
+    result = attacks.run(nn.Sequential(affine, Noise()).eval(), x, y, attack, Threat(2.0), generator=generator)
+    ratio = result.distance / unboxed_distance(affine, x, 2.0)
     # The noise is symmetric, so that most draws change sides where the noiseless model does; 31 draws say so roughly.
     assert bool(result.success.all())
     assert float(ratio.median()) == pytest.approx(1.0, abs=0.05)

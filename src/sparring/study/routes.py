@@ -9,8 +9,8 @@ from .settings import Attack
 
 __all__ = ["goes_packed"]
 
-# As measured on LeNets and a small ResNet (docs/deploy.md): how sparse a network must be for each attack to gain from
-# the kernels. Single steps do not make up for packing.
+# As measured on LeNets (docs/deploy.md): how sparse a network must be for each attack to gain from the kernels. Single
+# steps do not make up for packing.
 _STEPWISE = (
     *("apgd", "apgd-dlr", "apgd-targeted", "cw", "ddn", "deepfool", "fab", "fab-targeted"),
     *("fast", "nearest", "pgd", "standard"),
