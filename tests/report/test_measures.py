@@ -80,6 +80,48 @@ def test_the_main_metrics_are_few_and_of_one_budget(collected):
     assert {m.eps for m in main if m.eps is not None} == {0.1}
 
 
+def _budget(name: str, *eps: float, norm: str = "linf") -> list[Measure]:
+    return [Measure("budget", "test", name, name, norm, value) for value in eps]
+
+
+@pytest.mark.parametrize(
+    ("attacks", "worst", "main"),
+    [
+        (_budget("fgsm", 1, 2, 4) + _budget("pgd", 1, 2) + _budget("fast", 1), (1, 2), 1),
+        (_budget("fgsm", 1, 2, 4) + _budget("pgd", 1, 2, 4) + _budget("standard", 4), (1, 2, 4), 4),
+        (_budget("fgsm", 1, 2, 4) + _budget("pgd", 1, 2, 4), (1, 2, 4), 2),
+        (_budget("fgsm", 1, 2, 4), (), 2),
+        (_budget("fgsm", 1, 2, 4) + _budget("mine", 1), (), 2),
+        (_budget("fgsm", 2) + _budget("pgd", 2) + _budget("pgd", 3, norm="l2"), (2,), 2),
+    ],
+)
+def test_the_main_budget_is_one_where_the_strongest_attack_was_run(attacks, worst, main):
+    """Two studies were headlined at an eps that `fast` never saw: PGD, or FGSM alone, was called the worst case."""
+    every = [*attacks, *(Measure("worst", norm="linf", eps=eps) for eps in worst)]
+    assert {m.eps for m in main_measures(every)} == {main}
+
+
+def test_fgsm_is_shown_where_it_was_run_if_not_at_the_main_budget():
+    attacks = _budget("fgsm", 2, 4, 8) + _budget("pgd", 1) + _budget("fast", 1)
+    shown = main_measures([*attacks, Measure("worst", norm="linf", eps=1)])
+    assert [(m.name, m.eps) for m in shown if m.role == "budget"] == [("fgsm", 4), ("pgd", 1)]
+
+
+def test_single_steps_alone_make_no_worst_case(study):
+    def with_rfgsm(network: Network) -> Network:
+        twins = []
+        for record in network.records:
+            if record.stage == "attack" and record.inputs["attack"]["name"] == "fgsm":
+                inputs = {**record.inputs, "attack": {**record.inputs["attack"], "name": "rfgsm"}}
+                twins.append(dataclasses.replace(record, inputs=inputs))
+        return dataclasses.replace(network, records=network.records + tuple(twins))
+
+    found = collect(dataclasses.replace(study, networks=tuple(map(with_rfgsm, study.networks))))
+    both = {m.name for m in found if m.role == "budget" and m.eps == 0.05}
+    assert both == {"fgsm", "rfgsm"}
+    assert {m.eps for m in found if m.role == "worst"} == {0.1}
+
+
 def test_names_of_files_are_harmless():
     odd = Measure("budget", "test", "../../</script> é", "x", "linf", 0.1)
     assert set(odd.slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-._")

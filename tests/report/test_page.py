@@ -72,6 +72,16 @@ def test_every_figure_is_a_file_too(study_folder, page):
     assert page.count('<svg role="group"') == len(drawn - {"overview"})
 
 
+def test_figures_of_an_earlier_report_do_not_stay_behind(make_study):
+    out = make_study(seeds=2, images=60, sparsities=(0.5, 0.9))
+    report.write(out)
+    fresh = {path.name for path in (out / "figures").iterdir()}
+    for name in ("worst-linf-0.05.svg", "worst-linf-0.05.png", "notes.txt"):
+        (out / "figures" / name).write_text("from before")
+    report.write(out)
+    assert {path.name for path in (out / "figures").iterdir()} == fresh | {"notes.txt"}
+
+
 def test_the_panels_of_the_overview_differ(study_folder, page):
     drawn = (study_folder / "figures" / "overview.svg").read_text()
     curves = set(re.findall(r'aria-label="gradual, 90%: ([^"]*)"', drawn))

@@ -56,6 +56,15 @@ def test_few_seeds_are_called_indicative_and_the_undecided_say_what_it_takes():
     assert "seeds or more" in row.why
 
 
+def test_what_no_share_can_differ_by_is_not_promised_to_be_seen():
+    wide = Effect(-2.0, 1.6, 1.0, -22.0, 18.0, 0.4, 2, 300)
+    points, per_cent = (
+        judge([(Claim("c", "above", 2.0, unit, "t"), wide)] * 9, study="s")[0] for unit in ("points", "%")
+    )
+    assert "would have seen no effect, however large" in points.why
+    assert "would have seen an effect of" in per_cent.why
+
+
 def test_one_seed_decides_nothing():
     (row,) = judge([(Claim("c", "above", 0.001, "points", "t"), measured(0.5, seeds=1))], study="s")
     assert (row.verdict, row.why) == ("undecided", "indicative (1 seed): one seed cannot decide")

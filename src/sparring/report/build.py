@@ -31,8 +31,9 @@ Named = tuple[str, tuple[Claim, Effect | None]]  # a claim with its effect, and 
 def write(out: Path | str) -> Path:
     """Write OUT/report.html, OUT/results.csv, OUT/ledger.json and OUT/figures/*.svg and *.png; return the page's path.
 
-    Reads plan.json and the records and objects that it names; no models, no data. Raises UserError when there is no
-    study in the folder, something in it is damaged, or it cannot be written to.
+    Reads plan.json and the records and objects that it names; no models, no data. Figures of an earlier report that
+    this one does not have are removed. Raises UserError when there is no study in the folder, something in it is
+    damaged, or it cannot be written to.
     """
     return publish(out)[0]
 
@@ -55,8 +56,7 @@ def _write(out: Path, findings: Findings) -> Path:
     rows = ledger(findings)
     write_atomic(out / "results.csv", tables.csv_text(findings))
     write_json(out / "ledger.json", [row.as_dict() for row in rows])
-    for picture in drawn.pictures:
-        _write_figure(out / "figures", picture)
+    _write_figures(out / "figures", drawn.pictures)
     return write_atomic(out / "report.html", render(findings, drawn, rows))
 
 
@@ -64,14 +64,18 @@ def _write_linear(out: Path, data: LinearStudy) -> Path:
     pictures, rows = linear_pictures(data), linear_ledger(data)
     write_atomic(out / "results.csv", linear_csv(data))
     write_json(out / "ledger.json", [row.as_dict() for row in rows])
-    for picture in pictures:
-        _write_figure(out / "figures", picture)
+    _write_figures(out / "figures", pictures)
     return write_atomic(out / "report.html", render_linear(data, pictures, rows))
 
 
-def _write_figure(folder: Path, picture: Picture) -> None:
-    write_atomic(folder / f"{picture.slug}.svg", picture.svg)
-    write_atomic(folder / f"{picture.slug}.png", figures.png(picture.svg, scale=picture.scale))
+def _write_figures(folder: Path, pictures: Iterable[Picture]) -> None:
+    """Write every figure and remove those of an earlier report that this one does not have."""
+    written = set()
+    for picture in pictures:
+        written.add(write_atomic(folder / f"{picture.slug}.svg", picture.svg))
+        written.add(write_atomic(folder / f"{picture.slug}.png", figures.png(picture.svg, scale=picture.scale)))
+    for path in {*folder.glob("*.svg"), *folder.glob("*.png")} - written:
+        path.unlink(missing_ok=True)
 
 
 def verdict(out: Path | str) -> str:

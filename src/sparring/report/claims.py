@@ -63,9 +63,12 @@ def claims(findings: Findings) -> list[Judged]:
 
 
 def _judged(text: str, expects: Literal["above", "below", "none"], result: Result, one: Effect, test: str) -> Judged:
-    """Return a claim with its effect in points or per cent; up to 2 of either do not matter."""
-    scale = numbers.scale(result.measure, result.control)
-    return Claim(text, expects, 2.0, numbers.gain_unit(result.measure), test), one.scaled(scale)
+    """Return a claim with its effect in points or per cent; up to 2 of either do not matter.
+
+    Over a control whose mean is zero there is no per cent, and no telling what would not matter.
+    """
+    scale, unit = numbers.scale(result.measure, result.control), numbers.gain_unit(result.measure, result.control)
+    return Claim(text, expects, 0.0 if unit == numbers.ABSOLUTE else 2.0, unit, test), one.scaled(scale)
 
 
 def _at_best(findings: Findings, result: Result, text: str) -> Judged:

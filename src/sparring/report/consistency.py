@@ -13,13 +13,11 @@ from itertools import combinations
 import numpy as np
 from scipy.special import bdtrc
 
-from .measures import NORMS, Collected, Measure, PerImage, common, pretty
+from .measures import NORMS, Collected, Measure, PerImage, common, pretty, rung
 from .records import NAIVE, Network, Study, Who, arrays
 
 __all__ = ["Doubt", "doubts"]
 
-# From weak to strong: on the same images and budget no attack must do better than a later one.
-LADDER = (("fgsm", "rfgsm", "square"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",), ("standard",))
 ITERATED = 1.0  # the rung from which on an attack should find in a larger budget what others do in a smaller one
 GATHERED = 3.0  # the rung from which on an attack is taken for a worst case
 NOTABLE = 0.02  # of the images, and at least two of them
@@ -81,7 +79,7 @@ def _between(
 def _between_budgets(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage]) -> Iterator[tuple[str, str]]:
     """Yield what the first attack's success says against the second's, as a flag and its detail."""
     (one, _), (other, _) = weak, strong
-    (lower, upper), (smaller, larger) = (_rung(one), _rung(other)), (one.eps or 0.0, other.eps or 0.0)
+    (lower, upper), (smaller, larger) = (rung(one), rung(other)), (one.eps or 0.0, other.eps or 0.0)
     at = f"at {NORMS[one.norm]} ε = {smaller:g}"
     if smaller == larger and lower < upper and (extra := _extra(weak, strong)):
         yield "weaker-wins", f"{pretty(one.attack)} fools {extra} images more {at}"
@@ -92,11 +90,6 @@ def _between_budgets(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerI
         yield "weaker-wins", f"ε = {larger:g} fools {extra} images fewer than ε = {smaller:g}"
     elif smaller < larger and upper >= ITERATED and one.attack != other.attack and (extra := _extra(weak, strong)):
         yield "weaker-wins", f"{pretty(one.attack)} {at} fools {extra} images more than this at ε = {larger:g}"
-
-
-def _rung(measure: Measure) -> float:
-    """Return a place on the ladder; unknown attacks are on no rung, which compares with none."""
-    return next((float(k) for k, names in enumerate(LADDER) if measure.name in names), math.nan)
 
 
 def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], *, notable: float = NOTABLE) -> int:

@@ -87,8 +87,8 @@ def gains_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: 
     for place, result in enumerate(results):
         shift = 0.035 * (place - (len(results) - 1) / 2)
         layers += _gain_layers(result, styles[result.method], x, shift, legend)
-    unit = "points over the dense control" if first.measure.is_share else "% over the dense control"
-    return _chart(f"{first.measure.title}: gain", layers, x, unit)
+    unit = numbers.gain_unit(first.measure, first.control)
+    return _chart(f"{first.measure.title}: gain", layers, x, f"{unit} over the dense control")
 
 
 class _Axis:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -23,6 +24,7 @@ __all__ = [
     "common",
     "main_measures",
     "pretty",
+    "rung",
     "summary",
     "values",
 ]
@@ -35,6 +37,9 @@ Role = Literal[
 LIPSCHITZ: tuple[Role, ...] = ("margin", "lipschitz", "ratio")  # the tensors of "lipschitz" records
 TRANSFER: tuple[Role, ...] = ("to sparse", "to dense")  # the directions of "transfer" records
 NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1"}
+SINGLE_STEP = ("fgsm", "rfgsm")
+# From weak to strong: on the same images and budget no attack must do better than a later one.
+LADDER = ((*SINGLE_STEP, "square"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",), ("standard",))
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,11 @@ def pretty(label: str) -> str:
     known |= {"ddn": "DDN", "fab": "FAB", "nearest": "Nearest", "smallest": "Smallest", "square": "Square"}
     head, dash, tail = label.partition("-")
     return known.get(head, head) + dash + tail
+
+
+def rung(measure: Measure) -> float:
+    """Return an attack's place on the ladder from weak to strong; an unknown one's compares with none."""
+    return next((float(k) for k, names in enumerate(LADDER) if measure.name in names), math.nan)
 
 
 def _number(eps: float | None) -> str:
@@ -234,13 +244,15 @@ def _lend_controls(found: Collected) -> None:
 def _add_worst(found: Collected) -> None:
     """Add what all attacks together do to an image: the worst case in a budget, the smallest distance in a norm.
 
-    Attacks that ran on fewer networks than others (a slow one, on one seed) stand for themselves.
+    Attacks that ran on fewer networks than others (a slow one, on one seed) stand for themselves. Where no attack takes
+    more than a single step, what they leave is far from a worst case and is not called one.
     """
     groups: dict[Measure, list[dict[Who, PerImage]]] = {}
+    iterated = {(m.split, m.norm, m.eps) for m in found if m.role == "budget" and m.name not in SINGLE_STEP}
     for m, held in found.items():
         if m.attack.endswith(NAIVE):
             continue
-        if m.role == "budget":
+        if m.role == "budget" and (m.split, m.norm, m.eps) in iterated:
             groups.setdefault(Measure("worst", m.split, norm=m.norm, eps=m.eps), []).append(held)
         elif m.role in ("distance", "distance-correct"):
             groups.setdefault(Measure(m.role, m.split, "smallest", "smallest", m.norm), []).append(held)
@@ -268,10 +280,13 @@ def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 
 def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:
-    """Return the few metrics the page opens with: accuracy, FGSM, PGD and worst case at one eps, r_2 in both forms."""
+    """Return the few metrics the page opens with: accuracy, FGSM, PGD and worst case at one eps, r_2 in both forms.
+
+    The eps is one at which the study's strongest attack was run, the middle one of several: a worst case without it
+    would be none.
+    """
     here = [m for m in every if m.split == split]
-    strong = [m for m in here if m.role == "worst"] or [m for m in here if m.role == "budget"]
-    budgets = list(dict.fromkeys((m.norm, m.eps) for m in strong))
+    budgets = _strongest_budgets(here)
     budget = budgets[len(budgets) // 2] if budgets else None
     distances = [m for m in here if m.role in ("distance", "distance-correct") and m.norm == "l2"]
     shown = [m for m in distances if m.name == "deepfool"] or distances[:2]
@@ -279,7 +294,19 @@ def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:
     shown += [m for m in here if m.role == "accuracy" or (m.role == "worst" and (m.norm, m.eps) == budget)]
     attacks = [m for m in here if m.role == "budget" and (m.norm, m.eps) == budget and not m.attack.endswith(NAIVE)]
     shown += [m for m in attacks if m.name in ("fgsm", "pgd")] or attacks
+    fgsm = [m for m in here if (m.role, m.name, m.norm) == ("budget", "fgsm", "linf") and not m.attack.endswith(NAIVE)]
+    if not any(m in attacks for m in fgsm):
+        shown += fgsm[len(fgsm) // 2 :][:1]  # r_inf is asked of it, at another eps if need be
     return [m for m in here if m in shown]
+
+
+def _strongest_budgets(here: Sequence[Measure]) -> list[tuple[str, float | None]]:
+    """Return the budgets with a worst case, if any has one, at which the strongest attack of them was run."""
+    worst = [(m.norm, m.eps) for m in here if m.role == "worst"]
+    attacks = [m for m in here if m.role == "budget" and (not worst or (m.norm, m.eps) in worst)]
+    strength = {m: rung(m) if rung(m) >= 0 else 0.0 for m in attacks}
+    strongest = [m for m in attacks if strength[m] == max(strength.values())]
+    return list(dict.fromkeys((m.norm, m.eps) for m in strongest if m.norm == strongest[0].norm))
 
 
 def values(seeds: Sequence[PerImage], images: NDArray[np.int64]) -> Floats:

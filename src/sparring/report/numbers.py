@@ -8,7 +8,22 @@ from collections.abc import Sequence
 from ..statistics import Effect
 from .measures import Measure
 
-__all__ = ["amount", "gain", "gain_unit", "level", "p_value", "percent", "scale", "seeds", "signed", "span", "value"]
+__all__ = [
+    "ABSOLUTE",
+    "amount",
+    "gain",
+    "gain_unit",
+    "level",
+    "p_value",
+    "percent",
+    "scale",
+    "seeds",
+    "signed",
+    "span",
+    "value",
+]
+
+ABSOLUTE = "absolute"  # a gain in the metric's own unit
 
 
 def percent(share: float) -> str:
@@ -39,25 +54,30 @@ def level(measure: Measure, one: Effect) -> str:
     return f"{one.estimate:.3f} [{_fixed(one.low, 3)}, {_fixed(one.high, 3)}]"
 
 
-def gain_unit(measure: Measure) -> str:
-    """Return the unit that gains of a metric are given in."""
-    return "points" if measure.is_share else "%"
+def gain_unit(measure: Measure, control: Effect | None = None) -> str:
+    """Return the unit of a metric's gains over a dense control: of one whose mean is zero nothing is a per cent."""
+    if measure.is_share:
+        return "points"
+    return "%" if control is None or control.estimate else ABSOLUTE
 
 
 def gain(measure: Measure, one: Effect, control: Effect, *, unit: bool = True) -> str:
     """Return a gain over the dense control: "+16 [+13, +19] points", or "+1.2% [+0.3, +2.1]" of its mean distance."""
-    return signed(one.scaled(scale(measure, control)), gain_unit(measure) if unit else "")
+    name = gain_unit(measure, control)
+    return signed(one.scaled(scale(measure, control)), name if unit or name == ABSOLUTE else "")
 
 
 def scale(measure: Measure, control: Effect) -> float:
     """Return what turns a gain into its unit: points for shares, % of the dense control's mean for distances."""
-    return 100.0 if measure.is_share or not control.estimate else 100.0 / control.estimate
+    if measure.is_share:
+        return 100.0
+    return 100.0 / control.estimate if control.estimate else 1.0
 
 
 def signed(one: Effect, unit: str) -> str:
     """Return a difference in points or % with its interval, and a decimal only where the interval is that sharp."""
-    digits = 1 if one.high - one.low < 4 else 0
-    estimate, low, high = (_signed(number, digits) for number in (one.estimate, one.low, one.high))
+    form = ".2g" if unit == ABSOLUTE else f".{1 if one.high - one.low < 4 else 0}f"
+    estimate, low, high = (_signed(number, form) for number in (one.estimate, one.low, one.high))
     if unit == "%":
         return f"{estimate}% [{low}, {high}]"
     return f"{estimate} [{low}, {high}] {unit}".rstrip()
@@ -65,8 +85,8 @@ def signed(one: Effect, unit: str) -> str:
 
 def amount(number: float, unit: str) -> str:
     """Return an amount of a gain's unit without a sign: "2.4 points" or "3%"."""
-    digits = 1 if abs(number) < 10 else 0
-    return f"{number:.{digits}f}%" if unit == "%" else f"{number:.{digits}f} {unit}"
+    form = ".2g" if unit == ABSOLUTE else f".{1 if abs(number) < 10 else 0}f"
+    return f"{number:{form}}%" if unit == "%" else f"{number:{form}} {unit}"
 
 
 def p_value(p: float) -> str:
@@ -83,6 +103,6 @@ def _fixed(number: float, digits: int) -> str:
     return f"{number:.{digits}f}".replace("-", "−")
 
 
-def _signed(number: float, digits: int) -> str:
-    text = f"{number:+.{digits}f}".replace("-", "−")
+def _signed(number: float, form: str) -> str:
+    text = f"{number:+{form}}".replace("-", "−")
     return text if text.strip("+−0.") else text[1:]

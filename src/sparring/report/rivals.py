@@ -59,8 +59,11 @@ def _duels(findings: Findings) -> Iterator[Duel]:
             for measure in findings.main:
                 one = difference(findings, measure, (method, sparsity), (against, sparsity))
                 other = findings.result(measure, against)
-                if one is not None and other is not None and sparsity in other.sparsities:
-                    scale = numbers.scale(measure, other.levels[other.sparsities.index(sparsity)])
+                if one is None or other is None or sparsity not in other.sparsities:
+                    continue
+                level = other.levels[other.sparsities.index(sparsity)]
+                if numbers.gain_unit(measure, level) != numbers.ABSOLUTE:
+                    scale = numbers.scale(measure, level)
                     yield Duel(measure, sparsity, method, against, one.scaled(scale), one.p)
 
 

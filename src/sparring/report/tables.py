@@ -78,7 +78,7 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
                 numbers.level(measure, result.levels[index]),
                 told if p > 0.05 else tag("strong", told),
                 numbers.p_value(p),
-                numbers.amount(least, numbers.gain_unit(measure)),
+                numbers.amount(least, numbers.gain_unit(measure, result.control)),
                 best,
                 over,
             ]
@@ -99,9 +99,8 @@ def curve_table(results: Sequence[Result]) -> Html:
             shown = [numbers.percent(sparsity), numbers.level(measure, level), *medians[k + 1 : k + 2], told]
             rows.append([result.method, *shown, numbers.p_value(result.gains.p_holm[k])])
     middle = [] if measure.is_share else ["Median"]
-    return table(
-        ["Method", "Sparsity", "Mean [95%]", *middle, f"Gain, {numbers.gain_unit(measure)} [95%]", "p (Holm)"], rows
-    )
+    unit = numbers.gain_unit(measure, results[0].control)
+    return table(["Method", "Sparsity", "Mean [95%]", *middle, f"Gain, {unit} [95%]", "p (Holm)"], rows)
 
 
 def methods(findings: Findings) -> Html | None:

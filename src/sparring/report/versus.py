@@ -137,4 +137,4 @@ def _difference(measure: Measure, sides: Sequence[list[PerImage]], same: bool) -
         before, after = (effect(values(side, common([one.images for one in side]))) for side in sides)
         change = unpaired(before, after)
     change = change.scaled(numbers.scale(measure, before))
-    return Difference(measure.slug, measure.title, before, after, change, numbers.gain_unit(measure), paired)
+    return Difference(measure.slug, measure.title, before, after, change, numbers.gain_unit(measure, before), paired)

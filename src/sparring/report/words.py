@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ..statistics import minimum_detectable_effect
+from ..statistics import MOST_POINTS, minimum_detectable_effect
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
 from .measures import NORMS, Measure, pretty
@@ -171,7 +171,7 @@ def _strongest(findings: Findings) -> str:
 def _over(findings: Findings) -> str:
     over = _over_sparsified(findings)
     if not over:
-        return "No robustness metric is over-sparsified at the sparsities tested."
+        return "No robustness metric could be shown to be over-sparsified at the sparsities tested."
     told = ", ".join(f"{name} from {numbers.percent(sparsity)}" for name, sparsity in over.items())
     return f"Significantly below the dense control, and staying so: {told}."
 
@@ -196,7 +196,10 @@ def _least(result: Result) -> str:
     scale = numbers.scale(result.measure, result.control)
     alpha = 0.05 / len(result.sparsities)
     least = max(minimum_detectable_effect(e, alpha=alpha) for e in result.gains.effects)
-    return f"would have seen {numbers.amount(scale * least, numbers.gain_unit(result.measure))}"
+    unit = numbers.gain_unit(result.measure, result.control)
+    if unit == "points" and scale * least > MOST_POINTS:
+        return "would have seen none, however large"
+    return f"would have seen {numbers.amount(scale * least, unit)}"
 
 
 def _several(findings: Findings) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .curves import Curve, Peak, SweetSpot, curve, joint_errors, over_sparsified, peak, sweet_spot
 from .effects import (
     INDICATIVE_BELOW,
+    MOST_POINTS,
     Effect,
     binomial_interval,
     effect,
@@ -25,6 +26,7 @@ from .pairs import pair_effect
 
 __all__ = [
     "INDICATIVE_BELOW",
+    "MOST_POINTS",
     "Claim",
     "Curve",
     "Effect",

@@ -15,6 +15,7 @@ from scipy import special  # not scipy.stats, which takes a second or two to imp
 
 __all__ = [
     "INDICATIVE_BELOW",
+    "MOST_POINTS",
     "Effect",
     "binomial_interval",
     "effect",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicative"
+MOST_POINTS = 100.0  # no share of images can differ by more
 
 
 @dataclass(frozen=True)

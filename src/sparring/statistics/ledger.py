@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .effects import Effect, equivalence, holm, minimum_detectable_effect, no_gain, seeds_needed
+from .effects import MOST_POINTS, Effect, equivalence, holm, minimum_detectable_effect, no_gain, seeds_needed
 
 __all__ = ["Claim", "Row", "judge", "reread"]
 
@@ -19,7 +19,8 @@ Verdict = Literal["reproduced", "contradicted", "undecided"]
 class Claim:
     """State what a claim says of an effect: above zero, below zero, within ±margin of zero, or not above margin.
 
-    `margin`, in the effect's `unit`, is the largest effect that does not matter; `test` says what was compared.
+    `margin`, in the effect's `unit`, is the largest effect that does not matter, 0 where nobody can tell; `test` says
+    what was compared.
     """
 
     text: str
@@ -89,7 +90,7 @@ def _row(claim: Claim, e: Effect | None, p: float, alpha: float, study: str) -> 
 
 def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
     """Judge one claim by its corrected p-value and by equivalence."""
-    small = equivalence(e, claim.margin) <= ALPHA
+    small = claim.margin > 0 and equivalence(e, claim.margin) <= ALPHA
     within = f"within ±{_amount(claim.margin, claim)}, by two one-sided tests"
     found: Literal["above", "below", "none"] = "none"
     if p <= ALPHA:
@@ -110,12 +111,17 @@ def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
 
 def _takes(claim: Claim, e: Effect, alpha: float) -> str:
     """Say what a decision would take."""
-    least = f"would have seen an effect of {_amount(minimum_detectable_effect(e, alpha=alpha), claim)}"
+    least = minimum_detectable_effect(e, alpha=alpha)
+    told = f"would have seen an effect of {_amount(least, claim)}"
+    if claim.unit == "points" and least > MOST_POINTS:
+        told = "would have seen no effect, however large"
     if e.estimate == 0:
-        return least
-    return f"{least}; this one needs about {seeds_needed(e, alpha=alpha)} seeds or more"
+        return told
+    return f"{told}; this one needs about {seeds_needed(e, alpha=alpha)} seeds or more"
 
 
 def _amount(number: float, claim: Claim) -> str:
+    if claim.unit not in ("%", "points"):
+        return f"{number:.2g} {claim.unit}"
     text = f"{number:.1f}" if abs(number) < 10 else f"{number:.0f}"
     return f"{text}%" if claim.unit == "%" else f"{text} {claim.unit}"

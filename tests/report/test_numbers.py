@@ -1,0 +1,49 @@
+"""Numbers as the report writes them: gains in points, per cent of the control, or absolute where that is zero."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sparring import report
+from sparring.report import numbers
+from sparring.report.measures import Measure
+from sparring.report.records import load
+from sparring.statistics import Effect
+
+SHARE, DISTANCE = Measure("worst", norm="linf", eps=0.1), Measure("distance", attack="nearest", norm="l2")
+
+
+def one(estimate: float, low: float, high: float) -> Effect:
+    return Effect(estimate, 0.1, 4.0, low, high, 0.5, 5, 100)
+
+
+@pytest.mark.parametrize(
+    ("measure", "control", "gain"),
+    [
+        (SHARE, 0.5, "+1.2 [−0.4, +2.8] points"),
+        (SHARE, 0.0, "+1.2 [−0.4, +2.8] points"),
+        (DISTANCE, 0.5, "+2% [−1, +6]"),
+        (DISTANCE, 0.0, "+0.012 [−0.004, +0.028] absolute"),
+    ],
+)
+def test_a_gain_has_its_unit(measure: Measure, control: float, gain: str) -> None:
+    over = one(control, control, control)
+    assert numbers.gain(measure, one(0.012, -0.004, 0.028), over) == gain
+    assert numbers.gain_unit(measure, over) in gain
+
+
+def test_nothing_is_a_per_cent_of_a_certified_radius_of_zero(make_study) -> None:  # type: ignore[no-untyped-def]
+    """A radius that rose from 0 to .000006 had been "+0.0006%": within 2%, so contradicted."""
+    out = make_study(seeds=3, images=60, sparsities=(0.5, 0.9), extras=True)
+    for network in load(out).networks:
+        for record in network.stage("certify"):
+            path = out / "objects" / f"{record.key}.safetensors"
+            radius = load_file(path)["radius"]
+            save_file({"radius": np.zeros_like(radius) if network.sparsity == 0 else 1e-5 * radius}, path)
+    report.write(out)
+    row = next(r for r in json.loads((out / "ledger.json").read_text()) if r["claim"].startswith("the certified"))
+    assert row["unit"] == numbers.ABSOLUTE
+    assert 0 < row["estimate"] < 1e-4
+    assert row["verdict"] != "contradicted"
