@@ -82,6 +82,14 @@ def test_figures_of_an_earlier_report_do_not_stay_behind(make_study):
     assert {path.name for path in (out / "figures").iterdir()} == fresh | {"notes.txt"}
 
 
+def test_two_seeds_are_told_to_see_nothing(make_study):
+    out = make_study(seeds=2, images=60, sparsities=(0.5, 0.9))
+    page = report.write(out).read_text()
+    assert "would have seen none, however large" in report.verdict(out)
+    assert not [text for text in re.findall(r"would have seen (\d+) points", page) if int(text) > 100]
+    assert not [text for text in re.findall(r">(\d+) points</td>", page) if int(text) > 100]
+
+
 def test_the_panels_of_the_overview_differ(study_folder, page):
     drawn = (study_folder / "figures" / "overview.svg").read_text()
     curves = set(re.findall(r'aria-label="gradual, 90%: ([^"]*)"', drawn))

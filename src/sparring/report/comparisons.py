@@ -12,7 +12,7 @@ from . import figures, numbers
 from .brackets import Bracket, brackets, norms
 from .findings import Findings, Result
 from .kinds import kind_of
-from .measures import LIPSCHITZ, NORMS, Measure, pretty
+from .measures import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps
 from .panels import Picture
 from .records import CONTROL, REFERENCE, attack_label
 from .words import short_name
@@ -180,7 +180,8 @@ def _transfer(findings: Findings) -> Iterator[Picture]:
             if moved is not None:
                 way = "control → sparse" if record.inputs["direction"] == "to sparse" else "sparse → control"
                 eps = record.inputs["attack"]["eps"]
-                title = f"Transfer of {pretty(attack_label(record))} examples" + (f", ε = {eps:g}" if eps else "")
+                at = f", ε = {pretty_eps(eps)}" if eps else ""
+                title = f"Transfer of {pretty(attack_label(record))} examples{at}"
                 cells[title][f"{network.method}: {way}", network.sparsity].append(float(moved))
     for k, (title, found) in enumerate(cells.items()):
         rows = [

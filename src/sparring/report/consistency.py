@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 from scipy.special import bdtrc
 
-from .measures import NORMS, Collected, Measure, PerImage, common, pretty, rung
+from .measures import NORMS, Collected, Measure, PerImage, common, pretty, pretty_eps, rung
 from .records import NAIVE, Network, Study, Who, arrays
 
 __all__ = ["Doubt", "doubts"]
@@ -71,7 +71,7 @@ def _between(
         if extra:
             detail = (
                 f"on {extra} images the distance exceeds the {reach:.3g} ({NORMS[other.norm]}) within which "
-                f"{pretty(one.attack)} at {NORMS[one.norm]} ε = {one.eps:g} succeeds"
+                f"{pretty(one.attack)} at {NORMS[one.norm]} ε = {pretty_eps(one.eps)} succeeds"
             )
             yield Doubt("contradicted-distance", detail, network.who, other.attack)
 
@@ -80,16 +80,17 @@ def _between_budgets(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerI
     """Yield what the first attack's success says against the second's, as a flag and its detail."""
     (one, _), (other, _) = weak, strong
     (lower, upper), (smaller, larger) = (rung(one), rung(other)), (one.eps or 0.0, other.eps or 0.0)
-    at = f"at {NORMS[one.norm]} ε = {smaller:g}"
+    near, far = pretty_eps(smaller), pretty_eps(larger)
+    at = f"at {NORMS[one.norm]} ε = {near}"
     if smaller == larger and lower < upper and (extra := _extra(weak, strong)):
         yield "weaker-wins", f"{pretty(one.attack)} fools {extra} images more {at}"
     elif smaller == larger and lower > upper >= GATHERED and (extra := _extra(weak, strong, notable=FAR)):
         told = f"{pretty(one.attack)} fools {extra} images more {at}"
         yield "outdone", f"{told}; where it was not run, as many may be missing"
     elif smaller < larger and one.attack == other.attack and (extra := _extra(weak, strong)):
-        yield "weaker-wins", f"ε = {larger:g} fools {extra} images fewer than ε = {smaller:g}"
+        yield "weaker-wins", f"ε = {far} fools {extra} images fewer than ε = {near}"
     elif smaller < larger and upper >= ITERATED and one.attack != other.attack and (extra := _extra(weak, strong)):
-        yield "weaker-wins", f"{pretty(one.attack)} {at} fools {extra} images more than this at ε = {larger:g}"
+        yield "weaker-wins", f"{pretty(one.attack)} {at} fools {extra} images more than this at ε = {far}"
 
 
 def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], *, notable: float = NOTABLE) -> int:

@@ -24,6 +24,7 @@ __all__ = [
     "common",
     "main_measures",
     "pretty",
+    "pretty_eps",
     "rung",
     "summary",
     "values",
@@ -65,7 +66,7 @@ class Measure:
             self.role.replace(" ", "-") if self.role != "budget" else "",
             self.attack,
             self.norm,
-            _number(self.eps),
+            "" if self.eps is None else f"{self.eps:g}",
         ]
         text = "-".join(part for part in parts if part)
         return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in text)
@@ -73,7 +74,7 @@ class Measure:
     @property
     def title(self) -> str:
         """Return a heading."""
-        norm, eps = NORMS.get(self.norm, self.norm), _number(self.eps)
+        norm, eps = NORMS.get(self.norm, self.norm), pretty_eps(self.eps)
         if self.role == "accuracy":
             return "Accuracy"
         if self.role == "budget":
@@ -95,7 +96,7 @@ class Measure:
     @property
     def short(self) -> str:
         """Return a column heading."""
-        eps = f" (ε {_number(self.eps)})" if self.eps is not None else ""
+        eps = f" (ε {pretty_eps(self.eps)})" if self.eps is not None else ""
         norm = NORMS.get(self.norm, self.norm)
         labels = {"accuracy": "accuracy", "budget": pretty(self.attack), "worst": "worst case"}
         labels |= {"certified": f"certified {norm}", "distance": f"{pretty(self.attack)} {norm}"}
@@ -134,8 +135,12 @@ def rung(measure: Measure) -> float:
     return next((float(k) for k, names in enumerate(LADDER) if measure.name in names), math.nan)
 
 
-def _number(eps: float | None) -> str:
-    return "" if eps is None else f"{eps:g}"
+def pretty_eps(eps: float | None) -> str:
+    """Return a budget's eps as the field writes it: "0.1", or "2/255" for one that is no short decimal."""
+    if eps is None:
+        return ""
+    steps, short = round(255 * eps), f"{eps:g}"
+    return f"{steps}/255" if len(short) > 5 and steps > 0 and abs(255 * eps - steps) < 1e-3 else short
 
 
 def collect(study: Study) -> Collected:

@@ -12,7 +12,7 @@ from ..statistics import Row
 from . import figures, numbers, pictures, tables, words
 from .findings import Findings
 from .markup import Html, join, tag
-from .measures import NORMS, pretty
+from .measures import NORMS, pretty, pretty_eps
 from .panels import Drawn, Panel, Picture, styles
 from .records import CONTROL, Network
 from .shipped import shipped_html
@@ -276,7 +276,8 @@ def _gallery(findings: Findings) -> Html | None:
     for attack, norm, eps in attacks:
         found = [g for n in _shown_pair(findings) if (g := pictures.gallery(n, attack, norm, eps)) is not None]
         if found:
-            parts.append(tag("h3", f"{pretty(attack)}, {NORMS.get(norm, norm)}" + (f" ε = {eps:g}" if eps else "")))
+            at = f" ε = {pretty_eps(eps)}" if eps else ""
+            parts.append(tag("h3", f"{pretty(attack)}, {NORMS.get(norm, norm)}{at}"))
             parts.append(tag("div", *(_shots(findings, g, norm) for g in found), class_="grid"))
     return join(*parts) if parts else None
 

@@ -12,7 +12,7 @@ from ..statistics import Effect, effect, equivalence
 from . import numbers
 from .findings import Findings
 from .markup import Html, join, tag
-from .measures import NORMS, pretty
+from .measures import NORMS, pretty, pretty_eps
 from .records import Network, Record, arrays
 from .tables import table
 
@@ -40,7 +40,8 @@ def shipped_html(findings: Findings) -> Html | None:
         for record in network.stage("ship"):
             if record.object is not None:
                 attack = record.inputs["attack"]
-                label = f"{pretty(attack['name'])}, {NORMS.get(attack['norm'], attack['norm'])} ε = {attack['eps']:g}"
+                norm, eps = NORMS.get(attack["norm"], attack["norm"]), pretty_eps(attack["eps"])
+                label = f"{pretty(attack['name'])}, {norm} ε = {eps}"
                 cells[network.method, network.sparsity, record.inputs["values"], label].append((network, record))
     if not cells:
         return None
