@@ -252,20 +252,20 @@ def _add_worst(found: Collected) -> None:
     Attacks that ran on fewer networks than others (a slow one, on one seed) stand for themselves. Where no attack takes
     more than a single step, what they leave is far from a worst case and is not called one.
     """
-    groups: dict[Measure, list[dict[Who, PerImage]]] = {}
-    iterated = {(m.split, m.norm, m.eps) for m in found if m.role == "budget" and m.name not in SINGLE_STEP}
-    for m, held in found.items():
+    groups: dict[Measure, list[Measure]] = {}
+    for m in found:
         if m.attack.endswith(NAIVE):
             continue
-        if m.role == "budget" and (m.split, m.norm, m.eps) in iterated:
-            groups.setdefault(Measure("worst", m.split, norm=m.norm, eps=m.eps), []).append(held)
+        if m.role == "budget":
+            groups.setdefault(Measure("worst", m.split, norm=m.norm, eps=m.eps), []).append(m)
         elif m.role in ("distance", "distance-correct"):
-            groups.setdefault(Measure(m.role, m.split, "smallest", "smallest", m.norm), []).append(held)
+            groups.setdefault(Measure(m.role, m.split, "smallest", "smallest", m.norm), []).append(m)
     for measure, every in groups.items():
-        same = [held for held in every if len(held) == max(map(len, every))]
-        everywhere = set.intersection(*map(set, same))
-        if len(same) > 1 and everywhere:
-            found[measure] = {who: _smallest([held[who] for held in same]) for who in sorted(everywhere)}
+        most = max(len(found[m]) for m in every)
+        same = [m for m in every if len(found[m]) == most]
+        everywhere = set.intersection(*(set(found[m]) for m in same))
+        if len(same) > 1 and everywhere and any(m.name not in SINGLE_STEP for m in same):
+            found[measure] = {who: _smallest([found[m][who] for m in same]) for who in sorted(everywhere)}
 
 
 def _smallest(held: Sequence[PerImage]) -> PerImage:
