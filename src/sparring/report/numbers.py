@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..statistics import Effect
+from ..statistics import MOST_POINTS, Effect
 from .measures import Measure
 
 __all__ = [
     "ABSOLUTE",
     "amount",
+    "detectable",
     "gain",
     "gain_unit",
     "level",
@@ -87,6 +88,12 @@ def amount(number: float, unit: str) -> str:
     """Return an amount of a gain's unit without a sign: "2.4 points" or "3%"."""
     form = ".2g" if unit == ABSOLUTE else f".{1 if abs(number) < 10 else 0}f"
     return f"{number:{form}}%" if unit == "%" else f"{number:{form}} {unit}"
+
+
+def detectable(measure: Measure, control: Effect, least: float) -> str:
+    """Return the least gain that would have been seen, in its unit, or "none" where no share can gain as much."""
+    number, unit = least * scale(measure, control), gain_unit(measure, control)
+    return "none" if unit == "points" and number > MOST_POINTS else amount(number, unit)
 
 
 def p_value(p: float) -> str:

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..statistics import MOST_POINTS, Row, minimum_detectable_effect
+from ..statistics import Row, minimum_detectable_effect
 from . import numbers
 from .brackets import Bracket, brackets, norms
 from .consistency import Doubt
@@ -66,8 +66,7 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
             continue
         index = result.sparsities.index(sparsity)
         one, p = result.gains.effects[index], result.gains.p_holm[index]
-        scale, unit = numbers.scale(measure, result.control), numbers.gain_unit(measure, result.control)
-        least = scale * minimum_detectable_effect(one, alpha=0.05 / len(result.sparsities))
+        least = minimum_detectable_effect(one, alpha=0.05 / len(result.sparsities))
         best = "none" if result.peak is None else numbers.span(result.peak.members, result.sparsities)
         over = "–" if result.over_sparsified is None else numbers.percent(result.over_sparsified)
         told = numbers.gain(measure, one, result.control)
@@ -78,7 +77,7 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
                 numbers.level(measure, result.levels[index]),
                 told if p > 0.05 else tag("strong", told),
                 numbers.p_value(p),
-                "none" if measure.is_share and least > MOST_POINTS else numbers.amount(least, unit),
+                numbers.detectable(measure, result.control, least),
                 best,
                 over,
             ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ..statistics import MOST_POINTS, minimum_detectable_effect
+from ..statistics import minimum_detectable_effect
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
 from .measures import NORMS, Measure, pretty
@@ -193,13 +193,10 @@ def _silent(result: Result) -> bool:
 
 
 def _least(result: Result) -> str:
-    scale = numbers.scale(result.measure, result.control)
     alpha = 0.05 / len(result.sparsities)
     least = max(minimum_detectable_effect(e, alpha=alpha) for e in result.gains.effects)
-    unit = numbers.gain_unit(result.measure, result.control)
-    if unit == "points" and scale * least > MOST_POINTS:
-        return "would have seen none, however large"
-    return f"would have seen {numbers.amount(scale * least, unit)}"
+    told = numbers.detectable(result.measure, result.control, least)
+    return f"would have seen {told}" + (", however large" if told == "none" else "")
 
 
 def _several(findings: Findings) -> str:
