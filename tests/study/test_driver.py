@@ -167,6 +167,17 @@ def test_a_damaged_result_is_found_though_nothing_needs_it(
     assert contents(out) == contents(undisturbed)
 
 
+def test_plan_json_holds_the_latest_command(undisturbed: Path, few_digits: Dataset, tmp_path: Path) -> None:
+    # When a preset's defaults change, the command that made a folder may mean another plan.
+    out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    for command, kept in (("study one", "study one"), ("study two", "study two"), ("", "study two")):
+        run(tiny_plan(), out, dataset=few_digits, workers=0, command=command)
+        assert read_plan(out) == {**read_plan(undisturbed), "command": kept}
+    written = (out / "plan.json").stat().st_mtime_ns
+    run(tiny_plan(), out, dataset=few_digits, workers=0, command=kept)
+    assert (out / "plan.json").stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", None])
 def test_a_damaged_plan_json_is_made_again(
     undisturbed: Path, few_digits: Dataset, tmp_path: Path, damage: str | None

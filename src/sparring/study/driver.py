@@ -127,14 +127,17 @@ def _origins(plan: Plan, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
 
 
 def _write_plan(store: Store, plan: Plan, work: Work, dataset: Dataset, command: str) -> None:
-    """Write plan.json unless it says the same already; refuse a folder that belongs to another plan."""
+    """Write plan.json unless it says the same already; refuse a folder that belongs to another plan.
+
+    The latest command stays, as an earlier one may mean another plan by now (a preset changes); without one, the kept.
+    """
     kept, content = _kept(store, work), _described(plan, work, dataset)
     if kept is not None:
         refuse_another(store.out, kept["plan"], content["plan"])
-        kept.pop("command", None)
-        if canonical_json(kept) == canonical_json(content):
-            return
-    write_plan(store.out, {**content, "command": command})
+        command = command or kept.get("command", "")
+    document = {**content, "command": command}
+    if kept is None or canonical_json(kept) != canonical_json(document):
+        write_plan(store.out, document)
 
 
 def _kept(store: Store, work: Work) -> dict[str, Any] | None:
