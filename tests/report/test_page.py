@@ -11,7 +11,8 @@ import pytest
 from sparring import report
 from sparring.errors import UserError
 from sparring.report import words
-from sparring.report.findings import find
+from sparring.report.findings import Result, find
+from sparring.report.measures import Measure
 from sparring.report.records import load
 
 
@@ -100,6 +101,14 @@ def test_the_page_says_what_a_reader_must_be_able_to_name(page):
     text = " ".join(parsed(page).text)
     for part in ("Sweet spot", "strongest attack", "over-sparsified", "indicative", "sparring study made-up", "Holm"):
         assert part in text
+
+
+def test_metrics_are_named_within_a_sentence(study_folder, monkeypatch):
+    monkeypatch.setattr(Result, "over_sparsified", 0.95)
+    text = words.headline(find(load(study_folder)))[0]
+    assert "over-sparsified from 95% (FGSM (ε 0.1), PGD (ε 0.1), worst case (ε 0.1) and r_2)" in text
+    assert words.short_name(Measure("distance", attack="smallest", name="smallest", norm="l2")) == "smallest l2"
+    assert words.short_name(Measure("distance", attack="ddn-100", name="ddn", norm="l2")) == "DDN-100 l2"
 
 
 def test_failures_and_medians_are_shown(page):

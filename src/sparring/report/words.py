@@ -70,7 +70,7 @@ def _first(findings: Findings) -> str:
     over = _over_sparsified(findings)
     end = f"; over-sparsified from {numbers.percent(min(over.values()))}" if over else ""
     if over:
-        end += f" ({' and '.join(name for name, s in over.items() if s == min(over.values()))})"
+        end += f" ({_listed(name for name, s in over.items() if s == min(over.values()))})"
     what = _why(findings, sparsity)
     return (
         f"At {numbers.percent(sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
@@ -99,7 +99,7 @@ def short_name(measure: Measure) -> str:
     """Return a metric's name within a sentence."""
     if measure.role in ("distance", "distance-correct") and measure.name == "deepfool" and measure.norm == "l2":
         return "r_2" if measure.role == "distance" else "r_2 (correct images only)"
-    return measure.short
+    return measure.short.lower() if measure.name == "smallest" else measure.short
 
 
 def size_ratio(findings: Findings, sparsity: float) -> float | None:
