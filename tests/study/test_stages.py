@@ -286,6 +286,25 @@ def test_the_route_of_attacks_is_the_plans_and_changes_no_other_key(few_digits: 
     assert keys(**mlp) == keys(kernels="torch", **mlp), "attacks compute these by hand"
 
 
+@pytest.mark.parametrize(
+    ("model", "sparsity", "routed"),
+    [
+        ("vgg-like", 0.5, {"deepfool"}),
+        ("vgg-like", 0.8, {"deepfool", "pgd"}),
+        ("resnet-32", 0.5, {"deepfool", "pgd"}),
+        ("lenet-300-100", 0.8, set()),
+    ],
+)
+def test_attacks_go_through_the_kernels_where_these_were_measured_to_be_faster(
+    few_digits: Dataset, model: str, sparsity: float, routed: set[str]
+) -> None:
+    attacks = [{"name": "pgd", "eps": [0.1]}, {"name": "deepfool", "norm": "l2"}, {"name": "fgsm", "eps": [0.1]}]
+    plan = {"name": "r", "data": "digits", "model": model, "seeds": 1, "sparsities": [sparsity], "attacks": attacks}
+    tasks = lay_out(Plan.from_table({**plan, "pruning": [{"label": "magnitude"}]}), DataFacts.of(few_digits)).tasks
+    packed = {t.inputs["attack"]["name"] for t in tasks.values() if t.inputs.get("kernels") == "packed"}
+    assert packed == routed
+
+
 def test_a_packed_form_that_differs_is_not_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = (
         build("mlp", shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.5,), widths=(8,)).eval(),
