@@ -16,6 +16,7 @@ from sparring import deploy
 from sparring.cli import main
 from sparring.models import load_model
 from sparring.sparsity import sparsity_of
+from sparring.study import read_plan
 
 
 class Result:
@@ -78,14 +79,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    first = sparring("study", plan, "--out", tmp_path / "out", "--workers", 0)
+    words = ("study", plan, "--set", "seeds=2", "--out", tmp_path / "out")
+    first = sparring(*words, "--workers", 0)
     assert first.code == 0
     assert "seed 0" in first.out and str(tmp_path / "out" / "report.html") in first.out
     page = (tmp_path / "out" / "report.html").stat().st_mtime_ns
-    again = sparring("study", plan, "--out", tmp_path / "out", "--workers", 0, "--json")
+    again = sparring(*words, "--workers", 0, "--json")
     summary = json.loads(again.out)
     assert summary["failed"] == 0 and summary["verdict"] and len(summary["records"]) > 10
     assert (tmp_path / "out" / "report.html").stat().st_mtime_ns == page
+    assert read_plan(tmp_path / "out")["command"] == " ".join(map(str, ("sparring", *words)))
     assert sparring("report", tmp_path / "out").code == 0
     against = sparring(
         "compare",

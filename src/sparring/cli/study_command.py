@@ -44,10 +44,10 @@ def run_study(
 ) -> int:
     """Run a plan, write its report, print the verdict; return the exit code."""
     plan = Plan.load(plan_name, overrides)
+    command = _command(plan_name, out, overrides, data_dir, download, device)
     out = out or Path("out") / plan.name
     dataset = open_data(plan.data, data_dir, download)
     view = _view(quiet or as_json, sys.stderr if as_json else sys.stdout)
-    command = shlex.join(["sparring", *sys.argv[1:]])
     with contextlib.ExitStack() as stack:
         stack.enter_context(view)
         watchers: list[Watcher] = [view.show]
@@ -70,6 +70,16 @@ def run_study(
     for record in failed:
         print(f"failed: {record.stage} {record.key}: {record.error}", file=sys.stderr)
     return FAILED if failed else 0
+
+
+def _command(
+    plan_name: str, out: Path | None, overrides: tuple[str, ...], data_dir: Path | None, download: bool, device: str
+) -> str:
+    """Return the command that makes the study again, without options that change none of its records."""
+    words = ["sparring", "study", plan_name, *(word for change in overrides for word in ("--set", change))]
+    places = {"--data-dir": data_dir, "--out": out, "--device": None if device == "auto" else device}
+    words += [word for option, value in places.items() if value is not None for word in (option, str(value))]
+    return shlex.join([*words, *(["--download"] if download else [])])
 
 
 def _all_of(watchers: list[Watcher]) -> Watcher:
