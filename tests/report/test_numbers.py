@@ -34,6 +34,21 @@ def test_a_gain_has_its_unit(measure: Measure, control: float, gain: str) -> Non
     assert numbers.gain_unit(measure, over) in gain
 
 
+@pytest.mark.parametrize(
+    ("number", "digits", "text"),
+    [(1.0826, 3, "1.083"), (0.01, 3, "0.010"), (0.0, 3, "0.000"), (2.69e-5, 3, "2.7e−05"), (-0.0042, 3, "−0.0042"),
+     (0.254, 2, "0.25"), (1 / 255, 2, "0.0039")],
+)  # fmt: skip
+def test_no_length_is_rounded_to_nothing(number: float, digits: int, text: str) -> None:
+    """Certified radii of 2.7e-05 had been written as 0.000, and a step of 1/255 as 0.00."""
+    assert numbers.length(number, digits) == text
+
+
+def test_a_level_keeps_two_digits_of_every_bound() -> None:
+    assert numbers.level(DISTANCE, one(2.69e-5, 1.1e-5, 0.25)) == "2.7e−05 [1.1e−05, 0.250]"
+    assert numbers.value(DISTANCE, 2.69e-5) == "2.7e−05"
+
+
 def test_nothing_is_a_per_cent_of_a_certified_radius_of_zero(make_study) -> None:  # type: ignore[no-untyped-def]
     """A radius that rose from 0 to .000006 had been "+0.0006%": within 2%, so contradicted."""
     out = make_study(seeds=3, images=60, sparsities=(0.5, 0.9), extras=True)

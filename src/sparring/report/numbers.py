@@ -42,17 +42,23 @@ def span(chosen: Sequence[float], grid: Sequence[float]) -> str:
 
 
 def value(measure: Measure, number: float | None) -> str:
-    """Return one value of a metric: "61.2%" or "1.083"."""
+    """Return one value of a metric: "61.2%", "1.083" or "2.7e−05"."""
     if number is None or not math.isfinite(number):
         return "–"
-    return f"{100 * number:.1f}%" if measure.is_share else f"{number:.3f}"
+    return f"{100 * number:.1f}%" if measure.is_share else length(number)
 
 
 def level(measure: Measure, one: Effect) -> str:
     """Return a metric's mean with its interval: "61.2% [58.9, 63.4]"."""
     if measure.is_share:
         return f"{100 * one.estimate:.1f}% [{_fixed(100 * one.low, 1)}, {_fixed(100 * one.high, 1)}]"
-    return f"{one.estimate:.3f} [{_fixed(one.low, 3)}, {_fixed(one.high, 3)}]"
+    return f"{length(one.estimate)} [{length(one.low)}, {length(one.high)}]"
+
+
+def length(number: float, digits: int = 3) -> str:
+    """Return a distance or radius with so many decimals, or with two digits where these would leave fewer."""
+    few = number != 0 and abs(number) < 10.0 ** (1 - digits)
+    return f"{number:.2g}".replace("-", "−") if few else _fixed(number, digits)
 
 
 def gain_unit(measure: Measure, control: Effect | None = None) -> str:

@@ -300,7 +300,7 @@ def _shots(findings: Findings, gallery: pictures.Gallery, norm: str) -> Html:
 def _outcome(shot: pictures.Shot, norm: str) -> str:
     if not shot.correct:
         return "wrong already"
-    return f"fooled, {NORMS.get(norm, norm)} {shot.distance:.2f}" if shot.broken else "withstood"
+    return f"fooled, {NORMS.get(norm, norm)} {numbers.length(shot.distance, 2)}" if shot.broken else "withstood"
 
 
 def _class(findings: Findings, label: int) -> str:
