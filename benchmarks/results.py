@@ -108,13 +108,16 @@ def claims_table(rows: Sequence[Row], total: int) -> str:
             unit = row.claim.unit
             effect = f"{e.estimate:+.3g} [{e.low:+.3g}, {e.high:+.3g}] {unit} | {e.seeds} × {e.images:,}"
             lines.append(f"| {row.claim.text} | {effect} | {_told(mine)} | {_told(row)} |")
-    words = "Verdicts by Holm's correction over this study's claims and over those of all studies, with its p-value."
+    words = (
+        "Verdicts by Holm's correction over this study's claims and over those of all studies, with the p-value of the"
+        " test they rest on: of a difference, or of an effect too small to matter."
+    )
     return "\n".join(lines) + f"\n\n{words} The tests are in [ledger.json](ledger.json).\n"
 
 
 def _told(row: Row) -> str:
-    assert row.p is not None
-    return f"{row.verdict} ({row.p:.2g})"
+    assert row.decisive is not None
+    return f"{row.verdict} ({row.decisive:.2g})"
 
 
 def _write(path: Path, text: str) -> None:

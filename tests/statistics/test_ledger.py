@@ -40,7 +40,7 @@ def test_verdicts(expects, mean, noise, expected):
 def test_what_was_not_measured_stays_undecided_and_does_not_count_in_the_correction():
     claim = Claim("c", "above", 0.05, "points", "t")
     rows = judge([(claim, measured(0.2)), (claim, None)], study="s")
-    assert (rows[1].verdict, rows[1].p, rows[1].as_dict()["seeds"]) == ("undecided", None, 0)
+    assert (rows[1].verdict, rows[1].p, rows[1].p_small, rows[1].as_dict()["seeds"]) == ("undecided", None, None, 0)
     assert rows[0].p == measured(0.2).p
 
 
@@ -48,6 +48,43 @@ def test_holm_runs_across_the_ledger():
     claim, weak = Claim("c", "above", 0.001, "points", "t"), Effect(0.1, 0.048, 50.0, 0.004, 0.196, 0.04, 5, 100)
     assert judge([(claim, weak)], study="s")[0].verdict == "reproduced"
     assert judge([(claim, weak)] * 3, study="s")[0].verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("expects", "found"),
+    [("above", "contradicted"), ("below", "contradicted"), ("none", "reproduced"), ("not above", "reproduced")],
+)  # fmt: skip
+def test_holm_runs_across_what_is_too_small_to_matter(expects, found):
+    """One test in twenty finds "no effect that matters" by chance: five verdicts in a ledger of a hundred."""
+    claim, small = Claim("c", expects, 2.0, "points", "t"), Effect(0.1, 0.95, 50.0, -1.8, 2.0, 0.9, 5, 100)
+    alone, *_ = judge([(claim, small)], study="s")
+    assert alone.verdict == found
+    assert alone.p_small == alone.decisive
+    assert 0.017 < alone.p_small < 0.05
+    among, *_ = judge([(claim, small)] * 3, study="s")
+    assert among.verdict == "undecided"
+    assert among.p_small == pytest.approx(3 * alone.p_small)
+    assert "not significant after correction" in among.why
+
+
+def test_the_two_corrections_do_not_pay_for_each_other():
+    sharp, strong = Effect(0.0, 0.01, 50.0, -0.02, 0.02, 1.0, 5, 100), Effect(9.0, 4.4, 50.0, 0.16, 17.8, 0.045, 5, 100)
+    without = (Claim("c", "above", 0.0, "points", "t"), strong)  # no margin: no test of a small effect
+    within, gain = judge([(Claim("d", "none", 2.0, "points", "t"), sharp), without], study="s")
+    assert (gain.p, gain.p_small) == (0.09, None)
+    assert within.p_small == pytest.approx(judge([(within.claim, sharp)], study="s")[0].p_small)
+
+
+@pytest.mark.parametrize(
+    ("expects", "mean", "noise", "rests"),
+    [("above", 0.2, 0.1, "p"), ("above", -0.2, 0.1, "p"), ("above", 0.0, 0.1, "p_small"), ("above", 0.01, 3.0, "p"),
+     ("none", 0.0, 0.1, "p_small"), ("none", 0.2, 0.1, "p"), ("not above", -0.2, 0.1, "p_small"),
+     ("not above", 0.2, 0.1, "p")],
+)  # fmt: skip
+def test_the_p_value_shown_is_that_of_the_test_a_verdict_rests_on(expects, mean, noise, rests):
+    (row,) = judge([(Claim("c", expects, 0.05, "points", "t"), measured(mean, noise=noise))], study="s")
+    assert row.decisive == getattr(row, rests)
+    assert row.verdict == "undecided" or row.decisive <= 0.05
 
 
 def test_few_seeds_are_called_indicative_and_the_undecided_say_what_it_takes():

@@ -313,9 +313,9 @@ def ledger_section(rows: Sequence[Row]) -> Html | None:
     if not rows:
         return None
     note = (
-        "What the literature says, held against this study. p-values are corrected across the ledger (Holm). A claim "
-        "is reproduced or contradicted only by a significant effect, or by two one-sided tests that show no effect "
-        "that matters (2 points or 2%); the rest is undecided."
+        "What the literature says, held against this study. A claim is reproduced or contradicted only by a "
+        "significant effect, or by two one-sided tests that show no effect that matters (2 points or 2%); the rest is "
+        "undecided. p-values are those of the test a verdict rests on, corrected across the ledger (Holm)."
     )
     return join(tag("p", note, class_="note"), tables.ledger_table(rows))
 

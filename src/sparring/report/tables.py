@@ -203,7 +203,7 @@ def ledger_table(rows: Sequence[Row]) -> Html:
         mark = {"reproduced": "●", "contradicted": "✕", "undecided": "○"}[row.verdict]
         verdict = tag("span", f"{mark} {row.verdict}", class_=f"verdict {row.verdict}")
         what = join(row.claim.text, tag("small", row.claim.test))
-        p = "–" if row.p is None else numbers.p_value(row.p)
+        p = "–" if row.decisive is None else numbers.p_value(row.decisive)
         counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")
         cells.append([what, join(verdict, tag("small", row.why)), effect, p, *counts])
     return table(["Claim and test", "Verdict", "Effect [95%]", "p (Holm)", "Seeds", "Images"], cells, text=2)

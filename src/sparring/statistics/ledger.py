@@ -32,14 +32,28 @@ class Claim:
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one line of the ledger. `p` is two-sided and corrected by Holm across the ledger; None: not measured."""
+    """Hold one line of the ledger; None: not measured.
+
+    `p` is the two-sided p-value of a difference, `p_small` that of an effect too small to matter (of a gain too small
+    to matter, where the claim is "not above"; None also where the claim has no margin). Both are corrected by Holm
+    across the ledger, each in a family of its own.
+    """
 
     claim: Claim
     verdict: Verdict
     effect: Effect | None
     p: float | None
+    p_small: float | None
     study: str
     why: str
+
+    @property
+    def decisive(self) -> float | None:
+        """Return the p-value that the verdict rests on; that of the difference where it is undecided."""
+        if self.claim.expects in ("none", "not above"):
+            return self.p_small if self.verdict == "reproduced" else self.p
+        by_size = self.verdict == "contradicted" and self.p is not None and self.p > ALPHA
+        return self.p_small if by_size else self.p
 
     def as_dict(self) -> dict[str, str | float | int | None]:
         """Return the row flat, for JSON: all that `reread` needs; `p_alone` is the p-value before any correction."""
@@ -49,7 +63,7 @@ class Row:
         names = {"estimate": "estimate", "low": "low", "high": "high", "se": "se", "df": "df", "p_alone": "p"}
         numbers = {name: None if e is None else getattr(e, field) for name, field in names.items()}
         counts = {"seeds": 0 if e is None else e.seeds, "images": 0 if e is None else e.images}
-        return words | asked | numbers | {"p": self.p} | counts | {"study": self.study}
+        return words | asked | numbers | {"p": self.p, "p_small": self.p_small} | counts | {"study": self.study}
 
 
 def reread(row: Mapping[str, Any]) -> tuple[Claim, Effect | None]:
@@ -67,35 +81,44 @@ def reread(row: Mapping[str, Any]) -> tuple[Claim, Effect | None]:
 def judge(claims: Sequence[tuple[Claim, Effect | None]], *, study: str) -> list[Row]:
     """Give every claim its verdict; an effect of None is a claim that this study did not measure.
 
-    A claimed direction is reproduced when the effect is significant that way (Holm across the ledger), contradicted
-    when it is significant the other way or shown to lie within the margin; a claim of no effect the other way round.
-    Anything else is undecided, and `why` says what it would take; one seed decides nothing.
+    A claimed direction is reproduced when the effect is significant that way, contradicted when it is significant the
+    other way or shown to lie within the margin; a claim of no effect the other way round. Holm's correction runs across
+    the ledger twice, as there are two ways to err: over all tests of a difference, and over all tests of an effect too
+    small to matter. Anything else is undecided, and `why` says what it would take; one seed decides nothing.
     """
     corrected = holm([math.nan if e is None else e.p for _, e in claims])
+    small = holm([_too_small(claim, e) for claim, e in claims])
     alpha = ALPHA / max(1, sum(e is not None for _, e in claims))
-    return [_row(claim, e, float(p), alpha, study) for (claim, e), p in zip(claims, corrected, strict=True)]
+    both = zip(claims, corrected, small, strict=True)
+    return [_row(claim, e, float(p), float(p_small), alpha, study) for (claim, e), p, p_small in both]
 
 
-def _row(claim: Claim, e: Effect | None, p: float, alpha: float, study: str) -> Row:
+def _too_small(claim: Claim, e: Effect | None) -> float:
+    if e is None or claim.margin <= 0:
+        return math.nan
+    return no_gain(e, claim.margin) if claim.expects == "not above" else equivalence(e, claim.margin)
+
+
+def _row(claim: Claim, e: Effect | None, p: float, p_small: float, alpha: float, study: str) -> Row:
     if e is None:
-        return Row(claim, "undecided", None, None, study, "not measured in this study")
+        return Row(claim, "undecided", None, None, None, study, "not measured in this study")
     verdict: Verdict
-    verdict, why = _verdict(claim, e, p) if e.seeds > 1 else ("undecided", "one seed cannot decide")
+    verdict, why = _verdict(claim, e, p, p_small) if e.seeds > 1 else ("undecided", "one seed cannot decide")
     if verdict == "undecided" and e.seeds > 1:
         why = f"{why}; {_takes(claim, e, alpha)}"
     if e.indicative:
         why = f"indicative ({e.seeds} seed{'s' if e.seeds > 1 else ''}): {why}"
-    return Row(claim, verdict, e, p, study, why)
+    return Row(claim, verdict, e, p, None if math.isnan(p_small) else p_small, study, why)
 
 
-def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
-    """Judge one claim by its corrected p-value and by equivalence."""
-    small = claim.margin > 0 and equivalence(e, claim.margin) <= ALPHA
+def _verdict(claim: Claim, e: Effect, p: float, p_small: float) -> tuple[Verdict, str]:
+    """Judge one claim by its two corrected p-values; that of a small effect is NaN where there is no margin."""
+    small = p_small <= ALPHA
     within = f"within ±{_amount(claim.margin, claim)}, by two one-sided tests"
     found: Literal["above", "below", "none"] = "none"
     if p <= ALPHA:
         found = "above" if e.estimate > 0 else "below"
-    if claim.expects == "not above" and no_gain(e, claim.margin) <= ALPHA:
+    if claim.expects == "not above" and small:
         loss = f", and significantly {found} zero" if found != "none" else ""
         return "reproduced", f"less than {_amount(claim.margin, claim)}, by a one-sided test{loss}"
     if claim.expects == "none" and small:
@@ -106,7 +129,8 @@ def _verdict(claim: Claim, e: Effect, p: float) -> tuple[Verdict, str]:
         return "contradicted", f"significantly {found} zero"
     if small:
         return "contradicted", f"{within}: no effect that matters"
-    return "undecided", "not significant after correction" if e.low > 0 or e.high < 0 else "not significant"
+    before = e.low > 0 or e.high < 0 or _too_small(claim, e) <= ALPHA
+    return "undecided", "not significant after correction" if before else "not significant"
 
 
 def _takes(claim: Claim, e: Effect, alpha: float) -> str:
