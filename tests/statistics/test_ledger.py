@@ -64,7 +64,9 @@ def test_holm_runs_across_what_is_too_small_to_matter(expects, found):
     among, *_ = judge([(claim, small)] * 3, study="s")
     assert among.verdict == "undecided"
     assert among.p_small == pytest.approx(3 * alone.p_small)
-    assert "not significant after correction" in among.why
+    size = "less than 2.0 points, by a one-sided test" if expects == "not above" else "within ±2.0 points, by two"
+    assert among.why.startswith(size)
+    assert "but not after correction" in among.why
 
 
 def test_the_two_corrections_do_not_pay_for_each_other():

@@ -114,23 +114,27 @@ def _row(claim: Claim, e: Effect | None, p: float, p_small: float, alpha: float,
 def _verdict(claim: Claim, e: Effect, p: float, p_small: float) -> tuple[Verdict, str]:
     """Judge one claim by its two corrected p-values; that of a small effect is NaN where there is no margin."""
     small = p_small <= ALPHA
-    within = f"within ±{_amount(claim.margin, claim)}, by two one-sided tests"
+    margin = _amount(claim.margin, claim)
+    what = f"less than {margin}, by a one-sided test"
+    if claim.expects != "not above":
+        what = f"within ±{margin}, by two one-sided tests"
     found: Literal["above", "below", "none"] = "none"
     if p <= ALPHA:
         found = "above" if e.estimate > 0 else "below"
     if claim.expects == "not above" and small:
         loss = f", and significantly {found} zero" if found != "none" else ""
-        return "reproduced", f"less than {_amount(claim.margin, claim)}, by a one-sided test{loss}"
+        return "reproduced", f"{what}{loss}"
     if claim.expects == "none" and small:
-        return "reproduced", within
+        return "reproduced", what
     if found == claim.expects and found != "none":
         return "reproduced", f"significantly {found} zero" + (", though smaller than matters" if small else "")
     if found != "none":
         return "contradicted", f"significantly {found} zero"
     if small:
-        return "contradicted", f"{within}: no effect that matters"
-    before = e.low > 0 or e.high < 0 or _too_small(claim, e) <= ALPHA
-    return "undecided", "not significant after correction" if before else "not significant"
+        return "contradicted", f"{what}: no effect that matters"
+    if _too_small(claim, e) <= ALPHA:
+        return "undecided", f"{what}, but not after correction"
+    return "undecided", "not significant after correction" if e.low > 0 or e.high < 0 else "not significant"
 
 
 def _takes(claim: Claim, e: Effect, alpha: float) -> str:
