@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,23 +78,71 @@ def straight_through(model: nn.Module, x: Tensor) -> Iterator[None]:
             for module in declared:
                 module.straight_through = True  # type: ignore[assignment]
             for module in _dead_layers(model, x):
-                stack.callback(module.register_forward_hook(_with_secant_slope).remove)
+                stack.enter_context(_listening([module], _with_secant_slope))
             yield
         finally:
             for module, value in zip(declared, before, strict=True):
                 module.straight_through = value
 
 
-def _with_secant_slope(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Call:
+    """A module's call: its first input as it was before the module ran, which may write into it, and the others."""
+
+    entry: Tensor
+    others: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def again(self, forward: Callable[..., Any], entry: Tensor) -> Any:
+        """Return what the module makes of another first input, which stays as it is."""
+        return forward(entry.clone(), *self.others, **self.named)
+
+
+Reply = Callable[[nn.Module, Callable[..., Any], _Call, Tensor], Tensor | None]
+
+
+@contextmanager
+def _listening(modules: list[nn.Module], reply: Reply) -> Iterator[None]:
+    """Call `reply` with each call of a module whose output has the shape of its first input, and take its answer.
+
+    It is given the forward pass too, which it may run again without being called for that. Scripted modules take no
+    hooks, and are left out.
+    """
+    calls: list[_Call | None] = []
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+
+    def enter(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        first = inputs[0] if inputs else None
+        floating = isinstance(first, Tensor) and first.is_floating_point()
+        calls.append(_Call(cast(Tensor, first).clone(), inputs[1:], named) if floating else None)
+
+    def leave(module: nn.Module, _: tuple[Any, ...], __: dict[str, Any], output: Any) -> Tensor | None:
+        call = calls.pop()
+        if call is None or not isinstance(output, Tensor) or output.shape != call.entry.shape:
+            return None
+        return reply(module, forwards[module], call, output)
+
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            forwards[module] = module.forward
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+        yield
+
+
+def _with_secant_slope(_: nn.Module, forward: Callable[..., Any], call: _Call, output: Tensor) -> Tensor:
     """Return the output with the backward pass of an elementwise function of secant slopes.
 
     The secants reach half a standard deviation to both sides, so that a staircase has the slope of its ramp, and a
     layer that only cuts the graph that of the identity.
     """
-    entry = inputs[0]
+    entry = call.entry
     with torch.no_grad():
-        reach = 0.5 * entry.std() + 1e-12
-        slope: Tensor = (module.forward(entry + reach) - module.forward(entry - reach)) / (2 * reach)
+        spread = entry.std() if entry.numel() > 1 else entry.abs().sum()
+        reach = 0.5 * spread + 1e-12
+        slope: Tensor = (call.again(forward, entry + reach) - call.again(forward, entry - reach)) / (2 * reach)
         rest: Tensor = output.detach() - slope * entry
     return rest + slope * entry
 
@@ -101,16 +151,10 @@ def _dead_layers(model: nn.Module, x: Tensor) -> list[nn.Module]:
     """Return the modules whose own backward pass gives nothing although input and output have one shape."""
     dead: list[nn.Module] = []
 
-    def examine(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        entry = inputs[0] if inputs else None
-        if not (isinstance(entry, Tensor) and isinstance(output, Tensor) and entry.shape == output.shape):
-            return
-        if not entry.is_floating_point():
-            return
-        point = entry.detach().requires_grad_()
+    def examine(module: nn.Module, forward: Callable[..., Any], call: _Call, _: Tensor) -> None:
+        point = call.entry.detach().requires_grad_()
         with torch.enable_grad():
-            again = forwards[module](point)
-            summed = again.sum()
+            summed = call.again(forward, point).sum()
         gradient = None
         if summed.requires_grad:
             (gradient,) = torch.autograd.grad(summed, point, allow_unused=True)
@@ -118,12 +162,6 @@ def _dead_layers(model: nn.Module, x: Tensor) -> list[nn.Module]:
             dead.append(module)
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {module: module.forward for module in leaves}
-    handles = [module.register_forward_hook(examine) for module in leaves]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return dead
+    with _listening(leaves, examine), torch.no_grad():
+        model(x)
+    return list(dict.fromkeys(dead))

@@ -94,7 +94,8 @@ def with_activation_penalty(loss: Loss, strength: float) -> Loss:
 
     def penalised(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         means: list[Tensor] = []
-        with _listening(model, lambda _, value: means.append(value.abs().mean())):
+        # A copy: what follows may write into the value, which the penalty's backward pass needs as it was.
+        with _listening(model, lambda _, value: means.append(value.clone().abs().mean())):
             model(x)
         base = loss(model, x, y, generator)
         return base + strength * torch.stack(means).mean() if means else base
