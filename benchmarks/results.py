@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sparring import report
 from sparring.errors import UserError
-from sparring.statistics import Row, judge
+from sparring.statistics import LEAST_P, Row
 
 LIMIT = 1_500_000  # bytes a study may take in the documentation
 # What is copied first; whatever does not fit any more is left out, and said to be.
@@ -99,25 +99,28 @@ def renewed(page: str, study: str, ledger: Sequence[Row]) -> str:
 
 
 def claims_table(rows: Sequence[Row], total: int) -> str:
-    """Return claims as Markdown, each with its verdict among the study's own rows and among all."""
-    alone = judge([(row.claim, row.effect) for row in rows], study="")
-    heads = f"| claim | effect [95%] | seeds × images | these {len(rows)} claims | all {total} |"
-    lines = [f"{heads}\n|---|---|---|---|---|"]
-    for row, mine in zip(rows, alone, strict=True):
+    """Return claims as Markdown, each with its verdict and with that among the claims of all studies."""
+    lines = [f"| claim | effect [95%] | seeds × images | verdict | among all {total} |\n|---|---|---|---|---|"]
+    for row in rows:
+        effect, merged = "–", "–"
+        counts = "–"
         if (e := row.effect) is not None:
-            unit = row.claim.unit
-            effect = f"{e.estimate:+.3g} [{e.low:+.3g}, {e.high:+.3g}] {unit} | {e.seeds} × {e.images:,}"
-            lines.append(f"| {row.claim.text} | {effect} | {_told(mine)} | {_told(row)} |")
+            effect = f"{e.estimate:+.3g} [{e.low:+.3g}, {e.high:+.3g}] {row.claim.unit}"
+            counts = f"{e.seeds} × {e.images:,}"
+        if row.merged is not None:
+            merged = _told(*row.merged)
+        text = f"**{row.claim.text}**" if row.claim.primary else row.claim.text
+        lines.append(f"| {text} | {effect} | {counts} | {_told(row.told, row.decisive)} | {merged} |")
     words = (
-        "Verdicts by Holm's correction over this study's claims and over those of all studies, with the p-value of the"
-        " test they rest on: of a difference, or of an effect too small to matter."
+        "The verdict is that of this study's families, which were fixed before it ran: the claims in bold first, the"
+        " others with what settled ones hand on. The last column asks more: whether any verdict of all studies together"
+        " would be wrong in one ledger of twenty. In brackets is the p-value of the test that a verdict rests on."
     )
     return "\n".join(lines) + f"\n\n{words} The tests are in [ledger.json](ledger.json).\n"
 
 
-def _told(row: Row) -> str:
-    assert row.decisive is not None
-    return f"{row.verdict} ({row.decisive:.2g})"
+def _told(verdict: str, p: float | None) -> str:
+    return verdict if p is None else f"{verdict} ({'< 1e-4' if p <= LEAST_P else f'{p:.2g}'})"
 
 
 def _write(path: Path, text: str) -> None:

@@ -93,8 +93,10 @@ def test_pairs_that_are_not_all_there_claim_nothing(few_digits: Dataset, tmp_pat
 def test_a_linear_ledger_merges_with_others(folder: Path) -> None:
     rows = json.loads((folder / "ledger.json").read_text())
     twice = report.merge_ledgers([folder, folder])
-    assert [row.as_dict() for row in report.merge_ledgers([folder])] == rows
-    assert all(one.p is not None and one.p >= row["p"] for one, row in zip(twice, rows + rows, strict=True))
+    merged = [row.as_dict() for row in report.merge_ledgers([folder])]
+    assert [{k: v for k, v in row.items() if k not in ("merged", "p_merged")} for row in merged] == rows
+    assert [row["merged"] for row in merged] == [row["verdict"] for row in rows], "alone among all"
+    assert [one.p for one in twice] == [row["p"] for row in rows + rows], "a contrast counts once"
 
 
 def test_a_classifier_without_weights_has_an_infinite_bound(few_digits: Dataset, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparring.statistics import curve, joint_errors, over_sparsified, sweet_spot
+from sparring.statistics import curve, joint_errors, over_sparsified, simultaneous, sweet_spot
 from sparring.statistics import peak as peak_of
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.99)
@@ -45,6 +45,26 @@ def test_a_curve_without_noise_has_a_sharp_peak():
 def test_over_sparsified_begins_where_losses_stay():
     assert over_sparsified(planted([-0.2, 0.0, 0.0, -0.2, -0.3])) == 0.95
     assert over_sparsified(planted([-0.2, -0.2, -0.2, -0.2, 0.0])) is None
+
+
+def test_a_loss_within_the_margin_is_no_over_sparsification():
+    one = planted([0.0, -0.2, -0.2, -0.2, -0.5], noise=0.1)
+    assert [over_sparsified(one, margin) for margin in (0.0, 0.1, 0.4, 0.6)] == [0.8, 0.8, 0.99, None]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("margin", [0.01, 0.03, 0.06])
+def test_no_sweet_spot_is_over_sparsified(seed, margin):
+    one = planted([-0.01, -0.03, -0.05, -0.07, -0.09], seed=seed, seeds=10)
+    spot, over = sweet_spot({"a": one}, {"a": margin}).sparsity, over_sparsified(one, margin)
+    assert spot is None or over is None or spot < over
+
+
+def test_simultaneous_intervals_hold_the_single_ones():
+    one = planted([0.0, 0.1, 0.2, 0.1, 0.0])
+    for wide, narrow in zip(simultaneous(one, generator=np.random.default_rng(0)), one.effects, strict=True):
+        assert wide.low < narrow.low < narrow.estimate < narrow.high < wide.high
+        assert wide.p == narrow.p
 
 
 def test_the_sweet_spot_ends_at_the_first_failure_and_names_it():

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sparring.statistics import (
+    LEAST_P,
     Effect,
     binomial_interval,
     effect,
     equivalence,
     holm,
+    log_ratio_values,
     minimum_detectable_effect,
     ratio_values,
     seeds_needed,
@@ -44,8 +46,8 @@ def test_one_seed_is_the_t_interval_over_images():
     one = effect(d)
     expected = stats.ttest_1samp(d[0], 0.0)
     interval = expected.confidence_interval()
-    assert (one.low, one.high, one.p) == pytest.approx((interval.low, interval.high, expected.pvalue))
-    assert one.seeds == 1
+    assert (one.low, one.high) == pytest.approx((interval.low, interval.high))
+    assert one.seeds == 1 and math.isnan(one.p), "one seed bounds images, and decides nothing"
     assert one.indicative
 
 
@@ -66,7 +68,7 @@ def test_identical_seeds_add_no_information():
 def test_constant_values_are_certain(value):
     one = effect(np.full((3, 10), value))
     assert (one.estimate, one.se, one.low, one.high) == (value, 0.0, value, value)
-    assert one.p == (1.0 if value == 0 else 0.0)
+    assert one.p == (1.0 if value == 0 else LEAST_P)
 
 
 @settings(max_examples=30, deadline=None)
@@ -82,6 +84,37 @@ def test_effects_shift_and_scale_with_the_values(seeds, shift, scale, seed):
 def test_effect_refuses_what_it_cannot_average(values):
     with pytest.raises(ValueError):
         effect(values)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 12), st.integers(0, 2**32 - 1))
+def test_no_p_value_is_below_what_the_seeds_alone_support(seeds, seed):
+    """It is Student's with seeds - 1 degrees of freedom, of a standard error that is at least the seeds' own."""
+    d = crossed(np.random.default_rng(seed), seeds, 40, mean=0.5, a=0.2)
+    one = effect(d)
+    assert one.df_p == seeds - 1
+    assert one.p == pytest.approx(max(LEAST_P, 2 * stats.t.sf(abs(one.estimate / one.se), seeds - 1)))
+    assert one.p >= min(LEAST_P, stats.ttest_1samp(d.mean(axis=1), 0.0).pvalue)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.01, 100), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_logarithms_of_ratios_are_those_of_the_means_and_forget_the_unit(unit, seeds, seed):
+    rng = np.random.default_rng(seed)
+    control = rng.gamma(4, size=(seeds, 50))
+    values = 0.01 * control * rng.gamma(1, size=(seeds, 50))
+    one = effect(log_ratio_values(values, control))
+    assert one.estimate == pytest.approx(math.log(values.mean() / control.mean()))
+    assert effect(log_ratio_values(unit * values, unit * control)).se == pytest.approx(one.se)
+    back = effect(log_ratio_values(control, values))
+    assert (back.estimate, back.se) == pytest.approx((-one.estimate, one.se))
+    assert 100 * math.expm1(one.low) > -100
+
+
+def test_a_ratio_needs_a_control_and_what_has_vanished_stays_finite():
+    assert effect(log_ratio_values(np.zeros((2, 5)), np.ones((2, 5)))).estimate == pytest.approx(math.log(1e-6))
+    with pytest.raises(ValueError, match="positive"):
+        log_ratio_values(np.ones((2, 5)), np.zeros((2, 5)))
 
 
 def test_intervals_cover_at_the_nominal_rate():
@@ -122,8 +155,8 @@ def test_ratio_values_refuse_a_mean_over_nothing():
 def test_the_minimum_detectable_effect_is_detected_at_its_power():
     one = Effect(estimate=0.0, se=0.1, df=20.0, low=-0.2, high=0.2, p=1.0, seeds=5, images=100)
     least = minimum_detectable_effect(one, power=0.8)
-    reach = stats.nct.sf(stats.t.ppf(0.975, one.df), one.df, least / one.se)
-    assert reach == pytest.approx(0.8, abs=0.02)
+    reach = stats.nct.sf(stats.t.ppf(0.975, 4), 4, least / one.se)
+    assert reach == pytest.approx(0.8, abs=1e-4)
 
 
 def test_seeds_needed_grow_as_the_effect_shrinks():
@@ -132,13 +165,28 @@ def test_seeds_needed_grow_as_the_effect_shrinks():
     assert 5 < seeds_needed(large) < seeds_needed(small)
     with pytest.raises(ValueError, match="zero"):
         seeds_needed(Effect(0.0, 0.1, 20.0, -0.2, 0.2, 1.0, 5, 100))
+    assert seeds_needed(Effect(1e-9, 0.1, 20.0, -0.2, 0.2, 1.0, 5, 100)) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.02, 0.5), st.sampled_from([0.05, 0.005, 3e-4]))
+def test_so_many_seeds_as_are_needed_suffice_and_one_less_does_not(estimate, alpha):
+    one = Effect(estimate, 0.1, 4.0, 0.0, 1.0, 0.5, 5, 100)
+    needed = seeds_needed(one, alpha=alpha)
+
+    def detects(seeds):
+        more = Effect(estimate, 0.1 * math.sqrt(5 / seeds), seeds - 1.0, 0.0, 1.0, 0.5, seeds, 100)
+        return minimum_detectable_effect(more, alpha=alpha) <= estimate
+
+    assert detects(needed)
+    assert needed == 6 or not detects(needed - 1)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-0.3, 0.3), st.floats(0.01, 0.2), st.floats(0.01, 0.3))
 def test_equivalence_is_the_ninety_percent_interval_inside_the_margin(estimate, se, margin):
     one = Effect(estimate, se, 12.0, 0.0, 0.0, 1.0, 5, 100)
-    half = float(stats.t.ppf(0.95, one.df)) * se
+    half = float(stats.t.ppf(0.95, 4)) * se
     inside = -margin < estimate - half and estimate + half < margin
     assert (equivalence(one, margin) < 0.05) == inside
 

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from sparring.statistics import Claim, Effect, effect, judge, pair_effect
+from sparring.statistics import LEAST_P, Claim, Effect, ask, effect, judge, pair_effect
 
 
 def simulated(rng: np.random.Generator, members: int, general: float, special: float) -> dict[tuple[int, int], float]:
@@ -33,7 +33,7 @@ def test_the_variance_is_that_of_its_model() -> None:
 def test_numbers_and_refusals() -> None:
     constant = dict.fromkeys(combinations(range(4), 2), 2.0)
     one = pair_effect(constant, images=7)
-    assert (one.estimate, one.low, one.high, one.p, one.seeds, one.images) == (2.0, 2.0, 2.0, 0.0, 6, 7)
+    assert (one.estimate, one.low, one.high, one.p, one.seeds, one.images) == (2.0, 2.0, 2.0, LEAST_P, 6, 7)
     assert pair_effect(dict.fromkeys(constant, 0.0), images=7).p == 1.0
     for values in ({(0, 1): 1.0}, {**constant, (0, 1): np.inf}, {k: v for k, v in constant.items() if k != (1, 2)}):
         with pytest.raises(ValueError, match="every pair"):
@@ -42,12 +42,12 @@ def test_numbers_and_refusals() -> None:
 
 @pytest.mark.parametrize(
     ("estimate", "se", "verdict"),
-    [(-9.0, 1.0, "reproduced"), (0.0, 0.5, "reproduced"), (9.0, 1.0, "contradicted"), (1.0, 3.0, "undecided")],
+    [(-9.0, 1.0, "reproduced"), (0.0, 0.5, "reproduced"), (9.0, 1.0, "opposite"), (1.0, 3.0, "undecided")],
 )
 def test_a_claim_of_no_gain_is_not_contradicted_by_a_loss(estimate: float, se: float, verdict: str) -> None:
     values = {pair: estimate + v for pair, v in simulated(np.random.default_rng(2), 10, 0, 1).items()}
     shift, scale = estimate - np.mean(list(values.values())), se / pair_effect(values, images=1).se
     one = pair_effect({k: estimate + scale * (v + shift - estimate) for k, v in values.items()}, images=1)
     assert isinstance(one, Effect) and one.se == pytest.approx(se)
-    (row,) = judge([(Claim("no gain", "not above", 2.0, "%", "a test"), one)], study="s")
+    (row,) = judge([ask(Claim("no gain", "not above", 2.0, "%", "a test"), one)], study="s")
     assert row.verdict == verdict

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomic, write_json
-from ..statistics import Claim, Effect, Row, judge, reread
+from ..statistics import Question, Row, judge, reread
 from . import figures, tables, words
 from .claims import claims, ledger
 from .comparisons import comparisons
@@ -25,7 +25,7 @@ from .records import load
 
 __all__ = ["Report", "merge_ledgers", "publish", "read", "verdict", "write"]
 
-Named = tuple[str, tuple[Claim, Effect | None]]  # a claim with its effect, and the study that it is of
+Named = tuple[str, Question]  # a claim with its p-values, and the study that it is of
 
 
 def write(out: Path | str) -> Path:
@@ -100,7 +100,10 @@ def read(out: Path | str) -> Report:
 
 
 def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = None) -> list[Row]:
-    """Return the claims of several studies as one ledger, corrected by Holm across all.
+    """Return the claims of several studies as one ledger, each with its study's verdict and that among all claims.
+
+    The first is the verdict: a study's families are fixed before it runs. The second answers another question, whether
+    any of so many studies would be wrong.
 
     `earlier` is a ledger.json, of one study or of many, whose folders need not be there any more: its rows are judged
     again among the others, but for those of a study of the same name as one in `outs`, which takes their place. Raises
@@ -111,8 +114,9 @@ def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = No
     places = list(dict.fromkeys(name for name, _ in [*old, *fresh]))
     names = {name for name, _ in fresh}
     asked = sorted([named for named in old if named[0] not in names] + fresh, key=lambda named: places.index(named[0]))
-    rows = judge([one for _, one in asked], study="")
-    return [replace(row, study=name) for (name, _), row in zip(asked, rows, strict=True)]
+    merged = judge([one for _, one in asked], study="")
+    alone = [row for place in places for row in judge([one for name, one in asked if name == place], study=place)]
+    return [replace(row, merged=(among.verdict, among.decisive)) for row, among in zip(alone, merged, strict=True)]
 
 
 def _claims_of(out: Path | str) -> list[Named]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
-from ..statistics import Claim, Effect, Row, effect, judge
+from ..statistics import Claim, Effect, Question, Row, ask, effect, judge
 from . import numbers
 from .findings import Findings, Result, best, difference, validation_twin
 from .kinds import Kind, kind_of
@@ -16,7 +16,7 @@ from .words import short_name, title
 
 __all__ = ["claims", "ledger"]
 
-Judged = tuple[Claim, Effect | None]
+Judged = Question
 
 # What is asked of other methods: whether they gain too, or whether the headline's method gains more than they do.
 ITSELF: dict[Kind, str] = {
@@ -68,7 +68,7 @@ def _judged(text: str, expects: Literal["above", "below", "none"], result: Resul
     Over a control whose mean is zero there is no per cent, and no telling what would not matter.
     """
     scale, unit = numbers.scale(result.measure, result.control), numbers.gain_unit(result.measure, result.control)
-    return Claim(text, expects, 0.0 if unit == numbers.ABSOLUTE else 2.0, unit, test), one.scaled(scale)
+    return ask(Claim(text, expects, 0.0 if unit == numbers.ABSOLUTE else 2.0, unit, test), one.scaled(scale))
 
 
 def _at_best(findings: Findings, result: Result, text: str) -> Judged:
@@ -212,4 +212,4 @@ def _transfers(findings: Findings, fgsm: Result | None) -> Iterator[Judged]:
         way = "dense → sparse" if measure.role == "to sparse" else "sparse → dense"
         text = f"adversarial examples transfer {way} (most of them fool the other network too)"
         test = f"{measure.title}, {findings.method} at {numbers.percent(sparsity)}: share of those that could − 50%"
-        yield Claim(text, "above", 2.0, "points", test), effect(values(seeds, images) - 0.5).scaled(100.0)
+        yield ask(Claim(text, "above", 2.0, "points", test), effect(values(seeds, images) - 0.5).scaled(100.0))

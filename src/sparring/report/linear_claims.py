@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from ..statistics import Claim, Effect, Row, judge
+from ..statistics import Claim, Effect, Question, Row, ask, judge
 from .linear_study import DENSE, Group, LinearStudy, Step, Value
 
 __all__ = ["NAMES", "PATHS", "gain", "linear_claims", "linear_ledger", "r_2", "r_inf", "sparsity_of"]
@@ -40,7 +40,7 @@ def linear_ledger(data: LinearStudy) -> list[Row]:
     return judge(linear_claims(data), study=str(data.study.plan.get("name") or "study"))
 
 
-def linear_claims(data: LinearStudy) -> list[tuple[Claim, Effect | None]]:
+def linear_claims(data: LinearStudy) -> list[Question]:
     """Return the claims, each for every loss and way to sparsity, with its effect, not yet judged."""
     return [
         judged
@@ -51,7 +51,7 @@ def linear_claims(data: LinearStudy) -> list[tuple[Claim, Effect | None]]:
     ]
 
 
-def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[tuple[Claim, Effect | None]]:
+def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[Question]:
     eps = data.eps[0]
     step, tuned = (data.best(loss, which, r_inf(eps)) for which in (path, "l2"))
     assert step is not None and tuned is not None
@@ -61,10 +61,12 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[tuple[Claim, Ef
         ("unboxed", "the theorem's r_inf, unboxed,", "linear: sparsity gains l_inf robustness without the box"),
     ):
         test = f"{where} − dense: {told} at ε = {eps:g}"
-        yield _claim(text, "above", "points", test), _in(100.0, gain(data, loss, step, r_inf(eps, form)))
+        claim = _claim(text, "above", "points", test, primary=form == "fgsm")
+        yield ask(claim, _in(100.0, gain(data, loss, step, r_inf(eps, form))))
     test = f"{where} − {_place(data, loss, tuned)}, the dense one best for r_inf: FGSM at ε = {eps:g}"
     text = "linear: the l_inf gain exceeds that of a denser classifier with a tuned l2 penalty"
-    yield _claim(text, "above", "points", test), _in(100.0, gain(data, loss, step, r_inf(eps, "fgsm"), tuned))
+    claim = _claim(text, "above", "points", test)
+    yield ask(claim, _in(100.0, gain(data, loss, step, r_inf(eps, "fgsm"), tuned)))
     step = data.best(loss, path, r_2())
     assert step is not None
     where = f"{loss}, {_place(data, loss, step)}"
@@ -78,11 +80,14 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[tuple[Claim, Ef
     ):
         scale = 100.0 / data.mean(loss, DENSE, r_2(form))
         test = f"{where} − dense: {told} % of the dense mean"
-        yield _claim(text, "not above", "%", test), _in(scale, gain(data, loss, step, r_2(form)))
+        claim = _claim(text, "not above", "%", test, primary=form == "boxed")
+        yield ask(claim, _in(scale, gain(data, loss, step, r_2(form))))
 
 
-def _claim(text: str, expects: Literal["above", "not above"], unit: str, test: str) -> Claim:
-    return Claim(text, expects, MARGIN, unit, f"{test}, paired over digit pairs")
+def _claim(text: str, expects: Literal["above", "not above"], unit: str, test: str, *, primary: bool = False) -> Claim:
+    origin: Literal["paper", "this project"] = "paper" if primary else "this project"
+    told = f"{test}, paired over digit pairs"
+    return Claim(text, expects, MARGIN, unit, told, primary=primary, origin=origin)
 
 
 def _in(scale: float, one: Effect | None) -> Effect | None:

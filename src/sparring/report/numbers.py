@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..statistics import MOST_POINTS, Effect
+from ..statistics import LEAST_P, MOST_POINTS, Effect
 from .measures import Measure
 
 __all__ = [
@@ -103,8 +103,12 @@ def detectable(measure: Measure, control: Effect, least: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Return a p-value as "< 0.001" or "0.034"."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    """Return a p-value as "< 1e-4", "0.0021" or "0.034"; "–" where there is none, as of one seed."""
+    if math.isnan(p):
+        return "–"
+    if p <= LEAST_P:
+        return "< 1e-4"
+    return f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
 
 
 def seeds(count: int) -> str:

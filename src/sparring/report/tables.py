@@ -200,8 +200,9 @@ def ledger_table(rows: Sequence[Row]) -> Html:
     cells = []
     for row in rows:
         effect = "–" if row.effect is None else numbers.signed(row.effect, row.claim.unit)
-        mark = {"reproduced": "●", "contradicted": "✕", "undecided": "○"}[row.verdict]
-        verdict = tag("span", f"{mark} {row.verdict}", class_=f"verdict {row.verdict}")
+        mark = {"reproduced": "●", "undecided": "○"}.get(row.verdict, "✕")
+        kind = row.verdict if mark != "✕" else "contradicted"
+        verdict = tag("span", f"{mark} {row.told}", class_=f"verdict {kind}")
         what = join(row.claim.text, tag("small", row.claim.test))
         p = "–" if row.decisive is None else numbers.p_value(row.decisive)
         counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")

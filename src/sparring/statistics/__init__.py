@@ -6,33 +6,41 @@ array, (seeds, images), and a curve is a stack of them, (sparsities, seeds, imag
 
 from __future__ import annotations
 
-from .curves import Curve, Peak, SweetSpot, curve, joint_errors, over_sparsified, peak, sweet_spot
+from .curves import Curve, Peak, SweetSpot, curve, joint_errors, over_sparsified, peak, simultaneous, sweet_spot
 from .effects import (
     INDICATIVE_BELOW,
+    LEAST_P,
     MOST_POINTS,
     Effect,
+    beyond,
     binomial_interval,
     effect,
     equivalence,
     holm,
+    log_ratio_values,
     minimum_detectable_effect,
     no_gain,
     ratio_values,
     seeds_needed,
     unpaired,
 )
-from .ledger import Claim, Row, judge, reread
+from .ledger import Claim, Question, Row, Verdict, ask, judge, reread
 from .pairs import pair_effect
 
 __all__ = [
     "INDICATIVE_BELOW",
+    "LEAST_P",
     "MOST_POINTS",
     "Claim",
     "Curve",
     "Effect",
     "Peak",
+    "Question",
     "Row",
     "SweetSpot",
+    "Verdict",
+    "ask",
+    "beyond",
     "binomial_interval",
     "curve",
     "effect",
@@ -40,6 +48,7 @@ __all__ = [
     "holm",
     "joint_errors",
     "judge",
+    "log_ratio_values",
     "minimum_detectable_effect",
     "no_gain",
     "over_sparsified",
@@ -48,6 +57,7 @@ __all__ = [
     "ratio_values",
     "reread",
     "seeds_needed",
+    "simultaneous",
     "sweet_spot",
     "unpaired",
 ]

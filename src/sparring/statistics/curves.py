@@ -5,15 +5,25 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from .effects import Effect, effect, holm
+from .effects import Effect, beyond, effect, holm
 
-__all__ = ["Curve", "Peak", "SweetSpot", "curve", "joint_errors", "over_sparsified", "peak", "sweet_spot"]
+__all__ = [
+    "Curve",
+    "Peak",
+    "SweetSpot",
+    "curve",
+    "joint_errors",
+    "over_sparsified",
+    "peak",
+    "simultaneous",
+    "sweet_spot",
+]
 
 ALPHA = 0.05
 
@@ -140,11 +150,27 @@ def _may_be_best(k: int, means: NDArray[np.float64], errors: NDArray[np.float64]
     return bool((lead / spread).max() <= critical)
 
 
-def over_sparsified(one: Curve) -> float | None:
-    """Return the sparsity from which on the metric is significantly below the dense control, or None."""
+def simultaneous(one: Curve, *, generator: np.random.Generator, level: float = 0.95, draws: int = 2000) -> list[Effect]:
+    """Return the effects with intervals that hold at all sparsities together, so for whichever is chosen.
+
+    The half-width is the joint draws' quantile of the largest error in standard errors, and never below a single one's.
+    """
+    errors = joint_errors(one, generator=generator, draws=draws)
+    spread = np.array([max(e.se, np.finfo(float).tiny) for e in one.effects])
+    critical = float(np.quantile(np.abs(errors / spread[:, None]).max(axis=0), level))
+    half = [max(critical * e.se, e.high - e.estimate) for e in one.effects]
+    return [replace(e, low=e.estimate - h, high=e.estimate + h) for e, h in zip(one.effects, half, strict=True)]
+
+
+def over_sparsified(one: Curve, margin: float = 0.0) -> float | None:
+    """Return the sparsity from which on the metric is shown to lose more than its margin, or None.
+
+    Holm's correction runs over the sparsities. What lies below minus the margin at all of them cannot be a sweet spot.
+    """
+    lost = holm([beyond(e, margin) if e.estimate < -margin and e.seeds > 1 else 1.0 for e in one.effects])
     first = None
-    for sparsity, loss in zip(one.sparsities, one.losses(), strict=True):
-        if not loss:
+    for sparsity, p in zip(one.sparsities, lost, strict=True):
+        if p > ALPHA:
             first = None
         elif first is None:
             first = sparsity

@@ -15,12 +15,15 @@ from scipy import special  # not scipy.stats, which takes a second or two to imp
 
 __all__ = [
     "INDICATIVE_BELOW",
+    "LEAST_P",
     "MOST_POINTS",
     "Effect",
+    "beyond",
     "binomial_interval",
     "effect",
     "equivalence",
     "holm",
+    "log_ratio_values",
     "minimum_detectable_effect",
     "no_gain",
     "ratio_values",
@@ -30,13 +33,17 @@ __all__ = [
 
 INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicative"
 MOST_POINTS = 100.0  # no share of images can differ by more
+LEAST_P = 1e-4  # no p-value is taken for smaller: nothing vouches for the tails of a few seeds
+LEAST_RATIO = 1e-6  # of a control's mean: what has vanished has no logarithm
+MOST_SEEDS = 10_000  # where a search for the seeds that an effect needs ends
 
 
 @dataclass(frozen=True)
 class Effect:
     """Hold the mean of crossed values with its standard error, interval and two-sided p-value against zero.
 
-    `df` are Satterthwaite's degrees of freedom. With one seed the interval covers the choice of images only.
+    `df` are Satterthwaite's degrees of freedom, for the interval. With one seed the interval covers the choice of
+    images only and `p` is NaN.
     """
 
     estimate: float
@@ -52,6 +59,16 @@ class Effect:
     def indicative(self) -> bool:
         """Tell whether there are too few seeds to call this more than an indication."""
         return self.seeds < INDICATIVE_BELOW
+
+    @property
+    def df_p(self) -> float:
+        """Return the degrees of freedom of p-values: never more than the seeds have.
+
+        Satterthwaite's are estimated, and err together with the standard error: by luck the seeds look alike, both are
+        then too good, and tails far out are tens of times too likely. With seeds - 1 the test is exact for normal seeds
+        and conservative where images add to the variance. Of one seed only images are asked.
+        """
+        return self.df if self.seeds == 1 else min(self.df, self.seeds - 1.0)
 
     def scaled(self, factor: float) -> Effect:
         """Return the same effect in another unit: times a positive factor."""
@@ -77,7 +94,8 @@ def effect(values: ArrayLike, *, level: float = 0.95) -> Effect:
 
     The variance is the crossed bootstrap's (one draw of images for all seeds) in closed form and without its bias:
     (MS_seed + MS_image - MS_rest) / (seeds · images), never below what the seeds or the images alone give. The interval
-    is Student's, with Satterthwaite's degrees of freedom. One seed gives the images' variance alone.
+    is Student's, with Satterthwaite's degrees of freedom; the p-value has seeds - 1 (`Effect.df_p`) and is never below
+    1e-4. One seed gives the images' variance alone and no p-value.
 
     Raises ValueError for fewer than two images or values that are not finite.
     Sources: Cornfield & Tukey 1956 (variance); Satterthwaite 1946; Owen 2007 (the crossed bootstrap and its bias).
@@ -90,10 +108,9 @@ def effect(values: ArrayLike, *, level: float = 0.95) -> Effect:
     seeds, images = d.shape
     mean = float(d.mean())
     se, df = _crossed_error(d)
-    t = statistic(mean, se)
     half = float(special.stdtrit(df, (1 + level) / 2)) * se
-    p = float(2 * special.stdtr(df, -abs(t))) if math.isfinite(t) else 0.0
-    return Effect(mean, se, df, mean - half, mean + half, p, seeds, images)
+    one = Effect(mean, se, df, mean - half, mean + half, math.nan, seeds, images)
+    return replace(one, p=two_sided(one)) if seeds > 1 else one
 
 
 def _crossed_error(d: NDArray[np.float64]) -> tuple[float, float]:
@@ -114,6 +131,16 @@ def _crossed_error(d: NDArray[np.float64]) -> tuple[float, float]:
     spread = ms_seed**2 / (seeds - 1) + ms_image**2 / (images - 1) + ms_rest**2 / ((seeds - 1) * (images - 1))
     df = float(np.clip(total**2 / spread, seeds - 1, seeds * images - 1))
     return math.sqrt(total / (seeds * images)), df
+
+
+def two_sided(one: Effect) -> float:
+    """Return the p-value of "the effect is not zero"."""
+    return min(1.0, 2 * _tail(one, -abs(one.estimate)))
+
+
+def _tail(one: Effect, distance: float) -> float:
+    """Return Student's lower tail at a distance from a hypothesis, at least 1e-4 / 2."""
+    return max(LEAST_P / 2, float(special.stdtr(one.df_p, statistic(distance, one.se))))
 
 
 def statistic(estimate: float, se: float) -> float:
@@ -138,6 +165,22 @@ def ratio_values(numerator: ArrayLike, denominator: ArrayLike) -> NDArray[np.flo
     return np.asarray(ratio + (top - ratio * bottom) / share)
 
 
+def log_ratio_values(values: ArrayLike, control: ArrayLike) -> NDArray[np.float64]:
+    """Return values whose mean over seeds and images is log(mean of values / mean of control), (..., seeds, images).
+
+    Around both means the logarithm is linearised (the delta method), so that an interval of a ratio never reaches below
+    zero, and both means count as uncertain. A mean below 1e-6 of the control's counts as that. Raises ValueError where
+    the control's mean is not positive.
+    """
+    v, c = np.asarray(values, dtype=np.float64), np.asarray(control, dtype=np.float64)
+    base = c.mean(axis=(-2, -1), keepdims=True)
+    if not (base > 0).all():
+        raise ValueError("a ratio needs a control whose mean is positive")
+    mean = v.mean(axis=(-2, -1), keepdims=True)
+    level = np.maximum(mean, LEAST_RATIO * base)
+    return np.asarray(np.log(level / base) + (v - mean) / level - (c / base - 1))
+
+
 def holm(p: ArrayLike) -> NDArray[np.float64]:
     """Return p-values corrected for their number by Holm's step-down method (Holm 1979); NaN stays and counts not."""
     raw = np.asarray(p, dtype=np.float64)
@@ -152,31 +195,43 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 def minimum_detectable_effect(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the smallest true effect that this study would have called significant with probability `power`.
 
-    In the effect's own unit. Divide alpha by the number of tests for the first step of Holm's method.
+    In the effect's own unit, by the noncentral t. Divide alpha by the number of tests for the first step of Holm's
+    method.
     """
-    return float(special.stdtrit(one.df, 1 - alpha / 2) + special.stdtrit(one.df, power)) * one.se
+    critical = special.stdtrit(one.df_p, 1 - alpha / 2)
+    return float(special.nctdtrinc(one.df_p, 1 - power, critical)) * one.se
 
 
-def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int:
+def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int | None:
     """Return about how many seeds would make an effect of this size significant, if all its spread shrank with them.
 
-    A lower bound in truth, as the images' share of the spread does not shrink with seeds. At least one more than now.
+    A lower bound in truth, as the images' share of the spread does not shrink with seeds. At least one more than now;
+    None for more than 10,000. Raises ValueError for an effect of zero.
     """
     if one.estimate == 0:
         raise ValueError("no number of seeds makes an effect of zero significant")
-    z = float(special.ndtri(1 - alpha / 2) + special.ndtri(power))
-    return max(one.seeds + 1, math.ceil(one.seeds * (z * one.se / one.estimate) ** 2))
+    low, high = one.seeds, MOST_SEEDS
+    if not _suffice(one, high, alpha, power):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _suffice(one, middle, alpha, power) else (middle, high)
+    return high
+
+
+def _suffice(one: Effect, seeds: int, alpha: float, power: float) -> bool:
+    """Tell whether so many seeds would make an effect significant with probability `power`."""
+    df = seeds - 1.0 if one.df_p == one.seeds - 1 else one.df_p  # pairs of few things have fewer
+    more = replace(one, se=one.se * math.sqrt(one.seeds / seeds), df=df, seeds=seeds)
+    return minimum_detectable_effect(more, alpha=alpha, power=power) <= abs(one.estimate)
 
 
 def equivalence(one: Effect, margin: float) -> float:
     """Return the p-value of "the effect lies within ±margin": two one-sided tests (Schuirmann 1987).
 
-    At most 0.05 exactly when the 90% interval lies inside the margin. Raises ValueError unless margin > 0.
+    Raises ValueError unless margin > 0.
     """
-    if not margin > 0:
-        raise ValueError(f"an equivalence margin must be positive, not {margin}")
-    below = special.stdtr(one.df, -statistic(one.estimate + margin, one.se))
-    return max(float(below), no_gain(one, margin))
+    return max(no_gain(replace(one, estimate=-one.estimate), margin), no_gain(one, margin))
 
 
 def no_gain(one: Effect, margin: float) -> float:
@@ -186,7 +241,12 @@ def no_gain(one: Effect, margin: float) -> float:
     """
     if not margin > 0:
         raise ValueError(f"a margin must be positive, not {margin}")
-    return float(special.stdtr(one.df, -statistic(margin - one.estimate, one.se)))
+    return max(LEAST_P, _tail(one, one.estimate - margin))
+
+
+def beyond(one: Effect, margin: float) -> float:
+    """Return the two-sided p-value of "the effect lies beyond ±margin, on the side where its estimate is"."""
+    return min(1.0, 2 * _tail(one, margin - abs(one.estimate)))
 
 
 def unpaired(first: Effect, second: Effect, *, level: float = 0.95) -> Effect:
@@ -200,6 +260,6 @@ def unpaired(first: Effect, second: Effect, *, level: float = 0.95) -> Effect:
     df = se**4 / spread if spread > 0 else min(first.df, second.df)
     estimate = second.estimate - first.estimate
     half = float(special.stdtrit(df, (1 + level) / 2)) * se
-    p = float(2 * special.stdtr(df, -abs(statistic(estimate, se))))
     fewest = min(first.seeds, second.seeds), min(first.images, second.images)
-    return Effect(estimate, se, df, estimate - half, estimate + half, p, *fewest)
+    one = Effect(estimate, se, df, estimate - half, estimate + half, math.nan, *fewest)
+    return replace(one, p=two_sided(one)) if one.seeds > 1 else one

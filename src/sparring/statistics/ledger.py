@@ -1,18 +1,29 @@
-"""The ledger: each claim of the literature with its test, its numbers and one of three verdicts."""
+"""The ledger: each claim of the literature with its test, its numbers and its verdict."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .effects import MOST_POINTS, Effect, equivalence, holm, minimum_detectable_effect, no_gain, seeds_needed
+from .effects import (
+    MOST_POINTS,
+    Effect,
+    beyond,
+    equivalence,
+    minimum_detectable_effect,
+    no_gain,
+    seeds_needed,
+    two_sided,
+)
+from .families import Levels, correct
 
-__all__ = ["Claim", "Row", "judge", "reread"]
+__all__ = ["Claim", "Question", "Row", "Verdict", "ask", "judge", "reread"]
 
 ALPHA = 0.05
-Verdict = Literal["reproduced", "contradicted", "undecided"]
+Verdict = Literal["reproduced", "opposite", "no effect that matters", "undecided"]
+Expects = Literal["above", "below", "none", "not above"]
 
 
 @dataclass(frozen=True)
@@ -20,132 +31,232 @@ class Claim:
     """State what a claim says of an effect: above zero, below zero, within ±margin of zero, or not above margin.
 
     `margin`, in the effect's `unit`, is the largest effect that does not matter, 0 where nobody can tell; `test` says
-    what was compared.
+    what was compared. With `log` the effect tested is 100 times the logarithm of a ratio, and shown in %. `primary`
+    claims are tested first, the others only with what these leave. `origin` says whose claim it is.
     """
 
     text: str
-    expects: Literal["above", "below", "none", "not above"]
+    expects: Expects
     margin: float
     unit: str
     test: str
+    log: bool = False
+    primary: bool = False
+    origin: Literal["paper", "later work", "this project"] = "this project"
+
+    @property
+    def limit(self) -> float:
+        """Return the margin on the scale of the test."""
+        return 100 * math.log1p(self.margin / 100) if self.log else self.margin
+
+
+@dataclass(frozen=True)
+class Question:
+    """Hold a claim with its effect and the p-values that can decide it, none corrected for other claims yet.
+
+    `p` is that of a difference, two-sided; `p_small` that of an effect too small to matter (of a gain too small, where
+    the claim is of a gain; NaN without a margin); `p_against` that of the opposite of the claim; `p_done` that of
+    knowing on which side of zero and of the margin the effect lies, so that nothing is left to err about. All are NaN
+    without an effect or with one seed. `doubt` says why no p-value may decide; `failed` are the shares of images on
+    which an attack failed, on either side; `unknown` is what an earlier version did not write down.
+    """
+
+    claim: Claim
+    effect: Effect | None
+    p: float = math.nan
+    p_small: float = math.nan
+    p_against: float = math.nan
+    p_done: float = math.nan
+    doubt: str = ""
+    failed: tuple[float, float] = (0.0, 0.0)
+    unknown: str = ""
+
+
+def ask(
+    claim: Claim,
+    effect: Effect | None,
+    *,
+    curve: Sequence[Effect] = (),
+    choices: int = 1,
+    doubt: str = "",
+    failed: tuple[float, float] = (0.0, 0.0),
+) -> Question:
+    """Return a question with its p-values.
+
+    A claim that something holds at some sparsity is refuted only where it fails at all of them: `curve` are their
+    effects, each of which must be small, or opposite (an intersection-union test). `choices` is among how many
+    sparsities the best was chosen on the very images of the test: p-values are multiplied by it.
+    """
+    if effect is None or effect.seeds == 1:
+        return Question(claim, effect, doubt=doubt, failed=failed)
+    every = (effect, *curve)
+    p = min(1.0, effect.p * choices)
+    opposite = {"above": [e.estimate < 0 for e in every], "below": [e.estimate > 0 for e in every]}
+    against = max(e.p for e in every) if all(opposite.get(claim.expects, [True])) else 1.0
+    if claim.expects == "not above" and effect.estimate < 0:
+        against = 1.0
+    small, done = math.nan, p
+    if claim.margin > 0:
+        one_sided = claim.expects == "not above" or (claim.expects == "above" and curve)
+        small = max((no_gain if one_sided else equivalence)(e, claim.limit) for e in every)
+        done = min(choices * beyond(effect, claim.limit), max(p, small))
+    return Question(claim, effect, p, small, against, done, doubt, failed)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one line of the ledger; None: not measured.
+    """Hold one line of the ledger; `effect` is as shown, None where not measured.
 
-    `p` is the two-sided p-value of a difference, `p_small` that of an effect too small to matter (of a gain too small
-    to matter, where the claim is "not above"; None also where the claim has no margin). Both are corrected by Holm
-    across the ledger, each in a family of its own.
+    `p`, `p_small` and `p_against` are the question's, corrected within the study's families (None: no such test).
+    `merged` is the verdict among the claims of all studies of a merged ledger, with the p-value that it rests on.
     """
 
-    claim: Claim
+    question: Question
     verdict: Verdict
-    effect: Effect | None
     p: float | None
     p_small: float | None
+    p_against: float | None
     study: str
     why: str
+    merged: tuple[Verdict, float | None] | None = field(default=None)
+
+    @property
+    def claim(self) -> Claim:
+        """Return the claim."""
+        return self.question.claim
+
+    @property
+    def effect(self) -> Effect | None:
+        """Return the effect as shown: that of a logarithm as a change in %."""
+        one = self.question.effect
+        if one is None or not self.claim.log:
+            return one
+        low, high, estimate = (100 * math.expm1(number / 100) for number in (one.low, one.high, one.estimate))
+        return replace(one, estimate=estimate, low=low, high=high)
 
     @property
     def decisive(self) -> float | None:
         """Return the p-value that the verdict rests on; that of the difference where it is undecided."""
-        if self.claim.expects in ("none", "not above"):
-            return self.p_small if self.verdict == "reproduced" else self.p
-        by_size = self.verdict == "contradicted" and self.p is not None and self.p > ALPHA
-        return self.p_small if by_size else self.p
+        none = self.claim.expects in ("none", "not above")
+        rests = {"no effect that matters": self.p_small, "opposite": self.p_against, "undecided": self.p}
+        return rests.get(self.verdict, self.p_small if none else self.p)
 
-    def as_dict(self) -> dict[str, str | float | int | None]:
-        """Return the row flat, for JSON: all that `reread` needs; `p_alone` is the p-value before any correction."""
-        c, e = self.claim, self.effect
+    @property
+    def told(self) -> str:
+        """Return the verdict as a table says it: never decided without saying that seeds are few."""
+        e = self.question.effect
+        few = self.verdict != "undecided" and e is not None and e.indicative
+        doubt = self.verdict == "undecided" and self.question.doubt
+        return self.verdict + (", indicative" if few else ": attack in doubt" if doubt else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row flat, for JSON: all that `reread` needs; p-values named "alone" are before any correction."""
+        q, c, e = self.question, self.claim, self.question.effect
         words = {"claim": c.text, "test": c.test, "verdict": self.verdict, "unit": c.unit, "why": self.why}
-        asked = {"expects": c.expects, "margin": c.margin}
-        names = {"estimate": "estimate", "low": "low", "high": "high", "se": "se", "df": "df", "p_alone": "p"}
-        numbers = {name: None if e is None else getattr(e, field) for name, field in names.items()}
-        counts = {"seeds": 0 if e is None else e.seeds, "images": 0 if e is None else e.images}
-        return words | asked | numbers | {"p": self.p, "p_small": self.p_small} | counts | {"study": self.study}
+        asked = {"expects": c.expects, "margin": c.margin, "log": c.log, "primary": c.primary, "origin": c.origin}
+        names = ("estimate", "low", "high", "se", "df")
+        numbers = {name: None if self.effect is None else getattr(self.effect, name) for name in names}
+        alone = {"p": q.p, "p_small": q.p_small, "p_against": q.p_against, "p_done": q.p_done}
+        numbers |= {f"{name}_alone": None if math.isnan(p) else p for name, p in alone.items()}
+        counts = {"seeds": 0 if e is None else e.seeds, "images": 0 if e is None else e.images, "study": self.study}
+        merged = {} if self.merged is None else {"merged": self.merged[0], "p_merged": self.merged[1]}
+        corrected = {"p": self.p, "p_small": self.p_small, "p_against": self.p_against}
+        notes = {"failed": list(q.failed), "doubt": q.doubt, "unknown": q.unknown}
+        return words | asked | numbers | corrected | notes | counts | merged
 
 
-def reread(row: Mapping[str, Any]) -> tuple[Claim, Effect | None]:
-    """Return the claim and effect of a row that `as_dict` made flat, to be judged again among others.
+def reread(row: Mapping[str, Any]) -> Question:
+    """Return the question of a row that `as_dict` made flat, to be judged again among others.
 
     Raises KeyError or TypeError when something is missing or is not a number where it should be.
     """
-    claim = Claim(str(row["claim"]), row["expects"], float(row["margin"]), str(row["unit"]), str(row["test"]))
+    texts = (str(row["claim"]), row["expects"], float(row["margin"]), str(row["unit"]), str(row["test"]))
+    claim = Claim(*texts, bool(row["log"]), bool(row["primary"]), row["origin"])
+    one, other = map(float, row["failed"])
+    known = Question(claim, None, doubt=str(row["doubt"]), failed=(one, other), unknown=str(row["unknown"]))
     if row["estimate"] is None:
-        return claim, None
-    estimate, se, df, low, high, p = (float(row[n]) for n in ("estimate", "se", "df", "low", "high", "p_alone"))
-    return claim, Effect(estimate, se, df, low, high, p, int(row["seeds"]), int(row["images"]))
+        return known
+    estimate, se, df, low, high = (float(row[name]) for name in ("estimate", "se", "df", "low", "high"))
+    if claim.log:
+        estimate, low, high = (100 * math.log1p(number / 100) for number in (estimate, low, high))
+    effect = Effect(estimate, se, df, low, high, math.nan, int(row["seeds"]), int(row["images"]))
+    effect = replace(effect, p=two_sided(effect)) if effect.seeds > 1 else effect
+    p, small, against, done = (
+        math.nan if (p := row[f"{name}_alone"]) is None else float(p)
+        for name in ("p", "p_small", "p_against", "p_done")
+    )
+    return replace(known, effect=effect, p=p, p_small=small, p_against=against, p_done=done)
 
 
-def judge(claims: Sequence[tuple[Claim, Effect | None]], *, study: str) -> list[Row]:
-    """Give every claim its verdict; an effect of None is a claim that this study did not measure.
+def judge(questions: Sequence[Question], *, study: str) -> list[Row]:
+    """Give every claim its verdict; one without an effect is a claim that this study did not measure.
 
-    A claimed direction is reproduced when the effect is significant that way, contradicted when it is significant the
-    other way or shown to lie within the margin; a claim of no effect the other way round. Holm's correction runs across
-    the ledger twice, as there are two ways to err: over all tests of a difference, and over all tests of an effect too
-    small to matter. Anything else is undecided, and `why` says what it would take; one seed decides nothing.
+    A claimed direction is reproduced when the effect is significant that way; "opposite" when it is the other way; and
+    there is "no effect that matters" when it is shown to lie within the margin. A claim of no effect is reproduced by
+    the last. Primary claims share 5%; the others have what settled ones hand on (`families.correct`), so that the
+    chance of any false verdict in a ledger is at most 5%. Anything else is undecided, and `why` says what it would
+    take; one seed, or an attack in doubt, decides nothing.
     """
-    corrected = holm([math.nan if e is None else e.p for _, e in claims])
-    small = holm([_too_small(claim, e) for claim, e in claims])
-    alpha = ALPHA / max(1, sum(e is not None for _, e in claims))
-    both = zip(claims, corrected, small, strict=True)
-    return [_row(claim, e, float(p), float(p_small), alpha, study) for (claim, e), p, p_small in both]
+    levels = correct(
+        [(q.claim.primary, q.effect, 1.0 if q.doubt else q.p_done, q.claim.margin) for q in questions], alpha=ALPHA
+    )
+    return [_row(q, level, study) for q, level in zip(questions, levels, strict=True)]
 
 
-def _too_small(claim: Claim, e: Effect | None) -> float:
-    if e is None or claim.margin <= 0:
-        return math.nan
-    return no_gain(e, claim.margin) if claim.expects == "not above" else equivalence(e, claim.margin)
+def _row(q: Question, levels: Levels, study: str) -> Row:
+    if q.effect is None:
+        return Row(q, "undecided", None, None, None, study, q.unknown or "not measured in this study")
+    p, small, against = (levels.adjusted(p) for p in (q.p, q.p_small, q.p_against))
+    verdict, why = _verdict(q, p, small, against)
+    if q.effect.seeds == 1:
+        why = "one seed cannot decide"
+    elif q.doubt:
+        verdict, why = "undecided", f"attack in doubt: {q.doubt}"
+    elif verdict == "undecided":
+        why = f"{why}; {_takes(q, q.effect, levels.first)}"
+    if q.effect.indicative:
+        why = f"indicative ({q.effect.seeds} seed{'s' if q.effect.seeds > 1 else ''}): {why}"
+    why += f" (not known: {q.unknown})" if q.unknown else ""
+    known, known_small, known_against = (None if math.isnan(number) else number for number in (p, small, against))
+    return Row(q, verdict, known, known_small, known_against, study, why)
 
 
-def _row(claim: Claim, e: Effect | None, p: float, p_small: float, alpha: float, study: str) -> Row:
-    if e is None:
-        return Row(claim, "undecided", None, None, None, study, "not measured in this study")
-    verdict: Verdict
-    verdict, why = _verdict(claim, e, p, p_small) if e.seeds > 1 else ("undecided", "one seed cannot decide")
-    if verdict == "undecided" and e.seeds > 1:
-        why = f"{why}; {_takes(claim, e, alpha)}"
-    if e.indicative:
-        why = f"indicative ({e.seeds} seed{'s' if e.seeds > 1 else ''}): {why}"
-    return Row(claim, verdict, e, p, None if math.isnan(p_small) else p_small, study, why)
-
-
-def _verdict(claim: Claim, e: Effect, p: float, p_small: float) -> tuple[Verdict, str]:
-    """Judge one claim by its two corrected p-values; that of a small effect is NaN where there is no margin."""
-    small = p_small <= ALPHA
-    margin = _amount(claim.margin, claim)
-    what = f"less than {margin}, by a one-sided test"
-    if claim.expects != "not above":
-        what = f"within ±{margin}, by two one-sided tests"
-    found: Literal["above", "below", "none"] = "none"
-    if p <= ALPHA:
-        found = "above" if e.estimate > 0 else "below"
-    if claim.expects == "not above" and small:
-        loss = f", and significantly {found} zero" if found != "none" else ""
-        return "reproduced", f"{what}{loss}"
-    if claim.expects == "none" and small:
-        return "reproduced", what
-    if found == claim.expects and found != "none":
-        return "reproduced", f"significantly {found} zero" + (", though smaller than matters" if small else "")
-    if found != "none":
-        return "contradicted", f"significantly {found} zero"
-    if small:
-        return "contradicted", f"{what}: no effect that matters"
-    if _too_small(claim, e) <= ALPHA:
+def _verdict(q: Question, p: float, p_small: float, p_against: float) -> tuple[Verdict, str]:
+    """Judge one claim by its corrected p-values; NaN decides nothing."""
+    e, expects = q.effect, q.claim.expects
+    assert e is not None
+    side: Expects = "above" if e.estimate > 0 else "below"
+    told = f"significantly {side} zero"
+    what = f"within ±{_amount(q.claim.margin, q.claim)}, by two one-sided tests"
+    if expects in ("above", "not above"):
+        what = f"less than {_amount(q.claim.margin, q.claim)}, by a one-sided test"
+    if p_small <= ALPHA and expects in ("none", "not above"):
+        return "reproduced", what + (f", and {told}" if p <= ALPHA and expects == "not above" else "")
+    if p <= ALPHA and side == expects:
+        return "reproduced", told + (", though smaller than matters" if p_small <= ALPHA else "")
+    if p_against <= ALPHA:
+        return "opposite", told
+    if p_small <= ALPHA:
+        return "no effect that matters", what
+    if q.p_small <= ALPHA:
         return "undecided", f"{what}, but not after correction"
     return "undecided", "not significant after correction" if e.low > 0 or e.high < 0 else "not significant"
 
 
-def _takes(claim: Claim, e: Effect, alpha: float) -> str:
-    """Say what a decision would take."""
+def _takes(q: Question, e: Effect, alpha: float) -> str:
+    """Say what a decision would take at the level that the claim has at first, 0 where none is left for it."""
+    if alpha == 0:
+        return "not tested, as no primary claim is settled"
     least = minimum_detectable_effect(e, alpha=alpha)
-    told = f"would have seen an effect of {_amount(least, claim)}"
-    if claim.unit == "points" and least > MOST_POINTS:
+    if q.claim.log:
+        least = 100 * math.expm1(least / 100)
+    told = f"would have seen an effect of {_amount(least, q.claim)}"
+    if (q.claim.unit == "points" and least > MOST_POINTS) or not math.isfinite(least):
         told = "would have seen no effect, however large"
     if e.estimate == 0:
         return told
-    return f"{told}; this one needs about {seeds_needed(e, alpha=alpha)} seeds or more"
+    needed = seeds_needed(e, alpha=alpha)
+    return f"{told}; this one needs " + (f"about {needed} seeds or more" if needed else "more than 10,000 seeds")
 
 
 def _amount(number: float, claim: Claim) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 from scipy import special
 
-from .effects import Effect, statistic
+from .effects import Effect, two_sided
 
 __all__ = ["pair_effect"]
 
@@ -40,5 +41,5 @@ def pair_effect(values: Mapping[tuple[int, int], float], *, images: int, level: 
     se = math.sqrt(max(crossed, float(d.var(ddof=1)) / pairs))
     df = n - 1.0
     half = float(special.stdtrit(df, (1 + level) / 2)) * se
-    p = float(2 * special.stdtr(df, -abs(statistic(mean, se))))
-    return Effect(mean, se, df, mean - half, mean + half, p, pairs, images)
+    one = Effect(mean, se, df, mean - half, mean + half, math.nan, pairs, images)
+    return replace(one, p=two_sided(one))
