@@ -41,6 +41,9 @@ def study(
     workers: Annotated[int | None, typer.Option(help="Tasks at a time [default: one per core].")] = None,
     data_dir: DataDir = None,
     download: Download = False,
+    register: Annotated[
+        bool, typer.Option("--register", help="Write the plan's hash before the first record; the report says so.")
+    ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
     device: Annotated[str, typer.Option(help="cpu, a GPU such as cuda:0, or auto: a GPU if there is one.")] = "auto",
     ray: Annotated[str | None, typer.Option(help="Run on the Ray cluster at ADDRESS, or auto.")] = None,
@@ -58,7 +61,7 @@ def study(
     named = {"model.name": model, "model.weights": weights}
     changes = [*(overrides or ()), *(f"{key}='{value}'" for key, value in named.items() if value is not None)]
     return run_study(
-        plan, out, tuple(changes), workers, data_dir, download, retry=retry, device=device, ray=ray,
+        plan, out, tuple(changes), workers, data_dir, download, register=register, retry=retry, device=device, ray=ray,
         mlflow=mlflow, tensorboard=tensorboard, quiet=quiet, as_json=json,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from .. import report
 from ..study import Event, Plan, Record, Watcher, run, to_mlflow, to_tensorboard, what_of
+from ..study import register as register_plan
 from .loading import open_data
 
 __all__ = ["run_study"]
@@ -34,6 +35,7 @@ def run_study(
     data_dir: Path | None,
     download: bool,
     *,
+    register: bool,
     retry: bool,
     device: str,
     ray: str | None,
@@ -47,6 +49,10 @@ def run_study(
     command = _command(plan_name, out, overrides, data_dir, download, device)
     out = out or Path("out") / plan.name
     dataset = open_data(plan.data, data_dir, download)
+    if register:
+        entry = register_plan(plan, out)
+        told = f"registered on {entry['time']}: {entry['plan']}"
+        print(told, file=sys.stderr if as_json else sys.stdout, flush=True)
     view = _view(quiet or as_json, sys.stderr if as_json else sys.stdout)
     with contextlib.ExitStack() as stack:
         stack.enter_context(view)

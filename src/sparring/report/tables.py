@@ -66,7 +66,7 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
             continue
         index = result.sparsities.index(sparsity)
         one, p = result.gains.effects[index], result.gains.p_holm[index]
-        least = minimum_detectable_effect(one, alpha=0.05 / len(result.sparsities))
+        least = minimum_detectable_effect(one, alpha=0.05 / (len(result.sparsities) + result.gains.dropped))
         best = "none" if result.peak is None else numbers.span(result.peak.members, result.sparsities)
         over = "–" if result.over_sparsified is None else numbers.percent(result.over_sparsified)
         told = numbers.gain(measure, one, result.control)

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..errors import UnknownNameError, UserError
-from ..modes import eval_mode
 from .activation import ActivationSparsifier, MeanSparse, Percentile
 
 __all__ = ["calibrate_", "insert", "sparsifiers"]
@@ -50,7 +49,7 @@ def insert(model: nn.Module, factory: Callable[[], nn.Module], *, spare: Collect
     paths = [names[node] for node in chosen if node.op == "call_module"]
     if len(set(paths)) == len(chosen):
         for path in paths:
-            model.set_submodule(path, factory().train(model.get_submodule(path).training))
+            model.set_submodule(path, factory())
         return model
     return _rewritten(model, graph, chosen, factory)
 
@@ -74,13 +73,14 @@ def _rewritten(
             )
     for index, node in enumerate(chosen):
         name = f"sparse_activation_{index}"
-        model.add_module(name, factory().train(model.training))
+        model.add_module(name, factory())
         with graph.inserting_after(node):
             replacement = graph.call_module(name, (node.args[0],))
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
+    training = model.training
     rewritten = fx.GraphModule(model, graph)
-    rewritten.training = model.training
+    rewritten.train(training)
     return rewritten
 
 
@@ -101,11 +101,13 @@ def calibrate_(model: nn.Module, x: Tensor) -> None:
     if not len(x):
         raise UserError("calibration needs images; the batch is empty")
     needing = [module for _, module in sparsifiers(model) if isinstance(module, Percentile | MeanSparse)]
+    training = model.training
+    model.eval()
     try:
         for module in needing:
             module.calibrating = True
-        with eval_mode(model):
-            model(x)
+        model(x)
     finally:
         for module in needing:
             module.calibrating = False
+        model.train(training)

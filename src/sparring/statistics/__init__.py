@@ -25,6 +25,7 @@ from .effects import (
     unpaired,
 )
 from .ledger import Claim, Question, Row, Verdict, ask, judge, reread
+from .looks import look_price
 from .pairs import pair_effect
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "joint_errors",
     "judge",
     "log_ratio_values",
+    "look_price",
     "minimum_detectable_effect",
     "no_gain",
     "over_sparsified",

@@ -13,7 +13,8 @@ import torch
 
 from ..data import Dataset, load
 from ..errors import DamageError, PlanError, UserError
-from ..files import canonical_json
+from ..files import canonical_json, sha256_bytes
+from ..history import append_entry, read_history
 from .cluster import RayCluster
 from .estimate import estimate
 from .executors import Executor, InProcess, Processes
@@ -26,7 +27,29 @@ from .stages import perform_stage
 from .store import SCHEMA, Record, Store
 from .tasks import DEVICES, Cell, DataFacts, Work, lay_out
 
-__all__ = ["available_cores", "run"]
+__all__ = ["available_cores", "register", "run"]
+
+
+def register(plan: Plan, out: str | Path) -> dict[str, Any]:
+    """Write a plan and its hash to the history of the folder `out` before its first record, and return that entry.
+
+    A plan that is registered already is not registered twice. Raise PlanError if the folder holds records and the plan
+    is not the registered one, DamageError if the history is broken, and UserError as `run` does.
+    """
+    store = Store(out)
+    store.prepare()
+    table = plan.table()
+    name = sha256_bytes(canonical_json(table).encode())
+    with store.lock():
+        known = [entry for entry in read_history(out) if entry["kind"] == "registered"]
+        if known and known[-1]["plan"] == name:
+            return known[-1]
+        if any(store.records.iterdir()):
+            raise PlanError(
+                f"{store.out} holds records already, and registering is done before the first; choose another folder "
+                "with --out, or leave --register out"
+            )
+        return append_entry(out, {"kind": "registered", "plan": name, "table": table})
 
 
 def run(
@@ -57,6 +80,7 @@ def run(
     if dataset is None:
         dataset = load(plan.data)
     with store.lock():
+        read_history(out)  # a broken one is told of before the work, not after
         facts = DataFacts.of(dataset)
         code = {} if factory is None else {plan.model.name: fingerprint(factory)}
         work = lay_out(plan, facts, device=device, code=code)
