@@ -130,7 +130,7 @@ def studied(folder: Path, count: int, root: Path | None) -> Iterator[Subject]:
         record = found[method, level, seed]
 
         def make(images: int, record: Record = record) -> tuple[nn.Module, Tensor, Tensor]:
-            network = network_of(Context(dataset, store.tensors), record.inputs, record.key)
+            network = network_of(Context(dataset, store.tensors), record.inputs, record.key).eval()
             x, y = chosen_images(dataset, "test", 0, images)
             return network, data.as_float(x), y
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .modes import eval_mode
+
 __all__ = ["Distances", "Size", "accuracy", "distances", "macs", "robust_accuracy", "size"]
 
 
@@ -104,13 +106,10 @@ def macs(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
             sparse += int(module.weight.count_nonzero()) * positions
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             model(torch.zeros(1, *shape))
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return dense, sparse

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modes import eval_mode
 from .dense import ByHand, Dense
 from .losses import Objective
 
@@ -93,16 +94,13 @@ class Probe(nn.Module):
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Hold a model in eval mode with parameters that need no gradient, and restore both on leaving."""
-    modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval()
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
-        yield
+        with eval_mode(model):
+            for parameter, _ in wanted:
+                parameter.requires_grad_(False)
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, required in wanted:
             parameter.requires_grad_(required)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..graph import Graph
+from ..modes import eval_mode
 from ..threat import L2, LINF, distance, norm_name, project, random_point
 from .certificates import margins_over, radius_over
 from .nearest_l2 import nearest_l2
@@ -66,17 +67,13 @@ def exact(
     if norm not in _NEAREST:
         raise UserError(f"exact distances are found for linf and l2, not for {norm_name(norm)}")
     graph = prepare(model, tuple(x.shape[1:]))
-    training = model.training
-    model.eval()
-    try:
-        found = []
+    found = []
+    with eval_mode(model):
         for i in range(len(x)):
             search = _Search(model, graph, x[i : i + 1], y[i : i + 1], norm, time.perf_counter() + seconds, threads)
             if x_adv is not None:
                 search.offer_(x_adv[i : i + 1])
             found.append((search, *search.run_()))
-    finally:
-        model.train(training)
     return Exact(
         lower=torch.tensor([lower for _, lower, _, _ in found], dtype=torch.float64),
         upper=torch.tensor([search.upper for search, _, _, _ in found], dtype=torch.float64),

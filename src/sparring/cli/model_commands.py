@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..files import load_tensors
 from ..metrics import accuracy, distances, robust_accuracy
 from ..models import Blueprint, load_model, load_weights_, save_model
+from ..modes import eval_mode
 from ..sparsity import Pruner, all_ones, build_pruner, check_reached
 from ..statistics import binomial_interval
 from ..study import Plan, Training
@@ -90,7 +91,7 @@ def run_prune(
     dataset = open_data(data_name, data_dir, download)
     if name.endswith(PACKED):
         raise UserError("an artefact is for shipping and cannot be pruned further; prune the model it was made from")
-    model, blueprint = open_model(name, weights, dataset)
+    model, blueprint = open_model(name, weights, dataset, own_modes=True)
     recipe_names = set(asdict(Recipe()))
     recipe = _settings(tuple(o for o in overrides if o.partition("=")[0] in recipe_names), "finetune").finetune
     pruning = _settings(tuple(o for o in overrides if o.partition("=")[0] not in recipe_names), "pruning.0").pruning[0]
@@ -278,11 +279,14 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
             console.print(f"flag: {row['attack']}: {flag['name']}: {flag['detail']}", markup=False)
 
 
-def open_model(name: str, weights: Path | None, dataset: Dataset) -> tuple[nn.Module, Blueprint]:
+def open_model(
+    name: str, weights: Path | None, dataset: Dataset, *, own_modes: bool = False
+) -> tuple[nn.Module, Blueprint]:
     """Return a model and its blueprint from a model file, an artefact, a name with weights, or a user's factory.
 
-    An artefact is attacked as it is shipped, on its kernels. Raise UserError
-    if the model does not accept the data's images or has another number of classes.
+    The model is in eval mode, or with `own_modes` in those of its factory, which may freeze parts of it. An artefact is
+    attacked as it is shipped, on its kernels. Raise UserError if the model does not accept the data's images or has
+    another number of classes.
     """
     if name.endswith(SAVED) and weights is not None:
         raise UserError("a model file holds its weights; give either a model file or --weights")
@@ -298,9 +302,9 @@ def open_model(name: str, weights: Path | None, dataset: Dataset) -> tuple[nn.Mo
             load_weights_(model, _plain_weights(load_tensors(weights)))
         elif ":" not in name:
             raise UserError(f"'{name}' names an architecture without weights; give --weights FILE or a model file")
-    model.eval()
-    _check_fit(model, dataset)
-    return model, blueprint
+    with eval_mode(model):
+        _check_fit(model, dataset)
+    return model if own_modes else model.eval(), blueprint
 
 
 def plain(model: nn.Module) -> nn.Module:

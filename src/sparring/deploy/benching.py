@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..modes import eval_mode
 from .onnx_graph import to_onnx
 from .program import Floats
 from .runtime import export, load
@@ -73,7 +74,7 @@ def bench(
     """
     if not batches or min(batches) < 1 or rounds < 1:
         raise UserError("a benchmark needs batch sizes and rounds of at least 1")
-    with tempfile.TemporaryDirectory() as folder, _one_core():
+    with tempfile.TemporaryDirectory() as folder, _one_core(), eval_mode(model), eval_mode(small or model):
         engines = _engines(model, shape, Path(folder), "")
         if small is not None:
             engines += _engines(small, shape, Path(folder), "small dense, ")
@@ -123,7 +124,6 @@ def _error(found: Floats, expected: Floats) -> float:
 
 def _engines(model: nn.Module, shape: tuple[int, ...], folder: Path, prefix: str) -> list[_Engine]:
     """Return all engines for a network; files go to a folder."""
-    model = model.eval()
     stem = folder / (prefix or "net").replace(", ", "").replace(" ", "-")
     path = export(model, stem.with_suffix(".sparring"), shape=shape)
     packed = load(path)

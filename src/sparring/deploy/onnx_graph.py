@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import write_atomic
+from ..modes import eval_mode
 from .folding import compile_model
 from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
@@ -69,8 +70,8 @@ def onnx_error(path: Path | str, model: nn.Module, x: Tensor) -> float | None:
         return None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-    with torch.no_grad():
-        expected = model.eval()(x)
+    with torch.no_grad(), eval_mode(model):
+        expected = model(x)
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 

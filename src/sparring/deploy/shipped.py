@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..modes import eval_mode
 from .differentiable import PackedModule
 from .runtime import Packed
 
@@ -56,9 +57,7 @@ def compare_shipped(
     its own values, as rounded. `decide` does the same from predictions alone, on the first `few` images: they come from
     the very kernels that are shipped. The model is evaluated in eval mode and left as it was.
     """
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         shipped = PackedModule(packed)
         examples = [attack(model, x, y), attack(shipped, x, y)]
         decided = None if decide is None else decide(shipped, x[:few], y[:few])
@@ -79,8 +78,6 @@ def compare_shipped(
             stands_model=standing[0] & standing[1],
             stands_packed=standing_packed[0] & standing_packed[1],
         )
-    finally:
-        model.train(training)
 
 
 def _share(hits: Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import Unsupported, UserError
+from ..modes import eval_mode
 from .ops import Activation, Add, Affine, AvgPool, Conv2d, Flatten, Graph, Input, Linear, MaxPool, Node, Op, ReLU
 
 __all__ = ["lower"]
@@ -38,9 +39,7 @@ def lower(model: nn.Module, shape: tuple[int, ...]) -> Graph:
 
     Raise Unsupported, naming the culprit, for control flow that cannot be traced and for operations without a rule.
     """
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         traced = _trace(model)
         try:
             first = next((p for p in model.parameters()), torch.zeros(()))
@@ -50,8 +49,6 @@ def lower(model: nn.Module, shape: tuple[int, ...]) -> Graph:
         except Exception as error:  # the user's own operations, which can raise anything
             raise UserError(f"the model does not accept images of shape {shape}: {_first_line(error)}") from error
         return _Lowering(model, traced).run()
-    finally:
-        model.train(training)
 
 
 def _trace(model: nn.Module) -> fx.Graph:

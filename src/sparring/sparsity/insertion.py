@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..errors import UnknownNameError, UserError
+from ..modes import eval_mode
 from .activation import ActivationSparsifier, MeanSparse, Percentile
 
 __all__ = ["calibrate_", "insert", "sparsifiers"]
@@ -49,7 +50,7 @@ def insert(model: nn.Module, factory: Callable[[], nn.Module], *, spare: Collect
     paths = [names[node] for node in chosen if node.op == "call_module"]
     if len(set(paths)) == len(chosen):
         for path in paths:
-            model.set_submodule(path, factory())
+            model.set_submodule(path, factory().train(model.get_submodule(path).training))
         return model
     return _rewritten(model, graph, chosen, factory)
 
@@ -73,14 +74,13 @@ def _rewritten(
             )
     for index, node in enumerate(chosen):
         name = f"sparse_activation_{index}"
-        model.add_module(name, factory())
+        model.add_module(name, factory().train(model.training))
         with graph.inserting_after(node):
             replacement = graph.call_module(name, (node.args[0],))
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
-    training = model.training
     rewritten = fx.GraphModule(model, graph)
-    rewritten.train(training)
+    rewritten.training = model.training
     return rewritten
 
 
@@ -101,13 +101,11 @@ def calibrate_(model: nn.Module, x: Tensor) -> None:
     if not len(x):
         raise UserError("calibration needs images; the batch is empty")
     needing = [module for _, module in sparsifiers(model) if isinstance(module, Percentile | MeanSparse)]
-    training = model.training
-    model.eval()
     try:
         for module in needing:
             module.calibrating = True
-        model(x)
+        with eval_mode(model):
+            model(x)
     finally:
         for module in needing:
             module.calibrating = False
-        model.train(training)

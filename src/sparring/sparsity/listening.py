@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError
+from ..modes import eval_mode
 from .contracts import Loss
-from .scores import eval_mode
 
 __all__ = ["Activity", "LayerActivity", "activity", "with_activation_penalty"]
 

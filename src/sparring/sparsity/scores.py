@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ..modes import eval_mode
 from .contracts import Batch, Loss, Score, Scores
 from .masks import prunable
 
-__all__ = ["SCORES", "eval_mode", "gradients", "magnitude", "random", "snip", "taylor", "wanda"]
+__all__ = ["SCORES", "gradients", "magnitude", "random", "snip", "taylor", "wanda"]
 
 _TAYLOR_BATCH = 32
 
@@ -131,18 +129,6 @@ def gradients(
         name: torch.zeros_like(weight) if slope is None else slope
         for (name, weight), slope in zip(weights.items(), found, strict=True)
     }
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode while the block runs, and every module back into its own mode after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _needed(batch: Batch | None, score: str) -> Batch:

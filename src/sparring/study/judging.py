@@ -127,7 +127,7 @@ def lend(context: Context, task: Task) -> Outcome:
 def transfer(context: Context, task: Task) -> Outcome:
     """Attack the first parent's network and try its adversarial images on the second's."""
     inputs = task.inputs
-    source, target = (network_of(context, inputs, key) for key in task.parents)
+    source, target = (network_of(context, inputs, key).eval() for key in task.parents)
     images, y = _images(context, inputs)
     result = _run(source, images, y, inputs, {})
     with torch.no_grad():
@@ -142,7 +142,7 @@ def transfer(context: Context, task: Task) -> Outcome:
 
 def judged(context: Context, task: Task) -> nn.Module:
     """Build the network that a task judges: the first parent's, at the checkpoint that the task names."""
-    return network_of(context, task.inputs, task.parents[0], checkpoint=task.inputs.get("checkpoint", "final"))
+    return network_of(context, task.inputs, task.parents[0], checkpoint=task.inputs.get("checkpoint", "final")).eval()
 
 
 def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[str, str]]]:

@@ -74,7 +74,10 @@ def fingerprint(factory: Factory) -> str:
 
 
 def network_of(context: Context, inputs: dict[str, Any], key: str, *, checkpoint: str = "final") -> nn.Module:
-    """Build a network with the weights that the task `key` left, with its activation-sparsity modules, in eval mode."""
+    """Build a network with the weights that the task `key` left, with its activation-sparsity modules.
+
+    Its modules are in the modes in which it was built: a frozen one stays frozen when the network is trained further.
+    """
     model = network(context, inputs)
     activation = inputs.get("activation")
     if activation is not None and activation["kind"] != PENALTY and activation.get("test", True):
@@ -82,7 +85,7 @@ def network_of(context: Context, inputs: dict[str, Any], key: str, *, checkpoint
     tensors = context.tensors(key)
     prefix = BEST if checkpoint == "best" and any(name.startswith(BEST) for name in tensors) else WEIGHTS
     load_weights_(model, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return model.eval()
+    return model
 
 
 def with_activation(model: nn.Module, activation: dict[str, Any]) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layout import channels_last
+from ..modes import eval_mode, train_
 from ..sparsity import Masks, Pruner
 from .checkpoint import State, load_checkpoint_, save_checkpoint
 from .losses import Loss, Ramped, cross_entropy
@@ -60,6 +61,8 @@ def fit(
 ) -> Fit:
     """Train a model in place on uint8 images x (N, C, H, W) and labels y (N,), and leave it in eval mode.
 
+    In a model that comes in training mode, sub-modules in eval mode (a BatchNorm that is to keep its statistics) are
+    frozen: they stay in eval mode throughout. A model that comes in eval mode itself is trained as a whole.
     A `Ramped` loss is asked at each step for the loss of the share of training that the step completes. Weights
     outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of the
     (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model was
@@ -111,7 +114,7 @@ def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pru
 
 def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramped) -> float:
     model, optimizer, generator = state.model, state.optimizer, state.generator
-    model.train()
+    train_(model)
     batches = -(-len(x) // recipe.batch_size)
     steps, step = recipe.epochs * batches, state.epoch * batches
     cycle = -(-steps // getattr(state.pruner, "cycles", 1))  # iterative pruning starts the schedule anew
@@ -184,8 +187,7 @@ def _masked(targets: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
 def _score_(state: State, score: Callable[[nn.Module], float] | None) -> float | None:
     if score is None:
         return None
-    state.model.eval()
-    with _masked(_targets(state.model, state.masks)):
+    with eval_mode(state.model), _masked(_targets(state.model, state.masks)):
         value = score(state.model)
         if state.best_epoch is None or value > state.scores[state.best_epoch - 1] or _best_is_denser(state):
             state.best_epoch = state.epoch
@@ -213,12 +215,7 @@ def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; the model's mode is restored."""
-    training = model.training
+    """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; every module's mode is restored."""
     place = next((p.device for p in model.parameters()), x.device)
-    model.eval()
-    try:
-        with torch.no_grad(), channels_last(model):
-            return torch.cat([model(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
-    finally:
-        model.train(training)
+    with torch.no_grad(), eval_mode(model), channels_last(model):
+        return torch.cat([model(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])

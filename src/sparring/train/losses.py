@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..attacks import pgd
 from ..errors import UserError
+from ..modes import eval_mode
 from ..threat import L2, LINF, gaussian
 
 __all__ = ["Loss", "Ramped", "adversarial", "cross_entropy", "trades"]
@@ -42,15 +43,11 @@ def adversarial(*, eps: float, norm: float = LINF, steps: int = 7, step_size: fl
     length = 2.5 * eps / steps if step_size is None else step_size
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        training = model.training
-        model.eval()
-        try:
+        with eval_mode(model):
             x_adv = pgd(
                 model, x, y, norm=norm, eps=eps, steps=steps, step_size=length, stop_early=False,
                 generator=generator,
             )  # fmt: skip
-        finally:
-            model.train(training)
         return F.cross_entropy(model(x_adv), y)
 
     return loss
@@ -64,12 +61,8 @@ def trades(*, eps: float, norm: float = LINF, steps: int = 7, beta: float = 6.0)
     _check(eps, norm, steps)
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        training = model.training
-        model.eval()
-        try:
+        with eval_mode(model):
             x_adv = _ascend_divergence(model, x, eps, norm, steps, generator)
-        finally:
-            model.train(training)
         clean = model(x)
         divergence = F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(clean, 1), reduction="batchmean")
         return F.cross_entropy(clean, y) + beta * divergence
