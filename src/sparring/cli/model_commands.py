@@ -22,6 +22,7 @@ from ..files import load_tensors
 from ..metrics import accuracy, distances, robust_accuracy
 from ..models import Blueprint, load_model, load_weights_, save_model
 from ..modes import eval_mode
+from ..outputs import opened
 from ..sparsity import Pruner, all_ones, build_pruner, check_reached
 from ..statistics import binomial_interval
 from ..study import Plan, Training
@@ -319,8 +320,9 @@ def _plain_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check_fit(model: nn.Module, dataset: Dataset) -> None:
     shape = tuple(dataset.test.x.shape[1:])
     try:
+        images = as_float(dataset.test.x[:2])
         with torch.no_grad():
-            logits = model(as_float(dataset.test.x[:2]))
+            logits = opened(model, images)(images)
     except (RuntimeError, UserError) as error:
         raise UserError(f"the model does not accept {dataset.name}'s images of shape {shape}: {error}") from error
     if logits.dim() != 2 or logits.shape[1] != dataset.classes:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..modes import eval_mode
+from ..outputs import logits_of
 from .contracts import Batch, Loss, Score, Scores
 from .masks import prunable
 
@@ -123,7 +124,7 @@ def gradients(
 
     with eval_mode(model), torch.enable_grad():
         x, y = batch
-        value = F.cross_entropy(model(x), y) if loss is None else loss(model, x, y, generator)
+        value = F.cross_entropy(logits_of(model(x)), y) if loss is None else loss(model, x, y, generator)
         found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     return {
         name: torch.zeros_like(weight) if slope is None else slope

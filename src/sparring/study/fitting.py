@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..files import load_tensors, sha256_file
 from ..metrics import accuracy
 from ..models import load_weights_
+from ..outputs import opened
 from ..sparsity import (
     Pruner,
     PruningSpec,
@@ -181,6 +182,7 @@ def robust_score(model: nn.Module, valid: Split, training: dict[str, Any]) -> fl
     x, y = as_float(valid.x[:SCORING_IMAGES]).to(place), valid.y[:SCORING_IMAGES].to(place)
     generator = torch.Generator().manual_seed(0)
     norm = parse_norm(training["norm"])
+    model = opened(model, x)
     x_adv = pgd(model, x, y, norm=norm, eps=training["eps"], steps=SCORING_STEPS, generator=generator)
     with torch.no_grad():
         return accuracy(model(x_adv), y)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layout import channels_last
 from ..modes import eval_mode, train_
+from ..outputs import opened
 from ..sparsity import Masks, Pruner
 from .checkpoint import State, load_checkpoint_, save_checkpoint
 from .losses import Loss, Ramped, cross_entropy
@@ -218,4 +219,5 @@ def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
     """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; every module's mode is restored."""
     place = next((p.device for p in model.parameters()), x.device)
     with torch.no_grad(), eval_mode(model), channels_last(model):
-        return torch.cat([model(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
+        answer = opened(model, x[:2].to(place).float().div_(255))
+        return torch.cat([answer(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
