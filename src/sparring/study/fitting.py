@@ -12,6 +12,7 @@ from ..attacks import pgd
 from ..data import Split, as_float
 from ..errors import UserError
 from ..files import load_tensors, sha256_file
+from ..matrices import matrices
 from ..metrics import accuracy
 from ..models import load_weights_
 from ..outputs import opened
@@ -170,9 +171,10 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _assert_masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
     """Raise UserError if a masked weight came back: what is evaluated must be what was asked for."""
-    parameters = dict(model.named_parameters())
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    values |= {matrix.name: matrix.value() for matrix in matrices(model)}
     for name, mask in masks.items():
-        if bool((parameters[name].detach()[~mask] != 0).any()):
+        if bool((values[name][~mask] != 0).any()):
             raise UserError(f"masked weights of '{name}' are not zero: the pruner changed weights after its masks")
 
 

@@ -39,6 +39,8 @@ def measure(context: Context, task: Task) -> Outcome:
     counted = size(model)
     dense, sparse = macs(model, tuple(data.test.x.shape[1:]))
     active = activity(model, data.test.x[:ACTIVITY_IMAGES])
+    # Only where some matrix cannot be pruned do the two shares differ.
+    total = {"sparsity_matrices": counted.sparsity_matrices} if counted.matrices != counted.weights else {}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     first = next(iter(weights.values())).detach()
     return Outcome(
@@ -47,6 +49,7 @@ def measure(context: Context, task: Task) -> Outcome:
             "accuracy_valid": accuracy(logits_valid, data.valid.y),
             "sparsity": counted.sparsity,
             "sparsity_total": counted.sparsity_total,
+            **total,
             "parameters": counted.parameters,
             "nonzero": counted.nonzero,
             "bytes_dense": counted.bytes_dense,

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..layout import channels_last
 from ..modes import eval_mode, train_
 from ..outputs import opened
-from ..sparsity import Masks, Pruner
+from ..sparsity import Masks, Pruner, applied_
 from .checkpoint import State, load_checkpoint_, save_checkpoint
 from .losses import Loss, Ramped, cross_entropy
 from .optimizer import Optimizer
@@ -153,6 +153,7 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]
     unknown = set(masks) - set(parameters)
     if unknown:
         raise UserError(f"the mask names '{min(unknown)}', which is no parameter of the model")
+    masks = applied_(model, masks)
     return [(parameters[name], torch.empty_like(parameters[name].data).copy_(mask)) for name, mask in masks.items()]
 
 
