@@ -18,7 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from .. import report
-from ..study import Event, Plan, Record, Watcher, run, to_mlflow, to_tensorboard, what_of
+from ..files import check_writable
+from ..study import Event, Plan, Record, Watcher, run, to_mlflow, to_tensorboard, usable_device, what_of
 from ..study import register as register_plan
 from .loading import open_data
 
@@ -48,6 +49,8 @@ def run_study(
     plan = Plan.load(plan_name, overrides)
     command = _command(plan_name, out, overrides, data_dir, download, device)
     out = out or Path("out") / plan.name
+    check_writable(out, folder=True)
+    usable_device(device, here=ray is None)
     dataset = open_data(plan.data, data_dir, download)
     if register:
         entry = register_plan(plan, out)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UnknownNameError, UserError
 from ..matrices import is_transposed, matrices
+from ..units import percent
 from .channels import silent, tied_channels
 from .contracts import Batch, Masks, Pruner, Scores
 from .selection import select
@@ -155,4 +156,6 @@ def _check_count(counted: Masks, sparsity: float, tolerance: float, where: str) 
     total = sum(mask.numel() for mask in counted.values())
     removed = sum(int((~mask).sum()) for mask in counted.values())
     if abs(removed - sparsity * total) > tolerance + 0.5:
-        raise UserError(f"{where}the pruner removed {removed} of {total} weights where {sparsity:.4%} was asked")
+        raise UserError(
+            f"{where}the pruner removed {removed} of {total} weights where {percent(sparsity, 4)} was asked"
+        )

@@ -15,6 +15,7 @@ from ..data import Dataset, load
 from ..errors import DamageError, PlanError, UserError
 from ..files import canonical_json, sha256_bytes
 from ..history import append_entry, read_history
+from ..units import percent
 from .cluster import RayCluster
 from .estimate import estimate
 from .executors import Executor, InProcess, Processes
@@ -27,7 +28,7 @@ from .stages import perform_stage
 from .store import SCHEMA, Record, Store
 from .tasks import DEVICES, Cell, DataFacts, Work, lay_out
 
-__all__ = ["available_cores", "register", "run"]
+__all__ = ["available_cores", "register", "run", "usable_device"]
 
 
 def register(plan: Plan, out: str | Path) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def run(
     fails fails its cell alone; `retry` tries failed ones again. Raise UserError if the folder belongs to another plan,
     is in use, or cannot be written, or if there is no such device.
     """
-    device = _device(device, here=ray is None)
+    device = usable_device(device, here=ray is None)
     store = Store(out)
     store.prepare()
     if dataset is None:
@@ -114,7 +115,7 @@ def _executor(context: Context, workers: int | None, ray: str | None) -> Executo
     return InProcess(work) if count == 0 or context.device != "cpu" else Processes(work, count)
 
 
-def _device(name: str, *, here: bool) -> str:
+def usable_device(name: str, *, here: bool) -> str:
     """Return the device that a name means; raise UserError unless it is one that can be used (`here`: tried out)."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,7 +141,7 @@ def _labels(cells: Iterable[Cell]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for cell in cells:
         for key in cell.tasks:
-            text = f"seed {cell.seed} · {cell.method}" + (f" {cell.sparsity:.1%}" if cell.sparsity else "")
+            text = f"seed {cell.seed} · {cell.method}" + (f" {percent(cell.sparsity)}" if cell.sparsity else "")
             labels[key] = f"seed {cell.seed}" if key in labels else text
     return labels
 

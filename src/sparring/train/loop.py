@@ -67,9 +67,9 @@ def fit(
     A `Ramped` loss is asked at each step for the loss of the share of training that the step completes. Weights
     outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of the
     (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model was
-    as sparse as at the end. With `checkpoint` the state is saved after each epoch, and a run that finds the file goes
-    on from there to the same bits. One seed, machine and thread count give one result. Raise UserError when the loss
-    stops being finite.
+    as sparse as at the end. A recipe of no epochs prunes without training. With `checkpoint` the state is saved after
+    each epoch, and a run that finds the file goes on from there to the same bits. One seed, machine and thread count
+    give one result. Raise UserError when the loss stops being finite.
     """
     _check(model, x, y)
     place = next(model.parameters()).device
@@ -80,6 +80,8 @@ def fit(
             load_checkpoint_(state, checkpoint)
         if pruner is None or not pruner.dense_weights:
             _apply_(_targets(model, state.masks))
+        if recipe.epochs == 0 and pruner is not None:
+            _prune_untrained_(state, x[: recipe.batch_size], y[: recipe.batch_size], loss)
         began, first = time.monotonic(), state.epoch
         # Layers that draw (dropout, stochastic activations) see a fresh, known stream in each epoch.
         while state.epoch < recipe.epochs:
@@ -111,6 +113,18 @@ def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pru
     generator = torch.Generator().manual_seed(seed)
     optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
     return State(model, optimizer, dict(masks or {}), generator, pruner)
+
+
+def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss | Ramped) -> None:
+    """Show a pruner the gradient of one batch, as the only step of a training that has none."""
+    assert state.pruner is not None
+    now, batch = loss.at(1.0) if isinstance(loss, Ramped) else loss, (x.float().div_(255), y)
+    state.model.zero_grad(set_to_none=True)
+    with eval_mode(state.model):
+        now(state.model, *batch, state.generator).backward()  # type: ignore[no-untyped-call]
+    state.masks = state.pruner(
+        state.model, state.masks, step=0, steps=1, batch=batch, loss=now, generator=state.generator
+    )
 
 
 def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramped) -> float:
