@@ -8,10 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .matrices import matrices
-from .modes import eval_mode
+from .graph import Call, Conv2d, Linear, lower, refusal
 
 __all__ = ["Distances", "Size", "accuracy", "distances", "macs", "robust_accuracy", "size"]
+
+# Operations that multiply by weights, or values by one another, in numbers that are not counted here.
+_MULTIPLY = frozenset(
+    """matmul bmm scaled_dot_product_attention conv1d conv3d conv_transpose1d conv_transpose2d conv_transpose3d lstm gru
+    rnn_tanh rnn_relu""".split()  # noqa: SIM905
+)
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
@@ -55,23 +60,12 @@ def _mean(values: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Size:
-    """Count a network: `weights` are those that can be pruned (of linear, convolutional, recurrent, attention layers).
-
-    They are those that layers compute with, after weight_norm and the like. `matrices` counts the weights of all
-    matrices, with those that cannot be pruned.
-    """
+    """Count a network: `weights` are those of linear and convolution layers, the prunable ones."""
 
     parameters: int
     weights: int
     nonzero: int
     nonzero_weights: int
-    matrices: int
-    nonzero_matrices: int
-
-    @property
-    def sparsity_matrices(self) -> float:
-        """Return the fraction of the weights of all matrices that are zero, of those that cannot be pruned too."""
-        return 1 - self.nonzero_matrices / max(1, self.matrices)
 
     @property
     def sparsity(self) -> float:
@@ -96,34 +90,27 @@ class Size:
 
 def size(model: nn.Module) -> Size:
     """Count parameters and weights, and which of them are not zero."""
-    values = [(m.value(), m.excuse is None) for m in matrices(model)]
-    weights, everything = [value for value, prunable in values if prunable], list(model.parameters())
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    everything = list(model.parameters())
     return Size(
         sum(p.numel() for p in everything),
         sum(w.numel() for w in weights),
         sum(int(p.count_nonzero()) for p in everything),
         sum(int(w.count_nonzero()) for w in weights),
-        sum(w.numel() for w, _ in values),
-        sum(int(w.count_nonzero()) for w, _ in values),
     )
 
 
 def macs(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Count multiply-accumulates of one image of `shape`: (all weights, nonzero weights only)."""
+    """Count multiply-accumulates with weights of one image of `shape`: (all weights, nonzero weights only).
+
+    Raise Unsupported for a model that cannot be lowered, or has weights in operations that are not counted.
+    """
     dense, sparse = 0, 0
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal dense, sparse
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            positions = output[0].numel() // module.weight.shape[0]
-            dense += module.weight.numel() * positions
-            sparse += int(module.weight.count_nonzero()) * positions
-
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            model(torch.zeros(1, *shape))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for node in lower(model, shape).nodes:
+        if isinstance(node.op, Linear | Conv2d):
+            positions = math.prod(node.shape) // len(node.op.weight)
+            dense += node.op.weight.numel() * positions
+            sparse += int(node.op.weight.count_nonzero()) * positions
+        elif isinstance(node.op, Call) and node.op.name in _MULTIPLY:
+            raise refusal(node, "has no rule for counting its products")
     return dense, sparse

@@ -72,7 +72,7 @@ def test_a_convolutions_norm_is_that_of_its_operator(seed: int) -> None:
     stride, padding, dilation, groups = 1 + seed % 2, seed % 3, 1 + seed // 4, 1 + (seed // 2) % 2
     layer = nn.Conv2d(4, 6, 3, stride=stride, padding=padding, dilation=dilation, groups=groups).double()
     layer.requires_grad_(False)
-    graph = prepare(nn.Sequential(layer), (4, 7, 7))
+    graph = prepare(nn.Sequential(layer, nn.Flatten()), (4, 7, 7))
     op, shape = graph.nodes[1].op, graph.nodes[1].shape
     assert isinstance(op, Conv2d)
     basis = torch.eye(4 * 49, dtype=torch.float64).view(-1, 4, 7, 7)

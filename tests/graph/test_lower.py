@@ -88,11 +88,8 @@ class Staircase(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Staircase(), "'floor' has no rule: it jumps, so it has no finite Lipschitz constant"),
-        (Branching(), "cannot be traced"),
-        (nn.Sequential(nn.Flatten(), nn.Sigmoid()), "Sigmoid"),
-        (nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten()), "uneven"),
-        (nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Flatten()), "zero padding"),
+        (Staircase(), r"'floor' .* has no rule: it jumps, so it has no finite Lipschitz constant"),
+        (Branching(), "branches on a value"),
     ],
 )
 def test_what_has_no_rule_is_named(model: nn.Module, message: str) -> None:

@@ -113,7 +113,7 @@ def read_convolved(model: nn.Module, x: Tensor) -> Convolved | None:
     if not kernels or any(kernel.padding != (0, 0) for kernel in kernels) or is_hooked(model):
         return None
     try:
-        found = _read(lower(model, tuple(x.shape[1:])), x)
+        found = _read(lower(model, tuple(x.shape[1:]), images=x), x)
     except UserError:
         return None
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)

@@ -78,10 +78,11 @@ def read_dense(model: nn.Module, x: Tensor) -> Dense | None:
     x: a few images, at which both must give the same logits and gradients: a model that hides its gradients keeps them
     hidden, so that flags can tell. Models with hooks are refused, since a hook may change what flows.
     """
-    if any(p.dim() > 2 for p in model.parameters()) or is_hooked(model):
-        return None
+    layers = [module for module in model.modules() if module._parameters]
+    if is_hooked(model) or not all(isinstance(layer, nn.Linear | nn.BatchNorm1d) for layer in layers):
+        return None  # without asking for a graph, which takes seconds where the model is no plain stack
     try:
-        graph = lower(model, tuple(x.shape[1:]))
+        graph = lower(model, tuple(x.shape[1:]), images=x)
         ones = torch.ones(graph.nodes[0].shape, device=x.device).flatten()
         dense = fold(graph, 0, ones, torch.zeros_like(ones))
     except UserError:

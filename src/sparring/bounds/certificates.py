@@ -103,7 +103,7 @@ def margin(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: st
     if threat.eps is None:
         raise UserError("a certified margin needs a threat with eps; for the largest certified eps use radius")
     check_pixels(x)
-    graph, pixels = compacted(prepare(model, tuple(x.shape[1:])), x)
+    graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x), x)
     return margins_over(graph, pixels, y, threat.norm, torch.full((len(x),), threat.eps, dtype=torch.float64), method)
 
 
@@ -134,7 +134,7 @@ def radius(
     result is at most the relative `tolerance` below an eps that was not certified. Raises as `margin` does.
     """
     check_pixels(x)
-    return radius_over(*compacted(prepare(model, tuple(x.shape[1:])), x), y, norm, method, tolerance)
+    return radius_over(*compacted(prepare(model, tuple(x.shape[1:]), images=x), x), y, norm, method, tolerance)
 
 
 def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, tolerance: float = 1e-3) -> Tensor:

@@ -38,7 +38,7 @@ def lipschitz(
     active in the ball) and "jacobian" (intervals of the Jacobian, exact where the ball lies in one linear region).
     `seed` is for the first two. Raise Unsupported for discontinuous layers, which have no finite constant.
     """
-    graph = prepare(model, tuple(x.shape[1:]))
+    graph = prepare(model, tuple(x.shape[1:]), images=x)
     reach = region(x, norm, radius)
     return constants_over(graph, reach, graph(reach.x).argmax(1), method, seed)
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..graph import Graph
 from ..modes import eval_mode
-from ..outputs import opened
 from ..threat import L2, LINF, distance, norm_name, project, random_point
 from .certificates import margins_over, radius_over
 from .nearest_l2 import nearest_l2
@@ -67,12 +66,11 @@ def exact(
     """
     if norm not in _NEAREST:
         raise UserError(f"exact distances are found for linf and l2, not for {norm_name(norm)}")
-    graph = prepare(model, tuple(x.shape[1:]))
+    graph = prepare(model, tuple(x.shape[1:]), images=x)
     found = []
     with eval_mode(model):
-        answer = opened(model, x)
         for i in range(len(x)):
-            search = _Search(answer, graph, x[i : i + 1], y[i : i + 1], norm, time.perf_counter() + seconds, threads)
+            search = _Search(model, graph, x[i : i + 1], y[i : i + 1], norm, time.perf_counter() + seconds, threads)
             if x_adv is not None:
                 search.offer_(x_adv[i : i + 1])
             found.append((search, *search.run_()))

@@ -13,7 +13,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, evaluate
+from ..graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, evaluate, refusal
 from .intervals import Interval
 from .network import offset
 from .program import Expression, Program, Vector
@@ -48,7 +48,7 @@ def encode(graph: Graph, bounds: list[Interval]) -> tuple[Program, list[Expressi
             case MaxPool():
                 values.append(_max_pool(program, node.op, source, box))
             case _:
-                raise Unsupported(f"an operation of type {type(node.op).__name__} cannot be solved exactly")
+                raise refusal(node, "cannot be solved exactly")
     return program, values
 
 

@@ -41,17 +41,17 @@ class LinearMap(NamedTuple):
     bias: Tensor
 
 
-def weights_of(model: nn.Module, shape: tuple[int, ...]) -> LinearMap:
+def weights_of(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None = None) -> LinearMap:
     """Return what a model that is linear in its input computes from images of `shape`.
 
     Normalisation and convolutions are multiplied out. Raise Unsupported if any operation is not linear.
     """
-    graph = prepare(model, shape)
+    graph = prepare(model, shape, images=images)
     (classes,) = graph.nodes[-1].shape
     rows = torch.eye(classes, dtype=torch.float64)
     for node in reversed(graph.nodes[1:]):
         if not isinstance(node.op, Linear | Conv2d | Affine | AvgPool | Flatten):
-            raise Unsupported(f"the model is not linear: it has an operation of type {type(node.op).__name__}")
+            raise Unsupported(f"the model is not linear: it has an {node.title}")
         rows = adjoint(node.op, rows, graph.nodes[node.inputs[0]].shape)
     assert isinstance(graph.nodes[0].op, Input)
     bias = graph(torch.zeros(1, *graph.nodes[0].shape, dtype=torch.float64))[0]
@@ -59,7 +59,7 @@ def weights_of(model: nn.Module, shape: tuple[int, ...]) -> LinearMap:
 
 
 def _read(model: nn.Module | LinearMap, x: Tensor) -> LinearMap:
-    return model if isinstance(model, LinearMap) else weights_of(model, tuple(x.shape[1:]))
+    return model if isinstance(model, LinearMap) else weights_of(model, tuple(x.shape[1:]), images=x)
 
 
 def _margins(model: nn.Module | LinearMap, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,23 @@ from torch import Tensor, nn
 from torch.nn import grad
 
 from ..errors import Unsupported
-from ..graph import Affine, AvgPool, Conv2d, Flatten, Graph, Linear, Node, evaluate, lower
+from ..graph import (
+    Activation,
+    Affine,
+    AvgPool,
+    Call,
+    Constant,
+    Conv2d,
+    Flatten,
+    Graph,
+    Linear,
+    Node,
+    Op,
+    Reshape,
+    evaluate,
+    lower,
+    refusal,
+)
 
 __all__ = ["LinearOp", "SparseLinear", "adjoint", "as_sparse", "margin_rows", "offset", "others", "prepare"]
 
@@ -32,17 +48,25 @@ class SparseLinear(Linear):
         return csr_array(self.weight.numpy().T)
 
 
-def prepare(model: nn.Module, shape: tuple[int, ...], *, sparse: bool = True) -> Graph:
-    """Lower a float64 copy of a model for images of `shape`: every bound is computed in float64.
+def prepare(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None = None, sparse: bool = True) -> Graph:
+    """Lower a model for images of `shape` in float64, in which every bound is computed, compared on `images` too.
 
-    Layers with few nonzero weights become SparseLinear, unless `sparse` is False.
+    Layers with few nonzero weights become SparseLinear, unless `sparse` is False. Raise Unsupported, naming the layer
+    and the line, for operations that have no bound.
     """
-    graph = lower(copy.deepcopy(model).double().requires_grad_(False), shape)
-    if not sparse:
-        return graph
-    return Graph(
-        tuple(Node(as_sparse(n.op), n.inputs, n.shape) if isinstance(n.op, Linear) else n for n in graph.nodes)
-    )
+    graph = lower(model, shape, images=images, dtype=torch.float64)
+    return Graph(tuple(replace(node, op=_bounded(node, sparse)) for node in graph.nodes))
+
+
+def _bounded(node: Node, sparse: bool) -> Op:
+    match node.op:
+        case Call() | Constant() | Reshape():
+            raise refusal(node, "has no rule for bounds; attacks can do without")
+        case Activation(name=name, module=module):
+            return Activation(name, copy.deepcopy(module).double())
+        case Linear() as op if sparse:
+            return as_sparse(op)
+    return node.op
 
 
 def as_sparse(op: Linear) -> Linear:

@@ -46,7 +46,7 @@ def margin_ratios(
     Labels y are kept whatever the model says. Methods, norms and errors are those of `lipschitz`. Scaling all weights
     scales numerator and denominator alike; a network without any slope has ratio +inf or −inf.
     """
-    return _ratios(prepare(model, tuple(x.shape[1:])), region(x, norm, radius), y, method)
+    return _ratios(prepare(model, tuple(x.shape[1:]), images=x), region(x, norm, radius), y, method)
 
 
 def _ratios(graph: Graph, reach: Region, y: Tensor, method: str) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def bernoulli(
     for trained masks it says nothing: compare `margin_ratios` of a pruned network. Source: Guo et al. 2018.
     Raise UserError for rates outside [0, 1], unknown layers, or fewer than two draws.
     """
-    graph, reach = prepare(model, tuple(x.shape[1:])), region(x, norm, radius)
+    graph, reach = prepare(model, tuple(x.shape[1:]), images=x), region(x, norm, radius)
     chosen = [
         index
         for index, node in enumerate(graph.nodes)

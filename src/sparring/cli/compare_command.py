@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..report import Difference, Side, broken, compare, compare_values
 from ..study.networks import chosen_images
 from ..threat import L2, LINF, Threat
 from .loading import open_data
-from .model_commands import SAVED, check_named, open_model
+from .model_commands import open_model
 
 __all__ = ["run_compare"]
 
@@ -30,7 +29,6 @@ DROPPED = 1
 
 def run_compare(
     sides: tuple[Side, Side],
-    weights: tuple[Path, ...],
     max_drop: tuple[str, ...],
     data_name: str,
     eps: float,
@@ -48,10 +46,8 @@ def run_compare(
     if all(folders):
         found = compare(*sides)
     else:
-        models = _with_weights([str(side.folder) for side in sides], list(weights))
-        Threat(LINF, eps)  # refuses a budget in other units
         dataset = open_data(data_name, data_dir, download)
-        found = compare_values(*(_profile(*model, dataset, eps, images) for model in models))
+        found = compare_values(*(_profile(str(side.folder), dataset, eps, images) for side in sides))
     too_much = broken(found, allowed)
     if as_json:
         print(json.dumps({"differences": [asdict(one) for one in found], "broken": too_much}, indent=1))
@@ -62,25 +58,9 @@ def run_compare(
     return DROPPED if too_much else 0
 
 
-def _with_weights(names: list[str], weights: list[Path]) -> list[tuple[str, Path | None]]:
-    """Give each model that is no file its weights, in order; raise UserError where they are too few or too many."""
-    bare = [name for name in names if not name.endswith(SAVED)]
-    if weights and len(weights) != len(bare):
-        raise UserError(
-            f"--weights is given {len(weights)} times for {len(bare)} models without weights; once for each, in order"
-        )
-    left = iter(weights)
-    models = [(name, next(left, None) if name in bare else None) for name in names]
-    for name, file in models:
-        check_named(name, file)
-    return models
-
-
 def _drop(text: str) -> tuple[str, float]:
     metric, _, amount = text.partition("=")
     try:
-        if math.isnan(float(amount)):
-            raise ValueError
         return metric, float(amount)
     except ValueError:
         raise UserError(
@@ -88,11 +68,9 @@ def _drop(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _profile(
-    name: str, weights: Path | None, dataset: Dataset, eps: float, images: int
-) -> dict[str, NDArray[np.float64]]:
+def _profile(name: str, dataset: Dataset, eps: float, images: int) -> dict[str, NDArray[np.float64]]:
     """Return per-image values of a model: right or wrong, standing under attack or not, smallest distance."""
-    model, _ = open_model(name, weights, dataset)
+    model, _ = open_model(name, None, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
     found: dict[str, NDArray[np.float64]] = {}
     for attack, threat in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import graph
 from ..sparsity import MeanSparse, ShiftedReLU, Threshold, TopK
 from .program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
@@ -33,6 +34,13 @@ class Equivalent(nn.Module):
             values.append(layer(*(values[i] for i in inputs)))
         return values[-1]
 
+    def steps(self, dtype: torch.dtype) -> list[graph.Step]:
+        """Say what forward() computes; see `graph.Stepwise`."""
+        return [
+            (graph.Add() if isinstance(layer, _Add) else layer, inputs)
+            for layer, inputs in zip(self.layers, self.inputs, strict=True)
+        ]
+
 
 class _Scale(nn.Module):
     """y = scale · x + shift per channel."""
@@ -48,6 +56,13 @@ class _Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
+
+    def steps(self, dtype: torch.dtype) -> list[graph.Step]:
+        scale, shift = self.scale.to(dtype).flatten(), self.shift.to(dtype).flatten()
+        return [
+            (graph.Affine("", scale, torch.zeros_like(scale)), (0,)),
+            (graph.Affine("", torch.ones_like(shift), shift), (1,)),
+        ]
 
 
 class _Add(nn.Module):

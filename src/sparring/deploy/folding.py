@@ -64,16 +64,17 @@ def compile_model(
     model: nn.Module,
     shape: tuple[int, ...],
     *,
+    images: Tensor | None = None,
     class_names: tuple[str, ...] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Program:
     """Compile a classifier for images of `shape` into a Program that gives the same logits.
 
     Normalisation is folded into weights where that is exact (not in front of zero padding), units that nothing reads
-    are removed, and units without inputs become constants of the next layer's bias. Raise Unsupported for operations
-    without a rule.
+    are removed, and units without inputs become constants of the next layer's bias. images: a few on which the graph
+    is compared with the model, beside random ones. Raise Unsupported for operations without a rule.
     """
-    lowered = graph.lower(model, shape)
+    lowered = graph.lower(model, shape, images=images)
     steps = [
         _Step(_convert(node.op, node), [i - 1 for i in node.inputs], node.shape[0], int(np.prod(node.shape[1:])))
         for node in lowered.nodes[1:]
@@ -110,7 +111,7 @@ def _convert(op: graph.Op, node: graph.Node) -> _Layer | _Affine | Op:
             return Add()
         case graph.Activation():
             return _activation(op, node.shape[0])
-    raise Unsupported(f"an operation of type {type(op).__name__} cannot be packed")
+    raise graph.refusal(node, "has no packed form")
 
 
 def _activation(op: graph.Activation, channels: int) -> Activation | Snap:

@@ -21,13 +21,13 @@ __all__ = ["onnx_error", "program_to_onnx", "to_onnx"]
 _OPSET = 28  # the newest that this was tried with; an older onnx takes its own newest
 
 
-def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...]) -> Path:
+def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...], images: Tensor | None = None) -> Path:
     """Write a classifier for images of `shape` as ONNX: normalisation folded, dead units and channels gone.
 
     Input "images" (N, *shape) float32 in [0, 1], output "logits" (N, classes), N free. Raise UserError if the package
-    onnx is missing, Unsupported for networks without a packed form.
+    onnx is missing, Unsupported for networks without a packed form. images: as in `export`.
     """
-    return program_to_onnx(compile_model(model, shape), path)
+    return program_to_onnx(compile_model(model, shape, images=images), path)
 
 
 def program_to_onnx(program: Program, path: Path | str) -> Path:

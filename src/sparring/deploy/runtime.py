@@ -116,13 +116,14 @@ def pack(
     model: nn.Module,
     *,
     shape: tuple[int, ...],
+    images: Tensor | None = None,
     values: str = "fp32",
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Packed:
-    """Pack a classifier in memory, exactly as `export` then `load` would; `shape` is one image's."""
+    """Pack a classifier in memory, exactly as `export` then `load` would; `shape` and `images` as there."""
     names = None if class_names is None else tuple(class_names)
-    program = compile_model(model, shape, class_names=names, provenance=provenance)
+    program = compile_model(model, shape, images=images, class_names=names, provenance=provenance)
     if names is not None and len(names) != program.classes:
         raise UserError(f"{len(names)} class names for {program.classes} logits")
     return Packed(round_program(program, values))
@@ -133,17 +134,19 @@ def export(
     path: Path | str,
     *,
     shape: tuple[int, ...],
+    images: Tensor | None = None,
     values: str = "fp32",
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Path:
     """Write a classifier for images of `shape` as one packed artefact and return its path.
 
+    images (N, *shape) in [0, 1]: a few of those at hand, on which what is packed is compared with the model.
     `values` is how weights are stored: "fp32" (exact), "fp16" or "int8" (a scale per output unit). `provenance` is
     any JSON object (study, cell, seed, hashes). Raise Unsupported for a network without a packed form, UserError for
     weights that are not finite, or that fp16 cannot hold.
     """
-    packed = pack(model, shape=shape, values=values, class_names=class_names, provenance=provenance)
+    packed = pack(model, shape=shape, images=images, values=values, class_names=class_names, provenance=provenance)
     return write_program(packed.program, path, values=values)
 
 

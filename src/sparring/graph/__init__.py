@@ -1,17 +1,21 @@
-"""Lower any traceable classifier to a short list of plain operations.
+"""Lower any classifier to a short list of plain operations, or refuse it.
 
 Bounds, packing and channel removal all need to see a network as data: which operation feeds which, with which weights.
-`lower` traces an `nn.Module` in eval mode and keeps only operations of a dozen kinds; whatever it does not know is
-refused by name. A module with a `straight_through` attribute (activation sparsity) is kept whole, as `Activation`.
+`lower` reads what torch computes, keeps the operations below, and compares what it read with the model before it hands
+it over; whatever it does not know is refused by name. A module with a `straight_through` attribute (activation
+sparsity) is kept whole, as `Activation`.
 """
 
 from __future__ import annotations
 
+from .lowering import lower
 from .ops import (
     Activation,
     Add,
     Affine,
     AvgPool,
+    Call,
+    Constant,
     Conv2d,
     Flatten,
     Graph,
@@ -21,15 +25,19 @@ from .ops import (
     Node,
     Op,
     ReLU,
+    Reshape,
     evaluate,
+    refusal,
 )
-from .trace import lower
+from .plain import Step, Stepwise
 
 __all__ = [
     "Activation",
     "Add",
     "Affine",
     "AvgPool",
+    "Call",
+    "Constant",
     "Conv2d",
     "Flatten",
     "Graph",
@@ -39,6 +47,10 @@ __all__ = [
     "Node",
     "Op",
     "ReLU",
+    "Reshape",
+    "Step",
+    "Stepwise",
     "evaluate",
     "lower",
+    "refusal",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +16,8 @@ __all__ = [
     "Add",
     "Affine",
     "AvgPool",
+    "Call",
+    "Constant",
     "Conv2d",
     "Flatten",
     "Graph",
@@ -23,7 +27,9 @@ __all__ = [
     "Node",
     "Op",
     "ReLU",
+    "Reshape",
     "evaluate",
+    "refusal",
 ]
 
 
@@ -34,7 +40,11 @@ class Input:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """y = x Wᵀ + b, over the last axis; `name` is the module's path (parameters name + ".weight" and ".bias")."""
+    """y = x Wᵀ + b, over the last axis.
+
+    `name` is the path behind which the parameters stand (name + ".weight" and ".bias"), or "" where the weights are
+    computed, as under weight normalisation.
+    """
 
     name: str
     weight: Tensor
@@ -108,16 +118,67 @@ class Activation:
     module: nn.Module
 
 
-Op = Input | Linear | Conv2d | Affine | ReLU | MaxPool | AvgPool | Flatten | Add | Activation
+@dataclass(frozen=True, eq=False)
+class Reshape:
+    """(N, ...) to (N, *shape), each image's values in the order in which they were."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """The same values for every image: a tensor of one image's shape."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Any other operation that torch computes image by image; `name` is torch's own, such as "sigmoid".
+
+    `function` is called with the inputs under `names` (or with one list of them all, if there are none) and `options`.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    names: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Op = (
+    Input | Linear | Conv2d | Affine | ReLU | MaxPool | AvgPool | Flatten | Add | Activation | Reshape | Constant | Call
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One operation: the indices of the nodes that feed it, and the shape of its output for one image."""
+    """One operation: the indices of the nodes that feed it, and the shape of its output for one image.
+
+    path: the module that computes it; line: where the user's code asks for it, "file:line: code"; "" if unknown.
+    """
 
     op: Op
     inputs: tuple[int, ...]
     shape: tuple[int, ...]
+    path: str = ""
+    line: str = ""
+
+    @property
+    def title(self) -> str:
+        """Name the operation, its layer and its line, as a refusal does."""
+        name = self.op.name if isinstance(self.op, Call) else type(self.op).__name__
+        return title(name, self.path, self.line)
+
+
+def title(name: str, path: str, line: str) -> str:
+    """Name an operation, its layer and its line."""
+    parts = [part for part in (f"layer '{path}'" if path else "", line) if part]
+    return f"operation '{name}'" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def refusal(node: Node, reason: str) -> Unsupported:
+    """Return the error of someone who has no rule for a node: operation, layer, line, and the reason."""
+    return Unsupported(f"{node.title} {reason}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,11 +189,20 @@ class Graph:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate the graph on a batch (N, ...): a reference to test other evaluations against."""
+        return self.values(x)[-1]
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """Return every node's output on a batch (N, ...)."""
         values: list[Tensor] = []
         for node in self.nodes:
-            arguments = [values[i] for i in node.inputs]
-            values.append(x if isinstance(node.op, Input) else evaluate(node.op, *arguments))
-        return values[-1]
+            match node.op:
+                case Input():
+                    values.append(x)
+                case Constant(value=value):
+                    values.append(value.expand(len(x), *value.shape))
+                case _:
+                    values.append(evaluate(node.op, *(values[i] for i in node.inputs)))
+        return values
 
 
 def evaluate(op: Op, *inputs: Tensor) -> Tensor:
@@ -156,8 +226,14 @@ def evaluate(op: Op, *inputs: Tensor) -> Tensor:
         case Add():
             return x + inputs[1]
         case Activation():
-            result: Tensor = op.module(x)
+            result: Tensor = op.module.forward(x)  # without its hooks, which are operations of their own
             return result
+        case Reshape():
+            return x.reshape(len(x), *op.shape)
+        case Call():
+            if not op.names:
+                return op.function(list(inputs), **op.options)
+            return op.function(**dict(zip(op.names, inputs, strict=True)), **op.options)
     raise Unsupported(f"an operation of type {type(op).__name__} cannot be evaluated")
 
 

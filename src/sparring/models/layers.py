@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..graph import Add, Affine, Step
+
 __all__ = ["Normalise", "Residual"]
 
 
@@ -22,6 +24,12 @@ class Normalise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
 
+    def steps(self, dtype: torch.dtype) -> list[Step]:
+        """Say what forward() computes; see `graph.Stepwise`."""
+        mean, std = self.mean.to(dtype).flatten(), self.std.to(dtype).flatten()
+        one = torch.ones_like(mean)
+        return [(Affine("", one, -mean), (0,)), (Affine("", one / std, torch.zeros_like(one)), (1,))]
+
 
 class Residual(nn.Module):
     """Compute relu(body(x) + shortcut(x)) (He et al. 2016, figure 2)."""
@@ -35,3 +43,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.relu(self.body(x) + self.shortcut(x))
         return result
+
+    def steps(self, dtype: torch.dtype) -> list[Step]:
+        """Say what forward() computes; see `graph.Stepwise`."""
+        return [(self.body, (0,)), (self.shortcut, (0,)), (Add(), (1, 2)), (self.relu, (3,))]

@@ -19,9 +19,9 @@ from .linear_claims import linear_claims, linear_ledger
 from .linear_figures import linear_pictures
 from .linear_page import linear_csv, linear_headline, render_linear
 from .linear_study import LinearStudy, is_linear, read_linear
-from .looks import note_look, open_study
 from .page import render, summary_html
 from .panels import Drawn, Picture, curve_panels, density_pictures, overview_picture
+from .records import load
 
 __all__ = ["Report", "merge_ledgers", "publish", "read", "verdict", "write"]
 
@@ -41,20 +41,12 @@ def write(out: Path | str) -> Path:
 def publish(out: Path | str) -> tuple[Path, str]:
     """Write all that `write` does and return the page's path and the verdict, for one reading of the study."""
     out = Path(out)
-    found = _judged(out)
-    if isinstance(found, LinearStudy):
-        return _write_linear(out, found), _linear_verdict(found)
-    return _write(out, found), str(Report(found))
-
-
-def _judged(out: Path | str) -> Findings | LinearStudy:
-    """Read and judge a study, which is a look at it, and write that down."""
-    study = open_study(out)
+    study = load(out)
     if is_linear(study):
-        data = read_linear(study)
-        return replace(data, study=note_look(study, linear_claims(data)))
+        linear = read_linear(study)
+        return _write_linear(out, linear), _linear_verdict(linear)
     findings = find(study)
-    return replace(findings, study=note_look(study, claims(findings)))
+    return _write(out, findings), str(Report(findings))
 
 
 def _write(out: Path, findings: Findings) -> Path:
@@ -88,8 +80,8 @@ def _write_figures(folder: Path, pictures: Iterable[Picture]) -> None:
 
 def verdict(out: Path | str) -> str:
     """Return what the study in a folder found, as one paragraph of plain text; raises as `write` does."""
-    found = _judged(out)
-    return _linear_verdict(found) if isinstance(found, LinearStudy) else str(Report(found))
+    study = load(Path(out))
+    return _linear_verdict(read_linear(study)) if is_linear(study) else str(Report(find(study)))
 
 
 def _linear_verdict(data: LinearStudy) -> str:
@@ -101,10 +93,10 @@ def read(out: Path | str) -> Report:
 
     A study of linear classifiers has no such object: its results.csv and ledger.json hold all of it.
     """
-    found = _judged(out)
-    if isinstance(found, LinearStudy):
+    study = load(out)
+    if is_linear(study):
         raise UserError(f"{out} is a study of linear classifiers; read its results.csv and ledger.json instead")
-    return Report(found)
+    return Report(find(study))
 
 
 def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = None) -> list[Row]:
@@ -128,9 +120,9 @@ def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = No
 
 
 def _claims_of(out: Path | str) -> list[Named]:
-    found = _judged(out)
-    asked = linear_claims(found) if isinstance(found, LinearStudy) else claims(found)
-    return [(str(found.study.plan.get("name") or "study"), one) for one in asked]
+    study = load(out)
+    judged = linear_claims(read_linear(study)) if is_linear(study) else claims(find(study))
+    return [(str(study.plan.get("name") or "study"), one) for one in judged]
 
 
 def _read_ledger(path: Path) -> list[Named]:

@@ -10,7 +10,6 @@ from ..statistics import Claim, Effect, Question, Row, ask, effect, judge
 from . import numbers
 from .findings import Findings, Result, best, difference, validation_twin
 from .kinds import Kind, kind_of
-from .looks import dropped_tests
 from .measures import NORMS, TRANSFER, Measure, common, pretty, values
 from .records import CONTROL, NAIVE, REFERENCE, checkpoint_of
 from .words import short_name, title
@@ -33,8 +32,7 @@ OVER_IT: dict[Kind, str] = {
 
 def ledger(findings: Findings) -> list[Row]:
     """Return the claims that this study can speak of, each with its test, numbers and verdict (Holm across all)."""
-    asked = claims(findings)
-    return judge(asked, study=title(findings), dropped=dropped_tests(findings.study, asked))
+    return judge(claims(findings), study=title(findings))
 
 
 def claims(findings: Findings) -> list[Judged]:
@@ -214,5 +212,4 @@ def _transfers(findings: Findings, fgsm: Result | None) -> Iterator[Judged]:
         way = "dense → sparse" if measure.role == "to sparse" else "sparse → dense"
         text = f"adversarial examples transfer {way} (most of them fool the other network too)"
         test = f"{measure.title}, {findings.method} at {numbers.percent(sparsity)}: share of those that could − 50%"
-        one = effect(values(seeds, images) - 0.5).scaled(100.0).priced(findings.study.looks.price)
-        yield ask(Claim(text, "above", 2.0, "points", test), one)
+        yield ask(Claim(text, "above", 2.0, "points", test), effect(values(seeds, images) - 0.5).scaled(100.0))

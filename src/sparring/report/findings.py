@@ -99,7 +99,7 @@ def find(study: Study) -> Findings:
         (measure, method): result
         for measure, held in collected.items()
         for method in study.methods
-        if (result := _result(study, measure, method, held)) is not None
+        if (result := _result(measure, method, held)) is not None
     }
     main = tuple(main_measures(list(collected)))
     method = _headline_method(study)
@@ -132,9 +132,7 @@ def _margin(measure: Measure, result: Result, study: Study) -> float:
     return float(margins["distance"]) * result.control.estimate
 
 
-def _result(
-    study: Study, measure: Measure, method: str, held: Mapping[tuple[str, float, int], PerImage]
-) -> Result | None:
+def _result(measure: Measure, method: str, held: Mapping[tuple[str, float, int], PerImage]) -> Result | None:
     """Compare a method with the dense control on the seeds and images that both have."""
     usable = {who: one for who, one in held.items() if one.bottom.any()}
     control = {seed: one for (name, _, seed), one in usable.items() if name == control_of(method)}
@@ -151,7 +149,7 @@ def _result(
         return None
     dense = values([control[k] for k in seeds], images)
     sparse = np.stack([values([part[k] for k in seeds], images) for part in kept.values()])
-    gains = curve(tuple(kept), sparse, dense).priced(study.looks.price, len(study.looks.dropped.get(method, ())))
+    gains = curve(tuple(kept), sparse, dense)
     groups = [[part[k].at(images) for k in seeds] for part in (control, *kept.values())]
     return Result(
         measure=measure,
@@ -199,7 +197,7 @@ def difference(findings: Findings, measure: Measure, one: tuple[str, float], oth
     if len(images) < 2 or not all(side[k].at(images).bottom.any() for side in sides for k in seeds):
         return None
     first, second = (values([side[k] for k in seeds], images) for side in sides)
-    return effect(first - second).priced(findings.study.looks.price)
+    return effect(first - second)
 
 
 def best(result: Result, chosen_on: Result | None) -> tuple[float, Effect]:

@@ -62,8 +62,7 @@ class LinearStudy:
         pairs = self.pairs(loss)
         images = max((int(group.points[DENSE]["images"]) for group in pairs), default=0)
         try:
-            one = pair_effect({(g.classes[0], g.classes[1]): value(g) for g in pairs}, images=images)
-            return one.priced(self.study.looks.price)
+            return pair_effect({(g.classes[0], g.classes[1]): value(g) for g in pairs}, images=images)
         except ValueError:
             return None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .. import units
 from ..statistics import LEAST_P, MOST_POINTS, Effect
 from .measures import Measure
 
@@ -29,8 +28,8 @@ ABSOLUTE = "absolute"  # a gain in the metric's own unit
 
 
 def percent(share: float) -> str:
-    """Return a sparsity as "90%", "99.7%" or "99.999%"."""
-    return units.percent(share, 2, trim=True)
+    """Return a sparsity as "90%" or "99.7%"."""
+    return f"{100 * share:.4g}%"
 
 
 def span(chosen: Sequence[float], grid: Sequence[float]) -> str:
@@ -46,13 +45,13 @@ def value(measure: Measure, number: float | None) -> str:
     """Return one value of a metric: "61.2%", "1.083" or "2.7e−05"."""
     if number is None or not math.isfinite(number):
         return "–"
-    return units.percent(number) if measure.is_share else length(number)
+    return f"{100 * number:.1f}%" if measure.is_share else length(number)
 
 
 def level(measure: Measure, one: Effect) -> str:
     """Return a metric's mean with its interval: "61.2% [58.9, 63.4]"."""
     if measure.is_share:
-        return f"{units.percent(one.estimate)} [{_fixed(100 * one.low, 1)}, {_fixed(100 * one.high, 1)}]"
+        return f"{100 * one.estimate:.1f}% [{_fixed(100 * one.low, 1)}, {_fixed(100 * one.high, 1)}]"
     return f"{length(one.estimate)} [{length(one.low)}, {length(one.high)}]"
 
 

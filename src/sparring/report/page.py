@@ -11,7 +11,6 @@ from importlib import resources
 from ..statistics import Row
 from . import figures, numbers, pictures, tables, words
 from .findings import Findings
-from .looks import history_section
 from .markup import Html, join, tag
 from .measures import NORMS, pretty, pretty_eps
 from .panels import Drawn, Panel, Picture, styles
@@ -29,7 +28,6 @@ SECTIONS = (
     ("layers", "Layer by layer"),
     ("gallery", "What the attacks did"),
     ("ledger", "Ledger of claims"),
-    ("looks", "Looks at this study"),
     ("flags", "Flags"),
     ("cost", "Cost"),
     ("networks", "Every network"),
@@ -49,7 +47,6 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
         "layers": _layers(findings, drawn.layers),
         "gallery": _gallery(findings),
         "ledger": ledger_section(ledger),
-        "looks": history_section(findings.study),
         "flags": tables.flags(findings.study, findings.doubts),
         "cost": tables.cost(findings.study),
         "networks": _networks(findings),

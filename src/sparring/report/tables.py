@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .. import units
 from ..statistics import Row, minimum_detectable_effect
 from . import numbers
 from .brackets import Bracket, brackets, norms
@@ -67,7 +66,7 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
             continue
         index = result.sparsities.index(sparsity)
         one, p = result.gains.effects[index], result.gains.p_holm[index]
-        least = minimum_detectable_effect(one, alpha=0.05 / (len(result.sparsities) + result.gains.dropped))
+        least = minimum_detectable_effect(one, alpha=0.05 / len(result.sparsities))
         best = "none" if result.peak is None else numbers.span(result.peak.members, result.sparsities)
         over = "–" if result.over_sparsified is None else numbers.percent(result.over_sparsified)
         told = numbers.gain(measure, one, result.control)
@@ -141,7 +140,7 @@ def networks(findings: Findings) -> Html:
     for network in findings.study.networks:
         total, size = network.metric("sparsity_total"), network.metric("bytes_sparse")
         row = [network.method, numbers.percent(network.sparsity), str(network.seed)]
-        row += ["–" if total is None else units.percent(total, 2), "–" if size is None else f"{size:,.0f}"]
+        row += ["–" if total is None else f"{100 * total:.2f}%", "–" if size is None else f"{size:,.0f}"]
         row += _deployed(network) if deployed else []
         for measure in shown:
             one = findings.collected[measure].get(network.who)
@@ -178,7 +177,7 @@ def tightness(findings: Findings) -> Html | None:
 def _search(one: Bracket) -> list[str]:
     closed = one.lower is not None and one.upper is not None and one.upper - one.lower < 1e-3 * one.upper
     interval = _short(one.upper) if closed else f"{_short(one.lower)} to {_short(one.upper)}"
-    return [f"{one.seeds} × {one.images}", interval, "–" if one.solved is None else units.percent(one.solved, 0)]
+    return [f"{one.seeds} × {one.images}", interval, "–" if one.solved is None else f"{100 * one.solved:.0f}%"]
 
 
 def _short(number: float | None, unit: str = "") -> str:

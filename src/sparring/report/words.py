@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from ..statistics import minimum_detectable_effect
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
-from .looks import look_sentences
 from .measures import NORMS, Measure, pretty
 from .records import Network
 
@@ -40,7 +39,7 @@ def headline(findings: Findings) -> list[str]:
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
     judged = [_spot, _strongest, _over, _undetected] if findings.seeds > 1 else [_one_seed]
     told = [say(findings) for say in (_first, *judged, _doubted, _several, _missing)]
-    return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
+    return [sentence for sentence in told if sentence]
 
 
 def chosen(findings: Findings) -> float | None:
@@ -194,7 +193,7 @@ def _silent(result: Result) -> bool:
 
 
 def _least(result: Result) -> str:
-    alpha = 0.05 / (len(result.sparsities) + result.gains.dropped)
+    alpha = 0.05 / len(result.sparsities)
     least = max(minimum_detectable_effect(e, alpha=alpha) for e in result.gains.effects)
     told = numbers.detectable(result.measure, result.control, least)
     return f"would have seen {told}" + (", however large" if told == "none" else "")

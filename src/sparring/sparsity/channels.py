@@ -8,7 +8,6 @@ every layer that writes it is silent there: then what reads it reads zero.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported, UserError
-from ..graph import Activation, Add, Affine, Conv2d, Flatten, Graph, Input, Linear, lower
+from ..graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, lower
 from .contracts import Masks
-from .masks import apply_, prunable
+from .masks import apply_
 from .structures import Channels
 
 __all__ = ["remove_channels", "silent", "tied_channels"]
@@ -43,14 +42,13 @@ class _Space:
 def tied_channels(model: nn.Module, shape: tuple[int, ...]) -> tuple[Channels, tuple[str, ...]]:
     """Return the structure of whole channels of a model, and the names of weights that cannot lose any.
 
-    `shape` is that of one image. The last layer keeps its outputs, which are the classes; so do layers that are used
-    twice, share a weight, are grouped, recurrent or under weight_norm and the like, and what writes to them. Raise
-    Unsupported for what cannot be traced.
+    `shape` is that of one image. The last layer keeps its outputs, which are the classes. Raise Unsupported for what
+    cannot be traced.
     """
     spaces = _spaces(model, shape)
     tied = tuple(tuple(f"{path}.weight" for path in s.writers) for s in spaces if len(s.writers) > 1 and not s.fixed)
-    free = {f"{path}.weight" for s in spaces if not s.fixed for path in s.writers}
-    return Channels(tied), tuple(name for name in prunable(model) if name not in free)
+    fixed = tuple(f"{path}.weight" for s in spaces if s.fixed for path in s.writers)
+    return Channels(tied), fixed
 
 
 def silent(model: nn.Module, masks: Masks, shape: tuple[int, ...]) -> Masks:
@@ -81,6 +79,7 @@ def remove_channels(model: nn.Module, masks: Masks, shape: tuple[int, ...]) -> n
     smaller = copy.deepcopy(model)
     masks = silent(model, masks, shape)
     apply_(smaller, masks)
+    masked = lower(smaller, shape, dtype=torch.float64)
     for space in _spaces(smaller, shape):
         if space.fixed:
             continue
@@ -93,7 +92,7 @@ def remove_channels(model: nn.Module, masks: Masks, shape: tuple[int, ...]) -> n
             _shrink_norm_(smaller.get_submodule(path), kept)
         for path, repeats in space.readers.items():
             _shrink_inputs_(smaller.get_submodule(path), kept.repeat_interleave(repeats))
-    _check(smaller, shape)
+    _check(smaller, masked, shape)
     return smaller
 
 
@@ -103,22 +102,10 @@ def _alive(masks: Iterable[Tensor]) -> Tensor:
 
 def _spaces(model: nn.Module, shape: tuple[int, ...]) -> list[_Space]:
     unique = {id(space): space for space in _Spaces(lower(model, shape)).of_node}
-    alone = _alone(model)
     for space in unique.values():
-        space.fixed |= not alone.issuperset((*space.writers, *space.norms, *space.readers))
         # Normalisation without parameters cannot be silenced: it shifts a channel of zeros.
         space.fixed |= any(model.get_submodule(path)._parameters["bias"] is None for path in space.norms)
     return [space for space in unique.values() if space.writers]
-
-
-def _alone(model: nn.Module) -> set[str]:
-    """Return the paths of modules whose weight is a plain parameter that no other module has."""
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {
-        path
-        for path, module in model.named_modules()
-        if "weight" in module._parameters and all(p is None or owners[id(p)] == 1 for p in module._parameters.values())
-    }
 
 
 class _Spaces:
@@ -127,34 +114,35 @@ class _Spaces:
     def __init__(self, graph: Graph) -> None:
         self.of_node: list[_Space] = []
         self.repeats: list[int] = []
-        seen: set[str] = set()
+        readers: dict[int, str] = {}  # who reads a weight first, by the weight's identity
         for node in graph.nodes:
             inputs = [self.of_node[i] for i in node.inputs]
             repeats = self.repeats[node.inputs[0]] if node.inputs else 1
             match node.op:
-                case Input():
-                    self._append(_Space(fixed=True))
                 case Linear() | Conv2d() as op:
-                    reused = op.name in seen
+                    first = readers.setdefault(id(op.weight), op.name)
+                    reused = first != op.name or any(first in space.writers for space in self.of_node)
                     grouped = isinstance(op, Conv2d) and op.groups > 1
-                    inputs[0].readers[op.name] = repeats
-                    inputs[0].fixed |= reused or grouped
-                    self._append(_Space(writers=[op.name], fixed=reused or grouped))
+                    # A linear layer over the last of several axes does not read channels.
+                    fixed = reused or grouped or not op.name or (isinstance(op, Linear) and len(node.shape) > 1)
+                    inputs[0].readers |= {op.name: repeats} if op.name else {}
+                    inputs[0].fixed |= fixed
+                    self._append(_Space(writers=[op.name] if op.name else [], fixed=fixed))
                     if reused:
-                        self._fix(op.name)
-                    seen.add(op.name)
+                        self._fix(first)
                 case Affine() as op:
                     self._affine(op, inputs[0], repeats)
-                case Activation():
-                    inputs[0].fixed = True  # it may hold values per channel, or count them
-                    self._append(inputs[0], repeats)
                 case Add():
                     self._append(self._join(*inputs), repeats)
                 case Flatten():
                     before = graph.nodes[node.inputs[0]].shape
                     self._append(inputs[0], repeats * (node.shape[0] // before[0]))
-                case _:
+                case ReLU() | MaxPool() | AvgPool():
                     self._append(inputs[0], repeats)
+                case _:  # the image, and what may hold values per channel, count channels or move them
+                    for space in inputs:
+                        space.fixed = True
+                    self._append(_Space(fixed=True))
         self.of_node[-1].fixed = True
 
     def _append(self, space: _Space, repeats: int = 1) -> None:
@@ -163,6 +151,7 @@ class _Spaces:
 
     def _affine(self, op: Affine, space: _Space, repeats: int) -> None:
         if op.name:
+            space.fixed |= repeats > 1 or any(op.name in known.norms for known in self.of_node)
             space.norms.append(op.name)
         else:
             # A constant that is added revives a silent channel; one per channel could not be cut.
@@ -208,8 +197,13 @@ def _shrink_norm_(module: nn.Module, kept: Tensor) -> None:
     module.num_features = int(kept.sum())  # type: ignore[assignment]
 
 
-def _check(model: nn.Module, shape: tuple[int, ...]) -> None:
+def _check(model: nn.Module, masked: Graph, shape: tuple[int, ...]) -> None:
     try:
-        lower(model, shape)
+        graph = lower(model, shape, dtype=torch.float64)
     except UserError as error:
         raise Unsupported(f"channels cannot be removed: {error}; write no sizes into forward()") from error
+    x = torch.rand(8, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = (network(x.to(next(model.parameters()).device)) for network in (masked, graph))
+    if not torch.allclose(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max())):
+        raise Unsupported("channels cannot be removed: without them the network gives other logits")

@@ -25,7 +25,6 @@ from .effects import (
     unpaired,
 )
 from .ledger import Claim, Question, Row, Verdict, ask, judge, reread
-from .looks import look_price
 from .pairs import pair_effect
 
 __all__ = [
@@ -50,7 +49,6 @@ __all__ = [
     "joint_errors",
     "judge",
     "log_ratio_values",
-    "look_price",
     "minimum_detectable_effect",
     "no_gain",
     "over_sparsified",

@@ -34,20 +34,12 @@ class Curve:
 
     `p_holm` are two-sided and corrected across the sparsities; `differences` (sparsities, seeds, images) are what the
     effects are the means of. With one seed nothing is called significant: its luck cannot be told from an effect.
-    `dropped` sparsities, which earlier looks had, still count among the tests.
     """
 
     sparsities: tuple[float, ...]
     effects: tuple[Effect, ...]
     p_holm: tuple[float, ...]
     differences: NDArray[np.float64]
-    dropped: int = 0
-
-    def priced(self, price: float, dropped: int) -> Curve:
-        """Return the same curve at a later look: with p-values times `price`, and more tests to correct for."""
-        effects = tuple(e.priced(price) for e in self.effects)
-        p_holm = tuple(map(float, holm([e.p for e in effects], more=dropped)))
-        return replace(self, effects=effects, p_holm=p_holm, dropped=dropped)
 
     def gains(self) -> list[bool]:
         """Tell where the metric is significantly above the dense control."""
@@ -175,8 +167,7 @@ def over_sparsified(one: Curve, margin: float = 0.0) -> float | None:
 
     Holm's correction runs over the sparsities. What lies below minus the margin at all of them cannot be a sweet spot.
     """
-    alone = [beyond(e, margin) if e.estimate < -margin and e.seeds > 1 else 1.0 for e in one.effects]
-    lost = holm(alone, more=one.dropped)
+    lost = holm([beyond(e, margin) if e.estimate < -margin and e.seeds > 1 else 1.0 for e in one.effects])
     first = None
     for sparsity, p in zip(one.sparsities, lost, strict=True):
         if p > ALPHA:
@@ -191,23 +182,17 @@ def sweet_spot(curves: Mapping[str, Curve], margins: Mapping[str, float]) -> Swe
 
     Margins are in the metrics' units. The sparsities that all curves share are walked upwards and the walk ends at the
     first failure, so neither the many sparsities (a fixed sequence of tests) nor the many metrics (all must pass) need
-    a correction; later looks have wider bounds. One seed bounds nothing, so with it no sparsity is safe. Raises
-    ValueError when there is no metric or a margin is missing.
+    a correction. One seed bounds nothing, so with it no sparsity is safe. Raises ValueError when there is no metric or
+    a margin is missing.
     """
     if not curves or not set(curves) <= set(margins):
         raise ValueError("every watched metric needs a margin, and there must be one at least")
     shared = sorted(set.intersection(*(set(c.sparsities) for c in curves.values())))
-    low = {name: (c, [_bound(e, -1) for e in c.effects]) for name, c in curves.items()}
-    high = {name: (c, [_bound(e, +1) for e in c.effects]) for name, c in curves.items()}
+    low = {name: (c, [e.low if e.seeds > 1 else -math.inf for e in c.effects]) for name, c in curves.items()}
+    high = {name: (c, [e.high if e.seeds > 1 else math.inf for e in c.effects]) for name, c in curves.items()}
     safe, limit = _walk(shared, low, margins)
     at_most, _ = _walk(shared, high, margins)
     return SweetSpot(safe, at_most, limit)
-
-
-def _bound(e: Effect, side: int) -> float:
-    """Return an effect's 95% bound below (-1) or above (+1), at the price of the look; infinite with one seed."""
-    half = float(special.stdtrit(e.df, 1 - ALPHA / e.price / 2)) * e.se if e.seeds > 1 else math.inf
-    return e.estimate + side * half
 
 
 def _walk(

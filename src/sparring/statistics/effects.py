@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # not scipy.stats, which takes a second or two to import
 
-from .looks import look_price
-
 __all__ = [
     "INDICATIVE_BELOW",
     "LEAST_P",
@@ -45,8 +43,7 @@ class Effect:
     """Hold the mean of crossed values with its standard error, interval and two-sided p-value against zero.
 
     `df` are Satterthwaite's degrees of freedom, for the interval. With one seed the interval covers the choice of
-    images only and `p` is NaN. Every p-value is multiplied by `price`, for the looks that there are (`look_price`); the
-    interval is that of one look.
+    images only and `p` is NaN.
     """
 
     estimate: float
@@ -57,7 +54,6 @@ class Effect:
     p: float
     seeds: int
     images: int
-    price: float = 1.0
 
     @property
     def indicative(self) -> bool:
@@ -78,11 +74,6 @@ class Effect:
         """Return the same effect in another unit: times a positive factor."""
         estimate, se, low, high = (factor * v for v in (self.estimate, self.se, self.low, self.high))
         return replace(self, estimate=estimate, se=se, low=low, high=high)
-
-    def priced(self, price: float) -> Effect:
-        """Return the same effect with p-values that are multiplied by `price`."""
-        one = replace(self, price=price)
-        return replace(one, p=two_sided(one)) if self.seeds > 1 else one
 
 
 def binomial_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -148,8 +139,8 @@ def two_sided(one: Effect) -> float:
 
 
 def _tail(one: Effect, distance: float) -> float:
-    """Return Student's lower tail at a distance from a hypothesis, at least 1e-4 / 2, times the price of the look."""
-    return one.price * max(LEAST_P / 2, float(special.stdtr(one.df_p, statistic(distance, one.se))))
+    """Return Student's lower tail at a distance from a hypothesis, at least 1e-4 / 2."""
+    return max(LEAST_P / 2, float(special.stdtr(one.df_p, statistic(distance, one.se))))
 
 
 def statistic(estimate: float, se: float) -> float:
@@ -190,16 +181,13 @@ def log_ratio_values(values: ArrayLike, control: ArrayLike) -> NDArray[np.float6
     return np.asarray(np.log(level / base) + (v - mean) / level - (c / base - 1))
 
 
-def holm(p: ArrayLike, *, more: int = 0) -> NDArray[np.float64]:
-    """Return p-values corrected for their number by Holm's step-down method (Holm 1979); NaN stays and counts not.
-
-    `more` tests, which are not made any more, count among them as if their p-values were the largest.
-    """
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values corrected for their number by Holm's step-down method (Holm 1979); NaN stays and counts not."""
     raw = np.asarray(p, dtype=np.float64)
     known = np.flatnonzero(~np.isnan(raw))
     order = known[np.argsort(raw[known], kind="stable")]
     corrected = np.full_like(raw, np.nan)
-    steps = raw[order] * np.arange(len(order) + more, more, -1)
+    steps = raw[order] * np.arange(len(order), 0, -1)
     corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0) if len(order) else steps
     return corrected
 
@@ -210,7 +198,7 @@ def minimum_detectable_effect(one: Effect, *, alpha: float = 0.05, power: float 
     In the effect's own unit, by the noncentral t. Divide alpha by the number of tests for the first step of Holm's
     method.
     """
-    critical = special.stdtrit(one.df_p, 1 - alpha / one.price / 2)
+    critical = special.stdtrit(one.df_p, 1 - alpha / 2)
     return float(special.nctdtrinc(one.df_p, 1 - power, critical)) * one.se
 
 
@@ -218,12 +206,11 @@ def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int
     """Return about how many seeds would make an effect of this size significant, if all its spread shrank with them.
 
     A lower bound in truth, as the images' share of the spread does not shrink with seeds. At least one more than now;
-    None for more than 10,000. They are those of a new study: more of the same would be another look. Raises ValueError
-    for an effect of zero.
+    None for more than 10,000. Raises ValueError for an effect of zero.
     """
     if one.estimate == 0:
         raise ValueError("no number of seeds makes an effect of zero significant")
-    one, low, high = replace(one, price=look_price(1)), one.seeds, MOST_SEEDS
+    low, high = one.seeds, MOST_SEEDS
     if not _suffice(one, high, alpha, power):
         return None
     while high - low > 1:
@@ -254,7 +241,7 @@ def no_gain(one: Effect, margin: float) -> float:
     """
     if not margin > 0:
         raise ValueError(f"a margin must be positive, not {margin}")
-    return min(1.0, max(LEAST_P, _tail(one, one.estimate - margin)))
+    return max(LEAST_P, _tail(one, one.estimate - margin))
 
 
 def beyond(one: Effect, margin: float) -> float:

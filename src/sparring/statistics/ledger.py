@@ -159,7 +159,6 @@ class Row:
         alone = {"p": q.p, "p_small": q.p_small, "p_against": q.p_against, "p_done": q.p_done}
         numbers |= {f"{name}_alone": None if math.isnan(p) else p for name, p in alone.items()}
         counts = {"seeds": 0 if e is None else e.seeds, "images": 0 if e is None else e.images, "study": self.study}
-        counts |= {"price": None if e is None else e.price}
         merged = {} if self.merged is None else {"merged": self.merged[0], "p_merged": self.merged[1]}
         corrected = {"p": self.p, "p_small": self.p_small, "p_against": self.p_against}
         notes = {"failed": list(q.failed), "doubt": q.doubt, "unknown": q.unknown}
@@ -180,8 +179,7 @@ def reread(row: Mapping[str, Any]) -> Question:
     estimate, se, df, low, high = (float(row[name]) for name in ("estimate", "se", "df", "low", "high"))
     if claim.log:
         estimate, low, high = (100 * math.log1p(number / 100) for number in (estimate, low, high))
-    counts = int(row["seeds"]), int(row["images"]), float(row["price"])
-    effect = Effect(estimate, se, df, low, high, math.nan, *counts)
+    effect = Effect(estimate, se, df, low, high, math.nan, int(row["seeds"]), int(row["images"]))
     effect = replace(effect, p=two_sided(effect)) if effect.seeds > 1 else effect
     p, small, against, done = (
         math.nan if (p := row[f"{name}_alone"]) is None else float(p)
@@ -190,19 +188,18 @@ def reread(row: Mapping[str, Any]) -> Question:
     return replace(known, effect=effect, p=p, p_small=small, p_against=against, p_done=done)
 
 
-def judge(questions: Sequence[Question], *, study: str, dropped: Sequence[bool] = ()) -> list[Row]:
+def judge(questions: Sequence[Question], *, study: str) -> list[Row]:
     """Give every claim its verdict; one without an effect is a claim that this study did not measure.
 
     A claimed direction is reproduced when the effect is significant that way; "opposite" when it is the other way; and
     there is "no effect that matters" when it is shown to lie within the margin. A claim of no effect is reproduced by
     the last. Primary claims share 5%; the others have what settled ones hand on (`families.correct`), so that the
     chance of any false verdict in a ledger is at most 5%. Anything else is undecided, and `why` says what it would
-    take; one seed, or an attack in doubt, decides nothing. `dropped` are claims that earlier looks asked and this one
-    does not, whether they were primary: nothing of them is settled, and they keep their share.
+    take; one seed, or an attack in doubt, decides nothing.
     """
-    entries = [(q.claim.primary, q.effect, 1.0 if q.doubt else q.p_done, q.claim.margin) for q in questions]
-    gone = [(primary, None, 1.0, -1.0 - number) for number, primary in enumerate(dropped)]  # no claim's margin
-    levels = correct([*entries, *gone], alpha=ALPHA)[: len(questions)]
+    levels = correct(
+        [(q.claim.primary, q.effect, 1.0 if q.doubt else q.p_done, q.claim.margin) for q in questions], alpha=ALPHA
+    )
     return [_row(q, level, study) for q, level in zip(questions, levels, strict=True)]
 
 

@@ -37,10 +37,15 @@ def measure(context: Context, task: Task) -> Outcome:
         raise UserError("the network's logits are NaN or infinite; its training diverged")
     model = model.cpu()  # what follows counts, and has no need of a GPU
     counted = size(model)
-    dense, sparse = macs(model, tuple(data.test.x.shape[1:]))
+    shape, flags = tuple(data.test.x.shape[1:]), []
+    dense: int | None
+    sparse: int | None
+    try:
+        dense, sparse = macs(model, shape)
+    except Unsupported as reason:
+        dense, sparse = None, None
+        flags.append({"name": "no-macs", "detail": str(reason)})
     active = activity(model, data.test.x[:ACTIVITY_IMAGES])
-    # Only where some matrix cannot be pruned do the two shares differ.
-    total = {"sparsity_matrices": counted.sparsity_matrices} if counted.matrices != counted.weights else {}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     first = next(iter(weights.values())).detach()
     return Outcome(
@@ -49,7 +54,6 @@ def measure(context: Context, task: Task) -> Outcome:
             "accuracy_valid": accuracy(logits_valid, data.valid.y),
             "sparsity": counted.sparsity,
             "sparsity_total": counted.sparsity_total,
-            **total,
             "parameters": counted.parameters,
             "nonzero": counted.nonzero,
             "bytes_dense": counted.bytes_dense,
@@ -63,6 +67,7 @@ def measure(context: Context, task: Task) -> Outcome:
             "activation_sparsity": {layer.name: layer.sparsity for layer in active.layers},
             "dead_units": {layer.name: len(layer.dead) for layer in active.layers},
         },
+        flags=flags,
         tensors={
             "correct": logits.argmax(1) == data.test.y,
             "correct_valid": logits_valid.argmax(1) == data.valid.y,
@@ -151,7 +156,7 @@ def judged(context: Context, task: Task) -> nn.Module:
 def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[str, str]]]:
     """Return a network in its packed form, or None and a flag that says why attacks must do without."""
     try:
-        packed = deploy.pack(model, shape=tuple(x.shape[1:]))
+        packed = deploy.pack(model, shape=tuple(x.shape[1:]), images=x)
     except Unsupported as reason:
         return None, [{"name": "no-packed-form", "detail": f"attacked through torch: {reason}"}]
     if not packed.native:  # numpy would round otherwise than what other machines record under this key

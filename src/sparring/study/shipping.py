@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .. import attacks, bounds, deploy
 from ..data import as_float
 from ..errors import Unsupported
-from ..outputs import opened
 from ..threat import Threat, parse_norm
 from .executors import Outcome, Task
 from .judging import judged
@@ -36,12 +35,12 @@ def pack(context: Context, task: Task) -> Outcome:
     x = as_float(context.dataset.test.x[: inputs["images"]])
     with tempfile.TemporaryDirectory() as folder:
         try:
-            path = deploy.export(model, Path(folder) / "packed.sparring", shape=tuple(x.shape[1:]))
+            path = deploy.export(model, Path(folder) / "packed.sparring", shape=tuple(x.shape[1:]), images=x[:8])
         except Unsupported as reason:
             return _without(reason)
         packed, bytes_packed = deploy.load(path), path.stat().st_size
     with torch.no_grad():
-        expected = opened(model, x)(x)
+        expected = model(x)
     found = packed(x)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     return Outcome(
@@ -72,7 +71,7 @@ def ship(context: Context, task: Task) -> Outcome:
     x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
     images = as_float(x)
     try:
-        packed = deploy.pack(model, shape=tuple(images.shape[1:]), values=inputs["values"])
+        packed = deploy.pack(model, shape=tuple(images.shape[1:]), images=images, values=inputs["values"])
     except Unsupported as reason:
         return _without(reason)
     found = held_against(model, packed, images, y, inputs["attack"], decisions=inputs["decisions"])

@@ -1,0 +1,202 @@
+"""Is a graph the model? Logits are compared on images, in every mode in which the model will be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Unsupported, UserError
+from ..modes import eval_mode
+from .ops import Activation, Graph
+
+__all__ = ["TOLERANCE", "Observed", "check", "observed"]
+
+# Of the largest logit: what sums in another order may differ by. TF32 rounds float32 products on a GPU more coarsely.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+_TF32 = 0.01
+_IMAGES, _INSIDE, _CORNERS = 8, 4, 4
+# An activation that jumps may fall on the other side of its jump by rounding, on one image in so many.
+_JUMPED = 8
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A model in eval mode, what it was asked, x (N, ...), and what it answered, (N, classes)."""
+
+    x: Tensor
+    logits: Tensor
+    dtype: torch.dtype
+
+
+@contextmanager
+def observed(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) -> Iterator[Observed]:
+    """Hold a model in eval mode, ask it for the logits of images and of random ones, and restore all on leaving.
+
+    Raise UserError for a model that does not accept such images, or does not return one tensor of logits.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UserError(f"'{name}' has no shape yet; ask the model once for the logits of an image before")
+    first = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), torch.zeros(()))
+    scripted = torch.jit.ScriptModule
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if not isinstance(module, scripted)]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    state = torch.get_rng_state()
+    with eval_mode(model):
+        try:
+            x = _asked(shape, images).to(first)
+            try:
+                logits = _ask(model, x)
+            except Exception as error:  # the user's own operations, which can raise anything
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"the model does not accept images of shape {tuple(shape)}: {reason}") from error
+            if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+                found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise Unsupported(f"the model must return one tensor of logits (N, classes), not {found}")
+            yield Observed(x, logits, first.dtype)
+        finally:
+            torch.set_rng_state(state)
+            with torch.no_grad():
+                for buffer, value in values:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            for module, held in buffers:
+                module._buffers.update(held)  # some forwards put new ones in their place
+
+
+def _asked(shape: tuple[int, ...], images: Tensor | None) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.rand(_INSIDE, *shape, generator=generator)
+    corners = torch.randint(0, 2, (_CORNERS, *shape), generator=generator).float()
+    given = [] if images is None else [images[:_IMAGES].detach().cpu().float()]
+    return torch.cat([*given, inside, corners])
+
+
+@contextmanager
+def _seeded(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let what draws by the declared protocol draw the same each time."""
+    drawing = [m for m in model.modules() if getattr(m, "stochastic", False) and hasattr(m, "generator")]
+    generators = [m.generator for m in drawing]
+    try:
+        for module in drawing:
+            module.generator = torch.Generator(device).manual_seed(0)  # type: ignore[assignment]
+        yield
+    finally:
+        for module, generator in zip(drawing, generators, strict=True):
+            module.generator = generator
+
+
+def _ask(model: nn.Module, x: Tensor) -> Tensor:
+    """Return a model's logits, of a copy of the images."""
+    with _seeded(model, x.device), torch.no_grad():
+        result: Tensor = model(x.clone())
+        return result
+
+
+def check(graph: Graph, model: nn.Module, seen: Observed) -> None:
+    """Raise Unsupported unless a graph gives a model's logits, within `TOLERANCE` of the largest of them.
+
+    The model must give the same when asked twice, for each image alone and in another order, and with gradients and
+    frozen parameters, as attacks ask. The message says what it depends on, or the first layer at which they differ.
+    """
+    x, logits = seen.x, seen.logits
+    name = type(model).__name__
+    if not _same(_ask(model, x), logits):
+        raise Unsupported(
+            f"{name} gives other logits when it is asked twice: it draws at random or counts its calls; guard that by "
+            "self.training, or declare it (`stochastic` and `generator`)"
+        )
+    if not any(getattr(module, "stochastic", False) for module in model.modules()):
+        order = torch.arange(len(x) - 1, -1, -1, device=x.device)
+        alone = torch.cat([_ask(model, x[i : i + 1]) for i in range(len(x))])
+        allowed = _jumped(graph, x)
+        if not _same(alone, logits, allowed) or not _same(_ask(model, x[order])[order], logits, allowed):
+            raise Unsupported(
+                f"{name} gives an image other logits in another batch: they depend on the images beside it, so that no "
+                "image has a certificate of its own; compute each image by itself in eval mode"
+            )
+    if not _same(_with_gradients(model, x), logits):
+        raise Unsupported(f"{name} gives other logits when gradients are asked for; let forward() not look at that")
+    with _seeded(model, x.device), torch.no_grad():
+        found = graph(x.to(_dtype(graph, x)))
+    if not _same(found, logits, _jumped(graph, x)):
+        apart = float((found - logits).abs().nan_to_num().max() / logits.abs().nan_to_num().max().clamp_min(1e-30))
+        raise Unsupported(
+            f"{name} cannot be lowered: what was read gives logits that differ by {apart:.2g} of the largest, "
+            f"{_first_difference(graph, model, x)}"
+        )
+
+
+def _jumped(graph: Graph, x: Tensor) -> int:
+    jumps = any(isinstance(n.op, Activation) and getattr(n.op.module, "masks_gradients", False) for n in graph.nodes)
+    return len(x) // _JUMPED if jumps else 0
+
+
+def _same(found: Tensor, expected: Tensor, allowed: int = 0) -> bool:
+    """Return whether values agree on all images but at most `allowed`; equal infinities and NaNs do."""
+    if found.shape != expected.shape:
+        return False
+    one, two = found.double(), expected.double()
+    tf32 = expected.is_cuda and expected.dtype == torch.float32
+    tolerance = _TF32 if tf32 else TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32])
+    finite = two[torch.isfinite(two)].abs()
+    scale = float(finite.max()) if len(finite) else 0.0
+    close = torch.isclose(one, two, rtol=0.0, atol=tolerance * scale, equal_nan=True)
+    return int((~close.flatten(1).all(1)).sum()) <= allowed
+
+
+def _with_gradients(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits as an attack gets them: with gradients of the images alone."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        with _seeded(model, x.device), torch.enable_grad():
+            result: Tensor = model(x.clone().requires_grad_().clone())  # no leaf: it may be written to in place
+        return result.detach()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise Unsupported(f"{type(model).__name__} fails when gradients are asked for: {reason}") from error
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _first_difference(graph: Graph, model: nn.Module, x: Tensor) -> str:
+    """Name the first layer whose output a graph gets wrong, among those that ran once."""
+    outputs: dict[str, list[Tensor]] = {}
+
+    def listen(path: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: outputs.setdefault(path, []).append(_copy(output))
+
+    last = {node.path: index for index, node in enumerate(graph.nodes) if node.path}
+    handles = [m.register_forward_hook(listen(path)) for path, m in model.named_modules() if path in last]
+    try:
+        _ask(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with _seeded(model, x.device), torch.no_grad():
+        values = graph.values(x.to(_dtype(graph, x)))
+    for path, index in sorted(last.items(), key=lambda item: item[1]):
+        heard = outputs.get(path, [])
+        if len(heard) == 1 and heard[0].shape == values[index].shape and not _same(values[index], heard[0]):
+            return f"first in {graph.nodes[index].title}"
+    return "though no single layer's output differs"
+
+
+def _copy(output: object) -> Tensor:
+    return output.detach().clone() if isinstance(output, Tensor) else torch.empty(0)
+
+
+def _dtype(graph: Graph, x: Tensor) -> torch.dtype:
+    """Return the precision of a graph's tensors."""
+    for node in graph.nodes:
+        for value in vars(node.op).values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.dtype
+    return x.dtype
