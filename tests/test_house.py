@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 
 # docs/design.md, section 3, lowest first; names on one line are strangers to each other.
 LAYERS = [
-    {"threat", "layout", "modes", "files", "errors", "graph", "plugins"},
+    {"threat", "layout", "modes", "files", "errors", "graph", "plugins", "waiting"},
     {"attacks", "bounds", "sparsity", "data", "models", "metrics", "statistics"},
     {"train", "deploy"},
     {"study"},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layout import channels_last
 from ..threat import Threat
+from ..waiting import courteous
 from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
 from .batches import batch_size_for
 from .checks import (
@@ -100,6 +101,7 @@ def robust_accuracy(result: AttackResult) -> float:
     return float((result.clean_correct & ~result.success).double().mean())
 
 
+@courteous()
 def run(
     model: nn.Module,
     x: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import UnknownNameError, UserError
 from ..graph import Graph, Linear
 from ..threat import Threat, distance, dual
+from ..waiting import courteous
 from .brackets import Bracket
 from .compaction import compacted
 from .crown import bound_nodes, lower_bound
@@ -90,6 +91,7 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
+@courteous()
 def margin(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: str = "crown") -> Tensor:
     """Bound all margins g_y − g_k from below over the eps-ball inside [0, 1]: (N, classes − 1), float64.
 
@@ -125,6 +127,7 @@ def _images_at_once(graph: Graph) -> int:
     return max(1, min(64, _CHUNK // (classes * max(math.prod(node.shape) for node in graph.nodes))))
 
 
+@courteous()
 def radius(
     model: nn.Module, x: Tensor, y: Tensor, norm: float, *, method: str = "crown", tolerance: float = 1e-3
 ) -> Tensor:
@@ -164,6 +167,7 @@ def _linearised(graph: Graph, x: Tensor, y: Tensor, norm: float) -> Tensor:
     return value.detach() / distance(slope, dual(norm)).clamp_min(1e-12)
 
 
+@courteous()
 def certified_accuracy(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: str = "crown") -> float:
     """Return the share of images whose label provably survives every perturbation of the threat."""
     return float((margin(model, x, y, threat, method=method).amin(1) > 0).double().mean())

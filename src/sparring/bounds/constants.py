@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import UnknownNameError, UserError
 from ..graph import Activation, Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU
 from ..threat import L2, LINF, dual, norm_name, random_point
+from ..waiting import courteous
 from .activations import kink_of
 from .crown import bound_nodes
 from .intervals import Interval
@@ -26,6 +27,7 @@ _LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
 Constants = Callable[[Graph, Region, Tensor], Tensor]
 
 
+@courteous()
 def lipschitz(
     model: nn.Module, x: Tensor, radius: float | Tensor, *, norm: float, method: str = "jacobian", seed: int = 0
 ) -> Tensor:

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..graph import Graph
 from ..modes import eval_mode
 from ..threat import L2, LINF, distance, norm_name, project, random_point
+from ..waiting import courteous
 from .certificates import margins_over, radius_over
 from .nearest_l2 import nearest_l2
 from .nearest_linf import nearest_linf
@@ -44,6 +45,7 @@ class Exact:
     seconds: Tensor
 
 
+@courteous()
 def exact(
     model: nn.Module,
     x: Tensor,

@@ -31,6 +31,23 @@ ModelArgument = Annotated[
 ]
 
 
+def _take_threads(threads: int | None) -> int | None:
+    """Let torch's work be shared by so many threads from here on."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return threads
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="Threads that share the work [default: one per core].", callback=_take_threads
+    ),
+]
+
+
 @app.command()
 def study(
     plan: Annotated[str, typer.Argument(help="A preset's name or a TOML file; see `sparring list presets`.")] = "quick",
@@ -108,6 +125,7 @@ def train(
     seed: Seed = 0,
     data_dir: DataDir = None,
     download: Download = False,
+    threads: Threads = None,
     quiet: Quiet = False,
 ) -> int:
     """Train a network and write it to one file."""
@@ -133,6 +151,7 @@ def prune(
     seed: Seed = 0,
     data_dir: DataDir = None,
     download: Download = False,
+    threads: Threads = None,
     quiet: Quiet = False,
 ) -> int:
     """Prune a trained network, fine-tune it, and write it to one file."""
@@ -160,6 +179,7 @@ def attack(
     seed: Seed = 0,
     data_dir: DataDir = None,
     download: Download = False,
+    threads: Threads = None,
     json: Json = False,
 ) -> int:
     """Attack any classifier on any data and print how it stands."""
@@ -181,6 +201,7 @@ def certify(
     images: Annotated[int, typer.Option(help="How many test images.")] = 100,
     data_dir: DataDir = None,
     download: Download = False,
+    threads: Threads = None,
     json: Json = False,
 ) -> int:
     """Prove how far images lie from the decision boundary, beside how near the best attack comes."""

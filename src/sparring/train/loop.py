@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..layout import channels_last
 from ..modes import eval_mode, train_
 from ..sparsity import Masks, Pruner
+from ..waiting import courteous
 from .checkpoint import State, load_checkpoint_, save_checkpoint
 from .losses import Loss, Ramped, cross_entropy
 from .optimizer import Optimizer
@@ -45,6 +46,7 @@ class Fit:
     best_state: dict[str, Tensor] = field(default_factory=dict)
 
 
+@courteous()
 def fit(
     model: nn.Module,
     x: Tensor,
@@ -214,6 +216,7 @@ def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
     return padded[(*index, rows[:, None, :, None], columns[:, None, None, :])]
 
 
+@courteous()
 def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
     """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; every module's mode is restored."""
     place = next((p.device for p in model.parameters()), x.device)

@@ -1,0 +1,111 @@
+"""OpenMP's threads sleep while others need the cores, and no result knows of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from sparring import waiting
+from sparring.train import Recipe, fit
+
+pytestmark = pytest.mark.skipif(waiting._openmp() is None, reason="torch's OpenMP here is not GNU's, or not on Linux")
+
+SPINNING = """
+import time, torch
+from contextlib import nullcontext
+from sparring import waiting
+torch.set_num_threads(2)
+x = torch.zeros(1 << 18)
+def burnt() -> float:
+    before = time.process_time()
+    for _ in range(60):
+        x.add_(1)  # shared by two threads, of which one then waits for more
+        time.sleep(0.004)
+    return time.process_time() - before
+spun = burnt()
+with waiting.crowd(waiting._openmp(), max(1, len(__import__("os").sched_getaffinity(0)) - 1)):
+    slept = burnt()
+print(spun, slept, burnt())
+"""
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def _watchers() -> int:
+    return sum(thread.name == waiting.NAME for thread in threading.enumerate())
+
+
+def test_a_crowd_makes_waiting_threads_sleep_and_leaves_no_trace() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    run = subprocess.run([sys.executable, "-c", SPINNING], capture_output=True, text=True, env=environment, check=True)
+    spun, slept, again = map(float, run.stdout.split())
+    assert slept < 0.5 * spun
+    assert slept < 0.5 * again
+
+
+def test_threads_that_wait_for_cores_gather_a_crowd_until_the_cores_are_free(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, began = threading.Event(), time.monotonic()
+    monkeypatch.setattr(waiting, "_running", lambda: 1)
+    monkeypatch.setattr(waiting, "_waited", lambda _: time.monotonic() - began if shared.is_set() else 0.0)
+
+    def settles(count: int) -> bool:
+        until = time.monotonic() + 10
+        while time.monotonic() < until and threading.active_count() != count:
+            time.sleep(0.01)
+        return threading.active_count() == count
+
+    alone = threading.active_count()
+    with waiting.courteous():
+        assert settles(alone + 1), "the watcher"
+        shared.set()
+        assert settles(alone + 2), "and the host of the crowd"
+        shared.clear()
+        assert settles(alone + 1)
+        shared.set()
+        assert settles(alone + 2)
+    assert threading.active_count() == alone
+
+
+def test_one_watcher_is_enough_and_one_thread_needs_none(two_threads: None) -> None:
+    with waiting.courteous(), waiting.courteous():
+        assert _watchers() == 1
+    assert _watchers() == 0
+    torch.set_num_threads(1)
+    with waiting.courteous():
+        assert _watchers() == 0
+
+
+def test_training_is_the_same_to_the_last_bit_in_a_crowd(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randint(0, 256, (400, 1, 16, 16), dtype=torch.uint8), torch.arange(400) % 3
+
+    def trained(running: int) -> torch.Tensor:
+        monkeypatch.setattr(waiting, "_running", lambda: running)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(1, 16, 5), nn.Flatten(), nn.Linear(16 * 144, 3))
+        fit(model, x, y, Recipe(epochs=1, lr=0.01))
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(trained(1), trained(1000))
+
+
+def test_work_that_fails_fails_as_before(two_threads: None) -> None:
+    with pytest.raises(ValueError, match="mine"), waiting.courteous():
+        raise ValueError("mine")
+    assert _watchers() == 0
