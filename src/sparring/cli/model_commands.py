@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..data import Dataset, as_float
 from ..errors import UserError
 from ..files import load_tensors
 from ..metrics import accuracy, distances, robust_accuracy
-from ..models import Blueprint, load_model, load_weights_, save_model
+from ..models import Blueprint, load_model, load_weights_, recipe_settings, save_model
 from ..modes import eval_mode
 from ..sparsity import Pruner, all_ones, build_pruner, check_reached
 from ..statistics import binomial_interval
@@ -38,7 +39,6 @@ __all__ = ["SAVED", "open_model", "plain", "run_attack", "run_prune", "run_train
 # How files end that hold a whole model: saved by us for further work, or packed for shipping.
 SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
 
-DEFAULT_EPOCHS = 10
 MINIMUM_NORM = {"cw", "ddn", "deepfool", "fab", "fab-targeted", "hopskipjump", "nearest"}
 SINGLE_STEP = {"fgsm", "rfgsm"}
 
@@ -49,6 +49,7 @@ def run_train(
     data_name: str,
     overrides: tuple[str, ...],
     width: float | None,
+    depth: int | None,
     loss: str,
     eps: float,
     ramp: float | None,
@@ -63,8 +64,8 @@ def run_train(
     Raises UserError, with all written, when training ended at a network that answers one class.
     """
     dataset = open_data(data_name, data_dir, download)
-    recipe = _settings(overrides, "recipe").recipe
-    blueprint = replace(_blueprint(name, dataset), width=width)
+    blueprint = replace(_blueprint(name, dataset), width=width, depth=depth)
+    recipe = _settings(overrides, "recipe", recipe_settings(name, channels=blueprint.shape[0])).recipe
     model = blueprint.build(seed=seed)
     result = _fit(model, dataset, recipe, out, seed=seed, training=_training(loss, eps, ramp), quiet=quiet)
     _finish(model, blueprint, dataset, result, eps, out)
@@ -93,7 +94,8 @@ def run_prune(
         raise UserError("an artefact is for shipping and cannot be pruned further; prune the model it was made from")
     model, blueprint = open_model(name, weights, dataset, own_modes=True)
     recipe_names = set(asdict(Recipe()))
-    recipe = _settings(tuple(o for o in overrides if o.partition("=")[0] in recipe_names), "finetune").finetune
+    own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
+    recipe = _settings(tuple(o for o in overrides if o.partition("=")[0] in recipe_names), "recipe", own).recipe
     pruning = _settings(tuple(o for o in overrides if o.partition("=")[0] not in recipe_names), "pruning.0").pruning[0]
     pruner = build_pruner(pruning, sparsity)
     training = _training(loss, eps)
@@ -335,9 +337,9 @@ def _blueprint(name: str, dataset: Dataset) -> Blueprint:
     return Blueprint(name, shape, dataset.classes, dataset.mean, dataset.std, data=dataset.name)
 
 
-def _settings(overrides: tuple[str, ...], table: str) -> Plan:
+def _settings(overrides: tuple[str, ...], table: str, recipe: Mapping[str, Any] = MappingProxyType({})) -> Plan:
     """Read KEY=VALUE options into one table of a plan, whose checks and messages then apply."""
-    base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": {"epochs": DEFAULT_EPOCHS}}
+    base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": dict(recipe)}
     base["sparsities"] = [0.5]  # which every method and structure can reach: what is asked for is checked apart
     return Plan.from_table(base, overrides=tuple(f"{table}.{override}" for override in overrides))
 
