@@ -3,7 +3,7 @@
     python benchmarks/results.py out/paper-linear out/paper-lenet-300-100 --to docs/results
 
 writes docs/results/ledger.json (Holm's correction across all studies, those that it held before included) and a folder
-for each study with its main figures as SVG, results.csv (means over seeds, unless that is too long), plan.json's
+for each study with its main figures as SVG, results.csv (each seed's means, unless that is too long), plan.json's
 command and plan, and the verdict in README.md. The table of claims between two marks in a study's page,
 docs/results/STUDY.md, is written anew from the ledger; without any OUT only that is done.
 """
@@ -70,23 +70,39 @@ def _rank(figure: Path) -> tuple[int, str]:
 
 
 def means(text: str) -> str:
-    """Return results as CSV text with one row for all seeds of a network and metric: their number, mean and range.
+    """Return results as CSV text with one row for a network and metric: number, mean and range over seeds, each seed's.
 
-    What has no seeds, as a study of linear classifiers, stays as it is.
+    Of linear classifiers, which have no seeds, the row of a classifier holds all its metrics, as written by `wide`.
     """
     rows = list(csv.DictReader(io.StringIO(text)))
     if not rows or "seed" not in rows[0]:
-        return text
-    groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        return wide(rows)
+    groups: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row["value"]:
-            groups[tuple(row[key] for key in KEYS)].append(float(row["value"]))
+            groups[tuple(row[key] for key in KEYS)][int(row["seed"])] = float(row["value"])
+    seeds = sorted({seed for values in groups.values() for seed in values})
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")
-    writer.writerow([*KEYS, "seeds", "mean", "lowest", "highest"])
-    for key, values in groups.items():
-        numbers = (sum(values) / len(values), min(values), max(values))
-        writer.writerow([*key, len(values), *(f"{number:.6g}" for number in numbers)])
+    writer.writerow([*KEYS, "seeds", "mean", "lowest", "highest", *(f"seed {seed}" for seed in seeds)])
+    for key, by_seed in groups.items():
+        values = [*by_seed.values()]
+        told = [sum(values) / len(values), min(values), max(values), *(by_seed.get(seed) for seed in seeds)]
+        writer.writerow([*key, len(values), *("" if number is None else f"{number:.6g}" for number in told)])
+    return target.getvalue()
+
+
+def wide(rows: Sequence[dict[str, str]]) -> str:
+    """Return the results of linear classifiers with one row a classifier and pair of classes, one column a metric."""
+    keys = ("loss", "classes", "path", "step")
+    groups: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)][row["metric"]] = f"{float(row['value']):.6g}"
+    columns = list(dict.fromkeys(name for values in groups.values() for name in values))
+    target = io.StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow([*keys, *columns])
+    writer.writerows([*key, *(values.get(name, "") for name in columns)] for key, values in groups.items())
     return target.getvalue()
 
 

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["DamageError", "DataError", "PlanError", "StorageError", "UnknownNameError", "Unsupported", "UserError"]
+__all__ = [
+    "DamageError",
+    "DataError",
+    "PlanError",
+    "StorageError",
+    "UnknownNameError",
+    "Unsupported",
+    "UserError",
+    "place",
+    "told",
+]
+
+# Code under these folders is not the user's own: sparring, the standard library, and what is installed.
+_OTHERS = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 
 
 class UserError(Exception):
@@ -40,3 +56,26 @@ class UnknownNameError(UserError):
 
 class Unsupported(UserError):
     """Signal an operation that has no sound rule for this model or layer, and say why."""
+
+
+def told(error: BaseException) -> str:
+    """Return in one line what an exception says: its type, its text, and the last line of the user's own code."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} ({place(error)})"
+    where, text = place(error), " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:297]}..."
+    return f"{type(error).__name__}{': ' if text else ''}{text}{f' ({where})' if where else ''}"
+
+
+def place(error: BaseException) -> str | None:
+    """Return "path:line: code" of the last line in the user's own files that an exception came through, or None."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
+    cause = place(error.__cause__) if error.__cause__ is not None else None
+    if cause is not None:
+        return cause
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        installed = "site-packages" in frame.filename or "dist-packages" in frame.filename
+        if not (installed or frame.filename.startswith((*_OTHERS, "<frozen"))):
+            return f"{frame.filename}:{frame.lineno}: {frame.line or ''}".rstrip(": ")
+    return None

@@ -17,6 +17,7 @@ import os
 import secrets
 import stat
 import tarfile
+import tempfile
 import time
 import zipfile
 import zlib
@@ -30,7 +31,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `sparring --help` reads 
     from torch import Tensor
 
 __all__ = [
+    "CONVERT",
     "canonical_json",
+    "check_writable",
     "explain",
     "finite",
     "load_tensors",
@@ -49,6 +52,10 @@ __all__ = [
 ]
 
 MIB = 1 << 20
+CONVERT = (
+    "convert it, if you trust it, by safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+    '"weights.safetensors"), and give --weights weights.safetensors'
+)
 _LEFTOVER = ".tmp"
 _WAYS_OUT = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
@@ -101,6 +108,20 @@ def write_atomic(path: Path | str, content: bytes | str) -> Path:
     except OSError as error:
         raise explain(error, path, "write") from error
     return path
+
+
+def check_writable(path: Path | str, *, folder: bool = False) -> None:
+    """Raise UserError unless a file of this name (or a folder to write into) could be made; nothing is left behind."""
+    path = Path(path).absolute()
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(path).st_mode) != folder:  # noqa: PTH116 - exists() hides names that are too long
+                raise NotADirectoryError(errno.ENOTDIR, "") if folder else IsADirectoryError(errno.EISDIR, "")
+        places = (path, *path.parents) if folder else path.parents
+        with tempfile.TemporaryFile(dir=next(place for place in places if place.exists())):
+            pass
+    except OSError as error:
+        raise explain(error, path, "write") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -368,6 +389,8 @@ def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * 
     import safetensors.torch
 
     data = read_bounded(path, limit=limit)
+    if data[:2] in (b"PK", b"\x80\x02"):
+        raise UserError(f"{path} is a pickle, as torch.save writes, which may run code and is not read; {CONVERT}")
     header = int.from_bytes(data[:8], "little")
     if len(data) < 10 or header > min(len(data) - 8, 16 * MIB):
         raise UserError(f"{path} is not a whole safetensors file; get it or make it again")

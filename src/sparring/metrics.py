@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .graph import Call, Conv2d, Linear, lower, refusal
+from .matrices import matrices
 
 __all__ = ["Distances", "Size", "accuracy", "distances", "macs", "robust_accuracy", "size"]
 
@@ -60,12 +61,23 @@ def _mean(values: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Size:
-    """Count a network: `weights` are those of linear and convolution layers, the prunable ones."""
+    """Count a network: `weights` are those that can be pruned (of linear, convolutional, recurrent, attention layers).
+
+    They are those that layers compute with, after weight_norm and the like. `matrices` counts the weights of all
+    matrices, with those that cannot be pruned.
+    """
 
     parameters: int
     weights: int
     nonzero: int
     nonzero_weights: int
+    matrices: int
+    nonzero_matrices: int
+
+    @property
+    def sparsity_matrices(self) -> float:
+        """Return the fraction of the weights of all matrices that are zero, of those that cannot be pruned too."""
+        return 1 - self.nonzero_matrices / max(1, self.matrices)
 
     @property
     def sparsity(self) -> float:
@@ -90,13 +102,15 @@ class Size:
 
 def size(model: nn.Module) -> Size:
     """Count parameters and weights, and which of them are not zero."""
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    everything = list(model.parameters())
+    values = [(m.value(), m.excuse is None) for m in matrices(model)]
+    weights, everything = [value for value, prunable in values if prunable], list(model.parameters())
     return Size(
         sum(p.numel() for p in everything),
         sum(w.numel() for w in weights),
         sum(int(p.count_nonzero()) for p in everything),
         sum(int(w.count_nonzero()) for w in weights),
+        sum(w.numel() for w, _ in values),
+        sum(int(w.count_nonzero()) for w, _ in values),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .units import L1, L2, LINF, norm_name, parse_eps, parse_norm
 
 __all__ = [
     "L1",
@@ -31,11 +32,6 @@ __all__ = [
     "uniform",
 ]
 
-LINF = math.inf
-L2 = 2.0
-L1 = 1.0
-_NAMES = {LINF: "linf", L2: "l2", L1: "l1"}
-
 
 @dataclass(frozen=True)
 class Threat:
@@ -45,26 +41,10 @@ class Threat:
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        norm_name(self.norm)
-        if self.eps is not None and not (math.isfinite(self.eps) and self.eps >= 0):
-            raise UserError(f"eps must be a finite number >= 0, not {self.eps}")
+        object.__setattr__(self, "norm", parse_norm(self.norm))  # "L2" and "8/255" as well
+        object.__setattr__(self, "eps", None if self.eps is None else parse_eps(self.eps))
         if self.norm == LINF and self.eps is not None and self.eps > 1:
             raise UserError(f"eps {self.eps} is larger than the image range [0, 1]; divide eps by 255")
-
-
-def norm_name(norm: float) -> str:
-    """Return "linf", "l2" or "l1"; raise UserError for any other norm."""
-    if norm not in _NAMES:
-        raise UserError(f"norm {norm} is not one of linf, l2, l1")
-    return _NAMES[norm]
-
-
-def parse_norm(name: str) -> float:
-    """Return the norm named "linf", "l2" or "l1"."""
-    for norm, known in _NAMES.items():
-        if name == known:
-            return norm
-    raise UserError(f"norm '{name}' is not one of linf, l2, l1")
 
 
 def dual(norm: float) -> float:

@@ -12,6 +12,10 @@ from sparring.threat import L2, LINF, Threat
 SMALL = Threat(LINF, 0.05)
 
 
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 def flag_names(model: nn.Module, x: Tensor, y: Tensor) -> set[str]:
     return {flag.name for flag in run(model, x, y, fgsm, SMALL).flags}
 
@@ -64,9 +68,49 @@ def test_targets_that_mean_nothing_are_refused(spoil, message: str, net: nn.Modu
         run(net, images, y, pgd, SMALL, targets=spoil(y))
 
 
-def test_images_of_another_precision_are_refused(net: nn.Module, images: Tensor) -> None:
-    with pytest.raises(UserError, match="float64"):
-        run(net, images.double(), net(images).argmax(1), fgsm, SMALL)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_of_another_precision_are_attacked_alike(kind: torch.dtype, net: nn.Module, images: Tensor) -> None:
+    rounded = images.to(kind)
+    y = net(rounded.float()).argmax(1)
+    found, expected = (run(net, x, y, fgsm, SMALL) for x in (rounded, rounded.float()))
+    assert torch.equal(found.success, expected.success) and torch.allclose(found.x_adv.float(), expected.x_adv)
+
+
+def test_labels_beyond_the_sample_are_refused_too(net: nn.Module, images: Tensor) -> None:
+    x = images.repeat(6, 1, 1, 1)
+    y = net(x).argmax(1)
+    y[-1] = 4
+    with pytest.raises(UserError, match=r"labels span . to 4 but the model has 4 classes"):
+        run(net, x, y, fgsm, SMALL)
+
+
+@pytest.mark.parametrize("off", [-1e-8, 1.2e-7, 1e-6])
+def test_what_rounding_leaves_outside_is_clipped(off: float, net: nn.Module, images: Tensor) -> None:
+    x = images.clone()
+    x[0, 0, 0, 0] = off if off < 0 else 1 + off
+    before = x.clone()
+    y = net(x).argmax(1)
+    found, expected = (run(net, part, y, pgd, SMALL, generator=seeded()) for part in (x, x.clamp(0, 1)))
+    assert torch.equal(found.x_adv, expected.x_adv) and torch.equal(x, before)
+
+
+def test_images_a_little_outside_are_named_as_they_are(net: nn.Module, images: Tensor) -> None:
+    x = images.clone()
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 1 + 2e-5, 0
+    with pytest.raises(UserError, match=r"span \[0, 1.00002.*; clip what .*clamp\(0, 1\)"):
+        run(net, x, net(x).argmax(1), fgsm, SMALL)
+
+
+def test_images_with_a_gradient_or_of_inference_mode_are_attacked(net: nn.Module, images: Tensor) -> None:
+    y = net(images).argmax(1)
+    plain = run(net, images, y, pgd, SMALL, generator=seeded())
+    with torch.inference_mode():
+        x, labels = images.clone(), y.clone()
+        inner = run(net, x, labels, pgd, SMALL, generator=seeded())
+    outer = run(net, x, labels, pgd, SMALL, generator=seeded())
+    wanting = run(net, images.clone().requires_grad_(), y, pgd, SMALL, generator=seeded())
+    for result in (inner, outer, wanting):
+        assert torch.equal(result.x_adv, plain.x_adv) and not result.x_adv.requires_grad
 
 
 class Jitter(nn.Module):

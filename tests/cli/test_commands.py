@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,33 +12,9 @@ import pytest
 import torch
 
 from sparring import deploy
-from sparring.cli import main
 from sparring.models import load_model
 from sparring.sparsity import sparsity_of
 from sparring.study import read_plan
-
-
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def sparring(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Run the command line in this process (a fresh one imports torch each time)."""
-
-    def call(*words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["sparring", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        found = capsys.readouterr()
-        assert "Traceback" not in found.err
-        return Result(int(stop.value.code or 0), found.out, found.err)
-
-    before = signal.getsignal(signal.SIGTERM)
-    yield call
-    signal.signal(signal.SIGTERM, before)  # else later tests that are told to end would raise the command line's exit
-
 
 TINY = """
 data = "digits"
@@ -275,7 +250,7 @@ def test_lists_and_doctor(sparring) -> None:  # type: ignore[no-untyped-def]
         (("attack", "missing.safetensors"), "missing.safetensors"),
         (("attack", "lenet-5", "--attacks", "fgms"), "Did you mean 'fgsm'"),
         (("attack", "lenet-5", "--eps", "8"), "255"),
-        (("attack", "lenet-5", "--eps", "a"), "numbers separated by commas"),
+        (("attack", "lenet-5", "--eps", "a"), "a fraction such as 8/255"),
         (("attack", "lenet-5", "--norm", "l3"), "linf, l2, l1"),
         (("attack", "no_module:f", "--data", "digits"), "cannot import"),
         (("train", "lenet-6", "--out", "x.safetensors"), "Did you mean 'lenet-5'"),

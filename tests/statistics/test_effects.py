@@ -16,6 +16,7 @@ from sparring.statistics import (
     equivalence,
     holm,
     log_ratio_values,
+    look_price,
     minimum_detectable_effect,
     ratio_values,
     seeds_needed,
@@ -176,7 +177,7 @@ def test_so_many_seeds_as_are_needed_suffice_and_one_less_does_not(estimate, alp
 
     def detects(seeds):
         more = Effect(estimate, 0.1 * math.sqrt(5 / seeds), seeds - 1.0, 0.0, 1.0, 0.5, seeds, 100)
-        return minimum_detectable_effect(more, alpha=alpha) <= estimate
+        return minimum_detectable_effect(more, alpha=alpha / look_price(1)) <= estimate
 
     assert detects(needed)
     assert needed == 6 or not detects(needed - 1)

@@ -38,9 +38,13 @@ ATTACKS: dict[str, Attack] = {
     "standard": standard,
 }
 
+# Those that look for the smallest perturbation; all others need a budget.
+MINIMUM_NORM = frozenset({"cw", "ddn", "deepfool", "fab", "fab-targeted", "hopskipjump", "nearest"})
+
 __all__ = [
     "ATTACKS",
     "FLAGS",
+    "MINIMUM_NORM",
     "Attack",
     "AttackResult",
     "Flag",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .derivatives import ROWS_AT_ONCE
+from .losses import is_answer
 
 __all__ = ["batch_size_for", "classify"]
 
@@ -19,14 +20,29 @@ def batch_size_for(model: nn.Module, x: Tensor, *, draws: int = 1) -> int:
     largest for as many classes as go back together.
     """
     numbers = [x[:1].numel()]
+
+    def count(output: object) -> None:
+        if isinstance(output, Tensor):
+            numbers.append(output.numel())
+        elif isinstance(output, tuple | list):
+            for part in output:
+                count(part)
+
+    def pack(saved: Tensor) -> Tensor:
+        count(saved)
+        return saved
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    scripted = [module for module in leaves if isinstance(module, torch.jit.ScriptModule)]
     handles = [
-        module.register_forward_hook(lambda _module, _inputs, output: numbers.append(output.numel()))
-        for module in model.modules()
-        if not any(True for _ in module.children())
+        module.register_forward_hook(lambda _module, _inputs, output: count(output))
+        for module in leaves
+        if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
-        with torch.no_grad():
-            classes: int = model(x[:1]).shape[1]
+        # Scripted modules take no hooks; what they save for the backward pass tells as much.
+        with torch.set_grad_enabled(bool(scripted)), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+            classes: int = model(x[:1].clone().requires_grad_(bool(scripted))).shape[1]
     finally:
         for handle in handles:
             handle.remove()
@@ -35,7 +51,7 @@ def batch_size_for(model: nn.Module, x: Tensor, *, draws: int = 1) -> int:
 
 
 def classify(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """Return the predicted classes, −1 where the logits are not finite: no class."""
+    """Return the predicted classes, −1 where the logits are no answer."""
     with torch.no_grad():
         logits = torch.cat([model(part) for part in torch.split(x, batch_size)])
-    return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
+    return torch.where(is_answer(logits), logits.argmax(1), -1)

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..outputs import precision
 from ..threat import Threat, diameter, norm_name
 from .derivatives import logits_and_gradient
 from .flags import Flag, many
-from .losses import cross_entropy, margin
+from .losses import cross_entropy, is_answer, margin
 
 __all__ = [
     "check_inputs",
     "check_losses",
     "check_mode",
     "check_model",
-    "check_precision",
     "check_targets",
     "check_threat",
     "is_random",
@@ -32,32 +32,40 @@ _MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 # Enough images to see a systematic fault, few enough to cost nothing.
 _SAMPLE = 32
 _MANY = 0.1
-# A step this long, in pixel units of l_inf, is so short that a trained network follows its gradient.
-_SHORT = 1e-3
+# A step this long, in pixel units of l_inf, is so short that a trained network follows its gradient; in half precision
+# so long that rounding does not hide what it gains.
+_SHORT, _SHORT_IN = 1e-3, {torch.float16: 5e-3, torch.bfloat16: 2e-2}
+# What rounding may leave beyond the box, as the evaluator itself allows.
+_ROUNDING = 1e-6
 
 
-def check_inputs(x: Tensor, y: Tensor) -> None:
-    """Raise UserError unless x are float images in [0, 1] and y their int64 labels."""
+def check_inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images and labels as attacks want them; raise UserError unless x are floats in [0, 1] and y int64 labels.
+
+    Images have no gradient, single or double precision, and none of what rounding leaves beyond the box, at most 1e-6.
+    """
     if not x.is_floating_point():
         raise UserError(f"images must be floats in [0, 1], not {x.dtype}; divide 8-bit images by 255")
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise UserError(f"labels must be int64 of shape ({len(x)},), not {y.dtype} of shape {tuple(y.shape)}")
     if len(x) == 0:
         raise UserError("there are no images to attack")
+    x, y = (value.clone() if value.is_inference() else value.detach() for value in (x, y))
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     low, high = float(x.min()), float(x.max())
-    if not (low >= 0 and high <= 1):
-        raise UserError(
-            f"images must lie in [0, 1] but span [{low:.3g}, {high:.3g}]; divide 8-bit images by 255, "
-            "and make normalisation the model's first layer instead of applying it to the images"
+    if low >= 0 and high <= 1:
+        return x, y
+    if low >= -_ROUNDING and high <= 1 + _ROUNDING:
+        return x.clamp(0, 1), y
+    raise UserError(
+        f"images must lie in [0, 1] but span [{low:.9g}, {high:.9g}]; "
+        + (
+            "clip what resizing or compression left outside: x.clamp(0, 1)"
+            if low >= -0.1 and high <= 1.1
+            else "divide 8-bit images by 255, and make normalisation the model's first layer instead of applying it to "
+            "the images"
         )
-
-
-def check_precision(model: nn.Module, x: Tensor) -> None:
-    """Raise UserError where no parameter has the images' floating type."""
-    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if kinds and x.dtype not in kinds:
-        known = ", ".join(sorted(map(str, kinds)))
-        raise UserError(f"images are {x.dtype} but the model's parameters {known}; convert one of them")
+    )
 
 
 def check_targets(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None) -> None:
@@ -125,10 +133,10 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, *, random: bool) -> tupl
 
     random: whether `is_random` found that the model draws, in which case passes cannot be compared.
     """
-    x, y = x[:_SAMPLE], y[:_SAMPLE]
     with torch.no_grad():
-        logits = model(x)
+        logits = model(x[:_SAMPLE])
     _check_logits(logits, y)
+    x, y = x[:_SAMPLE], y[:_SAMPLE]
     flags = []
     if not random:
         with torch.no_grad():
@@ -140,8 +148,8 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, *, random: bool) -> tupl
                     "the first image's logits change when it comes alone; make normalisation use running statistics",
                 )
             )
-    finite = torch.isfinite(logits).all(1)
-    x, y, logits = x[finite], y[finite], logits[finite]
+    answered = is_answer(logits)
+    x, y, logits = x[answered], y[answered], logits[answered]
     right = logits.argmax(1) == y
     if bool(right.any()):
         flags += _gradient_flags(model, x[right], y[right])
@@ -168,8 +176,6 @@ def state_of(model: nn.Module) -> list[tuple[int, int]]:
 
 
 def _check_logits(logits: Tensor, y: Tensor) -> None:
-    if logits.dim() != 2 or len(logits) != len(y) or logits.shape[1] < 2:
-        raise UserError(f"the model must return logits (N, classes) with classes >= 2, not {tuple(logits.shape)}")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= logits.shape[1]:
         raise UserError(f"labels span {low} to {high} but the model has {logits.shape[1]} classes")
@@ -203,7 +209,8 @@ def _shattered(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
     From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to honest curvature.
     """
     logits, gradient = logits_and_gradient(model, x, margin, y)
-    step = (x + _SHORT * gradient.sign()).clamp(0, 1) - x
+    length = _SHORT_IN.get(precision(model, logits), _SHORT)
+    step = (x + length * gradient.sign()).clamp(0, 1) - x
     with torch.no_grad():
         gained = margin(model(x + step), y) - margin(logits, y)
     promised = (step * gradient).flatten(1).sum(1)

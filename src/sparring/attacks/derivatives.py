@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..modes import eval_mode
 from .dense import ByHand, Dense
-from .losses import Objective
+from .losses import Objective, is_answer
 
 __all__ = ["ROWS_AT_ONCE", "Probe", "frozen", "logits_and_gradient", "logits_and_rows"]
 
@@ -85,7 +85,7 @@ class Probe(nn.Module):
     def _note(self, logits: Tensor, passes: int = 1) -> None:
         self.forwards += len(logits) * passes
         if not math.isfinite(logits.sum()):
-            self.nonfinite += int((~torch.isfinite(logits).all(1)).sum())
+            self.nonfinite += int((~is_answer(logits)).sum())
 
     def _count(self, gradient: Tensor) -> None:
         self.backwards += gradient.shape[0] * self.draws

@@ -18,7 +18,7 @@ from .distance import deepfool
 from .evaluate import Attack
 from .gradient import pgd
 from .hybrid import nearest
-from .losses import dlr, margin, scaled_cross_entropy
+from .losses import dlr, is_answer, margin, scaled_cross_entropy
 from .squares import square
 from .steps import column, select
 
@@ -96,8 +96,7 @@ def _best_of(
         with torch.no_grad():
             logits = model(found)
         # Logits that are no numbers are no class: the evaluator counts them as a success, an image of NaN never.
-        finite = torch.isfinite(logits).all(1)
-        past = torch.where(finite, margin(logits, y[rows], select(targets, rows)), torch.inf)
+        past = torch.where(is_answer(logits), margin(logits, y[rows], select(targets, rows)), torch.inf)
         length = distance(found - x[rows], norm)
         won = (past > 0) & torch.isfinite(length)
         moved = torch.where(won, length, torch.inf)

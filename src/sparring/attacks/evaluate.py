@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layout import channels_last
+from ..outputs import Door, check_module, opened
 from ..threat import Threat
 from ..waiting import courteous
 from .activations import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
@@ -24,7 +25,6 @@ from .checks import (
     check_losses,
     check_mode,
     check_model,
-    check_precision,
     check_targets,
     check_threat,
     is_random,
@@ -120,9 +120,10 @@ def run(
 ) -> AttackResult:
     """Attack every correctly classified image and judge the outcome on a fresh forward pass.
 
-    x: float (N, ...) in [0, 1]; y: int64 (N,). With a threat without eps the attack looks for the smallest
-    perturbation. batch_size None: as many images as fit into 256 MB of activations. The model is held in eval mode
-    with frozen parameters and restored.
+    x: float (N, ...) in [0, 1], attacked in single precision or double; y: int64 (N,). The model is given images in the
+    type that it takes, and its logits are read as by `outputs.logits_of`. With a threat without eps the attack looks
+    for the smallest perturbation. batch_size None: as many images as fit into 256 MB of activations. The model is held
+    in eval mode with frozen parameters and restored.
 
     Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
     straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
@@ -139,17 +140,20 @@ def run(
     the contract (see `checks`).
     """
     start = time.perf_counter()
-    check_inputs(x, y)
-    check_threat(x, threat)
-    check_precision(model, x)
-    _check_lent(lent or {}, x)
-    seed = _seed_from(generator)
-    others = _dense_network(model) if surrogates is None else surrogates
-    mode = check_mode(model)
+    for network in (model, *(surrogates or {}).values()):
+        check_module(network)
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        x, y = check_inputs(x, y)
+        check_threat(x, threat)
+        _check_lent(lent or {}, x)
+        seed = _seed_from(generator)
+        others = _dense_network(model) if surrogates is None else surrogates
+        mode = check_mode(model)
         for network in (model, *others.values()):
             stack.enter_context(frozen(network))
             stack.enter_context(channels_last(network))
+        model, others = opened(model, x), {name: opened(network, x) for name, network in others.items()}
         check_targets(model, x, y, targets)
         before = state_of(model)
         random = is_stochastic(model) or is_random(model, x)
@@ -240,10 +244,11 @@ def lend(
     once so, for however many models. Raises UserError as `run` does; what it would flag, it flags where the surrogate
     is attacked for its own sake.
     """
-    check_inputs(x, y)
-    check_threat(x, threat)
-    check_precision(model, x)
-    with frozen(model), channels_last(model):
+    check_module(model)
+    with torch.inference_mode(False), frozen(model), channels_last(model):
+        x, y = check_inputs(x, y)
+        check_threat(x, threat)
+        model = opened(model, x)
         check_model(model, x, y, random=is_random(model, x))
         size = batch_size or batch_size_for(model, x)
         order = _Order(attack, threat, x, y, None, size, generator)
@@ -361,6 +366,8 @@ def _check_lent(lent: Mapping[str, Sequence[Tensor]], x: Tensor) -> None:
 
 
 def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:
+    if isinstance(model, Door) or x.dtype != torch.float32:
+        return None
     return read_dense(model, x[:2]) or read_convolved(model, x[:2])
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "Objective",
     "cross_entropy",
     "dlr",
+    "is_answer",
     "is_clear",
     "is_past",
     "margin",
@@ -26,6 +27,11 @@ __all__ = [
 _ROUNDING = 2e-6
 
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def is_answer(logits: Tensor) -> Tensor:
+    """Return which images have a largest logit: no NaN, no +inf, and not −inf alone, by which a class is masked."""
+    return torch.isfinite(logits.amax(1))
 
 
 def _others(logits: Tensor, label: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..threat import LINF, Threat, diameter, distance
 from .derivatives import frozen
 from .evaluate import Attack, AttackResult, run
 from .flags import Flag, exceeds
-from .losses import margin
+from .losses import is_answer, margin
 
 __all__ = ["WEAKER", "check_budgets", "check_order", "check_silence", "check_unlimited"]
 
@@ -111,7 +111,7 @@ class _Witness(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x)
         with torch.no_grad():
-            allowed = ((x - x.clamp(0, 1)).abs().flatten(1).amax(1) <= _TOLERANCE) & torch.isfinite(logits).all(1)
+            allowed = ((x - x.clamp(0, 1)).abs().flatten(1).amax(1) <= _TOLERANCE) & is_answer(logits)
             if self.threat.eps is not None:
                 allowed &= distance(x - self.x, self.threat.norm) <= self.threat.eps * (1 + _TOLERANCE)
             won = margin(logits, self.y.expand(len(x))) > 1e-4 * logits.abs().amax(1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..graph import Graph
 from ..modes import eval_mode
+from ..outputs import opened
 from ..threat import L2, LINF, distance, norm_name, project, random_point
 from ..waiting import courteous
 from .certificates import margins_over, radius_over
@@ -71,8 +72,9 @@ def exact(
     graph = prepare(model, tuple(x.shape[1:]), images=x)
     found = []
     with eval_mode(model):
+        answer = opened(model, x)
         for i in range(len(x)):
-            search = _Search(model, graph, x[i : i + 1], y[i : i + 1], norm, time.perf_counter() + seconds, threads)
+            search = _Search(answer, graph, x[i : i + 1], y[i : i + 1], norm, time.perf_counter() + seconds, threads)
             if x_adv is not None:
                 search.offer_(x_adv[i : i + 1])
             found.append((search, *search.run_()))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 
 __all__ = ["main"]
 
 USER_ERROR = 2
+TRACEBACK = "--traceback"
 INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
 
 
@@ -25,40 +27,60 @@ def main() -> None:
 
 
 def _guarded(app: Callable[..., object]) -> int:
-    import errno
+    import os
 
-    from ..errors import UserError
+    from ..errors import place
 
+    words = joined(sys.argv[1:])
+    if TRACEBACK in words:  # wherever it stands; study's workers look at the environment
+        words = [TRACEBACK, *(word for word in words if word != TRACEBACK)]
+        os.environ["SPARRING_TRACEBACK"] = "1"
     try:
-        code = app(joined(sys.argv[1:]), standalone_mode=False)
+        code = app(words, standalone_mode=False)
         if code == INTERRUPTED:  # how typer reports Ctrl-C
             raise KeyboardInterrupt
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except UserError as error:
-        return _say(f"error: {error}", USER_ERROR)
     except KeyboardInterrupt:
         return _say("interrupted; run the same command again and it goes on from here", INTERRUPTED)
     except SystemExit as stop:
         if stop.code == TERMINATED:
             return _say("ended by SIGTERM; run the same command again and it goes on from here", TERMINATED)
-        raise
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _say(
-                "error: the disk is full; free some space and run the same command again: it goes on", USER_ERROR
-            )
-        if error.filename is None:
+        where = place(stop)
+        if where is None:
             raise
-        return _say(f"error: {error.filename}: {error.strerror}", USER_ERROR)
+        return _say(f"error: your own code ended the program ({where})", USER_ERROR)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         show = getattr(error, "show", None)  # a mistake in the command line: typer knows how to say it
-        if show is None:
-            raise
-        show()
-        return USER_ERROR
+        if show is not None:
+            show()
+            return USER_ERROR
+        if TRACEBACK in words:
+            traceback.print_exception(error)
+        return _say(f"error: {_sentence(error)}", USER_ERROR)
+
+
+def _sentence(error: Exception) -> str:
+    """Say what went wrong and where in the user's own code, if it was there."""
+    import errno
+
+    from ..errors import UserError, place, told
+
+    if isinstance(error, UserError):
+        where = place(error)
+        return f"{error} ({where})" if where and where not in str(error) else str(error)
+    if isinstance(error, MemoryError) or "allocate" in str(error) or "out of memory" in str(error):
+        return (
+            f"out of memory: use fewer images or smaller batches ({str(error).splitlines()[0][:200] or 'MemoryError'})"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; free some space and run the same command again: it goes on"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return f"{told(error)}{'' if place(error) else '; --traceback shows more, which a report of this as a fault needs'}"
 
 
 def joined(words: list[str]) -> list[str]:

@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
+from ..files import check_writable
+from ..units import parse_budgets, parse_eps, parse_norm
+
 __all__ = ["app"]
 
 app = typer.Typer(
@@ -24,11 +28,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable resul
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print plain lines, no live view.")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="A safetensors file with the model's weights.")]
 Loss = Annotated[str, typer.Option(help="standard, pgd-at or trades.")]
-Eps = Annotated[float, typer.Option(help="Budget of training under attack, in [0, 1].")]
-Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
+Eps = Annotated[str, typer.Option(help="Budget of training under attack, in [0, 1], as 0.1 or 8/255.")]
+Budgets = Annotated[str, typer.Option(help="Budgets in [0, 1], separated by commas, as 0.1,8/255.")]
+Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.", min=0, max=2**32 - 1)]
+Images = Annotated[int, typer.Option(help="How many test images.", min=1)]
 ModelArgument = Annotated[
     str, typer.Argument(help="A name, a file (.safetensors, .sparring), or package.module:factory.")
 ]
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")] = False,
+) -> None:
+    """Measure, explain and exploit how sparsity changes a neural network's adversarial robustness."""
 
 
 def _take_threads(threads: int | None) -> int | None:
@@ -55,9 +68,12 @@ def study(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE in TOML; repeatable.")] = None,
     model: Annotated[str | None, typer.Option(help="A model's name or your own package.module:factory.")] = None,
     weights: Weights = None,
-    workers: Annotated[int | None, typer.Option(help="Tasks at a time [default: one per core].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Tasks at a time [default: one per core].", min=0)] = None,
     data_dir: DataDir = None,
     download: Download = False,
+    register: Annotated[
+        bool, typer.Option("--register", help="Write the plan's hash before the first record; the report says so.")
+    ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
     device: Annotated[str, typer.Option(help="cpu, a GPU such as cuda:0, or auto: a GPU if there is one.")] = "auto",
     ray: Annotated[str | None, typer.Option(help="Run on the Ray cluster at ADDRESS, or auto.")] = None,
@@ -70,12 +86,14 @@ def study(
     """Run a study: train, prune, attack, and write the report. Run it again and it goes on where it stopped."""
     if status is not None:
         return show_progress(status, json)
+    if out is not None:
+        check_writable(out, folder=True)
     from .study_command import run_study
 
     named = {"model.name": model, "model.weights": weights}
     changes = [*(overrides or ()), *(f"{key}='{value}'" for key, value in named.items() if value is not None)]
     return run_study(
-        plan, out, tuple(changes), workers, data_dir, download, retry=retry, device=device, ray=ray,
+        plan, out, tuple(changes), workers, data_dir, download, register=register, retry=retry, device=device, ray=ray,
         mlflow=mlflow, tensorboard=tensorboard, quiet=quiet, as_json=json,
     )  # fmt: skip
 
@@ -115,13 +133,10 @@ def train(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="The model file to write.")],
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
-    recipe: Annotated[
-        list[str] | None, typer.Option("--set", help="Recipe KEY=VALUE, as epochs=5 [default: the model's own].")
-    ] = None,
+    recipe: Annotated[list[str] | None, typer.Option("--set", help="Recipe KEY=VALUE, as epochs=5.")] = None,
     width: Annotated[float | None, typer.Option(help="Multiple of the named model's layer widths.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Depth of resnet-32: 6n + 2 layers.")] = None,
     loss: Loss = "standard",
-    eps: Eps = 0.1,
+    eps: Eps = "0.1",
     ramp: Annotated[
         float | None, typer.Option(help="Share of the training over which eps grows to its value; for a large eps.")
     ] = None,
@@ -132,10 +147,12 @@ def train(
     quiet: Quiet = False,
 ) -> int:
     """Train a network and write it to one file."""
+    budget = parse_eps(eps)
+    _check_out(out, ".safetensors")
     from .model_commands import run_train
 
     return run_train(
-        model, out, data, tuple(recipe or ()), width, depth, loss, eps, ramp, seed, data_dir, download, quiet=quiet
+        model, out, data, tuple(recipe or ()), width, loss, budget, ramp, seed, data_dir, download, quiet=quiet
     )
 
 
@@ -150,7 +167,7 @@ def prune(
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
     options: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as method=dns, epochs=5.")] = None,
     loss: Loss = "standard",
-    eps: Eps = 0.1,
+    eps: Eps = "0.1",
     seed: Seed = 0,
     data_dir: DataDir = None,
     download: Download = False,
@@ -158,10 +175,11 @@ def prune(
     quiet: Quiet = False,
 ) -> int:
     """Prune a trained network, fine-tune it, and write it to one file."""
+    budget, settings = parse_eps(eps), tuple(options or ())
+    _check_out(out, ".safetensors")
     from .model_commands import run_prune
 
-    settings = tuple(options or ())
-    return run_prune(model, out, sparsity, weights, data, settings, loss, eps, seed, data_dir, download, quiet=quiet)
+    return run_prune(model, out, sparsity, weights, data, settings, loss, budget, seed, data_dir, download, quiet=quiet)
 
 
 @app.command()
@@ -173,12 +191,14 @@ def attack(
         str, typer.Option(help="Names, separated by commas; see `sparring list attacks`.")
     ] = "fgsm,pgd,fast",
     norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
-    eps: Annotated[str, typer.Option(help="Budgets in [0, 1], separated by commas.")] = "0.1",
-    images: Annotated[int, typer.Option(help="How many test images.")] = 1000,
+    eps: Budgets = "0.1",
+    images: Images = 1000,
     checks: Annotated[
-        int, typer.Option(help="Images of the second opinions: longer runs, unlimited budgets, ... [0: none].")
+        int, typer.Option(help="Images of the second opinions: longer runs, unlimited budgets, ... [0: none].", min=0)
     ] = 128,
-    batch_size: Annotated[int | None, typer.Option(help="Images at a time [default: what memory allows].")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images at a time [default: what memory allows].", min=1)
+    ] = None,
     seed: Seed = 0,
     data_dir: DataDir = None,
     download: Download = False,
@@ -186,10 +206,11 @@ def attack(
     json: Json = False,
 ) -> int:
     """Attack any classifier on any data and print how it stands."""
+    threat = parse_norm(norm), parse_budgets(eps)
     from .model_commands import run_attack
 
     return run_attack(
-        model, weights, data, attacks, norm, eps, images, batch_size, seed, data_dir, download, checks, as_json=json
+        model, weights, data, attacks, *threat, images, batch_size, seed, data_dir, download, checks, as_json=json
     )
 
 
@@ -200,17 +221,18 @@ def certify(
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     method: Annotated[str, typer.Option(help="interval, crown-interval, crown or alpha-crown.")] = "crown",
-    eps: Annotated[str, typer.Option(help="Budgets in [0, 1], separated by commas.")] = "0.01,0.03",
-    images: Annotated[int, typer.Option(help="How many test images.")] = 100,
+    eps: Budgets = "0.01,0.03",
+    images: Images = 100,
     data_dir: DataDir = None,
     download: Download = False,
     threads: Threads = None,
     json: Json = False,
 ) -> int:
     """Prove how far images lie from the decision boundary, beside how near the best attack comes."""
+    threat = parse_norm(norm), parse_budgets(eps)
     from .theory_command import run_certify
 
-    return run_certify(model, weights, data, norm, method, eps, images, data_dir, download, as_json=json)
+    return run_certify(model, weights, data, *threat, method, images, data_dir, download, as_json=json)
 
 
 @app.command()
@@ -225,38 +247,52 @@ def compare(
     ] = None,
     sparsities: Annotated[tuple[float, float] | None, typer.Option(help="For studies: the two sparsities.")] = None,
     data: Annotated[str, typer.Option(help="For models: a data set's name or path.")] = "mnist-5k",
-    eps: Annotated[float, typer.Option(help="For models: the budget of l_inf attacks.")] = 0.1,
-    images: Annotated[int, typer.Option(help="For models: how many test images.")] = 500,
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="For models named as code or by name: their weights, once for each.")
+    ] = None,
+    eps: Annotated[str, typer.Option(help="For models: the budget of l_inf attacks.")] = "0.1",
+    images: Annotated[int, typer.Option(help="For models: how many test images.", min=1)] = 500,
     data_dir: DataDir = None,
     download: Download = False,
     json: Json = False,
 ) -> int:
     """Compare two studies or models, paired by image; exit code 1 if a larger drop than allowed is not excluded."""
+    budget = parse_eps(eps)
     from ..report import Side
     from .compare_command import run_compare
 
     one, other = zip((first, second), methods or (None, None), sparsities or (None, None), strict=True)
     sides = (Side(Path(one[0]), *one[1:]), Side(Path(other[0]), *other[1:]))
-    return run_compare(sides, tuple(max_drop or ()), data, eps, images, data_dir, download, as_json=json)
+    return run_compare(
+        sides, tuple(weights or ()), tuple(max_drop or ()), data, budget, images, data_dir, download, as_json=json
+    )
 
 
 @app.command()
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The file to write.")],
-    to: Annotated[str, typer.Option(help="packed (one checked file for the sparse runtime) or onnx.")] = "packed",
+    to: Annotated[
+        str | None,
+        typer.Option(help="packed (one checked file for the sparse runtime) or onnx [default: by the file's ending]."),
+    ] = None,
     values: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
-    eps: Annotated[float, typer.Option(help="Budget of the attack that is tried on the artefact.")] = 0.1,
-    images: Annotated[int, typer.Option(help="How many test images.")] = 500,
+    eps: Annotated[str, typer.Option(help="Budget of the attack that is tried on the artefact.")] = "0.1",
+    images: Images = 500,
     data_dir: DataDir = None,
     download: Download = False,
 ) -> int:
     """Write a model as one small file, and say what that costs in accuracy and robustness."""
+    budget, kinds = parse_eps(eps), {"packed": ".sparring", "onnx": ".onnx"}
+    kind = to or ("onnx" if out.suffix == ".onnx" else "packed")
+    if kind not in kinds:
+        raise UserError(f"--to takes packed or onnx, not '{to}'")
+    _check_out(out, kinds[kind])
     from .deploy_commands import run_export
 
-    return run_export(model, out, to, values, weights, data, eps, images, data_dir, download)
+    return run_export(model, out, kind, values, weights, data, budget, images, data_dir, download)
 
 
 @app.command()
@@ -265,7 +301,7 @@ def bench(
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,64,256",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 30,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 30,
     small: Annotated[str | None, typer.Option(help="A small dense network of equal accuracy, to compare.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the times to this .svg or .png.")] = None,
     data_dir: DataDir = None,
@@ -273,6 +309,8 @@ def bench(
     json: Json = False,
 ) -> int:
     """Time a model on one core: packed, torch, and ONNX Runtime and OpenVINO where installed."""
+    if plot is not None:
+        _check_out(plot, ".svg", ".png")
     from .deploy_commands import run_bench
 
     return run_bench(model, weights, data, batches, rounds, small, plot, data_dir, download, as_json=json)
@@ -285,12 +323,17 @@ def pick(
     max_latency: Annotated[float | None, typer.Option(help="Milliseconds for one image.")] = None,
     max_accuracy_drop: Annotated[float, typer.Option(help="Points, on validation images.")] = 0.5,
     values: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    model: Annotated[
+        str | None, typer.Option(help="The package.module:factory of a study of your own code; it is run.")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Pick a study's best network within limits: chosen on validation images, reported on test images, exported."""
+    if to is not None:
+        _check_out(to, ".sparring")
     from .deploy_commands import run_pick
 
-    return run_pick(out, to, max_latency, max_accuracy_drop, values, as_json=json)
+    return run_pick(out, to, max_latency, max_accuracy_drop, values, model, as_json=json)
 
 
 @app.command(name="list")
@@ -310,3 +353,10 @@ def doctor(data_dir: DataDir = None, json: Json = False) -> int:
     from .info_commands import show_doctor
 
     return show_doctor(data_dir, as_json=json)
+
+
+def _check_out(path: Path, *endings: str) -> None:
+    """Raise UserError, before any work, for a file that could not be written or, by its ending, not be read later."""
+    if path.suffix not in endings:
+        raise UserError(f"{path} must end in {' or '.join(endings)}")
+    check_writable(path)

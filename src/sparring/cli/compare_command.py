@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..report import Difference, Side, broken, compare, compare_values
 from ..study.networks import chosen_images
 from ..threat import L2, LINF, Threat
 from .loading import open_data
-from .model_commands import open_model
+from .model_commands import SAVED, check_named, open_model
 
 __all__ = ["run_compare"]
 
@@ -29,6 +30,7 @@ DROPPED = 1
 
 def run_compare(
     sides: tuple[Side, Side],
+    weights: tuple[Path, ...],
     max_drop: tuple[str, ...],
     data_name: str,
     eps: float,
@@ -46,8 +48,10 @@ def run_compare(
     if all(folders):
         found = compare(*sides)
     else:
+        models = _with_weights([str(side.folder) for side in sides], list(weights))
+        Threat(LINF, eps)  # refuses a budget in other units
         dataset = open_data(data_name, data_dir, download)
-        found = compare_values(*(_profile(str(side.folder), dataset, eps, images) for side in sides))
+        found = compare_values(*(_profile(*model, dataset, eps, images) for model in models))
     too_much = broken(found, allowed)
     if as_json:
         print(json.dumps({"differences": [asdict(one) for one in found], "broken": too_much}, indent=1))
@@ -58,9 +62,25 @@ def run_compare(
     return DROPPED if too_much else 0
 
 
+def _with_weights(names: list[str], weights: list[Path]) -> list[tuple[str, Path | None]]:
+    """Give each model that is no file its weights, in order; raise UserError where they are too few or too many."""
+    bare = [name for name in names if not name.endswith(SAVED)]
+    if weights and len(weights) != len(bare):
+        raise UserError(
+            f"--weights is given {len(weights)} times for {len(bare)} models without weights; once for each, in order"
+        )
+    left = iter(weights)
+    models = [(name, next(left, None) if name in bare else None) for name in names]
+    for name, file in models:
+        check_named(name, file)
+    return models
+
+
 def _drop(text: str) -> tuple[str, float]:
     metric, _, amount = text.partition("=")
     try:
+        if math.isnan(float(amount)):
+            raise ValueError
         return metric, float(amount)
     except ValueError:
         raise UserError(
@@ -68,9 +88,11 @@ def _drop(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _profile(name: str, dataset: Dataset, eps: float, images: int) -> dict[str, NDArray[np.float64]]:
+def _profile(
+    name: str, weights: Path | None, dataset: Dataset, eps: float, images: int
+) -> dict[str, NDArray[np.float64]]:
     """Return per-image values of a model: right or wrong, standing under attack or not, smallest distance."""
-    model, _ = open_model(name, None, dataset)
+    model, _ = open_model(name, weights, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
     found: dict[str, NDArray[np.float64]] = {}
     for attack, threat in (

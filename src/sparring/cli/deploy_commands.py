@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +26,11 @@ from ..study import Record, Store
 from ..study.kept import read_plan
 from ..study.networks import WEIGHTS, chosen_images
 from ..study.shipping import held_against
+from ..threat import LINF, Threat
 from ..train import predict
+from ..units import percent
 from .loading import open_data
-from .model_commands import SAVED, open_model, plain
+from .model_commands import SAVED, check_named, open_model, plain
 
 __all__ = ["run_bench", "run_export", "run_pick"]
 
@@ -49,6 +52,9 @@ def run_export(
     download: bool,
 ) -> int:
     """Export a model and say what the artefact costs in bytes, accuracy and robustness."""
+    _check_values(values)
+    Threat(LINF, eps)  # refuses a budget in other units
+    check_named(name, weights)
     dataset = open_data(data_name, data_dir, download)
     model = plain(open_model(name, weights, dataset)[0])
     shape = tuple(dataset.test.x.shape[1:])
@@ -58,8 +64,6 @@ def run_export(
         path = deploy.to_onnx(model, out, shape=shape, images=few)
         _print_size(path, dense)
         return _check_onnx(path, model, as_float(dataset.test.x[:images]))
-    if to != "packed":
-        raise UserError(f"--to takes packed or onnx, not '{to}'")
     file = weights or (Path(name) if name.endswith(SAVED) else None)
     provenance = {
         "model": name,
@@ -96,13 +100,16 @@ def _print_cost(model: nn.Module, path: Path, dataset: Dataset, eps: float, imag
     x, y = chosen_images(dataset, "test", 0, images)
     attack = {"name": "pgd", "norm": "linf", "eps": eps}
     found = held_against(model, deploy.load(path), as_float(x), y, attack, decisions=DECISION_STEPS)
-    print(f"predictions agree on {found.agreement:.2%} of {len(y)} images", end="; ")
+    print(f"predictions agree on {percent(found.agreement, 2)} of {len(y)} images", end="; ")
     print(f"logits differ by {found.logit_error:.1e} of the largest", end="; ")
-    print(f"accuracy {found.accuracy_model:.2%} → {found.accuracy_packed:.2%}")
+    print(f"accuracy {percent(found.accuracy_model, 2)} → {percent(found.accuracy_packed, 2)}")
+    standing = (found.robust_model, found.robust_packed, found.robust_transfer)
+    own, itself, lent = (percent(share, 2) for share in standing)
+    asked = percent(found.robust_decision or 0.0, 0)
     print(
-        f"standing under PGD (l_inf, eps {eps:g}): the model {found.robust_model:.2%}; on the artefact "
-        f"{found.robust_packed:.2%} when attacked itself, {found.robust_transfer:.2%} under the model's examples; "
-        f"{found.robust_decision:.0%} of the first {min(len(y), 50)} under HopSkipJump, which asks it for classes only"
+        f"standing under PGD (l_inf, eps {eps:g}): the model {own}; on the artefact {itself} when attacked itself, "
+        f"{lent} under the model's examples; {asked} of the first {min(len(y), 50)} under HopSkipJump, which asks it "
+        "for classes only"
     )
     one = effect((found.stands_packed.double() - found.stands_model.double()).numpy()[None])
     print(
@@ -128,9 +135,12 @@ def run_bench(
     try:
         sizes = tuple(int(part) for part in batches.split(",") if part.strip())
     except ValueError:
-        raise UserError(f"--batches takes whole numbers separated by commas, as 1,64; not '{batches}'") from None
-    if plot is not None and plot.suffix not in (".svg", ".png"):
-        raise UserError(f"--plot writes .svg or .png, not '{plot.suffix}'")
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"--batches takes whole numbers above 0 separated by commas, as 1,64; not '{batches}'")
+    check_named(name, weights)
+    if small is not None:
+        check_named(small, None)
     dataset = open_data(data_name, data_dir, download)
     model = plain(open_model(name, weights, dataset)[0])
     rival = None if small is None else plain(open_model(small, None, dataset)[0])
@@ -145,7 +155,7 @@ def run_bench(
     _print_rows(rows)
     if rival is not None:
         theirs, ours = (accuracy(predict(network, dataset.test.x), dataset.test.y) for network in (rival, model))
-        print(f"test accuracy: this network {ours:.2%}, the small dense one {theirs:.2%}")
+        print(f"test accuracy: this network {percent(ours, 2)}, the small dense one {percent(theirs, 2)}")
     print("floor: the time that the nonzero products alone would take at the measured peak of this core")
     return 0
 
@@ -176,13 +186,23 @@ def _print_rows(rows: list[deploy.BenchRow]) -> None:
 
 
 def run_pick(
-    out: Path, to: Path | None, max_latency: float | None, max_accuracy_drop: float, values: str, *, as_json: bool
+    out: Path,
+    to: Path | None,
+    max_latency: float | None,
+    max_accuracy_drop: float,
+    values: str,
+    factory: str | None,
+    *,
+    as_json: bool,
 ) -> int:
     """Choose a network of a study on validation images, report it on test images, and export it."""
+    _check_values(values)
+    if math.isnan(max_accuracy_drop) or not (max_latency is None or max_latency > 0):
+        raise UserError("--max-accuracy-drop takes a number of points, --max-latency milliseconds above 0")
     choice = pick(out, max_latency=max_latency, max_accuracy_drop=max_accuracy_drop)
     rounded = "" if values == "fp32" else f"-{values}"
     path = to or out / f"{choice.method}-{choice.sparsity:g}{rounded}.sparring".replace(" ", "-")
-    model, shape, record = _network(out, choice.key)
+    model, shape, record = _network(out, choice.key, factory)
     content = read_plan(out)
     provenance = {
         "study": content["plan"]["name"],
@@ -200,7 +220,7 @@ def run_pick(
         print(json.dumps({**asdict(choice), "path": str(path), "shipped": shipped}, indent=1))
         return 0
     print(
-        f"{choice.method} at {choice.sparsity:.1%} (seed {choice.seed}), of {choice.fitting} that fit out of "
+        f"{choice.method} at {percent(choice.sparsity)} (seed {choice.seed}), of {choice.fitting} that fit out of "
         f"{choice.considered}; chosen on validation images, where it loses {choice.accuracy_drop_valid:.2g} points"
     )
     if choice.latency_ms is not None:
@@ -224,14 +244,20 @@ def _as_shipped(out: Path, content: dict[str, Any], choice: Choice, values: str)
     return {name: value for found in metrics for name, value in found.items() if value is not None}
 
 
-def _network(out: Path, key: str) -> tuple[nn.Module, tuple[int, ...], Record]:
+def _check_values(values: str) -> None:
+    if values not in ("fp32", "fp16", "int8"):
+        raise UserError(f"--values takes fp32, fp16 or int8, not '{values}'")
+
+
+def _network(out: Path, key: str, factory: str | None) -> tuple[nn.Module, tuple[int, ...], Record]:
     """Rebuild a study's network from its folder alone, with its record; normalisation is among its weights."""
     facts = read_json(out / "plan.json")["dataset"]
     record = Store(out).read(key)
     if record is None:
         raise UserError(f"{out} no longer holds {key}; run the study again")
-    if ":" in record.inputs["model"]["name"]:
-        raise UserError("the study's model is your own code; export it with: sparring export package.module:factory")
+    own = record.inputs["model"]["name"]
+    if ":" in own and factory != own:
+        raise UserError(f"the study's model is code; if you trust '{own}' in this folder, run it with --model {own}")
     shape = tuple(facts["shape"])
     ones = (1.0,) * shape[0]
     options: dict[str, Any] = {k: tuple(v) if k == "widths" else v for k, v in record.inputs["model"].items()}

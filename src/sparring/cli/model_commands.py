@@ -6,9 +6,8 @@ import copy
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,20 +16,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import attacks, deploy
+from ..attacks import MINIMUM_NORM
 from ..data import Dataset, as_float
-from ..errors import UserError
-from ..files import load_tensors
+from ..errors import UnknownNameError, UserError
+from ..files import CONVERT, load_tensors
 from ..metrics import accuracy, distances, robust_accuracy
-from ..models import Blueprint, load_model, load_weights_, recipe_settings, save_model
-from ..modes import eval_mode
-from ..sparsity import Pruner, all_ones, build_pruner, check_reached
+from ..models import MODELS, Blueprint, load_model, load_weights_, save_model
+from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached
 from ..statistics import binomial_interval
-from ..study import Plan, Training
+from ..study import Network, Plan, Training
 from ..study.fitting import ramped_loss, refuse_constant, robust_score
-from ..study.networks import chosen_images
+from ..study.networks import check_fit, chosen_images
 from ..study.settings import attack_named
-from ..threat import Threat, parse_norm
+from ..threat import Threat
 from ..train import Fit, Progress, Recipe, fit, predict
+from ..units import norm_name, percent
 from .loading import open_data
 from .study_command import duration
 
@@ -39,7 +39,9 @@ __all__ = ["SAVED", "open_model", "plain", "run_attack", "run_prune", "run_train
 # How files end that hold a whole model: saved by us for further work, or packed for shipping.
 SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
 
-MINIMUM_NORM = {"cw", "ddn", "deepfool", "fab", "fab-targeted", "hopskipjump", "nearest"}
+DEFAULT_EPOCHS = 10
+# Which table of a plan the options of --set belong to.
+_PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
 SINGLE_STEP = {"fgsm", "rfgsm"}
 
 
@@ -49,7 +51,6 @@ def run_train(
     data_name: str,
     overrides: tuple[str, ...],
     width: float | None,
-    depth: int | None,
     loss: str,
     eps: float,
     ramp: float | None,
@@ -63,11 +64,13 @@ def run_train(
 
     Raises UserError, with all written, when training ended at a network that answers one class.
     """
+    recipe, training = _settings(overrides, Recipe).recipe, _training(loss, eps, ramp)
+    Network(name, width=width)
     dataset = open_data(data_name, data_dir, download)
-    blueprint = replace(_blueprint(name, dataset), width=width, depth=depth)
-    recipe = _settings(overrides, "recipe", recipe_settings(name, channels=blueprint.shape[0])).recipe
+    blueprint = replace(_blueprint(name, dataset), width=width)
     model = blueprint.build(seed=seed)
-    result = _fit(model, dataset, recipe, out, seed=seed, training=_training(loss, eps, ramp), quiet=quiet)
+    check_fit(model, dataset)
+    result = _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet)
     _finish(model, blueprint, dataset, result, eps, out)
     refuse_constant(model, dataset.valid)
     return 0
@@ -89,16 +92,14 @@ def run_prune(
     quiet: bool,
 ) -> int:
     """Prune a model, fine-tune it and write it with its masks, under attack also its best epoch."""
-    dataset = open_data(data_name, data_dir, download)
     if name.endswith(PACKED):
         raise UserError("an artefact is for shipping and cannot be pruned further; prune the model it was made from")
-    model, blueprint = open_model(name, weights, dataset, own_modes=True)
-    recipe_names = set(asdict(Recipe()))
-    own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
-    recipe = _settings(tuple(o for o in overrides if o.partition("=")[0] in recipe_names), "recipe", own).recipe
-    pruning = _settings(tuple(o for o in overrides if o.partition("=")[0] not in recipe_names), "pruning.0").pruning[0]
+    settings = _settings(overrides, PruningSpec, Recipe)
+    recipe, pruning, training = settings.finetune, settings.pruning[0], _training(loss, eps)
     pruner = build_pruner(pruning, sparsity)
-    training = _training(loss, eps)
+    check_named(name, weights)
+    dataset = open_data(data_name, data_dir, download)
+    model, blueprint = open_model(name, weights, dataset, own_modes=True)
     result = _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet, pruner=pruner)
     check_reached(pruner, result.masks, pruning.layers or sparsity)
     print(_removed(result.masks, pruner))
@@ -117,7 +118,7 @@ def _finish(model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fi
     save_model(beside, best, blueprint, {name: result.best_state[name] != 0 for name in result.masks})
     last = len(result.scores)
     for name, network, epoch, path in (("final", model, last, out), ("best", best, result.best_epoch, beside)):
-        stands = f"{result.scores[epoch - 1]:.1%} of validation images stand under PGD at eps {eps:g}"
+        stands = f"{percent(result.scores[epoch - 1])} of validation images stand under PGD at eps {eps:g}"
         print(f"{name} epoch {epoch}: {_accuracies(network, dataset)}, {stands}\nwrote {path}")
 
 
@@ -127,7 +128,7 @@ def _removed(masks: dict[str, Tensor], pruner: Pruner) -> str:
     (total, kept), (others, held) = (
         (sum(m.numel() for m in part), sum(int(m.sum()) for m in part)) for part in (weights, vectors)
     )
-    text = f"removed {total - kept} of {total} weights ({1 - kept / total:.2%})"
+    text = f"removed {total - kept} of {total} weights ({percent(1 - kept / total, 2)})"
     text += f" and {others - held} of {others} biases and norms" if others else ""
     series = pruner.series() if hasattr(pruner, "series") else {}
     moved = {name: sum(series[name]) for name in ("pruned", "spliced") if name in series}
@@ -139,8 +140,8 @@ def run_attack(
     weights: Path | None,
     data_name: str,
     attack_names: str,
-    norm_name: str,
-    eps_text: str,
+    norm: float,
+    budgets: tuple[float, ...],
     images: int,
     batch_size: int | None,
     seed: int,
@@ -151,8 +152,8 @@ def run_attack(
     as_json: bool,
 ) -> int:
     """Attack a model and print a row for each attack and budget, with the flags of `checks` images' second opinions."""
-    norm = parse_norm(norm_name)
-    threats = _threats(attack_names, norm, eps_text)
+    threats = _threats(attack_names, norm, budgets)
+    check_named(name, weights)
     dataset = open_data(data_name, data_dir, download)
     model, _ = open_model(name, weights, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
@@ -166,10 +167,10 @@ def run_attack(
         )
     found = _opinions(task, chosen, results, checks, seed) if checks else {}
     rows = [
-        _row(attack_name, norm_name, threat, result, found.get((attack_name, threat), ()))
+        _row(attack_name, threat, result, found.get((attack_name, threat), ()))
         for (attack_name, threat), result in results.items()
     ]
-    rows += _worst_cases(norm_name, results)
+    rows += _worst_cases(results)
     if as_json:
         print(json.dumps({"model": name, "data": dataset.name, "images": len(y), "results": rows}, indent=1))
     else:
@@ -177,18 +178,16 @@ def run_attack(
     return 0
 
 
-def _threats(names: str, norm: float, eps_text: str) -> list[tuple[str, Threat]]:
-    chosen = [part.strip() for part in names.split(",") if part.strip()]
+def _threats(names: str, norm: float, budgets: tuple[float, ...]) -> list[tuple[str, Threat]]:
+    chosen = list(dict.fromkeys(part.strip() for part in names.split(",") if part.strip()))
+    if not chosen:
+        raise UserError(f"--attacks takes names separated by commas, as fgsm,pgd; '{names}' holds none")
     for name in chosen:
         attack_named(name)
-    try:
-        budgets = [float(part) for part in eps_text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"--eps takes numbers separated by commas, as 0.05,0.1; not '{eps_text}'") from None
     return [(name, Threat(norm, eps)) for name in chosen for eps in ([None] if name in MINIMUM_NORM else budgets)]
 
 
-def _worst_cases(norm_name: str, results: Mapping[tuple[str, Threat], attacks.AttackResult]) -> list[dict[str, Any]]:
+def _worst_cases(results: Mapping[tuple[str, Threat], attacks.AttackResult]) -> list[dict[str, Any]]:
     """Return a row for each budget that several attacks were given: what is robust is what withstands them all."""
     rows = []
     for threat in dict.fromkeys(threat for _, threat in results if threat.eps is not None):
@@ -199,7 +198,7 @@ def _worst_cases(norm_name: str, results: Mapping[tuple[str, Threat], attacks.At
         passes = {
             what: sum(getattr(result, what) for result in rivals) for what in ("forwards", "backwards", "seconds")
         }
-        rows.append(_row("worst case", norm_name, threat, replace(rivals[0], success=success, flags=(), **passes), ()))
+        rows.append(_row("worst case", threat, replace(rivals[0], success=success, flags=(), **passes), ()))
     return rows
 
 
@@ -232,16 +231,14 @@ def _opinions(
     return flags
 
 
-def _row(
-    name: str, norm_name: str, threat: Threat, result: attacks.AttackResult, more: tuple[attacks.Flag, ...]
-) -> dict[str, Any]:
+def _row(name: str, threat: Threat, result: attacks.AttackResult, more: tuple[attacks.Flag, ...]) -> dict[str, Any]:
     right = result.clean_correct & ~result.success
     found = distances(result.distance, result.clean_correct)
     low, high = binomial_interval(int(right.sum()), len(right))
     minimum = threat.eps is None
     return {
         "attack": name,
-        "norm": norm_name,
+        "norm": norm_name(threat.norm),
         "eps": threat.eps,
         "accuracy": float(result.clean_correct.double().mean()),
         "robust_accuracy": None if minimum else robust_accuracy(result.clean_correct, result.success),
@@ -261,14 +258,14 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     for heading in ("attack", "norm", "eps", "accuracy", "robust accuracy", "mean distance", "median", "seconds"):
         table.add_column(heading, justify="left" if heading in ("attack", "norm") else "right")
     for row in rows:
-        robust = "–" if row["robust_accuracy"] is None else f"{row['robust_accuracy']:.1%}"
+        robust = "–" if row["robust_accuracy"] is None else percent(row["robust_accuracy"])
         if row["interval"] is not None:
-            robust += f" [{row['interval'][0]:.1%}, {row['interval'][1]:.1%}]"
+            robust += " [{}, {}]".format(*map(percent, row["interval"]))
         table.add_row(
             row["attack"],
             row["norm"],
             "–" if row["eps"] is None else f"{row['eps']:g}",
-            f"{row['accuracy']:.1%}",
+            percent(row["accuracy"]),
             robust,
             "–" if row["mean_distance"] is None else f"{row['mean_distance']:.4f}",
             "–" if row["median_distance_correct"] is None else f"{row['median_distance_correct']:.4f}",
@@ -290,8 +287,7 @@ def open_model(
     attacked as it is shipped, on its kernels. Raise UserError if the model does not accept the data's images or has
     another number of classes.
     """
-    if name.endswith(SAVED) and weights is not None:
-        raise UserError("a model file holds its weights; give either a model file or --weights")
+    check_named(name, weights)
     model: nn.Module
     if name.endswith(PACKED):
         model, blueprint = deploy.PackedModule(deploy.load(name)), _blueprint(name, dataset)
@@ -302,11 +298,31 @@ def open_model(
         model = blueprint.build()
         if weights is not None:
             load_weights_(model, _plain_weights(load_tensors(weights)))
-        elif ":" not in name:
-            raise UserError(f"'{name}' names an architecture without weights; give --weights FILE or a model file")
-    with eval_mode(model):
-        _check_fit(model, dataset)
+        elif _is_untrained(model, blueprint):
+            print(
+                f"warning: '{name}' draws its weights at random, so this is about an untrained network; "
+                "give --weights, or load them in the factory",
+                file=sys.stderr,
+            )
+    check_fit(model, dataset)
     return model if own_modes else model.eval(), blueprint
+
+
+def check_named(name: str, weights: Path | None) -> None:
+    """Raise UserError, before data are read, for a model that cannot be opened: no such name or file, or no weights."""
+    if name.endswith(SAVED) and weights is not None:
+        raise UserError("a model file holds its weights; give either a model file or --weights")
+    for file in (Path(name) if name.endswith(SAVED) else None, weights):
+        if file is not None and not file.is_file():
+            raise UserError(f"there is no file {file}; check the path")
+    if name.endswith(SAVED) or ":" in name:
+        return
+    if Path(name).is_file():
+        raise UserError(f"{name} is no model file of sparring's ({', '.join(SAVED)}); {CONVERT}")
+    if name not in MODELS:
+        raise UnknownNameError("model", name, MODELS)
+    if weights is None:
+        raise UserError(f"'{name}' names an architecture without weights; give --weights FILE or a model file")
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -318,18 +334,10 @@ def _plain_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if not name.startswith("sparring/")}
 
 
-def _check_fit(model: nn.Module, dataset: Dataset) -> None:
-    shape = tuple(dataset.test.x.shape[1:])
-    try:
-        with torch.no_grad():
-            logits = model(as_float(dataset.test.x[:2]))
-    except (RuntimeError, UserError) as error:
-        raise UserError(f"the model does not accept {dataset.name}'s images of shape {shape}: {error}") from error
-    if logits.dim() != 2 or logits.shape[1] != dataset.classes:
-        raise UserError(
-            f"the model returns {tuple(logits.shape[1:])} numbers an image, but {dataset.name} has "
-            f"{dataset.classes} classes: do model and data belong together?"
-        )
+def _is_untrained(model: nn.Module, blueprint: Blueprint) -> bool:
+    """Return whether another seed gives other parameters: nothing trained is in them."""
+    other = dict(blueprint.build(seed=1).named_parameters())
+    return any(not torch.equal(value, other.get(name, value)) for name, value in model.named_parameters())
 
 
 def _blueprint(name: str, dataset: Dataset) -> Blueprint:
@@ -337,11 +345,18 @@ def _blueprint(name: str, dataset: Dataset) -> Blueprint:
     return Blueprint(name, shape, dataset.classes, dataset.mean, dataset.std, data=dataset.name)
 
 
-def _settings(overrides: tuple[str, ...], table: str, recipe: Mapping[str, Any] = MappingProxyType({})) -> Plan:
-    """Read KEY=VALUE options into one table of a plan, whose checks and messages then apply."""
-    base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": dict(recipe)}
+def _settings(overrides: tuple[str, ...], *tables: type[Recipe] | type[PruningSpec]) -> Plan:
+    """Read KEY=VALUE options of a recipe and a pruning method into a plan, whose checks and messages then apply."""
+    known = {field.name: _PLACES[table] for table in tables for field in fields(table)}
+    for override in overrides:
+        key = override.partition("=")[0].partition(".")[0]
+        if key not in known:
+            raise UnknownNameError("key of --set", key, known)
+    base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": {"epochs": DEFAULT_EPOCHS}}
     base["sparsities"] = [0.5]  # which every method and structure can reach: what is asked for is checked apart
-    return Plan.from_table(base, overrides=tuple(f"{table}.{override}" for override in overrides))
+    return Plan.from_table(
+        base, overrides=tuple(f"{known[o.partition('=')[0].partition('.')[0]]}.{o}" for o in overrides)
+    )
 
 
 def _training(loss: str, eps: float, ramp: float | None = None) -> Training:
@@ -392,5 +407,6 @@ def _accuracies(model: nn.Module, dataset: Dataset) -> str:
         logits = predict(model, split.x)
         right = int((logits.argmax(1) == split.y).sum())
         low, high = binomial_interval(right, len(split.y))
-        parts.append(f"{name} accuracy {accuracy(logits, split.y):.2%} [{low:.2%}, {high:.2%}]")
+        shown = [percent(share, 2) for share in (accuracy(logits, split.y), low, high)]
+        parts.append(f"{name} accuracy {shown[0]} [{shown[1]}, {shown[2]}]")
     return ", ".join(parts)

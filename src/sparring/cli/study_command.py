@@ -18,7 +18,9 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from .. import report
-from ..study import Event, Plan, Record, Watcher, run, to_mlflow, to_tensorboard, what_of
+from ..files import check_writable
+from ..study import Event, Plan, Record, Watcher, run, to_mlflow, to_tensorboard, usable_device, what_of
+from ..study import register as register_plan
 from .loading import open_data
 
 __all__ = ["run_study"]
@@ -34,6 +36,7 @@ def run_study(
     data_dir: Path | None,
     download: bool,
     *,
+    register: bool,
     retry: bool,
     device: str,
     ray: str | None,
@@ -46,7 +49,13 @@ def run_study(
     plan = Plan.load(plan_name, overrides)
     command = _command(plan_name, out, overrides, data_dir, download, device)
     out = out or Path("out") / plan.name
+    check_writable(out, folder=True)
+    usable_device(device, here=ray is None)
     dataset = open_data(plan.data, data_dir, download)
+    if register:
+        entry = register_plan(plan, out)
+        told = f"registered on {entry['time']}: {entry['plan']}"
+        print(told, file=sys.stderr if as_json else sys.stdout, flush=True)
     view = _view(quiet or as_json, sys.stderr if as_json else sys.stdout)
     with contextlib.ExitStack() as stack:
         stack.enter_context(view)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modes import eval_mode
+from ..outputs import opened
 from .differentiable import PackedModule
 from .runtime import Packed
 
@@ -58,7 +59,7 @@ def compare_shipped(
     the very kernels that are shipped. The model is evaluated in eval mode and left as it was.
     """
     with eval_mode(model):
-        shipped = PackedModule(packed)
+        shipped, model = PackedModule(packed), opened(model, x)
         examples = [attack(model, x, y), attack(shipped, x, y)]
         decided = None if decide is None else decide(shipped, x[:few], y[:few])
         with torch.no_grad():

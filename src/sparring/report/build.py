@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from .linear_claims import linear_claims, linear_ledger
 from .linear_figures import linear_pictures
 from .linear_page import linear_csv, linear_headline, render_linear
 from .linear_study import LinearStudy, is_linear, read_linear
+from .looks import note_look, open_study
 from .page import render, summary_html
 from .panels import Drawn, Picture, curve_panels, density_pictures, overview_picture
-from .records import load
 
 __all__ = ["Report", "merge_ledgers", "publish", "read", "verdict", "write"]
 
@@ -42,20 +41,27 @@ def write(out: Path | str) -> Path:
 def publish(out: Path | str) -> tuple[Path, str]:
     """Write all that `write` does and return the page's path and the verdict, for one reading of the study."""
     out = Path(out)
-    study = load(out)
+    found = _judged(out)
+    if isinstance(found, LinearStudy):
+        return _write_linear(out, found), _linear_verdict(found)
+    return _write(out, found), str(Report(found))
+
+
+def _judged(out: Path | str) -> Findings | LinearStudy:
+    """Read and judge a study, which is a look at it, and write that down."""
+    study = open_study(out)
     if is_linear(study):
-        linear = read_linear(study)
-        return _write_linear(out, linear), _linear_verdict(linear)
+        data = read_linear(study)
+        return replace(data, study=note_look(study, linear_claims(data)))
     findings = find(study)
-    made = Report(findings)
-    return _write(out, made), str(made)
+    return replace(findings, study=note_look(study, claims(findings)))
 
 
-def _write(out: Path, made: Report) -> Path:
-    findings, rows = made.findings, made.ledger
+def _write(out: Path, findings: Findings) -> Path:
     weights, activations = (curve_panels(findings, axis) for axis in ("weights", "activations"))
     overview = overview_picture(findings)
     drawn = Drawn(weights, activations, density_pictures(findings), comparisons(findings), overview)
+    rows = ledger(findings)
     write_atomic(out / "results.csv", tables.csv_text(findings))
     write_json(out / "ledger.json", [row.as_dict() for row in rows])
     _write_figures(out / "figures", drawn.pictures)
@@ -82,8 +88,8 @@ def _write_figures(folder: Path, pictures: Iterable[Picture]) -> None:
 
 def verdict(out: Path | str) -> str:
     """Return what the study in a folder found, as one paragraph of plain text; raises as `write` does."""
-    study = load(Path(out))
-    return _linear_verdict(read_linear(study)) if is_linear(study) else str(Report(find(study)))
+    found = _judged(out)
+    return _linear_verdict(found) if isinstance(found, LinearStudy) else str(Report(found))
 
 
 def _linear_verdict(data: LinearStudy) -> str:
@@ -95,10 +101,10 @@ def read(out: Path | str) -> Report:
 
     A study of linear classifiers has no such object: its results.csv and ledger.json hold all of it.
     """
-    study = load(out)
-    if is_linear(study):
+    found = _judged(out)
+    if isinstance(found, LinearStudy):
         raise UserError(f"{out} is a study of linear classifiers; read its results.csv and ledger.json instead")
-    return Report(find(study))
+    return Report(found)
 
 
 def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = None) -> list[Row]:
@@ -122,9 +128,9 @@ def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = No
 
 
 def _claims_of(out: Path | str) -> list[Named]:
-    study = load(out)
-    judged = linear_claims(read_linear(study)) if is_linear(study) else claims(find(study))
-    return [(str(study.plan.get("name") or "study"), one) for one in judged]
+    found = _judged(out)
+    asked = linear_claims(found) if isinstance(found, LinearStudy) else claims(found)
+    return [(str(found.study.plan.get("name") or "study"), one) for one in asked]
 
 
 def _read_ledger(path: Path) -> list[Named]:
@@ -146,12 +152,7 @@ class Report:
     findings: Findings
 
     def __str__(self) -> str:
-        return " ".join(words.headline(self.findings, self.ledger))
-
-    @cached_property
-    def ledger(self) -> list[Row]:
-        """Return the claims that this study can speak of, with their verdicts."""
-        return ledger(self.findings)
+        return " ".join(words.headline(self.findings))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row a network and metric, as in results.csv."""
@@ -166,5 +167,4 @@ class Report:
         return pandas.DataFrame(self.rows())
 
     def _repr_html_(self) -> str:
-        panels = curve_panels(self.findings, "weights", only_main=True)
-        return summary_html(self.findings, panels, self.ledger)
+        return summary_html(self.findings, curve_panels(self.findings, "weights", only_main=True))

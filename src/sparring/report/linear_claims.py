@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..statistics import Claim, Effect, Question, Row, ask, judge
 from .linear_study import DENSE, Group, LinearStudy, Step, Value
+from .looks import dropped_tests
 
 __all__ = ["NAMES", "PATHS", "gain", "linear_claims", "linear_ledger", "r_2", "r_inf", "sparsity_of"]
 
@@ -37,7 +38,9 @@ def gain(data: LinearStudy, loss: str, step: Step, value: Value, over: Step = DE
 
 def linear_ledger(data: LinearStudy) -> list[Row]:
     """Return the claims, each for every loss and way to sparsity, with verdicts (Holm across all)."""
-    return judge(linear_claims(data), study=str(data.study.plan.get("name") or "study"))
+    asked = linear_claims(data)
+    name = str(data.study.plan.get("name") or "study")
+    return judge(asked, study=name, dropped=dropped_tests(data.study, asked))
 
 
 def linear_claims(data: LinearStudy) -> list[Question]:

@@ -13,6 +13,7 @@ from ..statistics import Effect, Row
 from . import numbers, tables
 from .linear_claims import NAMES, PATHS, gain, r_2, r_inf, sparsity_of
 from .linear_study import DENSE, LinearStudy, Step, Value
+from .looks import history_section, look_sentences
 from .markup import Html, join, tag
 from .page import document, ledger_section
 from .panels import Picture
@@ -44,6 +45,7 @@ def render_linear(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequen
         "curves": ("Theory and measurement against sparsity", tag("div", *drawn, class_="grid")),
         "ledger": ("Ledger of claims", ledger_section(ledger)),
         "steps": ("Every step of every path", join(*(_table(data, loss) for loss in data.losses))),
+        "looks": ("Looks at this study", history_section(study)),
         "flags": ("Flags", tables.flags(study)),
         "cost": ("Cost", tables.cost(study)),
         "method": ("Methods", tag("blockquote", METHODS)),
@@ -72,6 +74,7 @@ def linear_headline(data: LinearStudy) -> list[str]:
         *(text for loss in data.losses for text in _box(data, loss)),
         _agreement(data),
         *_missing(data),
+        *look_sentences(data.study),
     ]
 
 

@@ -62,7 +62,8 @@ class LinearStudy:
         pairs = self.pairs(loss)
         images = max((int(group.points[DENSE]["images"]) for group in pairs), default=0)
         try:
-            return pair_effect({(g.classes[0], g.classes[1]): value(g) for g in pairs}, images=images)
+            one = pair_effect({(g.classes[0], g.classes[1]): value(g) for g in pairs}, images=images)
+            return one.priced(self.study.looks.price)
         except ValueError:
             return None
 

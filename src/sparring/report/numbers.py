@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
-from ..statistics import LEAST_P, MOST_POINTS, Effect, change
+from .. import units
+from ..statistics import LEAST_P, MOST_POINTS, Effect
 from .measures import Measure
 
 __all__ = [
@@ -18,20 +18,19 @@ __all__ = [
     "level",
     "p_value",
     "percent",
+    "scale",
     "seeds",
-    "shown",
     "signed",
     "span",
     "value",
 ]
 
-MOST_WRITTEN = 1e5  # larger numbers are written with an exponent
 ABSOLUTE = "absolute"  # a gain in the metric's own unit
 
 
 def percent(share: float) -> str:
-    """Return a sparsity as "90%" or "99.7%"."""
-    return f"{100 * share:.4g}%"
+    """Return a sparsity as "90%", "99.7%" or "99.999%"."""
+    return units.percent(share, 2, trim=True)
 
 
 def span(chosen: Sequence[float], grid: Sequence[float]) -> str:
@@ -47,13 +46,13 @@ def value(measure: Measure, number: float | None) -> str:
     """Return one value of a metric: "61.2%", "1.083" or "2.7e−05"."""
     if number is None or not math.isfinite(number):
         return "–"
-    return f"{100 * number:.1f}%" if measure.is_share else length(number)
+    return units.percent(number) if measure.is_share else length(number)
 
 
 def level(measure: Measure, one: Effect) -> str:
     """Return a metric's mean with its interval: "61.2% [58.9, 63.4]"."""
     if measure.is_share:
-        return f"{100 * one.estimate:.1f}% [{_fixed(100 * one.low, 1)}, {_fixed(100 * one.high, 1)}]"
+        return f"{units.percent(one.estimate)} [{_fixed(100 * one.low, 1)}, {_fixed(100 * one.high, 1)}]"
     return f"{length(one.estimate)} [{length(one.low)}, {length(one.high)}]"
 
 
@@ -67,27 +66,25 @@ def gain_unit(measure: Measure, control: Effect | None = None) -> str:
     """Return the unit of a metric's gains over a dense control: of one whose mean is zero nothing is a per cent."""
     if measure.is_share:
         return "points"
-    return "%" if control is None or control.estimate > 0 else ABSOLUTE
+    return "%" if control is None or control.estimate else ABSOLUTE
 
 
 def gain(measure: Measure, one: Effect, control: Effect, *, unit: bool = True) -> str:
     """Return a gain over the dense control: "+16 [+13, +19] points", or "+1.2% [+0.3, +2.1]" of its mean distance."""
     name = gain_unit(measure, control)
-    return signed(shown(measure, one, control), name if unit or name == ABSOLUTE else "")
+    return signed(one.scaled(scale(measure, control)), name if unit or name == ABSOLUTE else "")
 
 
-def shown(measure: Measure, one: Effect, control: Effect) -> Effect:
-    """Return a gain in its unit: points of a share; of a length, whose gain is a logarithm, %."""
-    name = gain_unit(measure, control)
-    if name != "%":
-        return one.scaled(100.0) if name == "points" else one
-    estimate, low, high = (change(number) for number in (one.estimate, one.low, one.high))
-    return replace(one, estimate=estimate, low=low, high=high, se=100 * one.se)
+def scale(measure: Measure, control: Effect) -> float:
+    """Return what turns a gain into its unit: points for shares, % of the dense control's mean for distances."""
+    if measure.is_share:
+        return 100.0
+    return 100.0 / control.estimate if control.estimate else 1.0
 
 
 def signed(one: Effect, unit: str) -> str:
     """Return a difference in points or % with its interval, and a decimal only where the interval is that sharp."""
-    form = ".2g" if unit == ABSOLUTE or one.high > MOST_WRITTEN else f".{1 if one.high - one.low < 4 else 0}f"
+    form = ".2g" if unit == ABSOLUTE else f".{1 if one.high - one.low < 4 else 0}f"
     estimate, low, high = (_signed(number, form) for number in (one.estimate, one.low, one.high))
     if unit == "%":
         return f"{estimate}% [{low}, {high}]"
@@ -96,14 +93,13 @@ def signed(one: Effect, unit: str) -> str:
 
 def amount(number: float, unit: str) -> str:
     """Return an amount of a gain's unit without a sign: "2.4 points" or "3%"."""
-    form = ".2g" if unit == ABSOLUTE or number > MOST_WRITTEN else f".{1 if abs(number) < 10 else 0}f"
+    form = ".2g" if unit == ABSOLUTE else f".{1 if abs(number) < 10 else 0}f"
     return f"{number:{form}}%" if unit == "%" else f"{number:{form}} {unit}"
 
 
 def detectable(measure: Measure, control: Effect, least: float) -> str:
     """Return the least gain that would have been seen, in its unit, or "none" where no share can gain as much."""
-    unit = gain_unit(measure, control)
-    number = change(least) if unit == "%" else 100 * least if unit == "points" else least
+    number, unit = least * scale(measure, control), gain_unit(measure, control)
     return "none" if unit == "points" and number > MOST_POINTS else amount(number, unit)
 
 

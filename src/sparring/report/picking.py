@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..statistics import Effect
+from ..units import percent
 from .findings import Findings, difference, find
 from .measures import Measure
 from .records import CONTROL, Network, is_dense, load
@@ -97,9 +98,9 @@ def _nearest(facts: dict[tuple[str, float], tuple[float | None, float, float]], 
     if not facts:
         return "this study has no sparse network to pick from"
     (method, sparsity), (_, drop, _) = min(facts.items(), key=lambda item: item[1][1])
-    told = f"the smallest accuracy drop on validation images is {drop:.2g} points ({method} at {sparsity:.1%})"
+    told = f"the smallest accuracy drop on validation images is {drop:.2g} points ({method} at {percent(sparsity)})"
     timed = {who: latency for who, (latency, _, _) in facts.items() if latency is not None}
     if timed and max_latency is not None:
         (method, sparsity), latency = min(timed.items(), key=lambda item: item[1])
-        told += f", the lowest latency {latency:.3g} ms ({method} at {sparsity:.1%})"
+        told += f", the lowest latency {latency:.3g} ms ({method} at {percent(sparsity)})"
     return f"no network fits; {told}: allow more with --max-accuracy-drop or --max-latency"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..files import read_json, safe_name
+from ..statistics import look_price
 
 __all__ = [
     "CONTROL",
     "NAIVE",
     "REFERENCE",
+    "Looks",
     "Network",
     "Record",
     "Study",
@@ -49,6 +51,7 @@ class Record:
     error: str | None
     object: Path | None
     times: Mapping[str, float]
+    checksum: str
 
     @property
     def seconds(self) -> float:
@@ -88,6 +91,30 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Looks:
+    """Hold the look that a study stands at, counted from 1, and what came before it.
+
+    `state` is the hash of what is judged and `entries` are the looks in the folder's history, this one among them once
+    it was noted. `dropped` are the sparsities by method that were looked at, or have records, and are not in the plan
+    any more; `orphans` is how many records the plan does not name; `registered` the entry that registered the plan;
+    `unknown` says that a report was made before the history began.
+    """
+
+    number: int = 1
+    state: str = ""
+    entries: tuple[Mapping[str, Any], ...] = ()
+    dropped: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    orphans: int = 0
+    registered: Mapping[str, Any] | None = None
+    unknown: bool = False
+
+    @property
+    def price(self) -> float:
+        """Return what p-values are multiplied by."""
+        return look_price(self.number)
+
+
+@dataclass(frozen=True)
 class Study:
     """Hold everything the report may know of a study. `missing` are the keys of tasks without a record."""
 
@@ -98,6 +125,7 @@ class Study:
     classes: tuple[str, ...]
     networks: tuple[Network, ...]
     missing: tuple[str, ...]
+    looks: Looks = Looks()
 
     @property
     def records(self) -> dict[str, Record]:
@@ -187,6 +215,7 @@ def _record(folder: Path, key: str) -> Record | None:
         error=raw["error"],
         object=None if held is None else folder / "objects" / safe_name(Path(held["file"]).name),
         times=raw["times"],
+        checksum=str(raw["sha256"]),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import units
 from ..statistics import Effect, effect, equivalence
 from . import numbers
 from .findings import Findings
@@ -83,7 +84,7 @@ def _row(cell: Cell, found: Sequence[tuple[Network, Record]], one: Effect) -> li
         return sum(known) / len(known) if known else float("nan")
 
     def pair(first: str, second: str) -> str:
-        return f"{100 * mean(first):.1f}% → {100 * mean(second):.1f}%"
+        return f"{units.percent(mean(first))} → {units.percent(mean(second))}"
 
     decided = mean("robust_decision")
     return [
@@ -92,11 +93,11 @@ def _row(cell: Cell, found: Sequence[tuple[Network, Record]], one: Effect) -> li
         values,
         f"{one.seeds} × {one.images}",
         pair("accuracy_model", "accuracy_packed"),
-        f"{100 * mean('agreement'):.4g}%",
+        units.percent(mean("agreement"), 2, trim=True),
         attack,
         pair("robust_model", "robust_packed"),
         f"{100 * one.estimate:+.2f} [{100 * one.low:+.2f}, {100 * one.high:+.2f}]",
-        "–" if np.isnan(decided) else f"{100 * decided:.0f}%",
+        "–" if np.isnan(decided) else units.percent(decided, 0),
         "; ".join(_radii(records)) or "–",
         shipped_verdict(one),
     ]

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .. import units
 from ..statistics import Row, minimum_detectable_effect
 from . import numbers
 from .brackets import Bracket, brackets, norms
@@ -33,21 +34,7 @@ __all__ = [
     "tightness",
 ]
 
-COLUMNS = (
-    "method",
-    "sparsity",
-    "seed",
-    "metric",
-    "attack",
-    "norm",
-    "eps",
-    "split",
-    "value",
-    "low",
-    "high",
-    "images",
-    "failed",
-)
+COLUMNS = ("method", "sparsity", "seed", "metric", "attack", "norm", "eps", "split", "value", "low", "high", "images")
 SCALARS = (
     *("accuracy_valid", "sparsity", "sparsity_total", "activation_sparsity", "nonzero", "parameters"),
     *("macs", "macs_dense", "bytes_dense", "bytes_sparse"),
@@ -80,7 +67,7 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
             continue
         index = result.sparsities.index(sparsity)
         one, p = result.gains.effects[index], result.gains.p_holm[index]
-        least = minimum_detectable_effect(one, alpha=0.05 / len(result.sparsities))
+        least = minimum_detectable_effect(one, alpha=0.05 / (len(result.sparsities) + result.gains.dropped))
         best = "none" if result.peak is None else numbers.span(result.peak.members, result.sparsities)
         over = "–" if result.over_sparsified is None else numbers.percent(result.over_sparsified)
         told = numbers.gain(measure, one, result.control)
@@ -154,7 +141,7 @@ def networks(findings: Findings) -> Html:
     for network in findings.study.networks:
         total, size = network.metric("sparsity_total"), network.metric("bytes_sparse")
         row = [network.method, numbers.percent(network.sparsity), str(network.seed)]
-        row += ["–" if total is None else f"{100 * total:.2f}%", "–" if size is None else f"{size:,.0f}"]
+        row += ["–" if total is None else units.percent(total, 2), "–" if size is None else f"{size:,.0f}"]
         row += _deployed(network) if deployed else []
         for measure in shown:
             one = findings.collected[measure].get(network.who)
@@ -191,7 +178,7 @@ def tightness(findings: Findings) -> Html | None:
 def _search(one: Bracket) -> list[str]:
     closed = one.lower is not None and one.upper is not None and one.upper - one.lower < 1e-3 * one.upper
     interval = _short(one.upper) if closed else f"{_short(one.lower)} to {_short(one.upper)}"
-    return [f"{one.seeds} × {one.images}", interval, "–" if one.solved is None else f"{100 * one.solved:.0f}%"]
+    return [f"{one.seeds} × {one.images}", interval, "–" if one.solved is None else units.percent(one.solved, 0)]
 
 
 def _short(number: float | None, unit: str = "") -> str:
@@ -217,15 +204,11 @@ def ledger_table(rows: Sequence[Row]) -> Html:
         mark = {"reproduced": "●", "undecided": "○"}.get(row.verdict, "✕")
         kind = row.verdict if mark != "✕" else "contradicted"
         verdict = tag("span", f"{mark} {row.told}", class_=f"verdict {kind}")
-        told = [row.claim.test, row.claim.origin if row.claim.origin == "later work" else ""]
-        if any(row.question.failed):
-            told.append("search failed on {:.2g}% and {:.2g}%".format(*(100 * share for share in row.question.failed)))
-        text = tag("strong", row.claim.text) if row.claim.primary else row.claim.text
-        what = join(text, tag("small", "; ".join(part for part in told if part)))
+        what = join(row.claim.text, tag("small", row.claim.test))
         p = "–" if row.decisive is None else numbers.p_value(row.decisive)
         counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")
         cells.append([what, join(verdict, tag("small", row.why)), effect, p, *counts])
-    return table(["Claim and test", "Verdict", "Effect [95%]", "p", "Seeds", "Images"], cells, text=2)
+    return table(["Claim and test", "Verdict", "Effect [95%]", "p (Holm)", "Seeds", "Images"], cells, text=2)
 
 
 def cost(study: Study) -> Html:
@@ -306,8 +289,7 @@ def csv_text(findings: Findings) -> str:
 def csv_rows(findings: Findings) -> list[dict[str, Any]]:
     """Return one row a network and metric, ready for a data frame; what is not known is None.
 
-    Shares are fractions with exact binomial bounds, distances in the norm's own unit; `failed` is the share of images
-    on which the search for a distance failed.
+    Shares are fractions with exact binomial bounds, distances in the norm's own unit.
     """
     return [dict(zip(COLUMNS, row, strict=True)) for row in _rows(findings)]
 
@@ -317,12 +299,11 @@ def _rows(findings: Findings) -> Iterator[list[Any]]:
         who: list[Any] = [network.method, network.sparsity, network.seed]
         for measure, held in findings.collected.items():
             if (one := held.get(network.who)) is not None:
-                failed = None if one.failed is None else float(one.failed.mean())
-                yield [*who, *_described(measure), *summary(measure, one), len(one.images), failed]
+                yield [*who, *_described(measure), *summary(measure, one), len(one.images)]
         for name in SCALARS:
             value = network.metric(name)
             if value is not None:
-                yield [*who, name, None, None, None, None, value, None, None, None, None]
+                yield [*who, name, None, None, None, None, value, None, None, None]
 
 
 def _described(measure: Measure) -> list[Any]:

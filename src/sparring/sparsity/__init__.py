@@ -22,6 +22,7 @@ from .masks import (
     CollapsedLayerWarning,
     Counts,
     all_ones,
+    applied_,
     apply_,
     check_masks,
     collapsed,
@@ -37,7 +38,7 @@ from .rules import Rule, check_reached
 from .schedule import cubic
 from .scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
 from .selection import SCOPES, select
-from .structures import NM, Blocks, Channels, Structure, Unstructured
+from .structures import NM, Blocks, Channels, LeftDenseWarning, Structure, Unstructured
 from .surgery import dynamic_network_surgery
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "CollapsedLayerWarning",
     "Counts",
     "LayerActivity",
+    "LeftDenseWarning",
     "Loss",
     "Masks",
     "MeanSparse",
@@ -73,6 +75,7 @@ __all__ = [
     "Unstructured",
     "activity",
     "all_ones",
+    "applied_",
     "apply_",
     "bernoulli",
     "build_pruner",

@@ -8,6 +8,7 @@ every layer that writes it is silent there: then what reads it reads zero.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import Unsupported, UserError
 from ..graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, lower
 from .contracts import Masks
-from .masks import apply_
+from .masks import apply_, prunable
 from .structures import Channels
 
 __all__ = ["remove_channels", "silent", "tied_channels"]
@@ -42,13 +43,14 @@ class _Space:
 def tied_channels(model: nn.Module, shape: tuple[int, ...]) -> tuple[Channels, tuple[str, ...]]:
     """Return the structure of whole channels of a model, and the names of weights that cannot lose any.
 
-    `shape` is that of one image. The last layer keeps its outputs, which are the classes. Raise Unsupported for what
-    cannot be traced.
+    `shape` is that of one image. The last layer keeps its outputs, which are the classes; so do layers that are used
+    twice, share a weight, are grouped, recurrent or under weight_norm and the like, and what writes to them. Raise
+    Unsupported for what cannot be traced.
     """
     spaces = _spaces(model, shape)
     tied = tuple(tuple(f"{path}.weight" for path in s.writers) for s in spaces if len(s.writers) > 1 and not s.fixed)
-    fixed = tuple(f"{path}.weight" for s in spaces if s.fixed for path in s.writers)
-    return Channels(tied), fixed
+    free = {f"{path}.weight" for s in spaces if not s.fixed for path in s.writers}
+    return Channels(tied), tuple(name for name in prunable(model) if name not in free)
 
 
 def silent(model: nn.Module, masks: Masks, shape: tuple[int, ...]) -> Masks:
@@ -102,10 +104,22 @@ def _alive(masks: Iterable[Tensor]) -> Tensor:
 
 def _spaces(model: nn.Module, shape: tuple[int, ...]) -> list[_Space]:
     unique = {id(space): space for space in _Spaces(lower(model, shape)).of_node}
+    alone = _alone(model)
     for space in unique.values():
+        space.fixed |= not alone.issuperset((*space.writers, *space.norms, *space.readers))
         # Normalisation without parameters cannot be silenced: it shifts a channel of zeros.
         space.fixed |= any(model.get_submodule(path)._parameters["bias"] is None for path in space.norms)
     return [space for space in unique.values() if space.writers]
+
+
+def _alone(model: nn.Module) -> set[str]:
+    """Return the paths of modules whose weight is a plain parameter that no other module has."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {
+        path
+        for path, module in model.named_modules()
+        if "weight" in module._parameters and all(p is None or owners[id(p)] == 1 for p in module._parameters.values())
+    }
 
 
 class _Spaces:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from ..errors import UserError
 from .contracts import Batch, Loss, Masks, Pruner, Scores
-from .masks import prunable
+from .masks import applied_, prunable
 from .rules import Rule
 from .schedule import check_every, check_sparsity, check_window, cubic, due, window
 
@@ -130,9 +130,11 @@ class _Hydra:
         """Return the gradient for the masked weights: the training step's own, unless there is a loss of our own."""
         if self.loss is None:
             return {n: w.grad for n, w in prunable(model).items() if w.grad is not None}
-        masked = {n: (self.frozen[n] * masks[n]).requires_grad_() for n in prunable(model)}
+        names = list(prunable(model))
+        masked = {n: self.frozen[n] * mask for n, mask in applied_(model, {n: masks[n] for n in names}).items()}
+        inputs = [masked[n].requires_grad_() for n in names]
         value = self.loss(_Swapped(model, self.frozen | masked), *batch, generator)
-        return dict(zip(masked, torch.autograd.grad(value, list(masked.values())), strict=True))
+        return dict(zip(names, torch.autograd.grad(value, inputs), strict=True))
 
     @torch.no_grad()
     def _restore_(self, model: nn.Module) -> None:

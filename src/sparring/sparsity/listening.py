@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError
 from ..modes import eval_mode
+from ..outputs import opened
 from .contracts import Loss
 
 __all__ = ["Activity", "LayerActivity", "activity", "with_activation_penalty"]
@@ -72,9 +73,10 @@ def activity(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Activity:
         tallies.setdefault(name, _Tally()).add(value)
 
     with eval_mode(model):
+        answer = opened(model, x[:2].float() / 255 if x.dtype == torch.uint8 else x[:2])
         for part in torch.split(x, batch_size):
             with _listening(model, hear):
-                model(part.float() / 255 if part.dtype == torch.uint8 else part)
+                answer(part.float() / 255 if part.dtype == torch.uint8 else part)
     layers = tuple(
         LayerActivity(name, t.zeros / t.total, len(t.alive), tuple((~t.alive).nonzero().flatten().tolist()))
         for name, t in tallies.items()

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..matrices import matrices
 from .contracts import Masks
 
 __all__ = [
     "CollapsedLayerWarning",
     "Counts",
     "all_ones",
+    "applied_",
     "apply_",
     "check_masks",
     "collapsed",
@@ -25,17 +27,18 @@ __all__ = [
     "warn_of_collapse",
 ]
 
-_PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 class CollapsedLayerWarning(UserWarning):
     """Warn that a layer has lost all its weights."""
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights of linear and convolutional layers by name, in the model's order, shared ones once."""
-    weights = {id(module.weight): None for module in model.modules() if isinstance(module, _PRUNABLE)}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
+    """Return the parameters through which weight matrices can be pruned, by name, in the model's order.
+
+    Those of linear, convolutional, recurrent and attention layers; of a layer under weight_norm, spectral_norm or
+    torch.nn.utils.prune the tensor whose zeros are zeros of the weight that the layer computes. Shared ones once.
+    """
+    return {m.name: model.get_parameter(m.name) for m in matrices(model) if m.excuse is None}
 
 
 def all_ones(model: nn.Module) -> Masks:
@@ -46,8 +49,49 @@ def all_ones(model: nn.Module) -> Masks:
 @torch.no_grad()
 def apply_(model: nn.Module, masks: Masks) -> None:
     """Set every parameter to zero where its mask is False, in place (also where it was infinite or NaN)."""
-    for name, mask in masks.items():
+    for name, mask in applied_(model, masks).items():
         model.get_parameter(name).masked_fill_(~mask, 0.0)
+
+
+@torch.no_grad()
+def applied_(model: nn.Module, masks: Masks) -> Masks:
+    """Return what to multiply into parameters so that the weights that layers compute are zero where masks are False.
+
+    These are the masks, but for weight_norm, which divides by the norm of a row: of a row without any nonzero weight
+    one value stays (set to 1 if it was zero), and the gain is zero instead. Raise UserError for a layer under
+    spectral_norm of which nothing is left: it cannot be computed.
+    """
+    result = dict(masks)
+    for matrix in matrices(model):
+        if matrix.excuse is not None or matrix.name not in masks:
+            continue
+        value, mask = model.get_parameter(matrix.name), masks[matrix.name]
+        if matrix.gain is not None:
+            result |= _held_by_gain_(matrix.name, value, mask, matrix.gain, model.get_parameter(matrix.gain))
+        elif matrix.divides and not bool(mask.any()):
+            raise UserError(
+                f"nothing would be left of '{matrix.name}', and spectral_norm cannot divide by the norm of zeros; "
+                "set a floor, or allocate sparsity per layer"
+            )
+    return result
+
+
+def _held_by_gain_(name: str, value: Tensor, mask: Tensor, gain_name: str, gain: Tensor) -> Masks:
+    axis = next((a for a, size in enumerate(gain.shape) if size > 1), None)
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).flatten(1)
+
+    kept = rows(mask)
+    dead = ~(rows(value) * kept).any(1)
+    if not bool(dead.any()):
+        return {}
+    choice = torch.where(kept.any(1), kept.int().argmax(1), rows(value).abs().argmax(1))
+    one = torch.zeros_like(kept).scatter_(1, choice[:, None], True) & dead[:, None]
+    one = one.view(value.shape) if axis is None else one.view(value.movedim(axis, 0).shape).movedim(0, axis)
+    value.masked_fill_(one & (value == 0), 1.0)
+    gain.masked_fill_(dead.view(gain.shape), 0.0)
+    return {name: mask | one, gain_name: kept.any(1).view(gain.shape)}
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Masks:
@@ -80,7 +124,11 @@ def sparsity_of(masks: Masks) -> float:
 
 @dataclass(frozen=True)
 class Counts:
-    """Count a network's values and those that are nonzero: prunable weights, biases, normalisation, and all."""
+    """Count a network's values and those that are nonzero: prunable weights, biases, normalisation, and all.
+
+    Weights are those that layers compute with, after weight_norm and the like. `matrices` are all weight matrices, also
+    those that cannot be pruned, which `left_out` names with the reason.
+    """
 
     weights: int
     weights_nonzero: int
@@ -88,6 +136,14 @@ class Counts:
     biases_nonzero: int
     other: int
     other_nonzero: int
+    matrices: int
+    matrices_nonzero: int
+    left_out: dict[str, str]
+
+    @property
+    def matrix_sparsity(self) -> float:
+        """The fraction of the weights of all matrices that are zero, of those that cannot be pruned too."""
+        return 1.0 - self.matrices_nonzero / self.matrices if self.matrices else 0.0
 
     @property
     def weight_sparsity(self) -> float:
@@ -104,15 +160,19 @@ class Counts:
 
 def counts(model: nn.Module) -> Counts:
     """Count what a network really holds, not what its masks promise."""
-    weights = prunable(model)
-    owners = {name.removesuffix("weight") for name in weights}
-    tally = {kind: [0, 0] for kind in ("weights", "biases", "other")}
+    values = {m: m.value() for m in matrices(model)}
+    owners = {m.path for m in values if m.excuse is None}
+    weights = {m.name: value for m, value in values.items() if m.excuse is None}
+    biases: list[Tensor] = []
+    other: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        bias = name.endswith("bias") and name.removesuffix("bias") in owners
-        entry = tally["weights" if name in weights else "biases" if bias else "other"]
-        entry[0] += parameter.numel()
-        entry[1] += int(torch.count_nonzero(parameter))
-    return Counts(*tally["weights"], *tally["biases"], *tally["other"])
+        path, _, leaf = name.rpartition(".")
+        if name not in weights:
+            (biases if "bias" in leaf and parameter.dim() == 1 and path in owners else other).append(parameter)
+    left_out = {m.name: m.excuse for m in values if m.excuse is not None}
+    parts = (weights.values(), biases, other, values.values())
+    tally = [(sum(v.numel() for v in part), sum(int(torch.count_nonzero(v)) for v in part)) for part in parts]
+    return Counts(*tally[0], *tally[1], *tally[2], *tally[3], left_out)
 
 
 def collapsed(masks: Masks) -> list[str]:

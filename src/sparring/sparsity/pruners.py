@@ -12,7 +12,7 @@ from torch.nn.functional import softshrink
 from ..errors import UserError
 from .allocation import erdos_renyi_kernel
 from .contracts import Batch, Loss, Masks, Pruner, Score
-from .masks import apply_, sparsity_of, warn_of_collapse
+from .masks import applied_, apply_, sparsity_of, warn_of_collapse
 from .rules import Rule
 from .schedule import check_every, check_sparsity, check_window, cubic, due, require_unstructured, window
 from .scores import magnitude
@@ -165,6 +165,7 @@ class _Proximal:
             for name in self.rule.open(masks):
                 weight = model.get_parameter(name).detach()
                 weight.copy_(softshrink(weight, self.strength))
+            applied_(model, masks)
         return self.then(model, masks, step=step, steps=steps, batch=batch, loss=loss, generator=generator)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UnknownNameError, UserError
 from ..plugins import import_object
+from ..units import percent
 from .contracts import Pruner, Score
 from .learned import hydra, movement
 from .pruners import bernoulli, gradual, one_shot, proximal
@@ -171,6 +172,6 @@ def _check_limit(structure: Structure, target: float | Mapping[str, float] | Non
     most, limit = max(target.values()) if isinstance(target, Mapping) else target, 1 - structure.n / structure.m
     if most > limit:
         raise UserError(
-            f"{structure.n}:{structure.m} removes {limit:.2%} of the weights and cannot reach {most:.2%}; "
-            "ask for that sparsity or less"
+            f"{structure.n}:{structure.m} removes {percent(limit, 2)} of the weights and cannot reach "
+            f"{percent(most, 2)}; ask for that sparsity or less"
         )

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import UnknownNameError, UserError
+from ..matrices import is_transposed, matrices
+from ..units import percent
 from .channels import silent, tied_channels
 from .contracts import Batch, Masks, Pruner, Scores
 from .selection import select
-from .structures import Channels, Structure, Unstructured
+from .structures import NM, Channels, Structure, Unstructured
 
 __all__ = ["Rule", "check_reached"]
 
@@ -41,7 +43,8 @@ class Rule:
         spared = {*self.spare, *names[: self.spare_first], *names[len(names) - self.spare_last :]}
         if len(spared) == len(names):
             raise UserError("every layer is spared: nothing is left to prune")
-        return {name: mask for name, mask in weights.items() if name not in spared}
+        left = {name: mask for name, mask in weights.items() if name not in spared}
+        return self.structure.fitting(left) if isinstance(self.structure, NM) else left
 
     def by_layer(self, masks: Masks, values: float | Mapping[str, float]) -> dict[str, float]:
         """Return one value for every weight that may be pruned; raise UserError for other names and missing ones."""
@@ -72,6 +75,8 @@ class Rule:
         batch tells the shape of an image; the layers that write classes keep all of theirs.
         """
         within, structure, shape = self.open(masks), self.structure, None
+        if isinstance(structure, NM | Channels):
+            _refuse_transposed(model, within)
         if isinstance(structure, Channels) and batch is not None:
             shape = tuple(batch[0].shape[1:])
             structure, fixed = tied_channels(model, shape)
@@ -79,6 +84,11 @@ class Rule:
             if isinstance(sparsity, Mapping):
                 _check_channels(sparsity, structure.tied, fixed)
                 sparsity = {name: value for name, value in sparsity.items() if name not in fixed}
+            if not within:
+                raise UserError(
+                    "no layer can lose whole channels: all write classes or are grouped, shared, used twice, recurrent "
+                    "or computed (weight_norm and the like); prune unstructured"
+                )
         new = select(
             {name: scores[name] for name in within},
             sparsity,
@@ -87,6 +97,10 @@ class Rule:
             within=None if regrow else within,
             floor=self.floor,
         )
+        for matrix in matrices(model):
+            if matrix.name in new and matrix.divides and not bool(new[matrix.name].any()):
+                # spectral_norm cannot divide by the norm of zeros: its best weight stays.
+                new[matrix.name].view(-1)[scores[matrix.name].flatten().argmax()] = True
         if shape is None:
             return {**masks, **new}
         # Where weights come back, so must the biases that went with them.
@@ -97,6 +111,15 @@ class Rule:
         """Return by how many weights the masks may miss a sparsity: half a unit, for each layer that counts alone."""
         sizes = self.structure.sizes(self.open(masks)).values()
         return max(sizes) / 2 if self.scope == "global" else sum(sizes) / 2
+
+
+def _refuse_transposed(model: nn.Module, names: Collection[str]) -> None:
+    for matrix in matrices(model):
+        if matrix.name in names and is_transposed(matrix):
+            raise UserError(
+                f"'{matrix.name}' is a transposed convolution's, whose rows are inputs; spare it, "
+                "or prune unstructured, without n:m and whole channels"
+            )
 
 
 def _check_channels(given: Mapping[str, float], tied: Collection[Collection[str]], fixed: Collection[str]) -> None:
@@ -133,4 +156,6 @@ def _check_count(counted: Masks, sparsity: float, tolerance: float, where: str) 
     total = sum(mask.numel() for mask in counted.values())
     removed = sum(int((~mask).sum()) for mask in counted.values())
     if abs(removed - sparsity * total) > tolerance + 0.5:
-        raise UserError(f"{where}the pruner removed {removed} of {total} weights where {sparsity:.4%} was asked")
+        raise UserError(
+            f"{where}the pruner removed {removed} of {total} weights where {percent(sparsity, 4)} was asked"
+        )

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ..matrices import Matrix, matrices
 from ..modes import eval_mode
+from ..outputs import logits_of
 from .contracts import Batch, Loss, Score, Scores
 from .masks import prunable
 
@@ -23,8 +25,8 @@ def magnitude(
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
 ) -> Scores:
-    """Score by |w| (Han et al. 2015)."""
-    return {name: weight.detach().abs() for name, weight in prunable(model).items()}
+    """Score by |w| (Han et al. 2015), w as layers compute it, after weight_norm and the like."""
+    return {m.name: m.value().abs() for m in matrices(model) if m.excuse is None}
 
 
 def random(
@@ -82,20 +84,29 @@ def wanda(
 ) -> Scores:
     """Score by |w| times the root mean square of the input it multiplies (Sun et al. 2024, equation 1).
 
-    A convolution's inputs are taken per channel, over all positions.
+    A convolution's inputs are taken per channel, over all positions. Raise UserError for layers that do not show what
+    each of their weights multiplies: recurrent, attention, bilinear and transposed ones.
     """
     x, _ = _needed(batch, "wanda")
-    names = {id(weight): name for name, weight in prunable(model).items()}
+    found = [m for m in matrices(model) if m.excuse is None]
+    for matrix in found:
+        hidden = _hides_inputs(model, matrix)
+        if hidden:
+            raise UserError(f"wanda needs the input of every weight, which '{hidden}' does not show; use 'magnitude'")
+    weights = {m.name: m.value() for m in found}
     squares: dict[str, Tensor] = {}
+    names = {id(parameter): name for name, parameter in prunable(model).items()}
+    computed = {id(m.module): m.name for m in found}
 
     def listen(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        value, weight = inputs[0].detach(), module.get_parameter("weight")
-        axis = 1 if weight.dim() > 2 else value.dim() - 1
+        name = names.get(id(module._parameters.get("weight"))) or computed[id(module)]
+        value = inputs[0].detach()
+        axis = 1 if weights[name].dim() > 2 else value.dim() - 1
         square = value.square().mean([a for a in range(value.dim()) if a != axis])
-        name = names[id(weight)]
         squares[name] = squares.get(name, torch.zeros_like(square)) + square
 
-    handles = [m.register_forward_hook(listen) for m in model.modules() if id(getattr(m, "weight", None)) in names]
+    shared = [m for m in model.modules() if id(m) in computed or id(m._parameters.get("weight")) in names]
+    handles = [m.register_forward_hook(listen) for m in shared]
     try:
         with eval_mode(model):
             model(x)
@@ -104,8 +115,15 @@ def wanda(
             handle.remove()
     return {
         name: weight.abs() * _per_input(squares[name].sqrt(), weight) if name in squares else torch.zeros_like(weight)
-        for name, weight in prunable(model).items()
+        for name, weight in weights.items()
     }
+
+
+def _hides_inputs(model: nn.Module, matrix: Matrix) -> str | None:
+    """Return the path of a layer whose matrix multiplies something that no hook sees, or None."""
+    owner = model.get_submodule(matrix.path.rpartition(".")[0])
+    hidden = not isinstance(matrix.module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return matrix.path if hidden or isinstance(owner, nn.MultiheadAttention) else None
 
 
 def _per_input(norms: Tensor, weight: Tensor) -> Tensor:
@@ -123,7 +141,7 @@ def gradients(
 
     with eval_mode(model), torch.enable_grad():
         x, y = batch
-        value = F.cross_entropy(model(x), y) if loss is None else loss(model, x, y, generator)
+        value = F.cross_entropy(logits_of(model(x)), y) if loss is None else loss(model, x, y, generator)
         found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     return {
         name: torch.zeros_like(weight) if slope is None else slope

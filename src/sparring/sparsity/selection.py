@@ -15,7 +15,7 @@ from ..errors import UnknownNameError, UserError
 from .allocation import erdos_renyi_kernel, uniform
 from .contracts import Masks, Scores
 from .masks import warn_of_collapse
-from .structures import Structure, Unstructured
+from .structures import NM, Structure, Unstructured
 
 __all__ = ["ALLOCATIONS", "SCOPES", "largest", "select"]
 
@@ -45,6 +45,8 @@ def select(
     Raise UserError for scores that are not finite, sparsities outside [0, 1], unknown names, and for what cannot be
     had: less sparsity than `within` has already, or more than `structure` or `floor` allow. Warn of a collapsed layer.
     """
+    if not scores:
+        raise UserError("there is nothing to prune: no layer is left that can lose such units")
     open_scores = {name: _candidates(name, score, within) for name, score in scores.items()}
     units = structure.units(open_scores)
     if floor:
@@ -62,6 +64,8 @@ def select(
     for name in given:
         if name not in scores:
             raise UnknownNameError("layer", name, scores)
+        if isinstance(structure, NM) and isinstance(sparsity, Mapping) and given[name] and name not in units:
+            raise UserError(f"'{name}' has no whole groups of {structure.m} inputs and stays dense; give it 0")
     masks = {
         name: _keep([unit], [sizes[name]], given[name], f"'{name}'")[0] if name in given else unit > -math.inf
         for name, unit in units.items()
@@ -71,9 +75,14 @@ def select(
 
 def _finish(units: Masks, structure: Structure, scores: Scores, within: Masks | None) -> Masks:
     masks = structure.expand(units, scores)
-    masks = {name: masks[name] for name in scores}
+    masks = {name: masks[name] if name in masks else _as_it_was(name, score, within) for name, score in scores.items()}
     warn_of_collapse(masks, within)
     return masks
+
+
+def _as_it_was(name: str, score: Tensor, within: Masks | None) -> Tensor:
+    """Return the mask of a layer that the structure leaves alone."""
+    return torch.ones_like(score, dtype=torch.bool) if within is None else within[name]
 
 
 def _candidates(name: str, score: Tensor, within: Masks | None) -> Tensor:

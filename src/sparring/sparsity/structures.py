@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,11 @@ from torch import Tensor
 from ..errors import UserError
 from .contracts import Masks, Scores
 
-__all__ = ["NM", "Blocks", "Channels", "Structure", "Unstructured"]
+__all__ = ["NM", "Blocks", "Channels", "LeftDenseWarning", "Structure", "Unstructured"]
+
+
+class LeftDenseWarning(UserWarning):
+    """Warn that a structure cannot prune some layers, which keep all their weights."""
 
 
 class Structure(Protocol):
@@ -53,7 +58,7 @@ class NM:
     """Keep n of every m consecutive inputs (of input channels at one position, for convolutions).
 
     The best n of each group are protected, so any sparsity up to 1 − n/m can be asked for, and at 1 − n/m every group
-    has exactly n left (Mishra et al. 2021, section 3: 2:4).
+    has exactly n left (Mishra et al. 2021, section 3: 2:4). Layers whose inputs are no whole groups stay dense.
     """
 
     n: int
@@ -64,7 +69,7 @@ class NM:
             raise UserError(f"{self.n}:{self.m} is not a structure; n:m keeps n of m weights, with 0 < n < m")
 
     def units(self, scores: Scores) -> Scores:
-        return {name: self._protect(name, score) for name, score in scores.items()}
+        return {name: self._protect(score) for name, score in self.fitting(scores).items()}
 
     def sizes(self, scores: Scores) -> dict[str, int]:
         return dict.fromkeys(scores, 1)
@@ -72,11 +77,21 @@ class NM:
     def expand(self, units: Masks, scores: Scores) -> Masks:
         return units
 
-    def _protect(self, name: str, score: Tensor) -> Tensor:
-        if score.shape[1] % self.m:
-            raise UserError(
-                f"'{name}' has {score.shape[1]} inputs, which are not whole groups of {self.m}; spare this layer"
-            )
+    def fitting(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights whose inputs are whole groups; warn of the others, and raise UserError if there is none.
+
+        A first layer has as many inputs as an image has channels, a depthwise one has one: they stay dense.
+        """
+        fit = {name: weight for name, weight in weights.items() if weight.shape[1] % self.m == 0}
+        others = ", ".join(f"'{name}' ({weights[name].shape[1]} inputs)" for name in weights if name not in fit)
+        if others and not fit:
+            raise UserError(f"{self.n}:{self.m} needs inputs in whole groups of {self.m}, which no layer has: {others}")
+        if others:
+            text = f"{self.n}:{self.m} leaves {others} dense: no whole groups of {self.m}; sparsity is of the others"
+            warnings.warn(text, LeftDenseWarning, stacklevel=3)
+        return fit
+
+    def _protect(self, score: Tensor) -> Tensor:
         last = score.movedim(1, -1)
         groups = last.reshape(*last.shape[:-1], -1, self.m)
         best = groups.topk(self.n, dim=-1).indices

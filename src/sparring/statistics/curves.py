@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from .effects import Effect, beyond, effect, holm, log_ratio_values
+from .effects import Effect, beyond, effect, holm
 
 __all__ = [
     "Curve",
@@ -19,7 +19,6 @@ __all__ = [
     "SweetSpot",
     "curve",
     "joint_errors",
-    "leave_one_out",
     "over_sparsified",
     "peak",
     "simultaneous",
@@ -35,12 +34,20 @@ class Curve:
 
     `p_holm` are two-sided and corrected across the sparsities; `differences` (sparsities, seeds, images) are what the
     effects are the means of. With one seed nothing is called significant: its luck cannot be told from an effect.
+    `dropped` sparsities, which earlier looks had, still count among the tests.
     """
 
     sparsities: tuple[float, ...]
     effects: tuple[Effect, ...]
     p_holm: tuple[float, ...]
     differences: NDArray[np.float64]
+    dropped: int = 0
+
+    def priced(self, price: float, dropped: int) -> Curve:
+        """Return the same curve at a later look: with p-values times `price`, and more tests to correct for."""
+        effects = tuple(e.priced(price) for e in self.effects)
+        p_holm = tuple(map(float, holm([e.p for e in effects], more=dropped)))
+        return replace(self, effects=effects, p_holm=p_holm, dropped=dropped)
 
     def gains(self) -> list[bool]:
         """Tell where the metric is significantly above the dense control."""
@@ -81,21 +88,19 @@ def curve(
     values: ArrayLike,
     control: ArrayLike,
     *,
-    log: bool = False,
     level: float = 0.95,
 ) -> Curve:
     """Compare each sparsity with the dense control, paired by seed and by image.
 
     `values` is (sparsities, seeds, images), `control` (seeds, images), in the metric's unit; the seeds and images of
-    both are the same and in the same order. With `log` gains are logarithms of ratios of means. Raises ValueError for
-    shapes that do not fit, or sparsities not rising.
+    both are the same and in the same order. Raises ValueError for shapes that do not fit, or sparsities not rising.
     """
     v, c = np.asarray(values, dtype=np.float64), np.asarray(control, dtype=np.float64)
     if v.ndim != 3 or v.shape[1:] != c.shape or len(sparsities) != len(v) or len(v) == 0:
         raise ValueError(f"values {v.shape} and control {c.shape} do not fit {len(sparsities)} sparsities")
     if any(a >= b for a, b in itertools.pairwise(sparsities)):
         raise ValueError(f"sparsities must rise: {list(sparsities)}")
-    d = log_ratio_values(v, c) if log else v - c
+    d = v - c
     effects = tuple(effect(one, level=level) for one in d)
     corrected = holm([e.p for e in effects])
     return Curve(tuple(sparsities), effects, tuple(map(float, corrected)), d)
@@ -153,26 +158,6 @@ def _may_be_best(k: int, means: NDArray[np.float64], errors: NDArray[np.float64]
     return bool((lead / spread).max() <= critical)
 
 
-def leave_one_out(
-    one: Curve, validation: Curve, candidates: Sequence[float] | None = None
-) -> tuple[tuple[float, ...], Effect] | None:
-    """Choose each seed's sparsity by the other seeds' validation gains; return the sparsities and the effect there.
-
-    So no network helps to choose where it is tested, and neither do the images of the test. Of one seed its own
-    validation gains are asked. None where the two share no sparsity (of the candidates, if given). Seeds of both are
-    the same and in the same order.
-    """
-    shared = [s for s in one.sparsities if s in validation.sparsities and (candidates is None or s in candidates)]
-    if not shared:
-        return None
-    gains = validation.differences[[validation.sparsities.index(s) for s in shared]].mean(axis=2)
-    seeds = gains.shape[1]
-    others = gains.sum(axis=1, keepdims=True) - gains if seeds > 1 else gains
-    picked = [shared[k] for k in others.argmax(axis=0)]
-    values = one.differences[[one.sparsities.index(s) for s in picked], np.arange(seeds)]
-    return tuple(picked), effect(values)
-
-
 def simultaneous(one: Curve, *, generator: np.random.Generator, level: float = 0.95, draws: int = 2000) -> list[Effect]:
     """Return the effects with intervals that hold at all sparsities together, so for whichever is chosen.
 
@@ -190,7 +175,8 @@ def over_sparsified(one: Curve, margin: float = 0.0) -> float | None:
 
     Holm's correction runs over the sparsities. What lies below minus the margin at all of them cannot be a sweet spot.
     """
-    lost = holm([beyond(e, margin) if e.estimate < -margin and e.seeds > 1 else 1.0 for e in one.effects])
+    alone = [beyond(e, margin) if e.estimate < -margin and e.seeds > 1 else 1.0 for e in one.effects]
+    lost = holm(alone, more=one.dropped)
     first = None
     for sparsity, p in zip(one.sparsities, lost, strict=True):
         if p > ALPHA:
@@ -205,17 +191,23 @@ def sweet_spot(curves: Mapping[str, Curve], margins: Mapping[str, float]) -> Swe
 
     Margins are in the metrics' units. The sparsities that all curves share are walked upwards and the walk ends at the
     first failure, so neither the many sparsities (a fixed sequence of tests) nor the many metrics (all must pass) need
-    a correction. One seed bounds nothing, so with it no sparsity is safe. Raises ValueError when there is no metric or
-    a margin is missing.
+    a correction; later looks have wider bounds. One seed bounds nothing, so with it no sparsity is safe. Raises
+    ValueError when there is no metric or a margin is missing.
     """
     if not curves or not set(curves) <= set(margins):
         raise ValueError("every watched metric needs a margin, and there must be one at least")
     shared = sorted(set.intersection(*(set(c.sparsities) for c in curves.values())))
-    low = {name: (c, [e.low if e.seeds > 1 else -math.inf for e in c.effects]) for name, c in curves.items()}
-    high = {name: (c, [e.high if e.seeds > 1 else math.inf for e in c.effects]) for name, c in curves.items()}
+    low = {name: (c, [_bound(e, -1) for e in c.effects]) for name, c in curves.items()}
+    high = {name: (c, [_bound(e, +1) for e in c.effects]) for name, c in curves.items()}
     safe, limit = _walk(shared, low, margins)
     at_most, _ = _walk(shared, high, margins)
     return SweetSpot(safe, at_most, limit)
+
+
+def _bound(e: Effect, side: int) -> float:
+    """Return an effect's 95% bound below (-1) or above (+1), at the price of the look; infinite with one seed."""
+    half = float(special.stdtrit(e.df, 1 - ALPHA / e.price / 2)) * e.se if e.seeds > 1 else math.inf
+    return e.estimate + side * half
 
 
 def _walk(

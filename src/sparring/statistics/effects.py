@@ -13,18 +13,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # not scipy.stats, which takes a second or two to import
 
+from .looks import look_price
+
 __all__ = [
     "INDICATIVE_BELOW",
     "LEAST_P",
-    "LEAST_RATIO",
     "MOST_POINTS",
     "Effect",
     "beyond",
     "binomial_interval",
-    "change",
     "effect",
     "equivalence",
-    "error_of",
     "holm",
     "log_ratio_values",
     "minimum_detectable_effect",
@@ -38,7 +37,6 @@ INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicat
 MOST_POINTS = 100.0  # no share of images can differ by more
 LEAST_P = 1e-4  # no p-value is taken for smaller: nothing vouches for the tails of a few seeds
 LEAST_RATIO = 1e-6  # of a control's mean: what has vanished has no logarithm
-MOST_LOG = 300.0  # beyond it the exponential is only a larger number
 MOST_SEEDS = 10_000  # where a search for the seeds that an effect needs ends
 
 
@@ -47,7 +45,8 @@ class Effect:
     """Hold the mean of crossed values with its standard error, interval and two-sided p-value against zero.
 
     `df` are Satterthwaite's degrees of freedom, for the interval. With one seed the interval covers the choice of
-    images only and `p` is NaN.
+    images only and `p` is NaN. Every p-value is multiplied by `price`, for the looks that there are (`look_price`); the
+    interval is that of one look.
     """
 
     estimate: float
@@ -58,6 +57,7 @@ class Effect:
     p: float
     seeds: int
     images: int
+    price: float = 1.0
 
     @property
     def indicative(self) -> bool:
@@ -78,6 +78,11 @@ class Effect:
         """Return the same effect in another unit: times a positive factor."""
         estimate, se, low, high = (factor * v for v in (self.estimate, self.se, self.low, self.high))
         return replace(self, estimate=estimate, se=se, low=low, high=high)
+
+    def priced(self, price: float) -> Effect:
+        """Return the same effect with p-values that are multiplied by `price`."""
+        one = replace(self, price=price)
+        return replace(one, p=two_sided(one)) if self.seeds > 1 else one
 
 
 def binomial_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -127,25 +132,14 @@ def _crossed_error(d: NDArray[np.float64]) -> tuple[float, float]:
     ms_image = seeds * float(by_image.var(ddof=1))
     rest = d - by_seed[:, None] - by_image + d.mean()
     ms_rest = float(np.square(rest).sum()) / ((seeds - 1) * (images - 1))
-    return error_of(ms_seed, ms_image, ms_rest, seeds, images)
-
-
-def error_of(ms_seed: float, ms_image: float, ms_rest: float, seeds: int, images: int) -> tuple[float, float]:
-    """Return the standard error of a crossed mean and Satterthwaite's degrees of freedom, from its mean squares.
-
-    With fewer than five seeds their mean square counts twice for the degrees of freedom: where by luck they look alike
-    it would leave too many, and intervals of three seeds 4 points apart would cover 92.7%.
-    """
     total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
     if total <= 0:
         return 0.0, seeds - 1.0
-    se = math.sqrt(total / (seeds * images))
     if seeds == 2:  # Satterthwaite's would be too many: simulated studies then claim 8% false peaks
-        return se, 1.0
-    ms_seed *= 2 if seeds < INDICATIVE_BELOW else 1
-    total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
+        return math.sqrt(total / (seeds * images)), 1.0
     spread = ms_seed**2 / (seeds - 1) + ms_image**2 / (images - 1) + ms_rest**2 / ((seeds - 1) * (images - 1))
-    return se, min(max(total**2 / spread, seeds - 1.0), seeds * images - 1.0)
+    df = float(np.clip(total**2 / spread, seeds - 1, seeds * images - 1))
+    return math.sqrt(total / (seeds * images)), df
 
 
 def two_sided(one: Effect) -> float:
@@ -154,8 +148,8 @@ def two_sided(one: Effect) -> float:
 
 
 def _tail(one: Effect, distance: float) -> float:
-    """Return Student's lower tail at a distance from a hypothesis, at least 1e-4 / 2."""
-    return max(LEAST_P / 2, float(special.stdtr(one.df_p, statistic(distance, one.se))))
+    """Return Student's lower tail at a distance from a hypothesis, at least 1e-4 / 2, times the price of the look."""
+    return one.price * max(LEAST_P / 2, float(special.stdtr(one.df_p, statistic(distance, one.se))))
 
 
 def statistic(estimate: float, se: float) -> float:
@@ -193,21 +187,19 @@ def log_ratio_values(values: ArrayLike, control: ArrayLike) -> NDArray[np.float6
         raise ValueError("a ratio needs a control whose mean is positive")
     mean = v.mean(axis=(-2, -1), keepdims=True)
     level = np.maximum(mean, LEAST_RATIO * base)
-    return np.asarray(np.log(level / base) + (v - mean) / level - (c - base) / base)
+    return np.asarray(np.log(level / base) + (v - mean) / level - (c / base - 1))
 
 
-def change(log: float) -> float:
-    """Return the logarithm of a ratio as a change in per cent, never below -100."""
-    return 100 * math.expm1(min(log, MOST_LOG))
+def holm(p: ArrayLike, *, more: int = 0) -> NDArray[np.float64]:
+    """Return p-values corrected for their number by Holm's step-down method (Holm 1979); NaN stays and counts not.
 
-
-def holm(p: ArrayLike) -> NDArray[np.float64]:
-    """Return p-values corrected for their number by Holm's step-down method (Holm 1979); NaN stays and counts not."""
+    `more` tests, which are not made any more, count among them as if their p-values were the largest.
+    """
     raw = np.asarray(p, dtype=np.float64)
     known = np.flatnonzero(~np.isnan(raw))
     order = known[np.argsort(raw[known], kind="stable")]
     corrected = np.full_like(raw, np.nan)
-    steps = raw[order] * np.arange(len(order), 0, -1)
+    steps = raw[order] * np.arange(len(order) + more, more, -1)
     corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0) if len(order) else steps
     return corrected
 
@@ -218,7 +210,7 @@ def minimum_detectable_effect(one: Effect, *, alpha: float = 0.05, power: float 
     In the effect's own unit, by the noncentral t. Divide alpha by the number of tests for the first step of Holm's
     method.
     """
-    critical = special.stdtrit(one.df_p, 1 - alpha / 2)
+    critical = special.stdtrit(one.df_p, 1 - alpha / one.price / 2)
     return float(special.nctdtrinc(one.df_p, 1 - power, critical)) * one.se
 
 
@@ -226,11 +218,12 @@ def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int
     """Return about how many seeds would make an effect of this size significant, if all its spread shrank with them.
 
     A lower bound in truth, as the images' share of the spread does not shrink with seeds. At least one more than now;
-    None for more than 10,000. Raises ValueError for an effect of zero.
+    None for more than 10,000. They are those of a new study: more of the same would be another look. Raises ValueError
+    for an effect of zero.
     """
     if one.estimate == 0:
         raise ValueError("no number of seeds makes an effect of zero significant")
-    low, high = one.seeds, MOST_SEEDS
+    one, low, high = replace(one, price=look_price(1)), one.seeds, MOST_SEEDS
     if not _suffice(one, high, alpha, power):
         return None
     while high - low > 1:
@@ -261,7 +254,7 @@ def no_gain(one: Effect, margin: float) -> float:
     """
     if not margin > 0:
         raise ValueError(f"a margin must be positive, not {margin}")
-    return max(LEAST_P, _tail(one, one.estimate - margin))
+    return min(1.0, max(LEAST_P, _tail(one, one.estimate - margin)))
 
 
 def beyond(one: Effect, margin: float) -> float:

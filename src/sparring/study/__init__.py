@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .cluster import RayCluster
-from .driver import available_cores, run
+from .driver import available_cores, register, run, usable_device
 from .executors import Executor, InProcess, Outcome, Processes, Task
 from .kept import Progress, progress, read_plan
 from .linear import LinearPaths
@@ -56,9 +56,11 @@ __all__ = [
     "presets",
     "progress",
     "read_plan",
+    "register",
     "run",
     "show_progress",
     "to_mlflow",
     "to_tensorboard",
+    "usable_device",
     "what_of",
 ]

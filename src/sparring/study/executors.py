@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import StorageError, UserError
+from ..errors import StorageError, UserError, place, told
 from ..files import pack_tensors
 
 __all__ = ["MAX_DEATHS", "Done", "Executor", "InProcess", "Outcome", "Processes", "Task", "perform"]
@@ -90,12 +90,15 @@ def perform(work: Work, task: Task) -> Done:
         content = pack_tensors(outcome.tensors) if outcome.tensors else b""
         return Done(task, replace(outcome, tensors={}), None, time.perf_counter() - began, content)
     except UserError as problem:
-        error, stops = str(problem), isinstance(problem, StorageError)
+        where = place(problem)
+        error = f"{problem} ({where})" if where and where not in str(problem) else str(problem)
+        stops = isinstance(problem, StorageError)
     except (MemoryError, torch.OutOfMemoryError):
         error = "out of memory: use a smaller batch_size, or fewer workers"
     except (Exception, SystemExit) as problem:  # a user's factory or pruner may do anything; it fails this cell alone
-        place = traceback.extract_tb(problem.__traceback__)[-1]
-        error = f"{type(problem).__name__}: {problem} ({os.path.basename(place.filename)}:{place.lineno})"  # noqa: PTH119
+        error = told(problem)
+        if "SPARRING_TRACEBACK" in os.environ:
+            traceback.print_exception(problem)
     return Done(task, None, error, time.perf_counter() - began, stops=stops)
 
 

@@ -12,8 +12,10 @@ from ..attacks import pgd
 from ..data import Split, as_float
 from ..errors import UserError
 from ..files import load_tensors, sha256_file
+from ..matrices import matrices
 from ..metrics import accuracy
 from ..models import load_weights_
+from ..outputs import opened
 from ..sparsity import (
     Pruner,
     PruningSpec,
@@ -169,9 +171,10 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _assert_masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
     """Raise UserError if a masked weight came back: what is evaluated must be what was asked for."""
-    parameters = dict(model.named_parameters())
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    values |= {matrix.name: matrix.value() for matrix in matrices(model)}
     for name, mask in masks.items():
-        if bool((parameters[name].detach()[~mask] != 0).any()):
+        if bool((values[name][~mask] != 0).any()):
             raise UserError(f"masked weights of '{name}' are not zero: the pruner changed weights after its masks")
 
 
@@ -181,6 +184,7 @@ def robust_score(model: nn.Module, valid: Split, training: dict[str, Any]) -> fl
     x, y = as_float(valid.x[:SCORING_IMAGES]).to(place), valid.y[:SCORING_IMAGES].to(place)
     generator = torch.Generator().manual_seed(0)
     norm = parse_norm(training["norm"])
+    model = opened(model, x)
     x_adv = pgd(model, x, y, norm=norm, eps=training["eps"], steps=SCORING_STEPS, generator=generator)
     with torch.no_grad():
         return accuracy(model(x_adv), y)

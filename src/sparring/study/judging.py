@@ -46,6 +46,8 @@ def measure(context: Context, task: Task) -> Outcome:
         dense, sparse = None, None
         flags.append({"name": "no-macs", "detail": str(reason)})
     active = activity(model, data.test.x[:ACTIVITY_IMAGES])
+    # Only where some matrix cannot be pruned do the two shares differ.
+    total = {"sparsity_matrices": counted.sparsity_matrices} if counted.matrices != counted.weights else {}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     first = next(iter(weights.values())).detach()
     return Outcome(
@@ -54,6 +56,7 @@ def measure(context: Context, task: Task) -> Outcome:
             "accuracy_valid": accuracy(logits_valid, data.valid.y),
             "sparsity": counted.sparsity,
             "sparsity_total": counted.sparsity_total,
+            **total,
             "parameters": counted.parameters,
             "nonzero": counted.nonzero,
             "bytes_dense": counted.bytes_dense,

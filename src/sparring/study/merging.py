@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import PlanError, UserError
 from ..files import load_tensors, read_bounded, read_json, sha256_bytes
+from ..history import append_entry, read_history
 from .kept import is_key, read_plan, refuse_another, write_plan
 from .plan import Plan
 from .store import Record, Store, parse_record
@@ -54,7 +55,19 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> Merged:
             for path, record in _parents_first(folder, tally):
                 tally.take(folder, path, record)
         write_plan(store.out, united)
+        _carry_looks(folders, store.out)
     return Merged(tally.added, tally.known, tuple(tally.refused), tuple(tally.different))
+
+
+def _carry_looks(folders: Sequence[Path], out: Path) -> None:
+    """Add to a folder's history the looks that others had at what is now in it; of registrations only its own count."""
+    known = {entry["state"] for entry in read_history(out) if entry["kind"] == "look"}
+    for folder in folders:
+        for entry in read_history(folder):
+            if entry["kind"] == "look" and entry["state"] not in known:
+                number = 1 + len(known)
+                known.add(entry["state"])
+                append_entry(out, {**entry, "look": number, "from": folder.name})
 
 
 class _Tally:

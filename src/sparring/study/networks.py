@@ -10,13 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Dataset
-from ..errors import UnknownNameError
+from ..data import Dataset, as_float
+from ..errors import UnknownNameError, UserError
 from ..files import sha256_bytes
 from ..models import build, load_weights_
+from ..modes import eval_mode
+from ..outputs import opened
 from ..sparsity import ACTIVATIONS, insert
 
-__all__ = ["BEST", "MASK", "WEIGHTS", "Context", "Factory", "chosen_images", "fingerprint", "network", "network_of"]
+__all__ = [
+    "BEST",
+    "MASK",
+    "WEIGHTS",
+    "Context",
+    "Factory",
+    "check_fit",
+    "chosen_images",
+    "fingerprint",
+    "network",
+    "network_of",
+]
 
 Factory = Callable[..., nn.Module]
 # How a network's tensors are named in an object: the final weights, those of the best epoch, and the masks.
@@ -101,3 +114,20 @@ def chosen_images(dataset: Dataset, split: str, start: int, stop: int) -> tuple[
     part = dataset.test if split == "test" else dataset.valid
     order = torch.randperm(len(part.x), generator=torch.Generator().manual_seed(0))[start:stop]
     return part.x[order], part.y[order]
+
+
+def check_fit(model: nn.Module, dataset: Dataset) -> None:
+    """Raise UserError unless a model, in eval mode, takes a data set's images to its classes."""
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    images = as_float(dataset.test.x[:2]).to(place)
+    try:
+        with torch.no_grad(), eval_mode(model):
+            classes = opened(model, images)(images).shape[1]
+    except UserError as error:
+        shape = tuple(images.shape[1:])
+        raise UserError(f"the model does not accept {dataset.name}'s images of shape {shape}: {error}") from error
+    if classes != dataset.classes:
+        raise UserError(
+            f"the model returns {classes} numbers an image, but {dataset.name} has {dataset.classes} classes: "
+            "do model and data belong together?"
+        )

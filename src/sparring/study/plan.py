@@ -31,13 +31,14 @@ from .settings import (
     Training,
     check_attack,
     in_range,
+    read_units,
 )
 
 __all__ = ["CONTROL", "REFERENCE", "Plan"]
 
 CONTROL = "control"
 REFERENCE = "reference"
-MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
+MARGINS = ("accuracy", "robust", "distance")
 RESERVED = (CONTROL, REFERENCE, "tuned decay", "small dense", "wide sparse")
 
 
@@ -108,8 +109,11 @@ class Plan:
         object.__setattr__(
             self, "activation", tuple(dataclasses.replace(a, label=a.label or a.kind) for a in self.activation)
         )
+        if not self.sparsities and any(not p.ends_by_itself and p.sparsities is None for p in self.pruning):
+            raise PlanError("sparsities is empty, so nothing would be pruned; name some")
         for attack in (*self.attacks, *self.transfer, *(s.judge for s in self.shipped)):
             check_attack(attack)
+        self._check_methods({*labels, *RESERVED})
         for pruning in self.pruning:
             if pruning.ends_by_itself and pruning.sparsities is not None:
                 own = "layers lead" if pruning.c_rate is None else "c_rate leads"
@@ -118,6 +122,15 @@ class Plan:
                 build_pruner(pruning, asked)
         if self.controls.wide_sparse and self.pruning and self.first_to_a_sparsity is None:
             raise PlanError("controls.wide_sparse needs a [[pruning]] table that can be asked for a sparsity")
+
+    def _check_methods(self, known: set[str]) -> None:
+        """Raise UserError for a table that is narrowed to a method that the plan does not have."""
+        known |= {f"{label} ({checkpoint} epoch)" for label in known for checkpoint in self.checkpoints}
+        narrowed = [t.methods for t in (*self.attacks, *self.transfer)] + [t.methods for t in self.certify]
+        narrowed += [t.methods for t in self.lipschitz] + [t.methods for t in self.shipped]
+        for method in (method for methods in narrowed for method in methods or ()):
+            if method not in known:
+                raise UnknownNameError("method", method, known)
 
     @property
     def first_to_a_sparsity(self) -> Pruning | None:
@@ -152,7 +165,7 @@ class Plan:
             table["finetune"] = {**table["recipe"], **as_table(table.get("finetune", {}), "finetune")}
         refuse_unknown(Plan, table, source, ())
         try:
-            return TypeAdapter(Plan).validate_python(table)
+            return TypeAdapter(Plan).validate_python(read_units(table))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(str(part) for part in first["loc"])

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import attacks, bounds
 from ..data import as_float
 from ..errors import Unsupported
+from ..outputs import opened
 from ..threat import Threat, parse_norm
 from .executors import Outcome, Task
 from .judging import judged
@@ -43,7 +44,7 @@ def constants(context: Context, task: Task) -> Outcome:
     x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
     images = as_float(x)
     with torch.no_grad():
-        logits = model(images).double()
+        logits = opened(model, images)(images).double()
     right = logits.argmax(1) == y
     try:
         constant = bounds.lipschitz(

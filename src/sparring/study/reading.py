@@ -103,7 +103,19 @@ def refuse_unknown(kind: Any, value: Any, source: str, path: tuple[str, ...]) ->
         known = [f.name for f in dataclasses.fields(kind)]
         for key, item in value.items():
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
+                near = difflib.get_close_matches(key, known, n=1) or _nested(kind, key)
                 hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
                 raise PlanError(f"{source}: unknown key '{'.'.join((*path, key))}'{hint}")
             refuse_unknown(hints[key], item, source, (*path, key))
+
+
+def _nested(kind: Any, key: str) -> list[str]:
+    """Return where a key nearest to this one stands in a table below, as "recipe.epochs" or "pruning.0.score"."""
+    places: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        many = typing.get_origin(hint) is tuple
+        table = typing.get_args(hint)[0] if many else hint
+        if dataclasses.is_dataclass(table):
+            for field in dataclasses.fields(table):
+                places.setdefault(field.name, f"{name}.0.{field.name}" if many else f"{name}.{field.name}")
+    return [places[found] for found in difflib.get_close_matches(key, places, n=1)]

@@ -11,7 +11,7 @@ from torch import nn
 from ..data import as_float
 from ..errors import PlanError, UserError
 from ..sparsity import Batch, CollapsedLayerWarning, Rule, all_ones, build_pruner, magnitude
-from .networks import Context, network
+from .networks import Context, check_fit, network
 from .plan import Plan
 from .settings import Pruning
 
@@ -19,15 +19,18 @@ __all__ = ["rehearse"]
 
 
 def rehearse(plan: Plan, context: Context) -> None:
-    """Raise PlanError for structures, layers and allocations that the plan's network cannot have.
+    """Raise UserError for a model of the user's own that fails, and for what the plan's network cannot have.
 
-    Only tables that name a structure, layers or a floor can be wrong that way; plans without pay nothing.
+    Only tables that name a structure, layers or a floor can ask for that; other plans of known models pay nothing.
     """
     depending = [p for p in plan.pruning if p.structure or p.layers or p.spare or p.floor or p.c_rate is not None]
-    if not depending:
+    own = context.factory is not None or ":" in plan.model.name
+    if not depending and not own:
         return
     options = {name: value for name, value in asdict(plan.model).items() if value is not None and name != "weights"}
     model = network(context, {"model": options})
+    if own:
+        check_fit(model, context.dataset)
     train = context.dataset.train
     for pruning in depending:
         try:

@@ -6,13 +6,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..attacks import ATTACKS
+from ..attacks import ATTACKS, MINIMUM_NORM
 from ..attacks import Attack as AttackFunction
 from ..errors import PlanError, UnknownNameError
 from ..models import MODELS
 from ..plugins import import_object
 from ..sparsity import ACTIVATIONS, PruningSpec
-from ..threat import Threat, parse_norm
+from ..threat import Threat
+from ..units import norm_name, parse_eps, parse_norm
 
 __all__ = [
     "Activation",
@@ -28,6 +29,7 @@ __all__ = [
     "attack_named",
     "check_attack",
     "in_range",
+    "read_units",
 ]
 
 OPTIONS = ("steps", "restarts", "queries")
@@ -71,6 +73,9 @@ class Training:
     ramp: float | None = None
 
     def __post_init__(self) -> None:
+        Threat(parse_norm(self.norm), self.eps)
+        in_range("training.steps", self.steps, 1, 10_000)
+        in_range("training.beta", self.beta, 0, 1e6)
         if self.ramp is not None and not 0 < self.ramp <= 1:
             raise PlanError(f"training: ramp is a share of the training, above 0 and up to 1, not {self.ramp}")
         if self.ramp is not None and self.loss == "standard":
@@ -87,6 +92,9 @@ class Pruning(PruningSpec):
     label: str = ""
     sparsities: tuple[float, ...] | None = None
     seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_narrowing("pruning", self.seeds, sparsities=self.sparsities)
 
     @property
     def ends_by_itself(self) -> bool:
@@ -122,6 +130,11 @@ class Attack:
     queries: int | None = None
     naive: bool = False
 
+    def __post_init__(self) -> None:
+        _check_narrowing("attacks", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        for option, value in self.options().items():
+            in_range(f"attack '{self.name}': {option}", value, 1, 10_000_000)
+
     def options(self) -> dict[str, Any]:
         """Return the attack's own options that the plan sets."""
         return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
@@ -142,6 +155,14 @@ class Certify:
     methods: tuple[str, ...] | None = None
     sparsities: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        _check_narrowing("certify", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        in_range("certify.images", self.images, 1, 1_000_000)
+        for eps in self.eps:
+            Threat(parse_norm(self.norm), eps)
+            if not eps > 0:
+                raise PlanError("certify: certified accuracy at eps 0 is the plain accuracy; give an eps above 0")
+
 
 @dataclass(frozen=True)
 class Lipschitz:
@@ -158,6 +179,11 @@ class Lipschitz:
     methods: tuple[str, ...] | None = None
     sparsities: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        _check_narrowing("lipschitz", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        in_range("lipschitz.images", self.images, 1, 1_000_000)
+        in_range("lipschitz.radius", self.radius, 1e-9, 1e6)
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -171,6 +197,11 @@ class Exact:
     seconds: float = 60.0
     seeds: int | None = 1
     sparsities: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_narrowing("exact", self.seeds, sparsities=self.sparsities)
+        in_range("exact.images", self.images, 1, 1_000_000)
+        in_range("exact.seconds", self.seconds, 1e-3, 1e7)
 
 
 @dataclass(frozen=True)
@@ -195,6 +226,7 @@ class Shipped:
     sparsities: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        _check_narrowing("shipped", self.seeds, methods=self.methods, sparsities=self.sparsities)
         in_range("shipped.images", self.images, 1, 100_000)
         in_range("shipped.decisions", self.decisions, 0, 100)
 
@@ -224,9 +256,12 @@ class Activation:
             raise UnknownNameError("activation sparsity", self.kind, [*ACTIVATIONS, "l1-penalty"])
         if not (self.train or self.test):
             raise PlanError(f"activation '{self.kind}' is to act neither in training nor in tests; set train or test")
+        _check_narrowing("activation", self.seeds, levels=self.levels)
         for level in self.levels:
             if self.kind in ACTIVATIONS:
                 ACTIVATIONS[self.kind](level)  # refuses a level out of range
+            else:
+                in_range("a level of 'l1-penalty'", level, 0, 1e6)
 
 
 @dataclass(frozen=True)
@@ -243,6 +278,14 @@ class Controls:
     wide_sparse: tuple[float, ...] = ()
     seeds: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_narrowing("controls", self.seeds)
+        for decay in self.decays:
+            in_range("a decay in controls.decays", decay, 0, 10)
+        for sparsity in (*self.small_dense, *self.wide_sparse):
+            if not 0 < sparsity < 1:
+                raise PlanError(f"controls: a sparsity is the fraction removed, above 0 and below 1; {sparsity} is not")
+
 
 def attack_named(name: str) -> AttackFunction:
     """Return an attack by its name in ATTACKS, or a user's own by "package.module:function"."""
@@ -257,6 +300,8 @@ def attack_named(name: str) -> AttackFunction:
 def check_attack(attack: Attack) -> None:
     """Raise UserError for an unknown attack, a budget out of range, or an option that the attack does not have."""
     function = attack_named(attack.name)
+    if attack.name in ATTACKS and attack.name not in MINIMUM_NORM and not attack.eps:
+        raise PlanError(f"attack '{attack.name}' needs a budget: give eps, as eps = [0.03] or eps = [\"8/255\"]")
     for eps in attack.eps:
         Threat(parse_norm(attack.norm), eps)
     in_range(f"attack '{attack.name}': images", attack.images, 1, 1_000_000)
@@ -264,6 +309,32 @@ def check_attack(attack: Attack) -> None:
     for option in attack.options():
         if option not in known:
             raise PlanError(f"attack '{attack.name}' has no option '{option}'")
+
+
+def read_units(table: Any) -> Any:
+    """Return a nested table in which norms and budgets may be spelt as people do ("L2", "8/255") as plans hold them."""
+    if isinstance(table, list | tuple):
+        return [read_units(item) for item in table]
+    if not isinstance(table, dict):
+        return table
+    units = ("norm", "eps", "radius")
+    return {key: _read_unit(key, value) if key in units else read_units(value) for key, value in table.items()}
+
+
+def _read_unit(key: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_read_unit(key, item) for item in value]
+    if not isinstance(value, str | int | float):
+        return value
+    return norm_name(parse_norm(value)) if key == "norm" else parse_eps(value)
+
+
+def _check_narrowing(table: str, seeds: int | None, **lists: tuple[Any, ...] | None) -> None:
+    """Raise PlanError for what would narrow a table to nothing: no seeds, or an empty list."""
+    in_range(f"{table}.seeds", 1 if seeds is None else seeds, 1, 1000)
+    for name, values in lists.items():
+        if values is not None and not values:
+            raise PlanError(f"{table}.{name} is empty, so nothing would be done; leave it out, or name some")
 
 
 def in_range(name: str, value: float, low: float, high: float) -> None:

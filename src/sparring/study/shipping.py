@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import attacks, bounds, deploy
 from ..data import as_float
 from ..errors import Unsupported
+from ..outputs import opened
 from ..threat import Threat, parse_norm
 from .executors import Outcome, Task
 from .judging import judged
@@ -40,7 +41,7 @@ def pack(context: Context, task: Task) -> Outcome:
             return _without(reason)
         packed, bytes_packed = deploy.load(path), path.stat().st_size
     with torch.no_grad():
-        expected = model(x)
+        expected = opened(model, x)(x)
     found = packed(x)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     return Outcome(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layout import channels_last
 from ..modes import eval_mode, train_
-from ..sparsity import Masks, Pruner
+from ..outputs import opened
+from ..sparsity import Masks, Pruner, applied_
 from ..waiting import courteous
 from .checkpoint import State, load_checkpoint_, save_checkpoint
 from .losses import Loss, Ramped, cross_entropy
@@ -68,9 +69,9 @@ def fit(
     A `Ramped` loss is asked at each step for the loss of the share of training that the step completes. Weights
     outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of the
     (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model was
-    as sparse as at the end. With `checkpoint` the state is saved after each epoch, and a run that finds the file goes
-    on from there to the same bits. One seed, machine and thread count give one result. Raise UserError when the loss
-    stops being finite.
+    as sparse as at the end. A recipe of no epochs prunes without training. With `checkpoint` the state is saved after
+    each epoch, and a run that finds the file goes on from there to the same bits. One seed, machine and thread count
+    give one result. Raise UserError when the loss stops being finite.
     """
     _check(model, x, y)
     place = next(model.parameters()).device
@@ -81,6 +82,8 @@ def fit(
             load_checkpoint_(state, checkpoint)
         if pruner is None or not pruner.dense_weights:
             _apply_(_targets(model, state.masks))
+        if recipe.epochs == 0 and pruner is not None:
+            _prune_untrained_(state, x[: recipe.batch_size], y[: recipe.batch_size], loss)
         began, first = time.monotonic(), state.epoch
         # Layers that draw (dropout, stochastic activations) see a fresh, known stream in each epoch.
         while state.epoch < recipe.epochs:
@@ -112,6 +115,18 @@ def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pru
     generator = torch.Generator().manual_seed(seed)
     optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
     return State(model, optimizer, dict(masks or {}), generator, pruner)
+
+
+def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss | Ramped) -> None:
+    """Show a pruner the gradient of one batch, as the only step of a training that has none."""
+    assert state.pruner is not None
+    now, batch = loss.at(1.0) if isinstance(loss, Ramped) else loss, (x.float().div_(255), y)
+    state.model.zero_grad(set_to_none=True)
+    with eval_mode(state.model):
+        now(state.model, *batch, state.generator).backward()  # type: ignore[no-untyped-call]
+    state.masks = state.pruner(
+        state.model, state.masks, step=0, steps=1, batch=batch, loss=now, generator=state.generator
+    )
 
 
 def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramped) -> float:
@@ -154,6 +169,7 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]
     unknown = set(masks) - set(parameters)
     if unknown:
         raise UserError(f"the mask names '{min(unknown)}', which is no parameter of the model")
+    masks = applied_(model, masks)
     return [(parameters[name], torch.empty_like(parameters[name].data).copy_(mask)) for name, mask in masks.items()]
 
 
@@ -221,4 +237,5 @@ def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
     """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; every module's mode is restored."""
     place = next((p.device for p in model.parameters()), x.device)
     with torch.no_grad(), eval_mode(model), channels_last(model):
-        return torch.cat([model(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
+        answer = opened(model, x[:2].to(place).float().div_(255))
+        return torch.cat([answer(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])

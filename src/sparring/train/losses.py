@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..attacks import pgd
 from ..errors import UserError
 from ..modes import eval_mode
+from ..outputs import Door, logits_of
 from ..threat import L2, LINF, gaussian
 
 __all__ = ["Loss", "Ramped", "adversarial", "cross_entropy", "trades"]
@@ -31,7 +32,7 @@ class Ramped:
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return the mean cross-entropy on clean images."""
-    return F.cross_entropy(model(x), y)
+    return F.cross_entropy(logits_of(model(x)), y)
 
 
 def adversarial(*, eps: float, norm: float = LINF, steps: int = 7, step_size: float | None = None) -> Loss:
@@ -45,10 +46,10 @@ def adversarial(*, eps: float, norm: float = LINF, steps: int = 7, step_size: fl
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         with eval_mode(model):
             x_adv = pgd(
-                model, x, y, norm=norm, eps=eps, steps=steps, step_size=length, stop_early=False,
+                Door(model), x, y, norm=norm, eps=eps, steps=steps, step_size=length, stop_early=False,
                 generator=generator,
             )  # fmt: skip
-        return F.cross_entropy(model(x_adv), y)
+        return F.cross_entropy(logits_of(model(x_adv)), y)
 
     return loss
 
@@ -63,8 +64,8 @@ def trades(*, eps: float, norm: float = LINF, steps: int = 7, beta: float = 6.0)
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         with eval_mode(model):
             x_adv = _ascend_divergence(model, x, eps, norm, steps, generator)
-        clean = model(x)
-        divergence = F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(clean, 1), reduction="batchmean")
+        clean = logits_of(model(x))
+        divergence = F.kl_div(F.log_softmax(logits_of(model(x_adv)), 1), F.softmax(clean, 1), reduction="batchmean")
         return F.cross_entropy(clean, y) + beta * divergence
 
     return loss
@@ -74,12 +75,12 @@ def _ascend_divergence(
     model: nn.Module, x: Tensor, eps: float, norm: float, steps: int, generator: torch.Generator | None
 ) -> Tensor:
     with torch.no_grad():
-        target = F.softmax(model(x), 1)
+        target = F.softmax(logits_of(model(x)), 1)
     noise = gaussian(x.shape, x, generator)
     x_adv = (x + 1e-3 * noise).clamp(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_(True)
-        divergence = F.kl_div(F.log_softmax(model(x_adv), 1), target, reduction="sum")
+        divergence = F.kl_div(F.log_softmax(logits_of(model(x_adv)), 1), target, reduction="sum")
         (gradient,) = torch.autograd.grad(divergence, x_adv)
         step = 2.5 * eps / steps
         with torch.no_grad():

@@ -1,0 +1,226 @@
+"""Weight matrices: every tensor that a model multiplies with, and the parameter through which each can be pruned.
+
+What counts is what the forward pass uses: a layer under weight_norm, spectral_norm or torch.nn.utils.prune computes its
+weight from other tensors, and zeros of those must become zeros of the weight, or it cannot be pruned through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .modes import eval_mode
+
+__all__ = ["Matrix", "is_transposed", "matrices"]
+
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+_LAYERS = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Hold one weight matrix: its owner's path and attribute, and by what name it is pruned.
+
+    `name` is the parameter of the matrix's shape whose zeros are zeros of the matrix; with an `excuse` there is none,
+    and the matrix is left out of pruning. `gain` is the parameter that scales whole rows of it (weight_norm).
+    """
+
+    name: str
+    path: str
+    module: nn.Module
+    attribute: str
+    gain: str | None = None
+    excuse: str | None = None
+
+    @property
+    def divides(self) -> bool:
+        """Whether spectral_norm computes the matrix, which divides by its largest singular value."""
+        steps: list[object] = list(self.module._forward_pre_hooks.values())
+        if parametrize.is_parametrized(self.module, self.attribute):
+            steps += cast(nn.ModuleList, cast(nn.ModuleDict, self.module.parametrizations)[self.attribute])
+        return any(isinstance(step, SpectralNorm | parametrizations._SpectralNorm) for step in steps)
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """Return the matrix as the forward pass uses it in eval mode."""
+        direct = self.module._parameters.get(self.attribute)
+        if direct is not None:
+            return direct.detach()
+        with eval_mode(self.module):
+            for hook in self.module._forward_pre_hooks.values():
+                if isinstance(hook, _HOOKS):
+                    hook(self.module, ())
+            return cast(Tensor, getattr(self.module, self.attribute)).detach()
+
+
+def matrices(model: nn.Module) -> list[Matrix]:
+    """Return a model's weight matrices, shared ones once, in the order of its parameters.
+
+    They are those of linear, bilinear, (transposed) convolutional, recurrent and attention layers, and every other
+    parameter with two axes longer than 1 that is no normalisation's: of such a one nothing tells how it is used, so it
+    is counted but left out of pruning.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    stale = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    found: dict[str, Matrix] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for attribute in _attributes(module):
+            matrix = _matrix(names, path, module, attribute, called=id(module) not in stale)
+            if matrix is not None:
+                found.setdefault(matrix.name, matrix)
+        if parametrize.is_parametrized(module):
+            seen |= {id(p) for p in cast(nn.Module, module.parametrizations).parameters()}
+        if module._forward_pre_hooks or isinstance(module, _NORMS):
+            own = module._parameters.items()
+            seen |= {id(p) for n, p in own if isinstance(module, _NORMS) or _is_hooked(module, n)}
+    for name, parameter in model.named_parameters():
+        if name not in found and id(parameter) not in seen and sum(size > 1 for size in parameter.shape) > 1:
+            path, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(path)
+            table = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
+            excuse = "a table that is looked up" if table else f"a parameter of {type(owner).__name__}'s own"
+            found[name] = Matrix(name, path, owner, attribute, excuse=excuse)
+    order = {name: place for place, name in enumerate(names.values())}
+    return sorted(found.values(), key=lambda matrix: order.get(matrix.name, len(order)))
+
+
+def is_transposed(matrix: Matrix) -> bool:
+    """Say whether a matrix's first axis counts inputs, not outputs."""
+    return isinstance(matrix.module, _ConvTransposeNd)
+
+
+def _attributes(module: nn.Module) -> Iterator[str]:
+    known: list[str] = []
+    if isinstance(module, nn.Linear | nn.Bilinear | _ConvNd):
+        known = ["weight"]
+    elif isinstance(module, nn.RNNBase):
+        known = [name for name in module._flat_weights_names if name.startswith("weight")]
+    elif isinstance(module, nn.RNNCellBase):
+        known = ["weight_ih", "weight_hh"]
+    elif isinstance(module, nn.MultiheadAttention):
+        known = list(_ATTENTION)
+    yield from known
+    if parametrize.is_parametrized(module) and not isinstance(module, _NORMS):
+        yield from (name for name in cast(nn.ModuleDict, module.parametrizations) if name not in known)
+
+
+def _matrix(names: dict[int, str], path: str, module: nn.Module, attribute: str, *, called: bool) -> Matrix | None:
+    prefix = f"{path}." if path else ""
+    own = f"{prefix}{attribute}"
+    direct = module._parameters.get(attribute)
+    if direct is not None:
+        return Matrix(names[id(direct)], path, module, attribute, excuse=_doubt(module, attribute))
+    if parametrize.is_parametrized(module, attribute):
+        return _parametrised(names, path, module, attribute)
+    for suffix, gain in (("_v", "_g"), ("_orig", None)):
+        behind = module._parameters.get(attribute + suffix)
+        if behind is not None and _is_hooked(module, attribute + suffix):
+            excuse = None if called else "computed by a hook that attention never runs"
+            scale = None if gain is None else names[id(module._parameters[attribute + gain])]
+            return Matrix(names[id(behind)], path, module, attribute, scale, excuse)
+    if isinstance(getattr(module, attribute, None), Tensor):
+        return Matrix(own, path, module, attribute, excuse="no parameter")
+    return None
+
+
+def _is_hooked(module: nn.Module, name: str) -> bool:
+    """Say whether an old-style hook computes an attribute of a module from the parameter `name`."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _HOOKS)]
+    targets = {getattr(hook, "name", None) or getattr(hook, "_tensor_name", None) for hook in hooks}
+    return name.rpartition("_")[0] in targets
+
+
+@torch.no_grad()
+def _parametrised(names: dict[int, str], path: str, module: nn.Module, attribute: str) -> Matrix | None:
+    chain = cast(nn.ModuleList, cast(nn.ModuleDict, module.parametrizations)[attribute])
+    originals = list(chain.parameters(recurse=False))
+    own = f"{path}.{attribute}" if path else attribute
+    with eval_mode(module):
+        shape = cast(Tensor, getattr(module, attribute)).shape
+        if len(shape) < 2:
+            return None
+        place = next((i for i, original in enumerate(originals) if original.shape == shape), None)
+        weighted = isinstance(chain[0], parametrizations._WeightNorm)
+        place = 1 if weighted else place
+        kept = place is not None and ((weighted and len(chain) == 1) or _carries_zeros(chain, originals, place))
+        if place is None or not kept or not isinstance(module, _LAYERS):
+            kinds = " and ".join(type(step).__name__.lstrip("_") for step in chain)
+            return Matrix(own, path, module, attribute, excuse=f"computed by {kinds}, which keeps no zeros")
+    gain = names[id(originals[0])] if weighted else None
+    return Matrix(names[id(originals[place])], path, module, attribute, gain, _doubt(module, attribute))
+
+
+def _carries_zeros(chain: nn.ModuleList, originals: list[nn.Parameter], place: int) -> bool:
+    """Say whether zeros of one original tensor are zeros of what a parametrisation makes of it."""
+    values = [original.detach() for original in originals]
+    values[place], kept = _with_zeros(values[place])
+    try:
+        value = chain[0](*values)
+        for step in list(chain)[1:]:
+            value = step(value)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return value.shape == kept.shape and not bool(value[~kept].any())
+
+
+def _with_zeros(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return random values, a third of them zero, and which are not."""
+    draw = torch.rand(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    kept = draw > 1 / 3
+    return (draw + 0.5) * kept, kept
+
+
+def _doubt(module: nn.Module, attribute: str) -> str | None:
+    """Return why zeros of a layer's weight may be none of its forward pass: a forward of its own that rescales it."""
+    base = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    methods = ("forward", "_conv_forward")
+    replaced = "forward" in vars(module) or any(getattr(type(module), m, 0) is not getattr(base, m, 0) for m in methods)
+    if not replaced or _ignores_dead_inputs(module, attribute):
+        return None
+    return f"used by {type(module).__name__}.forward() in a way that keeps no zeros"
+
+
+@torch.no_grad()
+def _ignores_dead_inputs(module: nn.Module, attribute: str) -> bool:
+    """Say whether inputs whose weights are zero have no effect; for one input a group, whether the output is linear."""
+    if not isinstance(module, nn.Linear | _ConvNd) or isinstance(module, _ConvTransposeNd):
+        return False
+    weight = cast(Tensor, getattr(module, attribute)).detach()
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.rand(weight.shape, generator=generator).to(weight) for _ in range(2)]
+    inputs, reach = weight.shape[1], list[int]()
+    if isinstance(module, _ConvNd):
+        spread = zip(module.kernel_size, module.dilation, strict=True)
+        inputs, reach = module.in_channels, [1 + d * (k - 1) for k, d in spread]
+    x = torch.rand(2, inputs, *reach, generator=generator).to(weight)
+
+    def run(value: Tensor, x: Tensor) -> Tensor:
+        name = attribute if attribute in module._parameters else f"parametrizations.{attribute}.original"
+        return cast(Tensor, functional_call(module, {name: value}, (x,)))
+
+    try:
+        with eval_mode(module):
+            if weight.shape[1] == 1:
+                none = torch.zeros_like(weight)
+                left, right = run(draw[0] + draw[1], x) + run(none, x), run(draw[0], x) + run(draw[1], x)
+                return bool(torch.allclose(left, right, rtol=1e-3, atol=1e-3))
+            draw[0][:, 0] = 0
+            other = x.clone()
+            other[:, :: weight.shape[1]] += 1
+            return bool(torch.allclose(run(draw[0], x), run(draw[0], other), rtol=1e-4, atol=1e-4))
+    except Exception:  # the user's own forward(), which can raise anything
+        return False

@@ -1,0 +1,174 @@
+"""What a model takes and returns, brought to one form at one door: float images in, logits (N, classes) out.
+
+Models may return dictionaries, tuples or objects that hold the logits, work in half or double precision, write into
+their input, or mask classes with −inf. Whoever runs a user's model opens it first and then knows nothing of all that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .errors import UserError
+
+__all__ = ["Door", "check_module", "logits_of", "opened", "precision"]
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def logits_of(output: object) -> Tensor:
+    """Return the logits in what a model returned.
+
+    That is a tensor itself, what it holds under the name `logits` (a mapping's key or an attribute), or the first of a
+    tuple or list. Raise UserError for anything else.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif not isinstance(output, Tensor):
+        first = output[0] if isinstance(output, tuple | list) and output else None
+        found = getattr(output, "logits", first)
+    if isinstance(found, Tensor) and found.is_floating_point():
+        return found
+    what = f"a {type(output).__name__}"
+    if isinstance(output, Tensor):
+        what = f"a tensor of {output.dtype}"
+    elif isinstance(output, Mapping):
+        what += f" with the keys {', '.join(map(str, output))}"
+    raise UserError(f"the model returned {what}; return logits, a float tensor of shape (N, classes), from forward()")
+
+
+def check_module(model: object) -> None:
+    """Raise UserError unless this is an nn.Module whose parameters exist."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is a {type(model).__name__}; wrap it in an nn.Module whose forward() calls it")
+    lazy = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)]
+    if lazy:
+        raise UserError(f"'{lazy[0]}' has no shape yet (a lazy layer): call the model once on a batch of images first")
+
+
+class Door(nn.Module):
+    """A model that takes images of any floating type and returns logits of the same type.
+
+    kind: the type that the model is given them in, None: their own; copies: whether it writes into what it is given and
+    gets a copy. A class of logit −inf gets a number below all others instead, so that losses stay numbers.
+    """
+
+    def __init__(self, model: nn.Module, *, kind: torch.dtype | None = None, copies: bool = False) -> None:
+        super().__init__()
+        self.model, self.kind, self.copies = model, kind, copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, classes) of x (N, ...)."""
+        entry = x.clone() if self.copies else x.view_as(x)
+        logits = logits_of(self.model(entry.to(self.kind or x.dtype))).to(x.dtype)
+        if self.kind == torch.float16 and entry.requires_grad and logits.requires_grad:
+            _balance(entry, logits)
+        return _unmasked(logits)
+
+
+def opened(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a model in eval mode as one of float images to logits (N, classes): the model itself, or a `Door` to it.
+
+    x: float images (N, ...), of which the model is shown two together and the first alone. Where it does not take their
+    type they are cast to that of its parameters. Raise UserError, from what the model raised, where it fails or returns
+    anything but two logits or more for each image.
+    """
+    check_module(model)
+    if isinstance(model, Door):
+        return model
+    kinds = dict.fromkeys([x.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())])
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trial = _tried(model, x[:2], kinds)
+        if len(x) > 1:
+            _tried(model, x[:1], kinds)
+    return Door(model, kind=trial.kind, copies=trial.written) if trial.needs_door(x.dtype) else model
+
+
+def precision(model: nn.Module, logits: Tensor) -> torch.dtype:
+    """Return the coarsest type that a model computes in: one of its parameters', or one that holds its logits exactly.
+
+    The latter is seen of models that cast in forward() or under autocast.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    kinds |= {kind for kind in _NARROW if torch.equal(logits.to(kind).to(logits.dtype), logits)}
+    return max(kinds | {logits.dtype}, key=lambda kind: torch.finfo(kind).eps)
+
+
+class _Trial(NamedTuple):
+    """What became of a pass: the type the model took, whether it wrote into its input, and what it returned."""
+
+    kind: torch.dtype
+    written: bool
+    output: object
+
+    def needs_door(self, wanted: torch.dtype) -> bool:
+        logits = self.output
+        plain = isinstance(logits, Tensor) and logits.dtype == self.kind == wanted and not self.written
+        return not plain or bool(torch.isneginf(logits_of(logits)).any())
+
+
+def _tried(model: nn.Module, x: Tensor, kinds: Iterable[torch.dtype]) -> _Trial:
+    """Return what a pass of images came to, in the first of these types that the model takes."""
+    failure: Exception | None = None
+    for kind in kinds:
+        given = x.to(kind, copy=True)
+        try:
+            output = model(given)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's own code raises
+            failure = error
+            continue
+        _check_shape(logits_of(output), len(x))
+        return _Trial(kind, given._version > 0 or not torch.equal(given, x.to(kind)), output)
+    raise UserError(f"the model fails on {_count(x)}: {type(failure).__name__}: {failure}") from failure
+
+
+def _check_shape(logits: Tensor, count: int) -> None:
+    """Raise UserError unless these are two logits or more for each of so many images."""
+    shape = tuple(logits.shape)
+    if logits.dim() == 2 and len(logits) == count and shape[1] >= 2:
+        return
+    if shape in ((count,), (count, 1)) and count > 1:
+        raise UserError(
+            "the model returns one number an image; return two logits, of which the larger one decides: "
+            "torch.cat([-z, z], 1) for z of shape (N, 1)"
+        )
+    what = "one image" if count == 1 else f"{count} images"
+    way = "squeeze only the axes meant, or " if logits.dim() == 1 else ""
+    raise UserError(f"for {what} the model returns shape {shape}; {way}return logits (N, classes) with classes >= 2")
+
+
+def _unmasked(logits: Tensor) -> Tensor:
+    """Return logits with −inf replaced by what lies below an image's others by their span and one more."""
+    masked = torch.isneginf(logits)
+    if not bool(masked.any()):
+        return logits
+    with torch.no_grad():
+        high, low = logits.amax(1, keepdim=True), torch.where(masked, torch.inf, logits).amin(1, keepdim=True)
+    return torch.where(masked, 2 * low - high - 1, logits)
+
+
+def _balance(entry: Tensor, logits: Tensor) -> None:
+    """Send gradients back at unit size and restore it at the entry: half precision has no numbers below 6e-8."""
+    sizes: list[Tensor] = []
+
+    def down(gradient: Tensor) -> Tensor:
+        sizes[:] = [gradient.abs().amax(1).clamp_min(1e-30)]
+        return gradient / sizes[0].unsqueeze(1)
+
+    def up(gradient: Tensor) -> Tensor:
+        return gradient * sizes[0].view(-1, *[1] * (gradient.dim() - 1))
+
+    logits.register_hook(down)  # type: ignore[no-untyped-call]
+    entry.register_hook(up)  # type: ignore[no-untyped-call]
+
+
+def _count(x: Tensor) -> str:
+    """Return how many images there are, and of which shape, in words."""
+    return f"{len(x)} image{'s' if len(x) > 1 else ''} of shape {tuple(x.shape[1:])}"

@@ -1,0 +1,63 @@
+"""Norms, budgets and percentages as people write them: read and written in one place, without torch."""
+
+from __future__ import annotations
+
+import math
+
+from .errors import UserError
+
+__all__ = ["L1", "L2", "LINF", "norm_name", "parse_budgets", "parse_eps", "parse_norm", "percent"]
+
+LINF = math.inf
+L2 = 2.0
+L1 = 1.0
+_NAMES = {LINF: "linf", L2: "l2", L1: "l1"}
+_SPELLINGS = {"inf": LINF, "infinity": LINF, "∞": LINF, "2": L2, "2.0": L2, "1": L1, "1.0": L1}
+
+
+def norm_name(norm: float) -> str:
+    """Return "linf", "l2" or "l1"; raise UserError for any other norm."""
+    if norm not in _NAMES:
+        raise UserError(f"norm {norm} is not one of linf, l2, l1")
+    return _NAMES[norm]
+
+
+def parse_norm(name: str | float) -> float:
+    """Return the norm that a name means: "linf", "Linf", "l_inf", "inf"; "l2", "L2", "2"; "l1"; or a number."""
+    plain = str(name).strip().lower().replace("_", "").replace("-", "")
+    norm = _SPELLINGS.get(plain.removeprefix("l"))
+    if norm is None or isinstance(name, bool):
+        raise UserError(f"norm '{name}' is not one of linf, l2, l1")
+    return norm
+
+
+def parse_eps(value: str | float) -> float:
+    """Return a budget from a number or a text such as "0.03" or "8/255"; raise UserError unless finite and >= 0."""
+    above, slash, below = str(value).partition("/")
+    try:
+        eps = math.nan if isinstance(value, bool) else float(above) / (float(below) if slash else 1.0)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise UserError(f"eps must be a number such as 0.03, or a fraction such as 8/255, not '{value}'") from None
+    if not (math.isfinite(eps) and eps >= 0):
+        raise UserError(f"eps must be a finite number >= 0, not {value}")
+    return eps
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """Return the budgets in a list such as "0.05,8/255", in order and each once; raise UserError for an empty one."""
+    budgets = tuple(dict.fromkeys(parse_eps(part.strip()) for part in text.split(",") if part.strip()))
+    if not budgets:
+        raise UserError(f"eps takes numbers separated by commas, as 0.05,8/255; '{text}' holds none")
+    return budgets
+
+
+def percent(share: float, decimals: int = 1, *, trim: bool = False) -> str:
+    """Return a share as "61.2%", with further decimals where these would make 0% or 100% of what is neither.
+
+    `trim` leaves out zeros at the end: "90%" and "99.7%" for sparsities.
+    """
+    number = 100 * share
+    while decimals < 12 and number not in (0, 100) and float(f"{number:.{decimals}f}") in (0.0, 100.0):
+        decimals += 1
+    text = f"{number:.{decimals}f}"
+    return (text.rstrip("0").rstrip(".") if trim and "." in text else text) + "%"

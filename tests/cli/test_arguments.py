@@ -1,0 +1,114 @@
+"""Arguments that make no sense are refused before data are read or anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparring import data
+from sparring.models import Blueprint, save_model
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder with a model, and cry if data are read."""
+    made = Blueprint("mlp", (1, 8, 8), 10, (0.0,), (1.0,), widths=(8,))
+    save_model(tmp_path / "m.safetensors", made.build(), made)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.chdir(tmp_path)
+
+    def cry(*_: object, **__: object) -> None:
+        raise AssertionError("data were read")
+
+    monkeypatch.setattr(data, "load", cry)
+    return tmp_path
+
+
+M = "m.safetensors"
+MISTAKES = {
+    "images": ("attack", M, "--images=-5"),
+    "images of none": ("certify", M, "--images", "0"),
+    "batch size": ("attack", M, "--batch-size=-1"),
+    "batch size of none": ("attack", M, "--batch-size", "0"),
+    "checks": ("attack", M, "--checks=-1"),
+    "no attacks": ("attack", M, "--attacks", ""),
+    "no eps": ("attack", M, "--eps", ""),
+    "NaN": ("attack", M, "--eps", "nan"),
+    "negative": ("certify", M, "--eps=-1"),
+    "units": ("certify", M, "--eps", "8"),
+    "l1": ("certify", M, "--norm", "l1"),
+    "method": ("certify", M, "--method", "crwon"),
+    "compare": ("compare", M, M, "--eps", "x"),
+    "drop": ("compare", M, M, "--max-drop", "accuracy", "nan"),
+    "weights thrice": ("compare", M, M, "--weights", M),
+    "seed": ("train", "mlp", "--out", "o.safetensors", "--seed=-1"),
+    "huge seed": ("train", "mlp", "--out", "o.safetensors", "--seed", str(2**70)),
+    "no ending": ("train", "mlp", "--out", "o"),
+    "into a file": ("train", "mlp", "--out", "file/o.safetensors"),
+    "too long": ("train", "mlp", "--out", "o" * 300 + ".safetensors"),
+    "nowhere": ("train", "mlp", "--out", "/proc/none/o.safetensors"),
+    "width": ("train", "mlp", "--out", "o.safetensors", "--width", "nan"),
+    "loss": ("train", "mlp", "--out", "o.safetensors", "--loss", "pgd"),
+    "train eps": ("train", "mlp", "--out", "o.safetensors", "--loss", "pgd-at", "--eps", "8"),
+    "model": ("train", "lenet-6", "--out", "o.safetensors"),
+    "sparsity": ("prune", M, "--out", "o.safetensors", "--sparsity", "nan"),
+    "sparsity of 2": ("prune", M, "--out", "o.safetensors", "--sparsity", "2"),
+    "no sparsity": ("prune", M, "--out", "o.safetensors"),
+    "values": ("export", M, "o.sparring", "--values", "int4"),
+    "ending": ("export", M, "o.sparring", "--to", "onnx"),
+    "export eps": ("export", M, "o.sparring", "--eps", "2"),
+    "batches": ("bench", M, "--batches", ""),
+    "batches of none": ("bench", M, "--batches", "0"),
+    "rounds": ("bench", M, "--rounds", "0"),
+    "plot": ("bench", M, "--plot", "o.pdf"),
+    "latency": ("pick", "out", "--max-latency=-1"),
+    "workers": ("study", "quick", "--workers=-1"),
+    "device": ("study", "quick", "--device", "gpu"),
+    "out is a file": ("study", "quick", "--out", "file"),
+    "pickle": ("attack", "file"),
+    "no weights": ("attack", "mlp", "--weights", "none.safetensors"),
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES.values(), ids=MISTAKES)
+def test_refused_before_work(sparring, work: Path, words: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    told = sparring(*words)
+    assert told.code == 2 and told.err and not told.out and "data were read" not in told.err
+    assert sorted(path.name for path in work.iterdir()) == ["file", "m.safetensors"]
+
+
+ATTACK = "[[attacks]]\nname = 'pgd'\n"
+PLANS = {
+    "needs a budget": ATTACK,
+    "eps = [0.03]": ATTACK + "eps = []",
+    "images must lie": ATTACK + "eps = [0.1]\nimages = 0",
+    "steps must lie": ATTACK + "eps = [0.1]\nsteps = 0",
+    "stepps": ATTACK + "eps = [0.1]\nstepps = 10",
+    "'queries'": ATTACK + "eps = [0.1]\nqueries = 10",
+    "a finite number": ATTACK + "eps = [nan]",
+    "divide eps by 255": ATTACK + "eps = [8]",
+    "attacks.methods is empty": ATTACK + "eps = [0.1]\nmethods = []",
+    "Did you mean 'control'": ATTACK + "eps = [0.1]\nmethods = ['contrl']",
+    "attacks.sparsities is empty": ATTACK + "eps = [0.1]\nsparsities = []",
+    "attacks.seeds": ATTACK + "eps = [0.1]\nseeds = 0",
+    "sparsities is empty": "sparsities = []",
+    "norm 'l3'": ATTACK + "eps = [0.1]\nnorm = 'l3'",
+    "plain accuracy": "[[certify]]\neps = [0]",
+    "certify.images": "[[certify]]\nimages = -1",
+    "lipschitz.radius": "[[lipschitz]]\nradius = 0",
+    "exact.seconds": "[[exact]]\nseconds = 0",
+    "activation.levels is empty": "[[activation]]\nkind = 'l1-penalty'\nlevels = []",
+    "training.steps": "[training]\nloss = 'pgd-at'\nsteps = 0",
+    "eps must be": "[training]\nloss = 'pgd-at'\neps = -0.1",
+    "controls.decays": "[controls]\ndecays = [-1]",
+    "did you mean 'recipe.epochs'": "epochs = 3",
+}
+
+
+@pytest.mark.parametrize("message", PLANS)
+def test_plans_are_refused_before_work(sparring, work: Path, message: str) -> None:  # type: ignore[no-untyped-def]
+    (work / "plan.toml").write_text(PLANS[message])
+    told = sparring("study", "plan.toml", "--out", "out")
+    assert told.code == 2 and not told.out and not (work / "out").exists()
+    assert message in told.err
