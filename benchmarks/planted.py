@@ -115,17 +115,20 @@ def _no_dropout(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _no_noise(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Take what is drawn for a constant."""
-    found = func(*args, **kwargs)
-    if _name(func) in ("randn", "rand", "randn_like", "rand_like", "normal", "bernoulli"):
-        return torch.full_like(found, 0.3)
-    return found
+    match _name(func):
+        case "randn_like" | "rand_like" | "bernoulli" | "uniform_":
+            return torch.full_like(args[0], 0.3)
+        case "randn" | "rand":
+            return torch.full(args if isinstance(args[0], int) else args[0], 0.3)
+        case "normal":
+            return torch.full(kwargs["size"], 0.3)
+    return func(*args, **kwargs)
 
 
 def _no_batch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Take a mean over the batch for a constant."""
-    if _name(func) in ("mean", "amax") and (kwargs.get("dim", args[1] if len(args) > 1 else None) == 0):
-        found = func(*args, **kwargs)
-        return torch.full_like(found, 0.3)
+    if _name(func) in ("mean", "amax") and kwargs.get("dim", args[1] if len(args) > 1 else None) == 0:
+        return torch.full(args[0].shape[1:], 0.3)
     return func(*args, **kwargs)
 
 

@@ -233,7 +233,7 @@ def draft_model(
         tables.insert(draw.randint(0, len(tables)), odd)
     for table in tables:
         # Convolutions and pools fit only images, and flattening ends those: even the odds.
-        odds = [3 if "2d" in label else 0.3 if label == "flatten" else 1 for label in table]
+        odds = [3 if "pool" in label or "2d" in label else 0.3 if label == "flatten" else 1 for label in table]
         for _ in range(40):
             (label,) = draw.choices(list(table), odds)
             if draft.add(label, draw.choice(table[label])):

@@ -191,16 +191,19 @@ ODD: dict[str, tuple[Form, ...]] = {
         lambda d: late(d, same(d), "{0}.register_forward_hook(lambda m, a, out: F.dropout(out, 0.5))"),
         lambda d: f"h = {d.layer('nn.RReLU(0.1, 0.9)')}(h) + F.rrelu(h, 0.1, 0.9, training=True)",
     ),
-    "looks at the batch": (
+    "mean over the batch": (
         "h = h - h.mean(0)",
         "h = h - h.mean(0, keepdim=True)",
+        "h = h + h.mean(dim=0)",
+        "h = h - h.amax(0)",
+    ),
+    "looks at the batch": (
         "h = h - h.mean()",
         "h = h / len(h)",
         "h = h / h.shape[0] * 2",
         "h = h - h[:1]",
         "h = h + h.roll(1, 0)",
         "h = h.flip(0)",
-        "h = h - h.amax(0)",
         "h = h.sort(0).values",
         "h = F.softmax(h, dim=0) * 5",
         "h = h.cumsum(0)",

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring import attacks, bounds
+from sparring import attacks
 from sparring.data import Dataset, Split
-from sparring.errors import Unsupported
 from sparring.sparsity import all_ones, apply_, build_pruner, magnitude, select
 from sparring.sparsity.registry import PruningSpec
 from sparring.study import Plan, run
@@ -134,32 +133,3 @@ def test_studies_go_through(name: str, dead: bool, few_digits: Dataset, tmp_path
     assert sum(record.stage == "attack" for record in records) == 3 * 4  # dense, control, 90%, 99%
     if not dead:
         assert all(record.metrics["accuracy"] is not None for record in records if record.stage == "measure")
-
-
-@pytest.mark.parametrize("state", ["dense", "90%"])
-@pytest.mark.parametrize("name", ZOO)
-def test_certified_is_below_exact_is_below_attacked(name: str, state: str, tiny: Dataset) -> None:
-    """No certificate and no lower bound is above what an attack reaches on the model itself."""
-    model = network(name, state)
-    x, _ = some(tiny, 3)
-    with torch.no_grad():
-        y = model(x).argmax(1)
-    for norm in (LINF, L2):
-        reached = attacks.run(model, x, y, attacks.ATTACKS["nearest"], Threat(norm)).distance.double()
-        for certified in lower_bounds(model, x, y, norm):
-            assert bool((certified <= reached * (1 + 1e-6)).all())
-
-
-def lower_bounds(model: nn.Module, x: Tensor, y: Tensor, norm: float) -> list[Tensor]:
-    """Return what certificates and the exact search say of the distance; nothing where they refuse by name."""
-    try:
-        certified = [bounds.radius(model, x, y, norm, method=method) for method in ("interval", "crown")]
-    except Unsupported as error:
-        assert "operation" in str(error)
-        return []
-    try:
-        exact = bounds.exact(model, x, y, norm, seconds=1.0)
-    except Unsupported:  # too large, or pooled under l_2
-        return certified
-    assert all(bool((each <= exact.upper * (1 + 1e-6)).all()) for each in certified)
-    return [*certified, exact.lower]
