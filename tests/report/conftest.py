@@ -16,8 +16,9 @@ SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 class Maker:
     """Write the records of networks whose robustness rises and then falls with sparsity."""
 
-    def __init__(self, out, images, budgets, rng):
+    def __init__(self, out, images, budgets, rng, *, valid=False, fall=4.0, flag=""):
         self.out, self.images, self.budgets, self.rng = out, images, budgets, rng
+        self.valid, self.fall, self.flag = valid, fall, flag
         self.ease = rng.normal(size=images)  # an easy image is easy for every network
         self.labels = rng.integers(0, 10, size=images)
         self.clean = rng.random((6, 1, 28, 28)).astype(np.float32)
@@ -53,7 +54,7 @@ class Maker:
         gain = 1.2 * sparsity - 8 * max(0.0, sparsity - 0.95) ** 0.6 + 0.05 * self.rng.normal()
         gain *= 0.2 if method == "luck" else 1.0
         who = {"seed": seed, "method": method, "sparsity": sparsity}
-        correct = self.ease + 0.3 * self.rng.normal(size=self.images) > -2.0 + 4 * max(0.0, sparsity - 0.95)
+        correct = self.ease + 0.3 * self.rng.normal(size=self.images) > -2.0 + self.fall * max(0.0, sparsity - 0.95)
         kept = self.rng.random((300, 784)) >= sparsity
         keys = [
             self.record("train", who | {"epochs": 2}, {"loss": 0.1}, series={"loss": [0.5, 0.1]}),
@@ -75,13 +76,15 @@ class Maker:
                     "correct": correct,
                     "first_mask": kept,
                     "first_weight": (kept * self.rng.normal(size=kept.shape)).astype(np.float32),
-                },
+                }
+                | ({"correct_valid": correct[::-1].copy()} if self.valid else {}),
             ),
         ]
         for name, eps in self.budgets:
-            margin = self.ease + gain + 1.5 - 15 * eps - STRENGTH.get(name, 0.0)
-            robust = correct & (margin + 0.3 * self.rng.normal(size=self.images) > 0)
-            keys += self.attack(who, {"name": name, "norm": "linf", "eps": eps}, correct, ~robust)
+            for split in ("test", "valid") if self.valid else ("test",):
+                margin = self.ease + gain + 1.5 - 15 * eps - STRENGTH.get(name, 0.0)
+                robust = correct & (margin + 0.3 * self.rng.normal(size=self.images) > 0)
+                keys += self.attack(who, {"name": name, "norm": "linf", "eps": eps}, correct, ~robust, split=split)
         far = np.where(correct, np.exp(0.3 * self.ease + 0.2 * gain), 0.0).astype(np.float32)
         far[0] = np.inf  # one image on which the attack fails
         deepfool = {"name": "deepfool", "norm": "l2", "eps": None, "steps": 50}
@@ -114,7 +117,7 @@ class Maker:
             self.record("transfer", moved | {"direction": "to dense"}, {"transferred": 0.9}, tensors=most),
         ]
 
-    def attack(self, who, attack, correct, success, distance=None):
+    def attack(self, who, attack, correct, success, distance=None, *, split="test"):
         """Write one attack's records, in two shards."""
         far = np.where(success, 0.1, np.inf).astype(np.float32) if distance is None else distance
         keys, half = [], self.images // 2
@@ -129,9 +132,10 @@ class Maker:
             if start == 0:
                 noise = 0.1 * np.sign(self.rng.normal(size=self.clean.shape)).astype(np.float32)
                 tensors |= {"clean": self.clean, "perturbed": np.clip(self.clean + noise, 0, 1)}
-            inputs = who | {"attack": attack, "split": "test", "start": start, "stop": stop}
+            inputs = who | {"attack": attack, "split": split, "start": start, "stop": stop}
             metrics = {"forwards": 100, "backwards": 50, "robust_accuracy": None}
-            keys.append(self.record("attack", inputs, metrics, tensors=tensors))
+            raised = [{"name": self.flag, "detail": "planted"}] if self.flag and attack["name"] == "pgd" else []
+            keys.append(self.record("attack", inputs, metrics, tensors=tensors, flags=raised))
         return keys
 
 
@@ -151,9 +155,10 @@ def make_study(tmp_path_factory):
         pruning=(),
         name="made-up",
         mark="",
+        **planted,
     ):
         out = tmp_path_factory.mktemp("study")
-        maker = Maker(out, images, budgets, np.random.default_rng(0))
+        maker = Maker(out, images, budgets, np.random.default_rng(0), **planted)
         cells = []
         for seed in range(seeds):
             wanted = [("reference", 0.0), ("control", 0.0)] + [(m, s) for m in methods for s in sparsities]

@@ -58,17 +58,23 @@ def test_kinds_come_from_the_plan_not_from_the_words_of_a_label(folder):
         "transfer dense → sparse",
         "transfer sparse → dense",
         "the gain survives PGD",
-        "the gain survives the worst case",
+        "the gain survives FGSM and PGD",
+        "nonlinear networks gain r_inf (FGSM) at an appropriate sparsity",
+        "nonlinear networks gain r_2 (DeepFool) at an appropriate sparsity",
+        "over-sparsified networks lose r_inf (FGSM)",
+        "over-sparsified networks lose accuracy under FGSM and PGD",
     ],
 )
 def test_each_claim_is_asked_once(rows, words):
-    assert [words in row["claim"] for row in rows].count(True) == 1
+    claims = [row["claim"] for row in rows]
+    assert claims.count(words) == 1 or sum(words in claim for claim in claims) == 1
+    assert len(set(claims)) == len(claims)
 
 
 def test_what_was_planted_is_found(rows):
-    verdicts = {row["claim"]: row["verdict"] for row in rows}
-    assert next(v for claim, v in verdicts.items() if "Lipschitz constant falls" in claim) == "reproduced"
-    assert next(v for claim, v in verdicts.items() if "constant rises" in claim) == "reproduced"
+    falls = next(row for row in rows if "Lipschitz constant falls" in row["claim"])
+    assert falls["log"] and -100 < falls["low"] < falls["estimate"] < falls["high"] < -80
+    assert next(row for row in rows if "constant rises" in row["claim"])["low"] > 0
     moved = [row for row in rows if "transfer" in row["claim"]]
     assert [row["estimate"] for row in moved] == pytest.approx([40.0, 40.0])
 
@@ -88,7 +94,8 @@ def test_merged_ledgers_correct_for_all_claims_of_all_studies(folder, make_study
     assert {row.study for row in merged} == {"made-up", "another"}
     first = [row for row in merged if row.study == "made-up"]
     assert [row.claim.text for row in first] == [row["claim"] for row in rows]
-    assert all(row.p >= alone["p"] for row, alone in zip(first, rows, strict=True))
+    assert [row.verdict for row in first] == [row["verdict"] for row in rows], "its own family decides"
+    assert all(row.merged is not None for row in merged)
 
 
 def test_a_ledger_is_merged_with_studies_whose_folders_are_gone(folder, make_study, tmp_path):

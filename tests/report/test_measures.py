@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sparring.report.measures import Measure, collect, main_measures, summary, values
+from sparring.report import measures
+from sparring.report.measures import Measure, PerImage, collect, main_measures, summary, values
 from sparring.report.records import Network, Record, Study, arrays, control_of, is_dense, load
 
 
@@ -38,15 +39,42 @@ def test_shards_are_merged_in_the_order_of_their_images(study, collected):
     assert (one.top == (held["clean_correct"] & ~held["success"])).all()
 
 
-def test_failures_are_censored_and_misclassified_images_count_zero(study, collected):
+def test_failures_count_as_the_largest_distance_and_misclassified_images_count_zero(study, collected):
     network = study.of("gradual", 0.5)[0]
     held = tensors_of(study, network, "deepfool", None)
     found, correct = np.isfinite(held["distance"]), held["clean_correct"]
     everyone = collected[Measure("distance", "test", "deepfool-50", "deepfool", "l2")][network.who]
     only = collected[Measure("distance-correct", "test", "deepfool-50", "deepfool", "l2")][network.who]
-    distance = np.where(correct & found, held["distance"], 0.0)
-    assert summary(Measure("distance"), everyone)[0] == pytest.approx(distance.sum() / (found | ~correct).sum())
-    assert summary(Measure("distance-correct"), only)[0] == pytest.approx(distance.sum() / (found & correct).sum())
+    every = [tensors_of(study, n, "deepfool", None)["distance"] for n in study.networks]
+    cap = max(far[np.isfinite(far)].max() for far in every)
+    distance = np.where(correct, np.where(found, held["distance"], cap), 0.0)
+    assert (~found & correct).any()
+    assert summary(Measure("distance"), everyone)[0] == pytest.approx(distance.mean())
+    assert summary(Measure("distance-correct"), only)[0] == pytest.approx(distance.sum() / correct.sum())
+    assert everyone.failed.sum() == only.failed.sum() == (~found & correct).sum()
+
+
+@pytest.mark.parametrize("failing", [0.0, 0.1, 0.6, 1.0])
+def test_a_smallest_distance_never_exceeds_its_parts(study, failing):
+    """Ten recorded means did: the hardest images were dropped where one attack failed and another did not."""
+    rng = np.random.default_rng(3)
+    found = {}
+    for name in ("deepfool", "nearest"):
+        held = {}
+        for k in range(4):
+            far = rng.gamma(3, size=80) * (1 + k)
+            far[rng.random(80) < (failing if name == "nearest" else failing / 2)] = np.inf
+            failed = (~np.isfinite(far)).astype(float)
+            held["gradual", 0.5 + k / 10, 0] = PerImage(np.arange(80), far, np.ones(80), failed)
+        found[Measure("distance", "test", name, name, "l2")] = held
+    measures._add_worst(found)
+    measures._cap(found)
+    smallest = found[Measure("distance", "test", "smallest", "smallest", "l2")]
+    for who, one in smallest.items():
+        for name in ("deepfool", "nearest"):
+            part = found[Measure("distance", "test", name, name, "l2")][who]
+            assert (one.top <= part.top).all() and np.isfinite(part.top[part.bottom > 0]).all()
+            assert (one.failed <= part.failed).all()
 
 
 def test_the_worst_case_is_per_image(collected):

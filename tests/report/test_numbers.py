@@ -24,7 +24,7 @@ def one(estimate: float, low: float, high: float) -> Effect:
     [
         (SHARE, 0.5, "+1.2 [−0.4, +2.8] points"),
         (SHARE, 0.0, "+1.2 [−0.4, +2.8] points"),
-        (DISTANCE, 0.5, "+2% [−1, +6]"),
+        (DISTANCE, 0.5, "+1.2% [−0.4, +2.8]"),
         (DISTANCE, 0.0, "+0.012 [−0.004, +0.028] absolute"),
     ],
 )
@@ -32,6 +32,19 @@ def test_a_gain_has_its_unit(measure: Measure, control: float, gain: str) -> Non
     over = one(control, control, control)
     assert numbers.gain(measure, one(0.012, -0.004, 0.028), over) == gain
     assert numbers.gain_unit(measure, over) in gain
+
+
+@pytest.mark.parametrize("low", [-0.1, -1.0, -10.0, -700.0])
+def test_no_interval_of_a_length_reaches_below_minus_100_per_cent(low: float) -> None:
+    """A Lipschitz constant had fallen by 99.3% [−116, −83.1]: a constant below zero."""
+    shown = numbers.shown(DISTANCE, one(low / 2, low, 0.1), one(0.5, 0.4, 0.6))
+    assert -100 <= shown.low <= shown.estimate < shown.high
+    assert len(numbers.signed(numbers.shown(DISTANCE, one(0, low, -low), one(0.5, 0.4, 0.6)), "%")) < 40
+
+
+@pytest.mark.parametrize(("p", "text"), [(1e-4, "< 1e-4"), (0.0021, "0.0021"), (0.034, "0.034"), (float("nan"), "–")])
+def test_no_p_value_is_written_that_seeds_cannot_support(p: float, text: str) -> None:
+    assert numbers.p_value(p) == text
 
 
 @pytest.mark.parametrize(

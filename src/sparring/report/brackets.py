@@ -69,7 +69,7 @@ def _rows(findings: Findings, network: Network, norm: str, exact: bool) -> dict[
         h[network.who] for m, h in findings.collected.items() if _is(m, "certified", norm) and network.who in h
     ]
     attacked = [
-        replace(one, top=np.where(one.bottom > 0, one.top, np.inf))
+        replace(one, top=one.found)
         for m, h in findings.collected.items()
         if _is(m, "distance-correct", norm) and (one := h.get(network.who)) is not None
     ]

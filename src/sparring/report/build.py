@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def publish(out: Path | str) -> tuple[Path, str]:
     found = _judged(out)
     if isinstance(found, LinearStudy):
         return _write_linear(out, found), _linear_verdict(found)
-    return _write(out, found), str(Report(found))
+    made = Report(found)
+    return _write(out, made), str(made)
 
 
 def _judged(out: Path | str) -> Findings | LinearStudy:
@@ -57,11 +59,11 @@ def _judged(out: Path | str) -> Findings | LinearStudy:
     return replace(findings, study=note_look(study, claims(findings)))
 
 
-def _write(out: Path, findings: Findings) -> Path:
+def _write(out: Path, made: Report) -> Path:
+    findings, rows = made.findings, made.ledger
     weights, activations = (curve_panels(findings, axis) for axis in ("weights", "activations"))
     overview = overview_picture(findings)
     drawn = Drawn(weights, activations, density_pictures(findings), comparisons(findings), overview)
-    rows = ledger(findings)
     write_atomic(out / "results.csv", tables.csv_text(findings))
     write_json(out / "ledger.json", [row.as_dict() for row in rows])
     _write_figures(out / "figures", drawn.pictures)
@@ -152,7 +154,12 @@ class Report:
     findings: Findings
 
     def __str__(self) -> str:
-        return " ".join(words.headline(self.findings))
+        return " ".join(words.headline(self.findings, self.ledger))
+
+    @cached_property
+    def ledger(self) -> list[Row]:
+        """Return the claims that this study can speak of, with their verdicts."""
+        return ledger(self.findings)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row a network and metric, as in results.csv."""
@@ -167,4 +174,5 @@ class Report:
         return pandas.DataFrame(self.rows())
 
     def _repr_html_(self) -> str:
-        return summary_html(self.findings, curve_panels(self.findings, "weights", only_main=True))
+        panels = curve_panels(self.findings, "weights", only_main=True)
+        return summary_html(self.findings, panels, self.ledger)

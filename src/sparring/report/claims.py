@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
 
-from ..statistics import Claim, Effect, Question, Row, ask, effect, judge
+from ..statistics import Claim, Question, Row, ask, effect, judge
 from . import numbers
-from .findings import Findings, Result, best, difference, validation_twin
+from .asking import Place, about, at_choice, at_sparsity, attacks_of, places
+from .findings import Choice, Findings, Result, choose, difference, paired
 from .kinds import Kind, kind_of
 from .looks import dropped_tests
-from .measures import NORMS, TRANSFER, Measure, common, pretty, values
-from .records import CONTROL, NAIVE, REFERENCE, checkpoint_of
+from .measures import NORMS, TRANSFER, Measure, PerImage, common, pretty, pretty_eps, values
+from .records import CONTROL, NAIVE, REFERENCE, checkpoint_of, control_of
 from .words import short_name, title
 
 __all__ = ["claims", "ledger"]
-
-Judged = Question
 
 # What is asked of other methods: whether they gain too, or whether the headline's method gains more than they do.
 ITSELF: dict[Kind, str] = {
@@ -32,104 +30,167 @@ OVER_IT: dict[Kind, str] = {
 
 
 def ledger(findings: Findings) -> list[Row]:
-    """Return the claims that this study can speak of, each with its test, numbers and verdict (Holm across all)."""
+    """Return the claims that this study can speak of, each with its test, numbers and verdict."""
     asked = claims(findings)
     return judge(asked, study=title(findings), dropped=dropped_tests(findings.study, asked))
 
 
-def claims(findings: Findings) -> list[Judged]:
-    """Return the claims that this study can speak of, each with its effect, not yet judged."""
-    model = findings.study.plan.get("model")
-    name = model.get("name") if isinstance(model, dict) else model
-    linear = str(name).startswith("linear")
-    fgsm, r_2 = (findings.first("budget", "fgsm"), findings.first("distance", "deepfool"))
-    judged: list[Judged] = []
-    kind = "linear" if linear else "nonlinear"
-    for measure, label in ((fgsm, "r_inf"), (r_2, "r_2")):
-        result = findings.result(measure)
-        if result is not None:
-            text = f"{kind} networks gain {label} at an appropriate sparsity"
-            claim_of_none = linear and label == "r_2"
-            judged.append(_at_best(findings, result, f"linear networks gain no {label}" if claim_of_none else text))
-            judged.append(_when_over_sparsified(result, label))
+def claims(findings: Findings) -> list[Question]:
+    """Return the claims that this study can speak of, not yet judged; the paper's own are primary.
+
+    Primary are the gain in l_inf and l_2 at an appropriate sparsity, the loss of over-sparsified networks, and that the
+    l_inf gain survives the strongest attack. The plan fixes them before anything is run.
+    """
+    fgsm, r_2 = findings.first("budget", "fgsm"), findings.first("distance", "deepfool")
+    asked: list[Question] = []
+    if findings.method is not None:
+        place = places(findings, findings.method)
+        for measure, label in ((fgsm, "r_inf (FGSM)"), (r_2, "r_2 (DeepFool)")):
+            if (result := findings.result(measure)) is not None:
+                asked.append(_gain(findings, result, place, label))
+        asked += _losses(findings, place)
     headline = findings.result(fgsm)
     if headline is not None:
-        judged += _survival(findings, headline)
-        judged += _fine_tuning(findings, headline)
-        judged += _other_methods(findings, headline)
-    judged += _chosen_weights(findings)
-    judged += _activations(findings, fgsm)
-    judged += _proofs(findings)
-    judged += _transfers(findings, headline)
-    return judged
+        choice = choose(findings, headline, within=places(findings, headline.method).appropriate)
+        asked += _survival(findings, headline)
+        asked += _fine_tuning(findings, headline)
+        asked += _other_methods(findings, headline, choice)
+    asked += _chosen_weights(findings)
+    asked += _activations(findings, fgsm)
+    asked += _proofs(findings)
+    asked += _transfers(findings)
+    return asked
 
 
-def _judged(text: str, expects: Literal["above", "below", "none"], result: Result, one: Effect, test: str) -> Judged:
-    """Return a claim with its effect in points or per cent; up to 2 of either do not matter.
+def is_linear(findings: Findings) -> bool:
+    """Tell whether the study's model is a linear one."""
+    model = findings.study.plan.get("model")
+    return str(model.get("name") if isinstance(model, dict) else model).startswith("linear")
 
-    Over a control whose mean is zero there is no per cent, and no telling what would not matter.
+
+def _gain(findings: Findings, result: Result, place: Place, label: str) -> Question:
+    """Ask for a gain at an appropriate sparsity; of linear networks the paper says that r_2 has none."""
+    none = is_linear(findings) and result.measure.role == "distance"
+    kind = "linear" if is_linear(findings) else "nonlinear"
+    text = f"linear networks gain no {label}" if none else f"{kind} networks gain {label} at an appropriate sparsity"
+    choice = choose(findings, result, within=place.appropriate)
+    return at_choice(findings, result, choice, text, "none" if none else "above", primary=True, origin="paper")
+
+
+def _losses(findings: Findings, place: Place) -> Iterator[Question]:
+    """Ask what over-sparsified networks lose: at the plan's sparsest, which no result has chosen, if it is one.
+
+    Primary at the headline's eps; then at every other eps; and among images that both networks classify correctly.
     """
-    scale, unit = numbers.scale(result.measure, result.control), numbers.gain_unit(result.measure, result.control)
-    return ask(Claim(text, expects, 0.0 if unit == numbers.ABSOLUTE else 2.0, unit, test), one.scaled(scale))
+    primary = [findings.first("budget", "fgsm"), findings.first("worst"), findings.first("distance", "deepfool")]
+    others = [m for m in findings.collected if m.split == "test" and _is_budget(m) and m not in primary]
+    for measure in (*primary, *others):
+        result = findings.result(measure)
+        if measure is None or result is None:
+            continue
+        text = f"over-sparsified networks lose {_loss_of(findings, measure)}"
+        if measure not in primary:
+            text += f" at ε = {pretty_eps(measure.eps)}"
+        known = [s for s in place.over if s in result.sparsities]
+        if not known:
+            yield _no_loss(findings, result, text, primary=measure in primary)
+            continue
+        yield at_sparsity(findings, result, known[-1], text, "below", primary=measure in primary, origin="paper")
+        if measure in primary:
+            yield from _on_correct(findings, result, known[-1], text)
 
 
-def _at_best(findings: Findings, result: Result, text: str) -> Judged:
-    twin = validation_twin(findings, result)
-    sparsity, one = best(result, twin)
-    where = "chosen on validation images" if twin else "the best of the curve, corrected for all of them"
-    test = f"{short_name(result.measure)}, {result.method} at {numbers.percent(sparsity)} ({where}) − dense control"
-    return _judged(text, "none" if " no " in text else "above", result, one, test)
+def _is_budget(measure: Measure) -> bool:
+    fgsm = (measure.role, measure.name, measure.norm) == ("budget", "fgsm", "linf")
+    return measure.role == "worst" or (fgsm and not measure.attack.endswith(NAIVE))
 
 
-def _when_over_sparsified(result: Result, label: str) -> Judged:
-    sparsity, one = result.sparsities[-1], result.gains.effects[-1]
-    test = _over_control(result, sparsity)
-    return _judged(f"over-sparsified networks lose {label} (here: the sparsest)", "below", result, one, test)
+def _loss_of(findings: Findings, measure: Measure) -> str:
+    if measure.role == "worst":
+        return f"accuracy under {attacks_of(findings, measure)}"
+    return "r_inf (FGSM)" if measure.role == "budget" else "r_2 (DeepFool)"
 
 
-def _survival(findings: Findings, fgsm: Result) -> Iterator[Judged]:
-    """Ask of FGSM's best sparsity whether the gain is there under stronger attacks."""
-    sparsity = _best_sparsity(findings, fgsm)
-    for role, names, text in (
-        ("budget", ("pgd", "apgd"), "the gain survives PGD"),
-        ("worst", (), "the gain survives the worst case over all attacks"),
-    ):
-        result = findings.result(findings.first(role, *names))
-        if result is not None and (one := result.gain(sparsity)) is not None:
-            yield _judged(text, "above", result, one, _over_control(result, sparsity))
+def _no_loss(findings: Findings, result: Result, text: str, *, primary: bool) -> Question:
+    claim = Claim(text, "below", 0.0, numbers.gain_unit(result.measure), short_name(result.measure), primary=primary)
+    return replace(ask(replace(claim, origin="paper"), None), unknown="no sparsity of the plan is over-sparsified")
 
 
-def _best_sparsity(findings: Findings, result: Result) -> float:
-    return best(result, validation_twin(findings, result))[0]
+def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) -> Iterator[Question]:
+    """Ask a loss again of the images that both networks classify correctly: what is not plain accuracy."""
+    sides = [_correct_too(findings, result, sparsity, seed) for seed in result.seeds]
+    known = {k: pair for k, pair in zip(result.seeds, sides, strict=True) if pair is not None}
+    if known:
+        one = paired(findings, result.measure, *({k: pair[side] for k, pair in known.items()} for side in (0, 1)))
+        test = f"{short_name(result.measure)} where both are correct, {result.method} at {numbers.percent(sparsity)}"
+        sparse = [(result.method, sparsity, seed) for seed in known]
+        told = f"{text}, among images that both classify correctly"
+        yield about(findings, result, told, "below", one, f"{test} − dense control", sparse)
 
 
-def _over_control(result: Result, sparsity: float) -> str:
-    return f"{short_name(result.measure)}, {result.method} at {numbers.percent(sparsity)} − dense control"
+def _correct_too(findings: Findings, result: Result, sparsity: float, seed: int) -> tuple[PerImage, PerImage] | None:
+    """Return a metric of a sparse network and its dense control on the images that both classify correctly."""
+    whos = [(result.method, sparsity, seed), (control_of(result.method), 0.0, seed)]
+    held, right = findings.collected[result.measure], findings.collected.get(Measure("accuracy"), {})
+    if not all(who in held and who in right for who in whos):
+        return None
+    images = common([part[who].images for part in (held, right) for who in whos])
+    both = right[whos[0]].at(images).top * right[whos[1]].at(images).top
+    first, second = (PerImage(images, held[who].at(images).top * both, both) for who in whos)
+    return first, second
 
 
-def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Judged]:
+def _survival(findings: Findings, fgsm: Result) -> Iterator[Question]:
+    """Ask of FGSM's best sparsity whether the gain is there under stronger attacks; of the strongest first."""
+    within = places(findings, fgsm.method).appropriate
+    wanted = [findings.first("worst"), findings.first("budget", "pgd", "apgd")]
+    for k, measure in enumerate(m for m in wanted if m is not None):
+        result = findings.result(measure)
+        if result is not None:
+            text = f"the gain survives {attacks_of(findings, measure)}"
+            choice = choose(findings, result, by=fgsm, within=within)
+            yield at_choice(findings, result, choice, text, primary=k == 0, origin="paper")
+
+
+def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
     """Ask how much of a gain over the network as trained is fine-tuning's: what the dense control takes away."""
     checkpoint = checkpoint_of(fgsm.method)
     one = difference(findings, fgsm.measure, (CONTROL + checkpoint, 0.0), (REFERENCE + checkpoint, 0.0))
     if one is not None:
         test = f"{short_name(fgsm.measure)}, dense control − the network as trained"
-        yield _judged("fine-tuning alone, without pruning, moves no r_inf", "none", fgsm, one, test)
+        sides = [(REFERENCE + checkpoint, 0.0, seed) for seed in fgsm.seeds]
+        yield about(findings, fgsm, "fine-tuning alone, without pruning, moves no r_inf", "none", one, test, sides)
 
 
-def _other_methods(findings: Findings, fgsm: Result) -> Iterator[Judged]:
+def _other_methods(findings: Findings, fgsm: Result, choice: Choice | None) -> Iterator[Question]:
     """Ask which part of the gain other ways to a sparse or small network have too."""
-    mine = (fgsm.method, _best_sparsity(findings, fgsm))
     for method in (m for m in _comparable(findings) if m != fgsm.method):
         kind = kind_of(findings.study, method)
         if kind in ITSELF:
             result = findings.result(fgsm.measure, method)
             if result is not None:
-                yield _at_best(findings, result, f"{ITSELF[kind]} ({method})")
-        elif kind in OVER_IT:
-            yield from _against(findings, fgsm, mine, method, f"{OVER_IT[kind]} ({method})")
+                yield at_choice(findings, result, choose(findings, result), f"{ITSELF[kind]} ({method})")
+        elif kind in OVER_IT and choice is not None:
+            yield from _against(findings, fgsm, choice, method, f"{OVER_IT[kind]} ({method})")
 
 
-def _chosen_weights(findings: Findings) -> Iterator[Judged]:
+def _against(findings: Findings, fgsm: Result, choice: Choice, method: str, text: str) -> Iterator[Question]:
+    """Compare the headline's networks with another method's at its sparsity nearest to the first seed's."""
+    held = findings.collected[fgsm.measure]
+    nearest = min({n.sparsity for n in findings.study.of(method)}, key=lambda s: abs(s - choice.sparsities[0]))
+    chosen = dict(zip(fgsm.seeds, choice.sparsities, strict=True))
+    mine = {k: held[fgsm.method, s, k] for k, s in chosen.items() if (fgsm.method, s, k) in held}
+    theirs = {k: held[method, nearest, k] for k in chosen if (method, nearest, k) in held}
+    one = paired(findings, fgsm.measure, mine, theirs)
+    if one is not None:
+        where = numbers.span(sorted(set(choice.sparsities)), fgsm.sparsities)
+        told = f"{fgsm.method} at {where} − {method}" + (f" at {numbers.percent(nearest)}" if nearest else "")
+        sides = [*((fgsm.method, s, k) for k, s in chosen.items()), *((method, nearest, k) for k in chosen)]
+        test = f"{short_name(fgsm.measure)}, {told}"
+        yield about(findings, fgsm, text, "above", one, test, sides, choices=choice.choices)
+
+
+def _chosen_weights(findings: Findings) -> Iterator[Question]:
     """Ask whether it matters which weights stay: pruned against random masks where both are sparsest."""
     accuracy = findings.first("accuracy")
     masks = [m for m in _comparable(findings) if kind_of(findings.study, m) == "random"]
@@ -142,7 +203,8 @@ def _chosen_weights(findings: Findings) -> Iterator[Judged]:
         if one is not None and result is not None:
             test = f"{short_name(result.measure)}, {method} − {masks[0]}, both at {numbers.percent(max(shared))}"
             text = f"weights that were chosen keep more accuracy than random ones ({method})"
-            yield _judged(text, "above", result, one, test)
+            sides = [(m, max(shared), n.seed) for m in (method, masks[0]) for n in findings.study.of(m, max(shared))]
+            yield about(findings, result, text, "above", one, test, sides)
 
 
 def _comparable(findings: Findings) -> list[str]:
@@ -151,38 +213,26 @@ def _comparable(findings: Findings) -> list[str]:
     return [m for m in findings.study.methods if checkpoint_of(m) == checkpoint]
 
 
-def _against(findings: Findings, fgsm: Result, mine: tuple[str, float], method: str, text: str) -> Iterator[Judged]:
-    """Compare the headline's network with another method's at the same sparsity, or at its nearest."""
-    sparsities = {n.sparsity for n in findings.study.of(method)}
-    other = (method, min(sparsities, key=lambda s: abs(s - mine[1])))
-    one = difference(findings, fgsm.measure, mine, other)
-    if one is not None:
-        told = f"{mine[0]} at {numbers.percent(mine[1])} − {method}"
-        told += f" at {numbers.percent(other[1])}" if other[1] else ""
-        yield _judged(text, "above", fgsm, one, f"{short_name(fgsm.measure)}, {told}")
-
-
-def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Judged]:
+def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Question]:
     """Ask of each activation-sparse method whether it gains, under the worst case too, and what BPDA leaves of it."""
     for method in (m for m in _comparable(findings) if kind_of(findings.study, m) == "activations"):
-        for measure, attack in ((fgsm, "FGSM"), (findings.first("worst"), "the worst case over all attacks")):
+        for measure in (fgsm, findings.first("worst")):
             result = findings.result(measure, method)
-            if result is not None:
-                text = f"activation sparsity gains robustness under {attack} ({method})"
-                yield _at_best(findings, result, text)
+            if measure is not None and result is not None:
+                text = f"activation sparsity gains robustness under {attacks_of(findings, measure)} ({method})"
+                yield at_choice(findings, result, choose(findings, result), text, origin="later work")
         for measure in (m for m in findings.collected if m.role == "budget" and m.attack.endswith(NAIVE)):
             naive = findings.result(measure, method)
             honest = findings.result(replace(measure, attack=measure.attack.removesuffix(NAIVE)), method)
             if naive is not None and honest is not None:
-                level = _best_sparsity(findings, naive)
-                text = (
-                    f"activation sparsity's gain under naive {pretty(honest.measure.attack)} survives BPDA ({method})"
-                )
-                if (one := honest.gain(level)) is not None:
-                    yield _judged(text, "above", honest, one, _over_control(honest, level))
+                name = pretty(honest.measure.attack)
+                text = f"activation sparsity's gain under naive {name} survives BPDA ({method})"
+                choice = choose(findings, honest, by=naive)
+                if choice is not None:
+                    yield at_choice(findings, honest, choice, text, origin="later work")
 
 
-def _proofs(findings: Findings) -> Iterator[Judged]:
+def _proofs(findings: Findings) -> Iterator[Question]:
     """Ask whether what can be proved, not only what attacks fail to break, grows with sparsity."""
     for measure in (m for m in findings.collected if m.role in ("certified", "lipschitz", "ratio")):
         result = findings.result(measure)
@@ -191,22 +241,25 @@ def _proofs(findings: Findings) -> Iterator[Judged]:
         norm = NORMS.get(measure.norm, measure.norm)
         if measure.role == "lipschitz":
             text = f"the {norm} Lipschitz constant falls with sparsity (here: the sparsest; {measure.attack})"
-            test = _over_control(result, result.sparsities[-1])
-            yield _judged(text, "below", result, result.gains.effects[-1], test)
+            yield at_sparsity(findings, result, result.sparsities[-1], text, "below", origin="paper")
         else:
             what = f"certified {norm} radius" if measure.role == "certified" else f"{norm} margin / Lipschitz constant"
-            yield _at_best(findings, result, f"the {what} rises at an appropriate sparsity ({measure.attack})")
+            choice = choose(findings, result, within=places(findings, result.method).appropriate)
+            text = f"the {what} rises at an appropriate sparsity ({measure.attack})"
+            yield at_choice(
+                findings, result, choice, text, origin="paper" if measure.role == "ratio" else "this project"
+            )
 
 
-def _transfers(findings: Findings, fgsm: Result | None) -> Iterator[Judged]:
-    """Ask of FGSM's best sparsity, or the nearest that was tried, whether most examples fool the other network too."""
+def _transfers(findings: Findings) -> Iterator[Question]:
+    """Ask of the highest appropriate sparsity that was tried, or the lowest of all, whether most examples transfer."""
     for measure in (m for m in findings.collected if m.role in TRANSFER):
         held = {who: one for who, one in findings.collected[measure].items() if one.bottom.any()}
-        tried = {sparsity for method, sparsity, _ in held if method == findings.method}
-        if not tried:
+        tried = sorted({sparsity for method, sparsity, _ in held if method == findings.method})
+        if not tried or findings.method is None:
             continue
-        wanted = _best_sparsity(findings, fgsm) if fgsm is not None else min(tried)
-        sparsity = min(tried, key=lambda s: abs(s - wanted))
+        kept = [s for s in tried if s in places(findings, findings.method).appropriate]
+        sparsity = kept[-1] if kept else tried[0]
         seeds = [one for who, one in sorted(held.items()) if who[:2] == (findings.method, sparsity)]
         images = common([one.images for one in seeds])
         if len(images) < 2 or not all(one.at(images).bottom.any() for one in seeds):

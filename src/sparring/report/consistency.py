@@ -6,17 +6,17 @@ Records are judged one by one when they are made; these doubts need two of them 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from scipy.special import bdtrc
 
-from .measures import NORMS, Collected, Measure, PerImage, common, pretty, pretty_eps, rung
-from .records import NAIVE, Network, Study, Who, arrays
+from .measures import NORMS, Collected, Measure, PerImage, common, parts, pretty, pretty_eps, rung
+from .records import NAIVE, Network, Record, Study, Who, arrays, attack_label
 
-__all__ = ["Doubt", "doubts"]
+__all__ = ["Doubt", "doubts", "suspicion"]
 
 ITERATED = 1.0  # the rung from which on an attack should find in a larger budget what others do in a smaller one
 GATHERED = 3.0  # the rung from which on an attack is taken for a worst case
@@ -24,6 +24,7 @@ NOTABLE = 0.02  # of the images, and at least two of them
 FAR = 0.05  # of the images: `fast` is short of `standard` by 1.5% at most where it hides nothing (benchmarks/gaps.py)
 CHANCE = 1e-3  # of as uneven a count, were both attacks equally strong
 SLACK = 1.05  # of a distance: DeepFool's overshoot is 2%
+DECISIVE = ("masked-gradients", "partial-gradients", "contradicted-distance")  # flags under which nothing is decided
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,53 @@ def doubts(study: Study, collected: Collected) -> list[Doubt]:
             for weak, strong in ((first, second), (second, first)):
                 found += list(_between(network, (weak, held[weak]), (strong, held[strong]), pixels))
     return found
+
+
+def suspicion(study: Study, collected: Collected, found: Sequence[Doubt], measure: Measure, whos: Set[Who]) -> str:
+    """Return why a measure decides nothing on some networks, empty if nothing speaks against it.
+
+    Its attacks raised a flag on one of them that says they miss what there is; or `standard`, which ran on some, leaves
+    less by more than what matters.
+    """
+    labels = {m.attack: m for m in parts(collected, measure) if m.attack}
+    flagged = {
+        (str(flag["name"]), attack_label(record))
+        for network in study.networks
+        if network.who in whos
+        for record in network.records
+        for flag in record.flags
+        if flag["name"] in DECISIVE and record.stage == "attack" and _is_of(record, labels)
+    }
+    flagged |= {(d.name, d.attack) for d in found if d.who in whos and d.attack in labels and d.name in DECISIVE}
+    told = [f"{name} ({pretty(attack)})" for name, attack in sorted(flagged)]
+    if measure.role == "worst" and (missed := _missed(collected, measure, whos)) > NOTABLE:
+        told.append(f"standard leaves {100 * missed:.1f} points less than the cheaper attacks do")
+    return ", ".join(told)
+
+
+def _is_of(record: Record, labels: Mapping[str, Measure]) -> bool:
+    """Tell whether a record is of one of the measures, by label."""
+    measure, eps = labels.get(attack_label(record)), record.inputs["attack"]["eps"]
+    at = None if eps is None else float(eps)
+    return measure is not None and (record.inputs["split"], at) == (measure.split, measure.eps)
+
+
+def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> float:
+    """Return by how much `standard` lowers a worst case at most that it is no part of, over the networks it ran on."""
+    here = set(parts(collected, worst))
+    most = 0.0
+    for measure, held in collected.items():
+        if (
+            measure.name == "standard"
+            and measure.role == "budget"
+            and measure not in here
+            and ((measure.split, measure.norm, measure.eps) == (worst.split, worst.norm, worst.eps))
+        ):
+            for who in whos & held.keys() & collected[worst].keys():
+                images = common([held[who].images, collected[worst][who].images])
+                cheap, strong = collected[worst][who].at(images).top, held[who].at(images).top
+                most = max(most, float((cheap - np.minimum(cheap, strong)).mean()) if len(images) else 0.0)
+    return most
 
 
 def _between(
@@ -123,8 +171,7 @@ def _beyond(budget: PerImage, distance: PerImage, reach: float) -> int:
     """Return on how many images a smaller perturbation is known than the minimum-norm attack's, 0 where too few."""
     images = common([budget.images, distance.images])
     one, other = budget.at(images), distance.at(images)
-    far = np.where(other.bottom > 0, other.top, np.inf)
-    return _notable(int(((one.top == 0) & (far > SLACK * reach)).sum()), len(images))
+    return _notable(int(((one.top == 0) & (other.found > SLACK * reach)).sum()), len(images))
 
 
 def _notable(count: int, images: int, share: float = NOTABLE) -> int:

@@ -243,16 +243,15 @@ def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Sp
 
 def _gain_layers(result: Result, style: int, x: _Axis, shift: float, legend: Spec) -> list[Spec]:
     color, name = _of(COLORS, style), f"s{style}"
-    scale = numbers.scale(result.measure, result.control)
     rows: list[Spec] = []
     for sparsity, one, p in zip(result.sparsities, result.gains.effects, result.gains.p_holm, strict=True):
-        told = numbers.gain(result.measure, one, result.control)
+        told, at = numbers.gain(result.measure, one, result.control), numbers.shown(result.measure, one, result.control)
         rows.append(
             {
                 "x": x.at(sparsity) + shift,
-                "y": scale * one.estimate,
-                "low": scale * one.low,
-                "high": scale * one.high,
+                "y": at.estimate,
+                "low": at.low,
+                "high": at.high,
                 "fill": color if p <= 0.05 else "white",
                 "text": f"{result.method}, {numbers.percent(sparsity)}: {told}, Holm p {numbers.p_value(p)}",
             }

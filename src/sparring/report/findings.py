@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..statistics import Curve, Effect, Peak, SweetSpot, curve, effect, over_sparsified, peak, sweet_spot
+from ..statistics import (
+    Curve,
+    Effect,
+    Peak,
+    SweetSpot,
+    curve,
+    effect,
+    leave_one_out,
+    log_ratio_values,
+    over_sparsified,
+    peak,
+    simultaneous,
+    sweet_spot,
+)
 from . import numbers
 from .consistency import Doubt, doubts
 from .measures import Collected, Measure, PerImage, collect, common, main_measures, values
 from .records import Study, control_of
 
-__all__ = ["Findings", "Result", "difference", "find"]
+__all__ = ["Choice", "Findings", "Result", "choose", "difference", "find", "margins_of", "paired", "seeds_phrase"]
 
 DRAWS_SEED = 20260101  # the joint draws are part of the result, so they are always the same
-DEFAULT_MARGINS = {"accuracy": 0.005, "robust": 0.02, "distance": 0.02}
+# What may be lost; "over_sparsified": of validation accuracy, from where on a network is called so.
+DEFAULT_MARGINS = {"accuracy": 0.005, "robust": 0.02, "distance": 0.02, "over_sparsified": 0.02}
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +40,10 @@ class Result:
     """Hold one metric of one method against sparsity.
 
     `levels` are the metric's own means with intervals, at each sparsity; `by_seed` (seeds, sparsities) the lines of
-    single seeds; `gains` compares with the dense control. `left_out` names sparsities without all the seeds. Of
-    distances, `medians` are over the images that count, means over seeds, the dense control's first; `failed` is the
-    share of images on which the attack failed, which are left out (0 for other metrics).
+    single seeds; `gains` compares with the dense control: differences of shares, logarithms of ratios of lengths (of a
+    control above zero). `margin` is the loss that does not matter, likewise. `left_out` names sparsities without all
+    the seeds. Of distances, `medians` are over the images that count, means over seeds, and `failed` the shares of
+    images on which the attack failed, which count as the largest distance found: the dense control's first.
     """
 
     measure: Measure
@@ -43,12 +59,19 @@ class Result:
     peak: Peak | None
     left_out: tuple[float, ...]
     medians: tuple[float, ...]
-    failed: float
+    failed: tuple[float, ...]
+    margin: float
 
     @property
     def over_sparsified(self) -> float | None:
-        """Return the sparsity from which on the metric stays significantly below the dense control."""
-        return over_sparsified(self.gains)
+        """Return the sparsity from which on the metric is shown to lose more than its margin."""
+        return over_sparsified(self.gains, self.margin)
+
+    def failures(self, sparsities: Sequence[float]) -> tuple[float, float]:
+        """Return the largest shares of images on which an attack failed, of the dense control and of the sparse."""
+        if not self.failed:
+            return 0.0, 0.0
+        return self.failed[0], max((self.failed[1 + self.sparsities.index(s)] for s in sparsities), default=0.0)
 
     def gain(self, sparsity: float) -> Effect | None:
         """Return the gain at one sparsity, or None where it was not measured."""
@@ -106,7 +129,7 @@ def find(study: Study) -> Findings:
     every = {m: results[m, method] for m in main if method is not None and (m, method) in results}
     seeds = max((len(result.seeds) for result in every.values()), default=0)
     watched = {m: r for m, r in every.items() if m.role != "distance-correct" and len(r.seeds) == seeds}
-    margins = {m: _margin(m, r, study) for m, r in watched.items()}
+    margins = {m: r.margin for m, r in watched.items()}
     spot = None
     if watched:
         spot = sweet_spot({m.slug: r.gains for m, r in watched.items()}, {m.slug: margins[m] for m in watched})
@@ -122,14 +145,17 @@ def _headline_method(study: Study) -> str | None:
     )
 
 
-def _margin(measure: Measure, result: Result, study: Study) -> float:
-    """Return how much a metric may fall, in its own unit: from the plan, else the design's defaults."""
-    margins = DEFAULT_MARGINS | dict(study.plan.get("margins") or {})
-    if measure.role == "accuracy":
-        return float(margins["accuracy"])
+def margins_of(study: Study) -> dict[str, float]:
+    """Return what may be lost, as fractions: from the plan, else the design's defaults."""
+    margins = DEFAULT_MARGINS | {name: float(loss) for name, loss in (study.plan.get("margins") or {}).items()}
+    return margins | {"over_sparsified": max(margins["over_sparsified"], margins["accuracy"])}
+
+
+def _margin(measure: Measure, log: bool, margins: Mapping[str, float]) -> float:
+    """Return how much a metric may fall, in its gains' unit; of a control of zero, nothing."""
     if measure.is_share:
-        return float(margins["robust"])
-    return float(margins["distance"]) * result.control.estimate
+        return margins["accuracy" if measure.role == "accuracy" else "robust"]
+    return -math.log1p(-margins["distance"]) if log else 0.0
 
 
 def _result(
@@ -151,7 +177,9 @@ def _result(
         return None
     dense = values([control[k] for k in seeds], images)
     sparse = np.stack([values([part[k] for k in seeds], images) for part in kept.values()])
-    gains = curve(tuple(kept), sparse, dense).priced(study.looks.price, len(study.looks.dropped.get(method, ())))
+    log = not measure.is_share and dense.mean() > 0
+    gains = curve(tuple(kept), sparse, dense, log=log)
+    gains = gains.priced(study.looks.price, len(study.looks.dropped.get(method, ())))
     groups = [[part[k].at(images) for k in seeds] for part in (control, *kept.values())]
     return Result(
         measure=measure,
@@ -167,7 +195,8 @@ def _result(
         peak=peak(gains, generator=np.random.default_rng(DRAWS_SEED)),
         left_out=tuple(s for s in by_sparsity if s not in kept),
         medians=() if measure.is_share else tuple(map(_median, groups)),
-        failed=_failed(groups) if measure.role == "distance" else 0.0,
+        failed=tuple(map(_failed, groups)) if measure.role in ("distance", "distance-correct") else (),
+        margin=_margin(measure, log, margins_of(study)),
     )
 
 
@@ -181,45 +210,76 @@ def _median(seeds: Sequence[PerImage]) -> float:
     return float(np.mean([np.median(one.top[one.bottom > 0]) for one in seeds]))
 
 
-def _failed(groups: Sequence[Sequence[PerImage]]) -> float:
-    return float(np.mean([1 - one.bottom.mean() for seeds in groups for one in seeds]))
+def _failed(seeds: Sequence[PerImage]) -> float:
+    return float(np.mean([0.0 if one.failed is None else one.failed.mean() for one in seeds]))
 
 
 def difference(findings: Findings, measure: Measure, one: tuple[str, float], other: tuple[str, float]) -> Effect | None:
     """Return the paired difference of a metric between two (method, sparsity), or None where they share no seed."""
-    held = findings.collected[measure]
     sides = [
-        {seed: image for (method, sparsity, seed), image in held.items() if (method, sparsity) == side}
+        {
+            seed: held
+            for (method, sparsity, seed), held in findings.collected[measure].items()
+            if (method, sparsity) == side
+        }
         for side in (one, other)
     ]
-    seeds = sorted(set(sides[0]) & set(sides[1]))
+    return paired(findings, measure, *sides)
+
+
+def paired(
+    findings: Findings, measure: Measure, one: Mapping[int, PerImage], other: Mapping[int, PerImage]
+) -> Effect | None:
+    """Return a metric's difference between two networks of each seed, the logarithm of a ratio where it is a length.
+
+    None where the two share no seed, or images that count.
+    """
+    seeds = sorted(set(one) & set(other))
     if not seeds:
         return None
-    images = common([side[k].images for side in sides for k in seeds])
-    if len(images) < 2 or not all(side[k].at(images).bottom.any() for side in sides for k in seeds):
+    images = common([side[k].images for side in (one, other) for k in seeds])
+    if len(images) < 2 or not all(side[k].at(images).bottom.any() for side in (one, other) for k in seeds):
         return None
-    first, second = (values([side[k] for k in seeds], images) for side in sides)
-    return effect(first - second).priced(findings.study.looks.price)
+    first, second = (values([side[k] for k in seeds], images) for side in (one, other))
+    logs = not measure.is_share and second.mean() > 0
+    return effect(log_ratio_values(first, second) if logs else first - second).priced(findings.study.looks.price)
 
 
-def best(result: Result, chosen_on: Result | None) -> tuple[float, Effect]:
-    """Return the most favourable sparsity and the gain there, without the luck of choosing.
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Hold the sparsities at which a gain is asked for, one a seed, the gain there, and how they were chosen.
 
-    The choice is made on validation images where `chosen_on` has them and the value reported on test images; else both
-    are on the same images and the p-value is the one corrected for all sparsities.
+    `curve` are the gains at every sparsity that could have been chosen; `choices` counts them where the choice was made
+    on the images of the test, else it is 1.
     """
-    if chosen_on is not None:
-        shared = [s for s in chosen_on.sparsities if s in result.sparsities]
-        if shared:
-            sparsity = max(shared, key=lambda s: _estimate(chosen_on, s))
-            return sparsity, result.gains.effects[result.sparsities.index(sparsity)]
-    sparsity = max(result.sparsities, key=lambda s: _estimate(result, s))
-    index = result.sparsities.index(sparsity)
-    return sparsity, replace(result.gains.effects[index], p=result.gains.p_holm[index])
+
+    sparsities: tuple[float, ...]
+    effect: Effect
+    curve: tuple[Effect, ...]
+    choices: int
 
 
-def _estimate(result: Result, sparsity: float) -> float:
-    return result.gains.effects[result.sparsities.index(sparsity)].estimate
+def choose(
+    findings: Findings, result: Result, *, by: Result | None = None, within: Sequence[float] | None = None
+) -> Choice | None:
+    """Return the gain at the sparsity that is best for another metric (None: its own), without the luck of choosing.
+
+    Where validation images were attacked, each seed's sparsity is the one best for the other seeds there. Without them
+    the best of the curve is taken, with an interval that holds for all of it. `within` are the sparsities allowed.
+    """
+    by = by if by is not None else result
+    every = [s for s in result.sparsities if s in by.sparsities and (within is None or s in within)]
+    if not every:
+        return None
+    effects = tuple(result.gains.effects[result.sparsities.index(s)] for s in every)
+    twin = validation_twin(findings, by)
+    if twin is not None and twin.seeds == result.seeds:
+        found = leave_one_out(result.gains, twin.gains, every)
+        if found is not None:
+            return Choice(found[0], found[1].priced(findings.study.looks.price), effects, 1)
+    best = max(every, key=lambda s: by.gains.effects[by.sparsities.index(s)].estimate)
+    wide = simultaneous(result.gains, generator=np.random.default_rng(DRAWS_SEED))
+    return Choice((best,) * len(result.seeds), wide[result.sparsities.index(best)], effects, len(every))
 
 
 def validation_twin(findings: Findings, result: Result) -> Result | None:

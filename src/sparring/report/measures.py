@@ -23,6 +23,7 @@ __all__ = [
     "collect",
     "common",
     "main_measures",
+    "parts",
     "pretty",
     "pretty_eps",
     "rung",
@@ -107,16 +108,27 @@ class Measure:
 
 @dataclass(frozen=True)
 class PerImage:
-    """Hold one metric of one network: the mean is sum(top) / sum(bottom) over the images with these indices."""
+    """Hold one metric of one network: the mean is sum(top) / sum(bottom) over the images with these indices.
+
+    `failed` are the images (0 or 1) on which a search for a smallest distance failed, None where nothing can.
+    """
 
     images: NDArray[np.int64]
     top: Floats
     bottom: Floats
+    failed: Floats | None = None
 
     def at(self, images: NDArray[np.int64]) -> PerImage:
         """Return the part on the given images, all of which must be here."""
         index = np.searchsorted(self.images, images)
-        return PerImage(images, self.top[index], self.bottom[index])
+        failed = None if self.failed is None else self.failed[index]
+        return PerImage(images, self.top[index], self.bottom[index], failed)
+
+    @property
+    def found(self) -> Floats:
+        """Return the values, infinite where an image does not count or the search failed."""
+        missed = self.bottom == 0 if self.failed is None else (self.bottom == 0) | (self.failed > 0)
+        return np.where(missed, np.inf, self.top)
 
 
 Collected = dict[Measure, dict[Who, PerImage]]
@@ -151,6 +163,7 @@ def collect(study: Study) -> Collected:
             found.setdefault(measure, {})[network.who] = _merge(shards)
     _lend_controls(found)
     _add_worst(found)
+    _cap(found)
     order = ("accuracy", "budget", "worst", "distance", "distance-correct", "certified", *LIPSCHITZ, *TRANSFER)
     weakest = ("fgsm", "rfgsm", "pgd")
 
@@ -225,17 +238,16 @@ def _shard(record: Record, held: Mapping[str, NDArray[Any]], role: Role) -> PerI
     if role == "budget":
         return PerImage(images, (correct & ~held["success"].astype(bool)).astype(float), np.ones(len(images)))
     distance = np.where(correct, held["distance"].astype(float), 0.0)
-    counted = np.isfinite(distance)  # where the attack failed the distance is censored
-    if role == "distance-correct":
-        counted &= correct
-    return PerImage(images, np.where(counted, distance, 0.0), counted.astype(float))
+    counted = np.ones(len(images)) if role == "distance" else correct.astype(float)
+    return PerImage(images, distance, counted, (~np.isfinite(distance)).astype(float))
 
 
 def _merge(shards: list[PerImage]) -> PerImage:
     """Return the shards as one, in the order of their images; an image that is in two counts once."""
     images, first = np.unique(np.concatenate([s.images for s in shards]), return_index=True)
     top, bottom = (np.concatenate([getattr(s, name) for s in shards])[first] for name in ("top", "bottom"))
-    return PerImage(images, top, bottom)
+    failed = [s.failed for s in shards if s.failed is not None]
+    return PerImage(images, top, bottom, np.concatenate(failed)[first] if failed else None)
 
 
 def _lend_controls(found: Collected) -> None:
@@ -252,29 +264,63 @@ def _add_worst(found: Collected) -> None:
     Attacks that ran on fewer networks than others (a slow one, on one seed) stand for themselves. Where no attack takes
     more than a single step, what they leave is far from a worst case and is not called one.
     """
-    groups: dict[Measure, list[Measure]] = {}
+    wanted: dict[Measure, None] = {}
     for m in found:
-        if m.attack.endswith(NAIVE):
-            continue
         if m.role == "budget":
-            groups.setdefault(Measure("worst", m.split, norm=m.norm, eps=m.eps), []).append(m)
+            wanted[Measure("worst", m.split, norm=m.norm, eps=m.eps)] = None
         elif m.role in ("distance", "distance-correct"):
-            groups.setdefault(Measure(m.role, m.split, "smallest", "smallest", m.norm), []).append(m)
-    for measure, every in groups.items():
-        most = max(len(found[m]) for m in every)
-        same = [m for m in every if len(found[m]) == most]
-        everywhere = set.intersection(*(set(found[m]) for m in same))
+            wanted[Measure(m.role, m.split, "smallest", "smallest", m.norm)] = None
+    for measure in wanted:
+        same = parts(found, measure)
+        everywhere = set.intersection(*(set(found[m]) for m in same)) if same else set()
         if len(same) > 1 and everywhere and any(m.name not in SINGLE_STEP for m in same):
             found[measure] = {who: _smallest([found[m][who] for m in same]) for who in sorted(everywhere)}
 
 
+def parts(found: Collected, measure: Measure) -> list[Measure]:
+    """Return the attacks that a measure is made of: itself, or those that ran on most networks for a worst case."""
+    role = "budget" if measure.role == "worst" else measure.role
+    if measure.role != "worst" and measure.name != "smallest":
+        return [measure]
+    key = (role, measure.split, measure.norm, measure.eps)
+    every = [m for m in found if (m.role, m.split, m.norm, m.eps) == key and m.name != "smallest"]
+    every = [m for m in every if not m.attack.endswith(NAIVE)]
+    most = max((len(found[m]) for m in every), default=0)
+    return [m for m in every if len(found[m]) == most]
+
+
 def _smallest(held: Sequence[PerImage]) -> PerImage:
-    """Return each image's smallest value among those that count, on the images that all have."""
+    """Return each image's smallest value on the images that all have; a search failed where all of them did."""
     images = common([one.images for one in held])
     here = [one.at(images) for one in held]
-    top = np.minimum.reduce([np.where(one.bottom > 0, one.top, np.inf) for one in here])
-    counted = np.isfinite(top)
-    return PerImage(images, np.where(counted, top, 0.0), counted.astype(float))
+    top, bottom = np.minimum.reduce([one.top for one in here]), np.maximum.reduce([one.bottom for one in here])
+    failed = [one.failed for one in here if one.failed is not None]
+    return PerImage(images, top, bottom, np.minimum.reduce(failed) if failed else None)
+
+
+def _cap(found: Collected) -> None:
+    """Give failed searches the largest distance found in a norm, by whichever attack on whichever network.
+
+    To leave them out would drop the hardest images, of the networks that are hardest to attack most. One cap for all
+    leaves a smallest distance no larger than its parts. Where nothing was found nothing counts.
+    """
+    groups: dict[tuple[str, str], list[PerImage]] = {}
+    for measure, held in found.items():
+        if measure.role in ("distance", "distance-correct"):
+            groups.setdefault((measure.split, measure.norm), []).extend(held.values())
+    caps = {
+        key: max((float(one.top[np.isfinite(one.top)].max(initial=0.0)) for one in held), default=0.0)
+        for key, held in groups.items()
+    }
+    for measure, held in found.items():
+        if measure.role in ("distance", "distance-correct"):
+            cap = caps[measure.split, measure.norm]
+            held.update({who: _capped(one, cap) for who, one in held.items() if one.failed is not None})
+
+
+def _capped(one: PerImage, cap: float) -> PerImage:
+    counted = one.bottom if cap > 0 else np.where(np.isfinite(one.top), one.bottom, 0.0)
+    return replace(one, top=np.where(np.isfinite(one.top), one.top, cap), bottom=counted)
 
 
 def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .. import units
-from ..statistics import LEAST_P, MOST_POINTS, Effect
+from ..statistics import LEAST_P, MOST_POINTS, Effect, change
 from .measures import Measure
 
 __all__ = [
@@ -18,13 +19,14 @@ __all__ = [
     "level",
     "p_value",
     "percent",
-    "scale",
     "seeds",
+    "shown",
     "signed",
     "span",
     "value",
 ]
 
+MOST_WRITTEN = 1e5  # larger numbers are written with an exponent
 ABSOLUTE = "absolute"  # a gain in the metric's own unit
 
 
@@ -66,25 +68,27 @@ def gain_unit(measure: Measure, control: Effect | None = None) -> str:
     """Return the unit of a metric's gains over a dense control: of one whose mean is zero nothing is a per cent."""
     if measure.is_share:
         return "points"
-    return "%" if control is None or control.estimate else ABSOLUTE
+    return "%" if control is None or control.estimate > 0 else ABSOLUTE
 
 
 def gain(measure: Measure, one: Effect, control: Effect, *, unit: bool = True) -> str:
     """Return a gain over the dense control: "+16 [+13, +19] points", or "+1.2% [+0.3, +2.1]" of its mean distance."""
     name = gain_unit(measure, control)
-    return signed(one.scaled(scale(measure, control)), name if unit or name == ABSOLUTE else "")
+    return signed(shown(measure, one, control), name if unit or name == ABSOLUTE else "")
 
 
-def scale(measure: Measure, control: Effect) -> float:
-    """Return what turns a gain into its unit: points for shares, % of the dense control's mean for distances."""
-    if measure.is_share:
-        return 100.0
-    return 100.0 / control.estimate if control.estimate else 1.0
+def shown(measure: Measure, one: Effect, control: Effect) -> Effect:
+    """Return a gain in its unit: points of a share; of a length, whose gain is a logarithm, %."""
+    name = gain_unit(measure, control)
+    if name != "%":
+        return one.scaled(100.0) if name == "points" else one
+    estimate, low, high = (change(number) for number in (one.estimate, one.low, one.high))
+    return replace(one, estimate=estimate, low=low, high=high, se=100 * one.se)
 
 
 def signed(one: Effect, unit: str) -> str:
     """Return a difference in points or % with its interval, and a decimal only where the interval is that sharp."""
-    form = ".2g" if unit == ABSOLUTE else f".{1 if one.high - one.low < 4 else 0}f"
+    form = ".2g" if unit == ABSOLUTE or one.high > MOST_WRITTEN else f".{1 if one.high - one.low < 4 else 0}f"
     estimate, low, high = (_signed(number, form) for number in (one.estimate, one.low, one.high))
     if unit == "%":
         return f"{estimate}% [{low}, {high}]"
@@ -93,13 +97,14 @@ def signed(one: Effect, unit: str) -> str:
 
 def amount(number: float, unit: str) -> str:
     """Return an amount of a gain's unit without a sign: "2.4 points" or "3%"."""
-    form = ".2g" if unit == ABSOLUTE else f".{1 if abs(number) < 10 else 0}f"
+    form = ".2g" if unit == ABSOLUTE or number > MOST_WRITTEN else f".{1 if abs(number) < 10 else 0}f"
     return f"{number:{form}}%" if unit == "%" else f"{number:{form}} {unit}"
 
 
 def detectable(measure: Measure, control: Effect, least: float) -> str:
     """Return the least gain that would have been seen, in its unit, or "none" where no share can gain as much."""
-    number, unit = least * scale(measure, control), gain_unit(measure, control)
+    unit = gain_unit(measure, control)
+    number = change(least) if unit == "%" else 100 * least if unit == "points" else least
     return "none" if unit == "points" and number > MOST_POINTS else amount(number, unit)
 
 

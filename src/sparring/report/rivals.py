@@ -63,8 +63,7 @@ def _duels(findings: Findings) -> Iterator[Duel]:
                     continue
                 level = other.levels[other.sparsities.index(sparsity)]
                 if numbers.gain_unit(measure, level) != numbers.ABSOLUTE:
-                    scale = numbers.scale(measure, level)
-                    yield Duel(measure, sparsity, method, against, one.scaled(scale), one.p)
+                    yield Duel(measure, sparsity, method, against, numbers.shown(measure, one, level), one.p)
 
 
 def _methods(findings: Findings) -> list[str]:

@@ -34,7 +34,21 @@ __all__ = [
     "tightness",
 ]
 
-COLUMNS = ("method", "sparsity", "seed", "metric", "attack", "norm", "eps", "split", "value", "low", "high", "images")
+COLUMNS = (
+    "method",
+    "sparsity",
+    "seed",
+    "metric",
+    "attack",
+    "norm",
+    "eps",
+    "split",
+    "value",
+    "low",
+    "high",
+    "images",
+    "failed",
+)
 SCALARS = (
     *("accuracy_valid", "sparsity", "sparsity_total", "activation_sparsity", "nonzero", "parameters"),
     *("macs", "macs_dense", "bytes_dense", "bytes_sparse"),
@@ -204,11 +218,15 @@ def ledger_table(rows: Sequence[Row]) -> Html:
         mark = {"reproduced": "●", "undecided": "○"}.get(row.verdict, "✕")
         kind = row.verdict if mark != "✕" else "contradicted"
         verdict = tag("span", f"{mark} {row.told}", class_=f"verdict {kind}")
-        what = join(row.claim.text, tag("small", row.claim.test))
+        told = [row.claim.test, row.claim.origin if row.claim.origin == "later work" else ""]
+        if any(row.question.failed):
+            told.append("search failed on {:.2g}% and {:.2g}%".format(*(100 * share for share in row.question.failed)))
+        text = tag("strong", row.claim.text) if row.claim.primary else row.claim.text
+        what = join(text, tag("small", "; ".join(part for part in told if part)))
         p = "–" if row.decisive is None else numbers.p_value(row.decisive)
         counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")
         cells.append([what, join(verdict, tag("small", row.why)), effect, p, *counts])
-    return table(["Claim and test", "Verdict", "Effect [95%]", "p (Holm)", "Seeds", "Images"], cells, text=2)
+    return table(["Claim and test", "Verdict", "Effect [95%]", "p", "Seeds", "Images"], cells, text=2)
 
 
 def cost(study: Study) -> Html:
@@ -289,7 +307,8 @@ def csv_text(findings: Findings) -> str:
 def csv_rows(findings: Findings) -> list[dict[str, Any]]:
     """Return one row a network and metric, ready for a data frame; what is not known is None.
 
-    Shares are fractions with exact binomial bounds, distances in the norm's own unit.
+    Shares are fractions with exact binomial bounds, distances in the norm's own unit; `failed` is the share of images
+    on which the search for a distance failed.
     """
     return [dict(zip(COLUMNS, row, strict=True)) for row in _rows(findings)]
 
@@ -299,11 +318,12 @@ def _rows(findings: Findings) -> Iterator[list[Any]]:
         who: list[Any] = [network.method, network.sparsity, network.seed]
         for measure, held in findings.collected.items():
             if (one := held.get(network.who)) is not None:
-                yield [*who, *_described(measure), *summary(measure, one), len(one.images)]
+                failed = None if one.failed is None else float(one.failed.mean())
+                yield [*who, *_described(measure), *summary(measure, one), len(one.images), failed]
         for name in SCALARS:
             value = network.metric(name)
             if value is not None:
-                yield [*who, name, None, None, None, None, value, None, None, None]
+                yield [*who, name, None, None, None, None, value, None, None, None, None]
 
 
 def _described(measure: Measure) -> list[Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UnknownNameError, UserError
-from ..statistics import Effect, effect, unpaired
+from ..statistics import LEAST_RATIO, Effect, effect, log_ratio_values, unpaired
 from . import numbers, words
 from .findings import Findings, find
 from .measures import Floats, Measure, PerImage, common, values
@@ -74,9 +75,10 @@ def compare_values(first: Mapping[str, Floats], second: Mapping[str, Floats]) ->
     for name in (n for n in first if n in second):
         before, after = effect(first[name][None]), effect(second[name][None])
         is_share = not name.startswith("distance")
-        factor = 100.0 if is_share or before.estimate <= 0 else 100.0 / before.estimate
-        change = effect((second[name] - first[name])[None]).scaled(factor)
-        found.append(Difference(name, name, before, after, change, "points" if is_share else "%", paired=True))
+        measure = Measure("worst" if is_share else "distance")
+        change = numbers.shown(measure, _change(measure, first[name][None], second[name][None]), before)
+        unit = numbers.gain_unit(measure, before)
+        found.append(Difference(name, name, before, after, change, unit, paired=True))
     return found
 
 
@@ -132,9 +134,23 @@ def _difference(measure: Measure, sides: Sequence[list[PerImage]], same: bool) -
     paired = same and len(images) >= 2 and all(one.at(images).bottom.any() for one in every)
     if paired:
         first, second = (values(side[:count], images) for side in sides)
-        before, after, change = effect(first), effect(second), effect(second - first)
+        before, after, change = effect(first), effect(second), _change(measure, first, second)
     else:
         before, after = (effect(values(side, common([one.images for one in side]))) for side in sides)
-        change = unpaired(before, after)
-    change = change.scaled(numbers.scale(measure, before))
+        logs = numbers.gain_unit(measure, before) == "%"
+        least = LEAST_RATIO * before.estimate
+        change = unpaired(*(_logarithm(one, least) for one in (before, after))) if logs else unpaired(before, after)
+    change = numbers.shown(measure, change, before)
     return Difference(measure.slug, measure.title, before, after, change, numbers.gain_unit(measure, before), paired)
+
+
+def _change(measure: Measure, first: Floats, second: Floats) -> Effect:
+    """Return the change from one side's values (seeds, images) to the other's: of lengths, the ratio's logarithm."""
+    length = not measure.is_share and first.mean() > 0
+    return effect(log_ratio_values(second, first) if length else second - first)
+
+
+def _logarithm(one: Effect, least: float) -> Effect:
+    """Return the effect on the logarithm of a mean, by the delta method."""
+    mean = max(one.estimate, least)
+    return replace(one, estimate=math.log(mean), se=one.se / mean)

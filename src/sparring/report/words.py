@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
-from ..statistics import minimum_detectable_effect
+from ..statistics import Row, minimum_detectable_effect
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
 from .looks import look_sentences
 from .measures import NORMS, Measure, pretty
 from .records import Network
 
-__all__ = ["bibtex", "headline", "methods", "title"]
+__all__ = ["bibtex", "headline", "listed", "methods", "short_name", "title"]
 
 
 def title(findings: Findings) -> str:
@@ -34,12 +34,16 @@ def _name(value: object) -> str:
     return str(value) if value is not None else "?"
 
 
-def headline(findings: Findings) -> list[str]:
-    """Return the verdict: first the sentence for somebody in a hurry, then what a sceptic asks."""
+def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
+    """Return the verdict: first the sentence for somebody in a hurry, then what a sceptic asks.
+
+    Of the paper's claims it says what the ledger does, and nothing else.
+    """
     if findings.method is None or not any(findings.result(m) for m in findings.main):
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
-    judged = [_spot, _strongest, _over, _undetected] if findings.seeds > 1 else [_one_seed]
-    told = [say(findings) for say in (_first, *judged, _doubted, _several, _missing)]
+    first = [_first, _spot] if findings.seeds > 1 else [_first, _one_seed]
+    last = [_weak, *([_over, _undetected] if findings.seeds > 1 else []), _doubted, _several, _missing]
+    told = [*(say(findings) for say in first), *_verdicts(ledger), *(say(findings) for say in last)]
     return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
 
 
@@ -71,7 +75,7 @@ def _first(findings: Findings) -> str:
     over = _over_sparsified(findings)
     end = f"; over-sparsified from {numbers.percent(min(over.values()))}" if over else ""
     if over:
-        end += f" ({_listed(name for name, s in over.items() if s == min(over.values()))})"
+        end += f" ({listed(name for name, s in over.items() if s == min(over.values()))})"
     what = _why(findings, sparsity)
     return (
         f"At {numbers.percent(sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
@@ -147,26 +151,28 @@ def _margin(measure: Measure, margin: float, findings: Findings) -> str:
     return f"{100 * margin / found.control.estimate:.3g}%" if found else f"{margin:.3g}"
 
 
-def _strongest(findings: Findings) -> str:
-    """Say whether what FGSM shows is there under the strongest attack."""
-    fgsm = findings.result(findings.first("budget", "fgsm"))
-    strong = findings.result(findings.first("worst") or findings.first("budget", "pgd", "apgd"))
-    if strong is None and fgsm is None:
-        return "No budget attack was run: nothing is said of robustness within a budget."
-    if strong is None:
+def _weak(findings: Findings) -> str:
+    """Say that no attack was strong, where none was."""
+    if findings.first("worst") or findings.first("budget", "pgd", "apgd"):
+        return ""
+    if findings.first("budget", "fgsm"):
         return "No attack stronger than FGSM was run: a gain under FGSM alone is no robustness."
-    name = short_name(strong.measure)
-    if strong.peak is None:
-        seen = "FGSM's gain is" if fgsm and fgsm.peak else "There is"
-        tail = " not confirmed by the strongest attack" if fgsm and fgsm.peak else " no significant gain"
-        return f"{seen}{tail}: none in {name} is significant."
-    top = strong.peak
-    told = numbers.gain(strong.measure, top.gain, strong.control)
-    members = numbers.span(top.members, strong.sparsities)
-    which = f"the peak: {members}" if len(top.members) > 1 else "significantly more than at any other"
-    return (
-        f"Under the strongest attack run the gain is real: {name} {told} at {numbers.percent(top.sparsity)} ({which})."
-    )
+    return "No budget attack was run: nothing is said of robustness within a budget."
+
+
+def _verdicts(ledger: Sequence[Row]) -> Iterator[str]:
+    """Say the ledger's verdicts on the primary claims, those not measured last, together."""
+    primary = [row for row in ledger if row.claim.primary]
+    for row in primary:
+        if (e := row.effect) is not None:
+            p = "" if row.decisive is None else f", p {numbers.p_value(row.decisive)}"
+            text = row.claim.text[:1].upper() + row.claim.text[1:]
+            yield f"{text}: {row.told} ({numbers.signed(e, row.claim.unit)}, {numbers.seeds(e.seeds)}{p})."
+    missed: dict[str, list[str]] = defaultdict(list)
+    for row in primary:
+        if row.effect is None:
+            missed[row.why].append(row.claim.text)
+    yield from (f"Not measured, as {why}: {'; '.join(texts)}." for why, texts in missed.items())
 
 
 def _over(findings: Findings) -> str:
@@ -174,11 +180,11 @@ def _over(findings: Findings) -> str:
     if not over:
         return "No robustness metric could be shown to be over-sparsified at the sparsities tested."
     told = ", ".join(f"{name} from {numbers.percent(sparsity)}" for name, sparsity in over.items())
-    return f"Significantly below the dense control, and staying so: {told}."
+    return f"Shown to lose more than allowed, and staying so: {told}."
 
 
 def _over_sparsified(findings: Findings) -> dict[str, float]:
-    """Return from which sparsity on each robustness metric stays significantly below the dense control."""
+    """Return from which sparsity on each robustness metric is shown to lose more than its margin."""
     robustness = [m for m in findings.main if m.role not in ("accuracy", "distance-correct")]
     found = {short_name(m): r.over_sparsified for m in robustness if (r := findings.result(m))}
     return {name: sparsity for name, sparsity in found.items() if sparsity is not None}
@@ -207,7 +213,7 @@ def _several(findings: Findings) -> str:
     return f"These sentences speak of the method “{findings.method}”; also studied: {', '.join(others)}."
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Return "a", "a and b" or "a, b and c"."""
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
@@ -221,7 +227,7 @@ def _doubted(findings: Findings) -> str:
     for doubt in findings.doubts:
         where[pretty(doubt.attack)].add(doubt.who[1])
     grid = sorted(set().union(*where.values()))
-    attacks = _listed(f"{attack} at {numbers.span(sorted(found), grid)}" for attack, found in where.items())
+    attacks = listed(f"{attack} at {numbers.span(sorted(found), grid)}" for attack, found in where.items())
     networks = len({doubt.who for doubt in findings.doubts})
     count = "one network" if networks == 1 else f"{networks} networks"
     better = "where another attack does better (see Flags)"
@@ -244,13 +250,15 @@ def methods(findings: Findings) -> str:
         f"network fine-tuned for exactly as many further steps with the same recipe, unpruned. {_recipe(findings)}"
         f"{_attacks(findings)}Robust accuracy is the share of images classified correctly before and after the "
         f"attack; r_2 is the mean l2 norm of DeepFool's perturbation, misclassified images counting 0, and is shown "
-        f"beside the mean over correctly classified images. Images on which a minimum-norm attack failed are left out. "
+        f"beside the mean over correctly classified images. Images on which a minimum-norm attack failed count as the "
+        f"largest distance found by any attack in that norm. "
         f"Differences are paired by seed and by image. Their standard error is that of the crossed bootstrap (one draw "
-        f"of images for all seeds) in closed form, with Student's quantiles and Satterthwaite's degrees of freedom; "
-        f"intervals are 95%, relative to the control's mean for distances. Across the sparsities of a curve p-values "
+        f"of images for all seeds) in closed form; intervals are 95%, with Student's quantiles and Satterthwaite's "
+        f"degrees of freedom, and p-values have one degree of freedom less than there are seeds. Distances are "
+        f"compared by the logarithm of the ratio of means. Across the sparsities of a curve p-values "
         f"are corrected by Holm's method. A peak is claimed only where a gain is significant, and is given as the set "
-        f"of sparsities that are not significantly worse than the best (joint bootstrap draws). A network is "
-        f"over-sparsified from the first sparsity at which a metric is significantly below the control and stays so. "
+        f"of sparsities that are not significantly worse than the best (joint bootstrap draws). A metric is "
+        f"over-sparsified from the first sparsity at which it is shown to lose more than its margin and stays so. "
         f"The sweet spot is the highest sparsity up to which every watched metric's lower bound stays above its "
         f"allowance."
     )

@@ -6,16 +6,30 @@ array, (seeds, images), and a curve is a stack of them, (sparsities, seeds, imag
 
 from __future__ import annotations
 
-from .curves import Curve, Peak, SweetSpot, curve, joint_errors, over_sparsified, peak, simultaneous, sweet_spot
+from .curves import (
+    Curve,
+    Peak,
+    SweetSpot,
+    curve,
+    joint_errors,
+    leave_one_out,
+    over_sparsified,
+    peak,
+    simultaneous,
+    sweet_spot,
+)
 from .effects import (
     INDICATIVE_BELOW,
     LEAST_P,
+    LEAST_RATIO,
     MOST_POINTS,
     Effect,
     beyond,
     binomial_interval,
+    change,
     effect,
     equivalence,
+    error_of,
     holm,
     log_ratio_values,
     minimum_detectable_effect,
@@ -24,13 +38,14 @@ from .effects import (
     seeds_needed,
     unpaired,
 )
-from .ledger import Claim, Question, Row, Verdict, ask, judge, reread
+from .ledger import Claim, Question, Row, Verdict, ask, decide, judge, reread
 from .looks import look_price
 from .pairs import pair_effect
 
 __all__ = [
     "INDICATIVE_BELOW",
     "LEAST_P",
+    "LEAST_RATIO",
     "MOST_POINTS",
     "Claim",
     "Curve",
@@ -43,12 +58,16 @@ __all__ = [
     "ask",
     "beyond",
     "binomial_interval",
+    "change",
     "curve",
+    "decide",
     "effect",
     "equivalence",
+    "error_of",
     "holm",
     "joint_errors",
     "judge",
+    "leave_one_out",
     "log_ratio_values",
     "look_price",
     "minimum_detectable_effect",

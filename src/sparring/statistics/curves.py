@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from .effects import Effect, beyond, effect, holm
+from .effects import Effect, beyond, effect, holm, log_ratio_values
 
 __all__ = [
     "Curve",
@@ -19,6 +19,7 @@ __all__ = [
     "SweetSpot",
     "curve",
     "joint_errors",
+    "leave_one_out",
     "over_sparsified",
     "peak",
     "simultaneous",
@@ -88,19 +89,21 @@ def curve(
     values: ArrayLike,
     control: ArrayLike,
     *,
+    log: bool = False,
     level: float = 0.95,
 ) -> Curve:
     """Compare each sparsity with the dense control, paired by seed and by image.
 
     `values` is (sparsities, seeds, images), `control` (seeds, images), in the metric's unit; the seeds and images of
-    both are the same and in the same order. Raises ValueError for shapes that do not fit, or sparsities not rising.
+    both are the same and in the same order. With `log` gains are logarithms of ratios of means. Raises ValueError for
+    shapes that do not fit, or sparsities not rising.
     """
     v, c = np.asarray(values, dtype=np.float64), np.asarray(control, dtype=np.float64)
     if v.ndim != 3 or v.shape[1:] != c.shape or len(sparsities) != len(v) or len(v) == 0:
         raise ValueError(f"values {v.shape} and control {c.shape} do not fit {len(sparsities)} sparsities")
     if any(a >= b for a, b in itertools.pairwise(sparsities)):
         raise ValueError(f"sparsities must rise: {list(sparsities)}")
-    d = v - c
+    d = log_ratio_values(v, c) if log else v - c
     effects = tuple(effect(one, level=level) for one in d)
     corrected = holm([e.p for e in effects])
     return Curve(tuple(sparsities), effects, tuple(map(float, corrected)), d)
@@ -156,6 +159,26 @@ def _may_be_best(k: int, means: NDArray[np.float64], errors: NDArray[np.float64]
     spread = np.maximum(others.std(axis=1), np.finfo(float).tiny)
     critical = np.quantile((others / spread[:, None]).max(axis=0), 1 - ALPHA)
     return bool((lead / spread).max() <= critical)
+
+
+def leave_one_out(
+    one: Curve, validation: Curve, candidates: Sequence[float] | None = None
+) -> tuple[tuple[float, ...], Effect] | None:
+    """Choose each seed's sparsity by the other seeds' validation gains; return the sparsities and the effect there.
+
+    So no network helps to choose where it is tested, and neither do the images of the test. Of one seed its own
+    validation gains are asked. None where the two share no sparsity (of the candidates, if given). Seeds of both are
+    the same and in the same order.
+    """
+    shared = [s for s in one.sparsities if s in validation.sparsities and (candidates is None or s in candidates)]
+    if not shared:
+        return None
+    gains = validation.differences[[validation.sparsities.index(s) for s in shared]].mean(axis=2)
+    seeds = gains.shape[1]
+    others = gains.sum(axis=1, keepdims=True) - gains if seeds > 1 else gains
+    picked = [shared[k] for k in others.argmax(axis=0)]
+    values = one.differences[[one.sparsities.index(s) for s in picked], np.arange(seeds)]
+    return tuple(picked), effect(values)
 
 
 def simultaneous(one: Curve, *, generator: np.random.Generator, level: float = 0.95, draws: int = 2000) -> list[Effect]:

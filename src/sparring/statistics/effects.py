@@ -18,12 +18,15 @@ from .looks import look_price
 __all__ = [
     "INDICATIVE_BELOW",
     "LEAST_P",
+    "LEAST_RATIO",
     "MOST_POINTS",
     "Effect",
     "beyond",
     "binomial_interval",
+    "change",
     "effect",
     "equivalence",
+    "error_of",
     "holm",
     "log_ratio_values",
     "minimum_detectable_effect",
@@ -37,6 +40,7 @@ INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicat
 MOST_POINTS = 100.0  # no share of images can differ by more
 LEAST_P = 1e-4  # no p-value is taken for smaller: nothing vouches for the tails of a few seeds
 LEAST_RATIO = 1e-6  # of a control's mean: what has vanished has no logarithm
+MOST_LOG = 300.0  # beyond it the exponential is only a larger number
 MOST_SEEDS = 10_000  # where a search for the seeds that an effect needs ends
 
 
@@ -132,14 +136,25 @@ def _crossed_error(d: NDArray[np.float64]) -> tuple[float, float]:
     ms_image = seeds * float(by_image.var(ddof=1))
     rest = d - by_seed[:, None] - by_image + d.mean()
     ms_rest = float(np.square(rest).sum()) / ((seeds - 1) * (images - 1))
+    return error_of(ms_seed, ms_image, ms_rest, seeds, images)
+
+
+def error_of(ms_seed: float, ms_image: float, ms_rest: float, seeds: int, images: int) -> tuple[float, float]:
+    """Return the standard error of a crossed mean and Satterthwaite's degrees of freedom, from its mean squares.
+
+    With fewer than five seeds their mean square counts twice for the degrees of freedom: where by luck they look alike
+    it would leave too many, and intervals of three seeds 4 points apart would cover 92.7%.
+    """
     total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
     if total <= 0:
         return 0.0, seeds - 1.0
+    se = math.sqrt(total / (seeds * images))
     if seeds == 2:  # Satterthwaite's would be too many: simulated studies then claim 8% false peaks
-        return math.sqrt(total / (seeds * images)), 1.0
+        return se, 1.0
+    ms_seed *= 2 if seeds < INDICATIVE_BELOW else 1
+    total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
     spread = ms_seed**2 / (seeds - 1) + ms_image**2 / (images - 1) + ms_rest**2 / ((seeds - 1) * (images - 1))
-    df = float(np.clip(total**2 / spread, seeds - 1, seeds * images - 1))
-    return math.sqrt(total / (seeds * images)), df
+    return se, min(max(total**2 / spread, seeds - 1.0), seeds * images - 1.0)
 
 
 def two_sided(one: Effect) -> float:
@@ -187,7 +202,12 @@ def log_ratio_values(values: ArrayLike, control: ArrayLike) -> NDArray[np.float6
         raise ValueError("a ratio needs a control whose mean is positive")
     mean = v.mean(axis=(-2, -1), keepdims=True)
     level = np.maximum(mean, LEAST_RATIO * base)
-    return np.asarray(np.log(level / base) + (v - mean) / level - (c / base - 1))
+    return np.asarray(np.log(level / base) + (v - mean) / level - (c - base) / base)
+
+
+def change(log: float) -> float:
+    """Return the logarithm of a ratio as a change in per cent, never below -100."""
+    return 100 * math.expm1(min(log, MOST_LOG))
 
 
 def holm(p: ArrayLike, *, more: int = 0) -> NDArray[np.float64]:

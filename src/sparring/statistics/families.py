@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .effects import Effect
 
 __all__ = ["Levels", "correct"]
@@ -13,21 +16,22 @@ __all__ = ["Levels", "correct"]
 Entry = tuple[bool, Effect | None, float, float]  # primary?, effect, the p-value of being settled, margin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Levels:
-    """Hold at which error rates a claim is tested: from a rate `gate` on, with the share `weight` of it.
+    """Hold at which error rates a claim is tested: from a rate on, with a share of it, both in a row of `steps` (n, 2).
 
-    `first` is the level that it was tested at in the end, 0 if none was left for it.
+    `first` is the level of the first claim of its family to be settled, 0 if none was left for it.
     """
 
-    steps: tuple[tuple[float, float], ...]
+    steps: NDArray[np.float64]
     first: float
 
     def adjusted(self, p: float) -> float:
         """Return the smallest error rate of the whole ledger at which this p-value decides, at most 1; NaN stays."""
         if math.isnan(p):
             return p
-        return min([1.0, *(max(gate, p / weight) for gate, weight in self.steps if weight > 0)])
+        rates = np.maximum(self.steps[:, 0], p / self.steps[:, 1])
+        return min(1.0, float(rates.min(initial=1.0)))
 
 
 def correct(entries: Sequence[Entry], *, alpha: float) -> list[Levels]:
@@ -49,7 +53,7 @@ def correct(entries: Sequence[Entry], *, alpha: float) -> list[Levels]:
     leaders = sorted(settled[key] for key in first)
     rest = sorted(done for key, done in settled.items() if key not in first)
     shares = _primary_steps(leaders)
-    leading = Levels(tuple(shares[: len(leaders)]), alpha / max(1, len(leaders)))
+    leading = Levels(np.array(shares[: len(leaders)]).reshape(-1, 2), alpha / max(1, len(leaders)))
     following = _rest_levels(shares, rest, len(leaders), alpha)
     return [leading if key in first else following for key in keys]
 
@@ -78,4 +82,4 @@ def _rest_levels(shares: Sequence[tuple[float, float]], done: Sequence[float], n
             steps.append((gate, share / (len(done) - k)))
         if opened <= alpha:
             used = share
-    return Levels(tuple(steps), alpha * used / max(1, len(done)))
+    return Levels(np.array(steps).reshape(-1, 2), alpha * used / max(1, len(done)))

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .effects import (
     MOST_POINTS,
     Effect,
     beyond,
+    change,
     equivalence,
     minimum_detectable_effect,
     no_gain,
     seeds_needed,
     two_sided,
 )
-from .families import Levels, correct
+from .families import correct
 
-__all__ = ["Claim", "Question", "Row", "Verdict", "ask", "judge", "reread"]
+__all__ = ["Claim", "Question", "Row", "Verdict", "ask", "decide", "judge", "reread"]
 
 ALPHA = 0.05
 Verdict = Literal["reproduced", "opposite", "no effect that matters", "undecided"]
@@ -131,7 +132,7 @@ class Row:
         one = self.question.effect
         if one is None or not self.claim.log:
             return one
-        low, high, estimate = (100 * math.expm1(number / 100) for number in (one.low, one.high, one.estimate))
+        low, high, estimate = (change(number / 100) for number in (one.low, one.high, one.estimate))
         return replace(one, estimate=estimate, low=low, high=high)
 
     @property
@@ -190,44 +191,65 @@ def reread(row: Mapping[str, Any]) -> Question:
     return replace(known, effect=effect, p=p, p_small=small, p_against=against, p_done=done)
 
 
-def judge(questions: Sequence[Question], *, study: str, dropped: Sequence[bool] = ()) -> list[Row]:
-    """Give every claim its verdict; one without an effect is a claim that this study did not measure.
+class Decision(NamedTuple):
+    """Hold a verdict, why, the corrected p-values (NaN: no such test) and the level that the claim has at first."""
+
+    verdict: Verdict
+    why: str
+    p: float
+    p_small: float
+    p_against: float
+    level: float
+
+
+def decide(questions: Sequence[Question], *, dropped: Sequence[bool] = ()) -> list[Decision]:
+    """Return the verdict on every claim of a ledger; `judge` says the same in rows, with what a decision would take.
 
     A claimed direction is reproduced when the effect is significant that way; "opposite" when it is the other way; and
     there is "no effect that matters" when it is shown to lie within the margin. A claim of no effect is reproduced by
     the last. Primary claims share 5%; the others have what settled ones hand on (`families.correct`), so that the
-    chance of any false verdict in a ledger is at most 5%. Anything else is undecided, and `why` says what it would
-    take; one seed, or an attack in doubt, decides nothing. `dropped` are claims that earlier looks asked and this one
-    does not, whether they were primary: nothing of them is settled, and they keep their share.
+    chance of any false verdict in a ledger is at most 5%. Anything else is undecided: always with one seed, or with an
+    attack in doubt. `dropped` are claims that earlier looks asked and this one does not, whether they were primary:
+    nothing of them is settled, and they keep their share.
     """
     entries = [(q.claim.primary, q.effect, 1.0 if q.doubt else q.p_done, q.claim.margin) for q in questions]
     gone = [(primary, None, 1.0, -1.0 - number) for number, primary in enumerate(dropped)]  # no claim's margin
-    levels = correct([*entries, *gone], alpha=ALPHA)[: len(questions)]
-    return [_row(q, level, study) for q, level in zip(questions, levels, strict=True)]
+    found = []
+    for q, levels in zip(questions, correct([*entries, *gone], alpha=ALPHA), strict=False):
+        p, small, against = (levels.adjusted(p) for p in (q.p, q.p_small, q.p_against))
+        verdict, why = _verdict(q, p, small, against)
+        found.append(Decision(verdict, why, p, small, against, levels.first))
+    return found
 
 
-def _row(q: Question, levels: Levels, study: str) -> Row:
-    if q.effect is None:
-        return Row(q, "undecided", None, None, None, study, q.unknown or "not measured in this study")
-    p, small, against = (levels.adjusted(p) for p in (q.p, q.p_small, q.p_against))
-    verdict, why = _verdict(q, p, small, against)
-    if q.effect.seeds == 1:
-        why = "one seed cannot decide"
-    elif q.doubt:
-        verdict, why = "undecided", f"attack in doubt: {q.doubt}"
-    elif verdict == "undecided":
-        why = f"{why}; {_takes(q, q.effect, levels.first)}"
-    if q.effect.indicative:
+def judge(questions: Sequence[Question], *, study: str, dropped: Sequence[bool] = ()) -> list[Row]:
+    """Give every claim its verdict (see `decide`); one without an effect is a claim that this study did not measure.
+
+    Of the undecided, `why` says what a decision would take.
+    """
+    return [_row(q, one, study) for q, one in zip(questions, decide(questions, dropped=dropped), strict=True)]
+
+
+def _row(q: Question, one: Decision, study: str) -> Row:
+    why = one.why
+    if q.effect is not None and q.effect.seeds > 1 and one.verdict == "undecided" and not q.doubt:
+        why = f"{why}; {_takes(q, q.effect, one.level)}"
+    if q.effect is not None and q.effect.indicative:
         why = f"indicative ({q.effect.seeds} seed{'s' if q.effect.seeds > 1 else ''}): {why}"
-    why += f" (not known: {q.unknown})" if q.unknown else ""
-    known, known_small, known_against = (None if math.isnan(number) else number for number in (p, small, against))
-    return Row(q, verdict, known, known_small, known_against, study, why)
+    why += f" (not known: {q.unknown})" if q.unknown and q.effect is not None else ""
+    p, small, against = (None if math.isnan(p) else p for p in (one.p, one.p_small, one.p_against))
+    return Row(q, one.verdict, p, small, against, study, why)
 
 
 def _verdict(q: Question, p: float, p_small: float, p_against: float) -> tuple[Verdict, str]:
     """Judge one claim by its corrected p-values; NaN decides nothing."""
     e, expects = q.effect, q.claim.expects
-    assert e is not None
+    if e is None:
+        return "undecided", q.unknown or "not measured in this study"
+    if e.seeds == 1:
+        return "undecided", "one seed cannot decide"
+    if q.doubt:
+        return "undecided", f"attack in doubt: {q.doubt}"
     side: Expects = "above" if e.estimate > 0 else "below"
     told = f"significantly {side} zero"
     what = f"within ±{_amount(q.claim.margin, q.claim)}, by two one-sided tests"
@@ -252,7 +274,7 @@ def _takes(q: Question, e: Effect, alpha: float) -> str:
         return "not tested, as no primary claim is settled"
     least = minimum_detectable_effect(e, alpha=alpha)
     if q.claim.log:
-        least = 100 * math.expm1(least / 100)
+        least = change(least / 100)
     told = f"would have seen an effect of {_amount(least, q.claim)}"
     if (q.claim.unit == "points" and least > MOST_POINTS) or not math.isfinite(least):
         told = "would have seen no effect, however large"

@@ -38,7 +38,7 @@ __all__ = ["CONTROL", "REFERENCE", "Plan"]
 
 CONTROL = "control"
 REFERENCE = "reference"
-MARGINS = ("accuracy", "robust", "distance")
+MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
 RESERVED = (CONTROL, REFERENCE, "tuned decay", "small dense", "wide sparse")
 
 
