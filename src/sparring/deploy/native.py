@@ -38,9 +38,26 @@ def native_available() -> bool:
     return sys.byteorder == "little" and _llvm() is not None
 
 
+# What $SPARRING_CPU may say: the best instructions that kernels may use, where the host has better.
+CAPS = {"avx2": ("+avx512f", "x86-64-v3", "+avx,+avx2,+f16c,+fma"), "sse": ("+avx", "x86-64-v2", "+sse4.2")}
+
+
 @cache
+def _processor() -> tuple[str, str]:
+    """Return the name and the features of the processor that code is made for: the host, or the cap that is asked for.
+
+    Raise UserError if $SPARRING_CPU names no cap.
+    """
+    host = str(_llvm().get_host_cpu_name()), str(_llvm().get_host_cpu_features().flatten())
+    cap = os.environ.get("SPARRING_CPU", "")
+    if cap and cap not in CAPS:
+        raise UserError(f"SPARRING_CPU caps the kernels at {' or '.join(CAPS)}, not at '{cap}'; unset it for the best")
+    better, *capped = CAPS.get(cap, ("", *host))
+    return (capped[0], capped[1]) if better in host[1].split(",") else host
+
+
 def _features() -> str:
-    return str(_llvm().get_host_cpu_features().flatten())
+    return _processor()[1]
 
 
 @cache
@@ -60,7 +77,7 @@ def host_registers() -> int:
 def host_identity() -> str:
     """Return what machine code depends on besides its source: processor, features, system and compiler."""
     llvm = _llvm()
-    parts = (llvm.get_default_triple(), llvm.get_host_cpu_name(), _features(), str(llvm.llvm_version_info))
+    parts = (llvm.get_default_triple(), *_processor(), str(llvm.llvm_version_info))
     return "\0".join(parts)
 
 
@@ -134,10 +151,8 @@ class Code:
 
 
 def _machine() -> Any:
-    llvm = _llvm()
-    return llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=_features(), opt=3, jit=True
-    )
+    cpu, features = _processor()
+    return _llvm().Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
 
 
 def _path(identity: str) -> Path | None:
