@@ -62,8 +62,8 @@ def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
 
 def _counts_images(t: Translator, argument: Any) -> bool:
     """Return whether an argument is a size that depends on how many images there are."""
-    sizes = [getattr(part, "meta", {}).get("val") for part in flat([argument])]
-    return any(isinstance(size, torch.SymInt) and not size.node.expr.is_number for size in sizes)
+    sizes = [getattr(part, "meta", {"val": part}).get("val") for part in flat([argument])]
+    return any(t.is_images(s) or (isinstance(s, torch.SymInt) and not s.node.expr.is_number) for s in sizes)
 
 
 def _part(target: Any, place: int) -> Callable[..., Tensor]:

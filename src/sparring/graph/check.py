@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,15 @@ _JUMPED = 8
 
 @dataclass(frozen=True)
 class Observed:
-    """A model in eval mode, what it was asked, x (N, ...), and what it answered, (N, classes)."""
+    """A model in eval mode, what it was asked, x (N, ...), and what it answered, (N, classes).
+
+    tolerance: by the coarsest type in which it computes.
+    """
 
     x: Tensor
     logits: Tensor
     dtype: torch.dtype
+    tolerance: float
 
 
 @contextmanager
@@ -57,7 +62,7 @@ def observed(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) ->
             if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
                 found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise Unsupported(f"the model must return one tensor of logits (N, classes), not {found}")
-            yield Observed(x, logits, first.dtype)
+            yield Observed(x, logits, first.dtype, _tolerance(model, x, logits))
         finally:
             torch.set_rng_state(state)
             with torch.no_grad():
@@ -105,7 +110,7 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> None:
     """
     x, logits = seen.x, seen.logits
     name = type(model).__name__
-    if not _same(_ask(model, x), logits):
+    if not _same(_ask(model, x), logits, seen.tolerance):
         raise Unsupported(
             f"{name} gives other logits when it is asked twice: it draws at random or counts its calls; guard that by "
             "self.training, or declare it (`stochastic` and `generator`)"
@@ -113,21 +118,24 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> None:
     if not any(getattr(module, "stochastic", False) for module in model.modules()):
         order = torch.arange(len(x) - 1, -1, -1, device=x.device)
         alone = torch.cat([_ask(model, x[i : i + 1]) for i in range(len(x))])
-        allowed = _jumped(graph, x)
-        if not _same(alone, logits, allowed) or not _same(_ask(model, x[order])[order], logits, allowed):
+        same = partial(_same, expected=logits, tolerance=seen.tolerance, allowed=_jumped(graph, x))
+        if not same(alone) or not same(_ask(model, x[order])[order]):
             raise Unsupported(
                 f"{name} gives an image other logits in another batch: they depend on the images beside it, so that no "
                 "image has a certificate of its own; compute each image by itself in eval mode"
             )
-    if not _same(_with_gradients(model, x), logits):
+    if not _same(_with_gradients(model, x), logits, seen.tolerance):
         raise Unsupported(f"{name} gives other logits when gradients are asked for; let forward() not look at that")
-    with _seeded(model, x.device), torch.no_grad():
-        found = graph(x.to(_dtype(graph, x)))
-    if not _same(found, logits, _jumped(graph, x)):
+    try:
+        with _seeded(model, x.device), torch.no_grad():
+            found = graph(x.to(_dtype(graph, x)))
+    except Exception as error:  # a rule that is wrong, which must end in a sentence too
+        raise Unsupported(f"{name} cannot be lowered: what was read of it cannot be computed ({error})") from error
+    if not _same(found, logits, seen.tolerance, _jumped(graph, x)):
         apart = float((found - logits).abs().nan_to_num().max() / logits.abs().nan_to_num().max().clamp_min(1e-30))
         raise Unsupported(
             f"{name} cannot be lowered: what was read gives logits that differ by {apart:.2g} of the largest, "
-            f"{_first_difference(graph, model, x)}"
+            f"{_first_difference(graph, model, seen)}"
         )
 
 
@@ -136,13 +144,17 @@ def _jumped(graph: Graph, x: Tensor) -> int:
     return len(x) // _JUMPED if jumps else 0
 
 
-def _same(found: Tensor, expected: Tensor, allowed: int = 0) -> bool:
+def _tolerance(model: nn.Module, x: Tensor, logits: Tensor) -> float:
+    kinds = {value.dtype for value in (*model.parameters(), *model.buffers(), x, logits)}
+    tolerance = max(TOLERANCE.get(kind, 0.0) for kind in kinds)
+    return max(tolerance, _TF32) if x.is_cuda and torch.float32 in kinds else tolerance
+
+
+def _same(found: Tensor, expected: Tensor, tolerance: float, allowed: int = 0) -> bool:
     """Return whether values agree on all images but at most `allowed`; equal infinities and NaNs do."""
     if found.shape != expected.shape:
         return False
     one, two = found.double(), expected.double()
-    tf32 = expected.is_cuda and expected.dtype == torch.float32
-    tolerance = _TF32 if tf32 else TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32])
     finite = two[torch.isfinite(two)].abs()
     scale = float(finite.max()) if len(finite) else 0.0
     close = torch.isclose(one, two, rtol=0.0, atol=tolerance * scale, equal_nan=True)
@@ -166,9 +178,9 @@ def _with_gradients(model: nn.Module, x: Tensor) -> Tensor:
             parameter.requires_grad_(True)
 
 
-def _first_difference(graph: Graph, model: nn.Module, x: Tensor) -> str:
+def _first_difference(graph: Graph, model: nn.Module, seen: Observed) -> str:
     """Name the first layer whose output a graph gets wrong, among those that ran once."""
-    outputs: dict[str, list[Tensor]] = {}
+    x, outputs = seen.x, dict[str, list[Tensor]]()
 
     def listen(path: str) -> Callable[..., None]:
         return lambda _module, _inputs, output: outputs.setdefault(path, []).append(_copy(output))
@@ -184,7 +196,9 @@ def _first_difference(graph: Graph, model: nn.Module, x: Tensor) -> str:
         values = graph.values(x.to(_dtype(graph, x)))
     for path, index in sorted(last.items(), key=lambda item: item[1]):
         heard = outputs.get(path, [])
-        if len(heard) == 1 and heard[0].shape == values[index].shape and not _same(values[index], heard[0]):
+        if len(heard) != 1 or heard[0].shape != values[index].shape:
+            continue
+        if not _same(values[index], heard[0], seen.tolerance):
             return f"first in {graph.nodes[index].title}"
     return "though no single layer's output differs"
 

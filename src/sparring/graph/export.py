@@ -27,6 +27,9 @@ from .ops import Activation, Constant, Graph, Input, Node, Op, title
 __all__ = ["Arguments", "At", "Translator", "read_exported"]
 
 
+_PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
+
+
 @dataclass(frozen=True)
 class At:
     """A value that depends on the image: the index of its node."""
@@ -49,7 +52,15 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
         raise Unsupported("a script module cannot be lowered; hand over the module that it was made from")
     try:
         with _quiet(), _whole(model):
-            program = export(model, (example,), dynamic_shapes=({0: Dim("batch", min=2)},), strict=False)
+            try:
+                program = export(model, (example,), dynamic_shapes=({0: Dim("batch", min=2)},), strict=False)
+            except Exception as error:
+                if "specialized it to be a constant" not in str(error):
+                    raise
+                # len(x) is a number, whatever the batch: one that occurs nowhere else marks the axis as well.
+                sizes = {size for p in model.parameters() for size in p.shape} | set(example.shape)
+                count = next(prime for prime in _PRIMES if prime not in sizes)
+                program = export(model, (example[:1].expand(count, *example.shape[1:]).clone(),), strict=False)
             return program.run_decompositions({})
     except Unsupported:
         raise
@@ -226,7 +237,7 @@ class Translator:
             size = value.meta.get("val")
             return self.size(size) if isinstance(size, torch.SymInt) else size
         if isinstance(value, list | tuple):
-            return [self.of(v) for v in value]
+            return [self.size(v) if isinstance(v, int) else self.of(v) for v in value]
         if isinstance(value, dict):
             return {k: self.of(v) for k, v in value.items()}
         return value
@@ -235,7 +246,13 @@ class Translator:
         """Return a size where the batch is one image: what is constant is the same for all, and broadcasts."""
         if isinstance(value, torch.SymInt):
             return int(value.node.expr.subs({self.batch.node.expr: 1}))
-        return int(value)
+        return 1 if self.is_images(value) else value
+
+    def is_images(self, size: Any) -> bool:
+        """Return whether a size is the number of images."""
+        if isinstance(self.batch, torch.SymInt):
+            return isinstance(size, torch.SymInt) and bool(size.node.expr == self.batch.node.expr)
+        return type(size) is int and size == self.batch
 
     def emit(self, op: Op, *inputs: At | Tensor, shape: tuple[int, ...] | None = None) -> At:
         """Append a node, whose shape is that of the operation at hand if none is given; constants become nodes too."""
@@ -257,7 +274,7 @@ class Translator:
         if isinstance(value, tuple | list):
             value = value[0]
         first = value.shape[0] if value.dim() else None
-        if not (isinstance(first, torch.SymInt) and first.node.expr == self.batch.node.expr):
+        if not self.is_images(first):
             raise self.refuse(self.name, "mixes or moves the axis of the images; keep images along the first axis")
         if not all(isinstance(s, int) or s.node.expr.is_number for s in value.shape[1:]):
             raise self.refuse(self.name, "gives a shape that depends on the number of images")

@@ -159,9 +159,10 @@ def matmul(t: Translator, a: Arguments) -> Any:
 
 def addmm(t: Translator, a: Arguments) -> Any:
     bias, x, weight = a.take("self"), a.take("mat1"), a.take("mat2")
+    beta, alpha = a.take("beta"), a.take("alpha")
     if not (isinstance(x, At) and isinstance(weight, Tensor) and isinstance(bias, Tensor) and bias.dim() == 1):
         raise t.refuse(t.name, "of these arguments has no rule")
-    return t.emit(Linear("", weight.detach().T, bias), x)
+    return t.emit(Linear("", alpha * weight.detach().T, beta * bias.detach()), x)
 
 
 def conv2d(t: Translator, a: Arguments) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import layers, shapes
 from .calls import WITHIN, call
 from .export import Arguments, Translator
+from .ops import Call
 
 __all__ = ["translate"]
 
@@ -79,6 +80,9 @@ def _cast(t: Translator, a: Arguments) -> Any:
         a.take(name)
     value = t.now.meta["val"]
     source = a.take("self")
+    before: Any = t.now.args[0]
+    if value.is_floating_point() and not before.meta["val"].is_floating_point():
+        return t.emit(Call("to", torch.ops.aten._to_copy.default, ("self",), {"dtype": t.dtype}), source)
     if not value.is_floating_point():
         raise t.refuse(t.name, f"to {value.dtype} has no rule: it jumps, so it has no finite Lipschitz constant")
     return source
