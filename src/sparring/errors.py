@@ -11,6 +11,7 @@ from pathlib import Path
 __all__ = [
     "DamageError",
     "DataError",
+    "DataWarning",
     "PlanError",
     "StorageError",
     "UnknownNameError",
@@ -34,6 +35,10 @@ class PlanError(UserError):
 
 class DataError(UserError):
     """Signal data that are missing, damaged or of the wrong shape."""
+
+
+class DataWarning(UserWarning):
+    """Say what was left out of data, or assumed of them."""
 
 
 class DamageError(UserError):

@@ -293,6 +293,7 @@ def safe_members(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of the wanted regular files in a zip, tar or tar.gz, in the archive's order.
 
+    `wanted` is asked of folders too, by names that end in "/".
     Nothing is written to disk. Raises UserError, naming the archive, if it is damaged, encrypted, packed by another
     method, has a file above `max_member` bytes, unpacks to more than `max_bytes` or `max_files`, or has an absolute
     name, "..", a link, a device or a pipe anywhere.
@@ -335,7 +336,7 @@ def _zip_members(
                 raise _Refused(f"{info.filename!r} is packed by a method other than deflate")
             if info.flag_bits & 1:
                 raise _Refused(f"{info.filename!r} is encrypted")
-            if not info.is_dir() and wanted(info.filename):
+            if wanted(info.filename) and not info.is_dir():
                 with archive.open(info) as member:
                     data = member.read(info.file_size)  # a plain read() unpacks all there is, whatever was declared
                 if len(data) != info.file_size:
@@ -354,7 +355,8 @@ def _tar_members(
             _check_member(info.name, info.size, file.most)
             if not (info.isdir() or info.isreg()) or info.issparse():
                 raise _Refused(f"{info.name!r} is a link or a device")
-            content = archive.extractfile(info) if info.isreg() and wanted(info.name) else None
+            named = f"{info.name.rstrip('/')}/" if info.isdir() else info.name
+            content = archive.extractfile(info) if wanted(named) and info.isreg() else None
             if content is not None:
                 data = content.read()
                 if len(data) != info.size:

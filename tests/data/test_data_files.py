@@ -20,7 +20,7 @@ from sparring.data import registry
 from sparring.data.cifar import CIFAR10, RECORD, RECORDS
 from sparring.data.idx import FASHION_MNIST, MNIST
 from sparring.data.places import SYSTEM_ROOTS, File, Find, Source
-from sparring.errors import DataError
+from sparring.errors import DataError, DataWarning
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +188,13 @@ def test_folder_and_zip_of_images_are_the_same_data(tmp_path: Path) -> None:
     members |= {f"test/{c}/{n}.png": image(mode="L", size=(6, 5)) for c in ("ant", "bee") for n in range(3)}
     members |= {"README.txt": b"", "train/ant/._00.png": b"", "train/ant/notes.txt": b"", "__MACOSX/x/._a.png": b""}
     (tmp_path / "bugs.zip").write_bytes(zipped(members))
-    packed = data.load(str(tmp_path / "bugs.zip"))
-    plain = data.load(str(_unzip(zipped(members), tmp_path / "bugs")))
+    for path in (tmp_path / "bugs.zip", _unzip(zipped(members), tmp_path / "bugs")):
+        with pytest.warns(DataWarning, match=r"no images: 1 \(train/ant/notes.txt\)"):
+            data.load(str(path))
+    (tmp_path / "bugs" / "train" / "ant" / "notes.txt").unlink()
+    members.pop("train/ant/notes.txt")
+    (tmp_path / "bugs.zip").write_bytes(zipped(members))
+    packed, plain = data.load(str(tmp_path / "bugs.zip")), data.load(str(tmp_path / "bugs"))
     assert data.content_hash(packed) == data.content_hash(plain)
     assert (packed.name, packed.class_names, packed.classes) == ("bugs", ("ant", "bee"), 2)
     assert packed.train.x.shape == (36, 1, 5, 6)

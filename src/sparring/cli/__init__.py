@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 __all__ = ["main"]
@@ -31,6 +32,7 @@ def _guarded(app: Callable[..., object]) -> int:
 
     from ..errors import place
 
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     words = joined(sys.argv[1:])
     if TRACEBACK in words:  # wherever it stands; study's workers look at the environment
         words = [TRACEBACK, *(word for word in words if word != TRACEBACK)]

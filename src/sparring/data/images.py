@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import DataError, UserError
+from ..errors import DataError, DataWarning, UserError
 from ..files import read_bounded, safe_members
 from .splits import balanced_order, hold_out
 from .types import Dataset, Split, from_splits
@@ -21,8 +22,14 @@ __all__ = ["load_images"]
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 PARTS = ("train", "valid", "test")
-SUFFIXES = (".jpg", ".jpeg", ".png")
-GREY, COLOUR = ("1", "L", "LA"), ("P", "RGB", "RGBA")
+CLASSES = "classes.txt"
+# Formats that know their own files; any other is tried only on files of its ending.
+COMMON = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+# Not pixels of Pillow's own decoding: an interpreter of programs, Windows' own, and mere names.
+EXCLUDED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
+LOSSY = {"JPEG": "jpeg", "MPO": "jpeg", "JPEG2000": "jpeg2000", "WEBP": "webp", "AVIF": "avif"}
+IGNORED = ("__MACOSX", "Thumbs.db", "desktop.ini")
+GREY, COLOUR = ("1", "L", "LA", "La"), ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX")
 MOST_SIDE = 4096
 MOST_FILE = 64 << 20
 MOST_SCANS = 32  # an honest progressive JPEG has about ten; each is a pass over all pixels for a few bytes of file
@@ -36,72 +43,128 @@ class _Item(NamedTuple):
     pixels: Pixels
 
 
-def load_images(path: Path, name: str) -> Dataset:
-    """Load JPEG and PNG images of one size, without ever unpacking anything to disk.
+@dataclass
+class _Census:
+    """What there is: class folders, files in them that are no images, what CLASSES says, and how images are kept."""
 
-    Classes are the folder names in sorted order. Images are grey (1, H, W) if all of them are, else (3, H, W);
-    transparency is dropped. Where there is no valid/, every tenth training image of a class (by name) is held out. Each
-    split comes in balanced order. A set with JPEG images has "jpeg" in its name, since that is a lossy copy.
+    endings: dict[str, str]
+    folders: set[tuple[str, str]] = field(default_factory=set)
+    skipped: list[str] = field(default_factory=list)
+    roots: set[str] = field(default_factory=set)
+    named: list[str] = field(default_factory=list)
+    lossy: set[str] = field(default_factory=set)
+    animated: list[str] = field(default_factory=list)
+
+    def wants(self, member: str) -> bool:
+        """Say whether to read a file, and remember the rest; the name of a folder ends in "/"."""
+        *folders, name = member.rstrip("/").split("/")
+        if any(part.startswith(".") or part in IGNORED for part in (*folders, name)):
+            return False  # a notebook's copies, and the hidden twin that macOS packs of every file
+        if member.endswith("/"):
+            self.folders |= {(folders[-1], name)} if folders and folders[-1] in PARTS else set()
+        elif len(folders) >= 2 and folders[-2] in PARTS:
+            self.folders.add((folders[-2], folders[-1]))
+            self.roots.add("/".join(folders[:-2]))
+            if Path(name).suffix.lower() in self.endings:
+                return True
+            self.skipped.append(member)
+        elif set(folders) & set(PARTS):
+            self.skipped.append(member)
+        return name == CLASSES and not set(folders) & set(PARTS)
+
+
+def load_images(path: Path, name: str) -> Dataset:
+    """Load images of one size in any format that Pillow decodes, without ever unpacking anything to disk.
+
+    Classes are the folder names in sorted order, or the lines of classes.txt beside train/, which may name more than
+    there are folders. Images are grey (1, H, W) if all of them are, else (3, H, W); they are turned as EXIF says,
+    transparency is dropped, of several frames the first is read. Hidden files and folders are ignored; a DataWarning
+    counts files that are no images and names classes without test images. Where there is no valid/, every tenth
+    training image of a class (by name) is held out. Each split comes in balanced order. A set with images in a lossy
+    format has that in its name, as "jpeg".
 
     Raises DataError, naming the file, for a damaged image, one of another size, of more than 4,096 pixels a side or of
-    16 bits a channel, for a test class without training images, and for more than 512 MiB of pixels.
+    16 bits a channel, for a class without training images, and for more than 512 MiB of pixels.
     """
     items: list[_Item] = []
-    lossy = False
+    census = _Census(_endings())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            for member, data in _members(path):
+            for member, data in _members(path, census):
+                if member.rpartition("/")[2] == CLASSES:
+                    census.named = [line.strip() for line in data.decode().splitlines() if line.strip()]
+                    continue
                 part, label, file = member.split("/")[-3:]
-                pixels = _decode(data, f"{member} in {path}")
+                pixels = _decode(data, member, path, census)
                 _check_size(pixels, member, items, path)
                 items.append(_Item(part, label, file, pixels))
-                lossy = lossy or not file.lower().endswith(".png")
-    except UserError as error:
+    except (UserError, UnicodeDecodeError) as error:
         raise DataError(str(error)) from error
-    if lossy and "jpeg" not in name.lower():
-        name += "-jpeg"
-    return _assemble(name, items, path)
+    labels = _labels(items, census, path)
+    _tell(items, census, labels, path)
+    extra = sorted(kind for kind in census.lossy if kind not in name.lower())
+    return _assemble("-".join([name, *extra]), items, labels, path)
 
 
-def _wanted(member: str) -> bool:
-    parts = member.split("/")
-    return (
-        len(parts) >= 3
-        and parts[-3] in PARTS
-        and parts[-1].lower().endswith(SUFFIXES)
-        and not parts[-1].startswith(".")  # macOS packs a hidden twin of every file
-    )
+def _endings() -> dict[str, str]:
+    """Return the format that each ending of an image file stands for."""
+    known = Image.registered_extensions()  # which also imports all that Pillow can decode
+    return {ending: kind for ending, kind in known.items() if kind in Image.OPEN and kind not in EXCLUDED}
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+def _members(path: Path, census: _Census) -> Iterator[tuple[str, bytes]]:
     if not path.is_dir():
-        yield from safe_members(path, wanted=_wanted)
+        yield from safe_members(path, wanted=census.wants)
         return
-    for part in PARTS:
-        for file in sorted((path / part).glob("*/*")):
+    places = [path / CLASSES, *(place for part in PARTS for place in sorted((path / part).glob("*")))]
+    for place in places:
+        for file in (place, *(sorted(place.glob("*")) if place.is_dir() else ())):
             member = file.relative_to(path).as_posix()
-            if _wanted(member):
+            if census.wants(f"{member}/" if file.is_dir() else member) and file.exists():
                 yield member, read_bounded(file, limit=MOST_FILE)
 
 
-def _decode(data: bytes, where: str) -> Pixels:
+def _decode(data: bytes, member: str, path: Path, census: _Census) -> Pixels:
+    where = f"{member} in {path}"
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MOST_SCANS:
         raise DataError(f"{where} makes its decoder pass over the image more than {MOST_SCANS} times; save it again")
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        formats = (*COMMON, census.endings[Path(member).suffix.lower()])
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             if max(image.size) > MOST_SIDE:
                 raise DataError(f"{where} has {image.width}×{image.height} pixels; at most {MOST_SIDE} a side are read")
-            if image.mode not in GREY + COLOUR:
-                raise DataError(f"{where} has pixels of kind {image.mode}; save it as 8-bit grey or RGB")
+            if image.mode not in GREY + COLOUR or _is_deep(image, data):
+                raise DataError(f"{where} has pixels of kind {_kind(image)}; save it as 8-bit grey or RGB")
+            if image.format in LOSSY:
+                census.lossy.add(LOSSY[image.format])
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # whose second picture is a preview
+                census.animated.append(member)
             mode = "L" if image.mode in GREY else "RGB"
+            image = ImageOps.exif_transpose(image)
             return np.asarray(image if image.mode == mode else image.convert(mode))
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{where} is not a JPEG or PNG image; get it again or remove it") from error
+        raise DataError(f"{where} is not an image that Pillow knows; get it again or remove it") from error
     except Exception as error:  # a decoder that meets hostile bytes raises whatever it likes
-        raise DataError(f"{where} is not a sound JPEG or PNG image ({error}); get it again or remove it") from error
+        raise DataError(f"{where} is not a sound image ({error}); get it again or remove it") from error
+
+
+def _is_deep(image: Image.Image, data: bytes) -> bool:
+    """Return whether an image that Pillow shows with 8 bits a channel has more in its file."""
+    decoders = [(tile[0], tile[3] if isinstance(tile[3], tuple) else (tile[3],)) for tile in getattr(image, "tile", ())]
+    if any(";16" in str(part) for _, args in decoders for part in args) or any(kind == "SGI16" for kind, _ in decoders):
+        return True
+    if image.format == "PPM":
+        return any(isinstance(part, int) and part > 255 for _, args in decoders for part in args)
+    if image.format == "JPEG2000":
+        return (data[data.find(b"\xff\x4f\xff\x51") + 42] & 0x7F) > 7
+    return image.format == "AVIF" and bool(data[data.find(b"av1C") + 6] & 0x40)
+
+
+def _kind(image: Image.Image) -> str:
+    return image.mode if image.mode not in GREY + COLOUR else f"{image.mode} with 16 bits a channel"
 
 
 def _check_size(pixels: Pixels, member: str, before: list[_Item], path: Path) -> None:
@@ -113,14 +176,45 @@ def _check_size(pixels: Pixels, member: str, before: list[_Item], path: Path) ->
         raise DataError(f"{path} holds more than {MOST_PIXELS >> 20} MiB of pixels; use fewer or smaller images")
 
 
-def _assemble(name: str, items: list[_Item], path: Path) -> Dataset:
-    labels = sorted({item.label for item in items if item.part == "train"})
+def _labels(items: list[_Item], census: _Census, path: Path) -> list[str]:
+    """Return the classes' names in the order of their labels; refuse what would shift or lose one."""
+    if len(census.roots) > 1:
+        raise DataError(f"{path} holds several sets ({', '.join(sorted(census.roots))}); give one at a time")
     for part in ("train", "test"):
         if not any(item.part == part for item in items):
-            raise DataError(f"{path} has no images in {part}/<class>/ (JPEG or PNG); put some there")
-    for item in items:
-        if item.label not in labels:
-            raise DataError(f"{path} has the class '{item.label}' in {item.part}/ but not in train/")
+            raise DataError(f"{path} has no images in {part}/<class>/; put some there")
+    labels = census.named or sorted({label for part, label in census.folders if part == "train"})
+    if len(set(labels)) != len(labels):
+        raise DataError(f"{CLASSES} in {path} names a class twice")
+    for part, label in sorted(census.folders):
+        if label not in labels:
+            place = f"{CLASSES} does not name it" if census.named else "not in train/"
+            raise DataError(f"{path} has the class '{label}' in {part}/ but {place}")
+        if part == "train" and not any(item[:2] == (part, label) for item in items):
+            raise DataError(
+                f"{path} has no image that can be read in train/{label}/; put some there, or remove the folder (which "
+                f"without {CLASSES} changes the labels of the classes after it)"
+            )
+    return labels
+
+
+def _tell(items: list[_Item], census: _Census, labels: list[str], path: Path) -> None:
+    """Warn of files that were not read, frames left out, and classes that a split lacks."""
+    found = {
+        "left out, since they are no images": census.skipped,
+        "of several frames only the first was read": census.animated,
+    }
+    for part in PARTS[1:]:
+        present = {item.label for item in items if item.part == part}
+        if present and not census.named:
+            found[f"classes without images in {part}/"] = [label for label in labels if label not in present]
+    for what, names in found.items():
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            warnings.warn(f"{path}: {what}: {len(names)} ({shown})", DataWarning, stacklevel=4)
+
+
+def _assemble(name: str, items: list[_Item], labels: list[str], path: Path) -> Dataset:
     grey = all(item.pixels.ndim == 2 for item in items)
     splits = {part: _split([item for item in items if item.part == part], labels, grey) for part in PARTS}
     train, valid = splits["train"], splits["valid"]
