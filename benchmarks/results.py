@@ -125,7 +125,9 @@ def claims_table(rows: Sequence[Row], total: int) -> str:
             counts = f"{e.seeds} × {e.images:,}"
         if row.merged is not None:
             merged = _told(*row.merged)
-        text = f"**{row.claim.text}**" if row.claim.primary else row.claim.text
+        alike = sum(other.claim.text == row.claim.text for other in rows) > 1
+        text = f"{row.claim.text} ({row.claim.test.split(' − ')[0]})" if alike else row.claim.text
+        text = f"**{text}**" if row.claim.primary else text
         lines.append(f"| {text} | {effect} | {counts} | {_told(row.told, row.decisive)} | {merged} |")
     words = (
         "The verdict is that of this study's families, which were fixed before it ran: the claims in bold first, the"

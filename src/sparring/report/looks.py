@@ -152,7 +152,8 @@ def _look(study: Study) -> str:
     seeds = list(dict.fromkeys([*before, len({network.seed for network in study.networks})]))
     total = max([looks.number, *(int(entry["look"]) for entry in looks.entries)])
     again = f" of {total} at this folder" if total > looks.number else ""
-    told = [f"{_ordinal(looks.number)} look{again}: {', '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}"]
+    what = "groups of classes" if study.plan.get("linear") else "seed" if seeds == [1] else "seeds"
+    told = [f"{_ordinal(looks.number)}{again}: {', '.join(map(str, seeds))} {what}"]
     if looks.orphans:
         told.append(f"{looks.orphans:,} records of tasks that are no longer in the plan")
     for method, gone in looks.dropped.items():
@@ -165,7 +166,7 @@ def _look(study: Study) -> str:
 
 
 def _ordinal(number: int) -> str:
-    return ORDINALS[number - 1] if number <= len(ORDINALS) else f"{number}th"
+    return f"{ORDINALS[number - 1]} look" if number <= len(ORDINALS) else f"Look {number}"
 
 
 def _registered(study: Study) -> str:
