@@ -22,7 +22,7 @@ from ..errors import UnknownNameError, UserError
 from ..files import CONVERT, load_tensors
 from ..metrics import accuracy, distances, robust_accuracy
 from ..models import MODELS, Blueprint, load_model, load_weights_, save_model
-from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached
+from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts
 from ..statistics import binomial_interval
 from ..study import Network, Plan, Training
 from ..study.fitting import ramped_loss, refuse_constant, robust_score
@@ -102,7 +102,7 @@ def run_prune(
     model, blueprint = open_model(name, weights, dataset, own_modes=True)
     result = _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet, pruner=pruner)
     check_reached(pruner, result.masks, pruning.layers or sparsity)
-    print(_removed(result.masks, pruner))
+    print(_removed(result.masks, pruner, model, None if pruning.layers else sparsity))
     _finish(model, blueprint, dataset, result, eps, out)
     return 0
 
@@ -122,13 +122,19 @@ def _finish(model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fi
         print(f"{name} epoch {epoch}: {_accuracies(network, dataset)}, {stands}\nwrote {path}")
 
 
-def _removed(masks: dict[str, Tensor], pruner: Pruner) -> str:
-    """Say how many weights went, biases and normalisation counted apart, and what surgery did on the way."""
+def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, asked: float | None) -> str:
+    """Say how many weights went and what that is of all, biases and normalisation apart, and what surgery did."""
     weights, vectors = ([m for m in masks.values() if (m.dim() > 1) is wanted] for wanted in (True, False))
     (total, kept), (others, held) = (
         (sum(m.numel() for m in part), sum(int(m.sum()) for m in part)) for part in (weights, vectors)
     )
     text = f"removed {total - kept} of {total} weights ({percent(1 - kept / total, 2)})"
+    found = counts(model)
+    if found.left_out:
+        text += f", {percent(found.matrix_sparsity, 2)} of all {found.matrices} weights of matrices; left dense: "
+        text += ", ".join(f"'{name}' ({why})" for name, why in found.left_out.items())
+    if asked is not None and 1 - kept / total < asked - 0.005:
+        text += f"; the {percent(asked, 2)} asked for is of what the structure and spared layers leave open"
     text += f" and {others - held} of {others} biases and norms" if others else ""
     series = pruner.series() if hasattr(pruner, "series") else {}
     moved = {name: sum(series[name]) for name in ("pruned", "spliced") if name in series}

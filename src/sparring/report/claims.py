@@ -9,7 +9,7 @@ from ..statistics import Claim, Question, Row, ask, effect, judge
 from . import numbers
 from .asking import Place, about, at_choice, at_sparsity, attacks_of, places
 from .findings import Choice, Findings, Result, choose, difference, paired
-from .kinds import Kind, kind_of
+from .kinds import Kind, kind_of, sparsity_told
 from .looks import dropped_tests
 from .measures import NORMS, TRANSFER, Measure, PerImage, common, pretty, pretty_eps, values
 from .records import CONTROL, NAIVE, REFERENCE, checkpoint_of, control_of
@@ -122,7 +122,8 @@ def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) 
     known = {k: pair for k, pair in zip(result.seeds, sides, strict=True) if pair is not None}
     if known:
         one = paired(findings, result.measure, *({k: pair[side] for k, pair in known.items()} for side in (0, 1)))
-        test = f"{short_name(result.measure)} where both are correct, {result.method} at {numbers.percent(sparsity)}"
+        share = sparsity_told(findings.study, result.method, sparsity)
+        test = f"{short_name(result.measure)} where both are correct, {result.method} at {share}"
         sparse = [(result.method, sparsity, seed) for seed in known]
         told = f"{text}, among images that both classify correctly"
         yield about(findings, result, told, "below", one, f"{test} − dense control", sparse)
@@ -201,7 +202,8 @@ def _chosen_weights(findings: Findings) -> Iterator[Question]:
         if accuracy is not None and shared:
             one = difference(findings, accuracy, (method, max(shared)), (masks[0], max(shared)))
         if one is not None and result is not None:
-            test = f"{short_name(result.measure)}, {method} − {masks[0]}, both at {numbers.percent(max(shared))}"
+            share = sparsity_told(findings.study, method, max(shared))
+            test = f"{short_name(result.measure)}, {method} − {masks[0]}, both at {share}"
             text = f"weights that were chosen keep more accuracy than random ones ({method})"
             sides = [(m, max(shared), n.seed) for m in (method, masks[0]) for n in findings.study.of(m, max(shared))]
             yield about(findings, result, text, "above", one, test, sides)

@@ -15,6 +15,7 @@ from . import numbers
 from .brackets import Bracket, brackets, norms
 from .consistency import Doubt
 from .findings import Findings, Result
+from .kinds import sparsity_told
 from .markup import Html, join, tag
 from .measures import NORMS, Measure, pretty, summary
 from .records import Network, Study, Who, attack_label
@@ -97,7 +98,8 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
                 over,
             ]
         )
-    head = ["Metric", "Dense control", f"At {numbers.percent(sparsity)}", "Gain", "p (Holm)", "Detectable"]
+    told = sparsity_told(findings.study, findings.method or "", sparsity)
+    head = ["Metric", "Dense control", f"At {told}", "Gain", "p (Holm)", "Detectable"]
     return table([*head, "Peak", "Below control from"], rows, class_="key")
 
 
@@ -154,7 +156,8 @@ def networks(findings: Findings) -> Html:
     rows = []
     for network in findings.study.networks:
         total, size = network.metric("sparsity_total"), network.metric("bytes_sparse")
-        row = [network.method, numbers.percent(network.sparsity), str(network.seed)]
+        told = sparsity_told(findings.study, network.method, network.sparsity)
+        row = [network.method, told, str(network.seed)]
         row += ["–" if total is None else units.percent(total, 2), "–" if size is None else f"{size:,.0f}"]
         row += _deployed(network) if deployed else []
         for measure in shown:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ..statistics import Row, minimum_detectable_effect
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
+from .kinds import sparsity_told
 from .looks import look_sentences
 from .measures import NORMS, Measure, pretty
 from .records import Network
@@ -77,8 +78,9 @@ def _first(findings: Findings) -> str:
     if over:
         end += f" ({listed(name for name, s in over.items() if s == min(over.values()))})"
     what = _why(findings, sparsity)
+    told = sparsity_told(findings.study, findings.method or "", sparsity)
     return (
-        f"At {numbers.percent(sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
+        f"At {told} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
         f"Gains over the dense control with 95% intervals, {seeds_phrase(findings.seeds)}."
     )
 
@@ -135,7 +137,9 @@ def _spot(findings: Findings) -> str:
     limit = next((m for m in findings.margins if m.slug == spot.limit), None)
     if spot.at_most is None:
         return f"Sweet spot: none; already the lowest sparsity loses more than allowed ({allowed})."
-    found = "none shown" if spot.sparsity is None else numbers.percent(spot.sparsity)
+    found = (
+        "none shown" if spot.sparsity is None else sparsity_told(findings.study, findings.method or "", spot.sparsity)
+    )
     if spot.at_most == spot.sparsity:
         beyond = "and nothing beyond it passes"
     else:
