@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 
 # docs/design.md, section 3, lowest first; names on one line are strangers to each other.
 LAYERS = [
-    {"errors", "modes", "units"},
-    {"threat", "layout", "matrices", "outputs", "files", "graph", "plugins", "waiting"},
+    {"errors", "modes", "outputs", "proofs", "units"},
+    {"threat", "layout", "matrices", "files", "graph", "plugins", "waiting"},
     {"history"},
     {"attacks", "bounds", "sparsity", "data", "models", "metrics", "statistics"},
     {"train", "deploy"},

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..graph import Graph
 from ..modes import eval_mode
 from ..outputs import opened
+from ..proofs import refuse_refuted
 from ..threat import L2, LINF, distance, norm_name, project, random_point
 from ..waiting import courteous
 from .certificates import margins_over, radius_over
@@ -64,8 +65,9 @@ def exact(
     mixed-integer program, for l_2 branch and bound over the same units. Sparse networks are those it can solve.
     `threads` are HiGHS's own: they spin while they wait, so that more of them than free cores cost far more than they
     save, and two processes with half of the images each use two cores better.
-    Raise Unsupported for layers that are not piecewise linear or too large, and for max pooling with l_2. Bounds carry
-    the solver's tolerances of 1e-9 and are lowered by 1e-7. Source: Tjeng et al. 2019 (the program).
+    Raise UserError if a point refutes what was proved, Unsupported for layers that are not piecewise linear or too
+    large, and for max pooling with l_2. Bounds carry the solver's tolerances of 1e-9 and are lowered by 1e-7.
+    Source: Tjeng et al. 2019 (the program).
     """
     if norm not in _NEAREST:
         raise UserError(f"exact distances are found for linf and l2, not for {norm_name(norm)}")
@@ -119,6 +121,7 @@ class _Search:
         lower = math.inf
         for k in self._open_classes():
             lower = min(lower, self._search_class_(k, certified))
+        refuse_refuted([max(certified, lower)], [self.upper], norm=norm_name(self.norm))
         lower = min(max(certified, lower), self.upper)
         closed = self.upper == lower or self.upper - lower <= _GAP * min(1, self.upper)
         return lower, "exact" if closed else "time limit", time.perf_counter() - begin

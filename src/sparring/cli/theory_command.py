@@ -10,6 +10,7 @@ import torch
 from .. import attacks, bounds
 from ..data import as_float
 from ..errors import UnknownNameError, UserError
+from ..proofs import refuse_refuted
 from ..study.networks import chosen_images
 from ..threat import L1, Threat
 from ..units import norm_name, percent
@@ -47,6 +48,7 @@ def run_certify(
     attacked = attacks.run(
         model, as_float(x), y, attacks.nearest, Threat(norm), generator=torch.Generator().manual_seed(0)
     )
+    refuse_refuted(radius, attacked.distance, norm=norm_name(norm))
     right = attacked.clean_correct
     certified = {eps: float((right & (radius >= eps)).double().mean()) for eps in budgets}
     standing = {eps: float((right & (attacked.distance > eps)).double().mean()) for eps in budgets}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported, UserError
 from ..modes import eval_mode
+from ..outputs import check_module, logits_of
 from .ops import Activation, Graph
 
 __all__ = ["TOLERANCE", "Observed", "check", "observed"]
@@ -39,32 +40,37 @@ class Observed:
 
 @contextmanager
 def observed(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) -> Iterator[Observed]:
-    """Hold a model in eval mode, ask it for the logits of images and of random ones, and restore all on leaving.
+    """Hold a model in eval mode and frozen, as attacks do, and ask it for logits; restore all on leaving.
 
-    Raise UserError for a model that does not accept such images, or does not return one tensor of logits.
+    It is asked of `images` and of random ones. Raise UserError for a model that does not accept such images, or does
+    not return one tensor of logits.
     """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise UserError(f"'{name}' has no shape yet; ask the model once for the logits of an image before")
+    check_module(model)
     first = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), torch.zeros(()))
     scripted = torch.jit.ScriptModule
     buffers = [(module, dict(module._buffers)) for module in model.modules() if not isinstance(module, scripted)]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     state = torch.get_rng_state()
+    wanted = [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
         try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
             x = _asked(shape, images).to(first)
             try:
                 logits = _ask(model, x)
+            except UserError:
+                raise
             except Exception as error:  # the user's own operations, which can raise anything
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(f"the model does not accept images of shape {tuple(shape)}: {reason}") from error
-            if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
-                found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise Unsupported(f"the model must return one tensor of logits (N, classes), not {found}")
+            if logits.dim() != 2 or len(logits) != len(x):
+                raise Unsupported(f"the model must return one tensor of logits (N, classes), not {tuple(logits.shape)}")
             yield Observed(x, logits, first.dtype, _tolerance(model, x, logits))
         finally:
             torch.set_rng_state(state)
+            for parameter in wanted:
+                parameter.requires_grad_(True)
             with torch.no_grad():
                 for buffer, value in values:
                     if not torch.equal(buffer, value):
@@ -98,8 +104,15 @@ def _seeded(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _ask(model: nn.Module, x: Tensor) -> Tensor:
     """Return a model's logits, of a copy of the images."""
     with _seeded(model, x.device), torch.no_grad():
-        result: Tensor = model(x.clone())
-        return result
+        return logits_of(model(x.clone()))
+
+
+def _ask_one(model: nn.Module, x: Tensor) -> Tensor:
+    try:
+        return _ask(model, x)
+    except Exception as error:  # the user's own operations, which can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the model fails on one image alone: {reason}; squeeze only the axes meant") from error
 
 
 def check(graph: Graph, model: nn.Module, seen: Observed) -> None:
@@ -117,7 +130,7 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> None:
         )
     if not any(getattr(module, "stochastic", False) for module in model.modules()):
         order = torch.arange(len(x) - 1, -1, -1, device=x.device)
-        alone = torch.cat([_ask(model, x[i : i + 1]) for i in range(len(x))])
+        alone = torch.cat([_ask_one(model, x[i : i + 1]) for i in range(len(x))])
         same = partial(_same, expected=logits, tolerance=seen.tolerance, allowed=_jumped(graph, x))
         if not same(alone) or not same(_ask(model, x[order])[order]):
             raise Unsupported(
@@ -163,19 +176,13 @@ def _same(found: Tensor, expected: Tensor, tolerance: float, allowed: int = 0) -
 
 def _with_gradients(model: nn.Module, x: Tensor) -> Tensor:
     """Return the logits as an attack gets them: with gradients of the images alone."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
     try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
         with _seeded(model, x.device), torch.enable_grad():
-            result: Tensor = model(x.clone().requires_grad_().clone())  # no leaf: it may be written to in place
-        return result.detach()
+            point = x.clone().requires_grad_().clone()  # no leaf: it may be written to in place
+            return logits_of(model(point)).detach()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise Unsupported(f"{type(model).__name__} fails when gradients are asked for: {reason}") from error
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 def _first_difference(graph: Graph, model: nn.Module, seen: Observed) -> str:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import Unsupported
+from ..outputs import logits_of
 from .ops import Activation, Constant, Graph, Input, Node, Op, title
 
 __all__ = ["Arguments", "At", "Translator", "read_exported"]
@@ -50,22 +51,40 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
 
     if isinstance(model, torch.jit.ScriptModule):
         raise Unsupported("a script module cannot be lowered; hand over the module that it was made from")
+    root, example = _Root(model).eval(), example.clone().requires_grad_()  # as attacks ask: some layers look at that
     try:
         with _quiet(), _whole(model):
             try:
-                program = export(model, (example,), dynamic_shapes=({0: Dim("batch", min=2)},), strict=False)
+                program = export(root, (example,), dynamic_shapes=({0: Dim("batch", min=2)},), strict=False)
             except Exception as error:
                 if "specialized it to be a constant" not in str(error):
                     raise
                 # len(x) is a number, whatever the batch: one that occurs nowhere else marks the axis as well.
                 sizes = {size for p in model.parameters() for size in p.shape} | set(example.shape)
                 count = next(prime for prime in _PRIMES if prime not in sizes)
-                program = export(model, (example[:1].expand(count, *example.shape[1:]).clone(),), strict=False)
+                many = example[:1].detach().repeat(count, *[1] * (example.dim() - 1)).requires_grad_()
+                program = export(root, (many,), strict=False)
             return program.run_decompositions({})
     except Unsupported:
         raise
     except Exception as error:  # torch runs the user's forward(), which can raise anything
         raise Unsupported(_why(model, error)) from error
+
+
+class _Root(nn.Module):
+    """A model that returns its logits alone; paths and parameters of its own begin with "model"."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x.view_as(x)))  # no leaf: it may be written to in place
+
+
+def _within(path: str) -> str:
+    """Return a path of the root as one of the model."""
+    return path.removeprefix("model").removeprefix(".")
 
 
 def _why(model: nn.Module, error: Exception) -> str:
@@ -156,6 +175,7 @@ class Translator:
         self.values: dict[fx.Node, Any] = {}
         self.now: fx.Node = next(iter(program.graph.nodes))
         self.batch: Any = None
+        self.kind = dtype  # of the images
         # Where constants come from: the path of each, and each parameter in the graph's precision.
         self.paths: dict[int, str] = {}
         self.held: dict[int, Tensor] = {}
@@ -185,12 +205,12 @@ class Translator:
             if isinstance(value, Tensor):
                 if self.nodes:
                     raise Unsupported("the model takes more than one input; give it one image batch")
-                self.batch = value.shape[0]
+                self.batch, self.kind = value.shape[0], value.dtype
                 self.values[node] = self.emit(Input())
         elif spec.kind.name in ("PARAMETER", "BUFFER"):
-            original = operator.attrgetter(spec.target)(self.model)
+            original = operator.attrgetter(_within(spec.target))(self.model)
             value = self.held.setdefault(id(original), self.cast(original))
-            self.paths.setdefault(id(value), spec.target)
+            self.paths.setdefault(id(value), _within(spec.target))
             self.values[node] = value
         elif spec.target in self.program.constants:
             self.values[node] = self.cast(self.program.constants[spec.target])
@@ -294,7 +314,7 @@ class Translator:
     def path(self) -> str:
         """Return the path of the module that computes the operation at hand."""
         stack = list((self.now.meta.get("nn_module_stack") or {}).values())
-        return stack[-1][0].split("@")[0] if stack and not stack[-1][0].startswith("_empty") else ""
+        return _within(stack[-1][0].split("@")[0]) if stack and not stack[-1][0].startswith("_empty") else ""
 
     @property
     def line(self) -> str:

@@ -83,6 +83,8 @@ def _cast(t: Translator, a: Arguments) -> Any:
     before: Any = t.now.args[0]
     if value.is_floating_point() and not before.meta["val"].is_floating_point():
         return t.emit(Call("to", torch.ops.aten._to_copy.default, ("self",), {"dtype": t.dtype}), source)
+    if value.is_floating_point() and torch.finfo(value.dtype).eps > torch.finfo(t.kind).eps:
+        raise t.refuse(t.name, f"to {value.dtype} has no rule: it rounds, and so jumps")
     if not value.is_floating_point():
         raise t.refuse(t.name, f"to {value.dtype} has no rule: it jumps, so it has no finite Lipschitz constant")
     return source

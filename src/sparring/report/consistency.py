@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 from scipy.special import bdtrc
 
+from ..proofs import refuse_refuted
 from .measures import NORMS, Collected, Measure, PerImage, common, parts, pretty, pretty_eps, rung
 from .records import NAIVE, Network, Record, Study, Who, arrays, attack_label
 
@@ -40,8 +41,9 @@ class Doubt:
 def doubts(study: Study, collected: Collected) -> list[Doubt]:
     """Return every contradiction between two attacks on the same network and images, in the plan's order.
 
-    Naive attacks are left out: they are made to be outdone.
+    Naive attacks are left out: they are made to be outdone. Raise UserError if an attack refutes a certificate.
     """
+    _refuse_refuted(study, collected)
     pixels = _pixels(study)
     attacked = [
         m
@@ -102,6 +104,27 @@ def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> float:
                 cheap, strong = collected[worst][who].at(images).top, held[who].at(images).top
                 most = max(most, float((cheap - np.minimum(cheap, strong)).mean()) if len(images) else 0.0)
     return most
+
+
+def _refuse_refuted(study: Study, collected: Collected) -> None:
+    """Hold every certified radius and exact distance against every attack in its norm; see `refuse_refuted`."""
+    proofs = [(m.norm, who, one) for m, held in collected.items() if m.role == "certified" for who, one in held.items()]
+    for network in study.networks:
+        for record in network.stage("exact"):
+            lower = arrays(record, "lower").get("lower", np.empty(0)).astype(float)
+            one = PerImage(np.arange(len(lower)), lower, np.ones(len(lower)))
+            proofs.append((str(record.inputs["norm"]), network.who, one))
+    for norm, who, proof in proofs:
+        for m, held in collected.items():
+            if (m.norm, m.split) != (norm, "test") or m.role not in ("budget", "distance-correct") or who not in held:
+                continue
+            images = common([proof.images, held[who].images])
+            one = held[who].at(images)
+            reached = np.where(one.top == 0, m.eps or np.inf, np.inf) if m.role == "budget" else one.found
+            named = f"{who[0]} at sparsity {who[1]:g}, seed {who[2]}, {m.attack}"
+            refuse_refuted(
+                proof.at(images).top, np.where(reached > 0, reached, np.inf), norm=norm, who=named, images=images
+            )
 
 
 def _between(

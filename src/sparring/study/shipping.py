@@ -17,6 +17,7 @@ from .. import attacks, bounds, deploy
 from ..data import as_float
 from ..errors import Unsupported
 from ..outputs import opened
+from ..proofs import refuse_refuted
 from ..threat import Threat, parse_norm
 from .executors import Outcome, Task
 from .judging import judged
@@ -97,9 +98,17 @@ def ship(context: Context, task: Task) -> Outcome:
             except Unsupported as reason:
                 flags.append({"name": "no-certificate", "detail": str(reason)})
                 break
+            _refuse_refuted(radius, tensors[f"stands_{name}"], norm, inputs["attack"])
             tensors[f"radius_{name}_{norm}_{method}"] = radius
             metrics[f"radius_{name}_{norm}_{method}"] = float(radius.mean())
     return Outcome(metrics, flags=flags, tensors=tensors)
+
+
+def _refuse_refuted(radius: Tensor, stands: Tensor, norm: str, attack: dict[str, Any]) -> None:
+    """Hold certificates against the attack, where that has the same norm and a budget; see `refuse_refuted`."""
+    if attack["norm"] == norm and attack["eps"] is not None:
+        reached = torch.where(stands[: len(radius)], torch.inf, attack["eps"])
+        refuse_refuted(radius, reached, norm=norm)
 
 
 def held_against(

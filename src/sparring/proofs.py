@@ -1,0 +1,35 @@
+"""Proofs against attacks: an adversarial example inside a certified ball ends whatever knows of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .errors import UserError
+
+__all__ = ["refuse_refuted"]
+
+# What float32 logits at the decision boundary may move a distance by.
+_RELATIVE, _ABSOLUTE = 1e-3, 1e-5
+
+
+def refuse_refuted(proved: Any, reached: Any, *, norm: str, who: str = "", images: Any = None) -> None:
+    """Raise UserError where an adversarial example is nearer than the distance that was proved, with both numbers.
+
+    proved, reached: arrays (N,), certified radii or lower bounds and the distances of adversarial examples in the same
+    norm, infinite or NaN where there is none. who: whose they are; images: the images' numbers (None: from 0).
+    """
+    radius, distance = (np.asarray(values, np.float64) for values in (proved, reached))
+    with np.errstate(invalid="ignore"):
+        refuted = np.flatnonzero(distance * (1 + _RELATIVE) + _ABSOLUTE < radius)
+    if not len(refuted):
+        return
+    worst = refuted[np.argmax(radius[refuted] - distance[refuted])]
+    number = int(worst) if images is None else int(np.asarray(images)[worst])
+    raise UserError(
+        f"{who}: " * bool(who) + f"image {number} is certified up to {norm} {radius[worst]:.4g}, and an adversarial "
+        f"example lies at {distance[worst]:.4g} ({len(refuted)} of {len(radius)} images are refuted so): what was "
+        "proved is of another network than what was attacked, and nothing of either is to be believed; "
+        "docs/theory.md says what a comparison of the two cannot see"
+    )

@@ -1,0 +1,436 @@
+"""The graph is the model, whatever it is written with; or it is refused with operation, layer and line."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+from sparring.errors import Unsupported, UserError
+from sparring.graph import Activation, Call, Conv2d, Graph, Linear, lower
+
+SHAPE = (2, 4, 4)
+Body = Callable[["Net", Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """A convolution, anything at all, and a linear layer on whatever comes out."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self.body = body
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.register_buffer("gate", torch.tensor([0.0, 1.0, 0.5, 2.0]).view(4, 1, 1))
+        self.row = nn.Parameter(torch.linspace(-1, 1, 4))
+        with torch.no_grad():
+            self.head = nn.Linear(self.features(torch.rand(3, *SHAPE)).shape[1], 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(self, self.conv(x)).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def build(body: Body) -> Net:
+    torch.manual_seed(0)
+    return Net(body).eval()
+
+
+def agree(graph: Callable[[Tensor], Tensor], model: nn.Module, count: int = 7) -> None:
+    """Compare on other images than those on which `lower` compared, one alone and many together."""
+    x = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(5))
+    for part in (x, x[:1]):
+        with torch.no_grad():
+            torch.testing.assert_close(graph(part).float(), model(part), rtol=1e-4, atol=1e-4)
+
+
+def in_place_before_shortcut(net: Net, h: Tensor) -> Tensor:
+    out = 2 * net.relu(h)
+    out += h
+    return out
+
+
+def second_name(net: Net, h: Tensor) -> Tensor:
+    y = h
+    y += 1.0
+    return h.relu() + y
+
+
+def view_written(net: Net, h: Tensor) -> Tensor:
+    h[:, 0] = 0.5
+    h[:, 1:3].mul_(-2)
+    h.flatten(2)[:, 3, ::2] += 1
+    return h.relu()
+
+
+def without_gradients(net: Net, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = torch.sigmoid(net.row).view(4, 1, 1)
+    return h * gate + h.detach()
+
+
+COMPUTED: dict[str, Body] = {
+    "in-place ReLU before a shortcut": in_place_before_shortcut,
+    "functional in-place ReLU": lambda net, h: F.relu(h, inplace=True) + h,
+    "method in-place ReLU": lambda net, h: h.relu_() + h,
+    "augmented assignment to a second name": second_name,
+    "views written to": view_written,
+    "one tensor used twice": lambda net, h: h.relu() + F.avg_pool2d(h, 3, 1, 1),
+    "one module used twice": lambda net, h: net.relu(net.relu(h - 0.5) * 2 - 1),
+    "dropout that is off": lambda net, h: F.dropout(h, 0.5, net.training),
+    "no_grad inside": without_gradients,
+    "Python constants": lambda net, h: (1 - (h - 0.5) / 0.5) / 10 + 2,
+    "a constant per channel": lambda net, h: h * net.gate + net.gate,
+    "a constant per column": lambda net, h: h + net.row,
+    "a constant per row": lambda net, h: h * net.row.view(4, 1),
+    "a constant per pixel": lambda net, h: net.row.view(4, 1) - h * torch.outer(net.row, net.row),
+    "a constant that widens": lambda net, h: h[:, :1] + net.gate,
+    "alpha": lambda net, h: torch.add(h, h.relu(), alpha=2) - torch.sub(h, 1, alpha=3),
+    "rsub": lambda net, h: torch.rsub(h, 1, alpha=2),
+    "divisor_override": lambda net, h: F.avg_pool2d(h, 2, divisor_override=3),
+    "count_include_pad": lambda net, h: F.avg_pool2d(h, 3, 1, 1, count_include_pad=False),
+    "padded average": lambda net, h: F.avg_pool2d(h, 3, 2, 1, ceil_mode=True),
+    "max pooling's keywords": lambda net, h: F.max_pool2d(h, 2, stride=1, padding=1, dilation=2, ceil_mode=True),
+    "pooling with indices": lambda net, h: F.max_pool2d(h, 2, return_indices=True)[0],
+    "uneven adaptive pooling": lambda net, h: F.adaptive_avg_pool2d(h, 3),
+    "mean over positions": lambda net, h: h.mean((2, 3)),
+    "mean over channels": lambda net, h: h.mean(1, keepdim=True),
+    "keywords of linear algebra": lambda net, h: torch.addmm(net.row, h.mean(3).flatten(1), torch.ones(16, 4), beta=2),
+    "matrix product with a constant": lambda net, h: h @ torch.outer(net.row, net.row),
+    "linear over columns": lambda net, h: F.linear(h, torch.outer(net.row, net.row), net.row),
+    "flatten from the middle": lambda net, h: F.linear(h.flatten(2), torch.ones(2, 16)),
+    "len of the batch": lambda net, h: h.view(len(h), -1),
+    "size of the batch": lambda net, h: h.reshape(h.size(0), 2, -1).transpose(1, 2),
+    "a token for each image": lambda net, h: torch.cat([net.row.expand(len(h), 1, -1), h.flatten(1, 2)], 1),
+    "parts and together": lambda net, h: torch.cat([p.relu() for p in h.chunk(2, 1)] + [h[:, [3, 0]]], 1),
+    "stack and unbind": lambda net, h: torch.stack(h.unbind(1)[::-1], 2),
+    "squeeze and excite": lambda net, h: h * torch.sigmoid(h.mean((2, 3), keepdim=True)),
+    "attention": lambda net, h: F.scaled_dot_product_attention(h, h + 1, h.relu()),
+    "softmax by hand": lambda net, h: h.exp() / h.exp().sum(1, keepdim=True),
+    "normalised rows": lambda net, h: F.layer_norm(h, (4,), net.row) + F.group_norm(h, 2),
+    "where and masks": lambda net, h: torch.where(h > 0, h, 0.1 * h) * (h < 1),
+    "clamps": lambda net, h: F.relu6(3 * h) + h.clamp(min=0) + F.leaky_relu(h, 0.2) + F.hardtanh(h),
+    "smooth": lambda net, h: F.silu(h) + F.gelu(h, approximate="tanh") + h.tanh() + F.softplus(h, beta=2),
+    "interpolated": lambda net, h: F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=True),
+    "padded by reflection": lambda net, h: F.pad(h, (1, 1, 1, 1), mode="reflect"),
+    "convolution with same": lambda net, h: F.conv2d(h, torch.ones(4, 1, 3, 3), padding="same", groups=4),
+    "transposed convolution": lambda net, h: F.conv_transpose2d(h, torch.ones(4, 2, 2, 2), stride=2),
+    "functional batch norm": lambda net, h: F.batch_norm(h, net.row, net.row.square() + 1, net.row, net.row),
+    "weights computed": lambda net, h: F.conv2d(h, net.conv.weight.flip(0).repeat(1, 2, 1, 1).softmax(0)),
+    "assertions and sizes": lambda net, h: (torch._assert(h.ndim == 4, "images"), h / h.shape[1])[1],
+}
+
+
+@pytest.mark.parametrize("name", list(COMPUTED))
+def test_what_torch_computes_is_read(name: str) -> None:
+    model = build(COMPUTED[name])
+    graph = lower(model, SHAPE, dtype=torch.float64)
+    agree(lambda x: graph(x.double()), model)
+
+
+REFUSED: dict[str, tuple[Body, str]] = {
+    "functional dropout left on": (lambda net, h: F.dropout(h), "dropout.* draws at random"),
+    "noise": (lambda net, h: h + 0.1 * torch.randn(1), "'randn'.* draws at random"),
+    "noise in the tensor's shape": (lambda net, h: h + 0.1 * torch.rand_like(h), "'rand_like'.* draws at random"),
+    "noise by numpy": (lambda net, h: h * float(torch.empty(1).uniform_()), "(asked twice|Python number|at random)"),
+    "the mean of the batch": (lambda net, h: h - h.mean(0), "'mean'.* axis of the images"),
+    "the norm of all": (lambda net, h: h / h.norm(), "axis of the images"),
+    "batch statistics": (lambda net, h: F.batch_norm(h, None, None, training=True), "normalises by the batch"),
+    "softmax over images": (lambda net, h: h.flatten(1).softmax(0), "'softmax'.* axis of the images"),
+    "images rolled": (lambda net, h: h.roll(1, 0), "'roll'.* axis of the images"),
+    "the number of images": (lambda net, h: h * h.shape[0], "images"),
+    "its length": (lambda net, h: h / len(h), "depend on the images beside it"),
+    "values that broadcast over images": (lambda net, h: (h.mean((2, 3)) + h[:, :1, 0]).mean(1), "axis"),
+    "rounding": (lambda net, h: torch.div(h, 0.1, rounding_mode="floor"), "'div'.*rounding_mode=floor"),
+    "steps": (lambda net, h: torch.round(4 * h), "'round'.* it jumps"),
+    "whole numbers": (lambda net, h: (4 * h).int() / 4, "it jumps"),
+    "half precision within": (lambda net, h: h.half().float(), "it rounds, and so jumps"),
+    "a branch on values": (lambda net, h: h if h.sum() > 0 else -h, "branches on a value"),
+    "out through numpy": (lambda net, h: h * torch.from_numpy(h.detach().numpy()), "cannot be lowered"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_is_no_function_of_one_image_is_refused_by_name(name: str) -> None:
+    body, message = REFUSED[name]
+    with pytest.raises(Unsupported, match=message):
+        lower(build(body), SHAPE)
+
+
+def test_a_refusal_names_layer_line_and_way_out() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x)  # left on
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3), Noisy())
+    with pytest.raises(Unsupported, match=r"layer '2', test_kinds\.py:\d+: return F\.dropout\(x\).*self\.training"):
+        lower(model, SHAPE)
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+
+
+def hooked(place: str) -> nn.Module:
+    model = plain()
+    if place == "root before":
+        model.register_forward_pre_hook(lambda module, given: ((given[0] - 0.5) / 0.1,))
+    elif place == "root after":
+        model.register_forward_hook(lambda module, given, output: output[:, [1, 2, 0]])
+    elif place == "gate":
+        model[2].register_forward_hook(lambda module, given, output: output * torch.tensor([0.0, 1, 1, 0, 1, 2]))
+    elif place == "clip":
+        model[1].register_forward_hook(lambda module, given, output: output.clamp(-0.2, 0.2))
+    elif place == "forward of a layer":
+        model[1].forward = types.MethodType(lambda layer, x: F.linear(x, layer.weight * 4, layer.bias), model[1])
+    elif place == "forward of the model":
+        inner = model.forward
+        model.forward = lambda x: inner(1 - x)
+    return model
+
+
+@pytest.mark.parametrize(
+    "place", ["root before", "root after", "gate", "clip", "forward of a layer", "forward of the model"]
+)
+def test_hooks_and_replaced_forwards_count(place: str) -> None:
+    model = hooked(place)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    agree(lower(model, SHAPE), model)
+    assert not torch.allclose(model(x := torch.rand(4, *SHAPE)), plain()(x), atol=1e-3)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_global_hooks_count() -> None:
+    model = plain()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, given, output: 2 * output if isinstance(module, nn.ReLU) else None
+    )
+    try:
+        agree(lower(model, SHAPE), model)
+    finally:
+        handle.remove()
+    with pytest.raises(AssertionError):
+        agree(lower(model, SHAPE), hooked("gate"))
+
+
+class Standardised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+def test_subclasses_and_parametrisations_are_what_they_compute() -> None:
+    torch.manual_seed(0)
+    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+    pruned = nn.Linear(6, 6)
+    prune.random_unstructured(pruned, "weight", 0.5)
+    model = nn.Sequential(nn.Flatten(), Standardised(32, 6), nn.ReLU(), pruned, nn.ReLU(), parametrised).eval()
+    graph = lower(model, SHAPE)
+    agree(graph, model)
+    # No parameter "weight" stands behind a weight that is computed.
+    assert [node.op.name for node in graph.nodes if isinstance(node.op, Linear)] == ["", "", ""]
+
+
+def test_parameters_keep_their_names_and_are_shared() -> None:
+    model = build(lambda net, h: h.relu())
+    found = {node.op.name: node.op for node in lower(model, SHAPE).nodes if isinstance(node.op, Linear | Conv2d)}
+    assert set(found) == {"conv", "head"}
+    assert all(op.weight is model.get_submodule(name).weight for name, op in found.items())
+    assert all(not op.weight.requires_grad for op in _weights(lower(model, SHAPE, dtype=torch.float64)))
+
+
+def _weights(graph: Graph) -> list[Linear | Conv2d]:
+    return [node.op for node in graph.nodes if isinstance(node.op, Linear | Conv2d)]
+
+
+class Counting(nn.Module):
+    """Batch norm frozen inside a training model, a counting buffer, and a stochastic, declared activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+        self.norm.eval()
+        self.head = nn.Linear(32, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.head(self.norm(x).flatten(1))
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    model = Counting()
+    model.head.bias.requires_grad_(False)
+    model.head.register_forward_hook(lambda *args: None)
+    modes = [module.training for module in model.modules()]
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    lower(model, SHAPE)
+    assert [module.training for module in model.modules()] == modes == [True, False, True]
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
+    assert len(model.head._forward_hooks) == 1 and "forward" not in vars(model.head)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Recent(nn.Module):
+    """Subtract the mean of the last batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = x - self.last
+        self.last = x.mean()
+        return shifted.flatten(1)[:, :3]
+
+
+class Modal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :3] * (2 if torch.is_grad_enabled() else 1)
+
+
+class Squeezed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1, :1, :3].squeeze().sum(1, keepdim=True).expand(-1, 3)
+
+
+class Rank(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Recent(), "asked twice"),
+        (Modal(), "when gradients are asked for"),
+        (Rank(), "logits"),
+        (Squeezed(), "fails on one image alone"),
+    ],
+    ids=["remembers", "looks at the mode", "no logits", "squeezes"],
+)
+def test_what_answers_otherwise_is_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises((Unsupported, UserError), match=message):
+        lower(model, SHAPE)
+    assert not isinstance(model, Recent) or float(model.last) == 0
+
+
+class Branchy(nn.Module):
+    """Another network on one half of the images, decided where torch cannot see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1 if torch.compiler.is_exporting() else 2
+        return self.second(self.first(x.flatten(1)) * scale)
+
+
+def test_a_graph_that_differs_is_refused_with_the_first_layer() -> None:
+    with pytest.raises(Unsupported, match=r"differ by .* of the largest, first in .*layer 'second'"):
+        lower(Branchy(), SHAPE)
+
+
+def test_the_images_at_hand_are_compared_too() -> None:
+    class Rare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rare = (x.flatten(1) == 0.25).all(1, keepdim=True)
+            return self.head(x.flatten(1)) + (0 if torch.compiler.is_exporting() else rare)
+
+    model = Rare()
+    lower(model, SHAPE)
+    with pytest.raises(Unsupported, match="differ"):
+        lower(model, SHAPE, images=torch.full((3, *SHAPE), 0.25))
+
+
+class Half(nn.Module):
+    """A declared activation, stochastic by the protocol."""
+
+    straight_through = False
+    masks_gradients = True
+
+    def __init__(self, *, stochastic: bool) -> None:
+        super().__init__()
+        self.stochastic, self.generator = stochastic, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.rand(x.shape, generator=self.generator) > 0.5 if self.stochastic else x > 0.1
+        return x * kept
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_activation_modules_stay_whole_on_both_roads(stochastic: bool, wrapped: bool) -> None:
+    model: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(32, 6), Half(stochastic=stochastic), nn.Linear(6, 3))
+    if wrapped:
+        model = build_wrapped(model)
+    names = [node.op.name for node in lower(model, SHAPE).nodes if isinstance(node.op, Activation)]
+    assert names == ["inner.2" if wrapped else "2"]
+    half = next(module for module in model.modules() if isinstance(module, Half))
+    assert "forward" not in vars(half) and half.generator is None
+
+
+def build_wrapped(inner: nn.Module) -> nn.Module:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    return Wrapped()
+
+
+class Rows(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rows, self.head = kind(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rows(x[:, 0])[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_one_operation(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model = Rows(kind)
+    graph = lower(model, SHAPE)
+    agree(graph, model)
+    assert sum(isinstance(node.op, Call) and "dim" not in node.op.options for node in graph.nodes) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_models_of_other_precisions_are_lowered_in_theirs(dtype: torch.dtype) -> None:
+    model = build(lambda net, h: (h - 0.5) / 0.5).to(dtype)
+    assert lower(model, SHAPE)(torch.rand(2, *SHAPE, dtype=dtype)).dtype == dtype
+
+
+def test_a_plain_stack_needs_no_export_and_gives_the_same_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    stack = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    ).eval()
+    slow = lower(build_wrapped(stack), SHAPE)
+    monkeypatch.setattr("torch.export.export", None)
+    fast = lower(stack, SHAPE)
+    assert [type(node.op) for node in fast.nodes] == [type(node.op) for node in slow.nodes][:-1]
+    x = torch.rand(3, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(2 * fast(x), slow(x))
+    with pytest.raises(Unsupported, match="not a plain stack"):
+        lower(build_wrapped(stack), SHAPE, plain=True)
