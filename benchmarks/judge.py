@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sparring import bounds
-from sparring.bounds import certificates, network
+from sparring.bounds import certificates
 from sparring.errors import UserError
-from sparring.graph import Graph
+from sparring.graph import Graph, export
 
-__all__ = ["certificates_refuted", "differences", "sample"]
+__all__ = ["captured_once", "certificates_refuted", "differences", "sample"]
 
 _TOLERANCE = 1e-4  # of the largest logit: float32 keeps 1e-6 of it in networks of ten layers, a bfloat16 step is 4e-3
 _SHARE = 0.01  # of the inputs on which rounding may decide which side of a jump is taken
@@ -112,21 +112,28 @@ def _changed(model: nn.Module, fresh: nn.Module) -> Iterator[str]:
 
 
 @contextmanager
-def _lowered_once() -> Iterator[None]:
-    """Have `bounds.radius` lower a model once for all norms and methods: it takes most of the time."""
-    known: dict[tuple[Any, ...], Graph] = {}
+def captured_once() -> Iterator[None]:
+    """Have torch.export capture a model once for all graphs of it, which takes most of the time, and bounds lower once.
 
-    def once(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Graph:
-        key = (id(model), shape)
-        if key not in known:
-            known[key] = network.prepare(model, shape, **options)
-        return known[key]
+    Everything else runs each time: the rules, and the comparison with the model.
+    """
+    capture, programs = export._capture, dict[int, tuple[nn.Module, Any]]()
+    prepare, graphs = certificates.prepare, dict[int, tuple[nn.Module, Graph]]()
 
-    with mock.patch.object(certificates, "prepare", once):
+    def capture_once(model: nn.Module, example: Tensor) -> Any:
+        if id(model) not in programs:
+            programs[id(model)] = (model, capture(model, example))
+        return programs[id(model)][1]
+
+    def prepare_once(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Graph:
+        if id(model) not in graphs:
+            graphs[id(model)] = (model, prepare(model, shape, **options))
+        return graphs[id(model)][1]
+
+    with mock.patch.object(export, "_capture", capture_once), mock.patch.object(certificates, "prepare", prepare_once):
         yield
 
 
-@_lowered_once()
 def certificates_refuted(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[str], int]:
     """Name certified radii inside which the model gives another label, and count the radii above zero."""
     pool = sample(shape)

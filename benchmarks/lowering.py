@@ -32,7 +32,7 @@ from functools import partial
 
 import torch
 
-from judge import certificates_refuted, differences
+from judge import captured_once, certificates_refuted, differences
 from planted import FAULTS, planted
 from random_models import RandomModel, build, draft_model
 from random_oddities import ENDINGS, ODD
@@ -103,7 +103,7 @@ def examine(seed: int, index: int, plant: str | None = None) -> Finding:
     torch.set_num_threads(1)
     drawing = drawn(seed, index)
     start = time.process_time()
-    with warnings.catch_warnings(), planted(plant):
+    with warnings.catch_warnings(), planted(plant), captured_once():
         warnings.simplefilter("ignore")
         outcome, detail, certified = judged(drawing)
     return Finding(index, drawing.steps, outcome, detail, certified, time.process_time() - start)
