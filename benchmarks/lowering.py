@@ -34,14 +34,16 @@ import torch
 
 from judge import captured_once, certificates_refuted, differences
 from planted import FAULTS, planted
+from random_lowered import LOWERED
 from random_models import RandomModel, build, draft_model
 from random_oddities import ENDINGS, ODD
-from random_steps import SUPPORTED
+from random_steps import BOUNDED
 from sparring import graph
 from sparring.errors import UserError
 
 OUTCOMES = ("equal", "refused", "different", "unsound", "crashed")
 FAILURES = ("different", "unsound", "crashed")
+SUPPORTED = BOUNDED | LOWERED  # named in docs/graph.md, which a test compares
 SHARE = 0.3  # of all models, those that hold something that has no rule or is no function of one image
 _PER_PROCESS = 250  # models, after which a worker is replaced: torch.export keeps some memory of every one
 
@@ -95,7 +97,7 @@ def examine_all(models: int, seed: int, workers: int, plant: str | None = None) 
 
 
 def drawn(seed: int, index: int) -> RandomModel:
-    return draft_model(seed, index, SUPPORTED, ODD, ENDINGS, SHARE)
+    return draft_model(seed, index, SUPPORTED, ODD, ENDINGS, share=SHARE, rare=LOWERED)
 
 
 def examine(seed: int, index: int, plant: str | None = None) -> Finding:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import linecache
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 """
+HEAD = "h = self.head(h)"
 _LARGEST = 48  # values of one image inside a network
 
 
@@ -42,6 +43,7 @@ class RandomModel:
 
 
 Form = str | Callable[["Draft"], str]  # the text of a step, or what writes it
+Steps = Mapping[str, tuple[Form, ...]]
 
 
 @dataclass
@@ -159,6 +161,7 @@ class Draft:
             found = run(self.source("return h"), self.image)
             sound = found.dim() in (2, 3, 4) and len(found) == 3 and 0 < found[0].numel() <= _LARGEST
             sound = sound and bool(found.isfinite().all())
+            sound = sound and (found.dtype == torch.float32 or HEAD in self.body)
         except Exception:  # whatever the text raises: it does not fit what stands before it
             sound = False
         if sound:
@@ -219,12 +222,14 @@ def build(model: RandomModel) -> nn.Module:
 def draft_model(
     seed: int,
     index: int,
-    common: dict[str, tuple[Form, ...]],
-    odd: dict[str, tuple[Form, ...]],
-    endings: dict[str, tuple[Form, ...]],
+    common: Steps,
+    odd: Steps,
+    endings: Steps,
+    *,
     share: float,
+    rare: Collection[str] = (),
 ) -> RandomModel:
-    """Draw a model: `common` steps, `share` of all models with an `odd` one, a head, and perhaps an ending."""
+    """Draw a model: `common` steps, `rare` ones less often, a head, and endings; a `share` holds an `odd` step."""
     draw = random.Random(f"{seed}-{index}")
     shape = draw.choice(SHAPES)
     draft = Draft(draw, shape, shape)
@@ -234,6 +239,7 @@ def draft_model(
     for table in tables:
         # Convolutions and pools fit only images, and flattening ends those: even the odds.
         odds = [3 if "pool" in label or "2d" in label else 0.3 if label == "flatten" else 1 for label in table]
+        odds = [each * (0.4 if label in rare else 1) for each, label in zip(odds, table, strict=True)]
         for _ in range(40):
             (label,) = draw.choices(list(table), odds)
             if draft.add(label, draw.choice(table[label])):
@@ -243,7 +249,7 @@ def draft_model(
         if len(draft.shape) > 1:
             draft.add("flatten", "h = h.flatten(1)")
     draft.init.append(f"self.head = nn.Linear({draft.last}, {draw.randint(2, 4)})")
-    draft.add("linear", "h = self.head(h)")
+    draft.add("linear", HEAD)
     while draw.random() < 0.25:
         label = draw.choice(list(endings))
         if draft.add(label, draw.choice(endings[label])) and len(draft.shape) > 1:

@@ -1,4 +1,4 @@
-"""The steps of random models that have a rule in the graph, each in the ways that people write it."""
+"""The steps of random models that have a rule in the graph and in the bounds, each in the ways that people write it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from random_models import Draft, Form
 
-__all__ = ["SUPPORTED", "hooked", "late", "rooted", "same"]
+__all__ = ["BOUNDED", "hooked", "late", "rooted", "same"]
 
 
 def _convolution(d: Draft) -> str:
@@ -96,8 +96,7 @@ def same(d: Draft) -> str:
     return d.layer(f"nn.Linear({d.last}, {d.last})")
 
 
-# What has a rule in the graph. The names stand in docs/graph.md and in the benchmark's output.
-SUPPORTED: dict[str, tuple[Form, ...]] = {
+BOUNDED: dict[str, tuple[Form, ...]] = {
     "linear": (
         lambda d: f"h = {d.linear()}(h)",
         lambda d: f"h = {d.linear()}(input=h)",
