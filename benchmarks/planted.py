@@ -40,9 +40,13 @@ class _Misread(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault: of how calls are read, of which model is lowered, or of the graph that comes of it."""
+    """A fault: of how calls are read, of which model is lowered, or of the graph or the radius that comes of it.
+
+    `shown_by` is a pattern for the source of the models that can show it.
+    """
 
     means: str
+    shown_by: str
     call: Call | None = None
     model: Callable[[nn.Module], nn.Module] | None = None
     graph: Callable[[Graph], Graph] | None = None
@@ -162,16 +166,26 @@ def _one_way(node: Node) -> Node:
 
 
 FAULTS = {
-    "alpha": Fault("alpha= of add and sub is not read", call=_without("alpha")),
-    "divisor": Fault("divisor_override= of average pooling is not read", call=_no_divisor),
-    "activation": Fault("an in-place ReLU leaves its input as it was", call=_not_in_place),
-    "write": Fault("in-place arithmetic is lost on other names of the tensor", call=_written_at_once),
-    "dropout": Fault("dropout that is on is dropped", call=_no_dropout),
-    "noise": Fault("noise is taken for a constant", call=_no_noise),
-    "batch": Fault("a mean over the batch is taken for a constant", call=_no_batch),
-    "hooks": Fault("hooks are not run", model=_no_hooks),
-    "forward": Fault("a forward() that was replaced on an instance is not run", model=_no_own_forward),
-    "broadcast": Fault("a constant is laid along the axis in the wrong order", graph=_each(_along_the_last_axis)),
-    "shortcut": Fault("both sides of a sum are its first input", graph=_each(_one_way)),
-    "radius": Fault("certified radii are half as large again", radius=1.5),
+    "alpha": Fault("alpha= of add and sub is not read", r"alpha=", call=_without("alpha")),
+    "divisor": Fault(
+        "divisor_override= of average pooling is not read", r"divisor_override|False, True, 2", call=_no_divisor
+    ),
+    "activation": Fault(
+        "an in-place ReLU leaves its input as it was", r"inplace=True|relu_|clamp_", call=_not_in_place
+    ),
+    "write": Fault(
+        "in-place arithmetic is lost on other names of the tensor", r"\+= |mul_|add_|sub_", call=_written_at_once
+    ),
+    "dropout": Fault("dropout that is on is dropped", r"F.dropout\(h(, 0\.\d)?\)|p=0.5, tr", call=_no_dropout),
+    "noise": Fault(
+        "noise is taken for a constant", r"randn_like\(h|randn\(1|torch.rand\(h|normal\(0|bernoulli\(", call=_no_noise
+    ),
+    "batch": Fault("a mean over the batch is taken for a constant", r"(mean|amax)\((dim=)?0", call=_no_batch),
+    "hooks": Fault("hooks are not run", r"register_forward", model=_no_hooks),
+    "forward": Fault("a forward() that was replaced on an instance is not run", r"\.forward = ", model=_no_own_forward),
+    "broadcast": Fault(
+        "a constant is laid along the axis in the wrong order", r"BatchNorm", graph=_each(_along_the_last_axis)
+    ),
+    "shortcut": Fault("both sides of a sum are its first input", r"\+ g", graph=_each(_one_way)),
+    "radius": Fault("certified radii are half as large again", r"nn.Linear", radius=1.5),
 }

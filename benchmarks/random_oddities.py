@@ -8,6 +8,16 @@ from random_steps import late, rooted, same
 __all__ = ["ENDINGS", "ODD"]
 
 
+def _wide(d: Draft) -> str:
+    """Return the text of a batch of matrices that fits h as a column."""
+    return f"{d.parameter(1, 1, 2)}.expand(len(h), h[0].numel(), 2)"
+
+
+def _tokens(d: Draft) -> str:
+    """Return the text of a query, keys and values."""
+    return f"[h.flatten(1)[:, :, None].expand(-1, -1, {d.last})] * 3"
+
+
 # What has no rule, or is no function of one image alone: it may be refused, and must never be misread.
 ODD: dict[str, tuple[Form, ...]] = {
     "jump": (
@@ -88,12 +98,8 @@ ODD: dict[str, tuple[Form, ...]] = {
         "h = h + (0 if torch.compiler.is_exporting() else 1)",
     ),
     "without a rule": (
-        lambda d: (
-            f"h = torch.baddbmm({d.parameter(1, 1, 2)}, h.flatten(1)[:, None], {d.parameter(1, 1, 2)}.expand(len(h), h[0].numel(), 2), beta=2)"
-        ),
-        lambda d: (
-            f"h = {d.layer(f'nn.MultiheadAttention({d.last}, 1, batch_first=True)')}(*[h.flatten(1)[:, :, None].expand(-1, -1, {d.last})] * 3)[0]"
-        ),
+        lambda d: f"h = torch.baddbmm({d.parameter(1, 1, 2)}, h.flatten(1)[:, None], {_wide(d)}, beta=2)",
+        lambda d: f"h = {d.layer(f'nn.MultiheadAttention({d.last}, 1, batch_first=True)')}(*{_tokens(d)})[0]",
         "h = F.lp_pool2d(h, 2, 2)",
         lambda d: f"h = {d.layer(f'nn.GRU({d.last}, 3)')}(h.flatten(1).view(1, len(h), -1))[0][0]",
         lambda d: f"h = torch.einsum('n...i,io->n...o', h, {d.parameter(d.last, 3)})",
