@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -82,7 +83,11 @@ def at_choice(
         findings, result, text, expects, one, test, sparse, curve=choice.curve, choices=choice.choices, primary=primary,
         origin=origin,
     )  # fmt: skip
-    return replace(question, failed=result.failures(chosen))
+    question = replace(question, failed=result.failures(chosen))
+    if not result.gains.dropped:
+        return question
+    gone = "whether it is so at the sparsities that the plan dropped"
+    return replace(question, p_small=math.nan, p_against=math.nan, unknown=gone)
 
 
 def at_sparsity(

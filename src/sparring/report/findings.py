@@ -249,8 +249,8 @@ def paired(
 class Choice:
     """Hold the sparsities at which a gain is asked for, one a seed, the gain there, and how they were chosen.
 
-    `curve` are the gains at every sparsity that could have been chosen; `choices` counts them where the choice was made
-    on the images of the test, else it is 1.
+    `curve` are the gains at every sparsity that could have been chosen; `choices` counts them, and those that the plan
+    dropped, where the choice was made on the images of the test, else it is 1.
     """
 
     sparsities: tuple[float, ...]
@@ -279,7 +279,9 @@ def choose(
             return Choice(found[0], found[1].priced(findings.study.looks.price), effects, 1)
     best = max(every, key=lambda s: by.gains.effects[by.sparsities.index(s)].estimate)
     wide = simultaneous(result.gains, generator=np.random.default_rng(DRAWS_SEED))
-    return Choice((best,) * len(result.seeds), wide[result.sparsities.index(best)], effects, len(every))
+    return Choice(
+        (best,) * len(result.seeds), wide[result.sparsities.index(best)], effects, len(every) + result.gains.dropped
+    )
 
 
 def validation_twin(findings: Findings, result: Result) -> Result | None:
