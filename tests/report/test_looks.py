@@ -1,6 +1,7 @@
 """A study's looks: counted, paid for, told; what a plan drops stays among the tests, and registration is seen."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -27,6 +28,7 @@ def plan(**changes):
         "finetune": {"epochs": 1},
         "pruning": [{"label": "magnitude"}],
         "attacks": ATTACKS,
+        "margins": {"accuracy": 0.9},  # every sparsity counts as appropriate
         "shard": 40,
         "batch_size": 10,
     }
@@ -97,6 +99,10 @@ def test_a_dropped_sparsity_and_a_dropped_test_still_count(told, tmp_path, few_d
     assert one.p == pytest.approx(min(1.0, look_price(4) * alone.p))
     gone = dropped_tests(study, report.claims.claims(found))
     assert len(gone) >= 2, "of PGD and of the worst case nothing is asked any more"
+    gains = [q for q in report.claims.claims(found) if "gain" in q.claim.text and q.effect is not None]
+    assert gains and all(math.isnan(q.p_small) and math.isnan(q.p_against) for q in gains), (
+        "what is not so at a sparsity that was dropped cannot be known any more"
+    )
 
 
 def test_records_tell_of_sparsities_that_no_report_was_made_of(tmp_path, few_digits):
