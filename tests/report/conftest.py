@@ -93,7 +93,7 @@ class Maker:
     def extras(self, seed, method, sparsity):
         """Write records that only larger studies have: a certificate, a deployment, a transfer; return their keys."""
         who = {"seed": seed, "method": method, "sparsity": sparsity}
-        radius = {"radius": self.rng.random(20).astype(np.float32)}
+        radius = {"radius": (0.1 * self.rng.random(20)).astype(np.float32)}
         certified = who | {"norm": "l2", "method": "crown", "images": 20, "eps": []}
         flags = [{"name": "zero-gradient", "detail": "40% of gradients vanish"}]
         times = {"latency": 1e-5 * (1.1 - sparsity), "latency_torch": 3e-5}
@@ -101,7 +101,7 @@ class Maker:
         margin = constant * (0.2 + 0.1 * sparsity + 0.01 * self.rng.random(20))
         right = np.ones(20, dtype=bool)
         proved = {"margin": margin, "lipschitz": constant, "ratio": margin / constant, "clean_correct": right}
-        far = 1 + self.rng.random(5)
+        far = 0.1 * (1 + self.rng.random(5))
         searched = {"lower": far, "upper": far, "attack": 1.1 * far, "solved": right[:5], "clean_correct": right[:5]}
         moved = who | {"split": "test", "start": 0, "stop": 20, "attack": {"name": "pgd", "norm": "linf", "eps": 0.1}}
         most = {"clean_correct": right, "success": np.arange(20) < 18}

@@ -1,8 +1,11 @@
 """Where a claim is asked: fixed by accuracy before robustness is seen, and never where its own networks chose it."""
 
+import json
+
 import numpy as np
 import pytest
 
+from sparring import report
 from sparring.report.asking import places
 from sparring.report.claims import claims, ledger
 from sparring.report.consistency import suspicion
@@ -126,3 +129,20 @@ def test_a_stronger_ensemble_on_one_seed_undoes_what_cheap_attacks_say(make_stud
     assert "standard leaves" in suspicion(study, collected, (), worst, whos)
     assert suspicion(study, collected, (), worst, {("gradual", 0.9, 1)}) == ""
     assert suspicion(study, collected, (), FGSM, whos) == ""
+
+
+def test_nonlinear_networks_are_held_against_linear_ones_where_two_studies_share_their_images(make_study):
+    folders = [make_study(seeds=3, images=100, name=name) for name in ("curved", "straight", "elsewhere")]
+    for folder, model, data in zip(folders, ("lenet-300-100", "linear", "linear"), ("a", "a", "b"), strict=True):
+        plan = json.loads((folder / "plan.json").read_text())
+        plan["plan"]["model"] = {"name": model}
+        (folder / "plan.json").write_text(json.dumps(plan))
+        for path in (folder / "records").glob("*.json"):
+            record = json.loads(path.read_text())
+            if record["stage"] == "measure":
+                record["inputs"]["data"] = data
+                path.write_text(json.dumps(record))
+    rows = [row for row in report.merge_ledgers(folders) if "than linear ones" in row.claim.text]
+    assert [row.study for row in rows] == ["curved and straight"]
+    assert rows[0].claim.log and rows[0].effect.estimate == pytest.approx(0.0), "the same made-up networks twice"
+    assert report.merge_ledgers(folders[:1] + folders[2:])[-1].study == "elsewhere"

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..files import write_atomic, write_json
 from ..statistics import Question, Row, judge, reread
 from . import figures, tables, words
+from .across import across
 from .claims import claims, ledger
 from .comparisons import comparisons
 from .findings import Findings, find
@@ -20,7 +21,7 @@ from .linear_claims import linear_claims, linear_ledger
 from .linear_figures import linear_pictures
 from .linear_page import linear_csv, linear_headline, render_linear
 from .linear_study import LinearStudy, is_linear, read_linear
-from .looks import note_look, open_study
+from .looks import dropped_tests, note_look, open_study
 from .page import render, summary_html
 from .panels import Drawn, Picture, curve_panels, density_pictures, overview_picture
 
@@ -119,20 +120,32 @@ def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = No
     again among the others, but for those of a study of the same name as one in `outs`, which takes their place. Raises
     as `write` does, and UserError when `earlier` is no such file.
     """
-    fresh = [named for out in outs for named in _claims_of(out)]
+    found = [_judged(out) for out in outs]
+    fresh = [named for one in found for named in _claims_of(one)]
+    fresh += across([one for one in found if isinstance(one, Findings)])
     old = [] if earlier is None else _read_ledger(Path(earlier))
     places = list(dict.fromkeys(name for name, _ in [*old, *fresh]))
     names = {name for name, _ in fresh}
     asked = sorted([named for named in old if named[0] not in names] + fresh, key=lambda named: places.index(named[0]))
-    merged = judge([one for _, one in asked], study="")
-    alone = [row for place in places for row in judge([one for name, one in asked if name == place], study=place)]
+    dropped = {_name_of(one): dropped_tests(one.study, [q for _, q in _claims_of(one)]) for one in found}
+    merged = judge(
+        [one for _, one in asked], study="", dropped=[primary for part in dropped.values() for primary in part]
+    )
+    alone = [
+        row
+        for place in places
+        for row in judge([q for name, q in asked if name == place], study=place, dropped=dropped.get(place, ()))
+    ]
     return [replace(row, merged=(among.verdict, among.decisive)) for row, among in zip(alone, merged, strict=True)]
 
 
-def _claims_of(out: Path | str) -> list[Named]:
-    found = _judged(out)
+def _name_of(found: Findings | LinearStudy) -> str:
+    return str(found.study.plan.get("name") or "study")
+
+
+def _claims_of(found: Findings | LinearStudy) -> list[Named]:
     asked = linear_claims(found) if isinstance(found, LinearStudy) else claims(found)
-    return [(str(found.study.plan.get("name") or "study"), one) for one in asked]
+    return [(_name_of(found), one) for one in asked]
 
 
 def _read_ledger(path: Path) -> list[Named]:

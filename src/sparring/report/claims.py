@@ -15,7 +15,7 @@ from .measures import NORMS, TRANSFER, Measure, PerImage, common, pretty, pretty
 from .records import CONTROL, NAIVE, REFERENCE, checkpoint_of, control_of
 from .words import short_name, title
 
-__all__ = ["claims", "ledger"]
+__all__ = ["claims", "is_linear", "ledger"]
 
 # What is asked of other methods: whether they gain too, or whether the headline's method gains more than they do.
 ITSELF: dict[Kind, str] = {

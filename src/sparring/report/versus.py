@@ -14,7 +14,7 @@ from .findings import Findings, find
 from .measures import Floats, Measure, PerImage, common, values
 from .records import load
 
-__all__ = ["Difference", "Side", "broken", "compare", "compare_values"]
+__all__ = ["Difference", "Side", "broken", "compare", "compare_values", "data_of"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def compare(first: Side, second: Side) -> list[Difference]:
     """
     found = [find(load(side.folder)) for side in (first, second)]
     chosen = [_chosen(findings, side) for findings, side in zip(found, (first, second), strict=True)]
-    same = _data(found[0]) == _data(found[1])
+    same = data_of(found[0]) == data_of(found[1])
     shared = [m for m in found[0].collected if m.split == "test" and m in found[1].collected]
     made = [_difference(m, [_held(f, m, c) for f, c in zip(found, chosen, strict=True)], same) for m in shared]
     differences = [one for one in made if one is not None]
@@ -113,7 +113,7 @@ def _chosen(findings: Findings, side: Side) -> tuple[str, float]:
     return method, preferred if preferred in sparsities else sparsities[0]
 
 
-def _data(findings: Findings) -> object:
+def data_of(findings: Findings) -> object:
     """Return what identifies a study's test images: the data's hash where records have it, else the folder."""
     hashes = {r.inputs.get("data") for r in findings.study.records.values() if r.stage == "measure"}
     return hashes if hashes and None not in hashes else findings.study.folder.resolve()
