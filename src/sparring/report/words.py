@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..statistics import Row, minimum_detectable_effect
+from ..statistics import INDICATIVE_BELOW, Row, minimum_detectable_effect, with_seeds
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
 from .kinds import sparsity_told
@@ -43,7 +43,7 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
     if findings.method is None or not any(findings.result(m) for m in findings.main):
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
     first = [_first, _spot] if findings.seeds > 1 else [_first, _one_seed]
-    last = [_weak, *([_over, _undetected] if findings.seeds > 1 else []), _doubted, _several, _missing]
+    last = [_weak, _few, *([_over, _undetected] if findings.seeds > 1 else []), _doubted, _several, _missing]
     told = [*(say(findings) for say in first), *_verdicts(ledger), *(say(findings) for say in last)]
     return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
 
@@ -162,6 +162,23 @@ def _weak(findings: Findings) -> str:
     if findings.first("budget", "fgsm"):
         return "No attack stronger than FGSM was run: a gain under FGSM alone is no robustness."
     return "No budget attack was run: nothing is said of robustness within a budget."
+
+
+def _few(findings: Findings) -> str:
+    """Say what so few seeds can show, and what more would: the gain under the strongest attack that would be seen."""
+    result = findings.result(findings.first("worst") or findings.first("budget", "pgd", "apgd", "fgsm"))
+    if result is None or not 1 < len(result.seeds) < INDICATIVE_BELOW:
+        return ""
+    one = sorted(result.gains.effects, key=lambda e: e.se)[len(result.sparsities) // 2]
+    alpha = 0.05 / len(result.sparsities)
+    told = []
+    for seeds in (len(result.seeds), INDICATIVE_BELOW, 2 * INDICATIVE_BELOW):
+        least = minimum_detectable_effect(with_seeds(one, seeds), alpha=alpha)
+        told.append(f"{numbers.detectable(result.measure, result.control, least)} with {seeds}")
+    return (
+        f"So few seeds can show large gains only. In {short_name(result.measure)} four studies of five would call "
+        f"significant a gain of {listed(told)} seeds, if networks differ as these do."
+    )
 
 
 def _verdicts(ledger: Sequence[Row]) -> Iterator[str]:

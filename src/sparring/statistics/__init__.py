@@ -37,6 +37,7 @@ from .effects import (
     ratio_values,
     seeds_needed,
     unpaired,
+    with_seeds,
 )
 from .ledger import Claim, Question, Row, Verdict, ask, decide, judge, reread
 from .looks import look_price
@@ -81,4 +82,5 @@ __all__ = [
     "simultaneous",
     "sweet_spot",
     "unpaired",
+    "with_seeds",
 ]

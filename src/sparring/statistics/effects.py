@@ -34,6 +34,7 @@ __all__ = [
     "ratio_values",
     "seeds_needed",
     "unpaired",
+    "with_seeds",
 ]
 
 INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicative"
@@ -243,7 +244,7 @@ def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int
     """
     if one.estimate == 0:
         raise ValueError("no number of seeds makes an effect of zero significant")
-    one, low, high = replace(one, price=look_price(1)), one.seeds, MOST_SEEDS
+    low, high = one.seeds, MOST_SEEDS
     if not _suffice(one, high, alpha, power):
         return None
     while high - low > 1:
@@ -254,9 +255,13 @@ def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int
 
 def _suffice(one: Effect, seeds: int, alpha: float, power: float) -> bool:
     """Tell whether so many seeds would make an effect significant with probability `power`."""
+    return minimum_detectable_effect(with_seeds(one, seeds), alpha=alpha, power=power) <= abs(one.estimate)
+
+
+def with_seeds(one: Effect, seeds: int) -> Effect:
+    """Return what an effect would be in a new study of so many seeds, if all its spread shrank with them."""
     df = seeds - 1.0 if one.df_p == one.seeds - 1 else one.df_p  # pairs of few things have fewer
-    more = replace(one, se=one.se * math.sqrt(one.seeds / seeds), df=df, seeds=seeds)
-    return minimum_detectable_effect(more, alpha=alpha, power=power) <= abs(one.estimate)
+    return replace(one, se=one.se * math.sqrt(one.seeds / seeds), df=df, seeds=seeds).priced(look_price(1))
 
 
 def equivalence(one: Effect, margin: float) -> float:

@@ -1,0 +1,43 @@
+"""Few seeds are told to show little: how large a gain must be with as many as there are, and with more."""
+
+import re
+
+import pytest
+
+from sparring import report
+from sparring.report.findings import find
+from sparring.report.looks import open_study
+from sparring.report.words import headline
+from sparring.statistics import look_price, minimum_detectable_effect, with_seeds
+
+SAYS = "So few seeds can show large gains only"
+
+
+@pytest.fixture(scope="module")
+def folder(make_study):
+    return make_study(seeds=3, images=60, sparsities=(0.5, 0.8, 0.9))
+
+
+def test_three_seeds_say_what_they_can_show(folder):
+    (told,) = [sentence for sentence in headline(find(open_study(folder)), []) if SAYS in sentence]
+    gains = [float(number) for number in re.findall(r"([\d.]+) points with (?:3|5|10)", told)]
+    assert gains == sorted(gains, reverse=True) and len(gains) in (2, 3), "more seeds show smaller gains"
+    result = find(open_study(folder))
+    worst = result.result(result.first("worst"))
+    middle = sorted(worst.gains.effects, key=lambda e: e.se)[1]
+    least = 100 * minimum_detectable_effect(with_seeds(middle, 10), alpha=0.05 / 3)
+    assert gains[-1] == pytest.approx(least, abs=0.51)
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_one_seed_and_five_do_not(make_study, seeds):
+    out = make_study(seeds=seeds, images=60, sparsities=(0.5, 0.9))
+    assert SAYS not in report.verdict(out)
+
+
+def test_a_new_study_of_as_many_seeds_is_this_one_at_the_price_of_a_first_look(folder):
+    found = find(open_study(folder))
+    one = found.result(found.first("worst")).gains.effects[0]
+    assert with_seeds(one.priced(30.0), 3).price == look_price(1)
+    assert with_seeds(one, 12).se == pytest.approx(one.se / 2)
+    assert with_seeds(one, 12).df_p == 11
