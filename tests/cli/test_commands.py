@@ -287,3 +287,35 @@ def test_help_needs_no_heavy_import() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
     assert "study" in done.stdout
+
+
+def test_prune_says_what_share_of_all_matrices_is_gone(  # type: ignore[no-untyped-def]
+    sparring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mixing.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Mix(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.matrix = nn.Parameter(torch.randn(64, 20) / 8)\n"
+        "    def forward(self, x):\n"
+        "        return x @ self.matrix\n"
+        "def net(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), Mix(), nn.ReLU(), nn.Linear(20, classes))\n"
+    )
+    dense, options = tmp_path / "dense.safetensors", ("--data", "digits", "--set", "epochs=1")
+    assert sparring("train", "mixing:net", "--out", dense, *options).code == 0
+    words = (
+        "prune",
+        "mixing:net",
+        "--weights",
+        dense,
+        "--sparsity",
+        0.5,
+        "--out",
+        tmp_path / "s.safetensors",
+        *options,
+    )
+    told = sparring(*words)
+    assert "removed 100 of 200 weights (50.00%), 6.76% of all 1480 weights" in told.out and "'1.matrix'" in told.out

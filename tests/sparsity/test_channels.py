@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparring.errors import Unsupported
+from sparring.errors import Unsupported, UserError
 from sparring.models import build
 from sparring.sparsity import (
     STRUCTURES,
@@ -19,6 +19,7 @@ from sparring.sparsity import (
     magnitude,
     prunable,
     remove_channels,
+    select,
     silent,
     tied_channels,
 )
@@ -115,3 +116,61 @@ def test_what_cannot_lose_channels_is_found() -> None:
     assert set(fixed) == {"0.weight", "3.weight", "5.weight"}
     bare = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(768, 2))
     assert tied_channels(bare, SHAPE)[1] == ("0.weight", "3.weight")
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right, self.last = (
+            nn.Linear(768, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 3),
+        )
+        self.right.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.left(self.first(x.flatten(1)).relu()).relu()
+        return self.last(self.right(x).relu())
+
+
+def test_nothing_to_lose_is_a_sentence() -> None:
+    grouped = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 144, 3)
+    )
+    normed = nn.Sequential(
+        nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(768, 8)), nn.ReLU(), nn.Linear(8, 3)
+    )
+    for model in (Tied(), grouped, normed):
+        structure, fixed = tied_channels(model, SHAPE)
+        assert set(fixed) == set(prunable(model))
+        whole = all_ones(model)
+        assert silent(model, whole, SHAPE) == whole
+        remove_channels(model, whole, SHAPE)
+        with pytest.raises(UserError, match="nothing to prune"):
+            select({}, 0.5, structure=structure)
+        batch = (torch.rand(2, *SHAPE), torch.zeros(2, dtype=torch.int64))
+        with pytest.raises(UserError, match="no layer can lose whole channels"):
+            Rule(structure=structure).masks(model, magnitude(model), 0.5, masks=whole, batch=batch)
+
+
+def test_a_shared_pair_leaves_other_layers_free() -> None:
+    class Ahead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.tied = nn.Linear(768, 6), Tied()
+            self.tied.first = nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.tied(self.before(x.flatten(1)).relu())
+            return result
+
+    model = Ahead()
+    _, fixed = tied_channels(model, SHAPE)
+    assert "before.weight" not in fixed and "tied.first.weight" in fixed
+    masks = all_ones(model)
+    masks["before.weight"][2:4] = False
+    smaller = remove_channels(model, masks, SHAPE)
+    assert len(smaller.get_parameter("before.weight")) == 4
