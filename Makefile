@@ -5,31 +5,55 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PRESET ?= quick
 OUT ?= out/$(PRESET)
+# What is installed besides: "test", or "all" with Ray, MLflow, TensorBoard and the other attack libraries
+EXTRAS ?= test
 BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(EXTRAS)
+PYTEST := $(BIN)/python -m pytest -q -n auto
+# Tests whose numbers depend on the processor's instructions
+NUMERIC := tests/attacks tests/bounds tests/deploy tests/graph tests/models tests/sparsity tests/train tests/test_metrics.py
 
-.PHONY: study test setup lint types clean
+.PHONY: study test numeric wheel nightly setup lint types clean
 
-study: $(VENV)/.ready
+study: $(READY)
 	@$(BIN)/sparring study $(PRESET) --out $(OUT)
 
-test: $(VENV)/.ready
-	@$(BIN)/python -m pytest -q -n auto
+# With COVER=1 it counts which lines run; that needs EXTRAS=all
+test: $(READY)
+	@$(PYTEST) $(if $(COVER),--cov --cov-report=term:skip-covered)
 
-setup: $(VENV)/.ready
+# Under .ci/CAP.env: make numeric CAP=avx2, or sse
+numeric: $(READY)
+	@env $$(grep -v '^\#' .ci/$(CAP).env) $(PYTEST) $(NUMERIC)
 
-lint: $(VENV)/.ready
+# What would be published, built and tried in an environment of its own that shares this one's packages
+wheel: $(READY)
+	@rm -rf build dist && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	@$(PYTHON) -m venv dist/tried && $(BIN)/python .ci/borrow dist/tried && \
+	  dist/tried/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	@cd dist && tried/bin/sparring list >/dev/null && tried/bin/sparring train linear --data digits --out linear.safetensors
+
+# Everything, for a night: what pages say of long training, the whole suite under each cap
+nightly: $(READY)
+	@$(PYTEST) -m nightly
+	@$(PYTEST)
+	@for cap in avx2 sse; do env $$(grep -v '^\#' .ci/$$cap.env) $(PYTEST) || exit 1; done
+
+setup: $(READY)
+
+lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: $(VENV)/.ready
+types: $(READY)
 	@$(BIN)/mypy
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "sparring needs Python 3.11 or newer; name one with: make study PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[test]'
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRAS)]'
 	@touch $@
 
 clean:

@@ -1,0 +1,148 @@
+"""Every command and every block of Python in README.md and docs/*.md runs as written, in the order of its page.
+
+A block is marked behind its language where it does not: `by hand`, for what installs packages or takes a day. Training
+and presets are left to `make nightly`; the rest then uses networks that were trained for a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from prepared import prepare_data, prepare_files
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+MARKS = {"", "by hand"}
+LONG = re.compile(r"sparring (study quick|train|prune)|study\.run\(")
+
+# What a page's Python takes for granted.
+BEFORE = {
+    "deploy.md": "import torch\nimages = torch.rand(2, 1, 28, 28)",
+    "theory.md": """
+import torch
+from sparring import attacks, models
+from sparring.threat import LINF, Threat
+model = models.build("mlp", shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.3,), widths=(6,)).eval()
+x, y = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+best = attacks.run(model, x, y, attacks.ATTACKS["nearest"], Threat(LINF, None)).x_adv
+""",
+    "data.md": """
+from sparring.data import Split
+import torch
+from pathlib import Path
+Path("blobs.bin").write_bytes(bytes(range(120)))
+def cut(data):
+    x = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(30, 1, 2, 2)
+    return [Split(x[at : at + 10], torch.arange(10) % 2) for at in (0, 10, 20)]
+""",
+}
+AFTER = {"data.md": 'from sparring import data\nassert len(data.load("blobs", ".").train.x) == 10'}
+
+
+class Step(NamedTuple):
+    """A command or a block of Python of a page."""
+
+    kind: str
+    text: str
+
+    @property
+    def long(self) -> bool:
+        return LONG.search(self.text) is not None
+
+
+def steps(page: Path) -> list[Step]:
+    """Return what a page lets its reader run: each command, with the lines that go on, and each block of Python."""
+    found = []
+    for language, mark, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        assert mark.strip() in MARKS, f"{page.name}: a block is marked '{mark.strip()}'"
+        if mark.strip() or language not in ("sh", "python"):
+            continue
+        parts = [text] if language == "python" else text.replace("\\\n", " ").strip().splitlines()
+        found += [Step(language, part) for part in parts if not part.startswith("make ")]
+    return found
+
+
+def test_what_make_runs_is_run_by_ci() -> None:
+    wanted = {line.split()[1] for page in PAGES for line in re.findall(r"^make .*", page.read_text(), re.M)}
+    run = set(re.findall(r"^part (\w+)", (ROOT / ".ci" / "run").read_text(), re.M))
+    assert wanted
+    assert wanted <= run
+
+
+def test_commands_stand_in_blocks_that_are_run() -> None:
+    for page in PAGES:
+        for language, _, text in BLOCK.findall("\n" + re.sub(r"^```\n", "```text\n", page.read_text(), flags=re.M)):
+            assert language == "sh" or not re.search(r"^(sparring|pip|python) ", text, re.M), f"{page.name}: {text}"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    prepare_data(folder / "data")
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if steps(page)], ids=lambda page: page.name)
+def test_a_page_runs_as_written(page: Path, home: Path, tmp_path: Path) -> None:
+    _run(page, home, tmp_path, nightly=False)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(s.long for s in steps(page))], ids=lambda page: page.name
+)
+def test_a_page_runs_as_written_with_its_training(page: Path, home: Path, tmp_path: Path) -> None:
+    _run(page, home, tmp_path, nightly=True)
+
+
+def _run(page: Path, home: Path, folder: Path, *, nightly: bool) -> None:
+    prepare_files(folder)
+    every = steps(page)
+    for step in every:
+        if step.kind == "python" and (named := re.match(r"# (\w+\.py)", step.text)):
+            with (folder / named[1]).open("a") as file:
+                file.write(step.text)
+    (folder / "mine.toml").write_text(
+        "".join(re.findall(r"```toml\n(# mine\.toml.*?)```", page.read_text(), re.DOTALL))
+    )
+    if page.name == "deploy.md":
+        _do(Step("sh", "sparring study my-plan.toml --out out/mine"), page, home, folder)
+    for step in every:
+        if nightly or not step.long:
+            _do(step, page, home, folder)
+
+
+def _do(step: Step, page: Path, home: Path, folder: Path) -> None:
+    environment = {**os.environ, "HOME": str(home), "SPARRING_DATA": str(home / "data"), "MPLBACKEND": "agg"}
+    environment["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    environment["PATH"] = f"{_commands(home)}:{environment['PATH']}"
+    if step.kind == "sh":
+        command = ["bash", "-c", step.text]
+    else:
+        text = "\n".join([BEFORE.get(page.name, ""), step.text, AFTER.get(page.name, "")])
+        (folder / "block.py").write_text(text, encoding="utf-8")
+        command = [sys.executable, "block.py"]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    allowed = (0, 1) if "sparring compare" in step.text else (0,)  # 1: a larger drop is not excluded
+    assert run.returncode in allowed, f"{step.text}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
+    assert "Traceback" not in run.stderr, run.stderr
+
+
+def _commands(home: Path) -> Path:
+    """Return a folder with the `sparring` and the `python` of this very interpreter."""
+    folder = home / "bin"
+    folder.mkdir(exist_ok=True)
+    for name, words in (("sparring", "-m sparring"), ("python", "")):
+        path = folder / name
+        if not path.exists():
+            path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words} "$@"\n')
+            path.chmod(0o755)
+    return folder
