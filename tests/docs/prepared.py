@@ -21,11 +21,11 @@ PLAN = """
 data = "digits"
 model = "linear"
 seeds = 1
-sparsities = [0.3]
+sparsities = [0.1, 0.5]
 deploy = true
 
 [recipe]
-epochs = 4
+epochs = 10
 lr = 0.01
 
 [[attacks]]
