@@ -133,8 +133,11 @@ def train(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="The model file to write.")],
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
-    recipe: Annotated[list[str] | None, typer.Option("--set", help="Recipe KEY=VALUE, as epochs=5.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--set", help="Recipe KEY=VALUE, as epochs=5 [default: the model's own].")
+    ] = None,
     width: Annotated[float | None, typer.Option(help="Multiple of the named model's layer widths.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Depth of resnet-32: 6n + 2 layers.")] = None,
     loss: Loss = "standard",
     eps: Eps = "0.1",
     ramp: Annotated[
@@ -152,7 +155,7 @@ def train(
     from .model_commands import run_train
 
     return run_train(
-        model, out, data, tuple(recipe or ()), width, loss, budget, ramp, seed, data_dir, download, quiet=quiet
+        model, out, data, tuple(recipe or ()), width, depth, loss, budget, ramp, seed, data_dir, download, quiet=quiet
     )
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..data import Dataset, as_float
 from ..errors import UnknownNameError, UserError
 from ..files import CONVERT, load_tensors
 from ..metrics import accuracy, distances, robust_accuracy
-from ..models import MODELS, Blueprint, load_model, load_weights_, save_model
+from ..models import MODELS, Blueprint, load_model, load_weights_, recipe_settings, save_model
 from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts
 from ..statistics import binomial_interval
 from ..study import Network, Plan, Training
@@ -39,7 +40,6 @@ __all__ = ["SAVED", "open_model", "plain", "run_attack", "run_prune", "run_train
 # How files end that hold a whole model: saved by us for further work, or packed for shipping.
 SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
 
-DEFAULT_EPOCHS = 10
 # Which table of a plan the options of --set belong to.
 _PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
 SINGLE_STEP = {"fgsm", "rfgsm"}
@@ -51,6 +51,7 @@ def run_train(
     data_name: str,
     overrides: tuple[str, ...],
     width: float | None,
+    depth: int | None,
     loss: str,
     eps: float,
     ramp: float | None,
@@ -64,10 +65,12 @@ def run_train(
 
     Raises UserError, with all written, when training ended at a network that answers one class.
     """
-    recipe, training = _settings(overrides, Recipe).recipe, _training(loss, eps, ramp)
-    Network(name, width=width)
+    training = _training(loss, eps, ramp)
+    _settings(overrides, Recipe)  # refuses what cannot be, before data are read
+    Network(name, width=width, depth=depth)
     dataset = open_data(data_name, data_dir, download)
-    blueprint = replace(_blueprint(name, dataset), width=width)
+    blueprint = replace(_blueprint(name, dataset), width=width, depth=depth)
+    recipe = _settings(overrides, Recipe, own=recipe_settings(name, channels=blueprint.shape[0])).recipe
     model = blueprint.build(seed=seed)
     check_fit(model, dataset)
     result = _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet)
@@ -95,11 +98,13 @@ def run_prune(
     if name.endswith(PACKED):
         raise UserError("an artefact is for shipping and cannot be pruned further; prune the model it was made from")
     settings = _settings(overrides, PruningSpec, Recipe)
-    recipe, pruning, training = settings.finetune, settings.pruning[0], _training(loss, eps)
+    pruning, training = settings.pruning[0], _training(loss, eps)
     pruner = build_pruner(pruning, sparsity)
     check_named(name, weights)
     dataset = open_data(data_name, data_dir, download)
     model, blueprint = open_model(name, weights, dataset, own_modes=True)
+    own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
+    recipe = _settings(overrides, PruningSpec, Recipe, own=own).recipe
     result = _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet, pruner=pruner)
     check_reached(pruner, result.masks, pruning.layers or sparsity)
     print(_removed(result.masks, pruner, model, None if pruning.layers else sparsity))
@@ -351,14 +356,21 @@ def _blueprint(name: str, dataset: Dataset) -> Blueprint:
     return Blueprint(name, shape, dataset.classes, dataset.mean, dataset.std, data=dataset.name)
 
 
-def _settings(overrides: tuple[str, ...], *tables: type[Recipe] | type[PruningSpec]) -> Plan:
-    """Read KEY=VALUE options of a recipe and a pruning method into a plan, whose checks and messages then apply."""
+def _settings(
+    overrides: tuple[str, ...],
+    *tables: type[Recipe] | type[PruningSpec],
+    own: Mapping[str, Any] = MappingProxyType({}),
+) -> Plan:
+    """Read KEY=VALUE options of a recipe and a pruning method into a plan, whose checks and messages then apply.
+
+    `own` is the model's recipe, which the options change.
+    """
     known = {field.name: _PLACES[table] for table in tables for field in fields(table)}
     for override in overrides:
         key = override.partition("=")[0].partition(".")[0]
         if key not in known:
             raise UnknownNameError("key of --set", key, known)
-    base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": {"epochs": DEFAULT_EPOCHS}}
+    base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": dict(own)}
     base["sparsities"] = [0.5]  # which every method and structure can reach: what is asked for is checked apart
     return Plan.from_table(
         base, overrides=tuple(f"{known[o.partition('=')[0].partition('.')[0]]}.{o}" for o in overrides)

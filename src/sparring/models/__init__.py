@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from .layers import Normalise, Residual
+from .recipes import RECIPES, recipe_settings
 from .registry import MODELS, build, load_weights_
 from .saved import Blueprint, load_model, save_model
 
 __all__ = [
     "MODELS",
+    "RECIPES",
     "Blueprint",
     "Normalise",
     "Residual",
     "build",
     "load_model",
     "load_weights_",
+    "recipe_settings",
     "save_model",
 ]
