@@ -48,11 +48,11 @@ def told(tmp_path_factory, few_digits):
 
 def test_a_study_that_shrinks_and_grows_tells_its_history(told):
     first, shrunk, back, grown, again = told[1]
-    assert "First look: 2 seeds; p-values are multiplied by 1.25, as other looks may follow" in first
-    assert "Second look: 2 seeds; " in shrunk and "p-values are multiplied by 10, as other looks came" in shrunk
+    assert "First look: 2 seeds; p-values are multiplied by 1.25, the price of a first look" in first
+    assert "Second look: 2 seeds; " in shrunk and "p-values are multiplied by 10, the price of a second look" in shrunk
     assert "records of tasks that are no longer in the plan; magnitude at 50%, 90% was dropped" in shrunk
     assert "First look of 2 at this folder" in back and "multiplied by 1.25" in back
-    assert "Third look: 2, 3 seeds; p-values are multiplied by 30" in grown
+    assert "Third look: 2 and 3 seeds; 1 of the looks had other sparsities; p-values are multiplied by 30" in grown
     assert again == grown, "the same plan and records are the same look"
     assert all("not registered" in verdict for verdict in told[1])
 
@@ -68,7 +68,7 @@ def test_every_change_of_plan_or_records_is_one_entry(told):
 
 def test_the_page_shows_every_look_and_the_last_hash(told):
     page = (told[0] / "report.html").read_text()
-    assert 'id="looks"' in page and "Third look: 2, 3 seeds" in page
+    assert 'id="looks"' in page and "Third look: 2 and 3 seeds" in page
     for entry in read_history(told[0]):
         assert entry["time"] in page
     assert read_history(told[0])[-1]["sha256"] in page

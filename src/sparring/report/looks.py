@@ -153,15 +153,18 @@ def _look(study: Study) -> str:
     total = max([looks.number, *(int(entry["look"]) for entry in looks.entries)])
     again = f" of {total} at this folder" if total > looks.number else ""
     what = "groups of classes" if study.plan.get("linear") else "seed" if seeds == [1] else "seeds"
-    told = [f"{_ordinal(looks.number)}{again}: {', '.join(map(str, seeds))} {what}"]
+    told = [f"{_ordinal(looks.number)}{again}: {' and '.join(map(str, seeds))} {what}"]
+    grid = {method: list(found) for method, found in _grid(study).items()}
+    others = {int(entry["look"]) for entry in looks.entries if entry["sparsities"] != grid}
+    if others:
+        told.append(f"{len(others)} of the looks had other sparsities")
     if looks.orphans:
         told.append(f"{looks.orphans:,} records of tasks that are no longer in the plan")
     for method, gone in looks.dropped.items():
         told.append(f"{method} at {', '.join(map(numbers.percent, gone))} was dropped and still counts among the tests")
     if looks.unknown:
         told.append("a report was made here before the history began, so earlier looks are not known")
-    others = "came before" if looks.number > 1 else "may follow"
-    told.append(f"p-values are multiplied by {looks.price:g}, as other looks {others}")
+    told.append(f"p-values are multiplied by {looks.price:g}, the price of a {_ordinal(looks.number).lower()}")
     return "; ".join(told) + "."
 
 

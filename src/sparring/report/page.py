@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from ..statistics import Row
+from ..statistics import Row, look_price
 from . import figures, numbers, pictures, tables, words
 from .findings import Findings
 from .looks import history_section
@@ -221,7 +221,8 @@ def _caption(panel: Panel) -> str:
             members = numbers.span(result.peak.members, result.sparsities)
             parts.append(f"{name}peak at {members}, {told}")
         elif not any(result.gains.losses()):
-            parts.append(f"{name}no significant change")
+            later = result.gains.effects[0].price > look_price(1)
+            parts.append(f"{name}no change is significant{' at this look' if later else ''}")
         if result.over_sparsified is not None:
             parts.append(f"{name}loses more than allowed from {numbers.percent(result.over_sparsified)}")
         if result.left_out:

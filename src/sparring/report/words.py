@@ -177,7 +177,7 @@ def _few(findings: Findings) -> str:
         told.append(f"{numbers.detectable(result.measure, result.control, least)} with {seeds}")
     return (
         f"So few seeds can show large gains only. In {short_name(result.measure)} four studies of five would call "
-        f"significant a gain of {listed(told)} seeds, if networks differ as these do."
+        f"significant a gain of {listed(told)} seeds, if each is looked at once and networks differ as these do."
     )
 
 
