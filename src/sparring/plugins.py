@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, told
 
 __all__ = ["code_hash", "import_object"]
 
@@ -26,7 +26,7 @@ def import_object(path: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the user's module may raise anything while it is imported
-        raise UserError(f"cannot import '{module_name}' for '{path}': {type(error).__name__}: {error}") from error
+        raise UserError(f"cannot import '{module_name}' for '{path}': {told(error)}") from error
     try:
         found = getattr(module, attribute)
     except AttributeError as error:

@@ -140,6 +140,10 @@ def run(
     the contract (see `checks`).
     """
     start = time.perf_counter()
+    size = 1 if batch_size is None else batch_size
+    for name, number, least in (("batch_size", size, 1), ("draws", draws, 1), ("convergence", convergence, 0)):
+        if number < least:
+            raise UserError(f"{name} must be {least} or more, not {number}")
     for network in (model, *(surrogates or {}).values()):
         check_module(network)
     with ExitStack() as stack:
@@ -337,7 +341,7 @@ class _Order:
         x_adv = self.x.clone()
         for rows in torch.split(wanted.nonzero().squeeze(1), self.batch_size):
             if len(rows):
-                x_adv[rows] = self.attack(
+                found = self.attack(
                     model,
                     self.x[rows],
                     self.y[rows],
@@ -345,7 +349,11 @@ class _Order:
                     eps=self.threat.eps,
                     targets=select(self.targets, rows),
                     generator=self.generator,
-                ).detach()
+                )
+                if not isinstance(found, Tensor) or found.shape != x_adv[rows].shape:
+                    what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+                    raise UserError(f"the attack returned {what}, not images of shape {tuple(x_adv[rows].shape)}")
+                x_adv[rows] = found.detach().to(x_adv)
         return x_adv
 
     def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:

@@ -82,7 +82,7 @@ def _sentence(error: Exception) -> str:
         return "the disk is full; free some space and run the same command again: it goes on"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return f"{told(error)}{'' if place(error) else '; --traceback shows more, which a report of this as a fault needs'}"
+    return f"{told(error)}{'' if place(error) else '; --traceback shows where'}"
 
 
 def joined(words: list[str]) -> list[str]:

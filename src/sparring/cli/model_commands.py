@@ -309,13 +309,10 @@ def open_model(
         model = blueprint.build()
         if weights is not None:
             load_weights_(model, _plain_weights(load_tensors(weights)))
-        elif _is_untrained(model, blueprint):
-            print(
-                f"warning: '{name}' draws its weights at random, so this is about an untrained network; "
-                "give --weights, or load them in the factory",
-                file=sys.stderr,
-            )
     check_fit(model, dataset)
+    if ":" in name and weights is None and _is_untrained(model, blueprint):
+        what = "draws its weights at random: this is about an untrained network, unless you give --weights"
+        print(f"warning: '{name}' {what}", file=sys.stderr)
     return model if own_modes else model.eval(), blueprint
 
 

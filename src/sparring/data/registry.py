@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import DataError, UnknownNameError, UserError
+from ..errors import DataError, UnknownNameError, UserError, told
 from ..files import safe_name
 from ..plugins import import_object
 from .arrays import load_arrays
@@ -76,7 +76,13 @@ def load(
 
 
 def _from_function(name: str) -> Dataset:
-    dataset = import_object(name)()
+    function = import_object(name)
+    try:
+        dataset = function()
+    except UserError:
+        raise
+    except Exception as error:  # a user's own code may raise anything
+        raise DataError(f"the function '{name}' fails: {told(error)}") from error
     if not isinstance(dataset, Dataset):
         raise DataError(f"'{name}' returned {type(dataset).__name__}, not a Dataset; make one with data.from_splits")
     return dataset

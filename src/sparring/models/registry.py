@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnknownNameError, UserError
+from ..errors import UnknownNameError, UserError, place, told
 from ..plugins import import_object
 from .architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, vgg_like
 
@@ -60,9 +60,16 @@ def build(
             given[key] = value
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = factory(**given)
+        try:
+            model = factory(**given)
+        except UserError:
+            raise
+        except Exception as error:  # a user's own code may raise anything
+            takes = "; factories are given those of shape, classes, mean, std that they name" * (place(error) is None)
+            raise UserError(f"the factory '{name}' fails: {told(error)}{takes}") from error
     if not isinstance(model, nn.Module):
-        raise UserError(f"factory '{name}' returned {type(model).__name__}, not a torch.nn.Module")
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise UserError(f"factory '{name}' returned {what}, not a torch.nn.Module")
     return model
 
 
@@ -70,6 +77,8 @@ def _user_factory(name: str) -> Callable[..., nn.Module]:
     if ":" not in name:
         raise UnknownNameError("model", name, MODELS)
     factory: Callable[..., nn.Module] = import_object(name)
+    if isinstance(factory, nn.Module):
+        raise UserError(f"'{name}' is a model; name a function without arguments that returns it")
     return factory
 
 

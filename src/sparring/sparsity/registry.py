@@ -107,7 +107,10 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
     if rule:
         options["rule"] = _rule(spec, rule)
         _check_limit(options["rule"].structure, target)
-    return factory(sparsity=target, **options)
+    pruner = factory(sparsity=target, **options)
+    if not callable(pruner) or not hasattr(pruner, "dense_weights"):
+        raise UserError(f"'{spec.method}' returned {type(pruner).__name__}, not a pruner (docs/extending.md)")
+    return pruner
 
 
 def _options_of(known: Mapping[str, inspect.Parameter]) -> str:
