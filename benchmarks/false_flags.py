@@ -4,11 +4,12 @@
         [--study out/paper-lenet-300-100 --studied 54 --data-dir DIR] [--keep DIR] [--seconds 170]
 
 Small networks on the 8×8 digits, in equal parts plain, pruned and adversarially trained, fully connected and
-convolutional with batch normalisation; and, with --study, networks that a study has trained on real images: its
-references, controls and those of every pruning method at every sparsity, evenly picked. Each is attacked by FGSM, PGD,
-`fast` (l_inf) and by `nearest` and DeepFool (l_2), then checked for convergence, order, losses, silent successes, and
-for half and unlimited budgets. At most 1% of the networks may raise a false flag. `unfinished-search` is shown but not
-counted: where the attack found nothing for an image, it says no more than that.
+convolutional with batch normalisation, a third of them cast to float16 and bfloat16 besides; and, with --study,
+networks that a study has trained on real images: its references, controls and those of every pruning method at every
+sparsity, evenly picked. Each is attacked by FGSM, PGD, `fast` (l_inf) and by `nearest` and DeepFool (l_2), then checked
+for convergence, order, losses, silent successes, and for half and unlimited budgets. At most 1% of the networks may
+raise a false flag. `unfinished-search` is shown but not counted: where the attack found nothing for an image, it says
+no more than that.
 
 With --keep each network's row is written to a file; --seconds ends a run early, and the next goes on where it stopped.
 """
@@ -47,6 +48,7 @@ from sparring.study.networks import chosen_images, network_of
 from sparring.threat import L2, LINF, Threat
 
 EPS = 0.1
+HALVES = (torch.float16, torch.bfloat16)
 KINDS = ("plain", "pruned", "adversarial")
 BUDGET = {"fgsm": fgsm, "pgd": pgd, "fast": fast}
 MINIMUM_NORM = {"nearest": nearest, "deepfool": deepfool}
@@ -74,7 +76,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other network after that")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    subjects = [small(seed) for seed in range(options.first_seed, options.first_seed + options.networks)]
+    seeds = range(options.first_seed, options.first_seed + options.networks)
+    subjects = [small(seed) for seed in seeds] + [
+        small(seed, kind) for seed in seeds[: len(seeds) // 3] for kind in HALVES
+    ]
     if options.study:
         subjects += studied(options.study, options.studied, options.data_dir)
     start, rows = time.monotonic(), []
@@ -137,8 +142,8 @@ def studied(folder: Path, count: int, root: Path | None) -> Iterator[Subject]:
         yield Subject(f"{method}-{level}-{seed}", method, make)
 
 
-def small(seed: int) -> Subject:
-    """Return a network on the digits; its seed says of which of six kinds."""
+def small(seed: int, precision: torch.dtype = torch.float32) -> Subject:
+    """Return a network on the digits, trained in single precision; its seed says of which of six kinds."""
     kind, shape = KINDS[seed % 3], "dense" if seed // 3 % 2 else "convolutional"
 
     def make(images: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -146,9 +151,13 @@ def small(seed: int) -> Subject:
         torch.manual_seed(seed)
         model = network(shape, dataset)
         train(model, data.as_float(dataset.train.x), dataset.train.y, kind)
-        return model, data.as_float(dataset.test.x)[:images], dataset.test.y[:images]
+        return model.to(precision), data.as_float(dataset.test.x)[:images], dataset.test.y[:images]
 
-    return Subject(f"digits-{shape}-{seed}", kind, make)
+    name = f"digits-{shape}-{seed}"
+    if precision == torch.float32:
+        return Subject(name, kind, make)
+    short = str(precision).removeprefix("torch.")
+    return Subject(f"{name}-{short}", short, make)
 
 
 def network(shape: str, dataset: data.Dataset) -> nn.Module:

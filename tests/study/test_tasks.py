@@ -79,6 +79,24 @@ def test_one_attack_on_networks_that_draw_is_done_again_alone(monkeypatch: pytes
     assert new.inputs["attack"]["name"] == "square" and new.inputs["activation"]["kind"] == "stochastic-pruning"
 
 
+def test_one_attack_on_networks_that_mask_gradients_is_done_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [
+        {"kind": "top-k", "levels": [0.5]},
+        {"kind": "stochastic-pruning", "levels": [1.0]},
+        {"kind": "shifted-relu", "levels": [0.1]},
+        {"label": "trained", "kind": "mean-sparse", "levels": [0.2], "train": True, "test": False},
+    ]
+
+    def tasks() -> dict[str, Any]:
+        attacks = [{"name": "fast", "norm": "linf", "eps": [0.1]}, {"name": "fast", "norm": "l2"}]
+        return lay_out(Plan.from_table(TABLE | {"activation": kinds, "attacks": attacks}), FACTS).tasks
+
+    now = tasks()
+    monkeypatch.setattr(stages, "MASKINGS", {"fast": 2})
+    new = [task for key, task in tasks().items() if key not in now]
+    assert [(task.inputs["activation"]["kind"], task.inputs["attack"]["eps"]) for task in new] == [("top-k", 0.1)]
+
+
 def test_distances_on_networks_that_draw_are_measured_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = [{"kind": "top-k", "levels": [0.5]}, {"kind": "stochastic-pruning", "levels": [1.0]}]
 

@@ -14,6 +14,7 @@ from .activations import has_masked_gradients, is_stochastic
 from .adaptive import apgd
 from .adaptive_boundary import fab
 from .derivatives import Probe
+from .differences import Differences
 from .distance import deepfool
 from .evaluate import Attack
 from .gradient import pgd
@@ -27,6 +28,8 @@ __all__ = ["AimedAttack", "apgd_targeted", "fab_targeted", "fast", "standard", "
 
 # For models that draw: what is just past the boundary for some draws is not for others, so nobody leaves early.
 _DEEP = partial(pgd, objective=margin, stop_early=False)
+# Where gradients are masked, each of them finds images that the others do not.
+_LOSSES = (margin, dlr, scaled_cross_entropy)
 
 
 class AimedAttack(Protocol):
@@ -202,6 +205,8 @@ def standard(
         gradients, searches = [partial(pgd, steps=100, objective=scaled_cross_entropy)], [fab_targeted]
     if eps is None:
         attacks: list[Attack] = [partial(nearest, steps=100), deepfool, fab]
+    elif _is_differenced(model):
+        attacks = _by_differences(x, norm)
     else:
         # Only a declared draw is known to leave gradients that lead somewhere.
         attacks = [_DEEP if _draws(model) else nearest, *gradients, *([] if is_stochastic(model) else searches)]
@@ -222,14 +227,18 @@ def fast(
 
     With eps: nearest, then short PGD and APGD runs on two losses, then APGD towards three classes each, which finds a
     way where the boundary to the likeliest class is all jumps. Where layers declare that they mask gradients it takes
-    three times the steps, and all but nearest go a second time from other starts: no two find the same images. A model
-    that draws meets PGD on the margin alone, to the end. Without eps: nearest and DeepFool towards three classes.
+    three times the steps, all but nearest go a second time from other starts, and long PGD runs on three losses follow,
+    from three starts each: no two find the same images, and fewer runs find others by the rounding of a sum. A model
+    that draws meets PGD on the margin alone, to the end; one whose gradients are partly finite differences PGD on two
+    losses, and Square. Without eps: nearest and DeepFool towards three classes.
     """
     attacks: list[Attack]
     if eps is None:
         attacks = [nearest, partial(deepfool, candidates=3)]
     elif _draws(model):
         attacks = [_DEEP]
+    elif _is_differenced(model):
+        attacks = _by_differences(x, norm)
     elif norm == L1:
         attacks = [nearest, partial(pgd, steps=40, objective=margin)]
     else:
@@ -239,10 +248,23 @@ def fast(
             partial(apgd, steps=30, objective=dlr, again=False),
             partial(apgd_targeted, steps=60 if masked else 20, classes=3),
         ]
-        attacks = [nearest, *started, *(started if masked else [])]
+        attacks = [nearest, *started]
+        if masked:
+            attacks += [*started, *(partial(pgd, steps=100, restarts=3, objective=loss) for loss in _LOSSES)]
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
 
 
 def _draws(model: nn.Module) -> bool:
     """Return whether a model declares that it draws, or an evaluator saw that it does and averages its passes."""
     return is_stochastic(model) or (isinstance(model, Probe) and model.draws > 1)
+
+
+def _is_differenced(model: nn.Module) -> bool:
+    """Return whether an evaluator takes gradients by finite differences, at hundreds of passes each."""
+    return isinstance(model, Probe) and isinstance(model.model, Differences)
+
+
+def _by_differences(x: Tensor, norm: float) -> list[Attack]:
+    """Return attacks that need few gradients, and Square, which needs none."""
+    ascents: list[Attack] = [partial(pgd, steps=40, objective=loss) for loss in (margin, dlr)]
+    return [*ascents, square] if x.dim() == 4 and norm != L1 else ascents

@@ -33,6 +33,7 @@ from .checks import (
 from .convolved import read_convolved
 from .dense import ByHand, read_dense
 from .derivatives import Probe, frozen
+from .differences import Differences, blind_pixels
 from .draws import split_at_draw
 from .flags import Flag, exceeds
 from .gradient import fgsm, pgd, rfgsm
@@ -52,6 +53,8 @@ __all__ = [
 
 # Another way of attacking must do better on this share of the images before it is called a sign of masking.
 _NOTABLE = 0.02
+# Where gradients vanish or jump, these flags say so, and differences have little to add.
+_UNSTABLE = {"zero-gradients", "shattered-gradients"}
 _LENGTHS = ("steps", "queries")
 # What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
 _DEEP = partial(pgd, objective=dlr, stop_early=False)
@@ -174,6 +177,10 @@ def run(
         order = _Order(attack, threat, x, y, targets, size, generator)
         stack.enter_context(seeded(model, seed))
 
+        blind = None
+        if hand is None and not random and not has_masked_gradients(model) and not _UNSTABLE & {f.name for f in flags}:
+            rows = clean_correct.nonzero().squeeze(1)
+            blind = blind_pixels(model, x[rows], y[rows]) if len(rows) else None
         outcome = untouched(x, clean_correct)
         if random:
             # As one would attack any model, a draw at a time: what the expectation adds to that, chance had hidden.
@@ -195,6 +202,16 @@ def run(
                 found = order(probe, still_open(outcome, threat))
             outcome, more = better(outcome, judge(x, found, clean_correct))
             flags += _masked("a straight-through backward pass", more, clean_correct)
+        if blind is not None:
+            detail = (
+                f"autograd misses what {int(blind.sum())} of {blind.numel()} pixels do; finite differences were taken"
+            )
+            flags.append(Flag("partial-gradients", detail))
+            probe.model, probe.hand = (differences := Differences(model, blind)), None
+            found = order(probe, still_open(outcome, threat))
+            outcome, more = better(outcome, judge(x, found, clean_correct))
+            flags += _masked("a gradient by finite differences", more, clean_correct)
+            probe.forwards += differences.passes
         lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
         loans: list[tuple[str, Iterable[Tensor]]] = [
             (name, order.loans(lender, lambda: still_open(outcome, threat))) for name, lender in lenders.items()

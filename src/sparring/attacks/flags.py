@@ -16,6 +16,7 @@ FLAGS = {
     "budget-violation": "the attack moved an image by more than eps",
     "nonfinite-logits": "the model returned NaN or infinite logits",
     "zero-gradients": "the gradient of the loss is exactly zero for many images",
+    "partial-gradients": "autograd's gradient misses part of what the pixels do",
     "shattered-gradients": "short steps along the gradient do not gain what it promises",
     "random-model": "the model answers differently each time",
     "training-mode": "layers came in training mode",

@@ -52,21 +52,26 @@ LENDINGS = {"fgsm": 1, "rfgsm": 1}
 # The same for an attack on networks that draw, and for all there that look for the smallest perturbation.
 DRAWINGS = {"standard": 1}
 DRAWN_DISTANCES = 1
+# The same for an attack within a budget on networks whose layers mask gradients, and do not draw.
+MASKINGS = {"fast": 1}
 
 
 def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     """Return every version that a task with these inputs ever had, the present one last."""
-    attack = inputs.get("attack")
-    name = attack.get("name", "") if isinstance(attack, Mapping) else ""
+    attack, activation = (
+        found if isinstance(found := inputs.get(part), Mapping) else {} for part in ("attack", "activation")
+    )
+    name = attack.get("name", "")
     revisions = REVISIONS.get(name, 0)
     if stage == "attack" and len(inputs.get("parents", ())) > 1:
         revisions += LENDING + LENDINGS.get(name, 0)
-    activation = inputs.get("activation")
-    kind = activation.get("kind") if isinstance(activation, Mapping) else None
-    if getattr(ACTIVATIONS.get(str(kind)), "stochastic", False):
+    layer, distances = ACTIVATIONS.get(str(activation.get("kind"))), attack.get("eps") is None
+    if getattr(layer, "stochastic", False):
         revisions += DRAWINGS.get(name, 0)
-        if stage == "attack" and isinstance(attack, Mapping) and attack.get("eps") is None:
+        if stage == "attack" and attack and distances:
             revisions += DRAWN_DISTANCES
+    elif getattr(layer, "masks_gradients", False) and activation.get("test", True):
+        revisions += 0 if distances or attack.get("naive") else MASKINGS.get(name, 0)
     return [
         f"{version}.{revision}" if revision else version
         for version in range(1, VERSIONS[stage] + 1)
