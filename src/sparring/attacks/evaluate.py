@@ -391,7 +391,7 @@ def _check_lent(lent: Mapping[str, Sequence[Tensor]], x: Tensor) -> None:
 
 
 def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:
-    if isinstance(model, Door) or x.dtype != torch.float32:
+    if isinstance(model, Door) or any(p.dtype != torch.float32 for p in (x, *model.parameters())):
         return None
     return read_dense(model, x[:2]) or read_convolved(model, x[:2])
 
