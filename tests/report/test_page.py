@@ -114,7 +114,9 @@ def test_the_page_says_what_a_reader_must_be_able_to_name(page):
 
 def test_metrics_are_named_within_a_sentence(study_folder, monkeypatch):
     monkeypatch.setattr(Result, "over_sparsified", 0.95)
-    text = words.headline(find(load(study_folder)), [])[0]
+    told = words.headline(find(load(study_folder)), [])
+    assert any("Allowed losses" in sentence and "r_2 2%" in sentence for sentence in told)
+    text = told[0]
     assert "over-sparsified from 95% (FGSM (ε 0.1), PGD (ε 0.1), worst case (ε 0.1) and r_2)" in text
     assert words.short_name(Measure("distance", attack="smallest", name="smallest", norm="l2")) == "smallest l2"
     assert words.short_name(Measure("distance", attack="ddn-100", name="ddn", norm="l2")) == "DDN-100 l2"

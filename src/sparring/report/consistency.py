@@ -62,8 +62,8 @@ def doubts(study: Study, collected: Collected) -> list[Doubt]:
 def suspicion(study: Study, collected: Collected, found: Sequence[Doubt], measure: Measure, whos: Set[Who]) -> str:
     """Return why a measure decides nothing on some networks, empty if nothing speaks against it.
 
-    Its attacks raised a flag on one of them that says they miss what there is; or `standard`, which ran on some, leaves
-    less by more than what matters.
+    Its attacks raised a flag on one of them that says they miss what there is; or a stronger ensemble, which ran on
+    some only, leaves less by more than what matters.
     """
     labels = {m.attack: m for m in parts(collected, measure) if m.attack}
     flagged = {
@@ -76,8 +76,11 @@ def suspicion(study: Study, collected: Collected, found: Sequence[Doubt], measur
     }
     flagged |= {(d.name, d.attack) for d in found if d.who in whos and d.attack in labels and d.name in DECISIVE}
     told = [f"{name} ({pretty(attack)})" for name, attack in sorted(flagged)]
-    if measure.role == "worst" and (missed := _missed(collected, measure, whos)) > NOTABLE:
-        told.append(f"standard leaves {100 * missed:.1f} points less than the cheaper attacks do")
+    if measure.role == "worst":
+        missed = _missed(collected, measure, whos).items()
+        told += [
+            f"{name} leaves {100 * by:.1f} points less than the cheaper attacks" for name, by in missed if by > NOTABLE
+        ]
     return ", ".join(told)
 
 
@@ -88,22 +91,19 @@ def _is_of(record: Record, labels: Mapping[str, Measure]) -> bool:
     return measure is not None and (record.inputs["split"], at) == (measure.split, measure.eps)
 
 
-def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> float:
-    """Return by how much `standard` lowers a worst case at most that it is no part of, over the networks it ran on."""
+def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> dict[str, float]:
+    """Return by how much each ensemble lowers a worst case at most that it is no part of, over the networks."""
     here = set(parts(collected, worst))
-    most = 0.0
+    found: dict[str, float] = {}
     for measure, held in collected.items():
-        if (
-            measure.name == "standard"
-            and measure.role == "budget"
-            and measure not in here
-            and ((measure.split, measure.norm, measure.eps) == (worst.split, worst.norm, worst.eps))
-        ):
+        alike = (measure.split, measure.norm, measure.eps) == (worst.split, worst.norm, worst.eps)
+        if alike and measure.role == "budget" and measure not in here and rung(measure) >= GATHERED:
             for who in whos & held.keys() & collected[worst].keys():
                 images = common([held[who].images, collected[worst][who].images])
                 cheap, strong = collected[worst][who].at(images).top, held[who].at(images).top
-                most = max(most, float((cheap - np.minimum(cheap, strong)).mean()) if len(images) else 0.0)
-    return most
+                by = float(np.maximum(cheap - strong, 0.0).mean()) if len(images) else 0.0
+                found[measure.attack] = max(by, found.get(measure.attack, 0.0))
+    return found
 
 
 def _refuse_refuted(study: Study, collected: Collected) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..statistics import Effect
 from ..units import percent
+from . import numbers
 from .findings import Findings, difference, find
 from .measures import Measure
 from .records import CONTROL, Network, is_dense, load
@@ -18,7 +19,10 @@ __all__ = ["Choice", "pick"]
 
 @dataclass(frozen=True)
 class Choice:
-    """Name the network to ship. `key` is that of the task that made its weights; gains are test, over the control."""
+    """Name the network to ship. `key` is that of the task that made its weights; gains are test, over the control.
+
+    They are fractions, of the images or of the control's mean distance.
+    """
 
     method: str
     sparsity: float
@@ -55,12 +59,19 @@ def pick(out: Path | str, *, max_latency: float | None = None, max_accuracy_drop
     latency, drop, _ = facts[method, sparsity]
     network = max(study.of(method, sparsity), key=lambda n: n.metric("accuracy_valid") or 0.0)
     gains = {
-        m.slug: one
+        m.slug: _fraction(m, one, result.control)
         for m in findings.main
         if (one := difference(findings, m, (method, sparsity), (CONTROL, 0.0))) is not None
+        and (result := findings.result(m, method)) is not None
     }
     key = next(r.key for r in reversed(network.records) if r.stage in ("prune", "activate", "train"))
     return Choice(method, sparsity, network.seed, key, latency, drop, gains, len(points), len(fitting))
+
+
+def _fraction(measure: Measure, one: Effect, control: Effect) -> Effect:
+    """Return a gain as a fraction: of the images, or of the control's mean length (if that is not zero)."""
+    absolute = numbers.gain_unit(measure, control) == numbers.ABSOLUTE
+    return one if absolute else numbers.shown(measure, one, control).scaled(0.01)
 
 
 def _may_ship(network: Network) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -133,7 +134,7 @@ def _spot(findings: Findings) -> str:
     spot = findings.sweet_spot
     if spot is None:
         return ""
-    allowed = ", ".join(f"{short_name(m)} {_margin(m, d, findings)}" for m, d in findings.margins.items())
+    allowed = ", ".join(f"{short_name(m)} {_margin(m, d)}" for m, d in findings.margins.items())
     limit = next((m for m in findings.margins if m.slug == spot.limit), None)
     if spot.at_most is None:
         return f"Sweet spot: none; already the lowest sparsity loses more than allowed ({allowed})."
@@ -148,11 +149,8 @@ def _spot(findings: Findings) -> str:
     return f"Sweet spot: {found}, {beyond}.{ends} Allowed losses: {allowed}."
 
 
-def _margin(measure: Measure, margin: float, findings: Findings) -> str:
-    if measure.is_share:
-        return f"{100 * margin:.3g} points"
-    found = findings.result(measure)
-    return f"{100 * margin / found.control.estimate:.3g}%" if found else f"{margin:.3g}"
+def _margin(measure: Measure, margin: float) -> str:
+    return f"{100 * margin:.3g} points" if measure.is_share else f"{-100 * math.expm1(-margin):.3g}%"
 
 
 def _weak(findings: Findings) -> str:
