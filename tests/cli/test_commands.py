@@ -91,6 +91,20 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
     assert json.loads(status.out)["done"] == len(summary["records"])
 
 
+def test_a_plan_is_registered_before_its_first_record(sparring, plan: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    words = ("study", plan, "--out", tmp_path / "out", "--register", "--workers", 0)
+    done = sparring(*words, "--json")
+    assert done.code == 0 and "registered on " in done.err
+    assert "registered before the first record" in json.loads(done.out)["verdict"]
+    assert sparring(*words).code == 0, "the registered plan goes on"
+    another = sparring(*words, "--set", "seeds=3")
+    assert another.code == 2 and "holds records already" in another.err
+    history = tmp_path / "out" / "history.jsonl"
+    history.write_text(history.read_text().replace('"look":1', '"look":0'))
+    broken = sparring("report", tmp_path / "out")
+    assert broken.code == 2 and "damaged or changed at line 2" in broken.err and "Traceback" not in broken.err
+
+
 def test_failed_cells_give_exit_code_3(  # type: ignore[no-untyped-def]
     sparring, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
