@@ -1,4 +1,4 @@
-"""Every number in the prose of docs/results, and of the README's findings, is worked out again from the tables.
+"""Every number and verdict in the prose of docs/results, and of the README's findings, is worked out again.
 
 A page's digits must stand in a phrase of `results_numbers.FACTS`, which is computed from results.csv and ledger.json,
 or be a setting: a sparsity or an eps of the plan behind a word that says so, what a network or attack is called, or a
@@ -17,6 +17,7 @@ from results_numbers import FACTS, RESULTS
 ROOT = RESULTS.parents[1]
 CLAIMS = re.compile(r"<!-- claims.*?<!-- end of claims -->", re.DOTALL)  # test_results.py checks them
 SETTINGS = ("The whole preset", "**Small**", "How long it takes", "It takes ", "MNIST, 45 pairs", "    ", "![", "#")
+VERDICTS = r"\b(?:reproduced|undecided|contradicted|opposite|no effect that matters)\b"
 HEADS = ("| sparsity |", "| method |", "| network |", "| logistic |", "| svm |")
 NAMES = re.compile(
     r"`[^`]*`|\]\([^)]*\)|LeNet-300-100|LeNet-5|ResNet-32|paper-[\w-]+|robust-[\w.-]+|PGD-40|CIFAR-10|[lr]_[12]\b|R\+FGSM|int8"
@@ -40,7 +41,7 @@ def _blanked(line: str) -> str:
 
 
 def unexplained(page: str, text: str, facts: list[str]) -> list[str]:
-    """Return the numbers of a page's prose that no fact and no setting explains, each with some words around it."""
+    """Return the numbers and verdicts of a page's prose that no fact and no setting explains, with words around."""
     left = prose(text)
     for fact in facts:
         for found in re.finditer(re.escape(fact), text):
@@ -49,7 +50,7 @@ def unexplained(page: str, text: str, facts: list[str]) -> list[str]:
         for found in re.finditer(pattern, left):
             if known(found[1]):
                 left = left[: found.start(1)] + " " * len(found[1]) + left[found.end(1) :]
-    return [text[max(0, m.start() - 30) : m.end() + 20] for m in re.finditer(r"\d[\d.,/]*", left)]
+    return [text[max(0, m.start() - 30) : m.end() + 20] for m in re.finditer(rf"\d[\d.,/]*|{VERDICTS}", left)]
 
 
 def _settings(page: str):  # type: ignore[no-untyped-def]
@@ -89,9 +90,10 @@ def test_every_page_is_checked() -> None:
 def test_a_planted_number_is_found(page: str) -> None:
     text, facts = _path(page).read_text(encoding="utf-8"), FACTS[page]()
     for fact in facts:
-        digit = re.search(r"\d(?!.*\d)", fact)
-        assert digit is not None, f"no number in the fact {fact!r}"
-        wrong = fact[: digit.start()] + str((int(digit[0]) + 1) % 10) + fact[digit.end() :]
+        found = re.search(r"\d(?!.*\d)", fact, re.DOTALL) or re.search(VERDICTS, fact)
+        assert found is not None, f"neither a number nor a verdict in the fact {fact!r}"
+        other = str((int(found[0]) + 1) % 10) if found[0].isdigit() else "contradicted"
+        wrong = fact[: found.start()] + other + fact[found.end() :]
         planted = _findings(page, text.replace(fact, wrong))
         assert unexplained(page, planted, facts), f"{wrong!r} is not noticed"
     assert unexplained(page, _findings(page, text) + "\nAnd 12.3% more.\n", facts)
