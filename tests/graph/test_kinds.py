@@ -124,6 +124,7 @@ COMPUTED: dict[str, Body] = {
     "transposed convolution": lambda net, h: F.conv_transpose2d(h, torch.ones(4, 2, 2, 2), stride=2),
     "functional batch norm": lambda net, h: F.batch_norm(h, net.row, net.row.square() + 1, net.row, net.row),
     "weights computed": lambda net, h: F.conv2d(h, net.conv.weight.flip(0).repeat(1, 2, 1, 1).softmax(0)),
+    "memory written before it is read": lambda net, h: torch.empty_like(h).copy_(h) + torch.zeros_like(h),
     "assertions and sizes": lambda net, h: (torch._assert(h.ndim == 4, "images"), h / h.shape[1])[1],
 }
 
@@ -152,6 +153,10 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "steps": (lambda net, h: torch.round(4 * h), "'round'.* it jumps"),
     "whole numbers": (lambda net, h: (4 * h).int() / 4, "it jumps"),
     "half precision within": (lambda net, h: h.half().float(), "it rounds, and so jumps"),
+    "memory never written": (
+        lambda net, h: h + torch.empty(h.shape).fill_(0) * torch.empty_like(h),
+        "differ|asked twice",
+    ),
     "a branch on values": (lambda net, h: h if h.sum() > 0 else -h, "branches on a value"),
     "out through numpy": (lambda net, h: h * torch.from_numpy(h.detach().numpy()), "cannot be lowered"),
 }

@@ -236,7 +236,11 @@ class Translator:
             raise self.refuse(name, "draws at random also in eval mode; guard it by self.training, or take it out")
         if not any(isinstance(v, At) for v in _flat(list(arguments.given.values()))):
             with torch.no_grad():
-                return self.cast(node.target(*self.of(node.args), **self.of(dict(node.kwargs))))
+                value = node.target(*self.of(node.args), **self.of(dict(node.kwargs)))
+            # Memory that nobody has written holds anything.
+            return self.cast(
+                torch.full_like(value, torch.nan) if name.startswith("empty") and value.is_floating_point() else value
+            )
         if name == "whole":
             path = arguments.take("name")
             return self.emit(Activation(path, self.model.get_submodule(path)), arguments.take("x"))

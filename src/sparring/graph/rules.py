@@ -94,7 +94,7 @@ def _constant_like(t: Translator, target: Any, a: Arguments) -> Tensor:
     """Return a constant that takes only its shape from the image."""
     value = t.now.meta["val"]
     sizes = [t.size(s) for s in value.shape]
-    fill = 1.0 if "ones" in t.name else a.take("fill_value") if "full" in t.name else 0.0
+    fill = {"ones": 1.0, "zeros": 0.0, "empty": torch.nan}.get(t.name.split("_")["new" in t.name], a.take("fill_value"))
     a.given.clear()
     result: Tensor = t.cast(torch.full(sizes, fill, dtype=value.dtype, device=value.device))
     return result
@@ -102,12 +102,11 @@ def _constant_like(t: Translator, target: Any, a: Arguments) -> Tensor:
 
 _RULES: dict[str, Rule] = {
     "add": layers.add,
-    "sub": layers.subtract,
+    **dict.fromkeys(("sub", "subtract"), layers.subtract),
     "rsub": layers.reverse_subtract,
-    "mul": layers.multiply,
-    "div": layers.divide,
-    "true_divide": layers.divide,
-    "neg": layers.negate,
+    **dict.fromkeys(("mul", "multiply"), layers.multiply),
+    **dict.fromkeys(("div", "divide", "true_divide"), layers.divide),
+    **dict.fromkeys(("neg", "negative"), layers.negate),
     "linear": layers.linear,
     "matmul": layers.matmul,
     "mm": layers.matmul,
