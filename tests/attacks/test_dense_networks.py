@@ -114,3 +114,15 @@ def test_anything_else_is_left_to_autograd() -> None:
     assert read_dense(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5)), x) is None
     lenet.register_forward_hook(lambda _module, _inputs, output: -output)
     assert read_dense(lenet, x) is None
+
+
+def test_a_replaced_forward_is_computed_by_hand_or_not_at_all() -> None:
+    lenet = networks()["lenet"].eval()
+    x = torch.rand(4, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+    inner = lenet.forward
+    lenet.forward = lambda images: inner(1 - images)
+    dense = read_dense(lenet, x)
+    assert dense is not None
+    torch.testing.assert_close(dense.forward(x)[0], lenet(x), rtol=1e-4, atol=1e-5)
+    lenet.forward = lambda images: inner(images + 0.1 * torch.rand(1))
+    assert read_dense(lenet, x) is None

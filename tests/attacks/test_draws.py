@@ -47,6 +47,10 @@ def test_models_that_cannot_be_split_are_left_whole(x: Tensor) -> None:
     assert split_at_draw(nn.Sequential(nn.Flatten(), nn.Linear(64, 65), *list(drawing(65))[4:]), x) is None
     model.register_forward_hook(lambda *_: None)
     assert split_at_draw(model, x) is None
+    replaced = drawing()
+    inner = replaced.forward
+    replaced.forward = lambda images: inner(1 - images)
+    assert split_at_draw(replaced, x) is None
 
 
 def test_passes_through_both_parts_are_those_of_the_model(x: Tensor) -> None:

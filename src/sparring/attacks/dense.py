@@ -109,7 +109,9 @@ def _close(value: Tensor, expected: Tensor) -> bool:
 
 def is_hooked(model: nn.Module) -> bool:
     """Return whether a hook may change what flows through the model."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in model.modules()
+    )
 
 
 def fold(graph: Graph, start: int, scale: Tensor, shift: Tensor) -> Dense | None:

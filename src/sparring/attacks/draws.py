@@ -26,7 +26,8 @@ def split_at_draw(model: nn.Module, x: Tensor) -> Split | None:
     x: a few images, on which the first part is tried: a layer that draws without saying so does not get past. None also
     where that part has more outputs than inputs: little would be saved then, and outputs are held for all images.
     """
-    if type(model) is not nn.Sequential or model._forward_hooks or model._forward_pre_hooks or model._backward_hooks:
+    hooked = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks
+    if type(model) is not nn.Sequential or hooked or "forward" in vars(model):
         return None
     place = next((place for place, layer in enumerate(model) if is_stochastic(layer)), 0)
     steady = model[:place]
