@@ -8,7 +8,7 @@ import pytest
 
 from sparring import report
 from sparring.errors import DamageError, PlanError
-from sparring.history import read_history
+from sparring.history import append_entry, read_history
 from sparring.report.findings import find
 from sparring.report.looks import dropped_tests, look_sentences, open_study
 from sparring.statistics import look_price
@@ -52,7 +52,7 @@ def test_a_study_that_shrinks_and_grows_tells_its_history(told):
     assert "Second look: 2 seeds; " in shrunk and "p-values are multiplied by 10, the price of a second look" in shrunk
     assert "records of tasks that are no longer in the plan; magnitude at 50%, 90% was dropped" in shrunk
     assert "First look of 2 at this folder" in back and "multiplied by 1.25" in back
-    assert "Third look: 2 and 3 seeds; 1 of the looks had other sparsities; p-values are multiplied by 30" in grown
+    assert "Third look: 2, 3 seeds; 1 of the looks had other sparsities; p-values are multiplied by 30" in grown
     assert again == grown, "the same plan and records are the same look"
     assert all("not registered" in verdict for verdict in told[1])
 
@@ -68,7 +68,7 @@ def test_every_change_of_plan_or_records_is_one_entry(told):
 
 def test_the_page_shows_every_look_and_the_last_hash(told):
     page = (told[0] / "report.html").read_text()
-    assert 'id="looks"' in page and "Third look: 2 and 3 seeds" in page
+    assert 'id="looks"' in page and "Third look: 2, 3 seeds" in page
     for entry in read_history(told[0]):
         assert entry["time"] in page
     assert read_history(told[0])[-1]["sha256"] in page
@@ -130,6 +130,13 @@ def test_a_broken_history_is_refused_and_one_that_was_removed_is_told_of(told, t
     verdict = report.publish(out)[1]
     assert "a report was made here before the history began, so earlier looks are not known" in verdict
     assert report.publish(out)[1] == verdict
+
+
+def test_a_look_that_no_version_wrote_is_refused(told, tmp_path):
+    out = shutil.copytree(told[0], tmp_path / "out")
+    append_entry(out, {"kind": "look", "look": "fifth"})
+    with pytest.raises(DamageError, match="a look that is none"):
+        report.write(out)
 
 
 def test_a_registered_plan_is_told_and_so_is_what_changed_since(tmp_path, few_digits):

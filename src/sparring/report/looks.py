@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import UserError
+from ..errors import DamageError, UserError
 from ..files import canonical_json, read_json, sha256_bytes
 from ..history import append_entry, read_history
 from ..statistics import Claim, Question
@@ -26,6 +26,17 @@ __all__ = ["dropped_tests", "history_section", "look_sentences", "note_look", "o
 
 DISPLAY = ("title", "mark")  # what may change of a plan without changing what it asks
 ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")
+LOOK: dict[str, type] = {
+    "look": int,
+    "state": str,
+    "seeds": int,
+    "sparsities": dict,
+    "attacks": list,
+    "records": int,
+    "orphans": int,
+    "unknown": bool,
+    "tests": dict,
+}
 REPORTS = ("report.html", "ledger.json")
 
 
@@ -34,7 +45,7 @@ def open_study(out: Any) -> Study:
     study = load(out)
     entries = read_history(study.folder)
     orphans = _orphans(study)
-    looks = [entry for entry in entries if entry["kind"] == "look"]
+    looks = [_sound(study, entry) for entry in entries if entry["kind"] == "look"]
     state = _state(study)
     known = next((entry for entry in looks if entry["state"] == state), None)
     number = int(known["look"]) if known else 1 + max((int(entry["look"]) for entry in looks), default=0)
@@ -48,6 +59,13 @@ def open_study(out: Any) -> Study:
         unknown=looks[0]["unknown"] if looks else any((study.folder / name).exists() for name in REPORTS),
     )
     return replace(study, looks=found)
+
+
+def _sound(study: Study, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a look that this version can read; a chain may be whole and hold what no version wrote."""
+    if not all(isinstance(entry.get(name), kind) for name, kind in LOOK.items()):
+        raise DamageError(f"{study.folder} has a history with a look that is none; get it back, or move it away")
+    return entry
 
 
 def note_look(study: Study, asked: Sequence[Question]) -> Study:
@@ -153,7 +171,7 @@ def _look(study: Study) -> str:
     total = max([looks.number, *(int(entry["look"]) for entry in looks.entries)])
     again = f" of {total} at this folder" if total > looks.number else ""
     what = "groups of classes" if study.plan.get("linear") else "seed" if seeds == [1] else "seeds"
-    told = [f"{_ordinal(looks.number)}{again}: {' and '.join(map(str, seeds))} {what}"]
+    told = [f"{_ordinal(looks.number)}{again}: {', '.join(map(str, seeds))} {what}"]
     grid = {method: list(found) for method, found in _grid(study).items()}
     others = {int(entry["look"]) for entry in looks.entries if entry["sparsities"] != grid}
     if others:
