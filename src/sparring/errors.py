@@ -81,6 +81,6 @@ def place(error: BaseException) -> str | None:
         return cause
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         installed = "site-packages" in frame.filename or "dist-packages" in frame.filename
-        if not (installed or frame.filename.startswith((*_OTHERS, "<frozen"))):
+        if not (installed or frame.filename.startswith((*_OTHERS, "<"))):
             return f"{frame.filename}:{frame.lineno}: {frame.line or ''}".rstrip(": ")
     return None

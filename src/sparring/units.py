@@ -40,7 +40,7 @@ def parse_eps(value: str | float) -> float:
         raise UserError(f"eps must be a number such as 0.03, or a fraction such as 8/255, not '{value}'") from None
     if not (math.isfinite(eps) and eps >= 0):
         raise UserError(f"eps must be a finite number >= 0, not {value}")
-    return eps
+    return eps + 0.0  # of −0 too
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:

@@ -117,11 +117,12 @@ def _members(path: Path, census: _Census) -> Iterator[tuple[str, bytes]]:
     if not path.is_dir():
         yield from safe_members(path, wanted=census.wants)
         return
-    places = [path / CLASSES, *(place for part in PARTS for place in sorted((path / part).glob("*")))]
+    lists = [path / CLASSES] if (path / CLASSES).exists() else []
+    places = [*lists, *(place for part in PARTS for place in sorted((path / part).glob("*")))]
     for place in places:
         for file in (place, *(sorted(place.glob("*")) if place.is_dir() else ())):
             member = file.relative_to(path).as_posix()
-            if census.wants(f"{member}/" if file.is_dir() else member) and file.exists():
+            if census.wants(f"{member}/" if file.is_dir() else member):
                 yield member, read_bounded(file, limit=MOST_FILE)
 
 

@@ -89,6 +89,10 @@ class Rule:
                     "no layer can lose whole channels: all write classes or are grouped, shared, used twice, recurrent "
                     "or computed (weight_norm and the like); prune unstructured"
                 )
+        for name, mask in within.items():
+            score = scores.get(name) if isinstance(scores, Mapping) else None
+            if score is None or score.shape != mask.shape:
+                raise UserError(f"the score gives '{name}' no tensor of its shape, {tuple(mask.shape)}")
         new = select(
             {name: scores[name] for name in within},
             sparsity,

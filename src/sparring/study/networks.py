@@ -119,15 +119,19 @@ def chosen_images(dataset: Dataset, split: str, start: int, stop: int) -> tuple[
 def check_fit(model: nn.Module, dataset: Dataset) -> None:
     """Raise UserError unless a model, in eval mode, takes a data set's images to its classes."""
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if place.type == "meta":
+        raise UserError("the model's parameters are on the device 'meta' and hold no numbers; build it on the CPU")
     images = as_float(dataset.test.x[:2]).to(place)
     try:
         with torch.no_grad(), eval_mode(model):
-            classes = opened(model, images)(images).shape[1]
+            logits = opened(model, images)(images)
     except UserError as error:
         shape = tuple(images.shape[1:])
         raise UserError(f"the model does not accept {dataset.name}'s images of shape {shape}: {error}") from error
-    if classes != dataset.classes:
+    if bool(logits.isnan().any()):
+        raise UserError(f"the model returns NaN for {dataset.name}'s images: are its weights numbers?")
+    if logits.shape[1] != dataset.classes:
         raise UserError(
-            f"the model returns {classes} numbers an image, but {dataset.name} has {dataset.classes} classes: "
+            f"the model returns {logits.shape[1]} numbers an image, but {dataset.name} has {dataset.classes} classes: "
             "do model and data belong together?"
         )

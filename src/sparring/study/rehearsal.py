@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from torch import nn
+from torch.nn import functional
 
 from ..data import as_float
-from ..errors import PlanError, UserError
+from ..errors import PlanError, UserError, told
+from ..files import load_tensors
+from ..models import load_weights_
+from ..modes import eval_mode
+from ..outputs import opened
 from ..sparsity import Batch, CollapsedLayerWarning, Rule, all_ones, build_pruner, magnitude
 from .networks import Context, check_fit, network
 from .plan import Plan
@@ -24,19 +29,34 @@ def rehearse(plan: Plan, context: Context) -> None:
     Only tables that name a structure, layers or a floor can ask for that; other plans of known models pay nothing.
     """
     depending = [p for p in plan.pruning if p.structure or p.layers or p.spare or p.floor or p.c_rate is not None]
-    own = context.factory is not None or ":" in plan.model.name
+    own = context.factory is not None or ":" in plan.model.name or plan.model.weights is not None
     if not depending and not own:
         return
     options = {name: value for name, value in asdict(plan.model).items() if value is not None and name != "weights"}
     model = network(context, {"model": options})
     if own:
+        if plan.model.weights is not None:
+            tensors = load_tensors(plan.model.weights)
+            load_weights_(model, {name: t for name, t in tensors.items() if not name.startswith("sparring/")})
         check_fit(model, context.dataset)
+        _try_gradient(model, context)
     train = context.dataset.train
     for pruning in depending:
         try:
             _try(pruning, plan, model, (as_float(train.x[:2]), train.y[:2]))
         except UserError as error:
             raise PlanError(f"pruning method '{pruning.label}': {error}") from error
+
+
+def _try_gradient(model: nn.Module, context: Context) -> None:
+    """Raise UserError for a model that answers but cannot be trained."""
+    x, y = (part[:2].to(context.device) for part in context.dataset.train)
+    try:
+        with eval_mode(model):
+            functional.cross_entropy(opened(model, as_float(x))(as_float(x)), y).backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # a user's own code may raise anything
+        raise UserError(f"the model gives no gradient: {told(error)}") from error
+    model.zero_grad(set_to_none=True)
 
 
 def _try(pruning: Pruning, plan: Plan, model: nn.Module, batch: Batch) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..attacks import ATTACKS, MINIMUM_NORM
 from ..attacks import Attack as AttackFunction
-from ..errors import PlanError, UnknownNameError
+from ..errors import PlanError, UnknownNameError, UserError
 from ..models import MODELS
 from ..plugins import import_object
 from ..sparsity import ACTIVATIONS, PruningSpec
@@ -294,6 +294,11 @@ def attack_named(name: str) -> AttackFunction:
     if ":" not in name:
         raise UnknownNameError("attack", name, ATTACKS)
     function: AttackFunction = import_object(name)
+    try:
+        inspect.signature(function).bind(None, None, None, norm=0.0, eps=None, targets=None, generator=None)
+    except (TypeError, ValueError) as error:
+        call = "attack(model, x, y, *, norm, eps, targets, generator)"
+        raise UserError(f"'{name}' cannot be called as {call}: {error}") from error
     return function
 
 
@@ -318,7 +323,11 @@ def read_units(table: Any) -> Any:
     if not isinstance(table, dict):
         return table
     units = ("norm", "eps", "radius")
-    return {key: _read_unit(key, value) if key in units else read_units(value) for key, value in table.items()}
+    read = {key: _read_unit(key, value) if key in units else read_units(value) for key, value in table.items()}
+    for name in ("attacks", "transfer", "certify", "linear"):
+        for row in (row for row in read.get(name) or () if isinstance(row, dict)):
+            row |= {"eps": [row["eps"]]} if isinstance(row.get("eps"), float) else {}
+    return read
 
 
 def _read_unit(key: str, value: Any) -> Any:

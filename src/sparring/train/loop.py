@@ -150,6 +150,8 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramp
         optimizer.step(learning_rate(recipe, step % cycle, cycle))
         if state.pruner is not None:
             masks = state.pruner(model, state.masks, step=step, steps=steps, batch=batch, loss=now, generator=generator)
+            if not isinstance(masks, dict):
+                raise UserError(f"the pruner returned {type(masks).__name__}, not masks by parameter name")
             if masks is not state.masks:
                 state.masks, targets = masks, _targets(model, masks)
         if not behind:
