@@ -42,6 +42,7 @@ ODD: dict[str, tuple[Form, ...]] = {
         "h = h + torch.bernoulli(torch.full_like(h, 0.5))",
         "h = h + torch.empty_like(h).uniform_(-0.5, 0.5)",
         "h = h + torch.normal(0.0, 0.4, size=(1,))",
+        "h = torch.empty(h.shape) * 0 + h",
         "h = h + random.uniform(-0.5, 0.5)",
         "h = h + float(np.random.rand())",
         "h = h[:, torch.randperm(h.shape[1])]",

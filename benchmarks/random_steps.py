@@ -165,6 +165,8 @@ BOUNDED: dict[str, tuple[Form, ...]] = {
         lambda d: f"h = torch.mul(other={d.number()}, input=h)",
         lambda d: f"h = torch.div(h, {d.number()}, rounding_mode=None)",
         "h = torch.neg(h)",
+        lambda d: f"h = torch.divide(torch.multiply(h, {d.number()}), {d.number()})",
+        lambda d: f"h = torch.subtract(h, {d.number()}, alpha=2)",
         lambda d: f"h = h.sub({d.number()}).mul({d.number()})",
     ),
     "arithmetic with constants": (
@@ -220,6 +222,7 @@ BOUNDED: dict[str, tuple[Form, ...]] = {
         lambda d: f"h = {d.layer('nn.Identity()')}(h)",
         "h = h.contiguous()",
         "h = h.clone()",
+        "h = torch.empty_like(h).copy_(h)",
         "h = h.to(x.dtype)",
         "h = h.type_as(x)",
         "h = h.view_as(h)",
