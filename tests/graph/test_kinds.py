@@ -82,6 +82,7 @@ COMPUTED: dict[str, Body] = {
     "method in-place ReLU": lambda net, h: h.relu_() + h,
     "augmented assignment to a second name": second_name,
     "views written to": view_written,
+    "one number an image": lambda net, h: h.flatten(1) - h.flatten(1)[:, 0].view(-1, 1),
     "one tensor used twice": lambda net, h: h.relu() + F.avg_pool2d(h, 3, 1, 1),
     "one module used twice": lambda net, h: net.relu(net.relu(h - 0.5) * 2 - 1),
     "dropout that is off": lambda net, h: F.dropout(h, 0.5, net.training),
@@ -439,3 +440,10 @@ def test_a_plain_stack_needs_no_export_and_gives_the_same_graph(monkeypatch: pyt
         torch.testing.assert_close(2 * fast(x), slow(x))
     with pytest.raises(Unsupported, match="not a plain stack"):
         lower(build_wrapped(stack), SHAPE, plain=True)
+
+
+def test_an_activation_may_write_into_the_images() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(32, 3))
+    model.register_forward_hook(lambda module, arguments, logits: logits + arguments[0].sum((1, 2, 3))[:, None])
+    graph = lower(model, SHAPE, dtype=torch.float64)
+    agree(lambda x: graph(x.double()), model)

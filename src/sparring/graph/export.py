@@ -79,7 +79,7 @@ class _Root(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.model(x.view_as(x)))  # no leaf: it may be written to in place
+        return logits_of(self.model(x.clone()))  # neither leaf nor view of one: it may be written to in place
 
 
 def _within(path: str) -> str:

@@ -74,7 +74,7 @@ def reshape(t: Translator, a: Arguments) -> Any:
 def _reshaped(t: Translator, x: At, shape: tuple[int, ...]) -> At:
     if t.shape(x) == shape:
         return x
-    op: Op = Flatten() if len(shape) == 1 else Reshape(shape)
+    op: Op = Flatten() if len(shape) == 1 and t.shape(x) else Reshape(shape)
     return t.emit(op, x, shape=shape)
 
 
