@@ -154,10 +154,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "steps": (lambda net, h: torch.round(4 * h), "'round'.* it jumps"),
     "whole numbers": (lambda net, h: (4 * h).int() / 4, "it jumps"),
     "half precision within": (lambda net, h: h.half().float(), "it rounds, and so jumps"),
-    "memory never written": (
-        lambda net, h: h + torch.empty(h.shape).fill_(0) * torch.empty_like(h),
-        "differ|asked twice",
-    ),
+    "memory never written": (lambda net, h: h + 0 * torch.empty_like(h), "differ|other logits|NaN"),
     "a branch on values": (lambda net, h: h if h.sum() > 0 else -h, "branches on a value"),
     "out through numpy": (lambda net, h: h * torch.from_numpy(h.detach().numpy()), "cannot be lowered"),
 }
