@@ -88,4 +88,4 @@ def _write_zip(path: Path, x: NDArray[np.uint8], y: NDArray[np.uint8]) -> None:
         for at, (image, label) in enumerate(zip(x, y, strict=True)):
             content = BytesIO()
             Image.fromarray(image).save(content, "png")
-            archive.writestr(f"{'test' if at % 2 else 'train'}/{label // 2}/{at}.png", content.getvalue())
+            archive.writestr(f"{'test' if at // 10 % 2 else 'train'}/{label}/{at}.png", content.getvalue())
