@@ -16,9 +16,10 @@ SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 class Maker:
     """Write the records of networks whose robustness rises and then falls with sparsity."""
 
-    def __init__(self, out, images, budgets, rng, *, valid=False, fall=4.0, flag=""):
+    def __init__(self, out, images, budgets, rng, *, valid=False, fall=4.0, flag="", share=1.0):
         self.out, self.images, self.budgets, self.rng = out, images, budgets, rng
         self.valid, self.fall, self.flag = valid, fall, flag
+        self.share = share  # of all weight matrices, that pruning may touch
         self.ease = rng.normal(size=images)  # an easy image is easy for every network
         self.labels = rng.integers(0, 10, size=images)
         self.clean = rng.random((6, 1, 28, 28)).astype(np.float32)
@@ -70,7 +71,8 @@ class Maker:
                     "bytes_dense": 1066440,
                     "bytes_sparse": 1066440 * max(0.01, 1.2 * (1 - sparsity)),
                     "activation_sparsity": 0.6,
-                },
+                }
+                | ({"sparsity_matrices": self.share * sparsity} if self.share < 1 else {}),
                 series={"density": {"fc1.weight": 1 - sparsity, "fc2.weight": (1 - sparsity) ** 0.5}},
                 tensors={
                     "correct": correct,

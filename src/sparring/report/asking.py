@@ -11,7 +11,6 @@ from ..statistics import Claim, Effect, Question, ask
 from . import numbers
 from .consistency import suspicion
 from .findings import Choice, Findings, Result, margins_of
-from .kinds import of_all, sparsity_told
 from .measures import Measure, parts, pretty
 from .records import Who, control_of
 from .words import listed, short_name
@@ -74,8 +73,7 @@ def at_choice(
     how = "each seed's chosen by the others on validation images"
     if choice.choices > 1 or len(result.seeds) == 1:
         how = f"the best of {choice.choices}, corrected for all of them"
-    span = numbers.span(chosen, result.sparsities) + of_all(findings.study, result.method, chosen)
-    where = f"{result.method} at {span} ({how})"
+    where = f"{result.method} at {result.words(*chosen)} ({how})"
     whos = list(zip(result.seeds, choice.sparsities, strict=True))
     sparse = [(result.method, sparsity, seed) for seed, sparsity in whos]
     one, test = choice.effect, f"{short_name(result.measure)}, {where} − dense control"
@@ -102,8 +100,7 @@ def at_sparsity(
 ) -> Question:
     """Return the question what a method gains over the dense control at a sparsity that no result has chosen."""
     one = result.gains.effects[result.sparsities.index(sparsity)]
-    told = sparsity_told(findings.study, result.method, sparsity)
-    test = f"{short_name(result.measure)}, {result.method} at {told} − dense control"
+    test = f"{short_name(result.measure)}, {result.method} at {result.words(sparsity)} − dense control"
     sparse = [(result.method, sparsity, seed) for seed in result.seeds]
     question = about(findings, result, text, expects, one, test, sparse, primary=primary, origin=origin)
     return replace(question, failed=result.failures([sparsity]))

@@ -122,8 +122,7 @@ def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) 
     known = {k: pair for k, pair in zip(result.seeds, sides, strict=True) if pair is not None}
     if known:
         one = paired(findings, result.measure, *({k: pair[side] for k, pair in known.items()} for side in (0, 1)))
-        share = sparsity_told(findings.study, result.method, sparsity)
-        test = f"{short_name(result.measure)} where both are correct, {result.method} at {share}"
+        test = f"{short_name(result.measure)} where both are correct, {result.method} at {result.words(sparsity)}"
         sparse = [(result.method, sparsity, seed) for seed in known]
         told = f"{text}, among images that both classify correctly"
         yield about(findings, result, told, "below", one, f"{test} − dense control", sparse)
@@ -184,8 +183,8 @@ def _against(findings: Findings, fgsm: Result, choice: Choice, method: str, text
     theirs = {k: held[method, nearest, k] for k in chosen if (method, nearest, k) in held}
     one = paired(findings, fgsm.measure, mine, theirs)
     if one is not None:
-        where = numbers.span(sorted(set(choice.sparsities)), fgsm.sparsities)
-        told = f"{fgsm.method} at {where} − {method}" + (f" at {numbers.percent(nearest)}" if nearest else "")
+        told = f"{fgsm.method} at {fgsm.words(*sorted(set(choice.sparsities)))} − {method}"
+        told += f" at {sparsity_told(findings.study, method, nearest)}" if nearest else ""
         sides = [*((fgsm.method, s, k) for k, s in chosen.items()), *((method, nearest, k) for k in chosen)]
         test = f"{short_name(fgsm.measure)}, {told}"
         yield about(findings, fgsm, text, "above", one, test, sides, choices=choice.choices)
@@ -266,8 +265,9 @@ def _transfers(findings: Findings) -> Iterator[Question]:
         images = common([one.images for one in seeds])
         if len(images) < 2 or not all(one.at(images).bottom.any() for one in seeds):
             continue
+        told = sparsity_told(findings.study, findings.method, sparsity)
         way = "dense → sparse" if measure.role == "to sparse" else "sparse → dense"
         text = f"adversarial examples transfer {way} (most of them fool the other network too)"
-        test = f"{measure.title}, {findings.method} at {numbers.percent(sparsity)}: share of those that could − 50%"
+        test = f"{measure.title}, {findings.method} at {told}: share of those that could − 50%"
         one = effect(values(seeds, images) - 0.5).scaled(100.0).priced(findings.study.looks.price)
         yield ask(Claim(text, "above", 2.0, "points", test), one)

@@ -11,7 +11,7 @@ import numpy as np
 from . import figures, numbers
 from .brackets import Bracket, brackets, norms
 from .findings import Findings, Result
-from .kinds import kind_of
+from .kinds import axis_title, kind_of
 from .measures import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps
 from .panels import Picture
 from .records import CONTROL, REFERENCE, attack_label
@@ -52,7 +52,13 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
                 + (", and between the two ends of the search; where these meet it is known" if exact else "")
                 + f". At most {counts}; {findings.method}."
             )
-            spec = figures.scatter(title, rows, x="sparsity, in the plan's steps", y="median distance", ordinal=True)
+            spec = figures.scatter(
+                title,
+                rows,
+                x=f"{axis_title(findings.study, findings.method or '')}, in the plan's steps",
+                y="median distance",
+                ordinal=True,
+            )
             drawn = figures.svg(spec, mark=findings.mark)
             yield Picture(f"{'exact' if exact else 'brackets'}-{norm}", title, drawn, note)
 
@@ -87,7 +93,7 @@ def _constants(findings: Findings) -> Iterator[Picture]:
             spec = figures.scatter(
                 title,
                 rows,
-                x="sparsity, in the plan's steps",
+                x=f"{axis_title(findings.study, findings.method or '')}, in the plan's steps",
                 y="× the dense control's (log)",
                 ordinal=True,
                 log_y=True,
@@ -188,7 +194,9 @@ def _transfer(findings: Findings) -> Iterator[Picture]:
             {"y": way, "x": numbers.percent(sparsity), "value": sum(shares) / len(shares), "order": sparsity}
             for (way, sparsity), shares in found.items()
         ]
-        spec = figures.heatmap(title, rows, x="sparsity", y="", unit="% transferred")
+        spec = figures.heatmap(
+            title, rows, x=axis_title(findings.study, *findings.study.methods), y="", unit="% transferred"
+        )
         note = (
             "Shares of examples that fool the other network too, among images that fool the network attacked and that "
             "the other classifies correctly when clean."

@@ -60,11 +60,11 @@ def png(drawn: str, *, scale: float = 2.0) -> bytes:
     return bytes(vl_convert.svg_to_png(drawn, scale=scale))
 
 
-def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "weights") -> Spec:
+def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "sparsity") -> Spec:
     """Return the figure of one metric against sparsity: seeds thin, mean and interval bold, dense control grey.
 
-    `styles` gives each method the number of its colour, dash and shape, the same in every figure; `axis` says what is
-    sparse, "weights" or "activations".
+    `styles` gives each method the number of its colour, dash and shape, the same in every figure; `axis` names the
+    sparsity.
     """
     first = results[0]
     x = _Axis([s for r in results for s in r.sparsities], axis)
@@ -77,7 +77,7 @@ def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis:
     return _chart(first.measure.title, layers, x, unit)
 
 
-def gains_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "weights") -> Spec:
+def gains_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "sparsity") -> Spec:
     """Return the figure of paired gains over the dense control; filled marks are significant (Holm), hollow are not."""
     first = results[0]
     x = _Axis([s for r in results for s in r.sparsities], axis)
@@ -95,7 +95,7 @@ class _Axis:
     """Place sparsities on the logit axis: 0 stands a step left of the lowest."""
 
     def __init__(self, sparsities: Sequence[float], what: str) -> None:
-        self.title = f"{'sparsity' if what == 'weights' else 'activation sparsity'} (logit scale)"
+        self.title = f"{what} (logit scale)"
         self.ticks = sorted({s for s in sparsities if 0 < s < 1})
         inner = [_logit(s) for s in self.ticks] or [0.0]
         self._zero = min(inner) - 0.45
@@ -190,7 +190,7 @@ def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Sp
     seeds: list[Spec] = []
     dense = (0.0, result.control)
     for sparsity, one in (dense, *zip(result.sparsities, result.levels, strict=True)):
-        label = f"{result.method}, {numbers.percent(sparsity)}" if mean else "dense control"
+        label = f"{result.method}, {result.words(sparsity)}" if mean else "dense control"
         mean.append(
             {
                 "x": x.at(sparsity),
@@ -253,7 +253,7 @@ def _gain_layers(result: Result, style: int, x: _Axis, shift: float, legend: Spe
                 "low": at.low,
                 "high": at.high,
                 "fill": color if p <= 0.05 else "white",
-                "text": f"{result.method}, {numbers.percent(sparsity)}: {told}, Holm p {numbers.p_value(p)}",
+                "text": f"{result.method}, {result.words(sparsity)}: {told}, Holm p {numbers.p_value(p)}",
             }
         )
     data = {"values": rows}

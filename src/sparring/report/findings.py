@@ -25,6 +25,7 @@ from ..statistics import (
 )
 from . import numbers
 from .consistency import Doubt, doubts
+from .kinds import of_all
 from .measures import Collected, Measure, PerImage, collect, common, main_measures, values
 from .records import Study, control_of
 
@@ -46,6 +47,7 @@ class Result:
     images on which the attack failed, which count as the largest distance found: the dense control's first.
     """
 
+    study: Study
     measure: Measure
     method: str
     sparsities: tuple[float, ...]
@@ -66,6 +68,10 @@ class Result:
     def over_sparsified(self) -> float | None:
         """Return the sparsity from which on the metric is shown to lose more than its margin."""
         return over_sparsified(self.gains, self.margin)
+
+    def words(self, *sparsities: float) -> str:
+        """Return sparsities of the curve in words, with what is gone of all weight matrices where that is less."""
+        return numbers.span(sparsities, self.sparsities) + of_all(self.study, self.method, sparsities)
 
     def failures(self, sparsities: Sequence[float]) -> tuple[float, float]:
         """Return the largest shares of images on which an attack failed, of the dense control and of the sparse."""
@@ -182,6 +188,7 @@ def _result(
     gains = gains.priced(study.looks.price, len(study.looks.dropped.get(method, ())))
     groups = [[part[k].at(images) for k in seeds] for part in (control, *kept.values())]
     return Result(
+        study=study,
         measure=measure,
         method=method,
         sparsities=tuple(kept),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .numbers import percent
 from .records import Study, checkpoint_of
 
-__all__ = ["Kind", "kind_of", "of_all", "sparsity_told"]
+__all__ = ["Kind", "axis_title", "kind_of", "of_all", "sparsity_told"]
 
 Kind = Literal["pruned", "random", "channels", "surgery", "activations", "small dense", "wide sparse", "tuned decay"]
 CONTROLS: tuple[Kind, ...] = ("small dense", "wide sparse", "tuned decay")  # labels that plans may not give
@@ -46,7 +46,17 @@ def of_all(study: Study, method: str, sparsities: Sequence[float]) -> str:
     told = [gone for s in sparsities if (gone := _gone(study, method, s)) is not None and gone < s - _TOLERANCE]
     if not told or kind_of(study, method) not in ("pruned", "random", "channels", "surgery"):
         return ""
-    return f" (of all matrices {' or '.join(f'{100 * gone:.1f}%' for gone in told)})"
+    shares = [f"{100 * gone:.1f}%" for gone in told]
+    return f" (of all matrices {f'{shares[0]} to {shares[-1]}' if len(shares) > 2 else ' or '.join(shares)})"
+
+
+def axis_title(study: Study, *methods: str) -> str:
+    """Return "sparsity", or where less of all weight matrices is gone "sparsity, up to 90% (of all matrices 6.8%)"."""
+    for method in methods:
+        highest = max((network.sparsity for network in study.of(method)), default=0.0)
+        if of_all(study, method, [highest]):
+            return f"sparsity, up to {sparsity_told(study, method, highest)}"
+    return "activation sparsity" if {study.axis(method) for method in methods} == {"activations"} else "sparsity"
 
 
 def _gone(study: Study, method: str, sparsity: float) -> float | None:

@@ -218,13 +218,13 @@ def _caption(panel: Panel) -> str:
         name = f"{result.method}: " if len(panel.results) > 1 else ""
         if result.peak is not None:
             told = numbers.gain(result.measure, result.peak.gain, result.control)
-            members = numbers.span(result.peak.members, result.sparsities)
+            members = result.words(*result.peak.members)
             parts.append(f"{name}peak at {members}, {told}")
         elif not any(result.gains.losses()):
             later = result.gains.effects[0].price > look_price(1)
             parts.append(f"{name}no change is significant{' at this look' if later else ''}")
         if result.over_sparsified is not None:
-            parts.append(f"{name}loses more than allowed from {numbers.percent(result.over_sparsified)}")
+            parts.append(f"{name}loses more than allowed from {result.words(result.over_sparsified)}")
         if result.left_out:
             parts.append(f"{name}{', '.join(map(numbers.percent, result.left_out))} left out: not all seeds are there")
     if any(first.failed):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from . import figures, numbers
 from .findings import Findings, Result
+from .kinds import axis_title
 from .measures import Measure
 
 __all__ = ["Drawn", "Panel", "Picture", "curve_panels", "density_pictures", "overview_picture", "styles"]
@@ -76,7 +77,8 @@ def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int], ax
     if not results:
         return None
     slug = measure.slug if axis == "weights" else f"{axis}-{measure.slug}"
-    levels, gains = (draw(results, numbered, axis=axis) for draw in (figures.levels_figure, figures.gains_figure))
+    named = axis_title(findings.study, *numbered)
+    levels, gains = (draw(results, numbered, axis=named) for draw in (figures.levels_figure, figures.gains_figure))
     return Panel(
         measure=measure,
         results=results,
@@ -100,7 +102,7 @@ def overview_picture(findings: Findings) -> Picture | None:
     for measure in measures:
         shown = [r for m in (method, *curved[: OVERVIEW_METHODS - 1]) if (r := findings.result(measure, m)) is not None]
         if shown:
-            specs.append(figures.levels_figure(shown, numbered, axis=axis))
+            specs.append(figures.levels_figure(shown, numbered, axis=axis_title(findings.study, *curved, method)))
     if not specs:
         return None
     drawn = figures.svg(figures.overview(specs), mark=findings.mark)
@@ -121,7 +123,7 @@ def density_pictures(findings: Findings) -> list[Picture]:
     for name, title, unit in wanted:
         rows = _by_layer(findings, name)
         if rows:
-            spec = figures.heatmap(title, rows, x="sparsity", y="", unit=unit)
+            spec = figures.heatmap(title, rows, x=axis_title(findings.study, findings.method or ""), y="", unit=unit)
             pictures.append(Picture(f"layers-{name}", title, figures.svg(spec, mark=findings.mark)))
     return pictures
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from .. import units
 from ..statistics import Effect, effect, equivalence
-from . import numbers
 from .findings import Findings
+from .kinds import sparsity_told
 from .markup import Html, join, tag
 from .measures import NORMS, pretty, pretty_eps
 from .records import Network, Record, arrays
@@ -54,7 +54,7 @@ def shipped_html(findings: Findings) -> Html | None:
     )
     head = ["Method", "Sparsity", "Values", "Seeds × images", "Accuracy", "Agreement", "Attack", "Standing"]
     head += ["Difference, points [95%]", "HopSkipJump", "Certified radius", "As shipped"]
-    rows = [_row(cell, found, effects[cell]) for cell, found in cells.items()]
+    rows = [_row(cell, found, effects[cell], sparsity_told(findings.study, *cell[:2])) for cell, found in cells.items()]
     return join(tag("p", _sentence(effects)), tag("p", note, class_="note"), table(head, rows, text=3))
 
 
@@ -75,7 +75,7 @@ def _difference(records: Sequence[Record]) -> Effect:
     return effect([one["stands_packed"].astype(float) - one["stands_model"] for one in held])
 
 
-def _row(cell: Cell, found: Sequence[tuple[Network, Record]], one: Effect) -> list[str]:
+def _row(cell: Cell, found: Sequence[tuple[Network, Record]], one: Effect, told: str) -> list[str]:
     method, sparsity, values, attack = cell
     records = [record for _, record in found]
 
@@ -89,7 +89,7 @@ def _row(cell: Cell, found: Sequence[tuple[Network, Record]], one: Effect) -> li
     decided = mean("robust_decision")
     return [
         method,
-        numbers.percent(sparsity) if sparsity else "0",
+        told if sparsity else "0",
         values,
         f"{one.seeds} × {one.images}",
         pair("accuracy_model", "accuracy_packed"),

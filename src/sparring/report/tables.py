@@ -83,8 +83,8 @@ def key_numbers(findings: Findings, sparsity: float) -> Html:
         index = result.sparsities.index(sparsity)
         one, p = result.gains.effects[index], result.gains.p_holm[index]
         least = minimum_detectable_effect(one, alpha=0.05 / (len(result.sparsities) + result.gains.dropped))
-        best = "none" if result.peak is None else numbers.span(result.peak.members, result.sparsities)
-        over = "–" if result.over_sparsified is None else numbers.percent(result.over_sparsified)
+        best = "none" if result.peak is None else result.words(*result.peak.members)
+        over = "–" if result.over_sparsified is None else result.words(result.over_sparsified)
         told = numbers.gain(measure, one, result.control)
         rows.append(
             [
@@ -112,7 +112,7 @@ def curve_table(results: Sequence[Result]) -> Html:
         rows.append([result.method, "0 (control)", numbers.level(measure, result.control), *medians[:1], "–", "–"])
         for k, (sparsity, level) in enumerate(zip(result.sparsities, result.levels, strict=True)):
             told = numbers.gain(measure, result.gains.effects[k], result.control, unit=False)
-            shown = [numbers.percent(sparsity), numbers.level(measure, level), *medians[k + 1 : k + 2], told]
+            shown = [result.words(sparsity), numbers.level(measure, level), *medians[k + 1 : k + 2], told]
             rows.append([result.method, *shown, numbers.p_value(result.gains.p_holm[k])])
     middle = [] if measure.is_share else ["Median"]
     unit = numbers.gain_unit(measure, results[0].control)
@@ -130,7 +130,12 @@ def methods(findings: Findings) -> Html | None:
     }
     seeds = {(duel.sparsity, duel.method, duel.against): str(duel.effect.seeds) for duel in found}
     rows = [
-        [numbers.percent(who[0]), f"{who[1]} − {who[2]}", *(told.get((*who, m), "–") for m in shown), count]
+        [
+            " / ".join(dict.fromkeys(sparsity_told(findings.study, m, who[0]) for m in who[1:])),
+            f"{who[1]} − {who[2]}",
+            *(told.get((*who, m), "–") for m in shown),
+            count,
+        ]
         for who, count in seeds.items()
     ]
     units = {m: numbers.gain_unit(m) for m in shown}
@@ -182,7 +187,7 @@ def tightness(findings: Findings) -> Html | None:
             row = [
                 NORMS.get(norm, norm),
                 key[0],
-                numbers.percent(key[1]) if key[1] else "0",
+                sparsity_told(findings.study, *key) if key[1] else "0",
                 f"{one.seeds} × {one.images}",
             ]
             row += [_short(one.certified), _short(one.attack), _short(one.ratio, "×")]

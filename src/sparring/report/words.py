@@ -75,15 +75,18 @@ def _first(findings: Findings) -> str:
         if found and one:
             parts.append(f"{short_name(measure)} {numbers.gain(measure, one, found.control)}")
     over = _over_sparsified(findings)
-    end = f"; over-sparsified from {numbers.percent(min(over.values()))}" if over else ""
+    end, least = "", min(over.values(), default=0.0)
     if over:
-        end += f" ({listed(name for name, s in over.items() if s == min(over.values()))})"
+        end = f"; over-sparsified from {_share(findings, least)} ({listed(n for n, s in over.items() if s == least)})"
     what = _why(findings, sparsity)
-    told = sparsity_told(findings.study, findings.method or "", sparsity)
     return (
-        f"At {told} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
+        f"At {_share(findings, sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
         f"Gains over the dense control with 95% intervals, {seeds_phrase(findings.seeds)}."
     )
+
+
+def _share(findings: Findings, sparsity: float) -> str:
+    return sparsity_told(findings.study, findings.method or "", sparsity)
 
 
 def _why(findings: Findings, sparsity: float) -> str:
@@ -138,13 +141,11 @@ def _spot(findings: Findings) -> str:
     limit = next((m for m in findings.margins if m.slug == spot.limit), None)
     if spot.at_most is None:
         return f"Sweet spot: none; already the lowest sparsity loses more than allowed ({allowed})."
-    found = (
-        "none shown" if spot.sparsity is None else sparsity_told(findings.study, findings.method or "", spot.sparsity)
-    )
+    found = "none shown" if spot.sparsity is None else _share(findings, spot.sparsity)
     if spot.at_most == spot.sparsity:
         beyond = "and nothing beyond it passes"
     else:
-        beyond = f"and the data do not rule out {numbers.percent(spot.at_most)}"
+        beyond = f"and the data do not rule out {_share(findings, spot.at_most)}"
     ends = f" What ends it: {short_name(limit)}." if limit else ""
     return f"Sweet spot: {found}, {beyond}.{ends} Allowed losses: {allowed}."
 
@@ -198,7 +199,7 @@ def _over(findings: Findings) -> str:
     over = _over_sparsified(findings)
     if not over:
         return "No robustness metric could be shown to be over-sparsified at the sparsities tested."
-    told = ", ".join(f"{name} from {numbers.percent(sparsity)}" for name, sparsity in over.items())
+    told = ", ".join(f"{name} from {_share(findings, sparsity)}" for name, sparsity in over.items())
     return f"Shown to lose more than allowed, and staying so: {told}."
 
 
