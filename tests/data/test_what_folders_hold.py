@@ -92,6 +92,7 @@ def test_what_would_lose_or_shift_a_class_is_refused(tmp_path: Path, more: Membe
     [
         ({f"train/cat/{n}.svg": b"x" for n in range(4)}, r"no images: 4 \(train/cat/0.svg, .*, \.\.\.\)"),
         ({"train/0.png": image()}, r"no images: 1 \(train/0.png\)"),
+        ({f"train/cat/more/{n}.png": image() for n in range(3)}, r"class's folder, not read: 1 \(train/cat/more\)"),
         ({"train/cow/0.png": image(), "train/cow/1.png": image()}, r"classes without images in test/: 1 \(cow\)"),
         ({"valid/dog/0.png": image()}, r"classes without images in valid/: 1 \(cat\)"),
     ],
@@ -108,6 +109,11 @@ def test_a_list_of_classes_fixes_the_labels(tmp_path: Path) -> None:
     for path in laid_out(files, tmp_path):
         loaded = data.load(str(path))
         assert (loaded.classes, sorted(set(loaded.test.y.tolist()))) == (1000, [243, 999])
+
+
+def test_a_list_of_classes_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    for path in laid_out(members() | {"classes.txt": "dog\ncat\n".encode("utf-8-sig")}, tmp_path):
+        assert data.load(str(path)).class_names == ("dog", "cat")
 
 
 def test_two_sets_in_one_archive_are_not_mixed(tmp_path: Path) -> None:

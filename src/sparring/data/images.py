@@ -45,11 +45,12 @@ class _Item(NamedTuple):
 
 @dataclass
 class _Census:
-    """What there is: class folders, files in them that are no images, what CLASSES says, and how images are kept."""
+    """What there is: class folders, files and folders in them that are not read, what CLASSES says, and formats."""
 
     endings: dict[str, str]
     folders: set[tuple[str, str]] = field(default_factory=set)
     skipped: list[str] = field(default_factory=list)
+    nested: set[str] = field(default_factory=set)
     roots: set[str] = field(default_factory=set)
     named: list[str] = field(default_factory=list)
     lossy: set[str] = field(default_factory=set)
@@ -60,7 +61,11 @@ class _Census:
         *folders, name = member.rstrip("/").split("/")
         if any(part.startswith(".") or part in IGNORED for part in (*folders, name)):
             return False  # a notebook's copies, and the hidden twin that macOS packs of every file
-        if member.endswith("/"):
+        *within, _ = member.split("/")
+        depth = next((at for at, folder in enumerate(within) if folder in PARTS), len(within)) + 3
+        if len(within) >= depth and within[-2] not in PARTS:
+            self.nested.add("/".join(within[:depth]))
+        elif member.endswith("/"):
             self.folders |= {(folders[-1], name)} if folders and folders[-1] in PARTS else set()
         elif len(folders) >= 2 and folders[-2] in PARTS:
             self.folders.add((folders[-2], folders[-1]))
@@ -79,9 +84,9 @@ def load_images(path: Path, name: str) -> Dataset:
     Classes are the folder names in sorted order, or the lines of classes.txt beside train/, which may name more than
     there are folders. Images are grey (1, H, W) if all of them are, else (3, H, W); they are turned as EXIF says,
     transparency is dropped, of several frames the first is read. Hidden files and folders are ignored; a DataWarning
-    counts files that are no images and names classes without test images. Where there is no valid/, every tenth
-    training image of a class (by name) is held out. Each split comes in balanced order. A set with images in a lossy
-    format has that in its name, as "jpeg".
+    counts files that are no images and folders within a class's, and names classes without test images. Where there is
+    no valid/, every tenth training image of a class (by name) is held out. Each split comes in balanced order. A set
+    with images in a lossy format has that in its name, as "jpeg".
 
     Raises DataError, naming the file, for a damaged image, one of another size, of more than 4,096 pixels a side or of
     16 bits a channel, for a class without training images, and for more than 512 MiB of pixels.
@@ -93,7 +98,7 @@ def load_images(path: Path, name: str) -> Dataset:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             for member, data in _members(path, census):
                 if member.rpartition("/")[2] == CLASSES:
-                    census.named = [line.strip() for line in data.decode().splitlines() if line.strip()]
+                    census.named = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
                     continue
                 part, label, file = member.split("/")[-3:]
                 pixels = _decode(data, member, path, census)
@@ -203,6 +208,7 @@ def _tell(items: list[_Item], census: _Census, labels: list[str], path: Path) ->
     """Warn of files that were not read, frames left out, and classes that a split lacks."""
     found = {
         "left out, since they are no images": census.skipped,
+        "folders within a class's folder, not read": sorted(census.nested),
         "of several frames only the first was read": census.animated,
     }
     for part in PARTS[1:]:

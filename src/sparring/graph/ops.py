@@ -167,6 +167,8 @@ class Node:
     def title(self) -> str:
         """Name the operation, its layer and its line, as a refusal does."""
         name = self.op.name if isinstance(self.op, Call) else type(self.op).__name__
+        if isinstance(self.op, Constant):
+            name = f"arithmetic with a constant of shape {self.shape}"
         return title(name, self.path, self.line)
 
 
