@@ -148,6 +148,26 @@ def test_attacks_end_where_they_end_without_the_cut(where: str, attack: str, man
     assert found.forwards > 2 * truth.forwards
 
 
+@pytest.mark.parametrize(
+    "branch", [BRANCHES["detached"], lambda x: (255 * x).to(torch.uint8) / 255], ids=["cut", "bytes"]
+)
+@pytest.mark.parametrize("attack", ["pgd", "fast"])
+def test_no_gradient_at_all_hides_nothing(attack: str, branch: Callable[[Tensor], Tensor], many: Tensor) -> None:
+    cut, whole = Cut(PLACES >= 0, branch), network()
+    many = (255 * many[:20]).round() / 255
+    y = cut(many).argmax(1)
+    found, truth = (run(model, many, y, ATTACKS[attack], Threat(LINF, EPS)) for model in (cut, whole))
+    assert robust_accuracy(found) <= robust_accuracy(truth) + 0.1 < 0.9
+    assert {"zero-gradients", "partial-gradients"} <= {flag.name for flag in found.flags}
+
+
+def test_a_constant_has_no_differences(many: Tensor) -> None:
+    dead = network()
+    nn.init.zeros_(dead[1].weight)
+    found = run(dead, many, dead(many).argmax(1), ATTACKS["pgd"], Threat(LINF, EPS))
+    assert "partial-gradients" not in {flag.name for flag in found.flags} and not found.success.any()
+
+
 def test_distances_end_where_they_end_without_the_cut(many: Tensor) -> None:
     cut, whole = Cut(PIXELS["the left half"], BRANCHES["detached"]), network()
     y = whole(many).argmax(1)
