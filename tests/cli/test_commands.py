@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from sparring import deploy
+from sparring.cli import main
 from sparring.models import load_model
 from sparring.sparsity import sparsity_of
 from sparring.study import read_plan
@@ -49,8 +51,21 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a trained network's file and that of a pruned one."""
     folder = tmp_path_factory.mktemp("models")
-    return folder / "dense.safetensors", folder / "sparse.safetensors"
+    dense, sparse = folder / "dense.safetensors", folder / "sparse.safetensors"
+    options = ("--data", "digits", "--quiet", "--set", "epochs=2")
+    before = signal.getsignal(signal.SIGTERM)
+    for words in (
+        ("train", "lenet-300-100", "--out", dense, *options),
+        ("prune", dense, "--out", sparse, "--sparsity", 0.9, *options, "--set", "method=one-shot"),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "argv", ["sparring", *map(str, words)])
+            main()
+        assert not stop.value.code
+    signal.signal(signal.SIGTERM, before)
+    return dense, sparse
 
 
 def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -124,8 +139,8 @@ def test_failed_cells_give_exit_code_3(  # type: ignore[no-untyped-def]
     assert Path("out/report.html").exists()
 
 
-def test_train_prune_attack_certify_compare(sparring, models: tuple[Path, Path]) -> None:  # type: ignore[no-untyped-def]
-    dense, sparse = models
+def test_train_prune_attack_certify_compare(sparring, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dense, sparse = tmp_path / "dense.safetensors", tmp_path / "sparse.safetensors"
     options = ("--data", "digits", "--quiet")
     assert sparring("train", "lenet-300-100", "--out", dense, *options, "--set", "epochs=2").code == 0
     pruned = sparring(

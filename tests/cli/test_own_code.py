@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparring.cli import _sentence
+
 NET = "nn.Sequential(nn.Flatten(), nn.Linear(64, 10))"
 CODE = """
     import torch
@@ -254,3 +256,15 @@ def test_untrained_models_are_named_and_weights_are_compared(sparring, own: str)
     assert "untrained" in sparring(*words).err
     told = sparring(*words, "--weights", "a.safetensors", "--weights", "b.safetensors")
     assert told.code == 0 and not told.err
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (ValueError("allocate sparsity per layer"), False),
+    ],
+)
+def test_only_want_of_memory_is_called_so(error: Exception, memory: bool) -> None:
+    assert _sentence(error).startswith("out of memory") == memory

@@ -74,15 +74,19 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, UserError):
         where = place(error)
         return f"{error} ({where})" if where and where not in str(error) else str(error)
-    if isinstance(error, MemoryError) or "allocate" in str(error) or "out of memory" in str(error):
-        return (
-            f"out of memory: use fewer images or smaller batches ({str(error).splitlines()[0][:200] or 'MemoryError'})"
-        )
+    if isinstance(error, MemoryError) or _is_torchs_memory_error(error):
+        return f"out of memory: use fewer images or smaller batches ({told(error)[:200]})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; free some space and run the same command again: it goes on"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"{told(error)}{'' if place(error) else '; --traceback shows where'}"
+
+
+def _is_torchs_memory_error(error: Exception) -> bool:
+    """Say whether torch found no memory: it raises RuntimeErrors, told apart by their text alone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def joined(words: list[str]) -> list[str]:
