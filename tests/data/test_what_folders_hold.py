@@ -224,3 +224,15 @@ def test_the_number_of_classes_may_be_said(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(arrays(y_train=y, y_test=y, classes=np.array(1000)))
     loaded = data.load(str(tmp_path / "x.npz"))
     assert loaded.classes == 1000 and set(loaded.test.y.tolist()) == {243, 559, 990}
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_another_word_for_valid_is_refused(tmp_path: Path, name: str) -> None:
+    for path in laid_out(members() | {f"{name}/cat/0.png": image()}, tmp_path):
+        with pytest.raises(DataError, match=rf"{name}/; rename it to valid/"):
+            data.load(str(path))
+
+
+def test_a_class_may_be_called_val(tmp_path: Path) -> None:
+    for path in laid_out(members(("cat", "val")), tmp_path):
+        assert data.load(str(path)).class_names == ("cat", "val")

@@ -193,7 +193,7 @@ def _differ(first: Tensor, second: Tensor) -> bool:
 def _gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
     dead = zero_gradient_share(model, x, y)
     if dead > _MANY:
-        way_out = "`run` adds a secant backward pass where a layer is dead; else give surrogates, or attack by square"
+        way_out = "`run` adds a secant backward pass where a layer is dead, else finite differences; see also square"
         return [Flag("zero-gradients", f"at {dead:.0%} of the images; {way_out}")]
     _, gradient = logits_and_gradient(model, x, cross_entropy, y)
     saturated = float((gradient.flatten(1) == 0).all(1).double().mean())

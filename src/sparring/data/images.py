@@ -22,6 +22,7 @@ __all__ = ["load_images"]
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 PARTS = ("train", "valid", "test")
+MISNAMED = ("val", "validation")  # which stand for valid/ elsewhere
 CLASSES = "classes.txt"
 # Formats that know their own files; any other is tried only on files of its ending.
 COMMON = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
@@ -51,6 +52,7 @@ class _Census:
     folders: set[tuple[str, str]] = field(default_factory=set)
     skipped: list[str] = field(default_factory=list)
     nested: set[str] = field(default_factory=set)
+    misnamed: set[str] = field(default_factory=set)
     roots: set[str] = field(default_factory=set)
     named: list[str] = field(default_factory=list)
     lossy: set[str] = field(default_factory=set)
@@ -75,6 +77,8 @@ class _Census:
             self.skipped.append(member)
         elif set(folders) & set(PARTS):
             self.skipped.append(member)
+        elif len(folders) >= 2 and folders[-2] in MISNAMED:
+            self.misnamed.add(folders[-2])
         return name == CLASSES and not set(folders) & set(PARTS)
 
 
@@ -123,7 +127,7 @@ def _members(path: Path, census: _Census) -> Iterator[tuple[str, bytes]]:
         yield from safe_members(path, wanted=census.wants)
         return
     lists = [path / CLASSES] if (path / CLASSES).exists() else []
-    places = [*lists, *(place for part in PARTS for place in sorted((path / part).glob("*")))]
+    places = [*lists, *(place for part in (*PARTS, *MISNAMED) for place in sorted((path / part).glob("*")))]
     for place in places:
         for file in (place, *(sorted(place.glob("*")) if place.is_dir() else ())):
             member = file.relative_to(path).as_posix()
@@ -186,6 +190,8 @@ def _labels(items: list[_Item], census: _Census, path: Path) -> list[str]:
     """Return the classes' names in the order of their labels; refuse what would shift or lose one."""
     if len(census.roots) > 1:
         raise DataError(f"{path} holds several sets ({', '.join(sorted(census.roots))}); give one at a time")
+    for part in sorted(census.misnamed):
+        raise DataError(f"{path} has a folder {part}/; rename it to valid/ (or take it out)")
     for part in ("train", "test"):
         if not any(item.part == part for item in items):
             raise DataError(f"{path} has no images in {part}/<class>/; put some there")
