@@ -66,6 +66,8 @@ class PretendGPU(TorchFunctionMode):
                 place = argument
             elif isinstance(argument, torch.dtype):
                 kwargs["dtype"] = argument
+            elif isinstance(argument, Tensor):
+                place, kwargs["dtype"] = (GPU if isinstance(argument, OnGPU) else "cpu"), argument.dtype
         kind: Any = type(value) if place is None else OnGPU if torch.device(place).type == "cuda" else Tensor
         result = value.to(**kwargs) if kwargs else value
         if isinstance(value, OnGPU) == (kind is OnGPU):

@@ -9,6 +9,7 @@ import pytest
 
 from sparring.data import Dataset
 from sparring.errors import PlanError
+from sparring.sparsity import LeftDenseWarning
 from sparring.study import Context, Plan, run
 from sparring.study.rehearsal import rehearse
 
@@ -21,7 +22,6 @@ def plan(**pruning: Any) -> Plan:
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [
-        ({"structure": "2:4"}, r"30 inputs, which are not whole groups of 4"),
         ({"structure": "blocks-4x4"}, r"not whole blocks of 4 × 4"),
         ({"spare": ["nope"]}, r"unknown layer 'nope'"),
         ({"layers": {"nope": 0.5}}, r"unknown layer 'nope'"),
@@ -43,7 +43,7 @@ def test_channels_by_hand_must_fit_the_network(few_digits: Dataset) -> None:
 
 def test_nothing_is_written_for_a_plan_that_is_refused(few_digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(PlanError):
-        run(plan(structure="2:4"), tmp_path, dataset=few_digits, workers=0)
+        run(plan(structure="blocks-4x4"), tmp_path, dataset=few_digits, workers=0)
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -56,3 +56,8 @@ def test_a_plan_may_ask_for_n_of_m_and_for_layers_by_hand(few_digits: Dataset, t
     assert half.error is None and half.metrics["sparsity"] == 0.5
     assert by_hand.error is None and by_hand.inputs["sparsity"] is None
     assert by_hand.metrics["sparsity"] == pytest.approx((0.75 * 64 * 16 + 0.2 * 16 * 10) / (64 * 16 + 16 * 10))
+
+
+def test_layers_without_whole_groups_are_named(few_digits: Dataset) -> None:
+    with pytest.warns(LeftDenseWarning, match=r"30 inputs"):
+        rehearse(plan(label="mine", structure="2:4"), Context(few_digits, lambda key: {}))

@@ -38,11 +38,13 @@ ATTACKS: dict[str, Attack] = {
     "standard": standard,
 }
 
-# Those that look for the smallest perturbation; all others need a budget.
+# Those that look for the smallest perturbation, and those that do so where no budget is given; all others need one.
+ENSEMBLES = frozenset({"fast", "standard"})
 MINIMUM_NORM = frozenset({"cw", "ddn", "deepfool", "fab", "fab-targeted", "hopskipjump", "nearest"})
 
 __all__ = [
     "ATTACKS",
+    "ENSEMBLES",
     "FLAGS",
     "MINIMUM_NORM",
     "Attack",

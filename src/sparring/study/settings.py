@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..attacks import ATTACKS, MINIMUM_NORM
+from ..attacks import ATTACKS, ENSEMBLES, MINIMUM_NORM
 from ..attacks import Attack as AttackFunction
 from ..errors import PlanError, UnknownNameError, UserError
 from ..models import MODELS
@@ -305,7 +305,7 @@ def attack_named(name: str) -> AttackFunction:
 def check_attack(attack: Attack) -> None:
     """Raise UserError for an unknown attack, a budget out of range, or an option that the attack does not have."""
     function = attack_named(attack.name)
-    if attack.name in ATTACKS and attack.name not in MINIMUM_NORM and not attack.eps:
+    if attack.name in ATTACKS and attack.name not in (*MINIMUM_NORM, *ENSEMBLES) and not attack.eps:
         raise PlanError(f"attack '{attack.name}' needs a budget: give eps, as eps = [0.03] or eps = [\"8/255\"]")
     for eps in attack.eps:
         Threat(parse_norm(attack.norm), eps)
