@@ -125,7 +125,10 @@ def test_examples_are_transferred_from_a_named_model(trained: Trained) -> None:
     model, x, y = trained
     alone = run(Hidden(model), x, y, pgd, THREAT, generator=seeded())
     helped = run(Hidden(model), x, y, pgd, THREAT, surrogates={"dense": model}, generator=seeded())
-    assert robust_accuracy(alone) > robust_accuracy(helped) + 0.2
+    bare = run(model, x, y, pgd, THREAT, generator=seeded())
+    # Alone it goes by finite differences, which come near; with the dense network it is as if nothing were hidden.
+    assert robust_accuracy(helped) < robust_accuracy(alone)
+    assert robust_accuracy(helped) <= robust_accuracy(bare) + 0.02
     assert any(flag.name == "masked-gradients" and "dense" in flag.detail for flag in helped.flags)
 
 
