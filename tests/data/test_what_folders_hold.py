@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,8 @@ def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
     } | {
         "train/.DS_Store": b"x",
         "train/cat/Thumbs.db": b"x",
+        "train/@eaDir/0.png": image(),
+        "test/@eaDir/0.png": image(),
         "__MACOSX/train/cat/9.png": image(),
         ".git/train/a/0": b"",
     }
@@ -79,6 +82,7 @@ def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
         ({"classes.txt": b"cat\ndog\ncat\n"}, "twice"),
         ({"classes.txt": b"cat\n"}, "does not name it"),
         ({"train/cat/9.jpg": b"x"}, "train/cat/9.jpg"),
+        ({"classes.txt": "caf\u00e9\n".encode("latin-1")}, "classes.txt in .* UTF-8"),
     ],
 )
 def test_what_would_lose_or_shift_a_class_is_refused(tmp_path: Path, more: Members, message: str) -> None:
@@ -95,6 +99,7 @@ def test_what_would_lose_or_shift_a_class_is_refused(tmp_path: Path, more: Membe
         ({f"train/cat/more/{n}.png": image() for n in range(3)}, r"class's folder, not read: 1 \(train/cat/more\)"),
         ({"train/cow/0.png": image(), "train/cow/1.png": image()}, r"classes without images in test/: 1 \(cow\)"),
         ({"valid/dog/0.png": image()}, r"classes without images in valid/: 1 \(cat\)"),
+        ({"more/cat/0.png": image(), "1.png": image()}, r"images outside of train/.*: 2 \(1.png, more/cat/0.png\)"),
     ],
 )
 def test_what_is_left_out_is_counted_and_named(tmp_path: Path, more: Members, message: str) -> None:
@@ -114,6 +119,53 @@ def test_a_list_of_classes_fixes_the_labels(tmp_path: Path) -> None:
 def test_a_list_of_classes_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     for path in laid_out(members() | {"classes.txt": "dog\ncat\n".encode("utf-8-sig")}, tmp_path):
         assert data.load(str(path)).class_names == ("dog", "cat")
+
+
+@pytest.mark.parametrize("name", ["Classes.txt", "CLASSES.TXT"])
+def test_a_list_of_classes_is_found_however_its_name_is_written(tmp_path: Path, name: str) -> None:
+    for path in laid_out(members() | {name: b"dog\ncat\n"}, tmp_path):
+        assert data.load(str(path)).class_names == ("dog", "cat")
+
+
+@pytest.mark.parametrize("classes", [("1", "2", "10"), ("class 9", "class 10")])
+def test_labels_that_do_not_count_as_their_names_do_are_named(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    for path in laid_out(members(classes), tmp_path):
+        with pytest.warns(DataWarning, match="not as one counts; classes.txt may say another order"):
+            data.load(str(path))
+    for path in laid_out(members(classes) | {"classes.txt": "\n".join(classes).encode()}, tmp_path):
+        assert data.load(str(path)).class_names == classes
+    for path in laid_out(members(("01", "02", "10")), tmp_path / "padded"):
+        assert data.load(str(path)).class_names == ("01", "02", "10")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"test/cat/0.png": image()}, r"no images in train/<class>/; .* two of each class"),
+        ({"train/cat/0.png": image()}, r"no images in test/<class>/; put some there"),
+        ({"cat/0.png": image(), "dog/0.png": image()}, r"in train/<class>/, only cat/0.png, dog/0.png"),
+        ({"Train/cat/0.png": image()}, r"in train/<class>/, only Train/cat/0.png"),
+        ({"train/pets/cat/0.png": image()}, r"in train/<class>/, only train/pets/cat"),
+        ({"train/0.png": image()}, r"in train/<class>/, only train/0.png"),
+    ],
+)
+def test_a_set_without_a_part_is_refused_and_told_what_it_has(tmp_path: Path, files: Members, message: str) -> None:
+    for path in laid_out(files, tmp_path):
+        with pytest.raises(DataError, match=message):
+            data.load(str(path))
+
+
+@pytest.mark.filterwarnings("default:.*test images are also among")
+def test_test_images_among_the_others_are_counted(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    for shared in (0, 3):
+        content = arrays(x_train=x[:20], y_train=np.arange(20) % 2, x_test=x[20 - shared :], y_test=[0] * (10 + shared))
+        (tmp_path / "x.npz").write_bytes(content)
+        with warnings.catch_warnings(record=True) as told:
+            data.load(str(tmp_path / "x.npz"))
+        assert [str(one.message).rpartition(": ")[2] for one in told] == [
+            f"{shared} of {10 + shared} test images are also among those for training or validation"
+        ] * (shared > 0)
 
 
 def test_two_sets_in_one_archive_are_not_mixed(tmp_path: Path) -> None:
@@ -147,6 +199,13 @@ def test_every_format_is_read(tmp_path: Path, ending: str) -> None:
         loaded = data.load(str(path))
         assert loaded.name == "set" + {"webp": "-webp", "jp2": "-jpeg2000"}.get(ending, "")
         assert np.abs(loaded.test.x[0].permute(1, 2, 0).numpy().astype(int) - pixels).max() <= 2
+
+
+def test_jpeg_within_tiff_is_jpeg(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), 100).save(file, "TIFF", compression="jpeg")
+    for path in laid_out(members() | {"train/cat/9.tiff": file.getvalue()}, tmp_path):
+        assert data.load(str(path)).name == "set-jpeg"
 
 
 def test_of_a_moving_picture_the_first_frame_is_read(tmp_path: Path) -> None:
@@ -205,11 +264,16 @@ def test_shapes_with_two_readings_are_refused_with_both(tmp_path: Path, shape: t
         ({"y_train": np.array([5, 7, 5, 7])}, "holds 5, 7; number the classes"),
         ({"y_train": np.array([-1, 0, 1, 0])}, "holds -1, 0, 1"),
         ({"y_train": np.eye(4, 2, dtype=np.int64)}, r"integers of shape \(N,\)"),
-        ({"y_train": np.array([0, 1])}, "4 training images but 2 labels"),
+        ({"y_train": np.array([0, 1])}, "4 images but 2 labels"),
         ({"y_test": np.array([0, 1, 2, 1])}, "label 2"),
         ({"x_train": np.random.default_rng(0).random((4, 8, 8))}, "in \\[0, 1\\]"),
         ({"x_train": np.full((4, 8, 8), 9, np.uint16)}, "not uint16"),
         ({"classes": np.array([2, 3])}, "one integer"),
+        ({"classes": np.array(-1)}, "cannot have -1 classes; from 1 to 1,000,000"),
+        ({"classes": np.array(10**12)}, "cannot have 1000000000000 classes"),
+        ({"classes": np.array(2), "y_train": np.array([-1, 0, 1, 0])}, "label -1 at image 0; labels go from 0 to 1"),
+        ({"classes": np.array(2), "y_train": np.array([2**64 - 1, 0, 1, 0], np.uint64)}, "not uint64"),
+        ({"class_names": np.array(["cat", "dog"], dtype=object)}, "the type object"),
         ({"layout": np.array("HWCN")}, "'NCHW' or 'NHWC'"),
     ],
 )
@@ -217,6 +281,25 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path, more: dict[str, np.n
     (tmp_path / "x.npz").write_bytes(arrays(**more))
     with pytest.raises(DataError, match=message):
         data.load(str(tmp_path / "x.npz"))
+
+
+def test_arrays_that_are_not_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(arrays(x_val=np.zeros((2, 8, 8), np.uint8), y_val=[0, 1]))
+    with pytest.warns(DataWarning, match="arrays that are not read: x_val, y_val; known: x_train, .*, x_valid"):
+        data.load(str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("name", ["X.NPZ", "x.Npz"])
+def test_an_ending_may_be_in_capitals(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(arrays())
+    assert data.load(str(tmp_path / name)).name.lower() == "x"
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.pt", "x.tar.xz"])
+def test_a_file_of_another_kind_is_not_called_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"{name} is none of .zip, .*numpy.savez"):
+        data.load(str(tmp_path / name))
 
 
 def test_the_number_of_classes_may_be_said(tmp_path: Path) -> None:

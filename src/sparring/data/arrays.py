@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import DataError, UserError
+from ..errors import DataError, DataWarning, UserError
 from ..files import safe_members
 from .splits import hold_out
-from .types import Dataset, Split, from_splits
+from .types import Dataset, Split, check_split, from_splits
 
 __all__ = ["load_arrays"]
 
@@ -33,8 +34,11 @@ def load_arrays(path: Path, name: str) -> Dataset:
     `classes` says how many there are. Without x_valid and y_valid every tenth training image of a
     class is held out. Raises DataError, naming file and key, for anything else, also where a shape has two readings.
     """
+    others: list[str] = []
     try:
-        members = safe_members(path, wanted=_key_known, max_bytes=MOST, max_member=MOST, max_files=1_000)
+        members = safe_members(
+            path, wanted=lambda member: _is_known(member, others), max_bytes=MOST, max_member=MOST, max_files=1_000
+        )
         arrays = {member.removesuffix(".npy"): _array(data, member, path) for member, data in members}
     except UserError as error:
         raise DataError(str(error)) from error
@@ -42,26 +46,34 @@ def load_arrays(path: Path, name: str) -> Dataset:
     for key in needed:
         if key not in arrays:
             raise DataError(f"{path} has no array '{key}'; it needs {', '.join(needed)}")
+    if others:
+        known = ", ".join((*NEEDED, *OPTIONAL))
+        warnings.warn(
+            f"{path}: arrays that are not read: {', '.join(others)}; known: {known}", DataWarning, stacklevel=3
+        )
     layout = str(arrays["layout"].item()) if "layout" in arrays and arrays["layout"].size == 1 else None
     if "layout" in arrays and layout not in ("NCHW", "NHWC"):
         raise DataError(f"layout in {path} must be 'NCHW' or 'NHWC'")
-    train, test, *others = (
+    train, test, *held = (
         Split(_images(arrays[f"x_{part}"], f"x_{part}", layout, path), _labels(arrays[f"y_{part}"], f"y_{part}", path))
         for part in ("train", "test", "valid")
         if f"x_{part}" in arrays
     )
     names = [str(item) for item in arrays["class_names"].ravel()] if "class_names" in arrays else []
     classes = _count_classes(train.y, arrays.get("classes"), path)
-    _check_lengths(train, path)
-    train, valid = (train, others[0]) if others else hold_out(train)
     try:
+        check_split(f"the training split of '{name}'", train, train.x.shape[1:], classes)
+        train, valid = (train, held[0]) if held else hold_out(train)
         return from_splits(name, train, valid, test, classes=classes, class_names=names)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
-def _key_known(member: str) -> bool:
-    return member.removesuffix(".npy") in NEEDED + OPTIONAL
+def _is_known(member: str, others: list[str]) -> bool:
+    """Say whether an array is to be read, and remember the names of others."""
+    key = member.removesuffix(".npy")
+    others += [] if key in NEEDED + OPTIONAL else [key]
+    return key not in others
 
 
 def _array(data: bytes, member: str, path: Path) -> Array:
@@ -74,7 +86,7 @@ def _array(data: bytes, member: str, path: Path) -> Array:
             return flat.reshape(shape, order="F" if fortran else "C")
     except Exception as error:  # the header is a Python literal: a hostile one fails in any way
         raise DataError(f"{member} in {path} is not a sound array; make it again") from error
-    if whole:
+    if whole or dtype.hasobject:
         raise DataError(
             f"{member} in {path} has the type {dtype}; images must be uint8 from 0 to 255 (of x in [0, 1]: "
             "(255 * x).round().astype('uint8')), labels integers, class names text"
@@ -104,7 +116,7 @@ def _images(array: Array, key: str, layout: str | None, path: Path) -> torch.Ten
 def _labels(array: Array, key: str, path: Path) -> torch.Tensor:
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.dtype.kind not in "ui" or array.ndim != 1:
+    if array.dtype.kind not in "ui" or array.ndim != 1 or array.max(initial=0) > np.iinfo(np.int64).max:
         raise DataError(f"{key} in {path} must be integers of shape (N,), not {array.dtype} {array.shape}")
     return torch.from_numpy(array.astype(np.int64))
 
@@ -126,8 +138,3 @@ def _count_classes(y: torch.Tensor, said: Array | None, path: Path) -> int:
 def _few(labels: Array) -> str:
     shown = ", ".join(map(str, labels[:5].tolist()))
     return f"{shown}, ..." if len(labels) > 5 else shown or "none"
-
-
-def _check_lengths(train: Split, path: Path) -> None:
-    if len(train.x) != len(train.y):
-        raise DataError(f"{path} has {len(train.x)} training images but {len(train.y)} labels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ COMMON = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 # Not pixels of Pillow's own decoding: an interpreter of programs, Windows' own, and mere names.
 EXCLUDED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
 LOSSY = {"JPEG": "jpeg", "MPO": "jpeg", "JPEG2000": "jpeg2000", "WEBP": "webp", "AVIF": "avif"}
-IGNORED = ("__MACOSX", "Thumbs.db", "desktop.ini")
+IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
 GREY, COLOUR = ("1", "L", "LA", "La"), ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX")
 MOST_SIDE = 4096
 MOST_FILE = 64 << 20
@@ -52,6 +53,7 @@ class _Census:
     folders: set[tuple[str, str]] = field(default_factory=set)
     skipped: list[str] = field(default_factory=list)
     nested: set[str] = field(default_factory=set)
+    outside: list[str] = field(default_factory=list)
     misnamed: set[str] = field(default_factory=set)
     roots: set[str] = field(default_factory=set)
     named: list[str] = field(default_factory=list)
@@ -79,7 +81,9 @@ class _Census:
             self.skipped.append(member)
         elif len(folders) >= 2 and folders[-2] in MISNAMED:
             self.misnamed.add(folders[-2])
-        return name == CLASSES and not set(folders) & set(PARTS)
+        elif Path(name).suffix.lower() in self.endings:
+            self.outside.append(member)
+        return name.lower() == CLASSES and not set(folders) & set(PARTS)
 
 
 def load_images(path: Path, name: str) -> Dataset:
@@ -88,9 +92,9 @@ def load_images(path: Path, name: str) -> Dataset:
     Classes are the folder names in sorted order, or the lines of classes.txt beside train/, which may name more than
     there are folders. Images are grey (1, H, W) if all of them are, else (3, H, W); they are turned as EXIF says,
     transparency is dropped, of several frames the first is read. Hidden files and folders are ignored; a DataWarning
-    counts files that are no images and folders within a class's, and names classes without test images. Where there is
-    no valid/, every tenth training image of a class (by name) is held out. Each split comes in balanced order. A set
-    with images in a lossy format has that in its name, as "jpeg".
+    counts what is not read, and names classes without test images and labels that do not count as their names do. Where
+    there is no valid/, every tenth training image of a class (by name) is held out. Each split comes in balanced order.
+    A set with images in a lossy format has that in its name, as "jpeg".
 
     Raises DataError, naming the file, for a damaged image, one of another size, of more than 4,096 pixels a side or of
     16 bits a channel, for a class without training images, and for more than 512 MiB of pixels.
@@ -101,14 +105,14 @@ def load_images(path: Path, name: str) -> Dataset:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             for member, data in _members(path, census):
-                if member.rpartition("/")[2] == CLASSES:
-                    census.named = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+                if member.rpartition("/")[2].lower() == CLASSES:
+                    census.named = _listed(data, f"{member} in {path}")
                     continue
                 part, label, file = member.split("/")[-3:]
                 pixels = _decode(data, member, path, census)
                 _check_size(pixels, member, items, path)
                 items.append(_Item(part, label, file, pixels))
-    except (UserError, UnicodeDecodeError) as error:
+    except UserError as error:
         raise DataError(str(error)) from error
     labels = _labels(items, census, path)
     _tell(items, census, labels, path)
@@ -122,17 +126,24 @@ def _endings() -> dict[str, str]:
     return {ending: kind for ending, kind in known.items() if kind in Image.OPEN and kind not in EXCLUDED}
 
 
+def _listed(data: bytes, where: str) -> list[str]:
+    """Return the lines of a list of classes that are not empty."""
+    try:
+        return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not text in UTF-8; save it so") from error
+
+
 def _members(path: Path, census: _Census) -> Iterator[tuple[str, bytes]]:
     if not path.is_dir():
         yield from safe_members(path, wanted=census.wants)
         return
-    lists = [path / CLASSES] if (path / CLASSES).exists() else []
-    places = [*lists, *(place for part in (*PARTS, *MISNAMED) for place in sorted((path / part).glob("*")))]
-    for place in places:
-        for file in (place, *(sorted(place.glob("*")) if place.is_dir() else ())):
-            member = file.relative_to(path).as_posix()
-            if census.wants(f"{member}/" if file.is_dir() else member):
-                yield member, read_bounded(file, limit=MOST_FILE)
+    for top in sorted(path.glob("*")):
+        for place in (top, *sorted(top.glob("*"))):
+            for file in (place, *(sorted(place.glob("*")) if place is not top else ())):
+                member = file.relative_to(path).as_posix()
+                if census.wants(f"{member}/" if file.is_dir() else member):
+                    yield member, read_bounded(file, limit=MOST_FILE)
 
 
 def _decode(data: bytes, member: str, path: Path, census: _Census) -> Pixels:
@@ -146,8 +157,9 @@ def _decode(data: bytes, member: str, path: Path, census: _Census) -> Pixels:
                 raise DataError(f"{where} has {image.width}×{image.height} pixels; at most {MOST_SIDE} a side are read")
             if image.mode not in GREY + COLOUR or _is_deep(image, data):
                 raise DataError(f"{where} has pixels of kind {_kind(image)}; save it as 8-bit grey or RGB")
-            if image.format in LOSSY:
-                census.lossy.add(LOSSY[image.format])
+            packed = image.info.get("compression") if image.format == "TIFF" else image.format
+            if kind := LOSSY.get(str(packed).upper()):
+                census.lossy.add(kind)
             if getattr(image, "is_animated", False) and image.format != "MPO":  # whose second picture is a preview
                 census.animated.append(member)
             mode = "L" if image.mode in GREY else "RGB"
@@ -194,7 +206,10 @@ def _labels(items: list[_Item], census: _Census, path: Path) -> list[str]:
         raise DataError(f"{path} has a folder {part}/; rename it to valid/ (or take it out)")
     for part in ("train", "test"):
         if not any(item.part == part for item in items):
-            raise DataError(f"{path} has no images in {part}/<class>/; put some there")
+            others = sorted([*census.outside, *census.nested, *census.skipped])[:3]
+            found = f", only {', '.join(others)}" if others else ""
+            few = "; to attack a trained network, two of each class will do" if part == "train" else ""
+            raise DataError(f"{path} has no images in {part}/<class>/{found}; put some there{few}")
     labels = census.named or sorted({label for part, label in census.folders if part == "train"})
     if len(set(labels)) != len(labels):
         raise DataError(f"{CLASSES} in {path} names a class twice")
@@ -214,6 +229,7 @@ def _tell(items: list[_Item], census: _Census, labels: list[str], path: Path) ->
     """Warn of files that were not read, frames left out, and classes that a split lacks."""
     found = {
         "left out, since they are no images": census.skipped,
+        "images outside of train/, valid/ and test/, not read": census.outside,
         "folders within a class's folder, not read": sorted(census.nested),
         "of several frames only the first was read": census.animated,
     }
@@ -221,10 +237,17 @@ def _tell(items: list[_Item], census: _Census, labels: list[str], path: Path) ->
         present = {item.label for item in items if item.part == part}
         if present and not census.named:
             found[f"classes without images in {part}/"] = [label for label in labels if label not in present]
+    if not census.named and labels != sorted(labels, key=_as_counted):
+        found[f"labels go by the names as text, which is not as one counts; {CLASSES} may say another order"] = labels
     for what, names in found.items():
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             warnings.warn(f"{path}: {what}: {len(names)} ({shown})", DataWarning, stacklevel=4)
+
+
+def _as_counted(label: str) -> list[str | int]:
+    """Return a key that sorts "2" before "10"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", label)]
 
 
 def _assemble(name: str, items: list[_Item], labels: list[str], path: Path) -> Dataset:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import DataError, UnknownNameError, UserError, told
+from ..errors import DataError, DataWarning, UnknownNameError, UserError, told
 from ..files import safe_name
 from ..plugins import import_object
 from .arrays import load_arrays
@@ -31,7 +32,7 @@ DATASETS: dict[str, Callable[[Find], Dataset]] = {
 }
 
 SOURCES = (CIFAR10, FASHION_MNIST, MNIST)
-PACKED = (".zip", ".tar", ".tar.gz", ".npz")  # what a user's own data may come in, besides a folder
+PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".npz")  # what a user's own data may come in, besides a folder
 
 
 class Available(NamedTuple):
@@ -71,8 +72,18 @@ def load(
     if ":" in name and not expand(name).exists():
         return _from_function(name)
     path = _locate_users(name, places)
-    label = _label(path)
-    return load_arrays(path, label) if path.suffix == ".npz" else load_images(path, label)
+    dataset = (load_arrays if path.suffix.lower() == ".npz" else load_images)(path, _label(path))
+    _tell_shared(dataset, path)
+    return dataset
+
+
+def _tell_shared(dataset: Dataset, path: Path) -> None:
+    """Warn of test images that are training or validation images too: what is measured on them is too good."""
+    seen = {hash(image.numpy().tobytes()) for split in (dataset.train, dataset.valid) for image in split.x}
+    shared = sum(hash(image.numpy().tobytes()) in seen for image in dataset.test.x)
+    if shared:
+        told = f"{path}: {shared} of {len(dataset.test.x)} test images are also among those for training or validation"
+        warnings.warn(told, DataWarning, stacklevel=3)
 
 
 def _from_function(name: str) -> Dataset:
@@ -91,9 +102,11 @@ def _from_function(name: str) -> Dataset:
 def _locate_users(name: str, places: list[Path]) -> Path:
     candidates = [expand(name), *(place / (name + end) for place in places for end in ("", *PACKED))]
     for path in candidates:
-        if name and (is_folder(path) or (is_file(path) and path.name.endswith(PACKED))):
+        if name and (is_folder(path) or (is_file(path) and path.name.lower().endswith(PACKED))):
             return path
-    if "/" in name or name.endswith(PACKED):
+    if name and is_file(candidates[0]):
+        raise DataError(f"{name} is none of {', '.join(PACKED)}; pack images as a zip, or arrays by numpy.savez")
+    if "/" in name or name.lower().endswith(PACKED):
         raise DataError(f"there is no folder or {', '.join(PACKED)} file called {name[:200]}; check the path")
     raise UnknownNameError("data set", name, DATASETS)
 
@@ -101,7 +114,7 @@ def _locate_users(name: str, places: list[Path]) -> Path:
 def _label(path: Path) -> str:
     name = path.resolve().name
     for end in PACKED:
-        name = name.removesuffix(end)
+        name = name[: -len(end)] if name.lower().endswith(end) else name
     return safe_name(f"{name}-user" if name.lower() in DATASETS else name)
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ..errors import DataError
 
-__all__ = ["Dataset", "Split", "as_float", "content_hash", "from_splits"]
+__all__ = ["Dataset", "Split", "as_float", "check_split", "content_hash", "from_splits"]
+
+
+MOST_CLASSES = 1_000_000
 
 
 class Split(NamedTuple):
@@ -50,20 +53,24 @@ def from_splits(
 ) -> Dataset:
     """Make a data set from its splits: check them, and measure mean and standard deviation of the training split.
 
-    Raises DataError, naming the split, for a wrong dtype or shape, an empty split, or a label outside [0, classes).
+    Raises DataError, naming the split, for a wrong dtype or shape, an empty split, a label outside [0, classes),
+    or classes outside [1, 1,000,000].
     """
     # Equal images lie equally in memory, so that equal data give equal arithmetic wherever they were read from.
     train, valid, test = (Split(split.x.contiguous(), split.y.contiguous()) for split in (train, valid, test))
     for part, split in (("training", train), ("validation", valid), ("test", test)):
-        _check_split(f"the {part} split of '{name}'", split, train.x.shape[1:], classes)
+        check_split(f"the {part} split of '{name}'", split, train.x.shape[1:], classes)
     if class_names and len(class_names) != classes:
         raise DataError(f"'{name}' has {classes} classes but {len(class_names)} class names")
     mean, std = _moments(train.x)
     return Dataset(name, train, valid, test, classes, mean, std, tuple(class_names))
 
 
-def _check_split(what: str, split: Split, shape: torch.Size, classes: int) -> None:
+def check_split(what: str, split: Split, shape: torch.Size, classes: int) -> None:
+    """Raise DataError unless these are images of this shape with labels below `classes`."""
     x, y = split
+    if not 1 <= classes <= MOST_CLASSES:
+        raise DataError(f"{what} cannot have {classes} classes; from 1 to {MOST_CLASSES:,} are possible")
     if x.dtype != torch.uint8 or x.dim() != 4 or y.dtype != torch.int64 or y.dim() != 1:
         raise DataError(
             f"{what} must be uint8 images (N, C, H, W) and int64 labels (N,), "
