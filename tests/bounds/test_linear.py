@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from scipy import optimize
 from torch import nn
 
 from sparring.bounds import (
+    LinearMap,
     linear_distance,
+    linear_fooled,
     linear_path,
     linear_pruned,
     linear_r_2,
@@ -76,6 +79,68 @@ def test_at_the_boxed_distance_the_worst_margin_vanishes(classes: int, norm: flo
     for i in ((distances > 0) & distances.isfinite()).nonzero().flatten():
         worst = margin(model, x[i : i + 1], y[i : i + 1], Threat(norm, float(distances[i])), method="crown")
         assert abs(float(worst.min())) < 1e-6
+
+
+def by_bisection(w: torch.Tensor, x: torch.Tensor, margin: float) -> float:
+    """Return the length of the shortest step inside the box that takes w·x down by margin, from its multiplier.
+
+    The Karush-Kuhn-Tucker conditions leave clamp(x - t·w, 0, 1), whose loss of margin grows with t.
+    """
+
+    def lost(t: float) -> float:
+        return float(w @ (x - (x - t * w).clamp(0, 1)))
+
+    if lost(1e12) < margin:
+        return math.inf
+    low, high = 0.0, 1.0
+    while lost(high) < margin:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if lost(middle) >= margin else (middle, high)
+    return float((x - (x - high * w).clamp(0, 1)).norm())
+
+
+def by_quadratic_program(w: torch.Tensor, x: torch.Tensor, margin: float) -> float:
+    bounds = [(-float(v), 1 - float(v)) for v in x]
+    reach = {"type": "ineq", "fun": lambda d: -float(w.numpy() @ d) - margin, "jac": lambda d: -w.numpy()}
+    found = optimize.minimize(
+        lambda d: d @ d, 0.01 * -w.numpy(), jac=lambda d: 2 * d, bounds=bounds, constraints=reach, method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )  # fmt: skip
+    return math.sqrt(found.fun) if found.success else math.inf
+
+
+@pytest.mark.parametrize("pixels", [6, 60])
+def test_boxed_l_2_distances_of_ten_classes_equal_those_of_other_solvers(pixels: int) -> None:
+    compared = 0
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(10, pixels, generator=generator).double() * (0.1 + seed)
+        weight[:, torch.rand(pixels, generator=generator) < 0.2] = 0
+        x = torch.rand(8, 1, 1, pixels, generator=generator)
+        x = torch.where(torch.rand(x.shape, generator=generator) < 0.4, x.round(), x)
+        bias = torch.randn(10, generator=generator).double() * 0.1
+        logits = x.double().flatten(1) @ weight.T + bias
+        y = logits.argmax(1)
+        distances = linear_distance(LinearMap(weight, bias), x, y, 2.0)
+        for image, label, values, found in zip(x.double().flatten(1), y, logits, distances, strict=True):
+            ways = [(weight[label] - weight[k], float(values[label] - values[k])) for k in range(10) if k != label]
+            expected = min(by_bisection(w, image, margin) for w, margin in ways)
+            assert float(found) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+            if pixels < 10:
+                program = min(by_quadratic_program(w, image, margin) for w, margin in ways)
+                assert float(found) <= program * (1 + 1e-9)
+                compared += math.isclose(float(found), program, rel_tol=1e-5)
+    assert pixels >= 10 or compared >= 40
+
+
+def test_what_is_fooled_is_told_in_double_precision() -> None:
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
+    weight = torch.full((2, 4), 1e4)
+    for short in (1e-6, -1e-6):  # float32 knows no difference between these logits
+        linear = LinearMap(weight.double(), torch.tensor([0.0, -short], dtype=torch.float64))
+        assert bool(linear_fooled(linear, x, y)) == (short < 0)
 
 
 def test_the_boxed_l_inf_distance_equals_the_exact_solver() -> None:

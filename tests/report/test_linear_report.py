@@ -9,9 +9,10 @@ import pytest
 from sparring import report
 from sparring.data import Dataset
 from sparring.errors import UserError
-from sparring.report.linear_claims import PATHS, r_2, r_inf
+from sparring.report.linear_claims import PATHS, gain, linear_claims, r_2, r_inf
 from sparring.report.linear_study import DENSE, LinearStudy, read_linear
 from sparring.report.records import load
+from sparring.statistics import no_gain
 from sparring.study import Plan, run
 
 PATHS_TABLE = {
@@ -71,6 +72,18 @@ def test_steps_are_chosen_on_validation_images_and_told_on_test_images(data: Lin
     effect = data.effect("logistic", lambda group: r_2()(group.points[DENSE]))
     assert effect is not None
     assert effect.estimate == pytest.approx(data.mean("logistic", DENSE, r_2()))
+
+
+@pytest.mark.parametrize("form", ["boxed", "unboxed"])
+def test_that_l_2_gains_nothing_is_asked_of_every_step(data: LinearStudy, form: str) -> None:
+    asked = [q for q in linear_claims(data) if q.claim.expects == "not above" and "svm" not in q.claim.test]
+    asked = [q for q in asked if ("without the box" in q.claim.text) == (form == "unboxed")]
+    for path, question in zip(PATHS, asked, strict=True):
+        scale = 100 / data.mean("logistic", DENSE, r_2(form))
+        steps = [gain(data, "logistic", step, r_2(form)) for step in data.steps("logistic", path)]
+        alone = [no_gain(one.scaled(scale), 2.0) for one in steps if one is not None]
+        assert len(alone) == len(data.steps("logistic", path)) > 1
+        assert question.p_small == max(alone)
 
 
 def test_results_csv_has_every_number_of_every_classifier(folder: Path, data: LinearStudy) -> None:

@@ -73,6 +73,23 @@ def test_what_holds_nowhere_must_fail_at_every_sparsity():
     assert one_row("above", gone, curve=(gone, unclear)).verdict == "undecided"
 
 
+def test_what_is_claimed_to_hold_nowhere_is_reproduced_only_if_it_holds_nowhere():
+    small, unclear, gone, gain = (measured(m, noise=n) for m, n in ((0.0, 0.1), (0.02, 3.0), (-0.3, 0.1), (0.3, 0.1)))
+    assert one_row("not above", gone, curve=(gone, small)).verdict == "reproduced"
+    assert one_row("not above", gone, curve=(gone, unclear)).verdict == "undecided"
+    assert one_row("not above", gone, curve=(gone, gain)).verdict == "undecided"
+    assert one_row("not above", gain, curve=(gain, gone)).verdict == "opposite"
+    assert one_row("none", gain, curve=(gain, small)).verdict == "opposite"
+    assert one_row("none", small, curve=(gain, small)).verdict == "undecided"
+
+
+def test_a_loss_where_one_looked_settles_nothing_about_a_gain_elsewhere():
+    gone, unclear = measured(-0.3), measured(0.02, noise=3.0)
+    for expects in ("above", "not above"):
+        assert ask(claim(expects), gone).p_done < 0.05
+        assert ask(claim(expects), gone, curve=(gone, unclear)).p_done > 0.05
+
+
 def test_a_choice_on_the_tests_own_images_is_paid_for():
     one = measured(0.2, noise=0.3)
     free, paid = (ask(claim(), one, choices=choices) for choices in (1, 11))

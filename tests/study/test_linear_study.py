@@ -4,11 +4,16 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from sparring import attacks
+from sparring.bounds import LinearMap, linear_distance
 from sparring.data import Dataset
 from sparring.errors import PlanError
-from sparring.study import DataFacts, LinearPaths, Plan, lay_out, run
+from sparring.study import DataFacts, LinearPaths, Plan, classifiers, lay_out, run
 from sparring.study.classifiers import mismatches
+from sparring.threat import L2
 
 
 def small_plan(**changes: Any) -> Plan:
@@ -62,6 +67,24 @@ def test_what_contradicts_theory_is_told(records: list[Any]) -> None:
         assert any(word in text for text in mismatches({**point, "theorem": broken}))
     low = {**point["theorem"], "markov": {"0.2": 0.0}}
     assert any("Markov" in text for text in mismatches({**point, "theorem": low, "r_inf_unboxed": {"0.2": 0.1}}))
+
+
+def test_only_what_double_precision_calls_fooled_contradicts_an_exact_distance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear = LinearMap(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    x, y = torch.tensor([[0.25, 0.5]]).reshape(1, 1, 1, 2), torch.tensor([0])
+    exact = linear_distance(linear, x, y, L2)
+    for short, expected in ((1e-6, 0.0), (-1e-6, 0.5)):
+        moved = x + torch.tensor([0.25 - short, 0.0])
+        found = attacks.AttackResult(
+            x_adv=moved, success=torch.tensor([True]), distance=(moved - x).flatten(1).norm(dim=1),
+            clean_correct=torch.tensor([True]), forwards=1.0, backwards=1.0,
+            flags=(), seconds=0.0,
+        )  # fmt: skip
+        monkeypatch.setattr(classifiers, "_run", lambda *_, found=found: found)
+        point = classifiers._attacked(nn.Flatten(), linear, classifiers._Images(x, y), [0.1], 2 * exact * 2**0.5)
+        assert point["below_nearest"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

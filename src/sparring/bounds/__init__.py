@@ -6,7 +6,17 @@ from .certificates import BOUNDS, certified_accuracy, margin, radius
 from .constants import LIPSCHITZ, lipschitz
 from .distances import Exact, exact
 from .estimators import linear_path, linear_pruned
-from .linear import LinearMap, Theorem, linear_distance, linear_distances, linear_r_2, linear_r_inf, theorem, weights_of
+from .linear import (
+    LinearMap,
+    Theorem,
+    linear_distance,
+    linear_distances,
+    linear_fooled,
+    linear_r_2,
+    linear_r_inf,
+    theorem,
+    weights_of,
+)
 from .random_masks import MaskedPoint, bernoulli, margin_ratios
 
 __all__ = [
@@ -21,6 +31,7 @@ __all__ = [
     "exact",
     "linear_distance",
     "linear_distances",
+    "linear_fooled",
     "linear_path",
     "linear_pruned",
     "linear_r_2",

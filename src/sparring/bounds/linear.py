@@ -24,6 +24,7 @@ __all__ = [
     "Theorem",
     "linear_distance",
     "linear_distances",
+    "linear_fooled",
     "linear_r_2",
     "linear_r_inf",
     "theorem",
@@ -98,6 +99,12 @@ def linear_distances(
     right = (margin > 0).all(1)
     found = (_boxed(margin, w, room, norm) if boxed else _unboxed(margin, w, norm) for norm, boxed in kinds)
     return [torch.where(right, distances.amin(1), 0.0) for distances in found]
+
+
+def linear_fooled(model: nn.Module | LinearMap, x: Tensor, y: Tensor) -> Tensor:
+    """Tell for each image x (N, ...) whether a linear model is wrong about it or tied, in float64: (N,), bool."""
+    margin, _ = _margins(model, x, y)
+    return (margin <= 0).any(1)
 
 
 def _unboxed(margin: Tensor, w: Tensor, norm: float) -> Tensor:

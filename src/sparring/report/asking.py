@@ -20,7 +20,7 @@ __all__ = ["Place", "about", "at_choice", "at_sparsity", "attacks_of", "places"]
 MARGIN = 2.0  # points or %: an effect that does not matter
 MANY_FAILED = 0.01  # of the images: with more failures on either side a distance decides nothing
 Origin = Literal["paper", "later work", "this project"]
-Expects = Literal["above", "below", "none"]
+Expects = Literal["above", "below", "none", "not above"]
 
 
 @dataclass(frozen=True)

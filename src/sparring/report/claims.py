@@ -74,7 +74,7 @@ def _gain(findings: Findings, result: Result, place: Place, label: str) -> Quest
     kind = "linear" if is_linear(findings) else "nonlinear"
     text = f"linear networks gain no {label}" if none else f"{kind} networks gain {label} at an appropriate sparsity"
     choice = choose(findings, result, within=place.appropriate)
-    return at_choice(findings, result, choice, text, "none" if none else "above", primary=True, origin="paper")
+    return at_choice(findings, result, choice, text, "not above" if none else "above", primary=True, origin="paper")
 
 
 def _losses(findings: Findings, place: Place) -> Iterator[Question]:

@@ -72,7 +72,6 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[Question]:
     yield ask(claim, _in(100.0, gain(data, loss, step, r_inf(eps, "fgsm"), tuned)))
     step = data.best(loss, path, r_2())
     assert step is not None
-    where = f"{loss}, {_place(data, loss, step)}"
     for form, told, text in (
         ("boxed", "r_2, exact,", "linear: sparsity does not gain l_2 robustness"),
         (
@@ -82,9 +81,10 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[Question]:
         ),
     ):
         scale = 100.0 / data.mean(loss, DENSE, r_2(form))
-        test = f"{where} − dense: {told} % of the dense mean"
+        test = f"{loss}, {_place(data, loss, step)} − dense: {told} % of the dense mean"
         claim = _claim(text, "not above", "%", test, primary=form == "boxed")
-        yield ask(claim, _in(scale, gain(data, loss, step, r_2(form))))
+        one, *curve = (_in(scale, gain(data, loss, s, r_2(form))) for s in (step, *data.steps(loss, path)))
+        yield ask(claim, one, curve=[e for e in curve if e is not None])
 
 
 def _claim(text: str, expects: Literal["above", "not above"], unit: str, test: str, *, primary: bool = False) -> Claim:

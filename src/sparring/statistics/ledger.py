@@ -84,23 +84,26 @@ def ask(
 ) -> Question:
     """Return a question with its p-values.
 
-    A claim that something holds at some sparsity is refuted only where it fails at all of them: `curve` are their
-    effects, each of which must be small, or opposite (an intersection-union test). `choices` is among how many
-    sparsities the best was chosen on the very images of the test: p-values are multiplied by it.
+    A claim that something holds at some sparsity is refuted only where it fails at all of them, and a claim that it
+    holds at none is reproduced only so: `curve` are their effects, each of which must be small, or opposite (an
+    intersection-union test). `choices` is among how many sparsities the best was chosen on the very images of the test:
+    p-values are multiplied by it.
     """
     if effect is None or effect.seeds == 1:
         return Question(claim, effect, doubt=doubt, failed=failed)
     every = (effect, *curve)
     p = min(1.0, effect.p * choices)
-    opposite = {"above": [e.estimate < 0 for e in every], "below": [e.estimate > 0 for e in every]}
-    against = max(e.p for e in every) if all(opposite.get(claim.expects, [True])) else 1.0
-    if claim.expects == "not above" and effect.estimate < 0:
-        against = 1.0
+    against = p if claim.expects == "none" or effect.estimate > 0 else 1.0  # of a claim that there is none
+    if claim.expects in ("above", "below"):
+        opposite = all(e.estimate < 0 if claim.expects == "above" else e.estimate > 0 for e in every)
+        against = max(e.p for e in every) if opposite else 1.0
     small, done = math.nan, p
     if claim.margin > 0:
         one_sided = claim.expects == "not above" or (claim.expects == "above" and curve)
         small = max((no_gain if one_sided else equivalence)(e, claim.limit) for e in every)
-        done = min(choices * beyond(effect, claim.limit), max(p, small))
+        done = max(p, small)
+        if effect.estimate > 0 or not curve:  # a loss at the chosen sparsity leaves open whether another one gains
+            done = min(done, choices * beyond(effect, claim.limit))
     return Question(claim, effect, p, small, against, done, doubt, failed)
 
 

@@ -35,7 +35,7 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
 
 # Raised when a stage's meaning changes, so that old results are not taken for new ones. That includes packed kernels
 # that sum in another order: attacks that go through them ("kernels" in their inputs) then end in other bits.
-VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 2}
+VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 2, "linear": 2}
 # Raised when the results of one attack change, and for ensembles that contain it: whatever stage runs an attack of that
 # name does so again, and all other records keep their keys.
 REVISIONS = dict.fromkeys(("deepfool", "fab-targeted", "fast", "square"), 1) | {
