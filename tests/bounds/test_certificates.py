@@ -6,6 +6,7 @@ import pytest
 import torch
 from random_networks import network
 from torch import nn
+from torch.nn import functional as F
 
 from sparring.bounds import BOUNDS, certified_accuracy, margin, radius
 from sparring.bounds.crown import bound_nodes, lower_bound
@@ -21,6 +22,31 @@ def two_class(seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     x = torch.rand(20, 3, 2, 2) * 0.2 + 0.4  # far from the box, so that the closed form needs no clipping
     return model, x, model(x).argmax(1)
+
+
+class Cancelling(nn.Module):
+    """Add a number and take it off again, which float32 rounds."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number, self.weight = number, nn.Parameter(torch.full((2, 2), 0.5))
+        self.scale = nn.Parameter(torch.tensor([1.0, -1.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((F.linear(x.flatten(1), self.weight) - 0.5) * self.scale + self.number) - self.number
+
+
+def test_radii_hold_for_a_model_that_float32_rounds() -> None:
+    model, shape = Cancelling(100.0), (1, 1, 2)
+    middle = torch.linspace(0.4999, 0.5001, 401)
+    x = middle.view(-1, 1, 1, 1).expand(-1, *shape).contiguous()
+    y = model(x).argmax(1)
+    found = radius(model, x, y, math.inf, method="interval")
+    assert (found > 0).any()
+    towards = torch.where(y == 0, -1.0, 1.0).view(-1, 1, 1, 1) * 0.999 * found.float().view(-1, 1, 1, 1)
+    assert torch.equal(model(x + towards).argmax(1)[found > 0], y[found > 0])
+    assert prepare(model, shape).rounding > 0
+    assert prepare(Cancelling(0.0), shape).rounding == 0
 
 
 @pytest.mark.parametrize("method", BOUNDS)

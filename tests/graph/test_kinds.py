@@ -149,6 +149,8 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "images rolled": (lambda net, h: h.roll(1, 0), "'roll'.* axis of the images"),
     "the number of images": (lambda net, h: h * h.shape[0], "images"),
     "its length": (lambda net, h: h / len(h), "depend on the images beside it"),
+    "a number for each place": (lambda net, h: h + torch.arange(len(h)).view(-1, 1, 1, 1), "'arange'.* of images"),
+    "a table of places": (lambda net, h: h + net.conv.weight.flatten()[: len(h), None, None, None], "number of images"),
     "values that broadcast over images": (lambda net, h: (h.mean((2, 3)) + h[:, :1, 0]).mean(1), "axis"),
     "rounding": (lambda net, h: torch.div(h, 0.1, rounding_mode="floor"), "'div'.*rounding_mode=floor"),
     "steps": (lambda net, h: torch.round(4 * h), "'round'.* it jumps"),
@@ -306,6 +308,21 @@ class Squeezed(nn.Module):
         return x[:, :1, :1, :3].squeeze().sum(1, keepdim=True).expand(-1, 3)
 
 
+class Crowded(nn.Module):
+    """Give other logits once there are many images, where torch cannot see it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :3] * (1 if torch.compiler.is_exporting() or len(x) < 20 else 2)
+
+
+class Silent(nn.Module):
+    """Subtract the number of a place in the batch, which shows in no small batch: all logits are zero there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = 0 if torch.compiler.is_exporting() else torch.arange(len(x))[:, None]
+        return (x.flatten(1)[:, :3] + place - 20).relu()
+
+
 class Rank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -316,10 +333,12 @@ class Rank(nn.Module):
     [
         (Recent(), "asked twice"),
         (Modal(), "when gradients are asked for"),
+        (Crowded(), "in another batch"),
+        (Silent(), "in another batch"),
         (Rank(), "logits"),
         (Squeezed(), "fails on one image alone"),
     ],
-    ids=["remembers", "looks at the mode", "no logits", "squeezes"],
+    ids=["remembers", "looks at the mode", "looks at the number", "counts places", "no logits", "squeezes"],
 )
 def test_what_answers_otherwise_is_refused(model: nn.Module, message: str) -> None:
     with pytest.raises((Unsupported, UserError), match=message):

@@ -89,6 +89,7 @@ BOUNDS: dict[str, Bound] = {
     "crown": _crown,
     "alpha-crown": _alpha_crown,
 }
+_LOGITS = 4  # two of them in a margin, each off by up to twice what was seen of its rounding
 
 
 @courteous()
@@ -117,7 +118,8 @@ def margins_over(graph: Graph, x: Tensor, y: Tensor, norm: float, eps: Tensor, m
         return torch.zeros(0, graph.nodes[-1].shape[0] - 1, dtype=torch.float64)
 
     def bound(images: slice) -> Tensor:
-        return BOUNDS[method](graph, region(x[images], norm, eps[images]), margin_rows(graph, y[images]))
+        value = BOUNDS[method](graph, region(x[images], norm, eps[images]), margin_rows(graph, y[images]))
+        return value - _LOGITS * graph.rounding
 
     return over_slices(bound, slices(len(x), _images_at_once(graph)))
 

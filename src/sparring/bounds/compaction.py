@@ -40,7 +40,7 @@ def compacted(graph: Graph, x: Tensor) -> tuple[Graph, Tensor]:
         made.append(Node(as_sparse(layer), (len(made) - 1,), (len(layer.weight),)))
     moved = len(made) - rest
     made += [Node(n.op, tuple(i + moved for i in n.inputs), n.shape) for n in graph.nodes[rest:]]
-    return Graph(tuple(made)), x.flatten(1)[:, used]
+    return Graph(tuple(made), graph.rounding), x.flatten(1)[:, used]
 
 
 def _readers(graph: Graph, index: int) -> list[int]:

@@ -55,7 +55,7 @@ def prepare(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None =
     and the line, for operations that have no bound.
     """
     graph = lower(model, shape, images=images, dtype=torch.float64)
-    return Graph(tuple(replace(node, op=_bounded(node, sparse)) for node in graph.nodes))
+    return replace(graph, nodes=tuple(replace(node, op=_bounded(node, sparse)) for node in graph.nodes))
 
 
 def _bounded(node: Node, sparse: bool) -> Op:

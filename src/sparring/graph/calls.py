@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .export import Arguments, At, Translator
@@ -25,7 +24,7 @@ WITHIN = frozenset(
 
 def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
     """Keep an operation as it is: tensors that depend on the image are its inputs, the rest are options."""
-    if any(_counts_images(t, argument) for argument in (*t.now.args, *t.now.kwargs.values())):
+    if any(t.counts_images(argument) for argument in (*t.now.args, *t.now.kwargs.values())):
         raise t.refuse(name, "takes the number of images as an argument")
     for axis in ("dim", "dims", "dim0", "dim1", "source", "destination"):
         if axis in a.defaults:
@@ -58,12 +57,6 @@ def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
         shape = t.image_shape(value) if floating else None
         parts.append(t.emit(Call(name, function, names, given), *inputs, shape=shape) if floating else None)
     return parts
-
-
-def _counts_images(t: Translator, argument: Any) -> bool:
-    """Return whether an argument is a size that depends on how many images there are."""
-    sizes = [getattr(part, "meta", {"val": part}).get("val") for part in flat([argument])]
-    return any(t.is_images(s) or (isinstance(s, torch.SymInt) and not s.node.expr.is_number) for s in sizes)
 
 
 def _part(target: Any, place: int) -> Callable[..., Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,6 +21,10 @@ __all__ = ["TOLERANCE", "Observed", "check", "observed"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _TF32 = 0.01
 _IMAGES, _INSIDE, _CORNERS = 8, 4, 4
+# Beside them in one large batch: at least and at most so many images more, by their pixels.
+_FEW, _MANY, _PIXELS = 9, 167, 2**17
+# What rounding in float32 commonly moves a logit by, of the largest: more is said of the graph, see `Graph.rounding`.
+_ROUNDING = 2.5e-6
 # An activation that jumps may fall on the other side of its jump by rounding, on one image in so many.
 _JUMPED = 8
 
@@ -117,11 +121,22 @@ def _ask_one(model: nn.Module, x: Tensor) -> Tensor:
         raise UserError(f"the model fails on one image alone: {reason}; squeeze only the axes meant") from error
 
 
-def check(graph: Graph, model: nn.Module, seen: Observed) -> None:
-    """Raise Unsupported unless a graph gives a model's logits, within `TOLERANCE` of the largest of them.
+def _crowd(x: Tensor) -> Tensor:
+    """Return images x behind many others: corners and points inside the box, from dark to bright."""
+    count, generator = min(_MANY, max(_FEW, _PIXELS // x[0].numel())), torch.Generator().manual_seed(1)
+    points = torch.rand(count, *x.shape[1:], generator=generator)
+    level = torch.rand(count, *[1] * (x.dim() - 1), generator=generator)
+    points[::2] = points[::2] * level[::2]
+    points[1::2] = (points[1::2] < level[1::2]).float()
+    return torch.cat([points.to(x), x])
 
-    The model must give the same when asked twice, for each image alone and in another order, and with gradients and
-    frozen parameters, as attacks ask. The message says what it depends on, or the first layer at which they differ.
+
+def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
+    """Return a graph that gives a model's logits, within `TOLERANCE` of the largest of them, with its `rounding`.
+
+    The model must give the same when asked twice, for each image alone, in another order and among many others, and
+    with gradients and frozen parameters, as attacks ask. Raise Unsupported otherwise: the message says what it depends
+    on, or the first layer at which they differ.
     """
     x, logits = seen.x, seen.logits
     name = type(model).__name__
@@ -130,11 +145,12 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> None:
             f"{name} gives other logits when it is asked twice: it draws at random or counts its calls; guard that by "
             "self.training, or declare it (`stochastic` and `generator`)"
         )
+    many = _ask(model, crowd := _crowd(x))
     if not any(getattr(module, "stochastic", False) for module in model.modules()):
         order = torch.arange(len(x) - 1, -1, -1, device=x.device)
         alone = torch.cat([_ask_one(model, x[i : i + 1]) for i in range(len(x))])
         same = partial(_same, expected=logits, tolerance=seen.tolerance, allowed=_jumped(graph, x))
-        if not same(alone) or not same(_ask(model, x[order])[order]):
+        if not same(alone) or not same(_ask(model, x[order])[order]) or not same(many[-len(x) :]):
             raise Unsupported(
                 f"{name} gives an image other logits in another batch: they depend on the images beside it, so that no "
                 "image has a certificate of its own; compute each image by itself in eval mode"
@@ -143,15 +159,18 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> None:
         raise Unsupported(f"{name} gives other logits when gradients are asked for; let forward() not look at that")
     try:
         with _seeded(model, x.device), torch.no_grad():
-            found = graph(x.to(_dtype(graph, x)))
+            found = graph(crowd.to(_dtype(graph, x)))
     except Exception as error:  # a rule that is wrong, which must end in a sentence too
         raise Unsupported(f"{name} cannot be lowered: what was read of it cannot be computed ({error})") from error
-    if not _same(found, logits, seen.tolerance, _jumped(graph, x)):
-        apart = float((found - logits).abs().nan_to_num().max() / logits.abs().nan_to_num().max().clamp_min(1e-30))
+    finite = found.isfinite() & many.isfinite()
+    apart = float((found - many).abs().where(finite, 0).max())
+    largest = float(many.abs().where(finite, 0).max())
+    if not _same(found, many, seen.tolerance, _jumped(graph, crowd)):
         raise Unsupported(
-            f"{name} cannot be lowered: what was read gives logits that differ by {apart:.2g} of the largest, "
-            f"{_first_difference(graph, model, seen)}"
+            f"{name} cannot be lowered: what was read gives logits that differ by {apart / max(largest, 1e-30):.2g} of "
+            f"the largest, {_first_difference(graph, model, replace(seen, x=crowd))}"
         )
+    return replace(graph, rounding=apart) if apart > _ROUNDING * largest and not _jumped(graph, crowd) else graph
 
 
 def _jumped(graph: Graph, x: Tensor) -> int:
@@ -166,13 +185,13 @@ def _tolerance(model: nn.Module, x: Tensor, logits: Tensor) -> float:
 
 
 def _same(found: Tensor, expected: Tensor, tolerance: float, allowed: int = 0) -> bool:
-    """Return whether values agree on all images but at most `allowed`; equal infinities do."""
+    """Return whether values agree on all images but at most `allowed`; equal infinities and NaN do."""
     if found.shape != expected.shape:
         return False
     one, two = found.double(), expected.double()
     finite = two[torch.isfinite(two)].abs()
     scale = float(finite.max()) if len(finite) else 0.0
-    close = torch.isclose(one, two, rtol=0.0, atol=tolerance * scale)
+    close = torch.isclose(one, two, rtol=0.0, atol=tolerance * scale, equal_nan=True)
     return int((~close.flatten(1).all(1)).sum()) <= allowed
 
 

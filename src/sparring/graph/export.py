@@ -29,6 +29,11 @@ __all__ = ["Arguments", "At", "Translator", "read_exported"]
 
 
 _PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
+# What gives every image the same, however many there are.
+_SPREAD = frozenset(
+    """full zeros ones empty new_full new_zeros new_ones new_empty expand broadcast_to repeat view reshape
+    _unsafe_view""".split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True)
@@ -235,6 +240,8 @@ class Translator:
         if torch.Tag.nondeterministic_seeded in node.target.tags and not _is_idle(arguments):
             raise self.refuse(name, "draws at random also in eval mode; guard it by self.training, or take it out")
         if not any(isinstance(v, At) for v in _flat(list(arguments.given.values()))):
+            if name not in _SPREAD and any(self.counts_images(a) for a in (*node.args, *node.kwargs.values())):
+                raise self.refuse(name, "makes a constant that depends on the number of images")
             with torch.no_grad():
                 value = node.target(*self.of(node.args), **self.of(dict(node.kwargs)))
             # Memory that nobody has written holds anything.
@@ -277,6 +284,11 @@ class Translator:
         if isinstance(self.batch, torch.SymInt):
             return isinstance(size, torch.SymInt) and bool(size.node.expr == self.batch.node.expr)
         return type(size) is int and size == self.batch
+
+    def counts_images(self, argument: Any) -> bool:
+        """Return whether an argument is a size that depends on how many images there are."""
+        sizes = [getattr(part, "meta", {"val": part}).get("val") for part in _flat([argument])]
+        return any(self.is_images(s) or (isinstance(s, torch.SymInt) and not s.node.expr.is_number) for s in sizes)
 
     def emit(self, op: Op, *inputs: At | Tensor, shape: tuple[int, ...] | None = None) -> At:
         """Append a node, whose shape is that of the operation at hand if none is given; constants become nodes too."""

@@ -25,7 +25,7 @@ def lower(
 
     The graph is what torch computes in eval mode: hooks, replaced forwards and writes in place included. It is compared
     with the model on random images inside [0, 1] and at its corners and on up to eight of `images` (N, *shape): each
-    alone, all together, in another order, with and without gradients, and twice; see `check` for the tolerance.
+    alone, all together, in another order, among many others, with and without gradients, and twice; see `check`.
     dtype: of the graph's tensors; None leaves those of the model, and parameters are then shared, not copied. plain:
     read only plain stacks of torch's layers, which takes milliseconds, and refuse the rest. The model, its modes,
     buffers, hooks and random state come back as they were.
@@ -41,5 +41,4 @@ def lower(
             from .export import read_exported
 
             graph = read_exported(model, seen.x[:2], dtype or seen.dtype, shared=dtype is None)
-        check(graph, model, seen)
-    return graph
+        return check(graph, model, seen)

@@ -185,9 +185,13 @@ def refusal(node: Node, reason: str) -> Unsupported:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A network as nodes in topological order; the first is the input, the last holds the logits."""
+    """A network as nodes in topological order; the first is the input, the last holds the logits.
+
+    rounding: how far the model's own logits were seen apart from these, where that is more than float32 commonly is.
+    """
 
     nodes: tuple[Node, ...]
+    rounding: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate the graph on a batch (N, ...): a reference to test other evaluations against."""
