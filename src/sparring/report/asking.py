@@ -81,7 +81,7 @@ def at_choice(
         findings, result, text, expects, one, test, sparse, curve=choice.curve, choices=choice.choices, primary=primary,
         origin=origin,
     )  # fmt: skip
-    question = replace(question, failed=result.failures(chosen))
+    question = replace(question, failed=result.failures(chosen), gain=(result.measure.slug, result.method))
     if not result.gains.dropped:
         return question
     gone = "whether it is so at the sparsities that the plan dropped"

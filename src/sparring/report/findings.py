@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..statistics import (
     Curve,
     Effect,
-    Peak,
+    Row,
     SweetSpot,
     curve,
     effect,
@@ -29,7 +29,18 @@ from .kinds import of_all
 from .measures import Collected, Measure, PerImage, collect, common, main_measures, values
 from .records import Study, control_of
 
-__all__ = ["Choice", "Findings", "Result", "choose", "difference", "find", "margins_of", "paired", "seeds_phrase"]
+__all__ = [
+    "Choice",
+    "Findings",
+    "Result",
+    "choose",
+    "difference",
+    "find",
+    "gain_told",
+    "margins_of",
+    "paired",
+    "seeds_phrase",
+]
 
 DRAWS_SEED = 20260101  # the joint draws are part of the result, so they are always the same
 # What may be lost; "over_sparsified": of validation accuracy, from where on a network is called so.
@@ -58,7 +69,6 @@ class Result:
     control: Effect
     control_by_seed: tuple[float, ...]
     gains: Curve
-    peak: Peak | None
     left_out: tuple[float, ...]
     medians: tuple[float, ...]
     failed: tuple[float, ...]
@@ -199,7 +209,6 @@ def _result(
         control=_level(dense, measure),
         control_by_seed=tuple(dense.mean(axis=1)),
         gains=gains,
-        peak=peak(gains, generator=np.random.default_rng(DRAWS_SEED)),
         left_out=tuple(s for s in by_sparsity if s not in kept),
         medians=() if measure.is_share else tuple(map(_median, groups)),
         failed=tuple(map(_failed, groups)) if measure.role in ("distance", "distance-correct") else (),
@@ -295,6 +304,18 @@ def validation_twin(findings: Findings, result: Result) -> Result | None:
     """Return the same metric and method measured on validation images, or None."""
     twin = replace(result.measure, split="valid")
     return findings.result(twin, result.method)
+
+
+def gain_told(result: Result, ledger: Sequence[Row]) -> str:
+    """Return the ledger's verdict on a gain, and where it may be largest if there is one; "" where none was asked."""
+    row = next((r for r in ledger if r.question.gain == (result.measure.slug, result.method)), None)
+    if row is None or row.effect is None:
+        return ""
+    p = "" if row.decisive is None or row.question.doubt else f", p {numbers.p_value(row.decisive)}"
+    told = f"{row.told} ({numbers.signed(row.effect, row.claim.unit)}{p})"
+    reproduced = row.verdict == "reproduced" and row.claim.expects == "above"
+    found = peak(result.gains, generator=np.random.default_rng(DRAWS_SEED)) if reproduced else None
+    return told if found is None else f"{told}, peak at {result.words(*found.members)}"
 
 
 def seeds_phrase(seeds: int) -> str:

@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from ..statistics import Row, look_price
+from ..statistics import Row
 from . import figures, numbers, pictures, tables, words
-from .findings import Findings
+from .findings import Findings, gain_told
 from .looks import history_section
 from .markup import Html, join, tag
 from .measures import NORMS, pretty, pretty_eps
@@ -41,8 +41,8 @@ SECTIONS = (
 def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
     """Return the page as HTML text."""
     bodies = {
-        "curves": _curves(findings, drawn.weights),
-        "activations": _grids(findings, drawn.activations) if drawn.activations else None,
+        "curves": _curves(findings, drawn.weights, ledger),
+        "activations": _grids(findings, drawn.activations, ledger) if drawn.activations else None,
         "methods": _methods(findings),
         "comparisons": _comparisons(findings, drawn.comparisons),
         "shipped": shipped_html(findings),
@@ -85,7 +85,7 @@ def summary_html(findings: Findings, panels: Sequence[Panel], ledger: Sequence[R
     return join(
         tag("p", tag("strong", first)),
         tag("ul", *(tag("li", sentence) for sentence in rest)),
-        None if sparsity is None else tables.key_numbers(findings, sparsity),
+        None if sparsity is None else tables.key_numbers(findings, sparsity, ledger),
         *(Html(panel.levels.svg) for panel in panels),
     )
 
@@ -127,39 +127,39 @@ def _opening(findings: Findings, sections: Html, ledger: Sequence[Row]) -> Html:
         sections,
         tag("div", tag("p", first), class_="verdict-box"),
         tag("ul", *(tag("li", sentence) for sentence in rest)) if rest else None,
-        None if sparsity is None else tables.key_numbers(findings, sparsity),
+        None if sparsity is None else tables.key_numbers(findings, sparsity, ledger),
     )
 
 
-def _curves(findings: Findings, panels: Sequence[Panel]) -> Html:
+def _curves(findings: Findings, panels: Sequence[Panel], ledger: Sequence[Row]) -> Html:
     note = tag(
         "p",
         "Thin lines are single seeds, bold lines their mean with a 95% interval over seeds and images; the grey band "
         "is the dense control, fine-tuned as long as the pruned networks. Among gains, filled marks are significant "
-        "after Holm's correction, hollow ones are not. Hover over a mark for its numbers, or focus a figure and use "
-        "the arrow keys.",
+        "after Holm's correction over their own curve, hollow ones are not; neither is a verdict, which only the "
+        "ledger gives. Hover over a mark for its numbers, or focus a figure and use the arrow keys.",
         class_="note",
     )
-    return join(note, _controls(findings, panels), _grids(findings, panels))
+    return join(note, _controls(findings, panels), _grids(findings, panels, ledger))
 
 
-def _grids(findings: Findings, panels: Sequence[Panel]) -> Html:
+def _grids(findings: Findings, panels: Sequence[Panel], ledger: Sequence[Row]) -> Html:
     """Return the main metrics' figures, and all others folded away."""
     main = [p for p in panels if p.measure in findings.main]
     others = [p for p in panels if p.measure not in findings.main]
     more = None
     if others:
         heading = tag("summary", f"Other metrics and budgets ({len(others)})")
-        more = tag("details", heading, tag("div", *map(_panel, others), class_="grid"))
-    return join(tag("div", *map(_panel, main), class_="grid"), more)
+        more = tag("details", heading, tag("div", *(_panel(p, ledger) for p in others), class_="grid"))
+    return join(tag("div", *(_panel(p, ledger) for p in main), class_="grid"), more)
 
 
 def _methods(findings: Findings) -> Html | None:
     compared = tables.methods(findings)
     note = (
         "Differences paired by seed and by image, in points or in % of the other method's mean, with 95% intervals; "
-        "p-values are corrected over the whole table (Holm), and bold differences are significant. Fewer than 5 seeds "
-        "are indicative."
+        "p-values are corrected over the whole table (Holm), and bold differences are significant in it, which is no "
+        "verdict of the ledger. Fewer than 5 seeds are indicative."
     )
     return join(tag("p", note, class_="note"), compared) if compared is not None else None
 
@@ -200,8 +200,8 @@ def _swatch(style: int) -> Html:
     return tag("svg", line, class_="swatch", viewBox="0 0 24 10", aria_hidden="true")
 
 
-def _panel(panel: Panel) -> Html:
-    note = _caption(panel)
+def _panel(panel: Panel, ledger: Sequence[Row]) -> Html:
+    note = _caption(panel, ledger)
     numbers_below = tag("details", tag("summary", "Numbers"), tables.curve_table(panel.results), class_="heavy")
     return tag(
         "div",
@@ -212,19 +212,15 @@ def _panel(panel: Panel) -> Html:
     )
 
 
-def _caption(panel: Panel) -> str:
+def _caption(panel: Panel, ledger: Sequence[Row]) -> str:
+    """Say what the ledger says of a figure's gains, what of a curve is not shown, and how many seeds there are."""
     parts, first = [], panel.results[0]
     for result in panel.results if len(panel.results) <= 2 else panel.results[:1]:
         name = f"{result.method}: " if len(panel.results) > 1 else ""
-        if result.peak is not None:
-            told = numbers.gain(result.measure, result.peak.gain, result.control)
-            members = result.words(*result.peak.members)
-            parts.append(f"{name}peak at {members}, {told}")
-        elif not any(result.gains.losses()):
-            later = result.gains.effects[0].price > look_price(1)
-            parts.append(f"{name}no change is significant{' at this look' if later else ''}")
+        if told := gain_told(result, ledger):
+            parts.append(f"{name}gain: {told}")
         if result.over_sparsified is not None:
-            parts.append(f"{name}loses more than allowed from {result.words(result.over_sparsified)}")
+            parts.append(f"{name}judged alone, loses more than allowed from {result.words(result.over_sparsified)}")
         if result.left_out:
             parts.append(f"{name}{', '.join(map(numbers.percent, result.left_out))} left out: not all seeds are there")
     if any(first.failed):

@@ -14,7 +14,7 @@ from ..statistics import Row, minimum_detectable_effect
 from . import numbers
 from .brackets import Bracket, brackets, norms
 from .consistency import Doubt
-from .findings import Findings, Result
+from .findings import Findings, Result, gain_told
 from .kinds import sparsity_told
 from .markup import Html, join, tag
 from .measures import NORMS, Measure, pretty, summary
@@ -73,34 +73,29 @@ def _cell(column: int, content: str, class_: str) -> Html:
     return tag("td", content, class_=class_ or None)
 
 
-def key_numbers(findings: Findings, sparsity: float) -> Html:
-    """Return the table behind the verdict: every main metric at one sparsity, with what could have been seen."""
+def key_numbers(findings: Findings, sparsity: float, ledger: Sequence[Row]) -> Html:
+    """Return the table behind the verdict: every main metric at one sparsity, and the ledger's verdict on its gain."""
     rows = []
     for measure in findings.main:
         result = findings.result(measure)
         if result is None or sparsity not in result.sparsities:
             continue
         index = result.sparsities.index(sparsity)
-        one, p = result.gains.effects[index], result.gains.p_holm[index]
+        one = result.gains.effects[index]
         least = minimum_detectable_effect(one, alpha=0.05 / (len(result.sparsities) + result.gains.dropped))
-        best = "none" if result.peak is None else result.words(*result.peak.members)
-        over = "–" if result.over_sparsified is None else result.words(result.over_sparsified)
-        told = numbers.gain(measure, one, result.control)
         rows.append(
             [
                 measure.title,
                 numbers.level(measure, result.control),
                 numbers.level(measure, result.levels[index]),
-                told if p > 0.05 else tag("strong", told),
-                numbers.p_value(p),
+                numbers.gain(measure, one, result.control),
                 numbers.detectable(measure, result.control, least),
-                best,
-                over,
+                gain_told(result, ledger) or "not asked",
             ]
         )
     told = sparsity_told(findings.study, findings.method or "", sparsity)
-    head = ["Metric", "Dense control", f"At {told}", "Gain", "p (Holm)", "Detectable"]
-    return table([*head, "Peak", "Below control from"], rows, class_="key")
+    head = ["Metric", "Dense control", f"At {told}", "Gain", "Detectable"]
+    return table([*head, "Verdict on a gain at an appropriate sparsity"], rows, class_="key")
 
 
 def curve_table(results: Sequence[Result]) -> Html:
@@ -231,7 +226,7 @@ def ledger_table(rows: Sequence[Row]) -> Html:
             told.append("search failed on {:.2g}% and {:.2g}%".format(*(100 * share for share in row.question.failed)))
         text = tag("strong", row.claim.text) if row.claim.primary else row.claim.text
         what = join(text, tag("small", "; ".join(part for part in told if part)))
-        p = "–" if row.decisive is None else numbers.p_value(row.decisive)
+        p = "–" if row.decisive is None or row.question.doubt else numbers.p_value(row.decisive)
         counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")
         cells.append([what, join(verdict, tag("small", row.why)), effect, p, *counts])
     return table(["Claim and test", "Verdict", "Effect [95%]", "p", "Seeds", "Images"], cells, text=2)

@@ -44,19 +44,15 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
     if findings.method is None or not any(findings.result(m) for m in findings.main):
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
     first = [_first, _spot] if findings.seeds > 1 else [_first, _one_seed]
-    last = [_weak, _few, *([_over, _undetected] if findings.seeds > 1 else []), _doubted, _several, _missing]
+    last = [_weak, _few, *([_alone] if findings.seeds > 1 else []), _doubted, _several, _missing]
     told = [*(say(findings) for say in first), *_verdicts(ledger), *(say(findings) for say in last)]
     return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
 
 
 def chosen(findings: Findings) -> float | None:
-    """Return the sparsity that the headline speaks of: the sweet spot, else the strongest peak, else the lowest."""
+    """Return the sparsity that the headline speaks of: the sweet spot, else the lowest."""
     if findings.sweet_spot is not None and findings.sweet_spot.sparsity is not None:
         return findings.sweet_spot.sparsity
-    for role in ("worst", "budget", "distance", "accuracy"):
-        found = findings.result(findings.first(role))
-        if found is not None and found.peak is not None:
-            return found.peak.sparsity
     first = next((r for m in findings.main if (r := findings.result(m))), None)
     return first.sparsities[0] if first else None
 
@@ -74,28 +70,16 @@ def _first(findings: Findings) -> str:
         one = found.gain(sparsity) if found else None
         if found and one:
             parts.append(f"{short_name(measure)} {numbers.gain(measure, one, found.control)}")
-    over = _over_sparsified(findings)
-    end, least = "", min(over.values(), default=0.0)
-    if over:
-        end = f"; over-sparsified from {_share(findings, least)} ({listed(n for n, s in over.items() if s == least)})"
-    what = _why(findings, sparsity)
+    sweet = findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity
+    what = "the sweet spot" if sweet else "the lowest tested; no sweet spot could be shown"
     return (
-        f"At {_share(findings, sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}{end}. "
+        f"At {_share(findings, sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}. "
         f"Gains over the dense control with 95% intervals, {seeds_phrase(findings.seeds)}."
     )
 
 
 def _share(findings: Findings, sparsity: float) -> str:
     return sparsity_told(findings.study, findings.method or "", sparsity)
-
-
-def _why(findings: Findings, sparsity: float) -> str:
-    """Say why the headline speaks of this sparsity."""
-    if findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity:
-        return "the sweet spot"
-    peaks = [r.peak.sparsity for m in findings.main if (r := findings.result(m)) and r.peak]
-    found = "the largest gain" if sparsity in peaks else "the lowest tested"
-    return f"{found}; no sweet spot could be shown"
 
 
 def _told(findings: Findings) -> list[Measure]:
@@ -124,7 +108,7 @@ def size_ratio(findings: Findings, sparsity: float) -> float | None:
 
 
 def _one_seed(_: Findings) -> str:
-    return "One seed: the intervals cover the choice of images only, so no peak, loss or sweet spot is claimed."
+    return "One seed: the intervals cover the choice of images only, so no gain, loss or sweet spot is claimed."
 
 
 def _packed(network: Network) -> float | None:
@@ -186,6 +170,7 @@ def _verdicts(ledger: Sequence[Row]) -> Iterator[str]:
     for row in primary:
         if (e := row.effect) is not None:
             p = "" if row.decisive is None else f", p {numbers.p_value(row.decisive)}"
+            p = f"; {row.question.doubt}" if row.question.doubt else p
             text = row.claim.text[:1].upper() + row.claim.text[1:]
             yield f"{text}: {row.told} ({numbers.signed(e, row.claim.unit)}, {numbers.seeds(e.seeds)}{p})."
     missed: dict[str, list[str]] = defaultdict(list)
@@ -195,28 +180,16 @@ def _verdicts(ledger: Sequence[Row]) -> Iterator[str]:
     yield from (f"Not measured, as {why}: {'; '.join(texts)}." for why, texts in missed.items())
 
 
-def _over(findings: Findings) -> str:
-    over = _over_sparsified(findings)
-    if not over:
-        return "No robustness metric could be shown to be over-sparsified at the sparsities tested."
-    told = ", ".join(f"{name} from {_share(findings, sparsity)}" for name, sparsity in over.items())
-    return f"Shown to lose more than allowed, and staying so: {told}."
-
-
-def _over_sparsified(findings: Findings) -> dict[str, float]:
-    """Return from which sparsity on each robustness metric is shown to lose more than its margin."""
-    robustness = [m for m in findings.main if m.role not in ("accuracy", "distance-correct")]
-    found = {short_name(m): r.over_sparsified for m in robustness if (r := findings.result(m))}
-    return {name: sparsity for name, sparsity in found.items() if sparsity is not None}
-
-
-def _undetected(findings: Findings) -> str:
-    parts = [f"{short_name(m)} ({_least(r)})" for m in findings.main if (r := findings.result(m)) and _silent(r)]
-    return f"Not significant at any sparsity: {', '.join(parts)}." if parts else ""
-
-
-def _silent(result: Result) -> bool:
-    return not any(result.gains.gains()) and not any(result.gains.losses())
+def _alone(findings: Findings) -> str:
+    """Say what single curves show, corrected for their own sparsities only."""
+    found = [r for m in findings.main if m.role != "distance-correct" and (r := findings.result(m))]
+    over = [(r, r.over_sparsified) for r in found if r.over_sparsified is not None and r.measure.role != "accuracy"]
+    lost = ", ".join(f"{short_name(r.measure)} from {_share(findings, s)}" for r, s in over)
+    unseen = [r for r in found if not any(r.gains.gains()) and not any(r.gains.losses())]
+    parts = [f"{lost or 'nothing'} is shown to lose more than allowed, and to stay so"]
+    if unseen:
+        parts.append(f"no change was seen of {', '.join(f'{short_name(r.measure)} ({_least(r)})' for r in unseen)}")
+    return f"Each curve judged alone, which is no verdict: {'; '.join(parts)}."
 
 
 def _least(result: Result) -> str:
@@ -276,8 +249,8 @@ def methods(findings: Findings) -> str:
         f"of images for all seeds) in closed form; intervals are 95%, with Student's quantiles and Satterthwaite's "
         f"degrees of freedom, and p-values have one degree of freedom less than there are seeds. Distances are "
         f"compared by the logarithm of the ratio of means. Across the sparsities of a curve p-values "
-        f"are corrected by Holm's method. A peak is claimed only where a gain is significant, and is given as the set "
-        f"of sparsities that are not significantly worse than the best (joint bootstrap draws). A metric is "
+        f"are corrected by Holm's method. A peak is named only where the ledger reproduces a gain, as the set of "
+        f"sparsities that are not significantly worse than the best (joint bootstrap draws). A metric is "
         f"over-sparsified from the first sparsity at which it is shown to lose more than its margin and stays so. "
         f"The sweet spot is the highest sparsity up to which every watched metric's lower bound stays above its "
         f"allowance."

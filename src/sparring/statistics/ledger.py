@@ -59,7 +59,8 @@ class Question:
     the claim is of a gain; NaN without a margin); `p_against` that of the opposite of the claim; `p_done` that of
     knowing on which side of zero and of the margin the effect lies, so that nothing is left to err about. All are NaN
     without an effect or with one seed. `doubt` says why no p-value may decide; `failed` are the shares of images on
-    which an attack failed, on either side; `unknown` is what an earlier version did not write down.
+    which an attack failed, on either side; `unknown` is what an earlier version did not write down. `gain` names the
+    metric and the method whose gain over the dense control is asked for, so that figures can quote the verdict.
     """
 
     claim: Claim
@@ -71,6 +72,7 @@ class Question:
     doubt: str = ""
     failed: tuple[float, float] = (0.0, 0.0)
     unknown: str = ""
+    gain: tuple[str, str] | None = None
 
 
 def ask(
