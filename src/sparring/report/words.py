@@ -14,7 +14,7 @@ from .looks import look_sentences
 from .measures import NORMS, Measure, pretty
 from .records import Network
 
-__all__ = ["bibtex", "headline", "listed", "methods", "short_name", "title"]
+__all__ = ["bibtex", "headline", "listed", "methods", "short_name", "title", "verdicts"]
 
 
 def title(findings: Findings) -> str:
@@ -45,7 +45,7 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
     first = [_first, _spot] if findings.seeds > 1 else [_first, _one_seed]
     last = [_weak, _few, *([_alone] if findings.seeds > 1 else []), _doubted, _several, _missing]
-    told = [*(say(findings) for say in first), *_verdicts(ledger), *(say(findings) for say in last)]
+    told = [*(say(findings) for say in first), *verdicts(ledger), *(say(findings) for say in last)]
     return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
 
 
@@ -164,7 +164,7 @@ def _few(findings: Findings) -> str:
     )
 
 
-def _verdicts(ledger: Sequence[Row]) -> Iterator[str]:
+def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
     """Say the ledger's verdicts on the primary claims, those not measured last, together."""
     primary = [row for row in ledger if row.claim.primary]
     for row in primary:
