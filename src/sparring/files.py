@@ -418,6 +418,12 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     import safetensors.torch
     import torch
 
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(
+                f"'{name}' is a {type(value).__name__}, no tensor, and cannot be saved; a quantised network is pruned "
+                "and trained before it is quantised, and `state_dict()` holds tensors alone"
+            )
     whole = {
         name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name in sorted(tensors)

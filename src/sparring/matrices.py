@@ -63,15 +63,16 @@ class Matrix:
             for hook in self.module._forward_pre_hooks.values():
                 if isinstance(hook, _HOOKS):
                     hook(self.module, ())
-            return cast(Tensor, getattr(self.module, self.attribute)).detach()
+            value = getattr(self.module, self.attribute)
+        return cast(Tensor, value().dequantize() if callable(value) else value).detach()
 
 
 def matrices(model: nn.Module) -> list[Matrix]:
     """Return a model's weight matrices, shared ones once, in the order of its parameters.
 
     They are those of linear, bilinear, (transposed) convolutional, recurrent and attention layers, and every other
-    parameter with two axes longer than 1 that is no normalisation's: of such a one nothing tells how it is used, so it
-    is counted but left out of pruning.
+    parameter or buffer with two axes longer than 1 that is no normalisation's: of such a one nothing tells how
+    it is used, so it is counted but left out of pruning. Buffers with two distinct values at most are masks.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     stale = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
@@ -94,8 +95,30 @@ def matrices(model: nn.Module) -> list[Matrix]:
             table = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
             excuse = "a table that is looked up" if table else f"a parameter of {type(owner).__name__}'s own"
             found[name] = Matrix(name, path, owner, attribute, excuse=excuse)
+    for matrix in _held(model):
+        if (matrix.path, matrix.attribute) not in {(m.path, m.attribute) for m in found.values()}:
+            found[matrix.name] = matrix
     order = {name: place for place, name in enumerate(names.values())}
     return sorted(found.values(), key=lambda matrix: order.get(matrix.name, len(order)))
+
+
+def _held(model: nn.Module) -> Iterator[Matrix]:
+    """Yield the matrices that are no parameters, each once: buffers, quantised ones, and what hooks compute."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, _NORMS) or hasattr(module, "straight_through") or "parametrizations" in path:
+            continue
+        if type(module).__module__.startswith("torch.ao.nn.") and callable(getattr(module, "weight", None)):
+            yield Matrix(f"{path}.weight", path, module, "weight", excuse="quantised")
+        computed = {name: vars(module).get(name) for name in _hooked(module)}
+        for attribute, value in (computed | dict(module.named_buffers(recurse=False))).items():
+            if not isinstance(value, Tensor) or not value.is_floating_point() or id(value) in seen:
+                continue
+            many = sum(size > 1 for size in value.shape) > 1
+            if many and bool(((value != value.min()) & (value != value.max())).any()):
+                seen.add(id(value))
+                name = f"{path}.{attribute}" if path else attribute
+                yield Matrix(name, path, module, attribute, excuse=f"no parameter of {type(module).__name__}")
 
 
 def is_transposed(matrix: Matrix) -> bool:
@@ -137,11 +160,15 @@ def _matrix(names: dict[int, str], path: str, module: nn.Module, attribute: str,
     return None
 
 
+def _hooked(module: nn.Module) -> set[str]:
+    """Return the attributes of a module that old-style hooks compute."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _HOOKS)]
+    return {cast(str, getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)) for hook in hooks}
+
+
 def _is_hooked(module: nn.Module, name: str) -> bool:
     """Say whether an old-style hook computes an attribute of a module from the parameter `name`."""
-    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _HOOKS)]
-    targets = {getattr(hook, "name", None) or getattr(hook, "_tensor_name", None) for hook in hooks}
-    return name.rpartition("_")[0] in targets
+    return name.rpartition("_")[0] in _hooked(module)
 
 
 @torch.no_grad()
@@ -208,9 +235,14 @@ def _ignores_dead_inputs(module: nn.Module, attribute: str) -> bool:
         inputs, reach = module.in_channels, [1 + d * (k - 1) for k, d in spread]
     x = torch.rand(2, inputs, *reach, generator=generator).to(weight)
 
+    # Whatever its other matrices become in training, as LoRA's, which begin with zeros.
+    name = attribute if attribute in module._parameters else f"parametrizations.{attribute}.original"
+    behind = (name, f"parametrizations.{attribute}")
+    own = {n: p for n, p in module.named_parameters() if p.dim() > 1 and not n.startswith(behind)}
+    others = {n: torch.rand(p.shape, generator=generator).to(p) for n, p in own.items()}
+
     def run(value: Tensor, x: Tensor) -> Tensor:
-        name = attribute if attribute in module._parameters else f"parametrizations.{attribute}.original"
-        return cast(Tensor, functional_call(module, {name: value}, (x,)))
+        return cast(Tensor, functional_call(module, others | {name: value}, (x,)))
 
     try:
         with eval_mode(module):

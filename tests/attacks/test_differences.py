@@ -149,7 +149,13 @@ def test_attacks_end_where_they_end_without_the_cut(where: str, attack: str, man
 
 
 @pytest.mark.parametrize(
-    "branch", [BRANCHES["detached"], lambda x: (255 * x).to(torch.uint8) / 255], ids=["cut", "bytes"]
+    "branch",
+    [
+        BRANCHES["detached"],
+        lambda x: (255 * x).to(torch.uint8) / 255,
+        lambda x: x.detach() * torch.ones(1, requires_grad=True),
+    ],
+    ids=["cut", "bytes", "gradients of others alone"],
 )
 @pytest.mark.parametrize("attack", ["pgd", "fast"])
 def test_no_gradient_at_all_hides_nothing(attack: str, branch: Callable[[Tensor], Tensor], many: Tensor) -> None:

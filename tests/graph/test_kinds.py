@@ -76,7 +76,14 @@ def without_gradients(net: Net, h: Tensor) -> Tensor:
     return h * gate + h.detach()
 
 
+def part_zeroed(net: Net, h: Tensor) -> Tensor:
+    h[:, ::2].zero_()
+    return h.relu()
+
+
 COMPUTED: dict[str, Body] = {
+    "a slice set to zero": part_zeroed,
+    "a random slope that is off": lambda net, h: F.rrelu(h, training=net.training) + h,
     "in-place ReLU before a shortcut": in_place_before_shortcut,
     "functional in-place ReLU": lambda net, h: F.relu(h, inplace=True) + h,
     "method in-place ReLU": lambda net, h: h.relu_() + h,
@@ -177,6 +184,15 @@ def test_a_refusal_names_layer_line_and_way_out() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3), Noisy())
     with pytest.raises(Unsupported, match=r"layer '2', test_kinds\.py:\d+: return F\.dropout\(x\).*self\.training"):
         lower(model, SHAPE)
+
+
+def test_a_refusal_names_the_innermost_line_of_helpers_and_hooks() -> None:
+    model = plain()
+    model[1].register_forward_hook(lambda module, given, output: torch.round(output))  # the hook's line
+    with pytest.raises(Unsupported, match=r"layer '1', test_kinds\.py:\d+: .*# the hook's line"):
+        lower(model, SHAPE)
+    with pytest.raises(Unsupported, match=r'test_kinds\.py:\d+: "rounding": \(lambda net, h'):
+        lower(build(REFUSED["rounding"][0]), SHAPE)
 
 
 def plain() -> nn.Sequential:

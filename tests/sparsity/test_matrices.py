@@ -67,6 +67,41 @@ class Bare(nn.Module):
         return torch.einsum("bci,io->bco", x.flatten(2), self.matrix) + self.shift
 
 
+class Held(nn.Module):
+    """A matrix in a buffer, beside a mask, which is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.randn(216, 8))
+        self.register_buffer("mask", torch.ones(216, 8).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.matrix * self.mask)
+
+
+class Hooked(nn.Module):
+    """A matrix of a module of one's own, computed by an old-style hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(216, 8))
+        nn.utils.weight_norm(self, "matrix")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+class Adapted(nn.Linear):
+    """A linear layer with a low-rank addition that begins with zeros (Hu et al. 2022)."""
+
+    def __init__(self) -> None:
+        super().__init__(216, 8)
+        self.down, self.up = nn.Parameter(torch.randn(2, 216)), nn.Parameter(torch.zeros(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.up @ self.down, self.bias)
+
+
 def _same(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
@@ -125,6 +160,8 @@ LEFT: dict[str, tuple[Callable[[], Net], int]] = {
     "orthogonal": (lambda: Net(parametrizations.orthogonal(nn.Linear(216, 8)), _flat, 8), 216 * 8),
     "standardised": (lambda: Net(Standardised(6, 8, 3, padding=1), _same, 288), 6 * 8 * 9),
     "bare": (lambda: Net(Bare(), _same, 48), 36 * 8),
+    "held in a buffer": (lambda: Net(Held(), _flat, 8), 216 * 8),
+    "hooked": (lambda: Net(Hooked(), _flat, 8), 216 * 8),
 }  # fmt: skip
 
 
@@ -182,6 +219,24 @@ def test_what_cannot_be_pruned_is_named_and_counted(kind: str) -> None:
     assert counted.weight_sparsity == pytest.approx(0.5, abs=0.01)
     assert counted.matrix_sparsity == pytest.approx(0.5 * counted.weights / counted.matrices, abs=0.01)
     assert counted.matrix_sparsity == pytest.approx(size(model).sparsity_matrices)
+
+
+def test_a_weight_to_which_others_are_added_is_left_out_though_they_begin_with_zeros() -> None:
+    found = {m.name: m.excuse for m in sparsity_matrices(_made(lambda: Net(Adapted(), _flat, 8)))}
+    assert [name for name, excuse in found.items() if excuse is None] == ["stem.weight", "out.weight"]
+    assert {"layer.weight", "layer.down", "layer.up"} < set(found)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_matrices_are_counted_and_cannot_be_saved(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    try:
+        layer = torch.ao.nn.quantized.dynamic.Linear(216, 8)
+    except (AttributeError, RuntimeError):
+        pytest.skip("this torch has no quantised layers")
+    counted = sparsity.counts(nn.Sequential(nn.Linear(4, 216), layer))
+    assert (counted.weights, counted.matrices, counted.left_out) == (864, 864 + 216 * 8, {"1.weight": "quantised"})
+    with pytest.raises(UserError, match="before it is quantised"):
+        save_tensors(tmp_path / "net.safetensors", nn.Sequential(layer).state_dict())
 
 
 def test_vectors_tables_of_normalisation_and_gains_are_no_matrices() -> None:

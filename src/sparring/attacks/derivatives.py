@@ -165,14 +165,14 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
     if not logits.requires_grad:
         return logits.detach(), x.new_zeros((len(weights), *x.shape))
     parts = torch.split(weights, ROWS_AT_ONCE)
-    gradients = torch.cat(
-        [
-            torch.autograd.grad(
-                logits, point, grad_outputs=part, is_grads_batched=True, retain_graph=part is not parts[-1]
-            )[0]
-            for part in parts
-        ]
-    )
+    found = []
+    for part in parts:
+        last = part is parts[-1]
+        (gradient,) = torch.autograd.grad(
+            logits, point, part, is_grads_batched=True, retain_graph=not last, allow_unused=True
+        )
+        found.append(x.new_zeros((len(part), *x.shape)) if gradient is None else gradient)
+    gradients = torch.cat(found)
     if isinstance(model, Probe):  # the hook saw the batched pass as one
         model.backwards += (len(weights) - 1) * len(x) * model.draws
     return logits.detach(), _finite(gradients)

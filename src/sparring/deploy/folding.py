@@ -111,7 +111,8 @@ def _convert(op: graph.Op, node: graph.Node) -> _Layer | _Affine | Op:
             return Add()
         case graph.Activation():
             return _activation(op, node.shape[0])
-    raise graph.refusal(node, "has no packed form")
+    way = "build it of linear, convolutional, pooling and batch norm layers and ReLU, or ship it by torch.onnx"
+    raise graph.refusal(node, f"has no packed form; {way}")
 
 
 def _activation(op: graph.Activation, channels: int) -> Activation | Snap:

@@ -58,7 +58,7 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
         raise Unsupported("a script module cannot be lowered; hand over the module that it was made from")
     root, example = _Root(model).eval(), example.clone().requires_grad_()  # as attacks ask: some layers look at that
     try:
-        with _quiet(), _whole(model):
+        with _quiet(), _whole(model), _every_line():
             try:
                 program = export(root, (example,), dynamic_shapes=({0: Dim("batch", min=2)},), strict=False)
             except Exception as error:
@@ -121,6 +121,24 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextlib.contextmanager
+def _every_line() -> Iterator[None]:
+    """Let torch note the lines of all functions that a forward calls, of which it drops all not named `forward`."""
+    tracer: Any = fx.proxy.TracerBase
+    torchs, before = str(Path(torch.__file__).parent), tracer._filter_traceback_frames
+
+    def kept(_: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
+        names = [frame.name for frame in frames]
+        inside = frames[names.index("forward") :] if "forward" in names else []
+        return traceback.StackSummary.from_list([f for f in inside if not f.filename.startswith(torchs)])
+
+    try:
+        tracer._filter_traceback_frames = kept
+        yield
+    finally:
+        tracer._filter_traceback_frames = before
 
 
 @contextlib.contextmanager
@@ -359,7 +377,8 @@ def _line(frames: list[tuple[str, int, str]]) -> str:
 
 def _is_idle(arguments: Arguments) -> bool:
     """Return whether an operation that can draw is switched off by its arguments."""
-    chances = [arguments.given.get(name, arguments.defaults.get(name)) for name in ("p", "dropout_p", "train")]
+    names = ("p", "dropout_p", "train", "training")
+    chances = [arguments.given.get(name, arguments.defaults.get(name)) for name in names]
     return any(chance is not None and not chance for chance in chances)
 
 

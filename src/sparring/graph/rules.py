@@ -31,15 +31,15 @@ _COPIES = frozenset(
     feature_alpha_dropout native_dropout positive""".split()  # noqa: SIM905
 )
 _LIKE = frozenset(
-    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()  # noqa: SIM905
+    "zero zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()  # noqa: SIM905
 )
 # Each value by itself, of one input or of several that broadcast.
 _ELEMENTWISE = frozenset(
     """abs acos asin asinh atan celu clamp clamp_max clamp_min cos cosh elu erf exp expm1 gelu hardshrink hardsigmoid
-    hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid logit mish pow prelu _prelu_kernel reciprocal relu6
-    rsqrt selu sigmoid silu sin sinh softplus softshrink sqrt square tan tanh threshold xlogy atan2 hypot maximum
-    minimum fmax fmin lerp addcmul addcdiv where masked_fill logaddexp gt lt ge le eq ne logical_and logical_or
-    logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num copysign""".split()  # noqa: SIM905
+    hardswish hardtanh leaky_relu rrelu log log10 log1p log2 log_sigmoid logit mish pow prelu _prelu_kernel
+    reciprocal relu6 rsqrt selu sigmoid silu sin sinh softplus softshrink sqrt square tan tanh threshold xlogy atan2
+    hypot maximum minimum fmax fmin lerp addcmul addcdiv where masked_fill logaddexp gt lt ge le eq ne logical_and
+    logical_or logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num copysign""".split()  # noqa: SIM905
 )
 # Along axes given by dim or dims, which must not be the images'.
 _ALONG = frozenset(
@@ -94,7 +94,8 @@ def _constant_like(t: Translator, target: Any, a: Arguments) -> Tensor:
     """Return a constant that takes only its shape from the image."""
     value = t.now.meta["val"]
     sizes = [t.size(s) for s in value.shape]
-    fill = {"ones": 1.0, "zeros": 0.0, "empty": torch.nan}.get(t.name.split("_")["new" in t.name], a.take("fill_value"))
+    kind = t.name.split("_")["new" in t.name]
+    fill = {"ones": 1.0, "zeros": 0.0, "zero": 0.0, "empty": torch.nan}.get(kind, a.take("fill_value"))
     a.given.clear()
     result: Tensor = t.cast(torch.full(sizes, fill, dtype=value.dtype, device=value.device))
     return result
