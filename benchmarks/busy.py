@@ -120,10 +120,16 @@ class Commands:
 def spinning() -> Iterator[None]:
     """Let one process on each core never pause."""
     cores = sorted(os.sched_getaffinity(0))
-    spinners = [mp.get_context("spawn").Process(target=spin, args=(core,), daemon=True) for core in cores]
+    context = mp.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in cores]
+    spinners = [
+        context.Process(target=spin, args=(core, there), daemon=True)
+        for core, (_, there) in zip(cores, pipes, strict=True)
+    ]
     for spinner in spinners:
         spinner.start()
-    time.sleep(2)
+    for here, _ in pipes:
+        here.recv()  # under way: it imports this module first, and that takes long where others work
     try:
         yield
     finally:
@@ -132,9 +138,10 @@ def spinning() -> Iterator[None]:
             spinner.join()
 
 
-def spin(core: int) -> None:
-    """Never pause, on one core."""
+def spin(core: int, pipe: Connection) -> None:
+    """Never pause, on one core, and say when that begins."""
     os.sched_setaffinity(0, {core})
+    pipe.send(None)
     while True:
         pass
 
@@ -154,7 +161,7 @@ def measure(
     """Time one kind of work, idle and busy; return a row for each piece of it."""
     one, all_, unwatched = kind(1, True), kind(threads, True), kind(threads, False)
     rows = []
-    others = waiting._running() - 1
+    others = waiting._others()
     idle = {name: medians(name, {"idle": all_, "idle_unwatched": unwatched}, rounds) for name in all_.names}
     with spinning():
         for name, times in idle.items():

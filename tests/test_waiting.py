@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +47,18 @@ def two_threads() -> Iterator[None]:
 
 
 def _watchers() -> int:
-    return sum(thread.name == waiting.NAME for thread in threading.enumerate())
+    return sum(isinstance(thread, waiting._Watcher) for thread in threading.enumerate())
+
+
+def _hosts() -> bool:
+    return any("gather" in thread.name for thread in threading.enumerate())
+
+
+def _gone() -> None:
+    until = time.monotonic() + 10
+    while time.monotonic() < until and _watchers():
+        time.sleep(0.01)
+    assert _watchers() == 0
 
 
 def test_a_crowd_makes_waiting_threads_sleep_and_leaves_no_trace() -> None:
@@ -61,7 +73,8 @@ def test_threads_that_wait_for_cores_gather_a_crowd_until_the_cores_are_free(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, began = threading.Event(), time.monotonic()
-    monkeypatch.setattr(waiting, "_running", lambda: 1)
+    monkeypatch.setattr(waiting, "LINGER", 0.05)
+    monkeypatch.setattr(waiting, "_others", lambda: 0)
     monkeypatch.setattr(waiting, "_waited", lambda _: time.monotonic() - began if shared.is_set() else 0.0)
 
     def settles(count: int) -> bool:
@@ -79,33 +92,88 @@ def test_threads_that_wait_for_cores_gather_a_crowd_until_the_cores_are_free(
         assert settles(alone + 1)
         shared.set()
         assert settles(alone + 2)
-    assert threading.active_count() == alone
+    assert settles(alone)
 
 
-def test_one_watcher_is_enough_and_one_thread_needs_none(two_threads: None) -> None:
+def test_a_crowd_waits_for_the_next_call_which_looks_itself_who_has_the_cores(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered = []
+    monkeypatch.setattr(waiting, "_waited", lambda _: None)
+    monkeypatch.setattr(waiting, "LINGER", 5.0)
+    real = waiting.crowd
+    monkeypatch.setattr(waiting, "crowd", lambda *words: gathered.append(words) or real(*words))
+
+    def call(others: int) -> None:
+        monkeypatch.setattr(waiting, "_others", lambda: others)
+        with waiting.courteous():
+            until = time.monotonic() + 10
+            while time.monotonic() < until and _hosts() != (others > 0):
+                time.sleep(0.01)
+            assert _hosts() == (others > 0)
+
+    call(1000)
+    call(1000)
+    assert len(gathered) == 1
+    call(0)
+    call(1000)
+    assert len(gathered) == 2
+    monkeypatch.setattr(waiting, "LINGER", 0.0)
+    call(0)
+    _gone()
+
+
+def test_own_threads_are_no_others(tmp_path: Path) -> None:
+    (tmp_path / "loadavg").write_text("0.52 0.40 0.31 7/123 4567")
+    for number, state in enumerate("RSRD"):
+        (tmp_path / f"self/task/{number}").mkdir(parents=True)
+        (tmp_path / f"self/task/{number}/stat").write_text(f"{number} (odd) R name) {state} 1 2 3")
+    assert waiting._others(tmp_path) == 5
+    assert waiting._others(tmp_path / "nowhere") == 0
+
+
+def test_one_watcher_is_enough_and_one_thread_needs_none(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "LINGER", 0.05)
     with waiting.courteous(), waiting.courteous():
         assert _watchers() == 1
-    assert _watchers() == 0
+    _gone()
     torch.set_num_threads(1)
     with waiting.courteous():
         assert _watchers() == 0
 
 
+def test_work_on_few_numbers_is_done_alone_where_cores_are_shared(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def threads(count: int) -> int:
+        with waiting.alone(count):
+            return torch.get_num_threads()
+
+    monkeypatch.setattr(waiting, "_waited", lambda _: None)
+    monkeypatch.setattr(waiting, "LINGER", 0.0)
+    for others, few in ((0, 2), (1000, 1)):
+        monkeypatch.setattr(waiting, "_others", lambda others=others: others)
+        with waiting.courteous():
+            assert (threads(10), threads(waiting.SMALL), torch.get_num_threads()) == (few, 2, 2)
+        _gone()
+
+
 def test_training_is_the_same_to_the_last_bit_in_a_crowd(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randint(0, 256, (400, 1, 16, 16), dtype=torch.uint8), torch.arange(400) % 3
 
-    def trained(running: int) -> torch.Tensor:
-        monkeypatch.setattr(waiting, "_running", lambda: running)
+    def trained(others: int) -> torch.Tensor:
+        monkeypatch.setattr(waiting, "_others", lambda: others)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Conv2d(1, 16, 5), nn.Flatten(), nn.Linear(16 * 144, 3))
         fit(model, x, y, Recipe(epochs=1, lr=0.01))
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    assert torch.equal(trained(1), trained(1000))
+    assert torch.equal(trained(0), trained(1000))
 
 
-def test_work_that_fails_fails_as_before(two_threads: None) -> None:
+def test_work_that_fails_fails_as_before(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "LINGER", 0.05)
     with pytest.raises(ValueError, match="mine"), waiting.courteous():
         raise ValueError("mine")
-    assert _watchers() == 0
+    _gone()

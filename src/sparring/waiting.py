@@ -5,7 +5,9 @@ that something else also uses, each barrier waits for a thread that is not runni
 on two threads then takes ten times as long as on one. The environment variables that choose the way to wait are read
 when torch is imported, too late for a notebook. But libgomp itself hardly spins while it manages more threads than
 there are cores, so a few threads that do nothing switch it over, and back. How many threads share the work, and so the
-last bit of every result, stays as it was.
+last bit of every result, stays as it was. Waking a thread that sleeps takes as long as the products of a small network:
+work that no thread count changes is then left to one (`alone`), and products of networks smaller than LeNet-5 in calls
+of a few hundredths of a second still take up to 1.6 times as long as on one thread.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["courteous", "crowd"]
+__all__ = ["alone", "courteous", "crowd"]
 
 NAME = "sparring looks for cores"
 PAUSE = 0.03  # seconds between two looks
+LINGER = 1.0  # seconds that a crowd waits for the next call: under load it takes longer to gather than short calls run
+SMALL = 1 << 19  # numbers, on which one thread is done before another that sleeps has woken
 BUSY, FREE = 0.1, 0.03  # seconds a second that threads wait for a core: above it is shared, below it is ours again
 
 
@@ -36,19 +40,33 @@ def courteous() -> Iterator[None]:
 
     Nothing is done where torch has one thread, and where OpenMP or the system is another than GNU's and Linux.
     """
-    watched = any(thread.name == NAME for thread in threading.enumerate())
-    openmp = None if watched or torch.get_num_threads() == 1 else _openmp()
+    openmp = None if torch.get_num_threads() == 1 else _openmp()
     if openmp is None:
         yield
         return
-    done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(openmp, done), name=NAME, daemon=True)
-    watcher.start()
+    watcher = next((t for t in threading.enumerate() if isinstance(t, _Watcher) and t.comes()), None)
+    if watcher is None:
+        watcher = _Watcher(openmp)
+        watcher.comes()
+        watcher.start()
     try:
         yield
     finally:
-        done.set()
-        watcher.join()
+        watcher.goes()
+
+
+@contextmanager
+def alone(count: int) -> Iterator[None]:
+    """Work number by number, on few, without the threads that sleep; the bits of such work do not depend on threads."""
+    threads = torch.get_num_threads()
+    if threads == 1 or count >= SMALL or not any(isinstance(t, _Watcher) and t.shared for t in threading.enumerate()):
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -71,20 +89,49 @@ def crowd(openmp: Any, size: int) -> Iterator[None]:
         host.join()
 
 
-def _watch(openmp: Any, done: threading.Event) -> None:
-    """Hold a crowd for as long as the process's threads wait for cores."""
-    threads, cores, own = torch.get_num_threads(), len(os.sched_getaffinity(0)), threading.get_native_id()
-    shared = _running() - 1 + threads > cores
-    if not shared and done.wait(PAUSE):
-        return
-    at, before = time.perf_counter(), _waited(own)
-    while before is not None and not done.is_set():
-        with crowd(openmp, max(1, cores - threads + 1)) if shared else nullcontext():
-            was = shared
-            while shared == was and not done.wait(PAUSE):
-                now, total = time.perf_counter(), _waited(own) or 0.0
-                shared = (total - before) / (now - at) > (FREE if was else BUSY)
-                at, before = now, total
+class _Watcher(threading.Thread):
+    """Hold a crowd for as long as the process's threads wait for cores, from one call to the next."""
+
+    def __init__(self, openmp: Any) -> None:
+        super().__init__(name=NAME, daemon=True)
+        self.openmp, self.cores = openmp, len(os.sched_getaffinity(0))
+        self.calls, self.shared, self.over = 0, False, False
+        self.change = threading.Condition()
+
+    def comes(self) -> bool:
+        """Count a call, unless this watcher has ended; the outermost looks whether the cores are shared."""
+        with self.change:
+            if self.calls == 0 and not self.over:
+                self.threads = torch.get_num_threads()
+                self.shared = _others() + self.threads > self.cores
+                self.change.notify()
+            self.calls += not self.over
+            return not self.over
+
+    def goes(self) -> None:
+        with self.change:
+            self.calls -= 1
+
+    def run(self) -> None:
+        while not self.over:
+            was, last = self.shared, None
+            with crowd(self.openmp, max(1, self.cores - self.threads + 1)) if was else nullcontext():
+                while self.shared == was and not self.over:
+                    last = self._look(last)
+
+    def _look(self, last: tuple[float, float] | None) -> tuple[float, float] | None:
+        """Wait a moment, or for a call; from the time and what `_waited` said last time, judge who has the cores."""
+        with self.change:
+            if self.calls == 0:
+                self.over = not self.change.wait_for(lambda: self.calls, LINGER)
+                return None
+            self.change.wait(PAUSE)
+            now, waited = time.perf_counter(), _waited(threading.get_native_id())
+            if waited is None or self.calls == 0:
+                return None
+            if last is not None:
+                self.shared = (waited - last[1]) / (now - last[0]) > (FREE if self.shared else BUSY)
+            return now, waited
 
 
 @cache
@@ -98,10 +145,12 @@ def _openmp() -> Any | None:
     return None
 
 
-def _running() -> int:
-    """Return how many threads run on this machine, or wait for a core; 0 where none can tell."""
+def _others(system: Path = Path("/proc")) -> int:
+    """Return how many threads of others run on this machine, or wait for a core; 0 where none can tell."""
     with suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+        running = int((system / "loadavg").read_text().split()[3].partition("/")[0])
+        states = [path.read_text().rpartition(")")[2].split()[0] for path in system.glob("self/task/*/stat")]
+        return max(0, running - states.count("R"))
     return 0
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from ..threat import LINF, random_point
+from ..waiting import alone
 from .derivatives import logits_and_gradient
 from .losses import Objective, cross_entropy, margin
 from .prospects import Prospects
@@ -124,7 +127,8 @@ def _ascend(
             done, leaving = prospects.judge(margin(logits, y, targets), step)
             end[prospects.row[leaving]] = point[leaving]
             won[prospects.row[done]] = True
-        point = region.ahead(point, gradient, length)
+        with alone(point.numel()) if region.norm == LINF else nullcontext():
+            point = region.ahead(point, gradient, length)
         if prospects.crowded():
             stay = prospects.staying()
             prospects, region, targets = prospects.take(stay), region.take(stay), select(targets, stay)

@@ -17,7 +17,7 @@ from ..layout import channels_last
 from ..modes import eval_mode, train_
 from ..outputs import opened
 from ..sparsity import Masks, Pruner, applied_
-from ..waiting import courteous
+from ..waiting import alone, courteous
 from .checkpoint import State, load_checkpoint_, save_checkpoint
 from .losses import Loss, Ramped, cross_entropy
 from .optimizer import Optimizer
@@ -138,16 +138,18 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramp
     order = torch.randperm(len(x), generator=generator)
     total = torch.zeros((), device=x.device)
     behind = state.pruner is not None and state.pruner.dense_weights
-    targets = _targets(model, state.masks)
+    targets, weights = _targets(model, state.masks), sum(p.numel() for p in optimizer.parameters)
     for chosen in torch.split(order, recipe.batch_size):
-        image = x[chosen].float().div_(255)
+        with alone(x[0].numel() * len(chosen)):
+            image = x[chosen].float().div_(255)
         batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
         now = loss.at((step + 1) / steps) if isinstance(loss, Ramped) else loss
         model.zero_grad(set_to_none=True)
         with _masked(targets if behind else []):
             value = now(model, *batch, generator)
             value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(learning_rate(recipe, step % cycle, cycle))
+        with alone(weights):
+            optimizer.step(learning_rate(recipe, step % cycle, cycle))
         if state.pruner is not None:
             masks = state.pruner(model, state.masks, step=step, steps=steps, batch=batch, loss=now, generator=generator)
             if not isinstance(masks, dict):
