@@ -1,11 +1,13 @@
 """What a model takes and returns, brought to one form at one door: float images in, logits (N, classes) out.
 
 Models may return dictionaries, tuples or objects that hold the logits, work in half or double precision, write into
-their input, or mask classes with −inf. Whoever runs a user's model opens it first and then knows nothing of all that.
+their input, or mask classes with −inf or a number far below all others. Whoever runs a user's model opens it first
+and then knows nothing of all that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -55,12 +57,15 @@ class Door(nn.Module):
     """A model that takes images of any floating type and returns logits of the same type.
 
     kind: the type that the model is given them in, None: their own; copies: whether it writes into what it is given and
-    gets a copy. A class of logit −inf gets a number below all others instead, so that losses stay numbers.
+    gets a copy. A class whose logit is no larger than `floor` is masked, and gets a number just below all others
+    instead, so that losses stay numbers and see the classes that are left.
     """
 
-    def __init__(self, model: nn.Module, *, kind: torch.dtype | None = None, copies: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, kind: torch.dtype | None = None, copies: bool = False, floor: float = -torch.inf
+    ) -> None:
         super().__init__()
-        self.model, self.kind, self.copies = model, kind, copies
+        self.model, self.kind, self.copies, self.floor = model, kind, copies, floor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, classes) of x (N, ...)."""
@@ -68,7 +73,7 @@ class Door(nn.Module):
         logits = logits_of(self.model(entry.to(self.kind or x.dtype))).to(x.dtype)
         if self.kind == torch.float16 and entry.requires_grad and logits.requires_grad:
             _balance(entry, logits)
-        return _unmasked(logits)
+        return _unmasked(logits, self.floor)
 
 
 def opened(model: nn.Module, x: Tensor) -> nn.Module:
@@ -86,7 +91,9 @@ def opened(model: nn.Module, x: Tensor) -> nn.Module:
         trial = _tried(model, x[:2], kinds)
         if len(x) > 1:
             _tried(model, x[:1], kinds)
-    return Door(model, kind=trial.kind, copies=trial.written) if trial.needs_door(x.dtype) else model
+    if not trial.needs_door(x.dtype):
+        return model
+    return Door(model, kind=trial.kind, copies=trial.written, floor=_floor(logits_of(trial.output)) or -torch.inf)
 
 
 def precision(model: nn.Module, logits: Tensor) -> torch.dtype:
@@ -109,7 +116,7 @@ class _Trial(NamedTuple):
     def needs_door(self, wanted: torch.dtype) -> bool:
         logits = self.output
         plain = isinstance(logits, Tensor) and logits.dtype == self.kind == wanted and not self.written
-        return not plain or bool(torch.isneginf(logits_of(logits)).any())
+        return not plain or _floor(logits_of(logits)) is not None
 
 
 def _tried(model: nn.Module, x: Tensor, kinds: Iterable[torch.dtype]) -> _Trial:
@@ -144,11 +151,29 @@ def _check_shape(logits: Tensor, count: int) -> None:
     raise UserError(f"for {what} the model returns shape {shape}; {way}return logits (N, classes) with classes >= 2")
 
 
-def _unmasked(logits: Tensor) -> Tensor:
-    """Return logits with −inf replaced by what lies below an image's others by their span and one more."""
-    masked = torch.isneginf(logits)
+def _floor(logits: Tensor) -> float | None:
+    """Return the logit at which masked classes begin, None where there are none.
+
+    Those of −inf, and those that lie together ten times as low as any other number is large, at most −500: -1e9, -1e4
+    and the lowest number of a type are in use, in place of a logit or added to it. At least two classes are left.
+    """
+    values = logits.double()
+    if torch.isneginf(values).any():
+        return -torch.inf
+    low = float(values.min())
+    masked = values <= 0.98 * low
+    if not math.isfinite(low) or bool((masked.sum(1) > values.shape[1] - 2).any()):
+        return None
+    others = float(values.masked_fill(masked, 0.0).abs().max())
+    return low / 2 if low <= -10 * max(others, 50.0) else None
+
+
+def _unmasked(logits: Tensor, floor: float) -> Tensor:
+    """Return logits with masked ones replaced by what lies below an image's others by their span and one more."""
+    masked = logits <= floor
     if not bool(masked.any()):
         return logits
+    masked &= ~masked.all(1, keepdim=True) | torch.isneginf(logits)
     with torch.no_grad():
         high, low = logits.amax(1, keepdim=True), torch.where(masked, torch.inf, logits).amin(1, keepdim=True)
     return torch.where(masked, 2 * low - high - 1, logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sparring.attacks.derivatives import logits_and_gradient, logits_and_rows
 from sparring.attacks.differences import Differences, blind_pixels
 from sparring.attacks.losses import margin
 from sparring.outputs import opened
+from sparring.sparsity import TopK
 from sparring.threat import L2, LINF, Threat
 
 EPS = 0.06
@@ -165,6 +167,87 @@ def test_no_gradient_at_all_hides_nothing(attack: str, branch: Callable[[Tensor]
     found, truth = (run(model, many, y, ATTACKS[attack], Threat(LINF, EPS)) for model in (cut, whole))
     assert robust_accuracy(found) <= robust_accuracy(truth) + 0.1 < 0.9
     assert {"zero-gradients", "partial-gradients"} <= {flag.name for flag in found.flags}
+
+
+class Lie(torch.autograd.Function):
+    """The identity, with a backward pass of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, backward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.lie = backward
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.lie(gradient), None
+
+
+LIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "signs flipped": torch.neg,
+    "a thousandth": lambda gradient: gradient / 1000,
+    "at random": lambda gradient: torch.randn(gradient.shape, generator=seeded()) * gradient.abs().mean(),
+    "none": torch.zeros_like,
+    "another image's": lambda gradient: gradient.roll(1, 0),
+    "half of the signs flipped": lambda gradient: torch.where(PIXELS["every other pixel"], gradient, -gradient),
+}
+
+
+class Lying(nn.Module):
+    """A network whose backward pass at the images, or at its hidden units, is another function's."""
+
+    def __init__(self, lie: Callable[[Tensor], Tensor], *, hook: bool = False) -> None:
+        super().__init__()
+        self.net, self.lie = network(), lie
+        if hook:
+            self.net[2].register_full_backward_hook(lambda _module, given, _: tuple(lie(part) for part in given))
+            self.lie = lambda gradient: gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(Lie.apply(x, self.lie))
+
+
+@pytest.mark.parametrize(
+    ("lie", "hook"), [*((name, False) for name in LIES), ("signs flipped", True), ("none", True)], ids=str
+)
+def test_fast_goes_on_where_gradients_lie(lie: str, hook: bool, many: Tensor) -> None:
+    model, whole, few = Lying(LIES[lie], hook=hook), network(), many[:12]
+    y = whole(few).argmax(1)
+    found, truth = (
+        run(each, few, y, ATTACKS["fast"], Threat(LINF, EPS), generator=seeded()) for each in (model, whole)
+    )
+    assert robust_accuracy(found) <= robust_accuracy(truth) + 0.1 < 0.9
+    assert {"partial-gradients", "zero-gradients", "shattered-gradients"} & {flag.name for flag in found.flags}
+    assert not any("use fast" in flag.detail for flag in found.flags)  # it was used
+
+
+def test_jumps_and_ripples_are_attacked_without_the_gradient(many: Tensor) -> None:
+    class Rippling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x + 0.02 * (500 * x).sin())  # its gradient is true, and leads nowhere
+
+    model, whole, few = Rippling(), network(), many[:12]
+    y = model(few).argmax(1)
+    found, truth = (
+        run(each, few, y, ATTACKS["fast"], Threat(LINF, EPS), generator=seeded()) for each in (model, whole)
+    )
+    assert robust_accuracy(found) <= robust_accuracy(truth) + 0.1 < 0.9
+    assert "shattered-gradients" in {flag.name for flag in found.flags}
+
+
+def test_a_declared_layer_hides_no_cut(many: Tensor) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), TopK(0.5), nn.Linear(32, 4)).eval()
+    cut = Cut(PIXELS["the left half"], BRANCHES["detached"])
+    cut.net = net
+    y = net(many).argmax(1)
+    found, honest = (run(each, many, y, ATTACKS["pgd"], Threat(LINF, EPS), generator=seeded()) for each in (cut, net))
+    assert "partial-gradients" in {flag.name for flag in found.flags}
+    assert "partial-gradients" not in {flag.name for flag in honest.flags}
+    assert robust_accuracy(found) <= robust_accuracy(honest) + 0.1
 
 
 def test_a_constant_has_no_differences(many: Tensor) -> None:

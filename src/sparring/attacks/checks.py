@@ -35,6 +35,9 @@ _MANY = 0.1
 # A step this long, in pixel units of l_inf, is so short that a trained network follows its gradient; in half precision
 # so long that rounding does not hide what it gains.
 _SHORT, _SHORT_IN = 1e-3, {torch.float16: 5e-3, torch.bfloat16: 2e-2}
+# Half a difference's length along random signs, and how many times its square a gradient may miss there: without any
+# it misses the square once.
+_WIDE, _WORSE = 5e-3, 4.0
 # What rounding may leave beyond the box, as the evaluator itself allows.
 _ROUNDING = 1e-6
 
@@ -124,7 +127,9 @@ def check_losses(
         lower = int((margin(model(x_adv), y, targets) < margin(model(x), y, targets)).sum())
     if not many(lower, len(x), share=_MANY):
         return ()
-    detail = f"{lower} of {len(x)} images it failed on ended further from a success; take smaller steps or `fast`"
+    detail = (
+        f"{lower} of {len(x)} images it failed on ended further from a success; take smaller steps, or several attacks"
+    )
     return (Flag("loss-not-increasing", detail),)
 
 
@@ -198,7 +203,9 @@ def _gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
     _, gradient = logits_and_gradient(model, x, cross_entropy, y)
     saturated = float((gradient.flatten(1) == 0).all(1).double().mean())
     if saturated > _MANY:
-        detail = f"the cross-entropy has no gradient at {saturated:.0%} of the images; use fast, standard or nearest"
+        detail = (
+            f"the cross-entropy has no gradient at {saturated:.0%} of the images; trust attacks on the margin alone"
+        )
         return [Flag("logit-scale", detail)]
     return []
 
@@ -215,7 +222,15 @@ def _shattered(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
         gained = margin(model(x + step), y) - margin(logits, y)
     promised = (step * gradient).flatten(1).sum(1)
     off = int(((gained - promised).abs() > 0.5 * promised).sum())
-    if not many(off, len(x), share=_MANY):
-        return []
-    where = f"at {off} of {len(x)} images"
-    return [Flag("shattered-gradients", f"{where}; use fast or standard, which go on where gradients end")]
+    way_out = "compare with `square`, which needs none, and with surrogates"
+    if many(off, len(x), share=_MANY):
+        return [Flag("shattered-gradients", f"at {off} of {len(x)} images; {way_out}")]
+    wide = max(_WIDE, length)
+    sign = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).sub_(0.5).sign_().to(x)
+    up, down = ((x + side * wide * sign).clamp(0, 1) for side in (1, -1))
+    with torch.no_grad():
+        changed = margin(model(up), y) - margin(model(down), y)
+    missed = changed - ((up - down) * gradient).flatten(1).sum(1)
+    if missed.square().sum() > _WORSE * changed.square().sum():
+        return [Flag("shattered-gradients", f"within {wide:g} pixel units it says nothing; {way_out}")]
+    return []

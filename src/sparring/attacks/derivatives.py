@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,17 +166,20 @@ def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor
     if not logits.requires_grad:
         return logits.detach(), x.new_zeros((len(weights), *x.shape))
     parts = torch.split(weights, ROWS_AT_ONCE)
-    found = []
-    for part in parts:
-        last = part is parts[-1]
-        (gradient,) = torch.autograd.grad(
-            logits, point, part, is_grads_batched=True, retain_graph=not last, allow_unused=True
-        )
-        found.append(x.new_zeros((len(part), *x.shape)) if gradient is None else gradient)
-    gradients = torch.cat(found)
+    gradients = torch.cat([_pulled(logits, point, part) for part in parts])
     if isinstance(model, Probe):  # the hook saw the batched pass as one
         model.backwards += (len(weights) - 1) * len(x) * model.draws
     return logits.detach(), _finite(gradients)
+
+
+def _pulled(logits: Tensor, point: Tensor, weights: Tensor) -> Tensor:
+    """Return the input gradients (R, N, ...) of weighted sums of logits, in one pass where the model's backward can."""
+    ask = partial(torch.autograd.grad, logits, point, retain_graph=True, allow_unused=True)
+    try:
+        (found,) = ask(weights, is_grads_batched=True)
+    except RuntimeError:  # a backward pass of the user's own, which draws or reads numbers
+        found = torch.stack([ask(row, materialize_grads=True)[0] for row in weights])
+    return point.new_zeros((len(weights), *point.shape)) if found is None else found
 
 
 def _by_hand(probe: Probe, hand: ByHand, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

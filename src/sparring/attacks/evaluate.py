@@ -176,14 +176,10 @@ def run(
         stack.enter_context(seeded(model, seed))
 
         blind = None
-        if (
-            hand is None
-            and not random
-            and not has_masked_gradients(model)
-            and not any(f.name == "shattered-gradients" for f in flags)
-        ):
+        if hand is None and not random:
             rows = clean_correct.nonzero().squeeze(1)
-            blind = blind_pixels(model, x[rows], y[rows]) if len(rows) else None
+            blind, more_flags = _doubted(model, x[rows], y[rows], flags)
+            flags += more_flags
         outcome = untouched(x, clean_correct)
         if random:
             # As one would attack any model, a draw at a time: what the expectation adds to that, chance had hidden.
@@ -199,17 +195,13 @@ def run(
         if random and threat.eps is None:
             outcome = resized(judge, x, outcome, clean_correct)
         flags += _masked("the expectation over draws", gained, clean_correct) if random else []
-        if has_masked_gradients(model) or any(flag.name == "zero-gradients" for flag in flags):
+        if has_masked_gradients(model) or _is_raised("zero-gradients", flags):
             probe.model, probe.hand = model, None
             with straight_through(model, x[:1]):
                 found = order(probe, still_open(outcome, threat))
             outcome, more = better(outcome, judge(x, found, clean_correct))
             flags += _masked("a straight-through backward pass", more, clean_correct)
         if blind is not None:
-            detail = (
-                f"autograd misses what {int(blind.sum())} of {blind.numel()} pixels do; finite differences were taken"
-            )
-            flags.append(Flag("partial-gradients", detail))
             probe.model, probe.hand = (differences := Differences(model, blind)), None
             found = order(probe, still_open(outcome, threat))
             outcome, more = better(outcome, judge(x, found, clean_correct))
@@ -404,6 +396,29 @@ def _masked(way: str, more: Tensor, attacked: Tensor) -> list[Flag]:
     if gained < max(2, _NOTABLE * count):
         return []
     return [Flag("masked-gradients", f"{way} does better on {gained} of {count} images")]
+
+
+def _is_raised(name: str, flags: Iterable[Flag]) -> bool:
+    return any(flag.name == name for flag in flags)
+
+
+def _doubted(model: nn.Module, x: Tensor, y: Tensor, flags: Iterable[Flag]) -> tuple[Tensor | None, list[Flag]]:
+    """Return the pixels at which no attack should follow the gradient, a mask or None, and a flag where autograd lies.
+
+    x: images classified correctly as y. Where steps do not gain what the gradient promises and that is no lie but
+    jumps, the mask is of all pixels. What layers declare to mask has a backward pass of its own: the rest of such a
+    model is seen without them.
+    """
+    masked = has_masked_gradients(model)
+    seen = dense_copy(model) if masked else model
+    if seen is None or len(x) == 0:
+        return None, []
+    blind = blind_pixels(seen, x, y)
+    if blind is not None:
+        missed = f"autograd misses what {int(blind.sum())} of {blind.numel()} pixels do"
+        return blind, [Flag("partial-gradients", f"{missed}; finite differences were taken")]
+    jumps = not masked and _is_raised("shattered-gradients", flags)
+    return (torch.ones_like(x[0], dtype=torch.bool) if jumps else None), []
 
 
 def _dense_network(model: nn.Module) -> dict[str, nn.Module]:

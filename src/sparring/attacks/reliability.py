@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..outputs import opened
 from ..threat import LINF, Threat, diameter, distance
 from .derivatives import frozen
 from .evaluate import Attack, AttackResult, run
@@ -138,6 +139,7 @@ def check_silence(
     failed = (result.clean_correct & ~result.success).nonzero().squeeze(1)[:images]
     silent = 0
     with frozen(model):
+        model = opened(model, x)
         for row in failed.unsqueeze(1):
             witness = _Witness(model, x[row], y[row], threat)
             x_adv = attack(witness, x[row], y[row], norm=threat.norm, eps=threat.eps, generator=generator)
