@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 __all__ = [
+    "TERMINATED",
     "DamageError",
     "DataError",
     "DataWarning",
@@ -21,6 +22,7 @@ __all__ = [
     "told",
 ]
 
+TERMINATED = 143  # the exit code that SIGTERM asks for: 128 and the signal's number, as shells have it
 # Code under these folders is not the user's own: sparring, the standard library, and what is installed.
 _OTHERS = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from .errors import UserError
 
@@ -13,6 +14,7 @@ L2 = 2.0
 L1 = 1.0
 _NAMES = {LINF: "linf", L2: "l2", L1: "l1"}
 _SPELLINGS = {"inf": LINF, "infinity": LINF, "∞": LINF, "2": L2, "2.0": L2, "1": L1, "1.0": L1}
+_NORM = re.compile(r"(?:[lℓ][_-]?)?([^_-]+)")
 
 
 def norm_name(norm: float) -> str:
@@ -24,8 +26,8 @@ def norm_name(norm: float) -> str:
 
 def parse_norm(name: str | float) -> float:
     """Return the norm that a name means: "linf", "Linf", "l_inf", "inf"; "l2", "L2", "2"; "l1"; or a number."""
-    plain = str(name).strip().lower().replace("_", "").replace("-", "")
-    norm = _SPELLINGS.get(plain.removeprefix("l"))
+    spelt = _NORM.fullmatch(str(name).strip().lower())
+    norm = _SPELLINGS.get(spelt[1]) if spelt else None
     if norm is None or isinstance(name, bool):
         raise UserError(f"norm '{name}' is not one of linf, l2, l1")
     return norm

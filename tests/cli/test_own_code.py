@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 
@@ -47,6 +48,11 @@ CODE = """
         def forward(self, x):
             raise KeyboardInterrupt
 
+    class Talks(Own):
+        def forward(self, x):
+            print("hello")
+            return self.net(x)
+
     class Late(Own):
         def forward(self, x):
             if len(x) > 2:
@@ -60,6 +66,7 @@ CODE = """
     def hungry(): return Hungry()
     def halting(): return Halting()
     def late(): return Late()
+    def talks(): print("hello"); return Talks()
     def needs(shape, hidden): return Own()
     def raises(): raise OSError(2, "no such", "weights.bin")
     def one(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
@@ -204,6 +211,22 @@ def test_attacks_and_data(sparring, own: str, part: str) -> None:  # type: ignor
 def test_pruners(sparring, own: str, setting: str, line: str) -> None:  # type: ignore[no-untyped-def]
     words = ("prune", f"{own}:plain", "--out", "o.safetensors", "--sparsity", 0.5, *QUICK)
     one_message(sparring(*words, "--set", setting.replace("OWN", own)), own, line)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("attack", "OWN:talks", *OWN),
+        ("certify", "OWN:talks", "--data", "digits", "--images", 3),
+        ("compare", "OWN:talks", "OWN:talks", "--data", "digits", "--images", 3),
+        ("study", "plan.toml", "--model", "OWN:talks", "--out", "out", "--workers", 1),
+    ],
+    ids=lambda words: words[0],
+)
+def test_json_is_all_there_is_on_standard_output(sparring, own: str, words: tuple[object, ...]) -> None:  # type: ignore[no-untyped-def]
+    Path("plan.toml").write_text("data = 'digits'\nseeds = 1\nsparsities = [0.5]\nrecipe = { epochs = 1 }\n")
+    told = sparring(*(str(word).replace("OWN", own) for word in words), "--json")
+    assert told.code == 0 and json.loads(told.out) and "hello" in told.err
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -25,11 +25,11 @@ epochs = 3
 """
 
 
-def _command(plan: Path, out: Path) -> Any:
+def _command(plan: Path, out: Path, workers: int) -> Any:
     def go() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin deaf to it
         os.dup2(os.open(out.with_suffix(".said"), os.O_CREAT | os.O_WRONLY), 2)
-        sys.argv = ["sparring", "study", str(plan), "--out", str(out), "--quiet", "--workers", "2"]
+        sys.argv = ["sparring", "study", str(plan), "--out", str(out), "--quiet", "--workers", str(workers)]
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         main()
@@ -39,11 +39,13 @@ def _command(plan: Path, out: Path) -> Any:
     return process
 
 
-@pytest.mark.parametrize(("blow", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_a_signal(tmp_path: Path, blow: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(
+    ("blow", "code", "workers"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 2), (signal.SIGTERM, 143, 0)]
+)
+def test_stopped_by_a_signal(tmp_path: Path, blow: signal.Signals, code: int, workers: int) -> None:
     plan, out = tmp_path / "plan.toml", tmp_path / "out"
     plan.write_text(PLAN)
-    process = _command(plan, out)
+    process = _command(plan, out, workers)
     deadline = time.monotonic() + 60
     while not list(out.glob("records/*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 
+from ..errors import TERMINATED
+from .printing import Aside
+
 __all__ = ["main"]
 
 USER_ERROR = 2
 TRACEBACK = "--traceback"
-INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
+INTERRUPTED = 130  # 128 and the signal's number, as shells have it
 
 
 def main() -> None:
@@ -38,7 +42,8 @@ def _guarded(app: Callable[..., object]) -> int:
         words = [TRACEBACK, *(word for word in words if word != TRACEBACK)]
         os.environ["SPARRING_TRACEBACK"] = "1"
     try:
-        code = app(words, standalone_mode=False)
+        with contextlib.redirect_stdout(Aside(sys.stdout)) if "--json" in words else contextlib.nullcontext():
+            code = app(words, standalone_mode=False)
         if code == INTERRUPTED:  # how typer reports Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()

@@ -56,7 +56,11 @@ def _take_threads(threads: int | None) -> int | None:
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, help="Threads that share the work [default: one per core].", callback=_take_threads
+        "--threads",
+        min=1,
+        max=1024,
+        help="Threads that share the work [default: one per core].",
+        callback=_take_threads,
     ),
 ]
 
@@ -68,7 +72,9 @@ def study(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE in TOML; repeatable.")] = None,
     model: Annotated[str | None, typer.Option(help="A model's name or your own package.module:factory.")] = None,
     weights: Weights = None,
-    workers: Annotated[int | None, typer.Option(help="Tasks at a time [default: one per core].", min=0)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Tasks at a time [default: one per core].", min=0, max=1024)
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     register: Annotated[
@@ -200,7 +206,7 @@ def attack(
         int, typer.Option(help="Images of the second opinions: longer runs, unlimited budgets, ... [0: none].", min=0)
     ] = 128,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images at a time [default: what memory allows].", min=1)
+        int | None, typer.Option(help="Images at a time [default: what memory allows].", min=1, max=100_000)
     ] = None,
     seed: Seed = 0,
     data_dir: DataDir = None,

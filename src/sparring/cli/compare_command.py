@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from ..study.networks import chosen_images
 from ..threat import L2, LINF, Threat
 from .loading import open_data
 from .model_commands import SAVED, check_named, open_model
+from .printing import print_json
 
 __all__ = ["run_compare"]
 
@@ -54,7 +54,7 @@ def run_compare(
         found = compare_values(*(_profile(*model, dataset, eps, images) for model in models))
     too_much = broken(found, allowed)
     if as_json:
-        print(json.dumps({"differences": [asdict(one) for one in found], "broken": too_much}, indent=1))
+        print_json({"differences": [asdict(one) for one in found], "broken": too_much})
     else:
         _print(found)
     for sentence in too_much:

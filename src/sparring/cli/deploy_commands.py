@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -31,6 +30,7 @@ from ..train import predict
 from ..units import percent
 from .loading import open_data
 from .model_commands import SAVED, check_named, open_model, plain
+from .printing import print_json
 
 __all__ = ["run_bench", "run_export", "run_pick"]
 
@@ -150,7 +150,7 @@ def run_bench(
         drawn = timings_figure(f"{Path(name).stem} on one core", table)
         write_atomic(plot, drawn.encode() if plot.suffix == ".svg" else png(drawn))
     if as_json:
-        print(json.dumps(table, indent=1))
+        print_json(table)
         return 0
     _print_rows(rows)
     if rival is not None:
@@ -217,7 +217,7 @@ def run_pick(
     deploy.export(model, path, shape=shape, values=values, class_names=names, provenance=provenance)
     shipped = _as_shipped(out, content, choice, values)
     if as_json:
-        print(json.dumps({**asdict(choice), "path": str(path), "shipped": shipped}, indent=1))
+        print_json({**asdict(choice), "path": str(path), "shipped": shipped})
         return 0
     print(
         f"{choice.method} at {percent(choice.sparsity)} (seed {choice.seed}), of {choice.fitting} that fit out of "

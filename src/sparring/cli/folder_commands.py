@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from .. import report
 from ..study import merge, progress
+from .printing import print_json
 
 __all__ = ["run_merge", "show_status"]
 
@@ -19,7 +19,7 @@ def show_status(out: Path, *, as_json: bool) -> int:
     found = progress(out)
     if as_json:
         counts = {"plan": found.plan, "tasks": found.tasks, "done": found.done, "failed": len(found.failures)}
-        print(json.dumps({**counts, "stages": found.stages}, indent=1))
+        print_json({**counts, "stages": found.stages})
         return 0
     print(f"{found.plan}: {found.done} of {found.tasks} tasks done, {len(found.failures)} failed")
     for record in found.failures:
@@ -33,7 +33,7 @@ def run_merge(sources: list[Path], out: Path | None, *, as_json: bool) -> int:
     merged = merge(sources, out)
     path = report.write(out)
     if as_json:
-        print(json.dumps({**dataclasses.asdict(merged), "report": str(path)}, indent=1))
+        print_json({**dataclasses.asdict(merged), "report": str(path)})
     else:
         print(f"{merged.added} records added, {merged.known} known before, {len(merged.refused)} refused")
         for line in merged.refused:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-import json
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ import torch
 from .. import __version__, attacks, data, models, sparsity
 from ..errors import UnknownNameError
 from ..study import available_cores, presets
+from .printing import print_json
 
 __all__ = ["show_doctor", "show_list"]
 
@@ -48,7 +48,7 @@ def show_list(what: str, *, as_json: bool) -> int:
         raise UnknownNameError("list", what, tables)
     chosen = {what: tables[what]} if what else tables
     if as_json:
-        print(json.dumps(chosen, indent=1))
+        print_json(chosen)
         return 0
     for title, table in chosen.items():
         print(title)
@@ -75,7 +75,7 @@ def show_doctor(data_dir: Path | None, *, as_json: bool) -> int:
         "data": {name: found.get(name) for name in data.DATASETS},
     }
     if as_json:
-        print(json.dumps(facts, indent=1))
+        print_json(facts)
         return 0
     for name, value in facts.items():
         if isinstance(value, dict):

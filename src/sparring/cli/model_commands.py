@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -33,6 +32,7 @@ from ..threat import Threat
 from ..train import Fit, Progress, Recipe, fit, predict
 from ..units import norm_name, percent
 from .loading import open_data
+from .printing import print_json
 from .study_command import duration
 
 __all__ = ["SAVED", "open_model", "plain", "run_attack", "run_prune", "run_train"]
@@ -183,7 +183,7 @@ def run_attack(
     ]
     rows += _worst_cases(results)
     if as_json:
-        print(json.dumps({"model": name, "data": dataset.name, "images": len(y), "results": rows}, indent=1))
+        print_json({"model": name, "data": dataset.name, "images": len(y), "results": rows})
     else:
         _print_rows(rows)
     return 0

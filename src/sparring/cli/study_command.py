@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shlex
 import sys
@@ -22,6 +21,7 @@ from ..files import check_writable
 from ..study import Event, Plan, Record, Watcher, run, to_mlflow, to_tensorboard, usable_device, what_of
 from ..study import register as register_plan
 from .loading import open_data
+from .printing import print_json
 
 __all__ = ["run_study"]
 
@@ -73,7 +73,7 @@ def run_study(
     verdict = report.publish(out)[1] if stale else report.verdict(out)
     failed = [record for record in records if record.error]
     if as_json:
-        print(json.dumps(_summary(out, path, verdict, records), indent=1))
+        print_json(_summary(out, path, verdict, records))
     else:
         print(f"\n{verdict}\n\nreport: {path.resolve()}")
     for record in failed:

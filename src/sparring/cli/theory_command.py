@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from ..threat import L1, Threat
 from ..units import norm_name, percent
 from .loading import open_data
 from .model_commands import check_named, open_model, plain
+from .printing import print_json
 
 __all__ = ["run_certify"]
 
@@ -67,7 +67,7 @@ def run_certify(
         "distance_over_radius_median": None if gap is None else float(gap),
     }
     if as_json:
-        print(json.dumps(summary, indent=1))
+        print_json(summary)
         return 0
     print(f"{name} on {len(y)} images of {dataset.name}: accuracy {percent(float(right.double().mean()))}")
     print(f"{norm_name(norm)} eps   certified   standing under nearest")

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import StorageError, UserError, place, told
+from ..errors import TERMINATED, StorageError, UserError, place, told
 from ..files import pack_tensors
 
 __all__ = ["MAX_DEATHS", "Done", "Executor", "InProcess", "Outcome", "Processes", "Task", "perform"]
@@ -96,6 +96,8 @@ def perform(work: Work, task: Task) -> Done:
     except (MemoryError, torch.OutOfMemoryError):
         error = "out of memory: use a smaller batch_size, or fewer workers"
     except (Exception, SystemExit) as problem:  # a user's factory or pruner may do anything; it fails this cell alone
+        if isinstance(problem, SystemExit) and problem.code == TERMINATED:
+            raise
         error = told(problem)
         if "SPARRING_TRACEBACK" in os.environ:
             traceback.print_exception(problem)
