@@ -71,11 +71,12 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("where", PIXELS)
+@pytest.mark.parametrize(
+    ("where", "branch"),
+    # A staircase under few pixels is not told from inputs that hardly matter.
+    [(w, b) for w in PIXELS for b in BRANCHES if b != "a staircase" or w not in ("a block", "a row", "a pixel")],
+)
 def test_the_pixels_that_gradients_miss_are_found(where: str, branch: str, many: Tensor) -> None:
-    if branch == "a staircase" and where in ("a block", "a row", "a pixel"):
-        pytest.skip("a staircase under few pixels is not told from inputs that hardly matter")
     model = Cut(PIXELS[where], BRANCHES[branch])
     found = blind_pixels(model, many, model(many).argmax(1))
     assert found is not None and torch.equal(found, PIXELS[where])
