@@ -16,9 +16,10 @@ SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 class Maker:
     """Write the records of networks whose robustness rises and then falls with sparsity."""
 
-    def __init__(self, out, images, budgets, rng, *, valid=False, fall=4.0, flag="", share=1.0):
+    def __init__(self, out, images, budgets, rng, *, valid=False, fall=4.0, flag="", share=1.0, change=None):
         self.out, self.images, self.budgets, self.rng = out, images, budgets, rng
         self.valid, self.fall, self.flag = valid, fall, flag
+        self.change = change  # what to make of a record's tensors, given its stage and inputs
         self.share = share  # of all weight matrices, that pruning may touch
         self.ease = rng.normal(size=images)  # an easy image is easy for every network
         self.labels = rng.integers(0, 10, size=images)
@@ -31,6 +32,7 @@ class Maker:
         key = hashlib.sha256(text.encode()).hexdigest()
         held = None
         if tensors is not None:
+            tensors = tensors if self.change is None else self.change(stage, inputs, tensors)
             held = {"file": f"{key}.safetensors", "sha256": "0" * 64}
             save_file(tensors, self.out / "objects" / held["file"])
         record = {

@@ -11,6 +11,7 @@ from scipy import stats
 from sparring.statistics import (
     LEAST_P,
     Effect,
+    beyond,
     binomial_interval,
     effect,
     equivalence,
@@ -18,6 +19,7 @@ from sparring.statistics import (
     log_ratio_values,
     look_price,
     minimum_detectable_effect,
+    no_gain,
     ratio_values,
     seeds_needed,
 )
@@ -63,13 +65,14 @@ def test_identical_seeds_add_no_information():
     d = crossed(np.random.default_rng(1), 1, 60)
     one, copies = effect(d), effect(np.repeat(d, 5, axis=0))
     assert copies.se == pytest.approx(one.se)
+    assert copies.seeds == 1 and math.isnan(copies.p), "and decide nothing"
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25])
-def test_constant_values_are_certain(value):
+def test_constant_values_decide_nothing(value):
     one = effect(np.full((3, 10), value))
     assert (one.estimate, one.se, one.low, one.high) == (value, 0.0, value, value)
-    assert one.p == (1.0 if value == 0 else LEAST_P)
+    assert one.p == no_gain(one, 0.1) == beyond(one, 0.1) == 1.0
 
 
 @settings(max_examples=30, deadline=None)

@@ -10,7 +10,7 @@ from typing import Literal
 from ..statistics import Claim, Effect, Question, ask
 from . import numbers
 from .consistency import suspicion
-from .findings import Choice, Findings, Result, margins_of
+from .findings import MANY_FAILED, Choice, Findings, Result, margins_of
 from .measures import Measure, parts, pretty
 from .records import Who, control_of
 from .words import listed, short_name
@@ -18,7 +18,6 @@ from .words import listed, short_name
 __all__ = ["Place", "about", "at_choice", "at_sparsity", "attacks_of", "places"]
 
 MARGIN = 2.0  # points or %: an effect that does not matter
-MANY_FAILED = 0.01  # of the images: with more failures on either side a distance decides nothing
 Origin = Literal["paper", "later work", "this project"]
 Expects = Literal["above", "below", "none", "not above"]
 

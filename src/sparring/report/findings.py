@@ -30,6 +30,7 @@ from .measures import Collected, Measure, PerImage, collect, common, main_measur
 from .records import Study, control_of
 
 __all__ = [
+    "MANY_FAILED",
     "Choice",
     "Findings",
     "Result",
@@ -42,6 +43,7 @@ __all__ = [
     "seeds_phrase",
 ]
 
+MANY_FAILED = 0.01  # of the images: with more failures on either side a distance decides nothing
 DRAWS_SEED = 20260101  # the joint draws are part of the result, so they are always the same
 # What may be lost; "over_sparsified": of validation accuracy, from where on a network is called so.
 DEFAULT_MARGINS = {"accuracy": 0.005, "robust": 0.02, "distance": 0.02, "over_sparsified": 0.02}
@@ -99,6 +101,8 @@ class Findings:
     """Hold everything that the page, the tables and the verdict say, computed once.
 
     `method` is the one that the headline speaks of: the one with the most sparsities, the plan's first among equals.
+    The sweet spot does not watch `unwatched` metrics: distances whose searches failed too often, or over a control of
+    zero.
     """
 
     study: Study
@@ -109,6 +113,7 @@ class Findings:
     margins: Mapping[Measure, float]
     sweet_spot: SweetSpot | None
     doubts: tuple[Doubt, ...] = ()
+    unwatched: tuple[Measure, ...] = ()
 
     def result(self, measure: Measure | None, method: str | None = None) -> Result | None:
         """Return one metric's result for a method (None: the headline's), or None where there is none."""
@@ -144,12 +149,14 @@ def find(study: Study) -> Findings:
     method = _headline_method(study)
     every = {m: results[m, method] for m in main if method is not None and (m, method) in results}
     seeds = max((len(result.seeds) for result in every.values()), default=0)
-    watched = {m: r for m, r in every.items() if m.role != "distance-correct" and len(r.seeds) == seeds}
+    asked = {m: r for m, r in every.items() if m.role != "distance-correct" and len(r.seeds) == seeds}
+    watched = {m: r for m, r in asked.items() if r.margin > 0 and max(r.failed, default=0.0) <= MANY_FAILED}
     margins = {m: r.margin for m, r in watched.items()}
     spot = None
     if watched:
         spot = sweet_spot({m.slug: r.gains for m, r in watched.items()}, {m.slug: margins[m] for m in watched})
-    return Findings(study, collected, results, main, method, margins, spot, tuple(doubts(study, collected)))
+    unwatched = tuple(m for m in asked if m not in watched)
+    return Findings(study, collected, results, main, method, margins, spot, tuple(doubts(study, collected)), unwatched)
 
 
 def _headline_method(study: Study) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .. import units
-from ..statistics import LEAST_P, MOST_POINTS, Effect, change
+from ..statistics import LEAST_P, MOST_POINTS, Effect, change, within_points
 from .measures import Measure
 
 __all__ = [
@@ -81,7 +81,7 @@ def shown(measure: Measure, one: Effect, control: Effect) -> Effect:
     """Return a gain in its unit: points of a share; of a length, whose gain is a logarithm, %."""
     name = gain_unit(measure, control)
     if name != "%":
-        return one.scaled(100.0) if name == "points" else one
+        return within_points(one.scaled(100.0)) if name == "points" else one
     estimate, low, high = (change(number) for number in (one.estimate, one.low, one.high))
     return replace(one, estimate=estimate, low=low, high=high, se=100 * one.se)
 

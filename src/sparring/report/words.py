@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..statistics import INDICATIVE_BELOW, Row, minimum_detectable_effect, with_seeds
+from ..statistics import INDICATIVE_BELOW, MOST_POINTS, Row, minimum_detectable_effect, with_seeds
 from . import numbers
 from .findings import Findings, Result, seeds_phrase
 from .kinds import sparsity_told
@@ -44,8 +44,9 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
     if findings.method is None or not any(findings.result(m) for m in findings.main):
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
     first = [_first, _spot] if findings.seeds > 1 else [_first, _one_seed]
-    last = [_weak, _few, *([_alone] if findings.seeds > 1 else []), _doubted, _several, _missing]
-    told = [*(say(findings) for say in first), *verdicts(ledger), *(say(findings) for say in last)]
+    last = [_weak, *([_alone] if findings.seeds > 1 else []), _doubted, _several, _missing]
+    told = [*(say(findings) for say in first), *verdicts(ledger), _few(ledger)]
+    told += [say(findings) for say in last]
     return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
 
 
@@ -123,8 +124,11 @@ def _spot(findings: Findings) -> str:
         return ""
     allowed = ", ".join(f"{short_name(m)} {_margin(m, d)}" for m, d in findings.margins.items())
     limit = next((m for m in findings.margins if m.slug == spot.limit), None)
+    unwatched = listed(map(short_name, findings.unwatched)) if findings.unwatched else ""
+    if unwatched:
+        allowed += f" (not watched, as searches failed or the control's mean is zero: {unwatched})"
     if spot.at_most is None:
-        return f"Sweet spot: none; already the lowest sparsity loses more than allowed ({allowed})."
+        return f"Sweet spot: none; already the lowest sparsity loses more than allowed: {allowed}."
     found = "none shown" if spot.sparsity is None else _share(findings, spot.sparsity)
     if spot.at_most == spot.sparsity:
         beyond = "and nothing beyond it passes"
@@ -147,20 +151,20 @@ def _weak(findings: Findings) -> str:
     return "No budget attack was run: nothing is said of robustness within a budget."
 
 
-def _few(findings: Findings) -> str:
-    """Say what so few seeds can show, and what more would: the gain under the strongest attack that would be seen."""
-    result = findings.result(findings.first("worst") or findings.first("budget", "pgd", "apgd", "fgsm"))
-    if result is None or not 1 < len(result.seeds) < INDICATIVE_BELOW:
+def _few(ledger: Sequence[Row]) -> str:
+    """Say what so few seeds can show, and what more would: the last primary gain that the ledger would reproduce."""
+    primary = [row for row in ledger if row.claim.primary and row.question.effect is not None]
+    gains = [row for row in primary if row.claim.expects == "above" and row.claim.unit == "points"]
+    one = gains[-1].question.effect if gains else None
+    if one is None or not 1 < one.seeds < INDICATIVE_BELOW or one.se == 0:
         return ""
-    one = sorted(result.gains.effects, key=lambda e: e.se)[len(result.sparsities) // 2]
-    alpha = 0.05 / len(result.sparsities)
     told = []
-    for seeds in (len(result.seeds), INDICATIVE_BELOW, 2 * INDICATIVE_BELOW):
-        least = minimum_detectable_effect(with_seeds(one, seeds), alpha=alpha)
-        told.append(f"{numbers.detectable(result.measure, result.control, least)} with {seeds}")
+    for seeds in (one.seeds, INDICATIVE_BELOW, 2 * INDICATIVE_BELOW):
+        least = minimum_detectable_effect(with_seeds(one, seeds), alpha=0.05 / len(primary))
+        told.append(f"{numbers.amount(least, 'points') if least <= MOST_POINTS else 'none'} with {seeds}")
     return (
-        f"So few seeds can show large gains only. In {short_name(result.measure)} four studies of five would call "
-        f"significant a gain of {listed(told)} seeds, if each is looked at once and networks differ as these do."
+        f"So few seeds can show large gains only. That “{gains[-1].claim.text}” four studies of five would reproduce "
+        f"where it truly is {listed(told)} seeds, if each is looked at once and networks differ as these do."
     )
 
 

@@ -38,6 +38,7 @@ from .effects import (
     seeds_needed,
     unpaired,
     with_seeds,
+    within_points,
 )
 from .ledger import Claim, Question, Row, Verdict, ask, decide, judge, reread
 from .looks import look_price
@@ -83,4 +84,5 @@ __all__ = [
     "sweet_spot",
     "unpaired",
     "with_seeds",
+    "within_points",
 ]

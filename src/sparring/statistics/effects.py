@@ -35,6 +35,7 @@ __all__ = [
     "seeds_needed",
     "unpaired",
     "with_seeds",
+    "within_points",
 ]
 
 INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicative"
@@ -109,7 +110,8 @@ def effect(values: ArrayLike, *, level: float = 0.95) -> Effect:
     The variance is the crossed bootstrap's (one draw of images for all seeds) in closed form and without its bias:
     (MS_seed + MS_image - MS_rest) / (seeds · images), never below what the seeds or the images alone give. The interval
     is Student's, with Satterthwaite's degrees of freedom; the p-value has seeds - 1 (`Effect.df_p`) and is never below
-    1e-4. One seed gives the images' variance alone and no p-value.
+    1e-4; it is 1 where no value differs from another. One seed, or copies of one, give the images' variance alone and
+    no p-value.
 
     Raises ValueError for fewer than two images or values that are not finite.
     Sources: Cornfield & Tukey 1956 (variance); Satterthwaite 1946; Owen 2007 (the crossed bootstrap and its bias).
@@ -119,6 +121,8 @@ def effect(values: ArrayLike, *, level: float = 0.95) -> Effect:
         raise ValueError(f"values must be (seeds, images) with at least two images, not {d.shape}")
     if not np.isfinite(d).all():
         raise ValueError("values must be finite: leave failed images out by ratio_values")
+    if len(d) > 1 and (d == d[0]).all() and np.ptp(d) > 0:
+        d = d[:1]  # copies of one seed are no more than it
     seeds, images = d.shape
     mean = float(d.mean())
     se, df = _crossed_error(d)
@@ -165,14 +169,9 @@ def two_sided(one: Effect) -> float:
 
 def _tail(one: Effect, distance: float) -> float:
     """Return Student's lower tail at a distance from a hypothesis, at least 1e-4 / 2, times the price of the look."""
-    return one.price * max(LEAST_P / 2, float(special.stdtr(one.df_p, statistic(distance, one.se))))
-
-
-def statistic(estimate: float, se: float) -> float:
-    """Return estimate / se, where an estimate without any spread is zero or infinitely sure."""
-    if se > 0:
-        return estimate / se
-    return math.copysign(math.inf, estimate) if estimate else 0.0
+    if one.se == 0:  # a metric at its end, or copies: nothing tells how far from it the truth may be
+        return 1.0
+    return one.price * max(LEAST_P / 2, float(special.stdtr(one.df_p, distance / one.se)))
 
 
 def ratio_values(numerator: ArrayLike, denominator: ArrayLike) -> NDArray[np.float64]:
@@ -270,6 +269,11 @@ def equivalence(one: Effect, margin: float) -> float:
     Raises ValueError unless margin > 0.
     """
     return max(no_gain(replace(one, estimate=-one.estimate), margin), no_gain(one, margin))
+
+
+def within_points(one: Effect) -> Effect:
+    """Return a difference of shares, in points, with an interval that ends where shares do."""
+    return replace(one, low=max(one.low, -MOST_POINTS), high=min(one.high, MOST_POINTS))
 
 
 def no_gain(one: Effect, margin: float) -> float:

@@ -17,6 +17,7 @@ from .effects import (
     no_gain,
     seeds_needed,
     two_sided,
+    within_points,
 )
 from .families import correct
 
@@ -133,10 +134,10 @@ class Row:
 
     @property
     def effect(self) -> Effect | None:
-        """Return the effect as shown: that of a logarithm as a change in %."""
+        """Return the effect as shown: that of a logarithm as a change in %, of a share within 100 points."""
         one = self.question.effect
         if one is None or not self.claim.log:
-            return one
+            return within_points(one) if one is not None and self.claim.unit == "points" else one
         low, high, estimate = (change(number / 100) for number in (one.low, one.high, one.estimate))
         return replace(one, estimate=estimate, low=low, high=high)
 
@@ -237,7 +238,7 @@ def judge(questions: Sequence[Question], *, study: str, dropped: Sequence[bool] 
 
 def _row(q: Question, one: Decision, study: str) -> Row:
     why = one.why
-    if q.effect is not None and q.effect.seeds > 1 and one.verdict == "undecided" and not q.doubt:
+    if q.effect is not None and q.effect.seeds > 1 and one.verdict == "undecided" and not q.doubt and q.effect.se > 0:
         why = f"{why}; {_takes(q, q.effect, one.level)}"
     if q.effect is not None and q.effect.indicative:
         why = f"indicative ({q.effect.seeds} seed{'s' if q.effect.seeds > 1 else ''}): {why}"
@@ -255,6 +256,8 @@ def _verdict(q: Question, p: float, p_small: float, p_against: float) -> tuple[V
         return "undecided", "one seed cannot decide"
     if q.doubt:
         return "undecided", f"attack in doubt: {q.doubt}"
+    if e.se == 0:
+        return "undecided", "the same change on every image of every seed, which says nothing of its error"
     side: Expects = "above" if e.estimate > 0 else "below"
     told = f"significantly {side} zero"
     what = f"within ±{_amount(q.claim.margin, q.claim)}, by two one-sided tests"
