@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring.attacks import ATTACKS, lend, run
+from sparring import deploy, metrics, sparsity
+from sparring.attacks import ATTACKS, check_silence, lend, run, worst_case
 from sparring.errors import UserError
+from sparring.graph import lower
 from sparring.outputs import Door, logits_of, opened
 from sparring.threat import LINF, Threat
 from sparring.train import adversarial, cross_entropy, predict, trades
@@ -214,3 +216,46 @@ def test_a_plain_model_needs_no_door(images: Tensor) -> None:
 
 def test_a_tensor_is_its_own_logits() -> None:
     assert logits_of(z := torch.rand(2, 3)) is z
+
+
+IMAGE = (1, 8, 8)
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "mapping": lambda: Net(lambda z: {"logits": z}),
+    "tuple": lambda: Net(lambda z: (z, None)),
+    "object": lambda: Net(lambda z: SimpleNamespace(logits=z)),
+    "writes": lambda: Net(lambda z: z, lambda x: x.mul_(1)),
+    "double": lambda: Net(lambda z: z).double(),
+}
+ENTRIES: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
+    "lower": lambda model, x, y: lower(model, IMAGE),
+    "macs": lambda model, x, y: metrics.macs(model, IMAGE),
+    "wanda": lambda model, x, y: sparsity.wanda(model, (x, y)),
+    "gradients": lambda model, x, y: sparsity.gradients(model, (x, y)),
+    "calibrate_": lambda model, x, y: sparsity.calibrate_(model, x),
+    "activity": lambda model, x, y: sparsity.activity(model, x),
+    "pack": lambda model, x, y: deploy.pack(model, shape=IMAGE),
+    "check_silence": lambda model, x, y: check_silence(
+        model, x, y, ATTACKS["fgsm"], THREAT, run(model, x, y, ATTACKS["fgsm"], THREAT)
+    ),
+    "worst_case": lambda model, x, y: worst_case(model, x, y, attacks=[ATTACKS["fgsm"]], eps=0.1),
+    **{
+        name: lambda model, x, y, name=name: ATTACKS[name](model, x[:4], y[:4], norm=LINF, eps=0.1, generator=seeded())
+        for name in ("fgsm", "rfgsm", "pgd", "apgd", "nearest")
+    },
+    **{
+        name: lambda model, x, y, name=name: ATTACKS[name](model, x[:2], y[:2], norm=2.0, generator=seeded())
+        for name in ("deepfool", "ddn", "fab")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("entry", list(ENTRIES))
+def test_every_entry_opens_the_model(entry: str, kind: str, images: Tensor) -> None:
+    y, before = Net(lambda z: z)(images).argmax(1), images.clone()
+    found, expected = (ENTRIES[entry](model, images, y) for model in (KINDS[kind](), Net(lambda z: z)))
+    assert torch.equal(images, before)
+    if isinstance(expected, Tensor) and kind != "double":
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict) and kind != "double":
+        assert all(torch.equal(found[name], value) for name, value in expected.items())

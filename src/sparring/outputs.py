@@ -7,18 +7,21 @@ and then knows nothing of all that.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import UserError
+from .modes import eval_mode
 
-__all__ = ["Door", "check_module", "logits_of", "opened", "precision"]
+__all__ = ["Door", "Opened", "check_module", "logits_of", "opened", "opening", "precision"]
 
+_Asks = TypeVar("_Asks", bound=Callable[..., Any])
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -53,7 +56,11 @@ def check_module(model: object) -> None:
         raise UserError(f"'{lazy[0]}' has no shape yet (a lazy layer): call the model once on a batch of images first")
 
 
-class Door(nn.Module):
+class Opened(nn.Module):
+    """A network of float images to logits (N, classes), which needs no door: one itself, or what asks one."""
+
+
+class Door(Opened):
     """A model that takes images of any floating type and returns logits of the same type.
 
     kind: the type that the model is given them in, None: their own; copies: whether it writes into what it is given and
@@ -84,7 +91,7 @@ def opened(model: nn.Module, x: Tensor) -> nn.Module:
     anything but two logits or more for each image.
     """
     check_module(model)
-    if isinstance(model, Door):
+    if isinstance(model, Opened):
         return model
     kinds = dict.fromkeys([x.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())])
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -94,6 +101,19 @@ def opened(model: nn.Module, x: Tensor) -> nn.Module:
     if not trial.needs_door(x.dtype):
         return model
     return Door(model, kind=trial.kind, copies=trial.written, floor=_floor(logits_of(trial.output)) or -torch.inf)
+
+
+def opening(function: _Asks) -> _Asks:
+    """Let a function of model, x and more take any model that `opened` does, whatever its mode."""
+
+    @functools.wraps(function)
+    def entered(model: nn.Module, x: Tensor, *rest: Any, **options: Any) -> Any:
+        check_module(model)
+        with eval_mode(model):
+            answer = opened(model, x)
+        return function(answer, x, *rest, **options)
+
+    return cast(_Asks, entered)
 
 
 def precision(model: nn.Module, logits: Tensor) -> torch.dtype:

@@ -27,6 +27,7 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(2, 4, 3, padding=1)
         self.relu = nn.ReLU(inplace=True)
         self.register_buffer("gate", torch.tensor([0.0, 1.0, 0.5, 2.0]).view(4, 1, 1))
+        self.register_buffer("count", torch.zeros(()))
         self.row = nn.Parameter(torch.linspace(-1, 1, 4))
         with torch.no_grad():
             self.head = nn.Linear(self.features(torch.rand(3, *SHAPE)).shape[1], 3)
@@ -158,6 +159,9 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "its length": (lambda net, h: h / len(h), "depend on the images beside it"),
     "a number for each place": (lambda net, h: h + torch.arange(len(h)).view(-1, 1, 1, 1), "'arange'.* of images"),
     "a table of places": (lambda net, h: h + net.conv.weight.flatten()[: len(h), None, None, None], "number of images"),
+    "a branch on more images than are asked": (lambda net, h: h * 2 if len(h) > 1000 else h, "number of images"),
+    "a buffer that counts": (lambda net, h: h * (net.count.add_(1) > 40), "buffer 'count' changes with every call"),
+    "a division by nought": (lambda net, h: (h / 0).nan_to_num(1.0), "'div'.* no rule"),
     "values that broadcast over images": (lambda net, h: (h.mean((2, 3)) + h[:, :1, 0]).mean(1), "axis"),
     "rounding": (lambda net, h: torch.div(h, 0.1, rounding_mode="floor"), "'div'.*rounding_mode=floor"),
     "steps": (lambda net, h: torch.round(4 * h), "'round'.* it jumps"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..outputs import opening
 from ..threat import LINF, random_point
 from .derivatives import logits_and_gradient
 from .losses import Objective, cross_entropy, dlr, margin
@@ -44,6 +45,7 @@ class _Ascent:
     just_halved: Tensor
 
 
+@opening
 def apgd(
     model: nn.Module,
     x: Tensor,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..outputs import opening
 from ..threat import L2, LINF, distance, project, random_point
 from .boundaries import nearest_boundary, pull_back
 from .losses import is_past, margin
@@ -36,6 +37,7 @@ class _Walkers:
     point: Tensor
 
 
+@opening
 def fab(
     model: nn.Module,
     x: Tensor,

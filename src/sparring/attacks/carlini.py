@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
+from ..outputs import opening
 from ..threat import L2, distance
 from .derivatives import logits_and_gradient, logits_and_pull
 from .losses import is_clear, margin
@@ -25,6 +26,7 @@ _SHRINK = 1 - 1e-6
 _AHEAD = 2.0
 
 
+@opening
 def cw(
     model: nn.Module,
     x: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
+from ..outputs import opening
 from ..threat import L2, LINF, distance, gaussian, uniform
 from .boundaries import pull_back
 from .losses import margin
@@ -19,6 +20,7 @@ __all__ = ["hopskipjump"]
 _BLOCK = 1024
 
 
+@opening
 def hopskipjump(
     model: nn.Module,
     x: Tensor,

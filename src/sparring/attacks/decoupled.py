@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
+from ..outputs import opening
 from ..threat import L2, distance
 from .derivatives import logits_and_gradient
 from .losses import Objective, cross_entropy, is_past
@@ -16,6 +17,7 @@ from .steps import column, keep_within, steepest
 __all__ = ["ddn"]
 
 
+@opening
 def ddn(
     model: nn.Module,
     x: Tensor,

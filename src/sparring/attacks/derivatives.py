@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modes import eval_mode
+from ..outputs import Opened
 from .dense import ByHand, Dense
 from .losses import Objective, is_answer
 
@@ -24,7 +25,7 @@ ROWS_AT_ONCE = 16
 _IDLE, _FEWEST = 0.1, 8
 
 
-class Probe(nn.Module):
+class Probe(Opened):
     """Wrap a model to count what an attack asks of it, in images sent forward and gradient rows sent back.
 
     `nonfinite` counts images whose logits were NaN or infinite. With draws > 1 the logits are averaged over that many

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..outputs import opening
 from ..threat import L1, L2
 from .boundaries import nearest_boundary
 from .losses import is_past
@@ -18,6 +19,7 @@ __all__ = ["deepfool"]
 _PUSH = 1e-4
 
 
+@opening
 def deepfool(
     model: nn.Module,
     x: Tensor,

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..outputs import opening
 from ..threat import L1, L2, LINF, distance
 from .activations import has_masked_gradients, is_stochastic
 from .adaptive import apgd
@@ -50,6 +51,7 @@ class AimedAttack(Protocol):
     ) -> Tensor: ...
 
 
+@opening
 def worst_case(
     model: nn.Module,
     x: Tensor,
@@ -134,6 +136,7 @@ def _towards_each_class(
     return _best_of([attempt(aims) for aims in ranked.T], model, x, y, None, norm, eps)
 
 
+@opening
 def apgd_targeted(
     model: nn.Module,
     x: Tensor,
@@ -156,6 +159,7 @@ def apgd_targeted(
     return _towards_each_class(attack, model, x, y, norm, eps, generator, classes)
 
 
+@opening
 def fab_targeted(
     model: nn.Module,
     x: Tensor,
@@ -178,6 +182,7 @@ def fab_targeted(
     return _towards_each_class(attack, model, x, y, norm, eps, generator, classes)
 
 
+@opening
 def standard(
     model: nn.Module,
     x: Tensor,
@@ -213,6 +218,7 @@ def standard(
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
 
 
+@opening
 def fast(
     model: nn.Module,
     x: Tensor,

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..outputs import opening
 from ..threat import LINF, random_point
 from ..waiting import alone
 from .derivatives import logits_and_gradient
@@ -20,6 +21,7 @@ __all__ = ["fgsm", "pgd", "rfgsm"]
 _LAST_STEP = 0.01
 
 
+@opening
 def fgsm(
     model: nn.Module,
     x: Tensor,
@@ -41,6 +43,7 @@ def fgsm(
     return inside(x, climb(x, gradient, norm, eps), norm, eps)
 
 
+@opening
 def rfgsm(
     model: nn.Module,
     x: Tensor,
@@ -67,6 +70,7 @@ def rfgsm(
     return inside(x, climb(start, gradient, norm, (1 - share) * eps), norm, eps)
 
 
+@opening
 def pgd(
     model: nn.Module,
     x: Tensor,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..outputs import opening
 from ..threat import L2, LINF, diameter, distance, dual, project
 from .derivatives import logits_and_gradient
 from .losses import Objective, margin, smooth_margin
@@ -40,6 +41,7 @@ class _Best:
         return better
 
 
+@opening
 def nearest(
     model: nn.Module,
     x: Tensor,

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..outputs import opened
+from ..outputs import Opened, opened
 from ..threat import LINF, Threat, diameter, distance
 from .derivatives import frozen
 from .evaluate import Attack, AttackResult, run
@@ -101,7 +101,7 @@ def _outdone(weak: AttackResult, strong: AttackResult, who: str, whom: str) -> t
     return (Flag("weaker-wins", detail),)
 
 
-class _Witness(nn.Module):
+class _Witness(Opened):
     """Pass images on to a model and remember whether any was adversarial within the box and the budget."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> None:

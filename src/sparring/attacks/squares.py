@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
+from ..outputs import opening
 from ..threat import L2, LINF, distance, uniform
 from .lookahead import Search, try_squares
 from .losses import margin
@@ -25,6 +26,7 @@ _CHECKS = 6
 _REFRESH = 500
 
 
+@opening
 def square(
     model: nn.Module,
     x: Tensor,

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..modes import eval_mode
+from ..outputs import opened
 from .onnx_graph import to_onnx
 from .program import Floats
 from .runtime import export, load
@@ -127,11 +128,11 @@ def _engines(model: nn.Module, shape: tuple[int, ...], folder: Path, prefix: str
     stem = folder / (prefix or "net").replace(", ", "").replace(" ", "-")
     path = export(model, stem.with_suffix(".sparring"), shape=shape)
     packed = load(path)
-    products = multiplications(packed.program)
+    products, answer = multiplications(packed.program), opened(model, torch.rand(2, *shape))
     parameters = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     runs: list[tuple[str, Callable[[Floats], Any], int, Callable[[], int | None]]] = [
         ("packed", packed, path.stat().st_size, lambda: packed.bytes_memory),
-        ("torch", partial(_run_torch, model), parameters, lambda: parameters),
+        ("torch", partial(_run_torch, answer), parameters, lambda: parameters),
     ]
     if importlib.util.find_spec("onnx") is not None:
         onnx = to_onnx(model, stem.with_suffix(".onnx"), shape=shape)
@@ -139,7 +140,7 @@ def _engines(model: nn.Module, shape: tuple[int, ...], folder: Path, prefix: str
             runs += [(name, run, size, lambda: None) for name, run, size in _onnxruntime(onnx)]
         if importlib.util.find_spec("openvino") is not None:
             runs.append(("openvino", _openvino(onnx), onnx.stat().st_size, lambda: None))
-    return [_Engine(prefix + name, run, model, products, size, memory) for name, run, size, memory in runs]
+    return [_Engine(prefix + name, run, answer, products, size, memory) for name, run, size, memory in runs]
 
 
 def _run_torch(model: nn.Module, x: Floats) -> Floats:

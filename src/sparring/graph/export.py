@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import operator
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ __all__ = ["Arguments", "At", "Translator", "read_exported"]
 
 
 _PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
+_LARGE = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
 # What gives every image the same, however many there are.
 _SPREAD = frozenset(
     """full zeros ones empty new_full new_zeros new_ones new_empty expand broadcast_to repeat view reshape
@@ -66,9 +68,13 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
                     raise
                 # len(x) is a number, whatever the batch: one that occurs nowhere else marks the axis as well.
                 sizes = {size for p in model.parameters() for size in p.shape} | set(example.shape)
-                count = next(prime for prime in _PRIMES if prime not in sizes)
-                many = example[:1].detach().repeat(count, *[1] * (example.dim() - 1)).requires_grad_()
-                program = export(root, (many,), strict=False)
+                counts = [next(prime for prime in primes if prime not in sizes) for primes in (_PRIMES, _LARGE)]
+                many = [example.new_empty(n, *example.shape[1:]).requires_grad_() for n in counts]
+                program, other = (export(root, (images,), strict=False) for images in many)
+                texts = [re.sub(rf"\b{n}\b", "N", str(p.graph)) for n, p in zip(counts, (program, other), strict=True)]
+                if texts[0] != texts[1]:
+                    name = type(model).__name__
+                    raise Unsupported(f"{name} computes something else for another number of images") from error
             return program.run_decompositions({})
     except Unsupported:
         raise
@@ -214,7 +220,7 @@ class Translator:
         for node in self.program.graph.nodes:
             self.now = node
             if node.op == "placeholder":
-                self._placeholder(node, specs[node.name])
+                self._placeholder(node, specs[node.name], wanted)
             elif node.op == "call_function" and node in wanted and _is_tensor(node.meta.get("val")):
                 self.values[node] = self._called(node)
         last = self.values[results[0]]
@@ -222,7 +228,7 @@ class Translator:
             raise Unsupported("the logits do not depend on the images")
         return Graph(tuple(self.nodes[: last.index + 1]))
 
-    def _placeholder(self, node: fx.Node, spec: Any) -> None:
+    def _placeholder(self, node: fx.Node, spec: Any, wanted: set[fx.Node]) -> None:
         if spec.kind.name == "USER_INPUT":
             value = node.meta.get("val")
             if isinstance(value, Tensor):
@@ -231,6 +237,9 @@ class Translator:
                 self.batch, self.kind = value.shape[0], value.dtype
                 self.values[node] = self.emit(Input())
         elif spec.kind.name in ("PARAMETER", "BUFFER"):
+            if node in wanted and spec.target in self.program.graph_signature.buffers_to_mutate.values():
+                name = _within(spec.target)
+                raise Unsupported(f"buffer '{name}' changes with every call, and logits with it; do so in training")
             original = operator.attrgetter(_within(spec.target))(self.model)
             value = self.held.setdefault(id(original), self.cast(original))
             self.paths.setdefault(id(value), _within(spec.target))
@@ -271,7 +280,7 @@ class Translator:
             return self.emit(Activation(path, self.model.get_submodule(path)), arguments.take("x"))
         try:
             result = translate(self, name, node.target, arguments)
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise self.refuse(name, "has no rule for such arguments") from error
         if unread := arguments.unread():
             told = ", ".join(f"{key}={value}" for key, value in unread.items())

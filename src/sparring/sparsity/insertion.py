@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import UnknownNameError, UserError
 from ..modes import eval_mode
+from ..outputs import opened
 from .activation import ActivationSparsifier, MeanSparse, Percentile
 
 __all__ = ["calibrate_", "insert", "sparsifiers"]
@@ -105,7 +106,7 @@ def calibrate_(model: nn.Module, x: Tensor) -> None:
         for module in needing:
             module.calibrating = True
         with eval_mode(model):
-            model(x)
+            opened(model, x)(x)
     finally:
         for module in needing:
             module.calibrating = False

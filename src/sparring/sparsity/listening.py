@@ -98,7 +98,7 @@ def with_activation_penalty(loss: Loss, strength: float) -> Loss:
         means: list[Tensor] = []
         # A copy: what follows may write into the value, which the penalty's backward pass needs as it was.
         with _listening(model, lambda _, value: means.append(value.clone().abs().mean())):
-            model(x)
+            model(x.clone())
         base = loss(model, x, y, generator)
         return base + strength * torch.stack(means).mean() if means else base
 

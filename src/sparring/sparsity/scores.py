@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..errors import UserError
 from ..matrices import Matrix, matrices
 from ..modes import eval_mode
-from ..outputs import logits_of
+from ..outputs import opened
 from .contracts import Batch, Loss, Score, Scores
 from .masks import prunable
 
@@ -88,6 +88,8 @@ def wanda(
     each of their weights multiplies: recurrent, attention, bilinear and transposed ones.
     """
     x, _ = _needed(batch, "wanda")
+    with eval_mode(model):
+        answer = opened(model, x)
     found = [m for m in matrices(model) if m.excuse is None]
     for matrix in found:
         hidden = _hides_inputs(model, matrix)
@@ -109,7 +111,7 @@ def wanda(
     handles = [m.register_forward_hook(listen) for m in shared]
     try:
         with eval_mode(model):
-            model(x)
+            answer(x)
     finally:
         for handle in handles:
             handle.remove()
@@ -141,7 +143,8 @@ def gradients(
 
     with eval_mode(model), torch.enable_grad():
         x, y = batch
-        value = F.cross_entropy(logits_of(model(x)), y) if loss is None else loss(model, x, y, generator)
+        answer = opened(model, x)
+        value = F.cross_entropy(answer(x), y) if loss is None else loss(answer, x, y, generator)
         found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     return {
         name: torch.zeros_like(weight) if slope is None else slope
