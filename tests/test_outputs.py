@@ -75,6 +75,7 @@ ODD: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "numpy": (lambda z: z.detach().numpy(), "returned a ndarray"),
     "keys": (lambda z: {"out": z}, "dict with the keys out"),
     "nothing": (lambda z: None, "returned a NoneType"),
+    "sparse": (lambda z: z.to_sparse(), "tensor of torch.float32 and torch.sparse_coo"),
     "classes": (lambda z: z.argmax(1), "tensor of torch.int64"),
     "one logit": (lambda z: z[:, :1], "one number an image"),
     "one number": (lambda z: z[:, 0], "one number an image"),
@@ -99,7 +100,10 @@ def test_other_outputs_are_refused_in_a_sentence(name: str, images: Tensor) -> N
 
 def test_what_is_no_module_or_has_no_weights_yet_is_refused(images: Tensor) -> None:
     y = torch.zeros(24, dtype=torch.int64)
+    fixed = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    fixed.eval = lambda: None  # type: ignore[method-assign,assignment,return-value]
     for model, message in (
+        (fixed, "exported from"),
         (lambda x: x.flatten(1), "the model is a function; wrap it"),
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), r"'1.weight' has no shape yet"),
     ):

@@ -37,11 +37,11 @@ def logits_of(output: object) -> Tensor:
     elif not isinstance(output, Tensor):
         first = output[0] if isinstance(output, tuple | list) and output else None
         found = getattr(output, "logits", first)
-    if isinstance(found, Tensor) and found.is_floating_point():
+    if isinstance(found, Tensor) and found.is_floating_point() and found.layout == torch.strided:
         return found
     what = f"a {type(output).__name__}"
     if isinstance(output, Tensor):
-        what = f"a tensor of {output.dtype}"
+        what = f"a tensor of {output.dtype}" + ("" if output.layout == torch.strided else f" and {output.layout}")
     elif isinstance(output, Mapping):
         what += f" with the keys {', '.join(map(str, output))}"
     raise UserError(f"the model returned {what}; return logits, a float tensor of shape (N, classes), from forward()")
@@ -51,6 +51,8 @@ def check_module(model: object) -> None:
     """Raise UserError unless this is an nn.Module whose parameters exist."""
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is a {type(model).__name__}; wrap it in an nn.Module whose forward() calls it")
+    if "eval" in vars(model):  # torch.export puts one there that raises
+        raise UserError("the model cannot be put in eval mode; hand over the module that it was exported from")
     lazy = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)]
     if lazy:
         raise UserError(f"'{lazy[0]}' has no shape yet (a lazy layer): call the model once on a batch of images first")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import re
 from fractions import Fraction
@@ -165,6 +166,25 @@ def test_an_attack_that_drops_its_success_is_flagged(net: nn.Module, images: Ten
         weak = run(net, images, y, attack, Threat(LINF, 0.01))
         assert bool((~weak.success).any())
         assert check_silence(net, images, y, attack, Threat(LINF, 0.01), weak) == ()
+
+
+class Odd(nn.Module):
+    """A model in double precision that writes into its images and returns a dictionary."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net).double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.net(x.sub_(0.1).add_(0.1).double())}
+
+
+def test_second_opinions_are_of_any_model_that_attacks_take(net: nn.Module, images: Tensor) -> None:
+    y, model, before = net(images).argmax(1), Odd(net), images.clone()
+    result = run(model, images, y, forgetful, THREAT)
+    assert [flag.name for flag in check_silence(model, images, y, forgetful, THREAT, result)] == ["silent-success"]
+    assert check_unlimited(model, images, y, pgd, norm=LINF) == ()
+    assert torch.equal(images, before)
 
 
 def test_an_attack_without_steps_cannot_be_lengthened() -> None:

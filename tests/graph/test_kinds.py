@@ -459,7 +459,8 @@ def test_recurrent_layers_are_one_operation(kind: type[nn.RNNBase]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_models_of_other_precisions_are_lowered_in_theirs(dtype: torch.dtype) -> None:
     model = build(lambda net, h: (h - 0.5) / 0.5).to(dtype)
-    assert lower(model, SHAPE)(torch.rand(2, *SHAPE, dtype=dtype)).dtype == dtype
+    for kind in (dtype, torch.float32):
+        assert lower(model, SHAPE, dtype=kind)(torch.rand(2, *SHAPE, dtype=kind)).dtype == kind
 
 
 def test_a_plain_stack_needs_no_export_and_gives_the_same_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,7 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
             found = graph(crowd.to(_dtype(graph, x)))
     except Exception as error:  # a rule that is wrong, which must end in a sentence too
         raise Unsupported(f"{name} cannot be lowered: what was read of it cannot be computed ({error})") from error
+    seen = replace(seen, tolerance=max(seen.tolerance, TOLERANCE.get(found.dtype, 0.0)))  # a graph may be coarser
     finite = found.isfinite() & many.isfinite()
     apart = float((found - many).abs().where(finite, 0).max())
     largest = float(many.abs().where(finite, 0).max())
