@@ -96,7 +96,7 @@ def verdict(out: Path | str) -> str:
 
 
 def _linear_verdict(data: LinearStudy) -> str:
-    return " ".join(linear_headline(data))
+    return " ".join(linear_headline(data, linear_ledger(data)))
 
 
 def read(out: Path | str) -> Report:

@@ -18,7 +18,7 @@ from .markup import Html, join, tag
 from .page import document, ledger_section
 from .panels import Picture
 
-__all__ = ["linear_csv", "linear_headline", "render_linear"]
+__all__ = ["linear_csv", "linear_headline", "linear_verdicts", "render_linear"]
 
 METHODS = (
     "Linear classifiers (liblinear through scikit-learn, one against the rest where there are more than two classes) "
@@ -51,7 +51,7 @@ def render_linear(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequen
         "method": ("Methods", tag("blockquote", METHODS)),
         "again": ("To make it again", join(tag("pre", study.command), tag("pre", json.dumps(study.plan, indent=2)))),
     }
-    first, *rest = linear_headline(data)
+    first, *rest = linear_headline(data, ledger)
     opening = join(
         tag("p", f"sparring · study “{study.plan.get('name')}”", class_="eyebrow"),
         tag("h1", f"Linear classifiers on {study.plan.get('data')}: sparsity and adversarial robustness"),
@@ -63,14 +63,15 @@ def render_linear(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequen
     return document(f"{study.plan.get('name')}: linear classifiers", tag("main", opening, *bodies))
 
 
-def linear_headline(data: LinearStudy) -> list[str]:
-    """Return the verdict: what sparsity gains in each norm, what a penalty alone does, and whether theory holds."""
-    told = [sentence for loss in data.losses for path in PATHS for sentence in _gains(data, loss, path)]
+def linear_headline(data: LinearStudy, ledger: Sequence[Row]) -> list[str]:
+    """Return the verdict: what the ledger says of sparsity in each norm and of a penalty, and whether theory holds."""
+    told = list(linear_verdicts(ledger))
     if not told:
         return ["There are not all pairs of four classes yet, so nothing can be said of sparsity.", *_missing(data)]
     return [
         _summary(data),
         *told,
+        *filter(None, (_costs(data, loss, path) for loss in data.losses for path in PATHS)),
         *(text for loss in data.losses for text in _box(data, loss)),
         _agreement(data),
         *_missing(data),
@@ -106,26 +107,26 @@ def _range(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _gains(data: LinearStudy, loss: str, path: str) -> Iterator[str]:
-    eps = data.eps[0]
-    value = r_inf(eps, "fgsm")
-    in_linf, in_l2 = data.best(loss, path, r_inf(eps)), data.best(loss, path, r_2())
-    tuned = data.best(loss, "l2", r_inf(eps))
-    if in_linf is None or in_l2 is None or tuned is None:
-        return
-    one, over = (gain(data, loss, in_linf, value, control) for control in (DENSE, tuned))
-    other = gain(data, loss, in_l2, r_2())
-    if one is None or other is None or over is None:
-        return
-    accuracy = gain(data, loss, in_linf, lambda p: float(p["accuracy"]))
-    assert accuracy is not None
-    places = [sparsity_of(data, loss, step) for step in (in_linf, in_l2)]
-    scaled = other.scaled(100.0 / data.mean(loss, DENSE, r_2()))
-    yield (
-        f"{loss}, {PATHS[path]}: at {places[0]} sparsity FGSM accuracy at ε = {eps:g} is {_points(one)} over the dense "
-        f"classifier (accuracy {_points(accuracy)}), and {_points(over)} over the dense one whose l2 penalty was tuned "
-        f"for it; r_2 is at best {numbers.signed(scaled, '%')} (at {places[1]})."
-    )
+def linear_verdicts(ledger: Sequence[Row]) -> Iterator[str]:
+    """Say the ledger's verdicts, a claim for all losses and ways to sparsity at once."""
+    for text in dict.fromkeys(row.claim.text for row in ledger):
+        told = []
+        for row in (row for row in ledger if row.claim.text == text):
+            if (one := row.effect) is not None:
+                p = "" if row.decisive is None else f", p {numbers.p_value(row.decisive)}"
+                place = row.claim.test.split(" − ")[0]
+                told.append(f"{row.told} for {place} ({numbers.signed(one, row.claim.unit)}{p})")
+        if told:
+            yield f"{text[:1].upper()}{text[1:]}: {'; '.join(told)}."
+
+
+def _costs(data: LinearStudy, loss: str, path: str) -> str:
+    """Say what the sparsity best for r_inf costs of accuracy."""
+    step = data.best(loss, path, r_inf(data.eps[0]))
+    cost = None if step is None else gain(data, loss, step, lambda p: float(p["accuracy"]))
+    if step is None or cost is None:
+        return ""
+    return f"{loss}, {PATHS[path]}: at {sparsity_of(data, loss, step)} sparsity accuracy changes by {_points(cost)}."
 
 
 def _points(one: Effect) -> str:
@@ -150,8 +151,9 @@ def _agreement(data: LinearStudy) -> str:
     apart = max((abs(p["fgsm"][e] - p["r_inf_boxed"][e]) for p in two for e in p["fgsm"]), default=0.0)
     excess = [p["r_2_deepfool"] / p["r_2_boxed"] - 1 for p in points if p["r_2_boxed"] > 0 and not p["failed_deepfool"]]
     flags = sum(len(record.flags) for record in data.study.records.values())
+    raised = "1 flag was" if flags == 1 else f"{flags} flags were"
     return (
-        f"{len(points):,} classifiers were checked against theory, {flags} flags were raised: FGSM's accuracy differs "
+        f"{len(points):,} classifiers were checked against theory, {raised} raised: FGSM's accuracy differs "
         f"from its boxed closed form by at most {100 * apart:.2g} points on two classes, and DeepFool's mean distance "
         f"exceeds the exact one by {100 * sum(excess) / max(1, len(excess)):.2g}% in the mean."
     )
