@@ -2,6 +2,7 @@
 
     python benchmarks/broken_defences.py [--json] [--only k-winners,...] [--seconds 150]
         [--write tests/attacks/broken_defences.json]
+    python benchmarks/broken_defences.py --only mean-sparse --images 200 --seeds 5   # what `fast` leaves, seed by seed
     python benchmarks/broken_defences.py --train   # the convolutional network's weights, beside the tests
 
 The defences and the LeNets they are put on live in tests/attacks/broken_defences.py; the tests hold `fast` against the
@@ -50,6 +51,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="defences by commas")
     parser.add_argument("--write", type=Path, help="the file to update")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="break off after that, with --write")
+    parser.add_argument("--images", type=int, help="so many in place of the tests' few")
+    parser.add_argument(
+        "--seeds", type=int, help="print what the default evaluation leaves with each, and nothing else"
+    )
     parser.add_argument("--train", action="store_true", help="train the convolutional network and keep its weights")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -61,7 +66,13 @@ def main() -> None:
     breaks = Breaks(options.write, time.monotonic() + options.seconds)
     rows = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
     for name in options.only.split(",") if options.only else (*UNDEFENDED, *DEFENCES):
-        rows[name] = freeze(name, breaks)
+        here = task(name, options.images)
+        if options.seeds:
+            model = here.network if name in UNDEFENDED else defended(here.network, name)
+            left = [robust_accuracy(evaluate(here._replace(network=model), seed)) for seed in range(options.seeds)]
+            print(name, left, f"mean {sum(left) / len(left):.4f}", flush=True)
+            continue
+        rows[name] = freeze(name, here, breaks)
         if not options.json:
             print(name, rows[name], flush=True)
         if options.write:
@@ -106,9 +117,8 @@ class Breaks:
         return self.file.with_suffix(f".{name}.part") if self.file else None
 
 
-def freeze(name: str, breaks: Breaks) -> dict[str, object]:
+def freeze(name: str, undefended: Task, breaks: Breaks) -> dict[str, object]:
     """Return one row: clean, naive, default and reference accuracy, and the passes per image behind the last two."""
-    undefended = task(name)
     model, x, y, eps = undefended
     here = undefended if name in UNDEFENDED else undefended._replace(network=defended(model, name))
     network = here.network
@@ -136,9 +146,10 @@ def freeze(name: str, breaks: Breaks) -> dict[str, object]:
     }
 
 
-def evaluate(here: Task) -> AttackResult:
+def evaluate(here: Task, seed: int = 0) -> AttackResult:
     """Return what the default evaluation makes of a network."""
-    return run(here.network, here.x, here.y, fast, Threat(LINF, here.eps), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    return run(here.network, here.x, here.y, fast, Threat(LINF, here.eps), generator=generator)
 
 
 def found(attack: Callable[..., Tensor], network: nn.Module, here: Task, seed: int) -> Tensor:

@@ -90,8 +90,8 @@ DEFENCES: dict[str, Callable[[], nn.Module]] = {
 LAST_ONLY = {"stochastic-pruning"}
 
 
-def task(name: str) -> Task:
-    """Return an undefended network, or the one that a defence is put on, with its images and budget."""
+def task(name: str, images: int | None = None) -> Task:
+    """Return an undefended network, or the one that a defence is put on, with so many images and its budget."""
     small = name in CONVOLUTIONAL
     network = convolutional() if small else _fully_connected()
     if small:
@@ -101,7 +101,7 @@ def task(name: str) -> Task:
         train_(network, epochs=5)
     test = data.load("mnist-5k").test
     x, y = as_float(test.x[:300]), test.y[:300]
-    rows = right(network, x, y).nonzero().squeeze(1)[: FEWER.get(name, IMAGES)]
+    rows = right(network, x, y).nonzero().squeeze(1)[: images or FEWER.get(name, IMAGES)]
     return Task(network, x[rows], y[rows], 0.145 if small else 0.07)
 
 

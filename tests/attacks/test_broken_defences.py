@@ -6,6 +6,7 @@ The reference numbers are frozen: `python benchmarks/broken_defences.py --write 
 from __future__ import annotations
 
 import json
+import statistics
 from functools import partial
 from pathlib import Path
 
@@ -77,11 +78,20 @@ def test_naive_attacks_are_fooled_by_ten_points_and_the_default_evaluation_is_no
         standing = right(network, x, y) & right(network, x_adv, y)
         assert float(standing.double().mean()) >= reference + 0.1
     result = run(network, x, y, fast, Threat(LINF, eps), generator=seeded())
-    assert FROZEN[name]["default"] <= reference + 0.02 + 1e-9
+    # Two points are two of 100 images; MeanSparse's 50 images are too few, see below.
+    assert "wide" in FROZEN[name] or FROZEN[name]["default"] <= reference + 0.02 + 1e-9
     # The rounding of another processor may turn one image.
     assert robust_accuracy(result) <= FROZEN[name]["default"] + 1 / len(x) + 1e-9
     assert FLAGS[name] <= {flag.name for flag in result.flags}
     assert not any(getattr(part, "straight_through", False) for part in network)
+
+
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "sse"])
+def test_mean_sparse_falls_on_every_processor_in_the_mean_of_five_seeds(instructions: str) -> None:
+    wide = FROZEN["mean-sparse"]["wide"]
+    left = wide["default"][instructions]
+    assert len(left) == 5 and wide["images"] == 200
+    assert statistics.fmean(left) <= wide["reference"] + 0.02
 
 
 def test_references_had_twenty_times_the_budget() -> None:
