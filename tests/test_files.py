@@ -250,3 +250,15 @@ def test_nonfinite_tensors_are_named(tmp_path: Path) -> None:
     assert files.load_tensors(path)["sick"].isnan().any()
     with pytest.raises(UserError, match="'sick'"):
         files.load_tensors(path, finite=True)
+
+
+@pytest.mark.parametrize("magic", [b"\x80\x02", b"PK"])
+def test_a_header_as_long_as_a_pickle_begins_is_read(magic: bytes, tmp_path: Path) -> None:
+    length = int.from_bytes(magic, "little")
+    paths = (
+        files.save_tensors(tmp_path / f"{rest}.safetensors", {"w" * (length - rest): torch.ones(1)})
+        for rest in range(96)
+    )
+    path = next(path for path in paths if path.read_bytes()[:2] == magic)
+    (value,) = files.load_tensors(path).values()
+    assert torch.equal(value, torch.ones(1))

@@ -391,7 +391,8 @@ def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * 
     import safetensors.torch
 
     data = read_bounded(path, limit=limit)
-    if data[:2] in (b"PK", b"\x80\x02"):
+    # A header of 640 bytes begins like a pickle, one of 19,280 like a zip; what follows its length is JSON.
+    if data[:2] in (b"PK", b"\x80\x02") and data[8:9] != b"{":
         raise UserError(f"{path} is a pickle, as torch.save writes, which may run code and is not read; {CONVERT}")
     header = int.from_bytes(data[:8], "little")
     if len(data) < 10 or header > min(len(data) - 8, 16 * MIB):
