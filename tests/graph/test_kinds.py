@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 
@@ -454,6 +456,39 @@ def test_recurrent_layers_are_one_operation(kind: type[nn.RNNBase]) -> None:
     graph = lower(model, SHAPE)
     agree(graph, model)
     assert sum(isinstance(node.op, Call) and "dim" not in node.op.options for node in graph.nodes) == 1
+
+
+class Attentive(nn.Module):
+    """Rows of an image that look at each other, in training mode or by the fast path of eval mode."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, rows = x[:, 0], isinstance(self.layer, nn.MultiheadAttention)
+        return self.head((self.layer(h, h, h)[0] if rows else self.layer(h)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.MultiheadAttention(4, 2, batch_first=True), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)]
+)
+def test_attention_that_moves_the_images_is_refused_with_a_way_out(layer: nn.Module) -> None:
+    with pytest.raises(Unsupported, match=r"'transpose' \(layer 'layer.*test_kinds\.py.*scaled_dot_product_attention"):
+        lower(Attentive(layer), SHAPE)
+
+
+def test_nothing_of_export_is_imported_for_a_plain_stack() -> None:
+    code = (
+        "import sys, torch; from torch import nn\n"
+        "from sparring import attacks, bounds, deploy, graph, metrics, sparsity, study, train\n"
+        "from sparring.threat import Threat\n"
+        "model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(2, 1, 2, 2)\n"
+        "attacks.run(model, x, model(x).argmax(1), attacks.fgsm, Threat(float('inf'), 0.1))\n"
+        "graph.lower(model, (1, 2, 2))\n"
+        "sys.exit(bool({'sparring.graph.export', 'torch.export._trace', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

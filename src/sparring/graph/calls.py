@@ -101,5 +101,11 @@ def refuse_images_axis(t: Translator, name: str, given: Any) -> None:
             return
     if name == "permute" and axes and axes[0] % rank == 0:
         return
+    if name in ("transpose", "permute", "movedim") and any(axis % rank == 0 for axis in axes):
+        raise t.refuse(
+            name,
+            "moves the axis of the images; keep it first (batch_first=True, F.scaled_dot_product_attention in place of "
+            "nn.MultiheadAttention), or do without what needs a graph: attacks, pruning and studies do",
+        )
     if axes is None or not len(axes) or any(axis % rank == 0 for axis in axes):
         raise t.refuse(name, "is over the axis of the images: an image's logits would depend on those beside it")
