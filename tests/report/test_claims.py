@@ -98,15 +98,20 @@ def test_merged_ledgers_correct_for_all_claims_of_all_studies(folder, make_study
     assert all(row.merged is not None for row in merged)
 
 
+def near(rows):
+    """Return ledger rows to compare with: where an array begins in memory may move the last bit of its mean."""
+    return [{k: pytest.approx(v, rel=1e-12) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+
+
 def test_a_ledger_is_merged_with_studies_whose_folders_are_gone(folder, make_study, tmp_path):
     other = make_study(seeds=3, images=60, sparsities=(0.5, 0.9), name="another")
     both = [row.as_dict() for row in report.merge_ledgers([folder, other])]
     alone = tmp_path / "earlier.json"
     alone.write_text(json.dumps([row.as_dict() for row in report.merge_ledgers([folder])]))
-    assert [row.as_dict() for row in report.merge_ledgers([other], earlier=alone)] == both
+    assert [row.as_dict() for row in report.merge_ledgers([other], earlier=alone)] == near(both)
     alone.write_text(json.dumps(both))
     again = [row.as_dict() for row in report.merge_ledgers([folder], earlier=alone)]  # its own old rows are replaced
-    assert again == both
+    assert again == near(both)
 
 
 NO_LEDGERS = ("{}", "[{", "[1]", '[{"study": "s"}]', '[{"study": "s", "claim": "c", "expects": "above"}]')
