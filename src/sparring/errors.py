@@ -67,16 +67,18 @@ class Unsupported(UserError):
 
 def told(error: BaseException) -> str:
     """Return in one line what an exception says: its type, its text, and the last line of the user's own code."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{type(error).__name__}: {error.msg} ({place(error)})"
-    where, text = place(error), " ".join(str(error).split())
+    try:
+        text = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
+    except Exception:  # a user's own exception may fail even at this
+        text = "(what it says cannot be read)"
+    where = place(error)
     text = text if len(text) <= 300 else f"{text[:297]}..."
     return f"{type(error).__name__}{': ' if text else ''}{text}{f' ({where})' if where else ''}"
 
 
 def place(error: BaseException) -> str | None:
     """Return "path:line: code" of the last line in the user's own files that an exception came through, or None."""
-    if isinstance(error, SyntaxError) and error.filename:
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         return f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
     cause = place(error.__cause__) if error.__cause__ is not None else None
     if cause is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import UserError
+from .errors import UserError, told
 from .modes import eval_mode
 
 __all__ = ["Door", "Opened", "check_module", "logits_of", "opened", "opening", "precision"]
@@ -143,7 +143,7 @@ class _Trial(NamedTuple):
 
 def _tried(model: nn.Module, x: Tensor, kinds: Iterable[torch.dtype]) -> _Trial:
     """Return what a pass of images came to, in the first of these types that the model takes."""
-    failure: Exception | None = None
+    failure: Exception = UserError("it takes no type of number")
     for kind in kinds:
         given = x.to(kind, copy=True)
         try:
@@ -155,7 +155,7 @@ def _tried(model: nn.Module, x: Tensor, kinds: Iterable[torch.dtype]) -> _Trial:
             continue
         _check_shape(logits_of(output), len(x))
         return _Trial(kind, given._version > 0 or not torch.equal(given, x.to(kind)), output)
-    raise UserError(f"the model fails on {_count(x)}: {type(failure).__name__}: {failure}") from failure
+    raise UserError(f"the model fails on {_count(x)}: {told(failure)}") from failure
 
 
 def _check_shape(logits: Tensor, count: int) -> None:

@@ -44,6 +44,8 @@ MISTAKES = {
     "method": ("certify", M, "--method", "crwon"),
     "compare": ("compare", M, M, "--eps", "x"),
     "drop": ("compare", M, M, "--max-drop", "accuracy", "nan"),
+    "any drop": ("compare", M, M, "--max-drop", "accuracy", "inf"),
+    "drop of what": ("compare", M, M, "--max-drop", "acuracy", "1"),
     "weights thrice": ("compare", M, M, "--weights", M),
     "seed": ("train", "mlp", "--out", "o.safetensors", "--seed=-1"),
     "huge seed": ("train", "mlp", "--out", "o.safetensors", "--seed", str(2**70)),

@@ -48,6 +48,17 @@ CODE = """
         def forward(self, x):
             raise KeyboardInterrupt
 
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError
+
+    class Fails(Own):
+        def __init__(self, error):
+            super().__init__()
+            self.error = error
+        def forward(self, x):
+            raise self.error
+
     class Talks(Own):
         def forward(self, x):
             print("hello")
@@ -66,6 +77,12 @@ CODE = """
     def hungry(): return Hungry()
     def halting(): return Halting()
     def late(): return Late()
+    def mute(): return Fails(Mute())
+    def lines(): return Fails(RuntimeError("one\\n\\n  two"))
+    def bare(): return Fails(BaseException("bare"))
+    def full(): return Fails(OSError(28, "No space left"))
+    def pipe(): return Fails(BrokenPipeError())
+    def text_of_code(): exec("def (")
     def talks(): print("hello"); return Talks()
     def needs(shape, hidden): return Own()
     def raises(): raise OSError(2, "no such", "weights.bin")
@@ -89,6 +106,14 @@ CODE = """
 
     def attack(model, x, y, *, norm, eps=None, targets=None, generator=None):
         return {}["adversarial"]
+    def pipe_attack(model, x, y, *, norm, eps=None, targets=None, generator=None):
+        raise BrokenPipeError
+    def full_attack(model, x, y, *, norm, eps=None, targets=None, generator=None):
+        raise OSError(28, "No space left")
+    def mute_attack(model, x, y, *, norm, eps=None, targets=None, generator=None):
+        raise Mute
+    def bare_attack(model, x, y, *, norm, eps=None, targets=None, generator=None):
+        raise GeneratorExit
     def no_attack(model, x, y, *, norm, eps=None, targets=None, generator=None):
         return None
     def pruner(sparsity):
@@ -112,6 +137,12 @@ MISTAKES = {
     "ends": ("your own code ended the program", "raise SystemExit(0)"),
     "hungry": ("emory", ""),
     "late": ("ValueError: too many images", 'raise ValueError("too many images")'),
+    "mute": ("Mute: (what it says cannot be read)", "raise self.error"),
+    "lines": ("RuntimeError: one two", "raise self.error"),
+    "bare": ("BaseException: bare", "raise self.error"),
+    "full": ("No space left", "raise self.error"),
+    "pipe": ("BrokenPipeError", "raise self.error"),
+    "text_of_code": ("SyntaxError: invalid syntax", 'def text_of_code(): exec("def (")'),
     "needs": ("'hidden'", ""),
     "raises": ("no such", "def raises(): raise OSError"),
     "one": ("two logits", ""),
@@ -186,6 +217,10 @@ def test_in_every_command(sparring, own: str, command: str, name: str) -> None: 
 QUICK = ("--data", "digits", "--set", "epochs=1", "--quiet")
 PARTS = {
     "attack": (("--attacks", "OWN:attack"), 'return {}["adversarial"]'),
+    "broken pipe": (("--attacks", "OWN:pipe_attack"), "raise BrokenPipeError"),
+    "full disk": (("--attacks", "OWN:full_attack"), 'raise OSError(28, "No space left")'),
+    "no text": (("--attacks", "OWN:mute_attack"), "raise Mute"),
+    "no Exception": (("--attacks", "OWN:bare_attack"), "raise GeneratorExit"),
     "no attack": (("--attacks", "OWN:no_attack"), ""),
     "unknown attack": (("--attacks", "OWN:attak"), ""),
     "data": (("--data", "OWN:images"), "return [].pop()"),
@@ -238,6 +273,7 @@ def test_in_a_study_the_cell_fails_and_says_where(sparring, own: str, workers: i
     told = sparring("study", "plan.toml", "--out", "out", "--workers", workers)
     assert told.code == 3 and "KeyError: 'all'" in told.err
     assert f"{own}.py:" in told.err and 'return masks["all"]' in told.err
+    assert "mend the cause and run the same command again, with --retry" in told.err
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,12 @@ def _guarded(app: Callable[..., object]) -> int:
         if where is None:
             raise
         return _say(f"error: your own code ended the program ({where})", USER_ERROR)
-    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
+    except BaseException as error:  # a user's own code may raise anything
+        if isinstance(error, BrokenPipeError) and place(error) is None:  # the reader, such as `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         show = getattr(error, "show", None)  # a mistake in the command line: typer knows how to say it
-        if show is not None:
+        if show is not None and place(error) is None:
             show()
             return USER_ERROR
         if TRACEBACK in words:
@@ -70,27 +70,29 @@ def _guarded(app: Callable[..., object]) -> int:
         return _say(f"error: {_sentence(error)}", USER_ERROR)
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     """Say what went wrong and where in the user's own code, if it was there."""
     import errno
 
     from ..errors import UserError, place, told
 
+    where = place(error)
     if isinstance(error, UserError):
-        where = place(error)
         return f"{error} ({where})" if where and where not in str(error) else str(error)
     if isinstance(error, MemoryError) or _is_torchs_memory_error(error):
         return f"out of memory: use fewer images or smaller batches ({told(error)[:200]})"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if where is None and isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; free some space and run the same command again: it goes on"
-    if isinstance(error, OSError) and error.filename is not None:
+    if where is None and isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return f"{told(error)}{'' if place(error) else '; --traceback shows where'}"
+    return f"{told(error)}{'' if where else '; --traceback shows where'}"
 
 
-def _is_torchs_memory_error(error: Exception) -> bool:
+def _is_torchs_memory_error(error: BaseException) -> bool:
     """Say whether torch found no memory: it raises RuntimeErrors, told apart by their text alone."""
-    text = str(error)
+    from ..errors import told
+
+    text = told(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .. import attacks
 from ..data import Dataset, as_float
-from ..errors import UserError
+from ..errors import UnknownNameError, UserError
 from ..report import Difference, Side, broken, compare, compare_values
 from ..study.networks import chosen_images
 from ..threat import L2, LINF, Threat
@@ -26,6 +26,7 @@ from .printing import print_json
 __all__ = ["run_compare"]
 
 DROPPED = 1
+BUDGETED = ("fgsm", "pgd", "fast")
 
 
 def run_compare(
@@ -50,6 +51,9 @@ def run_compare(
     else:
         models = _with_weights([str(side.folder) for side in sides], list(weights))
         Threat(LINF, eps)  # refuses a budget in other units
+        known = {"accuracy", "distance-nearest-l2", *(f"{attack}-linf-{eps:g}" for attack in BUDGETED)}
+        for metric in allowed.keys() - known:
+            raise UnknownNameError("metric", metric, known)
         dataset = open_data(data_name, data_dir, download)
         found = compare_values(*(_profile(*model, dataset, eps, images) for model in models))
     too_much = broken(found, allowed)
@@ -79,7 +83,7 @@ def _with_weights(names: list[str], weights: list[Path]) -> list[tuple[str, Path
 def _drop(text: str) -> tuple[str, float]:
     metric, _, amount = text.partition("=")
     try:
-        if math.isnan(float(amount)):
+        if not math.isfinite(float(amount)):
             raise ValueError
         return metric, float(amount)
     except ValueError:
@@ -95,12 +99,7 @@ def _profile(
     model, _ = open_model(name, weights, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
     found: dict[str, NDArray[np.float64]] = {}
-    for attack, threat in (
-        ("fgsm", Threat(LINF, eps)),
-        ("pgd", Threat(LINF, eps)),
-        ("fast", Threat(LINF, eps)),
-        ("nearest", Threat(L2)),
-    ):
+    for attack, threat in (*((name, Threat(LINF, eps)) for name in BUDGETED), ("nearest", Threat(L2))):
         generator = torch.Generator().manual_seed(0)
         result = attacks.run(model, as_float(x), y, attacks.ATTACKS[attack], threat, generator=generator)
         found["accuracy"] = result.clean_correct.numpy().astype(np.float64)

@@ -78,6 +78,8 @@ def run_study(
         print(f"\n{verdict}\n\nreport: {path.resolve()}")
     for record in failed:
         print(f"failed: {record.stage} {record.key}: {record.error}", file=sys.stderr)
+    if failed:
+        print("all else is kept: mend the cause and run the same command again, with --retry", file=sys.stderr)
     return FAILED if failed else 0
 
 

@@ -95,8 +95,8 @@ def perform(work: Work, task: Task) -> Done:
         stops = isinstance(problem, StorageError)
     except (MemoryError, torch.OutOfMemoryError):
         error = "out of memory: use a smaller batch_size, or fewer workers"
-    except (Exception, SystemExit) as problem:  # a user's factory or pruner may do anything; it fails this cell alone
-        if isinstance(problem, SystemExit) and problem.code == TERMINATED:
+    except BaseException as problem:  # a user's factory or pruner may do anything; it fails this cell alone
+        if isinstance(problem, KeyboardInterrupt) or (isinstance(problem, SystemExit) and problem.code == TERMINATED):
             raise
         error = told(problem)
         if "SPARRING_TRACEBACK" in os.environ:
