@@ -21,6 +21,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MARKS = {"", "by hand"}
+# The blocks that do not run, each by its first words: what installs packages of others, needs them, or takes a day.
+HAND = {
+    ("attacks.md", "pip install 'sparring[peers]'"),
+    ("recipes.md", "sparring train vgg-like --width 0.125 --data cifar10-jpeg.zip --out vgg.safetensors"),
+    ("extending.md", "# theirs.py"),
+}
 LONG = re.compile(r"sparring (study quick|train|prune)|study\.run\(")
 
 # What a page's Python takes for granted.
@@ -81,6 +87,23 @@ def test_commands_stand_in_blocks_that_are_run() -> None:
     for page in PAGES:
         for language, _, text in BLOCK.findall("\n" + re.sub(r"^```\n", "```text\n", page.read_text(), flags=re.M)):
             assert language == "sh" or not re.search(r"^(sparring|pip|python) ", text, re.M), f"{page.name}: {text}"
+
+
+def test_no_block_escapes() -> None:
+    skipped = set()
+    for page in [*PAGES, *sorted((ROOT / "docs" / "results").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        fences = re.findall(r"^([ >]*)(```+|~~~+)(.*)$", text, re.M)
+        assert {(indent, fence) for indent, fence, _ in fences} <= {("", "```")}, page.name
+        assert {words.split(" ")[0] for *_, words in fences} <= {"", "sh", "python", "toml", "text"}, page.name
+        plain = BLOCK.findall("\n" + re.sub(r"^```\n", "```text\n", text, flags=re.M))
+        assert not any(kind == "text" and re.search(r"^(import|from) ", body, re.M) for kind, _, body in plain), (
+            page.name
+        )
+        assert not re.search(r"^\s*(\$|>>>|%) ", text, re.M), page.name
+        skipped |= {(page.name, body.split("  ")[0].split("\n")[0]) for _, mark, body in BLOCK.findall(text) if mark}
+        assert page in PAGES or not re.search(r"^```(sh|python)", text, re.M), page.name
+    assert skipped == HAND
 
 
 @pytest.fixture(scope="module")
