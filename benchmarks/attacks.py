@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peers import PEERS, Attacker, missing, peers
 from sparring.attacks import apgd, cw, ddn, deepfool, nearest, pgd, run, standard
-from sparring.attacks.derivatives import frozen
+from sparring.attacks._gradients import frozen
 from sparring.threat import L2, LINF, Threat, distance
 from trained import correct_images, trained
 

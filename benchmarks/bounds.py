@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from sparring.bounds import margin
-from sparring.bounds.certificates import margins_over
-from sparring.bounds.compaction import compacted
-from sparring.bounds.network import others, prepare
+from sparring.bounds._dead_units import compacted
+from sparring.bounds._network import others, prepare
+from sparring.bounds.certify._certificates import margins_over
 from sparring.models import build
 from sparring.threat import Threat
 

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "attacks"))
 from broken_defences import DEFENCES, UNDEFENDED, WEIGHTS, Task, convolutional, defended, naive, right, task, train_
 from sparring.attacks import AttackResult, apgd_targeted, dlr, fast, nearest, pgd, robust_accuracy, run
-from sparring.attacks.activations import dense_copy, is_stochastic
-from sparring.attacks.derivatives import Probe, frozen
-from sparring.attacks.losses import margin, scaled_cross_entropy
+from sparring.attacks._gradients import Probe, frozen
+from sparring.attacks.algorithms._losses import margin, scaled_cross_entropy
+from sparring.attacks.evaluation._bpda import dense_copy, is_stochastic
 from sparring.files import save_tensors, write_json
 from sparring.threat import LINF, Threat
 

@@ -44,7 +44,7 @@ from sparring.attacks import (
 )
 from sparring.files import write_json
 from sparring.study import Context, Record, Store, read_plan
-from sparring.study.networks import chosen_images, network_of
+from sparring.study.stages._networks import chosen_images, network_of
 from sparring.threat import L2, LINF, Threat
 
 EPS = 0.1

@@ -11,8 +11,8 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from sparring.report.measures import Measure, PerImage, collect, common
-from sparring.report.records import load
+from sparring.report.analysis._metrics import Measure, PerImage, collect, common
+from sparring.report.analysis._records import load
 
 
 def shares(one: PerImage, other: PerImage) -> tuple[float, float, int]:

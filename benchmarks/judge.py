@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sparring import bounds
-from sparring.bounds import certificates
+from sparring.bounds.certify import _certificates as certificates
 from sparring.errors import UserError
-from sparring.graph import Graph, export
+from sparring.graph import Graph
+from sparring.graph import _torch_export as export
 
 __all__ = ["captured_once", "certificates_refuted", "differences", "sample"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparring import bounds, graph
-from sparring.bounds import network
+from sparring.bounds import _network as network
 from sparring.graph import Add, Affine, Graph, Node
 
 __all__ = ["FAULTS", "Fault", "planted"]

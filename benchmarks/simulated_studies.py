@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from sparring.statistics import Claim, Effect, Question, ask, decide, error_of
-from sparring.statistics.effects import two_sided
+from sparring.statistics._effects import two_sided
 
 PRIMARY, OTHERS, MARGIN = 6, 100, 2.0
 IMAGES = (200, 500, 1000, 10_000)

@@ -27,12 +27,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparring import attacks, bounds, data
-from sparring.bounds.certificates import margins_over
-from sparring.bounds.compaction import compacted
-from sparring.bounds.network import prepare
+from sparring.bounds._dead_units import compacted
+from sparring.bounds._network import prepare
+from sparring.bounds.certify._certificates import margins_over
 from sparring.data import Dataset, as_float
 from sparring.models import build, load_weights_
-from sparring.study.networks import chosen_images
+from sparring.study.stages._networks import chosen_images
 from sparring.threat import L2, LINF, Threat, norm_name, parse_norm
 
 EPS = (1 / 255, 2 / 255, 0.01, 0.03)

@@ -14,7 +14,7 @@ from sparring import attacks, bounds
 from sparring.data import Dataset, Split
 from sparring.errors import Unsupported
 from sparring.sparsity import all_ones, apply_, build_pruner, magnitude, select
-from sparring.sparsity.registry import PruningSpec
+from sparring.sparsity.pruners._registry import PruningSpec
 from sparring.study import Plan, run
 from sparring.threat import L2, LINF, Threat
 from sparring.train import Recipe, fit

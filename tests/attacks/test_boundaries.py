@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from sparring.attacks import deepfool, run
-from sparring.attacks.boundaries import nearest_boundary, pull_back
-from sparring.attacks.dense import read_dense
-from sparring.attacks.derivatives import Probe
-from sparring.attacks.losses import margin
-from sparring.attacks.stem import find_stem
+from sparring.attacks._gradients import Probe
+from sparring.attacks.algorithms._linearise import nearest_boundary, pull_back
+from sparring.attacks.algorithms._losses import margin
+from sparring.attacks.fastpath._gram_matrix import find_stem
+from sparring.attacks.fastpath._mlp import read_dense
 from sparring.threat import L2, LINF, Threat, distance
 
 

@@ -15,19 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from broken_defences import DEFENCES, UNDEFENDED, Hidden, Task, defended, naive, right, task
-from sparring.attacks import (
-    Attack,
-    deepfool,
-    dlr,
-    fast,
-    fgsm,
-    lend,
-    nearest,
-    pgd,
-    rfgsm,
-    robust_accuracy,
-    run,
-)
+from sparring.attacks import Attack, deepfool, dlr, fast, fgsm, lend, nearest, pgd, rfgsm, robust_accuracy, run
 from sparring.errors import UserError
 from sparring.sparsity import TopK
 from sparring.threat import L2, LINF, Threat

@@ -10,10 +10,10 @@ from linear_answers import affine_problem
 from torch import Tensor, nn
 
 from sparring.attacks import cw, run
-from sparring.attacks.carlini import Aim
-from sparring.attacks.derivatives import Probe, frozen, logits_and_gradient, logits_and_pull
-from sparring.attacks.losses import margin
-from sparring.attacks.steps import select
+from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_pull
+from sparring.attacks.algorithms._cw import Aim
+from sparring.attacks.algorithms._losses import margin
+from sparring.attacks.algorithms._projections import select
 from sparring.threat import L2, Threat
 
 

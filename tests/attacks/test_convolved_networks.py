@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from sparring import models
 from sparring.attacks import nearest, run
-from sparring.attacks.convolved import read_convolved
-from sparring.attacks.derivatives import Probe, frozen, logits_and_gradient, logits_and_rows
-from sparring.attacks.losses import cross_entropy, margin
+from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_rows
+from sparring.attacks.algorithms._losses import cross_entropy, margin
+from sparring.attacks.fastpath._convnet import read_convolved
 from sparring.threat import L2, Threat
 
 

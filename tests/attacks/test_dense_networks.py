@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from broken_defences import Hidden
 from sparring import models
-from sparring.attacks import lookahead, square
-from sparring.attacks.dense import read_dense
-from sparring.attacks.derivatives import Probe, frozen, logits_and_gradient, logits_and_rows
-from sparring.attacks.losses import cross_entropy, margin
+from sparring.attacks import square
+from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_rows
+from sparring.attacks.algorithms import _square_linf as lookahead
+from sparring.attacks.algorithms._losses import cross_entropy, margin
+from sparring.attacks.fastpath._mlp import read_dense
 
 
 class Loud(nn.Module):

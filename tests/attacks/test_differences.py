@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparring.attacks import ATTACKS, robust_accuracy, run
-from sparring.attacks.derivatives import logits_and_gradient, logits_and_rows
-from sparring.attacks.differences import Differences, blind_pixels
-from sparring.attacks.losses import margin
+from sparring.attacks._gradients import logits_and_gradient, logits_and_rows
+from sparring.attacks.algorithms._losses import margin
+from sparring.attacks.evaluation._finite_differences import Differences, blind_pixels
 from sparring.outputs import opened
 from sparring.sparsity import TopK
 from sparring.threat import L2, LINF, Threat

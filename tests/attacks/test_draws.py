@@ -6,10 +6,10 @@ from noise import Noise
 from torch import Tensor, nn
 
 from sparring.attacks import pgd, run
-from sparring.attacks.activations import seeded
-from sparring.attacks.derivatives import Probe, logits_and_gradient
-from sparring.attacks.draws import split_at_draw
-from sparring.attacks.losses import cross_entropy
+from sparring.attacks._gradients import Probe, logits_and_gradient
+from sparring.attacks.algorithms._losses import cross_entropy
+from sparring.attacks.evaluation._bpda import seeded
+from sparring.attacks.fastpath._shared_prefix import split_at_draw
 from sparring.sparsity import ACTIVATIONS
 from sparring.threat import LINF, Threat
 

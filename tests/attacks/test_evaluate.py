@@ -21,8 +21,8 @@ from sparring.attacks import (
     square,
     worst_case,
 )
-from sparring.attacks.batches import batch_size_for
-from sparring.attacks.derivatives import Probe, logits_and_rows
+from sparring.attacks._gradients import Probe, logits_and_rows
+from sparring.attacks.evaluation._batches import batch_size_for
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring.attacks import ATTACKS, Attack, fgsm, nearest, pgd, run
-from sparring.attacks.activations import straight_through
+from sparring.attacks.evaluation._bpda import straight_through
 from sparring.sparsity import with_activation_penalty
 from sparring.threat import L2, LINF, Threat
 from sparring.train import cross_entropy

@@ -24,7 +24,7 @@ from sparring.attacks import (
     square,
     standard,
 )
-from sparring.attacks.losses import dlr
+from sparring.attacks.algorithms._losses import dlr
 from sparring.threat import L1, L2, LINF, Threat
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparring import data, models
 from sparring.attacks import Attack, AttackResult, apgd, cw, ddn, deepfool, fab, nearest, pgd, run
-from sparring.attacks.losses import dlr
+from sparring.attacks.algorithms._losses import dlr
 from sparring.data import Dataset, as_float
 from sparring.errors import DataError
 from sparring.threat import L2, LINF, Threat, distance

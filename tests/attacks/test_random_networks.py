@@ -11,8 +11,8 @@ from noise import Noise
 from torch import Tensor, nn
 
 from sparring import attacks
-from sparring.attacks import ensemble
-from sparring.attacks.derivatives import Probe
+from sparring.attacks._gradients import Probe
+from sparring.attacks.algorithms import _ensembles as ensemble
 from sparring.sparsity import ACTIVATIONS, insert
 from sparring.threat import LINF, Threat
 

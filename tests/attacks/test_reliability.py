@@ -35,9 +35,9 @@ from sparring.attacks import (
     square,
     worst_case,
 )
-from sparring.attacks.evaluate import lengthened
-from sparring.attacks.flags import exceeds
-from sparring.attacks.flags import many as beyond
+from sparring.attacks.evaluation._flags import exceeds
+from sparring.attacks.evaluation._flags import many as beyond
+from sparring.attacks.evaluation._run import lengthened
 from sparring.errors import UserError
 from sparring.threat import L1, L2, LINF, Threat, distance
 

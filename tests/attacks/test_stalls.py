@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparring.attacks import apgd, fab
-from sparring.attacks.derivatives import Probe
-from sparring.attacks.losses import margin
+from sparring.attacks._gradients import Probe
+from sparring.attacks.algorithms._losses import margin
 
 
 def won(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:

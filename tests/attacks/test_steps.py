@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.attacks.steps import Region, boundary_step, climb, hold, inside
+from sparring.attacks.algorithms._projections import Region, boundary_step, climb, hold, inside
 from sparring.threat import L1, L2, LINF, distance
 
 

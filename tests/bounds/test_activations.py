@@ -10,9 +10,16 @@ from random_networks import double, hostile_points
 from torch import nn
 
 from sparring.bounds import lipschitz, margin
-from sparring.bounds.network import margin_rows, prepare
+from sparring.bounds._network import margin_rows, prepare
 from sparring.errors import Unsupported
-from sparring.sparsity.activation import MeanSparse, Percentile, ShiftedReLU, StochasticPruning, Threshold, TopK
+from sparring.sparsity.activations._modules import (
+    MeanSparse,
+    Percentile,
+    ShiftedReLU,
+    StochasticPruning,
+    Threshold,
+    TopK,
+)
 from sparring.threat import Threat
 
 

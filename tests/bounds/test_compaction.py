@@ -9,9 +9,9 @@ import torch
 from random_networks import network
 from torch import nn
 
-from sparring.bounds.certificates import margins_over
-from sparring.bounds.compaction import compacted
-from sparring.bounds.network import SparseLinear, adjoint, prepare
+from sparring.bounds._dead_units import compacted
+from sparring.bounds._network import SparseLinear, adjoint, prepare
+from sparring.bounds.certify._certificates import margins_over
 from sparring.graph import Linear
 from sparring.models import Normalise
 

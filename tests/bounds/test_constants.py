@@ -8,8 +8,8 @@ from random_networks import double, hostile_points, network
 from torch import nn
 
 from sparring.bounds import LIPSCHITZ, lipschitz
-from sparring.bounds.network import others, prepare
-from sparring.bounds.operator_norms import operator_norm
+from sparring.bounds._network import others, prepare
+from sparring.bounds.lipschitz_constants._operator_norms import operator_norm
 from sparring.errors import UnknownNameError, Unsupported, UserError
 from sparring.graph import Conv2d
 from sparring.threat import dual

@@ -19,7 +19,7 @@ from sparring.bounds import (
     theorem,
     weights_of,
 )
-from sparring.bounds.distances import exact
+from sparring.bounds.exact_distances._exact import exact
 from sparring.errors import Unsupported, UserError
 from sparring.models import Normalise
 from sparring.threat import Threat, dual

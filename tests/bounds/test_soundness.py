@@ -9,9 +9,12 @@ import pytest
 import torch
 from random_networks import double, hostile_points, network
 
-from sparring.bounds import BOUNDS, crown, intervals, relaxations
-from sparring.bounds.network import margin_rows, prepare
-from sparring.bounds.region import region
+from sparring.bounds import BOUNDS
+from sparring.bounds._network import margin_rows, prepare
+from sparring.bounds._region import region
+from sparring.bounds.certify import _crown as crown
+from sparring.bounds.certify import _intervals as intervals
+from sparring.bounds.certify import _relaxations as relaxations
 
 NORMS = (math.inf, 2.0, 1.0)
 METHODS = ("interval", "crown-interval", "crown")

@@ -16,10 +16,10 @@ from hostile_parts import arrays, image, pictures, zipped
 from PIL import Image
 
 from sparring import data
-from sparring.data import registry
-from sparring.data.cifar import CIFAR10, RECORD, RECORDS
-from sparring.data.idx import FASHION_MNIST, MNIST
-from sparring.data.places import SYSTEM_ROOTS, File, Find, Source
+from sparring.data import _registry as registry
+from sparring.data._cifar10 import CIFAR10, RECORD, RECORDS
+from sparring.data._idx import FASHION_MNIST, MNIST
+from sparring.data._places import SYSTEM_ROOTS, File, Find, Source
 from sparring.errors import DataError, DataWarning
 
 

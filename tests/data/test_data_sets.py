@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparring import data
-from sparring.data.places import SYSTEM_ROOTS
-from sparring.data.splits import balanced_order
+from sparring.data._places import SYSTEM_ROOTS
+from sparring.data._splits import balanced_order
 from sparring.errors import DataError, UnknownNameError
 
 

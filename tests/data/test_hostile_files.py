@@ -11,8 +11,8 @@ import pytest
 from hostile import CANARY, MAKERS, SUFFIX, Hostile, corpus, fuzzed, seeds
 
 from sparring import data
-from sparring.data.idx import read_idx
-from sparring.data.places import Content, unpack
+from sparring.data._idx import read_idx
+from sparring.data._places import Content, unpack
 from sparring.errors import UserError
 from sparring.files import load_tensors, read_json, safe_members
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sparring.data import mirrors
-from sparring.data.places import File, Source, locate, read
+from sparring.data import _download as mirrors
+from sparring.data._places import File, Source, locate, read
 from sparring.errors import DataError, UserError
 
 PLAIN = bytes(range(256)) * 4_000

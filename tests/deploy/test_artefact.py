@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sparring import deploy
-from sparring.deploy.artefact import MAGIC, read_program
-from sparring.deploy.reference import run_reference
+from sparring.deploy._numpy_reference import run_reference
+from sparring.deploy.format._artefact import MAGIC, read_program
 from sparring.errors import UserError
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hostile_artefacts.py"

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparring import deploy
-from sparring.deploy import engine, native, planning, tuning
-from sparring.deploy.calls import Layout
-from sparring.deploy.engine import Engine
-from sparring.deploy.folding import compile_model
-from sparring.deploy.native import host_lanes
-from sparring.deploy.reference import run_reference
-from sparring.deploy.tasks import Layer
+from sparring.deploy._numpy_reference import run_reference
+from sparring.deploy.format._compile import compile_model
+from sparring.deploy.kernels import _autotune as tuning
+from sparring.deploy.kernels import _engine as engine
+from sparring.deploy.kernels import _native as native
+from sparring.deploy.kernels import _plan as planning
+from sparring.deploy.kernels._abi import Layout
+from sparring.deploy.kernels._engine import Engine
+from sparring.deploy.kernels._fusion import Layer
+from sparring.deploy.kernels._native import host_lanes
 from sparring.models import Residual
 from sparring.sparsity import Threshold, TopK
 

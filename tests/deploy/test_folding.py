@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from sparring import deploy
-from sparring.attacks.activations import dense_copy, has_masked_gradients, straight_through
-from sparring.deploy.folding import compile_model
-from sparring.deploy.program import Scale, Sparse
-from sparring.deploy.reference import run_reference
+from sparring.attacks.evaluation._bpda import dense_copy, has_masked_gradients, straight_through
+from sparring.deploy._numpy_reference import run_reference
+from sparring.deploy.format._compile import compile_model
+from sparring.deploy.format._program import Scale, Sparse
 from sparring.errors import Unsupported, UserError
 from sparring.models import Normalise
 from sparring.sparsity import MeanSparse, Percentile, ShiftedReLU, Threshold, TopK

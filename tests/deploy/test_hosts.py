@@ -4,13 +4,13 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
-from sparring.deploy.calls import Layout
-from sparring.deploy.folding import compile_model
-from sparring.deploy.gradients import GradientPlanner
-from sparring.deploy.kernels import Lookup, Rows, module_of
-from sparring.deploy.planning import Planner
-from sparring.deploy.tasks import tasks_of
-from sparring.deploy.tuning import usual
+from sparring.deploy.format._compile import compile_model
+from sparring.deploy.kernels._abi import Layout
+from sparring.deploy.kernels._autotune import usual
+from sparring.deploy.kernels._backward import GradientPlanner
+from sparring.deploy.kernels._fusion import tasks_of
+from sparring.deploy.kernels._matmul import Lookup, Rows, module_of
+from sparring.deploy.kernels._plan import Planner
 
 HOSTS = [
     ("aarch64-unknown-linux-gnu", "neoverse-n1", 4, "fmla"),

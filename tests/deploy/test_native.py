@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparring import deploy
-from sparring.deploy.native import cache_folder
+from sparring.deploy.kernels._native import cache_folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sparring.deploy import native
+from sparring.deploy.kernels import _native as native
 
 FOLDER = Path(__file__).parents[2] / ".ci"
 
@@ -72,7 +72,7 @@ def test_each_cap_changes_the_bits_of_a_product(product: str) -> None:
 
 
 def test_a_cap_that_is_none_is_refused() -> None:
-    code = "from sparring.deploy.native import host_lanes; host_lanes()"
+    code = "from sparring.deploy.kernels._native import host_lanes; host_lanes()"
     environment = {**os.environ, "SPARRING_CPU": "avx3"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode and "SPARRING_CPU caps the kernels at avx2 or sse, not at 'avx3'" in run.stderr

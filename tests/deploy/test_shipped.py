@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparring import deploy
-from sparring.deploy.timing import interleaved
+from sparring.deploy._timing import interleaved
 from sparring.errors import UserError
 from sparring.report import timings_figure
 

@@ -6,10 +6,10 @@ import pytest
 
 from sparring import report
 from sparring.errors import UserError
-from sparring.report.brackets import brackets
-from sparring.report.findings import find
-from sparring.report.kinds import kind_of
-from sparring.report.records import load
+from sparring.report.analysis._distance_bounds import brackets
+from sparring.report.analysis._findings import find
+from sparring.report.analysis._kinds import kind_of
+from sparring.report.analysis._records import load
 
 PRUNING = (
     {"label": "gradual", "method": "gradual", "score": "magnitude"},

@@ -7,11 +7,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sparring import report
-from sparring.report import tables
-from sparring.report.consistency import doubts
-from sparring.report.findings import find
-from sparring.report.measures import pretty
-from sparring.report.records import load
+from sparring.report.analysis._cross_checks import doubts
+from sparring.report.analysis._findings import find
+from sparring.report.analysis._metrics import pretty
+from sparring.report.analysis._records import load
+from sparring.report.pages import _tables as tables
 
 
 def change(out, name, eps, seed, sparsity, edit):

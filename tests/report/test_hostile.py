@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from sparring.report import tables, words
-from sparring.report.claims import ledger
-from sparring.report.findings import Findings, find
-from sparring.report.looks import open_study
-from sparring.report.measures import Measure
+from sparring.report.analysis._claims import ledger
+from sparring.report.analysis._findings import Findings, find
+from sparring.report.analysis._looks import open_study
+from sparring.report.analysis._metrics import Measure
+from sparring.report.pages import _summary as words
+from sparring.report.pages import _tables as tables
 
 KNOWN = ("correct", "correct_valid", "clean_correct")
 R_2 = Measure("distance", "test", "deepfool-50", "deepfool", "l2")

@@ -9,9 +9,9 @@ import pytest
 from sparring import report
 from sparring.data import Dataset
 from sparring.errors import UserError
-from sparring.report.linear_claims import PATHS, gain, linear_claims, r_2, r_inf
-from sparring.report.linear_study import DENSE, LinearStudy, read_linear
-from sparring.report.records import load
+from sparring.report.analysis._records import load
+from sparring.report.linear._claims import PATHS, gain, linear_claims, r_2, r_inf
+from sparring.report.linear._study import DENSE, LinearStudy, read_linear
 from sparring.statistics import no_gain
 from sparring.study import Plan, run
 

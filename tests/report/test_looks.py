@@ -9,8 +9,8 @@ import pytest
 from sparring import report
 from sparring.errors import DamageError, PlanError
 from sparring.history import append_entry, read_history
-from sparring.report.findings import find
-from sparring.report.looks import dropped_tests, look_sentences, open_study
+from sparring.report.analysis._findings import find
+from sparring.report.analysis._looks import dropped_tests, look_sentences, open_study
 from sparring.statistics import look_price
 from sparring.study import Plan, merge, register, run
 

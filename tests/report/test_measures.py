@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sparring.report import measures
-from sparring.report.measures import Measure, PerImage, collect, main_measures, summary, values
-from sparring.report.records import Network, Record, Study, arrays, control_of, is_dense, load
+from sparring.report.analysis import _metrics as measures
+from sparring.report.analysis._metrics import Measure, PerImage, collect, main_measures, summary, values
+from sparring.report.analysis._records import Network, Record, Study, arrays, control_of, is_dense, load
 
 
 @pytest.fixture(scope="module")

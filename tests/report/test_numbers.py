@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sparring import report
-from sparring.report import numbers
-from sparring.report.measures import Measure
-from sparring.report.records import load
+from sparring.report import _numbers as numbers
+from sparring.report.analysis._metrics import Measure
+from sparring.report.analysis._records import load
 from sparring.statistics import Effect
 
 SHARE, DISTANCE = Measure("worst", norm="linf", eps=0.1), Measure("distance", attack="nearest", norm="l2")

@@ -11,10 +11,10 @@ import pytest
 
 from sparring import report
 from sparring.errors import UserError
-from sparring.report import words
-from sparring.report.findings import Result, find
-from sparring.report.measures import Measure
-from sparring.report.records import load
+from sparring.report.analysis._findings import Result, find
+from sparring.report.analysis._metrics import Measure
+from sparring.report.analysis._records import load
+from sparring.report.pages import _summary as words
 from sparring.statistics import Verdict
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from sparring import report
-from sparring.report.asking import places
-from sparring.report.claims import claims, ledger
-from sparring.report.consistency import suspicion
-from sparring.report.findings import choose, find
-from sparring.report.measures import Measure, collect, parts
-from sparring.report.records import load
+from sparring.report.analysis._claims import claims, ledger
+from sparring.report.analysis._cross_checks import suspicion
+from sparring.report.analysis._findings import choose, find
+from sparring.report.analysis._hypotheses import places
+from sparring.report.analysis._metrics import Measure, collect, parts
+from sparring.report.analysis._records import load
 
 FGSM = Measure("budget", "test", "fgsm", "fgsm", "linf", 0.1)
 

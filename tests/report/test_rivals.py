@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sparring import report
-from sparring.report.findings import find
-from sparring.report.records import load
-from sparring.report.rivals import duels, yardstick
+from sparring.report.analysis._findings import find
+from sparring.report.analysis._pairwise import duels, yardstick
+from sparring.report.analysis._records import load
 from sparring.statistics import effect, holm
 
 PRUNING = (

@@ -30,7 +30,7 @@ from sparring.study import (
     read_plan,
     run,
 )
-from sparring.train import loop
+from sparring.train import _fit as loop
 
 
 def tiny_plan(**changes: Any) -> Plan:

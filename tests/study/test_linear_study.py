@@ -11,8 +11,9 @@ from sparring import attacks
 from sparring.bounds import LinearMap, linear_distance
 from sparring.data import Dataset
 from sparring.errors import PlanError
-from sparring.study import DataFacts, LinearPaths, Plan, classifiers, lay_out, run
-from sparring.study.classifiers import mismatches
+from sparring.study import DataFacts, LinearPaths, Plan, lay_out, run
+from sparring.study.stages import _linear as classifiers
+from sparring.study.stages._linear import mismatches
 from sparring.threat import L2
 
 

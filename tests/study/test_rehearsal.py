@@ -11,7 +11,7 @@ from sparring.data import Dataset
 from sparring.errors import PlanError
 from sparring.sparsity import LeftDenseWarning
 from sparring.study import Context, Plan, run
-from sparring.study.rehearsal import rehearse
+from sparring.study.plans._dry_run import rehearse
 
 
 def plan(**pruning: Any) -> Plan:

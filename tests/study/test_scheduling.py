@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparring.study import Outcome, Store, Task, execute
-from sparring.study.executors import Done
+from sparring.study.runner._executors import Done
 
 SEEDS, EACH = 3, 6
 TRAINING = 5

@@ -13,13 +13,14 @@ from sparring import deploy
 from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.models import build
-from sparring.report.findings import find
-from sparring.report.records import load
-from sparring.report.shipped import shipped_html
-from sparring.study import Context, DataFacts, Plan, Record, Store, judging, lay_out, run
-from sparring.study.estimate import _passes, estimate
-from sparring.study.networks import WEIGHTS, chosen_images
-from sparring.study.widths import narrowed, widened
+from sparring.report.analysis._findings import find
+from sparring.report.analysis._records import load
+from sparring.report.analysis._shipped import shipped_html
+from sparring.study import Context, DataFacts, Plan, Record, Store, lay_out, run
+from sparring.study.plans._estimate import _passes, estimate
+from sparring.study.plans._matched_sizes import narrowed, widened
+from sparring.study.stages import _evaluate as judging
+from sparring.study.stages._networks import WEIGHTS, chosen_images
 
 TABLE: dict[str, Any] = {
     "name": "everything",

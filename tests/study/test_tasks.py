@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import sparring
-from sparring.study import DataFacts, Plan, lay_out, stages
-from sparring.study.tasks import is_key_of
+from sparring.study import DataFacts, Plan, lay_out
+from sparring.study.plans._task_graph import is_key_of
+from sparring.study.stages import _table as stages
 
 TABLE: dict[str, Any] = {
     "name": "keys",

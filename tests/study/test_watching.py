@@ -15,7 +15,7 @@ from test_driver import tiny_plan
 from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.study import Event, Record, Watcher, run, to_mlflow, to_tensorboard
-from sparring.study.watching import _forgiving, _numbers
+from sparring.study.runner._trackers import _forgiving, _numbers
 
 ATTACK = {"attack": {"name": "pgd", "norm": "linf", "eps": 0.1}}
 EVENT = Event(9, 4, 1, 2, (), Record("k", "attack", ATTACK, {"robust_accuracy": 0.25, "x": None}), "seed 0 · m 50.0%")

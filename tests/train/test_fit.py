@@ -260,7 +260,7 @@ def test_adversarial_loss_refuses_units_of_255() -> None:
 
 
 def test_augmentation_crops_and_flips() -> None:
-    from sparring.train.loop import _augment
+    from sparring.train._fit import _augment
 
     image = torch.arange(64.0).view(1, 1, 8, 8).expand(200, 1, 8, 8)
     out = _augment(image, torch.Generator().manual_seed(0))

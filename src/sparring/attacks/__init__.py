@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from functools import partial
 
-from .adaptive import apgd
-from .adaptive_boundary import fab
-from .carlini import cw
-from .decisions import hopskipjump
-from .decoupled import ddn
-from .distance import deepfool
-from .ensemble import apgd_targeted, fab_targeted, fast, standard, worst_case
-from .evaluate import Attack, AttackResult, check_convergence, lend, robust_accuracy, run
-from .flags import FLAGS, Flag
-from .gradient import fgsm, pgd, rfgsm
-from .hybrid import nearest
-from .losses import dlr
-from .reliability import check_budgets, check_order, check_silence, check_unlimited
-from .squares import square
+from .algorithms._apgd import apgd
+from .algorithms._cw import cw
+from .algorithms._ddn import ddn
+from .algorithms._deepfool import deepfool
+from .algorithms._ensembles import apgd_targeted, fab_targeted, fast, standard, worst_case
+from .algorithms._fab import fab
+from .algorithms._hopskipjump import hopskipjump
+from .algorithms._losses import dlr
+from .algorithms._nearest import nearest
+from .algorithms._pgd import fgsm, pgd, rfgsm
+from .algorithms._square import square
+from .evaluation._cross_checks import check_budgets, check_order, check_silence, check_unlimited
+from .evaluation._flags import FLAGS, Flag
+from .evaluation._run import Attack, AttackResult, check_convergence, lend, robust_accuracy, run
 
 ATTACKS: dict[str, Attack] = {
     "apgd": apgd,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from .certificates import BOUNDS, certified_accuracy, margin, radius
-from .constants import LIPSCHITZ, lipschitz
-from .distances import Exact, exact
-from .estimators import linear_path, linear_pruned
-from .linear import (
+from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
+from .exact_distances._exact import Exact, exact
+from .linear_models._closed_form import (
     LinearMap,
     Theorem,
     linear_distance,
@@ -17,7 +15,9 @@ from .linear import (
     theorem,
     weights_of,
 )
-from .random_masks import MaskedPoint, bernoulli, margin_ratios
+from .linear_models._scikit import linear_path, linear_pruned
+from .lipschitz_constants._lipschitz import LIPSCHITZ, lipschitz
+from .lipschitz_constants._random_masks import MaskedPoint, bernoulli, margin_ratios
 
 __all__ = [
     "BOUNDS",

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 
 from ..errors import TERMINATED
-from .printing import Aside
+from ._printing import Aside
 
 __all__ = ["main"]
 
@@ -22,7 +22,7 @@ def main() -> None:
     """Run the command line; user errors end it with one message and exit code 2, SIGINT with 130, SIGTERM with 143."""
     import signal
 
-    from .app import app
+    from ._app import app
 
     def stop(*_: object) -> None:
         sys.exit(TERMINATED)  # unlike the default, this ends workers and frees what is held

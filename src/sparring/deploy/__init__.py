@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .benching import BenchRow, bench
-from .differentiable import PackedModule
-from .equivalent import Equivalent
-from .onnx_graph import onnx_error, to_onnx
-from .program import Program
-from .runtime import Packed, export, load, pack
-from .shipped import Shipped, compare_shipped
-from .timing import Timing, interleaved, multiplications, peak_flops
+from ._bench import BenchRow, bench
+from ._differentiable import PackedModule
+from ._onnx import onnx_error, to_onnx
+from ._runtime import Packed, export, load, pack
+from ._ship import Shipped, compare_shipped
+from ._timing import Timing, interleaved, multiplications, peak_flops
+from ._torch_modules import Equivalent
+from .format._program import Program
 
 __all__ = [
     "BenchRow",

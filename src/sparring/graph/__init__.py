@@ -8,8 +8,8 @@ sparsity) is kept whole, as `Activation`.
 
 from __future__ import annotations
 
-from .lowering import lower
-from .ops import (
+from ._lower import lower
+from ._ops import (
     Activation,
     Add,
     Affine,
@@ -29,7 +29,7 @@ from .ops import (
     evaluate,
     refusal,
 )
-from .plain import Step, Stepwise
+from ._plain_stacks import Step, Stepwise
 
 __all__ = [
     "Activation",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .layers import Normalise, Residual
-from .recipes import RECIPES, recipe_settings
-from .registry import MODELS, build, load_weights_
-from .saved import Blueprint, load_model, save_model
+from ._layers import Normalise, Residual
+from ._recipes import RECIPES, recipe_settings
+from ._registry import MODELS, build, load_weights_
+from ._saved import Blueprint, load_model, save_model
 
 __all__ = [
     "MODELS",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .build import Report, merge_ledgers, publish, read, verdict, write
-from .picking import Choice, pick
-from .shipped import shipped_verdict
-from .timings import timings_figure
-from .versus import Difference, Side, broken, compare, compare_values
+from ._build import Report, merge_ledgers, publish, read, verdict, write
+from ._compare import Difference, Side, broken, compare, compare_values
+from ._pick import Choice, pick
+from .analysis._shipped import shipped_verdict
+from .pages._bench_plot import timings_figure
 
 __all__ = [
     "Choice",

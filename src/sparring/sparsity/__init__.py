@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from .activation import (
-    ACTIVATIONS,
-    ActivationSparsifier,
-    MeanSparse,
-    Percentile,
-    ShiftedReLU,
-    StochasticPruning,
-    Threshold,
-    TopK,
-)
-from .allocation import erdos_renyi_kernel, uniform
-from .channels import remove_channels, silent, tied_channels
-from .contracts import Batch, Loss, Masks, Pruner, Score, Scores, Stateful
-from .insertion import calibrate_, insert, sparsifiers
-from .learned import hydra, movement
-from .listening import Activity, LayerActivity, activity, with_activation_penalty
-from .masks import (
+from ._allocation import erdos_renyi_kernel, uniform
+from ._channels import remove_channels, silent, tied_channels
+from ._masks import (
     CollapsedLayerWarning,
     Counts,
     all_ones,
@@ -30,16 +16,30 @@ from .masks import (
     prunable,
     sparsity_of,
 )
-from .pruners import bernoulli, gradual, one_shot, proximal
-from .registry import METHODS, STRUCTURES, PruningSpec, build_pruner
-from .regrow import rigged_lottery, sparse_evolution
-from .rewinding import iterative
-from .rules import Rule, check_reached
-from .schedule import cubic
-from .scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
-from .selection import SCOPES, select
-from .structures import NM, Blocks, Channels, LeftDenseWarning, Structure, Unstructured
-from .surgery import dynamic_network_surgery
+from ._rule import Rule, check_reached
+from ._schedule import cubic
+from ._scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
+from ._select import SCOPES, select
+from ._structures import NM, Blocks, Channels, LeftDenseWarning, Structure, Unstructured
+from ._types import Batch, Loss, Masks, Pruner, Score, Scores, Stateful
+from .activations._modules import (
+    ACTIVATIONS,
+    ActivationSparsifier,
+    MeanSparse,
+    Percentile,
+    ShiftedReLU,
+    StochasticPruning,
+    Threshold,
+    TopK,
+)
+from .activations._replace_relu import calibrate_, insert, sparsifiers
+from .activations._statistics import Activity, LayerActivity, activity, with_activation_penalty
+from .pruners._dns import dynamic_network_surgery
+from .pruners._gradual import bernoulli, gradual, one_shot, proximal
+from .pruners._lottery_ticket import iterative
+from .pruners._movement_hydra import hydra, movement
+from .pruners._registry import METHODS, STRUCTURES, PruningSpec, build_pruner
+from .pruners._set_rigl import rigged_lottery, sparse_evolution
 
 __all__ = [
     "ACTIVATIONS",

@@ -6,7 +6,8 @@ array, (seeds, images), and a curve is a stack of them, (sparsities, seeds, imag
 
 from __future__ import annotations
 
-from .curves import (
+from ._alpha_spending import look_price
+from ._curves import (
     Curve,
     Peak,
     SweetSpot,
@@ -18,7 +19,7 @@ from .curves import (
     simultaneous,
     sweet_spot,
 )
-from .effects import (
+from ._effects import (
     INDICATIVE_BELOW,
     LEAST_P,
     LEAST_RATIO,
@@ -40,9 +41,8 @@ from .effects import (
     with_seeds,
     within_points,
 )
-from .ledger import Claim, Question, Row, Verdict, ask, decide, judge, reread
-from .looks import look_price
-from .pairs import pair_effect
+from ._ledger import Claim, Question, Row, Verdict, ask, decide, judge, reread
+from ._pairs import pair_effect
 
 __all__ = [
     "INDICATIVE_BELOW",

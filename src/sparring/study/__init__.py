@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from .cluster import RayCluster
-from .driver import available_cores, register, run, usable_device
-from .executors import Executor, InProcess, Outcome, Processes, Task
-from .kept import Progress, progress, read_plan
-from .linear import LinearPaths
-from .live import show_progress
-from .merging import Merged, merge
-from .networks import Context
-from .plan import Plan
-from .reading import presets
-from .scheduling import Event, Watcher, environment, execute
-from .settings import Activation, Attack, Certify, Controls, Exact, Lipschitz, Network, Pruning, Training
-from .stages import perform_stage
-from .store import SCHEMA, Record, Store
-from .tasks import Cell, DataFacts, lay_out
-from .watching import to_mlflow, to_tensorboard, what_of
+from ._merge import Merged, merge
+from ._plan_file import Progress, progress, read_plan
+from ._store import SCHEMA, Record, Store
+from .plans._linear import LinearPaths
+from .plans._plan import Plan
+from .plans._tables import Activation, Attack, Certify, Controls, Exact, Lipschitz, Network, Pruning, Training
+from .plans._task_graph import Cell, DataFacts, lay_out
+from .plans._toml import presets
+from .runner._executors import Executor, InProcess, Outcome, Processes, Task
+from .runner._live_line import show_progress
+from .runner._ray import RayCluster
+from .runner._run import available_cores, register, run, usable_device
+from .runner._schedule import Event, Watcher, environment, execute
+from .runner._trackers import to_mlflow, to_tensorboard, what_of
+from .stages._networks import Context
+from .stages._table import perform_stage
 
 __all__ = [
     "SCHEMA",

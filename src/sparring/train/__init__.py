@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .checkpoint import is_whole
-from .loop import Fit, Progress, fit, predict
-from .losses import Loss, Ramped, adversarial, cross_entropy, trades
-from .recipe import Recipe, learning_rate
+from ._checkpoint import is_whole
+from ._fit import Fit, Progress, fit, predict
+from ._losses import Loss, Ramped, adversarial, cross_entropy, trades
+from ._recipe import Recipe, learning_rate
 
 __all__ = [
     "Fit",

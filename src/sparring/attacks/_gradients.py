@@ -1,0 +1,232 @@
+"""What an attack asks of a model: logits with an input gradient, or all rows of a Jacobian at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modes import eval_mode
+from ..outputs import Opened
+from .algorithms._losses import Objective, is_answer
+from .fastpath._mlp import ByHand, Dense
+
+# Gradients that share one backward pass, and its memory.
+ROWS_AT_ONCE = 16
+# Images whose objective has no slope (C&W's beyond the boundary) are not sent back once they are this share, while so
+# many others remain: BLAS sums products of fewer rows than about five in another order, so results would depend on it.
+_IDLE, _FEWEST = 0.1, 8
+
+
+class Probe(Opened):
+    """Wrap a model to count what an attack asks of it, in images sent forward and gradient rows sent back.
+
+    `nonfinite` counts images whose logits were NaN or infinite. With draws > 1 the logits are averaged over that many
+    random passes, so that every attack climbs the expectation (Athalye et al. 2018, expectation over transformation);
+    with `split`, its steady and its drawing part, the first is asked but once for all of them.
+    `hand` is the model as plain matrices, if it is no more than that: passes then go through those.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        draws: int = 1,
+        hand: ByHand | None = None,
+        split: tuple[nn.Module, nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.hand = hand
+        self.split = split
+        self.draws = draws
+        self.forwards = 0
+        self.backwards = 0
+        self.nonfinite = 0
+
+    @property
+    def dense(self) -> Dense | None:
+        """The model as matrices alone, for what can use nothing else."""
+        return self.hand if isinstance(self.hand, Dense) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of x, averaged over the draws."""
+        if self.hand is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            return self.through(self.hand, x)[0]
+        logits: Tensor = self.model(x) if self.draws == 1 else self._mean(x)
+        self._note(logits.detach(), self.draws)
+        if logits.requires_grad:
+            logits.register_hook(self._count)  # type: ignore[no-untyped-call]
+        return logits
+
+    def _mean(self, x: Tensor) -> Tensor:
+        steady, drawing = self.split or (nn.Identity(), self.model)
+        value = steady(x)
+        logits: Tensor = drawing(value.repeat(self.draws, *[1] * (value.dim() - 1)))
+        return logits.view(self.draws, len(x), -1).mean(0)
+
+    def through(self, hand: ByHand, x: Tensor) -> tuple[Tensor, Any]:
+        """Return what `hand.forward` does, and count it."""
+        logits, hidden = hand.forward(x)
+        self._note(logits)
+        return logits, hidden
+
+    def from_first(self, dense: Dense, first: Tensor) -> Tensor:
+        """Return the logits that follow from the first layer's outputs, and count it as a pass."""
+        logits, _ = dense.from_first(first)
+        self._note(logits)
+        return logits
+
+    def _note(self, logits: Tensor, passes: int = 1) -> None:
+        self.forwards += len(logits) * passes
+        if not math.isfinite(logits.sum()):
+            self.nonfinite += int((~is_answer(logits)).sum())
+
+    def _count(self, gradient: Tensor) -> None:
+        self.backwards += gradient.shape[0] * self.draws
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode with parameters that need no gradient, and restore both on leaving."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with eval_mode(model):
+            for parameter, _ in wanted:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        for parameter, required in wanted:
+            parameter.requires_grad_(required)
+
+
+def logits_and_gradient(
+    model: nn.Module, x: Tensor, objective: Objective, y: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of x and the gradient of a per-image objective of them with respect to x.
+
+    A graph that is cut gives zeros, and so do NaN and infinite gradients, which would lose an image for good.
+    """
+    if (isinstance(model, Probe) and model.hand is not None) or _kernels(model) is not None:
+        return logits_and_pull(model, x, lambda logits: _slope(objective, logits, y, targets))
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+        total = objective(logits, y, targets).sum()
+    if not total.requires_grad:
+        return logits.detach(), torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(total, point, allow_unused=True, materialize_grads=True)
+    return logits.detach(), _finite(gradient)
+
+
+def logits_and_pull(model: nn.Module, x: Tensor, slope: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return logits (N, K) and the input gradient of one weighted sum of them per image; see logits_and_gradient.
+
+    `slope` turns the detached logits into the weights, (N, K): an objective's gradient, where that is known by hand. It
+    is called once, always.
+    """
+    if isinstance(model, Probe) and model.hand is not None:
+        return _by_hand(model, model.hand, x, slope)
+    kernels = _kernels(model)
+    if kernels is not None:
+        return _by_kernels(model, kernels, x, slope)
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+    weights = slope(logits.detach())
+    if not logits.requires_grad:
+        return logits, torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(logits, point, weights, allow_unused=True, materialize_grads=True)
+    return logits.detach(), _finite(gradient)
+
+
+def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return logits (N, K) and the input gradients (R, N, ...) of R weighted sums of them, together.
+
+    `rows` turns the detached logits into the weights, shape (R, N, K). Of many rows 16 go back at a time.
+    """
+    if isinstance(model, Probe) and model.hand is not None:
+        logits, hidden = model.through(model.hand, x)
+        weights = rows(logits)
+        model.backwards += len(weights) * len(x)
+        return logits, _finite(model.hand.backward(weights, hidden)).view(len(weights), *x.shape)
+    kernels = _kernels(model)
+    if kernels is not None:
+        return _by_kernels(model, kernels, x, rows)
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+    weights = rows(logits.detach())
+    if not logits.requires_grad:
+        return logits.detach(), x.new_zeros((len(weights), *x.shape))
+    parts = torch.split(weights, ROWS_AT_ONCE)
+    gradients = torch.cat([_pulled(logits, point, part) for part in parts])
+    if isinstance(model, Probe):  # the hook saw the batched pass as one
+        model.backwards += (len(weights) - 1) * len(x) * model.draws
+    return logits.detach(), _finite(gradients)
+
+
+def _pulled(logits: Tensor, point: Tensor, weights: Tensor) -> Tensor:
+    """Return the input gradients (R, N, ...) of weighted sums of logits, in one pass where the model's backward can."""
+    ask = partial(torch.autograd.grad, logits, point, retain_graph=True, allow_unused=True)
+    try:
+        (found,) = ask(weights, is_grads_batched=True)
+    except RuntimeError:  # a backward pass of the user's own, which draws or reads numbers
+        found = torch.stack([ask(row, materialize_grads=True)[0] for row in weights])
+    return point.new_zeros((len(weights), *point.shape)) if found is None else found
+
+
+def _by_hand(probe: Probe, hand: ByHand, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what logits_and_pull does, without autograd."""
+    logits, hidden = probe.through(hand, x)
+    probe.backwards += len(x)
+    slope = weigh(logits)
+    if isinstance(hand, Dense):
+        live = slope.any(1).nonzero().squeeze(1)
+        if _FEWEST <= len(live) < (1 - _IDLE) * len(x):
+            gradient = torch.zeros_like(x)
+            gradient[live] = _finite(hand.backward(slope[live], [part[live] for part in hidden])).view_as(x[live])
+            return logits, gradient
+    return logits, _finite(hand.backward(slope, hidden)).view_as(x)
+
+
+def _by_kernels(
+    model: nn.Module, kernels: Callable[[Tensor, Tensor], Tensor], x: Tensor, weigh: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return logits, and the input gradients of one weighted sum of them per image or of several, by a packed network.
+
+    `weigh` turns the logits into weights, (N, K) or (R, N, K).
+    """
+    with torch.no_grad():
+        logits = model(x)
+    weights = weigh(logits)
+    if isinstance(model, Probe):
+        model.backwards += weights.shape[:-1].numel()
+    return logits, _finite(kernels(x, weights))
+
+
+def _kernels(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return what computes a packed network's input gradients of sums of logits; None where autograd has to."""
+    inner = model.model if isinstance(model, Probe) and model.draws == 1 else model
+    return getattr(inner, "input_gradient", None)
+
+
+def _slope(objective: Objective, logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
+    """Return the gradient of a per-image objective with respect to the logits."""
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        total = objective(leaf, y, targets).sum()
+    (row,) = torch.autograd.grad(total, leaf)
+    return row
+
+
+def _finite(gradients: Tensor) -> Tensor:
+    """Set NaN and infinite entries to zero, in place."""
+    if not math.isfinite(gradients.sum()):
+        torch.nan_to_num_(gradients, nan=0.0, posinf=0.0, neginf=0.0)
+    return gradients

@@ -1,0 +1,200 @@
+"""APGD: projected gradient ascent with momentum whose step length needs no tuning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...outputs import opening
+from ...threat import LINF, random_point
+from .._gradients import logits_and_gradient
+from ._early_exit import Prospects
+from ._losses import Objective, cross_entropy, dlr, margin
+from ._projections import Region, budget, column, select, shrink
+
+_MOMENTUM = 0.75
+_NEEDED_SHARE = 0.75
+# How often in an ascent prospects are checked, and no more often than after so many steps. With other starts to follow,
+# giving up too early costs less.
+_CHECKS, _CHECKS_AGAIN, _SHORTEST = 5, 7, 8
+# Up to this share of an ascent nobody just short of the boundary is given up if another start is to follow.
+_SPARED = 0.6
+
+
+@dataclass
+class _Ascent:
+    """Everything about the images still under attack: one entry per image in every tensor."""
+
+    y: Tensor
+    targets: Tensor | None
+    aims: Tensor | None
+    point: Tensor
+    previous: Tensor
+    step_size: Tensor
+    rises: Tensor
+    last_loss: Tensor
+    best_loss: Tensor
+    best_point: Tensor
+    best_gradient: Tensor
+    checked_loss: Tensor
+    just_halved: Tensor
+
+
+@opening
+def apgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    objective: Objective = cross_entropy,
+    steps: int = 100,
+    restarts: int = 1,
+    aims: Tensor | None = None,
+    again: bool = True,
+) -> Tensor:
+    """Ascend the objective, halving an image's step length when it stalls (Croce & Hein 2020, algorithm 1).
+
+    l_inf, l_2 and l_1, whose steps and projection see box and ball together (see `Region`; the projection is that of
+    Croce & Hein 2021, whose sparse steps and shrinking radius Frank-Wolfe steps replace). Images leave at their first
+    success, or once their ascent has stalled far from the boundary (see `Prospects`); restarts go on with those still
+    standing. With `again` those just short of the boundary get time until 60% of the steps, and if they stand still
+    then spend what they have left on two other starts, of which the second climbs the DLR loss. No image takes more
+    than `steps`. `aims` (int64, (N,)) are classes that the objective climbs towards while any wrong class counts as
+    success, as AutoAttack's targeted losses do. Raises UserError without eps.
+    """
+    eps = budget(eps)
+    x_adv = x.clone()
+    still_open = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    interval = max(steps // (_CHECKS_AGAIN if again else _CHECKS), _SHORTEST)
+    # The first check after everybody was spared; an ascent of n steps asks n + 1 times.
+    early = (int(_SPARED * steps) // interval + 1) * interval
+    left = (steps - early) // 2 - 1
+    others = (objective, dlr) if again and left >= _SHORTEST else ()
+
+    def ascend(
+        rows: Tensor, objective: Objective, steps: int, interval: int, spared: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        region = Region.around(x[rows], norm, eps)
+        start = region.bring_in_(region.x + random_point(region.x, norm, eps, generator))
+        state = _begin(start, y[rows], select(targets, rows), select(aims, rows), eps)
+        prospects = Prospects.of(len(rows), steps, interval=interval, like=x, spared=spared)
+        return _ascend(model, state, region, objective, prospects, early)
+
+    for _ in range(restarts):
+        standing = still_open.nonzero().squeeze(1)
+        if len(standing) == 0:
+            break
+        x_adv[standing], won, short = ascend(standing, objective, steps, interval, early - 1 if others else 0)
+        still_open[standing[won]] = False
+        near = standing[short]
+        for other in others:
+            if len(near) == 0:
+                break
+            found, won, _ = ascend(near, other, left, max(left // _CHECKS, _SHORTEST))
+            x_adv[near[won]] = found[won]
+            still_open[near[won]] = False
+            near = near[~won]
+    return x_adv
+
+
+def _begin(start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None, eps: float) -> _Ascent:
+    numbers = torch.zeros(len(start), dtype=start.dtype, device=start.device)
+    lowest = torch.full_like(numbers, -torch.inf)
+    return _Ascent(
+        y=y,
+        targets=targets,
+        aims=aims,
+        point=start,
+        previous=start,
+        step_size=torch.full_like(numbers, 2 * eps),
+        rises=numbers,
+        last_loss=lowest,
+        best_loss=lowest,
+        best_point=start.clone(),
+        best_gradient=torch.zeros_like(start),
+        checked_loss=lowest,
+        just_halved=torch.ones_like(numbers, dtype=torch.bool),
+    )
+
+
+def _ascend(
+    model: nn.Module, state: _Ascent, region: Region, objective: Objective, prospects: Prospects, early: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each image's best point, or that of its success; who won; who left just short of that by step `early`."""
+    end = state.point.clone()
+    won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
+    short = won.clone()
+    checkpoints = _checkpoints(prospects.steps)
+    last_check = 0
+    for step in range(prospects.steps + 1):
+        pull = state.targets if state.aims is None else state.aims
+        logits, gradient = logits_and_gradient(model, state.point, objective, state.y, pull)
+        done, leaving = prospects.judge(margin(logits, state.y, state.targets), step)
+        _record(state, objective(logits, state.y, pull), gradient)
+        end[prospects.row[leaving]] = state.best_point[leaving]
+        end[prospects.row[done]] = state.point[done]
+        won[prospects.row[done]] = True
+        if step <= early:
+            short[prospects.row[leaving]] = (prospects.short() & ~done)[leaving]
+        if prospects.crowded():
+            stay = prospects.staying()
+            state, region, prospects, gradient = (
+                shrink(state, stay),
+                region.take(stay),
+                prospects.take(stay),
+                gradient[stay],
+            )
+            if len(stay) == 0:
+                return end, won, short
+        if step in checkpoints:
+            gradient = _halve_where_stalled(state, gradient, step - last_check)
+            last_check = step
+        ahead = region.ahead(state.point, gradient, state.step_size)
+        if step > 0:
+            # z + 0.75·(ahead − z) + 0.25·(z − previous), gathered.
+            ahead = ahead.mul_(_MOMENTUM).add_(state.point, alpha=2 - 2 * _MOMENTUM)
+            ahead = region.bring_in_(ahead.sub_(state.previous, alpha=1 - _MOMENTUM))
+        state.previous, state.point = state.point, ahead
+    stay = prospects.staying()
+    end[prospects.row[stay]] = state.best_point[stay]
+    return end, won, short
+
+
+def _record(state: _Ascent, loss: Tensor, gradient: Tensor) -> None:
+    state.rises = state.rises + (loss > state.last_loss)
+    state.last_loss = loss
+    better = loss > state.best_loss
+    state.best_loss = torch.where(better, loss, state.best_loss)
+    taken = column(better, gradient)
+    torch.where(taken, state.point, state.best_point, out=state.best_point)
+    torch.where(taken, gradient, state.best_gradient, out=state.best_gradient)
+
+
+def _halve_where_stalled(state: _Ascent, gradient: Tensor, interval: int) -> Tensor:
+    """Halve stalled steps (conditions 1 and 2 of the paper) and go back to the best point; return the gradients."""
+    few_rises = state.rises < _NEEDED_SHARE * interval
+    no_gain = ~state.just_halved & (state.best_loss <= state.checked_loss)
+    stalled = few_rises | no_gain
+    state.step_size = torch.where(stalled, state.step_size / 2, state.step_size)
+    state.just_halved, state.checked_loss = stalled, state.best_loss
+    state.rises = torch.zeros_like(state.rises)
+    back = column(stalled, gradient)
+    state.point = torch.where(back, state.best_point, state.point)
+    return torch.where(back, state.best_gradient, gradient)
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """Return the steps after which progress is judged: gaps of 22% of all steps shrinking by 3% each, at least 6%."""
+    marks, share, gap = {0}, 0.22, 0.22
+    while share < 1:
+        marks.add(math.ceil(share * steps))
+        gap = max(gap - 0.03, 0.06)
+        share += gap
+    return marks - {0}

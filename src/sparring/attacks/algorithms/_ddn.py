@@ -1,0 +1,60 @@
+"""DDN: the direction and the length of a perturbation are searched apart."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import Unsupported
+from ...outputs import opening
+from ...threat import L2, distance
+from .._gradients import logits_and_gradient
+from ._losses import Objective, cross_entropy, is_past
+from ._projections import column, keep_within, steepest
+
+
+@opening
+def ddn(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = L2,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    objective: Objective = cross_entropy,
+    steps: int = 100,
+    start_radius: float = 1.0,
+    gamma: float = 0.05,
+) -> Tensor:
+    """Walk on a sphere whose radius shrinks by gamma while adversarial and grows otherwise (Rony et al. 2019, alg. 1).
+
+    l_2 only; the step length falls from 1 to 0.01 on a half cosine. On linear models with pixels on the box 100 steps
+    end within 1.4% of the exact distance, 300 within 1%. Returns the nearest adversarial point seen, x where there was
+    none or none within a given eps. The generator is not used. Raises Unsupported for other norms.
+    """
+    if norm != L2:
+        raise Unsupported("DDN is an l_2 attack; for other norms use nearest or fab")
+    nearest = x.clone()
+    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+    radius = torch.full_like(smallest, start_radius)
+    point = x
+    for step in range(steps + 1):
+        logits, gradient = logits_and_gradient(model, point, objective, y, targets)
+        won = is_past(logits, y, targets)
+        delta = point - x
+        moved = distance(delta, L2)
+        better = won & (moved < smallest)
+        smallest = torch.where(better, moved, smallest)
+        nearest[better] = point[better]
+        if step > 0:
+            radius = radius * torch.where(won, 1 - gamma, 1 + gamma)
+        rate = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
+        # In place: through sparse kernels the passes over these arrays take longer than the network.
+        delta.add_(steepest(gradient, L2), alpha=rate)
+        delta.mul_(column(radius / distance(delta, L2).clamp_min(1e-30), x))
+        point = delta.add_(x).clamp_(0, 1)
+    return keep_within(x, nearest, L2, eps)

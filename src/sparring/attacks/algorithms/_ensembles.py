@@ -1,0 +1,273 @@
+"""Worst cases over several attacks, image by image; each is itself an attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...outputs import opening
+from ...threat import L1, L2, LINF, distance
+from .._gradients import Probe
+from ..evaluation._bpda import has_masked_gradients, is_stochastic
+from ..evaluation._finite_differences import Differences
+from ..evaluation._run import Attack
+from ._apgd import apgd
+from ._deepfool import deepfool
+from ._fab import fab
+from ._losses import dlr, is_answer, margin, scaled_cross_entropy
+from ._nearest import nearest
+from ._pgd import pgd
+from ._projections import column, select
+from ._square import square
+
+# For models that draw: what is just past the boundary for some draws is not for others, so nobody leaves early.
+_DEEP = partial(pgd, objective=margin, stop_early=False)
+# Where gradients are masked, each of them finds images that the others do not.
+_LOSSES = (margin, dlr, scaled_cross_entropy)
+
+
+class AimedAttack(Protocol):
+    """An attack that can climb towards given classes while any wrong class is a success."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        /,
+        *,
+        norm: float,
+        eps: float | None = None,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        aims: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@opening
+def worst_case(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    attacks: Sequence[Attack],
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Run attacks in order and return each image's worst case.
+
+    With eps only images still standing go on to the next attack. Without, every attack sees every image and the
+    smallest perturbation counts.
+    """
+
+    def attempt(attack: Attack) -> Callable[[Tensor], Tensor]:
+        return lambda rows: attack(
+            model, x[rows], y[rows], norm=norm, eps=eps, targets=select(targets, rows), generator=generator
+        )
+
+    return _best_of([attempt(attack) for attack in attacks], model, x, y, targets, norm, eps)
+
+
+def _best_of(
+    attempts: Sequence[Callable[[Tensor], Tensor]],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    targets: Tensor | None,
+    norm: float,
+    eps: float | None,
+) -> Tensor:
+    """Return each image's worst case over attempts: functions from row numbers to perturbed images.
+
+    Where none succeeds, the point of the largest margin is left to be looked at.
+    """
+    x_adv = x.clone()
+    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+    largest = torch.full_like(smallest, -torch.inf)
+    rows = torch.arange(len(x), device=x.device)
+    for attempt in attempts:
+        if len(rows) == 0:
+            break
+        found = attempt(rows)
+        with torch.no_grad():
+            logits = model(found)
+        # Logits that are no numbers are no class: the evaluator counts them as a success, an image of NaN never.
+        past = torch.where(is_answer(logits), margin(logits, y[rows], select(targets, rows)), torch.inf)
+        length = distance(found - x[rows], norm)
+        won = (past > 0) & torch.isfinite(length)
+        moved = torch.where(won, length, torch.inf)
+        better = moved < smallest[rows]
+        taken = better | (torch.isinf(smallest[rows]) & (past > largest[rows]))
+        x_adv[rows] = torch.where(column(taken, found), found, x_adv[rows])
+        smallest[rows] = torch.where(better, moved, smallest[rows])
+        largest[rows] = torch.maximum(past, largest[rows])
+        if eps is not None:
+            rows = rows[~won]
+    return x_adv
+
+
+def _towards_each_class(
+    attack: AimedAttack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: float,
+    eps: float | None,
+    generator: torch.Generator | None,
+    classes: int,
+) -> Tensor:
+    """Return the worst case of an attack aimed at each of the most likely other classes in turn."""
+    with torch.no_grad():
+        logits = model(x)
+    ranked = logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(min(classes, logits.shape[1] - 1), dim=1).indices
+
+    def attempt(aims: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda rows: attack(model, x[rows], y[rows], norm=norm, eps=eps, generator=generator, aims=aims[rows])
+
+    return _best_of([attempt(aims) for aims in ranked.T], model, x, y, None, norm, eps)
+
+
+@opening
+def apgd_targeted(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    steps: int = 100,
+    classes: int = 9,
+) -> Tensor:
+    """Run APGD on the targeted DLR loss towards each of the most likely classes (Croce & Hein 2020, APGD-T).
+
+    With `targets` it aims at those alone, and only they count. Raises as apgd does.
+    """
+    attack = partial(apgd, objective=dlr, steps=steps, again=False)
+    if targets is not None:
+        return attack(model, x, y, norm=norm, eps=eps, targets=targets, generator=generator)
+    return _towards_each_class(attack, model, x, y, norm, eps, generator, classes)
+
+
+@opening
+def fab_targeted(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = L2,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    steps: int = 100,
+    classes: int = 9,
+) -> Tensor:
+    """Run FAB towards each of the most likely classes (FAB-T), which costs one gradient a step, not one per class.
+
+    With `targets` it aims at those alone, and only they count.
+    """
+    attack = partial(fab, steps=steps)
+    if targets is not None:
+        return attack(model, x, y, norm=norm, eps=eps, targets=targets, generator=generator)
+    return _towards_each_class(attack, model, x, y, norm, eps, generator, classes)
+
+
+@opening
+def standard(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the worst case of AutoAttack's composition, with `nearest` before it.
+
+    With eps: nearest, which clears most images away at a tenth of the cost, then APGD on the cross-entropy, APGD-T,
+    FAB-T and Square (Croce & Hein 2020, section 5) with the paper's 100 steps, 9 classes and 5,000 queries, the
+    cross-entropy at a fixed span of logits so that it cannot saturate. APGD and FAB give up images that even twice
+    their recent pace would not bring to the boundary; Square gives up none. l_1 has PGD for APGD and no Square. A model
+    that draws meets PGD on the margin, to the end, in place of nearest; where its layers declare it, FAB and Square are
+    left out, as in AutoAttack's version for such models. Without eps: the smallest perturbation of nearest, DeepFool
+    and FAB.
+    """
+    # APGD without its other starts: what they might find the next attacks look for too.
+    gradients: list[Attack] = [partial(apgd, objective=scaled_cross_entropy, again=False), apgd_targeted]
+    searches: list[Attack] = [fab_targeted, square] if x.dim() == 4 else [fab_targeted]
+    if norm == L1:
+        gradients, searches = [partial(pgd, steps=100, objective=scaled_cross_entropy)], [fab_targeted]
+    if eps is None:
+        attacks: list[Attack] = [partial(nearest, steps=100), deepfool, fab]
+    elif _is_differenced(model):
+        attacks = _by_differences(x, norm)
+    else:
+        # Only a declared draw is known to leave gradients that lead somewhere.
+        attacks = [_DEEP if _draws(model) else nearest, *gradients, *([] if is_stochastic(model) else searches)]
+    return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
+
+
+@opening
+def fast(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return a worst case that a study can afford for every network, for a fraction of `standard`'s passes.
+
+    With eps: nearest, then short PGD and APGD runs on two losses, then APGD towards three classes each, which finds a
+    way where the boundary to the likeliest class is all jumps. Where layers declare that they mask gradients it takes
+    three times the steps, all but nearest go a second time from other starts, and long PGD runs on three losses follow,
+    from three starts each: no two find the same images, and fewer runs find others by the rounding of a sum. A model
+    that draws meets PGD on the margin alone, to the end; one whose gradients are partly finite differences PGD on two
+    losses, and Square. Without eps: nearest and DeepFool towards three classes.
+    """
+    attacks: list[Attack]
+    if eps is None:
+        attacks = [nearest, partial(deepfool, candidates=3)]
+    elif _draws(model):
+        attacks = [_DEEP]
+    elif _is_differenced(model):
+        attacks = _by_differences(x, norm)
+    elif norm == L1:
+        attacks = [nearest, partial(pgd, steps=40, objective=margin)]
+    else:
+        masked = has_masked_gradients(model)
+        started: list[Attack] = [
+            partial(pgd, steps=20, objective=scaled_cross_entropy),
+            partial(apgd, steps=30, objective=dlr, again=False),
+            partial(apgd_targeted, steps=60 if masked else 20, classes=3),
+        ]
+        attacks = [nearest, *started]
+        if masked:
+            attacks += [*started, *(partial(pgd, steps=100, restarts=3, objective=loss) for loss in _LOSSES)]
+    return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
+
+
+def _draws(model: nn.Module) -> bool:
+    """Return whether a model declares that it draws, or an evaluator saw that it does and averages its passes."""
+    return is_stochastic(model) or (isinstance(model, Probe) and model.draws > 1)
+
+
+def _is_differenced(model: nn.Module) -> bool:
+    """Return whether an evaluator takes gradients by finite differences, at hundreds of passes each."""
+    return isinstance(model, Probe) and isinstance(model.model, Differences)
+
+
+def _by_differences(x: Tensor, norm: float) -> list[Attack]:
+    """Return attacks that need few gradients, and Square, which needs none."""
+    ascents: list[Attack] = [partial(pgd, steps=40, objective=loss) for loss in (margin, dlr)]
+    return [*ascents, square] if x.dim() == 4 and norm != L1 else ascents

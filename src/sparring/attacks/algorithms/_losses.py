@@ -1,0 +1,93 @@
+"""Per-image objectives that attacks climb: (logits, y, targets) to (N,), larger = closer to the attacker's goal.
+
+With `targets` (int64, (N,)) the goal is that very class, without it any class but y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# A fresh pass in another batch may round this differently, as a share of the largest logit.
+_ROUNDING = 2e-6
+
+Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def is_answer(logits: Tensor) -> Tensor:
+    """Return which images have a largest logit: no NaN, no +inf, and not −inf alone, by which a class is masked."""
+    return torch.isfinite(logits.amax(1))
+
+
+def _others(logits: Tensor, label: Tensor) -> Tensor:
+    return logits.scatter(1, label.unsqueeze(1), -torch.inf)
+
+
+def margin(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return how far an image is past the boundary: positive exactly when the attack has succeeded.
+
+    Untargeted: max of the other logits minus the own one; targeted: the target's logit minus the max of the others
+    (Carlini & Wagner 2017, section V-A, f_6 with the sign turned and no floor).
+    """
+    label = y if targets is None else targets
+    gap = _others(logits, label).amax(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
+    return gap if targets is None else -gap
+
+
+def is_past(logits: Tensor, y: Tensor, targets: Tensor | None = None, *, confidence: float = 0.0) -> Tensor:
+    """Return where the margin exceeds `confidence` by more than rounding: a search for the nearest point ends so near
+    the boundary that another pass could otherwise judge differently.
+    """
+    return is_clear(margin(logits, y, targets), logits, confidence=confidence)
+
+
+def is_clear(gap: Tensor, logits: Tensor, *, confidence: float = 0.0) -> Tensor:
+    """Return what `is_past` does for logits whose margin is known, (N,)."""
+    return gap > confidence + _ROUNDING * logits.abs().amax(1)
+
+
+def smooth_margin(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return the margin with its maximum over classes replaced by a logsumexp, so that every class pulls."""
+    label = y if targets is None else targets
+    gap = _others(logits, label).logsumexp(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
+    return gap if targets is None else -gap
+
+
+def cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of y, or minus that of the targets."""
+    if targets is None:
+        return functional.cross_entropy(logits, y, reduction="none")
+    return -functional.cross_entropy(logits, targets, reduction="none")
+
+
+def scaled_cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of logits stretched to a span of 20, so that it never saturates and no scale matters.
+
+    The span is a constant to the gradient. 20 is what an ordinarily trained network of ten classes has. Of two classes
+    the gap is the span, at which single precision loses the own class's gradient: the margin is returned.
+    """
+    if logits.shape[1] == 2:
+        return margin(logits, y, targets)
+    span = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach().clamp_min(1e-12)
+    return cross_entropy(logits * (20 / span), y, targets)
+
+
+def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return the difference-of-logits ratio, which no scale or shift of the logits changes.
+
+    Croce & Hein 2020 (AutoAttack), equations 6 and 7. The paper's denominators need three classes, or four if targeted.
+    With three, a targeted loss takes the lowest logit; with two no such ratio exists and the margin is returned.
+    """
+    if logits.shape[1] == 2:
+        return margin(logits, y, targets)
+    ordered = logits.sort(dim=1, descending=True).values
+    own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+    if targets is None:
+        rival, low = _others(logits, y).amax(1), ordered[:, 2]
+    else:
+        rival = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+        low = ordered[:, 2:4].mean(1)
+    return (rival - own) / (ordered[:, 0] - low + 1e-12)

@@ -1,0 +1,145 @@
+"""Budget attacks that follow the gradient: FGSM, R+FGSM and PGD."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ...outputs import opening
+from ...threat import LINF, random_point
+from ...waiting import alone
+from .._gradients import logits_and_gradient
+from ._early_exit import Prospects
+from ._losses import Objective, cross_entropy, margin
+from ._projections import Region, budget, climb, inside, select
+
+# PGD's last step as a share of its first.
+_LAST_STEP = 0.01
+
+
+@opening
+def fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    objective: Objective = cross_entropy,
+) -> Tensor:
+    """Take one steepest step of length eps (Goodfellow et al. 2015, section 4).
+
+    x: (N, ...) in [0, 1]; eps in pixel units. Returns points inside the box and the budget. The generator is not used.
+    Raises UserError without eps.
+    """
+    eps = budget(eps)
+    _, gradient = logits_and_gradient(model, x, objective, y, targets)
+    return inside(x, climb(x, gradient, norm, eps), norm, eps)
+
+
+@opening
+def rfgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    objective: Objective = cross_entropy,
+    share: float = 0.5,
+) -> Tensor:
+    """Take a random step of length share·eps, then a gradient step with what is left (Tramèr et al. 2018, equation 7).
+
+    The random step is a corner of the cube for l_inf (the paper's sign of a Gaussian) and a uniform point of the ball
+    otherwise. Raises UserError without eps.
+    """
+    eps = budget(eps)
+    first = random_point(x, norm, share * eps, generator)
+    if norm == LINF:
+        first = share * eps * first.sign()
+    start = inside(x, x + first, norm, eps)
+    _, gradient = logits_and_gradient(model, start, objective, y, targets)
+    return inside(x, climb(start, gradient, norm, (1 - share) * eps), norm, eps)
+
+
+@opening
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    objective: Objective = cross_entropy,
+    steps: int = 40,
+    step_size: float | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    stop_early: bool = True,
+) -> Tensor:
+    """Ascend the objective by projected steepest steps (Madry et al. 2018, section 2.1).
+
+    step_size, in the units of eps, is constant; by default steps shrink from eps to eps/100 in equal proportions, which
+    fools more images in fewer steps than any constant. Images leave at their first success, or once their ascent has
+    stalled far from the boundary (see `Prospects`), unless `stop_early` is False: adversarial training wants the full
+    ascent. Restarts go on with the images still standing. Raises UserError without eps.
+    """
+    eps = budget(eps)
+    lengths = [eps * _LAST_STEP ** (step / steps) if step_size is None else step_size for step in range(steps)]
+    x_adv = x.clone()
+    standing = torch.arange(len(x), device=x.device)
+    for restart in range(restarts):
+        if len(standing) == 0:
+            break
+        region = Region.around(x[standing], norm, eps)
+        start = region.x.clone()
+        if random_start or restart > 0:
+            start = region.bring_in_(start.add_(random_point(start, norm, eps, generator)))
+        labels, aims = y[standing], select(targets, standing)
+        x_adv[standing], won = _ascend(model, region, start, labels, aims, objective, lengths, stop_early)
+        standing = standing[~won]
+    return x_adv
+
+
+def _ascend(
+    model: nn.Module,
+    region: Region,
+    point: Tensor,
+    y: Tensor,
+    targets: Tensor | None,
+    objective: Objective,
+    lengths: list[float],
+    stop_early: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the points where the ascent of each image ended, and which of them are known to have succeeded."""
+    end = point.clone()
+    won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
+    prospects = Prospects.of(len(end), len(lengths), interval=max(len(lengths) // 8, 4), like=end)
+    for step, length in enumerate(lengths):
+        logits, gradient = logits_and_gradient(model, point, objective, y, targets)
+        if stop_early:
+            done, leaving = prospects.judge(margin(logits, y, targets), step)
+            end[prospects.row[leaving]] = point[leaving]
+            won[prospects.row[done]] = True
+        with alone(point.numel()) if region.norm == LINF else nullcontext():
+            point = region.ahead(point, gradient, length)
+        if prospects.crowded():
+            stay = prospects.staying()
+            prospects, region, targets = prospects.take(stay), region.take(stay), select(targets, stay)
+            point, y = point[stay], y[stay]
+            if len(stay) == 0:
+                return end, won
+    stay = prospects.staying()
+    rows, point, y, targets = prospects.row[stay], point[stay], y[stay], select(targets, stay)
+    end[rows] = point
+    with torch.no_grad():
+        won[rows] = margin(model(point), y, targets) > 0
+    return end, won

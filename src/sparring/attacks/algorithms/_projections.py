@@ -1,0 +1,225 @@
+"""Geometry shared by attacks: steepest steps, the budget inside the box, the nearest point of a boundary in the box.
+
+The box is [0, 1] for every pixel. Batches have shape (N, ...), one number per image has shape (N,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...threat import L1, L2, LINF, distance, project
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+State = TypeVar("State", bound="DataclassInstance")
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """Return (N,) values shaped to broadcast over a batch."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def select(values: Tensor | None, which: Tensor) -> Tensor | None:
+    """Return the chosen entries of optional per-image values (an index or a mask), or None."""
+    return None if values is None else values[which]
+
+
+def shrink(state: State, keep: Tensor) -> State:
+    """Return a dataclass of per-image tensors (or None) with only the chosen images."""
+    values = {field.name: select(getattr(state, field.name), keep) for field in fields(state)}
+    return replace(state, **values)
+
+
+def budget(eps: float | None) -> float:
+    """Return eps, or raise UserError where a budget attack was given none."""
+    if eps is None:
+        raise UserError(
+            "this attack needs a budget: give eps, or choose a minimum-norm attack (nearest, deepfool, ...)"
+        )
+    return eps
+
+
+def steepest(gradient: Tensor, norm: float) -> Tensor:
+    """Return the direction of unit norm along which a linear function with this gradient grows most."""
+    if norm == LINF:
+        return gradient.sign()
+    if norm == L2:
+        return gradient / column(distance(gradient, L2).clamp_min(1e-30), gradient)
+    flat = gradient.flatten(1)
+    best = flat.abs().argmax(1, keepdim=True)
+    return torch.zeros_like(flat).scatter(1, best, flat.gather(1, best).sign()).view_as(gradient)
+
+
+def climb(point: Tensor, gradient: Tensor, norm: float, length: float | Tensor) -> Tensor:
+    """Return points moved by `length`, a number or of shape (N,), along which a linear function grows most.
+
+    For l_1 the direction is one pixel, which the box soon stops: each pixel goes as far as the box lets it, those of
+    largest gradient first, until the length is used up. Other norms leave the box, which `inside` is for.
+    """
+    if norm == L1:
+        flat, base = gradient.flatten(1), point.flatten(1)
+        order = flat.abs().argsort(dim=1, descending=True)
+        room = torch.where(flat > 0, 1 - base, base).clamp_min_(0).gather(1, order)
+        left = torch.as_tensor(length, dtype=point.dtype, device=point.device).view(-1, 1) - (room.cumsum(1) - room)
+        moved = torch.zeros_like(flat).scatter_(1, order, torch.minimum(left.clamp_min_(0), room))
+        return moved.mul_(flat.sign()).add_(base).view_as(point)
+    if isinstance(length, Tensor):
+        return steepest(gradient, norm).mul_(column(length, gradient)).add_(point)
+    return torch.add(point, steepest(gradient, norm), alpha=length)
+
+
+def hold(gradient: Tensor, point: Tensor) -> Tensor:
+    """Return the gradient with zeros where the box is active: at pixels that it would move out of [0, 1].
+
+    Signs in place of masks, which cost several times as much on pixels without a pattern.
+    """
+    up, down = (1 - point).sign_(), point.sign()
+    return up.mul_(gradient.clamp_min(0)).add_(down.mul_(gradient.clamp_max(0)))
+
+
+def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor:
+    """Return x_adv brought into both the box and the eps-ball around x (exactly the nearest such point but for l_2).
+
+    Clipping a point of the ball to the box brings every pixel nearer to x, so it stays in the ball; the l_2 length
+    that clipping loses is given back to the free pixels a few times.
+    """
+    if norm == LINF:
+        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp_(0, 1)
+    limit = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
+    if norm == L1:
+        return _inside_l1(x, x_adv, limit.unsqueeze(1))
+    delta = project(x_adv - x, norm, eps)
+    point = (x + delta).clamp_(0, 1)
+    # A step of FGSM ends on the sphere but for rounding, and has lost as much.
+    outside = (distance(x_adv - x, norm) > (1 - 1e-6) * limit) & (distance(point - x, norm) < 0.999 * limit)
+    if bool(outside.any()):
+        low, high, goal = -x[outside], 1 - x[outside], limit[outside]
+        step = delta[outside]
+        for _ in range(3):
+            held = torch.minimum(torch.maximum(step, low), high)
+            free = held == step
+            missing = (goal.square() - (held * ~free).flatten(1).square().sum(1)).clamp_min(0).sqrt()
+            length = (step * free).flatten(1).norm(dim=1).clamp_min(1e-30)
+            # At most 10 times: an image whose free pixels hardly matter would otherwise divide by almost nothing.
+            step = step * column((missing / length).clamp(1, 10), step)
+        again = project(torch.minimum(torch.maximum(step, low), high), norm, goal)
+        point[outside] = (x[outside] + again).clamp_(0, 1)
+    return point
+
+
+def _inside_l1(x: Tensor, x_adv: Tensor, limit: Tensor) -> Tensor:
+    """Return the nearest point of box and l_1 ball (Croce & Hein 2021, proposition 2.1); limit has shape (N, 1).
+
+    Every pixel moves by min(max(|delta| − level, 0), room). At level 0 that is clipping to the box; as the level rises
+    a pixel's movement begins to shrink at |delta| − room and ends at |delta|: the total is linear between such marks.
+    """
+    delta, base = (x_adv - x).flatten(1), x.flatten(1)
+    size, room = delta.abs(), torch.where(delta > 0, 1 - base, base)
+    start = torch.minimum(size, room).sum(1, keepdim=True)
+    marks, order = torch.cat([(size - room).clamp_min(0), size], dim=1).sort(dim=1)
+    shrinking = torch.cat([torch.ones_like(size), -torch.ones_like(size)], dim=1).gather(1, order).cumsum(1)
+    totals = start - torch.cat([torch.zeros_like(start), (shrinking[:, :-1] * marks.diff(dim=1)).cumsum(1)], dim=1)
+    last = (totals > limit).sum(1, keepdim=True).clamp_min(1) - 1
+    level = marks.gather(1, last) + (totals.gather(1, last) - limit) / shrinking.gather(1, last).clamp_min(1)
+    level = torch.where(start > limit, level, 0.0)
+    moved = torch.minimum((size - level).clamp_min(0), room)
+    # Rounding of the sums must not leave the ball.
+    moved = moved * (limit / moved.sum(1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+    return (base + moved * delta.sign()).view_as(x)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where an attack may go, the box and the eps-ball around x, prepared once for all steps."""
+
+    x: Tensor
+    norm: float
+    eps: float
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def around(cls, x: Tensor, norm: float, eps: float) -> Region:
+        """Return the region of images x."""
+        if norm != LINF:
+            return cls(x, norm, eps, x, x)
+        return cls(x, norm, eps, (x - eps).clamp_min_(0), (x + eps).clamp_max_(1))
+
+    def bring_in_(self, point: Tensor) -> Tensor:
+        """Return points brought into the region, in the memory of `point` where the norm allows it; see `inside`."""
+        if self.norm == LINF:
+            return point.clamp_(self.low, self.high)
+        return inside(self.x, point, self.norm, self.eps)
+
+    def ahead(self, point: Tensor, gradient: Tensor, length: float | Tensor) -> Tensor:
+        """Return points moved by `length`, a number or (N,), in the steepest direction and brought into the region.
+
+        For l_1 they go towards the region's best point instead (Frank & Wolfe 1956), the share length/eps of the way:
+        a steepest step would leave even the optimum of a linear function.
+        """
+        if self.norm != L1:
+            return self.bring_in_(climb(point, gradient, self.norm, length))
+        share = torch.as_tensor(length / max(self.eps, 1e-30), dtype=point.dtype, device=point.device).clamp_max(1.0)
+        best = climb(self.x, gradient, L1, self.eps)
+        return point + share.view(-1, *[1] * (point.dim() - 1)) * (best - point)
+
+    def take(self, which: Tensor) -> Region:
+        """Return the region of the chosen images."""
+        if self.norm != LINF:
+            return Region.around(self.x[which], self.norm, self.eps)
+        return Region(self.x[which], self.norm, self.eps, self.low[which], self.high[which])
+
+
+def keep_within(x: Tensor, x_adv: Tensor, norm: float, eps: float | None) -> Tensor:
+    """Return x_adv with the images that a minimum-norm attack moved by more than eps put back to x."""
+    if eps is None:
+        return x_adv
+    return torch.where(column(distance(x_adv - x, norm) <= eps, x), x_adv, x)
+
+
+def boundary_step(
+    x: Tensor, gradient: Tensor, gain: Tensor, norm: float, *, rounds: int = 8, tolerance: float = 1e-6
+) -> Tensor:
+    """Return the smallest perturbation inside the box that raises a linear function by `gain`.
+
+    The function has this gradient, shape (N, ...), and gain has shape (N,). Where the box does not allow the gain, the
+    perturbation is the one that gains most. For l_2 and l_inf the answer is clip(t·direction) for one multiplier t per
+    image, and what it gains is concave in t: Newton from t = 0 climbs to the root in a few rounds, never past it, and
+    stops when at most that share of the gain is missing. For l_1 the pixels of largest gradient are used up in turn.
+    """
+    flat, base = gradient.flatten(1), x.flatten(1)
+    # The room each pixel has in the direction that helps, |1 - x| or |0 - x|. Here and below signs take the place of
+    # masks: on pixels without a pattern `where` and products with booleans cost five to ten times as much.
+    room = flat.sign().clamp_min_(0).sub_(base).abs_()
+    size = flat.abs()
+    wanted = gain.clamp_min(0)
+    if norm == L1:
+        order = size.argsort(dim=1, descending=True)
+        gains = (size * room).gather(1, order)
+        before = gains.cumsum(1) - gains
+        share = ((wanted.unsqueeze(1) - before) / gains.clamp_min(1e-30)).clamp(0, 1)
+        moved = torch.zeros_like(flat).scatter(1, order, share) * room
+        return (moved * flat.sign()).view_as(x)
+    if norm == L2:
+        speed, power = size, size * size
+    else:
+        # All pixels move alike, but those that change nothing stay.
+        speed, power = torch.ones_like(size[:, :1]), size
+        room.mul_(size.sign())
+    slope = power.sum(1)
+    t = wanted / slope.clamp_min(1e-30)
+    moved = torch.minimum(speed * t.unsqueeze(1), room)
+    for _ in range(rounds):
+        missing = wanted - (moved * size).sum(1)
+        slope = (room - moved).sign_().mul_(power).sum(1)
+        if not bool((missing > tolerance * wanted).logical_and_(slope > 0).any()):
+            break
+        t = t + torch.where(slope > 0, missing.clamp_min(0) / slope.clamp_min(1e-30), 0.0)
+        moved = torch.minimum(speed * t.unsqueeze(1), room)
+    return moved.mul_(flat.sign()).view_as(x)

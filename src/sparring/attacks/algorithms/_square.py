@@ -1,0 +1,186 @@
+"""Square: a score-based attack that needs no gradient, only logits."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from types import EllipsisType
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import Unsupported
+from ...outputs import opening
+from ...threat import L2, LINF, distance, uniform
+from ._losses import margin
+from ._projections import Region, budget, column, inside, shrink
+from ._square_linf import Search, try_squares
+
+# Fractions of the queries at which the side of the squares shrinks (the area halves each time).
+_HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+# Progress of a random search goes with the logarithm of its length: checks at this many halvings of the queries.
+_CHECKS = 6
+# First-layer outputs, added up change by change, are computed afresh after so many queries: no rounding piles up.
+_REFRESH = 500
+
+
+@opening
+def square(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = LINF,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    queries: int = 5000,
+    share: float = 0.8,
+    patience: float | None = None,
+) -> Tensor:
+    """Change random squares and keep what raises the margin (Andriushchenko et al. 2020, algorithms 1 to 3).
+
+    x: (N, C, H, W); l_inf and l_2. `share` is the first square's part of the image's area. Images leave at their first
+    success; with `patience` also when that many times the gain of the last doubling of queries, at every doubling still
+    to come, would not reach the boundary (4 halves the queries and loses about one success in a hundred). Raises
+    UserError without eps, Unsupported for l_1 or inputs that are not images.
+    """
+    eps = budget(eps)
+    if norm not in (LINF, L2) or x.dim() != 4:
+        raise Unsupported("Square needs images (N, C, H, W) and l_inf or l_2")
+    region = Region.around(x, norm, eps)
+    start = region.bring_in_(x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)))
+    start = start.contiguous()
+    x_adv = start.clone()
+    with torch.no_grad():
+        gap = margin(model(start), y, targets)
+    state = Search.of(region, y, targets, start, gap)
+    checks = {queries >> halvings for halvings in range(1, _CHECKS + 1)}
+    for begin, end in pairwise(_marks(queries, checks)):
+        leaving = state.gap > 0
+        if patience is not None and begin in checks:
+            hope = state.gap + patience * (state.gap - state.checked) * math.log2(queries / begin)
+            leaving = leaving | (hope < 0)
+            state.checked = state.gap.clone()
+        state = _leave(state, leaving, x_adv)
+        if len(state.row) == 0:
+            return x_adv
+        area = share * _shrunk(begin, queries) * x[0, 0].numel()
+        if norm == LINF:
+            with torch.no_grad():
+                try_squares(model, state, max(round(math.sqrt(area)), 1), begin, end, generator)
+        else:
+            for _ in range(begin, end):
+                state = _leave(state, state.gap > 0, x_adv)
+                if len(state.row) == 0:
+                    return x_adv
+                _try_l2(model, state, max(round(math.sqrt(area)), 3), eps, generator)
+    x_adv[state.row] = state.point
+    return x_adv
+
+
+def _shrunk(query: int, queries: int) -> float:
+    """Return the share of the first square's area that a query's has."""
+    return 0.5 ** sum(query / queries > mark for mark in _HALVINGS)
+
+
+def _marks(queries: int, checks: set[int]) -> list[int]:
+    """Return the queries at which something happens: the size changes, prospects are checked, sums start afresh."""
+    return [
+        query
+        for query in range(1, queries + 1)
+        if query in {1, queries} | checks
+        or query % _REFRESH == 1
+        or _shrunk(query, queries) != _shrunk(query - 1, queries)
+    ]
+
+
+def _leave(state: Search, leaving: Tensor, x_adv: Tensor) -> Search:
+    """Return the images that stay; x_adv takes the points of the others."""
+    if not bool(leaving.any()):
+        return state
+    x_adv[state.row[leaving]] = state.point[leaving]
+    return shrink(state, ~leaving)
+
+
+def _try_l2(model: nn.Module, state: Search, side: int, eps: float, generator: torch.Generator | None) -> None:
+    """Try one query of l_2 on every image, and keep what raises its margin."""
+    candidate = _propose_l2(state, side, eps, generator)
+    with torch.no_grad():
+        gap = margin(model(candidate), state.y, state.targets)
+    better = (gap > state.gap).nonzero().squeeze(1)
+    state.gap[better], state.point[better] = gap[better], candidate[better]
+
+
+def _coins(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return fair signs, +1 or −1."""
+    draw = uniform(shape, like, generator)
+    return torch.where(draw < 0.5, -1.0, 1.0).to(like.dtype)
+
+
+def _corner(room: int, like: Tensor, generator: torch.Generator | None) -> int:
+    device = like.device if generator is None else generator.device
+    return int(torch.randint(0, room + 1, (), generator=generator, device=device))
+
+
+def _stripes(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
+    """Return the l_inf start: vertical stripes of ±eps, one column and channel wide."""
+    images, channels, _, width = x.shape
+    return eps * _coins((images, channels, 1, width), x, generator).expand_as(x)
+
+
+def _hill(height: int, width: int, like: Tensor) -> Tensor:
+    """Return the paper's equation for η: a pyramid whose steps grow like Σ 1/k² towards the middle."""
+    half = height // 2
+    rows = torch.arange(height, device=like.device).view(-1, 1) - half
+    columns = torch.arange(width, device=like.device).view(1, -1) - width // 2
+    # Distance in steps from the middle, the longer axis setting the number of steps.
+    ring = torch.maximum(rows.abs(), columns.abs())
+    steps = torch.arange(half + 1, dtype=like.dtype, device=like.device)
+    heights: Tensor = (1 / (half + 1 - steps) ** 2).cumsum(0)
+    return heights[(half - ring).clamp_min(0)]
+
+
+def _pattern(side: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return two hills of opposite sign, side by side or one above the other, at unit length: (side, side)."""
+    first = side // 2
+    pair = torch.cat([_hill(side, first, like), -_hill(side, side - first, like)], dim=1)
+    unit: Tensor = pair / pair.norm()
+    return unit.T if float(uniform((), like, generator)) < 0.5 else unit
+
+
+def _tiles(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
+    """Return the l_2 start: a 5×5 grid of patterns with random signs, of length eps."""
+    images, channels, height, width = x.shape
+    side = max(min(height, width) // 5, 1)
+    start = torch.zeros_like(x)
+    for top in range(0, height - side + 1, side):
+        for left in range(0, width - side + 1, side):
+            sign = _coins((images, channels, 1, 1), x, generator)
+            tile = _pattern(side, x, generator) if side > 1 else torch.ones(1, 1, dtype=x.dtype, device=x.device)
+            start[..., top : top + side, left : left + side] = sign * tile
+    return start * column(eps / distance(start, L2).clamp_min(1e-30), x)
+
+
+def _propose_l2(state: Search, side: int, eps: float, generator: torch.Generator | None) -> Tensor:
+    """Take the length that one window holds, with what is unused, and spend it on a pattern in another window."""
+    images, channels, height, width = state.x.shape
+    # Odd and at least 3, as the pattern needs, but no larger than the image.
+    side = min(side | 1, height, width)
+    windows: list[tuple[EllipsisType | slice, ...]] = []
+    for _ in range(2):
+        top, left = _corner(height - side, state.x, generator), _corner(width - side, state.x, generator)
+        windows.append((..., slice(top, top + side), slice(left, left + side)))
+    delta = state.point - state.x
+    unused = (eps**2 - delta.flatten(1).square().sum(1)).clamp_min(0).view(-1, 1, 1, 1)
+    before = delta.square().sum((2, 3), keepdim=True)
+    grown = delta[windows[0]]
+    direction = _coins((images, channels, 1, 1), state.x, generator) * _pattern(side, state.x, generator)
+    direction = direction + grown / grown.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-10)
+    changed = delta.clone()
+    changed[windows[1]] = 0
+    changed[windows[0]] = 0
+    freed = before - changed.square().sum((2, 3), keepdim=True)
+    length = (freed + unused / channels).clamp_min(0).sqrt()
+    changed[windows[0]] = direction / direction.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-10) * length
+    return inside(state.x, state.x + changed, L2, eps)

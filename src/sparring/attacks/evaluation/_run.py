@@ -1,0 +1,428 @@
+"""Run an attack and judge it: success is recounted, distances are measured, violations are flagged, never repaired."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...memory_format import channels_last
+from ...outputs import Door, check_module, opened
+from ...threat import Threat
+from ...waiting import courteous
+from .._gradients import Probe, frozen
+from ..algorithms._losses import dlr
+from ..algorithms._pgd import fgsm, pgd, rfgsm
+from ..algorithms._projections import column, select
+from ..fastpath._convnet import read_convolved
+from ..fastpath._mlp import ByHand, read_dense
+from ..fastpath._shared_prefix import split_at_draw
+from ._batches import batch_size_for
+from ._bpda import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
+from ._finite_differences import Differences, blind_pixels
+from ._flags import Flag, exceeds
+from ._sanity_checks import (
+    check_inputs,
+    check_losses,
+    check_mode,
+    check_model,
+    check_targets,
+    check_threat,
+    is_random,
+    state_of,
+)
+from ._scoring import Judge, better, resized, still_open, untouched, violations
+
+# Another way of attacking must do better on this share of the images before it is called a sign of masking.
+_NOTABLE = 0.02
+_LENGTHS = ("steps", "queries")
+# What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
+_DEEP = partial(pgd, objective=dlr, stop_early=False)
+# To these alone it would be no loan but another attack, and robust accuracy under a single step no longer that.
+_SINGLE_STEP = (fgsm, rfgsm)
+
+
+class Attack(Protocol):
+    """What every attack is: a function from images to perturbed images; configure it with functools.partial."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        /,
+        *,
+        norm: float,
+        eps: float | None = None,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack did to N images; robust means clean_correct & ~success.
+
+    x_adv: the perturbed images; images misclassified from the start are not attacked and stay as they are.
+    clean_correct, success: bool (N,); success is False where clean_correct is.
+    distance: (N,), the norm of each successful perturbation; 0 for images misclassified from the start, inf where the
+    attack failed. forwards, backwards: mean number of passes per attacked image. seconds: wall time of everything.
+    """
+
+    x_adv: Tensor
+    clean_correct: Tensor
+    success: Tensor
+    distance: Tensor
+    forwards: float
+    backwards: float
+    seconds: float
+    flags: tuple[Flag, ...]
+
+
+def robust_accuracy(result: AttackResult) -> float:
+    """Return the share of all images that were classified correctly and stayed so."""
+    return float((result.clean_correct & ~result.success).double().mean())
+
+
+@courteous()
+def run(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    threat: Threat,
+    *,
+    targets: Tensor | None = None,
+    surrogates: Mapping[str, nn.Module] | None = None,
+    lent: Mapping[str, Sequence[Tensor]] | None = None,
+    through: nn.Module | None = None,
+    batch_size: int | None = None,
+    generator: torch.Generator | None = None,
+    draws: int = 10,
+    convergence: int = 0,
+) -> AttackResult:
+    """Attack every correctly classified image and judge the outcome on a fresh forward pass.
+
+    x: float (N, ...) in [0, 1], attacked in single precision or double; y: int64 (N,). The model is given images in the
+    type that it takes, and its logits are read as by `outputs.logits_of`. With a threat without eps the attack looks
+    for the smallest perturbation. batch_size None: as many images as fit into 256 MB of activations. The model is held
+    in eval mode with frozen parameters and restored.
+
+    Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
+    straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
+    transferred, and within a budget those of PGD on DLR to the end (but not to FGSM and rFGSM, which stay attacks of a
+    single step). None: on the dense network where modules of activation sparsity say what they took the place of; {}:
+    on none. `lent` holds such examples by their surrogate's name, as `lend` found them once for many models, whose
+    passes do not count here. The best of all counts for each image. A model that draws random numbers is attacked with
+    single passes, then in expectation over `draws` of them, and an image counts as misclassified if most of 3·draws + 1
+    other passes are wrong. `through` is the same network by faster passes, such as packed kernels: the attack asks
+    that, the verdict the model.
+
+    `convergence`: on how many of the images a run four times as long shows whether more steps would still help (see
+    `check_convergence`); an attack without steps has nothing to show. Raises UserError for inputs or a model that break
+    the contract (see `checks`).
+    """
+    start = time.perf_counter()
+    size = 1 if batch_size is None else batch_size
+    for name, number, least in (("batch_size", size, 1), ("draws", draws, 1), ("convergence", convergence, 0)):
+        if number < least:
+            raise UserError(f"{name} must be {least} or more, not {number}")
+    for network in (model, *(surrogates or {}).values()):
+        check_module(network)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        x, y = check_inputs(x, y)
+        check_threat(x, threat)
+        _check_lent(lent or {}, x)
+        seed = _seed_from(generator)
+        others = _dense_network(model) if surrogates is None else surrogates
+        mode = check_mode(model)
+        for network in (model, *others.values()):
+            stack.enter_context(frozen(network))
+            stack.enter_context(channels_last(network))
+        model, others = opened(model, x), {name: opened(network, x) for name, network in others.items()}
+        check_targets(model, x, y, targets)
+        before = state_of(model)
+        random = is_stochastic(model) or is_random(model, x)
+        flags = [*mode, *_undeclared(model, random), *check_model(model, x, y, random=random)]
+        size = batch_size or batch_size_for(model, x, draws=draws if random else 1)
+        split = split_at_draw(model, x) if random and through is None else None
+        watch = Probe(split.drawing if split else model)
+        judge = Judge(
+            watch, split and split.steady, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1
+        )
+        clean_correct = ~judge.wrong(x)
+        hand = None if random or through is not None else _by_hand(model, x)
+        probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=split)
+        order = _Order(attack, threat, x, y, targets, size, generator)
+        stack.enter_context(seeded(model, seed))
+
+        blind = None
+        if hand is None and not random:
+            rows = clean_correct.nonzero().squeeze(1)
+            blind, more_flags = _doubted(model, x[rows], y[rows], flags)
+            flags += more_flags
+        outcome = untouched(x, clean_correct)
+        if random:
+            # As one would attack any model, a draw at a time: what the expectation adds to that, chance had hidden.
+            probe.draws = 1
+            outcome, _ = better(outcome, judge(x, order(probe, still_open(outcome, threat)), clean_correct))
+            probe.draws = draws
+        gained = torch.zeros_like(clean_correct)
+        # What fools one set of draws need not fool another: images still standing get four more chances.
+        for _ in range(5 if random else 1):
+            found = order(probe, still_open(outcome, threat))
+            outcome, more = better(outcome, judge(x, found, clean_correct))
+            gained |= more
+        if random and threat.eps is None:
+            outcome = resized(judge, x, outcome, clean_correct)
+        flags += _masked("the expectation over draws", gained, clean_correct) if random else []
+        if has_masked_gradients(model) or _is_raised("zero-gradients", flags):
+            probe.model, probe.hand = model, None
+            with straight_through(model, x[:1]):
+                found = order(probe, still_open(outcome, threat))
+            outcome, more = better(outcome, judge(x, found, clean_correct))
+            flags += _masked("a straight-through backward pass", more, clean_correct)
+        if blind is not None:
+            probe.model, probe.hand = (differences := Differences(model, blind)), None
+            found = order(probe, still_open(outcome, threat))
+            outcome, more = better(outcome, judge(x, found, clean_correct))
+            flags += _masked("a gradient by finite differences", more, clean_correct)
+            probe.forwards += differences.passes
+        lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
+        loans: list[tuple[str, Iterable[Tensor]]] = [
+            (name, order.loans(lender, lambda: still_open(outcome, threat))) for name, lender in lenders.items()
+        ]
+        for name, examples in (*loans, *(lent or {}).items()):
+            gained = torch.zeros_like(clean_correct)
+            for found in examples:
+                tried = torch.where(column(still_open(outcome, threat), x), found, x)
+                outcome, more = better(outcome, judge(x, tried, clean_correct))
+                gained |= more
+            flags += _masked(f"transfer from {name}", gained, clean_correct)
+        flags += violations(outcome, threat, probe.nonfinite + watch.nonfinite)
+        if state_of(model) != before:
+            detail = "parameters or buffers were written to; make them constant in eval mode"
+            flags.append(Flag("state-changed", detail))
+        failed = (clean_correct & ~outcome.success).nonzero().squeeze(1)
+        if threat.eps is not None and not random:
+            flags += check_losses(model, x[failed], outcome.x_adv[failed], y[failed], select(targets, failed))
+    count = max(int(clean_correct.sum()), 1)
+    result = AttackResult(
+        x_adv=outcome.x_adv,
+        clean_correct=clean_correct,
+        success=outcome.success,
+        distance=outcome.distance,
+        forwards=sum(asked.forwards for asked in (probe, *lenders.values())) / count,
+        backwards=sum(asked.backwards for asked in (probe, *lenders.values())) / count,
+        seconds=time.perf_counter() - start,
+        flags=tuple(flags),
+    )
+    if convergence and _length_of(attack) is not None:
+        opinion = check_convergence(
+            model, x, y, attack, threat, result, images=convergence, targets=targets, generator=generator
+        )
+        result = replace(result, flags=(*result.flags, *opinion), seconds=time.perf_counter() - start)
+    return result
+
+
+def lend(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    threat: Threat,
+    *,
+    batch_size: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Return the examples that a surrogate lends to other models: those of the attack and, in a budget, of a deep PGD.
+
+    Each has the shape of x, and goes to `run` on another model and the same images as `lent`. One surrogate is attacked
+    once so, for however many models. Raises UserError as `run` does; what it would flag, it flags where the surrogate
+    is attacked for its own sake.
+    """
+    check_module(model)
+    with torch.inference_mode(False), frozen(model), channels_last(model):
+        x, y = check_inputs(x, y)
+        check_threat(x, threat)
+        model = opened(model, x)
+        check_model(model, x, y, random=is_random(model, x))
+        size = batch_size or batch_size_for(model, x)
+        order = _Order(attack, threat, x, y, None, size, generator)
+        everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        return list(order.loans(Probe(model, hand=_by_hand(model, x)), lambda: everything))
+
+
+def lengthened(attack: Attack, factor: int = 4) -> Attack:
+    """Return the attack with `factor` times its steps (or queries); raise UserError where it has neither."""
+    name = _length_of(attack)
+    if name is None:
+        raise UserError("this attack has neither steps nor queries, so it cannot be run for longer")
+    function = cast(Callable[..., Tensor], attack)
+    return cast(Attack, partial(function, **{name: factor * inspect.signature(function).parameters[name].default}))
+
+
+def _is_single_step(attack: Attack) -> bool:
+    return (attack.func if isinstance(attack, partial) else attack) in _SINGLE_STEP
+
+
+def _length_of(attack: Attack) -> str | None:
+    parameters = inspect.signature(cast(Callable[..., Tensor], attack)).parameters
+    return next((name for name in _LENGTHS if name in parameters), None)
+
+
+def check_convergence(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    threat: Threat,
+    result: AttackResult,
+    *,
+    images: int = 128,
+    factor: int = 4,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Flag, ...]:
+    """Return a flag if a run `factor` times as long does notably better, or worse, on the first correct images.
+
+    With eps, better means than a second run of the same length, which shows what another random start does alone: it
+    fools images that the second does not, beyond 5% of all and beyond chance (see `exceeds`). Without, the median
+    distance falls by more than 5%. Worse, the other way round, is the flag `weaker-wins`: the search is not one.
+    """
+    rows = result.clean_correct.nonzero().squeeze(1)[:images]
+    if len(rows) == 0:
+        return ()
+    task = (model, x[rows], y[rows])
+    aims = select(targets, rows)
+    longer = run(*task, lengthened(attack, factor), threat, targets=aims, generator=generator)
+    if threat.eps is None:
+        ratio = float((longer.distance / result.distance[rows]).nan_to_num(1.0).median())
+        if ratio < 0.95:
+            detail = f"{factor} times the steps shorten the median distance by {1 - ratio:.0%}; take more steps"
+            return (Flag("not-converged", detail),)
+        if ratio > 1.05:
+            return (Flag("weaker-wins", f"{factor} times the steps lengthen the median distance by {ratio - 1:.0%}"),)
+        return ()
+    first = result.success[rows]
+    if not exceeds(int((longer.success & ~first).sum()), 0, share=0.05, of=len(rows)):
+        lost = int((first & ~longer.success).sum())
+        if not exceeds(lost, int((longer.success & ~first).sum()), share=_NOTABLE, of=len(rows)):
+            return ()
+        return (Flag("weaker-wins", f"{factor} times the steps fool {lost} of {len(rows)} images no longer"),)
+    again = run(*task, attack, threat, targets=aims, generator=generator).success | first
+    gained, missed = int((longer.success & ~again).sum()), int((again & ~longer.success).sum())
+    if not exceeds(gained, missed, share=0.05, of=len(rows)):
+        return ()
+    detail = f"{factor} times the steps fool {gained} of {len(rows)} images that two runs do not; take more steps"
+    return (Flag("not-converged", detail),)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """An attack with its images: call it with a model and a mask of the images to attack."""
+
+    attack: Attack
+    threat: Threat
+    x: Tensor
+    y: Tensor
+    targets: Tensor | None
+    batch_size: int
+    generator: torch.Generator | None
+
+    def __call__(self, model: nn.Module, wanted: Tensor) -> Tensor:
+        x_adv = self.x.clone()
+        for rows in torch.split(wanted.nonzero().squeeze(1), self.batch_size):
+            if len(rows):
+                found = self.attack(
+                    model,
+                    self.x[rows],
+                    self.y[rows],
+                    norm=self.threat.norm,
+                    eps=self.threat.eps,
+                    targets=select(self.targets, rows),
+                    generator=self.generator,
+                )
+                if not isinstance(found, Tensor) or found.shape != x_adv[rows].shape:
+                    what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+                    raise UserError(f"the attack returned {what}, not images of shape {tuple(x_adv[rows].shape)}")
+                x_adv[rows] = found.detach().to(x_adv)
+        return x_adv
+
+    def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:
+        """Yield what a surrogate lends, found on the images that are wanted when their turn comes."""
+        yield self(surrogate, wanted())
+        if self.threat.eps is not None and not _is_single_step(self.attack):
+            yield replace(self, attack=_DEEP)(surrogate, wanted())
+
+
+def _check_lent(lent: Mapping[str, Sequence[Tensor]], x: Tensor) -> None:
+    for name, examples in lent.items():
+        for found in examples:
+            if found.shape != x.shape:
+                raise UserError(
+                    f"what {name} lends has the shape {tuple(found.shape)} and the images {tuple(x.shape)}; "
+                    "lend what was found on the same images"
+                )
+
+
+def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:
+    if isinstance(model, Door) or any(p.dtype != torch.float32 for p in (x, *model.parameters())):
+        return None
+    return read_dense(model, x[:2]) or read_convolved(model, x[:2])
+
+
+def _masked(way: str, more: Tensor, attacked: Tensor) -> list[Flag]:
+    gained, count = int(more.sum()), int(attacked.sum())
+    if gained < max(2, _NOTABLE * count):
+        return []
+    return [Flag("masked-gradients", f"{way} does better on {gained} of {count} images")]
+
+
+def _is_raised(name: str, flags: Iterable[Flag]) -> bool:
+    return any(flag.name == name for flag in flags)
+
+
+def _doubted(model: nn.Module, x: Tensor, y: Tensor, flags: Iterable[Flag]) -> tuple[Tensor | None, list[Flag]]:
+    """Return the pixels at which no attack should follow the gradient, a mask or None, and a flag where autograd lies.
+
+    x: images classified correctly as y. Where steps do not gain what the gradient promises and that is no lie but
+    jumps, the mask is of all pixels. What layers declare to mask has a backward pass of its own: the rest of such a
+    model is seen without them.
+    """
+    masked = has_masked_gradients(model)
+    seen = dense_copy(model) if masked else model
+    if seen is None or len(x) == 0:
+        return None, []
+    blind = blind_pixels(seen, x, y)
+    if blind is not None:
+        missed = f"autograd misses what {int(blind.sum())} of {blind.numel()} pixels do"
+        return blind, [Flag("partial-gradients", f"{missed}; finite differences were taken")]
+    jumps = not masked and _is_raised("shattered-gradients", flags)
+    return (torch.ones_like(x[0], dtype=torch.bool) if jumps else None), []
+
+
+def _dense_network(model: nn.Module) -> dict[str, nn.Module]:
+    dense = dense_copy(model)
+    return {} if dense is None else {"the dense network": dense}
+
+
+def _undeclared(model: nn.Module, random: bool) -> list[Flag]:
+    if not random or is_stochastic(model):
+        return []
+    return [Flag("random-model", "two passes over the same images differ: switch that off in eval mode, or declare it")]
+
+
+def _seed_from(generator: torch.Generator | None) -> int:
+    if generator is None:
+        return 0
+    return int(torch.randint(0, 2**31, (), generator=generator, device=generator.device))

@@ -1,0 +1,224 @@
+"""The model's contract, checked and not trusted: what is wrong is refused, what is doubtful is flagged.
+
+A model maps float images in [0, 1], shape (N, ...), to logits (N, classes), each image for itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...outputs import precision
+from ...threat import Threat, diameter, norm_name
+from .._gradients import logits_and_gradient
+from ..algorithms._losses import cross_entropy, is_answer, margin
+from ._flags import Flag, many
+
+# Layers that answer differently in training mode.
+_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+# Enough images to see a systematic fault, few enough to cost nothing.
+_SAMPLE = 32
+_MANY = 0.1
+# A step this long, in pixel units of l_inf, is so short that a trained network follows its gradient; in half precision
+# so long that rounding does not hide what it gains.
+_SHORT, _SHORT_IN = 1e-3, {torch.float16: 5e-3, torch.bfloat16: 2e-2}
+# Half a difference's length along random signs, and how many times its square a gradient may miss there: without any
+# it misses the square once.
+_WIDE, _WORSE = 5e-3, 4.0
+# What rounding may leave beyond the box, as the evaluator itself allows.
+_ROUNDING = 1e-6
+
+
+def check_inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images and labels as attacks want them; raise UserError unless x are floats in [0, 1] and y int64 labels.
+
+    Images have no gradient, single or double precision, and none of what rounding leaves beyond the box, at most 1e-6.
+    """
+    if not x.is_floating_point():
+        raise UserError(f"images must be floats in [0, 1], not {x.dtype}; divide 8-bit images by 255")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise UserError(f"labels must be int64 of shape ({len(x)},), not {y.dtype} of shape {tuple(y.shape)}")
+    if len(x) == 0:
+        raise UserError("there are no images to attack")
+    x, y = (value.clone() if value.is_inference() else value.detach() for value in (x, y))
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    low, high = float(x.min()), float(x.max())
+    if low >= 0 and high <= 1:
+        return x, y
+    if low >= -_ROUNDING and high <= 1 + _ROUNDING:
+        return x.clamp(0, 1), y
+    raise UserError(
+        f"images must lie in [0, 1] but span [{low:.9g}, {high:.9g}]; "
+        + (
+            "clip what resizing or compression left outside: x.clamp(0, 1)"
+            if low >= -0.1 and high <= 1.1
+            else "divide 8-bit images by 255, and make normalisation the model's first layer instead of applying it to "
+            "the images"
+        )
+    )
+
+
+def check_targets(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None) -> None:
+    """Raise UserError unless targets are int64 classes that the model has, each another than the image's own."""
+    if targets is None:
+        return
+    if targets.dtype != torch.int64 or targets.shape != y.shape:
+        raise UserError(
+            f"targets must be int64 of shape {tuple(y.shape)}, not {targets.dtype} of shape {tuple(targets.shape)}"
+        )
+    with torch.no_grad():
+        classes = model(x[:1]).shape[-1]
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise UserError(f"targets span {low} to {high} but the model has {classes} classes")
+    own = int((targets == y).sum())
+    if own:
+        raise UserError(f"{own} images have their own class as target; leave them out, or choose another class")
+
+
+def check_threat(x: Tensor, threat: Threat) -> None:
+    """Raise UserError for a budget that no image pair can use up: eps is then in other units."""
+    widest = diameter(x, threat.norm)
+    if threat.eps is not None and threat.eps > widest:
+        raise UserError(
+            f"eps {threat.eps} is larger than any {norm_name(threat.norm)} distance between images ({widest:.4g}); "
+            "eps is measured where pixels span [0, 1]: divide it by 255"
+        )
+
+
+def check_mode(model: nn.Module) -> tuple[Flag, ...]:
+    """Return a flag if layers whose answers depend on it are in training mode; call it before `frozen`."""
+    kinds = sorted({type(m).__name__ for m in model.modules() if m.training and isinstance(m, _MODAL)})
+    if not kinds:
+        return ()
+    return (
+        Flag(
+            "training-mode",
+            f"{', '.join(kinds)} in training mode; the model was attacked in eval mode and set back: "
+            "call model.eval() before measuring anything else",
+        ),
+    )
+
+
+def check_losses(
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, targets: Tensor | None = None
+) -> tuple[Flag, ...]:
+    """Return a flag if a failed attack left more than a tenth of its images, beyond chance, with a lower margin.
+
+    x, x_adv: the images it failed on, before and after. From the indicators of attack failure (Pintor et al. 2022): an
+    ascent that descends does not follow the model.
+    """
+    if len(x) == 0:
+        return ()
+    with torch.no_grad():
+        lower = int((margin(model(x_adv), y, targets) < margin(model(x), y, targets)).sum())
+    if not many(lower, len(x), share=_MANY):
+        return ()
+    detail = (
+        f"{lower} of {len(x)} images it failed on ended further from a success; take smaller steps, or several attacks"
+    )
+    return (Flag("loss-not-increasing", detail),)
+
+
+def check_model(model: nn.Module, x: Tensor, y: Tensor, *, random: bool) -> tuple[Flag, ...]:
+    """Return what is doubtful about a model in eval mode; raise UserError where it breaks the contract.
+
+    random: whether `is_random` found that the model draws, in which case passes cannot be compared.
+    """
+    with torch.no_grad():
+        logits = model(x[:_SAMPLE])
+    _check_logits(logits, y)
+    x, y = x[:_SAMPLE], y[:_SAMPLE]
+    flags = []
+    if not random:
+        with torch.no_grad():
+            alone = model(x[:1])
+        if _differ(alone, logits[:1]):
+            flags.append(
+                Flag(
+                    "batch-dependent",
+                    "the first image's logits change when it comes alone; make normalisation use running statistics",
+                )
+            )
+    answered = is_answer(logits)
+    x, y, logits = x[answered], y[answered], logits[answered]
+    right = logits.argmax(1) == y
+    if bool(right.any()):
+        flags += _gradient_flags(model, x[right], y[right])
+        # Draws would be taken for jumps.
+        flags += [] if flags or random else _shattered(model, x[right], y[right])
+    return tuple(flags)
+
+
+def is_random(model: nn.Module, x: Tensor) -> bool:
+    """Return whether a model in eval mode answers the same images differently."""
+    with torch.no_grad():
+        return _differ(model(x[:_SAMPLE]), model(x[:_SAMPLE]))
+
+
+def zero_gradient_share(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the share of images at which the margin has no gradient at all, from the first 32."""
+    _, gradient = logits_and_gradient(model, x[:_SAMPLE], margin, y[:_SAMPLE])
+    return float((gradient.flatten(1) == 0).all(1).double().mean())
+
+
+def state_of(model: nn.Module) -> list[tuple[int, int]]:
+    """Return what changes when parameters or buffers do: the place and the version of each tensor."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in (*model.parameters(), *model.buffers())]
+
+
+def _check_logits(logits: Tensor, y: Tensor) -> None:
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise UserError(f"labels span {low} to {high} but the model has {logits.shape[1]} classes")
+    sums = logits.sum(1)
+    if bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+        raise UserError("the outputs look like probabilities; remove the model's final softmax so it returns logits")
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    # Different batch shapes take different kernels: rounding is no difference.
+    tolerance = 1e-4 * float(first.abs().nan_to_num(posinf=0.0).max()) + 1e-6
+    return bool(((first - second).abs().nan_to_num() > tolerance).any())
+
+
+def _gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
+    dead = zero_gradient_share(model, x, y)
+    if dead > _MANY:
+        way_out = "`run` adds a secant backward pass where a layer is dead, else finite differences; see also square"
+        return [Flag("zero-gradients", f"at {dead:.0%} of the images; {way_out}")]
+    _, gradient = logits_and_gradient(model, x, cross_entropy, y)
+    saturated = float((gradient.flatten(1) == 0).all(1).double().mean())
+    if saturated > _MANY:
+        detail = (
+            f"the cross-entropy has no gradient at {saturated:.0%} of the images; trust attacks on the margin alone"
+        )
+        return [Flag("logit-scale", detail)]
+    return []
+
+
+def _shattered(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
+    """Return a flag if short steps along the gradient do not gain what it promises.
+
+    From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to honest curvature.
+    """
+    logits, gradient = logits_and_gradient(model, x, margin, y)
+    length = _SHORT_IN.get(precision(model, logits), _SHORT)
+    step = (x + length * gradient.sign()).clamp(0, 1) - x
+    with torch.no_grad():
+        gained = margin(model(x + step), y) - margin(logits, y)
+    promised = (step * gradient).flatten(1).sum(1)
+    off = int(((gained - promised).abs() > 0.5 * promised).sum())
+    way_out = "compare with `square`, which needs none, and with surrogates"
+    if many(off, len(x), share=_MANY):
+        return [Flag("shattered-gradients", f"at {off} of {len(x)} images; {way_out}")]
+    wide = max(_WIDE, length)
+    sign = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).sub_(0.5).sign_().to(x)
+    up, down = ((x + side * wide * sign).clamp(0, 1) for side in (1, -1))
+    with torch.no_grad():
+        changed = margin(model(up), y) - margin(model(down), y)
+    missed = changed - ((up - down) * gradient).flatten(1).sum(1)
+    if missed.square().sum() > _WORSE * changed.square().sum():
+        return [Flag("shattered-gradients", f"within {wide:g} pixel units it says nothing; {way_out}")]
+    return []

@@ -1,0 +1,150 @@
+"""Fully connected networks by hand: logits and input gradients in two matrix products a layer, without autograd.
+
+Autograd costs such a network more than the products do once batches are small, and normalisation costs two passes over
+the images. Nothing is taken on trust: `read_dense` compares with the model before it answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...errors import UserError
+from ...graph import Affine, Flatten, Graph, Linear, ReLU, lower
+
+
+class ByHand(Protocol):
+    """A network that computes its own gradients: what `forward` keeps beside the logits, `backward` wants back."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return the logits of x (N, ...), and what was kept."""
+        ...
+
+    def backward(self, rows: Tensor, hidden: Any) -> Tensor:
+        """Return the input gradients (..., N, pixels) of sums of logits with weights `rows` (..., N, classes)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Linear layers with a ReLU between each two of them, the normalisation folded into the first.
+
+    weights[k] has shape (outputs, inputs); biases[k] shape (outputs,).
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the logits of x and the outputs of every ReLU, which `backward` wants back."""
+        return self.from_first(self.first(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        """Return the first layer's outputs (N, units), before any ReLU."""
+        return functional.linear(x.flatten(1), self.weights[0], self.biases[0])
+
+    def from_first(self, value: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what `forward` does, from the first layer's outputs on."""
+        hidden: list[Tensor] = []
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            hidden.append(value.relu())
+            value = functional.linear(hidden[-1], weight, bias)
+        return value, hidden
+
+    def back_to_first(self, rows: Tensor, hidden: list[Tensor]) -> Tensor:
+        """Return the gradients (..., N, units) at the first layer's output of sums of logits.
+
+        rows: the weights of the sums, shape (..., N, classes).
+        """
+        value = rows
+        for weight, output in zip(self.weights[:0:-1], hidden[::-1], strict=True):
+            value = (value @ weight).mul_(output.sign())  # a ReLU's output: 0 or 1, and no mask to convert
+        return value
+
+    def backward(self, rows: Tensor, hidden: list[Tensor]) -> Tensor:
+        """Return the input gradients (..., N, pixels) of such sums."""
+        return self.back_to_first(rows, hidden) @ self.weights[0]
+
+
+def read_dense(model: nn.Module, x: Tensor) -> Dense | None:
+    """Return a model in eval mode as such a network, or None where it is anything else.
+
+    x: a few images, at which both must give the same logits and gradients: a model that hides its gradients keeps them
+    hidden, so that flags can tell. Models with hooks are refused, since a hook may change what flows.
+    """
+    layers = [module for module in model.modules() if module._parameters]
+    if is_hooked(model) or not all(isinstance(layer, nn.Linear | nn.BatchNorm1d) for layer in layers):
+        return None  # without asking for a graph, which takes seconds where the model is no plain stack
+    try:
+        graph = lower(model, tuple(x.shape[1:]), images=x)
+        ones = torch.ones(graph.nodes[0].shape, device=x.device).flatten()
+        dense = fold(graph, 0, ones, torch.zeros_like(ones))
+    except UserError:
+        return None
+    return dense if dense is not None and agree(dense, model, x) else None
+
+
+def agree(network: ByHand, model: nn.Module, x: Tensor) -> bool:
+    """Return whether a network by hand gives the model's logits and gradients at x."""
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        expected = model(point)
+    logits, hidden = network.forward(x)
+    if not expected.requires_grad or not _close(logits, expected.detach()):
+        return False
+    weights = torch.linspace(-1, 1, logits.shape[1], dtype=x.dtype, device=x.device).expand_as(logits)
+    (gradient,) = torch.autograd.grad(expected, point, weights, allow_unused=True, materialize_grads=True)
+    return _close(network.backward(weights, hidden).view_as(x), gradient)
+
+
+def _close(value: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Return whether a hook may change what flows through the model."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in model.modules()
+    )
+
+
+def fold(graph: Graph, start: int, scale: Tensor, shift: Tensor) -> Dense | None:
+    """Return the linear layers and ReLUs that follow the node `start`, every constant folded in; None for others.
+
+    scale, shift: what has been done to the node's values, or to the last ReLU's outputs, since: value · scale + shift.
+    """
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    after_linear = False
+    for place, node in enumerate(graph.nodes[start + 1 :], start):
+        if node.inputs != (place,):
+            return None
+        match node.op:
+            case Flatten():
+                pass
+            case Affine(scale=times, shift=plus):
+                times, plus = (per_value(value, node.shape) for value in (times, plus))
+                if after_linear:
+                    weights[-1], biases[-1] = weights[-1] * times.unsqueeze(1), biases[-1] * times + plus
+                else:
+                    scale, shift = scale * times, shift * times + plus
+            case Linear(weight=weight, bias=bias) if not after_linear and len(scale) == weight.shape[1]:
+                offset = weight.detach() @ shift
+                weights.append(weight.detach() * scale)
+                biases.append(offset if bias is None else offset + bias.detach())
+                after_linear = True
+            case ReLU() if after_linear:
+                scale, shift = torch.ones_like(biases[-1]), torch.zeros_like(biases[-1])
+                after_linear = False
+            case _:
+                return None
+    return Dense(tuple(weights), tuple(biases)) if after_linear else None
+
+
+def per_value(channels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return one number per value for one per channel."""
+    return channels.view(-1, *[1] * (len(shape) - 1)).expand(shape).flatten()

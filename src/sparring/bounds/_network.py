@@ -1,0 +1,155 @@
+"""A lowered network in float64, and its linear operations run backwards."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor, nn
+from torch.nn import grad
+
+from ..errors import Unsupported
+from ..graph import (
+    Activation,
+    Affine,
+    AvgPool,
+    Call,
+    Constant,
+    Conv2d,
+    Flatten,
+    Graph,
+    Linear,
+    Node,
+    Op,
+    Reshape,
+    evaluate,
+    lower,
+    refusal,
+)
+
+LinearOp = Linear | Conv2d | Affine | AvgPool | Flatten
+_SPARSE = 0.2  # density up to which products that skip zeros beat dense ones, by 3 times at 0.1
+_ALIVE = 0.9  # share of units with coefficients up to which dense products are faster without the others
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLinear(Linear):
+    """A Linear with few nonzero weights, whose adjoint multiplies only those."""
+
+    @cached_property
+    def transposed(self) -> csr_array:
+        """Return the weight (out, in) as a compressed matrix (in, out)."""
+        return csr_array(self.weight.numpy().T)
+
+
+def prepare(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None = None, sparse: bool = True) -> Graph:
+    """Lower a model for images of `shape` in float64, in which every bound is computed, compared on `images` too.
+
+    Layers with few nonzero weights become SparseLinear, unless `sparse` is False. Raise Unsupported, naming the layer
+    and the line, for operations that have no bound.
+    """
+    graph = lower(model, shape, images=images, dtype=torch.float64)
+    return replace(graph, nodes=tuple(replace(node, op=_bounded(node, sparse)) for node in graph.nodes))
+
+
+def _bounded(node: Node, sparse: bool) -> Op:
+    match node.op:
+        case Call() | Constant() | Reshape():
+            raise refusal(node, "has no rule for bounds; attacks can do without")
+        case Activation(name=name, module=module):
+            return Activation(name, copy.deepcopy(module).double())
+        case Linear() as op if sparse:
+            return as_sparse(op)
+    return node.op
+
+
+def as_sparse(op: Linear) -> Linear:
+    """Return a layer as a SparseLinear if that is faster."""
+    few = op.weight.device.type == "cpu" and int(op.weight.count_nonzero()) <= _SPARSE * op.weight.numel()
+    return SparseLinear(op.name, op.weight, op.bias) if few else op
+
+
+def adjoint(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Pull coefficients on an operation's output (M, *out) back to its input (M, *shape): aᵀ(Wx) = (Wᵀa)ᵀx."""
+    match op:
+        case SparseLinear():
+            product: Tensor = _SparseProduct.apply(a, op.transposed)  # type: ignore[no-untyped-call]
+            return product
+        case Linear():
+            return _times(a, op.weight)
+        case Conv2d():
+            return _transposed(op, a, shape)
+        case Affine():
+            return a * op.scale.view(1, -1, *[1] * (a.dim() - 2))
+        case AvgPool():
+            channels, (height, width) = shape[0], op.kernel
+            weight = a.new_full((channels, 1, height, width), 1 / (height * width))
+            return _transposed(Conv2d("", weight, None, op.stride, (0, 0), (1, 1), channels), a, shape)
+        case Flatten():
+            return a.reshape(len(a), *shape)
+    raise Unsupported(f"an operation of type {type(op).__name__} is not linear")
+
+
+class _SparseProduct(torch.autograd.Function):
+    """a·W from the compressed transpose of W; the gradient is for a alone."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, transposed: csr_array) -> Tensor:
+        ctx.transposed = transposed
+        return _sparse_product(transposed, a)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        return _sparse_product(ctx.transposed.T, slopes[0]), None
+
+
+def _sparse_product(left: csr_array, a: Tensor) -> Tensor:
+    # The result stays as the product left it, transposed in memory: what follows can read it so.
+    flat = a.reshape(-1, a.shape[-1])
+    return torch.from_numpy(left @ flat.T.contiguous().numpy()).T.view(*a.shape[:-1], left.shape[0])
+
+
+def _transposed(op: Conv2d, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    size = (len(a), *shape)
+    if shape == op.weight.shape[1:] and op.padding == (0, 0):  # one place: its filters are a matrix
+        return _times(a.flatten(1), op.weight.flatten(1)).view(size)
+    result: Tensor = grad.conv2d_input(  # type: ignore[no-untyped-call]
+        size, op.weight, a, op.stride, op.padding, op.dilation, op.groups
+    )
+    return result
+
+
+def _times(a: Tensor, weight: Tensor) -> Tensor:
+    # Coefficients of dead units are zero for every row: those units cost nothing.
+    flat = a.flatten(0, -2)
+    index = flat.abs().amax(0).nonzero().squeeze(1)
+    if len(index) < _ALIVE * len(weight):
+        return (flat.index_select(1, index) @ weight.index_select(0, index)).view(*a.shape[:-1], weight.shape[1])
+    return a @ weight
+
+
+def offset(op: LinearOp, shape: tuple[int, ...]) -> Tensor | None:
+    """Return what a linear operation adds, its value at zero, flat (out,); None where that is nothing."""
+    if isinstance(op, AvgPool | Flatten) or (isinstance(op, Linear | Conv2d) and op.bias is None):
+        return None
+    if isinstance(op, Linear) and len(shape) == 1:
+        return op.bias
+    some = op.shift if isinstance(op, Affine) else op.weight
+    return evaluate(op, torch.zeros(1, *shape, dtype=some.dtype, device=some.device)).flatten()
+
+
+def others(y: Tensor, classes: int) -> Tensor:
+    """Return, for each label, the other classes in ascending order: (N,) to (N, classes − 1)."""
+    rest = torch.arange(classes - 1, device=y.device).expand(len(y), -1)
+    return rest + (rest >= y[:, None])
+
+
+def margin_rows(graph: Graph, y: Tensor) -> Tensor:
+    """Return the coefficients of all margins g_y − g_k on the logits: (N, classes − 1, classes), float64."""
+    (classes,) = graph.nodes[-1].shape
+    eye = torch.eye(classes, dtype=torch.float64, device=y.device)
+    return eye[y][:, None] - eye[others(y, classes)]

@@ -1,0 +1,87 @@
+"""The set an attacker may reach: a ball around each image, cut by the image range [0, 1]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..threat import L2, LINF, distance, norm_name
+
+_REFINEMENTS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Balls of radius eps (N,) around float64 images x (N, ...), intersected with the box [lower, upper]."""
+
+    x: Tensor
+    norm: float
+    eps: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def __getitem__(self, images: slice) -> Region:
+        return Region(self.x[images], self.norm, self.eps[images], self.lower[images], self.upper[images])
+
+    def minimum(self, a: Tensor, *, refine: bool = False) -> Tensor:
+        """Bound a·x' from below over the region: coefficients (N, K, features) to (N, K).
+
+        For l_inf the bound is attained. For l_2 and l_1 it is the better of the ball's and the box's; `refine` uses
+        both at once for l_2, by a few steps on the multiplier of the ball (every multiplier gives a valid bound).
+        """
+        centre, half = _flat(self.upper + self.lower) / 2, _flat(self.upper - self.lower) / 2
+        bound = _dot(a, centre) - _dot(a.abs(), half)
+        if self.norm == LINF:
+            return bound
+        size = a.abs().amax(2) if self.norm != L2 else distance_rows(a)
+        bound = torch.maximum(bound, _dot(a, _flat(self.x)) - self.eps[:, None] * size)
+        return torch.maximum(bound, self._dual(a)) if refine and self.norm == L2 else bound
+
+    def _dual(self, a: Tensor) -> Tensor:
+        # Lagrangian of the ball: min over the box of a·d + m(‖d‖² − eps²)/2 is a lower bound for every m > 0.
+        low, high = _flat(self.lower - self.x)[:, None], _flat(self.upper - self.x)[:, None]
+        square = (self.eps**2)[:, None]
+        multiplier = distance_rows(a) / self.eps[:, None].clamp_min(1e-30)
+        best = torch.full_like(multiplier, -torch.inf)
+        for _ in range(_REFINEMENTS):
+            multiplier = multiplier.clamp_min(1e-30)
+            wanted = -a / multiplier[..., None]
+            step = wanted.clamp(low, high)
+            length = step.square().sum(2)
+            best = torch.maximum(best, (a * step).sum(2) + multiplier * (length - square) / 2)
+            free = torch.where(step == wanted, a, 0).square().sum(2)
+            rest = square - torch.where(step == wanted, 0, step).square().sum(2)
+            multiplier = torch.where(rest > 0, (free / rest.clamp_min(1e-30)).sqrt(), multiplier / 2)
+        return best + _dot(a, _flat(self.x))
+
+
+def region(x: Tensor, norm: float, eps: float | Tensor) -> Region:
+    """Return the region of radius eps (a number or (N,)) around images x; raise UserError for pixels outside [0, 1]."""
+    norm_name(norm)
+    check_pixels(x)
+    x = x.detach().double()
+    radius = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
+    wide = radius.view(-1, *[1] * (x.dim() - 1))
+    return Region(x, norm, radius, (x - wide).clamp_min(0), (x + wide).clamp_max(1))
+
+
+def check_pixels(x: Tensor) -> None:
+    """Raise UserError for pixels outside [0, 1]."""
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise UserError("bounds need images in [0, 1]; put the normalisation inside the model and divide bytes by 255")
+
+
+def distance_rows(a: Tensor) -> Tensor:
+    """Return the l_2 norm of each row: (N, K, features) to (N, K)."""
+    return distance(a.flatten(0, 1), L2).view(a.shape[:2])
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.flatten(1)
+
+
+def _dot(a: Tensor, v: Tensor) -> Tensor:
+    return torch.bmm(a, v[..., None]).squeeze(2)

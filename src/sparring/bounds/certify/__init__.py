@@ -1,0 +1,1 @@
+"""Certified margins and radii: intervals, CROWN, and the relaxations behind them."""

@@ -1,0 +1,173 @@
+"""Certified margins, radii and accuracy of any network that can be lowered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnknownNameError, UserError
+from ...graph import Graph, Linear
+from ...threat import Threat, distance, dual
+from ...waiting import courteous
+from .._dead_units import compacted
+from .._network import margin_rows, prepare
+from .._parallel import over_slices, slices
+from .._region import Region, check_pixels, region
+from ._crown import bound_nodes, lower_bound
+from ._intervals import Interval
+from ._relaxations import Lines
+from ._root_finding import Bracket
+
+Bound = Callable[[Graph, Region, Tensor], Tensor]
+_CHUNK = 2**22  # coefficients of the margins that one image batch may need at once: 32 MB of float64
+_ROUNDING = 1e-12  # what float64 may lose in a sum of thousands of terms, relative to the largest magnitude met
+
+
+def _interval(graph: Graph, region: Region, rows: Tensor) -> Tensor:
+    bounds, _ = bound_nodes(graph, region, backward=False)
+    last = graph.nodes[-1]
+    if isinstance(last.op, Linear):  # the difference of two logits is bounded at once, not as a difference of bounds
+        added = 0 if last.op.bias is None else rows @ last.op.bias
+        rows, box = rows @ last.op.weight, bounds[last.inputs[0]]
+    else:
+        added, box = 0, bounds[-1]
+    centre, half = (box.upper + box.lower) / 2, (box.upper - box.lower) / 2
+    value = torch.bmm(rows, centre[..., None]) - torch.bmm(rows.abs(), half[..., None])
+    return _rounded_down(value.squeeze(2) + added, bounds)
+
+
+def _crown(graph: Graph, region: Region, rows: Tensor) -> Tensor:
+    bounds, relaxed = bound_nodes(graph, region, backward=True)
+    return _rounded_down(lower_bound(graph, len(graph.nodes) - 1, rows, region, relaxed, refine=True), bounds)
+
+
+def _crown_interval(graph: Graph, region: Region, rows: Tensor) -> Tensor:
+    bounds, relaxed = bound_nodes(graph, region, backward=False)
+    return _rounded_down(lower_bound(graph, len(graph.nodes) - 1, rows, region, relaxed, refine=True), bounds)
+
+
+def _alpha_crown(graph: Graph, region: Region, rows: Tensor, *, steps: int = 20, rate: float = 0.1) -> Tensor:
+    # Xu et al. 2021: gradient ascent on the lower slopes, one set per margin; every step is a valid bound.
+    bounds, relaxed = bound_nodes(graph, region, backward=True)
+    start = len(graph.nodes) - 1
+    best = lower_bound(graph, start, rows, region, relaxed, refine=True)
+    alpha = {
+        index: lines.low_slope[:, None].repeat(1, rows.shape[1], *[1] * (lines.low_slope.dim() - 1)).requires_grad_()
+        for index, lines in relaxed.items()
+        if isinstance(lines, Lines) and bool(lines.free.any())
+    }
+    if not alpha:
+        return _rounded_down(best, bounds)
+    optimiser = torch.optim.Adam(alpha.values(), lr=rate)
+    for _ in range(steps):
+        with torch.enable_grad():
+            found = lower_bound(graph, start, rows, region, relaxed, alpha=alpha)
+            slopes = torch.autograd.grad(-found.sum(), list(alpha.values()))
+        best = torch.maximum(best, found.detach())
+        for value, slope in zip(alpha.values(), slopes, strict=True):
+            value.grad = slope
+        optimiser.step()
+        for value in alpha.values():
+            value.clamp_(0, 1)
+    best = torch.maximum(best, lower_bound(graph, start, rows, region, relaxed, alpha=alpha, refine=True))
+    return _rounded_down(best, bounds)
+
+
+def _rounded_down(value: Tensor, bounds: list[Interval]) -> Tensor:
+    largest = torch.stack([b.flatten(1).abs().amax(1) for pair in bounds for b in pair]).amax(0)
+    return value - _ROUNDING * largest[:, None]
+
+
+BOUNDS: dict[str, Bound] = {
+    "interval": _interval,
+    "crown-interval": _crown_interval,
+    "crown": _crown,
+    "alpha-crown": _alpha_crown,
+}
+_LOGITS = 4  # two of them in a margin, each off by up to twice what was seen of its rounding
+
+
+@courteous()
+def margin(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: str = "crown") -> Tensor:
+    """Bound all margins g_y − g_k from below over the eps-ball inside [0, 1]: (N, classes − 1), float64.
+
+    Images x (N, ...) in [0, 1], labels y (N,); columns are the classes other than y in ascending order. Methods, from
+    loose and fast to tight and slow: "interval", "crown-interval" (CROWN over interval bounds: the choice for deep
+    convolutional networks), "crown", "alpha-crown". All is computed in float64 on the model's weights and lowered by
+    1e-12 of the largest activation bound, for rounding. Raise Unsupported where a layer has no sound rule, UserError
+    for a threat without eps or pixels outside [0, 1]. Sources: Gowal et al. 2018; Zhang et al. 2018, theorem 3.2;
+    Xu et al. 2020 and 2021.
+    """
+    if threat.eps is None:
+        raise UserError("a certified margin needs a threat with eps; for the largest certified eps use radius")
+    check_pixels(x)
+    graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x), x)
+    return margins_over(graph, pixels, y, threat.norm, torch.full((len(x),), threat.eps, dtype=torch.float64), method)
+
+
+def margins_over(graph: Graph, x: Tensor, y: Tensor, norm: float, eps: Tensor, method: str) -> Tensor:
+    """Do what `margin` does for a lowered float64 network and one eps per image (N,)."""
+    if method not in BOUNDS:
+        raise UnknownNameError("bound", method, BOUNDS)
+    if len(x) == 0:
+        return torch.zeros(0, graph.nodes[-1].shape[0] - 1, dtype=torch.float64)
+
+    def bound(images: slice) -> Tensor:
+        value = BOUNDS[method](graph, region(x[images], norm, eps[images]), margin_rows(graph, y[images]))
+        return value - _LOGITS * graph.rounding
+
+    return over_slices(bound, slices(len(x), _images_at_once(graph)))
+
+
+def _images_at_once(graph: Graph) -> int:
+    (classes,) = graph.nodes[-1].shape
+    return max(1, min(64, _CHUNK // (classes * max(math.prod(node.shape) for node in graph.nodes))))
+
+
+@courteous()
+def radius(
+    model: nn.Module, x: Tensor, y: Tensor, norm: float, *, method: str = "crown", tolerance: float = 1e-3
+) -> Tensor:
+    """Find the largest eps that is certified, by regula falsi: (N,), float64, in pixels that span [0, 1].
+
+    No perturbation of smaller norm that stays in [0, 1] changes the label. Zero where the model is wrong at x. Each
+    result is at most the relative `tolerance` below an eps that was not certified. Raises as `margin` does.
+    """
+    check_pixels(x)
+    return radius_over(*compacted(prepare(model, tuple(x.shape[1:]), images=x), x), y, norm, method, tolerance)
+
+
+def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, tolerance: float = 1e-3) -> Tensor:
+    """Do what `radius` does for a lowered float64 network."""
+    limit = float(distance(torch.ones(1, *x.shape[1:]), norm))  # the whole box
+    safe = torch.zeros(len(x), dtype=torch.float64)
+    clean = margins_over(graph, x, y, norm, safe, "interval").amin(1)
+    index = (clean > 0).nonzero().squeeze(1)
+    if len(index) == 0:
+        return safe
+    x, y = x[index], y[index]
+    guess = _linearised(graph, x, y, norm).clamp(1e-6, limit)
+    bracket = Bracket.above_zero(clean[index], clean[index] / guess, limit, tolerance)
+    while len(open_ := bracket.open_images()):
+        value = margins_over(graph, x[open_], y[open_], norm, guess[open_], method).amin(1)
+        guess[open_] = bracket.narrow_(open_, guess[open_], value)
+    safe[index] = bracket.low
+    return safe
+
+
+def _linearised(graph: Graph, x: Tensor, y: Tensor, norm: float) -> Tensor:
+    """Guess the distance to the boundary by margin over gradient norm: only a start for the search."""
+    point = x.detach().double().requires_grad_()
+    with torch.enable_grad():
+        value = torch.bmm(margin_rows(graph, y), graph(point)[..., None]).amin((1, 2))
+        (slope,) = torch.autograd.grad(value.sum(), point)
+    return value.detach() / distance(slope, dual(norm)).clamp_min(1e-12)
+
+
+@courteous()
+def certified_accuracy(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: str = "crown") -> float:
+    """Return the share of images whose label provably survives every perturbation of the threat."""
+    return float((margin(model, x, y, threat, method=method).amin(1) > 0).double().mean())

@@ -1,0 +1,173 @@
+"""CROWN: linear bounds propagated backwards (Zhang et al. 2018; Xu et al. 2020 for general graphs)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...graph import Activation, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU
+from .._network import LinearOp, adjoint, offset
+from .._region import Region
+from ._intervals import Interval, first_layers, propagate
+from ._receptive_field import windows
+from ._relaxations import Relaxation, relax
+
+_LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
+_NONLINEAR = (ReLU, MaxPool, Activation)
+_CHUNK = 2**18  # coefficients of units that are refined at once: 2 MB of float64
+
+
+def lower_bound(
+    graph: Graph,
+    start: int,
+    rows: Tensor,
+    region: Region,
+    relaxed: dict[int, Relaxation],
+    *,
+    alpha: dict[int, Tensor] | None = None,
+    refine: bool = False,
+) -> Tensor:
+    """Bound rows·(output of node `start`) from below over a region: rows (N, K, *shape of the node) to (N, K).
+
+    `relaxed` holds the linear bounds of the nonlinear nodes before `start`; `alpha` replaces, per row, the lower slopes
+    of unstable ReLUs. The result is differentiable in `alpha`.
+    """
+    total = rows.new_zeros(rows.shape[:2])
+    waiting = {start: rows}
+    for index in range(start, 0, -1):
+        if index not in waiting:
+            continue
+        a, node = waiting.pop(index), graph.nodes[index]
+        if isinstance(node.op, _NONLINEAR):
+            a, added = relaxed[index].pull(a, alpha[index] if alpha and index in alpha else None)
+            total = total + added
+        elif isinstance(node.op, _LINEAR):
+            shape = graph.nodes[node.inputs[0]].shape
+            if (constant := offset(node.op, shape)) is not None:
+                total = total + a.flatten(2) @ constant
+            a = _pull(node.op, a, shape)
+        for source in node.inputs:
+            waiting[source] = waiting[source] + a if source in waiting else a
+    return total + region.minimum(waiting[0].flatten(2), refine=refine)
+
+
+def _both_bounds(
+    graph: Graph, start: int, rows: Tensor, region: Region, relaxed: dict[int, Relaxation]
+) -> tuple[Tensor, Tensor]:
+    """Bound rows·(output of node `start`) from below and from above over a region: two of (N, K).
+
+    Does what `lower_bound` does for `rows` and for −`rows`. Instead of the latter's coefficients their sum with the
+    former's is pulled back: it is zero wherever no sign is open, and so costs less.
+    """
+    low_total, high_total = rows.new_zeros(2, *rows.shape[:2])
+    waiting: dict[int, tuple[Tensor, Tensor | None]] = {start: (rows, None)}
+    for index in range(start, 0, -1):
+        if index not in waiting:
+            continue
+        (a, both), node = waiting.pop(index), graph.nodes[index]
+        if isinstance(node.op, _NONLINEAR):
+            negative, added = relaxed[index].pull(_less(both, a), None)
+            high_total += added
+            a, added = relaxed[index].pull(a, None)
+            low_total += added
+            both = a + negative
+        elif isinstance(node.op, _LINEAR):
+            shape = graph.nodes[node.inputs[0]].shape
+            if (constant := offset(node.op, shape)) is not None:
+                added = a.flatten(2) @ constant
+                low_total += added
+                high_total += _less(None if both is None else both.flatten(2) @ constant, added)
+            a, both = _pull(node.op, a, shape), None if both is None else _pull(node.op, both, shape)
+        for source in node.inputs:
+            waiting[source] = _plus(waiting[source], (a, both)) if source in waiting else (a, both)
+    a, both = waiting[0]
+    low_total += region.minimum(a.flatten(2))
+    high_total += region.minimum(_less(both, a).flatten(2))
+    return low_total, -high_total
+
+
+def _less(both: Tensor | None, a: Tensor) -> Tensor:
+    return -a if both is None else both - a
+
+
+def _plus(one: tuple[Tensor, Tensor | None], two: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    (a, first), (b, second) = one, two
+    return a + b, second if first is None else first if second is None else first + second
+
+
+def _pull(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return adjoint(op, a.flatten(0, 1), shape).view(*a.shape[:2], *shape)
+
+
+def bound_nodes(graph: Graph, region: Region, *, backward: bool) -> tuple[list[Interval], dict[int, Relaxation]]:
+    """Bound every node's output over a region, and every nonlinear node by lines.
+
+    With `backward` the inputs of nonlinear nodes are refined by CROWN; without, all bounds are interval arithmetic.
+    """
+    attained = first_layers(graph, region)
+    feeds = {node.inputs[0] for node in graph.nodes if isinstance(node.op, _NONLINEAR)}
+    bounds: list[Interval] = []
+    relaxed: dict[int, Relaxation] = {}
+    for index, node in enumerate(graph.nodes):
+        if index in attained:
+            bounds.append(attained[index])
+            continue
+        if isinstance(node.op, _NONLINEAR):
+            relaxed[index] = relax(node.op, bounds[node.inputs[0]])
+        here = propagate(node.op, *(bounds[i] for i in node.inputs))
+        bounds.append(_refine(graph, index, here, region, relaxed) if backward and index in feeds else here)
+    return bounds, relaxed
+
+
+def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: dict[int, Relaxation]) -> Interval:
+    """Tighten the neurons whose sign is not known yet, or all if more than the sign counts."""
+    pooled = any(isinstance(n.op, MaxPool | Activation) and index in n.inputs for n in graph.nodes)
+    seen = windows(graph, index)
+    if seen is None:
+        return _refined(graph, index, known, region, relaxed, pooled)
+    network, parts = seen.network(), []
+    for start in range(len(known.lower)):  # the windows of one image alone are many
+        image = slice(start, start + 1)
+        lines = {i: seen.relaxation(r[image], i) for i, r in relaxed.items()}
+        here = seen.interval(Interval(known.lower[image], known.upper[image]))
+        parts.append(seen.whole(_refined(network, index, here, seen.region(region[image]), lines, pooled)))
+    return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
+
+
+def _refined(
+    graph: Graph, index: int, known: Interval, region: Region, relaxed: dict[int, Relaxation], all_: bool
+) -> Interval:
+    lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
+    open_ = torch.ones_like(lower, dtype=torch.bool) if all_ else (lower < 0) & (upper > 0)
+    width = 2 * max(math.prod(node.shape) for node in graph.nodes[: index + 1])
+    for images, units in _groups(open_, max(1, _CHUNK // width)):
+        here = region[images]
+        rows = lower.new_zeros(*units.shape, lower.shape[1]).scatter_(2, units[..., None], 1.0)
+        lines = {i: r[images] for i, r in relaxed.items()}
+        low, high = _both_bounds(graph, index, rows.view(*units.shape, *known.lower.shape[1:]), here, lines)
+        lower[images] = lower[images].scatter(1, units, torch.maximum(lower[images].gather(1, units), low))
+        upper[images] = upper[images].scatter(1, units, torch.minimum(upper[images].gather(1, units), high))
+    shape = known.lower.shape
+    return Interval(lower.view(shape), torch.maximum(upper, lower).view(shape))  # rounding may cross equal bounds
+
+
+def _groups(open_: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Split open units (N, units) into images and, for each of them, about `rows` units together: (images, count).
+
+    Few images together have few units that are alive in any. Each image has its own open units; shorter lists are
+    filled up with units that are refined for nothing.
+    """
+    counts = open_.sum(1).tolist()
+    start = 0
+    while start < len(counts):
+        stop = start + 1
+        while stop < len(counts) and max(counts[start : stop + 1]) * (stop + 1 - start) <= rows:
+            stop += 1
+        if most := max(counts[start:stop]):
+            chosen = open_[start:stop].byte().topk(most, dim=1).indices
+            for units in torch.split(chosen, max(1, rows // (stop - start)), dim=1):
+                yield slice(start, stop), units
+        start = stop

@@ -1,0 +1,1 @@
+"""Exact distances to the decision boundary of piecewise linear networks."""

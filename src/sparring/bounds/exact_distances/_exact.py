@@ -1,0 +1,183 @@
+"""Exact distances to the decision boundary, or an honest interval around them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...graph import Graph
+from ...modes import eval_mode
+from ...outputs import opened
+from ...proofs import refuse_refuted
+from ...threat import L2, LINF, distance, norm_name, project, random_point
+from ...waiting import courteous
+from .._network import others, prepare
+from ..certify._certificates import margins_over, radius_over
+from ._nearest_l2 import nearest_l2
+from ._nearest_linf import nearest_linf
+
+_GAP = 1e-3
+_STOP = 5e-4  # relative gap at which the search in one class stops
+_BEYOND = (1e-7, 1e-6, 1e-5, 3e-5, 1e-4)  # a solution lies on the boundary: replays go this much beyond it
+_CLIMBERS, _CLIMBS = 16, 10
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """Intervals [lower, upper] (N,), float64, that hold the distance to the boundary inside the image range.
+
+    x_adv (N, ...) are points of another label at distance upper, replayed on the model itself; where none is known,
+    upper is infinite and x_adv is x. status: "exact" (the gap is at most 1e-3 of the distance, and at most 1e-3),
+    "time limit", or "wrong" (the model is wrong at x, at distance 0). A lower bound of infinity means that no image
+    has another label. seconds: wall time of each image.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    x_adv: Tensor
+    status: tuple[str, ...]
+    seconds: Tensor
+
+
+@courteous()
+def exact(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: float,
+    *,
+    x_adv: Tensor | None = None,
+    seconds: float = 60.0,
+    threads: int = 1,
+) -> Exact:
+    """Find the distance from each image to the nearest of another label inside [0, 1], within a time limit per image.
+
+    x (N, ...) in [0, 1], labels y (N,); x_adv are the caller's best adversarial points: the nearer they are, the fewer
+    units are unstable in the ball that has to be searched. One search per class that CROWN cannot exclude: for l_inf a
+    mixed-integer program, for l_2 branch and bound over the same units. Sparse networks are those it can solve.
+    `threads` are HiGHS's own: they spin while they wait, so that more of them than free cores cost far more than they
+    save, and two processes with half of the images each use two cores better.
+    Raise UserError if a point refutes what was proved, Unsupported for layers that are not piecewise linear or too
+    large, and for max pooling with l_2. Bounds carry the solver's tolerances of 1e-9 and are lowered by 1e-7.
+    Source: Tjeng et al. 2019 (the program).
+    """
+    if norm not in _NEAREST:
+        raise UserError(f"exact distances are found for linf and l2, not for {norm_name(norm)}")
+    graph = prepare(model, tuple(x.shape[1:]), images=x)
+    found = []
+    with eval_mode(model):
+        answer = opened(model, x)
+        for i in range(len(x)):
+            search = _Search(answer, graph, x[i : i + 1], y[i : i + 1], norm, time.perf_counter() + seconds, threads)
+            if x_adv is not None:
+                search.offer_(x_adv[i : i + 1])
+            found.append((search, *search.run_()))
+    return Exact(
+        lower=torch.tensor([lower for _, lower, _, _ in found], dtype=torch.float64),
+        upper=torch.tensor([search.upper for search, _, _, _ in found], dtype=torch.float64),
+        x_adv=torch.cat([x[:0], *(search.best for search, _, _, _ in found)]),
+        status=tuple(status for _, _, status, _ in found),
+        seconds=torch.tensor([spent for _, _, _, spent in found], dtype=torch.float64),
+    )
+
+
+class _Search:
+    """The state of one image's search: the best adversarial point so far."""
+
+    def __init__(
+        self, model: nn.Module, graph: Graph, x: Tensor, y: Tensor, norm: float, deadline: float, threads: int
+    ) -> None:
+        self.model, self.graph, self.x, self.y, self.norm = model, graph, x, y, norm
+        self.deadline, self.threads = deadline, threads
+        self.best, self.upper = x, math.inf
+
+    def offer_(self, point: Tensor) -> bool:
+        """Keep a point if the model itself gives it another label and it is nearer than the best; tell whether."""
+        point = point.to(self.x).clamp(0, 1)
+        reached = float(distance(point.double() - self.x.double(), self.norm))
+        if better := reached < self.upper and self._wrong(point):
+            self.best, self.upper = point, reached
+        return better
+
+    def _wrong(self, point: Tensor) -> bool:
+        with torch.no_grad():
+            return bool((self.model(point).argmax(1) != self.y).all())
+
+    def run_(self) -> tuple[float, str, float]:
+        """Search every open class; return the lower bound, the status and the seconds spent."""
+        begin = time.perf_counter()
+        if self._wrong(self.x):
+            self.upper = 0.0
+            return 0.0, "wrong", time.perf_counter() - begin
+        certified = float(radius_over(self.graph, self.x, self.y, self.norm, "crown"))
+        lower = math.inf
+        for k in self._open_classes():
+            lower = min(lower, self._search_class_(k, certified))
+        refuse_refuted([max(certified, lower)], [self.upper], norm=norm_name(self.norm))
+        lower = min(max(certified, lower), self.upper)
+        closed = self.upper == lower or self.upper - lower <= _GAP * min(1, self.upper)
+        return lower, "exact" if closed else "time limit", time.perf_counter() - begin
+
+    def _beyond(self, point: Tensor, k: int, reach: float) -> Tensor:
+        """Climb from copies of a boundary point, no farther than reach, to where class k leads by most: (1, ...)."""
+        generator = torch.Generator().manual_seed(0)
+        start = point.expand(_CLIMBERS, *point.shape[1:])
+        found = start + random_point(start, self.norm, reach, generator)  # not all on the same side of a kink
+        for _ in range(_CLIMBS):
+            found = found.detach().requires_grad_()
+            logits = self.graph(found)
+            (slope,) = torch.autograd.grad((logits[:, k] - logits[:, int(self.y)]).sum(), found)
+            step = slope.sign() if self.norm == LINF else slope / _wide(distance(slope, self.norm), slope)
+            moved = found.detach() + reach / 4 * step
+            found = (point + project(moved - point, self.norm, reach)).clamp(0, 1)
+        logits = self.graph(found)
+        return found[[int((logits[:, k] - logits[:, int(self.y)]).argmax())]]
+
+    def _cap(self) -> float:
+        return min(self.upper, float(distance(torch.ones_like(self.x), self.norm)))
+
+    def _open_classes(self) -> list[int]:
+        eps = torch.tensor([self._cap()], dtype=torch.float64)
+        margins = margins_over(self.graph, self.x, self.y, self.norm, eps, "alpha-crown")[0]
+        classes = others(self.y, self.graph.nodes[-1].shape[0])[0]
+        return [int(classes[j]) for j in margins.argsort() if margins[j] <= 0]
+
+    def _search_class_(self, k: int, floor: float) -> float:
+        """Return a lower bound on the distance to class k, which may be anything above the best distance known."""
+        known = math.isfinite(self.upper)
+        cap = self._cap() * (1 - _STOP * known)
+        bound, points = _NEAREST[self.norm](
+            self.graph,
+            self.x,
+            int(self.y),
+            k,
+            cap,
+            floor=floor,
+            start=self.best if known and self._label() == k else None,
+            gap=_STOP,
+            deadline=self.deadline,
+            threads=self.threads,
+        )
+        for point in points:  # nearest first
+            if self.offer_(point) or any(self.offer_(self._beyond(point, k, reach)) for reach in _BEYOND):
+                break
+        return max(0.0, bound - 1e-7) if bound < cap or known else math.inf
+
+    def _label(self) -> int:
+        """Return the model's label of the best point."""
+        with torch.no_grad():
+            return int(self.model(self.best).argmax(1))
+
+
+def _wide(value: Tensor, like: Tensor) -> Tensor:
+    return value.clamp_min(1e-30).view(-1, *[1] * (like.dim() - 1))
+
+
+Nearest = Callable[..., tuple[float, list[Tensor]]]
+_NEAREST: dict[float, Nearest] = {LINF: nearest_linf, L2: nearest_l2}

@@ -1,0 +1,155 @@
+"""A network over a region as a mixed-integer linear program (Tjeng, Xiao & Tedrake 2019)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Container
+
+import highspy
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from ...errors import Unsupported
+from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, evaluate, refusal
+from .._network import offset
+from ..certify._intervals import Interval
+from ..certify._relaxations import WindowLines, relax
+from ._highs import Expression, Program, Vector
+
+_LARGEST = 2**26  # entries of an operation's dense matrix
+
+
+def encode(graph: Graph, bounds: list[Interval]) -> tuple[Program, list[Expression]]:
+    """Write a network over one image's region as a program: return it and the value of every node in its variables.
+
+    `bounds` (of one image, batch axis 1) tell which units are dead, which always active, and how wide the others range;
+    only the last need integers.
+    Raise Unsupported for an operation that is not piecewise linear, or too large to write down.
+    """
+    program = Program()
+    values = [program.variables_(_flat(bounds[0].lower), _flat(bounds[0].upper))]
+    for node in graph.nodes[1:]:
+        source, box = values[node.inputs[0]], bounds[node.inputs[0]]
+        shape = graph.nodes[node.inputs[0]].shape
+        match node.op:
+            case Linear() | Conv2d() | Affine() | AvgPool() | Flatten():
+                values.append(source.times(*_matrix(node.op, shape)))
+            case Add():
+                one, two = source, values[node.inputs[1]]
+                values.append(program.total((1.0, one), (1.0, two)))
+            case ReLU():
+                low, high = _flat(box.lower), _flat(box.upper)
+                values.append(_relu(program, source, low, high))
+            case MaxPool():
+                values.append(_max_pool(program, node.op, source, box))
+            case _:
+                raise refusal(node, "cannot be solved exactly")
+    return program, values
+
+
+def _flat(value: Tensor) -> Vector:
+    result: Vector = value.flatten().numpy()
+    return result
+
+
+def _matrix(
+    op: Linear | Conv2d | Affine | AvgPool | Flatten, shape: tuple[int, ...]
+) -> tuple[sparse.csr_matrix, Vector]:
+    """Return a linear operation as a sparse matrix and what it adds."""
+    size = math.prod(shape)
+    added = offset(op, shape)
+    if isinstance(op, Flatten):
+        return sparse.eye_array(size, format="csr"), np.zeros(size)
+    if isinstance(op, Linear) and len(shape) == 1:
+        matrix = sparse.csr_matrix(op.weight.numpy())
+    else:
+        if size * math.prod(evaluate(op, torch.zeros(1, *shape, dtype=torch.float64)).shape) > _LARGEST:
+            raise Unsupported("a layer is too large for an exact distance; use certified radii")
+        columns = evaluate(op, torch.eye(size, dtype=torch.float64).view(size, *shape)).flatten(1)
+        matrix = sparse.csr_matrix((columns - (0 if added is None else added)).numpy().T)
+    return matrix, np.zeros(matrix.shape[0]) if added is None else added.numpy()
+
+
+def _relu(program: Program, z: Expression, low: Vector, high: Vector) -> Expression:
+    alive = np.flatnonzero(high > 0)
+    unstable = np.flatnonzero((low < 0) & (high > 0))
+    y = program.variables_(np.maximum(low, 0)[alive], high[alive])
+    result = program.scattered(y, alive, len(low))
+    active = np.setdiff1d(alive, unstable)
+    program.rows_((1.0, result[active]), (-1.0, z[active]), low=0.0, high=0.0)
+    # z = y − s with y, s ≥ 0, and the switch a lets only one of them be positive.
+    deep, top = -low[unstable], high[unstable]
+    s = program.variables_(np.zeros(len(unstable)), deep)
+    a = program.variables_(np.zeros(len(unstable)), np.ones(len(unstable)), integer=True)
+    program.rows_((1.0, result[unstable]), (-1.0, s), (-1.0, z[unstable]), low=0.0, high=0.0)
+    program.rows_((1.0, result[unstable]), (-top, a), low=-math.inf, high=0.0)
+    program.rows_((1.0, s), (deep, a), low=-math.inf, high=deep)
+    return result
+
+
+def _max_pool(program: Program, op: MaxPool, z: Expression, box: Interval) -> Expression:
+    lines = relax(op, box)
+    assert isinstance(lines, WindowLines)
+    low = np.append(_flat(box.lower), -math.inf)
+    high = np.append(_flat(box.upper), -math.inf)
+    index = lines.index.numpy()
+    floor, ceiling = low[index].max(1), high[index].max(1)
+    y = program.variables_(floor, ceiling)
+    window, place = np.nonzero(high[index] > floor[:, None])
+    entry = index[window, place]
+    a = program.variables_(np.zeros(len(window)), np.ones(len(window)), integer=True)
+    slack = ceiling[window] - low[entry]
+    program.rows_((1.0, y[window]), (-1.0, z[entry]), low=0.0, high=math.inf)
+    program.rows_((1.0, y[window]), (-1.0, z[entry]), (slack, a), low=-math.inf, high=slack)
+    chosen = sparse.csr_matrix((np.ones(len(window)), (window, np.arange(len(window)))), (len(index), len(window)))
+    program.rows_((1.0, a.times(chosen, np.zeros(len(index)))), low=1.0, high=1.0)
+    return y
+
+
+def tightened(
+    graph: Graph,
+    bounds: list[Interval],
+    program: Program,
+    values: list[Expression],
+    *,
+    skip: Container[int],
+    deadline: float,
+) -> list[Interval] | None:
+    """Bound the inputs of unstable ReLUs by two linear programs each, all rows of the program counted.
+
+    Nodes in `skip` have bounds that are hardly ever improved. None where the program without integrality has no point
+    at all. One that is not solved before the deadline (of time.perf_counter) changes nothing.
+    """
+    solver = program.highs(relaxed=True)
+    solver.run()
+    if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+        return None
+    result = list(bounds)
+    for node in graph.nodes:
+        if not isinstance(node.op, ReLU) or node.inputs[0] in skip:
+            continue
+        z, box = values[node.inputs[0]], bounds[node.inputs[0]]
+        low, high = _flat(box.lower).copy(), _flat(box.upper).copy()
+        for unit in np.flatnonzero((low < 0) & (high > 0)):
+            if time.perf_counter() > deadline:
+                break
+            row = z[np.array([unit])]
+            columns = row.matrix.indices.astype(np.int32)
+            solver.changeColsCost(len(columns), columns, row.matrix.data)
+            for sense in (highspy.ObjSense.kMinimize, highspy.ObjSense.kMaximize):
+                solver.changeObjectiveSense(sense)
+                solver.run()
+                if solver.getModelStatus() == highspy.HighsModelStatus.kOptimal:
+                    found = solver.getInfo().objective_function_value + row.constant[0]
+                    slack = 1e-7 * (1 + abs(found))  # the solver's tolerances
+                    if sense == highspy.ObjSense.kMinimize:
+                        low[unit] = max(low[unit], found - slack)
+                    else:
+                        high[unit] = min(high[unit], found + slack)
+            solver.changeColsCost(len(columns), columns, np.zeros(len(columns)))
+        shape = box.lower.shape
+        result[node.inputs[0]] = Interval(torch.from_numpy(low).view(shape), torch.from_numpy(high).view(shape))
+    return result

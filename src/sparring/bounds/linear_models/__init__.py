@@ -1,0 +1,1 @@
+"""Linear classifiers: closed forms, and scikit-learn's estimators."""

@@ -1,0 +1,194 @@
+"""Linear classifiers in closed form: the theorem that ties l_inf robustness to ‖w‖₁ and l_2 robustness to ‖w‖₂.
+
+Every quantity has two forms, both exact: unboxed (the theorem's: perturbed pixels may leave [0, 1]) and boxed (they may
+not, as in every attack). With more than two classes the distance is the smallest over the other classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import Unsupported, UserError
+from ...graph import Affine, AvgPool, Conv2d, Flatten, Input, Linear
+from ...threat import L2, LINF, dual, norm_name
+from .._network import adjoint, others, prepare
+
+
+class LinearMap(NamedTuple):
+    """Hold a model that is linear in its input, multiplied out: weight (classes, pixels), bias (classes,), float64.
+
+    Every function here takes one in place of the model, and then need not read the model again.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+def weights_of(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None = None) -> LinearMap:
+    """Return what a model that is linear in its input computes from images of `shape`.
+
+    Normalisation and convolutions are multiplied out. Raise Unsupported if any operation is not linear.
+    """
+    graph = prepare(model, shape, images=images)
+    (classes,) = graph.nodes[-1].shape
+    rows = torch.eye(classes, dtype=torch.float64)
+    for node in reversed(graph.nodes[1:]):
+        if not isinstance(node.op, Linear | Conv2d | Affine | AvgPool | Flatten):
+            raise Unsupported(f"the model is not linear: it has an {node.title}")
+        rows = adjoint(node.op, rows, graph.nodes[node.inputs[0]].shape)
+    assert isinstance(graph.nodes[0].op, Input)
+    bias = graph(torch.zeros(1, *graph.nodes[0].shape, dtype=torch.float64))[0]
+    return LinearMap(rows.flatten(1), bias)
+
+
+def _read(model: nn.Module | LinearMap, x: Tensor) -> LinearMap:
+    return model if isinstance(model, LinearMap) else weights_of(model, tuple(x.shape[1:]), images=x)
+
+
+def _margins(model: nn.Module | LinearMap, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the margins (N, classes − 1) and the weights behind them (N, classes − 1, pixels), float64."""
+    weight, bias = _read(model, x)
+    rivals = others(y, len(weight))
+    slopes = weight[y][:, None] - weight[rivals]
+    margins = torch.bmm(slopes, x.double().flatten(1)[..., None]).squeeze(2)
+    return margins + (bias[y][:, None] - bias[rivals]), slopes
+
+
+def linear_distance(model: nn.Module | LinearMap, x: Tensor, y: Tensor, norm: float, *, boxed: bool = True) -> Tensor:
+    """Return the exact distance of images x (N, ...) to the decision boundary of a linear model: (N,), float64.
+
+    Zero where the model is wrong, infinite where no perturbation inside the box suffices. Unboxed: margin / ‖w‖_q with
+    1/p + 1/q = 1. Boxed, for l_inf and l_2: pixel i moves by min(t·s_i, room_i), where room_i is its distance to the
+    box in the harmful direction and s_i is 1 (l_inf) or |w_i| (l_2), and t is the level that makes the margin vanish.
+    Raise Unsupported for a model that is not linear, UserError for the boxed l_1 distance.
+    """
+    return linear_distances(model, x, y, [(norm, boxed)])[0]
+
+
+def linear_distances(
+    model: nn.Module | LinearMap, x: Tensor, y: Tensor, kinds: Sequence[tuple[float, bool]]
+) -> list[Tensor]:
+    """Return `linear_distance` for several pairs of norm and boxed, for the price of finding the margins once."""
+    for norm, boxed in kinds:
+        norm_name(norm)
+        if boxed and norm not in (LINF, L2):
+            raise UserError("the boxed distance has a closed form here for linf and l2 only; use boxed=False for l1")
+    margin, w = _margins(model, x, y)
+    used = (w != 0).any(1).any(0)  # the other pixels move nothing
+    used[0] = True  # a constant classifier uses none
+    w = w[:, :, used]
+    room = _room(x.flatten(1)[:, used], w)
+    right = (margin > 0).all(1)
+    found = (_boxed(margin, w, room, norm) if boxed else _unboxed(margin, w, norm) for norm, boxed in kinds)
+    return [torch.where(right, distances.amin(1), 0.0) for distances in found]
+
+
+def linear_fooled(model: nn.Module | LinearMap, x: Tensor, y: Tensor) -> Tensor:
+    """Tell for each image x (N, ...) whether a linear model is wrong about it or tied, in float64: (N,), bool."""
+    margin, _ = _margins(model, x, y)
+    return (margin <= 0).any(1)
+
+
+def _unboxed(margin: Tensor, w: Tensor, norm: float) -> Tensor:
+    size = torch.linalg.vector_norm(w, ord=dual(norm), dim=2)
+    return torch.where(size > 0, margin / size.clamp_min(1e-300), torch.inf)
+
+
+def _room(x: Tensor, w: Tensor) -> Tensor:
+    pixels = x.double().flatten(1)[:, None]
+    return torch.where(w > 0, pixels, 1 - pixels)
+
+
+def _boxed(margin: Tensor, w: Tensor, room: Tensor, norm: float) -> Tensor:
+    size = w.abs()
+    speed = torch.ones_like(size) if norm == LINF else size
+    # Loss of margin at level t: Σ |w_i|·min(t·s_i, room_i), concave and piecewise linear, with kinks at room_i / s_i.
+    kink = torch.where(size > 0, room / speed.clamp_min(1e-300), torch.inf)
+    kink, order = kink.sort(dim=2)
+    gain, spent = (size * speed).gather(2, order), (size * room).gather(2, order)
+    gone = spent.cumsum(2) - spent  # by pixels that reached the box before this kink
+    rate = gain.flip(2).cumsum(2).flip(2)
+    # A concave curve lies below the lines that prolong its pieces: the last of their crossings is its own.
+    level = torch.where(rate > 0, (margin[..., None] - gone) / rate.clamp_min(1e-300), -torch.inf).amax(2)
+    level = torch.where(margin <= spent.sum(2), level, torch.inf)
+    if norm == LINF:
+        return level
+    moved = torch.minimum(level[..., None] * size, room)
+    return torch.where(level < torch.inf, moved.nan_to_num(0.0).square().sum(2).sqrt(), torch.inf)
+
+
+def linear_r_inf(model: nn.Module | LinearMap, x: Tensor, y: Tensor, eps: float, *, boxed: bool = True) -> float:
+    """Return the accuracy of a linear model under the worst l_inf perturbation of size eps.
+
+    For two classes this is the accuracy under FGSM; for more, FGSM is not the worst case.
+    """
+    margin, w = _margins(model, x, y)
+    reach = _room(x, w).clamp_max(eps) if boxed else torch.full_like(w, eps)
+    return float((margin > (w.abs() * reach).sum(2)).all(1).double().mean())
+
+
+def linear_r_2(model: nn.Module | LinearMap, x: Tensor, y: Tensor, *, boxed: bool = True) -> float:
+    """Return the mean l_2 distance to the boundary over all images, those that are misclassified counting 0."""
+    return float(linear_distance(model, x, y, L2, boxed=boxed).mean())
+
+
+@dataclass(frozen=True)
+class Theorem:
+    """The quantities of the theorem for f = w·x + b, two classes, without the box.
+
+    `numerator` is E[1(y·f > 0)·y·f], and `by_means` the same from class frequencies, accuracies and the means of the
+    correctly classified, which holds always; `balanced` is t·w·(μ₊ − μ₋)/2, which needs balanced classes and equal
+    accuracies. r_2 = numerator / ‖w‖₂ and r_inf ≤ markov = numerator / (eps·‖w‖₁).
+    """
+
+    accuracy: float
+    l1: float
+    l2: float
+    nonzero: int
+    numerator: float
+    by_means: float
+    balanced: float
+    r_inf: float
+    markov: float
+    r_2: float
+
+
+def theorem(model: nn.Module | LinearMap, x: Tensor, y: Tensor, eps: float) -> Theorem:
+    """Evaluate the linear theorem (docs/theory.md) for a two-class linear model on images x with labels y in {0, 1}.
+
+    Raise UserError for another number of classes, Unsupported for a model that is not linear.
+    """
+    linear = _read(model, x)
+    weight, bias = linear
+    if len(weight) != 2:
+        raise UserError(f"the theorem is about two classes, and the model has {len(weight)}; use linear_distance")
+    w, b = weight[1] - weight[0], bias[1] - bias[0]
+    pixels, sign = x.double().flatten(1), 2.0 * y - 1
+    signed = sign * (pixels @ w + b)
+    right = signed > 0
+    l1, l2 = float(w.abs().sum()), float(w.norm())
+    numerator = float(torch.where(right, signed, 0).mean())
+    by_means, means = 0.0, []
+    for label, s in ((1, 1.0), (0, -1.0)):
+        chosen = right & (y == label)
+        means.append(pixels[chosen].mean(0) if bool(chosen.any()) else torch.zeros_like(w))
+        by_means += float(chosen.double().mean()) * s * float(w @ means[-1] + b)
+    accuracy = float(right.double().mean())
+    return Theorem(
+        accuracy=accuracy,
+        l1=l1,
+        l2=l2,
+        nonzero=int((w != 0).sum()),
+        numerator=numerator,
+        by_means=by_means,
+        balanced=accuracy * float(w @ (means[0] - means[1])) / 2,
+        r_inf=linear_r_inf(linear, x, y, eps, boxed=False),
+        markov=numerator / (eps * l1) if eps * l1 > 0 else math.inf,
+        r_2=linear_r_2(linear, x, y, boxed=False),
+    )

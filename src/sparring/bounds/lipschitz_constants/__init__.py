@@ -1,0 +1,1 @@
+"""Local Lipschitz constants: estimates from below, sound bounds from above."""

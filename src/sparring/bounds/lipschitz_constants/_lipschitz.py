@@ -1,0 +1,225 @@
+"""Local Lipschitz constants of margin differences: estimates from below, and sound bounds from above."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnknownNameError, UserError
+from ...graph import Activation, Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU
+from ...threat import L2, LINF, dual, norm_name, random_point
+from ...waiting import courteous
+from .._network import adjoint, margin_rows, prepare
+from .._region import Region, region
+from ..certify._activation_sparsity import kink_of
+from ..certify._crown import bound_nodes
+from ..certify._intervals import Interval
+from ..certify._relaxations import WindowLines, relax
+from ._operator_norms import max_pool_norm, operator_norm
+
+_LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
+Constants = Callable[[Graph, Region, Tensor], Tensor]
+
+
+@courteous()
+def lipschitz(
+    model: nn.Module, x: Tensor, radius: float | Tensor, *, norm: float, method: str = "jacobian", seed: int = 0
+) -> Tensor:
+    """Estimate or bound how fast the margins g_ŷ − g_k can change in the ball around each image: (N, classes − 1).
+
+    ŷ is the model's label of x; the constants are for perturbations measured in `norm` (2 or infinity), so gradients in
+    the dual norm; radius is a number or (N,), and the ball is cut by [0, 1]. Methods: "sampled" (a lower estimate),
+    "clever" (an extreme-value estimate, Weng et al. 2018: never a bound), and the sound upper bounds "product" (norms
+    of all layers, Szegedy et al. 2014; Hein & Andriushchenko 2017), "active" (the same over the units that can be
+    active in the ball) and "jacobian" (intervals of the Jacobian, exact where the ball lies in one linear region).
+    `seed` is for the first two. Raise Unsupported for discontinuous layers, which have no finite constant.
+    """
+    graph = prepare(model, tuple(x.shape[1:]), images=x)
+    reach = region(x, norm, radius)
+    return constants_over(graph, reach, graph(reach.x).argmax(1), method, seed)
+
+
+def constants_over(graph: Graph, reach: Region, y: Tensor, method: str, seed: int = 0) -> Tensor:
+    """Do what `lipschitz` does for a lowered float64 network, a region and given labels."""
+    if method not in LIPSCHITZ:
+        raise UnknownNameError("Lipschitz method", method, LIPSCHITZ)
+    if reach.norm not in (L2, LINF):
+        raise UserError(f"Lipschitz constants are computed for l2 and linf, not for {norm_name(reach.norm)}")
+    for node in graph.nodes:
+        if isinstance(node.op, Activation):
+            kink_of(node.op)
+    if method in ("sampled", "clever"):
+        largest = _sampled_gradients(graph, reach, y, torch.Generator().manual_seed(seed))
+        return largest.amax(0) if method == "sampled" else _extreme_value(largest)
+    with torch.no_grad():
+        return _BOUNDS[method](graph, reach, margin_rows(graph, y))
+
+
+_BATCHES, _SAMPLES = 40, 25
+
+
+def _sampled_gradients(graph: Graph, reach: Region, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the largest gradient norm of each of many batches of points: (batches, N, classes − 1)."""
+    rows = margin_rows(graph, y)
+    count, many = rows.shape[:2]
+    size = reach.eps.view(-1, *[1] * (reach.x.dim() - 1)).repeat_interleave(_SAMPLES, 0)
+    centres, low, high = (v.repeat_interleave(_SAMPLES, 0) for v in (reach.x, reach.lower, reach.upper))
+    found = []
+    for _ in range(_BATCHES):
+        step = random_point(centres, reach.norm, 1.0, generator) * size
+        points = torch.minimum(torch.maximum(centres + step, low), high).requires_grad_()
+        margins = torch.bmm(rows.repeat_interleave(_SAMPLES, 0), graph(points)[..., None]).squeeze(2)
+        norms = []
+        for k in range(many):
+            (slope,) = torch.autograd.grad(margins[:, k].sum(), points, retain_graph=k < many - 1)
+            norms.append(torch.linalg.vector_norm(slope.flatten(1), ord=dual(reach.norm), dim=1))
+        found.append(torch.stack(norms, 1).view(count, _SAMPLES, many).amax(1))
+    return torch.stack(found)
+
+
+def _extreme_value(largest: Tensor) -> Tensor:
+    """Return the location of a reverse Weibull fitted to batch maxima (Weng et al. 2018, theorem 4.1)."""
+    from scipy.stats import weibull_max  # here, as importing it takes a second or two
+
+    best = largest.amax(0)
+    result = best.clone()
+    for i in range(best.shape[0]):
+        for k in range(best.shape[1]):
+            sample = largest[:, i, k]
+            spread = float(sample.max() - sample.min())
+            if spread > 1e-9 * float(sample.max()):
+                unit = ((sample - sample.min()) / spread).numpy()  # the fit is ill-conditioned in other units
+                _, location, _ = weibull_max.fit(unit, loc=1.01, scale=0.5)
+                # A location ten spreads beyond the largest sample is a fit that has run away.
+                result[i, k] = float(sample.min()) + spread * max(1.0, min(location, 10.0))
+    return result
+
+
+def _product(graph: Graph, reach: Region, rows: Tensor) -> Tensor:
+    """Multiply the norms of all layers; every unit counts."""
+    ones = [torch.ones(len(rows), *node.shape, dtype=torch.float64) for node in graph.nodes]
+    return _multiplied(graph, reach.norm, rows, ones, ones)
+
+
+def _active(graph: Graph, reach: Region, rows: Tensor) -> Tensor:
+    """Multiply the norms of the submatrices of units that can be active somewhere in the region."""
+    bounds, _ = bound_nodes(graph, reach, backward=True)
+    outputs = [torch.ones_like(b.lower) for b in bounds]
+    inputs = [torch.ones_like(b.lower) for b in bounds]
+    inputs[0] = (reach.upper > reach.lower).double()
+    readers: dict[int, list[int]] = {}
+    for index, node in enumerate(graph.nodes):
+        for source in node.inputs:
+            readers.setdefault(source, []).append(index)
+        if isinstance(node.op, ReLU | Activation):
+            inputs[index] = (bounds[node.inputs[0]].upper > _kink(node.op)).double()
+        elif isinstance(node.op, Flatten):
+            inputs[index] = inputs[node.inputs[0]].flatten(1)
+        elif isinstance(node.op, Affine):
+            inputs[index] = inputs[node.inputs[0]]
+    for index in range(len(graph.nodes)):  # a row counts unless all that read it are units that stay at zero
+        if (read := readers.get(index)) and all(isinstance(graph.nodes[i].op, ReLU | Activation) for i in read):
+            outputs[index] = torch.stack([inputs[i] for i in read]).amax(0)
+    return _multiplied(graph, reach.norm, rows, inputs, outputs)
+
+
+def _kink(op: ReLU | Activation) -> float:
+    return kink_of(op) if isinstance(op, Activation) else 0.0
+
+
+def _multiplied(graph: Graph, norm: float, rows: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> Tensor:
+    constants = [torch.ones(len(rows), dtype=torch.float64)]
+    nodes = graph.nodes
+    last = nodes[-1].op
+    for index, node in enumerate(nodes[1:-1] if isinstance(last, Linear) else nodes[1:], start=1):
+        source = node.inputs[0]
+        before = constants[source]
+        match node.op:
+            case Linear() | Conv2d() | Affine() | AvgPool() | Flatten():
+                size = operator_norm(node.op, nodes[source].shape, norm, inputs[source], outputs[index])
+                constants.append(size * before)
+            case Add():
+                constants.append(before + constants[node.inputs[1]])
+            case MaxPool():
+                constants.append(max_pool_norm(node.op, norm) * before)
+            case _:
+                constants.append(before)  # ReLU and its continuous kin
+    source = nodes[-1].inputs[0] if isinstance(last, Linear) else len(nodes) - 1
+    if isinstance(last, Linear):
+        rows = (rows @ last.weight) * inputs[source][:, None]
+    sizes: Tensor = torch.linalg.vector_norm(rows, ord=dual(norm), dim=2)
+    return sizes * constants[source][:, None]
+
+
+def _jacobian(graph: Graph, reach: Region, rows: Tensor) -> Tensor:
+    """Propagate intervals of the margins' Jacobian backwards (as RecurJac does, Zhang et al. 2019)."""
+    bounds, _ = bound_nodes(graph, reach, backward=True)
+    waiting = {len(graph.nodes) - 1: Interval(rows, rows)}
+    for index in range(len(graph.nodes) - 1, 0, -1):
+        if index not in waiting:
+            continue
+        node, slopes = graph.nodes[index], waiting.pop(index)
+        if isinstance(node.op, _LINEAR):
+            slopes = _through_linear(node.op, slopes, graph.nodes[node.inputs[0]].shape)
+        elif isinstance(node.op, ReLU | Activation):
+            box, kink = bounds[node.inputs[0]], _kink(node.op)
+            slopes = _gated(slopes, (box.lower >= kink)[:, None], (box.upper > kink)[:, None])
+        elif isinstance(node.op, MaxPool):
+            slopes = _through_windows(node.op, slopes, bounds[node.inputs[0]])
+        for source in node.inputs:
+            old = waiting.get(source)
+            waiting[source] = Interval(old.lower + slopes.lower, old.upper + slopes.upper) if old else slopes
+    largest = torch.maximum(-waiting[0].lower, waiting[0].upper).flatten(2)
+    moves = (reach.upper > reach.lower).flatten(1)[:, None]  # pixels that cannot move do not count
+    result: Tensor = torch.linalg.vector_norm(largest * moves, ord=dual(reach.norm), dim=2)
+    return result
+
+
+def _through_linear(
+    op: Linear | Conv2d | Affine | AvgPool | Flatten, slopes: Interval, shape: tuple[int, ...]
+) -> Interval:
+    centre, half = ((slopes.upper + slopes.lower) / 2).flatten(0, 1), ((slopes.upper - slopes.lower) / 2).flatten(0, 1)
+    absolute = op
+    if isinstance(op, Linear | Conv2d):
+        absolute = dataclasses.replace(op, weight=op.weight.abs())
+    elif isinstance(op, Affine):
+        absolute = dataclasses.replace(op, scale=op.scale.abs())
+    size = (*slopes.lower.shape[:2], *shape)
+    centre, half = adjoint(op, centre, shape).view(size), adjoint(absolute, half, shape).view(size)
+    return Interval(centre - half, centre + half)
+
+
+def _gated(slopes: Interval, always: Tensor, sometimes: Tensor) -> Interval:
+    """Multiply by a gate that is 1, 0, or anything between."""
+    lower = torch.where(always, slopes.lower, torch.where(sometimes, slopes.lower.clamp_max(0), 0))
+    upper = torch.where(always, slopes.upper, torch.where(sometimes, slopes.upper.clamp_min(0), 0))
+    return Interval(lower, upper)
+
+
+def _through_windows(op: MaxPool, slopes: Interval, box: Interval) -> Interval:
+    lines = relax(op, box)
+    assert isinstance(lines, WindowLines)
+    low, high = (torch.cat([v.flatten(1), torch.full_like(v.flatten(1)[:, :1], -torch.inf)], 1) for v in box)
+    low, high = low[:, lines.index], high[:, lines.index]
+    can_win = high >= low.amax(2, keepdim=True)
+    alone = can_win & (can_win.sum(2, keepdim=True) == 1)
+    found = _gated(
+        Interval(slopes.lower.flatten(2)[..., None], slopes.upper.flatten(2)[..., None]),
+        alone[:, None],
+        can_win[:, None],
+    )
+    return Interval(*(_gathered(value, lines) for value in found))
+
+
+def _gathered(value: Tensor, lines: WindowLines) -> Tensor:
+    pixels = math.prod(lines.shape)
+    total = value.new_zeros(*value.shape[:2], pixels + 1).index_add(2, lines.index.flatten(), value.flatten(2))
+    return total[..., :pixels].reshape(*value.shape[:2], *lines.shape)
+
+
+_BOUNDS: dict[str, Constants] = {"product": _product, "active": _active, "jacobian": _jacobian}
+LIPSCHITZ = ("sampled", "clever", *_BOUNDS)

@@ -1,0 +1,92 @@
+"""`sparring list` and `sparring doctor`: what there is, and whether this machine is ready."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from .. import __version__, attacks, data, models, sparsity
+from ..errors import UnknownNameError
+from ..study import available_cores, presets
+from ._printing import print_json
+
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "safetensors", "highspy", "llvmlite", "mlxtend")
+EXTRAS = ("onnxruntime", "openvino", "ray", "mlflow-skinny", "tensorboard", "foolbox")
+
+
+def _tables() -> dict[str, dict[str, str]]:
+    return {
+        "attacks": _described(attacks.ATTACKS),
+        "data": _described(data.DATASETS),
+        "models": _described(models.MODELS),
+        "presets": presets(),
+        "pruners": _described(sparsity.METHODS),
+        "scores": _described(sparsity.SCORES),
+    }
+
+
+def _described(table: Mapping[str, Callable[..., object]]) -> dict[str, str]:
+    return {
+        name: (inspect.getdoc(getattr(function, "func", function)) or "").split("\n")[0]
+        for name, function in table.items()
+    }
+
+
+def show_list(what: str, *, as_json: bool) -> int:
+    """Print the names in one table, or in all."""
+    tables = _tables()
+    if what and what not in tables:
+        raise UnknownNameError("list", what, tables)
+    chosen = {what: tables[what]} if what else tables
+    if as_json:
+        print_json(chosen)
+        return 0
+    for title, table in chosen.items():
+        print(title)
+        for name, text in table.items():
+            print(f"  {name:24} {text}")
+    return 0
+
+
+def show_doctor(data_dir: Path | None, *, as_json: bool) -> int:
+    """Print versions, cores and data; exit code 0: whatever is missing is only needed by some commands."""
+    found = {entry.name: entry.where or "ships with a package" for entry in data.available(data_dir)}
+    facts = {
+        "sparring": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.is_available(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "disk_free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "extras": {name: _version(name) for name in EXTRAS},
+        "data": {name: found.get(name) for name in data.DATASETS},
+    }
+    if as_json:
+        print_json(facts)
+        return 0
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, detail in value.items():
+                print(f"  {key:16} {detail or 'not found'}")
+        else:
+            print(f"{name:20} {value}")
+    return 0
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

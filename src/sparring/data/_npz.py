@@ -1,0 +1,138 @@
+"""A user's own arrays: an .npz file with x_train, y_train, x_test, y_test, and maybe x_valid, y_valid, class_names."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DataError, DataWarning, UserError
+from ..files import safe_members
+from ._splits import hold_out
+from ._types import Dataset, Split, check_split, from_splits
+
+Array = np.ndarray[Any, np.dtype[Any]]
+NEEDED = ("x_train", "y_train", "x_test", "y_test")
+MOST = 512 << 20
+OPTIONAL = ("x_valid", "y_valid", "class_names", "classes", "layout")
+CHANNELS = (1, 3)
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def load_arrays(path: Path, name: str) -> Dataset:
+    """Load an .npz of at most 512 MiB, unpacked; nothing in it is ever unpickled.
+
+    Images x are uint8 from 0 to 255, (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3; with `layout`, "NCHW" or
+    "NHWC", any C. Labels y are integers (N,) or (N, 1) from 0 to classes - 1, each of which occurs in y_train unless
+    `classes` says how many there are. Without x_valid and y_valid every tenth training image of a
+    class is held out. Raises DataError, naming file and key, for anything else, also where a shape has two readings.
+    """
+    others: list[str] = []
+    try:
+        members = safe_members(
+            path, wanted=lambda member: _is_known(member, others), max_bytes=MOST, max_member=MOST, max_files=1_000
+        )
+        arrays = {member.removesuffix(".npy"): _array(data, member, path) for member, data in members}
+    except UserError as error:
+        raise DataError(str(error)) from error
+    needed = NEEDED + (("x_valid", "y_valid") if arrays.keys() & {"x_valid", "y_valid"} else ())
+    for key in needed:
+        if key not in arrays:
+            raise DataError(f"{path} has no array '{key}'; it needs {', '.join(needed)}")
+    if others:
+        known = ", ".join((*NEEDED, *OPTIONAL))
+        warnings.warn(
+            f"{path}: arrays that are not read: {', '.join(others)}; known: {known}", DataWarning, stacklevel=3
+        )
+    layout = str(arrays["layout"].item()) if "layout" in arrays and arrays["layout"].size == 1 else None
+    if "layout" in arrays and layout not in ("NCHW", "NHWC"):
+        raise DataError(f"layout in {path} must be 'NCHW' or 'NHWC'")
+    train, test, *held = (
+        Split(_images(arrays[f"x_{part}"], f"x_{part}", layout, path), _labels(arrays[f"y_{part}"], f"y_{part}", path))
+        for part in ("train", "test", "valid")
+        if f"x_{part}" in arrays
+    )
+    names = [str(item) for item in arrays["class_names"].ravel()] if "class_names" in arrays else []
+    classes = _count_classes(train.y, arrays.get("classes"), path)
+    try:
+        check_split(f"the training split of '{name}'", train, train.x.shape[1:], classes)
+        train, valid = (train, held[0]) if held else hold_out(train)
+        return from_splits(name, train, valid, test, classes=classes, class_names=names)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _is_known(member: str, others: list[str]) -> bool:
+    """Say whether an array is to be read, and remember the names of others."""
+    key = member.removesuffix(".npy")
+    others += [] if key in NEEDED + OPTIONAL else [key]
+    return key not in others
+
+
+def _array(data: bytes, member: str, path: Path) -> Array:
+    file = io.BytesIO(data)
+    try:
+        shape, fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
+        whole = min(shape, default=0) >= 0 and math.prod(shape) * dtype.itemsize == len(data) - file.tell()
+        if whole and dtype.kind in "uiU":
+            flat = np.frombuffer(data, dtype, offset=file.tell())
+            return flat.reshape(shape, order="F" if fortran else "C")
+    except Exception as error:  # the header is a Python literal: a hostile one fails in any way
+        raise DataError(f"{member} in {path} is not a sound array; make it again") from error
+    if whole or dtype.hasobject:
+        raise DataError(
+            f"{member} in {path} has the type {dtype}; images must be uint8 from 0 to 255 (of x in [0, 1]: "
+            "(255 * x).round().astype('uint8')), labels integers, class names text"
+        )
+    raise DataError(f"{member} in {path} is truncated, or its header lies about its shape {shape}; make it again")
+
+
+def _images(array: Array, key: str, layout: str | None, path: Path) -> torch.Tensor:
+    if array.dtype != np.uint8 or array.ndim not in (3, 4):
+        raise DataError(
+            f"{key} in {path} must be uint8 images (N, C, H, W) from 0 to 255, not {array.dtype} {array.shape}"
+        )
+    if array.ndim == 3:
+        return torch.from_numpy(np.array(array[:, None], order="C"))
+    first, last = array.shape[1] in CHANNELS, array.shape[3] in CHANNELS
+    if layout is None and first == last:
+        a, b, c = array.shape[1:]
+        raise DataError(
+            f"{key} in {path} has images of shape {(a, b, c)}: {a} channels of {b}×{c}, or {a}×{b} with {c} channels? "
+            'Say which by an entry layout="NCHW" or layout="NHWC" in the file'
+        )
+    if layout == "NHWC" or (layout is None and last):
+        array = array.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.array(array, order="C"))
+
+
+def _labels(array: Array, key: str, path: Path) -> torch.Tensor:
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.dtype.kind not in "ui" or array.ndim != 1 or array.max(initial=0) > np.iinfo(np.int64).max:
+        raise DataError(f"{key} in {path} must be integers of shape (N,), not {array.dtype} {array.shape}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _count_classes(y: torch.Tensor, said: Array | None, path: Path) -> int:
+    if said is not None and (said.size != 1 or said.dtype.kind not in "ui"):
+        raise DataError(f"classes in {path} must be one integer: how many classes there are")
+    if said is not None:
+        return int(said.item())
+    present = np.unique(y.numpy())
+    if len(present) == 0 or int(present[0]) < 0 or int(present[-1]) != len(present) - 1:
+        raise DataError(
+            f"y_train in {path} must hold every label from 0 to the last, but holds {_few(present)}; number the "
+            "classes 0, 1, 2, ..., or add the entry classes, how many there are"
+        )
+    return len(present)
+
+
+def _few(labels: Array) -> str:
+    shown = ", ".join(map(str, labels[:5].tolist()))
+    return f"{shown}, ..." if len(labels) > 5 else shown or "none"

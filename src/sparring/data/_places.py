@@ -1,0 +1,163 @@
+"""Where data are looked for, and how the content of a data set's files gets into memory.
+
+Each root, in order, is searched: the caller's, $SPARRING_DATA, the user's cache folder, known system folders.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from ..errors import DataError, UserError
+from ..files import read_bounded, safe_members
+
+SYSTEM_ROOTS = (Path("/usr/share/datasets"),)
+MOST = 256 << 20  # bytes of one file or archive, packed and unpacked: half as much again as the largest known
+
+
+class File(NamedTuple):
+    """Name a file of a data set, unpacked, and the SHA-256 of its content ("" where it is not known)."""
+
+    name: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Say which files make a data set, in which folders below a root they may lie, and where they can be had.
+
+    Files lie side by side in one of `folders`, each plain or as NAME.gz; or all of them are in `archive` (a tar.gz).
+    `mirrors` are base addresses of the packed files; `hint` is a sentence on other ways to get them.
+    """
+
+    name: str
+    files: tuple[File, ...]
+    folders: tuple[str, ...]
+    mirrors: tuple[str, ...]
+    archive: File | None = None
+    hint: str = ""
+
+
+class Content(NamedTuple):
+    """Hold a file's unpacked content and where it comes from, for error messages."""
+
+    where: str
+    data: bytes
+
+
+Find = Callable[[Source], list[Content]]
+"""Return the unpacked content of each of a source's files, in order; loaders call it for what they need."""
+
+
+def roots(root: Path | str | None) -> list[Path]:
+    """Return the folders to search, in order; raise DataError if the one the caller named does not exist."""
+    found = []
+    for named, by in ((root, "the data folder"), (os.environ.get("SPARRING_DATA"), "$SPARRING_DATA")):
+        if named:
+            if not is_folder(expand(named)):
+                raise DataError(f"{by}, {named}, is not a folder; correct the path or make the folder")
+            found.append(expand(named))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    found.append((cache if cache.is_absolute() else expand("~/.cache")) / "sparring")
+    found.extend(SYSTEM_ROOTS)
+    return list(dict.fromkeys(found))
+
+
+def expand(path: Path | str) -> Path:
+    """Return a path with "~" replaced by the home folder, if there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user, or a container's user without a home
+        return Path(path)
+
+
+def is_file(path: Path) -> bool:
+    """Return whether there is a file; False as well for a name that is too long or a folder that may not be read."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether there is a folder; False as well for a name that is too long or one that may not be read."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def locate(source: Source, places: list[Path]) -> list[Path] | None:
+    """Return the paths of a source's files, or of its one archive, in the first folder that has them all, or None."""
+    for place in places:
+        for folder in source.folders:
+            paths = [_plain_or_packed(place / folder / file.name) for file in source.files]
+            found = [path for path in paths if path is not None]
+            if len(found) == len(paths):
+                return found
+            if source.archive and is_file(place / folder / source.archive.name):
+                return [place / folder / source.archive.name]
+    return None
+
+
+def _plain_or_packed(path: Path) -> Path | None:
+    candidates = (path, path.with_name(path.name + ".gz"))
+    return next((candidate for candidate in candidates if is_file(candidate)), None)
+
+
+def missing(source: Source, places: list[Path]) -> DataError:
+    """Return the error that lists exactly which files go in which folder."""
+    names = ", ".join(file.name for file in source.files)
+    packed = f", or {source.archive.name}" if source.archive else " (each may be packed as .gz)"
+    folders = "\n".join(f"  {place / source.folders[0]}" for place in places)
+    return DataError(
+        f"the data set '{source.name}' was not found. Put these files: {names}{packed}\ninto one of these folders:\n"
+        f"{folders}\nor ask for a download (--download).{' ' + source.hint if source.hint else ''}"
+    )
+
+
+def read(source: Source, paths: list[Path]) -> list[Content]:
+    """Read what `locate` found; raise DataError, naming the file, if one is damaged or missing from the archive."""
+    if source.archive and [path.name for path in paths] == [source.archive.name]:
+        return _from_archive(source, paths[0])
+    return [Content(str(path), unpack(path)) for path in paths]
+
+
+def unpack(path: Path) -> bytes:
+    """Return a file's content, unpacked if it is gzip; raise DataError if it is damaged or larger than 256 MiB."""
+    try:
+        data = read_bounded(path, limit=MOST)
+        if data[:2] != b"\x1f\x8b":
+            return data
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            plain = file.read(MOST + 1)
+    except UserError as error:
+        raise DataError(str(error)) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}); get it again") from error
+    if len(plain) > MOST:
+        raise DataError(f"{path} unpacks to more than 256 MiB; get it again")
+    return plain
+
+
+def _from_archive(source: Source, path: Path) -> list[Content]:
+    names = {file.name for file in source.files}
+    try:
+        members: Iterator[tuple[str, bytes]] = safe_members(
+            path, wanted=lambda name: PurePosixPath(name).name in names, max_bytes=MOST
+        )
+        found = {PurePosixPath(name).name: data for name, data in members}
+    except DataError:
+        raise
+    except UserError as error:
+        raise DataError(str(error)) from error
+    for file in source.files:
+        if file.name not in found:
+            raise DataError(f"{path} does not hold {file.name}; get it again")
+    return [Content(f"{file.name} in {path}", found[file.name]) for file in source.files]

@@ -1,0 +1,133 @@
+"""The table of data sets, and the one function that loads any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import DataError, DataWarning, UnknownNameError, UserError, told
+from ..files import safe_name
+from ..plugins import import_object
+from ._cifar10 import CIFAR10, cifar10
+from ._download import Progress
+from ._download import download as fetch
+from ._embedded import digits, mnist_5k
+from ._idx import FASHION_MNIST, MNIST, fashion_mnist, mnist
+from ._image_folder import load_images
+from ._npz import load_arrays
+from ._places import Content, Find, Source, expand, is_file, is_folder, locate, missing, read, roots
+from ._types import Dataset
+
+DATASETS: dict[str, Callable[[Find], Dataset]] = {
+    "cifar10": cifar10,
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "mnist": mnist,
+    "mnist-5k": mnist_5k,
+}
+
+SOURCES = (CIFAR10, FASHION_MNIST, MNIST)
+PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".npz")  # what a user's own data may come in, besides a folder
+
+
+class Available(NamedTuple):
+    """Name a data set that this machine has, and where ("" if a package ships it)."""
+
+    name: str
+    where: str
+
+
+def load(
+    name: str, root: Path | str | None = None, *, download: bool = False, progress: Progress | None = None
+) -> Dataset:
+    """Load a data set by its name in `DATASETS`, by a path, or from a user's function "package.module:function".
+
+    A path is a folder, zip or tar of images, or an .npz.
+
+    Files and names are looked for in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that
+    order. With `download`, what is missing is fetched from public mirrors into the first of these, and `progress` is
+    told. A user's file is never called what a known set is called: its name gets "-user".
+
+    Raises DataError if files are missing (it lists which go where), damaged, mislabelled or of the wrong shape, and
+    UnknownNameError if there is no such data set.
+    """
+    places = roots(root)
+
+    def find(source: Source) -> list[Content]:
+        paths = locate(source, places)
+        if paths is None and download:
+            fetch(source, places[0] / source.folders[0], progress)
+            paths = locate(source, places)
+        if paths is None:
+            raise missing(source, places)
+        return read(source, paths)
+
+    if name in DATASETS:
+        return DATASETS[name](find)
+    if ":" in name and not expand(name).exists():
+        return _from_function(name)
+    path = _locate_users(name, places)
+    dataset = (load_arrays if path.suffix.lower() == ".npz" else load_images)(path, _label(path))
+    _tell_shared(dataset, path)
+    return dataset
+
+
+def _tell_shared(dataset: Dataset, path: Path) -> None:
+    """Warn of test images that are training or validation images too: what is measured on them is too good."""
+    seen = {hash(image.numpy().tobytes()) for split in (dataset.train, dataset.valid) for image in split.x}
+    shared = sum(hash(image.numpy().tobytes()) in seen for image in dataset.test.x)
+    if shared:
+        told = f"{path}: {shared} of {len(dataset.test.x)} test images are also among those for training or validation"
+        warnings.warn(told, DataWarning, stacklevel=3)
+
+
+def _from_function(name: str) -> Dataset:
+    function = import_object(name)
+    try:
+        dataset = function()
+    except UserError:
+        raise
+    except Exception as error:  # a user's own code may raise anything
+        raise DataError(f"the function '{name}' fails: {told(error)}") from error
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"'{name}' returned {type(dataset).__name__}, not a Dataset; make one with data.from_splits")
+    return dataset
+
+
+def _locate_users(name: str, places: list[Path]) -> Path:
+    candidates = [expand(name), *(place / (name + end) for place in places for end in ("", *PACKED))]
+    for path in candidates:
+        if name and (is_folder(path) or (is_file(path) and path.name.lower().endswith(PACKED))):
+            return path
+    if name and is_file(candidates[0]):
+        raise DataError(f"{name} is none of {', '.join(PACKED)}; pack images as a zip, or arrays by numpy.savez")
+    if "/" in name or name.lower().endswith(PACKED):
+        raise DataError(f"there is no folder or {', '.join(PACKED)} file called {name[:200]}; check the path")
+    raise UnknownNameError("data set", name, DATASETS)
+
+
+def _label(path: Path) -> str:
+    name = path.resolve().name
+    for end in PACKED:
+        name = name[: -len(end)] if name.lower().endswith(end) else name
+    return safe_name(f"{name}-user" if name.lower() in DATASETS else name)
+
+
+def available(root: Path | str | None = None) -> list[Available]:
+    """Return the data sets that can be loaded here without a download, and where they lie; nothing is read."""
+    places = roots(root)
+    by_name = {source.name: source for source in SOURCES}
+    found = []
+    for name in DATASETS:
+        paths = locate(by_name[name], places) if name in by_name else []
+        if paths is not None:
+            found.append(Available(name, str(paths[0].parent) if paths else ""))
+    for place in places:
+        for path in sorted(place.glob("*")):
+            if is_folder(path / "train") or (is_file(path) and path.name.endswith((".zip", ".npz"))):
+                with contextlib.suppress(UserError):  # its name could not be written into an output folder
+                    found.append(Available(_label(path), str(path)))
+    return found

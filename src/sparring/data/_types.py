@@ -1,0 +1,109 @@
+"""What a data set is: three splits of uint8 images with labels, checked once when it is made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+MOST_CLASSES = 1_000_000
+
+
+class Split(NamedTuple):
+    """Hold images x (N, C, H, W), uint8, and their labels y (N,), int64."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Hold a named data set; choices are made on `valid`, never on `test`.
+
+    `mean` and `std` are per channel over the training split, for images in [0, 1]. `class_names` is as long as
+    `classes`, or empty where the classes have no names.
+    """
+
+    name: str
+    train: Split
+    valid: Split
+    test: Split
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+
+
+def as_float(x: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [0, 1], which is what a model sees."""
+    return x.to(torch.float32) / 255
+
+
+def from_splits(
+    name: str, train: Split, valid: Split, test: Split, *, classes: int, class_names: Sequence[str] = ()
+) -> Dataset:
+    """Make a data set from its splits: check them, and measure mean and standard deviation of the training split.
+
+    Raises DataError, naming the split, for a wrong dtype or shape, an empty split, a label outside [0, classes),
+    or classes outside [1, 1,000,000].
+    """
+    # Equal images lie equally in memory, so that equal data give equal arithmetic wherever they were read from.
+    train, valid, test = (Split(split.x.contiguous(), split.y.contiguous()) for split in (train, valid, test))
+    for part, split in (("training", train), ("validation", valid), ("test", test)):
+        check_split(f"the {part} split of '{name}'", split, train.x.shape[1:], classes)
+    if class_names and len(class_names) != classes:
+        raise DataError(f"'{name}' has {classes} classes but {len(class_names)} class names")
+    mean, std = _moments(train.x)
+    return Dataset(name, train, valid, test, classes, mean, std, tuple(class_names))
+
+
+def check_split(what: str, split: Split, shape: torch.Size, classes: int) -> None:
+    """Raise DataError unless these are images of this shape with labels below `classes`."""
+    x, y = split
+    if not 1 <= classes <= MOST_CLASSES:
+        raise DataError(f"{what} cannot have {classes} classes; from 1 to {MOST_CLASSES:,} are possible")
+    if x.dtype != torch.uint8 or x.dim() != 4 or y.dtype != torch.int64 or y.dim() != 1:
+        raise DataError(
+            f"{what} must be uint8 images (N, C, H, W) and int64 labels (N,), "
+            f"not {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
+        )
+    if len(x) != len(y):
+        raise DataError(f"{what} has {len(x)} images but {len(y)} labels; one of its files is not the right one")
+    if x.numel() == 0:
+        raise DataError(f"{what} holds no images")
+    if x.shape[1:] != shape:
+        raise DataError(f"{what} has images of shape {tuple(x.shape[1:])}; those for training have {tuple(shape)}")
+    wrong = (y < 0) | (y >= classes)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise DataError(f"{what} has the label {int(y[at])} at image {at}; labels go from 0 to {classes - 1}")
+
+
+def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    # From counts of the 256 values: exact, and the same whatever the order of summation.
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in x.unbind(1):
+        counts = torch.bincount(channel.reshape(-1), minlength=256).to(torch.float64)
+        mean = (counts @ values) / counts.sum()
+        variance = (counts @ (values - mean) ** 2) / counts.sum()
+        means.append(float(mean))
+        # A constant channel keeps its scale, since a model divides by the deviation.
+        deviations.append(float(variance.sqrt()) or 1.0)
+    return tuple(means), tuple(deviations)
+
+
+def content_hash(dataset: Dataset) -> str:
+    """Return the SHA-256 of a data set's images, labels and class count: its identity, whatever it is called."""
+    digest = hashlib.sha256(f"classes={dataset.classes}".encode())
+    for split in (dataset.train, dataset.valid, dataset.test):
+        for tensor in split:
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,177 @@
+"""Latency, throughput and bytes of one network in every engine that is installed, side by side on one core."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..modes import eval_mode
+from ..outputs import opened
+from ._onnx import to_onnx
+from ._runtime import export, load
+from ._timing import interleaved, multiplications, peak_flops
+from .format._program import Floats
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One engine at one batch size: milliseconds of a call (median, quartiles over rounds), and its bytes.
+
+    `floor` is the milliseconds that the network's nonzero products alone would take at the measured peak. `joules` of a
+    call and `bytes_memory` are None where nothing tells; `logit_error` is against the same network in torch, over the
+    largest logit.
+    """
+
+    engine: str
+    batch: int
+    milliseconds: float
+    low: float
+    high: float
+    images_per_second: float
+    floor: float
+    joules: float | None
+    bytes_disk: int
+    bytes_memory: int | None
+    logit_error: float
+
+
+@dataclass(frozen=True)
+class _Engine:
+    name: str
+    run: Callable[[Floats], Any]
+    model: nn.Module
+    products: int
+    bytes_disk: int
+    bytes_memory: Callable[[], int | None] = lambda: None
+
+
+def bench(
+    model: nn.Module,
+    *,
+    shape: tuple[int, ...],
+    batches: Sequence[int] = (1, 64, 256),
+    rounds: int = 30,
+    small: nn.Module | None = None,
+) -> list[BenchRow]:
+    """Time a sparse classifier for images of `shape`, packed and in other engines, interleaved, on one thread.
+
+    Engines: packed, torch, and where installed ONNX Runtime in fp32 and int8 and OpenVINO. `small` is a dense network
+    of about equal accuracy, the honest alternative, timed in the same engines. Raise UserError for empty batches.
+    """
+    if not batches or min(batches) < 1 or rounds < 1:
+        raise UserError("a benchmark needs batch sizes and rounds of at least 1")
+    with tempfile.TemporaryDirectory() as folder, _one_core(), eval_mode(model), eval_mode(small or model):
+        engines = _engines(model, shape, Path(folder), "")
+        if small is not None:
+            engines += _engines(small, shape, Path(folder), "small dense, ")
+        return [row for batch in batches for row in _rows(engines, shape, batch, rounds)]
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Hold this process, and threads that start meanwhile, on one core where the system lets it."""
+    threads, cores = torch.get_num_threads(), None
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {max(cores)})
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+
+def _rows(engines: list[_Engine], shape: tuple[int, ...], batch: int, rounds: int) -> list[BenchRow]:
+    x = np.random.default_rng(batch).random((batch, *shape), np.float32)
+    timings = interleaved([partial(engine.run, x) for engine in engines], rounds=rounds)
+    return [
+        BenchRow(
+            engine.name,
+            batch,
+            timing.median * 1e3,
+            timing.low * 1e3,
+            timing.high * 1e3,
+            batch / timing.median,
+            2e3 * batch * engine.products / peak_flops(),
+            timing.joules,
+            engine.bytes_disk,
+            engine.bytes_memory(),
+            _error(np.asarray(engine.run(x)), _run_torch(engine.model, x)),
+        )
+        for engine, timing in zip(engines, timings, strict=True)
+    ]
+
+
+def _error(found: Floats, expected: Floats) -> float:
+    return float(np.abs(found - expected).max() / max(1e-30, np.abs(expected).max()))
+
+
+def _engines(model: nn.Module, shape: tuple[int, ...], folder: Path, prefix: str) -> list[_Engine]:
+    """Return all engines for a network; files go to a folder."""
+    stem = folder / (prefix or "net").replace(", ", "").replace(" ", "-")
+    path = export(model, stem.with_suffix(".sparring"), shape=shape)
+    packed = load(path)
+    products, answer = multiplications(packed.program), opened(model, torch.rand(2, *shape))
+    parameters = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    runs: list[tuple[str, Callable[[Floats], Any], int, Callable[[], int | None]]] = [
+        ("packed", packed, path.stat().st_size, lambda: packed.bytes_memory),
+        ("torch", partial(_run_torch, answer), parameters, lambda: parameters),
+    ]
+    if importlib.util.find_spec("onnx") is not None:
+        onnx = to_onnx(model, stem.with_suffix(".onnx"), shape=shape)
+        if importlib.util.find_spec("onnxruntime") is not None:
+            runs += [(name, run, size, lambda: None) for name, run, size in _onnxruntime(onnx)]
+        if importlib.util.find_spec("openvino") is not None:
+            runs.append(("openvino", _openvino(onnx), onnx.stat().st_size, lambda: None))
+    return [_Engine(prefix + name, run, answer, products, size, memory) for name, run, size, memory in runs]
+
+
+def _run_torch(model: nn.Module, x: Floats) -> Floats:
+    with torch.no_grad():
+        result: Floats = model(torch.from_numpy(x)).numpy()
+    return result
+
+
+def _onnxruntime(path: Path) -> Iterator[tuple[str, Callable[[Floats], Any], int]]:
+    """Yield name, function and bytes on disk of ONNX Runtime in fp32 and with weights in int8."""
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    small = path.with_suffix(".int8.onnx")
+    logging.disable(logging.WARNING)  # it advises to prepare the graph, which is as small as it gets
+    try:
+        quantize_dynamic(path, small)
+    finally:
+        logging.disable(logging.NOTSET)
+    for name, file in (("onnxruntime fp32", path), ("onnxruntime int8", small)):
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        yield name, partial(_run_session, session), file.stat().st_size
+
+
+def _run_session(session: Any, x: Floats) -> Any:
+    return session.run(None, {"images": x})[0]
+
+
+def _openvino(path: Path) -> Callable[[Floats], Any]:
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1})
+    return lambda x: compiled(x)[0]

@@ -1,0 +1,1 @@
+"""The `.sparring` file: the packed program, its codings, and the compiler that makes one."""

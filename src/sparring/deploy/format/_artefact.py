@@ -1,0 +1,285 @@
+"""The artefact: one file that holds a packed program. Its format is written down in docs/format.md.
+
+Nothing in a file is executed, every number in it is checked before it is used, and a damaged file ends in a UserError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+from ...files import canonical_json, read_bounded, write_atomic
+from ._coding import VALUES, Bytes, decode_positions, decode_values, encode_positions, encode_values, round_values
+from ._program import (
+    ACTIVATIONS,
+    MOST_ELEMENTS,
+    Activation,
+    Add,
+    Flatten,
+    Floats,
+    Op,
+    Pool,
+    Program,
+    ReLU,
+    Scale,
+    Shape,
+    Snap,
+    Sparse,
+    Step,
+    infer_shapes,
+    sparse_from_dense,
+)
+
+FORMAT = 1
+MAGIC = b"\x93sparring\r\n\x1a\n\0\0\0"  # 16 bytes; the line ends show a file that went through a text mode
+_ALIGN = 64
+_DIGEST = 32
+_MOST_BYTES = 1 << 30
+_MOST_STEPS = 10_000
+_MOST_SIDE = 1 << 16
+_MOST_WEIGHTS = 1 << 28  # of all layers together, so that layers cannot share a blob without end
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def round_program(program: Program, values: str) -> Program:
+    """Return the program with weights as `values` ("fp32", "fp16" or "int8") can hold them; biases stay fp32."""
+    if values not in VALUES:
+        raise UserError(f"values must be one of {', '.join(VALUES)}, not {values!r}")
+    return replace(program, steps=tuple(Step(_rounded(step.op, values), step.inputs) for step in program.steps))
+
+
+def _rounded(op: Op, values: str) -> Op:
+    if isinstance(op, Scale) and not (np.isfinite(op.scale).all() and np.isfinite(op.shift).all()):
+        raise UserError("the model normalises by values that are NaN or infinite; it cannot be exported")
+    if isinstance(op, Snap) and not (np.isfinite(op.centre).all() and np.isfinite(op.radius).all()):
+        raise UserError("the model's activation sparsity has centres or radii that are NaN or infinite")
+    if not isinstance(op, Sparse):
+        return op
+    if not np.isfinite(op.bias).all():
+        raise UserError("the model has biases that are NaN or infinite; it cannot be exported")
+    weight = round_values(op.dense(), values)
+    return sparse_from_dense(weight, op.bias, stride=op.stride, padding=op.padding, dilation=op.dilation)
+
+
+class _Blobs:
+    """Collect byte strings at aligned places."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def add(self, data: bytes) -> list[int]:
+        self.data += bytes(-len(self.data) % _ALIGN)
+        self.data += data
+        return [len(self.data) - len(data), len(data)]
+
+
+def write_program(program: Program, path: Path | str, *, values: str) -> Path:
+    """Write a program that `round_program` has rounded to `values` as an artefact, whole or not at all."""
+    blobs = _Blobs()
+    header = {
+        "format": FORMAT,
+        "shape": list(program.shape),
+        "values": values,
+        "class_names": list(program.class_names) if program.class_names is not None else None,
+        "provenance": program.provenance,
+        "steps": [{"inputs": list(s.inputs)} | _describe(s.op, values, blobs) for s in program.steps],
+    }
+    text = canonical_json(header).encode()
+    start = len(MAGIC) + 8 + len(text)
+    body = MAGIC + len(text).to_bytes(8, "little") + text + bytes(-start % _ALIGN) + blobs.data
+    return write_atomic(path, body + hashlib.sha256(body).digest())
+
+
+def _describe(op: Op, values: str, blobs: _Blobs) -> dict[str, Any]:
+    match op:
+        case Sparse():
+            return _describe_sparse(op, values, blobs)
+        case Scale():
+            both = np.concatenate([op.scale, op.shift]).astype("<f4").tobytes()
+            return {"op": "scale", "channels": len(op.scale), "numbers": blobs.add(both)}
+        case Snap():
+            both = np.concatenate([op.centre, op.radius]).astype("<f4").tobytes()
+            return {"op": "snap", "channels": len(op.centre), "numbers": blobs.add(both)}
+        case Pool():
+            fields = ("mean", "kernel", "stride", "padding", "dilation", "ceil_mode")
+            return {"op": "pool"} | {name: getattr(op, name) for name in fields}
+        case Activation():
+            return {"op": "activation", "kind": op.kind, "number": op.number}
+    return {"op": type(op).__name__.lower()}
+
+
+def _describe_sparse(op: Sparse, values: str, blobs: _Blobs) -> dict[str, Any]:
+    width = math.prod(op.shape[1:])
+    rows = np.repeat(np.arange(op.shape[0]), np.diff(op.indptr))
+    coding, index = encode_positions(rows * width + op.indices, op.shape[0] * width)
+    return {
+        "op": "sparse",
+        "weight": list(op.shape),
+        "stride": op.stride,
+        "padding": op.padding,
+        "dilation": op.dilation,
+        "nonzeros": op.nonzeros,
+        "coding": coding,
+        "index": blobs.add(index),
+        "kept": blobs.add(encode_values(op.dense(), rows, op.values, values)),
+        "bias": blobs.add(op.bias.astype("<f4").tobytes()),
+    }
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_program(path: Path | str) -> Program:
+    """Read an artefact; raise UserError, naming the file, if it is missing, damaged, hostile or of a newer format."""
+    data = read_bounded(path, limit=_MOST_BYTES)
+    try:
+        return _parse(data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; get or export it again") from error
+
+
+def _parse(data: bytes) -> Program:
+    fixed = len(MAGIC) + 8
+    if not data.startswith(MAGIC):
+        raise UserError("this is not a sparring artefact")
+    if len(data) < fixed + _DIGEST or hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
+        raise UserError("the artefact is damaged or cut short: its checksum is wrong")
+    length = int.from_bytes(data[len(MAGIC) : fixed], "little")
+    if length > len(data) - fixed - _DIGEST:
+        raise UserError("the artefact is damaged: its header is longer than the file")
+    try:
+        header = json.loads(data[fixed : fixed + length], parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the artefact's header is not JSON ({error})") from error
+    start = fixed + length + -(fixed + length) % _ALIGN
+    return _Reader(header, np.frombuffer(data, np.uint8)[start:-_DIGEST]).program()
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+class _Reader:
+    """Read a header field by field, each with its type and range."""
+
+    def __init__(self, header: Any, blobs: Bytes) -> None:
+        self.header = header
+        self.blobs = blobs
+        self.weights = 0  # of the layers read so far, zeros counted
+
+    def program(self) -> Program:
+        header = self.header
+        version = _field(header, "format", int)
+        if version != FORMAT:
+            raise UserError(f"the artefact has format {version}, this version of sparring reads {FORMAT}")
+        values = _field(header, "values", str)
+        if values not in VALUES:
+            raise UserError("the artefact has values of an unknown type")
+        shape = self._sides(header, "shape", (1, 2, 3), 1)
+        described = _field(header, "steps", list)
+        if not 1 <= len(described) <= _MOST_STEPS:
+            raise UserError(f"the artefact has {len(described)} steps")
+        steps = tuple(Step(self._op(item, values), _inputs(item)) for item in described)
+        shapes = infer_shapes(shape, steps)
+        if sum(map(math.prod, shapes)) > MOST_ELEMENTS:
+            raise UserError("the artefact's values for one image would not fit into memory")
+        classes = shapes[-1][0]
+        names = header.get("class_names")
+        if names is not None and not (
+            isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
+        ):
+            raise UserError("the artefact's class names do not fit its logits")
+        return Program(shape, steps, None if names is None else tuple(names), _field(header, "provenance", dict))
+
+    def _op(self, item: Any, values: str) -> Op:
+        kind = _field(item, "op", str)
+        plain: dict[str, Callable[[], Op]] = {"relu": ReLU, "flatten": Flatten, "add": Add}
+        if kind in plain:
+            return plain[kind]()
+        if kind == "sparse":
+            return self._sparse(item, values)
+        if kind in ("scale", "snap"):
+            channels = _field(item, "channels", int)
+            if not 1 <= channels <= MOST_ELEMENTS:
+                raise UserError(f"the artefact has a {kind} of {channels} channels")
+            both = self._floats(item, "numbers", 2 * channels)
+            return (Scale if kind == "scale" else Snap)(both[:channels], both[channels:])
+        if kind == "pool":
+            geometry = {name: self._pair(item, name, least) for name, least in _POOL_FIELDS}
+            return Pool(_field(item, "mean", bool), ceil_mode=_field(item, "ceil_mode", bool), **geometry)
+        if kind == "activation":
+            which, number = _field(item, "kind", str), _field(item, "number", float)
+            if which not in ACTIVATIONS or not 0 <= number < (1 if which == "top-k" else math.inf):
+                raise UserError(f"the artefact has an activation {which[:20]!r} with {number}")
+            return Activation(which, number)
+        raise UserError(f"the artefact has an operation {kind[:20]!r} that this version does not know")
+
+    def _sparse(self, item: Any, values: str) -> Sparse:
+        out, channels, height, width = self._sides(item, "weight", (4,), 1)
+        row = channels * height * width
+        self.weights += out * row
+        if out * row > MOST_ELEMENTS or self.weights > _MOST_WEIGHTS:
+            raise UserError(f"the artefact has a layer of {out * row} weights, more than can be")
+        bias = self._floats(item, "bias", out)  # first, since then `out` is no larger than the file
+        count = _field(item, "nonzeros", int)
+        flat = decode_positions(_field(item, "coding", str), self._blob(item, "index"), count, out * row)
+        rows, indices = np.divmod(flat, row)
+        indptr = np.zeros(out + 1, np.int32)
+        np.cumsum(np.bincount(rows, minlength=out), out=indptr[1:])
+        kept = decode_values(self._blob(item, "kept"), rows, out, values)
+        geometry = {name: self._pair(item, name, least) for name, least in _LAYER_FIELDS}
+        return Sparse((out, channels, height, width), indptr, indices.astype(np.int32), kept, bias, **geometry)
+
+    def _sides(self, item: Any, name: str, lengths: tuple[int, ...], least: int) -> Shape:
+        sides = _field(item, name, list)
+        if len(sides) not in lengths or not all(type(s) is int and least <= s <= MOST_ELEMENTS for s in sides):
+            raise UserError(f"the artefact has a {name} of {str(sides)[:40]}")
+        return tuple(sides)
+
+    def _pair(self, item: Any, name: str, least: int) -> tuple[int, int]:
+        first, second = self._sides(item, name, (2,), least)
+        if max(first, second) > _MOST_SIDE:
+            raise UserError(f"the artefact has a {name} of {first} × {second}")
+        return first, second
+
+    def _blob(self, item: Any, name: str) -> Bytes:
+        start, length = self._sides(item, name, (2,), 0)
+        if start + length > len(self.blobs):
+            raise UserError("the artefact is damaged: a part lies outside of it")
+        return self.blobs[start : start + length]
+
+    def _floats(self, item: Any, name: str, count: int) -> Floats:
+        data = self._blob(item, name)
+        if len(data) != 4 * count:
+            raise UserError(f"the artefact has a {name} of the wrong length")
+        result = data.view("<f4").astype(np.float32)
+        if not np.isfinite(result).all():
+            raise UserError(f"the artefact has a {name} with NaN or infinite values")
+        return result
+
+
+_LAYER_FIELDS = (("stride", 1), ("padding", 0), ("dilation", 1))
+_POOL_FIELDS = (("kernel", 1), *_LAYER_FIELDS)
+
+
+def _inputs(item: Any) -> tuple[int, ...]:
+    inputs = _field(item, "inputs", list)
+    if not 1 <= len(inputs) <= 2 or not all(type(i) is int for i in inputs):
+        raise UserError("the artefact has a step with inputs that are not numbers of values")
+    return tuple(inputs)
+
+
+def _field(item: Any, name: str, kind: type) -> Any:
+    if not isinstance(item, dict) or type(item.get(name)) is not kind:
+        raise UserError(f"the artefact's header lacks a sound '{name}'")
+    return item[name]

@@ -1,0 +1,233 @@
+"""A packed network as data: a few plain operations over numpy arrays, in topological order.
+
+This is what an artefact holds and what every runtime executes. It needs no torch. Value 0 is the image; step i makes
+value i + 1; the last value holds the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import UserError
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int32]
+Shape = tuple[int, ...]
+Pair = tuple[int, int]
+
+MOST_ELEMENTS = 1 << 27  # of one weight tensor, or of one value for one image: 512 MiB of float32
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """A zero-padded convolution, or a linear layer over a flat input, by its nonzero weights.
+
+    `shape` is (out, in, kernel height, kernel width), with a 1 × 1 kernel for a linear layer. Row o of the compressed
+    rows holds weights `values[indptr[o]:indptr[o + 1]]` at the columns `indices` (ascending) of weight[o].ravel().
+    """
+
+    shape: tuple[int, int, int, int]
+    indptr: Integers
+    indices: Integers
+    values: Floats
+    bias: Floats
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    @property
+    def nonzeros(self) -> int:
+        """Return how many weights are kept."""
+        return len(self.values)
+
+    def dense(self) -> Floats:
+        """Return the weights as one dense array (out, in, kernel height, kernel width)."""
+        weight = np.zeros((self.shape[0], math.prod(self.shape[1:])), np.float32)
+        weight[np.repeat(np.arange(self.shape[0]), np.diff(self.indptr)), self.indices] = self.values
+        return weight.reshape(self.shape)
+
+
+def sparse_from_dense(
+    weight: Floats, bias: Floats, *, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)
+) -> Sparse:
+    """Return the layer with the nonzeros of a dense weight (out, in, kernel height, kernel width)."""
+    rows, indices = np.nonzero(weight.reshape(weight.shape[0], -1))
+    indptr = np.zeros(weight.shape[0] + 1, np.int32)
+    np.cumsum(np.bincount(rows, minlength=weight.shape[0]), out=indptr[1:])
+    values = weight.reshape(weight.shape[0], -1)[rows, indices].astype(np.float32)
+    shape = (weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3])
+    return Sparse(shape, indptr, indices.astype(np.int32), values, bias.astype(np.float32), stride, padding, dilation)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """y = scale · x + shift per channel."""
+
+    scale: Floats
+    shift: Floats
+
+
+@dataclass(frozen=True)
+class ReLU:
+    """y = max(x, 0)."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The maximum over windows (padding counts as minus infinity) or, with `mean`, their mean (no padding)."""
+
+    mean: bool
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    ceil_mode: bool = False
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """(channels, height, width) to (features,)."""
+
+
+@dataclass(frozen=True)
+class Add:
+    """The sum of two values of one shape."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation-sparsity module by its kind and its one number; flat is a value's features of one image.
+
+    "shifted-relu": max(x − number, 0). "threshold": x where x > number, else 0. "top-k": max(x, 0) for the largest
+    of the flat features, of equal ones the first, of which the fraction `number` becomes zero.
+    """
+
+    kind: str
+    number: float
+
+    def kept(self, features: int) -> int:
+        """Return how many features top-k keeps."""
+        return max(1, features - round(self.number * features))
+
+
+ACTIVATIONS = ("shifted-relu", "threshold", "top-k")
+
+
+@dataclass(frozen=True, eq=False)
+class Snap:
+    """max(x, 0), where a channel's centre stands in for every x within its radius (MeanSparse); a radius may be < 0."""
+
+    centre: Floats
+    radius: Floats
+
+
+Op = Sparse | Scale | ReLU | Pool | Flatten | Add | Activation | Snap
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation and the values that feed it."""
+
+    op: Op
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A network for images of `shape` (channels, height, width), float32 in [0, 1]; see the module's first lines."""
+
+    shape: Shape
+    steps: tuple[Step, ...]
+    class_names: tuple[str, ...] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        """Return the shape, for one image, of every value."""
+        return infer_shapes(self.shape, self.steps)
+
+    @property
+    def classes(self) -> int:
+        """Return the number of logits."""
+        return self.shapes[-1][0]
+
+    @property
+    def nonzeros(self) -> int:
+        """Return how many weights are kept, biases not counted."""
+        return sum(step.op.nonzeros for step in self.steps if isinstance(step.op, Sparse))
+
+
+def infer_shapes(shape: Shape, steps: Sequence[Step]) -> list[Shape]:
+    """Return the shape, for one image, of every value; raise UserError if the steps do not fit together."""
+    shapes = [shape]
+    for number, step in enumerate(steps):
+        if any(not 0 <= i <= number for i in step.inputs):
+            raise UserError(f"step {number} reads a value that is not computed before it")
+        try:
+            result = infer_shape(step.op, [shapes[i] for i in step.inputs])
+        except _Misfit as error:
+            raise UserError(f"step {number} ({type(step.op).__name__}): {error}") from error
+        if min(result) < 1 or math.prod(result) > MOST_ELEMENTS:
+            raise UserError(f"step {number} makes a value of shape {result}, which is empty or too large")
+        shapes.append(result)
+    if len(shapes[-1]) != 1:
+        raise UserError(f"the network ends in a value of shape {shapes[-1]}, not in logits")
+    return shapes
+
+
+class _Misfit(Exception):
+    """Say why an operation does not fit its inputs."""
+
+
+def infer_shape(op: Op, inputs: Sequence[Shape]) -> Shape:
+    """Return the shape of an operation's result for one image."""
+    if len(inputs) != (2 if isinstance(op, Add) else 1):
+        raise _Misfit(f"it has {len(inputs)} inputs")
+    shape = inputs[0]
+    match op:
+        case Sparse():
+            return _sparse_shape(op, shape)
+        case Scale() if op.scale.shape != (shape[0],) or op.shift.shape != (shape[0],):
+            raise _Misfit(f"{op.scale.size} scales and {op.shift.size} shifts for {shape[0]} channels")
+        case Snap() if op.centre.shape != (shape[0],) or op.radius.shape != (shape[0],):
+            raise _Misfit(f"{op.centre.size} centres and {op.radius.size} radii for {shape[0]} channels")
+        case Pool():
+            if len(shape) != 3:
+                raise _Misfit(f"pooling of a value of shape {shape}")
+            return shape[0], *(_pooled(op, shape[axis + 1], axis) for axis in (0, 1))
+        case Flatten():
+            return (math.prod(shape),)
+        case Add() if inputs[1] != shape:
+            raise _Misfit(f"a sum of shapes {shape} and {inputs[1]}")
+    return shape
+
+
+def _sparse_shape(op: Sparse, shape: Shape) -> Shape:
+    out, channels, *kernel = op.shape
+    if channels != shape[0] or len(shape) not in (1, 3):
+        raise _Misfit(f"{channels} input channels for a value of shape {shape}")
+    if len(shape) == 1:
+        if op.shape[2:] != (1, 1) or op.padding != (0, 0):
+            raise _Misfit("a linear layer with a kernel or padding")
+        return (out,)
+    sides = (
+        (shape[i + 1] + 2 * op.padding[i] - op.dilation[i] * (kernel[i] - 1) - 1) // op.stride[i] + 1 for i in (0, 1)
+    )
+    return out, *sides
+
+
+def _pooled(op: Pool, side: int, axis: int) -> int:
+    kernel, stride, padding = op.kernel[axis], op.stride[axis], op.padding[axis]
+    if 2 * padding > kernel:
+        raise _Misfit("padding of more than half the window")
+    span = side + 2 * padding - op.dilation[axis] * (kernel - 1) - 1
+    result = (span + (stride - 1 if op.ceil_mode else 0)) // stride + 1
+    # torch: the last window must start inside the image or its left padding.
+    return result - 1 if op.ceil_mode and (result - 1) * stride >= side + padding else result

@@ -1,0 +1,1 @@
+"""Sparse CPU kernels: code generation, planning and execution."""

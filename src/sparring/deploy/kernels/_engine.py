@@ -1,0 +1,269 @@
+"""Execute plans: machine code, tables and memory for one layout, one native call for a run."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..format._program import Floats, Program
+from ._abi import Call, Layout
+from ._autotune import tuned, usual
+from ._backward import GradientPlanner
+from ._builtin import add_answer, builtin, reader
+from ._fusion import Layer, Task, tasks_of
+from ._matmul import add_kernels, add_runner
+from ._native import Code, host_lanes, permutes
+from ._plan import Planner
+
+_NEAR_CACHE = 1 << 19  # bytes: half of what a core has for itself
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class Workspace:
+    """The memory of one run at a time: an arena, zeroed where padding is read, and the fields of the call."""
+
+    def __init__(self, size: int, fields: tuple[int, ...]) -> None:
+        self._memory = np.zeros(size + 64, np.uint8)
+        self.bytes_memory = size
+        self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
+        self.call = np.array(fields, np.int64)
+        self.call_address = self.call.ctypes.data
+
+
+class Single(Workspace):
+    """The memory of runs on one image, whose logits are always written to one place: `answer(image)` runs it.
+
+    To ask numpy for an address takes longer than a small network.
+    """
+
+    def __init__(self, size: int, fields: tuple[int, ...], classes: int, code: Code, segments: int) -> None:
+        super().__init__(size, fields)
+        self.logits = np.zeros((1, classes), np.float32)
+        self.call[1], self.call[2] = self.logits.ctypes.data, 1
+        self._arguments = np.array([code["run"], self.arena, segments, self.call_address], np.int64)
+        self._code = code  # keeps the machine code alive
+        self.answer = builtin(code, self._arguments.ctypes.data) or self._through_ctypes
+
+    def _through_ctypes(self, image: Floats) -> int:
+        if not image.flags.c_contiguous:
+            raise ValueError("the image is not contiguous")
+        run, arena, segments, call = self._arguments.tolist()
+        self.call[0] = image.ctypes.data
+        _RUN(run)(arena, segments, call)
+        return 0
+
+
+class Plan:
+    """A program compiled for one layout: run it on up to `together` images at a time, from any thread."""
+
+    def __init__(self, program: Program, planner: Planner, calls: list[Call], code: Code, *, again: int = 0) -> None:
+        """Take calls in order; those from number `again` on are repeated for every further gradient of an image."""
+        layout = planner.layout
+        self.together = layout.together
+        self._calls = calls
+        self._code = code  # keeps the machine code alive
+        add_kernels(code, (call.spec for call in calls))
+        self._segments, self._tables = _segments(calls, code)
+        self._segments_address = self._segments.ctypes.data
+        self._again, self._tables_again = _segments(calls[again:], code)
+        self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
+        lanes = layout.lanes if layout.tiles else 1
+        result = self._image if isinstance(planner, GradientPlanner) else self._logits
+        units = planner.common_bytes, planner.unit_bytes
+        fields = (0, 0, 0, self._image, result, lanes, *units, 0, self._logits, *[0] * 5)
+        self._run = _RUN(code["run"])
+        self._workspace = partial(Workspace, planner.arena_bytes, fields)
+        self._single = partial(Single, planner.arena_bytes, fields, program.classes, code, self._segments_address)
+        self._idle: list[Workspace] = []
+        self._idle_single: list[Single] = []
+
+    def run(self, images: int, logits: int, count: int) -> None:
+        """Read `count` images (contiguous float32) at an address, write their logits to another."""
+        try:
+            space = self._idle.pop()
+        except IndexError:
+            space = self._workspace()
+        call, together = space.call, self.together
+        while count > 0:
+            call[0], call[1], call[2] = images, logits, min(count, together)
+            self._run(space.arena, self._segments_address, space.call_address)
+            images, logits, count = images + together * self._image, logits + together * self._logits, count - together
+        self._idle.append(space)
+
+    @property
+    def bytes_memory(self) -> int:
+        """Return the bytes of tables and of memory for values."""
+        tables = sum(table.nbytes for call in self._calls for table in (call.arguments, *call.tables))
+        return tables + sum(space.bytes_memory for space in (*self._idle, *self._idle_single))
+
+    def run_gradient(self, images: int, upstream: int, gradients: int, count: int, rows: int) -> None:
+        """Read images and `rows` gradients of their logits each, write as many of the images (a GradientPlanner's).
+
+        The forward pass of some images is run once for all their rows, while its values are near.
+        """
+        space = self._idle.pop() if self._idle else self._workspace()
+        call, together = space.call, self.together
+        again = self._again.ctypes.data
+        for start in range(0, count, together):
+            call[0], call[2] = images + start * self._image, min(count - start, together)
+            for row in range(rows):
+                at = row * count + start
+                call[1], call[8] = gradients + at * self._image, upstream + at * self._logits
+                self._run(space.arena, again if row else self._segments_address, space.call_address)
+        self._idle.append(space)
+
+    def run_one(self, image: Floats) -> Floats:
+        """Return the logits of one image (1, *shape), float32; raise ValueError if it is not contiguous."""
+        try:
+            space = self._idle_single.pop()
+        except IndexError:
+            space = self._single()
+        space.answer(image)
+        result = space.logits.copy()
+        self._idle_single.append(space)
+        return result
+
+
+def _segments(calls: list[Call], code: Code) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+    """Return the runner's segments: calls in order, those that run once a unit apart from those that run once."""
+    groups: list[list[Call]] = []
+    for call in calls:
+        if not groups or groups[-1][0].per_unit != call.per_unit:
+            groups.append([])
+        groups[-1].append(call)
+    tables = [
+        np.array([[code[call.spec.name], call.arguments.ctypes.data] for call in group], np.int64) for group in groups
+    ]
+    rows = [
+        (int(group[0].per_unit), len(group), table.ctypes.data) for group, table in zip(groups, tables, strict=True)
+    ]
+    return np.array([len(rows), *(number for row in rows for number in row)], np.int64), tables
+
+
+class Engine:
+    """Run a program natively on batches of any size, with a plan for each way to lay images out."""
+
+    def __init__(self, program: Program, *, lanes: int | None = None, threads: int = 1) -> None:
+        """Prepare a program; `lanes` floats make a vector (default: what the host has).
+
+        Raise Unsupported for a program that has steps without a kernel.
+        """
+        self._program = program
+        self._tasks = tasks_of(program)
+        self._lanes = lanes or host_lanes()
+        self._lookup = lanes is None and permutes()
+        self._threads = threads
+        self._code = Code()
+        add_runner(self._code)
+        add_answer(self._code)
+        self._address = reader(self._code) or _address
+        self._plans: dict[Layout, Plan] = {}
+        self._split: tuple[int, list[tuple[Plan, int, int, int]]] = 0, []
+        self._gradient_plans: dict[Layout, Plan] = {}
+        self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
+        # Four tiles share a linear layer's weights where they stay in a near cache; a gradient needs all values twice.
+        pairs, kept = (_convolved(program, tasks) for tasks in (self._tasks, tasks_of(program, pools=False)))
+        self._linear = not pairs
+        most = min(8, 64 // self._lanes) if self._linear else 4
+        self._units = most if 4 * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
+        self._gradient_units = most if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
+        self.run_one = self.plan(Layout(False, self._lanes)).run_one
+
+    def plan(self, layout: Layout) -> Plan:
+        """Return the plan for a layout, tuned and made when first asked for."""
+        if layout not in self._plans:
+            planner = Planner(self._program, self._tasks, layout)
+            space = Workspace(planner.arena_bytes, (0, 0, 0, 0, planner.common_bytes))
+            memory = space.arena, space.call_address
+            choose = tuned(planner, self._code, memory, lanes=self._lanes, lookup=self._lookup)
+            calls = planner.calls(choose, lookup=self._lookup)
+            self._plans[layout] = Plan(self._program, planner, calls, self._code)
+        return self._plans[layout]
+
+    def run(self, x: Floats) -> Floats:
+        """Return the logits of contiguous images (N, *shape)."""
+        count = len(x)
+        result = np.empty((count, self._logits // 4), np.float32)
+        known, parts = self._split
+        if known != count:
+            parts = [
+                (self.plan(layout), at * self._image, at * self._logits, n) for layout, at, n in self._parts(count)
+            ]
+            self._split = count, parts  # batches mostly have one size
+        source, target = self._address(x), self._address(result)
+
+        def work(part: tuple[Plan, int, int, int]) -> None:
+            plan, images, logits, number = part
+            plan.run(source + images, target + logits, number)
+
+        if self._threads > 1 and len(parts) > 1:
+            with ThreadPoolExecutor(self._threads) as pool:
+                list(pool.map(work, parts))
+        else:
+            for part in parts:
+                work(part)
+        return result
+
+    @property
+    def bytes_memory(self) -> int:
+        """Return the bytes of all plans made so far."""
+        return sum(plan.bytes_memory for plan in (*self._plans.values(), *self._gradient_plans.values()))
+
+    def gradient(self, x: Floats, upstream: Floats) -> Floats:
+        """Return the gradients (R, N, *shape) of sum(upstream · logits) at contiguous images, for R rows of upstream.
+
+        upstream: contiguous (R, N, classes). Raise Unsupported for the few networks without a backward pass in kernels.
+        """
+        result = np.empty((len(upstream), *x.shape), np.float32)
+        if len(x):
+            # Large values crowd the caches, which shorter vectors relieve.
+            lanes = self._lanes if self._gradient_units > 1 else min(8, self._lanes)
+            units = min(self._gradient_units, -(-len(x) // lanes))
+            plan = self._gradient_plan(self._tiles(lanes, units))
+            images, given, gradients = (self._address(array) for array in (x, upstream, result))
+            plan.run_gradient(images, given, gradients, len(x), len(upstream))
+        return result
+
+    def _gradient_plan(self, layout: Layout) -> Plan:
+        if layout not in self._gradient_plans:
+            planner = GradientPlanner(self._program, layout)
+            calls = planner.calls(lambda key: usual(layout.lanes), lookup=False)
+            self._gradient_plans[layout] = Plan(self._program, planner, calls, self._code, again=planner.forward_calls)
+        return self._gradient_plans[layout]
+
+    def _tiles(self, lanes: int, tiles: int) -> Layout:
+        """Return the layout of some tiles: side by side in each pixel, if all layers are linear."""
+        return Layout(True, lanes * tiles, 1, tiles) if self._linear else Layout(True, lanes, tiles)
+
+    def _parts(self, count: int) -> list[tuple[Layout, int, int]]:
+        """Split a batch into (layout, first image, images): for each thread runs of some tiles, then what is left.
+
+        The split depends on the network, the batch size and nothing else, since it decides how sums are rounded.
+        """
+        most = self._units * self._lanes
+        whole = count // most * most
+        share = (-(-whole // (self._threads * most)) * most) or most
+        layout = self._tiles(self._lanes, self._units)
+        parts = [(layout, at, min(share, whole - at)) for at in range(0, whole, share)]
+        rest = count - whole
+        if rest > self._lanes // 2:
+            parts.append((self._tiles(self._lanes, -(-rest // self._lanes)), whole, rest))
+        elif rest:
+            parts.append((Layout(False, self._lanes), whole, rest))
+        return parts
+
+
+def _address(array: Floats) -> int:
+    return array.ctypes.data
+
+
+def _convolved(program: Program, tasks: list[Task]) -> list[int]:
+    """Return how many numbers go into and out of each convolution, for one image."""
+    shapes = program.shapes
+    layers = [task for task in tasks if isinstance(task, Layer) and len(shapes[task.source]) == 3]
+    return [math.prod(shapes[task.source]) + math.prod(shapes[task.result]) for task in layers]

@@ -1,0 +1,153 @@
+"""Where values lie in memory, and how a layer's output is cut into tiles of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..format._program import Shape, Sparse
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A value in the arena: channels of rows of pixels of `lanes` floats, with zeros around.
+
+    `origin` is the offset in bytes of pixel (0, 0) of channel 0, or -1 - offset if it counts from the start of a unit's
+    own memory. With a `step` the value's pixels lie that far apart among zeros, and `shape` counts the zeros too: so a
+    strided convolution's gradient is one without a stride.
+    """
+
+    shape: tuple[int, int, int]
+    pad: Pair
+    lanes: int
+    origin: int = 0
+    step: Pair = (1, 1)
+
+    @property
+    def pixel(self) -> int:
+        """Return the bytes from pixel to pixel."""
+        return 4 * self.lanes
+
+    @property
+    def inner(self) -> int:
+        """Return the bytes from row to row; the zeros at a row's end are those before the next."""
+        return (self.shape[2] + self.pad[1]) * self.pixel
+
+    @property
+    def outer(self) -> int:
+        """Return the bytes from channel to channel."""
+        return (self.shape[1] + self.pad[0]) * self.inner
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Return the bytes from channel to channel, and from row to row and column to column of the value itself."""
+        return self.outer, self.inner * self.step[0], self.pixel * self.step[1]
+
+    @property
+    def before(self) -> int:
+        """Return the bytes of zeros before the first pixel."""
+        return self.pad[0] * self.inner + self.pad[1] * self.pixel
+
+    @property
+    def size(self) -> int:
+        """Return the bytes it takes with the zeros around, and two vectors that may be read beyond its end."""
+        end = self.before + self.shape[0] * self.outer + self.pad[0] * self.inner + self.pad[1] * self.pixel
+        return -(-(end + 128) // 64) * 64
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether its floats lie without gaps, so that it can be read as one row."""
+        return self.pad == (0, 0) and self.step == (1, 1)
+
+
+def offsets_of(op: Sparse, source: Buffer, flat: bool) -> NDArray[np.int64]:
+    """Return where each nonzero of a layer reads, in bytes from the input pixel of its output pixel."""
+    columns = op.indices.astype(np.int64)
+    if flat:
+        channel, pixel = np.divmod(columns, source.shape[1] * source.shape[2])
+        y, x = np.divmod(pixel, source.shape[2])
+    else:
+        channel, tap = np.divmod(columns, op.shape[2] * op.shape[3])
+        y, x = np.divmod(tap, op.shape[3])
+        y = y * op.dilation[0] - op.padding[0]
+        x = x * op.dilation[1] - op.padding[1]
+    result: NDArray[np.int64] = channel * source.outer + y * source.inner + x * source.pixel
+    return result
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A layer's output as tiles: the accumulators of one tile (row, column in input pixels), and where each starts.
+
+    `groups` are the accumulators behind each stored vector, `stored` its place (row, column in output pixels);
+    `starts` are the output pixels at which tiles begin.
+    """
+
+    lanes: int
+    read: tuple[Pair, ...]
+    groups: tuple[tuple[int, ...], ...]
+    stored: tuple[Pair, ...]
+    starts: tuple[Pair, ...]
+    halve: bool = False
+
+
+def cover(length: int, part: int) -> list[int]:
+    """Return starts of parts that cover a length which is no shorter than a part; the last two may overlap."""
+    return [*range(0, length - part, part), length - part]
+
+
+def _grids(height: int, width: int, most: int, apart: bool) -> Iterator[tuple[float, int, int]]:
+    for rows in range(1, min(height, most) + 1):
+        for columns in range(1, min(width, most // rows) + 1):
+            if apart and (height % rows or width % columns):
+                continue
+            tiles = len(cover(height, rows)) * len(cover(width, columns))
+            # A tile costs its pixels and a little more; then prefer square ones, which read fewer pixels around them.
+            yield tiles * (rows * columns + 1.5) + 0.01 * abs(rows - columns), rows, columns
+
+
+def cut_tiles(shape: Shape, stride: Pair, pool: int, lanes: int, most: int, *, apart: bool = False) -> Cut:
+    """Cut an output (channels, height, width) whose pixels are vectors of images into tiles of `most` accumulators.
+
+    Tiles may overlap, unless they must lie `apart` because they add to what is there.
+    """
+    _, rows, columns = min(_grids(shape[1], shape[2], max(1, most // pool**2), apart))
+    cells = [(r, c) for r in range(rows) for c in range(columns)]
+    read = [(y * stride[0], x * stride[1]) for y in range(rows * pool) for x in range(columns * pool)]
+    across = columns * pool
+    groups = [tuple((r * pool + y) * across + c * pool + x for y in range(pool) for x in range(pool)) for r, c in cells]
+    starts = [(y, x) for y in cover(shape[1], rows) for x in cover(shape[2], columns)]
+    return Cut(lanes, tuple(read), tuple(groups), tuple(cells), tuple(starts))
+
+
+def cut_planes(shape: Shape, stride: Pair, pool: int, lanes: int, most: int) -> Cut | None:
+    """Cut an output whose vectors are neighbouring pixels; None where no row is as long as a vector.
+
+    A stride of 2 computes every pixel of a row and stores every second; so does a pooling of 2.
+    """
+    step = stride[1] * pool
+    width = shape[2] * step
+    if step > 2 or width < lanes:
+        return None
+    across = cover(width, lanes)
+    if len(across) * pool > most:
+        across = [i * lanes for i in range(max(1, most // pool))]
+    rows = max(1, min(shape[1], most // (len(across) * pool)))
+    read = [(y * stride[0], x) for y in range(rows * pool) for x in across]
+    groups = [
+        tuple((r * pool + y) * len(across) + i for y in range(pool)) for r in range(rows) for i in range(len(across))
+    ]
+    stored = [(r, x // step) for r in range(rows) for x in across]
+    span = across[-1] + lanes
+    starts = [(y, x // step) for y in cover(shape[1], rows) for x in cover(width, span)]
+    return Cut(lanes, tuple(read), tuple(groups), tuple(stored), tuple(starts), halve=step == 2)
+
+
+def cut_scalars(shape: Shape, stride: Pair, pool: int, most: int) -> Cut:
+    """Cut an output pixel by pixel, for geometries whose rows make no vectors."""
+    return cut_tiles(shape, stride, pool, 1, most)

@@ -1,0 +1,387 @@
+"""From tasks to kernel calls: places in the arena, kernels for the geometries, and the tables they read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import Unsupported
+from ..format._program import Program, Scale, Shape, Snap, Sparse
+from ._abi import Call, Choice, Layout, Table, kernel_call
+from ._activation_sparsity import Largest, Narrow
+from ._elementwise import Pack, Pointwise, PoolMax, Unpack
+from ._fusion import Elementwise, Layer, MaxPool, Sparsify, Task, View
+from ._gemv import MOST_PLACES, lookup_call, rows_call
+from ._layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
+from ._matmul import AHEAD, Tile
+
+_LINEAR_BYTES, _LINEAR_READS = 1 << 16, 16  # of a linear layer's block, as measured
+MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
+
+
+class Planner:
+    """Lay out a program's values and make its kernel calls."""
+
+    def __init__(self, program: Program, tasks: list[Task], layout: Layout, *, keep: bool = False) -> None:
+        """Place all values; `keep`: each in a place of its own, so that all can be read again after a run."""
+        self.program = program
+        self.tasks = tasks
+        self.layout = layout
+        self.shapes = program.shapes
+        self.end = 0  # of the memory that all units use in turn, in bytes
+        self.unit_bytes = 0  # of the memory that each unit has for itself
+        self.buffers: dict[int, Buffer] = {}
+        self._views: dict[int, int] = {t.result: t.source for t in tasks if isinstance(t, View)}
+        self._place_all(keep)
+
+    # -- places -------------------------------------------------------------------------------------------------------
+
+    def buffer(self, value: int) -> Buffer:
+        """Return where a value lies; a flattened one lies where the value lies that it views."""
+        base = self.buffers[self.base(value)]
+        if value in self._views and base.whole:
+            return replace(base, shape=(self.shapes[value][0], 1, 1))
+        return base
+
+    def _place_all(self, keep: bool) -> None:
+        """Give every value a place; values of one geometry share places when their lives do not overlap."""
+        pads = self._pads()
+        last: dict[int, int] = {}
+        for number, task in enumerate(self.tasks):
+            for source in _sources(task):
+                last[self.base(source)] = number
+        last[self.base(len(self.program.steps))] = len(self.tasks)
+        # Up to the first linear layer units run one after the other, and what they leave in the caches serves the next.
+        together = [number for number, task in enumerate(self.tasks) if self._joins_units(task)]
+        inner = set() if keep else {v for v, end in last.items() if end < min(together, default=len(self.tasks))}
+        free: dict[tuple[Shape, tuple[int, int], bool], list[Buffer]] = {}
+        self._place(0, pads, free, own=0 not in inner)
+        for number, task in enumerate(self.tasks):
+            if not isinstance(task, View):
+                self._place(task.result, pads, free, own=task.result not in inner)
+            ended = [] if keep else [v for v, end in last.items() if end == number and v in self.buffers]
+            for value in ended:
+                buffer = self.buffers[value]
+                free.setdefault((buffer.shape, buffer.pad, value not in inner), []).append(buffer)
+
+    def _joins_units(self, task: Task) -> bool:
+        """Tell whether a task takes all units at once, as linear layers of tiles do."""
+        return isinstance(task, Layer) and len(self.shapes[task.source]) == 1 and self.layout.tiles
+
+    def plain(self, value: int) -> Buffer:
+        """Return where a value lies if it lies as its shape says, which a view of a padded value does not."""
+        buffer = self.buffer(value)
+        if buffer.shape[0] != self.shapes[value][0]:
+            raise Unsupported("a flattened padded value is read by more than linear layers")
+        return buffer
+
+    def base(self, value: int) -> int:
+        while value in self._views:
+            value = self._views[value]
+        return value
+
+    def _pads(self) -> dict[int, tuple[int, int]]:
+        pads: dict[int, tuple[int, int]] = {}
+        for task in self.tasks:
+            if isinstance(task, Layer):
+                base = self.base(task.source)
+                old = pads.get(base, (0, 0))
+                pads[base] = (max(old[0], task.op.padding[0]), max(old[1], task.op.padding[1]))
+        return pads
+
+    def _place(
+        self,
+        value: int,
+        pads: dict[int, tuple[int, int]],
+        free: dict[tuple[Shape, tuple[int, int], bool], list[Buffer]],
+        *,
+        own: bool,
+    ) -> None:
+        channels, *sides = self.shapes[value]
+        height, width = (*sides, 1, 1)[:2]
+        shape, pad = (channels, height, width), pads.get(value, (0, 0))
+        reusable = free.get((shape, pad, own))
+        if reusable:
+            self.buffers[value] = reusable.pop()
+            return
+        self.buffers[value] = self.reserve(Buffer(shape, pad, self.layout.lanes if self.layout.tiles else 1), own=own)
+
+    def reserve(self, buffer: Buffer, *, own: bool = True) -> Buffer:
+        """Return the buffer with a place of its own, in memory that each unit has for itself or that all share."""
+        # Start pixel (0, 0) at a vector's boundary, so that most loads are aligned.
+        lead = -buffer.before % 64
+        size = -(-(lead + buffer.size) // 64) * 64
+        if own:
+            self.unit_bytes += size
+            return replace(buffer, origin=-1 - (self.unit_bytes - size + lead + buffer.before))
+        self.end += size
+        return replace(buffer, origin=self.end - size + lead + buffer.before)
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def calls(self, choose: Callable[[str], Choice], *, lookup: bool) -> list[Call]:
+        """Return all kernel calls; `choose` gives the tuned choice for a layer's key, `lookup` allows that kernel."""
+        first, tasks = self.pack_images()
+        calls = [first]
+        for task in tasks:
+            match task:
+                case Layer():
+                    calls.append(self.layer(task, choose, lookup=lookup))
+                case Elementwise():
+                    calls.append(self._elementwise(task))
+                case MaxPool():
+                    calls.append(self._max_pool(task))
+                case Sparsify():
+                    calls.append(self._sparsify(task))
+        logits = self.plain(len(self.program.steps))
+        lanes = self.layout.lanes if self.layout.tiles else 1
+        return [*calls, kernel_call(Unpack(lanes), [logits.origin, self.program.classes])]
+
+    def pack_images(self) -> tuple[Call, list[Task]]:
+        """Return the call that brings images in, normalised if the first task does that, and the remaining tasks."""
+        first, scale, result, rest = self.tasks[0], None, 0, self.tasks
+        alone = sum(0 in _sources(task) for task in self.tasks) == 1
+        if isinstance(first, Elementwise) and first.scale is not None and alone and not first.relu:
+            scale, result, rest = first.scale, first.result, self.tasks[1:]
+        target = self.buffer(result)
+        channels, rows, width = target.shape
+        if scale is None and target.whole:
+            channels, rows, width = 1, 1, channels * rows * width
+        image = 4 * target.shape[1] * target.shape[2]
+        factors = _factors(scale)
+        if self.layout.tiles:
+            arguments = [target.origin, channels, rows, width, target.outer, target.inner, image * target.shape[0]]
+            return kernel_call(Pack(self.layout.lanes, scale is not None), arguments, factors), rest
+        strides = [image, 4 * target.shape[2], 0, *target.strides, *[0] * 6]
+        arguments = [0, target.origin, 0, 0, channels, rows, 1, width, *strides]
+        return kernel_call(Pointwise(self.layout.lanes, image=True, scaled=scale is not None), arguments, factors), rest
+
+    def _elementwise(self, task: Elementwise) -> Call:
+        source, target = self.plain(task.source), self.plain(task.result)
+        other = None if task.other is None else self.plain(task.other)
+        return self.pointwise(source, target, target.shape, other=other, scale=task.scale, relu=task.relu)
+
+    def pointwise(
+        self,
+        source: Buffer,
+        target: Buffer,
+        shape: tuple[int, int, int],
+        *,
+        other: Buffer | None = None,
+        gate: Buffer | None = None,
+        scale: Scale | None = None,
+        relu: bool = False,
+    ) -> Call:
+        """Return the call for target = relu(source · scale + shift + other), zero where the gate is not above zero."""
+        four = [source, target, other or target, gate or target]
+        (channels, rows, columns), width = shape, source.lanes
+        if all(b.step == (1, 1) for b in four):
+            columns, width = 1, columns * width
+        strides = [number for b in four for number in b.strides]
+        arguments = [*(b.origin for b in four), channels, rows, columns, width, *strides]
+        spec = Pointwise(
+            self.layout.lanes, scaled=scale is not None, added=other is not None, relu=relu, gated=gate is not None
+        )
+        return kernel_call(spec, arguments, _factors(scale))
+
+    def _max_pool(self, task: MaxPool) -> Call:
+        source, target, op = self.buffer(task.source), self.buffer(task.result), task.op
+        spec = PoolMax(
+            target.lanes,
+            (*source.shape[1:], *target.shape[1:]),
+            op.kernel,
+            op.stride,
+            op.padding,
+            op.dilation,
+            task.relu,
+        )
+        strides = [source.outer, source.inner, target.outer, target.inner]
+        return kernel_call(spec, [source.origin, target.origin, target.shape[0], *strides])
+
+    def _sparsify(self, task: Sparsify) -> Call:
+        source, target, op = self.plain(task.source), self.plain(task.result), task.op
+        channels, rows, width = source.shape
+        if source.whole and target.whole and not isinstance(op, Snap):
+            channels, rows, width = 1, 1, channels * rows * width
+        sizes = [source.origin, target.origin, channels, rows, width * source.lanes]
+        arguments = [*sizes, source.outer, source.inner, target.outer, target.inner]
+        if isinstance(op, Snap):
+            return kernel_call(Narrow(self.layout.lanes, snap=True), arguments, (op.centre, op.radius))
+        if op.kind == "threshold":
+            threshold = np.full(channels, op.number, np.float32)
+            return kernel_call(Narrow(self.layout.lanes, snap=False), arguments, (threshold, threshold))
+        kept = op.kept(math.prod(self.shapes[task.source]))
+        return kernel_call(Largest(self.layout.lanes, tiles=self.layout.tiles), [*arguments, kept])
+
+    def layer(self, task: Layer, choose: Callable[[str], Choice], *, lookup: bool) -> Call:
+        """Return the call for one layer."""
+        source, target = self.buffer(task.source), self.buffer(task.result)
+        flat = len(self.shapes[task.source]) == 1
+        if flat and not self.layout.tiles and task.residual is None:
+            if lookup:
+                return lookup_call(task, source, target)
+            if source.size < 4 * MOST_PLACES:
+                return rows_call(task, source, target)
+        key = self.key(task)
+        other = None if task.residual is None else self.buffer(task.residual)
+        shape = self.shapes[task.result]
+        call = self.sums(task, source, target, choose(key), shape=shape, flat=flat, other=other, gate=None)
+        return replace(call, key=key)
+
+    def sums(
+        self,
+        task: Layer,
+        source: Buffer,
+        target: Buffer,
+        choice: Choice,
+        *,
+        shape: Shape,
+        flat: bool,
+        other: Buffer | None,
+        gate: Buffer | None,
+    ) -> Call:
+        """Return the call that computes a layer of result `shape` from one buffer into another, in tiles as chosen."""
+        height, width = (*shape[1:], 1, 1)[:2]
+        adds = other is not None and other.origin == target.origin
+        cut = self._cut(task, (shape[0], height, width), flat, choice, apart=adds)
+        four = (source, target, other or target, gate or target)
+        unit = 0
+        if flat and self.layout.tiles:
+            unit = self.unit_bytes if self.layout.units > 1 else 4 * self.layout.lanes // self.layout.vectors
+        spec, table = _tile(task, cut, four, unit, few=height * width <= 4 and len(cut.read) < 4)
+        spec = replace(
+            spec, others=spec.others if other is not None else (), gates=spec.gates if gate is not None else ()
+        )
+        per_block = _channels_per_block(choice, cut, task.op, source, flat, spec)
+        blocks = -(-task.op.shape[1] // per_block)
+        starts, nonzeros = _nonzeros(task.op, offsets_of(task.op, source, flat), per_block, blocks)
+        spec = replace(spec, blocked=blocks > 1)
+        outer = [b.outer for b in four[1:]]
+        tables = (table, starts, nonzeros, task.op.bias)
+        values = np.array(
+            [*(b.origin for b in four), len(cut.starts), 0, task.op.shape[0], 0, 0, 0, *outer, blocks, self.end],
+            np.int64,
+        )
+        values[[5, 7, 8, 9]] = [t.ctypes.data for t in tables]
+        return Call(spec, values, tables, not (flat and self.layout.tiles))
+
+    @property
+    def common_bytes(self) -> int:
+        """Return the bytes that all units use in turn: values, then scratch for sums of the layer with most rows."""
+        rows = max((max(task.op.shape[:2]) for task in self.tasks if isinstance(task, Layer)), default=0)
+        sums = self.layout.lanes * (MOST_ACCUMULATORS if self.layout.vectors == 1 else 1)  # of a row in one tile
+        scratch = 4 * max(rows * sums, math.prod(self.program.shape))
+        return -(-(self.end + scratch) // 64) * 64
+
+    @property
+    def arena_bytes(self) -> int:
+        """Return the bytes of the arena: what all units use in turn, then each unit's own."""
+        return self.common_bytes + self.unit_bytes * self.layout.units
+
+    def key(self, task: Layer) -> str:
+        """Return the geometry of a layer and roughly its density: layers of one key are tuned as one."""
+        source = self.buffer(task.source)
+        density = task.op.nonzeros / max(1, int(np.prod(task.op.shape)))
+        fields = (self.layout, task.op.shape, task.op.stride, task.op.dilation, source.shape, source.pad, task.pool)
+        return repr((*fields, task.relu, task.residual is not None, round(np.log2(density + 1e-6))))
+
+    def _cut(self, task: Layer, shape: tuple[int, int, int], flat: bool, choice: Choice, *, apart: bool) -> Cut:
+        pool = 2 if task.pool else 1
+        if flat and self.layout.tiles:
+            units = tuple((unit, 0) for unit in range(self.layout.units * self.layout.vectors))
+            lanes = self.layout.lanes // self.layout.vectors
+            return Cut(lanes, units, tuple((i,) for i in range(len(units))), units, ((0, 0),))
+        if self.layout.tiles:
+            return cut_tiles(shape, task.op.stride, pool, self.layout.lanes, choice.accumulators, apart=apart)
+        for lanes in (choice.lanes, 8, 4):
+            cut = cut_planes(shape, task.op.stride, pool, lanes, choice.accumulators)
+            if cut is not None and lanes <= choice.lanes:
+                return cut
+        return cut_scalars(shape, task.op.stride, pool, 1 if flat else 8)
+
+
+def _sources(task: Task) -> list[int]:
+    match task:
+        case Layer():
+            return [task.source] if task.residual is None else [task.source, task.residual]
+        case Elementwise():
+            return [task.source] if task.other is None else [task.source, task.other]
+    return [task.source]
+
+
+def _factors(scale: Scale | None) -> tuple[Table, ...]:
+    return (np.ones(1, np.float32), np.zeros(1, np.float32)) if scale is None else (scale.scale, scale.shift)
+
+
+def _tile(
+    task: Layer, cut: Cut, buffers: tuple[Buffer, Buffer, Buffer, Buffer], unit: int, *, few: bool
+) -> tuple[Tile, NDArray[np.int64]]:
+    """Return the kernel for a cut, and the table of its tiles: an offset for each buffer.
+
+    The buffers are input, output, residual and gate. `few`: the output has few pixels.
+    """
+    source = buffers[0]
+
+    def outside(places: tuple[tuple[int, int], ...], buffer: Buffer) -> tuple[int, ...]:
+        _, row, column = buffer.strides
+        return tuple(y * (unit or row) + x * column for y, x in places)
+
+    def inside(places: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+        row, column = unit or source.inner, source.pixel
+        return tuple(y * row + x * column for y, x in places)
+
+    stride = (task.op.stride[0] * (1 + task.pool), task.op.stride[1] * (1 + task.pool))
+    inputs = inside(tuple((y * stride[0], x * stride[1]) for y, x in cut.starts))
+    table = np.stack([inputs, *(outside(cut.starts, buffer) for buffer in buffers[1:])], axis=1)
+    writes, others, gates = (outside(cut.stored, buffer) for buffer in buffers[1:])
+    spec = Tile(
+        cut.lanes,
+        inside(cut.read),
+        cut.groups,
+        writes,
+        others,
+        gates,
+        halve=cut.halve,
+        pair=cut.halve and task.pool,
+        relu=task.relu,
+        # Small outputs leave few accumulators, which would wait for one another. That this does not depend on what
+        # is tuned keeps the order of every sum, and so its last bit, the same.
+        unroll=4 if few else 1,
+    )
+    return spec, np.ascontiguousarray(table, np.int64)
+
+
+def _channels_per_block(choice: Choice, cut: Cut, op: Sparse, source: Buffer, flat: bool, spec: Tile) -> int:
+    """Return how many input channels to take at once, so that what a tile reads of them is `block_bytes`.
+
+    All of them where a row's sum has several accumulators: to add those up block by block would round otherwise, and
+    what is tuned must not change a bit.
+    """
+    if spec.unroll > 1:
+        return op.shape[1]
+    if flat:  # worth it where a row reads so much of a block that to put its sums aside takes little beside
+        inputs = max(1, _LINEAR_BYTES // (4 * spec.lanes * len(spec.reads)))
+        return inputs if op.nonzeros * inputs >= _LINEAR_READS * op.shape[0] * op.shape[1] else op.shape[1]
+    if not choice.block_bytes:
+        return op.shape[1]
+    rows = max(y for y, _ in cut.read) + 1 + op.dilation[0] * (op.shape[2] - 1)
+    columns = max(x for _, x in cut.read) + 1 + op.dilation[1] * (op.shape[3] - 1)
+    touched = rows * (columns * source.pixel + (0 if source.lanes > 1 else 4 * spec.lanes))
+    return max(1, min(op.shape[1], choice.block_bytes // touched))
+
+
+def _nonzeros(op: Sparse, offsets: NDArray[np.int64], per_block: int, blocks: int) -> tuple[Table, Table]:
+    """Return the starts of rows, block by block, and the nonzeros as pairs (offset, weight) in that order."""
+    rows = np.repeat(np.arange(op.shape[0]), np.diff(op.indptr))
+    block = op.indices // (op.shape[2] * op.shape[3] * per_block)
+    place = block * op.shape[0] + rows
+    order = np.argsort(place, kind="stable")
+    starts = np.zeros(blocks * op.shape[0] + 1, np.int32)
+    np.cumsum(np.bincount(place, minlength=len(starts) - 1), out=starts[1:])
+    pairs = np.zeros(op.nonzeros + AHEAD, [("offset", np.int32), ("weight", np.float32)])
+    pairs["offset"][: op.nonzeros], pairs["weight"][: op.nonzeros] = offsets[order], op.values[order]
+    return starts, pairs

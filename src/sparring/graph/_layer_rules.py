@@ -1,0 +1,209 @@
+"""Rules for arithmetic and layers with weights: what is affine per channel, linear, or a convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._image_wise import call, flat, padded
+from ._ops import Add, Affine, Call, Conv2d, Linear, ReLU
+from ._plain_stacks import batch_norm, pair
+from ._torch_export import Arguments, At, Translator
+
+
+def add(t: Translator, a: Arguments) -> Any:
+    return _sum(t, a.take("self"), a.take("other"), a.take("alpha"))
+
+
+def subtract(t: Translator, a: Arguments) -> Any:
+    return _sum(t, a.take("self"), a.take("other"), -a.take("alpha"))
+
+
+def reverse_subtract(t: Translator, a: Arguments) -> Any:
+    left, right = a.take("self"), a.take("other")
+    return _sum(t, right, left, -a.take("alpha"))
+
+
+def _sum(t: Translator, x: Any, y: Any, alpha: Any) -> Any:
+    """Return x + alpha · y."""
+    if isinstance(x, At) and isinstance(y, At):
+        y = y if alpha == 1 else affine(t, y, alpha, 0, t.shape(y))
+        if t.shape(x) == t.shape(y):
+            return t.emit(Add(), x, y)
+        return broadcast(t, "add", torch.ops.aten.add.Tensor, x, y)
+    if isinstance(x, At):
+        return affine(t, x, 1, y * alpha)
+    return affine(t, y, alpha, x)
+
+
+def multiply(t: Translator, a: Arguments) -> Any:
+    x, y = a.take("self"), a.take("other")
+    if isinstance(x, At) and isinstance(y, At):
+        return broadcast(t, "mul", torch.ops.aten.mul.Tensor, x, y)
+    return affine(t, x, y, 0) if isinstance(x, At) else affine(t, y, x, 0)
+
+
+def divide(t: Translator, a: Arguments) -> Any:
+    x, y = a.take("self"), a.take("other")
+    if isinstance(y, At):
+        return broadcast(t, "div", torch.ops.aten.div.Tensor, x, y)
+    return affine(t, x, 1 / y, 0)
+
+
+def negate(t: Translator, a: Arguments) -> Any:
+    return affine(t, a.take("self"), -1, 0)
+
+
+def broadcast(t: Translator, name: str, target: Any, x: Any, y: Any) -> At:
+    computed = [len(t.shape(v)) for v in (x, y) if isinstance(v, At)]
+    if len(set(computed)) > 1:
+        raise t.refuse(name, "broadcasts one value per image along another axis; give both the same number of axes")
+    inputs = [v if isinstance(v, At) else padded(t, as_constant(t, v), computed[0]) for v in (x, y)]
+    return t.emit(Call(name, target, ("self", "other")), *inputs)
+
+
+def as_constant(t: Translator, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else value.to(t.dtype)
+    return torch.tensor(value, dtype=t.dtype, device=t.now.meta["val"].device)
+
+
+def affine(t: Translator, x: At, scale: Any, shift: Any, shape: tuple[int, ...] | None = None) -> At:
+    """Return scale · x + shift for constants: per channel where they are that by their shapes."""
+    shape = t.image_shape(t.now.meta["val"]) if shape is None else shape
+    factors = [_per_channel(as_constant(t, v), t.shape(x)) for v in (scale, shift)] if shape == t.shape(x) else [None]
+    if all(f is not None for f in factors):
+        return t.emit(Affine("", *factors), x, shape=shape)
+    ops = torch.ops.aten
+    value = x
+    if not (isinstance(scale, int | float) and scale == 1):
+        factor = padded(t, as_constant(t, scale), len(t.shape(x)))
+        value = t.emit(Call("mul", ops.mul.Tensor, ("self", "other")), x, factor, shape=shape)
+    if isinstance(shift, Tensor) or shift:
+        added = padded(t, as_constant(t, shift), len(shape))
+        value = t.emit(Call("add", ops.add.Tensor, ("self", "other")), value, added, shape=shape)
+    return value
+
+
+def _per_channel(value: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """Return a constant as one number per channel, (C,), if that is what broadcasting makes of it."""
+    if not shape or value.dim() > len(shape) + 1:
+        return None
+    sizes = (*[1] * (len(shape) + 1 - value.dim()), *value.shape)
+    if any(s != 1 for axis, s in enumerate(sizes) if axis != 1) or sizes[1] not in (1, shape[0]):
+        return None
+    return value.detach().reshape(-1).expand(shape[0])
+
+
+def linear(t: Translator, a: Arguments) -> Any:
+    x, weight, bias = a.take("input"), a.take("weight"), a.take("bias")
+    return _product(t, x, weight, bias)
+
+
+def _product(t: Translator, x: Any, weight: Any, bias: Any) -> Any:
+    if isinstance(weight, At) or isinstance(bias, At):
+        raise t.refuse(t.name, "has no rule for weights that depend on the image")
+    return t.emit(Linear(_name(t, weight, bias), weight, bias), x)
+
+
+def _name(t: Translator, weight: Tensor, bias: Tensor | None) -> str:
+    """Return the path behind which weight and bias stand as parameters, or "" if there is none."""
+    candidates = [t.path, t.paths.get(id(weight), "").removesuffix("weight").removesuffix(".")]
+    for path in candidates:
+        try:
+            module = t.model.get_submodule(path)
+        except AttributeError:
+            continue
+        held = module._parameters.get("weight")
+        own = held is not None and t.held.get(id(held)) is weight
+        if own and (bias is None or t.held.get(id(module._parameters.get("bias"))) is bias):
+            return path
+    return ""
+
+
+def recurrent(t: Translator, a: Arguments) -> Any:
+    """lstm, gru and rnn over rows of one image, from a state that is the same for all."""
+    x, state, given = a.take("input"), a.take("hx"), {key: a.take(key) for key in list(a.given)}
+    if not given.get("batch_first"):
+        raise t.refuse(t.name, "runs over the axis of the images; give it batch_first=True")
+    states = state if isinstance(state, list) else [state]
+    if any(isinstance(v, At) for v in flat([states, given])):
+        raise t.refuse(t.name, "has no rule for states or weights that depend on the image")
+    target: Any = t.now.target
+
+    def run(x: Tensor) -> Tensor:
+        begin = [s.expand(-1, len(x), -1).contiguous() for s in states]
+        result: Tensor = target(input=x, hx=begin if isinstance(state, list) else begin[0], **given)[0]
+        return result
+
+    shape = t.image_shape(t.now.meta["val"][0])
+    return [t.emit(Call(t.name, run, ("x",)), x, shape=shape), None, None]
+
+
+def matmul(t: Translator, a: Arguments) -> Any:
+    x = a.take("self")
+    y = a.take("other") if "other" in a.defaults else a.take("mat2")
+    if isinstance(x, At) and isinstance(y, Tensor) and y.dim() == 2:
+        return t.emit(Linear("", y.detach().T, None), x)
+    if len(t.shape(x if isinstance(x, At) else y)) < 2 or (isinstance(y, Tensor) and y.dim() < 2):
+        raise t.refuse(t.name, "of these shapes has no rule")
+    return broadcast(t, "matmul", torch.ops.aten.matmul.default, x, y)
+
+
+def addmm(t: Translator, a: Arguments) -> Any:
+    bias, x, weight = a.take("self"), a.take("mat1"), a.take("mat2")
+    beta, alpha = a.take("beta"), a.take("alpha")
+    if not (isinstance(x, At) and isinstance(weight, Tensor) and isinstance(bias, Tensor) and bias.dim() == 1):
+        raise t.refuse(t.name, "of these arguments has no rule")
+    return t.emit(Linear("", alpha * weight.detach().T, beta * bias.detach()), x)
+
+
+def conv2d(t: Translator, a: Arguments) -> Any:
+    x, weight, bias = a.take("input"), a.take("weight"), a.take("bias")
+    if isinstance(weight, At) or isinstance(bias, At):
+        raise t.refuse(t.name, "has no rule for weights that depend on the image")
+    stride, dilation, padding = pair(a.take("stride")), pair(a.take("dilation")), a.take("padding")
+    if isinstance(padding, str):
+        whole = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(p % 2 for p in whole):
+            raise t.refuse(t.name, f"with padding='{padding}' and an even kernel has no rule; pad by hand")
+        padding = [p // 2 for p in whole]
+    name = _name(t, weight, bias)
+    return t.emit(Conv2d(name, weight, bias, stride, pair(padding), dilation, a.take("groups")), x)
+
+
+def norm_of_batch(t: Translator, a: Arguments) -> Any:
+    first = "self" if "self" in a.defaults else "input"
+    x, weight, bias, mean, var = (a.take(n) for n in (first, "weight", "bias", "running_mean", "running_var"))
+    for ignored in ("momentum", "cudnn_enabled"):
+        a.take(ignored)
+    eps = a.take("epsilon") if "epsilon" in a.defaults else a.take("eps")
+    if mean is None or var is None or a.take("training"):
+        raise t.refuse(t.name, "normalises by the batch even in eval mode; give it running statistics")
+    if any(isinstance(v, At) for v in (weight, bias, mean, var)):
+        raise t.refuse(t.name, "has no rule for weights that depend on the image")
+    name = (
+        _name(t, weight, bias)
+        if weight is not None
+        else t.paths.get(id(mean), "").removesuffix("running_mean").removesuffix(".")
+    )
+    result = t.emit(batch_norm(name, mean, var, weight, bias, eps=eps), x)
+    return result if isinstance(t.now.meta["val"], Tensor) else [result, None, None]
+
+
+def by_the_batch(t: Translator, a: Arguments) -> Any:
+    raise t.refuse(t.name, "normalises by the batch even in eval mode; give it running statistics")
+
+
+def relu(t: Translator, a: Arguments) -> Any:
+    return t.emit(ReLU(), a.take("self"))
+
+
+def clamp(t: Translator, a: Arguments) -> Any:
+    low, high = a.given.get("min"), a.given.get("max")
+    if high is None and isinstance(low, int | float) and low == 0:
+        a.take("min"), a.take("max")
+        return t.emit(ReLU(), a.take("self"))
+    return call(t, t.name, t.now.target, a)

@@ -1,0 +1,413 @@
+"""The general road: what torch itself computes, captured by torch.export and translated operation by operation.
+
+torch.export runs hooks and replaced forwards, and `run_decompositions` resolves what is written in place. What does not
+depend on the image is computed once and kept as a constant. torch.export is imported here, when it is first needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import operator
+import re
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import Unsupported
+from ..outputs import logits_of
+from ._ops import Activation, Constant, Graph, Input, Node, Op, title
+
+_PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
+_LARGE = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
+# What gives every image the same, however many there are.
+_SPREAD = frozenset(
+    """full zeros ones empty new_full new_zeros new_ones new_empty expand broadcast_to repeat view reshape
+    _unsafe_view""".split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class At:
+    """A value that depends on the image: the index of its node."""
+
+    index: int
+
+
+def read_exported(model: nn.Module, example: Tensor, dtype: torch.dtype, *, shared: bool) -> Graph:
+    """Return a model in eval mode as a graph with tensors of `dtype`, see `lower`; example: at least two images.
+
+    Raise Unsupported, naming operation, layer and line, for what cannot be captured and for what has no rule.
+    """
+    return Translator(model, _capture(model, example), dtype, shared).run()
+
+
+def _capture(model: nn.Module, example: Tensor) -> Any:
+    from torch.export import Dim, export
+
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Unsupported("a script module cannot be lowered; hand over the module that it was made from")
+    root, example = _Root(model).eval(), example.clone().requires_grad_()  # as attacks ask: some layers look at that
+    try:
+        with _quiet(), _whole(model), _every_line():
+            try:
+                program = export(root, (example,), dynamic_shapes=({0: Dim("batch", min=2)},), strict=False)
+            except Exception as error:
+                if "specialized it to be a constant" not in str(error):
+                    raise
+                # len(x) is a number, whatever the batch: one that occurs nowhere else marks the axis as well.
+                sizes = {size for p in model.parameters() for size in p.shape} | set(example.shape)
+                counts = [next(prime for prime in primes if prime not in sizes) for primes in (_PRIMES, _LARGE)]
+                many = [example.new_empty(n, *example.shape[1:]).requires_grad_() for n in counts]
+                program, other = (export(root, (images,), strict=False) for images in many)
+                texts = [re.sub(rf"\b{n}\b", "N", str(p.graph)) for n, p in zip(counts, (program, other), strict=True)]
+                if texts[0] != texts[1]:
+                    name = type(model).__name__
+                    raise Unsupported(f"{name} computes something else for another number of images") from error
+            return program.run_decompositions({})
+    except Unsupported:
+        raise
+    except Exception as error:  # torch runs the user's forward(), which can raise anything
+        raise Unsupported(_why(model, error)) from error
+
+
+class _Root(nn.Module):
+    """A model that returns its logits alone; paths and parameters of its own begin with "model"."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x.clone()))  # neither leaf nor view of one: it may be written to in place
+
+
+def _within(path: str) -> str:
+    """Return a path of the root as one of the model."""
+    return path.removeprefix("model").removeprefix(".")
+
+
+def _why(model: nn.Module, error: Exception) -> str:
+    text = str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    line = _line([(f.filename, f.lineno or 0, f.line or "") for f in frames])
+    where = f" at {line}" if line else ""
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        reason = "it branches on a value, or turns one into a Python number"
+    elif "batch" in text and ("Constraints violated" in text or "onstraint" in text):
+        reason, where = "what it computes depends on the number of images in the batch", ""
+    else:
+        reason = (text.splitlines() or [type(error).__name__])[0]
+    return (
+        f"{type(model).__name__} cannot be lowered{where}: {reason}; forward() must compute with torch alone, image by "
+        "image, and without branches on values"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's own reports on failures and deprecations off the screen."""
+    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), out, err:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+@contextlib.contextmanager
+def _every_line() -> Iterator[None]:
+    """Let torch note the lines of all functions that a forward calls, of which it drops all not named `forward`."""
+    tracer: Any = fx.proxy.TracerBase
+    torchs, before = str(Path(torch.__file__).parent), tracer._filter_traceback_frames
+
+    def kept(_: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
+        names = [frame.name for frame in frames]
+        inside = frames[names.index("forward") :] if "forward" in names else []
+        return traceback.StackSummary.from_list([f for f in inside if not f.filename.startswith(torchs)])
+
+    try:
+        tracer._filter_traceback_frames = kept
+        yield
+    finally:
+        tracer._filter_traceback_frames = before
+
+
+@contextlib.contextmanager
+def _whole(model: nn.Module) -> Iterator[None]:
+    """Make every activation-sparsity module one operation of its own while the model is captured."""
+    _define_whole()
+    marked: list[nn.Module] = []
+    try:
+        for name, module in model.named_modules():
+            if hasattr(module, "straight_through"):
+                if "forward" in vars(module):
+                    raise Unsupported(f"layer '{name}' ({type(module).__name__}) has its forward replaced; subclass it")
+                marked.append(module)
+                module.forward = _marked(name)
+        yield
+    finally:
+        for module in marked:
+            del module.forward
+
+
+@functools.cache
+def _define_whole() -> Any:
+    library: Any = torch.library.Library("sparring", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define("whole(Tensor x, str name) -> Tensor")
+    library.impl("whole", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
+    return library  # which takes its operation along when it goes
+
+
+def _marked(name: str) -> Any:
+    return lambda x: torch.ops.sparring.whole(x, name)
+
+
+class Arguments:
+    """An operation's arguments by the names of its schema, and which of them a rule has read."""
+
+    def __init__(self, node: fx.Node, values: Translator) -> None:
+        schema: Any = node.target._schema  # type: ignore[union-attr]
+        given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+        self.defaults = {a.name: a.default_value for a in schema.arguments}
+        self.given = {name: values.of(value) for name, value in given.items()}
+
+    def take(self, name: str) -> Any:
+        """Return an argument, or its default; what nobody takes must have its default."""
+        return self.given.pop(name, self.defaults.get(name))
+
+    def unread(self) -> dict[str, Any]:
+        """Return the arguments that were given, differ from their defaults, and were not read."""
+        return {k: v for k, v in self.given.items() if isinstance(v, At | Tensor) or v != self.defaults.get(k)}
+
+
+class Translator:
+    """Walk a captured program: fold what is constant, drop what nobody reads, and apply the rules to the rest."""
+
+    def __init__(self, model: nn.Module, program: Any, dtype: torch.dtype, shared: bool) -> None:
+        self.model, self.program, self.dtype, self.shared = model, program, dtype, shared
+        self.nodes: list[Node] = []
+        self.values: dict[fx.Node, Any] = {}
+        self.now: fx.Node = next(iter(program.graph.nodes))
+        self.batch: Any = None
+        self.kind = dtype  # of the images
+        # Where constants come from: the path of each, and each parameter in the graph's precision.
+        self.paths: dict[int, str] = {}
+        self.held: dict[int, Tensor] = {}
+
+    def run(self) -> Graph:
+        signature = self.program.graph_signature
+        specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+        output = next(n for n in self.program.graph.nodes if n.op == "output")
+        results = [a for a, spec in zip(output.args[0], signature.output_specs, strict=True) if _is_output(spec)]
+        if len(results) != 1 or not isinstance(results[0], fx.Node):
+            raise Unsupported("the model must return one tensor of logits")
+        wanted = _ancestors(results[0])
+        for node in self.program.graph.nodes:
+            self.now = node
+            if node.op == "placeholder":
+                self._placeholder(node, specs[node.name], wanted)
+            elif node.op == "call_function" and node in wanted and _is_tensor(node.meta.get("val")):
+                self.values[node] = self._called(node)
+        last = self.values[results[0]]
+        if not isinstance(last, At):
+            raise Unsupported("the logits do not depend on the images")
+        return Graph(tuple(self.nodes[: last.index + 1]))
+
+    def _placeholder(self, node: fx.Node, spec: Any, wanted: set[fx.Node]) -> None:
+        if spec.kind.name == "USER_INPUT":
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                if self.nodes:
+                    raise Unsupported("the model takes more than one input; give it one image batch")
+                self.batch, self.kind = value.shape[0], value.dtype
+                self.values[node] = self.emit(Input())
+        elif spec.kind.name in ("PARAMETER", "BUFFER"):
+            if node in wanted and spec.target in self.program.graph_signature.buffers_to_mutate.values():
+                name = _within(spec.target)
+                raise Unsupported(f"buffer '{name}' changes with every call, and logits with it; do so in training")
+            original = operator.attrgetter(_within(spec.target))(self.model)
+            value = self.held.setdefault(id(original), self.cast(original))
+            self.paths.setdefault(id(value), _within(spec.target))
+            self.values[node] = value
+        elif spec.target in self.program.constants:
+            self.values[node] = self.cast(self.program.constants[spec.target])
+
+    def cast(self, value: Any) -> Any:
+        """Return a constant in the graph's precision; parameters that have it stay the model's own."""
+        if isinstance(value, tuple | list):
+            return type(value)(self.cast(v) for v in value)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value if self.shared and value.dtype == self.dtype else value.detach().to(self.dtype)
+
+    def _called(self, node: fx.Node) -> Any:
+        from ._rules import translate
+
+        if node.target is operator.getitem:
+            return self.of(node.args[0])[node.args[1]]
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise self.refuse(str(getattr(node.target, "__name__", node.target)), "has no rule")
+        name = node.target._schema.name.split("::")[1]
+        arguments = Arguments(node, self)
+        if torch.Tag.nondeterministic_seeded in node.target.tags and not _is_idle(arguments):
+            raise self.refuse(name, "draws at random also in eval mode; guard it by self.training, or take it out")
+        if not any(isinstance(v, At) for v in _flat(list(arguments.given.values()))):
+            if name not in _SPREAD and any(self.counts_images(a) for a in (*node.args, *node.kwargs.values())):
+                raise self.refuse(name, "makes a constant that depends on the number of images")
+            with torch.no_grad():
+                value = node.target(*self.of(node.args), **self.of(dict(node.kwargs)))
+            # Memory that nobody has written holds anything.
+            return self.cast(
+                torch.full_like(value, torch.nan) if name.startswith("empty") and value.is_floating_point() else value
+            )
+        if name == "whole":
+            path = arguments.take("name")
+            return self.emit(Activation(path, self.model.get_submodule(path)), arguments.take("x"))
+        try:
+            result = translate(self, name, node.target, arguments)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise self.refuse(name, "has no rule for such arguments") from error
+        if unread := arguments.unread():
+            told = ", ".join(f"{key}={value}" for key, value in unread.items())
+            raise self.refuse(name, f"has no rule for {told}")
+        return result
+
+    def of(self, value: Any) -> Any:
+        """Return the value of an argument: At for what depends on the image, tensors and numbers for the rest."""
+        if isinstance(value, fx.Node):
+            if value in self.values:
+                return self.values[value]
+            size = value.meta.get("val")
+            return self.size(size) if isinstance(size, torch.SymInt) else size
+        if isinstance(value, list | tuple):
+            return [self.size(v) if isinstance(v, int) else self.of(v) for v in value]
+        if isinstance(value, dict):
+            return {k: self.of(v) for k, v in value.items()}
+        return value
+
+    def size(self, value: Any) -> int:
+        """Return a size where the batch is one image: what is constant is the same for all, and broadcasts."""
+        if isinstance(value, torch.SymInt):
+            return int(value.node.expr.subs({self.batch.node.expr: 1}))
+        return 1 if self.is_images(value) else value
+
+    def is_images(self, size: Any) -> bool:
+        """Return whether a size is the number of images."""
+        if isinstance(self.batch, torch.SymInt):
+            return isinstance(size, torch.SymInt) and bool(size.node.expr == self.batch.node.expr)
+        return type(size) is int and size == self.batch
+
+    def counts_images(self, argument: Any) -> bool:
+        """Return whether an argument is a size that depends on how many images there are."""
+        sizes = [getattr(part, "meta", {"val": part}).get("val") for part in _flat([argument])]
+        return any(self.is_images(s) or (isinstance(s, torch.SymInt) and not s.node.expr.is_number) for s in sizes)
+
+    def emit(self, op: Op, *inputs: At | Tensor, shape: tuple[int, ...] | None = None) -> At:
+        """Append a node, whose shape is that of the operation at hand if none is given; constants become nodes too."""
+        if shape is None:
+            shape = self.image_shape(self.now.meta["val"])
+        given = tuple(i.index if isinstance(i, At) else self.constant(i, len(shape)).index for i in inputs)
+        self.nodes.append(Node(op, given, shape, self.path, self.line))
+        return At(len(self.nodes) - 1)
+
+    def constant(self, value: Tensor, rank: int) -> At:
+        """Append a constant of one image's rank at least; it must not differ from image to image."""
+        value = value.reshape(*[1] * (rank + 1 - value.dim()), *value.shape)
+        if value.shape[0] != 1:
+            raise self.refuse(self.name, f"with a constant of shape {tuple(value.shape)} has no rule")
+        return self.emit(Constant(value[0].detach()), shape=tuple(value.shape[1:]))
+
+    def image_shape(self, value: Any) -> tuple[int, ...]:
+        """Return one image's shape; refuse what is not a batch of images along its first axis."""
+        if isinstance(value, tuple | list):
+            value = value[0]
+        first = value.shape[0] if value.dim() else None
+        if not self.is_images(first):
+            raise self.refuse(self.name, "mixes or moves the axis of the images; keep images along the first axis")
+        if not all(isinstance(s, int) or s.node.expr.is_number for s in value.shape[1:]):
+            raise self.refuse(self.name, "gives a shape that depends on the number of images")
+        return tuple(int(s) for s in value.shape[1:])
+
+    def shape(self, value: At) -> tuple[int, ...]:
+        """Return one image's shape of a value."""
+        return self.nodes[value.index].shape
+
+    @property
+    def name(self) -> str:
+        """Name the operation at hand, as torch does."""
+        schema = getattr(self.now.target, "_schema", None)
+        return str(self.now.target) if schema is None else schema.name.split("::")[1]
+
+    @property
+    def path(self) -> str:
+        """Return the path of the module that computes the operation at hand."""
+        stack = list((self.now.meta.get("nn_module_stack") or {}).values())
+        return _within(stack[-1][0].split("@")[0]) if stack and not stack[-1][0].startswith("_empty") else ""
+
+    @property
+    def line(self) -> str:
+        """Return the line of the user's code that asks for the operation at hand."""
+        text = (self.now.meta.get("stack_trace") or "").splitlines()
+        frames = []
+        for place, entry in enumerate(text):
+            if entry.strip().startswith('File "'):
+                file, number = entry.strip().removeprefix('File "').split('", line ')
+                code = text[place + 1].strip() if place + 1 < len(text) else ""
+                frames.append((file, int(number.split(",")[0]), code))
+        return _line(frames)
+
+    def refuse(self, name: str, reason: str) -> Unsupported:
+        """Return the error that names the operation at hand, its layer and its line."""
+        return Unsupported(f"{title(name, self.path, self.line)} {reason}")
+
+
+def _line(frames: list[tuple[str, int, str]]) -> str:
+    """Return the innermost line that is neither torch's nor this package's graph, as file:line: code."""
+    here = str(Path(__file__).parent)
+    own = [f for f in frames if f"{Path(torch.__file__).parent}" not in f[0] and not f[0].startswith((here, "torch/"))]
+    own = [f for f in own if not f[0].startswith("<") and "/python3" not in f[0]]
+    return f"{Path(own[-1][0]).name}:{own[-1][1]}: {own[-1][2].strip()}" if own else ""
+
+
+def _is_idle(arguments: Arguments) -> bool:
+    """Return whether an operation that can draw is switched off by its arguments."""
+    names = ("p", "dropout_p", "train", "training")
+    chances = [arguments.given.get(name, arguments.defaults.get(name)) for name in names]
+    return any(chance is not None and not chance for chance in chances)
+
+
+def _is_output(spec: Any) -> bool:
+    return bool(spec.kind.name == "USER_OUTPUT")
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for v in value:
+            yield from _flat(v)
+    else:
+        yield value
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, waiting = {node}, [node]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - found
+        found |= new
+        waiting += new
+    return found

@@ -1,0 +1,117 @@
+"""The networks of the study. Each adapts to the data's shape and number of classes and normalises first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..errors import UserError
+from ._layers import Normalise, Residual
+
+Shape = tuple[int, int, int]
+Floats = tuple[float, ...]
+
+
+def mlp(shape: Shape, classes: int, mean: Floats, std: Floats, *, widths: Sequence[int] = (300, 100)) -> nn.Sequential:
+    """Build a fully connected ReLU network with the given hidden widths."""
+    layers: list[nn.Module] = [Normalise(mean, std), nn.Flatten()]
+    features = math.prod(shape)
+    for width in widths:
+        layers += [nn.Linear(features, width), nn.ReLU()]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+def linear(shape: Shape, classes: int, mean: Floats, std: Floats) -> nn.Sequential:
+    """Build a linear classifier."""
+    return mlp(shape, classes, mean, std, widths=())
+
+
+def lenet_300_100(shape: Shape, classes: int, mean: Floats, std: Floats, *, width: float = 1.0) -> nn.Sequential:
+    """Build LeNet-300-100 (LeCun et al. 1998): two hidden layers of 300 and 100 units, scaled by `width`."""
+    return mlp(shape, classes, mean, std, widths=(_scaled(300, width), _scaled(100, width)))
+
+
+def lenet_5(shape: Shape, classes: int, mean: Floats, std: Floats, *, width: float = 1.0) -> nn.Sequential:
+    """Build Caffe's LeNet-5: conv20 5×5, pool, conv50 5×5, pool, fc500, ReLU, fc; channels scaled by `width`."""
+    side = [_after_lenet_pools(s) for s in shape[1:]]
+    first, second, hidden = _scaled(20, width), _scaled(50, width), _scaled(500, width)
+    return nn.Sequential(
+        Normalise(mean, std),
+        nn.Conv2d(shape[0], first, 5),
+        nn.MaxPool2d(2),
+        nn.Conv2d(first, second, 5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(second * side[0] * side[1], hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def _after_lenet_pools(side: int) -> int:
+    result = ((side - 4) // 2 - 4) // 2
+    if result < 1:
+        raise UserError(f"lenet-5 needs images of at least 16 × 16 pixels, not of side {side}")
+    return result
+
+
+def vgg_like(shape: Shape, classes: int, mean: Floats, std: Floats, *, width: float = 1.0) -> nn.Sequential:
+    """Build the VGG-like network: six 3×3 convolutions (128-128-256-256-512-512) with batch norm, fc1024 twice."""
+    if min(shape[1:]) < 8:
+        raise UserError(f"vgg-like needs images of at least 8 × 8 pixels, not {shape[1]} × {shape[2]}")
+    layers: list[nn.Module] = [Normalise(mean, std)]
+    channels = shape[0]
+    for stage in (128, 256, 512):
+        for _ in range(2):
+            out = _scaled(stage, width)
+            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        layers.append(nn.MaxPool2d(2))
+    features = channels * (shape[1] // 8) * (shape[2] // 8)
+    hidden = _scaled(1024, width)
+    return nn.Sequential(
+        *layers,
+        nn.Flatten(),
+        nn.Linear(features, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def resnet_32(
+    shape: Shape, classes: int, mean: Floats, std: Floats, *, width: float = 1.0, depth: int = 32
+) -> nn.Sequential:
+    """Build the CIFAR residual network of He et al. 2016 (depth 6n + 2, widths 16-32-64, 1×1 projections)."""
+    if depth < 8 or (depth - 2) % 6:
+        raise UserError(f"a CIFAR residual network has depth 6n + 2 (8, 14, 20, 26, 32, ...), not {depth}")
+    channels = _scaled(16, width)
+    layers: list[nn.Module] = [Normalise(mean, std), *_conv_bn(shape[0], channels, 3, 1), nn.ReLU()]
+    for stage, base in enumerate((16, 32, 64)):
+        out = _scaled(base, width)
+        for block in range((depth - 2) // 6):
+            stride = 2 if stage > 0 and block == 0 else 1
+            layers.append(_block(channels, out, stride))
+            channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def _block(channels: int, out: int, stride: int) -> Residual:
+    body = nn.Sequential(*_conv_bn(channels, out, 3, stride), nn.ReLU(), *_conv_bn(out, out, 3, 1))
+    same = channels == out and stride == 1
+    return Residual(body, nn.Identity() if same else nn.Sequential(*_conv_bn(channels, out, 1, stride)))
+
+
+def _conv_bn(channels: int, out: int, kernel: int, stride: int) -> tuple[nn.Module, nn.Module]:
+    conv = nn.Conv2d(channels, out, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return conv, nn.BatchNorm2d(out)
+
+
+def _scaled(size: int, width: float) -> int:
+    if not 0 < width <= 64:
+        raise UserError(f"width must be above 0 and at most 64, not {width}")
+    return max(1, round(size * width))

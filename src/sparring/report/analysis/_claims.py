@@ -1,0 +1,271 @@
+"""The ledger's claims: which comparison of this study speaks for or against each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ...statistics import Claim, Question, Row, ask, effect, judge
+from .. import _numbers as numbers
+from ..pages._summary import short_name, title
+from ._findings import Choice, Findings, Result, choose, difference, paired
+from ._hypotheses import Place, about, at_choice, at_sparsity, attacks_of, places
+from ._kinds import Kind, kind_of, sparsity_told
+from ._looks import dropped_tests
+from ._metrics import NORMS, TRANSFER, Measure, PerImage, common, pretty, pretty_eps, values
+from ._records import CONTROL, NAIVE, REFERENCE, checkpoint_of, control_of
+
+# What is asked of other methods: whether they gain too, or whether the headline's method gains more than they do.
+ITSELF: dict[Kind, str] = {
+    "random": "random masks gain r_inf too",
+    "channels": "pruning whole channels or filters gains r_inf too",
+    "wide sparse": "a wider network, pruned to as many weights as the dense one has, gains r_inf",
+}
+OVER_IT: dict[Kind, str] = {
+    "small dense": "the gain exceeds that of a dense network of equal size",
+    "tuned decay": "the gain exceeds that of tuned weight decay",
+}
+
+
+def ledger(findings: Findings) -> list[Row]:
+    """Return the claims that this study can speak of, each with its test, numbers and verdict."""
+    asked = claims(findings)
+    return judge(asked, study=title(findings), dropped=dropped_tests(findings.study, asked))
+
+
+def claims(findings: Findings) -> list[Question]:
+    """Return the claims that this study can speak of, not yet judged; the paper's own are primary.
+
+    Primary are the gain in l_inf and l_2 at an appropriate sparsity, the loss of over-sparsified networks, and that the
+    l_inf gain survives the strongest attack. The plan fixes them before anything is run.
+    """
+    fgsm, r_2 = findings.first("budget", "fgsm"), findings.first("distance", "deepfool")
+    asked: list[Question] = []
+    if findings.method is not None:
+        place = places(findings, findings.method)
+        for measure, label in ((fgsm, "r_inf (FGSM)"), (r_2, "r_2 (DeepFool)")):
+            if (result := findings.result(measure)) is not None:
+                asked.append(_gain(findings, result, place, label))
+        asked += _losses(findings, place)
+    headline = findings.result(fgsm)
+    if headline is not None:
+        choice = choose(findings, headline, within=places(findings, headline.method).appropriate)
+        asked += _survival(findings, headline)
+        asked += _fine_tuning(findings, headline)
+        asked += _other_methods(findings, headline, choice)
+    asked += _chosen_weights(findings)
+    asked += _activations(findings, fgsm)
+    asked += _proofs(findings)
+    asked += _transfers(findings)
+    return asked
+
+
+def is_linear(findings: Findings) -> bool:
+    """Tell whether the study's model is a linear one."""
+    model = findings.study.plan.get("model")
+    return str(model.get("name") if isinstance(model, dict) else model).startswith("linear")
+
+
+def _gain(findings: Findings, result: Result, place: Place, label: str) -> Question:
+    """Ask for a gain at an appropriate sparsity; of linear networks the paper says that r_2 has none."""
+    none = is_linear(findings) and result.measure.role == "distance"
+    kind = "linear" if is_linear(findings) else "nonlinear"
+    text = f"linear networks gain no {label}" if none else f"{kind} networks gain {label} at an appropriate sparsity"
+    choice = choose(findings, result, within=place.appropriate)
+    return at_choice(findings, result, choice, text, "not above" if none else "above", primary=True, origin="paper")
+
+
+def _losses(findings: Findings, place: Place) -> Iterator[Question]:
+    """Ask what over-sparsified networks lose: at the plan's sparsest, which no result has chosen, if it is one.
+
+    Primary at the headline's eps; then at every other eps; and among images that both networks classify correctly.
+    """
+    primary = [findings.first("budget", "fgsm"), findings.first("worst"), findings.first("distance", "deepfool")]
+    others = [m for m in findings.collected if m.split == "test" and _is_budget(m) and m not in primary]
+    for measure in (*primary, *others):
+        result = findings.result(measure)
+        if measure is None or result is None:
+            continue
+        text = f"over-sparsified networks lose {_loss_of(findings, measure)}"
+        if measure not in primary:
+            text += f" at ε = {pretty_eps(measure.eps)}"
+        known = [s for s in place.over if s in result.sparsities]
+        if not known:
+            yield _no_loss(findings, result, text, primary=measure in primary)
+            continue
+        yield at_sparsity(findings, result, known[-1], text, "below", primary=measure in primary, origin="paper")
+        if measure in primary:
+            yield from _on_correct(findings, result, known[-1], text)
+
+
+def _is_budget(measure: Measure) -> bool:
+    fgsm = (measure.role, measure.name, measure.norm) == ("budget", "fgsm", "linf")
+    return measure.role == "worst" or (fgsm and not measure.attack.endswith(NAIVE))
+
+
+def _loss_of(findings: Findings, measure: Measure) -> str:
+    if measure.role == "worst":
+        return f"accuracy under {attacks_of(findings, measure)}"
+    return "r_inf (FGSM)" if measure.role == "budget" else "r_2 (DeepFool)"
+
+
+def _no_loss(findings: Findings, result: Result, text: str, *, primary: bool) -> Question:
+    claim = Claim(text, "below", 0.0, numbers.gain_unit(result.measure), short_name(result.measure), primary=primary)
+    return replace(ask(replace(claim, origin="paper"), None), unknown="no sparsity of the plan is over-sparsified")
+
+
+def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) -> Iterator[Question]:
+    """Ask a loss again of the images that both networks classify correctly: what is not plain accuracy."""
+    sides = [_correct_too(findings, result, sparsity, seed) for seed in result.seeds]
+    known = {k: pair for k, pair in zip(result.seeds, sides, strict=True) if pair is not None}
+    if known:
+        one = paired(findings, result.measure, *({k: pair[side] for k, pair in known.items()} for side in (0, 1)))
+        test = f"{short_name(result.measure)} where both are correct, {result.method} at {result.words(sparsity)}"
+        sparse = [(result.method, sparsity, seed) for seed in known]
+        told = f"{text}, among images that both classify correctly"
+        yield about(findings, result, told, "below", one, f"{test} − dense control", sparse)
+
+
+def _correct_too(findings: Findings, result: Result, sparsity: float, seed: int) -> tuple[PerImage, PerImage] | None:
+    """Return a metric of a sparse network and its dense control on the images that both classify correctly."""
+    whos = [(result.method, sparsity, seed), (control_of(result.method), 0.0, seed)]
+    held, right = findings.collected[result.measure], findings.collected.get(Measure("accuracy"), {})
+    if not all(who in held and who in right for who in whos):
+        return None
+    images = common([part[who].images for part in (held, right) for who in whos])
+    both = right[whos[0]].at(images).top * right[whos[1]].at(images).top
+    first, second = (PerImage(images, held[who].at(images).top * both, both) for who in whos)
+    return first, second
+
+
+def _survival(findings: Findings, fgsm: Result) -> Iterator[Question]:
+    """Ask of FGSM's best sparsity whether the gain is there under stronger attacks; of the strongest first."""
+    within = places(findings, fgsm.method).appropriate
+    wanted = [findings.first("worst"), findings.first("budget", "pgd", "apgd")]
+    for k, measure in enumerate(m for m in wanted if m is not None):
+        result = findings.result(measure)
+        if result is not None:
+            text = f"the gain survives {attacks_of(findings, measure)}"
+            choice = choose(findings, result, by=fgsm, within=within)
+            yield at_choice(findings, result, choice, text, primary=k == 0, origin="paper")
+
+
+def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
+    """Ask how much of a gain over the network as trained is fine-tuning's: what the dense control takes away."""
+    checkpoint = checkpoint_of(fgsm.method)
+    one = difference(findings, fgsm.measure, (CONTROL + checkpoint, 0.0), (REFERENCE + checkpoint, 0.0))
+    if one is not None:
+        test = f"{short_name(fgsm.measure)}, dense control − the network as trained"
+        sides = [(REFERENCE + checkpoint, 0.0, seed) for seed in fgsm.seeds]
+        yield about(findings, fgsm, "fine-tuning alone, without pruning, moves no r_inf", "none", one, test, sides)
+
+
+def _other_methods(findings: Findings, fgsm: Result, choice: Choice | None) -> Iterator[Question]:
+    """Ask which part of the gain other ways to a sparse or small network have too."""
+    for method in (m for m in _comparable(findings) if m != fgsm.method):
+        kind = kind_of(findings.study, method)
+        if kind in ITSELF:
+            result = findings.result(fgsm.measure, method)
+            if result is not None:
+                yield at_choice(findings, result, choose(findings, result), f"{ITSELF[kind]} ({method})")
+        elif kind in OVER_IT and choice is not None:
+            yield from _against(findings, fgsm, choice, method, f"{OVER_IT[kind]} ({method})")
+
+
+def _against(findings: Findings, fgsm: Result, choice: Choice, method: str, text: str) -> Iterator[Question]:
+    """Compare the headline's networks with another method's at its sparsity nearest to the first seed's."""
+    held = findings.collected[fgsm.measure]
+    nearest = min({n.sparsity for n in findings.study.of(method)}, key=lambda s: abs(s - choice.sparsities[0]))
+    chosen = dict(zip(fgsm.seeds, choice.sparsities, strict=True))
+    mine = {k: held[fgsm.method, s, k] for k, s in chosen.items() if (fgsm.method, s, k) in held}
+    theirs = {k: held[method, nearest, k] for k in chosen if (method, nearest, k) in held}
+    one = paired(findings, fgsm.measure, mine, theirs)
+    if one is not None:
+        told = f"{fgsm.method} at {fgsm.words(*sorted(set(choice.sparsities)))} − {method}"
+        told += f" at {sparsity_told(findings.study, method, nearest)}" if nearest else ""
+        sides = [*((fgsm.method, s, k) for k, s in chosen.items()), *((method, nearest, k) for k in chosen)]
+        test = f"{short_name(fgsm.measure)}, {told}"
+        yield about(findings, fgsm, text, "above", one, test, sides, choices=choice.choices)
+
+
+def _chosen_weights(findings: Findings) -> Iterator[Question]:
+    """Ask whether it matters which weights stay: pruned against random masks where both are sparsest."""
+    accuracy = findings.first("accuracy")
+    masks = [m for m in _comparable(findings) if kind_of(findings.study, m) == "random"]
+    for method in (m for m in _comparable(findings) if masks and kind_of(findings.study, m) in ("pruned", "surgery")):
+        result = findings.result(accuracy, masks[0])
+        shared = {n.sparsity for n in findings.study.of(method)}.intersection(result.sparsities if result else ())
+        one = None
+        if accuracy is not None and shared:
+            one = difference(findings, accuracy, (method, max(shared)), (masks[0], max(shared)))
+        if one is not None and result is not None:
+            share = sparsity_told(findings.study, method, max(shared))
+            test = f"{short_name(result.measure)}, {method} − {masks[0]}, both at {share}"
+            text = f"weights that were chosen keep more accuracy than random ones ({method})"
+            sides = [(m, max(shared), n.seed) for m in (method, masks[0]) for n in findings.study.of(m, max(shared))]
+            yield about(findings, result, text, "above", one, test, sides)
+
+
+def _comparable(findings: Findings) -> list[str]:
+    """Return the methods at the same checkpoint (final or best epoch) as the headline's."""
+    checkpoint = checkpoint_of(findings.method or "")
+    return [m for m in findings.study.methods if checkpoint_of(m) == checkpoint]
+
+
+def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Question]:
+    """Ask of each activation-sparse method whether it gains, under the worst case too, and what BPDA leaves of it."""
+    for method in (m for m in _comparable(findings) if kind_of(findings.study, m) == "activations"):
+        for measure in (fgsm, findings.first("worst")):
+            result = findings.result(measure, method)
+            if measure is not None and result is not None:
+                text = f"activation sparsity gains robustness under {attacks_of(findings, measure)} ({method})"
+                yield at_choice(findings, result, choose(findings, result), text, origin="later work")
+        for measure in (m for m in findings.collected if m.role == "budget" and m.attack.endswith(NAIVE)):
+            naive = findings.result(measure, method)
+            honest = findings.result(replace(measure, attack=measure.attack.removesuffix(NAIVE)), method)
+            if naive is not None and honest is not None:
+                name = pretty(honest.measure.attack)
+                text = f"activation sparsity's gain under naive {name} survives BPDA ({method})"
+                choice = choose(findings, honest, by=naive)
+                if choice is not None:
+                    yield at_choice(findings, honest, choice, text, origin="later work")
+
+
+def _proofs(findings: Findings) -> Iterator[Question]:
+    """Ask whether what can be proved, not only what attacks fail to break, grows with sparsity."""
+    for measure in (m for m in findings.collected if m.role in ("certified", "lipschitz", "ratio")):
+        result = findings.result(measure)
+        if result is None:
+            continue
+        norm = NORMS.get(measure.norm, measure.norm)
+        if measure.role == "lipschitz":
+            text = f"the {norm} Lipschitz constant falls with sparsity (here: the sparsest; {measure.attack})"
+            yield at_sparsity(findings, result, result.sparsities[-1], text, "below", origin="paper")
+        else:
+            what = f"certified {norm} radius" if measure.role == "certified" else f"{norm} margin / Lipschitz constant"
+            choice = choose(findings, result, within=places(findings, result.method).appropriate)
+            text = f"the {what} rises at an appropriate sparsity ({measure.attack})"
+            yield at_choice(
+                findings, result, choice, text, origin="paper" if measure.role == "ratio" else "this project"
+            )
+
+
+def _transfers(findings: Findings) -> Iterator[Question]:
+    """Ask of the highest appropriate sparsity that was tried, or the lowest of all, whether most examples transfer."""
+    for measure in (m for m in findings.collected if m.role in TRANSFER):
+        held = {who: one for who, one in findings.collected[measure].items() if one.bottom.any()}
+        tried = sorted({sparsity for method, sparsity, _ in held if method == findings.method})
+        if not tried or findings.method is None:
+            continue
+        kept = [s for s in tried if s in places(findings, findings.method).appropriate]
+        sparsity = kept[-1] if kept else tried[0]
+        seeds = [one for who, one in sorted(held.items()) if who[:2] == (findings.method, sparsity)]
+        images = common([one.images for one in seeds])
+        if len(images) < 2 or not all(one.at(images).bottom.any() for one in seeds):
+            continue
+        told = sparsity_told(findings.study, findings.method, sparsity)
+        way = "dense → sparse" if measure.role == "to sparse" else "sparse → dense"
+        text = f"adversarial examples transfer {way} (most of them fool the other network too)"
+        test = f"{measure.title}, {findings.method} at {told}: share of those that could − 50%"
+        one = effect(values(seeds, images) - 0.5).scaled(100.0).priced(findings.study.looks.price)
+        yield ask(Claim(text, "above", 2.0, "points", test), one)

@@ -1,0 +1,209 @@
+"""Hold a network's attacks against one another: where a weaker one does better, the stronger one is not to be believed.
+
+Records are judged one by one when they are made; these doubts need two of them and are found from the records alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy.special import bdtrc
+
+from ...proofs import refuse_refuted
+from ._metrics import NORMS, Collected, Measure, PerImage, common, parts, pretty, pretty_eps, rung
+from ._records import NAIVE, Network, Record, Study, Who, arrays, attack_label
+
+ITERATED = 1.0  # the rung from which on an attack should find in a larger budget what others do in a smaller one
+GATHERED = 3.0  # the rung from which on an attack is taken for a worst case
+NOTABLE = 0.02  # of the images, and at least two of them
+FAR = 0.05  # of the images: `fast` is short of `standard` by 1.5% at most where it hides nothing (benchmarks/gaps.py)
+CHANCE = 1e-3  # of as uneven a count, were both attacks equally strong
+SLACK = 1.05  # of a distance: DeepFool's overshoot is 2%
+DECISIVE = ("masked-gradients", "partial-gradients", "contradicted-distance")  # flags under which nothing is decided
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Say why an attack's numbers on one network may be wrong; `attack` is its label."""
+
+    name: str
+    detail: str
+    who: Who
+    attack: str
+
+
+def doubts(study: Study, collected: Collected) -> list[Doubt]:
+    """Return every contradiction between two attacks on the same network and images, in the plan's order.
+
+    Naive attacks are left out: they are made to be outdone. Raise UserError if an attack refutes a certificate.
+    """
+    _refuse_refuted(study, collected)
+    pixels = _pixels(study)
+    attacked = [
+        m
+        for m in collected
+        if m.role in ("budget", "distance") and m.attack and m.name != "smallest" and not m.attack.endswith(NAIVE)
+    ]
+    found = []
+    for network in study.networks:
+        held = {m: one for m in attacked if (one := collected[m].get(network.who)) is not None}
+        for first, second in combinations(held, 2):
+            for weak, strong in ((first, second), (second, first)):
+                found += list(_between(network, (weak, held[weak]), (strong, held[strong]), pixels))
+    return found
+
+
+def suspicion(study: Study, collected: Collected, found: Sequence[Doubt], measure: Measure, whos: Set[Who]) -> str:
+    """Return why a measure decides nothing on some networks, empty if nothing speaks against it.
+
+    Its attacks raised a flag on one of them that says they miss what there is; or a stronger ensemble, which ran on
+    some only, leaves less by more than what matters.
+    """
+    labels = {m.attack: m for m in parts(collected, measure) if m.attack}
+    flagged = {
+        (str(flag["name"]), attack_label(record))
+        for network in study.networks
+        if network.who in whos
+        for record in network.records
+        for flag in record.flags
+        if flag["name"] in DECISIVE and record.stage == "attack" and _is_of(record, labels)
+    }
+    flagged |= {(d.name, d.attack) for d in found if d.who in whos and d.attack in labels and d.name in DECISIVE}
+    told = [f"{name} ({pretty(attack)})" for name, attack in sorted(flagged)]
+    if measure.role == "worst":
+        missed = _missed(collected, measure, whos).items()
+        told += [
+            f"{name} leaves {100 * by:.1f} points less than the cheaper attacks" for name, by in missed if by > NOTABLE
+        ]
+    return ", ".join(told)
+
+
+def _is_of(record: Record, labels: Mapping[str, Measure]) -> bool:
+    """Tell whether a record is of one of the measures, by label."""
+    measure, eps = labels.get(attack_label(record)), record.inputs["attack"]["eps"]
+    at = None if eps is None else float(eps)
+    return measure is not None and (record.inputs["split"], at) == (measure.split, measure.eps)
+
+
+def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> dict[str, float]:
+    """Return by how much each ensemble lowers a worst case at most that it is no part of, over the networks."""
+    here = set(parts(collected, worst))
+    found: dict[str, float] = {}
+    for measure, held in collected.items():
+        alike = (measure.split, measure.norm, measure.eps) == (worst.split, worst.norm, worst.eps)
+        if alike and measure.role == "budget" and measure not in here and rung(measure) >= GATHERED:
+            for who in whos & held.keys() & collected[worst].keys():
+                images = common([held[who].images, collected[worst][who].images])
+                cheap, strong = collected[worst][who].at(images).top, held[who].at(images).top
+                by = float(np.maximum(cheap - strong, 0.0).mean()) if len(images) else 0.0
+                found[measure.attack] = max(by, found.get(measure.attack, 0.0))
+    return found
+
+
+def _refuse_refuted(study: Study, collected: Collected) -> None:
+    """Hold every certified radius and exact distance against every attack in its norm; see `refuse_refuted`."""
+    proofs = [(m.norm, who, one) for m, held in collected.items() if m.role == "certified" for who, one in held.items()]
+    for network in study.networks:
+        for record in network.stage("exact"):
+            lower = arrays(record, "lower").get("lower", np.empty(0)).astype(float)
+            one = PerImage(np.arange(len(lower)), lower, np.ones(len(lower)))
+            proofs.append((str(record.inputs["norm"]), network.who, one))
+    for norm, who, proof in proofs:
+        for m, held in collected.items():
+            if (m.norm, m.split) != (norm, "test") or m.role not in ("budget", "distance-correct") or who not in held:
+                continue
+            images = common([proof.images, held[who].images])
+            one = held[who].at(images)
+            reached = np.where(one.top == 0, m.eps or np.inf, np.inf) if m.role == "budget" else one.found
+            named = f"{who[0]} at sparsity {who[1]:g}, seed {who[2]}, {m.attack}"
+            refuse_refuted(
+                proof.at(images).top, np.where(reached > 0, reached, np.inf), norm=norm, who=named, images=images
+            )
+
+
+def _between(
+    network: Network, weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], pixels: int | None
+) -> Iterator[Doubt]:
+    (one, _), (other, _) = weak, strong
+    if one.split != other.split:
+        return
+    if one.role == other.role == "budget" and one.norm == other.norm:
+        for name, detail in _between_budgets(weak, strong):
+            yield Doubt(name, detail, network.who, other.attack)
+    if one.role == "budget" and other.role == "distance" and one.eps is not None:
+        reach = _reach(one, other.norm, pixels)
+        extra = 0 if reach is None else _beyond(weak[1], strong[1], reach)
+        if extra:
+            detail = (
+                f"on {extra} images the distance exceeds the {reach:.3g} ({NORMS[other.norm]}) within which "
+                f"{pretty(one.attack)} at {NORMS[one.norm]} ε = {pretty_eps(one.eps)} succeeds"
+            )
+            yield Doubt("contradicted-distance", detail, network.who, other.attack)
+
+
+def _between_budgets(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage]) -> Iterator[tuple[str, str]]:
+    """Yield what the first attack's success says against the second's, as a flag and its detail."""
+    (one, _), (other, _) = weak, strong
+    (lower, upper), (smaller, larger) = (rung(one), rung(other)), (one.eps or 0.0, other.eps or 0.0)
+    near, far = pretty_eps(smaller), pretty_eps(larger)
+    at = f"at {NORMS[one.norm]} ε = {near}"
+    if smaller == larger and lower < upper and (extra := _extra(weak, strong)):
+        yield "weaker-wins", f"{pretty(one.attack)} fools {extra} images more {at}"
+    elif smaller == larger and lower > upper >= GATHERED and (extra := _extra(weak, strong, notable=FAR)):
+        told = f"{pretty(one.attack)} fools {extra} images more {at}"
+        yield "outdone", f"{told}; where it was not run, as many may be missing"
+    elif smaller < larger and one.attack == other.attack and (extra := _extra(weak, strong)):
+        yield "weaker-wins", f"ε = {far} fools {extra} images fewer than ε = {near}"
+    elif smaller < larger and upper >= ITERATED and one.attack != other.attack and (extra := _extra(weak, strong)):
+        yield "weaker-wins", f"{pretty(one.attack)} {at} fools {extra} images more than this at ε = {far}"
+
+
+def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], *, notable: float = NOTABLE) -> int:
+    """Return how many images more the first attack fools, 0 where they are a small share or may be chance.
+
+    Each image that only one of them fools would be either's, were both equally strong (McNemar's exact test, one-sided;
+    `sparring.attacks` asks the same of results that it holds together).
+    """
+    images = common([weak[1].images, strong[1].images])
+    stands_strong, stands_weak = (one.at(images).top > 0 for _, one in (strong, weak))
+    more, fewer = int((stands_strong & ~stands_weak).sum()), int((stands_weak & ~stands_strong).sum())
+    if more <= fewer or bdtrc(more - 1, more + fewer, 0.5) > CHANCE:
+        return 0
+    return _notable(more - fewer, len(images), notable)
+
+
+def _reach(budget: Measure, norm: str, pixels: int | None) -> float | None:
+    """Return how long, in another norm, a perturbation within a budget can be; None where that is not known."""
+    assert budget.eps is not None
+    if budget.norm == norm:
+        return budget.eps
+    if budget.norm == "linf" and pixels is not None:
+        return budget.eps * (math.sqrt(pixels) if norm == "l2" else pixels)
+    if (budget.norm, norm) in (("l2", "linf"), ("l1", "linf"), ("l1", "l2")):
+        return budget.eps  # the larger p, the smaller the norm
+    return None
+
+
+def _beyond(budget: PerImage, distance: PerImage, reach: float) -> int:
+    """Return on how many images a smaller perturbation is known than the minimum-norm attack's, 0 where too few."""
+    images = common([budget.images, distance.images])
+    one, other = budget.at(images), distance.at(images)
+    return _notable(int(((one.top == 0) & (other.found > SLACK * reach)).sum()), len(images))
+
+
+def _notable(count: int, images: int, share: float = NOTABLE) -> int:
+    return count if count >= max(2, share * images) else 0
+
+
+def _pixels(study: Study) -> int | None:
+    """Return the number of values of an image, from the first one in a gallery."""
+    for record in study.records.values():
+        if record.stage == "attack" and record.error is None:
+            clean = arrays(record, "clean").get("clean")
+            if clean is not None and len(clean):
+                return int(clean[0].size)
+    return None

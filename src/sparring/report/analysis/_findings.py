@@ -1,0 +1,316 @@
+"""What a study found: curves over the dense control, the sparsities that matter, and the ledger's effects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...statistics import (
+    Curve,
+    Effect,
+    Row,
+    SweetSpot,
+    curve,
+    effect,
+    leave_one_out,
+    log_ratio_values,
+    over_sparsified,
+    peak,
+    simultaneous,
+    sweet_spot,
+)
+from .. import _numbers as numbers
+from ._cross_checks import Doubt, doubts
+from ._kinds import of_all
+from ._metrics import Collected, Measure, PerImage, collect, common, main_measures, values
+from ._records import Study, control_of
+
+MANY_FAILED = 0.01  # of the images: with more failures on either side a distance decides nothing
+DRAWS_SEED = 20260101  # the joint draws are part of the result, so they are always the same
+# What may be lost; "over_sparsified": of validation accuracy, from where on a network is called so.
+DEFAULT_MARGINS = {"accuracy": 0.005, "robust": 0.02, "distance": 0.02, "over_sparsified": 0.02}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Hold one metric of one method against sparsity.
+
+    `levels` are the metric's own means with intervals, at each sparsity; `by_seed` (seeds, sparsities) the lines of
+    single seeds; `gains` compares with the dense control: differences of shares, logarithms of ratios of lengths (of a
+    control above zero). `margin` is the loss that does not matter, likewise. `left_out` names sparsities without all
+    the seeds. Of distances, `medians` are over the images that count, means over seeds, and `failed` the shares of
+    images on which the attack failed, which count as the largest distance found: the dense control's first.
+    """
+
+    study: Study
+    measure: Measure
+    method: str
+    sparsities: tuple[float, ...]
+    seeds: tuple[int, ...]
+    images: int
+    levels: tuple[Effect, ...]
+    by_seed: NDArray[np.float64]
+    control: Effect
+    control_by_seed: tuple[float, ...]
+    gains: Curve
+    left_out: tuple[float, ...]
+    medians: tuple[float, ...]
+    failed: tuple[float, ...]
+    margin: float
+
+    @property
+    def over_sparsified(self) -> float | None:
+        """Return the sparsity from which on the metric is shown to lose more than its margin."""
+        return over_sparsified(self.gains, self.margin)
+
+    def words(self, *sparsities: float) -> str:
+        """Return sparsities of the curve in words, with what is gone of all weight matrices where that is less."""
+        return numbers.span(sparsities, self.sparsities) + of_all(self.study, self.method, sparsities)
+
+    def failures(self, sparsities: Sequence[float]) -> tuple[float, float]:
+        """Return the largest shares of images on which an attack failed, of the dense control and of the sparse."""
+        if not self.failed:
+            return 0.0, 0.0
+        return self.failed[0], max((self.failed[1 + self.sparsities.index(s)] for s in sparsities), default=0.0)
+
+    def gain(self, sparsity: float) -> Effect | None:
+        """Return the gain at one sparsity, or None where it was not measured."""
+        return self.gains.effects[self.sparsities.index(sparsity)] if sparsity in self.sparsities else None
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Hold everything that the page, the tables and the verdict say, computed once.
+
+    `method` is the one that the headline speaks of: the one with the most sparsities, the plan's first among equals.
+    The sweet spot does not watch `unwatched` metrics: distances whose searches failed too often, or over a control of
+    zero.
+    """
+
+    study: Study
+    collected: Collected
+    results: Mapping[tuple[Measure, str], Result]
+    main: tuple[Measure, ...]
+    method: str | None
+    margins: Mapping[Measure, float]
+    sweet_spot: SweetSpot | None
+    doubts: tuple[Doubt, ...] = ()
+    unwatched: tuple[Measure, ...] = ()
+
+    def result(self, measure: Measure | None, method: str | None = None) -> Result | None:
+        """Return one metric's result for a method (None: the headline's), or None where there is none."""
+        name = method if method is not None else self.method
+        return None if measure is None or name is None else self.results.get((measure, name))
+
+    @property
+    def mark(self) -> str:
+        """Return what the plan wants written into every figure."""
+        return str(self.study.plan.get("mark") or "")
+
+    @property
+    def seeds(self) -> int:
+        """Return how many seeds the headline's comparison has."""
+        found = self.result(self.main[0]) if self.main else None
+        return len(found.seeds) if found else len({n.seed for n in self.study.networks})
+
+    def first(self, role: str, *names: str) -> Measure | None:
+        """Return the first main metric with a role, and an attack's name if any are given."""
+        return next((m for m in self.main if m.role == role and (not names or m.name in names)), None)
+
+
+def find(study: Study) -> Findings:
+    """Compute a study's findings."""
+    collected = collect(study)
+    results = {
+        (measure, method): result
+        for measure, held in collected.items()
+        for method in study.methods
+        if (result := _result(study, measure, method, held)) is not None
+    }
+    main = tuple(main_measures(list(collected)))
+    method = _headline_method(study)
+    every = {m: results[m, method] for m in main if method is not None and (m, method) in results}
+    seeds = max((len(result.seeds) for result in every.values()), default=0)
+    asked = {m: r for m, r in every.items() if m.role != "distance-correct" and len(r.seeds) == seeds}
+    watched = {m: r for m, r in asked.items() if r.margin > 0 and max(r.failed, default=0.0) <= MANY_FAILED}
+    margins = {m: r.margin for m, r in watched.items()}
+    spot = None
+    if watched:
+        spot = sweet_spot({m.slug: r.gains for m, r in watched.items()}, {m.slug: margins[m] for m in watched})
+    unwatched = tuple(m for m in asked if m not in watched)
+    return Findings(study, collected, results, main, method, margins, spot, tuple(doubts(study, collected)), unwatched)
+
+
+def _headline_method(study: Study) -> str | None:
+    """Return the method with the most sparsities, one that makes weights sparse if there is any."""
+    return max(
+        study.methods,
+        key=lambda m: (study.axis(m) == "weights", len({n.sparsity for n in study.of(m)})),
+        default=None,
+    )
+
+
+def margins_of(study: Study) -> dict[str, float]:
+    """Return what may be lost, as fractions: from the plan, else the design's defaults."""
+    margins = DEFAULT_MARGINS | {name: float(loss) for name, loss in (study.plan.get("margins") or {}).items()}
+    return margins | {"over_sparsified": max(margins["over_sparsified"], margins["accuracy"])}
+
+
+def _margin(measure: Measure, log: bool, margins: Mapping[str, float]) -> float:
+    """Return how much a metric may fall, in its gains' unit; of a control of zero, nothing."""
+    if measure.is_share:
+        return margins["accuracy" if measure.role == "accuracy" else "robust"]
+    return -math.log1p(-margins["distance"]) if log else 0.0
+
+
+def _result(
+    study: Study, measure: Measure, method: str, held: Mapping[tuple[str, float, int], PerImage]
+) -> Result | None:
+    """Compare a method with the dense control on the seeds and images that both have."""
+    usable = {who: one for who, one in held.items() if one.bottom.any()}
+    control = {seed: one for (name, _, seed), one in usable.items() if name == control_of(method)}
+    by_sparsity: dict[float, dict[int, PerImage]] = {}
+    for (name, sparsity, seed), one in sorted(usable.items()):
+        if name == method and seed in control:
+            by_sparsity.setdefault(sparsity, {})[seed] = one
+    if not by_sparsity:
+        return None
+    seeds = max((tuple(sorted(part)) for part in by_sparsity.values()), key=len)
+    kept = {s: part for s, part in by_sparsity.items() if tuple(sorted(part)) == seeds}
+    images = common([one.images for part in (*kept.values(), control) for k, one in part.items() if k in seeds])
+    if len(images) < 2:
+        return None
+    dense = values([control[k] for k in seeds], images)
+    sparse = np.stack([values([part[k] for k in seeds], images) for part in kept.values()])
+    log = not measure.is_share and dense.mean() > 0
+    gains = curve(tuple(kept), sparse, dense, log=log)
+    gains = gains.priced(study.looks.price, len(study.looks.dropped.get(method, ())))
+    groups = [[part[k].at(images) for k in seeds] for part in (control, *kept.values())]
+    return Result(
+        study=study,
+        measure=measure,
+        method=method,
+        sparsities=tuple(kept),
+        seeds=seeds,
+        images=len(images),
+        levels=tuple(_level(one, measure) for one in sparse),
+        by_seed=sparse.mean(axis=2).T,
+        control=_level(dense, measure),
+        control_by_seed=tuple(dense.mean(axis=1)),
+        gains=gains,
+        left_out=tuple(s for s in by_sparsity if s not in kept),
+        medians=() if measure.is_share else tuple(map(_median, groups)),
+        failed=tuple(map(_failed, groups)) if measure.role in ("distance", "distance-correct") else (),
+        margin=_margin(measure, log, margins_of(study)),
+    )
+
+
+def _level(one: NDArray[np.float64], measure: Measure) -> Effect:
+    """Return a metric's own mean; the interval of a share ends at 0 and 1."""
+    level = effect(one)
+    return replace(level, low=max(level.low, 0.0), high=min(level.high, 1.0)) if measure.is_share else level
+
+
+def _median(seeds: Sequence[PerImage]) -> float:
+    return float(np.mean([np.median(one.top[one.bottom > 0]) for one in seeds]))
+
+
+def _failed(seeds: Sequence[PerImage]) -> float:
+    return float(np.mean([0.0 if one.failed is None else one.failed.mean() for one in seeds]))
+
+
+def difference(findings: Findings, measure: Measure, one: tuple[str, float], other: tuple[str, float]) -> Effect | None:
+    """Return the paired difference of a metric between two (method, sparsity), or None where they share no seed."""
+    sides = [
+        {
+            seed: held
+            for (method, sparsity, seed), held in findings.collected[measure].items()
+            if (method, sparsity) == side
+        }
+        for side in (one, other)
+    ]
+    return paired(findings, measure, *sides)
+
+
+def paired(
+    findings: Findings, measure: Measure, one: Mapping[int, PerImage], other: Mapping[int, PerImage]
+) -> Effect | None:
+    """Return a metric's difference between two networks of each seed, the logarithm of a ratio where it is a length.
+
+    None where the two share no seed, or images that count.
+    """
+    seeds = sorted(set(one) & set(other))
+    if not seeds:
+        return None
+    images = common([side[k].images for side in (one, other) for k in seeds])
+    if len(images) < 2 or not all(side[k].at(images).bottom.any() for side in (one, other) for k in seeds):
+        return None
+    first, second = (values([side[k] for k in seeds], images) for side in (one, other))
+    logs = not measure.is_share and second.mean() > 0
+    return effect(log_ratio_values(first, second) if logs else first - second).priced(findings.study.looks.price)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Hold the sparsities at which a gain is asked for, one a seed, the gain there, and how they were chosen.
+
+    `curve` are the gains at every sparsity that could have been chosen; `choices` counts them, and those that the plan
+    dropped, where the choice was made on the images of the test, else it is 1.
+    """
+
+    sparsities: tuple[float, ...]
+    effect: Effect
+    curve: tuple[Effect, ...]
+    choices: int
+
+
+def choose(
+    findings: Findings, result: Result, *, by: Result | None = None, within: Sequence[float] | None = None
+) -> Choice | None:
+    """Return the gain at the sparsity that is best for another metric (None: its own), without the luck of choosing.
+
+    Where validation images were attacked, each seed's sparsity is the one best for the other seeds there. Without them
+    the best of the curve is taken, with an interval that holds for all of it. `within` are the sparsities allowed.
+    """
+    by = by if by is not None else result
+    every = [s for s in result.sparsities if s in by.sparsities and (within is None or s in within)]
+    if not every:
+        return None
+    effects = tuple(result.gains.effects[result.sparsities.index(s)] for s in every)
+    twin = validation_twin(findings, by)
+    if twin is not None and twin.seeds == result.seeds:
+        found = leave_one_out(result.gains, twin.gains, every)
+        if found is not None:
+            return Choice(found[0], found[1].priced(findings.study.looks.price), effects, 1)
+    best = max(every, key=lambda s: by.gains.effects[by.sparsities.index(s)].estimate)
+    wide = simultaneous(result.gains, generator=np.random.default_rng(DRAWS_SEED))
+    return Choice(
+        (best,) * len(result.seeds), wide[result.sparsities.index(best)], effects, len(every) + result.gains.dropped
+    )
+
+
+def validation_twin(findings: Findings, result: Result) -> Result | None:
+    """Return the same metric and method measured on validation images, or None."""
+    twin = replace(result.measure, split="valid")
+    return findings.result(twin, result.method)
+
+
+def gain_told(result: Result, ledger: Sequence[Row]) -> str:
+    """Return the ledger's verdict on a gain, and where it may be largest if there is one; "" where none was asked."""
+    row = next((r for r in ledger if r.question.gain == (result.measure.slug, result.method)), None)
+    if row is None or row.effect is None:
+        return ""
+    p = "" if row.decisive is None or row.question.doubt else f", p {numbers.p_value(row.decisive)}"
+    told = f"{row.told} ({numbers.signed(row.effect, row.claim.unit)}{p})"
+    reproduced = row.verdict == "reproduced" and row.claim.expects == "above"
+    found = peak(result.gains, generator=np.random.default_rng(DRAWS_SEED)) if reproduced else None
+    return told if found is None else f"{told}, peak at {result.words(*found.members)}"
+
+
+def seeds_phrase(seeds: int) -> str:
+    """Return "5 seeds", or "3 seeds (indicative)" where there are too few to say more."""
+    return numbers.seeds(seeds) + (" (indicative)" if seeds < 5 else "")

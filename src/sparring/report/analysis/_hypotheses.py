@@ -1,0 +1,136 @@
+"""Turn a comparison into a question for the ledger: its unit, its margin, and whether its attacks can be believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ...statistics import Claim, Effect, Question, ask
+from .. import _numbers as numbers
+from ..pages._summary import listed, short_name
+from ._cross_checks import suspicion
+from ._findings import MANY_FAILED, Choice, Findings, Result, margins_of
+from ._metrics import Measure, parts, pretty
+from ._records import Who, control_of
+
+MARGIN = 2.0  # points or %: an effect that does not matter
+Origin = Literal["paper", "later work", "this project"]
+Expects = Literal["above", "below", "none", "not above"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Hold where a method's accuracy puts its sparsities, before robustness is seen.
+
+    `appropriate`: accuracy within the plan's margin of the dense control's; `over`: from the first sparsity that loses
+    more than the second margin on. `split` says on which images ("" if accuracy was not measured).
+    """
+
+    appropriate: tuple[float, ...]
+    over: tuple[float, ...]
+    split: str
+
+
+def places(findings: Findings, method: str) -> Place:
+    """Return where a method's sparsities lie, by validation accuracy (or by test accuracy, where there is no other)."""
+    margins = margins_of(findings.study)
+    for split in ("valid", "test"):
+        result = findings.result(Measure("accuracy", split), method)
+        if result is not None:
+            gains = [e.estimate for e in result.gains.effects]
+            kept = [s for s, gain in zip(result.sparsities, gains, strict=True) if gain >= -margins["accuracy"]]
+            lost = [k for k, gain in enumerate(gains) if gain < -margins["over_sparsified"]]
+            return Place(tuple(kept), result.sparsities[lost[0] :] if lost else (), split)
+    return Place((), (), "")
+
+
+def attacks_of(findings: Findings, measure: Measure) -> str:
+    """Return the names of the attacks behind a measure: "FGSM, PGD-40 and fast"."""
+    return listed(pretty(m.attack) for m in parts(findings.collected, measure))
+
+
+def at_choice(
+    findings: Findings,
+    result: Result,
+    choice: Choice | None,
+    text: str,
+    expects: Expects = "above",
+    *,
+    primary: bool = False,
+    origin: Origin = "this project",
+) -> Question:
+    """Return the question whether a method gains over the dense control at a chosen sparsity; None: there is none."""
+    if choice is None:
+        lost = f"no sparsity keeps accuracy within {margins_of(findings.study)['accuracy']:.2%} of the dense control's"
+        claim = Claim(text, expects, MARGIN, "points", short_name(result.measure), primary=primary, origin=origin)
+        return replace(ask(claim, None), unknown=lost)
+    chosen = sorted(set(choice.sparsities))
+    how = "each seed's chosen by the others on validation images"
+    if choice.choices > 1 or len(result.seeds) == 1:
+        how = f"the best of {choice.choices}, corrected for all of them"
+    where = f"{result.method} at {result.words(*chosen)} ({how})"
+    whos = list(zip(result.seeds, choice.sparsities, strict=True))
+    sparse = [(result.method, sparsity, seed) for seed, sparsity in whos]
+    one, test = choice.effect, f"{short_name(result.measure)}, {where} − dense control"
+    question = about(
+        findings, result, text, expects, one, test, sparse, curve=choice.curve, choices=choice.choices, primary=primary,
+        origin=origin,
+    )  # fmt: skip
+    question = replace(question, failed=result.failures(chosen), gain=(result.measure.slug, result.method))
+    if not result.gains.dropped:
+        return question
+    gone = "whether it is so at the sparsities that the plan dropped"
+    return replace(question, p_small=math.nan, p_against=math.nan, unknown=gone)
+
+
+def at_sparsity(
+    findings: Findings,
+    result: Result,
+    sparsity: float,
+    text: str,
+    expects: Expects,
+    *,
+    primary: bool = False,
+    origin: Origin = "this project",
+) -> Question:
+    """Return the question what a method gains over the dense control at a sparsity that no result has chosen."""
+    one = result.gains.effects[result.sparsities.index(sparsity)]
+    test = f"{short_name(result.measure)}, {result.method} at {result.words(sparsity)} − dense control"
+    sparse = [(result.method, sparsity, seed) for seed in result.seeds]
+    question = about(findings, result, text, expects, one, test, sparse, primary=primary, origin=origin)
+    return replace(question, failed=result.failures([sparsity]))
+
+
+def about(
+    findings: Findings,
+    result: Result,
+    text: str,
+    expects: Expects,
+    one: Effect | None,
+    test: str,
+    sparse: Iterable[Who],
+    *,
+    curve: Sequence[Effect] = (),
+    choices: int = 1,
+    primary: bool = False,
+    origin: Origin = "this project",
+) -> Question:
+    """Return the question about one effect in a result's unit, in doubt where its attacks are on any network asked.
+
+    Over a control whose mean is zero there is no per cent, and no telling what would not matter.
+    """
+    unit = numbers.gain_unit(result.measure, result.control)
+    absolute = unit == numbers.ABSOLUTE
+    claim = Claim(
+        text, expects, 0.0 if absolute else MARGIN, unit, test, log=unit == "%", primary=primary, origin=origin
+    )
+    scale = 1.0 if absolute else 100.0
+    sparse = list(sparse)
+    whos = {*sparse, *((control_of(method), 0.0, seed) for method, _, seed in sparse)}
+    doubt = suspicion(findings.study, findings.collected, findings.doubts, result.measure, whos)
+    if not doubt and max(result.failures([s for _, s, _ in sparse if s in result.sparsities])) > MANY_FAILED:
+        doubt = f"the search failed on more than {MANY_FAILED:.0%} of images"
+    scaled = [e.scaled(scale) for e in curve]
+    return ask(claim, None if one is None else one.scaled(scale), curve=scaled, choices=choices, doubt=doubt)

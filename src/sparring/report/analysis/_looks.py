@@ -1,0 +1,224 @@
+"""At which look a study stands: what was judged before in its folder, what its plan dropped, whether it was registered.
+
+A look is a plan with its records, judged. The same plan with the same records is the same look, however often its
+report is made; another one is written to history.jsonl. Later looks pay more for every p-value (`look_price`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...errors import DamageError, UserError
+from ...files import canonical_json, read_json, sha256_bytes
+from ...history import append_entry, read_history
+from ...statistics import Claim, Question
+from .. import _numbers as numbers
+from ..pages._html import Html, join, tag
+from ..pages._tables import table
+from ._records import Looks, Study, attack_label, load
+
+DISPLAY = ("title", "mark")  # what may change of a plan without changing what it asks
+ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")
+LOOK: dict[str, type] = {
+    "look": int,
+    "state": str,
+    "seeds": int,
+    "sparsities": dict,
+    "attacks": list,
+    "records": int,
+    "orphans": int,
+    "unknown": bool,
+    "tests": dict,
+}
+REPORTS = ("report.html", "ledger.json")
+
+
+def open_study(out: Any) -> Study:
+    """Read a study's folder with the look that it stands at; raises as `load` does, and where its history is broken."""
+    study = load(out)
+    entries = read_history(study.folder)
+    orphans = _orphans(study)
+    looks = [_sound(study, entry) for entry in entries if entry["kind"] == "look"]
+    state = _state(study)
+    known = next((entry for entry in looks if entry["state"] == state), None)
+    number = int(known["look"]) if known else 1 + max((int(entry["look"]) for entry in looks), default=0)
+    found = Looks(
+        number=number,
+        state=state,
+        entries=tuple(looks),
+        dropped=_dropped(study, looks, orphans),
+        orphans=len(orphans),
+        registered=next((entry for entry in reversed(entries) if entry["kind"] == "registered"), None),
+        unknown=looks[0]["unknown"] if looks else any((study.folder / name).exists() for name in REPORTS),
+    )
+    return replace(study, looks=found)
+
+
+def _sound(study: Study, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a look that this version can read; a chain may be whole and hold what no version wrote."""
+    if not all(isinstance(entry.get(name), kind) for name, kind in LOOK.items()):
+        raise DamageError(f"{study.folder} has a history with a look that is none; get it back, or move it away")
+    return entry
+
+
+def note_look(study: Study, asked: Sequence[Question]) -> Study:
+    """Write the look that a study stands at to its history, unless it is the one that was written last.
+
+    Returns the study with that entry among its looks. Raises as `append_entry` does.
+    """
+    looks = study.looks
+    noted = bool(looks.entries) and looks.entries[-1]["state"] == looks.state
+    if noted or not os.access(study.folder, os.W_OK):  # who reads a folder that is not his cannot write to it
+        return study
+    attacks = {attack_label(record) for record in study.records.values() if record.stage == "attack"}
+    entry = {
+        "kind": "look",
+        "look": looks.number,
+        "state": looks.state,
+        "plan": sha256_bytes(canonical_json(study.plan).encode()),
+        "seeds": len({network.seed for network in study.networks}),
+        "sparsities": {method: list(found) for method, found in _grid(study).items()},
+        "attacks": sorted(attacks),
+        "records": len(study.records),
+        "orphans": looks.orphans,
+        "unknown": looks.unknown,
+        "tests": {_asked(q.claim): {"p": q.p, "primary": q.claim.primary} for q in asked if not math.isnan(q.p)},
+    }
+    written = append_entry(study.folder, entry)
+    return replace(study, looks=replace(looks, entries=(*looks.entries, written)))
+
+
+def dropped_tests(study: Study, asked: Sequence[Question]) -> list[bool]:
+    """Return for each test that earlier looks made and this one does not whether it was of a primary claim.
+
+    They stay in the number of tests that is corrected for.
+    """
+    before = {name: bool(test["primary"]) for entry in study.looks.entries for name, test in entry["tests"].items()}
+    return [primary for name, primary in before.items() if name not in {_asked(q.claim) for q in asked}]
+
+
+def _asked(claim: Claim) -> str:
+    """Return what names a test through all looks: its claim and metric, not the sparsity that it was made at."""
+    return f"{claim.text} [{claim.test.split(', ')[0]}]"
+
+
+def _state(study: Study) -> str:
+    """Return the hash of what is judged: the plan, but for its titles, and its records."""
+    plan = {name: value for name, value in study.plan.items() if name not in DISPLAY}
+    records = {key: record.checksum for key, record in study.records.items()}
+    return sha256_bytes(canonical_json([plan, records]).encode())
+
+
+def _grid(study: Study) -> dict[str, tuple[float, ...]]:
+    """Return the sparsities of every method."""
+    return {method: tuple(sorted({n.sparsity for n in study.of(method)})) for method in study.methods}
+
+
+def _orphans(study: Study) -> list[Mapping[str, Any]]:
+    """Return the records in the folder that the plan does not name."""
+    named = set(study.records) | set(study.missing)
+    found = []
+    for path in sorted((study.folder / "records").glob("*.json")):
+        with contextlib.suppress(UserError):  # a damaged one that nobody asked for
+            found += [read_json(path)] if path.stem not in named else []
+    return found
+
+
+def _dropped(
+    study: Study, looks: Sequence[Mapping[str, Any]], orphans: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[float, ...]]:
+    """Return by method the sparsities that were looked at, or pruned to, and are not in the plan any more."""
+    pruned = {(sparsity, _way(record)) for record in orphans for sparsity in _asked_for(record)}
+    found = {}
+    for method, grid in _grid(study).items():
+        ways = {_way(vars(r)) for network in study.of(method) for r in network.stage("prune")}
+        before = {float(s) for entry in looks for s in entry["sparsities"].get(method, ())}
+        gone = (before | {sparsity for sparsity, way in pruned if way in ways}) - set(grid)
+        if gone:
+            found[method] = tuple(sorted(gone))
+    return found
+
+
+def _way(record: Mapping[str, Any]) -> str:
+    return canonical_json(record["inputs"].get("pruning"))
+
+
+def _asked_for(record: Mapping[str, Any]) -> Iterator[float]:
+    sparsity = record["inputs"].get("sparsity")
+    if record["stage"] == "prune" and isinstance(sparsity, int | float):
+        yield float(sparsity)
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def look_sentences(study: Study) -> list[str]:
+    """Say at which look the study stands, what that costs, and whether the plan was registered."""
+    return [text for text in (_look(study), _registered(study)) if text]
+
+
+def _look(study: Study) -> str:
+    looks = study.looks
+    before = [entry["seeds"] for entry in looks.entries if entry["state"] != looks.state]
+    seeds = list(dict.fromkeys([*before, len({network.seed for network in study.networks})]))
+    total = max([looks.number, *(int(entry["look"]) for entry in looks.entries)])
+    again = f" of {total} at this folder" if total > looks.number else ""
+    what = "groups of classes" if study.plan.get("linear") else "seed" if seeds == [1] else "seeds"
+    told = [f"{_ordinal(looks.number)}{again}: {', '.join(map(str, seeds))} {what}"]
+    grid = {method: list(found) for method, found in _grid(study).items()}
+    others = {int(entry["look"]) for entry in looks.entries if entry["sparsities"] != grid}
+    if others:
+        told.append(f"{len(others)} of the looks had other sparsities")
+    if looks.orphans:
+        told.append(f"{looks.orphans:,} records of tasks that are no longer in the plan")
+    for method, gone in looks.dropped.items():
+        told.append(f"{method} at {', '.join(map(numbers.percent, gone))} was dropped and still counts among the tests")
+    if looks.unknown:
+        told.append("a report was made here before the history began, so earlier looks are not known")
+    told.append(f"p-values are multiplied by {looks.price:g}, the price of a {_ordinal(looks.number).lower()}")
+    return "; ".join(told) + "."
+
+
+def _ordinal(number: int) -> str:
+    return f"{ORDINALS[number - 1]} look" if number <= len(ORDINALS) else f"Look {number}"
+
+
+def _registered(study: Study) -> str:
+    entry = study.looks.registered
+    if entry is None:
+        return "The plan was not registered before the first record."
+    changed = _changes(entry["table"], study.plan)
+    when = f"The plan was registered before the first record, on {entry['time']} ({entry['plan'][:12]})"
+    return f"{when}, and changed since: {', '.join(changed)}." if changed else f"{when}, and is the same."
+
+
+def _changes(registered: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    """Return the settings that differ; those that a later version of the plan added do not count."""
+    shared = [name for name in registered if name in plan and name not in DISPLAY]
+    return [name for name in shared if registered[name] != plan[name]]
+
+
+def history_section(study: Study) -> Html:
+    """Return the looks as a table and what they mean."""
+    note = (
+        "A look is a plan with its records, judged; the same once more is the same look. All looks together spend one "
+        "study's chance of error, the first four fifths of it, so later ones need smaller p-values. Intervals are "
+        "those of one look. Looks at copies of the folder, or at other folders, cannot be seen from here. Plans and "
+        "p-values are in history.jsonl, whose last line has the hash "
+    )
+    head = study.looks.entries[-1]["sha256"] if study.looks.entries else "–"
+    rows = [_row(entry) for entry in study.looks.entries]
+    shown = table(["Look", "Seeds", "Records", "No longer in the plan", "When", "Sparsities", "Attacks"], rows)
+    told = [tag("p", sentence) for sentence in look_sentences(study)]
+    return join(*told, tag("p", f"{note}{head}.", class_="note"), shown)
+
+
+def _row(entry: Mapping[str, Any]) -> list[str]:
+    grids = [f"{method} at {', '.join(map(numbers.percent, grid))}" for method, grid in entry["sparsities"].items()]
+    counts = [f"{entry[name]:,}" for name in ("look", "seeds", "records", "orphans")]
+    return [*counts, entry["time"], "; ".join(grids), ", ".join(entry["attacks"])]

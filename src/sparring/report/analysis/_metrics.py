@@ -1,0 +1,360 @@
+"""The metrics of a study as per-image values: which there are, and the arrays behind each."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...statistics import binomial_interval, ratio_values
+from ._records import NAIVE, Network, Record, Study, Who, arrays, attack_label, is_dense
+
+Floats = NDArray[np.float64]
+Role = Literal[
+    "accuracy", "budget", "worst", "distance", "distance-correct", "certified",
+    "margin", "lipschitz", "ratio", "to sparse", "to dense",
+]  # fmt: skip
+LIPSCHITZ: tuple[Role, ...] = ("margin", "lipschitz", "ratio")  # the tensors of "lipschitz" records
+TRANSFER: tuple[Role, ...] = ("to sparse", "to dense")  # the directions of "transfer" records
+NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1"}
+SINGLE_STEP = ("fgsm", "rfgsm")
+# From weak to strong: on the same images and budget no attack must do better than a later one.
+LADDER = ((*SINGLE_STEP, "square"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",), ("standard",))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Name one metric: what is averaged over images. `attack` is the attack's label, empty for plain accuracy."""
+
+    role: Role
+    split: str = "test"
+    attack: str = ""
+    name: str = ""
+    norm: str = ""
+    eps: float | None = None
+
+    @property
+    def is_share(self) -> bool:
+        """Tell whether this is a share of images (shown in %), not a distance."""
+        return self.role in ("accuracy", "budget", "worst", *TRANSFER)
+
+    @property
+    def slug(self) -> str:
+        """Return a name fit for files and identifiers."""
+        parts = [
+            self.role.replace(" ", "-") if self.role != "budget" else "",
+            self.attack,
+            self.norm,
+            "" if self.eps is None else f"{self.eps:g}",
+        ]
+        text = "-".join(part for part in parts if part)
+        return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in text)
+
+    @property
+    def title(self) -> str:
+        """Return a heading."""
+        norm, eps = NORMS.get(self.norm, self.norm), pretty_eps(self.eps)
+        if self.role == "accuracy":
+            return "Accuracy"
+        if self.role == "budget":
+            r_inf = " (r_inf)" if self.name == "fgsm" and self.norm == "linf" else ""
+            return f"{pretty(self.attack)} accuracy{r_inf}, {norm} ε = {eps}"
+        if self.role == "worst":
+            return f"Worst-case accuracy, {norm} ε = {eps}"
+        if self.role == "certified":
+            return f"Certified {norm} radius ({self.attack}), all images"
+        if self.role in TRANSFER:
+            return f"{pretty(self.attack)} examples that transfer {self.role}, {norm}" + (f" ε = {eps}" if eps else "")
+        if self.role in LIPSCHITZ:
+            what = {"margin": "Margin", "lipschitz": "Lipschitz constant L", "ratio": "Margin / L"}[self.role]
+            return f"{what}, {norm}, {self.attack}, correctly classified only"
+        r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" and self.role == "distance" else ""
+        over = "all images" if self.role == "distance" else "correctly classified only"
+        return f"{pretty(self.attack)} {norm} distance{r_2}, {over}"
+
+    @property
+    def short(self) -> str:
+        """Return a column heading."""
+        eps = f" (ε {pretty_eps(self.eps)})" if self.eps is not None else ""
+        norm = NORMS.get(self.norm, self.norm)
+        labels = {"accuracy": "accuracy", "budget": pretty(self.attack), "worst": "worst case"}
+        labels |= {"certified": f"certified {norm}", "distance": f"{pretty(self.attack)} {norm}"}
+        labels |= {"margin": f"margin ({norm})", "lipschitz": f"L ({norm})", "ratio": f"margin / L ({norm})"}
+        labels |= {role: f"{pretty(self.attack)} transfers {role}" for role in TRANSFER}
+        return labels.get(self.role, f"{pretty(self.attack)} {norm}, correct only") + eps
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """Hold one metric of one network: the mean is sum(top) / sum(bottom) over the images with these indices.
+
+    `failed` are the images (0 or 1) on which a search for a smallest distance failed, None where nothing can.
+    """
+
+    images: NDArray[np.int64]
+    top: Floats
+    bottom: Floats
+    failed: Floats | None = None
+
+    def at(self, images: NDArray[np.int64]) -> PerImage:
+        """Return the part on the given images, all of which must be here."""
+        index = np.searchsorted(self.images, images)
+        failed = None if self.failed is None else self.failed[index]
+        return PerImage(images, self.top[index], self.bottom[index], failed)
+
+    @property
+    def found(self) -> Floats:
+        """Return the values, infinite where an image does not count or the search failed."""
+        missed = self.bottom == 0 if self.failed is None else (self.bottom == 0) | (self.failed > 0)
+        return np.where(missed, np.inf, self.top)
+
+
+Collected = dict[Measure, dict[Who, PerImage]]
+
+
+def pretty(label: str) -> str:
+    """Return an attack's label as the field writes it."""
+    known = {"fgsm": "FGSM", "rfgsm": "R-FGSM", "pgd": "PGD", "apgd": "APGD", "deepfool": "DeepFool", "cw": "C&W"}
+    known |= {"ddn": "DDN", "fab": "FAB", "nearest": "Nearest", "smallest": "Smallest", "square": "Square"}
+    head, dash, tail = label.partition("-")
+    return known.get(head, head) + dash + tail
+
+
+def rung(measure: Measure) -> float:
+    """Return an attack's place on the ladder from weak to strong; an unknown one's compares with none."""
+    return next((float(k) for k, names in enumerate(LADDER) if measure.name in names), math.nan)
+
+
+def pretty_eps(eps: float | None) -> str:
+    """Return a budget's eps as the field writes it: "0.1", or "2/255" for one that is no short decimal."""
+    if eps is None:
+        return ""
+    steps, short = round(255 * eps), f"{eps:g}"
+    return f"{steps}/255" if len(short) > 5 and steps > 0 and abs(255 * eps - steps) < 1e-3 else short
+
+
+def collect(study: Study) -> Collected:
+    """Return every metric of every network as per-image values, in reading order, each object opened once."""
+    found: Collected = {}
+    for network in study.networks:
+        for measure, shards in _of_network(network).items():
+            found.setdefault(measure, {})[network.who] = _merge(shards)
+    _lend_controls(found)
+    _add_worst(found)
+    _cap(found)
+    order = ("accuracy", "budget", "worst", "distance", "distance-correct", "certified", *LIPSCHITZ, *TRANSFER)
+    weakest = ("fgsm", "rfgsm", "pgd")
+
+    def rank(m: Measure) -> tuple[object, ...]:
+        strength = weakest.index(m.name) if m.name in weakest else len(weakest)
+        return (
+            m.split != "test",
+            m.norm not in ("", "linf"),
+            m.norm,
+            order.index(m.role),
+            strength,
+            m.attack,
+            m.eps or 0,
+        )
+
+    return {measure: found[measure] for measure in sorted(found, key=rank)}
+
+
+def _of_network(network: Network) -> dict[Measure, list[PerImage]]:
+    found: dict[Measure, list[PerImage]] = {}
+    for record in network.stage("measure"):
+        for name, correct in arrays(record, "correct", "correct_valid").items():
+            one = PerImage(np.arange(len(correct)), correct.astype(float), np.ones(len(correct)))
+            found[Measure("accuracy", "test" if name == "correct" else "valid")] = [one]
+    for record in network.stage("attack"):
+        held = arrays(record, "clean_correct", "success", "distance")
+        if held:
+            for measure in _measures_of(record):
+                found.setdefault(measure, []).append(_shard(record, held, measure.role))
+    for record in network.stage("certify"):
+        radius = arrays(record, "radius").get("radius")
+        if radius is not None:
+            images = np.arange(len(radius))
+            norm, method = str(record.inputs["norm"]), str(record.inputs["method"])
+            one = PerImage(images, radius.astype(float), np.ones(len(images)))
+            found.setdefault(Measure("certified", attack=method, norm=norm), []).append(one)
+    for record in network.stage("lipschitz"):
+        held = arrays(record, "clean_correct", *LIPSCHITZ)
+        method = f"{record.inputs['method']} in radius {record.inputs['radius']:g}"
+        for role in (role for role in LIPSCHITZ if role in held):
+            correct = held["clean_correct"].astype(float)
+            one = PerImage(np.arange(len(correct)), np.where(correct > 0, held[role], 0.0), correct)
+            found.setdefault(Measure(role, attack=method, norm=str(record.inputs["norm"])), []).append(one)
+    for record in network.stage("transfer"):
+        held = arrays(record, "clean_correct", "success")
+        if held:
+            images = np.arange(int(record.inputs["start"]), int(record.inputs["stop"]))
+            one = PerImage(images, held["success"].astype(float), held["clean_correct"].astype(float))
+            found.setdefault(_transferred(record), []).append(one)
+    return found
+
+
+def _transferred(record: Record) -> Measure:
+    attack, role = record.inputs["attack"], cast(Role, str(record.inputs["direction"]))
+    eps = None if attack["eps"] is None else float(attack["eps"])
+    return Measure(
+        role, str(record.inputs["split"]), attack_label(record), str(attack["name"]), str(attack["norm"]), eps
+    )
+
+
+def _measures_of(record: Record) -> list[Measure]:
+    attack, split = record.inputs["attack"], str(record.inputs["split"])
+    name, norm, label = str(attack["name"]), str(attack["norm"]), attack_label(record)
+    if attack.get("eps") is not None:
+        return [Measure("budget", split, label, name, norm, float(attack["eps"]))]
+    return [Measure("distance", split, label, name, norm), Measure("distance-correct", split, label, name, norm)]
+
+
+def _shard(record: Record, held: Mapping[str, NDArray[Any]], role: Role) -> PerImage:
+    images = np.arange(int(record.inputs["start"]), int(record.inputs["stop"]))
+    correct = held["clean_correct"].astype(bool)
+    if role == "budget":
+        return PerImage(images, (correct & ~held["success"].astype(bool)).astype(float), np.ones(len(images)))
+    distance = np.where(correct, held["distance"].astype(float), 0.0)
+    counted = np.ones(len(images)) if role == "distance" else correct.astype(float)
+    return PerImage(images, distance, counted, (~np.isfinite(distance)).astype(float))
+
+
+def _merge(shards: list[PerImage]) -> PerImage:
+    """Return the shards as one, in the order of their images; an image that is in two counts once."""
+    images, first = np.unique(np.concatenate([s.images for s in shards]), return_index=True)
+    top, bottom = (np.concatenate([getattr(s, name) for s in shards])[first] for name in ("top", "bottom"))
+    failed = [s.failed for s in shards if s.failed is not None]
+    return PerImage(images, top, bottom, np.concatenate(failed)[first] if failed else None)
+
+
+def _lend_controls(found: Collected) -> None:
+    """Give naive attacks the dense networks of their honest twins: without sparse activations the two are the same."""
+    for measure, held in found.items():
+        if measure.attack.endswith(NAIVE):
+            twin = found.get(replace(measure, attack=measure.attack.removesuffix(NAIVE)), {})
+            held.update({who: one for who, one in twin.items() if is_dense(who[0])})
+
+
+def _add_worst(found: Collected) -> None:
+    """Add what all attacks together do to an image: the worst case in a budget, the smallest distance in a norm.
+
+    Attacks that ran on fewer networks than others (a slow one, on one seed) stand for themselves. Where no attack takes
+    more than a single step, what they leave is far from a worst case and is not called one.
+    """
+    wanted: dict[Measure, None] = {}
+    for m in found:
+        if m.role == "budget":
+            wanted[Measure("worst", m.split, norm=m.norm, eps=m.eps)] = None
+        elif m.role in ("distance", "distance-correct"):
+            wanted[Measure(m.role, m.split, "smallest", "smallest", m.norm)] = None
+    for measure in wanted:
+        same = parts(found, measure)
+        everywhere = set.intersection(*(set(found[m]) for m in same)) if same else set()
+        if len(same) > 1 and everywhere and any(m.name not in SINGLE_STEP for m in same):
+            found[measure] = {who: _smallest([found[m][who] for m in same]) for who in sorted(everywhere)}
+
+
+def parts(found: Collected, measure: Measure) -> list[Measure]:
+    """Return the attacks that a measure is made of: itself, or those that ran on most networks for a worst case."""
+    role = "budget" if measure.role == "worst" else measure.role
+    if measure.role != "worst" and measure.name != "smallest":
+        return [measure]
+    key = (role, measure.split, measure.norm, measure.eps)
+    every = [m for m in found if (m.role, m.split, m.norm, m.eps) == key and m.name != "smallest"]
+    every = [m for m in every if not m.attack.endswith(NAIVE)]
+    most = max((len(found[m]) for m in every), default=0)
+    return [m for m in every if len(found[m]) == most]
+
+
+def _smallest(held: Sequence[PerImage]) -> PerImage:
+    """Return each image's smallest value on the images that all have; a search failed where all of them did."""
+    images = common([one.images for one in held])
+    here = [one.at(images) for one in held]
+    top, bottom = np.minimum.reduce([one.top for one in here]), np.maximum.reduce([one.bottom for one in here])
+    failed = [one.failed for one in here if one.failed is not None]
+    return PerImage(images, top, bottom, np.minimum.reduce(failed) if failed else None)
+
+
+def _cap(found: Collected) -> None:
+    """Give failed searches the largest distance found in a norm, by whichever attack on whichever network.
+
+    To leave them out would drop the hardest images, of the networks that are hardest to attack most. One cap for all
+    leaves a smallest distance no larger than its parts. Where nothing was found nothing counts.
+    """
+    groups: dict[tuple[str, str], list[PerImage]] = {}
+    for measure, held in found.items():
+        if measure.role in ("distance", "distance-correct"):
+            groups.setdefault((measure.split, measure.norm), []).extend(held.values())
+    caps = {
+        key: max((float(one.top[np.isfinite(one.top)].max(initial=0.0)) for one in held), default=0.0)
+        for key, held in groups.items()
+    }
+    for measure, held in found.items():
+        if measure.role in ("distance", "distance-correct"):
+            cap = caps[measure.split, measure.norm]
+            held.update({who: _capped(one, cap) for who, one in held.items() if one.failed is not None})
+
+
+def _capped(one: PerImage, cap: float) -> PerImage:
+    counted = one.bottom if cap > 0 else np.where(np.isfinite(one.top), one.bottom, 0.0)
+    return replace(one, top=np.where(np.isfinite(one.top), one.top, cap), bottom=counted)
+
+
+def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the images that are in all of the given sets."""
+    if all(np.array_equal(images[0], other) for other in images[1:]):
+        return images[0]
+    return functools.reduce(np.intersect1d, images)
+
+
+def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:
+    """Return the few metrics the page opens with: accuracy, FGSM, PGD and worst case at one eps, r_2 in both forms.
+
+    The eps is one at which the study's strongest attack was run, the middle one of several: a worst case without it
+    would be none.
+    """
+    here = [m for m in every if m.split == split]
+    budgets = _strongest_budgets(here)
+    budget = budgets[len(budgets) // 2] if budgets else None
+    distances = [m for m in here if m.role in ("distance", "distance-correct") and m.norm == "l2"]
+    shown = [m for m in distances if m.name == "deepfool"] or distances[:2]
+    shown += [m for m in distances if m.name == "smallest" and m.role == "distance"]
+    shown += [m for m in here if m.role == "accuracy" or (m.role == "worst" and (m.norm, m.eps) == budget)]
+    attacks = [m for m in here if m.role == "budget" and (m.norm, m.eps) == budget and not m.attack.endswith(NAIVE)]
+    shown += [m for m in attacks if m.name in ("fgsm", "pgd")] or attacks
+    fgsm = [m for m in here if (m.role, m.name, m.norm) == ("budget", "fgsm", "linf") and not m.attack.endswith(NAIVE)]
+    if not any(m in attacks for m in fgsm):
+        shown += fgsm[len(fgsm) // 2 :][:1]  # r_inf is asked of it, at another eps if need be
+    return [m for m in here if m in shown]
+
+
+def _strongest_budgets(here: Sequence[Measure]) -> list[tuple[str, float | None]]:
+    """Return the budgets with a worst case, if any has one, at which the strongest attack of them was run."""
+    worst = [(m.norm, m.eps) for m in here if m.role == "worst"]
+    attacks = [m for m in here if m.role == "budget" and (not worst or (m.norm, m.eps) in worst)]
+    strength = {m: rung(m) if rung(m) >= 0 else 0.0 for m in attacks}
+    strongest = [m for m in attacks if strength[m] == max(strength.values())]
+    return list(dict.fromkeys((m.norm, m.eps) for m in strongest if m.norm == strongest[0].norm))
+
+
+def values(seeds: Sequence[PerImage], images: NDArray[np.int64]) -> Floats:
+    """Return (seeds, images) values whose row means are each seed's metric, on the given images."""
+    rows = [one.at(images) for one in seeds]
+    return np.stack([ratio_values(row.top, row.bottom) for row in rows])
+
+
+def summary(measure: Measure, one: PerImage) -> tuple[float | None, float | None, float | None]:
+    """Return one network's metric and, for shares, its exact binomial interval (None where there is none)."""
+    counted = float(one.bottom.sum())
+    if counted == 0:
+        return None, None, None
+    mean = float(one.top.sum() / counted)
+    if not measure.is_share:
+        return mean, None, None
+    return mean, *binomial_interval(round(float(one.top.sum())), round(counted))

@@ -1,0 +1,207 @@
+"""Figures that put two kinds of record side by side: theory and attacks, speed and robustness, source and target."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import _numbers as numbers
+from ..analysis._distance_bounds import Bracket, brackets, norms
+from ..analysis._findings import Findings, Result
+from ..analysis._kinds import axis_title, kind_of
+from ..analysis._metrics import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps
+from ..analysis._records import CONTROL, REFERENCE, attack_label
+from . import _figures as figures
+from ._plots import Picture
+from ._summary import short_name
+
+SPANS = 30  # of a training, over which the events of surgery are summed
+
+
+def comparisons(findings: Findings) -> list[Picture]:
+    """Return the comparisons that this study has records for."""
+    return [
+        *_brackets(findings),
+        *_constants(findings),
+        *_surgery(findings),
+        *_speed(findings),
+        *_transfer(findings),
+    ]
+
+
+def _brackets(findings: Findings) -> Iterator[Picture]:
+    """Draw, in each norm, proofs below and attacks above: the true distance lies between the two."""
+    for norm in norms(findings):
+        name = NORMS.get(norm, norm)
+        for exact in (False, True):
+            found = brackets(findings, norm, exact=exact)
+            rows = [row for bracket in found for row in _sides(bracket)]
+            if len(found) < 2:
+                continue
+            title = f"{name} distance to the decision boundary: " + (
+                "searched exactly" if exact else "proof and attack"
+            )
+            counts = f"{numbers.seeds(max(b.seeds for b in found))}, {max(b.images for b in found)} images"
+            note = (
+                "Medians over correctly classified images, the same for every line of a sparsity. A certified radius "
+                "is a sound lower bound, an attack's distance an upper bound; the truth lies between"
+                + (", and between the two ends of the search; where these meet it is known" if exact else "")
+                + f". At most {counts}; {findings.method}."
+            )
+            spec = figures.scatter(
+                title,
+                rows,
+                x=f"{axis_title(findings.study, findings.method or '')}, in the plan's steps",
+                y="median distance",
+                ordinal=True,
+            )
+            drawn = figures.svg(spec, mark=findings.mark)
+            yield Picture(f"{'exact' if exact else 'brackets'}-{norm}", title, drawn, note)
+
+
+def _sides(bracket: Bracket) -> Iterator[Mapping[str, str | float]]:
+    place = _place(bracket.sparsity)
+    sides = {
+        "smallest attack": bracket.attack,
+        "search, upper end": bracket.upper,
+        "search, lower end": bracket.lower,
+        "certified": bracket.certified,
+    }
+    for series, value in sides.items():
+        if value is not None:
+            text = f"{series}, {place}: {value:.4g}"
+            yield {"x": place, "y": value, "series": series, "order": bracket.sparsity, "text": text}
+
+
+def _place(sparsity: float) -> str:
+    return numbers.percent(sparsity) if sparsity else "0 (control)"
+
+
+def _constants(findings: Findings) -> Iterator[Picture]:
+    """Draw margin and Lipschitz constant apart, and their ratio: each as a multiple of the dense control's."""
+    names = {"margin": "margin", "lipschitz": "Lipschitz constant L", "ratio": "margin / L"}
+    for key in dict.fromkeys((m.norm, m.attack) for m in findings.collected if m.role in LIPSCHITZ):
+        chosen = {m.role: m for m in findings.collected if m.role in LIPSCHITZ and (m.norm, m.attack) == key}
+        results = {names[role]: r for role, m in chosen.items() if (r := findings.result(m)) is not None}
+        rows = [row for name, result in results.items() for row in _multiples(name, result)]
+        if rows:
+            title = f"Margin and Lipschitz constant, {NORMS.get(key[0], key[0])}, {key[1]}"
+            spec = figures.scatter(
+                title,
+                rows,
+                x=f"{axis_title(findings.study, findings.method or '')}, in the plan's steps",
+                y="× the dense control's (log)",
+                ordinal=True,
+                log_y=True,
+            )
+            note = (
+                f"Means over correctly classified images with 95% intervals; {findings.method}. A smaller L is no gain "
+                "where the margin shrinks as much: what bounds the distance is margin / L."
+            )
+            drawn = figures.svg(spec, mark=findings.mark)
+            yield Picture(f"lipschitz-{_safe(key[0])}-{_safe(key[1])}", title, drawn, note)
+
+
+def _multiples(name: str, result: Result) -> Iterator[Mapping[str, str | float]]:
+    one = result.control.estimate
+    levels = ((0.0, result.control), *zip(result.sparsities, result.levels, strict=True))
+    for sparsity, level in (pair for pair in levels if one > 0 and pair[1].estimate > 0):
+        place = _place(sparsity)
+        text = f"{name}, {place}: {level.estimate / one:.3g} × (mean {level.estimate:.4g})"
+        row: dict[str, str | float] = {"x": place, "y": level.estimate / one, "series": name, "order": sparsity}
+        ends = {"low": level.low / one, "high": level.high / one} if level.low > 0 else {}
+        yield row | ends | {"text": text}
+
+
+def _surgery(findings: Findings) -> Iterator[Picture]:
+    """Draw, for each method by surgery, how many weights it pruned and spliced back when, at its highest sparsity."""
+    for k, method in enumerate(m for m in findings.study.methods if kind_of(findings.study, m) == "surgery"):
+        networks = findings.study.of(method)
+        last = [n for n in networks if n.sparsity == networks[-1].sparsity]
+        series = [r.series for n in last for r in n.stage("prune") if r.series.get("step")]
+        if not series:
+            continue
+        title = f"Surgery: weights pruned and spliced back ({method}, {numbers.percent(last[0].sparsity)})"
+        rows = [row for name in ("pruned", "spliced") for row in _over_time(name, series)]
+        spec = figures.scatter(title, rows, x="training step", y="weights in each span (log, from 0)", log_y="symlog")
+        note = f"Sums over spans of equal length, means over {len(series)} seeds."
+        yield Picture(f"surgery-{k}", title, figures.svg(spec, mark=findings.mark), note)
+
+
+def _over_time(name: str, series: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, str | float]]:
+    """Return the numbers of events in SPANS spans of the training."""
+    steps = max(max(one["step"]) for one in series) + 1
+    counts = np.zeros(SPANS)
+    for one in series:
+        place = np.asarray(one["step"]) * SPANS // steps
+        counts += np.bincount(place, weights=np.asarray(one[name], dtype=float), minlength=SPANS) / len(series)
+    for k, count in enumerate(counts):
+        middle = (k + 0.5) * steps / SPANS
+        text = f"{name} around step {middle:,.0f}: {count:,.1f} weights"
+        yield {"x": middle, "y": float(count), "series": name, "order": k, "text": text}
+
+
+def _safe(text: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in text)
+
+
+def _speed(findings: Findings) -> Iterator[Picture]:
+    """Draw robustness against the latency of the packed network, where "deploy" records have it."""
+    measure = findings.first("worst") or findings.first("budget") or findings.first("accuracy")
+    rows = [] if measure is None else list(_fast(findings, measure))
+    if rows and measure is not None:
+        title = f"{measure.title} against latency"
+        axis = "milliseconds an image, one at a time (log scale)"
+        spec = figures.scatter(title, rows, x=axis, y=f"{short_name(measure)}, %", log_x=True)
+        note = "Networks as deployed, packed for sparse kernels, on the machine of this study; means over seeds."
+        yield Picture("latency", title, figures.svg(spec, mark=findings.mark), note)
+
+
+def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | float]]:
+    """Return a mark for every method and sparsity: mean latency and mean share over seeds."""
+    found: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+    for network in findings.study.networks:
+        held = findings.collected[measure].get(network.who)
+        for record in network.stage("deploy"):
+            seconds = record.times.get("latency")
+            if held is not None and seconds:
+                share = float(held.top.sum() / held.bottom.sum())
+                found[network.method, network.sparsity].append((1000 * seconds, 100 * share))
+    for (method, sparsity), pairs in found.items():
+        latency, share = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        text = f"{_name(method, sparsity)}: {share:.1f}% at {latency:.3g} ms"
+        yield {"x": latency, "y": share, "series": method, "order": sparsity, "text": text}
+
+
+def _transfer(findings: Findings) -> Iterator[Picture]:
+    """Draw which share of the examples that fool one network fool the other too, both ways, means over seeds."""
+    cells: dict[str, dict[tuple[str, float], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for network in findings.study.networks:
+        for record in network.stage("transfer"):
+            moved = record.metrics.get("transferred")
+            if moved is not None:
+                way = "control → sparse" if record.inputs["direction"] == "to sparse" else "sparse → control"
+                eps = record.inputs["attack"]["eps"]
+                at = f", ε = {pretty_eps(eps)}" if eps else ""
+                title = f"Transfer of {pretty(attack_label(record))} examples{at}"
+                cells[title][f"{network.method}: {way}", network.sparsity].append(float(moved))
+    for k, (title, found) in enumerate(cells.items()):
+        rows = [
+            {"y": way, "x": numbers.percent(sparsity), "value": sum(shares) / len(shares), "order": sparsity}
+            for (way, sparsity), shares in found.items()
+        ]
+        spec = figures.heatmap(
+            title, rows, x=axis_title(findings.study, *findings.study.methods), y="", unit="% transferred"
+        )
+        note = (
+            "Shares of examples that fool the other network too, among images that fool the network attacked and that "
+            "the other classifies correctly when clean."
+        )
+        yield Picture(f"transfer-{k}", title, figures.svg(spec, mark=findings.mark), note)
+
+
+def _name(method: str, sparsity: float) -> str:
+    return method if method in (CONTROL, REFERENCE) else f"{method} {numbers.percent(sparsity)}"

@@ -1,0 +1,379 @@
+"""Draw the figures: each one Vega-Lite specification, rendered once to SVG, the same for the page and for a paper.
+
+Sparsity runs on a logit axis, so that 90% to 99.7% is readable, with the dense control at its left edge. Every method
+has a colour (Okabe & Ito's, safe for colour-blind readers), a dash and a shape, so that it survives a grey printer.
+Marks carry their numbers as descriptions, which screen readers, hovering and the arrow keys find.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import vl_convert
+
+from .. import _numbers as numbers
+from ..analysis._findings import Result
+
+Spec = dict[str, Any]
+# One colour fewer than dashes and shapes: what has the first colour again then has another dash and shape.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+DASHES: tuple[list[int], ...] = ([], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3], [10, 3], [12, 3, 2, 3, 2, 3])
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
+GREY, INK, FAINT = "#767676", "#222222", "#e6e6e6"
+WIDTH, HEIGHT = 400, 230
+FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
+CONFIG: Spec = {
+    "font": FONT,
+    "background": "white",
+    "view": {"stroke": None},
+    "title": {"anchor": "start", "fontSize": 13, "fontWeight": 600, "color": INK, "offset": 10, "frame": "group"},
+    "axis": {
+        "labelColor": INK,
+        "titleColor": INK,
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "gridColor": FAINT,
+        "domainColor": "#999999",
+        "tickColor": "#999999",
+        "titlePadding": 8,
+    },
+    "legend": {"labelColor": INK, "labelFontSize": 11, "titleFontSize": 11, "symbolStrokeWidth": 2},
+}
+
+
+def svg(spec: Spec, *, mark: str = "") -> str:
+    """Return a specification drawn as SVG text, with a mark below its title that says what the study is not."""
+    complete = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "config": CONFIG, "padding": 4} | spec
+    if mark:
+        under = {"subtitle": mark, "subtitleColor": COLORS[1]}
+        complete["title"] = {"text": spec["title"]} | under if "title" in spec else {"text": mark, "color": COLORS[1]}
+    return str(vl_convert.vegalite_to_svg(complete))
+
+
+def png(drawn: str, *, scale: float = 2.0) -> bytes:
+    """Return drawn SVG as PNG bytes, at `scale` times the size."""
+    return bytes(vl_convert.svg_to_png(drawn, scale=scale))
+
+
+def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "sparsity") -> Spec:
+    """Return the figure of one metric against sparsity: seeds thin, mean and interval bold, dense control grey.
+
+    `styles` gives each method the number of its colour, dash and shape, the same in every figure; `axis` names the
+    sparsity.
+    """
+    first = results[0]
+    x = _Axis([s for r in results for s in r.sparsities], axis)
+    scale = 100.0 if first.measure.is_share else 1.0
+    layers = _control(first, x, scale)
+    legend = _legend([r.method for r in results], styles)
+    for result in results:
+        layers += _level_layers(result, styles[result.method], x, scale, legend, crowded=len(results) > 2)
+    unit = "% of images" if first.measure.is_share else "distance"
+    return _chart(first.measure.title, layers, x, unit)
+
+
+def gains_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "sparsity") -> Spec:
+    """Return the figure of paired gains over the dense control; filled marks are significant (Holm), hollow are not."""
+    first = results[0]
+    x = _Axis([s for r in results for s in r.sparsities], axis)
+    zero = {"values": [{"x": end, "y": 0} for end in (x.left, x.right)]}
+    layers: list[Spec] = [{"data": zero, "mark": {"type": "line", "color": GREY, "strokeWidth": 1.2}, "encoding": {}}]
+    legend = _legend([r.method for r in results], styles)
+    for place, result in enumerate(results):
+        shift = 0.035 * (place - (len(results) - 1) / 2)
+        layers += _gain_layers(result, styles[result.method], x, shift, legend)
+    unit = numbers.gain_unit(first.measure, first.control)
+    return _chart(f"{first.measure.title}: gain", layers, x, f"{unit} over the dense control")
+
+
+class _Axis:
+    """Place sparsities on the logit axis: 0 stands a step left of the lowest."""
+
+    def __init__(self, sparsities: Sequence[float], what: str) -> None:
+        self.title = f"{what} (logit scale)"
+        self.ticks = sorted({s for s in sparsities if 0 < s < 1})
+        inner = [_logit(s) for s in self.ticks] or [0.0]
+        self._zero = min(inner) - 0.45
+        self.left, self.right = -0.08, max(inner) - self._zero + 0.12
+
+    def at(self, sparsity: float) -> float:
+        return 0.0 if sparsity <= 0 else min(_logit(min(sparsity, 1 - 1e-6)) - self._zero, self.right)
+
+    def encoding(self) -> Spec:
+        labels = {f"{self.at(s):.4f}": numbers.percent(s) if s else "0 (dense)" for s in (0.0, *self.ticks)}
+        table = "{" + ", ".join(f"'{place}': '{label}'" for place, label in labels.items()) + "}"
+        axis = {
+            "values": [self.at(s) for s in (0.0, *self.ticks)],
+            "labelExpr": f"{table}[format(datum.value, '.4f')]",
+            "labelOverlap": "greedy",
+            "labelSeparation": 6,
+            "labelFlush": False,
+            "title": self.title,
+            "grid": False,
+        }
+        scale = {"domain": [self.left, self.right], "nice": False, "zero": False}
+        return {"field": "x", "type": "quantitative", "axis": axis, "scale": scale}
+
+
+def _logit(share: float) -> float:
+    return math.log10(share / (1 - share))
+
+
+def _chart(title: str, layers: list[Spec], x: _Axis, unit: str) -> Spec:
+    axis = {"title": unit, "tickCount": 5, "domain": False, "ticks": False}
+    y = {"type": "quantitative", "axis": axis, "scale": {"zero": False}}
+    encoding = {"x": x.encoding(), "y": y | {"field": "y"}}
+    for layer in layers:
+        layer["encoding"] = encoding | layer["encoding"]
+    return {"title": title, "width": WIDTH, "height": HEIGHT, "layer": layers}
+
+
+def _legend(methods: Sequence[str], styles: Mapping[str, int]) -> Spec:
+    """Return the scales and the one legend that colour, dash and shape share."""
+
+    def channel(name: str, table: Sequence[Any]) -> Spec:
+        wanted = [_of(table, styles[m]) for m in methods]
+        legend = {
+            "orient": "top",
+            "title": None,
+            "symbolType": "stroke",
+            "symbolSize": 300,
+            "offset": 12,
+            "columnPadding": 20,
+        }
+        legend |= {"columns": 4} if len(methods) > 4 else {}
+        scale = {"domain": list(methods), "range": wanted}
+        return {name: {"scale": scale, "legend": legend if len(methods) > 1 else None}}
+
+    return channel("color", COLORS) | channel("strokeDash", DASHES)
+
+
+def _of(table: Sequence[Any], style: int) -> Any:
+    return table[style % len(table)]
+
+
+def _drawn(legend: Spec, method: str) -> Spec:
+    return {name: {"datum": method} | channel for name, channel in legend.items()}
+
+
+def _control(result: Result, x: _Axis, scale: float) -> list[Spec]:
+    one = result.control
+    text = f"dense control: {numbers.level(result.measure, one)}"
+    ends = [{"x": x.left, "y": scale * one.low}, {"x": x.right, "y": scale * one.low}]
+    band = {"values": [end | {"y2": scale * one.high, "y0": scale * one.estimate, "text": text} for end in ends]}
+    across: Spec = {"description": {"field": "text"}}
+    middle: Spec = {"y": {"field": "y0", "type": "quantitative"}}
+    return [
+        {
+            "data": band,
+            "name": "control_band",
+            "mark": {"type": "area", "color": GREY, "opacity": 0.18},
+            "encoding": across | {"y2": {"field": "y2"}},
+        },
+        {
+            "data": band,
+            "name": "control_line",
+            "mark": {"type": "line", "color": GREY, "strokeDash": [3, 3], "strokeWidth": 1.2},
+            "encoding": across | middle,
+        },
+    ]
+
+
+def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Spec, *, crowded: bool) -> list[Spec]:
+    color, name = _of(COLORS, style), f"s{style}"
+    mean: list[Spec] = []
+    seeds: list[Spec] = []
+    dense = (0.0, result.control)
+    for sparsity, one in (dense, *zip(result.sparsities, result.levels, strict=True)):
+        label = f"{result.method}, {result.words(sparsity)}" if mean else "dense control"
+        mean.append(
+            {
+                "x": x.at(sparsity),
+                "y": scale * one.estimate,
+                "low": scale * one.low,
+                "high": scale * one.high,
+                "text": f"{label}: {numbers.level(result.measure, one)}",
+            }
+        )
+    for seed, start, row in zip(result.seeds, result.control_by_seed, result.by_seed, strict=True):
+        places = (0.0, *result.sparsities)
+        values = (start, *row)
+        seeds += [{"x": x.at(s), "y": scale * float(v), "seed": seed} for s, v in zip(places, values, strict=True)]
+    thin = {"type": "line", "color": color, "strokeWidth": 0.7, "opacity": 0.25 if crowded else 0.45}
+    dot = {
+        "type": "point",
+        "filled": True,
+        "color": color,
+        "opacity": 1,
+        "size": 42,
+        "shape": _of(SHAPES, style),
+    }
+    return [
+        {
+            "data": {"values": mean},
+            "name": f"{name}_band",
+            "mark": {"type": "area", "color": color, "opacity": 0.06 if crowded else 0.15},
+            "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}},
+        },
+        {
+            "data": {"values": seeds},
+            "name": f"{name}_seeds",
+            "mark": thin,
+            "encoding": {"detail": {"field": "seed"}},
+        },
+        {
+            "data": {"values": mean},
+            "name": f"{name}_line",
+            "mark": {"type": "line", "strokeWidth": 2},
+            "encoding": _drawn(legend, result.method),
+        },
+        {
+            "data": {"values": mean},
+            "name": f"{name}_points",
+            "mark": dot,
+            "encoding": {"description": {"field": "text"}},
+        },
+    ]
+
+
+def _gain_layers(result: Result, style: int, x: _Axis, shift: float, legend: Spec) -> list[Spec]:
+    color, name = _of(COLORS, style), f"s{style}"
+    rows: list[Spec] = []
+    for sparsity, one, p in zip(result.sparsities, result.gains.effects, result.gains.p_holm, strict=True):
+        told, at = numbers.gain(result.measure, one, result.control), numbers.shown(result.measure, one, result.control)
+        rows.append(
+            {
+                "x": x.at(sparsity) + shift,
+                "y": at.estimate,
+                "low": at.low,
+                "high": at.high,
+                "fill": color if p <= 0.05 else "white",
+                "text": f"{result.method}, {result.words(sparsity)}: {told}, Holm p {numbers.p_value(p)}",
+            }
+        )
+    data = {"values": rows}
+    dot = {
+        "type": "point",
+        "stroke": color,
+        "strokeWidth": 1.5,
+        "opacity": 1,
+        "size": 50,
+        "shape": _of(SHAPES, style),
+    }
+    fill = {"field": "fill", "type": "nominal", "scale": None}
+    return [
+        {
+            "data": data,
+            "name": f"{name}_line",
+            "mark": {"type": "line", "strokeWidth": 1},
+            "encoding": _drawn(legend, result.method),
+        },
+        {
+            "data": data,
+            "name": f"{name}_bars",
+            "mark": {"type": "rule", "color": color, "strokeWidth": 1.5},
+            "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}},
+        },
+        {
+            "data": data,
+            "name": f"{name}_points",
+            "mark": dot,
+            "encoding": {"fill": fill, "description": {"field": "text"}},
+        },
+    ]
+
+
+def heatmap(title: str, rows: Sequence[Mapping[str, Any]], *, x: str, y: str, unit: str) -> Spec:
+    """Return a table of shares as a heat map with its numbers written in.
+
+    Rows hold `x`, `y` (text), `value` (0-1) and `order`, by which columns are sorted; lines keep the rows' order. `x`,
+    `y` are axis titles and `unit` says what a cell shows.
+    """
+    drawn = [
+        dict(row) | {"shown": f"{100 * row['value']:.3g}", "text": f"{row['y']}, {row['x']}: {100 * row['value']:.3g}%"}
+        for row in rows
+    ]
+    columns = list(dict.fromkeys(row["x"] for row in sorted(rows, key=lambda row: row["order"])))
+    lines = list(dict.fromkeys(row["y"] for row in rows))
+    shape = {"width": max(WIDTH - 60, 46 * len(columns)), "height": 26 * len(lines)}
+    where = {
+        "x": {"field": "x", "type": "ordinal", "sort": columns, "axis": {"title": x, "labelAngle": 0, "domain": False}},
+        "y": {"field": "y", "type": "ordinal", "sort": lines, "axis": {"title": y, "labelLimit": 220, "domain": False}},
+    }
+    color = {
+        "field": "value",
+        "type": "quantitative",
+        "scale": {"range": ["#f4f7fa", "#08519c"], "domain": [0, 1]},
+        "legend": None,
+    }
+    ink = {"condition": {"test": "datum.value > 0.55", "value": "white"}, "value": INK}
+    return shape | {
+        "title": f"{title} ({unit})",
+        "data": {"values": drawn},
+        "encoding": where,
+        "layer": [
+            {
+                "mark": {"type": "rect", "stroke": "white"},
+                "encoding": {"color": color, "description": {"field": "text"}},
+            },
+            {"mark": {"type": "text", "fontSize": 11}, "encoding": {"text": {"field": "shown"}, "color": ink}},
+        ],
+    }
+
+
+def scatter(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
+    log_y: bool | Literal["symlog"] = False,
+    ordinal: bool = False,
+) -> Spec:
+    """Return points joined in their order, one line per series, with bars where rows hold `low` and `high`.
+
+    Rows hold `x`, `y`, `series`, `order` and `text`. `x` and `y` are axis titles; with `ordinal` the rows' x are names,
+    shown in the order they come in; "symlog" is a log axis that has a zero.
+    """
+    names = list(dict.fromkeys(row["series"] for row in rows))
+    legend = _legend(names, {name: k for k, name in enumerate(names)})
+    across: Spec = {"field": "x", "type": "quantitative", "axis": {"title": x, "grid": False}}
+    across["scale"] = {"type": "log"} if log_x else {"zero": False}
+    across["axis"] |= {"labelOverlap": "greedy", "labelSeparation": 6, "tickCount": 6}
+    if ordinal:
+        places = list(dict.fromkeys(row["x"] for row in sorted(rows, key=lambda row: row["order"])))
+        across = {"field": "x", "type": "ordinal", "sort": places, "axis": {"title": x, "labelAngle": 0}}
+    up = {"title": y, "tickCount": 5, "domain": False, "ticks": False, "labelOverlap": "greedy"}
+    if log_y == "symlog":  # of its own Vega marks only the highest decade
+        highest = max(float(row["y"]) for row in rows)
+        up["values"] = [0, *(10**k for k in range(16) if 10**k <= highest)]
+    scale = {"type": "symlog" if log_y == "symlog" else "log"} if log_y else {"zero": False}
+    place = {"x": across, "y": {"field": "y", "type": "quantitative", "axis": up, "scale": scale}}
+    layers: list[Spec] = []
+    for k, name in enumerate(names):
+        mine = [dict(row) for row in rows if row["series"] == name]
+        data, color = {"values": mine}, _of(COLORS, k)
+        dot = {"type": "point", "filled": True, "color": color, "opacity": 1, "size": 42, "shape": _of(SHAPES, k)}
+        joined = {"order": {"field": "order", "type": "quantitative"}} | _drawn(legend, name)
+        layers.append({"data": data, "mark": {"type": "line", "strokeWidth": 1.5}, "encoding": place | joined})
+        if any("low" in row for row in mine):
+            ends = {"y": place["y"] | {"field": "low"}, "y2": {"field": "high"}}
+            barred = {"values": [row for row in mine if "low" in row]}
+            layers.append({"data": barred, "mark": {"type": "rule", "color": color}, "encoding": place | ends})
+        layers.append({"data": data, "mark": dot, "encoding": place | {"description": {"field": "text"}}})
+    return {"title": title, "width": WIDTH, "height": HEIGHT, "layer": layers}
+
+
+def overview(panels: Sequence[Spec]) -> Spec:
+    """Return figures of curves side by side, two in a row, with one legend for all."""
+    # Layers' names must be unique in a specification: without, each panel would show the first one's data.
+    nameless = [
+        panel | {"layer": [{k: v for k, v in layer.items() if k != "name"} for layer in panel["layer"]]}
+        for panel in panels
+    ]
+    # "flush" aligns the axes; spacing then has to leave room for their labels.
+    return {"concat": nameless, "columns": 2, "bounds": "flush", "spacing": {"row": 104, "column": 72}}

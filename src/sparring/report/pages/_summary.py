@@ -1,0 +1,317 @@
+"""Say what was found, in sentences that a busy engineer understands and a reviewer cannot fault. Plain text."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from ...statistics import INDICATIVE_BELOW, MOST_POINTS, Row, minimum_detectable_effect, with_seeds
+from .. import _numbers as numbers
+from ..analysis._findings import Findings, Result, seeds_phrase
+from ..analysis._kinds import sparsity_told
+from ..analysis._looks import look_sentences
+from ..analysis._metrics import NORMS, Measure, pretty
+from ..analysis._records import Network
+
+
+def title(findings: Findings) -> str:
+    """Return the study's name."""
+    plan = findings.study.plan
+    return str(plan.get("name") or "study")
+
+
+def subject(findings: Findings) -> str:
+    """Return the model and the data in words."""
+    plan = findings.study.plan
+    model, data = (_name(plan.get(key)) for key in ("model", "data"))
+    return f"{model} on {data}"
+
+
+def _name(value: object) -> str:
+    if isinstance(value, dict):
+        return str(value.get("name", "?"))
+    return str(value) if value is not None else "?"
+
+
+def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
+    """Return the verdict: first the sentence for somebody in a hurry, then what a sceptic asks.
+
+    Of the paper's claims it says what the ledger does, and nothing else.
+    """
+    if findings.method is None or not any(findings.result(m) for m in findings.main):
+        return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
+    first = [_first, _spot] if findings.seeds > 1 else [_first, _one_seed]
+    last = [_weak, *([_alone] if findings.seeds > 1 else []), _doubted, _several, _missing]
+    told = [*(say(findings) for say in first), *verdicts(ledger), _few(ledger)]
+    told += [say(findings) for say in last]
+    return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
+
+
+def chosen(findings: Findings) -> float | None:
+    """Return the sparsity that the headline speaks of: the sweet spot, else the lowest."""
+    if findings.sweet_spot is not None and findings.sweet_spot.sparsity is not None:
+        return findings.sweet_spot.sparsity
+    first = next((r for m in findings.main if (r := findings.result(m))), None)
+    return first.sparsities[0] if first else None
+
+
+def _first(findings: Findings) -> str:
+    sparsity = chosen(findings)
+    if sparsity is None:
+        return ""
+    parts = []
+    ratio = size_ratio(findings, sparsity)
+    if ratio is not None:
+        parts.append(f"{ratio:.1f}× smaller" if ratio >= 1.05 else "no smaller on disk")
+    for measure in _told(findings):
+        found = findings.result(measure)
+        one = found.gain(sparsity) if found else None
+        if found and one:
+            parts.append(f"{short_name(measure)} {numbers.gain(measure, one, found.control)}")
+    sweet = findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity
+    what = "the sweet spot" if sweet else "the lowest tested; no sweet spot could be shown"
+    return (
+        f"At {_share(findings, sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}. "
+        f"Gains over the dense control with 95% intervals, {seeds_phrase(findings.seeds)}."
+    )
+
+
+def _share(findings: Findings, sparsity: float) -> str:
+    return sparsity_told(findings.study, findings.method or "", sparsity)
+
+
+def _told(findings: Findings) -> list[Measure]:
+    """Return accuracy, one r_2, FGSM, and the strongest attack there is."""
+    strongest = findings.first("worst") or findings.first("budget", "pgd", "apgd")
+    wanted = [findings.first("accuracy"), findings.first("distance", "deepfool") or findings.first("distance")]
+    wanted += [findings.first("budget", "fgsm"), strongest]
+    return list(dict.fromkeys(m for m in wanted if m is not None))
+
+
+def short_name(measure: Measure) -> str:
+    """Return a metric's name within a sentence."""
+    if measure.role in ("distance", "distance-correct") and measure.name == "deepfool" and measure.norm == "l2":
+        return "r_2" if measure.role == "distance" else "r_2 (correct images only)"
+    return measure.short.lower() if measure.name == "smallest" else measure.short
+
+
+def size_ratio(findings: Findings, sparsity: float) -> float | None:
+    """Return how many times fewer bytes the headline's networks need at a sparsity, on average over seeds."""
+    ratios = [
+        dense / sparse
+        for network in findings.study.of(findings.method or "", sparsity)
+        if (dense := network.metric("bytes_dense")) and (sparse := _packed(network) or network.metric("bytes_sparse"))
+    ]
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+def _one_seed(_: Findings) -> str:
+    return "One seed: the intervals cover the choice of images only, so no gain, loss or sweet spot is claimed."
+
+
+def _packed(network: Network) -> float | None:
+    """Return the bytes of the network as deployed, or None where it was not."""
+    sizes = [size for record in network.stage("deploy") if (size := record.metrics.get("bytes_packed"))]
+    return sizes[0] if sizes else None
+
+
+def _spot(findings: Findings) -> str:
+    spot = findings.sweet_spot
+    if spot is None:
+        return ""
+    allowed = ", ".join(f"{short_name(m)} {_margin(m, d)}" for m, d in findings.margins.items())
+    limit = next((m for m in findings.margins if m.slug == spot.limit), None)
+    unwatched = listed(map(short_name, findings.unwatched)) if findings.unwatched else ""
+    if unwatched:
+        allowed += f" (not watched, as searches failed or the control's mean is zero: {unwatched})"
+    if spot.at_most is None:
+        return f"Sweet spot: none; already the lowest sparsity loses more than allowed: {allowed}."
+    found = "none shown" if spot.sparsity is None else _share(findings, spot.sparsity)
+    if spot.at_most == spot.sparsity:
+        beyond = "and nothing beyond it passes"
+    else:
+        beyond = f"and the data do not rule out {_share(findings, spot.at_most)}"
+    ends = f" What ends it: {short_name(limit)}." if limit else ""
+    return f"Sweet spot: {found}, {beyond}.{ends} Allowed losses: {allowed}."
+
+
+def _margin(measure: Measure, margin: float) -> str:
+    return f"{100 * margin:.3g} points" if measure.is_share else f"{-100 * math.expm1(-margin):.3g}%"
+
+
+def _weak(findings: Findings) -> str:
+    """Say that no attack was strong, where none was."""
+    if findings.first("worst") or findings.first("budget", "pgd", "apgd"):
+        return ""
+    if findings.first("budget", "fgsm"):
+        return "No attack stronger than FGSM was run: a gain under FGSM alone is no robustness."
+    return "No budget attack was run: nothing is said of robustness within a budget."
+
+
+def _few(ledger: Sequence[Row]) -> str:
+    """Say what so few seeds can show, and what more would: the last primary gain that the ledger would reproduce."""
+    primary = [row for row in ledger if row.claim.primary and row.question.effect is not None]
+    gains = [row for row in primary if row.claim.expects == "above" and row.claim.unit == "points"]
+    one = gains[-1].question.effect if gains else None
+    if one is None or not 1 < one.seeds < INDICATIVE_BELOW or one.se == 0:
+        return ""
+    told = []
+    for seeds in (one.seeds, INDICATIVE_BELOW, 2 * INDICATIVE_BELOW):
+        least = minimum_detectable_effect(with_seeds(one, seeds), alpha=0.05 / len(primary))
+        told.append(f"{numbers.amount(least, 'points') if least <= MOST_POINTS else 'none'} with {seeds}")
+    return (
+        f"So few seeds can show large gains only. That “{gains[-1].claim.text}” four studies of five would reproduce "
+        f"where it truly is {listed(told)} seeds, if each is looked at once and networks differ as these do."
+    )
+
+
+def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
+    """Say the ledger's verdicts on the primary claims, those not measured last, together."""
+    primary = [row for row in ledger if row.claim.primary]
+    for row in primary:
+        if (e := row.effect) is not None:
+            p = "" if row.decisive is None else f", p {numbers.p_value(row.decisive)}"
+            p = f"; {row.question.doubt}" if row.question.doubt else p
+            text = row.claim.text[:1].upper() + row.claim.text[1:]
+            yield f"{text}: {row.told} ({numbers.signed(e, row.claim.unit)}, {numbers.seeds(e.seeds)}{p})."
+    missed: dict[str, list[str]] = defaultdict(list)
+    for row in primary:
+        if row.effect is None:
+            missed[row.why].append(row.claim.text)
+    yield from (f"Not measured, as {why}: {'; '.join(texts)}." for why, texts in missed.items())
+
+
+def _alone(findings: Findings) -> str:
+    """Say what single curves show, corrected for their own sparsities only."""
+    found = [r for m in findings.main if m.role != "distance-correct" and (r := findings.result(m))]
+    over = [(r, r.over_sparsified) for r in found if r.over_sparsified is not None and r.measure.role != "accuracy"]
+    lost = ", ".join(f"{short_name(r.measure)} from {_share(findings, s)}" for r, s in over)
+    unseen = [r for r in found if not any(r.gains.gains()) and not any(r.gains.losses())]
+    parts = [f"{lost or 'nothing'} is shown to lose more than allowed, and to stay so"]
+    if unseen:
+        parts.append(f"no change was seen of {', '.join(f'{short_name(r.measure)} ({_least(r)})' for r in unseen)}")
+    return f"Each curve judged alone, which is no verdict: {'; '.join(parts)}."
+
+
+def _least(result: Result) -> str:
+    alpha = 0.05 / (len(result.sparsities) + result.gains.dropped)
+    least = max(minimum_detectable_effect(e, alpha=alpha) for e in result.gains.effects)
+    told = numbers.detectable(result.measure, result.control, least)
+    return f"would have seen {told}" + (", however large" if told == "none" else "")
+
+
+def _several(findings: Findings) -> str:
+    others = [m for m in findings.study.methods if m != findings.method]
+    if not others:
+        return ""
+    return f"These sentences speak of the method “{findings.method}”; also studied: {', '.join(others)}."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _doubted(findings: Findings) -> str:
+    """Warn of attacks that another attack contradicts: their numbers are too good to be true."""
+    if not findings.doubts:
+        return ""
+    where: dict[str, set[float]] = defaultdict(set)
+    for doubt in findings.doubts:
+        where[pretty(doubt.attack)].add(doubt.who[1])
+    grid = sorted(set().union(*where.values()))
+    attacks = listed(f"{attack} at {numbers.span(sorted(found), grid)}" for attack, found in where.items())
+    networks = len({doubt.who for doubt in findings.doubts})
+    count = "one network" if networks == 1 else f"{networks} networks"
+    better = "where another attack does better (see Flags)"
+    return f"Not to be believed as it stands: {attacks} sparsity, on {count}, {better}."
+
+
+def _missing(findings: Findings) -> str:
+    study = findings.study
+    failed = sum(r.error is not None for r in study.records.values())
+    parts = [f"{len(study.missing)} tasks have no record yet"] if study.missing else []
+    parts += [f"{failed} tasks failed"] if failed else []
+    return f"Incomplete: {' and '.join(parts)}; the figures show what there is." if parts else ""
+
+
+def methods(findings: Findings) -> str:
+    """Return a methods paragraph, ready to paste."""
+    seeds = numbers.seeds(findings.seeds)
+    return (
+        f"We trained {subject(findings)} with {seeds} and compared each pruned network with a dense control: the same "
+        f"network fine-tuned for exactly as many further steps with the same recipe, unpruned. {_recipe(findings)}"
+        f"{_attacks(findings)}Robust accuracy is the share of images classified correctly before and after the "
+        f"attack; r_2 is the mean l2 norm of DeepFool's perturbation, misclassified images counting 0, and is shown "
+        f"beside the mean over correctly classified images. Images on which a minimum-norm attack failed count as the "
+        f"largest distance found by any attack in that norm. "
+        f"Differences are paired by seed and by image. Their standard error is that of the crossed bootstrap (one draw "
+        f"of images for all seeds) in closed form; intervals are 95%, with Student's quantiles and Satterthwaite's "
+        f"degrees of freedom, and p-values have one degree of freedom less than there are seeds. Distances are "
+        f"compared by the logarithm of the ratio of means. Across the sparsities of a curve p-values "
+        f"are corrected by Holm's method. A peak is named only where the ledger reproduces a gain, as the set of "
+        f"sparsities that are not significantly worse than the best (joint bootstrap draws). A metric is "
+        f"over-sparsified from the first sparsity at which it is shown to lose more than its margin and stays so. "
+        f"The sweet spot is the highest sparsity up to which every watched metric's lower bound stays above its "
+        f"allowance."
+    )
+
+
+def _recipe(findings: Findings) -> str:
+    """Say how networks were trained, under attack or not; nothing if the plan does not say, or has no networks."""
+    plan = findings.study.plan
+    recipe, finetune, training, model = (plan.get(name) for name in ("recipe", "finetune", "training", "model"))
+    if not (findings.collected and isinstance(training, dict)):
+        return ""
+    given = isinstance(model, dict) and model.get("weights") is not None
+    first = "The dense network was given" if given else f"Training took {_epochs(recipe)}"
+    said = f"{first}; fine-tuning took {_epochs(finetune)}"
+    name = {"pgd-at": "PGD adversarial training", "trades": "TRADES"}.get(str(training.get("loss")))
+    if name is None:
+        return f"{said}. "
+    norm, eps, steps, ramp = (training.get(key) for key in ("norm", "eps", "steps", "ramp"))
+    grown = f"; ε grew to its value over a share of {ramp} of the dense network's training"
+    said += f", under attack: {name}, {NORMS.get(str(norm), norm)}, ε = {eps}, {steps} steps"
+    return f"{said}{'' if ramp is None or given else grown}. "
+
+
+def _epochs(recipe: object) -> str:
+    told = recipe if isinstance(recipe, dict) else {}
+    epochs, optimizer, lr, decay, batch = (
+        told.get(name, "?") for name in ("epochs", "optimizer", "lr", "weight_decay", "batch_size")
+    )
+    return f"{epochs} epochs ({optimizer}, learning rate {lr}, weight decay {decay}, batches of {batch})"
+
+
+def _attacks(findings: Findings) -> str:
+    """Say which attacks met how many test images."""
+    met: dict[int, list[str]] = {}
+    for measure, held in findings.collected.items():
+        if measure.role in ("budget", "distance") and measure.split == "test" and measure.name != "smallest" and held:
+            met.setdefault(max(len(one.images) for one in held.values()), []).append(measure.short)
+    parts = [f"{count:,} test images by {', '.join(dict.fromkeys(met[count]))}" for count in sorted(met, reverse=True)]
+    return f"Each network was attacked on {'; on '.join(parts)}. " if parts else ""
+
+
+def bibtex(findings: Findings) -> str:
+    """Return the entries to cite."""
+    version = str(findings.study.environment.get("sparring") or "0.1.0")
+    return f"""@software{{sparring,
+  title = {{sparring: how sparsity changes a neural network's adversarial robustness}},
+  version = {{{version}}},
+  year = {{2026}}
+}}
+@inproceedings{{guo2018sparse,
+  title = {{Sparse {{DNN}}s with Improved Adversarial Robustness}},
+  author = {{Guo, Yiwen and Zhang, Chao and Zhang, Changshui and Chen, Yurong}},
+  booktitle = {{Advances in Neural Information Processing Systems}},
+  year = {{2018}}
+}}
+@inproceedings{{moosavi2016deepfool,
+  title = {{{{DeepFool}}: a simple and accurate method to fool deep neural networks}},
+  author = {{Moosavi-Dezfooli, Seyed-Mohsen and Fawzi, Alhussein and Frossard, Pascal}},
+  booktitle = {{IEEE Conference on Computer Vision and Pattern Recognition}},
+  year = {{2016}}
+}}"""

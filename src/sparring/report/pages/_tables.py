@@ -1,0 +1,324 @@
+"""The tables: key numbers, curves, networks, ledger, cost and flags, as HTML, and the tidy results.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ... import units
+from ...statistics import Row, minimum_detectable_effect
+from .. import _numbers as numbers
+from ..analysis._cross_checks import Doubt
+from ..analysis._distance_bounds import Bracket, brackets, norms
+from ..analysis._findings import Findings, Result, gain_told
+from ..analysis._kinds import sparsity_told
+from ..analysis._metrics import NORMS, Measure, pretty, summary
+from ..analysis._pairwise import Duel, duels
+from ..analysis._records import Network, Study, Who, attack_label
+from ._html import Html, join, tag
+
+COLUMNS = (
+    "method",
+    "sparsity",
+    "seed",
+    "metric",
+    "attack",
+    "norm",
+    "eps",
+    "split",
+    "value",
+    "low",
+    "high",
+    "images",
+    "failed",
+)
+SCALARS = (
+    *("accuracy_valid", "sparsity", "sparsity_total", "activation_sparsity", "nonzero", "parameters"),
+    *("macs", "macs_dense", "bytes_dense", "bytes_sparse"),
+)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1, class_: str | None = None) -> Html:
+    """Return a table whose first `text` columns are words and the rest numbers, scrollable on narrow screens."""
+    classes = ["" if k < text else "number" for k in range(len(head))]
+    top = tag("tr", *(tag("th", name, scope="col", class_=c or None) for name, c in zip(head, classes, strict=True)))
+    body = [
+        tag("tr", *(_cell(k, cell, c) for k, (cell, c) in enumerate(zip(row, classes, strict=True)))) for row in rows
+    ]
+    inner = tag("table", tag("thead", top), tag("tbody", *body), class_=class_)
+    return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=f"Table by {head[0].lower()}")
+
+
+def _cell(column: int, content: str, class_: str) -> Html:
+    if column == 0:
+        return tag("th", content, scope="row")
+    return tag("td", content, class_=class_ or None)
+
+
+def key_numbers(findings: Findings, sparsity: float, ledger: Sequence[Row]) -> Html:
+    """Return the table behind the verdict: every main metric at one sparsity, and the ledger's verdict on its gain."""
+    rows = []
+    for measure in findings.main:
+        result = findings.result(measure)
+        if result is None or sparsity not in result.sparsities:
+            continue
+        index = result.sparsities.index(sparsity)
+        one = result.gains.effects[index]
+        least = minimum_detectable_effect(one, alpha=0.05 / (len(result.sparsities) + result.gains.dropped))
+        rows.append(
+            [
+                measure.title,
+                numbers.level(measure, result.control),
+                numbers.level(measure, result.levels[index]),
+                numbers.gain(measure, one, result.control),
+                numbers.detectable(measure, result.control, least),
+                gain_told(result, ledger) or "not asked",
+            ]
+        )
+    told = sparsity_told(findings.study, findings.method or "", sparsity)
+    head = ["Metric", "Dense control", f"At {told}", "Gain", "Detectable"]
+    return table([*head, "Verdict on a gain at an appropriate sparsity"], rows, class_="key")
+
+
+def curve_table(results: Sequence[Result]) -> Html:
+    """Return a figure's numbers: level and gain at every sparsity of every method, and of distances the medians."""
+    measure = results[0].measure
+    rows = []
+    for result in results:
+        medians = [numbers.value(measure, number) for number in result.medians]
+        rows.append([result.method, "0 (control)", numbers.level(measure, result.control), *medians[:1], "–", "–"])
+        for k, (sparsity, level) in enumerate(zip(result.sparsities, result.levels, strict=True)):
+            told = numbers.gain(measure, result.gains.effects[k], result.control, unit=False)
+            shown = [result.words(sparsity), numbers.level(measure, level), *medians[k + 1 : k + 2], told]
+            rows.append([result.method, *shown, numbers.p_value(result.gains.p_holm[k])])
+    middle = [] if measure.is_share else ["Median"]
+    unit = numbers.gain_unit(measure, results[0].control)
+    return table(["Method", "Sparsity", "Mean [95%]", *middle, f"Gain, {unit} [95%]", "p (Holm)"], rows)
+
+
+def methods(findings: Findings) -> Html | None:
+    """Return each method against random masks (without them: the headline's method) at the same sparsity, or None."""
+    found = duels(findings)
+    shown = [m for m in findings.main if any(duel.measure == m for duel in found)]
+    told = {
+        (duel.sparsity, duel.method, duel.against, duel.measure): tag("strong", text) if duel.significant else text
+        for duel in found
+        for text in (_duel(duel),)
+    }
+    seeds = {(duel.sparsity, duel.method, duel.against): str(duel.effect.seeds) for duel in found}
+    rows = [
+        [
+            " / ".join(dict.fromkeys(sparsity_told(findings.study, m, who[0]) for m in who[1:])),
+            f"{who[1]} − {who[2]}",
+            *(told.get((*who, m), "–") for m in shown),
+            count,
+        ]
+        for who, count in seeds.items()
+    ]
+    units = {m: numbers.gain_unit(m) for m in shown}
+    metrics = (m.short if units[m] == "%" else f"{m.short}, {units[m]}" for m in shown)
+    head = ["Sparsity", "Methods", *(name.replace("ε ", "ε\N{NO-BREAK SPACE}") for name in metrics), "Seeds"]
+    return table(head, rows, text=2, class_="wrapped") if rows else None
+
+
+def _duel(duel: Duel) -> str:
+    """Return "+12.5 [+10.9, +14.1], p 0.008" or "+3% [+1, +5], p 0.008", to be broken around the interval at most."""
+    unit = numbers.gain_unit(duel.measure)
+    gain = numbers.signed(duel.effect, unit if unit == "%" else "").replace(", ", ",\N{NO-BREAK SPACE}")
+    return f"{gain}, " + f"p {numbers.p_value(duel.p)}".replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def networks(findings: Findings) -> Html:
+    """Return one row a network: what it is, and each test metric (accuracy with its exact binomial interval)."""
+    shown = [m for m in findings.collected if m.split == "test"]
+    deployed = any(network.stage("deploy") for network in findings.study.networks)
+    head = ["Method", "Sparsity", "Seed", "Of all parameters", "Bytes"]
+    head += ["Packed bytes", "ms an image", "in PyTorch", "Agreement"] if deployed else []
+    head += [m.short for m in shown]
+    rows = []
+    for network in findings.study.networks:
+        total, size = network.metric("sparsity_total"), network.metric("bytes_sparse")
+        told = sparsity_told(findings.study, network.method, network.sparsity)
+        row = [network.method, told, str(network.seed)]
+        row += ["–" if total is None else units.percent(total, 2), "–" if size is None else f"{size:,.0f}"]
+        row += _deployed(network) if deployed else []
+        for measure in shown:
+            one = findings.collected[measure].get(network.who)
+            mean, low, high = (None, None, None) if one is None else summary(measure, one)
+            told = numbers.value(measure, mean)
+            if measure.role == "accuracy" and low is not None and high is not None:
+                told += f" [{100 * low:.1f}, {100 * high:.1f}]"
+            row.append(told)
+        rows.append(row)
+    return table(head, rows)
+
+
+def tightness(findings: Findings) -> Html | None:
+    """Return how far attacks are from proofs at each sparsity, and which share of searches ended; None: no proofs."""
+    rows = []
+    for norm in norms(findings):
+        searched = {(b.method, b.sparsity): b for b in brackets(findings, norm, exact=True)}
+        wide = {(b.method, b.sparsity): b for b in brackets(findings, norm, exact=False)}
+        for key in dict.fromkeys([*wide, *searched]):
+            one, other = wide.get(key) or searched[key], searched.get(key)
+            row = [
+                NORMS.get(norm, norm),
+                key[0],
+                sparsity_told(findings.study, *key) if key[1] else "0",
+                f"{one.seeds} × {one.images}",
+            ]
+            row += [_short(one.certified), _short(one.attack), _short(one.ratio, "×")]
+            row += ["–"] * 3 if other is None else _search(other)
+            rows.append(row)
+    head = ["Norm", "Method", "Sparsity", "Seeds × images", "Certified", "Attack", "Attack / certified"]
+    return table([*head, "Searched", "Exact distance", "Solved exactly"], rows, text=2) if rows else None
+
+
+def _search(one: Bracket) -> list[str]:
+    closed = one.lower is not None and one.upper is not None and one.upper - one.lower < 1e-3 * one.upper
+    interval = _short(one.upper) if closed else f"{_short(one.lower)} to {_short(one.upper)}"
+    return [f"{one.seeds} × {one.images}", interval, "–" if one.solved is None else units.percent(one.solved, 0)]
+
+
+def _short(number: float | None, unit: str = "") -> str:
+    return "–" if number is None else f"{number:.3g}{unit}"
+
+
+def _deployed(network: Network) -> list[str]:
+    """Return the packed network's bytes, its latency and PyTorch's, and the share of predictions that agree."""
+    metrics: dict[str, float | None] = {}
+    for record in network.stage("deploy"):
+        metrics |= {**record.metrics, **record.times}
+    wanted = (("bytes_packed", 1, ",.0f"), ("latency", 1000, ".3g"), ("latency_torch", 1000, ".3g"))
+    told = [(metrics.get(name), factor, form) for name, factor, form in (*wanted, ("agreement", 100, ".4g"))]
+    *cells, agreement = ["–" if value is None else format(factor * value, form) for value, factor, form in told]
+    return [*cells, agreement if agreement == "–" else f"{agreement}%"]
+
+
+def ledger_table(rows: Sequence[Row]) -> Html:
+    """Return the ledger as a table; verdicts are words, not colours alone."""
+    cells = []
+    for row in rows:
+        effect = "–" if row.effect is None else numbers.signed(row.effect, row.claim.unit)
+        mark = {"reproduced": "●", "undecided": "○"}.get(row.verdict, "✕")
+        kind = row.verdict if mark != "✕" else "contradicted"
+        verdict = tag("span", f"{mark} {row.told}", class_=f"verdict {kind}")
+        told = [row.claim.test, row.claim.origin if row.claim.origin == "later work" else ""]
+        if any(row.question.failed):
+            told.append("search failed on {:.2g}% and {:.2g}%".format(*(100 * share for share in row.question.failed)))
+        text = tag("strong", row.claim.text) if row.claim.primary else row.claim.text
+        what = join(text, tag("small", "; ".join(part for part in told if part)))
+        p = "–" if row.decisive is None or row.question.doubt else numbers.p_value(row.decisive)
+        counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")
+        cells.append([what, join(verdict, tag("small", row.why)), effect, p, *counts])
+    return table(["Claim and test", "Verdict", "Effect [95%]", "p", "Seeds", "Images"], cells, text=2)
+
+
+def cost(study: Study) -> Html:
+    """Return what the study cost: seconds by stage, and each attack's mean passes through the network an image."""
+    seconds: dict[str, float] = defaultdict(float)
+    passes: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    tasks: Counter[str] = Counter()
+    images: Counter[str] = Counter()
+    for record in study.records.values():
+        name = record.stage
+        if record.stage == "attack":
+            name = f"attack: {pretty(attack_label(record))}"
+            attacked = int(record.inputs["stop"]) - int(record.inputs["start"])
+            images[name] += attacked
+            passes[name][0] += attacked * (record.metrics.get("forwards") or 0.0)
+            passes[name][1] += attacked * (record.metrics.get("backwards") or 0.0)
+        seconds[name] += record.seconds
+        tasks[name] += 1
+    rows = [
+        [name, f"{tasks[name]:,}", f"{spent:,.1f}", *_each(passes.get(name), images[name])]
+        for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    rows.append(["all", f"{sum(tasks.values()):,}", f"{sum(seconds.values()):,.1f}", "–", "–"])
+    return table(["Stage", "Tasks", "Seconds of one core", "Forwards an image", "Backwards an image"], rows)
+
+
+def _each(passes: Sequence[float] | None, images: int) -> list[str]:
+    return ["–", "–"] if not passes or not images else [f"{total / images:,.1f}" for total in passes]
+
+
+def flags(study: Study, found: Sequence[Doubt] = ()) -> Html:
+    """Return the reliability flags, contradictions, failures and missing tasks, each with where it was seen.
+
+    Flags that differ in their numbers only share a row, which shows the first.
+    """
+    seen: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for network in study.networks:
+        for record in network.records:
+            stage = pretty(attack_label(record)) if record.stage == "attack" else record.stage
+            raised = [(str(flag["name"]), str(flag["detail"])) for flag in record.flags]
+            raised += [("failed", record.error)] if record.error is not None else []
+            for name, detail in raised:
+                seen[name, _alike(detail)].append((detail, f"{_place(network.who)} ({stage})"))
+    for doubt in found:
+        place = f"{_place(doubt.who)} ({pretty(doubt.attack)})"
+        seen[doubt.name, _alike(doubt.detail)].append((doubt.detail, place))
+    if study.missing:
+        seen["missing", ""] = [("tasks of the plan without a record", f"{len(study.missing)} tasks")]
+    if not seen:
+        return tag("p", "No attack, network or measurement raised a flag.")
+    rows = []
+    for (name, _), raised in seen.items():
+        details, places = (list(dict.fromkeys(column)) for column in zip(*raised, strict=True))
+        alike = f" (and {len(details) - 1} alike)" if len(details) > 1 else ""
+        rest = f" and {len(places) - 4} more" if len(places) > 4 else ""
+        rows.append([name, details[0] + alike, ", ".join(places[:4]) + rest])
+    return table(["Flag", "What it says", "Where"], rows, text=3)
+
+
+def _place(who: Who) -> str:
+    method, sparsity, seed = who
+    return f"{method} {numbers.percent(sparsity)} seed {seed}"
+
+
+def _alike(detail: str) -> str:
+    return re.sub(r"[0-9.]+", "#", detail)
+
+
+def csv_text(findings: Findings) -> str:
+    """Return results.csv: one row a network and metric; what is not known is empty."""
+    target = io.StringIO()
+    writer = csv.DictWriter(target, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(csv_rows(findings))
+    return target.getvalue()
+
+
+def csv_rows(findings: Findings) -> list[dict[str, Any]]:
+    """Return one row a network and metric, ready for a data frame; what is not known is None.
+
+    Shares are fractions with exact binomial bounds, distances in the norm's own unit; `failed` is the share of images
+    on which the search for a distance failed.
+    """
+    return [dict(zip(COLUMNS, row, strict=True)) for row in _rows(findings)]
+
+
+def _rows(findings: Findings) -> Iterator[list[Any]]:
+    for network in findings.study.networks:
+        who: list[Any] = [network.method, network.sparsity, network.seed]
+        for measure, held in findings.collected.items():
+            if (one := held.get(network.who)) is not None:
+                failed = None if one.failed is None else float(one.failed.mean())
+                yield [*who, *_described(measure), *summary(measure, one), len(one.images), failed]
+        for name in SCALARS:
+            value = network.metric(name)
+            if value is not None:
+                yield [*who, name, None, None, None, None, value, None, None, None, None]
+
+
+def _described(measure: Measure) -> list[Any]:
+    metric = {"budget": "robust_accuracy", "worst": "worst_case_accuracy", "distance": "mean_distance"}
+    metric |= {"accuracy": "accuracy", "distance-correct": "mean_distance_correct"}
+    metric |= {"certified": "mean_certified_radius", "margin": "mean_margin"}
+    metric |= {"lipschitz": "mean_lipschitz_constant", "ratio": "mean_margin_over_lipschitz"}
+    metric |= {"to sparse": "transferred_to_sparse", "to dense": "transferred_to_dense"}
+    return [metric[measure.role], measure.attack or None, measure.norm or None, measure.eps, measure.split]

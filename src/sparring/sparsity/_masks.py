@@ -1,0 +1,182 @@
+"""Masks over named parameters: which weights can be pruned, which are kept, and how many that is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..matrices import matrices
+from ._types import Masks
+
+
+class CollapsedLayerWarning(UserWarning):
+    """Warn that a layer has lost all its weights."""
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters through which weight matrices can be pruned, by name, in the model's order.
+
+    Those of linear, convolutional, recurrent and attention layers; of a layer under weight_norm, spectral_norm or
+    torch.nn.utils.prune the tensor whose zeros are zeros of the weight that the layer computes. Shared ones once.
+    """
+    return {m.name: model.get_parameter(m.name) for m in matrices(model) if m.excuse is None}
+
+
+def all_ones(model: nn.Module) -> Masks:
+    """Return masks that keep every prunable weight: what every pruner starts from."""
+    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable(model).items()}
+
+
+@torch.no_grad()
+def apply_(model: nn.Module, masks: Masks) -> None:
+    """Set every parameter to zero where its mask is False, in place (also where it was infinite or NaN)."""
+    for name, mask in applied_(model, masks).items():
+        model.get_parameter(name).masked_fill_(~mask, 0.0)
+
+
+@torch.no_grad()
+def applied_(model: nn.Module, masks: Masks) -> Masks:
+    """Return what to multiply into parameters so that the weights that layers compute are zero where masks are False.
+
+    These are the masks, but for weight_norm, which divides by the norm of a row: of a row without any nonzero weight
+    one value stays (set to 1 if it was zero), and the gain is zero instead. Raise UserError for a layer under
+    spectral_norm of which nothing is left: it cannot be computed.
+    """
+    result = dict(masks)
+    for matrix in matrices(model):
+        if matrix.excuse is not None or matrix.name not in masks:
+            continue
+        value, mask = model.get_parameter(matrix.name), masks[matrix.name]
+        if matrix.gain is not None:
+            result |= _held_by_gain_(matrix.name, value, mask, matrix.gain, model.get_parameter(matrix.gain))
+        elif matrix.divides and not bool(mask.any()):
+            raise UserError(
+                f"nothing would be left of '{matrix.name}', and spectral_norm cannot divide by the norm of zeros; "
+                "set a floor, or allocate sparsity per layer"
+            )
+    return result
+
+
+def _held_by_gain_(name: str, value: Tensor, mask: Tensor, gain_name: str, gain: Tensor) -> Masks:
+    axis = next((a for a, size in enumerate(gain.shape) if size > 1), None)
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).flatten(1)
+
+    kept = rows(mask)
+    dead = ~(rows(value) * kept).any(1)
+    if not bool(dead.any()):
+        return {}
+    choice = torch.where(kept.any(1), kept.int().argmax(1), rows(value).abs().argmax(1))
+    one = torch.zeros_like(kept).scatter_(1, choice[:, None], True) & dead[:, None]
+    one = one.view(value.shape) if axis is None else one.view(value.movedim(axis, 0).shape).movedim(0, axis)
+    value.masked_fill_(one & (value == 0), 1.0)
+    gain.masked_fill_(dead.view(gain.shape), 0.0)
+    return {name: mask | one, gain_name: kept.any(1).view(gain.shape)}
+
+
+def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Masks:
+    """Return the masks as a plain dict; raise UserError that names the first one that does not fit the model.
+
+    Masks are saved and loaded as what they are, named tensors (`files.save_tensors`, `files.load_tensors`), bit for
+    bit; this is the check after loading.
+    """
+    parameters = dict(model.named_parameters())
+    for name in prunable(model):
+        if name not in masks:
+            raise UserError(f"the masks lack '{name}', which the model has: do model and masks belong together?")
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise UserError(f"there is a mask for '{name}', which the model lacks: do they belong together?")
+        if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+            raise UserError(
+                f"the mask of '{name}' is {mask.dtype} {tuple(mask.shape)}; "
+                f"it must be torch.bool {tuple(parameters[name].shape)}"
+            )
+    return dict(masks)
+
+
+def sparsity_of(masks: Masks) -> float:
+    """Return the fraction of weights removed; masks of vectors (biases, normalisation) are not counted."""
+    weights = [mask for mask in masks.values() if mask.dim() > 1]
+    total = sum(mask.numel() for mask in weights)
+    return 1.0 - sum(int(mask.sum()) for mask in weights) / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Count a network's values and those that are nonzero: prunable weights, biases, normalisation, and all.
+
+    Weights are those that layers compute with, after weight_norm and the like. `matrices` are all weight matrices, also
+    those that cannot be pruned, which `left_out` names with the reason.
+    """
+
+    weights: int
+    weights_nonzero: int
+    biases: int
+    biases_nonzero: int
+    other: int
+    other_nonzero: int
+    matrices: int
+    matrices_nonzero: int
+    left_out: dict[str, str]
+
+    @property
+    def matrix_sparsity(self) -> float:
+        """The fraction of the weights of all matrices that are zero, of those that cannot be pruned too."""
+        return 1.0 - self.matrices_nonzero / self.matrices if self.matrices else 0.0
+
+    @property
+    def weight_sparsity(self) -> float:
+        """The fraction of prunable weights that are zero."""
+        return 1.0 - self.weights_nonzero / self.weights if self.weights else 0.0
+
+    @property
+    def parameter_sparsity(self) -> float:
+        """The fraction of all parameters that are zero, biases and normalisation counted."""
+        total = self.weights + self.biases + self.other
+        nonzero = self.weights_nonzero + self.biases_nonzero + self.other_nonzero
+        return 1.0 - nonzero / total if total else 0.0
+
+
+def counts(model: nn.Module) -> Counts:
+    """Count what a network really holds, not what its masks promise."""
+    values = {m: m.value() for m in matrices(model)}
+    owners = {m.path for m in values if m.excuse is None}
+    weights = {m.name: value for m, value in values.items() if m.excuse is None}
+    biases: list[Tensor] = []
+    other: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        if name not in weights:
+            (biases if "bias" in leaf and parameter.dim() == 1 and path in owners else other).append(parameter)
+    left_out = {m.name: m.excuse for m in values if m.excuse is not None}
+    parts = (weights.values(), biases, other, values.values())
+    tally = [(sum(v.numel() for v in part), sum(int(torch.count_nonzero(v)) for v in part)) for part in parts]
+    return Counts(*tally[0], *tally[1], *tally[2], *tally[3], left_out)
+
+
+def collapsed(masks: Masks) -> list[str]:
+    """Return the names of weights of which nothing is kept."""
+    # numpy stops at the first weight that is kept; torch's any() reads them all.
+    return [name for name, mask in masks.items() if mask.dim() > 1 and not mask.detach().cpu().numpy().any()]
+
+
+def warn_of_collapse(masks: Masks, before: Masks | None = None) -> None:
+    """Warn of layers that have lost all their weights (and had not in `before`)."""
+    lost = collapsed(masks)
+    if lost and before is not None:
+        old = set(collapsed({name: before[name] for name in lost if name in before}))
+        lost = [name for name in lost if name not in old]
+    if lost:
+        names = ", ".join(f"'{name}'" for name in lost)
+        warnings.warn(
+            f"nothing is left of {names}: no signal passes; set a floor, or allocate sparsity per layer",
+            CollapsedLayerWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,185 @@
+"""From scores to masks, exactly: as many units go as were asked for, whatever the ties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import UnknownNameError, UserError
+from ._allocation import erdos_renyi_kernel, uniform
+from ._masks import warn_of_collapse
+from ._structures import NM, Structure, Unstructured
+from ._types import Masks, Scores
+
+ALLOCATIONS = {"layer": uniform, "erk": erdos_renyi_kernel}
+SCOPES = ("global", *ALLOCATIONS)
+_UNSTRUCTURED = Unstructured()
+_SORTED, _SAMPLE, _SLACK = 4096, 2000, 60
+FloatArray = NDArray[np.floating[Any]]
+
+
+def select(
+    scores: Scores,
+    sparsity: float | Mapping[str, float],
+    *,
+    structure: Structure = _UNSTRUCTURED,
+    scope: str = "global",
+    within: Masks | None = None,
+    floor: float = 0.0,
+) -> Masks:
+    """Keep the highest scores so that the fraction `sparsity` of the weights is removed, to one unit.
+
+    `scope` "global" ranks all layers together, "layer" takes the same fraction of each, "erk" allocates by
+    `erdos_renyi_kernel`; a mapping from names to sparsities allocates by hand (a name it lacks is left as it is).
+    `within` never lets a weight come back: `sparsity` counts what is gone already. `floor` is the density that every
+    layer keeps at least. Among equal scores the first in order stay.
+
+    Raise UserError for scores that are not finite, sparsities outside [0, 1], unknown names, and for what cannot be
+    had: less sparsity than `within` has already, or more than `structure` or `floor` allow. Warn of a collapsed layer.
+    """
+    if not scores:
+        raise UserError("there is nothing to prune: no layer is left that can lose such units")
+    open_scores = {name: _candidates(name, score, within) for name, score in scores.items()}
+    units = structure.units(open_scores)
+    if floor:
+        units = {name: _protect_best(unit, floor) for name, unit in units.items()}
+    sizes = structure.sizes(scores)
+    if isinstance(sparsity, Mapping):
+        given = dict(sparsity)
+    elif scope in ALLOCATIONS:
+        given = ALLOCATIONS[scope](scores, sparsity)
+    elif scope == "global":
+        kept = _keep(list(units.values()), [sizes[name] for name in units], sparsity, "the network")
+        return _finish(dict(zip(units, kept, strict=True)), structure, scores, within)
+    else:
+        raise UnknownNameError("scope", scope, SCOPES)
+    for name in given:
+        if name not in scores:
+            raise UnknownNameError("layer", name, scores)
+        if isinstance(structure, NM) and isinstance(sparsity, Mapping) and given[name] and name not in units:
+            raise UserError(f"'{name}' has no whole groups of {structure.m} inputs and stays dense; give it 0")
+    masks = {
+        name: _keep([unit], [sizes[name]], given[name], f"'{name}'")[0] if name in given else unit > -math.inf
+        for name, unit in units.items()
+    }
+    return _finish(masks, structure, scores, within)
+
+
+def _finish(units: Masks, structure: Structure, scores: Scores, within: Masks | None) -> Masks:
+    masks = structure.expand(units, scores)
+    masks = {name: masks[name] if name in masks else _as_it_was(name, score, within) for name, score in scores.items()}
+    warn_of_collapse(masks, within)
+    return masks
+
+
+def _as_it_was(name: str, score: Tensor, within: Masks | None) -> Tensor:
+    """Return the mask of a layer that the structure leaves alone."""
+    return torch.ones_like(score, dtype=torch.bool) if within is None else within[name]
+
+
+def _candidates(name: str, score: Tensor, within: Masks | None) -> Tensor:
+    score = score.detach()
+    if score.dtype in (torch.float16, torch.bfloat16):
+        score = score.float()
+    if score.numel() == 0 or not all(math.isfinite(float(end)) for end in torch.aminmax(score)):
+        raise UserError(f"the scores of '{name}' are empty or not finite: has training diverged?")
+    if within is None:
+        return score
+    if name not in within:
+        raise UserError(f"the masks to prune within lack '{name}': do scores and masks belong together?")
+    # 1 − 1/mask is 0 or −inf: far faster than filling by a mask without order, which the processor cannot foresee.
+    return score + (1 - within[name].to(score.dtype).reciprocal_())
+
+
+def _protect_best(unit: Tensor, floor: float) -> Tensor:
+    if not 0 <= floor <= 1:
+        raise UserError(f"floor is the density every layer keeps at least, between 0 and 1, not {floor}")
+    best = unit.flatten().topk(math.ceil(floor * unit.numel())).indices
+    protected = unit.new_zeros(unit.numel(), dtype=torch.bool).index_fill_(0, best, True).view_as(unit)
+    return unit.masked_fill(protected & (unit > -math.inf), math.inf)
+
+
+def _keep(units: Sequence[Tensor], sizes: Sequence[int], sparsity: float, where: str) -> list[Tensor]:
+    """Return masks over units such that `sparsity` of the weights is gone, to one unit."""
+    if not 0 <= sparsity <= 1:
+        raise UserError(f"sparsity is the fraction removed, between 0 and 1, not {sparsity}")
+    total = sum(unit.numel() for unit in units)
+    ends = [tuple(map(float, torch.aminmax(unit))) for unit in units]
+    gone = [_count(unit, low, -math.inf) for unit, (low, _) in zip(units, ends, strict=True)]
+    protected = sum(_count(unit, high, math.inf) for unit, (_, high) in zip(units, ends, strict=True))
+    wanted = sparsity * sum(unit.numel() * size for unit, size in zip(units, sizes, strict=True))
+    if sum(count * size for count, size in zip(gone, sizes, strict=True)) >= wanted + max(sizes):
+        raise UserError(f"{where} is to be {sparsity:.4%} sparse, but {sum(gone) / total:.4%} of it is gone already")
+    equal = len(set(sizes)) == 1
+    removed = max(sum(gone), round(wanted / sizes[0]) if equal else _removed_of_unequal(units, sizes, wanted))
+    if protected > total - removed:
+        raise UserError(
+            f"{where} cannot be {sparsity:.4%} sparse: structure and floor protect {protected / total:.4%} of it"
+        )
+    return largest(units, total - removed)
+
+
+def _count(unit: Tensor, end: float, value: float) -> int:
+    """Return how often an infinity occurs, given the extreme on its side: usually it is nowhere."""
+    return int(np.count_nonzero(_values(unit) == value)) if end == value else 0
+
+
+def _values(unit: Tensor) -> FloatArray:
+    """Return a tensor as a numpy array, which compares several times faster than torch does."""
+    values: FloatArray = unit.cpu().numpy()
+    return values
+
+
+def _removed_of_unequal(units: Sequence[Tensor], sizes: Sequence[int], wanted: float) -> int:
+    """Return how many of the lowest units come nearest to the wanted number of weights."""
+    order = torch.cat([unit.flatten() for unit in units]).sort(stable=True, descending=True).indices.flip(0)
+    weights = torch.cat([torch.full((unit.numel(),), size) for unit, size in zip(units, sizes, strict=True)])
+    removed = torch.cat([torch.zeros(1, dtype=torch.int64), weights.to(order.device)[order].cumsum(0).cpu()])
+    return int((removed - wanted).abs().argmin())
+
+
+def largest(units: Sequence[Tensor], keep: int) -> list[Tensor]:
+    """Return masks of the `keep` largest values over all tensors; among equal ones the first."""
+    total = sum(unit.numel() for unit in units)
+    if keep in (0, total):
+        return [torch.full_like(unit, keep > 0, dtype=torch.bool) for unit in units]
+    flat = [_values(unit.flatten()) for unit in units]
+    threshold = _threshold(np.concatenate(flat), keep)
+    masks = [values > threshold for values in flat]
+    missing = keep - sum(int(np.count_nonzero(mask)) for mask in masks)
+    for values, mask in zip(flat, masks, strict=True):
+        if missing == 0:
+            break
+        tied = np.flatnonzero(values == threshold)[:missing]
+        mask[tied] = True
+        missing -= len(tied)
+    return [torch.from_numpy(m).to(unit.device).view(unit.shape) for unit, m in zip(units, masks, strict=True)]
+
+
+def _threshold(values: FloatArray, keep: int) -> float:
+    """Return the keep-th largest value: a sample brackets it, what lies outside is counted and dropped, and so on.
+
+    Unlike a plain partition this does not mind if one value prevails, as zeros and −inf do in a pruned network.
+    """
+    while len(values) > _SORTED:
+        sample = np.sort(values[:: len(values) // _SAMPLE])
+        place = round(len(sample) * (1 - keep / len(values)))
+        low, high = sample[max(place - _SLACK, 0)], sample[min(place + _SLACK, len(sample) - 1)]
+        above, inside = int(np.count_nonzero(values > high)), values[(low <= values) & (values <= high)]
+        if above >= keep:  # the sample was misleading: all that is known is a side
+            values = values[values > high]
+        elif above + len(inside) < keep:
+            values, keep = values[values < low], keep - above - len(inside)
+        elif low == high:
+            return float(low)
+        elif 2 * len(inside) > len(values):
+            break  # few distinct values, which are sorted quickly
+        else:
+            values, keep = inside, keep - above
+    return float(np.sort(values)[len(values) - keep])

@@ -1,0 +1,1 @@
+"""Pruning algorithms, each with the signature of `Pruner`."""

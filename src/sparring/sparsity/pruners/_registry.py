@@ -1,0 +1,178 @@
+"""Pruners by name: what a plan or a command line says becomes a pruner, or a refusal with its reason."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ...errors import UnknownNameError, UserError
+from ...plugins import import_object
+from ...units import percent
+from .._rule import Rule
+from .._scores import SCORES
+from .._select import SCOPES
+from .._structures import NM, Blocks, Channels, Structure, Unstructured
+from .._types import Pruner, Score
+from ._dns import dynamic_network_surgery
+from ._gradual import bernoulli, gradual, one_shot, proximal
+from ._lottery_ticket import iterative
+from ._movement_hydra import hydra, movement
+from ._set_rigl import rigged_lottery, sparse_evolution
+
+METHODS: dict[str, Callable[..., Pruner]] = {
+    "one-shot": one_shot,
+    "gradual": gradual,
+    "iterative": iterative,
+    "bernoulli": bernoulli,
+    "proximal": proximal,
+    "movement": movement,
+    "hydra": hydra,
+    "dns": dynamic_network_surgery,
+    "set": sparse_evolution,
+    "rigl": rigged_lottery,
+}
+
+STRUCTURES: dict[str, Structure] = {
+    "unstructured": Unstructured(),
+    "1:2": NM(1, 2),
+    "1:4": NM(1, 4),
+    "2:4": NM(2, 4),
+    "4:8": NM(4, 8),
+    "blocks-1x4": Blocks(1, 4),
+    "blocks-4x1": Blocks(4, 1),
+    "blocks-4x4": Blocks(4, 4),
+    "channels": Channels(),
+}
+
+_RULE = ("scope", "structure", "floor", "spare", "spare_first", "spare_last")
+
+
+@dataclass(frozen=True)
+class PruningSpec:
+    """Say how to prune, in words that a plan can hold; None leaves an option to its method.
+
+    `method` is a name of METHODS or "package.module:factory" (sparsity -> Pruner); `score` a name of SCORES or
+    "package.module:function" (a Score); `scope` one of SCOPES; `structure` a name of STRUCTURES; `layers` gives
+    sparsities by weight name in place of one for all. The other options are those of the method's function.
+    """
+
+    method: str = "gradual"
+    score: str | None = None
+    scope: str | None = None
+    structure: str | None = None
+    layers: Mapping[str, float] | None = None
+    floor: float | None = None
+    spare: tuple[str, ...] | None = None
+    spare_first: bool | None = None
+    spare_last: bool | None = None
+    at: float | None = None
+    start: float | None = None
+    stop: float | None = None
+    every: int | None = None
+    rounds: int | None = None
+    rewind: str | None = None
+    rewind_at: float | None = None
+    strength: float | None = None
+    fraction: float | None = None
+    rate: float | None = None
+    momentum: float | None = None
+    c_rate: float | Mapping[str, float] | None = None
+    gamma: float | None = None
+    power: float | None = None
+    biases: bool | None = None
+
+
+def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
+    """Make a fresh pruner (some remember: one per training) for a sparsity; None with `layers`, or "dns" with `c_rate`.
+
+    Raise UserError for unknown names, for options that the method does not have, and for combinations that cannot be.
+    """
+    factory = METHODS.get(spec.method) or _user_factory(spec.method)
+    known = inspect.signature(factory).parameters
+    options: dict[str, Any] = {
+        field.name: value for field in fields(PruningSpec) if (value := getattr(spec, field.name)) is not None
+    }
+    del options["method"]
+    rule = {name: options.pop(name) for name in _RULE if name in options}
+    for name in (*options, *rule):
+        if name not in known and not (name == "layers" or (name in rule and "rule" in known)):
+            raise UserError(f"the pruning method '{spec.method}' has no option '{name}'; it has: {_options_of(known)}")
+    target = _target(spec, sparsity, options.pop("layers", None))
+    if "score" in known:
+        options["score"] = _score(options.get("score", "magnitude"))
+    if rule:
+        options["rule"] = _rule(spec, rule)
+        _check_limit(options["rule"].structure, target)
+    pruner = factory(sparsity=target, **options)
+    if not callable(pruner) or not hasattr(pruner, "dense_weights"):
+        raise UserError(f"'{spec.method}' returned {type(pruner).__name__}, not a pruner (docs/extending.md)")
+    return pruner
+
+
+def _options_of(known: Mapping[str, inspect.Parameter]) -> str:
+    own = [name for name in known if name not in ("sparsity", "rule")]
+    return ", ".join(own + list(_RULE) * ("rule" in known)) or "none"
+
+
+def _user_factory(name: str) -> Callable[..., Pruner]:
+    if ":" not in name:
+        raise UnknownNameError("pruning method", name, METHODS)
+    factory: Callable[..., Pruner] = import_object(name)
+    if "sparsity" not in inspect.signature(factory).parameters:
+        raise UserError(f"'{name}' must take the keyword 'sparsity' and return a pruner")
+    return factory
+
+
+def _score(name: str) -> Score:
+    if name in SCORES:
+        return SCORES[name]
+    if ":" not in name:
+        raise UnknownNameError("score", name, SCORES)
+    score: Score = import_object(name)
+    return score
+
+
+def _target(
+    spec: PruningSpec, sparsity: float | None, layers: Mapping[str, float] | None
+) -> float | Mapping[str, float] | None:
+    if layers is not None:
+        if spec.method not in ("one-shot", "gradual", "bernoulli", "proximal"):
+            raise UserError(f"the pruning method '{spec.method}' takes one sparsity for the network, not one per layer")
+        if spec.scope is not None:
+            raise UserError(f"'layers' allocates by hand, so the scope '{spec.scope}' has no meaning; drop one of them")
+        if sparsity is not None:
+            raise UserError("'layers' allocates by hand, so a sparsity for the whole network has no meaning; drop one")
+        return layers
+    if sparsity is None and spec.method != "dns":
+        raise UserError(f"the pruning method '{spec.method}' needs a sparsity")
+    if sparsity is not None and spec.method == "dns" and spec.c_rate is not None:
+        raise UserError("surgery reaches either a sparsity or what 'c_rate' leads to; give one of them")
+    if sparsity is None and (spec.scope is not None or spec.floor is not None):
+        raise UserError("surgery by 'c_rate' has a threshold for each layer, so 'scope' and 'floor' have no meaning")
+    return sparsity
+
+
+def _rule(spec: PruningSpec, given: dict[str, Any]) -> Rule:
+    # Methods that allocate differently unless told otherwise keep their own default.
+    scope = given.get("scope", {"set": "erk", "rigl": "erk", "hydra": "layer"}.get(spec.method, "global"))
+    if scope not in SCOPES:
+        raise UnknownNameError("scope", scope, SCOPES)
+    name = given.get("structure", "unstructured")
+    if name not in STRUCTURES:
+        raise UnknownNameError("structure", name, STRUCTURES)
+    if isinstance(STRUCTURES[name], NM) and scope == "erk":
+        raise UserError(f"'{name}' fixes every layer's sparsity, so it cannot be allocated by 'erk'; use 'layer'")
+    return Rule(**{**given, "scope": scope, "structure": STRUCTURES[name]})
+
+
+def _check_limit(structure: Structure, target: float | Mapping[str, float] | None) -> None:
+    if not isinstance(structure, NM) or target is None:
+        return
+    most, limit = max(target.values()) if isinstance(target, Mapping) else target, 1 - structure.n / structure.m
+    if most > limit:
+        raise UserError(
+            f"{structure.n}:{structure.m} removes {percent(limit, 2)} of the weights and cannot reach "
+            f"{percent(most, 2)}; ask for that sparsity or less"
+        )

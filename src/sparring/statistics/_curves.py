@@ -1,0 +1,255 @@
+"""A metric against sparsity: gains over the dense control, their peak, the over-sparsified range and the sweet spot."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+from ._effects import Effect, beyond, effect, holm, log_ratio_values
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Hold the gains over the dense control at rising sparsities.
+
+    `p_holm` are two-sided and corrected across the sparsities; `differences` (sparsities, seeds, images) are what the
+    effects are the means of. With one seed nothing is called significant: its luck cannot be told from an effect.
+    `dropped` sparsities, which earlier looks had, still count among the tests.
+    """
+
+    sparsities: tuple[float, ...]
+    effects: tuple[Effect, ...]
+    p_holm: tuple[float, ...]
+    differences: NDArray[np.float64]
+    dropped: int = 0
+
+    def priced(self, price: float, dropped: int) -> Curve:
+        """Return the same curve at a later look: with p-values times `price`, and more tests to correct for."""
+        effects = tuple(e.priced(price) for e in self.effects)
+        p_holm = tuple(map(float, holm([e.p for e in effects], more=dropped)))
+        return replace(self, effects=effects, p_holm=p_holm, dropped=dropped)
+
+    def gains(self) -> list[bool]:
+        """Tell where the metric is significantly above the dense control."""
+        return [s and e.estimate > 0 for s, e in zip(self._significant(), self.effects, strict=True)]
+
+    def losses(self) -> list[bool]:
+        """Tell where the metric is significantly below the dense control."""
+        return [s and e.estimate < 0 for s, e in zip(self._significant(), self.effects, strict=True)]
+
+    def _significant(self) -> list[bool]:
+        return [p <= ALPHA and e.seeds > 1 for p, e in zip(self.p_holm, self.effects, strict=True)]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Name the sparsity with the largest gain and every sparsity that may as well hold the largest."""
+
+    sparsity: float
+    members: tuple[float, ...]
+    gain: Effect
+
+
+@dataclass(frozen=True)
+class SweetSpot:
+    """Name the highest sparsity that is safe on every watched metric (None: not even the lowest), and what ends it.
+
+    `at_most` is the highest sparsity that the data do not rule out: the truth lies between the two in 95% of studies.
+    `limit` names the metric that ends the safe range, None where nothing does.
+    """
+
+    sparsity: float | None
+    at_most: float | None
+    limit: str | None
+
+
+def curve(
+    sparsities: Sequence[float],
+    values: ArrayLike,
+    control: ArrayLike,
+    *,
+    log: bool = False,
+    level: float = 0.95,
+) -> Curve:
+    """Compare each sparsity with the dense control, paired by seed and by image.
+
+    `values` is (sparsities, seeds, images), `control` (seeds, images), in the metric's unit; the seeds and images of
+    both are the same and in the same order. With `log` gains are logarithms of ratios of means. Raises ValueError for
+    shapes that do not fit, or sparsities not rising.
+    """
+    v, c = np.asarray(values, dtype=np.float64), np.asarray(control, dtype=np.float64)
+    if v.ndim != 3 or v.shape[1:] != c.shape or len(sparsities) != len(v) or len(v) == 0:
+        raise ValueError(f"values {v.shape} and control {c.shape} do not fit {len(sparsities)} sparsities")
+    if any(a >= b for a, b in itertools.pairwise(sparsities)):
+        raise ValueError(f"sparsities must rise: {list(sparsities)}")
+    d = log_ratio_values(v, c) if log else v - c
+    effects = tuple(effect(one, level=level) for one in d)
+    corrected = holm([e.p for e in effects])
+    return Curve(tuple(sparsities), effects, tuple(map(float, corrected)), d)
+
+
+def joint_errors(one: Curve, *, generator: np.random.Generator, draws: int = 2000) -> NDArray[np.float64]:
+    """Draw errors of all sparsities' estimates together, (sparsities, draws), by the crossed bootstrap.
+
+    Seeds and images are drawn once for all sparsities, so what the estimates share stays shared. The joint term is left
+    out, as resampling both would count the seed-by-image part three times (Owen 2007); each row is then scaled to its
+    effect's own standard error and given Student's tails.
+    """
+    _, seeds, images = one.differences.shape
+    errors = one.differences.mean(axis=1) @ (_resample(images, draws, generator) / images - 1 / images)
+    if seeds > 1:
+        of_seeds = _resample(seeds, draws, generator) / seeds - 1 / seeds
+        errors += one.differences.mean(axis=2) @ (of_seeds * np.sqrt(seeds / (seeds - 1)))
+    spread = errors.std(axis=1)
+    scale = np.array([e.se / s if s > 0 else 0.0 for e, s in zip(one.effects, spread, strict=True)])
+    df = np.array([e.df for e in one.effects])[:, None]
+    luck = 2 * special.gammaincinv(df / 2, generator.random(draws)) / df  # chi-square over its degrees
+    return np.asarray(errors * scale[:, None] / np.sqrt(luck))
+
+
+def _resample(n: int, draws: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Return how often each of n things comes in each draw of n with replacement, (n, draws)."""
+    picked = generator.integers(0, n, size=(n, draws)) + n * np.arange(draws)
+    return np.bincount(picked.ravel(), minlength=n * draws).reshape(draws, n).T
+
+
+def peak(one: Curve, *, generator: np.random.Generator, draws: int = 2000) -> Peak | None:
+    """Return the peak of a curve, or None where no gain over the dense control is significant.
+
+    A sparsity belongs to the peak unless some other is significantly better than it (multiple comparison with the best,
+    Hsu 1981, with the critical value from joint draws), so that the set holds the truly best in 95% of studies.
+    """
+    gains = one.gains()
+    if not any(gains):
+        return None
+    means = np.array([e.estimate for e in one.effects])
+    best = max((k for k, gain in enumerate(gains) if gain), key=lambda k: means[k])
+    errors = joint_errors(one, generator=generator, draws=draws)
+    members = tuple(s for k, s in enumerate(one.sparsities) if k == best or _may_be_best(k, means, errors))
+    return Peak(one.sparsities[best], members, one.effects[best])
+
+
+def _may_be_best(k: int, means: NDArray[np.float64], errors: NDArray[np.float64]) -> bool:
+    """Tell whether no other sparsity is significantly better than the k-th."""
+    others = np.delete(errors, k, axis=0) - errors[k]
+    if len(others) == 0:
+        return True
+    lead = np.delete(means, k) - means[k]
+    spread = np.maximum(others.std(axis=1), np.finfo(float).tiny)
+    critical = np.quantile((others / spread[:, None]).max(axis=0), 1 - ALPHA)
+    return bool((lead / spread).max() <= critical)
+
+
+def leave_one_out(
+    one: Curve, validation: Curve, candidates: Sequence[float] | None = None
+) -> tuple[tuple[float, ...], Effect] | None:
+    """Choose each seed's sparsity by the other seeds' validation gains; return the sparsities and the effect there.
+
+    So no network helps to choose where it is tested, and neither do the images of the test. The estimate is without
+    bias; but where seeds agree on a sparsity each was chosen by the other's luck, so their values are not independent:
+    the standard error and the interval are widened by what that is worth at most. Of one seed its own validation gains
+    are asked. None where the two share no sparsity (of the candidates, if given). Seeds of both are
+    the same and in the same order.
+    """
+    shared = [s for s in one.sparsities if s in validation.sparsities and (candidates is None or s in candidates)]
+    if not shared:
+        return None
+    gains = validation.differences[[validation.sparsities.index(s) for s in shared]].mean(axis=2)
+    seeds = gains.shape[1]
+    others = gains.sum(axis=1, keepdims=True) - gains if seeds > 1 else gains
+    picked = [shared[k] for k in others.argmax(axis=0)]
+    values = one.differences[[one.sparsities.index(s) for s in picked], np.arange(seeds)]
+    one_effect, wider = effect(values), _agreement(seeds, len(shared)) if min(seeds, len(shared)) > 1 else 1.0
+    estimate, half = one_effect.estimate, wider * (one_effect.high - one_effect.estimate)
+    widened = replace(one_effect, se=wider * one_effect.se, low=estimate - half, high=estimate + half)
+    return tuple(picked), widened.priced(one_effect.price)
+
+
+@functools.cache
+def _agreement(seeds: int, candidates: int) -> float:
+    """Return how much wider Student's t becomes when each seed's value is where the other seeds were best.
+
+    By simulation where there is no effect and nothing but the networks' luck, the same on both kinds of images: the
+    largest ratio of quantiles, from two-sided 5% to 0.2%.
+    """
+    generator = np.random.default_rng(1)
+    luck = generator.normal(size=(max(2000, min(60_000, 15_000_000 // (seeds * candidates))), candidates, seeds))
+    picked = (luck.sum(axis=2, keepdims=True) - luck).argmax(axis=1)
+    values = np.take_along_axis(luck, picked[:, None], axis=1)[:, 0]
+    t = np.abs(values.mean(axis=1)) / (values.std(axis=1, ddof=1) / math.sqrt(seeds))
+    levels = np.array([0.05, 0.01, 0.002])
+    return max(1.0, float((np.quantile(t, 1 - levels) / special.stdtrit(seeds - 1, 1 - levels / 2)).max()))
+
+
+def simultaneous(one: Curve, *, generator: np.random.Generator, level: float = 0.95, draws: int = 2000) -> list[Effect]:
+    """Return the effects with intervals that hold at all sparsities together, so for whichever is chosen.
+
+    The half-width is the joint draws' quantile of the largest error in standard errors, and never below a single one's.
+    """
+    errors = joint_errors(one, generator=generator, draws=draws)
+    spread = np.array([max(e.se, np.finfo(float).tiny) for e in one.effects])
+    critical = float(np.quantile(np.abs(errors / spread[:, None]).max(axis=0), level))
+    half = [max(critical * e.se, e.high - e.estimate) for e in one.effects]
+    return [replace(e, low=e.estimate - h, high=e.estimate + h) for e, h in zip(one.effects, half, strict=True)]
+
+
+def over_sparsified(one: Curve, margin: float = 0.0) -> float | None:
+    """Return the sparsity from which on the metric is shown to lose more than its margin, or None.
+
+    Holm's correction runs over the sparsities. What lies below minus the margin at all of them cannot be a sweet spot.
+    """
+    alone = [beyond(e, margin) if e.estimate < -margin and e.seeds > 1 else 1.0 for e in one.effects]
+    lost = holm(alone, more=one.dropped)
+    first = None
+    for sparsity, p in zip(one.sparsities, lost, strict=True):
+        if p > ALPHA:
+            first = None
+        elif first is None:
+            first = sparsity
+    return first
+
+
+def sweet_spot(curves: Mapping[str, Curve], margins: Mapping[str, float]) -> SweetSpot:
+    """Return the highest sparsity up to which every watched metric's lower bound exceeds minus its margin.
+
+    Margins are in the metrics' units. The sparsities that all curves share are walked upwards and the walk ends at the
+    first failure, so neither the many sparsities (a fixed sequence of tests) nor the many metrics (all must pass) need
+    a correction; later looks have wider bounds. One seed bounds nothing, so with it no sparsity is safe. Raises
+    ValueError when there is no metric or a margin is missing.
+    """
+    if not curves or not set(curves) <= set(margins):
+        raise ValueError("every watched metric needs a margin, and there must be one at least")
+    shared = sorted(set.intersection(*(set(c.sparsities) for c in curves.values())))
+    low = {name: (c, [_bound(e, -1) for e in c.effects]) for name, c in curves.items()}
+    high = {name: (c, [_bound(e, +1) for e in c.effects]) for name, c in curves.items()}
+    safe, limit = _walk(shared, low, margins)
+    at_most, _ = _walk(shared, high, margins)
+    return SweetSpot(safe, at_most, limit)
+
+
+def _bound(e: Effect, side: int) -> float:
+    """Return an effect's 95% bound below (-1) or above (+1), at the price of the look; infinite with one seed."""
+    half = float(special.stdtrit(e.df, 1 - ALPHA / e.price / 2)) * e.se if e.seeds > 1 else math.inf
+    return e.estimate + side * half
+
+
+def _walk(
+    sparsities: Sequence[float], bounds: Mapping[str, tuple[Curve, Sequence[float]]], margins: Mapping[str, float]
+) -> tuple[float | None, str | None]:
+    """Return the last sparsity before some metric's bound falls to minus its margin, and that metric's name."""
+    reached: float | None = None
+    for sparsity in sparsities:
+        for name, (one, bound) in bounds.items():
+            if bound[one.sparsities.index(sparsity)] <= -margins[name]:
+                return reached, name
+        reached = sparsity
+    return reached, None

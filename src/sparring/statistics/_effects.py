@@ -1,0 +1,284 @@
+"""One effect: its estimate, interval and p-value from values that seeds and images share.
+
+The model is the crossed one, d[s, i] = μ + a[s] + b[i] + e[s, i]: every seed is tested on the same images, so an image
+that is easy for one seed is easy for the others, and averaging over seeds does not average the images' luck away.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special  # not scipy.stats, which takes a second or two to import
+
+from ._alpha_spending import look_price
+
+INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicative"
+MOST_POINTS = 100.0  # no share of images can differ by more
+LEAST_P = 1e-4  # no p-value is taken for smaller: nothing vouches for the tails of a few seeds
+LEAST_RATIO = 1e-6  # of a control's mean: what has vanished has no logarithm
+MOST_LOG = 300.0  # beyond it the exponential is only a larger number
+MOST_SEEDS = 10_000  # where a search for the seeds that an effect needs ends
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Hold the mean of crossed values with its standard error, interval and two-sided p-value against zero.
+
+    `df` are Satterthwaite's degrees of freedom, for the interval. With one seed the interval covers the choice of
+    images only and `p` is NaN. Every p-value is multiplied by `price`, for the looks that there are (`look_price`); the
+    interval is that of one look.
+    """
+
+    estimate: float
+    se: float
+    df: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+    images: int
+    price: float = 1.0
+
+    @property
+    def indicative(self) -> bool:
+        """Tell whether there are too few seeds to call this more than an indication."""
+        return self.seeds < INDICATIVE_BELOW
+
+    @property
+    def df_p(self) -> float:
+        """Return the degrees of freedom of p-values: never more than the seeds have.
+
+        Satterthwaite's are estimated, and err together with the standard error: by luck the seeds look alike, both are
+        then too good, and tails far out are tens of times too likely. With seeds - 1 the test is exact for normal seeds
+        and conservative where images add to the variance. Of one seed only images are asked.
+        """
+        return self.df if self.seeds == 1 else min(self.df, self.seeds - 1.0)
+
+    def scaled(self, factor: float) -> Effect:
+        """Return the same effect in another unit: times a positive factor."""
+        estimate, se, low, high = (factor * v for v in (self.estimate, self.se, self.low, self.high))
+        return replace(self, estimate=estimate, se=se, low=low, high=high)
+
+    def priced(self, price: float) -> Effect:
+        """Return the same effect with p-values that are multiplied by `price`."""
+        one = replace(self, price=price)
+        return replace(one, p=two_sided(one)) if self.seeds > 1 else one
+
+
+def binomial_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Return the exact (Clopper-Pearson) interval of a proportion, as fractions.
+
+    Raises ValueError unless 0 <= successes <= n and n >= 1. Source: Clopper & Pearson 1934, through the beta quantiles.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} successes of {n}: need 0 <= successes <= n and n >= 1")
+    tail = (1 - level) / 2
+    low = special.betaincinv(successes, n - successes + 1, tail) if successes > 0 else 0.0
+    high = special.betaincinv(successes + 1, n - successes, 1 - tail) if successes < n else 1.0
+    return float(low), float(high)
+
+
+def effect(values: ArrayLike, *, level: float = 0.95) -> Effect:
+    """Estimate the mean of `values` (seeds, images), as a draw of new seeds and of new images would vary it.
+
+    The variance is the crossed bootstrap's (one draw of images for all seeds) in closed form and without its bias:
+    (MS_seed + MS_image - MS_rest) / (seeds · images), never below what the seeds or the images alone give. The interval
+    is Student's, with Satterthwaite's degrees of freedom; the p-value has seeds - 1 (`Effect.df_p`) and is never below
+    1e-4; it is 1 where no value differs from another. One seed, or copies of one, give the images' variance alone and
+    no p-value.
+
+    Raises ValueError for fewer than two images or values that are not finite.
+    Sources: Cornfield & Tukey 1956 (variance); Satterthwaite 1946; Owen 2007 (the crossed bootstrap and its bias).
+    """
+    d = np.asarray(values, dtype=np.float64)
+    if d.ndim != 2 or d.shape[0] < 1 or d.shape[1] < 2:
+        raise ValueError(f"values must be (seeds, images) with at least two images, not {d.shape}")
+    if not np.isfinite(d).all():
+        raise ValueError("values must be finite: leave failed images out by ratio_values")
+    if len(d) > 1 and (d == d[0]).all() and np.ptp(d) > 0:
+        d = d[:1]  # copies of one seed are no more than it
+    seeds, images = d.shape
+    mean = float(d.mean())
+    se, df = _crossed_error(d)
+    half = float(special.stdtrit(df, (1 + level) / 2)) * se
+    one = Effect(mean, se, df, mean - half, mean + half, math.nan, seeds, images)
+    return replace(one, p=two_sided(one)) if seeds > 1 else one
+
+
+def _crossed_error(d: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the standard error of the mean of d (seeds, images) and its degrees of freedom."""
+    seeds, images = d.shape
+    if seeds == 1:
+        return float(d.std(ddof=1)) / math.sqrt(images), images - 1.0
+    by_seed, by_image = d.mean(axis=1), d.mean(axis=0)
+    ms_seed = images * float(by_seed.var(ddof=1))
+    ms_image = seeds * float(by_image.var(ddof=1))
+    rest = d - by_seed[:, None] - by_image + d.mean()
+    ms_rest = float(np.square(rest).sum()) / ((seeds - 1) * (images - 1))
+    return error_of(ms_seed, ms_image, ms_rest, seeds, images)
+
+
+def error_of(ms_seed: float, ms_image: float, ms_rest: float, seeds: int, images: int) -> tuple[float, float]:
+    """Return the standard error of a crossed mean and Satterthwaite's degrees of freedom, from its mean squares.
+
+    With fewer than five seeds their mean square counts twice for the degrees of freedom: where by luck they look alike
+    it would leave too many, and intervals of three seeds 4 points apart would cover 92.7%.
+    """
+    total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
+    if total <= 0:
+        return 0.0, seeds - 1.0
+    se = math.sqrt(total / (seeds * images))
+    if seeds == 2:  # Satterthwaite's would be too many: simulated studies then claim 8% false peaks
+        return se, 1.0
+    ms_seed *= 2 if seeds < INDICATIVE_BELOW else 1
+    total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
+    spread = ms_seed**2 / (seeds - 1) + ms_image**2 / (images - 1) + ms_rest**2 / ((seeds - 1) * (images - 1))
+    return se, min(max(total**2 / spread, seeds - 1.0), seeds * images - 1.0)
+
+
+def two_sided(one: Effect) -> float:
+    """Return the p-value of "the effect is not zero"."""
+    return min(1.0, 2 * _tail(one, -abs(one.estimate)))
+
+
+def _tail(one: Effect, distance: float) -> float:
+    """Return Student's lower tail at a distance from a hypothesis, at least 1e-4 / 2, times the price of the look."""
+    if one.se == 0:  # a metric at its end, or copies: nothing tells how far from it the truth may be
+        return 1.0
+    return one.price * max(LEAST_P / 2, float(special.stdtr(one.df_p, distance / one.se)))
+
+
+def ratio_values(numerator: ArrayLike, denominator: ArrayLike) -> NDArray[np.float64]:
+    """Return per-image values whose mean over the last axis is sum(numerator) / sum(denominator).
+
+    So a mean over some of the images (the correctly classified, those where the attack did not fail) is handled like
+    any other mean: the values are the ratio plus each image's influence on it (the linearised bootstrap). Shapes are
+    equal, (..., images). Raises ValueError where a denominator sums to zero: that mean does not exist.
+    """
+    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    share = bottom.mean(axis=-1, keepdims=True)
+    if (share == 0).any():
+        raise ValueError("a mean over no images does not exist")
+    ratio = top.mean(axis=-1, keepdims=True) / share
+    return np.asarray(ratio + (top - ratio * bottom) / share)
+
+
+def log_ratio_values(values: ArrayLike, control: ArrayLike) -> NDArray[np.float64]:
+    """Return values whose mean over seeds and images is log(mean of values / mean of control), (..., seeds, images).
+
+    Around both means the logarithm is linearised (the delta method), so that an interval of a ratio never reaches below
+    zero, and both means count as uncertain. A mean below 1e-6 of the control's counts as that. Raises ValueError where
+    the control's mean is not positive.
+    """
+    v, c = np.asarray(values, dtype=np.float64), np.asarray(control, dtype=np.float64)
+    base = c.mean(axis=(-2, -1), keepdims=True)
+    if not (base > 0).all():
+        raise ValueError("a ratio needs a control whose mean is positive")
+    mean = v.mean(axis=(-2, -1), keepdims=True)
+    level = np.maximum(mean, LEAST_RATIO * base)
+    return np.asarray(np.log(level / base) + (v - mean) / level - (c - base) / base)
+
+
+def change(log: float) -> float:
+    """Return the logarithm of a ratio as a change in per cent, never below -100."""
+    return 100 * math.expm1(min(log, MOST_LOG))
+
+
+def holm(p: ArrayLike, *, more: int = 0) -> NDArray[np.float64]:
+    """Return p-values corrected for their number by Holm's step-down method (Holm 1979); NaN stays and counts not.
+
+    `more` tests, which are not made any more, count among them as if their p-values were the largest.
+    """
+    raw = np.asarray(p, dtype=np.float64)
+    known = np.flatnonzero(~np.isnan(raw))
+    order = known[np.argsort(raw[known], kind="stable")]
+    corrected = np.full_like(raw, np.nan)
+    steps = raw[order] * np.arange(len(order) + more, more, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0) if len(order) else steps
+    return corrected
+
+
+def minimum_detectable_effect(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Return the smallest true effect that this study would have called significant with probability `power`.
+
+    In the effect's own unit, by the noncentral t. Divide alpha by the number of tests for the first step of Holm's
+    method.
+    """
+    critical = special.stdtrit(one.df_p, 1 - alpha / one.price / 2)
+    return float(special.nctdtrinc(one.df_p, 1 - power, critical)) * one.se
+
+
+def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """Return about how many seeds would make an effect of this size significant, if all its spread shrank with them.
+
+    A lower bound in truth, as the images' share of the spread does not shrink with seeds. At least one more than now;
+    None for more than 10,000. They are those of a new study: more of the same would be another look. Raises ValueError
+    for an effect of zero.
+    """
+    if one.estimate == 0:
+        raise ValueError("no number of seeds makes an effect of zero significant")
+    low, high = one.seeds, MOST_SEEDS
+    if not _suffice(one, high, alpha, power):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _suffice(one, middle, alpha, power) else (middle, high)
+    return high
+
+
+def _suffice(one: Effect, seeds: int, alpha: float, power: float) -> bool:
+    """Tell whether so many seeds would make an effect significant with probability `power`."""
+    return minimum_detectable_effect(with_seeds(one, seeds), alpha=alpha, power=power) <= abs(one.estimate)
+
+
+def with_seeds(one: Effect, seeds: int) -> Effect:
+    """Return what an effect would be in a new study of so many seeds, if all its spread shrank with them."""
+    df = seeds - 1.0 if one.df_p == one.seeds - 1 else one.df_p  # pairs of few things have fewer
+    return replace(one, se=one.se * math.sqrt(one.seeds / seeds), df=df, seeds=seeds).priced(look_price(1))
+
+
+def equivalence(one: Effect, margin: float) -> float:
+    """Return the p-value of "the effect lies within ±margin": two one-sided tests (Schuirmann 1987).
+
+    Raises ValueError unless margin > 0.
+    """
+    return max(no_gain(replace(one, estimate=-one.estimate), margin), no_gain(one, margin))
+
+
+def within_points(one: Effect) -> Effect:
+    """Return a difference of shares, in points, with an interval that ends where shares do."""
+    return replace(one, low=max(one.low, -MOST_POINTS), high=min(one.high, MOST_POINTS))
+
+
+def no_gain(one: Effect, margin: float) -> float:
+    """Return the p-value of "the effect is less than margin", a gain too small to matter or a loss: one one-sided test.
+
+    Raises ValueError unless margin > 0.
+    """
+    if not margin > 0:
+        raise ValueError(f"a margin must be positive, not {margin}")
+    return min(1.0, max(LEAST_P, _tail(one, one.estimate - margin)))
+
+
+def beyond(one: Effect, margin: float) -> float:
+    """Return the two-sided p-value of "the effect lies beyond ±margin, on the side where its estimate is"."""
+    return min(1.0, 2 * _tail(one, margin - abs(one.estimate)))
+
+
+def unpaired(first: Effect, second: Effect, *, level: float = 0.95) -> Effect:
+    """Return second − first for two means that share neither seeds nor images (Welch 1947).
+
+    `seeds` and `images` are the smaller of the two.
+    """
+    variances = first.se**2, second.se**2
+    se = math.sqrt(sum(variances))
+    spread = sum(v**2 / one.df for v, one in zip(variances, (first, second), strict=True))
+    df = se**4 / spread if spread > 0 else min(first.df, second.df)
+    estimate = second.estimate - first.estimate
+    half = float(special.stdtrit(df, (1 + level) / 2)) * se
+    fewest = min(first.seeds, second.seeds), min(first.images, second.images)
+    one = Effect(estimate, se, df, estimate - half, estimate + half, math.nan, *fewest)
+    return replace(one, p=two_sided(one)) if one.seeds > 1 else one

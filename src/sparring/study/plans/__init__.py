@@ -1,0 +1,1 @@
+"""What a plan may say, and the tasks that follow from it."""

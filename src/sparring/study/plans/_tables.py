@@ -1,0 +1,335 @@
+"""The tables of a plan: what may be said of networks, pruning, attacks, proofs and controls."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ...attacks import ATTACKS, ENSEMBLES, MINIMUM_NORM
+from ...attacks import Attack as AttackFunction
+from ...errors import PlanError, UnknownNameError, UserError
+from ...models import MODELS
+from ...plugins import import_object
+from ...sparsity import ACTIVATIONS, PruningSpec
+from ...threat import Threat
+from ...units import norm_name, parse_eps, parse_norm
+
+OPTIONS = ("steps", "restarts", "queries")
+
+
+@dataclass(frozen=True)
+class Network:
+    """Name a model and its size; what an option does not apply to refuses it.
+
+    `weights` is a safetensors file: its network stands in for the dense one that would be trained from each seed.
+    """
+
+    name: str = "lenet-300-100"
+    width: float | None = None
+    widths: tuple[int, ...] | None = None
+    depth: int | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in MODELS and ":" not in self.name:
+            raise UnknownNameError("model", self.name, MODELS)
+        in_range("model.width", 1.0 if self.width is None else self.width, 1e-3, 64)
+        in_range("model.depth", 1 if self.depth is None else self.depth, 1, 1000)
+        in_range("the number of model.widths", len(self.widths or (1,)), 1, 100)
+        for width in self.widths or ():
+            in_range("a width in model.widths", width, 1, 100_000)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Choose the loss: plain cross-entropy, PGD adversarial training, or TRADES (eps in [0, 1]).
+
+    `ramp` is the share of a dense network's training over which eps grows to its value; fine-tuning has it whole.
+    """
+
+    loss: Literal["standard", "pgd-at", "trades"] = "standard"
+    eps: float = 0.1
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = 7
+    beta: float = 6.0
+    ramp: float | None = None
+
+    def __post_init__(self) -> None:
+        Threat(parse_norm(self.norm), self.eps)
+        in_range("training.steps", self.steps, 1, 10_000)
+        in_range("training.beta", self.beta, 0, 1e6)
+        if self.ramp is not None and not 0 < self.ramp <= 1:
+            raise PlanError(f"training: ramp is a share of the training, above 0 and up to 1, not {self.ramp}")
+        if self.ramp is not None and self.loss == "standard":
+            raise PlanError("training: ramp is for eps to grow, and the standard loss has none; drop it")
+
+
+@dataclass(frozen=True)
+class Pruning(PruningSpec):
+    """Prune by one method at the plan's sparsities, or at its own, for all seeds or the first few.
+
+    Surgery with `c_rate` ends at a sparsity of its own, and so does a table with `layers`: one network a seed.
+    """
+
+    label: str = ""
+    sparsities: tuple[float, ...] | None = None
+    seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_narrowing("pruning", self.seeds, sparsities=self.sparsities)
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether the table says without a sparsity how much goes."""
+        return self.c_rate is not None or self.layers is not None
+
+    def grid(self, sparsities: tuple[float, ...]) -> tuple[float | None, ...]:
+        """Return what is asked of the method, given the plan's sparsities; None: whatever its own rule leads to."""
+        if self.ends_by_itself:
+            return (None,)
+        return sparsities if self.sparsities is None else self.sparsities
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Attack `images` images of a split; `eps` lists budgets (none: a minimum-norm attack).
+
+    `seeds` (the first few), `methods` (labels, "control" and "reference" among them) and `sparsities` (besides 0)
+    narrow the cells that are attacked. `naive` attacks activation sparsity without the straight-through backward pass
+    and without transfer, to show what that hides. `steps`, `restarts` and `queries` are the attack's own.
+    """
+
+    name: str
+    norm: Literal["linf", "l2", "l1"] = "linf"
+    eps: tuple[float, ...] = ()
+    images: int = 1000
+    split: Literal["test", "valid"] = "test"
+    seeds: int | None = None
+    methods: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
+    steps: int | None = None
+    restarts: int | None = None
+    queries: int | None = None
+    naive: bool = False
+
+    def __post_init__(self) -> None:
+        _check_narrowing("attacks", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        for option, value in self.options().items():
+            in_range(f"attack '{self.name}': {option}", value, 1, 10_000_000)
+
+    def options(self) -> dict[str, Any]:
+        """Return the attack's own options that the plan sets."""
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Certify:
+    """Compute certified radii of the first `images` images that the attacks use, and certified accuracy at eps.
+
+    `seeds`, `methods` and `sparsities` narrow the cells as they do for an attack.
+    """
+
+    images: int = 200
+    norm: Literal["linf", "l2"] = "linf"
+    method: Literal["interval", "crown-interval", "crown", "alpha-crown"] = "crown"
+    eps: tuple[float, ...] = ()
+    seeds: int | None = None
+    methods: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_narrowing("certify", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        in_range("certify.images", self.images, 1, 1_000_000)
+        for eps in self.eps:
+            Threat(parse_norm(self.norm), eps)
+            if not eps > 0:
+                raise PlanError("certify: certified accuracy at eps 0 is the plain accuracy; give an eps above 0")
+
+
+@dataclass(frozen=True)
+class Lipschitz:
+    """Take margins and local Lipschitz constants over balls of `radius` around the first `images` images.
+
+    `seeds`, `methods` and `sparsities` narrow the cells as they do for an attack.
+    """
+
+    radius: float
+    images: int = 200
+    norm: Literal["linf", "l2"] = "linf"
+    method: Literal["sampled", "clever", "product", "active", "jacobian"] = "jacobian"
+    seeds: int | None = None
+    methods: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_narrowing("lipschitz", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        in_range("lipschitz.images", self.images, 1, 1_000_000)
+        in_range("lipschitz.radius", self.radius, 1e-9, 1e6)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Find exact distances of the first `images` images, within `seconds` each, at the sparsities listed (none: all).
+
+    What a search proves within its time depends on the machine: these records alone may differ between runs.
+    """
+
+    images: int = 10
+    norm: Literal["linf", "l2"] = "linf"
+    seconds: float = 60.0
+    seeds: int | None = 1
+    sparsities: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_narrowing("exact", self.seeds, sparsities=self.sparsities)
+        in_range("exact.images", self.images, 1, 1_000_000)
+        in_range("exact.seconds", self.seconds, 1e-3, 1e7)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Hold what would be shipped against the network itself: accuracy, robustness and certificates of the artefact.
+
+    Its weights are rounded to `values`; the first `images` images that attacks use are attacked by `attack` at eps, on
+    the network and on the artefact, and some of them by HopSkipJump with `decisions` steps (0: not) on the artefact.
+    The plan's [[certify]] tables are computed again for these images. `seeds`, `methods` and `sparsities` narrow
+    the cells as they do for an attack.
+    """
+
+    values: Literal["fp32", "fp16", "int8"] = "int8"
+    images: int = 200
+    attack: str = "pgd"
+    norm: Literal["linf", "l2"] = "linf"
+    eps: float = 0.1
+    steps: int | None = None
+    decisions: int = 5
+    seeds: int | None = 1
+    methods: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_narrowing("shipped", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        in_range("shipped.images", self.images, 1, 100_000)
+        in_range("shipped.decisions", self.decisions, 0, 100)
+
+    @property
+    def judge(self) -> Attack:
+        """Return the attack as an [[attacks]] table would say it."""
+        return Attack(self.attack, norm=self.norm, eps=(self.eps,), images=self.images, steps=self.steps)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Make the dense control's activations sparse at each level; with `train`, fine-tune the dense network so.
+
+    `kind` names a module that takes the place of every ReLU, or "l1-penalty" (in training, weighed by `level`). Without
+    `test` the module is there in training alone, and the network that is judged has its ReLUs back.
+    """
+
+    kind: str
+    levels: tuple[float, ...]
+    label: str = ""
+    train: bool = False
+    test: bool = True
+    seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ACTIVATIONS and self.kind != "l1-penalty":
+            raise UnknownNameError("activation sparsity", self.kind, [*ACTIVATIONS, "l1-penalty"])
+        if not (self.train or self.test):
+            raise PlanError(f"activation '{self.kind}' is to act neither in training nor in tests; set train or test")
+        _check_narrowing("activation", self.seeds, levels=self.levels)
+        for level in self.levels:
+            if self.kind in ACTIVATIONS:
+                ACTIVATIONS[self.kind](level)  # refuses a level out of range
+            else:
+                in_range("a level of 'l1-penalty'", level, 0, 1e6)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Add the baselines that keep one honest (design.md, section 6, trap 7).
+
+    `decays` are the weight decays of dense controls, of which validation accuracy chooses one; `small_dense` and
+    `wide_sparse` list sparsities: a dense network with as many weights as the sparse one keeps, and a wider network
+    pruned at that sparsity to as many weights as the dense one has.
+    """
+
+    decays: tuple[float, ...] = ()
+    small_dense: tuple[float, ...] = ()
+    wide_sparse: tuple[float, ...] = ()
+    seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_narrowing("controls", self.seeds)
+        for decay in self.decays:
+            in_range("a decay in controls.decays", decay, 0, 10)
+        for sparsity in (*self.small_dense, *self.wide_sparse):
+            if not 0 < sparsity < 1:
+                raise PlanError(f"controls: a sparsity is the fraction removed, above 0 and below 1; {sparsity} is not")
+
+
+def attack_named(name: str) -> AttackFunction:
+    """Return an attack by its name in ATTACKS, or a user's own by "package.module:function"."""
+    if name in ATTACKS:
+        return ATTACKS[name]
+    if ":" not in name:
+        raise UnknownNameError("attack", name, ATTACKS)
+    function: AttackFunction = import_object(name)
+    try:
+        inspect.signature(function).bind(None, None, None, norm=0.0, eps=None, targets=None, generator=None)
+    except (TypeError, ValueError) as error:
+        call = "attack(model, x, y, *, norm, eps, targets, generator)"
+        raise UserError(f"'{name}' cannot be called as {call}: {error}") from error
+    return function
+
+
+def check_attack(attack: Attack) -> None:
+    """Raise UserError for an unknown attack, a budget out of range, or an option that the attack does not have."""
+    function = attack_named(attack.name)
+    if attack.name in ATTACKS and attack.name not in (*MINIMUM_NORM, *ENSEMBLES) and not attack.eps:
+        raise PlanError(f"attack '{attack.name}' needs a budget: give eps, as eps = [0.03] or eps = [\"8/255\"]")
+    for eps in attack.eps:
+        Threat(parse_norm(attack.norm), eps)
+    in_range(f"attack '{attack.name}': images", attack.images, 1, 1_000_000)
+    known = inspect.signature(function).parameters
+    for option in attack.options():
+        if option not in known:
+            raise PlanError(f"attack '{attack.name}' has no option '{option}'")
+
+
+def read_units(table: Any) -> Any:
+    """Return a nested table in which norms and budgets may be spelt as people do ("L2", "8/255") as plans hold them."""
+    if isinstance(table, list | tuple):
+        return [read_units(item) for item in table]
+    if not isinstance(table, dict):
+        return table
+    units = ("norm", "eps", "radius")
+    read = {key: _read_unit(key, value) if key in units else read_units(value) for key, value in table.items()}
+    for name in ("attacks", "transfer", "certify", "linear"):
+        for row in (row for row in read.get(name) or () if isinstance(row, dict)):
+            row |= {"eps": [row["eps"]]} if isinstance(row.get("eps"), float) else {}
+    return read
+
+
+def _read_unit(key: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_read_unit(key, item) for item in value]
+    if not isinstance(value, str | int | float):
+        return value
+    return norm_name(parse_norm(value)) if key == "norm" else parse_eps(value)
+
+
+def _check_narrowing(table: str, seeds: int | None, **lists: tuple[Any, ...] | None) -> None:
+    """Raise PlanError for what would narrow a table to nothing: no seeds, or an empty list."""
+    in_range(f"{table}.seeds", 1 if seeds is None else seeds, 1, 1000)
+    for name, values in lists.items():
+        if values is not None and not values:
+            raise PlanError(f"{table}.{name} is empty, so nothing would be done; leave it out, or name some")
+
+
+def in_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise PlanError unless a number lies in its range."""
+    if not low <= value <= high:
+        raise PlanError(f"{name} must lie between {low} and {high}, not {value}")

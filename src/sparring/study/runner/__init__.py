@@ -1,0 +1,1 @@
+"""Run the tasks of a study, here or on a cluster, and show progress."""

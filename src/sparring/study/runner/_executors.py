@@ -1,0 +1,228 @@
+"""Run tasks, each on one thread: in this process, or in local processes; cluster.py runs them on Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing as mp
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import TERMINATED, StorageError, UserError, place, told
+from ...files import pack_tensors
+
+MAX_DEATHS = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """Name a pure function of its inputs; `key` is their hash, `parents` the keys whose tensors it reads."""
+
+    key: str
+    stage: str
+    inputs: dict[str, Any]
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Hold what a stage found: numbers, series, flags, tensors to keep, and times, which alone may vary."""
+
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    series: dict[str, Any] = field(default_factory=dict)
+    flags: list[dict[str, str]] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """Report a finished task: an outcome, or the error that ended it, and the seconds it took.
+
+    The outcome's tensors travel as `content`, the bytes of a safetensors file: torch would send them through shared
+    memory, of which containers have little. `stops` says that storage failed, so that the study must end.
+    """
+
+    task: Task
+    outcome: Outcome | None
+    error: str | None
+    seconds: float
+    content: bytes = b""
+    stops: bool = False
+
+
+Work = Callable[[Task], Outcome]
+
+
+class Executor(Protocol):
+    """Run tasks somewhere. `slots` is how many may be under way; `wait` blocks until at least one is done."""
+
+    @property
+    def slots(self) -> int: ...
+
+    def submit(self, task: Task) -> None: ...
+
+    def wait(self) -> list[Done]: ...
+
+    def close(self) -> None: ...
+
+
+def perform(work: Work, task: Task) -> Done:
+    """Run one task on one thread and turn whatever it raises into an error text."""
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    stops = False
+    try:
+        outcome = work(task)
+        content = pack_tensors(outcome.tensors) if outcome.tensors else b""
+        return Done(task, replace(outcome, tensors={}), None, time.perf_counter() - began, content)
+    except UserError as problem:
+        where = place(problem)
+        error = f"{problem} ({where})" if where and where not in str(problem) else str(problem)
+        stops = isinstance(problem, StorageError)
+    except (MemoryError, torch.OutOfMemoryError):
+        error = "out of memory: use a smaller batch_size, or fewer workers"
+    except BaseException as problem:  # a user's factory or pruner may do anything; it fails this cell alone
+        if isinstance(problem, KeyboardInterrupt) or (isinstance(problem, SystemExit) and problem.code == TERMINATED):
+            raise
+        error = told(problem)
+        if "SPARRING_TRACEBACK" in os.environ:
+            traceback.print_exception(problem)
+    return Done(task, None, error, time.perf_counter() - began, stops=stops)
+
+
+class InProcess:
+    """Run each task here and now, for debugging and for devices that cannot be shared."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.slots = 1
+        self.queue: list[Task] = []
+
+    def submit(self, task: Task) -> None:
+        self.queue.append(task)
+
+    def wait(self) -> list[Done]:
+        threads = torch.get_num_threads()
+        try:
+            return [perform(self.work, self.queue.pop(0))]
+        finally:
+            torch.set_num_threads(threads)
+
+    def close(self) -> None:
+        self.queue.clear()
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    task: Task | None = None
+
+
+class Processes:
+    """Run up to `slots` tasks at a time, each in a forked process with one thread.
+
+    Forking shares the data set and whatever models and pruners the caller defined, notebook cells included. A worker
+    that dies is replaced and its task tried again, at most three times. A worker whose driver died ends itself.
+    """
+
+    def __init__(self, work: Work, slots: int) -> None:
+        self.work = work
+        self.slots = slots
+        self.workers: list[_Worker] = []
+        self.deaths: dict[str, int] = {}
+
+    def submit(self, task: Task) -> None:
+        worker = next((w for w in self.workers if w.task is None), None) or self._start()
+        worker.task = task
+        # A worker that died while idle is found by wait(), which starts another.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            worker.pipe.send(task)
+
+    def wait(self) -> list[Done]:
+        done: list[Done] = []
+        while not done:
+            busy = [w for w in self.workers if w.task is not None]
+            ready = set(wait([w.pipe for w in busy] + [w.process.sentinel for w in busy]))
+            for worker in busy:
+                if worker.pipe in ready or worker.process.sentinel in ready:
+                    done += self._collect(worker)
+        return done
+
+    def _collect(self, worker: _Worker) -> list[Done]:
+        task = worker.task
+        assert task is not None
+        try:
+            if worker.pipe.poll():
+                result: Done = worker.pipe.recv()
+                worker.task = None
+                return [result]
+        except (EOFError, ConnectionResetError, OSError):
+            pass
+        self._bury(worker)
+        self.deaths[task.key] = self.deaths.get(task.key, 0) + 1
+        if self.deaths[task.key] >= MAX_DEATHS:
+            code = worker.process.exitcode
+            return [Done(task, None, f"its process died {MAX_DEATHS} times (exit code {code}): out of memory?", 0.0)]
+        self.submit(task)
+        return []
+
+    def _start(self) -> _Worker:
+        context = mp.get_context("fork")
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there, self.work, os.getpid()), daemon=True)
+        process.start()
+        there.close()
+        worker = _Worker(process, here)
+        self.workers.append(worker)
+        return worker
+
+    def _bury(self, worker: _Worker) -> None:
+        worker.process.kill()
+        worker.process.join()
+        worker.pipe.close()
+        self.workers.remove(worker)
+
+    def close(self) -> None:
+        """End all workers at once, whatever they are doing."""
+        for worker in list(self.workers):
+            self._bury(worker)
+
+
+def _serve(pipe: Connection, work: Work, driver: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with(driver)
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, OSError):
+            return
+        pipe.send(perform(work, task))
+
+
+def _die_with(driver: int) -> None:
+    """End this process when the driver is gone: by the kernel where it offers that, else by looking."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != driver:
+        os._exit(1)
+
+    def look() -> None:
+        while os.getppid() == driver:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()

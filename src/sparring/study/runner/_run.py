@@ -1,0 +1,201 @@
+"""Run a plan: lay out its tasks, skip what is done, run the rest, write records; killed and run again, it goes on."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data import Dataset, load
+from ...errors import DamageError, PlanError, UserError
+from ...files import canonical_json, sha256_bytes
+from ...history import append_entry, read_history
+from ...units import percent
+from .._plan_file import read_plan, refuse_another, write_plan
+from .._store import SCHEMA, Record, Store
+from ..plans._dry_run import rehearse
+from ..plans._estimate import estimate
+from ..plans._plan import Plan
+from ..plans._task_graph import DEVICES, Cell, DataFacts, Work, lay_out
+from ..stages._networks import Context, Factory, fingerprint
+from ..stages._table import perform_stage
+from ._executors import Executor, InProcess, Processes
+from ._ray import RayCluster
+from ._schedule import Watcher, environment, execute
+
+
+def register(plan: Plan, out: str | Path) -> dict[str, Any]:
+    """Write a plan and its hash to the history of the folder `out` before its first record, and return that entry.
+
+    A plan that is registered already is not registered twice. Raise PlanError if the folder holds records and the plan
+    is not the registered one, DamageError if the history is broken, and UserError as `run` does.
+    """
+    store = Store(out)
+    store.prepare()
+    table = plan.table()
+    name = sha256_bytes(canonical_json(table).encode())
+    with store.lock():
+        known = [entry for entry in read_history(out) if entry["kind"] == "registered"]
+        if known and known[-1]["plan"] == name:
+            return known[-1]
+        if any(store.records.iterdir()):
+            raise PlanError(
+                f"{store.out} holds records already, and registering is done before the first; choose another folder "
+                "with --out, or leave --register out"
+            )
+        return append_entry(out, {"kind": "registered", "plan": name, "table": table})
+
+
+def run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    workers: int | None = None,
+    retry: bool = False,
+    watch: Watcher | None = None,
+    device: str = "cpu",
+    factory: Factory | None = None,
+    ray: str | None = None,
+    command: str = "",
+) -> list[Record]:
+    """Run a plan into the folder `out` and return its records, in the plan's order.
+
+    `dataset` stands in for the one that the plan names; `factory`, called without arguments, for its model, which the
+    plan then calls "module:name". Whatever the folder already holds is not done again. `workers` tasks run at a time
+    (default: one per core; 0: in this process), or as many as fit on the Ray cluster at the address `ray` ("auto": the
+    one on this machine). `device` is "cpu", a GPU such as "cuda:0", or "auto": a GPU if there is one. A task that
+    fails fails its cell alone; `retry` tries failed ones again. Raise UserError if the folder belongs to another plan,
+    is in use, or cannot be written, or if there is no such device.
+    """
+    device = usable_device(device, here=ray is None)
+    store = Store(out)
+    store.prepare()
+    if dataset is None:
+        dataset = load(plan.data)
+    with store.lock():
+        read_history(out)  # a broken one is told of before the work, not after
+        facts = DataFacts.of(dataset)
+        code = {} if factory is None else {plan.model.name: fingerprint(factory)}
+        work = lay_out(plan, facts, device=device, code=code)
+        context = Context(dataset, store.tensors, store.scratch, device, factory)
+        rehearse(plan, context)
+        _write_plan(store, plan, work, dataset, command)
+        executor = _executor(context, workers, ray)
+        foretell = functools.partial(estimate, context=context, workers=executor.slots)
+        try:
+            return execute(
+                work.tasks.values(),
+                store,
+                executor,
+                retry=retry,
+                watch=watch,
+                labels=_labels(work.cells),
+                origins=_origins(plan, work.cells),
+                foretell=foretell,
+            )
+        finally:
+            executor.close()
+
+
+def _executor(context: Context, workers: int | None, ray: str | None) -> Executor:
+    if ray is not None:
+        return RayCluster(perform_stage, context, ray)
+    count = available_cores() if workers is None else workers
+    if count < 0:
+        raise UserError(f"workers must be 0 or more, not {count}")
+    work = functools.partial(perform_stage, context)
+    return InProcess(work) if count == 0 or context.device != "cpu" else Processes(work, count)
+
+
+def usable_device(name: str, *, here: bool) -> str:
+    """Return the device that a name means; raise UserError unless it is one that can be used (`here`: tried out)."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+        if here:
+            torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"there is no device '{name}' here ({reason}); try --device cpu") from error
+    if kind not in DEVICES:
+        raise UserError(f"studies do not run on devices of type '{kind}'; use one of {', '.join(DEVICES)}")
+    return name
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _labels(cells: Iterable[Cell]) -> dict[str, str]:
+    """Name each task by the last cell that holds it; the dense training, which all share, by the seed alone."""
+    labels: dict[str, str] = {}
+    for cell in cells:
+        for key in cell.tasks:
+            text = f"seed {cell.seed} · {cell.method}" + (f" {percent(cell.sparsity)}" if cell.sparsity else "")
+            labels[key] = f"seed {cell.seed}" if key in labels else text
+    return labels
+
+
+def _origins(plan: Plan, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Say of each task the plan and the seed it belongs to; of one that all share, the first."""
+    return {key: {"plan": plan.name, "seed": cell.seed} for cell in reversed(cells) for key in cell.tasks}
+
+
+def _write_plan(store: Store, plan: Plan, work: Work, dataset: Dataset, command: str) -> None:
+    """Write plan.json unless it says the same already; refuse a folder that belongs to another plan.
+
+    The latest command stays, as an earlier one may mean another plan by now (a preset changes); without one, the kept.
+    """
+    kept, content = _kept(store, work), _described(plan, work, dataset)
+    if kept is not None:
+        refuse_another(store.out, kept["plan"], content["plan"])
+        command = command or kept.get("command", "")
+    document = {**content, "command": command}
+    if kept is None or canonical_json(kept) != canonical_json(document):
+        write_plan(store.out, document)
+
+
+def _kept(store: Store, work: Work) -> dict[str, Any] | None:
+    """Return what plan.json says. A damaged one is set aside and counts as none, if the records are this plan's."""
+    path = store.out / "plan.json"
+    damaged = False
+    if path.exists():
+        try:
+            return read_plan(store.out)
+        except DamageError:
+            damaged = True
+    records = [record.stem for record in store.records.iterdir()]
+    if records and work.tasks.keys().isdisjoint(records):
+        raise PlanError(
+            f"{store.out} holds records of another plan and {'a damaged' if damaged else 'no'} plan.json; "
+            "choose another folder with --out"
+        )
+    if damaged:
+        store.set_aside(path)
+    return None
+
+
+def _described(plan: Plan, work: Work, dataset: Dataset) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "plan": plan.table(),
+        "dataset": {
+            "name": dataset.name,
+            "classes": list(dataset.class_names),
+            "class_count": dataset.classes,
+            "train": len(dataset.train.x),
+            "valid": len(dataset.valid.x),
+            "test": len(dataset.test.x),
+            "shape": list(dataset.train.x.shape[1:]),
+        },
+        "environment": environment(),
+        "cells": [asdict(cell) for cell in work.cells],
+    }

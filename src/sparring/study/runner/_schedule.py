@@ -1,0 +1,227 @@
+"""Run tasks that a store lacks, parents before children, as many at a time as an executor takes."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ... import __version__
+from ...errors import StorageError
+from ...train import is_whole
+from .._store import Record, Store
+from ._executors import Done, Executor, Task
+
+
+@dataclass(frozen=True)
+class Event:
+    """Tell a watcher what happened: counts of tasks, and the record that was just made.
+
+    The first event has no record but an `estimate` of the seconds that the rest will take (None: nobody made one).
+    `damaged` names the files that were found damaged and set aside so far.
+    """
+
+    total: int
+    done: int
+    cached: int
+    failed: int
+    running: tuple[Task, ...]
+    record: Record | None = None
+    label: str = ""
+    estimate: float | None = None
+    damaged: tuple[str, ...] = ()
+
+
+Watcher = Callable[[Event], None]
+
+
+def execute(
+    tasks: Iterable[Task],
+    store: Store,
+    executor: Executor,
+    *,
+    retry: bool = False,
+    watch: Watcher | None = None,
+    labels: Mapping[str, str] = MappingProxyType({}),
+    origins: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    foretell: Callable[[list[Task]], float | None] | None = None,
+) -> list[Record]:
+    """Run tasks (parents first) that the store lacks, and return all records in the tasks' order.
+
+    `labels` and `origins` say by key what a watcher is told and what a record keeps of where a task belongs. A task
+    whose parent failed is not run and has no record. Raise StorageError where the disk is full or a file that a task
+    needs is damaged: what was done before stays done.
+    """
+    scheduler = _Scheduler(list(tasks), store, executor, watch, labels, origins)
+    scheduler.recall(retry)
+    scheduler.run(foretell)
+    return [scheduler.records[task.key] for task in scheduler.order if task.key in scheduler.records]
+
+
+class _Scheduler:
+    """Hold what is done, running and ready. Each task and each of its parents is looked at once, not once a round."""
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        store: Store,
+        executor: Executor,
+        watch: Watcher | None,
+        labels: Mapping[str, str],
+        origins: Mapping[str, dict[str, Any]],
+    ) -> None:
+        self.order, self.store, self.executor, self.watch = tasks, store, executor, watch
+        self.labels, self.origins = labels, origins
+        self.records: dict[str, Record] = {}
+        self.running: dict[str, Task] = {}
+        self.children: defaultdict[str, list[int]] = defaultdict(list)  # places in the order, by parent's key
+        self.unmet: dict[int, int] = {}  # how many parents a waiting task still lacks, by place
+        self.ranks = _ranks(tasks)
+        self.ready: list[tuple[float, int]] = []  # a heap of ranks and places
+        self.cached = self.errors = 0
+
+    def recall(self, retry: bool) -> None:
+        """Take what the store has; what a missing task needs is checked byte by byte, however large."""
+        for task in self.order:
+            record = self.store.recall(task.key)
+            if record is not None and not (retry and record.error):
+                self.records[task.key] = record
+        missing = [task for task in self.order if task.key not in self.records]
+        for key in {parent for task in missing for parent in task.parents} & set(self.records):
+            if self.store.verify(key) is None:
+                del self.records[key]  # damaged: set aside by the store, to be made again
+        for path in map(self.store.checkpoint, (task.key for task in missing)):
+            if path.exists() and not is_whole(path):
+                self.store.set_aside(path)
+        self.cached = len(self.records)
+        self.errors = sum(1 for record in self.records.values() if record.error)
+
+    def run(self, foretell: Callable[[list[Task]], float | None] | None) -> None:
+        self._line_up()
+        missing = [task for task in self.order if task.key not in self.records]
+        self._hand_out()  # before anything else: the workers need not wait for an estimate
+        self._tell(None, None if foretell is None or self.watch is None else foretell(missing))
+        while self.running:
+            for done in self.executor.wait():
+                self._keep(done)
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self.ready and len(self.running) < self.executor.slots:
+            task = self.order[heapq.heappop(self.ready)[1]]
+            self.running[task.key] = task
+            self.executor.submit(task)
+
+    def _line_up(self) -> None:
+        """Count for each missing task the parents that are not done; one whose parent failed will never be ready."""
+        for place, task in enumerate(self.order):
+            if task.key in self.records:
+                continue
+            waits_for = {p for p in task.parents if p not in self.records or self.records[p].error}
+            for parent in waits_for:
+                self.children[parent].append(place)
+            if waits_for:
+                self.unmet[place] = len(waits_for)
+            else:
+                self.ready.append((self.ranks[place], place))
+        heapq.heapify(self.ready)
+
+    def _keep(self, done: Done) -> None:
+        task, outcome = done.task, done.outcome
+        if done.stops:
+            raise StorageError(done.error)
+        record = Record(
+            task.key,
+            task.stage,
+            task.inputs,
+            environment=environment(),
+            times={"seconds": done.seconds},
+            origin={**self.origins.get(task.key, {}), "weights": self._hashes(task.parents)},
+        )
+        if outcome is None:
+            record = self.store.write(replace(record, error=done.error))
+            self.errors += 1
+        else:
+            record = replace(
+                record,
+                metrics=outcome.metrics,
+                series=outcome.series,
+                flags=outcome.flags,
+                times={**outcome.times, **record.times},
+            )
+            record = self.store.write(record, done.content)
+            self.store.checkpoint(task.key).unlink(missing_ok=True)
+            self._release(task.key)
+        del self.running[task.key]
+        self.records[task.key] = record
+        self._tell(record)
+
+    def _hashes(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the SHA-256 of the tensors that a task read, by the key of the parent that left them."""
+        held = {key: self.records[key].object for key in keys}
+        return {key: found["sha256"] for key, found in held.items() if found is not None}
+
+    def _release(self, key: str) -> None:
+        for place in self.children.pop(key, ()):
+            self.unmet[place] -= 1
+            if not self.unmet[place]:
+                del self.unmet[place]
+                heapq.heappush(self.ready, (self.ranks[place], place))
+
+    def _tell(self, record: Record | None, estimate: float | None = None) -> None:
+        if self.watch is None:
+            return
+        self.watch(
+            Event(
+                total=len(self.order),
+                done=len(self.records),
+                cached=self.cached,
+                failed=self.errors,
+                running=tuple(self.running.values()),
+                record=record,
+                label=self.labels.get(record.key, "") if record is not None else "",
+                estimate=estimate,
+                damaged=tuple(self.store.found_damaged),
+            )
+        )
+
+
+def _ranks(tasks: list[Task]) -> list[float]:
+    """Say in which order tasks that are ready are handed out: the plan's, but a first task before its turn.
+
+    One that waits for nothing (a dense training) goes where the one before it stands. Else the last seed's would start
+    when all others' tasks are done, and one worker would train while the rest waited.
+    """
+    ranks = [float(place) for place in range(len(tasks))]
+    first = [place for place, task in enumerate(tasks) if not task.parents]
+    for before, place in itertools.pairwise(first):
+        ranks[place] = before + 0.5
+    return ranks
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Return the version of every library that a stage computes with."""
+    return {name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn", "safetensors", "llvmlite")}
+
+
+def environment() -> dict[str, Any]:
+    """Return what a record says of where it was made."""
+    return {
+        "sparring": __version__,
+        **_versions(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": 1,
+    }

@@ -1,0 +1,101 @@
+"""Stages that prove things of networks: certificates, Lipschitz constants, exact distances; on the CPU, in double."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import attacks, bounds
+from ...data import as_float
+from ...errors import Unsupported
+from ...outputs import opened
+from ...threat import Threat, parse_norm
+from ..runner._executors import Outcome, Task
+from ._evaluate import judged
+from ._networks import Context, chosen_images
+
+
+def certify(context: Context, task: Task) -> Outcome:
+    """Compute certified radii of some images; a network without a sound rule has none, and says why."""
+    inputs = task.inputs
+    model = judged(context, task).cpu()
+    x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
+    try:
+        radius = bounds.radius(model, as_float(x), y, parse_norm(inputs["norm"]), method=inputs["method"])
+    except Unsupported as reason:
+        return _without("no-certificate", reason)
+    metrics: dict[str, float | None] = {
+        "radius_mean": float(radius.mean()),
+        "radius_median": float(radius.median()),
+        **{f"certified_accuracy_{eps:g}": float((radius >= eps).double().mean()) for eps in inputs["eps"]},
+    }
+    return Outcome(metrics, tensors={"radius": radius, "label": y})
+
+
+def constants(context: Context, task: Task) -> Outcome:
+    """Take the margin (numerator) and a local Lipschitz constant (denominator) of each correctly classified image.
+
+    Over classes k the pair with the smallest margin / constant counts, which bounds the distance from below.
+    """
+    inputs = task.inputs
+    model = judged(context, task).cpu()
+    x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
+    images = as_float(x)
+    with torch.no_grad():
+        logits = opened(model, images)(images).double()
+    right = logits.argmax(1) == y
+    try:
+        constant = bounds.lipschitz(
+            model, images, inputs["radius"], norm=parse_norm(inputs["norm"]), method=inputs["method"]
+        )
+    except Unsupported as reason:
+        return _without("no-lipschitz-constant", reason)
+    margin, chosen = _tightest(logits, constant)
+    ratio = margin / chosen.clamp_min(1e-30)
+    metrics: dict[str, float | None] = {"margin": None, "lipschitz": None, "margin_over_lipschitz": None}
+    if bool(right.any()):
+        metrics = {
+            "margin": float(margin[right].median()),
+            "lipschitz": float(chosen[right].median()),
+            "margin_over_lipschitz": float(ratio[right].median()),
+        }
+    tensors = {"margin": margin, "lipschitz": chosen, "ratio": ratio, "clean_correct": right, "label": y}
+    return Outcome(metrics, tensors=tensors)
+
+
+def _tightest(logits: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
+    """Return margin and constant, (N,) each, of the class whose margin / constant is smallest for each image."""
+    label = logits.argmax(1)
+    others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, label[:, None], False)
+    margins = (logits.gather(1, label[:, None]) - logits)[others].view(len(logits), -1)
+    index = (margins / constant.clamp_min(1e-30)).argmin(1, keepdim=True)
+    return margins.gather(1, index)[:, 0], constant.gather(1, index)[:, 0]
+
+
+def distances(context: Context, task: Task) -> Outcome:
+    """Find exact distances of a few images within a time limit each, starting from the best attack."""
+    inputs = task.inputs
+    model, norm = judged(context, task).cpu(), parse_norm(inputs["norm"])
+    x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
+    images = as_float(x)
+    generator = torch.Generator().manual_seed(inputs["images"])
+    attacked = attacks.run(model, images, y, attacks.nearest, Threat(norm), generator=generator, batch_size=100)
+    try:
+        found = bounds.exact(model, images, y, norm, x_adv=attacked.x_adv, seconds=inputs["seconds"])
+    except Unsupported as reason:
+        return _without("no-exact-distance", reason)
+    solved = torch.tensor([status != "time limit" for status in found.status])
+    tensors = {
+        "lower": found.lower,
+        "upper": found.upper,
+        "solved": solved,
+        "attack": attacked.distance,
+        "clean_correct": attacked.clean_correct,
+        "label": y,
+    }
+    metrics: dict[str, float | None] = {"solved": float(solved.double().mean())}
+    return Outcome(metrics, tensors=tensors, times={"search": float(found.seconds.sum())})
+
+
+def _without(name: str, reason: Unsupported) -> Outcome:
+    return Outcome(flags=[{"name": name, "detail": str(reason)}])

@@ -1,0 +1,228 @@
+"""Stages that judge networks: sizes and accuracies, attacks, transfer."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import attacks, deploy
+from ...data import as_float
+from ...errors import Unsupported, UserError
+from ...metrics import accuracy, distances, macs, robust_accuracy, size
+from ...sparsity import activity
+from ...threat import Threat, parse_norm
+from ...train import predict
+from ..plans._tables import attack_named
+from ..runner._executors import Outcome, Task
+from ._networks import Context, chosen_images, network_of
+
+ACTIVITY_IMAGES = 1000
+# Of a packed network against the network itself, before attacks may go through it.
+LOGIT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-2
+
+
+def measure(context: Context, task: Task) -> Outcome:
+    """Count a network and take its accuracies and natural activation sparsity."""
+    data = context.dataset
+    model = judged(context, task)
+    logits, logits_valid = predict(model, data.test.x), predict(model, data.valid.x)
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the network's logits are NaN or infinite; its training diverged")
+    model = model.cpu()  # what follows counts, and has no need of a GPU
+    counted = size(model)
+    shape, flags = tuple(data.test.x.shape[1:]), []
+    dense: int | None
+    sparse: int | None
+    try:
+        dense, sparse = macs(model, shape)
+    except Unsupported as reason:
+        dense, sparse = None, None
+        flags.append({"name": "no-macs", "detail": str(reason)})
+    active = activity(model, data.test.x[:ACTIVITY_IMAGES])
+    # Only where some matrix cannot be pruned do the two shares differ.
+    total = {"sparsity_matrices": counted.sparsity_matrices} if counted.matrices != counted.weights else {}
+    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    first = next(iter(weights.values())).detach()
+    return Outcome(
+        {
+            "accuracy": accuracy(logits, data.test.y),
+            "accuracy_valid": accuracy(logits_valid, data.valid.y),
+            "sparsity": counted.sparsity,
+            "sparsity_total": counted.sparsity_total,
+            **total,
+            "parameters": counted.parameters,
+            "nonzero": counted.nonzero,
+            "bytes_dense": counted.bytes_dense,
+            "bytes_sparse": min(counted.bytes_dense, counted.bytes_sparse),
+            "macs_dense": dense,
+            "macs": sparse,
+            "activation_sparsity": active.sparsity,
+        },
+        {
+            "density": {name: float(p.count_nonzero()) / p.numel() for name, p in weights.items()},
+            "activation_sparsity": {layer.name: layer.sparsity for layer in active.layers},
+            "dead_units": {layer.name: len(layer.dead) for layer in active.layers},
+        },
+        flags=flags,
+        tensors={
+            "correct": logits.argmax(1) == data.test.y,
+            "correct_valid": logits_valid.argmax(1) == data.valid.y,
+            "label": data.test.y,
+            "first_weight": first.clone(),
+            "first_mask": first != 0,
+        },
+    )
+
+
+def attack(context: Context, task: Task) -> Outcome:
+    """Attack one shard of images; a second parent lends what was found on the dense control (`lend`)."""
+    inputs = task.inputs
+    model = judged(context, task)
+    x, y = _images(context, inputs)
+    loans = [found for loan in task.parents[1:] for _, found in sorted(context.tensors(loan).items())]
+    lent = [found.to(context.device) for found in loans]
+    through, flags = _packed(model, x[:8]) if inputs.get("kernels") == "packed" else (None, [])
+    result = _run(model, x, y, inputs, {"dense control": lent}, through)
+    metrics: dict[str, float | None] = {
+        "forwards": result.forwards,
+        "backwards": result.backwards,
+        "success": float(result.success.double().mean()),
+    }
+    if inputs["attack"]["eps"] is None:
+        found = distances(result.distance, result.clean_correct)
+        metrics |= {
+            "mean_distance": found.mean,
+            "mean_distance_correct": found.mean_correct,
+            "median_distance_correct": found.median_correct,
+            "failed": found.failed,
+        }
+    else:
+        metrics["robust_accuracy"] = robust_accuracy(result.clean_correct, result.success)
+    tensors = {
+        "distance": result.distance,
+        "success": result.success,
+        "clean_correct": result.clean_correct,
+        "label": y,
+    }
+    if inputs["gallery"]:
+        tensors["clean"] = x[: inputs["gallery"]]
+        tensors["perturbed"] = result.x_adv[: inputs["gallery"]].clone()
+    flags += [{"name": flag.name, "detail": flag.detail} for flag in result.flags]
+    return Outcome(_finite(metrics), flags=flags, tensors=tensors)
+
+
+def lend(context: Context, task: Task) -> Outcome:
+    """Attack one shard of images on a network that lends what is found to others: `loan0`, and so on."""
+    inputs = task.inputs
+    x, y = _images(context, inputs)
+    attack, threat = _asked(inputs)
+    found = attacks.lend(
+        judged(context, task),
+        x,
+        y,
+        attack,
+        threat,
+        batch_size=inputs["batch_size"],
+        generator=_generator(inputs),
+    )
+    return Outcome({}, tensors={f"loan{place}": examples for place, examples in enumerate(found)})
+
+
+def transfer(context: Context, task: Task) -> Outcome:
+    """Attack the first parent's network and try its adversarial images on the second's."""
+    inputs = task.inputs
+    source, target = (network_of(context, inputs, key).eval() for key in task.parents)
+    images, y = _images(context, inputs)
+    result = _run(source, images, y, inputs, {})
+    with torch.no_grad():
+        right = torch.cat([target(part).argmax(1) for part in torch.split(images, inputs["batch_size"])]) == y
+        fooled = torch.cat([target(part).argmax(1) for part in torch.split(result.x_adv, inputs["batch_size"])]) != y
+    counted = right & result.success
+    moved = float((fooled & counted).sum()) / max(1, int(counted.sum()))
+    metrics: dict[str, float | None] = {"transferred": moved if bool(counted.any()) else None}
+    metrics["robust_accuracy"] = robust_accuracy(right, fooled)
+    return Outcome(metrics, tensors={"success": fooled & counted, "clean_correct": counted, "label": y})
+
+
+def judged(context: Context, task: Task) -> nn.Module:
+    """Build the network that a task judges: the first parent's, at the checkpoint that the task names."""
+    return network_of(context, task.inputs, task.parents[0], checkpoint=task.inputs.get("checkpoint", "final")).eval()
+
+
+def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[str, str]]]:
+    """Return a network in its packed form, or None and a flag that says why attacks must do without."""
+    try:
+        packed = deploy.pack(model, shape=tuple(x.shape[1:]), images=x)
+    except Unsupported as reason:
+        return None, [{"name": "no-packed-form", "detail": f"attacked through torch: {reason}"}]
+    if not packed.native:  # numpy would round otherwise than what other machines record under this key
+        raise UserError("no kernels can be generated here; run the study with --set kernels=torch")
+    through = deploy.PackedModule(packed)
+    if _agree(model, through, x):
+        return through, []
+    return None, [{"name": "packed-form-differs", "detail": "attacked through torch: logits or gradients differ"}]
+
+
+def _agree(model: nn.Module, through: nn.Module, x: Tensor) -> bool:
+    """Compare logits and input gradients of a few images; a maximum of equal values may send a gradient elsewhere."""
+    logits, gradients = [], []
+    for network in (model, through):
+        point = x.clone().requires_grad_()
+        logits.append(network(point))
+        gradients.append(torch.autograd.grad(logits[-1].logsumexp(1).sum(), point)[0].flatten(1))
+    error = (logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp_min(1e-30)
+    apart = (gradients[0] - gradients[1]).norm(dim=1) / gradients[0].norm(dim=1).clamp_min(1e-30)
+    return bool(error <= LOGIT_TOLERANCE) and bool(apart.median() <= GRADIENT_TOLERANCE)
+
+
+def _images(context: Context, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of a task's shard, where its networks are."""
+    x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
+    return as_float(x).to(context.device), y.to(context.device)
+
+
+def _run(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    inputs: dict[str, Any],
+    lent: Mapping[str, Sequence[Tensor]],
+    through: nn.Module | None = None,
+) -> attacks.AttackResult:
+    if inputs["attack"].get("naive"):
+        for module in model.modules():
+            if hasattr(module, "masks_gradients"):
+                module.masks_gradients = False  # type: ignore[assignment]
+    attack, threat = _asked(inputs)
+    return attacks.run(
+        model,
+        x,
+        y,
+        attack,
+        threat,
+        surrogates={},
+        lent=lent,
+        through=through,
+        batch_size=inputs["batch_size"],
+        generator=_generator(inputs),
+    )
+
+
+def _asked(inputs: dict[str, Any]) -> tuple[attacks.Attack, Threat]:
+    """Return the attack and the threat of a task."""
+    spec = {name: value for name, value in inputs["attack"].items() if name != "naive"}
+    name, norm, eps = spec.pop("name"), parse_norm(spec.pop("norm")), spec.pop("eps")
+    return functools.partial(attack_named(name), **spec), Threat(norm, eps)
+
+
+def _generator(inputs: dict[str, Any]) -> torch.Generator:
+    return torch.Generator().manual_seed(1_000_003 * inputs["seed"] + inputs["start"])
+
+
+def _finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}

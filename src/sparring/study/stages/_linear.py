@@ -1,0 +1,201 @@
+"""The stage of a linear study: one loss on one group of classes, theory beside attacks at every point of its paths."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import attacks, bounds
+from ...data import Split, as_float
+from ...errors import UserError
+from ...threat import L2, LINF, Threat
+from ..runner._executors import Outcome, Task
+from ._networks import Context
+
+Point = dict[str, Any]
+EXACT = 1e-9  # relative, for what the theorem says of float64 sums
+# A linear boundary has no curvature to be guided around, so that few of the guided steps do.
+DISTANCE_ATTACKS: dict[str, attacks.Attack] = {
+    "deepfool": attacks.deepfool,
+    "nearest": functools.partial(attacks.nearest, steps=10),
+}
+NEAR = 1e-6  # relative, for float64 logits of images within a rounding error of the boundary
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Hold images in [0, 1] of one group of classes, with labels from 0."""
+
+    x: Tensor
+    y: Tensor
+
+
+def classify_group(context: Context, task: Task) -> Outcome:
+    """Train a loss's penalty paths on some of the classes, prune the one that validation accuracy chose, judge all.
+
+    Every classifier is an entry of the series "points"; one of which an identity of the theorem, or an attack's place
+    above the closed form, does not hold raises a flag. The metrics are those of the dense classifier that was pruned.
+    """
+    inputs, data = task.inputs, context.dataset
+    train = _group(data.train, inputs["classes"], inputs["train_images"])
+    valid, test = (_group(split, inputs["classes"], inputs["images"]) for split in (data.valid, data.test))
+    strength, classifiers = _trained(train, valid, inputs)
+    points: list[Point] = []
+    flags: list[dict[str, str]] = []
+    for one in classifiers:
+        point = {"path": one.path, "step": one.step, **_judge(one.model, test, valid, inputs["eps"])}
+        flags += [
+            {"name": "theory-mismatch", "detail": f"{text} ({one.path}, {one.step:g})"} for text in mismatches(point)
+        ]
+        points.append(point)
+    dense = next(point for point in points if (point["path"], point["step"]) == ("l2", strength))
+    metrics = {"strength": strength, **{name: dense[name] for name in ("accuracy", "accuracy_valid", "sparsity")}}
+    return Outcome(metrics, {"points": points}, flags)
+
+
+@dataclass(frozen=True)
+class _Classifier:
+    """Hold a model and its place: a step is an inverse penalty strength, or the sparsity pruned to."""
+
+    path: str
+    step: float
+    model: nn.Sequential
+
+
+def _group(split: Split, classes: list[int], most: int) -> _Images:
+    """Return the first images of some classes, in the split's order mixed once, numbered from 0."""
+    chosen = torch.isin(split.y, torch.tensor(classes)).nonzero().flatten()
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:most]]
+    y = torch.searchsorted(torch.tensor(classes), split.y[chosen])
+    if torch.unique(y).tolist() != list(range(len(classes))):
+        raise UserError(f"some of the classes {classes} have no images in a split; take more images or other classes")
+    return _Images(as_float(split.x[chosen]), y)
+
+
+def _trained(train: _Images, valid: _Images, inputs: dict[str, Any]) -> tuple[float, list[_Classifier]]:
+    """Return the strength of the l_2 penalty that validation accuracy chose, and every classifier of every path."""
+    loss, tolerance = inputs["loss"], inputs["tolerance"]
+    found = [
+        _Classifier(penalty, strength, model)
+        for penalty in ("l2", "l1")
+        for strength, model in zip(
+            inputs[penalty],
+            bounds.linear_path(train.x, train.y, inputs[penalty], loss=loss, penalty=penalty, tolerance=tolerance),
+            strict=True,
+        )
+    ]
+    # Of equally accurate ones the first: the strongest penalty, as the plan lists them.
+    dense = max((one for one in found if one.path == "l2"), key=lambda one: _accuracy(one.model, valid))
+    pruned = bounds.linear_pruned(
+        train.x,
+        train.y,
+        inputs["magnitude"],
+        dense=dense.model,
+        loss=loss,
+        strength=dense.step,
+        tolerance=tolerance,
+    )
+    found += [_Classifier("magnitude", *pair) for pair in zip(inputs["magnitude"], pruned, strict=True)]
+    return dense.step, found
+
+
+def _accuracy(model: nn.Module, images: _Images) -> float:
+    with torch.no_grad():
+        return float((model(images.x).argmax(1) == images.y).double().mean())
+
+
+def _judge(model: nn.Module, test: _Images, valid: _Images, eps: list[float]) -> Point:
+    """Return everything that is known of one classifier, exactly and by attack; budgets are keyed by their text."""
+    linear = bounds.weights_of(model, tuple(test.x.shape[1:]))
+    boxed, unboxed = [(LINF, True), (L2, True)], [(LINF, False), (L2, False)]
+    exact = bounds.linear_distances(linear, test.x, test.y, boxed + unboxed)
+    return {
+        "sparsity": float((linear.weight == 0).double().mean()),
+        "accuracy": _accuracy(model, test),
+        "accuracy_valid": _accuracy(model, valid),
+        **_summary("boxed", exact[:2], eps),
+        **_summary("unboxed", exact[2:], eps),
+        # A point of a path is chosen on validation images, so these are all that is needed of them.
+        "valid": _summary("boxed", bounds.linear_distances(linear, valid.x, valid.y, boxed), eps),
+        **_attacked(model, linear, test, eps, exact[1]),
+        "theorem": _theorem(linear, test, eps) if len(linear.weight) == 2 else None,
+        "images": len(test.x),
+    }
+
+
+def _summary(name: str, distances: list[Tensor], eps: list[float]) -> Point:
+    """Return r_inf at every budget and r_2 from exact distances (N,), first in l_inf, then in l_2."""
+    shares = {f"{e:g}": float((distances[0] > e).double().mean()) for e in eps}
+    return {f"r_inf_{name}": shares, f"r_2_{name}": _mean(distances[1])}
+
+
+def _mean(distance: Tensor) -> float:
+    """Return the mean of the finite distances: nothing moves a constant classifier, and attacks may fail."""
+    finite = distance[distance.isfinite()]
+    return float(finite.double().mean()) if len(finite) else 0.0
+
+
+def _attacked(model: nn.Module, linear: bounds.LinearMap, images: _Images, eps: list[float], exact: Tensor) -> Point:
+    """Return accuracy under FGSM, and of DeepFool and `nearest` the mean distance and how far below the exact one.
+
+    An attack is held against the exact distance where the classifier, multiplied out in float64, is fooled too: in
+    float32 an image close to the boundary may count as wrong while it is right by a rounding error of the logits.
+    """
+    found: Point = {"fgsm": {}}
+    for budget in eps:
+        found["fgsm"][f"{budget:g}"] = attacks.robust_accuracy(_run(model, images, attacks.fgsm, Threat(LINF, budget)))
+    for name, attack in DISTANCE_ATTACKS.items():
+        result = _run(model, images, attack, Threat(L2))
+        found[f"r_2_{name}"] = _mean(result.distance)
+        found[f"failed_{name}"] = float(result.distance.isinf().double().mean())
+        fooled = (exact > 0) & bounds.linear_fooled(linear, result.x_adv, images.y)
+        moved = (result.x_adv.double() - images.x.double()).flatten(1).norm(dim=1)
+        found[f"below_{name}"] = float((1 - moved[fooled] / exact[fooled]).clamp_min(0).amax()) if fooled.any() else 0.0
+    return found
+
+
+def _run(model: nn.Module, images: _Images, attack: attacks.Attack, threat: Threat) -> attacks.AttackResult:
+    generator = torch.Generator().manual_seed(0)
+    return attacks.run(model, images.x, images.y, attack, threat, generator=generator)
+
+
+def _theorem(linear: bounds.LinearMap, images: _Images, eps: list[float]) -> Point:
+    found = bounds.theorem(linear, images.x, images.y, eps[0])
+    markov = {f"{e:g}": found.markov * eps[0] / e for e in eps}
+    names = ("l1", "l2", "nonzero", "numerator", "by_means", "balanced", "r_2")
+    return {**{name: getattr(found, name) for name in names}, "markov": markov}
+
+
+def mismatches(point: Point) -> list[str]:
+    """Return what does not hold of a point although theory says that it must; empty where all is well."""
+    if point["sparsity"] == 1:
+        return []  # nothing attacks a constant classifier, and its logits may tie
+    found = []
+    for name in DISTANCE_ATTACKS:
+        if point[f"below_{name}"] > NEAR:
+            found.append(f"{name} came nearer than the exact boxed distance, by {point[f'below_{name}']:.2g} of it")
+    spare = 1.5 / point["images"]  # one image may lie on the boundary of its ball, to float32
+    for budget, robust in point["fgsm"].items():
+        exact = point["r_inf_boxed"][budget]
+        if robust < exact - spare or (point["theorem"] is not None and robust > exact + spare):
+            found.append(f"accuracy under FGSM at {budget} is {robust:.4f}, its boxed closed form {exact:.4f}")
+    return found + (_broken_identities(point) if point["theorem"] is not None else [])
+
+
+def _broken_identities(point: Point) -> list[str]:
+    stated, found = point["theorem"], []
+    numerator, l1, l2 = stated["numerator"], stated["l1"], stated["l2"]
+    if not math.isclose(numerator, stated["by_means"], rel_tol=EXACT, abs_tol=EXACT):
+        found.append("the numerator differs from its form by class means")
+    if not math.isclose(numerator, stated["r_2"] * l2, rel_tol=EXACT, abs_tol=EXACT):
+        found.append("r_2 · ‖w‖₂ differs from the numerator")
+    if any(point["r_inf_unboxed"][e] > bound * (1 + EXACT) for e, bound in stated["markov"].items()):
+        found.append("r_inf exceeds Markov's bound")
+    if l1 > l2 * math.sqrt(stated["nonzero"]) * (1 + EXACT):
+        found.append("‖w‖₁ / ‖w‖₂ exceeds the root of the nonzero count")
+    return found

@@ -1,0 +1,140 @@
+"""Stages that judge what is shipped: bytes and latency of the artefact, and whether it is as robust as the network."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import attacks, bounds, deploy
+from ...data import as_float
+from ...errors import Unsupported
+from ...outputs import opened
+from ...proofs import refuse_refuted
+from ...threat import Threat, parse_norm
+from ..plans._tables import attack_named
+from ..runner._executors import Outcome, Task
+from ._evaluate import judged
+from ._networks import Context, chosen_images
+
+LATENCY_ROUNDS = 200
+LOGIT_TOLERANCE = 1e-4
+
+
+def pack(context: Context, task: Task) -> Outcome:
+    """Export a network as users ship it and hold the artefact against it: bytes, logits, predictions, time."""
+    inputs = task.inputs
+    model = judged(context, task).cpu()
+    x = as_float(context.dataset.test.x[: inputs["images"]])
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = deploy.export(model, Path(folder) / "packed.sparring", shape=tuple(x.shape[1:]), images=x[:8])
+        except Unsupported as reason:
+            return _without(reason)
+        packed, bytes_packed = deploy.load(path), path.stat().st_size
+    with torch.no_grad():
+        expected = opened(model, x)(x)
+    found = packed(x)
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return Outcome(
+        {
+            "bytes_packed": bytes_packed,
+            "agreement": float((found.argmax(1) == expected.argmax(1)).double().mean()),
+            "logits_agree": float(error <= LOGIT_TOLERANCE),
+        },
+        times={"latency": _latency(packed, x[:1]), "latency_torch": _latency(model, x[:1])},
+    )
+
+
+@torch.no_grad()
+def _latency(answer: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Return the median seconds of one answer."""
+    times = []
+    for _ in range(LATENCY_ROUNDS):
+        began = time.perf_counter()
+        answer(x)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def ship(context: Context, task: Task) -> Outcome:
+    """Attack and certify the artefact of a network beside the network itself, its values rounded as `values` says."""
+    inputs = task.inputs
+    model = judged(context, task).cpu()
+    x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
+    images = as_float(x)
+    try:
+        packed = deploy.pack(model, shape=tuple(images.shape[1:]), images=images, values=inputs["values"])
+    except Unsupported as reason:
+        return _without(reason)
+    found = held_against(model, packed, images, y, inputs["attack"], decisions=inputs["decisions"])
+    metrics: dict[str, float | None] = {
+        "accuracy_model": found.accuracy_model,
+        "accuracy_packed": found.accuracy_packed,
+        "agreement": found.agreement,
+        "logit_error": found.logit_error,
+        "robust_model": found.robust_model,
+        "robust_packed": found.robust_packed,
+        "robust_transfer": found.robust_transfer,
+        "robust_decision": found.robust_decision,
+    }
+    tensors = {"stands_model": found.stands_model, "stands_packed": found.stands_packed, "label": y}
+    flags = []
+    for proof in inputs["certify"]:
+        norm, method = proof["norm"], proof["method"]
+        few = images[: proof["images"]], y[: proof["images"]]
+        for name, network in (("model", model), ("packed", deploy.Equivalent(packed.program))):
+            try:
+                radius = bounds.radius(network, *few, parse_norm(norm), method=method)
+            except Unsupported as reason:
+                flags.append({"name": "no-certificate", "detail": str(reason)})
+                break
+            _refuse_refuted(radius, tensors[f"stands_{name}"], norm, inputs["attack"])
+            tensors[f"radius_{name}_{norm}_{method}"] = radius
+            metrics[f"radius_{name}_{norm}_{method}"] = float(radius.mean())
+    return Outcome(metrics, flags=flags, tensors=tensors)
+
+
+def _refuse_refuted(radius: Tensor, stands: Tensor, norm: str, attack: dict[str, Any]) -> None:
+    """Hold certificates against the attack, where that has the same norm and a budget; see `refuse_refuted`."""
+    if attack["norm"] == norm and attack["eps"] is not None:
+        reached = torch.where(stands[: len(radius)], torch.inf, attack["eps"])
+        refuse_refuted(radius, reached, norm=norm)
+
+
+def held_against(
+    model: nn.Module, packed: deploy.Packed, x: Tensor, y: Tensor, attack: dict[str, Any], *, decisions: int
+) -> deploy.Shipped:
+    """Compare a network with its artefact under an attack (name, norm, eps and options) and HopSkipJump.
+
+    `decisions` are HopSkipJump's steps; with 0 it is left out.
+    """
+    options = dict(attack)
+    name, norm, eps = options.pop("name"), options.pop("norm"), options.pop("eps")
+    threat = Threat(parse_norm(norm), eps)
+
+    def made(function: attacks.Attack, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return attacks.run(network, x, y, function, threat, generator=generator).x_adv
+
+    strong = functools.partial(attack_named(name), **options)
+    blind = functools.partial(attacks.hopskipjump, steps=max(1, decisions))
+    return deploy.compare_shipped(
+        model,
+        packed,
+        x,
+        y,
+        functools.partial(made, strong),
+        decide=functools.partial(made, blind) if decisions else None,
+    )
+
+
+def _without(reason: Unsupported) -> Outcome:
+    return Outcome(flags=[{"name": "no-packed-form", "detail": str(reason)}])

@@ -1,0 +1,82 @@
+"""The stages of a study by name: each a pure function of a task's inputs, its parents' tensors and the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...sparsity import ACTIVATIONS
+from ..runner._executors import Outcome, Task
+from ._certify import certify, constants, distances
+from ._evaluate import attack, lend, measure, transfer
+from ._linear import classify_group
+from ._networks import Context
+from ._ship import pack, ship
+from ._train import activate, choose, prune, train
+
+STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
+    "train": train,
+    "prune": prune,
+    "activate": activate,
+    "choose": choose,
+    "measure": measure,
+    "attack": attack,
+    "lend": lend,
+    "transfer": transfer,
+    "certify": certify,
+    "lipschitz": constants,
+    "exact": distances,
+    "deploy": pack,
+    "ship": ship,
+    "linear": classify_group,
+}
+
+# Raised when a stage's meaning changes, so that old results are not taken for new ones. That includes packed kernels
+# that sum in another order: attacks that go through them ("kernels" in their inputs) then end in other bits.
+VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 2, "linear": 2}
+# Raised when the results of one attack change, and for ensembles that contain it: whatever stage runs an attack of that
+# name does so again, and all other records keep their keys.
+REVISIONS = dict.fromkeys(("deepfool", "fab-targeted", "fast", "square"), 1) | {
+    "apgd": 2,
+    "apgd-dlr": 2,
+    "cw": 2,
+    "fab": 2,
+    "standard": 2,
+}
+# Raised when what is made of lent examples changes: attacks that have some, of their second parent, run again.
+LENDING = 1
+# The same for one attack alone, on top of it.
+LENDINGS = {"fgsm": 1, "rfgsm": 1}
+# The same for an attack on networks that draw, and for all there that look for the smallest perturbation.
+DRAWINGS = {"standard": 1}
+DRAWN_DISTANCES = 1
+# The same for an attack within a budget on networks whose layers mask gradients, and do not draw.
+MASKINGS = {"fast": 1}
+
+
+def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
+    """Return every version that a task with these inputs ever had, the present one last."""
+    attack, activation = (
+        found if isinstance(found := inputs.get(part), Mapping) else {} for part in ("attack", "activation")
+    )
+    name = attack.get("name", "")
+    revisions = REVISIONS.get(name, 0)
+    if stage == "attack" and len(inputs.get("parents", ())) > 1:
+        revisions += LENDING + LENDINGS.get(name, 0)
+    layer, distances = ACTIVATIONS.get(str(activation.get("kind"))), attack.get("eps") is None
+    if getattr(layer, "stochastic", False):
+        revisions += DRAWINGS.get(name, 0)
+        if stage == "attack" and attack and distances:
+            revisions += DRAWN_DISTANCES
+    elif getattr(layer, "masks_gradients", False) and activation.get("test", True):
+        revisions += 0 if distances or attack.get("naive") else MASKINGS.get(name, 0)
+    return [
+        f"{version}.{revision}" if revision else version
+        for version in range(1, VERSIONS[stage] + 1)
+        for revision in range(revisions + 1)
+    ]
+
+
+def perform_stage(context: Context, task: Task) -> Outcome:
+    """Run one task."""
+    return STAGES[task.stage](context, task)

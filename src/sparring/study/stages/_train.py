@@ -1,0 +1,206 @@
+"""Stages that make networks: dense training, pruning, activation sparsity, and the choice of a weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attacks import pgd
+from ...data import Split, as_float
+from ...errors import UserError
+from ...files import load_tensors, sha256_file
+from ...matrices import matrices
+from ...metrics import accuracy
+from ...models import load_weights_
+from ...outputs import opened
+from ...sparsity import (
+    Pruner,
+    PruningSpec,
+    all_ones,
+    build_pruner,
+    calibrate_,
+    check_reached,
+    sparsity_of,
+    with_activation_penalty,
+)
+from ...threat import parse_norm
+from ...train import Loss, Ramped, Recipe, adversarial, cross_entropy, fit, predict, trades
+from ..runner._executors import Outcome, Task
+from ._networks import BEST, MASK, PENALTY, WEIGHTS, Context, network, network_of, with_activation
+
+# The fine-tuning of every network of one seed sees the same order of images, so pairs differ in their masks alone.
+FINETUNE_SEED = 10_007
+CALIBRATION_IMAGES = 500
+# The best epoch of adversarial training is the one that stands best on these, under this many steps of PGD.
+SCORING_IMAGES, SCORING_STEPS = 500, 10
+
+
+def train(context: Context, task: Task) -> Outcome:
+    """Train a dense network from scratch, or take the weights that the plan names."""
+    if "weights" in task.inputs:
+        return _given(context, task)
+    model = network(context, task.inputs)
+    outcome = _fitted(context, task, model, seed=task.inputs["seed"])
+    refuse_constant(model, context.dataset.valid)
+    return outcome
+
+
+def refuse_constant(model: nn.Module, valid: Split) -> None:
+    """Raise UserError if a model takes all images for one class, though they are of several: it learned nothing."""
+    answers = set(predict(model, valid.x).argmax(1).tolist())
+    if len(answers) == 1 and len(set(valid.y.tolist())) > 1:
+        raise UserError(
+            f"the trained network takes every validation image for class {answers.pop()}, so nothing that is pruned "
+            "from it or attacked would tell anything; train with a lower lr or for more epochs and, under attack, let "
+            "eps grow (ramp = 0.5)"
+        )
+
+
+def _given(context: Context, task: Task) -> Outcome:
+    file, expected = task.inputs["weights"]["file"], task.inputs["weights"]["sha256"]
+    if sha256_file(file) != expected:
+        raise UserError(f"{file} changed while the study ran; run it again")
+    model = network(context, task.inputs)
+    load_weights_(model, {k: v for k, v in load_tensors(file).items() if not k.startswith("sparring/")})
+    valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
+    return Outcome({"accuracy_valid": valid}, tensors=_weights(model))
+
+
+def prune(context: Context, task: Task) -> Outcome:
+    """Prune and fine-tune the parent's network; without a method this is the dense control."""
+    model = network_of(context, task.inputs, task.parents[0])
+    spec = task.inputs["pruning"]
+    pruner = None if spec is None else build_pruner(PruningSpec(**spec), task.inputs["sparsity"])
+    return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], pruner=pruner)
+
+
+def activate(context: Context, task: Task) -> Outcome:
+    """Make the parent's activations sparse; with a recipe, fine-tune it so."""
+    activation = dict(task.inputs["activation"])
+    bare = {name: value for name, value in task.inputs.items() if name != "activation"}
+    plain = network_of(context, bare, task.parents[0])
+    model, images = plain, as_float(context.dataset.valid.x[:CALIBRATION_IMAGES]).to(context.device)
+    if activation["kind"] != PENALTY:
+        model = with_activation(plain, activation)
+        calibrate_(model, images)
+    if task.inputs["recipe"] is None:
+        valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
+        return Outcome({"accuracy_valid": valid}, tensors=_weights(model))
+    penalty = activation["level"] if activation["kind"] == PENALTY else None
+
+    def finish(trained: nn.Module) -> nn.Module:
+        """Take the modules out again where they are for training alone; else their levels are those of the end."""
+        if trained is plain:
+            return plain
+        if activation.get("test", True):
+            calibrate_(trained, images)
+            return trained
+        names, learned = set(plain.state_dict()), trained.state_dict()
+        load_weights_(plain, {name: value for name, value in learned.items() if name in names})
+        return plain
+
+    return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], penalty=penalty, finish=finish)
+
+
+def choose(context: Context, task: Task) -> Outcome:
+    """Take the parent that is best on the validation split (the first of equals), tensors and all."""
+    scores = [_validation_score(context, task.inputs, key) for key in task.parents]
+    best = max(range(len(scores)), key=lambda i: (scores[i], -i))
+    decay = task.inputs["decays"][best]
+    metrics: dict[str, float | None] = {"accuracy_valid": scores[best], "weight_decay": decay}
+    return Outcome(metrics, {"accuracy_valid": scores}, tensors=context.tensors(task.parents[best]))
+
+
+def _validation_score(context: Context, inputs: dict[str, Any], key: str) -> float:
+    valid = context.dataset.valid
+    return accuracy(predict(network_of(context, inputs, key), valid.x), valid.y)
+
+
+def _fitted(
+    context: Context,
+    task: Task,
+    model: nn.Module,
+    *,
+    seed: int,
+    pruner: Pruner | None = None,
+    penalty: float | None = None,
+    finish: Callable[[nn.Module], nn.Module] = lambda trained: trained,
+) -> Outcome:
+    data, training = context.dataset, task.inputs["training"]
+    recipe = Recipe(**task.inputs["recipe"])
+    result = fit(
+        model,
+        data.train.x,
+        data.train.y,
+        recipe,
+        seed=seed,
+        loss=ramped_loss(training) if penalty is None else with_activation_penalty(training_loss(training), penalty),
+        masks={} if pruner is None else all_ones(model),
+        pruner=pruner,
+        score=None if training["loss"] == "standard" else lambda m: robust_score(m, data.valid, training),
+        checkpoint=context.scratch / f"{task.key}.safetensors" if context.scratch and recipe.epochs > 1 else None,
+    )
+    model = finish(model)
+    metrics: dict[str, float | None] = {
+        "loss": result.losses[-1] if result.losses else None,
+        "accuracy_valid": accuracy(predict(model, data.valid.x), data.valid.y),
+    }
+    if pruner is not None:
+        _assert_masked(model, result.masks)
+        check_reached(pruner, result.masks, task.inputs["pruning"].get("layers") or task.inputs["sparsity"])
+        metrics["sparsity"] = sparsity_of(result.masks)
+    if result.best_epoch is not None:
+        metrics["best_epoch"] = result.best_epoch
+    tell = getattr(pruner, "series", None)  # how often surgery pruned and spliced, for instance
+    series = {"loss": list(result.losses)} | (tell() if tell is not None else {})
+    if result.scores:
+        series["robust_accuracy_valid"] = list(result.scores)
+    tensors = _weights(model) | {MASK + name: value for name, value in result.masks.items()}
+    best = {BEST + name: value for name, value in result.best_state.items() if WEIGHTS + name in tensors}
+    return Outcome(metrics, series, tensors=tensors | best)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {WEIGHTS + name: value for name, value in model.state_dict().items()}
+
+
+def _assert_masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Raise UserError if a masked weight came back: what is evaluated must be what was asked for."""
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    values |= {matrix.name: matrix.value() for matrix in matrices(model)}
+    for name, mask in masks.items():
+        if bool((values[name][~mask] != 0).any()):
+            raise UserError(f"masked weights of '{name}' are not zero: the pruner changed weights after its masks")
+
+
+def robust_score(model: nn.Module, valid: Split, training: dict[str, Any]) -> float:
+    """Return the share of validation images that stand under a short PGD: what chooses the best epoch."""
+    place = next(model.parameters()).device
+    x, y = as_float(valid.x[:SCORING_IMAGES]).to(place), valid.y[:SCORING_IMAGES].to(place)
+    generator = torch.Generator().manual_seed(0)
+    norm = parse_norm(training["norm"])
+    model = opened(model, x)
+    x_adv = pgd(model, x, y, norm=norm, eps=training["eps"], steps=SCORING_STEPS, generator=generator)
+    with torch.no_grad():
+        return accuracy(model(x_adv), y)
+
+
+def training_loss(training: dict[str, Any]) -> Loss:
+    """Return the loss that a plan's [training] table names, with the whole eps."""
+    if training["loss"] == "standard":
+        return cross_entropy
+    norm = parse_norm(training["norm"])
+    if training["loss"] == "pgd-at":
+        return adversarial(eps=training["eps"], norm=norm, steps=training["steps"])
+    return trades(eps=training["eps"], norm=norm, steps=training["steps"], beta=training["beta"])
+
+
+def ramped_loss(training: dict[str, Any]) -> Loss | Ramped:
+    """Return the loss of a [training] table, whose eps grows to its value if the table has a `ramp`."""
+    ramp = training.get("ramp")
+    if ramp is None:
+        return training_loss(training)
+    return Ramped(lambda share: training_loss({**training, "eps": training["eps"] * min(1.0, share / ramp)}))

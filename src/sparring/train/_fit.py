@@ -1,0 +1,243 @@
+"""The training loop, to be read top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..memory_format import channels_last
+from ..modes import eval_mode, train_
+from ..outputs import opened
+from ..sparsity import Masks, Pruner, applied_
+from ..waiting import alone, courteous
+from ._checkpoint import State, load_checkpoint_, save_checkpoint
+from ._losses import Loss, Ramped, cross_entropy
+from ._optimizer import Optimizer
+from ._recipe import Recipe, learning_rate
+
+
+class Progress(NamedTuple):
+    """Report one finished epoch; `remaining` is the estimate of what is left, in seconds."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    score: float | None
+    remaining: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Hold what `fit` found besides the trained model: masks, the loss of each epoch, and the best state if scored."""
+
+    masks: Masks
+    losses: tuple[float, ...]
+    scores: tuple[float, ...] = ()
+    best_epoch: int | None = None
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+@courteous()
+def fit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    loss: Loss | Ramped = cross_entropy,
+    masks: Masks | None = None,
+    pruner: Pruner | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+    checkpoint: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Fit:
+    """Train a model in place on uint8 images x (N, C, H, W) and labels y (N,), and leave it in eval mode.
+
+    In a model that comes in training mode, sub-modules in eval mode (a BatchNorm that is to keep its statistics) are
+    frozen: they stay in eval mode throughout. A model that comes in eval mode itself is trained as a whole.
+    A `Ramped` loss is asked at each step for the loss of the share of training that the step completes. Weights
+    outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of the
+    (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model was
+    as sparse as at the end. A recipe of no epochs prunes without training. With `checkpoint` the state is saved after
+    each epoch, and a run that finds the file goes on from there to the same bits. One seed, machine and thread count
+    give one result. Raise UserError when the loss stops being finite.
+    """
+    _check(model, x, y)
+    place = next(model.parameters()).device
+    x, y = x.to(place), y.to(place)
+    with torch.random.fork_rng(devices=[]), channels_last(model):
+        state = _start(model, recipe, seed, masks, pruner)
+        if checkpoint is not None and checkpoint.exists():
+            load_checkpoint_(state, checkpoint)
+        if pruner is None or not pruner.dense_weights:
+            _apply_(_targets(model, state.masks))
+        if recipe.epochs == 0 and pruner is not None:
+            _prune_untrained_(state, x[: recipe.batch_size], y[: recipe.batch_size], loss)
+        began, first = time.monotonic(), state.epoch
+        # Layers that draw (dropout, stochastic activations) see a fresh, known stream in each epoch.
+        while state.epoch < recipe.epochs:
+            torch.manual_seed(seed * 1_000_003 + state.epoch)
+            mean_loss = _epoch(state, x, y, recipe, loss)
+            state.epoch += 1
+            state.losses.append(mean_loss)
+            value = _score_(state, score)
+            if checkpoint is not None:
+                save_checkpoint(state, checkpoint)
+            if progress is not None:
+                each = (time.monotonic() - began) / (state.epoch - first)
+                remaining = each * (recipe.epochs - state.epoch)
+                progress(Progress(state.epoch, recipe.epochs, mean_loss, value, remaining))
+    _apply_(_targets(model, state.masks))
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    return Fit(state.masks, tuple(state.losses), tuple(state.scores), state.best_epoch, state.best_state)
+
+
+def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    if x.dtype != torch.uint8 or x.dim() != 4 or len(x) != len(y) or len(x) == 0:
+        raise UserError(f"training needs uint8 images (N, C, H, W) and as many labels, not {x.dtype} {tuple(x.shape)}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("the model has no parameter that can be trained")
+
+
+def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pruner: Pruner | None) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
+    return State(model, optimizer, dict(masks or {}), generator, pruner)
+
+
+def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss | Ramped) -> None:
+    """Show a pruner the gradient of one batch, as the only step of a training that has none."""
+    assert state.pruner is not None
+    now, batch = loss.at(1.0) if isinstance(loss, Ramped) else loss, (x.float().div_(255), y)
+    state.model.zero_grad(set_to_none=True)
+    with eval_mode(state.model):
+        now(state.model, *batch, state.generator).backward()  # type: ignore[no-untyped-call]
+    state.masks = state.pruner(
+        state.model, state.masks, step=0, steps=1, batch=batch, loss=now, generator=state.generator
+    )
+
+
+def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramped) -> float:
+    model, optimizer, generator = state.model, state.optimizer, state.generator
+    train_(model)
+    batches = -(-len(x) // recipe.batch_size)
+    steps, step = recipe.epochs * batches, state.epoch * batches
+    cycle = -(-steps // getattr(state.pruner, "cycles", 1))  # iterative pruning starts the schedule anew
+    order = torch.randperm(len(x), generator=generator)
+    total = torch.zeros((), device=x.device)
+    behind = state.pruner is not None and state.pruner.dense_weights
+    targets, weights = _targets(model, state.masks), sum(p.numel() for p in optimizer.parameters)
+    for chosen in torch.split(order, recipe.batch_size):
+        with alone(x[0].numel() * len(chosen)):
+            image = x[chosen].float().div_(255)
+        batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
+        now = loss.at((step + 1) / steps) if isinstance(loss, Ramped) else loss
+        model.zero_grad(set_to_none=True)
+        with _masked(targets if behind else []):
+            value = now(model, *batch, generator)
+            value.backward()  # type: ignore[no-untyped-call]
+        with alone(weights):
+            optimizer.step(learning_rate(recipe, step % cycle, cycle))
+        if state.pruner is not None:
+            masks = state.pruner(model, state.masks, step=step, steps=steps, batch=batch, loss=now, generator=generator)
+            if not isinstance(masks, dict):
+                raise UserError(f"the pruner returned {type(masks).__name__}, not masks by parameter name")
+            if masks is not state.masks:
+                state.masks, targets = masks, _targets(model, masks)
+        if not behind:
+            _apply_(targets)
+            _apply_(_momenta(optimizer, targets))
+        total += value.detach() * len(chosen)
+        step += 1
+    mean = float(total) / len(x)
+    if not mean < float("inf"):
+        raise UserError(f"training diverged: the loss of epoch {state.epoch + 1} is {mean}; lower recipe.lr")
+    return mean
+
+
+def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
+    """Pair each masked parameter with its mask in the parameter's own type and layout, which multiply fastest."""
+    parameters = dict(model.named_parameters())
+    unknown = set(masks) - set(parameters)
+    if unknown:
+        raise UserError(f"the mask names '{min(unknown)}', which is no parameter of the model")
+    masks = applied_(model, masks)
+    return [(parameters[name], torch.empty_like(parameters[name].data).copy_(mask)) for name, mask in masks.items()]
+
+
+def _apply_(targets: list[tuple[Tensor, Tensor]] | list[tuple[nn.Parameter, Tensor]]) -> None:
+    with torch.no_grad():
+        for value, mask in targets:
+            value.mul_(mask)
+
+
+def _momenta(optimizer: Optimizer, targets: list[tuple[nn.Parameter, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Find the moving averages of masked weights: zeroed too, so that a weight that comes back starts afresh."""
+    return [
+        (value, mask)
+        for parameter, mask in targets
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if name != "step"
+    ]
+
+
+@contextmanager
+def _masked(targets: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Show the model w∘mask for a while; the gradient then is dense, and w itself comes back unchanged."""
+    kept = [parameter.detach().clone() for parameter, _ in targets]
+    _apply_(targets)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (parameter, _), dense in zip(targets, kept, strict=True):
+                parameter.copy_(dense)
+
+
+def _score_(state: State, score: Callable[[nn.Module], float] | None) -> float | None:
+    if score is None:
+        return None
+    with eval_mode(state.model), _masked(_targets(state.model, state.masks)):
+        value = score(state.model)
+        if state.best_epoch is None or value > state.scores[state.best_epoch - 1] or _best_is_denser(state):
+            state.best_epoch = state.epoch
+            state.best_state = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    state.scores.append(value)
+    return value
+
+
+def _best_is_denser(state: State) -> bool:
+    """Say whether the best epoch lies before the pruning that came since: a denser network is no checkpoint of this."""
+    held = sum(int(torch.count_nonzero(state.best_state[name])) for name in state.masks)
+    return held > sum(int(torch.count_nonzero(mask)) for mask in state.masks.values())
+
+
+def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Pad by 4, crop each image at a place of its own and flip half of them (He et al. 2016, section 4.2)."""
+    count, channels, height, width = image.shape
+    padded = nn.functional.pad(image, (4, 4, 4, 4))
+    top, left = (torch.randint(0, 9, (count, 1), generator=generator) for _ in range(2))
+    flip = torch.randint(0, 2, (count, 1), generator=generator).bool()
+    rows = top + torch.arange(height)
+    columns = left + torch.where(flip, torch.arange(width - 1, -1, -1), torch.arange(width))
+    index = (torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None])
+    return padded[(*index, rows[:, None, :, None], columns[:, None, None, :])]
+
+
+@courteous()
+def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
+    """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; every module's mode is restored."""
+    place = next((p.device for p in model.parameters()), x.device)
+    with torch.no_grad(), eval_mode(model), channels_last(model):
+        answer = opened(model, x[:2].to(place).float().div_(255))
+        return torch.cat([answer(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
