@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 # docs/design.md, section 3, lowest first; names on one line are strangers to each other.
 LAYERS = [
     {"errors", "modes", "outputs", "proofs", "units"},
-    {"threat", "layout", "matrices", "files", "graph", "plugins", "waiting"},
+    {"threat", "memory_format", "matrices", "files", "graph", "plugins", "waiting"},
     {"history"},
     {"attacks", "bounds", "sparsity", "data", "models", "metrics", "statistics"},
     {"train", "deploy"},
@@ -29,23 +30,25 @@ def _part(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def _imported_parts(path: Path) -> set[str]:
-    """Return the top-level parts of sparring that a module imports, also inside functions."""
+@functools.cache
+def _imported_modules(path: Path) -> frozenset[str]:
+    """Return the dotted names that a module imports, also inside functions, each with what is taken from it."""
     package = ["sparring", *path.relative_to(SOURCE).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{stem}.{alias.name}" for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "sparring" and len(parts) > 1:
-                found.add(parts[1])
-    return found & set(LEVEL)
+            found |= {f"{stem}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def _imported_parts(path: Path) -> set[str]:
+    """Return the top-level parts of sparring that a module imports, also inside functions."""
+    names = (name.split(".") for name in _imported_modules(path))
+    return {parts[1] for parts in names if parts[0] == "sparring" and len(parts) > 1} & set(LEVEL)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -59,10 +62,21 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_every_part_is_in_the_layers() -> None:
-    assert {_part(p) for p in MODULES} <= set(LEVEL) | {"__init__", "__main__", "plans"}
+    assert {_part(p) for p in MODULES} <= set(LEVEL) | {"__init__", "__main__"}
 
 
-PACKAGES = [p for p in MODULES if p.name == "__init__.py"] + [p for p in MODULES if p.parent == SOURCE]
+# A room inside a part exports nothing: its part says what is public.
+PACKAGES = [p for p in MODULES if p.name == "__init__.py" and len(p.relative_to(SOURCE).parts) < 3]
+PACKAGES += [p for p in MODULES if p.parent == SOURCE]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_private_modules_are_imported_only_by_their_own_part(path: Path) -> None:
+    for name in _imported_modules(path):
+        parts = name.split(".")
+        if parts[0] != "sparring" or len(parts) < 3 or parts[1] == _part(path):
+            continue
+        assert len(parts) == 3 and not parts[2].startswith("_"), f"{path.relative_to(SOURCE)} imports {name}"
 
 
 @pytest.mark.parametrize("path", sorted(set(PACKAGES)), ids=lambda p: str(p.relative_to(SOURCE)))

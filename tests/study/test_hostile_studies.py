@@ -104,7 +104,7 @@ def _laid_out(path: Path, overrides: tuple[str, ...] = ()) -> None:
     lay_out(Plan.load(path, overrides), FACTS)
 
 
-QUICK = (resources.files("sparring") / "plans" / "quick.toml").read_text()
+QUICK = (resources.files("sparring.study") / "presets" / "quick.toml").read_text()
 
 
 @pytest.mark.parametrize("name", TEXTS)

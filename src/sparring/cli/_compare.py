@@ -17,7 +17,7 @@ from .. import attacks
 from ..data import Dataset, as_float
 from ..errors import UnknownNameError, UserError
 from ..report import Difference, Side, broken, compare, compare_values
-from ..study.stages._networks import chosen_images
+from ..study import chosen_images
 from ..threat import L2, LINF, Threat
 from ._loading import open_data
 from ._models import SAVED, check_named, open_model

@@ -18,13 +18,9 @@ from ..errors import UserError
 from ..files import read_json, sha256_file, write_atomic
 from ..metrics import accuracy
 from ..models import build, load_weights_
-from ..report import Choice, pick, shipped_verdict, timings_figure
-from ..report.pages._figures import png
+from ..report import Choice, pick, png, shipped_verdict, timings_figure
 from ..statistics import effect
-from ..study import Record, Store
-from ..study._plan_file import read_plan
-from ..study.stages._networks import WEIGHTS, chosen_images
-from ..study.stages._ship import held_against
+from ..study import WEIGHTS, Record, Store, chosen_images, held_against, read_plan
 from ..threat import LINF, Threat
 from ..train import predict
 from ..units import percent

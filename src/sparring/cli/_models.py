@@ -24,10 +24,17 @@ from ..metrics import accuracy, distances, robust_accuracy
 from ..models import MODELS, Blueprint, load_model, load_weights_, recipe_settings, save_model
 from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts
 from ..statistics import binomial_interval
-from ..study import Network, Plan, Training
-from ..study.plans._tables import attack_named
-from ..study.stages._networks import check_fit, chosen_images
-from ..study.stages._train import ramped_loss, refuse_constant, robust_score
+from ..study import (
+    Network,
+    Plan,
+    Training,
+    attack_named,
+    check_fit,
+    chosen_images,
+    ramped_loss,
+    refuse_constant,
+    robust_score,
+)
 from ..threat import Threat
 from ..train import Fit, Progress, Recipe, fit, predict
 from ..units import norm_name, percent

@@ -10,7 +10,7 @@ from .. import attacks, bounds
 from ..data import as_float
 from ..errors import UnknownNameError, UserError
 from ..proofs import refuse_refuted
-from ..study.stages._networks import chosen_images
+from ..study import chosen_images
 from ..threat import L1, Threat
 from ..units import norm_name, percent
 from ._loading import open_data

@@ -7,6 +7,7 @@ from ._compare import Difference, Side, broken, compare, compare_values
 from ._pick import Choice, pick
 from .analysis._shipped import shipped_verdict
 from .pages._bench_plot import timings_figure
+from .pages._figures import png
 
 __all__ = [
     "Choice",
@@ -18,6 +19,7 @@ __all__ = [
     "compare_values",
     "merge_ledgers",
     "pick",
+    "png",
     "publish",
     "read",
     "shipped_verdict",

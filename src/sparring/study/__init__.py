@@ -7,7 +7,18 @@ from ._plan_file import Progress, progress, read_plan
 from ._store import SCHEMA, Record, Store
 from .plans._linear import LinearPaths
 from .plans._plan import Plan
-from .plans._tables import Activation, Attack, Certify, Controls, Exact, Lipschitz, Network, Pruning, Training
+from .plans._tables import (
+    Activation,
+    Attack,
+    Certify,
+    Controls,
+    Exact,
+    Lipschitz,
+    Network,
+    Pruning,
+    Training,
+    attack_named,
+)
 from .plans._task_graph import Cell, DataFacts, lay_out
 from .plans._toml import presets
 from .runner._executors import Executor, InProcess, Outcome, Processes, Task
@@ -16,11 +27,14 @@ from .runner._ray import RayCluster
 from .runner._run import available_cores, register, run, usable_device
 from .runner._schedule import Event, Watcher, environment, execute
 from .runner._trackers import to_mlflow, to_tensorboard, what_of
-from .stages._networks import Context
+from .stages._networks import WEIGHTS, Context, check_fit, chosen_images
+from .stages._ship import held_against
 from .stages._table import perform_stage
+from .stages._train import ramped_loss, refuse_constant, robust_score
 
 __all__ = [
     "SCHEMA",
+    "WEIGHTS",
     "Activation",
     "Attack",
     "Cell",
@@ -47,16 +61,23 @@ __all__ = [
     "Task",
     "Training",
     "Watcher",
+    "attack_named",
     "available_cores",
+    "check_fit",
+    "chosen_images",
     "environment",
     "execute",
+    "held_against",
     "lay_out",
     "merge",
     "perform_stage",
     "presets",
     "progress",
+    "ramped_loss",
     "read_plan",
+    "refuse_constant",
     "register",
+    "robust_score",
     "run",
     "show_progress",
     "to_mlflow",

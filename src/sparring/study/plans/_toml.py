@@ -19,7 +19,7 @@ MAX_PLAN_BYTES = 1_000_000
 
 def presets() -> dict[str, str]:
     """Return the names of the presets that ship with the package, each with its title."""
-    folder = resources.files("sparring") / "plans"
+    folder = resources.files("sparring.study") / "presets"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
     tables = {f.name.removesuffix(".toml"): tomllib.loads(f.read_text()) for f in files}
     return {name: ". ".join(t[k] for k in ("title", "mark") if k in t) for name, t in tables.items()}
@@ -38,7 +38,7 @@ def read_text(path_or_preset: str | Path) -> tuple[str, str]:
             raise PlanError(f"{path} is not a text file in UTF-8: {error}") from error
     if str(path_or_preset) not in known:
         raise UnknownNameError("preset", str(path_or_preset), known)
-    file = resources.files("sparring") / "plans" / f"{path_or_preset}.toml"
+    file = resources.files("sparring.study") / "presets" / f"{path_or_preset}.toml"
     return f"{path_or_preset}.toml", file.read_text()
 
 
