@@ -29,8 +29,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "attacks"))
-from broken_defences import DEFENCES, UNDEFENDED, WEIGHTS, Task, convolutional, defended, naive, right, task, train_
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.attacks.broken_defences import (
+    DEFENCES,
+    UNDEFENDED,
+    WEIGHTS,
+    Task,
+    convolutional,
+    defended,
+    naive,
+    right,
+    task,
+    train_,
+)
+
 from sparring.attacks import AttackResult, apgd_targeted, dlr, fast, nearest, pgd, robust_accuracy, run
 from sparring.attacks._gradients import Probe, frozen
 from sparring.attacks.algorithms._losses import margin, scaled_cross_entropy

@@ -18,7 +18,8 @@ from sparring.sparsity.pruners._registry import PruningSpec
 from sparring.study import Plan, run
 from sparring.threat import L2, LINF, Threat
 from sparring.train import Recipe, fit
-from zoo import ZOO, kill_
+
+from .zoo import ZOO, kill_
 
 # Attention, recurrence, gates, clipped activations and concatenation: certificates refuse these by name.
 UNCERTIFIED = ("depthwise", "squeeze-excite", "dense-concatenation", "attention", "recurrent")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from broken_defences import task
+from .broken_defences import task
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
-from hostile_parts import BOMB, arrays, image, pictures, tarred, tensors, zipped
 from PIL import Image, PngImagePlugin
+
+from .hostile_parts import BOMB, arrays, image, pictures, tarred, tensors, zipped
 
 CANARY = "canary"
 SUFFIX = {"idx": "", "gz": ".gz", "zip": ".zip", "tar": ".tar", "images": ".zip", "npz": ".npz", "safetensors": ""}

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hostile import CANARY, MAKERS, SUFFIX, Hostile, corpus, fuzzed, seeds
 
 from sparring import data
 from sparring.data._idx import read_idx
 from sparring.data._places import Content, unpack
 from sparring.errors import UserError
 from sparring.files import load_tensors, read_json, safe_members
+
+from .hostile import CANARY, MAKERS, SUFFIX, Hostile, corpus, fuzzed, seeds
 
 FUZZED = 60  # of each kind
 HANG = 60  # seconds; the slowest takes one or two

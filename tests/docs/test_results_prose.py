@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 
 import pytest
-from results_numbers import FACTS, RESULTS
+
+from .results_numbers import FACTS, RESULTS
 
 ROOT = RESULTS.parents[1]
 CLAIMS = re.compile(r"<!-- claims.*?<!-- end of claims -->", re.DOTALL)  # test_results.py checks them

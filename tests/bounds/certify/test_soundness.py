@@ -1,0 +1,129 @@
+"""No bound may ever be wrong: networks in few dimensions, hostile points, and planted bugs that must be caught."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+
+from sparring.bounds import BOUNDS
+from sparring.bounds._network import margin_rows, prepare
+from sparring.bounds._region import region
+from sparring.bounds.certify import _crown as crown
+from sparring.bounds.certify import _intervals as intervals
+from sparring.bounds.certify import _relaxations as relaxations
+
+from ..random_networks import double, hostile_points, network
+
+NORMS = (math.inf, 2.0, 1.0)
+METHODS = ("interval", "crown-interval", "crown")
+
+
+def violations(seeds: Iterable[int], methods: tuple[str, ...]) -> Iterator[tuple[int, float]]:
+    """Yield every network and norm at which a margin or a node's bound is beaten by a hostile point."""
+    for seed in seeds:
+        for norm in NORMS[: 2 + (seed % 10 == 0)]:
+            if _violated(seed, norm, methods):
+                yield seed, norm
+
+
+def _violated(seed: int, norm: float, methods: tuple[str, ...]) -> bool:
+    model, shape = network(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
+    x = torch.where(torch.rand(x.shape, generator=generator) < 0.3, x.round(), x)  # pixels on the box, as in MNIST
+    eps = float(0.02 * 30 ** torch.rand((), generator=generator)) * (1 if norm == math.inf else 2)
+    exact, graph = double(model), prepare(model, shape)
+    y = exact(x).argmax(1)
+    points = hostile_points(model, x, int(y), norm, eps, points=200, generator=generator)
+    assert len(points) >= 1000
+    values = [point.flatten(1) for point in _node_values(graph, points)]
+    gaps = (margin_rows(graph, y)[0] @ values[-1].T).amin(1)
+    reach = region(x, norm, eps)
+    assert torch.allclose(values[-1][:20], exact(points[:20]), atol=1e-9)
+    with torch.no_grad():
+        margins = [BOUNDS[method](graph, reach, margin_rows(graph, y))[0] for method in methods]
+        nodes = [crown.bound_nodes(graph, reach, backward=backward)[0] for backward in (False, True)]
+    beaten = any(bool((margin > gaps + 1e-9).any()) for margin in margins)
+    return beaten or any(_outside(v, b) for bounds in nodes for v, b in zip(values, bounds, strict=True))
+
+
+def _outside(value: torch.Tensor, bound: intervals.Interval) -> bool:
+    lower, upper = bound.lower.flatten(1) - 1e-9, bound.upper.flatten(1) + 1e-9
+    return bool(((value < lower) | (value > upper)).any())
+
+
+def _node_values(graph, points: torch.Tensor) -> list[torch.Tensor]:
+    values = [points]
+    for node in graph.nodes[1:]:
+        values.append(intervals.evaluate(node.op, *(values[i] for i in node.inputs)))
+    return values
+
+
+def test_no_bound_is_beaten_on_two_hundred_networks() -> None:
+    assert not list(violations(range(203), METHODS))
+
+
+def test_alpha_optimised_bounds_are_not_beaten() -> None:
+    assert not list(violations(range(300, 321), ("alpha-crown",)))
+
+
+def _relu_chord_through_the_origin(bounds):
+    lines = _relu(bounds)
+    return relaxations.Lines(
+        lines.low_slope, lines.low_shift, lines.high_slope, torch.zeros_like(lines.high_shift), lines.free
+    )
+
+
+def _relu_lower_slope_too_steep(bounds):
+    lines = _relu(bounds)
+    shift = torch.where(lines.free, 0.1 * bounds.upper, 0)
+    return relaxations.Lines(lines.low_slope, shift, lines.high_slope, lines.high_shift, lines.free)
+
+
+def _pool_of_the_largest_upper_bound(op, bounds):
+    swapped = intervals.Interval(bounds.lower, (bounds.lower + bounds.upper) / 2)
+    return _max_pool(op, swapped)
+
+
+_relu, _max_pool = relaxations._relu, relaxations._max_pool
+_adjoint, _offset, _squared = crown.adjoint, crown.offset, intervals._squared
+
+
+def _no_bias(op, shape):
+    return None
+
+
+def _shifted_convolution(op, a, shape):
+    pulled = _adjoint(op, a, shape)
+    return pulled.roll(1, -1) if isinstance(op, relaxations.MaxPool | crown.Conv2d) else pulled
+
+
+def _forgotten_scale(op):
+    return op if isinstance(op, intervals.Affine | intervals.Flatten) else _squared(op)
+
+
+def _first_input_only(op, *inputs):
+    return inputs[0] if isinstance(op, intervals.Add) else _propagate(op, *inputs)
+
+
+_propagate = crown.propagate
+
+BUGS = {
+    "the ReLU chord loses its shift": (relaxations, "_relu", _relu_chord_through_the_origin),
+    "the lower ReLU line is lifted": (relaxations, "_relu", _relu_lower_slope_too_steep),
+    "max pooling over half the interval": (relaxations, "_max_pool", _pool_of_the_largest_upper_bound),
+    "biases are dropped": (crown, "offset", _no_bias),
+    "a convolution's adjoint is off by one": (crown, "adjoint", _shifted_convolution),
+    "the normalisation's scale is forgotten": (intervals, "_squared", _forgotten_scale),
+    "a residual branch is dropped": (crown, "propagate", _first_input_only),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name, broken = BUGS[bug]
+    monkeypatch.setattr(module, name, broken)
+    assert any(violations(range(70), METHODS))

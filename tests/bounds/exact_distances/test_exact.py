@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import LinearConstraint, linprog, minimize
+from torch import nn
+
+from sparring.bounds import exact, radius
+from sparring.errors import UserError
+from sparring.threat import distance
+
+from ..random_networks import hostile_points, network
+
+
+def tiny(seed: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A network of three inputs and 3 + 2 hidden units, and an image it has no doubt about."""
+    torch.manual_seed(seed)
+    layers = [nn.Flatten(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3)]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    x = torch.rand(1, 1, 1, 3)
+    return model, x, model(x).argmax(1)
+
+
+def brute_force(model: nn.Module, x: torch.Tensor, y: int, norm: float) -> float:
+    """Minimise the distance over every activation pattern and every class: one small convex program each."""
+    linears = [
+        (m.weight.detach().double().numpy(), m.bias.detach().double().numpy()) for m in model if hasattr(m, "weight")
+    ]
+    origin = x.double().flatten().numpy()
+    best = math.inf
+    for pattern in itertools.product((0, 1), repeat=5):
+        matrix, constant = np.eye(3), np.zeros(3)
+        rows, limits = [], []
+        for (weight, bias), signs in zip(linears, (pattern[:3], pattern[3:]), strict=False):
+            matrix, constant = weight @ matrix, weight @ constant + bias
+            sign = 2 * np.array(signs) - 1
+            rows.append(-sign[:, None] * matrix)
+            limits.append(sign * constant)
+            matrix, constant = matrix * np.array(signs)[:, None], constant * np.array(signs)
+        matrix, constant = linears[2][0] @ matrix, linears[2][0] @ constant + linears[2][1]
+        for k in {0, 1, 2} - {y}:
+            a = np.vstack([*rows, matrix[y] - matrix[k]])
+            b = np.concatenate([*limits, [constant[k] - constant[y]]])
+            best = min(best, _smallest(a, b, origin, norm))
+    return best
+
+
+def _smallest(a: np.ndarray, b: np.ndarray, origin: np.ndarray, norm: float) -> float:
+    eye, one = np.eye(3), np.ones((3, 1))
+    rows = np.vstack([np.hstack([a, np.zeros((len(a), 1))]), np.hstack([eye, -one]), np.hstack([-eye, -one])])
+    limits = np.concatenate([b, origin, -origin])
+    found = linprog([0, 0, 0, 1], A_ub=rows, b_ub=limits, bounds=[(0, 1)] * 3 + [(0, None)])
+    if found.status != 0:
+        return math.inf
+    if norm == math.inf:
+        return float(found.fun)
+    result = minimize(
+        lambda v: ((v - origin) ** 2).sum(),
+        found.x[:3],
+        jac=lambda v: 2 * (v - origin),
+        bounds=[(0, 1)] * 3,
+        constraints=LinearConstraint(a, -np.inf, b),
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    return float(np.sqrt(result.fun)) if (a @ result.x <= b + 1e-8).all() else math.inf
+
+
+@pytest.mark.parametrize("norm", [math.inf, 2.0])
+@pytest.mark.parametrize("seed", range(12))
+def test_the_distance_equals_brute_force_over_activation_patterns(seed: int, norm: float) -> None:
+    model, x, y = tiny(seed)
+    expected = brute_force(model, x, int(y), norm)
+    found = exact(model, x, y, norm)
+    assert found.status == ("exact",)
+    if math.isinf(expected):
+        assert found.lower.item() == found.upper.item() == math.inf
+    else:
+        assert found.lower.item() <= expected * (1 + 1e-6) and found.upper.item() >= expected * (1 - 1e-6)
+        assert found.upper.item() - found.lower.item() <= 1e-3
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_certified_at_most_exact_at_most_attacked_on_every_layer_kind(seed: int) -> None:
+    model, shape = network(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(1, *shape, generator=generator)
+    y = model(x).argmax(1)
+    adversarial = _attacked(model, x, int(y), generator)
+    found = exact(model, x, y, math.inf, x_adv=adversarial, seconds=1.0)  # the order holds whenever it stops
+    attacked = torch.where(model(adversarial).argmax(1) != y, distance(adversarial.double() - x, math.inf), math.inf)
+    certified = radius(model, x, y, math.inf)
+    assert (certified <= found.lower + 1e-4).all() and (found.lower <= found.upper).all()
+    assert (found.upper <= attacked).all()
+    reached = found.upper.isfinite()
+    assert (model(found.x_adv).argmax(1) != y)[reached].all()
+    torch.testing.assert_close(distance(found.x_adv.double() - x, math.inf)[reached], found.upper[reached])
+
+
+def _attacked(model: nn.Module, x: torch.Tensor, y: int, generator: torch.Generator) -> torch.Tensor:
+    for eps in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+        points = hostile_points(model, x.double(), y, math.inf, eps, points=50, generator=generator).float()
+        wrong = model(points).argmax(1) != y
+        if wrong.any():
+            return points[wrong][:1]
+    return x
+
+
+def test_a_wrong_image_is_at_distance_zero_and_modes_stay() -> None:
+    model, x, y = tiny(0)
+    model.train()
+    found = exact(model, x, (y + 1) % 3, math.inf)
+    assert found.status == ("wrong",) and found.lower.item() == found.upper.item() == 0
+    assert model.training
+
+
+def test_no_time_leaves_an_honest_interval() -> None:
+    model, x, y = tiny(1)
+    expected = brute_force(model, x, int(y), math.inf)
+    found = exact(model, x, y, math.inf, seconds=0.0)
+    assert found.lower.item() <= expected * (1 + 1e-6) and found.upper.item() >= expected * (1 - 1e-6)
+
+
+def test_other_norms_are_refused() -> None:
+    model, x, y = tiny(0)
+    with pytest.raises(UserError, match="l1"):
+        exact(model, x, y, 1.0)
