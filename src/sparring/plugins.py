@@ -1,17 +1,22 @@
-"""A user's own models, pruners and attacks, named "package.module:name"."""
+"""A user's own models, pruners and attacks, named "package.module:name", and the options of functions."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import inspect
+import json
 import sys
+import typing
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
 from .errors import UserError, told
 
-__all__ = ["code_hash", "import_object"]
+__all__ = ["check_options", "code_hash", "import_object"]
 
 
 def import_object(path: str) -> Any:
@@ -48,3 +53,31 @@ def code_hash(path: str) -> str:
         file = None
     source = Path(file).read_bytes() if file is not None and Path(file).is_file() else b""
     return hashlib.sha256(source).hexdigest()
+
+
+def check_options(
+    who: str, function: Callable[..., Any], options: Mapping[str, Any], *, reserved: Collection[str]
+) -> None:
+    """Raise UserError for an option, as TOML has it, that a function does not take or whose type is not the function's.
+
+    The type is that of the annotation, or of the default. `reserved` are keywords that are no options.
+    """
+    known = {name: p for name, p in inspect.signature(function).parameters.items() if name not in reserved}
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"{who} has no option '{name}'; it has: {', '.join(known) or 'none'}")
+        try:
+            _type_of(function, known[name]).validate_json(json.dumps(value, allow_nan=False), strict=True)
+        except (TypeError, ValueError, PydanticUserError) as error:
+            why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise UserError(f"{who}: option '{name}': {why.splitlines()[0]}, not {value!r}") from error
+
+
+def _type_of(function: Callable[..., Any], parameter: inspect.Parameter) -> TypeAdapter[Any]:
+    try:
+        hints = typing.get_type_hints(inspect.unwrap(getattr(function, "func", function)))
+    except Exception:  # a user's annotations may be anything
+        hints = {}
+    default = type(parameter.default)
+    bare = float if default is int else default if default in (bool, float, str) else Any
+    return TypeAdapter(hints.get(parameter.name, bare))

@@ -11,16 +11,16 @@ import torch
 
 from sparring.cli import main
 from sparring.data import Dataset, as_float
+from sparring.facts import MODELS as FACTS
 from sparring.metrics import accuracy
-from sparring.models import MODELS, RECIPES, build, recipe_settings
+from sparring.models import MODELS, build, recipe_settings
 from sparring.train import Recipe, fit, predict
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 
 
 def test_every_network_has_a_recipe_that_the_page_tells() -> None:
-    assert RECIPES.keys() == MODELS.keys()
-    for name in RECIPES:
+    for name in MODELS:
         recipe = Recipe(**recipe_settings(name, channels=3))
         row = rf"\| `{name}[^`]*` \| [^|]+ \| {recipe.lr:g} \| {recipe.epochs} \| {recipe.batch_size} \|"
         assert re.search(row, PAGE), name
@@ -66,8 +66,9 @@ def test_train_takes_the_recipe_and_what_is_set_besides(
         assert stop.value.code == 0
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
 
-    assert len(lines("train", "linear")) == RECIPES["linear"]["epochs"]
+    assert len(lines("train", "linear")) == FACTS["linear"].recipe["epochs"]
     assert len(lines("train", "linear", "--set", "epochs=2")) == 2
     first, again = lines("train", "linear", "--set", "lr=0.01"), lines("train", "linear")
     assert [line.split("  ")[1] for line in first] == [line.split("  ")[1] for line in again], "0.01 is the recipe's"
-    assert len(lines("prune", str(tmp_path / "model.safetensors"), "--sparsity", "0.5")) == RECIPES["linear"]["epochs"]
+    pruned = lines("prune", str(tmp_path / "model.safetensors"), "--sparsity", "0.5")
+    assert len(pruned) == FACTS["linear"].recipe["epochs"]

@@ -17,7 +17,7 @@ from .algorithms._pgd import fgsm, pgd, rfgsm
 from .algorithms._square import square
 from .evaluation._cross_checks import check_budgets, check_order, check_silence, check_unlimited
 from .evaluation._flags import FLAGS, Flag
-from .evaluation._run import Attack, AttackResult, check_convergence, lend, robust_accuracy, run
+from .evaluation._run import Attack, AttackResult, check_convergence, facts_of, lend, robust_accuracy, run
 
 ATTACKS: dict[str, Attack] = {
     "apgd": apgd,
@@ -38,15 +38,9 @@ ATTACKS: dict[str, Attack] = {
     "standard": standard,
 }
 
-# Those that look for the smallest perturbation, and those that do so where no budget is given; all others need one.
-ENSEMBLES = frozenset({"fast", "standard"})
-MINIMUM_NORM = frozenset({"cw", "ddn", "deepfool", "fab", "fab-targeted", "hopskipjump", "nearest"})
-
 __all__ = [
     "ATTACKS",
-    "ENSEMBLES",
     "FLAGS",
-    "MINIMUM_NORM",
     "Attack",
     "AttackResult",
     "Flag",
@@ -62,6 +56,7 @@ __all__ = [
     "deepfool",
     "fab",
     "fab_targeted",
+    "facts_of",
     "fast",
     "fgsm",
     "hopskipjump",

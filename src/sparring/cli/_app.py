@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..facts import BOUNDS
 from ..files import check_writable
 from ..units import parse_budgets, parse_eps, parse_norm
 
@@ -197,6 +198,9 @@ def attack(
     attacks: Annotated[
         str, typer.Option(help="Names, separated by commas; see `sparring list attacks`.")
     ] = "fgsm,pgd,fast",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of the attacks that have it, as steps=100; repeatable.")
+    ] = None,
     norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
     eps: Budgets = "0.1",
     images: Images = 1000,
@@ -217,8 +221,9 @@ def attack(
     from ._models import run_attack
 
     return run_attack(
-        model, weights, data, attacks, *threat, images, batch_size, seed, data_dir, download, checks, as_json=json
-    )
+        model, weights, data, attacks, *threat, images, batch_size, seed, data_dir, download, checks,
+        tuple(options or ()), as_json=json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -227,7 +232,7 @@ def certify(
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="Data set: a name or a path.")] = "mnist-5k",
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
-    method: Annotated[str, typer.Option(help="interval, crown-interval, crown or alpha-crown.")] = "crown",
+    method: Annotated[str, typer.Option(help=f"{', '.join(BOUNDS)}.")] = "crown",
     eps: Budgets = "0.01,0.03",
     images: Images = 100,
     data_dir: DataDir = None,

@@ -7,13 +7,15 @@ import inspect
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from .. import __version__, attacks, data, models, sparsity
+from .. import __version__, data
+from ..attacks import FLAGS
 from ..errors import UnknownNameError
+from ..facts import SHOWN, AttackFacts, Facts
+from ..sparsity import STRUCTURES
 from ..study import available_cores, presets
 from ._printing import print_json
 
@@ -23,20 +25,16 @@ EXTRAS = ("onnxruntime", "openvino", "ray", "mlflow-skinny", "tensorboard", "foo
 
 def _tables() -> dict[str, dict[str, str]]:
     return {
-        "attacks": _described(attacks.ATTACKS),
-        "data": _described(data.DATASETS),
-        "models": _described(models.MODELS),
+        **{part: {name: _described(one) for name, one in table.items()} for part, table in SHOWN.items()},
+        "flags": FLAGS,
         "presets": presets(),
-        "pruners": _described(sparsity.METHODS),
-        "scores": _described(sparsity.SCORES),
+        "structures": {name: (inspect.getdoc(one) or "").split("\n")[0] for name, one in STRUCTURES.items()},
     }
 
 
-def _described(table: Mapping[str, Callable[..., object]]) -> dict[str, str]:
-    return {
-        name: (inspect.getdoc(getattr(function, "func", function)) or "").split("\n")[0]
-        for name, function in table.items()
-    }
+def _described(one: Facts) -> str:
+    kind = f"{one.kind}, {', '.join(one.norms)}" if isinstance(one, AttackFacts) else ""
+    return "; ".join(part for part in (one.title, kind, one.source) if part)
 
 
 def show_list(what: str, *, as_json: bool) -> int:

@@ -16,7 +16,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import attacks, deploy
-from ..attacks import MINIMUM_NORM
 from ..data import Dataset, as_float
 from ..errors import UnknownNameError, UserError
 from ..files import CONVERT, load_tensors
@@ -28,9 +27,9 @@ from ..study import (
     Network,
     Plan,
     Training,
-    attack_named,
     check_fit,
     chosen_images,
+    configured,
     ramped_loss,
     refuse_constant,
     robust_score,
@@ -47,7 +46,6 @@ SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
 
 # Which table of a plan the options of --set belong to.
 _PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
-SINGLE_STEP = {"fgsm", "rfgsm"}
 
 
 def run_train(
@@ -164,17 +162,22 @@ def run_attack(
     data_dir: Path | None,
     download: bool,
     checks: int,
+    overrides: tuple[str, ...],
     *,
     as_json: bool,
 ) -> int:
     """Attack a model and print a row for each attack and budget, with the flags of `checks` images' second opinions."""
-    threats = _threats(attack_names, norm, budgets)
+    chosen = _chosen(attack_names, overrides)
+    threats = [
+        (name, Threat(norm, eps))
+        for name, attack in chosen.items()
+        for eps in ([None] if attacks.facts_of(attack).kind == "minimum-norm" else budgets)
+    ]
     check_named(name, weights)
     dataset = open_data(data_name, data_dir, download)
     model, _ = open_model(name, weights, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
     task = (model, as_float(x), y)
-    chosen = {name: attack_named(name) for name, _ in threats}
     results: dict[tuple[str, Threat], attacks.AttackResult] = {}
     for attack_name, threat in threats:
         generator = torch.Generator().manual_seed(seed)
@@ -194,13 +197,11 @@ def run_attack(
     return 0
 
 
-def _threats(names: str, norm: float, budgets: tuple[float, ...]) -> list[tuple[str, Threat]]:
+def _chosen(names: str, overrides: tuple[str, ...]) -> dict[str, attacks.Attack]:
     chosen = list(dict.fromkeys(part.strip() for part in names.split(",") if part.strip()))
     if not chosen:
         raise UserError(f"--attacks takes names separated by commas, as fgsm,pgd; '{names}' holds none")
-    for name in chosen:
-        attack_named(name)
-    return [(name, Threat(norm, eps)) for name in chosen for eps in ([None] if name in MINIMUM_NORM else budgets)]
+    return configured(chosen, overrides)
 
 
 def _worst_cases(results: Mapping[tuple[str, Threat], attacks.AttackResult]) -> list[dict[str, Any]]:
@@ -236,7 +237,7 @@ def _opinions(
         for eps, more in attacks.check_budgets({eps: result for eps, (_, result) in budgets.items()}).items():
             flags[name, budgets[eps][0]] += more
         generator = torch.Generator().manual_seed(seed)
-        if budgets and name not in SINGLE_STEP:
+        if budgets and not attacks.facts_of(chosen[name]).single_step:
             threat, result = budgets[max(budgets)]
             flags[name, threat] += attacks.check_unlimited(
                 *task, chosen[name], norm=threat.norm, images=images, generator=generator

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from ._layers import Normalise, Residual
-from ._recipes import RECIPES, recipe_settings
+from ._recipes import recipe_settings
 from ._registry import MODELS, build, load_weights_
 from ._saved import Blueprint, load_model, save_model
 
 __all__ = [
     "MODELS",
-    "RECIPES",
     "Blueprint",
     "Normalise",
     "Residual",

@@ -18,6 +18,7 @@ from .plans._tables import (
     Pruning,
     Training,
     attack_named,
+    configured,
 )
 from .plans._task_graph import Cell, DataFacts, lay_out
 from .plans._toml import presets
@@ -65,6 +66,7 @@ __all__ = [
     "available_cores",
     "check_fit",
     "chosen_images",
+    "configured",
     "environment",
     "execute",
     "held_against",

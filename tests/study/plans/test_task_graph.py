@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import sparring
+from sparring.facts import ATTACKS
 from sparring.study import DataFacts, Plan, lay_out
 from sparring.study.plans._task_graph import is_key_of
 from sparring.study.stages import _table as stages
@@ -30,17 +32,21 @@ def keys_of() -> dict[str, str]:
 
 
 def test_an_attack_that_changed_is_done_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "REVISIONS", {})
+    def revise(**revisions: int) -> None:
+        for name in ("pgd", "fast", "square", "standard"):
+            monkeypatch.setitem(ATTACKS, name, replace(ATTACKS[name], revision=revisions.get(name, 0)))
+
+    revise()
     before = lay_out(Plan.from_table(TABLE), FACTS).tasks
     first = keys_of()
-    monkeypatch.setattr(stages, "REVISIONS", {"square": 1, "standard": 2})
+    revise(square=1, standard=2)
     second = keys_of()
     assert {name for key, name in second.items() if key not in first} == {"square", "standard"}
     assert len(first) == len(second)
     # What was found before the change stays a record of its task, of whatever revision it was.
     environment = {"sparring": sparring.__version__, "torch": torch.__version__}
     assert all(is_key_of(key, task.stage, task.inputs, environment) for key, task in before.items())
-    monkeypatch.setattr(stages, "REVISIONS", {"standard": 1})
+    revise(standard=1)
     assert {name for key, name in second.items() if key not in keys_of()} == {"square", "standard"}
 
 
@@ -63,7 +69,7 @@ def test_one_attack_with_a_surrogate_is_done_again_alone(monkeypatch: pytest.Mon
         return lay_out(Plan.from_table(table), FACTS).tasks
 
     now = tasks()
-    monkeypatch.setattr(stages, "LENDINGS", stages.LENDINGS | {"square": 1})
+    monkeypatch.setitem(ATTACKS, "square", replace(ATTACKS["square"], lent=1))
     new = [task for key, task in tasks().items() if key not in now]
     assert [task.inputs["attack"]["name"] for task in new] == ["square"] and len(new[0].inputs["parents"]) == 2
 
@@ -75,7 +81,7 @@ def test_one_attack_on_networks_that_draw_is_done_again_alone(monkeypatch: pytes
         return lay_out(Plan.from_table(TABLE | {"activation": kinds}), FACTS).tasks
 
     now = tasks()
-    monkeypatch.setattr(stages, "DRAWINGS", stages.DRAWINGS | {"square": 1})
+    monkeypatch.setitem(ATTACKS, "square", replace(ATTACKS["square"], drawn=1))
     (new,) = [task for key, task in tasks().items() if key not in now]
     assert new.inputs["attack"]["name"] == "square" and new.inputs["activation"]["kind"] == "stochastic-pruning"
 
@@ -93,7 +99,7 @@ def test_one_attack_on_networks_that_mask_gradients_is_done_again_alone(monkeypa
         return lay_out(Plan.from_table(TABLE | {"activation": kinds, "attacks": attacks}), FACTS).tasks
 
     now = tasks()
-    monkeypatch.setattr(stages, "MASKINGS", {"fast": 2})
+    monkeypatch.setitem(ATTACKS, "fast", replace(ATTACKS["fast"], masked=2))
     new = [task for key, task in tasks().items() if key not in now]
     assert [(task.inputs["activation"]["kind"], task.inputs["attack"]["eps"]) for task in new] == [("top-k", 0.1)]
 

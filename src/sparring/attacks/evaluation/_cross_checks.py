@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
+from itertools import pairwise, permutations
 
 import torch
 from torch import Tensor, nn
 
+from ...facts import ATTACKS, OWN_ATTACK
 from ...outputs import Opened, opened
 from ...threat import LINF, Threat, diameter, distance
 from .._gradients import frozen
@@ -15,22 +16,6 @@ from ..algorithms._losses import is_answer, margin
 from ._flags import Flag, exceeds
 from ._run import Attack, AttackResult, run
 
-# Pairs (weaker, stronger): on the same images and threat the first must not do better than the second.
-WEAKER: tuple[tuple[str, str], ...] = (
-    ("fgsm", "pgd"),
-    ("rfgsm", "pgd"),
-    ("pgd", "standard"),
-    ("square", "pgd"),
-    ("square", "apgd"),
-    ("square", "apgd-dlr"),
-    ("square", "apgd-targeted"),
-    ("square", "fast"),
-    ("hopskipjump", "nearest"),
-    ("deepfool", "nearest"),
-    ("fgsm", "fast"),
-    ("pgd", "fast"),
-    ("fast", "standard"),
-)
 _NOTABLE = 0.02
 _RETRIES = 3
 # What the evaluator itself allows beyond box and budget.
@@ -66,16 +51,14 @@ def check_unlimited(
     return (Flag("unlimited-budget", detail),)
 
 
-def check_order(
-    results: Mapping[str, AttackResult], weaker: Sequence[tuple[str, str]] = WEAKER
-) -> dict[str, tuple[Flag, ...]]:
-    """Return, for each stronger attack, a flag if a weaker one on the same images and threat did better.
+def check_order(results: Mapping[str, AttackResult]) -> dict[str, tuple[Flag, ...]]:
+    """Return, for each stronger attack, a flag if one of lower rank on the same images and threat did better.
 
     Better: it fools at least 2% more images, beyond chance (see `exceeds`).
     """
     flags: dict[str, tuple[Flag, ...]] = {}
-    for low, high in weaker:
-        if low not in results or high not in results:
+    for low, high in permutations(results, 2):
+        if not ATTACKS.get(low, OWN_ATTACK).is_weaker(ATTACKS.get(high, OWN_ATTACK)):
             continue
         found = _outdone(results[low], results[high], f"{low} fools", high)
         flags |= {high: (*flags.get(high, ()), *found)} if found else {}

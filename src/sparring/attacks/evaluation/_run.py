@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...facts import ATTACKS, OWN_ATTACK, AttackFacts
 from ...memory_format import channels_last
 from ...outputs import Door, check_module, opened
 from ...threat import Threat
 from ...waiting import courteous
 from .._gradients import Probe, frozen
 from ..algorithms._losses import dlr
-from ..algorithms._pgd import fgsm, pgd, rfgsm
+from ..algorithms._pgd import pgd
 from ..algorithms._projections import column, select
 from ..fastpath._convnet import read_convolved
 from ..fastpath._mlp import ByHand, read_dense
@@ -46,8 +47,6 @@ _NOTABLE = 0.02
 _LENGTHS = ("steps", "queries")
 # What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
 _DEEP = partial(pgd, objective=dlr, stop_early=False)
-# To these alone it would be no loan but another attack, and robust accuracy under a single step no longer that.
-_SINGLE_STEP = (fgsm, rfgsm)
 
 
 class Attack(Protocol):
@@ -271,8 +270,14 @@ def lengthened(attack: Attack, factor: int = 4) -> Attack:
     return cast(Attack, partial(function, **{name: factor * inspect.signature(function).parameters[name].default}))
 
 
-def _is_single_step(attack: Attack) -> bool:
-    return (attack.func if isinstance(attack, partial) else attack) in _SINGLE_STEP
+def facts_of(attack: Attack) -> AttackFacts:
+    """Return what is known of an attack, however it is configured; one that takes no `eps` is a minimum-norm attack."""
+    function = attack.func if isinstance(attack, partial) else attack
+    name = getattr(function, "__name__", "").replace("_", "-")
+    if name in ATTACKS and function.__module__.startswith(f"{__package__.partition('.')[0]}."):
+        return ATTACKS[name]
+    takes_eps = any(p.name == "eps" or p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    return OWN_ATTACK if takes_eps else replace(OWN_ATTACK, kind="minimum-norm")
 
 
 def _length_of(attack: Attack) -> str | None:
@@ -361,7 +366,8 @@ class _Order:
     def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:
         """Yield what a surrogate lends, found on the images that are wanted when their turn comes."""
         yield self(surrogate, wanted())
-        if self.threat.eps is not None and not _is_single_step(self.attack):
+        # To a single step it would be no loan but another attack, and robust accuracy under it no longer that.
+        if self.threat.eps is not None and not facts_of(self.attack).single_step:
             yield replace(self, attack=_DEEP)(surrogate, wanted())
 
 

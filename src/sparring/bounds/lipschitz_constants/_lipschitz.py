@@ -22,7 +22,7 @@ from ..certify._relaxations import WindowLines, relax
 from ._operator_norms import max_pool_norm, operator_norm
 
 _LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
-Constants = Callable[[Graph, Region, Tensor], Tensor]
+Constants = Callable[[Graph, Region, Tensor, torch.Generator], Tensor]
 
 
 @courteous()
@@ -52,19 +52,18 @@ def constants_over(graph: Graph, reach: Region, y: Tensor, method: str, seed: in
     for node in graph.nodes:
         if isinstance(node.op, Activation):
             kink_of(node.op)
-    if method in ("sampled", "clever"):
-        largest = _sampled_gradients(graph, reach, y, torch.Generator().manual_seed(seed))
-        return largest.amax(0) if method == "sampled" else _extreme_value(largest)
-    with torch.no_grad():
-        return _BOUNDS[method](graph, reach, margin_rows(graph, y))
+    return LIPSCHITZ[method](graph, reach, margin_rows(graph, y), torch.Generator().manual_seed(seed))
 
 
 _BATCHES, _SAMPLES = 40, 25
 
 
-def _sampled_gradients(graph: Graph, reach: Region, y: Tensor, generator: torch.Generator) -> Tensor:
+def _sampled(graph: Graph, reach: Region, rows: Tensor, generator: torch.Generator) -> Tensor:
+    return _sampled_gradients(graph, reach, rows, generator).amax(0)
+
+
+def _sampled_gradients(graph: Graph, reach: Region, rows: Tensor, generator: torch.Generator) -> Tensor:
     """Return the largest gradient norm of each of many batches of points: (batches, N, classes − 1)."""
-    rows = margin_rows(graph, y)
     count, many = rows.shape[:2]
     size = reach.eps.view(-1, *[1] * (reach.x.dim() - 1)).repeat_interleave(_SAMPLES, 0)
     centres, low, high = (v.repeat_interleave(_SAMPLES, 0) for v in (reach.x, reach.lower, reach.upper))
@@ -81,10 +80,11 @@ def _sampled_gradients(graph: Graph, reach: Region, y: Tensor, generator: torch.
     return torch.stack(found)
 
 
-def _extreme_value(largest: Tensor) -> Tensor:
+def _clever(graph: Graph, reach: Region, rows: Tensor, generator: torch.Generator) -> Tensor:
     """Return the location of a reverse Weibull fitted to batch maxima (Weng et al. 2018, theorem 4.1)."""
     from scipy.stats import weibull_max  # here, as importing it takes a second or two
 
+    largest = _sampled_gradients(graph, reach, rows, generator)
     best = largest.amax(0)
     result = best.clone()
     for i in range(best.shape[0]):
@@ -99,15 +99,17 @@ def _extreme_value(largest: Tensor) -> Tensor:
     return result
 
 
-def _product(graph: Graph, reach: Region, rows: Tensor) -> Tensor:
+@torch.no_grad()
+def _product(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> Tensor:
     """Multiply the norms of all layers; every unit counts."""
     ones = [torch.ones(len(rows), *node.shape, dtype=torch.float64) for node in graph.nodes]
     return _multiplied(graph, reach.norm, rows, ones, ones)
 
 
-def _active(graph: Graph, reach: Region, rows: Tensor) -> Tensor:
+@torch.no_grad()
+def _active(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> Tensor:
     """Multiply the norms of the submatrices of units that can be active somewhere in the region."""
-    bounds, _ = bound_nodes(graph, reach, backward=True)
+    bounds = bound_nodes(graph, reach, backward=True)[0]
     outputs = [torch.ones_like(b.lower) for b in bounds]
     inputs = [torch.ones_like(b.lower) for b in bounds]
     inputs[0] = (reach.upper > reach.lower).double()
@@ -155,9 +157,10 @@ def _multiplied(graph: Graph, norm: float, rows: Tensor, inputs: list[Tensor], o
     return sizes * constants[source][:, None]
 
 
-def _jacobian(graph: Graph, reach: Region, rows: Tensor) -> Tensor:
+@torch.no_grad()
+def _jacobian(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> Tensor:
     """Propagate intervals of the margins' Jacobian backwards (as RecurJac does, Zhang et al. 2019)."""
-    bounds, _ = bound_nodes(graph, reach, backward=True)
+    bounds = bound_nodes(graph, reach, backward=True)[0]
     waiting = {len(graph.nodes) - 1: Interval(rows, rows)}
     for index in range(len(graph.nodes) - 1, 0, -1):
         if index not in waiting:
@@ -221,5 +224,10 @@ def _gathered(value: Tensor, lines: WindowLines) -> Tensor:
     return total[..., :pixels].reshape(*value.shape[:2], *lines.shape)
 
 
-_BOUNDS: dict[str, Constants] = {"product": _product, "active": _active, "jacobian": _jacobian}
-LIPSCHITZ = ("sampled", "clever", *_BOUNDS)
+LIPSCHITZ: dict[str, Constants] = {
+    "sampled": _sampled,
+    "clever": _clever,
+    "product": _product,
+    "active": _active,
+    "jacobian": _jacobian,
+}

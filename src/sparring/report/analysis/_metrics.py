@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ...facts import ATTACKS, OWN_ATTACK
 from ...statistics import binomial_interval, ratio_values
 from ._records import NAIVE, Network, Record, Study, Who, arrays, attack_label, is_dense
 
@@ -22,9 +23,6 @@ Role = Literal[
 LIPSCHITZ: tuple[Role, ...] = ("margin", "lipschitz", "ratio")  # the tensors of "lipschitz" records
 TRANSFER: tuple[Role, ...] = ("to sparse", "to dense")  # the directions of "transfer" records
 NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1"}
-SINGLE_STEP = ("fgsm", "rfgsm")
-# From weak to strong: on the same images and budget no attack must do better than a later one.
-LADDER = ((*SINGLE_STEP, "square"), ("pgd",), ("apgd", "apgd-dlr"), ("fast",), ("standard",))
 
 
 @dataclass(frozen=True)
@@ -119,15 +117,15 @@ Collected = dict[Measure, dict[Who, PerImage]]
 
 def pretty(label: str) -> str:
     """Return an attack's label as the field writes it."""
-    known = {"fgsm": "FGSM", "rfgsm": "R-FGSM", "pgd": "PGD", "apgd": "APGD", "deepfool": "DeepFool", "cw": "C&W"}
-    known |= {"ddn": "DDN", "fab": "FAB", "nearest": "Nearest", "smallest": "Smallest", "square": "Square"}
     head, dash, tail = label.partition("-")
-    return known.get(head, head) + dash + tail
+    title = ATTACKS[head].title if head in ATTACKS else "Smallest" if head == "smallest" else head
+    return title + dash + tail
 
 
 def rung(measure: Measure) -> float:
-    """Return an attack's place on the ladder from weak to strong; an unknown one's compares with none."""
-    return next((float(k) for k, names in enumerate(LADDER) if measure.name in names), math.nan)
+    """Return the rank of an attack within a budget; one that has none compares with none."""
+    facts = ATTACKS.get(measure.name, OWN_ATTACK)
+    return math.nan if facts.rank is None or facts.kind == "minimum-norm" else float(facts.rank)
 
 
 def pretty_eps(eps: float | None) -> str:
@@ -256,7 +254,7 @@ def _add_worst(found: Collected) -> None:
     for measure in wanted:
         same = parts(found, measure)
         everywhere = set.intersection(*(set(found[m]) for m in same)) if same else set()
-        if len(same) > 1 and everywhere and any(m.name not in SINGLE_STEP for m in same):
+        if len(same) > 1 and everywhere and any(not ATTACKS.get(m.name, OWN_ATTACK).single_step for m in same):
             found[measure] = {who: _smallest([found[m][who] for m in same]) for who in sorted(everywhere)}
 
 

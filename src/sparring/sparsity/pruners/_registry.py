@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...errors import UnknownNameError, UserError
-from ...plugins import import_object
+from ...facts import PRUNERS, PrunerFacts
+from ...plugins import check_options, import_object
 from ...units import percent
 from .._rule import Rule
 from .._scores import SCORES
@@ -55,7 +56,8 @@ class PruningSpec:
 
     `method` is a name of METHODS or "package.module:factory" (sparsity -> Pruner); `score` a name of SCORES or
     "package.module:function" (a Score); `scope` one of SCOPES; `structure` a name of STRUCTURES; `layers` gives
-    sparsities by weight name in place of one for all. The other options are those of the method's function.
+    sparsities by weight name in place of one for all. The others are options of the method's function, as are those of
+    a user's own factory under `options`, by the names in its signature.
     """
 
     method: str = "gradual"
@@ -82,6 +84,7 @@ class PruningSpec:
     gamma: float | None = None
     power: float | None = None
     biases: bool | None = None
+    options: Mapping[str, Any] | None = None
 
 
 def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
@@ -95,6 +98,10 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
         field.name: value for field in fields(PruningSpec) if (value := getattr(spec, field.name)) is not None
     }
     del options["method"]
+    own = options.pop("options", {})
+    check_options(
+        f"the pruning method '{spec.method}'", factory, own, reserved=("sparsity", "rule", "layers", *options)
+    )
     rule = {name: options.pop(name) for name in _RULE if name in options}
     for name in (*options, *rule):
         if name not in known and not (name == "layers" or (name in rule and "rule" in known)):
@@ -105,7 +112,7 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
     if rule:
         options["rule"] = _rule(spec, rule)
         _check_limit(options["rule"].structure, target)
-    pruner = factory(sparsity=target, **options)
+    pruner = factory(sparsity=target, **options, **own)
     if not callable(pruner) or not hasattr(pruner, "dense_weights"):
         raise UserError(f"'{spec.method}' returned {type(pruner).__name__}, not a pruner (docs/extending.md)")
     return pruner
@@ -138,7 +145,7 @@ def _target(
     spec: PruningSpec, sparsity: float | None, layers: Mapping[str, float] | None
 ) -> float | Mapping[str, float] | None:
     if layers is not None:
-        if spec.method not in ("one-shot", "gradual", "bernoulli", "proximal"):
+        if not PRUNERS.get(spec.method, PrunerFacts()).by_layer:
             raise UserError(f"the pruning method '{spec.method}' takes one sparsity for the network, not one per layer")
         if spec.scope is not None:
             raise UserError(f"'layers' allocates by hand, so the scope '{spec.scope}' has no meaning; drop one of them")
@@ -156,7 +163,7 @@ def _target(
 
 def _rule(spec: PruningSpec, given: dict[str, Any]) -> Rule:
     # Methods that allocate differently unless told otherwise keep their own default.
-    scope = given.get("scope", {"set": "erk", "rigl": "erk", "hydra": "layer"}.get(spec.method, "global"))
+    scope = given.get("scope", PRUNERS.get(spec.method, PrunerFacts()).scope)
     if scope not in SCOPES:
         raise UnknownNameError("scope", scope, SCOPES)
     name = given.get("structure", "unstructured")

@@ -11,32 +11,15 @@ import torch
 from torch.nn import functional as F
 
 from ...data import as_float
+from ...facts import ATTACKS, BOUNDS, LIPSCHITZ, OWN_ATTACK, BoundFacts
 from ...memory_format import channels_last
 from ...outputs import logits_of
 from ...sparsity import ACTIVATIONS
 from ..runner._executors import Task
 from ..stages._networks import Context, network
 
-# Time per image over that of a forward-and-backward pass: between what records of LeNet-300-100 and of LeNet-5 on MNIST
-# show, whose own factors differ by up to three. What is not listed counts as 50.
-PASSES = {
-    "fgsm": 4.0,
-    "rfgsm": 4.0,
-    "pgd": 10.0,
-    "deepfool": 20.0,
-    "ddn": 60.0,
-    "nearest": 30.0,
-    "apgd": 30.0,
-    "apgd-dlr": 30.0,
-    "fast": 35.0,
-    "standard": 600.0,
-    "fab": 100.0,
-    "square": 400.0,
-    "cw": 3000.0,
-    "hopskipjump": 5000.0,
-}
-# The same for stages that are no attacks.
-STAGES = {"certify": 2000.0, "lipschitz": 400.0, "ship": 500.0}
+# What holding an artefact against its network takes, as `passes` of facts.
+SHIP = 500.0
 # How much longer an attack takes on a network that draws: seven times it starts, six of them on means over ten draws,
 # of which a network whose first layers do not draw makes little. LeNet-5's took 10 (`fast`) to 15 times (DeepFool).
 DRAWN = 13.0
@@ -67,7 +50,7 @@ def _passes(task: Task, context: Context) -> float:
         inner = inputs["training"]["steps"] + 1 if inputs["training"]["loss"] != "standard" else 1
         return float(len(context.dataset.train.x) * epochs * inner)
     if task.stage in ("attack", "lend", "transfer"):
-        each = PASSES.get(inputs["attack"]["name"], 50.0) * _rounds(inputs)
+        each = ATTACKS.get(inputs["attack"]["name"], OWN_ATTACK).passes * _rounds(inputs)
         return each * float(inputs["stop"] - inputs["start"])
     if task.stage == "linear":
         classifiers = sum(len(inputs[path]) for path in ("l2", "l1", "magnitude"))
@@ -76,8 +59,8 @@ def _passes(task: Task, context: Context) -> float:
         return classifiers * images
     if task.stage == "exact":
         return 1e5 * float(inputs["images"])  # seconds on end, where a search runs into its limit
-    if task.stage in STAGES:
-        each = 20.0 if inputs.get("method") in ("interval", "crown-interval") else STAGES[task.stage]
+    if task.stage in ("certify", "lipschitz", "ship"):
+        each = SHIP if task.stage == "ship" else {**BOUNDS, **LIPSCHITZ}.get(inputs["method"], BoundFacts()).passes
         return each * float(inputs["images"])
     return float(len(context.dataset.test.x)) / 3
 

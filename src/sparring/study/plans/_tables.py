@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...attacks import ATTACKS, ENSEMBLES, MINIMUM_NORM
+from torch import Tensor, nn
+
+from ...attacks import ATTACKS, facts_of
 from ...attacks import Attack as AttackFunction
+from ...bounds import BOUNDS, LIPSCHITZ
 from ...errors import PlanError, UnknownNameError, UserError
 from ...models import MODELS
-from ...plugins import import_object
+from ...plugins import check_options, import_object
 from ...sparsity import ACTIVATIONS, PruningSpec
 from ...threat import Threat
 from ...units import norm_name, parse_eps, parse_norm
+from ._toml import override_
 
-OPTIONS = ("steps", "restarts", "queries")
+# What every attack takes, and what a plan says of one beside its options.
+_CONTRACT = ("model", "x", "y", "norm", "eps", "targets", "generator", "name", "naive", "label")
+_COUNTS = ("steps", "restarts", "queries")
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ class Attack:
 
     `seeds` (the first few), `methods` (labels, "control" and "reference" among them) and `sparsities` (besides 0)
     narrow the cells that are attacked. `naive` attacks activation sparsity without the straight-through backward pass
-    and without transfer, to show what that hides. `steps`, `restarts` and `queries` are the attack's own.
+    and without transfer, to show what that hides. `options` are the attack's own, by the names in its signature;
+    `steps`, `restarts` and `queries` may stand beside them.
     """
 
     name: str
@@ -111,16 +120,19 @@ class Attack:
     steps: int | None = None
     restarts: int | None = None
     queries: int | None = None
+    options: Mapping[str, Any] | None = None
     naive: bool = False
 
     def __post_init__(self) -> None:
         _check_narrowing("attacks", self.seeds, methods=self.methods, sparsities=self.sparsities)
-        for option, value in self.options().items():
-            in_range(f"attack '{self.name}': {option}", value, 1, 10_000_000)
+        for option in _COUNTS:
+            if getattr(self, option) is not None and option in (self.options or {}):
+                raise PlanError(f"attack '{self.name}': {option} is given twice, alone and in options; drop one")
 
-    def options(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return the attack's own options that the plan sets."""
-        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+        counts = {name: value for name in _COUNTS if (value := getattr(self, name)) is not None}
+        return counts | dict(self.options or {})
 
 
 @dataclass(frozen=True)
@@ -132,13 +144,15 @@ class Certify:
 
     images: int = 200
     norm: Literal["linf", "l2"] = "linf"
-    method: Literal["interval", "crown-interval", "crown", "alpha-crown"] = "crown"
+    method: str = "crown"
     eps: tuple[float, ...] = ()
     seeds: int | None = None
     methods: tuple[str, ...] | None = None
     sparsities: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.method not in BOUNDS:
+            raise UnknownNameError("bound", self.method, BOUNDS)
         _check_narrowing("certify", self.seeds, methods=self.methods, sparsities=self.sparsities)
         in_range("certify.images", self.images, 1, 1_000_000)
         for eps in self.eps:
@@ -157,12 +171,14 @@ class Lipschitz:
     radius: float
     images: int = 200
     norm: Literal["linf", "l2"] = "linf"
-    method: Literal["sampled", "clever", "product", "active", "jacobian"] = "jacobian"
+    method: str = "jacobian"
     seeds: int | None = None
     methods: tuple[str, ...] | None = None
     sparsities: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.method not in LIPSCHITZ:
+            raise UnknownNameError("Lipschitz method", self.method, LIPSCHITZ)
         _check_narrowing("lipschitz", self.seeds, methods=self.methods, sparsities=self.sparsities)
         in_range("lipschitz.images", self.images, 1, 1_000_000)
         in_range("lipschitz.radius", self.radius, 1e-9, 1e6)
@@ -271,32 +287,69 @@ class Controls:
 
 
 def attack_named(name: str) -> AttackFunction:
-    """Return an attack by its name in ATTACKS, or a user's own by "package.module:function"."""
+    """Return an attack by its name in ATTACKS, or a user's own by "package.module:function".
+
+    A user's that takes no `eps` looks for the smallest perturbation, and is called without.
+    """
     if name in ATTACKS:
         return ATTACKS[name]
     if ":" not in name:
         raise UnknownNameError("attack", name, ATTACKS)
     function: AttackFunction = import_object(name)
     try:
-        inspect.signature(function).bind(None, None, None, norm=0.0, eps=None, targets=None, generator=None)
+        without = facts_of(function).kind == "minimum-norm"
+        budget = {} if without else {"eps": None}
+        inspect.signature(function).bind(None, None, None, norm=0.0, targets=None, generator=None, **budget)
     except (TypeError, ValueError) as error:
         call = "attack(model, x, y, *, norm, eps, targets, generator)"
         raise UserError(f"'{name}' cannot be called as {call}: {error}") from error
-    return function
+    return _without_eps(function) if without else function
+
+
+def _without_eps(function: Callable[..., Tensor]) -> AttackFunction:
+    @functools.wraps(function)
+    def attack(model: nn.Module, x: Tensor, y: Tensor, /, *, eps: float | None = None, **rest: Any) -> Tensor:
+        return function(model, x, y, **rest)
+
+    return attack
+
+
+def configured(names: Sequence[str], overrides: Sequence[str]) -> dict[str, AttackFunction]:
+    """Return attacks with KEY=VALUE options, each given to those that have it; raise UserError where none has."""
+    options: dict[str, Any] = {}
+    for override in overrides:
+        override_(options, override)
+    found: dict[str, AttackFunction] = {name: attack_named(name) for name in names}
+    for name, function in found.items():
+        own = {option: value for option, value in options.items() if option in inspect.signature(function).parameters}
+        _check_settings(name, function, own)
+        found[name] = functools.partial(function, **own)
+    for option in options:
+        if not any(option in inspect.signature(function).parameters for function in found.values()):
+            raise PlanError(f"--set {option}: no attack of {', '.join(names)} has an option of that name")
+    return found
+
+
+def _check_settings(name: str, function: AttackFunction, settings: Mapping[str, Any]) -> None:
+    check_options(f"attack '{name}'", function, settings, reserved=_CONTRACT)
+    for option in _COUNTS:
+        in_range(f"attack '{name}': {option}", settings.get(option, 1), 1, 10_000_000)
 
 
 def check_attack(attack: Attack) -> None:
     """Raise UserError for an unknown attack, a budget out of range, or an option that the attack does not have."""
     function = attack_named(attack.name)
-    if attack.name in ATTACKS and attack.name not in (*MINIMUM_NORM, *ENSEMBLES) and not attack.eps:
+    facts = facts_of(function)
+    if attack.name in ATTACKS and facts.kind == "budget" and not attack.eps:
         raise PlanError(f"attack '{attack.name}' needs a budget: give eps, as eps = [0.03] or eps = [\"8/255\"]")
+    if attack.eps and "eps" not in inspect.signature(function).parameters:
+        raise PlanError(f"attack '{attack.name}' takes no eps: it looks for the smallest perturbation; drop eps")
+    if attack.norm not in facts.norms:
+        raise PlanError(f"attack '{attack.name}' is for {' and '.join(facts.norms)}, not for {attack.norm}")
     for eps in attack.eps:
         Threat(parse_norm(attack.norm), eps)
     in_range(f"attack '{attack.name}': images", attack.images, 1, 1_000_000)
-    known = inspect.signature(function).parameters
-    for option in attack.options():
-        if option not in known:
-            raise PlanError(f"attack '{attack.name}' has no option '{option}'")
+    _check_settings(attack.name, function, attack.settings())
 
 
 def read_units(table: Any) -> Any:
@@ -307,6 +360,7 @@ def read_units(table: Any) -> Any:
         return table
     units = ("norm", "eps", "radius")
     read = {key: _read_unit(key, value) if key in units else read_units(value) for key, value in table.items()}
+    read |= {"options": table["options"]} if "options" in table else {}  # a part's own, whatever their names
     for name in ("attacks", "transfer", "certify", "linear"):
         for row in (row for row in read.get(name) or () if isinstance(row, dict)):
             row |= {"eps": [row["eps"]]} if isinstance(row.get("eps"), float) else {}

@@ -328,7 +328,7 @@ class _Seed:
         return {
             "values": shipped.values,
             "images": images,
-            "attack": {"name": judge.name, "norm": judge.norm, "eps": shipped.eps, **judge.options()},
+            "attack": {"name": judge.name, "norm": judge.norm, "eps": shipped.eps, **judge.settings()},
             "decisions": shipped.decisions,
             "certify": [
                 {"norm": one.norm, "method": one.method, "images": min(one.images, images)} for one in self.plan.certify
@@ -360,7 +360,7 @@ class _Seed:
         return [
             {
                 **shared,
-                "attack": {"name": attack.name, "norm": attack.norm, "eps": eps, **attack.options(), **naive},
+                "attack": {"name": attack.name, "norm": attack.norm, "eps": eps, **attack.settings(), **naive},
                 "split": attack.split,
                 "start": start,
                 "stop": min(start + plan.shard, images),

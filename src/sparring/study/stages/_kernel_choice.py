@@ -4,22 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...models import MODELS
+from ...facts import ATTACKS, MODELS, NEVER, OWN_ATTACK
 from ..plans._tables import Attack
-
-# As measured (docs/deploy.md): how sparse a network must be for each attack to gain from the kernels. Single steps do
-# not make up for packing.
-_STEPWISE = (
-    *("apgd", "apgd-dlr", "apgd-targeted", "cw", "ddn", "deepfool", "fab", "fab-targeted"),
-    *("fast", "nearest", "pgd", "standard"),
-)
-CONVOLUTIONAL = dict.fromkeys(_STEPWISE, 0.5)
-# In wide layers torch is nearer to the machine's peak, so that the kernels gain later.
-WIDE = dict.fromkeys(_STEPWISE, 0.8) | {"deepfool": 0.5}
-# Attacks compute fully connected networks by hand (attacks/dense.py), which leaves less to gain.
-FULLY_CONNECTED = {"apgd": 0.95, "apgd-dlr": 0.95, "ddn": 0.95, "cw": 0.8}
-RULES = {"vgg-like": WIDE} | dict.fromkeys(("linear", "mlp", "lenet-300-100"), FULLY_CONNECTED)
-NEVER = 1.0
 
 
 def goes_packed(kernels: str, model: dict[str, Any], sparsity: float | None, attack: Attack) -> bool:
@@ -32,4 +18,5 @@ def goes_packed(kernels: str, model: dict[str, Any], sparsity: float | None, att
         return kernels == "packed"
     if sparsity is None or model["name"] not in MODELS:
         return False
-    return sparsity >= RULES.get(model["name"], CONVOLUTIONAL).get(attack.name, NEVER)
+    # Attacks compute fully connected networks by hand, which leaves less to gain.
+    return sparsity >= ATTACKS.get(attack.name, OWN_ATTACK).kernels.get(MODELS[model["name"]].layers, NEVER)

