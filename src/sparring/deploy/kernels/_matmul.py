@@ -50,10 +50,7 @@ def add_runner(code: Code) -> None:
 @cache
 def _sources() -> str:
     """Return a hash of how kernels are written, so that a cache never outlives the code that filled it."""
-    folder = Path(__file__).parent
-    content = b"".join(
-        (folder / name).read_bytes() for name in ("emit.py", "kernels.py", "movement.py", "sparsifiers.py")
-    )
+    content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(content + llvmlite.__version__.encode()).hexdigest()
 
 
