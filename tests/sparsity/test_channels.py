@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparring.errors import Unsupported, UserError
+from sparring.metrics import size
 from sparring.models import build
 from sparring.sparsity import (
     STRUCTURES,
     Rule,
     all_ones,
     apply_,
-    counts,
     magnitude,
     prunable,
     remove_channels,
@@ -58,7 +58,7 @@ def test_logits_are_those_of_the_masked_network(name: str, sparsity: float, scop
     with torch.no_grad():
         assert torch.allclose(smaller(x), model(x), atol=1e-5, rtol=1e-5)
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
-    assert counts(smaller).weights_nonzero <= counts(model).weights_nonzero
+    assert size(smaller).nonzero_weights <= size(model).nonzero_weights
 
 
 def test_residual_channels_are_tied_and_classes_fixed() -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparring.errors import UserError
 from sparring.files import load_tensors, save_tensors
+from sparring.metrics import size
 from sparring.models import build
-from sparring.sparsity import all_ones, apply_, check_masks, counts, magnitude, prunable, select, sparsity_of
+from sparring.sparsity import all_ones, apply_, magnitude, prunable, select, sparsity_of
 
 
 def small() -> nn.Module:
@@ -27,18 +27,17 @@ def test_prunable_are_the_weights_of_linear_and_convolutional_layers() -> None:
     assert sparsity_of(all_ones(model)) == 0.0
 
 
-def test_counts_separate_weights_biases_and_normalisation() -> None:
+def test_sizes_separate_weights_from_biases_and_normalisation() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2, bias=False))
     with torch.no_grad():
         model.get_parameter("0.bias").fill_(1.0)
     masks = select(magnitude(model), 0.5)
     apply_(model, masks)
-    found = counts(model)
-    assert (found.weights, found.weights_nonzero) == (18, 9)
-    assert (found.biases, found.biases_nonzero) == (3, 3)
-    assert (found.other, found.other_nonzero) == (6, 3)  # batch norm starts with ones and zeros
-    assert found.weight_sparsity == sparsity_of(masks) == 0.5
-    assert found.parameter_sparsity == 1 - 15 / 27
+    found = size(model)
+    assert (found.weights, found.nonzero_weights) == (18, 9)
+    assert (found.parameters, found.nonzero) == (27, 15)  # batch norm starts with ones and zeros
+    assert found.sparsity == sparsity_of(masks) == 0.5
+    assert found.sparsity_total == 1 - 15 / 27
 
 
 @pytest.mark.parametrize(
@@ -64,27 +63,15 @@ def test_masked_weights_stay_zero_through_momentum_and_decay(
             masks = select(magnitude(model), 0.7)
         apply_(model, masks)
         assert all(bool((model.get_parameter(n)[~m] == 0).all()) for n, m in masks.items())
-    assert counts(model).weight_sparsity == sparsity_of(masks)
+    assert size(model).sparsity == sparsity_of(masks)
 
 
 def test_masks_survive_a_file_bit_for_bit(tmp_path: Path) -> None:
     model = small()
     masks = select(magnitude(model), 0.53)
-    loaded = check_masks(model, load_tensors(save_tensors(tmp_path / "masks.safetensors", masks)))
+    loaded = load_tensors(save_tensors(tmp_path / "masks.safetensors", masks))
     assert loaded.keys() == masks.keys()
     assert all(torch.equal(loaded[name], masks[name]) for name in masks)
-
-
-def test_masks_that_do_not_fit_are_named() -> None:
-    model = small()
-    masks = all_ones(model)
-    name = next(iter(masks))
-    with pytest.raises(UserError, match="lack"):
-        check_masks(model, {})
-    with pytest.raises(UserError, match="the model lacks"):
-        check_masks(model, {**masks, "other": torch.ones(1, dtype=torch.bool)})
-    with pytest.raises(UserError, match=name):
-        check_masks(model, {**masks, name: masks[name].float()})
 
 
 def test_apply_clears_values_that_are_not_finite() -> None:

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from torch.nn import grad
 
 from ..errors import Unsupported
-from ..facts import OPS
 from ..graph import (
     Activation,
     Affine,
     AvgPool,
+    Call,
+    Constant,
     Conv2d,
     Flatten,
     Graph,
     Linear,
     Node,
     Op,
+    Reshape,
     evaluate,
     lower,
     refusal,
@@ -55,9 +57,9 @@ def prepare(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None =
 
 
 def _bounded(node: Node, sparse: bool) -> Op:
-    if not OPS[type(node.op).__name__].bounded:
-        raise refusal(node, "has no rule for bounds; attacks can do without")
     match node.op:
+        case Call() | Constant() | Reshape():
+            raise refusal(node, "has no rule for bounds; attacks can do without")
         case Activation(name=name, module=module):
             return Activation(name, copy.deepcopy(module).double())
         case Linear() as op if sparse:

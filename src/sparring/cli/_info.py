@@ -7,15 +7,14 @@ import inspect
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from .. import __version__, data
-from ..attacks import FLAGS
+from .. import __version__, attacks, data, models, sparsity
 from ..errors import UnknownNameError
-from ..facts import SHOWN, AttackFacts, Facts
-from ..sparsity import STRUCTURES
+from ..facts import ATTACKS, BOUNDS, LIPSCHITZ
 from ..study import available_cores, presets
 from ._printing import print_json
 
@@ -25,16 +24,25 @@ EXTRAS = ("onnxruntime", "openvino", "ray", "mlflow-skinny", "tensorboard", "foo
 
 def _tables() -> dict[str, dict[str, str]]:
     return {
-        **{part: {name: _described(one) for name, one in table.items()} for part, table in SHOWN.items()},
-        "flags": FLAGS,
+        "activations": _described(sparsity.ACTIVATIONS),
+        "attacks": {
+            name: f"{one.title}: {one.kind}, {', '.join(one.norms)}, {one.knowledge}; {one.source}"
+            for name, one in ATTACKS.items()
+        },
+        "bounds": {name: one.title for name, one in BOUNDS.items()},
+        "data": _described(data.DATASETS),
+        "flags": attacks.FLAGS,
+        "lipschitz": {name: one.title for name, one in LIPSCHITZ.items()},
+        "models": _described(models.MODELS),
         "presets": presets(),
-        "structures": {name: (inspect.getdoc(one) or "").split("\n")[0] for name, one in STRUCTURES.items()},
+        "pruners": _described(sparsity.METHODS),
+        "scores": _described(sparsity.SCORES),
+        "structures": _described(sparsity.STRUCTURES),
     }
 
 
-def _described(one: Facts) -> str:
-    kind = f"{one.kind}, {', '.join(one.norms)}" if isinstance(one, AttackFacts) else ""
-    return "; ".join(part for part in (one.title, kind, one.source) if part)
+def _described(table: Mapping[str, object]) -> dict[str, str]:
+    return {name: (inspect.getdoc(part) or "").split("\n")[0] for name, part in table.items()}
 
 
 def show_list(what: str, *, as_json: bool) -> int:

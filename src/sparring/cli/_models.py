@@ -19,9 +19,10 @@ from .. import attacks, deploy
 from ..data import Dataset, as_float
 from ..errors import UnknownNameError, UserError
 from ..files import CONVERT, load_tensors
-from ..metrics import accuracy, distances, robust_accuracy
+from ..matrices import matrices
+from ..metrics import accuracy, distances, robust_accuracy, size
 from ..models import MODELS, Blueprint, load_model, load_weights_, recipe_settings, save_model
-from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts
+from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached
 from ..statistics import binomial_interval
 from ..study import (
     Network,
@@ -137,10 +138,10 @@ def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, asked: 
         (sum(m.numel() for m in part), sum(int(m.sum()) for m in part)) for part in (weights, vectors)
     )
     text = f"removed {total - kept} of {total} weights ({percent(1 - kept / total, 2)})"
-    found = counts(model)
-    if found.left_out:
-        text += f", {percent(found.matrix_sparsity, 2)} of all {found.matrices} weights of matrices; left dense: "
-        text += ", ".join(f"'{name}' ({why})" for name, why in found.left_out.items())
+    if left_out := [f"'{m.name}' ({m.excuse})" for m in matrices(model) if m.excuse is not None]:
+        found = size(model)
+        text += f", {percent(found.sparsity_matrices, 2)} of all {found.matrices} weights of matrices; left dense: "
+        text += ", ".join(left_out)
     if asked is not None and 1 - kept / total < asked - 0.005:
         text += f"; the {percent(asked, 2)} asked for is of what the structure and spared layers leave open"
     text += f" and {others - held} of {others} biases and norms" if others else ""

@@ -6,13 +6,10 @@ from ._allocation import erdos_renyi_kernel, uniform
 from ._channels import remove_channels, silent, tied_channels
 from ._masks import (
     CollapsedLayerWarning,
-    Counts,
     all_ones,
     applied_,
     apply_,
-    check_masks,
     collapsed,
-    counts,
     prunable,
     sparsity_of,
 )
@@ -21,7 +18,7 @@ from ._schedule import cubic
 from ._scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
 from ._select import SCOPES, select
 from ._structures import NM, Blocks, Channels, LeftDenseWarning, Structure, Unstructured
-from ._types import Batch, Loss, Masks, Pruner, Score, Scores, Stateful
+from ._types import Batch, Loss, Masks, Pruner, Score, Scores
 from .activations._modules import (
     ACTIVATIONS,
     ActivationSparsifier,
@@ -54,7 +51,6 @@ __all__ = [
     "Blocks",
     "Channels",
     "CollapsedLayerWarning",
-    "Counts",
     "LayerActivity",
     "LeftDenseWarning",
     "Loss",
@@ -67,7 +63,6 @@ __all__ = [
     "Score",
     "Scores",
     "ShiftedReLU",
-    "Stateful",
     "StochasticPruning",
     "Structure",
     "Threshold",
@@ -80,10 +75,8 @@ __all__ = [
     "bernoulli",
     "build_pruner",
     "calibrate_",
-    "check_masks",
     "check_reached",
     "collapsed",
-    "counts",
     "cubic",
     "dynamic_network_surgery",
     "erdos_renyi_kernel",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,3 @@ class Pruner(Protocol):
         loss: Loss,
         generator: torch.Generator,
     ) -> Masks: ...
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Keep what a pruner must remember between steps, as named tensors, so that training can be resumed."""
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def load_state_(self, tensors: Mapping[str, Tensor]) -> None: ...

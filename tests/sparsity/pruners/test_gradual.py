@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparring.errors import UserError
+from sparring.metrics import size
 from sparring.sparsity import (
     NM,
     SCORES,
@@ -20,7 +21,6 @@ from sparring.sparsity import (
     Rule,
     all_ones,
     apply_,
-    counts,
     cubic,
     gradual,
     magnitude,
@@ -80,7 +80,7 @@ def test_gradual_follows_the_cubic_schedule_at_every_update_and_idles_between() 
 def test_every_score_prunes_to_the_count(name: str) -> None:
     model = network()
     masks = follow(one_shot(SCORES[name], 0.5), model, 2)[-1]
-    assert sparsity_of(masks) == counts(model).weight_sparsity == 0.5
+    assert sparsity_of(masks) == size(model).sparsity == 0.5
 
 
 def test_rule_spares_layers_and_keeps_n_of_m() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring.sparsity import METHODS, Masks, PruningSpec, all_ones, build_pruner, check_reached, counts, sparsity_of
+from sparring.metrics import size
+from sparring.sparsity import METHODS, Masks, PruningSpec, all_ones, build_pruner, check_reached, sparsity_of
 from sparring.train import Fit, Progress, Recipe, fit
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05)
@@ -54,7 +55,7 @@ def test_masked_weights_are_zero_when_training_ends(method: str) -> None:
     model, result = run(method)
     for name, mask in result.masks.items():
         assert not bool(model.get_parameter(name)[~mask].any())
-    assert counts(model).weight_sparsity >= sparsity_of(result.masks)
+    assert size(model).sparsity >= sparsity_of(result.masks)
 
 
 @pytest.mark.parametrize("method", ["gradual", "iterative", "movement", "hydra", "dns", "rigl"])

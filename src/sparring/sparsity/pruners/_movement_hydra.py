@@ -16,6 +16,8 @@ from .._rule import Rule
 from .._schedule import check_every, check_sparsity, check_window, cubic, due, window
 from .._types import Batch, Loss, Masks, Pruner, Scores
 
+_BY_LAYER = Rule(scope="layer")
+
 
 @dataclass(frozen=True)
 class _Movement:
@@ -169,7 +171,7 @@ def hydra(
     rate: float = 0.1,
     momentum: float = 0.9,
     loss: Loss | None = None,
-    rule: Rule | None = None,
+    rule: Rule = _BY_LAYER,
 ) -> Pruner:
     """Learn which weights to keep under the loss, adversarial if it is, with weights frozen (Sehwag et al. 2020).
 
@@ -183,4 +185,4 @@ def hydra(
     check_sparsity(sparsity)
     if not 0 < stop <= 1 or rate <= 0 or not 0 <= momentum < 1:
         raise UserError(f"HYDRA needs 0 < stop <= 1, rate > 0 and 0 <= momentum < 1, not {stop}, {rate}, {momentum}")
-    return _Hydra(sparsity, stop, rate, momentum, loss, rule or Rule(scope="layer"))
+    return _Hydra(sparsity, stop, rate, momentum, loss, rule)

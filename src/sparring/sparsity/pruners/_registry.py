@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...errors import UnknownNameError, UserError
-from ...facts import PRUNERS, PrunerFacts
 from ...plugins import check_options, import_object
 from ...units import percent
 from .._rule import Rule
@@ -106,11 +105,12 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
     for name in (*options, *rule):
         if name not in known and not (name == "layers" or (name in rule and "rule" in known)):
             raise UserError(f"the pruning method '{spec.method}' has no option '{name}'; it has: {_options_of(known)}")
-    target = _target(spec, sparsity, options.pop("layers", None))
+    target = _target(spec, known, sparsity, options.pop("layers", None))
     if "score" in known:
         options["score"] = _score(options.get("score", "magnitude"))
     if rule:
-        options["rule"] = _rule(spec, rule)
+        default = known["rule"].default  # methods that allocate differently unless told otherwise have one
+        options["rule"] = _rule(default if isinstance(default, Rule) else Rule(), rule)
         _check_limit(options["rule"].structure, target)
     pruner = factory(sparsity=target, **options, **own)
     if not callable(pruner) or not hasattr(pruner, "dense_weights"):
@@ -142,10 +142,13 @@ def _score(name: str) -> Score:
 
 
 def _target(
-    spec: PruningSpec, sparsity: float | None, layers: Mapping[str, float] | None
+    spec: PruningSpec,
+    known: Mapping[str, inspect.Parameter],
+    sparsity: float | None,
+    layers: Mapping[str, float] | None,
 ) -> float | Mapping[str, float] | None:
     if layers is not None:
-        if not PRUNERS.get(spec.method, PrunerFacts()).by_layer:
+        if "Mapping" not in str(known["sparsity"].annotation):
             raise UserError(f"the pruning method '{spec.method}' takes one sparsity for the network, not one per layer")
         if spec.scope is not None:
             raise UserError(f"'layers' allocates by hand, so the scope '{spec.scope}' has no meaning; drop one of them")
@@ -161,9 +164,8 @@ def _target(
     return sparsity
 
 
-def _rule(spec: PruningSpec, given: dict[str, Any]) -> Rule:
-    # Methods that allocate differently unless told otherwise keep their own default.
-    scope = given.get("scope", PRUNERS.get(spec.method, PrunerFacts()).scope)
+def _rule(default: Rule, given: dict[str, Any]) -> Rule:
+    scope = given.get("scope", default.scope)
     if scope not in SCOPES:
         raise UnknownNameError("scope", scope, SCOPES)
     name = given.get("structure", "unstructured")

@@ -17,6 +17,8 @@ from .._scores import gradients, random
 from .._select import largest
 from .._types import Batch, Loss, Masks, Pruner
 
+_ERK = Rule(scope="erk")
+
 
 @dataclass(frozen=True)
 class _Regrow:
@@ -74,8 +76,7 @@ class _Regrow:
         return new
 
 
-def _regrow(sparsity: float, fraction: float, every: int, stop: float, by_gradient: bool, rule: Rule | None) -> Pruner:
-    rule = rule or Rule(scope="erk")
+def _regrow(sparsity: float, fraction: float, every: int, stop: float, by_gradient: bool, rule: Rule) -> Pruner:
     require_unstructured(rule, "sparse training from scratch")
     check_sparsity(sparsity)
     check_every(every)
@@ -85,7 +86,7 @@ def _regrow(sparsity: float, fraction: float, every: int, stop: float, by_gradie
 
 
 def sparse_evolution(
-    sparsity: float, *, fraction: float = 0.3, every: int = 100, stop: float = 0.8, rule: Rule | None = None
+    sparsity: float, *, fraction: float = 0.3, every: int = 100, stop: float = 0.8, rule: Rule = _ERK
 ) -> Pruner:
     """Train sparse from scratch by SET (Mocanu et al. 2018): drop the smallest weights, grow random ones.
 
@@ -98,7 +99,7 @@ def sparse_evolution(
 
 
 def rigged_lottery(
-    sparsity: float, *, fraction: float = 0.3, every: int = 100, stop: float = 0.75, rule: Rule | None = None
+    sparsity: float, *, fraction: float = 0.3, every: int = 100, stop: float = 0.75, rule: Rule = _ERK
 ) -> Pruner:
     """Train sparse from scratch by RigL (Evci et al. 2020, algorithm 1): grow where the dense gradient is largest.
 
