@@ -43,7 +43,8 @@ from sparring.attacks import (
     run,
 )
 from sparring.files import write_json
-from sparring.study import Context, Record, Store, read_plan
+from sparring.records import Record, Store, read_plan
+from sparring.study import Context
 from sparring.study.stages._networks import chosen_images, network_of
 from sparring.threat import L2, LINF, Threat
 
@@ -122,14 +123,14 @@ def examine(subject: Subject, images: int) -> dict[str, object]:
 def studied(folder: Path, count: int, root: Path | None) -> Iterator[Subject]:
     """Yield networks of a study, evenly picked from all of its cells."""
     document, store = read_plan(folder), Store(folder)
-    dataset = data.load(document["plan"]["data"], root)
+    dataset = data.load(document.plan["data"], root)
     found = {}
-    for cell in document["cells"]:
-        for key in cell["tasks"]:
+    for cell in document.cells:
+        for key in cell.tasks:
             record = store.peek(key)
             # A cell's last training is its own; those before it are what it began from.
             if record is not None and record.stage in ("train", "prune") and record.error is None:
-                found[cell["method"], cell["sparsity"], cell["seed"]] = record
+                found[cell.method, cell.sparsity, cell.seed] = record
     places = sorted(found, key=str)
     for method, level, seed in places[:: max(len(places) // count, 1)][:count]:
         record = found[method, level, seed]

@@ -29,22 +29,9 @@ from unittest import mock
 import torch
 
 from sparring import data
-from sparring.files import pack_tensors, write_json
-from sparring.study import (
-    SCHEMA,
-    DataFacts,
-    Event,
-    InProcess,
-    Outcome,
-    Plan,
-    Record,
-    Store,
-    Task,
-    environment,
-    execute,
-    lay_out,
-    run,
-)
+from sparring.files import pack_tensors
+from sparring.records import PlanFile, Record, Store, write_plan
+from sparring.study import DataFacts, Event, InProcess, Outcome, Plan, Task, environment, execute, lay_out, run
 
 ROUNDS = 3
 
@@ -87,7 +74,7 @@ def cached(cells: int, folder: Path) -> dict[str, float]:
     work = lay_out(plan, DataFacts.of(dataset))
     store = Store(folder)
     store.prepare()
-    write_json(folder / "plan.json", {"schema": SCHEMA, "plan": plan.table(), "cells": []})
+    write_plan(folder, PlanFile(plan.table(), (), {}, environment()))
     content = pack_tensors({"distance": torch.zeros(300), "success": torch.zeros(300, dtype=torch.bool)})
     with mock.patch("os.fsync"):  # thousands of syncs, which the run that is timed does not make, take minutes
         for task in work.tasks.values():

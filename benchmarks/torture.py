@@ -46,7 +46,8 @@ from sparring import data
 from sparring.data import Dataset, Split
 from sparring.errors import UserError
 from sparring.files import lock
-from sparring.study import Event, Plan, Store, run
+from sparring.records import Store
+from sparring.study import Event, Plan, run
 
 FAULTS = ("open", "write", "fsync", "replace", "limit")
 ENDED_BY_FAULT = 2

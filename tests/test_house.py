@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 LAYERS = [
     {"errors", "facts", "modes", "outputs", "proofs", "units"},
     {"threat", "memory_format", "matrices", "files", "graph", "plugins", "waiting"},
-    {"history"},
+    {"history", "records"},
     {"attacks", "bounds", "sparsity", "data", "models", "metrics", "statistics"},
     {"train", "deploy"},
     {"study"},
@@ -63,6 +65,12 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_every_part_is_in_the_layers() -> None:
     assert {_part(p) for p in MODULES} <= set(LEVEL) | {"__init__", "__main__"}
+
+
+def test_records_are_read_without_torch_or_pydantic() -> None:
+    found = "import sys, sparring.records; print({'torch', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "set()\n"
 
 
 # A room inside a part exports nothing: its part says what is public.

@@ -20,6 +20,7 @@ _PARTS = (
     "deploy",
     "metrics",
     "models",
+    "records",
     "report",
     "sparsity",
     "statistics",

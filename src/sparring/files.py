@@ -153,9 +153,15 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def write_json(path: Path | str, value: Any) -> Path:
-    """Write a value atomically as strict JSON: sorted keys, nonfinite floats as null, a newline at the end."""
-    return write_atomic(path, json.dumps(finite(value), sort_keys=True, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path | str, value: Any, *, limit: float = math.inf) -> Path:
+    """Write a value atomically as strict JSON: sorted keys, nonfinite floats as null, a newline at the end.
+
+    Raises UserError where it would take more than `limit` bytes, and as `write_atomic` does.
+    """
+    text = json.dumps(finite(value), sort_keys=True, indent=1, allow_nan=False) + "\n"
+    if len(text) > limit:
+        raise UserError(f"{path} would be larger than {limit / MIB:.0f} MiB, the most that is read; divide the study")
+    return write_atomic(path, text)
 
 
 def finite(value: Any) -> Any:

@@ -15,8 +15,8 @@ import torch
 from sparring import deploy
 from sparring.cli import main
 from sparring.models import load_model
+from sparring.records import read_plan
 from sparring.sparsity import sparsity_of
-from sparring.study import read_plan
 
 TINY = """
 data = "digits"

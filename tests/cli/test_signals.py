@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from sparring.cli import main
-from sparring.study import Store, progress
+from sparring.records import Store
+from sparring.study import progress
 
 PLAN = """
 data = "digits"

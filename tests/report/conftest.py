@@ -1,11 +1,14 @@
-"""A made-up study folder, exactly as the records contract in docs/design.md has it."""
+"""A made-up study folder, written as studies write theirs."""
 
 import hashlib
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save
+
+from sparring.records import CELLS, Cell, PlanFile, Record, Store, pruning_kind, write_plan
 
 FEW = (("fgsm", 0.1), ("pgd", 0.1))
 MANY = (("fgsm", 0.05), ("fgsm", 0.2), *FEW)
@@ -17,39 +20,23 @@ class Maker:
     """Write the records of networks whose robustness rises and then falls with sparsity."""
 
     def __init__(self, out, images, budgets, rng, *, valid=False, fall=4.0, flag="", share=1.0, change=None):
-        self.out, self.images, self.budgets, self.rng = out, images, budgets, rng
+        self.store, self.images, self.budgets, self.rng = Store(out), images, budgets, rng
         self.valid, self.fall, self.flag = valid, fall, flag
         self.change = change  # what to make of a record's tensors, given its stage and inputs
         self.share = share  # of all weight matrices, that pruning may touch
         self.ease = rng.normal(size=images)  # an easy image is easy for every network
         self.labels = rng.integers(0, 10, size=images)
         self.clean = rng.random((6, 1, 28, 28)).astype(np.float32)
-        (out / "records").mkdir(parents=True)
-        (out / "objects").mkdir()
+        self.store.prepare()
 
     def record(self, stage, inputs, metrics=None, *, series=None, flags=(), error=None, tensors=None, times=None):
-        text = json.dumps([stage, inputs], sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()
-        held = None
-        if tensors is not None:
-            tensors = tensors if self.change is None else self.change(stage, inputs, tensors)
-            held = {"file": f"{key}.safetensors", "sha256": "0" * 64}
-            save_file(tensors, self.out / "objects" / held["file"])
-        record = {
-            "schema": 1,
-            "key": key,
-            "stage": stage,
-            "inputs": inputs,
-            "metrics": metrics or {},
-            "series": series or {},
-            "flags": list(flags),
-            "error": error,
-            "object": held,
-            "environment": {"torch": "2.13.0"},
-            "times": {"seconds": 1.5} | (times or {}),
-            "sha256": "0" * 64,
-        }
-        (self.out / "records" / f"{key}.json").write_text(json.dumps(record))
+        if tensors is not None and self.change is not None:
+            tensors = self.change(stage, inputs, tensors)
+        key = hashlib.sha256(json.dumps([stage, inputs], sort_keys=True).encode()).hexdigest()[:32]
+        times = {"seconds": 1.5} | (times or {})
+        made = {"metrics": metrics or {}, "series": series or {}, "flags": list(flags), "error": error, "times": times}
+        record = Record(key, stage, inputs, **made, environment={"torch": "2.13.0"}, origin={"plan": "made-up"})
+        self.store.write(record, save(tensors) if tensors is not None else b"")
         return key
 
     def network(self, seed, method, sparsity):
@@ -78,6 +65,7 @@ class Maker:
                 series={"density": {"fc1.weight": 1 - sparsity, "fc2.weight": (1 - sparsity) ** 0.5}},
                 tensors={
                     "correct": correct,
+                    "images": np.arange(self.images, dtype=np.int32),
                     "first_mask": kept,
                     "first_weight": (kept * self.rng.normal(size=kept.shape)).astype(np.float32),
                 }
@@ -97,18 +85,20 @@ class Maker:
     def extras(self, seed, method, sparsity):
         """Write records that only larger studies have: a certificate, a deployment, a transfer; return their keys."""
         who = {"seed": seed, "method": method, "sparsity": sparsity}
-        radius = {"radius": (0.1 * self.rng.random(20)).astype(np.float32)}
+        radius = {"radius": (0.1 * self.rng.random(20)).astype(np.float32), "images": np.arange(20, dtype=np.int32)}
         certified = who | {"norm": "l2", "method": "crown", "images": 20, "eps": []}
         flags = [{"name": "zero-gradient", "detail": "40% of gradients vanish"}]
         times = {"latency": 1e-5 * (1.1 - sparsity), "latency_torch": 3e-5}
         constant = (1 - sparsity) * (1 + self.rng.random(20))
         margin = constant * (0.2 + 0.1 * sparsity + 0.01 * self.rng.random(20))
-        right = np.ones(20, dtype=bool)
+        right, images = np.ones(20, dtype=bool), np.arange(20, dtype=np.int32)
         proved = {"margin": margin, "lipschitz": constant, "ratio": margin / constant, "clean_correct": right}
+        proved["images"] = images
         far = 0.1 * (1 + self.rng.random(5))
         searched = {"lower": far, "upper": far, "attack": 1.1 * far, "solved": right[:5], "clean_correct": right[:5]}
+        searched["images"] = images[:5]
         moved = who | {"split": "test", "start": 0, "stop": 20, "attack": {"name": "pgd", "norm": "linf", "eps": 0.1}}
-        most = {"clean_correct": right, "success": np.arange(20) < 18}
+        most = {"clean_correct": right, "success": np.arange(20) < 18, "images": images}
         return [
             self.record("certify", certified, tensors=radius),
             self.record("lipschitz", who | {"norm": "linf", "method": "active", "radius": 0.1}, tensors=proved),
@@ -132,6 +122,7 @@ class Maker:
                 "success": success[part],
                 "distance": far[part],
                 "label": self.labels[part],
+                "images": np.arange(start, stop, dtype=np.int32),
             }
             if start == 0:
                 noise = 0.1 * np.sign(self.rng.normal(size=self.clean.shape)).astype(np.float32)
@@ -163,31 +154,26 @@ def make_study(tmp_path_factory):
     ):
         out = tmp_path_factory.mktemp("study")
         maker = Maker(out, images, budgets, np.random.default_rng(0), **planted)
+        tables = {table["label"]: table for table in pruning}
         cells = []
         for seed in range(seeds):
             wanted = [("reference", 0.0), ("control", 0.0)] + [(m, s) for m in methods for s in sparsities]
             for method, sparsity in wanted:
-                tasks = maker.network(seed, method, sparsity)
-                tasks += maker.extras(seed, method, sparsity) if extras else []
-                who = {"seed": seed, "method": method, "sparsity": sparsity}
-                who["axis"] = "activations" if method.startswith("top-k") else "weights"
-                cells.append(who | {"tasks": tasks})
-        plan = {
-            "schema": 1,
-            "plan": {
-                "name": name,
-                "mark": mark,
-                "data": "mnist-5k",
-                "model": {"name": "lenet-300-100"},
-                "seeds": seeds,
-                "pruning": list(pruning),
-            },
-            "environment": {"python": "3.11", "torch": "2.13.0", "platform": "Linux"},
-            "command": "sparring study made-up",
-            "dataset": {"name": "mnist-5k", "classes": classes or [str(k) for k in range(10)], "test": images},
-            "cells": cells,
-        }
-        (out / "plan.json").write_text(json.dumps(plan))
+                with mock.patch("os.fsync"):
+                    tasks = maker.network(seed, method, sparsity)
+                    tasks += maker.extras(seed, method, sparsity) if extras else []
+                table = tables.get(method, {})
+                kind = pruning_kind(table.get("score"), table.get("method"), table.get("structure"))
+                kind = method if method in CELLS else "activations" if method.startswith("top-k") else kind
+                axis = "activations" if kind == "activations" else "weights"
+                cells.append(Cell(seed, method, sparsity, axis, kind, "final", tuple(tasks)))
+        plan = {"name": name, "mark": mark, "data": "mnist-5k", "model": {"name": "lenet-300-100"}, "seeds": seeds}
+        names = classes or [str(k) for k in range(10)]
+        facts = {"name": "mnist-5k", "classes": names, "class_count": len(names), "train": 100, "valid": images}
+        facts |= {"test": images, "shape": [1, 28, 28]}
+        environment = {"python": "3.11", "torch": "2.13.0", "platform": "Linux"}
+        command = "sparring study made-up"
+        write_plan(out, PlanFile(plan | {"pruning": list(pruning)}, tuple(cells), facts, environment, command))
         return out
 
     return make

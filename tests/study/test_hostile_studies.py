@@ -17,7 +17,8 @@ import torch
 from sparring.errors import UserError
 from sparring.files import pack_tensors
 from sparring.models import Blueprint, build, load_model, save_model
-from sparring.study import DataFacts, Plan, Record, Store, lay_out, progress
+from sparring.records import Record, Store
+from sparring.study import DataFacts, Plan, lay_out, progress
 
 FACTS = DataFacts("h", 100, 50, (1, 8, 8), 10)
 HANG = 30  # seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import replace
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from sparring.data import Dataset
-from sparring.errors import UserError
+from sparring.errors import PlanError, UserError
 from sparring.files import pack_tensors, write_json
-from sparring.study import Record, Store, merge, progress, read_plan, run
+from sparring.records import Record, Store, read_plan, write_plan
+from sparring.study import Plan, merge, progress, run
+from sparring.study._merge import _grown
 
 from .runner.test_run import contents, tiny_plan
 
@@ -49,6 +52,54 @@ def test_two_halves_make_the_whole(halves: tuple[Path, Path], few_digits: Datase
     run(tiny_plan(**whole), tmp_path / "at once", dataset=few_digits, workers=0)
     assert contents(tmp_path / "c") == contents(tmp_path / "at once")
     assert merge(halves, tmp_path / "c").added == 0
+
+
+EVERY: dict[str, Any] = {
+    "seeds": 2,
+    "sparsities": [0.7],
+    "pruning": [{"label": "other", "score": "random"}],
+    "attacks": [{"name": "pgd", "eps": [0.2], "images": 40}],
+    "activation": [{"kind": "top-k", "levels": [0.5]}],
+    "controls": {"decays": [0.1, 0.01], "small_dense": [0.5], "wide_sparse": [0.5], "seeds": 1},
+    "certify": [{"images": 10}],
+    "lipschitz": [{"radius": 0.1}],
+    "exact": [{"images": 3}],
+    "transfer": [{"name": "fgsm", "eps": [0.1]}],
+    "checkpoints": ["best"],
+    "deploy": True,
+    "shipped": [{"images": 10}],
+    "margins": {"robust": 0.1},
+}
+# Foundations, which must be equal, and settings of one study alone: those of the first hold.
+OWN = {"data", "model", "recipe", "finetune", "training", "linear"}
+OWN |= {"name", "title", "mark", "kernels", "batch_size", "shard", "gallery"}
+
+
+def test_a_merged_plan_has_all_that_either_plan_declares() -> None:
+    assert {field.name for field in dataclasses.fields(Plan)} == OWN | set(EVERY)
+    plain, full = (tiny_plan(**changes).table() for changes in ({"seeds": 1}, EVERY))
+    for first, second in ((plain, full), (full, plain)):
+        both = Plan.from_table(_grown(first, second)).table()
+        assert all(both[name] == first[name] for name in OWN)
+        assert both["seeds"] == 2 and both["deploy"] is True and both["margins"] == {"robust": 0.1}
+        assert both["sparsities"] == [0.5, 0.7, 0.9] and both["controls"] == full["controls"]
+        for name in ("pruning", "attacks", "activation", "certify", "lipschitz", "exact", "transfer", "shipped"):
+            assert all(item in both[name] for item in (*first[name], *second[name])), name
+        assert set(both["checkpoints"]) == {"final", "best"}
+        assert Plan.from_table(_grown(both, both)).table() == both
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"controls": {"decays": [0.01, 0.1]}}, "decays"),
+        ({"controls": {"wide_sparse": [0.5]}, "pruning": [{"label": "a", "score": "random"}]}, "wide sparse"),
+    ],
+)
+def test_controls_that_are_other_networks_are_not_united(changes: dict[str, Any], words: str) -> None:
+    full = tiny_plan(**EVERY, name="full").table()
+    with pytest.raises(PlanError, match=words):
+        _grown(tiny_plan(**changes).table(), full)
 
 
 def _rewritten(out: Path, stage: str, **changes: Any) -> Record:
@@ -121,11 +172,14 @@ def test_other_studies_and_folders_that_are_none_are_refused(
     with pytest.raises(UserError, match=r"no plan\.json"):
         merge([tmp_path], tmp_path / "c")
     content = read_plan(forged)
-    content["plan"]["pruning"][0]["score"] = "random"
-    write_json(forged / "plan.json", content)
+    content.plan["pruning"][0]["score"] = "random"
+    write_plan(forged, content)
     with pytest.raises(UserError, match="'magnitude' means"):
         merge([halves[0], forged], tmp_path / "c")
-    for cells in ([{}], [{**content["cells"][0], "tasks": ["../../x"]}], {}):
-        write_json(forged / "plan.json", {**content, "cells": cells})
+    first = json.loads((forged / "plan.json").read_text())
+    first = {**first, "schema": 1}
+    first.pop("sha256")  # as the first ones were
+    for cells in ([{}], [{**first["cells"][0], "tasks": ["../../x"]}], {}):
+        write_json(forged / "plan.json", {**first, "cells": cells})
         with pytest.raises(UserError, match="cell"):
             merge([forged], tmp_path / "c")

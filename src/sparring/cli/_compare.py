@@ -16,6 +16,7 @@ from rich.table import Table
 from .. import attacks
 from ..data import Dataset, as_float
 from ..errors import UnknownNameError, UserError
+from ..records import Folder
 from ..report import Difference, Side, broken, compare, compare_values
 from ..study import chosen_images
 from ..threat import L2, LINF, Threat
@@ -25,6 +26,7 @@ from ._printing import print_json
 
 DROPPED = 1
 BUDGETED = ("fgsm", "pgd", "fast")
+DISTANCE = "distance-nearest-l2"
 
 
 def run_compare(
@@ -41,7 +43,7 @@ def run_compare(
 ) -> int:
     """Compare two studies' networks or two models; exit code 1 if a drop larger than allowed is not excluded."""
     allowed = dict(_drop(text) for text in max_drop)
-    folders = [(side.folder / "plan.json").exists() for side in sides]
+    folders = [Folder(side.folder).plan.exists() for side in sides]
     if any(folders) and not all(folders):
         raise UserError("compare takes two studies' output folders or two models, not one of each")
     if all(folders):
@@ -49,11 +51,11 @@ def run_compare(
     else:
         models = _with_weights([str(side.folder) for side in sides], list(weights))
         Threat(LINF, eps)  # refuses a budget in other units
-        known = {"accuracy", "distance-nearest-l2", *(f"{attack}-linf-{eps:g}" for attack in BUDGETED)}
+        known = {"accuracy", DISTANCE, *(f"{attack}-linf-{eps:g}" for attack in BUDGETED)}
         for metric in allowed.keys() - known:
             raise UnknownNameError("metric", metric, known)
         dataset = open_data(data_name, data_dir, download)
-        found = compare_values(*(_profile(*model, dataset, eps, images) for model in models))
+        found = compare_values(*(_profile(*model, dataset, eps, images) for model in models), lengths=(DISTANCE,))
     too_much = broken(found, allowed)
     if as_json:
         print_json({"differences": [asdict(one) for one in found], "broken": too_much})
@@ -104,7 +106,7 @@ def _profile(
         if threat.eps is None:
             distance = result.distance.numpy().astype(np.float64)
             # An attack that failed on an image says nothing of its distance; the image's width bounds it.
-            found[f"distance-{attack}-l2"] = np.where(np.isfinite(distance), distance, np.sqrt(x[0].numel()))
+            found[DISTANCE] = np.where(np.isfinite(distance), distance, np.sqrt(x[0].numel()))
         else:
             found[f"{attack}-linf-{eps:g}"] = (result.clean_correct & ~result.success).numpy().astype(np.float64)
     return found

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from .. import __version__, deploy
 from ..data import Dataset, as_float, content_hash
 from ..errors import UserError
-from ..files import read_json, sha256_file, write_atomic
+from ..files import sha256_file, write_atomic
 from ..metrics import accuracy
 from ..models import build, load_weights_
+from ..records import PlanFile, Record, Store, read_plan, read_record
 from ..report import Choice, pick, png, shipped_verdict, timings_figure
 from ..statistics import effect
-from ..study import WEIGHTS, Record, Store, chosen_images, held_against, read_plan
+from ..study import WEIGHTS, chosen_images, held_against
 from ..threat import LINF, Threat
 from ..train import predict
 from ..units import percent
@@ -195,18 +196,18 @@ def run_pick(
     choice = pick(out, max_latency=max_latency, max_accuracy_drop=max_accuracy_drop)
     rounded = "" if values == "fp32" else f"-{values}"
     path = to or out / f"{choice.method}-{choice.sparsity:g}{rounded}.sparring".replace(" ", "-")
-    model, shape, record = _network(out, choice.key, factory)
     content = read_plan(out)
+    model, shape, record = _network(out, content, choice.key, factory)
     provenance = {
-        "study": content["plan"]["name"],
+        "study": content.plan["name"],
         "cell": {"method": choice.method, "sparsity": choice.sparsity, "seed": choice.seed},
         "key": choice.key,
-        "weights_sha256": (record.object or {}).get("sha256"),
-        "data": content["dataset"]["name"],
+        "weights_sha256": None if record.object is None else record.object["sha256"],
+        "data": content.dataset["name"],
         "data_hash": record.inputs["data"],
         "sparring": __version__,
     }
-    names = content["dataset"]["classes"] or None
+    names = content.dataset["classes"] or None
     deploy.export(model, path, shape=shape, values=values, class_names=names, provenance=provenance)
     shipped = _as_shipped(out, content, choice, values)
     if as_json:
@@ -228,11 +229,11 @@ def run_pick(
     return 0
 
 
-def _as_shipped(out: Path, content: dict[str, Any], choice: Choice, values: str) -> dict[str, float]:
+def _as_shipped(out: Path, content: PlanFile, choice: Choice, values: str) -> dict[str, float]:
     """Return what the study measured of the chosen network's artefact with these values, attacked and certified."""
     who = choice.method, choice.sparsity, choice.seed
-    keys = [k for c in content["cells"] if (c["method"], c["sparsity"], c["seed"]) == who for k in c["tasks"]]
-    records = [record for key in keys if (record := Store(out).read(key)) is not None]
+    keys = [key for c in content.cells if (c.method, c.sparsity, c.seed) == who for key in c.tasks]
+    records = [record for key in keys if (record := read_record(out, key)) is not None]
     metrics = [r.metrics for r in records if r.stage == "ship" and r.inputs["values"] == values]
     return {name: value for found in metrics for name, value in found.items() if value is not None}
 
@@ -242,15 +243,15 @@ def _check_values(values: str) -> None:
         raise UserError(f"--values takes fp32, fp16 or int8, not '{values}'")
 
 
-def _network(out: Path, key: str, factory: str | None) -> tuple[nn.Module, tuple[int, ...], Record]:
+def _network(out: Path, content: PlanFile, key: str, factory: str | None) -> tuple[nn.Module, tuple[int, ...], Record]:
     """Rebuild a study's network from its folder alone, with its record; normalisation is among its weights."""
-    facts = read_json(out / "plan.json")["dataset"]
-    record = Store(out).read(key)
+    record = read_record(out, key)
     if record is None:
         raise UserError(f"{out} no longer holds {key}; run the study again")
     own = record.inputs["model"]["name"]
     if ":" in own and factory != own:
         raise UserError(f"the study's model is code; if you trust '{own}' in this folder, run it with --model {own}")
+    facts = content.dataset
     shape = tuple(facts["shape"])
     ones = (1.0,) * shape[0]
     options: dict[str, Any] = {k: tuple(v) if k == "widths" else v for k, v in record.inputs["model"].items()}

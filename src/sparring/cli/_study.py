@@ -18,7 +18,8 @@ from rich.text import Text
 
 from .. import report
 from ..files import check_writable
-from ..study import Event, Plan, Record, Watcher, run, to_mlflow, to_tensorboard, usable_device, what_of
+from ..records import Folder, Record
+from ..study import Event, Plan, Watcher, run, to_mlflow, to_tensorboard, usable_device, what_of
 from ..study import register as register_plan
 from ._loading import open_data
 from ._printing import print_json
@@ -66,8 +67,9 @@ def run_study(
             plan, out, dataset=dataset, workers=workers, retry=retry, watch=_all_of(watchers), device=device, ray=ray,
             command=command,
         )  # fmt: skip
-    path = out / "report.html"
-    stale = not path.exists() or path.stat().st_mtime_ns < (out / "plan.json").stat().st_mtime_ns or view.fresh
+    folder = Folder(out)
+    path = folder.report
+    stale = not path.exists() or path.stat().st_mtime_ns < folder.plan.stat().st_mtime_ns or view.fresh
     verdict = report.publish(out)[1] if stale else report.verdict(out)
     failed = [record for record in records if record.error]
     if as_json:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomic, write_json
+from ..records import Folder
 from ..statistics import Question, Row, judge, reread
 from .analysis._claims import claims, ledger
 from .analysis._findings import Findings, find
@@ -65,18 +66,20 @@ def _write(out: Path, made: Report) -> Path:
     weights, activations = (curve_panels(findings, axis) for axis in ("weights", "activations"))
     overview = overview_picture(findings)
     drawn = Drawn(weights, activations, density_pictures(findings), comparisons(findings), overview)
-    write_atomic(out / "results.csv", tables.csv_text(findings))
-    write_json(out / "ledger.json", [row.as_dict() for row in rows])
-    _write_figures(out / "figures", drawn.pictures)
-    return write_atomic(out / "report.html", render(findings, drawn, rows))
+    return _write_files(out, tables.csv_text(findings), rows, drawn.pictures, render(findings, drawn, rows))
 
 
 def _write_linear(out: Path, data: LinearStudy) -> Path:
     pictures, rows = linear_pictures(data), linear_ledger(data)
-    write_atomic(out / "results.csv", linear_csv(data))
-    write_json(out / "ledger.json", [row.as_dict() for row in rows])
-    _write_figures(out / "figures", pictures)
-    return write_atomic(out / "report.html", render_linear(data, pictures, rows))
+    return _write_files(out, linear_csv(data), rows, pictures, render_linear(data, pictures, rows))
+
+
+def _write_files(out: Path, csv: str, rows: Iterable[Row], pictures: Iterable[Picture], page: str) -> Path:
+    folder = Folder(out)
+    write_atomic(folder.results, csv)
+    write_json(folder.ledger, [row.as_dict() for row in rows])
+    _write_figures(folder.figures, pictures)
+    return write_atomic(folder.report, page)
 
 
 def _write_figures(folder: Path, pictures: Iterable[Picture]) -> None:

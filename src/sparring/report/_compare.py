@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,16 +65,17 @@ def compare(first: Side, second: Side) -> list[Difference]:
     return differences
 
 
-def compare_values(first: Mapping[str, Floats], second: Mapping[str, Floats]) -> list[Difference]:
+def compare_values(
+    first: Mapping[str, Floats], second: Mapping[str, Floats], *, lengths: Container[str] = ()
+) -> list[Difference]:
     """Return the change of every metric of two models, from per-image values (N,) of the same images.
 
-    A metric called "distance..." changes by % of the first model's mean; the others are shares of images (0 or 1).
+    Those named in `lengths` change by % of the first model's mean; the others are shares of images (0 or 1).
     """
     found = []
     for name in (n for n in first if n in second):
         before, after = effect(first[name][None]), effect(second[name][None])
-        is_share = not name.startswith("distance")
-        measure = Measure("worst" if is_share else "distance")
+        measure = Measure("distance" if name in lengths else "worst")
         change = numbers.shown(measure, _change(measure, first[name][None], second[name][None]), before)
         unit = numbers.gain_unit(measure, before)
         found.append(Difference(name, name, before, after, change, unit, paired=True))

@@ -5,18 +5,57 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from .. import units
 from ..statistics import LEAST_P, MOST_POINTS, Effect, change, within_points
-from .analysis._metrics import Measure
+
+if TYPE_CHECKING:
+    from .analysis._metrics import Measure
+    from .analysis._records import Study
 
 MOST_WRITTEN = 1e5  # larger numbers are written with an exponent
 ABSOLUTE = "absolute"  # a gain in the metric's own unit
+UNIT = 5e-4  # what a unit of a structure, or one weight, makes of a sparsity is not worth a word
 
 
 def percent(share: float) -> str:
     """Return a sparsity as "90%", "99.7%" or "99.999%"."""
     return units.percent(share, 2, trim=True)
+
+
+def sparsity(study: Study, method: str, share: float) -> str:
+    """Return a sparsity as "90%" or, where less of all weight matrices is gone, as "90% (of all matrices 6.8%)"."""
+    return percent(share) + of_all(study, method, [share])
+
+
+def of_all(study: Study, method: str, sparsities: Sequence[float]) -> str:
+    """Return what is gone of all weight matrices, as " (of all matrices 6.8%)", or "" where that is no less.
+
+    A plan's sparsity is of the weights that its pruning may touch; what is gone of all is the mean over seeds.
+    """
+    told = [gone for s in sparsities if (gone := _gone(study, method, s)) is not None and gone < s - UNIT]
+    if not told or study.kind(method) not in ("pruned", "random", "channels", "surgery"):
+        return ""
+    shares = [f"{100 * gone:.1f}%" for gone in told]
+    return f" (of all matrices {f'{shares[0]} to {shares[-1]}' if len(shares) > 2 else ' or '.join(shares)})"
+
+
+def axis_title(study: Study, *methods: str) -> str:
+    """Return "sparsity", or where less of all weight matrices is gone "sparsity, up to 90% (of all matrices 6.8%)"."""
+    for method in methods:
+        highest = max((network.sparsity for network in study.of(method)), default=0.0)
+        if of_all(study, method, [highest]):
+            return f"sparsity, up to {sparsity(study, method, highest)}"
+    return "activation sparsity" if {study.axis(method) for method in methods} == {"activations"} else "sparsity"
+
+
+def _gone(study: Study, method: str, sparsity: float) -> float | None:
+    shares = []
+    for network in study.of(method, sparsity):
+        total, share = network.metric("sparsity_matrices"), network.metric("sparsity")
+        shares += [one for one in (share if total is None else total,) if one is not None]
+    return sum(shares) / len(shares) if shares else None
 
 
 def span(chosen: Sequence[float], grid: Sequence[float]) -> str:

@@ -12,7 +12,7 @@ from ..units import percent
 from . import _numbers as numbers
 from .analysis._findings import Findings, difference, find
 from .analysis._metrics import Measure
-from .analysis._records import CONTROL, Network, is_dense, load
+from .analysis._records import Network, load
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def pick(out: Path | str, *, max_latency: float | None = None, max_accuracy_drop
     gains = {
         m.slug: _fraction(m, one, result.control)
         for m in findings.main
-        if (one := difference(findings, m, (method, sparsity), (CONTROL, 0.0))) is not None
+        if (one := difference(findings, m, (method, sparsity), (study.control(), 0.0))) is not None
         and (result := findings.result(m, method)) is not None
     }
     key = next(r.key for r in reversed(network.records) if r.stage in ("prune", "activate", "train"))
@@ -73,13 +73,14 @@ def _fraction(measure: Measure, one: Effect, control: Effect) -> Effect:
 
 
 def _may_ship(network: Network) -> bool:
-    return not is_dense(network.method) and network.axis == "weights" and "epoch)" not in network.method
+    dense = network.kind in ("reference", "control")
+    return not dense and network.axis == "weights" and network.checkpoint == "final"
 
 
 def _facts(findings: Findings, method: str, sparsity: float) -> tuple[float | None, float, float]:
     """Return median latency in ms, mean validation accuracy drop in points, and mean validation robust accuracy."""
     networks = findings.study.of(method, sparsity)
-    control = {n.seed: n for n in findings.study.of(CONTROL)}
+    control = {n.seed: n for n in findings.study.of(findings.study.control())}
     times = [1e3 * t for n in networks for r in n.stage("deploy") if (t := r.times.get("latency")) is not None]
     drops = [
         100 * (a - b)

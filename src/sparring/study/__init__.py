@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ._merge import Merged, merge
-from ._plan_file import Progress, progress, read_plan
-from ._store import SCHEMA, Record, Store
+from ._progress import Progress, progress
 from .plans._linear import LinearPaths
 from .plans._plan import Plan
 from .plans._tables import (
@@ -20,7 +19,7 @@ from .plans._tables import (
     attack_named,
     configured,
 )
-from .plans._task_graph import Cell, DataFacts, lay_out
+from .plans._task_graph import DataFacts, lay_out
 from .plans._toml import presets
 from .runner._executors import Executor, InProcess, Outcome, Processes, Task
 from .runner._live_line import show_progress
@@ -34,11 +33,9 @@ from .stages._table import perform_stage
 from .stages._train import ramped_loss, refuse_constant, robust_score
 
 __all__ = [
-    "SCHEMA",
     "WEIGHTS",
     "Activation",
     "Attack",
-    "Cell",
     "Certify",
     "Context",
     "Controls",
@@ -57,8 +54,6 @@ __all__ = [
     "Progress",
     "Pruning",
     "RayCluster",
-    "Record",
-    "Store",
     "Task",
     "Training",
     "Watcher",
@@ -76,7 +71,6 @@ __all__ = [
     "presets",
     "progress",
     "ramped_loss",
-    "read_plan",
     "refuse_constant",
     "register",
     "robust_score",

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError, UserError
-from ..files import load_tensors, read_bounded, read_json, sha256_bytes
+from ..errors import DamageError, PlanError, UserError
+from ..files import load_tensors
 from ..history import append_entry, read_history
-from ._plan_file import is_key, read_plan, refuse_another, write_plan
-from ._store import Record, Store, parse_record
+from ..records import (
+    Cell,
+    Folder,
+    PlanFile,
+    Record,
+    Store,
+    read_plan,
+    read_record,
+    tensor_bytes,
+    write_plan,
+)
+from ._progress import refuse_another
 from .plans._plan import Plan
 from .plans._task_graph import is_key_of
 
-MAX_OBJECT = 1 << 30
+GRIDS = {"pruning": "sparsities", "activation": "levels"}  # tables that are united by label, each at more points
+CONTROLS = ("decays", "small_dense", "wide_sparse")
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> Merged:
     """
     store = Store(out)
     folders = [Path(source) for source in sources]
-    if (store.out / "plan.json").exists():
+    if store.plan.exists():
         folders = [store.out, *(folder for folder in folders if folder.resolve() != store.out.resolve())]
     contents = [read_plan(folder) for folder in folders]
     united = contents[0]
@@ -77,12 +88,12 @@ class _Tally:
         self.data: str | None = None
 
     def refuse(self, path: Path, reason: UserError) -> None:
-        self.refused.append(f"{path}: {reason}")
+        self.refused.append(str(reason) if isinstance(reason, DamageError) else f"{path}: {reason}")
 
     def take(self, folder: Path, path: Path, record: Record) -> None:
         self._same_data(folder, record)
         try:
-            content = _tensors_of(folder, record)
+            content = _tensors_of(record)
             self._same_weights(record)
         except UserError as error:
             self.refuse(path, error)
@@ -93,7 +104,7 @@ class _Tally:
             self.added += 1
         else:
             self.known += 1
-            if not record.error and _result(mine) != _result(record):
+            if not record.error and not _agree(mine, record):
                 self.different.append(record.key)
 
     def _same_data(self, folder: Path, record: Record) -> None:
@@ -104,7 +115,7 @@ class _Tally:
 
     def _same_weights(self, record: Record) -> None:
         """Raise UserError if a record was made from other tensors than those that are kept here under the same key."""
-        for key, checksum in _weights(record).items():
+        for key, checksum in record.weights.items():
             parent = self.store.peek(key)
             if parent is not None and parent.object is not None and parent.object["sha256"] != checksum:
                 raise UserError(f"it was made from other weights than those kept of {key}")
@@ -114,76 +125,94 @@ def _parents_first(folder: Path, tally: _Tally) -> Iterator[tuple[Path, Record]]
     """Yield the sound records of a stranger's folder; the tally is told of the others."""
     found: dict[str, Path] = {}
     before: dict[str, list[str]] = {}
-    for path in sorted((folder / "records").glob("*.json")):
+    for path in sorted(Folder(folder).records.glob("*.json")):
         try:
-            record = _checked(path)
+            record = _checked(folder, path.stem)
         except UserError as error:
             tally.refuse(path, error)
         else:
             found[record.key] = path
-            before[record.key] = sorted(_weights(record))
+            before[record.key] = sorted(record.weights)
     for key in TopologicalSorter(before).static_order():  # no circle: a key is the hash of its parents' keys
         if key in found:
-            yield found[key], _checked(found[key])
+            yield found[key], _checked(folder, key)
 
 
-def _checked(path: Path) -> Record:
+def _checked(folder: Path, key: str) -> Record:
     """Return a record of a stranger's; raise UserError unless its own hashes are right."""
-    record = parse_record(read_json(path))
-    if record.key != path.stem or not is_key(record.key):
-        raise UserError("it does not bear its own key")
+    record = read_record(folder, key)
+    if record is None:
+        raise UserError("it is gone")
     if not is_key_of(record.key, record.stage, record.inputs, record.environment):
         raise UserError("its key is not the hash of its inputs")
-    if not set(_weights(record)) <= set(record.inputs.get("parents", [])):
+    if not set(record.weights) <= set(record.inputs.get("parents", [])):
         raise UserError("it names weights that it was not made from")
     return record
 
 
-def _weights(record: Record) -> dict[str, str]:
-    """Return the hashes of the tensors that a record was made from, by their keys; the first records named none."""
-    found: dict[str, str] = record.origin.get("weights", {})
-    return found
-
-
-def _tensors_of(folder: Path, record: Record) -> bytes:
+def _tensors_of(record: Record) -> bytes:
     """Return the bytes of a stranger's object; raise UserError unless it is the one that its record names."""
-    if record.object is None:
-        return b""
-    file = folder / "objects" / f"{record.key}.safetensors"
-    content = read_bounded(file, limit=MAX_OBJECT)
-    if sha256_bytes(content) != record.object["sha256"]:
-        raise UserError("its object is not the one that it names")
-    load_tensors(file)  # raises where it is no sound file of tensors
+    content = tensor_bytes(record)
+    if content:
+        load_tensors(Folder(record.folder or "").object(record.key))  # raises where it is no sound file of tensors
     return content
 
 
-def _result(record: Record) -> tuple[Any, ...]:
-    return record.metrics, record.series, record.flags, record.object, record.error
+def _agree(one: Record, other: Record) -> bool:
+    """Tell whether two results of a task are the same, to the bit; objects of other schemas cannot be compared."""
+    names = ("metrics", "series", "flags", "error", *(("object",) if one.schema == other.schema else ()))
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-def _united(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def _united(folder: Path, first: PlanFile, second: PlanFile) -> PlanFile:
     """Return plan.json of both studies; raise PlanError if they cannot be one."""
-    mine, other = (Plan.from_table(content["plan"], source=str(folder)).table() for content in (first, second))
+    mine, other = (Plan.from_table(file.plan, source=str(folder)).table() for file in (first, second))
     refuse_another(folder, other, mine)
-    if first.get("dataset") != second.get("dataset"):
+    if first.dataset != second.dataset:
         raise PlanError(f"{folder} has other splits or classes than the rest")
     plan = Plan.from_table(_grown(mine, other), source=str(folder)).table()
-    return {**first, "plan": plan, "cells": _all_cells(first["cells"], second["cells"])}
+    return replace(first, plan=plan, cells=_all_cells(first.cells, second.cells))
 
 
 def _grown(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Return the smallest plan that asks for all that either asks for; other settings are the first's."""
-    table = {**second, **first}
-    table["seeds"] = max(first["seeds"], second["seeds"])
-    table["sparsities"] = sorted({*first["sparsities"], *second["sparsities"]})
-    table["pruning"] = list(_methods(first, second, "pruning", "sparsities"))
-    table["activation"] = list(_methods(first, second, "activation", "levels"))
-    for name in ("attacks", "transfer", "certify", "lipschitz", "exact", "linear", "checkpoints"):
-        table[name] = [*first[name], *(item for item in second[name] if item not in first[name])]
-    return table
+    asked = [controls for controls in (first["controls"], second["controls"]) if any(map(controls.get, CONTROLS))]
+    if len(asked) > 1:
+        _refuse_other_controls(first, second)
+    methods = {name: list(_methods(first, second, name, grid)) for name, grid in GRIDS.items()}
+    return {**_all_of(first, second), **methods, "controls": _all_of(*asked) if len(asked) > 1 else (*asked, {})[0]}
+
+
+def _all_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Unite every setting of a table: lists have the items of both, `seeds` and what is asked for or not the more.
+
+    No `seeds` means all.
+    """
+    return {name: _more(name, first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second])}
+
+
+def _more(name: str, mine: Any, other: Any) -> Any:
+    if name == "seeds":
+        return None if None in (mine, other) else max(mine, other)
+    if isinstance(mine, dict) and isinstance(other, dict):
+        return _all_of(mine, other)
+    if isinstance(mine, list) and mine and other and mine != other:
+        every = [*mine, *(item for item in other if item not in mine)]
+        return every if any(isinstance(item, dict | str) for item in every) else sorted(every)
+    return other if mine is None or mine is False or mine == [] else mine
+
+
+def _refuse_other_controls(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Raise PlanError where a control of one study is another network than the other's of that name."""
+    mine, other = first["controls"], second["controls"]
+    if mine["decays"] and other["decays"] and mine["decays"] != other["decays"]:
+        raise PlanError("'tuned decay' was chosen among other controls.decays in one study; make them the same")
+    wide = [Plan.from_table(plan).first_to_a_sparsity for plan in (first, second) if plan["controls"]["wide_sparse"]]
+    if len({repr(pruning) for pruning in wide}) > 1:
+        raise PlanError("'wide sparse' was pruned by another method in one study; put the same [[pruning]] table first")
 
 
 def _methods(first: dict[str, Any], second: dict[str, Any], name: str, grid: str) -> Iterator[dict[str, Any]]:
@@ -206,10 +235,10 @@ def _without(table: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name not in names}
 
 
-def _all_cells(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _all_cells(first: Sequence[Cell], second: Sequence[Cell]) -> tuple[Cell, ...]:
+    cells: dict[tuple[Any, ...], Cell] = {}
     for cell in (*first, *second):
-        who = (cell["seed"], cell["method"], cell["sparsity"], cell["axis"])
-        tasks = cells[who]["tasks"] if who in cells else []
-        cells[who] = {**cell, "tasks": [*tasks, *(key for key in cell["tasks"] if key not in tasks)]}
-    return list(cells.values())
+        who = (cell.seed, cell.method, cell.sparsity, cell.axis)
+        tasks = cells[who].tasks if who in cells else ()
+        cells[who] = replace(cell, tasks=(*tasks, *(key for key in cell.tasks if key not in tasks)))
+    return tuple(cells.values())

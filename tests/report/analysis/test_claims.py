@@ -8,7 +8,6 @@ from sparring import report
 from sparring.errors import UserError
 from sparring.report.analysis._distance_bounds import brackets
 from sparring.report.analysis._findings import find
-from sparring.report.analysis._kinds import kind_of
 from sparring.report.analysis._records import load
 
 PRUNING = (
@@ -33,7 +32,7 @@ def rows(folder):
 
 def test_kinds_come_from_the_plan_not_from_the_words_of_a_label(folder):
     study = load(folder)
-    kinds = {method: kind_of(study, method) for method in study.methods if method != "top-k channels"}
+    kinds = {method: study.kind(method) for method in study.methods if method != "top-k channels"}
     assert kinds == {
         "gradual": "pruned",
         "luck": "random",
@@ -41,7 +40,6 @@ def test_kinds_come_from_the_plan_not_from_the_words_of_a_label(folder):
         "small dense": "small dense",
         "tuned decay": "tuned decay",
     }
-    assert kind_of(study, "luck (best epoch)") == "random"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """What one attack proves, another must not deny."""
 
-import json
-
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from rewriting import records_of, rewrite
 
 from sparring import report
 from sparring.report.analysis._cross_checks import doubts
@@ -16,14 +14,11 @@ from sparring.report.pages import _tables as tables
 
 def change(out, name, eps, seed, sparsity, edit):
     """Change the tensors of one attack on one network, in all its shards."""
-    for path in (out / "records").glob("*.json"):
-        record = json.loads(path.read_text())
-        inputs = record["inputs"]
-        attack = inputs.get("attack", {"name": None, "eps": None})
-        if (inputs["seed"], inputs["sparsity"], attack["name"], attack["eps"]) == (seed, sparsity, name, eps):
-            held = load_file(out / "objects" / record["object"]["file"])
-            edit(held)
-            save_file(held, out / "objects" / record["object"]["file"])
+    for record in records_of(out):
+        attack = record.inputs.get("attack", {"name": None, "eps": None})
+        who = record.inputs["seed"], record.inputs["sparsity"]
+        if (*who, attack["name"], attack["eps"]) == (seed, sparsity, name, eps):
+            rewrite(record, edit=edit)
 
 
 def stand(held):
@@ -76,11 +71,9 @@ def test_a_naive_attack_is_made_to_be_outdone(make_study):
     out = make_study(seeds=2, sparsities=(0.5, 0.9))
     change(out, "deepfool", None, 1, 0.9, far)
     assert find(load(out)).doubts
-    for path in (out / "records").glob("*.json"):
-        record = json.loads(path.read_text())
-        if record["inputs"].get("attack", {}).get("name") == "deepfool":
-            record["inputs"]["attack"]["naive"] = True
-            path.write_text(json.dumps(record))
+    for record in records_of(out):
+        if record.inputs.get("attack", {}).get("name") == "deepfool":
+            rewrite(record, inputs={**record.inputs, "attack": {**record.attack, "naive": True}})
     assert find(load(out)).doubts == ()
 
 

@@ -1,9 +1,10 @@
 """Where a claim is asked: fixed by accuracy before robustness is seen, and never where its own networks chose it."""
 
-import json
+import dataclasses
 
 import numpy as np
 import pytest
+from rewriting import records_of, rewrite, rewrite_plan
 
 from sparring import report
 from sparring.report.analysis._claims import claims, ledger
@@ -119,9 +120,9 @@ def test_a_stronger_ensemble_on_one_seed_undoes_what_cheap_attacks_say(make_stud
     def without(network):
         dropped = [r for r in network.records if r.stage == "attack" and r.inputs["attack"]["name"] == "standard"]
         kept = tuple(r for r in network.records if r not in dropped or network.seed == 0)
-        return type(network)(network.seed, network.method, network.sparsity, network.axis, kept)
+        return dataclasses.replace(network, records=kept)
 
-    study = type(study)(**{**vars(study), "networks": tuple(map(without, study.networks))})
+    study = dataclasses.replace(study, networks=tuple(map(without, study.networks)))
     collected = collect(study)
     worst = Measure("worst", "test", norm="linf", eps=0.1)
     assert [m.name for m in parts(collected, worst)] == ["fgsm", "pgd"]
@@ -134,14 +135,10 @@ def test_a_stronger_ensemble_on_one_seed_undoes_what_cheap_attacks_say(make_stud
 def test_nonlinear_networks_are_held_against_linear_ones_where_two_studies_share_their_images(make_study):
     folders = [make_study(seeds=3, images=100, name=name) for name in ("curved", "straight", "elsewhere")]
     for folder, model, data in zip(folders, ("lenet-300-100", "linear", "linear"), ("a", "a", "b"), strict=True):
-        plan = json.loads((folder / "plan.json").read_text())
-        plan["plan"]["model"] = {"name": model}
-        (folder / "plan.json").write_text(json.dumps(plan))
-        for path in (folder / "records").glob("*.json"):
-            record = json.loads(path.read_text())
-            if record["stage"] == "measure":
-                record["inputs"]["data"] = data
-                path.write_text(json.dumps(record))
+        rewrite_plan(folder, model={"name": model})
+        for record in records_of(folder):
+            if record.stage == "measure":
+                rewrite(record, inputs={**record.inputs, "data": data})
     rows = [row for row in report.merge_ledgers(folders) if "than linear ones" in row.claim.text]
     assert [row.study for row in rows] == ["curved and straight"]
     assert rows[0].claim.log and rows[0].effect.estimate == pytest.approx(0.0), "the same made-up networks twice"

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from sparring.records import Record, arrays
 from sparring.report.analysis import _metrics as measures
 from sparring.report.analysis._metrics import Measure, PerImage, collect, main_measures, summary, values
-from sparring.report.analysis._records import Network, Record, Study, arrays, control_of, is_dense, load
+from sparring.report.analysis._records import Network, Study, load
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +172,18 @@ def test_names_of_files_are_harmless():
     assert "/" not in odd.slug
 
 
-def test_checkpoints_are_held_against_the_same_checkpoint_of_the_control():
-    assert control_of("gradual") == "control"
-    assert control_of("gradual (best epoch)") == "control (best epoch)"
-    assert is_dense("control (best epoch)")
-    assert not is_dense("controlled")
+def test_checkpoints_are_held_against_the_same_checkpoint_of_the_control_whatever_their_labels_say(study):
+    twins = [dataclasses.replace(n, method=f"best of {n.method}", checkpoint="best") for n in study.networks]
+    both = dataclasses.replace(study, networks=(*study.networks, *twins))
+    assert both.control("gradual") == "control"
+    assert both.control("best of gradual") == "best of control"
+    assert both.control("best of gradual", "reference") == "best of reference"
+    assert both.methods == ("gradual", "best of gradual")
+    misnamed = {"control": "gradual (best epoch)", "gradual": "control", "reference": "small dense"}
+    study = dataclasses.replace(
+        study, networks=tuple(dataclasses.replace(n, method=misnamed[n.method]) for n in study.networks)
+    )
+    assert study.methods == ("control",) and study.control("control") == "gradual (best epoch)"
 
 
 def test_naive_attacks_borrow_the_control_and_stay_out_of_the_worst_case(study):
@@ -190,7 +198,7 @@ def test_naive_attacks_borrow_the_control_and_stay_out_of_the_worst_case(study):
         return network if network.method != "gradual" else dataclasses.replace(network, records=network.records + twins)
 
     found = collect(dataclasses.replace(study, networks=tuple(map(with_naive, study.networks))))
-    naive = found[Measure("budget", "test", "pgd (naive)", "pgd", "linf", 0.1)]
+    naive = found[Measure("budget", "test", "pgd", "pgd", "linf", 0.1, naive=True)]
     assert ("control", 0.0, 0) in naive
     assert len(found[Measure("worst", "test", norm="linf", eps=0.1)]) == len(study.networks)
 

@@ -1,6 +1,7 @@
 """The page and its files, from a made-up study."""
 
 import csv
+import dataclasses
 import html
 import json
 import re
@@ -8,9 +9,11 @@ from html.parser import HTMLParser
 from typing import get_args
 
 import pytest
+from rewriting import rewrite_plan
 
 from sparring import report
 from sparring.errors import UserError
+from sparring.records import read_plan
 from sparring.report.analysis._findings import Result, find
 from sparring.report.analysis._metrics import Measure
 from sparring.report.analysis._records import load
@@ -188,10 +191,9 @@ def test_one_seed_is_said_to_cover_images_only(make_study):
 
 def test_unfinished_studies_show_what_there_is(make_study):
     out = make_study(seeds=2, images=60, sparsities=(0.5, 0.9))
-    plan = json.loads((out / "plan.json").read_text())
-    for cell in plan["cells"]:
-        if cell["sparsity"] == 0.9 and cell["seed"] == 1:
-            for key in cell["tasks"]:
+    for cell in read_plan(out).cells:
+        if cell.sparsity == 0.9 and cell.seed == 1:
+            for key in cell.tasks:
                 (out / "records" / f"{key}.json").unlink()
     page = report.write(out).read_text()
     assert "tasks have no record yet" in page
@@ -214,15 +216,14 @@ def test_a_damaged_object_is_a_users_error(make_study):
     out = make_study(seeds=1, images=60, sparsities=(0.5,))
     for path in (out / "objects").iterdir():
         path.write_bytes(b"not tensors")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="damaged or foreign"):
         report.write(out)
 
 
 def test_a_record_that_points_outside_its_folder_is_refused(make_study):
     out = make_study(seeds=1, images=60, sparsities=(0.5,))
-    plan = json.loads((out / "plan.json").read_text())
-    plan["cells"][0]["tasks"] = ["../plan"]
-    (out / "plan.json").write_text(json.dumps(plan))
+    first, *others = read_plan(out).cells
+    rewrite_plan(out, cells=(dataclasses.replace(first, tasks=("../plan",)), *others))
     with pytest.raises(UserError):
         report.write(out)
 
@@ -239,20 +240,16 @@ def test_the_methods_paragraph_says_how_networks_were_trained_and_on_how_many_im
         "Each network was attacked on 60 test images by FGSM (ε 0.1)" in (told := methods_of(out))
         and "epochs" not in told
     )
-    plan = json.loads((out / "plan.json").read_text())
     recipe = {"epochs": 12, "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "batch_size": 128}
     training = {"loss": "pgd-at", "norm": "linf", "eps": 0.2, "steps": 7, "ramp": 0.5}
-    plan["plan"] |= {"recipe": recipe, "finetune": recipe | {"epochs": 8}, "training": training}
-    (out / "plan.json").write_text(json.dumps(plan))
+    rewrite_plan(out, recipe=recipe, finetune=recipe | {"epochs": 8}, training=training)
     told = methods_of(out)
     assert "Training took 12 epochs (sgd, learning rate 0.1" in told and "fine-tuning took 8 epochs" in told
     assert "PGD adversarial training, l∞, ε = 0.2, 7 steps; ε grew to its value over a share of 0.5" in told
-    plan["plan"]["model"]["weights"] = "mine.safetensors"
-    (out / "plan.json").write_text(json.dumps(plan))
+    rewrite_plan(out, model={"name": "lenet-300-100", "weights": "mine.safetensors"})
     told = methods_of(out)
     assert "The dense network was given; fine-tuning took 8 epochs" in told and "7 steps. Each" in told
-    plan["plan"]["training"] = {"loss": "standard"}
-    (out / "plan.json").write_text(json.dumps(plan))
+    rewrite_plan(out, training={"loss": "standard"})
     assert "under attack:" not in methods_of(out)
 
 

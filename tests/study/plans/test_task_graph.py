@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import sparring
+from sparring.data import Dataset
 from sparring.facts import ATTACKS
-from sparring.study import DataFacts, Plan, lay_out
+from sparring.files import canonical_json, sha256_bytes
+from sparring.records import Record
+from sparring.study import DataFacts, Event, Plan, lay_out, run
 from sparring.study.plans._task_graph import is_key_of
+from sparring.study.runner import _schedule
 from sparring.study.stages import _table as stages
 
 TABLE: dict[str, Any] = {
@@ -22,6 +28,15 @@ TABLE: dict[str, Any] = {
     "sparsities": [0.5],
     "pruning": [{"label": "magnitude"}],
     "attacks": [{"name": name, "norm": "linf", "eps": [0.1]} for name in ("pgd", "fast", "square", "standard")],
+}
+SMALL = TABLE | {
+    "sparsities": [0.5, 0.9],
+    "recipe": {"epochs": 1, "lr": 0.05},
+    "finetune": {"epochs": 1},
+    "attacks": [
+        {"name": "pgd", "eps": [0.1], "images": 20, "steps": 2},
+        {"name": "fgsm", "eps": [0.1], "images": 20},
+    ],
 }
 FACTS = DataFacts("0" * 64, 100, 100, (1, 8, 8), 10)
 
@@ -44,10 +59,47 @@ def test_an_attack_that_changed_is_done_again_and_nothing_else(monkeypatch: pyte
     assert {name for key, name in second.items() if key not in first} == {"square", "standard"}
     assert len(first) == len(second)
     # What was found before the change stays a record of its task, of whatever revision it was.
-    environment = {"sparring": sparring.__version__, "torch": torch.__version__}
+    environment = {"sparring": "0.1.0", "torch": torch.__version__}
     assert all(is_key_of(key, task.stage, task.inputs, environment) for key, task in before.items())
     revise(standard=1)
     assert {name for key, name in second.items() if key not in keys_of()} == {"square", "standard"}
+
+
+def made_anew(out: Path, dataset: Dataset) -> list[Record]:
+    """Run the plan into a folder and return the records that were not there."""
+    events: list[Event] = []
+    run(Plan.from_table(SMALL), out, dataset=dataset, workers=0, watch=events.append)
+    return [event.record for event in events if event.record is not None]
+
+
+def test_a_release_makes_nothing_anew_and_a_revision_what_hangs_on_it(
+    few_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = made_anew(tmp_path, few_digits)
+    assert len(before) == 1 + 3 + 4 * (1 + 2)  # trainings, prunings, measures and attacks
+    monkeypatch.setattr(sparring, "__version__", "7.0.0")
+    monkeypatch.setattr(_schedule, "__version__", "7.0.0")
+    assert made_anew(tmp_path, few_digits) == []
+    monkeypatch.setitem(ATTACKS, "pgd", replace(ATTACKS["pgd"], revision=ATTACKS["pgd"].revision + 1))
+    attacked = made_anew(tmp_path, few_digits)
+    assert {r.environment["sparring"] for r in attacked} == {"7.0.0"}
+    assert len(attacked) == 4 and {r.attack["name"] for r in attacked} == {"pgd"}
+    monkeypatch.setattr(stages, "VERSIONS", stages.VERSIONS | {"prune": 2})
+    pruned = made_anew(tmp_path, few_digits)
+    assert Counter(r.stage for r in pruned) == {"prune": 3, "measure": 3, "attack": 6}, "all but what is unpruned"
+    monkeypatch.setattr(stages, "VERSIONS", stages.VERSIONS | {"train": 2})
+    assert len(made_anew(tmp_path, few_digits)) == len(before), "everything is made from dense networks"
+    assert all(is_key_of(r.key, r.stage, r.inputs, r.environment) for r in (*before, *attacked, *pruned))
+
+
+def test_the_keys_of_the_first_version_are_those_of_today() -> None:
+    """Recorded studies are read by these keys: whatever changes them makes every record anew."""
+    identity = {"stage": "train", "version": 1, "inputs": {"seed": 0}, "torch": "2.13.0", "device": "cpu"}
+    key = sha256_bytes(canonical_json({**identity, "sparring": "0.1.0"}).encode())[:32]
+    for version in ("0.1.0", "0.2.0"):
+        assert is_key_of(key, "train", {"seed": 0}, {"sparring": version, "torch": "2.13.0"})
+    assert not is_key_of(key, "train", {"seed": 1}, {"torch": "2.13.0"})
+    assert not is_key_of(key, "train", {"seed": 0}, {"torch": "2.14.0"})
 
 
 def test_attacks_with_a_surrogate_have_a_revision_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

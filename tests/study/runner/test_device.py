@@ -10,7 +10,8 @@ import torch
 
 from sparring.data import Dataset
 from sparring.errors import UserError
-from sparring.study import Record, run
+from sparring.records import Record
+from sparring.study import run
 
 from ..pretend_gpu import PretendGPU
 from .test_run import tiny_plan

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sparring.study import Event, Record, show_progress
+from sparring.records import Record
+from sparring.study import Event, show_progress
 
 INPUTS = {"attack": {"name": "fgsm", "norm": "linf", "eps": 0.1}}
 

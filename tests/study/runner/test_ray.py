@@ -14,7 +14,8 @@ import torch
 
 from sparring.data import Dataset
 from sparring.errors import UserError
-from sparring.study import Context, Outcome, RayCluster, Store, Task, execute, run
+from sparring.records import Store
+from sparring.study import Context, Outcome, RayCluster, Task, execute, run
 
 from .test_run import contents, tiny_plan
 

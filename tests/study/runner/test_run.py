@@ -16,20 +16,8 @@ import torch
 from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.files import sha256_file
-from sparring.study import (
-    DataFacts,
-    Event,
-    InProcess,
-    Outcome,
-    Plan,
-    Processes,
-    Store,
-    Task,
-    execute,
-    lay_out,
-    read_plan,
-    run,
-)
+from sparring.records import Store, read_plan
+from sparring.study import DataFacts, Event, InProcess, Outcome, Plan, Processes, Task, execute, lay_out, run
 from sparring.train import _fit as loop
 
 
@@ -172,7 +160,7 @@ def test_plan_json_holds_the_latest_command(undisturbed: Path, few_digits: Datas
     out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
     for command, kept in (("study one", "study one"), ("study two", "study two"), ("", "study two")):
         run(tiny_plan(), out, dataset=few_digits, workers=0, command=command)
-        assert read_plan(out) == {**read_plan(undisturbed), "command": kept}
+        assert read_plan(out) == replace(read_plan(undisturbed), command=kept)
     written = (out / "plan.json").stat().st_mtime_ns
     run(tiny_plan(), out, dataset=few_digits, workers=0, command=kept)
     assert (out / "plan.json").stat().st_mtime_ns == written
@@ -200,7 +188,7 @@ def test_a_damaged_plan_json_is_made_again(
 
 def test_a_damaged_checkpoint_is_set_aside(undisturbed: Path, few_digits: Dataset, tmp_path: Path) -> None:
     store = Store(tmp_path)
-    trained = read_plan(undisturbed)["cells"][0]["tasks"][0]
+    trained = read_plan(undisturbed).cells[0].tasks[0]
     with pytest.MonkeyPatch.context() as patch:
         real = loop.save_checkpoint
 
@@ -222,12 +210,12 @@ def test_a_damaged_checkpoint_is_set_aside(undisturbed: Path, few_digits: Datase
 
 
 def test_a_record_says_where_it_comes_from(undisturbed: Path) -> None:
-    store, cells = Store(undisturbed), read_plan(undisturbed)["cells"]
+    store, cells = Store(undisturbed), read_plan(undisturbed).cells
     for cell in cells:
-        for key in cell["tasks"]:
+        for key in cell.tasks:
             record = store.read(key)
             assert record is not None and record.object is not None
-            assert (record.origin["plan"], record.origin["seed"]) == ("tiny", cell["seed"])
+            assert (record.origin["plan"], record.origin["seed"]) == ("tiny", cell.seed)
             assert record.inputs["data"] and {"sparring", "torch", "numpy", "threads"} <= set(record.environment)
             parents = {p: sha256_file(undisturbed / "objects" / f"{p}.safetensors") for p in record.origin["weights"]}
             assert record.origin["weights"] == parents and set(parents) == set(record.inputs.get("parents", []))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparring.study import Outcome, Store, Task, execute
+from sparring.records import Store
+from sparring.study import Outcome, Task, execute
 from sparring.study.runner._executors import Done
 
 SEEDS, EACH = 3, 6

@@ -13,7 +13,8 @@ import pytest
 
 from sparring.data import Dataset
 from sparring.errors import UserError
-from sparring.study import Event, Record, Watcher, run, to_mlflow, to_tensorboard
+from sparring.records import Record
+from sparring.study import Event, Watcher, run, to_mlflow, to_tensorboard
 from sparring.study.runner._trackers import _forgiving, _numbers
 
 from .test_run import tiny_plan

@@ -13,10 +13,11 @@ from sparring import deploy
 from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.models import build
+from sparring.records import Record, Store
 from sparring.report.analysis._findings import find
 from sparring.report.analysis._records import load
 from sparring.report.analysis._shipped import shipped_html
-from sparring.study import Context, DataFacts, Plan, Record, Store, lay_out, run
+from sparring.study import Context, DataFacts, Plan, lay_out, run
 from sparring.study.plans._estimate import _passes, estimate
 from sparring.study.plans._matched_sizes import narrowed, widened
 from sparring.study.stages import _evaluate as judging

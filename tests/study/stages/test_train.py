@@ -11,7 +11,8 @@ import torch
 from sparring.data import Dataset, Split
 from sparring.errors import PlanError, UserError
 from sparring.models import build
-from sparring.study import Plan, Store, run
+from sparring.records import Store
+from sparring.study import Plan, run
 from sparring.study.plans._tables import Training
 from sparring.study.stages._train import ramped_loss, refuse_constant, training_loss
 from sparring.train import Ramped

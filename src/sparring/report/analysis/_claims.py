@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ...records import Kind
 from ...statistics import Claim, Question, Row, ask, effect, judge
 from .. import _numbers as numbers
 from ..pages._summary import short_name, title
 from ._findings import Choice, Findings, Result, choose, difference, paired
 from ._hypotheses import Place, about, at_choice, at_sparsity, attacks_of, places
-from ._kinds import Kind, kind_of, sparsity_told
 from ._looks import dropped_tests
 from ._metrics import NORMS, TRANSFER, Measure, PerImage, common, pretty, pretty_eps, values
-from ._records import CONTROL, NAIVE, REFERENCE, checkpoint_of, control_of
 
+DENSE: tuple[Kind, ...] = ("control", "reference")
 # What is asked of other methods: whether they gain too, or whether the headline's method gains more than they do.
 ITSELF: dict[Kind, str] = {
     "random": "random masks gain r_inf too",
@@ -63,7 +63,7 @@ def claims(findings: Findings) -> list[Question]:
 def is_linear(findings: Findings) -> bool:
     """Tell whether the study's model is a linear one."""
     model = findings.study.plan.get("model")
-    return str(model.get("name") if isinstance(model, dict) else model).startswith("linear")
+    return (model.get("name") if isinstance(model, dict) else model) == "linear"
 
 
 def _gain(findings: Findings, result: Result, place: Place, label: str) -> Question:
@@ -100,7 +100,7 @@ def _losses(findings: Findings, place: Place) -> Iterator[Question]:
 
 def _is_budget(measure: Measure) -> bool:
     fgsm = (measure.role, measure.name, measure.norm) == ("budget", "fgsm", "linf")
-    return measure.role == "worst" or (fgsm and not measure.attack.endswith(NAIVE))
+    return measure.role == "worst" or (fgsm and not measure.naive)
 
 
 def _loss_of(findings: Findings, measure: Measure) -> str:
@@ -128,7 +128,7 @@ def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) 
 
 def _correct_too(findings: Findings, result: Result, sparsity: float, seed: int) -> tuple[PerImage, PerImage] | None:
     """Return a metric of a sparse network and its dense control on the images that both classify correctly."""
-    whos = [(result.method, sparsity, seed), (control_of(result.method), 0.0, seed)]
+    whos = [(result.method, sparsity, seed), (findings.study.control(result.method), 0.0, seed)]
     held, right = findings.collected[result.measure], findings.collected.get(Measure("accuracy"), {})
     if not all(who in held and who in right for who in whos):
         return None
@@ -152,18 +152,18 @@ def _survival(findings: Findings, fgsm: Result) -> Iterator[Question]:
 
 def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
     """Ask how much of a gain over the network as trained is fine-tuning's: what the dense control takes away."""
-    checkpoint = checkpoint_of(fgsm.method)
-    one = difference(findings, fgsm.measure, (CONTROL + checkpoint, 0.0), (REFERENCE + checkpoint, 0.0))
+    control, reference = (findings.study.control(fgsm.method, kind) for kind in DENSE)
+    one = difference(findings, fgsm.measure, (control, 0.0), (reference, 0.0))
     if one is not None:
         test = f"{short_name(fgsm.measure)}, dense control − the network as trained"
-        sides = [(REFERENCE + checkpoint, 0.0, seed) for seed in fgsm.seeds]
+        sides = [(reference, 0.0, seed) for seed in fgsm.seeds]
         yield about(findings, fgsm, "fine-tuning alone, without pruning, moves no r_inf", "none", one, test, sides)
 
 
 def _other_methods(findings: Findings, fgsm: Result, choice: Choice | None) -> Iterator[Question]:
     """Ask which part of the gain other ways to a sparse or small network have too."""
     for method in (m for m in _comparable(findings) if m != fgsm.method):
-        kind = kind_of(findings.study, method)
+        kind = findings.study.kind(method)
         if kind in ITSELF:
             result = findings.result(fgsm.measure, method)
             if result is not None:
@@ -182,7 +182,7 @@ def _against(findings: Findings, fgsm: Result, choice: Choice, method: str, text
     one = paired(findings, fgsm.measure, mine, theirs)
     if one is not None:
         told = f"{fgsm.method} at {fgsm.words(*sorted(set(choice.sparsities)))} − {method}"
-        told += f" at {sparsity_told(findings.study, method, nearest)}" if nearest else ""
+        told += f" at {numbers.sparsity(findings.study, method, nearest)}" if nearest else ""
         sides = [*((fgsm.method, s, k) for k, s in chosen.items()), *((method, nearest, k) for k in chosen)]
         test = f"{short_name(fgsm.measure)}, {told}"
         yield about(findings, fgsm, text, "above", one, test, sides, choices=choice.choices)
@@ -191,15 +191,15 @@ def _against(findings: Findings, fgsm: Result, choice: Choice, method: str, text
 def _chosen_weights(findings: Findings) -> Iterator[Question]:
     """Ask whether it matters which weights stay: pruned against random masks where both are sparsest."""
     accuracy = findings.first("accuracy")
-    masks = [m for m in _comparable(findings) if kind_of(findings.study, m) == "random"]
-    for method in (m for m in _comparable(findings) if masks and kind_of(findings.study, m) in ("pruned", "surgery")):
+    masks = [m for m in _comparable(findings) if findings.study.kind(m) == "random"]
+    for method in (m for m in _comparable(findings) if masks and findings.study.kind(m) in ("pruned", "surgery")):
         result = findings.result(accuracy, masks[0])
         shared = {n.sparsity for n in findings.study.of(method)}.intersection(result.sparsities if result else ())
         one = None
         if accuracy is not None and shared:
             one = difference(findings, accuracy, (method, max(shared)), (masks[0], max(shared)))
         if one is not None and result is not None:
-            share = sparsity_told(findings.study, method, max(shared))
+            share = numbers.sparsity(findings.study, method, max(shared))
             test = f"{short_name(result.measure)}, {method} − {masks[0]}, both at {share}"
             text = f"weights that were chosen keep more accuracy than random ones ({method})"
             sides = [(m, max(shared), n.seed) for m in (method, masks[0]) for n in findings.study.of(m, max(shared))]
@@ -208,21 +208,21 @@ def _chosen_weights(findings: Findings) -> Iterator[Question]:
 
 def _comparable(findings: Findings) -> list[str]:
     """Return the methods at the same checkpoint (final or best epoch) as the headline's."""
-    checkpoint = checkpoint_of(findings.method or "")
-    return [m for m in findings.study.methods if checkpoint_of(m) == checkpoint]
+    study = findings.study
+    return [m for m in study.methods if study.checkpoint(m) == study.checkpoint(findings.method)]
 
 
 def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Question]:
     """Ask of each activation-sparse method whether it gains, under the worst case too, and what BPDA leaves of it."""
-    for method in (m for m in _comparable(findings) if kind_of(findings.study, m) == "activations"):
+    for method in (m for m in _comparable(findings) if findings.study.kind(m) == "activations"):
         for measure in (fgsm, findings.first("worst")):
             result = findings.result(measure, method)
             if measure is not None and result is not None:
                 text = f"activation sparsity gains robustness under {attacks_of(findings, measure)} ({method})"
                 yield at_choice(findings, result, choose(findings, result), text, origin="later work")
-        for measure in (m for m in findings.collected if m.role == "budget" and m.attack.endswith(NAIVE)):
+        for measure in (m for m in findings.collected if m.role == "budget" and m.naive):
             naive = findings.result(measure, method)
-            honest = findings.result(replace(measure, attack=measure.attack.removesuffix(NAIVE)), method)
+            honest = findings.result(replace(measure, naive=False), method)
             if naive is not None and honest is not None:
                 name = pretty(honest.measure.attack)
                 text = f"activation sparsity's gain under naive {name} survives BPDA ({method})"
@@ -263,7 +263,7 @@ def _transfers(findings: Findings) -> Iterator[Question]:
         images = common([one.images for one in seeds])
         if len(images) < 2 or not all(one.at(images).bottom.any() for one in seeds):
             continue
-        told = sparsity_told(findings.study, findings.method, sparsity)
+        told = numbers.sparsity(findings.study, findings.method, sparsity)
         way = "dense → sparse" if measure.role == "to sparse" else "sparse → dense"
         text = f"adversarial examples transfer {way} (most of them fool the other network too)"
         test = f"{measure.title}, {findings.method} at {told}: share of those that could − 50%"

@@ -6,7 +6,7 @@ Records are judged one by one when they are made; these doubts need two of them 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -14,8 +14,21 @@ import numpy as np
 from scipy.special import bdtrc
 
 from ...proofs import refuse_refuted
-from ._metrics import NORMS, Collected, Measure, PerImage, common, parts, pretty, pretty_eps, rung
-from ._records import NAIVE, Network, Record, Study, Who, arrays, attack_label
+from ...records import arrays, image_places
+from ._metrics import (
+    NORMS,
+    Collected,
+    Measure,
+    PerImage,
+    common,
+    measures_of,
+    parts,
+    pretty,
+    pretty_eps,
+    rung,
+    sorted_by_place,
+)
+from ._records import Network, Study, Who, attack_label
 
 ITERATED = 1.0  # the rung from which on an attack should find in a larger budget what others do in a smaller one
 GATHERED = 3.0  # the rung from which on an attack is taken for a worst case
@@ -44,9 +57,7 @@ def doubts(study: Study, collected: Collected) -> list[Doubt]:
     _refuse_refuted(study, collected)
     pixels = _pixels(study)
     attacked = [
-        m
-        for m in collected
-        if m.role in ("budget", "distance") and m.attack and m.name != "smallest" and not m.attack.endswith(NAIVE)
+        m for m in collected if m.role in ("budget", "distance") and m.attack and m.name != "smallest" and not m.naive
     ]
     found = []
     for network in study.networks:
@@ -63,16 +74,19 @@ def suspicion(study: Study, collected: Collected, found: Sequence[Doubt], measur
     Its attacks raised a flag on one of them that says they miss what there is; or a stronger ensemble, which ran on
     some only, leaves less by more than what matters.
     """
-    labels = {m.attack: m for m in parts(collected, measure) if m.attack}
+    asked = {(m.attack, m.naive, m.split, m.eps) for m in parts(collected, measure) if m.attack}
+    names = {attack for attack, naive, *_ in asked if not naive}
     flagged = {
         (str(flag["name"]), attack_label(record))
         for network in study.networks
         if network.who in whos
         for record in network.records
         for flag in record.flags
-        if flag["name"] in DECISIVE and record.stage == "attack" and _is_of(record, labels)
+        if flag["name"] in DECISIVE and record.stage == "attack"
+        for one in measures_of(record)
+        if (one.attack, one.naive, one.split, one.eps) in asked
     }
-    flagged |= {(d.name, d.attack) for d in found if d.who in whos and d.attack in labels and d.name in DECISIVE}
+    flagged |= {(d.name, d.attack) for d in found if d.who in whos and d.attack in names and d.name in DECISIVE}
     told = [f"{name} ({pretty(attack)})" for name, attack in sorted(flagged)]
     if measure.role == "worst":
         missed = _missed(collected, measure, whos).items()
@@ -80,13 +94,6 @@ def suspicion(study: Study, collected: Collected, found: Sequence[Doubt], measur
             f"{name} leaves {100 * by:.1f} points less than the cheaper attacks" for name, by in missed if by > NOTABLE
         ]
     return ", ".join(told)
-
-
-def _is_of(record: Record, labels: Mapping[str, Measure]) -> bool:
-    """Tell whether a record is of one of the measures, by label."""
-    measure, eps = labels.get(attack_label(record)), record.inputs["attack"]["eps"]
-    at = None if eps is None else float(eps)
-    return measure is not None and (record.inputs["split"], at) == (measure.split, measure.eps)
 
 
 def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> dict[str, float]:
@@ -100,7 +107,7 @@ def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> dict[str, f
                 images = common([held[who].images, collected[worst][who].images])
                 cheap, strong = collected[worst][who].at(images).top, held[who].at(images).top
                 by = float(np.maximum(cheap - strong, 0.0).mean()) if len(images) else 0.0
-                found[measure.attack] = max(by, found.get(measure.attack, 0.0))
+                found[measure.label] = max(by, found.get(measure.label, 0.0))
     return found
 
 
@@ -109,9 +116,9 @@ def _refuse_refuted(study: Study, collected: Collected) -> None:
     proofs = [(m.norm, who, one) for m, held in collected.items() if m.role == "certified" for who, one in held.items()]
     for network in study.networks:
         for record in network.stage("exact"):
-            lower = arrays(record, "lower").get("lower", np.empty(0)).astype(float)
-            one = PerImage(np.arange(len(lower)), lower, np.ones(len(lower)))
-            proofs.append((str(record.inputs["norm"]), network.who, one))
+            if bound := arrays(record, "lower", "images"):
+                one = sorted_by_place(image_places(record, bound, study.dataset), bound["lower"])
+                proofs.append((str(record.inputs["norm"]), network.who, one))
     for norm, who, proof in proofs:
         for m, held in collected.items():
             if (m.norm, m.split) != (norm, "test") or m.role not in ("budget", "distance-correct") or who not in held:
@@ -119,7 +126,7 @@ def _refuse_refuted(study: Study, collected: Collected) -> None:
             images = common([proof.images, held[who].images])
             one = held[who].at(images)
             reached = np.where(one.top == 0, m.eps or np.inf, np.inf) if m.role == "budget" else one.found
-            named = f"{who[0]} at sparsity {who[1]:g}, seed {who[2]}, {m.attack}"
+            named = f"{who[0]} at sparsity {who[1]:g}, seed {who[2]}, {m.label}"
             refuse_refuted(
                 proof.at(images).top, np.where(reached > 0, reached, np.inf), norm=norm, who=named, images=images
             )

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ...records import arrays, image_places
 from ._findings import Findings
-from ._metrics import Measure, PerImage, common
-from ._records import CONTROL, Network, arrays
+from ._metrics import Measure, PerImage, common, sorted_by_place
+from ._records import Network, Study
 
 Floats = NDArray[np.float64]
 
@@ -48,7 +49,7 @@ def brackets(findings: Findings, norm: str, *, exact: bool) -> list[Bracket]:
     With `exact` on the few images whose distances were searched for, else on all that were certified and attacked.
     """
     found = []
-    for method in (CONTROL, findings.method or ""):
+    for method in (findings.study.control(), findings.method or ""):
         for sparsity in sorted({n.sparsity for n in findings.study.of(method)}):
             rows = [
                 r for n in findings.study.of(method, sparsity) if (r := _rows(findings, n, norm, exact)) is not None
@@ -60,7 +61,7 @@ def brackets(findings: Findings, norm: str, *, exact: bool) -> list[Bracket]:
 
 def _rows(findings: Findings, network: Network, norm: str, exact: bool) -> dict[str, Floats] | None:
     """Return one network's values on the correctly classified images that all its records share."""
-    parts = _searched(network, norm) if exact else {}
+    parts = _searched(findings.study, network, norm) if exact else {}
     if exact and not parts:
         return None
     certified = [
@@ -88,13 +89,15 @@ def _is(measure: Measure, role: str, norm: str) -> bool:
     return measure.role == role and measure.norm == norm and measure.split == "test" and measure.name != "smallest"
 
 
-def _searched(network: Network, norm: str) -> dict[str, PerImage]:
+def _searched(study: Study, network: Network, norm: str) -> dict[str, PerImage]:
     """Return what searches for exact distances found: bounds, which are equal, and the attack they began with."""
     for record in network.stage("exact"):
         if record.inputs["norm"] == norm:
-            held = arrays(record, "lower", "upper", "solved", "attack", "clean_correct")
-            held["found"] = held.pop("attack", np.empty(0))
-            return {name: PerImage(np.arange(len(a)), a.astype(float), np.ones(len(a))) for name, a in held.items()}
+            held = arrays(record, "lower", "upper", "solved", "attack", "clean_correct", "images")
+            if held:
+                images = image_places(record, held, study.dataset)
+                named = {"found" if name == "attack" else name: a for name, a in held.items() if name != "images"}
+                return {name: sorted_by_place(images, values) for name, values in named.items()}
     return {}
 
 

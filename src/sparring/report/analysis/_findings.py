@@ -25,9 +25,8 @@ from ...statistics import (
 )
 from .. import _numbers as numbers
 from ._cross_checks import Doubt, doubts
-from ._kinds import of_all
 from ._metrics import Collected, Measure, PerImage, collect, common, main_measures, values
-from ._records import Study, control_of
+from ._records import Study
 
 MANY_FAILED = 0.01  # of the images: with more failures on either side a distance decides nothing
 DRAWS_SEED = 20260101  # the joint draws are part of the result, so they are always the same
@@ -69,7 +68,7 @@ class Result:
 
     def words(self, *sparsities: float) -> str:
         """Return sparsities of the curve in words, with what is gone of all weight matrices where that is less."""
-        return numbers.span(sparsities, self.sparsities) + of_all(self.study, self.method, sparsities)
+        return numbers.span(sparsities, self.sparsities) + numbers.of_all(self.study, self.method, sparsities)
 
     def failures(self, sparsities: Sequence[float]) -> tuple[float, float]:
         """Return the largest shares of images on which an attack failed, of the dense control and of the sparse."""
@@ -172,7 +171,7 @@ def _result(
 ) -> Result | None:
     """Compare a method with the dense control on the seeds and images that both have."""
     usable = {who: one for who, one in held.items() if one.bottom.any()}
-    control = {seed: one for (name, _, seed), one in usable.items() if name == control_of(method)}
+    control = {seed: one for (name, _, seed), one in usable.items() if name == study.control(method)}
     by_sparsity: dict[float, dict[int, PerImage]] = {}
     for (name, sparsity, seed), one in sorted(usable.items()):
         if name == method and seed in control:

@@ -13,7 +13,7 @@ from ..pages._summary import listed, short_name
 from ._cross_checks import suspicion
 from ._findings import MANY_FAILED, Choice, Findings, Result, margins_of
 from ._metrics import Measure, parts, pretty
-from ._records import Who, control_of
+from ._records import Who
 
 MARGIN = 2.0  # points or %: an effect that does not matter
 Origin = Literal["paper", "later work", "this project"]
@@ -48,7 +48,7 @@ def places(findings: Findings, method: str) -> Place:
 
 def attacks_of(findings: Findings, measure: Measure) -> str:
     """Return the names of the attacks behind a measure: "FGSM, PGD-40 and fast"."""
-    return listed(pretty(m.attack) for m in parts(findings.collected, measure))
+    return listed(pretty(m.label) for m in parts(findings.collected, measure))
 
 
 def at_choice(
@@ -128,7 +128,7 @@ def about(
     )
     scale = 1.0 if absolute else 100.0
     sparse = list(sparse)
-    whos = {*sparse, *((control_of(method), 0.0, seed) for method, _, seed in sparse)}
+    whos = {*sparse, *((findings.study.control(method), 0.0, seed) for method, _, seed in sparse)}
     doubt = suspicion(findings.study, findings.collected, findings.doubts, result.measure, whos)
     if not doubt and max(result.failures([s for _, s, _ in sparse if s in result.sparsities])) > MANY_FAILED:
         doubt = f"the search failed on more than {MANY_FAILED:.0%} of images"

@@ -13,7 +13,6 @@ from ._cross_checks import suspicion
 from ._findings import Findings
 from ._hypotheses import MARGIN, places
 from ._metrics import Measure
-from ._records import control_of
 
 TEXT = "nonlinear networks gain more r_2 (DeepFool) than linear ones at matched accuracy loss"
 
@@ -46,7 +45,7 @@ def _question(one: Findings, other: Findings) -> Question | None:
     seeds = min(len(result.seeds) for result in results if result is not None)
     gains = [r.gains.differences[r.sparsities.index(s)][:seeds] for r, s in zip(results, chosen, strict=True) if r]
     doubts = [
-        suspicion(f.study, f.collected, f.doubts, measure, {(r.method, s, k), (control_of(r.method), 0.0, k)})
+        suspicion(f.study, f.collected, f.doubts, measure, {(r.method, s, k), (f.study.control(r.method), 0.0, k)})
         for f, r, s in zip((one, other), results, chosen, strict=True)
         if r is not None
         for k in r.seeds

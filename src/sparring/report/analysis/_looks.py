@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...errors import DamageError, UserError
-from ...files import canonical_json, read_json, sha256_bytes
+from ...errors import DamageError
+from ...files import canonical_json, sha256_bytes
 from ...history import append_entry, read_history
+from ...records import Folder, Record, read_record
 from ...statistics import Claim, Question
 from .. import _numbers as numbers
 from ..pages._html import Html, join, tag
@@ -35,14 +36,13 @@ LOOK: dict[str, type] = {
     "unknown": bool,
     "tests": dict,
 }
-REPORTS = ("report.html", "ledger.json")
 
 
 def open_study(out: Any) -> Study:
     """Read a study's folder with the look that it stands at; raises as `load` does, and where its history is broken."""
     study = load(out)
     entries = read_history(study.folder)
-    orphans = _orphans(study)
+    folder, orphans = Folder(study.folder), _orphans(study)
     looks = [_sound(study, entry) for entry in entries if entry["kind"] == "look"]
     state = _state(study)
     known = next((entry for entry in looks if entry["state"] == state), None)
@@ -54,7 +54,7 @@ def open_study(out: Any) -> Study:
         dropped=_dropped(study, looks, orphans),
         orphans=len(orphans),
         registered=next((entry for entry in reversed(entries) if entry["kind"] == "registered"), None),
-        unknown=looks[0]["unknown"] if looks else any((study.folder / name).exists() for name in REPORTS),
+        unknown=looks[0]["unknown"] if looks else any(path.exists() for path in (folder.report, folder.ledger)),
     )
     return replace(study, looks=found)
 
@@ -110,7 +110,7 @@ def _asked(claim: Claim) -> str:
 def _state(study: Study) -> str:
     """Return the hash of what is judged: the plan, but for its titles, and its records."""
     plan = {name: value for name, value in study.plan.items() if name not in DISPLAY}
-    records = {key: record.checksum for key, record in study.records.items()}
+    records = {key: record.checksum() for key, record in study.records.items()}
     return sha256_bytes(canonical_json([plan, records]).encode())
 
 
@@ -119,24 +119,25 @@ def _grid(study: Study) -> dict[str, tuple[float, ...]]:
     return {method: tuple(sorted({n.sparsity for n in study.of(method)})) for method in study.methods}
 
 
-def _orphans(study: Study) -> list[Mapping[str, Any]]:
+def _orphans(study: Study) -> list[Record]:
     """Return the records in the folder that the plan does not name."""
     named = set(study.records) | set(study.missing)
     found = []
-    for path in sorted((study.folder / "records").glob("*.json")):
-        with contextlib.suppress(UserError):  # a damaged one that nobody asked for
-            found += [read_json(path)] if path.stem not in named else []
+    for path in sorted(Folder(study.folder).records.glob("*.json")):
+        with contextlib.suppress(DamageError):  # a damaged one that nobody asked for
+            record = read_record(study.folder, path.stem) if path.stem not in named else None
+            found += [record] if record is not None else []
     return found
 
 
 def _dropped(
-    study: Study, looks: Sequence[Mapping[str, Any]], orphans: Sequence[Mapping[str, Any]]
+    study: Study, looks: Sequence[Mapping[str, Any]], orphans: Sequence[Record]
 ) -> dict[str, tuple[float, ...]]:
     """Return by method the sparsities that were looked at, or pruned to, and are not in the plan any more."""
     pruned = {(sparsity, _way(record)) for record in orphans for sparsity in _asked_for(record)}
     found = {}
     for method, grid in _grid(study).items():
-        ways = {_way(vars(r)) for network in study.of(method) for r in network.stage("prune")}
+        ways = {_way(r) for network in study.of(method) for r in network.stage("prune")}
         before = {float(s) for entry in looks for s in entry["sparsities"].get(method, ())}
         gone = (before | {sparsity for sparsity, way in pruned if way in ways}) - set(grid)
         if gone:
@@ -144,13 +145,13 @@ def _dropped(
     return found
 
 
-def _way(record: Mapping[str, Any]) -> str:
-    return canonical_json(record["inputs"].get("pruning"))
+def _way(record: Record) -> str:
+    return canonical_json(record.inputs.get("pruning"))
 
 
-def _asked_for(record: Mapping[str, Any]) -> Iterator[float]:
-    sparsity = record["inputs"].get("sparsity")
-    if record["stage"] == "prune" and isinstance(sparsity, int | float):
+def _asked_for(record: Record) -> Iterator[float]:
+    sparsity = record.inputs.get("sparsity")
+    if record.stage == "prune" and isinstance(sparsity, int | float):
         yield float(sparsity)
 
 

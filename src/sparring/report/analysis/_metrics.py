@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...facts import ATTACKS, OWN_ATTACK
+from ...records import Record, arrays, image_places
 from ...statistics import binomial_interval, ratio_values
-from ._records import NAIVE, Network, Record, Study, Who, arrays, attack_label, is_dense
+from ._records import Network, Study, Who, attack_name, is_naive, shown
 
 Floats = NDArray[np.float64]
 Role = Literal[
@@ -27,7 +28,10 @@ NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1"}
 
 @dataclass(frozen=True)
 class Measure:
-    """Name one metric: what is averaged over images. `attack` is the attack's label, empty for plain accuracy."""
+    """Name one metric: what is averaged over images. `attack` is the attack with its options, empty for plain accuracy.
+
+    `naive`: without the straight-through pass and transfer that networks with sparse activations call for.
+    """
 
     role: Role
     split: str = "test"
@@ -35,6 +39,12 @@ class Measure:
     name: str = ""
     norm: str = ""
     eps: float | None = None
+    naive: bool = False
+
+    @property
+    def label(self) -> str:
+        """Return the attack as it is shown."""
+        return shown(self.attack, self.naive)
 
     @property
     def is_share(self) -> bool:
@@ -46,7 +56,7 @@ class Measure:
         """Return a name fit for files and identifiers."""
         parts = [
             self.role.replace(" ", "-") if self.role != "budget" else "",
-            self.attack,
+            self.label,
             self.norm,
             "" if self.eps is None else f"{self.eps:g}",
         ]
@@ -61,35 +71,37 @@ class Measure:
             return "Accuracy"
         if self.role == "budget":
             r_inf = " (r_inf)" if self.name == "fgsm" and self.norm == "linf" else ""
-            return f"{pretty(self.attack)} accuracy{r_inf}, {norm} ε = {eps}"
+            return f"{pretty(self.label)} accuracy{r_inf}, {norm} ε = {eps}"
         if self.role == "worst":
             return f"Worst-case accuracy, {norm} ε = {eps}"
         if self.role == "certified":
             return f"Certified {norm} radius ({self.attack}), all images"
         if self.role in TRANSFER:
-            return f"{pretty(self.attack)} examples that transfer {self.role}, {norm}" + (f" ε = {eps}" if eps else "")
+            return f"{pretty(self.label)} examples that transfer {self.role}, {norm}" + (f" ε = {eps}" if eps else "")
         if self.role in LIPSCHITZ:
             what = {"margin": "Margin", "lipschitz": "Lipschitz constant L", "ratio": "Margin / L"}[self.role]
             return f"{what}, {norm}, {self.attack}, correctly classified only"
         r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" and self.role == "distance" else ""
         over = "all images" if self.role == "distance" else "correctly classified only"
-        return f"{pretty(self.attack)} {norm} distance{r_2}, {over}"
+        return f"{pretty(self.label)} {norm} distance{r_2}, {over}"
 
     @property
     def short(self) -> str:
         """Return a column heading."""
         eps = f" (ε {pretty_eps(self.eps)})" if self.eps is not None else ""
         norm = NORMS.get(self.norm, self.norm)
-        labels = {"accuracy": "accuracy", "budget": pretty(self.attack), "worst": "worst case"}
-        labels |= {"certified": f"certified {norm}", "distance": f"{pretty(self.attack)} {norm}"}
+        labels = {"accuracy": "accuracy", "budget": pretty(self.label), "worst": "worst case"}
+        labels |= {"certified": f"certified {norm}", "distance": f"{pretty(self.label)} {norm}"}
         labels |= {"margin": f"margin ({norm})", "lipschitz": f"L ({norm})", "ratio": f"margin / L ({norm})"}
-        labels |= {role: f"{pretty(self.attack)} transfers {role}" for role in TRANSFER}
-        return labels.get(self.role, f"{pretty(self.attack)} {norm}, correct only") + eps
+        labels |= {role: f"{pretty(self.label)} transfers {role}" for role in TRANSFER}
+        return labels.get(self.role, f"{pretty(self.label)} {norm}, correct only") + eps
 
 
 @dataclass(frozen=True)
 class PerImage:
-    """Hold one metric of one network: the mean is sum(top) / sum(bottom) over the images with these indices.
+    """Hold one metric of one network: the mean is sum(top) / sum(bottom) over the images at these places of a split.
+
+    Sorted by place (`_merge`), so that all metrics of a network can be joined by image.
 
     `failed` are the images (0 or 1) on which a search for a smallest distance failed, None where nothing can.
     """
@@ -140,9 +152,9 @@ def collect(study: Study) -> Collected:
     """Return every metric of every network as per-image values, in reading order, each object opened once."""
     found: Collected = {}
     for network in study.networks:
-        for measure, shards in _of_network(network).items():
+        for measure, shards in _of_network(study, network).items():
             found.setdefault(measure, {})[network.who] = _merge(shards)
-    _lend_controls(found)
+    _lend_controls(study, found)
     _add_worst(found)
     _cap(found)
     order = ("accuracy", "budget", "worst", "distance", "distance-correct", "certified", *LIPSCHITZ, *TRANSFER)
@@ -156,42 +168,47 @@ def collect(study: Study) -> Collected:
             m.norm,
             order.index(m.role),
             strength,
-            m.attack,
+            m.label,
             m.eps or 0,
         )
 
     return {measure: found[measure] for measure in sorted(found, key=rank)}
 
 
-def _of_network(network: Network) -> dict[Measure, list[PerImage]]:
+def _of_network(study: Study, network: Network) -> dict[Measure, list[PerImage]]:
     found: dict[Measure, list[PerImage]] = {}
     for record in network.stage("measure"):
-        for name, correct in arrays(record, "correct", "correct_valid").items():
-            one = PerImage(np.arange(len(correct)), correct.astype(float), np.ones(len(correct)))
+        held = arrays(record, "correct", "images", "correct_valid")
+        for name in (name for name in ("correct", "correct_valid") if name in held):
+            count = len(correct := held[name])
+            images = image_places(record, held, study.dataset) if name == "correct" else np.arange(count)
+            one = PerImage(images, correct.astype(float), np.ones(count))
             found[Measure("accuracy", "test" if name == "correct" else "valid")] = [one]
     for record in network.stage("attack"):
-        held = arrays(record, "clean_correct", "success", "distance")
+        held = arrays(record, "clean_correct", "success", "distance", "images")
         if held:
-            for measure in _measures_of(record):
-                found.setdefault(measure, []).append(_shard(record, held, measure.role))
+            images = image_places(record, held, study.dataset)
+            for measure in measures_of(record):
+                found.setdefault(measure, []).append(_shard(images, held, measure.role))
     for record in network.stage("certify"):
-        radius = arrays(record, "radius").get("radius")
-        if radius is not None:
-            images = np.arange(len(radius))
+        held = arrays(record, "radius", "images")
+        if held:
+            images, radius = image_places(record, held, study.dataset), held["radius"]
             norm, method = str(record.inputs["norm"]), str(record.inputs["method"])
             one = PerImage(images, radius.astype(float), np.ones(len(images)))
             found.setdefault(Measure("certified", attack=method, norm=norm), []).append(one)
     for record in network.stage("lipschitz"):
-        held = arrays(record, "clean_correct", *LIPSCHITZ)
+        held = arrays(record, "clean_correct", "images", *LIPSCHITZ)
         method = f"{record.inputs['method']} in radius {record.inputs['radius']:g}"
         for role in (role for role in LIPSCHITZ if role in held):
             correct = held["clean_correct"].astype(float)
-            one = PerImage(np.arange(len(correct)), np.where(correct > 0, held[role], 0.0), correct)
+            images = image_places(record, held, study.dataset)
+            one = PerImage(images, np.where(correct > 0, held[role], 0.0), correct)
             found.setdefault(Measure(role, attack=method, norm=str(record.inputs["norm"])), []).append(one)
     for record in network.stage("transfer"):
-        held = arrays(record, "clean_correct", "success")
+        held = arrays(record, "clean_correct", "success", "images")
         if held:
-            images = np.arange(int(record.inputs["start"]), int(record.inputs["stop"]))
+            images = image_places(record, held, study.dataset)
             one = PerImage(images, held["success"].astype(float), held["clean_correct"].astype(float))
             found.setdefault(_transferred(record), []).append(one)
     return found
@@ -200,27 +217,31 @@ def _of_network(network: Network) -> dict[Measure, list[PerImage]]:
 def _transferred(record: Record) -> Measure:
     attack, role = record.inputs["attack"], cast(Role, str(record.inputs["direction"]))
     eps = None if attack["eps"] is None else float(attack["eps"])
-    return Measure(
-        role, str(record.inputs["split"]), attack_label(record), str(attack["name"]), str(attack["norm"]), eps
-    )
+    split, norm = str(record.inputs["split"]), str(attack["norm"])
+    return Measure(role, split, attack_name(record), str(attack["name"]), norm, eps, is_naive(record))
 
 
-def _measures_of(record: Record) -> list[Measure]:
-    attack, split = record.inputs["attack"], str(record.inputs["split"])
-    name, norm, label = str(attack["name"]), str(attack["norm"]), attack_label(record)
-    if attack.get("eps") is not None:
-        return [Measure("budget", split, label, name, norm, float(attack["eps"]))]
-    return [Measure("distance", split, label, name, norm), Measure("distance-correct", split, label, name, norm)]
+def measures_of(record: Record) -> list[Measure]:
+    """Return the metrics that an "attack" record is of."""
+    attack, split, naive = record.attack, str(record.inputs["split"]), is_naive(record)
+    one = Measure("budget", split, attack_name(record), attack["name"], attack["norm"], naive=naive)
+    if attack["eps"] is not None:
+        return [replace(one, eps=float(attack["eps"]))]
+    return [replace(one, role="distance"), replace(one, role="distance-correct")]
 
 
-def _shard(record: Record, held: Mapping[str, NDArray[Any]], role: Role) -> PerImage:
-    images = np.arange(int(record.inputs["start"]), int(record.inputs["stop"]))
+def _shard(images: NDArray[np.int64], held: Mapping[str, NDArray[Any]], role: Role) -> PerImage:
     correct = held["clean_correct"].astype(bool)
     if role == "budget":
         return PerImage(images, (correct & ~held["success"].astype(bool)).astype(float), np.ones(len(images)))
     distance = np.where(correct, held["distance"].astype(float), 0.0)
     counted = np.ones(len(images)) if role == "distance" else correct.astype(float)
     return PerImage(images, distance, counted, (~np.isfinite(distance)).astype(float))
+
+
+def sorted_by_place(images: NDArray[np.int64], values: NDArray[Any]) -> PerImage:
+    """Return a value an image as a metric that counts all of them."""
+    return _merge([PerImage(images, values.astype(float), np.ones(len(images)))])
 
 
 def _merge(shards: list[PerImage]) -> PerImage:
@@ -231,12 +252,12 @@ def _merge(shards: list[PerImage]) -> PerImage:
     return PerImage(images, top, bottom, np.concatenate(failed)[first] if failed else None)
 
 
-def _lend_controls(found: Collected) -> None:
+def _lend_controls(study: Study, found: Collected) -> None:
     """Give naive attacks the dense networks of their honest twins: without sparse activations the two are the same."""
     for measure, held in found.items():
-        if measure.attack.endswith(NAIVE):
-            twin = found.get(replace(measure, attack=measure.attack.removesuffix(NAIVE)), {})
-            held.update({who: one for who, one in twin.items() if is_dense(who[0])})
+        if measure.naive:
+            twin = found.get(replace(measure, naive=False), {})
+            held.update({who: one for who, one in twin.items() if study.is_dense(who[0])})
 
 
 def _add_worst(found: Collected) -> None:
@@ -264,8 +285,7 @@ def parts(found: Collected, measure: Measure) -> list[Measure]:
     if measure.role != "worst" and measure.name != "smallest":
         return [measure]
     key = (role, measure.split, measure.norm, measure.eps)
-    every = [m for m in found if (m.role, m.split, m.norm, m.eps) == key and m.name != "smallest"]
-    every = [m for m in every if not m.attack.endswith(NAIVE)]
+    every = [m for m in found if (m.role, m.split, m.norm, m.eps) == key and m.name != "smallest" and not m.naive]
     most = max((len(found[m]) for m in every), default=0)
     return [m for m in every if len(found[m]) == most]
 
@@ -324,9 +344,9 @@ def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:
     shown = [m for m in distances if m.name == "deepfool"] or distances[:2]
     shown += [m for m in distances if m.name == "smallest" and m.role == "distance"]
     shown += [m for m in here if m.role == "accuracy" or (m.role == "worst" and (m.norm, m.eps) == budget)]
-    attacks = [m for m in here if m.role == "budget" and (m.norm, m.eps) == budget and not m.attack.endswith(NAIVE)]
+    attacks = [m for m in here if m.role == "budget" and (m.norm, m.eps) == budget and not m.naive]
     shown += [m for m in attacks if m.name in ("fgsm", "pgd")] or attacks
-    fgsm = [m for m in here if (m.role, m.name, m.norm) == ("budget", "fgsm", "linf") and not m.attack.endswith(NAIVE)]
+    fgsm = [m for m in here if (m.role, m.name, m.norm) == ("budget", "fgsm", "linf") and not m.naive]
     if not any(m in attacks for m in fgsm):
         shown += fgsm[len(fgsm) // 2 :][:1]  # r_inf is asked of it, at another eps if need be
     return [m for m in here if m in shown]

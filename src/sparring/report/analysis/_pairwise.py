@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ...records import Checkpoint
 from ...statistics import Effect, holm
 from .. import _numbers as numbers
 from ._findings import Findings, difference
-from ._kinds import kind_of
 from ._metrics import Measure
-from ._records import checkpoint_of
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ class Duel:
         return self.p <= 0.05 and self.effect.seeds > 1
 
 
-def yardstick(findings: Findings, checkpoint: str = "") -> str | None:
+def yardstick(findings: Findings, checkpoint: Checkpoint = "final") -> str | None:
     """Return the method that others are held against: random masks, or without them the headline's method."""
-    here = [m for m in _methods(findings) if checkpoint_of(m) == checkpoint]
-    masks = [m for m in here if kind_of(findings.study, m) == "random"]
+    here = [m for m in _methods(findings) if findings.study.checkpoint(m) == checkpoint]
+    masks = [m for m in here if findings.study.kind(m) == "random"]
     return next((m for m in (*masks, findings.method) if m in here), None)
 
 
@@ -49,7 +48,7 @@ def duels(findings: Findings) -> list[Duel]:
 
 def _duels(findings: Findings) -> Iterator[Duel]:
     for method in _methods(findings):
-        against = yardstick(findings, checkpoint_of(method))
+        against = yardstick(findings, findings.study.checkpoint(method))
         if against is None or against == method:
             continue
         shared = {n.sparsity for n in findings.study.of(method)} & {n.sparsity for n in findings.study.of(against)}

@@ -1,58 +1,32 @@
-"""Read an output folder: the plan, the records it names, and their per-image arrays. Nothing else is opened."""
+"""Put together what a folder says of a study: its plan, its networks and their records. Nothing else is opened."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-
-from ...errors import UserError
-from ...files import read_json, safe_name
+from ...records import Cell, Checkpoint, DatasetFacts, Kind, Record, read_plan, read_record
 from ...statistics import look_price
 
-Array = NDArray[Any]
 Who = tuple[str, float, int]  # method, sparsity, seed
-NAIVE = " (naive)"  # marks an attack without the straight-through pass and transfer that sparse activations call for
-CONTROL, REFERENCE = "control", "reference"
-
-
-@dataclass(frozen=True)
-class Record:
-    """Hold one task's record; `object` is the path of its tensors, or None."""
-
-    key: str
-    stage: str
-    inputs: Mapping[str, Any]
-    metrics: Mapping[str, float | None]
-    series: Mapping[str, Any]
-    flags: tuple[Mapping[str, str], ...]
-    error: str | None
-    object: Path | None
-    times: Mapping[str, float]
-    checksum: str
-
-    @property
-    def seconds(self) -> float:
-        """Return how long the task took on one core."""
-        return float(self.times.get("seconds") or 0.0)
 
 
 @dataclass(frozen=True)
 class Network:
     """Hold one cell of the study: a network of one seed, method and sparsity (0 to 1, the fraction removed).
 
-    `axis` says what is sparse: "weights" or "activations".
+    `axis` says what is sparse: "weights" or "activations"; `kind` and `checkpoint` what the network is.
     """
 
     seed: int
     method: str
     sparsity: float
     axis: str
+    kind: Kind
+    checkpoint: Checkpoint
     records: tuple[Record, ...]
 
     @property
@@ -105,25 +79,52 @@ class Study:
     plan: Mapping[str, Any]
     environment: Mapping[str, Any]
     command: str
-    classes: tuple[str, ...]
+    dataset: DatasetFacts
     networks: tuple[Network, ...]
     missing: tuple[str, ...]
     looks: Looks = Looks()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the labels."""
+        return tuple(map(str, self.dataset.get("classes", ())))
 
     @property
     def records(self) -> dict[str, Record]:
         """Return every record once, by key: networks may share one."""
         return {r.key: r for network in self.networks for r in network.records}
 
+    @cached_property
+    def _first(self) -> dict[str, Network]:
+        """Return the first network of each method, in the plan's order."""
+        return {n.method: n for n in reversed(self.networks)}
+
     @property
     def methods(self) -> tuple[str, ...]:
         """Return the labels of every way to a sparse network, in the plan's order, without the dense networks."""
         names = dict.fromkeys(n.method for n in self.networks)
-        return tuple(name for name in names if not is_dense(name))
+        return tuple(name for name in names if not self.is_dense(name))
 
     def axis(self, method: str) -> str:
         """Return what a method makes sparse: "weights" or "activations"."""
-        return next((n.axis for n in self.networks if n.method == method), "weights")
+        return self._first[method].axis if method in self._first else "weights"
+
+    def kind(self, method: str) -> Kind:
+        """Return what kind of network a method makes."""
+        return self._first[method].kind
+
+    def checkpoint(self, method: str | None) -> Checkpoint:
+        """Return the checkpoint that a method's networks are taken at."""
+        return self._first[method].checkpoint if method in self._first else "final"
+
+    def is_dense(self, method: str) -> bool:
+        """Tell whether a method is the dense network as trained or its control, at whichever checkpoint."""
+        return self.kind(method) in ("reference", "control")
+
+    def control(self, method: str | None = None, kind: Kind = "control") -> str:
+        """Return the label of the dense control at a method's checkpoint, "" if there is none; `kind`: another."""
+        at = self.checkpoint(method)
+        return next((name for name, n in self._first.items() if (n.kind, n.checkpoint) == (kind, at)), "")
 
     def of(self, method: str, sparsity: float | None = None) -> list[Network]:
         """Return the networks of one method, of all sparsities or of one, sorted by sparsity and seed."""
@@ -134,110 +135,62 @@ class Study:
 def load(folder: Path | str) -> Study:
     """Read a study's output folder.
 
-    Raises UserError when plan.json is missing or is not a plan, or a record that it names is damaged. Records that do
-    not exist (yet) are listed in `missing`.
+    Raises UserError when plan.json is missing, DamageError when it or a record that it names is not what was written.
+    Records that do not exist (yet) are listed in `missing`.
     """
-    folder = Path(folder)
-    path = folder / "plan.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no study: there is no plan.json in it. Run 'sparring study' first")
-    document = read_json(path)
-    try:
-        found: dict[str, Record | None] = {}
-        for cell in document["cells"]:
-            for key in cell["tasks"]:
-                if key not in found:
-                    found[key] = _record(folder, key)
-        networks = tuple(_networks(document["cells"], found))
-        return Study(
-            folder=folder,
-            plan=document["plan"],
-            environment=document["environment"],
-            command=str(document["command"]),
-            classes=tuple(str(name) for name in document["dataset"]["classes"]),
-            networks=networks,
-            missing=tuple(key for key, record in found.items() if record is None),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} or a record it names is not as this version writes them: {error!r}") from error
+    file = read_plan(folder)
+    found: dict[str, Record | None] = {}
+    for key in (key for cell in file.cells for key in cell.tasks):
+        if key not in found:
+            found[key] = read_record(folder, key)
+    return Study(
+        folder=Path(folder),
+        plan=file.plan,
+        environment=file.environment,
+        command=file.command,
+        dataset=file.dataset,
+        networks=tuple(_networks(file.cells, found)),
+        missing=tuple(key for key, record in found.items() if record is None),
+    )
 
 
-def _networks(cells: Sequence[Mapping[str, Any]], found: Mapping[str, Record | None]) -> Iterator[Network]:
+def _networks(cells: tuple[Cell, ...], found: Mapping[str, Record | None]) -> Iterator[Network]:
     """Yield a network for each cell.
 
     Where a method was asked for no sparsity its networks stand at the mean of what they reached, over seeds, so that
     they can be compared; those of which nothing is known yet are left out.
     """
     reached: dict[str, list[float]] = {}
-    records = [tuple(record for key in cell["tasks"] if (record := found[key]) is not None) for cell in cells]
+    records = [tuple(record for key in cell.tasks if (record := found[key]) is not None) for cell in cells]
     for cell, known in zip(cells, records, strict=True):
         ends = [end for r in known if r.stage == "prune" and (end := r.metrics.get("sparsity")) is not None]
-        if cell["sparsity"] is None and ends:
-            reached.setdefault(str(cell["method"]), []).append(ends[-1])
+        if cell.sparsity is None and ends:
+            reached.setdefault(cell.method, []).append(ends[-1])
     means = {method: round(sum(ends) / len(ends), 4) for method, ends in reached.items()}
     for cell, known in zip(cells, records, strict=True):
-        method, axis = str(cell["method"]), str(cell.get("axis", "weights"))
-        sparsity = means.get(method) if cell["sparsity"] is None else float(cell["sparsity"])
+        sparsity = means.get(cell.method) if cell.sparsity is None else float(cell.sparsity)
         if sparsity is not None:
-            yield Network(int(cell["seed"]), method, sparsity, axis, known)
-
-
-def _record(folder: Path, key: str) -> Record | None:
-    path = folder / "records" / f"{safe_name(key)}.json"
-    if not path.exists():
-        return None
-    raw = read_json(path)
-    held = raw["object"]
-    return Record(
-        key=key,
-        stage=raw["stage"],
-        inputs=raw["inputs"],
-        metrics=raw["metrics"],
-        series=raw["series"],
-        flags=tuple(raw["flags"]),
-        error=raw["error"],
-        object=None if held is None else folder / "objects" / safe_name(Path(held["file"]).name),
-        times=raw["times"],
-        checksum=str(raw["sha256"]),
-    )
-
-
-def is_dense(method: str) -> bool:
-    """Tell whether a method's name means the dense network or its control, at whichever checkpoint."""
-    return method.removesuffix(checkpoint_of(method)) in (CONTROL, REFERENCE)
-
-
-def checkpoint_of(method: str) -> str:
-    """Return the part of a method's name that says which checkpoint it is: " (best epoch)", or nothing."""
-    return method[method.rindex(" (") :] if method.endswith(" epoch)") and " (" in method else ""
-
-
-def control_of(method: str) -> str:
-    """Return the dense control that a method is held against: "x (best epoch)" against "control (best epoch)"."""
-    return CONTROL + checkpoint_of(method)
+            yield Network(cell.seed, cell.method, sparsity, cell.axis, cell.kind, cell.checkpoint, known)
 
 
 def attack_label(record: Record) -> str:
+    """Return an attack's label as it is shown: "pgd-40", or "pgd-40 (naive)"."""
+    return shown(attack_name(record), is_naive(record))
+
+
+def shown(attack: str, naive: bool) -> str:
+    """Return an attack's name with a mark if it is naive: without the straight-through pass and transfer."""
+    return f"{attack} (naive)" if naive else attack
+
+
+def attack_name(record: Record) -> str:
     """Return an attack's name with the options that tell it from others of that name, as "pgd-40"."""
-    attack = dict(record.inputs["attack"])
-    name, _, _ = attack.pop("name"), attack.pop("norm"), attack.pop("eps")
-    label = attack.pop("label", None)
-    naive = NAIVE if attack.pop("naive", False) else ""
+    attack = {name: value for name, value in record.attack.items() if name not in ("name", "norm", "eps", "naive")}
     options = [str(value) if key == "steps" else f"{key} {value}" for key, value in sorted(attack.items())]
     options.sort(key=lambda text: not text.isdigit())
-    return (str(label) if label else "-".join([str(name), *options])) + naive
+    return "-".join([record.attack["name"], *options])
 
 
-def arrays(record: Record, *names: str) -> dict[str, Array]:
-    """Return those of the named tensors that a record's object holds, as numpy arrays.
-
-    Raises UserError when the object is missing or damaged.
-    """
-    if record.object is None:
-        return {}
-    try:
-        with safe_open(record.object, framework="numpy") as file:
-            return {name: np.asarray(file.get_tensor(name)) for name in names if name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        way_out = "run the study again, which makes what is missing, then the report"
-        raise UserError(f"{record.object} cannot be read ({error}); {way_out}") from error
+def is_naive(record: Record) -> bool:
+    """Tell whether an attack went without the straight-through pass and transfer that sparse activations call for."""
+    return bool(record.attack.get("naive"))

@@ -4,32 +4,48 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ... import units
+from ...records import Record, arrays
 from ...statistics import Effect, effect, equivalence
+from .. import _numbers as numbers
 from ..pages._html import Html, join, tag
 from ..pages._tables import table
 from ._findings import Findings
-from ._kinds import sparsity_told
 from ._metrics import NORMS, pretty, pretty_eps
-from ._records import Network, Record, arrays
+from ._records import Network
 
 MARGIN = 0.02  # of the images: a smaller difference in robustness does not matter
 Cell = tuple[str, float, str, str]  # method, sparsity, values, attack
 
 
+Verdict = Literal["equal", "equivalent", "less", "more", "undecided"]
+VERDICTS: dict[Verdict, str] = {
+    "equal": "as robust as the model on every image",
+    "equivalent": f"as robust as the model, within {100 * MARGIN:g} points",
+    "less": "less robust than the model",
+    "more": "more robust than the model",
+    "undecided": "undecided: more images would tell",
+}
+
+
 def shipped_verdict(one: Effect) -> str:
     """Say what a paired difference of shares of standing images, artefact − model, means."""
+    return VERDICTS[_verdict(one)]
+
+
+def _verdict(one: Effect) -> Verdict:
     if one.estimate == one.low == one.high == 0:
-        return "as robust as the model on every image"
+        return "equal"
     if equivalence(one, MARGIN) <= 0.05:
-        return f"as robust as the model, within {100 * MARGIN:g} points"
+        return "equivalent"
     if one.high < 0:
-        return "less robust than the model"
-    return "more robust than the model" if one.low > 0 else "undecided: more images would tell"
+        return "less"
+    return "more" if one.low > 0 else "undecided"
 
 
 def shipped_html(findings: Findings) -> Html | None:
@@ -52,18 +68,18 @@ def shipped_html(findings: Findings) -> Html | None:
     )
     head = ["Method", "Sparsity", "Values", "Seeds × images", "Accuracy", "Agreement", "Attack", "Standing"]
     head += ["Difference, points [95%]", "HopSkipJump", "Certified radius", "As shipped"]
-    rows = [_row(cell, found, effects[cell], sparsity_told(findings.study, *cell[:2])) for cell, found in cells.items()]
+    rows = [
+        _row(cell, found, effects[cell], numbers.sparsity(findings.study, *cell[:2])) for cell, found in cells.items()
+    ]
     return join(tag("p", _sentence(effects)), tag("p", note, class_="note"), table(head, rows, text=3))
 
 
 def _sentence(effects: dict[Cell, Effect]) -> str:
     """Return what holds of all artefacts together."""
-    verdicts = [shipped_verdict(one) for one in effects.values()]
-    same = sum(verdict.startswith("as robust") for verdict in verdicts)
-    less = sum(verdict.startswith("less") for verdict in verdicts)
+    verdicts = [_verdict(one) for one in effects.values()]
+    same, less = verdicts.count("equal") + verdicts.count("equivalent"), verdicts.count("less")
     told = f"{same} of {len(verdicts)} kinds of artefact are as robust as the networks that were studied"
-    open_ = sum(verdict.startswith("undecided") for verdict in verdicts)
-    if open_:
+    if open_ := verdicts.count("undecided"):
         told += f", {open_} {'is' if open_ == 1 else 'are'} undecided, which more images or seeds would end"
     return f"{told}; {less or 'none'} significantly less robust."
 
@@ -103,10 +119,10 @@ def _row(cell: Cell, found: Sequence[tuple[Network, Record]], one: Effect, told:
 
 def _radii(records: Sequence[Record]) -> Iterator[str]:
     """Yield mean certified radii, network → artefact, for each norm and method."""
-    for name in records[0].metrics:
-        if name.startswith("radius_model_"):
-            other = name.replace("model", "packed", 1)
-            values: NDArray[np.float64] = np.array([[r.metrics[name], r.metrics[other]] for r in records], float)
+    for proof in records[0].inputs["certify"]:
+        norm, way = proof["norm"], proof["method"]
+        names = [f"radius_{side}_{norm}_{way}" for side in ("model", "packed")]
+        if all(name in records[0].metrics for name in names):
+            values: NDArray[np.float64] = np.array([[r.metrics[name] for name in names] for r in records], float)
             first, second = values.mean(0)
-            norm, way = name.removeprefix("radius_model_").split("_", 1)
             yield f"{NORMS.get(norm, norm)} {way} {first:.4g} → {second:.4g}"

@@ -11,9 +11,8 @@ import numpy as np
 from .. import _numbers as numbers
 from ..analysis._distance_bounds import Bracket, brackets, norms
 from ..analysis._findings import Findings, Result
-from ..analysis._kinds import axis_title, kind_of
 from ..analysis._metrics import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps
-from ..analysis._records import CONTROL, REFERENCE, attack_label
+from ..analysis._records import attack_label
 from . import _figures as figures
 from ._plots import Picture
 from ._summary import short_name
@@ -54,7 +53,7 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
             spec = figures.scatter(
                 title,
                 rows,
-                x=f"{axis_title(findings.study, findings.method or '')}, in the plan's steps",
+                x=f"{numbers.axis_title(findings.study, findings.method or '')}, in the plan's steps",
                 y="median distance",
                 ordinal=True,
             )
@@ -92,7 +91,7 @@ def _constants(findings: Findings) -> Iterator[Picture]:
             spec = figures.scatter(
                 title,
                 rows,
-                x=f"{axis_title(findings.study, findings.method or '')}, in the plan's steps",
+                x=f"{numbers.axis_title(findings.study, findings.method or '')}, in the plan's steps",
                 y="× the dense control's (log)",
                 ordinal=True,
                 log_y=True,
@@ -118,7 +117,7 @@ def _multiples(name: str, result: Result) -> Iterator[Mapping[str, str | float]]
 
 def _surgery(findings: Findings) -> Iterator[Picture]:
     """Draw, for each method by surgery, how many weights it pruned and spliced back when, at its highest sparsity."""
-    for k, method in enumerate(m for m in findings.study.methods if kind_of(findings.study, m) == "surgery"):
+    for k, method in enumerate(m for m in findings.study.methods if findings.study.kind(m) == "surgery"):
         networks = findings.study.of(method)
         last = [n for n in networks if n.sparsity == networks[-1].sparsity]
         series = [r.series for n in last for r in n.stage("prune") if r.series.get("step")]
@@ -172,7 +171,8 @@ def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | f
                 found[network.method, network.sparsity].append((1000 * seconds, 100 * share))
     for (method, sparsity), pairs in found.items():
         latency, share = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-        text = f"{_name(method, sparsity)}: {share:.1f}% at {latency:.3g} ms"
+        name = method if findings.study.is_dense(method) else f"{method} {numbers.percent(sparsity)}"
+        text = f"{name}: {share:.1f}% at {latency:.3g} ms"
         yield {"x": latency, "y": share, "series": method, "order": sparsity, "text": text}
 
 
@@ -194,14 +194,10 @@ def _transfer(findings: Findings) -> Iterator[Picture]:
             for (way, sparsity), shares in found.items()
         ]
         spec = figures.heatmap(
-            title, rows, x=axis_title(findings.study, *findings.study.methods), y="", unit="% transferred"
+            title, rows, x=numbers.axis_title(findings.study, *findings.study.methods), y="", unit="% transferred"
         )
         note = (
             "Shares of examples that fool the other network too, among images that fool the network attacked and that "
             "the other classifies correctly when clean."
         )
         yield Picture(f"transfer-{k}", title, figures.svg(spec, mark=findings.mark), note)
-
-
-def _name(method: str, sparsity: float) -> str:
-    return method if method in (CONTROL, REFERENCE) else f"{method} {numbers.percent(sparsity)}"

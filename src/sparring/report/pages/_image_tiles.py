@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..analysis._records import Network, arrays, attack_label
+from ...records import arrays
+from ..analysis._records import Network, attack_label
 
 Array = NDArray[Any]
 SHOWN = 6
@@ -44,7 +45,7 @@ class Gallery:
 def gallery(network: Network, attack: str, norm: str, eps: float | None) -> Gallery | None:
     """Return what an attack (by label) did to a network's first images, or None where no images were kept."""
     for record in network.stage("attack"):
-        spec = record.inputs["attack"]
+        spec = record.attack
         if (attack_label(record), spec["norm"], spec["eps"]) != (attack, norm, eps):
             continue
         held = arrays(record, "clean", "perturbed", "label", "clean_correct", "success", "distance")

@@ -13,7 +13,7 @@ from .. import _numbers as numbers
 from ..analysis._findings import Findings, gain_told
 from ..analysis._looks import history_section
 from ..analysis._metrics import NORMS, pretty, pretty_eps
-from ..analysis._records import CONTROL, Network
+from ..analysis._records import Network
 from ..analysis._shipped import shipped_html
 from . import _figures as figures
 from . import _image_tiles as pictures
@@ -247,12 +247,12 @@ def _shown_pair(findings: Findings) -> list[Network]:
     """Return the dense control and one sparse network of the same seed."""
     sparsity = words.chosen(findings)
     sparse = findings.study.of(findings.method or "", sparsity)[:1] if sparsity is not None else []
-    dense = [n for n in findings.study.of(CONTROL) if not sparse or n.seed == sparse[0].seed][:1]
+    dense = [n for n in findings.study.of(findings.study.control()) if not sparse or n.seed == sparse[0].seed][:1]
     return dense + sparse
 
 
 def _who(network: Network) -> str:
-    if network.method == CONTROL:
+    if (network.kind, network.checkpoint) == ("control", "final"):
         return f"dense control, seed {network.seed}"
     return f"{network.method} at {numbers.percent(network.sparsity)}, seed {network.seed}"
 
@@ -274,7 +274,7 @@ def _first_layer(findings: Findings) -> Html | None:
 
 
 def _gallery(findings: Findings) -> Html | None:
-    attacks = dict.fromkeys((m.attack, m.norm, m.eps) for m in findings.main if m.role in ("budget", "distance"))
+    attacks = dict.fromkeys((m.label, m.norm, m.eps) for m in findings.main if m.role in ("budget", "distance"))
     parts = []
     for attack, norm, eps in attacks:
         found = [g for n in _shown_pair(findings) if (g := pictures.gallery(n, attack, norm, eps)) is not None]

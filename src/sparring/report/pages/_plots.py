@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from .. import _numbers as numbers
 from ..analysis._findings import Findings, Result
-from ..analysis._kinds import axis_title
 from ..analysis._metrics import Measure
 from . import _figures as figures
 
@@ -76,7 +75,7 @@ def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int], ax
     if not results:
         return None
     slug = measure.slug if axis == "weights" else f"{axis}-{measure.slug}"
-    named = axis_title(findings.study, *numbered)
+    named = numbers.axis_title(findings.study, *numbered)
     levels, gains = (draw(results, numbered, axis=named) for draw in (figures.levels_figure, figures.gains_figure))
     return Panel(
         measure=measure,
@@ -101,7 +100,9 @@ def overview_picture(findings: Findings) -> Picture | None:
     for measure in measures:
         shown = [r for m in (method, *curved[: OVERVIEW_METHODS - 1]) if (r := findings.result(measure, m)) is not None]
         if shown:
-            specs.append(figures.levels_figure(shown, numbered, axis=axis_title(findings.study, *curved, method)))
+            specs.append(
+                figures.levels_figure(shown, numbered, axis=numbers.axis_title(findings.study, *curved, method))
+            )
     if not specs:
         return None
     drawn = figures.svg(figures.overview(specs), mark=findings.mark)
@@ -122,7 +123,9 @@ def density_pictures(findings: Findings) -> list[Picture]:
     for name, title, unit in wanted:
         rows = _by_layer(findings, name)
         if rows:
-            spec = figures.heatmap(title, rows, x=axis_title(findings.study, findings.method or ""), y="", unit=unit)
+            spec = figures.heatmap(
+                title, rows, x=numbers.axis_title(findings.study, findings.method or ""), y="", unit=unit
+            )
             pictures.append(Picture(f"layers-{name}", title, figures.svg(spec, mark=findings.mark)))
     return pictures
 
@@ -130,7 +133,7 @@ def density_pictures(findings: Findings) -> list[Picture]:
 def _by_layer(findings: Findings, series: str) -> list[dict[str, str | float]]:
     """Return cells (layer, sparsity) of a per-layer series of the headline's method, the dense control first."""
     sums: dict[tuple[str, float], list[float]] = defaultdict(list)
-    for network in (*findings.study.of("control"), *findings.study.of(findings.method or "")):
+    for network in (*findings.study.of(findings.study.control()), *findings.study.of(findings.method or "")):
         for record in network.stage("measure"):
             for layer, share in (record.series.get(series) or {}).items():
                 sums[str(layer), network.sparsity].append(float(share))

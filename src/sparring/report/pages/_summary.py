@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from ...statistics import INDICATIVE_BELOW, MOST_POINTS, Row, minimum_detectable_effect, with_seeds
 from .. import _numbers as numbers
 from ..analysis._findings import Findings, Result, seeds_phrase
-from ..analysis._kinds import sparsity_told
 from ..analysis._looks import look_sentences
 from ..analysis._metrics import NORMS, Measure, pretty
 from ..analysis._records import Network
@@ -78,7 +77,7 @@ def _first(findings: Findings) -> str:
 
 
 def _share(findings: Findings, sparsity: float) -> str:
-    return sparsity_told(findings.study, findings.method or "", sparsity)
+    return numbers.sparsity(findings.study, findings.method or "", sparsity)
 
 
 def _told(findings: Findings) -> list[Measure]:

@@ -15,7 +15,6 @@ from .. import _numbers as numbers
 from ..analysis._cross_checks import Doubt
 from ..analysis._distance_bounds import Bracket, brackets, norms
 from ..analysis._findings import Findings, Result, gain_told
-from ..analysis._kinds import sparsity_told
 from ..analysis._metrics import NORMS, Measure, pretty, summary
 from ..analysis._pairwise import Duel, duels
 from ..analysis._records import Network, Study, Who, attack_label
@@ -79,7 +78,7 @@ def key_numbers(findings: Findings, sparsity: float, ledger: Sequence[Row]) -> H
                 gain_told(result, ledger) or "not asked",
             ]
         )
-    told = sparsity_told(findings.study, findings.method or "", sparsity)
+    told = numbers.sparsity(findings.study, findings.method or "", sparsity)
     head = ["Metric", "Dense control", f"At {told}", "Gain", "Detectable"]
     return table([*head, "Verdict on a gain at an appropriate sparsity"], rows, class_="key")
 
@@ -112,7 +111,7 @@ def methods(findings: Findings) -> Html | None:
     seeds = {(duel.sparsity, duel.method, duel.against): str(duel.effect.seeds) for duel in found}
     rows = [
         [
-            " / ".join(dict.fromkeys(sparsity_told(findings.study, m, who[0]) for m in who[1:])),
+            " / ".join(dict.fromkeys(numbers.sparsity(findings.study, m, who[0]) for m in who[1:])),
             f"{who[1]} − {who[2]}",
             *(told.get((*who, m), "–") for m in shown),
             count,
@@ -142,7 +141,7 @@ def networks(findings: Findings) -> Html:
     rows = []
     for network in findings.study.networks:
         total, size = network.metric("sparsity_total"), network.metric("bytes_sparse")
-        told = sparsity_told(findings.study, network.method, network.sparsity)
+        told = numbers.sparsity(findings.study, network.method, network.sparsity)
         row = [network.method, told, str(network.seed)]
         row += ["–" if total is None else units.percent(total, 2), "–" if size is None else f"{size:,.0f}"]
         row += _deployed(network) if deployed else []
@@ -168,7 +167,7 @@ def tightness(findings: Findings) -> Html | None:
             row = [
                 NORMS.get(norm, norm),
                 key[0],
-                sparsity_told(findings.study, *key) if key[1] else "0",
+                numbers.sparsity(findings.study, *key) if key[1] else "0",
                 f"{one.seeds} × {one.images}",
             ]
             row += [_short(one.certified), _short(one.attack), _short(one.ratio, "×")]
@@ -321,4 +320,4 @@ def _described(measure: Measure) -> list[Any]:
     metric |= {"certified": "mean_certified_radius", "margin": "mean_margin"}
     metric |= {"lipschitz": "mean_lipschitz_constant", "ratio": "mean_margin_over_lipschitz"}
     metric |= {"to sparse": "transferred_to_sparse", "to dense": "transferred_to_dense"}
-    return [metric[measure.role], measure.attack or None, measure.norm or None, measure.eps, measure.split]
+    return [metric[measure.role], measure.label or None, measure.norm or None, measure.eps, measure.split]

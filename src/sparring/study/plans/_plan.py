@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ...errors import PlanError, UnknownNameError
 from ...files import safe_name
+from ...records import CELLS, Checkpoint
 from ...sparsity import build_pruner
 from ...train import Recipe
 from ._linear import LinearPaths
@@ -34,10 +35,7 @@ from ._tables import (
 )
 from ._toml import as_table, override_, read_text, refuse_unknown
 
-CONTROL = "control"
-REFERENCE = "reference"
 MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
-RESERVED = (CONTROL, REFERENCE, "tuned decay", "small dense", "wide sparse")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Plan:
     exact: tuple[Exact, ...] = ()
     transfer: tuple[Attack, ...] = ()
     linear: tuple[LinearPaths, ...] = ()
-    checkpoints: tuple[Literal["final", "best"], ...] = ("final",)
+    checkpoints: tuple[Checkpoint, ...] = ("final",)
     deploy: bool = False
     shipped: tuple[Shipped, ...] = ()
     kernels: Literal["torch", "packed", "auto"] = "auto"
@@ -100,8 +98,9 @@ class Plan:
                 if not 0 < sparsity < 1:
                     raise PlanError(f"a sparsity is the fraction removed, above 0 and below 1; {sparsity} is not")
         labels = [p.label or _default_label(p) for p in self.pruning] + [a.label or a.kind for a in self.activation]
-        for label in labels:
-            if labels.count(label) > 1 or label in RESERVED:
+        shown = [at_checkpoint(label, one) for label in (*labels, *CELLS) for one in dict.fromkeys(self.checkpoints)]
+        for label in shown:
+            if shown.count(label) > 1:
                 raise PlanError(f"two methods bear the label '{label}'; give each [[pruning]] a label of its own")
         object.__setattr__(self, "pruning", tuple(_labelled(p) for p in self.pruning))
         object.__setattr__(
@@ -111,7 +110,7 @@ class Plan:
             raise PlanError("sparsities is empty, so nothing would be pruned; name some")
         for attack in (*self.attacks, *self.transfer, *(s.judge for s in self.shipped)):
             check_attack(attack)
-        self._check_methods({*labels, *RESERVED})
+        self._check_methods({*shown, *labels, *CELLS})
         for pruning in self.pruning:
             if pruning.ends_by_itself and pruning.sparsities is not None:
                 own = "layers lead" if pruning.c_rate is None else "c_rate leads"
@@ -123,7 +122,6 @@ class Plan:
 
     def _check_methods(self, known: set[str]) -> None:
         """Raise UserError for a table that is narrowed to a method that the plan does not have."""
-        known |= {f"{label} ({checkpoint} epoch)" for label in known for checkpoint in self.checkpoints}
         narrowed = [t.methods for t in (*self.attacks, *self.transfer)] + [t.methods for t in self.certify]
         narrowed += [t.methods for t in self.lipschitz] + [t.methods for t in self.shipped]
         for method in (method for methods in narrowed for method in methods or ()):
@@ -173,6 +171,11 @@ class Plan:
         """Return the plan as plain nested dictionaries (for plan.json); `from_table` takes it back."""
         result: dict[str, Any] = _plain(dataclasses.asdict(self))
         return result
+
+
+def at_checkpoint(label: str, checkpoint: Checkpoint) -> str:
+    """Return the label of a method's networks at a checkpoint of their training."""
+    return label if checkpoint == "final" else f"{label} ({checkpoint} epoch)"
 
 
 def _plain(value: Any) -> Any:

@@ -7,26 +7,28 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from ... import __version__
 from ...data import Dataset, content_hash
 from ...errors import PlanError
 from ...files import canonical_json, sha256_bytes, sha256_file
 from ...plugins import code_hash
+from ...records import Cell, Kind, pruning_kind
 from ..runner._executors import Task
 from ..stages._kernel_choice import goes_packed
 from ..stages._table import STAGES, versions
 from ._matched_sizes import narrowed, widened
-from ._plan import CONTROL, REFERENCE, Plan
+from ._plan import Plan, at_checkpoint
 from ._tables import Activation, Attack, Certify, Exact, Lipschitz, Pruning, Shipped
 
 # A task and its record take about a kilobyte of the driver's memory each.
 MAX_TASKS = 500_000
 # "package.module:name", and not the structure "2:4" or a file called "a:b.safetensors".
 USERS_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+# What keys were first made with, and so are for ever: the package's version is no part of what a result depends on.
+FIRST_KEYS = "0.1.0"
 # Types of device that records may come from.
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -48,21 +50,6 @@ class DataFacts:
         return DataFacts(content_hash(dataset), len(dataset.test.x), len(dataset.valid.x), shape, dataset.classes)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Name one network of the study and the keys of every task that made or judged it.
-
-    `axis` says what `sparsity` counts: "weights", or the level of an "activations" control. None: the method ends
-    where its own rule leads, and only its record will tell.
-    """
-
-    seed: int
-    method: str
-    sparsity: float | None
-    axis: str
-    tasks: tuple[str, ...]
-
-
 @dataclass
 class Work:
     """Collect tasks by key (shared ones once, parents first) and cells.
@@ -80,9 +67,7 @@ class Work:
         inputs = {**inputs, "parents": list(parents)} if parents else inputs
         code = {name: self._code_of(name) for name in sorted(_users_names(inputs))}
         inputs = {**inputs, "code": code} if code else inputs
-        key = _key(
-            stage, versions(stage, inputs)[-1], inputs, __version__, torch.__version__, self.device.split(":")[0]
-        )
+        key = _key(stage, versions(stage, inputs)[-1], inputs, torch.__version__, self.device.split(":")[0])
         self.tasks.setdefault(key, Task(key, stage, inputs, parents))
         return key
 
@@ -99,12 +84,13 @@ def _users_names(value: Any) -> set[str]:
     return {value} if isinstance(value, str) and USERS_NAME.fullmatch(value) else set()
 
 
-def _key(stage: str, version: int | str, inputs: dict[str, Any], sparring: str, torch: str, device: str) -> str:
+def _key(stage: str, version: int | str, inputs: dict[str, Any], torch: str, device: str) -> str:
+    """Return the hash of what a result depends on; versions of stages and attacks say when sparring changed it."""
     identity = {
         "stage": stage,
         "version": version,
         "inputs": inputs,
-        "sparring": sparring,
+        "sparring": FIRST_KEYS,
         "torch": torch,
         "device": device,
     }
@@ -113,9 +99,8 @@ def _key(stage: str, version: int | str, inputs: dict[str, Any], sparring: str, 
 
 def is_key_of(key: str, stage: str, inputs: dict[str, Any], environment: dict[str, Any]) -> bool:
     """Say whether a record's key is the hash of what it says it was made from, by any version of its stage."""
-    sparring, torch = (str(environment.get(name)) for name in ("sparring", "torch"))
     return stage in STAGES and any(
-        key == _key(stage, version, inputs, sparring, torch, device)
+        key == _key(stage, version, inputs, str(environment.get("torch")), device)
         for version in versions(stage, inputs)
         for device in DEVICES
     )
@@ -143,7 +128,8 @@ def _linear(work: Work, plan: Plan, data: DataFacts) -> None:
         for seed, group in enumerate(paths.groups(data.classes)):
             inputs = {"data": data.hash, "model": {"name": "linear"}, **chosen, "classes": list(group)}
             name = " and ".join(map(str, group)) if len(group) == 2 else f"{len(group)} classes"
-            work.cells.append(Cell(seed, f"{paths.loss}, {name}", 0.0, "weights", (work.add("linear", inputs),)))
+            tasks = (work.add("linear", inputs),)
+            work.cells.append(Cell(seed, f"{paths.loss}, {name}", 0.0, "weights", "linear", "final", tasks))
 
 
 def _refuse_endless(plan: Plan, data: DataFacts) -> None:
@@ -172,8 +158,9 @@ class _Seed:
     def lay_out(self) -> None:
         dense = self._given() or self._train(self.model, self.plan.recipe.weight_decay)
         control = self._prune(self.model, dense, None, 0.0)
-        self._judge(REFERENCE, 0.0, dense)
-        self._judge(CONTROL, 0.0, dense, control)
+        self._judge("reference", 0.0, "reference", dense)
+        self._judge("control", 0.0, "control", dense, control)
+        kinds = {p.label: pruning_kind(p.score, p.method, p.structure) for p in self.plan.pruning}
         pruned = {
             (pruning.label, sparsity): self._prune(self.model, dense, pruning, sparsity)
             for pruning in self.plan.pruning
@@ -182,7 +169,7 @@ class _Seed:
         }
         for (label, sparsity), key in pruned.items():
             extra = self._transfers(label, sparsity, control, key)
-            self._judge(label, sparsity, dense, key, *extra)
+            self._judge(label, sparsity, kinds[label], dense, key, *extra)
         for activation in self.plan.activation:
             if self._included(activation.seeds):
                 self._activate(activation, dense, control)
@@ -248,7 +235,7 @@ class _Seed:
                 "seed": self.seed,
             }
             key = self.work.add("activate", inputs, dense if fitted else control)
-            self._judge(activation.label, level, key, extra=part, surrogate=control, axis="activations")
+            self._judge(activation.label, level, "activations", key, extra=part, surrogate=control)
 
     def _controls(self) -> None:
         controls, first = self.plan.controls, self.plan.first_to_a_sparsity
@@ -257,16 +244,18 @@ class _Seed:
                 self._prune(self.model, self._train(self.model, decay), None, 0.0, decay) for decay in controls.decays
             ]
             chosen = self.work.add("choose", {**self._shared(self.model), "decays": list(controls.decays)}, *candidates)
-            self._judge("tuned decay", 0.0, chosen)
+            self._judge("tuned decay", 0.0, "tuned decay", chosen)
         for sparsity in controls.small_dense:
             model = narrowed(self.model, self.data.shape, self.data.classes, sparsity)
             if model is not None:
                 dense = self._train(model, self.plan.recipe.weight_decay)
-                self._judge("small dense", sparsity, self._prune(model, dense, None, 0.0), model=model)
+                made = self._prune(model, dense, None, 0.0)
+                self._judge("small dense", sparsity, "small dense", made, model=model)
         for sparsity in controls.wide_sparse:
             model = widened(self.model, self.data.shape, self.data.classes, sparsity)
             dense = self._train(model, self.plan.recipe.weight_decay)
-            self._judge("wide sparse", sparsity, self._prune(model, dense, first, sparsity), model=model)
+            made = self._prune(model, dense, first, sparsity)
+            self._judge("wide sparse", sparsity, "wide sparse", made, model=model)
 
     def _transfers(self, label: str, sparsity: float | None, control: str, key: str) -> list[str]:
         """Attack the control and try the images on the sparse network, and the other way round."""
@@ -282,28 +271,36 @@ class _Seed:
         self,
         method: str,
         sparsity: float | None,
+        kind: Kind,
         *tasks: str,
         model: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
         surrogate: str | None = None,
-        axis: str = "weights",
     ) -> None:
         """Add everything that measures and attacks the network that the last task made, and its cell."""
         shared = {**self._shared(model or self.model), **(extra or {})}
         made = [t for t in tasks if self.work.tasks[t].stage != "transfer"][-1]
+        axis: Literal["weights", "activations"] = "activations" if kind == "activations" else "weights"
         for checkpoint in self.plan.checkpoints:
             part = shared if checkpoint == "final" else {**shared, "checkpoint": checkpoint}
-            label = method if checkpoint == "final" else f"{method} ({checkpoint} epoch)"
-            keys = [*tasks, *self._judgements(part, label, sparsity, made, surrogate)]
-            self.work.cells.append(Cell(self.seed, label, sparsity, axis, tuple(keys)))
+            label = at_checkpoint(method, checkpoint)
+            removed = 0.0 if kind == "small dense" else sparsity
+            keys = (*tasks, *self._judgements(part, label, sparsity, removed, made, surrogate))
+            self.work.cells.append(Cell(self.seed, label, sparsity, axis, kind, checkpoint, keys))
 
     def _judgements(
-        self, shared: dict[str, Any], method: str, sparsity: float | None, made: str, surrogate: str | None
+        self,
+        shared: dict[str, Any],
+        method: str,
+        sparsity: float | None,
+        removed: float | None,
+        made: str,
+        surrogate: str | None,
     ) -> list[str]:
+        """Return the tasks that judge a network, of whose weights a share was `removed`."""
         keys = [self.work.add("measure", shared, made)]
         for attack in self.plan.attacks:
             if self._applies(attack, method, sparsity) and not (attack.naive and surrogate is None):
-                removed = 0.0 if method.startswith("small dense") else sparsity
                 packed = surrogate is None and goes_packed(self.plan.kernels, shared["model"], removed, attack)
                 extra = {"kernels": "packed"} if packed and self.work.device == "cpu" else {}
                 for inputs in self._attack_inputs({**shared, **extra}, attack):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from ...data import Dataset, load
 from ...errors import DamageError, PlanError, UserError
 from ...files import canonical_json, sha256_bytes
 from ...history import append_entry, read_history
+from ...records import Cell, PlanFile, Record, Store, read_plan, write_plan
 from ...units import percent
-from .._plan_file import read_plan, refuse_another, write_plan
-from .._store import SCHEMA, Record, Store
+from .._progress import refuse_another
 from ..plans._dry_run import rehearse
 from ..plans._estimate import estimate
 from ..plans._plan import Plan
-from ..plans._task_graph import DEVICES, Cell, DataFacts, Work, lay_out
+from ..plans._task_graph import DEVICES, DataFacts, Work, lay_out
 from ..stages._networks import Context, Factory, fingerprint
 from ..stages._table import perform_stage
 from ._executors import Executor, InProcess, Processes
@@ -156,18 +156,17 @@ def _write_plan(store: Store, plan: Plan, work: Work, dataset: Dataset, command:
     """
     kept, content = _kept(store, work), _described(plan, work, dataset)
     if kept is not None:
-        refuse_another(store.out, kept["plan"], content["plan"])
-        command = command or kept.get("command", "")
-    document = {**content, "command": command}
-    if kept is None or canonical_json(kept) != canonical_json(document):
+        refuse_another(store.out, kept.plan, content.plan)
+        command = command or kept.command
+    document = replace(content, command=command)
+    if kept != document:
         write_plan(store.out, document)
 
 
-def _kept(store: Store, work: Work) -> dict[str, Any] | None:
+def _kept(store: Store, work: Work) -> PlanFile | None:
     """Return what plan.json says. A damaged one is set aside and counts as none, if the records are this plan's."""
-    path = store.out / "plan.json"
     damaged = False
-    if path.exists():
+    if store.plan.exists():
         try:
             return read_plan(store.out)
         except DamageError:
@@ -179,15 +178,15 @@ def _kept(store: Store, work: Work) -> dict[str, Any] | None:
             "choose another folder with --out"
         )
     if damaged:
-        store.set_aside(path)
+        store.set_aside(store.plan)
     return None
 
 
-def _described(plan: Plan, work: Work, dataset: Dataset) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "plan": plan.table(),
-        "dataset": {
+def _described(plan: Plan, work: Work, dataset: Dataset) -> PlanFile:
+    return PlanFile(
+        plan=plan.table(),
+        cells=tuple(work.cells),
+        dataset={
             "name": dataset.name,
             "classes": list(dataset.class_names),
             "class_count": dataset.classes,
@@ -196,6 +195,5 @@ def _described(plan: Plan, work: Work, dataset: Dataset) -> dict[str, Any]:
             "test": len(dataset.test.x),
             "shape": list(dataset.train.x.shape[1:]),
         },
-        "environment": environment(),
-        "cells": [asdict(cell) for cell in work.cells],
-    }
+        environment=environment(),
+    )

@@ -17,9 +17,12 @@ import torch
 
 from ... import __version__
 from ...errors import StorageError
+from ...records import Record, Store
 from ...train import is_whole
-from .._store import Record, Store
 from ._executors import Done, Executor, Task
+
+# Tensors that a report reads are smaller, and are checked at every start; larger ones, weights, when they are needed.
+SMALL_OBJECT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class _Scheduler:
     def recall(self, retry: bool) -> None:
         """Take what the store has; what a missing task needs is checked byte by byte, however large."""
         for task in self.order:
-            record = self.store.recall(task.key)
+            record = self.store.verify(task.key, at_most=SMALL_OBJECT)
             if record is not None and not (retry and record.error):
                 self.records[task.key] = record
         missing = [task for task in self.order if task.key not in self.records]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import UserError
-from .._store import Record
+from ...records import Record
 from ._schedule import Event, Watcher
 
 
@@ -103,6 +103,6 @@ def what_of(record: Record) -> str:
     """Return what a record's task did, in a few words."""
     if record.stage not in ("attack", "lend", "transfer"):
         return record.stage
-    spec = record.inputs["attack"]
+    spec = record.attack
     budget = f" eps {spec['eps']:g}" if spec["eps"] is not None else ""
     return ("" if record.stage == "attack" else f"{record.stage} ") + f"{spec['name']} {spec['norm']}{budget}"

@@ -12,7 +12,7 @@ from ...outputs import opened
 from ...threat import Threat, parse_norm
 from ..runner._executors import Outcome, Task
 from ._evaluate import judged
-from ._networks import Context, chosen_images
+from ._networks import Context, chosen_images, chosen_places
 
 
 def certify(context: Context, task: Task) -> Outcome:
@@ -29,7 +29,7 @@ def certify(context: Context, task: Task) -> Outcome:
         "radius_median": float(radius.median()),
         **{f"certified_accuracy_{eps:g}": float((radius >= eps).double().mean()) for eps in inputs["eps"]},
     }
-    return Outcome(metrics, tensors={"radius": radius, "label": y})
+    return Outcome(metrics, tensors={"radius": radius, "label": y, "images": _places(context, task)})
 
 
 def constants(context: Context, task: Task) -> Outcome:
@@ -60,7 +60,7 @@ def constants(context: Context, task: Task) -> Outcome:
             "margin_over_lipschitz": float(ratio[right].median()),
         }
     tensors = {"margin": margin, "lipschitz": chosen, "ratio": ratio, "clean_correct": right, "label": y}
-    return Outcome(metrics, tensors=tensors)
+    return Outcome(metrics, tensors=tensors | {"images": _places(context, task)})
 
 
 def _tightest(logits: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +92,14 @@ def distances(context: Context, task: Task) -> Outcome:
         "attack": attacked.distance,
         "clean_correct": attacked.clean_correct,
         "label": y,
+        "images": _places(context, task),
     }
     metrics: dict[str, float | None] = {"solved": float(solved.double().mean())}
     return Outcome(metrics, tensors=tensors, times={"search": float(found.seconds.sum())})
+
+
+def _places(context: Context, task: Task) -> Tensor:
+    return chosen_places(context.dataset, "test", 0, task.inputs["images"])
 
 
 def _without(name: str, reason: Unsupported) -> Outcome:

@@ -19,7 +19,7 @@ from ...threat import Threat, parse_norm
 from ...train import predict
 from ..plans._tables import attack_named
 from ..runner._executors import Outcome, Task
-from ._networks import Context, chosen_images, network_of
+from ._networks import Context, chosen_images, chosen_places, network_of
 
 ACTIVITY_IMAGES = 1000
 # Of a packed network against the network itself, before attacks may go through it.
@@ -73,6 +73,7 @@ def measure(context: Context, task: Task) -> Outcome:
             "correct": logits.argmax(1) == data.test.y,
             "correct_valid": logits_valid.argmax(1) == data.valid.y,
             "label": data.test.y,
+            "images": torch.arange(len(data.test.y)).int(),
             "first_weight": first.clone(),
             "first_mask": first != 0,
         },
@@ -108,6 +109,7 @@ def attack(context: Context, task: Task) -> Outcome:
         "success": result.success,
         "clean_correct": result.clean_correct,
         "label": y,
+        "images": _places(context, inputs),
     }
     if inputs["gallery"]:
         tensors["clean"] = x[: inputs["gallery"]]
@@ -146,7 +148,8 @@ def transfer(context: Context, task: Task) -> Outcome:
     moved = float((fooled & counted).sum()) / max(1, int(counted.sum()))
     metrics: dict[str, float | None] = {"transferred": moved if bool(counted.any()) else None}
     metrics["robust_accuracy"] = robust_accuracy(right, fooled)
-    return Outcome(metrics, tensors={"success": fooled & counted, "clean_correct": counted, "label": y})
+    tensors = {"success": fooled & counted, "clean_correct": counted, "label": y}
+    return Outcome(metrics, tensors=tensors | {"images": _places(context, inputs)})
 
 
 def judged(context: Context, task: Task) -> nn.Module:
@@ -184,6 +187,10 @@ def _images(context: Context, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return the images and labels of a task's shard, where its networks are."""
     x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
     return as_float(x).to(context.device), y.to(context.device)
+
+
+def _places(context: Context, inputs: dict[str, Any]) -> Tensor:
+    return chosen_places(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
 
 
 def _run(

@@ -98,9 +98,14 @@ def with_activation(model: nn.Module, activation: dict[str, Any]) -> nn.Module:
 
 def chosen_images(dataset: Dataset, split: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Return images start to stop of a fixed random order of a split, so that the first few are no biased sample."""
-    part = dataset.test if split == "test" else dataset.valid
-    order = torch.randperm(len(part.x), generator=torch.Generator().manual_seed(0))[start:stop]
+    part, order = dataset.test if split == "test" else dataset.valid, chosen_places(dataset, split, start, stop)
     return part.x[order], part.y[order]
+
+
+def chosen_places(dataset: Dataset, split: str, start: int, stop: int) -> Tensor:
+    """Return where in the split the images of `chosen_images` are: the tensor `images` (N,) of their records."""
+    part = dataset.test if split == "test" else dataset.valid
+    return torch.randperm(len(part.x), generator=torch.Generator().manual_seed(0))[start:stop].int()
 
 
 def check_fit(model: nn.Module, dataset: Dataset) -> None:

@@ -22,7 +22,7 @@ from ...threat import Threat, parse_norm
 from ..plans._tables import attack_named
 from ..runner._executors import Outcome, Task
 from ._evaluate import judged
-from ._networks import Context, chosen_images
+from ._networks import Context, chosen_images, chosen_places
 
 LATENCY_ROUNDS = 200
 LOGIT_TOLERANCE = 1e-4
@@ -86,6 +86,7 @@ def ship(context: Context, task: Task) -> Outcome:
         "robust_decision": found.robust_decision,
     }
     tensors = {"stands_model": found.stands_model, "stands_packed": found.stands_packed, "label": y}
+    tensors["images"] = chosen_places(context.dataset, "test", 0, inputs["images"])
     flags = []
     for proof in inputs["certify"]:
         norm, method = proof["norm"], proof["method"]

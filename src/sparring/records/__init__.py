@@ -1,0 +1,38 @@
+"""The files of a study: what they may hold, where they lie, the one reader that checks them, and the one writer."""
+
+from __future__ import annotations
+
+from ._paths import Folder
+from ._reader import arrays, image_places, read_plan, read_record, tensor_bytes
+from ._schema import (
+    CELLS,
+    STAGES,
+    Cell,
+    Checkpoint,
+    DatasetFacts,
+    Kind,
+    PlanFile,
+    Record,
+    pruning_kind,
+)
+from ._store import Store, write_plan
+
+__all__ = [
+    "CELLS",
+    "STAGES",
+    "Cell",
+    "Checkpoint",
+    "DatasetFacts",
+    "Folder",
+    "Kind",
+    "PlanFile",
+    "Record",
+    "Store",
+    "arrays",
+    "image_places",
+    "pruning_kind",
+    "read_plan",
+    "read_record",
+    "tensor_bytes",
+    "write_plan",
+]

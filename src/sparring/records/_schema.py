@@ -1,0 +1,206 @@
+"""What a study's folder may hold: plan.json with its cells, and one record and at most one object of tensors a task.
+
+Norms are "linf", "l2" or "l1", shares lie between 0 and 1, and what is not a finite number is null. Times, which vary
+from run to run, have a place of their own. Files of schema 1 are read too: their cells said in the label what they
+were, and their tensors of images lacked `images`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict, get_args
+
+from ..files import canonical_json, sha256_bytes
+
+SCHEMA = 2
+READ = (1, SCHEMA)
+
+# What a cell's network is: as trained, fine-tuned as long as the sparse ones without pruning, one of the other
+# controls, or the result of a [[pruning]], [[activation]] or [[linear]] table.
+Dense = Literal["reference", "control"]
+Control = Literal["tuned decay", "small dense", "wide sparse"]
+Pruned = Literal["pruned", "random", "channels", "surgery"]
+Kind = Dense | Control | Pruned | Literal["activations", "linear"]
+CELLS: tuple[str, ...] = (*get_args(Dense), *get_args(Control))  # kinds that plans do not name: their own labels
+Checkpoint = Literal["final", "best"]
+
+
+class ObjectFile(TypedDict):
+    """Name a safetensors file in objects/ and the SHA-256 of its content."""
+
+    file: str
+    sha256: str
+
+
+class AttackInputs(TypedDict):
+    """Hold the input `attack` of a record; `naive`: without the straight-through pass and transfer that BPDA adds."""
+
+    name: str
+    norm: str
+    eps: float | None  # null: the smallest perturbation is looked for
+    naive: NotRequired[bool]  # and whatever options the attack has, as `steps`
+
+
+class DatasetFacts(TypedDict):
+    """Hold a data set's name, its classes by name, the images of each split and the shape of one."""
+
+    name: str
+    classes: list[str]
+    class_count: int
+    train: int
+    valid: int
+    test: int
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Name one network of the study and the keys of every task that made or judged it.
+
+    `method` is its label and decides nothing. `axis` says what `sparsity` counts: "weights", or the level of an
+    "activations" control. None: the method ends where its own rule leads, and only its "prune" record will tell.
+    """
+
+    seed: int
+    method: str
+    sparsity: float | None
+    axis: Literal["weights", "activations"]
+    kind: Kind
+    checkpoint: Checkpoint
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """Hold plan.json: the plan's table, what it laid out, the data, and where and by which command it was run."""
+
+    plan: dict[str, Any]
+    cells: tuple[Cell, ...]
+    dataset: DatasetFacts
+    environment: dict[str, Any]
+    command: str = ""
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Record:
+    """Hold the result of one task (`STAGES`). `error` is None where the task succeeded.
+
+    `key` is the hash of the stage and its inputs. `origin`, which the first records lack, says what the inputs do not:
+    the plan's name, the seed, and under `weights` the SHA-256 of each parent's tensors by key. `environment` holds the
+    versions of sparring and of what it computes with. `folder` is where the record was read; it is not written.
+    """
+
+    key: str
+    stage: str
+    inputs: dict[str, Any]
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    series: dict[str, Any] = field(default_factory=dict)
+    flags: list[dict[str, str]] = field(default_factory=list)  # each a reason for doubt: `name` and `detail`
+    error: str | None = None
+    object: ObjectFile | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    schema: int = SCHEMA
+    origin: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def attack(self) -> AttackInputs:
+        """Return what attack an "attack", "lend", "transfer" or "ship" record is of."""
+        found: AttackInputs = self.inputs["attack"]
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the task took on one core."""
+        return float(self.times.get("seconds") or 0.0)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Return the SHA-256 of the tensors that the task read, by the key of the parent that left them."""
+        found: dict[str, str] = self.origin.get("weights", {})
+        return found
+
+    def content(self) -> dict[str, Any]:
+        """Return what is written of the record, without its checksum."""
+        return {name: value for name, value in vars(self).items() if name != "folder"}
+
+    def checksum(self) -> str:
+        """Return the SHA-256 of everything but times, which may differ between equal runs."""
+        left_out = ("times",) if self.origin else ("times", "origin")  # the first records knew of no origin
+        content = {name: value for name, value in self.content().items() if name not in left_out}
+        return sha256_bytes(canonical_json(content).encode())
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Name what the records of a stage hold: metrics, series, further times, and tensors.
+
+    A tensor has a value an image; `images`, int32, are their places in the split. Names in capitals vary.
+    """
+
+    metrics: tuple[str, ...] = ()
+    series: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+
+
+_LOSSES = ("loss", "robust_accuracy_valid")
+_WEIGHTS = ("model/NAME", "best/NAME", "mask/NAME")
+_MADE = Holds(("loss", "accuracy_valid", "sparsity", "best_epoch"), _LOSSES, (), _WEIGHTS)
+_SIZES = ("parameters", "nonzero", "bytes_dense", "bytes_sparse", "macs_dense", "macs", "activation_sparsity")
+_SHARES = ("accuracy", "accuracy_valid", "sparsity", "sparsity_total", "sparsity_matrices")
+_FOUND = ("mean_distance", "mean_distance_correct", "median_distance_correct", "failed")
+_SHIPPED = ("robust_model", "robust_packed", "robust_transfer", "robust_decision", "logit_error")
+_RADII = ("radius_model_NORM_METHOD", "radius_packed_NORM_METHOD")
+_IMAGES = ("clean_correct", "label", "images")
+STAGES: Mapping[str, Holds] = {
+    "train": _MADE,
+    "prune": replace(_MADE, series=(*_LOSSES, "step", "pruned", "spliced")),  # without a method: the dense control
+    "activate": _MADE,
+    "choose": replace(_MADE, metrics=("accuracy_valid", "weight_decay"), series=("accuracy_valid",)),
+    # `correct_valid` is of all validation images, in their order; `first_*` are of the first layer
+    "measure": Holds(
+        (*_SHARES, *_SIZES),
+        ("density", "activation_sparsity", "dead_units"),
+        tensors=("correct", "correct_valid", "label", "images", "first_weight", "first_mask"),
+    ),
+    # `clean` and `perturbed` are the first images, as floats. With the input `kernels` = "packed" logits and gradients
+    # came from the packed network; the verdict is torch's
+    "attack": Holds(
+        ("forwards", "backwards", "success", "robust_accuracy", *_FOUND),
+        tensors=("distance", "success", *_IMAGES, "clean", "perturbed"),
+    ),
+    # what an attack found on the dense control, for attacks on networks with sparse activations
+    "lend": Holds(tensors=("loanNUMBER",)),
+    # of the sparse network, in the `direction` "to sparse" or "to dense": what fools the network attacked and this one
+    # too (`success`), among images that fool that one and that this one knows when clean (`clean_correct`)
+    "transfer": Holds(("transferred", "robust_accuracy"), tensors=("success", *_IMAGES)),
+    # `radius` is 0 where the clean image is misclassified
+    "certify": Holds(("radius_mean", "radius_median", "certified_accuracy_EPS"), tensors=("radius", "label", "images")),
+    "lipschitz": Holds(
+        ("margin", "lipschitz", "margin_over_lipschitz"), tensors=("margin", "lipschitz", "ratio", *_IMAGES)
+    ),
+    "exact": Holds(("solved",), times=("search",), tensors=("lower", "upper", "solved", "attack", *_IMAGES)),
+    # `latency` is in seconds an image, one at a time
+    "deploy": Holds(("bytes_packed", "agreement", "logits_agree"), times=("latency", "latency_torch")),
+    # `stands_*`: correct under the examples made on either network
+    "ship": Holds(
+        ("accuracy_model", "accuracy_packed", "agreement", *_SHIPPED, *_RADII),
+        tensors=("stands_model", "stands_packed", "label", "images", *_RADII),
+    ),
+    # `strength` is of the dense classifier's penalty; `points` has an entry for each `path` and `step`
+    "linear": Holds(("strength", "accuracy", "accuracy_valid", "sparsity"), ("points",)),
+}
+
+
+def pruning_kind(score: str | None, method: str | None, structure: str | None) -> Pruned:
+    """Return the kind of network that a [[pruning]] table makes."""
+    if score == "random" or method == "bernoulli":
+        return "random"
+    if structure == "channels":
+        return "channels"
+    return "surgery" if method == "dns" else "pruned"
