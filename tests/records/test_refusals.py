@@ -42,7 +42,7 @@ TABLE: dict[str, Any] = {
     ],
     "certify": [{"images": 20, "norm": "l2", "eps": [0.1], "methods": ["not random"]}],
     "lipschitz": [{"radius": 0.1, "images": 10, "methods": ["not random"]}],
-    "exact": [{"images": 2, "norm": "linf", "seconds": 0.2, "sparsities": []}],
+    "exact": [{"images": 2, "norm": "linf", "seconds": 0.2, "sparsities": [0.9]}],
     "transfer": [{"name": "fgsm", "eps": [0.1], "images": 20, "methods": ["not random"]}],
     "shipped": [{"images": 20, "steps": 2, "decisions": 0, "methods": ["not random"]}],
     "shard": 30,
