@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -16,7 +17,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from .errors import UserError, told
 
-__all__ = ["check_options", "code_hash", "import_object"]
+__all__ = ["check_options", "code_hash", "import_object", "takes"]
 
 
 def import_object(path: str) -> Any:
@@ -55,6 +56,11 @@ def code_hash(path: str) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a function can be called with a keyword."""
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
 def check_options(
     who: str, function: Callable[..., Any], options: Mapping[str, Any], *, reserved: Collection[str]
 ) -> None:
@@ -74,8 +80,10 @@ def check_options(
 
 
 def _type_of(function: Callable[..., Any], parameter: inspect.Parameter) -> TypeAdapter[Any]:
+    while isinstance(function, functools.partial):
+        function = function.func
     try:
-        hints = typing.get_type_hints(inspect.unwrap(getattr(function, "func", function)))
+        hints = typing.get_type_hints(inspect.unwrap(function))
     except Exception:  # a user's annotations may be anything
         hints = {}
     default = type(parameter.default)

@@ -15,17 +15,18 @@ from torch.nn import grad
 from ..errors import Unsupported
 from ..graph import (
     Activation,
+    Add,
     Affine,
     AvgPool,
-    Call,
-    Constant,
     Conv2d,
     Flatten,
     Graph,
+    Input,
     Linear,
+    MaxPool,
     Node,
     Op,
-    Reshape,
+    ReLU,
     evaluate,
     lower,
     refusal,
@@ -58,13 +59,13 @@ def prepare(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None =
 
 def _bounded(node: Node, sparse: bool) -> Op:
     match node.op:
-        case Call() | Constant() | Reshape():
-            raise refusal(node, "has no rule for bounds; attacks can do without")
         case Activation(name=name, module=module):
             return Activation(name, copy.deepcopy(module).double())
         case Linear() as op if sparse:
             return as_sparse(op)
-    return node.op
+        case Input() | Linear() | Conv2d() | Affine() | ReLU() | MaxPool() | AvgPool() | Flatten() | Add():
+            return node.op
+    raise refusal(node, "has no rule for bounds; attacks can do without")
 
 
 def as_sparse(op: Linear) -> Linear:

@@ -17,6 +17,7 @@ from ...errors import UserError
 from ...facts import ATTACKS, OWN_ATTACK, AttackFacts
 from ...memory_format import channels_last
 from ...outputs import Door, check_module, opened
+from ...plugins import takes
 from ...threat import Threat
 from ...waiting import courteous
 from .._gradients import Probe, frozen
@@ -272,12 +273,13 @@ def lengthened(attack: Attack, factor: int = 4) -> Attack:
 
 def facts_of(attack: Attack) -> AttackFacts:
     """Return what is known of an attack, however it is configured; one that takes no `eps` is a minimum-norm attack."""
-    function = attack.func if isinstance(attack, partial) else attack
+    function = cast(Callable[..., Tensor], attack)
+    while isinstance(function, partial):
+        function = function.func
     name = getattr(function, "__name__", "").replace("_", "-")
     if name in ATTACKS and function.__module__.startswith(f"{__package__.partition('.')[0]}."):
         return ATTACKS[name]
-    takes_eps = any(p.name == "eps" or p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-    return OWN_ATTACK if takes_eps else replace(OWN_ATTACK, kind="minimum-norm")
+    return OWN_ATTACK if takes(function, "eps") else replace(OWN_ATTACK, kind="minimum-norm")
 
 
 def _length_of(attack: Attack) -> str | None:

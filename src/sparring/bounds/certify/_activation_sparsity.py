@@ -16,12 +16,11 @@ def activation_interval(op: Activation, lower: Tensor, upper: Tensor) -> tuple[T
 
     Raise Unsupported for kinds without a sound rule (random ones, and those this package does not know).
     """
-    kind = _kind(op)
-    if kind in ("shifted-relu", "threshold", "percentile", "mean-sparse"):  # all nondecreasing, jumps included
+    if getattr(op.module, "nondecreasing", False):
         return op.module(lower), op.module(upper)
-    if kind == "top-k":  # each unit is 0 or its ReLU; which of them depends on all the others
+    if _kind(op) == "top-k":  # each unit is 0 or its ReLU; which of them depends on all the others
         return torch.zeros_like(lower), upper.clamp_min(0)
-    raise _refusal(op)
+    raise Unsupported(f"activation '{op.name}' of kind '{_kind(op)}' is random or unknown: it has no sound bound")
 
 
 def activation_lines(op: Activation, lower: Tensor, upper: Tensor) -> Lines:
@@ -39,7 +38,8 @@ def activation_lines(op: Activation, lower: Tensor, upper: Tensor) -> Lines:
         low_slope, low_shift, _, _ = _shifted(relu_lines(lower - radius, upper - radius), -radius)
         _, _, high_slope, high_shift = _shifted(relu_lines(lower + radius, upper + radius), radius)
         return low_slope, low_shift, high_slope, high_shift
-    raise _refusal(op)
+    low, high = activation_interval(op, lower, upper)
+    return torch.zeros_like(low), low, torch.zeros_like(high), high
 
 
 def kink_of(op: Activation) -> float:
@@ -90,7 +90,3 @@ def _threshold(op: Activation) -> Tensor:
 
 def _kind(op: Activation) -> str:
     return str(getattr(op.module, "kind", type(op.module).__name__))
-
-
-def _refusal(op: Activation) -> Unsupported:
-    return Unsupported(f"activation '{op.name}' of kind '{_kind(op)}' is random or unknown: it has no sound bound")

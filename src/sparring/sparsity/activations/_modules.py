@@ -1,8 +1,9 @@
 """Modules that make activations sparse; each takes the place of a ReLU.
 
 Every module says what an attack and a bound must know: `kind`; `masks_gradients` (its true backward pass misleads an
-attack); `stochastic` (it draws from `generator`, None being torch's default). With `straight_through` set, the backward
-pass is that of the ReLU it replaces (BPDA, Athalye et al. 2018); the forward pass never changes.
+attack); `stochastic` (it draws from `generator`, None being torch's default); `nondecreasing` (each output is a
+nondecreasing function of its own input, jumps included, so that intervals pass through). With `straight_through` set,
+the backward pass is that of the ReLU it replaces (BPDA, Athalye et al. 2018); the forward pass never changes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class ActivationSparsifier(nn.Module):
     kind: ClassVar[str]
     masks_gradients: ClassVar[bool] = True
     stochastic: ClassVar[bool] = False
+    nondecreasing: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +51,7 @@ class ShiftedReLU(ActivationSparsifier):
     """max(x − threshold, 0): continuous, and its gradient is honest (Mirzadeh et al. 2024, section 5.3)."""
 
     kind = "shifted-relu"
+    nondecreasing = True
     masks_gradients = False
 
     def __init__(self, threshold: float) -> None:
@@ -63,6 +66,7 @@ class Threshold(ActivationSparsifier):
     """x where x > threshold, else 0 (FATReLU, Kurtz et al. 2020): it jumps where its gradient sees nothing."""
 
     kind = "threshold"
+    nondecreasing = True
 
     def __init__(self, threshold: float) -> None:
         super().__init__()
@@ -99,6 +103,7 @@ class Percentile(ActivationSparsifier):
     """
 
     kind = "percentile"
+    nondecreasing = True
     threshold: Tensor
 
     def __init__(self, sparsity: float) -> None:
@@ -151,6 +156,7 @@ class MeanSparse(ActivationSparsifier):
     """
 
     kind = "mean-sparse"
+    nondecreasing = True
     mean: Tensor
     radius: Tensor
 

@@ -15,7 +15,7 @@ from ...attacks import Attack as AttackFunction
 from ...bounds import BOUNDS, LIPSCHITZ
 from ...errors import PlanError, UnknownNameError, UserError
 from ...models import MODELS
-from ...plugins import check_options, import_object
+from ...plugins import check_options, import_object, takes
 from ...sparsity import ACTIVATIONS, PruningSpec
 from ...threat import Threat
 from ...units import norm_name, parse_eps, parse_norm
@@ -297,13 +297,12 @@ def attack_named(name: str) -> AttackFunction:
         raise UnknownNameError("attack", name, ATTACKS)
     function: AttackFunction = import_object(name)
     try:
-        without = facts_of(function).kind == "minimum-norm"
-        budget = {} if without else {"eps": None}
+        budget = {"eps": None} if takes(function, "eps") else {}
         inspect.signature(function).bind(None, None, None, norm=0.0, targets=None, generator=None, **budget)
     except (TypeError, ValueError) as error:
         call = "attack(model, x, y, *, norm, eps, targets, generator)"
         raise UserError(f"'{name}' cannot be called as {call}: {error}") from error
-    return _without_eps(function) if without else function
+    return function if budget else _without_eps(function)
 
 
 def _without_eps(function: Callable[..., Tensor]) -> AttackFunction:
@@ -342,7 +341,7 @@ def check_attack(attack: Attack) -> None:
     facts = facts_of(function)
     if attack.name in ATTACKS and facts.kind == "budget" and not attack.eps:
         raise PlanError(f"attack '{attack.name}' needs a budget: give eps, as eps = [0.03] or eps = [\"8/255\"]")
-    if attack.eps and "eps" not in inspect.signature(function).parameters:
+    if attack.eps and not takes(function, "eps"):
         raise PlanError(f"attack '{attack.name}' takes no eps: it looks for the smallest perturbation; drop eps")
     if attack.norm not in facts.norms:
         raise PlanError(f"attack '{attack.name}' is for {' and '.join(facts.norms)}, not for {attack.norm}")
