@@ -12,16 +12,8 @@ from typing import Any, Literal
 
 __all__ = [
     "ATTACKS", "BOUNDS", "LIPSCHITZ", "MODELS", "NEVER", "OWN_ATTACK", "OWN_MODEL", "AttackFacts", "BoundFacts",
-    "Facts", "ModelFacts",
+    "ModelFacts",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Say in words what a part is, and where it was published ("" where it was not)."""
-
-    title: str = ""
-    source: str = ""
 
 
 NEVER = 1.0  # a sparsity that no network has
@@ -30,7 +22,7 @@ _COSTLY = _STEPWISE | {"fully connected": 0.95}
 
 
 @dataclass(frozen=True)
-class AttackFacts(Facts):
+class AttackFacts:
     """Describe an attack.
 
     kind: how it is asked, with a budget, for the smallest perturbation (within a budget where one is given), or both.
@@ -46,6 +38,8 @@ class AttackFacts(Facts):
     on networks that draw; `masked`, within a budget on networks whose layers mask gradients and do not draw.
     """
 
+    title: str = ""
+    source: str = ""
     kind: Literal["budget", "minimum-norm", "ensemble"] = "budget"
     norms: tuple[str, ...] = ("linf", "l2", "l1")
     knowledge: Literal["gradients", "logits", "labels"] = "gradients"
@@ -92,9 +86,11 @@ ATTACKS = {
 
 
 @dataclass(frozen=True)
-class BoundFacts(Facts):
+class BoundFacts:
     """Describe a bound or a Lipschitz constant; passes: as of an attack."""
 
+    title: str = ""
+    source: str = ""
     passes: float = 2000.0
 
 
@@ -107,9 +103,9 @@ BOUNDS = {
 LIPSCHITZ = {
     "sampled": BoundFacts("largest gradient norm sampled: a lower estimate", passes=400),
     "clever": BoundFacts("extreme-value estimate, never a bound", "Weng et al. 2018", 400),
-    "product": BoundFacts("upper bound: product of the norms of all layers", "Szegedy et al. 2014", 400),
+    "product": BoundFacts("upper bound: product of the norms of all layers", "Hein & Andriushchenko 2017", 400),
     "active": BoundFacts("upper bound: the same over units that can be active", passes=400),
-    "jacobian": BoundFacts("upper bound: intervals of the Jacobian", passes=400),
+    "jacobian": BoundFacts("upper bound: intervals of the Jacobian, exact in one linear region", passes=400),
 }
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ._layers import Normalise, Residual
-from ._recipes import recipe_settings
-from ._registry import MODELS, build, load_weights_
+from ._registry import MODELS, build, load_weights_, recipe_settings
 from ._saved import Blueprint, load_model, save_model
 
 __all__ = [

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import UnknownNameError, UserError, place, told
+from ..facts import MODELS as FACTS
+from ..facts import OWN_MODEL
 from ..plugins import import_object
 from ._architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, vgg_like
 
@@ -69,6 +71,20 @@ def build(
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise UserError(f"factory '{name}' returned {what}, not a torch.nn.Module")
     return model
+
+
+def recipe_settings(name: str, *, channels: int, fine_tuning: bool = False) -> dict[str, Any]:
+    """Return the settings of `train.Recipe` by a network's name, or for a user's (docs/recipes.md).
+
+    Images of one channel are not augmented: a mirrored digit is another sign, or none. Fine-tuning takes half the
+    learning rate.
+    """
+    settings = dict(FACTS.get(name, OWN_MODEL).recipe)
+    if channels == 1:
+        settings["augment"] = False
+    if fine_tuning:
+        settings["lr"] /= 2
+    return settings
 
 
 def _user_factory(name: str) -> Callable[..., nn.Module]:

@@ -16,7 +16,6 @@ from .plans._tables import (
     Network,
     Pruning,
     Training,
-    attack_named,
     configured,
 )
 from .plans._task_graph import DataFacts, lay_out
@@ -57,7 +56,6 @@ __all__ = [
     "Task",
     "Training",
     "Watcher",
-    "attack_named",
     "available_cores",
     "check_fit",
     "chosen_images",

@@ -14,7 +14,7 @@ from ...threat import LINF, Threat, diameter, distance
 from .._gradients import frozen
 from ..algorithms._losses import is_answer, margin
 from ._flags import Flag, exceeds
-from ._run import Attack, AttackResult, run
+from ._run import Attack, AttackResult, budget_of, run
 
 _NOTABLE = 0.02
 _RETRIES = 3
@@ -118,12 +118,12 @@ def check_silence(
     the first `images` images it failed on, one by one, so that every point it looks at belongs to the image.
     """
     failed = (result.clean_correct & ~result.success).nonzero().squeeze(1)[:images]
-    silent = 0
+    silent, budget = 0, budget_of(attack, threat)
     with frozen(model):
         model = opened(model, x)
         for row in failed.unsqueeze(1):
             witness = _Witness(model, x[row], y[row], threat)
-            x_adv = attack(witness, x[row], y[row], norm=threat.norm, eps=threat.eps, generator=generator)
+            x_adv = attack(witness, x[row], y[row], norm=threat.norm, generator=generator, **budget)
             with torch.no_grad():
                 silent += witness.seen and not bool(margin(model(x_adv), y[row]) > 0)
     if silent == 0:

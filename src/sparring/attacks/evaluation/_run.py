@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -282,6 +282,11 @@ def facts_of(attack: Attack) -> AttackFacts:
     return OWN_ATTACK if takes(function, "eps") else replace(OWN_ATTACK, kind="minimum-norm")
 
 
+def budget_of(attack: Attack, threat: Threat) -> dict[str, Any]:
+    """Return the keyword that gives an attack its budget; a user's minimum-norm attack need not take one."""
+    return {"eps": threat.eps} if takes(cast(Callable[..., Tensor], attack), "eps") else {}
+
+
 def _length_of(attack: Attack) -> str | None:
     parameters = inspect.signature(cast(Callable[..., Tensor], attack)).parameters
     return next((name for name in _LENGTHS if name in parameters), None)
@@ -347,7 +352,7 @@ class _Order:
     generator: torch.Generator | None
 
     def __call__(self, model: nn.Module, wanted: Tensor) -> Tensor:
-        x_adv = self.x.clone()
+        x_adv, budget = self.x.clone(), budget_of(self.attack, self.threat)
         for rows in torch.split(wanted.nonzero().squeeze(1), self.batch_size):
             if len(rows):
                 found = self.attack(
@@ -355,9 +360,9 @@ class _Order:
                     self.x[rows],
                     self.y[rows],
                     norm=self.threat.norm,
-                    eps=self.threat.eps,
                     targets=select(self.targets, rows),
                     generator=self.generator,
+                    **budget,
                 )
                 if not isinstance(found, Tensor) or found.shape != x_adv[rows].shape:
                     what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

@@ -32,11 +32,9 @@ def lipschitz(
     """Estimate or bound how fast the margins g_ŷ − g_k can change in the ball around each image: (N, classes − 1).
 
     ŷ is the model's label of x; the constants are for perturbations measured in `norm` (2 or infinity), so gradients in
-    the dual norm; radius is a number or (N,), and the ball is cut by [0, 1]. Methods: "sampled" (a lower estimate),
-    "clever" (an extreme-value estimate, Weng et al. 2018: never a bound), and the sound upper bounds "product" (norms
-    of all layers, Szegedy et al. 2014; Hein & Andriushchenko 2017), "active" (the same over the units that can be
-    active in the ball) and "jacobian" (intervals of the Jacobian, exact where the ball lies in one linear region).
-    `seed` is for the first two. Raise Unsupported for discontinuous layers, which have no finite constant.
+    the dual norm; radius is a number or (N,), and the ball is cut by [0, 1]. Methods are those of LIPSCHITZ, of which
+    `facts` say what they are; `seed` is for "sampled" and "clever". Raise Unsupported for discontinuous layers, which
+    have no finite constant.
     """
     graph = prepare(model, tuple(x.shape[1:]), images=x)
     reach = region(x, norm, radius)

@@ -15,7 +15,7 @@ from ._autotune import usual
 from ._elementwise import Pack, PoolGradient, UnpackImages
 from ._fusion import Elementwise, Layer, MaxPool, Sparsify, Task, View, tasks_of
 from ._layout import Buffer
-from ._plan import Planner
+from ._plan import Planner, sources_of
 
 
 class GradientPlanner(Planner):
@@ -60,7 +60,8 @@ class GradientPlanner(Planner):
         self.forward_calls = len(forward)
         _, tasks = self.pack_images()
         for task in tasks:
-            for value in _read(task):
+            # What reads a view reads what it views.
+            for value in [] if isinstance(task, View) else sources_of(task):
                 self._left[self.base(value)] += 1
         last = self.base(len(self.program.steps))
         classes = self.program.classes
@@ -171,17 +172,6 @@ class GradientPlanner(Planner):
 
 
 _ONE = (np.ones(1, np.float32), np.zeros(1, np.float32))
-
-
-def _read(task: Task) -> list[int]:
-    match task:
-        case Layer():
-            return [task.source] if task.residual is None else [task.source, task.residual]
-        case Elementwise():
-            return [task.source] if task.other is None else [task.source, task.other]
-        case View():
-            return []  # what reads a view reads what it views
-    return [task.source]
 
 
 def _transposed(op: Sparse) -> Sparse:

@@ -52,7 +52,7 @@ class Planner:
         pads = self._pads()
         last: dict[int, int] = {}
         for number, task in enumerate(self.tasks):
-            for source in _sources(task):
+            for source in sources_of(task):
                 last[self.base(source)] = number
         last[self.base(len(self.program.steps))] = len(self.tasks)
         # Up to the first linear layer units run one after the other, and what they leave in the caches serves the next.
@@ -144,7 +144,7 @@ class Planner:
     def pack_images(self) -> tuple[Call, list[Task]]:
         """Return the call that brings images in, normalised if the first task does that, and the remaining tasks."""
         first, scale, result, rest = self.tasks[0], None, 0, self.tasks
-        alone = sum(0 in _sources(task) for task in self.tasks) == 1
+        alone = sum(0 in sources_of(task) for task in self.tasks) == 1
         if isinstance(first, Elementwise) and first.scale is not None and alone and not first.relu:
             scale, result, rest = first.scale, first.result, self.tasks[1:]
         target = self.buffer(result)
@@ -304,7 +304,7 @@ class Planner:
         return cut_scalars(shape, task.op.stride, pool, 1 if flat else 8)
 
 
-def _sources(task: Task) -> list[int]:
+def sources_of(task: Task) -> list[int]:
     match task:
         case Layer():
             return [task.source] if task.residual is None else [task.source, task.residual]

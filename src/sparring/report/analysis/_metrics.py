@@ -162,15 +162,8 @@ def collect(study: Study) -> Collected:
 
     def rank(m: Measure) -> tuple[object, ...]:
         strength = weakest.index(m.name) if m.name in weakest else len(weakest)
-        return (
-            m.split != "test",
-            m.norm not in ("", "linf"),
-            m.norm,
-            order.index(m.role),
-            strength,
-            m.label,
-            m.eps or 0,
-        )
+        place = (order.index(m.role), strength, m.label, m.eps or 0)
+        return (m.split != "test", m.norm not in ("", "linf"), m.norm, *place)
 
     return {measure: found[measure] for measure in sorted(found, key=rank)}
 

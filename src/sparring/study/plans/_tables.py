@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from torch import Tensor, nn
 
 from ...attacks import ATTACKS, facts_of
 from ...attacks import Attack as AttackFunction
@@ -289,7 +287,7 @@ class Controls:
 def attack_named(name: str) -> AttackFunction:
     """Return an attack by its name in ATTACKS, or a user's own by "package.module:function".
 
-    A user's that takes no `eps` looks for the smallest perturbation, and is called without.
+    A user's that takes no `eps` looks for the smallest perturbation.
     """
     if name in ATTACKS:
         return ATTACKS[name]
@@ -302,15 +300,7 @@ def attack_named(name: str) -> AttackFunction:
     except (TypeError, ValueError) as error:
         call = "attack(model, x, y, *, norm, eps, targets, generator)"
         raise UserError(f"'{name}' cannot be called as {call}: {error}") from error
-    return function if budget else _without_eps(function)
-
-
-def _without_eps(function: Callable[..., Tensor]) -> AttackFunction:
-    @functools.wraps(function)
-    def attack(model: nn.Module, x: Tensor, y: Tensor, /, *, eps: float | None = None, **rest: Any) -> Tensor:
-        return function(model, x, y, **rest)
-
-    return attack
+    return function
 
 
 def configured(names: Sequence[str], overrides: Sequence[str]) -> dict[str, AttackFunction]:
