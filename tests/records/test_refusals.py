@@ -22,6 +22,8 @@ from sparring.errors import UserError
 from sparring.files import canonical_json, sha256_bytes
 from sparring.records import STAGES, Record, Store, read_plan, read_record, tensor_bytes, write_plan
 from sparring.records import _reader as reader
+from sparring.report.analysis._metrics import Measure, collect
+from sparring.report.analysis._records import load as load_study
 from sparring.study import Event, Plan, merge, run
 
 TABLE: dict[str, Any] = {
@@ -221,6 +223,18 @@ def test_tensors_say_which_images_they_speak_of(whole: Path, few_digits: Dataset
             assert (held["label"] == part.y[torch.from_numpy(held["images"]).long()].numpy()).all()
             seen.add(record.stage)
     assert seen == {"measure", "attack", "transfer", "certify", "lipschitz", "exact", "ship"}
+
+
+def test_stages_are_joined_by_image(whole: Path) -> None:
+    """Accuracy is of all images in their order, attacks of a few in a random one: they had been joined by position."""
+    found = collect(load_study(whole))
+    right, joined = found[Measure("accuracy")], 0
+    for measure in (m for m in found if m.role in ("budget", "certified", "distance")):
+        for who, one in found[measure].items():
+            correct = right[who].at(one.images).top > 0
+            assert not correct.all() and not one.top[~correct].any(), measure
+            joined += 1
+    assert joined > 10
 
 
 def as_first_written(out: Path) -> None:

@@ -110,7 +110,8 @@ def _loss_of(findings: Findings, measure: Measure) -> str:
 
 
 def _no_loss(findings: Findings, result: Result, text: str, *, primary: bool) -> Question:
-    claim = Claim(text, "below", 0.0, numbers.gain_unit(result.measure), short_name(result.measure), primary=primary)
+    name = short_name(result.measure)
+    claim = Claim(text, "below", 0.0, numbers.gain_unit(result.measure), name, primary=primary, metric=name)
     return replace(ask(replace(claim, origin="paper"), None), unknown="no sparsity of the plan is over-sparsified")
 
 
@@ -120,10 +121,11 @@ def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) 
     known = {k: pair for k, pair in zip(result.seeds, sides, strict=True) if pair is not None}
     if known:
         one = paired(findings, result.measure, *({k: pair[side] for k, pair in known.items()} for side in (0, 1)))
-        test = f"{short_name(result.measure)} where both are correct, {result.method} at {result.words(sparsity)}"
+        test = f"{result.method} at {result.words(sparsity)} − dense control"
+        metric = f"{short_name(result.measure)} where both are correct"
         sparse = [(result.method, sparsity, seed) for seed in known]
         told = f"{text}, among images that both classify correctly"
-        yield about(findings, result, told, "below", one, f"{test} − dense control", sparse)
+        yield about(findings, result, told, "below", one, test, sparse, metric=metric)
 
 
 def _correct_too(findings: Findings, result: Result, sparsity: float, seed: int) -> tuple[PerImage, PerImage] | None:
@@ -155,7 +157,7 @@ def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
     control, reference = (findings.study.control(fgsm.method, kind) for kind in DENSE)
     one = difference(findings, fgsm.measure, (control, 0.0), (reference, 0.0))
     if one is not None:
-        test = f"{short_name(fgsm.measure)}, dense control − the network as trained"
+        test = "dense control − the network as trained"
         sides = [(reference, 0.0, seed) for seed in fgsm.seeds]
         yield about(findings, fgsm, "fine-tuning alone, without pruning, moves no r_inf", "none", one, test, sides)
 
@@ -184,8 +186,7 @@ def _against(findings: Findings, fgsm: Result, choice: Choice, method: str, text
         told = f"{fgsm.method} at {fgsm.words(*sorted(set(choice.sparsities)))} − {method}"
         told += f" at {numbers.sparsity(findings.study, method, nearest)}" if nearest else ""
         sides = [*((fgsm.method, s, k) for k, s in chosen.items()), *((method, nearest, k) for k in chosen)]
-        test = f"{short_name(fgsm.measure)}, {told}"
-        yield about(findings, fgsm, text, "above", one, test, sides, choices=choice.choices)
+        yield about(findings, fgsm, text, "above", one, told, sides, choices=choice.choices)
 
 
 def _chosen_weights(findings: Findings) -> Iterator[Question]:
@@ -200,7 +201,7 @@ def _chosen_weights(findings: Findings) -> Iterator[Question]:
             one = difference(findings, accuracy, (method, max(shared)), (masks[0], max(shared)))
         if one is not None and result is not None:
             share = numbers.sparsity(findings.study, method, max(shared))
-            test = f"{short_name(result.measure)}, {method} − {masks[0]}, both at {share}"
+            test = f"{method} − {masks[0]}, both at {share}"
             text = f"weights that were chosen keep more accuracy than random ones ({method})"
             sides = [(m, max(shared), n.seed) for m in (method, masks[0]) for n in findings.study.of(m, max(shared))]
             yield about(findings, result, text, "above", one, test, sides)
@@ -268,4 +269,5 @@ def _transfers(findings: Findings) -> Iterator[Question]:
         text = f"adversarial examples transfer {way} (most of them fool the other network too)"
         test = f"{measure.title}, {findings.method} at {told}: share of those that could − 50%"
         one = effect(values(seeds, images) - 0.5).scaled(100.0).priced(findings.study.looks.price)
-        yield ask(Claim(text, "above", 2.0, "points", test), one)
+        metric = f"{pretty(measure.label)} examples that transfer {measure.role}"
+        yield ask(Claim(text, "above", 2.0, "points", test, metric=metric), one)

@@ -26,7 +26,6 @@ from ._metrics import (
     pretty,
     pretty_eps,
     rung,
-    sorted_by_place,
 )
 from ._records import Network, Study, Who, attack_label
 
@@ -117,7 +116,8 @@ def _refuse_refuted(study: Study, collected: Collected) -> None:
     for network in study.networks:
         for record in network.stage("exact"):
             if bound := arrays(record, "lower", "images"):
-                one = sorted_by_place(image_places(record, bound, study.dataset), bound["lower"])
+                images, lower = image_places(record, bound, study.dataset), bound["lower"].astype(float)
+                one = PerImage(images, lower, np.ones(len(lower)))
                 proofs.append((str(record.inputs["norm"]), network.who, one))
     for norm, who, proof in proofs:
         for m, held in collected.items():

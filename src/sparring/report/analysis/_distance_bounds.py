@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ...records import arrays, image_places
 from ._findings import Findings
-from ._metrics import Measure, PerImage, common, sorted_by_place
+from ._metrics import Measure, PerImage, common
 from ._records import Network, Study
 
 Floats = NDArray[np.float64]
@@ -97,7 +97,7 @@ def _searched(study: Study, network: Network, norm: str) -> dict[str, PerImage]:
             if held:
                 images = image_places(record, held, study.dataset)
                 named = {"found" if name == "attack" else name: a for name, a in held.items() if name != "images"}
-                return {name: sorted_by_place(images, values) for name, values in named.items()}
+                return {name: PerImage(images, a.astype(float), np.ones(len(a))) for name, a in named.items()}
     return {}
 
 

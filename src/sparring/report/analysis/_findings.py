@@ -171,7 +171,8 @@ def _result(
 ) -> Result | None:
     """Compare a method with the dense control on the seeds and images that both have."""
     usable = {who: one for who, one in held.items() if one.bottom.any()}
-    control = {seed: one for (name, _, seed), one in usable.items() if name == study.control(method)}
+    label = study.control(method)
+    control = {seed: one for (name, _, seed), one in usable.items() if name == label}
     by_sparsity: dict[float, dict[int, PerImage]] = {}
     for (name, sparsity, seed), one in sorted(usable.items()):
         if name == method and seed in control:

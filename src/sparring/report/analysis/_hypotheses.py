@@ -64,7 +64,8 @@ def at_choice(
     """Return the question whether a method gains over the dense control at a chosen sparsity; None: there is none."""
     if choice is None:
         lost = f"no sparsity keeps accuracy within {margins_of(findings.study)['accuracy']:.2%} of the dense control's"
-        claim = Claim(text, expects, MARGIN, "points", short_name(result.measure), primary=primary, origin=origin)
+        name = short_name(result.measure)
+        claim = Claim(text, expects, MARGIN, "points", name, primary=primary, origin=origin, metric=name)
         return replace(ask(claim, None), unknown=lost)
     chosen = sorted(set(choice.sparsities))
     how = "each seed's chosen by the others on validation images"
@@ -73,7 +74,7 @@ def at_choice(
     where = f"{result.method} at {result.words(*chosen)} ({how})"
     whos = list(zip(result.seeds, choice.sparsities, strict=True))
     sparse = [(result.method, sparsity, seed) for seed, sparsity in whos]
-    one, test = choice.effect, f"{short_name(result.measure)}, {where} − dense control"
+    one, test = choice.effect, f"{where} − dense control"
     question = about(
         findings, result, text, expects, one, test, sparse, curve=choice.curve, choices=choice.choices, primary=primary,
         origin=origin,
@@ -97,7 +98,7 @@ def at_sparsity(
 ) -> Question:
     """Return the question what a method gains over the dense control at a sparsity that no result has chosen."""
     one = result.gains.effects[result.sparsities.index(sparsity)]
-    test = f"{short_name(result.measure)}, {result.method} at {result.words(sparsity)} − dense control"
+    test = f"{result.method} at {result.words(sparsity)} − dense control"
     sparse = [(result.method, sparsity, seed) for seed in result.seeds]
     question = about(findings, result, text, expects, one, test, sparse, primary=primary, origin=origin)
     return replace(question, failed=result.failures([sparsity]))
@@ -116,6 +117,7 @@ def about(
     choices: int = 1,
     primary: bool = False,
     origin: Origin = "this project",
+    metric: str = "",
 ) -> Question:
     """Return the question about one effect in a result's unit, in doubt where its attacks are on any network asked.
 
@@ -123,9 +125,9 @@ def about(
     """
     unit = numbers.gain_unit(result.measure, result.control)
     absolute = unit == numbers.ABSOLUTE
-    claim = Claim(
-        text, expects, 0.0 if absolute else MARGIN, unit, test, log=unit == "%", primary=primary, origin=origin
-    )
+    metric = metric or short_name(result.measure)
+    margin, told = 0.0 if absolute else MARGIN, f"{metric}, {test}"
+    claim = Claim(text, expects, margin, unit, told, log=unit == "%", primary=primary, origin=origin, metric=metric)
     scale = 1.0 if absolute else 100.0
     sparse = list(sparse)
     whos = {*sparse, *((findings.study.control(method), 0.0, seed) for method, _, seed in sparse)}

@@ -51,7 +51,7 @@ def _question(one: Findings, other: Findings) -> Question | None:
         for k in r.seeds
     ]
     test = f"r_2, {title(one)} at {numbers.percent(chosen[0])} − {title(other)} at {numbers.percent(chosen[1])}"
-    claim = Claim(TEXT, "above", MARGIN, "%", test, log=True, origin="paper")
+    claim = Claim(TEXT, "above", MARGIN, "%", test, log=True, origin="paper", metric="r_2")
     price = max(f.study.looks.price for f in (one, other))
     return ask(
         claim, effect(gains[0] - gains[1]).scaled(100.0).priced(price), doubt=", ".join({d for d in doubts if d})

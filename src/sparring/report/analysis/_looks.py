@@ -104,7 +104,7 @@ def dropped_tests(study: Study, asked: Sequence[Question]) -> list[bool]:
 
 def _asked(claim: Claim) -> str:
     """Return what names a test through all looks: its claim and metric, not the sparsity that it was made at."""
-    return f"{claim.text} [{claim.test.split(', ')[0]}]"
+    return f"{claim.text} [{claim.metric}]"
 
 
 def _state(study: Study) -> str:

@@ -101,7 +101,7 @@ class Measure:
 class PerImage:
     """Hold one metric of one network: the mean is sum(top) / sum(bottom) over the images at these places of a split.
 
-    Sorted by place (`_merge`), so that all metrics of a network can be joined by image.
+    They are in the order of the records, which differs between stages: join two metrics by `common` and `at`.
 
     `failed` are the images (0 or 1) on which a search for a smallest distance failed, None where nothing can.
     """
@@ -113,7 +113,10 @@ class PerImage:
 
     def at(self, images: NDArray[np.int64]) -> PerImage:
         """Return the part on the given images, all of which must be here."""
-        index = np.searchsorted(self.images, images)
+        if np.array_equal(images, self.images):
+            return self
+        order = np.argsort(self.images)
+        index = order[np.searchsorted(self.images, images, sorter=order)]
         failed = None if self.failed is None else self.failed[index]
         return PerImage(images, self.top[index], self.bottom[index], failed)
 
@@ -232,17 +235,13 @@ def _shard(images: NDArray[np.int64], held: Mapping[str, NDArray[Any]], role: Ro
     return PerImage(images, distance, counted, (~np.isfinite(distance)).astype(float))
 
 
-def sorted_by_place(images: NDArray[np.int64], values: NDArray[Any]) -> PerImage:
-    """Return a value an image as a metric that counts all of them."""
-    return _merge([PerImage(images, values.astype(float), np.ones(len(images)))])
-
-
 def _merge(shards: list[PerImage]) -> PerImage:
-    """Return the shards as one, in the order of their images; an image that is in two counts once."""
-    images, first = np.unique(np.concatenate([s.images for s in shards]), return_index=True)
+    """Return the shards as one; an image that is in two counts once."""
+    images = np.concatenate([s.images for s in shards])
+    first = np.sort(np.unique(images, return_index=True)[1])
     top, bottom = (np.concatenate([getattr(s, name) for s in shards])[first] for name in ("top", "bottom"))
     failed = [s.failed for s in shards if s.failed is not None]
-    return PerImage(images, top, bottom, np.concatenate(failed)[first] if failed else None)
+    return PerImage(images[first], top, bottom, np.concatenate(failed)[first] if failed else None)
 
 
 def _lend_controls(study: Study, found: Collected) -> None:
@@ -318,10 +317,10 @@ def _capped(one: PerImage, cap: float) -> PerImage:
 
 
 def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return the images that are in all of the given sets."""
+    """Return the images that are in all of the given sets, in the order of the first."""
     if all(np.array_equal(images[0], other) for other in images[1:]):
         return images[0]
-    return functools.reduce(np.intersect1d, images)
+    return images[0][np.isin(images[0], functools.reduce(np.intersect1d, images))]
 
 
 def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:

@@ -62,11 +62,11 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[Question]:
         ("unboxed", "the theorem's r_inf, unboxed,", "linear: sparsity gains l_inf robustness without the box"),
     ):
         test = f"{where} − dense: {told} at ε = {eps:g}"
-        claim = _claim(text, "above", "points", test, primary=form == "fgsm")
+        claim = _claim(text, "above", "points", test, loss, primary=form == "fgsm")
         yield ask(claim, _in(100.0, gain(data, loss, step, r_inf(eps, form))))
     test = f"{where} − {_place(data, loss, tuned)}, the dense one best for r_inf: FGSM at ε = {eps:g}"
     text = "linear: the l_inf gain exceeds that of a denser classifier with a tuned l2 penalty"
-    claim = _claim(text, "above", "points", test)
+    claim = _claim(text, "above", "points", test, loss)
     yield ask(claim, _in(100.0, gain(data, loss, step, r_inf(eps, "fgsm"), tuned)))
     step = data.best(loss, path, r_2())
     assert step is not None
@@ -80,15 +80,17 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[Question]:
     ):
         scale = 100.0 / data.mean(loss, DENSE, r_2(form))
         test = f"{loss}, {_place(data, loss, step)} − dense: {told} % of the dense mean"
-        claim = _claim(text, "not above", "%", test, primary=form == "boxed")
+        claim = _claim(text, "not above", "%", test, loss, primary=form == "boxed")
         one, *curve = (_in(scale, gain(data, loss, s, r_2(form))) for s in (step, *data.steps(loss, path)))
         yield ask(claim, one, curve=[e for e in curve if e is not None])
 
 
-def _claim(text: str, expects: Literal["above", "not above"], unit: str, test: str, *, primary: bool = False) -> Claim:
+def _claim(
+    text: str, expects: Literal["above", "not above"], unit: str, test: str, loss: str, *, primary: bool = False
+) -> Claim:
     origin: Literal["paper", "this project"] = "paper" if primary else "this project"
     told = f"{test}, paired over digit pairs"
-    return Claim(text, expects, MARGIN, unit, told, primary=primary, origin=origin)
+    return Claim(text, expects, MARGIN, unit, told, primary=primary, origin=origin, metric=loss)
 
 
 def _in(scale: float, one: Effect | None) -> Effect | None:
