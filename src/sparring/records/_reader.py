@@ -21,6 +21,8 @@ MAX_PLAN, MAX_RECORD, MAX_OBJECT = 512 << 20, 64 << 20, 1 << 30
 AGAIN = "run the study again, which makes it anew, or get it again"
 BEST = " (best epoch)"  # how schema 1 marked cells of that checkpoint
 CELL: dict[str, Any] = {"seed": int, "method": str, "sparsity": int | float | None, "axis": str, "tasks": list}
+FACTS: dict[str, Any] = {"name": str, **dict.fromkeys(("class_count", "train", "valid", "test"), int)}
+FACTS |= {"classes": list, "shape": list}
 FIELDS: dict[str, Any] = {"schema": int, "flags": list, "error": str | None, "object": dict | None}
 FIELDS |= dict.fromkeys(("key", "stage"), str)
 FIELDS |= dict.fromkeys(("inputs", "metrics", "series", "environment", "times", "origin"), dict)
@@ -54,7 +56,7 @@ def read_plan(out: str | Path) -> PlanFile:
     environment, command = content.get("environment", {}), content.get("command", "")
     if not isinstance(plan, dict) or not isinstance(plan.get("name"), str) or not isinstance(cells, list):
         raise DamageError(f"{path} lacks a plan or its cells; {AGAIN}")
-    if not all(isinstance(part, dict) for part in (facts, environment)) or not isinstance(command, str):
+    if not _are(facts, FACTS if cells else {}) or not _are({"e": environment, "c": command}, {"e": dict, "c": str}):
         raise DamageError(f"{path} does not say what data it is of, or how it was run; {AGAIN}")
     try:
         cells = [_cell(cell if content["schema"] > 1 else _told_by_its_label(cell, plan)) for cell in cells]
@@ -68,9 +70,14 @@ def plan_checksum(content: Mapping[str, Any]) -> str:
     return sha256_bytes(canonical_json(finite(content)).encode())
 
 
+def _are(content: Any, kinds: Mapping[str, Any]) -> bool:
+    """Tell whether the named values of a table are of their kinds."""
+    return isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+
+
 def _cell(content: Mapping[str, Any]) -> Cell:
     """Return a cell of schema 2; raise ValueError if it is none."""
-    sound = set(content) == {*CELL, "kind", "checkpoint"} and all(isinstance(content[n], k) for n, k in CELL.items())
+    sound = set(content) == {*CELL, "kind", "checkpoint"} and _are(content, CELL)
     named = sound and content["kind"] in _KINDS and content["checkpoint"] in get_args(Checkpoint)
     if not named or content["axis"] not in ("weights", "activations") or not all(map(is_key, content["tasks"])):
         raise ValueError("not a cell")

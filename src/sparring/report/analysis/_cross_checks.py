@@ -54,7 +54,7 @@ def doubts(study: Study, collected: Collected) -> list[Doubt]:
     Naive attacks are left out: they are made to be outdone. Raise UserError if an attack refutes a certificate.
     """
     _refuse_refuted(study, collected)
-    pixels = _pixels(study)
+    pixels = math.prod(study.dataset["shape"])
     attacked = [
         m for m in collected if m.role in ("budget", "distance") and m.attack and m.name != "smallest" and not m.naive
     ]
@@ -133,7 +133,7 @@ def _refuse_refuted(study: Study, collected: Collected) -> None:
 
 
 def _between(
-    network: Network, weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], pixels: int | None
+    network: Network, weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], pixels: int
 ) -> Iterator[Doubt]:
     (one, _), (other, _) = weak, strong
     if one.split != other.split:
@@ -183,12 +183,12 @@ def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], *, 
     return _notable(more - fewer, len(images), notable)
 
 
-def _reach(budget: Measure, norm: str, pixels: int | None) -> float | None:
+def _reach(budget: Measure, norm: str, pixels: int) -> float | None:
     """Return how long, in another norm, a perturbation within a budget can be; None where that is not known."""
     assert budget.eps is not None
     if budget.norm == norm:
         return budget.eps
-    if budget.norm == "linf" and pixels is not None:
+    if budget.norm == "linf":
         return budget.eps * (math.sqrt(pixels) if norm == "l2" else pixels)
     if (budget.norm, norm) in (("l2", "linf"), ("l1", "linf"), ("l1", "l2")):
         return budget.eps  # the larger p, the smaller the norm
@@ -204,13 +204,3 @@ def _beyond(budget: PerImage, distance: PerImage, reach: float) -> int:
 
 def _notable(count: int, images: int, share: float = NOTABLE) -> int:
     return count if count >= max(2, share * images) else 0
-
-
-def _pixels(study: Study) -> int | None:
-    """Return the number of values of an image, from the first one in a gallery."""
-    for record in study.records.values():
-        if record.stage == "attack" and record.error is None:
-            clean = arrays(record, "clean").get("clean")
-            if clean is not None and len(clean):
-                return int(clean[0].size)
-    return None

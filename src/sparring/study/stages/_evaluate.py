@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,7 +114,7 @@ def attack(context: Context, task: Task) -> Outcome:
         tensors["clean"] = x[: inputs["gallery"]]
         tensors["perturbed"] = result.x_adv[: inputs["gallery"]].clone()
     flags += [{"name": flag.name, "detail": flag.detail} for flag in result.flags]
-    return Outcome(_finite(metrics), flags=flags, tensors=tensors)
+    return Outcome(metrics, flags=flags, tensors=tensors)
 
 
 def lend(context: Context, task: Task) -> Outcome:
@@ -229,7 +228,3 @@ def _asked(inputs: dict[str, Any]) -> tuple[attacks.Attack, Threat]:
 
 def _generator(inputs: dict[str, Any]) -> torch.Generator:
     return torch.Generator().manual_seed(1_000_003 * inputs["seed"] + inputs["start"])
-
-
-def _finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
-    return {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}
