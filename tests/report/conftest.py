@@ -86,7 +86,7 @@ class Maker:
         """Write records that only larger studies have: a certificate, a deployment, a transfer; return their keys."""
         who = {"seed": seed, "method": method, "sparsity": sparsity}
         radius = {"radius": (0.1 * self.rng.random(20)).astype(np.float32), "images": np.arange(20, dtype=np.int32)}
-        certified = who | {"norm": "l2", "method": "crown", "images": 20, "eps": []}
+        certified = who | {"network": method, "norm": "l2", "method": "crown", "images": 20, "eps": []}
         flags = [{"name": "zero-gradient", "detail": "40% of gradients vanish"}]
         times = {"latency": 1e-5 * (1.1 - sparsity), "latency_torch": 3e-5}
         constant = (1 - sparsity) * (1 + self.rng.random(20))
@@ -101,7 +101,11 @@ class Maker:
         most = {"clean_correct": right, "success": np.arange(20) < 18, "images": images}
         return [
             self.record("certify", certified, tensors=radius),
-            self.record("lipschitz", who | {"norm": "linf", "method": "active", "radius": 0.1}, tensors=proved),
+            self.record(
+                "lipschitz",
+                who | {"network": method, "norm": "linf", "method": "active", "radius": 0.1},
+                tensors=proved,
+            ),
             self.record("exact", who | {"norm": "l2", "images": 5}, tensors=searched),
             self.record("prune", who, series={"step": [0, 5, 9], "pruned": [9, 5, 1], "spliced": [0, 2, 1]}),
             self.record("deploy", who, {"bytes_packed": 51234, "agreement": 1.0}, times=times),

@@ -123,7 +123,6 @@ class _Tally:
 
 def _parents_first(folder: Path, tally: _Tally) -> Iterator[tuple[Path, Record]]:
     """Yield the sound records of a stranger's folder; the tally is told of the others."""
-    found: dict[str, Path] = {}
     before: dict[str, list[str]] = {}
     for path in sorted(Folder(folder).records.glob("*.json")):
         try:
@@ -131,11 +130,10 @@ def _parents_first(folder: Path, tally: _Tally) -> Iterator[tuple[Path, Record]]
         except UserError as error:
             tally.refuse(path, error)
         else:
-            found[record.key] = path
             before[record.key] = sorted(record.weights)
     for key in TopologicalSorter(before).static_order():  # no circle: a key is the hash of its parents' keys
-        if key in found:
-            yield found[key], _checked(folder, key)
+        if key in before:
+            yield Folder(folder).record(key), _checked(folder, key)
 
 
 def _checked(folder: Path, key: str) -> Record:
