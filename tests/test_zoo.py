@@ -22,7 +22,8 @@ from sparring.train import Recipe, fit
 from .zoo import ZOO, kill_
 
 # Attention, recurrence, gates, clipped activations and concatenation: certificates refuse these by name.
-UNCERTIFIED = ("depthwise", "squeeze-excite", "dense-concatenation", "attention", "recurrent")
+NEWER = ("convnext", "swin", "inception")
+UNCERTIFIED = ("depthwise", "squeeze-excite", "dense-concatenation", "attention", "recurrent", *NEWER)
 STATES = ("dense", "90%", "99%", "dead")
 TRIED = (
     ("fgsm", Threat(LINF, 0.1)),
@@ -139,7 +140,7 @@ def test_studies_go_through(name: str, dead: bool, few_digits: Dataset, tmp_path
         assert all(record.metrics["accuracy"] is not None for record in records if record.stage == "measure")
 
 
-@pytest.mark.parametrize(("state", "norm"), [("dense", LINF), ("90%", L2)])
+@pytest.mark.parametrize(("state", "norm"), [("dense", LINF), ("90%", L2), ("99%", LINF), ("dead", LINF)])
 @pytest.mark.parametrize("name", ZOO)
 def test_certified_is_below_exact_is_below_attacked(name: str, state: str, norm: float, tiny: Dataset) -> None:
     model = network(name, state)

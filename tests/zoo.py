@@ -166,6 +166,73 @@ class Written(nn.Module):
         return self.head(F.relu_(self.fc(h.flatten(1))))
 
 
+class ConvNeXt(nn.Module):
+    """A block of ConvNeXt behind its stem: channels last between permutations, LayerScale, a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 8, 2, stride=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.expand, self.project = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.gamma = nn.Parameter(0.5 * torch.ones(8))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)
+        h = self.norm1(self.depthwise(x).permute(0, 2, 3, 1))
+        h = self.gamma * self.project(F.gelu(self.expand(h)))
+        x = x + h.permute(0, 3, 1, 2)
+        return self.head(self.norm2(x.mean((-2, -1))))
+
+
+class Swin(nn.Module):
+    """Attention within windows that are shifted, with a bias of relative places, as Swin's blocks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 8, 2, stride=2)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8, bias=False)
+        self.places = nn.Parameter(0.02 * torch.randn(1, 2, 4, 4))
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.head = nn.Linear(8, CLASSES)
+
+    def windows(self, h: Tensor) -> Tensor:
+        """Attend within each 2×2 window of a 4×4 map, moved by one."""
+        count = h.shape[0]
+        h = torch.roll(h, (-1, -1), (1, 2)).view(count, 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 8)
+        q, k, v = self.qkv(h).reshape(-1, 4, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) / 2 + self.places).softmax(-1)
+        h = self.proj((weights @ v).transpose(1, 2).reshape(-1, 4, 8))
+        h = h.view(count, 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(count, 4, 4, 8)
+        return torch.roll(h, (1, 1), (1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patches(x).permute(0, 2, 3, 1)
+        h = h + self.windows(self.norm1(h))
+        h = h + self.mlp(self.norm2(h))
+        return self.head(self.norm3(h).mean((1, 2)))
+
+
+class InceptionBlock(nn.Module):
+    """Three branches of other kernels, one of which pools, side by side."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one = self.branch(width, 2, 1)
+        self.three = nn.Sequential(self.branch(width, 2, 1), self.branch(2, 3, 3))
+        self.pooled = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1, ceil_mode=True), self.branch(width, 2, 1))
+
+    @staticmethod
+    def branch(width: int, out: int, kernel: int) -> nn.Module:
+        layers = [nn.Conv2d(width, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out, eps=0.001)]
+        return nn.Sequential(*layers, nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), self.three(x), self.pooled(x)], 1)
+
+
 def _with_stem(width: int, *body: nn.Module, out: int | None = None) -> nn.Module:
     stem = [nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width)]
     if not isinstance(body[0], PreActivationBlock):
@@ -192,6 +259,9 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "twice": Twice,
     "dropout": dropout,
     "in-place": Written,
+    "convnext": ConvNeXt,
+    "swin": Swin,
+    "inception": lambda: _with_stem(4, InceptionBlock(4), out=7),
 }
 
 
