@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from .errors import UserError, told
+from .errors import UnknownNameError, UserError, told
 
-__all__ = ["check_options", "code_hash", "import_object", "takes"]
+__all__ = ["check_options", "code_hash", "import_object", "look_up", "takes"]
 
 
 def import_object(path: str) -> Any:
@@ -40,6 +40,15 @@ def import_object(path: str) -> Any:
     if not callable(found):
         raise UserError(f"'{path}' is not a function")
     return found
+
+
+def look_up(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """Return what a name means in a table, or else "package.module:name"; raise UserError where it means nothing."""
+    if name in table:
+        return table[name]
+    if ":" not in name:
+        raise UnknownNameError(kind, name, table)
+    return import_object(name)
 
 
 def code_hash(path: str) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnknownNameError, UserError, place, told
+from ..errors import UserError, place, told
 from ..facts import MODELS as FACTS
 from ..facts import OWN_MODEL
-from ..plugins import import_object
+from ..plugins import look_up
 from ._architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, vgg_like
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -48,7 +48,9 @@ def build(
         raise UserError(
             f"a model needs images (channels, height, width) and two classes or more, not {shape}, {classes}"
         )
-    factory = MODELS.get(name) or _user_factory(name)
+    factory: Callable[..., nn.Module] = look_up("model", name, MODELS)
+    if isinstance(factory, nn.Module):
+        raise UserError(f"'{name}' is a model; name a function without arguments that returns it")
     known = _parameters(factory)
     given: dict[str, Any] = {"shape": shape, "classes": classes, "mean": mean, "std": std}
     if known is not None:
@@ -85,15 +87,6 @@ def recipe_settings(name: str, *, channels: int, fine_tuning: bool = False) -> d
     if fine_tuning:
         settings["lr"] /= 2
     return settings
-
-
-def _user_factory(name: str) -> Callable[..., nn.Module]:
-    if ":" not in name:
-        raise UnknownNameError("model", name, MODELS)
-    factory: Callable[..., nn.Module] = import_object(name)
-    if isinstance(factory, nn.Module):
-        raise UserError(f"'{name}' is a model; name a function without arguments that returns it")
-    return factory
 
 
 def _parameters(factory: Callable[..., nn.Module]) -> set[str] | None:

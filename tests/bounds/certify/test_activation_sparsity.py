@@ -12,6 +12,7 @@ from sparring.bounds import lipschitz, margin
 from sparring.bounds._network import margin_rows, prepare
 from sparring.errors import Unsupported
 from sparring.sparsity.activations._modules import (
+    ActivationSparsifier,
     MeanSparse,
     Percentile,
     ShiftedReLU,
@@ -22,6 +23,16 @@ from sparring.sparsity.activations._modules import (
 from sparring.threat import Threat
 
 from ..random_networks import double, hostile_points
+
+
+class Saturating(ActivationSparsifier):
+    """A kind that bounds know by nothing but that it is nondecreasing."""
+
+    kind = "saturating"
+    nondecreasing = True
+
+    def sparse(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(0, 0.5)
 
 
 def with_activation(seed: int, activation: nn.Module) -> tuple[nn.Module, torch.Tensor]:
@@ -47,6 +58,7 @@ def with_activation(seed: int, activation: nn.Module) -> tuple[nn.Module, torch.
         lambda: Percentile(0.5),
         lambda: TopK(0.5),
         lambda: MeanSparse(0.5),
+        Saturating,
     ],
 )
 @pytest.mark.parametrize("norm", [math.inf, 2.0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,24 +27,6 @@ from ._square import square
 _DEEP = partial(pgd, objective=margin, stop_early=False)
 # Where gradients are masked, each of them finds images that the others do not.
 _LOSSES = (margin, dlr, scaled_cross_entropy)
-
-
-class AimedAttack(Protocol):
-    """An attack that can climb towards given classes while any wrong class is a success."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        /,
-        *,
-        norm: float,
-        eps: float | None = None,
-        targets: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        aims: Tensor | None = None,
-    ) -> Tensor: ...
 
 
 @opening
@@ -113,7 +94,7 @@ def _best_of(
 
 
 def _towards_each_class(
-    attack: AimedAttack,
+    attack: Callable[..., Tensor],
     model: nn.Module,
     x: Tensor,
     y: Tensor,

@@ -8,13 +8,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...errors import UnknownNameError, UserError
-from ...plugins import check_options, import_object
+from ...plugins import check_options, look_up
 from ...units import percent
 from .._rule import Rule
 from .._scores import SCORES
 from .._select import SCOPES
 from .._structures import NM, Blocks, Channels, Structure, Unstructured
-from .._types import Pruner, Score
+from .._types import Pruner
 from ._dns import dynamic_network_surgery
 from ._gradual import bernoulli, gradual, one_shot, proximal
 from ._lottery_ticket import iterative
@@ -91,8 +91,10 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
 
     Raise UserError for unknown names, for options that the method does not have, and for combinations that cannot be.
     """
-    factory = METHODS.get(spec.method) or _user_factory(spec.method)
+    factory: Callable[..., Pruner] = look_up("pruning method", spec.method, METHODS)
     known = inspect.signature(factory).parameters
+    if "sparsity" not in known:
+        raise UserError(f"'{spec.method}' must take the keyword 'sparsity' and return a pruner")
     options: dict[str, Any] = {
         field.name: value for field in fields(PruningSpec) if (value := getattr(spec, field.name)) is not None
     }
@@ -104,10 +106,11 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
     rule = {name: options.pop(name) for name in _RULE if name in options}
     for name in (*options, *rule):
         if name not in known and not (name == "layers" or (name in rule and "rule" in known)):
-            raise UserError(f"the pruning method '{spec.method}' has no option '{name}'; it has: {_options_of(known)}")
+            has = [option for option in known if option not in ("sparsity", "rule")] + list(_RULE) * ("rule" in known)
+            raise UserError(f"the pruning method '{spec.method}' has no option '{name}'; it has: {', '.join(has)}")
     target = _target(spec, known, sparsity, options.pop("layers", None))
     if "score" in known:
-        options["score"] = _score(options.get("score", "magnitude"))
+        options["score"] = look_up("score", options.get("score", "magnitude"), SCORES)
     if rule:
         default = known["rule"].default  # methods that allocate differently unless told otherwise have one
         options["rule"] = _rule(default if isinstance(default, Rule) else Rule(), rule)
@@ -116,29 +119,6 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
     if not callable(pruner) or not hasattr(pruner, "dense_weights"):
         raise UserError(f"'{spec.method}' returned {type(pruner).__name__}, not a pruner (docs/extending.md)")
     return pruner
-
-
-def _options_of(known: Mapping[str, inspect.Parameter]) -> str:
-    own = [name for name in known if name not in ("sparsity", "rule")]
-    return ", ".join(own + list(_RULE) * ("rule" in known)) or "none"
-
-
-def _user_factory(name: str) -> Callable[..., Pruner]:
-    if ":" not in name:
-        raise UnknownNameError("pruning method", name, METHODS)
-    factory: Callable[..., Pruner] = import_object(name)
-    if "sparsity" not in inspect.signature(factory).parameters:
-        raise UserError(f"'{name}' must take the keyword 'sparsity' and return a pruner")
-    return factory
-
-
-def _score(name: str) -> Score:
-    if name in SCORES:
-        return SCORES[name]
-    if ":" not in name:
-        raise UnknownNameError("score", name, SCORES)
-    score: Score = import_object(name)
-    return score
 
 
 def _target(

@@ -13,7 +13,7 @@ from ...attacks import Attack as AttackFunction
 from ...bounds import BOUNDS, LIPSCHITZ
 from ...errors import PlanError, UnknownNameError, UserError
 from ...models import MODELS
-from ...plugins import check_options, import_object, takes
+from ...plugins import check_options, look_up, takes
 from ...sparsity import ACTIVATIONS, PruningSpec
 from ...threat import Threat
 from ...units import norm_name, parse_eps, parse_norm
@@ -289,11 +289,7 @@ def attack_named(name: str) -> AttackFunction:
 
     A user's that takes no `eps` looks for the smallest perturbation.
     """
-    if name in ATTACKS:
-        return ATTACKS[name]
-    if ":" not in name:
-        raise UnknownNameError("attack", name, ATTACKS)
-    function: AttackFunction = import_object(name)
+    function: AttackFunction = look_up("attack", name, ATTACKS)
     try:
         budget = {"eps": None} if takes(function, "eps") else {}
         inspect.signature(function).bind(None, None, None, norm=0.0, targets=None, generator=None, **budget)
@@ -309,13 +305,13 @@ def configured(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Atta
     for override in overrides:
         override_(options, override)
     found: dict[str, AttackFunction] = {name: attack_named(name) for name in names}
+    for option in options:
+        if not any(takes(function, option) for function in found.values()):
+            raise PlanError(f"--set {option}: no attack of {', '.join(names)} has an option of that name")
     for name, function in found.items():
-        own = {option: value for option, value in options.items() if option in inspect.signature(function).parameters}
+        own = {option: value for option, value in options.items() if takes(function, option)}
         _check_settings(name, function, own)
         found[name] = functools.partial(function, **own)
-    for option in options:
-        if not any(option in inspect.signature(function).parameters for function in found.values()):
-            raise PlanError(f"--set {option}: no attack of {', '.join(names)} has an option of that name")
     return found
 
 
