@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring.attacks import ATTACKS, MINIMUM_NORM, fgsm, run
+from sparring.attacks import ATTACKS, facts_of, fgsm, run
 from sparring.outputs import Door, opened
 from sparring.threat import L2, LINF, Threat
 
@@ -42,7 +42,7 @@ def images() -> Tensor:
 
 def reached(model: nn.Module, x: Tensor, attack: str) -> Tensor:
     """Return which images an attack fooled, or how far it had to go."""
-    least = attack in MINIMUM_NORM
+    least = facts_of(ATTACKS[attack]).kind == "minimum-norm"
     threat = Threat(L2) if least else Threat(LINF, 0.03)
     y = model(x).argmax(1)
     result = run(model, x, y, ATTACKS[attack], threat, generator=torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ def test_attacks_end_where_they_end_without_the_class(attack: str, images: Tenso
     alone = reached(Masking(None).eval(), images, attack)
     for name, fill in FILLS.items():
         found = reached(Masking(fill).eval(), images, attack)
-        if attack in MINIMUM_NORM:
+        if facts_of(ATTACKS[attack]).kind == "minimum-norm":
             assert float(found.median()) == pytest.approx(float(alone.median()), rel=0.1), name
         else:
             assert int((found != alone).sum()) <= 1, name

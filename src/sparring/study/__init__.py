@@ -28,7 +28,6 @@ from .runner._schedule import Event, Watcher, environment, execute
 from .runner._trackers import to_mlflow, to_tensorboard, what_of
 from .stages._networks import WEIGHTS, Context, check_fit, chosen_images
 from .stages._ship import held_against
-from .stages._table import perform_stage
 from .stages._train import ramped_loss, refuse_constant, robust_score
 
 __all__ = [
@@ -65,7 +64,6 @@ __all__ = [
     "held_against",
     "lay_out",
     "merge",
-    "perform_stage",
     "presets",
     "progress",
     "ramped_loss",
