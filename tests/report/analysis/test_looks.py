@@ -9,6 +9,7 @@ import pytest
 from sparring import report
 from sparring.errors import DamageError, PlanError
 from sparring.history import append_entry, read_history
+from sparring.report.analysis._claims import claims
 from sparring.report.analysis._findings import find
 from sparring.report.analysis._looks import dropped_tests, look_sentences, open_study
 from sparring.statistics import look_price
@@ -97,9 +98,9 @@ def test_a_dropped_sparsity_and_a_dropped_test_still_count(told, tmp_path, few_d
     assert gains.p_holm[0] == pytest.approx(min(1.0, 3 * one.p))
     alone = one.priced(1.0)
     assert one.p == pytest.approx(min(1.0, look_price(4) * alone.p))
-    gone = dropped_tests(study, report.claims.claims(found))
+    gone = dropped_tests(study, claims(found))
     assert len(gone) >= 2, "of PGD and of the worst case nothing is asked any more"
-    gains = [q for q in report.claims.claims(found) if "gain" in q.claim.text and q.effect is not None]
+    gains = [q for q in claims(found) if "gain" in q.claim.text and q.effect is not None]
     assert gains and all(math.isnan(q.p_small) and math.isnan(q.p_against) for q in gains), (
         "what is not so at a sparsity that was dropped cannot be known any more"
     )
