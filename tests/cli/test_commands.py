@@ -78,7 +78,7 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
     summary = json.loads(again.out)
     assert summary["failed"] == 0 and summary["verdict"] and len(summary["records"]) > 10
     assert (tmp_path / "out" / "report.html").stat().st_mtime_ns == page
-    assert read_plan(tmp_path / "out")["command"] == " ".join(map(str, ("sparring", *words)))
+    assert read_plan(tmp_path / "out").command == " ".join(map(str, ("sparring", *words)))
     assert sparring("report", tmp_path / "out").code == 0
     against = sparring(
         "compare",
