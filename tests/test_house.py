@@ -119,3 +119,22 @@ def test_no_module_bears_the_name_of_what_its_package_exports(path: Path) -> Non
     name = ".".join(path.parent.relative_to(SOURCE.parent).parts)
     modules = {p.stem for p in path.parent.glob("*.py")}
     assert not modules & set(importlib.import_module(name).__all__), "`from .pgd import pgd` shadows the module"
+
+
+def test_the_map_of_the_design_is_complete() -> None:
+    """The block under "Layout" lists each module under its room."""
+    text = (SOURCE.parents[1] / "docs" / "design.md").read_text()
+    block = text.split("## 3. Layout", 1)[1].split("```")[1]
+    rooms: list[tuple[int, str]] = []
+    drawn = set()
+    for line in block.splitlines():
+        indent, words = len(line) - len(line.lstrip()), line.split()
+        while rooms and words and rooms[-1][0] >= indent:
+            rooms.pop()
+        if words and words[0].endswith("/"):
+            rooms.append((indent, words[0]))
+        elif words and (words[0].startswith("_") or words[0].endswith(".py")):
+            names = words[:1] if words[0].endswith(".py") else [word for word in words if word != "·"]
+            drawn |= {"".join(room for _, room in rooms[1:]) + name.removesuffix(".py") for name in names}
+    there = {str(path.relative_to(SOURCE).with_suffix("")) for path in MODULES if not path.stem.startswith("__")}
+    assert drawn == there
