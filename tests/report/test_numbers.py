@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from rewriting import rewrite
 
 from sparring import report
 from sparring.report import _numbers as numbers
 from sparring.report.analysis._metrics import Measure
 from sparring.report.analysis._records import load
 from sparring.statistics import Effect
+
+from .rewriting import rewrite
 
 SHARE, DISTANCE = Measure("worst", norm="linf", eps=0.1), Measure("distance", attack="nearest", norm="l2")
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from rewriting import records_of, rewrite
 
 from sparring import report
 from sparring.report.analysis._cross_checks import doubts
@@ -10,6 +9,8 @@ from sparring.report.analysis._findings import find
 from sparring.report.analysis._metrics import pretty
 from sparring.report.analysis._records import load
 from sparring.report.pages import _tables as tables
+
+from ..rewriting import records_of, rewrite
 
 
 def change(out, name, eps, seed, sparsity, edit):

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from rewriting import records_of, rewrite, rewrite_plan
 
 from sparring import report
 from sparring.report.analysis._claims import claims, ledger
@@ -13,6 +12,8 @@ from sparring.report.analysis._findings import choose, find
 from sparring.report.analysis._hypotheses import places
 from sparring.report.analysis._metrics import Measure, collect, parts
 from sparring.report.analysis._records import load
+
+from ..rewriting import records_of, rewrite, rewrite_plan
 
 FGSM = Measure("budget", "test", "fgsm", "fgsm", "linf", 0.1)
 

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from typing import get_args
 
 import pytest
-from rewriting import rewrite_plan
 
 from sparring import report
 from sparring.errors import UserError
@@ -19,6 +18,8 @@ from sparring.report.analysis._metrics import Measure
 from sparring.report.analysis._records import load
 from sparring.report.pages import _summary as words
 from sparring.statistics import Verdict
+
+from ..rewriting import rewrite_plan
 
 
 @pytest.fixture(scope="module")
