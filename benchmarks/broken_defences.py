@@ -45,7 +45,7 @@ from tests.attacks.broken_defences import (
 
 from sparring.attacks import AttackResult, apgd_targeted, dlr, fast, nearest, pgd, robust_accuracy, run
 from sparring.attacks._gradients import Probe, frozen
-from sparring.attacks.algorithms._losses import margin, scaled_cross_entropy
+from sparring.attacks.algorithms._losses import margin_loss, scaled_cross_entropy
 from sparring.attacks.evaluation._bpda import dense_copy, is_stochastic
 from sparring.files import save_tensors, write_json
 from sparring.threat import LINF, Threat
@@ -54,7 +54,7 @@ from sparring.threat import LINF, Threat
 CONFIRMED, DRAWS = 1001, 40
 # The reference's budget over the default evaluation's.
 BUDGET = 20
-LOSSES = (scaled_cross_entropy, margin, dlr)
+LOSSES = (scaled_cross_entropy, margin_loss, dlr)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ import torch
 from sparring import data
 from sparring.files import pack_tensors
 from sparring.records import PlanFile, Record, Store, write_plan
-from sparring.study import DataFacts, Event, InProcess, Outcome, Plan, Task, environment, execute, lay_out, run
+from sparring.study import DataFacts, Event, InProcess, Plan, Task, TaskOutcome, environment, execute, lay_out, run
 
 ROUNDS = 3
 
@@ -106,7 +106,7 @@ def scheduling(count: int, folder: Path) -> float:
     store = Forgetful(folder)
     store.prepare()
     began = time.perf_counter()
-    records = execute(tasks, store, InProcess(lambda task: Outcome()))
+    records = execute(tasks, store, InProcess(lambda task: TaskOutcome()))
     assert len(records) == count
     return (time.perf_counter() - began) / count * 1e6
 

@@ -107,7 +107,7 @@ def masks(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace) -
     return {
         f"{norm_name(norm)} {'all' if layers is None else layers[0]}": [
             {name: [round(v, 4) for v in getattr(point, name)] for name in ("constant", "ratio")}
-            for point in bounds.bernoulli(model, x, y, ALPHAS, norm=norm, radius=0.1, layers=layers, draws=6)
+            for point in bounds.random_mask_bounds(model, x, y, ALPHAS, norm=norm, radius=0.1, layers=layers, draws=6)
         ]
         for norm in (LINF, L2)
         for layers in LAYERS

@@ -14,7 +14,7 @@ import pytest
 from sparring.bounds import BOUNDS
 from sparring.cli import main
 from sparring.sparsity import ACTIVATIONS
-from sparring.study import Certify
+from sparring.study import CertifySettings
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -52,4 +52,4 @@ def test_the_page_works_as_written(
     runpy.run_path(script.split()[1])
     said = capsys.readouterr()
     assert "operation 'mish' (layer '4')" in said.out and "tensor(" in said.out
-    assert Certify(method="better").method == "better"
+    assert CertifySettings(method="better").method == "better"

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from sparring.errors import Unsupported, UserError
-from sparring.graph import Activation, Call, Conv2d, Graph, Linear, lower
+from sparring.graph import Call, Conv2d, Graph, Linear, SparseActivation, lower
 
 SHAPE = (2, 4, 4)
 Body = Callable[["Net", Tensor], Tensor]
@@ -422,7 +422,7 @@ def test_activation_modules_stay_whole_on_both_roads(stochastic: bool, wrapped: 
     model: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(32, 6), Half(stochastic=stochastic), nn.Linear(6, 3))
     if wrapped:
         model = build_wrapped(model)
-    names = [node.op.name for node in lower(model, SHAPE).nodes if isinstance(node.op, Activation)]
+    names = [node.op.name for node in lower(model, SHAPE).nodes if isinstance(node.op, SparseActivation)]
     assert names == ["inner.2" if wrapped else "2"]
     half = next(module for module in model.modules() if isinstance(module, Half))
     assert "forward" not in vars(half) and half.generator is None

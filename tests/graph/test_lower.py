@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparring.errors import Unsupported, UserError
-from sparring.graph import Activation, AvgPool, Input, lower
+from sparring.graph import AvgPool, Input, SparseActivation, lower
 from sparring.models import MODELS, build
 
 SHAPES = {"resnet-32": (3, 16, 16), "vgg-like": (3, 16, 16)}
@@ -72,7 +72,7 @@ def test_activation_modules_stay_whole() -> None:
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), Half(), nn.Linear(4, 2))
     graph = lower(model, (1, 2, 2))
-    assert [node.op.name for node in graph.nodes if isinstance(node.op, Activation)] == ["2"]
+    assert [node.op.name for node in graph.nodes if isinstance(node.op, SparseActivation)] == ["2"]
 
 
 class Branching(nn.Module):

@@ -14,8 +14,8 @@ from sparring.errors import UserError
 from sparring.metrics import accuracy
 from sparring.models import build
 from sparring.train import (
+    EpochProgress,
     Loss,
-    Progress,
     Ramped,
     Recipe,
     adversarial,
@@ -128,7 +128,7 @@ def test_a_run_cut_short_goes_on_to_the_same_bits(
     score = lambda m: accuracy(predict(m, few_digits.valid.x), few_digits.valid.y)  # noqa: E731
     result = fit(whole, *few_digits.train, recipe, seed=2, masks=half(whole), score=score)
 
-    def cut(progress: Progress) -> None:
+    def cut(progress: EpochProgress) -> None:
         if progress.epoch == 2:
             raise Stop
 
@@ -152,7 +152,7 @@ def test_filters_lie_as_they_did_after_training_and_after_a_failure(few_digits: 
         inside.extend(p.stride() for p in m.parameters() if p.dim() == 4)
         return cross_entropy(m, x, y)
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: EpochProgress) -> None:
         raise Stop
 
     for progress in (None, stop):

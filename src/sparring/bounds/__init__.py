@@ -17,7 +17,7 @@ from .linear_models._closed_form import (
 )
 from .linear_models._scikit import linear_path, linear_pruned
 from .lipschitz_constants._lipschitz import LIPSCHITZ, lipschitz
-from .lipschitz_constants._random_masks import MaskedPoint, bernoulli, margin_ratios
+from .lipschitz_constants._random_masks import MaskedPoint, margin_ratios, random_mask_bounds
 
 __all__ = [
     "BOUNDS",
@@ -26,7 +26,6 @@ __all__ = [
     "LinearMap",
     "MaskedPoint",
     "Theorem",
-    "bernoulli",
     "certified_accuracy",
     "exact",
     "linear_distance",
@@ -40,6 +39,7 @@ __all__ = [
     "margin",
     "margin_ratios",
     "radius",
+    "random_mask_bounds",
     "theorem",
     "weights_of",
 ]

@@ -14,7 +14,6 @@ from torch.nn import grad
 
 from ..errors import Unsupported
 from ..graph import (
-    Activation,
     Add,
     Affine,
     AvgPool,
@@ -27,6 +26,7 @@ from ..graph import (
     Node,
     Op,
     ReLU,
+    SparseActivation,
     evaluate,
     lower,
     refusal,
@@ -59,8 +59,8 @@ def prepare(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None =
 
 def _bounded(node: Node, sparse: bool) -> Op:
     match node.op:
-        case Activation(name=name, module=module):
-            return Activation(name, copy.deepcopy(module).double())
+        case SparseActivation(name=name, module=module):
+            return SparseActivation(name, copy.deepcopy(module).double())
         case Linear() as op if sparse:
             return as_sparse(op)
         case Input() | Linear() | Conv2d() | Affine() | ReLU() | MaxPool() | AvgPool() | Flatten() | Add():

@@ -25,9 +25,9 @@ from ..models import MODELS, Blueprint, load_model, load_weights_, recipe_settin
 from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached
 from ..statistics import binomial_interval
 from ..study import (
-    Network,
+    NetworkSettings,
     Plan,
-    Training,
+    TrainingSettings,
     check_fit,
     chosen_images,
     configured,
@@ -36,7 +36,7 @@ from ..study import (
     robust_score,
 )
 from ..threat import Threat
-from ..train import Fit, Progress, Recipe, fit, predict
+from ..train import EpochProgress, Fit, Recipe, fit, predict
 from ..units import norm_name, percent
 from ._loading import open_data
 from ._printing import print_json
@@ -71,7 +71,7 @@ def run_train(
     """
     training = _training(loss, eps, ramp)
     _settings(overrides, Recipe)  # refuses what cannot be, before data are read
-    Network(name, width=width, depth=depth)
+    NetworkSettings(name, width=width, depth=depth)
     dataset = open_data(data_name, data_dir, download)
     blueprint = replace(_blueprint(name, dataset), width=width, depth=depth)
     recipe = _settings(overrides, Recipe, own=recipe_settings(name, channels=blueprint.shape[0])).recipe
@@ -381,7 +381,7 @@ def _settings(
     )
 
 
-def _training(loss: str, eps: float, ramp: float | None = None) -> Training:
+def _training(loss: str, eps: float, ramp: float | None = None) -> TrainingSettings:
     return Plan.from_table({"name": "settings", "training": {"loss": loss, "eps": eps, "ramp": ramp}}).training
 
 
@@ -392,7 +392,7 @@ def _fit(
     out: Path,
     *,
     seed: int,
-    training: Training,
+    training: TrainingSettings,
     quiet: bool,
     pruner: Pruner | None = None,
 ) -> Fit:
@@ -414,7 +414,7 @@ def _fit(
     return result
 
 
-def _show(progress: Progress) -> None:
+def _show(progress: EpochProgress) -> None:
     end = "\r" if sys.stdout.isatty() and progress.epoch < progress.epochs else "\n"
     print(
         f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {duration(progress.remaining)} left   ",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._runtime import Packed
 from ._torch_modules import Equivalent
-from .format._program import Activation, Snap
+from .format._program import PackedActivation, Snap
 
 
 class PackedModule(nn.Module):
@@ -25,7 +25,7 @@ class PackedModule(nn.Module):
         super().__init__()
         self.packed = packed
         self.equivalent = Equivalent(packed.program)
-        masked = any(isinstance(step.op, Activation | Snap) for step in packed.program.steps)
+        masked = any(isinstance(step.op, PackedActivation | Snap) for step in packed.program.steps)
         self._native = packed.has_gradient and not masked
         # What an attack that needs no graph calls by itself: (images, gradients of logits, one or several for each) to
         # gradients of images.

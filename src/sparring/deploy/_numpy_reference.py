@@ -7,7 +7,7 @@ import math
 import numpy as np
 from scipy.sparse import csr_array
 
-from .format._program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Snap, Sparse
+from .format._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Snap, Sparse
 
 
 def run_reference(program: Program, x: Floats) -> Floats:
@@ -33,14 +33,14 @@ def _evaluate(op: Op, x: Floats, *others: Floats) -> Floats:
             return x.reshape(len(x), math.prod(x.shape[1:]))
         case Add():
             return x + others[0]
-        case Activation():
+        case PackedActivation():
             return _activate(op, x)
         case Snap():
             centre, radius = (values.reshape(1, -1, *[1] * (x.ndim - 2)) for values in (op.centre, op.radius))
             return np.maximum(np.where(np.abs(x - centre) <= radius, centre, x), np.float32(0))
 
 
-def _activate(op: Activation, x: Floats) -> Floats:
+def _activate(op: PackedActivation, x: Floats) -> Floats:
     if op.kind == "shifted-relu":
         shifted: Floats = np.maximum(x - np.float32(op.number), np.float32(0))
         return shifted

@@ -15,7 +15,7 @@ from ..files import write_atomic
 from ..modes import eval_mode
 from ..outputs import opened
 from .format._compile import compile_model
-from .format._program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
+from .format._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 _OPSET = 28  # the newest that this was tried with; an older onnx takes its own newest
 
@@ -108,14 +108,14 @@ class _Graph:
             case Pool():
                 geometry = {"strides": op.stride, "pads": (*op.padding, *op.padding), "dilations": op.dilation}
                 self._node("MaxPool", inputs, output, kernel_shape=op.kernel, ceil_mode=int(op.ceil_mode), **geometry)
-            case Activation(kind="shifted-relu"):
+            case PackedActivation(kind="shifted-relu"):
                 shifted = f"{output}.shifted"
                 threshold = self._constant(f"{output}.threshold", np.array([op.number], np.float32))
                 self._node("Sub", [*inputs, threshold], shifted)
                 self._node("Relu", [shifted], output)
-            case Activation(kind="threshold"):
+            case PackedActivation(kind="threshold"):
                 self._node("ThresholdedRelu", inputs, output, alpha=float(op.number))
-            case Activation():
+            case PackedActivation():
                 self._largest(op.kept(math.prod(shape)), inputs, output, shape)
             case Snap():
                 self._snap(op, inputs, output, (1, -1, *[1] * (len(shape) - 1)))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import graph
 from ..sparsity import MeanSparse, ShiftedReLU, Threshold, TopK
-from .format._program import Activation, Add, Flatten, Floats, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
+from .format._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 
 class Equivalent(nn.Module):
@@ -84,7 +84,7 @@ def _module(op: Op, shape: Shape) -> nn.Module:
             return nn.Flatten()
         case Add():
             return _Add()
-        case Activation():
+        case PackedActivation():
             kinds = {"shifted-relu": ShiftedReLU, "threshold": Threshold, "top-k": TopK}
             return kinds[op.kind](op.number)
         case Snap():

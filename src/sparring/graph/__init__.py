@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from ._lower import lower
 from ._ops import (
-    Activation,
     Add,
     Affine,
     AvgPool,
@@ -26,13 +25,13 @@ from ._ops import (
     Op,
     ReLU,
     Reshape,
+    SparseActivation,
     evaluate,
     refusal,
 )
 from ._plain_stacks import Step, Stepwise
 
 __all__ = [
-    "Activation",
     "Add",
     "Affine",
     "AvgPool",
@@ -48,6 +47,7 @@ __all__ = [
     "Op",
     "ReLU",
     "Reshape",
+    "SparseActivation",
     "Step",
     "Stepwise",
     "evaluate",

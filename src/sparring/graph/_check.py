@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import Unsupported, UserError
 from ..modes import eval_mode
 from ..outputs import check_module, logits_of
-from ._ops import Activation, Graph
+from ._ops import Graph, SparseActivation
 
 # Of the largest logit: what sums in another order may differ by. TF32 rounds float32 products on a GPU more coarsely.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -173,7 +173,9 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
 
 
 def _jumped(graph: Graph, x: Tensor) -> int:
-    jumps = any(isinstance(n.op, Activation) and getattr(n.op.module, "masks_gradients", False) for n in graph.nodes)
+    jumps = any(
+        isinstance(n.op, SparseActivation) and getattr(n.op.module, "masks_gradients", False) for n in graph.nodes
+    )
     return len(x) // _JUMPED if jumps else 0
 
 

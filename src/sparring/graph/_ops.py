@@ -90,7 +90,7 @@ class Add:
 
 
 @dataclass(frozen=True, eq=False)
-class Activation:
+class SparseActivation:
     """An activation-sparsity module, kept as it is; `name` is its path."""
 
     name: str
@@ -125,7 +125,19 @@ class Call:
 
 
 Op = (
-    Input | Linear | Conv2d | Affine | ReLU | MaxPool | AvgPool | Flatten | Add | Activation | Reshape | Constant | Call
+    Input
+    | Linear
+    | Conv2d
+    | Affine
+    | ReLU
+    | MaxPool
+    | AvgPool
+    | Flatten
+    | Add
+    | SparseActivation
+    | Reshape
+    | Constant
+    | Call
 )
 
 
@@ -210,7 +222,7 @@ def evaluate(op: Op, *inputs: Tensor) -> Tensor:
             return x.flatten(1)
         case Add():
             return x + inputs[1]
-        case Activation():
+        case SparseActivation():
             result: Tensor = op.module.forward(x)  # without its hooks, which are operations of their own
             return result
         case Reshape():

@@ -13,7 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ._ops import Activation, Affine, AvgPool, Conv2d, Flatten, Graph, Input, Linear, MaxPool, Node, Op, ReLU, evaluate
+from ._ops import (
+    Affine,
+    AvgPool,
+    Conv2d,
+    Flatten,
+    Graph,
+    Input,
+    Linear,
+    MaxPool,
+    Node,
+    Op,
+    ReLU,
+    SparseActivation,
+    evaluate,
+)
 
 Step = tuple["nn.Module | Op", tuple[int, ...]]
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -75,7 +89,7 @@ class _Reader:
         if any(getattr(module, name) for name in _FORWARD_HOOKS) or "forward" in vars(module):
             raise _Other
         if hasattr(module, "straight_through"):
-            return self.append(Activation(path, module), (source,), path, self.nodes[source].shape)
+            return self.append(SparseActivation(path, module), (source,), path, self.nodes[source].shape)
         if type(module) is nn.Sequential:
             for child in module:
                 source = self.module(child, source)

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import Unsupported
 from ..outputs import logits_of
-from ._ops import Activation, Constant, Graph, Input, Node, Op, title
+from ._ops import Constant, Graph, Input, Node, Op, SparseActivation, title
 
 _PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
 _LARGE = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
@@ -274,7 +274,7 @@ class Translator:
             )
         if name == "whole":
             path = arguments.take("name")
-            return self.emit(Activation(path, self.model.get_submodule(path)), arguments.take("x"))
+            return self.emit(SparseActivation(path, self.model.get_submodule(path)), arguments.take("x"))
         try:
             result = translate(self, name, node.target, arguments)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:

@@ -14,7 +14,7 @@ from scipy import special
 
 from ._effects import Effect, beyond, effect, holm, log_ratio_values
 
-ALPHA = 0.05
+CURVE_ALPHA = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Curve:
         return [s and e.estimate < 0 for s, e in zip(self._significant(), self.effects, strict=True)]
 
     def _significant(self) -> list[bool]:
-        return [p <= ALPHA and e.seeds > 1 for p, e in zip(self.p_holm, self.effects, strict=True)]
+        return [p <= CURVE_ALPHA and e.seeds > 1 for p, e in zip(self.p_holm, self.effects, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _may_be_best(k: int, means: NDArray[np.float64], errors: NDArray[np.float64]
         return True
     lead = np.delete(means, k) - means[k]
     spread = np.maximum(others.std(axis=1), np.finfo(float).tiny)
-    critical = np.quantile((others / spread[:, None]).max(axis=0), 1 - ALPHA)
+    critical = np.quantile((others / spread[:, None]).max(axis=0), 1 - CURVE_ALPHA)
     return bool((lead / spread).max() <= critical)
 
 
@@ -211,7 +211,7 @@ def over_sparsified(one: Curve, margin: float = 0.0) -> float | None:
     lost = holm(alone, more=one.dropped)
     first = None
     for sparsity, p in zip(one.sparsities, lost, strict=True):
-        if p > ALPHA:
+        if p > CURVE_ALPHA:
             first = None
         elif first is None:
             first = sparsity
@@ -238,7 +238,7 @@ def sweet_spot(curves: Mapping[str, Curve], margins: Mapping[str, float]) -> Swe
 
 def _bound(e: Effect, side: int) -> float:
     """Return an effect's 95% bound below (-1) or above (+1), at the price of the look; infinite with one seed."""
-    half = float(special.stdtrit(e.df, 1 - ALPHA / e.price / 2)) * e.se if e.seeds > 1 else math.inf
+    half = float(special.stdtrit(e.df, 1 - CURVE_ALPHA / e.price / 2)) * e.se if e.seeds > 1 else math.inf
     return e.estimate + side * half
 
 

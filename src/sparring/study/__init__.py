@@ -7,20 +7,20 @@ from ._progress import Progress, progress
 from .plans._linear import LinearPaths
 from .plans._plan import Plan
 from .plans._tables import (
-    Activation,
-    Attack,
-    Certify,
-    Controls,
-    Exact,
-    Lipschitz,
-    Network,
-    Pruning,
-    Training,
+    ActivationSettings,
+    AttackSettings,
+    CertifySettings,
+    ControlSettings,
+    ExactSettings,
+    LipschitzSettings,
+    NetworkSettings,
+    PruningSettings,
+    TrainingSettings,
     configured,
 )
 from .plans._task_graph import DataFacts, lay_out
 from .plans._toml import presets
-from .runner._executors import Executor, InProcess, Outcome, Processes, Task
+from .runner._executors import Executor, InProcess, Processes, Task, TaskOutcome
 from .runner._live_line import show_progress
 from .runner._ray import RayCluster
 from .runner._run import available_cores, register, run, usable_device
@@ -32,28 +32,28 @@ from .stages._train import ramped_loss, refuse_constant, robust_score
 
 __all__ = [
     "WEIGHTS",
-    "Activation",
-    "Attack",
-    "Certify",
+    "ActivationSettings",
+    "AttackSettings",
+    "CertifySettings",
     "Context",
-    "Controls",
+    "ControlSettings",
     "DataFacts",
     "Event",
-    "Exact",
+    "ExactSettings",
     "Executor",
     "InProcess",
     "LinearPaths",
-    "Lipschitz",
+    "LipschitzSettings",
     "Merged",
-    "Network",
-    "Outcome",
+    "NetworkSettings",
     "Plan",
     "Processes",
     "Progress",
-    "Pruning",
+    "PruningSettings",
     "RayCluster",
     "Task",
-    "Training",
+    "TaskOutcome",
+    "TrainingSettings",
     "Watcher",
     "available_cores",
     "check_fit",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ._checkpoint import is_whole
-from ._fit import Fit, Progress, fit, predict
+from ._fit import EpochProgress, Fit, fit, predict
 from ._losses import Loss, Ramped, adversarial, cross_entropy, trades
 from ._recipe import Recipe, learning_rate
 
 __all__ = [
+    "EpochProgress",
     "Fit",
     "Loss",
-    "Progress",
     "Ramped",
     "Recipe",
     "adversarial",

@@ -24,7 +24,7 @@ from ._optimizer import Optimizer
 from ._recipe import Recipe, learning_rate
 
 
-class Progress(NamedTuple):
+class EpochProgress(NamedTuple):
     """Report one finished epoch; `remaining` is the estimate of what is left, in seconds."""
 
     epoch: int
@@ -58,7 +58,7 @@ def fit(
     pruner: Pruner | None = None,
     score: Callable[[nn.Module], float] | None = None,
     checkpoint: Path | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[EpochProgress], None] | None = None,
 ) -> Fit:
     """Train a model in place on uint8 images x (N, C, H, W) and labels y (N,), and leave it in eval mode.
 
@@ -95,7 +95,7 @@ def fit(
             if progress is not None:
                 each = (time.monotonic() - began) / (state.epoch - first)
                 remaining = each * (recipe.epochs - state.epoch)
-                progress(Progress(state.epoch, recipe.epochs, mean_loss, value, remaining))
+                progress(EpochProgress(state.epoch, recipe.epochs, mean_loss, value, remaining))
     _apply_(_targets(model, state.masks))
     model.eval()
     model.zero_grad(set_to_none=True)

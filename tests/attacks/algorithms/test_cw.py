@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparring.attacks import cw, run
 from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_pull
 from sparring.attacks.algorithms._cw import Aim
-from sparring.attacks.algorithms._losses import margin
+from sparring.attacks.algorithms._losses import margin_loss
 from sparring.attacks.algorithms._projections import select
 from sparring.threat import L2, Threat
 
@@ -42,7 +42,7 @@ def test_the_slope_is_that_of_the_papers_objective(targeted: bool) -> None:
     targets = (y + 1) % 4 if targeted else None
 
     def objective(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
-        return constant * (0.5 - margin(logits, y, targets)).clamp_min(0)
+        return constant * (0.5 - margin_loss(logits, y, targets)).clamp_min(0)
 
     with frozen(model):
         probe = Probe(model)
@@ -50,7 +50,7 @@ def test_the_slope_is_that_of_the_papers_objective(targeted: bool) -> None:
         aim = Aim(y if targets is None else targets, constant, 0.5, -1 if targeted else 1)
         logits, found = logits_and_pull(probe, x, aim)
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(aim.gap, margin(logits, y, targets))
+    torch.testing.assert_close(aim.gap, margin_loss(logits, y, targets))
     assert probe.backwards == 80 and bool((expected != 0).any())
 
 
@@ -125,7 +125,7 @@ def _by_rounds(
         adam, won, checked = torch.optim.Adam([w], lr=learning_rate), False, float("inf")
         for step in range(1, steps + 1):
             point = (torch.tanh(w) + 1) / 2
-            gap, square = margin(model(point), y).squeeze(), (point - x).square().sum()
+            gap, square = margin_loss(model(point), y).squeeze(), (point - x).square().sum()
             loss = square + constant * (-gap).clamp_min(0)
             if gap.item() > 1e-5:
                 won, smallest = True, torch.minimum(smallest, square.detach().sqrt())

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from sparring.attacks import apgd, fab
 from sparring.attacks._gradients import Probe
-from sparring.attacks.algorithms._losses import margin
+from sparring.attacks.algorithms._losses import margin_loss
 
 
 def won(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
-        return margin(model(x_adv), y) > 0
+        return margin_loss(model(x_adv), y) > 0
 
 
 def test_other_starts_of_apgd_cost_no_image_more_than_its_steps(trained: tuple[nn.Module, Tensor, Tensor]) -> None:
@@ -50,7 +50,7 @@ def test_fab_goes_on_where_rounding_would_take_its_step(gap: float) -> None:
     for image, label in zip(x.split(1), y.split(1), strict=True):
         net[1].weight.copy_(torch.stack([-weight, weight]))
         net[1].bias.fill_(5.0)
-        net[1].bias[0] += margin(net(image), label)[0] + gap
+        net[1].bias[0] += margin_loss(net(image), label)[0] + gap
         x_adv = fab(net, image, label, steps=5)
         assert bool(won(net, x_adv, label).all())
         assert float((x_adv - image).norm()) < 1e-3

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparring.attacks import deepfool, run
 from sparring.attacks._gradients import Probe
 from sparring.attacks.algorithms._linearise import nearest_boundary, pull_back
-from sparring.attacks.algorithms._losses import margin
+from sparring.attacks.algorithms._losses import margin_loss
 from sparring.attacks.fastpath._gram_matrix import find_stem
 from sparring.attacks.fastpath._mlp import read_dense
 from sparring.threat import L2, LINF, Threat, distance
@@ -115,9 +115,9 @@ def test_pull_back_stays_adversarial_and_comes_nearer(images: Tensor) -> None:
     net = narrow_net(2)
     y = net(images).argmax(1)
     far = torch.rand(images.shape, generator=torch.Generator().manual_seed(4))
-    won = margin(net(far), y) > 0
+    won = margin_loss(net(far), y) > 0
     x, far, y = images[won], far[won], y[won]
     near = pull_back(net, x, far, y, rounds=12)
     assert len(x) > 0
-    assert bool((margin(net(near), y) > 0).all())
+    assert bool((margin_loss(net(near), y) > 0).all())
     assert bool((distance(near - x, L2) <= distance(far - x, L2) + 1e-6).all())

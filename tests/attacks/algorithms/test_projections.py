@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.attacks.algorithms._projections import Region, boundary_step, climb, hold, inside
+from sparring.attacks.algorithms._projections import FeasibleSet, boundary_step, climb, hold, inside
 from sparring.threat import L1, L2, LINF, distance
 
 
@@ -48,7 +48,7 @@ def test_points_already_inside_stay_where_they_are() -> None:
 @pytest.mark.parametrize(("norm", "eps"), [(LINF, 0.2), (L2, 1.0), (L1, 3.0)])
 def test_no_point_of_the_region_gains_more_than_one_long_step(norm: float, eps: float) -> None:
     x, gradient = problem(2)
-    region = Region.around(x, norm, eps)
+    region = FeasibleSet.around(x, norm, eps)
     best = region.ahead(x.clone(), gradient, eps)
     gain = ((best - x) * gradient).flatten(1).sum(1)
     generator = torch.Generator().manual_seed(3)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparring.attacks import ATTACKS, robust_accuracy, run
 from sparring.attacks._gradients import logits_and_gradient, logits_and_rows
-from sparring.attacks.algorithms._losses import margin
+from sparring.attacks.algorithms._losses import margin_loss
 from sparring.attacks.evaluation._finite_differences import Differences, blind_pixels
 from sparring.outputs import opened
 from sparring.sparsity import TopK
@@ -271,7 +271,7 @@ def test_differences_are_the_gradient_where_the_network_is_linear(many: Tensor) 
     x, y = many.double(), torch.zeros(40, dtype=torch.int64)
     model = Differences(linear, PIXELS["every other pixel"])
     for ask in (
-        lambda network: logits_and_gradient(network, x, margin, y)[1],
+        lambda network: logits_and_gradient(network, x, margin_loss, y)[1],
         lambda network: logits_and_rows(network, x, lambda logits: torch.eye(4).double()[:3, None].expand(3, 40, 4))[1],
     ):
         assert torch.allclose(ask(model), ask(linear), atol=1e-9)

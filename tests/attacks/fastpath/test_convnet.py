@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparring import models
 from sparring.attacks import nearest, run
 from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_rows
-from sparring.attacks.algorithms._losses import cross_entropy, margin
+from sparring.attacks.algorithms._losses import cross_entropy, margin_loss
 from sparring.attacks.fastpath._convnet import read_convolved
 from sparring.threat import L2, Threat
 
@@ -42,7 +42,7 @@ def test_logits_and_gradients_are_those_of_autograd(name: str) -> None:
         plain, by_hand = Probe(model), Probe(model, hand=hand)
         pairs = [
             pair
-            for objective in (cross_entropy, margin)
+            for objective in (cross_entropy, margin_loss)
             for pair in zip(*(logits_and_gradient(probe, x, objective, y) for probe in (plain, by_hand)), strict=True)
         ]
         rows = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(2))
@@ -59,8 +59,8 @@ def test_of_equal_values_one_takes_the_gradient() -> None:
     with frozen(model):
         hand = read_convolved(model, images(2)[0])
         y = torch.tensor([0])
-        expected = logits_and_gradient(Probe(model), x, margin, y)[1]
-        found = logits_and_gradient(Probe(model, hand=hand), x, margin, y)[1]
+        expected = logits_and_gradient(Probe(model), x, margin_loss, y)[1]
+        found = logits_and_gradient(Probe(model, hand=hand), x, margin_loss, y)[1]
     # Whichever it is, a gradient keeps its sum: filters are only shifted.
     torch.testing.assert_close(found.sum((2, 3)), expected.sum((2, 3)), rtol=1e-3, atol=1e-4)
 

@@ -10,7 +10,7 @@ from sparring import models
 from sparring.attacks import square
 from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_rows
 from sparring.attacks.algorithms import _square_linf as lookahead
-from sparring.attacks.algorithms._losses import cross_entropy, margin
+from sparring.attacks.algorithms._losses import cross_entropy, margin_loss
 from sparring.attacks.fastpath._mlp import read_dense
 
 from ..broken_defences import Hidden
@@ -43,7 +43,7 @@ def test_logits_and_gradients_are_those_of_autograd(name: str) -> None:
         dense = read_dense(model, x[:2])
         assert dense is not None
         plain, by_hand = Probe(model), Probe(model, hand=dense)
-        for objective in (cross_entropy, margin):
+        for objective in (cross_entropy, margin_loss):
             for first, second in zip(
                 logits_and_gradient(plain, x, objective, y), logits_and_gradient(by_hand, x, objective, y), strict=True
             ):
@@ -101,8 +101,8 @@ def test_images_without_slope_are_not_sent_back_and_nothing_else_changes() -> No
     x, y = torch.rand(40, 2, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 5
     with frozen(model):
         by_hand = Probe(model, hand=read_dense(model, x[:2]))
-        _, every = logits_and_gradient(by_hand, x, margin, y)
-        _, some = logits_and_gradient(by_hand, x, lambda *a: margin(*a) * (torch.arange(40) % 3 == 0), y)
+        _, every = logits_and_gradient(by_hand, x, margin_loss, y)
+        _, some = logits_and_gradient(by_hand, x, lambda *a: margin_loss(*a) * (torch.arange(40) % 3 == 0), y)
     assert by_hand.backwards == 80
     torch.testing.assert_close(some[::3], every[::3])
     assert bool((some[1::3] == 0).all()) and bool((some[2::3] == 0).all())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparring.bounds import bernoulli, margin_ratios
+from sparring.bounds import margin_ratios, random_mask_bounds
 from sparring.errors import UserError
 
 
@@ -21,7 +21,7 @@ def one_matrix() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 def test_the_expected_spectral_norm_rises_first() -> None:
     model, x, y = one_matrix()
-    start, later = bernoulli(model, x, y, (0.0, 0.1), norm=2.0, radius=0.1, layers=("1",), draws=300)
+    start, later = random_mask_bounds(model, x, y, (0.0, 0.1), norm=2.0, radius=0.1, layers=("1",), draws=300)
     assert start.constant[0] == pytest.approx(math.sqrt(2), abs=1e-6)
     # (1−α)⁴ √2 + 4α(1−α)³ φ + ... with φ = 1.618: 1.465 at α = 0.1
     assert later.constant[1] < 1.465 < later.constant[2]
@@ -30,7 +30,7 @@ def test_the_expected_spectral_norm_rises_first() -> None:
 
 def test_the_expected_row_sum_falls() -> None:
     model, x, y = one_matrix()
-    points = bernoulli(model, x, y, (0.0, 0.3, 0.9), norm=math.inf, radius=0.1, layers=("1",), draws=100)
+    points = random_mask_bounds(model, x, y, (0.0, 0.3, 0.9), norm=math.inf, radius=0.1, layers=("1",), draws=100)
     assert all(point.change[2] < 0 for point in points[1:])
 
 
@@ -50,9 +50,9 @@ def test_scaling_the_weights_moves_no_ratio() -> None:
 
 def test_the_model_is_untouched_and_bad_requests_are_refused() -> None:
     model, x, y = one_matrix()
-    bernoulli(model, x, y, (1.0,), norm=2.0, radius=0.1, draws=2)
+    random_mask_bounds(model, x, y, (1.0,), norm=2.0, radius=0.1, draws=2)
     assert (model[1].weight != 0).all()
     with pytest.raises(UserError, match="layers"):
-        bernoulli(model, x, y, (0.5,), norm=2.0, radius=0.1, layers=("7",))
+        random_mask_bounds(model, x, y, (0.5,), norm=2.0, radius=0.1, layers=("7",))
     with pytest.raises(UserError, match="two draws"):
-        bernoulli(model, x, y, (0.5,), norm=2.0, radius=0.1, draws=1)
+        random_mask_bounds(model, x, y, (0.5,), norm=2.0, radius=0.1, draws=1)

@@ -18,7 +18,7 @@ from sparring.deploy.kernels import _native as native
 from sparring.deploy.kernels import _plan as planning
 from sparring.deploy.kernels._abi import Layout
 from sparring.deploy.kernels._engine import Engine
-from sparring.deploy.kernels._fusion import Layer
+from sparring.deploy.kernels._fusion import FusedLayer
 from sparring.deploy.kernels._native import host_lanes
 from sparring.models import Residual
 from sparring.sparsity import Threshold, TopK
@@ -179,7 +179,7 @@ def test_units_share_memory_up_to_the_first_linear_layer(sparse_model):
     tasks = engine.tasks_of(program)
     one, four = (planning.Planner(program, tasks, Layout(True, 8, units)) for units in (1, 4))
     assert one.end == four.end and one.unit_bytes == four.unit_bytes
-    convolved, *linear = [four.buffer(task.result) for task in tasks if isinstance(task, Layer)]
+    convolved, *linear = [four.buffer(task.result) for task in tasks if isinstance(task, FusedLayer)]
     assert convolved.origin >= 0 and all(buffer.origin < 0 for buffer in linear)
     assert four.arena_bytes - one.arena_bytes == 3 * four.unit_bytes
 

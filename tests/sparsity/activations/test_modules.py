@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparring.errors import UserError
-from sparring.graph import Activation, lower
+from sparring.graph import SparseActivation, lower
 from sparring.models import build
 from sparring.sparsity import (
     ACTIVATIONS,
@@ -166,7 +166,9 @@ def test_insert_replaces_every_relu_and_keeps_names(kind: str, make: Callable[[]
     sparse.train()
     sparse(images()).sum().backward()
     assert all(p.grad is not None for p in sparse.parameters())
-    assert sum(isinstance(n.op, Activation) for n in lower(sparse, (1, 8, 8)).nodes) == len(list(sparsifiers(sparse)))
+    assert sum(isinstance(n.op, SparseActivation) for n in lower(sparse, (1, 8, 8)).nodes) == len(
+        list(sparsifiers(sparse))
+    )
 
 
 def test_insert_spares_and_refuses() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparring.metrics import size
 from sparring.sparsity import METHODS, Masks, PruningSpec, all_ones, build_pruner, check_reached, sparsity_of
-from sparring.train import Fit, Progress, Recipe, fit
+from sparring.train import EpochProgress, Fit, Recipe, fit
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05)
 
@@ -31,7 +31,7 @@ class Interrupted(Exception):
 
 
 def run(method: str, checkpoint: Path | None = None, *, stop_after: int | None = None) -> tuple[nn.Module, Fit]:
-    def progress(state: Progress) -> None:
+    def progress(state: EpochProgress) -> None:
         if state.epoch == stop_after:
             raise Interrupted
 

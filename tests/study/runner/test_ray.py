@@ -15,7 +15,7 @@ import torch
 from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.records import Store
-from sparring.study import Context, Outcome, RayCluster, Task, execute, run
+from sparring.study import Context, RayCluster, Task, TaskOutcome, execute, run
 
 from .test_run import contents, tiny_plan
 
@@ -60,14 +60,14 @@ def test_records_equal_those_of_one_process(cluster: Any, few_digits: Dataset, t
     assert not ray.is_initialized()
 
 
-def dies_once(context: Context, task: Task) -> Outcome:
+def dies_once(context: Context, task: Task) -> TaskOutcome:
     """Kill the worker, once for task 1 and always for task 4; else add one to the parent's tensor."""
     marker = Path(task.inputs["folder"]) / f"died-{task.inputs['i']}"
     if task.inputs["i"] == 4 or (task.inputs["i"] == 1 and not marker.exists()):
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     before = sum(int(context.tensors(key)["t"]) for key in task.parents)
-    return Outcome({"value": before + 1.0}, tensors={"t": torch.tensor(before + 1)})
+    return TaskOutcome({"value": before + 1.0}, tensors={"t": torch.tensor(before + 1)})
 
 
 def chain(folder: Path, count: int) -> list[Task]:

@@ -17,7 +17,7 @@ from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.files import sha256_file
 from sparring.records import Store, read_plan
-from sparring.study import DataFacts, Event, InProcess, Outcome, Plan, Processes, Task, execute, lay_out, run
+from sparring.study import DataFacts, Event, InProcess, Plan, Processes, Task, TaskOutcome, execute, lay_out, run
 from sparring.train import _fit as loop
 
 
@@ -222,7 +222,7 @@ def test_a_record_says_where_it_comes_from(undisturbed: Path) -> None:
 
 
 def test_what_json_cannot_say_is_no_damage(store: Store) -> None:
-    work = lambda task: Outcome({"value": math.nan}, {"splices": [1.0, math.inf]})  # noqa: E731
+    work = lambda task: TaskOutcome({"value": math.nan}, {"splices": [1.0, math.inf]})  # noqa: E731
     execute(_tasks(1), store, InProcess(work))
     (again,) = execute(_tasks(1), store, InProcess(work))
     assert again.metrics == {"value": None} and again.series == {"splices": [1.0, None]} and not store.found_damaged
@@ -244,10 +244,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers: int, problem: BaseException) -> None:
     flag = store.out / "mended"
 
-    def work(task: Task) -> Outcome:
+    def work(task: Task) -> TaskOutcome:
         if task.inputs["i"] == 3 and not flag.exists():
             raise problem
-        return Outcome({"value": float(task.inputs["i"])})
+        return TaskOutcome({"value": float(task.inputs["i"])})
 
     def go(retry: bool = False) -> list[Any]:
         executor = Processes(work, workers) if workers else InProcess(work)
@@ -266,14 +266,14 @@ def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers
 
 
 def test_a_worker_that_dies_is_replaced(store: Store) -> None:
-    def work(task: Task) -> Outcome:
+    def work(task: Task) -> TaskOutcome:
         marker = store.out / f"died-{task.inputs['i']}"
         if task.inputs["i"] in (1, 4) and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if task.inputs["i"] == 6:
             os.kill(os.getpid(), signal.SIGKILL)
-        return Outcome({"value": 1.0}, tensors={"t": torch.arange(3)})
+        return TaskOutcome({"value": 1.0}, tensors={"t": torch.arange(3)})
 
     executor = Processes(work, 2)
     try:

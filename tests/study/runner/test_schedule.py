@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparring.records import Store
-from sparring.study import Outcome, Task, execute
+from sparring.study import Task, TaskOutcome, execute
 from sparring.study.runner._executors import Done
 
 SEEDS, EACH = 3, 6
@@ -43,7 +43,7 @@ class Clock:
         self.now = end
         done = [task for at, task in self.ends if at == end]
         self.ends = [(at, task) for at, task in self.ends if at != end]
-        return [Done(task, Outcome(), None, 0.0) for task in done]
+        return [Done(task, TaskOutcome(), None, 0.0) for task in done]
 
     def close(self) -> None:
         self.ends.clear()

@@ -13,7 +13,7 @@ from sparring.errors import PlanError, UserError
 from sparring.models import build
 from sparring.records import Store
 from sparring.study import Plan, run
-from sparring.study.plans._tables import Training
+from sparring.study.plans._tables import TrainingSettings
 from sparring.study.stages._train import ramped_loss, refuse_constant, training_loss
 from sparring.train import Ramped
 
@@ -23,7 +23,7 @@ from sparring.train import Ramped
 def test_eps_grows_over_the_ramp_and_stays(few_digits: Dataset, kind: str, share: float, eps: float) -> None:
     model = build("mlp", shape=(1, 8, 8), classes=10, mean=few_digits.mean, std=few_digits.std, widths=(16,), seed=0)
     x, y = few_digits.test.x[:8].float() / 255, few_digits.test.y[:8]
-    table = asdict(Training(loss=kind, eps=0.2, ramp=0.5))  # type: ignore[arg-type]
+    table = asdict(TrainingSettings(loss=kind, eps=0.2, ramp=0.5))  # type: ignore[arg-type]
     ramped = ramped_loss(table)
     assert isinstance(ramped, Ramped)
     values = [

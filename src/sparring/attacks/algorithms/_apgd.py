@@ -12,8 +12,8 @@ from ...outputs import opening
 from ...threat import LINF, random_point
 from .._gradients import logits_and_gradient
 from ._early_exit import Prospects
-from ._losses import Objective, cross_entropy, dlr, margin
-from ._projections import Region, budget, column, select, shrink
+from ._losses import Objective, cross_entropy, dlr, margin_loss
+from ._projections import FeasibleSet, budget, column, select, shrink
 
 _MOMENTUM = 0.75
 _NEEDED_SHARE = 0.75
@@ -81,7 +81,7 @@ def apgd(
     def ascend(
         rows: Tensor, objective: Objective, steps: int, interval: int, spared: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        region = Region.around(x[rows], norm, eps)
+        region = FeasibleSet.around(x[rows], norm, eps)
         start = region.bring_in_(region.x + random_point(region.x, norm, eps, generator))
         state = _begin(start, y[rows], select(targets, rows), select(aims, rows), eps)
         prospects = Prospects.of(len(rows), steps, interval=interval, like=x, spared=spared)
@@ -125,7 +125,7 @@ def _begin(start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None
 
 
 def _ascend(
-    model: nn.Module, state: _Ascent, region: Region, objective: Objective, prospects: Prospects, early: int
+    model: nn.Module, state: _Ascent, region: FeasibleSet, objective: Objective, prospects: Prospects, early: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return each image's best point, or that of its success; who won; who left just short of that by step `early`."""
     end = state.point.clone()
@@ -136,7 +136,7 @@ def _ascend(
     for step in range(prospects.steps + 1):
         pull = state.targets if state.aims is None else state.aims
         logits, gradient = logits_and_gradient(model, state.point, objective, state.y, pull)
-        done, leaving = prospects.judge(margin(logits, state.y, state.targets), step)
+        done, leaving = prospects.judge(margin_loss(logits, state.y, state.targets), step)
         _record(state, objective(logits, state.y, pull), gradient)
         end[prospects.row[leaving]] = state.best_point[leaving]
         end[prospects.row[done]] = state.point[done]

@@ -15,7 +15,7 @@ from ...errors import Unsupported
 from ...outputs import opening
 from ...threat import L2, distance
 from .._gradients import logits_and_gradient, logits_and_pull
-from ._losses import is_clear, margin
+from ._losses import is_clear, margin_loss
 from ._projections import keep_within, shrink
 
 # Keeps arctanh finite for pixels that lie on the box.
@@ -196,6 +196,6 @@ def _linearised(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None, 
 
     Then |δ|² + c·(lack − g·δ) is smallest at δ = c·g/2, which makes up for the lack if c·|g|² = 2·lack.
     """
-    logits, gradient = logits_and_gradient(model, x, margin, y, targets)
-    lack = (confidence - margin(logits, y, targets)).clamp_min(1e-12)
+    logits, gradient = logits_and_gradient(model, x, margin_loss, y, targets)
+    lack = (confidence - margin_loss(logits, y, targets)).clamp_min(1e-12)
     return 2 * lack / distance(gradient, L2).square().clamp_min(1e-12)

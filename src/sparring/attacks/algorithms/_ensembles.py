@@ -17,16 +17,16 @@ from ..evaluation._run import Attack
 from ._apgd import apgd
 from ._deepfool import deepfool
 from ._fab import fab
-from ._losses import dlr, is_answer, margin, scaled_cross_entropy
+from ._losses import dlr, is_answer, margin_loss, scaled_cross_entropy
 from ._nearest import nearest
 from ._pgd import pgd
 from ._projections import column, select
 from ._square import square
 
 # For models that draw: what is just past the boundary for some draws is not for others, so nobody leaves early.
-_DEEP = partial(pgd, objective=margin, stop_early=False)
+_DEEP = partial(pgd, objective=margin_loss, stop_early=False)
 # Where gradients are masked, each of them finds images that the others do not.
-_LOSSES = (margin, dlr, scaled_cross_entropy)
+_LOSSES = (margin_loss, dlr, scaled_cross_entropy)
 
 
 @opening
@@ -79,7 +79,7 @@ def _best_of(
         with torch.no_grad():
             logits = model(found)
         # Logits that are no numbers are no class: the evaluator counts them as a success, an image of NaN never.
-        past = torch.where(is_answer(logits), margin(logits, y[rows], select(targets, rows)), torch.inf)
+        past = torch.where(is_answer(logits), margin_loss(logits, y[rows], select(targets, rows)), torch.inf)
         length = distance(found - x[rows], norm)
         won = (past > 0) & torch.isfinite(length)
         moved = torch.where(won, length, torch.inf)
@@ -224,7 +224,7 @@ def fast(
     elif _is_differenced(model):
         attacks = _by_differences(x, norm)
     elif norm == L1:
-        attacks = [nearest, partial(pgd, steps=40, objective=margin)]
+        attacks = [nearest, partial(pgd, steps=40, objective=margin_loss)]
     else:
         masked = has_masked_gradients(model)
         started: list[Attack] = [
@@ -250,5 +250,5 @@ def _is_differenced(model: nn.Module) -> bool:
 
 def _by_differences(x: Tensor, norm: float) -> list[Attack]:
     """Return attacks that need few gradients, and Square, which needs none."""
-    ascents: list[Attack] = [partial(pgd, steps=40, objective=loss) for loss in (margin, dlr)]
+    ascents: list[Attack] = [partial(pgd, steps=40, objective=loss) for loss in (margin_loss, dlr)]
     return [*ascents, square] if x.dim() == 4 and norm != L1 else ascents

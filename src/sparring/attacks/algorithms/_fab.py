@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...outputs import opening
 from ...threat import L2, LINF, distance, project, random_point
 from ._linearise import nearest_boundary, pull_back
-from ._losses import is_past, margin
+from ._losses import is_past, margin_loss
 from ._projections import boundary_step, column, keep_within, select, shrink
 
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
@@ -131,7 +131,7 @@ def _walk(
         smallest[walk.row[better]] = moved[better]
         # After a success the search goes on from a little nearer to x, be it one that only rounding would take back:
         # a step that ends as near to the boundary as that would be followed by ever smaller ones.
-        beyond = column(margin(logits, walk.y, walk.targets) > 0, point)
+        beyond = column(margin_loss(logits, walk.y, walk.targets) > 0, point)
         walk.point = torch.where(beyond, walk.x + _BETA * (point - walk.x), point)
 
 

@@ -11,7 +11,7 @@ from ...errors import Unsupported
 from ...outputs import opening
 from ...threat import L2, LINF, distance, gaussian, uniform
 from ._linearise import pull_back
-from ._losses import margin
+from ._losses import margin_loss
 from ._projections import column, keep_within, select, steepest
 
 # Probes that go through the model at once.
@@ -66,7 +66,7 @@ def hopskipjump(
 
 def _decide(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
     with torch.no_grad():
-        return margin(model(x), y, targets) > 0
+        return margin_loss(model(x), y, targets) > 0
 
 
 def _random_start(

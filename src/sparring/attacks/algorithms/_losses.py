@@ -26,7 +26,7 @@ def _others(logits: Tensor, label: Tensor) -> Tensor:
     return logits.scatter(1, label.unsqueeze(1), -torch.inf)
 
 
-def margin(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+def margin_loss(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
     """Return how far an image is past the boundary: positive exactly when the attack has succeeded.
 
     Untargeted: max of the other logits minus the own one; targeted: the target's logit minus the max of the others
@@ -41,7 +41,7 @@ def is_past(logits: Tensor, y: Tensor, targets: Tensor | None = None, *, confide
     """Return where the margin exceeds `confidence` by more than rounding: a search for the nearest point ends so near
     the boundary that another pass could otherwise judge differently.
     """
-    return is_clear(margin(logits, y, targets), logits, confidence=confidence)
+    return is_clear(margin_loss(logits, y, targets), logits, confidence=confidence)
 
 
 def is_clear(gap: Tensor, logits: Tensor, *, confidence: float = 0.0) -> Tensor:
@@ -70,7 +70,7 @@ def scaled_cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = Non
     the gap is the span, at which single precision loses the own class's gradient: the margin is returned.
     """
     if logits.shape[1] == 2:
-        return margin(logits, y, targets)
+        return margin_loss(logits, y, targets)
     span = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach().clamp_min(1e-12)
     return cross_entropy(logits * (20 / span), y, targets)
 
@@ -82,7 +82,7 @@ def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
     With three, a targeted loss takes the lowest logit; with two no such ratio exists and the margin is returned.
     """
     if logits.shape[1] == 2:
-        return margin(logits, y, targets)
+        return margin_loss(logits, y, targets)
     ordered = logits.sort(dim=1, descending=True).values
     own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
     if targets is None:

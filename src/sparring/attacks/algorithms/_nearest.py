@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...outputs import opening
 from ...threat import L2, LINF, diameter, distance, dual, project
 from .._gradients import logits_and_gradient
-from ._losses import Objective, margin, smooth_margin
+from ._losses import Objective, margin_loss, smooth_margin
 from ._projections import boundary_step, column, hold, keep_within, select
 
 # Clean margins span this many units of temperature, so that scaling the logits changes nothing.
@@ -62,7 +62,7 @@ def nearest(
     succeeds within it. The generator is not used.
     """
     with torch.no_grad():
-        clean = -margin(model(x), y, targets)
+        clean = -margin_loss(model(x), y, targets)
     best = _Best(x.clone(), torch.where(clean < 0, 0.0, torch.inf).to(x.dtype))
     rows = (clean >= 0).nonzero().squeeze(1)
     if len(rows):
@@ -95,7 +95,7 @@ def _descend(
         if len(rows) == 0:
             return
         logits, gradient = logits_and_gradient(model, point, objective, y, targets)
-        won = margin(logits, y, targets) > _CLEARANCE * scale
+        won = margin_loss(logits, y, targets) > _CLEARANCE * scale
         delta = point - x
         moved = distance(delta, norm)
         best.update(rows, point, moved, won)
@@ -114,7 +114,7 @@ def _descend(
         delta = delta + column(rate * radius, x) * _direction(gradient, norm)
         point = (x + _onto_sphere(delta, norm, radius)).clamp(0, 1)
     with torch.no_grad():
-        won = margin(model(point), y, targets) > _CLEARANCE * scale
+        won = margin_loss(model(point), y, targets) > _CLEARANCE * scale
     best.update(rows, point, distance(point - x, norm), won)
 
 
@@ -137,8 +137,8 @@ def _project_repeatedly(
         if len(active) == 0:
             return
         origin, labels, aims, unit = x[active], y[active], select(targets, active), scale[active]
-        logits, gradient = logits_and_gradient(model, point, margin, labels, aims)
-        gap = margin(logits, labels, aims)
+        logits, gradient = logits_and_gradient(model, point, margin_loss, labels, aims)
+        gap = margin_loss(logits, labels, aims)
         improved = best.update(active, point, distance(point - origin, norm), gap > _CLEARANCE * unit)
         # The first projection starts from the best point, the second may still be on its way.
         keep = torch.ones_like(improved) if turn < 2 else improved

@@ -12,8 +12,8 @@ from ...threat import LINF, random_point
 from ...waiting import alone
 from .._gradients import logits_and_gradient
 from ._early_exit import Prospects
-from ._losses import Objective, cross_entropy, margin
-from ._projections import Region, budget, climb, inside, select
+from ._losses import Objective, cross_entropy, margin_loss
+from ._projections import FeasibleSet, budget, climb, inside, select
 
 # PGD's last step as a share of its first.
 _LAST_STEP = 0.01
@@ -99,7 +99,7 @@ def pgd(
     for restart in range(restarts):
         if len(standing) == 0:
             break
-        region = Region.around(x[standing], norm, eps)
+        region = FeasibleSet.around(x[standing], norm, eps)
         start = region.x.clone()
         if random_start or restart > 0:
             start = region.bring_in_(start.add_(random_point(start, norm, eps, generator)))
@@ -111,7 +111,7 @@ def pgd(
 
 def _ascend(
     model: nn.Module,
-    region: Region,
+    region: FeasibleSet,
     point: Tensor,
     y: Tensor,
     targets: Tensor | None,
@@ -126,7 +126,7 @@ def _ascend(
     for step, length in enumerate(lengths):
         logits, gradient = logits_and_gradient(model, point, objective, y, targets)
         if stop_early:
-            done, leaving = prospects.judge(margin(logits, y, targets), step)
+            done, leaving = prospects.judge(margin_loss(logits, y, targets), step)
             end[prospects.row[leaving]] = point[leaving]
             won[prospects.row[done]] = True
         with alone(point.numel()) if region.norm == LINF else nullcontext():
@@ -141,5 +141,5 @@ def _ascend(
     rows, point, y, targets = prospects.row[stay], point[stay], y[stay], select(targets, stay)
     end[rows] = point
     with torch.no_grad():
-        won[rows] = margin(model(point), y, targets) > 0
+        won[rows] = margin_loss(model(point), y, targets) > 0
     return end, won

@@ -135,7 +135,7 @@ def _inside_l1(x: Tensor, x_adv: Tensor, limit: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Region:
+class FeasibleSet:
     """Where an attack may go, the box and the eps-ball around x, prepared once for all steps."""
 
     x: Tensor
@@ -145,7 +145,7 @@ class Region:
     high: Tensor
 
     @classmethod
-    def around(cls, x: Tensor, norm: float, eps: float) -> Region:
+    def around(cls, x: Tensor, norm: float, eps: float) -> FeasibleSet:
         """Return the region of images x."""
         if norm != LINF:
             return cls(x, norm, eps, x, x)
@@ -169,11 +169,11 @@ class Region:
         best = climb(self.x, gradient, L1, self.eps)
         return point + share.view(-1, *[1] * (point.dim() - 1)) * (best - point)
 
-    def take(self, which: Tensor) -> Region:
+    def take(self, which: Tensor) -> FeasibleSet:
         """Return the region of the chosen images."""
         if self.norm != LINF:
-            return Region.around(self.x[which], self.norm, self.eps)
-        return Region(self.x[which], self.norm, self.eps, self.low[which], self.high[which])
+            return FeasibleSet.around(self.x[which], self.norm, self.eps)
+        return FeasibleSet(self.x[which], self.norm, self.eps, self.low[which], self.high[which])
 
 
 def keep_within(x: Tensor, x_adv: Tensor, norm: float, eps: float | None) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...errors import Unsupported
 from ...outputs import opening
 from ...threat import L2, LINF, distance, uniform
-from ._losses import margin
-from ._projections import Region, budget, column, inside, shrink
+from ._losses import margin_loss
+from ._projections import FeasibleSet, budget, column, inside, shrink
 from ._square_linf import Search, try_squares
 
 # Fractions of the queries at which the side of the squares shrinks (the area halves each time).
@@ -48,12 +48,12 @@ def square(
     eps = budget(eps)
     if norm not in (LINF, L2) or x.dim() != 4:
         raise Unsupported("Square needs images (N, C, H, W) and l_inf or l_2")
-    region = Region.around(x, norm, eps)
+    region = FeasibleSet.around(x, norm, eps)
     start = region.bring_in_(x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)))
     start = start.contiguous()
     x_adv = start.clone()
     with torch.no_grad():
-        gap = margin(model(start), y, targets)
+        gap = margin_loss(model(start), y, targets)
     state = Search.of(region, y, targets, start, gap)
     checks = {queries >> halvings for halvings in range(1, _CHECKS + 1)}
     for begin, end in pairwise(_marks(queries, checks)):
@@ -107,7 +107,7 @@ def _try_l2(model: nn.Module, state: Search, side: int, eps: float, generator: t
     """Try one query of l_2 on every image, and keep what raises its margin."""
     candidate = _propose_l2(state, side, eps, generator)
     with torch.no_grad():
-        gap = margin(model(candidate), state.y, state.targets)
+        gap = margin_loss(model(candidate), state.y, state.targets)
     better = (gap > state.gap).nonzero().squeeze(1)
     state.gap[better], state.point[better] = gap[better], candidate[better]
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from ...threat import uniform
 from .._gradients import Probe
 from ..fastpath._mlp import Dense
-from ._losses import margin
-from ._projections import Region, select
+from ._losses import margin_loss
+from ._projections import FeasibleSet, select
 
 # On a network of matrices an image tries so many squares at once: about one in twenty is kept, so that few are wasted,
 # and small products cost as much as these. Early on more are kept: one more at once for every ten queries made.
@@ -40,7 +40,7 @@ class Search:
     checked: Tensor
 
     @classmethod
-    def of(cls, region: Region, y: Tensor, targets: Tensor | None, point: Tensor, gap: Tensor) -> Search:
+    def of(cls, region: FeasibleSet, y: Tensor, targets: Tensor | None, point: Tensor, gap: Tensor) -> Search:
         """Return the beginning, with everybody in it."""
         row = torch.arange(len(y), device=y.device)
         return cls(row, region.x, region.low, region.high, y, targets, point, gap, gap.clone())
@@ -119,7 +119,7 @@ def try_squares(
         else:
             logits = matrices.ask(image, pixels, view.change.flatten(0, 1).index_select(0, view.asked))
         gap = view.change.new_full(view.seen.shape, -torch.inf)
-        gap.view(-1)[view.asked] = margin(logits, state.y[image], select(state.targets, image))
+        gap.view(-1)[view.asked] = margin_loss(logits, state.y[image], select(state.targets, image))
         better = gap > state.gap[part].unsqueeze(1)
         gained = better.any(1).nonzero().squeeze(1)
         query, rows = better[gained].to(torch.uint8).argmax(1), going[gained]

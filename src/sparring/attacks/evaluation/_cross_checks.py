@@ -12,7 +12,7 @@ from ...facts import ATTACKS, OWN_ATTACK
 from ...outputs import Opened, opened
 from ...threat import LINF, Threat, diameter, distance
 from .._gradients import frozen
-from ..algorithms._losses import is_answer, margin
+from ..algorithms._losses import is_answer, margin_loss
 from ._flags import Flag, exceeds
 from ._run import Attack, AttackResult, budget_of, run
 
@@ -96,7 +96,7 @@ class _Witness(Opened):
             allowed = ((x - x.clamp(0, 1)).abs().flatten(1).amax(1) <= _TOLERANCE) & is_answer(logits)
             if self.threat.eps is not None:
                 allowed &= distance(x - self.x, self.threat.norm) <= self.threat.eps * (1 + _TOLERANCE)
-            won = margin(logits, self.y.expand(len(x))) > 1e-4 * logits.abs().amax(1)
+            won = margin_loss(logits, self.y.expand(len(x))) > 1e-4 * logits.abs().amax(1)
             self.seen = self.seen or bool((allowed & won).any())
         return logits
 
@@ -125,7 +125,7 @@ def check_silence(
             witness = _Witness(model, x[row], y[row], threat)
             x_adv = attack(witness, x[row], y[row], norm=threat.norm, generator=generator, **budget)
             with torch.no_grad():
-                silent += witness.seen and not bool(margin(model(x_adv), y[row]) > 0)
+                silent += witness.seen and not bool(margin_loss(model(x_adv), y[row]) > 0)
     if silent == 0:
         return ()
     detail = f"for {silent} of {len(failed)} images it failed on; let it return the best point that it saw"

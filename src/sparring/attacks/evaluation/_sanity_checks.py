@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...outputs import precision
 from ...threat import Threat, diameter, norm_name
 from .._gradients import logits_and_gradient
-from ..algorithms._losses import cross_entropy, is_answer, margin
+from ..algorithms._losses import cross_entropy, is_answer, margin_loss
 from ._flags import Flag, many
 
 # Layers that answer differently in training mode.
@@ -112,7 +112,7 @@ def check_losses(
     if len(x) == 0:
         return ()
     with torch.no_grad():
-        lower = int((margin(model(x_adv), y, targets) < margin(model(x), y, targets)).sum())
+        lower = int((margin_loss(model(x_adv), y, targets) < margin_loss(model(x), y, targets)).sum())
     if not many(lower, len(x), share=_MANY):
         return ()
     detail = (
@@ -159,7 +159,7 @@ def is_random(model: nn.Module, x: Tensor) -> bool:
 
 def zero_gradient_share(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return the share of images at which the margin has no gradient at all, from the first 32."""
-    _, gradient = logits_and_gradient(model, x[:_SAMPLE], margin, y[:_SAMPLE])
+    _, gradient = logits_and_gradient(model, x[:_SAMPLE], margin_loss, y[:_SAMPLE])
     return float((gradient.flatten(1) == 0).all(1).double().mean())
 
 
@@ -203,11 +203,11 @@ def _shattered(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
 
     From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to honest curvature.
     """
-    logits, gradient = logits_and_gradient(model, x, margin, y)
+    logits, gradient = logits_and_gradient(model, x, margin_loss, y)
     length = _SHORT_IN.get(precision(model, logits), _SHORT)
     step = (x + length * gradient.sign()).clamp(0, 1) - x
     with torch.no_grad():
-        gained = margin(model(x + step), y) - margin(logits, y)
+        gained = margin_loss(model(x + step), y) - margin_loss(logits, y)
     promised = (step * gradient).flatten(1).sum(1)
     off = int(((gained - promised).abs() > 0.5 * promised).sum())
     way_out = "compare with `square`, which needs none, and with surrogates"
@@ -217,7 +217,7 @@ def _shattered(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
     sign = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).sub_(0.5).sign_().to(x)
     up, down = ((x + side * wide * sign).clamp(0, 1) for side in (1, -1))
     with torch.no_grad():
-        changed = margin(model(up), y) - margin(model(down), y)
+        changed = margin_loss(model(up), y) - margin_loss(model(down), y)
     missed = changed - ((up - down) * gradient).flatten(1).sum(1)
     if missed.square().sum() > _WORSE * changed.square().sum():
         return [Flag("shattered-gradients", f"within {wide:g} pixel units it says nothing; {way_out}")]

@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 _SIZES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
 
 
-class Outcome(NamedTuple):
+class Scored(NamedTuple):
     """What one way of attacking reached: the images, how far each moved, success, distance as in AttackResult."""
 
     x_adv: Tensor
@@ -49,13 +49,13 @@ class Judge:
         """Return which images most of the passes do not assign to their class."""
         return self._share(x, self.y) < 0.5
 
-    def __call__(self, x: Tensor, x_adv: Tensor, clean_correct: Tensor) -> Outcome:
+    def __call__(self, x: Tensor, x_adv: Tensor, clean_correct: Tensor) -> Scored:
         """Return the outcome of an attack; images misclassified from the start are no success."""
         reached = self.wrong(x_adv) if self.targets is None else self._share(x_adv, self.targets) > 0.5
         moved = distance(x_adv - x, self.norm)
         success = clean_correct & reached & torch.isfinite(moved)  # NaN is no image, whatever the model makes of it
         reach = torch.where(success, moved, torch.where(clean_correct, torch.inf, 0.0))
-        return Outcome(x_adv, moved, success, reach)
+        return Scored(x_adv, moved, success, reach)
 
     def _share(self, x: Tensor, label: Tensor) -> Tensor:
         votes = torch.zeros(len(x), device=x.device)
@@ -68,26 +68,26 @@ class Judge:
         return votes / self.draws
 
 
-def untouched(x: Tensor, clean_correct: Tensor) -> Outcome:
+def untouched(x: Tensor, clean_correct: Tensor) -> Scored:
     """Return the outcome of no attack at all."""
     nowhere = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     reach = torch.where(clean_correct, torch.inf, nowhere)
-    return Outcome(x, nowhere, torch.zeros_like(clean_correct), reach)
+    return Scored(x, nowhere, torch.zeros_like(clean_correct), reach)
 
 
-def still_open(outcome: Outcome, threat: Threat) -> Tensor:
+def still_open(outcome: Scored, threat: Threat) -> Tensor:
     """Return the images another way of attacking could still do something about."""
     return (outcome.distance > 0) if threat.eps is None else torch.isinf(outcome.distance)
 
 
-def better(first: Outcome, second: Outcome) -> tuple[Outcome, Tensor]:
+def better(first: Scored, second: Scored) -> tuple[Scored, Tensor]:
     """Return the per-image better of two outcomes, and where the second was better by more than 5% or alone.
 
     Where neither succeeded, what the second left behind is kept if it moved at all.
     """
     taken = (second.distance < first.distance) | (torch.isinf(first.distance) & (second.moved != 0))  # NaN is not 0
     shape = column(taken, first.x_adv)
-    merged = Outcome(
+    merged = Scored(
         torch.where(shape, second.x_adv, first.x_adv),
         torch.where(taken, second.moved, first.moved),
         first.success | second.success,
@@ -96,7 +96,7 @@ def better(first: Outcome, second: Outcome) -> tuple[Outcome, Tensor]:
     return merged, second.distance < 0.95 * first.distance
 
 
-def resized(judge: Judge, x: Tensor, outcome: Outcome, clean_correct: Tensor) -> Outcome:
+def resized(judge: Judge, x: Tensor, outcome: Scored, clean_correct: Tensor) -> Scored:
     """Return the nearest of an outcome's perturbations and the same ones shorter and longer.
 
     A search on a model that draws ends at the boundary of its own few draws, and that of most draws lies elsewhere.
@@ -108,7 +108,7 @@ def resized(judge: Judge, x: Tensor, outcome: Outcome, clean_correct: Tensor) ->
     return nearest
 
 
-def violations(outcome: Outcome, threat: Threat, nonfinite: int) -> list[Flag]:
+def violations(outcome: Scored, threat: Threat, nonfinite: int) -> list[Flag]:
     """Return flags for images beyond box or budget, for searches that failed, and for logits that are no numbers."""
     flags = []
     beyond = float((outcome.x_adv.clamp(0, 1) - outcome.x_adv).abs().max())

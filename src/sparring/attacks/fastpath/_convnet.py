@@ -31,7 +31,7 @@ class _Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layer:
+class ConvLayer:
     """An unpadded convolution, the maximum over each p × p of its outputs (p = 1: none), and a ReLU if `rectified`.
 
     weight: (p² · outputs, inputs · height · width of a patch); bias: (outputs,).
@@ -75,7 +75,7 @@ class Layer:
 class Convolved:
     """Convolutional layers and the fully connected network that reads their last outputs."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[ConvLayer, ...]
     head: Dense
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[list[_Seen], list[Tensor]]]:
@@ -132,7 +132,7 @@ class _Draft:
         """Return the layer with its outputs scaled and shifted."""
         return replace(self, weight=self.weight * times.view(-1, 1, 1, 1), bias=self.bias * times + plus)
 
-    def finish(self) -> Layer | None:
+    def finish(self) -> ConvLayer | None:
         """Return the layer, or None where too much of its matrix would be zeros."""
         outputs, inputs, height, width = self.weight.shape
         down, across = self.stride
@@ -145,7 +145,7 @@ class _Draft:
                 shifted[i, j, ..., i * down : i * down + height, j * across : j * across + width] = self.weight
         matrix = shifted.view(self.pool**2 * outputs, -1)
         stride = down * self.pool, across * self.pool
-        return Layer(matrix, self.bias, patch, stride, self.rectified)
+        return ConvLayer(matrix, self.bias, patch, stride, self.rectified)
 
 
 def _read(graph: Graph, x: Tensor) -> Convolved | None:

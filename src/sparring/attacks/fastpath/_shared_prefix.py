@@ -11,14 +11,14 @@ from ..evaluation._bpda import is_stochastic
 from ..evaluation._sanity_checks import is_random
 
 
-class Split(NamedTuple):
+class PrefixSplit(NamedTuple):
     """A model in two: `drawing(steady(x))` are its logits, and `steady` answers the same each time."""
 
     steady: nn.Module
     drawing: nn.Module
 
 
-def split_at_draw(model: nn.Module, x: Tensor) -> Split | None:
+def split_at_draw(model: nn.Module, x: Tensor) -> PrefixSplit | None:
     """Return a sequence of layers split before the first that declares to draw, or None for any other model.
 
     x: a few images, on which the first part is tried: a layer that draws without saying so does not get past. None also
@@ -33,4 +33,4 @@ def split_at_draw(model: nn.Module, x: Tensor) -> Split | None:
         return None
     with torch.no_grad():
         value = steady(x[:1])
-    return Split(steady, model[place:]) if value.numel() <= x[:1].numel() else None
+    return PrefixSplit(steady, model[place:]) if value.numel() <= x[:1].numel() else None

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ...errors import Unsupported
-from ...graph import Activation
+from ...graph import SparseActivation
 
 Lines = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def activation_interval(op: Activation, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def activation_interval(op: SparseActivation, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Return the bounds of an activation-sparsity module's output from those of its input.
 
     Raise Unsupported for kinds without a sound rule (random ones, and those this package does not know).
@@ -23,7 +23,7 @@ def activation_interval(op: Activation, lower: Tensor, upper: Tensor) -> tuple[T
     raise Unsupported(f"activation '{op.name}' of kind '{_kind(op)}' is random or unknown: it has no sound bound")
 
 
-def activation_lines(op: Activation, lower: Tensor, upper: Tensor) -> Lines:
+def activation_lines(op: SparseActivation, lower: Tensor, upper: Tensor) -> Lines:
     """Return low slope, low shift, high slope and high shift of an activation-sparsity module over an interval."""
     kind = _kind(op)
     if kind == "shifted-relu":
@@ -42,7 +42,7 @@ def activation_lines(op: Activation, lower: Tensor, upper: Tensor) -> Lines:
     return torch.zeros_like(low), low, torch.zeros_like(high), high
 
 
-def kink_of(op: Activation) -> float:
+def kink_of(op: SparseActivation) -> float:
     """Return where a continuous module leaves zero, with slope 0 before and 1 after; refuse all discontinuous ones."""
     if _kind(op) == "shifted-relu":
         return float(_threshold(op))
@@ -84,9 +84,9 @@ def _jump(lower: Tensor, upper: Tensor, at: Tensor) -> Lines:
     return low_slope, low_shift, high_slope, high_shift
 
 
-def _threshold(op: Activation) -> Tensor:
+def _threshold(op: SparseActivation) -> Tensor:
     return torch.as_tensor(op.module.threshold, dtype=torch.float64)
 
 
-def _kind(op: Activation) -> str:
+def _kind(op: SparseActivation) -> str:
     return str(getattr(op.module, "kind", type(op.module).__name__))

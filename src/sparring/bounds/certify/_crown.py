@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...graph import Activation, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU
+from ...graph import Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, SparseActivation
 from .._network import LinearOp, adjoint, offset
 from .._region import Region
 from ._intervals import Interval, first_layers, propagate
@@ -16,7 +16,7 @@ from ._receptive_field import windows
 from ._relaxations import Relaxation, relax
 
 _LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
-_NONLINEAR = (ReLU, MaxPool, Activation)
+_NONLINEAR = (ReLU, MaxPool, SparseActivation)
 _CHUNK = 2**18  # coefficients of units that are refined at once: 2 MB of float64
 
 
@@ -124,7 +124,7 @@ def bound_nodes(graph: Graph, region: Region, *, backward: bool) -> tuple[list[I
 
 def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: dict[int, Relaxation]) -> Interval:
     """Tighten the neurons whose sign is not known yet, or all if more than the sign counts."""
-    pooled = any(isinstance(n.op, MaxPool | Activation) and index in n.inputs for n in graph.nodes)
+    pooled = any(isinstance(n.op, MaxPool | SparseActivation) and index in n.inputs for n in graph.nodes)
     seen = windows(graph, index)
     if seen is None:
         return _refined(graph, index, known, region, relaxed, pooled)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Unsupported
-from ...graph import Activation, Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, Op, ReLU, evaluate
+from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, Op, ReLU, SparseActivation, evaluate
 from ...threat import L2, LINF
 from .._region import Region
 from ._activation_sparsity import activation_interval
@@ -37,7 +37,7 @@ def propagate(op: Op, *inputs: Interval) -> Interval:
             return Interval(evaluate(op, lower), evaluate(op, upper))
         case Add():
             return Interval(lower + inputs[1].lower, upper + inputs[1].upper)
-        case Activation():
+        case SparseActivation():
             return Interval(*activation_interval(op, lower, upper))
     raise Unsupported(f"an operation of type {type(op).__name__} has no interval rule")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Unsupported
-from ...graph import Activation, MaxPool, Op, ReLU, evaluate
+from ...graph import MaxPool, Op, ReLU, SparseActivation, evaluate
 from ._activation_sparsity import activation_lines, relu_lines
 from ._intervals import Interval
 
@@ -107,7 +107,7 @@ def relax(op: Op, bounds: Interval) -> Relaxation:
             return _relu(bounds)
         case MaxPool():
             return _max_pool(op, bounds)
-        case Activation():
+        case SparseActivation():
             return Lines(*activation_lines(op, *bounds), torch.zeros_like(bounds.lower, dtype=torch.bool))
     raise Unsupported(f"an operation of type {type(op).__name__} has no linear relaxation")
 

@@ -38,7 +38,7 @@ class Solution:
 
 
 @dataclass(eq=False)
-class Program:
+class MixedIntegerProgram:
     """Variables with bounds, and rows low ≤ a·v ≤ high."""
 
     lower: list[float] = field(default_factory=list)

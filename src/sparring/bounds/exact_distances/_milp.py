@@ -17,19 +17,19 @@ from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPo
 from .._network import offset
 from ..certify._intervals import Interval
 from ..certify._relaxations import WindowLines, relax
-from ._highs import Expression, Program, Vector
+from ._highs import Expression, MixedIntegerProgram, Vector
 
 _LARGEST = 2**26  # entries of an operation's dense matrix
 
 
-def encode(graph: Graph, bounds: list[Interval]) -> tuple[Program, list[Expression]]:
+def encode(graph: Graph, bounds: list[Interval]) -> tuple[MixedIntegerProgram, list[Expression]]:
     """Write a network over one image's region as a program: return it and the value of every node in its variables.
 
     `bounds` (of one image, batch axis 1) tell which units are dead, which always active, and how wide the others range;
     only the last need integers.
     Raise Unsupported for an operation that is not piecewise linear, or too large to write down.
     """
-    program = Program()
+    program = MixedIntegerProgram()
     values = [program.variables_(_flat(bounds[0].lower), _flat(bounds[0].upper))]
     for node in graph.nodes[1:]:
         source, box = values[node.inputs[0]], bounds[node.inputs[0]]
@@ -73,7 +73,7 @@ def _matrix(
     return matrix, np.zeros(matrix.shape[0]) if added is None else added.numpy()
 
 
-def _relu(program: Program, z: Expression, low: Vector, high: Vector) -> Expression:
+def _relu(program: MixedIntegerProgram, z: Expression, low: Vector, high: Vector) -> Expression:
     alive = np.flatnonzero(high > 0)
     unstable = np.flatnonzero((low < 0) & (high > 0))
     y = program.variables_(np.maximum(low, 0)[alive], high[alive])
@@ -90,7 +90,7 @@ def _relu(program: Program, z: Expression, low: Vector, high: Vector) -> Express
     return result
 
 
-def _max_pool(program: Program, op: MaxPool, z: Expression, box: Interval) -> Expression:
+def _max_pool(program: MixedIntegerProgram, op: MaxPool, z: Expression, box: Interval) -> Expression:
     lines = relax(op, box)
     assert isinstance(lines, WindowLines)
     low = np.append(_flat(box.lower), -math.inf)
@@ -112,7 +112,7 @@ def _max_pool(program: Program, op: MaxPool, z: Expression, box: Interval) -> Ex
 def tightened(
     graph: Graph,
     bounds: list[Interval],
-    program: Program,
+    program: MixedIntegerProgram,
     values: list[Expression],
     *,
     skip: Container[int],

@@ -21,7 +21,7 @@ from ...threat import LINF
 from .._region import region
 from ..certify._crown import bound_nodes
 from ..certify._intervals import Interval, first_layers
-from ._highs import Expression, Program, Vector
+from ._highs import Expression, MixedIntegerProgram, Vector
 from ._milp import encode, tightened
 
 _SHARE = 0.75  # of the time left goes to one question; the rest to smaller balls, should it stay open
@@ -124,13 +124,13 @@ def _signs(graph: Graph, bounds: list[Interval], point: Tensor) -> tuple[list[In
     return result, dead
 
 
-def _image(program: Program, x: Tensor, values: Vector) -> Tensor:
+def _image(program: MixedIntegerProgram, x: Tensor, values: Vector) -> Tensor:
     """Return the pixels of a solution, (1, ...), float64; those that no row depends on stay where they are."""
     pixels = torch.from_numpy(values[: x.numel()]).view_as(x)
     return torch.where(_used(program, x.numel()).view_as(x), pixels, x.double()).clamp(0, 1)
 
 
-def _distance_(program: Program, pixels: Expression, x: Tensor, cap: float) -> int:
+def _distance_(program: MixedIntegerProgram, pixels: Expression, x: Tensor, cap: float) -> int:
     """Add the l_inf distance of the pixels that rows depend on, at most cap; return which variable it is."""
     used = np.flatnonzero(_used(program, x.numel()).numpy())
     moving, origin = pixels[used], x.double().flatten().numpy()[used]
@@ -142,7 +142,7 @@ def _distance_(program: Program, pixels: Expression, x: Tensor, cap: float) -> i
 
 def overtaking(
     graph: Graph, bounds: list[Interval], y: int, k: int, *, by: float = 0.0
-) -> tuple[Program, list[Expression]]:
+) -> tuple[MixedIntegerProgram, list[Expression]]:
     """Encode a network and the demand that logit k is ahead of logit y, by so much."""
     program, values = encode(graph, bounds)
     logits = values[-1]
@@ -150,7 +150,7 @@ def overtaking(
     return program, values
 
 
-def _used(program: Program, pixels: int) -> Tensor:
+def _used(program: MixedIntegerProgram, pixels: int) -> Tensor:
     """Tell which of the first variables, the pixels, any row depends on: the others need not move."""
     touched = np.zeros(len(program.lower), dtype=bool)
     for block in program.blocks:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnknownNameError, UserError
-from ...graph import Activation, Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU
+from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, SparseActivation
 from ...threat import L2, LINF, dual, norm_name, random_point
 from ...waiting import courteous
 from .._network import adjoint, margin_rows, prepare
@@ -48,7 +48,7 @@ def constants_over(graph: Graph, reach: Region, y: Tensor, method: str, seed: in
     if reach.norm not in (L2, LINF):
         raise UserError(f"Lipschitz constants are computed for l2 and linf, not for {norm_name(reach.norm)}")
     for node in graph.nodes:
-        if isinstance(node.op, Activation):
+        if isinstance(node.op, SparseActivation):
             kink_of(node.op)
     return LIPSCHITZ[method](graph, reach, margin_rows(graph, y), torch.Generator().manual_seed(seed))
 
@@ -115,20 +115,20 @@ def _active(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> Te
     for index, node in enumerate(graph.nodes):
         for source in node.inputs:
             readers.setdefault(source, []).append(index)
-        if isinstance(node.op, ReLU | Activation):
+        if isinstance(node.op, ReLU | SparseActivation):
             inputs[index] = (bounds[node.inputs[0]].upper > _kink(node.op)).double()
         elif isinstance(node.op, Flatten):
             inputs[index] = inputs[node.inputs[0]].flatten(1)
         elif isinstance(node.op, Affine):
             inputs[index] = inputs[node.inputs[0]]
     for index in range(len(graph.nodes)):  # a row counts unless all that read it are units that stay at zero
-        if (read := readers.get(index)) and all(isinstance(graph.nodes[i].op, ReLU | Activation) for i in read):
+        if (read := readers.get(index)) and all(isinstance(graph.nodes[i].op, ReLU | SparseActivation) for i in read):
             outputs[index] = torch.stack([inputs[i] for i in read]).amax(0)
     return _multiplied(graph, reach.norm, rows, inputs, outputs)
 
 
-def _kink(op: ReLU | Activation) -> float:
-    return kink_of(op) if isinstance(op, Activation) else 0.0
+def _kink(op: ReLU | SparseActivation) -> float:
+    return kink_of(op) if isinstance(op, SparseActivation) else 0.0
 
 
 def _multiplied(graph: Graph, norm: float, rows: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> Tensor:
@@ -166,7 +166,7 @@ def _jacobian(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> 
         node, slopes = graph.nodes[index], waiting.pop(index)
         if isinstance(node.op, _LINEAR):
             slopes = _through_linear(node.op, slopes, graph.nodes[node.inputs[0]].shape)
-        elif isinstance(node.op, ReLU | Activation):
+        elif isinstance(node.op, ReLU | SparseActivation):
             box, kink = bounds[node.inputs[0]], _kink(node.op)
             slopes = _gated(slopes, (box.lower >= kink)[:, None], (box.upper > kink)[:, None])
         elif isinstance(node.op, MaxPool):

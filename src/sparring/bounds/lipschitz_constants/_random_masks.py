@@ -53,7 +53,7 @@ def _ratios(graph: Graph, reach: Region, y: Tensor, method: str) -> tuple[Tensor
     return constants.amax(1), (margins / constants).nan_to_num(nan=-math.inf, posinf=math.inf).amin(1)
 
 
-def bernoulli(
+def random_mask_bounds(
     model: nn.Module,
     x: Tensor,
     y: Tensor,

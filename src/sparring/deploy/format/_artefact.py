@@ -19,13 +19,13 @@ from ...errors import UserError
 from ...files import canonical_json, read_bounded, write_atomic
 from ._coding import VALUES, Bytes, decode_positions, decode_values, encode_positions, encode_values, round_values
 from ._program import (
-    ACTIVATIONS,
+    ACTIVATION_KINDS,
     MOST_ELEMENTS,
-    Activation,
     Add,
     Flatten,
     Floats,
     Op,
+    PackedActivation,
     Pool,
     Program,
     ReLU,
@@ -113,7 +113,7 @@ def _describe(op: Op, values: str, blobs: _Blobs) -> dict[str, Any]:
         case Pool():
             fields = ("mean", "kernel", "stride", "padding", "dilation", "ceil_mode")
             return {"op": "pool"} | {name: getattr(op, name) for name in fields}
-        case Activation():
+        case PackedActivation():
             return {"op": "activation", "kind": op.kind, "number": op.number}
     return {"op": type(op).__name__.lower()}
 
@@ -219,9 +219,9 @@ class _Reader:
             return Pool(_field(item, "mean", bool), ceil_mode=_field(item, "ceil_mode", bool), **geometry)
         if kind == "activation":
             which, number = _field(item, "kind", str), _field(item, "number", float)
-            if which not in ACTIVATIONS or not 0 <= number < (1 if which == "top-k" else math.inf):
+            if which not in ACTIVATION_KINDS or not 0 <= number < (1 if which == "top-k" else math.inf):
                 raise UserError(f"the artefact has an activation {which[:20]!r} with {number}")
-            return Activation(which, number)
+            return PackedActivation(which, number)
         raise UserError(f"the artefact has an operation {kind[:20]!r} that this version does not know")
 
     def _sparse(self, item: Any, values: str) -> Sparse:

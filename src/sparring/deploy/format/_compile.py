@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ... import graph
 from ...errors import Unsupported
 from ._program import (
-    ACTIVATIONS,
-    Activation,
+    ACTIVATION_KINDS,
     Add,
     Flatten,
     Floats,
     Op,
+    PackedActivation,
     Pool,
     Program,
     ReLU,
@@ -107,24 +107,24 @@ def _convert(op: graph.Op, node: graph.Node) -> _Layer | _Affine | Op:
             return Flatten()
         case graph.Add():
             return Add()
-        case graph.Activation():
+        case graph.SparseActivation():
             return _activation(op, node.shape[0])
     way = "build it of linear, convolutional, pooling and batch norm layers and ReLU, or ship it by torch.onnx"
     raise graph.refusal(node, f"has no packed form; {way}")
 
 
-def _activation(op: graph.Activation, channels: int) -> Activation | Snap:
+def _activation(op: graph.SparseActivation, channels: int) -> PackedActivation | Snap:
     kind, module = getattr(op.module, "kind", ""), op.module
     if kind == "mean-sparse":
         both: Any = (module.mean, module.radius)  # of one entry before they are calibrated
         centre, radius = (_single(np.broadcast_to(_numpy(values), channels)) for values in both)
         return Snap(centre, radius)
     kind = "threshold" if kind == "percentile" else kind  # a threshold that was calibrated
-    if kind not in ACTIVATIONS:
-        known = ", ".join((*ACTIVATIONS, "percentile", "mean-sparse"))
+    if kind not in ACTIVATION_KINDS:
+        known = ", ".join((*ACTIVATION_KINDS, "percentile", "mean-sparse"))
         raise Unsupported(f"layer '{op.name}' ({type(module).__name__}) has no packed form; those of {known} have")
     number: Any = module.sparsity if kind == "top-k" else module.threshold
-    return Activation(kind, float(number))
+    return PackedActivation(kind, float(number))
 
 
 def _numpy(tensor: Tensor) -> Doubles:

@@ -102,7 +102,7 @@ class Add:
 
 
 @dataclass(frozen=True)
-class Activation:
+class PackedActivation:
     """An activation-sparsity module by its kind and its one number; flat is a value's features of one image.
 
     "shifted-relu": max(x − number, 0). "threshold": x where x > number, else 0. "top-k": max(x, 0) for the largest
@@ -117,7 +117,7 @@ class Activation:
         return max(1, features - round(self.number * features))
 
 
-ACTIVATIONS = ("shifted-relu", "threshold", "top-k")
+ACTIVATION_KINDS = ("shifted-relu", "threshold", "top-k")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class Snap:
     radius: Floats
 
 
-Op = Sparse | Scale | ReLU | Pool | Flatten | Add | Activation | Snap
+Op = Sparse | Scale | ReLU | Pool | Flatten | Add | PackedActivation | Snap
 
 
 @dataclass(frozen=True)

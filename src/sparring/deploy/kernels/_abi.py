@@ -32,7 +32,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Tiling:
     """What may be tuned in a layer: accumulators at most, lanes of a vector, bytes of input a block may touch."""
 
     accumulators: int = 16

@@ -13,8 +13,8 @@ import numpy as np
 
 from ...errors import UserError
 from ...files import read_json, write_json
-from ._abi import Call, Choice
-from ._fusion import Layer
+from ._abi import Call, Tiling
+from ._fusion import FusedLayer
 from ._matmul import add_cached_kernels, add_kernels
 from ._native import Code, cache_folder, host_identity, host_registers
 from ._plan import Planner
@@ -36,19 +36,19 @@ _ROUNDS = 5
 _NEAR = 24 * 1024  # bytes of input that the nearest cache holds beside weights and sums
 
 
-def _candidates(lanes: int, tiles: bool) -> list[Choice]:
+def _candidates(lanes: int, tiles: bool) -> list[Tiling]:
     """Return the choices that are tried; the first is taken for layers that are not worth tuning."""
     few, many, half = host_registers() // 2, host_registers() * 3 // 4, max(4, lanes // 2)
-    choices = [Choice(many, lanes, _NEAR), Choice(few, lanes, _NEAR), Choice(many, lanes), Choice(few, lanes)]
-    return choices if tiles else [*choices, Choice(many, half), Choice(many, half, _NEAR)]
+    choices = [Tiling(many, lanes, _NEAR), Tiling(few, lanes, _NEAR), Tiling(many, lanes), Tiling(few, lanes)]
+    return choices if tiles else [*choices, Tiling(many, half), Tiling(many, half, _NEAR)]
 
 
-def usual(lanes: int) -> Choice:
+def usual(lanes: int) -> Tiling:
     """Return what is good for most layers."""
     return _candidates(lanes, True)[0]
 
 
-def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int, lookup: bool) -> Callable[[str], Choice]:
+def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int, lookup: bool) -> Callable[[str], Tiling]:
     """Return the fastest choice for each layer's key, from an earlier tuning on this host if there was one.
 
     `memory` is for one run of the planner's layout; what it holds is overwritten.
@@ -68,12 +68,12 @@ def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int, lookup: b
     return lambda key: candidates[winners.get(key, 0)]
 
 
-def _worth_tuning(planner: Planner) -> dict[str, Layer]:
+def _worth_tuning(planner: Planner) -> dict[str, FusedLayer]:
     """Return one layer for each key that stands for enough of the work, where there is anything to choose."""
     work: dict[str, int] = {}
-    layers: dict[str, Layer] = {}
+    layers: dict[str, FusedLayer] = {}
     for task in planner.tasks:
-        if isinstance(task, Layer) and len(planner.shapes[task.source]) == 3:
+        if isinstance(task, FusedLayer) and len(planner.shapes[task.source]) == 3:
             key = planner.key(task)
             layers[key] = task
             work[key] = work.get(key, 0) + task.op.nonzeros * int(np.prod(planner.shapes[task.result][1:]))
@@ -83,8 +83,8 @@ def _worth_tuning(planner: Planner) -> dict[str, Layer]:
 
 def _measure(
     planner: Planner,
-    layers: dict[str, Layer],
-    candidates: list[Choice],
+    layers: dict[str, FusedLayer],
+    candidates: list[Tiling],
     code: Code,
     memory: Memory,
     lookup: bool,
@@ -100,7 +100,7 @@ def _measure(
     return _Tuning({key: int(np.argmin(one)) for key, one in times.items()}, names)
 
 
-def _write_zeros(planner: Planner, layer: Layer, arena: int) -> None:
+def _write_zeros(planner: Planner, layer: FusedLayer, arena: int) -> None:
     """Write what a layer reads: pages never written are all one page, which would always be in the nearest cache."""
     buffer = planner.buffer(layer.source)
     own = buffer.origin < 0
@@ -109,7 +109,7 @@ def _write_zeros(planner: Planner, layer: Layer, arena: int) -> None:
         ctypes.memset(arena + place - buffer.before, 0, buffer.size)
 
 
-def _always(choice: Choice) -> Callable[[str], Choice]:
+def _always(choice: Tiling) -> Callable[[str], Tiling]:
     return lambda key: choice
 
 
@@ -129,13 +129,13 @@ def _shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
     return times
 
 
-def _path(keys: list[str], candidates: list[Choice]) -> Path | None:
+def _path(keys: list[str], candidates: list[Tiling]) -> Path | None:
     folder = cache_folder()
     identity = "\0".join((*keys, repr(candidates), host_identity()))
     return None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
 
-def _remembered(path: Path | None, layers: dict[str, Layer], count: int) -> _Tuning | None:
+def _remembered(path: Path | None, layers: dict[str, FusedLayer], count: int) -> _Tuning | None:
     if path is None or not path.exists():
         return None
     try:

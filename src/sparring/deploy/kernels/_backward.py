@@ -10,10 +10,10 @@ import numpy as np
 
 from ...errors import Unsupported
 from ..format._program import Program, Scale, Shape, Snap, Sparse, sparse_from_dense
-from ._abi import Call, Choice, Layout, kernel_call
+from ._abi import Call, Layout, Tiling, kernel_call
 from ._autotune import usual
 from ._elementwise import Pack, PoolGradient, UnpackImages
-from ._fusion import Elementwise, Layer, MaxPool, Sparsify, Task, View, tasks_of
+from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View, tasks_of
 from ._layout import Buffer
 from ._plan import Planner, sources_of
 
@@ -36,7 +36,7 @@ class GradientPlanner(Planner):
         self._plain = {
             task.source: self.reserve(Buffer((self.shapes[task.source][0], 1, 1), (0, 0), layout.lanes))
             for task in self.tasks
-            if isinstance(task, Layer) and len(self.shapes[task.source]) == 1
+            if isinstance(task, FusedLayer) and len(self.shapes[task.source]) == 1
         }
         self._left = dict.fromkeys(self.buffers, 0)  # how many contributions a gradient still lacks
         self._started: set[int] = set()
@@ -45,7 +45,7 @@ class GradientPlanner(Planner):
     def _place_gradient(self, value: int, producer: Task | None) -> Buffer:
         """Return the buffer of a value's gradient, with the zeros that the transposed producer reads."""
         buffer = replace(self.buffers[value], pad=(0, 0), origin=0)
-        if isinstance(producer, Layer) and len(self.shapes[producer.source]) == 3:
+        if isinstance(producer, FusedLayer) and len(self.shapes[producer.source]) == 3:
             op, before = producer.op, self.shapes[producer.source]
             reach = [op.dilation[i] * (op.shape[2 + i] - 1) for i in (0, 1)]
             sides = [before[1 + i] + 2 * op.padding[i] - reach[i] for i in (0, 1)]
@@ -54,7 +54,7 @@ class GradientPlanner(Planner):
             buffer = replace(buffer, shape=shape, pad=(pad[0], pad[1]), step=op.stride)
         return self.reserve(buffer)
 
-    def calls(self, choose: Callable[[str], Choice], *, lookup: bool) -> list[Call]:
+    def calls(self, choose: Callable[[str], Tiling], *, lookup: bool) -> list[Call]:
         """Return all kernel calls, forward then backward."""
         forward = super().calls(choose, lookup=lookup)[:-1]
         self.forward_calls = len(forward)
@@ -107,7 +107,7 @@ class GradientPlanner(Planner):
             return []
         upstream = self._gradients[self.base(task.result)]
         match task:
-            case Layer():
+            case FusedLayer():
                 calls = [] if task.residual is None else [self._add(upstream, task.residual)]
                 return [*calls, *self._back_layer(task, upstream)]
             case MaxPool():
@@ -130,9 +130,9 @@ class GradientPlanner(Planner):
         height, width = (*sides, 1, 1)[:2]
         return channels, height, width
 
-    def _back_layer(self, task: Layer, upstream: Buffer) -> list[Call]:
+    def _back_layer(self, task: FusedLayer, upstream: Buffer) -> list[Call]:
         flat = len(self.shapes[task.source]) == 1
-        turned = Layer(_transposed(task.op), 0, 0)
+        turned = FusedLayer(_transposed(task.op), 0, 0)
         target, other, gate = self._into(task.source)
         choice = usual(self.layout.lanes)
         shape: Shape = self.shapes[task.source]

@@ -15,7 +15,7 @@ from ._abi import Call, Layout
 from ._autotune import tuned, usual
 from ._backward import GradientPlanner
 from ._builtin import add_answer, builtin, reader
-from ._fusion import Layer, Task, tasks_of
+from ._fusion import FusedLayer, Task, tasks_of
 from ._matmul import add_kernels, add_runner
 from ._native import Code, host_lanes, permutes
 from ._plan import Planner
@@ -58,7 +58,7 @@ class Single(Workspace):
         return 0
 
 
-class Plan:
+class ExecutionPlan:
     """A program compiled for one layout: run it on up to `together` images at a time, from any thread."""
 
     def __init__(self, program: Program, planner: Planner, calls: list[Call], code: Code, *, again: int = 0) -> None:
@@ -162,9 +162,9 @@ class Engine:
         add_runner(self._code)
         add_answer(self._code)
         self._address = reader(self._code) or _address
-        self._plans: dict[Layout, Plan] = {}
-        self._split: tuple[int, list[tuple[Plan, int, int, int]]] = 0, []
-        self._gradient_plans: dict[Layout, Plan] = {}
+        self._plans: dict[Layout, ExecutionPlan] = {}
+        self._split: tuple[int, list[tuple[ExecutionPlan, int, int, int]]] = 0, []
+        self._gradient_plans: dict[Layout, ExecutionPlan] = {}
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         # Four tiles share a linear layer's weights where they stay in a near cache; a gradient needs all values twice.
         pairs, kept = (_convolved(program, tasks) for tasks in (self._tasks, tasks_of(program, pools=False)))
@@ -174,7 +174,7 @@ class Engine:
         self._gradient_units = most if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
         self.run_one = self.plan(Layout(False, self._lanes)).run_one
 
-    def plan(self, layout: Layout) -> Plan:
+    def plan(self, layout: Layout) -> ExecutionPlan:
         """Return the plan for a layout, tuned and made when first asked for."""
         if layout not in self._plans:
             planner = Planner(self._program, self._tasks, layout)
@@ -182,7 +182,7 @@ class Engine:
             memory = space.arena, space.call_address
             choose = tuned(planner, self._code, memory, lanes=self._lanes, lookup=self._lookup)
             calls = planner.calls(choose, lookup=self._lookup)
-            self._plans[layout] = Plan(self._program, planner, calls, self._code)
+            self._plans[layout] = ExecutionPlan(self._program, planner, calls, self._code)
         return self._plans[layout]
 
     def run(self, x: Floats) -> Floats:
@@ -197,7 +197,7 @@ class Engine:
             self._split = count, parts  # batches mostly have one size
         source, target = self._address(x), self._address(result)
 
-        def work(part: tuple[Plan, int, int, int]) -> None:
+        def work(part: tuple[ExecutionPlan, int, int, int]) -> None:
             plan, images, logits, number = part
             plan.run(source + images, target + logits, number)
 
@@ -229,11 +229,13 @@ class Engine:
             plan.run_gradient(images, given, gradients, len(x), len(upstream))
         return result
 
-    def _gradient_plan(self, layout: Layout) -> Plan:
+    def _gradient_plan(self, layout: Layout) -> ExecutionPlan:
         if layout not in self._gradient_plans:
             planner = GradientPlanner(self._program, layout)
             calls = planner.calls(lambda key: usual(layout.lanes), lookup=False)
-            self._gradient_plans[layout] = Plan(self._program, planner, calls, self._code, again=planner.forward_calls)
+            self._gradient_plans[layout] = ExecutionPlan(
+                self._program, planner, calls, self._code, again=planner.forward_calls
+            )
         return self._gradient_plans[layout]
 
     def _tiles(self, lanes: int, tiles: int) -> Layout:
@@ -265,5 +267,5 @@ def _address(array: Floats) -> int:
 def _convolved(program: Program, tasks: list[Task]) -> list[int]:
     """Return how many numbers go into and out of each convolution, for one image."""
     shapes = program.shapes
-    layers = [task for task in tasks if isinstance(task, Layer) and len(shapes[task.source]) == 3]
+    layers = [task for task in tasks if isinstance(task, FusedLayer) and len(shapes[task.source]) == 3]
     return [math.prod(shapes[task.source]) + math.prod(shapes[task.result]) for task in layers]

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..format._program import Activation, Add, Flatten, Op, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
+from ..format._program import Add, Flatten, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class FusedLayer:
     """result = relu(pool(op(source)) + residual), where the later parts are optional."""
 
     op: Sparse
@@ -54,16 +54,16 @@ class View:
 class Sparsify:
     """result is what activation sparsity leaves of source; `relu`: its slope is 1 where it is above zero, else 0."""
 
-    op: Activation | Snap
+    op: PackedActivation | Snap
     source: int
     result: int
 
     @property
     def relu(self) -> bool:
-        return isinstance(self.op, Activation)
+        return isinstance(self.op, PackedActivation)
 
 
-Task = Layer | Elementwise | MaxPool | Sparsify | View
+Task = FusedLayer | Elementwise | MaxPool | Sparsify | View
 
 
 def tasks_of(program: Program, *, pools: bool = True) -> list[Task]:
@@ -103,9 +103,9 @@ def tasks_of(program: Program, *, pools: bool = True) -> list[Task]:
 def _task(op: Op, inputs: tuple[int, ...], result: int, shapes: list[Shape]) -> Task:
     match op:
         case Sparse():
-            return Layer(op, inputs[0], result)
+            return FusedLayer(op, inputs[0], result)
         case Pool(mean=True):
-            return Layer(_mean_as_layer(op, shapes[inputs[0]][0]), inputs[0], result)
+            return FusedLayer(_mean_as_layer(op, shapes[inputs[0]][0]), inputs[0], result)
         case Pool():
             return MaxPool(op, inputs[0], result)
         case Flatten():
@@ -116,9 +116,9 @@ def _task(op: Op, inputs: tuple[int, ...], result: int, shapes: list[Shape]) -> 
             return Elementwise(inputs[0], result, other=inputs[1])
         case Snap():
             return Sparsify(op, inputs[0], result)
-        case Activation() if op.kind != "shifted-relu":
+        case PackedActivation() if op.kind != "shifted-relu":
             return Sparsify(op, inputs[0], result)
-        case Activation():  # max(x − threshold, 0)
+        case PackedActivation():  # max(x − threshold, 0)
             channels = shapes[inputs[0]][0]
             shift = Scale(np.ones(channels, np.float32), np.full(channels, -op.number, np.float32))
             return Elementwise(inputs[0], result, scale=shift, relu=True)
@@ -140,10 +140,10 @@ def _absorb(task: Task, op: Op, result: int, others: list[int], number: int, sha
     match op:
         case ReLU() if not isinstance(task, View | Sparsify) and not task.relu:
             return replace(task, result=result, relu=True)
-        case Add() if isinstance(task, Layer) and len(others) == 1 and others[0] <= number:
+        case Add() if isinstance(task, FusedLayer) and len(others) == 1 and others[0] <= number:
             if not (task.relu or task.pool or task.residual is not None):
                 return replace(task, result=result, residual=others[0])
-        case Pool() if isinstance(task, Layer) and task.residual is None and not task.pool:
+        case Pool() if isinstance(task, FusedLayer) and task.residual is None and not task.pool:
             if _halves(op, shapes[task.result]):
                 return replace(task, result=result, pool=True)
     return None

@@ -6,14 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._abi import Call, kernel_call
-from ._fusion import Layer
+from ._fusion import FusedLayer
 from ._layout import Buffer, offsets_of
 from ._matmul import Lookup, Rows
 
 MOST_PLACES = 1 << 16  # what sixteen bits tell apart
 
 
-def rows_call(task: Layer, source: Buffer, target: Buffer) -> Call:
+def rows_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
     """Return the call of the kernel that computes eight rows of a linear layer at once."""
     op = task.op
     lengths = np.diff(op.indptr)
@@ -38,7 +38,7 @@ def rows_call(task: Layer, source: Buffer, target: Buffer) -> Call:
     )
 
 
-def lookup_call(task: Layer, source: Buffer, target: Buffer) -> Call:
+def lookup_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
     """Return the call of the kernel that computes sixteen rows at once from windows of 32 inputs."""
     op = task.op
     offsets = offsets_of(op, source, True)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from ...errors import Unsupported
 from ..format._program import Program, Scale, Shape, Snap, Sparse
-from ._abi import Call, Choice, Layout, Table, kernel_call
+from ._abi import Call, Layout, Table, Tiling, kernel_call
 from ._activation_sparsity import Largest, Narrow
 from ._elementwise import Pack, Pointwise, PoolMax, Unpack
-from ._fusion import Elementwise, Layer, MaxPool, Sparsify, Task, View
+from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View
 from ._gemv import MOST_PLACES, lookup_call, rows_call
 from ._layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
 from ._matmul import AHEAD, Tile
@@ -70,7 +70,7 @@ class Planner:
 
     def _joins_units(self, task: Task) -> bool:
         """Tell whether a task takes all units at once, as linear layers of tiles do."""
-        return isinstance(task, Layer) and len(self.shapes[task.source]) == 1 and self.layout.tiles
+        return isinstance(task, FusedLayer) and len(self.shapes[task.source]) == 1 and self.layout.tiles
 
     def plain(self, value: int) -> Buffer:
         """Return where a value lies if it lies as its shape says, which a view of a padded value does not."""
@@ -87,7 +87,7 @@ class Planner:
     def _pads(self) -> dict[int, tuple[int, int]]:
         pads: dict[int, tuple[int, int]] = {}
         for task in self.tasks:
-            if isinstance(task, Layer):
+            if isinstance(task, FusedLayer):
                 base = self.base(task.source)
                 old = pads.get(base, (0, 0))
                 pads[base] = (max(old[0], task.op.padding[0]), max(old[1], task.op.padding[1]))
@@ -123,13 +123,13 @@ class Planner:
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def calls(self, choose: Callable[[str], Choice], *, lookup: bool) -> list[Call]:
+    def calls(self, choose: Callable[[str], Tiling], *, lookup: bool) -> list[Call]:
         """Return all kernel calls; `choose` gives the tuned choice for a layer's key, `lookup` allows that kernel."""
         first, tasks = self.pack_images()
         calls = [first]
         for task in tasks:
             match task:
-                case Layer():
+                case FusedLayer():
                     calls.append(self.layer(task, choose, lookup=lookup))
                 case Elementwise():
                     calls.append(self._elementwise(task))
@@ -217,7 +217,7 @@ class Planner:
         kept = op.kept(math.prod(self.shapes[task.source]))
         return kernel_call(Largest(self.layout.lanes, tiles=self.layout.tiles), [*arguments, kept])
 
-    def layer(self, task: Layer, choose: Callable[[str], Choice], *, lookup: bool) -> Call:
+    def layer(self, task: FusedLayer, choose: Callable[[str], Tiling], *, lookup: bool) -> Call:
         """Return the call for one layer."""
         source, target = self.buffer(task.source), self.buffer(task.result)
         flat = len(self.shapes[task.source]) == 1
@@ -234,10 +234,10 @@ class Planner:
 
     def sums(
         self,
-        task: Layer,
+        task: FusedLayer,
         source: Buffer,
         target: Buffer,
-        choice: Choice,
+        choice: Tiling,
         *,
         shape: Shape,
         flat: bool,
@@ -272,7 +272,7 @@ class Planner:
     @property
     def common_bytes(self) -> int:
         """Return the bytes that all units use in turn: values, then scratch for sums of the layer with most rows."""
-        rows = max((max(task.op.shape[:2]) for task in self.tasks if isinstance(task, Layer)), default=0)
+        rows = max((max(task.op.shape[:2]) for task in self.tasks if isinstance(task, FusedLayer)), default=0)
         sums = self.layout.lanes * (MOST_ACCUMULATORS if self.layout.vectors == 1 else 1)  # of a row in one tile
         scratch = 4 * max(rows * sums, math.prod(self.program.shape))
         return -(-(self.end + scratch) // 64) * 64
@@ -282,14 +282,14 @@ class Planner:
         """Return the bytes of the arena: what all units use in turn, then each unit's own."""
         return self.common_bytes + self.unit_bytes * self.layout.units
 
-    def key(self, task: Layer) -> str:
+    def key(self, task: FusedLayer) -> str:
         """Return the geometry of a layer and roughly its density: layers of one key are tuned as one."""
         source = self.buffer(task.source)
         density = task.op.nonzeros / max(1, int(np.prod(task.op.shape)))
         fields = (self.layout, task.op.shape, task.op.stride, task.op.dilation, source.shape, source.pad, task.pool)
         return repr((*fields, task.relu, task.residual is not None, round(np.log2(density + 1e-6))))
 
-    def _cut(self, task: Layer, shape: tuple[int, int, int], flat: bool, choice: Choice, *, apart: bool) -> Cut:
+    def _cut(self, task: FusedLayer, shape: tuple[int, int, int], flat: bool, choice: Tiling, *, apart: bool) -> Cut:
         pool = 2 if task.pool else 1
         if flat and self.layout.tiles:
             units = tuple((unit, 0) for unit in range(self.layout.units * self.layout.vectors))
@@ -306,7 +306,7 @@ class Planner:
 
 def sources_of(task: Task) -> list[int]:
     match task:
-        case Layer():
+        case FusedLayer():
             return [task.source] if task.residual is None else [task.source, task.residual]
         case Elementwise():
             return [task.source] if task.other is None else [task.source, task.other]
@@ -318,7 +318,7 @@ def _factors(scale: Scale | None) -> tuple[Table, ...]:
 
 
 def _tile(
-    task: Layer, cut: Cut, buffers: tuple[Buffer, Buffer, Buffer, Buffer], unit: int, *, few: bool
+    task: FusedLayer, cut: Cut, buffers: tuple[Buffer, Buffer, Buffer, Buffer], unit: int, *, few: bool
 ) -> tuple[Tile, NDArray[np.int64]]:
     """Return the kernel for a cut, and the table of its tiles: an offset for each buffer.
 
@@ -355,7 +355,7 @@ def _tile(
     return spec, np.ascontiguousarray(table, np.int64)
 
 
-def _channels_per_block(choice: Choice, cut: Cut, op: Sparse, source: Buffer, flat: bool, spec: Tile) -> int:
+def _channels_per_block(choice: Tiling, cut: Cut, op: Sparse, source: Buffer, flat: bool, spec: Tile) -> int:
     """Return how many input channels to take at once, so that what a tile reads of them is `block_bytes`.
 
     All of them where a row's sum has several accumulators: to add those up block by block would round otherwise, and

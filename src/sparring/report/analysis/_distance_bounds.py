@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Bracket:
+class DistanceBounds:
     """Hold, for one method and sparsity, medians over correctly classified images of all seeds, all on the same images.
 
     The true median lies between `certified` and `attack`, and where searches were made between `lower` and `upper`;
@@ -43,7 +43,7 @@ def norms(findings: Findings) -> list[str]:
     return list(dict.fromkeys([*certified, *searched]))
 
 
-def brackets(findings: Findings, norm: str, *, exact: bool) -> list[Bracket]:
+def brackets(findings: Findings, norm: str, *, exact: bool) -> list[DistanceBounds]:
     """Return the dense control's and the headline method's brackets in a norm, in order of sparsity.
 
     With `exact` on the few images whose distances were searched for, else on all that were certified and attacked.
@@ -101,11 +101,11 @@ def _searched(study: Study, network: Network, norm: str) -> dict[str, PerImage]:
     return {}
 
 
-def _bracket(method: str, sparsity: float, networks: list[dict[str, Floats]]) -> Bracket:
+def _bracket(method: str, sparsity: float, networks: list[dict[str, Floats]]) -> DistanceBounds:
     rows = {name: np.concatenate([one[name] for one in networks]) for name in networks[0]}
     middle = {name: float(np.median(row)) for name, row in rows.items()}
     proved = rows.get("certified", np.zeros_like(rows["attack"])) > 0
-    return Bracket(
+    return DistanceBounds(
         method=method,
         sparsity=sparsity,
         seeds=len(networks),

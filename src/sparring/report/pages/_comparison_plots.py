@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _numbers as numbers
-from ..analysis._distance_bounds import Bracket, brackets, norms
+from ..analysis._distance_bounds import DistanceBounds, brackets, norms
 from ..analysis._findings import Findings, Result
 from ..analysis._metrics import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps
 from ..analysis._records import attack_label
@@ -61,7 +61,7 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
             yield Picture(f"{'exact' if exact else 'brackets'}-{norm}", title, drawn, note)
 
 
-def _sides(bracket: Bracket) -> Iterator[Mapping[str, str | float]]:
+def _sides(bracket: DistanceBounds) -> Iterator[Mapping[str, str | float]]:
     place = _place(bracket.sparsity)
     sides = {
         "smallest attack": bracket.attack,

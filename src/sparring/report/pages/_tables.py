@@ -13,7 +13,7 @@ from ... import units
 from ...statistics import Row, minimum_detectable_effect
 from .. import _numbers as numbers
 from ..analysis._cross_checks import Doubt
-from ..analysis._distance_bounds import Bracket, brackets, norms
+from ..analysis._distance_bounds import DistanceBounds, brackets, norms
 from ..analysis._findings import Findings, Result, gain_told
 from ..analysis._metrics import NORMS, Measure, pretty, summary
 from ..analysis._pairwise import Duel, duels
@@ -177,7 +177,7 @@ def tightness(findings: Findings) -> Html | None:
     return table([*head, "Searched", "Exact distance", "Solved exactly"], rows, text=2) if rows else None
 
 
-def _search(one: Bracket) -> list[str]:
+def _search(one: DistanceBounds) -> list[str]:
     closed = one.lower is not None and one.upper is not None and one.upper - one.lower < 1e-3 * one.upper
     interval = _short(one.upper) if closed else f"{_short(one.lower)} to {_short(one.upper)}"
     return [f"{one.seeds} × {one.images}", interval, "–" if one.solved is None else units.percent(one.solved, 0)]

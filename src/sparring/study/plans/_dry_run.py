@@ -18,7 +18,7 @@ from ...outputs import opened
 from ...sparsity import Batch, CollapsedLayerWarning, Rule, all_ones, build_pruner, magnitude
 from ..stages._networks import Context, check_fit, network
 from ._plan import Plan
-from ._tables import Pruning
+from ._tables import PruningSettings
 
 
 def rehearse(plan: Plan, context: Context) -> None:
@@ -57,7 +57,7 @@ def _try_gradient(model: nn.Module, context: Context) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def _try(pruning: Pruning, plan: Plan, model: nn.Module, batch: Batch) -> None:
+def _try(pruning: PruningSettings, plan: Plan, model: nn.Module, batch: Batch) -> None:
     grid = pruning.grid(plan.sparsities)
     asked = max((sparsity for sparsity in grid if sparsity is not None), default=None)
     rule, masks = getattr(build_pruner(pruning, asked), "rule", Rule()), all_ones(model)

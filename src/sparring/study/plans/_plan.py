@@ -19,16 +19,16 @@ from ...sparsity import build_pruner
 from ...train import Recipe
 from ._linear import LinearPaths
 from ._tables import (
-    Activation,
-    Attack,
-    Certify,
-    Controls,
-    Exact,
-    Lipschitz,
-    Network,
-    Pruning,
-    Shipped,
-    Training,
+    ActivationSettings,
+    AttackSettings,
+    CertifySettings,
+    ControlSettings,
+    ExactSettings,
+    LipschitzSettings,
+    NetworkSettings,
+    PruningSettings,
+    ShippedSettings,
+    TrainingSettings,
     check_attack,
     in_range,
     read_units,
@@ -54,24 +54,24 @@ class Plan:
     data: str = "mnist-5k"
     title: str = ""
     mark: str = ""
-    model: Network = field(default_factory=Network)
+    model: NetworkSettings = field(default_factory=NetworkSettings)
     seeds: int = 3
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
     recipe: Recipe = field(default_factory=Recipe)
     finetune: Recipe = field(default_factory=lambda: Recipe(lr=0.05, epochs=10))
-    training: Training = field(default_factory=Training)
-    pruning: tuple[Pruning, ...] = field(default_factory=lambda: (Pruning(),))
-    attacks: tuple[Attack, ...] = ()
-    activation: tuple[Activation, ...] = ()
-    controls: Controls = field(default_factory=Controls)
-    certify: tuple[Certify, ...] = ()
-    lipschitz: tuple[Lipschitz, ...] = ()
-    exact: tuple[Exact, ...] = ()
-    transfer: tuple[Attack, ...] = ()
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    pruning: tuple[PruningSettings, ...] = field(default_factory=lambda: (PruningSettings(),))
+    attacks: tuple[AttackSettings, ...] = ()
+    activation: tuple[ActivationSettings, ...] = ()
+    controls: ControlSettings = field(default_factory=ControlSettings)
+    certify: tuple[CertifySettings, ...] = ()
+    lipschitz: tuple[LipschitzSettings, ...] = ()
+    exact: tuple[ExactSettings, ...] = ()
+    transfer: tuple[AttackSettings, ...] = ()
     linear: tuple[LinearPaths, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ("final",)
     deploy: bool = False
-    shipped: tuple[Shipped, ...] = ()
+    shipped: tuple[ShippedSettings, ...] = ()
     kernels: Literal["torch", "packed", "auto"] = "auto"
     batch_size: int = 500
     shard: int = 1000
@@ -129,7 +129,7 @@ class Plan:
                 raise UnknownNameError("method", method, known)
 
     @property
-    def first_to_a_sparsity(self) -> Pruning | None:
+    def first_to_a_sparsity(self) -> PruningSettings | None:
         """The first pruning method that can be asked for a sparsity, or None."""
         return next((p for p in self.pruning if not p.ends_by_itself), None)
 
@@ -184,9 +184,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _default_label(pruning: Pruning) -> str:
+def _default_label(pruning: PruningSettings) -> str:
     return " ".join(part for part in (pruning.method, pruning.score, pruning.structure) if part)
 
 
-def _labelled(pruning: Pruning) -> Pruning:
+def _labelled(pruning: PruningSettings) -> PruningSettings:
     return pruning if pruning.label else dataclasses.replace(pruning, label=_default_label(pruning))

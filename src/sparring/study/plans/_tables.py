@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...attacks import ATTACKS, facts_of
-from ...attacks import Attack as AttackFunction
+from ...attacks import AttackSettings as AttackFunction
 from ...bounds import BOUNDS, LIPSCHITZ
 from ...errors import PlanError, UnknownNameError, UserError
 from ...models import MODELS
@@ -25,7 +25,7 @@ _COUNTS = ("steps", "restarts", "queries")
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSettings:
     """Name a model and its size; what an option does not apply to refuses it.
 
     `weights` is a safetensors file: its network stands in for the dense one that would be trained from each seed.
@@ -48,7 +48,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSettings:
     """Choose the loss: plain cross-entropy, PGD adversarial training, or TRADES (eps in [0, 1]).
 
     `ramp` is the share of a dense network's training over which eps grows to its value; fine-tuning has it whole.
@@ -72,7 +72,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Pruning(PruningSpec):
+class PruningSettings(PruningSpec):
     """Prune by one method at the plan's sparsities, or at its own, for all seeds or the first few.
 
     Surgery with `c_rate` ends at a sparsity of its own, and so does a table with `layers`: one network a seed.
@@ -98,7 +98,7 @@ class Pruning(PruningSpec):
 
 
 @dataclass(frozen=True)
-class Attack:
+class AttackSettings:
     """Attack `images` images of a split; `eps` lists budgets (none: a minimum-norm attack).
 
     `seeds` (the first few), `methods` (labels, "control" and "reference" among them) and `sparsities` (besides 0)
@@ -134,7 +134,7 @@ class Attack:
 
 
 @dataclass(frozen=True)
-class Certify:
+class CertifySettings:
     """Compute certified radii of the first `images` images that the attacks use, and certified accuracy at eps.
 
     `seeds`, `methods` and `sparsities` narrow the cells as they do for an attack.
@@ -160,7 +160,7 @@ class Certify:
 
 
 @dataclass(frozen=True)
-class Lipschitz:
+class LipschitzSettings:
     """Take margins and local Lipschitz constants over balls of `radius` around the first `images` images.
 
     `seeds`, `methods` and `sparsities` narrow the cells as they do for an attack.
@@ -183,7 +183,7 @@ class Lipschitz:
 
 
 @dataclass(frozen=True)
-class Exact:
+class ExactSettings:
     """Find exact distances of the first `images` images, within `seconds` each, at the sparsities listed (none: all).
 
     What a search proves within its time depends on the machine: these records alone may differ between runs.
@@ -202,7 +202,7 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Shipped:
+class ShippedSettings:
     """Hold what would be shipped against the network itself: accuracy, robustness and certificates of the artefact.
 
     Its weights are rounded to `values`; the first `images` images that attacks use are attacked by `attack` at eps, on
@@ -228,13 +228,13 @@ class Shipped:
         in_range("shipped.decisions", self.decisions, 0, 100)
 
     @property
-    def judge(self) -> Attack:
+    def judge(self) -> AttackSettings:
         """Return the attack as an [[attacks]] table would say it."""
-        return Attack(self.attack, norm=self.norm, eps=(self.eps,), images=self.images, steps=self.steps)
+        return AttackSettings(self.attack, norm=self.norm, eps=(self.eps,), images=self.images, steps=self.steps)
 
 
 @dataclass(frozen=True)
-class Activation:
+class ActivationSettings:
     """Make the dense control's activations sparse at each level; with `train`, fine-tune the dense network so.
 
     `kind` names a module that takes the place of every ReLU, or "l1-penalty" (in training, weighed by `level`). Without
@@ -262,7 +262,7 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class Controls:
+class ControlSettings:
     """Add the baselines that keep one honest (design.md, section 6, trap 7).
 
     `decays` are the weight decays of dense controls, of which validation accuracy chooses one; `small_dense` and
@@ -321,7 +321,7 @@ def _check_settings(name: str, function: AttackFunction, settings: Mapping[str, 
         in_range(f"attack '{name}': {option}", settings.get(option, 1), 1, 10_000_000)
 
 
-def check_attack(attack: Attack) -> None:
+def check_attack(attack: AttackSettings) -> None:
     """Raise UserError for an unknown attack, a budget out of range, or an option that the attack does not have."""
     function = attack_named(attack.name)
     facts = facts_of(function)

@@ -21,7 +21,15 @@ from ..stages._kernel_choice import goes_packed
 from ..stages._table import STAGES, versions
 from ._matched_sizes import narrowed, widened
 from ._plan import Plan, at_checkpoint
-from ._tables import Activation, Attack, Certify, Exact, Lipschitz, Pruning, Shipped
+from ._tables import (
+    ActivationSettings,
+    AttackSettings,
+    CertifySettings,
+    ExactSettings,
+    LipschitzSettings,
+    PruningSettings,
+    ShippedSettings,
+)
 
 # A task and its record take about a kilobyte of the driver's memory each.
 MAX_TASKS = 500_000
@@ -205,7 +213,7 @@ class _Seed:
         self,
         model: dict[str, Any],
         parent: str,
-        pruning: Pruning | None,
+        pruning: PruningSettings | None,
         sparsity: float | None,
         decay: float | None = None,
     ) -> str:
@@ -222,7 +230,7 @@ class _Seed:
             inputs["best"] = "as sparse as the last"  # once it was of any sparsity; only these networks are made anew
         return self.work.add("prune", inputs, parent)
 
-    def _activate(self, activation: Activation, dense: str, control: str) -> None:
+    def _activate(self, activation: ActivationSettings, dense: str, control: str) -> None:
         fitted = activation.train or activation.kind == "l1-penalty"
         for level in sorted(activation.levels):
             named = {"kind": activation.kind, "level": level}
@@ -319,7 +327,7 @@ class _Seed:
         own = ("activation", "checkpoint", "gallery")
         return self.work.add("lend", {name: value for name, value in inputs.items() if name not in own}, surrogate)
 
-    def _shipment(self, shipped: Shipped) -> dict[str, Any]:
+    def _shipment(self, shipped: ShippedSettings) -> dict[str, Any]:
         """Return what a comparison of network and artefact depends on."""
         judge, images = shipped.judge, min(shipped.images, self.data.test)
         return {
@@ -344,12 +352,17 @@ class _Seed:
             if self._included(exact.seeds) and (exact.sparsities is None or sparsity in exact.sparsities):
                 yield "exact", _asked(exact, self.data.test)
 
-    def _applies(self, table: Attack | Certify | Lipschitz | Shipped, method: str, sparsity: float | None) -> bool:
+    def _applies(
+        self,
+        table: AttackSettings | CertifySettings | LipschitzSettings | ShippedSettings,
+        method: str,
+        sparsity: float | None,
+    ) -> bool:
         if not self._included(table.seeds) or (table.methods is not None and method not in table.methods):
             return False
         return table.sparsities is None or sparsity == 0.0 or sparsity in table.sparsities
 
-    def _attack_inputs(self, shared: dict[str, Any], attack: Attack) -> list[dict[str, Any]]:
+    def _attack_inputs(self, shared: dict[str, Any], attack: AttackSettings) -> list[dict[str, Any]]:
         """Return the inputs of one task for each budget and shard. Shards belong to the plan, never to the workers."""
         plan = self.plan
         images = min(attack.images, self.data.test if attack.split == "test" else self.data.valid)
@@ -370,13 +383,13 @@ class _Seed:
         ]
 
 
-def _asked(proof: Certify | Exact | Lipschitz, images: int) -> dict[str, Any]:
+def _asked(proof: CertifySettings | ExactSettings | LipschitzSettings, images: int) -> dict[str, Any]:
     """Return what a proof depends on: everything but which cells it is for."""
     options = {k: v for k, v in asdict(proof).items() if k not in ("seeds", "methods", "sparsities")}
     return {**options, "images": min(proof.images, images)}
 
 
-def _method(pruning: Pruning | None) -> dict[str, Any] | None:
+def _method(pruning: PruningSettings | None) -> dict[str, Any] | None:
     """Return what a pruning method depends on: everything but its name and the grid it is run at."""
     if pruning is None:
         return None

@@ -36,7 +36,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskOutcome:
     """Hold what a stage found: numbers, series, flags, tensors to keep, and times, which alone may vary."""
 
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -55,14 +55,14 @@ class Done:
     """
 
     task: Task
-    outcome: Outcome | None
+    outcome: TaskOutcome | None
     error: str | None
     seconds: float
     content: bytes = b""
     stops: bool = False
 
 
-Work = Callable[[Task], Outcome]
+Work = Callable[[Task], TaskOutcome]
 
 
 class Executor(Protocol):

@@ -19,9 +19,9 @@ from ... import __version__
 from ...data import Dataset
 from ...errors import UserError
 from ..stages._networks import Context, Factory
-from ._executors import MAX_DEATHS, Done, Outcome, Task, perform
+from ._executors import MAX_DEATHS, Done, Task, TaskOutcome, perform
 
-Stage = Callable[[Context, Task], Outcome]
+Stage = Callable[[Context, Task], TaskOutcome]
 # Parents' tensors that are kept in the object store, beside those of tasks under way; Ray spills to disk past its size.
 KEPT_PARENTS = 256
 # Tasks in the cluster per core (or GPU), so that a worker need not wait for the driver to write the last result.

@@ -10,12 +10,12 @@ from ...data import as_float
 from ...errors import Unsupported
 from ...outputs import opened
 from ...threat import Threat, parse_norm
-from ..runner._executors import Outcome, Task
+from ..runner._executors import Task, TaskOutcome
 from ._evaluate import judged
 from ._networks import Context, chosen_images, chosen_places
 
 
-def certify(context: Context, task: Task) -> Outcome:
+def certify(context: Context, task: Task) -> TaskOutcome:
     """Compute certified radii of some images; a network without a sound rule has none, and says why."""
     inputs = task.inputs
     model = judged(context, task).cpu()
@@ -29,10 +29,10 @@ def certify(context: Context, task: Task) -> Outcome:
         "radius_median": float(radius.median()),
         **{f"certified_accuracy_{eps:g}": float((radius >= eps).double().mean()) for eps in inputs["eps"]},
     }
-    return Outcome(metrics, tensors={"radius": radius, "label": y, "images": _places(context, task)})
+    return TaskOutcome(metrics, tensors={"radius": radius, "label": y, "images": _places(context, task)})
 
 
-def constants(context: Context, task: Task) -> Outcome:
+def constants(context: Context, task: Task) -> TaskOutcome:
     """Take the margin (numerator) and a local Lipschitz constant (denominator) of each correctly classified image.
 
     Over classes k the pair with the smallest margin / constant counts, which bounds the distance from below.
@@ -60,7 +60,7 @@ def constants(context: Context, task: Task) -> Outcome:
             "margin_over_lipschitz": float(ratio[right].median()),
         }
     tensors = {"margin": margin, "lipschitz": chosen, "ratio": ratio, "clean_correct": right, "label": y}
-    return Outcome(metrics, tensors=tensors | {"images": _places(context, task)})
+    return TaskOutcome(metrics, tensors=tensors | {"images": _places(context, task)})
 
 
 def _tightest(logits: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ def _tightest(logits: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
     return margins.gather(1, index)[:, 0], constant.gather(1, index)[:, 0]
 
 
-def distances(context: Context, task: Task) -> Outcome:
+def distances(context: Context, task: Task) -> TaskOutcome:
     """Find exact distances of a few images within a time limit each, starting from the best attack."""
     inputs = task.inputs
     model, norm = judged(context, task).cpu(), parse_norm(inputs["norm"])
@@ -95,12 +95,12 @@ def distances(context: Context, task: Task) -> Outcome:
         "images": _places(context, task),
     }
     metrics: dict[str, float | None] = {"solved": float(solved.double().mean())}
-    return Outcome(metrics, tensors=tensors, times={"search": float(found.seconds.sum())})
+    return TaskOutcome(metrics, tensors=tensors, times={"search": float(found.seconds.sum())})
 
 
 def _places(context: Context, task: Task) -> Tensor:
     return chosen_places(context.dataset, "test", 0, task.inputs["images"])
 
 
-def _without(name: str, reason: Unsupported) -> Outcome:
-    return Outcome(flags=[{"name": name, "detail": str(reason)}])
+def _without(name: str, reason: Unsupported) -> TaskOutcome:
+    return TaskOutcome(flags=[{"name": name, "detail": str(reason)}])

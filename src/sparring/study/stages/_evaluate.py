@@ -17,7 +17,7 @@ from ...sparsity import activity
 from ...threat import Threat, parse_norm
 from ...train import predict
 from ..plans._tables import attack_named
-from ..runner._executors import Outcome, Task
+from ..runner._executors import Task, TaskOutcome
 from ._networks import Context, chosen_images, chosen_places, network_of
 
 ACTIVITY_IMAGES = 1000
@@ -25,7 +25,7 @@ ACTIVITY_IMAGES = 1000
 LOGIT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-2
 
 
-def measure(context: Context, task: Task) -> Outcome:
+def measure(context: Context, task: Task) -> TaskOutcome:
     """Count a network and take its accuracies and natural activation sparsity."""
     data = context.dataset
     model = judged(context, task)
@@ -47,7 +47,7 @@ def measure(context: Context, task: Task) -> Outcome:
     total = {"sparsity_matrices": counted.sparsity_matrices} if counted.matrices != counted.weights else {}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     first = next(iter(weights.values())).detach()
-    return Outcome(
+    return TaskOutcome(
         {
             "accuracy": accuracy(logits, data.test.y),
             "accuracy_valid": accuracy(logits_valid, data.valid.y),
@@ -79,7 +79,7 @@ def measure(context: Context, task: Task) -> Outcome:
     )
 
 
-def attack(context: Context, task: Task) -> Outcome:
+def attack(context: Context, task: Task) -> TaskOutcome:
     """Attack one shard of images; a second parent lends what was found on the dense control (`lend`)."""
     inputs = task.inputs
     model = judged(context, task)
@@ -114,10 +114,10 @@ def attack(context: Context, task: Task) -> Outcome:
         tensors["clean"] = x[: inputs["gallery"]]
         tensors["perturbed"] = result.x_adv[: inputs["gallery"]].clone()
     flags += [{"name": flag.name, "detail": flag.detail} for flag in result.flags]
-    return Outcome(metrics, flags=flags, tensors=tensors)
+    return TaskOutcome(metrics, flags=flags, tensors=tensors)
 
 
-def lend(context: Context, task: Task) -> Outcome:
+def lend(context: Context, task: Task) -> TaskOutcome:
     """Attack one shard of images on a network that lends what is found to others: `loan0`, and so on."""
     inputs = task.inputs
     x, y = _images(context, inputs)
@@ -131,10 +131,10 @@ def lend(context: Context, task: Task) -> Outcome:
         batch_size=inputs["batch_size"],
         generator=_generator(inputs),
     )
-    return Outcome({}, tensors={f"loan{place}": examples for place, examples in enumerate(found)})
+    return TaskOutcome({}, tensors={f"loan{place}": examples for place, examples in enumerate(found)})
 
 
-def transfer(context: Context, task: Task) -> Outcome:
+def transfer(context: Context, task: Task) -> TaskOutcome:
     """Attack the first parent's network and try its adversarial images on the second's."""
     inputs = task.inputs
     source, target = (network_of(context, inputs, key).eval() for key in task.parents)
@@ -148,7 +148,7 @@ def transfer(context: Context, task: Task) -> Outcome:
     metrics: dict[str, float | None] = {"transferred": moved if bool(counted.any()) else None}
     metrics["robust_accuracy"] = robust_accuracy(right, fooled)
     tensors = {"success": fooled & counted, "clean_correct": counted, "label": y}
-    return Outcome(metrics, tensors=tensors | {"images": _places(context, inputs)})
+    return TaskOutcome(metrics, tensors=tensors | {"images": _places(context, inputs)})
 
 
 def judged(context: Context, task: Task) -> nn.Module:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ...facts import ATTACKS, MODELS, NEVER, OWN_ATTACK
-from ..plans._tables import Attack
+from ..plans._tables import AttackSettings
 
 
-def goes_packed(kernels: str, model: dict[str, Any], sparsity: float | None, attack: Attack) -> bool:
+def goes_packed(kernels: str, model: dict[str, Any], sparsity: float | None, attack: AttackSettings) -> bool:
     """Say whether an attack on a network of a plan's sparsity goes through its packed form.
 
     `kernels` is the plan's: "torch" never, "packed" always, "auto" by this rule, which knows the plan and nothing of

@@ -14,7 +14,7 @@ from ... import attacks, bounds
 from ...data import Split, as_float
 from ...errors import UserError
 from ...threat import L2, LINF, Threat
-from ..runner._executors import Outcome, Task
+from ..runner._executors import Task, TaskOutcome
 from ._networks import Context
 
 Point = dict[str, Any]
@@ -35,7 +35,7 @@ class _Images:
     y: Tensor
 
 
-def classify_group(context: Context, task: Task) -> Outcome:
+def classify_group(context: Context, task: Task) -> TaskOutcome:
     """Train a loss's penalty paths on some of the classes, prune the one that validation accuracy chose, judge all.
 
     Every classifier is an entry of the series "points"; one of which an identity of the theorem, or an attack's place
@@ -55,7 +55,7 @@ def classify_group(context: Context, task: Task) -> Outcome:
         points.append(point)
     dense = next(point for point in points if (point["path"], point["step"]) == ("l2", strength))
     metrics = {"strength": strength, **{name: dense[name] for name in ("accuracy", "accuracy_valid", "sparsity")}}
-    return Outcome(metrics, {"points": points}, flags)
+    return TaskOutcome(metrics, {"points": points}, flags)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ...outputs import opened
 from ...proofs import refuse_refuted
 from ...threat import Threat, parse_norm
 from ..plans._tables import attack_named
-from ..runner._executors import Outcome, Task
+from ..runner._executors import Task, TaskOutcome
 from ._evaluate import judged
 from ._networks import Context, chosen_images, chosen_places
 
@@ -28,7 +28,7 @@ LATENCY_ROUNDS = 200
 LOGIT_TOLERANCE = 1e-4
 
 
-def pack(context: Context, task: Task) -> Outcome:
+def pack(context: Context, task: Task) -> TaskOutcome:
     """Export a network as users ship it and hold the artefact against it: bytes, logits, predictions, time."""
     inputs = task.inputs
     model = judged(context, task).cpu()
@@ -43,7 +43,7 @@ def pack(context: Context, task: Task) -> Outcome:
         expected = opened(model, x)(x)
     found = packed(x)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    return Outcome(
+    return TaskOutcome(
         {
             "bytes_packed": bytes_packed,
             "agreement": float((found.argmax(1) == expected.argmax(1)).double().mean()),
@@ -64,7 +64,7 @@ def _latency(answer: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return statistics.median(times)
 
 
-def ship(context: Context, task: Task) -> Outcome:
+def ship(context: Context, task: Task) -> TaskOutcome:
     """Attack and certify the artefact of a network beside the network itself, its values rounded as `values` says."""
     inputs = task.inputs
     model = judged(context, task).cpu()
@@ -100,7 +100,7 @@ def ship(context: Context, task: Task) -> Outcome:
             _refuse_refuted(radius, tensors[f"stands_{name}"], norm, inputs["attack"])
             tensors[f"radius_{name}_{norm}_{method}"] = radius
             metrics[f"radius_{name}_{norm}_{method}"] = float(radius.mean())
-    return Outcome(metrics, flags=flags, tensors=tensors)
+    return TaskOutcome(metrics, flags=flags, tensors=tensors)
 
 
 def _refuse_refuted(radius: Tensor, stands: Tensor, norm: str, attack: dict[str, Any]) -> None:
@@ -137,5 +137,5 @@ def held_against(
     )
 
 
-def _without(reason: Unsupported) -> Outcome:
-    return Outcome(flags=[{"name": "no-packed-form", "detail": str(reason)}])
+def _without(reason: Unsupported) -> TaskOutcome:
+    return TaskOutcome(flags=[{"name": "no-packed-form", "detail": str(reason)}])

@@ -28,7 +28,7 @@ from ...sparsity import (
 )
 from ...threat import parse_norm
 from ...train import Loss, Ramped, Recipe, adversarial, cross_entropy, fit, predict, trades
-from ..runner._executors import Outcome, Task
+from ..runner._executors import Task, TaskOutcome
 from ._networks import BEST, MASK, PENALTY, WEIGHTS, Context, network, network_of, with_activation
 
 # The fine-tuning of every network of one seed sees the same order of images, so pairs differ in their masks alone.
@@ -38,7 +38,7 @@ CALIBRATION_IMAGES = 500
 SCORING_IMAGES, SCORING_STEPS = 500, 10
 
 
-def train(context: Context, task: Task) -> Outcome:
+def train(context: Context, task: Task) -> TaskOutcome:
     """Train a dense network from scratch, or take the weights that the plan names."""
     if "weights" in task.inputs:
         return _given(context, task)
@@ -59,17 +59,17 @@ def refuse_constant(model: nn.Module, valid: Split) -> None:
         )
 
 
-def _given(context: Context, task: Task) -> Outcome:
+def _given(context: Context, task: Task) -> TaskOutcome:
     file, expected = task.inputs["weights"]["file"], task.inputs["weights"]["sha256"]
     if sha256_file(file) != expected:
         raise UserError(f"{file} changed while the study ran; run it again")
     model = network(context, task.inputs)
     load_weights_(model, {k: v for k, v in load_tensors(file).items() if not k.startswith("sparring/")})
     valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
-    return Outcome({"accuracy_valid": valid}, tensors=_weights(model))
+    return TaskOutcome({"accuracy_valid": valid}, tensors=_weights(model))
 
 
-def prune(context: Context, task: Task) -> Outcome:
+def prune(context: Context, task: Task) -> TaskOutcome:
     """Prune and fine-tune the parent's network; without a method this is the dense control."""
     model = network_of(context, task.inputs, task.parents[0])
     spec = task.inputs["pruning"]
@@ -77,7 +77,7 @@ def prune(context: Context, task: Task) -> Outcome:
     return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], pruner=pruner)
 
 
-def activate(context: Context, task: Task) -> Outcome:
+def activate(context: Context, task: Task) -> TaskOutcome:
     """Make the parent's activations sparse; with a recipe, fine-tune it so."""
     activation = dict(task.inputs["activation"])
     bare = {name: value for name, value in task.inputs.items() if name != "activation"}
@@ -88,7 +88,7 @@ def activate(context: Context, task: Task) -> Outcome:
         calibrate_(model, images)
     if task.inputs["recipe"] is None:
         valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
-        return Outcome({"accuracy_valid": valid}, tensors=_weights(model))
+        return TaskOutcome({"accuracy_valid": valid}, tensors=_weights(model))
     penalty = activation["level"] if activation["kind"] == PENALTY else None
 
     def finish(trained: nn.Module) -> nn.Module:
@@ -105,13 +105,13 @@ def activate(context: Context, task: Task) -> Outcome:
     return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], penalty=penalty, finish=finish)
 
 
-def choose(context: Context, task: Task) -> Outcome:
+def choose(context: Context, task: Task) -> TaskOutcome:
     """Take the parent that is best on the validation split (the first of equals), tensors and all."""
     scores = [_validation_score(context, task.inputs, key) for key in task.parents]
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     decay = task.inputs["decays"][best]
     metrics: dict[str, float | None] = {"accuracy_valid": scores[best], "weight_decay": decay}
-    return Outcome(metrics, {"accuracy_valid": scores}, tensors=context.tensors(task.parents[best]))
+    return TaskOutcome(metrics, {"accuracy_valid": scores}, tensors=context.tensors(task.parents[best]))
 
 
 def _validation_score(context: Context, inputs: dict[str, Any], key: str) -> float:
@@ -128,7 +128,7 @@ def _fitted(
     pruner: Pruner | None = None,
     penalty: float | None = None,
     finish: Callable[[nn.Module], nn.Module] = lambda trained: trained,
-) -> Outcome:
+) -> TaskOutcome:
     data, training = context.dataset, task.inputs["training"]
     recipe = Recipe(**task.inputs["recipe"])
     result = fit(
@@ -160,7 +160,7 @@ def _fitted(
         series["robust_accuracy_valid"] = list(result.scores)
     tensors = _weights(model) | {MASK + name: value for name, value in result.masks.items()}
     best = {BEST + name: value for name, value in result.best_state.items() if WEIGHTS + name in tensors}
-    return Outcome(metrics, series, tensors=tensors | best)
+    return TaskOutcome(metrics, series, tensors=tensors | best)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
