@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...attacks import ATTACKS, facts_of
-from ...attacks import AttackSettings as AttackFunction
+from ...attacks import Attack as AttackFunction
 from ...bounds import BOUNDS, LIPSCHITZ
 from ...errors import PlanError, UnknownNameError, UserError
 from ...models import MODELS
