@@ -17,7 +17,8 @@ from .algorithms._pgd import fgsm, pgd, rfgsm
 from .algorithms._square import square
 from .evaluation._cross_checks import check_budgets, check_order, check_silence, check_unlimited
 from .evaluation._flags import FLAGS, Flag
-from .evaluation._run import Attack, AttackResult, check_convergence, facts_of, lend, robust_accuracy, run
+from .evaluation._run import AttackResult, check_convergence, lend, robust_accuracy, run
+from .evaluation._ways import Attack, facts_of
 
 ATTACKS: dict[str, Attack] = {
     "apgd": apgd,

@@ -14,7 +14,8 @@ from ...threat import LINF, Threat, diameter, distance
 from .._gradients import frozen
 from ..algorithms._losses import is_answer, margin_loss
 from ._flags import Flag, exceeds
-from ._run import Attack, AttackResult, budget_of, run
+from ._run import AttackResult, run
+from ._ways import Attack, budget_of
 
 _NOTABLE = 0.02
 _RETRIES = 3

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...facts import ATTACKS, OWN_ATTACK, AttackFacts
 from ...memory_format import channels_last
 from ...outputs import Door, check_module, opened
-from ...plugins import takes
 from ...threat import Threat
 from ...waiting import courteous
 from .._gradients import Probe, frozen
-from ..algorithms._losses import dlr
-from ..algorithms._pgd import pgd
-from ..algorithms._projections import column, select
+from ..algorithms._projections import select
 from ..fastpath._convnet import read_convolved
 from ..fastpath._mlp import ByHand, read_dense
 from ..fastpath._shared_prefix import split_at_draw
 from ._batches import batch_size_for
-from ._bpda import dense_copy, has_masked_gradients, is_stochastic, seeded, straight_through
-from ._finite_differences import Differences, blind_pixels
+from ._bpda import dense_copy, has_masked_gradients, is_stochastic, seeded
+from ._finite_differences import blind_pixels
 from ._flags import Flag, exceeds
 from ._sanity_checks import (
     check_inputs,
@@ -41,30 +37,20 @@ from ._sanity_checks import (
     is_random,
     state_of,
 )
-from ._scoring import Judge, better, resized, still_open, untouched, violations
+from ._scoring import Judge, untouched, violations
+from ._ways import (
+    NOTABLE,
+    Attack,
+    Best,
+    Order,
+    attack_by_differences,
+    attack_itself,
+    attack_single_draws,
+    attack_straight_through,
+    transfer,
+)
 
-# Another way of attacking must do better on this share of the images before it is called a sign of masking.
-_NOTABLE = 0.02
 _LENGTHS = ("steps", "queries")
-# What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
-_DEEP = partial(pgd, objective=dlr, stop_early=False)
-
-
-class Attack(Protocol):
-    """What every attack is: a function from images to perturbed images; configure it with functools.partial."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        /,
-        *,
-        norm: float,
-        eps: float | None = None,
-        targets: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +148,7 @@ def run(
         clean_correct = ~judge.wrong(x)
         hand = None if random or through is not None else _by_hand(model, x)
         probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=split)
-        order = _Order(attack, threat, x, y, targets, size, generator)
+        order = Order(attack, threat, x, y, targets, size, generator)
         stack.enter_context(seeded(model, seed))
 
         blind = None
@@ -170,44 +156,17 @@ def run(
             rows = clean_correct.nonzero().squeeze(1)
             blind, more_flags = _doubted(model, x[rows], y[rows], flags)
             flags += more_flags
-        outcome = untouched(x, clean_correct)
+        best = Best(judge, order, threat, x, clean_correct, untouched(x, clean_correct), flags)
         if random:
-            # As one would attack any model, a draw at a time: what the expectation adds to that, chance had hidden.
-            probe.draws = 1
-            outcome, _ = better(outcome, judge(x, order(probe, still_open(outcome, threat)), clean_correct))
-            probe.draws = draws
-        gained = torch.zeros_like(clean_correct)
-        # What fools one set of draws need not fool another: images still standing get four more chances.
-        for _ in range(5 if random else 1):
-            found = order(probe, still_open(outcome, threat))
-            outcome, more = better(outcome, judge(x, found, clean_correct))
-            gained |= more
-        if random and threat.eps is None:
-            outcome = resized(judge, x, outcome, clean_correct)
-        flags += _masked("the expectation over draws", gained, clean_correct) if random else []
+            attack_single_draws(best, probe, draws)
+        attack_itself(best, probe, random=random)
         if has_masked_gradients(model) or _is_raised("zero-gradients", flags):
-            probe.model, probe.hand = model, None
-            with straight_through(model, x[:1]):
-                found = order(probe, still_open(outcome, threat))
-            outcome, more = better(outcome, judge(x, found, clean_correct))
-            flags += _masked("a straight-through backward pass", more, clean_correct)
+            attack_straight_through(best, probe, model)
         if blind is not None:
-            probe.model, probe.hand = (differences := Differences(model, blind)), None
-            found = order(probe, still_open(outcome, threat))
-            outcome, more = better(outcome, judge(x, found, clean_correct))
-            flags += _masked("a gradient by finite differences", more, clean_correct)
-            probe.forwards += differences.passes
+            attack_by_differences(best, probe, model, blind)
         lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
-        loans: list[tuple[str, Iterable[Tensor]]] = [
-            (name, order.loans(lender, lambda: still_open(outcome, threat))) for name, lender in lenders.items()
-        ]
-        for name, examples in (*loans, *(lent or {}).items()):
-            gained = torch.zeros_like(clean_correct)
-            for found in examples:
-                tried = torch.where(column(still_open(outcome, threat), x), found, x)
-                outcome, more = better(outcome, judge(x, tried, clean_correct))
-                gained |= more
-            flags += _masked(f"transfer from {name}", gained, clean_correct)
+        transfer(best, lenders, lent or {})
+        outcome = best.outcome
         flags += violations(outcome, threat, probe.nonfinite + watch.nonfinite)
         if state_of(model) != before:
             detail = "parameters or buffers were written to; make them constant in eval mode"
@@ -257,7 +216,7 @@ def lend(
         model = opened(model, x)
         check_model(model, x, y, random=is_random(model, x))
         size = batch_size or batch_size_for(model, x)
-        order = _Order(attack, threat, x, y, None, size, generator)
+        order = Order(attack, threat, x, y, None, size, generator)
         everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
         return list(order.loans(Probe(model, hand=_by_hand(model, x)), lambda: everything))
 
@@ -269,22 +228,6 @@ def lengthened(attack: Attack, factor: int = 4) -> Attack:
         raise UserError("this attack has neither steps nor queries, so it cannot be run for longer")
     function = cast(Callable[..., Tensor], attack)
     return cast(Attack, partial(function, **{name: factor * inspect.signature(function).parameters[name].default}))
-
-
-def facts_of(attack: Attack) -> AttackFacts:
-    """Return what is known of an attack, however it is configured; one that takes no `eps` is a minimum-norm attack."""
-    function = cast(Callable[..., Tensor], attack)
-    while isinstance(function, partial):
-        function = function.func
-    name = getattr(function, "__name__", "").replace("_", "-")
-    if name in ATTACKS and function.__module__.startswith(f"{__package__.partition('.')[0]}."):
-        return ATTACKS[name]
-    return OWN_ATTACK if takes(function, "eps") else replace(OWN_ATTACK, kind="minimum-norm")
-
-
-def budget_of(attack: Attack, threat: Threat) -> dict[str, Any]:
-    """Return the keyword that gives an attack its budget; a user's minimum-norm attack need not take one."""
-    return {"eps": threat.eps} if takes(cast(Callable[..., Tensor], attack), "eps") else {}
 
 
 def _length_of(attack: Attack) -> str | None:
@@ -328,7 +271,7 @@ def check_convergence(
     first = result.success[rows]
     if not exceeds(int((longer.success & ~first).sum()), 0, share=0.05, of=len(rows)):
         lost = int((first & ~longer.success).sum())
-        if not exceeds(lost, int((longer.success & ~first).sum()), share=_NOTABLE, of=len(rows)):
+        if not exceeds(lost, int((longer.success & ~first).sum()), share=NOTABLE, of=len(rows)):
             return ()
         return (Flag("weaker-wins", f"{factor} times the steps fool {lost} of {len(rows)} images no longer"),)
     again = run(*task, attack, threat, targets=aims, generator=generator).success | first
@@ -337,45 +280,6 @@ def check_convergence(
         return ()
     detail = f"{factor} times the steps fool {gained} of {len(rows)} images that two runs do not; take more steps"
     return (Flag("not-converged", detail),)
-
-
-@dataclass(frozen=True)
-class _Order:
-    """An attack with its images: call it with a model and a mask of the images to attack."""
-
-    attack: Attack
-    threat: Threat
-    x: Tensor
-    y: Tensor
-    targets: Tensor | None
-    batch_size: int
-    generator: torch.Generator | None
-
-    def __call__(self, model: nn.Module, wanted: Tensor) -> Tensor:
-        x_adv, budget = self.x.clone(), budget_of(self.attack, self.threat)
-        for rows in torch.split(wanted.nonzero().squeeze(1), self.batch_size):
-            if len(rows):
-                found = self.attack(
-                    model,
-                    self.x[rows],
-                    self.y[rows],
-                    norm=self.threat.norm,
-                    targets=select(self.targets, rows),
-                    generator=self.generator,
-                    **budget,
-                )
-                if not isinstance(found, Tensor) or found.shape != x_adv[rows].shape:
-                    what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-                    raise UserError(f"the attack returned {what}, not images of shape {tuple(x_adv[rows].shape)}")
-                x_adv[rows] = found.detach().to(x_adv)
-        return x_adv
-
-    def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:
-        """Yield what a surrogate lends, found on the images that are wanted when their turn comes."""
-        yield self(surrogate, wanted())
-        # To a single step it would be no loan but another attack, and robust accuracy under it no longer that.
-        if self.threat.eps is not None and not facts_of(self.attack).single_step:
-            yield replace(self, attack=_DEEP)(surrogate, wanted())
 
 
 def _check_lent(lent: Mapping[str, Sequence[Tensor]], x: Tensor) -> None:
@@ -392,13 +296,6 @@ def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:
     if isinstance(model, Door) or any(p.dtype != torch.float32 for p in (x, *model.parameters())):
         return None
     return read_dense(model, x[:2]) or read_convolved(model, x[:2])
-
-
-def _masked(way: str, more: Tensor, attacked: Tensor) -> list[Flag]:
-    gained, count = int(more.sum()), int(attacked.sum())
-    if gained < max(2, _NOTABLE * count):
-        return []
-    return [Flag("masked-gradients", f"{way} does better on {gained} of {count} images")]
 
 
 def _is_raised(name: str, flags: Iterable[Flag]) -> bool:
