@@ -13,6 +13,7 @@ from sparring.metrics import size
 from sparring.models import build
 from sparring.sparsity import (
     STRUCTURES,
+    Channels,
     Rule,
     all_ones,
     apply_,
@@ -111,11 +112,15 @@ def test_written_out_sizes_are_refused_with_the_reason() -> None:
 
 def test_what_cannot_lose_channels_is_found() -> None:
     shared = nn.Conv2d(3, 3, 1)
-    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Conv2d(3, 6, 3, groups=3), nn.Flatten(), nn.Linear(6 * 196, 2))
-    _, fixed = tied_channels(model, SHAPE)
-    assert set(fixed) == {"0.weight", "3.weight", "5.weight"}
-    bare = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(768, 2))
-    assert tied_channels(bare, SHAPE)[1] == ("0.weight", "3.weight")
+    rigid = [shared, nn.ReLU(), shared, nn.Conv2d(3, 6, 3, groups=3)]
+    free = [nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 196, 2)]
+    _, fixed = tied_channels(nn.Sequential(*rigid, *free), SHAPE)
+    assert set(fixed) == {"0.weight", "3.weight", "7.weight"}
+    with pytest.raises(UserError, match="'0' and '2' share a weight, '3' is grouped, the last layer's"):
+        tied_channels(nn.Sequential(*rigid, nn.Flatten(), nn.Linear(6 * 196, 2)), SHAPE)
+    bare = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False)]
+    model = nn.Sequential(*bare, nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(512, 2))
+    assert tied_channels(model, SHAPE)[1] == ("0.weight", "4.weight")
 
 
 class Tied(nn.Module):
@@ -144,16 +149,16 @@ def test_nothing_to_lose_is_a_sentence() -> None:
         nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(768, 8)), nn.ReLU(), nn.Linear(8, 3)
     )
     for model in (Tied(), grouped, normed):
-        structure, fixed = tied_channels(model, SHAPE)
-        assert set(fixed) == set(prunable(model))
+        with pytest.raises(UserError, match="no layer can lose whole channels: "):
+            tied_channels(model, SHAPE)
         whole = all_ones(model)
         assert silent(model, whole, SHAPE) == whole
         remove_channels(model, whole, SHAPE)
         with pytest.raises(UserError, match="nothing to prune"):
-            select({}, 0.5, structure=structure)
+            select({}, 0.5, structure=Channels())
         batch = (torch.rand(2, *SHAPE), torch.zeros(2, dtype=torch.int64))
         with pytest.raises(UserError, match="no layer can lose whole channels"):
-            Rule(structure=structure).masks(model, magnitude(model), 0.5, masks=whole, batch=batch)
+            Rule(structure=Channels()).masks(model, magnitude(model), 0.5, masks=whole, batch=batch)
 
 
 def test_a_shared_pair_leaves_other_layers_free() -> None:

@@ -43,11 +43,13 @@ def tied_channels(model: nn.Module, shape: tuple[int, ...]) -> tuple[Channels, t
 
     `shape` is that of one image. The last layer keeps its outputs, which are the classes; so do layers that are used
     twice, share a weight, are grouped, recurrent or under weight_norm and the like, and what writes to them. Raise
-    Unsupported for what cannot be traced.
+    Unsupported for what cannot be traced, and UserError, with the reason, if no layer can lose channels.
     """
     spaces = _spaces(model, shape)
     tied = tuple(tuple(f"{path}.weight" for path in s.writers) for s in spaces if len(s.writers) > 1 and not s.fixed)
     free = {f"{path}.weight" for s in spaces if not s.fixed for path in s.writers}
+    if not free:
+        raise UserError(f"no layer can lose whole channels: {_what_holds(model)}; prune unstructured")
     return Channels(tied), tuple(name for name in prunable(model) if name not in free)
 
 
@@ -108,6 +110,18 @@ def _spaces(model: nn.Module, shape: tuple[int, ...]) -> list[_Space]:
         # Normalisation without parameters cannot be silenced: it shifts a channel of zeros.
         space.fixed |= any(model.get_submodule(path)._parameters["bias"] is None for path in space.norms)
     return [space for space in unique.values() if space.writers]
+
+
+def _what_holds(model: nn.Module) -> str:
+    """Say why no layer of a model can lose channels."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for parameter in (p for p in module._parameters.values() if p is not None):
+            owners.setdefault(id(parameter), []).append(f"'{path}'")
+    reasons = [f"{' and '.join(paths)} share a weight" for paths in owners.values() if len(set(paths)) > 1]
+    grouped = [f"'{path}'" for path, module in model.named_modules() if getattr(module, "groups", 1) != 1]
+    reasons += [f"{', '.join(grouped)} {'is' if len(grouped) == 1 else 'are'} grouped"] if grouped else []
+    return ", ".join([*reasons, "the last layer's outputs are the classes"])
 
 
 def _alone(model: nn.Module) -> set[str]:
