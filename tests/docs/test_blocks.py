@@ -141,7 +141,11 @@ def _run(page: Path, home: Path, folder: Path, *, nightly: bool) -> None:
     )
     if page.name == "deploy.md":
         _do(Step("sh", "sparring study my-plan.toml --out out/mine"), page, home, folder)
+    named: dict[str, str] = {}
     for step in every:
+        if step.kind == "python" and (name := re.match(r"# (\w+\.py)", step.text)):  # it goes on with the file
+            named[name[1]] = named.get(name[1], "") + step.text
+            step = step._replace(text=named[name[1]])
         if nightly or not step.long:
             _do(step, page, home, folder)
 

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,28 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
                 counts = [next(prime for prime in primes if prime not in sizes) for primes in (_PRIMES, _LARGE)]
                 many = [example.new_empty(n, *example.shape[1:]).requires_grad_() for n in counts]
                 program, other = (export(root, (images,), strict=False) for images in many)
-                texts = [re.sub(rf"\b{n}\b", "N", str(p.graph)) for n, p in zip(counts, (program, other), strict=True)]
-                if texts[0] != texts[1]:
-                    name = type(model).__name__
-                    raise Unsupported(f"{name} computes something else for another number of images") from error
+                for node, same in zip_longest(program.graph.nodes, other.graph.nodes):
+                    texts = [
+                        re.sub(rf"\b{n}\b", "N", str(v and v.format_node()))
+                        for n, v in zip(counts, (node, same), strict=True)
+                    ]
+                    if texts[0] != texts[1]:
+                        raise _differing(model, program, node) from error
             return program.run_decompositions({})
     except Unsupported:
         raise
     except Exception as error:  # torch runs the user's forward(), which can raise anything
         raise Unsupported(_why(model, error)) from error
+
+
+def _differing(model: nn.Module, program: Any, node: fx.Node | None) -> Unsupported:
+    """Return the refusal of a model whose graphs for two numbers of images differ first at a node."""
+    reason = "computes something else for another number of images"
+    if node is None or node.op != "call_function":
+        return Unsupported(f"{type(model).__name__} {reason}")
+    translator = Translator(model, program, torch.float32, shared=True)
+    translator.now = node
+    return translator.refuse(str(node.target).removeprefix("aten.").split(".")[0], f"{reason}; keep images apart")
 
 
 class _Root(nn.Module):

@@ -85,7 +85,7 @@ def test_every_image_ends_where_it_would_alone_at_whatever_pace_the_others_go(st
         handle = model.register_forward_pre_hook(watch)
         attack(model, x, y, targets=targets)
         handle.remove()
-    assert 1 <= paces[-1] < 8 == paces[0]  # some made all their rounds before others
+    assert 1 <= paces[-1] < 8 == max(paces)  # some made all their rounds before others
     moved, expected = ((points - x).flatten(1).norm(dim=1) for points in (together, alone))
     assert int((expected > 0).sum()) >= 6
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)

@@ -150,7 +150,7 @@ class CertifySettings:
 
     def __post_init__(self) -> None:
         if self.method not in BOUNDS:
-            raise UnknownNameError("bound", self.method, BOUNDS)
+            raise UnknownNameError("certify.method", self.method, BOUNDS)
         _check_narrowing("certify", self.seeds, methods=self.methods, sparsities=self.sparsities)
         in_range("certify.images", self.images, 1, 1_000_000)
         for eps in self.eps:
