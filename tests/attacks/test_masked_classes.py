@@ -62,11 +62,16 @@ def test_attacks_end_where_they_end_without_the_class(attack: str, images: Tenso
             assert int((found != alone).sum()) <= 1, name
 
 
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("fill", "kind"),
+    [
+        (fill, kind)
+        for fill in FILLS
+        for kind in (torch.float16, torch.float64)
+        if (fill, kind) != ("-1e9", torch.float16)
+    ],
+)
 def test_the_other_classes_keep_their_logits_in_every_type(fill: str, kind: torch.dtype, images: Tensor) -> None:
-    if (fill, kind) == ("-1e9", torch.float16):
-        pytest.skip("half precision has no such number")
     model = Masking(FILLS[fill], kind).eval()
     logits = opened(model, images)(images)
     plain = model.net(images.to(kind)).to(images.dtype)
