@@ -138,3 +138,9 @@ def test_the_map_of_the_design_is_complete() -> None:
             drawn |= {"".join(room for _, room in rooms[1:]) + name.removesuffix(".py") for name in names}
     there = {str(path.relative_to(SOURCE).with_suffix("")) for path in MODULES if not path.stem.startswith("__")}
     assert drawn == there
+
+
+def test_parts_are_listed_before_they_are_imported() -> None:
+    code = "import sparring, sys; assert 'sparring.attacks' not in sys.modules; print(*dir(sparring))"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {path.parent.name for path in SOURCE.glob("*/__init__.py")} - set(listed) <= {"cli", "graph", "records"}

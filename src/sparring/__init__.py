@@ -5,6 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what an editor completes
+    from . import attacks, bounds, data, deploy, metrics, models, report, sparsity, statistics, study, train  # noqa: F401
 
 try:
     __version__ = version("sparring")
@@ -34,3 +38,8 @@ def __getattr__(name: str) -> ModuleType:
     if name in _PARTS:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """List the parts too, which are not imported yet."""
+    return sorted({*globals(), *_PARTS})
