@@ -17,7 +17,7 @@ from sparring.files import load_tensors, save_tensors
 from sparring.matrices import matrices as sparsity_matrices
 from sparring.metrics import size
 from sparring.models import load_weights_
-from sparring.sparsity import SCORES, PruningSpec, Rule, build_pruner
+from sparring.sparsity import SCORES, PruningSpec, Rule, build_pruner, counts
 from sparring.train import Recipe, fit, predict
 
 pytestmark = pytest.mark.filterwarnings(
@@ -332,3 +332,15 @@ def test_two_of_four_leaves_layers_without_whole_groups_dense() -> None:
     with pytest.raises(UserError, match="rows are inputs"), pytest.warns(sparsity.LeftDenseWarning):
         transposed = _made(KINDS["transposed"])
         rule.masks(transposed, sparsity.magnitude(transposed), 0.5, masks=sparsity.all_ones(transposed))
+
+
+def test_counts_are_of_what_a_network_holds() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    nn.utils.parametrizations.weight_norm(model[1])
+    left = counts(model)
+    assert (left.weights, left.biases, left.matrices, left.left_out) == (2048 + 320, 42, 2048 + 320, {})
+    with torch.no_grad():
+        model[3].weight.zero_()
+    assert counts(model).weight_sparsity == pytest.approx(320 / 2368)
+    attention = counts(nn.MultiheadAttention(16, 2))
+    assert attention.matrices == 4 * 256 and attention.matrix_sparsity == 0

@@ -6,10 +6,12 @@ from ._allocation import erdos_renyi_kernel, uniform
 from ._channels import remove_channels, silent, tied_channels
 from ._masks import (
     CollapsedLayerWarning,
+    Counts,
     all_ones,
     applied_,
     apply_,
     collapsed,
+    counts,
     prunable,
     sparsity_of,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "Blocks",
     "Channels",
     "CollapsedLayerWarning",
+    "Counts",
     "LayerActivity",
     "LeftDenseWarning",
     "Loss",
@@ -77,6 +80,7 @@ __all__ = [
     "calibrate_",
     "check_reached",
     "collapsed",
+    "counts",
     "cubic",
     "dynamic_network_surgery",
     "erdos_renyi_kernel",
