@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 LAYERS = [
     {"errors", "facts", "modes", "outputs", "proofs", "units"},
     {"threat", "memory_format", "matrices", "files", "graph", "plugins", "waiting"},
-    {"history", "records"},
+    {"history", "records", "tally"},
     {"attacks", "bounds", "sparsity", "data", "models", "metrics", "statistics"},
     {"train", "deploy"},
     {"study"},

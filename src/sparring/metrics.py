@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .graph import Call, Conv2d, Linear, lower, refusal
-from .matrices import matrices
+from .tally import counts
 
 __all__ = ["Distances", "Size", "accuracy", "distances", "macs", "robust_accuracy", "size"]
 
@@ -100,17 +100,16 @@ class Size:
         return math.ceil(self.weights / 8) + 4 * (self.nonzero_weights + self.parameters - self.weights)
 
 
-def size(model: nn.Module) -> Size:
-    """Count parameters and weights, and which of them are not zero."""
-    values = [(m.value(), m.excuse is None) for m in matrices(model)]
-    weights, everything = [value for value, prunable in values if prunable], list(model.parameters())
+def size(model: nn.Module, x: Tensor | None = None) -> Size:
+    """Count parameters and weights, and which of them are not zero; x: see `counts`."""
+    counted, everything = counts(model, x), list(model.parameters())
     return Size(
         sum(p.numel() for p in everything),
-        sum(w.numel() for w in weights),
+        counted.weights,
         sum(int(p.count_nonzero()) for p in everything),
-        sum(int(w.count_nonzero()) for w in weights),
-        sum(w.numel() for w, _ in values),
-        sum(int(w.count_nonzero()) for w, _ in values),
+        counted.weights_nonzero,
+        counted.matrices,
+        counted.matrices_nonzero,
     )
 
 

@@ -19,10 +19,9 @@ from .. import attacks, deploy
 from ..data import Dataset, as_float
 from ..errors import UnknownNameError, UserError
 from ..files import CONVERT, load_tensors
-from ..matrices import matrices
-from ..metrics import accuracy, distances, robust_accuracy, size
+from ..metrics import accuracy, distances, robust_accuracy
 from ..models import MODELS, Blueprint, load_model, load_weights_, recipe_settings, save_model
-from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached
+from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts
 from ..statistics import binomial_interval
 from ..study import (
     NetworkSettings,
@@ -111,7 +110,8 @@ def run_prune(
     recipe = _settings(overrides, PruningSpec, Recipe, own=own).recipe
     result = _fit(model, dataset, recipe, out, seed=seed, training=training, quiet=quiet, pruner=pruner)
     check_reached(pruner, result.masks, pruning.layers or sparsity)
-    print(_removed(result.masks, pruner, model, None if pruning.layers else sparsity))
+    asked = None if pruning.layers else sparsity
+    print(_removed(result.masks, pruner, model, as_float(dataset.test.x[:2]), asked))
     _finish(model, blueprint, dataset, result, eps, out)
     return 0
 
@@ -131,17 +131,17 @@ def _finish(model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fi
         print(f"{name} epoch {epoch}: {_accuracies(network, dataset)}, {stands}\nwrote {path}")
 
 
-def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, asked: float | None) -> str:
+def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tensor, asked: float | None) -> str:
     """Say how many weights went and what that is of all, biases and normalisation apart, and what surgery did."""
     weights, vectors = ([m for m in masks.values() if (m.dim() > 1) is wanted] for wanted in (True, False))
     (total, kept), (others, held) = (
         (sum(m.numel() for m in part), sum(int(m.sum()) for m in part)) for part in (weights, vectors)
     )
     text = f"removed {total - kept} of {total} weights ({percent(1 - kept / total, 2)})"
-    if left_out := [f"'{m.name}' ({m.excuse})" for m in matrices(model) if m.excuse is not None]:
-        found = size(model)
-        text += f", {percent(found.sparsity_matrices, 2)} of all {found.matrices} weights of matrices; left dense: "
-        text += ", ".join(left_out)
+    found = counts(model, x)
+    if found.left_out:
+        text += f", {percent(found.matrix_sparsity, 2)} of all {found.matrices} weights of matrices; left dense: "
+        text += ", ".join(f"'{name}' ({reason})" for name, reason in found.left_out.items())
     if asked is not None and 1 - kept / total < asked - 0.005:
         text += f"; the {percent(asked, 2)} asked for is of what the structure and spared layers leave open"
     text += f" and {others - held} of {others} biases and norms" if others else ""

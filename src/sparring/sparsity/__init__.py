@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from ..tally import Counts, counts
 from ._allocation import erdos_renyi_kernel, uniform
 from ._channels import remove_channels, silent, tied_channels
 from ._masks import (
     CollapsedLayerWarning,
-    Counts,
     all_ones,
     applied_,
     apply_,
     collapsed,
-    counts,
     prunable,
     sparsity_of,
 )

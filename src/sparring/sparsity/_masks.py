@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -84,59 +83,6 @@ def sparsity_of(masks: Masks) -> float:
     weights = [mask for mask in masks.values() if mask.dim() > 1]
     total = sum(mask.numel() for mask in weights)
     return 1.0 - sum(int(mask.sum()) for mask in weights) / total if total else 0.0
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Count a network's values and those that are nonzero: prunable weights, biases, normalisation, and all.
-
-    Weights are those that layers compute with, after weight_norm and the like. `matrices` are all weight matrices, also
-    those that cannot be pruned, which `left_out` names with the reason.
-    """
-
-    weights: int
-    weights_nonzero: int
-    biases: int
-    biases_nonzero: int
-    other: int
-    other_nonzero: int
-    matrices: int
-    matrices_nonzero: int
-    left_out: dict[str, str]
-
-    @property
-    def matrix_sparsity(self) -> float:
-        """The fraction of the weights of all matrices that are zero, of those that cannot be pruned too."""
-        return 1.0 - self.matrices_nonzero / self.matrices if self.matrices else 0.0
-
-    @property
-    def weight_sparsity(self) -> float:
-        """The fraction of prunable weights that are zero."""
-        return 1.0 - self.weights_nonzero / self.weights if self.weights else 0.0
-
-    @property
-    def parameter_sparsity(self) -> float:
-        """The fraction of all parameters that are zero, biases and normalisation counted."""
-        total = self.weights + self.biases + self.other
-        nonzero = self.weights_nonzero + self.biases_nonzero + self.other_nonzero
-        return 1.0 - nonzero / total if total else 0.0
-
-
-def counts(model: nn.Module) -> Counts:
-    """Count what a network really holds, not what its masks promise."""
-    values = {m: m.value() for m in matrices(model)}
-    owners = {m.path for m in values if m.excuse is None}
-    weights = {m.name: value for m, value in values.items() if m.excuse is None}
-    biases: list[Tensor] = []
-    other: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        if name not in weights:
-            (biases if "bias" in leaf and parameter.dim() == 1 and path in owners else other).append(parameter)
-    left_out = {m.name: m.excuse for m in values if m.excuse is not None}
-    parts = (weights.values(), biases, other, values.values())
-    tally = [(sum(v.numel() for v in part), sum(int(torch.count_nonzero(v)) for v in part)) for part in parts]
-    return Counts(*tally[0], *tally[1], *tally[2], *tally[3], left_out)
 
 
 def collapsed(masks: Masks) -> list[str]:

@@ -33,7 +33,7 @@ def measure(context: Context, task: Task) -> TaskOutcome:
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the network's logits are NaN or infinite; its training diverged")
     model = model.cpu()  # what follows counts, and has no need of a GPU
-    counted = size(model)
+    counted = size(model, as_float(data.test.x[:2]))
     shape, flags = tuple(data.test.x.shape[1:]), []
     dense: int | None
     sparse: int | None
@@ -43,8 +43,9 @@ def measure(context: Context, task: Task) -> TaskOutcome:
         dense, sparse = None, None
         flags.append({"name": "no-macs", "detail": str(reason)})
     active = activity(model, data.test.x[:ACTIVITY_IMAGES])
-    # Only where some matrix cannot be pruned do the two shares differ.
-    total = {"sparsity_matrices": counted.sparsity_matrices} if counted.matrices != counted.weights else {}
+    # Only where some matrix cannot be pruned, or is made dense, do the two shares differ.
+    same = (counted.weights, counted.nonzero_weights) == (counted.matrices, counted.nonzero_matrices)
+    total = {} if same else {"sparsity_matrices": counted.sparsity_matrices}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     first = next(iter(weights.values())).detach()
     return TaskOutcome(
