@@ -1,6 +1,6 @@
 """Layers that hide or randomise gradients: how an attack sees through them without knowing their classes.
 
-The contract is structural (docs/design.md, "Contracts between strangers"): such a module carries `masks_gradients`,
+The contract is structural (docs/design.md, "Interfaces between packages"): such a module carries `masks_gradients`,
 `stochastic`, `straight_through` and `generator`, and says in `dense()` what it took the place of.
 """
 
