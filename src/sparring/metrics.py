@@ -125,5 +125,5 @@ def macs(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
             dense += node.op.weight.numel() * positions
             sparse += int(node.op.weight.count_nonzero()) * positions
         elif isinstance(node.op, Call) and node.op.name in _MULTIPLY:
-            raise refusal(node, "has no rule for counting its products")
+            raise refusal(node, "has no rule for counting its products; write it with layers of torch.nn")
     return dense, sparse

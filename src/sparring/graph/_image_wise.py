@@ -42,7 +42,7 @@ def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
         raise t.refuse(name, "has no rule for weights that depend on the image")
     computed = [len(t.shape(v)) for v in operands.values() if isinstance(v, At)]
     if len(set(computed)) > 1 and name != "select_scatter":
-        raise t.refuse(name, "broadcasts one value per image along another axis; give both the same number of axes")
+        raise t.refuse(name, "broadcasts one value per image along another axis", "give both the same number of axes")
     rank = max(computed)
     inputs = [v if isinstance(v, At) else padded(t, v, rank) for v in operands.values()]
     values = t.now.meta["val"]
@@ -102,7 +102,8 @@ def refuse_images_axis(t: Translator, name: str, given: Any) -> None:
     if name in ("transpose", "permute", "movedim") and any(axis % rank == 0 for axis in axes):
         raise t.refuse(
             name,
-            "moves the axis of the images; keep it first (batch_first=True, F.scaled_dot_product_attention in place of "
+            "moves the axis of the images",
+            "keep it first (batch_first=True, F.scaled_dot_product_attention in place of "
             "nn.MultiheadAttention), or do without what needs a graph: attacks, pruning and studies do",
         )
     if axes is None or not len(axes) or any(axis % rank == 0 for axis in axes):

@@ -59,7 +59,7 @@ def negate(t: Translator, a: Arguments) -> Any:
 def broadcast(t: Translator, name: str, target: Any, x: Any, y: Any) -> At:
     computed = [len(t.shape(v)) for v in (x, y) if isinstance(v, At)]
     if len(set(computed)) > 1:
-        raise t.refuse(name, "broadcasts one value per image along another axis; give both the same number of axes")
+        raise t.refuse(name, "broadcasts one value per image along another axis", "give both the same number of axes")
     inputs = [v if isinstance(v, At) else padded(t, as_constant(t, v), computed[0]) for v in (x, y)]
     return t.emit(Call(name, target, ("self", "other")), *inputs)
 
@@ -127,7 +127,7 @@ def recurrent(t: Translator, a: Arguments) -> Any:
     """lstm, gru and rnn over rows of one image, from a state that is the same for all."""
     x, state, given = a.take("input"), a.take("hx"), {key: a.take(key) for key in list(a.given)}
     if not given.get("batch_first"):
-        raise t.refuse(t.name, "runs over the axis of the images; give it batch_first=True")
+        raise t.refuse(t.name, "runs over the axis of the images", "give it batch_first=True")
     states = state if isinstance(state, list) else [state]
     if any(isinstance(v, At) for v in flat([states, given])):
         raise t.refuse(t.name, "has no rule for states or weights that depend on the image")
@@ -168,7 +168,7 @@ def conv2d(t: Translator, a: Arguments) -> Any:
     if isinstance(padding, str):
         whole = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
         if any(p % 2 for p in whole):
-            raise t.refuse(t.name, f"with padding='{padding}' and an even kernel has no rule; pad by hand")
+            raise t.refuse(t.name, f"with padding='{padding}' and an even kernel has no rule", "pad by hand")
         padding = [p // 2 for p in whole]
     name = _name(t, weight, bias)
     return t.emit(Conv2d(name, weight, bias, stride, pair(padding), dilation, a.take("groups")), x)
@@ -181,7 +181,7 @@ def norm_of_batch(t: Translator, a: Arguments) -> Any:
         a.take(ignored)
     eps = a.take("epsilon") if "epsilon" in a.defaults else a.take("eps")
     if mean is None or var is None or a.take("training"):
-        raise t.refuse(t.name, "normalises by the batch even in eval mode; give it running statistics")
+        raise t.refuse(t.name, "normalises by the batch even in eval mode", "give it running statistics")
     if any(isinstance(v, At) for v in (weight, bias, mean, var)):
         raise t.refuse(t.name, "has no rule for weights that depend on the image")
     name = (
@@ -194,7 +194,7 @@ def norm_of_batch(t: Translator, a: Arguments) -> Any:
 
 
 def by_the_batch(t: Translator, a: Arguments) -> Any:
-    raise t.refuse(t.name, "normalises by the batch even in eval mode; give it running statistics")
+    raise t.refuse(t.name, "normalises by the batch even in eval mode", "give it running statistics")
 
 
 def relu(t: Translator, a: Arguments) -> Any:

@@ -63,7 +63,7 @@ def translate(t: Translator, name: str, target: Any, a: Arguments) -> Any:
         return call(t, name, target, a)
     if name.rstrip("_") in _STEPS:
         raise t.refuse(name, "has no rule: it jumps, so it has no finite Lipschitz constant")
-    raise t.refuse(name, "has no rule; write it with layers of torch.nn, or do without what needs a graph")
+    raise t.refuse(name, "has no rule")
 
 
 def _copy(t: Translator, a: Arguments) -> Any:

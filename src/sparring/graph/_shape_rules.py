@@ -83,7 +83,7 @@ def expand(t: Translator, a: Arguments) -> Any:
     if t.shape(x) == shape:
         return x
     if len(t.shape(x)) != len(shape):
-        raise t.refuse(t.name, "moves the axis of the images; keep images along the first axis")
+        raise t.refuse(t.name, "moves the axis of the images", "keep images along the first axis")
     return t.emit(Call("expand", _expanded, ("x",), {"shape": shape}), x)
 
 
@@ -94,7 +94,7 @@ def _expanded(x: Tensor, shape: Sequence[int]) -> Tensor:
 def repeat(t: Translator, a: Arguments) -> Any:
     times = a.given["repeats"]
     if len(times) != len(t.shape(a.given["self"])) + 1 or times[0] != 1:
-        raise t.refuse(t.name, "repeats images; keep one row an image")
+        raise t.refuse(t.name, "repeats images", "keep one row an image")
     return call(t, t.name, t.now.target, a)
 
 
@@ -137,7 +137,7 @@ def filled(t: Translator, a: Arguments) -> Any:
     shape = t.image_shape(t.now.meta["val"])
     if isinstance(source, At):
         if len(t.shape(source)) != len(shape):
-            raise t.refuse(t.name, "moves the axis of the images; keep images along the first axis")
+            raise t.refuse(t.name, "moves the axis of the images", "keep images along the first axis")
         return (
             source if t.shape(source) == shape else t.emit(Call("expand", _expanded, ("x",), {"shape": shape}), source)
         )

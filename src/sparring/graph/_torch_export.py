@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import logging
 import operator
@@ -34,6 +35,9 @@ _SPREAD = frozenset(
     """full zeros ones empty new_full new_zeros new_ones new_empty expand broadcast_to repeat view reshape
     _unsafe_view""".split()  # noqa: SIM905
 )
+
+# What may be done about an operation without a rule, where nothing better is known.
+WAY = "write it with layers of torch.nn, or do without what needs a graph"
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def _differing(model: nn.Module, program: Any, node: fx.Node | None) -> Unsuppor
         return Unsupported(f"{type(model).__name__} {reason}")
     translator = Translator(model, program, torch.float32, shared=True)
     translator.now = node
-    return translator.refuse(str(node.target).removeprefix("aten.").split(".")[0], f"{reason}; keep images apart")
+    return translator.refuse(str(node.target).removeprefix("aten.").split(".")[0], reason, "keep images apart")
 
 
 class _Root(nn.Module):
@@ -236,7 +240,7 @@ class Translator:
                 self.values[node] = self._called(node)
         last = self.values[results[0]]
         if not isinstance(last, At):
-            raise Unsupported("the logits do not depend on the images")
+            raise Unsupported("the logits do not depend on the images; compute them from forward()'s argument")
         return Graph(tuple(self.nodes[: last.index + 1]))
 
     def _placeholder(self, node: fx.Node, spec: Any, wanted: set[fx.Node]) -> None:
@@ -276,7 +280,7 @@ class Translator:
         name = node.target._schema.name.split("::")[1]
         arguments = Arguments(node, self)
         if torch.Tag.nondeterministic_seeded in node.target.tags and not _is_idle(arguments):
-            raise self.refuse(name, "draws at random also in eval mode; guard it by self.training, or take it out")
+            raise self.refuse(name, "draws at random also in eval mode", "guard it by self.training, or take it out")
         if not any(isinstance(v, At) for v in _flat(list(arguments.given.values()))):
             if name not in _SPREAD and any(self.counts_images(a) for a in (*node.args, *node.kwargs.values())):
                 raise self.refuse(name, "makes a constant that depends on the number of images")
@@ -349,7 +353,7 @@ class Translator:
             value = value[0]
         first = value.shape[0] if value.dim() else None
         if not self.is_images(first):
-            raise self.refuse(self.name, "mixes or moves the axis of the images; keep images along the first axis")
+            raise self.refuse(self.name, "mixes or moves the axis of the images", "keep images along the first axis")
         if not all(isinstance(s, int) or s.node.expr.is_number for s in value.shape[1:]):
             raise self.refuse(self.name, "gives a shape that depends on the number of images")
         return tuple(int(s) for s in value.shape[1:])
@@ -367,24 +371,42 @@ class Translator:
     @property
     def path(self) -> str:
         """Return the path of the module that computes the operation at hand."""
-        stack = list((self.now.meta.get("nn_module_stack") or {}).values())
+        stack = list((self._told("nn_module_stack") or {}).values())
         return _within(stack[-1][0].split("@")[0]) if stack and not stack[-1][0].startswith("_empty") else ""
+
+    def _told(self, what: str) -> Any:
+        """Return what torch noted of the operation at hand or, of one that torch added, of what reads it."""
+        node: fx.Node | None = self.now
+        while node is not None and not node.meta.get(what):
+            node = next(iter(node.users), None)
+        return None if node is None else node.meta[what]
 
     @property
     def line(self) -> str:
         """Return the line of the user's code that asks for the operation at hand."""
-        text = (self.now.meta.get("stack_trace") or "").splitlines()
+        text = (self._told("stack_trace") or "").splitlines()
         frames = []
         for place, entry in enumerate(text):
             if entry.strip().startswith('File "'):
                 file, number = entry.strip().removeprefix('File "').split('", line ')
                 code = text[place + 1].strip() if place + 1 < len(text) else ""
                 frames.append((file, int(number.split(",")[0]), code))
-        return _line(frames)
+        return _line(frames) or _home(type(self.model))
 
-    def refuse(self, name: str, reason: str) -> Unsupported:
-        """Return the error that names the operation at hand, its layer and its line."""
-        return Unsupported(f"{title(name, self.path, self.line)} {reason}")
+    def refuse(self, name: str, reason: str, way: str = WAY) -> Unsupported:
+        """Return the error that names the operation at hand, its layer and its line, the reason and the way out."""
+        return Unsupported(f"{title(name, self.path, self.line)} {reason}; {way}")
+
+
+def _home(model: type[nn.Module]) -> str:
+    """Return where forward() begins, for operations of which torch notes nothing (autocast's); "" if it is torch's."""
+    if model.__module__.startswith("torch."):
+        return ""
+    try:
+        lines, number = inspect.getsourcelines(model.forward)
+        return _line([(inspect.getfile(model.forward), number, lines[0].strip())])
+    except (OSError, TypeError):  # written in no file
+        return ""
 
 
 def _line(frames: list[tuple[str, int, str]]) -> str:

@@ -46,7 +46,7 @@ def encode(graph: Graph, bounds: list[Interval]) -> tuple[MixedIntegerProgram, l
             case MaxPool():
                 values.append(_max_pool(program, node.op, source, box))
             case _:
-                raise refusal(node, "cannot be solved exactly")
+                raise refusal(node, "cannot be solved exactly; certify it instead")
     return program, values
 
 
