@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import gzip
 import hashlib
 import io
@@ -18,7 +17,6 @@ import secrets
 import stat
 import tarfile
 import tempfile
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -226,36 +224,26 @@ def lock(path: Path | str, *, wait: float = 0.0) -> Iterator[None]:
     """Hold the kernel's exclusive lock on a file while the block runs; the kernel frees it when the process dies.
 
     `wait` is how many seconds to wait for another holder (math.inf: for ever); then UserError. The file itself stays,
-    since removing it would let two processes lock different files of one name. A forked child shares the lock.
+    since removing it would let two processes lock different files of one name.
     """
+    from filelock import FileLock, Timeout  # 0.1 s, and most commands lock nothing
+
     path = Path(path)
+    # Never a soft lock, which nothing frees when its holder dies.
+    held = FileLock(path, timeout=-1 if wait == math.inf else wait, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        held.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is using {path.parent} (it holds {path.name}); wait for it or end it"
+        ) from None
     except OSError as error:
         raise explain(error, path, "lock") from error
     try:
-        _acquire(descriptor, path, time.monotonic() + wait)
-        try:
-            yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        yield
     finally:
-        os.close(descriptor)
-
-
-def _acquire(descriptor: int, path: Path, deadline: float) -> None:
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"another process is using {path.parent} (it holds {path.name}); wait for it or end it"
-                ) from None
-        except OSError as error:
-            raise explain(error, path, "lock") from error
-        time.sleep(0.05)
+        held.release()
 
 
 # -- names and archives -----------------------------------------------------------------------------------------------
