@@ -1,5 +1,6 @@
 """The effects against closed forms, scipy and simulation."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,16 +11,20 @@ from scipy import stats
 
 from sparring.statistics import (
     LEAST_P,
+    Claim,
     Effect,
+    ask,
     beyond,
     binomial_interval,
     effect,
     equivalence,
     holm,
+    judge,
     log_ratio_values,
     look_price,
     minimum_detectable_effect,
     no_gain,
+    pair_effect,
     ratio_values,
     seeds_needed,
 )
@@ -158,7 +163,7 @@ def test_ratio_values_refuse_a_mean_over_nothing():
 
 def test_the_minimum_detectable_effect_is_detected_at_its_power():
     one = Effect(estimate=0.0, se=0.1, df=20.0, low=-0.2, high=0.2, p=1.0, seeds=5, images=100)
-    least = minimum_detectable_effect(one, power=0.8)
+    least = minimum_detectable_effect(one)
     reach = stats.nct.sf(stats.t.ppf(0.975, 4), 4, least / one.se)
     assert reach == pytest.approx(0.8, abs=1e-4)
 
@@ -198,3 +203,59 @@ def test_equivalence_is_the_ninety_percent_interval_inside_the_margin(estimate, 
 def test_equivalence_needs_a_margin():
     with pytest.raises(ValueError, match="margin"):
         equivalence(Effect(0.0, 0.1, 12.0, -0.2, 0.2, 1.0, 5, 100), 0.0)
+
+
+def test_all_looks_together_spend_alpha_and_the_first_most_of_it():
+    spent = [1 / look_price(k) for k in range(1, 10_001)]
+    assert spent[0] == pytest.approx(0.8)
+    assert all(a > b for a, b in itertools.pairwise(spent))
+    assert sum(spent) == pytest.approx(1 - 0.2 / 10_000)
+    with pytest.raises(ValueError, match="from 1"):
+        look_price(0)
+
+
+# -- pairs that share members -----------------------------------------------------------------------------------------
+
+
+def simulated(rng: np.random.Generator, members: int, general: float, special: float) -> dict[tuple[int, int], float]:
+    g = rng.normal(0, general, members)
+    return {(i, j): g[i] + g[j] + rng.normal(0, special) for i, j in itertools.combinations(range(members), 2)}
+
+
+@pytest.mark.parametrize(("general", "special"), [(1.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
+def test_intervals_cover_a_mean_of_zero(general: float, special: float) -> None:
+    rng = np.random.default_rng(0)
+    found = [pair_effect(simulated(rng, 10, general, special), images=1) for _ in range(1000)]
+    covered = np.mean([e.low <= 0 <= e.high for e in found])
+    assert covered >= 0.925
+    if general:  # as if the pairs were independent, the intervals would be far too short
+        values = [np.array([list(simulated(rng, 10, general, special).values())]) for _ in range(300)]
+        assert np.mean([(e := effect(v)).low <= 0 <= e.high for v in values]) < 0.85
+
+
+def test_the_variance_is_that_of_its_model() -> None:
+    rng = np.random.default_rng(1)
+    found = [pair_effect(simulated(rng, 8, 1.0, 0.5), images=1) for _ in range(2000)]
+    assert np.mean([e.se**2 for e in found]) == pytest.approx(np.var([e.estimate for e in found]), rel=0.1)
+
+
+def test_numbers_and_refusals() -> None:
+    constant = dict.fromkeys(itertools.combinations(range(4), 2), 2.0)
+    one = pair_effect(constant, images=7)
+    assert (one.estimate, one.low, one.high, one.p, one.seeds, one.images) == (2.0, 2.0, 2.0, 1.0, 6, 7)
+    for values in ({(0, 1): 1.0}, {**constant, (0, 1): np.inf}, {k: v for k, v in constant.items() if k != (1, 2)}):
+        with pytest.raises(ValueError, match="every pair"):
+            pair_effect(values, images=7)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "se", "verdict"),
+    [(-9.0, 1.0, "reproduced"), (0.0, 0.5, "reproduced"), (9.0, 1.0, "opposite"), (1.0, 3.0, "undecided")],
+)
+def test_a_claim_of_no_gain_is_not_contradicted_by_a_loss(estimate: float, se: float, verdict: str) -> None:
+    values = {pair: estimate + v for pair, v in simulated(np.random.default_rng(2), 10, 0, 1).items()}
+    shift, scale = estimate - np.mean(list(values.values())), se / pair_effect(values, images=1).se
+    one = pair_effect({k: estimate + scale * (v + shift - estimate) for k, v in values.items()}, images=1)
+    assert isinstance(one, Effect) and one.se == pytest.approx(se)
+    (row,) = judge([ask(Claim("no gain", "not above", 2.0, "%", "a test"), one)], study="s")
+    assert row.verdict == verdict

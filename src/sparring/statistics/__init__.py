@@ -6,7 +6,6 @@ array, (seeds, images), and a curve is a stack of them, (sparsities, seeds, imag
 
 from __future__ import annotations
 
-from ._alpha_spending import look_price
 from ._curves import (
     Curve,
     Peak,
@@ -33,8 +32,10 @@ from ._effects import (
     error_of,
     holm,
     log_ratio_values,
+    look_price,
     minimum_detectable_effect,
     no_gain,
+    pair_effect,
     ratio_values,
     seeds_needed,
     unpaired,
@@ -42,7 +43,6 @@ from ._effects import (
     within_points,
 )
 from ._ledger import Claim, Question, Row, Verdict, ask, decide, judge, reread
-from ._pairs import pair_effect
 
 __all__ = [
     "INDICATIVE_BELOW",

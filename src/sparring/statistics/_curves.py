@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from ._effects import Effect, beyond, effect, holm, log_ratio_values
+from ._effects import LEVEL, Effect, beyond, effect, holm, log_ratio_values
 
 CURVE_ALPHA = 0.05
 
@@ -78,7 +78,6 @@ def curve(
     control: ArrayLike,
     *,
     log: bool = False,
-    level: float = 0.95,
 ) -> Curve:
     """Compare each sparsity with the dense control, paired by seed and by image.
 
@@ -92,7 +91,7 @@ def curve(
     if any(a >= b for a, b in itertools.pairwise(sparsities)):
         raise ValueError(f"sparsities must rise: {list(sparsities)}")
     d = log_ratio_values(v, c) if log else v - c
-    effects = tuple(effect(one, level=level) for one in d)
+    effects = tuple(map(effect, d))
     corrected = holm([e.p for e in effects])
     return Curve(tuple(sparsities), effects, tuple(map(float, corrected)), d)
 
@@ -190,14 +189,14 @@ def _agreement(seeds: int, candidates: int) -> float:
     return max(1.0, float((np.quantile(t, 1 - levels) / special.stdtrit(seeds - 1, 1 - levels / 2)).max()))
 
 
-def simultaneous(one: Curve, *, generator: np.random.Generator, level: float = 0.95, draws: int = 2000) -> list[Effect]:
+def simultaneous(one: Curve, *, generator: np.random.Generator, draws: int = 2000) -> list[Effect]:
     """Return the effects with intervals that hold at all sparsities together, so for whichever is chosen.
 
     The half-width is the joint draws' quantile of the largest error in standard errors, and never below a single one's.
     """
     errors = joint_errors(one, generator=generator, draws=draws)
     spread = np.array([max(e.se, np.finfo(float).tiny) for e in one.effects])
-    critical = float(np.quantile(np.abs(errors / spread[:, None]).max(axis=0), level))
+    critical = float(np.quantile(np.abs(errors / spread[:, None]).max(axis=0), LEVEL))
     half = [max(critical * e.se, e.high - e.estimate) for e in one.effects]
     return [replace(e, low=e.estimate - h, high=e.estimate + h) for e, h in zip(one.effects, half, strict=True)]
 

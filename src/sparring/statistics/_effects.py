@@ -6,21 +6,37 @@ that is easy for one seed is easy for the others, and averaging over seeds does 
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # not scipy.stats, which takes a second or two to import
 
-from ._alpha_spending import look_price
-
+LEVEL = 0.95  # of every interval
+POWER = 0.8  # of a study that is said to see an effect
 INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicative"
 MOST_POINTS = 100.0  # no share of images can differ by more
 LEAST_P = 1e-4  # no p-value is taken for smaller: nothing vouches for the tails of a few seeds
 LEAST_RATIO = 1e-6  # of a control's mean: what has vanished has no logarithm
 MOST_LOG = 300.0  # beyond it the exponential is only a larger number
 MOST_SEEDS = 10_000  # where a search for the seeds that an effect needs ends
+FIRST_LOOK = 0.8  # of alpha: most studies are run as planned and looked at once
+
+
+def look_price(look: int) -> float:
+    """Return what the p-values of the k-th look, from 1, are multiplied by.
+
+    Whoever looks at a study again after it grew or shrank may be wrong once more. The first look spends four fifths of
+    alpha and the k-th alpha / (5 k (k - 1)); all looks that there can ever be spend alpha together, so by Bonferroni's
+    inequality no number of them is too many. Raises ValueError for k < 1.
+    """
+    if look < 1:
+        raise ValueError(f"looks are counted from 1, not {look}")
+    return 1 / FIRST_LOOK if look == 1 else look * (look - 1) / (1 - FIRST_LOOK)
 
 
 @dataclass(frozen=True)
@@ -68,20 +84,20 @@ class Effect:
         return replace(one, p=two_sided(one)) if self.seeds > 1 else one
 
 
-def binomial_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Return the exact (Clopper-Pearson) interval of a proportion, as fractions.
+def binomial_interval(successes: int, n: int) -> tuple[float, float]:
+    """Return the exact 95% (Clopper-Pearson) interval of a proportion, as fractions.
 
     Raises ValueError unless 0 <= successes <= n and n >= 1. Source: Clopper & Pearson 1934, through the beta quantiles.
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n}: need 0 <= successes <= n and n >= 1")
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     low = special.betaincinv(successes, n - successes + 1, tail) if successes > 0 else 0.0
     high = special.betaincinv(successes + 1, n - successes, 1 - tail) if successes < n else 1.0
     return float(low), float(high)
 
 
-def effect(values: ArrayLike, *, level: float = 0.95) -> Effect:
+def effect(values: ArrayLike) -> Effect:
     """Estimate the mean of `values` (seeds, images), as a draw of new seeds and of new images would vary it.
 
     The variance is the crossed bootstrap's (one draw of images for all seeds) in closed form and without its bias:
@@ -101,11 +117,14 @@ def effect(values: ArrayLike, *, level: float = 0.95) -> Effect:
     if len(d) > 1 and (d == d[0]).all() and np.ptp(d) > 0:
         d = d[:1]  # copies of one seed are no more than it
     seeds, images = d.shape
-    mean = float(d.mean())
-    se, df = _crossed_error(d)
-    half = float(special.stdtrit(df, (1 + level) / 2)) * se
-    one = Effect(mean, se, df, mean - half, mean + half, math.nan, seeds, images)
-    return replace(one, p=two_sided(one)) if seeds > 1 else one
+    return _student(float(d.mean()), *_crossed_error(d), seeds, images)
+
+
+def _student(estimate: float, se: float, df: float, seeds: int, images: int) -> Effect:
+    """Return an effect with Student's interval and p-value."""
+    half = float(special.stdtrit(df, (1 + LEVEL) / 2)) * se
+    one = Effect(estimate, se, df, estimate - half, estimate + half, math.nan, seeds, images)
+    return one.priced(1.0)
 
 
 def _crossed_error(d: NDArray[np.float64]) -> tuple[float, float]:
@@ -201,17 +220,17 @@ def holm(p: ArrayLike, *, more: int = 0) -> NDArray[np.float64]:
     return corrected
 
 
-def minimum_detectable_effect(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Return the smallest true effect that this study would have called significant with probability `power`.
+def minimum_detectable_effect(one: Effect, *, alpha: float = 0.05) -> float:
+    """Return the smallest true effect that this study would have called significant in four studies of five.
 
     In the effect's own unit, by the noncentral t. Divide alpha by the number of tests for the first step of Holm's
     method.
     """
     critical = special.stdtrit(one.df_p, 1 - alpha / one.price / 2)
-    return float(special.nctdtrinc(one.df_p, 1 - power, critical)) * one.se
+    return float(special.nctdtrinc(one.df_p, 1 - POWER, critical)) * one.se
 
 
-def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int | None:
+def seeds_needed(one: Effect, *, alpha: float = 0.05) -> int | None:
     """Return about how many seeds would make an effect of this size significant, if all its spread shrank with them.
 
     A lower bound in truth, as the images' share of the spread does not shrink with seeds. At least one more than now;
@@ -220,18 +239,13 @@ def seeds_needed(one: Effect, *, alpha: float = 0.05, power: float = 0.8) -> int
     """
     if one.estimate == 0:
         raise ValueError("no number of seeds makes an effect of zero significant")
-    low, high = one.seeds, MOST_SEEDS
-    if not _suffice(one, high, alpha, power):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _suffice(one, middle, alpha, power) else (middle, high)
-    return high
+    more = range(one.seeds + 1, MOST_SEEDS + 1)
 
+    def suffice(seeds: int) -> bool:
+        return minimum_detectable_effect(with_seeds(one, seeds), alpha=alpha) <= abs(one.estimate)
 
-def _suffice(one: Effect, seeds: int, alpha: float, power: float) -> bool:
-    """Tell whether so many seeds would make an effect significant with probability `power`."""
-    return minimum_detectable_effect(with_seeds(one, seeds), alpha=alpha, power=power) <= abs(one.estimate)
+    place = bisect.bisect_left(more, True, key=suffice)
+    return more[place] if place < len(more) else None
 
 
 def with_seeds(one: Effect, seeds: int) -> Effect:
@@ -268,7 +282,7 @@ def beyond(one: Effect, margin: float) -> float:
     return min(1.0, 2 * _tail(one, margin - abs(one.estimate)))
 
 
-def unpaired(first: Effect, second: Effect, *, level: float = 0.95) -> Effect:
+def unpaired(first: Effect, second: Effect) -> Effect:
     """Return second − first for two means that share neither seeds nor images (Welch 1947).
 
     `seeds` and `images` are the smaller of the two.
@@ -277,8 +291,32 @@ def unpaired(first: Effect, second: Effect, *, level: float = 0.95) -> Effect:
     se = math.sqrt(sum(variances))
     spread = sum(v**2 / one.df for v, one in zip(variances, (first, second), strict=True))
     df = se**4 / spread if spread > 0 else min(first.df, second.df)
-    estimate = second.estimate - first.estimate
-    half = float(special.stdtrit(df, (1 + level) / 2)) * se
     fewest = min(first.seeds, second.seeds), min(first.images, second.images)
-    one = Effect(estimate, se, df, estimate - half, estimate + half, math.nan, *fewest)
-    return replace(one, p=two_sided(one)) if one.seeds > 1 else one
+    return _student(second.estimate - first.estimate, se, df, *fewest)
+
+
+def pair_effect(values: Mapping[tuple[int, int], float], *, images: int) -> Effect:
+    """Estimate the mean over pairs, as a draw of new members (digits, say) would vary it.
+
+    Pairs that share a member are not independent. `values` holds one value for every pair of n members. The model is
+    the diallel cross without parents, d[i, j] = μ + g[i] + g[j] + s[i, j]: variances come from its two mean squares,
+    and the interval has n − 1 degrees of freedom; the standard error is never below that of independent pairs. The
+    effect's `seeds` counts the pairs, and `images` how many images were behind each at most.
+
+    Raises ValueError unless there are four members at least and a finite value for each pair.
+    Source: Griffing 1956, method 4, model II.
+    """
+    members = sorted({member for pair in values for member in pair})
+    n = len(members)
+    if n < 4 or set(values) != set(combinations(members, 2)) or not all(map(math.isfinite, values.values())):
+        raise ValueError("need a finite value for every pair (smaller, larger) of four members at least")
+    d = np.array(list(values.values()), dtype=np.float64)
+    mean, pairs = float(d.mean()), len(d)
+    sums = {m: sum(value for pair, value in values.items() if m in pair) for m in members}
+    general = {m: (sums[m] - (n - 1) * mean) / (n - 2) for m in members}
+    rest = sum((value - mean - general[i] - general[j]) ** 2 for (i, j), value in values.items())
+    ms_rest = rest / (n * (n - 3) / 2)
+    ms_general = (n - 2) * sum(g**2 for g in general.values()) / (n - 1)
+    crossed = 4 * ms_general / (n * (n - 2)) - 2 * ms_rest / ((n - 1) * (n - 2))
+    se = math.sqrt(max(crossed, float(d.var(ddof=1)) / pairs))
+    return _student(mean, se, n - 1.0, pairs, images)
