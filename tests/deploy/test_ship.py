@@ -5,10 +5,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from sparring import deploy
+from sparring import attacks, deploy
 from sparring.deploy._timing import interleaved
 from sparring.errors import UserError
 from sparring.report import timings_figure
+from sparring.threat import LINF, Threat
 
 onnxruntime = pytest.importorskip("onnxruntime")
 SHAPE = (1, 28, 28)
@@ -44,6 +45,21 @@ def test_what_is_shipped_is_attacked_and_compared(sparse_model, values):
     assert result.logit_error <= (5e-6 if values == "fp32" else 5e-2)
     assert abs(result.robust_transfer - result.robust_model) <= (0.03 if values == "fp32" else 0.15)
     assert abs(result.robust_packed - result.robust_model) <= (0.03 if values == "fp32" else 0.15)
+
+
+def test_a_report_of_what_shipping_costs(sparse_model):
+    model = sparse_model("lenet-300-100", 0.1)
+    x = torch.rand(30, *SHAPE, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    threat = Threat(LINF, 0.02)
+    found = deploy.ship_report(model, deploy.pack(model, shape=SHAPE, values="int8"), x, y, attacks.fgsm, threat)
+    assert found.accuracy_model == 1 and found.agreement >= 0.9 and 0 <= found.robust_decision <= 1
+    alone = attacks.run(model, x, y, attacks.fgsm, threat)
+    assert found.robust_model == attacks.robust_accuracy(alone)
+    share = float(found.stands_packed.double().mean() - found.stands_model.double().mean())
+    assert found.change.estimate == pytest.approx(share) and found.change.low <= share <= found.change.high
+    blind = deploy.ship_report(model, deploy.pack(model, shape=SHAPE), x, y, attacks.fgsm, threat, decisions=0)
+    assert blind.robust_decision is None and blind.change.estimate == 0
 
 
 @pytest.mark.parametrize("name", ["lenet-5", "resnet-32"])

@@ -30,15 +30,24 @@ HAND = {
 }
 LONG = re.compile(r"sparring (study quick|train|prune)|study\.run\(")
 
-# What a page's Python takes for granted.
-BEFORE = {
-    "deploy.md": "import torch\nimages = torch.rand(2, 1, 28, 28)",
-    "theory.md": """
+_MODEL = """
 import torch
-from sparring import attacks, models
-from sparring.threat import LINF, Threat
+from sparring import models
 model = models.build("mlp", shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.3,), widths=(6,)).eval()
 x, y = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+"""
+# What a page's Python takes for granted.
+BEFORE = {
+    "deploy.md": """
+import torch
+from sparring import models
+model = models.build("mlp", shape=(1, 28, 28), classes=3, mean=(0.5,), std=(0.3,), widths=(6,)).eval()
+images, y = torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 2, 0])
+""",
+    "flags.md": _MODEL,
+    "theory.md": f"""{_MODEL}
+from sparring import attacks
+from sparring.threat import LINF, Threat
 best = attacks.run(model, x, y, attacks.ATTACKS["nearest"], Threat(LINF, None)).x_adv
 """,
     "data.md": """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._summary import Summary, summary
 from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
 from .exact_distances._exact import Exact, exact
 from .linear_models._closed_form import (
@@ -25,6 +26,7 @@ __all__ = [
     "Exact",
     "LinearMap",
     "MaskedPoint",
+    "Summary",
     "Theorem",
     "certified_accuracy",
     "exact",
@@ -40,6 +42,7 @@ __all__ = [
     "margin_ratios",
     "radius",
     "random_mask_bounds",
+    "summary",
     "theorem",
     "weights_of",
 ]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import __version__, deploy
+from .. import __version__, attacks, deploy
 from ..data import Dataset, as_float, content_hash
 from ..errors import UserError
 from ..files import sha256_file, write_atomic
@@ -20,8 +20,7 @@ from ..metrics import accuracy
 from ..models import build, load_weights_
 from ..records import PlanFile, Record, Store, read_plan, read_record
 from ..report import Choice, pick, png, shipped_verdict, timings_figure
-from ..statistics import effect
-from ..study import WEIGHTS, chosen_images, held_against
+from ..study import WEIGHTS, chosen_images
 from ..threat import LINF, Threat
 from ..train import predict
 from ..units import percent
@@ -30,7 +29,6 @@ from ._models import SAVED, check_named, open_model, plain
 from ._printing import print_json
 
 ONNX_TOLERANCE = 1e-4
-DECISION_STEPS = 5
 
 
 def run_export(
@@ -92,8 +90,7 @@ def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> int:
 def _print_cost(model: nn.Module, path: Path, dataset: Dataset, eps: float, images: int) -> None:
     """Attack the model and the artefact, and say what shipping costs in accuracy and robustness."""
     x, y = chosen_images(dataset, "test", 0, images)
-    attack = {"name": "pgd", "norm": "linf", "eps": eps}
-    found = held_against(model, deploy.load(path), as_float(x), y, attack, decisions=DECISION_STEPS)
+    found = deploy.ship_report(model, deploy.load(path), as_float(x), y, attacks.pgd, Threat(LINF, eps))
     print(f"predictions agree on {percent(found.agreement, 2)} of {len(y)} images", end="; ")
     print(f"logits differ by {found.logit_error:.1e} of the largest", end="; ")
     print(f"accuracy {percent(found.accuracy_model, 2)} → {percent(found.accuracy_packed, 2)}")
@@ -105,7 +102,7 @@ def _print_cost(model: nn.Module, path: Path, dataset: Dataset, eps: float, imag
         f"{lent} under the model's examples; {asked} of the first {min(len(y), 50)} under HopSkipJump, which asks it "
         "for classes only"
     )
-    one = effect((found.stands_packed.double() - found.stands_model.double()).numpy()[None])
+    one = found.change
     print(
         f"against all gradient examples the artefact stands on {100 * one.estimate:+.2f} points more images than the "
         f"model [{100 * one.low:+.2f}, {100 * one.high:+.2f}]: {shipped_verdict(one)}"

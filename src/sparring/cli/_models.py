@@ -169,28 +169,16 @@ def run_attack(
 ) -> int:
     """Attack a model and print a row for each attack and budget, with the flags of `checks` images' second opinions."""
     chosen = _chosen(attack_names, overrides)
-    threats = [
-        (name, Threat(norm, eps))
-        for name, attack in chosen.items()
-        for eps in ([None] if attacks.facts_of(attack).kind == "minimum-norm" else budgets)
-    ]
+    for eps in budgets:
+        Threat(norm, eps)  # refuses a budget in other units
     check_named(name, weights)
     dataset = open_data(data_name, data_dir, download)
     model, _ = open_model(name, weights, dataset)
     x, y = chosen_images(dataset, "test", 0, images)
-    task = (model, as_float(x), y)
-    results: dict[tuple[str, Threat], attacks.AttackResult] = {}
-    for attack_name, threat in threats:
-        generator = torch.Generator().manual_seed(seed)
-        results[attack_name, threat] = attacks.run(
-            *task, chosen[attack_name], threat, batch_size=batch_size, generator=generator, convergence=checks
-        )
-    found = _opinions(task, chosen, results, checks, seed) if checks else {}
-    rows = [
-        _row(attack_name, threat, result, found.get((attack_name, threat), ()))
-        for (attack_name, threat), result in results.items()
-    ]
-    rows += _worst_cases(results)
+    found = attacks.audit(
+        model, as_float(x), y, chosen, norm=norm, eps=budgets, checks=checks, batch_size=batch_size, seed=seed
+    )
+    rows = [_row(one) for one in found]
     if as_json:
         print_json({"model": name, "data": dataset.name, "images": len(y), "results": rows})
     else:
@@ -205,57 +193,14 @@ def _chosen(names: str, overrides: tuple[str, ...]) -> dict[str, attacks.Attack]
     return configured(chosen, overrides)
 
 
-def _worst_cases(results: Mapping[tuple[str, Threat], attacks.AttackResult]) -> list[dict[str, Any]]:
-    """Return a row for each budget that several attacks were given: what is robust is what withstands them all."""
-    rows = []
-    for threat in dict.fromkeys(threat for _, threat in results if threat.eps is not None):
-        rivals = [result for (_, other), result in results.items() if other == threat]
-        if len(rivals) == 1:
-            continue
-        success = torch.stack([result.success for result in rivals]).any(0)
-        passes = {
-            what: sum(getattr(result, what) for result in rivals) for what in ("forwards", "backwards", "seconds")
-        }
-        rows.append(_row("worst case", threat, replace(rivals[0], success=success, flags=(), **passes), ()))
-    return rows
-
-
-def _opinions(
-    task: tuple[nn.Module, Tensor, Tensor],
-    chosen: Mapping[str, attacks.Attack],
-    results: Mapping[tuple[str, Threat], attacks.AttackResult],
-    images: int,
-    seed: int,
-) -> dict[tuple[str, Threat], tuple[attacks.Flag, ...]]:
-    """Return what a look at several results, or at other budgets, says against each."""
-    flags: dict[tuple[str, Threat], tuple[attacks.Flag, ...]] = dict.fromkeys(results, ())
-    for threat in {threat for _, threat in results}:
-        rivals = {name: result for (name, other), result in results.items() if other == threat}
-        for name, more in attacks.check_order(rivals).items():
-            flags[name, threat] += more
-    for name in chosen:
-        budgets = {t.eps: (t, r) for (other, t), r in results.items() if other == name and t.eps is not None}
-        for eps, more in attacks.check_budgets({eps: result for eps, (_, result) in budgets.items()}).items():
-            flags[name, budgets[eps][0]] += more
-        generator = torch.Generator().manual_seed(seed)
-        if budgets and not attacks.facts_of(chosen[name]).single_step:
-            threat, result = budgets[max(budgets)]
-            flags[name, threat] += attacks.check_unlimited(
-                *task, chosen[name], norm=threat.norm, images=images, generator=generator
-            )
-            flags[name, threat] += attacks.check_silence(
-                *task, chosen[name], threat, result, images=4, generator=generator
-            )
-    return flags
-
-
-def _row(name: str, threat: Threat, result: attacks.AttackResult, more: tuple[attacks.Flag, ...]) -> dict[str, Any]:
+def _row(audited: attacks.AuditRow) -> dict[str, Any]:
+    threat, result = audited.threat, audited.result
     right = result.clean_correct & ~result.success
     found = distances(result.distance, result.clean_correct)
     low, high = binomial_interval(int(right.sum()), len(right))
     minimum = threat.eps is None
     return {
-        "attack": name,
+        "attack": audited.attack,
         "norm": norm_name(threat.norm),
         "eps": threat.eps,
         "accuracy": float(result.clean_correct.double().mean()),
@@ -267,7 +212,7 @@ def _row(name: str, threat: Threat, result: attacks.AttackResult, more: tuple[at
         "forwards": result.forwards,
         "backwards": result.backwards,
         "seconds": result.seconds,
-        "flags": [{"name": flag.name, "detail": flag.detail} for flag in (*result.flags, *more)],
+        "flags": [{"name": flag.name, "detail": flag.detail} for flag in result.flags],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,7 +10,6 @@ import torch
 from .. import attacks, bounds
 from ..data import as_float
 from ..errors import UnknownNameError, UserError
-from ..proofs import refuse_refuted
 from ..study import chosen_images
 from ..threat import L1, Threat
 from ..units import norm_name, percent
@@ -42,38 +42,22 @@ def run_certify(
     dataset = open_data(data_name, data_dir, download)
     model = plain(open_model(name, weights, dataset)[0])
     x, y = chosen_images(dataset, "test", 0, images)
-    radius = bounds.radius(model, as_float(x), y, norm, method=method)
-    attacked = attacks.run(
-        model, as_float(x), y, attacks.nearest, Threat(norm), generator=torch.Generator().manual_seed(0)
-    )
-    refuse_refuted(radius, attacked.distance, norm=norm_name(norm))
-    right = attacked.clean_correct
-    certified = {eps: float((right & (radius >= eps)).double().mean()) for eps in budgets}
-    standing = {eps: float((right & (attacked.distance > eps)).double().mean()) for eps in budgets}
-    gap = (attacked.distance[right].double() / radius[right].clamp_min(1e-12)).median() if bool(right.any()) else None
-    summary = {
-        "model": name,
-        "data": dataset.name,
-        "images": len(y),
-        "norm": norm_name(norm),
-        "method": method,
-        "accuracy": float(right.double().mean()),
-        "certified_accuracy": {f"{eps:g}": share for eps, share in certified.items()},
-        "attacked_accuracy": {f"{eps:g}": share for eps, share in standing.items()},
-        "radius_median": float(radius[right].median()) if bool(right.any()) else None,
-        "distance_median": float(attacked.distance[right].median()) if bool(right.any()) else None,
-        "distance_over_radius_median": None if gap is None else float(gap),
-    }
+    generator = torch.Generator().manual_seed(0)
+    attacked = attacks.run(model, as_float(x), y, attacks.nearest, Threat(norm), generator=generator)
+    found = bounds.summary(model, as_float(x), y, norm, attacked, eps=budgets, method=method)
     if as_json:
-        print_json(summary)
+        about = {"model": name, "data": dataset.name, "images": len(y), "norm": norm_name(norm), "method": method}
+        values = {key: value for key, value in asdict(found).items() if key != "radius"}
+        by_eps = ("certified_accuracy", "attacked_accuracy")
+        print_json(about | values | {key: {f"{eps:g}": share for eps, share in values[key].items()} for key in by_eps})
         return 0
-    print(f"{name} on {len(y)} images of {dataset.name}: accuracy {percent(float(right.double().mean()))}")
+    print(f"{name} on {len(y)} images of {dataset.name}: accuracy {percent(found.accuracy)}")
     print(f"{norm_name(norm)} eps   certified   standing under nearest")
     for eps in budgets:
-        print(f"{eps:8g}   {percent(certified[eps]):>8}   {percent(standing[eps]):>8}")
-    if gap is not None:
+        print(f"{eps:8g}   {percent(found.certified_accuracy[eps]):>8}   {percent(found.attacked_accuracy[eps]):>8}")
+    if found.distance_over_radius_median is not None:
         print(
-            f"median certified radius {summary['radius_median']:.4g}, median distance of the attack "
-            f"{summary['distance_median']:.4g}: {float(gap):.2f} times as far"
+            f"median certified radius {found.radius_median:.4g}, median distance of the attack "
+            f"{found.distance_median:.4g}: {found.distance_over_radius_median:.2f} times as far"
         )
     return 0

@@ -27,7 +27,6 @@ from .runner._run import available_cores, register, run, usable_device
 from .runner._schedule import Event, Watcher, environment, execute
 from .runner._trackers import to_mlflow, to_tensorboard, what_of
 from .stages._networks import WEIGHTS, Context, check_fit, chosen_images
-from .stages._ship import held_against
 from .stages._train import ramped_loss, refuse_constant, robust_score
 
 __all__ = [
@@ -61,7 +60,6 @@ __all__ = [
     "configured",
     "environment",
     "execute",
-    "held_against",
     "lay_out",
     "merge",
     "presets",

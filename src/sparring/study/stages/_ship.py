@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import attacks, bounds, deploy
 from ...data import as_float
@@ -74,7 +74,7 @@ def ship(context: Context, task: Task) -> TaskOutcome:
         packed = deploy.pack(model, shape=tuple(images.shape[1:]), images=images, values=inputs["values"])
     except Unsupported as reason:
         return _without(reason)
-    found = held_against(model, packed, images, y, inputs["attack"], decisions=inputs["decisions"])
+    found = deploy.ship_report(model, packed, images, y, *_asked(inputs["attack"]), decisions=inputs["decisions"])
     metrics: dict[str, float | None] = {
         "accuracy_model": found.accuracy_model,
         "accuracy_packed": found.accuracy_packed,
@@ -103,38 +103,18 @@ def ship(context: Context, task: Task) -> TaskOutcome:
     return TaskOutcome(metrics, flags=flags, tensors=tensors)
 
 
+def _asked(table: dict[str, Any]) -> tuple[attacks.Attack, Threat]:
+    """Return the attack and the threat of a table (name, norm, eps and the attack's own options)."""
+    options = dict(table)
+    name, norm, eps = (options.pop(key) for key in ("name", "norm", "eps"))
+    return functools.partial(attack_named(name), **options), Threat(parse_norm(norm), eps)
+
+
 def _refuse_refuted(radius: Tensor, stands: Tensor, norm: str, attack: dict[str, Any]) -> None:
     """Hold certificates against the attack, where that has the same norm and a budget; see `refuse_refuted`."""
     if attack["norm"] == norm and attack["eps"] is not None:
         reached = torch.where(stands[: len(radius)], torch.inf, attack["eps"])
         refuse_refuted(radius, reached, norm=norm)
-
-
-def held_against(
-    model: nn.Module, packed: deploy.Packed, x: Tensor, y: Tensor, attack: dict[str, Any], *, decisions: int
-) -> deploy.Shipped:
-    """Compare a network with its artefact under an attack (name, norm, eps and options) and HopSkipJump.
-
-    `decisions` are HopSkipJump's steps; with 0 it is left out.
-    """
-    options = dict(attack)
-    name, norm, eps = options.pop("name"), options.pop("norm"), options.pop("eps")
-    threat = Threat(parse_norm(norm), eps)
-
-    def made(function: attacks.Attack, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return attacks.run(network, x, y, function, threat, generator=generator).x_adv
-
-    strong = functools.partial(attack_named(name), **options)
-    blind = functools.partial(attacks.hopskipjump, steps=max(1, decisions))
-    return deploy.compare_shipped(
-        model,
-        packed,
-        x,
-        y,
-        functools.partial(made, strong),
-        decide=functools.partial(made, blind) if decisions else None,
-    )
 
 
 def _without(reason: Unsupported) -> TaskOutcome:

@@ -1,0 +1,77 @@
+"""What is proved of some images beside what an attack achieved on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ..proofs import refuse_refuted
+from ..units import norm_name
+from .certify._certificates import radius
+
+
+class Attacked(Protocol):
+    """What is read of a minimum-norm attack's `attacks.AttackResult`; both are of shape (N,)."""
+
+    @property
+    def clean_correct(self) -> Tensor: ...
+    @property
+    def distance(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Certificates of N images beside the distances at which an attack succeeded.
+
+    radius: (N,), float64, certified. The accuracies are shares of all images; `certified_accuracy` and
+    `attacked_accuracy` say by eps how many are right and keep their label for certain, and under the attack. The
+    medians are over images classified correctly, None where there are none.
+    """
+
+    radius: Tensor
+    accuracy: float
+    certified_accuracy: dict[float, float]
+    attacked_accuracy: dict[float, float]
+    radius_median: float | None
+    distance_median: float | None
+    distance_over_radius_median: float | None
+
+
+def summary(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: float,
+    attacked: Attacked,
+    *,
+    eps: Sequence[float],
+    method: str = "crown",
+) -> Summary:
+    """Certify images x (N, ...) in [0, 1] with labels y (N,), and hold the radii against an attack's distances.
+
+    `attacked` is what a minimum-norm attack in the same norm did to the same images and model. Raises as `radius`
+    does, and UserError where an adversarial example lies within a certified radius.
+    """
+    radii = radius(model, x, y, norm, method=method)
+    right, distance = attacked.clean_correct, attacked.distance
+    refuse_refuted(radii, distance, norm=norm_name(norm))
+    return Summary(
+        radii,
+        _share(right),
+        {budget: _share(right & (radii >= budget)) for budget in eps},
+        {budget: _share(right & (distance > budget)) for budget in eps},
+        _median(radii[right]),
+        _median(distance[right]),
+        _median(distance[right].double() / radii[right].clamp_min(1e-12)),
+    )
+
+
+def _share(images: Tensor) -> float:
+    return float(images.double().mean())
+
+
+def _median(values: Tensor) -> float | None:
+    return float(values.median()) if len(values) else None
