@@ -20,7 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from sparring.sparsity import (
     Pruner,
     PruningSpec,
     Scores,
+    Step,
     all_ones,
     build_pruner,
     magnitude,
@@ -109,20 +110,15 @@ def time_select() -> list[dict[str, object]]:
     return [row]
 
 
-@dataclass(frozen=True)
-class Beginning:
+class Beginning(Pruner):
     """The first part of a training: its pruner believes that PARTS times as many steps are to come."""
 
-    pruner: Pruner
+    def __init__(self, pruner: Pruner) -> None:
+        self.pruner, self.dense_weights = pruner, pruner.dense_weights
 
-    @property
-    def dense_weights(self) -> bool:
-        """What the pruner says."""
-        return self.pruner.dense_weights
-
-    def __call__(self, model: nn.Module, masks: Masks, *, step: int, steps: int, **rest: object) -> Masks:
+    def __call__(self, step: Step) -> Masks:
         """Pass everything on."""
-        return self.pruner(model, masks, step=step, steps=steps * PARTS, **rest)
+        return self.pruner(replace(step, steps=step.steps * PARTS))
 
 
 def time_epoch() -> list[dict[str, object]]:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from sparring import attacks, bounds
 from sparring.data import Dataset, Split
 from sparring.errors import Unsupported
-from sparring.sparsity import all_ones, apply_, build_pruner, magnitude, select
-from sparring.sparsity.pruners._registry import PruningSpec
+from sparring.sparsity import PruningSpec, all_ones, apply_, build_pruner, magnitude, select
 from sparring.study import Plan, run
 from sparring.threat import L2, LINF, Threat
 from sparring.train import Recipe, fit

@@ -124,11 +124,12 @@ def test_failed_cells_give_exit_code_3(  # type: ignore[no-untyped-def]
     sparring, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "breaking.py").write_text(
-        "def pruner(sparsity):\n"
-        "    def prune(model, masks, **rest):\n"
+        "from sparring.sparsity import Pruner\n"
+        "class Broken(Pruner):\n"
+        "    def __call__(self, step):\n"
         "        raise RuntimeError('my pruner broke')\n"
-        "    prune.dense_weights = False\n"
-        "    return prune\n"
+        "def pruner(sparsity):\n"
+        "    return Broken()\n"
     )
     monkeypatch.chdir(tmp_path)
     result = sparring(

@@ -15,6 +15,7 @@ CODE = """
     import torch
     from torch import nn
     from types import SimpleNamespace
+    from sparring.sparsity import Pruner
 
     class Own(nn.Module):
         def __init__(self, end=lambda z: z):
@@ -116,11 +117,10 @@ CODE = """
         raise GeneratorExit
     def no_attack(model, x, y, *, norm, eps=None, targets=None, generator=None):
         return None
-    def pruner(sparsity):
-        def prune(model, masks, **rest):
-            return masks["all"]
-        prune.dense_weights = False
-        return prune
+    class Wrong(Pruner):
+        def __call__(self, step):
+            return step.masks["all"]
+    def pruner(sparsity): return Wrong()
     def not_a_pruner(sparsity): return 3
     def no_sparsity(): return 3
     def score(model, batch=None, **rest): return 1 / 0
@@ -237,7 +237,7 @@ def test_attacks_and_data(sparring, own: str, part: str) -> None:  # type: ignor
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ("method=OWN:pruner", 'return masks["all"]'),
+        ("method=OWN:pruner", 'return step.masks["all"]'),
         ("method=OWN:not_a_pruner", ""),
         ("method=OWN:no_sparsity", ""),
         ("score=OWN:score", "return 1 / 0"),
@@ -272,7 +272,7 @@ def test_in_a_study_the_cell_fails_and_says_where(sparring, own: str, workers: i
     )
     told = sparring("study", "plan.toml", "--out", "out", "--workers", workers)
     assert told.code == 3 and "KeyError: 'all'" in told.err
-    assert f"{own}.py:" in told.err and 'return masks["all"]' in told.err
+    assert f"{own}.py:" in told.err and 'return step.masks["all"]' in told.err
     assert "mend the cause and run the same command again, with --retry" in told.err
 
 

@@ -19,7 +19,7 @@ from sparring.sparsity import (
     Masks,
     Pruner,
     PruningSpec,
-    Rule,
+    Step,
     all_ones,
     apply_,
     build_pruner,
@@ -77,7 +77,7 @@ def follow(pruner: Pruner) -> Masks:
     for step in range(STEPS):
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        masks = pruner(model, masks, step=step, steps=STEPS, batch=(x, y), loss=cross_entropy, generator=generator)
+        masks = pruner(Step(model, masks, step, STEPS, (x, y), cross_entropy, generator))
         if not pruner.dense_weights:
             apply_(model, masks)
     return masks
@@ -122,5 +122,5 @@ def test_every_combination_works_to_its_count_or_is_refused_with_a_reason(method
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_rule_that_was_asked_for_is_the_pruners(scope: str) -> None:
     for method in METHODS:
-        rule = getattr(build_pruner(PruningSpec(method=method, scope=scope), 0.5), "rule", Rule("none"))
+        rule = build_pruner(PruningSpec(method=method, scope=scope), 0.5).rule
         assert rule.scope == scope, f"{method} must not ignore its allocation"

@@ -13,6 +13,7 @@ from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.metrics import accuracy
 from sparring.models import build
+from sparring.sparsity import Masks, Pruner, Step
 from sparring.train import (
     EpochProgress,
     Loss,
@@ -79,7 +80,7 @@ def test_masked_weights_stay_zero_through_momentum_and_decay(few_digits: Dataset
     assert all(not named[n].detach()[~mask].any() for n, mask in masks.items())
 
 
-class Behind:
+class Behind(Pruner):
     """Keep dense weights behind fixed masks, as Dynamic Network Surgery does."""
 
     dense_weights = True
@@ -88,13 +89,13 @@ class Behind:
         self.moved = 0
         self.start: Tensor | None = None
 
-    def __call__(self, model: nn.Module, masks: dict[str, Tensor], **unused: object) -> dict[str, Tensor]:
-        name, mask = next(iter(masks.items()))
-        weight = dict(model.named_parameters())[name].detach()
+    def __call__(self, step: Step) -> Masks:
+        name, mask = next(iter(step.masks.items()))
+        weight = step.model.get_parameter(name).detach()
         if self.start is not None:
             self.moved += int((weight[~mask] != self.start).any())
         self.start = weight[~mask].clone()
-        return masks
+        return step.masks
 
 
 def test_dense_weights_keep_learning_behind_the_mask_and_never_show(few_digits: Dataset) -> None:
@@ -189,15 +190,11 @@ def test_the_layout_of_filters_changes_no_result_but_by_rounding(few_digits: Dat
         assert torch.allclose(value.float(), same_net.state_dict()[name].float(), rtol=1e-3, atol=1e-4), name
 
 
-class Late:
+class Late(Pruner):
     """Prune half of the weights at the end of the second epoch."""
 
-    dense_weights = False
-
-    def __call__(
-        self, model: nn.Module, masks: dict[str, Tensor], *, step: int, steps: int, **_: object
-    ) -> dict[str, Tensor]:
-        return half(model) if step + 1 == steps // 2 else masks
+    def __call__(self, step: Step) -> Masks:
+        return half(step.model) if step.number + 1 == step.steps // 2 else step.masks
 
 
 def test_the_best_epoch_is_as_sparse_as_the_last(few_digits: Dataset) -> None:

@@ -145,7 +145,7 @@ def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tens
     if asked is not None and 1 - kept / total < asked - 0.005:
         text += f"; the {percent(asked, 2)} asked for is of what the structure and spared layers leave open"
     text += f" and {others - held} of {others} biases and norms" if others else ""
-    series = pruner.series() if hasattr(pruner, "series") else {}
+    series = pruner.series()
     moved = {name: sum(series[name]) for name in ("pruned", "spliced") if name in series}
     return text + (f", having pruned {moved['pruned']} and spliced back {moved['spliced']}" if len(moved) == 2 else "")
 

@@ -3,24 +3,7 @@
 from __future__ import annotations
 
 from ..tally import Counts, counts
-from ._allocation import erdos_renyi_kernel, uniform
-from ._channels import remove_channels, silent, tied_channels
-from ._masks import (
-    CollapsedLayerWarning,
-    all_ones,
-    applied_,
-    apply_,
-    collapsed,
-    prunable,
-    sparsity_of,
-)
-from ._rule import Rule, check_reached
-from ._schedule import cubic
-from ._scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
-from ._select import SCOPES, select
-from ._structures import NM, Blocks, Channels, LeftDenseWarning, Structure, Unstructured
-from ._types import Batch, Loss, Masks, Pruner, Score, Scores
-from .activations._modules import (
+from ._activations import (
     ACTIVATIONS,
     ActivationSparsifier,
     MeanSparse,
@@ -29,15 +12,45 @@ from .activations._modules import (
     StochasticPruning,
     Threshold,
     TopK,
+    calibrate_,
+    insert,
+    sparsifiers,
 )
-from .activations._replace_relu import calibrate_, insert, sparsifiers
-from .activations._statistics import Activity, LayerActivity, activity, with_activation_penalty
-from .pruners._dns import dynamic_network_surgery
-from .pruners._gradual import bernoulli, gradual, one_shot, proximal
-from .pruners._lottery_ticket import iterative
-from .pruners._movement_hydra import hydra, movement
-from .pruners._registry import METHODS, STRUCTURES, PruningSpec, build_pruner
-from .pruners._set_rigl import rigged_lottery, sparse_evolution
+from ._activity import Activity, LayerActivity, activity, with_activation_penalty
+from ._channels import remove_channels, silent, tied_channels
+from ._dns import dynamic_network_surgery
+from ._gradual import bernoulli, gradual, iterative, one_shot, proximal
+from ._masks import (
+    Batch,
+    CollapsedLayerWarning,
+    Loss,
+    Masks,
+    Score,
+    Scores,
+    all_ones,
+    applied_,
+    apply_,
+    collapsed,
+    prunable,
+    sparsity_of,
+)
+from ._movement_hydra import hydra, movement
+from ._registry import METHODS, STRUCTURES, PruningSpec, build_pruner
+from ._rule import Pruner, Rule, Step, check_reached, cubic
+from ._scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
+from ._select import (
+    NM,
+    SCOPES,
+    Blocks,
+    Channels,
+    LeftDenseWarning,
+    Structure,
+    Unstructured,
+    erdos_renyi_kernel,
+    select,
+    uniform,
+)
+from ._set_rigl import rigged_lottery, sparse_evolution
 
 __all__ = [
     "ACTIVATIONS",
@@ -65,6 +78,7 @@ __all__ = [
     "Score",
     "Scores",
     "ShiftedReLU",
+    "Step",
     "StochasticPruning",
     "Structure",
     "Threshold",

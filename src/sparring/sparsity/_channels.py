@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported, UserError
 from ..graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, lower
-from ._masks import apply_, prunable
-from ._structures import Channels
-from ._types import Masks
+from ._masks import Masks, apply_, prunable
+from ._select import Channels
 
 
 @dataclass

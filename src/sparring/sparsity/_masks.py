@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..matrices import matrices
-from ._types import Masks
+
+Masks = dict[str, Tensor]
+"""Parameter name to bool tensor of the parameter's shape; True = kept."""
+
+Scores = dict[str, Tensor]
+"""Parameter name to finite float tensor of the parameter's shape; the highest are kept."""
+
+Batch = tuple[Tensor, Tensor]
+"""Images (N, C, H, W), float in [0, 1], and labels (N,), int64."""
+
+Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator | None], Tensor]
+"""A scalar from a model, float images, labels and a generator."""
+
+
+class Score(Protocol):
+    """Say how much each prunable weight is worth. Scores ignore what they do not need and leave the model as it is."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Batch | None = None,
+        *,
+        loss: Loss | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Scores: ...
 
 
 class CollapsedLayerWarning(UserWarning):

@@ -1,19 +1,23 @@
-"""A rule says how scores become masks: over which layers, in which structure, with what floor."""
+"""What all pruners share: the rule by which scores become masks, the step that they see, and when they act."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UnknownNameError, UserError
 from ..matrices import is_transposed, matrices
 from ..units import percent
 from ._channels import silent, tied_channels
-from ._select import select
-from ._structures import NM, Channels, Structure, Unstructured
-from ._types import Batch, Masks, Pruner, Scores
+from ._masks import Batch, Loss, Masks, Scores
+from ._select import NM, Channels, Structure, Unstructured, select
+
+UPDATES = 100  # how often masks change along a schedule unless a plan says otherwise
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,128 @@ def _check_channels(given: Mapping[str, float], tied: Collection[Collection[str]
             raise UserError(f"{', '.join(group)} lose their channels together; give them one sparsity")
 
 
+@dataclass(frozen=True)
+class Step:
+    """Hold what a pruner sees after an optimiser step, whose dense gradient is still in the parameters' `grad`.
+
+    `number` counts from 0 to `steps` - 1. `loss` is the training's, `batch` what it was taken of.
+    """
+
+    model: nn.Module
+    masks: Masks
+    number: int
+    steps: int
+    batch: Batch
+    loss: Loss
+    generator: torch.Generator
+
+
+class Pruner(ABC):
+    """Change masks while a network trains: the base of one-shot, gradual and dynamic methods.
+
+    The training loop calls it after every optimiser step, and with the only step of a training that has none. It may
+    change weights in place. Where nothing changes it returns the very masks it was given. One that remembers something
+    serves one training.
+    """
+
+    dense_weights: bool = False
+    """True: the forward pass uses w∘mask and w itself stays dense. False: masked weights are zero."""
+
+    exact: bool = True
+    """False: it ends at a sparsity of its own, as Bernoulli masks do."""
+
+    rule: Rule = Rule()
+    """Which weights its sparsity is of."""
+
+    cycles: int = 1
+    """In how many equal parts of the training the learning rate starts anew."""
+
+    @abstractmethod
+    def __call__(self, step: Step) -> Masks:
+        """Return the masks from this step on."""
+
+    def series(self) -> dict[str, list[int]]:
+        """Return numbers over the steps, such as splices, for the record."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what it must remember, for checkpoints."""
+        return {}
+
+    def load_state_(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have nothing to take back
+        """Take back what `state` gave."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Change masks from `start` to `stop`, fractions of the training, every `every` optimiser steps.
+
+    With `every` None they change about a hundred times, however short the training: few large cuts cost accuracy.
+    Raise UserError unless 0 <= start <= stop <= 1 and every >= 1.
+    """
+
+    start: float = 0.0
+    stop: float = 1.0
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop <= 1:
+            raise UserError(
+                "pruning goes from start to stop, fractions of the training with start <= stop, not "
+                f"{self.start}, {self.stop}"
+            )
+        if self.every is not None and self.every < 1:
+            raise UserError(f"every is a number of optimiser steps, at least 1, not {self.every}")
+
+    def window(self, steps: int) -> tuple[int, int]:
+        """Return the first and the last step."""
+        last = last_step(self.stop, steps)
+        return min(math.floor(self.start * steps), last), last
+
+    def progress(self, step: Step) -> float | None:
+        """Return how much of the schedule is over if the masks change at this step (1 at the last), else None."""
+        first, last = self.window(step.steps)
+        every = max(1, (last - first) // UPDATES) if self.every is None else self.every
+        if not first <= step.number <= last or ((step.number - first) % every and step.number != last):
+            return None
+        return 1.0 if step.number == last else (step.number - first) / (last - first)
+
+
+def last_step(stop: float, steps: int) -> int:
+    """Return the last step of the first part of a training, up to the fraction `stop`; it is never step `steps`."""
+    return min(steps - 1, max(0, math.ceil(stop * steps) - 1))
+
+
+def cubic(progress: float, final: float, initial: float = 0.0) -> float:
+    """Return the sparsity when the fraction `progress` of the schedule is over (Zhu & Gupta 2017, equation 1)."""
+    left = 1.0 - min(max(progress, 0.0), 1.0)
+    return final + (initial - final) * left**3
+
+
+def check_sparsity(sparsity: float | Mapping[str, float]) -> None:
+    """Raise UserError unless the sparsity, or each of them, is in [0, 1)."""
+    for value in sparsity.values() if isinstance(sparsity, Mapping) else (sparsity,):
+        if not 0 <= value < 1:
+            raise UserError(f"sparsity is the fraction removed, at least 0 and below 1, not {value}")
+
+
+def require_unstructured(rule: Rule, method: str) -> None:
+    """Raise UserError if a rule has a structure that a method cannot keep."""
+    if not isinstance(rule.structure, Unstructured):
+        raise UserError(
+            f"{method} moves single weights and cannot keep the structure {type(rule.structure).__name__}; "
+            "use a gradual, one-shot or iterative method"
+        )
+
+
 def check_reached(pruner: Pruner, masks: Masks, sparsity: float | Mapping[str, float] | None) -> None:
     """Raise UserError unless a pruner removed what was asked of it (None: nothing), to one unit of its structure.
 
-    Asked by layer, it is checked by layer.
-
-    A pruner's `rule`, if it has one, says which weights count. Not checked are pruners that say they are not `exact`,
-    and channels: which of them can go together, only the network's graph knows, and `select` has seen to it.
+    Asked by layer, it is checked by layer. Not checked are pruners that are not `exact`, and channels: which of them
+    can go together, only the network's graph knows, and `select` has seen to it.
     """
-    rule = getattr(pruner, "rule", Rule())
-    if sparsity is None or not getattr(pruner, "exact", True) or isinstance(rule.structure, Channels):
+    rule = pruner.rule
+    if sparsity is None or not pruner.exact or isinstance(rule.structure, Channels):
         return
     counted = rule.open(masks)
     if isinstance(sparsity, Mapping):

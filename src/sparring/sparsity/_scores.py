@@ -10,29 +10,20 @@ from ..errors import UserError
 from ..matrices import Matrix, matrices
 from ..modes import eval_mode
 from ..outputs import opened
-from ._masks import prunable
-from ._types import Batch, Loss, Score, Scores
+from ._masks import Batch, Loss, Score, Scores, prunable
 
 _TAYLOR_BATCH = 32
 
 
 def magnitude(
-    model: nn.Module,
-    batch: Batch | None = None,
-    *,
-    loss: Loss | None = None,
-    generator: torch.Generator | None = None,
+    model: nn.Module, batch: Batch | None = None, *, loss: Loss | None = None, generator: torch.Generator | None = None
 ) -> Scores:
     """Score by |w| (Han et al. 2015), w as layers compute it, after weight_norm and the like."""
     return {m.name: m.value().abs() for m in matrices(model) if m.excuse is None}
 
 
 def random(
-    model: nn.Module,
-    batch: Batch | None = None,
-    *,
-    loss: Loss | None = None,
-    generator: torch.Generator | None = None,
+    model: nn.Module, batch: Batch | None = None, *, loss: Loss | None = None, generator: torch.Generator | None = None
 ) -> Scores:
     """Score uniformly at random in [0, 1): masks with an exact count that know nothing of the network."""
     device = generator.device if generator is not None else None
@@ -43,11 +34,7 @@ def random(
 
 
 def snip(
-    model: nn.Module,
-    batch: Batch | None = None,
-    *,
-    loss: Loss | None = None,
-    generator: torch.Generator | None = None,
+    model: nn.Module, batch: Batch | None = None, *, loss: Loss | None = None, generator: torch.Generator | None = None
 ) -> Scores:
     """Score by |w · ∂L/∂w| on one batch (Lee et al. 2019, equation 6); `loss` None is the cross-entropy."""
     slopes = gradients(model, _needed(batch, "snip"), loss, generator)
@@ -55,11 +42,7 @@ def snip(
 
 
 def taylor(
-    model: nn.Module,
-    batch: Batch | None = None,
-    *,
-    loss: Loss | None = None,
-    generator: torch.Generator | None = None,
+    model: nn.Module, batch: Batch | None = None, *, loss: Loss | None = None, generator: torch.Generator | None = None
 ) -> Scores:
     """Score by the mean over groups of 32 images of (w · ∂L/∂w)² (Molchanov et al. 2019, equation 8)."""
     x, y = _needed(batch, "taylor")
@@ -74,11 +57,7 @@ def taylor(
 
 @torch.no_grad()
 def wanda(
-    model: nn.Module,
-    batch: Batch | None = None,
-    *,
-    loss: Loss | None = None,
-    generator: torch.Generator | None = None,
+    model: nn.Module, batch: Batch | None = None, *, loss: Loss | None = None, generator: torch.Generator | None = None
 ) -> Scores:
     """Score by |w| times the root mean square of the input it multiplies (Sun et al. 2024, equation 1).
 

@@ -39,7 +39,8 @@ def save_checkpoint(state: State, path: Path) -> None:
     for index, parameter in enumerate(state.optimizer.parameters):
         slot = state.optimizer.state.get(parameter, {})
         tensors |= {f"optimizer/{index}/{name}": value for name, value in slot.items()}
-    tensors |= {f"pruner/{name}": value for name, value in _pruner_state(state).items()}
+    if state.pruner is not None:
+        tensors |= {f"pruner/{name}": value for name, value in state.pruner.state().items()}
     tensors["generator"] = state.generator.get_state()
     scalars = {"epoch": state.epoch, "losses": state.losses, "scores": state.scores, "best_epoch": state.best_epoch}
     tensors["scalars"] = _bytes(json.dumps(scalars))
@@ -74,9 +75,8 @@ def load_checkpoint_(state: State, path: Path) -> None:
         if slot:
             state.optimizer.state[parameter] = {name: _laid_out(value, parameter) for name, value in slot.items()}
     kept = _part(tensors, "pruner/")
-    restore = getattr(state.pruner, "load_state_", None)
-    if kept and restore is not None:
-        restore(kept)
+    if kept and state.pruner is not None:
+        state.pruner.load_state_(kept)
 
 
 def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -100,11 +100,6 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _pruner_state(state: State) -> dict[str, Tensor]:
-    dump = getattr(state.pruner, "state", None)
-    return dict(dump()) if dump is not None else {}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

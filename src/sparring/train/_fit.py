@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..memory_format import channels_last
 from ..modes import eval_mode, train_
 from ..outputs import opened
-from ..sparsity import Masks, Pruner, applied_
+from ..sparsity import Masks, Pruner, Step, applied_
 from ..waiting import alone, courteous
 from ._checkpoint import State, load_checkpoint_, save_checkpoint
 from ._losses import Loss, Ramped, cross_entropy
@@ -122,9 +122,7 @@ def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss | Ramped) -
     state.model.zero_grad(set_to_none=True)
     with eval_mode(state.model):
         now(state.model, *batch, state.generator).backward()  # type: ignore[no-untyped-call]
-    state.masks = state.pruner(
-        state.model, state.masks, step=0, steps=1, batch=batch, loss=now, generator=state.generator
-    )
+    state.masks = state.pruner(Step(state.model, state.masks, 0, 1, batch, now, state.generator))
 
 
 def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramped) -> float:
@@ -132,7 +130,9 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramp
     train_(model)
     batches = -(-len(x) // recipe.batch_size)
     steps, step = recipe.epochs * batches, state.epoch * batches
-    cycle = -(-steps // getattr(state.pruner, "cycles", 1))  # iterative pruning starts the schedule anew
+    cycle = -(
+        -steps // (state.pruner.cycles if state.pruner is not None else 1)
+    )  # iterative pruning starts the schedule anew
     order = torch.randperm(len(x), generator=generator)
     total = torch.zeros((), device=x.device)
     behind = state.pruner is not None and state.pruner.dense_weights
@@ -149,7 +149,7 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramp
         with alone(weights):
             optimizer.step(learning_rate(recipe, step % cycle, cycle))
         if state.pruner is not None:
-            masks = state.pruner(model, state.masks, step=step, steps=steps, batch=batch, loss=now, generator=generator)
+            masks = state.pruner(Step(model, state.masks, step, steps, batch, now, generator))
             if not isinstance(masks, dict):
                 raise UserError(f"the pruner returned {type(masks).__name__}, not masks by parameter name")
             if masks is not state.masks:

@@ -11,7 +11,7 @@ from torch import nn
 from sparring.bounds import lipschitz, margin
 from sparring.bounds._network import margin_rows, prepare
 from sparring.errors import Unsupported
-from sparring.sparsity.activations._modules import (
+from sparring.sparsity._activations import (
     ActivationSparsifier,
     MeanSparse,
     Percentile,

@@ -15,7 +15,7 @@ from ...files import load_tensors
 from ...models import load_weights_
 from ...modes import eval_mode
 from ...outputs import opened
-from ...sparsity import Batch, CollapsedLayerWarning, Rule, all_ones, build_pruner, magnitude
+from ...sparsity import Batch, CollapsedLayerWarning, all_ones, build_pruner, magnitude
 from ..stages._networks import Context, check_fit, network
 from ._plan import Plan
 from ._tables import PruningSettings
@@ -60,7 +60,7 @@ def _try_gradient(model: nn.Module, context: Context) -> None:
 def _try(pruning: PruningSettings, plan: Plan, model: nn.Module, batch: Batch) -> None:
     grid = pruning.grid(plan.sparsities)
     asked = max((sparsity for sparsity in grid if sparsity is not None), default=None)
-    rule, masks = getattr(build_pruner(pruning, asked), "rule", Rule()), all_ones(model)
+    rule, masks = build_pruner(pruning, asked).rule, all_ones(model)
     target = pruning.layers or (pruning.c_rate if asked is None else asked)
     if isinstance(target, Mapping):
         rule.by_layer(masks, target)

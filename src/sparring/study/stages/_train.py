@@ -154,8 +154,8 @@ def _fitted(
         metrics["sparsity"] = sparsity_of(result.masks)
     if result.best_epoch is not None:
         metrics["best_epoch"] = result.best_epoch
-    tell = getattr(pruner, "series", None)  # how often surgery pruned and spliced, for instance
-    series = {"loss": list(result.losses)} | (tell() if tell is not None else {})
+    # A pruner tells, for instance, how often surgery pruned and spliced.
+    series = {"loss": list(result.losses), **({} if pruner is None else pruner.series())}
     if result.scores:
         series["robust_accuracy_valid"] = list(result.scores)
     tensors = _weights(model) | {MASK + name: value for name, value in result.masks.items()}

@@ -7,18 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ...errors import UnknownNameError, UserError
-from ...plugins import check_options, look_up
-from ...units import percent
-from .._rule import Rule
-from .._scores import SCORES
-from .._select import SCOPES
-from .._structures import NM, Blocks, Channels, Structure, Unstructured
-from .._types import Pruner
+from ..errors import UnknownNameError, UserError
+from ..plugins import check_options, look_up
+from ..units import percent
 from ._dns import dynamic_network_surgery
-from ._gradual import bernoulli, gradual, one_shot, proximal
-from ._lottery_ticket import iterative
+from ._gradual import bernoulli, gradual, iterative, one_shot, proximal
 from ._movement_hydra import hydra, movement
+from ._rule import Pruner, Rule
+from ._scores import SCORES
+from ._select import NM, SCOPES, Blocks, Channels, Structure, Unstructured
 from ._set_rigl import rigged_lottery, sparse_evolution
 
 METHODS: dict[str, Callable[..., Pruner]] = {
@@ -116,7 +113,7 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
         options["rule"] = _rule(default if isinstance(default, Rule) else Rule(), rule)
         _check_limit(options["rule"].structure, target)
     pruner = factory(sparsity=target, **options, **own)
-    if not callable(pruner) or not hasattr(pruner, "dense_weights"):
+    if not isinstance(pruner, Pruner):
         raise UserError(f"'{spec.method}' returned {type(pruner).__name__}, not a pruner (docs/extending.md)")
     return pruner
 

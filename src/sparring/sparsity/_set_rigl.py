@@ -4,70 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...errors import UserError
-from .._masks import apply_, sparsity_of
-from .._rule import Rule
-from .._schedule import check_every, check_sparsity, require_unstructured, window
-from .._scores import gradients, random
-from .._select import largest
-from .._types import Batch, Loss, Masks, Pruner
+from ..errors import UserError
+from ._masks import Masks, apply_, sparsity_of
+from ._rule import Pruner, Rule, Schedule, Step, check_sparsity, last_step, require_unstructured
+from ._scores import gradients, random
+from ._select import largest
 
 _ERK = Rule(scope="erk")
 
 
 @dataclass(frozen=True)
-class _Regrow:
+class _Regrow(Pruner):
     sparsity: float
     fraction: float
     every: int
     stop: float
     by_gradient: bool
     rule: Rule
-    dense_weights: bool = field(default=False, init=False)
 
-    def __call__(
-        self,
-        model: nn.Module,
-        masks: Masks,
-        *,
-        step: int,
-        steps: int,
-        batch: Batch,
-        loss: Loss,
-        generator: torch.Generator,
-    ) -> Masks:
-        _, last = window(0.0, self.stop, steps)
-        if step == 0 and sparsity_of(self.rule.open(masks)) < self.sparsity:
-            scores = random(model, generator=generator)
-            masks = self.rule.masks(model, scores, self.sparsity, masks=masks)
-        elif 0 < step <= last and step % self.every == 0:
+    def __call__(self, step: Step) -> Masks:
+        last, masks = last_step(self.stop, step.steps), step.masks
+        if step.number == 0 and sparsity_of(self.rule.open(masks)) < self.sparsity:
+            scores = random(step.model, generator=step.generator)
+            masks = self.rule.masks(step.model, scores, self.sparsity, masks=masks)
+        elif 0 < step.number <= last and step.number % self.every == 0:
             share = self.fraction
             if self.by_gradient:  # Evci et al. 2020, section 3: cosine decay
-                share *= (1 + math.cos(math.pi * step / max(last, 1))) / 2
-            growth = self._growth(model, batch, loss, generator)
-            masks = {**masks, **self._moved(model, self.rule.open(masks), growth, share)}
+                share *= (1 + math.cos(math.pi * step.number / max(last, 1))) / 2
+            masks = {**masks, **self._moved(step, self._growth(step), share)}
         else:
             return masks
-        apply_(model, masks)
+        apply_(step.model, masks)
         return masks
 
-    def _growth(self, model: nn.Module, batch: Batch, loss: Loss, generator: torch.Generator) -> Mapping[str, Tensor]:
+    def _growth(self, step: Step) -> Mapping[str, Tensor]:
         if not self.by_gradient:
-            return random(model, generator=generator)
-        slopes = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return {name: slope.abs() for name, slope in (slopes or gradients(model, batch, loss, generator)).items()}
+            return random(step.model, generator=step.generator)
+        slopes = {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
+        slopes = slopes or gradients(step.model, step.batch, step.loss, step.generator)
+        return {name: slope.abs() for name, slope in slopes.items()}
 
-    def _moved(self, model: nn.Module, masks: Masks, growth: Mapping[str, Tensor], share: float) -> Masks:
+    def _moved(self, step: Step, growth: Mapping[str, Tensor], share: float) -> Masks:
         new = {}
-        for name, mask in masks.items():
+        for name, mask in self.rule.open(step.masks).items():
             kept = int(torch.count_nonzero(mask))
             moved = min(round(share * kept), mask.numel() - kept)
-            weight = model.get_parameter(name).detach()
+            weight = step.model.get_parameter(name).detach()
             (stay,) = largest([weight.abs().masked_fill(~mask, -math.inf)], kept - moved)
             # RigL may take back what it has just dropped, SET may not.
             (grown,) = largest([growth[name].masked_fill(stay if self.by_gradient else mask, -math.inf)], moved)
@@ -79,7 +66,7 @@ class _Regrow:
 def _regrow(sparsity: float, fraction: float, every: int, stop: float, by_gradient: bool, rule: Rule) -> Pruner:
     require_unstructured(rule, "sparse training from scratch")
     check_sparsity(sparsity)
-    check_every(every)
+    Schedule(every=every)
     if not 0 < fraction < 1 or not 0 <= stop <= 1:
         raise UserError(f"regrowth needs 0 < fraction < 1 and 0 <= stop <= 1, not {fraction}, {stop}")
     return _Regrow(sparsity, fraction, every, stop, by_gradient, rule)

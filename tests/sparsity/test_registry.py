@@ -17,6 +17,7 @@ from sparring.sparsity import (
     Masks,
     Pruner,
     PruningSpec,
+    Step,
     all_ones,
     apply_,
     build_pruner,
@@ -37,7 +38,7 @@ def masks_of(pruner: Pruner, steps: int = 12) -> Masks:
         model.zero_grad()
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         loss = lambda m, x, y, g: F.cross_entropy(m(x), y)  # noqa: E731
-        masks = pruner(model, masks, step=step, steps=steps, batch=batch, loss=loss, generator=generator)
+        masks = pruner(Step(model, masks, step, steps, batch, loss, generator))
         if not pruner.dense_weights:
             apply_(model, masks)
     return masks

@@ -19,6 +19,7 @@ from sparring.sparsity import (
     Masks,
     Pruner,
     Rule,
+    Step,
     all_ones,
     apply_,
     cubic,
@@ -51,7 +52,7 @@ def follow(pruner: Pruner, model: nn.Module, steps: int) -> list[Masks]:
         optimiser.step()
         if not pruner.dense_weights:
             apply_(model, masks)
-        masks = pruner(model, masks, step=step, steps=steps, batch=(x, y), loss=cross_entropy, generator=generator)
+        masks = pruner(Step(model, masks, step, steps, (x, y), cross_entropy, generator))
         history.append(masks)
     return history
 

@@ -17,6 +17,7 @@ from sparring.sparsity import (
     Masks,
     Pruner,
     Rule,
+    Step,
     all_ones,
     apply_,
     bernoulli,
@@ -66,9 +67,7 @@ class Trainer:
                     self.model.get_parameter(name).sub_(slope, alpha=0.5)
             if not self.pruner.dense_weights:
                 apply_(self.model, self.masks)
-            self.masks = self.pruner(
-                self.model, self.masks, step=step, steps=STEPS, batch=(x, y), loss=cross_entropy, generator=generator
-            )
+            self.masks = self.pruner(Step(self.model, self.masks, step, STEPS, (x, y), cross_entropy, generator))
             self.history.append(self.masks)
         return self
 
@@ -95,7 +94,7 @@ def test_surgery_follows_the_papers_rule() -> None:
 def test_surgery_splices_and_counts_it() -> None:
     pruner = dynamic_network_surgery(c_rate=0.3, gamma=0.0, stop=1.0)
     run = Trainer(pruner).run()
-    series = pruner.series()  # type: ignore[attr-defined]
+    series = pruner.series()
     for step, pruned, spliced in zip(*series.values(), strict=True):
         before = run.history[step - 1] if step else {n: torch.ones_like(m) for n, m in run.history[0].items()}
         after = run.history[step]
@@ -114,7 +113,7 @@ def test_surgery_reaches_a_target_exactly() -> None:
 def test_surgery_gets_rarer() -> None:
     pruner = dynamic_network_surgery(c_rate=0.0, gamma=10.0, power=2.0, stop=1.0)
     Trainer(pruner).run()
-    assert len(pruner.series()["step"]) < 5  # type: ignore[attr-defined]
+    assert len(pruner.series()["step"]) < 5
 
 
 @pytest.mark.parametrize("factory", [sparse_evolution, rigged_lottery])
@@ -168,15 +167,8 @@ def test_hydra_with_its_own_loss_equals_the_training_loss_where_they_agree() -> 
 
 def test_bernoulli_has_the_right_mean_and_is_not_exact() -> None:
     model = nn.Linear(200, 300)
-    masks = bernoulli(0.4)(
-        model,
-        all_ones(model),
-        step=0,
-        steps=10,
-        batch=(torch.rand(1, 200), torch.zeros(1, dtype=torch.int64)),
-        loss=cross_entropy,
-        generator=torch.Generator().manual_seed(0),
-    )
+    batch, generator = (torch.rand(1, 200), torch.zeros(1, dtype=torch.int64)), torch.Generator().manual_seed(0)
+    masks = bernoulli(0.4)(Step(model, all_ones(model), 0, 10, batch, cross_entropy, generator))
     assert abs(sparsity_of(masks) - 0.4) < 4 * (0.24 / 60_000) ** 0.5
     assert sparsity_of(masks) != 0.4
 

@@ -9,18 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
-from .._masks import warn_of_collapse
-from .._rule import Rule
-from .._schedule import check_sparsity, cubic, require_unstructured, window
-from .._scores import magnitude
-from .._types import Batch, Loss, Masks, Pruner
+from ..errors import UserError
+from ._masks import Masks, Scores, warn_of_collapse
+from ._rule import Pruner, Rule, Step, check_sparsity, cubic, last_step, require_unstructured
+from ._scores import magnitude
 
 _LOWER, _UPPER = 0.9, 1.1
 
 
-@dataclass(frozen=True)
-class _Surgery:
+@dataclass
+class _Surgery(Pruner):
+    dense_weights = True
     sparsity: float | None
     c_rate: float | Mapping[str, float]
     gamma: float
@@ -30,46 +29,32 @@ class _Surgery:
     rule: Rule
     thresholds: dict[str, Tensor] = field(default_factory=dict, init=False)
     events: list[tuple[int, int, int]] = field(default_factory=list, init=False)
-    dense_weights: bool = field(default=True, init=False)
 
-    @property
-    def exact(self) -> bool:
-        """Whether a sparsity was asked for; a c_rate alone leads where it leads."""
-        return self.sparsity is not None
+    def __post_init__(self) -> None:
+        self.exact = self.sparsity is not None  # a c_rate alone leads where it leads
 
-    def __call__(
-        self,
-        model: nn.Module,
-        masks: Masks,
-        *,
-        step: int,
-        steps: int,
-        batch: Batch,
-        loss: Loss,
-        generator: torch.Generator,
-    ) -> Masks:
-        _, last = window(0.0, self.stop, steps)
-        if step > last:
+    def __call__(self, step: Step) -> Masks:
+        last, masks = last_step(self.stop, step.steps), step.masks
+        if step.number > last:
             return masks
-        layers = self._layers(model, masks)
-        chance = (1 + self.gamma * step) ** -self.power
-        draws = torch.rand(len(layers), generator=generator, device=generator.device).tolist()
+        layers = self._layers(step.model, masks)
+        chance = (1 + self.gamma * step.number) ** -self.power
+        draws = torch.rand(len(layers), generator=step.generator, device=step.generator.device).tolist()
         chosen = [name for name, draw in zip(layers, draws, strict=True) if draw < chance]
-        if self.sparsity is not None and step == last:
-            new = self.rule.masks(model, magnitude(model), self.sparsity, masks=masks, regrow=True)
-            return self._record(step, masks, new)
+        if self.sparsity is not None and step.number == last:
+            return self._record(step, self._wanted(step, magnitude(step.model), self.sparsity))
         if not chosen:
             return masks
         if self.sparsity is None:
             thresholds = self._frozen(layers, self.rule.by_layer(masks, self.c_rate))
         else:
-            thresholds = self._towards(cubic(step / last, self.sparsity), model, masks)
+            thresholds = self._towards(cubic(step.number / last, self.sparsity), step)
         new = dict(masks)
         for name in chosen:
             for part, value in layers[name].items():
                 size, kept = value.detach().abs(), masks.get(part, torch.ones_like(value, dtype=torch.bool))
                 new[part] = (size > _UPPER * thresholds[name]) | (kept & (size > _LOWER * thresholds[name]))
-        return self._record(step, masks, new)
+        return self._record(step, new)
 
     def _layers(self, model: nn.Module, masks: Masks) -> dict[str, dict[str, nn.Parameter]]:
         """Return, for every weight that may be pruned, the parameters that share its threshold."""
@@ -90,19 +75,25 @@ class _Surgery:
                 self.thresholds[name] = (size.mean() + rates[name] * size.std(correction=0)).clamp_min(0)
         return self.thresholds
 
-    def _towards(self, sparsity: float, model: nn.Module, masks: Masks) -> dict[str, Tensor]:
+    def _towards(self, sparsity: float, step: Step) -> dict[str, Tensor]:
         """Return the thresholds that would give this sparsity now: the smallest magnitude that stays in each layer."""
-        sizes = magnitude(model)
-        wanted = self.rule.masks(model, sizes, sparsity, masks=masks, regrow=True)
-        smallest = {name: torch.where(wanted[name], sizes[name], math.inf).amin() for name in self.rule.open(masks)}
+        sizes = magnitude(step.model)
+        wanted = self._wanted(step, sizes, sparsity)
+        smallest = {
+            name: torch.where(wanted[name], sizes[name], math.inf).amin() for name in self.rule.open(step.masks)
+        }
         return {name: low if low < math.inf else sizes[name].amax() for name, low in smallest.items()}
 
-    def _record(self, step: int, before: Masks, after: Masks) -> Masks:
+    def _wanted(self, step: Step, sizes: Scores, sparsity: float) -> Masks:
+        return self.rule.masks(step.model, sizes, sparsity, masks=step.masks, regrow=True)
+
+    def _record(self, step: Step, after: Masks) -> Masks:
+        before = step.masks
         whole = {name: torch.ones_like(mask) for name, mask in after.items() if name not in before}
         pairs = [(old, after[name]) for name, old in (before | whole).items() if old is not after[name]]
         pruned = sum(int(torch.count_nonzero(old & ~new)) for old, new in pairs)
         spliced = sum(int(torch.count_nonzero(new & ~old)) for old, new in pairs)
-        self.events.append((step, pruned, spliced))
+        self.events.append((step.number, pruned, spliced))
         warn_of_collapse(after, before)
         return after
 
@@ -116,10 +107,9 @@ class _Surgery:
         return {"events": events} | {f"threshold.{name}": value for name, value in self.thresholds.items()}
 
     def load_state_(self, tensors: Mapping[str, Tensor]) -> None:
-        self.events[:] = [(int(a), int(b), int(c)) for a, b, c in tensors["events"].tolist()]
-        self.thresholds.clear()
+        self.events = [(a, b, c) for a, b, c in tensors["events"].tolist()]
         prefix = "threshold."
-        self.thresholds.update({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.thresholds = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def dynamic_network_surgery(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparring.sparsity import ACTIVATIONS, METHODS, STRUCTURES, PruningSpec, all_ones, build_pruner, sparsity_of
+from sparring.sparsity import ACTIVATIONS, METHODS, STRUCTURES, PruningSpec, Step, all_ones, build_pruner, sparsity_of
 
-PAGE = (Path(__file__).parents[3] / "docs" / "pruners.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "pruners.md").read_text()
 
 
 @pytest.mark.parametrize("spec", [PruningSpec(score="my_pruning:sensitivity"), PruningSpec(method="my_pruning:early")])
@@ -22,15 +22,8 @@ def test_examples_prune(spec: PruningSpec, tmp_path: Path, monkeypatch: pytest.M
     pruner, masks = build_pruner(spec, 0.75), all_ones(model)
     batch = torch.rand(4, 1, 4, 4), torch.randint(10, (4,))
     for step in range(20):
-        masks = pruner(
-            model,
-            masks,
-            step=step,
-            steps=20,
-            batch=batch,
-            loss=lambda m, x, y, g: nn.functional.cross_entropy(m(x), y),
-            generator=torch.Generator(),
-        )
+        loss = lambda m, x, y, g: nn.functional.cross_entropy(m(x), y)  # noqa: E731
+        masks = pruner(Step(model, masks, step, 20, batch, loss, torch.Generator()))
     assert sparsity_of(masks) == 0.75
 
 

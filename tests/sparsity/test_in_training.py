@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from sparring.metrics import size
-from sparring.sparsity import METHODS, Masks, PruningSpec, all_ones, build_pruner, check_reached, sparsity_of
+from sparring.sparsity import (
+    METHODS,
+    Masks,
+    Pruner,
+    PruningSpec,
+    Step,
+    all_ones,
+    build_pruner,
+    check_reached,
+    sparsity_of,
+)
 from sparring.train import EpochProgress, Fit, Recipe, fit
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05)
@@ -68,23 +78,22 @@ def test_an_interrupted_training_ends_in_the_same_bits(method: str, tmp_path: Pa
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-class Spy:
+class Spy(Pruner):
     """Ask for two cycles, and work out the learning rate of every step from what it did to a weight."""
 
-    dense_weights = False
     cycles = 2
 
     def __init__(self, model: nn.Module) -> None:
         self.before = model.get_parameter("1.weight").detach().clone()
         self.rates: list[float] = []
 
-    def __call__(self, model: nn.Module, masks: Masks, **_: object) -> Masks:
-        weight = model.get_parameter("1.weight")
+    def __call__(self, step: Step) -> Masks:
+        weight = step.model.get_parameter("1.weight")
         moved, slope = self.before - weight.detach(), weight.grad
         assert slope is not None
         self.rates.append((moved * slope).sum().item() / slope.square().sum().item())
         self.before = weight.detach().clone()
-        return masks
+        return step.masks
 
 
 def test_the_learning_rate_starts_anew_in_each_cycle() -> None:

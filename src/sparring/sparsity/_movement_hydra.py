@@ -10,56 +10,41 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...errors import UserError
-from .._masks import applied_, prunable
-from .._rule import Rule
-from .._schedule import check_every, check_sparsity, check_window, cubic, due, window
-from .._types import Batch, Loss, Masks, Pruner, Scores
+from ..errors import UserError
+from ._masks import Loss, Masks, Scores, applied_, prunable
+from ._rule import Pruner, Rule, Schedule, Step, check_sparsity, cubic, last_step
 
 _BY_LAYER = Rule(scope="layer")
 
 
-@dataclass(frozen=True)
-class _Movement:
+@dataclass
+class _Movement(Pruner):
+    dense_weights = True
     sparsity: float
-    start: float
-    stop: float
-    every: int | None
+    schedule: Schedule
     rule: Rule
     scores: Scores = field(default_factory=dict, init=False)
-    dense_weights: bool = field(default=True, init=False)
 
-    def __call__(
-        self,
-        model: nn.Module,
-        masks: Masks,
-        *,
-        step: int,
-        steps: int,
-        batch: Batch,
-        loss: Loss,
-        generator: torch.Generator,
-    ) -> Masks:
-        first, last = window(self.start, self.stop, steps)
-        if step > last:
-            return masks
-        for name, weight in prunable(model).items():
+    def __call__(self, step: Step) -> Masks:
+        if step.number > self.schedule.window(step.steps)[1]:
+            return step.masks
+        weights = prunable(step.model)
+        for name, weight in weights.items():
             if weight.grad is not None:
                 score = self.scores.setdefault(name, torch.zeros_like(weight))
                 score.addcmul_(weight.detach(), weight.grad, value=-1.0)
-        progress = due(step, first, last, self.every)
+        progress = self.schedule.progress(step)
         if progress is None:
-            return masks
-        scores = {name: self.scores.get(name, torch.zeros_like(w)) for name, w in prunable(model).items()}
+            return step.masks
+        scores = {name: self.scores.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
         target = cubic(progress, self.sparsity)
-        return self.rule.masks(model, scores, target, masks=masks, batch=batch, regrow=True)
+        return self.rule.masks(step.model, scores, target, masks=step.masks, batch=step.batch, regrow=True)
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.scores)
 
     def load_state_(self, tensors: Mapping[str, Tensor]) -> None:
-        self.scores.clear()
-        self.scores.update(tensors)
+        self.scores = dict(tensors)
 
 
 def movement(
@@ -70,14 +55,13 @@ def movement(
     The weights behind the mask stay dense and can come back until `stop`; the sparsity follows the cubic schedule. One
     pruner serves one training. Raise UserError for values out of range.
     """
-    check_window(start, stop)
     check_sparsity(sparsity)
-    check_every(every)
-    return _Movement(sparsity, start, stop, every, rule or Rule())
+    return _Movement(sparsity, Schedule(start, stop, every), rule or Rule())
 
 
-@dataclass(frozen=True)
-class _Hydra:
+@dataclass
+class _Hydra(Pruner):
+    dense_weights = True
     sparsity: float
     stop: float
     rate: float
@@ -87,34 +71,22 @@ class _Hydra:
     scores: Scores = field(default_factory=dict, init=False)
     speeds: dict[str, Tensor] = field(default_factory=dict, init=False)
     frozen: dict[str, Tensor] = field(default_factory=dict, init=False)
-    dense_weights: bool = field(default=True, init=False)
 
-    def __call__(
-        self,
-        model: nn.Module,
-        masks: Masks,
-        *,
-        step: int,
-        steps: int,
-        batch: Batch,
-        loss: Loss,
-        generator: torch.Generator,
-    ) -> Masks:
-        _, last = window(0.0, self.stop, steps)
-        if step > last:
-            return masks
+    def __call__(self, step: Step) -> Masks:
+        last = last_step(self.stop, step.steps)
+        if step.number > last:
+            return step.masks
         if not self.scores:
-            self._begin(model)
+            self._begin(step.model)
         else:
-            slopes = self._slopes(model, masks, batch, loss, generator)
-            rate = self.rate * (1 + math.cos(math.pi * step / (last + 1))) / 2
-            for name, slope in slopes.items():
+            rate = self.rate * (1 + math.cos(math.pi * step.number / (last + 1))) / 2
+            for name, slope in self._slopes(step).items():
                 # Straight through the choice of the largest: ∂L/∂score = w · ∂L/∂(w∘mask).
                 speed = self.speeds[name].mul_(self.momentum).addcmul_(self.frozen[name], slope)
                 self.scores[name].sub_(speed, alpha=rate)
-        self._restore_(model)
+        self._restore_(step.model)
         sizes = {name: score.abs() for name, score in self.scores.items()}
-        return self.rule.masks(model, sizes, self.sparsity, masks=masks, batch=batch, regrow=True)
+        return self.rule.masks(step.model, sizes, self.sparsity, masks=step.masks, batch=step.batch, regrow=True)
 
     def _begin(self, model: nn.Module) -> None:
         # Sehwag et al. 2020, equation 4: s ∝ w / max|w|, with the spread of Kaiming's initialisation.
@@ -122,19 +94,18 @@ class _Hydra:
             spread = math.sqrt(6 / weight[0].numel())
             self.scores[name] = spread * weight.detach() / weight.detach().abs().max().clamp_min(1e-12)
             self.speeds[name] = torch.zeros_like(weight)
-        self.frozen.update({name: value.detach().clone() for name, value in model.named_parameters()})
+        self.frozen = {name: value.detach().clone() for name, value in model.named_parameters()}
 
-    def _slopes(
-        self, model: nn.Module, masks: Masks, batch: Batch, loss: Loss, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def _slopes(self, step: Step) -> dict[str, Tensor]:
         """Return the gradient for the masked weights: the training step's own, unless there is a loss of our own."""
+        weights = prunable(step.model)
         if self.loss is None:
-            return {n: w.grad for n, w in prunable(model).items() if w.grad is not None}
-        names = list(prunable(model))
-        masked = {n: self.frozen[n] * mask for n, mask in applied_(model, {n: masks[n] for n in names}).items()}
-        inputs = [masked[n].requires_grad_() for n in names]
-        value = self.loss(_Swapped(model, self.frozen | masked), *batch, generator)
-        return dict(zip(names, torch.autograd.grad(value, inputs), strict=True))
+            return {n: w.grad for n, w in weights.items() if w.grad is not None}
+        masks = applied_(step.model, {n: step.masks[n] for n in weights})
+        masked = {n: self.frozen[n] * mask for n, mask in masks.items()}
+        inputs = [masked[n].requires_grad_() for n in weights]
+        value = self.loss(_Swapped(step.model, self.frozen | masked), *step.batch, step.generator)
+        return dict(zip(weights, torch.autograd.grad(value, inputs), strict=True))
 
     @torch.no_grad()
     def _restore_(self, model: nn.Module) -> None:
@@ -146,9 +117,10 @@ class _Hydra:
         return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
     def load_state_(self, tensors: Mapping[str, Tensor]) -> None:
-        for part, values in (("score.", self.scores), ("speed.", self.speeds), ("frozen.", self.frozen)):
-            values.clear()
-            values.update({k.removeprefix(part): v.clone() for k, v in tensors.items() if k.startswith(part)})
+        self.scores, self.speeds, self.frozen = (
+            {k.removeprefix(part): v.clone() for k, v in tensors.items() if k.startswith(part)}
+            for part in ("score.", "speed.", "frozen.")
+        )
 
 
 class _Swapped(nn.Module):

@@ -1,1 +1,0 @@
-"""Activation sparsity: the modules, where they are put, and what they leave active."""

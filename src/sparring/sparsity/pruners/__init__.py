@@ -1,1 +1,0 @@
-"""Pruning algorithms, each with the signature of `Pruner`."""
