@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring.bounds import margin
-from sparring.bounds._dead_units import compacted
-from sparring.bounds._network import others, prepare
+from sparring.bounds._network import compacted, others, prepare
 from sparring.bounds.certify._certificates import margins_over
 from sparring.models import build
 from sparring.threat import Threat

@@ -27,8 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparring import attacks, bounds, data
-from sparring.bounds._dead_units import compacted
-from sparring.bounds._network import prepare
+from sparring.bounds._network import compacted, prepare
 from sparring.bounds.certify._certificates import margins_over
 from sparring.data import Dataset, as_float
 from sparring.models import build, load_weights_

@@ -27,7 +27,9 @@ from ..graph import (
     Op,
     ReLU,
     SparseActivation,
+    drop_dead_units,
     evaluate,
+    fold_affine,
     lower,
     refusal,
 )
@@ -72,6 +74,27 @@ def as_sparse(op: Linear) -> Linear:
     """Return a layer as a SparseLinear if that is faster."""
     few = op.weight.device.type == "cpu" and int(op.weight.count_nonzero()) <= _SPARSE * op.weight.numel()
     return SparseLinear(op.name, op.weight, op.bias) if few else op
+
+
+def compacted(graph: Graph, x: Tensor) -> tuple[Graph, Tensor]:
+    """Return an equal network of fewer units on fewer pixels, and the images' pixels that it reads: (N, pixels).
+
+    Both are returned as they are unless the network begins with a Linear (after normalisation and Flatten, which are
+    multiplied into it): there a pixel may count for nothing. Balls around the fewer pixels hold the same logits as
+    those around all.
+    """
+    nodes = drop_dead_units(fold_affine(graph)).nodes
+    start = 1 + isinstance(nodes[1].op, Flatten)
+    first, alone = nodes[start].op, all(sum(i in node.inputs for node in nodes) == 1 for i in range(start))
+    if not (isinstance(first, Linear) and alone and len(nodes[start].shape) == 1):
+        return graph, x
+    used = (first.weight != 0).any(0)
+    used[0] |= not bool(used.any())  # one pixel at least
+    made = [Node(Input(), (), (int(used.sum()),))]
+    for node in (replace(nodes[start], op=Linear(first.name, first.weight[:, used], first.bias)), *nodes[start + 1 :]):
+        op = as_sparse(node.op) if isinstance(node.op, Linear) else node.op
+        made.append(replace(node, op=op, inputs=tuple(i - start + 1 for i in node.inputs)))
+    return replace(graph, nodes=tuple(made)), x.flatten(1)[:, used]
 
 
 def adjoint(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -29,6 +29,7 @@ from ._ops import (
     evaluate,
     refusal,
 )
+from ._passes import drop_dead_units, fold_affine
 from ._plain_stacks import Step, Stepwise
 
 __all__ = [
@@ -50,7 +51,9 @@ __all__ = [
     "SparseActivation",
     "Step",
     "Stepwise",
+    "drop_dead_units",
     "evaluate",
+    "fold_affine",
     "lower",
     "refusal",
 ]

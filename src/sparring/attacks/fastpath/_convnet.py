@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...graph import Affine, Conv2d, Flatten, Graph, MaxPool, ReLU, lower
-from ._mlp import Dense, agree, fold, is_hooked, per_value
+from ...graph import Conv2d, Flatten, Graph, MaxPool, ReLU, fold_affine, lower
+from ._mlp import Dense, agree, dense_layers, is_hooked
 
 # Shifted filters are padded with zeros: beyond this many times the products, a plain convolution is faster.
 _WASTE = 1.5
@@ -111,7 +111,7 @@ def read_convolved(model: nn.Module, x: Tensor) -> Convolved | None:
     if not kernels or any(kernel.padding != (0, 0) for kernel in kernels) or is_hooked(model):
         return None
     try:
-        found = _read(lower(model, tuple(x.shape[1:]), images=x), x)
+        found = _read(fold_affine(lower(model, tuple(x.shape[1:]), images=x)))
     except UserError:
         return None
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
@@ -127,10 +127,6 @@ class _Draft:
     stride: tuple[int, int]
     pool: int = 1
     rectified: bool = False
-
-    def scaled(self, times: Tensor, plus: Tensor) -> _Draft:
-        """Return the layer with its outputs scaled and shifted."""
-        return replace(self, weight=self.weight * times.view(-1, 1, 1, 1), bias=self.bias * times + plus)
 
     def finish(self) -> ConvLayer | None:
         """Return the layer, or None where too much of its matrix would be zeros."""
@@ -148,34 +144,22 @@ class _Draft:
         return ConvLayer(matrix, self.bias, patch, stride, self.rectified)
 
 
-def _read(graph: Graph, x: Tensor) -> Convolved | None:
-    """Return convolutions, ReLUs, poolings and linear layers in a row, every constant folded in; None for others."""
+def _read(graph: Graph) -> Convolved | None:
+    """Return the convolutions, ReLUs, poolings and linear layers in a row of a folded graph; None for others."""
     drafts: list[_Draft] = []
-    # What has been done to each channel since the last convolution, its ReLU and its pooling: value · scale + shift.
-    scale = x.new_ones(x.shape[1])
-    shift, pending = torch.zeros_like(scale), True
     for place, node in enumerate(graph.nodes[1:]):
         if node.inputs != (place,):
             return None
         match node.op:
-            case Affine(scale=times, shift=plus):
-                if drafts and not pending and drafts[-1].pool == 1 and not drafts[-1].rectified:
-                    drafts[-1] = drafts[-1].scaled(times, plus)
-                else:
-                    scale, shift, pending = scale * times, shift * times + plus, True
-            case Conv2d(groups=1, dilation=(1, 1), padding=(0, 0)) as conv:
-                weight = conv.weight.detach()
-                bias = (weight * shift.view(-1, 1, 1)).sum((1, 2, 3))
-                bias = bias if conv.bias is None else bias + conv.bias.detach()
-                drafts.append(_Draft(weight * scale.view(-1, 1, 1), bias, conv.stride))
-                scale, shift, pending = torch.ones_like(bias), torch.zeros_like(bias), False
-            case ReLU() if not pending:
+            case Conv2d(groups=1, dilation=(1, 1), padding=(0, 0), weight=weight, bias=bias, stride=stride):
+                bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+                drafts.append(_Draft(weight.detach(), bias, stride))
+            case ReLU() if drafts:
                 drafts[-1] = replace(drafts[-1], rectified=True)
-            case MaxPool() as pool if not pending and drafts[-1].pool == 1 and _is_plain(pool):
+            case MaxPool() as pool if drafts and drafts[-1].pool == 1 and _is_plain(pool):
                 drafts[-1] = replace(drafts[-1], pool=pool.kernel[0])
             case Flatten() if drafts:
-                shape = graph.nodes[place].shape
-                head = fold(graph, place + 1, per_value(scale, shape), per_value(shift, shape))
+                head = dense_layers(graph, place + 1)
                 layers = [layer for layer in (draft.finish() for draft in drafts) if layer is not None]
                 return Convolved(tuple(layers), head) if head is not None and len(layers) == len(drafts) else None
             case _:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import UserError
-from ...graph import Affine, Flatten, Graph, Linear, ReLU, lower
+from ...graph import Flatten, Graph, Linear, ReLU, fold_affine, lower
 
 
 class ByHand(Protocol):
@@ -80,9 +80,7 @@ def read_dense(model: nn.Module, x: Tensor) -> Dense | None:
     if is_hooked(model) or not all(isinstance(layer, nn.Linear | nn.BatchNorm1d) for layer in layers):
         return None  # without asking for a graph, which takes seconds where the model is no plain stack
     try:
-        graph = lower(model, tuple(x.shape[1:]), images=x)
-        ones = torch.ones(graph.nodes[0].shape, device=x.device).flatten()
-        dense = fold(graph, 0, ones, torch.zeros_like(ones))
+        dense = dense_layers(fold_affine(lower(model, tuple(x.shape[1:]), images=x)), 0)
     except UserError:
         return None
     return dense if dense is not None and agree(dense, model, x) else None
@@ -112,39 +110,25 @@ def is_hooked(model: nn.Module) -> bool:
     )
 
 
-def fold(graph: Graph, start: int, scale: Tensor, shift: Tensor) -> Dense | None:
-    """Return the linear layers and ReLUs that follow the node `start`, every constant folded in; None for others.
-
-    scale, shift: what has been done to the node's values, or to the last ReLU's outputs, since: value · scale + shift.
-    """
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    after_linear = False
+def dense_layers(graph: Graph, start: int) -> Dense | None:
+    """Return the linear layers, ReLUs between them, behind the node `start` of a folded graph; None for others."""
+    layers: list[Linear] = []
+    ready = True  # for a linear layer
     for place, node in enumerate(graph.nodes[start + 1 :], start):
         if node.inputs != (place,):
             return None
         match node.op:
             case Flatten():
+                continue
+            case Linear() as op if ready and len(node.shape) == 1:
+                layers.append(op)
+            case ReLU() if not ready:
                 pass
-            case Affine(scale=times, shift=plus):
-                times, plus = (per_value(value, node.shape) for value in (times, plus))
-                if after_linear:
-                    weights[-1], biases[-1] = weights[-1] * times.unsqueeze(1), biases[-1] * times + plus
-                else:
-                    scale, shift = scale * times, shift * times + plus
-            case Linear(weight=weight, bias=bias) if not after_linear and len(scale) == weight.shape[1]:
-                offset = weight.detach() @ shift
-                weights.append(weight.detach() * scale)
-                biases.append(offset if bias is None else offset + bias.detach())
-                after_linear = True
-            case ReLU() if after_linear:
-                scale, shift = torch.ones_like(biases[-1]), torch.zeros_like(biases[-1])
-                after_linear = False
             case _:
                 return None
-    return Dense(tuple(weights), tuple(biases)) if after_linear else None
-
-
-def per_value(channels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return one number per value for one per channel."""
-    return channels.view(-1, *[1] * (len(shape) - 1)).expand(shape).flatten()
+        ready = not ready
+    weights = tuple(op.weight.detach() for op in layers)
+    biases = (
+        w.new_zeros(len(w)) if op.bias is None else op.bias.detach() for op, w in zip(layers, weights, strict=True)
+    )
+    return None if ready else Dense(weights, tuple(biases))

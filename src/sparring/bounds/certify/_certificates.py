@@ -12,8 +12,7 @@ from ...errors import UnknownNameError, UserError
 from ...graph import Graph, Linear
 from ...threat import Threat, distance, dual
 from ...waiting import courteous
-from .._dead_units import compacted
-from .._network import margin_rows, prepare
+from .._network import compacted, margin_rows, prepare
 from .._parallel import over_slices, slices
 from .._region import Region, check_pixels, region
 from ._crown import bound_nodes, lower_bound

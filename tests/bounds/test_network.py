@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparring.bounds._dead_units import compacted
-from sparring.bounds._network import SparseLinear, adjoint, prepare
+from sparring.bounds._network import SparseLinear, adjoint, compacted, prepare
 from sparring.bounds.certify._certificates import margins_over
 from sparring.graph import Linear
 from sparring.models import Normalise
