@@ -19,7 +19,7 @@ from .evaluation._audit import AuditRow, audit
 from .evaluation._cross_checks import check_budgets, check_order, check_silence, check_unlimited
 from .evaluation._flags import FLAGS, Flag
 from .evaluation._run import AttackResult, check_convergence, lend, robust_accuracy, run
-from .evaluation._ways import Attack, facts_of
+from .evaluation._scoring import Attack, facts_of
 
 ATTACKS: dict[str, Attack] = {
     "apgd": apgd,

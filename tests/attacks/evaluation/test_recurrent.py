@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring.attacks import ATTACKS, run
-from sparring.attacks.evaluation._batches import batch_size_for
+from sparring.attacks.evaluation._scoring import batch_size_for
 from sparring.threat import LINF, Threat
 
 

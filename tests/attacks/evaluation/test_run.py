@@ -22,7 +22,7 @@ from sparring.attacks import (
     worst_case,
 )
 from sparring.attacks._gradients import Probe, logits_and_rows
-from sparring.attacks.evaluation._batches import batch_size_for
+from sparring.attacks.evaluation._scoring import batch_size_for
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
 

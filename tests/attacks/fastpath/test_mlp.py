@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparring import models
 from sparring.attacks import square
 from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_rows
-from sparring.attacks.algorithms import _square_linf as lookahead
+from sparring.attacks.algorithms import _square as lookahead
 from sparring.attacks.algorithms._losses import cross_entropy, margin_loss
 from sparring.attacks.fastpath._mlp import read_dense
 

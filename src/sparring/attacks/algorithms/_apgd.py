@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...outputs import opening
 from ...threat import LINF, random_point
 from .._gradients import logits_and_gradient
-from ._early_exit import Prospects
 from ._losses import Objective, cross_entropy, dlr, margin_loss
+from ._pgd import Prospects
 from ._projections import FeasibleSet, budget, column, select, shrink
 
 _MOMENTUM = 0.75

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from ...outputs import opening
 from ...threat import L1, L2
 from ..fastpath._gram_matrix import find_stem
-from ._linearise import nearest_boundary
 from ._losses import is_past
-from ._projections import boundary_step, column, keep_within, select, steepest
+from ._projections import boundary_step, column, keep_within, nearest_boundary, select, steepest
 
 # Added to every step after the first, in pixel units (the authors' code adds it always): where clipping takes more
 # than the overshoot, steps alone would approach the boundary for ever.

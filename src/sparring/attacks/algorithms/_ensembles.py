@@ -13,7 +13,7 @@ from ...threat import L1, L2, LINF, distance
 from .._gradients import Probe
 from ..evaluation._bpda import has_masked_gradients, is_stochastic
 from ..evaluation._finite_differences import Differences
-from ..evaluation._ways import Attack
+from ..evaluation._scoring import Attack
 from ._apgd import apgd
 from ._deepfool import deepfool
 from ._fab import fab

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ...outputs import opening
 from ...threat import L2, LINF, distance, project, random_point
-from ._linearise import nearest_boundary, pull_back
 from ._losses import is_past, margin_loss
-from ._projections import boundary_step, column, keep_within, select, shrink
+from ._projections import boundary_step, column, keep_within, nearest_boundary, pull_back, select, shrink
 
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
 # With eps: how often prospects are checked, and how many times its pace an image is trusted to keep up.

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from ...errors import Unsupported
 from ...outputs import opening
 from ...threat import L2, LINF, distance, gaussian, uniform
-from ._linearise import pull_back
 from ._losses import margin_loss
-from ._projections import column, keep_within, select, steepest
+from ._projections import column, keep_within, pull_back, select, steepest
 
 # Probes that go through the model at once.
 _BLOCK = 1024

@@ -15,7 +15,7 @@ from .._gradients import frozen
 from ..algorithms._losses import is_answer, margin_loss
 from ._flags import Flag, exceeds
 from ._run import AttackResult, run
-from ._ways import Attack, budget_of
+from ._scoring import Attack, budget_of
 
 _NOTABLE = 0.02
 _RETRIES = 3

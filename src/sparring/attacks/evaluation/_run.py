@@ -22,9 +22,7 @@ from .._gradients import Probe, frozen
 from ..algorithms._projections import select
 from ..fastpath._convnet import read_convolved
 from ..fastpath._mlp import ByHand, read_dense
-from ..fastpath._shared_prefix import split_at_draw
-from ._batches import batch_size_for
-from ._bpda import dense_copy, has_masked_gradients, is_stochastic, seeded
+from ._bpda import dense_copy, has_masked_gradients, is_stochastic, seeded, split_at_draw
 from ._finite_differences import blind_pixels
 from ._flags import Flag, exceeds
 from ._sanity_checks import (
@@ -37,17 +35,20 @@ from ._sanity_checks import (
     is_random,
     state_of,
 )
-from ._scoring import Judge, untouched, violations
-from ._ways import (
+from ._scoring import (
     NOTABLE,
     Attack,
     Best,
+    Judge,
     Order,
     attack_by_differences,
     attack_itself,
     attack_single_draws,
     attack_straight_through,
+    batch_size_for,
     transfer,
+    untouched,
+    violations,
 )
 
 _LENGTHS = ("steps", "queries")
