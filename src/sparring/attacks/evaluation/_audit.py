@@ -14,7 +14,7 @@ from ..algorithms._projections import column
 from ._cross_checks import check_budgets, check_order, check_silence, check_unlimited
 from ._flags import Flag
 from ._run import AttackResult, run
-from ._ways import Attack, facts_of
+from ._scoring import Attack, facts_of
 
 _SILENCE_IMAGES = 4  # each is attacked alone
 
