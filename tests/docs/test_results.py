@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sparring import report
-from sparring.report.linear._page import linear_verdicts
-from sparring.report.pages._summary import verdicts
+from sparring.report._linear_page import linear_verdicts
+from sparring.report._summary import verdicts
 from sparring.statistics import Row
 
 ROOT = Path(__file__).parents[2]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from sparring.records import read_plan
+from sparring.report import _summary as words
+from sparring.report import _tables as tables
 from sparring.report.analysis._claims import ledger
 from sparring.report.analysis._findings import Findings, find
 from sparring.report.analysis._looks import open_study
 from sparring.report.analysis._metrics import Measure
-from sparring.report.pages import _summary as words
-from sparring.report.pages import _tables as tables
 
 from .rewriting import rewrite_plan
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from ._build import Report, merge_ledgers, publish, read, verdict, write
-from ._compare import Difference, Side, broken, compare, compare_values
-from ._pick import Choice, pick
-from .analysis._shipped import shipped_verdict
-from .pages._bench_plot import timings_figure
-from .pages._figures import png
+from ._compare import Choice, Difference, Side, broken, compare, compare_values, pick
+from ._figures import png, timings_figure
+from .analysis._comparisons import shipped_verdict
 
 __all__ = [
     "Choice",

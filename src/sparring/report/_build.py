@@ -13,20 +13,16 @@ from ..errors import UserError
 from ..files import write_atomic, write_json
 from ..records import Folder
 from ..statistics import Question, Row, judge, reread
-from .analysis._claims import claims, ledger
+from . import _figures as figures
+from . import _summary as words
+from . import _tables as tables
+from ._linear_page import linear_csv, linear_headline, linear_pictures, render_linear
+from ._page import render, summary_html
+from ._plots import Drawn, Picture, comparisons, curve_panels, density_pictures, overview_picture
+from .analysis._claims import across, claims, ledger
 from .analysis._findings import Findings, find
-from .analysis._linear_against_nonlinear import across
+from .analysis._linear import LinearStudy, is_linear, linear_claims, linear_ledger, read_linear
 from .analysis._looks import dropped_tests, note_look, open_study
-from .linear._claims import linear_claims, linear_ledger
-from .linear._figures import linear_pictures
-from .linear._page import linear_csv, linear_headline, render_linear
-from .linear._study import LinearStudy, is_linear, read_linear
-from .pages import _figures as figures
-from .pages import _summary as words
-from .pages import _tables as tables
-from .pages._comparison_plots import comparisons
-from .pages._page import render, summary_html
-from .pages._plots import Drawn, Picture, curve_panels, density_pictures, overview_picture
 
 Named = tuple[str, Question]  # a claim with its p-values, and the study that it is of
 
@@ -130,7 +126,7 @@ def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = No
     places = list(dict.fromkeys(name for name, _ in [*old, *fresh]))
     names = {name for name, _ in fresh}
     asked = sorted([named for named in old if named[0] not in names] + fresh, key=lambda named: places.index(named[0]))
-    dropped = {_name_of(one): dropped_tests(one.study, [q for _, q in _claims_of(one)]) for one in found}
+    dropped = {one.study.name: dropped_tests(one.study, [q for _, q in _claims_of(one)]) for one in found}
     merged = judge(
         [one for _, one in asked], study="", dropped=[primary for part in dropped.values() for primary in part]
     )
@@ -142,13 +138,9 @@ def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = No
     return [replace(row, merged=(among.verdict, among.decisive)) for row, among in zip(alone, merged, strict=True)]
 
 
-def _name_of(found: Findings | LinearStudy) -> str:
-    return str(found.study.plan.get("name") or "study")
-
-
 def _claims_of(found: Findings | LinearStudy) -> list[Named]:
     asked = linear_claims(found) if isinstance(found, LinearStudy) else claims(found)
-    return [(_name_of(found), one) for one in asked]
+    return [(found.study.name, one) for one in asked]
 
 
 def _read_ledger(path: Path) -> list[Named]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,12 @@ def span(chosen: Sequence[float], grid: Sequence[float]) -> str:
         return f"{percent(chosen[0])} to {percent(chosen[-1])}"
     *others, last = map(percent, chosen)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def value(measure: Measure, number: float | None) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from sparring import report
 from sparring.errors import UserError
-from sparring.report.analysis._distance_bounds import brackets
+from sparring.report.analysis._comparisons import brackets
 from sparring.report.analysis._findings import find
 from sparring.report.analysis._records import load
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from sparring import report
+from sparring.report import _tables as tables
 from sparring.report.analysis._cross_checks import doubts
 from sparring.report.analysis._findings import find
 from sparring.report.analysis._metrics import pretty
 from sparring.report.analysis._records import load
-from sparring.report.pages import _tables as tables
 
 from ..rewriting import records_of, rewrite
 
@@ -62,7 +62,7 @@ def test_an_attack_that_another_one_contradicts_is_doubted(make_study, name, eps
     assert {d.who for d in findings.doubts} == {("gradual", 0.9, 1)}
     mine = [d for d in findings.doubts if d.who == ("gradual", 0.9, 1) and d.name == doubt]
     assert attack in {d.attack for d in mine}
-    assert doubt in tables.flags(findings.study, findings.doubts)
+    assert doubt in [row[0] for row in tables.flags(findings.study, findings.doubts).rows]
     said = report.verdict(out)
     assert "Not to be believed as it stands: " in said and f"{pretty(attack)} at 90%" in said
     assert "sparsity, on one network, where another" in said

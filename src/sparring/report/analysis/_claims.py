@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ...records import Kind
 from ...statistics import Claim, Question, Row, ask, effect, judge
 from .. import _numbers as numbers
-from ..pages._summary import short_name, title
+from ._cross_checks import suspicion
 from ._findings import Choice, Findings, Result, choose, difference, paired
-from ._hypotheses import Place, about, at_choice, at_sparsity, attacks_of, places
+from ._hypotheses import MARGIN, Place, about, at_choice, at_sparsity, attacks_of, places
 from ._looks import dropped_tests
 from ._metrics import NORMS, TRANSFER, Measure, PerImage, common, pretty, pretty_eps, values
 
@@ -30,7 +30,7 @@ OVER_IT: dict[Kind, str] = {
 def ledger(findings: Findings) -> list[Row]:
     """Return the claims that this study can speak of, each with its test, numbers and verdict."""
     asked = claims(findings)
-    return judge(asked, study=title(findings), dropped=dropped_tests(findings.study, asked))
+    return judge(asked, study=findings.study.name, dropped=dropped_tests(findings.study, asked))
 
 
 def claims(findings: Findings) -> list[Question]:
@@ -110,7 +110,7 @@ def _loss_of(findings: Findings, measure: Measure) -> str:
 
 
 def _no_loss(findings: Findings, result: Result, text: str, *, primary: bool) -> Question:
-    name = short_name(result.measure)
+    name = result.measure.phrase
     claim = Claim(text, "below", 0.0, numbers.gain_unit(result.measure), name, primary=primary, metric=name)
     return replace(ask(replace(claim, origin="paper"), None), unknown="no sparsity of the plan is over-sparsified")
 
@@ -122,7 +122,7 @@ def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) 
     if known:
         one = paired(findings, result.measure, *({k: pair[side] for k, pair in known.items()} for side in (0, 1)))
         test = f"{result.method} at {result.words(sparsity)} − dense control"
-        metric = f"{short_name(result.measure)} where both are correct"
+        metric = f"{result.measure.phrase} where both are correct"
         sparse = [(result.method, sparsity, seed) for seed in known]
         told = f"{text}, among images that both classify correctly"
         yield about(findings, result, told, "below", one, test, sparse, metric=metric)
@@ -271,3 +271,58 @@ def _transfers(findings: Findings) -> Iterator[Question]:
         one = effect(values(seeds, images) - 0.5).scaled(100.0).priced(findings.study.looks.price)
         metric = f"{pretty(measure.label)} examples that transfer {measure.role}"
         yield ask(Claim(text, "above", 2.0, "points", test, metric=metric), one)
+
+
+# -- the one claim of the paper that needs two studies: nonlinear networks gain more in l_2 than linear ones ---------
+
+TEXT = "nonlinear networks gain more r_2 (DeepFool) than linear ones at matched accuracy loss"
+
+
+def across(found: Sequence[Findings]) -> Iterator[tuple[str, Question]]:
+    """Yield the claim for every nonlinear and linear study of the same data, with both studies' names.
+
+    Asked at the nonlinear networks' highest appropriate sparsity and at the linear ones' whose loss of accuracy is
+    nearest to theirs there, so that no robustness chose either; paired by image, and seed by seed in their order.
+    """
+    for one in (f for f in found if not is_linear(f)):
+        for other in (f for f in found if is_linear(f) and f.study.data == one.study.data):
+            question = _question(one, other)
+            if question is not None:
+                yield f"{one.study.name} and {other.study.name}", question
+
+
+def _question(one: Findings, other: Findings) -> Question | None:
+    measure = one.first("distance", "deepfool")
+    results = one.result(measure), other.result(measure)
+    if measure is None or results[0] is None or results[1] is None or results[0].images != results[1].images:
+        return None
+    units = [numbers.gain_unit(measure, result.control) for result in results if result is not None]
+    kept = [s for s in places(one, results[0].method).appropriate if s in results[0].sparsities]
+    losses = _accuracy_losses(other, results[1].sparsities)
+    if not kept or not losses or units != ["%", "%"]:
+        return None
+    wanted = _accuracy_losses(one, kept)[kept[-1]]
+    chosen = kept[-1], min(losses, key=lambda s: (abs(losses[s] - wanted), abs(s - kept[-1])))
+    seeds = min(len(result.seeds) for result in results if result is not None)
+    gains = [r.gains.differences[r.sparsities.index(s)][:seeds] for r, s in zip(results, chosen, strict=True) if r]
+    doubts = [
+        suspicion(f.study, f.collected, f.doubts, measure, {(r.method, s, k), (f.study.control(r.method), 0.0, k)})
+        for f, r, s in zip((one, other), results, chosen, strict=True)
+        if r is not None
+        for k in r.seeds
+    ]
+    test = f"r_2, {one.study.name} at {numbers.percent(chosen[0])} − {other.study.name} at {numbers.percent(chosen[1])}"
+    claim = Claim(TEXT, "above", MARGIN, "%", test, log=True, origin="paper", metric="r_2")
+    price = max(f.study.looks.price for f in (one, other))
+    return ask(
+        claim, effect(gains[0] - gains[1]).scaled(100.0).priced(price), doubt=", ".join({d for d in doubts if d})
+    )
+
+
+def _accuracy_losses(findings: Findings, sparsities: Sequence[float]) -> dict[float, float]:
+    """Return what networks lose of the dense control's accuracy, on the images that `places` asks."""
+    split = places(findings, findings.method or "").split
+    result = findings.result(Measure("accuracy", split)) if split == "valid" or split == "test" else None
+    if result is None:
+        return {}
+    return {s: -result.gains.effects[result.sparsities.index(s)].estimate for s in sparsities if s in result.sparsities}

@@ -9,7 +9,6 @@ from typing import Literal
 
 from ...statistics import Claim, Effect, Question, ask
 from .. import _numbers as numbers
-from ..pages._summary import listed, short_name
 from ._cross_checks import suspicion
 from ._findings import MANY_FAILED, Choice, Findings, Result, margins_of
 from ._metrics import Measure, parts, pretty
@@ -48,7 +47,7 @@ def places(findings: Findings, method: str) -> Place:
 
 def attacks_of(findings: Findings, measure: Measure) -> str:
     """Return the names of the attacks behind a measure: "FGSM, PGD-40 and fast"."""
-    return listed(pretty(m.label) for m in parts(findings.collected, measure))
+    return numbers.listed(pretty(m.label) for m in parts(findings.collected, measure))
 
 
 def at_choice(
@@ -64,7 +63,7 @@ def at_choice(
     """Return the question whether a method gains over the dense control at a chosen sparsity; None: there is none."""
     if choice is None:
         lost = f"no sparsity keeps accuracy within {margins_of(findings.study)['accuracy']:.2%} of the dense control's"
-        name = short_name(result.measure)
+        name = result.measure.phrase
         claim = Claim(text, expects, MARGIN, "points", name, primary=primary, origin=origin, metric=name)
         return replace(ask(claim, None), unknown=lost)
     chosen = sorted(set(choice.sparsities))
@@ -125,7 +124,7 @@ def about(
     """
     unit = numbers.gain_unit(result.measure, result.control)
     absolute = unit == numbers.ABSOLUTE
-    metric = metric or short_name(result.measure)
+    metric = metric or result.measure.phrase
     margin, told = 0.0 if absolute else MARGIN, f"{metric}, {test}"
     claim = Claim(text, expects, margin, unit, told, log=unit == "%", primary=primary, origin=origin, metric=metric)
     scale = 1.0 if absolute else 100.0

@@ -19,8 +19,6 @@ from ...history import append_entry, read_history
 from ...records import Folder, Record, read_record
 from ...statistics import Claim, Question
 from .. import _numbers as numbers
-from ..pages._html import Html, join, tag
-from ..pages._tables import table
 from ._records import Looks, Study, attack_label, load
 
 DISPLAY = ("title", "mark")  # what may change of a plan without changing what it asks
@@ -202,24 +200,3 @@ def _changes(registered: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str
     """Return the settings that differ; those that a later version of the plan added do not count."""
     shared = [name for name in registered if name in plan and name not in DISPLAY]
     return [name for name in shared if registered[name] != plan[name]]
-
-
-def history_section(study: Study) -> Html:
-    """Return the looks as a table and what they mean."""
-    note = (
-        "A look is a plan with its records, judged; the same once more is the same look. All looks together spend one "
-        "study's chance of error, the first four fifths of it, so later ones need smaller p-values. Intervals are "
-        "those of one look. Looks at copies of the folder, or at other folders, cannot be seen from here. Plans and "
-        "p-values are in history.jsonl, whose last line has the hash "
-    )
-    head = study.looks.entries[-1]["sha256"] if study.looks.entries else "–"
-    rows = [_row(entry) for entry in study.looks.entries]
-    shown = table(["Look", "Seeds", "Records", "No longer in the plan", "When", "Sparsities", "Attacks"], rows)
-    told = [tag("p", sentence) for sentence in look_sentences(study)]
-    return join(*told, tag("p", f"{note}{head}.", class_="note"), shown)
-
-
-def _row(entry: Mapping[str, Any]) -> list[str]:
-    grids = [f"{method} at {', '.join(map(numbers.percent, grid))}" for method, grid in entry["sparsities"].items()]
-    counts = [f"{entry[name]:,}" for name in ("look", "seeds", "records", "orphans")]
-    return [*counts, entry["time"], "; ".join(grids), ", ".join(entry["attacks"])]

@@ -96,6 +96,13 @@ class Measure:
         labels |= {role: f"{pretty(self.label)} transfers {role}" for role in TRANSFER}
         return labels.get(self.role, f"{pretty(self.label)} {norm}, correct only") + eps
 
+    @property
+    def phrase(self) -> str:
+        """Return the name within a sentence."""
+        if self.role in ("distance", "distance-correct") and self.name == "deepfool" and self.norm == "l2":
+            return "r_2" if self.role == "distance" else "r_2 (correct images only)"
+        return self.short.lower() if self.name == "smallest" else self.short
+
 
 @dataclass(frozen=True)
 class PerImage:

@@ -85,6 +85,17 @@ class Study:
     looks: Looks = Looks()
 
     @property
+    def name(self) -> str:
+        """Return the plan's name."""
+        return str(self.plan.get("name") or "study")
+
+    @property
+    def data(self) -> object:
+        """Return what identifies the test images: the data's hash where records have it, else the folder."""
+        hashes = {r.inputs.get("data") for r in self.records.values() if r.stage == "measure"}
+        return hashes if hashes and None not in hashes else self.folder.resolve()
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Return the names of the labels."""
         return tuple(map(str, self.dataset.get("classes", ())))

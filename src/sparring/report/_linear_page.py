@@ -6,18 +6,19 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ...statistics import Effect, Row
-from .. import _numbers as numbers
-from ..analysis._looks import history_section, look_sentences
-from ..pages import _tables as tables
-from ..pages._html import Html, join, tag
-from ..pages._page import document, ledger_section
-from ..pages._plots import Picture
-from ._claims import NAMES, PATHS, gain, r_2, r_inf, sparsity_of
-from ._study import DENSE, LinearStudy, Step, Value
+from ..statistics import Effect, Row
+from . import _figures as figures
+from . import _numbers as numbers
+from . import _tables as tables
+from ._figures import Spec
+from ._page import Section, document, judged_sections
+from ._plots import Picture
+from .analysis._linear import DENSE, NAMES, PATHS, Group, LinearStudy, Step, Value, gain, r_2, r_inf, sparsity_of
+from .analysis._looks import look_sentences
 
 METHODS = (
     "Linear classifiers (liblinear through scikit-learn, one against the rest where there are more than two classes) "
@@ -37,29 +38,17 @@ METHODS = (
 def render_linear(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequence[Row]) -> str:
     """Return the page as HTML text."""
     study = data.study
-    drawn = [
-        tag("figure", Html(p.svg), tag("figcaption", p.note), data_title=p.title, class_="narrow") for p in pictures
+    steps = [(note, means) for loss in data.losses if data.pairs(loss) for note, means in (_means(data, loss),)]
+    sections: list[Section] = [
+        ("curves", "Theory and measurement against sparsity", "pictures", (pictures,)),
+        ("ledger", "Ledger of claims", "ledger", (tables.ledger_table(ledger),)),
+        ("steps", "Every step of every path", "steps", (steps,)),
+        *judged_sections(study),
+        ("method", "Methods", "method", (METHODS,)),
+        ("again", "To make it again", "again", ([("", study.command), ("", json.dumps(study.plan, indent=2))],)),
     ]
-    sections = {
-        "curves": ("Theory and measurement against sparsity", tag("div", *drawn, class_="grid")),
-        "ledger": ("Ledger of claims", ledger_section(ledger)),
-        "steps": ("Every step of every path", join(*(_table(data, loss) for loss in data.losses))),
-        "looks": ("Looks at this study", history_section(study)),
-        "flags": ("Flags", tables.flags(study)),
-        "cost": ("Cost", tables.cost(study)),
-        "method": ("Methods", tag("blockquote", METHODS)),
-        "again": ("To make it again", join(tag("pre", study.command), tag("pre", json.dumps(study.plan, indent=2)))),
-    }
-    first, *rest = linear_headline(data, ledger)
-    opening = join(
-        tag("p", f"sparring · study “{study.plan.get('name')}”", class_="eyebrow"),
-        tag("h1", f"Linear classifiers on {study.plan.get('data')}: sparsity and adversarial robustness"),
-        tag("nav", *(tag("a", text, href=f"#{name}") for name, (text, _) in sections.items()), aria_label="Sections"),
-        tag("div", tag("p", first), class_="verdict-box"),
-        tag("ul", *(tag("li", sentence) for sentence in rest)),
-    )
-    bodies = [tag("section", tag("h2", text), body, id=name) for name, (text, body) in sections.items()]
-    return document(f"{study.plan.get('name')}: linear classifiers", tag("main", opening, *bodies))
+    heading = f"Linear classifiers on {study.plan.get('data')}: sparsity and adversarial robustness"
+    return document(f"{study.name}: linear classifiers", heading, study, linear_headline(data, ledger), sections)
 
 
 def linear_headline(data: LinearStudy, ledger: Sequence[Row]) -> list[str]:
@@ -164,8 +153,8 @@ def _missing(data: LinearStudy) -> list[str]:
     return [f"Incomplete: {missing} tasks have no record and {failed} failed."] if missing or failed else []
 
 
-def _table(data: LinearStudy, loss: str) -> Html | None:
-    """Return a loss's steps, means over the pairs."""
+def _means(data: LinearStudy, loss: str) -> tuple[str, tables.Table]:
+    """Return a loss's steps, means over the pairs, with what they are of."""
     eps = data.eps[0]
     columns: dict[str, Value] = {
         "Accuracy": lambda p: 100 * p["accuracy"],
@@ -181,15 +170,13 @@ def _table(data: LinearStudy, loss: str) -> Html | None:
         "‖w‖₁/‖w‖₂": lambda p: p["theorem"]["l1"] / max(p["theorem"]["l2"], 1e-30),
     }
     steps = [DENSE, *(step for path in NAMES for step in data.steps(loss, path))]
-    if not data.pairs(loss):
-        return None
     rows = [
         [_name(step), f"{step[1]:g}", sparsity_of(data, loss, step)]
         + [f"{data.mean(loss, step, value):.4g}" for value in columns.values()]
         for step in steps
     ]
     note = f"{loss}: means over {len(data.pairs(loss))} pairs, shares in % at ε = {eps:g}. A step is C or a sparsity."
-    return join(tag("p", note, class_="note"), tables.table(["Path", "Step", "Sparsity", *columns], rows))
+    return note, tables.Table(["Path", "Step", "Sparsity", *columns], rows)
 
 
 def _markov(bound: float | None) -> float:
@@ -219,3 +206,136 @@ def _flat(point: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{name}.")
         elif value is not None:
             yield prefix + name, value
+
+
+LINES: dict[str, list[int]] = {"boxed": [], "unboxed": [5, 3], "ratio": []}
+
+
+def linear_pictures(data: LinearStudy) -> list[Picture]:
+    """Return both metrics and the ratio of weight norms against sparsity, over pairs and for all classes."""
+    return [picture for loss in data.losses for picture in (*_over_pairs(data, loss), *_together(data, loss))]
+
+
+def _over_pairs(data: LinearStudy, loss: str) -> Iterator[Picture]:
+    count = len(data.pairs(loss))
+    if not count:
+        return
+    eps = data.eps[0]
+    note = (
+        f"Mean over {count} pairs of classes; bars are 95% intervals over the classes. Solid: the closed form inside "
+        "the box [0, 1]; dashed: the theorem's, without the box; marks: measured by the attack."
+    )
+    yield _picture(data, loss, f"{loss}: accuracy at l∞ ε = {eps:g}, pairs", f"{loss}-r_inf", _r_inf(eps), "%", note)
+    left_out = f"{note} Images that nothing inside the box moves are left out of solid lines and marks."
+    yield _picture(data, loss, f"{loss}: mean l2 distance, pairs", f"{loss}-r_2", _r_2(), "distance", left_out)
+    ratio = {"ratio": lambda point: point["theorem"]["l1"] / max(point["theorem"]["l2"], 1e-30)}
+    note = "r_2 divided by ε times this ratio bounds r_inf (both without the box): a smaller ratio leaves more room."
+    yield _picture(data, loss, f"{loss}: ‖w‖₁ / ‖w‖₂, pairs", f"{loss}-norms", ratio, "ratio", note)
+
+
+def _together(data: LinearStudy, loss: str) -> Iterator[Picture]:
+    group = data.together(loss)
+    if group is None:
+        return
+    eps, count = data.eps[0], len(group.classes)
+    note = (
+        f"One classifier of {count} classes. Solid: the worst case inside the box; dashed: without the box; marks: "
+        "measured by the attack, which for FGSM is not the worst case with more than two classes."
+    )
+    alone = LinearStudy(data.study, (group,), data.eps)
+    title = f"{loss}: accuracy at l∞ ε = {eps:g}, {count} classes"
+    yield _picture(alone, loss, title, f"{loss}-all-r_inf", _r_inf(eps), "%", note)
+    yield _picture(
+        alone, loss, f"{loss}: mean l2 distance, {count} classes", f"{loss}-all-r_2", _r_2(), "distance", note
+    )
+
+
+def _r_inf(eps: float) -> dict[str, Value]:
+    return {form: _scaled(100.0, r_inf(eps, form)) for form in ("boxed", "unboxed")} | {
+        "measured": _scaled(100.0, r_inf(eps, "fgsm"))
+    }
+
+
+def _r_2() -> dict[str, Value]:
+    return {"boxed": r_2(), "unboxed": r_2("unboxed"), "measured": r_2("deepfool")}
+
+
+def _scaled(factor: float, value: Value) -> Value:
+    return lambda point: factor * value(point)
+
+
+def _picture(
+    data: LinearStudy, loss: str, title: str, slug: str, values: Mapping[str, Value], unit: str, note: str
+) -> Picture:
+    layers: list[Spec] = []
+    for k, path in enumerate(NAMES):
+        steps = data.steps(loss, path)
+        if steps:
+            rows = {
+                form: [_row(data, loss, step, form, value, unit) for step in steps] for form, value in values.items()
+            }
+            layers += list(_layers(rows, k))
+    dense = [_row(data, loss, DENSE, form, value, unit) for form, value in values.items() if form == "measured"]
+    if dense:
+        mark = {"type": "point", "shape": "cross", "size": 110, "color": figures.INK, "filled": True, "opacity": 1}
+        layers.append({"data": {"values": dense}, "mark": mark, "encoding": {"description": {"field": "text"}}})
+    spec = {"title": title, "width": figures.WIDTH, "height": figures.HEIGHT, "layer": layers, "encoding": _axes(unit)}
+    return Picture(slug, title, figures.svg(spec), note + (" The cross is the dense classifier." if dense else ""))
+
+
+def _row(data: LinearStudy, loss: str, step: Step, form: str, value: Value, unit: str) -> Spec:
+    def of(group: Group) -> float:
+        return value(group.points[step])
+
+    groups = data.shown(loss)
+    mean = sum(map(of, groups)) / len(groups)
+    sparsity = sum(float(group.points[step]["sparsity"]) for group in groups) / len(groups)
+    found = data.effect(loss, of)
+    if found is not None and unit == "%":
+        found = replace(found, low=max(0.0, found.low), high=min(100.0, found.high))
+    told = "" if found is None else f" [{found.low:.3g}, {found.high:.3g}]"
+    row = {"x": max(1 - sparsity, 1e-4), "y": mean, "series": NAMES.get(step[0], "dense")}
+    text = f"{row['series']}, {form}, {100 * sparsity:.3g}% sparse: {mean:.4g}{told}"
+    return row | {
+        "low": mean if found is None else found.low,
+        "high": mean if found is None else found.high,
+        "text": text,
+    }
+
+
+def _layers(rows: Mapping[str, list[Spec]], k: int) -> Iterator[Spec]:
+    color: dict[str, Any] = {"scale": {"domain": list(NAMES.values()), "range": list(figures.COLORS[: len(NAMES)])}}
+    color |= {"field": "series", "type": "nominal", "legend": {"orient": "top", "title": None, "symbolType": "stroke"}}
+    described = {"description": {"field": "text"}, "color": color}
+    for form, found in rows.items():
+        data = {"values": [row | {"order": place} for place, row in enumerate(found)]}
+        if form == "measured":
+            yield {
+                "data": data,
+                "mark": {"type": "rule", "strokeWidth": 1.2},
+                "encoding": {"color": color, "y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}},
+            }
+            mark = {"type": "point", "filled": True, "opacity": 1, "size": 46, "shape": figures.SHAPES[k]}
+            yield {"data": data, "mark": mark, "encoding": described}
+        else:
+            line = {"type": "line", "strokeWidth": 1.6, "strokeDash": LINES[form], "point": "measured" not in rows}
+            yield {"data": data, "mark": line, "encoding": described | {"order": {"field": "order"}}}
+
+
+def _axes(unit: str) -> Spec:
+    ticks = [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01]
+    label = "format(1 - datum.value, '.3~%')"
+    return {
+        "x": {
+            "field": "x",
+            "type": "quantitative",
+            "scale": {"type": "log", "reverse": True},
+            "axis": {"title": "sparsity (log scale of density)", "values": ticks, "labelExpr": label, "grid": False},
+        },
+        "y": {
+            "field": "y",
+            "type": "quantitative",
+            "scale": {"zero": False},
+            "axis": {"title": unit, "tickCount": 5, "domain": False, "ticks": False},
+        },
+    }

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import vl_convert
 
-from .. import _numbers as numbers
-from ..analysis._findings import Result
+from . import _numbers as numbers
+from .analysis._findings import Result
 
 Spec = dict[str, Any]
 # One colour fewer than dashes and shapes: what has the first colour again then has another dash and shape.
@@ -153,6 +153,11 @@ def _legend(methods: Sequence[str], styles: Mapping[str, int]) -> Spec:
 
 def _of(table: Sequence[Any], style: int) -> Any:
     return table[style % len(table)]
+
+
+def look(style: int) -> tuple[str, Sequence[int]]:
+    """Return the colour and the dash of a style."""
+    return _of(COLORS, style), _of(DASHES, style)
 
 
 def _drawn(legend: Spec, method: str) -> Spec:
@@ -377,3 +382,53 @@ def overview(panels: Sequence[Spec]) -> Spec:
     ]
     # "flush" aligns the axes; spacing then has to leave room for their labels.
     return {"concat": nameless, "columns": 2, "bounds": "flush", "spacing": {"row": 104, "column": 72}}
+
+
+def timings_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the figure as SVG text; rows are as `deploy.bench` returns them, as mappings.
+
+    A mark is the median over rounds of milliseconds an image, its bar the quartiles, the thin tick the floor.
+    """
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    data = [_placed(row) for row in rows]
+    axis = {"title": "milliseconds an image (log scale); bars: quartiles, ticks: floor", "grid": True}
+    across: Spec = {"type": "quantitative", "scale": {"type": "log"}, "axis": axis}
+    down = {"field": "engine", "type": "nominal", "sort": engines, "axis": {"title": None, "labelLimit": 220}}
+    offset = {"field": "batch", "type": "ordinal", "sort": batches}
+    names = [f"batch {batch}" for batch in batches]
+    legend = {"orient": "top", "title": None}
+    color = {"field": "name", "scale": {"domain": names, "range": list(COLORS[: len(names)])}, "legend": legend}
+    shape = {"field": "name", "scale": {"domain": names, "range": list(SHAPES[: len(names)])}, "legend": legend}
+    place = {"y": down, "yOffset": offset}
+
+    def layer(mark: Spec, **encoding: Spec) -> Spec:
+        return {"mark": mark, "encoding": {**place, **encoding}}
+
+    return svg(
+        {
+            "title": title,
+            "width": WIDTH,
+            "height": {"step": 11},
+            "data": {"values": data},
+            "layer": [
+                layer({"type": "rule"}, x=across | {"field": "low"}, x2={"field": "high"}, color=color),
+                layer({"type": "tick", "thickness": 1}, x=across | {"field": "floor"}, color=color),
+                layer(
+                    {"type": "point", "filled": True, "size": 42, "opacity": 1},
+                    x=across | {"field": "milliseconds"},
+                    color=color,
+                    shape=shape,
+                    description={"field": "text"},
+                ),
+            ],
+        }
+    )
+
+
+def _placed(row: Mapping[str, Any]) -> dict[str, Any]:
+    batch = row["batch"]
+    times = {name: row[name] / batch for name in ("milliseconds", "low", "high", "floor")}
+    text = f"{row['engine']}, batch {batch}: {times['milliseconds']:.3g} ms an image"
+    text += f" [{times['low']:.3g}, {times['high']:.3g}], floor {times['floor']:.3g}"
+    return times | {"engine": row["engine"], "batch": batch, "name": f"batch {batch}", "text": text}

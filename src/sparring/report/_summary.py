@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from ...statistics import INDICATIVE_BELOW, MOST_POINTS, Row, minimum_detectable_effect, with_seeds
-from .. import _numbers as numbers
-from ..analysis._findings import Findings, Result, seeds_phrase
-from ..analysis._looks import look_sentences
-from ..analysis._metrics import NORMS, Measure, pretty
-from ..analysis._records import Network
-
-
-def title(findings: Findings) -> str:
-    """Return the study's name."""
-    plan = findings.study.plan
-    return str(plan.get("name") or "study")
+from ..statistics import INDICATIVE_BELOW, MOST_POINTS, Row, minimum_detectable_effect, with_seeds
+from . import _numbers as numbers
+from .analysis._findings import Findings, Result, seeds_phrase
+from .analysis._looks import look_sentences
+from .analysis._metrics import NORMS, Measure, pretty
+from .analysis._records import Network
 
 
 def subject(findings: Findings) -> str:
@@ -67,7 +61,7 @@ def _first(findings: Findings) -> str:
         found = findings.result(measure)
         one = found.gain(sparsity) if found else None
         if found and one:
-            parts.append(f"{short_name(measure)} {numbers.gain(measure, one, found.control)}")
+            parts.append(f"{measure.phrase} {numbers.gain(measure, one, found.control)}")
     sweet = findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity
     what = "the sweet spot" if sweet else "the lowest tested; no sweet spot could be shown"
     return (
@@ -86,13 +80,6 @@ def _told(findings: Findings) -> list[Measure]:
     wanted = [findings.first("accuracy"), findings.first("distance", "deepfool") or findings.first("distance")]
     wanted += [findings.first("budget", "fgsm"), strongest]
     return list(dict.fromkeys(m for m in wanted if m is not None))
-
-
-def short_name(measure: Measure) -> str:
-    """Return a metric's name within a sentence."""
-    if measure.role in ("distance", "distance-correct") and measure.name == "deepfool" and measure.norm == "l2":
-        return "r_2" if measure.role == "distance" else "r_2 (correct images only)"
-    return measure.short.lower() if measure.name == "smallest" else measure.short
 
 
 def size_ratio(findings: Findings, sparsity: float) -> float | None:
@@ -119,9 +106,9 @@ def _spot(findings: Findings) -> str:
     spot = findings.sweet_spot
     if spot is None:
         return ""
-    allowed = ", ".join(f"{short_name(m)} {_margin(m, d)}" for m, d in findings.margins.items())
+    allowed = ", ".join(f"{m.phrase} {_margin(m, d)}" for m, d in findings.margins.items())
     limit = next((m for m in findings.margins if m.slug == spot.limit), None)
-    unwatched = listed(map(short_name, findings.unwatched)) if findings.unwatched else ""
+    unwatched = numbers.listed(m.phrase for m in findings.unwatched) if findings.unwatched else ""
     if unwatched:
         allowed += f" (not watched, as searches failed or the control's mean is zero: {unwatched})"
     if spot.at_most is None:
@@ -131,7 +118,7 @@ def _spot(findings: Findings) -> str:
         beyond = "and nothing beyond it passes"
     else:
         beyond = f"and the data do not rule out {_share(findings, spot.at_most)}"
-    ends = f" What ends it: {short_name(limit)}." if limit else ""
+    ends = f" What ends it: {limit.phrase}." if limit else ""
     return f"Sweet spot: {found}, {beyond}.{ends} Allowed losses: {allowed}."
 
 
@@ -161,7 +148,7 @@ def _few(ledger: Sequence[Row]) -> str:
         told.append(f"{numbers.amount(least, 'points') if least <= MOST_POINTS else 'none'} with {seeds}")
     return (
         f"So few seeds can show large gains only. That “{gains[-1].claim.text}” four studies of five would reproduce "
-        f"where it truly is {listed(told)} seeds, if each is looked at once and networks differ as these do."
+        f"where it truly is {numbers.listed(told)} seeds, if each is looked at once and networks differ as these do."
     )
 
 
@@ -185,11 +172,11 @@ def _alone(findings: Findings) -> str:
     """Say what single curves show, corrected for their own sparsities only."""
     found = [r for m in findings.main if m.role != "distance-correct" and (r := findings.result(m))]
     over = [(r, r.over_sparsified) for r in found if r.over_sparsified is not None and r.measure.role != "accuracy"]
-    lost = ", ".join(f"{short_name(r.measure)} from {_share(findings, s)}" for r, s in over)
+    lost = ", ".join(f"{r.measure.phrase} from {_share(findings, s)}" for r, s in over)
     unseen = [r for r in found if not any(r.gains.gains()) and not any(r.gains.losses())]
     parts = [f"{lost or 'nothing'} is shown to lose more than allowed, and to stay so"]
     if unseen:
-        parts.append(f"no change was seen of {', '.join(f'{short_name(r.measure)} ({_least(r)})' for r in unseen)}")
+        parts.append(f"no change was seen of {', '.join(f'{r.measure.phrase} ({_least(r)})' for r in unseen)}")
     return f"Each curve judged alone, which is no verdict: {'; '.join(parts)}."
 
 
@@ -207,12 +194,6 @@ def _several(findings: Findings) -> str:
     return f"These sentences speak of the method “{findings.method}”; also studied: {', '.join(others)}."
 
 
-def listed(names: Iterable[str]) -> str:
-    """Return "a", "a and b" or "a, b and c"."""
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
-
-
 def _doubted(findings: Findings) -> str:
     """Warn of attacks that another attack contradicts: their numbers are too good to be true."""
     if not findings.doubts:
@@ -221,7 +202,7 @@ def _doubted(findings: Findings) -> str:
     for doubt in findings.doubts:
         where[pretty(doubt.attack)].add(doubt.who[1])
     grid = sorted(set().union(*where.values()))
-    attacks = listed(f"{attack} at {numbers.span(sorted(found), grid)}" for attack, found in where.items())
+    attacks = numbers.listed(f"{attack} at {numbers.span(sorted(found), grid)}" for attack, found in where.items())
     networks = len({doubt.who for doubt in findings.doubts})
     count = "one network" if networks == 1 else f"{networks} networks"
     better = "where another attack does better (see Flags)"

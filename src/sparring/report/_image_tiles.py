@@ -5,72 +5,86 @@ from __future__ import annotations
 import base64
 import io
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...records import arrays
-from ..analysis._records import Network, attack_label
+from ..records import arrays
+from . import _numbers as numbers
+from ._summary import chosen
+from .analysis._findings import Findings
+from .analysis._metrics import NORMS, pretty, pretty_eps
+from .analysis._records import Network, attack_label
 
 Array = NDArray[Any]
 SHOWN = 6
 REMOVED, NEGATIVE, POSITIVE = (255, 255, 255), (213, 94, 0), (0, 114, 178)
 
 
-@dataclass(frozen=True)
-class Shot:
-    """Hold one attacked image as data addresses: clean, perturbed, and their difference around mid-grey."""
-
-    clean: str
-    perturbed: str
-    difference: str
-    label: int
-    correct: bool
-    broken: bool
-    distance: float
+Shot = dict[str, str]  # the addresses of "clean", "perturbed" and "difference", and "label" and "outcome" in words
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """Hold the first images of one network under one attack; `amplified` is the factor on the differences."""
+def galleries(findings: Findings) -> list[tuple[str, list[tuple[str, list[Shot]]]]]:
+    """Return what each main attack did to the first images of the networks shown: headings, captions and images."""
+    attacks = dict.fromkeys((m.label, m.norm, m.eps) for m in findings.main if m.role in ("budget", "distance"))
+    found = []
+    for attack, norm, eps in attacks:
+        shown = [(n, held) for n in _shown_pair(findings) if (held := _kept(n, attack, norm, eps)) is not None]
+        at = f" ε = {pretty_eps(eps)}" if eps else ""
+        if shown:
+            name = NORMS.get(norm, norm)
+            found.append((f"{pretty(attack)}, {name}{at}", [_gallery(findings, n, held, name) for n, held in shown]))
+    return found
 
-    network: Network
-    shots: tuple[Shot, ...]
-    amplified: float
+
+def first_layers(findings: Findings) -> list[tuple[str, str]]:
+    """Return captions and pictures of the first layers of the networks shown, where they were kept."""
+    sheets = ((f"First layer: {_who(n)}", first_layer(n)) for n in _shown_pair(findings))
+    return [(text, sheet) for text, sheet in sheets if sheet is not None]
 
 
-def gallery(network: Network, attack: str, norm: str, eps: float | None) -> Gallery | None:
-    """Return what an attack (by label) did to a network's first images, or None where no images were kept."""
+def _shown_pair(findings: Findings) -> list[Network]:
+    """Return the dense control and one sparse network of the same seed."""
+    sparsity = chosen(findings)
+    sparse = findings.study.of(findings.method or "", sparsity)[:1] if sparsity is not None else []
+    dense = [n for n in findings.study.of(findings.study.control()) if not sparse or n.seed == sparse[0].seed][:1]
+    return dense + sparse
+
+
+def _who(network: Network) -> str:
+    if (network.kind, network.checkpoint) == ("control", "final"):
+        return f"dense control, seed {network.seed}"
+    return f"{network.method} at {numbers.percent(network.sparsity)}, seed {network.seed}"
+
+
+def _kept(network: Network, attack: str, norm: str, eps: float | None) -> dict[str, Array] | None:
+    """Return the tensors of an attack (by label) on a network that kept its first images, or None."""
     for record in network.stage("attack"):
-        spec = record.attack
-        if (attack_label(record), spec["norm"], spec["eps"]) != (attack, norm, eps):
-            continue
-        held = arrays(record, "clean", "perturbed", "label", "clean_correct", "success", "distance")
-        if "clean" in held and "perturbed" in held:
-            return _gallery(network, held)
+        if (attack_label(record), record.attack["norm"], record.attack["eps"]) == (attack, norm, eps):
+            held = arrays(record, "clean", "perturbed", "label", "clean_correct", "success", "distance")
+            if "clean" in held and "perturbed" in held:
+                return held
     return None
 
 
-def _gallery(network: Network, held: dict[str, Array]) -> Gallery:
+def _gallery(findings: Findings, network: Network, held: dict[str, Array], norm: str) -> tuple[str, list[Shot]]:
+    """Return a caption and the first images: clean, perturbed, and their difference around mid-grey."""
     clean, perturbed = held["clean"][:SHOWN], held["perturbed"][:SHOWN]
     moved = perturbed.astype(float) - clean
     largest = float(np.abs(moved).max()) or 1.0
-    shots = tuple(
-        Shot(
-            clean=data_uri(clean[k]),
-            perturbed=data_uri(perturbed[k]),
-            difference=data_uri(0.5 + 0.5 * moved[k] / largest),
-            label=int(held["label"][k]),
-            correct=bool(held["clean_correct"][k]),
-            broken=bool(held["success"][k]),
-            distance=float(held["distance"][k]),
-        )
-        for k in range(len(clean))
-    )
-    return Gallery(network, shots, 0.5 / largest)
+    names = dict(enumerate(findings.study.classes))
+    shots = []
+    for k in range(len(clean)):
+        label, outcome = int(held["label"][k]), "wrong already"
+        if held["clean_correct"][k]:
+            far = f"fooled, {norm} {numbers.length(float(held['distance'][k]), 2)}"
+            outcome = far if held["success"][k] else "withstood"
+        images = {"clean": clean[k], "perturbed": perturbed[k], "difference": 0.5 + 0.5 * moved[k] / largest}
+        told = {"label": names.get(label, str(label)), "outcome": outcome}
+        shots.append({name: data_uri(image) for name, image in images.items()} | told)
+    return f"{_who(network)}; differences × {0.5 / largest:.2g} around grey", shots
 
 
 def data_uri(image: Array) -> str:

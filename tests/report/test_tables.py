@@ -6,10 +6,10 @@ import re
 import pytest
 
 from sparring import report
+from sparring.report import _summary as words
 from sparring.report.analysis import _claims as claims
 from sparring.report.analysis._findings import Result, find
 from sparring.report.analysis._looks import open_study
-from sparring.report.pages import _summary as words
 
 SPARSE = r"\d+(?:\.\d+)?%"
 

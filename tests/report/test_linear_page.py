@@ -9,9 +9,8 @@ import pytest
 from sparring import report
 from sparring.data import Dataset
 from sparring.errors import UserError
+from sparring.report.analysis._linear import DENSE, PATHS, LinearStudy, gain, linear_claims, r_2, r_inf, read_linear
 from sparring.report.analysis._records import load
-from sparring.report.linear._claims import PATHS, gain, linear_claims, r_2, r_inf
-from sparring.report.linear._study import DENSE, LinearStudy, read_linear
 from sparring.statistics import no_gain
 from sparring.study import Plan, run
 

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from sparring import report
+from sparring.report._summary import headline
 from sparring.report.analysis._claims import ledger
 from sparring.report.analysis._findings import find
 from sparring.report.analysis._looks import open_study
-from sparring.report.pages._summary import headline
 from sparring.statistics import look_price, minimum_detectable_effect, with_seeds
 
 SAYS = "So few seeds can show large gains only"

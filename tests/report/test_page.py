@@ -13,13 +13,13 @@ import pytest
 from sparring import report
 from sparring.errors import UserError
 from sparring.records import read_plan
+from sparring.report import _summary as words
 from sparring.report.analysis._findings import Result, find
 from sparring.report.analysis._metrics import Measure
 from sparring.report.analysis._records import load
-from sparring.report.pages import _summary as words
 from sparring.statistics import Verdict
 
-from ..rewriting import rewrite_plan
+from .rewriting import rewrite_plan
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def test_metrics_are_named_within_a_sentence(study_folder, monkeypatch):
     assert any("Allowed losses" in sentence and "r_2 2%" in sentence for sentence in told)
     text = "worst case (ε 0.1) from 95%, r_2 from 95% is shown to lose more than allowed"
     assert any(text in sentence and "no verdict" in sentence for sentence in told)
-    assert words.short_name(Measure("distance", attack="smallest", name="smallest", norm="l2")) == "smallest l2"
-    assert words.short_name(Measure("distance", attack="ddn-100", name="ddn", norm="l2")) == "DDN-100 l2"
+    assert Measure("distance", attack="smallest", name="smallest", norm="l2").phrase == "smallest l2"
+    assert Measure("distance", attack="ddn-100", name="ddn", norm="l2").phrase == "DDN-100 l2"
 
 
 def test_failures_and_medians_are_shown(page):

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from ... import units
-from ...statistics import Row, minimum_detectable_effect
-from .. import _numbers as numbers
-from ..analysis._cross_checks import Doubt
-from ..analysis._distance_bounds import DistanceBounds, brackets, norms
-from ..analysis._findings import Findings, Result, gain_told
-from ..analysis._metrics import NORMS, Measure, pretty, summary
-from ..analysis._pairwise import Duel, duels
-from ..analysis._records import Network, Study, Who, attack_label
-from ._html import Html, join, tag
+from .. import units
+from ..statistics import Row, minimum_detectable_effect
+from . import _numbers as numbers
+from .analysis import _comparisons as comparisons
+from .analysis._comparisons import DistanceBounds, Duel, Shipped, brackets, duels, norms, shipped_verdict
+from .analysis._cross_checks import Doubt
+from .analysis._findings import Findings, Result, gain_told
+from .analysis._metrics import NORMS, Measure, pretty, summary
+from .analysis._records import Network, Study, Who, attack_label
 
 COLUMNS = (
     "method",
@@ -41,24 +42,25 @@ SCALARS = (
 )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1, class_: str | None = None) -> Html:
-    """Return a table whose first `text` columns are words and the rest numbers, scrollable on narrow screens."""
-    classes = ["" if k < text else "number" for k in range(len(head))]
-    top = tag("tr", *(tag("th", name, scope="col", class_=c or None) for name, c in zip(head, classes, strict=True)))
-    body = [
-        tag("tr", *(_cell(k, cell, c) for k, (cell, c) in enumerate(zip(row, classes, strict=True)))) for row in rows
-    ]
-    inner = tag("table", tag("thead", top), tag("tbody", *body), class_=class_)
-    return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=f"Table by {head[0].lower()}")
+class Cell(NamedTuple):
+    """Hold a cell of more than plain text: `mark` is "strong" or a class, `small` what stands below."""
+
+    text: str
+    mark: str = ""
+    small: str = ""
 
 
-def _cell(column: int, content: str, class_: str) -> Html:
-    if column == 0:
-        return tag("th", content, scope="row")
-    return tag("td", content, class_=class_ or None)
+@dataclass(frozen=True)
+class Table:
+    """Hold a table whose first `text` columns are words and the rest numbers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    text: int = 1
+    class_: str | None = None
 
 
-def key_numbers(findings: Findings, sparsity: float, ledger: Sequence[Row]) -> Html:
+def key_numbers(findings: Findings, sparsity: float, ledger: Sequence[Row]) -> Table:
     """Return the table behind the verdict: every main metric at one sparsity, and the ledger's verdict on its gain."""
     rows = []
     for measure in findings.main:
@@ -80,10 +82,10 @@ def key_numbers(findings: Findings, sparsity: float, ledger: Sequence[Row]) -> H
         )
     told = numbers.sparsity(findings.study, findings.method or "", sparsity)
     head = ["Metric", "Dense control", f"At {told}", "Gain", "Detectable"]
-    return table([*head, "Verdict on a gain at an appropriate sparsity"], rows, class_="key")
+    return Table([*head, "Verdict on a gain at an appropriate sparsity"], rows, class_="key")
 
 
-def curve_table(results: Sequence[Result]) -> Html:
+def curve_table(results: Sequence[Result]) -> Table:
     """Return a figure's numbers: level and gain at every sparsity of every method, and of distances the medians."""
     measure = results[0].measure
     rows = []
@@ -96,15 +98,15 @@ def curve_table(results: Sequence[Result]) -> Html:
             rows.append([result.method, *shown, numbers.p_value(result.gains.p_holm[k])])
     middle = [] if measure.is_share else ["Median"]
     unit = numbers.gain_unit(measure, results[0].control)
-    return table(["Method", "Sparsity", "Mean [95%]", *middle, f"Gain, {unit} [95%]", "p (Holm)"], rows)
+    return Table(["Method", "Sparsity", "Mean [95%]", *middle, f"Gain, {unit} [95%]", "p (Holm)"], rows)
 
 
-def methods(findings: Findings) -> Html | None:
+def methods(findings: Findings) -> Table | None:
     """Return each method against random masks (without them: the headline's method) at the same sparsity, or None."""
     found = duels(findings)
     shown = [m for m in findings.main if any(duel.measure == m for duel in found)]
     told = {
-        (duel.sparsity, duel.method, duel.against, duel.measure): tag("strong", text) if duel.significant else text
+        (duel.sparsity, duel.method, duel.against, duel.measure): Cell(text, "strong") if duel.significant else text
         for duel in found
         for text in (_duel(duel),)
     }
@@ -121,7 +123,7 @@ def methods(findings: Findings) -> Html | None:
     units = {m: numbers.gain_unit(m) for m in shown}
     metrics = (m.short if units[m] == "%" else f"{m.short}, {units[m]}" for m in shown)
     head = ["Sparsity", "Methods", *(name.replace("ε ", "ε\N{NO-BREAK SPACE}") for name in metrics), "Seeds"]
-    return table(head, rows, text=2, class_="wrapped") if rows else None
+    return Table(head, rows, text=2, class_="wrapped") if rows else None
 
 
 def _duel(duel: Duel) -> str:
@@ -131,7 +133,7 @@ def _duel(duel: Duel) -> str:
     return f"{gain}, " + f"p {numbers.p_value(duel.p)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def networks(findings: Findings) -> Html:
+def networks(findings: Findings) -> Table:
     """Return one row a network: what it is, and each test metric (accuracy with its exact binomial interval)."""
     shown = [m for m in findings.collected if m.split == "test"]
     deployed = any(network.stage("deploy") for network in findings.study.networks)
@@ -153,10 +155,10 @@ def networks(findings: Findings) -> Html:
                 told += f" [{100 * low:.1f}, {100 * high:.1f}]"
             row.append(told)
         rows.append(row)
-    return table(head, rows)
+    return Table(head, rows)
 
 
-def tightness(findings: Findings) -> Html | None:
+def tightness(findings: Findings) -> Table | None:
     """Return how far attacks are from proofs at each sparsity, and which share of searches ended; None: no proofs."""
     rows = []
     for norm in norms(findings):
@@ -174,7 +176,7 @@ def tightness(findings: Findings) -> Html | None:
             row += ["–"] * 3 if other is None else _search(other)
             rows.append(row)
     head = ["Norm", "Method", "Sparsity", "Seeds × images", "Certified", "Attack", "Attack / certified"]
-    return table([*head, "Searched", "Exact distance", "Solved exactly"], rows, text=2) if rows else None
+    return Table([*head, "Searched", "Exact distance", "Solved exactly"], rows, text=2) if rows else None
 
 
 def _search(one: DistanceBounds) -> list[str]:
@@ -198,26 +200,63 @@ def _deployed(network: Network) -> list[str]:
     return [*cells, agreement if agreement == "–" else f"{agreement}%"]
 
 
-def ledger_table(rows: Sequence[Row]) -> Html:
-    """Return the ledger as a table; verdicts are words, not colours alone."""
-    cells = []
+def shipped(findings: Findings) -> tuple[str, Table] | tuple[()]:
+    """Return what holds of all artefacts together, and a row for each kind; empty: none was held against a network."""
+    found = comparisons.shipped(findings)
+    if not found:
+        return ()
+    verdicts = [one.verdict for one in found]
+    same, less = verdicts.count("equal") + verdicts.count("equivalent"), verdicts.count("less")
+    told = f"{same} of {len(verdicts)} kinds of artefact are as robust as the networks that were studied"
+    if open_ := verdicts.count("undecided"):
+        told += f", {open_} {'is' if open_ == 1 else 'are'} undecided, which more images or seeds would end"
+    head = ["Method", "Sparsity", "Values", "Seeds × images", "Accuracy", "Agreement", "Attack", "Standing"]
+    head += ["Difference, points [95%]", "HopSkipJump", "Certified radius", "As shipped"]
+    rows = [_artefact(one, numbers.sparsity(findings.study, one.method, one.sparsity)) for one in found]
+    return f"{told}; {less or 'none'} significantly less robust.", Table(head, rows, text=3)
+
+
+def _artefact(kind: Shipped, sparsity: str) -> list[str]:
+    def pair(first: str, second: str) -> str:
+        return f"{units.percent(kind.mean(first))} → {units.percent(kind.mean(second))}"
+
+    one, decided = kind.effect, kind.mean("robust_decision")
+    return [
+        kind.method,
+        sparsity if kind.sparsity else "0",
+        kind.values,
+        f"{one.seeds} × {one.images}",
+        pair("accuracy_model", "accuracy_packed"),
+        units.percent(kind.mean("agreement"), 2, trim=True),
+        kind.attack,
+        pair("robust_model", "robust_packed"),
+        f"{100 * one.estimate:+.2f} [{100 * one.low:+.2f}, {100 * one.high:+.2f}]",
+        "–" if math.isnan(decided) else units.percent(decided, 0),
+        "; ".join(f"{name} {first:.4g} → {second:.4g}" for name, first, second in kind.radii()) or "–",
+        shipped_verdict(one),
+    ]
+
+
+def ledger_table(rows: Sequence[Row]) -> Table | None:
+    """Return the ledger as a table, None if it is empty; verdicts are words, not colours alone."""
+    cells: list[list[str | Cell]] = []
     for row in rows:
         effect = "–" if row.effect is None else numbers.signed(row.effect, row.claim.unit)
         mark = {"reproduced": "●", "undecided": "○"}.get(row.verdict, "✕")
         kind = row.verdict if mark != "✕" else "contradicted"
-        verdict = tag("span", f"{mark} {row.told}", class_=f"verdict {kind}")
         told = [row.claim.test, row.claim.origin if row.claim.origin == "later work" else ""]
         if any(row.question.failed):
             told.append("search failed on {:.2g}% and {:.2g}%".format(*(100 * share for share in row.question.failed)))
-        text = tag("strong", row.claim.text) if row.claim.primary else row.claim.text
-        what = join(text, tag("small", "; ".join(part for part in told if part)))
+        what = Cell(row.claim.text, "strong" if row.claim.primary else "", "; ".join(part for part in told if part))
+        verdict = Cell(f"{mark} {row.told}", f"verdict {kind}", row.why)
         p = "–" if row.decisive is None or row.question.doubt else numbers.p_value(row.decisive)
         counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")
-        cells.append([what, join(verdict, tag("small", row.why)), effect, p, *counts])
-    return table(["Claim and test", "Verdict", "Effect [95%]", "p", "Seeds", "Images"], cells, text=2)
+        cells.append([what, verdict, effect, p, *counts])
+    head = ["Claim and test", "Verdict", "Effect [95%]", "p", "Seeds", "Images"]
+    return Table(head, cells, text=2) if cells else None
 
 
-def cost(study: Study) -> Html:
+def cost(study: Study) -> Table:
     """Return what the study cost: seconds by stage, and each attack's mean passes through the network an image."""
     seconds: dict[str, float] = defaultdict(float)
     passes: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -238,14 +277,14 @@ def cost(study: Study) -> Html:
         for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
     ]
     rows.append(["all", f"{sum(tasks.values()):,}", f"{sum(seconds.values()):,.1f}", "–", "–"])
-    return table(["Stage", "Tasks", "Seconds of one core", "Forwards an image", "Backwards an image"], rows)
+    return Table(["Stage", "Tasks", "Seconds of one core", "Forwards an image", "Backwards an image"], rows)
 
 
 def _each(passes: Sequence[float] | None, images: int) -> list[str]:
     return ["–", "–"] if not passes or not images else [f"{total / images:,.1f}" for total in passes]
 
 
-def flags(study: Study, found: Sequence[Doubt] = ()) -> Html:
+def flags(study: Study, found: Sequence[Doubt] = ()) -> Table:
     """Return the reliability flags, contradictions, failures and missing tasks, each with where it was seen.
 
     Flags that differ in their numbers only share a row, which shows the first.
@@ -263,15 +302,13 @@ def flags(study: Study, found: Sequence[Doubt] = ()) -> Html:
         seen[doubt.name, _alike(doubt.detail)].append((doubt.detail, place))
     if study.missing:
         seen["missing", ""] = [("tasks of the plan without a record", f"{len(study.missing)} tasks")]
-    if not seen:
-        return tag("p", "No attack, network or measurement raised a flag.")
     rows = []
     for (name, _), raised in seen.items():
         details, places = (list(dict.fromkeys(column)) for column in zip(*raised, strict=True))
         alike = f" (and {len(details) - 1} alike)" if len(details) > 1 else ""
         rest = f" and {len(places) - 4} more" if len(places) > 4 else ""
         rows.append([name, details[0] + alike, ", ".join(places[:4]) + rest])
-    return table(["Flag", "What it says", "Where"], rows, text=3)
+    return Table(["Flag", "What it says", "Where"], rows, text=3)
 
 
 def _place(who: Who) -> str:
@@ -281,6 +318,16 @@ def _place(who: Who) -> str:
 
 def _alike(detail: str) -> str:
     return re.sub(r"[0-9.]+", "#", detail)
+
+
+def looks(study: Study) -> Table:
+    """Return the looks at a study, one a row."""
+    rows = []
+    for entry in study.looks.entries:
+        grids = [f"{method} at {', '.join(map(numbers.percent, grid))}" for method, grid in entry["sparsities"].items()]
+        counts = [f"{entry[name]:,}" for name in ("look", "seeds", "records", "orphans")]
+        rows.append([*counts, entry["time"], "; ".join(grids), ", ".join(entry["attacks"])])
+    return Table(["Look", "Seeds", "Records", "No longer in the plan", "When", "Sparsities", "Attacks"], rows)
 
 
 def csv_text(findings: Findings) -> str:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sparring import report
+from sparring.report.analysis._comparisons import duels, yardstick
 from sparring.report.analysis._findings import find
-from sparring.report.analysis._pairwise import duels, yardstick
 from sparring.report.analysis._records import load
 from sparring.statistics import effect, holm
 

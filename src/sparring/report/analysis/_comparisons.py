@@ -1,0 +1,260 @@
+"""Two things on the same images: a method and another, an artefact and its network, a proof and an attack."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...records import Checkpoint, Record, arrays, image_places
+from ...statistics import Effect, effect, equivalence, holm
+from .. import _numbers as numbers
+from ._findings import Findings, difference
+from ._metrics import NORMS, Measure, PerImage, common, pretty, pretty_eps
+from ._records import Network, Study
+
+MARGIN = 0.02  # of the images: a smaller difference in robustness does not matter
+
+
+Verdict = Literal["equal", "equivalent", "less", "more", "undecided"]
+VERDICTS: dict[Verdict, str] = {
+    "equal": "as robust as the model on every image",
+    "equivalent": f"as robust as the model, within {100 * MARGIN:g} points",
+    "less": "less robust than the model",
+    "more": "more robust than the model",
+    "undecided": "undecided: more images would tell",
+}
+
+
+def shipped_verdict(one: Effect) -> str:
+    """Say what a paired difference of shares of standing images, artefact − model, means."""
+    return VERDICTS[_verdict(one)]
+
+
+def _verdict(one: Effect) -> Verdict:
+    if one.estimate == one.low == one.high == 0:
+        return "equal"
+    if equivalence(one, MARGIN) <= 0.05:
+        return "equivalent"
+    if one.high < 0:
+        return "less"
+    return "more" if one.low > 0 else "undecided"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Hold one kind of network and attack, held against its artefacts: the records of all seeds and what they differ.
+
+    `effect` is the difference of the shares of images that stand, artefact − network.
+    """
+
+    method: str
+    sparsity: float
+    values: str
+    attack: str
+    records: tuple[Record, ...]
+    effect: Effect
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return whether the artefact is as robust as the network that was studied."""
+        return _verdict(self.effect)
+
+    def mean(self, name: str) -> float:
+        """Return the mean of a metric over the seeds that have it, NaN where none has."""
+        known = [value for record in self.records if (value := record.metrics.get(name)) is not None]
+        return sum(known) / len(known) if known else math.nan
+
+    def radii(self) -> Iterator[tuple[str, float, float]]:
+        """Yield mean certified radii, of network and artefact, for each norm and method."""
+        for proof in self.records[0].inputs["certify"]:
+            norm, way = proof["norm"], proof["method"]
+            names = [f"radius_{side}_{norm}_{way}" for side in ("model", "packed")]
+            if all(name in self.records[0].metrics for name in names):
+                values: Floats = np.array([[r.metrics[name] for name in names] for r in self.records], float)
+                first, second = map(float, values.mean(0))
+                yield f"{NORMS.get(norm, norm)} {way}", first, second
+
+
+def shipped(findings: Findings) -> list[Shipped]:
+    """Return every kind of network that was held against its artefact."""
+    cells: dict[tuple[str, float, str, str], list[Record]] = defaultdict(list)
+    for network in findings.study.networks:
+        for record in (r for r in network.stage("ship") if r.object is not None):
+            attack = record.inputs["attack"]
+            norm, eps = NORMS.get(attack["norm"], attack["norm"]), pretty_eps(attack["eps"])
+            label = f"{pretty(attack['name'])}, {norm} ε = {eps}"
+            cells[network.method, network.sparsity, record.inputs["values"], label].append(record)
+    return [Shipped(*cell, tuple(records), _standing(records)) for cell, records in cells.items()]
+
+
+def _standing(records: Sequence[Record]) -> Effect:
+    held = [arrays(record, "stands_model", "stands_packed") for record in records]
+    return effect([one["stands_packed"].astype(float) - one["stands_model"] for one in held])
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Hold one metric's paired difference between a method and another at one sparsity, in points or per cent.
+
+    `p` is corrected by Holm over all duels of a study.
+    """
+
+    measure: Measure
+    sparsity: float
+    method: str
+    against: str
+    effect: Effect
+    p: float
+
+    @property
+    def significant(self) -> bool:
+        """Tell whether the difference is; one network of each says nothing of methods."""
+        return self.p <= 0.05 and self.effect.seeds > 1
+
+
+def yardstick(findings: Findings, checkpoint: Checkpoint = "final") -> str | None:
+    """Return the method that others are held against: random masks, or without them the headline's method."""
+    here = [m for m in _methods(findings) if findings.study.checkpoint(m) == checkpoint]
+    masks = [m for m in here if findings.study.kind(m) == "random"]
+    return next((m for m in (*masks, findings.method) if m in here), None)
+
+
+def duels(findings: Findings) -> list[Duel]:
+    """Return every main metric of every pruned network against its yardstick at the same sparsity, sparsest last."""
+    found = sorted(_duels(findings), key=lambda duel: duel.sparsity)
+    corrected = map(float, holm([duel.effect.p for duel in found])) if found else ()
+    return [replace(duel, p=p) for duel, p in zip(found, corrected, strict=True)]
+
+
+def _duels(findings: Findings) -> Iterator[Duel]:
+    for method in _methods(findings):
+        against = yardstick(findings, findings.study.checkpoint(method))
+        if against is None or against == method:
+            continue
+        shared = {n.sparsity for n in findings.study.of(method)} & {n.sparsity for n in findings.study.of(against)}
+        for sparsity in sorted(shared):
+            for measure in findings.main:
+                one = difference(findings, measure, (method, sparsity), (against, sparsity))
+                other = findings.result(measure, against)
+                if one is None or other is None or sparsity not in other.sparsities:
+                    continue
+                level = other.levels[other.sparsities.index(sparsity)]
+                if numbers.gain_unit(measure, level) != numbers.ABSOLUTE:
+                    yield Duel(measure, sparsity, method, against, numbers.shown(measure, one, level), one.p)
+
+
+def _methods(findings: Findings) -> list[str]:
+    return [m for m in findings.study.methods if findings.study.axis(m) == "weights"]
+
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DistanceBounds:
+    """Hold, for one method and sparsity, medians over correctly classified images of all seeds, all on the same images.
+
+    The true median lies between `certified` and `attack`, and where searches were made between `lower` and `upper`;
+    None: there are no such records. `ratio` is the median of attack / certified over images with a positive radius,
+    `solved` the share of searches that ended with the exact distance.
+    """
+
+    method: str
+    sparsity: float
+    seeds: int
+    images: int
+    certified: float | None
+    attack: float | None
+    lower: float | None
+    upper: float | None
+    ratio: float | None
+    solved: float | None
+
+
+def norms(findings: Findings) -> list[str]:
+    """Return the norms in which anything was proved of a distance."""
+    certified = [m.norm for m in findings.collected if m.role == "certified"]
+    searched = [str(r.inputs["norm"]) for r in findings.study.records.values() if r.stage == "exact" and not r.error]
+    return list(dict.fromkeys([*certified, *searched]))
+
+
+def brackets(findings: Findings, norm: str, *, exact: bool) -> list[DistanceBounds]:
+    """Return the dense control's and the headline method's brackets in a norm, in order of sparsity.
+
+    With `exact` on the few images whose distances were searched for, else on all that were certified and attacked.
+    """
+    found = []
+    for method in (findings.study.control(), findings.method or ""):
+        for sparsity in sorted({n.sparsity for n in findings.study.of(method)}):
+            rows = [
+                r for n in findings.study.of(method, sparsity) if (r := _rows(findings, n, norm, exact)) is not None
+            ]
+            if rows:
+                found.append(_bracket(method, sparsity, rows))
+    return found
+
+
+def _rows(findings: Findings, network: Network, norm: str, exact: bool) -> dict[str, Floats] | None:
+    """Return one network's values on the correctly classified images that all its records share."""
+    parts = _searched(findings.study, network, norm) if exact else {}
+    if exact and not parts:
+        return None
+    certified = [
+        h[network.who] for m, h in findings.collected.items() if _is(m, "certified", norm) and network.who in h
+    ]
+    attacked = [
+        replace(one, top=one.found)
+        for m, h in findings.collected.items()
+        if _is(m, "distance-correct", norm) and (one := h.get(network.who)) is not None
+    ]
+    if not exact and not (certified and attacked):
+        return None
+    images = common([one.images for one in (*parts.values(), *certified, *attacked)])
+    rows = {name: one.at(images).top for name, one in parts.items()}
+    tops = [one.at(images).top for one in attacked] + ([rows.pop("found")] if "found" in rows else [])
+    rows["attack"] = np.minimum.reduce(tops)
+    if certified:
+        rows["certified"] = np.maximum.reduce([one.at(images).top for one in certified])
+    usable = np.isfinite(rows["attack"]) & (rows["attack"] > 0)
+    usable &= rows.pop("clean_correct", usable) > 0
+    return {name: row[usable] for name, row in rows.items()} if usable.any() else None
+
+
+def _is(measure: Measure, role: str, norm: str) -> bool:
+    return measure.role == role and measure.norm == norm and measure.split == "test" and measure.name != "smallest"
+
+
+def _searched(study: Study, network: Network, norm: str) -> dict[str, PerImage]:
+    """Return what searches for exact distances found: bounds, which are equal, and the attack they began with."""
+    for record in network.stage("exact"):
+        if record.inputs["norm"] == norm:
+            held = arrays(record, "lower", "upper", "solved", "attack", "clean_correct", "images")
+            if held:
+                images = image_places(record, held, study.dataset)
+                named = {"found" if name == "attack" else name: a for name, a in held.items() if name != "images"}
+                return {name: PerImage(images, a.astype(float), np.ones(len(a))) for name, a in named.items()}
+    return {}
+
+
+def _bracket(method: str, sparsity: float, networks: list[dict[str, Floats]]) -> DistanceBounds:
+    rows = {name: np.concatenate([one[name] for one in networks]) for name in networks[0]}
+    middle = {name: float(np.median(row)) for name, row in rows.items()}
+    proved = rows.get("certified", np.zeros_like(rows["attack"])) > 0
+    return DistanceBounds(
+        method=method,
+        sparsity=sparsity,
+        seeds=len(networks),
+        images=max(len(one["attack"]) for one in networks),
+        certified=middle.get("certified"),
+        attack=middle["attack"],
+        lower=middle.get("lower"),
+        upper=middle.get("upper"),
+        ratio=float(np.median(rows["attack"][proved] / rows["certified"][proved])) if proved.any() else None,
+        solved=float(rows["solved"].mean()) if "solved" in rows else None,
+    )

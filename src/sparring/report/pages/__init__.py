@@ -1,1 +1,0 @@
-"""The page: text, tables, figures."""
