@@ -144,3 +144,10 @@ def test_parts_are_listed_before_they_are_imported() -> None:
     code = "import sparring, sys; assert 'sparring.attacks' not in sys.modules; print(*dir(sparring))"
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {path.parent.name for path in SOURCE.glob("*/__init__.py")} - set(listed) <= {"cli", "graph", "records"}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if _part(p) == "cli"], ids=lambda p: p.name)
+def test_commands_are_short(path: Path) -> None:
+    """What a command does is a call that Python users have too: here is only what reads options and prints."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    assert {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 25} == {}

@@ -34,8 +34,6 @@ def main() -> None:
 def _guarded(app: Callable[..., object]) -> int:
     import os
 
-    from ..errors import place
-
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     words = joined(sys.argv[1:])
     if TRACEBACK in words:  # wherever it stands; study's workers look at the environment
@@ -48,26 +46,35 @@ def _guarded(app: Callable[..., object]) -> int:
             raise KeyboardInterrupt
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
-        return _say("interrupted; run the same command again and it goes on from here", INTERRUPTED)
-    except SystemExit as stop:
-        if stop.code == TERMINATED:
-            return _say("ended by SIGTERM; run the same command again and it goes on from here", TERMINATED)
-        where = place(stop)
-        if where is None:
-            raise
-        return _say(f"error: your own code ended the program ({where})", USER_ERROR)
     except BaseException as error:  # a user's own code may raise anything
-        if isinstance(error, BrokenPipeError) and place(error) is None:  # the reader, such as `head`, has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        show = getattr(error, "show", None)  # a mistake in the command line: typer knows how to say it
-        if show is not None and place(error) is None:
-            show()
-            return USER_ERROR
-        if TRACEBACK in words:
-            traceback.print_exception(error)
-        return _say(f"error: {_sentence(error)}", USER_ERROR)
+        return _ended(error, TRACEBACK in words)
+
+
+def _ended(error: BaseException, show_traceback: bool) -> int:
+    """Say in one message what ended the program, and return the exit code."""
+    import os
+
+    from ..errors import place
+
+    if isinstance(error, KeyboardInterrupt):
+        return _say("interrupted; run the same command again and it goes on from here", INTERRUPTED)
+    where = place(error)
+    if isinstance(error, SystemExit):
+        if error.code == TERMINATED:
+            return _say("ended by SIGTERM; run the same command again and it goes on from here", TERMINATED)
+        if where is None:
+            raise error
+        return _say(f"error: your own code ended the program ({where})", USER_ERROR)
+    if isinstance(error, BrokenPipeError) and where is None:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    show = getattr(error, "show", None)  # a mistake in the command line: typer knows how to say it
+    if show is not None and where is None:
+        show()
+        return USER_ERROR
+    if show_traceback:
+        traceback.print_exception(error)
+    return _say(f"error: {_sentence(error)}", USER_ERROR)
 
 
 def _sentence(error: BaseException) -> str:

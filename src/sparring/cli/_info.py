@@ -9,6 +9,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,8 +64,20 @@ def show_list(what: str, *, as_json: bool) -> int:
 
 def show_doctor(data_dir: Path | None, *, as_json: bool) -> int:
     """Print versions, cores and data; exit code 0: whatever is missing is only needed by some commands."""
+    facts = _facts(data_dir)
+    if as_json:
+        print_json(facts)
+        return 0
+    for name, value in facts.items():
+        print(f"{name}:" if isinstance(value, dict) else f"{name:20} {value}")
+        for key, detail in value.items() if isinstance(value, dict) else ():
+            print(f"  {key:16} {detail or 'not found'}")
+    return 0
+
+
+def _facts(data_dir: Path | None) -> dict[str, Any]:
     found = {entry.name: entry.where or "ships with a package" for entry in data.available(data_dir)}
-    facts = {
+    return {
         "sparring": __version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -78,17 +91,6 @@ def show_doctor(data_dir: Path | None, *, as_json: bool) -> int:
         "extras": {name: _version(name) for name in EXTRAS},
         "data": {name: found.get(name) for name in data.DATASETS},
     }
-    if as_json:
-        print_json(facts)
-        return 0
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            print(f"{name}:")
-            for key, detail in value.items():
-                print(f"  {key:16} {detail or 'not found'}")
-        else:
-            print(f"{name:20} {value}")
-    return 0
 
 
 def _version(name: str) -> str | None:

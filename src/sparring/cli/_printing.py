@@ -1,11 +1,16 @@
-"""Results as JSON, alone on standard output whatever a user's own code prints meanwhile."""
+"""Tables, times, and results as JSON, alone on standard output whatever a user's own code prints meanwhile."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import sys
-from typing import Any, TextIO
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Aside(io.TextIOBase):
@@ -22,3 +27,28 @@ class Aside(io.TextIOBase):
 def print_json(value: Any) -> None:
     """Print a value as indented JSON."""
     print(json.dumps(value, indent=1), file=sys.stdout.true if isinstance(sys.stdout, Aside) else sys.stdout)
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int = 140) -> Console:
+    """Print rows under headings, all but the first `left` columns aligned right; `width` counts where no terminal is.
+
+    Return the console that it was printed to.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else width)
+    console.print(table)
+    return console
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,15 +1,15 @@
-"""`sparring study`: run a plan and show how it goes."""
+"""`sparring study`, `status` and `merge`: run a plan, show how it goes, and unite what was run apart."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import shlex
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,78 +19,54 @@ from rich.text import Text
 from .. import report
 from ..files import check_writable
 from ..records import Folder, Record
-from ..study import Event, Plan, Watcher, run, to_mlflow, to_tensorboard, usable_device, what_of
+from ..study import Event, Plan, Watcher, progress, run, to_mlflow, to_tensorboard, usable_device, what_of
+from ..study import merge as merge_studies
 from ..study import register as register_plan
-from ._loading import open_data
-from ._printing import print_json
+from ._options import DataSource, StudyOptions, StudySource
+from ._printing import duration, print_json
+from ._sources import open_data
 
-FAILED = 3
+FAILED = CONTRADICTED = 3
 
 
-def run_study(
-    plan_name: str,
-    out: Path | None,
-    overrides: tuple[str, ...],
-    workers: int | None,
-    data_dir: Path | None,
-    download: bool,
-    *,
-    register: bool,
-    retry: bool,
-    device: str,
-    ray: str | None,
-    mlflow: str | None,
-    tensorboard: Path | None,
-    quiet: bool,
-    as_json: bool,
-) -> int:
+def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
     """Run a plan, write its report, print the verdict; return the exit code."""
-    plan = Plan.load(plan_name, overrides)
-    command = _command(plan_name, out, overrides, data_dir, download, device)
-    out = out or Path("out") / plan.name
+    plan = Plan.load(source.plan, _changes(source))
+    out, stream = source.out or Path("out") / plan.name, sys.stderr if as_json else sys.stdout
     check_writable(out, folder=True)
-    usable_device(device, here=ray is None)
-    dataset = open_data(plan.data, data_dir, download)
-    if register:
+    usable_device(source.device, here=how.ray is None)
+    dataset = open_data(DataSource(plan.data, source.data_dir, source.download))
+    if how.register:
         entry = register_plan(plan, out)
-        told = f"registered on {entry['time']}: {entry['plan']}"
-        print(told, file=sys.stderr if as_json else sys.stdout, flush=True)
-    view = _view(quiet or as_json, sys.stderr if as_json else sys.stdout)
+        print(f"registered on {entry['time']}: {entry['plan']}", file=stream, flush=True)
+    view = LiveView() if sys.stdout.isatty() and not (how.quiet or as_json) else PlainView(stream)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(view)
         watchers: list[Watcher] = [view.show]
-        if mlflow is not None:
-            watchers.append(stack.enter_context(to_mlflow(mlflow, plan.name)))
-        if tensorboard is not None:
-            watchers.append(stack.enter_context(to_tensorboard(tensorboard)))
+        if isinstance(view, LiveView):
+            stack.enter_context(view)
+        if how.mlflow is not None:
+            watchers.append(stack.enter_context(to_mlflow(how.mlflow, plan.name)))
+        if how.tensorboard is not None:
+            watchers.append(stack.enter_context(to_tensorboard(how.tensorboard)))
         records = run(
-            plan, out, dataset=dataset, workers=workers, retry=retry, watch=_all_of(watchers), device=device, ray=ray,
-            command=command,
+            plan, out, dataset=dataset, workers=how.workers, retry=how.retry, watch=_all_of(watchers),
+            device=source.device, ray=how.ray, command=_command(source),
         )  # fmt: skip
-    folder = Folder(out)
-    path = folder.report
-    stale = not path.exists() or path.stat().st_mtime_ns < folder.plan.stat().st_mtime_ns or view.fresh
-    verdict = report.publish(out)[1] if stale else report.verdict(out)
-    failed = [record for record in records if record.error]
-    if as_json:
-        print_json(_summary(out, path, verdict, records))
-    else:
-        print(f"\n{verdict}\n\nreport: {path.resolve()}")
-    for record in failed:
-        print(f"failed: {record.stage} {record.key}: {record.error}", file=sys.stderr)
-    if failed:
-        print("all else is kept: mend the cause and run the same command again, with --retry", file=sys.stderr)
-    return FAILED if failed else 0
+    return _tell(out, records, fresh=view.fresh > 0, as_json=as_json)
 
 
-def _command(
-    plan_name: str, out: Path | None, overrides: tuple[str, ...], data_dir: Path | None, download: bool, device: str
-) -> str:
+def _changes(source: StudySource) -> tuple[str, ...]:
+    named = {"model.name": source.model, "model.weights": source.weights}
+    return *(source.overrides or ()), *(f"{key}='{value}'" for key, value in named.items() if value is not None)
+
+
+def _command(source: StudySource) -> str:
     """Return the command that makes the study again, without options that change none of its records."""
-    words = ["sparring", "study", plan_name, *(word for change in overrides for word in ("--set", change))]
-    places = {"--data-dir": data_dir, "--out": out, "--device": None if device == "auto" else device}
+    words = ["sparring", "study", source.plan, *(word for change in _changes(source) for word in ("--set", change))]
+    device = None if source.device == "auto" else source.device
+    places = {"--data-dir": source.data_dir, "--out": source.out, "--device": device}
     words += [word for option, value in places.items() if value is not None for word in (option, str(value))]
-    return shlex.join([*words, *(["--download"] if download else [])])
+    return shlex.join([*words, *(["--download"] if source.download else [])])
 
 
 def _all_of(watchers: list[Watcher]) -> Watcher:
@@ -101,16 +77,54 @@ def _all_of(watchers: list[Watcher]) -> Watcher:
     return watch
 
 
-def _summary(out: Path, path: Path, verdict: str, records: list[Record]) -> dict[str, Any]:
-    return {
-        "out": str(out),
-        "report": str(path),
-        "verdict": verdict,
-        "failed": sum(1 for record in records if record.error),
-        "records": [
-            {"key": r.key, "stage": r.stage, "metrics": r.metrics, "flags": r.flags, "error": r.error} for r in records
-        ],
-    }
+def _tell(out: Path, records: list[Record], *, fresh: bool, as_json: bool) -> int:
+    """Print the verdict, of a new report where there is something new, and what failed; return the exit code."""
+    folder, failed = Folder(out), [record for record in records if record.error]
+    path = folder.report
+    stale = fresh or not path.exists() or path.stat().st_mtime_ns < folder.plan.stat().st_mtime_ns
+    verdict = report.publish(out)[1] if stale else report.verdict(out)
+    if as_json:
+        kept = ("key", "stage", "metrics", "flags", "error")
+        told = [{name: getattr(record, name) for name in kept} for record in records]
+        summary = {"out": str(out), "report": str(path), "verdict": verdict, "failed": len(failed), "records": told}
+        print_json(summary)
+    else:
+        print(f"\n{verdict}\n\nreport: {path.resolve()}")
+    for record in failed:
+        print(f"failed: {record.stage} {record.key}: {record.error}", file=sys.stderr)
+    if failed:
+        print("all else is kept: mend the cause and run the same command again, with --retry", file=sys.stderr)
+    return FAILED if failed else 0
+
+
+def show_status(out: Path, *, as_json: bool) -> int:
+    """Count a study's done and failed tasks without disturbing whoever runs it."""
+    found = progress(out)
+    if as_json:
+        counts = {"plan": found.plan, "tasks": found.tasks, "done": found.done, "failed": len(found.failures)}
+        print_json({**counts, "stages": found.stages})
+        return 0
+    print(f"{found.plan}: {found.done} of {found.tasks} tasks done, {len(found.failures)} failed")
+    for record in found.failures:
+        print(f"  failed: {record.stage} {record.key}: {record.error}")
+    return 0
+
+
+def run_merge(sources: list[Path], out: Path | None, *, as_json: bool) -> int:
+    """Unite studies, write the report, and say what was refused; exit code 3 if records contradict each other."""
+    out = out or sources[0]
+    merged = merge_studies(sources, out)
+    path = report.write(out)
+    if as_json:
+        print_json({**asdict(merged), "report": str(path)})
+    else:
+        print(f"{merged.added} records added, {merged.known} known before, {len(merged.refused)} refused")
+        for line in merged.refused:
+            print(f"  refused: {line}")
+        for key in merged.different:
+            print(f"  contradicts another result of the same task, which was kept: {key}")
+        print(f"report: {path.resolve()}")
+    return CONTRADICTED if merged.different else 0
 
 
 class PlainView:
@@ -120,67 +134,43 @@ class PlainView:
         self.stream = stream
         self.fresh = 0
 
-    def __enter__(self) -> PlainView:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.stream.flush()
-
     def show(self, event: Event) -> None:
         if event.record is None:
             print(beginning(event), file=self.stream, flush=True)
         else:
             self.fresh += 1
-            line = f"[{event.done}/{event.total}] {describe(event)}"
-            print(line, file=self.stream, flush=True)
+            print(f"[{event.done}/{event.total}] {describe(event)}", file=self.stream, flush=True)
 
 
-class LiveView:
+class LiveView(Live):
     """Keep a progress bar, what is running, an estimate of what is left, and the last results on the terminal."""
 
     def __init__(self) -> None:
-        self.live = Live(console=Console(), refresh_per_second=8, transient=False)
+        super().__init__(console=Console(), refresh_per_second=8)
         self.began = time.monotonic()
         self.recent: list[str] = []
         self.fresh = 0
 
-    def __enter__(self) -> LiveView:
-        self.live.__enter__()
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self.live.__exit__(*details)
-
     def show(self, event: Event) -> None:
         if event.record is None:
-            self.live.console.print(beginning(event), highlight=False)
+            self.console.print(beginning(event), highlight=False)
         else:
             self.fresh += 1
             self.recent = [*self.recent, describe(event)][-6:]
         left = event.total - event.done - len(event.running)
         running = Counter(task.stage for task in event.running)
         state = ", ".join(f"{count} × {stage}" for stage, count in running.items()) or "nothing"
-        failed = f" · {event.failed} failed" if event.failed else ""
-        self.live.update(
-            Group(
-                ProgressBar(total=max(1, event.total), completed=event.done, width=60),
-                Text(
-                    f"{event.done} done ({event.cached} before) · running {state} · {left} left"
-                    f"{failed} · {self._remaining(event)}"
-                ),
-                *(Text("  " + line, style="dim") for line in self.recent),
-            )
-        )
+        told = [f"{event.done} done ({event.cached} before)", f"running {state}", f"{left} left"]
+        told += [f"{event.failed} failed"] if event.failed else []
+        bar = ProgressBar(total=max(1, event.total), completed=event.done, width=60)
+        recent = (Text("  " + line, style="dim") for line in self.recent)
+        self.update(Group(bar, Text(" · ".join([*told, self._remaining(event)])), *recent))
 
     def _remaining(self, event: Event) -> str:
         if self.fresh < 3:
             return "estimating"
         each = (time.monotonic() - self.began) / self.fresh
         return f"about {duration(each * (event.total - event.done))} to go"
-
-
-def _view(plain: bool, stream: TextIO) -> PlainView | LiveView:
-    return PlainView(stream) if plain or not sys.stdout.isatty() else LiveView()
 
 
 def beginning(event: Event) -> str:
@@ -190,13 +180,6 @@ def beginning(event: Event) -> str:
         shown = ", ".join(event.damaged[:3]) + (", ..." if len(event.damaged) > 3 else "")
         text += f"; damaged, moved to damaged/ and made again: {len(event.damaged)} ({shown})"
     return text + (f"; the rest takes about {duration(event.estimate)} (a rough guess)" if event.estimate else "")
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as a person says them."""
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def describe(event: Event) -> str:

@@ -1,0 +1,223 @@
+"""`sparring attack`, `certify` and `compare`: how a model stands, what can be proved of it, and may it ship?"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .. import attacks, bounds
+from ..data import Dataset, as_float
+from ..errors import UnknownNameError, UserError
+from ..metrics import distances, robust_accuracy
+from ..records import Folder
+from ..report import Difference, Side, broken, compare, compare_values
+from ..statistics import binomial_interval
+from ..study import chosen_images, configured
+from ..threat import L1, L2, LINF, Threat
+from ..units import norm_name, parse_budgets, parse_eps, parse_norm, percent
+from ._options import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource
+from ._printing import print_json, print_table
+from ._sources import SAVED, check_named, open_both, open_data, open_model
+
+DROPPED = 1
+BUDGETED = ("fgsm", "pgd", "fast")
+DISTANCE = "distance-nearest-l2"
+
+
+def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, *, as_json: bool) -> int:
+    """Audit a model; print a row for each attack and budget, with the flags of `how.checks` images' second opinions."""
+    norm, budgets = _threats(how.norm, how.eps)
+    names = list(dict.fromkeys(part.strip() for part in how.attacks.split(",") if part.strip()))
+    if not names:
+        raise UserError(f"--attacks takes names separated by commas, as fgsm,pgd; '{how.attacks}' holds none")
+    chosen = configured(names, how.options or ())
+    network, dataset = open_both(model, data)
+    x, y = chosen_images(dataset, "test", 0, how.images)
+    found = attacks.audit(
+        network, as_float(x), y, chosen, norm=norm, eps=budgets, checks=how.checks, batch_size=how.batch_size,
+        seed=how.seed,
+    )  # fmt: skip
+    rows = [_row(one) for one in found]
+    if as_json:
+        print_json({"model": model.model, "data": dataset.name, "images": len(y), "results": rows})
+    else:
+        _print_rows(rows)
+    return 0
+
+
+def _threats(norm_text: str, eps: str) -> tuple[float, tuple[float, ...]]:
+    """Return the norm and the budgets that are written; raise UserError for a budget in other units, too."""
+    norm, budgets = parse_norm(norm_text), parse_budgets(eps)
+    for budget in budgets:
+        Threat(norm, budget)
+    return norm, budgets
+
+
+def _row(audited: attacks.AuditRow) -> dict[str, Any]:
+    threat, result = audited.threat, audited.result
+    right = result.clean_correct & ~result.success
+    found = distances(result.distance, result.clean_correct)
+    low, high = binomial_interval(int(right.sum()), len(right))
+    minimum = threat.eps is None
+    return {
+        "attack": audited.attack,
+        "norm": norm_name(threat.norm),
+        "eps": threat.eps,
+        "accuracy": float(result.clean_correct.double().mean()),
+        "robust_accuracy": None if minimum else robust_accuracy(result.clean_correct, result.success),
+        "interval": None if minimum else [low, high],
+        "mean_distance": found.mean if minimum else None,
+        "median_distance_correct": found.median_correct if minimum else None,
+        "failed": found.failed if minimum else None,
+        "forwards": result.forwards,
+        "backwards": result.backwards,
+        "seconds": result.seconds,
+        "flags": [{"name": flag.name, "detail": flag.detail} for flag in result.flags],
+    }
+
+
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    headings = ("attack", "norm", "eps", "accuracy", "robust accuracy", "mean distance", "median", "seconds")
+    console = print_table(headings, map(_shown, rows), left=2, width=120)
+    for row in rows:
+        for flag in row["flags"]:
+            console.print(f"flag: {row['attack']}: {flag['name']}: {flag['detail']}", markup=False)
+
+
+def _shown(row: dict[str, Any]) -> list[str]:
+    robust = "–" if row["robust_accuracy"] is None else percent(row["robust_accuracy"])
+    if row["interval"] is not None:
+        robust += " [{}, {}]".format(*map(percent, row["interval"]))
+    eps = "–" if row["eps"] is None else f"{row['eps']:g}"
+    lengths = (row["mean_distance"], row["median_distance_correct"])
+    shown = ("–" if length is None else f"{length:.4f}" for length in lengths)
+    return [row["attack"], row["norm"], eps, percent(row["accuracy"]), robust, *shown, f"{row['seconds']:.1f}"]
+
+
+def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, *, as_json: bool) -> int:
+    """Print certified accuracy, certified radii, and the distances at which `nearest` succeeds."""
+    norm, budgets = _threats(how.norm, how.eps)
+    if how.method not in bounds.BOUNDS:
+        raise UnknownNameError("method", how.method, bounds.BOUNDS)
+    if norm == L1:
+        raise UserError("certificates are for linf and l2, not for l1")
+    network, dataset = open_both(model, data, plain=True)
+    x, y = chosen_images(dataset, "test", 0, how.images)
+    images, generator = as_float(x), torch.Generator().manual_seed(0)
+    attacked = attacks.run(network, images, y, attacks.nearest, Threat(norm), generator=generator)
+    found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=how.method)
+    about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}
+    if as_json:
+        print_json({**about, "method": how.method, **_as_json(found)})
+    else:
+        print("{model} on {images} images of {data}: accuracy".format(**about), percent(found.accuracy))
+        _print_summary(found, norm_name(norm))
+    return 0
+
+
+def _as_json(found: bounds.Summary) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(found).items() if name != "radius"}
+    for name in ("certified_accuracy", "attacked_accuracy"):
+        values[name] = {f"{eps:g}": share for eps, share in values[name].items()}
+    return values
+
+
+def _print_summary(found: bounds.Summary, norm: str) -> None:
+    print(f"{norm} eps   certified   standing under nearest")
+    for eps, certified in found.certified_accuracy.items():
+        print(f"{eps:8g}   {percent(certified):>8}   {percent(found.attacked_accuracy[eps]):>8}")
+    if found.distance_over_radius_median is not None:
+        print(
+            f"median certified radius {found.radius_median:.4g}, median distance of the attack "
+            f"{found.distance_median:.4g}: {found.distance_over_radius_median:.2f} times as far"
+        )
+
+
+def run_compare(how: CompareOptions, data: DataSource, *, as_json: bool) -> int:
+    """Compare two studies' networks or two models; exit code 1 if a drop larger than allowed is not excluded."""
+    eps, allowed = parse_eps(how.eps), dict(_drop(text) for text in how.max_drop or ())
+    folders = [Folder(Path(name)).plan.exists() for name in (how.first, how.second)]
+    if any(folders) and not all(folders):
+        raise UserError("compare takes two studies' output folders or two models, not one of each")
+    found = compare(*_sides(how)) if all(folders) else _compare_models(how, eps, allowed, data)
+    too_much = broken(found, allowed)
+    if as_json:
+        print_json({"differences": [asdict(one) for one in found], "broken": too_much})
+    else:
+        print_table(("metric", "first", "second", "change", "95% interval", "p"), map(_difference, found))
+    for sentence in too_much:
+        print(sentence, file=sys.stderr)
+    return DROPPED if too_much else 0
+
+
+def _drop(text: str) -> tuple[str, float]:
+    metric, _, amount = text.partition("=")
+    try:
+        if not math.isfinite(float(amount)):
+            raise ValueError
+        return metric, float(amount)
+    except ValueError:
+        raise UserError(
+            f"--max-drop takes a metric and a number, as in --max-drop accuracy 0.5; not '{text}'"
+        ) from None
+
+
+def _sides(how: CompareOptions) -> tuple[Side, Side]:
+    (one, other), (low, high) = how.methods or (None, None), how.sparsities or (None, None)
+    return Side(Path(how.first), one, low), Side(Path(how.second), other, high)
+
+
+def _compare_models(how: CompareOptions, eps: float, metrics: Iterable[str], data: DataSource) -> list[Difference]:
+    models = _with_weights([how.first, how.second], how.weights or [])
+    Threat(LINF, eps)  # refuses a budget in other units
+    known = {"accuracy", DISTANCE, *(f"{attack}-linf-{eps:g}" for attack in BUDGETED)}
+    for metric in set(metrics) - known:
+        raise UnknownNameError("metric", metric, known)
+    dataset = open_data(data)
+    return compare_values(*(_profile(model, dataset, eps, how.images) for model in models), lengths=(DISTANCE,))
+
+
+def _with_weights(names: list[str], weights: list[Path]) -> list[ModelSource]:
+    """Give each model that is no file its weights, in order; raise UserError where they are too few or too many."""
+    bare = [name for name in names if not name.endswith(SAVED)]
+    if weights and len(weights) != len(bare):
+        raise UserError(
+            f"--weights is given {len(weights)} times for {len(bare)} models without weights; once for each, in order"
+        )
+    left = iter(weights)
+    models = [ModelSource(name, next(left, None) if name in bare else None) for name in names]
+    for model in models:
+        check_named(model)
+    return models
+
+
+def _profile(source: ModelSource, dataset: Dataset, eps: float, images: int) -> dict[str, NDArray[np.float64]]:
+    """Return per-image values of a model: right or wrong, standing under attack or not, smallest distance."""
+    model = open_model(source, dataset)[0].eval()
+    x, y = chosen_images(dataset, "test", 0, images)
+    found: dict[str, NDArray[np.float64]] = {}
+    for attack, threat in (*((name, Threat(LINF, eps)) for name in BUDGETED), ("nearest", Threat(L2))):
+        generator = torch.Generator().manual_seed(0)
+        result = attacks.run(model, as_float(x), y, attacks.ATTACKS[attack], threat, generator=generator)
+        found["accuracy"] = result.clean_correct.numpy().astype(np.float64)
+        if threat.eps is None:
+            distance = result.distance.numpy().astype(np.float64)
+            # An attack that failed on an image says nothing of its distance; the image's width bounds it.
+            found[DISTANCE] = np.where(np.isfinite(distance), distance, np.sqrt(x[0].numel()))
+        else:
+            found[f"{attack}-linf-{eps:g}"] = (result.clean_correct & ~result.success).numpy().astype(np.float64)
+    return found
+
+
+def _difference(one: Difference) -> list[str]:
+    values, change = (f"{side.estimate:.4g}" for side in (one.first, one.second)), one.change
+    interval = f"[{change.low:+.3g}, {change.high:+.3g}]"
+    return [one.metric, *values, f"{change.estimate:+.3g} {one.unit}", interval, f"{change.p:.3g}"]

@@ -1,0 +1,168 @@
+"""`sparring train` and `prune`: one network, written to one file."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data import Dataset, as_float
+from ..errors import UnknownNameError, UserError
+from ..metrics import accuracy
+from ..models import Blueprint, recipe_settings, save_model
+from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts
+from ..statistics import binomial_interval
+from ..study import NetworkSettings, Plan, TrainingSettings, check_fit, ramped_loss, refuse_constant, robust_score
+from ..train import EpochProgress, Fit, Recipe, fit, predict
+from ..units import parse_eps, percent
+from ._options import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
+from ._printing import duration
+from ._sources import PACKED, blueprint_for, check_named, check_out, open_data, open_model
+
+# Which table of a plan the options of --set belong to.
+_PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
+
+
+def run_train(how: TrainOptions, data: DataSource, options: FitOptions) -> int:
+    """Train a model and write it, under attack also its best epoch; an interrupted run goes on when run again.
+
+    Raises UserError, with all written, when training ended at a network that answers one class.
+    """
+    training = _training(options, how.ramp)
+    check_out(how.out, ".safetensors")
+    _settings(how.recipe, Recipe)  # refuses what cannot be, before data are read
+    NetworkSettings(how.model, width=how.width, depth=how.depth)
+    dataset = open_data(data)
+    blueprint = replace(blueprint_for(how.model, dataset), width=how.width, depth=how.depth)
+    recipe = _settings(how.recipe, Recipe, own=recipe_settings(how.model, channels=blueprint.shape[0])).recipe
+    model = blueprint.build(seed=options.seed)
+    check_fit(model, dataset)
+    result = _fit(model, dataset, recipe, how.out, options, training)
+    _finish(model, blueprint, dataset, result, training.eps, how.out)
+    refuse_constant(model, dataset.valid)
+    return 0
+
+
+def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options: FitOptions) -> int:
+    """Prune a model, fine-tune it and write it with its masks, under attack also its best epoch."""
+    training = _training(options)
+    check_out(how.out, ".safetensors")
+    if source.model.endswith(PACKED):
+        raise UserError("an artefact is for shipping and cannot be pruned further; prune the model it was made from")
+    pruning = _settings(how.options, PruningSpec, Recipe).pruning[0]
+    pruner = build_pruner(pruning, how.sparsity)
+    check_named(source)
+    dataset = open_data(data)
+    model, blueprint = open_model(source, dataset)
+    own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
+    recipe = _settings(how.options, PruningSpec, Recipe, own=own).recipe
+    result = _fit(model, dataset, recipe, how.out, options, training, pruner)
+    check_reached(pruner, result.masks, pruning.layers or how.sparsity)
+    asked = None if pruning.layers else how.sparsity
+    print(_removed(result.masks, pruner, model, as_float(dataset.test.x[:2]), asked))
+    _finish(model, blueprint, dataset, result, training.eps, how.out)
+    return 0
+
+
+def _settings(
+    overrides: Sequence[str] | None,
+    *tables: type[Recipe] | type[PruningSpec],
+    own: Mapping[str, Any] = MappingProxyType({}),
+) -> Plan:
+    """Read KEY=VALUE options of a recipe and a pruning method into a plan, whose checks and messages then apply.
+
+    `own` is the model's recipe, which the options change.
+    """
+    known = {field.name: _PLACES[table] for table in tables for field in fields(table)}
+    placed = []
+    for override in overrides or ():
+        key = override.partition("=")[0].partition(".")[0]
+        if key not in known:
+            raise UnknownNameError("key of --set", key, known)
+        placed.append(f"{known[key]}.{override}")
+    base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": dict(own)}
+    base["sparsities"] = [0.5]  # which every method and structure can reach: what is asked for is checked apart
+    return Plan.from_table(base, overrides=placed)
+
+
+def _training(options: FitOptions, ramp: float | None = None) -> TrainingSettings:
+    table = {"loss": options.loss, "eps": parse_eps(options.eps), "ramp": ramp}
+    return Plan.from_table({"name": "settings", "training": table}).training
+
+
+def _fit(
+    model: nn.Module, dataset: Dataset, recipe: Recipe, out: Path, options: FitOptions, training: TrainingSettings,
+    pruner: Pruner | None = None,
+) -> Fit:  # fmt: skip
+    checkpoint, table = out.with_suffix(".checkpoint.safetensors"), asdict(training)
+    result = fit(
+        model,
+        *dataset.train,
+        recipe,
+        seed=options.seed,
+        loss=ramped_loss(table),
+        masks={} if pruner is None else all_ones(model),
+        pruner=pruner,
+        score=None if training.loss == "standard" else lambda m: robust_score(m, dataset.valid, table),
+        checkpoint=checkpoint,
+        progress=None if options.quiet else _show,
+    )
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _show(progress: EpochProgress) -> None:
+    end = "\r" if sys.stdout.isatty() and progress.epoch < progress.epochs else "\n"
+    left = f"{duration(progress.remaining)} left   "
+    print(f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {left}", end=end, flush=True)
+
+
+def _finish(model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fit, eps: float, out: Path) -> None:
+    """Write a network and say how good it is; beside it the best epoch's, where training under attack tells which."""
+    save_model(out, model, blueprint, result.masks)
+    if result.best_epoch is None:
+        print(f"{_accuracies(model, dataset)}\nwrote {out}")
+        return
+    best, beside = copy.deepcopy(model), out.with_stem(f"{out.stem}-best")
+    best.load_state_dict(result.best_state)
+    save_model(beside, best, blueprint, {name: result.best_state[name] != 0 for name in result.masks})
+    last = len(result.scores)
+    for name, network, epoch, path in (("final", model, last, out), ("best", best, result.best_epoch, beside)):
+        stands = f"{percent(result.scores[epoch - 1])} of validation images stand under PGD at eps {eps:g}"
+        print(f"{name} epoch {epoch}: {_accuracies(network, dataset)}, {stands}\nwrote {path}")
+
+
+def _accuracies(model: nn.Module, dataset: Dataset) -> str:
+    parts = []
+    for name, split in (("validation", dataset.valid), ("test", dataset.test)):
+        logits = predict(model, split.x)
+        right = int((logits.argmax(1) == split.y).sum())
+        low, high = binomial_interval(right, len(split.y))
+        shown = [percent(share, 2) for share in (accuracy(logits, split.y), low, high)]
+        parts.append(f"{name} accuracy {shown[0]} [{shown[1]}, {shown[2]}]")
+    return ", ".join(parts)
+
+
+def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tensor, asked: float | None) -> str:
+    """Say how many weights went and what that is of all, biases and normalisation apart, and what surgery did."""
+    weights, vectors = ([m for m in masks.values() if (m.dim() > 1) is wanted] for wanted in (True, False))
+    (total, kept), (others, held) = (
+        (sum(m.numel() for m in part), sum(int(m.sum()) for m in part)) for part in (weights, vectors)
+    )
+    text = f"removed {total - kept} of {total} weights ({percent(1 - kept / total, 2)})"
+    found = counts(model, x)
+    if found.left_out:
+        text += f", {percent(found.matrix_sparsity, 2)} of all {found.matrices} weights of matrices; left dense: "
+        text += ", ".join(f"'{name}' ({reason})" for name, reason in found.left_out.items())
+    if asked is not None and 1 - kept / total < asked - 0.005:
+        text += f"; the {percent(asked, 2)} asked for is of what the structure and spared layers leave open"
+    text += f" and {others - held} of {others} biases and norms" if others else ""
+    series = pruner.series()
+    moved = {name: sum(series[name]) for name in ("pruned", "spliced") if name in series}
+    return text + (f", having pruned {moved['pruned']} and spliced back {moved['spliced']}" if len(moved) == 2 else "")
