@@ -45,6 +45,7 @@ from sparring.attacks import (
 from sparring.files import write_json
 from sparring.records import Record, Store, read_plan
 from sparring.study import Context
+from sparring.study.stages._inputs import Inputs, Network
 from sparring.study.stages._networks import chosen_images, network_of
 from sparring.threat import L2, LINF, Threat
 
@@ -136,7 +137,8 @@ def studied(folder: Path, count: int, root: Path | None) -> Iterator[Subject]:
         record = found[method, level, seed]
 
         def make(images: int, record: Record = record) -> tuple[nn.Module, Tensor, Tensor]:
-            network = network_of(Context(dataset, store.tensors), record.inputs, record.key).eval()
+            inputs = Inputs(data=record.inputs["data"], model=Network(**record.inputs["model"]))
+            network = network_of(Context(dataset, store.tensors), inputs, record.key).eval()
             x, y = chosen_images(dataset, "test", 0, images)
             return network, data.as_float(x), y
 

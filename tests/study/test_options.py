@@ -77,7 +77,7 @@ def test_options_are_part_of_a_key_and_as_good_as_the_keys_beside_them() -> None
 def test_a_pruner_of_ones_own_has_options_of_its_own() -> None:
     table = {"label": "late", "method": "own_options:late", "options": {"share": 0.25}}
     tasks = lay_out(plan(pruning=[table]), FACTS).tasks.values()
-    assert [t.inputs["pruning"]["options"] for t in tasks if t.inputs.get("pruning")] == [{"share": 0.25}]
+    assert [t.table()["pruning"]["options"] for t in tasks if t.table().get("pruning")] == [{"share": 0.25}]
     for options, message in ({"part": 1}, "has no option 'part'; it has: share"), ({"share": "half"}, "option 'share'"):
         with pytest.raises(UserError, match=message):
             plan(pruning=[table | {"options": options}])

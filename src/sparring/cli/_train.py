@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -100,16 +100,16 @@ def _fit(
     model: nn.Module, dataset: Dataset, recipe: Recipe, out: Path, options: FitOptions, training: TrainingSettings,
     pruner: Pruner | None = None,
 ) -> Fit:  # fmt: skip
-    checkpoint, table = out.with_suffix(".checkpoint.safetensors"), asdict(training)
+    checkpoint = out.with_suffix(".checkpoint.safetensors")
     result = fit(
         model,
         *dataset.train,
         recipe,
         seed=options.seed,
-        loss=ramped_loss(table),
+        loss=ramped_loss(training),
         masks={} if pruner is None else all_ones(model),
         pruner=pruner,
-        score=None if training.loss == "standard" else lambda m: robust_score(m, dataset.valid, table),
+        score=None if training.loss == "standard" else lambda m: robust_score(m, dataset.valid, training),
         checkpoint=checkpoint,
         progress=None if options.quiet else _show,
     )

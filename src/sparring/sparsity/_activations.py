@@ -26,7 +26,7 @@ class ActivationSparsifier(nn.Module):
     """Replace a ReLU: subclasses say how the activations become sparse, in `sparse`."""
 
     kind: ClassVar[str]
-    masks_gradients: ClassVar[bool] = True
+    masks_gradients: bool = True
     stochastic: ClassVar[bool] = False
     nondecreasing: ClassVar[bool] = False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ._merge import Merged, merge
 from ._progress import Progress, progress
-from .plans._linear import LinearPaths
 from .plans._plan import Plan
 from .plans._tables import (
     ActivationSettings,
@@ -12,6 +11,7 @@ from .plans._tables import (
     CertifySettings,
     ControlSettings,
     ExactSettings,
+    LinearPaths,
     LipschitzSettings,
     NetworkSettings,
     PruningSettings,

@@ -43,7 +43,7 @@ FACTS = DataFacts("0" * 64, 100, 100, (1, 8, 8), 10)
 
 def keys_of() -> dict[str, str]:
     tasks = lay_out(Plan.from_table(TABLE), FACTS).tasks
-    return {key: task.inputs.get("attack", {}).get("name", task.stage) for key, task in tasks.items()}
+    return {key: task.table().get("attack", {}).get("name", task.stage) for key, task in tasks.items()}
 
 
 def test_an_attack_that_changed_is_done_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_an_attack_that_changed_is_done_again_and_nothing_else(monkeypatch: pyte
     assert len(first) == len(second)
     # What was found before the change stays a record of its task, of whatever revision it was.
     environment = {"sparring": "0.1.0", "torch": torch.__version__}
-    assert all(is_key_of(key, task.stage, task.inputs, environment) for key, task in before.items())
+    assert all(is_key_of(key, task.stage, task.table(), environment) for key, task in before.items())
     revise(standard=1)
     assert {name for key, name in second.items() if key not in keys_of()} == {"square", "standard"}
 
@@ -111,7 +111,7 @@ def test_attacks_with_a_surrogate_have_a_revision_of_their_own(monkeypatch: pyte
     now = tasks()
     monkeypatch.setattr(stages, "LENDING", stages.LENDING + 1)
     new = [task for key, task in tasks().items() if key not in now]
-    assert len(new) == 4 and all(len(task.inputs["parents"]) == 2 for task in new)
+    assert len(new) == 4 and all(len(task.table()["parents"]) == 2 for task in new)
 
 
 def test_one_attack_with_a_surrogate_is_done_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_one_attack_with_a_surrogate_is_done_again_alone(monkeypatch: pytest.Mon
     now = tasks()
     monkeypatch.setitem(ATTACKS, "square", replace(ATTACKS["square"], lent=1))
     new = [task for key, task in tasks().items() if key not in now]
-    assert [task.inputs["attack"]["name"] for task in new] == ["square"] and len(new[0].inputs["parents"]) == 2
+    assert [task.table()["attack"]["name"] for task in new] == ["square"] and len(new[0].table()["parents"]) == 2
 
 
 def test_one_attack_on_networks_that_draw_is_done_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_one_attack_on_networks_that_draw_is_done_again_alone(monkeypatch: pytes
     now = tasks()
     monkeypatch.setitem(ATTACKS, "square", replace(ATTACKS["square"], drawn=1))
     (new,) = [task for key, task in tasks().items() if key not in now]
-    assert new.inputs["attack"]["name"] == "square" and new.inputs["activation"]["kind"] == "stochastic-pruning"
+    assert new.table()["attack"]["name"] == "square" and new.table()["activation"]["kind"] == "stochastic-pruning"
 
 
 def test_one_attack_on_networks_that_mask_gradients_is_done_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_one_attack_on_networks_that_mask_gradients_is_done_again_alone(monkeypa
     now = tasks()
     monkeypatch.setitem(ATTACKS, "fast", replace(ATTACKS["fast"], masked=2))
     new = [task for key, task in tasks().items() if key not in now]
-    assert [(task.inputs["activation"]["kind"], task.inputs["attack"]["eps"]) for task in new] == [("top-k", 0.1)]
+    assert [(task.table()["activation"]["kind"], task.table()["attack"]["eps"]) for task in new] == [("top-k", 0.1)]
 
 
 def test_distances_on_networks_that_draw_are_measured_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,15 +166,15 @@ def test_distances_on_networks_that_draw_are_measured_again_alone(monkeypatch: p
     now = tasks()
     monkeypatch.setattr(stages, "DRAWN_DISTANCES", stages.DRAWN_DISTANCES + 1)
     new = [task for key, task in tasks().items() if key not in now]
-    assert {task.inputs["attack"]["name"] for task in new} == {"deepfool"}
-    assert {task.inputs["activation"]["kind"] for task in new} == {"stochastic-pruning"}
+    assert {task.table()["attack"]["name"] for task in new} == {"deepfool"}
+    assert {task.table()["activation"]["kind"] for task in new} == {"stochastic-pruning"}
 
 
 def test_a_ramp_is_part_of_dense_training_alone() -> None:
     def trainings(**ramp: float) -> dict[str, list[dict[str, Any]]]:
         training = {"loss": "pgd-at", "eps": 0.2, **ramp}
         tasks = lay_out(Plan.from_table(TABLE | {"training": training}), FACTS).tasks.values()
-        return {s: [t.inputs["training"] for t in tasks if t.stage == s] for s in ("train", "prune")}
+        return {s: [t.table()["training"] for t in tasks if t.stage == s] for s in ("train", "prune")}
 
     without, ramped = trainings(), trainings(ramp=0.5)
     assert ramped["train"] == [one | {"ramp": 0.5} for one in without["train"]]

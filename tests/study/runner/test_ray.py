@@ -17,7 +17,7 @@ from sparring.errors import UserError
 from sparring.records import Store
 from sparring.study import Context, RayCluster, Task, TaskOutcome, execute, run
 
-from .test_run import contents, tiny_plan
+from .test_run import Numbered, contents, numbered, tiny_plan
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
@@ -60,21 +60,19 @@ def test_records_equal_those_of_one_process(cluster: Any, few_digits: Dataset, t
     assert not ray.is_initialized()
 
 
-def dies_once(context: Context, task: Task) -> TaskOutcome:
+def dies_once(context: Context, task: Task[Numbered]) -> TaskOutcome:
     """Kill the worker, once for task 1 and always for task 4; else add one to the parent's tensor."""
-    marker = Path(task.inputs["folder"]) / f"died-{task.inputs['i']}"
-    if task.inputs["i"] == 4 or (task.inputs["i"] == 1 and not marker.exists()):
+    marker = Path(task.inputs.folder) / f"died-{task.inputs.i}"
+    if task.inputs.i == 4 or (task.inputs.i == 1 and not marker.exists()):
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     before = sum(int(context.tensors(key)["t"]) for key in task.parents)
     return TaskOutcome({"value": before + 1.0}, tensors={"t": torch.tensor(before + 1)})
 
 
-def chain(folder: Path, count: int) -> list[Task]:
+def chain(folder: Path, count: int) -> list[Task[Numbered]]:
     keys = [f"{i:032x}" for i in range(count)]
-    return [
-        Task(key, "train", {"i": i, "folder": str(folder)}, (keys[i - 1],) if i else ()) for i, key in enumerate(keys)
-    ]
+    return [Task(key, numbered(i, str(folder)), (keys[i - 1],) if i else ()) for i, key in enumerate(keys)]
 
 
 def test_a_lost_worker_is_replaced_and_a_deadly_task_fails_alone(

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sparring.errors import UserError
 from sparring.files import sha256_file
 from sparring.records import Store, read_plan
 from sparring.study import DataFacts, Event, InProcess, Plan, Processes, Task, TaskOutcome, execute, lay_out, run
+from sparring.study.stages._inputs import Inputs, Network
 from sparring.train import _fit as loop
 
 
@@ -228,8 +229,21 @@ def test_what_json_cannot_say_is_no_damage(store: Store) -> None:
     assert again.metrics == {"value": None} and again.series == {"splices": [1.0, None]} and not store.found_damaged
 
 
-def _tasks(count: int) -> list[Task]:
-    return [Task(f"{i:032x}", "train", {"i": i}, (f"{i - 1:032x}",) if i % 3 else ()) for i in range(count)]
+@dataclass(frozen=True, kw_only=True)
+class Numbered(Inputs):
+    """The inputs of a task that only has a number."""
+
+    stage = "train"
+    i: int
+    folder: str = ""
+
+
+def numbered(i: int, folder: str = "") -> Numbered:
+    return Numbered(data="", model=Network(name="linear"), i=i, folder=folder)
+
+
+def _tasks(count: int) -> list[Task[Numbered]]:
+    return [Task(f"{i:032x}", numbered(i), (f"{i - 1:032x}",) if i % 3 else ()) for i in range(count)]
 
 
 @pytest.fixture
@@ -244,10 +258,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers: int, problem: BaseException) -> None:
     flag = store.out / "mended"
 
-    def work(task: Task) -> TaskOutcome:
-        if task.inputs["i"] == 3 and not flag.exists():
+    def work(task: Task[Numbered]) -> TaskOutcome:
+        if task.inputs.i == 3 and not flag.exists():
             raise problem
-        return TaskOutcome({"value": float(task.inputs["i"])})
+        return TaskOutcome({"value": float(task.inputs.i)})
 
     def go(retry: bool = False) -> list[Any]:
         executor = Processes(work, workers) if workers else InProcess(work)
@@ -266,12 +280,12 @@ def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers
 
 
 def test_a_worker_that_dies_is_replaced(store: Store) -> None:
-    def work(task: Task) -> TaskOutcome:
-        marker = store.out / f"died-{task.inputs['i']}"
-        if task.inputs["i"] in (1, 4) and not marker.exists():
+    def work(task: Task[Numbered]) -> TaskOutcome:
+        marker = store.out / f"died-{task.inputs.i}"
+        if task.inputs.i in (1, 4) and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        if task.inputs["i"] == 6:
+        if task.inputs.i == 6:
             os.kill(os.getpid(), signal.SIGKILL)
         return TaskOutcome({"value": 1.0}, tensors={"t": torch.arange(3)})
 
@@ -302,9 +316,9 @@ def test_keys_depend_on_what_matters_and_on_nothing_else() -> None:
 def test_shards_cover_the_images_once() -> None:
     work = lay_out(tiny_plan(), DataFacts("h", 100, 50, (1, 8, 8), 10))
     spans = [
-        (task.inputs["start"], task.inputs["stop"])
+        (task.table()["start"], task.table()["stop"])
         for task in work.tasks.values()
-        if task.stage == "attack" and task.inputs["attack"]["name"] == "fgsm"
+        if task.stage == "attack" and task.table()["attack"]["name"] == "fgsm"
     ]
     assert set(spans) == {(0, 25), (25, 40)}
 

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sparring.records import Store
 from sparring.study import Task, TaskOutcome, execute
 from sparring.study.runner._executors import Done
+from sparring.study.stages._inputs import Inputs, Network
 
 SEEDS, EACH = 3, 6
 TRAINING = 5
 
 
-def plan() -> list[Task]:
+LINEAR = Network(name="linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeded(Inputs):
+    """The inputs of a training of which only the seed matters."""
+
+    stage = "train"
+    seed: int
+
+
+class Attacked(Seeded):
+    """Those of what hangs on it."""
+
+    stage = "attack"
+
+
+def plan() -> list[Task[Seeded]]:
     """Return a training of each seed and what hangs on it."""
-    tasks: list[Task] = []
+    tasks: list[Task[Seeded]] = []
     for seed in range(SEEDS):
-        root = Task(f"{len(tasks):032x}", "train", {"seed": seed})
+        root = Task(f"{len(tasks):032x}", Seeded(data="", model=LINEAR, seed=seed))
         tasks.append(root)
         for _ in range(EACH):
-            tasks.append(Task(f"{len(tasks):032x}", "attack", {"seed": seed}, (root.key,)))
+            tasks.append(Task(f"{len(tasks):032x}", Attacked(data="", model=LINEAR, seed=seed), (root.key,)))
     return tasks
 
 
@@ -30,10 +50,10 @@ class Clock:
 
     def __init__(self, slots: int) -> None:
         self.slots, self.now, self.idle = slots, 0, 0
-        self.ends: list[tuple[int, Task]] = []
-        self.order: list[Task] = []
+        self.ends: list[tuple[int, Task[Any]]] = []
+        self.order: list[Task[Any]] = []
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: Task[Any]) -> None:
         self.order.append(task)
         self.ends.append((self.now + (TRAINING if task.stage == "train" else 1), task))
 
@@ -65,5 +85,5 @@ def test_the_last_training_does_not_keep_a_worker_waiting(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_first_results_come_early(tmp_path: Path, slots: int) -> None:
-    seeds = [task.inputs["seed"] for task in _run(tmp_path, slots).order if task.stage == "attack"]
+    seeds = [task.inputs.seed for task in _run(tmp_path, slots).order if task.stage == "attack"]
     assert seeds == sorted(seeds)

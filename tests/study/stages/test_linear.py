@@ -29,7 +29,7 @@ def records(few_digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> li
 
 def test_every_pair_and_all_classes_are_studied(few_digits: Dataset) -> None:
     work = lay_out(small_plan(), DataFacts.of(few_digits))
-    groups = [task.inputs["classes"] for task in work.tasks.values()]
+    groups = [task.table()["classes"] for task in work.tasks.values()]
     assert groups == [[0, 1, 2, 3], *map(list, itertools.combinations(range(4), 2))]
     assert [cell.seed for cell in work.cells] == list(range(7))
     assert len(LinearPaths().groups(10)) == 46

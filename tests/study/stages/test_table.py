@@ -18,10 +18,10 @@ from sparring.report.analysis._comparisons import shipped
 from sparring.report.analysis._findings import find
 from sparring.report.analysis._records import load
 from sparring.study import Context, DataFacts, Plan, lay_out, run
-from sparring.study.plans._estimate import _passes, estimate
-from sparring.study.plans._matched_sizes import narrowed, widened
+from sparring.study.plans._dry_run import _passes, estimate
 from sparring.study.stages import _evaluate as judging
-from sparring.study.stages._networks import WEIGHTS, chosen_images
+from sparring.study.stages._inputs import Network
+from sparring.study.stages._networks import WEIGHTS, chosen_images, narrowed, widened
 
 TABLE: dict[str, Any] = {
     "name": "everything",
@@ -240,12 +240,12 @@ def test_weights_are_what_was_measured(study: Finished) -> None:
 
 
 def test_widths_of_named_models() -> None:
-    model = {"name": "lenet-5"}
+    model = Network(name="lenet-5")
     narrow = narrowed(model, (1, 28, 28), 10, 0.9)
     assert narrow is None  # 20 channels at a tenth of the weights are fewer than 8
-    assert widened(model, (1, 28, 28), 10, 0.5)["width"] > 1.2
+    assert (widened(model, (1, 28, 28), 10, 0.5).width or 0) > 1.2
     with pytest.raises(UserError, match="no width"):
-        widened({"name": "linear"}, (1, 28, 28), 10, 0.5)
+        widened(Network(name="linear"), (1, 28, 28), 10, 0.5)
 
 
 def test_the_images_of_a_split_are_a_fixed_unbiased_choice(few_digits: Dataset) -> None:
@@ -277,7 +277,7 @@ def test_the_route_of_attacks_is_the_plans_and_changes_no_other_key(few_digits: 
         bare = {"model": "lenet-5", "pruning": [{"label": "magnitude"}], "controls": {}, "exact": []}
         table = {**TABLE, **bare, **changes}
         tasks = lay_out(Plan.from_table(table), DataFacts.of(few_digits)).tasks
-        return {key: task.inputs for key, task in tasks.items()}
+        return {key: task.table() for key, task in tasks.items()}
 
     torch_only, auto = keys(kernels="torch", sparsities=[0.3]), keys(sparsities=[0.3, 0.95])
     assert torch_only == keys(sparsities=[0.3]), "0.3 is too dense to gain"
@@ -304,7 +304,7 @@ def test_attacks_go_through_the_kernels_where_these_were_measured_to_be_faster(
     attacks = [{"name": "pgd", "eps": [0.1]}, {"name": "deepfool", "norm": "l2"}, {"name": "fgsm", "eps": [0.1]}]
     plan = {"name": "r", "data": "digits", "model": model, "seeds": 1, "sparsities": [sparsity], "attacks": attacks}
     tasks = lay_out(Plan.from_table({**plan, "pruning": [{"label": "magnitude"}]}), DataFacts.of(few_digits)).tasks
-    packed = {t.inputs["attack"]["name"] for t in tasks.values() if t.inputs.get("kernels") == "packed"}
+    packed = {t.table()["attack"]["name"] for t in tasks.values() if t.table().get("kernels") == "packed"}
     assert packed == routed
 
 
@@ -331,10 +331,10 @@ def test_the_estimate_grows_with_the_work(few_digits: Dataset) -> None:
             t
             for t in tasks
             if t.stage == "attack"
-            and t.inputs.get("activation", {}).get("kind") == kind
-            and t.inputs["attack"].get("naive", False) == naive
+            and t.table().get("activation", {}).get("kind") == kind
+            and t.table()["attack"].get("naive", False) == naive
         )
-        return _passes(task, context)
+        return _passes(task.inputs, context)
 
     assert passes("top-k") == 2 * passes("top-k", naive=True) == 2 * passes("l1-penalty"), "again straight through"
     assert passes("stochastic-pruning") > 5 * passes("top-k"), "a mean over draws"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,15 @@ from sparring.train import Ramped
 def test_eps_grows_over_the_ramp_and_stays(few_digits: Dataset, kind: str, share: float, eps: float) -> None:
     model = build("mlp", shape=(1, 8, 8), classes=10, mean=few_digits.mean, std=few_digits.std, widths=(16,), seed=0)
     x, y = few_digits.test.x[:8].float() / 255, few_digits.test.y[:8]
-    table = asdict(TrainingSettings(loss=kind, eps=0.2, ramp=0.5))  # type: ignore[arg-type]
+    table = TrainingSettings(loss=kind, eps=0.2, ramp=0.5)  # type: ignore[arg-type]
     ramped = ramped_loss(table)
     assert isinstance(ramped, Ramped)
     values = [
         loss(model, x, y, torch.Generator().manual_seed(0))
-        for loss in (ramped.at(share), training_loss(table | {"eps": eps}))
+        for loss in (ramped.at(share), training_loss(replace(table, eps=eps)))
     ]
     assert torch.equal(*values)
-    assert not isinstance(ramped_loss(table | {"ramp": None}), Ramped)
+    assert not isinstance(ramped_loss(replace(table, ramp=None)), Ramped)
 
 
 def test_a_constant_network_is_refused_with_the_way_out(few_digits: Dataset, tmp_path: Path) -> None:

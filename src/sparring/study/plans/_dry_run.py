@@ -1,24 +1,50 @@
-"""Try each pruning method on the untrained network, so that what cannot be is refused before anything runs."""
+"""What is done before a plan runs: refuse what its network cannot have, and guess how long it will take here."""
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn import functional as F
 
 from ...data import as_float
 from ...errors import PlanError, UserError, told
+from ...facts import ATTACKS, BOUNDS, LIPSCHITZ, OWN_ATTACK, BoundFacts
 from ...files import load_tensors
+from ...memory_format import channels_last
 from ...models import load_weights_
 from ...modes import eval_mode
-from ...outputs import opened
-from ...sparsity import Batch, CollapsedLayerWarning, all_ones, build_pruner, magnitude
+from ...outputs import logits_of, opened
+from ...sparsity import ACTIVATIONS, Batch, CollapsedLayerWarning, all_ones, build_pruner, magnitude
+from ..runner._executors import AnyTask
+from ..stages._inputs import (
+    Activate,
+    Attack,
+    Certify,
+    Exact,
+    Given,
+    Inputs,
+    Linear,
+    Lipschitz,
+    Network,
+    Shard,
+    Ship,
+    Train,
+)
 from ..stages._networks import Context, check_fit, network
 from ._plan import Plan
 from ._tables import PruningSettings
+
+# What holding an artefact against its network takes, as `passes` of facts.
+SHIP = 500.0
+# How much longer an attack takes on a network that draws: seven times it starts, six of them on means over ten draws,
+# of which a network whose first layers do not draw makes little. LeNet-5's took 10 (`fast`) to 15 times (DeepFool).
+DRAWN = 13.0
+BATCH, SECONDS = 64, 0.3
 
 
 def rehearse(plan: Plan, context: Context) -> None:
@@ -30,8 +56,7 @@ def rehearse(plan: Plan, context: Context) -> None:
     own = context.factory is not None or ":" in plan.model.name or plan.model.weights is not None
     if not depending and not own:
         return
-    options = {name: value for name, value in asdict(plan.model).items() if value is not None and name != "weights"}
-    model = network(context, {"model": options})
+    model = network(context, Network.of(plan.model))
     if own:
         if plan.model.weights is not None:
             tensors = load_tensors(plan.model.weights)
@@ -51,7 +76,7 @@ def _try_gradient(model: nn.Module, context: Context) -> None:
     x, y = (part[:2].to(context.device) for part in context.dataset.train)
     try:
         with eval_mode(model):
-            functional.cross_entropy(opened(model, as_float(x))(as_float(x)), y).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(opened(model, as_float(x))(as_float(x)), y).backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # a user's own code may raise anything
         raise UserError(f"the model gives no gradient: {told(error)}") from error
     model.zero_grad(set_to_none=True)
@@ -68,3 +93,72 @@ def _try(pruning: PruningSettings, plan: Plan, model: nn.Module, batch: Batch) -
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CollapsedLayerWarning)  # these are not the weights that will be pruned
             rule.masks(model, magnitude(model), target, masks=masks, batch=batch)
+
+
+def estimate(tasks: Iterable[AnyTask], context: Context, *, workers: int) -> float | None:
+    """Return a rough number of seconds for some tasks, from the speed of the first one's network (half a second).
+
+    None where that network cannot be run: the cells that need it will fail and say why.
+    """
+    todo = list(tasks)
+    if not todo:
+        return 0.0
+    try:
+        each = _seconds_per_pass(context, todo[0].inputs)
+    except Exception:  # a user's factory may raise anything
+        return None
+    return sum(_passes(task.inputs, context) for task in todo) * each / max(1, workers)
+
+
+def _passes(inputs: Inputs, context: Context) -> float:
+    match inputs:
+        case Train() | Activate() if inputs.recipe is not None and inputs.recipe.epochs:
+            inner = inputs.training.steps + 1 if inputs.training.loss != "standard" else 1
+            return float(len(context.dataset.train.x) * inputs.recipe.epochs * inner)
+        case Given() | Train() | Activate():
+            return float(len(context.dataset.valid.x))
+        case Shard():
+            each = ATTACKS.get(inputs.attack.name, OWN_ATTACK).passes * _rounds(inputs)
+            return each * float(inputs.stop - inputs.start)
+        case Linear(paths=paths):
+            classifiers = len(paths.l2) + len(paths.l1) + len(paths.magnitude)
+            against = max(1, len(paths.classes or ()) - 1)
+            return classifiers * (8.0 * against * paths.train_images + 100.0 * paths.images)
+        case Exact():
+            return 1e5 * float(inputs.images)  # seconds on end, where a search runs into its limit
+        case Certify() | Lipschitz():
+            return {**BOUNDS, **LIPSCHITZ}.get(inputs.method, BoundFacts()).passes * float(inputs.images)
+        case Ship():
+            return SHIP * float(inputs.images)
+    return float(len(context.dataset.test.x)) / 3
+
+
+def _rounds(inputs: Shard) -> float:
+    """Return how much longer an attack takes: it goes again straight through, and over many draws where they differ."""
+    asked = inputs.activation if isinstance(inputs, Attack) else None
+    if asked is None or asked.kind not in ACTIVATIONS:
+        return 1.0
+    found = ACTIVATIONS[asked.kind](asked.level)
+    if found.stochastic:
+        return DRAWN
+    return 2.0 if found.masks_gradients and not inputs.attack.naive else 1.0
+
+
+def _seconds_per_pass(context: Context, inputs: Inputs) -> float:
+    model = network(context, inputs.model, inputs.initial_seed)
+    x = as_float(context.dataset.train.x[:BATCH]).to(context.device)
+    y = context.dataset.train.y[:BATCH].to(context.device)
+    threads = torch.get_num_threads()
+    # The workers have just begun and want this core too, so that what counts is the time it was given.
+    clock = time.process_time if torch.device(context.device).type == "cpu" else time.perf_counter
+    torch.set_num_threads(1)
+    try:
+        with channels_last(model):
+            F.cross_entropy(logits_of(model(x)), y).backward()  # type: ignore[no-untyped-call]
+            began, fastest = clock(), math.inf
+            while (start := clock()) - began < SECONDS:
+                F.cross_entropy(logits_of(model(x)), y).backward()  # type: ignore[no-untyped-call]
+                fastest = min(fastest, clock() - start)
+            return fastest / len(x)
+    finally:
+        torch.set_num_threads(threads)

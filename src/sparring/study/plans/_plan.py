@@ -17,13 +17,13 @@ from ...files import safe_name
 from ...records import CELLS, Checkpoint
 from ...sparsity import build_pruner
 from ...train import Recipe
-from ._linear import LinearPaths
 from ._tables import (
     ActivationSettings,
     AttackSettings,
     CertifySettings,
     ControlSettings,
     ExactSettings,
+    LinearPaths,
     LipschitzSettings,
     NetworkSettings,
     PruningSettings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,19 +16,21 @@ from ...errors import PlanError
 from ...files import canonical_json, sha256_bytes, sha256_file
 from ...plugins import code_hash
 from ...records import Cell, Kind, pruning_kind
-from ..runner._executors import Task
+from ..runner._executors import AnyTask, Task
+from ..stages import _inputs as stages
+from ..stages._inputs import Adversary, Inputs, Judged, Network
 from ..stages._kernel_choice import goes_packed
+from ..stages._networks import narrowed, widened
 from ..stages._table import STAGES, versions
-from ._matched_sizes import narrowed, widened
 from ._plan import Plan, at_checkpoint
 from ._tables import (
     ActivationSettings,
     AttackSettings,
     CertifySettings,
-    ExactSettings,
     LipschitzSettings,
     PruningSettings,
     ShippedSettings,
+    TrainingSettings,
 )
 
 # A task and its record take about a kilobyte of the driver's memory each.
@@ -67,16 +69,17 @@ class Work:
 
     device: str = "cpu"
     code: dict[str, str] = field(default_factory=dict)
-    tasks: dict[str, Task] = field(default_factory=dict)
+    tasks: dict[str, AnyTask] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
 
-    def add(self, stage: str, inputs: dict[str, Any], *parents: str) -> str:
+    def add(self, inputs: Inputs, *parents: str) -> str:
         """Add a task unless its equal is there, and return its key."""
-        inputs = {**inputs, "parents": list(parents)} if parents else inputs
-        code = {name: self._code_of(name) for name in sorted(_users_names(inputs))}
-        inputs = {**inputs, "code": code} if code else inputs
-        key = _key(stage, versions(stage, inputs)[-1], inputs, torch.__version__, self.device.split(":")[0])
-        self.tasks.setdefault(key, Task(key, stage, inputs, parents))
+        code = {name: self._code_of(name) for name in sorted(_users_names(inputs.table()))}
+        task = Task("", inputs, parents, code)
+        table = task.table()
+        version = versions(inputs.stage, table)[-1]
+        key = _key(inputs.stage, version, table, torch.__version__, self.device.split(":")[0])
+        self.tasks.setdefault(key, replace(task, key=key))
         return key
 
     def _code_of(self, name: str) -> str:
@@ -132,11 +135,10 @@ def lay_out(plan: Plan, data: DataFacts, *, device: str = "cpu", code: Mapping[s
 def _linear(work: Work, plan: Plan, data: DataFacts) -> None:
     """Lay out one task for each loss and group of classes; a cell's seed counts the groups."""
     for paths in plan.linear:
-        chosen = asdict(paths)
         for seed, group in enumerate(paths.groups(data.classes)):
-            inputs = {"data": data.hash, "model": {"name": "linear"}, **chosen, "classes": list(group)}
+            model, chosen = Network(name="linear"), replace(paths, classes=group)
             name = " and ".join(map(str, group)) if len(group) == 2 else f"{len(group)} classes"
-            tasks = (work.add("linear", inputs),)
+            tasks = (work.add(stages.Linear(data=data.hash, model=model, paths=chosen)),)
             work.cells.append(Cell(seed, f"{paths.loss}, {name}", 0.0, "weights", "linear", "final", tasks))
 
 
@@ -161,7 +163,7 @@ class _Seed:
 
     def __init__(self, work: Work, plan: Plan, data: DataFacts, seed: int) -> None:
         self.work, self.plan, self.data, self.seed = work, plan, data, seed
-        self.model = {name: value for name, value in _known(asdict(plan.model)).items() if name != "weights"}
+        self.model = Network.of(plan.model)
 
     def lay_out(self) -> None:
         dense = self._given() or self._train(self.model, self.plan.recipe.weight_decay)
@@ -187,63 +189,59 @@ class _Seed:
     def _included(self, seeds: int | None) -> bool:
         return seeds is None or self.seed < seeds
 
-    def _shared(self, model: dict[str, Any]) -> dict[str, Any]:
-        return {"data": self.data.hash, "model": model}
-
     def _given(self) -> str | None:
         """Add the task that loads the user's weights, if the plan names some: one dense network for all seeds."""
         file = self.plan.model.weights
         if file is None:
             return None
-        weights = {"file": str(Path(file).absolute()), "sha256": sha256_file(file)}
-        return self.work.add("train", {**self._shared(self.model), "weights": weights})
+        weights = stages.WeightsFile(file=str(Path(file).absolute()), sha256=sha256_file(file))
+        return self.work.add(stages.Given(data=self.data.hash, model=self.model, weights=weights))
 
-    def _training(self, *, ramp: float | None = None) -> dict[str, Any]:
-        """Return the plan's loss, without a ramp as for fine-tuning; where there is none, keys know of none."""
-        table = asdict(replace(self.plan.training, ramp=ramp))
-        return {name: value for name, value in table.items() if value is not None}
+    @property
+    def _fine_tuning(self) -> TrainingSettings:
+        """The plan's loss without its ramp."""
+        return replace(self.plan.training, ramp=None)
 
-    def _train(self, model: dict[str, Any], decay: float) -> str:
-        recipe = replace(self.plan.recipe, weight_decay=decay)
-        training = self._training(ramp=self.plan.training.ramp)
-        inputs = {"recipe": asdict(recipe), "training": training, "seed": self.seed}
-        return self.work.add("train", {**self._shared(model), **inputs})
+    def _train(self, model: Network, decay: float) -> str:
+        recipe, training = replace(self.plan.recipe, weight_decay=decay), self.plan.training
+        inputs = stages.Train(data=self.data.hash, model=model, recipe=recipe, training=training, seed=self.seed)
+        return self.work.add(inputs)
 
     def _prune(
         self,
-        model: dict[str, Any],
+        model: Network,
         parent: str,
         pruning: PruningSettings | None,
         sparsity: float | None,
         decay: float | None = None,
     ) -> str:
-        recipe = self.plan.finetune if decay is None else replace(self.plan.finetune, weight_decay=decay)
-        inputs = {
-            **self._shared(model),
-            "recipe": asdict(recipe),
-            "training": self._training(),
-            "pruning": _method(pruning),
-            "sparsity": sparsity,
-            "seed": self.seed,
-        }
-        if pruning is not None and self.plan.training.loss != "standard":
-            inputs["best"] = "as sparse as the last"  # once it was of any sparsity; only these networks are made anew
-        return self.work.add("prune", inputs, parent)
+        under_attack = pruning is not None and self.plan.training.loss != "standard"
+        inputs = stages.Prune(
+            data=self.data.hash,
+            model=model,
+            recipe=self.plan.finetune if decay is None else replace(self.plan.finetune, weight_decay=decay),
+            training=self._fine_tuning,
+            pruning=None if pruning is None else pruning.spec(),
+            sparsity=sparsity,
+            seed=self.seed,
+            best="as sparse as the last" if under_attack else None,
+        )
+        return self.work.add(inputs, parent)
 
     def _activate(self, activation: ActivationSettings, dense: str, control: str) -> None:
         fitted = activation.train or activation.kind == "l1-penalty"
         for level in sorted(activation.levels):
-            named = {"kind": activation.kind, "level": level}
-            part = {"activation": named if activation.test else {**named, "test": False}}
-            inputs = {
-                **self._shared(self.model),
-                **part,
-                "recipe": asdict(self.plan.finetune) if fitted else None,
-                "training": self._training(),
-                "seed": self.seed,
-            }
-            key = self.work.add("activate", inputs, dense if fitted else control)
-            self._judge(activation.label, level, "activations", key, extra=part, surrogate=control)
+            module = stages.Activation(kind=activation.kind, level=level, test=activation.test)
+            inputs = stages.Activate(
+                data=self.data.hash,
+                model=self.model,
+                activation=module,
+                recipe=self.plan.finetune if fitted else None,
+                training=self._fine_tuning,
+                seed=self.seed,
+            )
+            key = self.work.add(inputs, dense if fitted else control)
+            self._judge(activation.label, level, "activations", key, activation=module, surrogate=control)
 
     def _controls(self) -> None:
         controls, first = self.plan.controls, self.plan.first_to_a_sparsity
@@ -251,8 +249,8 @@ class _Seed:
             candidates = [
                 self._prune(self.model, self._train(self.model, decay), None, 0.0, decay) for decay in controls.decays
             ]
-            chosen = self.work.add("choose", {**self._shared(self.model), "decays": list(controls.decays)}, *candidates)
-            self._judge("tuned decay", 0.0, "tuned decay", chosen)
+            inputs = stages.Choose(data=self.data.hash, model=self.model, decays=controls.decays)
+            self._judge("tuned decay", 0.0, "tuned decay", self.work.add(inputs, *candidates))
         for sparsity in controls.small_dense:
             model = narrowed(self.model, self.data.shape, self.data.classes, sparsity)
             if model is not None:
@@ -267,12 +265,13 @@ class _Seed:
 
     def _transfers(self, label: str, sparsity: float | None, control: str, key: str) -> list[str]:
         """Attack the control and try the images on the sparse network, and the other way round."""
-        keys = []
+        keys, network = [], Judged(data=self.data.hash, model=self.model)
         for attack in self.plan.transfer:
             if self._applies(attack, label, sparsity):
-                for inputs in self._attack_inputs(self._shared(self.model), attack):
-                    keys.append(self.work.add("transfer", {**inputs, "direction": "to sparse"}, control, key))
-                    keys.append(self.work.add("transfer", {**inputs, "direction": "to dense"}, key, control))
+                for inputs in self._attacks(network, attack):
+                    to_sparse = stages.Transfer(**vars(inputs), direction="to sparse")
+                    keys.append(self.work.add(to_sparse, control, key))
+                    keys.append(self.work.add(replace(to_sparse, direction="to dense"), key, control))
         return keys
 
     def _judge(
@@ -281,24 +280,24 @@ class _Seed:
         sparsity: float | None,
         kind: Kind,
         *tasks: str,
-        model: dict[str, Any] | None = None,
-        extra: dict[str, Any] | None = None,
+        model: Network | None = None,
+        activation: stages.Activation | None = None,
         surrogate: str | None = None,
     ) -> None:
         """Add everything that measures and attacks the network that the last task made, and its cell."""
-        shared = {**self._shared(model or self.model), **(extra or {})}
+        network = Judged(data=self.data.hash, model=model or self.model, activation=activation)
         made = [t for t in tasks if self.work.tasks[t].stage != "transfer"][-1]
         axis: Literal["weights", "activations"] = "activations" if kind == "activations" else "weights"
         for checkpoint in self.plan.checkpoints:
-            part = shared if checkpoint == "final" else {**shared, "checkpoint": checkpoint}
             label = at_checkpoint(method, checkpoint)
             removed = 0.0 if kind == "small dense" else sparsity
+            part = replace(network, checkpoint=checkpoint)
             keys = (*tasks, *self._judgements(part, label, sparsity, removed, made, surrogate))
             self.work.cells.append(Cell(self.seed, label, sparsity, axis, kind, checkpoint, keys))
 
     def _judgements(
         self,
-        shared: dict[str, Any],
+        network: Judged,
         method: str,
         sparsity: float | None,
         removed: float | None,
@@ -306,51 +305,51 @@ class _Seed:
         surrogate: str | None,
     ) -> list[str]:
         """Return the tasks that judge a network, of whose weights a share was `removed`."""
-        keys = [self.work.add("measure", shared, made)]
+        keys = [self.work.add(stages.Measure(**vars(network)), made)]
         for attack in self.plan.attacks:
             if self._applies(attack, method, sparsity) and not (attack.naive and surrogate is None):
-                packed = surrogate is None and goes_packed(self.plan.kernels, shared["model"], removed, attack)
-                extra = {"kernels": "packed"} if packed and self.work.device == "cpu" else {}
-                for inputs in self._attack_inputs({**shared, **extra}, attack):
+                packed = surrogate is None and goes_packed(self.plan.kernels, network.model.name, removed, attack)
+                for inputs in self._attacks(network, attack, packed=packed and self.work.device == "cpu"):
                     loans = [] if surrogate is None or attack.naive else [self._lend(inputs, surrogate)]
-                    keys += [*loans, self.work.add("attack", inputs, made, *loans)]
-        keys += [self.work.add(stage, {**shared, **inputs}, made) for stage, inputs in self._proofs(method, sparsity)]
+                    keys += [*loans, self.work.add(inputs, made, *loans)]
+        keys += [self.work.add(inputs, made) for inputs in self._proofs(network, method, sparsity)]
         if self.plan.deploy:
-            keys.append(self.work.add("deploy", {**shared, "images": min(256, self.data.test)}, made))
+            keys.append(self.work.add(stages.Deploy(**vars(network), images=min(256, self.data.test)), made))
         for shipped in self.plan.shipped:
             if self._applies(shipped, method, sparsity):
-                keys.append(self.work.add("ship", {**shared, **self._shipment(shipped)}, made))
+                keys.append(self.work.add(self._shipment(network, shipped), made))
         return keys
 
-    def _lend(self, inputs: dict[str, Any], surrogate: str) -> str:
+    def _lend(self, inputs: stages.Attack, surrogate: str) -> str:
         """Add the same attack on a surrogate, whose examples all networks of a seed are lent."""
-        own = ("activation", "checkpoint", "gallery")
-        return self.work.add("lend", {name: value for name, value in inputs.items() if name not in own}, surrogate)
+        return self.work.add(stages.Lend(**{f.name: vars(inputs)[f.name] for f in fields(stages.Lend)}), surrogate)
 
-    def _shipment(self, shipped: ShippedSettings) -> dict[str, Any]:
+    def _shipment(self, network: Judged, shipped: ShippedSettings) -> stages.Ship:
         """Return what a comparison of network and artefact depends on."""
-        judge, images = shipped.judge, min(shipped.images, self.data.test)
-        return {
-            "values": shipped.values,
-            "images": images,
-            "attack": {"name": judge.name, "norm": judge.norm, "eps": shipped.eps, **judge.settings()},
-            "decisions": shipped.decisions,
-            "certify": [
-                {"norm": one.norm, "method": one.method, "images": min(one.images, images)} for one in self.plan.certify
-            ],
-        }
+        images = min(shipped.images, self.data.test)
+        proofs = [stages.Proof(norm=c.norm, method=c.method, images=min(c.images, images)) for c in self.plan.certify]
+        return stages.Ship(
+            **vars(network),
+            values=shipped.values,
+            images=images,
+            attack=_adversary(shipped.judge, shipped.eps),
+            decisions=shipped.decisions,
+            certify=tuple(proofs),
+        )
 
-    def _proofs(self, method: str, sparsity: float | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield stage and inputs of every certificate, Lipschitz constant and exact distance of a cell."""
-        for certify in self.plan.certify:
-            if self._applies(certify, method, sparsity):
-                yield "certify", _asked(certify, self.data.test)
-        for lipschitz in self.plan.lipschitz:
-            if self._applies(lipschitz, method, sparsity):
-                yield "lipschitz", _asked(lipschitz, self.data.test)
-        for exact in self.plan.exact:
-            if self._included(exact.seeds) and (exact.sparsities is None or sparsity in exact.sparsities):
-                yield "exact", _asked(exact, self.data.test)
+    def _proofs(self, network: Judged, method: str, sparsity: float | None) -> Iterator[Inputs]:
+        """Yield every certificate, Lipschitz constant and exact distance of a cell."""
+        shared, most = vars(network), self.data.test
+        for c in self.plan.certify:
+            if self._applies(c, method, sparsity):
+                yield stages.Certify(**shared, images=min(c.images, most), norm=c.norm, method=c.method, eps=c.eps)
+        for one in self.plan.lipschitz:
+            if self._applies(one, method, sparsity):
+                images = min(one.images, most)
+                yield stages.Lipschitz(**shared, radius=one.radius, images=images, norm=one.norm, method=one.method)
+        for e in self.plan.exact:
+            if self._included(e.seeds) and (e.sparsities is None or sparsity in e.sparsities):
+                yield stages.Exact(**shared, images=min(e.images, most), norm=e.norm, seconds=e.seconds)
 
     def _applies(
         self,
@@ -362,40 +361,26 @@ class _Seed:
             return False
         return table.sparsities is None or sparsity == 0.0 or sparsity in table.sparsities
 
-    def _attack_inputs(self, shared: dict[str, Any], attack: AttackSettings) -> list[dict[str, Any]]:
+    def _attacks(self, network: Judged, attack: AttackSettings, *, packed: bool = False) -> list[stages.Attack]:
         """Return the inputs of one task for each budget and shard. Shards belong to the plan, never to the workers."""
         plan = self.plan
         images = min(attack.images, self.data.test if attack.split == "test" else self.data.valid)
-        naive = {"naive": True} if attack.naive else {}
         return [
-            {
-                **shared,
-                "attack": {"name": attack.name, "norm": attack.norm, "eps": eps, **attack.settings(), **naive},
-                "split": attack.split,
-                "start": start,
-                "stop": min(start + plan.shard, images),
-                "batch_size": plan.batch_size,
-                "gallery": plan.gallery if start == 0 and attack.split == "test" else 0,
-                "seed": self.seed,
-            }
+            stages.Attack(
+                **vars(network),
+                attack=_adversary(attack, eps),
+                split=attack.split,
+                start=start,
+                stop=min(start + plan.shard, images),
+                batch_size=plan.batch_size,
+                gallery=plan.gallery if start == 0 and attack.split == "test" else 0,
+                seed=self.seed,
+                kernels="packed" if packed else "torch",
+            )
             for eps in attack.eps or (None,)
             for start in range(0, images, plan.shard)
         ]
 
 
-def _asked(proof: CertifySettings | ExactSettings | LipschitzSettings, images: int) -> dict[str, Any]:
-    """Return what a proof depends on: everything but which cells it is for."""
-    options = {k: v for k, v in asdict(proof).items() if k not in ("seeds", "methods", "sparsities")}
-    return {**options, "images": min(proof.images, images)}
-
-
-def _method(pruning: PruningSettings | None) -> dict[str, Any] | None:
-    """Return what a pruning method depends on: everything but its name and the grid it is run at."""
-    if pruning is None:
-        return None
-    return _known({k: v for k, v in asdict(pruning).items() if k not in ("label", "sparsities", "seeds")})
-
-
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """Drop options that are not set, so that a new option leaves old keys as they were."""
-    return {name: value for name, value in options.items() if value is not None}
+def _adversary(attack: AttackSettings, eps: float | None) -> Adversary:
+    return Adversary(name=attack.name, norm=attack.norm, eps=eps, options=attack.settings(), naive=attack.naive)

@@ -11,28 +11,45 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import TERMINATED, StorageError, UserError, place, told
 from ...files import pack_tensors
+from ..stages._inputs import Inputs
 
 MAX_DEATHS = 3
 
 
+Asked = TypeVar("Asked", bound=Inputs, covariant=True)
+
+
 @dataclass(frozen=True)
-class Task:
-    """Name a pure function of its inputs; `key` is their hash, `parents` the keys whose tensors it reads."""
+class Task(Generic[Asked]):
+    """Name a pure function of its inputs; `parents` are the keys whose tensors it reads.
+
+    `code` holds the hash of a user's code by its name. `key` is the hash of all three.
+    """
 
     key: str
-    stage: str
-    inputs: dict[str, Any]
+    inputs: Asked
     parents: tuple[str, ...] = ()
+    code: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> str:
+        """The name of the function."""
+        return self.inputs.stage
+
+    def table(self) -> dict[str, Any]:
+        """Return everything that the result depends on, as records hold it."""
+        found = {**self.inputs.table(), "parents": list(self.parents), "code": dict(self.code)}
+        return {name: value for name, value in found.items() if value or name not in ("parents", "code")}
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,7 @@ class Done:
     memory, of which containers have little. `stops` says that storage failed, so that the study must end.
     """
 
-    task: Task
+    task: Task[Inputs]
     outcome: TaskOutcome | None
     error: str | None
     seconds: float
@@ -62,7 +79,8 @@ class Done:
     stops: bool = False
 
 
-Work = Callable[[Task], TaskOutcome]
+AnyTask = Task[Inputs]
+Work = Callable[[AnyTask], TaskOutcome]
 
 
 class Executor(Protocol):
@@ -71,14 +89,14 @@ class Executor(Protocol):
     @property
     def slots(self) -> int: ...
 
-    def submit(self, task: Task) -> None: ...
+    def submit(self, task: AnyTask) -> None: ...
 
     def wait(self) -> list[Done]: ...
 
     def close(self) -> None: ...
 
 
-def perform(work: Work, task: Task) -> Done:
+def perform(work: Work, task: AnyTask) -> Done:
     """Run one task on one thread and turn whatever it raises into an error text."""
     began = time.perf_counter()
     torch.set_num_threads(1)
@@ -108,9 +126,9 @@ class InProcess:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.slots = 1
-        self.queue: list[Task] = []
+        self.queue: list[AnyTask] = []
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: AnyTask) -> None:
         self.queue.append(task)
 
     def wait(self) -> list[Done]:
@@ -128,7 +146,7 @@ class InProcess:
 class _Worker:
     process: Any
     pipe: Connection
-    task: Task | None = None
+    task: AnyTask | None = None
 
 
 class Processes:
@@ -144,7 +162,7 @@ class Processes:
         self.workers: list[_Worker] = []
         self.deaths: dict[str, int] = {}
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: AnyTask) -> None:
         worker = next((w for w in self.workers if w.task is None), None) or self._start()
         worker.task = task
         # A worker that died while idle is found by wait(), which starts another.

@@ -19,9 +19,9 @@ from ... import __version__
 from ...data import Dataset
 from ...errors import UserError
 from ..stages._networks import Context, Factory
-from ._executors import MAX_DEATHS, Done, Task, TaskOutcome, perform
+from ._executors import MAX_DEATHS, AnyTask, Done, TaskOutcome, perform
 
-Stage = Callable[[Context, Task], TaskOutcome]
+Stage = Callable[[Context, AnyTask], TaskOutcome]
 # Parents' tensors that are kept in the object store, beside those of tasks under way; Ray spills to disk past its size.
 KEPT_PARENTS = 256
 # Tasks in the cluster per core (or GPU), so that a worker need not wait for the driver to write the last result.
@@ -45,7 +45,7 @@ class RayCluster:
         )
         self.shared = self.ray.put((stage, context.dataset, context.factory, context.device.split(":")[0]))
         self.parents: OrderedDict[str, Any] = OrderedDict()
-        self.pending: dict[Any, Task] = {}
+        self.pending: dict[Any, AnyTask] = {}
 
     @property
     def slots(self) -> int:
@@ -53,7 +53,7 @@ class RayCluster:
         units = self.ray.cluster_resources().get("GPU" if self.gpu else "CPU", 1)
         return max(1, int(units)) * QUEUED
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: AnyTask) -> None:
         parents = [self._parent(key) for key in task.parents]
         self.pending[self.perform.remote(task, _versions(), self.shared, *parents)] = task
 
@@ -93,7 +93,7 @@ class RayCluster:
 
 
 def _perform(
-    task: Task,
+    task: AnyTask,
     versions: tuple[str, str],
     shared: tuple[Stage, Dataset, Factory | None, str],
     *parents: dict[str, Tensor],

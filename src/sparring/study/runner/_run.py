@@ -18,8 +18,7 @@ from ...history import append_entry, read_history
 from ...records import Cell, PlanFile, Record, Store, read_plan, write_plan
 from ...units import percent
 from .._progress import refuse_another
-from ..plans._dry_run import rehearse
-from ..plans._estimate import estimate
+from ..plans._dry_run import estimate, rehearse
 from ..plans._plan import Plan
 from ..plans._task_graph import DEVICES, DataFacts, Work, lay_out
 from ..stages._networks import Context, Factory, fingerprint

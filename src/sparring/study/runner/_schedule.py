@@ -19,7 +19,7 @@ from ... import __version__
 from ...errors import StorageError
 from ...records import Record, Store
 from ...train import is_whole
-from ._executors import Done, Executor, Task
+from ._executors import AnyTask, Done, Executor
 
 # Tensors that a report reads are smaller, and are checked at every start; larger ones, weights, when they are needed.
 SMALL_OBJECT = 1 << 20
@@ -37,7 +37,7 @@ class Event:
     done: int
     cached: int
     failed: int
-    running: tuple[Task, ...]
+    running: tuple[AnyTask, ...]
     record: Record | None = None
     label: str = ""
     estimate: float | None = None
@@ -48,7 +48,7 @@ Watcher = Callable[[Event], None]
 
 
 def execute(
-    tasks: Iterable[Task],
+    tasks: Iterable[AnyTask],
     store: Store,
     executor: Executor,
     *,
@@ -56,7 +56,7 @@ def execute(
     watch: Watcher | None = None,
     labels: Mapping[str, str] = MappingProxyType({}),
     origins: Mapping[str, dict[str, Any]] = MappingProxyType({}),
-    foretell: Callable[[list[Task]], float | None] | None = None,
+    foretell: Callable[[list[AnyTask]], float | None] | None = None,
 ) -> list[Record]:
     """Run tasks (parents first) that the store lacks, and return all records in the tasks' order.
 
@@ -75,7 +75,7 @@ class _Scheduler:
 
     def __init__(
         self,
-        tasks: list[Task],
+        tasks: list[AnyTask],
         store: Store,
         executor: Executor,
         watch: Watcher | None,
@@ -85,7 +85,7 @@ class _Scheduler:
         self.order, self.store, self.executor, self.watch = tasks, store, executor, watch
         self.labels, self.origins = labels, origins
         self.records: dict[str, Record] = {}
-        self.running: dict[str, Task] = {}
+        self.running: dict[str, AnyTask] = {}
         self.children: defaultdict[str, list[int]] = defaultdict(list)  # places in the order, by parent's key
         self.unmet: dict[int, int] = {}  # how many parents a waiting task still lacks, by place
         self.ranks = _ranks(tasks)
@@ -108,7 +108,7 @@ class _Scheduler:
         self.cached = len(self.records)
         self.errors = sum(1 for record in self.records.values() if record.error)
 
-    def run(self, foretell: Callable[[list[Task]], float | None] | None) -> None:
+    def run(self, foretell: Callable[[list[AnyTask]], float | None] | None) -> None:
         self._line_up()
         missing = [task for task in self.order if task.key not in self.records]
         self._hand_out()  # before anything else: the workers need not wait for an estimate
@@ -145,7 +145,7 @@ class _Scheduler:
         record = Record(
             task.key,
             task.stage,
-            task.inputs,
+            task.table(),
             environment=environment(),
             times={"seconds": done.seconds},
             origin={**self.origins.get(task.key, {}), "weights": self._hashes(task.parents)},
@@ -198,7 +198,7 @@ class _Scheduler:
         )
 
 
-def _ranks(tasks: list[Task]) -> list[float]:
+def _ranks(tasks: list[AnyTask]) -> list[float]:
     """Say in which order tasks that are ready are handed out: the plan's, but a first task before its turn.
 
     One that waits for nothing (a dense training) goes where the one before it stands. Else the last seed's would start

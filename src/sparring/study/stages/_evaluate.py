@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +11,18 @@ from ... import attacks, deploy
 from ...data import as_float
 from ...errors import Unsupported, UserError
 from ...metrics import accuracy, distances, macs, robust_accuracy, size
-from ...sparsity import activity
-from ...threat import Threat, parse_norm
+from ...sparsity import ActivationSparsifier, activity
 from ...train import predict
-from ..plans._tables import attack_named
 from ..runner._executors import Task, TaskOutcome
-from ._networks import Context, chosen_images, chosen_places, network_of
+from ._inputs import Attack, Lend, Measure, Shard, Transfer
+from ._networks import Context, chosen_images, chosen_places, judged, network_of
 
 ACTIVITY_IMAGES = 1000
 # Of a packed network against the network itself, before attacks may go through it.
 LOGIT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-2
 
 
-def measure(context: Context, task: Task) -> TaskOutcome:
+def measure(context: Context, task: Task[Measure]) -> TaskOutcome:
     """Count a network and take its accuracies and natural activation sparsity."""
     data = context.dataset
     model = judged(context, task)
@@ -80,21 +77,21 @@ def measure(context: Context, task: Task) -> TaskOutcome:
     )
 
 
-def attack(context: Context, task: Task) -> TaskOutcome:
+def attack(context: Context, task: Task[Attack]) -> TaskOutcome:
     """Attack one shard of images; a second parent lends what was found on the dense control (`lend`)."""
     inputs = task.inputs
     model = judged(context, task)
     x, y = _images(context, inputs)
     loans = [found for loan in task.parents[1:] for _, found in sorted(context.tensors(loan).items())]
     lent = [found.to(context.device) for found in loans]
-    through, flags = _packed(model, x[:8]) if inputs.get("kernels") == "packed" else (None, [])
+    through, flags = _packed(model, x[:8]) if inputs.kernels == "packed" else (None, [])
     result = _run(model, x, y, inputs, {"dense control": lent}, through)
     metrics: dict[str, float | None] = {
         "forwards": result.forwards,
         "backwards": result.backwards,
         "success": float(result.success.double().mean()),
     }
-    if inputs["attack"]["eps"] is None:
+    if inputs.attack.eps is None:
         found = distances(result.distance, result.clean_correct)
         metrics |= {
             "mean_distance": found.mean,
@@ -111,50 +108,38 @@ def attack(context: Context, task: Task) -> TaskOutcome:
         "label": y,
         "images": _places(context, inputs),
     }
-    if inputs["gallery"]:
-        tensors["clean"] = x[: inputs["gallery"]]
-        tensors["perturbed"] = result.x_adv[: inputs["gallery"]].clone()
+    if inputs.gallery:
+        tensors["clean"] = x[: inputs.gallery]
+        tensors["perturbed"] = result.x_adv[: inputs.gallery].clone()
     flags += [{"name": flag.name, "detail": flag.detail} for flag in result.flags]
     return TaskOutcome(metrics, flags=flags, tensors=tensors)
 
 
-def lend(context: Context, task: Task) -> TaskOutcome:
+def lend(context: Context, task: Task[Lend]) -> TaskOutcome:
     """Attack one shard of images on a network that lends what is found to others: `loan0`, and so on."""
     inputs = task.inputs
-    x, y = _images(context, inputs)
-    attack, threat = _asked(inputs)
-    found = attacks.lend(
-        judged(context, task),
-        x,
-        y,
-        attack,
-        threat,
-        batch_size=inputs["batch_size"],
-        generator=_generator(inputs),
-    )
+    model, (x, y) = network_of(context, inputs, task.parents[0]).eval(), _images(context, inputs)
+    asked = inputs.attack
+    generator = _generator(inputs)
+    found = attacks.lend(model, x, y, asked.attack, asked.threat, batch_size=inputs.batch_size, generator=generator)
     return TaskOutcome({}, tensors={f"loan{place}": examples for place, examples in enumerate(found)})
 
 
-def transfer(context: Context, task: Task) -> TaskOutcome:
+def transfer(context: Context, task: Task[Transfer]) -> TaskOutcome:
     """Attack the first parent's network and try its adversarial images on the second's."""
     inputs = task.inputs
     source, target = (network_of(context, inputs, key).eval() for key in task.parents)
     images, y = _images(context, inputs)
     result = _run(source, images, y, inputs, {})
     with torch.no_grad():
-        right = torch.cat([target(part).argmax(1) for part in torch.split(images, inputs["batch_size"])]) == y
-        fooled = torch.cat([target(part).argmax(1) for part in torch.split(result.x_adv, inputs["batch_size"])]) != y
+        right = torch.cat([target(part).argmax(1) for part in torch.split(images, inputs.batch_size)]) == y
+        fooled = torch.cat([target(part).argmax(1) for part in torch.split(result.x_adv, inputs.batch_size)]) != y
     counted = right & result.success
     moved = float((fooled & counted).sum()) / max(1, int(counted.sum()))
     metrics: dict[str, float | None] = {"transferred": moved if bool(counted.any()) else None}
     metrics["robust_accuracy"] = robust_accuracy(right, fooled)
     tensors = {"success": fooled & counted, "clean_correct": counted, "label": y}
     return TaskOutcome(metrics, tensors=tensors | {"images": _places(context, inputs)})
-
-
-def judged(context: Context, task: Task) -> nn.Module:
-    """Build the network that a task judges: the first parent's, at the checkpoint that the task names."""
-    return network_of(context, task.inputs, task.parents[0], checkpoint=task.inputs.get("checkpoint", "final")).eval()
 
 
 def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[str, str]]]:
@@ -183,49 +168,41 @@ def _agree(model: nn.Module, through: nn.Module, x: Tensor) -> bool:
     return bool(error <= LOGIT_TOLERANCE) and bool(apart.median() <= GRADIENT_TOLERANCE)
 
 
-def _images(context: Context, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _images(context: Context, inputs: Shard) -> tuple[Tensor, Tensor]:
     """Return the images and labels of a task's shard, where its networks are."""
-    x, y = chosen_images(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
+    x, y = chosen_images(context.dataset, inputs.split, inputs.start, inputs.stop)
     return as_float(x).to(context.device), y.to(context.device)
 
 
-def _places(context: Context, inputs: dict[str, Any]) -> Tensor:
-    return chosen_places(context.dataset, inputs["split"], inputs["start"], inputs["stop"])
+def _places(context: Context, inputs: Shard) -> Tensor:
+    return chosen_places(context.dataset, inputs.split, inputs.start, inputs.stop)
 
 
 def _run(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    inputs: dict[str, Any],
+    inputs: Shard,
     lent: Mapping[str, Sequence[Tensor]],
     through: nn.Module | None = None,
 ) -> attacks.AttackResult:
-    if inputs["attack"].get("naive"):
+    if inputs.attack.naive:
         for module in model.modules():
-            if hasattr(module, "masks_gradients"):
-                module.masks_gradients = False  # type: ignore[assignment]
-    attack, threat = _asked(inputs)
+            if isinstance(module, ActivationSparsifier):
+                module.masks_gradients = False
     return attacks.run(
         model,
         x,
         y,
-        attack,
-        threat,
+        inputs.attack.attack,
+        inputs.attack.threat,
         surrogates={},
         lent=lent,
         through=through,
-        batch_size=inputs["batch_size"],
+        batch_size=inputs.batch_size,
         generator=_generator(inputs),
     )
 
 
-def _asked(inputs: dict[str, Any]) -> tuple[attacks.Attack, Threat]:
-    """Return the attack and the threat of a task."""
-    spec = {name: value for name, value in inputs["attack"].items() if name != "naive"}
-    name, norm, eps = spec.pop("name"), parse_norm(spec.pop("norm")), spec.pop("eps")
-    return functools.partial(attack_named(name), **spec), Threat(norm, eps)
-
-
-def _generator(inputs: dict[str, Any]) -> torch.Generator:
-    return torch.Generator().manual_seed(1_000_003 * inputs["seed"] + inputs["start"])
+def _generator(inputs: Shard) -> torch.Generator:
+    return torch.Generator().manual_seed(1_000_003 * inputs.seed + inputs.start)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...facts import ATTACKS, MODELS, NEVER, OWN_ATTACK
 from ..plans._tables import AttackSettings
 
 
-def goes_packed(kernels: str, model: dict[str, Any], sparsity: float | None, attack: AttackSettings) -> bool:
+def goes_packed(kernels: str, model: str, sparsity: float | None, attack: AttackSettings) -> bool:
     """Say whether an attack on a network of a plan's sparsity goes through its packed form.
 
     `kernels` is the plan's: "torch" never, "packed" always, "auto" by this rule, which knows the plan and nothing of
@@ -16,7 +14,7 @@ def goes_packed(kernels: str, model: dict[str, Any], sparsity: float | None, att
     """
     if kernels != "auto":
         return kernels == "packed"
-    if sparsity is None or model["name"] not in MODELS:
+    if sparsity is None or model not in MODELS:
         return False
     # Attacks compute fully connected networks by hand, which leaves less to gain.
-    return sparsity >= ATTACKS.get(attack.name, OWN_ATTACK).kernels.get(MODELS[model["name"]].layers, NEVER)
+    return sparsity >= ATTACKS.get(attack.name, OWN_ATTACK).kernels.get(MODELS[model].layers, NEVER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from ... import attacks, bounds
 from ...data import Split, as_float
 from ...errors import UserError
 from ...threat import L2, LINF, Threat
+from ..plans._tables import LinearPaths
 from ..runner._executors import Task, TaskOutcome
+from ._inputs import Linear
 from ._networks import Context
 
 Point = dict[str, Any]
@@ -35,20 +38,21 @@ class _Images:
     y: Tensor
 
 
-def classify_group(context: Context, task: Task) -> TaskOutcome:
+def classify_group(context: Context, task: Task[Linear]) -> TaskOutcome:
     """Train a loss's penalty paths on some of the classes, prune the one that validation accuracy chose, judge all.
 
     Every classifier is an entry of the series "points"; one of which an identity of the theorem, or an attack's place
     above the closed form, does not hold raises a flag. The metrics are those of the dense classifier that was pruned.
     """
-    inputs, data = task.inputs, context.dataset
-    train = _group(data.train, inputs["classes"], inputs["train_images"])
-    valid, test = (_group(split, inputs["classes"], inputs["images"]) for split in (data.valid, data.test))
-    strength, classifiers = _trained(train, valid, inputs)
+    paths, data = task.inputs.paths, context.dataset
+    classes = paths.classes or ()
+    train = _group(data.train, classes, paths.train_images)
+    valid, test = (_group(split, classes, paths.images) for split in (data.valid, data.test))
+    strength, classifiers = _trained(train, valid, paths)
     points: list[Point] = []
     flags: list[dict[str, str]] = []
     for one in classifiers:
-        point = {"path": one.path, "step": one.step, **_judge(one.model, test, valid, inputs["eps"])}
+        point = {"path": one.path, "step": one.step, **_judge(one.model, test, valid, paths.eps)}
         flags += [
             {"name": "theory-mismatch", "detail": f"{text} ({one.path}, {one.step:g})"} for text in mismatches(point)
         ]
@@ -67,25 +71,28 @@ class _Classifier:
     model: nn.Sequential
 
 
-def _group(split: Split, classes: list[int], most: int) -> _Images:
+def _group(split: Split, classes: Sequence[int], most: int) -> _Images:
     """Return the first images of some classes, in the split's order mixed once, numbered from 0."""
     chosen = torch.isin(split.y, torch.tensor(classes)).nonzero().flatten()
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:most]]
     y = torch.searchsorted(torch.tensor(classes), split.y[chosen])
     if torch.unique(y).tolist() != list(range(len(classes))):
-        raise UserError(f"some of the classes {classes} have no images in a split; take more images or other classes")
+        raise UserError(
+            f"some of the classes {list(classes)} have no images in a split; take more images or other classes"
+        )
     return _Images(as_float(split.x[chosen]), y)
 
 
-def _trained(train: _Images, valid: _Images, inputs: dict[str, Any]) -> tuple[float, list[_Classifier]]:
+def _trained(train: _Images, valid: _Images, paths: LinearPaths) -> tuple[float, list[_Classifier]]:
     """Return the strength of the l_2 penalty that validation accuracy chose, and every classifier of every path."""
-    loss, tolerance = inputs["loss"], inputs["tolerance"]
+    loss, tolerance = paths.loss, paths.tolerance
+    grids = {"l2": list(paths.l2), "l1": list(paths.l1)}
     found = [
         _Classifier(penalty, strength, model)
-        for penalty in ("l2", "l1")
+        for penalty, grid in grids.items()
         for strength, model in zip(
-            inputs[penalty],
-            bounds.linear_path(train.x, train.y, inputs[penalty], loss=loss, penalty=penalty, tolerance=tolerance),
+            grid,
+            bounds.linear_path(train.x, train.y, grid, loss=loss, penalty=penalty, tolerance=tolerance),
             strict=True,
         )
     ]
@@ -94,13 +101,13 @@ def _trained(train: _Images, valid: _Images, inputs: dict[str, Any]) -> tuple[fl
     pruned = bounds.linear_pruned(
         train.x,
         train.y,
-        inputs["magnitude"],
+        paths.magnitude,
         dense=dense.model,
         loss=loss,
         strength=dense.step,
         tolerance=tolerance,
     )
-    found += [_Classifier("magnitude", *pair) for pair in zip(inputs["magnitude"], pruned, strict=True)]
+    found += [_Classifier("magnitude", *pair) for pair in zip(paths.magnitude, pruned, strict=True)]
     return dense.step, found
 
 
@@ -109,7 +116,7 @@ def _accuracy(model: nn.Module, images: _Images) -> float:
         return float((model(images.x).argmax(1) == images.y).double().mean())
 
 
-def _judge(model: nn.Module, test: _Images, valid: _Images, eps: list[float]) -> Point:
+def _judge(model: nn.Module, test: _Images, valid: _Images, eps: Sequence[float]) -> Point:
     """Return everything that is known of one classifier, exactly and by attack; budgets are keyed by their text."""
     linear = bounds.weights_of(model, tuple(test.x.shape[1:]))
     boxed, unboxed = [(LINF, True), (L2, True)], [(LINF, False), (L2, False)]
@@ -128,7 +135,7 @@ def _judge(model: nn.Module, test: _Images, valid: _Images, eps: list[float]) ->
     }
 
 
-def _summary(name: str, distances: list[Tensor], eps: list[float]) -> Point:
+def _summary(name: str, distances: list[Tensor], eps: Sequence[float]) -> Point:
     """Return r_inf at every budget and r_2 from exact distances (N,), first in l_inf, then in l_2."""
     shares = {f"{e:g}": float((distances[0] > e).double().mean()) for e in eps}
     return {f"r_inf_{name}": shares, f"r_2_{name}": _mean(distances[1])}
@@ -140,7 +147,9 @@ def _mean(distance: Tensor) -> float:
     return float(finite.double().mean()) if len(finite) else 0.0
 
 
-def _attacked(model: nn.Module, linear: bounds.LinearMap, images: _Images, eps: list[float], exact: Tensor) -> Point:
+def _attacked(
+    model: nn.Module, linear: bounds.LinearMap, images: _Images, eps: Sequence[float], exact: Tensor
+) -> Point:
     """Return accuracy under FGSM, and of DeepFool and `nearest` the mean distance and how far below the exact one.
 
     An attack is held against the exact distance where the classifier, multiplied out in float64, is fooled too: in
@@ -164,7 +173,7 @@ def _run(model: nn.Module, images: _Images, attack: attacks.Attack, threat: Thre
     return attacks.run(model, images.x, images.y, attack, threat, generator=generator)
 
 
-def _theorem(linear: bounds.LinearMap, images: _Images, eps: list[float]) -> Point:
+def _theorem(linear: bounds.LinearMap, images: _Images, eps: Sequence[float]) -> Point:
     found = bounds.theorem(linear, images.x, images.y, eps[0])
     markov = {f"{e:g}": found.markov * eps[0] / e for e in eps}
     names = ("l1", "l2", "nonzero", "numerator", "by_means", "balanced", "r_2")

@@ -1,28 +1,32 @@
-"""Build the networks that stages work on, from a task's inputs and its parents' tensors."""
+"""Build the networks that stages work on, and find the width at which one has a wanted number of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...data import Dataset, as_float
-from ...errors import UnknownNameError, UserError
+from ...errors import PlanError, UnknownNameError, UserError
 from ...files import sha256_bytes
 from ...models import build, load_weights_
 from ...modes import eval_mode
 from ...outputs import opened
 from ...sparsity import ACTIVATIONS, insert
+from ..runner._executors import Task
+from ._inputs import Activation, Inputs, Judged, Network
 
 Factory = Callable[..., nn.Module]
 # How a network's tensors are named in an object: the final weights, those of the best epoch, and the masks.
 WEIGHTS, BEST, MASK = "model/", "best/", "mask/"
 # An activation "method" that trains with a penalty and puts no module in.
 PENALTY = "l1-penalty"
+# Below this many units in a layer a small dense network is no fair control (design.md, section 6, trap 7).
+NARROWEST = 8
+WIDEST = 64.0
 
 
 @dataclass(frozen=True)
@@ -39,26 +43,31 @@ class Context:
     factory: Factory | None = None
 
 
-def network(context: Context, inputs: dict[str, Any]) -> nn.Module:
-    """Build the network that a task's inputs describe, freshly initialised from their seed."""
-    data, options = context.dataset, dict(inputs["model"])
-    name = options.pop("name")
-    widths = options.pop("widths", None)
+def network(context: Context, asked: Network, seed: int = 0) -> nn.Module:
+    """Build a network, freshly initialised from a seed."""
+    data = context.dataset
     if context.factory is not None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(inputs.get("seed", 0))
+            torch.manual_seed(seed)
             return context.factory().to(context.device)
-    model = build(
-        name,
-        shape=tuple(data.train.x.shape[1:]),
-        classes=data.classes,
-        mean=data.mean,
-        std=data.std,
-        seed=inputs.get("seed", 0),
-        widths=None if widths is None else tuple(widths),
-        **options,
+    shape = tuple(data.train.x.shape[1:])
+    return _built(asked, shape, data.classes, data.mean, data.std, seed).to(context.device)
+
+
+def _built(
+    asked: Network, shape: tuple[int, ...], classes: int, mean: tuple[float, ...], std: tuple[float, ...], seed: int
+) -> nn.Module:
+    return build(
+        asked.name,
+        shape=shape,
+        classes=classes,
+        mean=mean,
+        std=std,
+        seed=seed,
+        width=asked.width,
+        widths=asked.widths,
+        depth=asked.depth,
     )
-    return model.to(context.device)
 
 
 def fingerprint(factory: Factory) -> str:
@@ -73,14 +82,15 @@ def fingerprint(factory: Factory) -> str:
     return sha256_bytes(b"\0".join(parts))
 
 
-def network_of(context: Context, inputs: dict[str, Any], key: str, *, checkpoint: str = "final") -> nn.Module:
+def network_of(
+    context: Context, inputs: Inputs, key: str, *, activation: Activation | None = None, checkpoint: str = "final"
+) -> nn.Module:
     """Build a network with the weights that the task `key` left, with its activation-sparsity modules.
 
     Its modules are in the modes in which it was built: a frozen one stays frozen when the network is trained further.
     """
-    model = network(context, inputs)
-    activation = inputs.get("activation")
-    if activation is not None and activation["kind"] != PENALTY and activation.get("test", True):
+    model = network(context, inputs.model, inputs.initial_seed)
+    if activation is not None and activation.kind != PENALTY and activation.test:
         model = with_activation(model, activation)
     tensors = context.tensors(key)
     prefix = BEST if checkpoint == "best" and any(name.startswith(BEST) for name in tensors) else WEIGHTS
@@ -88,12 +98,19 @@ def network_of(context: Context, inputs: dict[str, Any], key: str, *, checkpoint
     return model
 
 
-def with_activation(model: nn.Module, activation: dict[str, Any]) -> nn.Module:
+def judged(context: Context, task: Task[Judged]) -> nn.Module:
+    """Build the network that a task judges: the first parent's."""
+    inputs = task.inputs
+    return network_of(
+        context, inputs, task.parents[0], activation=inputs.activation, checkpoint=inputs.checkpoint
+    ).eval()
+
+
+def with_activation(model: nn.Module, activation: Activation) -> nn.Module:
     """Return a copy of a model with an activation-sparsity module in the place of every ReLU."""
-    kind, level = activation["kind"], activation["level"]
-    if kind not in ACTIVATIONS:
-        raise UnknownNameError("activation sparsity", kind, [*ACTIVATIONS, PENALTY])
-    return insert(model, lambda: ACTIVATIONS[kind](level))
+    if activation.kind not in ACTIVATIONS:
+        raise UnknownNameError("activation sparsity", activation.kind, [*ACTIVATIONS, PENALTY])
+    return insert(model, lambda: ACTIVATIONS[activation.kind](activation.level))
 
 
 def chosen_images(dataset: Dataset, split: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -127,3 +144,50 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
             f"the model returns {logits.shape[1]} numbers an image, but {dataset.name} has {dataset.classes} classes: "
             "do model and data belong together?"
         )
+
+
+# -- controls of equal size --------------------------------------------------------------------------------------------
+
+
+def narrowed(model: Network, shape: tuple[int, ...], classes: int, sparsity: float) -> Network | None:
+    """Return a narrower model with as many weights as this one keeps at a sparsity, or None below 8."""
+    wanted = round((1 - sparsity) * _weights(model, shape, classes)[0])
+    width = _search(model, shape, classes, wanted, 1e-3, 1.0)
+    found = _scaled(model, width)
+    return found if _weights(found, shape, classes)[1] >= NARROWEST else None
+
+
+def widened(model: Network, shape: tuple[int, ...], classes: int, sparsity: float) -> Network:
+    """Return a wider model that keeps, at a sparsity, as many weights as this one has in all."""
+    wanted = round(_weights(model, shape, classes)[0] / (1 - sparsity))
+    return _scaled(model, _search(model, shape, classes, wanted, 1.0, WIDEST))
+
+
+def _search(model: Network, shape: tuple[int, ...], classes: int, wanted: int, low: float, high: float) -> float:
+    """Return the width, between low and high, whose number of weights is nearest to what is wanted."""
+
+    def count(width: float) -> int:
+        return _weights(_scaled(model, width), shape, classes)[0]
+
+    if ":" in model.name or model.name == "linear":
+        raise PlanError(f"model '{model.name}' has no width, so it has no control of equal size; drop that control")
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if count(middle) < wanted else (low, middle)
+    nearer = low if abs(count(low) - wanted) < abs(count(high) - wanted) else high
+    return round(nearer, 6)
+
+
+def _scaled(model: Network, width: float) -> Network:
+    if model.name == "mlp":
+        return replace(model, widths=tuple(max(1, round(w * width)) for w in model.widths or (300, 100)))
+    return replace(model, width=(1.0 if model.width is None else model.width) * width)
+
+
+def _weights(model: Network, shape: tuple[int, ...], classes: int) -> tuple[int, int]:
+    """Count a model's weights and its narrowest hidden layer, without allocating them."""
+    ones = (1.0,) * shape[0]
+    with torch.device("meta"):
+        built = _built(model, shape, classes, ones, ones, 0)
+    layers = [m.weight for m in built.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return sum(w.numel() for w in layers), min((w.shape[0] for w in layers[:-1]), default=0)

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import attacks, bounds, deploy
+from ... import bounds, deploy
 from ...data import as_float
 from ...errors import Unsupported
 from ...outputs import opened
 from ...proofs import refuse_refuted
-from ...threat import Threat, parse_norm
-from ..plans._tables import attack_named
+from ...threat import parse_norm
 from ..runner._executors import Task, TaskOutcome
-from ._evaluate import judged
-from ._networks import Context, chosen_images, chosen_places
+from ._inputs import Adversary, Deploy, Ship
+from ._networks import Context, chosen_images, chosen_places, judged
 
 LATENCY_ROUNDS = 200
 LOGIT_TOLERANCE = 1e-4
 
 
-def pack(context: Context, task: Task) -> TaskOutcome:
+def pack(context: Context, task: Task[Deploy]) -> TaskOutcome:
     """Export a network as users ship it and hold the artefact against it: bytes, logits, predictions, time."""
     inputs = task.inputs
     model = judged(context, task).cpu()
-    x = as_float(context.dataset.test.x[: inputs["images"]])
+    x = as_float(context.dataset.test.x[: inputs.images])
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = deploy.export(model, Path(folder) / "packed.sparring", shape=tuple(x.shape[1:]), images=x[:8])
@@ -64,17 +61,19 @@ def _latency(answer: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return statistics.median(times)
 
 
-def ship(context: Context, task: Task) -> TaskOutcome:
+def ship(context: Context, task: Task[Ship]) -> TaskOutcome:
     """Attack and certify the artefact of a network beside the network itself, its values rounded as `values` says."""
     inputs = task.inputs
     model = judged(context, task).cpu()
-    x, y = chosen_images(context.dataset, "test", 0, inputs["images"])
+    x, y = chosen_images(context.dataset, "test", 0, inputs.images)
     images = as_float(x)
     try:
-        packed = deploy.pack(model, shape=tuple(images.shape[1:]), images=images, values=inputs["values"])
+        packed = deploy.pack(model, shape=tuple(images.shape[1:]), images=images, values=inputs.values)
     except Unsupported as reason:
         return _without(reason)
-    found = deploy.ship_report(model, packed, images, y, *_asked(inputs["attack"]), decisions=inputs["decisions"])
+    found = deploy.ship_report(
+        model, packed, images, y, inputs.attack.attack, inputs.attack.threat, decisions=inputs.decisions
+    )
     metrics: dict[str, float | None] = {
         "accuracy_model": found.accuracy_model,
         "accuracy_packed": found.accuracy_packed,
@@ -86,34 +85,27 @@ def ship(context: Context, task: Task) -> TaskOutcome:
         "robust_decision": found.robust_decision,
     }
     tensors = {"stands_model": found.stands_model, "stands_packed": found.stands_packed, "label": y}
-    tensors["images"] = chosen_places(context.dataset, "test", 0, inputs["images"])
+    tensors["images"] = chosen_places(context.dataset, "test", 0, inputs.images)
     flags = []
-    for proof in inputs["certify"]:
-        norm, method = proof["norm"], proof["method"]
-        few = images[: proof["images"]], y[: proof["images"]]
+    for proof in inputs.certify:
+        norm, method = proof.norm, proof.method
+        few = images[: proof.images], y[: proof.images]
         for name, network in (("model", model), ("packed", deploy.Equivalent(packed.program))):
             try:
                 radius = bounds.radius(network, *few, parse_norm(norm), method=method)
             except Unsupported as reason:
                 flags.append({"name": "no-certificate", "detail": str(reason)})
                 break
-            _refuse_refuted(radius, tensors[f"stands_{name}"], norm, inputs["attack"])
+            _refuse_refuted(radius, tensors[f"stands_{name}"], norm, inputs.attack)
             tensors[f"radius_{name}_{norm}_{method}"] = radius
             metrics[f"radius_{name}_{norm}_{method}"] = float(radius.mean())
     return TaskOutcome(metrics, flags=flags, tensors=tensors)
 
 
-def _asked(table: dict[str, Any]) -> tuple[attacks.Attack, Threat]:
-    """Return the attack and the threat of a table (name, norm, eps and the attack's own options)."""
-    options = dict(table)
-    name, norm, eps = (options.pop(key) for key in ("name", "norm", "eps"))
-    return functools.partial(attack_named(name), **options), Threat(parse_norm(norm), eps)
-
-
-def _refuse_refuted(radius: Tensor, stands: Tensor, norm: str, attack: dict[str, Any]) -> None:
+def _refuse_refuted(radius: Tensor, stands: Tensor, norm: str, attack: Adversary) -> None:
     """Hold certificates against the attack, where that has the same norm and a budget; see `refuse_refuted`."""
-    if attack["norm"] == norm and attack["eps"] is not None:
-        reached = torch.where(stands[: len(radius)], torch.inf, attack["eps"])
+    if attack.norm == norm and attack.eps is not None:
+        reached = torch.where(stands[: len(radius)], torch.inf, attack.eps)
         refuse_refuted(radius, reached, norm=norm)
 
 

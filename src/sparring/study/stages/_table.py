@@ -7,7 +7,7 @@ from typing import Any
 
 from ...facts import ATTACKS, OWN_ATTACK
 from ...sparsity import ACTIVATIONS
-from ..runner._executors import Task, TaskOutcome
+from ..runner._executors import AnyTask, TaskOutcome
 from ._certify import certify, constants, distances
 from ._evaluate import attack, lend, measure, transfer
 from ._linear import classify_group
@@ -15,7 +15,7 @@ from ._networks import Context
 from ._ship import pack, ship
 from ._train import activate, choose, prune, train
 
-STAGES: dict[str, Callable[[Context, Task], TaskOutcome]] = {
+STAGES: dict[str, Callable[[Context, Any], TaskOutcome]] = {
     "train": train,
     "prune": prune,
     "activate": activate,
@@ -64,6 +64,6 @@ def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     ]
 
 
-def perform_stage(context: Context, task: Task) -> TaskOutcome:
+def perform_stage(context: Context, task: AnyTask) -> TaskOutcome:
     """Run one task."""
     return STAGES[task.stage](context, task)

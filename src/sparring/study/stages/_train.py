@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from ...models import load_weights_
 from ...outputs import opened
 from ...sparsity import (
     Pruner,
-    PruningSpec,
     all_ones,
     build_pruner,
     calibrate_,
@@ -28,7 +27,9 @@ from ...sparsity import (
 )
 from ...threat import parse_norm
 from ...train import Loss, Ramped, Recipe, adversarial, cross_entropy, fit, predict, trades
+from ..plans._tables import TrainingSettings
 from ..runner._executors import Task, TaskOutcome
+from ._inputs import Activate, Choose, Given, Prune, Train, WeightsFile
 from ._networks import BEST, MASK, PENALTY, WEIGHTS, Context, network, network_of, with_activation
 
 # The fine-tuning of every network of one seed sees the same order of images, so pairs differ in their masks alone.
@@ -38,12 +39,13 @@ CALIBRATION_IMAGES = 500
 SCORING_IMAGES, SCORING_STEPS = 500, 10
 
 
-def train(context: Context, task: Task) -> TaskOutcome:
+def train(context: Context, task: Task[Train] | Task[Given]) -> TaskOutcome:
     """Train a dense network from scratch, or take the weights that the plan names."""
-    if "weights" in task.inputs:
-        return _given(context, task)
-    model = network(context, task.inputs)
-    outcome = _fitted(context, task, model, seed=task.inputs["seed"])
+    inputs = task.inputs
+    model = network(context, inputs.model, inputs.initial_seed)
+    if isinstance(inputs, Given):
+        return _given(context, inputs.weights, model)
+    outcome = _fitted(context, task.key, model, inputs.recipe, inputs.training, seed=inputs.seed)
     refuse_constant(model, context.dataset.valid)
     return outcome
 
@@ -59,78 +61,98 @@ def refuse_constant(model: nn.Module, valid: Split) -> None:
         )
 
 
-def _given(context: Context, task: Task) -> TaskOutcome:
-    file, expected = task.inputs["weights"]["file"], task.inputs["weights"]["sha256"]
-    if sha256_file(file) != expected:
-        raise UserError(f"{file} changed while the study ran; run it again")
-    model = network(context, task.inputs)
-    load_weights_(model, {k: v for k, v in load_tensors(file).items() if not k.startswith("sparring/")})
+def _given(context: Context, weights: WeightsFile, model: nn.Module) -> TaskOutcome:
+    if sha256_file(weights.file) != weights.sha256:
+        raise UserError(f"{weights.file} changed while the study ran; run it again")
+    tensors = load_tensors(weights.file)
+    load_weights_(model, {k: v for k, v in tensors.items() if not k.startswith("sparring/")})
+    return _as_it_is(context, model)
+
+
+def _as_it_is(context: Context, model: nn.Module) -> TaskOutcome:
     valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
     return TaskOutcome({"accuracy_valid": valid}, tensors=_weights(model))
 
 
-def prune(context: Context, task: Task) -> TaskOutcome:
+def prune(context: Context, task: Task[Prune]) -> TaskOutcome:
     """Prune and fine-tune the parent's network; without a method this is the dense control."""
-    model = network_of(context, task.inputs, task.parents[0])
-    spec = task.inputs["pruning"]
-    pruner = None if spec is None else build_pruner(PruningSpec(**spec), task.inputs["sparsity"])
-    return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], pruner=pruner)
+    inputs = task.inputs
+    model = network_of(context, inputs, task.parents[0])
+    pruner = None if inputs.pruning is None else build_pruner(inputs.pruning, inputs.sparsity)
+    target = inputs.sparsity if inputs.pruning is None else inputs.pruning.layers or inputs.sparsity
+    return _fitted(
+        context,
+        task.key,
+        model,
+        inputs.recipe,
+        inputs.training,
+        seed=FINETUNE_SEED + inputs.seed,
+        pruner=pruner,
+        target=target,
+    )
 
 
-def activate(context: Context, task: Task) -> TaskOutcome:
+def activate(context: Context, task: Task[Activate]) -> TaskOutcome:
     """Make the parent's activations sparse; with a recipe, fine-tune it so."""
-    activation = dict(task.inputs["activation"])
-    bare = {name: value for name, value in task.inputs.items() if name != "activation"}
-    plain = network_of(context, bare, task.parents[0])
+    inputs, activation = task.inputs, task.inputs.activation
+    plain = network_of(context, inputs, task.parents[0])
     model, images = plain, as_float(context.dataset.valid.x[:CALIBRATION_IMAGES]).to(context.device)
-    if activation["kind"] != PENALTY:
+    if activation.kind != PENALTY:
         model = with_activation(plain, activation)
         calibrate_(model, images)
-    if task.inputs["recipe"] is None:
-        valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
-        return TaskOutcome({"accuracy_valid": valid}, tensors=_weights(model))
-    penalty = activation["level"] if activation["kind"] == PENALTY else None
+    if inputs.recipe is None:
+        return _as_it_is(context, model)
 
     def finish(trained: nn.Module) -> nn.Module:
         """Take the modules out again where they are for training alone; else their levels are those of the end."""
         if trained is plain:
             return plain
-        if activation.get("test", True):
+        if activation.test:
             calibrate_(trained, images)
             return trained
         names, learned = set(plain.state_dict()), trained.state_dict()
         load_weights_(plain, {name: value for name, value in learned.items() if name in names})
         return plain
 
-    return _fitted(context, task, model, seed=FINETUNE_SEED + task.inputs["seed"], penalty=penalty, finish=finish)
+    return _fitted(
+        context,
+        task.key,
+        model,
+        inputs.recipe,
+        inputs.training,
+        seed=FINETUNE_SEED + inputs.seed,
+        penalty=activation.level if activation.kind == PENALTY else None,
+        finish=finish,
+    )
 
 
-def choose(context: Context, task: Task) -> TaskOutcome:
+def choose(context: Context, task: Task[Choose]) -> TaskOutcome:
     """Take the parent that is best on the validation split (the first of equals), tensors and all."""
     scores = [_validation_score(context, task.inputs, key) for key in task.parents]
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
-    decay = task.inputs["decays"][best]
-    metrics: dict[str, float | None] = {"accuracy_valid": scores[best], "weight_decay": decay}
+    metrics: dict[str, float | None] = {"accuracy_valid": scores[best], "weight_decay": task.inputs.decays[best]}
     return TaskOutcome(metrics, {"accuracy_valid": scores}, tensors=context.tensors(task.parents[best]))
 
 
-def _validation_score(context: Context, inputs: dict[str, Any], key: str) -> float:
+def _validation_score(context: Context, inputs: Choose, key: str) -> float:
     valid = context.dataset.valid
     return accuracy(predict(network_of(context, inputs, key), valid.x), valid.y)
 
 
 def _fitted(
     context: Context,
-    task: Task,
+    key: str,
     model: nn.Module,
+    recipe: Recipe,
+    training: TrainingSettings,
     *,
     seed: int,
     pruner: Pruner | None = None,
+    target: float | Mapping[str, float] | None = None,
     penalty: float | None = None,
     finish: Callable[[nn.Module], nn.Module] = lambda trained: trained,
 ) -> TaskOutcome:
-    data, training = context.dataset, task.inputs["training"]
-    recipe = Recipe(**task.inputs["recipe"])
+    data = context.dataset
     result = fit(
         model,
         data.train.x,
@@ -140,8 +162,8 @@ def _fitted(
         loss=ramped_loss(training) if penalty is None else with_activation_penalty(training_loss(training), penalty),
         masks={} if pruner is None else all_ones(model),
         pruner=pruner,
-        score=None if training["loss"] == "standard" else lambda m: robust_score(m, data.valid, training),
-        checkpoint=context.scratch / f"{task.key}.safetensors" if context.scratch and recipe.epochs > 1 else None,
+        score=None if training.loss == "standard" else lambda m: robust_score(m, data.valid, training),
+        checkpoint=context.scratch / f"{key}.safetensors" if context.scratch and recipe.epochs > 1 else None,
     )
     model = finish(model)
     metrics: dict[str, float | None] = {
@@ -150,7 +172,7 @@ def _fitted(
     }
     if pruner is not None:
         _assert_masked(model, result.masks)
-        check_reached(pruner, result.masks, task.inputs["pruning"].get("layers") or task.inputs["sparsity"])
+        check_reached(pruner, result.masks, target)
         metrics["sparsity"] = sparsity_of(result.masks)
     if result.best_epoch is not None:
         metrics["best_epoch"] = result.best_epoch
@@ -176,31 +198,31 @@ def _assert_masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
             raise UserError(f"masked weights of '{name}' are not zero: the pruner changed weights after its masks")
 
 
-def robust_score(model: nn.Module, valid: Split, training: dict[str, Any]) -> float:
+def robust_score(model: nn.Module, valid: Split, training: TrainingSettings) -> float:
     """Return the share of validation images that stand under a short PGD: what chooses the best epoch."""
     place = next(model.parameters()).device
     x, y = as_float(valid.x[:SCORING_IMAGES]).to(place), valid.y[:SCORING_IMAGES].to(place)
     generator = torch.Generator().manual_seed(0)
-    norm = parse_norm(training["norm"])
+    norm = parse_norm(training.norm)
     model = opened(model, x)
-    x_adv = pgd(model, x, y, norm=norm, eps=training["eps"], steps=SCORING_STEPS, generator=generator)
+    x_adv = pgd(model, x, y, norm=norm, eps=training.eps, steps=SCORING_STEPS, generator=generator)
     with torch.no_grad():
         return accuracy(model(x_adv), y)
 
 
-def training_loss(training: dict[str, Any]) -> Loss:
+def training_loss(training: TrainingSettings) -> Loss:
     """Return the loss that a plan's [training] table names, with the whole eps."""
-    if training["loss"] == "standard":
+    if training.loss == "standard":
         return cross_entropy
-    norm = parse_norm(training["norm"])
-    if training["loss"] == "pgd-at":
-        return adversarial(eps=training["eps"], norm=norm, steps=training["steps"])
-    return trades(eps=training["eps"], norm=norm, steps=training["steps"], beta=training["beta"])
+    norm = parse_norm(training.norm)
+    if training.loss == "pgd-at":
+        return adversarial(eps=training.eps, norm=norm, steps=training.steps)
+    return trades(eps=training.eps, norm=norm, steps=training.steps, beta=training.beta)
 
 
-def ramped_loss(training: dict[str, Any]) -> Loss | Ramped:
+def ramped_loss(training: TrainingSettings) -> Loss | Ramped:
     """Return the loss of a [training] table, whose eps grows to its value if the table has a `ramp`."""
-    ramp = training.get("ramp")
-    if ramp is None:
+    if training.ramp is None:
         return training_loss(training)
-    return Ramped(lambda share: training_loss({**training, "eps": training["eps"] * min(1.0, share / ramp)}))
+    ramp, eps = training.ramp, training.eps
+    return Ramped(lambda share: training_loss(replace(training, eps=eps * min(1.0, share / ramp))))

@@ -1,0 +1,281 @@
+"""What the result of each stage depends on, and nothing else: frozen values, whose table is recorded and hashed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from ...attacks import Attack as AttackFunction
+from ...records import Checkpoint
+from ...sparsity import PruningSpec
+from ...threat import Threat, parse_norm
+from ...train import Recipe
+from ..plans._tables import LinearPaths, NetworkSettings, TrainingSettings, attack_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Hold inputs or a part of them, under the names that keys and records have."""
+
+    spread: ClassVar[str] = ""  # a field whose own table's entries stand in place of it
+
+    def table(self) -> dict[str, Any]:
+        """Return plain nested values; a field at its default is left out, so that a new one leaves old keys alone."""
+        found = {f.name: _plain(value) for f in dataclasses.fields(self) if (value := vars(self)[f.name]) != f.default}
+        spread: dict[str, Any] = found.pop(self.spread, {})
+        return {**found, **spread}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Part):
+        return value.table()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain({name: item for name, item in dataclasses.asdict(value).items() if item is not None})
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Part):
+    """Name a model and its size."""
+
+    name: str
+    width: float | None = None
+    widths: tuple[int, ...] | None = None
+    depth: int | None = None
+
+    @classmethod
+    def of(cls, table: NetworkSettings) -> Network:
+        """Return the network of a plan's table."""
+        return cls(name=table.name, width=table.width, widths=table.widths, depth=table.depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation(Part):
+    """Name the module in the place of every ReLU; without `test` it is there in training alone."""
+
+    kind: str
+    level: float
+    test: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversary(Part):
+    """Name an attack and its options; `naive`: without the straight-through pass and transfer that BPDA adds."""
+
+    spread = "options"
+    name: str
+    norm: str
+    eps: float | None
+    options: Mapping[str, Any]
+    naive: bool = False
+
+    @property
+    def attack(self) -> AttackFunction:
+        """The attack with its options."""
+        return functools.partial(attack_named(self.name), **self.options)
+
+    @property
+    def threat(self) -> Threat:
+        """The norm and the budget."""
+        return Threat(parse_norm(self.norm), self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile(Part):
+    """Name a file of weights and its content."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof(Part):
+    """Name a certificate of some images."""
+
+    norm: str
+    method: str
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Part):
+    """Say of which data (a hash) and which model a task is: the inputs of every stage."""
+
+    stage: ClassVar[str]
+    data: str
+    model: Network
+
+    @property
+    def initial_seed(self) -> int:
+        """The seed from which the model is initialised, also where it is given weights after that."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeded(Inputs):
+    """Inputs with a seed."""
+
+    seed: int
+
+    @property
+    def initial_seed(self) -> int:
+        """The seed from which the model is initialised."""
+        return self.seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Inputs):
+    """Say which of the parent's networks is judged: with which activations, at which checkpoint."""
+
+    activation: Activation | None = None
+    checkpoint: Checkpoint = "final"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard(Seeded):
+    """Say which images of a split are attacked, and how."""
+
+    attack: Adversary
+    split: Literal["test", "valid"]
+    start: int
+    stop: int
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Inputs):
+    """Take a user's weights for the dense network's."""
+
+    stage = "train"
+    weights: WeightsFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Seeded):
+    """Train a dense network."""
+
+    stage = "train"
+    recipe: Recipe
+    training: TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Train):
+    """Prune and fine-tune the parent's network; without `pruning` it is the dense control.
+
+    `best`, for networks trained under attack, says what the best epoch is chosen among: once it was of any sparsity.
+    """
+
+    stage = "prune"
+    pruning: PruningSpec | None
+    sparsity: float | None
+    best: Literal["as sparse as the last"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activate(Seeded):
+    """Make the parent's activations sparse; with a recipe, fine-tune it so."""
+
+    stage = "activate"
+    activation: Activation
+    recipe: Recipe | None
+    training: TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choose(Inputs):
+    """Choose among parents that were trained with these weight decays."""
+
+    stage = "choose"
+    decays: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure(Judged):
+    """Count a network and take its accuracies."""
+
+    stage = "measure"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Shard, Judged):
+    """Attack a shard through torch or packed kernels, and keep the first `gallery` images."""
+
+    stage = "attack"
+    gallery: int
+    kernels: Literal["torch", "packed"] = "torch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lend(Shard):
+    """Attack a shard on a network that lends what is found to others."""
+
+    stage = "lend"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(Attack):
+    """Attack the first parent's network and try the images on the second's."""
+
+    stage = "transfer"
+    direction: Literal["to sparse", "to dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certify(Judged, Proof):
+    """Compute certified radii, and certified accuracy at each eps."""
+
+    stage = "certify"
+    eps: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lipschitz(Judged, Proof):
+    """Take margins and local Lipschitz constants over balls of `radius`."""
+
+    stage = "lipschitz"
+    radius: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact(Judged):
+    """Find exact distances within `seconds` an image."""
+
+    stage = "exact"
+    images: int
+    norm: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deploy(Judged):
+    """Hold the artefact against the network on some images."""
+
+    stage = "deploy"
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ship(Judged):
+    """Attack and certify the artefact beside the network; `decisions` are HopSkipJump's steps."""
+
+    stage = "ship"
+    values: Literal["fp32", "fp16", "int8"]
+    images: int
+    attack: Adversary
+    decisions: int
+    certify: tuple[Proof, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Inputs):
+    """Train one loss's paths on a group of classes, `paths.classes`."""
+
+    stage = "linear"
+    spread = "paths"
+    paths: LinearPaths
