@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparring import data
 from sparring.data._places import SYSTEM_ROOTS
-from sparring.data._splits import balanced_order
+from sparring.data._types import balanced_order
 from sparring.errors import DataError, UnknownNameError
 
 

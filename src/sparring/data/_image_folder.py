@@ -16,8 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError, DataWarning, UserError
 from ..files import read_bounded, safe_members
-from ._splits import balanced_order, hold_out
-from ._types import Dataset, Split, from_splits
+from ._types import Dataset, Split, balanced_order, from_splits, hold_out
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 PARTS = ("train", "valid", "test")

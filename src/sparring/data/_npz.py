@@ -13,8 +13,7 @@ import torch
 
 from ..errors import DataError, DataWarning, UserError
 from ..files import safe_members
-from ._splits import hold_out
-from ._types import Dataset, Split, check_split, from_splits
+from ._types import Dataset, Split, check_split, from_splits, hold_out
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NEEDED = ("x_train", "y_train", "x_test", "y_test")

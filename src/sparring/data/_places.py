@@ -9,7 +9,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -17,6 +17,8 @@ from typing import NamedTuple
 from ..errors import DataError, UserError
 from ..files import read_bounded, safe_members
 
+# Unlike Path's these return False as well for a name that is too long or a folder that may not be read.
+is_file, is_folder = os.path.isfile, os.path.isdir
 SYSTEM_ROOTS = (Path("/usr/share/datasets"),)
 MOST = 256 << 20  # bytes of one file or archive, packed and unpacked: half as much again as the largest known
 
@@ -71,26 +73,7 @@ def roots(root: Path | str | None) -> list[Path]:
 
 def expand(path: Path | str) -> Path:
     """Return a path with "~" replaced by the home folder, if there is one."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # no such user, or a container's user without a home
-        return Path(path)
-
-
-def is_file(path: Path) -> bool:
-    """Return whether there is a file; False as well for a name that is too long or a folder that may not be read."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Return whether there is a folder; False as well for a name that is too long or one that may not be read."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
+    return Path(os.path.expanduser(path))  # noqa: PTH111 -- Path's raises where a container's user has no home
 
 
 def locate(source: Source, places: list[Path]) -> list[Path] | None:
@@ -107,8 +90,7 @@ def locate(source: Source, places: list[Path]) -> list[Path] | None:
 
 
 def _plain_or_packed(path: Path) -> Path | None:
-    candidates = (path, path.with_name(path.name + ".gz"))
-    return next((candidate for candidate in candidates if is_file(candidate)), None)
+    return next(filter(is_file, (path, path.with_name(path.name + ".gz"))), None)
 
 
 def missing(source: Source, places: list[Path]) -> DataError:
@@ -149,12 +131,8 @@ def unpack(path: Path) -> bytes:
 def _from_archive(source: Source, path: Path) -> list[Content]:
     names = {file.name for file in source.files}
     try:
-        members: Iterator[tuple[str, bytes]] = safe_members(
-            path, wanted=lambda name: PurePosixPath(name).name in names, max_bytes=MOST
-        )
+        members = safe_members(path, wanted=lambda name: PurePosixPath(name).name in names, max_bytes=MOST)
         found = {PurePosixPath(name).name: data for name, data in members}
-    except DataError:
-        raise
     except UserError as error:
         raise DataError(str(error)) from error
     for file in source.files:

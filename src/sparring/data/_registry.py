@@ -11,12 +11,10 @@ from typing import NamedTuple
 from ..errors import DataError, DataWarning, UnknownNameError, UserError, told
 from ..files import safe_name
 from ..plugins import import_object
-from ._cifar10 import CIFAR10, cifar10
 from ._download import Progress
 from ._download import download as fetch
-from ._embedded import digits, mnist_5k
-from ._idx import FASHION_MNIST, MNIST, fashion_mnist, mnist
 from ._image_folder import load_images
+from ._known_sets import CIFAR10, FASHION_MNIST, MNIST, cifar10, digits, fashion_mnist, mnist, mnist_5k
 from ._npz import load_arrays
 from ._places import Content, Find, Source, expand, is_file, is_folder, locate, missing, read, roots
 from ._types import Dataset
@@ -119,15 +117,11 @@ def _label(path: Path) -> str:
 def available(root: Path | str | None = None) -> list[Available]:
     """Return the data sets that can be loaded here without a download, and where they lie; nothing is read."""
     places = roots(root)
-    by_name = {source.name: source for source in SOURCES}
-    found = []
-    for name in DATASETS:
-        paths = locate(by_name[name], places) if name in by_name else []
-        if paths is not None:
-            found.append(Available(name, str(paths[0].parent) if paths else ""))
-    for place in places:
-        for path in sorted(place.glob("*")):
-            if is_folder(path / "train") or (is_file(path) and path.name.endswith((".zip", ".npz"))):
-                with contextlib.suppress(UserError):  # its name could not be written into an output folder
-                    found.append(Available(_label(path), str(path)))
+    paths = {source.name: locate(source, places) for source in SOURCES}
+    found = [Available(name, "") for name in DATASETS if name not in paths]
+    found += [Available(name, str(files[0].parent)) for name, files in paths.items() if files]
+    for path in (path for place in places for path in sorted(place.glob("*"))):
+        if is_folder(path / "train") or (is_file(path) and path.name.endswith((".zip", ".npz"))):
+            with contextlib.suppress(UserError):  # its name could not be written into an output folder
+                found.append(Available(_label(path), str(path)))
     return found

@@ -16,8 +16,7 @@ from PIL import Image
 
 from sparring import data
 from sparring.data import _registry as registry
-from sparring.data._cifar10 import CIFAR10, RECORD, RECORDS
-from sparring.data._idx import FASHION_MNIST, MNIST
+from sparring.data._known_sets import CIFAR10, FASHION_MNIST, MNIST, RECORD, RECORDS
 from sparring.data._places import SYSTEM_ROOTS, File, Find, Source
 from sparring.errors import DataError, DataWarning
 
