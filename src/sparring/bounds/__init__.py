@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from ._summary import Summary, summary
-from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
-from .exact_distances._exact import Exact, exact
-from .linear_models._closed_form import (
+from ._linear_closed_form import (
     LinearMap,
     Theorem,
     linear_distance,
@@ -16,9 +13,12 @@ from .linear_models._closed_form import (
     theorem,
     weights_of,
 )
-from .linear_models._scikit import linear_path, linear_pruned
-from .lipschitz_constants._lipschitz import LIPSCHITZ, lipschitz
-from .lipschitz_constants._random_masks import MaskedPoint, margin_ratios, random_mask_bounds
+from ._linear_scikit import linear_path, linear_pruned
+from ._lipschitz import LIPSCHITZ, lipschitz
+from ._random_masks import MaskedPoint, margin_ratios, random_mask_bounds
+from ._summary import Summary, summary
+from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
+from .exact_distances._exact import Exact, exact
 
 __all__ = [
     "BOUNDS",

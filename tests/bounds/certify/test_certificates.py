@@ -11,7 +11,7 @@ from sparring.bounds import BOUNDS, certified_accuracy, margin, radius
 from sparring.bounds._network import prepare
 from sparring.bounds._region import region
 from sparring.bounds.certify._crown import bound_nodes, lower_bound
-from sparring.bounds.certify._intervals import Interval
+from sparring.bounds.certify._relaxations import Interval
 from sparring.errors import UnknownNameError, Unsupported, UserError
 from sparring.threat import Threat, distance
 

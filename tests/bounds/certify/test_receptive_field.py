@@ -13,8 +13,7 @@ from sparring.bounds._region import region
 from sparring.bounds.certify import _crown as crown
 from sparring.bounds.certify import _receptive_field as windows
 from sparring.bounds.certify._crown import bound_nodes
-from sparring.bounds.certify._intervals import Interval
-from sparring.bounds.certify._relaxations import WindowLines, relax
+from sparring.bounds.certify._relaxations import Interval, WindowLines, relax
 from sparring.graph import MaxPool
 from sparring.models import Normalise
 from sparring.threat import L1, L2, LINF

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.bounds.certify._root_finding import Bracket
+from sparring.bounds.certify._certificates import Bracket
 
 ROOTS = torch.logspace(-6, 0, 200, dtype=torch.float64)
 # Margins of eps and of where they fall to zero: straight, bent either way, with a kink, a cliff, noise of rounding.

@@ -12,7 +12,6 @@ from sparring.bounds import BOUNDS
 from sparring.bounds._network import margin_rows, prepare
 from sparring.bounds._region import region
 from sparring.bounds.certify import _crown as crown
-from sparring.bounds.certify import _intervals as intervals
 from sparring.bounds.certify import _relaxations as relaxations
 
 from ..random_networks import double, hostile_points, network
@@ -50,7 +49,7 @@ def _violated(seed: int, norm: float, methods: tuple[str, ...]) -> bool:
     return beaten or any(_outside(v, b) for bounds in nodes for v, b in zip(values, bounds, strict=True))
 
 
-def _outside(value: torch.Tensor, bound: intervals.Interval) -> bool:
+def _outside(value: torch.Tensor, bound: relaxations.Interval) -> bool:
     lower, upper = bound.lower.flatten(1) - 1e-9, bound.upper.flatten(1) + 1e-9
     return bool(((value < lower) | (value > upper)).any())
 
@@ -58,7 +57,7 @@ def _outside(value: torch.Tensor, bound: intervals.Interval) -> bool:
 def _node_values(graph, points: torch.Tensor) -> list[torch.Tensor]:
     values = [points]
     for node in graph.nodes[1:]:
-        values.append(intervals.evaluate(node.op, *(values[i] for i in node.inputs)))
+        values.append(relaxations.evaluate(node.op, *(values[i] for i in node.inputs)))
     return values
 
 
@@ -72,24 +71,21 @@ def test_alpha_optimised_bounds_are_not_beaten() -> None:
 
 def _relu_chord_through_the_origin(bounds):
     lines = _relu(bounds)
-    return relaxations.Lines(
-        lines.low_slope, lines.low_shift, lines.high_slope, torch.zeros_like(lines.high_shift), lines.free
-    )
+    return lines._replace(high_shift=torch.zeros_like(lines.high_shift))
 
 
 def _relu_lower_slope_too_steep(bounds):
     lines = _relu(bounds)
-    shift = torch.where(lines.free, 0.1 * bounds.upper, 0)
-    return relaxations.Lines(lines.low_slope, shift, lines.high_slope, lines.high_shift, lines.free)
+    return lines._replace(low_shift=torch.where(lines.free, 0.1 * bounds.upper, 0))
 
 
 def _pool_of_the_largest_upper_bound(op, bounds):
-    swapped = intervals.Interval(bounds.lower, (bounds.lower + bounds.upper) / 2)
+    swapped = relaxations.Interval(bounds.lower, (bounds.lower + bounds.upper) / 2)
     return _max_pool(op, swapped)
 
 
 _relu, _max_pool = relaxations._relu, relaxations._max_pool
-_adjoint, _offset, _squared = crown.adjoint, crown.offset, intervals._squared
+_adjoint, _offset, _squared = crown.adjoint, crown.offset, relaxations._squared
 
 
 def _no_bias(op, shape):
@@ -102,11 +98,11 @@ def _shifted_convolution(op, a, shape):
 
 
 def _forgotten_scale(op):
-    return op if isinstance(op, intervals.Affine | intervals.Flatten) else _squared(op)
+    return op if isinstance(op, relaxations.Affine | relaxations.Flatten) else _squared(op)
 
 
 def _first_input_only(op, *inputs):
-    return inputs[0] if isinstance(op, intervals.Add) else _propagate(op, *inputs)
+    return inputs[0] if isinstance(op, relaxations.Add) else _propagate(op, *inputs)
 
 
 _propagate = crown.propagate
@@ -117,7 +113,7 @@ BUGS = {
     "max pooling over half the interval": (relaxations, "_max_pool", _pool_of_the_largest_upper_bound),
     "biases are dropped": (crown, "offset", _no_bias),
     "a convolution's adjoint is off by one": (crown, "adjoint", _shifted_convolution),
-    "the normalisation's scale is forgotten": (intervals, "_squared", _forgotten_scale),
+    "the normalisation's scale is forgotten": (relaxations, "_squared", _forgotten_scale),
     "a residual branch is dropped": (crown, "propagate", _first_input_only),
 }
 

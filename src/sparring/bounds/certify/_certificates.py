@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +16,9 @@ from ...graph import Graph, Linear
 from ...threat import Threat, distance, dual
 from ...waiting import courteous
 from .._network import compacted, margin_rows, prepare
-from .._parallel import over_slices, slices
 from .._region import Region, check_pixels, region
 from ._crown import bound_nodes, lower_bound
-from ._intervals import Interval
-from ._relaxations import Lines
-from ._root_finding import Bracket
+from ._relaxations import Interval, Lines
 
 Bound = Callable[[Graph, Region, Tensor], Tensor]
 _CHUNK = 2**22  # coefficients of the margins that one image batch may need at once: 32 MB of float64
@@ -38,13 +38,8 @@ def _interval(graph: Graph, region: Region, rows: Tensor) -> Tensor:
     return _rounded_down(value.squeeze(2) + added, bounds)
 
 
-def _crown(graph: Graph, region: Region, rows: Tensor) -> Tensor:
-    bounds, relaxed = bound_nodes(graph, region, backward=True)
-    return _rounded_down(lower_bound(graph, len(graph.nodes) - 1, rows, region, relaxed, refine=True), bounds)
-
-
-def _crown_interval(graph: Graph, region: Region, rows: Tensor) -> Tensor:
-    bounds, relaxed = bound_nodes(graph, region, backward=False)
+def _crown(graph: Graph, region: Region, rows: Tensor, *, backward: bool = True) -> Tensor:
+    bounds, relaxed = bound_nodes(graph, region, backward=backward)
     return _rounded_down(lower_bound(graph, len(graph.nodes) - 1, rows, region, relaxed, refine=True), bounds)
 
 
@@ -82,7 +77,7 @@ def _rounded_down(value: Tensor, bounds: list[Interval]) -> Tensor:
 
 BOUNDS: dict[str, Bound] = {
     "interval": _interval,
-    "crown-interval": _crown_interval,
+    "crown-interval": partial(_crown, backward=False),
     "crown": _crown,
     "alpha-crown": _alpha_crown,
 }
@@ -168,3 +163,103 @@ def _linearised(graph: Graph, x: Tensor, y: Tensor, norm: float) -> Tensor:
 def certified_accuracy(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: str = "crown") -> float:
     """Return the share of images whose label provably survives every perturbation of the threat."""
     return float((margin(model, x, y, threat, method=method).amin(1) > 0).double().mean())
+
+
+# Guesses keep this share of the tolerance away from both ends: a guess that was right then closes its other side.
+_ASIDE = 0.4
+# And the margin of one end counts at most so many times the other's, so that a cliff cannot make guesses crawl.
+_STEEPEST = 200.0
+# Below this eps nobody asks for more digits.
+_SMALLEST = 1e-9
+
+
+@dataclass
+class Bracket:
+    """Between which eps each image's margin falls to zero: certified at `low`, not certified at `high`.
+
+    All have shape (N,), float64. above, below: the margins at both ends, or less of them (see `narrow_`); rose: +1
+    where `low` moved last, −1 where `high` did. slope: how fast the margin falls at eps 0.
+    """
+
+    low: Tensor
+    high: Tensor
+    above: Tensor
+    below: Tensor
+    rose: Tensor
+    slope: Tensor
+    limit: float
+    tolerance: float
+
+    @classmethod
+    def above_zero(cls, margin: Tensor, slope: Tensor, limit: float, tolerance: float) -> Bracket:
+        """Begin at eps 0 with margins > 0 and how fast they fall there, (N,); no eps beyond the limit is asked for."""
+        zero, inf = torch.zeros_like(margin), torch.full_like(margin, torch.inf)
+        return cls(zero, inf, margin.clone(), -inf, zero.clone(), slope, limit, tolerance)
+
+    def open_images(self) -> Tensor:
+        """Return the numbers of the images whose ends are still farther apart than the tolerance, relative to high."""
+        wide = (self.high - self.low > self.tolerance * self.high) & (self.high > _SMALLEST)
+        return torch.where(torch.isfinite(self.high), wide, self.low < self.limit).nonzero().squeeze(1)
+
+    def narrow_(self, rows: Tensor, eps: Tensor, margin: Tensor) -> Tensor:
+        """Learn the margins of some images at eps, and return what to try for them next, (len(rows),).
+
+        Regula falsi with the Illinois rule (Dowell & Jarratt 1971): an end that stays twice counts with half its
+        margin, so that the other side is tried. Bounds loosen as balls widen: in place of the line through both ends
+        comes the parabola that falls at 0 as the margin does. Until an end above is known, the line through the last
+        two margins is followed, to at most four times low.
+        """
+        low, high, above, below, rose = (v[rows] for v in (self.low, self.high, self.above, self.below, self.rose))
+        certified = margin > 0
+        fall = (above - margin) / (eps - low)
+        onward = torch.where(fall > 0, eps + margin / fall, torch.inf) * (1 + _ASIDE * self.tolerance)
+        above = torch.where(certified, margin, torch.where(rose < 0, above / 2, above))
+        below = torch.where(certified, torch.where(rose > 0, below / 2, below), margin)
+        ended = torch.isfinite(high) | ~certified
+        below = torch.where(ended, below.nan_to_num(-torch.inf).clamp_max(-1e-300).maximum(-_STEEPEST * above), below)
+        above = above.minimum(-_STEEPEST * below)
+        low, high = torch.where(certified, eps, low), torch.where(certified, high, eps)
+        self.low[rows], self.high[rows], self.above[rows], self.below[rows] = low, high, above, below
+        self.rose[rows] = torch.where(certified, 1.0, -1.0).to(rose.dtype)
+        aside = torch.minimum(_ASIDE * self.tolerance * high, (high - low) / 2)
+        between = _between(low, high, above, below, self.slope[rows])
+        between = torch.minimum(torch.maximum(between, low + aside), high - aside)
+        onward = torch.minimum(torch.maximum(onward, 1.05 * low), 4 * low).clamp_max(self.limit)
+        return torch.where(torch.isfinite(high), between, onward)
+
+
+def _between(low: Tensor, high: Tensor, above: Tensor, below: Tensor, slope: Tensor) -> Tensor:
+    """Return where the parabola through both ends that falls as `slope` at 0 is zero, or the line if that bends up."""
+    apart = high - low
+    bend = (above - below - slope * apart) / (apart * (apart + 2 * low))
+    steep = slope + 2 * bend * low
+    curved = low + 2 * above / (steep + (steep**2 + 4 * bend * above).sqrt())
+    return torch.where((bend > 0) & torch.isfinite(bend), curved, low + apart * above / (above - below))
+
+
+def slices(count: int, at_most: int) -> list[slice]:
+    """Cut `count` images into pieces of `at_most`, or smaller ones where that gives every thread one."""
+    step = max(1, min(at_most, -(-count // torch.get_num_threads())))
+    return [slice(i, i + step) for i in range(0, count, step)]
+
+
+def over_slices(work: Callable[[slice], Tensor], pieces: Sequence[slice]) -> Tensor:
+    """Return the results of all pieces in a row, without gradients.
+
+    The products of a network on a few images are too small to be shared out among threads; whole images are not.
+    """
+    threads = min(torch.get_num_threads(), len(pieces))
+
+    def alone(piece: slice) -> Tensor:
+        with torch.no_grad():  # the switch is each thread's own
+            return work(piece)
+
+    if threads == 1:
+        return torch.cat([alone(piece) for piece in pieces])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # new threads begin with this
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return torch.cat(list(pool.map(alone, pieces)))
+    finally:
+        torch.set_num_threads(before)

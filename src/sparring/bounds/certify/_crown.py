@@ -11,9 +11,8 @@ from torch import Tensor
 from ...graph import Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, SparseActivation
 from .._network import LinearOp, adjoint, offset
 from .._region import Region
-from ._intervals import Interval, first_layers, propagate
 from ._receptive_field import windows
-from ._relaxations import Relaxation, relax
+from ._relaxations import Interval, Relaxation, first_layers, propagate, relax
 
 _LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
 _NONLINEAR = (ReLU, MaxPool, SparseActivation)
@@ -131,7 +130,7 @@ def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: 
     network, parts = seen.network(), []
     for start in range(len(known.lower)):  # the windows of one image alone are many
         image = slice(start, start + 1)
-        lines = {i: seen.relaxation(r[image], i) for i, r in relaxed.items()}
+        lines = {i: seen.relaxation(r.of(image), i) for i, r in relaxed.items()}
         here = seen.interval(Interval(known.lower[image], known.upper[image]))
         parts.append(seen.whole(_refined(network, index, here, seen.region(region[image]), lines, pooled)))
     return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
@@ -146,7 +145,7 @@ def _refined(
     for images, units in _groups(open_, max(1, _CHUNK // width)):
         here = region[images]
         rows = lower.new_zeros(*units.shape, lower.shape[1]).scatter_(2, units[..., None], 1.0)
-        lines = {i: r[images] for i, r in relaxed.items()}
+        lines = {i: r.of(images) for i, r in relaxed.items()}
         low, high = _both_bounds(graph, index, rows.view(*units.shape, *known.lower.shape[1:]), here, lines)
         lower[images] = lower[images].scatter(1, units, torch.maximum(lower[images].gather(1, units), low))
         upper[images] = upper[images].scatter(1, units, torch.minimum(upper[images].gather(1, units), high))

@@ -5,7 +5,6 @@ The neurons of one place share a window. Cut down to it, the network is small, a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from ...graph import Affine, AvgPool, Conv2d, Graph, Input, MaxPool, Node, ReLU
 from .._region import Region
-from ._intervals import Interval
-from ._relaxations import Lines, Relaxation, WindowLines, pool_windows, tile_of
+from ._relaxations import Interval, Lines, Relaxation, WindowLines, pool_windows, tile_of
 
 _WORTH = 0.5  # share of the network's values in a window up to which cutting pays
 
@@ -45,7 +43,7 @@ class Windows:
     def relaxation(self, lines: Relaxation, index: int) -> Relaxation:
         """Return the linear bounds of a nonlinear node within every window."""
         if isinstance(lines, Lines):
-            return Lines(*(self._cut(getattr(lines, field.name), index) for field in dataclasses.fields(lines)))
+            return Lines(*(self._cut(value, index) for value in lines))
         op, shape = self.graph.nodes[index].op, (lines.shape[0], *self.sizes[index - 1])
         assert isinstance(op, MaxPool)
         best, slopes, shift = (

@@ -1,22 +1,88 @@
-"""Linear bounds of nonlinear operations over given input intervals."""
+"""What one operation does to bounds: intervals (Gowal et al. 2018), and lines for nonlinear ones over an interval.
+
+Activation-sparsity modules have rules by their `kind`; those without a sound one are refused with the reason.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import Unsupported
-from ...graph import MaxPool, Op, ReLU, SparseActivation, evaluate
-from ._activation_sparsity import activation_lines, relu_lines
-from ._intervals import Interval
+from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, Op, ReLU, SparseActivation, evaluate
+from ...threat import L2, LINF
+from .._region import Region
 
 
-@dataclass(frozen=True, eq=False)
-class Lines:
+class Interval(NamedTuple):
+    """Elementwise bounds of a node's output, both of shape (N, ...)."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+def propagate(op: Op, *inputs: Interval) -> Interval:
+    """Return bounds of an operation's output from bounds of its inputs."""
+    lower, upper = inputs[0]
+    match op:
+        case Linear() | Conv2d():
+            centre = evaluate(op, (upper + lower) / 2)
+            half = evaluate(replace(op, weight=op.weight.abs(), bias=None), (upper - lower) / 2)
+            return Interval(centre - half, centre + half)
+        case Affine():
+            one, two = evaluate(op, lower), evaluate(op, upper)
+            return Interval(torch.minimum(one, two), torch.maximum(one, two))
+        case ReLU() | MaxPool() | AvgPool() | Flatten():  # all monotone
+            return Interval(evaluate(op, lower), evaluate(op, upper))
+        case Add():
+            return Interval(lower + inputs[1].lower, upper + inputs[1].upper)
+        case SparseActivation():
+            return Interval(*_activation_interval(op, lower, upper))
+    raise Unsupported(f"an operation of type {type(op).__name__} has no interval rule")
+
+
+def first_layers(graph: Graph, region: Region) -> dict[int, Interval]:
+    """Return the bounds of the nodes up to the first layer of weights, which are attained one neuron at a time.
+
+    They use the ball itself and not only the box around it; l_1 has no such rule and gets only the input.
+    """
+    bounds = {0: Interval(region.lower, region.upper)}
+    if region.norm not in (L2, LINF):
+        return bounds
+    single = {0}  # nodes whose values each come from one pixel
+    squares, centres = {0: torch.ones_like(region.x[:1])}, {0: region.x}
+    for index, node in enumerate(graph.nodes):
+        op, source = node.op, node.inputs[0] if node.inputs else 0
+        if not isinstance(op, Affine | Flatten | Linear | Conv2d) or source not in single:
+            continue
+        box = bounds[index] = propagate(op, bounds[source])
+        if isinstance(op, Affine | Flatten):
+            single.add(index)
+        if region.norm == L2:
+            squares[index], centres[index] = evaluate(_squared(op), squares[source]), evaluate(op, centres[source])
+            half = region.eps.view(-1, *[1] * (centres[index].dim() - 1)) * squares[index].sqrt()
+            low, high = centres[index] - half, centres[index] + half
+            bounds[index] = Interval(torch.maximum(box.lower, low), torch.minimum(box.upper, high))
+    return bounds
+
+
+def _squared(op: Affine | Flatten | Linear | Conv2d) -> Op:
+    """Return the operation that maps squared l_2 reaches, of inputs that share no pixel, to squared reaches."""
+    match op:
+        case Affine():
+            return replace(op, scale=op.scale.square(), shift=torch.zeros_like(op.shift))
+        case Flatten():
+            return op
+        case _:
+            return replace(op, weight=op.weight.square(), bias=None)
+
+
+class Lines(NamedTuple):
     """Elementwise low_slope·z + low_shift ≤ f(z) ≤ high_slope·z + high_shift; `free` marks unstable ReLUs.
 
     Below an unstable ReLU any slope in [0, 1] through the origin is valid: alpha optimisation chooses it.
@@ -28,9 +94,9 @@ class Lines:
     high_shift: Tensor
     free: Tensor
 
-    def __getitem__(self, images: slice) -> Lines:
+    def of(self, images: slice) -> Lines:
         """Return the bounds of some of the images."""
-        return Lines(*(getattr(self, field.name)[images] for field in fields(self)))
+        return Lines(*(value[images] for value in self))
 
     def pull(self, a: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
         """Bound a·f(z), a of shape (N, K, ...), from below by b·z + c: return b (N, K, ...) and c (N, K)."""
@@ -57,7 +123,7 @@ class WindowLines:
     shape: tuple[int, ...]
     tile: tuple[int, int] | None = None
 
-    def __getitem__(self, images: slice) -> WindowLines:
+    def of(self, images: slice) -> WindowLines:
         """Return the bounds of some of the images."""
         return replace(self, best=self.best[images], slopes=self.slopes[images], shift=self.shift[images])
 
@@ -108,13 +174,12 @@ def relax(op: Op, bounds: Interval) -> Relaxation:
         case MaxPool():
             return _max_pool(op, bounds)
         case SparseActivation():
-            return Lines(*activation_lines(op, *bounds), torch.zeros_like(bounds.lower, dtype=torch.bool))
+            return Lines(*_activation_lines(op, *bounds), torch.zeros_like(bounds.lower, dtype=torch.bool))
     raise Unsupported(f"an operation of type {type(op).__name__} has no linear relaxation")
 
 
 def _relu(bounds: Interval) -> Lines:
-    unstable = (bounds.lower < 0) & (bounds.upper > 0)
-    return Lines(*relu_lines(*bounds), unstable)
+    return Lines(*_relu_lines(*bounds), free=(bounds.lower < 0) & (bounds.upper > 0))
 
 
 def _max_pool(op: MaxPool, bounds: Interval) -> WindowLines:
@@ -162,3 +227,87 @@ def pool_windows(op: MaxPool, shape: tuple[int, ...]) -> Tensor:
     pixel = torch.where((rows < 0) | (columns < 0), -1, rows * width + columns).reshape(out_height * out_width, -1)
     every = torch.arange(channels)[:, None, None] * height * width + pixel
     return torch.where(pixel < 0, channels * height * width, every).flatten(0, 1)
+
+
+_Four = tuple[Tensor, Tensor, Tensor, Tensor]  # low slope, low shift, high slope and high shift
+
+
+def _activation_interval(op: SparseActivation, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bounds of an activation-sparsity module's output from those of its input.
+
+    Raise Unsupported for kinds without a sound rule (random ones, and those this package does not know).
+    """
+    if getattr(op.module, "nondecreasing", False):
+        return op.module(lower), op.module(upper)
+    if _kind(op) == "top-k":  # each unit is 0 or its ReLU; which of them depends on all the others
+        return torch.zeros_like(lower), upper.clamp_min(0)
+    raise Unsupported(f"activation '{op.name}' of kind '{_kind(op)}' is random or unknown: it has no sound bound")
+
+
+def _activation_lines(op: SparseActivation, lower: Tensor, upper: Tensor) -> _Four:
+    """Return low slope, low shift, high slope and high shift of an activation-sparsity module over an interval."""
+    kind = _kind(op)
+    if kind == "shifted-relu":
+        return _shifted(_relu_lines(lower - _threshold(op), upper - _threshold(op)), -_threshold(op))
+    if kind in ("threshold", "percentile"):
+        return _jump(lower, upper, _threshold(op))
+    if kind == "top-k":
+        _, _, slope, shift = _relu_lines(lower, upper)
+        return torch.zeros_like(slope), torch.zeros_like(slope), slope, shift
+    if kind == "mean-sparse":  # |x − μ| ≤ r becomes μ: the input moves by at most r, then ReLU
+        radius = torch.as_tensor(op.module.radius).clamp_min(0).view(1, -1, *[1] * (lower.dim() - 2))
+        low_slope, low_shift, _, _ = _shifted(_relu_lines(lower - radius, upper - radius), -radius)
+        _, _, high_slope, high_shift = _shifted(_relu_lines(lower + radius, upper + radius), radius)
+        return low_slope, low_shift, high_slope, high_shift
+    low, high = _activation_interval(op, lower, upper)
+    return torch.zeros_like(low), low, torch.zeros_like(high), high
+
+
+def kink_of(op: SparseActivation) -> float:
+    """Return where a continuous module leaves zero, with slope 0 before and 1 after; refuse all discontinuous ones."""
+    if _kind(op) == "shifted-relu":
+        return float(_threshold(op))
+    raise Unsupported(
+        f"activation '{op.name}' of kind '{_kind(op)}' is discontinuous or unknown: it has no finite Lipschitz constant"
+    )
+
+
+def _relu_lines(lower: Tensor, upper: Tensor) -> _Four:
+    """Return the chord above a ReLU and, below, the line through the origin that leaves the smaller area.
+
+    Zhang et al. 2018, table 2.
+    """
+    unstable = (lower < 0) & (upper > 0)
+    chord = torch.where(unstable, upper / (upper - lower).clamp_min(1e-300), (lower >= 0).double())
+    low = torch.where(unstable, (upper > -lower).double(), chord)
+    return low, torch.zeros_like(low), chord, torch.where(unstable, -lower * chord, 0)
+
+
+def _shifted(lines: _Four, by: Tensor) -> _Four:
+    """Return lines in x from lines in x + by."""
+    low_slope, low_shift, high_slope, high_shift = lines
+    return low_slope, low_shift + low_slope * by, high_slope, high_shift + high_slope * by
+
+
+def _jump(lower: Tensor, upper: Tensor, at: Tensor) -> _Four:
+    """Bound x·1(x > at), at ≥ 0."""
+    zero, one = torch.zeros_like(lower), torch.ones_like(lower)
+    dead, alive = upper <= at, lower > at
+    chord = upper / (upper - lower).clamp_min(1e-300)
+    high_slope = torch.where(lower >= 0, one, chord)
+    high_shift = torch.where(lower >= 0, zero, -lower * chord)
+    steep = upper / (upper - at).clamp_min(1e-300)  # through (at, 0) and (upper, upper)
+    steep = torch.where(upper - at > at - lower, steep, zero)
+    low_slope = torch.where(alive, one, torch.where(dead, zero, steep))
+    low_shift = torch.where(alive | dead, zero, -steep * at)
+    high_slope = torch.where(alive, one, torch.where(dead, zero, high_slope))
+    high_shift = torch.where(alive | dead, zero, high_shift)
+    return low_slope, low_shift, high_slope, high_shift
+
+
+def _threshold(op: SparseActivation) -> Tensor:
+    return torch.as_tensor(op.module.threshold, dtype=torch.float64)
+
+
+def _kind(op: SparseActivation) -> str:
+    return str(getattr(op.module, "kind", type(op.module).__name__))

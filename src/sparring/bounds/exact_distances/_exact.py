@@ -19,8 +19,7 @@ from ...threat import L2, LINF, distance, norm_name, project, random_point
 from ...waiting import courteous
 from .._network import others, prepare
 from ..certify._certificates import margins_over, radius_over
-from ._nearest_l2 import nearest_l2
-from ._nearest_linf import nearest_linf
+from ._nearest import Question, nearest_l2, nearest_linf
 
 _GAP = 1e-3
 _STOP = 5e-4  # relative gap at which the search in one class stops
@@ -153,16 +152,11 @@ class _Search:
         known = math.isfinite(self.upper)
         cap = self._cap() * (1 - _STOP * known)
         bound, points = _NEAREST[self.norm](
-            self.graph,
-            self.x,
-            int(self.y),
-            k,
+            Question(self.graph, self.x, int(self.y), k, self.deadline, self.threads),
             cap,
             floor=floor,
             start=self.best if known and self._label() == k else None,
             gap=_STOP,
-            deadline=self.deadline,
-            threads=self.threads,
         )
         for point in points:  # nearest first
             if self.offer_(point) or any(self.offer_(self._beyond(point, k, reach)) for reach in _BEYOND):

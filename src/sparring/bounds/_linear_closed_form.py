@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...errors import Unsupported, UserError
-from ...graph import Affine, AvgPool, Conv2d, Flatten, Input, Linear
-from ...threat import L2, LINF, dual, norm_name
-from .._network import adjoint, others, prepare
+from ..errors import Unsupported, UserError
+from ..graph import Affine, AvgPool, Conv2d, Flatten, Input, Linear
+from ..threat import L2, LINF, dual, norm_name
+from ._network import adjoint, others, prepare
 
 
 class LinearMap(NamedTuple):

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from sparring.bounds import LIPSCHITZ, lipschitz
+from sparring.bounds._lipschitz import operator_norm
 from sparring.bounds._network import others, prepare
-from sparring.bounds.lipschitz_constants._operator_norms import operator_norm
 from sparring.errors import UnknownNameError, Unsupported, UserError
 from sparring.graph import Conv2d
 from sparring.threat import dual
 
-from ..random_networks import double, hostile_points, network
+from .random_networks import double, hostile_points, network
 
 BOUNDS = ("product", "active", "jacobian")
 

@@ -11,11 +11,11 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from ...errors import UserError
-from ...graph import Conv2d, Graph, Linear, Node
-from .._network import margin_rows, prepare
-from .._region import Region, region
+from ..errors import UserError
+from ..graph import Conv2d, Graph, Linear, Node
 from ._lipschitz import constants_over
+from ._network import margin_rows, prepare
+from ._region import Region, region
 
 Estimate = tuple[float, float, float]  # mean, and the ends of a confidence interval
 

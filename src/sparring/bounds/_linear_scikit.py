@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression

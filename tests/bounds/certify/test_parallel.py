@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparring.bounds import margin, radius
-from sparring.bounds._parallel import over_slices, slices
+from sparring.bounds.certify._certificates import over_slices, slices
 from sparring.models import build
 from sparring.threat import Threat
 

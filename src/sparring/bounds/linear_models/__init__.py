@@ -1,1 +1,0 @@
-"""Linear classifiers: closed forms, and scikit-learn's estimators."""

@@ -1,1 +1,0 @@
-"""Local Lipschitz constants: estimates from below, sound bounds from above."""
