@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparring import report
-from sparring.report._linear_page import linear_verdicts
+from sparring.report._linear_page import verdicts as linear_verdicts
 from sparring.report._summary import verdicts
 from sparring.statistics import Row
 

@@ -7,24 +7,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..files import write_atomic, write_json
 from ..records import Folder
 from ..statistics import Question, Row, judge, reread
 from . import _figures as figures
+from . import _linear_page as linear
 from . import _summary as words
 from . import _tables as tables
-from ._linear_page import linear_csv, linear_headline, linear_pictures, render_linear
 from ._page import render, summary_html
-from ._plots import Drawn, Picture, comparisons, curve_panels, density_pictures, overview_picture
+from ._plots import Drawn, comparisons, curve_panels, density_pictures, overview_picture
 from .analysis._claims import across, claims, ledger
 from .analysis._findings import Findings, find
-from .analysis._linear import LinearStudy, is_linear, linear_claims, linear_ledger, read_linear
-from .analysis._looks import dropped_tests, note_look, open_study
+from .analysis._linear import LinearStudy, is_linear, linear_claims, read_linear
+from .analysis._looks import dropped_tests, judge_study, note_look, open_study
 
 Named = tuple[str, Question]  # a claim with its p-values, and the study that it is of
+
+
+class _Judged(NamedTuple):
+    """Hold a study with its claims, not judged yet and judged, and its verdict in sentences."""
+
+    found: Findings | LinearStudy
+    claims: list[Question]
+    ledger: list[Row]
+    verdict: list[str]
 
 
 def write(out: Path | str) -> Path:
@@ -39,63 +48,30 @@ def write(out: Path | str) -> Path:
 
 def publish(out: Path | str) -> tuple[Path, str]:
     """Write all that `write` does and return the page's path and the verdict, for one reading of the study."""
-    out = Path(out)
-    found = _judged(out)
+    folder, (found, _, rows, told) = Folder(Path(out)), _judged(out)
     if isinstance(found, LinearStudy):
-        return _write_linear(out, found), _linear_verdict(found)
-    made = Report(found)
-    return _write(out, made), str(made)
-
-
-def _judged(out: Path | str) -> Findings | LinearStudy:
-    """Read and judge a study, which is a look at it, and write that down."""
-    study = open_study(out)
-    if is_linear(study):
-        data = read_linear(study)
-        return replace(data, study=note_look(study, linear_claims(data)))
-    findings = find(study)
-    return replace(findings, study=note_look(study, claims(findings)))
-
-
-def _write(out: Path, made: Report) -> Path:
-    findings, rows = made.findings, made.ledger
-    weights, activations = (curve_panels(findings, axis) for axis in ("weights", "activations"))
-    overview = overview_picture(findings)
-    drawn = Drawn(weights, activations, density_pictures(findings), comparisons(findings), overview)
-    return _write_files(out, tables.csv_text(findings), rows, drawn.pictures, render(findings, drawn, rows))
-
-
-def _write_linear(out: Path, data: LinearStudy) -> Path:
-    pictures, rows = linear_pictures(data), linear_ledger(data)
-    return _write_files(out, linear_csv(data), rows, pictures, render_linear(data, pictures, rows))
-
-
-def _write_files(out: Path, csv: str, rows: Iterable[Row], pictures: Iterable[Picture], page: str) -> Path:
-    folder = Folder(out)
+        pictures = linear.pictures(found)
+        csv, page = linear.csv_text(found), linear.render(found, pictures, rows, told)
+    else:
+        weights, activations = (curve_panels(found, axis) for axis in ("weights", "activations"))
+        drawn = Drawn(weights, activations, density_pictures(found), comparisons(found), overview_picture(found))
+        pictures = drawn.pictures
+        csv, page = tables.csv_text(found), render(found, drawn, rows, told)
     write_atomic(folder.results, csv)
     write_json(folder.ledger, [row.as_dict() for row in rows])
-    _write_figures(folder.figures, pictures)
-    return write_atomic(folder.report, page)
-
-
-def _write_figures(folder: Path, pictures: Iterable[Picture]) -> None:
-    """Write every figure and remove those of an earlier report that this one does not have."""
     written = set()
     for picture in pictures:
-        written.add(write_atomic(folder / f"{picture.slug}.svg", picture.svg))
-        written.add(write_atomic(folder / f"{picture.slug}.png", figures.png(picture.svg, scale=picture.scale)))
-    for path in {*folder.glob("*.svg"), *folder.glob("*.png")} - written:
+        written.add(write_atomic(folder.figures / f"{picture.slug}.svg", picture.svg))
+        drawing = figures.png(picture.svg, scale=picture.scale)
+        written.add(write_atomic(folder.figures / f"{picture.slug}.png", drawing))
+    for path in {*folder.figures.glob("*.svg"), *folder.figures.glob("*.png")} - written:
         path.unlink(missing_ok=True)
+    return write_atomic(folder.report, page), " ".join(told)
 
 
 def verdict(out: Path | str) -> str:
     """Return what the study in a folder found, as one paragraph of plain text; raises as `write` does."""
-    found = _judged(out)
-    return _linear_verdict(found) if isinstance(found, LinearStudy) else str(Report(found))
-
-
-def _linear_verdict(data: LinearStudy) -> str:
-    return " ".join(linear_headline(data, linear_ledger(data)))
+    return " ".join(_judged(out).verdict)
 
 
 def read(out: Path | str) -> Report:
@@ -103,10 +79,26 @@ def read(out: Path | str) -> Report:
 
     A study of linear classifiers has no such object: its results.csv and ledger.json hold all of it.
     """
-    found = _judged(out)
+    found = _judged(out).found
     if isinstance(found, LinearStudy):
         raise UserError(f"{out} is a study of linear classifiers; read its results.csv and ledger.json instead")
     return Report(found)
+
+
+def _judged(out: Path | str) -> _Judged:
+    """Read and judge a study, which is a look at it, and write that down."""
+    study = open_study(out)
+    if is_linear(study):
+        data = read_linear(study)
+        asked = linear_claims(data)
+        data = replace(data, study=note_look(study, asked))
+        rows = judge_study(data.study, asked)
+        return _Judged(data, asked, rows, linear.headline(data, rows))
+    findings = find(study)
+    asked = claims(findings)
+    findings = replace(findings, study=note_look(study, asked))
+    rows = judge_study(findings.study, asked)
+    return _Judged(findings, asked, rows, words.headline(findings, rows))
 
 
 def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = None) -> list[Row]:
@@ -120,27 +112,21 @@ def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = No
     as `write` does, and UserError when `earlier` is no such file.
     """
     found = [_judged(out) for out in outs]
-    fresh = [named for one in found for named in _claims_of(one)]
-    fresh += across([one for one in found if isinstance(one, Findings)])
+    fresh = [(one.found.study.name, asked) for one in found for asked in one.claims]
+    fresh += across([one.found for one in found if isinstance(one.found, Findings)])
     old = [] if earlier is None else _read_ledger(Path(earlier))
     places = list(dict.fromkeys(name for name, _ in [*old, *fresh]))
     names = {name for name, _ in fresh}
     asked = sorted([named for named in old if named[0] not in names] + fresh, key=lambda named: places.index(named[0]))
-    dropped = {one.study.name: dropped_tests(one.study, [q for _, q in _claims_of(one)]) for one in found}
-    merged = judge(
-        [one for _, one in asked], study="", dropped=[primary for part in dropped.values() for primary in part]
-    )
+    dropped = {one.found.study.name: dropped_tests(one.found.study, one.claims) for one in found}
+    gone = [primary for part in dropped.values() for primary in part]
+    merged = judge([one for _, one in asked], study="", dropped=gone)
     alone = [
         row
         for place in places
         for row in judge([q for name, q in asked if name == place], study=place, dropped=dropped.get(place, ()))
     ]
     return [replace(row, merged=(among.verdict, among.decisive)) for row, among in zip(alone, merged, strict=True)]
-
-
-def _claims_of(found: Findings | LinearStudy) -> list[Named]:
-    asked = linear_claims(found) if isinstance(found, LinearStudy) else claims(found)
-    return [(found.study.name, one) for one in asked]
 
 
 def _read_ledger(path: Path) -> list[Named]:

@@ -35,7 +35,7 @@ METHODS = (
 )
 
 
-def render_linear(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequence[Row]) -> str:
+def render(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequence[Row], told: Sequence[str]) -> str:
     """Return the page as HTML text."""
     study = data.study
     steps = [(note, means) for loss in data.losses if data.pairs(loss) for note, means in (_means(data, loss),)]
@@ -48,12 +48,12 @@ def render_linear(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequen
         ("again", "To make it again", "again", ([("", study.command), ("", json.dumps(study.plan, indent=2))],)),
     ]
     heading = f"Linear classifiers on {study.plan.get('data')}: sparsity and adversarial robustness"
-    return document(f"{study.name}: linear classifiers", heading, study, linear_headline(data, ledger), sections)
+    return document(f"{study.name}: linear classifiers", heading, study, told, sections)
 
 
-def linear_headline(data: LinearStudy, ledger: Sequence[Row]) -> list[str]:
+def headline(data: LinearStudy, ledger: Sequence[Row]) -> list[str]:
     """Return the verdict: what the ledger says of sparsity in each norm and of a penalty, and whether theory holds."""
-    told = list(linear_verdicts(ledger))
+    told = list(verdicts(ledger))
     if not told:
         return ["There are not all pairs of four classes yet, so nothing can be said of sparsity.", *_missing(data)]
     return [
@@ -95,7 +95,7 @@ def _range(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def linear_verdicts(ledger: Sequence[Row]) -> Iterator[str]:
+def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
     """Say the ledger's verdicts, a claim for all losses and ways to sparsity at once."""
     for text in dict.fromkeys(row.claim.text for row in ledger):
         told = []
@@ -188,7 +188,7 @@ def _name(step: Step) -> str:
     return NAMES.get(step[0], "dense (chosen for each pair)")
 
 
-def linear_csv(data: LinearStudy) -> str:
+def csv_text(data: LinearStudy) -> str:
     """Return results.csv: one row for each group, classifier and number; budgets are part of a number's name."""
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")
@@ -211,7 +211,7 @@ def _flat(point: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 LINES: dict[str, list[int]] = {"boxed": [], "unboxed": [5, 3], "ratio": []}
 
 
-def linear_pictures(data: LinearStudy) -> list[Picture]:
+def pictures(data: LinearStudy) -> list[Picture]:
     """Return both metrics and the ratio of weight norms against sparsity, over pairs and for all classes."""
     return [picture for loss in data.losses for picture in (*_over_pairs(data, loss), *_together(data, loss))]
 

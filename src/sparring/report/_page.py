@@ -39,7 +39,7 @@ class Curves:
     methods: Sequence[tuple[str, str, Sequence[int]]] = ()
 
 
-def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
+def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row], told: Sequence[str]) -> str:
     """Return the page as HTML text."""
     study = findings.study
     curves = _curves(findings, drawn.weights, ledger)
@@ -68,7 +68,7 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row]) -> str:
         f"{study.name}: sparsity and adversarial robustness",
         f"{words.subject(findings)}: sparsity and adversarial robustness",
         study,
-        words.headline(findings, ledger),
+        told,
         sections,
         key=None if sparsity is None else tables.key_numbers(findings, sparsity, ledger),
         mark=findings.mark,

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ...records import Kind
-from ...statistics import Claim, Question, Row, ask, effect, judge
+from ...statistics import Claim, Question, Row, ask, effect
 from .. import _numbers as numbers
 from ._cross_checks import suspicion
 from ._findings import Choice, Findings, Result, choose, difference, paired
 from ._hypotheses import MARGIN, Place, about, at_choice, at_sparsity, attacks_of, places
-from ._looks import dropped_tests
+from ._looks import judge_study
 from ._metrics import NORMS, TRANSFER, Measure, PerImage, common, pretty, pretty_eps, values
 
 DENSE: tuple[Kind, ...] = ("control", "reference")
@@ -29,8 +29,7 @@ OVER_IT: dict[Kind, str] = {
 
 def ledger(findings: Findings) -> list[Row]:
     """Return the claims that this study can speak of, each with its test, numbers and verdict."""
-    asked = claims(findings)
-    return judge(asked, study=findings.study.name, dropped=dropped_tests(findings.study, asked))
+    return judge_study(findings.study, claims(findings))
 
 
 def claims(findings: Findings) -> list[Question]:

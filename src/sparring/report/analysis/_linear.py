@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...statistics import Claim, Effect, Question, Row, ask, judge, pair_effect
-from ._looks import dropped_tests
+from ...statistics import Claim, Effect, Question, ask, pair_effect
+from ._hypotheses import MARGIN
 from ._records import Study
 
 Point = Mapping[str, Any]
@@ -94,7 +94,6 @@ def read_linear(study: Study) -> LinearStudy:
     return LinearStudy(study, tuple(groups), tuple(e for e in eps[0] if all(e in other for other in eps)))
 
 
-MARGIN = 2.0  # points or %: a gain or loss that does not matter, as in every ledger
 PATHS = {"magnitude": "magnitude pruning", "l1": "l1 penalty"}  # the ways to sparsity
 NAMES = {**PATHS, "l2": "l2 penalty"}
 
@@ -117,12 +116,6 @@ def gain(data: LinearStudy, loss: str, step: Step, value: Value, over: Step = DE
         return value(group.points[step]) - value(group.points[over])
 
     return data.effect(loss, difference)
-
-
-def linear_ledger(data: LinearStudy) -> list[Row]:
-    """Return the claims, each for every loss and way to sparsity, with verdicts (Holm across all)."""
-    asked = linear_claims(data)
-    return judge(asked, study=data.study.name, dropped=dropped_tests(data.study, asked))
 
 
 def linear_claims(data: LinearStudy) -> list[Question]:

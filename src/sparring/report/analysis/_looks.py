@@ -17,7 +17,7 @@ from ...errors import DamageError
 from ...files import canonical_json, sha256_bytes
 from ...history import append_entry, read_history
 from ...records import Folder, Record, read_record
-from ...statistics import Claim, Question
+from ...statistics import Claim, Question, Row, judge
 from .. import _numbers as numbers
 from ._records import Looks, Study, attack_label, load
 
@@ -98,6 +98,11 @@ def dropped_tests(study: Study, asked: Sequence[Question]) -> list[bool]:
     """
     before = {name: bool(test["primary"]) for entry in study.looks.entries for name, test in entry["tests"].items()}
     return [primary for name, primary in before.items() if name not in {_asked(q.claim) for q in asked}]
+
+
+def judge_study(study: Study, asked: Sequence[Question]) -> list[Row]:
+    """Return a study's claims with their verdicts, at the look that it stands at."""
+    return judge(asked, study=study.name, dropped=dropped_tests(study, asked))
 
 
 def _asked(claim: Claim) -> str:
