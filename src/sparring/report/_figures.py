@@ -29,17 +29,9 @@ CONFIG: Spec = {
     "background": "white",
     "view": {"stroke": None},
     "title": {"anchor": "start", "fontSize": 13, "fontWeight": 600, "color": INK, "offset": 10, "frame": "group"},
-    "axis": {
-        "labelColor": INK,
-        "titleColor": INK,
-        "labelFontSize": 11,
-        "titleFontSize": 11,
-        "titleFontWeight": "normal",
-        "gridColor": FAINT,
-        "domainColor": "#999999",
-        "tickColor": "#999999",
-        "titlePadding": 8,
-    },
+    "axis": {"labelColor": INK, "titleColor": INK, "labelFontSize": 11, "titleFontSize": 11}
+    | {"gridColor": FAINT, "domainColor": "#999999", "tickColor": "#999999"}
+    | {"titleFontWeight": "normal", "titlePadding": 8},
     "legend": {"labelColor": INK, "labelFontSize": 11, "titleFontSize": 11, "symbolStrokeWidth": 2},
 }
 
@@ -56,6 +48,36 @@ def svg(spec: Spec, *, mark: str = "") -> str:
 def png(drawn: str, *, scale: float = 2.0) -> bytes:
     """Return drawn SVG as PNG bytes, at `scale` times the size."""
     return bytes(vl_convert.svg_to_png(drawn, scale=scale))
+
+
+def number(field: str, **more: Any) -> Spec:
+    """Return the channel of a field of numbers."""
+    return {"field": field, "type": "quantitative"} | more
+
+
+def vertical(title: str) -> Spec:
+    """Return the channel of the vertical axis."""
+    axis = {"title": title, "tickCount": 5, "domain": False, "ticks": False}
+    return number("y", axis=axis, scale={"zero": False})
+
+
+def layer(rows: Sequence[Mapping[str, Any]], mark: Spec, encoding: Spec, *, name: str = "") -> Spec:
+    """Return marks for rows; a name shows in the drawing's classes."""
+    return {"data": {"values": rows}, "mark": mark, "encoding": encoding} | ({"name": name} if name else {})
+
+
+def line(width: float = 1.0, **more: Any) -> Spec:
+    """Return the mark of a line."""
+    return {"type": "line", "strokeWidth": width} | more
+
+
+def dot(style: int, size: int = 42, **more: Any) -> Spec:
+    """Return the mark of a method's points, in its shape."""
+    return {"type": "point", "opacity": 1, "size": size, "shape": _of(SHAPES, style)} | more
+
+
+BETWEEN: Spec = {"y": number("low"), "y2": {"field": "high"}}
+TOLD: Spec = {"description": {"field": "text"}}
 
 
 def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "sparsity") -> Spec:
@@ -79,8 +101,7 @@ def gains_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: 
     """Return the figure of paired gains over the dense control; filled marks are significant (Holm), hollow are not."""
     first = results[0]
     x = _Axis([s for r in results for s in r.sparsities], axis)
-    zero = {"values": [{"x": end, "y": 0} for end in (x.left, x.right)]}
-    layers: list[Spec] = [{"data": zero, "mark": {"type": "line", "color": GREY, "strokeWidth": 1.2}, "encoding": {}}]
+    layers = [layer([{"x": end, "y": 0} for end in (x.left, x.right)], line(1.2, color=GREY), {})]
     legend = _legend([r.method for r in results], styles)
     for place, result in enumerate(results):
         shift = 0.035 * (place - (len(results) - 1) / 2)
@@ -105,17 +126,10 @@ class _Axis:
     def encoding(self) -> Spec:
         labels = {f"{self.at(s):.4f}": numbers.percent(s) if s else "0 (dense)" for s in (0.0, *self.ticks)}
         table = "{" + ", ".join(f"'{place}': '{label}'" for place, label in labels.items()) + "}"
-        axis = {
-            "values": [self.at(s) for s in (0.0, *self.ticks)],
-            "labelExpr": f"{table}[format(datum.value, '.4f')]",
-            "labelOverlap": "greedy",
-            "labelSeparation": 6,
-            "labelFlush": False,
-            "title": self.title,
-            "grid": False,
-        }
-        scale = {"domain": [self.left, self.right], "nice": False, "zero": False}
-        return {"field": "x", "type": "quantitative", "axis": axis, "scale": scale}
+        axis = {"values": [self.at(s) for s in (0.0, *self.ticks)], "title": self.title, "grid": False}
+        axis |= {"labelExpr": f"{table}[format(datum.value, '.4f')]"}
+        axis |= {"labelOverlap": "greedy", "labelSeparation": 6, "labelFlush": False}
+        return number("x", axis=axis, scale={"domain": [self.left, self.right], "nice": False, "zero": False})
 
 
 def _logit(share: float) -> float:
@@ -123,32 +137,21 @@ def _logit(share: float) -> float:
 
 
 def _chart(title: str, layers: list[Spec], x: _Axis, unit: str) -> Spec:
-    axis = {"title": unit, "tickCount": 5, "domain": False, "ticks": False}
-    y = {"type": "quantitative", "axis": axis, "scale": {"zero": False}}
-    encoding = {"x": x.encoding(), "y": y | {"field": "y"}}
-    for layer in layers:
-        layer["encoding"] = encoding | layer["encoding"]
+    encoding = {"x": x.encoding(), "y": vertical(unit)}
+    layers = [one | {"encoding": encoding | one["encoding"]} for one in layers]
     return {"title": title, "width": WIDTH, "height": HEIGHT, "layer": layers}
 
 
 def _legend(methods: Sequence[str], styles: Mapping[str, int]) -> Spec:
     """Return the scales and the one legend that colour, dash and shape share."""
-
-    def channel(name: str, table: Sequence[Any]) -> Spec:
-        wanted = [_of(table, styles[m]) for m in methods]
-        legend = {
-            "orient": "top",
-            "title": None,
-            "symbolType": "stroke",
-            "symbolSize": 300,
-            "offset": 12,
-            "columnPadding": 20,
-        }
-        legend |= {"columns": 4} if len(methods) > 4 else {}
-        scale = {"domain": list(methods), "range": wanted}
-        return {name: {"scale": scale, "legend": legend if len(methods) > 1 else None}}
-
-    return channel("color", COLORS) | channel("strokeDash", DASHES)
+    legend: Spec = {"orient": "top", "title": None, "symbolType": "stroke", "symbolSize": 300, "offset": 12}
+    legend |= {"columnPadding": 20} | ({"columns": 4} if len(methods) > 4 else {})
+    shown = legend if len(methods) > 1 else None
+    tables: dict[str, Sequence[Any]] = {"color": COLORS, "strokeDash": DASHES}
+    return {
+        name: {"scale": {"domain": list(methods), "range": [_of(table, styles[m]) for m in methods]}, "legend": shown}
+        for name, table in tables.items()
+    }
 
 
 def _of(table: Sequence[Any], style: int) -> Any:
@@ -166,81 +169,37 @@ def _drawn(legend: Spec, method: str) -> Spec:
 
 def _control(result: Result, x: _Axis, scale: float) -> list[Spec]:
     one = result.control
-    text = f"dense control: {numbers.level(result.measure, one)}"
-    ends = [{"x": x.left, "y": scale * one.low}, {"x": x.right, "y": scale * one.low}]
-    band = {"values": [end | {"y2": scale * one.high, "y0": scale * one.estimate, "text": text} for end in ends]}
-    across: Spec = {"description": {"field": "text"}}
-    middle: Spec = {"y": {"field": "y0", "type": "quantitative"}}
+    row: Spec = {"y": scale * one.low, "y2": scale * one.high, "y0": scale * one.estimate}
+    row |= {"text": f"dense control: {numbers.level(result.measure, one)}"}
+    band = [{"x": end} | row for end in (x.left, x.right)]
+    area = {"type": "area", "color": GREY, "opacity": 0.18}
     return [
-        {
-            "data": band,
-            "name": "control_band",
-            "mark": {"type": "area", "color": GREY, "opacity": 0.18},
-            "encoding": across | {"y2": {"field": "y2"}},
-        },
-        {
-            "data": band,
-            "name": "control_line",
-            "mark": {"type": "line", "color": GREY, "strokeDash": [3, 3], "strokeWidth": 1.2},
-            "encoding": across | middle,
-        },
+        layer(band, area, TOLD | {"y2": {"field": "y2"}}, name="control_band"),
+        layer(band, line(1.2, color=GREY, strokeDash=[3, 3]), TOLD | {"y": number("y0")}, name="control_line"),
     ]
 
 
 def _level_layers(result: Result, style: int, x: _Axis, scale: float, legend: Spec, *, crowded: bool) -> list[Spec]:
     color, name = _of(COLORS, style), f"s{style}"
-    mean: list[Spec] = []
-    seeds: list[Spec] = []
-    dense = (0.0, result.control)
-    for sparsity, one in (dense, *zip(result.sparsities, result.levels, strict=True)):
-        label = f"{result.method}, {result.words(sparsity)}" if mean else "dense control"
-        mean.append(
-            {
-                "x": x.at(sparsity),
-                "y": scale * one.estimate,
-                "low": scale * one.low,
-                "high": scale * one.high,
-                "text": f"{label}: {numbers.level(result.measure, one)}",
-            }
-        )
-    for seed, start, row in zip(result.seeds, result.control_by_seed, result.by_seed, strict=True):
-        places = (0.0, *result.sparsities)
-        values = (start, *row)
-        seeds += [{"x": x.at(s), "y": scale * float(v), "seed": seed} for s, v in zip(places, values, strict=True)]
-    thin = {"type": "line", "color": color, "strokeWidth": 0.7, "opacity": 0.25 if crowded else 0.45}
-    dot = {
-        "type": "point",
-        "filled": True,
-        "color": color,
-        "opacity": 1,
-        "size": 42,
-        "shape": _of(SHAPES, style),
-    }
+    places = (0.0, *result.sparsities)
+    labels = ["dense control", *(f"{result.method}, {result.words(s)}" for s in result.sparsities)]
+    mean = [
+        {"x": x.at(s), "y": scale * one.estimate, "low": scale * one.low, "high": scale * one.high}
+        | {"text": f"{label}: {numbers.level(result.measure, one)}"}
+        for s, label, one in zip(places, labels, (result.control, *result.levels), strict=True)
+    ]
+    seeds = [
+        {"x": x.at(s), "y": scale * float(value), "seed": seed}
+        for seed, start, row in zip(result.seeds, result.control_by_seed, result.by_seed, strict=True)
+        for s, value in zip(places, (start, *row), strict=True)
+    ]
+    area = {"type": "area", "color": color, "opacity": 0.06 if crowded else 0.15}
+    thin = line(0.7, color=color, opacity=0.25 if crowded else 0.45)
     return [
-        {
-            "data": {"values": mean},
-            "name": f"{name}_band",
-            "mark": {"type": "area", "color": color, "opacity": 0.06 if crowded else 0.15},
-            "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}},
-        },
-        {
-            "data": {"values": seeds},
-            "name": f"{name}_seeds",
-            "mark": thin,
-            "encoding": {"detail": {"field": "seed"}},
-        },
-        {
-            "data": {"values": mean},
-            "name": f"{name}_line",
-            "mark": {"type": "line", "strokeWidth": 2},
-            "encoding": _drawn(legend, result.method),
-        },
-        {
-            "data": {"values": mean},
-            "name": f"{name}_points",
-            "mark": dot,
-            "encoding": {"description": {"field": "text"}},
-        },
+        layer(mean, area, BETWEEN, name=f"{name}_band"),
+        layer(seeds, thin, {"detail": {"field": "seed"}}, name=f"{name}_seeds"),
+        layer(mean, line(2), _drawn(legend, result.method), name=f"{name}_line"),
+        layer(mean, dot(style, filled=True, color=color), TOLD, name=f"{name}_points"),
     ]
 
 
@@ -249,81 +208,40 @@ def _gain_layers(result: Result, style: int, x: _Axis, shift: float, legend: Spe
     rows: list[Spec] = []
     for sparsity, one, p in zip(result.sparsities, result.gains.effects, result.gains.p_holm, strict=True):
         told, at = numbers.gain(result.measure, one, result.control), numbers.shown(result.measure, one, result.control)
-        rows.append(
-            {
-                "x": x.at(sparsity) + shift,
-                "y": at.estimate,
-                "low": at.low,
-                "high": at.high,
-                "fill": color if p <= 0.05 else "white",
-                "text": f"{result.method}, {result.words(sparsity)}: {told}, Holm p {numbers.p_value(p)}",
-            }
-        )
-    data = {"values": rows}
-    dot = {
-        "type": "point",
-        "stroke": color,
-        "strokeWidth": 1.5,
-        "opacity": 1,
-        "size": 50,
-        "shape": _of(SHAPES, style),
-    }
-    fill = {"field": "fill", "type": "nominal", "scale": None}
+        row: Spec = {"x": x.at(sparsity) + shift, "y": at.estimate, "low": at.low, "high": at.high}
+        row |= {"fill": color if p <= 0.05 else "white"}
+        rows.append(row | {"text": f"{result.method}, {result.words(sparsity)}: {told}, Holm p {numbers.p_value(p)}"})
+    bar = {"type": "rule", "color": color, "strokeWidth": 1.5}
+    filled = {"fill": {"field": "fill", "type": "nominal", "scale": None}}
     return [
-        {
-            "data": data,
-            "name": f"{name}_line",
-            "mark": {"type": "line", "strokeWidth": 1},
-            "encoding": _drawn(legend, result.method),
-        },
-        {
-            "data": data,
-            "name": f"{name}_bars",
-            "mark": {"type": "rule", "color": color, "strokeWidth": 1.5},
-            "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}},
-        },
-        {
-            "data": data,
-            "name": f"{name}_points",
-            "mark": dot,
-            "encoding": {"fill": fill, "description": {"field": "text"}},
-        },
+        layer(rows, line(), _drawn(legend, result.method), name=f"{name}_line"),
+        layer(rows, bar, BETWEEN, name=f"{name}_bars"),
+        layer(rows, dot(style, 50, stroke=color, strokeWidth=1.5), filled | TOLD, name=f"{name}_points"),
     ]
 
 
-def heatmap(title: str, rows: Sequence[Mapping[str, Any]], *, x: str, y: str, unit: str) -> Spec:
+def heatmap(title: str, rows: Sequence[Mapping[str, Any]], *, x: str, unit: str) -> Spec:
     """Return a table of shares as a heat map with its numbers written in.
 
-    Rows hold `x`, `y` (text), `value` (0-1) and `order`, by which columns are sorted; lines keep the rows' order. `x`,
-    `y` are axis titles and `unit` says what a cell shows.
+    Rows hold `x`, `y` (text), `value` (0-1) and `order`, by which columns are sorted; lines keep the rows' order. `x`
+    is an axis title and `unit` says what a cell shows.
     """
-    drawn = [
-        dict(row) | {"shown": f"{100 * row['value']:.3g}", "text": f"{row['y']}, {row['x']}: {100 * row['value']:.3g}%"}
-        for row in rows
-    ]
+    shown = [dict(row) | {"shown": f"{100 * row['value']:.3g}"} for row in rows]
+    shown = [row | {"text": f"{row['y']}, {row['x']}: {row['shown']}%"} for row in shown]
     columns = list(dict.fromkeys(row["x"] for row in sorted(rows, key=lambda row: row["order"])))
     lines = list(dict.fromkeys(row["y"] for row in rows))
-    shape = {"width": max(WIDTH - 60, 46 * len(columns)), "height": 26 * len(lines)}
-    where = {
-        "x": {"field": "x", "type": "ordinal", "sort": columns, "axis": {"title": x, "labelAngle": 0, "domain": False}},
-        "y": {"field": "y", "type": "ordinal", "sort": lines, "axis": {"title": y, "labelLimit": 220, "domain": False}},
-    }
-    color = {
-        "field": "value",
-        "type": "quantitative",
-        "scale": {"range": ["#f4f7fa", "#08519c"], "domain": [0, 1]},
-        "legend": None,
-    }
+    across = {"field": "x", "type": "ordinal", "sort": columns, "axis": {"title": x, "labelAngle": 0, "domain": False}}
+    down = {"field": "y", "type": "ordinal", "sort": lines, "axis": {"title": "", "labelLimit": 220, "domain": False}}
+    color = number("value", scale={"range": ["#f4f7fa", "#08519c"], "domain": [0, 1]}, legend=None)
     ink = {"condition": {"test": "datum.value > 0.55", "value": "white"}, "value": INK}
-    return shape | {
+    return {
         "title": f"{title} ({unit})",
-        "data": {"values": drawn},
-        "encoding": where,
+        "width": max(WIDTH - 60, 46 * len(columns)),
+        "height": 26 * len(lines),
+        "data": {"values": shown},
+        "encoding": {"x": across, "y": down},
         "layer": [
-            {
-                "mark": {"type": "rect", "stroke": "white"},
-                "encoding": {"color": color, "description": {"field": "text"}},
-            },
+            {"mark": {"type": "rect", "stroke": "white"}, "encoding": {"color": color} | TOLD},
             {"mark": {"type": "text", "fontSize": 11}, "encoding": {"text": {"field": "shown"}, "color": ink}},
         ],
     }
@@ -346,9 +264,8 @@ def scatter(
     """
     names = list(dict.fromkeys(row["series"] for row in rows))
     legend = _legend(names, {name: k for k, name in enumerate(names)})
-    across: Spec = {"field": "x", "type": "quantitative", "axis": {"title": x, "grid": False}}
-    across["scale"] = {"type": "log"} if log_x else {"zero": False}
-    across["axis"] |= {"labelOverlap": "greedy", "labelSeparation": 6, "tickCount": 6}
+    axis = {"title": x, "grid": False, "labelOverlap": "greedy", "labelSeparation": 6, "tickCount": 6}
+    across = number("x", axis=axis, scale={"type": "log"} if log_x else {"zero": False})
     if ordinal:
         places = list(dict.fromkeys(row["x"] for row in sorted(rows, key=lambda row: row["order"])))
         across = {"field": "x", "type": "ordinal", "sort": places, "axis": {"title": x, "labelAngle": 0}}
@@ -357,19 +274,16 @@ def scatter(
         highest = max(float(row["y"]) for row in rows)
         up["values"] = [0, *(10**k for k in range(16) if 10**k <= highest)]
     scale = {"type": "symlog" if log_y == "symlog" else "log"} if log_y else {"zero": False}
-    place = {"x": across, "y": {"field": "y", "type": "quantitative", "axis": up, "scale": scale}}
+    place = {"x": across, "y": number("y", axis=up, scale=scale)}
     layers: list[Spec] = []
     for k, name in enumerate(names):
-        mine = [dict(row) for row in rows if row["series"] == name]
-        data, color = {"values": mine}, _of(COLORS, k)
-        dot = {"type": "point", "filled": True, "color": color, "opacity": 1, "size": 42, "shape": _of(SHAPES, k)}
-        joined = {"order": {"field": "order", "type": "quantitative"}} | _drawn(legend, name)
-        layers.append({"data": data, "mark": {"type": "line", "strokeWidth": 1.5}, "encoding": place | joined})
-        if any("low" in row for row in mine):
+        mine, color = [row for row in rows if row["series"] == name], _of(COLORS, k)
+        joined = place | {"order": number("order")} | _drawn(legend, name)
+        layers.append(layer(mine, line(1.5), joined))
+        if barred := [row for row in mine if "low" in row]:
             ends = {"y": place["y"] | {"field": "low"}, "y2": {"field": "high"}}
-            barred = {"values": [row for row in mine if "low" in row]}
-            layers.append({"data": barred, "mark": {"type": "rule", "color": color}, "encoding": place | ends})
-        layers.append({"data": data, "mark": dot, "encoding": place | {"description": {"field": "text"}}})
+            layers.append(layer(barred, {"type": "rule", "color": color}, place | ends))
+        layers.append(layer(mine, dot(k, filled=True, color=color), place | TOLD))
     return {"title": title, "width": WIDTH, "height": HEIGHT, "layer": layers}
 
 
@@ -389,41 +303,29 @@ def timings_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
     A mark is the median over rounds of milliseconds an image, its bar the quartiles, the thin tick the floor.
     """
-    batches = list(dict.fromkeys(row["batch"] for row in rows))
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    batches, engines = (list(dict.fromkeys(row[name] for row in rows)) for name in ("batch", "engine"))
     data = [_placed(row) for row in rows]
     axis = {"title": "milliseconds an image (log scale); bars: quartiles, ticks: floor", "grid": True}
-    across: Spec = {"type": "quantitative", "scale": {"type": "log"}, "axis": axis}
-    down = {"field": "engine", "type": "nominal", "sort": engines, "axis": {"title": None, "labelLimit": 220}}
-    offset = {"field": "batch", "type": "ordinal", "sort": batches}
     names = [f"batch {batch}" for batch in batches]
-    legend = {"orient": "top", "title": None}
-    color = {"field": "name", "scale": {"domain": names, "range": list(COLORS[: len(names)])}, "legend": legend}
-    shape = {"field": "name", "scale": {"domain": names, "range": list(SHAPES[: len(names)])}, "legend": legend}
-    place = {"y": down, "yOffset": offset}
+    place: Spec = {
+        "y": {"field": "engine", "type": "nominal", "sort": engines, "axis": {"title": None, "labelLimit": 220}},
+        "yOffset": {"field": "batch", "type": "ordinal", "sort": batches},
+    }
 
-    def layer(mark: Spec, **encoding: Spec) -> Spec:
-        return {"mark": mark, "encoding": {**place, **encoding}}
+    def channel(table: Sequence[str]) -> Spec:
+        scale = {"domain": names, "range": list(table[: len(names)])}
+        return {"field": "name", "scale": scale, "legend": {"orient": "top", "title": None}}
 
-    return svg(
-        {
-            "title": title,
-            "width": WIDTH,
-            "height": {"step": 11},
-            "data": {"values": data},
-            "layer": [
-                layer({"type": "rule"}, x=across | {"field": "low"}, x2={"field": "high"}, color=color),
-                layer({"type": "tick", "thickness": 1}, x=across | {"field": "floor"}, color=color),
-                layer(
-                    {"type": "point", "filled": True, "size": 42, "opacity": 1},
-                    x=across | {"field": "milliseconds"},
-                    color=color,
-                    shape=shape,
-                    description={"field": "text"},
-                ),
-            ],
-        }
-    )
+    def at(field: str) -> Spec:
+        return place | {"x": number(field, scale={"type": "log"}, axis=axis), "color": channel(COLORS)}
+
+    point = {"type": "point", "filled": True, "size": 42, "opacity": 1}
+    layers = [
+        layer(data, {"type": "rule"}, at("low") | {"x2": {"field": "high"}}),
+        layer(data, {"type": "tick", "thickness": 1}, at("floor")),
+        layer(data, point, at("milliseconds") | TOLD | {"shape": channel(SHAPES)}),
+    ]
+    return svg({"title": title, "width": WIDTH, "height": {"step": 11}, "layer": layers})
 
 
 def _placed(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,9 +128,7 @@ def density_pictures(findings: Findings) -> list[Picture]:
     for name, title, unit in wanted:
         rows = _by_layer(findings, name)
         if rows:
-            spec = figures.heatmap(
-                title, rows, x=numbers.axis_title(findings.study, findings.method or ""), y="", unit=unit
-            )
+            spec = figures.heatmap(title, rows, x=numbers.axis_title(findings.study, findings.method or ""), unit=unit)
             pictures.append(Picture(f"layers-{name}", title, figures.svg(spec, mark=findings.mark)))
     return pictures
 
@@ -325,7 +323,7 @@ def _transfer(findings: Findings) -> Iterator[Picture]:
             for (way, sparsity), shares in found.items()
         ]
         spec = figures.heatmap(
-            title, rows, x=numbers.axis_title(findings.study, *findings.study.methods), y="", unit="% transferred"
+            title, rows, x=numbers.axis_title(findings.study, *findings.study.methods), unit="% transferred"
         )
         note = (
             "Shares of examples that fool the other network too, among images that fool the network attacked and that "
