@@ -9,7 +9,7 @@ import pytest
 from sparring import report
 from sparring.data import Dataset
 from sparring.errors import UserError
-from sparring.report.analysis._linear import DENSE, PATHS, LinearStudy, gain, linear_claims, r_2, r_inf, read_linear
+from sparring.report.analysis._linear import DENSE, PATHS, LinearStudy, linear_claims, r_2, r_inf, read_linear
 from sparring.report.analysis._records import load
 from sparring.statistics import no_gain
 from sparring.study import Plan, run
@@ -68,7 +68,7 @@ def test_steps_are_chosen_on_validation_images_and_told_on_test_images(data: Lin
         for step in data.steps("logistic", "magnitude")
     }
     assert chosen == max(seen, key=lambda step: seen[step])
-    effect = data.effect("logistic", lambda group: r_2()(group.points[DENSE]))
+    effect = data.effect("logistic", DENSE, r_2())
     assert effect is not None
     assert effect.estimate == pytest.approx(data.mean("logistic", DENSE, r_2()))
 
@@ -79,7 +79,7 @@ def test_that_l_2_gains_nothing_is_asked_of_every_step(data: LinearStudy, form: 
     asked = [q for q in asked if ("without the box" in q.claim.text) == (form == "unboxed")]
     for path, question in zip(PATHS, asked, strict=True):
         scale = 100 / data.mean("logistic", DENSE, r_2(form))
-        steps = [gain(data, "logistic", step, r_2(form)) for step in data.steps("logistic", path)]
+        steps = [data.effect("logistic", step, r_2(form), DENSE) for step in data.steps("logistic", path)]
         alone = [no_gain(one.scaled(scale), 2.0) for one in steps if one is not None]
         assert len(alone) == len(data.steps("logistic", path)) > 1
         assert question.p_small == max(alone)

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..statistics import Effect, Row
+from ..statistics import Row
 from . import _figures as figures
 from . import _numbers as numbers
 from . import _tables as tables
 from ._figures import Spec
 from ._page import Section, document, judged_sections
 from ._plots import Picture
-from .analysis._linear import DENSE, NAMES, PATHS, Group, LinearStudy, Step, Value, gain, r_2, r_inf, sparsity_of
+from .analysis._linear import DENSE, NAMES, PATHS, LinearStudy, Point, Step, Value, r_2, r_inf
 from .analysis._looks import look_sentences
 
 METHODS = (
@@ -59,8 +59,8 @@ def headline(data: LinearStudy, ledger: Sequence[Row]) -> list[str]:
     return [
         _summary(data),
         *told,
-        *filter(None, (_costs(data, loss, path) for loss in data.losses for path in PATHS)),
-        *(text for loss in data.losses for text in _box(data, loss)),
+        *filter(None, (_costs(data, loss, path) for loss, path in data.ways)),
+        *(_box(data, loss) for loss in data.losses if data.pairs(loss)),
         _agreement(data),
         *_missing(data),
         *look_sentences(data.study),
@@ -72,15 +72,12 @@ def _summary(data: LinearStudy) -> str:
     eps = data.eps[0]
     linf: list[float] = []
     l2: list[float] = []
-    for loss in data.losses:
-        for path in PATHS:
-            best = data.best(loss, path, r_inf(eps)), data.best(loss, path, r_2())
-            if best[0] is None or best[1] is None:
-                continue
-            one, other = gain(data, loss, best[0], r_inf(eps, "fgsm")), gain(data, loss, best[1], r_2())
-            if one is not None and other is not None:
-                linf.append(100 * one.estimate)
-                l2.append(100 * other.estimate / data.mean(loss, DENSE, r_2()))
+    for loss, path in data.ways:
+        one = data.effect(loss, data.best(loss, path, r_inf(eps)), r_inf(eps, "fgsm"), DENSE)
+        other = data.effect(loss, data.best(loss, path, r_2()), r_2(), DENSE)
+        if one is not None and other is not None:
+            linf.append(100 * one.estimate)
+            l2.append(100 * other.estimate / data.mean(loss, DENSE, r_2()))
     pairs = len(data.pairs(data.losses[0]))
     return (
         f"Over {pairs} pairs of classes, the sparsity best for it changes FGSM accuracy at ε = {eps:g} by "
@@ -111,26 +108,21 @@ def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
 def _costs(data: LinearStudy, loss: str, path: str) -> str:
     """Say what the sparsity best for r_inf costs of accuracy."""
     step = data.best(loss, path, r_inf(data.eps[0]))
-    cost = None if step is None else gain(data, loss, step, lambda p: float(p["accuracy"]))
-    if step is None or cost is None:
+    cost = data.effect(loss, step, lambda p: float(p["accuracy"]), DENSE)
+    if cost is None:
         return ""
-    return f"{loss}, {PATHS[path]}: at {sparsity_of(data, loss, step)} sparsity accuracy changes by {_points(cost)}."
+    told = numbers.signed(cost.scaled(100.0), "points")
+    return f"{loss}, {PATHS[path]}: at {data.sparsity(loss, step)} sparsity accuracy changes by {told}."
 
 
-def _points(one: Effect) -> str:
-    return numbers.signed(one.scaled(100.0), "points")
-
-
-def _box(data: LinearStudy, loss: str) -> Iterator[str]:
+def _box(data: LinearStudy, loss: str) -> str:
     """Say how far the theorem's form is from what an attack inside the box can do."""
-    eps = data.eps[0]
-    if data.pairs(loss):
-        inside, outside = (100 * data.mean(loss, DENSE, r_inf(eps, form)) for form in ("boxed", "unboxed"))
-        near, far = (data.mean(loss, DENSE, r_2(form)) for form in ("boxed", "unboxed"))
-        yield (
-            f"{loss}, dense: the theorem's form, which lets pixels leave [0, 1], says r_inf {outside:.1f}% and r_2 "
-            f"{far:.3f}; inside the box they are {inside:.1f}% and {near:.3f}."
-        )
+    inside, outside = (100 * data.mean(loss, DENSE, r_inf(data.eps[0], form)) for form in ("boxed", "unboxed"))
+    near, far = (data.mean(loss, DENSE, r_2(form)) for form in ("boxed", "unboxed"))
+    return (
+        f"{loss}, dense: the theorem's form, which lets pixels leave [0, 1], says r_inf {outside:.1f}% and r_2 "
+        f"{far:.3f}; inside the box they are {inside:.1f}% and {near:.3f}."
+    )
 
 
 def _agreement(data: LinearStudy) -> str:
@@ -156,12 +148,19 @@ def _missing(data: LinearStudy) -> list[str]:
 def _means(data: LinearStudy, loss: str) -> tuple[str, tables.Table]:
     """Return a loss's steps, means over the pairs, with what they are of."""
     eps = data.eps[0]
+
+    def markov(p: Point) -> float:
+        bound = p["theorem"]["markov"][f"{eps:g}"]
+        return math.inf if bound is None else 100 * float(bound)  # where all weights are zero it is infinite
+
     columns: dict[str, Value] = {
         "Accuracy": lambda p: 100 * p["accuracy"],
         "FGSM": lambda p: 100 * r_inf(eps, "fgsm")(p),
         "r_inf boxed": lambda p: 100 * r_inf(eps)(p),
         "unboxed": lambda p: 100 * r_inf(eps, "unboxed")(p),
-        "Markov's bound": lambda p: 100 * _markov(p["theorem"]["markov"][f"{eps:g}"]),
+        "Markov's bound": lambda p: (
+            100 * (math.inf if (bound := p["theorem"]["markov"][f"{eps:g}"]) is None else bound)
+        ),
         "DeepFool": r_2("deepfool"),
         "failed, %": lambda p: 100 * p["failed_deepfool"],
         "nearest": r_2("nearest"),
@@ -171,21 +170,12 @@ def _means(data: LinearStudy, loss: str) -> tuple[str, tables.Table]:
     }
     steps = [DENSE, *(step for path in NAMES for step in data.steps(loss, path))]
     rows = [
-        [_name(step), f"{step[1]:g}", sparsity_of(data, loss, step)]
+        [NAMES.get(step[0], "dense (chosen for each pair)"), f"{step[1]:g}", data.sparsity(loss, step)]
         + [f"{data.mean(loss, step, value):.4g}" for value in columns.values()]
         for step in steps
     ]
     note = f"{loss}: means over {len(data.pairs(loss))} pairs, shares in % at ε = {eps:g}. A step is C or a sparsity."
     return note, tables.Table(["Path", "Step", "Sparsity", *columns], rows)
-
-
-def _markov(bound: float | None) -> float:
-    """Return the bound, which a record writes as null where all weights are zero and it is infinite."""
-    return math.inf if bound is None else bound
-
-
-def _name(step: Step) -> str:
-    return NAMES.get(step[0], "dense (chosen for each pair)")
 
 
 def csv_text(data: LinearStudy) -> str:
@@ -208,9 +198,6 @@ def _flat(point: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-LINES: dict[str, list[int]] = {"boxed": [], "unboxed": [5, 3], "ratio": []}
-
-
 def pictures(data: LinearStudy) -> list[Picture]:
     """Return both metrics and the ratio of weight norms against sparsity, over pairs and for all classes."""
     return [picture for loss in data.losses for picture in (*_over_pairs(data, loss), *_together(data, loss))]
@@ -220,48 +207,36 @@ def _over_pairs(data: LinearStudy, loss: str) -> Iterator[Picture]:
     count = len(data.pairs(loss))
     if not count:
         return
-    eps = data.eps[0]
     note = (
         f"Mean over {count} pairs of classes; bars are 95% intervals over the classes. Solid: the closed form inside "
         "the box [0, 1]; dashed: the theorem's, without the box; marks: measured by the attack."
     )
-    yield _picture(data, loss, f"{loss}: accuracy at l∞ ε = {eps:g}, pairs", f"{loss}-r_inf", _r_inf(eps), "%", note)
     left_out = f"{note} Images that nothing inside the box moves are left out of solid lines and marks."
-    yield _picture(data, loss, f"{loss}: mean l2 distance, pairs", f"{loss}-r_2", _r_2(), "distance", left_out)
+    yield from _both_metrics(data, loss, "pairs", loss, (note, left_out))
     ratio = {"ratio": lambda point: point["theorem"]["l1"] / max(point["theorem"]["l2"], 1e-30)}
     note = "r_2 divided by ε times this ratio bounds r_inf (both without the box): a smaller ratio leaves more room."
     yield _picture(data, loss, f"{loss}: ‖w‖₁ / ‖w‖₂, pairs", f"{loss}-norms", ratio, "ratio", note)
 
 
 def _together(data: LinearStudy, loss: str) -> Iterator[Picture]:
-    group = data.together(loss)
-    if group is None:
-        return
-    eps, count = data.eps[0], len(group.classes)
-    note = (
-        f"One classifier of {count} classes. Solid: the worst case inside the box; dashed: without the box; marks: "
-        "measured by the attack, which for FGSM is not the worst case with more than two classes."
-    )
-    alone = LinearStudy(data.study, (group,), data.eps)
-    title = f"{loss}: accuracy at l∞ ε = {eps:g}, {count} classes"
-    yield _picture(alone, loss, title, f"{loss}-all-r_inf", _r_inf(eps), "%", note)
-    yield _picture(
-        alone, loss, f"{loss}: mean l2 distance, {count} classes", f"{loss}-all-r_2", _r_2(), "distance", note
-    )
+    for group in [group for group in data.of(loss) if len(group.classes) > 2][:1]:
+        count = len(group.classes)
+        note = (
+            f"One classifier of {count} classes. Solid: the worst case inside the box; dashed: without the box; marks: "
+            "measured by the attack, which for FGSM is not the worst case with more than two classes."
+        )
+        yield from _both_metrics(replace(data, groups=(group,)), loss, f"{count} classes", f"{loss}-all", (note, note))
 
 
-def _r_inf(eps: float) -> dict[str, Value]:
-    return {form: _scaled(100.0, r_inf(eps, form)) for form in ("boxed", "unboxed")} | {
-        "measured": _scaled(100.0, r_inf(eps, "fgsm"))
-    }
+def _both_metrics(data: LinearStudy, loss: str, of: str, slug: str, notes: tuple[str, str]) -> Iterator[Picture]:
+    def share(form: str) -> Value:
+        return lambda point: 100.0 * r_inf(data.eps[0], form)(point)
 
-
-def _r_2() -> dict[str, Value]:
-    return {"boxed": r_2(), "unboxed": r_2("unboxed"), "measured": r_2("deepfool")}
-
-
-def _scaled(factor: float, value: Value) -> Value:
-    return lambda point: factor * value(point)
+    r_infs = {"boxed": share("boxed"), "unboxed": share("unboxed"), "measured": share("fgsm")}
+    r_2s = {"boxed": r_2(), "unboxed": r_2("unboxed"), "measured": r_2("deepfool")}
+    title = f"{loss}: accuracy at l∞ ε = {data.eps[0]:g}, {of}"
+    yield _picture(data, loss, title, f"{slug}-r_inf", r_infs, "%", notes[0])
+    yield _picture(data, loss, f"{loss}: mean l2 distance, {of}", f"{slug}-r_2", r_2s, "distance", notes[1])
 
 
 def _picture(
@@ -270,72 +245,43 @@ def _picture(
     layers: list[Spec] = []
     for k, path in enumerate(NAMES):
         steps = data.steps(loss, path)
-        if steps:
-            rows = {
-                form: [_row(data, loss, step, form, value, unit) for step in steps] for form, value in values.items()
-            }
-            layers += list(_layers(rows, k))
-    dense = [_row(data, loss, DENSE, form, value, unit) for form, value in values.items() if form == "measured"]
-    if dense:
-        mark = {"type": "point", "shape": "cross", "size": 110, "color": figures.INK, "filled": True, "opacity": 1}
-        layers.append({"data": {"values": dense}, "mark": mark, "encoding": {"description": {"field": "text"}}})
-    spec = {"title": title, "width": figures.WIDTH, "height": figures.HEIGHT, "layer": layers, "encoding": _axes(unit)}
-    return Picture(slug, title, figures.svg(spec), note + (" The cross is the dense classifier." if dense else ""))
+        rows = {form: [_row(data, loss, step, form, value, unit) for step in steps] for form, value in values.items()}
+        layers += _layers(rows, k) if steps else []
+    if "measured" in values:
+        dense = _row(data, loss, DENSE, "measured", values["measured"], unit)
+        cross = {"type": "point", "shape": "cross", "size": 110, "color": figures.INK, "filled": True, "opacity": 1}
+        layers.append(figures.layer([dense], cross, figures.TOLD))
+        note += " The cross is the dense classifier."
+    ticks = {"values": [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01], "labelExpr": "format(1 - datum.value, '.3~%')"}
+    axis = ticks | {"title": "sparsity (log scale of density)", "grid": False}
+    x = figures.number("x", scale={"type": "log", "reverse": True}, axis=axis)
+    spec = {"title": title, "width": figures.WIDTH, "height": figures.HEIGHT, "layer": layers}
+    return Picture(slug, title, figures.svg(spec | {"encoding": {"x": x, "y": figures.vertical(unit)}}), note)
 
 
 def _row(data: LinearStudy, loss: str, step: Step, form: str, value: Value, unit: str) -> Spec:
-    def of(group: Group) -> float:
-        return value(group.points[step])
-
-    groups = data.shown(loss)
-    mean = sum(map(of, groups)) / len(groups)
-    sparsity = sum(float(group.points[step]["sparsity"]) for group in groups) / len(groups)
-    found = data.effect(loss, of)
-    if found is not None and unit == "%":
-        found = replace(found, low=max(0.0, found.low), high=min(100.0, found.high))
-    told = "" if found is None else f" [{found.low:.3g}, {found.high:.3g}]"
-    row = {"x": max(1 - sparsity, 1e-4), "y": mean, "series": NAMES.get(step[0], "dense")}
-    text = f"{row['series']}, {form}, {100 * sparsity:.3g}% sparse: {mean:.4g}{told}"
-    return row | {
-        "low": mean if found is None else found.low,
-        "high": mean if found is None else found.high,
-        "text": text,
-    }
+    points = [group.points[step] for group in data.pairs(loss) or data.of(loss)]
+    mean = sum(map(value, points)) / len(points)
+    sparsity = sum(float(point["sparsity"]) for point in points) / len(points)
+    found, (low, high), told = data.effect(loss, step, value), (mean, mean), ""
+    if found is not None:
+        low, high = (max(0.0, found.low), min(100.0, found.high)) if unit == "%" else (found.low, found.high)
+        told = f" [{low:.3g}, {high:.3g}]"
+    series = NAMES.get(step[0], "dense")
+    text = f"{series}, {form}, {100 * sparsity:.3g}% sparse: {mean:.4g}{told}"
+    return {"x": max(1 - sparsity, 1e-4), "y": mean, "series": series, "low": low, "high": high, "text": text}
 
 
 def _layers(rows: Mapping[str, list[Spec]], k: int) -> Iterator[Spec]:
-    color: dict[str, Any] = {"scale": {"domain": list(NAMES.values()), "range": list(figures.COLORS[: len(NAMES)])}}
-    color |= {"field": "series", "type": "nominal", "legend": {"orient": "top", "title": None, "symbolType": "stroke"}}
-    described = {"description": {"field": "text"}, "color": color}
+    scale = {"domain": list(NAMES.values()), "range": list(figures.COLORS[: len(NAMES)])}
+    legend = {"orient": "top", "title": None, "symbolType": "stroke"}
+    color = {"color": {"field": "series", "type": "nominal", "scale": scale, "legend": legend}}
     for form, found in rows.items():
-        data = {"values": [row | {"order": place} for place, row in enumerate(found)]}
+        ordered = [row | {"order": place} for place, row in enumerate(found)]
         if form == "measured":
-            yield {
-                "data": data,
-                "mark": {"type": "rule", "strokeWidth": 1.2},
-                "encoding": {"color": color, "y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}},
-            }
-            mark = {"type": "point", "filled": True, "opacity": 1, "size": 46, "shape": figures.SHAPES[k]}
-            yield {"data": data, "mark": mark, "encoding": described}
+            yield figures.layer(ordered, {"type": "rule", "strokeWidth": 1.2}, color | figures.BETWEEN)
+            yield figures.layer(ordered, figures.dot(k, 46, filled=True), figures.TOLD | color)
         else:
-            line = {"type": "line", "strokeWidth": 1.6, "strokeDash": LINES[form], "point": "measured" not in rows}
-            yield {"data": data, "mark": line, "encoding": described | {"order": {"field": "order"}}}
-
-
-def _axes(unit: str) -> Spec:
-    ticks = [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01]
-    label = "format(1 - datum.value, '.3~%')"
-    return {
-        "x": {
-            "field": "x",
-            "type": "quantitative",
-            "scale": {"type": "log", "reverse": True},
-            "axis": {"title": "sparsity (log scale of density)", "values": ticks, "labelExpr": label, "grid": False},
-        },
-        "y": {
-            "field": "y",
-            "type": "quantitative",
-            "scale": {"zero": False},
-            "axis": {"title": unit, "tickCount": 5, "domain": False, "ticks": False},
-        },
-    }
+            dash = [5, 3] if form == "unboxed" else []
+            line = figures.line(1.6, strokeDash=dash, point="measured" not in rows)
+            yield figures.layer(ordered, line, figures.TOLD | color | {"order": {"field": "order"}})
