@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring.errors import UserError
-from sparring.models import Normalise, load_weights_
+from sparring.models import load_weights_
 
 
 def net() -> nn.Sequential:
@@ -30,10 +30,6 @@ WEIGHT = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (renamed("module."), "begins with 'module.'"),
-        (renamed("_orig_mod."), "begins with '_orig_mod.'"),
-        (renamed("model.net."), "begins with 'model.net.'"),
-        ({**renamed(""), "1.weight_orig": WEIGHT}, r"remove\(module, 'weight'\)"),
         (renamed("a") | {"b": WEIGHT}, "belong together"),
         ({}, "belong together"),
         (with_first((WEIGHT * 100).to(torch.int8)), "quantised"),
@@ -51,11 +47,6 @@ def test_other_numbers_than_the_models_are_refused(tensors: dict[str, Tensor], m
     with pytest.raises(UserError, match=message):
         load_weights_(model, tensors)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_the_weights_of_the_network_inside_are_named(tmp_path: object) -> None:
-    with pytest.raises(UserError, match=r"network inside, '1\.\.\.\.'; load them in the factory"):
-        load_weights_(nn.Sequential(Normalise((0.5,) * 3, (0.2,) * 3), net()), net().state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

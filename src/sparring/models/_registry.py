@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from ..facts import OWN_MODEL
 from ..plugins import look_up
 from ._architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, vgg_like
 
-FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "linear": linear,
     "mlp": mlp,
@@ -98,57 +97,3 @@ def _parameters(factory: Callable[..., nn.Module]) -> set[str] | None:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters}
-
-
-def load_weights_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy named tensors into a model's parameters and buffers.
-
-    Raise UserError that names the first tensor that is missing, unknown, of another shape or kind of number, not
-    finite, or that the model's own type would round.
-    """
-    own = model.state_dict()
-    learned = dict(model.named_parameters())  # some buffers take the size of what they are given
-    for name in own:
-        if name not in tensors:
-            raise UserError(f"the weights lack '{name}', which the model has: {_mismatch(own, tensors)}")
-    for name, value in tensors.items():
-        if name not in own:
-            raise UserError(f"the weights have '{name}', which the model lacks: {_mismatch(own, tensors)}")
-        _check_kind(name, value, own[name].dtype)
-        if name in learned and value.shape != own[name].shape:
-            raise UserError(f"'{name}' has shape {tuple(value.shape)} in the weights and {tuple(own[name].shape)} here")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise UserError(f"'{name}' holds NaN or infinite values: the weights are damaged or training diverged")
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"the weights do not fit the model: {str(error).splitlines()[-1].strip()}") from error
-
-
-def _mismatch(own: Iterable[str], given: Iterable[str]) -> str:
-    """Say why the names of weights differ from a model's, and what to do, as far as the names tell."""
-    mine, theirs = set(own), set(given)
-    if any(name.endswith("_orig") for name in theirs):
-        return "they were saved under torch.nn.utils.prune; call its remove(module, 'weight') before saving"
-    first, inner = min(theirs, default=""), min(mine, default="")
-    for prefix in (first[: at + 1] for at, mark in enumerate(first) if mark == "."):
-        if {name.removeprefix(prefix) for name in theirs} == mine:
-            return f"every name in the file begins with '{prefix}', as a wrapper writes; save the network inside of it"
-    for prefix in (name[: at + 1] for name in {inner, *mine} for at, mark in enumerate(name) if mark == "."):
-        if theirs and {prefix + name for name in theirs} <= mine:
-            return (
-                f"they are those of the network inside, '{prefix}...'; load them in the factory, before it is wrapped"
-            )
-    return "do model and weights belong together?"
-
-
-def _check_kind(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise UserError for numbers that a tensor of this type would change: integers as weights, or ones it rounds."""
-    if value.dtype == dtype:
-        return
-    if value.is_floating_point() != dtype.is_floating_point or value.dtype not in FLOATS | {torch.int64}:
-        raise UserError(f"'{name}' holds {value.dtype} in the weights and {dtype} here: quantised? Save it as {dtype}")
-    if not torch.equal(value.to(dtype).to(value.dtype).nan_to_num(), value.nan_to_num()):
-        raise UserError(
-            f"'{name}' holds {value.dtype}, which {dtype} would round; save it so, or build the model in that"
-        )

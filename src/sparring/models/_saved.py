@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import load_tensors, save_tensors
-from ._registry import build, load_weights_
+from ._registry import build
+from ._weights import load_weights_
 
 _ABOUT = "sparring/blueprint"
 _MASK = "sparring/mask/"

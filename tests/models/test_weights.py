@@ -1,0 +1,63 @@
+"""Weights go into a model by their names, through what wrappers make of them, or are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparring.errors import UserError
+from sparring.models import Normalise, load_weights_
+
+
+def network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+
+
+STATE = network(0).state_dict()
+
+
+def named(prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in STATE.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "backbone.net.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_recognised(prefix: str) -> None:
+    model = network(1)
+    notes = load_weights_(model, named(prefix))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in STATE.items())
+    assert bool(notes) == bool(prefix)
+
+
+def test_weights_of_the_network_inside_a_wrapper() -> None:
+    model = nn.Sequential(Normalise((0.5,) * 3, (0.2,) * 3), network(1))
+    before = model[0].state_dict()
+    notes = load_weights_(model, named("module."))
+    assert all(torch.equal(model[1].state_dict()[name], value) for name, value in STATE.items())
+    assert all(torch.equal(model[0].state_dict()[name], value) for name, value in before.items())
+    assert any("network inside" in note for note in notes)
+
+
+def test_a_wrapper_that_learns_is_not_left_as_it_was_drawn() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), network(1))
+    with pytest.raises(UserError, match=r"lack '0\.bias'"):
+        load_weights_(model, STATE)
+
+
+def test_masks_of_torch_are_applied() -> None:
+    mask = (torch.rand(8, 12) > 0.5).float()
+    rest = {name: value for name, value in STATE.items() if name != "1.weight"}
+    model = network(1)
+    load_weights_(model, {**rest, "1.weight_orig": STATE["1.weight"], "1.weight_mask": mask})
+    assert torch.equal(model.state_dict()["1.weight"], STATE["1.weight"] * mask)
+
+
+def test_counters_of_batches_may_be_missing() -> None:
+    load_weights_(network(1), {name: value for name, value in STATE.items() if "num_batches" not in name})
+
+
+def test_names_that_differ_are_named_with_the_nearest() -> None:
+    renamed = {("1.weights" if name == "1.weight" else name): value for name, value in STATE.items()}
+    with pytest.raises(UserError, match=r"lack '1\.weight' \(nearest: '1\.weights'\); they have '1\.weights'"):
+        load_weights_(network(1), renamed)
