@@ -1,0 +1,284 @@
+"""Networks of timm, torchvision and Hugging Face by name: "timm:resnet18", "torchvision:resnet50", "hf:FOLDER".
+
+Each comes with the normalisation, image size and class names of its own configuration. Weights are read from the user's
+cache or folder; nothing is downloaded unless asked for, and pickled weights are read by `read_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnknownNameError, UserError
+from ..files import MIB, read_bounded, save_tensors
+from ._checkpoints import read_checkpoint
+from ._layers import Normalise
+from ._weights import load_weights_
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """Hold what a library's own configuration says of a network: how images are prepared, and its classes.
+
+    `size` is the height and width in pixels that it was trained on, `resize` that of the shorter side before the crop.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
+    resize: int
+    interpolation: str
+    labels: tuple[str, ...]
+    classes: int
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """Hold how a library describes a network, builds it with fresh weights, and finds its trained ones."""
+
+    package: str
+    describe: Callable[[str], HubModel]
+    make: Callable[[str, tuple[int, ...], int], nn.Module]
+    weights: Callable[[str, bool], Mapping[str, Tensor] | None]
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a model's name is one of a library's, as timm:resnet18."""
+    return name.partition(":")[0] in HUBS and ":" in name
+
+
+def describe(name: str) -> HubModel:
+    """Return a network's own configuration; raise UserError where its package is missing or does not know it."""
+    hub, own = _parted(name)
+    return hub.describe(own)
+
+
+def build_from_hub(name: str, *, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Build a network with fresh weights for images of this shape, behind its own normalisation of [0, 1]."""
+    hub, own = _parted(name)
+    facts = hub.describe(own)
+    mean, std = facts.mean, facts.std
+    if shape[0] != len(mean):
+        if shape[0] != 1:
+            raise UserError(f"'{name}' takes images of {len(mean)} channels, these have {shape[0]}")
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return nn.Sequential(Normalise(mean, std), hub.make(own, shape, classes))
+
+
+def load_hub_weights_(model: nn.Module, name: str, *, download: bool = False) -> tuple[str, ...]:
+    """Put a library's trained weights into what `build_from_hub` made; return notes on names.
+
+    Raises UserError where they are not in the user's cache or folder and `download` is not given, and as
+    `load_weights_` does, as for another number of classes.
+    """
+    hub, own = _parted(name)
+    tensors = hub.weights(own, download)
+    if tensors is None:
+        raise UserError(f"the weights of '{name}' are not on this machine; give --download to get them, or --weights")
+    return load_weights_(model, tensors)
+
+
+def _parted(name: str) -> tuple[_Hub, str]:
+    scheme, _, own = name.partition(":")
+    hub = HUBS[scheme]
+    with _without_torchvision_kernels():
+        try:
+            importlib.import_module(hub.package)
+        except ImportError as error:
+            extra = f"pip install 'sparring[{scheme}]'"
+            raise UserError(f"'{name}' needs the package {hub.package}, which does not import ({error}): {extra}") from None
+    return hub, own
+
+
+@contextmanager
+def _without_torchvision_kernels() -> Iterator[None]:
+    """Let torchvision import beside a torch that its compiled operators were not built for.
+
+    Its classifiers need none of them; only their registration fails ("operator torchvision::nms does not exist").
+    """
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
+        yield
+        return
+    register = torch.library.register_fake
+
+    def passed_over(op: Any, *rest: Any, **options: Any) -> Any:
+        if isinstance(op, str) and op.startswith("torchvision::"):
+            return lambda function: function
+        return register(op, *rest, **options)
+
+    torch.library.register_fake = passed_over
+    try:
+        yield
+    finally:
+        torch.library.register_fake = register
+
+
+# -- timm -------------------------------------------------------------------------------------------------------------
+
+
+def _describe_timm(own: str) -> HubModel:
+    import timm
+
+    cfg = timm.get_pretrained_cfg(own) if timm.is_model(own) else None
+    if cfg is None:
+        raise UnknownNameError("model of timm", own, timm.list_models())
+    size = cfg.input_size[1:]
+    labels = timm.data.ImageNetInfo().label_names() if cfg.num_classes == 1000 else ()
+    resize = round(size[0] / cfg.crop_pct)
+    return HubModel(cfg.mean, cfg.std, size, resize, cfg.interpolation, tuple(labels), cfg.num_classes)
+
+
+def _make_timm(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
+    import timm
+
+    options: dict[str, Any] = {"num_classes": classes, "in_chans": shape[0]}
+    if timm.get_pretrained_cfg(own).fixed_input_size:
+        options["img_size"] = shape[1:]
+    try:
+        made: nn.Module = timm.create_model(own, pretrained=False, **options)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"timm cannot build '{own}' for images {shape}: {error}") from error
+    return made
+
+
+def _timm_weights(own: str, download: bool) -> Mapping[str, Tensor] | None:
+    """Let timm itself rename and resize what its file holds, unpickled before where it is a pickle."""
+    import timm
+
+    file = _timm_file(timm.get_pretrained_cfg(own), download)
+    if file is None:
+        return None
+    with tempfile.TemporaryDirectory() as place:
+        if file.suffix != ".safetensors":
+            file = save_tensors(Path(place) / "model.safetensors", read_checkpoint(file).tensors)
+        made = timm.create_model(own, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    state: Mapping[str, Tensor] = made.state_dict()
+    return state
+
+
+def _timm_file(cfg: Any, download: bool) -> Path | None:
+    if not cfg.hf_hub_id:
+        return _from_url(cfg.url, download) if cfg.url else None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    here = [found for name in names if isinstance(found := try_to_load_from_cache(cfg.hf_hub_id, name), str)]
+    if not here and download:
+        here = [hf_hub_download(cfg.hf_hub_id, names[0])]
+    return Path(here[0]) if here else None
+
+
+# -- torchvision ------------------------------------------------------------------------------------------------------
+
+
+def _torchvision_weights_of(own: str) -> Any:
+    from torchvision import models
+
+    if own not in models.list_models(module=models):
+        raise UnknownNameError("model of torchvision", own, models.list_models(module=models))
+    return models.get_model_weights(own).DEFAULT
+
+
+def _describe_torchvision(own: str) -> HubModel:
+    weights = _torchvision_weights_of(own)
+    done = weights.transforms()
+    labels = tuple(weights.meta["categories"])
+    size = (done.crop_size[0], done.crop_size[0])
+    mean, std = tuple(done.mean), tuple(done.std)
+    return HubModel(mean, std, size, done.resize_size[0], done.interpolation.value, labels, len(labels))
+
+
+def _make_torchvision(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
+    from torchvision import models
+
+    if shape[0] != 3:
+        raise UserError(f"torchvision's '{own}' takes images of three channels, these have {shape[0]}")
+    sized = {"image_size": shape[1]} if own.startswith("vit_") else {}
+    own_heads = {"init_weights": True} if own in ("googlenet", "inception_v3") else {}
+    if own_heads:
+        own_heads["aux_logits"] = False
+    made: nn.Module = models.get_model(own, weights=None, num_classes=classes, **sized, **own_heads)
+    return made
+
+
+def _torchvision_weights(own: str, download: bool) -> Mapping[str, Tensor] | None:
+    file = _from_url(_torchvision_weights_of(own).url, download)
+    return read_checkpoint(file).tensors if file is not None else None
+
+
+def _from_url(url: str, download: bool) -> Path | None:
+    """Return the file of a URL in torch's cache."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not file.exists() and download:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=True)
+    return file if file.exists() else None
+
+
+# -- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+def _config(own: str) -> Any:
+    import transformers
+
+    if not (Path(own) / "config.json").is_file():
+        raise UserError(f"{own} holds no config.json; hf:FOLDER takes a folder that save_pretrained wrote")
+    try:
+        return transformers.AutoConfig.from_pretrained(own, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"transformers cannot read {own}/config.json: {str(error).splitlines()[0]}") from error
+
+
+def _describe_hf(own: str) -> HubModel:
+    config, prepared = _config(own), Path(own) / "preprocessor_config.json"
+    how = json.loads(read_bounded(prepared, limit=MIB)) if prepared.exists() else {}
+    side = config.image_size if isinstance(getattr(config, "image_size", None), int) else 224
+    wanted = how.get("crop_size", how.get("size", side))
+    size = tuple(wanted.get(key, side) for key in ("height", "width")) if isinstance(wanted, dict) else (wanted, wanted)
+    mean, std = (tuple(how.get(f"image_{what}", own)) for what, own in zip(("mean", "std"), IMAGENET, strict=True))
+    labels = tuple(config.id2label[at] for at in sorted(config.id2label))
+    resize = how.get("size", {}).get("shortest_edge", size[0]) if isinstance(how.get("size"), dict) else size[0]
+    return HubModel(mean, std, size, resize, "bicubic" if how.get("resample") == 3 else "bilinear", labels, len(labels))
+
+
+def _make_hf(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
+    import transformers
+
+    config = _config(own)
+    if len(config.id2label) != classes:
+        config.num_labels = classes
+    made: nn.Module = transformers.AutoModelForImageClassification.from_config(config)
+    return made
+
+
+def _hf_weights(own: str, _download: bool) -> Mapping[str, Tensor] | None:
+    import transformers
+
+    if not list(Path(own).glob("model*.safetensors")):
+        pickled = Path(own) / "pytorch_model.bin"
+        if pickled.exists():
+            raise UserError(f"{pickled} is a pickle: sparring convert {pickled} {Path(own) / 'model.safetensors'}")
+        return None
+    kind = transformers.AutoModelForImageClassification
+    state: Mapping[str, Tensor] = kind.from_pretrained(own, local_files_only=True, use_safetensors=True).state_dict()
+    return state
+
+
+HUBS = {
+    "timm": _Hub("timm", _describe_timm, _make_timm, _timm_weights),
+    "torchvision": _Hub("torchvision", _describe_torchvision, _make_torchvision, _torchvision_weights),
+    "hf": _Hub("transformers", _describe_hf, _make_hf, _hf_weights),
+}
