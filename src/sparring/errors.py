@@ -51,6 +51,9 @@ class StorageError(UserError):
     """Signal a disk that is full or fails, or a damaged file: a study stops there, since no network is to blame."""
 
 
+MANY = 100  # names that are all told
+
+
 class UnknownNameError(UserError):
     """Signal a name that is not in a table, with the nearest match."""
 
@@ -58,7 +61,8 @@ class UnknownNameError(UserError):
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        super().__init__(f"unknown {kind} '{name}'.{hint} Known: {', '.join(names)}")
+        shown = names if len(names) <= MANY else difflib.get_close_matches(name, names, n=12, cutoff=0.3)
+        super().__init__(f"unknown {kind} '{name}'.{hint} {'Known' if shown is names else 'Near'}: {', '.join(shown)}")
 
 
 class Unsupported(UserError):

@@ -29,9 +29,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `sparring --help` reads 
     from torch import Tensor
 
 __all__ = [
-    "CONVERT",
     "canonical_json",
     "check_writable",
+    "conversion",
     "explain",
     "finite",
     "load_tensors",
@@ -50,10 +50,6 @@ __all__ = [
 ]
 
 MIB = 1 << 20
-CONVERT = (
-    "convert it, if you trust it, by safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-    '"weights.safetensors"), and give --weights weights.safetensors'
-)
 _LEFTOVER = ".tmp"
 _WAYS_OUT = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
@@ -76,6 +72,12 @@ def explain(error: OSError, path: Path | str, doing: str = "use") -> UserError:
     reason = _WAYS_OUT.get(error.errno or 0, error.strerror or str(error))
     kind = StorageError if error.errno in _FAILING else UserError
     return kind(f"cannot {doing} {path}: {reason}")
+
+
+def conversion(path: Path | str) -> str:
+    """Say how a file that is not read becomes one that is."""
+    plain = Path(path).with_suffix(".safetensors")
+    return f"type `sparring convert {path} {plain}` and give --weights {plain}"
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -387,7 +389,9 @@ def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * 
     data = read_bounded(path, limit=limit)
     # A header of 640 bytes begins like a pickle, one of 19,280 like a zip; what follows its length is JSON.
     if data[:2] in (b"PK", b"\x80\x02") and data[8:9] != b"{":
-        raise UserError(f"{path} is a pickle, as torch.save writes, which may run code and is not read; {CONVERT}")
+        raise UserError(
+            f"{path} is a pickle, as torch.save writes, which may run code and is not read; {conversion(path)}"
+        )
     header = int.from_bytes(data[:8], "little")
     if len(data) < 10 or header > min(len(data) - 8, 16 * MIB):
         raise UserError(f"{path} is not a whole safetensors file; get it or make it again")

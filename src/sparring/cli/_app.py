@@ -101,6 +101,18 @@ def train(how: TrainOptions, data: DataSource, fit: FitOptions) -> int:
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, Argument(help="A file of torch.save's: .pt, .pth, .ckpt or .bin.")],
+    out: Annotated[Path, Argument(help="The .safetensors file to write.")],
+    key: Annotated[str | None, Option(help="Which of several sets of weights, as model_ema.")] = None,
+) -> int:
+    """Read the weights of a checkpoint, without running what is in it, and write them to a safetensors file."""
+    from ._convert import run_convert
+
+    return run_convert(checkpoint, out, key)
+
+
+@app.command()
 @flat
 def prune(model: ModelSource, how: PruneOptions, data: DataSource, fit: FitOptions) -> int:
     """Prune a trained network, fine-tune it, and write it to one file."""

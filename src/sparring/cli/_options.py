@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
+from ..errors import UserError
 from ..facts import BOUNDS
 
 
@@ -61,7 +62,14 @@ Threads = Annotated[
 ]
 Values = Annotated[str, Option(help="fp32, fp16 or int8.")]
 Weights = Annotated[Path | None, Option(help="A safetensors file with the model's weights.")]
-Model = Annotated[str, Argument(help="A name, a file (.safetensors, .sparring), or package.module:factory.")]
+Moments = Annotated[str | None, Option(help="For a factory: its normalisation, by channel, as 0.5,0.5,0.5.")]
+Model = Annotated[
+    str,
+    Argument(
+        help="A file (.safetensors, .sparring), or a name, timm:NAME, torchvision:NAME, hf:FOLDER, "
+        "package.module:factory, each with @FILE.safetensors for its weights."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,24 @@ class DataSource:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model file, an artefact, a name with a file of weights, or a user's factory."""
+    """A model file, an artefact, a name with a file of weights, a library's network, or a user's factory.
+
+    `model` may end in "@FILE", which says the same as `weights`.
+    """
 
     model: Model
     weights: Weights = None
+    mean: Moments = None
+    std: Moments = None
+
+    def named(self) -> tuple[str, Path | None]:
+        """Return the model's name, without its file, and the file of weights; raise UserError for two files."""
+        name, mark, file = self.model.rpartition("@")
+        if not (mark and name and file.endswith(".safetensors")):
+            return self.model, self.weights
+        if self.weights is not None:
+            raise UserError(f"'{self.model}' names its weights; drop --weights {self.weights}")
+        return name, Path(file)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..records import Folder, Record
 from ..study import Event, Plan, Watcher, progress, run, to_mlflow, to_tensorboard, usable_device, what_of
 from ..study import merge as merge_studies
 from ..study import register as register_plan
-from ._options import DataSource, StudyOptions, StudySource
+from ._options import DataSource, ModelSource, StudyOptions, StudySource
 from ._printing import duration, print_json
 from ._sources import open_data
 
@@ -56,7 +56,8 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
 
 
 def _changes(source: StudySource) -> tuple[str, ...]:
-    named = {"model.name": source.model, "model.weights": source.weights}
+    model = None if source.model is None else ModelSource(source.model, source.weights).named()
+    named = {"model.name": model and model[0], "model.weights": model[1] if model else source.weights}
     return *(source.overrides or ()), *(f"{key}='{value}'" for key, value in named.items() if value is not None)
 
 

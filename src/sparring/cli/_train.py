@@ -36,10 +36,12 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions) -> int:
     """
     training = _training(options, how.ramp)
     check_out(how.out, ".safetensors")
+    if ModelSource(how.model).named()[1] is not None:
+        raise UserError("train begins with fresh weights; trained ones are given to prune and study")
     _settings(how.recipe, Recipe)  # refuses what cannot be, before data are read
     NetworkSettings(how.model, width=how.width, depth=how.depth)
     dataset = open_data(data)
-    blueprint = replace(blueprint_for(how.model, dataset), width=how.width, depth=how.depth)
+    blueprint = replace(blueprint_for(ModelSource(how.model), dataset), width=how.width, depth=how.depth)
     recipe = _settings(how.recipe, Recipe, own=recipe_settings(how.model, channels=blueprint.shape[0])).recipe
     model = blueprint.build(seed=options.seed)
     check_fit(model, dataset)
@@ -59,7 +61,7 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     pruner = build_pruner(pruning, how.sparsity)
     check_named(source)
     dataset = open_data(data)
-    model, blueprint = open_model(source, dataset)
+    model, blueprint = open_model(source, dataset, download=data.download)
     own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
     recipe = _settings(how.options, PruningSpec, Recipe, own=own).recipe
     result = _fit(model, dataset, recipe, how.out, options, training, pruner)

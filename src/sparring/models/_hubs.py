@@ -78,17 +78,20 @@ def build_from_hub(name: str, *, shape: tuple[int, ...], classes: int) -> nn.Mod
     return nn.Sequential(Normalise(mean, std), hub.make(own, shape, classes))
 
 
-def load_hub_weights_(model: nn.Module, name: str, *, download: bool = False) -> tuple[str, ...]:
-    """Put a library's trained weights into what `build_from_hub` made; return notes on names.
+def load_hub_weights_(model: nn.Module, name: str, *, classes: int, download: bool = False) -> None:
+    """Put a library's trained weights into what `build_from_hub` made.
 
-    Raises UserError where they are not in the user's cache or folder and `download` is not given, and as
-    `load_weights_` does, as for another number of classes.
+    Raises UserError where they are not in the user's cache or folder and `download` is not given, where they are for
+    another number of `classes`, and as `load_weights_` does.
     """
     hub, own = _parted(name)
+    trained = hub.describe(own).classes
+    if trained != classes:
+        raise UserError(f"'{name}' was trained for {trained} classes, the data have {classes}; take data of those")
     tensors = hub.weights(own, download)
     if tensors is None:
         raise UserError(f"the weights of '{name}' are not on this machine; give --download to get them, or --weights")
-    return load_weights_(model, tensors)
+    load_weights_(model, tensors)
 
 
 def _parted(name: str) -> tuple[_Hub, str]:
@@ -96,10 +99,14 @@ def _parted(name: str) -> tuple[_Hub, str]:
     hub = HUBS[scheme]
     with _without_torchvision_kernels():
         try:
+            if importlib.util.find_spec("torchvision"):  # which the others import when they first build a network
+                importlib.import_module("torchvision")
             importlib.import_module(hub.package)
         except ImportError as error:
             extra = f"pip install 'sparring[{scheme}]'"
-            raise UserError(f"'{name}' needs the package {hub.package}, which does not import ({error}): {extra}") from None
+            raise UserError(
+                f"'{name}' needs the package {hub.package}, which does not import ({error}): {extra}"
+            ) from None
     return hub, own
 
 
@@ -272,6 +279,7 @@ def _hf_weights(own: str, _download: bool) -> Mapping[str, Tensor] | None:
         if pickled.exists():
             raise UserError(f"{pickled} is a pickle: sparring convert {pickled} {Path(own) / 'model.safetensors'}")
         return None
+    transformers.utils.logging.disable_progress_bar()
     kind = transformers.AutoModelForImageClassification
     state: Mapping[str, Tensor] = kind.from_pretrained(own, local_files_only=True, use_safetensors=True).state_dict()
     return state

@@ -14,6 +14,7 @@ from ..facts import MODELS as FACTS
 from ..facts import OWN_MODEL
 from ..plugins import look_up
 from ._architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, vgg_like
+from ._hubs import build_from_hub, is_hub_name
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "linear": linear,
@@ -37,7 +38,7 @@ def build(
     widths: tuple[int, ...] | None = None,
     depth: int | None = None,
 ) -> nn.Module:
-    """Build a network by name, or a user's own by "package.module:factory", initialised from `seed`.
+    """Build a network by name, a library's ("timm:resnet18"), or a user's "package.module:factory", from `seed`.
 
     The result maps images (N, *shape), float in [0, 1], to logits (N, classes). A user's factory is called with those
     of the keywords shape, classes, mean, std that it accepts. `width` scales channels, `widths` are an mlp's hidden
@@ -47,6 +48,12 @@ def build(
         raise UserError(
             f"a model needs images (channels, height, width) and two classes or more, not {shape}, {classes}"
         )
+    if is_hub_name(name):
+        if (width, widths, depth) != (None, None, None):
+            raise UserError(f"'{name}' has the sizes that its name says; width, widths and depth are for our own")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_from_hub(name, shape=shape, classes=classes)
     factory: Callable[..., nn.Module] = look_up("model", name, MODELS)
     if isinstance(factory, nn.Module):
         raise UserError(f"'{name}' is a model; name a function without arguments that returns it")
@@ -72,6 +79,12 @@ def build(
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise UserError(f"factory '{name}' returned {what}, not a torch.nn.Module")
     return model
+
+
+def takes_moments(name: str) -> bool:
+    """Return whether a user's factory is given the mean and std of the data."""
+    known = _parameters(look_up("model", name, MODELS))
+    return known is None or {"mean", "std"} <= known
 
 
 def recipe_settings(name: str, *, channels: int, fine_tuning: bool = False) -> dict[str, Any]:

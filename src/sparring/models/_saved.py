@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import load_tensors, save_tensors
+from ._hubs import is_hub_name
 from ._registry import build
 from ._weights import load_weights_
 
@@ -75,7 +76,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
         _refuse_absurd(blueprint)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its description of the model is damaged ({error})") from error
-    if ":" in blueprint.name:
+    if ":" in blueprint.name and not is_hub_name(blueprint.name):
         raise UserError(
             f"{path} was made by the factory '{blueprint.name}', which is code; "
             f"if you trust it, name it as the model and give --weights {path}"

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import load_tensors
 from ._checkpoints import plain_weights
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+OURS = "sparring/"  # what a model file holds besides weights
 COUNTERS = "num_batches_tracked"  # which checkpoints before torch 0.4.1 lack, and evaluation does not read
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a network's weights from a safetensors file, also from a model file; raise UserError as `load_tensors`."""
+    return {name: value for name, value in load_tensors(path).items() if not name.startswith(OURS)}
 
 
 def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

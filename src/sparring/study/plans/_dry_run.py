@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from ...data import as_float
 from ...errors import PlanError, UserError, told
 from ...facts import ATTACKS, BOUNDS, LIPSCHITZ, OWN_ATTACK, BoundFacts
-from ...files import load_tensors
 from ...memory_format import channels_last
-from ...models import load_weights_
+from ...models import load_weights_, read_weights
 from ...modes import eval_mode
 from ...outputs import logits_of, opened
 from ...sparsity import ACTIVATIONS, Batch, CollapsedLayerWarning, all_ones, build_pruner, magnitude
@@ -59,8 +58,7 @@ def rehearse(plan: Plan, context: Context) -> None:
     model = network(context, Network.of(plan.model))
     if own:
         if plan.model.weights is not None:
-            tensors = load_tensors(plan.model.weights)
-            load_weights_(model, {name: t for name, t in tensors.items() if not name.startswith("sparring/")})
+            load_weights_(model, read_weights(plan.model.weights))
         check_fit(model, context.dataset)
         _try_gradient(model, context)
     train = context.dataset.train

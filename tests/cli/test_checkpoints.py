@@ -1,0 +1,77 @@
+"""A user's own network with a checkpoint from elsewhere: what to type is said, and the same weights are judged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+CODE = """
+from torch import nn
+from sparring.models import Normalise
+
+def inner():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def wrapped():
+    return nn.Sequential(Normalise((0.3,), (0.5,)), inner())
+
+def given(mean, std):
+    return nn.Sequential(Normalise(mean, std), inner())
+"""
+ATTACK = ("--data", "digits", "--images", 20, "--attacks", "fgsm", "--checks", 0, "--json")
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparring):  # type: ignore[no-untyped-def]
+    """Return a converted checkpoint, in a folder that holds the user's code."""
+    (tmp_path / "owners.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "owners", raising=False)
+    torch.manual_seed(0)
+    state = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 1}, "w.pth")
+    refused = sparring("attack", "owners:wrapped", "--weights", "w.pth", *ATTACK)
+    assert refused.code == 2
+    assert "type `sparring convert w.pth w.safetensors`" in refused.err
+    done = sparring("convert", "w.pth", "w.safetensors")
+    assert done.code == 0
+    assert "under 'state_dict'" in done.out and "'module.'" in done.out
+    return Path("w.safetensors")
+
+
+def test_a_checkpoint_is_converted_and_named_after_an_at(weights: Path, sparring) -> None:  # type: ignore[no-untyped-def]
+    found = [
+        sparring("attack", *model, *ATTACK)
+        for model in (
+            ("owners:wrapped", "--weights", weights),
+            (f"owners:wrapped@{weights}",),
+            (f"owners:given@{weights}", "--mean", "0.3", "--std", "0.5"),
+        )
+    ]
+    assert all(one.code == 0 for one in found)
+    assert "the network inside" in found[0].err
+    rows = [json.loads(one.out)["results"][0] for one in found]
+    assert len({(row["accuracy"], row["robust_accuracy"]) for row in rows}) == 1
+
+
+def test_moments_that_are_assumed_are_said(weights: Path, sparring) -> None:  # type: ignore[no-untyped-def]
+    assert "mean and std of digits" in sparring("attack", f"owners:given@{weights}", *ATTACK).err
+    for words, message in (
+        (("owners:given", "--mean", "0.3"), "go together"),
+        (("owners:wrapped", "--mean", "0.3", "--std", "0.5"), "its own normalisation"),
+        (("owners:given", "--mean", "0.3,0.3", "--std", "0.5"), "1 numbers"),
+        ((f"owners:given@{weights}", "--weights", weights), "drop --weights"),
+    ):
+        refused = sparring("attack", *words, *ATTACK)
+        assert refused.code == 2 and message in refused.err
+
+
+def test_training_refuses_weights_that_it_would_not_use(weights: Path, sparring) -> None:  # type: ignore[no-untyped-def]
+    refused = sparring("train", f"owners:inner@{weights}", "--data", "digits", "--out", "m.safetensors")
+    assert refused.code == 2 and "fresh weights" in refused.err
