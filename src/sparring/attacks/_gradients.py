@@ -1,4 +1,4 @@
-"""What an attack asks of a model: logits with an input gradient, or all rows of a Jacobian at once."""
+"""What an attack asks of a model: logits, with the input gradients of an objective or of weighted sums of them."""
 
 from __future__ import annotations
 
@@ -112,66 +112,49 @@ def logits_and_gradient(
 
     A graph that is cut gives zeros, and so do NaN and infinite gradients, which would lose an image for good.
     """
-    if (isinstance(model, Probe) and model.hand is not None) or _kernels(model) is not None:
-        return logits_and_pull(model, x, lambda logits: _slope(objective, logits, y, targets))
-    point = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = model(point)
-        total = objective(logits, y, targets).sum()
-    if not total.requires_grad:
-        return logits.detach(), torch.zeros_like(x)
-    (gradient,) = torch.autograd.grad(total, point, allow_unused=True, materialize_grads=True)
-    return logits.detach(), _finite(gradient)
+    return logits_and_pull(model, x, partial(_slope, objective, y, targets))
 
 
-def logits_and_pull(model: nn.Module, x: Tensor, slope: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return logits (N, K) and the input gradient of one weighted sum of them per image; see logits_and_gradient.
+def logits_and_pull(model: nn.Module, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return logits (N, K) and the input gradients (..., N, *image) of weighted sums of them; see logits_and_gradient.
 
-    `slope` turns the detached logits into the weights, (N, K): an objective's gradient, where that is known by hand. It
-    is called once, always.
+    `weigh` turns the detached logits into the weights, (N, K) for one sum per image (an objective's gradient, where
+    that is known by hand) or (R, N, K) for R of them, of which 16 go back at a time. It is called once, always.
     """
-    if isinstance(model, Probe) and model.hand is not None:
-        return _by_hand(model, model.hand, x, slope)
+    probe = model if isinstance(model, Probe) else None
     kernels = _kernels(model)
-    if kernels is not None:
-        return _by_kernels(model, kernels, x, slope)
+    if probe is not None and probe.hand is not None:
+        logits, hidden = probe.through(probe.hand, x)
+        back = partial(_by_hand, probe.hand, hidden, x)
+    elif kernels is not None:
+        with torch.no_grad():
+            logits = model(x)
+        back = partial(kernels, x)
+    else:
+        return _by_autograd(model, x, weigh)
+    weights = weigh(logits)
+    if probe is not None:
+        probe.backwards += weights.shape[:-1].numel()
+    return logits, _finite(back(weights))
+
+
+def _by_autograd(model: nn.Module, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
-    weights = slope(logits.detach())
+    weights = weigh(logits.detach())
     if not logits.requires_grad:
-        return logits, torch.zeros_like(x)
-    (gradient,) = torch.autograd.grad(logits, point, weights, allow_unused=True, materialize_grads=True)
-    return logits.detach(), _finite(gradient)
-
-
-def logits_and_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return logits (N, K) and the input gradients (R, N, ...) of R weighted sums of them, together.
-
-    `rows` turns the detached logits into the weights, shape (R, N, K). Of many rows 16 go back at a time.
-    """
-    if isinstance(model, Probe) and model.hand is not None:
-        logits, hidden = model.through(model.hand, x)
-        weights = rows(logits)
-        model.backwards += len(weights) * len(x)
-        return logits, _finite(model.hand.backward(weights, hidden)).view(len(weights), *x.shape)
-    kernels = _kernels(model)
-    if kernels is not None:
-        return _by_kernels(model, kernels, x, rows)
-    point = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = model(point)
-    weights = rows(logits.detach())
-    if not logits.requires_grad:
-        return logits.detach(), x.new_zeros((len(weights), *x.shape))
-    parts = torch.split(weights, ROWS_AT_ONCE)
-    gradients = torch.cat([_pulled(logits, point, part) for part in parts])
+        return logits.detach(), x.new_zeros((*weights.shape[:-1], *x.shape[1:]))
+    if weights.dim() == 2:
+        (gradient,) = torch.autograd.grad(logits, point, weights, allow_unused=True, materialize_grads=True)
+        return logits.detach(), _finite(gradient)
+    gradients = torch.cat([_rows(logits, point, part) for part in torch.split(weights, ROWS_AT_ONCE)])
     if isinstance(model, Probe):  # the hook saw the batched pass as one
         model.backwards += (len(weights) - 1) * len(x) * model.draws
     return logits.detach(), _finite(gradients)
 
 
-def _pulled(logits: Tensor, point: Tensor, weights: Tensor) -> Tensor:
+def _rows(logits: Tensor, point: Tensor, weights: Tensor) -> Tensor:
     """Return the input gradients (R, N, ...) of weighted sums of logits, in one pass where the model's backward can."""
     ask = partial(torch.autograd.grad, logits, point, retain_graph=True, allow_unused=True)
     try:
@@ -181,33 +164,15 @@ def _pulled(logits: Tensor, point: Tensor, weights: Tensor) -> Tensor:
     return point.new_zeros((len(weights), *point.shape)) if found is None else found
 
 
-def _by_hand(probe: Probe, hand: ByHand, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return what logits_and_pull does, without autograd."""
-    logits, hidden = probe.through(hand, x)
-    probe.backwards += len(x)
-    slope = weigh(logits)
-    if isinstance(hand, Dense):
-        live = slope.any(1).nonzero().squeeze(1)
+def _by_hand(hand: ByHand, hidden: Any, x: Tensor, weights: Tensor) -> Tensor:
+    """Return the input gradients, of a network of matrices only at images where the weights are not all zero."""
+    if weights.dim() == 2 and isinstance(hand, Dense):
+        live = weights.any(1).nonzero().squeeze(1)
         if _FEWEST <= len(live) < (1 - _IDLE) * len(x):
             gradient = torch.zeros_like(x)
-            gradient[live] = _finite(hand.backward(slope[live], [part[live] for part in hidden])).view_as(x[live])
-            return logits, gradient
-    return logits, _finite(hand.backward(slope, hidden)).view_as(x)
-
-
-def _by_kernels(
-    model: nn.Module, kernels: Callable[[Tensor, Tensor], Tensor], x: Tensor, weigh: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return logits, and the input gradients of one weighted sum of them per image or of several, by a packed network.
-
-    `weigh` turns the logits into weights, (N, K) or (R, N, K).
-    """
-    with torch.no_grad():
-        logits = model(x)
-    weights = weigh(logits)
-    if isinstance(model, Probe):
-        model.backwards += weights.shape[:-1].numel()
-    return logits, _finite(kernels(x, weights))
+            gradient[live] = hand.backward(weights[live], [part[live] for part in hidden]).view_as(x[live])
+            return gradient
+    return hand.backward(weights, hidden).view(*weights.shape[:-1], *x.shape[1:])
 
 
 def _kernels(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -216,13 +181,13 @@ def _kernels(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
     return getattr(inner, "input_gradient", None)
 
 
-def _slope(objective: Objective, logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
+def _slope(objective: Objective, y: Tensor, targets: Tensor | None, logits: Tensor) -> Tensor:
     """Return the gradient of a per-image objective with respect to the logits."""
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
         total = objective(leaf, y, targets).sum()
-    (row,) = torch.autograd.grad(total, leaf)
-    return row
+    (slope,) = torch.autograd.grad(total, leaf)
+    return slope
 
 
 def _finite(gradients: Tensor) -> Tensor:

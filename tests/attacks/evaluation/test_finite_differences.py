@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring.attacks import ATTACKS, robust_accuracy, run
-from sparring.attacks._gradients import logits_and_gradient, logits_and_rows
+from sparring.attacks._gradients import logits_and_gradient, logits_and_pull
 from sparring.attacks.algorithms._losses import margin_loss
 from sparring.attacks.evaluation._finite_differences import Differences, blind_pixels
 from sparring.outputs import opened
@@ -272,7 +272,7 @@ def test_differences_are_the_gradient_where_the_network_is_linear(many: Tensor) 
     model = Differences(linear, PIXELS["every other pixel"])
     for ask in (
         lambda network: logits_and_gradient(network, x, margin_loss, y)[1],
-        lambda network: logits_and_rows(network, x, lambda logits: torch.eye(4).double()[:3, None].expand(3, 40, 4))[1],
+        lambda network: logits_and_pull(network, x, lambda logits: torch.eye(4).double()[:3, None].expand(3, 40, 4))[1],
     ):
         assert torch.allclose(ask(model), ask(linear), atol=1e-9)
     assert model.passes == 2 * 32 * 40

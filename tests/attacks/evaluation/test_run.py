@@ -21,7 +21,7 @@ from sparring.attacks import (
     square,
     worst_case,
 )
-from sparring.attacks._gradients import Probe, logits_and_rows
+from sparring.attacks._gradients import Probe, logits_and_pull
 from sparring.attacks.evaluation._scoring import batch_size_for
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
@@ -129,7 +129,7 @@ def test_the_batch_size_it_finds_counts_draws_and_classes(images: Tensor) -> Non
 
 def test_rows_of_many_classes_go_back_in_parts(images: Tensor) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 40))
-    _, rows = logits_and_rows(net, images, lambda logits: torch.eye(40).unsqueeze(1).expand(40, len(logits), 40))
+    _, rows = logits_and_pull(net, images, lambda logits: torch.eye(40).unsqueeze(1).expand(40, len(logits), 40))
     assert torch.allclose(rows.flatten(2), net[1].weight.unsqueeze(1).expand(40, 12, 64))
 
 
@@ -151,7 +151,7 @@ def test_rows_come_from_a_network_that_computes_its_own_gradients(net: nn.Module
         return torch.eye(logits.shape[1]).unsqueeze(1).expand(-1, len(logits), -1)
 
     own, torchs = Probe(Kernels()), Probe(net)
-    found, expected = (logits_and_rows(probe, images, rows) for probe in (own, torchs))
+    found, expected = (logits_and_pull(probe, images, rows) for probe in (own, torchs))
     classes = found[0].shape[1]
     assert asked == [(classes, len(images), classes)]
     for one, other in zip(found, expected, strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparring import models
 from sparring.attacks import nearest, run
-from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_rows
+from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_pull
 from sparring.attacks.algorithms._losses import cross_entropy, margin_loss
 from sparring.attacks.fastpath._convnet import read_convolved
 from sparring.threat import L2, Threat
@@ -46,7 +46,7 @@ def test_logits_and_gradients_are_those_of_autograd(name: str) -> None:
             for pair in zip(*(logits_and_gradient(probe, x, objective, y) for probe in (plain, by_hand)), strict=True)
         ]
         rows = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(2))
-        pairs += zip(*(logits_and_rows(probe, x, lambda _: rows) for probe in (plain, by_hand)), strict=True)
+        pairs += zip(*(logits_and_pull(probe, x, lambda _: rows) for probe in (plain, by_hand)), strict=True)
         for expected, found in pairs:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
         assert (plain.forwards, plain.backwards) == (by_hand.forwards, by_hand.backwards)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparring import models
 from sparring.attacks import square
-from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_rows
+from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_pull
 from sparring.attacks.algorithms import _square as lookahead
 from sparring.attacks.algorithms._losses import cross_entropy, margin_loss
 from sparring.attacks.fastpath._mlp import read_dense
@@ -50,7 +50,7 @@ def test_logits_and_gradients_are_those_of_autograd(name: str) -> None:
                 torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
         rows = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(2))
         for first, second in zip(
-            logits_and_rows(plain, x, lambda _: rows), logits_and_rows(by_hand, x, lambda _: rows), strict=True
+            logits_and_pull(plain, x, lambda _: rows), logits_and_pull(by_hand, x, lambda _: rows), strict=True
         ):
             torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
         assert (plain.forwards, plain.backwards) == (by_hand.forwards, by_hand.backwards)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ...threat import dual
-from .._gradients import logits_and_rows
+from .._gradients import logits_and_pull
 from ..fastpath._gram_matrix import Stem
 from ._losses import is_past
 
@@ -271,7 +271,7 @@ def nearest_boundary(
         chosen.append(_differences(logits, y, targets, aims, candidates))
         return chosen[0]
 
-    logits, gradients = logits_and_rows(model, x, differences)
+    logits, gradients = logits_and_pull(model, x, differences)
     gaps = _gaps(chosen[0], logits)
     dual_norms = torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2).clamp_min(1e-30)
     distances = gaps.abs() / dual_norms

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...outputs import precision
-from .._gradients import logits_and_pull, logits_and_rows
+from .._gradients import logits_and_pull
 
 _IMAGES = 8
 # Directions over all pixels, over those without any gradient, and blocks to a side.
@@ -148,7 +148,7 @@ class Differences(nn.Module):
 
     def input_gradient(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return the gradients (..., N, *image) of sums of logits with these weights (..., N, classes)."""
-        logits, gradient = logits_and_rows(self.model, x, lambda _: weights.view(-1, *weights.shape[-2:]))
+        logits, gradient = logits_and_pull(self.model, x, lambda _: weights.view(-1, *weights.shape[-2:]))
         found = gradient.flatten(2)
         order = self.pixels[torch.randperm(len(self.pixels), generator=self.generator).to(x.device)]
         for group in order.tensor_split(min(_GROUPS, len(order))):
