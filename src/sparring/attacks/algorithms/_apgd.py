@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...outputs import opening
 from ...threat import LINF, random_point
 from .._gradients import logits_and_gradient
-from ._losses import Objective, cross_entropy, dlr, margin_loss
+from ._losses import Objective, cross_entropy, dlr
 from ._pgd import Prospects
 from ._projections import FeasibleSet, budget, column, select, shrink
 
@@ -26,11 +26,14 @@ _SPARED = 0.6
 
 @dataclass
 class _Ascent:
-    """Everything about the images still under attack: one entry per image in every tensor."""
+    """Everything about the images still under attack: one entry per image in every tensor.
 
-    y: Tensor
-    targets: Tensor | None
-    aims: Tensor | None
+    goal: the classes that the objective climbs towards.
+    """
+
+    region: FeasibleSet
+    prospects: Prospects
+    goal: Tensor | None
     point: Tensor
     previous: Tensor
     step_size: Tensor
@@ -82,10 +85,11 @@ def apgd(
         rows: Tensor, objective: Objective, steps: int, interval: int, spared: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         region = FeasibleSet.around(x[rows], norm, eps)
+        own = select(targets, rows)
+        prospects = Prospects.of(region.x, y[rows], own, steps, interval=interval, spared=spared)
         start = region.bring_in_(region.x + random_point(region.x, norm, eps, generator))
-        state = _begin(start, y[rows], select(targets, rows), select(aims, rows), eps)
-        prospects = Prospects.of(len(rows), steps, interval=interval, like=x, spared=spared)
-        return _ascend(model, state, region, objective, prospects, early)
+        state = _begin(start, region, prospects, own if aims is None else aims[rows])
+        return _ascend(model, state, objective, early)
 
     for _ in range(restarts):
         standing = still_open.nonzero().squeeze(1)
@@ -104,16 +108,16 @@ def apgd(
     return x_adv
 
 
-def _begin(start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None, eps: float) -> _Ascent:
+def _begin(start: Tensor, region: FeasibleSet, prospects: Prospects, goal: Tensor | None) -> _Ascent:
     numbers = torch.zeros(len(start), dtype=start.dtype, device=start.device)
     lowest = torch.full_like(numbers, -torch.inf)
     return _Ascent(
-        y=y,
-        targets=targets,
-        aims=aims,
+        region=region,
+        prospects=prospects,
+        goal=goal,
         point=start,
         previous=start,
-        step_size=torch.full_like(numbers, 2 * eps),
+        step_size=torch.full_like(numbers, 2 * region.eps),
         rises=numbers,
         last_loss=lowest,
         best_loss=lowest,
@@ -124,20 +128,18 @@ def _begin(start: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None
     )
 
 
-def _ascend(
-    model: nn.Module, state: _Ascent, region: FeasibleSet, objective: Objective, prospects: Prospects, early: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _ascend(model: nn.Module, state: _Ascent, objective: Objective, early: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return each image's best point, or that of its success; who won; who left just short of that by step `early`."""
     end = state.point.clone()
     won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
     short = won.clone()
+    prospects = state.prospects
     checkpoints = _checkpoints(prospects.steps)
     last_check = 0
     for step in range(prospects.steps + 1):
-        pull = state.targets if state.aims is None else state.aims
-        logits, gradient = logits_and_gradient(model, state.point, objective, state.y, pull)
-        done, leaving = prospects.judge(margin_loss(logits, state.y, state.targets), step)
-        _record(state, objective(logits, state.y, pull), gradient)
+        logits, gradient = logits_and_gradient(model, state.point, objective, prospects.y, state.goal)
+        done, leaving = prospects.judge_(logits, step)
+        _record(state, objective(logits, prospects.y, state.goal), gradient)
         end[prospects.row[leaving]] = state.best_point[leaving]
         end[prospects.row[done]] = state.point[done]
         won[prospects.row[done]] = True
@@ -145,22 +147,18 @@ def _ascend(
             short[prospects.row[leaving]] = (prospects.short() & ~done)[leaving]
         if prospects.crowded():
             stay = prospects.staying()
-            state, region, prospects, gradient = (
-                shrink(state, stay),
-                region.take(stay),
-                prospects.take(stay),
-                gradient[stay],
-            )
+            state, gradient = shrink(state, stay), gradient[stay]
+            prospects = state.prospects
             if len(stay) == 0:
                 return end, won, short
         if step in checkpoints:
             gradient = _halve_where_stalled(state, gradient, step - last_check)
             last_check = step
-        ahead = region.ahead(state.point, gradient, state.step_size)
+        ahead = state.region.ahead(state.point, gradient, state.step_size)
         if step > 0:
             # z + 0.75·(ahead − z) + 0.25·(z − previous), gathered.
             ahead = ahead.mul_(_MOMENTUM).add_(state.point, alpha=2 - 2 * _MOMENTUM)
-            ahead = region.bring_in_(ahead.sub_(state.previous, alpha=1 - _MOMENTUM))
+            ahead = state.region.bring_in_(ahead.sub_(state.previous, alpha=1 - _MOMENTUM))
         state.previous, state.point = state.point, ahead
     stay = prospects.staying()
     end[prospects.row[stay]] = state.best_point[stay]

@@ -12,7 +12,7 @@ from ...outputs import opening
 from ...threat import L2, distance
 from .._gradients import logits_and_gradient
 from ._losses import Objective, cross_entropy, is_past
-from ._projections import column, keep_within, steepest
+from ._projections import Nearest, column, keep_within, steepest
 
 
 @opening
@@ -38,18 +38,15 @@ def ddn(
     """
     if norm != L2:
         raise Unsupported("DDN is an l_2 attack; for other norms use nearest or fab")
-    nearest = x.clone()
-    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-    radius = torch.full_like(smallest, start_radius)
+    nearest = Nearest.of(x)
+    radius = torch.full_like(nearest.distance, start_radius)
     point = x
     for step in range(steps + 1):
         logits, gradient = logits_and_gradient(model, point, objective, y, targets)
         won = is_past(logits, y, targets)
         delta = point - x
         moved = distance(delta, L2)
-        better = won & (moved < smallest)
-        smallest = torch.where(better, moved, smallest)
-        nearest[better] = point[better]
+        nearest.update_(slice(None), point, moved, won)
         if step > 0:
             radius = radius * torch.where(won, 1 - gamma, 1 + gamma)
         rate = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
@@ -57,4 +54,4 @@ def ddn(
         delta.add_(steepest(gradient, L2), alpha=rate)
         delta.mul_(column(radius / distance(delta, L2).clamp_min(1e-30), x))
         point = delta.add_(x).clamp_(0, 1)
-    return keep_within(x, nearest, L2, eps)
+    return keep_within(x, nearest.point, L2, eps)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...outputs import opening
 from ...threat import L2, LINF, distance, project, random_point
 from ._losses import is_past, margin_loss
-from ._projections import boundary_step, column, keep_within, nearest_boundary, pull_back, select, shrink
+from ._projections import Nearest, boundary_step, column, keep_within, nearest_boundary, pull_back, select, shrink
 
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
 # With eps: how often prospects are checked, and how many times its pace an image is trusted to keep up.
@@ -55,17 +55,16 @@ def fab(
     leaves as soon as it succeeds within it. `aims` restricts the boundaries to those with one class each (FAB-T).
     Returns the nearest adversarial point seen, pulled back by bisection; x where there was none, or none within eps.
     """
-    nearest = x.clone()
-    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+    nearest = Nearest.of(x)
     for restart in range(restarts):
         row = torch.arange(len(x), device=x.device)
-        start = x if restart == 0 else _restart(x, norm, eps, smallest, generator)
-        walk = _Walkers(row, x, y, targets, aims, start)
-        _walk(model, walk, norm, eps, steps, candidates, nearest, smallest)
-    found = torch.isfinite(smallest).nonzero().squeeze(1)
+        start = x if restart == 0 else _restart(x, norm, eps, nearest.distance, generator)
+        _walk(model, _Walkers(row, x, y, targets, aims, start), nearest, norm, eps, steps, candidates)
+    found = torch.isfinite(nearest.distance).nonzero().squeeze(1)
     if len(found):
-        nearest[found] = pull_back(model, x[found], nearest[found], y[found], select(targets, found), rounds=3)
-    return keep_within(x, nearest, norm, eps)
+        adversarial = nearest.point[found]
+        nearest.point[found] = pull_back(model, x[found], adversarial, y[found], select(targets, found), rounds=3)
+    return keep_within(x, nearest.point, norm, eps)
 
 
 def _restart(x: Tensor, norm: float, eps: float | None, smallest: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -78,22 +77,21 @@ def _restart(x: Tensor, norm: float, eps: float | None, smallest: Tensor, genera
 def _walk(
     model: nn.Module,
     walk: _Walkers,
+    nearest: Nearest,
     norm: float,
     eps: float | None,
     steps: int,
     candidates: int | None,
-    nearest: Tensor,
-    smallest: Tensor,
 ) -> None:
-    """Move all images `steps` times and record adversarial points in `nearest` and `smallest`.
+    """Move all images `steps` times and record adversarial points in `nearest`.
 
     With eps an image leaves at its success, or when twice its pace of late would not bring it within eps.
     """
-    closest = torch.full_like(smallest, torch.inf)
+    closest = torch.full_like(nearest.distance, torch.inf)
     checked, interval = closest.clone(), max(steps // _CHECKS, 5)
     for step in range(steps):
         if eps is not None:
-            leaving = smallest <= eps
+            leaving = nearest.distance <= eps
             if step % interval == 0:
                 pace = (checked - closest) / interval
                 leaving |= closest - _PATIENCE * pace * (steps - step) > eps
@@ -109,13 +107,8 @@ def _walk(
         gap = torch.where(boundary.gap.abs() < least, least, boundary.gap)
         lead = ((walk.point - walk.x) * boundary.gradient).flatten(1).sum(1)
         # Both projections in one call: for small batches its cost is that of its operations, not of their size.
-        both = _onto(
-            torch.cat([walk.point, walk.x]),
-            torch.cat([boundary.gradient, boundary.gradient]),
-            torch.cat([gap, gap + lead]),
-            norm,
-        )
-        from_point, from_x = both.chunk(2)
+        starts, gradients = torch.cat([walk.point, walk.x]), boundary.gradient.repeat(2, *[1] * (walk.x.dim() - 1))
+        from_point, from_x = _onto(starts, gradients, torch.cat([gap, gap + lead]), norm).chunk(2)
         near, far = distance(from_point, norm), distance(from_x, norm)
         alpha = column((near / (near + far).clamp_min(1e-30)).clamp_max(_ALPHA_MAX), walk.x)
         mixed = (1 - alpha) * (walk.point + _ETA * from_point) + alpha * (walk.x + _ETA * from_x)
@@ -125,9 +118,7 @@ def _walk(
         won = is_past(logits, walk.y, walk.targets)
         moved = distance(point - walk.x, norm)
         closest[walk.row] = torch.where(won, torch.minimum(moved, closest[walk.row]), closest[walk.row])
-        better = won & (moved < smallest[walk.row])
-        nearest[walk.row[better]] = point[better]
-        smallest[walk.row[better]] = moved[better]
+        nearest.update_(walk.row, point, moved, won)
         # After a success the search goes on from a little nearer to x, be it one that only rounding would take back:
         # a step that ends as near to the boundary as that would be followed by ever smaller ones.
         beyond = column(margin_loss(logits, walk.y, walk.targets) > 0, point)

@@ -6,7 +6,7 @@ projections alone (DeepFool, FAB) do not; projections land on the boundary exact
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ...outputs import opening
 from ...threat import L2, LINF, diameter, distance, dual, project
 from .._gradients import logits_and_gradient
 from ._losses import Objective, margin_loss, smooth_margin
-from ._projections import boundary_step, column, hold, keep_within, select
+from ._projections import Nearest, boundary_step, column, hold, keep_within, shrink
 
 # Clean margins span this many units of temperature, so that scaling the logits changes nothing.
 _SHARPNESS = 10.0
@@ -25,18 +25,26 @@ _OVERSHOOT = 2e-3
 
 
 @dataclass
-class _Best:
-    """The nearest adversarial point of each image so far, and its distance (inf while there is none)."""
+class _Images:
+    """The images still searched for: one entry per image in every tensor; clean: the margin that they began with."""
 
+    row: Tensor
+    x: Tensor
+    y: Tensor
+    targets: Tensor | None
+    clean: Tensor
     point: Tensor
-    distance: Tensor
 
-    def update(self, rows: Tensor, point: Tensor, moved: Tensor, won: Tensor) -> Tensor:
-        """Take over points that won at a smaller distance; return which did."""
-        better = won & (moved < self.distance[rows])
-        self.point[rows[better]] = point[better]
-        self.distance[rows[better]] = moved[better]
-        return better
+    def look(self, model: nn.Module, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the objective's gradient at the points, their margins, and which of them are adversarial."""
+        logits, gradient = logits_and_gradient(model, self.point, objective, self.y, self.targets)
+        gap = margin_loss(logits, self.y, self.targets)
+        return gradient, gap, gap > _CLEARANCE * self.clean
+
+    def tempered(self) -> Objective:
+        """Return the smooth margin at a temperature that follows the clean one."""
+        sharpness = (_SHARPNESS / self.clean).unsqueeze(1)
+        return lambda logits, y, targets: smooth_margin(logits * sharpness, y, targets)
 
 
 @opening
@@ -63,95 +71,66 @@ def nearest(
     """
     with torch.no_grad():
         clean = -margin_loss(model(x), y, targets)
-    best = _Best(x.clone(), torch.where(clean < 0, 0.0, torch.inf).to(x.dtype))
+    found = Nearest(x.clone(), torch.where(clean < 0, 0.0, torch.inf).to(x.dtype))
+    images = _Images(torch.arange(len(x), device=x.device), x, y, targets, clean.clamp_min(1e-12), x)
     rows = (clean >= 0).nonzero().squeeze(1)
     if len(rows):
-        scale = clean.clamp_min(1e-12)
-        _descend(model, x[rows], y[rows], select(targets, rows), norm, scale[rows], steps, best, rows, eps)
-        _project_repeatedly(model, x, y, targets, norm, scale, polish, best, eps)
-    return keep_within(x, best.point, norm, eps)
+        _descend(model, shrink(images, rows), found, norm, eps, steps)
+        _project_repeatedly(model, images, found, norm, eps, polish)
+    return keep_within(x, found.point, norm, eps)
 
 
-def _descend(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    targets: Tensor | None,
-    norm: float,
-    scale: Tensor,
-    steps: int,
-    best: _Best,
-    rows: Tensor,
-    eps: float | None,
-) -> None:
-    """Walk around the boundary on a shrinking sphere and record the nearest adversarial points in `best`."""
-    objective = _tempered(_SHARPNESS / scale)
-    point, radius = x, torch.zeros_like(scale)
+def _descend(model: nn.Module, images: _Images, found: Nearest, norm: float, eps: float | None, steps: int) -> None:
+    """Walk around the boundary on a shrinking sphere and record the nearest adversarial points in `found`."""
+    objective = images.tempered()
     for step in range(steps):
-        if eps is not None and bool((best.distance[rows] <= eps).any()):
-            going = best.distance[rows] > eps
-            rows, x, y, point, radius, scale = (part[going] for part in (rows, x, y, point, radius, scale))
-            targets, objective = select(targets, going), _tempered(_SHARPNESS / scale)
-        if len(rows) == 0:
+        if eps is not None and bool((found.distance[images.row] <= eps).any()):
+            images = shrink(images, found.distance[images.row] > eps)
+            objective = images.tempered()
+        if len(images.row) == 0:
             return
-        logits, gradient = logits_and_gradient(model, point, objective, y, targets)
-        won = margin_loss(logits, y, targets) > _CLEARANCE * scale
-        delta = point - x
+        gradient, _, won = images.look(model, objective)
+        delta = images.point - images.x
         moved = distance(delta, norm)
-        best.update(rows, point, moved, won)
-        gradient = hold(gradient, point)
+        found.update_(images.row, images.point, moved, won)
+        gradient = hold(gradient, images.point)
         done = step / max(steps - 1, 1)
         if step == 0:
             # The linearised distance, a little enlarged; a dead gradient must not send an image to infinity.
             slope = torch.linalg.vector_norm(gradient.flatten(1), ord=dual(norm), dim=1)
-            radius = (1.2 * _SHARPNESS / slope.clamp_min(1e-12)).clamp_max(diameter(x, norm))
+            radius = (1.2 * _SHARPNESS / slope.clamp_min(1e-12)).clamp_max(diameter(images.x, norm))
         else:
             change = 0.2 * 0.05**done
-            nearest_yet = best.distance[rows]
+            nearest_yet = found.distance[images.row]
             shrunk = torch.minimum(moved, nearest_yet) * (1 - change)
             radius = torch.minimum(torch.where(won, shrunk, moved * (1 + change)), nearest_yet * 0.998)
         rate = 2.0 * 0.025**done
-        delta = delta + column(rate * radius, x) * _direction(gradient, norm)
-        point = (x + _onto_sphere(delta, norm, radius)).clamp(0, 1)
+        delta = delta + column(rate * radius, delta) * _direction(gradient, norm)
+        images.point = (images.x + _onto_sphere(delta, norm, radius)).clamp(0, 1)
     with torch.no_grad():
-        won = margin_loss(model(point), y, targets) > _CLEARANCE * scale
-    best.update(rows, point, distance(point - x, norm), won)
+        gap = margin_loss(model(images.point), images.y, images.targets)
+    moved = distance(images.point - images.x, norm)
+    found.update_(images.row, images.point, moved, gap > _CLEARANCE * images.clean)
 
 
 def _project_repeatedly(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    targets: Tensor | None,
-    norm: float,
-    scale: Tensor,
-    rounds: int,
-    best: _Best,
-    eps: float | None,
+    model: nn.Module, images: _Images, found: Nearest, norm: float, eps: float | None, rounds: int
 ) -> None:
     """Project x onto the boundary linearised at the latest point, for as long as that brings an image nearer."""
-    enough = 0.0 if eps is None else eps
-    active = (torch.isfinite(best.distance) & (best.distance > enough)).nonzero().squeeze(1)
-    point = best.point[active]
+    open_still = torch.isfinite(found.distance) & (found.distance > (0.0 if eps is None else eps))
+    images = shrink(replace(images, point=found.point), open_still)
     for turn in range(rounds + 1):
-        if len(active) == 0:
+        if len(images.row) == 0:
             return
-        origin, labels, aims, unit = x[active], y[active], select(targets, active), scale[active]
-        logits, gradient = logits_and_gradient(model, point, margin_loss, labels, aims)
-        gap = margin_loss(logits, labels, aims)
-        improved = best.update(active, point, distance(point - origin, norm), gap > _CLEARANCE * unit)
+        gradient, gap, won = images.look(model, margin_loss)
+        delta = images.point - images.x
+        improved = found.update_(images.row, images.point, distance(delta, norm), won)
         # The first projection starts from the best point, the second may still be on its way.
         keep = torch.ones_like(improved) if turn < 2 else improved
-        gain = _CLEARANCE * 2 * unit - gap + ((point - origin) * gradient).flatten(1).sum(1)
-        active, origin, gradient, gain = active[keep], origin[keep], gradient[keep], gain[keep]
-        point = (origin + (1 + _OVERSHOOT) * boundary_step(origin, gradient, gain, norm)).clamp(0, 1)
-
-
-def _tempered(sharpness: Tensor) -> Objective:
-    def objective(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
-        return smooth_margin(logits * sharpness.unsqueeze(1), y, targets)
-
-    return objective
+        gain = _CLEARANCE * 2 * images.clean - gap + (delta * gradient).flatten(1).sum(1)
+        images, gradient, gain = shrink(images, keep), gradient[keep], gain[keep]
+        step = boundary_step(images.x, gradient, gain, norm)
+        images.point = (images.x + (1 + _OVERSHOOT) * step).clamp(0, 1)
 
 
 def _direction(gradient: Tensor, norm: float) -> Tensor:

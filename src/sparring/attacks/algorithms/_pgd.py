@@ -13,10 +13,81 @@ from ...threat import LINF, random_point
 from ...waiting import alone
 from .._gradients import logits_and_gradient
 from ._losses import Objective, cross_entropy, margin_loss
-from ._projections import FeasibleSet, budget, climb, inside, select
+from ._projections import FeasibleSet, budget, climb, inside, select, shrink
 
 # PGD's last step as a share of its first.
 _LAST_STEP = 0.01
+# An image is given up when even this many times its recent pace would not bring it to the boundary.
+_PATIENCE = 2.0
+# Just short of the boundary: what is missing is at most this share of what was climbed.
+_SHORT = 0.1
+# Moving the others together costs more than a few passes for nothing: wait until this share has left.
+_SLACK = 0.1
+
+
+@dataclass
+class Prospects:
+    """Which images of a batch are still climbing, in an attack of `steps` steps that is checked every `interval` steps.
+
+    spared: the step up to which nobody just short of the boundary is given up; row: their numbers, int64 (N,); y and
+    targets: their labels; first, best and checked: the margin at the start, the largest so far, and the one at the last
+    check; gone: who has left but is still in the batch.
+
+    An ascent inside a ball slows down: it crosses the ball first, then only turns corners. So twice the pace since the
+    last check, kept up for all steps that are left, is more than what is to be hoped for. But an image may also stand
+    still while steps are too long, and go on once they are shorter, on networks with convolutions most of all.
+    """
+
+    steps: int
+    interval: int
+    spared: int
+    row: Tensor
+    y: Tensor
+    targets: Tensor | None
+    first: Tensor
+    best: Tensor
+    checked: Tensor
+    gone: Tensor
+
+    @classmethod
+    def of(
+        cls, x: Tensor, y: Tensor, targets: Tensor | None, steps: int, *, interval: int, spared: int = 0
+    ) -> Prospects:
+        """Return the beginning, with all images x in it."""
+        row = torch.arange(len(x), device=x.device)
+        low = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+        return cls(steps, interval, spared, row, y, targets, low, low, low, torch.zeros_like(row, dtype=torch.bool))
+
+    def judge_(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Take note of the logits after `step` steps; return who has just succeeded and who leaves at this step."""
+        margin = margin_loss(logits, self.y, self.targets)
+        if step == 0:
+            self.first = margin
+        self.best = torch.maximum(self.best, margin)
+        done = (margin > 0) & ~self.gone
+        leaving = done
+        if step > 0 and step % self.interval == 0:
+            pace = (self.best - self.checked) / self.interval
+            hopeless = self.best + _PATIENCE * pace * (self.steps - step) < 0
+            if step <= self.spared:
+                hopeless &= ~self.short()
+            leaving = done | (hopeless & ~self.gone)
+        if step % self.interval == 0:
+            self.checked = self.best
+        self.gone = self.gone | leaving
+        return done, leaving
+
+    def short(self) -> Tensor:
+        """Return whose best point lies just short of the boundary, or beyond it."""
+        return self.best + _SHORT * (self.best - self.first) > 0
+
+    def crowded(self) -> bool:
+        """Return whether enough images of the batch have left to move the others together."""
+        return int(self.gone.sum()) > _SLACK * len(self.gone)
+
+    def staying(self) -> Tensor:
+        """Return the places in the batch of the images that have not left."""
+        return (~self.gone).nonzero().squeeze(1)
 
 
 @opening
@@ -103,8 +174,9 @@ def pgd(
         start = region.x.clone()
         if random_start or restart > 0:
             start = region.bring_in_(start.add_(random_point(start, norm, eps, generator)))
-        labels, aims = y[standing], select(targets, standing)
-        x_adv[standing], won = _ascend(model, region, start, labels, aims, objective, lengths, stop_early)
+        interval = max(steps // 8, 4)
+        prospects = Prospects.of(start, y[standing], select(targets, standing), steps, interval=interval)
+        x_adv[standing], won = _ascend(model, region, start, prospects, objective, lengths, stop_early)
         standing = standing[~won]
     return x_adv
 
@@ -113,8 +185,7 @@ def _ascend(
     model: nn.Module,
     region: FeasibleSet,
     point: Tensor,
-    y: Tensor,
-    targets: Tensor | None,
+    prospects: Prospects,
     objective: Objective,
     lengths: list[float],
     stop_early: bool,
@@ -122,105 +193,22 @@ def _ascend(
     """Return the points where the ascent of each image ended, and which of them are known to have succeeded."""
     end = point.clone()
     won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
-    prospects = Prospects.of(len(end), len(lengths), interval=max(len(lengths) // 8, 4), like=end)
     for step, length in enumerate(lengths):
-        logits, gradient = logits_and_gradient(model, point, objective, y, targets)
+        logits, gradient = logits_and_gradient(model, point, objective, prospects.y, prospects.targets)
         if stop_early:
-            done, leaving = prospects.judge(margin_loss(logits, y, targets), step)
+            done, leaving = prospects.judge_(logits, step)
             end[prospects.row[leaving]] = point[leaving]
             won[prospects.row[done]] = True
         with alone(point.numel()) if region.norm == LINF else nullcontext():
             point = region.ahead(point, gradient, length)
         if prospects.crowded():
             stay = prospects.staying()
-            prospects, region, targets = prospects.take(stay), region.take(stay), select(targets, stay)
-            point, y = point[stay], y[stay]
+            prospects, region, point = shrink(prospects, stay), shrink(region, stay), point[stay]
             if len(stay) == 0:
                 return end, won
     stay = prospects.staying()
-    rows, point, y, targets = prospects.row[stay], point[stay], y[stay], select(targets, stay)
-    end[rows] = point
+    prospects, point = shrink(prospects, stay), point[stay]
+    end[prospects.row] = point
     with torch.no_grad():
-        won[rows] = margin_loss(model(point), y, targets) > 0
+        won[prospects.row] = margin_loss(model(point), prospects.y, prospects.targets) > 0
     return end, won
-
-
-# An image is given up when even this many times its recent pace would not bring it to the boundary.
-_PATIENCE = 2.0
-# Just short of the boundary: what is missing is at most this share of what was climbed.
-_SHORT = 0.1
-# Moving the others together costs more than a few passes for nothing: wait until this share has left.
-_SLACK = 0.1
-
-
-@dataclass
-class Prospects:
-    """Which images of a batch are still climbing, in an attack of `steps` steps that is checked every `interval` steps.
-
-    spared: the step up to which nobody just short of the boundary is given up; row: their numbers, int64 (N,); first,
-    best and checked: the margin at the start, the largest so far, and the one at the last check; gone: who has left but
-    is still in the batch.
-
-    An ascent inside a ball slows down: it crosses the ball first, then only turns corners. So twice the pace since the
-    last check, kept up for all steps that are left, is more than what is to be hoped for. But an image may also stand
-    still while steps are too long, and go on once they are shorter, on networks with convolutions most of all.
-    """
-
-    steps: int
-    interval: int
-    spared: int
-    row: Tensor
-    first: Tensor
-    best: Tensor
-    checked: Tensor
-    gone: Tensor
-
-    @classmethod
-    def of(cls, images: int, steps: int, *, interval: int, like: Tensor, spared: int = 0) -> Prospects:
-        """Return the beginning, with everybody in it."""
-        row = torch.arange(images, device=like.device)
-        lowest = torch.full((images,), -torch.inf, dtype=like.dtype, device=like.device)
-        return cls(steps, interval, spared, row, lowest, lowest, lowest, torch.zeros_like(row, dtype=torch.bool))
-
-    def judge(self, margin: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Take note of the margins after `step` steps; return who has just succeeded and who leaves at this step."""
-        if step == 0:
-            self.first = margin
-        self.best = torch.maximum(self.best, margin)
-        done = (margin > 0) & ~self.gone
-        leaving = done
-        if step > 0 and step % self.interval == 0:
-            pace = (self.best - self.checked) / self.interval
-            hopeless = self.best + _PATIENCE * pace * (self.steps - step) < 0
-            if step <= self.spared:
-                hopeless &= ~self.short()
-            leaving = done | (hopeless & ~self.gone)
-        if step % self.interval == 0:
-            self.checked = self.best
-        self.gone = self.gone | leaving
-        return done, leaving
-
-    def short(self) -> Tensor:
-        """Return whose best point lies just short of the boundary, or beyond it."""
-        return self.best + _SHORT * (self.best - self.first) > 0
-
-    def crowded(self) -> bool:
-        """Return whether enough images of the batch have left to move the others together."""
-        return int(self.gone.sum()) > _SLACK * len(self.gone)
-
-    def staying(self) -> Tensor:
-        """Return the places in the batch of the images that have not left."""
-        return (~self.gone).nonzero().squeeze(1)
-
-    def take(self, which: Tensor) -> Prospects:
-        """Return the chosen images."""
-        return Prospects(
-            self.steps,
-            self.interval,
-            self.spared,
-            self.row[which],
-            self.first[which],
-            self.best[which],
-            self.checked[which],
-            self.gone[which],
-        )

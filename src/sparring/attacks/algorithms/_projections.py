@@ -5,26 +5,20 @@ The box is [0, 1] for every pixel. Batches have shape (N, ...), one number per i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import UserError
-from ...threat import L1, L2, LINF, distance, project
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-from typing import NamedTuple
-
-from torch import nn
-
-from ...threat import dual
+from ...threat import L1, L2, LINF, distance, dual, project
 from .._gradients import logits_and_pull
 from ..fastpath._gram_matrix import Stem
 from ._losses import is_past
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 State = TypeVar("State", bound="DataclassInstance")
 
@@ -40,9 +34,14 @@ def select(values: Tensor | None, which: Tensor) -> Tensor | None:
 
 
 def shrink(state: State, keep: Tensor) -> State:
-    """Return a dataclass of per-image tensors (or None) with only the chosen images."""
-    values = {field.name: select(getattr(state, field.name), keep) for field in fields(state)}
-    return replace(state, **values)
+    """Return a dataclass with only the chosen images in its tensors, all per image, and in dataclasses inside it."""
+
+    def kept(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value[keep]
+        return shrink(value, keep) if is_dataclass(value) and not isinstance(value, type) else value
+
+    return replace(state, **{field.name: kept(getattr(state, field.name)) for field in fields(state)})
 
 
 def budget(eps: float | None) -> float:
@@ -178,11 +177,27 @@ class FeasibleSet:
         best = climb(self.x, gradient, L1, self.eps)
         return point + share.view(-1, *[1] * (point.dim() - 1)) * (best - point)
 
-    def take(self, which: Tensor) -> FeasibleSet:
-        """Return the region of the chosen images."""
-        if self.norm != LINF:
-            return FeasibleSet.around(self.x[which], self.norm, self.eps)
-        return FeasibleSet(self.x[which], self.norm, self.eps, self.low[which], self.high[which])
+
+@dataclass
+class Nearest:
+    """The nearest adversarial point of each image so far, x while there is none, and its distance, inf until then."""
+
+    point: Tensor
+    distance: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Nearest:
+        """Return the beginning of a search from images x."""
+        return cls(x.clone(), torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device))
+
+    def update_(self, rows: Tensor | slice, point: Tensor, moved: Tensor, won: Tensor) -> Tensor:
+        """Take over the points of images `rows` that won at a smaller distance; return which did."""
+        smallest = self.distance[rows]
+        better = won & (moved < smallest)
+        taken = better if isinstance(rows, slice) else rows[better]
+        self.point[taken] = point[better]
+        self.distance[taken] = moved[better]
+        return better
 
 
 def keep_within(x: Tensor, x_adv: Tensor, norm: float, eps: float | None) -> Tensor:
