@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from ..evaluation._scoring import Attack
 from ._apgd import apgd
 from ._deepfool import deepfool
 from ._fab import fab
-from ._losses import dlr, is_answer, margin_loss, scaled_cross_entropy
+from ._losses import dlr, is_answer, margin_loss, others, scaled_cross_entropy
 from ._nearest import nearest
 from ._pgd import pgd
 from ._projections import column, select
@@ -52,23 +53,27 @@ def worst_case(
             model, x[rows], y[rows], norm=norm, eps=eps, targets=select(targets, rows), generator=generator
         )
 
-    return _best_of([attempt(attack) for attack in attacks], model, x, y, targets, norm, eps)
+    return _best_of([attempt(attack) for attack in attacks], _Question(model, x, y, targets, norm, eps))
 
 
-def _best_of(
-    attempts: Sequence[Callable[[Tensor], Tensor]],
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    targets: Tensor | None,
-    norm: float,
-    eps: float | None,
-) -> Tensor:
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of a model: which images are fooled, by how much, and within which budget."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    targets: Tensor | None
+    norm: float
+    eps: float | None
+
+
+def _best_of(attempts: Sequence[Callable[[Tensor], Tensor]], asked: _Question) -> Tensor:
     """Return each image's worst case over attempts: functions from row numbers to perturbed images.
 
     Where none succeeds, the point of the largest margin is left to be looked at.
     """
-    x_adv = x.clone()
+    x, x_adv = asked.x, asked.x.clone()
     smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
     largest = torch.full_like(smallest, -torch.inf)
     rows = torch.arange(len(x), device=x.device)
@@ -77,10 +82,12 @@ def _best_of(
             break
         found = attempt(rows)
         with torch.no_grad():
-            logits = model(found)
+            logits = asked.model(found)
         # Logits that are no numbers are no class: the evaluator counts them as a success, an image of NaN never.
-        past = torch.where(is_answer(logits), margin_loss(logits, y[rows], select(targets, rows)), torch.inf)
-        length = distance(found - x[rows], norm)
+        past = torch.where(
+            is_answer(logits), margin_loss(logits, asked.y[rows], select(asked.targets, rows)), torch.inf
+        )
+        length = distance(found - x[rows], asked.norm)
         won = (past > 0) & torch.isfinite(length)
         moved = torch.where(won, length, torch.inf)
         better = moved < smallest[rows]
@@ -88,30 +95,24 @@ def _best_of(
         x_adv[rows] = torch.where(column(taken, found), found, x_adv[rows])
         smallest[rows] = torch.where(better, moved, smallest[rows])
         largest[rows] = torch.maximum(past, largest[rows])
-        if eps is not None:
+        if asked.eps is not None:
             rows = rows[~won]
     return x_adv
 
 
-def _towards_each_class(
-    attack: Callable[..., Tensor],
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    norm: float,
-    eps: float | None,
-    generator: torch.Generator | None,
-    classes: int,
-) -> Tensor:
-    """Return the worst case of an attack aimed at each of the most likely other classes in turn."""
+def _towards_each_class(attack: Callable[..., Tensor], asked: _Question, classes: int) -> Tensor:
+    """Return the worst case of an attack of images aimed at each of the likeliest other classes, or at the targets."""
+    x, y = asked.x, asked.y
+    if asked.targets is not None:
+        return attack(x, y, targets=asked.targets)
     with torch.no_grad():
-        logits = model(x)
-    ranked = logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(min(classes, logits.shape[1] - 1), dim=1).indices
+        logits = asked.model(x)
+    ranked = others(logits, y).topk(min(classes, logits.shape[1] - 1), dim=1).indices
 
     def attempt(aims: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda rows: attack(model, x[rows], y[rows], norm=norm, eps=eps, generator=generator, aims=aims[rows])
+        return lambda rows: attack(x[rows], y[rows], aims=aims[rows])
 
-    return _best_of([attempt(aims) for aims in ranked.T], model, x, y, None, norm, eps)
+    return _best_of([attempt(aims) for aims in ranked.T], asked)
 
 
 @opening
@@ -131,10 +132,8 @@ def apgd_targeted(
 
     With `targets` it aims at those alone, and only they count. Raises as apgd does.
     """
-    attack = partial(apgd, objective=dlr, steps=steps, again=False)
-    if targets is not None:
-        return attack(model, x, y, norm=norm, eps=eps, targets=targets, generator=generator)
-    return _towards_each_class(attack, model, x, y, norm, eps, generator, classes)
+    attack = partial(apgd, model, norm=norm, eps=eps, generator=generator, objective=dlr, steps=steps, again=False)
+    return _towards_each_class(attack, _Question(model, x, y, targets, norm, eps), classes)
 
 
 @opening
@@ -154,10 +153,8 @@ def fab_targeted(
 
     With `targets` it aims at those alone, and only they count.
     """
-    attack = partial(fab, steps=steps)
-    if targets is not None:
-        return attack(model, x, y, norm=norm, eps=eps, targets=targets, generator=generator)
-    return _towards_each_class(attack, model, x, y, norm, eps, generator, classes)
+    attack = partial(fab, model, norm=norm, eps=eps, generator=generator, steps=steps)
+    return _towards_each_class(attack, _Question(model, x, y, targets, norm, eps), classes)
 
 
 @opening

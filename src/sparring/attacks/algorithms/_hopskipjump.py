@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +41,13 @@ def hopskipjump(
     """
     if norm not in (L2, LINF):
         raise Unsupported("HopSkipJump is defined for l_2 and l_inf")
-    x_adv, found = _random_start(model, x, y, targets, starts, generator)
+    x_adv, found = _random_start(_Decision(model, y, targets), x, starts, generator)
     rows = found.nonzero().squeeze(1)
     result = x.clone()
     if len(rows) == 0:
         return result
     part, labels, aims = x[rows], y[rows], select(targets, rows)
+    decide = _Decision(model, labels, aims)
     point = pull_back(model, part, x_adv[rows], labels, aims, rounds=20)
     best = point
     pixels = part[0].numel()
@@ -54,8 +56,8 @@ def hopskipjump(
         # The paper's probe radius (section III-C), an l_2 length in both cases.
         probe = moved / math.sqrt(pixels)
         count = min(round(draws * math.sqrt(step)), 10_000)
-        gradient = _estimate(model, point, labels, aims, probe, count, generator)
-        point = _stride(model, point, labels, aims, steepest(gradient, norm), moved / math.sqrt(step))
+        direction = steepest(_estimate(decide, point, probe, count, generator), norm)
+        point = _stride(decide, point, direction, moved / math.sqrt(step))
         point = pull_back(model, part, point, labels, aims, rounds=20)
         better = distance(point - part, norm) < distance(best - part, norm)
         best = torch.where(column(better, part), point, best)
@@ -63,40 +65,35 @@ def hopskipjump(
     return keep_within(x, result, norm, eps)
 
 
-def _decide(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
-    with torch.no_grad():
-        return margin_loss(model(x), y, targets) > 0
+@dataclass(frozen=True)
+class _Decision:
+    """Say of points, one for each image or several in turn, which are adversarial: all that the attack may ask."""
+
+    model: nn.Module
+    y: Tensor
+    targets: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        turns = len(x) // len(self.y)
+        targets = None if self.targets is None else self.targets.repeat(turns)
+        with torch.no_grad():
+            return margin_loss(self.model(x), self.y.repeat(turns), targets) > 0
 
 
-def _random_start(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    targets: Tensor | None,
-    tries: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
+def _random_start(decide: _Decision, x: Tensor, tries: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     start = x.clone()
-    found = _decide(model, x, y, targets)
+    found = decide(x)
     for _ in range(tries):
         if bool(found.all()):
             break
         noise = uniform(x.shape, x, generator)
-        fresh = ~found & _decide(model, noise, y, targets)
+        fresh = ~found & decide(noise)
         start = torch.where(column(fresh, x), noise, start)
         found = found | fresh
     return start, found
 
 
-def _estimate(
-    model: nn.Module,
-    point: Tensor,
-    y: Tensor,
-    targets: Tensor | None,
-    probe: Tensor,
-    count: int,
-    generator: torch.Generator | None,
-) -> Tensor:
+def _estimate(decide: _Decision, point: Tensor, probe: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """Return the direction in which random probes succeed more often, with the paper's baseline (equation 16)."""
     total, weights, decided = torch.zeros_like(point), torch.zeros_like(point), torch.zeros_like(probe)
     images = len(point)
@@ -107,9 +104,7 @@ def _estimate(
         noise = steepest(noise.flatten(0, 1), L2).view_as(noise)
         near = (point + column(probe, point) * noise).clamp(0, 1)
         offset = (near - point) / column(probe.clamp_min(1e-30), point)
-        many = None if targets is None else targets.repeat(size)
-        won = _decide(model, near.flatten(0, 1), y.repeat(size), many)
-        sign = torch.where(won, 1.0, -1.0).to(point.dtype).view(size, images)
+        sign = torch.where(decide(near.flatten(0, 1)), 1.0, -1.0).to(point.dtype).view(size, images)
         total += (sign.view(size, images, *[1] * (point.dim() - 1)) * offset).sum(0)
         weights += offset.sum(0)
         decided += sign.sum(0)
@@ -119,15 +114,13 @@ def _estimate(
     return total - column(baseline, point) * weights
 
 
-def _stride(
-    model: nn.Module, point: Tensor, y: Tensor, targets: Tensor | None, direction: Tensor, length: Tensor
-) -> Tensor:
+def _stride(decide: _Decision, point: Tensor, direction: Tensor, length: Tensor) -> Tensor:
     """Return the point moved along the direction, the length halved until it stays adversarial (at most 15 times)."""
     ahead = point
     waiting = torch.ones(len(point), dtype=torch.bool, device=point.device)
     for _ in range(15):
         trial = (point + column(length, point) * direction).clamp(0, 1)
-        won = waiting & _decide(model, trial, y, targets)
+        won = waiting & decide(trial)
         ahead = torch.where(column(won, point), trial, ahead)
         waiting = waiting & ~won
         if not bool(waiting.any()):

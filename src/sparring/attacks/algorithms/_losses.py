@@ -22,7 +22,8 @@ def is_answer(logits: Tensor) -> Tensor:
     return torch.isfinite(logits.amax(1))
 
 
-def _others(logits: Tensor, label: Tensor) -> Tensor:
+def others(logits: Tensor, label: Tensor) -> Tensor:
+    """Return the logits with those of each image's label at −inf."""
     return logits.scatter(1, label.unsqueeze(1), -torch.inf)
 
 
@@ -33,7 +34,7 @@ def margin_loss(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Ten
     (Carlini & Wagner 2017, section V-A, f_6 with the sign turned and no floor).
     """
     label = y if targets is None else targets
-    gap = _others(logits, label).amax(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
+    gap = others(logits, label).amax(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
     return gap if targets is None else -gap
 
 
@@ -52,7 +53,7 @@ def is_clear(gap: Tensor, logits: Tensor, *, confidence: float = 0.0) -> Tensor:
 def smooth_margin(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
     """Return the margin with its maximum over classes replaced by a logsumexp, so that every class pulls."""
     label = y if targets is None else targets
-    gap = _others(logits, label).logsumexp(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
+    gap = others(logits, label).logsumexp(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
     return gap if targets is None else -gap
 
 
@@ -86,7 +87,7 @@ def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
     ordered = logits.sort(dim=1, descending=True).values
     own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
     if targets is None:
-        rival, low = _others(logits, y).amax(1), ordered[:, 2]
+        rival, low = others(logits, y).amax(1), ordered[:, 2]
     else:
         rival = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
         low = ordered[:, 2:4].mean(1)

@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...threat import L1, L2, LINF, distance, dual, project
 from .._gradients import logits_and_pull
 from ..fastpath._gram_matrix import Stem
-from ._losses import is_past
+from ._losses import is_past, others
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -278,39 +278,24 @@ def nearest_boundary(
     Untargeted, the own class meets all others, or the `candidates` of largest logit, or only the class in `aims`;
     with `targets` the target meets the strongest other class. For l_2 a `stem` finds the same boundary at less cost.
     """
-    if stem is not None and norm == L2:
-        return _through_stem(stem, x, y, targets, aims, candidates)
     chosen: list[Tensor] = []
 
     def differences(logits: Tensor) -> Tensor:
         chosen.append(_differences(logits, y, targets, aims, candidates))
         return chosen[0]
 
+    images = torch.arange(len(x), device=x.device)
+    if stem is not None and norm == L2:
+        logits, rows = stem.logits_and_pull(x, differences)
+        gaps = _gaps(chosen[0], logits)
+        nearest, length = stem.nearest(gaps, rows)
+        gap, gradient = gaps[nearest, images], (rows[nearest, images] @ stem.dense.weights[0]).view_as(x)
+        return Boundary(logits, gap, gradient, gap.abs() / length)
     logits, gradients = logits_and_pull(model, x, differences)
     gaps = _gaps(chosen[0], logits)
-    dual_norms = torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2).clamp_min(1e-30)
-    distances = gaps.abs() / dual_norms
-    if len(distances) == 1:
-        return Boundary(logits, gaps[0], gradients[0], distances[0])
-    images = torch.arange(len(x), device=x.device)
+    distances = gaps.abs() / torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2).clamp_min(1e-30)
     nearest = distances.argmin(0)
     return Boundary(logits, gaps[nearest, images], gradients[nearest, images], distances[nearest, images])
-
-
-def _through_stem(
-    stem: Stem, x: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None, candidates: int | None
-) -> Boundary:
-    """Return what nearest_boundary does with only the winner's gradient sent back to the input."""
-    logits, hidden = stem.probe.through(stem.dense, x)
-    weights = _differences(logits, y, targets, aims, candidates)
-    stem.probe.backwards += len(weights) * len(x)
-    rows = stem.dense.back_to_first(weights, hidden)
-    gaps = _gaps(weights, logits)
-    nearest, length = stem.nearest(gaps, rows)
-    images = torch.arange(len(x), device=x.device)
-    gradient = (rows[nearest, images] @ stem.dense.weights[0]).view_as(x)
-    gap = gaps[nearest, images]
-    return Boundary(logits, gap, gradient, gap.abs() / length)
 
 
 def _gaps(weights: Tensor, logits: Tensor) -> Tensor:
@@ -322,17 +307,14 @@ def _differences(
     logits: Tensor, y: Tensor, targets: Tensor | None, aims: Tensor | None, candidates: int | None
 ) -> Tensor:
     """Return the differences of logits that an attack may turn positive, as weights of shape (rivals, N, classes)."""
-    classes = logits.shape[1]
+    against, classes = y, logits.shape[1]
     if targets is not None:
-        against = logits.scatter(1, targets.unsqueeze(1), -torch.inf).argmax(1)
-        towards = targets.unsqueeze(0)
+        against, towards = others(logits, targets).argmax(1), targets.unsqueeze(0)
+    elif aims is not None:
+        towards = aims.unsqueeze(0)
     else:
-        against = y
-        if aims is None:
-            count = classes - 1 if candidates is None else min(candidates, classes - 1)
-            towards = logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(count, dim=1).indices.T
-        else:
-            towards = aims.unsqueeze(0)
+        count = classes - 1 if candidates is None else min(candidates, classes - 1)
+        towards = others(logits, y).topk(count, dim=1).indices.T
     weights = torch.zeros(*towards.shape, classes, dtype=logits.dtype, device=logits.device)
     weights.scatter_(2, towards.unsqueeze(2), 1.0)
     return weights.scatter_(2, against.view(1, -1, 1).expand(len(towards), -1, 1), -1.0)

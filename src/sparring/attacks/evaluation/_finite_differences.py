@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...outputs import precision
 from .._gradients import logits_and_pull
+from ..algorithms._losses import others
 
 _IMAGES = 8
 # Directions over all pixels, over those without any gradient, and blocks to a side.
@@ -92,7 +93,7 @@ class _Gap:
         weights: list[Tensor] = []
 
         def against(logits: Tensor) -> Tensor:
-            rival = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(1, keepdim=True)
+            rival = others(logits, y).argmax(1, keepdim=True)
             weights.append(torch.zeros_like(logits).scatter(1, rival, 1.0).scatter(1, y.unsqueeze(1), -1.0))
             return weights[0]
 

@@ -6,6 +6,7 @@ uᵀ(WWᵀ)u. With 300 units and 784 pixels that saves most of what DeepFool spe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,13 @@ class Stem:
     gram: Tensor
     basis: Tensor
     tail: float
+
+    def logits_and_pull(self, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the function of this name does, with gradients (R, N, units) at the first layer's outputs."""
+        logits, hidden = self.probe.through(self.dense, x)
+        weights = weigh(logits)
+        self.probe.backwards += len(weights) * len(x)
+        return logits, self.dense.back_to_first(weights, hidden)
 
     def nearest(self, gaps: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Return which rival is nearest, |gap| / ‖Wᵀu‖ smallest, and that norm, for gaps (R, N) and u (R, N, units).
