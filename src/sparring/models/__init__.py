@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ._architectures import Normalise, Residual
 from ._checkpoints import Checkpoint, plain_weights, read_checkpoint
 from ._hubs import HubModel, build_from_hub, describe, is_hub_name, load_hub_weights_
-from ._layers import Normalise, Residual
 from ._registry import MODELS, build, recipe_settings, takes_moments
 from ._saved import Blueprint, load_model, save_model
 from ._weights import load_weights_, read_weights

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..errors import UnknownNameError, UserError
 from ..files import MIB, read_bounded, save_tensors
+from ._architectures import Normalise
 from ._checkpoints import read_checkpoint
-from ._layers import Normalise
 from ._weights import load_weights_
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -36,17 +36,8 @@ class Blueprint:
 
     def build(self, *, seed: int = 0) -> nn.Module:
         """Build the model with fresh weights."""
-        return build(
-            self.name,
-            shape=self.shape,
-            classes=self.classes,
-            mean=self.mean,
-            std=self.std,
-            seed=seed,
-            width=self.width,
-            widths=self.widths,
-            depth=self.depth,
-        )
+        options = {name: value for name, value in asdict(self).items() if name != "data"}
+        return build(options.pop("name"), seed=seed, **options)
 
 
 def save_model(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ._checkpoint import is_whole
-from ._fit import EpochProgress, Fit, fit, predict
+from ._fit import EpochProgress, Fit, fit, is_whole, predict
 from ._losses import Loss, Ramped, adversarial, cross_entropy, trades
 from ._recipe import Recipe, learning_rate
 

@@ -1,9 +1,13 @@
-"""The training loop, to be read top to bottom."""
+"""The training loop, to be read top to bottom, and what it writes between epochs.
+
+A checkpoint holds tensors only, nothing is unpickled, and a checksum over all.
+"""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import load_tensors, pack_tensors, save_tensors, sha256_bytes
 from ..memory_format import channels_last
 from ..modes import eval_mode, train_
 from ..outputs import opened
 from ..sparsity import Masks, Pruner, Step, applied_
 from ..waiting import alone, courteous
-from ._checkpoint import State, load_checkpoint_, save_checkpoint
 from ._losses import Loss, Ramped, cross_entropy
-from ._optimizer import Optimizer
-from ._recipe import Recipe, learning_rate
+from ._recipe import Optimizer, Recipe, learning_rate
 
 
 class EpochProgress(NamedTuple):
@@ -43,6 +46,29 @@ class Fit:
     scores: tuple[float, ...] = ()
     best_epoch: int | None = None
     best_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """Hold everything that a run cut short needs to go on."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    masks: Masks
+    generator: torch.Generator
+    pruner: Pruner
+    epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _NoPruner(Pruner):
+    """Leave the masks as they are."""
+
+    def __call__(self, step: Step) -> Masks:
+        return step.masks
 
 
 @courteous()
@@ -75,18 +101,21 @@ def fit(
     place = next(model.parameters()).device
     x, y = x.to(place), y.to(place)
     with torch.random.fork_rng(devices=[]), channels_last(model):
-        state = _start(model, recipe, seed, masks, pruner)
+        optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
+        generator, kept = torch.Generator().manual_seed(seed), dict(masks or {})
+        state = State(model, optimizer, kept, generator, _NoPruner() if pruner is None else pruner)
+        ramp = loss if isinstance(loss, Ramped) else Ramped(lambda _: loss)
         if checkpoint is not None and checkpoint.exists():
             load_checkpoint_(state, checkpoint)
-        if pruner is None or not pruner.dense_weights:
+        if not state.pruner.dense_weights:
             _apply_(_targets(model, state.masks))
         if recipe.epochs == 0 and pruner is not None:
-            _prune_untrained_(state, x[: recipe.batch_size], y[: recipe.batch_size], loss)
+            _prune_untrained_(state, x[: recipe.batch_size], y[: recipe.batch_size], ramp.at(1.0))
         began, first = time.monotonic(), state.epoch
         # Layers that draw (dropout, stochastic activations) see a fresh, known stream in each epoch.
         while state.epoch < recipe.epochs:
             torch.manual_seed(seed * 1_000_003 + state.epoch)
-            mean_loss = _epoch(state, x, y, recipe, loss)
+            mean_loss = _epoch(state, x, y, recipe, ramp)
             state.epoch += 1
             state.losses.append(mean_loss)
             value = _score_(state, score)
@@ -109,51 +138,41 @@ def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
         raise UserError("the model has no parameter that can be trained")
 
 
-def _start(model: nn.Module, recipe: Recipe, seed: int, masks: Masks | None, pruner: Pruner | None) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
-    return State(model, optimizer, dict(masks or {}), generator, pruner)
-
-
-def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss | Ramped) -> None:
+def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss) -> None:
     """Show a pruner the gradient of one batch, as the only step of a training that has none."""
-    assert state.pruner is not None
-    now, batch = loss.at(1.0) if isinstance(loss, Ramped) else loss, (x.float().div_(255), y)
+    batch = (x.float().div_(255), y)
     state.model.zero_grad(set_to_none=True)
     with eval_mode(state.model):
-        now(state.model, *batch, state.generator).backward()  # type: ignore[no-untyped-call]
-    state.masks = state.pruner(Step(state.model, state.masks, 0, 1, batch, now, state.generator))
+        loss(state.model, *batch, state.generator).backward()  # type: ignore[no-untyped-call]
+    state.masks = state.pruner(Step(state.model, state.masks, 0, 1, batch, loss, state.generator))
 
 
-def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, loss: Loss | Ramped) -> float:
+def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped) -> float:
     model, optimizer, generator = state.model, state.optimizer, state.generator
     train_(model)
     batches = -(-len(x) // recipe.batch_size)
     steps, step = recipe.epochs * batches, state.epoch * batches
-    cycle = -(
-        -steps // (state.pruner.cycles if state.pruner is not None else 1)
-    )  # iterative pruning starts the schedule anew
+    cycle = -(-steps // state.pruner.cycles)  # iterative pruning starts the schedule anew
     order = torch.randperm(len(x), generator=generator)
     total = torch.zeros((), device=x.device)
-    behind = state.pruner is not None and state.pruner.dense_weights
+    behind = state.pruner.dense_weights
     targets, weights = _targets(model, state.masks), sum(p.numel() for p in optimizer.parameters)
     for chosen in torch.split(order, recipe.batch_size):
         with alone(x[0].numel() * len(chosen)):
             image = x[chosen].float().div_(255)
         batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
-        now = loss.at((step + 1) / steps) if isinstance(loss, Ramped) else loss
+        loss = ramp.at((step + 1) / steps)
         model.zero_grad(set_to_none=True)
         with _masked(targets if behind else []):
-            value = now(model, *batch, generator)
+            value = loss(model, *batch, generator)
             value.backward()  # type: ignore[no-untyped-call]
         with alone(weights):
             optimizer.step(learning_rate(recipe, step % cycle, cycle))
-        if state.pruner is not None:
-            masks = state.pruner(Step(model, state.masks, step, steps, batch, now, generator))
-            if not isinstance(masks, dict):
-                raise UserError(f"the pruner returned {type(masks).__name__}, not masks by parameter name")
-            if masks is not state.masks:
-                state.masks, targets = masks, _targets(model, masks)
+        masks = state.pruner(Step(model, state.masks, step, steps, batch, loss, generator))
+        if not isinstance(masks, dict):
+            raise UserError(f"the pruner returned {type(masks).__name__}, not masks by parameter name")
+        if masks is not state.masks:
+            state.masks, targets = masks, _targets(model, masks)
         if not behind:
             _apply_(targets)
             _apply_(_momenta(optimizer, targets))
@@ -175,20 +194,17 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]
     return [(parameters[name], torch.empty_like(parameters[name].data).copy_(mask)) for name, mask in masks.items()]
 
 
-def _apply_(targets: list[tuple[Tensor, Tensor]] | list[tuple[nn.Parameter, Tensor]]) -> None:
+def _apply_(targets: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for value, mask in targets:
             value.mul_(mask)
 
 
-def _momenta(optimizer: Optimizer, targets: list[tuple[nn.Parameter, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Find the moving averages of masked weights: zeroed too, so that a weight that comes back starts afresh."""
-    return [
-        (value, mask)
-        for parameter, mask in targets
-        for name, value in optimizer.state.get(parameter, {}).items()
-        if name != "step"
-    ]
+def _momenta(optimizer: Optimizer, targets: list[tuple[nn.Parameter, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the moving averages of masked weights: zeroed too, so that a weight that comes back starts afresh."""
+    for parameter, mask in targets:
+        averages = optimizer.state.get(parameter, {})
+        yield from ((value, mask) for name, value in averages.items() if name != "step")
 
 
 @contextmanager
@@ -241,3 +257,77 @@ def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
     with torch.no_grad(), eval_mode(model), channels_last(model):
         answer = opened(model, x[:2].to(place).float().div_(255))
         return torch.cat([answer(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
+
+
+def save_checkpoint(state: State, path: Path) -> None:
+    """Write the state atomically to a safetensors file."""
+    tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in state.model.state_dict().items()}
+    tensors |= {f"best/{name}": value for name, value in state.best_state.items()}
+    tensors |= {f"mask/{name}": value for name, value in state.masks.items()}
+    for index, parameter in enumerate(state.optimizer.parameters):
+        slot = state.optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in slot.items()}
+    tensors |= {f"pruner/{name}": value for name, value in state.pruner.state().items()}
+    tensors["generator"] = state.generator.get_state()
+    scalars = {"epoch": state.epoch, "losses": state.losses, "scores": state.scores, "best_epoch": state.best_epoch}
+    tensors["scalars"] = _bytes(json.dumps(scalars))
+    save_tensors(path, {**tensors, "sha256": _checksum(tensors)})
+
+
+def is_whole(path: Path) -> bool:
+    """Say whether a checkpoint's checksum is right."""
+    try:
+        _read(path)
+    except UserError:
+        return False
+    return True
+
+
+def load_checkpoint_(state: State, path: Path) -> None:
+    """Restore a state that `save_checkpoint` wrote; raise UserError if it belongs to another model or is damaged."""
+    tensors = _read(path)
+    try:
+        scalars = json.loads(bytes(tensors.pop("scalars").numpy()).decode())
+        state.model.load_state_dict(_part(tensors, "model/"))
+        state.generator.set_state(tensors["generator"])
+        state.epoch, state.best_epoch = scalars["epoch"], scalars["best_epoch"]
+        state.losses, state.scores = scalars["losses"], scalars["scores"]
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is not a checkpoint of this training run; remove it to start afresh") from error
+    place = next(state.model.parameters()).device
+    state.masks = {name: mask.to(place) for name, mask in _part(tensors, "mask/").items()}
+    state.best_state = _part(tensors, "best/")
+    for index, parameter in enumerate(state.optimizer.parameters):
+        slot = _part(tensors, f"optimizer/{index}/")
+        if slot:
+            state.optimizer.state[parameter] = {name: _laid_out(value, parameter) for name, value in slot.items()}
+    kept = _part(tensors, "pruner/")
+    if kept:
+        state.pruner.load_state_(kept)
+
+
+def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return the value in its parameter's place and order in memory: fused optimisers go through both as they lie."""
+    if value.shape != parameter.shape:  # a count of steps
+        return value.to(parameter.device)
+    return torch.empty_like(parameter.detach()).copy_(value)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    tensors = load_tensors(path)
+    stated = tensors.pop("sha256", torch.empty(0))
+    if not torch.equal(stated, _checksum(tensors)):
+        raise UserError(f"{path} is damaged: its checksum is wrong; remove it to start afresh")
+    return tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> Tensor:
+    return _bytes(sha256_bytes(pack_tensors(tensors)))
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

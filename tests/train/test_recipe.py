@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparring.train import Recipe
-from sparring.train._optimizer import Optimizer
+from sparring.train._recipe import Optimizer
 
 RECIPES = {
     "sgd": Recipe(momentum=0.9, weight_decay=1e-3),
