@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ._merge import Merged, merge
-from ._progress import Progress, progress
-from .plans._plan import Plan
+from .plans._plan import Plan, configured, presets
 from .plans._tables import (
     ActivationSettings,
     AttackSettings,
@@ -16,16 +15,13 @@ from .plans._tables import (
     NetworkSettings,
     PruningSettings,
     TrainingSettings,
-    configured,
 )
 from .plans._task_graph import DataFacts, lay_out
-from .plans._toml import presets
 from .runner._executors import Executor, InProcess, Processes, Task, TaskOutcome
-from .runner._live_line import show_progress
 from .runner._ray import RayCluster
-from .runner._run import available_cores, register, run, usable_device
+from .runner._run import Progress, available_cores, progress, register, run, usable_device
 from .runner._schedule import Event, Watcher, environment, execute
-from .runner._trackers import to_mlflow, to_tensorboard, what_of
+from .runner._watchers import show_progress, to_mlflow, to_tensorboard, what_of
 from .stages._networks import WEIGHTS, Context, check_fit, chosen_images
 from .stages._train import ramped_loss, refuse_constant, robust_score
 

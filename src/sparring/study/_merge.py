@@ -22,8 +22,7 @@ from ..records import (
     tensor_bytes,
     write_plan,
 )
-from ._progress import refuse_another
-from .plans._plan import Plan
+from .plans._plan import Plan, refuse_another
 from .plans._task_graph import is_key_of
 
 GRIDS = {"pruning": "sparsities", "activation": "levels"}  # tables that are united by label, each at more points

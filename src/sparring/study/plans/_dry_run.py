@@ -66,7 +66,7 @@ def rehearse(plan: Plan, context: Context) -> None:
         try:
             _try(pruning, plan, model, (as_float(train.x[:2]), train.y[:2]))
         except UserError as error:
-            raise PlanError(f"pruning method '{pruning.label}': {error}") from error
+            raise PlanError(f"pruning method '{pruning.title}': {error}") from error
 
 
 def _try_gradient(model: nn.Module, context: Context) -> None:
@@ -122,10 +122,10 @@ def _passes(inputs: Inputs, context: Context) -> float:
             classifiers = len(paths.l2) + len(paths.l1) + len(paths.magnitude)
             against = max(1, len(paths.classes or ()) - 1)
             return classifiers * (8.0 * against * paths.train_images + 100.0 * paths.images)
-        case Exact():
-            return 1e5 * float(inputs.images)  # seconds on end, where a search runs into its limit
-        case Certify() | Lipschitz():
-            return {**BOUNDS, **LIPSCHITZ}.get(inputs.method, BoundFacts()).passes * float(inputs.images)
+        case Exact(asked=asked):
+            return 1e5 * float(asked.images)  # seconds on end, where a search runs into its limit
+        case Certify(asked=asked) | Lipschitz(asked=asked):
+            return {**BOUNDS, **LIPSCHITZ}.get(asked.method, BoundFacts()).passes * float(asked.images)
         case Ship():
             return SHIP * float(inputs.images)
     return float(len(context.dataset.test.x)) / 3

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
+import functools
 import tomllib
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from ...attacks import Attack as AttackFunction
 from ...errors import PlanError, UnknownNameError
-from ...files import safe_name
+from ...files import read_bounded, safe_name
+from ...plugins import takes
 from ...records import CELLS, Checkpoint
 from ...sparsity import build_pruner
 from ...train import Recipe
@@ -29,12 +36,15 @@ from ._tables import (
     PruningSettings,
     ShippedSettings,
     TrainingSettings,
+    attack_named,
     check_attack,
+    check_settings,
     in_range,
     read_units,
 )
-from ._toml import as_table, override_, read_text, refuse_unknown
 
+FOUNDATIONS = ("data", "model", "recipe", "finetune", "training")  # a plan may grow, but not change in these
+MAX_PLAN_BYTES = 1_000_000
 MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
 
 
@@ -97,15 +107,11 @@ class Plan:
             for sparsity in group:
                 if not 0 < sparsity < 1:
                     raise PlanError(f"a sparsity is the fraction removed, above 0 and below 1; {sparsity} is not")
-        labels = [p.label or _default_label(p) for p in self.pruning] + [a.label or a.kind for a in self.activation]
+        labels = self.labels
         shown = [at_checkpoint(label, one) for label in (*labels, *CELLS) for one in dict.fromkeys(self.checkpoints)]
         for label in shown:
             if shown.count(label) > 1:
                 raise PlanError(f"two methods bear the label '{label}'; give each [[pruning]] a label of its own")
-        object.__setattr__(self, "pruning", tuple(_labelled(p) for p in self.pruning))
-        object.__setattr__(
-            self, "activation", tuple(dataclasses.replace(a, label=a.label or a.kind) for a in self.activation)
-        )
         if not self.sparsities and any(not p.ends_by_itself and p.sparsities is None for p in self.pruning):
             raise PlanError("sparsities is empty, so nothing would be pruned; name some")
         for attack in (*self.attacks, *self.transfer, *(s.judge for s in self.shipped)):
@@ -114,7 +120,7 @@ class Plan:
         for pruning in self.pruning:
             if pruning.ends_by_itself and pruning.sparsities is not None:
                 own = "layers lead" if pruning.c_rate is None else "c_rate leads"
-                raise PlanError(f"'{pruning.label}' ends where its {own}; give that or sparsities, not both")
+                raise PlanError(f"'{pruning.title}' ends where its {own}; give that or sparsities, not both")
             for asked in pruning.grid(self.sparsities) or (0.5,):
                 build_pruner(pruning, asked)
         if self.controls.wide_sparse and self.pruning and self.first_to_a_sparsity is None:
@@ -122,11 +128,15 @@ class Plan:
 
     def _check_methods(self, known: set[str]) -> None:
         """Raise UserError for a table that is narrowed to a method that the plan does not have."""
-        narrowed = [t.methods for t in (*self.attacks, *self.transfer)] + [t.methods for t in self.certify]
-        narrowed += [t.methods for t in self.lipschitz] + [t.methods for t in self.shipped]
-        for method in (method for methods in narrowed for method in methods or ()):
+        tables = (*self.attacks, *self.transfer, *self.certify, *self.lipschitz, *self.shipped)
+        for method in (method for table in tables for method in table.methods or ()):
             if method not in known:
                 raise UnknownNameError("method", method, known)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the methods, pruning first."""
+        return [p.title for p in self.pruning] + [a.title for a in self.activation]
 
     @property
     def first_to_a_sparsity(self) -> PruningSettings | None:
@@ -170,6 +180,8 @@ class Plan:
     def table(self) -> dict[str, Any]:
         """Return the plan as plain nested dictionaries (for plan.json); `from_table` takes it back."""
         result: dict[str, Any] = _plain(dataclasses.asdict(self))
+        for row, label in zip((*result["pruning"], *result["activation"]), self.labels, strict=True):
+            row["label"] = label
         return result
 
 
@@ -184,9 +196,132 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _default_label(pruning: PruningSettings) -> str:
-    return " ".join(part for part in (pruning.method, pruning.score, pruning.structure) if part)
+def refuse_another(out: Path, kept: Mapping[str, Any], table: Mapping[str, Any]) -> None:
+    """Raise PlanError if a folder's plan has other foundations than a new one."""
+    for name in FOUNDATIONS:
+        if kept.get(name) != table.get(name):
+            raise PlanError(
+                f"{out} belongs to another plan: its {name} is {kept.get(name)}, this one's is "
+                f"{table.get(name)}; choose another folder with --out"
+            )
 
 
-def _labelled(pruning: PruningSettings) -> PruningSettings:
-    return pruning if pruning.label else dataclasses.replace(pruning, label=_default_label(pruning))
+def configured(names: Sequence[str], overrides: Sequence[str]) -> dict[str, AttackFunction]:
+    """Return attacks with KEY=VALUE options, each given to those that have it; raise UserError where none has."""
+    options: dict[str, Any] = {}
+    for override in overrides:
+        override_(options, override)
+    found: dict[str, AttackFunction] = {name: attack_named(name) for name in names}
+    for option in options:
+        if not any(takes(function, option) for function in found.values()):
+            raise PlanError(f"--set {option}: no attack of {', '.join(names)} has an option of that name")
+    for name, function in found.items():
+        own = {option: value for option, value in options.items() if takes(function, option)}
+        check_settings(name, function, own)
+        found[name] = functools.partial(function, **own)
+    return found
+
+
+# -- TOML --------------------------------------------------------------------------------------------------------------
+
+
+def presets() -> dict[str, str]:
+    """Return the names of the presets that ship with the package, each with its title."""
+    folder = resources.files("sparring.study") / "presets"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    tables = {f.name.removesuffix(".toml"): tomllib.loads(f.read_text()) for f in files}
+    return {name: ". ".join(t[k] for k in ("title", "mark") if k in t) for name, t in tables.items()}
+
+
+def read_text(path_or_preset: str | Path) -> tuple[str, str]:
+    """Return name and text of a TOML file or of a preset; raise UserError if there is neither.
+
+    A folder of a preset's name, such as the output of its study, does not stand in the preset's way.
+    """
+    path, known = Path(path_or_preset), presets()
+    if path.suffix == ".toml" or (path.exists() and not (path.is_dir() and str(path_or_preset) in known)):
+        try:
+            return str(path), read_bounded(path, limit=MAX_PLAN_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{path} is not a text file in UTF-8: {error}") from error
+    if str(path_or_preset) not in known:
+        raise UnknownNameError("preset", str(path_or_preset), known)
+    file = resources.files("sparring.study") / "presets" / f"{path_or_preset}.toml"
+    return f"{path_or_preset}.toml", file.read_text()
+
+
+def override_(table: dict[str, Any], override: str) -> None:
+    """Write one KEY=VALUE (VALUE in TOML, or a bare word) into a nested table, in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise PlanError(f"--set takes KEY=VALUE, as in --set seeds=5; '{override}' has no '='")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if any(mark in text for mark in "[]{}\"'\n="):
+            raise PlanError(f"--set {key}: '{text}' is not a value in TOML") from None
+        value = text  # a bare word is a string, so that --set data=mnist works
+    place: Any = table
+    *parents, last = key.split(".")
+    for part in parents:
+        place = _step(place, part, key)
+    if isinstance(place, list):
+        place[_index(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def _step(place: Any, part: str, key: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, part, key)]
+    if isinstance(place.get(part), str) and part == "model":
+        place[part] = {"name": place[part]}
+    found = place.setdefault(part, {})
+    if not isinstance(found, dict | list):
+        raise PlanError(f"--set {key}: '{part}' is a value, not a table")
+    return found
+
+
+def _index(place: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        raise PlanError(f"--set {key}: '{part}' is not a place in a list of {len(place)}, counted from 0")
+    return int(part)
+
+
+def as_table(value: Any, key: str) -> dict[str, Any]:
+    """Return a value that must be a table; raise PlanError if it is not."""
+    if not isinstance(value, dict):
+        raise PlanError(f"key '{key}' must be a table, not {value!r}")
+    return value
+
+
+def refuse_unknown(kind: Any, value: Any, source: str, path: tuple[str, ...]) -> None:
+    """Refuse keys that no field bears, with the nearest match: a misspelt option must not be ignored."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            refuse_unknown(option, value, source, path)
+    elif origin is tuple and isinstance(value, list):
+        for index, item in enumerate(value):
+            refuse_unknown(arguments[0], item, source, (*path, str(index)))
+    elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        known = [f.name for f in dataclasses.fields(kind)]
+        for key, item in value.items():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1) or _nested(kind, key)
+                hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+                raise PlanError(f"{source}: unknown key '{'.'.join((*path, key))}'{hint}")
+            refuse_unknown(hints[key], item, source, (*path, key))
+
+
+def _nested(kind: Any, key: str) -> list[str]:
+    """Return where a key nearest to this one stands in a table below, as "recipe.epochs" or "pruning.0.score"."""
+    places: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        many = typing.get_origin(hint) is tuple
+        table = typing.get_args(hint)[0] if many else hint
+        if dataclasses.is_dataclass(table):
+            for field in dataclasses.fields(table):
+                places.setdefault(field.name, f"{name}.0.{field.name}" if many else f"{name}.{field.name}")
+    return [places[found] for found in difflib.get_close_matches(key, places, n=1)]

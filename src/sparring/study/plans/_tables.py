@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ...attacks import ATTACKS, facts_of
 from ...attacks import Attack as AttackFunction
@@ -19,7 +18,6 @@ from ...plugins import check_options, look_up, takes
 from ...sparsity import ACTIVATIONS, PruningSpec
 from ...threat import Threat
 from ...units import norm_name, parse_eps, parse_norm
-from ._toml import override_
 
 # What every attack takes, and what a plan says of one beside its options.
 _CONTRACT = ("model", "x", "y", "norm", "eps", "targets", "generator", "name", "naive", "label")
@@ -87,6 +85,11 @@ class PruningSettings(PruningSpec):
     def __post_init__(self) -> None:
         _check_narrowing("pruning", self.seeds, sparsities=self.sparsities)
 
+    @property
+    def title(self) -> str:
+        """The label, or else what the method is."""
+        return self.label or " ".join(part for part in (self.method, self.score, self.structure) if part)
+
     def spec(self) -> PruningSpec:
         """Return what the method depends on: everything but its name and the grid it is run at."""
         return PruningSpec(**{field.name: vars(self)[field.name] for field in dataclasses.fields(PruningSpec)})
@@ -103,24 +106,43 @@ class PruningSettings(PruningSpec):
         return sparsities if self.sparsities is None else self.sparsities
 
 
+@dataclass(frozen=True, kw_only=True)
+class Narrowed:
+    """Narrow the cells of a table to the first `seeds`, to `methods` and to `sparsities` besides 0; None: all.
+
+    Methods are called by their labels, "control" and "reference" among them.
+    """
+
+    heading: ClassVar[str]
+    seeds: int | None = None
+    methods: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_narrowing(self.heading, self.seeds, methods=self.methods, sparsities=self.sparsities)
+
+    def applies(self, seed: int, method: str, sparsity: float | None) -> bool:
+        """Return whether the table is for a cell."""
+        if not included(self.seeds, seed) or (self.methods is not None and method not in self.methods):
+            return False
+        return self.sparsities is None or sparsity == 0.0 or sparsity in self.sparsities
+
+
 @dataclass(frozen=True)
-class AttackSettings:
+class AttackSettings(Narrowed):
     """Attack `images` images of a split; `eps` lists budgets (none: a minimum-norm attack).
 
-    `seeds` (the first few), `methods` (labels, "control" and "reference" among them) and `sparsities` (besides 0)
-    narrow the cells that are attacked. `naive` attacks activation sparsity without the straight-through backward pass
+    `naive` attacks activation sparsity without the straight-through backward pass
     and without transfer, to show what that hides. `options` are the attack's own, by the names in its signature;
     `steps`, `restarts` and `queries` may stand beside them.
     """
 
+    heading = "attacks"
     name: str
     norm: Literal["linf", "l2", "l1"] = "linf"
     eps: tuple[float, ...] = ()
     images: int = 1000
     split: Literal["test", "valid"] = "test"
-    seeds: int | None = None
-    methods: tuple[str, ...] | None = None
-    sparsities: tuple[float, ...] | None = None
     steps: int | None = None
     restarts: int | None = None
     queries: int | None = None
@@ -128,7 +150,7 @@ class AttackSettings:
     naive: bool = False
 
     def __post_init__(self) -> None:
-        _check_narrowing("attacks", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        super().__post_init__()
         for option in _COUNTS:
             if getattr(self, option) is not None and option in (self.options or {}):
                 raise PlanError(f"attack '{self.name}': {option} is given twice, alone and in options; drop one")
@@ -140,24 +162,19 @@ class AttackSettings:
 
 
 @dataclass(frozen=True)
-class CertifySettings:
-    """Compute certified radii of the first `images` images that the attacks use, and certified accuracy at eps.
+class CertifySettings(Narrowed):
+    """Compute certified radii of the first `images` images that the attacks use, and certified accuracy at eps."""
 
-    `seeds`, `methods` and `sparsities` narrow the cells as they do for an attack.
-    """
-
+    heading = "certify"
     images: int = 200
     norm: Literal["linf", "l2"] = "linf"
     method: str = "crown"
     eps: tuple[float, ...] = ()
-    seeds: int | None = None
-    methods: tuple[str, ...] | None = None
-    sparsities: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in BOUNDS:
             raise UnknownNameError("certify.method", self.method, BOUNDS)
-        _check_narrowing("certify", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        super().__post_init__()
         in_range("certify.images", self.images, 1, 1_000_000)
         for eps in self.eps:
             Threat(parse_norm(self.norm), eps)
@@ -166,24 +183,19 @@ class CertifySettings:
 
 
 @dataclass(frozen=True)
-class LipschitzSettings:
-    """Take margins and local Lipschitz constants over balls of `radius` around the first `images` images.
+class LipschitzSettings(Narrowed):
+    """Take margins and local Lipschitz constants over balls of `radius` around the first `images` images."""
 
-    `seeds`, `methods` and `sparsities` narrow the cells as they do for an attack.
-    """
-
+    heading = "lipschitz"
     radius: float
     images: int = 200
     norm: Literal["linf", "l2"] = "linf"
     method: str = "jacobian"
-    seeds: int | None = None
-    methods: tuple[str, ...] | None = None
-    sparsities: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in LIPSCHITZ:
             raise UnknownNameError("Lipschitz method", self.method, LIPSCHITZ)
-        _check_narrowing("lipschitz", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        super().__post_init__()
         in_range("lipschitz.images", self.images, 1, 1_000_000)
         in_range("lipschitz.radius", self.radius, 1e-9, 1e6)
 
@@ -206,17 +218,21 @@ class ExactSettings:
         in_range("exact.images", self.images, 1, 1_000_000)
         in_range("exact.seconds", self.seconds, 1e-3, 1e7)
 
+    def applies(self, seed: int, method: str, sparsity: float | None) -> bool:
+        """Return whether the table is for a cell."""
+        return included(self.seeds, seed) and (self.sparsities is None or sparsity in self.sparsities)
+
 
 @dataclass(frozen=True)
-class ShippedSettings:
+class ShippedSettings(Narrowed):
     """Hold what would be shipped against the network itself: accuracy, robustness and certificates of the artefact.
 
     Its weights are rounded to `values`; the first `images` images that attacks use are attacked by `attack` at eps, on
     the network and on the artefact, and some of them by HopSkipJump with `decisions` steps (0: not) on the artefact.
-    The plan's [[certify]] tables are computed again for these images. `seeds`, `methods` and `sparsities` narrow
-    the cells as they do for an attack.
+    The plan's [[certify]] tables are computed again for these images.
     """
 
+    heading = "shipped"
     values: Literal["fp32", "fp16", "int8"] = "int8"
     images: int = 200
     attack: str = "pgd"
@@ -225,11 +241,9 @@ class ShippedSettings:
     steps: int | None = None
     decisions: int = 5
     seeds: int | None = 1
-    methods: tuple[str, ...] | None = None
-    sparsities: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_narrowing("shipped", self.seeds, methods=self.methods, sparsities=self.sparsities)
+        super().__post_init__()
         in_range("shipped.images", self.images, 1, 100_000)
         in_range("shipped.decisions", self.decisions, 0, 100)
 
@@ -265,6 +279,11 @@ class ActivationSettings:
                 ACTIVATIONS[self.kind](level)  # refuses a level out of range
             else:
                 in_range("a level of 'l1-penalty'", level, 0, 1e6)
+
+    @property
+    def title(self) -> str:
+        """The label, or else the kind."""
+        return self.label or self.kind
 
 
 @dataclass(frozen=True)
@@ -348,23 +367,8 @@ def attack_named(name: str) -> AttackFunction:
     return function
 
 
-def configured(names: Sequence[str], overrides: Sequence[str]) -> dict[str, AttackFunction]:
-    """Return attacks with KEY=VALUE options, each given to those that have it; raise UserError where none has."""
-    options: dict[str, Any] = {}
-    for override in overrides:
-        override_(options, override)
-    found: dict[str, AttackFunction] = {name: attack_named(name) for name in names}
-    for option in options:
-        if not any(takes(function, option) for function in found.values()):
-            raise PlanError(f"--set {option}: no attack of {', '.join(names)} has an option of that name")
-    for name, function in found.items():
-        own = {option: value for option, value in options.items() if takes(function, option)}
-        _check_settings(name, function, own)
-        found[name] = functools.partial(function, **own)
-    return found
-
-
-def _check_settings(name: str, function: AttackFunction, settings: Mapping[str, Any]) -> None:
+def check_settings(name: str, function: AttackFunction, settings: Mapping[str, Any]) -> None:
+    """Raise UserError for options that an attack does not have or that are out of range."""
     check_options(f"attack '{name}'", function, settings, reserved=_CONTRACT)
     for option in _COUNTS:
         in_range(f"attack '{name}': {option}", settings.get(option, 1), 1, 10_000_000)
@@ -383,7 +387,7 @@ def check_attack(attack: AttackSettings) -> None:
     for eps in attack.eps:
         Threat(parse_norm(attack.norm), eps)
     in_range(f"attack '{attack.name}': images", attack.images, 1, 1_000_000)
-    _check_settings(attack.name, function, attack.settings())
+    check_settings(attack.name, function, attack.settings())
 
 
 def read_units(table: Any) -> Any:
@@ -407,6 +411,11 @@ def _read_unit(key: str, value: Any) -> Any:
     if not isinstance(value, str | int | float):
         return value
     return norm_name(parse_norm(value)) if key == "norm" else parse_eps(value)
+
+
+def included(seeds: int | None, seed: int) -> bool:
+    """Return whether a seed is among the first `seeds`; None: all are."""
+    return seeds is None or seed < seeds
 
 
 def _check_narrowing(table: str, seeds: int | None, **lists: tuple[Any, ...] | None) -> None:

@@ -23,15 +23,7 @@ from ..stages._kernel_choice import goes_packed
 from ..stages._networks import narrowed, widened
 from ..stages._table import STAGES, versions
 from ._plan import Plan, at_checkpoint
-from ._tables import (
-    ActivationSettings,
-    AttackSettings,
-    CertifySettings,
-    LipschitzSettings,
-    PruningSettings,
-    ShippedSettings,
-    TrainingSettings,
-)
+from ._tables import ActivationSettings, AttackSettings, PruningSettings, ShippedSettings, TrainingSettings, included
 
 # A task and its record take about a kilobyte of the driver's memory each.
 MAX_TASKS = 500_000
@@ -170,24 +162,21 @@ class _Seed:
         control = self._prune(self.model, dense, None, 0.0)
         self._judge("reference", 0.0, "reference", dense)
         self._judge("control", 0.0, "control", dense, control)
-        kinds = {p.label: pruning_kind(p.score, p.method, p.structure) for p in self.plan.pruning}
+        kinds = {p.title: pruning_kind(p.score, p.method, p.structure) for p in self.plan.pruning}
         pruned = {
-            (pruning.label, sparsity): self._prune(self.model, dense, pruning, sparsity)
+            (pruning.title, sparsity): self._prune(self.model, dense, pruning, sparsity)
             for pruning in self.plan.pruning
-            if self._included(pruning.seeds)
+            if included(pruning.seeds, self.seed)
             for sparsity in sorted(pruning.grid(self.plan.sparsities), key=lambda s: s or 0.0)
         }
         for (label, sparsity), key in pruned.items():
             extra = self._transfers(label, sparsity, control, key)
             self._judge(label, sparsity, kinds[label], dense, key, *extra)
         for activation in self.plan.activation:
-            if self._included(activation.seeds):
+            if included(activation.seeds, self.seed):
                 self._activate(activation, dense, control)
-        if self._included(self.plan.controls.seeds):
+        if included(self.plan.controls.seeds, self.seed):
             self._controls()
-
-    def _included(self, seeds: int | None) -> bool:
-        return seeds is None or self.seed < seeds
 
     def _given(self) -> str | None:
         """Add the task that loads the user's weights, if the plan names some: one dense network for all seeds."""
@@ -241,7 +230,7 @@ class _Seed:
                 seed=self.seed,
             )
             key = self.work.add(inputs, dense if fitted else control)
-            self._judge(activation.label, level, "activations", key, activation=module, surrogate=control)
+            self._judge(activation.title, level, "activations", key, activation=module, surrogate=control)
 
     def _controls(self) -> None:
         controls, first = self.plan.controls, self.plan.first_to_a_sparsity
@@ -267,7 +256,7 @@ class _Seed:
         """Attack the control and try the images on the sparse network, and the other way round."""
         keys, network = [], Judged(data=self.data.hash, model=self.model)
         for attack in self.plan.transfer:
-            if self._applies(attack, label, sparsity):
+            if attack.applies(self.seed, label, sparsity):
                 for inputs in self._attacks(network, attack):
                     to_sparse = stages.Transfer(**vars(inputs), direction="to sparse")
                     keys.append(self.work.add(to_sparse, control, key))
@@ -307,7 +296,7 @@ class _Seed:
         """Return the tasks that judge a network, of whose weights a share was `removed`."""
         keys = [self.work.add(stages.Measure(**vars(network)), made)]
         for attack in self.plan.attacks:
-            if self._applies(attack, method, sparsity) and not (attack.naive and surrogate is None):
+            if attack.applies(self.seed, method, sparsity) and not (attack.naive and surrogate is None):
                 packed = surrogate is None and goes_packed(self.plan.kernels, network.model.name, removed, attack)
                 for inputs in self._attacks(network, attack, packed=packed and self.work.device == "cpu"):
                     loans = [] if surrogate is None or attack.naive else [self._lend(inputs, surrogate)]
@@ -316,7 +305,7 @@ class _Seed:
         if self.plan.deploy:
             keys.append(self.work.add(stages.Deploy(**vars(network), images=min(256, self.data.test)), made))
         for shipped in self.plan.shipped:
-            if self._applies(shipped, method, sparsity):
+            if shipped.applies(self.seed, method, sparsity):
                 keys.append(self.work.add(self._shipment(network, shipped), made))
         return keys
 
@@ -339,27 +328,16 @@ class _Seed:
 
     def _proofs(self, network: Judged, method: str, sparsity: float | None) -> Iterator[Inputs]:
         """Yield every certificate, Lipschitz constant and exact distance of a cell."""
-        shared, most = vars(network), self.data.test
-        for c in self.plan.certify:
-            if self._applies(c, method, sparsity):
-                yield stages.Certify(**shared, images=min(c.images, most), norm=c.norm, method=c.method, eps=c.eps)
-        for one in self.plan.lipschitz:
-            if self._applies(one, method, sparsity):
-                images = min(one.images, most)
-                yield stages.Lipschitz(**shared, radius=one.radius, images=images, norm=one.norm, method=one.method)
-        for e in self.plan.exact:
-            if self._included(e.seeds) and (e.sparsities is None or sparsity in e.sparsities):
-                yield stages.Exact(**shared, images=min(e.images, most), norm=e.norm, seconds=e.seconds)
-
-    def _applies(
-        self,
-        table: AttackSettings | CertifySettings | LipschitzSettings | ShippedSettings,
-        method: str,
-        sparsity: float | None,
-    ) -> bool:
-        if not self._included(table.seeds) or (table.methods is not None and method not in table.methods):
-            return False
-        return table.sparsities is None or sparsity == 0.0 or sparsity in table.sparsities
+        plan, shared = self.plan, vars(network)
+        kinds: list[tuple[Any, tuple[Any, ...]]] = [
+            (stages.Certify, plan.certify),
+            (stages.Lipschitz, plan.lipschitz),
+            (stages.Exact, plan.exact),
+        ]
+        for kind, tables in kinds:
+            for table in tables:
+                if table.applies(self.seed, method, sparsity):
+                    yield kind(**shared, asked=replace(table, images=min(table.images, self.data.test)))
 
     def _attacks(self, network: Judged, attack: AttackSettings, *, packed: bool = False) -> list[stages.Attack]:
         """Return the inputs of one task for each budget and shard. Shards belong to the plan, never to the workers."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,40 @@ from ...files import canonical_json, sha256_bytes
 from ...history import append_entry, read_history
 from ...records import Cell, PlanFile, Record, Store, read_plan, write_plan
 from ...units import percent
-from .._progress import refuse_another
 from ..plans._dry_run import estimate, rehearse
-from ..plans._plan import Plan
+from ..plans._plan import Plan, refuse_another
 from ..plans._task_graph import DEVICES, DataFacts, Work, lay_out
 from ..stages._networks import Context, Factory, fingerprint
 from ..stages._table import perform_stage
 from ._executors import Executor, InProcess, Processes
 from ._ray import RayCluster
 from ._schedule import Watcher, environment, execute
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Count a study's tasks; `stages` are the numbers of records, `failures` the records of failed tasks."""
+
+    plan: str
+    tasks: int
+    done: int
+    stages: dict[str, int]
+    failures: tuple[Record, ...]
+
+
+def progress(out: str | Path) -> Progress:
+    """Say how far a study is, without disturbing whoever runs it; raise UserError if `out` is no study's folder."""
+    content, store = read_plan(out), Store(out)
+    keys = sorted({key for cell in content.cells for key in cell.tasks})
+    stages: Counter[str] = Counter()
+    failures = []
+    for key in keys:
+        record = store.peek(key)
+        if record is not None:
+            stages[record.stage] += 1
+            failures += [record] if record.error else []
+    done = stages.total() - len(failures)
+    return Progress(content.plan["name"], len(keys), done, dict(stages), tuple(failures))
 
 
 def register(plan: Plan, out: str | Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import functools
 import heapq
 import itertools
 import platform
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from graphlib import TopologicalSorter
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
@@ -86,10 +86,8 @@ class _Scheduler:
         self.labels, self.origins = labels, origins
         self.records: dict[str, Record] = {}
         self.running: dict[str, AnyTask] = {}
-        self.children: defaultdict[str, list[int]] = defaultdict(list)  # places in the order, by parent's key
-        self.unmet: dict[int, int] = {}  # how many parents a waiting task still lacks, by place
-        self.ranks = _ranks(tasks)
-        self.ready: list[tuple[float, int]] = []  # a heap of ranks and places
+        self.waiting: TopologicalSorter[str] = TopologicalSorter()
+        self.ready: list[tuple[float, str]] = []  # a heap of ranks and keys
         self.cached = self.errors = 0
 
     def recall(self, retry: bool) -> None:
@@ -109,34 +107,27 @@ class _Scheduler:
         self.errors = sum(1 for record in self.records.values() if record.error)
 
     def run(self, foretell: Callable[[list[AnyTask]], float | None] | None) -> None:
-        self._line_up()
-        missing = [task for task in self.order if task.key not in self.records]
-        self._hand_out()  # before anything else: the workers need not wait for an estimate
-        self._tell(None, None if foretell is None or self.watch is None else foretell(missing))
+        missing = {task.key: task for task in self.order if task.key not in self.records}
+        ranks = dict(zip((task.key for task in self.order), _ranks(self.order), strict=True))
+        for task in missing.values():
+            # A parent that failed is never done, and so its children are never ready.
+            self.waiting.add(task.key, *(p for p in task.parents if p not in self.records or self.records[p].error))
+        self.waiting.prepare()
+        self._hand_out(missing, ranks)  # before anything else: the workers need not wait for an estimate
+        self._tell(None, None if foretell is None or self.watch is None else foretell(list(missing.values())))
         while self.running:
             for done in self.executor.wait():
                 self._keep(done)
-            self._hand_out()
+            self._hand_out(missing, ranks)
 
-    def _hand_out(self) -> None:
+    def _hand_out(self, missing: Mapping[str, AnyTask], ranks: Mapping[str, float]) -> None:
+        for key in self.waiting.get_ready():
+            if key in missing:
+                heapq.heappush(self.ready, (ranks[key], key))
         while self.ready and len(self.running) < self.executor.slots:
-            task = self.order[heapq.heappop(self.ready)[1]]
+            task = missing[heapq.heappop(self.ready)[1]]
             self.running[task.key] = task
             self.executor.submit(task)
-
-    def _line_up(self) -> None:
-        """Count for each missing task the parents that are not done; one whose parent failed will never be ready."""
-        for place, task in enumerate(self.order):
-            if task.key in self.records:
-                continue
-            waits_for = {p for p in task.parents if p not in self.records or self.records[p].error}
-            for parent in waits_for:
-                self.children[parent].append(place)
-            if waits_for:
-                self.unmet[place] = len(waits_for)
-            else:
-                self.ready.append((self.ranks[place], place))
-        heapq.heapify(self.ready)
 
     def _keep(self, done: Done) -> None:
         task, outcome = done.task, done.outcome
@@ -163,7 +154,7 @@ class _Scheduler:
             )
             record = self.store.write(record, done.content)
             self.store.checkpoint(task.key).unlink(missing_ok=True)
-            self._release(task.key)
+            self.waiting.done(task.key)
         del self.running[task.key]
         self.records[task.key] = record
         self._tell(record)
@@ -172,13 +163,6 @@ class _Scheduler:
         """Return the SHA-256 of the tensors that a task read, by the key of the parent that left them."""
         held = {key: self.records[key].object for key in keys}
         return {key: found["sha256"] for key, found in held.items() if found is not None}
-
-    def _release(self, key: str) -> None:
-        for place in self.children.pop(key, ()):
-            self.unmet[place] -= 1
-            if not self.unmet[place]:
-                del self.unmet[place]
-                heapq.heappush(self.ready, (self.ranks[place], place))
 
     def _tell(self, record: Record | None, estimate: float | None = None) -> None:
         if self.watch is None:

@@ -17,17 +17,17 @@ from ._networks import Context, chosen_images, chosen_places, judged
 
 def certify(context: Context, task: Task[Certify]) -> TaskOutcome:
     """Compute certified radii of some images; a network without a sound rule has none, and says why."""
-    inputs = task.inputs
+    asked = task.inputs.asked
     model = judged(context, task).cpu()
-    x, y = chosen_images(context.dataset, "test", 0, inputs.images)
+    x, y = chosen_images(context.dataset, "test", 0, asked.images)
     try:
-        radius = bounds.radius(model, as_float(x), y, parse_norm(inputs.norm), method=inputs.method)
+        radius = bounds.radius(model, as_float(x), y, parse_norm(asked.norm), method=asked.method)
     except Unsupported as reason:
         return _without("no-certificate", reason)
     metrics: dict[str, float | None] = {
         "radius_mean": float(radius.mean()),
         "radius_median": float(radius.median()),
-        **{f"certified_accuracy_{eps:g}": float((radius >= eps).double().mean()) for eps in inputs.eps},
+        **{f"certified_accuracy_{eps:g}": float((radius >= eps).double().mean()) for eps in asked.eps},
     }
     return TaskOutcome(metrics, tensors={"radius": radius, "label": y, "images": _places(context, task)})
 
@@ -37,15 +37,15 @@ def constants(context: Context, task: Task[Lipschitz]) -> TaskOutcome:
 
     Over classes k the pair with the smallest margin / constant counts, which bounds the distance from below.
     """
-    inputs = task.inputs
+    asked = task.inputs.asked
     model = judged(context, task).cpu()
-    x, y = chosen_images(context.dataset, "test", 0, inputs.images)
+    x, y = chosen_images(context.dataset, "test", 0, asked.images)
     images = as_float(x)
     with torch.no_grad():
         logits = opened(model, images)(images).double()
     right = logits.argmax(1) == y
     try:
-        constant = bounds.lipschitz(model, images, inputs.radius, norm=parse_norm(inputs.norm), method=inputs.method)
+        constant = bounds.lipschitz(model, images, asked.radius, norm=parse_norm(asked.norm), method=asked.method)
     except Unsupported as reason:
         return _without("no-lipschitz-constant", reason)
     margin, chosen = _tightest(logits, constant)
@@ -72,14 +72,14 @@ def _tightest(logits: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
 
 def distances(context: Context, task: Task[Exact]) -> TaskOutcome:
     """Find exact distances of a few images within a time limit each, starting from the best attack."""
-    inputs = task.inputs
-    model, norm = judged(context, task).cpu(), parse_norm(inputs.norm)
-    x, y = chosen_images(context.dataset, "test", 0, inputs.images)
+    asked = task.inputs.asked
+    model, norm = judged(context, task).cpu(), parse_norm(asked.norm)
+    x, y = chosen_images(context.dataset, "test", 0, asked.images)
     images = as_float(x)
-    generator = torch.Generator().manual_seed(inputs.images)
+    generator = torch.Generator().manual_seed(asked.images)
     attacked = attacks.run(model, images, y, attacks.nearest, Threat(norm), generator=generator, batch_size=100)
     try:
-        found = bounds.exact(model, images, y, norm, x_adv=attacked.x_adv, seconds=inputs.seconds)
+        found = bounds.exact(model, images, y, norm, x_adv=attacked.x_adv, seconds=asked.seconds)
     except Unsupported as reason:
         return _without("no-exact-distance", reason)
     solved = torch.tensor([status != "time limit" for status in found.status])
@@ -97,7 +97,7 @@ def distances(context: Context, task: Task[Exact]) -> TaskOutcome:
 
 
 def _places(context: Context, task: Task[Certify] | Task[Lipschitz] | Task[Exact]) -> Tensor:
-    return chosen_places(context.dataset, "test", 0, task.inputs.images)
+    return chosen_places(context.dataset, "test", 0, task.inputs.asked.images)
 
 
 def _without(name: str, reason: Unsupported) -> TaskOutcome:

@@ -13,7 +13,17 @@ from ...records import Checkpoint
 from ...sparsity import PruningSpec
 from ...threat import Threat, parse_norm
 from ...train import Recipe
-from ..plans._tables import LinearPaths, NetworkSettings, TrainingSettings, attack_named
+from ..plans._tables import (
+    CertifySettings,
+    ExactSettings,
+    LinearPaths,
+    LipschitzSettings,
+    NetworkSettings,
+    TrainingSettings,
+    attack_named,
+)
+
+CELLS = ("seeds", "methods", "sparsities")  # of a plan's tables: which cells they are for, and so no input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +43,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.table()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain({name: item for name, item in dataclasses.asdict(value).items() if item is not None})
+        known = {name: item for name, item in dataclasses.asdict(value).items() if item is not None}
+        return _plain({name: item for name, item in known.items() if name not in CELLS})
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -227,29 +238,30 @@ class Transfer(Attack):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Certify(Judged, Proof):
+class Certify(Judged):
     """Compute certified radii, and certified accuracy at each eps."""
 
     stage = "certify"
-    eps: tuple[float, ...]
+    spread = "asked"
+    asked: CertifySettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lipschitz(Judged, Proof):
-    """Take margins and local Lipschitz constants over balls of `radius`."""
+class Lipschitz(Judged):
+    """Take margins and local Lipschitz constants."""
 
     stage = "lipschitz"
-    radius: float
+    spread = "asked"
+    asked: LipschitzSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exact(Judged):
-    """Find exact distances within `seconds` an image."""
+    """Find exact distances."""
 
     stage = "exact"
-    images: int
-    norm: str
-    seconds: float
+    spread = "asked"
+    asked: ExactSettings
 
 
 @dataclass(frozen=True, kw_only=True)
