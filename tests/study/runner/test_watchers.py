@@ -1,4 +1,4 @@
-"""Watchers: one line that rewrites itself, what TensorBoard and MLflow get, and that no study ends for want of a witness."""
+"""Watchers: one line that rewrites itself, TensorBoard and MLflow; no study ends for want of a witness."""
 
 from __future__ import annotations
 
@@ -101,10 +101,10 @@ def test_one_line_rewrites_itself(capsys: pytest.CaptureFixture[str]) -> None:
     second = told(
         capsys,
         2,
-        Record("k", "attack", {"attack": {"name": "fgsm", "norm": "linf", "eps": 0.1}}, environment={}, times={}),
+        Record("k", "attack", ATTACK, environment={}, times={}),
     )
     assert first.strip() == "1 of 3 tasks done; the rest takes about 12 s (a rough guess)"
-    assert second.strip() == "2 of 3 tasks done · seed 0 · magnitude 90.0% · fgsm linf eps 0.1"
+    assert second.strip() == "2 of 3 tasks done · seed 0 · magnitude 90.0% · pgd linf eps 0.1"
     assert first[0] == second[0] == "\r" and len(first) == len(second)
 
 
