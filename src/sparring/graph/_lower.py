@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from ..errors import Unsupported
-from ._check import check, observed
-from ._ops import Graph
+from ..errors import Unsupported, UserError
+from ..modes import eval_mode
+from ..outputs import check_module, logits_of
+from ._ops import Graph, SparseActivation
 from ._plain_stacks import read_plain
 
 
@@ -40,3 +46,233 @@ def lower(
 
             graph = read_exported(model, seen.x[:2], dtype or seen.dtype, shared=dtype is None)
         return check(graph, model, seen)
+
+
+# Of the largest logit: what sums in another order may differ by. TF32 rounds float32 products on a GPU more coarsely.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+_TF32 = 0.01
+_IMAGES, _INSIDE, _CORNERS = 8, 4, 4
+# Beside them in one large batch: at least and at most so many images more, by their pixels.
+_FEW, _MANY, _PIXELS = 9, 167, 2**17
+# What rounding in float32 commonly moves a logit by, of the largest: more is said of the graph, see `Graph.rounding`.
+_ROUNDING = 2.5e-6
+# An activation that jumps may fall on the other side of its jump by rounding, on one image in so many.
+_JUMPED = 8
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A model in eval mode, what it was asked, x (N, ...), and what it answered, (N, classes).
+
+    tolerance: by the coarsest type in which it computes.
+    """
+
+    x: Tensor
+    logits: Tensor
+    dtype: torch.dtype
+    tolerance: float
+
+
+@contextmanager
+def observed(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) -> Iterator[Observed]:
+    """Hold a model in eval mode and frozen, as attacks do, and ask it for logits; restore all on leaving.
+
+    It is asked of `images` and of random ones. Raise UserError for a model that does not accept such images, or does
+    not return one tensor of logits.
+    """
+    check_module(model)
+    first = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), torch.zeros(()))
+    scripted = torch.jit.ScriptModule
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if not isinstance(module, scripted)]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    state = torch.get_rng_state()
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    with eval_mode(model):
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            x = _asked(shape, images).to(first)
+            try:
+                logits = _ask(model, x)
+            except UserError:
+                raise
+            except Exception as error:  # the user's own operations, which can raise anything
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"the model does not accept images of shape {tuple(shape)}: {reason}") from error
+            if logits.dim() != 2 or len(logits) != len(x):
+                raise Unsupported(f"the model must return one tensor of logits (N, classes), not {tuple(logits.shape)}")
+            if bool(torch.isnan(logits).any()):
+                raise Unsupported("the model's logits are NaN for some images in [0, 1]")
+            yield Observed(x, logits, first.dtype, _tolerance(model, x, logits))
+        finally:
+            torch.set_rng_state(state)
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+            with torch.no_grad():
+                for buffer, value in values:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            for module, held in buffers:
+                module._buffers.update(held)  # some forwards put new ones in their place
+
+
+def _asked(shape: tuple[int, ...], images: Tensor | None) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.rand(_INSIDE, *shape, generator=generator)
+    corners = torch.randint(0, 2, (_CORNERS, *shape), generator=generator).float()
+    given = [] if images is None else [images[:_IMAGES].detach().cpu().float()]
+    return torch.cat([*given, inside, corners])
+
+
+@contextmanager
+def _seeded(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let what draws by the declared protocol draw the same each time."""
+    drawing = [m for m in model.modules() if getattr(m, "stochastic", False) and hasattr(m, "generator")]
+    generators = [m.generator for m in drawing]
+    try:
+        for module in drawing:
+            module.generator = torch.Generator(device).manual_seed(0)  # type: ignore[assignment]
+        yield
+    finally:
+        for module, generator in zip(drawing, generators, strict=True):
+            module.generator = generator
+
+
+def _ask(model: nn.Module, x: Tensor) -> Tensor:
+    """Return a model's logits, of a copy of the images."""
+    with _seeded(model, x.device), torch.no_grad():
+        return logits_of(model(x.clone()))
+
+
+def _ask_one(model: nn.Module, x: Tensor) -> Tensor:
+    try:
+        return _ask(model, x)
+    except Exception as error:  # the user's own operations, which can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the model fails on one image alone: {reason}; squeeze only the axes meant") from error
+
+
+def _crowd(x: Tensor) -> Tensor:
+    """Return images x behind many others: corners and points inside the box, from dark to bright."""
+    count, generator = min(_MANY, max(_FEW, _PIXELS // x[0].numel())), torch.Generator().manual_seed(1)
+    points = torch.rand(count, *x.shape[1:], generator=generator)
+    level = torch.rand(count, *[1] * (x.dim() - 1), generator=generator)
+    points[::2] = points[::2] * level[::2]
+    points[1::2] = (points[1::2] < level[1::2]).float()
+    return torch.cat([points.to(x), x])
+
+
+def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
+    """Return a graph that gives a model's logits, within `TOLERANCE` of the largest of them, with its `rounding`.
+
+    The model must give the same when asked twice, for each image alone, in another order and among many others, and
+    with gradients and frozen parameters, as attacks ask. Raise Unsupported otherwise: the message says what it depends
+    on, or the first layer at which they differ.
+    """
+    x, logits = seen.x, seen.logits
+    name = type(model).__name__
+    if not _same(_ask(model, x), logits, seen.tolerance):
+        raise Unsupported(
+            f"{name} gives other logits when it is asked twice: it draws at random or counts its calls; guard that by "
+            "self.training, or declare it (`stochastic` and `generator`)"
+        )
+    many = _ask(model, crowd := _crowd(x))
+    if not any(getattr(module, "stochastic", False) for module in model.modules()):
+        order = torch.arange(len(x) - 1, -1, -1, device=x.device)
+        alone = torch.cat([_ask_one(model, x[i : i + 1]) for i in range(len(x))])
+        same = partial(_same, expected=logits, tolerance=seen.tolerance, allowed=_jumped(graph, x))
+        if not same(alone) or not same(_ask(model, x[order])[order]) or not same(many[-len(x) :]):
+            raise Unsupported(
+                f"{name} gives an image other logits in another batch: they depend on the images beside it, so that no "
+                "image has a certificate of its own; compute each image by itself in eval mode"
+            )
+    if not _same(_with_gradients(model, x), logits, seen.tolerance):
+        raise Unsupported(f"{name} gives other logits when gradients are asked for; let forward() not look at that")
+    try:
+        with _seeded(model, x.device), torch.no_grad():
+            found = graph(crowd.to(_dtype(graph, x)))
+    except Exception as error:  # a rule that is wrong, which must end in a sentence too
+        raise Unsupported(f"{name} cannot be lowered: what was read of it cannot be computed ({error})") from error
+    seen = replace(seen, tolerance=max(seen.tolerance, TOLERANCE.get(found.dtype, 0.0)))  # a graph may be coarser
+    finite = found.isfinite() & many.isfinite()
+    apart = float((found - many).abs().where(finite, 0).max())
+    largest = float(many.abs().where(finite, 0).max())
+    if not _same(found, many, seen.tolerance, _jumped(graph, crowd)):
+        raise Unsupported(
+            f"{name} cannot be lowered: what was read gives logits that differ by {apart / max(largest, 1e-30):.2g} of "
+            f"the largest, {_first_difference(graph, model, replace(seen, x=crowd))}"
+        )
+    return replace(graph, rounding=apart) if apart > _ROUNDING * largest and not _jumped(graph, crowd) else graph
+
+
+def _jumped(graph: Graph, x: Tensor) -> int:
+    jumps = any(
+        isinstance(n.op, SparseActivation) and getattr(n.op.module, "masks_gradients", False) for n in graph.nodes
+    )
+    return len(x) // _JUMPED if jumps else 0
+
+
+def _tolerance(model: nn.Module, x: Tensor, logits: Tensor) -> float:
+    kinds = {value.dtype for value in (*model.parameters(), *model.buffers(), x, logits)}
+    tolerance = max(TOLERANCE.get(kind, 0.0) for kind in kinds)
+    return max(tolerance, _TF32) if x.is_cuda and torch.float32 in kinds else tolerance
+
+
+def _same(found: Tensor, expected: Tensor, tolerance: float, allowed: int = 0) -> bool:
+    """Return whether values agree on all images but at most `allowed`; equal infinities and NaN do."""
+    if found.shape != expected.shape:
+        return False
+    one, two = found.double(), expected.double()
+    finite = two[torch.isfinite(two)].abs()
+    scale = float(finite.max()) if len(finite) else 0.0
+    close = torch.isclose(one, two, rtol=0.0, atol=tolerance * scale, equal_nan=True)
+    return int((~close.flatten(1).all(1)).sum()) <= allowed
+
+
+def _with_gradients(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits as an attack gets them: with gradients of the images alone."""
+    try:
+        with _seeded(model, x.device), torch.enable_grad():
+            point = x.clone().requires_grad_().clone()  # no leaf: it may be written to in place
+            return logits_of(model(point)).detach()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise Unsupported(f"{type(model).__name__} fails when gradients are asked for: {reason}") from error
+
+
+def _first_difference(graph: Graph, model: nn.Module, seen: Observed) -> str:
+    """Name the first layer whose output a graph gets wrong, among those that ran once."""
+    x, outputs = seen.x, dict[str, list[Tensor]]()
+
+    def listen(path: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: outputs.setdefault(path, []).append(_copy(output))
+
+    last = {node.path: index for index, node in enumerate(graph.nodes) if node.path}
+    handles = [m.register_forward_hook(listen(path)) for path, m in model.named_modules() if path in last]
+    try:
+        _ask(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with _seeded(model, x.device), torch.no_grad():
+        values = graph.values(x.to(_dtype(graph, x)))
+    for path, index in sorted(last.items(), key=lambda item: item[1]):
+        heard = outputs.get(path, [])
+        if len(heard) != 1 or heard[0].shape != values[index].shape:
+            continue
+        if not _same(values[index], heard[0], seen.tolerance):
+            return f"first in {graph.nodes[index].title}"
+    return "though no single layer's output differs"
+
+
+def _copy(output: object) -> Tensor:
+    return output.detach().clone() if isinstance(output, Tensor) else torch.empty(0)
+
+
+def _dtype(graph: Graph, x: Tensor) -> torch.dtype:
+    """Return the precision of a graph's tensors."""
+    for node in graph.nodes:
+        for value in vars(node.op).values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.dtype
+    return x.dtype

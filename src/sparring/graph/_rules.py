@@ -6,17 +6,17 @@ operation is refused: no keyword is ever skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _layer_rules as layers
-from . import _shape_rules as shapes
-from ._image_wise import WITHIN, call
-from ._ops import Call
-from ._torch_export import Arguments, Translator
+from ._layer_rules import WITHIN, affine, as_constant, call, refuse_images_axis
+from ._ops import AvgPool, Call, Flatten, MaxPool, Op, Reshape
+from ._plain_stacks import pair
+from ._torch_export import Arguments, At, Translator, flat
 
 Rule = Callable[[Translator, Arguments], Any]
 # Functions that are constant but for jumps, of which staircase activations are made.
@@ -100,41 +100,162 @@ def _constant_like(t: Translator, target: Any, a: Arguments) -> Tensor:
     return result
 
 
-_RULES: dict[str, Rule] = {
-    "add": layers.add,
-    **dict.fromkeys(("sub", "subtract"), layers.subtract),
-    "rsub": layers.reverse_subtract,
-    **dict.fromkeys(("mul", "multiply"), layers.multiply),
-    **dict.fromkeys(("div", "divide", "true_divide"), layers.divide),
-    **dict.fromkeys(("neg", "negative"), layers.negate),
-    "linear": layers.linear,
-    "matmul": layers.matmul,
-    "mm": layers.matmul,
-    "bmm": layers.matmul,
-    "addmm": layers.addmm,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), layers.recurrent),
-    "conv2d": layers.conv2d,
-    "_native_batch_norm_legit_no_training": layers.norm_of_batch,
-    "batch_norm": layers.norm_of_batch,
-    "native_batch_norm": layers.norm_of_batch,
-    "_native_batch_norm_legit": layers.by_the_batch,
-    "_native_batch_norm_legit_functional": layers.by_the_batch,
-    "relu": layers.relu,
-    "clamp": layers.clamp,
-    "clamp_min": layers.clamp,
-    "max_pool2d": shapes.max_pool,
-    "max_pool2d_with_indices": shapes.max_pool,
-    "avg_pool2d": shapes.avg_pool,
-    "adaptive_avg_pool2d": shapes.adaptive_pool,
-    "_adaptive_avg_pool2d": shapes.adaptive_pool,
-    "mean": shapes.mean,
-    **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "unflatten"), shapes.reshape
-    ),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), shapes.expand),
-    "repeat": shapes.repeat,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unbind"), shapes.split),
-    "index": shapes.index,
-    **dict.fromkeys(("copy", "fill"), shapes.filled),
-    **dict.fromkeys(("_to_copy", "to", "type_as"), _cast),
+def _max_pool(t: Translator, a: Arguments) -> Any:
+    x, kernel, stride = a.take("self"), pair(_many(a.take("kernel_size"))), _many(a.take("stride"))
+    padding, dilation = pair(_many(a.take("padding"))), pair(_many(a.take("dilation")))
+    op = MaxPool(kernel, pair(stride) if stride else kernel, padding, dilation, bool(a.take("ceil_mode")))
+    if isinstance(t.now.meta["val"], Tensor):
+        return t.emit(op, x)
+    return [t.emit(op, x), None]
+
+
+def _many(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _avg_pool(t: Translator, a: Arguments) -> Any:
+    kernel, stride = pair(_many(a.given["kernel_size"])), _many(a.given.get("stride"))
+    padded = any(flat([a.given.get("padding", 0)])) or a.given.get("ceil_mode")
+    divisor = a.given.get("divisor_override")
+    if padded:
+        return call(t, t.name, t.now.target, a)
+    for name in ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"):
+        a.take(name)
+    result = t.emit(AvgPool(kernel, pair(stride) if stride else kernel), a.take("self"))
+    return result if divisor is None else affine(t, result, kernel[0] * kernel[1] / divisor, 0)
+
+
+def _adaptive_pool(t: Translator, a: Arguments) -> Any:
+    before, after = t.shape(a.given["self"]), t.image_shape(t.now.meta["val"])
+    kernel = (before[1] // after[1], before[2] // after[2])
+    if any(s != k * o for s, k, o in zip(before[1:], kernel, after[1:], strict=True)):
+        return call(t, t.name, t.now.target, a)
+    a.take("output_size")
+    return t.emit(AvgPool(kernel, kernel), a.take("self"))
+
+
+def _mean(t: Translator, a: Arguments) -> Any:
+    x = a.given["self"]
+    axes = a.given.get("dim")
+    refuse_images_axis(t, "mean", axes)
+    shape = t.shape(x)
+    if len(shape) != 3 or sorted(axis % 4 for axis in axes or ()) != [2, 3] or a.given.get("dtype"):
+        return call(t, "mean", t.now.target, a)
+    keep = a.take("keepdim")
+    a.take("self"), a.take("dim")
+    pooled = t.emit(AvgPool(shape[1:], shape[1:]), x, shape=(shape[0], 1, 1))
+    return pooled if keep else t.emit(Flatten(), pooled)
+
+
+def _reshape(t: Translator, a: Arguments) -> Any:
+    """Whatever keeps each image's values in their order."""
+    x = a.take("self")
+    a.given.clear()  # the shape that comes out says it all
+    return _reshaped(t, x, t.image_shape(t.now.meta["val"]))
+
+
+def _reshaped(t: Translator, x: At, shape: tuple[int, ...]) -> At:
+    if t.shape(x) == shape:
+        return x
+    op: Op = Flatten() if len(shape) == 1 and t.shape(x) else Reshape(shape)
+    return t.emit(op, x, shape=shape)
+
+
+def _expand(t: Translator, a: Arguments) -> Any:
+    x = a.take("self")
+    a.given.clear()
+    return _spread(t, x)
+
+
+def _spread(t: Translator, x: At) -> At:
+    """Return a value repeated over the shape that comes out."""
+    shape = t.image_shape(t.now.meta["val"])
+    if t.shape(x) == shape:
+        return x
+    if len(t.shape(x)) != len(shape):
+        raise t.refuse(t.name, "moves the axis of the images", "keep images along the first axis")
+    return t.emit(Call("expand", _expanded, ("x",), {"shape": shape}), x)
+
+
+def _expanded(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return x.expand(len(x), *shape)
+
+
+def _repeat(t: Translator, a: Arguments) -> Any:
+    times = a.given["repeats"]
+    if len(times) != len(t.shape(a.given["self"])) + 1 or times[0] != 1:
+        raise t.refuse(t.name, "repeats images", "keep one row an image")
+    return call(t, t.name, t.now.target, a)
+
+
+def _split(t: Translator, a: Arguments) -> Any:
+    """split, split_with_sizes, chunk, tensor_split and unbind: parts along one axis."""
+    x = a.take("self")
+    axis = a.take("dim")
+    a.given.clear()
+    refuse_images_axis(t, t.name, axis)
+    values = t.now.meta["val"]
+    axis %= len(t.shape(x)) + 1
+    parts, start = [], 0
+    for value in values:
+        shape = t.image_shape(value)
+        length = 1 if t.name.startswith("unbind") else shape[axis - 1]
+        cut = Call("narrow", torch.ops.aten.narrow.default, ("self",), {"dim": axis, "start": start, "length": length})
+        kept = shape if t.name != "unbind" else (*shape[: axis - 1], 1, *shape[axis - 1 :])
+        parts.append(_reshaped(t, t.emit(cut, x, shape=kept), shape))
+        start += length
+    return parts
+
+
+def _index(t: Translator, a: Arguments) -> Any:
+    """Rows chosen by constant indices along one axis of the image."""
+    x, indices = a.take("self"), a.take("indices")
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    if not isinstance(x, At) or len(axes) != 1 or axes[0] == 0 or not isinstance(indices[axes[0]], Tensor):
+        raise t.refuse(t.name, "with indices along several axes, along the images, or that depend on them has no rule")
+    index = indices[axes[0]]
+    if index.dim() != 1 or index.dtype == torch.bool:
+        raise t.refuse(t.name, "with indices of more than one axis has no rule")
+    options = {"dim": axes[0], "index": index}
+    return t.emit(Call("index_select", torch.ops.aten.index_select.default, ("self",), options), x)
+
+
+def _filled(t: Translator, a: Arguments) -> Any:
+    """fill and copy: the source, spread over the shape of what is written to."""
+    a.take("self"), a.take("non_blocking")
+    source = a.take("src") if "src" in a.defaults else a.take("value")
+    if isinstance(source, At):
+        return _spread(t, source)
+    shape = t.image_shape(t.now.meta["val"])
+    return t.constant(as_constant(t, source).expand(1, *shape), len(shape))
+
+
+_TABLE: dict[Rule, str] = {
+    layers.add: "add",
+    layers.subtract: "sub subtract",
+    layers.reverse_subtract: "rsub",
+    layers.multiply: "mul multiply",
+    layers.divide: "div divide true_divide",
+    layers.negate: "neg negative",
+    layers.linear: "linear",
+    layers.matmul: "matmul mm bmm",
+    layers.addmm: "addmm",
+    layers.recurrent: "lstm gru rnn_tanh rnn_relu",
+    layers.conv2d: "conv2d",
+    layers.norm_of_batch: "_native_batch_norm_legit_no_training batch_norm native_batch_norm",
+    layers.by_the_batch: "_native_batch_norm_legit _native_batch_norm_legit_functional",
+    layers.relu: "relu",
+    layers.clamp: "clamp clamp_min",
+    _max_pool: "max_pool2d max_pool2d_with_indices",
+    _avg_pool: "avg_pool2d",
+    _adaptive_pool: "adaptive_avg_pool2d _adaptive_avg_pool2d",
+    _mean: "mean",
+    _reshape: "view reshape _unsafe_view flatten squeeze unsqueeze unflatten",
+    _expand: "expand expand_as broadcast_to",
+    _repeat: "repeat",
+    _split: "split split_with_sizes chunk tensor_split unbind",
+    _index: "index",
+    _filled: "copy fill",
+    _cast: "_to_copy to type_as",
 }
+_RULES = {name: rule for rule, names in _TABLE.items() for name in names.split()}

@@ -192,6 +192,13 @@ def _marked(name: str) -> Any:
     return lambda x: torch.ops.sparring.whole(x, name)
 
 
+def flat(given: Any) -> list[Any]:
+    """Return what lists, tuples and dictionaries hold, in one list."""
+    if isinstance(given, dict | list | tuple):
+        return [v for value in (given.values() if isinstance(given, dict) else given) for v in flat(value)]
+    return [given]
+
+
 class Arguments:
     """An operation's arguments by the names of its schema, and which of them a rule has read."""
 
@@ -281,7 +288,7 @@ class Translator:
         arguments = Arguments(node, self)
         if torch.Tag.nondeterministic_seeded in node.target.tags and not _is_idle(arguments):
             raise self.refuse(name, "draws at random also in eval mode", "guard it by self.training, or take it out")
-        if not any(isinstance(v, At) for v in _flat(list(arguments.given.values()))):
+        if not any(isinstance(v, At) for v in flat(arguments.given)):
             if name not in _SPREAD and any(self.counts_images(a) for a in (*node.args, *node.kwargs.values())):
                 raise self.refuse(name, "makes a constant that depends on the number of images")
             with torch.no_grad():
@@ -329,7 +336,7 @@ class Translator:
 
     def counts_images(self, argument: Any) -> bool:
         """Return whether an argument is a size that depends on how many images there are."""
-        sizes = [getattr(part, "meta", {"val": part}).get("val") for part in _flat([argument])]
+        sizes = [getattr(part, "meta", {"val": part}).get("val") for part in flat(argument)]
         return any(self.is_images(s) or (isinstance(s, torch.SymInt) and not s.node.expr.is_number) for s in sizes)
 
     def emit(self, op: Op, *inputs: At | Tensor, shape: tuple[int, ...] | None = None) -> At:
@@ -393,6 +400,11 @@ class Translator:
                 frames.append((file, int(number.split(",")[0]), code))
         return _line(frames) or _home(type(self.model))
 
+    def refuse_computed(self, *values: Any, what: str = "weights") -> None:
+        """Raise Unsupported if one of the values depends on the image."""
+        if any(isinstance(v, At) for v in flat(values)):
+            raise self.refuse(self.name, f"has no rule for {what} that depend on the image")
+
     def refuse(self, name: str, reason: str, way: str = WAY) -> Unsupported:
         """Return the error that names the operation at hand, its layer and its line, the reason and the way out."""
         return Unsupported(f"{title(name, self.path, self.line)} {reason}; {way}")
@@ -430,14 +442,6 @@ def _is_output(spec: Any) -> bool:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value))
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for v in value:
-            yield from _flat(v)
-    else:
-        yield value
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
