@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 
-from ..errors import TERMINATED
+from ..errors import TERMINATED, UserError, place, told
 from ._printing import Aside
 
 __all__ = ["main"]
@@ -16,12 +19,11 @@ __all__ = ["main"]
 USER_ERROR = 2
 TRACEBACK = "--traceback"
 INTERRUPTED = 130  # 128 and the signal's number, as shells have it
+AGAIN = "run the same command again and it goes on from here"
 
 
 def main() -> None:
     """Run the command line; user errors end it with one message and exit code 2, SIGINT with 130, SIGTERM with 143."""
-    import signal
-
     from ._app import app
 
     def stop(*_: object) -> None:
@@ -32,8 +34,6 @@ def main() -> None:
 
 
 def _guarded(app: Callable[..., object]) -> int:
-    import os
-
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     words = joined(sys.argv[1:])
     if TRACEBACK in words:  # wherever it stands; study's workers look at the environment
@@ -52,16 +52,12 @@ def _guarded(app: Callable[..., object]) -> int:
 
 def _ended(error: BaseException, show_traceback: bool) -> int:
     """Say in one message what ended the program, and return the exit code."""
-    import os
-
-    from ..errors import place
-
-    if isinstance(error, KeyboardInterrupt):
-        return _say("interrupted; run the same command again and it goes on from here", INTERRUPTED)
     where = place(error)
+    if isinstance(error, KeyboardInterrupt):
+        return _say(f"interrupted; {AGAIN}", INTERRUPTED)
     if isinstance(error, SystemExit):
         if error.code == TERMINATED:
-            return _say("ended by SIGTERM; run the same command again and it goes on from here", TERMINATED)
+            return _say(f"ended by SIGTERM; {AGAIN}", TERMINATED)
         if where is None:
             raise error
         return _say(f"error: your own code ended the program ({where})", USER_ERROR)
@@ -79,28 +75,18 @@ def _ended(error: BaseException, show_traceback: bool) -> int:
 
 def _sentence(error: BaseException) -> str:
     """Say what went wrong and where in the user's own code, if it was there."""
-    import errno
-
-    from ..errors import UserError, place, told
-
-    where = place(error)
+    where, text = place(error), told(error)
     if isinstance(error, UserError):
         return f"{error} ({where})" if where and where not in str(error) else str(error)
-    if isinstance(error, MemoryError) or _is_torchs_memory_error(error):
-        return f"out of memory: use fewer images or smaller batches ({told(error)[:200]})"
+    # torch, too, may find no memory: it raises RuntimeErrors, told apart by their text alone
+    short = ("can't allocate memory" in text or "out of memory" in text) and isinstance(error, RuntimeError)
+    if short or isinstance(error, MemoryError):
+        return f"out of memory: use fewer images or smaller batches ({text[:200]})"
     if where is None and isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; free some space and run the same command again: it goes on"
     if where is None and isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return f"{told(error)}{'' if where else '; --traceback shows where'}"
-
-
-def _is_torchs_memory_error(error: BaseException) -> bool:
-    """Say whether torch found no memory: it raises RuntimeErrors, told apart by their text alone."""
-    from ..errors import told
-
-    text = told(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    return f"{text}{'' if where else '; --traceback shows where'}"
 
 
 def joined(words: list[str]) -> list[str]:

@@ -1,32 +1,22 @@
-"""The commands; each reads its options, calls one library function and prints what came back."""
+"""The commands: what each is given, as frozen records, and the library's function that it calls.
+
+A command may take records: each of their fields is an option (or argument) of its own.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer import Argument, Option
 
-from ._options import (
-    AttackOptions,
-    BenchOptions,
-    CertifyOptions,
-    CompareOptions,
-    DataDir,
-    DataSource,
-    ExportOptions,
-    FitOptions,
-    Json,
-    ModelSource,
-    Out,
-    PickOptions,
-    PruneOptions,
-    StudyOptions,
-    StudySource,
-    TrainOptions,
-    flat,
-)
+from ..errors import UserError
+from ..facts import BOUNDS
 
 app = typer.Typer(
     name="sparring",
@@ -38,11 +28,128 @@ app = typer.Typer(
 )
 
 
+def flat(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Return a command as typer takes it: in the place of each record it has the record's fields as options."""
+    own = _parameters(command)
+    records: dict[str, Any] = {p.name: p.annotation for p in own if is_dataclass(p.annotation)}
+    parts = {name: _parameters(record) for name, record in records.items()}
+
+    @functools.wraps(command)
+    def call(**given: Any) -> int | None:
+        made = {name: record(**{p.name: given.pop(p.name) for p in parts[name]}) for name, record in records.items()}
+        return command(**made, **given)
+
+    whole = [one for parameter in own for one in parts.get(parameter.name, [parameter])]
+    call.__signature__ = inspect.Signature(whole)  # type: ignore[attr-defined]
+    return call
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a function or class as keywords, with what their annotations mean."""
+    hints, parameters = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
+    return [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters.values()]
+
+
+def _take_threads(threads: int | None) -> int | None:
+    """Let torch's work be shared by so many threads from here on."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return threads
+
+
+DataDir = Annotated[Path | None, Option("--data-dir", help="Where to look for data first.")]
+Download = Annotated[bool, Option("--download", help="Fetch missing data from its public mirror.")]
+Eps = Annotated[str, Option(help="Budget of training under attack, in [0, 1], as 0.1 or 8/255.")]
+Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, as 0.1,8/255.")]
+Images = Annotated[int, Option(help="How many test images.", min=1)]
+Json = Annotated[bool, Option("--json", help="Print machine-readable results.")]
+Out = Annotated[Path, Argument(help="A study's output folder.")]
+OutModel = Annotated[Path, Option("--out", "-o", help="The model file to write.")]
+Quiet = Annotated[bool, Option("--quiet", help="Print plain lines, no live view.")]
+Seed = Annotated[int, Option(help="Seed of initialisation and order.", min=0, max=2**32 - 1)]
+Threads = Annotated[
+    int | None,
+    Option(min=1, max=1024, help="Threads that share the work [default: one per core].", callback=_take_threads),
+]
+Values = Annotated[str, Option(help="fp32, fp16 or int8.")]
+Weights = Annotated[Path | None, Option(help="A safetensors file with the model's weights.")]
+Moments = Annotated[str | None, Option(help="For a factory: its normalisation, by channel, as 0.5,0.5,0.5.")]
+Model = Annotated[
+    str,
+    Argument(
+        help="A file (.safetensors, .sparring), or a name, timm:NAME, torchvision:NAME, hf:FOLDER, "
+        "package.module:factory, each with @FILE.safetensors for its weights."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set, the folder to look in first, and whether to fetch what is missing."""
+
+    data: Annotated[str, Option(help="Data set: a name or a path.")] = "mnist-5k"
+    data_dir: DataDir = None
+    download: Download = False
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model file, an artefact, a name with a file of weights, a library's network, or a user's factory.
+
+    `model` may end in "@FILE", which says the same as `weights`.
+    """
+
+    model: Model
+    weights: Weights = None
+    mean: Moments = None
+    std: Moments = None
+
+    def named(self) -> tuple[str, Path | None]:
+        """Return the model's name, without its file, and the file of weights; raise UserError for two files."""
+        name, mark, file = self.model.rpartition("@")
+        if not (mark and name and file.endswith(".safetensors")):
+            return self.model, self.weights
+        if self.weights is not None:
+            raise UserError(f"'{self.model}' names its weights; drop --weights {self.weights}")
+        return name, Path(file)
+
+
 @app.callback()
 def options(
     traceback: Annotated[bool, Option("--traceback", help="Show where in the code an error came from.")] = False,
 ) -> None:
     """Measure, explain and exploit how sparsity changes a neural network's adversarial robustness."""
+
+
+@dataclass(frozen=True)
+class StudySource:
+    """A plan with what was changed in it, where its data lie, where its results go, and on what it runs."""
+
+    plan: Annotated[str, Argument(help="A preset's name or a TOML file; see `sparring list presets`.")] = "quick"
+    out: Annotated[Path | None, Option("--out", "-o", help="Output folder [default: out/PLAN].")] = None
+    overrides: Annotated[list[str] | None, Option("--set", help="KEY=VALUE in TOML; repeatable.")] = None
+    model: Annotated[str | None, Option(help="A model's name or your own package.module:factory.")] = None
+    weights: Weights = None
+    data_dir: DataDir = None
+    download: Download = False
+    device: Annotated[str, Option(help="cpu, a GPU such as cuda:0, or auto: a GPU if there is one.")] = "auto"
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How a study runs, which changes none of its records."""
+
+    workers: Annotated[int | None, Option(help="Tasks at a time [default: one per core].", min=0, max=1024)] = None
+    register: Annotated[
+        bool, Option("--register", help="Write the plan's hash before the first record; the report says so.")
+    ] = False
+    retry: Annotated[bool, Option("--retry", help="Try failed cells again.")] = False
+    ray: Annotated[str | None, Option(help="Run on the Ray cluster at ADDRESS, or auto.")] = None
+    mlflow: Annotated[str | None, Option(help="Log progress to this MLflow URI.")] = None
+    tensorboard: Annotated[Path | None, Option(help="Log progress for TensorBoard to this folder.")] = None
+    quiet: Quiet = False
 
 
 @app.command()
@@ -55,18 +162,19 @@ def study(
 ) -> int:
     """Run a study: train, prune, attack, and write the report. Run it again and it goes on where it stopped."""
     if status is not None:
-        return show_progress(status, json)
+        show_progress(status, json)
+        return 0
     from ._study import run_study
 
     return run_study(source, how, as_json=json)
 
 
 @app.command(name="status")
-def show_progress(out: Out, json: Json = False) -> int:
+def show_progress(out: Out, json: Json = False) -> None:
     """Say how far a study is, also while another process runs it."""
     from ._study import show_status
 
-    return show_status(out, as_json=json)
+    show_status(out, as_json=json)
 
 
 @app.command()
@@ -82,22 +190,48 @@ def merge(
 
 
 @app.command()
-def report(out: Out) -> int:
+def report(out: Out) -> None:
     """Rebuild report.html, results.csv and figures from a study's folder, without models or data."""
     from ..report import publish
 
     path, verdict = publish(out)
     print(f"{verdict}\n\nreport: {path}")
-    return 0
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Which network to train, and by which recipe."""
+
+    model: Model
+    out: OutModel
+    recipe: Annotated[
+        list[str] | None, Option("--set", help="Recipe KEY=VALUE, as epochs=5 [default: the model's own].")
+    ] = None
+    width: Annotated[float | None, Option(help="Multiple of the named model's layer widths.")] = None
+    depth: Annotated[int | None, Option(help="Depth of resnet-32: 6n + 2 layers.")] = None
+    ramp: Annotated[
+        float | None, Option(help="Share of the training over which eps grows to its value; for a large eps.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a network is trained, besides its recipe."""
+
+    loss: Annotated[str, Option(help="standard, pgd-at or trades.")] = "standard"
+    eps: Eps = "0.1"
+    seed: Seed = 0
+    threads: Threads = None
+    quiet: Quiet = False
 
 
 @app.command()
 @flat
-def train(how: TrainOptions, data: DataSource, fit: FitOptions) -> int:
+def train(how: TrainOptions, data: DataSource, fit: FitOptions) -> None:
     """Train a network and write it to one file."""
     from ._train import run_train
 
-    return run_train(how, data, fit)
+    run_train(how, data, fit)
 
 
 @app.command()
@@ -105,38 +239,99 @@ def convert(
     checkpoint: Annotated[Path, Argument(help="A file of torch.save's: .pt, .pth, .ckpt or .bin.")],
     out: Annotated[Path, Argument(help="The .safetensors file to write.")],
     key: Annotated[str | None, Option(help="Which of several sets of weights, as model_ema.")] = None,
-) -> int:
+) -> None:
     """Read the weights of a checkpoint, without running what is in it, and write them to a safetensors file."""
-    from ._convert import run_convert
+    from ._train import run_convert
 
-    return run_convert(checkpoint, out, key)
+    run_convert(checkpoint, out, key)
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """How far a network is pruned, and how."""
+
+    out: OutModel
+    sparsity: Annotated[float | None, Option(help="Fraction of weights to remove; none for dns with a c_rate.")] = None
+    options: Annotated[list[str] | None, Option("--set", help="KEY=VALUE, as method=dns, epochs=5.")] = None
 
 
 @app.command()
 @flat
-def prune(model: ModelSource, how: PruneOptions, data: DataSource, fit: FitOptions) -> int:
+def prune(model: ModelSource, how: PruneOptions, data: DataSource, fit: FitOptions) -> None:
     """Prune a trained network, fine-tune it, and write it to one file."""
     from ._train import run_prune
 
-    return run_prune(model, how, data, fit)
+    run_prune(model, how, data, fit)
+
+
+@dataclass(frozen=True)
+class AttackOptions:
+    """Which attacks run, within which budgets, on how many images."""
+
+    attacks: Annotated[str, Option(help="Names, separated by commas; see `sparring list attacks`.")] = "fgsm,pgd,fast"
+    options: Annotated[
+        list[str] | None, Option("--set", help="Option of the attacks that have it, as steps=100; repeatable.")
+    ] = None
+    norm: Annotated[str, Option(help="linf, l2 or l1.")] = "linf"
+    eps: Budgets = "0.1"
+    images: Images = 1000
+    checks: Annotated[
+        int, Option(help="Images of the second opinions: longer runs, unlimited budgets, ... [0: none].", min=0)
+    ] = 128
+    batch_size: Annotated[
+        int | None, Option(help="Images at a time [default: what memory allows].", min=1, max=100_000)
+    ] = None
+    seed: Seed = 0
+    threads: Threads = None
 
 
 @app.command()
 @flat
-def attack(model: ModelSource, data: DataSource, how: AttackOptions, json: Json = False) -> int:
+def attack(model: ModelSource, data: DataSource, how: AttackOptions, json: Json = False) -> None:
     """Attack any classifier on any data and print how it stands."""
     from ._attack import run_attack
 
-    return run_attack(model, data, how, as_json=json)
+    run_attack(model, data, how, as_json=json)
+
+
+@dataclass(frozen=True)
+class CertifyOptions:
+    """What is to be proved, and how."""
+
+    norm: Annotated[str, Option(help="linf or l2.")] = "linf"
+    method: Annotated[str, Option(help=f"{', '.join(BOUNDS)}.")] = "crown"
+    eps: Budgets = "0.01,0.03"
+    images: Images = 100
+    threads: Threads = None
 
 
 @app.command()
 @flat
-def certify(model: ModelSource, data: DataSource, how: CertifyOptions, json: Json = False) -> int:
+def certify(model: ModelSource, data: DataSource, how: CertifyOptions, json: Json = False) -> None:
     """Prove how far images lie from the decision boundary, beside how near the best attack comes."""
     from ._attack import run_certify
 
-    return run_certify(model, data, how, as_json=json)
+    run_certify(model, data, how, as_json=json)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared, and how much worse the second may be."""
+
+    first: Annotated[str, Argument(help="A study's folder or a model file.")]
+    second: Annotated[str, Argument(help="Another of the same kind: the candidate.")]
+    max_drop: Annotated[
+        list[str] | None, Option(metavar="METRIC AMOUNT", help="How much of a metric may be lost; repeatable.")
+    ] = None
+    methods: Annotated[
+        tuple[str, str] | None, Option(help="For studies: the two methods [default: those of the headlines].")
+    ] = None
+    sparsities: Annotated[tuple[float, float] | None, Option(help="For studies: the two sparsities.")] = None
+    weights: Annotated[
+        list[Path] | None, Option(help="For models named as code or by name: their weights, once for each.")
+    ] = None
+    eps: Annotated[str, Option(help="For models: the budget of l_inf attacks.")] = "0.1"
+    images: Annotated[int, Option(help="For models: how many test images.", min=1)] = 500
 
 
 @app.command()
@@ -148,47 +343,85 @@ def compare(how: CompareOptions, data: DataSource, json: Json = False) -> int:
     return run_compare(how, data, as_json=json)
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write, and how the artefact is tried."""
+
+    out: Annotated[Path, Argument(help="The file to write.")]
+    to: Annotated[
+        str | None,
+        Option(help="packed (one checked file for the sparse runtime) or onnx [default: by the file's ending]."),
+    ] = None
+    values: Values = "fp32"
+    eps: Annotated[str, Option(help="Budget of the attack that is tried on the artefact.")] = "0.1"
+    images: Images = 500
+
+
 @app.command()
 @flat
-def export(model: ModelSource, how: ExportOptions, data: DataSource) -> int:
+def export(model: ModelSource, how: ExportOptions, data: DataSource) -> None:
     """Write a model as one small file, and say what that costs in accuracy and robustness."""
     from ._deploy import run_export
 
-    return run_export(model, how, data)
+    run_export(model, how, data)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is timed, and against what."""
+
+    batches: Annotated[str, Option(help="Batch sizes, separated by commas.")] = "1,64,256"
+    rounds: Annotated[int, Option(help="Interleaved rounds.", min=1)] = 30
+    small: Annotated[str | None, Option(help="A small dense network of equal accuracy, to compare.")] = None
+    plot: Annotated[Path | None, Option(help="Draw the times to this .svg or .png.")] = None
 
 
 @app.command()
 @flat
-def bench(model: ModelSource, data: DataSource, how: BenchOptions, json: Json = False) -> int:
+def bench(model: ModelSource, data: DataSource, how: BenchOptions, json: Json = False) -> None:
     """Time a model on one core: packed, torch, and ONNX Runtime and OpenVINO where installed."""
     from ._deploy import run_bench
 
-    return run_bench(model, data, how, as_json=json)
+    run_bench(model, data, how, as_json=json)
+
+
+@dataclass(frozen=True)
+class PickOptions:
+    """Which network of a study is picked, and what is written."""
+
+    out: Out
+    to: Annotated[Path | None, Option(help="The artefact to write [default: inside the folder].")] = None
+    max_latency: Annotated[float | None, Option(help="Milliseconds for one image.")] = None
+    max_accuracy_drop: Annotated[float, Option(help="Points, on validation images.")] = 0.5
+    values: Values = "fp32"
+    model: Annotated[str | None, Option(help="The package.module:factory of a study of your own code; it is run.")] = (
+        None
+    )
 
 
 @app.command()
 @flat
-def pick(how: PickOptions, json: Json = False) -> int:
+def pick(how: PickOptions, json: Json = False) -> None:
     """Pick a study's best network within limits: chosen on validation images, reported on test images, exported."""
     from ._deploy import run_pick
 
-    return run_pick(how, as_json=json)
+    run_pick(how, as_json=json)
 
 
 @app.command(name="list")
 def list_(
     what: Annotated[str, Argument(help="attacks, models, data, presets, pruners, ... or nothing for all.")] = "",
     json: Json = False,
-) -> int:
+) -> None:
     """Show what there is of everything."""
     from ._info import show_list
 
-    return show_list(what, as_json=json)
+    show_list(what, as_json=json)
 
 
 @app.command()
-def doctor(data_dir: DataDir = None, json: Json = False) -> int:
+def doctor(data_dir: DataDir = None, json: Json = False) -> None:
     """Say whether this machine is ready: versions, cores, and which data are found where."""
     from ._info import show_doctor
 
-    return show_doctor(data_dir, as_json=json)
+    show_doctor(data_dir, as_json=json)

@@ -23,7 +23,7 @@ from ..statistics import binomial_interval
 from ..study import chosen_images, configured
 from ..threat import L1, L2, LINF, Threat
 from ..units import norm_name, parse_budgets, parse_eps, parse_norm, percent
-from ._options import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource
+from ._app import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource
 from ._printing import print_json, print_table
 from ._sources import SAVED, check_named, open_both, open_data, open_model
 
@@ -32,7 +32,7 @@ BUDGETED = ("fgsm", "pgd", "fast")
 DISTANCE = "distance-nearest-l2"
 
 
-def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, *, as_json: bool) -> int:
+def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, *, as_json: bool) -> None:
     """Audit a model; print a row for each attack and budget, with the flags of `how.checks` images' second opinions."""
     norm, budgets = _threats(how.norm, how.eps)
     names = list(dict.fromkeys(part.strip() for part in how.attacks.split(",") if part.strip()))
@@ -50,7 +50,6 @@ def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, *, as_j
         print_json({"model": model.model, "data": dataset.name, "images": len(y), "results": rows})
     else:
         _print_rows(rows)
-    return 0
 
 
 def _threats(norm_text: str, eps: str) -> tuple[float, tuple[float, ...]]:
@@ -102,7 +101,7 @@ def _shown(row: dict[str, Any]) -> list[str]:
     return [row["attack"], row["norm"], eps, percent(row["accuracy"]), robust, *shown, f"{row['seconds']:.1f}"]
 
 
-def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, *, as_json: bool) -> int:
+def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, *, as_json: bool) -> None:
     """Print certified accuracy, certified radii, and the distances at which `nearest` succeeds."""
     norm, budgets = _threats(how.norm, how.eps)
     if how.method not in bounds.BOUNDS:
@@ -120,7 +119,6 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, *, as
     else:
         print("{model} on {images} images of {data}: accuracy".format(**about), percent(found.accuracy))
         _print_summary(found, norm_name(norm))
-    return 0
 
 
 def _as_json(found: bounds.Summary) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..study import WEIGHTS, chosen_images
 from ..threat import LINF, Threat
 from ..train import predict
 from ..units import parse_eps, percent
-from ._options import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions
+from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions
 from ._printing import print_json, print_table
 from ._sources import check_named, check_out, file_of, open_both, open_model, plain_form
 
@@ -30,7 +30,7 @@ ONNX_TOLERANCE = 1e-4
 ENDINGS = {"packed": ".sparring", "onnx": ".onnx"}
 
 
-def run_export(model: ModelSource, how: ExportOptions, data: DataSource) -> int:
+def run_export(model: ModelSource, how: ExportOptions, data: DataSource) -> None:
     """Export a model and say what the artefact costs in bytes, accuracy and robustness."""
     threat, to = Threat(LINF, parse_eps(how.eps)), how.to or ("onnx" if how.out.suffix == ".onnx" else "packed")
     if to not in ENDINGS:
@@ -43,7 +43,7 @@ def run_export(model: ModelSource, how: ExportOptions, data: DataSource) -> int:
         path = deploy.to_onnx(network, how.out, shape=shape, images=few)
         _print_size(path, network)
         _check_onnx(path, network, as_float(dataset.test.x[: how.images]))
-        return 0
+        return
     path = deploy.export(
         network, how.out, shape=shape, images=few, values=how.values, class_names=dataset.class_names or None,
         provenance=_provenance(model, dataset),
@@ -52,7 +52,6 @@ def run_export(model: ModelSource, how: ExportOptions, data: DataSource) -> int:
     x, y = chosen_images(dataset, "test", 0, how.images)
     found = deploy.ship_report(network, deploy.load(path), as_float(x), y, attacks.pgd, threat)
     _print_cost(found, len(y), threat)
-    return 0
 
 
 def _check_values(values: str) -> None:
@@ -105,7 +104,7 @@ def _print_cost(found: deploy.Shipped, images: int, threat: Threat) -> None:
     )
 
 
-def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_json: bool) -> int:
+def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_json: bool) -> None:
     """Time a model, packed and in every engine that is installed, side by side on one core."""
     if how.plot is not None:
         check_out(how.plot, ".svg", ".png")
@@ -122,13 +121,12 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         write_atomic(how.plot, drawn.encode() if how.plot.suffix == ".svg" else png(drawn))
     if as_json:
         print_json(table)
-        return 0
+        return
     _print_rows(rows)
     if rival is not None:
         theirs, ours = (accuracy(predict(one, dataset.test.x), dataset.test.y) for one in (rival, network))
         print(f"test accuracy: this network {percent(ours, 2)}, the small dense one {percent(theirs, 2)}")
     print("floor: the time that the nonzero products alone would take at the measured peak of this core")
-    return 0
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -165,7 +163,7 @@ def _shown(row: deploy.BenchRow, told: bool) -> list[str]:
     ]
 
 
-def run_pick(how: PickOptions, *, as_json: bool) -> int:
+def run_pick(how: PickOptions, *, as_json: bool) -> None:
     """Choose a network of a study on validation images, report it on test images, and export it."""
     if how.to is not None:
         check_out(how.to, ".sparring")
@@ -178,10 +176,9 @@ def run_pick(how: PickOptions, *, as_json: bool) -> int:
     shipped = _as_shipped(how.out, content, choice, how.values)
     if as_json:
         print_json({**asdict(choice), "path": str(path), "shipped": shipped})
-        return 0
+        return
     _print_choice(choice, shipped, how.values)
     print(f"wrote {path} ({path.stat().st_size} bytes)")
-    return 0
 
 
 def _export_choice(how: PickOptions, content: PlanFile, choice: Choice) -> Path:

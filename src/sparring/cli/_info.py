@@ -46,7 +46,7 @@ def _described(table: Mapping[str, object]) -> dict[str, str]:
     return {name: (inspect.getdoc(part) or "").split("\n")[0] for name, part in table.items()}
 
 
-def show_list(what: str, *, as_json: bool) -> int:
+def show_list(what: str, *, as_json: bool) -> None:
     """Print the names in one table, or in all."""
     tables = _tables()
     if what and what not in tables:
@@ -54,25 +54,23 @@ def show_list(what: str, *, as_json: bool) -> int:
     chosen = {what: tables[what]} if what else tables
     if as_json:
         print_json(chosen)
-        return 0
+        return
     for title, table in chosen.items():
         print(title)
         for name, text in table.items():
             print(f"  {name:24} {text}")
-    return 0
 
 
-def show_doctor(data_dir: Path | None, *, as_json: bool) -> int:
+def show_doctor(data_dir: Path | None, *, as_json: bool) -> None:
     """Print versions, cores and data; exit code 0: whatever is missing is only needed by some commands."""
     facts = _facts(data_dir)
     if as_json:
         print_json(facts)
-        return 0
+        return
     for name, value in facts.items():
         print(f"{name}:" if isinstance(value, dict) else f"{name:20} {value}")
         for key, detail in value.items() if isinstance(value, dict) else ():
             print(f"  {key:16} {detail or 'not found'}")
-    return 0
 
 
 def _facts(data_dir: Path | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..models import (
     takes_moments,
 )
 from ..study import check_fit
-from ._options import DataSource, ModelSource
+from ._app import DataSource, ModelSource
 
 # How files end that hold a whole model: saved by us for further work, or packed for shipping.
 SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"

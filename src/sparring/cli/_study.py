@@ -22,7 +22,7 @@ from ..records import Folder, Record
 from ..study import Event, Plan, Watcher, progress, run, to_mlflow, to_tensorboard, usable_device, what_of
 from ..study import merge as merge_studies
 from ..study import register as register_plan
-from ._options import DataSource, ModelSource, StudyOptions, StudySource
+from ._app import DataSource, ModelSource, StudyOptions, StudySource
 from ._printing import duration, print_json
 from ._sources import open_data
 
@@ -98,17 +98,16 @@ def _tell(out: Path, records: list[Record], *, fresh: bool, as_json: bool) -> in
     return FAILED if failed else 0
 
 
-def show_status(out: Path, *, as_json: bool) -> int:
+def show_status(out: Path, *, as_json: bool) -> None:
     """Count a study's done and failed tasks without disturbing whoever runs it."""
     found = progress(out)
     if as_json:
         counts = {"plan": found.plan, "tasks": found.tasks, "done": found.done, "failed": len(found.failures)}
         print_json({**counts, "stages": found.stages})
-        return 0
+        return
     print(f"{found.plan}: {found.done} of {found.tasks} tasks done, {len(found.failures)} failed")
     for record in found.failures:
         print(f"  failed: {record.stage} {record.key}: {record.error}")
-    return 0
 
 
 def run_merge(sources: list[Path], out: Path | None, *, as_json: bool) -> int:

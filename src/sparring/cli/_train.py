@@ -1,4 +1,4 @@
-"""`sparring train` and `prune`: one network, written to one file."""
+"""`sparring train`, `prune` and `convert`: one network, written to one file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from ..data import Dataset, as_float
 from ..errors import UnknownNameError, UserError
+from ..files import save_tensors
 from ..metrics import accuracy
-from ..models import Blueprint, recipe_settings, save_model
+from ..models import Blueprint, read_checkpoint, recipe_settings, save_model
 from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts
 from ..statistics import binomial_interval
 from ..study import NetworkSettings, Plan, TrainingSettings, check_fit, ramped_loss, refuse_constant, robust_score
 from ..train import EpochProgress, Fit, Recipe, fit, predict
 from ..units import parse_eps, percent
-from ._options import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
+from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
 from ._printing import duration
 from ._sources import PACKED, blueprint_for, check_named, check_out, open_data, open_model
 
@@ -29,7 +30,7 @@ from ._sources import PACKED, blueprint_for, check_named, check_out, open_data, 
 _PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
 
 
-def run_train(how: TrainOptions, data: DataSource, options: FitOptions) -> int:
+def run_train(how: TrainOptions, data: DataSource, options: FitOptions) -> None:
     """Train a model and write it, under attack also its best epoch; an interrupted run goes on when run again.
 
     Raises UserError, with all written, when training ended at a network that answers one class.
@@ -48,10 +49,9 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions) -> int:
     result = _fit(model, dataset, recipe, how.out, options, training)
     _finish(model, blueprint, dataset, result, training.eps, how.out)
     refuse_constant(model, dataset.valid)
-    return 0
 
 
-def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options: FitOptions) -> int:
+def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options: FitOptions) -> None:
     """Prune a model, fine-tune it and write it with its masks, under attack also its best epoch."""
     training = _training(options)
     check_out(how.out, ".safetensors")
@@ -69,7 +69,6 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     asked = None if pruning.layers else how.sparsity
     print(_removed(result.masks, pruner, model, as_float(dataset.test.x[:2]), asked))
     _finish(model, blueprint, dataset, result, training.eps, how.out)
-    return 0
 
 
 def _settings(
@@ -168,3 +167,18 @@ def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tens
     series = pruner.series()
     moved = {name: sum(series[name]) for name in ("pruned", "spliced") if name in series}
     return text + (f", having pruned {moved['pruned']} and spliced back {moved['spliced']}" if len(moved) == 2 else "")
+
+
+def run_convert(checkpoint: Path, out: Path, key: str | None) -> None:
+    """Write a checkpoint's weights to a safetensors file and say where in it they stood and what became of names."""
+    check_out(out, ".safetensors")
+    found = read_checkpoint(checkpoint, key=key)
+    save_tensors(out, found.tensors)
+    at = f" under '{found.key}'" if found.key else ""
+    count = sum(value.numel() for value in found.tensors.values())
+    print(f"{checkpoint}: {len(found.tensors)} tensors{at}, {count:,} numbers")
+    for note in found.notes:
+        print(f"  {note}")
+    if found.others:
+        print(f"  not taken: {', '.join(found.others)}; choose another by --key")
+    print(f"wrote {out}")
