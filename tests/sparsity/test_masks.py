@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sparring.files import load_tensors, save_tensors
 from sparring.metrics import size
 from sparring.models import build
-from sparring.sparsity import all_ones, apply_, magnitude, prunable, select, sparsity_of
+from sparring.sparsity import all_ones, apply_, magnitude, masked, prunable, select, sparsity_of
 
 
 def small() -> nn.Module:
@@ -80,3 +80,17 @@ def test_apply_clears_values_that_are_not_finite() -> None:
         model.weight[0, 0] = torch.inf
     apply_(model, {"weight": torch.tensor([[False, True]])})
     assert model.weight[0, 0] == 0
+
+
+def test_masked_shows_masked_weights_and_gives_dense_ones_back() -> None:
+    model, shown = small().eval(), small().eval()
+    masks = select(magnitude(model), 0.7)
+    apply_(shown, masks)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.rand(4, 3, 8, 8)
+    with pytest.raises(ZeroDivisionError), masked(model, masks) as inside:
+        assert torch.equal(inside(x), shown(x))
+        F.cross_entropy(inside(x), torch.arange(4)).backward()
+        raise ZeroDivisionError
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(bool((model.get_parameter(name).grad[~mask] != 0).any()) for name, mask in masks.items())

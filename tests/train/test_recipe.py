@@ -16,6 +16,7 @@ RECIPES = {
     "sgd": Recipe(momentum=0.9, weight_decay=1e-3),
     "plain": Recipe(momentum=0.0, weight_decay=0.0),
     "adam": Recipe(optimizer="adam", weight_decay=1e-3),
+    "adamw": Recipe(optimizer="adamw", weight_decay=0.05),
 }
 
 
@@ -29,8 +30,11 @@ def test_parameters_are_those_of_torch_to_the_bit(name: str) -> None:
     ours, theirs = (parameters(torch.Generator().manual_seed(0)) for _ in range(2))
     still = ours[2].clone()
     optimizer = Optimizer(recipe, ours)
+    reference: torch.optim.Optimizer
     if recipe.optimizer == "adam":
-        reference: torch.optim.Optimizer = torch.optim.Adam(theirs, weight_decay=recipe.weight_decay, fused=True)
+        reference = torch.optim.Adam(theirs, weight_decay=recipe.weight_decay, fused=True)
+    elif recipe.optimizer == "adamw":
+        reference = torch.optim.AdamW(theirs, weight_decay=recipe.weight_decay, fused=True)
     else:
         reference = torch.optim.SGD(theirs, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(1)
@@ -55,7 +59,7 @@ import sys, torch
 from sparring.train import Recipe, fit
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
 x, y = torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
-for name in ("sgd", "adam"):
+for name in ("sgd", "adam", "adamw"):
     fit(model, x, y, Recipe(optimizer=name, epochs=1))
 sys.exit("torch._dynamo" in sys.modules)
 """

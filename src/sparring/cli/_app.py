@@ -220,6 +220,7 @@ class FitOptions:
 
     loss: Annotated[str, Option(help="standard, pgd-at or trades.")] = "standard"
     eps: Eps = "0.1"
+    label_smoothing: Annotated[float | None, Option(help="Share of each label that goes to all classes alike.")] = None
     seed: Seed = 0
     threads: Threads = None
     quiet: Quiet = False

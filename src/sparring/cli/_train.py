@@ -94,6 +94,7 @@ def _settings(
 
 def _training(options: FitOptions, ramp: float | None = None) -> TrainingSettings:
     table = {"loss": options.loss, "eps": parse_eps(options.eps), "ramp": ramp}
+    table["label_smoothing"] = options.label_smoothing
     return Plan.from_table({"name": "settings", "training": table}).training
 
 

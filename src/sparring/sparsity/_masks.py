@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -102,6 +103,47 @@ def _held_by_gain_(name: str, value: Tensor, mask: Tensor, gain_name: str, gain:
     value.masked_fill_(one & (value == 0), 1.0)
     gain.masked_fill_(dead.view(gain.shape), 0.0)
     return {name: mask | one, gain_name: kept.any(1).view(gain.shape)}
+
+
+@contextmanager
+def masked(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
+    """Show a model with its masks applied while the block runs: outputs are those of w∘mask, gradients are dense.
+
+    For a training loop of one's own with a pruner that keeps dense weights (surgery, HYDRA, movement): forward and
+    backward inside, the optimiser's step outside, where the dense weights are back.
+    """
+    with shown(targets(model, masks)):
+        yield model
+
+
+def targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
+    """Pair each masked parameter with its mask in the parameter's own type and layout, which multiply fastest."""
+    parameters = dict(model.named_parameters())
+    unknown = set(masks) - set(parameters)
+    if unknown:
+        raise UserError(f"the mask names '{min(unknown)}', which is no parameter of the model")
+    masks = applied_(model, masks)
+    return [(parameters[name], torch.empty_like(parameters[name].data).copy_(mask)) for name, mask in masks.items()]
+
+
+@contextmanager
+def shown(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Multiply parameters by their masks for a while; the parameters themselves come back unchanged."""
+    kept = [parameter.detach().clone() for parameter, _ in pairs]
+    multiply_(pairs)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (parameter, _), dense in zip(pairs, kept, strict=True):
+                parameter.copy_(dense)
+
+
+@torch.no_grad()
+def multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Multiply values by their masks, in place."""
+    for value, mask in pairs:
+        value.mul_(mask)
 
 
 def sparsity_of(masks: Masks) -> float:

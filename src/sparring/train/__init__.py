@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._fit import EpochProgress, Fit, fit, is_whole, predict
-from ._losses import Loss, Ramped, adversarial, cross_entropy, trades
+from ._losses import Loss, Ramped, adversarial, cross_entropy, smoothed, trades
 from ._recipe import Recipe, learning_rate
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "is_whole",
     "learning_rate",
     "predict",
+    "smoothed",
     "trades",
 ]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from ..files import load_tensors, pack_tensors, save_tensors, sha256_bytes
 from ..memory_format import channels_last
 from ..modes import eval_mode, train_
 from ..outputs import opened
-from ..sparsity import Masks, Pruner, Step, applied_
+from ..sparsity import Masks, Pruner, Step, masked, multiply_, shown, targets
 from ..waiting import alone, courteous
 from ._losses import Loss, Ramped, cross_entropy
 from ._recipe import Optimizer, Recipe, learning_rate
@@ -108,7 +107,7 @@ def fit(
         if checkpoint is not None and checkpoint.exists():
             load_checkpoint_(state, checkpoint)
         if not state.pruner.dense_weights:
-            _apply_(_targets(model, state.masks))
+            multiply_(targets(model, state.masks))
         if recipe.epochs == 0 and pruner is not None:
             _prune_untrained_(state, x[: recipe.batch_size], y[: recipe.batch_size], ramp.at(1.0))
         began, first = time.monotonic(), state.epoch
@@ -125,7 +124,7 @@ def fit(
                 each = (time.monotonic() - began) / (state.epoch - first)
                 remaining = each * (recipe.epochs - state.epoch)
                 progress(EpochProgress(state.epoch, recipe.epochs, mean_loss, value, remaining))
-    _apply_(_targets(model, state.masks))
+    multiply_(targets(model, state.masks))
     model.eval()
     model.zero_grad(set_to_none=True)
     return Fit(state.masks, tuple(state.losses), tuple(state.scores), state.best_epoch, state.best_state)
@@ -156,14 +155,14 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped) -> 
     order = torch.randperm(len(x), generator=generator)
     total = torch.zeros((), device=x.device)
     behind = state.pruner.dense_weights
-    targets, weights = _targets(model, state.masks), sum(p.numel() for p in optimizer.parameters)
+    masked_now, weights = targets(model, state.masks), sum(p.numel() for p in optimizer.parameters)
     for chosen in torch.split(order, recipe.batch_size):
         with alone(x[0].numel() * len(chosen)):
             image = x[chosen].float().div_(255)
         batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
         loss = ramp.at((step + 1) / steps)
         model.zero_grad(set_to_none=True)
-        with _masked(targets if behind else []):
+        with shown(masked_now if behind else []):
             value = loss(model, *batch, generator)
             value.backward()  # type: ignore[no-untyped-call]
         with alone(weights):
@@ -172,32 +171,16 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped) -> 
         if not isinstance(masks, dict):
             raise UserError(f"the pruner returned {type(masks).__name__}, not masks by parameter name")
         if masks is not state.masks:
-            state.masks, targets = masks, _targets(model, masks)
+            state.masks, masked_now = masks, targets(model, masks)
         if not behind:
-            _apply_(targets)
-            _apply_(_momenta(optimizer, targets))
+            multiply_(masked_now)
+            multiply_(_momenta(optimizer, masked_now))
         total += value.detach() * len(chosen)
         step += 1
     mean = float(total) / len(x)
     if not mean < float("inf"):
         raise UserError(f"training diverged: the loss of epoch {state.epoch + 1} is {mean}; lower recipe.lr")
     return mean
-
-
-def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
-    """Pair each masked parameter with its mask in the parameter's own type and layout, which multiply fastest."""
-    parameters = dict(model.named_parameters())
-    unknown = set(masks) - set(parameters)
-    if unknown:
-        raise UserError(f"the mask names '{min(unknown)}', which is no parameter of the model")
-    masks = applied_(model, masks)
-    return [(parameters[name], torch.empty_like(parameters[name].data).copy_(mask)) for name, mask in masks.items()]
-
-
-def _apply_(targets: Iterable[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for value, mask in targets:
-            value.mul_(mask)
 
 
 def _momenta(optimizer: Optimizer, targets: list[tuple[nn.Parameter, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -207,23 +190,10 @@ def _momenta(optimizer: Optimizer, targets: list[tuple[nn.Parameter, Tensor]]) -
         yield from ((value, mask) for name, value in averages.items() if name != "step")
 
 
-@contextmanager
-def _masked(targets: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """Show the model w∘mask for a while; the gradient then is dense, and w itself comes back unchanged."""
-    kept = [parameter.detach().clone() for parameter, _ in targets]
-    _apply_(targets)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for (parameter, _), dense in zip(targets, kept, strict=True):
-                parameter.copy_(dense)
-
-
 def _score_(state: State, score: Callable[[nn.Module], float] | None) -> float | None:
     if score is None:
         return None
-    with eval_mode(state.model), _masked(_targets(state.model, state.masks)):
+    with eval_mode(state.model), masked(state.model, state.masks):
         value = score(state.model)
         if state.best_epoch is None or value > state.scores[state.best_epoch - 1] or _best_is_denser(state):
             state.best_epoch = state.epoch

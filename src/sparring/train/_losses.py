@@ -28,17 +28,30 @@ class Ramped:
     at: Callable[[float], Loss]
 
 
+def smoothed(label_smoothing: float) -> Loss:
+    """Return the cross-entropy on clean images against labels smoothed by a share in [0, 1) (Szegedy et al. 2016)."""
+    _check_smoothing(label_smoothing)
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return F.cross_entropy(logits_of(model(x)), y, label_smoothing=label_smoothing)
+
+    return loss
+
+
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return the mean cross-entropy on clean images."""
     return F.cross_entropy(logits_of(model(x)), y)
 
 
-def adversarial(*, eps: float, norm: float = LINF, steps: int = 7, step_size: float | None = None) -> Loss:
+def adversarial(
+    *, eps: float, norm: float = LINF, steps: int = 7, step_size: float | None = None, label_smoothing: float = 0.0
+) -> Loss:
     """Return the PGD adversarial training loss (Madry et al. 2018, eq. 2.1): cross-entropy at PGD's points.
 
     `eps` is in image units ([0, 1]); `step_size` defaults to 2.5 eps / steps.
     """
     _check(eps, norm, steps)
+    _check_smoothing(label_smoothing)
     length = 2.5 * eps / steps if step_size is None else step_size
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -47,24 +60,25 @@ def adversarial(*, eps: float, norm: float = LINF, steps: int = 7, step_size: fl
                 Door(model), x, y, norm=norm, eps=eps, steps=steps, step_size=length, stop_early=False,
                 generator=generator,
             )  # fmt: skip
-        return F.cross_entropy(logits_of(model(x_adv)), y)
+        return F.cross_entropy(logits_of(model(x_adv)), y, label_smoothing=label_smoothing)
 
     return loss
 
 
-def trades(*, eps: float, norm: float = LINF, steps: int = 7, beta: float = 6.0) -> Loss:
+def trades(*, eps: float, norm: float = LINF, steps: int = 7, beta: float = 6.0, label_smoothing: float = 0.0) -> Loss:
     """Return the TRADES loss (Zhang et al. 2019, eq. 5): clean cross-entropy + beta · KL(clean ‖ perturbed).
 
     The inner maximisation ascends the KL divergence from a small Gaussian start, as its authors do.
     """
     _check(eps, norm, steps)
+    _check_smoothing(label_smoothing)
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         with eval_mode(model):
             x_adv = _ascend_divergence(model, x, eps, norm, steps, generator)
         clean = logits_of(model(x))
         divergence = F.kl_div(F.log_softmax(logits_of(model(x_adv)), 1), F.softmax(clean, 1), reduction="batchmean")
-        return F.cross_entropy(clean, y) + beta * divergence
+        return F.cross_entropy(clean, y, label_smoothing=label_smoothing) + beta * divergence
 
     return loss
 
@@ -91,6 +105,11 @@ def _ascend_divergence(
                 size = delta.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
                 x_adv = (x + delta * (eps / size).clamp_max(1.0)).clamp(0, 1)
     return x_adv.detach()
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise UserError(f"label_smoothing lies in [0, 1), not {label_smoothing}")
 
 
 def _check(eps: float, norm: float, steps: int) -> None:

@@ -51,7 +51,8 @@ class NetworkSettings:
 class TrainingSettings:
     """Choose the loss: plain cross-entropy, PGD adversarial training, or TRADES (eps in [0, 1]).
 
-    `ramp` is the share of a dense network's training over which eps grows to its value; fine-tuning has it whole.
+    `label_smoothing` is the share of each label that goes to all classes alike. `ramp` is the share of a dense
+    network's training over which eps grows to its value; fine-tuning has it whole.
     """
 
     loss: Literal["standard", "pgd-at", "trades"] = "standard"
@@ -60,8 +61,10 @@ class TrainingSettings:
     steps: int = 7
     beta: float = 6.0
     ramp: float | None = None
+    label_smoothing: float | None = None
 
     def __post_init__(self) -> None:
+        in_range("training.label_smoothing", self.label_smoothing or 0.0, 0, 0.99)
         Threat(parse_norm(self.norm), self.eps)
         in_range("training.steps", self.steps, 1, 10_000)
         in_range("training.beta", self.beta, 0, 1e6)

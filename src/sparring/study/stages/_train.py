@@ -26,7 +26,7 @@ from ...sparsity import (
     with_activation_penalty,
 )
 from ...threat import parse_norm
-from ...train import Loss, Ramped, Recipe, adversarial, cross_entropy, fit, predict, trades
+from ...train import Loss, Ramped, Recipe, adversarial, cross_entropy, fit, predict, smoothed, trades
 from ..plans._tables import TrainingSettings
 from ..runner._executors import Task, TaskOutcome
 from ._inputs import Activate, Choose, Given, Prune, Train, WeightsFile
@@ -212,12 +212,13 @@ def robust_score(model: nn.Module, valid: Split, training: TrainingSettings) -> 
 
 def training_loss(training: TrainingSettings) -> Loss:
     """Return the loss that a plan's [training] table names, with the whole eps."""
+    smoothing = training.label_smoothing or 0.0
     if training.loss == "standard":
-        return cross_entropy
+        return smoothed(smoothing) if smoothing else cross_entropy
     norm = parse_norm(training.norm)
     if training.loss == "pgd-at":
-        return adversarial(eps=training.eps, norm=norm, steps=training.steps)
-    return trades(eps=training.eps, norm=norm, steps=training.steps, beta=training.beta)
+        return adversarial(eps=training.eps, norm=norm, steps=training.steps, label_smoothing=smoothing)
+    return trades(eps=training.eps, norm=norm, steps=training.steps, beta=training.beta, label_smoothing=smoothing)
 
 
 def ramped_loss(training: TrainingSettings) -> Loss | Ramped:
