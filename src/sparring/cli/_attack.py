@@ -201,18 +201,14 @@ def _profile(source: ModelSource, dataset: Dataset, eps: float, images: int) -> 
     """Return per-image values of a model: right or wrong, standing under attack or not, smallest distance."""
     model = open_model(source, dataset)[0].eval()
     x, y = chosen_images(dataset, "test", 0, images)
-    found: dict[str, NDArray[np.float64]] = {}
-    for attack, threat in (*((name, Threat(LINF, eps)) for name in BUDGETED), ("nearest", Threat(L2))):
-        generator = torch.Generator().manual_seed(0)
-        result = attacks.run(model, as_float(x), y, attacks.ATTACKS[attack], threat, generator=generator)
-        found["accuracy"] = result.clean_correct.numpy().astype(np.float64)
-        if threat.eps is None:
-            distance = result.distance.numpy().astype(np.float64)
-            # An attack that failed on an image says nothing of its distance; the image's width bounds it.
-            found[DISTANCE] = np.where(np.isfinite(distance), distance, np.sqrt(x[0].numel()))
-        else:
-            found[f"{attack}-linf-{eps:g}"] = (result.clean_correct & ~result.success).numpy().astype(np.float64)
-    return found
+    chosen, generator = {name: attacks.ATTACKS[name] for name in BUDGETED}, torch.Generator().manual_seed(0)
+    rows = attacks.audit(model, as_float(x), y, chosen, eps=[eps], checks=0)[: len(chosen)]
+    nearest = attacks.run(model, as_float(x), y, attacks.nearest, Threat(L2), generator=generator)
+    stands = {f"{row.attack}-linf-{eps:g}": row.result.clean_correct & ~row.result.success for row in rows}
+    found = {name: values.double().numpy() for name, values in {"accuracy": nearest.clean_correct, **stands}.items()}
+    # An attack that failed on an image says nothing of its distance; the image's width bounds it.
+    distance = nearest.distance.double().nan_to_num(posinf=math.sqrt(x[0].numel()))
+    return found | {DISTANCE: distance.numpy()}
 
 
 def _difference(one: Difference) -> list[str]:

@@ -11,12 +11,11 @@ from typing import NamedTuple
 from ..errors import DataError, DataWarning, UnknownNameError, UserError, told
 from ..files import safe_name
 from ..plugins import import_object
-from ._download import Progress
-from ._download import download as fetch
 from ._image_folder import load_images
 from ._known_sets import CIFAR10, FASHION_MNIST, MNIST, cifar10, digits, fashion_mnist, mnist, mnist_5k
 from ._npz import load_arrays
-from ._places import Content, Find, Source, expand, is_file, is_folder, locate, missing, read, roots
+from ._places import Content, Find, Progress, Source, expand, is_file, is_folder, locate, missing, read, roots
+from ._places import download as fetch
 from ._types import Dataset
 
 DATASETS: dict[str, Callable[[Find], Dataset]] = {

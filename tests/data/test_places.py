@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sparring.data import _download as mirrors
+from sparring.data import _places as mirrors
 from sparring.data._places import File, Source, locate, read
 from sparring.errors import DataError, UserError
 
