@@ -40,15 +40,15 @@ def render(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequence[Row]
     study = data.study
     steps = [(note, means) for loss in data.losses if data.pairs(loss) for note, means in (_means(data, loss),)]
     sections: list[Section] = [
-        ("curves", "Theory and measurement against sparsity", "pictures", (pictures,)),
-        ("ledger", "Ledger of claims", "ledger", (tables.ledger_table(ledger),)),
-        ("steps", "Every step of every path", "steps", (steps,)),
+        ("theory", "Theory and measurement against sparsity", (pictures,)),
+        ("ledger", "Ledger of claims", (tables.ledger_table(ledger),)),
+        ("steps", "Every step of every path", (steps,)),
         *judged_sections(study),
-        ("method", "Methods", "method", (METHODS,)),
-        ("again", "To make it again", "again", ([("", study.command), ("", json.dumps(study.plan, indent=2))],)),
+        ("method", "Methods", (METHODS,)),
+        ("again", "To make it again", ([("", study.command), ("", json.dumps(study.plan, indent=2))],)),
     ]
-    heading = f"Linear classifiers on {study.plan.get('data')}: sparsity and adversarial robustness"
-    return document(f"{study.name}: linear classifiers", heading, study, told, sections)
+    title, subject = f"{study.name}: linear classifiers", f"Linear classifiers on {study.plan.get('data')}"
+    return document(study, title, subject, told, sections)
 
 
 def headline(data: LinearStudy, ledger: Sequence[Row]) -> list[str]:

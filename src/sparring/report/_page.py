@@ -25,7 +25,7 @@ from .analysis._looks import look_sentences
 from .analysis._metrics import NORMS
 from .analysis._records import Study
 
-Section = tuple[str, str, str, tuple[Any, ...]]  # identifier, heading, and the macro that shows what
+Section = tuple[str, str, tuple[Any, ...]]  # the name of the macro that shows it, heading, and what it shows
 Shown = tuple[Panel, str, tables.Table]  # a panel, its caption and its numbers
 
 
@@ -45,77 +45,50 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row], told: Sequen
     curves = _curves(findings, drawn.weights, ledger)
     activations = _curves(findings, drawn.activations, ledger) if drawn.activations else None
     sections: list[Section] = [
-        ("curves", "Robustness against sparsity", "curves", (curves,)),
-        (
-            "activations",
-            "Robustness against activation sparsity",
-            "activations",
-            (activations,),
-        ),
-        ("methods", "Methods at the same sparsity", "methods", (tables.methods(findings),)),
-        ("comparisons", "Theory, speed and transfer", "comparisons", (drawn.comparisons, tables.tightness(findings))),
-        ("shipped", "As shipped", "shipped", tables.shipped(findings)),
-        ("layers", "Layer by layer", "layers", (drawn.layers, first_layers(findings))),
-        ("gallery", "What the attacks did", "gallery", (galleries(findings),)),
-        ("ledger", "Ledger of claims", "ledger", (tables.ledger_table(ledger),)),
+        ("curves", "Robustness against sparsity", (curves,)),
+        ("activations", "Robustness against activation sparsity", (activations,)),
+        ("methods", "Methods at the same sparsity", (tables.methods(findings),)),
+        ("comparisons", "Theory, speed and transfer", (drawn.comparisons, tables.tightness(findings))),
+        ("shipped", "As shipped", tables.shipped(findings)),
+        ("layers", "Layer by layer", (drawn.layers, first_layers(findings))),
+        ("gallery", "What the attacks did", (galleries(findings),)),
+        ("ledger", "Ledger of claims", (tables.ledger_table(ledger),)),
         *judged_sections(study, findings.doubts),
-        ("networks", "Every network", "networks", (tables.networks(findings),)),
-        ("method", "Methods and citation", "method", (words.methods(findings), words.bibtex(findings))),
-        ("again", "To make it again", "again", (_again(study),)),
+        ("networks", "Every network", (tables.networks(findings),)),
+        ("method", "Methods and citation", (words.methods(findings), words.bibtex(findings))),
+        ("again", "To make it again", (_again(study),)),
     ]
     sparsity = words.chosen(findings)
-    return document(
-        f"{study.name}: sparsity and adversarial robustness",
-        f"{words.subject(findings)}: sparsity and adversarial robustness",
-        study,
-        told,
-        sections,
-        key=None if sparsity is None else tables.key_numbers(findings, sparsity, ledger),
-        mark=findings.mark,
-        methods=len(study.methods),
-    )
+    key = None if sparsity is None else tables.key_numbers(findings, sparsity, ledger)
+    title = f"{study.name}: sparsity and adversarial robustness"
+    return document(study, title, words.subject(findings), told, sections, key)
 
 
 def judged_sections(study: Study, doubts: Sequence[Doubt] = ()) -> list[Section]:
     """Return the sections on how a study came about, which the pages of all kinds of study have."""
     head = study.looks.entries[-1]["sha256"] if study.looks.entries else "–"
     return [
-        ("looks", "Looks at this study", "looks", (look_sentences(study), head, tables.looks(study))),
-        ("flags", "Flags", "flags", (tables.flags(study, doubts),)),
-        ("cost", "Cost", "table", (tables.cost(study),)),
+        ("looks", "Looks at this study", (look_sentences(study), head, tables.looks(study))),
+        ("flags", "Flags", (tables.flags(study, doubts),)),
+        ("cost", "Cost", (tables.cost(study),)),
     ]
 
 
 def document(
-    title: str,
-    heading: str,
     study: Study,
+    title: str,
+    subject: str,
     headline: Sequence[str],
     sections: Sequence[Section],
-    *,
     key: tables.Table | None = None,
-    mark: str = "",
-    methods: int = 0,
 ) -> str:
-    """Return a whole page with the report's style, script and policy."""
+    """Return a whole page with the report's style, script and policy, but for sections that show nothing."""
     script = _templates().get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    page = _templates().get_template("page.html")
-    shown = [section for section in sections if any(section[3])]
-    return page.render(
-        title=title,
-        heading=heading,
-        study=study,
-        headline=headline,
-        sections=shown,
-        key=key,
-        mark=mark,
-        methods=methods,
-        norms=NORMS,
-        script=script,
-        policy=policy,
-    )
+    shown = [section for section in sections if any(section[2])]
+    page = {"study": study, "title": title, "subject": subject, "headline": headline, "sections": shown, "key": key}
+    page |= {"norms": NORMS, "script": script, "digest": digest}
+    return _templates().get_template("page.html").render(page)
 
 
 def summary_html(findings: Findings, panels: Sequence[Panel], ledger: Sequence[Row]) -> str:
@@ -128,13 +101,9 @@ def summary_html(findings: Findings, panels: Sequence[Panel], ledger: Sequence[R
 
 @functools.cache
 def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = jinja2.PackageLoader(__package__)
+    strict = jinja2.StrictUndefined
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
 
 
 def _curves(findings: Findings, panels: Sequence[Panel], ledger: Sequence[Row]) -> Curves:

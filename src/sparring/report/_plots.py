@@ -85,8 +85,8 @@ def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int], ax
     return Panel(
         measure=measure,
         results=results,
-        levels=Picture(slug, measure.title, figures.svg(levels, mark=findings.mark)),
-        gains=Picture(f"{slug}-gain", f"{measure.title}: gain", figures.svg(gains, mark=findings.mark)),
+        levels=Picture(slug, measure.title, figures.svg(levels, mark=findings.study.mark)),
+        gains=Picture(f"{slug}-gain", f"{measure.title}: gain", figures.svg(gains, mark=findings.study.mark)),
     )
 
 
@@ -110,7 +110,7 @@ def overview_picture(findings: Findings) -> Picture | None:
             )
     if not specs:
         return None
-    drawn = figures.svg(figures.overview(specs), mark=findings.mark)
+    drawn = figures.svg(figures.overview(specs), mark=findings.study.mark)
     return Picture("overview", "Overview", drawn, scale=OVERVIEW_SCALE)
 
 
@@ -129,7 +129,7 @@ def density_pictures(findings: Findings) -> list[Picture]:
         rows = _by_layer(findings, name)
         if rows:
             spec = figures.heatmap(title, rows, x=numbers.axis_title(findings.study, findings.method or ""), unit=unit)
-            pictures.append(Picture(f"layers-{name}", title, figures.svg(spec, mark=findings.mark)))
+            pictures.append(Picture(f"layers-{name}", title, figures.svg(spec, mark=findings.study.mark)))
     return pictures
 
 
@@ -186,7 +186,7 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
                 y="median distance",
                 ordinal=True,
             )
-            drawn = figures.svg(spec, mark=findings.mark)
+            drawn = figures.svg(spec, mark=findings.study.mark)
             yield Picture(f"{'exact' if exact else 'brackets'}-{norm}", title, drawn, note)
 
 
@@ -229,7 +229,7 @@ def _constants(findings: Findings) -> Iterator[Picture]:
                 f"Means over correctly classified images with 95% intervals; {findings.method}. A smaller L is no gain "
                 "where the margin shrinks as much: what bounds the distance is margin / L."
             )
-            drawn = figures.svg(spec, mark=findings.mark)
+            drawn = figures.svg(spec, mark=findings.study.mark)
             yield Picture(f"lipschitz-{_safe(key[0])}-{_safe(key[1])}", title, drawn, note)
 
 
@@ -256,7 +256,7 @@ def _surgery(findings: Findings) -> Iterator[Picture]:
         rows = [row for name in ("pruned", "spliced") for row in _over_time(name, series)]
         spec = figures.scatter(title, rows, x="training step", y="weights in each span (log, from 0)", log_y="symlog")
         note = f"Sums over spans of equal length, means over {len(series)} seeds."
-        yield Picture(f"surgery-{k}", title, figures.svg(spec, mark=findings.mark), note)
+        yield Picture(f"surgery-{k}", title, figures.svg(spec, mark=findings.study.mark), note)
 
 
 def _over_time(name: str, series: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, str | float]]:
@@ -285,7 +285,7 @@ def _speed(findings: Findings) -> Iterator[Picture]:
         axis = "milliseconds an image, one at a time (log scale)"
         spec = figures.scatter(title, rows, x=axis, y=f"{measure.phrase}, %", log_x=True)
         note = "Networks as deployed, packed for sparse kernels, on the machine of this study; means over seeds."
-        yield Picture("latency", title, figures.svg(spec, mark=findings.mark), note)
+        yield Picture("latency", title, figures.svg(spec, mark=findings.study.mark), note)
 
 
 def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | float]]:
@@ -329,4 +329,4 @@ def _transfer(findings: Findings) -> Iterator[Picture]:
             "Shares of examples that fool the other network too, among images that fool the network attacked and that "
             "the other classifies correctly when clean."
         )
-        yield Picture(f"transfer-{k}", title, figures.svg(spec, mark=findings.mark), note)
+        yield Picture(f"transfer-{k}", title, figures.svg(spec, mark=findings.study.mark), note)

@@ -106,11 +106,6 @@ class Findings:
         return None if measure is None or name is None else self.results.get((measure, name))
 
     @property
-    def mark(self) -> str:
-        """Return what the plan wants written into every figure."""
-        return str(self.study.plan.get("mark") or "")
-
-    @property
     def seeds(self) -> int:
         """Return how many seeds the headline's comparison has."""
         found = self.result(self.main[0]) if self.main else None

@@ -90,6 +90,11 @@ class Study:
         return str(self.plan.get("name") or "study")
 
     @property
+    def mark(self) -> str:
+        """Return what the plan wants written into every figure."""
+        return str(self.plan.get("mark") or "")
+
+    @property
     def data(self) -> object:
         """Return what identifies the test images: the data's hash where records have it, else the folder."""
         hashes = {r.inputs.get("data") for r in self.records.values() if r.stage == "measure"}
