@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from . import _figures as figures
 from . import _numbers as numbers
+from ._figures import Spec
 from .analysis._comparisons import DistanceBounds, brackets, norms
 from .analysis._findings import Findings, Result
-from .analysis._metrics import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps
+from .analysis._metrics import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps, safe
 from .analysis._records import attack_label
 
 OVERVIEW_METHODS = 4
@@ -82,12 +83,12 @@ def _panel(findings: Findings, measure: Measure, numbered: Mapping[str, int], ax
     slug = measure.slug if axis == "weights" else f"{axis}-{measure.slug}"
     named = numbers.axis_title(findings.study, *numbered)
     levels, gains = (draw(results, numbered, axis=named) for draw in (figures.levels_figure, figures.gains_figure))
-    return Panel(
-        measure=measure,
-        results=results,
-        levels=Picture(slug, measure.title, figures.svg(levels, mark=findings.study.mark)),
-        gains=Picture(f"{slug}-gain", f"{measure.title}: gain", figures.svg(gains, mark=findings.study.mark)),
-    )
+    shown = _picture(findings, slug, measure.title, levels)
+    return Panel(measure, results, shown, _picture(findings, f"{slug}-gain", f"{measure.title}: gain", gains))
+
+
+def _picture(findings: Findings, slug: str, title: str, spec: Spec, note: str | None = None) -> Picture:
+    return Picture(slug, title, figures.svg(spec, mark=findings.study.mark), note)
 
 
 def overview_picture(findings: Findings) -> Picture | None:
@@ -101,17 +102,15 @@ def overview_picture(findings: Findings) -> Picture | None:
         return None
     axis = findings.study.axis(method)
     curved = [m for m in numbered if findings.study.axis(m) == axis and _steps(findings, m) >= 3 and m != method]
-    specs = []
-    for measure in measures:
-        shown = [r for m in (method, *curved[: OVERVIEW_METHODS - 1]) if (r := findings.result(measure, m)) is not None]
-        if shown:
-            specs.append(
-                figures.levels_figure(shown, numbered, axis=numbers.axis_title(findings.study, *curved, method))
-            )
+    axis_title = numbers.axis_title(findings.study, *curved, method)
+    shown = [
+        [r for m in (method, *curved[: OVERVIEW_METHODS - 1]) if (r := findings.result(measure, m)) is not None]
+        for measure in measures
+    ]
+    specs = [figures.levels_figure(results, numbered, axis=axis_title) for results in shown if results]
     if not specs:
         return None
-    drawn = figures.svg(figures.overview(specs), mark=findings.study.mark)
-    return Picture("overview", "Overview", drawn, scale=OVERVIEW_SCALE)
+    return replace(_picture(findings, "overview", "Overview", figures.overview(specs)), scale=OVERVIEW_SCALE)
 
 
 def _steps(findings: Findings, method: str) -> int:
@@ -124,13 +123,12 @@ def density_pictures(findings: Findings) -> list[Picture]:
         ("density", "Weights kept in each layer", "% of the layer's weights"),
         ("activation_sparsity", "Zero activations after each nonlinearity", "% of activations"),
     )
-    pictures = []
-    for name, title, unit in wanted:
-        rows = _by_layer(findings, name)
-        if rows:
-            spec = figures.heatmap(title, rows, x=numbers.axis_title(findings.study, findings.method or ""), unit=unit)
-            pictures.append(Picture(f"layers-{name}", title, figures.svg(spec, mark=findings.study.mark)))
-    return pictures
+    axis = numbers.axis_title(findings.study, findings.method or "")
+    return [
+        _picture(findings, f"layers-{name}", title, figures.heatmap(title, rows, x=axis, unit=unit))
+        for name, title, unit in wanted
+        if (rows := _by_layer(findings, name))
+    ]
 
 
 def _by_layer(findings: Findings, series: str) -> list[dict[str, str | float]]:
@@ -140,9 +138,14 @@ def _by_layer(findings: Findings, series: str) -> list[dict[str, str | float]]:
         for record in network.stage("measure"):
             for layer, share in (record.series.get(series) or {}).items():
                 sums[str(layer), network.sparsity].append(float(share))
+    return _cells(sums)
+
+
+def _cells(found: Mapping[tuple[str, float], Sequence[float]]) -> list[dict[str, str | float]]:
+    """Return the cells of a heat map: lines by name, columns by sparsity, and means."""
     return [
-        {"y": layer, "x": numbers.percent(sparsity), "value": sum(shares) / len(shares), "order": sparsity}
-        for (layer, sparsity), shares in sums.items()
+        {"y": name, "x": numbers.percent(sparsity), "value": sum(shares) / len(shares), "order": sparsity}
+        for (name, sparsity), shares in found.items()
     ]
 
 
@@ -151,13 +154,8 @@ SPANS = 30  # of a training, over which the events of surgery are summed
 
 def comparisons(findings: Findings) -> list[Picture]:
     """Return the comparisons that this study has records for."""
-    return [
-        *_brackets(findings),
-        *_constants(findings),
-        *_surgery(findings),
-        *_speed(findings),
-        *_transfer(findings),
-    ]
+    drawn = (_brackets, _constants, _surgery, _speed, _transfer)
+    return [picture for draw in drawn for picture in draw(findings)]
 
 
 def _brackets(findings: Findings) -> Iterator[Picture]:
@@ -169,25 +167,21 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
             rows = [row for bracket in found for row in _sides(bracket)]
             if len(found) < 2:
                 continue
-            title = f"{name} distance to the decision boundary: " + (
-                "searched exactly" if exact else "proof and attack"
-            )
+            way = "searched exactly" if exact else "proof and attack"
+            title = f"{name} distance to the decision boundary: {way}"
             counts = f"{numbers.seeds(max(b.seeds for b in found))}, {max(b.images for b in found)} images"
+            ends = ", and between the two ends of the search; where these meet it is known" if exact else ""
             note = (
                 "Medians over correctly classified images, the same for every line of a sparsity. A certified radius "
                 "is a sound lower bound, an attack's distance an upper bound; the truth lies between"
-                + (", and between the two ends of the search; where these meet it is known" if exact else "")
-                + f". At most {counts}; {findings.method}."
+                f"{ends}. At most {counts}; {findings.method}."
             )
-            spec = figures.scatter(
-                title,
-                rows,
-                x=f"{numbers.axis_title(findings.study, findings.method or '')}, in the plan's steps",
-                y="median distance",
-                ordinal=True,
-            )
-            drawn = figures.svg(spec, mark=findings.study.mark)
-            yield Picture(f"{'exact' if exact else 'brackets'}-{norm}", title, drawn, note)
+            spec = figures.scatter(title, rows, x=_in_steps(findings), y="median distance", ordinal=True)
+            yield _picture(findings, f"{'exact' if exact else 'brackets'}-{norm}", title, spec, note)
+
+
+def _in_steps(findings: Findings) -> str:
+    return f"{numbers.axis_title(findings.study, findings.method or '')}, in the plan's steps"
 
 
 def _sides(bracket: DistanceBounds) -> Iterator[Mapping[str, str | float]]:
@@ -217,20 +211,13 @@ def _constants(findings: Findings) -> Iterator[Picture]:
         rows = [row for name, result in results.items() for row in _multiples(name, result)]
         if rows:
             title = f"Margin and Lipschitz constant, {NORMS.get(key[0], key[0])}, {key[1]}"
-            spec = figures.scatter(
-                title,
-                rows,
-                x=f"{numbers.axis_title(findings.study, findings.method or '')}, in the plan's steps",
-                y="× the dense control's (log)",
-                ordinal=True,
-                log_y=True,
-            )
+            y = "× the dense control's (log)"
+            spec = figures.scatter(title, rows, x=_in_steps(findings), y=y, ordinal=True, log_y=True)
             note = (
                 f"Means over correctly classified images with 95% intervals; {findings.method}. A smaller L is no gain "
                 "where the margin shrinks as much: what bounds the distance is margin / L."
             )
-            drawn = figures.svg(spec, mark=findings.study.mark)
-            yield Picture(f"lipschitz-{_safe(key[0])}-{_safe(key[1])}", title, drawn, note)
+            yield _picture(findings, f"lipschitz-{safe(key[0])}-{safe(key[1])}", title, spec, note)
 
 
 def _multiples(name: str, result: Result) -> Iterator[Mapping[str, str | float]]:
@@ -256,7 +243,7 @@ def _surgery(findings: Findings) -> Iterator[Picture]:
         rows = [row for name in ("pruned", "spliced") for row in _over_time(name, series)]
         spec = figures.scatter(title, rows, x="training step", y="weights in each span (log, from 0)", log_y="symlog")
         note = f"Sums over spans of equal length, means over {len(series)} seeds."
-        yield Picture(f"surgery-{k}", title, figures.svg(spec, mark=findings.study.mark), note)
+        yield _picture(findings, f"surgery-{k}", title, spec, note)
 
 
 def _over_time(name: str, series: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, str | float]]:
@@ -272,10 +259,6 @@ def _over_time(name: str, series: Sequence[Mapping[str, Any]]) -> Iterator[Mappi
         yield {"x": middle, "y": float(count), "series": name, "order": k, "text": text}
 
 
-def _safe(text: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in text)
-
-
 def _speed(findings: Findings) -> Iterator[Picture]:
     """Draw robustness against the latency of the packed network, where "deploy" records have it."""
     measure = findings.first("worst") or findings.first("budget") or findings.first("accuracy")
@@ -285,7 +268,7 @@ def _speed(findings: Findings) -> Iterator[Picture]:
         axis = "milliseconds an image, one at a time (log scale)"
         spec = figures.scatter(title, rows, x=axis, y=f"{measure.phrase}, %", log_x=True)
         note = "Networks as deployed, packed for sparse kernels, on the machine of this study; means over seeds."
-        yield Picture("latency", title, figures.svg(spec, mark=findings.study.mark), note)
+        yield _picture(findings, "latency", title, spec, note)
 
 
 def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | float]]:
@@ -317,16 +300,11 @@ def _transfer(findings: Findings) -> Iterator[Picture]:
                 at = f", ε = {pretty_eps(eps)}" if eps else ""
                 title = f"Transfer of {pretty(attack_label(record))} examples{at}"
                 cells[title][f"{network.method}: {way}", network.sparsity].append(float(moved))
+    axis = numbers.axis_title(findings.study, *findings.study.methods)
     for k, (title, found) in enumerate(cells.items()):
-        rows = [
-            {"y": way, "x": numbers.percent(sparsity), "value": sum(shares) / len(shares), "order": sparsity}
-            for (way, sparsity), shares in found.items()
-        ]
-        spec = figures.heatmap(
-            title, rows, x=numbers.axis_title(findings.study, *findings.study.methods), unit="% transferred"
-        )
+        spec = figures.heatmap(title, _cells(found), x=axis, unit="% transferred")
         note = (
             "Shares of examples that fool the other network too, among images that fool the network attacked and that "
             "the other classifies correctly when clean."
         )
-        yield Picture(f"transfer-{k}", title, figures.svg(spec, mark=findings.study.mark), note)
+        yield _picture(findings, f"transfer-{k}", title, spec, note)

@@ -61,7 +61,7 @@ class Measure:
             "" if self.eps is None else f"{self.eps:g}",
         ]
         text = "-".join(part for part in parts if part)
-        return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in text)
+        return safe(text)
 
     @property
     def title(self) -> str:
@@ -135,6 +135,11 @@ class PerImage:
 
 
 Collected = dict[Measure, dict[Who, PerImage]]
+
+
+def safe(text: str) -> str:
+    """Return a text as a part of a file's name."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in text)
 
 
 def pretty(label: str) -> str:
