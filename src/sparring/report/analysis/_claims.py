@@ -10,7 +10,7 @@ from ...statistics import Claim, Question, Row, ask, effect
 from .. import _numbers as numbers
 from ._cross_checks import suspicion
 from ._findings import Choice, Findings, Result, choose, difference, paired
-from ._hypotheses import MARGIN, Place, about, at_choice, at_sparsity, attacks_of, places
+from ._hypotheses import MARGIN, Origin, Place, about, at_choice, at_sparsity, attacks_of, places, says, unasked
 from ._looks import judge_study
 from ._metrics import NORMS, TRANSFER, Measure, PerImage, common, pretty, pretty_eps, values
 
@@ -71,7 +71,9 @@ def _gain(findings: Findings, result: Result, place: Place, label: str) -> Quest
     kind = "linear" if is_linear(findings) else "nonlinear"
     text = f"linear networks gain no {label}" if none else f"{kind} networks gain {label} at an appropriate sparsity"
     choice = choose(findings, result, within=place.appropriate)
-    return at_choice(findings, result, choice, text, "not above" if none else "above", primary=True, origin="paper")
+    return at_choice(
+        findings, result, choice, says(text, "not above" if none else "above", primary=True, origin="paper")
+    )
 
 
 def _losses(findings: Findings, place: Place) -> Iterator[Question]:
@@ -88,11 +90,13 @@ def _losses(findings: Findings, place: Place) -> Iterator[Question]:
         text = f"over-sparsified networks lose {_loss_of(findings, measure)}"
         if measure not in primary:
             text += f" at ε = {pretty_eps(measure.eps)}"
+        claim = says(text, "below", primary=measure in primary, origin="paper")
         known = [s for s in place.over if s in result.sparsities]
         if not known:
-            yield _no_loss(findings, result, text, primary=measure in primary)
+            claim = replace(claim, margin=0.0, unit=numbers.gain_unit(measure))
+            yield unasked(claim, measure, "no sparsity of the plan is over-sparsified")
             continue
-        yield at_sparsity(findings, result, known[-1], text, "below", primary=measure in primary, origin="paper")
+        yield at_sparsity(findings, result, known[-1], claim)
         if measure in primary:
             yield from _on_correct(findings, result, known[-1], text)
 
@@ -108,12 +112,6 @@ def _loss_of(findings: Findings, measure: Measure) -> str:
     return "r_inf (FGSM)" if measure.role == "budget" else "r_2 (DeepFool)"
 
 
-def _no_loss(findings: Findings, result: Result, text: str, *, primary: bool) -> Question:
-    name = result.measure.phrase
-    claim = Claim(text, "below", 0.0, numbers.gain_unit(result.measure), name, primary=primary, metric=name)
-    return replace(ask(replace(claim, origin="paper"), None), unknown="no sparsity of the plan is over-sparsified")
-
-
 def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) -> Iterator[Question]:
     """Ask a loss again of the images that both networks classify correctly: what is not plain accuracy."""
     sides = [_correct_too(findings, result, sparsity, seed) for seed in result.seeds]
@@ -123,8 +121,8 @@ def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) 
         test = f"{result.method} at {result.words(sparsity)} − dense control"
         metric = f"{result.measure.phrase} where both are correct"
         sparse = [(result.method, sparsity, seed) for seed in known]
-        told = f"{text}, among images that both classify correctly"
-        yield about(findings, result, told, "below", one, test, sparse, metric=metric)
+        claim = says(f"{text}, among images that both classify correctly", "below")
+        yield about(findings, result, replace(claim, test=test, metric=metric), one, sparse)
 
 
 def _correct_too(findings: Findings, result: Result, sparsity: float, seed: int) -> tuple[PerImage, PerImage] | None:
@@ -148,7 +146,7 @@ def _survival(findings: Findings, fgsm: Result) -> Iterator[Question]:
         if result is not None:
             text = f"the gain survives {attacks_of(findings, measure)}"
             choice = choose(findings, result, by=fgsm, within=within)
-            yield at_choice(findings, result, choice, text, primary=k == 0, origin="paper")
+            yield at_choice(findings, result, choice, says(text, primary=k == 0, origin="paper"))
 
 
 def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
@@ -156,9 +154,9 @@ def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
     control, reference = (findings.study.control(fgsm.method, kind) for kind in DENSE)
     one = difference(findings, fgsm.measure, (control, 0.0), (reference, 0.0))
     if one is not None:
-        test = "dense control − the network as trained"
-        sides = [(reference, 0.0, seed) for seed in fgsm.seeds]
-        yield about(findings, fgsm, "fine-tuning alone, without pruning, moves no r_inf", "none", one, test, sides)
+        claim = says("fine-tuning alone, without pruning, moves no r_inf", "none")
+        claim = replace(claim, test="dense control − the network as trained")
+        yield about(findings, fgsm, claim, one, [(reference, 0.0, seed) for seed in fgsm.seeds])
 
 
 def _other_methods(findings: Findings, fgsm: Result, choice: Choice | None) -> Iterator[Question]:
@@ -168,7 +166,7 @@ def _other_methods(findings: Findings, fgsm: Result, choice: Choice | None) -> I
         if kind in ITSELF:
             result = findings.result(fgsm.measure, method)
             if result is not None:
-                yield at_choice(findings, result, choose(findings, result), f"{ITSELF[kind]} ({method})")
+                yield at_choice(findings, result, choose(findings, result), says(f"{ITSELF[kind]} ({method})"))
         elif kind in OVER_IT and choice is not None:
             yield from _against(findings, fgsm, choice, method, f"{OVER_IT[kind]} ({method})")
 
@@ -185,7 +183,7 @@ def _against(findings: Findings, fgsm: Result, choice: Choice, method: str, text
         told = f"{fgsm.method} at {fgsm.words(*sorted(set(choice.sparsities)))} − {method}"
         told += f" at {numbers.sparsity(findings.study, method, nearest)}" if nearest else ""
         sides = [*((fgsm.method, s, k) for k, s in chosen.items()), *((method, nearest, k) for k in chosen)]
-        yield about(findings, fgsm, text, "above", one, told, sides, choices=choice.choices)
+        yield about(findings, fgsm, replace(says(text), test=told), one, sides, choices=choice.choices)
 
 
 def _chosen_weights(findings: Findings) -> Iterator[Question]:
@@ -203,7 +201,7 @@ def _chosen_weights(findings: Findings) -> Iterator[Question]:
             test = f"{method} − {masks[0]}, both at {share}"
             text = f"weights that were chosen keep more accuracy than random ones ({method})"
             sides = [(m, max(shared), n.seed) for m in (method, masks[0]) for n in findings.study.of(m, max(shared))]
-            yield about(findings, result, text, "above", one, test, sides)
+            yield about(findings, result, replace(says(text), test=test), one, sides)
 
 
 def _comparable(findings: Findings) -> list[str]:
@@ -219,7 +217,7 @@ def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Question]
             result = findings.result(measure, method)
             if measure is not None and result is not None:
                 text = f"activation sparsity gains robustness under {attacks_of(findings, measure)} ({method})"
-                yield at_choice(findings, result, choose(findings, result), text, origin="later work")
+                yield at_choice(findings, result, choose(findings, result), says(text, origin="later work"))
         for measure in (m for m in findings.collected if m.role == "budget" and m.naive):
             naive = findings.result(measure, method)
             honest = findings.result(replace(measure, naive=False), method)
@@ -228,7 +226,7 @@ def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Question]
                 text = f"activation sparsity's gain under naive {name} survives BPDA ({method})"
                 choice = choose(findings, honest, by=naive)
                 if choice is not None:
-                    yield at_choice(findings, honest, choice, text, origin="later work")
+                    yield at_choice(findings, honest, choice, says(text, origin="later work"))
 
 
 def _proofs(findings: Findings) -> Iterator[Question]:
@@ -240,14 +238,13 @@ def _proofs(findings: Findings) -> Iterator[Question]:
         norm = NORMS.get(measure.norm, measure.norm)
         if measure.role == "lipschitz":
             text = f"the {norm} Lipschitz constant falls with sparsity (here: the sparsest; {measure.attack})"
-            yield at_sparsity(findings, result, result.sparsities[-1], text, "below", origin="paper")
+            yield at_sparsity(findings, result, result.sparsities[-1], says(text, "below", origin="paper"))
         else:
             what = f"certified {norm} radius" if measure.role == "certified" else f"{norm} margin / Lipschitz constant"
             choice = choose(findings, result, within=places(findings, result.method).appropriate)
             text = f"the {what} rises at an appropriate sparsity ({measure.attack})"
-            yield at_choice(
-                findings, result, choice, text, origin="paper" if measure.role == "ratio" else "this project"
-            )
+            origin: Origin = "paper" if measure.role == "ratio" else "this project"
+            yield at_choice(findings, result, choice, says(text, origin=origin))
 
 
 def _transfers(findings: Findings) -> Iterator[Question]:
@@ -269,7 +266,7 @@ def _transfers(findings: Findings) -> Iterator[Question]:
         test = f"{measure.title}, {findings.method} at {told}: share of those that could − 50%"
         one = effect(values(seeds, images) - 0.5).scaled(100.0).priced(findings.study.looks.price)
         metric = f"{pretty(measure.label)} examples that transfer {measure.role}"
-        yield ask(Claim(text, "above", 2.0, "points", test, metric=metric), one)
+        yield ask(replace(says(text), test=test, metric=metric), one)
 
 
 # -- the one claim of the paper that needs two studies: nonlinear networks gain more in l_2 than linear ones ---------

@@ -50,34 +50,28 @@ def attacks_of(findings: Findings, measure: Measure) -> str:
     return numbers.listed(pretty(m.label) for m in parts(findings.collected, measure))
 
 
-def at_choice(
-    findings: Findings,
-    result: Result,
-    choice: Choice | None,
-    text: str,
-    expects: Expects = "above",
-    *,
-    primary: bool = False,
-    origin: Origin = "this project",
-) -> Question:
+def says(text: str, expects: Expects = "above", *, primary: bool = False, origin: Origin = "this project") -> Claim:
+    """Return a claim whose test is not known yet."""
+    return Claim(text, expects, MARGIN, "points", "", primary=primary, origin=origin)
+
+
+def unasked(claim: Claim, measure: Measure, why: str) -> Question:
+    """Return a claim about a metric as a question that this study does not answer."""
+    return replace(ask(replace(claim, test=measure.phrase, metric=measure.phrase), None), unknown=why)
+
+
+def at_choice(findings: Findings, result: Result, choice: Choice | None, claim: Claim) -> Question:
     """Return the question whether a method gains over the dense control at a chosen sparsity; None: there is none."""
     if choice is None:
-        lost = f"no sparsity keeps accuracy within {margins_of(findings.study)['accuracy']:.2%} of the dense control's"
-        name = result.measure.phrase
-        claim = Claim(text, expects, MARGIN, "points", name, primary=primary, origin=origin, metric=name)
-        return replace(ask(claim, None), unknown=lost)
+        margin = margins_of(findings.study)["accuracy"]
+        return unasked(claim, result.measure, f"no sparsity keeps accuracy within {margin:.2%} of the dense control's")
     chosen = sorted(set(choice.sparsities))
     how = "each seed's chosen by the others on validation images"
     if choice.choices > 1 or len(result.seeds) == 1:
         how = f"the best of {choice.choices}, corrected for all of them"
-    where = f"{result.method} at {result.words(*chosen)} ({how})"
-    whos = list(zip(result.seeds, choice.sparsities, strict=True))
-    sparse = [(result.method, sparsity, seed) for seed, sparsity in whos]
-    one, test = choice.effect, f"{where} − dense control"
-    question = about(
-        findings, result, text, expects, one, test, sparse, curve=choice.curve, choices=choice.choices, primary=primary,
-        origin=origin,
-    )  # fmt: skip
+    claim = replace(claim, test=f"{result.method} at {result.words(*chosen)} ({how}) − dense control")
+    sparse = [(result.method, s, seed) for seed, s in zip(result.seeds, choice.sparsities, strict=True)]
+    question = about(findings, result, claim, choice.effect, sparse, curve=choice.curve, choices=choice.choices)
     question = replace(question, failed=result.failures(chosen), gain=(result.measure.slug, result.method))
     if not result.gains.dropped:
         return question
@@ -85,38 +79,23 @@ def at_choice(
     return replace(question, p_small=math.nan, p_against=math.nan, unknown=gone)
 
 
-def at_sparsity(
-    findings: Findings,
-    result: Result,
-    sparsity: float,
-    text: str,
-    expects: Expects,
-    *,
-    primary: bool = False,
-    origin: Origin = "this project",
-) -> Question:
+def at_sparsity(findings: Findings, result: Result, sparsity: float, claim: Claim) -> Question:
     """Return the question what a method gains over the dense control at a sparsity that no result has chosen."""
-    one = result.gains.effects[result.sparsities.index(sparsity)]
-    test = f"{result.method} at {result.words(sparsity)} − dense control"
+    claim = replace(claim, test=f"{result.method} at {result.words(sparsity)} − dense control")
     sparse = [(result.method, sparsity, seed) for seed in result.seeds]
-    question = about(findings, result, text, expects, one, test, sparse, primary=primary, origin=origin)
+    question = about(findings, result, claim, result.gain(sparsity), sparse)
     return replace(question, failed=result.failures([sparsity]))
 
 
 def about(
     findings: Findings,
     result: Result,
-    text: str,
-    expects: Expects,
+    claim: Claim,
     one: Effect | None,
-    test: str,
     sparse: Iterable[Who],
     *,
     curve: Sequence[Effect] = (),
     choices: int = 1,
-    primary: bool = False,
-    origin: Origin = "this project",
-    metric: str = "",
 ) -> Question:
     """Return the question about one effect in a result's unit, in doubt where its attacks are on any network asked.
 
@@ -124,9 +103,9 @@ def about(
     """
     unit = numbers.gain_unit(result.measure, result.control)
     absolute = unit == numbers.ABSOLUTE
-    metric = metric or result.measure.phrase
-    margin, told = 0.0 if absolute else MARGIN, f"{metric}, {test}"
-    claim = Claim(text, expects, margin, unit, told, log=unit == "%", primary=primary, origin=origin, metric=metric)
+    metric = claim.metric or result.measure.phrase
+    margin, test = 0.0 if absolute else MARGIN, f"{metric}, {claim.test}"
+    claim = replace(claim, margin=margin, unit=unit, test=test, log=unit == "%", metric=metric)
     scale = 1.0 if absolute else 100.0
     sparse = list(sparse)
     whos = {*sparse, *((findings.study.control(method), 0.0, seed) for method, _, seed in sparse)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...facts import ATTACKS, OWN_ATTACK
 from ...records import Record, arrays, image_places
 from ...statistics import binomial_interval, ratio_values
-from ._records import Network, Study, Who, attack_name, is_naive, shown
+from ._records import Study, Who, attack_name, is_naive, shown
 
 Floats = NDArray[np.float64]
 Role = Literal[
@@ -23,6 +23,13 @@ Role = Literal[
 ]  # fmt: skip
 LIPSCHITZ: tuple[Role, ...] = ("margin", "lipschitz", "ratio")  # the tensors of "lipschitz" records
 TRANSFER: tuple[Role, ...] = ("to sparse", "to dense")  # the directions of "transfer" records
+TENSORS = {
+    "measure": ("correct", "images", "correct_valid"),
+    "attack": ("clean_correct", "success", "distance", "images"),
+    "certify": ("radius", "images"),
+    "lipschitz": ("clean_correct", "images", *LIPSCHITZ),
+    "transfer": ("clean_correct", "success", "images"),
+}
 NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1"}
 
 
@@ -54,36 +61,29 @@ class Measure:
     @property
     def slug(self) -> str:
         """Return a name fit for files and identifiers."""
-        parts = [
-            self.role.replace(" ", "-") if self.role != "budget" else "",
-            self.label,
-            self.norm,
-            "" if self.eps is None else f"{self.eps:g}",
-        ]
+        role, eps = self.role.replace(" ", "-"), "" if self.eps is None else f"{self.eps:g}"
+        parts = ("" if role == "budget" else role, self.label, self.norm, eps)
         text = "-".join(part for part in parts if part)
         return safe(text)
 
     @property
     def title(self) -> str:
         """Return a heading."""
-        norm, eps = NORMS.get(self.norm, self.norm), pretty_eps(self.eps)
-        if self.role == "accuracy":
-            return "Accuracy"
-        if self.role == "budget":
-            r_inf = " (r_inf)" if self.name == "fgsm" and self.norm == "linf" else ""
-            return f"{pretty(self.label)} accuracy{r_inf}, {norm} ε = {eps}"
-        if self.role == "worst":
-            return f"Worst-case accuracy, {norm} ε = {eps}"
-        if self.role == "certified":
-            return f"Certified {norm} radius ({self.attack}), all images"
-        if self.role in TRANSFER:
-            return f"{pretty(self.label)} examples that transfer {self.role}, {norm}" + (f" ε = {eps}" if eps else "")
-        if self.role in LIPSCHITZ:
-            what = {"margin": "Margin", "lipschitz": "Lipschitz constant L", "ratio": "Margin / L"}[self.role]
-            return f"{what}, {norm}, {self.attack}, correctly classified only"
-        r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" and self.role == "distance" else ""
-        over = "all images" if self.role == "distance" else "correctly classified only"
-        return f"{pretty(self.label)} {norm} distance{r_2}, {over}"
+        norm, at, attack = NORMS.get(self.norm, self.norm), f" ε = {pretty_eps(self.eps)}", pretty(self.label)
+        r_inf = " (r_inf)" if self.name == "fgsm" and self.norm == "linf" else ""
+        r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" else ""
+        titles: dict[Role, str] = {
+            "accuracy": "Accuracy",
+            "budget": f"{attack} accuracy{r_inf}, {norm}{at}",
+            "worst": f"Worst-case accuracy, {norm}{at}",
+            "distance": f"{attack} {norm} distance{r_2}, all images",
+            "distance-correct": f"{attack} {norm} distance, correctly classified only",
+            "certified": f"Certified {norm} radius ({self.attack}), all images",
+            "margin": f"Margin, {norm}, {self.attack}, correctly classified only",
+            "lipschitz": f"Lipschitz constant L, {norm}, {self.attack}, correctly classified only",
+            "ratio": f"Margin / L, {norm}, {self.attack}, correctly classified only",
+        }
+        return titles.get(self.role, f"{attack} examples that transfer {self.role}, {norm}{at if self.eps else ''}")
 
     @property
     def short(self) -> str:
@@ -167,8 +167,11 @@ def collect(study: Study) -> Collected:
     """Return every metric of every network as per-image values, in reading order, each object opened once."""
     found: Collected = {}
     for network in study.networks:
-        for measure, shards in _of_network(study, network).items():
-            found.setdefault(measure, {})[network.who] = _merge(shards)
+        shards: dict[Measure, list[PerImage]] = {}
+        for measure, one in (pair for r in network.records if r.error is None for pair in _of_record(study, r)):
+            shards.setdefault(measure, []).append(one)
+        for measure, some in shards.items():
+            found.setdefault(measure, {})[network.who] = _merge(some)
     _lend_controls(study, found)
     _add_worst(found)
     _cap(found)
@@ -183,43 +186,34 @@ def collect(study: Study) -> Collected:
     return {measure: found[measure] for measure in sorted(found, key=rank)}
 
 
-def _of_network(study: Study, network: Network) -> dict[Measure, list[PerImage]]:
-    found: dict[Measure, list[PerImage]] = {}
-    for record in network.stage("measure"):
-        held = arrays(record, "correct", "images", "correct_valid")
-        for name in (name for name in ("correct", "correct_valid") if name in held):
-            count = len(correct := held[name])
-            images = image_places(record, held, study.dataset) if name == "correct" else np.arange(count)
-            one = PerImage(images, correct.astype(float), np.ones(count))
-            found[Measure("accuracy", "test" if name == "correct" else "valid")] = [one]
-    for record in network.stage("attack"):
-        held = arrays(record, "clean_correct", "success", "distance", "images")
-        if held:
-            images = image_places(record, held, study.dataset)
-            for measure in measures_of(record):
-                found.setdefault(measure, []).append(_shard(images, held, measure.role))
-    for record in network.stage("certify"):
-        held = arrays(record, "radius", "images")
-        if held:
-            images, radius = image_places(record, held, study.dataset), held["radius"]
-            norm, method = str(record.inputs["norm"]), str(record.inputs["method"])
-            one = PerImage(images, radius.astype(float), np.ones(len(images)))
-            found.setdefault(Measure("certified", attack=method, norm=norm), []).append(one)
-    for record in network.stage("lipschitz"):
-        held = arrays(record, "clean_correct", "images", *LIPSCHITZ)
-        method = f"{record.inputs['method']} in radius {record.inputs['radius']:g}"
+def _of_record(study: Study, record: Record) -> Iterator[tuple[Measure, PerImage]]:
+    """Yield the metrics of a record with their values, none where its tensors are not there."""
+    held = arrays(record, *TENSORS[record.stage]) if record.stage in TENSORS else {}
+    if record.stage == "measure" and "correct_valid" in held:
+        count = len(held["correct_valid"])
+        yield Measure("accuracy", "valid"), PerImage(np.arange(count), _floats(held["correct_valid"]), np.ones(count))
+    if not held or (record.stage == "measure" and "correct" not in held):
+        return
+    images, inputs = image_places(record, held, study.dataset), record.inputs
+    ones = np.ones(len(images))
+    if record.stage == "measure":
+        yield Measure("accuracy"), PerImage(images, _floats(held["correct"]), ones)
+    elif record.stage == "attack":
+        yield from ((measure, _shard(images, held, measure.role)) for measure in measures_of(record))
+    elif record.stage == "certify":
+        measure = Measure("certified", attack=str(inputs["method"]), norm=str(inputs["norm"]))
+        yield measure, PerImage(images, _floats(held["radius"]), ones)
+    elif record.stage == "lipschitz":
+        correct, method = _floats(held["clean_correct"]), f"{inputs['method']} in radius {inputs['radius']:g}"
         for role in (role for role in LIPSCHITZ if role in held):
-            correct = held["clean_correct"].astype(float)
-            images = image_places(record, held, study.dataset)
-            one = PerImage(images, np.where(correct > 0, held[role], 0.0), correct)
-            found.setdefault(Measure(role, attack=method, norm=str(record.inputs["norm"])), []).append(one)
-    for record in network.stage("transfer"):
-        held = arrays(record, "clean_correct", "success", "images")
-        if held:
-            images = image_places(record, held, study.dataset)
-            one = PerImage(images, held["success"].astype(float), held["clean_correct"].astype(float))
-            found.setdefault(_transferred(record), []).append(one)
-    return found
+            values = np.where(correct > 0, held[role], 0.0)
+            yield Measure(role, attack=method, norm=str(inputs["norm"])), PerImage(images, values, correct)
+    else:
+        yield _transferred(record), PerImage(images, _floats(held["success"]), _floats(held["clean_correct"]))
+
+
+def _floats(values: NDArray[Any]) -> Floats:
+    return values.astype(float)
 
 
 def _transferred(record: Record) -> Measure:
@@ -309,18 +303,14 @@ def _cap(found: Collected) -> None:
     To leave them out would drop the hardest images, of the networks that are hardest to attack most. One cap for all
     leaves a smallest distance no larger than its parts. Where nothing was found nothing counts.
     """
-    groups: dict[tuple[str, str], list[PerImage]] = {}
-    for measure, held in found.items():
-        if measure.role in ("distance", "distance-correct"):
-            groups.setdefault((measure.split, measure.norm), []).extend(held.values())
-    caps = {
-        key: max((float(one.top[np.isfinite(one.top)].max(initial=0.0)) for one in held), default=0.0)
-        for key, held in groups.items()
-    }
-    for measure, held in found.items():
-        if measure.role in ("distance", "distance-correct"):
-            cap = caps[measure.split, measure.norm]
-            held.update({who: _capped(one, cap) for who, one in held.items() if one.failed is not None})
+    searched = [(m, held) for m, held in found.items() if m.role in ("distance", "distance-correct")]
+    caps: dict[tuple[str, str], float] = {}
+    for m, held in searched:
+        largest = (float(one.top[np.isfinite(one.top)].max(initial=0.0)) for one in held.values())
+        caps[m.split, m.norm] = max([caps.get((m.split, m.norm), 0.0), *largest])
+    for m, held in searched:
+        cap = caps[m.split, m.norm]
+        held.update({who: _capped(one, cap) for who, one in held.items() if one.failed is not None})
 
 
 def _capped(one: PerImage, cap: float) -> PerImage:
