@@ -135,12 +135,10 @@ def _members(path: Path, census: _Census) -> Iterator[tuple[str, bytes]]:
     if not path.is_dir():
         yield from safe_members(path, wanted=census.wants)
         return
-    for top in sorted(path.glob("*")):
-        for place in (top, *sorted(top.glob("*"))):
-            for file in (place, *(sorted(place.glob("*")) if place is not top else ())):
-                member = file.relative_to(path).as_posix()
-                if census.wants(f"{member}/" if file.is_dir() else member):
-                    yield member, read_bounded(file, limit=MOST_FILE)
+    for file in sorted(file for depth in ("*", "*/*", "*/*/*") for file in path.glob(depth)):
+        member = file.relative_to(path).as_posix()
+        if census.wants(f"{member}/" if file.is_dir() else member):
+            yield member, read_bounded(file, limit=MOST_FILE)
 
 
 def _decode(data: bytes, member: str, path: Path, census: _Census) -> Pixels:

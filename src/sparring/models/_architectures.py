@@ -115,15 +115,8 @@ def vgg_like(shape: Shape, classes: int, mean: Floats, std: Floats, *, width: fl
         layers.append(nn.MaxPool2d(2))
     features = channels * (shape[1] // 8) * (shape[2] // 8)
     hidden = _scaled(1024, width)
-    return nn.Sequential(
-        *layers,
-        nn.Flatten(),
-        nn.Linear(features, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, classes),
-    )
+    layers += [nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, classes))
 
 
 def resnet_32(
