@@ -46,10 +46,8 @@ def _masks(model: nn.Module) -> sparsity.Masks:
 
 
 def _shipped(model: nn.Module) -> object:
-    def attack(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return attacks.fgsm(network, x, y, norm=LINF, eps=0.1)
-
-    return deploy.compare_shipped(model, deploy.pack(model, shape=SHAPE), X, Y, attack)
+    packed = deploy.pack(model, shape=SHAPE)
+    return deploy.ship_report(model, packed, X, Y, attacks.fgsm, Threat(LINF, 0.1), decisions=0)
 
 
 CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
@@ -71,7 +69,7 @@ CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
     "export": lambda m, folder: deploy.export(m, folder / "net.sparring", shape=SHAPE),
     "to_onnx": lambda m, folder: deploy.onnx_error(deploy.to_onnx(m, folder / "net.onnx", shape=SHAPE), m, X),
     "bench": lambda m, _: deploy.bench(m, shape=SHAPE, batches=(1,), rounds=1),
-    "compare_shipped": lambda m, _: _shipped(m),
+    "ship_report": lambda m, _: _shipped(m),
 } | {
     f"run {name}": (lambda m, _, name=name: attacks.run(m, X, Y, attacks.ATTACKS[name], WITHIN))
     for name in ("fgsm", "pgd", "square")

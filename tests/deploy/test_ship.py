@@ -15,29 +15,26 @@ onnxruntime = pytest.importorskip("onnxruntime")
 SHAPE = (1, 28, 28)
 
 
-def signs(model, x, y):
-    """One step of FGSM at .1: enough of an attack for a comparison."""
-    image = x.clone().requires_grad_()
-    loss = torch.nn.functional.cross_entropy(model(image), y)
-    return (x + 0.1 * torch.autograd.grad(loss, image)[0].sign()).clamp(0, 1)
-
-
 @pytest.mark.parametrize("values", ["fp32", "int8"])
-def test_what_is_shipped_is_attacked_and_compared(sparse_model, values):
-    model = sparse_model("lenet-5", 0.1).train()
-    x = torch.rand(40, *SHAPE, generator=torch.Generator().manual_seed(0))
+def test_what_is_shipped_is_attacked_and_compared(sparse_model, values, monkeypatch):
+    model, threat = sparse_model("lenet-5", 0.1), Threat(LINF, 0.1)
+    x = torch.rand(55, *SHAPE, generator=torch.Generator().manual_seed(0))
     y = model.eval()(x).argmax(1)
+    alone = attacks.run(model, x, y, attacks.fgsm, threat)
     model.train()
     packed = deploy.pack(model, shape=SHAPE, values=values)
-    asked = []
+    asked, run = [], attacks.run
 
-    def noise(network, x, y):
-        asked.append((network, len(x)))
-        return (x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    def watched(network, x, y, attack, *rest, **options):
+        asked.append((isinstance(network, deploy.PackedModule), attack, len(x)))
+        return run(network, x, y, attack, *rest, **options)
 
-    result = deploy.compare_shipped(model, packed, x, y, signs, decide=noise, few=10)
-    ((network, few),) = asked
-    assert isinstance(network, deploy.PackedModule) and few == 10 and 0 <= result.robust_decision <= 1
+    monkeypatch.setattr(attacks, "run", watched)
+    result = deploy.ship_report(model, packed, x, y, attacks.fgsm, threat, decisions=1)
+    assert asked[:2] == [(False, attacks.fgsm, 55), (True, attacks.fgsm, 55)]
+    ((shipped, blind, few),) = asked[2:]
+    assert shipped and blind.func is attacks.hopskipjump and few == 50 and 0 <= result.robust_decision <= 1
+    assert result.robust_model == attacks.robust_accuracy(alone)
     assert result.stands_packed.double().mean() <= min(result.robust_packed, result.robust_transfer)
     assert result.stands_model.double().mean() <= result.robust_model
     assert model.training
@@ -45,20 +42,15 @@ def test_what_is_shipped_is_attacked_and_compared(sparse_model, values):
     assert result.logit_error <= (5e-6 if values == "fp32" else 5e-2)
     assert abs(result.robust_transfer - result.robust_model) <= (0.03 if values == "fp32" else 0.15)
     assert abs(result.robust_packed - result.robust_model) <= (0.03 if values == "fp32" else 0.15)
+    share = float(result.stands_packed.double().mean() - result.stands_model.double().mean())
+    assert result.change.estimate == pytest.approx(share) and result.change.low <= share <= result.change.high
 
 
-def test_a_report_of_what_shipping_costs(sparse_model):
+def test_a_report_without_decisions(sparse_model):
     model = sparse_model("lenet-300-100", 0.1)
     x = torch.rand(30, *SHAPE, generator=torch.Generator().manual_seed(0))
-    y = model(x).argmax(1)
-    threat = Threat(LINF, 0.02)
-    found = deploy.ship_report(model, deploy.pack(model, shape=SHAPE, values="int8"), x, y, attacks.fgsm, threat)
-    assert found.accuracy_model == 1 and found.agreement >= 0.9 and 0 <= found.robust_decision <= 1
-    alone = attacks.run(model, x, y, attacks.fgsm, threat)
-    assert found.robust_model == attacks.robust_accuracy(alone)
-    share = float(found.stands_packed.double().mean() - found.stands_model.double().mean())
-    assert found.change.estimate == pytest.approx(share) and found.change.low <= share <= found.change.high
-    blind = deploy.ship_report(model, deploy.pack(model, shape=SHAPE), x, y, attacks.fgsm, threat, decisions=0)
+    packed, threat = deploy.pack(model, shape=SHAPE), Threat(LINF, 0.02)
+    blind = deploy.ship_report(model, packed, x, model(x).argmax(1), attacks.fgsm, threat, decisions=0)
     assert blind.robust_decision is None and blind.change.estimate == 0
 
 

@@ -6,7 +6,7 @@ from ._bench import BenchRow, bench
 from ._differentiable import PackedModule
 from ._onnx import onnx_error, to_onnx
 from ._runtime import Packed, export, load, pack
-from ._ship import Shipped, compare_shipped, ship_report
+from ._ship import Shipped, ship_report
 from ._timing import Timing, interleaved, multiplications, peak_flops
 from ._torch_modules import Equivalent
 from .format._program import Program
@@ -20,7 +20,6 @@ __all__ = [
     "Shipped",
     "Timing",
     "bench",
-    "compare_shipped",
     "export",
     "interleaved",
     "load",

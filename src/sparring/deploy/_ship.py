@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +16,7 @@ from ..threat import Threat
 from ._differentiable import PackedModule
 from ._runtime import Packed
 
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+FEW = 50  # images of the attack that asks for classes alone
 
 
 @dataclass(frozen=True)
@@ -61,40 +60,16 @@ def ship_report(
 ) -> Shipped:
     """Say what shipping costs: a network and its artefact under an attack, the artefact also under HopSkipJump.
 
-    x: float (N, *shape) in [0, 1]; y: int64 (N,). Both attacks go through `attacks.run` and start from one seed. The
-    decision-based attack asks the very kernels that are shipped for classes alone, on the first 50 images, in
-    `decisions` steps; 0 leaves it out. Raises UserError as `attacks.run` does.
+    x: float (N, *shape) in [0, 1]; y: int64 (N,). Attacks go through `attacks.run` and start from one seed; on the
+    artefact a gradient attack works with its own values, as rounded. HopSkipJump asks the very kernels that are shipped
+    for classes alone, on the first 50 images, in `decisions` steps; 0 leaves it out. The model is evaluated in eval
+    mode and left as it was. Raises UserError as `attacks.run` does.
     """
-
-    def made(function: attacks.Attack, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return attacks.run(network, x, y, function, threat, generator=generator).x_adv
-
     blind = partial(attacks.hopskipjump, steps=decisions)
-    decide = partial(made, blind) if decisions else None
-    return compare_shipped(model, packed, x, y, partial(made, attack), decide=decide)
-
-
-def compare_shipped(
-    model: nn.Module,
-    packed: Packed,
-    x: Tensor,
-    y: Tensor,
-    attack: Attack,
-    *,
-    decide: Attack | None = None,
-    few: int = 50,
-) -> Shipped:
-    """Attack a model and its artefact on images x (N, *shape) in [0, 1] with labels y (N,), int64.
-
-    `attack` maps (network, x, y) to adversarial images within its budget; on the artefact a gradient attack works with
-    its own values, as rounded. `decide` does the same from predictions alone, on the first `few` images: they come from
-    the very kernels that are shipped. The model is evaluated in eval mode and left as it was.
-    """
     with eval_mode(model):
         shipped, model = PackedModule(packed), opened(model, x)
-        examples = [attack(model, x, y), attack(shipped, x, y)]
-        decided = None if decide is None else decide(shipped, x[:few], y[:few])
+        examples = [_attacked(network, x, y, attack, threat) for network in (model, shipped)]
+        decided = _attacked(shipped, x[:FEW], y[:FEW], blind, threat) if decisions else None
         with torch.no_grad():
             logits, own = model(x), packed(x)
             right, right_packed = logits.argmax(1) == y, own.argmax(1) == y
@@ -108,10 +83,14 @@ def compare_shipped(
             robust_model=_share(standing[0]),
             robust_packed=_share(standing_packed[1]),
             robust_transfer=_share(standing_packed[0]),
-            robust_decision=None if decided is None else _share(packed(decided).argmax(1) == y[:few]),
+            robust_decision=None if decided is None else _share(packed(decided).argmax(1) == y[:FEW]),
             stands_model=standing[0] & standing[1],
             stands_packed=standing_packed[0] & standing_packed[1],
         )
+
+
+def _attacked(network: nn.Module, x: Tensor, y: Tensor, attack: attacks.Attack, threat: Threat) -> Tensor:
+    return attacks.run(network, x, y, attack, threat, generator=torch.Generator().manual_seed(0)).x_adv
 
 
 def _share(hits: Tensor) -> float:
