@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparring import attacks, deploy
-from sparring.deploy._timing import interleaved
+from sparring.deploy._bench import interleaved
 from sparring.errors import UserError
 from sparring.report import timings_figure
 from sparring.threat import LINF, Threat

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from ._bench import BenchRow, bench
-from ._differentiable import PackedModule
+from ._bench import BenchRow, Timing, bench, interleaved, multiplications, peak_flops
 from ._onnx import onnx_error, to_onnx
 from ._runtime import Packed, export, load, pack
 from ._ship import Shipped, ship_report
-from ._timing import Timing, interleaved, multiplications, peak_flops
-from ._torch_modules import Equivalent
+from ._torch_modules import Equivalent, PackedModule
 from .format._program import Program
 
 __all__ = [

@@ -13,8 +13,8 @@ from ..modes import eval_mode
 from ..outputs import opened
 from ..statistics import Effect, effect
 from ..threat import Threat
-from ._differentiable import PackedModule
 from ._runtime import Packed
+from ._torch_modules import PackedModule
 
 FEW = 50  # images of the attack that asks for classes alone
 

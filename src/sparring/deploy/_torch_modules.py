@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from .. import graph
 from ..sparsity import MeanSparse, ShiftedReLU, Threshold, TopK
+from ._runtime import Packed
 from .format._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 
@@ -106,3 +110,73 @@ def _layer(op: Sparse, *, flat: bool) -> nn.Module:
 
 def _tensor(values: Floats) -> Tensor:
     return torch.from_numpy(values).clone()
+
+
+class PackedModule(nn.Module):
+    """What is shipped, as attacks want it: images (N, *shape) to logits, differentiable with respect to the images.
+
+    For fp16 and int8 artefacts it computes with the values as they were rounded. Logits are the kernels'. Gradients are
+    theirs too, or where they have none those of `equivalent`: without llvmlite, of vectors that autograd batches, and
+    through activation sparsity, whose modules an attack finds there and may switch to their straight-through pass.
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self.packed = packed
+        self.equivalent = Equivalent(packed.program)
+        masked = any(isinstance(step.op, PackedActivation | Snap) for step in packed.program.steps)
+        self._native = packed.has_gradient and not masked
+        # What an attack that needs no graph calls by itself: (images, gradients of logits, one or several for each) to
+        # gradients of images.
+        self.input_gradient = packed.gradient if self._native else None
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, classes)."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.packed(x)
+        if not self._native:
+            return cast(Tensor, self.equivalent(x))
+        return cast(Tensor, _Logits.apply(x, self))  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Return a copy to be changed, such as one without activation sparsity: torch alone can compute that."""
+        return _Copy(copy.deepcopy(self.equivalent, memo))
+
+
+class _Copy(nn.Module):
+    """The equivalent under the name that it has in a packed module."""
+
+    def __init__(self, equivalent: Equivalent) -> None:
+        super().__init__()
+        self.equivalent = equivalent
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.equivalent(x))
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, module: PackedModule) -> Tensor:
+        return module.packed(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.module = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        try:
+            given = upstream.detach().numpy()
+        except RuntimeError:  # many vectors at once (`is_grads_batched`), which only torch's own operations know
+            return _dense_gradient(ctx.module.equivalent, x, upstream), None
+        return ctx.module.packed.gradient(x, torch.from_numpy(given)), None
+
+
+def _dense_gradient(network: nn.Module, x: Tensor, upstream: Tensor) -> Tensor:
+    with torch.enable_grad():
+        image = x.detach().requires_grad_()
+        return torch.autograd.grad(network(image), image, upstream)[0]

@@ -193,7 +193,7 @@ def test_blocks_of_a_linear_layer_change_no_bit(sparse_model, monkeypatch):
         monkeypatch.setattr(planning, "_LINEAR_READS", 1)
         run = Engine(program)
         found.add(run.run(x).tobytes())
-        blocks.add(max(int(call.arguments[13]) for call in run._split[1][0][0]._calls if call.spec.name[:4] == "tile"))
+        blocks.add(max(int(call.arguments[9]) for call in run._split[1][0][0]._calls if call.spec.name[:4] == "tile"))
     assert len(found) == 1 and len(blocks) == 3
 
 

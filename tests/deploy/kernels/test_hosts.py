@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from sparring.deploy.format._compile import compile_model
-from sparring.deploy.kernels._abi import Layout
+from sparring.deploy.kernels._abi import Layout, module_of
 from sparring.deploy.kernels._autotune import usual
 from sparring.deploy.kernels._backward import GradientPlanner
 from sparring.deploy.kernels._fusion import tasks_of
-from sparring.deploy.kernels._matmul import Lookup, Rows, module_of
+from sparring.deploy.kernels._matmul import Lookup, Rows
 from sparring.deploy.kernels._plan import Planner
 
 HOSTS = [

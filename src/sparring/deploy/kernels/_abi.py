@@ -1,13 +1,21 @@
-"""Kernel calls: a kernel, its arguments, and the layout they are for."""
+"""Kernel calls: a kernel, its arguments and the layout they are for; how kernels are compiled, and who calls them."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
 
+import llvmlite
 import numpy as np
+from llvmlite import ir
 from numpy.typing import NDArray
 
-from ._llvm_ir import Spec
+from ._llvm_ir import INT64, POINTER, Kernel, Spec, Unit
+from ._native import Code
 
 Table = NDArray[np.generic]
 
@@ -51,7 +59,113 @@ class Call:
     key: str = ""  # equal keys: equal geometry, so that one tuning serves both
 
 
-def kernel_call(spec: Spec, arguments: list[int], tables: tuple[Table, ...] = ()) -> Call:
-    """Make a call that runs once a unit, with the addresses of tables behind the other arguments."""
+def kernel_call(spec: Spec, arguments: list[int], tables: tuple[Table, ...] = (), *, per_unit: bool = True) -> Call:
+    """Make a call with the addresses of tables behind the other arguments."""
     addresses = [table.ctypes.data for table in tables]
-    return Call(spec, np.array([*arguments, *addresses], np.int64), tables, True)
+    return Call(spec, np.array([*arguments, *addresses], np.int64), tables, per_unit)
+
+
+class Run(IntEnum):
+    """What a run is told: int64s about its images, then those that it fills for the kernels, unit by unit.
+
+    A gradient of the images takes the place of the logits.
+    """
+
+    IMAGES = 0  # their address
+    LOGITS = 1  # where the logits go
+    COUNT = 2  # images
+    IMAGE_BYTES = 3
+    LOGITS_BYTES = 4
+    LANES = 5  # images of a unit
+    OWN = 6  # offset in the arena of the first unit's own memory
+    UNIT_BYTES = 7  # from one unit's own memory to the next
+    UPSTREAM = 8  # address of the gradients of the logits
+    UPSTREAM_BYTES = 9  # of one image
+    UNIT = 10  # where the fields of `Unit` begin
+
+
+def fields_of(told: Mapping[int, int]) -> NDArray[np.int64]:
+    """Return the fields of a run by their numbers, zero where nothing is told."""
+    fields = np.zeros(Run.UNIT + len(Unit), np.int64)
+    fields[list(told)] = list(told.values())
+    return fields
+
+
+def add_kernels(code: Code, specs: Iterable[Spec]) -> list[str]:
+    """Compile those of the kernels that the code lacks, and return their names."""
+    missing = {spec.name: spec for spec in specs if spec.name not in code}
+    if missing:
+        code.add(_identity(list(missing)), lambda: module_of(list(missing.values())), list(missing))
+    return list(missing)
+
+
+def add_cached_kernels(code: Code, names: list[str]) -> None:
+    """Load what `add_kernels` once compiled together, if the cache still holds it."""
+    code.add_cached(_identity(names), names)
+
+
+def _identity(names: list[str]) -> str:
+    return "\0".join((*sorted(names), _sources()))
+
+
+def add_runner(code: Code) -> None:
+    """Compile the function "run", which executes a plan."""
+    code.add(f"run\0{_sources()}", runner, ["run"])
+
+
+@cache
+def _sources() -> str:
+    """Return a hash of how kernels are written, so that a cache never outlives the code that filled it."""
+    content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(content + llvmlite.__version__.encode()).hexdigest()
+
+
+def module_of(specs: list[Spec]) -> str:
+    """Return the LLVM IR of a module with these kernels."""
+    module = ir.Module("sparring")
+    for spec in specs:
+        kernel = Kernel(module, spec.name)
+        spec.emit(kernel)
+        kernel.finish()
+    return str(module)
+
+
+def runner() -> str:
+    """Return the LLVM IR of `void run(arena, segments, call)`, which executes a plan in one call, see `Run`.
+
+    segments: a count, then for each (1 to run it once for every unit of images that is in use, else 0; operations;
+    address of their table), a table holding a kernel's address and its arguments' address each.
+    """
+    module = ir.Module("runner")
+    k = Kernel(module, "run")
+    b = k.b
+    image_bytes, logits_bytes, upstream_bytes = (
+        k.field(f) for f in (Run.IMAGE_BYTES, Run.LOGITS_BYTES, Run.UPSTREAM_BYTES)
+    )
+    images, lanes, unit_bytes = k.field(Run.COUNT), k.field(Run.LANES), k.field(Run.UNIT_BYTES)
+    inner = k.at(k.call, 8 * Run.UNIT)
+    used = b.sdiv(b.add(images, b.sub(lanes, k.number(1))), lanes)
+    kind = ir.FunctionType(ir.VoidType(), [POINTER, POINTER, POINTER])
+    with k.loop(k.load(k.arguments, INT64)) as number:
+        segment = k.at(k.arguments, b.add(b.mul(number, k.number(24)), k.number(8)))
+        each, count = k.load(segment, INT64), k.load(k.at(segment, 8), INT64)
+        table = b.inttoptr(k.load(k.at(segment, 16), INT64), POINTER)
+        with k.loop(b.select(b.icmp_signed("!=", each, k.number(0)), used, k.number(1))) as unit:
+            before = b.mul(unit, lanes)
+            left = b.sub(images, before)
+            told = {
+                Unit.IMAGES: b.add(k.field(Run.IMAGES), b.mul(before, image_bytes)),
+                Unit.LOGITS: b.add(k.field(Run.LOGITS), b.mul(before, logits_bytes)),
+                Unit.COUNT: b.select(b.icmp_signed("<", left, lanes), left, lanes),
+                Unit.UPSTREAM: b.add(k.field(Run.UPSTREAM), b.mul(before, upstream_bytes)),
+                Unit.OWN: b.add(k.field(Run.OWN), b.mul(unit, unit_bytes)),
+            }
+            for field, value in told.items():
+                k.store(value, k.at(inner, 8 * field))
+            with k.loop(count) as entry:
+                pair = k.at(table, b.mul(entry, k.number(16)))
+                function = b.inttoptr(k.load(pair, INT64), kind.as_pointer())
+                arguments = b.inttoptr(k.load(k.at(pair, 8), INT64), POINTER)
+                b.call(function, [k.arena, arguments, inner])
+    k.finish()
+    return str(module)

@@ -13,9 +13,8 @@ import numpy as np
 
 from ...errors import UserError
 from ...files import read_json, write_json
-from ._abi import Call, Tiling
+from ._abi import Call, Tiling, add_cached_kernels, add_kernels
 from ._fusion import FusedLayer
-from ._matmul import add_cached_kernels, add_kernels
 from ._native import Code, cache_folder, host_identity, host_registers
 from ._plan import Planner
 

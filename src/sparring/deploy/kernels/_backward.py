@@ -15,6 +15,7 @@ from ._autotune import usual
 from ._elementwise import Pack, PoolGradient, UnpackImages
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View, tasks_of
 from ._layout import Buffer
+from ._llvm_ir import Unit
 from ._plan import Planner, sources_of
 
 
@@ -70,7 +71,7 @@ class GradientPlanner(Planner):
             raise Unsupported("the logits of this network are read again inside it, or are a view of padded values")
         backward = [
             kernel_call(
-                Pack(self.layout.lanes, False, field=3), [logits.origin, 1, 1, classes, 0, 0, 4 * classes], _ONE
+                Pack(self.layout.lanes, False, Unit.UPSTREAM), [logits.origin, 1, 1, classes, 0, 0, 4 * classes], _ONE
             )
         ]
         if last in self._rectified:
@@ -158,9 +159,7 @@ class GradientPlanner(Planner):
         inside = all((sides[i + 2] - 1) * op.stride[i] + op.kernel[i] <= sides[i] for i in (0, 1))
         apart = all(op.stride[i] >= op.kernel[i] for i in (0, 1)) and op.dilation == (1, 1) and op.padding == (0, 0)
         add = other is not None or not (inside and apart)
-        spec = PoolGradient(
-            self.layout.lanes, sides, op.kernel, op.stride, op.padding, op.dilation, add, gate is not None and not add
-        )
+        spec = PoolGradient(self.layout.lanes, sides, op, add, gate is not None and not add)
         strides = [number for buffer in (value, upstream, target) for number in buffer.strides]
         calls = [kernel_call(spec, [value.origin, upstream.origin, target.origin, shape[0], *strides])]
         if add and other is None:

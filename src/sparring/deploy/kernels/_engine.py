@@ -11,27 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..format._program import Floats, Program
-from ._abi import Call, Layout
+from ._abi import Call, Layout, Run, add_kernels, add_runner, fields_of
 from ._autotune import tuned, usual
 from ._backward import GradientPlanner
 from ._builtin import add_answer, builtin, reader
 from ._fusion import FusedLayer, Task, tasks_of
-from ._matmul import add_kernels, add_runner
+from ._llvm_ir import Unit
 from ._native import Code, host_lanes, permutes
 from ._plan import Planner
 
 _NEAR_CACHE = 1 << 19  # bytes: half of what a core has for itself
+_TOLD = slice(int(Run.IMAGES), Run.COUNT + 1)  # images, logits and count at once: numpy is slow with enums
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class Workspace:
     """The memory of one run at a time: an arena, zeroed where padding is read, and the fields of the call."""
 
-    def __init__(self, size: int, fields: tuple[int, ...]) -> None:
+    def __init__(self, size: int, fields: NDArray[np.int64]) -> None:
         self._memory = np.zeros(size + 64, np.uint8)
         self.bytes_memory = size
         self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
-        self.call = np.array(fields, np.int64)
+        self.call = fields.copy()
         self.call_address = self.call.ctypes.data
 
 
@@ -41,10 +42,10 @@ class Single(Workspace):
     To ask numpy for an address takes longer than a small network.
     """
 
-    def __init__(self, size: int, fields: tuple[int, ...], classes: int, code: Code, segments: int) -> None:
+    def __init__(self, size: int, fields: NDArray[np.int64], classes: int, code: Code, segments: int) -> None:
         super().__init__(size, fields)
         self.logits = np.zeros((1, classes), np.float32)
-        self.call[1], self.call[2] = self.logits.ctypes.data, 1
+        self.call[_TOLD] = 0, self.logits.ctypes.data, 1
         self._arguments = np.array([code["run"], self.arena, segments, self.call_address], np.int64)
         self._code = code  # keeps the machine code alive
         self.answer = builtin(code, self._arguments.ctypes.data) or self._through_ctypes
@@ -53,7 +54,7 @@ class Single(Workspace):
         if not image.flags.c_contiguous:
             raise ValueError("the image is not contiguous")
         run, arena, segments, call = self._arguments.tolist()
-        self.call[0] = image.ctypes.data
+        self.call[Run.IMAGES] = image.ctypes.data
         _RUN(run)(arena, segments, call)
         return 0
 
@@ -72,10 +73,16 @@ class ExecutionPlan:
         self._segments_address = self._segments.ctypes.data
         self._again, self._tables_again = _segments(calls[again:], code)
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
-        lanes = layout.lanes if layout.tiles else 1
-        result = self._image if isinstance(planner, GradientPlanner) else self._logits
-        units = planner.common_bytes, planner.unit_bytes
-        fields = (0, 0, 0, self._image, result, lanes, *units, 0, self._logits, *[0] * 5)
+        fields = fields_of(
+            {
+                Run.IMAGE_BYTES: self._image,
+                Run.LOGITS_BYTES: self._image if isinstance(planner, GradientPlanner) else self._logits,
+                Run.LANES: layout.lanes if layout.tiles else 1,
+                Run.OWN: planner.common_bytes,
+                Run.UNIT_BYTES: planner.unit_bytes,
+                Run.UPSTREAM_BYTES: self._logits,
+            }
+        )
         self._run = _RUN(code["run"])
         self._workspace = partial(Workspace, planner.arena_bytes, fields)
         self._single = partial(Single, planner.arena_bytes, fields, program.classes, code, self._segments_address)
@@ -90,7 +97,7 @@ class ExecutionPlan:
             space = self._workspace()
         call, together = space.call, self.together
         while count > 0:
-            call[0], call[1], call[2] = images, logits, min(count, together)
+            call[_TOLD] = images, logits, min(count, together)
             self._run(space.arena, self._segments_address, space.call_address)
             images, logits, count = images + together * self._image, logits + together * self._logits, count - together
         self._idle.append(space)
@@ -110,10 +117,10 @@ class ExecutionPlan:
         call, together = space.call, self.together
         again = self._again.ctypes.data
         for start in range(0, count, together):
-            call[0], call[2] = images + start * self._image, min(count - start, together)
+            call[Run.IMAGES], call[Run.COUNT] = images + start * self._image, min(count - start, together)
             for row in range(rows):
                 at = row * count + start
-                call[1], call[8] = gradients + at * self._image, upstream + at * self._logits
+                call[Run.LOGITS], call[Run.UPSTREAM] = gradients + at * self._image, upstream + at * self._logits
                 self._run(space.arena, again if row else self._segments_address, space.call_address)
         self._idle.append(space)
 
@@ -178,8 +185,8 @@ class Engine:
         """Return the plan for a layout, tuned and made when first asked for."""
         if layout not in self._plans:
             planner = Planner(self._program, self._tasks, layout)
-            space = Workspace(planner.arena_bytes, (0, 0, 0, 0, planner.common_bytes))
-            memory = space.arena, space.call_address
+            space = Workspace(planner.arena_bytes, fields_of({Run.UNIT + Unit.OWN: planner.common_bytes}))
+            memory = space.arena, space.call_address + 8 * Run.UNIT
             choose = tuned(planner, self._code, memory, lanes=self._lanes, lookup=self._lookup)
             calls = planner.calls(choose, lookup=self._lookup)
             self._plans[layout] = ExecutionPlan(self._program, planner, calls, self._code)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from llvmlite import ir
@@ -21,11 +23,32 @@ def vector(lanes: int) -> Any:
     return FLOAT if lanes == 1 else ir.VectorType(FLOAT, lanes)
 
 
+class Unit(IntEnum):
+    """What a kernel is told of one call: int64s about the unit of images that it works on."""
+
+    IMAGES = 0  # their address
+    LOGITS = 1  # where the logits go, or the gradients of the images
+    COUNT = 2  # images of this unit
+    UPSTREAM = 3  # address of the gradients of the logits
+    OWN = 4  # offset in the arena of the unit's own memory
+
+
+@dataclass
+class Turn:
+    """A turn of a loop: its number, and the values that go from turn to turn, of which the body assigns the next.
+
+    After the loop: the first number that was not run, and the values that came out.
+    """
+
+    number: Value
+    values: list[Value]
+
+
 class Kernel:
     """One function `void name(arena, arguments, call)` under construction.
 
     `arena` is the base of all values; `arguments` points to int64s that never change (offsets into the arena, counts,
-    addresses of tables); `call` points to the int64s of one call (see `runner`).
+    addresses of tables), which are read one after the other; `call` points to the int64s of one call (see `Unit`).
     """
 
     def __init__(self, module: ir.Module, name: str) -> None:
@@ -33,24 +56,34 @@ class Kernel:
         self.function = ir.Function(module, kind, name)
         self.arena, self.arguments, self.call = self.function.args
         self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self._read = 0  # arguments
 
-    def argument(self, number: int) -> Value:
-        """Load an argument."""
-        return self.load(self.at(self.arguments, 8 * number), INT64)
+    def integer(self) -> Value:
+        """Load the next argument."""
+        self._read += 1
+        return self.load(self.at(self.arguments, 8 * (self._read - 1)), INT64)
 
-    def argument_pointer(self, number: int) -> Value:
-        """Load an argument that is an address."""
-        return self.b.inttoptr(self.argument(number), POINTER)
+    def integers(self, count: int) -> list[Value]:
+        """Load the next arguments."""
+        return [self.integer() for _ in range(count)]
 
-    def argument_in_arena(self, number: int) -> Value:
-        """Load an argument that is a place in the arena: an offset, or -1 - offset into the unit's own memory."""
-        place, b = self.argument(number), self.b
-        own = b.add(b.not_(place), self.call_field(4))
+    def pointer(self) -> Value:
+        """Load the next argument, an address."""
+        return self.b.inttoptr(self.integer(), POINTER)
+
+    def place(self) -> Value:
+        """Load the next argument, a place in the arena: an offset, or -1 - offset into the unit's own memory."""
+        place, b = self.integer(), self.b
+        own = b.add(b.not_(place), self.field(Unit.OWN))
         return self.at(self.arena, b.select(b.icmp_signed("<", place, self.number(0)), own, place))
 
-    def call_field(self, number: int) -> Value:
+    def field(self, number: int) -> Value:
         """Load a field of this call."""
         return self.load(self.at(self.call, 8 * number), INT64)
+
+    def address(self, number: int) -> Value:
+        """Load a field of this call that is an address."""
+        return self.b.inttoptr(self.field(number), POINTER)
 
     def at(self, pointer: Value, offset: Value | int) -> Value:
         """Return pointer + offset bytes."""
@@ -69,15 +102,20 @@ class Kernel:
         """Load a value that is aligned to four bytes only."""
         return self.b.load(pointer, align=4, typ=kind)
 
+    def entry(self, floats: Value, number: Value) -> Value:
+        """Load entry `number` of an array of floats."""
+        return self.load(self.b.gep(floats, [number], source_etype=FLOAT), FLOAT)
+
     def store(self, value: Value, pointer: Value) -> None:
         """Store a value aligned to four bytes only."""
         self.b.store(value, pointer, align=4)
 
     def splat(self, value: Value, lanes: int) -> Value:
-        """Return a vector whose lanes all hold a float."""
+        """Return a vector whose lanes all hold a number."""
         if lanes == 1:
             return value
-        first = self.b.insert_element(ir.Constant(vector(lanes), ir.Undefined), value, ir.Constant(INT32, 0))
+        kind = ir.VectorType(value.type, lanes)
+        first = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(INT32, 0))
         return self.shuffle(first, first, [0] * lanes)
 
     def shuffle(self, left: Value, right: Value, order: Sequence[int]) -> Value:
@@ -105,48 +143,40 @@ class Kernel:
     @contextmanager
     def loop(self, count: Value | int, step: int = 1) -> Iterator[Value]:
         """Run the body for 0, step, 2 · step, ... below count."""
-        b, limit = self.b, self.number(count)
+        with self.carry(count, step=step) as turn:
+            yield turn.number
+
+    @contextmanager
+    def carry(
+        self, end: Value | int, values: Sequence[Value] = (), *, step: int = 1, start: Value | int = 0
+    ) -> Iterator[Turn]:
+        """Run the body for start, start + step, ... below end, with values that go from turn to turn."""
+        b, limit, first = self.b, self.number(end), [self.number(start), *values]
         before = b.block
         body, done = self.function.append_basic_block("body"), self.function.append_basic_block("done")
-        b.cbranch(b.icmp_signed("<", self.number(0), limit), body, done)
+        b.cbranch(b.icmp_signed("<", first[0], limit), body, done)
         b.position_at_end(body)
-        number = b.phi(INT64)
-        number.add_incoming(self.number(0), before)
-        yield number
-        following = b.add(number, self.number(step))
-        number.add_incoming(following, b.block)
-        b.cbranch(b.icmp_signed("<", following, limit), body, done)
+        inside = [b.phi(value.type) for value in first]
+        turn = Turn(inside[0], inside[1:])
+        yield turn
+        last, results = b.block, [b.add(inside[0], self.number(step)), *turn.values]
+        b.cbranch(b.icmp_signed("<", results[0], limit), body, done)
         b.position_at_end(done)
+        ends = [b.phi(value.type) for value in first]
+        for phis in (inside, ends):
+            for phi, value, result in zip(phis, first, results, strict=True):
+                phi.add_incoming(value, before)
+                phi.add_incoming(result, last)
+        turn.number, turn.values = ends[0], ends[1:]
 
-    def accumulate(
-        self, start: Value, end: Value, step: int, carried: Sequence[Value], body: Any
-    ) -> tuple[Value, list[Value]]:
-        """Run `carried = body(i, carried)` for i = start, start + step, ... while i + step <= end.
-
-        Return the first i that was not run, and what is carried.
-        """
-        b, limit = self.b, self.b.sub(end, self.number(step - 1))
-        before = b.block
-        inside, done = self.function.append_basic_block("sum"), self.function.append_basic_block("summed")
-        b.cbranch(b.icmp_signed("<", start, limit), inside, done)
-        b.position_at_end(inside)
-        number = b.phi(INT64)
-        number.add_incoming(start, before)
-        phis = [b.phi(value.type) for value in carried]
-        results = body(number, phis)
-        following = b.add(number, self.number(step))
-        number.add_incoming(following, b.block)
-        for phi, value, result in zip(phis, carried, results, strict=True):
-            phi.add_incoming(value, before)
-            phi.add_incoming(result, b.block)
-        last = b.block
-        b.cbranch(b.icmp_signed("<", following, limit), inside, done)
-        b.position_at_end(done)
-        reached = [b.phi(value.type) for value in (start, *carried)]
-        for phi, value, result in zip(reached, (start, *carried), (following, *results), strict=True):
-            phi.add_incoming(value, before)
-            phi.add_incoming(result, last)
-        return reached[0], reached[1:]
+    def along(self, width: Value, lanes: int, body: Callable[[Value, int], None]) -> None:
+        """Run body(x, lanes) for the vectors of a row of `width` floats, then body(x, 1) for each that is left."""
+        whole = self.b.mul(self.b.sdiv(width, self.number(lanes)), self.number(lanes))
+        with self.loop(whole, lanes) as x:
+            body(x, lanes)
+        if lanes > 1:
+            with self.loop(self.b.sub(width, whole)) as rest:
+                body(self.b.add(whole, rest), 1)
 
     def choose(self, condition: Value, one: Any, other: Any) -> list[Value]:
         """Return the values of one() if the condition holds, else those of other(), running only that."""

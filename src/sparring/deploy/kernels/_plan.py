@@ -15,9 +15,8 @@ from ._abi import Call, Layout, Table, Tiling, kernel_call
 from ._activation_sparsity import Largest, Narrow
 from ._elementwise import Pack, Pointwise, PoolMax, Unpack
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View
-from ._gemv import MOST_PLACES, lookup_call, rows_call
 from ._layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
-from ._matmul import AHEAD, Tile
+from ._matmul import AHEAD, MOST_PLACES, Tile, lookup_call, rows_call
 
 _LINEAR_BYTES, _LINEAR_READS = 1 << 16, 16  # of a linear layer's block, as measured
 MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
@@ -190,16 +189,8 @@ class Planner:
 
     def _max_pool(self, task: MaxPool) -> Call:
         source, target, op = self.buffer(task.source), self.buffer(task.result), task.op
-        spec = PoolMax(
-            target.lanes,
-            (*source.shape[1:], *target.shape[1:]),
-            op.kernel,
-            op.stride,
-            op.padding,
-            op.dilation,
-            task.relu,
-        )
-        strides = [source.outer, source.inner, target.outer, target.inner]
+        spec = PoolMax(target.lanes, (*source.shape[1:], *target.shape[1:]), op, task.relu)
+        strides = [*source.strides, *target.strides]
         return kernel_call(spec, [source.origin, target.origin, target.shape[0], *strides])
 
     def _sparsify(self, task: Sparsify) -> Call:
@@ -260,14 +251,11 @@ class Planner:
         blocks = -(-task.op.shape[1] // per_block)
         starts, nonzeros = _nonzeros(task.op, offsets_of(task.op, source, flat), per_block, blocks)
         spec = replace(spec, blocked=blocks > 1)
-        outer = [b.outer for b in four[1:]]
+        numbers = [len(cut.starts), task.op.shape[0], *(b.outer for b in four[1:]), blocks, self.end]
         tables = (table, starts, nonzeros, task.op.bias)
-        values = np.array(
-            [*(b.origin for b in four), len(cut.starts), 0, task.op.shape[0], 0, 0, 0, *outer, blocks, self.end],
-            np.int64,
+        return kernel_call(
+            spec, [*(b.origin for b in four), *numbers], tables, per_unit=not (flat and self.layout.tiles)
         )
-        values[[5, 7, 8, 9]] = [t.ctypes.data for t in tables]
-        return Call(spec, values, tables, not (flat and self.layout.tiles))
 
     @property
     def common_bytes(self) -> int:
