@@ -6,7 +6,7 @@ weight from other tensors, and zeros of those must become zeros of the weight, o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,9 +20,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .errors import UserError
 from .modes import eval_mode
 
-__all__ = ["Matrix", "is_transposed", "matrices"]
+__all__ = ["Matrix", "is_transposed", "matrices", "refuse_unmasked"]
 
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -119,6 +120,18 @@ def _held(model: nn.Module) -> Iterator[Matrix]:
                 seen.add(id(value))
                 name = f"{path}.{attribute}" if path else attribute
                 yield Matrix(name, path, module, attribute, excuse=f"no parameter of {type(module).__name__}")
+
+
+def refuse_unmasked(model: nn.Module, masks: Mapping[str, Tensor], reason: str) -> None:
+    """Raise UserError, with what may have happened, unless every weight that a mask (True = kept) removed is zero."""
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    values |= {matrix.name: matrix.value() for matrix in matrices(model)}
+    for name, mask in masks.items():
+        value = values.get(name)
+        if value is None or mask.dtype != torch.bool or mask.shape != value.shape:
+            raise UserError(f"the mask '{name}' is of no weight of the model: {reason}")
+        if bool((value[~mask] != 0).any()):
+            raise UserError(f"masked weights of '{name}' are not zero: {reason}")
 
 
 def is_transposed(matrix: Matrix) -> bool:

@@ -105,12 +105,27 @@ def test_a_model_file_goes_there_and_back(tmp_path: Path) -> None:
     blueprint = Blueprint("mlp", (1, 4, 4), 3, (0.5,), (0.2,), widths=(5,))
     model = blueprint.build(seed=3)
     masks = {"2.weight": torch.rand(5, 16) > 0.5}
+    model.get_parameter("2.weight").data.mul_(masks["2.weight"])
     path = save_model(tmp_path / "m.safetensors", model, blueprint, masks)
     again, found, kept = load_model(path)
     assert found == blueprint
     assert torch.equal(kept["2.weight"], masks["2.weight"])
     x = torch.rand(2, 1, 4, 4)
     assert torch.equal(model.eval()(x), again(x))
+
+
+def test_masks_are_evidence_of_what_was_pruned(tmp_path: Path) -> None:
+    blueprint = Blueprint("mlp", (1, 4, 4), 3, (0.5,), (0.2,), widths=(5,))
+    model = blueprint.build(seed=3)
+    for masks, reason in (
+        ({"2.weight": torch.zeros(5, 16, dtype=torch.bool)}, "are not zero: .* was changed"),
+        ({"2.weight": torch.ones(16, dtype=torch.bool)}, "of no weight"),
+        ({"9.weight": torch.ones(5, 16, dtype=torch.bool)}, "of no weight"),
+        ({"2.weight": torch.ones(5, 16)}, "of no weight"),
+    ):
+        path = save_model(tmp_path / "m.safetensors", model, blueprint, masks)
+        with pytest.raises(UserError, match=reason):
+            load_model(path)
 
 
 def test_a_model_file_that_names_code_is_refused(tmp_path: Path) -> None:

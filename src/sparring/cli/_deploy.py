@@ -15,10 +15,10 @@ from ..data import Dataset, as_float, content_hash
 from ..errors import UserError
 from ..files import sha256_file, write_atomic
 from ..metrics import accuracy
-from ..models import build, load_weights_
+from ..models import build
 from ..records import PlanFile, Record, Store, read_plan, read_record
 from ..report import Choice, pick, png, shipped_verdict, timings_figure
-from ..study import WEIGHTS, chosen_images
+from ..study import chosen_images, load_network_
 from ..threat import LINF, Threat
 from ..train import predict
 from ..units import parse_eps, percent
@@ -212,8 +212,7 @@ def _network(out: Path, content: PlanFile, key: str, factory: str | None) -> tup
     ones = (1.0,) * shape[0]
     options: dict[str, Any] = {k: tuple(v) if k == "widths" else v for k, v in record.inputs["model"].items()}
     model = build(options.pop("name"), shape=shape, classes=facts["class_count"], mean=ones, std=ones, **options)
-    tensors = Store(out).tensors(key)
-    load_weights_(model, {k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)})
+    load_network_(model, Store(out).tensors(key))
     return model.eval(), shape, record
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import load_tensors, save_tensors
+from ..matrices import refuse_unmasked
 from ._hubs import is_hub_name
 from ._registry import build
 from ._weights import load_weights_
@@ -52,6 +53,7 @@ def save_model(
 def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor]]:
     """Build a model, in eval mode, from a file that `save_model` wrote; also return its blueprint and masks.
 
+    Raise UserError where a weight that its mask removed is not zero.
     Nothing of the file is executed; a blueprint that names a user's factory ("module:function") is refused, since
     the file may be a stranger's: build that model yourself and give the file as weights.
     """
@@ -83,6 +85,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
         raise UserError(f"{path}: it lacks most of its model's weights")
     model = blueprint.build()
     load_weights_(model, tensors)
+    refuse_unmasked(model, masks, f"{path} was changed after it was pruned; get it or make it again")
     return model.eval(), blueprint, masks
 
 

@@ -22,11 +22,10 @@ from .runner._ray import RayCluster
 from .runner._run import Progress, available_cores, progress, register, run, usable_device
 from .runner._schedule import Event, Watcher, environment, execute
 from .runner._watchers import show_progress, to_mlflow, to_tensorboard, what_of
-from .stages._networks import WEIGHTS, Context, check_fit, chosen_images
+from .stages._networks import Context, check_fit, chosen_images, load_network_
 from .stages._train import ramped_loss, refuse_constant, robust_score
 
 __all__ = [
-    "WEIGHTS",
     "ActivationSettings",
     "AttackSettings",
     "CertifySettings",
@@ -57,6 +56,7 @@ __all__ = [
     "environment",
     "execute",
     "lay_out",
+    "load_network_",
     "merge",
     "presets",
     "progress",

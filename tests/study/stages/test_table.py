@@ -17,11 +17,11 @@ from sparring.records import Record, Store
 from sparring.report.analysis._comparisons import shipped
 from sparring.report.analysis._findings import find
 from sparring.report.analysis._records import load
-from sparring.study import Context, DataFacts, Plan, lay_out, run
+from sparring.study import Context, DataFacts, Plan, lay_out, load_network_, run
 from sparring.study.plans._dry_run import _passes, estimate
 from sparring.study.stages import _evaluate as judging
 from sparring.study.stages._inputs import Network
-from sparring.study.stages._networks import WEIGHTS, chosen_images, narrowed, widened
+from sparring.study.stages._networks import MASK, WEIGHTS, chosen_images, narrowed, widened
 
 TABLE: dict[str, Any] = {
     "name": "everything",
@@ -237,6 +237,12 @@ def test_weights_are_what_was_measured(study: Finished) -> None:
     nonzero = sum(int(v.count_nonzero()) for k, v in tensors.items() if k.startswith(WEIGHTS) and v.dim() == 2)
     assert nonzero == round(0.2 * (64 * 32 + 32 * 16 + 16 * 10))
     assert measured.metrics["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    model = build("mlp", shape=(1, 8, 8), classes=10, mean=(0.5,), std=(0.5,), widths=(32, 16))
+    load_network_(model, tensors)
+    name = next(name for name in tensors if name.startswith(MASK))
+    tensors[WEIGHTS + name.removeprefix(MASK)][~tensors[name]] = 0.1
+    with pytest.raises(UserError, match="masked weights of"):
+        load_network_(model, tensors)
 
 
 def test_widths_of_named_models() -> None:

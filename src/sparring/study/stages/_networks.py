@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...data import Dataset, as_float
 from ...errors import PlanError, UnknownNameError, UserError
 from ...files import sha256_bytes
+from ...matrices import refuse_unmasked
 from ...models import build, load_weights_
 from ...modes import eval_mode
 from ...outputs import opened
@@ -92,10 +93,25 @@ def network_of(
     model = network(context, inputs.model, inputs.initial_seed)
     if activation is not None and activation.kind != PENALTY and activation.test:
         model = with_activation(model, activation)
-    tensors = context.tensors(key)
-    prefix = BEST if checkpoint == "best" and any(name.startswith(BEST) for name in tensors) else WEIGHTS
-    load_weights_(model, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    load_network_(model, context.tensors(key), checkpoint=checkpoint)
     return model
+
+
+def load_network_(model: nn.Module, tensors: Mapping[str, Tensor], *, checkpoint: str = "final") -> None:
+    """Give a model the weights that a task left among its tensors, in place.
+
+    Raise UserError if they do not fit, or if the final ones are not as sparse as the masks beside them say.
+    """
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    best = part(BEST) if checkpoint == "best" else {}
+    load_weights_(model, best or part(WEIGHTS))
+    if not best:
+        place = next(model.parameters()).device
+        masks = {name: mask.to(place) for name, mask in part(MASK).items()}
+        refuse_unmasked(model, masks, "its object was not written by a study; run the study again")
 
 
 def judged(context: Context, task: Task[Judged]) -> nn.Module:

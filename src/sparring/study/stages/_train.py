@@ -12,7 +12,7 @@ from ...attacks import pgd
 from ...data import Split, as_float
 from ...errors import UserError
 from ...files import load_tensors, sha256_file
-from ...matrices import matrices
+from ...matrices import refuse_unmasked
 from ...metrics import accuracy
 from ...models import load_weights_
 from ...outputs import opened
@@ -171,7 +171,7 @@ def _fitted(
         "accuracy_valid": accuracy(predict(model, data.valid.x), data.valid.y),
     }
     if pruner is not None:
-        _assert_masked(model, result.masks)
+        refuse_unmasked(model, result.masks, "the pruner changed weights after its masks")
         check_reached(pruner, result.masks, target)
         metrics["sparsity"] = sparsity_of(result.masks)
     if result.best_epoch is not None:
@@ -187,15 +187,6 @@ def _fitted(
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {WEIGHTS + name: value for name, value in model.state_dict().items()}
-
-
-def _assert_masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
-    """Raise UserError if a masked weight came back: what is evaluated must be what was asked for."""
-    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    values |= {matrix.name: matrix.value() for matrix in matrices(model)}
-    for name, mask in masks.items():
-        if bool((values[name][~mask] != 0).any()):
-            raise UserError(f"masked weights of '{name}' are not zero: the pruner changed weights after its masks")
 
 
 def robust_score(model: nn.Module, valid: Split, training: TrainingSettings) -> float:
