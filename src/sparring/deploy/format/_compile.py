@@ -106,7 +106,7 @@ def _activation(op: graph.SparseActivation, channels: int) -> PackedActivation |
     kind, module = getattr(op.module, "kind", ""), op.module
     if kind == "mean-sparse":
         both: Any = (module.mean, module.radius)  # of one entry before they are calibrated
-        centre, radius = (np.broadcast_to(_single(values), channels) for values in both)
+        centre, radius = (np.broadcast_to(_single(values), channels).copy() for values in both)
         return Snap(centre, radius)
     kind = "threshold" if kind == "percentile" else kind  # a threshold that was calibrated
     if kind not in ACTIVATION_KINDS:
