@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UnknownNameError, UserError
-from ..statistics import LEAST_RATIO, Effect, effect, log_ratio_values, unpaired
+from ..statistics import LEAST_RATIO, Effect, effect, unpaired
 from ..units import percent
 from . import _numbers as numbers
 from . import _summary as words
 from .analysis._findings import Findings, difference, find
 from .analysis._metrics import Floats, Measure, PerImage, common, values
-from .analysis._records import Network, load
+from .analysis._records import load
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def compare_values(
     for name in (n for n in first if n in second):
         before, after = effect(first[name][None]), effect(second[name][None])
         measure = Measure("distance" if name in lengths else "worst")
-        change = numbers.shown(measure, _change(measure, first[name][None], second[name][None]), before)
+        change = numbers.shown(measure, measure.change(second[name][None], first[name][None]), before)
         unit = numbers.gain_unit(measure, before)
         found.append(Difference(name, name, before, after, change, unit, paired=True))
     return found
@@ -130,26 +130,16 @@ def _difference(measure: Measure, sides: Sequence[list[PerImage]], same: bool) -
     paired = same and len(images) >= 2 and all(one.at(images).bottom.any() for one in every)
     if paired:
         first, second = (values(side[:count], images) for side in sides)
-        before, after, change = effect(first), effect(second), _change(measure, first, second)
+        before, after, change = effect(first), effect(second), measure.change(second, first)
     else:
         before, after = (effect(values(side, common([one.images for one in side]))) for side in sides)
-        logs = numbers.gain_unit(measure, before) == "%"
-        least = LEAST_RATIO * before.estimate
-        change = unpaired(*(_logarithm(one, least) for one in (before, after))) if logs else unpaired(before, after)
+        ends = [before, after]
+        if numbers.gain_unit(measure, before) == "%":  # on the logarithms of means, by the delta method
+            means = [max(one.estimate, LEAST_RATIO * before.estimate) for one in ends]
+            ends = [replace(e, estimate=math.log(m), se=e.se / m) for e, m in zip(ends, means, strict=True)]
+        change = unpaired(*ends)
     change = numbers.shown(measure, change, before)
     return Difference(measure.slug, measure.title, before, after, change, numbers.gain_unit(measure, before), paired)
-
-
-def _change(measure: Measure, first: Floats, second: Floats) -> Effect:
-    """Return the change from one side's values (seeds, images) to the other's: of lengths, the ratio's logarithm."""
-    length = not measure.is_share and first.mean() > 0
-    return effect(log_ratio_values(second, first) if length else second - first)
-
-
-def _logarithm(one: Effect, least: float) -> Effect:
-    """Return the effect on the logarithm of a mean, by the delta method."""
-    mean = max(one.estimate, least)
-    return replace(one, estimate=math.log(mean), se=one.se / mean)
 
 
 @dataclass(frozen=True)
@@ -179,7 +169,13 @@ def pick(out: Path | str, *, max_latency: float | None = None, max_accuracy_drop
     """
     findings = find(load(out))
     study = findings.study
-    points = list(dict.fromkeys((n.method, n.sparsity) for n in study.networks if _may_ship(n)))
+    points = list(
+        dict.fromkeys(
+            (n.method, n.sparsity)
+            for n in study.networks
+            if n.kind not in ("reference", "control") and (n.axis, n.checkpoint) == ("weights", "final")
+        )
+    )
     facts = {point: _facts(findings, *point) for point in points}
     if max_latency is not None and all(latency is None for latency, _, _ in facts.values()):
         raise UserError("this study measured no latency; run it again with --set deploy=true")
@@ -209,11 +205,6 @@ def _fraction(measure: Measure, one: Effect, control: Effect) -> Effect:
     return one if absolute else numbers.shown(measure, one, control).scaled(0.01)
 
 
-def _may_ship(network: Network) -> bool:
-    dense = network.kind in ("reference", "control")
-    return not dense and network.axis == "weights" and network.checkpoint == "final"
-
-
 def _facts(findings: Findings, method: str, sparsity: float) -> tuple[float | None, float, float]:
     """Return median latency in ms, mean validation accuracy drop in points, and mean validation robust accuracy."""
     networks = findings.study.of(method, sparsity)
@@ -227,18 +218,14 @@ def _facts(findings: Findings, method: str, sparsity: float) -> tuple[float | No
         and (b := n.metric("accuracy_valid")) is not None
     ]
     robust = [
-        float(one.top.sum() / one.bottom.sum())
+        one.mean
         for measure, held in findings.collected.items()
-        if _judges(measure)
+        if (measure.split, measure.role) == ("valid", "budget")
         for who, one in held.items()
         if who[:2] == (method, sparsity)
     ]
     drop = statistics.mean(drops) if drops else float("inf")
     return (statistics.median(times) if times else None), drop, (statistics.mean(robust) if robust else 0.0)
-
-
-def _judges(measure: Measure) -> bool:
-    return measure.split == "valid" and measure.role == "budget"
 
 
 def _nearest(facts: dict[tuple[str, float], tuple[float | None, float, float]], max_latency: float | None) -> str:

@@ -101,7 +101,11 @@ def overview_picture(findings: Findings) -> Picture | None:
     if method is None:
         return None
     axis = findings.study.axis(method)
-    curved = [m for m in numbered if findings.study.axis(m) == axis and _steps(findings, m) >= 3 and m != method]
+    curved = [
+        m
+        for m in numbered
+        if findings.study.axis(m) == axis and m != method and len({n.sparsity for n in findings.study.of(m)}) >= 3
+    ]
     axis_title = numbers.axis_title(findings.study, *curved, method)
     shown = [
         [r for m in (method, *curved[: OVERVIEW_METHODS - 1]) if (r := findings.result(measure, m)) is not None]
@@ -111,10 +115,6 @@ def overview_picture(findings: Findings) -> Picture | None:
     if not specs:
         return None
     return replace(_picture(findings, "overview", "Overview", figures.overview(specs)), scale=OVERVIEW_SCALE)
-
-
-def _steps(findings: Findings, method: str) -> int:
-    return len({n.sparsity for n in findings.study.of(method)})
 
 
 def density_pictures(findings: Findings) -> list[Picture]:
@@ -279,7 +279,7 @@ def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | f
         for record in network.stage("deploy"):
             seconds = record.times.get("latency")
             if held is not None and seconds:
-                share = float(held.top.sum() / held.bottom.sum())
+                share = held.mean
                 found[network.method, network.sparsity].append((1000 * seconds, 100 * share))
     for (method, sparsity), pairs in found.items():
         latency, share = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))

@@ -6,36 +6,41 @@ import csv
 import io
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import units
+from ..records import Record
 from ..statistics import Row, minimum_detectable_effect
 from . import _numbers as numbers
 from .analysis import _comparisons as comparisons
-from .analysis._comparisons import DistanceBounds, Duel, Shipped, brackets, duels, norms, shipped_verdict
+from .analysis._comparisons import DistanceBounds, Shipped, brackets, duels, norms, shipped_verdict
 from .analysis._cross_checks import Doubt
 from .analysis._findings import Findings, Result, gain_told
-from .analysis._metrics import NORMS, Measure, pretty, summary
-from .analysis._records import Network, Study, Who, attack_label
+from .analysis._metrics import NORMS, Measure, Role, pretty, summary
+from .analysis._records import Network, Study, attack_label
 
 COLUMNS = (
-    "method",
-    "sparsity",
-    "seed",
-    "metric",
-    "attack",
-    "norm",
-    "eps",
-    "split",
-    "value",
-    "low",
-    "high",
-    "images",
-    "failed",
+    *("method", "sparsity", "seed", "metric", "attack", "norm", "eps", "split"),
+    *("value", "low", "high", "images", "failed"),
 )
+METRICS: dict[Role, str] = {
+    "accuracy": "accuracy",
+    "budget": "robust_accuracy",
+    "worst": "worst_case_accuracy",
+    "distance": "mean_distance",
+    "distance-correct": "mean_distance_correct",
+    "certified": "mean_certified_radius",
+    "margin": "mean_margin",
+    "lipschitz": "mean_lipschitz_constant",
+    "ratio": "mean_margin_over_lipschitz",
+    "to sparse": "transferred_to_sparse",
+    "to dense": "transferred_to_dense",
+}
+FIRM = "\N{NO-BREAK SPACE}"
+PASSES = ("forwards", "backwards")
 SCALARS = (
     *("accuracy_valid", "sparsity", "sparsity_total", "activation_sparsity", "nonzero", "parameters"),
     *("macs", "macs_dense", "bytes_dense", "bytes_sparse"),
@@ -105,32 +110,27 @@ def methods(findings: Findings) -> Table | None:
     """Return each method against random masks (without them: the headline's method) at the same sparsity, or None."""
     found = duels(findings)
     shown = [m for m in findings.main if any(duel.measure == m for duel in found)]
-    told = {
-        (duel.sparsity, duel.method, duel.against, duel.measure): Cell(text, "strong") if duel.significant else text
-        for duel in found
-        for text in (_duel(duel),)
-    }
-    seeds = {(duel.sparsity, duel.method, duel.against): str(duel.effect.seeds) for duel in found}
+    told: dict[tuple[float, str, str], dict[Measure, str | Cell]] = defaultdict(dict)
+    seeds = {}
+    for duel in found:
+        unit, who = numbers.gain_unit(duel.measure), (duel.sparsity, duel.method, duel.against)
+        gain = numbers.signed(duel.effect, unit if unit == "%" else "").replace(", ", f",{FIRM}")
+        text = f"{gain}, " + f"p {numbers.p_value(duel.p)}".replace(" ", FIRM)  # broken around the interval at most
+        told[who][duel.measure] = Cell(text, "strong") if duel.significant else text
+        seeds[who] = str(duel.effect.seeds)
     rows = [
         [
             " / ".join(dict.fromkeys(numbers.sparsity(findings.study, m, who[0]) for m in who[1:])),
             f"{who[1]} − {who[2]}",
-            *(told.get((*who, m), "–") for m in shown),
-            count,
+            *(cells.get(m, "–") for m in shown),
+            seeds[who],
         ]
-        for who, count in seeds.items()
+        for who, cells in told.items()
     ]
     units = {m: numbers.gain_unit(m) for m in shown}
     metrics = (m.short if units[m] == "%" else f"{m.short}, {units[m]}" for m in shown)
-    head = ["Sparsity", "Methods", *(name.replace("ε ", "ε\N{NO-BREAK SPACE}") for name in metrics), "Seeds"]
+    head = ["Sparsity", "Methods", *(name.replace("ε ", f"ε{FIRM}") for name in metrics), "Seeds"]
     return Table(head, rows, text=2, class_="wrapped") if rows else None
-
-
-def _duel(duel: Duel) -> str:
-    """Return "+12.5 [+10.9, +14.1], p 0.008" or "+3% [+1, +5], p 0.008", to be broken around the interval at most."""
-    unit = numbers.gain_unit(duel.measure)
-    gain = numbers.signed(duel.effect, unit if unit == "%" else "").replace(", ", ",\N{NO-BREAK SPACE}")
-    return f"{gain}, " + f"p {numbers.p_value(duel.p)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def networks(findings: Findings) -> Table:
@@ -258,30 +258,26 @@ def ledger_table(rows: Sequence[Row]) -> Table | None:
 
 def cost(study: Study) -> Table:
     """Return what the study cost: seconds by stage, and each attack's mean passes through the network an image."""
-    seconds: dict[str, float] = defaultdict(float)
-    passes: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    tasks: Counter[str] = Counter()
-    images: Counter[str] = Counter()
+    groups: dict[str, list[Record]] = defaultdict(list)
     for record in study.records.values():
-        name = record.stage
-        if record.stage == "attack":
-            name = f"attack: {pretty(attack_label(record))}"
-            attacked = int(record.inputs["stop"]) - int(record.inputs["start"])
-            images[name] += attacked
-            passes[name][0] += attacked * (record.metrics.get("forwards") or 0.0)
-            passes[name][1] += attacked * (record.metrics.get("backwards") or 0.0)
-        seconds[name] += record.seconds
-        tasks[name] += 1
+        attack = f"attack: {pretty(attack_label(record))}" if record.stage == "attack" else record.stage
+        groups[attack].append(record)
+    spent = {name: sum(record.seconds for record in records) for name, records in groups.items()}
     rows = [
-        [name, f"{tasks[name]:,}", f"{spent:,.1f}", *_each(passes.get(name), images[name])]
-        for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
+        [name, f"{len(groups[name]):,}", f"{seconds:,.1f}", *_passes(groups[name])]
+        for name, seconds in sorted(spent.items(), key=lambda item: -item[1])
     ]
-    rows.append(["all", f"{sum(tasks.values()):,}", f"{sum(seconds.values()):,.1f}", "–", "–"])
+    rows.append(["all", f"{len(study.records):,}", f"{sum(spent.values()):,.1f}", "–", "–"])
     return Table(["Stage", "Tasks", "Seconds of one core", "Forwards an image", "Backwards an image"], rows)
 
 
-def _each(passes: Sequence[float] | None, images: int) -> list[str]:
-    return ["–", "–"] if not passes or not images else [f"{total / images:,.1f}" for total in passes]
+def _passes(records: Sequence[Record]) -> list[str]:
+    """Return an attack's mean passes forwards and backwards an image."""
+    images = [int(r.inputs["stop"]) - int(r.inputs["start"]) if r.stage == "attack" else 0 for r in records]
+    if not sum(images):
+        return ["–", "–"]
+    every = [[n * (r.metrics.get(name) or 0.0) for n, r in zip(images, records, strict=True)] for name in PASSES]
+    return [f"{sum(passes) / sum(images):,.1f}" for passes in every]
 
 
 def flags(study: Study, found: Sequence[Doubt] = ()) -> Table:
@@ -289,35 +285,29 @@ def flags(study: Study, found: Sequence[Doubt] = ()) -> Table:
 
     Flags that differ in their numbers only share a row, which shows the first.
     """
+    raised = [
+        (name, detail, network.who, pretty(attack_label(record)) if record.stage == "attack" else record.stage)
+        for network in study.networks
+        for record in network.records
+        for name, detail in [
+            *((str(flag["name"]), str(flag["detail"])) for flag in record.flags),
+            *([("failed", record.error)] if record.error is not None else []),
+        ]
+    ]
+    raised += [(doubt.name, doubt.detail, doubt.who, pretty(doubt.attack)) for doubt in found]
     seen: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    for network in study.networks:
-        for record in network.records:
-            stage = pretty(attack_label(record)) if record.stage == "attack" else record.stage
-            raised = [(str(flag["name"]), str(flag["detail"])) for flag in record.flags]
-            raised += [("failed", record.error)] if record.error is not None else []
-            for name, detail in raised:
-                seen[name, _alike(detail)].append((detail, f"{_place(network.who)} ({stage})"))
-    for doubt in found:
-        place = f"{_place(doubt.who)} ({pretty(doubt.attack)})"
-        seen[doubt.name, _alike(doubt.detail)].append((doubt.detail, place))
+    for name, detail, (method, sparsity, seed), stage in raised:
+        place = f"{method} {numbers.percent(sparsity)} seed {seed} ({stage})"
+        seen[name, re.sub(r"[0-9.]+", "#", detail)].append((detail, place))
     if study.missing:
         seen["missing", ""] = [("tasks of the plan without a record", f"{len(study.missing)} tasks")]
     rows = []
-    for (name, _), raised in seen.items():
-        details, places = (list(dict.fromkeys(column)) for column in zip(*raised, strict=True))
+    for (name, _), told in seen.items():
+        details, places = (list(dict.fromkeys(column)) for column in zip(*told, strict=True))
         alike = f" (and {len(details) - 1} alike)" if len(details) > 1 else ""
         rest = f" and {len(places) - 4} more" if len(places) > 4 else ""
         rows.append([name, details[0] + alike, ", ".join(places[:4]) + rest])
     return Table(["Flag", "What it says", "Where"], rows, text=3)
-
-
-def _place(who: Who) -> str:
-    method, sparsity, seed = who
-    return f"{method} {numbers.percent(sparsity)} seed {seed}"
-
-
-def _alike(detail: str) -> str:
-    return re.sub(r"[0-9.]+", "#", detail)
 
 
 def looks(study: Study) -> Table:
@@ -345,26 +335,16 @@ def csv_rows(findings: Findings) -> list[dict[str, Any]]:
     Shares are fractions with exact binomial bounds, distances in the norm's own unit; `failed` is the share of images
     on which the search for a distance failed.
     """
-    return [dict(zip(COLUMNS, row, strict=True)) for row in _rows(findings)]
-
-
-def _rows(findings: Findings) -> Iterator[list[Any]]:
+    rows = []
     for network in findings.study.networks:
-        who: list[Any] = [network.method, network.sparsity, network.seed]
+        who = dict.fromkeys(COLUMNS) | {"method": network.method, "sparsity": network.sparsity, "seed": network.seed}
         for measure, held in findings.collected.items():
             if (one := held.get(network.who)) is not None:
+                mean, low, high = summary(measure, one)
+                row = who | {"metric": METRICS[measure.role], "attack": measure.label or None, "eps": measure.eps}
+                row |= {"norm": measure.norm or None, "split": measure.split, "value": mean, "low": low, "high": high}
                 failed = None if one.failed is None else float(one.failed.mean())
-                yield [*who, *_described(measure), *summary(measure, one), len(one.images), failed]
-        for name in SCALARS:
-            value = network.metric(name)
-            if value is not None:
-                yield [*who, name, None, None, None, None, value, None, None, None, None]
-
-
-def _described(measure: Measure) -> list[Any]:
-    metric = {"budget": "robust_accuracy", "worst": "worst_case_accuracy", "distance": "mean_distance"}
-    metric |= {"accuracy": "accuracy", "distance-correct": "mean_distance_correct"}
-    metric |= {"certified": "mean_certified_radius", "margin": "mean_margin"}
-    metric |= {"lipschitz": "mean_lipschitz_constant", "ratio": "mean_margin_over_lipschitz"}
-    metric |= {"to sparse": "transferred_to_sparse", "to dense": "transferred_to_dense"}
-    return [metric[measure.role], measure.label or None, measure.norm or None, measure.eps, measure.split]
+                rows.append(row | {"images": len(one.images), "failed": failed})
+        known = ((name, network.metric(name)) for name in SCALARS)
+        rows += [who | {"metric": name, "value": value} for name, value in known if value is not None]
+    return rows

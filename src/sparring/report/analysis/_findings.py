@@ -17,7 +17,6 @@ from ...statistics import (
     curve,
     effect,
     leave_one_out,
-    log_ratio_values,
     over_sparsified,
     peak,
     simultaneous,
@@ -199,7 +198,9 @@ def _result(
         gains=gains,
         left_out=tuple(s for s in by_sparsity if s not in kept),
         medians=() if measure.is_share else tuple(map(_median, groups)),
-        failed=tuple(map(_failed, groups)) if measure.role in ("distance", "distance-correct") else (),
+        failed=tuple(float(np.mean([_failed(one) for one in part])) for part in groups)
+        if measure.role in ("distance", "distance-correct")
+        else (),
         margin=_margin(measure, log, margins_of(study)),
     )
 
@@ -214,20 +215,14 @@ def _median(seeds: Sequence[PerImage]) -> float:
     return float(np.mean([np.median(one.top[one.bottom > 0]) for one in seeds]))
 
 
-def _failed(seeds: Sequence[PerImage]) -> float:
-    return float(np.mean([0.0 if one.failed is None else one.failed.mean() for one in seeds]))
+def _failed(one: PerImage) -> float:
+    return 0.0 if one.failed is None else float(one.failed.mean())
 
 
 def difference(findings: Findings, measure: Measure, one: tuple[str, float], other: tuple[str, float]) -> Effect | None:
     """Return the paired difference of a metric between two (method, sparsity), or None where they share no seed."""
-    sides = [
-        {
-            seed: held
-            for (method, sparsity, seed), held in findings.collected[measure].items()
-            if (method, sparsity) == side
-        }
-        for side in (one, other)
-    ]
+    held = findings.collected[measure].items()
+    sides = [{seed: values for (*who, seed), values in held if tuple(who) == side} for side in (one, other)]
     return paired(findings, measure, *sides)
 
 
@@ -245,8 +240,7 @@ def paired(
     if len(images) < 2 or not all(side[k].at(images).bottom.any() for side in (one, other) for k in seeds):
         return None
     first, second = (values([side[k] for k in seeds], images) for side in (one, other))
-    logs = not measure.is_share and second.mean() > 0
-    return effect(log_ratio_values(first, second) if logs else first - second).priced(findings.study.looks.price)
+    return measure.change(first, second).priced(findings.study.looks.price)
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +270,7 @@ def choose(
     if not every:
         return None
     effects = tuple(result.gains.effects[result.sparsities.index(s)] for s in every)
-    twin = validation_twin(findings, by)
+    twin = findings.result(replace(by.measure, split="valid"), by.method)
     if twin is not None and twin.seeds == result.seeds:
         found = leave_one_out(result.gains, twin.gains, every)
         if found is not None:
@@ -286,12 +280,6 @@ def choose(
     return Choice(
         (best,) * len(result.seeds), wide[result.sparsities.index(best)], effects, len(every) + result.gains.dropped
     )
-
-
-def validation_twin(findings: Findings, result: Result) -> Result | None:
-    """Return the same metric and method measured on validation images, or None."""
-    twin = replace(result.measure, split="valid")
-    return findings.result(twin, result.method)
 
 
 def gain_told(result: Result, ledger: Sequence[Row]) -> str:

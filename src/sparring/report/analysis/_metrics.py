@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...facts import ATTACKS, OWN_ATTACK
 from ...records import Record, arrays, image_places
-from ...statistics import binomial_interval, ratio_values
+from ...statistics import Effect, binomial_interval, effect, log_ratio_values, ratio_values
 from ._records import Study, Who, attack_name, is_naive, shown
 
 Floats = NDArray[np.float64]
@@ -103,6 +103,11 @@ class Measure:
             return "r_2" if self.role == "distance" else "r_2 (correct images only)"
         return self.short.lower() if self.name == "smallest" else self.short
 
+    def change(self, values: Floats, control: Floats) -> Effect:
+        """Return the change over a control, both (seeds, images): of lengths above zero the logarithm of the ratio."""
+        logs = not self.is_share and control.mean() > 0
+        return effect(log_ratio_values(values, control) if logs else values - control)
+
 
 @dataclass(frozen=True)
 class PerImage:
@@ -126,6 +131,11 @@ class PerImage:
         index = order[np.searchsorted(self.images, images, sorter=order)]
         failed = None if self.failed is None else self.failed[index]
         return PerImage(images, self.top[index], self.bottom[index], failed)
+
+    @property
+    def mean(self) -> float:
+        """Return the metric."""
+        return float(self.top.sum() / self.bottom.sum())
 
     @property
     def found(self) -> Floats:
@@ -310,12 +320,11 @@ def _cap(found: Collected) -> None:
         caps[m.split, m.norm] = max([caps.get((m.split, m.norm), 0.0), *largest])
     for m, held in searched:
         cap = caps[m.split, m.norm]
-        held.update({who: _capped(one, cap) for who, one in held.items() if one.failed is not None})
-
-
-def _capped(one: PerImage, cap: float) -> PerImage:
-    counted = one.bottom if cap > 0 else np.where(np.isfinite(one.top), one.bottom, 0.0)
-    return replace(one, top=np.where(np.isfinite(one.top), one.top, cap), bottom=counted)
+        for who, one in held.items():
+            if one.failed is not None:
+                there = np.isfinite(one.top)
+                counted = one.bottom if cap > 0 else np.where(there, one.bottom, 0.0)
+                held[who] = replace(one, top=np.where(there, one.top, cap), bottom=counted)
 
 
 def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -363,10 +372,8 @@ def values(seeds: Sequence[PerImage], images: NDArray[np.int64]) -> Floats:
 
 def summary(measure: Measure, one: PerImage) -> tuple[float | None, float | None, float | None]:
     """Return one network's metric and, for shares, its exact binomial interval (None where there is none)."""
-    counted = float(one.bottom.sum())
-    if counted == 0:
+    if one.bottom.sum() == 0:
         return None, None, None
-    mean = float(one.top.sum() / counted)
     if not measure.is_share:
-        return mean, None, None
-    return mean, *binomial_interval(round(float(one.top.sum())), round(counted))
+        return one.mean, None, None
+    return one.mean, *binomial_interval(round(float(one.top.sum())), round(float(one.bottom.sum())))
