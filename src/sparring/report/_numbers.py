@@ -118,10 +118,9 @@ def shown(measure: Measure, one: Effect, control: Effect) -> Effect:
 def signed(one: Effect, unit: str) -> str:
     """Return a difference in points or % with its interval, and a decimal only where the interval is that sharp."""
     form = ".2g" if unit == ABSOLUTE or one.high > MOST_WRITTEN else f".{1 if one.high - one.low < 4 else 0}f"
-    estimate, low, high = (_signed(number, form) for number in (one.estimate, one.low, one.high))
-    if unit == "%":
-        return f"{estimate}% [{low}, {high}]"
-    return f"{estimate} [{low}, {high}] {unit}".rstrip()
+    told = (f"{number:+{form}}".replace("-", "−") for number in (one.estimate, one.low, one.high))
+    estimate, low, high = (text if text.strip("+−0.") else text[1:] for text in told)  # a zero has no sign
+    return f"{estimate}% [{low}, {high}]" if unit == "%" else f"{estimate} [{low}, {high}] {unit}".rstrip()
 
 
 def amount(number: float, unit: str) -> str:
@@ -153,8 +152,3 @@ def seeds(count: int) -> str:
 
 def _fixed(number: float, digits: int) -> str:
     return f"{number:.{digits}f}".replace("-", "−")
-
-
-def _signed(number: float, form: str) -> str:
-    text = f"{number:+{form}}".replace("-", "−")
-    return text if text.strip("+−0.") else text[1:]

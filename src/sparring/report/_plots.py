@@ -102,9 +102,7 @@ def overview_picture(findings: Findings) -> Picture | None:
         return None
     axis = findings.study.axis(method)
     curved = [
-        m
-        for m in numbered
-        if findings.study.axis(m) == axis and m != method and len({n.sparsity for n in findings.study.of(m)}) >= 3
+        m for m in numbered if findings.study.axis(m) == axis and m != method and len(findings.study.sparsities(m)) >= 3
     ]
     axis_title = numbers.axis_title(findings.study, *curved, method)
     shown = [

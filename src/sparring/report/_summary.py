@@ -13,6 +13,8 @@ from .analysis._looks import look_sentences
 from .analysis._metrics import NORMS, Measure, pretty
 from .analysis._records import Network
 
+ONE_SEED = "One seed: the intervals cover the choice of images only, so no gain, loss or sweet spot is claimed."
+
 
 def subject(findings: Findings) -> str:
     """Return the model and the data in words."""
@@ -34,10 +36,16 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
     """
     if findings.method is None or not any(findings.result(m) for m in findings.main):
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
-    first = [_first, _spot] if findings.seeds > 1 else [_first, _one_seed]
-    last = [_weak, *([_alone] if findings.seeds > 1 else []), _doubted, _several, _missing]
-    told = [*(say(findings) for say in first), *verdicts(ledger), _few(ledger)]
-    told += [say(findings) for say in last]
+    several = findings.seeds > 1
+    told = [
+        _first(findings),
+        _spot(findings) if several else ONE_SEED,
+        *verdicts(ledger),
+        _few(ledger),
+        _weak(findings),
+    ]
+    told += [_alone(findings)] if several else []
+    told += [say(findings) for say in (_doubted, _several, _missing)]
     return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
 
 
@@ -90,10 +98,6 @@ def size_ratio(findings: Findings, sparsity: float) -> float | None:
         if (dense := network.metric("bytes_dense")) and (sparse := _packed(network) or network.metric("bytes_sparse"))
     ]
     return sum(ratios) / len(ratios) if ratios else None
-
-
-def _one_seed(_: Findings) -> str:
-    return "One seed: the intervals cover the choice of images only, so no gain, loss or sweet spot is claimed."
 
 
 def _packed(network: Network) -> float | None:

@@ -174,7 +174,7 @@ def _other_methods(findings: Findings, fgsm: Result, choice: Choice | None) -> I
 def _against(findings: Findings, fgsm: Result, choice: Choice, method: str, text: str) -> Iterator[Question]:
     """Compare the headline's networks with another method's at its sparsity nearest to the first seed's."""
     held = findings.collected[fgsm.measure]
-    nearest = min({n.sparsity for n in findings.study.of(method)}, key=lambda s: abs(s - choice.sparsities[0]))
+    nearest = min(findings.study.sparsities(method), key=lambda s: abs(s - choice.sparsities[0]))
     chosen = dict(zip(fgsm.seeds, choice.sparsities, strict=True))
     mine = {k: held[fgsm.method, s, k] for k, s in chosen.items() if (fgsm.method, s, k) in held}
     theirs = {k: held[method, nearest, k] for k in chosen if (method, nearest, k) in held}
@@ -192,7 +192,7 @@ def _chosen_weights(findings: Findings) -> Iterator[Question]:
     masks = [m for m in _comparable(findings) if findings.study.kind(m) == "random"]
     for method in (m for m in _comparable(findings) if masks and findings.study.kind(m) in ("pruned", "surgery")):
         result = findings.result(accuracy, masks[0])
-        shared = {n.sparsity for n in findings.study.of(method)}.intersection(result.sparsities if result else ())
+        shared = set(findings.study.sparsities(method)).intersection(result.sparsities if result else ())
         one = None
         if accuracy is not None and shared:
             one = difference(findings, accuracy, (method, max(shared)), (masks[0], max(shared)))
@@ -289,30 +289,28 @@ def across(found: Sequence[Findings]) -> Iterator[tuple[str, Question]]:
 
 def _question(one: Findings, other: Findings) -> Question | None:
     measure = one.first("distance", "deepfool")
-    results = one.result(measure), other.result(measure)
-    if measure is None or results[0] is None or results[1] is None or results[0].images != results[1].images:
+    first, second = one.result(measure), other.result(measure)
+    if measure is None or first is None or second is None or first.images != second.images:
         return None
-    units = [numbers.gain_unit(measure, result.control) for result in results if result is not None]
-    kept = [s for s in places(one, results[0].method).appropriate if s in results[0].sparsities]
-    losses = _accuracy_losses(other, results[1].sparsities)
-    if not kept or not losses or units != ["%", "%"]:
+    kept = [s for s in places(one, first.method).appropriate if s in first.sparsities]
+    losses = _accuracy_losses(other, second.sparsities)
+    if not kept or not losses or any(numbers.gain_unit(measure, r.control) != "%" for r in (first, second)):
         return None
     wanted = _accuracy_losses(one, kept)[kept[-1]]
-    chosen = kept[-1], min(losses, key=lambda s: (abs(losses[s] - wanted), abs(s - kept[-1])))
-    seeds = min(len(result.seeds) for result in results if result is not None)
-    gains = [r.gains.differences[r.sparsities.index(s)][:seeds] for r, s in zip(results, chosen, strict=True) if r]
+    nearest = min(losses, key=lambda s: (abs(losses[s] - wanted), abs(s - kept[-1])))
+    sides = ((one, first, kept[-1]), (other, second, nearest))
+    seeds = min(len(first.seeds), len(second.seeds))
+    gains = [r.gains.differences[r.sparsities.index(s)][:seeds] for _, r, s in sides]
     doubts = [
         suspicion(f.study, f.collected, f.doubts, measure, {(r.method, s, k), (f.study.control(r.method), 0.0, k)})
-        for f, r, s in zip((one, other), results, chosen, strict=True)
-        if r is not None
+        for f, r, s in sides
         for k in r.seeds
     ]
-    test = f"r_2, {one.study.name} at {numbers.percent(chosen[0])} − {other.study.name} at {numbers.percent(chosen[1])}"
+    mine, theirs = (f"{f.study.name} at {numbers.percent(s)}" for f, _, s in sides)
+    test = f"r_2, {mine} − {theirs}"
     claim = Claim(TEXT, "above", MARGIN, "%", test, log=True, origin="paper", metric="r_2")
-    price = max(f.study.looks.price for f in (one, other))
-    return ask(
-        claim, effect(gains[0] - gains[1]).scaled(100.0).priced(price), doubt=", ".join({d for d in doubts if d})
-    )
+    gained = effect(gains[0] - gains[1]).scaled(100.0).priced(max(f.study.looks.price for f in (one, other)))
+    return ask(claim, gained, doubt=", ".join({d for d in doubts if d}))
 
 
 def _accuracy_losses(findings: Findings, sparsities: Sequence[float]) -> dict[float, float]:

@@ -137,8 +137,7 @@ def _duels(findings: Findings) -> Iterator[Duel]:
         against = yardstick(findings, findings.study.checkpoint(method))
         if against is None or against == method:
             continue
-        shared = {n.sparsity for n in findings.study.of(method)} & {n.sparsity for n in findings.study.of(against)}
-        for sparsity in sorted(shared):
+        for sparsity in (s for s in findings.study.sparsities(method) if s in findings.study.sparsities(against)):
             for measure in findings.main:
                 one = difference(findings, measure, (method, sparsity), (against, sparsity))
                 other = findings.result(measure, against)
@@ -191,7 +190,7 @@ def brackets(findings: Findings, norm: str, *, exact: bool) -> list[DistanceBoun
     """
     found = []
     for method in (findings.study.control(), findings.method or ""):
-        for sparsity in sorted({n.sparsity for n in findings.study.of(method)}):
+        for sparsity in findings.study.sparsities(method):
             rows = [
                 r for n in findings.study.of(method, sparsity) if (r := _rows(findings, n, norm, exact)) is not None
             ]

@@ -27,7 +27,7 @@ from ._metrics import (
     pretty_eps,
     rung,
 )
-from ._records import Network, Study, Who, attack_label
+from ._records import Study, Who, attack_label
 
 ITERATED = 1.0  # the rung from which on an attack should find in a larger budget what others do in a smaller one
 GATHERED = 3.0  # the rung from which on an attack is taken for a worst case
@@ -36,6 +36,8 @@ FAR = 0.05  # of the images: `fast` is short of `standard` by 1.5% at most where
 CHANCE = 1e-3  # of as uneven a count, were both attacks equally strong
 SLACK = 1.05  # of a distance: DeepFool's overshoot is 2%
 DECISIVE = ("masked-gradients", "partial-gradients", "contradicted-distance")  # flags under which nothing is decided
+
+Held = tuple[Measure, PerImage]
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ def doubts(study: Study, collected: Collected) -> list[Doubt]:
     found = []
     for network in study.networks:
         held = {m: one for m in attacked if (one := collected[m].get(network.who)) is not None}
-        for first, second in combinations(held, 2):
+        for first, second in combinations(held.items(), 2):
             for weak, strong in ((first, second), (second, first)):
-                found += list(_between(network, (weak, held[weak]), (strong, held[strong]), pixels))
+                told = _against(weak, strong, pixels) if weak[0].split == strong[0].split else ()
+                found += [Doubt(name, detail, network.who, strong[0].attack) for name, detail in told]
     return found
 
 
@@ -132,28 +135,22 @@ def _refuse_refuted(study: Study, collected: Collected) -> None:
             )
 
 
-def _between(
-    network: Network, weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], pixels: int
-) -> Iterator[Doubt]:
+def _against(weak: Held, strong: Held, pixels: int) -> Iterator[tuple[str, str]]:
+    """Yield what the first attack's success says against the second's numbers, as a flag and its detail."""
     (one, _), (other, _) = weak, strong
-    if one.split != other.split:
-        return
     if one.role == other.role == "budget" and one.norm == other.norm:
-        for name, detail in _between_budgets(weak, strong):
-            yield Doubt(name, detail, network.who, other.attack)
-    if one.role == "budget" and other.role == "distance" and one.eps is not None:
+        yield from _between_budgets(weak, strong)
+    elif one.role == "budget" and other.role == "distance" and one.eps is not None:
         reach = _reach(one, other.norm, pixels)
-        extra = 0 if reach is None else _beyond(weak[1], strong[1], reach)
-        if extra:
-            detail = (
+        if reach is not None and (extra := _beyond(weak[1], strong[1], reach)):
+            yield (
+                "contradicted-distance",
                 f"on {extra} images the distance exceeds the {reach:.3g} ({NORMS[other.norm]}) within which "
-                f"{pretty(one.attack)} at {NORMS[one.norm]} ε = {pretty_eps(one.eps)} succeeds"
+                f"{pretty(one.attack)} at {NORMS[one.norm]} ε = {pretty_eps(one.eps)} succeeds",
             )
-            yield Doubt("contradicted-distance", detail, network.who, other.attack)
 
 
-def _between_budgets(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage]) -> Iterator[tuple[str, str]]:
-    """Yield what the first attack's success says against the second's, as a flag and its detail."""
+def _between_budgets(weak: Held, strong: Held) -> Iterator[tuple[str, str]]:
     (one, _), (other, _) = weak, strong
     (lower, upper), (smaller, larger) = (rung(one), rung(other)), (one.eps or 0.0, other.eps or 0.0)
     near, far = pretty_eps(smaller), pretty_eps(larger)
@@ -169,7 +166,7 @@ def _between_budgets(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerI
         yield "weaker-wins", f"{pretty(one.attack)} {at} fools {extra} images more than this at ε = {far}"
 
 
-def _extra(weak: tuple[Measure, PerImage], strong: tuple[Measure, PerImage], *, notable: float = NOTABLE) -> int:
+def _extra(weak: Held, strong: Held, *, notable: float = NOTABLE) -> int:
     """Return how many images more the first attack fools, 0 where they are a small share or may be chance.
 
     Each image that only one of them fools would be either's, were both equally strong (McNemar's exact test, one-sided;

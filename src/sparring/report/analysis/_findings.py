@@ -142,7 +142,7 @@ def _headline_method(study: Study) -> str | None:
     """Return the method with the most sparsities, one that makes weights sparse if there is any."""
     return max(
         study.methods,
-        key=lambda m: (study.axis(m) == "weights", len({n.sparsity for n in study.of(m)})),
+        key=lambda m: (study.axis(m) == "weights", len(study.sparsities(m))),
         default=None,
     )
 

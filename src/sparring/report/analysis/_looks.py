@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,17 +23,8 @@ from ._records import Looks, Study, attack_label, load
 
 DISPLAY = ("title", "mark")  # what may change of a plan without changing what it asks
 ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")
-LOOK: dict[str, type] = {
-    "look": int,
-    "state": str,
-    "seeds": int,
-    "sparsities": dict,
-    "attacks": list,
-    "records": int,
-    "orphans": int,
-    "unknown": bool,
-    "tests": dict,
-}
+LOOK: dict[str, type] = {"look": int, "state": str, "seeds": int, "sparsities": dict, "attacks": list}
+LOOK |= {"records": int, "orphans": int, "unknown": bool, "tests": dict}
 
 
 def open_study(out: Any) -> Study:
@@ -119,7 +110,7 @@ def _state(study: Study) -> str:
 
 def _grid(study: Study) -> dict[str, tuple[float, ...]]:
     """Return the sparsities of every method."""
-    return {method: tuple(sorted({n.sparsity for n in study.of(method)})) for method in study.methods}
+    return {method: tuple(study.sparsities(method)) for method in study.methods}
 
 
 def _orphans(study: Study) -> list[Record]:
@@ -137,12 +128,14 @@ def _dropped(
     study: Study, looks: Sequence[Mapping[str, Any]], orphans: Sequence[Record]
 ) -> dict[str, tuple[float, ...]]:
     """Return by method the sparsities that were looked at, or pruned to, and are not in the plan any more."""
-    pruned = {(sparsity, _way(record)) for record in orphans for sparsity in _asked_for(record)}
+    pruned = {
+        (s, _way(r)) for r in orphans if r.stage == "prune" and isinstance(s := r.inputs.get("sparsity"), int | float)
+    }
     found = {}
     for method, grid in _grid(study).items():
         ways = {_way(r) for network in study.of(method) for r in network.stage("prune")}
         before = {float(s) for entry in looks for s in entry["sparsities"].get(method, ())}
-        gone = (before | {sparsity for sparsity, way in pruned if way in ways}) - set(grid)
+        gone = (before | {float(sparsity) for sparsity, way in pruned if way in ways}) - set(grid)
         if gone:
             found[method] = tuple(sorted(gone))
     return found
@@ -150,12 +143,6 @@ def _dropped(
 
 def _way(record: Record) -> str:
     return canonical_json(record.inputs.get("pruning"))
-
-
-def _asked_for(record: Record) -> Iterator[float]:
-    sparsity = record.inputs.get("sparsity")
-    if record.stage == "prune" and isinstance(sparsity, int | float):
-        yield float(sparsity)
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

@@ -142,6 +142,10 @@ class Study:
         at = self.checkpoint(method)
         return next((name for name, n in self._first.items() if (n.kind, n.checkpoint) == (kind, at)), "")
 
+    def sparsities(self, method: str) -> list[float]:
+        """Return the sparsities of a method's networks, rising."""
+        return sorted({n.sparsity for n in self.networks if n.method == method})
+
     def of(self, method: str, sparsity: float | None = None) -> list[Network]:
         """Return the networks of one method, of all sparsities or of one, sorted by sparsity and seed."""
         found = [n for n in self.networks if n.method == method and sparsity in (None, n.sparsity)]
