@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from ..errors import UserError, place, told
 from ..facts import MODELS as FACTS
 from ..facts import OWN_MODEL
-from ..plugins import look_up
+from ..plugins import look_up, takes
 from ._architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, vgg_like
 from ._hubs import build_from_hub, is_hub_name
 
@@ -57,15 +56,12 @@ def build(
     factory: Callable[..., nn.Module] = look_up("model", name, MODELS)
     if isinstance(factory, nn.Module):
         raise UserError(f"'{name}' is a model; name a function without arguments that returns it")
-    known = _parameters(factory)
-    given: dict[str, Any] = {"shape": shape, "classes": classes, "mean": mean, "std": std}
-    if known is not None:
-        given = {key: value for key, value in given.items() if key in known}
+    about = {"shape": shape, "classes": classes, "mean": mean, "std": std}
+    given: dict[str, Any] = {key: value for key, value in about.items() if _takes(factory, key)}
     for key, value in (("width", width), ("widths", widths), ("depth", depth)):
-        if value is not None:
-            if known is not None and key not in known:
-                raise UserError(f"model '{name}' has no option '{key}'")
-            given[key] = value
+        if value is not None and not _takes(factory, key):
+            raise UserError(f"model '{name}' has no option '{key}'")
+        given |= {} if value is None else {key: value}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -73,8 +69,8 @@ def build(
         except UserError:
             raise
         except Exception as error:  # a user's own code may raise anything
-            takes = "; factories are given those of shape, classes, mean, std that they name" * (place(error) is None)
-            raise UserError(f"the factory '{name}' fails: {told(error)}{takes}") from error
+            hint = "; factories are given those of shape, classes, mean, std that they name" * (place(error) is None)
+            raise UserError(f"the factory '{name}' fails: {told(error)}{hint}") from error
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise UserError(f"factory '{name}' returned {what}, not a torch.nn.Module")
@@ -83,8 +79,8 @@ def build(
 
 def takes_moments(name: str) -> bool:
     """Return whether a user's factory is given the mean and std of the data."""
-    known = _parameters(look_up("model", name, MODELS))
-    return known is None or {"mean", "std"} <= known
+    factory = look_up("model", name, MODELS)
+    return _takes(factory, "mean") and _takes(factory, "std")
 
 
 def recipe_settings(name: str, *, channels: int, fine_tuning: bool = False) -> dict[str, Any]:
@@ -101,12 +97,8 @@ def recipe_settings(name: str, *, channels: int, fine_tuning: bool = False) -> d
     return settings
 
 
-def _parameters(factory: Callable[..., nn.Module]) -> set[str] | None:
-    """Return the keywords that a factory accepts; None where it accepts any."""
+def _takes(factory: Callable[..., nn.Module], name: str) -> bool:
     try:
-        parameters = inspect.signature(factory).parameters.values()
+        return takes(factory, name)
     except ValueError as error:
         raise UserError(f"factory {factory!r} has no signature that can be read; wrap it in a function") from error
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters}
