@@ -47,8 +47,6 @@ from ._scoring import (
     attack_straight_through,
     batch_size_for,
     transfer,
-    untouched,
-    violations,
 )
 
 _LENGTHS = ("steps", "queries")
@@ -105,23 +103,18 @@ def run(
 
     Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
     straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
-    transferred, and within a budget those of PGD on DLR to the end (but not to FGSM and rFGSM, which stay attacks of a
-    single step). None: on the dense network where modules of activation sparsity say what they took the place of; {}:
-    on none. `lent` holds such examples by their surrogate's name, as `lend` found them once for many models, whose
-    passes do not count here. The best of all counts for each image. A model that draws random numbers is attacked with
-    single passes, then in expectation over `draws` of them, and an image counts as misclassified if most of 3·draws + 1
-    other passes are wrong. `through` is the same network by faster passes, such as packed kernels: the attack asks
-    that, the verdict the model.
+    transferred, and within a budget those of PGD on DLR to the end (but not to attacks of a single step). None: on the
+    dense network where modules of activation sparsity say what they took the place of; {}: on none. `lent` holds such
+    examples by their surrogate's name, as `lend` found them, whose passes do not count here. The best of all counts for
+    each image. A model that draws random numbers is attacked with single passes, then in expectation over `draws` of
+    them, and an image counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same
+    network by faster passes, such as packed kernels: the attack asks that, the verdict the model. `convergence`: on how
+    many of the images a run four times as long shows whether more steps would still help (see `check_convergence`).
 
-    `convergence`: on how many of the images a run four times as long shows whether more steps would still help (see
-    `check_convergence`); an attack without steps has nothing to show. Raises UserError for inputs or a model that break
-    the contract (see `checks`).
+    Raises UserError for inputs or a model that break the contract (see `checks`).
     """
     start = time.perf_counter()
-    size = 1 if batch_size is None else batch_size
-    for name, number, least in (("batch_size", size, 1), ("draws", draws, 1), ("convergence", convergence, 0)):
-        if number < least:
-            raise UserError(f"{name} must be {least} or more, not {number}")
+    _check_numbers(batch_size=1 if batch_size is None else batch_size, draws=draws, convergence=convergence)
     for network in (model, *(surrogates or {}).values()):
         check_module(network)
     with ExitStack() as stack:
@@ -129,69 +122,93 @@ def run(
         x, y = check_inputs(x, y)
         check_threat(x, threat)
         _check_lent(lent or {}, x)
-        seed = _seed_from(generator)
         others = _dense_network(model) if surrogates is None else surrogates
-        mode = check_mode(model)
-        for network in (model, *others.values()):
-            stack.enter_context(frozen(network))
-            stack.enter_context(channels_last(network))
-        model, others = opened(model, x), {name: opened(network, x) for name, network in others.items()}
+        flags = check_mode(model)
+        model, *rivals = [_hold(stack, network, x) for network in (model, *others.values())]
         check_targets(model, x, y, targets)
-        before = state_of(model)
-        random = is_stochastic(model) or is_random(model, x)
-        flags = [*mode, *_undeclared(model, random), *check_model(model, x, y, random=random)]
-        size = batch_size or batch_size_for(model, x, draws=draws if random else 1)
-        split = split_at_draw(model, x) if random and through is None else None
-        watch = Probe(split.drawing if split else model)
-        judge = Judge(
-            watch, split and split.steady, y, targets, threat.norm, size, 3 * draws + 1 if random else 1, seed + 1
+        order = Order(attack, threat, x, y, targets, batch_size or 0, generator)
+        result = _attack(model, dict(zip(others, rivals, strict=True)), lent or {}, order, through, draws, flags)
+    if convergence and _length_of(attack) is not None:
+        flags = check_convergence(
+            model, x, y, attack, threat, result, images=convergence, targets=targets, generator=generator
         )
-        clean_correct = ~judge.wrong(x)
-        hand = None if random or through is not None else _by_hand(model, x)
-        probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=split)
-        order = Order(attack, threat, x, y, targets, size, generator)
-        stack.enter_context(seeded(model, seed))
+        result = replace(result, flags=(*result.flags, *flags))
+    return replace(result, seconds=time.perf_counter() - start)
 
-        blind = None
-        if hand is None and not random:
-            rows = clean_correct.nonzero().squeeze(1)
-            blind, more_flags = _doubted(model, x[rows], y[rows], flags)
-            flags += more_flags
-        best = Best(judge, order, threat, x, clean_correct, untouched(x, clean_correct), flags)
-        if random:
-            attack_single_draws(best, probe, draws)
-        attack_itself(best, probe, random=random)
-        if has_masked_gradients(model) or _is_raised("zero-gradients", flags):
-            attack_straight_through(best, probe, model)
-        if blind is not None:
-            attack_by_differences(best, probe, model, blind)
+
+def _check_numbers(*, batch_size: int, draws: int, convergence: int) -> None:
+    for name, number, least in (("batch_size", batch_size, 1), ("draws", draws, 1), ("convergence", convergence, 0)):
+        if number < least:
+            raise UserError(f"{name} must be {least} or more, not {number}")
+
+
+def _hold(stack: ExitStack, model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a model opened, in eval mode and with frozen parameters until the stack ends."""
+    stack.enter_context(frozen(model))
+    stack.enter_context(channels_last(model))
+    return opened(model, x)
+
+
+def _attack(
+    model: nn.Module,
+    others: Mapping[str, nn.Module],
+    lent: Mapping[str, Sequence[Tensor]],
+    order: Order,
+    through: nn.Module | None,
+    draws: int,
+    flags: Iterable[Flag],
+) -> AttackResult:
+    """Return what `run` does but for the time, with models that are held; for batches of 0 a size is found."""
+    x, y, seed = order.x, order.y, _seed_from(order.generator)
+    before = state_of(model)
+    random = is_stochastic(model) or is_random(model, x)
+    flags = [*flags, *_undeclared(model, random), *check_model(model, x, y, random=random)]
+    size = order.batch_size or batch_size_for(model, x, draws=draws if random else 1)
+    order = replace(order, batch_size=size)
+    split = split_at_draw(model, x) if random and through is None else None
+    watch = Probe(split.drawing if split else model)
+    judge = Judge(watch, split and split.steady, order, 3 * draws + 1 if random else 1, seed + 1)
+    best = Best.beginning(judge, flags)
+    hand = None if random or through is not None else _by_hand(model, x)
+    probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=split)
+    with seeded(model, seed):
+        _attack_in_all_ways(best, probe, model, random)
         lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
-        transfer(best, lenders, lent or {})
-        outcome = best.outcome
-        flags += violations(outcome, threat, probe.nonfinite + watch.nonfinite)
+        transfer(best, lenders, lent)
+        flags += best.violations(probe.nonfinite + watch.nonfinite)
         if state_of(model) != before:
             detail = "parameters or buffers were written to; make them constant in eval mode"
             flags.append(Flag("state-changed", detail))
-        failed = (clean_correct & ~outcome.success).nonzero().squeeze(1)
-        if threat.eps is not None and not random:
-            flags += check_losses(model, x[failed], outcome.x_adv[failed], y[failed], select(targets, failed))
-    count = max(int(clean_correct.sum()), 1)
-    result = AttackResult(
-        x_adv=outcome.x_adv,
-        clean_correct=clean_correct,
-        success=outcome.success,
-        distance=outcome.distance,
-        forwards=sum(asked.forwards for asked in (probe, *lenders.values())) / count,
-        backwards=sum(asked.backwards for asked in (probe, *lenders.values())) / count,
-        seconds=time.perf_counter() - start,
+        found = best.outcome
+        failed = (best.clean_correct & ~found.success).nonzero().squeeze(1)
+        if order.threat.eps is not None and not random:
+            flags += check_losses(model, x[failed], found.x_adv[failed], y[failed], select(order.targets, failed))
+    count, asked = max(int(best.clean_correct.sum()), 1), (probe, *lenders.values())
+    return AttackResult(
+        x_adv=found.x_adv,
+        clean_correct=best.clean_correct,
+        success=found.success,
+        distance=found.distance,
+        forwards=sum(one.forwards for one in asked) / count,
+        backwards=sum(one.backwards for one in asked) / count,
+        seconds=0.0,
         flags=tuple(flags),
     )
-    if convergence and _length_of(attack) is not None:
-        opinion = check_convergence(
-            model, x, y, attack, threat, result, images=convergence, targets=targets, generator=generator
-        )
-        result = replace(result, flags=(*result.flags, *opinion), seconds=time.perf_counter() - start)
-    return result
+
+
+def _attack_in_all_ways(best: Best, probe: Probe, model: nn.Module, random: bool) -> None:
+    blind = None
+    if probe.hand is None and not random:
+        rows = best.clean_correct.nonzero().squeeze(1)
+        blind, doubts = _doubted(model, best.order.x[rows], best.order.y[rows], best.flags)
+        best.flags += doubts
+    if random:
+        attack_single_draws(best, probe)
+    attack_itself(best, probe, random=random)
+    if has_masked_gradients(model) or "zero-gradients" in {flag.name for flag in best.flags}:
+        attack_straight_through(best, probe, model)
+    if blind is not None:
+        attack_by_differences(best, probe, model, blind)
 
 
 def lend(
@@ -211,10 +228,11 @@ def lend(
     is attacked for its own sake.
     """
     check_module(model)
-    with torch.inference_mode(False), frozen(model), channels_last(model):
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         x, y = check_inputs(x, y)
         check_threat(x, threat)
-        model = opened(model, x)
+        model = _hold(stack, model, x)
         check_model(model, x, y, random=is_random(model, x))
         size = batch_size or batch_size_for(model, x)
         order = Order(attack, threat, x, y, None, size, generator)
@@ -299,10 +317,6 @@ def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:
     return read_dense(model, x[:2]) or read_convolved(model, x[:2])
 
 
-def _is_raised(name: str, flags: Iterable[Flag]) -> bool:
-    return any(flag.name == name for flag in flags)
-
-
 def _doubted(model: nn.Module, x: Tensor, y: Tensor, flags: Iterable[Flag]) -> tuple[Tensor | None, list[Flag]]:
     """Return the pixels at which no attack should follow the gradient, a mask or None, and a flag where autograd lies.
 
@@ -318,7 +332,7 @@ def _doubted(model: nn.Module, x: Tensor, y: Tensor, flags: Iterable[Flag]) -> t
     if blind is not None:
         missed = f"autograd misses what {int(blind.sum())} of {blind.numel()} pixels do"
         return blind, [Flag("partial-gradients", f"{missed}; finite differences were taken")]
-    jumps = not masked and _is_raised("shattered-gradients", flags)
+    jumps = not masked and "shattered-gradients" in {flag.name for flag in flags}
     return (torch.ones_like(x[0], dtype=torch.bool) if jumps else None), []
 
 

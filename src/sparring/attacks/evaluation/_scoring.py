@@ -1,4 +1,4 @@
-"""The verdict on perturbed images: fresh passes, measured distances, the better of two ways, violations."""
+"""The ways in which `run` attacks a model, and the verdict on what each of them found, the best of which counts."""
 
 from __future__ import annotations
 
@@ -25,165 +25,6 @@ from ._flags import Flag
 TOLERANCE = 1e-6
 # Factors by which a perturbation is tried shorter and longer where a model draws.
 _SIZES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
-
-
-class Scored(NamedTuple):
-    """What one way of attacking reached: the images, how far each moved, success, distance as in AttackResult."""
-
-    x_adv: Tensor
-    moved: Tensor
-    success: Tensor
-    distance: Tensor
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Says, on fresh forward passes, which images are misclassified and how far they were moved.
-
-    probe: the model, or what follows on its `steady` part.
-    """
-
-    probe: Probe
-    steady: nn.Module | None
-    y: Tensor
-    targets: Tensor | None
-    norm: float
-    batch_size: int
-    draws: int
-    seed: int
-
-    def wrong(self, x: Tensor) -> Tensor:
-        """Return which images most of the passes do not assign to their class."""
-        return self._share(x, self.y) < 0.5
-
-    def __call__(self, x: Tensor, x_adv: Tensor, clean_correct: Tensor) -> Scored:
-        """Return the outcome of an attack; images misclassified from the start are no success."""
-        reached = self.wrong(x_adv) if self.targets is None else self._share(x_adv, self.targets) > 0.5
-        moved = distance(x_adv - x, self.norm)
-        success = clean_correct & reached & torch.isfinite(moved)  # NaN is no image, whatever the model makes of it
-        reach = torch.where(success, moved, torch.where(clean_correct, torch.inf, 0.0))
-        return Scored(x_adv, moved, success, reach)
-
-    def _share(self, x: Tensor, label: Tensor) -> Tensor:
-        votes = torch.zeros(len(x), device=x.device)
-        if self.steady is not None:
-            with torch.no_grad():
-                x = torch.cat([self.steady(part) for part in torch.split(x, self.batch_size)])
-        with seeded(self.probe, self.seed):
-            for _ in range(self.draws):
-                votes += classify(self.probe, x, self.batch_size) == label
-        return votes / self.draws
-
-
-def untouched(x: Tensor, clean_correct: Tensor) -> Scored:
-    """Return the outcome of no attack at all."""
-    nowhere = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    reach = torch.where(clean_correct, torch.inf, nowhere)
-    return Scored(x, nowhere, torch.zeros_like(clean_correct), reach)
-
-
-def still_open(outcome: Scored, threat: Threat) -> Tensor:
-    """Return the images another way of attacking could still do something about."""
-    return (outcome.distance > 0) if threat.eps is None else torch.isinf(outcome.distance)
-
-
-def better(first: Scored, second: Scored) -> tuple[Scored, Tensor]:
-    """Return the per-image better of two outcomes, and where the second was better by more than 5% or alone.
-
-    Where neither succeeded, what the second left behind is kept if it moved at all.
-    """
-    taken = (second.distance < first.distance) | (torch.isinf(first.distance) & (second.moved != 0))  # NaN is not 0
-    shape = column(taken, first.x_adv)
-    merged = Scored(
-        torch.where(shape, second.x_adv, first.x_adv),
-        torch.where(taken, second.moved, first.moved),
-        first.success | second.success,
-        torch.minimum(second.distance, first.distance),
-    )
-    return merged, second.distance < 0.95 * first.distance
-
-
-def resized(judge: Judge, x: Tensor, outcome: Scored, clean_correct: Tensor) -> Scored:
-    """Return the nearest of an outcome's perturbations and the same ones shorter and longer.
-
-    A search on a model that draws ends at the boundary of its own few draws, and that of most draws lies elsewhere.
-    """
-    nearest = outcome
-    for size in _SIZES:
-        x_adv = (x + size * (outcome.x_adv - x)).clamp(0, 1)
-        nearest, _ = better(nearest, judge(x, x_adv, clean_correct))
-    return nearest
-
-
-def violations(outcome: Scored, threat: Threat, nonfinite: int) -> list[Flag]:
-    """Return flags for images beyond box or budget, for searches that failed, and for logits that are no numbers."""
-    flags = []
-    beyond = float((outcome.x_adv.clamp(0, 1) - outcome.x_adv).abs().max())
-    if not beyond <= TOLERANCE:
-        flags.append(Flag("box-violation", f"by up to {beyond:.2g}"))
-    if threat.eps is not None:
-        excess = float((outcome.moved - threat.eps).max())
-        # Rounding of a norm grows with its size.
-        if not excess <= TOLERANCE * max(1.0, threat.eps):
-            flags.append(Flag("budget-violation", f"by up to {excess:.2g}"))
-    if threat.eps is None:
-        failed = int(torch.isinf(outcome.distance).sum())
-        if failed:
-            detail = f"on {failed} images, whose distance is infinite; take more steps, or another attack"
-            flags.append(Flag("unfinished-search", detail))
-    if nonfinite:
-        detail = f"for {nonfinite} images, counting every pass; look for divisions and exponentials in the model"
-        flags.append(Flag("nonfinite-logits", detail))
-    return flags
-
-
-_BATCH_BYTES = 256 * 2**20
-
-
-def batch_size_for(model: nn.Module, x: Tensor, *, draws: int = 1) -> int:
-    """Return how many images an attack can take at once in 256 MB (1 to 1024).
-
-    Counted for each image and draw: the outputs of all layers, stored for the backward pass, and the gradients of the
-    largest for as many classes as go back together.
-    """
-    numbers = [x[:1].numel()]
-
-    def count(output: object) -> None:
-        if isinstance(output, Tensor):
-            numbers.append(output.numel())
-        elif isinstance(output, tuple | list):
-            for part in output:
-                count(part)
-
-    def pack(saved: Tensor) -> Tensor:
-        count(saved)
-        return saved
-
-    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    scripted = [module for module in leaves if isinstance(module, torch.jit.ScriptModule)]
-    handles = [
-        module.register_forward_hook(lambda _module, _inputs, output: count(output))
-        for module in leaves
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    try:
-        # Scripted modules take no hooks; what they save for the backward pass tells as much.
-        with torch.set_grad_enabled(bool(scripted)), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-            classes: int = model(x[:1].clone().requires_grad_(bool(scripted))).shape[1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    stored: int = sum(numbers) + min(classes, ROWS_AT_ONCE) * max(numbers)
-    return max(1, min(1024, _BATCH_BYTES // (x.element_size() * draws * stored)))
-
-
-def classify(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """Return the predicted classes, −1 where the logits are no answer."""
-    with torch.no_grad():
-        logits = torch.cat([model(part) for part in torch.split(x, batch_size)])
-    return torch.where(is_answer(logits), logits.argmax(1), -1)
-
-
 # Another way of attacking must do better on this share of the images before it is called a sign of masking.
 NOTABLE = 0.02
 # What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
@@ -262,36 +103,144 @@ class Order:
             yield replace(self, attack=_DEEP)(surrogate, wanted())
 
 
+class Scored(NamedTuple):
+    """What one way of attacking reached: the images, how far each moved, success, distance as in AttackResult."""
+
+    x_adv: Tensor
+    moved: Tensor
+    success: Tensor
+    distance: Tensor
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Says, on fresh forward passes, which images are misclassified and how far they were moved.
+
+    probe: the model, or what follows on its `steady` part, asked `draws` times.
+    """
+
+    probe: Probe
+    steady: nn.Module | None
+    order: Order
+    draws: int
+    seed: int
+
+    def wrong(self, x: Tensor) -> Tensor:
+        """Return which images most of the passes do not assign to their class."""
+        return self._share(x, self.order.y) < 0.5
+
+    def __call__(self, x_adv: Tensor, clean_correct: Tensor) -> Scored:
+        """Return the outcome of an attack; images misclassified from the start are no success."""
+        targets = self.order.targets
+        reached = self.wrong(x_adv) if targets is None else self._share(x_adv, targets) > 0.5
+        moved = distance(x_adv - self.order.x, self.order.threat.norm)
+        success = clean_correct & reached & torch.isfinite(moved)  # NaN is no image, whatever the model makes of it
+        reach = torch.where(success, moved, torch.where(clean_correct, torch.inf, 0.0))
+        return Scored(x_adv, moved, success, reach)
+
+    def _share(self, x: Tensor, label: Tensor) -> Tensor:
+        votes = torch.zeros(len(x), device=x.device)
+        with torch.no_grad(), seeded(self.probe, self.seed):
+            parts = torch.split(x, self.order.batch_size)
+            if self.steady is not None:
+                parts = torch.split(torch.cat([self.steady(part) for part in parts]), self.order.batch_size)
+            for _ in range(self.draws):
+                logits = torch.cat([self.probe(part) for part in parts])
+                votes += torch.where(is_answer(logits), logits.argmax(1), -1) == label
+        return votes / self.draws
+
+
+def better(first: Scored, second: Scored) -> tuple[Scored, Tensor]:
+    """Return the per-image better of two outcomes, and where the second was better by more than 5% or alone.
+
+    Where neither succeeded, what the second left behind is kept if it moved at all.
+    """
+    taken = (second.distance < first.distance) | (torch.isinf(first.distance) & (second.moved != 0))  # NaN is not 0
+    shape = column(taken, first.x_adv)
+    merged = Scored(
+        torch.where(shape, second.x_adv, first.x_adv),
+        torch.where(taken, second.moved, first.moved),
+        first.success | second.success,
+        torch.minimum(second.distance, first.distance),
+    )
+    return merged, second.distance < 0.95 * first.distance
+
+
 @dataclass
 class Best:
     """Hold the best that was found for each image so far, over all ways of attacking; `flags` grows beside it."""
 
     judge: Judge
-    order: Order
-    threat: Threat
-    x: Tensor
     clean_correct: Tensor
     outcome: Scored
     flags: list[Flag]
 
+    @classmethod
+    def beginning(cls, judge: Judge, flags: list[Flag]) -> Best:
+        """Return what is there before any attack."""
+        x = judge.order.x
+        clean_correct, nowhere = ~judge.wrong(x), torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        reach = torch.where(clean_correct, torch.inf, nowhere)
+        return cls(judge, clean_correct, Scored(x, nowhere, torch.zeros_like(clean_correct), reach), flags)
+
+    @property
+    def order(self) -> Order:
+        """Return the attack with its images."""
+        return self.judge.order
+
     def open(self) -> Tensor:
-        """Return the images (N,) that are still worth an attack."""
-        return still_open(self.outcome, self.threat)
+        """Return the images (N,) that another way of attacking could still do something about."""
+        distances = self.outcome.distance
+        return distances > 0 if self.order.threat.eps is None else torch.isinf(distances)
+
+    def attack_(self, model: nn.Module) -> Tensor:
+        """Attack a model on the images still open, and keep what is better; return the images (N,) that gained."""
+        return self.add_(self.order(model, self.open()))
 
     def add_(self, found: Tensor) -> Tensor:
         """Judge examples (N, ...) and keep the better ones; return the images (N,) that these gained."""
-        self.outcome, gained = better(self.outcome, self.judge(self.x, found, self.clean_correct))
+        self.outcome, gained = better(self.outcome, self.judge(found, self.clean_correct))
         return gained
+
+    def resize_(self) -> None:
+        """Try the perturbations shorter and longer.
+
+        A search on a model that draws ends at the boundary of its own few draws, and that of most draws lies elsewhere.
+        """
+        x, found = self.order.x, self.outcome.x_adv
+        for size in _SIZES:
+            self.add_((x + size * (found - x)).clamp(0, 1))
 
     def flag_(self, way: str, gained: Tensor) -> None:
         """Flag that gradients are masked if a way around them gained notably many images."""
-        self.flags += _masked(way, gained, self.clean_correct)
+        more, attacked = int(gained.sum()), int(self.clean_correct.sum())
+        if more >= max(2, NOTABLE * attacked):
+            self.flags.append(Flag("masked-gradients", f"{way} does better on {more} of {attacked} images"))
+
+    def violations(self, nonfinite: int) -> list[Flag]:
+        """Return flags for images beyond box or budget, failed searches, and logits that are no numbers."""
+        flags, eps = [], self.order.threat.eps
+        beyond = float((self.outcome.x_adv.clamp(0, 1) - self.outcome.x_adv).abs().max())
+        if not beyond <= TOLERANCE:
+            flags.append(Flag("box-violation", f"by up to {beyond:.2g}"))
+        if eps is not None:
+            excess = float((self.outcome.moved - eps).max())
+            # Rounding of a norm grows with its size.
+            if not excess <= TOLERANCE * max(1.0, eps):
+                flags.append(Flag("budget-violation", f"by up to {excess:.2g}"))
+        elif failed := int(torch.isinf(self.outcome.distance).sum()):
+            detail = f"on {failed} images, whose distance is infinite; take more steps, or another attack"
+            flags.append(Flag("unfinished-search", detail))
+        if nonfinite:
+            detail = f"for {nonfinite} images, counting every pass; look for divisions and exponentials in the model"
+            flags.append(Flag("nonfinite-logits", detail))
+        return flags
 
 
-def attack_single_draws(best: Best, probe: Probe, draws: int) -> None:
+def attack_single_draws(best: Best, probe: Probe) -> None:
     """Attack a model that draws as one would attack any: what the expectation adds to that, chance had hidden."""
-    probe.draws = 1
-    best.add_(best.order(probe, best.open()))
+    draws, probe.draws = probe.draws, 1
+    best.attack_(probe)
     probe.draws = draws
 
 
@@ -302,17 +251,17 @@ def attack_itself(best: Best, probe: Probe, *, random: bool) -> None:
     """
     gained = torch.zeros_like(best.clean_correct)
     for _ in range(5 if random else 1):
-        gained |= best.add_(best.order(probe, best.open()))
+        gained |= best.attack_(probe)
     if random:
-        if best.threat.eps is None:
-            best.outcome = resized(best.judge, best.x, best.outcome, best.clean_correct)
+        if best.order.threat.eps is None:
+            best.resize_()
         best.flag_("the expectation over draws", gained)
 
 
 def attack_straight_through(best: Best, probe: Probe, model: nn.Module) -> None:
     """Attack through the backward pass that layers which mask gradients declare."""
     probe.model, probe.hand = model, None
-    with straight_through(model, best.x[:1]):
+    with straight_through(model, best.order.x[:1]):
         found = best.order(probe, best.open())
     best.flag_("a straight-through backward pass", best.add_(found))
 
@@ -320,7 +269,7 @@ def attack_straight_through(best: Best, probe: Probe, model: nn.Module) -> None:
 def attack_by_differences(best: Best, probe: Probe, model: nn.Module, blind: Tensor) -> None:
     """Attack by finite differences where the gradient misses what an image does."""
     probe.model, probe.hand = (differences := Differences(model, blind)), None
-    best.flag_("a gradient by finite differences", best.add_(best.order(probe, best.open())))
+    best.flag_("a gradient by finite differences", best.attack_(probe))
     probe.forwards += differences.passes
 
 
@@ -329,15 +278,49 @@ def transfer(best: Best, lenders: Mapping[str, Probe], lent: Mapping[str, Sequen
     loans: list[tuple[str, Iterable[Tensor]]] = [
         (name, best.order.loans(lender, best.open)) for name, lender in lenders.items()
     ]
+    x = best.order.x
     for name, examples in (*loans, *lent.items()):
         gained = torch.zeros_like(best.clean_correct)
         for found in examples:
-            gained |= best.add_(torch.where(column(best.open(), best.x), found, best.x))
+            gained |= best.add_(torch.where(column(best.open(), x), found, x))
         best.flag_(f"transfer from {name}", gained)
 
 
-def _masked(way: str, more: Tensor, attacked: Tensor) -> list[Flag]:
-    gained, count = int(more.sum()), int(attacked.sum())
-    if gained < max(2, NOTABLE * count):
-        return []
-    return [Flag("masked-gradients", f"{way} does better on {gained} of {count} images")]
+_BATCH_BYTES = 256 * 2**20
+
+
+def batch_size_for(model: nn.Module, x: Tensor, *, draws: int = 1) -> int:
+    """Return how many images an attack can take at once in 256 MB (1 to 1024).
+
+    Counted for each image and draw: the outputs of all layers, stored for the backward pass, and the gradients of the
+    largest for as many classes as go back together.
+    """
+    numbers = [x[:1].numel()]
+
+    def count(output: object) -> None:
+        if isinstance(output, Tensor):
+            numbers.append(output.numel())
+        elif isinstance(output, tuple | list):
+            for part in output:
+                count(part)
+
+    def pack(saved: Tensor) -> Tensor:
+        count(saved)
+        return saved
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    scripted = [module for module in leaves if isinstance(module, torch.jit.ScriptModule)]
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output: count(output))
+        for module in leaves
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
+    try:
+        # Scripted modules take no hooks; what they save for the backward pass tells as much.
+        with torch.set_grad_enabled(bool(scripted)), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+            classes: int = model(x[:1].clone().requires_grad_(bool(scripted))).shape[1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    stored: int = sum(numbers) + min(classes, ROWS_AT_ONCE) * max(numbers)
+    return max(1, min(1024, _BATCH_BYTES // (x.element_size() * draws * stored)))
