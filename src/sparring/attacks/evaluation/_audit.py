@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,10 +57,8 @@ def audit(
             found[name, threat] = run(
                 model, x, y, attack, threat, batch_size=batch_size, generator=generator, convergence=checks
             )
-    if checks:
-        _compare_(found)
-        for name, attack in attacks.items():
-            _doubt_(found, name, attack, (model, x, y), checks, seed)
+    for key, flags in _opinions(found, attacks, (model, x, y), checks, seed) if checks else ():
+        found[key] = replace(found[key], flags=(*found[key].flags, *flags))
     return [AuditRow(name, threat, result) for (name, threat), result in found.items()] + _worst_cases(found)
 
 
@@ -72,32 +70,23 @@ def _threats(name: str, attack: Attack, norm: float, eps: Sequence[float]) -> li
     return [Threat(norm, budget) for budget in eps]
 
 
-def _compare_(found: Found) -> None:
-    """Flag an attack that a weaker one outdoes, and a budget that a smaller one does."""
+def _opinions(
+    found: Found, attacks: Mapping[str, Attack], task: tuple[nn.Module, Tensor, Tensor], images: int, seed: int
+) -> Iterator[tuple[tuple[str, Threat], tuple[Flag, ...]]]:
+    """Yield what other attacks, other budgets, no budget at all and the points that it saw say against a result."""
     for threat in {threat for _, threat in found}:
         rivals = {name: result for (name, other), result in found.items() if other == threat}
-        for name, flags in check_order(rivals).items():
-            _flag_(found, name, threat, flags)
-
-
-def _doubt_(
-    found: Found, name: str, attack: Attack, task: tuple[nn.Module, Tensor, Tensor], images: int, seed: int
-) -> None:
-    """Flag a budget that a smaller one outdoes, and what an unlimited budget and the points it saw say of an attack."""
-    budgets = {threat.eps: threat for who, threat in found if who == name and threat.eps is not None}
-    for eps, flags in check_budgets({eps: found[name, threat] for eps, threat in budgets.items()}).items():
-        _flag_(found, name, budgets[eps], flags)
-    if budgets and not facts_of(attack).single_step:
-        threat, generator = budgets[max(budgets)], torch.Generator().manual_seed(seed)
-        result = found[name, threat]
-        flags = check_unlimited(*task, attack, norm=threat.norm, images=images, generator=generator)
-        flags += check_silence(*task, attack, threat, result, images=_SILENCE_IMAGES, generator=generator)
-        _flag_(found, name, threat, flags)
-
-
-def _flag_(found: Found, name: str, threat: Threat, flags: tuple[Flag, ...]) -> None:
-    result = found[name, threat]
-    found[name, threat] = replace(result, flags=(*result.flags, *flags))
+        yield from (((name, threat), flags) for name, flags in check_order(rivals).items())
+    for name, attack in attacks.items():
+        budgets = {threat.eps: threat for who, threat in found if who == name and threat.eps is not None}
+        results = {eps: found[name, threat] for eps, threat in budgets.items()}
+        yield from (((name, budgets[eps]), flags) for eps, flags in check_budgets(results).items())
+        if budgets and not facts_of(attack).single_step:
+            threat, generator = budgets[max(budgets)], torch.Generator().manual_seed(seed)
+            flags = check_unlimited(*task, attack, norm=threat.norm, images=images, generator=generator)
+            result = found[name, threat]
+            flags += check_silence(*task, attack, threat, result, images=_SILENCE_IMAGES, generator=generator)
+            yield (name, threat), flags
 
 
 def _worst_cases(found: Found) -> list[AuditRow]:
