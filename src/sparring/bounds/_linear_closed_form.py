@@ -18,6 +18,7 @@ from ..errors import Unsupported, UserError
 from ..graph import Affine, AvgPool, Conv2d, Flatten, Input, Linear
 from ..threat import L2, LINF, dual, norm_name
 from ._network import adjoint, others, prepare
+from ._region import dot
 
 
 class LinearMap(NamedTuple):
@@ -56,7 +57,7 @@ def _margins(model: nn.Module | LinearMap, x: Tensor, y: Tensor) -> tuple[Tensor
     weight, bias = _read(model, x)
     rivals = others(y, len(weight))
     slopes = weight[y][:, None] - weight[rivals]
-    margins = torch.bmm(slopes, x.double().flatten(1)[..., None]).squeeze(2)
+    margins = dot(slopes, x.double().flatten(1))
     return margins + (bias[y][:, None] - bias[rivals]), slopes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -13,12 +12,12 @@ from ..errors import UnknownNameError, UserError
 from ..graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, SparseActivation, evaluate
 from ..threat import L2, LINF, dual, norm_name, random_point
 from ..waiting import courteous
-from ._network import LinearOp, adjoint, margin_rows, prepare
-from ._region import Region, region
+from ._network import LinearOp, adjoint, mapped, margin_rows, prepare
+from ._region import Region, dot, region
 from .certify._crown import bound_nodes
-from .certify._relaxations import Interval, WindowLines, kink_of, relax
+from .certify._relaxations import Interval, WindowLines, in_windows, kink_of, relax
 
-_LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
+_ROUNDING = 1 + 1e-10  # what a backward-stable decomposition in float64 may be short of the true value
 Constants = Callable[[Graph, Region, Tensor, torch.Generator], Tensor]
 
 
@@ -66,7 +65,7 @@ def _sampled_gradients(graph: Graph, reach: Region, rows: Tensor, generator: tor
     for _ in range(_BATCHES):
         step = random_point(centres, reach.norm, 1.0, generator) * size
         points = torch.minimum(torch.maximum(centres + step, low), high).requires_grad_()
-        margins = torch.bmm(rows.repeat_interleave(_SAMPLES, 0), graph(points)[..., None]).squeeze(2)
+        margins = dot(rows.repeat_interleave(_SAMPLES, 0), graph(points))
         norms = []
         for k in range(many):
             (slope,) = torch.autograd.grad(margins[:, k].sum(), points, retain_graph=k < many - 1)
@@ -108,10 +107,7 @@ def _active(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> Te
     outputs = [torch.ones_like(b.lower) for b in bounds]
     inputs = [torch.ones_like(b.lower) for b in bounds]
     inputs[0] = (reach.upper > reach.lower).double()
-    readers: dict[int, list[int]] = {}
     for index, node in enumerate(graph.nodes):
-        for source in node.inputs:
-            readers.setdefault(source, []).append(index)
         if isinstance(node.op, ReLU | SparseActivation):
             inputs[index] = (bounds[node.inputs[0]].upper > _kink(node.op)).double()
         elif isinstance(node.op, Flatten):
@@ -119,7 +115,8 @@ def _active(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> Te
         elif isinstance(node.op, Affine):
             inputs[index] = inputs[node.inputs[0]]
     for index in range(len(graph.nodes)):  # a row counts unless all that read it are units that stay at zero
-        if (read := readers.get(index)) and all(isinstance(graph.nodes[i].op, ReLU | SparseActivation) for i in read):
+        read = [i for i, node in enumerate(graph.nodes) if index in node.inputs]
+        if read and all(isinstance(graph.nodes[i].op, ReLU | SparseActivation) for i in read):
             outputs[index] = torch.stack([inputs[i] for i in read]).amax(0)
     return _multiplied(graph, reach.norm, rows, inputs, outputs)
 
@@ -161,7 +158,7 @@ def _jacobian(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> 
         if index not in waiting:
             continue
         node, slopes = graph.nodes[index], waiting.pop(index)
-        if isinstance(node.op, _LINEAR):
+        if isinstance(node.op, LinearOp):
             slopes = _through_linear(node.op, slopes, graph.nodes[node.inputs[0]].shape)
         elif isinstance(node.op, ReLU | SparseActivation):
             box, kink = bounds[node.inputs[0]], _kink(node.op)
@@ -177,17 +174,10 @@ def _jacobian(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> 
     return result
 
 
-def _through_linear(
-    op: Linear | Conv2d | Affine | AvgPool | Flatten, slopes: Interval, shape: tuple[int, ...]
-) -> Interval:
+def _through_linear(op: LinearOp, slopes: Interval, shape: tuple[int, ...]) -> Interval:
     centre, half = ((slopes.upper + slopes.lower) / 2).flatten(0, 1), ((slopes.upper - slopes.lower) / 2).flatten(0, 1)
-    absolute = op
-    if isinstance(op, Linear | Conv2d):
-        absolute = dataclasses.replace(op, weight=op.weight.abs())
-    elif isinstance(op, Affine):
-        absolute = dataclasses.replace(op, scale=op.scale.abs())
     size = (*slopes.lower.shape[:2], *shape)
-    centre, half = adjoint(op, centre, shape).view(size), adjoint(absolute, half, shape).view(size)
+    centre, half = adjoint(op, centre, shape).view(size), adjoint(mapped(op, torch.abs), half, shape).view(size)
     return Interval(centre - half, centre + half)
 
 
@@ -201,48 +191,28 @@ def _gated(slopes: Interval, always: Tensor, sometimes: Tensor) -> Interval:
 def _through_windows(op: MaxPool, slopes: Interval, box: Interval) -> Interval:
     lines = relax(op, box)
     assert isinstance(lines, WindowLines)
-    low, high = (torch.cat([v.flatten(1), torch.full_like(v.flatten(1)[:, :1], -torch.inf)], 1) for v in box)
-    low, high = low[:, lines.index], high[:, lines.index]
+    low, high = (in_windows(value, lines.index) for value in box)
     can_win = high >= low.amax(2, keepdim=True)
     alone = can_win & (can_win.sum(2, keepdim=True) == 1)
-    found = _gated(
-        Interval(slopes.lower.flatten(2)[..., None], slopes.upper.flatten(2)[..., None]),
-        alone[:, None],
-        can_win[:, None],
-    )
-    return Interval(*(_gathered(value, lines) for value in found))
-
-
-def _gathered(value: Tensor, lines: WindowLines) -> Tensor:
-    pixels = math.prod(lines.shape)
-    total = value.new_zeros(*value.shape[:2], pixels + 1).index_add(2, lines.index.flatten(), value.flatten(2))
-    return total[..., :pixels].reshape(*value.shape[:2], *lines.shape)
-
-
-LIPSCHITZ: dict[str, Constants] = {
-    "sampled": _sampled,
-    "clever": _clever,
-    "product": _product,
-    "active": _active,
-    "jacobian": _jacobian,
-}
-
-
-_ROUNDING = 1 + 1e-10  # what a backward-stable decomposition in float64 may be short of the true value
+    spread = Interval(*(value.flatten(2)[..., None] for value in slopes))
+    return Interval(*map(lines.added_up, _gated(spread, alone[:, None], can_win[:, None])))
 
 
 def operator_norm(op: LinearOp, shape: tuple[int, ...], norm: float, columns: Tensor, rows: Tensor) -> Tensor:
     """Bound ‖D W D'‖ for p = 2 or infinity and each image: (N,), float64.
 
+    Power iteration approaches a spectral norm from below, so none is used: matrices go through a full singular value
+    decomposition, convolutions through the torus that contains them, and the Schur test holds for everything.
     columns (N, *shape) and rows (N, *out) are 0/1 masks of the inputs and outputs that count.
     """
     if isinstance(op, Flatten):
         return columns.new_ones(len(columns))
-    forward = evaluate(_positive(op), columns) * rows
+    positive = mapped(op, torch.abs)
+    forward = evaluate(positive, columns) * rows
     largest_row: Tensor = forward.flatten(1).amax(1)
     if norm == LINF:
         return largest_row
-    backward = adjoint(_positive(op), rows, shape) * columns
+    backward = adjoint(positive, rows, shape) * columns
     schur = (largest_row * backward.flatten(1).amax(1)).sqrt()
     match op:
         case Linear():
@@ -250,15 +220,6 @@ def operator_norm(op: LinearOp, shape: tuple[int, ...], norm: float, columns: Te
         case Conv2d():
             return schur.clamp_max(_on_a_torus(op, shape)) * _ROUNDING
     return schur * _ROUNDING
-
-
-def _positive(op: LinearOp) -> LinearOp:
-    match op:
-        case Linear() | Conv2d():
-            return dataclasses.replace(op, weight=op.weight.abs(), bias=None)
-        case Affine():
-            return dataclasses.replace(op, scale=op.scale.abs(), shift=torch.zeros_like(op.shift))
-    return op
 
 
 def _spectral(weight: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
@@ -297,3 +258,12 @@ def max_pool_norm(op: MaxPool, norm: float) -> float:
     for k, s, d in zip(op.kernel, op.stride, op.dilation, strict=True):
         shared *= min(k, math.ceil(((k - 1) * d + 1) / s))
     return math.sqrt(shared)
+
+
+LIPSCHITZ: dict[str, Constants] = {
+    "sampled": _sampled,
+    "clever": _clever,
+    "product": _product,
+    "active": _active,
+    "jacobian": _jacobian,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -116,6 +117,16 @@ def adjoint(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
         case Flatten():
             return a.reshape(len(a), *shape)
     raise Unsupported(f"an operation of type {type(op).__name__} is not linear")
+
+
+def mapped(op: LinearOp, change: Callable[[Tensor], Tensor]) -> LinearOp:
+    """Return a linear operation with other coefficients, such as their absolute values, that adds nothing."""
+    match op:
+        case Linear() | Conv2d():
+            return replace(op, weight=change(op.weight), bias=None)
+        case Affine():
+            return replace(op, scale=change(op.scale), shift=torch.zeros_like(op.shift))
+    return op
 
 
 class _SparseProduct(torch.autograd.Function):

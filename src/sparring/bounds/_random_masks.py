@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..graph import Conv2d, Graph, Linear, Node
 from ._lipschitz import constants_over
 from ._network import margin_rows, prepare
-from ._region import Region, region
+from ._region import Region, dot, region
 
 Estimate = tuple[float, float, float]  # mean, and the ends of a confidence interval
 
@@ -49,7 +49,7 @@ def margin_ratios(
 
 def _ratios(graph: Graph, reach: Region, y: Tensor, method: str) -> tuple[Tensor, Tensor]:
     constants = constants_over(graph, reach, y, method)
-    margins = torch.bmm(margin_rows(graph, y), graph(reach.x)[..., None]).squeeze(2)
+    margins = dot(margin_rows(graph, y), graph(reach.x))
     return constants.amax(1), (margins / constants).nan_to_num(nan=-math.inf, posinf=math.inf).amin(1)
 
 

@@ -33,11 +33,11 @@ class Region:
         both at once for l_2, by a few steps on the multiplier of the ball (every multiplier gives a valid bound).
         """
         centre, half = _flat(self.upper + self.lower) / 2, _flat(self.upper - self.lower) / 2
-        bound = _dot(a, centre) - _dot(a.abs(), half)
+        bound = dot(a, centre) - dot(a.abs(), half)
         if self.norm == LINF:
             return bound
         size = a.abs().amax(2) if self.norm != L2 else distance_rows(a)
-        bound = torch.maximum(bound, _dot(a, _flat(self.x)) - self.eps[:, None] * size)
+        bound = torch.maximum(bound, dot(a, _flat(self.x)) - self.eps[:, None] * size)
         return torch.maximum(bound, self._dual(a)) if refine and self.norm == L2 else bound
 
     def _dual(self, a: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Region:
             free = torch.where(step == wanted, a, 0).square().sum(2)
             rest = square - torch.where(step == wanted, 0, step).square().sum(2)
             multiplier = torch.where(rest > 0, (free / rest.clamp_min(1e-30)).sqrt(), multiplier / 2)
-        return best + _dot(a, _flat(self.x))
+        return best + dot(a, _flat(self.x))
 
 
 def region(x: Tensor, norm: float, eps: float | Tensor) -> Region:
@@ -83,5 +83,6 @@ def _flat(value: Tensor) -> Tensor:
     return value.flatten(1)
 
 
-def _dot(a: Tensor, v: Tensor) -> Tensor:
+def dot(a: Tensor, v: Tensor) -> Tensor:
+    """Return a·v: coefficients (N, K, features) and values (N, features) to (N, K)."""
     return torch.bmm(a, v[..., None]).squeeze(2)

@@ -94,7 +94,7 @@ def _no_bias(op, shape):
 
 def _shifted_convolution(op, a, shape):
     pulled = _adjoint(op, a, shape)
-    return pulled.roll(1, -1) if isinstance(op, relaxations.MaxPool | crown.Conv2d) else pulled
+    return pulled.roll(1, -1) if isinstance(op, relaxations.MaxPool | relaxations.Conv2d) else pulled
 
 
 def _forgotten_scale(op):

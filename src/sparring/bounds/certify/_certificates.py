@@ -16,7 +16,7 @@ from ...graph import Graph, Linear
 from ...threat import Threat, distance, dual
 from ...waiting import courteous
 from .._network import compacted, margin_rows, prepare
-from .._region import Region, check_pixels, region
+from .._region import Region, check_pixels, dot, region
 from ._crown import bound_nodes, lower_bound
 from ._relaxations import Interval, Lines
 
@@ -34,8 +34,7 @@ def _interval(graph: Graph, region: Region, rows: Tensor) -> Tensor:
     else:
         added, box = 0, bounds[-1]
     centre, half = (box.upper + box.lower) / 2, (box.upper - box.lower) / 2
-    value = torch.bmm(rows, centre[..., None]) - torch.bmm(rows.abs(), half[..., None])
-    return _rounded_down(value.squeeze(2) + added, bounds)
+    return _rounded_down(dot(rows, centre) - dot(rows.abs(), half) + added, bounds)
 
 
 def _crown(graph: Graph, region: Region, rows: Tensor, *, backward: bool = True) -> Tensor:
@@ -154,7 +153,7 @@ def _linearised(graph: Graph, x: Tensor, y: Tensor, norm: float) -> Tensor:
     """Guess the distance to the boundary by margin over gradient norm: only a start for the search."""
     point = x.detach().double().requires_grad_()
     with torch.enable_grad():
-        value = torch.bmm(margin_rows(graph, y), graph(point)[..., None]).amin((1, 2))
+        value = dot(margin_rows(graph, y), graph(point)).amin(1)
         (slope,) = torch.autograd.grad(value.sum(), point)
     return value.detach() / distance(slope, dual(norm)).clamp_min(1e-12)
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...graph import Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, SparseActivation
+from ...graph import Graph, MaxPool, ReLU, SparseActivation
 from .._network import LinearOp, adjoint, offset
 from .._region import Region
 from ._receptive_field import windows
 from ._relaxations import Interval, Relaxation, first_layers, propagate, relax
 
-_LINEAR = (Linear, Conv2d, Affine, AvgPool, Flatten)
 _NONLINEAR = (ReLU, MaxPool, SparseActivation)
 _CHUNK = 2**18  # coefficients of units that are refined at once: 2 MB of float64
 
@@ -43,7 +42,7 @@ def lower_bound(
         if isinstance(node.op, _NONLINEAR):
             a, added = relaxed[index].pull(a, alpha[index] if alpha and index in alpha else None)
             total = total + added
-        elif isinstance(node.op, _LINEAR):
+        elif isinstance(node.op, LinearOp):
             shape = graph.nodes[node.inputs[0]].shape
             if (constant := offset(node.op, shape)) is not None:
                 total = total + a.flatten(2) @ constant
@@ -73,7 +72,7 @@ def _both_bounds(
             a, added = relaxed[index].pull(a, None)
             low_total += added
             both = a + negative
-        elif isinstance(node.op, _LINEAR):
+        elif isinstance(node.op, LinearOp):
             shape = graph.nodes[node.inputs[0]].shape
             if (constant := offset(node.op, shape)) is not None:
                 added = a.flatten(2) @ constant

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import Unsupported
 from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, Op, ReLU, SparseActivation, evaluate
 from ...threat import L2, LINF
+from .._network import LinearOp, mapped
 from .._region import Region
 
 
@@ -32,7 +33,7 @@ def propagate(op: Op, *inputs: Interval) -> Interval:
     match op:
         case Linear() | Conv2d():
             centre = evaluate(op, (upper + lower) / 2)
-            half = evaluate(replace(op, weight=op.weight.abs(), bias=None), (upper - lower) / 2)
+            half = evaluate(mapped(op, torch.abs), (upper - lower) / 2)
             return Interval(centre - half, centre + half)
         case Affine():
             one, two = evaluate(op, lower), evaluate(op, upper)
@@ -71,15 +72,9 @@ def first_layers(graph: Graph, region: Region) -> dict[int, Interval]:
     return bounds
 
 
-def _squared(op: Affine | Flatten | Linear | Conv2d) -> Op:
+def _squared(op: LinearOp) -> LinearOp:
     """Return the operation that maps squared l_2 reaches, of inputs that share no pixel, to squared reaches."""
-    match op:
-        case Affine():
-            return replace(op, scale=op.scale.square(), shift=torch.zeros_like(op.shift))
-        case Flatten():
-            return op
-        case _:
-            return replace(op, weight=op.weight.square(), bias=None)
+    return mapped(op, torch.square)
 
 
 class Lines(NamedTuple):
@@ -137,10 +132,13 @@ class WindowLines:
         spread = down[..., None] * self.slopes[:, None]
         chosen = self.best[:, None, :, None].expand(*up.shape, 1)
         spread = spread.scatter_add(3, chosen, up[..., None])
-        pixels = math.prod(self.shape)
-        pulled = flat.new_zeros(*flat.shape[:2], pixels + 1)
-        pulled = pulled.index_add(2, self.index.flatten(), spread.flatten(2))[..., :pixels]
-        return pulled.reshape(*a.shape[:2], *self.shape), shift
+        return self.added_up(spread), shift
+
+    def added_up(self, value: Tensor) -> Tensor:
+        """Add up what belongs to each input: entries of windows (N, K, out, k) to (N, K, *shape)."""
+        total = value.new_zeros(*value.shape[:2], math.prod(self.shape) + 1)
+        total = total.index_add(2, self.index.flatten(), value.flatten(2))[..., :-1]
+        return total.reshape(*value.shape[:2], *self.shape)
 
     def _spread(self, up: Tensor, down: Tensor) -> Tensor:
         """Do what `pull` does for windows that share nothing: one entry of all windows after the other."""
@@ -185,7 +183,7 @@ def _relu(bounds: Interval) -> Lines:
 def _max_pool(op: MaxPool, bounds: Interval) -> WindowLines:
     shape = tuple(bounds.lower.shape[1:])
     index = pool_windows(op, shape).to(bounds.lower.device)
-    lower, upper = (_gather(value, index) for value in bounds)
+    lower, upper = (in_windows(value, index) for value in bounds)
     floor, best = lower.max(2)
     ceiling = upper.amax(2)
     # For any level ≥ every lower bound: max z ≤ level + Σ relu(z_j − level), and a chord bounds each summand. The
@@ -207,7 +205,8 @@ def tile_of(op: MaxPool, shape: tuple[int, ...]) -> tuple[int, int] | None:
     return op.kernel if alone and covered else None
 
 
-def _gather(value: Tensor, index: Tensor) -> Tensor:
+def in_windows(value: Tensor, index: Tensor) -> Tensor:
+    """Return what each window holds, (N, out, k), of values (N, ...): minus infinity for padding."""
     padded = torch.cat([value.flatten(1), value.new_full((len(value), 1), -torch.inf)], 1)
     return padded[:, index]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import Unsupported
 from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, evaluate, refusal
-from .._network import offset
+from .._network import LinearOp, offset
 from ..certify._relaxations import Interval, WindowLines, relax
 
 _LARGEST = 2**26  # entries of an operation's dense matrix
@@ -55,9 +55,7 @@ def _flat(value: Tensor) -> Vector:
     return result
 
 
-def _matrix(
-    op: Linear | Conv2d | Affine | AvgPool | Flatten, shape: tuple[int, ...]
-) -> tuple[sparse.csr_matrix, Vector]:
+def _matrix(op: LinearOp, shape: tuple[int, ...]) -> tuple[sparse.csr_matrix, Vector]:
     """Return a linear operation as a sparse matrix and what it adds."""
     size = math.prod(shape)
     added = offset(op, shape)
@@ -204,7 +202,13 @@ class MixedIntegerProgram:
 
     def total(self, *terms: tuple[float | Vector, Expression]) -> Expression:
         """Return Σ factor·expression; a factor is a number or one per row."""
-        return _combine(len(self.lower), *terms)
+        columns, rows = len(self.lower), len(terms[0][1].constant)
+        matrix, constant = sparse.csr_matrix((rows, columns)), np.zeros(rows)
+        for factor, expression in terms:
+            scale = sparse.diags_array(np.broadcast_to(np.asarray(factor, dtype=float), rows))
+            matrix = matrix + scale @ _widened(expression.matrix, columns)
+            constant = constant + factor * expression.constant
+        return Expression(sparse.csr_matrix(matrix), constant)
 
     def scattered(self, values: Expression, index: NDArray[np.intp], size: int) -> Expression:
         """Return `size` expressions, those at `index` being `values` and the others zero."""
@@ -270,18 +274,6 @@ class MixedIntegerProgram:
         else:
             bound = info.objective_function_value if status == highspy.HighsModelStatus.kOptimal else -math.inf
         return Solution(bound, values, False)
-
-
-def _combine(columns: int, *terms: tuple[float | Vector, Expression]) -> Expression:
-    """Return Σ factor·expression over `columns` variables; a factor is a number or one per row."""
-    rows = len(terms[0][1].constant)
-    matrix = sparse.csr_matrix((rows, columns))
-    constant = np.zeros(rows)
-    for factor, expression in terms:
-        scale = sparse.diags_array(np.broadcast_to(np.asarray(factor, dtype=float), rows))
-        matrix = matrix + scale @ _widened(expression.matrix, columns)
-        constant = constant + factor * expression.constant
-    return Expression(sparse.csr_matrix(matrix), constant)
 
 
 def _widened(matrix: sparse.csr_matrix, columns: int) -> sparse.csr_matrix:
