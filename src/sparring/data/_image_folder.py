@@ -247,10 +247,9 @@ def _as_counted(label: str) -> list[str | int]:
 
 def _assemble(name: str, items: list[_Item], labels: list[str], path: Path) -> Dataset:
     grey = all(item.pixels.ndim == 2 for item in items)
-    splits = {part: _split([item for item in items if item.part == part], labels, grey) for part in PARTS}
-    train, valid = splits["train"], splits["valid"]
-    if len(valid.y) == 0:
-        train, valid = hold_out(train)
+    parts = {part: [item for item in items if item.part == part] for part in PARTS}
+    splits = {part: _split(own, labels, grey) for part, own in parts.items() if own}
+    train, valid = (splits["train"], splits["valid"]) if "valid" in splits else hold_out(splits["train"])
     if len(valid.y) == 0:
         raise DataError(f"{path} has one image a class in train/; add more, or some in valid/<class>/")
     return from_splits(name, train, valid, splits["test"], classes=len(labels), class_names=labels)
@@ -258,8 +257,6 @@ def _assemble(name: str, items: list[_Item], labels: list[str], path: Path) -> D
 
 def _split(items: list[_Item], labels: list[str], grey: bool) -> Split:
     items = sorted(items, key=lambda item: (item.label, item.name))
-    if not items:
-        return Split(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
     number = {label: at for at, label in enumerate(labels)}
     y = torch.tensor([number[item.label] for item in items])
     order, _ = balanced_order(y)
