@@ -17,6 +17,7 @@ from . import _tables as tables
 from ._figures import Spec
 from ._page import Section, document, judged_sections
 from ._plots import Picture
+from ._summary import missing
 from .analysis._linear import DENSE, NAMES, PATHS, LinearStudy, Point, Step, Value, r_2, r_inf
 from .analysis._looks import look_sentences
 
@@ -55,14 +56,17 @@ def headline(data: LinearStudy, ledger: Sequence[Row]) -> list[str]:
     """Return the verdict: what the ledger says of sparsity in each norm and of a penalty, and whether theory holds."""
     told = list(verdicts(ledger))
     if not told:
-        return ["There are not all pairs of four classes yet, so nothing can be said of sparsity.", *_missing(data)]
+        return [
+            "There are not all pairs of four classes yet, so nothing can be said of sparsity.",
+            *filter(None, [missing(data.study)]),
+        ]
     return [
         _summary(data),
         *told,
         *filter(None, (_costs(data, loss, path) for loss, path in data.ways)),
         *(_box(data, loss) for loss in data.losses if data.pairs(loss)),
         _agreement(data),
-        *_missing(data),
+        *filter(None, [missing(data.study)]),
         *look_sentences(data.study),
     ]
 
@@ -98,9 +102,8 @@ def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
         told = []
         for row in (row for row in ledger if row.claim.text == text):
             if (one := row.effect) is not None:
-                p = "" if row.decisive is None else f", p {numbers.p_value(row.decisive)}"
                 place = row.claim.test.split(" − ")[0]
-                told.append(f"{row.told} for {place} ({numbers.signed(one, row.claim.unit)}{p})")
+                told.append(f"{row.told} for {place} ({numbers.signed(one, row.claim.unit)}{numbers.decisive(row)})")
         if told:
             yield f"{text[:1].upper()}{text[1:]}: {'; '.join(told)}."
 
@@ -137,12 +140,6 @@ def _agreement(data: LinearStudy) -> str:
         f"from its boxed closed form by at most {100 * apart:.2g} points on two classes, and DeepFool's mean distance "
         f"exceeds the exact one by {100 * sum(excess) / max(1, len(excess)):.2g}% in the mean."
     )
-
-
-def _missing(data: LinearStudy) -> list[str]:
-    failed = sum(record.error is not None for record in data.study.records.values())
-    missing = len(data.study.missing)
-    return [f"Incomplete: {missing} tasks have no record and {failed} failed."] if missing or failed else []
 
 
 def _means(data: LinearStudy, loss: str) -> tuple[str, tables.Table]:

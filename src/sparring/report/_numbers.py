@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .. import units
-from ..statistics import LEAST_P, MOST_POINTS, Effect, change, within_points
+from ..statistics import LEAST_P, MOST_POINTS, Effect, Row, change, within_points
 
 if TYPE_CHECKING:
     from .analysis._metrics import Measure
@@ -143,6 +143,11 @@ def p_value(p: float) -> str:
     if p <= LEAST_P:
         return "< 1e-4"
     return f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
+
+
+def decisive(row: Row) -> str:
+    """Return ", p 0.034", the p-value that a row's verdict rests on, or "" where there is none."""
+    return "" if row.decisive is None or row.question.doubt else f", p {p_value(row.decisive)}"
 
 
 def seeds(count: int) -> str:

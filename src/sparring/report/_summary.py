@@ -11,7 +11,7 @@ from . import _numbers as numbers
 from .analysis._findings import Findings, Result, seeds_phrase
 from .analysis._looks import look_sentences
 from .analysis._metrics import NORMS, Measure, pretty
-from .analysis._records import Network
+from .analysis._records import Network, Study
 
 ONE_SEED = "One seed: the intervals cover the choice of images only, so no gain, loss or sweet spot is claimed."
 
@@ -45,7 +45,7 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
         _weak(findings),
     ]
     told += [_alone(findings)] if several else []
-    told += [say(findings) for say in (_doubted, _several, _missing)]
+    told += [_doubted(findings), _several(findings), missing(findings.study)]
     return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
 
 
@@ -161,8 +161,7 @@ def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
     primary = [row for row in ledger if row.claim.primary]
     for row in primary:
         if (e := row.effect) is not None:
-            p = "" if row.decisive is None else f", p {numbers.p_value(row.decisive)}"
-            p = f"; {row.question.doubt}" if row.question.doubt else p
+            p = f"; {row.question.doubt}" if row.question.doubt else numbers.decisive(row)
             text = row.claim.text[:1].upper() + row.claim.text[1:]
             yield f"{text}: {row.told} ({numbers.signed(e, row.claim.unit)}, {numbers.seeds(e.seeds)}{p})."
     missed: dict[str, list[str]] = defaultdict(list)
@@ -213,8 +212,8 @@ def _doubted(findings: Findings) -> str:
     return f"Not to be believed as it stands: {attacks} sparsity, on {count}, {better}."
 
 
-def _missing(findings: Findings) -> str:
-    study = findings.study
+def missing(study: Study) -> str:
+    """Say what is not there of a study, where something is not."""
     failed = sum(r.error is not None for r in study.records.values())
     parts = [f"{len(study.missing)} tasks have no record yet"] if study.missing else []
     parts += [f"{failed} tasks failed"] if failed else []

@@ -42,7 +42,7 @@ from ._effects import (
     with_seeds,
     within_points,
 )
-from ._ledger import Claim, Question, Row, Verdict, ask, decide, judge, reread
+from ._ledger import Claim, Expects, Origin, Question, Row, Verdict, ask, decide, judge, reread
 
 __all__ = [
     "INDICATIVE_BELOW",
@@ -52,6 +52,8 @@ __all__ = [
     "Claim",
     "Curve",
     "Effect",
+    "Expects",
+    "Origin",
     "Peak",
     "Question",
     "Row",

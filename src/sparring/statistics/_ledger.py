@@ -27,6 +27,7 @@ ALPHA = 0.05
 Entry = tuple[bool, Effect | None, float, float]  # primary?, effect, the p-value of being settled, margin
 Verdict = Literal["reproduced", "opposite", "no effect that matters", "undecided"]
 Expects = Literal["above", "below", "none", "not above"]
+Origin = Literal["paper", "later work", "this project"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Claim:
     test: str
     log: bool = False
     primary: bool = False
-    origin: Literal["paper", "later work", "this project"] = "this project"
+    origin: Origin = "this project"
     metric: str = ""
 
     @property

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ...records import Kind
-from ...statistics import Claim, Question, Row, ask, effect
+from ...statistics import Claim, Effect, Expects, Origin, Question, Row, ask, effect
 from .. import _numbers as numbers
 from ._cross_checks import suspicion
-from ._findings import Choice, Findings, Result, choose, difference, paired
-from ._hypotheses import MARGIN, Origin, Place, about, at_choice, at_sparsity, attacks_of, places, says, unasked
+from ._findings import MANY_FAILED, Choice, Findings, Result, choose, difference, margins_of, paired
 from ._looks import judge_study
-from ._metrics import NORMS, TRANSFER, Measure, PerImage, common, pretty, pretty_eps, values
+from ._metrics import NORMS, TRANSFER, Measure, PerImage, common, parts, pretty, pretty_eps, values
+from ._records import Who
 
+MARGIN = 2.0  # points or %: an effect that does not matter
 DENSE: tuple[Kind, ...] = ("control", "reference")
 # What is asked of other methods: whether they gain too, or whether the headline's method gains more than they do.
 ITSELF: dict[Kind, str] = {
@@ -82,12 +84,19 @@ def _losses(findings: Findings, place: Place) -> Iterator[Question]:
     Primary at the headline's eps; then at every other eps; and among images that both networks classify correctly.
     """
     primary = [findings.first("budget", "fgsm"), findings.first("worst"), findings.first("distance", "deepfool")]
-    others = [m for m in findings.collected if m.split == "test" and _is_budget(m) and m not in primary]
+    others = [
+        m
+        for m in findings.collected
+        if m.split == "test" and m not in primary and not m.naive
+        if m.role == "worst" or (m.role, m.name, m.norm) == ("budget", "fgsm", "linf")
+    ]
     for measure in (*primary, *others):
         result = findings.result(measure)
         if measure is None or result is None:
             continue
-        text = f"over-sparsified networks lose {_loss_of(findings, measure)}"
+        what = "r_inf (FGSM)" if measure.role == "budget" else "r_2 (DeepFool)"
+        what = f"accuracy under {attacks_of(findings, measure)}" if measure.role == "worst" else what
+        text = f"over-sparsified networks lose {what}"
         if measure not in primary:
             text += f" at ε = {pretty_eps(measure.eps)}"
         claim = says(text, "below", primary=measure in primary, origin="paper")
@@ -99,17 +108,6 @@ def _losses(findings: Findings, place: Place) -> Iterator[Question]:
         yield at_sparsity(findings, result, known[-1], claim)
         if measure in primary:
             yield from _on_correct(findings, result, known[-1], text)
-
-
-def _is_budget(measure: Measure) -> bool:
-    fgsm = (measure.role, measure.name, measure.norm) == ("budget", "fgsm", "linf")
-    return measure.role == "worst" or (fgsm and not measure.naive)
-
-
-def _loss_of(findings: Findings, measure: Measure) -> str:
-    if measure.role == "worst":
-        return f"accuracy under {attacks_of(findings, measure)}"
-    return "r_inf (FGSM)" if measure.role == "budget" else "r_2 (DeepFool)"
 
 
 def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) -> Iterator[Question]:
@@ -267,6 +265,106 @@ def _transfers(findings: Findings) -> Iterator[Question]:
         one = effect(values(seeds, images) - 0.5).scaled(100.0).priced(findings.study.looks.price)
         metric = f"{pretty(measure.label)} examples that transfer {measure.role}"
         yield ask(replace(says(text), test=test, metric=metric), one)
+
+
+# -- a comparison as a question: its unit, its margin, and whether its attacks can be believed ------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Hold where a method's accuracy puts its sparsities, before robustness is seen.
+
+    `appropriate`: accuracy within the plan's margin of the dense control's; `over`: from the first sparsity that loses
+    more than the second margin on. `split` says on which images ("" if accuracy was not measured).
+    """
+
+    appropriate: tuple[float, ...]
+    over: tuple[float, ...]
+    split: str
+
+
+def places(findings: Findings, method: str) -> Place:
+    """Return where a method's sparsities lie, by validation accuracy (or by test accuracy, where there is no other)."""
+    margins = margins_of(findings.study)
+    for split in ("valid", "test"):
+        result = findings.result(Measure("accuracy", split), method)
+        if result is not None:
+            gains = [e.estimate for e in result.gains.effects]
+            kept = [s for s, gain in zip(result.sparsities, gains, strict=True) if gain >= -margins["accuracy"]]
+            lost = [k for k, gain in enumerate(gains) if gain < -margins["over_sparsified"]]
+            return Place(tuple(kept), result.sparsities[lost[0] :] if lost else (), split)
+    return Place((), (), "")
+
+
+def attacks_of(findings: Findings, measure: Measure) -> str:
+    """Return the names of the attacks behind a measure: "FGSM, PGD-40 and fast"."""
+    return numbers.listed(pretty(m.label) for m in parts(findings.collected, measure))
+
+
+def says(text: str, expects: Expects = "above", *, primary: bool = False, origin: Origin = "this project") -> Claim:
+    """Return a claim whose test is not known yet."""
+    return Claim(text, expects, MARGIN, "points", "", primary=primary, origin=origin)
+
+
+def unasked(claim: Claim, measure: Measure, why: str) -> Question:
+    """Return a claim about a metric as a question that this study does not answer."""
+    return replace(ask(replace(claim, test=measure.phrase, metric=measure.phrase), None), unknown=why)
+
+
+def at_choice(findings: Findings, result: Result, choice: Choice | None, claim: Claim) -> Question:
+    """Return the question whether a method gains over the dense control at a chosen sparsity; None: there is none."""
+    if choice is None:
+        margin = margins_of(findings.study)["accuracy"]
+        return unasked(claim, result.measure, f"no sparsity keeps accuracy within {margin:.2%} of the dense control's")
+    chosen = sorted(set(choice.sparsities))
+    how = "each seed's chosen by the others on validation images"
+    if choice.choices > 1 or len(result.seeds) == 1:
+        how = f"the best of {choice.choices}, corrected for all of them"
+    claim = replace(claim, test=f"{result.method} at {result.words(*chosen)} ({how}) − dense control")
+    sparse = [(result.method, s, seed) for seed, s in zip(result.seeds, choice.sparsities, strict=True)]
+    question = about(findings, result, claim, choice.effect, sparse, curve=choice.curve, choices=choice.choices)
+    question = replace(question, failed=result.failures(chosen), gain=(result.measure.slug, result.method))
+    if not result.gains.dropped:
+        return question
+    gone = "whether it is so at the sparsities that the plan dropped"
+    return replace(question, p_small=math.nan, p_against=math.nan, unknown=gone)
+
+
+def at_sparsity(findings: Findings, result: Result, sparsity: float, claim: Claim) -> Question:
+    """Return the question what a method gains over the dense control at a sparsity that no result has chosen."""
+    claim = replace(claim, test=f"{result.method} at {result.words(sparsity)} − dense control")
+    sparse = [(result.method, sparsity, seed) for seed in result.seeds]
+    question = about(findings, result, claim, result.gain(sparsity), sparse)
+    return replace(question, failed=result.failures([sparsity]))
+
+
+def about(
+    findings: Findings,
+    result: Result,
+    claim: Claim,
+    one: Effect | None,
+    sparse: Iterable[Who],
+    *,
+    curve: Sequence[Effect] = (),
+    choices: int = 1,
+) -> Question:
+    """Return the question about one effect in a result's unit, in doubt where its attacks are on any network asked.
+
+    Over a control whose mean is zero there is no per cent, and no telling what would not matter.
+    """
+    unit = numbers.gain_unit(result.measure, result.control)
+    absolute = unit == numbers.ABSOLUTE
+    metric = claim.metric or result.measure.phrase
+    margin, test = 0.0 if absolute else MARGIN, f"{metric}, {claim.test}"
+    claim = replace(claim, margin=margin, unit=unit, test=test, log=unit == "%", metric=metric)
+    scale = 1.0 if absolute else 100.0
+    sparse = list(sparse)
+    whos = {*sparse, *((findings.study.control(method), 0.0, seed) for method, _, seed in sparse)}
+    doubt = suspicion(findings.study, findings.collected, findings.doubts, result.measure, whos)
+    if not doubt and max(result.failures([s for _, s, _ in sparse if s in result.sparsities])) > MANY_FAILED:
+        doubt = f"the search failed on more than {MANY_FAILED:.0%} of images"
+    scaled = [e.scaled(scale) for e in curve]
+    return ask(claim, None if one is None else one.scaled(scale), curve=scaled, choices=choices, doubt=doubt)
 
 
 # -- the one claim of the paper that needs two studies: nonlinear networks gain more in l_2 than linear ones ---------

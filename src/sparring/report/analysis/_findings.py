@@ -125,7 +125,9 @@ def find(study: Study) -> Findings:
         if (result := _result(study, measure, method, held)) is not None
     }
     main = tuple(main_measures(list(collected)))
-    method = _headline_method(study)
+    # The method with the most sparsities, one that makes weights sparse if there is any.
+    rank = {m: (study.axis(m) == "weights", len(study.sparsities(m))) for m in study.methods}
+    method = max(rank, key=lambda m: rank[m], default=None)
     every = {m: results[m, method] for m in main if method is not None and (m, method) in results}
     seeds = max((len(result.seeds) for result in every.values()), default=0)
     asked = {m: r for m, r in every.items() if m.role != "distance-correct" and len(r.seeds) == seeds}
@@ -136,15 +138,6 @@ def find(study: Study) -> Findings:
         spot = sweet_spot({m.slug: r.gains for m, r in watched.items()}, {m.slug: margins[m] for m in watched})
     unwatched = tuple(m for m in asked if m not in watched)
     return Findings(study, collected, results, main, method, margins, spot, tuple(doubts(study, collected)), unwatched)
-
-
-def _headline_method(study: Study) -> str | None:
-    """Return the method with the most sparsities, one that makes weights sparse if there is any."""
-    return max(
-        study.methods,
-        key=lambda m: (study.axis(m) == "weights", len(study.sparsities(m))),
-        default=None,
-    )
 
 
 def margins_of(study: Study) -> dict[str, float]:
@@ -287,8 +280,7 @@ def gain_told(result: Result, ledger: Sequence[Row]) -> str:
     row = next((r for r in ledger if r.question.gain == (result.measure.slug, result.method)), None)
     if row is None or row.effect is None:
         return ""
-    p = "" if row.decisive is None or row.question.doubt else f", p {numbers.p_value(row.decisive)}"
-    told = f"{row.told} ({numbers.signed(row.effect, row.claim.unit)}{p})"
+    told = f"{row.told} ({numbers.signed(row.effect, row.claim.unit)}{numbers.decisive(row)})"
     reproduced = row.verdict == "reproduced" and row.claim.expects == "above"
     found = peak(result.gains, generator=np.random.default_rng(DRAWS_SEED)) if reproduced else None
     return told if found is None else f"{told}, peak at {result.words(*found.members)}"

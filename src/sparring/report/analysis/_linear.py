@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...statistics import Claim, Effect, Question, ask, pair_effect
-from ._hypotheses import MARGIN, Expects, Origin
+from ...statistics import Claim, Effect, Expects, Origin, Question, ask, pair_effect
+from ._claims import MARGIN
 from ._records import Study
 
 Point = Mapping[str, Any]
