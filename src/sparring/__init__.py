@@ -8,7 +8,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what an editor completes
-    from . import attacks, bounds, data, deploy, metrics, models, report, sparsity, statistics, study, train  # noqa: F401
+    from . import (  # noqa: F401
+        attacks, bounds, data, deploy, metrics, models, records, report, sparsity, statistics, study, train,
+    )  # fmt: skip
 
 try:
     __version__ = version("sparring")
