@@ -8,9 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what an editor completes
-    from . import (  # noqa: F401
-        attacks, bounds, data, deploy, metrics, models, records, report, sparsity, statistics, study, train,
-    )  # fmt: skip
+    from . import attacks, bounds, data, deploy, metrics, models, records, report, sparsity, statistics, study, train  # noqa: F401  # fmt: skip
 
 try:
     __version__ = version("sparring")
