@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
-from sparring.cli._app import DataSource, Json, ModelSource, flat
+import pytest
 
-
-def command(model: ModelSource, data: DataSource, json: Json = False) -> int:
-    """Say what was given."""
-    assert model == ModelSource("mlp") and data == DataSource("digits", download=True)
-    return 7 if json else 0
+from sparring.cli import _app, _attack
+from sparring.cli._app import CertifyOptions, DataSource, ModelSource
 
 
-def test_the_fields_of_records_are_options() -> None:
-    made = flat(command)
-    parameters = inspect.signature(made).parameters
-    assert list(parameters) == ["model", "weights", "mean", "std", "data", "data_dir", "download", "json"]
+def test_the_fields_of_records_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = inspect.signature(_app.certify).parameters
+    sources = ["model", "weights", "mean", "std", "data", "data_dir", "download"]
+    assert list(parameters) == [*sources, "norm", "method", "eps", "images", "threads", "json"]
     assert parameters["model"].default is inspect.Parameter.empty and parameters["data"].default == "mnist-5k"
-    given = {name: p.default for name, p in parameters.items()} | {"model": "mlp", "data": "digits", "download": True}
-    assert (
-        made(
-            **given,
-        )
-        == 0
-        and made(**given | {"json": True}) == 7
-    )
-    assert made.__doc__ == "Say what was given."
+    asked: list[Any] = []
+    monkeypatch.setattr(_attack, "run_certify", lambda *records, as_json: asked.append((*records, as_json)))
+    given = {name: p.default for name, p in parameters.items()} | {"model": "mlp", "data": "digits", "images": 7}
+    _app.certify(**given)
+    assert asked == [(ModelSource("mlp"), DataSource("digits"), CertifyOptions(images=7), False)]
 
 
 def test_every_command_on_a_model_takes_the_options_of_its_sources(sparring) -> None:  # type: ignore[no-untyped-def]

@@ -28,20 +28,20 @@ app = typer.Typer(
 )
 
 
-def flat(command: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Return a command as typer takes it: in the place of each record it has the record's fields as options."""
-    own = _parameters(command)
+def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Make a function a command: in the place of each record it has the record's fields as options."""
+    own = _parameters(function)
     records: dict[str, Any] = {p.name: p.annotation for p in own if is_dataclass(p.annotation)}
     parts = {name: _parameters(record) for name, record in records.items()}
 
-    @functools.wraps(command)
+    @functools.wraps(function)
     def call(**given: Any) -> int | None:
         made = {name: record(**{p.name: given.pop(p.name) for p in parts[name]}) for name, record in records.items()}
-        return command(**made, **given)
+        return function(**made, **given)
 
     whole = [one for parameter in own for one in parts.get(parameter.name, [parameter])]
     call.__signature__ = inspect.Signature(whole)  # type: ignore[attr-defined]
-    return call
+    return app.command(name=function.__name__.rstrip("_"))(call)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -152,8 +152,7 @@ class StudyOptions:
     quiet: Quiet = False
 
 
-@app.command()
-@flat
+@command
 def study(
     source: StudySource,
     how: StudyOptions,
@@ -161,23 +160,23 @@ def study(
     json: Json = False,
 ) -> int:
     """Run a study: train, prune, attack, and write the report. Run it again and it goes on where it stopped."""
-    if status is not None:
-        show_progress(status, json)
-        return 0
-    from ._study import run_study
+    from ._study import run_study, show_status
 
+    if status is not None:
+        show_status(status, as_json=json)
+        return 0
     return run_study(source, how, as_json=json)
 
 
-@app.command(name="status")
-def show_progress(out: Out, json: Json = False) -> None:
+@command
+def status(out: Out, json: Json = False) -> None:
     """Say how far a study is, also while another process runs it."""
     from ._study import show_status
 
     show_status(out, as_json=json)
 
 
-@app.command()
+@command
 def merge(
     sources: Annotated[list[Path], Argument(help="Output folders of studies with the same foundations.")],
     out: Annotated[Path | None, Option("--out", "-o", help="Where to [default: into the first].")] = None,
@@ -189,7 +188,7 @@ def merge(
     return run_merge(sources, out, as_json=json)
 
 
-@app.command()
+@command
 def report(out: Out) -> None:
     """Rebuild report.html, results.csv and figures from a study's folder, without models or data."""
     from ..report import publish
@@ -226,8 +225,7 @@ class FitOptions:
     quiet: Quiet = False
 
 
-@app.command()
-@flat
+@command
 def train(how: TrainOptions, data: DataSource, fit: FitOptions) -> None:
     """Train a network and write it to one file."""
     from ._train import run_train
@@ -235,7 +233,7 @@ def train(how: TrainOptions, data: DataSource, fit: FitOptions) -> None:
     run_train(how, data, fit)
 
 
-@app.command()
+@command
 def convert(
     checkpoint: Annotated[Path, Argument(help="A file of torch.save's: .pt, .pth, .ckpt or .bin.")],
     out: Annotated[Path, Argument(help="The .safetensors file to write.")],
@@ -256,8 +254,7 @@ class PruneOptions:
     options: Annotated[list[str] | None, Option("--set", help="KEY=VALUE, as method=dns, epochs=5.")] = None
 
 
-@app.command()
-@flat
+@command
 def prune(model: ModelSource, how: PruneOptions, data: DataSource, fit: FitOptions) -> None:
     """Prune a trained network, fine-tune it, and write it to one file."""
     from ._train import run_prune
@@ -286,8 +283,7 @@ class AttackOptions:
     threads: Threads = None
 
 
-@app.command()
-@flat
+@command
 def attack(model: ModelSource, data: DataSource, how: AttackOptions, json: Json = False) -> None:
     """Attack any classifier on any data and print how it stands."""
     from ._attack import run_attack
@@ -306,8 +302,7 @@ class CertifyOptions:
     threads: Threads = None
 
 
-@app.command()
-@flat
+@command
 def certify(model: ModelSource, data: DataSource, how: CertifyOptions, json: Json = False) -> None:
     """Prove how far images lie from the decision boundary, beside how near the best attack comes."""
     from ._attack import run_certify
@@ -335,8 +330,7 @@ class CompareOptions:
     images: Annotated[int, Option(help="For models: how many test images.", min=1)] = 500
 
 
-@app.command()
-@flat
+@command
 def compare(how: CompareOptions, data: DataSource, json: Json = False) -> int:
     """Compare two studies or models, paired by image; exit code 1 if a larger drop than allowed is not excluded."""
     from ._attack import run_compare
@@ -358,8 +352,7 @@ class ExportOptions:
     images: Images = 500
 
 
-@app.command()
-@flat
+@command
 def export(model: ModelSource, how: ExportOptions, data: DataSource) -> None:
     """Write a model as one small file, and say what that costs in accuracy and robustness."""
     from ._deploy import run_export
@@ -377,8 +370,7 @@ class BenchOptions:
     plot: Annotated[Path | None, Option(help="Draw the times to this .svg or .png.")] = None
 
 
-@app.command()
-@flat
+@command
 def bench(model: ModelSource, data: DataSource, how: BenchOptions, json: Json = False) -> None:
     """Time a model on one core: packed, torch, and ONNX Runtime and OpenVINO where installed."""
     from ._deploy import run_bench
@@ -400,8 +392,7 @@ class PickOptions:
     )
 
 
-@app.command()
-@flat
+@command
 def pick(how: PickOptions, json: Json = False) -> None:
     """Pick a study's best network within limits: chosen on validation images, reported on test images, exported."""
     from ._deploy import run_pick
@@ -409,7 +400,7 @@ def pick(how: PickOptions, json: Json = False) -> None:
     run_pick(how, as_json=json)
 
 
-@app.command(name="list")
+@command
 def list_(
     what: Annotated[str, Argument(help="attacks, models, data, presets, pruners, ... or nothing for all.")] = "",
     json: Json = False,
@@ -420,7 +411,7 @@ def list_(
     show_list(what, as_json=json)
 
 
-@app.command()
+@command
 def doctor(data_dir: DataDir = None, json: Json = False) -> None:
     """Say whether this machine is ready: versions, cores, and which data are found where."""
     from ._info import show_doctor
