@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from sparring import deploy
-from sparring.deploy._numpy_reference import run_reference
+from sparring.deploy._runtime import run_reference
 from sparring.errors import UserError
 from sparring.models import build
 from sparring.sparsity import TopK

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparring import deploy
-from sparring.deploy._numpy_reference import run_reference
+from sparring.deploy._runtime import run_reference
 from sparring.deploy.format._artefact import MAGIC, read_program
 from sparring.errors import UserError
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparring import deploy
 from sparring.attacks.evaluation._bpda import dense_copy, has_masked_gradients, straight_through
-from sparring.deploy._numpy_reference import run_reference
+from sparring.deploy._runtime import run_reference
 from sparring.deploy.format._compile import compile_model
 from sparring.deploy.format._program import Scale, Sparse
 from sparring.errors import Unsupported, UserError

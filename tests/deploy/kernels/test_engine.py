@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparring import deploy
-from sparring.deploy._numpy_reference import run_reference
+from sparring.deploy._runtime import run_reference
 from sparring.deploy.format._compile import compile_model
 from sparring.deploy.kernels import _autotune as tuning
 from sparring.deploy.kernels import _engine as engine

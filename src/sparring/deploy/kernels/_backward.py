@@ -124,12 +124,7 @@ class GradientPlanner(Planner):
         target, other, gate = self._into(value)
         if self.shapes[value] != self.shapes[self.base(value)]:
             raise Unsupported("a flattened value is read by more than linear layers")
-        return self.pointwise(upstream, target, self._shape3(value), other=other, gate=gate, scale=scale)
-
-    def _shape3(self, value: int) -> tuple[int, int, int]:
-        channels, *sides = self.shapes[value]
-        height, width = (*sides, 1, 1)[:2]
-        return channels, height, width
+        return self.pointwise(upstream, target, self.shape3(value), other=other, gate=gate, scale=scale)
 
     def _back_layer(self, task: FusedLayer, upstream: Buffer) -> list[Call]:
         flat = len(self.shapes[task.source]) == 1
@@ -145,7 +140,7 @@ class GradientPlanner(Planner):
                 other, gate = (None if b is None else replace(b, shape=features) for b in (other, gate))
             else:  # into a plain place first, from there among the zeros
                 plain = self._plain[task.source]
-                base = self._shape3(self.base(task.source))
+                base = self.shape3(self.base(task.source))
                 after = [self.pointwise(replace(plain, shape=base), target, base, other=other, gate=gate)]
                 target, other, gate = plain, None, None
         call = self.sums(turned, upstream, target, choice, shape=shape, flat=flat, other=other, gate=gate)
@@ -154,8 +149,8 @@ class GradientPlanner(Planner):
     def _back_pool(self, task: MaxPool, upstream: Buffer) -> list[Call]:
         op, value = task.op, self.buffers[self.base(task.source)]
         target, other, gate = self._into(task.source)
-        shape = self._shape3(task.source)
-        sides = (*shape[1:], *self._shape3(task.result)[1:])
+        shape = self.shape3(task.source)
+        sides = (*shape[1:], *self.shape3(task.result)[1:])
         inside = all((sides[i + 2] - 1) * op.stride[i] + op.kernel[i] <= sides[i] for i in (0, 1))
         apart = all(op.stride[i] >= op.kernel[i] for i in (0, 1)) and op.dilation == (1, 1) and op.padding == (0, 0)
         add = other is not None or not (inside and apart)

@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from ._abi import Call, kernel_call
 from ._fusion import FusedLayer
 from ._layout import Buffer, offsets_of
-from ._llvm_ir import BYTE, FLOAT, INT32, INT64, Kernel, Spec, Turn, vector
-
-Value = Any
+from ._llvm_ir import BYTE, FLOAT, INT32, INT64, Kernel, Spec, Turn, Value, vector
 
 MOST_PLACES = 1 << 16  # what sixteen bits tell apart
 AHEAD = 4  # nonzeros behind the last one that a kernel may read

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import Unsupported
-from ..format._program import Program, Scale, Shape, Snap, Sparse
+from ..format._program import Pair, Program, Scale, Shape, Snap, Sparse
 from ._abi import Call, Layout, Table, Tiling, kernel_call
-from ._activation_sparsity import Largest, Narrow
-from ._elementwise import Pack, Pointwise, PoolMax, Unpack
+from ._elementwise import Largest, Narrow, Pack, Pointwise, PoolMax, Unpack
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View
 from ._layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
 from ._matmul import AHEAD, MOST_PLACES, Tile, lookup_call, rows_call
@@ -49,23 +48,27 @@ class Planner:
     def _place_all(self, keep: bool) -> None:
         """Give every value a place; values of one geometry share places when their lives do not overlap."""
         pads = self._pads()
-        last: dict[int, int] = {}
-        for number, task in enumerate(self.tasks):
-            for source in sources_of(task):
-                last[self.base(source)] = number
+        last = {self.base(source): number for number, task in enumerate(self.tasks) for source in sources_of(task)}
         last[self.base(len(self.program.steps))] = len(self.tasks)
         # Up to the first linear layer units run one after the other, and what they leave in the caches serves the next.
         together = [number for number, task in enumerate(self.tasks) if self._joins_units(task)]
         inner = set() if keep else {v for v, end in last.items() if end < min(together, default=len(self.tasks))}
-        free: dict[tuple[Shape, tuple[int, int], bool], list[Buffer]] = {}
-        self._place(0, pads, free, own=0 not in inner)
-        for number, task in enumerate(self.tasks):
-            if not isinstance(task, View):
-                self._place(task.result, pads, free, own=task.result not in inner)
-            ended = [] if keep else [v for v, end in last.items() if end == number and v in self.buffers]
-            for value in ended:
-                buffer = self.buffers[value]
-                free.setdefault((buffer.shape, buffer.pad, value not in inner), []).append(buffer)
+        free: dict[tuple[Shape, Pair, bool], list[Buffer]] = {}
+        lanes = self.layout.lanes if self.layout.tiles else 1
+        for number, value in enumerate((0, *(task.result for task in self.tasks)), -1):
+            if value not in self._views:
+                shape, pad, own = self.shape3(value), pads.get(value, (0, 0)), value not in inner
+                places = free.get((shape, pad, own))
+                self.buffers[value] = places.pop() if places else self.reserve(Buffer(shape, pad, lanes), own=own)
+            for ended in [] if keep else [v for v, end in last.items() if end == number and v in self.buffers]:
+                buffer = self.buffers[ended]
+                free.setdefault((buffer.shape, buffer.pad, ended not in inner), []).append(buffer)
+
+    def shape3(self, value: int) -> tuple[int, int, int]:
+        """Return a value's shape as channels, rows and columns."""
+        channels, *sides = self.shapes[value]
+        height, width = (*sides, 1, 1)[:2]
+        return channels, height, width
 
     def _joins_units(self, task: Task) -> bool:
         """Tell whether a task takes all units at once, as linear layers of tiles do."""
@@ -83,31 +86,13 @@ class Planner:
             value = self._views[value]
         return value
 
-    def _pads(self) -> dict[int, tuple[int, int]]:
-        pads: dict[int, tuple[int, int]] = {}
+    def _pads(self) -> dict[int, Pair]:
+        pads: dict[int, Pair] = {}
         for task in self.tasks:
             if isinstance(task, FusedLayer):
-                base = self.base(task.source)
-                old = pads.get(base, (0, 0))
-                pads[base] = (max(old[0], task.op.padding[0]), max(old[1], task.op.padding[1]))
+                old = pads.get(base := self.base(task.source), (0, 0))
+                pads[base] = max(old[0], task.op.padding[0]), max(old[1], task.op.padding[1])
         return pads
-
-    def _place(
-        self,
-        value: int,
-        pads: dict[int, tuple[int, int]],
-        free: dict[tuple[Shape, tuple[int, int], bool], list[Buffer]],
-        *,
-        own: bool,
-    ) -> None:
-        channels, *sides = self.shapes[value]
-        height, width = (*sides, 1, 1)[:2]
-        shape, pad = (channels, height, width), pads.get(value, (0, 0))
-        reusable = free.get((shape, pad, own))
-        if reusable:
-            self.buffers[value] = reusable.pop()
-            return
-        self.buffers[value] = self.reserve(Buffer(shape, pad, self.layout.lanes if self.layout.tiles else 1), own=own)
 
     def reserve(self, buffer: Buffer, *, own: bool = True) -> Buffer:
         """Return the buffer with a place of its own, in memory that each unit has for itself or that all share."""
