@@ -11,7 +11,7 @@ from . import _numbers as numbers
 from .analysis._findings import Findings, Result, seeds_phrase
 from .analysis._looks import look_sentences
 from .analysis._metrics import NORMS, Measure, pretty
-from .analysis._records import Network, Study
+from .analysis._records import Study
 
 ONE_SEED = "One seed: the intervals cover the choice of images only, so no gain, loss or sweet spot is claimed."
 
@@ -45,7 +45,9 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
         _weak(findings),
     ]
     told += [_alone(findings)] if several else []
-    told += [_doubted(findings), _several(findings), missing(findings.study)]
+    others = ", ".join(m for m in findings.study.methods if m != findings.method)
+    also = f"These sentences speak of the method “{findings.method}”; also studied: {others}." if others else ""
+    told += [_doubted(findings), also, missing(findings.study)]
     return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
 
 
@@ -95,15 +97,10 @@ def size_ratio(findings: Findings, sparsity: float) -> float | None:
     ratios = [
         dense / sparse
         for network in findings.study.of(findings.method or "", sparsity)
-        if (dense := network.metric("bytes_dense")) and (sparse := _packed(network) or network.metric("bytes_sparse"))
+        if (dense := network.metric("bytes_dense"))
+        and (sparse := network.metric("bytes_packed", "deploy") or network.metric("bytes_sparse"))
     ]
     return sum(ratios) / len(ratios) if ratios else None
-
-
-def _packed(network: Network) -> float | None:
-    """Return the bytes of the network as deployed, or None where it was not."""
-    sizes = [size for record in network.stage("deploy") if (size := record.metrics.get("bytes_packed"))]
-    return sizes[0] if sizes else None
 
 
 def _spot(findings: Findings) -> str:
@@ -112,18 +109,16 @@ def _spot(findings: Findings) -> str:
         return ""
     allowed = ", ".join(f"{m.phrase} {_margin(m, d)}" for m, d in findings.margins.items())
     limit = next((m for m in findings.margins if m.slug == spot.limit), None)
-    unwatched = numbers.listed(m.phrase for m in findings.unwatched) if findings.unwatched else ""
-    if unwatched:
+    if findings.unwatched:
+        unwatched = numbers.listed(m.phrase for m in findings.unwatched)
         allowed += f" (not watched, as searches failed or the control's mean is zero: {unwatched})"
     if spot.at_most is None:
         return f"Sweet spot: none; already the lowest sparsity loses more than allowed: {allowed}."
     found = "none shown" if spot.sparsity is None else _share(findings, spot.sparsity)
-    if spot.at_most == spot.sparsity:
-        beyond = "and nothing beyond it passes"
-    else:
-        beyond = f"and the data do not rule out {_share(findings, spot.at_most)}"
+    more = f"the data do not rule out {_share(findings, spot.at_most)}"
+    beyond = "nothing beyond it passes" if spot.at_most == spot.sparsity else more
     ends = f" What ends it: {limit.phrase}." if limit else ""
-    return f"Sweet spot: {found}, {beyond}.{ends} Allowed losses: {allowed}."
+    return f"Sweet spot: {found}, and {beyond}.{ends} Allowed losses: {allowed}."
 
 
 def _margin(measure: Measure, margin: float) -> str:
@@ -188,13 +183,6 @@ def _least(result: Result) -> str:
     least = max(minimum_detectable_effect(e, alpha=alpha) for e in result.gains.effects)
     told = numbers.detectable(result.measure, result.control, least)
     return f"would have seen {told}" + (", however large" if told == "none" else "")
-
-
-def _several(findings: Findings) -> str:
-    others = [m for m in findings.study.methods if m != findings.method]
-    if not others:
-        return ""
-    return f"These sentences speak of the method “{findings.method}”; also studied: {', '.join(others)}."
 
 
 def _doubted(findings: Findings) -> str:

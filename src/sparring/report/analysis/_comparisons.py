@@ -204,14 +204,8 @@ def _rows(findings: Findings, network: Network, norm: str, exact: bool) -> dict[
     parts = _searched(findings.study, network, norm) if exact else {}
     if exact and not parts:
         return None
-    certified = [
-        h[network.who] for m, h in findings.collected.items() if _is(m, "certified", norm) and network.who in h
-    ]
-    attacked = [
-        replace(one, top=one.found)
-        for m, h in findings.collected.items()
-        if _is(m, "distance-correct", norm) and (one := h.get(network.who)) is not None
-    ]
+    certified, distances = (_tested(findings, network, role, norm) for role in ("certified", "distance-correct"))
+    attacked = [replace(one, top=one.found) for one in distances]
     if not exact and not (certified and attacked):
         return None
     images = common([one.images for one in (*parts.values(), *certified, *attacked)])
@@ -225,8 +219,14 @@ def _rows(findings: Findings, network: Network, norm: str, exact: bool) -> dict[
     return {name: row[usable] for name, row in rows.items()} if usable.any() else None
 
 
-def _is(measure: Measure, role: str, norm: str) -> bool:
-    return measure.role == role and measure.norm == norm and measure.split == "test" and measure.name != "smallest"
+def _tested(findings: Findings, network: Network, role: str, norm: str) -> list[PerImage]:
+    """Return a network's values in a role and norm on test images, by every attack or method."""
+    wanted = (m for m in findings.collected if (m.role, m.norm, m.split) == (role, norm, "test"))
+    return [
+        findings.collected[m][network.who]
+        for m in wanted
+        if m.name != "smallest" and network.who in findings.collected[m]
+    ]
 
 
 def _searched(study: Study, network: Network, norm: str) -> dict[str, PerImage]:

@@ -38,13 +38,10 @@ class Network:
         """Return this network's usable records of one stage."""
         return [r for r in self.records if r.stage == name and r.error is None]
 
-    def metric(self, name: str) -> float | None:
-        """Return a scalar of the "measure" stage, or None where it is not known."""
-        for record in self.stage("measure"):
-            value = record.metrics.get(name)
-            if value is not None:
-                return float(value)
-        return None
+    def metric(self, name: str, stage: str = "measure") -> float | None:
+        """Return a scalar of a stage, or None where it is not known."""
+        known = (record.metrics.get(name) for record in self.stage(stage))
+        return next((float(value) for value in known if value is not None), None)
 
 
 @dataclass(frozen=True)
