@@ -112,6 +112,23 @@ def test_honest_networks_have_no_such_pixels(kind: torch.dtype, seed: int, many:
         assert blind_pixels(door, x, door(x).argmax(1)) is None
 
 
+class Waves(nn.Module):
+    def __init__(self, frequency: float) -> None:
+        super().__init__()
+        self.frequency = frequency
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.frequency * x)
+
+
+@pytest.mark.parametrize("frequency", [300.0, 1000.0, 2000.0])
+def test_a_rough_function_has_all_of_its_gradient(frequency: float, many: Tensor) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 256), Waves(frequency), nn.Linear(256, 256), Waves(frequency / 50), nn.Linear(256, 10)]
+    model = nn.Sequential(nn.Flatten(), *layers).eval().requires_grad_(False)
+    assert blind_pixels(model, many, model(many).argmax(1)) is None
+
+
 def test_passes_are_few(many: Tensor) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
