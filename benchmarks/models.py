@@ -189,7 +189,8 @@ def prepare(name: str, place: Path) -> None:
 
     side, channels = SIZES.get(name, 32), getattr(nets, "CHANNELS", 3)
     rng = np.random.default_rng(0)
-    sets, patterns = {}, rng.integers(0, 180, (CLASSES, side, side, channels))
+    sets: dict[str, np.ndarray] = {}
+    patterns = rng.integers(0, 180, (CLASSES, side, side, channels))
     for split, count in (("train", 64), ("test", 20)):
         y = np.arange(count) % CLASSES
         noise = rng.integers(0, 60, (count, side, side, channels))
@@ -197,8 +198,8 @@ def prepare(name: str, place: Path) -> None:
     np.savez(place / f"{name}.npz", **sets)
     torch.manual_seed(0)
     model: nn.Module = getattr(nets, name)()
-    x, y = torch.from_numpy(sets["x_train"]).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(sets["y_train"])
-    fit_(model, x, y)
+    x = torch.from_numpy(sets["x_train"]).permute(0, 3, 1, 2).float() / 255
+    fit_(model, x, torch.from_numpy(sets["y_train"]))
     state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
     save_file(state, place / f"{name}.safetensors")
 
