@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,7 +190,7 @@ def prepare(name: str, place: Path) -> None:
 
     side, channels = SIZES.get(name, 32), getattr(nets, "CHANNELS", 3)
     rng = np.random.default_rng(0)
-    sets: dict[str, np.ndarray] = {}
+    sets: dict[str, Any] = {}
     patterns = rng.integers(0, 180, (CLASSES, side, side, channels))
     for split, count in (("train", 64), ("test", 20)):
         y = np.arange(count) % CLASSES
