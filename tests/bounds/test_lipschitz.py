@@ -9,6 +9,7 @@ from torch import nn
 from sparring.bounds import LIPSCHITZ, lipschitz
 from sparring.bounds._lipschitz import operator_norm
 from sparring.bounds._network import others, prepare
+from sparring.declared import Declared
 from sparring.errors import UnknownNameError, Unsupported, UserError
 from sparring.graph import Conv2d
 from sparring.threat import dual
@@ -95,8 +96,8 @@ def test_clever_is_at_least_what_it_sampled() -> None:
     assert set(LIPSCHITZ) == {"sampled", "clever", *BOUNDS}
 
 
-class Jump(nn.Module):
-    kind, straight_through = "top-k", False
+class Jump(Declared):
+    kind = "top-k"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * (x > 0.5)

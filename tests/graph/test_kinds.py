@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from sparring.declared import Declared
 from sparring.errors import Unsupported, UserError
 from sparring.graph import Call, Conv2d, Graph, Linear, SparseActivation, lower
 
@@ -401,10 +402,9 @@ def test_the_images_at_hand_are_compared_too() -> None:
         lower(model, SHAPE, images=torch.full((3, *SHAPE), 0.25))
 
 
-class Half(nn.Module):
-    """A declared activation, stochastic by the protocol."""
+class Half(Declared):
+    """A declared activation, stochastic if it is to be."""
 
-    straight_through = False
     masks_gradients = True
 
     def __init__(self, *, stochastic: bool) -> None:

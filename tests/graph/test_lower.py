@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparring.declared import Declared
 from sparring.errors import Unsupported, UserError
 from sparring.graph import AvgPool, Input, SparseActivation, lower
 from sparring.models import MODELS, build
@@ -64,9 +65,7 @@ def test_average_pools_and_mode_is_restored() -> None:
 
 
 def test_activation_modules_stay_whole() -> None:
-    class Half(nn.Module):
-        straight_through = False
-
+    class Half(Declared):
         def forward(self, x: Tensor) -> Tensor:
             return x * (x > 0.5)
 

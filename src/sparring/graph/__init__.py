@@ -2,7 +2,7 @@
 
 Bounds, packing and channel removal all need to see a network as data: which operation feeds which, with which weights.
 `lower` reads what torch computes, keeps the operations below, and compares what it read with the model before it hands
-it over; whatever it does not know is refused by name. A module with a `straight_through` attribute (activation
+it over; whatever it does not know is refused by name. A `Declared` module (activation
 sparsity) is kept whole, as `Activation`.
 """
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..declared import Declared
 from ..errors import Unsupported, UserError
 from ..modes import eval_mode
 from ..outputs import check_module, logits_of
@@ -127,11 +128,11 @@ def _asked(shape: tuple[int, ...], images: Tensor | None) -> Tensor:
 @contextmanager
 def _seeded(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Let what draws by the declared protocol draw the same each time."""
-    drawing = [m for m in model.modules() if getattr(m, "stochastic", False) and hasattr(m, "generator")]
+    drawing = [m for m in model.modules() if isinstance(m, Declared) and m.stochastic]
     generators = [m.generator for m in drawing]
     try:
         for module in drawing:
-            module.generator = torch.Generator(device).manual_seed(0)  # type: ignore[assignment]
+            module.generator = torch.Generator(device).manual_seed(0)
         yield
     finally:
         for module, generator in zip(drawing, generators, strict=True):
@@ -174,10 +175,10 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
     if not _same(_ask(model, x), logits, seen.tolerance):
         raise Unsupported(
             f"{name} gives other logits when it is asked twice: it draws at random or counts its calls; guard that by "
-            "self.training, or declare it (`stochastic` and `generator`)"
+            "self.training, or declare it (`stochastic = True`, with `Declared` as its base class)"
         )
     many = _ask(model, crowd := _crowd(x))
-    if not any(getattr(module, "stochastic", False) for module in model.modules()):
+    if not any(isinstance(module, Declared) and module.stochastic for module in model.modules()):
         order = torch.arange(len(x) - 1, -1, -1, device=x.device)
         alone = torch.cat([_ask_one(model, x[i : i + 1]) for i in range(len(x))])
         same = partial(_same, expected=logits, tolerance=seen.tolerance, allowed=_jumped(graph, x))
@@ -206,9 +207,7 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
 
 
 def _jumped(graph: Graph, x: Tensor) -> int:
-    jumps = any(
-        isinstance(n.op, SparseActivation) and getattr(n.op.module, "masks_gradients", False) for n in graph.nodes
-    )
+    jumps = any(isinstance(n.op, SparseActivation) and n.op.module.masks_gradients for n in graph.nodes)
     return len(x) // _JUMPED if jumps else 0
 
 

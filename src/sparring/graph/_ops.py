@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ..declared import Declared
 from ..errors import Unsupported
 
 
@@ -94,7 +95,7 @@ class SparseActivation:
     """An activation-sparsity module, kept as it is; `name` is its path."""
 
     name: str
-    module: nn.Module
+    module: Declared
 
 
 @dataclass(frozen=True, eq=False)

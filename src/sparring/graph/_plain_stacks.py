@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ..declared import Declared
 from ._ops import (
     Affine,
     AvgPool,
@@ -88,7 +89,7 @@ class _Reader:
         path = self.paths[id(module)]
         if any(getattr(module, name) for name in _FORWARD_HOOKS) or "forward" in vars(module):
             raise _Other
-        if hasattr(module, "straight_through"):
+        if isinstance(module, Declared):
             return self.append(SparseActivation(path, module), (source,), path, self.nodes[source].shape)
         if type(module) is nn.Sequential:
             for child in module:

@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..declared import Declared
 from ..errors import Unsupported
 from ..outputs import logits_of
 from ._ops import Constant, Graph, Input, Node, Op, SparseActivation, title
@@ -169,7 +170,7 @@ def _whole(model: nn.Module) -> Iterator[None]:
     marked: list[nn.Module] = []
     try:
         for name, module in model.named_modules():
-            if hasattr(module, "straight_through"):
+            if isinstance(module, Declared):
                 if "forward" in vars(module):
                     raise Unsupported(f"layer '{name}' ({type(module).__name__}) has its forward replaced; subclass it")
                 marked.append(module)
@@ -299,7 +300,8 @@ class Translator:
             )
         if name == "whole":
             path = arguments.take("name")
-            return self.emit(SparseActivation(path, self.model.get_submodule(path)), arguments.take("x"))
+            module = cast(Declared, self.model.get_submodule(path))
+            return self.emit(SparseActivation(path, module), arguments.take("x"))
         try:
             result = translate(self, name, node.target, arguments)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..declared import Declared
 from ..tally import Counts, counts
 from ._activations import (
     ACTIVATIONS,
@@ -70,6 +71,7 @@ __all__ = [
     "Channels",
     "CollapsedLayerWarning",
     "Counts",
+    "Declared",
     "LayerActivity",
     "LeftDenseWarning",
     "Loss",

@@ -1,39 +1,26 @@
-"""Modules that make activations sparse; each takes the place of a ReLU.
-
-Every module says what an attack and a bound must know: `kind`; `masks_gradients` (its true backward pass misleads an
-attack); `stochastic` (it draws from `generator`, None being torch's default); `nondecreasing` (each output is a
-nondecreasing function of its own input, jumps included, so that intervals pass through). With `straight_through` set,
-the backward pass is that of the ReLU it replaces (BPDA, Athalye et al. 2018); the forward pass never changes.
-"""
+"""Modules that make activations sparse, each in the place of a ReLU: what they do, and how they get there."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..declared import Declared
 from ..errors import UnknownNameError, UserError
 from ..modes import eval_mode
 from ..outputs import opened
 
 
-class ActivationSparsifier(nn.Module):
-    """Replace a ReLU: subclasses say how the activations become sparse, in `sparse`."""
+class ActivationSparsifier(Declared):
+    """Replace a ReLU: subclasses say how the activations become sparse, in `sparse`, and what `Declared` asks."""
 
-    kind: ClassVar[str]
-    masks_gradients: bool = True
-    stochastic: ClassVar[bool] = False
-    nondecreasing: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.straight_through = False
-        self.generator: torch.Generator | None = None
+    masks_gradients = True
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.sparse(x)
@@ -43,7 +30,7 @@ class ActivationSparsifier(nn.Module):
         return dense + (result - dense).detach()
 
     def dense(self) -> nn.Module:
-        """Return what this module took the place of, for attacks that transfer from the dense network."""
+        """Return what this module took the place of."""
         return nn.ReLU()
 
     def sparse(self, x: Tensor) -> Tensor:
@@ -200,7 +187,8 @@ def _not_negative(value: float, name: str) -> float:
     return value
 
 
-ACTIVATIONS: dict[str, Callable[[float], ActivationSparsifier]] = {
+# Classes that are called with a level.
+ACTIVATIONS: dict[str, type[Any]] = {
     module.kind: module for module in (ShiftedReLU, Threshold, TopK, Percentile, StochasticPruning, MeanSparse)
 }
 
@@ -213,7 +201,7 @@ _METHODS = ("relu", "relu_")
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return hasattr(m, "straight_through") or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Declared) or super().is_leaf_module(m, module_qualified_name)
 
 
 def insert(model: nn.Module, factory: Callable[[], nn.Module], *, spare: Collection[str] = ()) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..declared import Declared
 from ..errors import UserError
 from ..modes import eval_mode
 from ..outputs import opened
@@ -133,7 +134,7 @@ class _Listener(TorchFunctionMode):
         self.uses: dict[str, int] = {}
 
     def enter(self, name: str, module: nn.Module) -> Callable[[nn.Module, Any], None]:
-        sparsifier = hasattr(module, "straight_through")
+        sparsifier = isinstance(module, Declared)
 
         def hook(_: nn.Module, __: Any) -> None:
             self.path.append((name, sparsifier))

@@ -8,6 +8,7 @@ from torch import nn
 
 from sparring import deploy
 from sparring.attacks.evaluation._bpda import dense_copy, has_masked_gradients, straight_through
+from sparring.declared import Declared
 from sparring.deploy._runtime import run_reference
 from sparring.deploy.format._compile import compile_model
 from sparring.deploy.format._program import Scale, Sparse
@@ -171,10 +172,8 @@ def test_an_attack_sees_through_packed_activation_sparsity():
     torch.testing.assert_close(dense(x), nn.Sequential(layers[0], layers[1], nn.ReLU(), layers[3])(x))
 
 
-class Rule(nn.Module):
+class Rule(Declared):
     """An activation-sparsity module, as the contract between parts describes it."""
-
-    straight_through = False
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -1,7 +1,6 @@
 """Layers that hide or randomise gradients: how an attack sees through them without knowing their classes.
 
-The contract is structural (docs/design.md, "Interfaces between packages"): such a module carries `masks_gradients`,
-`stochastic`, `straight_through` and `generator`, and says in `dense()` what it took the place of.
+What nobody can find out by looking, a layer of the base class `Declared` says of itself.
 """
 
 from __future__ import annotations
@@ -15,17 +14,22 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ...declared import Declared
 from ._sanity_checks import is_random
+
+
+def _declared(model: nn.Module) -> list[Declared]:
+    return [module for module in model.modules() if isinstance(module, Declared)]
 
 
 def has_masked_gradients(model: nn.Module) -> bool:
     """Return whether some module declares that its true backward pass misleads an attack."""
-    return any(getattr(module, "masks_gradients", False) for module in model.modules())
+    return any(module.masks_gradients for module in _declared(model))
 
 
 def is_stochastic(model: nn.Module) -> bool:
     """Return whether some module declares that it draws random numbers in eval mode."""
-    return any(getattr(module, "stochastic", False) for module in model.modules())
+    return any(module.stochastic for module in _declared(model))
 
 
 def dense_copy(model: nn.Module) -> nn.Module | None:
@@ -33,17 +37,12 @@ def dense_copy(model: nn.Module) -> nn.Module | None:
 
     None where no module says so. Examples of such a copy are tried on the model itself.
     """
-    # A user's own layer may well be called `dense`: only modules of this contract are asked.
-    paths = [
-        path
-        for path, module in model.named_modules(remove_duplicate=False)
-        if hasattr(module, "masks_gradients") and hasattr(module, "dense")
-    ]
-    if not paths:
+    parts = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Declared)]
+    replaced = {path: dense for path, part in parts if (dense := part.dense()) is not None}
+    if not replaced:
         return None
     model = copy.deepcopy(model)
-    for path in paths:
-        dense: nn.Module = model.get_submodule(path).dense()  # type: ignore[operator]
+    for path, dense in replaced.items():
         if path == "":
             return dense
         model.set_submodule(path, dense)
@@ -53,15 +52,15 @@ def dense_copy(model: nn.Module) -> nn.Module | None:
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Let every stochastic module draw from a generator of its own with this seed, and restore the old ones."""
-    modules = [module for module in model.modules() if getattr(module, "stochastic", False)]
-    before = [getattr(module, "generator", None) for module in modules]
+    modules = [module for module in _declared(model) if module.stochastic]
+    before = [module.generator for module in modules]
     try:
         for place, module in enumerate(modules):
-            module.generator = torch.Generator().manual_seed(seed + place)  # type: ignore[assignment]
+            module.generator = torch.Generator().manual_seed(seed + place)
         yield
     finally:
         for module, generator in zip(modules, before, strict=True):
-            module.generator = generator  # type: ignore[assignment]
+            module.generator = generator
 
 
 @contextmanager
@@ -71,14 +70,14 @@ def straight_through(model: nn.Module, x: Tensor) -> Iterator[None]:
     Athalye et al. 2018, section 4.1. A layer is dead if its output has the shape of its input and does not depend on
     it as far as autograd can tell, at any of the images x.
     """
-    declared = [module for module in model.modules() if getattr(module, "masks_gradients", False)]
+    declared = [module for module in _declared(model) if module.masks_gradients]
     before = [module.straight_through for module in declared]
     with ExitStack() as stack:
         try:
             for module in declared:
-                module.straight_through = True  # type: ignore[assignment]
-            for module in _dead_layers(model, x):
-                stack.enter_context(_listening([module], _with_secant_slope))
+                module.straight_through = True
+            for layer in _dead_layers(model, x):
+                stack.enter_context(_listening([layer], _with_secant_slope))
             yield
         finally:
             for module, value in zip(declared, before, strict=True):

@@ -236,7 +236,7 @@ def _activation_interval(op: SparseActivation, lower: Tensor, upper: Tensor) -> 
 
     Raise Unsupported for kinds without a sound rule (random ones, and those this package does not know).
     """
-    if getattr(op.module, "nondecreasing", False):
+    if op.module.nondecreasing:
         return op.module(lower), op.module(upper)
     if _kind(op) == "top-k":  # each unit is 0 or its ReLU; which of them depends on all the others
         return torch.zeros_like(lower), upper.clamp_min(0)
@@ -309,4 +309,4 @@ def _threshold(op: SparseActivation) -> Tensor:
 
 
 def _kind(op: SparseActivation) -> str:
-    return str(getattr(op.module, "kind", type(op.module).__name__))
+    return op.module.kind or type(op.module).__name__

@@ -103,7 +103,7 @@ def _packed(node: graph.Node) -> Op:
 
 
 def _activation(op: graph.SparseActivation, channels: int) -> PackedActivation | Snap:
-    kind, module = getattr(op.module, "kind", ""), op.module
+    kind, module = op.module.kind, op.module
     if kind == "mean-sparse":
         both: Any = (module.mean, module.radius)  # of one entry before they are calibrated
         centre, radius = (np.broadcast_to(_single(values), channels).copy() for values in both)

@@ -11,7 +11,7 @@ from ... import attacks, deploy
 from ...data import as_float
 from ...errors import Unsupported, UserError
 from ...metrics import accuracy, distances, macs, robust_accuracy, size
-from ...sparsity import ActivationSparsifier, activity
+from ...sparsity import Declared, activity
 from ...train import predict
 from ..runner._executors import Task, TaskOutcome
 from ._inputs import Attack, Lend, Measure, Shard, Transfer
@@ -188,7 +188,7 @@ def _run(
 ) -> attacks.AttackResult:
     if inputs.attack.naive:
         for module in model.modules():
-            if isinstance(module, ActivationSparsifier):
+            if isinstance(module, Declared):
                 module.masks_gradients = False
     return attacks.run(
         model,

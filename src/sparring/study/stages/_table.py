@@ -51,11 +51,11 @@ def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     if stage == "attack" and len(inputs.get("parents", ())) > 1:
         revisions += LENDING + facts.lent
     layer, distances = ACTIVATIONS.get(str(activation.get("kind"))), attack.get("eps") is None
-    if getattr(layer, "stochastic", False):
+    if layer is not None and layer.stochastic:
         revisions += facts.drawn
         if stage == "attack" and attack and distances:
             revisions += DRAWN_DISTANCES
-    elif getattr(layer, "masks_gradients", False) and activation.get("test", True):
+    elif layer is not None and layer.masks_gradients and activation.get("test", True):
         revisions += 0 if distances or attack.get("naive") else facts.masked
     return [
         f"{version}.{revision}" if revision else version
