@@ -20,6 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .declared import Declared
 from .errors import UserError
 from .modes import eval_mode
 
@@ -107,7 +108,7 @@ def _held(model: nn.Module) -> Iterator[Matrix]:
     """Yield the matrices that are no parameters, each once: buffers, quantised ones, and what hooks compute."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if isinstance(module, _NORMS) or hasattr(module, "straight_through") or "parametrizations" in path:
+        if isinstance(module, _NORMS) or isinstance(module, Declared) or "parametrizations" in path:
             continue
         if type(module).__module__.startswith("torch.ao.nn.") and callable(getattr(module, "weight", None)):
             yield Matrix(f"{path}.weight", path, module, "weight", excuse="quantised")

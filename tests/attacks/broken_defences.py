@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparring import data, models
 from sparring.attacks import Attack, fgsm, pgd
 from sparring.data import as_float
+from sparring.declared import Declared
 from sparring.files import load_tensors
 from sparring.models import Normalise, load_weights_
 from sparring.sparsity import MeanSparse, StochasticPruning, TopK, calibrate_
@@ -126,7 +127,7 @@ def naive(eps: float) -> dict[str, Attack]:
 
 def right(network: nn.Module, x: Tensor, y: Tensor, votes: int = 101) -> Tensor:
     """Return which images most passes classify correctly; one pass decides where all are alike."""
-    votes = votes if any(getattr(module, "stochastic", False) for module in network.modules()) else 1
+    votes = votes if any(isinstance(module, Declared) and module.stochastic for module in network.modules()) else 1
     with torch.no_grad():
         return torch.stack([network(x).argmax(1) == y for _ in range(votes)]).double().mean(0) >= 0.5
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import pytest
@@ -157,7 +156,7 @@ def test_straight_through_has_the_relus_gradient_and_the_same_output(kind: str) 
 def test_insert_replaces_every_relu_and_keeps_names(kind: str, make: Callable[[], nn.Module]) -> None:
     model = make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sparse = insert(model, functools.partial(ACTIVATIONS[kind], LEVELS[kind]))
+    sparse = insert(model, lambda: ACTIVATIONS[kind](LEVELS[kind]))
     assert not any(isinstance(module, nn.ReLU) for module in sparse.modules())
     assert len(list(sparsifiers(sparse))) == (4 if isinstance(model, Functional) else 7)
     assert set(before) <= set(sparse.state_dict())
