@@ -108,7 +108,7 @@ def _held(model: nn.Module) -> Iterator[Matrix]:
     """Yield the matrices that are no parameters, each once: buffers, quantised ones, and what hooks compute."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if isinstance(module, _NORMS) or isinstance(module, Declared) or "parametrizations" in path:
+        if isinstance(module, (Declared, *_NORMS)) or "parametrizations" in path:
             continue
         if type(module).__module__.startswith("torch.ao.nn.") and callable(getattr(module, "weight", None)):
             yield Matrix(f"{path}.weight", path, module, "weight", excuse="quantised")
