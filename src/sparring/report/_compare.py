@@ -169,13 +169,8 @@ def pick(out: Path | str, *, max_latency: float | None = None, max_accuracy_drop
     """
     findings = find(load(out))
     study = findings.study
-    points = list(
-        dict.fromkeys(
-            (n.method, n.sparsity)
-            for n in study.networks
-            if n.kind not in ("reference", "control") and (n.axis, n.checkpoint) == ("weights", "final")
-        )
-    )
+    sparse = [n for n in study.networks if not study.is_dense(n.method) and n.axis == "weights"]
+    points = list(dict.fromkeys((n.method, n.sparsity) for n in sparse if n.checkpoint == "final"))
     facts = {point: _facts(findings, *point) for point in points}
     if max_latency is not None and all(latency is None for latency, _, _ in facts.values()):
         raise UserError("this study measured no latency; run it again with --set deploy=true")

@@ -17,6 +17,7 @@ from .analysis._findings import Findings, Result
 from .analysis._metrics import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps, safe
 from .analysis._records import attack_label
 
+SPANS = 30  # of a training, over which the events of surgery are summed
 OVERVIEW_METHODS = 4
 OVERVIEW_SCALE = 1.25  # about 1,200 pixels wide
 
@@ -147,9 +148,6 @@ def _cells(found: Mapping[tuple[str, float], Sequence[float]]) -> list[dict[str,
     ]
 
 
-SPANS = 30  # of a training, over which the events of surgery are summed
-
-
 def comparisons(findings: Findings) -> list[Picture]:
     """Return the comparisons that this study has records for."""
     drawn = (_brackets, _constants, _surgery, _speed, _transfer)
@@ -159,14 +157,13 @@ def comparisons(findings: Findings) -> list[Picture]:
 def _brackets(findings: Findings) -> Iterator[Picture]:
     """Draw, in each norm, proofs below and attacks above: the true distance lies between the two."""
     for norm in norms(findings):
-        name = NORMS.get(norm, norm)
         for exact in (False, True):
             found = brackets(findings, norm, exact=exact)
-            rows = [row for bracket in found for row in _sides(bracket)]
             if len(found) < 2:
                 continue
+            rows = [row for bracket in found for row in _sides(bracket)]
             way = "searched exactly" if exact else "proof and attack"
-            title = f"{name} distance to the decision boundary: {way}"
+            title = f"{NORMS.get(norm, norm)} distance to the decision boundary: {way}"
             counts = f"{numbers.seeds(max(b.seeds for b in found))}, {max(b.images for b in found)} images"
             ends = ", and between the two ends of the search; where these meet it is known" if exact else ""
             note = (
@@ -277,8 +274,7 @@ def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | f
         for record in network.stage("deploy"):
             seconds = record.times.get("latency")
             if held is not None and seconds:
-                share = held.mean
-                found[network.method, network.sparsity].append((1000 * seconds, 100 * share))
+                found[network.method, network.sparsity].append((1000 * seconds, 100 * held.mean))
     for (method, sparsity), pairs in found.items():
         latency, share = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
         name = method if findings.study.is_dense(method) else f"{method} {numbers.percent(sparsity)}"

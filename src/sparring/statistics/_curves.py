@@ -32,6 +32,10 @@ class Curve:
     differences: NDArray[np.float64]
     dropped: int = 0
 
+    def at(self, sparsity: float) -> Effect:
+        """Return the effect at one of the sparsities."""
+        return self.effects[self.sparsities.index(sparsity)]
+
     def priced(self, price: float, dropped: int) -> Curve:
         """Return the same curve at a later look: with p-values times `price`, and more tests to correct for."""
         effects = tuple(e.priced(price) for e in self.effects)
@@ -228,11 +232,8 @@ def sweet_spot(curves: Mapping[str, Curve], margins: Mapping[str, float]) -> Swe
     if not curves or not set(curves) <= set(margins):
         raise ValueError("every watched metric needs a margin, and there must be one at least")
     shared = sorted(set.intersection(*(set(c.sparsities) for c in curves.values())))
-    low = {name: (c, [_bound(e, -1) for e in c.effects]) for name, c in curves.items()}
-    high = {name: (c, [_bound(e, +1) for e in c.effects]) for name, c in curves.items()}
-    safe, limit = _walk(shared, low, margins)
-    at_most, _ = _walk(shared, high, margins)
-    return SweetSpot(safe, at_most, limit)
+    safe, limit = _walk(shared, curves, margins, -1)
+    return SweetSpot(safe, _walk(shared, curves, margins, +1)[0], limit)
 
 
 def _bound(e: Effect, side: int) -> float:
@@ -242,13 +243,13 @@ def _bound(e: Effect, side: int) -> float:
 
 
 def _walk(
-    sparsities: Sequence[float], bounds: Mapping[str, tuple[Curve, Sequence[float]]], margins: Mapping[str, float]
+    sparsities: Sequence[float], curves: Mapping[str, Curve], margins: Mapping[str, float], side: int
 ) -> tuple[float | None, str | None]:
     """Return the last sparsity before some metric's bound falls to minus its margin, and that metric's name."""
     reached: float | None = None
     for sparsity in sparsities:
-        for name, (one, bound) in bounds.items():
-            if bound[one.sparsities.index(sparsity)] <= -margins[name]:
+        for name, one in curves.items():
+            if _bound(one.at(sparsity), side) <= -margins[name]:
                 return reached, name
         reached = sparsity
     return reached, None

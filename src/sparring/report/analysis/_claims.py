@@ -10,7 +10,7 @@ from ...records import Kind
 from ...statistics import Claim, Effect, Expects, Origin, Question, Row, ask, effect
 from .. import _numbers as numbers
 from ._cross_checks import suspicion
-from ._findings import MANY_FAILED, Choice, Findings, Result, choose, difference, margins_of, paired
+from ._findings import MANY_FAILED, ChosenGain, Findings, Result, choose, difference, margins_of, paired
 from ._looks import judge_study
 from ._metrics import NORMS, TRANSFER, Measure, PerImage, common, parts, pretty, pretty_eps, values
 from ._records import Who
@@ -61,7 +61,7 @@ def claims(findings: Findings) -> list[Question]:
     return asked
 
 
-def is_linear(findings: Findings) -> bool:
+def has_linear_model(findings: Findings) -> bool:
     """Tell whether the study's model is a linear one."""
     model = findings.study.plan.get("model")
     return (model.get("name") if isinstance(model, dict) else model) == "linear"
@@ -69,13 +69,12 @@ def is_linear(findings: Findings) -> bool:
 
 def _gain(findings: Findings, result: Result, place: Place, label: str) -> Question:
     """Ask for a gain at an appropriate sparsity; of linear networks the paper says that r_2 has none."""
-    none = is_linear(findings) and result.measure.role == "distance"
-    kind = "linear" if is_linear(findings) else "nonlinear"
+    none = has_linear_model(findings) and result.measure.role == "distance"
+    kind = "linear" if has_linear_model(findings) else "nonlinear"
     text = f"linear networks gain no {label}" if none else f"{kind} networks gain {label} at an appropriate sparsity"
     choice = choose(findings, result, within=place.appropriate)
-    return at_choice(
-        findings, result, choice, says(text, "not above" if none else "above", primary=True, origin="paper")
-    )
+    claim = says(text, "not above" if none else "above", primary=True, origin="paper")
+    return at_choice(findings, result, choice, claim)
 
 
 def _losses(findings: Findings, place: Place) -> Iterator[Question]:
@@ -157,7 +156,7 @@ def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
         yield about(findings, fgsm, claim, one, [(reference, 0.0, seed) for seed in fgsm.seeds])
 
 
-def _other_methods(findings: Findings, fgsm: Result, choice: Choice | None) -> Iterator[Question]:
+def _other_methods(findings: Findings, fgsm: Result, choice: ChosenGain | None) -> Iterator[Question]:
     """Ask which part of the gain other ways to a sparse or small network have too."""
     for method in (m for m in _comparable(findings) if m != fgsm.method):
         kind = findings.study.kind(method)
@@ -169,7 +168,7 @@ def _other_methods(findings: Findings, fgsm: Result, choice: Choice | None) -> I
             yield from _against(findings, fgsm, choice, method, f"{OVER_IT[kind]} ({method})")
 
 
-def _against(findings: Findings, fgsm: Result, choice: Choice, method: str, text: str) -> Iterator[Question]:
+def _against(findings: Findings, fgsm: Result, choice: ChosenGain, method: str, text: str) -> Iterator[Question]:
     """Compare the headline's networks with another method's at its sparsity nearest to the first seed's."""
     held = findings.collected[fgsm.measure]
     nearest = min(findings.study.sparsities(method), key=lambda s: abs(s - choice.sparsities[0]))
@@ -289,10 +288,10 @@ def places(findings: Findings, method: str) -> Place:
     for split in ("valid", "test"):
         result = findings.result(Measure("accuracy", split), method)
         if result is not None:
-            gains = [e.estimate for e in result.gains.effects]
-            kept = [s for s, gain in zip(result.sparsities, gains, strict=True) if gain >= -margins["accuracy"]]
-            lost = [k for k, gain in enumerate(gains) if gain < -margins["over_sparsified"]]
-            return Place(tuple(kept), result.sparsities[lost[0] :] if lost else (), split)
+            gains = {s: result.gains.at(s).estimate for s in result.sparsities}
+            kept = tuple(s for s, gain in gains.items() if gain >= -margins["accuracy"])
+            lost = [k for k, gain in enumerate(gains.values()) if gain < -margins["over_sparsified"]]
+            return Place(kept, result.sparsities[lost[0] :] if lost else (), split)
     return Place((), (), "")
 
 
@@ -311,7 +310,7 @@ def unasked(claim: Claim, measure: Measure, why: str) -> Question:
     return replace(ask(replace(claim, test=measure.phrase, metric=measure.phrase), None), unknown=why)
 
 
-def at_choice(findings: Findings, result: Result, choice: Choice | None, claim: Claim) -> Question:
+def at_choice(findings: Findings, result: Result, choice: ChosenGain | None, claim: Claim) -> Question:
     """Return the question whether a method gains over the dense control at a chosen sparsity; None: there is none."""
     if choice is None:
         margin = margins_of(findings.study)["accuracy"]
@@ -378,8 +377,8 @@ def across(found: Sequence[Findings]) -> Iterator[tuple[str, Question]]:
     Asked at the nonlinear networks' highest appropriate sparsity and at the linear ones' whose loss of accuracy is
     nearest to theirs there, so that no robustness chose either; paired by image, and seed by seed in their order.
     """
-    for one in (f for f in found if not is_linear(f)):
-        for other in (f for f in found if is_linear(f) and f.study.data == one.study.data):
+    for one in (f for f in found if not has_linear_model(f)):
+        for other in (f for f in found if has_linear_model(f) and f.study.data == one.study.data):
             question = _question(one, other)
             if question is not None:
                 yield f"{one.study.name} and {other.study.name}", question
@@ -417,4 +416,4 @@ def _accuracy_losses(findings: Findings, sparsities: Sequence[float]) -> dict[fl
     result = findings.result(Measure("accuracy", split)) if split == "valid" or split == "test" else None
     if result is None:
         return {}
-    return {s: -result.gains.effects[result.sparsities.index(s)].estimate for s in sparsities if s in result.sparsities}
+    return {s: -result.gains.at(s).estimate for s in sparsities if s in result.sparsities}

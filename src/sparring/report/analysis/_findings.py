@@ -77,7 +77,7 @@ class Result:
 
     def gain(self, sparsity: float) -> Effect | None:
         """Return the gain at one sparsity, or None where it was not measured."""
-        return self.gains.effects[self.sparsities.index(sparsity)] if sparsity in self.sparsities else None
+        return self.gains.at(sparsity) if sparsity in self.sparsities else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +237,7 @@ def paired(
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class ChosenGain:
     """Hold the sparsities at which a gain is asked for, one a seed, the gain there, and how they were chosen.
 
     `curve` are the gains at every sparsity that could have been chosen; `choices` counts them, and those that the plan
@@ -252,7 +252,7 @@ class Choice:
 
 def choose(
     findings: Findings, result: Result, *, by: Result | None = None, within: Sequence[float] | None = None
-) -> Choice | None:
+) -> ChosenGain | None:
     """Return the gain at the sparsity that is best for another metric (None: its own), without the luck of choosing.
 
     Where validation images were attacked, each seed's sparsity is the one best for the other seeds there. Without them
@@ -262,15 +262,15 @@ def choose(
     every = [s for s in result.sparsities if s in by.sparsities and (within is None or s in within)]
     if not every:
         return None
-    effects = tuple(result.gains.effects[result.sparsities.index(s)] for s in every)
+    effects = tuple(map(result.gains.at, every))
     twin = findings.result(replace(by.measure, split="valid"), by.method)
     if twin is not None and twin.seeds == result.seeds:
         found = leave_one_out(result.gains, twin.gains, every)
         if found is not None:
-            return Choice(found[0], found[1].priced(findings.study.looks.price), effects, 1)
-    best = max(every, key=lambda s: by.gains.effects[by.sparsities.index(s)].estimate)
+            return ChosenGain(found[0], found[1].priced(findings.study.looks.price), effects, 1)
+    best = max(every, key=lambda s: by.gains.at(s).estimate)
     wide = simultaneous(result.gains, generator=np.random.default_rng(DRAWS_SEED))
-    return Choice(
+    return ChosenGain(
         (best,) * len(result.seeds), wide[result.sparsities.index(best)], effects, len(every) + result.gains.dropped
     )
 
