@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..graph import Conv2d, Graph, Linear, Node
+from ..graph import Conv2d, Graph, Linear
 from ._lipschitz import constants_over
 from ._network import margin_rows, prepare
 from ._region import Region, dot, region
@@ -75,11 +74,11 @@ def random_mask_bounds(
     Raise UserError for rates outside [0, 1], unknown layers, or fewer than two draws.
     """
     graph, reach = prepare(model, tuple(x.shape[1:]), images=x), region(x, norm, radius)
-    chosen = [
-        index
+    chosen = {
+        index: node.op
         for index, node in enumerate(graph.nodes)
         if isinstance(node.op, Linear | Conv2d) and (layers is None or node.op.name in layers)
-    ]
+    }
     if layers is not None and len(chosen) != len(set(layers)):
         raise UserError(f"layers {list(layers)} do not all name modules with weights")
     if draws < 2 or not chosen or not all(0 <= alpha <= 1 for alpha in alphas):
@@ -87,10 +86,12 @@ def random_mask_bounds(
     generator = torch.Generator().manual_seed(seed)
     constants, ratios = torch.zeros(draws, len(alphas)), torch.zeros(draws, len(alphas))
     for draw in range(draws):
-        uniform = {i: torch.rand(_weight(graph.nodes[i]).shape, generator=generator) for i in chosen}
+        uniform = {i: torch.rand(op.weight.shape, generator=generator) for i, op in chosen.items()}
         for column, alpha in enumerate(alphas):
-            kept = {i: u >= alpha for i, u in uniform.items()}
-            constant, ratio = _ratios(_masked(graph, kept), reach, y, method)
+            nodes = list(graph.nodes)
+            for i, op in chosen.items():
+                nodes[i] = replace(nodes[i], op=replace(op, weight=op.weight * (uniform[i] >= alpha)))
+            constant, ratio = _ratios(Graph(tuple(nodes)), reach, y, method)
             constants[draw, column], ratios[draw, column] = constant.mean(), ratio.median()
     return [
         MaskedPoint(
@@ -101,20 +102,6 @@ def random_mask_bounds(
         )
         for i, alpha in enumerate(alphas)
     ]
-
-
-def _masked(graph: Graph, kept: dict[int, Tensor]) -> Graph:
-    nodes = list(graph.nodes)
-    for index, mask in kept.items():
-        node = nodes[index]
-        assert isinstance(node.op, Linear | Conv2d)
-        nodes[index] = dataclasses.replace(node, op=dataclasses.replace(node.op, weight=node.op.weight * mask))
-    return Graph(tuple(nodes))
-
-
-def _weight(node: Node) -> Tensor:
-    assert isinstance(node.op, Linear | Conv2d)
-    return node.op.weight
 
 
 def _estimate(values: Tensor, confidence: float) -> Estimate:

@@ -100,8 +100,10 @@ def _one_core() -> Iterator[None]:
 def _rows(engines: list[_Engine], shape: tuple[int, ...], batch: int, rounds: int) -> list[BenchRow]:
     x = np.random.default_rng(batch).random((batch, *shape), np.float32)
     timings = interleaved([partial(engine.run, x) for engine in engines], rounds=rounds)
-    return [
-        BenchRow(
+    rows = []
+    for engine, timing in zip(engines, timings, strict=True):
+        found, expected = np.asarray(engine.run(x)), _run_torch(engine.model, x)
+        row = BenchRow(
             engine.name,
             batch,
             timing.median * 1e3,
@@ -112,14 +114,10 @@ def _rows(engines: list[_Engine], shape: tuple[int, ...], batch: int, rounds: in
             timing.joules,
             engine.bytes_disk,
             engine.bytes_memory(),
-            _error(np.asarray(engine.run(x)), _run_torch(engine.model, x)),
+            float(np.abs(found - expected).max() / max(1e-30, np.abs(expected).max())),
         )
-        for engine, timing in zip(engines, timings, strict=True)
-    ]
-
-
-def _error(found: Floats, expected: Floats) -> float:
-    return float(np.abs(found - expected).max() / max(1e-30, np.abs(expected).max()))
+        rows.append(row)
+    return rows
 
 
 def _engines(model: nn.Module, shape: tuple[int, ...], folder: Path, prefix: str) -> list[_Engine]:

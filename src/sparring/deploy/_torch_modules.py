@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import graph
 from ..sparsity import MeanSparse, ShiftedReLU, Threshold, TopK
 from ._runtime import Packed
-from .format._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
+from .format._program import Add, Flatten, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 
 class Equivalent(nn.Module):
@@ -104,12 +104,10 @@ def _layer(op: Sparse, *, flat: bool) -> nn.Module:
             layer = nn.Linear(op.shape[1], op.shape[0])
         else:
             layer = nn.Conv2d(op.shape[1], op.shape[0], op.shape[2:], op.stride, op.padding, op.dilation)
-    layer.weight, layer.bias = (nn.Parameter(_tensor(v)) for v in (op.dense().reshape(layer.weight.shape), op.bias))
+    layer.weight, layer.bias = (
+        nn.Parameter(torch.from_numpy(v).clone()) for v in (op.dense().reshape(layer.weight.shape), op.bias)
+    )
     return layer
-
-
-def _tensor(values: Floats) -> Tensor:
-    return torch.from_numpy(values).clone()
 
 
 class PackedModule(nn.Module):

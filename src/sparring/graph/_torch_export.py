@@ -174,7 +174,7 @@ def _whole(model: nn.Module) -> Iterator[None]:
                 if "forward" in vars(module):
                     raise Unsupported(f"layer '{name}' ({type(module).__name__}) has its forward replaced; subclass it")
                 marked.append(module)
-                module.forward = _marked(name)
+                module.forward = lambda x, name=name: torch.ops.sparring.whole(x, name)
         yield
     finally:
         for module in marked:
@@ -187,10 +187,6 @@ def _define_whole() -> Any:
     library.define("whole(Tensor x, str name) -> Tensor")
     library.impl("whole", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
     return library  # which takes its operation along when it goes
-
-
-def _marked(name: str) -> Any:
-    return lambda x: torch.ops.sparring.whole(x, name)
 
 
 def flat(given: Any) -> list[Any]:
@@ -236,7 +232,9 @@ class Translator:
         signature = self.program.graph_signature
         specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
         output = next(n for n in self.program.graph.nodes if n.op == "output")
-        results = [a for a, spec in zip(output.args[0], signature.output_specs, strict=True) if _is_output(spec)]
+        results = [
+            a for a, spec in zip(output.args[0], signature.output_specs, strict=True) if spec.kind.name == "USER_OUTPUT"
+        ]
         if len(results) != 1 or not isinstance(results[0], fx.Node):
             raise Unsupported("the model must return one tensor of logits")
         wanted = _ancestors(results[0])
@@ -244,7 +242,11 @@ class Translator:
             self.now = node
             if node.op == "placeholder":
                 self._placeholder(node, specs[node.name], wanted)
-            elif node.op == "call_function" and node in wanted and _is_tensor(node.meta.get("val")):
+            elif (
+                node.op == "call_function"
+                and node in wanted
+                and any(isinstance(v, Tensor) for v in flat(node.meta.get("val")))
+            ):
                 self.values[node] = self._called(node)
         last = self.values[results[0]]
         if not isinstance(last, At):
@@ -436,14 +438,6 @@ def _is_idle(arguments: Arguments) -> bool:
     names = ("p", "dropout_p", "train", "training")
     chances = [arguments.given.get(name, arguments.defaults.get(name)) for name in names]
     return any(chance is not None and not chance for chance in chances)
-
-
-def _is_output(spec: Any) -> bool:
-    return bool(spec.kind.name == "USER_OUTPUT")
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value))
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

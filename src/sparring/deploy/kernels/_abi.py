@@ -56,7 +56,6 @@ class Call:
     arguments: NDArray[np.int64]
     tables: tuple[Table, ...]
     per_unit: bool
-    key: str = ""  # equal keys: equal geometry, so that one tuning serves both
 
 
 def kernel_call(spec: Spec, arguments: list[int], tables: tuple[Table, ...] = (), *, per_unit: bool = True) -> Call:

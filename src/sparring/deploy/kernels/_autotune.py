@@ -89,8 +89,7 @@ def _measure(
     lookup: bool,
 ) -> _Tuning:
     calls: dict[str, list[Call]] = {
-        key: [planner.layer(layer, _always(choice), lookup=lookup) for choice in candidates]
-        for key, layer in layers.items()
+        key: [planner.layer(layer, choice, lookup=lookup) for choice in candidates] for key, layer in layers.items()
     }
     names = add_kernels(code, (call.spec for tried in calls.values() for call in tried))
     for layer in layers.values():
@@ -106,10 +105,6 @@ def _write_zeros(planner: Planner, layer: FusedLayer, arena: int) -> None:
     for unit in range(planner.layout.units if own else 1):
         place = planner.common_bytes + unit * planner.unit_bytes - 1 - buffer.origin if own else buffer.origin
         ctypes.memset(arena + place - buffer.before, 0, buffer.size)
-
-
-def _always(choice: Tiling) -> Callable[[str], Tiling]:
-    return lambda key: choice
 
 
 def _runner(call: Call, code: Code, memory: Memory) -> Callable[[], None]:

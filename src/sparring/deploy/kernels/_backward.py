@@ -16,7 +16,7 @@ from ._elementwise import Pack, PoolGradient, UnpackImages
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View, tasks_of
 from ._layout import Buffer
 from ._llvm_ir import Unit
-from ._plan import Planner, sources_of
+from ._plan import Planner, factors, sources_of
 
 
 class GradientPlanner(Planner):
@@ -71,7 +71,9 @@ class GradientPlanner(Planner):
             raise Unsupported("the logits of this network are read again inside it, or are a view of padded values")
         backward = [
             kernel_call(
-                Pack(self.layout.lanes, False, Unit.UPSTREAM), [logits.origin, 1, 1, classes, 0, 0, 4 * classes], _ONE
+                Pack(self.layout.lanes, False, Unit.UPSTREAM),
+                [logits.origin, 1, 1, classes, 0, 0, 4 * classes],
+                factors(None),
             )
         ]
         if last in self._rectified:
@@ -163,9 +165,6 @@ class GradientPlanner(Planner):
         if add and gate is not None:
             calls.append(self.pointwise(target, target, shape, gate=gate))
         return calls
-
-
-_ONE = (np.ones(1, np.float32), np.zeros(1, np.float32))
 
 
 def _transposed(op: Sparse) -> Sparse:

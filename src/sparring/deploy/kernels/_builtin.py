@@ -47,7 +47,7 @@ def add_answer(code: Code) -> None:
     """Compile the functions behind `builtin` and `reader`, if this is CPython."""
     addresses = _addresses()
     if addresses is not None:
-        code.add("answer\0" + _answer(), _answer, [_ANSWER, _ADDRESS], symbols=addresses)
+        code.add("answer\0" + _answer(), _answer, [_ANSWER, _ADDRESS], symbols=addresses.items())
 
 
 def builtin(code: Code, arguments: int) -> Callable[[Any], int] | None:

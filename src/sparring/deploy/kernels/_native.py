@@ -7,10 +7,9 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ...errors import UserError
@@ -54,14 +53,10 @@ def _processor() -> tuple[str, str]:
     return (capped[0], capped[1]) if better in host[1].split(",") else host
 
 
-def _features() -> str:
-    return _processor()[1]
-
-
 @cache
 def host_lanes() -> int:
     """Return how many float32 a vector register of this host holds: 16 (AVX-512), 8 (AVX), else 4."""
-    features = set(_features().split(","))
+    features = set(_processor()[1].split(","))
     return 16 if "+avx512f" in features else 8 if "+avx" in features else 4
 
 
@@ -114,14 +109,14 @@ class Code:
         write: Callable[[], str],
         names: Sequence[str],
         *,
-        symbols: Mapping[str, int] = MappingProxyType({}),
+        symbols: Iterable[tuple[str, int]] = (),
     ) -> None:
         """Compile the module of LLVM IR that `write` returns, and note where `names` are.
 
         If the cache holds machine code for `identity`, which must be another whenever the IR is, nothing is written.
         `symbols` are the addresses of functions that the module calls without holding them.
         """
-        for name, address in symbols.items():
+        for name, address in symbols:
             _llvm().add_symbol(name, address)
         machine = _machine()
         self._link(machine, _cached(identity) or _compiled(machine, identity, write), names)

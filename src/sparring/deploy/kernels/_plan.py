@@ -114,7 +114,7 @@ class Planner:
         for task in tasks:
             match task:
                 case FusedLayer():
-                    calls.append(self.layer(task, choose, lookup=lookup))
+                    calls.append(self.layer(task, choose(self.key(task)), lookup=lookup))
                 case Elementwise():
                     calls.append(self._elementwise(task))
                 case MaxPool():
@@ -136,13 +136,13 @@ class Planner:
         if scale is None and target.whole:
             channels, rows, width = 1, 1, channels * rows * width
         image = 4 * target.shape[1] * target.shape[2]
-        factors = _factors(scale)
+        both = factors(scale)
         if self.layout.tiles:
             arguments = [target.origin, channels, rows, width, target.outer, target.inner, image * target.shape[0]]
-            return kernel_call(Pack(self.layout.lanes, scale is not None), arguments, factors), rest
+            return kernel_call(Pack(self.layout.lanes, scale is not None), arguments, both), rest
         strides = [image, 4 * target.shape[2], 0, *target.strides, *[0] * 6]
         arguments = [0, target.origin, 0, 0, channels, rows, 1, width, *strides]
-        return kernel_call(Pointwise(self.layout.lanes, image=True, scaled=scale is not None), arguments, factors), rest
+        return kernel_call(Pointwise(self.layout.lanes, image=True, scaled=scale is not None), arguments, both), rest
 
     def _elementwise(self, task: Elementwise) -> Call:
         source, target = self.plain(task.source), self.plain(task.result)
@@ -170,7 +170,7 @@ class Planner:
         spec = Pointwise(
             self.layout.lanes, scaled=scale is not None, added=other is not None, relu=relu, gated=gate is not None
         )
-        return kernel_call(spec, arguments, _factors(scale))
+        return kernel_call(spec, arguments, factors(scale))
 
     def _max_pool(self, task: MaxPool) -> Call:
         source, target, op = self.buffer(task.source), self.buffer(task.result), task.op
@@ -193,7 +193,7 @@ class Planner:
         kept = op.kept(math.prod(self.shapes[task.source]))
         return kernel_call(Largest(self.layout.lanes, tiles=self.layout.tiles), [*arguments, kept])
 
-    def layer(self, task: FusedLayer, choose: Callable[[str], Tiling], *, lookup: bool) -> Call:
+    def layer(self, task: FusedLayer, choice: Tiling, *, lookup: bool) -> Call:
         """Return the call for one layer."""
         source, target = self.buffer(task.source), self.buffer(task.result)
         flat = len(self.shapes[task.source]) == 1
@@ -202,11 +202,9 @@ class Planner:
                 return lookup_call(task, source, target)
             if source.size < 4 * MOST_PLACES:
                 return rows_call(task, source, target)
-        key = self.key(task)
         other = None if task.residual is None else self.buffer(task.residual)
         shape = self.shapes[task.result]
-        call = self.sums(task, source, target, choose(key), shape=shape, flat=flat, other=other, gate=None)
-        return replace(call, key=key)
+        return self.sums(task, source, target, choice, shape=shape, flat=flat, other=other, gate=None)
 
     def sums(
         self,
@@ -286,7 +284,8 @@ def sources_of(task: Task) -> list[int]:
     return [task.source]
 
 
-def _factors(scale: Scale | None) -> tuple[Table, ...]:
+def factors(scale: Scale | None) -> tuple[Table, ...]:
+    """Return scales and shifts, one of each where there are none."""
     return (np.ones(1, np.float32), np.zeros(1, np.float32)) if scale is None else (scale.scale, scale.shift)
 
 
