@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparring import data
-from sparring.data._places import SYSTEM_ROOTS
+from sparring.data._places import SYSTEM_ROOTS, File, Find, Source
 from sparring.data._types import balanced_order
 from sparring.errors import DataError, UnknownNameError
+
+from .hostile_parts import arrays, image, pictures, zipped
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +147,67 @@ def test_root_that_does_not_exist_is_an_error(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("SPARRING_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="SPARRING_DATA"):
         data.load("mnist")
+
+
+def test_lossy_copies_and_namesakes_say_so(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").write_bytes(zipped(pictures({"train/cat/0.jpg": image("JPEG")})))
+    (tmp_path / "cifar10.zip").write_bytes(zipped(pictures()))
+    (tmp_path / "MNIST.npz").write_bytes(arrays())
+    assert data.load(str(tmp_path / "photos.zip")).name == "photos-jpeg"
+    assert data.load(str(tmp_path / "cifar10.zip")).name == "cifar10-user"
+    assert data.load(str(tmp_path / "MNIST.npz")).name == "MNIST-user"
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "nothing.zip", "gone.npz", "~nobody-has-this-name/x", "a/" + "b" * 5_000]
+)
+def test_path_to_nothing_is_a_data_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="check the path"):
+        data.load(name, tmp_path)
+
+
+def test_a_new_data_set_is_a_source_and_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = Source("blobs", (File("blobs.bin"),), folders=("blobs", ""), mirrors=())
+
+    def load_blobs(find: Find) -> data.Dataset:
+        (content,) = find(blobs)
+        x = torch.frombuffer(bytearray(content.data), dtype=torch.uint8).view(-1, 1, 2, 2)
+        return data.from_splits("blobs", *[data.Split(x, torch.arange(len(x)) % 2)] * 3, classes=2)
+
+    monkeypatch.setitem(data.DATASETS, "blobs", load_blobs)
+    with pytest.raises(DataError, match=r"blobs\.bin"):
+        data.load("blobs", tmp_path)
+    (tmp_path / "blobs.bin").write_bytes(bytes(range(16)))
+    assert data.load("blobs", tmp_path).test.x[3].flatten().tolist() == [12, 13, 14, 15]
+
+
+def test_what_is_available_can_be_asked_of_an_odd_folder(tmp_path: Path) -> None:
+    (tmp_path / "odd:name.zip").write_bytes(b"")
+    (tmp_path / "fine.npz").write_bytes(b"")
+    assert [item.name for item in data.available(tmp_path) if str(tmp_path) in item.where] == ["fine"]
+
+
+@pytest.mark.parametrize("name", ["X.NPZ", "x.Npz"])
+def test_an_ending_may_be_in_capitals(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(arrays())
+    assert data.load(str(tmp_path / name)).name.lower() == "x"
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.pt", "x.tar.xz"])
+def test_a_file_of_another_kind_is_not_called_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"{name} is none of .zip, .*numpy.savez"):
+        data.load(str(tmp_path / name))
+
+
+@pytest.mark.filterwarnings("default:.*test images are also among")
+def test_test_images_among_the_others_are_counted(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    for shared in (0, 3):
+        content = arrays(x_train=x[:20], y_train=np.arange(20) % 2, x_test=x[20 - shared :], y_test=[0] * (10 + shared))
+        (tmp_path / "x.npz").write_bytes(content)
+        with warnings.catch_warnings(record=True) as told:
+            data.load(str(tmp_path / "x.npz"))
+        assert [str(one.message).rpartition(": ")[2] for one in told] == [
+            f"{shared} of {10 + shared} test images are also among those for training or validation"
+        ] * (shared > 0)
