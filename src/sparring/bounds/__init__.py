@@ -14,8 +14,7 @@ from ._linear_closed_form import (
     weights_of,
 )
 from ._linear_scikit import linear_path, linear_pruned
-from ._lipschitz import LIPSCHITZ, lipschitz
-from ._random_masks import MaskedPoint, margin_ratios, random_mask_bounds
+from ._lipschitz import LIPSCHITZ, MaskedPoint, lipschitz, margin_ratios, random_mask_bounds
 from ._summary import Summary, summary
 from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
 from .exact_distances._exact import Exact, exact

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ._bench import BenchRow, Timing, bench, interleaved, multiplications, peak_flops
 from ._onnx import onnx_error, to_onnx
+from ._program import Program
 from ._runtime import Packed, export, load, pack
 from ._ship import Shipped, ship_report
 from ._torch_modules import Equivalent, PackedModule
-from .format._program import Program
 
 __all__ = [
     "BenchRow",

@@ -23,8 +23,8 @@ from ..errors import UserError
 from ..modes import eval_mode
 from ..outputs import opened
 from ._onnx import to_onnx
+from ._program import Floats, Program, Sparse
 from ._runtime import export, load
-from .format._program import Floats, Program, Sparse
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from ..errors import UserError
 from ..files import write_atomic
 from ..modes import eval_mode
 from ..outputs import opened
-from .format._compile import compile_model
-from .format._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
+from ._compile import compile_model
+from ._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 _OPSET = 28  # the newest that this was tried with; an older onnx takes its own newest
 

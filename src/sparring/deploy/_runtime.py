@@ -13,9 +13,9 @@ from scipy.sparse import csr_array
 from torch import Tensor, from_numpy, nn
 
 from ..errors import Unsupported, UserError
-from .format._artefact import read_program, round_program, write_program
-from .format._compile import compile_model
-from .format._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Snap, Sparse
+from ._artefact import read_program, round_program, write_program
+from ._compile import compile_model
+from ._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Snap, Sparse
 from .kernels._engine import Engine
 from .kernels._native import native_available
 

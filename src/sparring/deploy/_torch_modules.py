@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import graph
 from ..sparsity import MeanSparse, ShiftedReLU, Threshold, TopK
+from ._program import Add, Flatten, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 from ._runtime import Packed
-from .format._program import Add, Flatten, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 
 class Equivalent(nn.Module):

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparring import deploy
+from sparring.deploy._compile import compile_model
 from sparring.deploy._runtime import run_reference
-from sparring.deploy.format._compile import compile_model
-from sparring.deploy.kernels import _autotune as tuning
 from sparring.deploy.kernels import _engine as engine
 from sparring.deploy.kernels import _native as native
 from sparring.deploy.kernels import _plan as planning
@@ -159,7 +158,7 @@ def test_what_is_tuned_never_changes_a_bit(sparse_model, monkeypatch, name):
     program = compile_model(sparse_model(name, 0.1, width=0.25), shape)
     x = np.random.default_rng(0).random((18, *shape), np.float32)
     found = set()
-    for choice in tuning._candidates(host_lanes(), False):
+    for choice in planning.candidates(host_lanes(), False):
         monkeypatch.setattr(engine, "tuned", lambda *_, choice=choice, **__: lambda key: choice)
         found.add(b"".join(Engine(program).run(part).tobytes() for part in (x, x[:1])))
     assert len(found) == 1

@@ -4,13 +4,12 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
-from sparring.deploy.format._compile import compile_model
+from sparring.deploy._compile import compile_model
 from sparring.deploy.kernels._abi import Layout, module_of
-from sparring.deploy.kernels._autotune import usual
 from sparring.deploy.kernels._backward import GradientPlanner
 from sparring.deploy.kernels._fusion import tasks_of
 from sparring.deploy.kernels._matmul import Lookup, Rows
-from sparring.deploy.kernels._plan import Planner
+from sparring.deploy.kernels._plan import Planner, usual
 
 HOSTS = [
     ("aarch64-unknown-linux-gnu", "neoverse-n1", 4, "fmla"),

@@ -9,14 +9,13 @@ from dataclasses import replace
 import numpy as np
 
 from ...errors import Unsupported
-from ..format._program import Program, Scale, Shape, Snap, Sparse, sparse_from_dense
+from .._program import Program, Scale, Shape, Snap, Sparse, sparse_from_dense
 from ._abi import Call, Layout, Tiling, kernel_call
-from ._autotune import usual
 from ._elementwise import Pack, PoolGradient, UnpackImages
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View, tasks_of
 from ._layout import Buffer
 from ._llvm_ir import Unit
-from ._plan import Planner, factors, sources_of
+from ._plan import Planner, factors, sources_of, usual
 
 
 class GradientPlanner(Planner):

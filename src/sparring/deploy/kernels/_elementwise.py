@@ -9,7 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from ..format._program import Pool
+from .._program import Pool
 from ._llvm_ir import FLOAT, INT32, Kernel, Spec, Turn, Unit, Value, vector
 
 _BITS = 31  # of a float that is not negative: as integers such floats have the order they have as numbers

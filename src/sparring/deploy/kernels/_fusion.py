@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..format._program import Add, Flatten, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
+from .._program import Add, Flatten, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..format._program import Pair, Shape, Sparse
+from .._program import Pair, Shape, Sparse
 
 
 @dataclass(frozen=True)

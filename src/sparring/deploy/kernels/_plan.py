@@ -10,15 +10,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import Unsupported
-from ..format._program import Pair, Program, Scale, Shape, Snap, Sparse
+from .._program import Pair, Program, Scale, Shape, Snap, Sparse
 from ._abi import Call, Layout, Table, Tiling, kernel_call
 from ._elementwise import Largest, Narrow, Pack, Pointwise, PoolMax, Unpack
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View
 from ._layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
 from ._matmul import AHEAD, MOST_PLACES, Tile, lookup_call, rows_call
+from ._native import host_registers
 
 _LINEAR_BYTES, _LINEAR_READS = 1 << 16, 16  # of a linear layer's block, as measured
 MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
+
+_NEAR = 24 * 1024  # bytes of input that the nearest cache holds beside weights and sums
+
+
+def candidates(lanes: int, tiles: bool) -> list[Tiling]:
+    """Return the choices that are tried; the first is taken for layers that are not worth tuning."""
+    few, many, half = host_registers() // 2, host_registers() * 3 // 4, max(4, lanes // 2)
+    choices = [Tiling(many, lanes, _NEAR), Tiling(few, lanes, _NEAR), Tiling(many, lanes), Tiling(few, lanes)]
+    return choices if tiles else [*choices, Tiling(many, half), Tiling(many, half, _NEAR)]
+
+
+def usual(lanes: int) -> Tiling:
+    """Return what is good for most layers."""
+    return candidates(lanes, True)[0]
 
 
 class Planner:

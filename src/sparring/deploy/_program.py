@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import UserError
+from ..errors import UserError
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]

@@ -9,9 +9,9 @@ from torch import nn
 from sparring import deploy
 from sparring.attacks.evaluation._bpda import dense_copy, has_masked_gradients, straight_through
 from sparring.declared import Declared
+from sparring.deploy._compile import compile_model
+from sparring.deploy._program import Scale, Sparse
 from sparring.deploy._runtime import run_reference
-from sparring.deploy.format._compile import compile_model
-from sparring.deploy.format._program import Scale, Sparse
 from sparring.errors import Unsupported, UserError
 from sparring.models import Normalise
 from sparring.sparsity import MeanSparse, Percentile, ShiftedReLU, Threshold, TopK

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparring.deploy.format import _artefact as coding
+from sparring.deploy import _artefact as coding
 from sparring.errors import UserError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ... import graph
-from ...errors import Unsupported
+from .. import graph
+from ..errors import Unsupported
 from ._program import (
     ACTIVATION_KINDS,
     Add,

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from sparring import deploy
+from sparring.deploy._artefact import MAGIC, read_program
 from sparring.deploy._runtime import run_reference
-from sparring.deploy.format._artefact import MAGIC, read_program
 from sparring.errors import UserError
 
-BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "hostile_artefacts.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hostile_artefacts.py"
 spec = importlib.util.spec_from_file_location("hostile_artefacts", BENCHMARK)
 hostile = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hostile)

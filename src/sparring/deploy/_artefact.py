@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import UserError
-from ...files import canonical_json, read_bounded, write_atomic
+from ..errors import UserError
+from ..files import canonical_json, read_bounded, write_atomic
 from ._program import (
     ACTIVATION_KINDS,
     MOST_ELEMENTS,
