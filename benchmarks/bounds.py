@@ -27,7 +27,8 @@ from sparring.models import build
 from sparring.threat import Threat
 
 SPARSITIES = (0.0, 0.9, 0.95, 0.98, 0.99)
-THREAT = Threat(math.inf, 0.01)
+EPS = 0.01
+THREAT = Threat(math.inf, EPS)
 
 
 def masked(sparsity: float) -> nn.Module:
@@ -58,7 +59,7 @@ def crown(model: nn.Module, x: Tensor, y: Tensor, *, sparse: bool) -> Tensor:
     graph, pixels = prepare(model, tuple(x.shape[1:]), sparse=sparse), x
     if sparse:
         graph, pixels = compacted(graph, x)
-    return margins_over(graph, pixels, y, THREAT.norm, torch.full((len(x),), THREAT.eps, dtype=torch.float64), "crown")
+    return margins_over(graph, pixels, y, THREAT.norm, torch.full((len(x),), EPS, dtype=torch.float64), "crown")
 
 
 def main() -> None:

@@ -43,9 +43,9 @@ from tests.attacks.broken_defences import (
     train_,
 )
 
-from sparring.attacks import AttackResult, apgd_targeted, dlr, fast, nearest, pgd, robust_accuracy, run
+from sparring.attacks import AttackResult, apgd_targeted, fast, nearest, pgd, robust_accuracy, run
 from sparring.attacks._gradients import Probe, frozen
-from sparring.attacks.algorithms._losses import margin_loss, scaled_cross_entropy
+from sparring.attacks.algorithms._losses import dlr, margin_loss, scaled_cross_entropy
 from sparring.attacks.evaluation._bpda import dense_copy, is_stochastic
 from sparring.files import save_tensors, write_json
 from sparring.threat import LINF, Threat
@@ -204,7 +204,8 @@ def siege(name: str, model: nn.Sequential, here: Task) -> Iterator[tuple[nn.Modu
     the cut, which has the same decisions, and every gradient.
     """
     network = here.network
-    long = [partial(pgd, steps=100, restarts=5, objective=loss) for loss in LOSSES]
+    nearby: list[Callable[..., Tensor]] = [nearest]
+    long: list[Callable[..., Tensor]] = [partial(pgd, steps=100, restarts=5, objective=loss) for loss in LOSSES]
     many = [partial(pgd, steps=40, objective=loss, stop_early=False) for loss in LOSSES for _ in range(5)]
     if name in (*UNDEFENDED, "scaled-logits", "cut"):
         yield from ((model, attack) for attack in (*long, apgd_targeted))
@@ -219,7 +220,7 @@ def siege(name: str, model: nn.Sequential, here: Task) -> Iterator[tuple[nn.Modu
         yield from (
             (Blurred(network, here.eps), partial(pgd, steps=30, objective=loss, stop_early=False)) for loss in LOSSES
         )
-        yield from ((network, attack) for attack in (nearest, *long, apgd_targeted))
+        yield from ((network, attack) for attack in (*nearby, *long, apgd_targeted))
 
 
 class Bridge(nn.Module):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -147,7 +147,7 @@ def spin(core: int, pipe: Connection) -> None:
         pass
 
 
-def medians(name: str, ways: dict[str, Served] | dict[str, Commands], rounds: int) -> dict[str, float]:
+def medians(name: str, ways: Mapping[str, Served | Commands], rounds: int) -> dict[str, float]:
     """Return the median seconds of some work done in several ways, taken in turns."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
@@ -195,7 +195,9 @@ def main() -> None:
         np.savez(folder / "images.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
         rows = measure(Served, options.threads, options.rounds, options.before)
         rounds = max(3, options.rounds // 2)
-        rows += measure(lambda *way: Commands(*way, folder), options.threads, rounds, options.before)
+        rows += measure(
+            lambda threads, watched: Commands(threads, watched, folder), options.threads, rounds, options.before
+        )
     if options.json:
         print(json.dumps({"threads": options.threads, "busy_limit": BUSY, "idle_limit": IDLE, "rows": rows}, indent=1))
     else:

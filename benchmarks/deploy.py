@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -119,7 +120,7 @@ def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
 def sparse_network(kind: str, shape: tuple[int, ...], width: float, sparsity: float) -> nn.Module:
     """Build a network with random layer-uniform masks and batch norm statistics of its own activations."""
     channels = shape[0]
-    options = {} if width == 1 else {"width": width}
+    options: dict[str, Any] = {} if width == 1 else {"width": width}
     model = build(kind, shape=shape, classes=10, mean=(0.4,) * channels, std=(0.25,) * channels, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sparring import data, models
 from sparring.attacks import (
+    Attack,
     Flag,
     check_budgets,
     check_convergence,
@@ -52,8 +53,8 @@ from sparring.threat import L2, LINF, Threat
 EPS = 0.1
 HALVES = (torch.float16, torch.bfloat16)
 KINDS = ("plain", "pruned", "adversarial")
-BUDGET = {"fgsm": fgsm, "pgd": pgd, "fast": fast}
-MINIMUM_NORM = {"nearest": nearest, "deepfool": deepfool}
+BUDGET: dict[str, Attack] = {"fgsm": fgsm, "pgd": pgd, "fast": fast}
+MINIMUM_NORM: dict[str, Attack] = {"nearest": nearest, "deepfool": deepfool}
 
 
 @dataclass(frozen=True)

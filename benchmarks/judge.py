@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring import bounds
+from sparring.bounds._network import prepare
 from sparring.bounds.certify import _certificates as certificates
 from sparring.errors import UserError
 from sparring.graph import Graph
@@ -119,7 +120,7 @@ def captured_once() -> Iterator[None]:
     Everything else runs each time: the rules, and the comparison with the model.
     """
     capture, programs = export._capture, dict[int, tuple[nn.Module, Any]]()
-    prepare, graphs = certificates.prepare, dict[int, tuple[nn.Module, Graph]]()
+    graphs = dict[int, tuple[nn.Module, Graph]]()
 
     def capture_once(model: nn.Module, example: Tensor) -> Any:
         if id(model) not in programs:

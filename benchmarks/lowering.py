@@ -29,6 +29,7 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ def judged(drawing: RandomModel) -> tuple[str, str, int]:
         return "crashed", f"{type(error).__name__}: {error}", 0
 
 
-def summary(findings: list[Finding]) -> dict[str, object]:
+def summary(findings: list[Finding]) -> dict[str, Any]:
     """Count the outcomes; shares are of all models and of those made of supported operations alone."""
     count = Counter(finding.outcome for finding in findings)
     supported = [finding for finding in findings if finding.supported]

@@ -92,7 +92,8 @@ def attacked(name: str, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> 
     assert packed.has_gradient
     forms = [model, deploy.PackedModule(packed)]
     ddn(forms[1], x[:9], y[:9], steps=1)  # generate the kernels
-    distances, successes, seconds = [], [], [[], []]
+    distances, successes = [], []
+    seconds: list[list[float]] = [[], []]
     for form in forms:
         moved = ddn(form, x, y)
         won = model(moved).argmax(1) != y
@@ -123,7 +124,7 @@ def started(rounds: int) -> dict[str, float | str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.sparring"
         deploy.export(sparse_network("resnet-32", (3, 32, 32), 1.0, 0.9), path, shape=(3, 32, 32))
-        colds, cached = [], []
+        colds, cached = list[float](), list[float]()
         for number in range(rounds):
             environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache{number}"}
             for times in (colds, cached):

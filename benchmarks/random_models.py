@@ -209,9 +209,9 @@ def build(model: RandomModel) -> nn.Module:
             logits = net.eval()(x.clone())
             size = float(logits.std(0).mean())
             if logits.isfinite().all() and size > 1e-3:
-                head.weight /= size
-                head.bias /= size
-                head.bias -= net(x.clone()).mean(0)
+                head.weight.div_(size)
+                head.bias.div_(size)
+                head.bias.sub_(net(x.clone()).mean(0))
     except Exception:  # it may well return no tensor of logits: that is for the benchmark to find
         pass
     for module, mode in zip(net.modules(), modes, strict=True):

@@ -19,13 +19,25 @@ import torch
 from scipy.stats import binomtest
 
 from sparring import data, deploy
-from sparring.attacks import AttackResult, apgd, cw, ddn, deepfool, fab, fast, fgsm, nearest, pgd, run, standard
+from sparring.attacks import Attack, AttackResult, apgd, cw, ddn, deepfool, fab, fast, fgsm, nearest, pgd, run, standard
 from sparring.data import as_float
 from sparring.models import load_model
 from sparring.threat import L2, LINF, Threat
 
-BUDGET = {"fgsm": fgsm, "pgd": partial(pgd, steps=40), "apgd": apgd, "fast": fast, "standard": standard}
-SMALLEST = {"deepfool": deepfool, "fab": fab, "cw": cw, "ddn": partial(ddn, steps=100), "nearest": nearest}
+BUDGET: dict[str, Attack] = {
+    "fgsm": fgsm,
+    "pgd": partial(pgd, steps=40),
+    "apgd": apgd,
+    "fast": fast,
+    "standard": standard,
+}
+SMALLEST: dict[str, Attack] = {
+    "deepfool": deepfool,
+    "fab": fab,
+    "cw": cw,
+    "ddn": partial(ddn, steps=100),
+    "nearest": nearest,
+}
 ROUTES = ("torch", "packed")
 FEW = 0.05  # of the images
 SAME = 5e-3  # of the mean distance

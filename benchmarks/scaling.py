@@ -22,18 +22,30 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
 
 from sparring import data
 from sparring.files import pack_tensors
-from sparring.records import PlanFile, Record, Store, write_plan
+from sparring.records import DatasetFacts, PlanFile, Record, Store, write_plan
 from sparring.study import DataFacts, Event, InProcess, Plan, Task, TaskOutcome, environment, execute, lay_out, run
+from sparring.study.stages._inputs import Inputs, Network
 
 ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Inputs):
+    """The inputs of tasks that do nothing."""
+
+    stage = "train"
+
+
+NOTHING = Nothing(data="", model=Network(name="linear"))
 
 
 def in_a_child(work: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -74,11 +86,11 @@ def cached(cells: int, folder: Path) -> dict[str, float]:
     work = lay_out(plan, DataFacts.of(dataset))
     store = Store(folder)
     store.prepare()
-    write_plan(folder, PlanFile(plan.table(), (), {}, environment()))
+    write_plan(folder, PlanFile(plan.table(), (), cast(DatasetFacts, {}), environment()))
     content = pack_tensors({"distance": torch.zeros(300), "success": torch.zeros(300, dtype=torch.bool)})
     with mock.patch("os.fsync"):  # thousands of syncs, which the run that is timed does not make, take minutes
         for task in work.tasks.values():
-            record = Record(task.key, task.stage, task.inputs, {"accuracy": 0.5}, environment=environment())
+            record = Record(task.key, task.stage, task.table(), {"accuracy": 0.5}, environment=environment())
             store.write(record, content)
     events: list[Event] = []
 
@@ -102,7 +114,7 @@ class Forgetful(Store):
 def scheduling(count: int, folder: Path) -> float:
     """Return microseconds per task of a scheduler whose tasks, a third of them parents of two others, do nothing."""
     keys = [f"{i:032x}" for i in range(count)]
-    tasks = [Task(key, "train", {}, (keys[i - i % 3],) if i % 3 else ()) for i, key in enumerate(keys)]
+    tasks = [Task(key, NOTHING, (keys[i - i % 3],) if i % 3 else ()) for i, key in enumerate(keys)]
     store = Forgetful(folder)
     store.prepare()
     began = time.perf_counter()

@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,9 +106,7 @@ def effects(setting: Setting, rng: np.random.Generator) -> list[Effect]:
 def _effect(estimate: float, se: float, df: float, seeds: int, images: int) -> Effect:
     half = float(stdtrit(df, 0.975)) * se
     one = Effect(estimate, se, df, estimate - half, estimate + half, math.nan, seeds, images)
-    return Effect(
-        *(getattr(one, name) for name in ("estimate", "se", "df", "low", "high")), two_sided(one), seeds, images
-    )
+    return replace(one, p=two_sided(one))
 
 
 def questions(found: list[Effect]) -> list[Question]:

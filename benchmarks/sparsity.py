@@ -59,9 +59,9 @@ def torch_masks(model: nn.Module) -> Masks:
     """Prune globally by magnitude with torch, and take its masks off again."""
     linear = [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear)]
     prune.global_unstructured(linear, pruning_method=prune.L1Unstructured, amount=SPARSITY)
-    masks = {f"{index}.weight": module.weight_mask.bool() for index, (module, _) in enumerate(linear)}
+    masks = {f"{index}.weight": module.get_buffer("weight_mask").bool() for index, (module, _) in enumerate(linear)}
     for module, _ in linear:
-        module.weight = nn.Parameter(module.weight_orig.detach())
+        module.weight = nn.Parameter(module.get_parameter("weight_orig").detach())
         del module._forward_pre_hooks[next(iter(module._forward_pre_hooks))]
         del module._parameters["weight_orig"], module._buffers["weight_mask"]
     return masks

@@ -17,6 +17,7 @@ import math
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,15 +82,15 @@ def by_hand(plan: Plan, dataset: Dataset) -> tuple[float, Rows]:
     x, y = as_float(dataset.test.x), dataset.test.y
     for seed in range(plan.seeds):
         torch.manual_seed(seed)
-        options = {"shape": (1, 28, 28), "classes": 10, "mean": dataset.mean, "std": dataset.std}
-        dense = build("lenet-300-100", seed=seed, **options)
+        built = partial(build, "lenet-300-100", shape=(1, 28, 28), classes=10, mean=dataset.mean, std=dataset.std)
+        dense = built(seed=seed)
         train(dense, dataset, plan, epochs=plan.recipe.epochs, lr=plan.recipe.lr)
-        networks = [(None, dense)]
-        for sparsity in (0.0, *plan.sparsities):
-            model = build("lenet-300-100", **options)
+        networks: list[tuple[float | None, nn.Module]] = [(None, dense)]
+        for level in (0.0, *plan.sparsities):
+            model = built()
             model.load_state_dict(dense.state_dict())
-            train(model, dataset, plan, epochs=plan.finetune.epochs, lr=plan.finetune.lr, sparsity=sparsity)
-            networks.append((sparsity, model))
+            train(model, dataset, plan, epochs=plan.finetune.epochs, lr=plan.finetune.lr, sparsity=level)
+            networks.append((level, model))
         for sparsity, model in networks:
             victim = fb.PyTorchModel(model, bounds=(0, 1), device="cpu")
             for eps in (0.05, 0.1, 0.2):

@@ -251,7 +251,7 @@ def kill_on_ray(plan: Plan, dataset: Dataset, out: Path, expected: dict[str, Any
     driver = mp.get_context("fork").Process(target=_drive_on_ray, args=(plan, dataset, out, log, struck))
     driver.start()
     driver.join(RAY_SECONDS)
-    if driver.is_alive():
+    if driver.is_alive() and driver.pid is not None:
         for pid in [*_descendants(driver.pid), driver.pid]:  # what Ray started would outlive it
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -81,7 +81,7 @@ def trained(name: str, root: Path | None, cache: Path) -> Trained:
 def correct_images(network: Trained, images: int) -> tuple[Tensor, Tensor]:
     """Return the first test images, at most so many, that a network classifies correctly, in [0, 1], with labels."""
     test = network.dataset.test
-    rows = _right(network.model, data.types.Split(test.x[: 3 * images], test.y[: 3 * images])).nonzero().squeeze(1)
+    rows = _right(network.model, data.Split(test.x[: 3 * images], test.y[: 3 * images])).nonzero().squeeze(1)
     rows = rows[:images]
     return data.as_float(test.x[rows]), test.y[rows]
 

@@ -6,14 +6,14 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparring import attacks, bounds, data, facts, graph, models, sparsity
 from sparring.errors import Unsupported, UserError
@@ -21,7 +21,7 @@ from sparring.sparsity import PruningSpec, build_pruner
 from sparring.units import parse_norm
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-TABLES = {
+TABLES: dict[str, tuple[Mapping[str, object], Mapping[str, Any]]] = {
     "attacks": (attacks.ATTACKS, facts.ATTACKS),
     "bounds": (bounds.BOUNDS, facts.BOUNDS),
     "lipschitz": (bounds.LIPSCHITZ, facts.LIPSCHITZ),
@@ -64,7 +64,8 @@ def test_an_attack_is_for_the_norms_and_the_budgets_that_its_facts_name(name: st
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
     x = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     y, options = net(x).argmax(1), inspect.signature(attack).parameters
-    quick = partial(attack, **{option: 1 for option in ("steps", "queries", "searches") if option in options})
+    few = {option: 1 for option in ("steps", "queries", "searches") if option in options}
+    quick = partial(cast(Callable[..., Tensor], attack), **few)
     called = partial(quick, net, x, y, generator=torch.Generator().manual_seed(0))
     for norm in ("linf", "l2", "l1"):
         for eps in (0.01, None):
@@ -89,7 +90,7 @@ def test_facts_are_found_however_an_attack_is_configured() -> None:
         return x
 
     assert attacks.facts_of(fgsm) == facts.OWN_ATTACK, "a user's, of whatever name"
-    assert attacks.facts_of(smallest).kind == "minimum-norm"
+    assert attacks.facts_of(cast(Any, smallest)).kind == "minimum-norm"
 
 
 def test_a_longer_search_is_not_weaker_and_kinds_of_question_do_not_mix() -> None:

@@ -35,13 +35,13 @@ def test_accuracies() -> None:
 def test_size_counts_weights_and_everything() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
     with torch.no_grad():
-        model[0].weight.zero_()
-        model[0].weight[0, 0, 0, 0] = 1
-        model[0].bias.fill_(1)
-        model[3].weight.fill_(1)
-        model[3].bias.fill_(1)
-        model[1].weight.fill_(1)
-        model[1].bias.zero_()
+        model.get_parameter("0.weight").zero_()
+        model.get_parameter("0.weight")[0, 0, 0, 0] = 1
+        model.get_parameter("0.bias").fill_(1)
+        model.get_parameter("3.weight").fill_(1)
+        model.get_parameter("3.bias").fill_(1)
+        model.get_parameter("1.weight").fill_(1)
+        model.get_parameter("1.bias").zero_()
     found = size(model)
     assert (found.weights, found.nonzero_weights) == (18 + 24, 1 + 24)
     assert (found.parameters, found.nonzero) == (42 + 2 + 4 + 3, 25 + 2 + 2 + 3)
@@ -52,8 +52,8 @@ def test_size_counts_weights_and_everything() -> None:
 def test_macs_of_a_known_network_and_mode_restored() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5)).train()
     with torch.no_grad():
-        model[3].weight[:, :16] = 0
-        model[3].weight[:, 16:] = 1
-        model[0].weight.fill_(1)
+        model.get_parameter("3.weight")[:, :16] = 0
+        model.get_parameter("3.weight")[:, 16:] = 1
+        model.get_parameter("0.weight").fill_(1)
     assert macs(model, (1, 8, 8)) == (18 * 16 + 160, 18 * 16 + 80)
     assert model.training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +89,7 @@ def _still(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_every_call_gives_the_modes_and_the_buffers_back(name: str, tmp_path: Path) -> None:
-    model = _frozen()
+    model: nn.Module = _frozen()
     if name == "calibrate_":
         model = sparsity.insert(model, lambda: sparsity.ACTIVATIONS["percentile"](0.5))
     modes, buffers = _state(model)
@@ -131,14 +130,14 @@ def test_training_keeps_what_came_frozen_and_trains_a_whole_model_in_evaluation_
     recipe = train.Recipe(epochs=2, batch_size=3)
     for whole in (False, True):
         model = _frozen().eval() if whole else _frozen()
-        first, second = (copy.deepcopy(model[i].running_mean) for i in (1, 4))
+        first, second = (model.get_buffer(f"{i}.running_mean").clone() for i in (1, 4))
         seen = []
         handle = model[1].register_forward_hook(lambda module, *_: seen.append(module.training))  # noqa: B023
         train.fit(model, IMAGES, Y, recipe, score=lambda m: metrics.accuracy(train.predict(m, IMAGES), Y))
         handle.remove()
         assert (True in seen) is whole and False in seen
-        assert torch.equal(model[1].running_mean, first) is not whole
-        assert not torch.equal(model[4].running_mean, second)
+        assert torch.equal(model.get_buffer("1.running_mean"), first) is not whole
+        assert not torch.equal(model.get_buffer("4.running_mean"), second)
         assert not any(module.training for module in model.modules()), "it is left in evaluation mode"
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +164,7 @@ def test_images_reach_a_model_in_the_type_that_it_takes(images: Tensor) -> None:
 def test_small_gradients_survive_half_precision(images: Tensor) -> None:
     model = Net(lambda z: z).half().eval()
     with torch.no_grad():
-        model.body[3].weight.mul_(300)
+        model.body.get_parameter("3.weight").mul_(300)
     door, y = opened(model, images), model(images.half()).argmax(1)
     point = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((1e-9 * door(point)).sum(), point)
@@ -230,7 +232,13 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "writes": lambda: Net(lambda z: z, lambda x: x.mul_(1)),
     "double": lambda: Net(lambda z: z).double(),
 }
-ENTRIES: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
+
+
+def _attacked(name: str, count: int, norm: float, eps: float | None, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return ATTACKS[name](model, x[:count], y[:count], norm=norm, eps=eps, generator=seeded())
+
+
+ENTRIES: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "lower": lambda model, x, y: lower(model, IMAGE),
     "macs": lambda model, x, y: metrics.macs(model, IMAGE),
     "wanda": lambda model, x, y: sparsity.wanda(model, (x, y)),
@@ -242,14 +250,8 @@ ENTRIES: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
         model, x, y, ATTACKS["fgsm"], THREAT, run(model, x, y, ATTACKS["fgsm"], THREAT)
     ),
     "worst_case": lambda model, x, y: worst_case(model, x, y, attacks=[ATTACKS["fgsm"]], eps=0.1),
-    **{
-        name: lambda model, x, y, name=name: ATTACKS[name](model, x[:4], y[:4], norm=LINF, eps=0.1, generator=seeded())
-        for name in ("fgsm", "rfgsm", "pgd", "apgd", "nearest")
-    },
-    **{
-        name: lambda model, x, y, name=name: ATTACKS[name](model, x[:2], y[:2], norm=2.0, generator=seeded())
-        for name in ("deepfool", "ddn", "fab")
-    },
+    **{name: partial(_attacked, name, 4, LINF, 0.1) for name in ("fgsm", "rfgsm", "pgd", "apgd", "nearest")},
+    **{name: partial(_attacked, name, 2, 2.0, None) for name in ("deepfool", "ddn", "fab")},
 }
 
 

@@ -31,8 +31,8 @@ class Hidden(nn.Module):
         super().__init__()
         self.inner = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
         with torch.no_grad():
-            self.inner[1].weight.copy_(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
-            self.inner[1].bias.zero_()
+            self.inner.get_parameter("1.weight").copy_(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+            self.inner.get_parameter("1.bias").zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         flip = 0 if torch.compiler.is_exporting() else (x == 0.4375).flatten(1).all(1, keepdim=True)

@@ -19,7 +19,7 @@ X = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 class Own(nn.Module):
     """Two layers, of which a function says how the first one's weight is used."""
 
-    def __init__(self, use: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(self, use: Callable[[Own, Tensor], Tensor]) -> None:
         super().__init__()
         self.layer, self.head, self.use = nn.Linear(16, 8, bias=False), nn.Linear(8, 3), use
         self.a, self.b = nn.Parameter(torch.rand(2, 16)), nn.Parameter(torch.zeros(8, 2))
@@ -28,14 +28,14 @@ class Own(nn.Module):
         return self.head(F.relu(self.use(self, x.flatten(1))))
 
 
-DENSE: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+DENSE: dict[str, tuple[Callable[[Own, Tensor], Tensor], str]] = {
     "softmax": (lambda m, x: F.linear(x, m.layer.weight.softmax(-1)), "softmax"),
     "exp of a view": (lambda m, x: x @ m.layer.weight.t().exp(), "exp"),
     "function of torch": (lambda m, x: x @ torch.sigmoid(m.layer.weight).T, "sigmoid"),
     "sum with a product": (lambda m, x: F.linear(x, m.layer.weight + m.b @ m.a), "add"),
     "centred": (lambda m, x: F.linear(x, m.layer.weight - m.layer.weight.mean(1, keepdim=True)), "sub"),
 }
-SPARSE: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+SPARSE: dict[str, Callable[[Own, Tensor], Tensor]] = {
     "layer": lambda m, x: m.layer(x),
     "function": lambda m, x: F.linear(x, m.layer.weight),
     "operator": lambda m, x: x @ m.layer.weight.T,
@@ -47,7 +47,7 @@ SPARSE: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
-def pruned(use: Callable[[nn.Module, Tensor], Tensor]) -> Own:
+def pruned(use: Callable[[Own, Tensor], Tensor]) -> Own:
     torch.manual_seed(0)
     model = Own(use)
     apply_(model, select({name: s for name, s in magnitude(model).items() if "layer" in name}, 0.75))

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,11 +99,16 @@ def test_threads_that_wait_for_cores_gather_a_crowd_until_the_cores_are_free(
 def test_a_crowd_waits_for_the_next_call_which_looks_itself_who_has_the_cores(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gathered = []
+    gathered: list[tuple[Any, ...]] = []
     monkeypatch.setattr(waiting, "_waited", lambda _: None)
     monkeypatch.setattr(waiting, "LINGER", 5.0)
     real = waiting.crowd
-    monkeypatch.setattr(waiting, "crowd", lambda *words: gathered.append(words) or real(*words))
+
+    def noted(*words: Any) -> Any:
+        gathered.append(words)
+        return real(*words)
+
+    monkeypatch.setattr(waiting, "crowd", noted)
 
     def call(others: int) -> None:
         monkeypatch.setattr(waiting, "_others", lambda: others)

@@ -10,7 +10,7 @@ from .broken_defences import task
 
 
 @pytest.fixture
-def net() -> nn.Module:
+def net() -> nn.Sequential:
     """Return a small untrained network for 8×8 images and four classes."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)).eval()

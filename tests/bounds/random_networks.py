@@ -60,6 +60,7 @@ def _randomise_(model: nn.Module, generator: torch.Generator, *, sparsity: float
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
                 module.running_mean.copy_(torch.randn(module.num_features, generator=generator))
                 module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.2)
                 module.weight.copy_(torch.randn(module.num_features, generator=generator))

@@ -219,11 +219,11 @@ def test_magnitude_pruning_keeps_the_largest_weights_and_fits_them_again(classes
     (dense,) = linear_path(x, y, (1.0,), loss=loss)
     none, half = linear_pruned(x, y, (0.0, 0.5), dense=dense, loss=loss)
     torch.testing.assert_close(none[1].weight, dense[1].weight)
-    kept = half[1].weight != 0
+    kept = half.get_parameter("1.weight") != 0
     assert (kept.sum(1) == 8).all()
-    for row, mask in zip(dense[1].weight.abs(), kept, strict=True):
+    for row, mask in zip(dense.get_parameter("1.weight").abs(), kept, strict=True):
         assert row[mask].min() >= row[~mask].max()
-    assert not torch.equal(half[1].weight, dense[1].weight * kept)
+    assert not torch.equal(half.get_parameter("1.weight"), dense.get_parameter("1.weight") * kept)
     with pytest.raises(UserError, match="fraction removed"):
         linear_pruned(x, y, (1.0,), dense=dense, loss=loss)
 
@@ -231,7 +231,7 @@ def test_magnitude_pruning_keeps_the_largest_weights_and_fits_them_again(classes
 def test_nothing_moves_a_constant_classifier() -> None:
     model, x, _ = linear_model(2)
     with torch.no_grad():
-        model[2].weight.zero_()
+        model.get_parameter("2.weight").zero_()
     y = model(x).argmax(1)
     for boxed in (True, False):
         assert linear_distance(model, x, y, 2.0, boxed=boxed).isinf().all()

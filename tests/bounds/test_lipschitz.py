@@ -56,7 +56,7 @@ def test_in_one_linear_region_the_jacobian_method_is_exact(norm: float) -> None:
 def test_the_product_bound_is_the_product() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    w, v = model[1].weight.double(), model[3].weight.double()
+    w, v = (model.get_parameter(f"{layer}.weight").double() for layer in (1, 3))
     x = torch.rand(2, 1, 2, 2)
     found = lipschitz(model, x, 0.1, norm=2.0, method="product")
     torch.testing.assert_close(found[0, 0], torch.linalg.matrix_norm(w, 2) * (v[0] - v[1]).norm())

@@ -14,8 +14,8 @@ def one_matrix() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A network whose product bound is the norm of [[1, 1], [1, −1]]."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     with torch.no_grad():
-        model[1].weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
-        model[2].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+        model.get_parameter("1.weight").copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+        model.get_parameter("2.weight").copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
     return model, torch.full((1, 1, 1, 2), 0.5), torch.tensor([0])
 
 
@@ -41,8 +41,8 @@ def test_scaling_the_weights_moves_no_ratio() -> None:
     y = model(x).argmax(1)
     constant, ratio = margin_ratios(model, x, y, 0.1, norm=2.0)
     with torch.no_grad():
-        model[3].weight.mul_(0.1)
-        model[3].bias.mul_(0.1)
+        model.get_parameter("3.weight").mul_(0.1)
+        model.get_parameter("3.bias").mul_(0.1)
     smaller, same = margin_ratios(model, x, y, 0.1, norm=2.0)
     torch.testing.assert_close(smaller, constant * 0.1, rtol=1e-5, atol=0)
     torch.testing.assert_close(same, ratio, rtol=1e-5, atol=0)
@@ -51,7 +51,7 @@ def test_scaling_the_weights_moves_no_ratio() -> None:
 def test_the_model_is_untouched_and_bad_requests_are_refused() -> None:
     model, x, y = one_matrix()
     random_mask_bounds(model, x, y, (1.0,), norm=2.0, radius=0.1, draws=2)
-    assert (model[1].weight != 0).all()
+    assert (model.get_parameter("1.weight") != 0).all()
     with pytest.raises(UserError, match="layers"):
         random_mask_bounds(model, x, y, (0.5,), norm=2.0, radius=0.1, layers=("7",))
     with pytest.raises(UserError, match="two draws"):

@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -269,7 +269,7 @@ class _Payload:
 
 
 def _npz() -> Named:
-    wrong: dict[str, dict[str, object]] = {
+    wrong: dict[str, dict[str, Any]] = {
         "floats": {"x_train": np.zeros((4, 8, 8), np.float32)},
         "bytes-as-text": {"x_train": np.array(["a"] * 4)},
         "records": {"x_train": np.zeros(4, [("a", "u1")])},
@@ -288,7 +288,8 @@ def _npz() -> Named:
         "names": {"class_names": np.array(["a", "b", "c"])},
         "half-valid": {"x_valid": np.zeros((0, 8, 8), np.uint8)},
         "wrong-valid": {"x_valid": np.zeros((2, 8, 8), np.uint8), "y_valid": np.array([0, 7])},
-    } | {f"without-{key}": {key: None} for key in ("x_train", "y_train", "x_test", "y_test")}
+        **{f"without-{key}": {key: None} for key in ("x_train", "y_train", "x_test", "y_test")},
+    }
     for name, changed in wrong.items():
         yield name, arrays(**changed)
     objects = io.BytesIO()

@@ -17,6 +17,7 @@ from sparring.errors import UserError
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hostile_artefacts.py"
 spec = importlib.util.spec_from_file_location("hostile_artefacts", BENCHMARK)
+assert spec is not None and spec.loader is not None
 hostile = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hostile)
 

@@ -300,8 +300,8 @@ def activation_300_100() -> list[str]:
         f"to the worst case ({signed(worst)})",
         f"leaves {n.under('standard', 0.95, k):.1f}% against the control's {n.under('standard'):.1f}%",
         f"{n.under('standard', 0.7, k):.1f}% at 70% and {n.under('standard', 0.8, k):.1f}% at 80%",
-        f"at 95% gains {interval(worst := n.claim('the gain survives the worst case'))} points under the worst case, "
-        f"{told(worst)}",
+        f"at 95% gains {interval(gain := n.claim('the gain survives the worst case'))} points under the worst case, "
+        f"{told(gain)}",
         f"on one seed: {n.under('standard', 0.95):.1f}%",
         f"costs {n.accuracy() - n.accuracy(0.95):.2f} points of accuracy",
         f"percentile at 95% keeps {n.accuracy(0.95, 'percentile'):.1f}% accuracy and "

@@ -142,8 +142,8 @@ def _run(page: Path, home: Path, folder: Path, *, nightly: bool) -> None:
     prepare_files(folder)
     every = steps(page)
     for step in every:
-        if step.kind == "python" and (named := re.match(r"# (\w+\.py)", step.text)):
-            with (folder / named[1]).open("a") as file:
+        if step.kind == "python" and (name := re.match(r"# (\w+\.py)", step.text)):
+            with (folder / name[1]).open("a") as file:
                 file.write(step.text)
     (folder / "mine.toml").write_text(
         "".join(re.findall(r"```toml\n(# mine\.toml.*?)```", page.read_text(), re.DOTALL))

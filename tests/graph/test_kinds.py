@@ -24,6 +24,9 @@ Body = Callable[["Net", Tensor], Tensor]
 class Net(nn.Module):
     """A convolution, anything at all, and a linear layer on whatever comes out."""
 
+    gate: Tensor
+    count: Tensor
+
     def __init__(self, body: Body) -> None:
         super().__init__()
         self.body = body
@@ -221,7 +224,7 @@ def hooked(place: str) -> nn.Module:
         model[1].forward = types.MethodType(lambda layer, x: F.linear(x, layer.weight * 4, layer.bias), model[1])
     elif place == "forward of the model":
         inner = model.forward
-        model.forward = lambda x: inner(1 - x)
+        model.forward = lambda x: inner(1 - x)  # type: ignore[method-assign]
     return model
 
 
@@ -281,6 +284,8 @@ def _weights(graph: Graph) -> list[Linear | Conv2d]:
 class Counting(nn.Module):
     """Batch norm frozen inside a training model, a counting buffer, and a stochastic, declared activation."""
 
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(2)
@@ -310,6 +315,8 @@ def test_the_model_comes_back_as_it_was() -> None:
 
 class Recent(nn.Module):
     """Subtract the mean of the last batch."""
+
+    last: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -441,7 +448,7 @@ def build_wrapped(inner: nn.Module) -> nn.Module:
 
 
 class Rows(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.LSTM | nn.GRU | nn.RNN]) -> None:
         super().__init__()
         self.rows, self.head = kind(4, 5, batch_first=True), nn.Linear(5, 3)
 
@@ -450,7 +457,7 @@ class Rows(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_are_one_operation(kind: type[nn.RNNBase]) -> None:
+def test_recurrent_layers_are_one_operation(kind: type[nn.LSTM | nn.GRU | nn.RNN]) -> None:
     torch.manual_seed(0)
     model = Rows(kind)
     graph = lower(model, SHAPE)

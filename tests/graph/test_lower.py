@@ -16,6 +16,7 @@ SHAPES = {"resnet-32": (3, 16, 16), "vgg-like": (3, 16, 16)}
 def _randomise_statistics_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
 

@@ -19,7 +19,7 @@ SHAPE = (2, 4, 4)
 class Own(nn.Module):
     """A network whose forward() is given: a function of the module, its images and their features."""
 
-    def __init__(self, step: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, step: Callable[[Own, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.layer, self.step = nn.Linear(32, 3), step
 
@@ -27,12 +27,12 @@ class Own(nn.Module):
         return self.step(self, x, x.flatten(1))
 
 
-def cast(m: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+def cast(m: Own, x: Tensor, h: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return m.layer(h)
 
 
-REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Tensor], str]] = {
+REFUSED: dict[str, tuple[Callable[[Own, Tensor, Tensor], Tensor], str]] = {
     "autocast": (cast, "_to_copy"),
     "rounding": (lambda m, x, h: m.layer(h.round()), "round"),
     "mean over images": (lambda m, x, h: m.layer(h - h.mean(0)), "mean"),

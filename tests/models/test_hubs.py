@@ -40,7 +40,7 @@ def test_it_is_normalised_by_its_own_configuration(name: str, tmp_path: Path) ->
     model = build_from_hub(name, shape=(3, 64, 64), classes=10).eval()
     x = torch.rand(2, 3, 64, 64)
     mean, std = (torch.tensor(moments).view(3, 1, 1) for moments in (facts.mean, facts.std))
-    torch.testing.assert_close(model(x), model[1]((x - mean) / std))
+    torch.testing.assert_close(model(x), model.get_submodule("1")((x - mean) / std))
     with pytest.raises(UserError, match="trained for 1000 classes"):
         load_hub_weights_(model, name, classes=10)
     file = save_model(tmp_path / "m.safetensors", model, Blueprint(name, (3, 64, 64), 10, (0.0,) * 3, (1.0,) * 3))

@@ -54,4 +54,4 @@ def test_numbers_that_fit_are_loaded_exactly(dtype: torch.dtype) -> None:
     weight = WEIGHT.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
     model = net()
     load_weights_(model, with_first(weight.to(dtype)))
-    assert torch.equal(model[1].weight.data, weight.float())
+    assert torch.equal(model.get_parameter("1.weight").data, weight.float())

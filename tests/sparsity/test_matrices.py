@@ -70,6 +70,9 @@ class Bare(nn.Module):
 class Held(nn.Module):
     """A matrix in a buffer, beside a mask, which is none."""
 
+    matrix: Tensor
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("matrix", torch.randn(216, 8))
@@ -340,7 +343,7 @@ def test_counts_are_of_what_a_network_holds() -> None:
     left = counts(model)
     assert (left.weights, left.biases, left.matrices, left.left_out) == (2048 + 320, 42, 2048 + 320, {})
     with torch.no_grad():
-        model[3].weight.zero_()
+        model.get_parameter("3.weight").zero_()
     assert counts(model).weight_sparsity == pytest.approx(320 / 2368)
     attention = counts(nn.MultiheadAttention(16, 2))
     assert attention.matrices == 4 * 256 and attention.matrix_sparsity == 0

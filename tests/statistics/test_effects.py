@@ -254,7 +254,7 @@ def test_numbers_and_refusals() -> None:
 )
 def test_a_claim_of_no_gain_is_not_contradicted_by_a_loss(estimate: float, se: float, verdict: str) -> None:
     values = {pair: estimate + v for pair, v in simulated(np.random.default_rng(2), 10, 0, 1).items()}
-    shift, scale = estimate - np.mean(list(values.values())), se / pair_effect(values, images=1).se
+    shift, scale = estimate - float(np.mean(list(values.values()))), se / pair_effect(values, images=1).se
     one = pair_effect({k: estimate + scale * (v + shift - estimate) for k, v in values.items()}, images=1)
     assert isinstance(one, Effect) and one.se == pytest.approx(se)
     (row,) = judge([ask(Claim("no gain", "not above", 2.0, "%", "a test"), one)], study="s")

@@ -19,7 +19,7 @@ MEET = {"copy_", "as_subclass", "__get__", "__set__", "_has_compatible_shallow_c
 class OnGPU(Tensor):
     """A tensor that is said to be on the GPU."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied = self.detach().clone().as_subclass(OnGPU).requires_grad_(self.requires_grad)

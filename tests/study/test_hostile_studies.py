@@ -7,6 +7,7 @@ import math
 import random
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_numbers_out_of_range(key: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(QUICK)
     for value in HUGE:
-        _said(lambda value=value: _laid_out(path, (f"{key}={value}",)), f"{key}={value:.20}")
+        _said(partial(_laid_out, path, (f"{key}={value}",)), f"{key}={value:.20}")
 
 
 def _mutated(text: str, dice: random.Random) -> str:
@@ -165,6 +166,10 @@ def store(tmp_path: Path) -> Store:
     return found
 
 
+def _append_read_(found: list[Record | None], store: Store) -> None:
+    found.append(store.read(KEY))
+
+
 def test_fuzzed_records_are_set_aside(store: Store) -> None:
     path, dice = store.records / f"{KEY}.json", random.Random(0)
     whole = path.read_text()
@@ -172,8 +177,8 @@ def test_fuzzed_records_are_set_aside(store: Store) -> None:
     assert sound is not None
     for number in range(FUZZED):
         path.write_text(_mutated(whole, dice))
-        found: list[Any] = []
-        assert not _said(lambda found=found: found.append(store.read(KEY)), f"record {number}")
+        found: list[Record | None] = []
+        assert not _said(partial(_append_read_, found, store), f"record {number}")
         # What is read has the right checksum; only times and white space are not under it.
         assert found[0] is None or found[0].checksum() == sound.checksum()
         assert (found[0] is None) == (not path.exists())
@@ -250,9 +255,8 @@ BLUEPRINTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", BLUEPRINTS)
 def test_model_files_that_lie(name: str, tmp_path: Path) -> None:
-    options = {"shape": (1, 8, 8), "classes": 10, "mean": (0.5,), "std": (0.5,), "widths": (4,)}
     path = tmp_path / "model.safetensors"
-    model = build("mlp", **options)
+    model = build("mlp", shape=(1, 8, 8), classes=10, mean=(0.5,), std=(0.5,), widths=(4,))
     save_model(path, model, BLUEPRINT)
     load_model(path)
     about = BLUEPRINTS[name]

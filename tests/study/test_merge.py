@@ -179,7 +179,8 @@ def test_other_studies_and_folders_that_are_none_are_refused(
     first = json.loads((forged / "plan.json").read_text())
     first = {**first, "schema": 1}
     first.pop("sha256")  # as the first ones were
-    for cells in ([{}], [{**first["cells"][0], "tasks": ["../../x"]}], {}):
+    wrong: tuple[object, ...] = ([{}], [{**first["cells"][0], "tasks": ["../../x"]}], {})
+    for cells in wrong:
         write_json(forged / "plan.json", {**first, "cells": cells})
         with pytest.raises(UserError, match="cell"):
             merge([forged], tmp_path / "c")

@@ -48,9 +48,9 @@ def test_fab_goes_on_where_rounding_would_take_its_step(gap: float) -> None:
     y = torch.zeros(len(x), dtype=torch.int64)
     weight = torch.randn(64, generator=generator)
     for image, label in zip(x.split(1), y.split(1), strict=True):
-        net[1].weight.copy_(torch.stack([-weight, weight]))
-        net[1].bias.fill_(5.0)
-        net[1].bias[0] += margin_loss(net(image), label)[0] + gap
+        net.get_parameter("1.weight").copy_(torch.stack([-weight, weight]))
+        net.get_parameter("1.bias").fill_(5.0)
+        net.get_parameter("1.bias")[0] += margin_loss(net(image), label)[0] + gap
         x_adv = fab(net, image, label, steps=5)
         assert bool(won(net, x_adv, label).all())
         assert float((x_adv - image).norm()) < 1e-3

@@ -18,9 +18,9 @@ def wavy_net(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     with torch.no_grad():
-        net[1].weight.mul_(6)
-        net[1].bias.copy_(-(net[1].weight @ torch.rand(2, 12)).diagonal())
-        net[3].weight.mul_(2)
+        net.get_parameter("1.weight").mul_(6)
+        net.get_parameter("1.bias").copy_(-(net.get_parameter("1.weight") @ torch.rand(2, 12)).diagonal())
+        net.get_parameter("3.weight").mul_(2)
     return net.eval()
 
 
@@ -78,8 +78,8 @@ def solved(norm: float) -> tuple[nn.Sequential, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
     with torch.no_grad():
-        for layer in (net[1], net[3], net[5]):
-            layer.weight.mul_(2)
+        for layer in (1, 3, 5):
+            net.get_parameter(f"{layer}.weight").mul_(2)
     x = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     y = net(x).argmax(1)
     start = run(net, x, y, nearest, Threat(norm)).x_adv

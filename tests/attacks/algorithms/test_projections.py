@@ -144,7 +144,7 @@ def test_the_stem_of_a_sparse_network_finds_the_same_boundary() -> None:
         net = nn.Sequential(nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10)).eval()
         kept = (torch.rand(300, 784, generator=draws) < 0.01) & (torch.rand(300, 1, generator=draws) < 0.4)
         with torch.no_grad():
-            net[1].weight.copy_(torch.randn(300, 784, generator=draws) * kept)
+            net.get_parameter("1.weight").copy_(torch.randn(300, 784, generator=draws) * kept)
         x = torch.rand(30, 1, 28, 28, generator=draws)
         y = net(x).argmax(1)
         probe = Probe(net, hand=read_dense(net, x))
@@ -158,7 +158,7 @@ def test_the_stem_leaves_an_image_without_gradient_where_it_is(images: Tensor) -
     """Channel pruning leaves so few units that all of them can be silent at an image."""
     net = narrow_net(3)
     with torch.no_grad():
-        net[2].bias[:] = -100
+        net.get_parameter("2.bias")[:] = -100
     probe = Probe(net, hand=read_dense(net, images))
     boundary = nearest_boundary(probe, images, net(images).argmax(1), norm=L2, stem=find_stem(probe))
     assert torch.isfinite(boundary.distance).all() and not boundary.gradient.any()

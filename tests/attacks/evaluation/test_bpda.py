@@ -62,7 +62,7 @@ class Residual(nn.Module):
 def dead(act: Callable[[bool], nn.Module], inplace: bool) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), act(inplace), nn.Flatten(), nn.Linear(144, 4)).eval()
-    nn.init.constant_(model[0].bias, -100.0)
+    nn.init.constant_(model.get_parameter("0.bias"), -100.0)
     return model
 
 
@@ -104,7 +104,7 @@ def test_a_block_in_the_manner_of_torchvision_is_attacked_alike(bias: float, ima
 def test_a_secant_leaves_what_the_network_computes(layer: nn.Module, images: Tensor) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(144, 4)).eval()
-    nn.init.constant_(model[0].bias, -0.5)
+    nn.init.constant_(model.get_parameter("0.bias"), -0.5)
     plain = model(images)
     with straight_through(model, images[:1]):
         assert torch.allclose(model(images), plain, atol=1e-6)
@@ -116,7 +116,7 @@ def test_a_secant_leaves_what_the_network_computes(layer: nn.Module, images: Ten
 def test_one_unit_in_a_layer_has_no_spread(images: Tensor) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.ReLU(inplace=True), nn.Linear(1, 3)).eval()
-    nn.init.constant_(model[1].bias, -100.0)
+    nn.init.constant_(model.get_parameter("1.bias"), -100.0)
     assert "zero-gradients" in {f.name for f in run(model, images[:1], model(images[:1]).argmax(1), pgd, SMALL).flags}
 
 
@@ -155,7 +155,8 @@ def test_a_model_is_split_before_its_first_draw(x: Tensor) -> None:
     model = drawing()
     split = split_at_draw(model, x)
     assert split is not None
-    assert list(split.steady) == list(model)[:4] and list(split.drawing) == list(model)[4:]
+    assert list(split.steady.children()) == list(model)[:4]
+    assert list(split.drawing.children()) == list(model)[4:]
 
 
 def test_models_that_cannot_be_split_are_left_whole(x: Tensor) -> None:
@@ -168,7 +169,7 @@ def test_models_that_cannot_be_split_are_left_whole(x: Tensor) -> None:
     assert split_at_draw(model, x) is None
     replaced = drawing()
     inner = replaced.forward
-    replaced.forward = lambda images: inner(1 - images)
+    replaced.forward = lambda images: inner(1 - images)  # type: ignore[method-assign]
     assert split_at_draw(replaced, x) is None
 
 

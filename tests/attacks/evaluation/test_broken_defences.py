@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring.attacks import Attack, deepfool, dlr, fast, fgsm, lend, nearest, pgd, rfgsm, robust_accuracy, run
+from sparring.attacks import Attack, deepfool, fast, fgsm, lend, nearest, pgd, rfgsm, robust_accuracy, run
+from sparring.attacks.algorithms._losses import dlr
 from sparring.errors import UserError
 from sparring.sparsity import TopK
 from sparring.threat import L2, LINF, Threat
@@ -22,7 +23,8 @@ from sparring.threat import L2, LINF, Threat
 from ..broken_defences import DEFENCES, UNDEFENDED, Hidden, Task, defended, naive, right, task
 
 FROZEN = json.loads((Path(__file__).parents[1] / "broken_defences.json").read_text())
-THREAT = Threat(LINF, 0.07)
+EPS = 0.07
+THREAT = Threat(LINF, EPS)
 FLAGS = {
     "k-winners": {"masked-gradients"},
     "mean-sparse": {"shattered-gradients"},
@@ -44,7 +46,7 @@ def task_of(name: str, trained: Trained) -> Task:
     if name in ("mean-sparse", "undefended-convolutional"):
         return task(name)
     count = FROZEN[name]["images"]
-    return Task(trained[0], trained[1][:count], trained[2][:count], THREAT.eps)
+    return Task(trained[0], trained[1][:count], trained[2][:count], EPS)
 
 
 @pytest.mark.parametrize("name", UNDEFENDED)
@@ -112,10 +114,9 @@ def test_the_dense_network_lends_its_examples_unasked(trained: Trained) -> None:
     network = nn.Sequential(*(TopK(0.8) if isinstance(part, nn.ReLU) else part for part in trained[0]))
     for part in network:
         if hasattr(part, "masks_gradients"):
-            part.masks_gradients = False  # as if it did not know: no straight-through pass
-    alone, helped = (
-        run(network, *trained[1:], pgd, THREAT, surrogates=others, generator=seeded()) for others in ({}, None)
-    )
+            setattr(part, "masks_gradients", False)  # noqa: B010 - as if it did not know: no straight-through pass
+    alone = run(network, *trained[1:], pgd, THREAT, surrogates={}, generator=seeded())
+    helped = run(network, *trained[1:], pgd, THREAT, generator=seeded())
     assert robust_accuracy(helped) <= robust_accuracy(alone) - 0.05
     assert [flag.name for flag in helped.flags if "the dense network" in flag.detail] == ["masked-gradients"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ PIXELS: dict[str, Tensor] = {
     "a pixel": PLACES == 27,
     "nearly all": PLACES != 27,
 }
+Given = tuple[Tensor, ...]
 BRANCHES: dict[str, Callable[[Tensor], Tensor]] = {
     "detached": lambda x: x.detach(),
     "numpy": lambda x: torch.from_numpy(x.detach().numpy().copy()),
@@ -41,6 +42,8 @@ def network(kind: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
 
 class Cut(nn.Module):
     """A network some pixels of which go through a branch without gradients."""
+
+    pixels: Tensor
 
     def __init__(self, pixels: Tensor, branch: Callable[[Tensor], Tensor], kind: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -102,10 +105,10 @@ def test_honest_networks_have_no_such_pixels(kind: torch.dtype, seed: int, many:
     torch.manual_seed(seed)
     flat = torch.where(many < 0.6, 0.0, many)  # maxima of flat parts are ties
     layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
-    model = nn.Sequential(*layers, nn.Linear(96, 5))
+    model = nn.Sequential(*layers, head := nn.Linear(96, 5))
     with torch.no_grad():
-        model[-1].weight.mul_(torch.rand(5, 96) < (0.05 if seed % 2 else 1))
-        model[0].weight.mul_(3)
+        head.weight.mul_(torch.rand(5, 96) < (0.05 if seed % 2 else 1))
+        model.get_parameter("0.weight").mul_(3)
     model = model.to(kind).eval()
     for x in (many, flat):
         door = opened(model, x)
@@ -133,7 +136,7 @@ def test_passes_are_few(many: Tensor) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.sizes = Cut(PIXELS["a row"], BRANCHES["detached"]), []
+            self.net, self.sizes = Cut(PIXELS["a row"], BRANCHES["detached"]), list[int]()
 
         def forward(self, x: Tensor) -> Tensor:
             self.sizes.append(len(x))
@@ -217,7 +220,7 @@ class Lying(nn.Module):
         super().__init__()
         self.net, self.lie = network(), lie
         if hook:
-            self.net[2].register_full_backward_hook(lambda _module, given, _: tuple(lie(part) for part in given))
+            self.net[2].register_full_backward_hook(lambda _module, given, _: tuple(map(lie, cast(Given, given))))
             self.lie = lambda gradient: gradient
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,7 +273,7 @@ def test_a_declared_layer_hides_no_cut(many: Tensor) -> None:
 
 def test_a_constant_has_no_differences(many: Tensor) -> None:
     dead = network()
-    nn.init.zeros_(dead[1].weight)
+    nn.init.zeros_(dead.get_parameter("1.weight"))
     found = run(dead, many, dead(many).argmax(1), ATTACKS["pgd"], Threat(LINF, EPS))
     assert "partial-gradients" not in {flag.name for flag in found.flags} and not found.success.any()
 

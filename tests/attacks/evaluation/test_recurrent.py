@@ -16,7 +16,7 @@ from sparring.threat import LINF, Threat
 class Rows(nn.Module):
     """Read an image row by row."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.LSTM | nn.GRU | nn.RNN]) -> None:
         super().__init__()
         self.rows, self.head = kind(8, 16, batch_first=True), nn.Linear(16, 3)
 
@@ -26,7 +26,7 @@ class Rows(nn.Module):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("attack", ["fgsm", "fast"])
-def test_recurrent_networks_are_attacked(kind: type[nn.RNNBase], attack: str, images: Tensor) -> None:
+def test_recurrent_networks_are_attacked(kind: type[nn.LSTM | nn.GRU | nn.RNN], attack: str, images: Tensor) -> None:
     torch.manual_seed(0)
     model = Rows(kind).eval()
     y = model(images).argmax(1)

@@ -72,10 +72,10 @@ def test_cost_is_counted_per_image(net: nn.Module, images: Tensor) -> None:
     assert (result.forwards, result.backwards) == (1, 1)
 
 
-def test_mode_and_parameters_are_restored(net: nn.Module, images: Tensor) -> None:
+def test_mode_and_parameters_are_restored(net: nn.Sequential, images: Tensor) -> None:
     net.train()
     net[1].eval()
-    net[3].weight.requires_grad_(False)
+    net.get_parameter("3.weight").requires_grad_(False)
     run(net, images, torch.zeros(12, dtype=torch.int64), fgsm, Threat(LINF, 0.1))
     assert [module.training for module in net] == [True, False, True, True]
     assert [p.requires_grad for p in net.parameters()] == [True, True, False, True]
@@ -130,7 +130,7 @@ def test_the_batch_size_it_finds_counts_draws_and_classes(images: Tensor) -> Non
 def test_rows_of_many_classes_go_back_in_parts(images: Tensor) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 40))
     _, rows = logits_and_pull(net, images, lambda logits: torch.eye(40).unsqueeze(1).expand(40, len(logits), 40))
-    assert torch.allclose(rows.flatten(2), net[1].weight.unsqueeze(1).expand(40, 12, 64))
+    assert torch.allclose(rows.flatten(2), net.get_parameter("1.weight").unsqueeze(1).expand(40, 12, 64))
 
 
 def test_rows_come_from_a_network_that_computes_its_own_gradients(net: nn.Module, images: Tensor) -> None:

@@ -129,6 +129,8 @@ class Overflow(nn.Module):
 
 
 class Counter(nn.Module):
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(1))
@@ -185,9 +187,9 @@ def test_dropout_that_ignores_eval_mode_is_flagged(net: nn.Module, images: Tenso
 
 def test_a_search_that_finds_nothing_is_flagged(images: Tensor) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model.get_parameter("1.weight"))
     with torch.no_grad():
-        model[1].bias.copy_(torch.tensor([2.0, 0.0, 0.0]))
+        model.get_parameter("1.bias").copy_(torch.tensor([2.0, 0.0, 0.0]))
     result = run(model, images, torch.zeros(12, dtype=torch.int64), nearest, Threat(L2))
     assert "unfinished-search" in {flag.name for flag in result.flags}
     assert torch.isinf(result.distance).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,13 +25,13 @@ class Loud(nn.Module):
 
 def networks() -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    head = {"shape": (2, 6, 6), "classes": 5, "mean": (0.3, 0.4), "std": (0.2, 0.5)}
+    built = partial(models.build, shape=(2, 6, 6), classes=5, mean=(0.3, 0.4), std=(0.2, 0.5))
     batch_norm = nn.Sequential(nn.Flatten(), nn.Linear(72, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 5))
     batch_norm(torch.rand(16, 2, 6, 6))
     return {
-        "linear": models.build("linear", **head),
-        "lenet": models.build("lenet-300-100", **head),
-        "scaled": nn.Sequential(models.build("lenet-300-100", **head), Loud()),
+        "linear": built("linear"),
+        "lenet": built("lenet-300-100"),
+        "scaled": nn.Sequential(built("lenet-300-100"), Loud()),
         "batch-norm": batch_norm.eval(),
         "no-bias": nn.Sequential(nn.Flatten(), nn.Linear(72, 9, bias=False), nn.ReLU(), nn.Linear(9, 5)),
     }

@@ -54,7 +54,7 @@ def test_radii_hold_for_a_model_that_float32_rounds() -> None:
 @pytest.mark.parametrize("norm", [math.inf, 2.0, 1.0])
 def test_a_linear_model_is_bounded_exactly(method: str, norm: float) -> None:
     model, x, y = two_class()
-    weight, bias = model[1].weight.double(), model[1].bias.double()
+    weight, bias = model.get_parameter("1.weight").double(), model.get_parameter("1.bias").double()
     signed = (1 - 2 * y.double()) * ((weight[0] - weight[1]) @ x.double().flatten(1).T + bias[0] - bias[1])
     slope = torch.linalg.vector_norm(weight[0] - weight[1], ord={math.inf: 1, 2.0: 2, 1.0: math.inf}[norm])
     found = margin(model, x, y, Threat(norm, 0.05), method=method).squeeze(1)
@@ -92,8 +92,8 @@ def test_both_ends_of_every_unit_are_lower_bounds_of_it_and_of_minus_it(norm: fl
 def test_the_ball_and_the_box_are_used_together() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     with torch.no_grad():
-        model[1].weight.copy_(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
-        model[1].bias.zero_()
+        model.get_parameter("1.weight").copy_(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+        model.get_parameter("1.bias").zero_()
     x = torch.tensor([[[[0.5, 0.9]]]])  # the second pixel can only rise by 0.1, the first by sqrt(0.5² − 0.1²)
     found = margin(model, x, torch.tensor([0]), Threat(2.0, 0.5), method="crown")
     expected = -(1.5 + 3.6 + 0.4 + 3 * math.sqrt(0.24))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, cast
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_windows_change_no_bound(body: str, norm: float, monkeypatch: pytest.Mon
     monkeypatch.setattr(windows, "_WORTH", 1.0)
     # All neurons: those of a known sign are refined or not, as it happens.
     refined = crown._refined
-    monkeypatch.setattr(crown, "_refined", lambda *arguments: refined(*arguments[:-1], True))
+    monkeypatch.setattr(crown, "_refined", lambda *arguments: cast(Any, refined)(*arguments[:-1], True))
     monkeypatch.setattr(crown, "windows", counted)
     found, _ = bound_nodes(graph, reach, backward=True)
     assert any(cut)

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from sparring.bounds import BOUNDS
-from sparring.bounds._network import margin_rows, prepare
+from sparring.bounds._network import adjoint, margin_rows, prepare
 from sparring.bounds._region import region
 from sparring.bounds.certify import _crown as crown
 from sparring.bounds.certify import _relaxations as relaxations
+from sparring.bounds.certify._relaxations import propagate
+from sparring.graph import evaluate
 
 from ..random_networks import double, hostile_points, network
 
@@ -57,7 +59,7 @@ def _outside(value: torch.Tensor, bound: relaxations.Interval) -> bool:
 def _node_values(graph, points: torch.Tensor) -> list[torch.Tensor]:
     values = [points]
     for node in graph.nodes[1:]:
-        values.append(relaxations.evaluate(node.op, *(values[i] for i in node.inputs)))
+        values.append(evaluate(node.op, *(values[i] for i in node.inputs)))
     return values
 
 
@@ -85,7 +87,7 @@ def _pool_of_the_largest_upper_bound(op, bounds):
 
 
 _relu, _max_pool = relaxations._relu, relaxations._max_pool
-_adjoint, _offset, _squared = crown.adjoint, crown.offset, relaxations._squared
+_squared = relaxations._squared
 
 
 def _no_bias(op, shape):
@@ -93,7 +95,7 @@ def _no_bias(op, shape):
 
 
 def _shifted_convolution(op, a, shape):
-    pulled = _adjoint(op, a, shape)
+    pulled = adjoint(op, a, shape)
     return pulled.roll(1, -1) if isinstance(op, relaxations.MaxPool | relaxations.Conv2d) else pulled
 
 
@@ -102,10 +104,8 @@ def _forgotten_scale(op):
 
 
 def _first_input_only(op, *inputs):
-    return inputs[0] if isinstance(op, relaxations.Add) else _propagate(op, *inputs)
+    return inputs[0] if isinstance(op, relaxations.Add) else propagate(op, *inputs)
 
-
-_propagate = crown.propagate
 
 BUGS = {
     "the ReLU chord loses its shift": (relaxations, "_relu", _relu_chord_through_the_origin),

@@ -31,7 +31,9 @@ def tiny(seed: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 def brute_force(model: nn.Module, x: torch.Tensor, y: int, norm: float) -> float:
     """Minimise the distance over every activation pattern and every class: one small convex program each."""
     linears = [
-        (m.weight.detach().double().numpy(), m.bias.detach().double().numpy()) for m in model if hasattr(m, "weight")
+        (m.weight.detach().double().numpy(), m.bias.detach().double().numpy())
+        for m in model.modules()
+        if isinstance(m, nn.Linear)
     ]
     origin = x.double().flatten().numpy()
     best = math.inf

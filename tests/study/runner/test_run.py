@@ -69,12 +69,13 @@ def test_a_study_has_every_cell(undisturbed: Path) -> None:
     assert cells == {(seed, *method) for seed in (0, 1) for method in methods}
     store = Store(undisturbed)
     stages = {
-        (c["method"], store.read(key).stage): store.read(key)  # type: ignore[union-attr]
+        (c["method"], record.stage): record
         for c in plan["cells"]
         for key in c["tasks"]
+        if (record := store.read(key)) is not None
     }
     assert stages["magnitude", "prune"].metrics["sparsity"] == pytest.approx(0.9, abs=1e-3)
-    assert stages["control", "measure"].metrics["sparsity"] < 0.01  # type: ignore[operator]
+    assert (stages["control", "measure"].metrics["sparsity"] or 0.0) < 0.01
 
 
 def test_a_second_run_does_nothing(undisturbed: Path, few_digits: Dataset) -> None:
@@ -258,7 +259,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers: int, problem: BaseException) -> None:
     flag = store.out / "mended"
 
-    def work(task: Task[Numbered]) -> TaskOutcome:
+    def work(task: Task[Any]) -> TaskOutcome:
         if task.inputs.i == 3 and not flag.exists():
             raise problem
         return TaskOutcome({"value": float(task.inputs.i)})
@@ -280,7 +281,7 @@ def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers
 
 
 def test_a_worker_that_dies_is_replaced(store: Store) -> None:
-    def work(task: Task[Numbered]) -> TaskOutcome:
+    def work(task: Task[Any]) -> TaskOutcome:
         marker = store.out / f"died-{task.inputs.i}"
         if task.inputs.i in (1, 4) and not marker.exists():
             marker.touch()

@@ -47,7 +47,7 @@ def test_the_total_stands_beside_the_sparsity(factory, few_digits: Dataset, tmp_
     }
     records = run(Plan.from_table(table), tmp_path, dataset=few_digits, factory=factory, workers=0)
     assert not [record.error for record in records if record.error]
-    sparse = [r for r in records if r.stage == "measure" and r.metrics["sparsity"] > 0.5]
+    sparse = [r for r in records if r.stage == "measure" and (r.metrics["sparsity"] or 0) > 0.5]
     assert sparse and all(r.metrics["sparsity"] == pytest.approx(0.9, abs=1e-3) for r in sparse)
     text = re.sub(r"<[^>]+>", "", report.write(tmp_path).read_text())
     lines = [line for line in text.splitlines() if "At 90%" in line]
