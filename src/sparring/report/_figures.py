@@ -81,11 +81,7 @@ TOLD: Spec = {"description": {"field": "text"}}
 
 
 def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: str = "sparsity") -> Spec:
-    """Return the figure of one metric against sparsity: seeds thin, mean and interval bold, dense control grey.
-
-    `styles` gives each method the number of its colour, dash and shape, the same in every figure; `axis` names the
-    sparsity.
-    """
+    """Return the figure of one metric against sparsity: seeds thin, mean and interval bold, dense control grey."""
     first = results[0]
     x = _Axis([s for r in results for s in r.sparsities], axis)
     scale = 100.0 if first.measure.is_share else 1.0

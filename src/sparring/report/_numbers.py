@@ -30,10 +30,7 @@ def sparsity(study: Study, method: str, share: float) -> str:
 
 
 def of_all(study: Study, method: str, sparsities: Sequence[float]) -> str:
-    """Return what is gone of all weight matrices, as " (of all matrices 6.8%)", or "" where that is no less.
-
-    A plan's sparsity is of the weights that its pruning may touch; what is gone of all is the mean over seeds.
-    """
+    """Return what is gone of all weight matrices, the mean over seeds, as " (of all matrices 6.8%)"; "" if no less."""
     told = [gone for s in sparsities if (gone := _gone(study, method, s)) is not None and gone < s - UNIT]
     if not told or study.kind(method) not in ("pruned", "random", "channels", "surgery"):
         return ""

@@ -53,6 +53,7 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row], told: Sequen
     study = findings.study
     curves = _curves(findings, drawn.weights, ledger)
     activations = _curves(findings, drawn.activations, ledger) if drawn.activations else None
+    parts = [("", study.command), ("Plan", _json(study.plan)), ("Environment", _json(study.environment))]
     sections: list[Section] = [
         ("curves", "Robustness against sparsity", (curves,)),
         ("activations", "Robustness against activation sparsity", (activations,)),
@@ -65,7 +66,7 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row], told: Sequen
         *judged_sections(study, findings.doubts),
         ("networks", "Every network", (tables.networks(findings),)),
         ("method", "Methods and citation", (words.methods(findings), words.bibtex(findings))),
-        ("again", "To make it again", (_again(study),)),
+        ("again", "To make it again", (parts,)),
     ]
     sparsity = words.chosen(findings)
     key = None if sparsity is None else tables.key_numbers(findings, sparsity, ledger)
@@ -144,11 +145,6 @@ def _caption(panel: Panel, ledger: Sequence[Row]) -> str:
     return "; ".join([*parts, f"{seeds}, {first.images:,} images"]) + "."
 
 
-def _again(study: Study) -> list[tuple[str, str]]:
-    """Return the command, the plan and the environment, each with its heading."""
-    return [("", study.command), ("Plan", _json(study.plan)), ("Environment", _json(study.environment))]
-
-
 def _json(table: Mapping[str, object]) -> str:
     """Return a table as JSON, one key a line."""
     lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in table.items()]
@@ -173,8 +169,12 @@ def galleries(findings: Findings) -> list[tuple[str, list[tuple[str, list[Shot]]
 
 def first_layers(findings: Findings) -> list[tuple[str, str]]:
     """Return captions and pictures of the first layers of the networks shown, where they were kept."""
-    sheets = ((f"First layer: {_who(n)}", first_layer(n)) for n in _shown_pair(findings))
-    return [(text, sheet) for text, sheet in sheets if sheet is not None]
+    kept = ((n, arrays(r, "first_mask", "first_weight")) for n in _shown_pair(findings) for r in n.stage("measure"))
+    return [
+        (f"First layer: {_who(network)}", data_uri(_tiles(held["first_mask"], held.get("first_weight"))))
+        for network, held in kept
+        if "first_mask" in held
+    ]
 
 
 def _shown_pair(findings: Findings) -> list[Network]:
@@ -229,20 +229,11 @@ def data_uri(image: Array) -> str:
     return "data:image/png;base64," + base64.b64encode(target.getvalue()).decode()
 
 
-def first_layer(network: Network, *, at_most: int = 60) -> str | None:
-    """Return the first layer's weights as one picture, a tile a unit or filter, or None where they were not kept.
+def _tiles(mask: Array, weight: Array | None, at_most: int = 60) -> Array:
+    """Return a layer's units as tiles on a grid of (rows · (height + 1), columns · (width + 1), 3) bytes.
 
     Removed weights are white; blue is positive and orange negative, the deeper the larger within the picture.
     """
-    for record in network.stage("measure"):
-        held = arrays(record, "first_mask", "first_weight")
-        if "first_mask" in held:
-            return data_uri(_tiles(held["first_mask"], held.get("first_weight"), at_most))
-    return None
-
-
-def _tiles(mask: Array, weight: Array | None, at_most: int) -> Array:
-    """Return the units' images on a grid of (rows · (height + 1), columns · (width + 1), 3) bytes."""
     kept = _images(mask)[:at_most] != 0
     signed = np.where(kept, -1.0, 0.0) if weight is None else _images(weight)[:at_most] * kept
     strength = np.abs(signed) / (float(np.quantile(np.abs(signed), 0.999)) or 1.0)

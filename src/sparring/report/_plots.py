@@ -24,10 +24,7 @@ OVERVIEW_SCALE = 1.25  # about 1,200 pixels wide
 
 @dataclass(frozen=True)
 class Picture:
-    """Hold one drawn figure; `slug` is its file's name without the ending, `note` what a reader must know.
-
-    `scale` is how many times larger its PNG is drawn.
-    """
+    """Hold a drawn figure: its file's name without the ending, what a reader must know, and how large its PNG is."""
 
     slug: str
     title: str

@@ -18,22 +18,13 @@ ONE_SEED = "One seed: the intervals cover the choice of images only, so no gain,
 
 def subject(findings: Findings) -> str:
     """Return the model and the data in words."""
-    plan = findings.study.plan
-    model, data = (_name(plan.get(key)) for key in ("model", "data"))
+    given = (findings.study.plan.get(key) for key in ("model", "data"))
+    model, data = (one.get("name", "?") if isinstance(one, dict) else "?" if one is None else one for one in given)
     return f"{model} on {data}"
 
 
-def _name(value: object) -> str:
-    if isinstance(value, dict):
-        return str(value.get("name", "?"))
-    return str(value) if value is not None else "?"
-
-
 def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
-    """Return the verdict: first the sentence for somebody in a hurry, then what a sceptic asks.
-
-    Of the paper's claims it says what the ledger does, and nothing else.
-    """
+    """Return the verdict: first the sentence for somebody in a hurry, then what a sceptic asks, as the ledger says."""
     if findings.method is None or not any(findings.result(m) for m in findings.main):
         return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
     several = findings.seeds > 1

@@ -281,10 +281,7 @@ def _passes(records: Sequence[Record]) -> list[str]:
 
 
 def flags(study: Study, found: Sequence[Doubt] = ()) -> Table:
-    """Return the reliability flags, contradictions, failures and missing tasks, each with where it was seen.
-
-    Flags that differ in their numbers only share a row, which shows the first.
-    """
+    """Return flags, contradictions, failures and missing tasks and their places, a row for all that differ in numbers."""
     raised = [
         (name, detail, network.who, pretty(attack_label(record)) if record.stage == "attack" else record.stage)
         for network in study.networks

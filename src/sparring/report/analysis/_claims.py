@@ -78,10 +78,7 @@ def _gain(findings: Findings, result: Result, place: Place, label: str) -> Quest
 
 
 def _losses(findings: Findings, place: Place) -> Iterator[Question]:
-    """Ask what over-sparsified networks lose: at the plan's sparsest, which no result has chosen, if it is one.
-
-    Primary at the headline's eps; then at every other eps; and among images that both networks classify correctly.
-    """
+    """Ask what over-sparsified networks lose at the plan's sparsest, which no result has chosen: primary at one eps."""
     primary = [findings.first("budget", "fgsm"), findings.first("worst"), findings.first("distance", "deepfool")]
     others = [
         m
@@ -347,12 +344,9 @@ def about(
     curve: Sequence[Effect] = (),
     choices: int = 1,
 ) -> Question:
-    """Return the question about one effect in a result's unit, in doubt where its attacks are on any network asked.
-
-    Over a control whose mean is zero there is no per cent, and no telling what would not matter.
-    """
+    """Return the question about one effect in a result's unit, in doubt where its attacks are on any network asked."""
     unit = numbers.gain_unit(result.measure, result.control)
-    absolute = unit == numbers.ABSOLUTE
+    absolute = unit == numbers.ABSOLUTE  # of a control whose mean is zero: no telling what would not matter
     metric = claim.metric or result.measure.phrase
     margin, test = 0.0 if absolute else MARGIN, f"{metric}, {claim.test}"
     claim = replace(claim, margin=margin, unit=unit, test=test, log=unit == "%", metric=metric)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...records import Checkpoint, Record, arrays, image_places
 from ...statistics import Effect, effect, equivalence, holm
 from .. import _numbers as numbers
 from ._findings import Findings, difference
-from ._metrics import NORMS, Measure, PerImage, common, pretty, pretty_eps
+from ._metrics import NORMS, Floats, Measure, PerImage, common, pretty, pretty_eps
 from ._records import Network, Study
 
 MARGIN = 0.02  # of the images: a smaller difference in robustness does not matter
@@ -48,10 +47,7 @@ def _verdict(one: Effect) -> Verdict:
 
 @dataclass(frozen=True)
 class Shipped:
-    """Hold one kind of network and attack, held against its artefacts: the records of all seeds and what they differ.
-
-    `effect` is the difference of the shares of images that stand, artefact − network.
-    """
+    """Hold one kind of network and attack: the records of all seeds, and the difference of standing images' shares."""
 
     method: str
     sparsity: float
@@ -90,20 +86,17 @@ def shipped(findings: Findings) -> list[Shipped]:
             norm, eps = NORMS.get(attack["norm"], attack["norm"]), pretty_eps(attack["eps"])
             label = f"{pretty(attack['name'])}, {norm} ε = {eps}"
             cells[network.method, network.sparsity, record.inputs["values"], label].append(record)
-    return [Shipped(*cell, tuple(records), _standing(records)) for cell, records in cells.items()]
-
-
-def _standing(records: Sequence[Record]) -> Effect:
-    held = [arrays(record, "stands_model", "stands_packed") for record in records]
-    return effect([one["stands_packed"].astype(float) - one["stands_model"] for one in held])
+    found = []
+    for cell, records in cells.items():
+        held = [arrays(record, "stands_model", "stands_packed") for record in records]
+        standing = effect([one["stands_packed"].astype(float) - one["stands_model"] for one in held])
+        found.append(Shipped(*cell, tuple(records), standing))
+    return found
 
 
 @dataclass(frozen=True)
 class Duel:
-    """Hold one metric's paired difference between a method and another at one sparsity, in points or per cent.
-
-    `p` is corrected by Holm over all duels of a study.
-    """
+    """Hold one metric's paired difference between two methods, in points or per cent; `p` is corrected over all."""
 
     measure: Measure
     sparsity: float
@@ -150,9 +143,6 @@ def _duels(findings: Findings) -> Iterator[Duel]:
 
 def _methods(findings: Findings) -> list[str]:
     return [m for m in findings.study.methods if findings.study.axis(m) == "weights"]
-
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

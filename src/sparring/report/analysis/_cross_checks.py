@@ -167,11 +167,7 @@ def _between_budgets(weak: Held, strong: Held) -> Iterator[tuple[str, str]]:
 
 
 def _extra(weak: Held, strong: Held, *, notable: float = NOTABLE) -> int:
-    """Return how many images more the first attack fools, 0 where they are a small share or may be chance.
-
-    Each image that only one of them fools would be either's, were both equally strong (McNemar's exact test, one-sided;
-    `sparring.attacks` asks the same of results that it holds together).
-    """
+    """Return how many images more the first attack fools, 0 if few or by chance (McNemar's exact test, one-sided)."""
     images = common([weak[1].images, strong[1].images])
     stands_strong, stands_weak = (one.at(images).top > 0 for _, one in (strong, weak))
     more, fewer = int((stands_strong & ~stands_weak).sum()), int((stands_weak & ~stands_strong).sum())

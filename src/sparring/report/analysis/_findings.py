@@ -190,7 +190,9 @@ def _result(
         control_by_seed=tuple(dense.mean(axis=1)),
         gains=gains,
         left_out=tuple(s for s in by_sparsity if s not in kept),
-        medians=() if measure.is_share else tuple(map(_median, groups)),
+        medians=()
+        if measure.is_share
+        else tuple(float(np.mean([np.median(one.top[one.bottom > 0]) for one in part])) for part in groups),
         failed=tuple(float(np.mean([_failed(one) for one in part])) for part in groups)
         if measure.role in ("distance", "distance-correct")
         else (),
@@ -202,10 +204,6 @@ def _level(one: NDArray[np.float64], measure: Measure) -> Effect:
     """Return a metric's own mean; the interval of a share ends at 0 and 1."""
     level = effect(one)
     return replace(level, low=max(level.low, 0.0), high=min(level.high, 1.0)) if measure.is_share else level
-
-
-def _median(seeds: Sequence[PerImage]) -> float:
-    return float(np.mean([np.median(one.top[one.bottom > 0]) for one in seeds]))
 
 
 def _failed(one: PerImage) -> float:
@@ -222,10 +220,7 @@ def difference(findings: Findings, measure: Measure, one: tuple[str, float], oth
 def paired(
     findings: Findings, measure: Measure, one: Mapping[int, PerImage], other: Mapping[int, PerImage]
 ) -> Effect | None:
-    """Return a metric's difference between two networks of each seed, the logarithm of a ratio where it is a length.
-
-    None where the two share no seed, or images that count.
-    """
+    """Return the change of a metric between two networks of each seed, None without common seeds and images."""
     seeds = sorted(set(one) & set(other))
     if not seeds:
         return None

@@ -23,6 +23,7 @@ from ._records import Looks, Study, attack_label, load
 
 DISPLAY = ("title", "mark")  # what may change of a plan without changing what it asks
 ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")
+# What a look holds: a chain may be whole and hold what no version wrote.
 LOOK: dict[str, type] = {"look": int, "state": str, "seeds": int, "sparsities": dict, "attacks": list}
 LOOK |= {"records": int, "orphans": int, "unknown": bool, "tests": dict}
 
@@ -32,7 +33,9 @@ def open_study(out: Any) -> Study:
     study = load(out)
     entries = read_history(study.folder)
     folder, orphans = Folder(study.folder), _orphans(study)
-    looks = [_sound(study, entry) for entry in entries if entry["kind"] == "look"]
+    looks = [entry for entry in entries if entry["kind"] == "look"]
+    if not all(isinstance(look.get(name), kind) for look in looks for name, kind in LOOK.items()):
+        raise DamageError(f"{study.folder} has a history with a look that is none; get it back, or move it away")
     state = _state(study)
     known = next((entry for entry in looks if entry["state"] == state), None)
     number = int(known["look"]) if known else 1 + max((int(entry["look"]) for entry in looks), default=0)
@@ -48,18 +51,8 @@ def open_study(out: Any) -> Study:
     return replace(study, looks=found)
 
 
-def _sound(study: Study, entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a look that this version can read; a chain may be whole and hold what no version wrote."""
-    if not all(isinstance(entry.get(name), kind) for name, kind in LOOK.items()):
-        raise DamageError(f"{study.folder} has a history with a look that is none; get it back, or move it away")
-    return entry
-
-
 def note_look(study: Study, asked: Sequence[Question]) -> Study:
-    """Write the look that a study stands at to its history, unless it is the one that was written last.
-
-    Returns the study with that entry among its looks. Raises as `append_entry` does.
-    """
+    """Write the look that a study stands at to its history, unless it was written last; return the study with it."""
     looks = study.looks
     noted = bool(looks.entries) and looks.entries[-1]["state"] == looks.state
     if noted or not os.access(study.folder, os.W_OK):  # who reads a folder that is not his cannot write to it
@@ -83,10 +76,7 @@ def note_look(study: Study, asked: Sequence[Question]) -> Study:
 
 
 def dropped_tests(study: Study, asked: Sequence[Question]) -> list[bool]:
-    """Return for each test that earlier looks made and this one does not whether it was of a primary claim.
-
-    They stay in the number of tests that is corrected for.
-    """
+    """Return for each test of earlier looks that is not made any more, and still counts, whether it was primary."""
     before = {name: bool(test["primary"]) for entry in study.looks.entries for name, test in entry["tests"].items()}
     return [primary for name, primary in before.items() if name not in {_asked(q.claim) for q in asked}]
 
@@ -183,12 +173,7 @@ def _registered(study: Study) -> str:
     entry = study.looks.registered
     if entry is None:
         return "The plan was not registered before the first record."
-    changed = _changes(entry["table"], study.plan)
+    table, plan = entry["table"], study.plan  # what a later version of the plan added does not count
+    changed = [name for name in table if name in plan and name not in DISPLAY and table[name] != plan[name]]
     when = f"The plan was registered before the first record, on {entry['time']} ({entry['plan'][:12]})"
     return f"{when}, and changed since: {', '.join(changed)}." if changed else f"{when}, and is the same."
-
-
-def _changes(registered: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
-    """Return the settings that differ; those that a later version of the plan added do not count."""
-    shared = [name for name in registered if name in plan and name not in DISPLAY]
-    return [name for name in shared if registered[name] != plan[name]]

@@ -113,9 +113,8 @@ class Measure:
 class PerImage:
     """Hold one metric of one network: the mean is sum(top) / sum(bottom) over the images at these places of a split.
 
-    They are in the order of the records, which differs between stages: join two metrics by `common` and `at`.
-
-    `failed` are the images (0 or 1) on which a search for a smallest distance failed, None where nothing can.
+    Their order is that of the records and differs between stages: join two metrics by `common` and `at`. `failed` are
+    the images (0 or 1) on which a search for a smallest distance failed, None where nothing can.
     """
 
     images: NDArray[np.int64]
