@@ -281,7 +281,7 @@ def _passes(records: Sequence[Record]) -> list[str]:
 
 
 def flags(study: Study, found: Sequence[Doubt] = ()) -> Table:
-    """Return flags, contradictions, failures and missing tasks and their places, a row for all that differ in numbers."""
+    """Return flags, contradictions, failures and missing tasks, one row for all that differ in numbers only."""
     raised = [
         (name, detail, network.who, pretty(attack_label(record)) if record.stage == "attack" else record.stage)
         for network in study.networks
