@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparring import deploy
+from sparring import data, deploy, study
 from sparring.cli import main
 from sparring.models import load_model
 from sparring.records import read_plan
@@ -100,6 +100,10 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
     assert best.provenance["cell"]["method"] == "gradual" and len(best.provenance["data_hash"]) == 64
     assert best.provenance["weights_sha256"] and best.class_names == tuple("0123456789")
     assert "as shipped in int8: robust_packed" in picked.out
+    rebuilt = study.trained(tmp_path / "out", best.provenance["key"])
+    x, _ = study.chosen_images(data.load("digits"), "test", 0, 40)
+    packed = deploy.load(tmp_path / "best.sparring")(data.as_float(x))
+    assert not rebuilt.training and torch.allclose(rebuilt(data.as_float(x)), packed, rtol=0.1, atol=0.1)
     nothing = sparring("pick", tmp_path / "out", "--max-accuracy-drop", -100)
     assert nothing.code == 2 and "no network fits" in nothing.err
     status = sparring("status", tmp_path / "out", "--json")

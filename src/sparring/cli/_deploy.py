@@ -15,10 +15,9 @@ from ..data import Dataset, as_float, content_hash
 from ..errors import UserError
 from ..files import sha256_file, write_atomic
 from ..metrics import accuracy
-from ..models import build
-from ..records import PlanFile, Record, Store, read_plan, read_record
+from ..records import PlanFile, read_plan, read_record
 from ..report import Choice, pick, png, shipped_verdict, timings_figure
-from ..study import chosen_images, load_network_
+from ..study import chosen_images, trained
 from ..threat import LINF, Threat
 from ..train import predict
 from ..units import parse_eps, percent
@@ -185,7 +184,8 @@ def _export_choice(how: PickOptions, content: PlanFile, choice: Choice) -> Path:
     """Write the chosen network as an artefact that says which cell of which study it is."""
     rounded = "" if how.values == "fp32" else f"-{how.values}"
     path = how.to or how.out / f"{choice.method}-{choice.sparsity:g}{rounded}.sparring".replace(" ", "-")
-    model, shape, record = _network(how.out, content, choice.key, how.model)
+    model, record = trained(how.out, choice.key, factory=how.model), read_record(how.out, choice.key)
+    assert record is not None  # of which `trained` rebuilt the model
     provenance = {
         "study": content.plan["name"],
         "cell": {"method": choice.method, "sparsity": choice.sparsity, "seed": choice.seed},
@@ -195,25 +195,8 @@ def _export_choice(how: PickOptions, content: PlanFile, choice: Choice) -> Path:
         "data_hash": record.inputs["data"],
         "sparring": __version__,
     }
-    names = content.dataset["classes"] or None
+    shape, names = tuple(content.dataset["shape"]), content.dataset["classes"] or None
     return deploy.export(model, path, shape=shape, values=how.values, class_names=names, provenance=provenance)
-
-
-def _network(out: Path, content: PlanFile, key: str, factory: str | None) -> tuple[nn.Module, tuple[int, ...], Record]:
-    """Rebuild a study's network from its folder alone, with its record; normalisation is among its weights."""
-    record = read_record(out, key)
-    if record is None:
-        raise UserError(f"{out} no longer holds {key}; run the study again")
-    own = record.inputs["model"]["name"]
-    if ":" in own and factory != own:
-        raise UserError(f"the study's model is code; if you trust '{own}' in this folder, run it with --model {own}")
-    facts = content.dataset
-    shape = tuple(facts["shape"])
-    ones = (1.0,) * shape[0]
-    options: dict[str, Any] = {k: tuple(v) if k == "widths" else v for k, v in record.inputs["model"].items()}
-    model = build(options.pop("name"), shape=shape, classes=facts["class_count"], mean=ones, std=ones, **options)
-    load_network_(model, Store(out).tensors(key))
-    return model.eval(), shape, record
 
 
 def _as_shipped(out: Path, content: PlanFile, choice: Choice, values: str) -> dict[str, float]:

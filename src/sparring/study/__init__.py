@@ -22,7 +22,7 @@ from .runner._ray import RayCluster
 from .runner._run import Progress, available_cores, progress, register, run, usable_device
 from .runner._schedule import Event, Watcher, environment, execute
 from .runner._watchers import show_progress, to_mlflow, to_tensorboard, what_of
-from .stages._networks import Context, check_fit, chosen_images, load_network_
+from .stages._networks import Context, check_fit, chosen_images, load_network_, trained
 from .stages._train import ramped_loss, refuse_constant, robust_score
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "show_progress",
     "to_mlflow",
     "to_tensorboard",
+    "trained",
     "usable_device",
     "what_of",
 ]

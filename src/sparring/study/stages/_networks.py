@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ...matrices import refuse_unmasked
 from ...models import build, load_weights_
 from ...modes import eval_mode
 from ...outputs import opened
+from ...records import Store, read_plan, read_record
 from ...sparsity import ACTIVATIONS, insert
 from ..runner._executors import Task
 from ._inputs import Activation, Inputs, Judged, Network
@@ -112,6 +114,26 @@ def load_network_(model: nn.Module, tensors: Mapping[str, Tensor], *, checkpoint
         place = next(model.parameters()).device
         masks = {name: mask.to(place) for name, mask in part(MASK).items()}
         refuse_unmasked(model, masks, "its object was not written by a study; run the study again")
+
+
+def trained(out: str | Path, key: str, *, factory: str | None = None) -> nn.Module:
+    """Rebuild what the task `key` of a study trained, such as `report.pick(out).key`, from its folder alone.
+
+    The network is in eval mode, its normalisation among its weights. Raise UserError where the folder does not hold it,
+    as `load_network_` does, and for a model that is code, which is run only if `factory` names it.
+    """
+    record, facts = read_record(out, key), read_plan(out).dataset
+    if record is None:
+        raise UserError(f"{out} no longer holds {key}; run the study again")
+    options: dict[str, Any] = {k: tuple(v) if k == "widths" else v for k, v in record.inputs["model"].items()}
+    asked = Network(**options)
+    if ":" in asked.name and factory != asked.name:
+        own = asked.name
+        raise UserError(f"the study's model is code; if you trust '{own}' in this folder, run it with --model {own}")
+    shape, ones = tuple(facts["shape"]), (1.0,) * facts["shape"][0]
+    model = _built(asked, shape, facts["class_count"], ones, ones, 0)
+    load_network_(model, Store(out).tensors(key))
+    return model.eval()
 
 
 def judged(context: Context, task: Task[Judged]) -> nn.Module:
