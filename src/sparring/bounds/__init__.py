@@ -15,13 +15,14 @@ from ._linear_closed_form import (
 )
 from ._linear_scikit import linear_path, linear_pruned
 from ._lipschitz import LIPSCHITZ, MaskedPoint, lipschitz, margin_ratios, random_mask_bounds
-from ._summary import Summary, summary
+from ._summary import VACUOUS, Summary, summary
 from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
 from .exact_distances._exact import Exact, exact
 
 __all__ = [
     "BOUNDS",
     "LIPSCHITZ",
+    "VACUOUS",
     "Exact",
     "LinearMap",
     "MaskedPoint",

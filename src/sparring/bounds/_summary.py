@@ -12,6 +12,9 @@ from ..proofs import refuse_refuted
 from ..units import norm_name
 from .certify._certificates import radius
 
+VACUOUS = 1 / 2550
+"""A radius that says nothing of images with 256 grey levels, less than a tenth of one."""
+
 
 class Attacked(Protocol):
     """What is read of a minimum-norm attack's `attacks.AttackResult`; both are of shape (N,)."""

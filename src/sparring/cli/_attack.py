@@ -133,10 +133,11 @@ def _print_summary(found: bounds.Summary, norm: str) -> None:
     for eps, certified in found.certified_accuracy.items():
         print(f"{eps:8g}   {percent(certified):>8}   {percent(found.attacked_accuracy[eps]):>8}")
     if found.distance_over_radius_median is not None:
-        print(
-            f"median certified radius {found.radius_median:.4g}, median distance of the attack "
-            f"{found.distance_median:.4g}: {found.distance_over_radius_median:.2f} times as far"
-        )
+        how_far = f": {found.distance_over_radius_median:.2f} times as far"
+        if found.radius_median is not None and found.radius_median < bounds.VACUOUS:
+            how_far = "; the certificate is vacuous: the radius is less than a tenth of a grey level"
+        attack = f"median distance of the attack {found.distance_median:.4g}"
+        print(f"median certified radius {found.radius_median:.4g}, {attack}{how_far}")
 
 
 def run_compare(how: CompareOptions, data: DataSource, *, as_json: bool) -> int:

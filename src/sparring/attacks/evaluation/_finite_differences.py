@@ -28,8 +28,9 @@ _ROOM, _SHORTER = 0.0125, (8.0, 64.0)
 _MISSING, _BEYOND = 0.2, 4.0
 # Pixels without a gradient that do this share of what all pixels do, moved far, are no dead inputs but a staircase's.
 _NOTABLE = 0.1
-# Groups of pixels that an attack moves one after the other, each by so much.
-_GROUPS, _REACH = 256, 0.03
+# Groups of pixels that an attack moves one after the other, each by so much. A large network gets fewer, which an
+# attack on it ends in minutes with: so many parameters times groups, at least 16 groups.
+_GROUPS, _WORK, _REACH = 256, 2**27, 0.03
 
 
 @torch.no_grad()
@@ -138,14 +139,17 @@ def _parts(silent: Tensor) -> Iterator[tuple[Tensor, int]]:
 class Differences(nn.Module):
     """A model whose input gradients are autograd's, but for its blind pixels, where they are finite differences.
 
-    blind: a mask of the pixels of an image. They are moved in at most 256 groups, by 0.03 into the box and at random
-    signs; a group's pixels share what it changes, and are grouped anew each time. passes: images sent forward for that.
+    blind: a mask of the pixels of an image. They are moved in at most 256 groups, fewer of a large network, by 0.03
+    into the box and at random signs; a group's pixels share what it changes, and are grouped anew each time.
+    passes: images sent forward for that.
     """
 
     def __init__(self, model: nn.Module, blind: Tensor) -> None:
         super().__init__()
         self.model, self.pixels, self.passes = model, blind.flatten().nonzero().squeeze(1), 0
         self.generator = torch.Generator().manual_seed(0)
+        parameters = sum(value.numel() for value in model.parameters())
+        self.groups = min(_GROUPS, max(16, _WORK // max(1, parameters)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's logits."""
@@ -157,7 +161,7 @@ class Differences(nn.Module):
         logits, gradient = logits_and_pull(self.model, x, lambda _: weights.view(-1, *weights.shape[-2:]))
         found = gradient.flatten(2)
         order = self.pixels[torch.randperm(len(self.pixels), generator=self.generator).to(x.device)]
-        for group in order.tensor_split(min(_GROUPS, len(order))):
+        for group in order.tensor_split(min(self.groups, len(order))):
             moved = x.flatten(1).clone()
             sign = (torch.rand(len(x), len(group), generator=self.generator) - 0.5).sign().to(x)
             start = moved[:, group]
