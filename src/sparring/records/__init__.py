@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ._paths import Folder
-from ._reader import arrays, image_places, read_plan, read_record, tensor_bytes
+from ._reader import Folder, arrays, image_places, read_plan, read_record, tensor_bytes
 from ._schema import (
     CELLS,
     STAGES,

@@ -1,4 +1,4 @@
-"""Read a study's folder, whoever wrote it: what is damaged, foreign or huge is refused. All read through here."""
+"""Where everything lies in a study's folder, and how it is read: what is damaged, foreign or huge is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ..errors import DamageError, UserError
 from ..files import canonical_json, finite, read_bounded, read_json, sha256_bytes
-from ._paths import Folder
 from ._schema import CELLS, READ, Cell, Checkpoint, DatasetFacts, Kind, PlanFile, Record, pruning_kind
 
 # The most that is read, and so the most that is written. A large study's plan.json lists millions of keys.
@@ -26,6 +25,35 @@ FACTS |= {"classes": list, "shape": list}
 FIELDS: dict[str, Any] = {"schema": int, "flags": list, "error": str | None, "object": dict | None}
 FIELDS |= dict.fromkeys(("key", "stage"), str)
 FIELDS |= dict.fromkeys(("inputs", "metrics", "series", "environment", "times", "origin"), dict)
+
+
+class Folder:
+    """Name the files of the study in `out`; nothing is opened or made."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        self.plan = self.out / "plan.json"
+        self.records = self.out / "records"
+        self.objects = self.out / "objects"
+        self.scratch = self.out / "scratch"  # what long trainings have so far
+        self.damaged = self.out / "damaged"  # what was set aside
+        self.locked = self.out / ".lock"
+        self.report = self.out / "report.html"
+        self.results = self.out / "results.csv"
+        self.ledger = self.out / "ledger.json"
+        self.figures = self.out / "figures"
+
+    def record(self, key: str) -> Path:
+        """Return the file of a task's record."""
+        return self.records / f"{key}.json"
+
+    def object(self, key: str) -> Path:
+        """Return the file of a task's tensors."""
+        return self.objects / f"{key}.safetensors"
+
+    def checkpoint(self, key: str) -> Path:
+        """Return where a long training keeps what it has so far."""
+        return self.scratch / f"{key}.safetensors"
 
 
 def is_key(text: Any) -> bool:

@@ -23,7 +23,7 @@ from ..files import (
     write_json,
 )
 from . import _reader as reader
-from ._paths import Folder
+from ._reader import Folder
 from ._schema import SCHEMA, PlanFile, Record
 
 if TYPE_CHECKING:

@@ -110,18 +110,10 @@ def _listening(model: nn.Module, hear: Hear) -> Iterator[None]:
     mode = _Listener(hear)
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            stack.enter_context(_removed(module.register_forward_pre_hook(mode.enter(name, module))))
-            stack.enter_context(_removed(module.register_forward_hook(mode.leave, always_call=True)))
+            stack.callback(module.register_forward_pre_hook(mode.enter(name, module)).remove)
+            stack.callback(module.register_forward_hook(mode.leave, always_call=True).remove)
         stack.enter_context(mode)
         yield
-
-
-@contextmanager
-def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _Listener(TorchFunctionMode):

@@ -45,8 +45,7 @@ class Rule:
         spared = {*self.spare, *names[: self.spare_first], *names[len(names) - self.spare_last :]}
         if len(spared) == len(names):
             raise UserError("every layer is spared: nothing is left to prune")
-        left = {name: mask for name, mask in weights.items() if name not in spared}
-        return self.structure.fitting(left) if isinstance(self.structure, NM) else left
+        return self.structure.fitting({name: mask for name, mask in weights.items() if name not in spared})
 
     def by_layer(self, masks: Masks, values: float | Mapping[str, float]) -> dict[str, float]:
         """Return one value for every weight that may be pruned; raise UserError for other names and missing ones."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,13 +87,10 @@ def wanda(
         squares[name] = squares.get(name, torch.zeros_like(square)) + square
 
     shared = [m for m in model.modules() if id(m) in computed or id(m._parameters.get("weight")) in names]
-    handles = [m.register_forward_hook(listen) for m in shared]
-    try:
-        with eval_mode(model):
-            answer(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with eval_mode(model), ExitStack() as stack:
+        for module in shared:
+            stack.callback(module.register_forward_hook(listen).remove)
+        answer(x)
     return {
         name: weight.abs() * _per_input(squares[name].sqrt(), weight) if name in squares else torch.zeros_like(weight)
         for name, weight in weights.items()

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,41 +21,37 @@ class LeftDenseWarning(UserWarning):
     """Warn that a structure cannot prune some layers, which keep all their weights."""
 
 
-class Structure(Protocol):
+class Structure:
     """Turn scores of weights into scores of units, and masks of units back into masks of weights.
 
-    A weight that is already gone has score −inf; a unit that must stay gets +inf.
+    A weight that is already gone has score −inf; a unit that must stay gets +inf. Unless a subclass says otherwise,
+    every weight is a unit.
     """
+
+    def fitting(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights that can have the structure; the others stay dense."""
+        return weights
 
     def units(self, scores: Scores) -> Scores:
         """Return one score per unit; the names may be fewer where layers are pruned together."""
-        ...
-
-    def sizes(self, scores: Scores) -> dict[str, int]:
-        """Return how many weights one unit has, for every name that `units` returns."""
-        ...
-
-    def expand(self, units: Masks, scores: Scores) -> Masks:
-        """Return masks of weights, in the shapes of `scores`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Unstructured:
-    """Every weight by itself."""
-
-    def units(self, scores: Scores) -> Scores:
         return scores
 
     def sizes(self, scores: Scores) -> dict[str, int]:
+        """Return how many weights one unit has, for every name that `units` returns."""
         return dict.fromkeys(scores, 1)
 
     def expand(self, units: Masks, scores: Scores) -> Masks:
+        """Return masks of weights, in the shapes of `scores`."""
         return units
 
 
 @dataclass(frozen=True)
-class NM:
+class Unstructured(Structure):
+    """Every weight by itself."""
+
+
+@dataclass(frozen=True)
+class NM(Structure):
     """Keep n of every m consecutive inputs (of input channels at one position, for convolutions).
 
     The best n of each group are protected, so any sparsity up to 1 − n/m can be asked for, and at 1 − n/m every group
@@ -71,12 +67,6 @@ class NM:
 
     def units(self, scores: Scores) -> Scores:
         return {name: self._protect(score) for name, score in self.fitting(scores).items()}
-
-    def sizes(self, scores: Scores) -> dict[str, int]:
-        return dict.fromkeys(scores, 1)
-
-    def expand(self, units: Masks, scores: Scores) -> Masks:
-        return units
 
     def fitting(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights whose inputs are whole groups; warn of the others, and raise UserError if there is none.
@@ -101,7 +91,7 @@ class NM:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Structure):
     """Blocks of rows × columns of the weight as a matrix (outputs, everything else); the mean scores a block."""
 
     rows: int
@@ -135,7 +125,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Channels:
+class Channels(Structure):
     """Whole output channels or neurons; the mean scores a channel.
 
     `tied` lists groups of weights whose channels are added to one another, so that they can only go together (see

@@ -7,7 +7,7 @@ import heapq
 import itertools
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
 from importlib.metadata import version
 from types import MappingProxyType
@@ -70,25 +70,22 @@ def execute(
     return [scheduler.records[task.key] for task in scheduler.order if task.key in scheduler.records]
 
 
+@dataclass
 class _Scheduler:
     """Hold what is done, running and ready. Each task and each of its parents is looked at once, not once a round."""
 
-    def __init__(
-        self,
-        tasks: list[AnyTask],
-        store: Store,
-        executor: Executor,
-        watch: Watcher | None,
-        labels: Mapping[str, str],
-        origins: Mapping[str, dict[str, Any]],
-    ) -> None:
-        self.order, self.store, self.executor, self.watch = tasks, store, executor, watch
-        self.labels, self.origins = labels, origins
-        self.records: dict[str, Record] = {}
-        self.running: dict[str, AnyTask] = {}
-        self.waiting: TopologicalSorter[str] = TopologicalSorter()
-        self.ready: list[tuple[float, str]] = []  # a heap of ranks and keys
-        self.cached = self.errors = 0
+    order: list[AnyTask]
+    store: Store
+    executor: Executor
+    watch: Watcher | None
+    labels: Mapping[str, str]
+    origins: Mapping[str, dict[str, Any]]
+    records: dict[str, Record] = field(default_factory=dict)
+    running: dict[str, AnyTask] = field(default_factory=dict)
+    waiting: TopologicalSorter[str] = field(default_factory=TopologicalSorter)
+    ready: list[tuple[float, str]] = field(default_factory=list)  # a heap of ranks and keys
+    cached: int = 0
+    errors: int = 0
 
     def recall(self, retry: bool) -> None:
         """Take what the store has; what a missing task needs is checked byte by byte, however large."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import attacks, bounds
 from ...data import as_float
@@ -11,17 +11,16 @@ from ...errors import Unsupported
 from ...outputs import opened
 from ...threat import Threat, parse_norm
 from ..runner._executors import Task, TaskOutcome
-from ._inputs import Certify, Exact, Lipschitz
+from ._inputs import Certify, Exact, Judged, Lipschitz
 from ._networks import Context, chosen_images, chosen_places, judged
 
 
 def certify(context: Context, task: Task[Certify]) -> TaskOutcome:
     """Compute certified radii of some images; a network without a sound rule has none, and says why."""
     asked = task.inputs.asked
-    model = judged(context, task).cpu()
-    x, y = chosen_images(context.dataset, "test", 0, asked.images)
+    model, x, y, places = _given(context, task, asked.images)
     try:
-        radius = bounds.radius(model, as_float(x), y, parse_norm(asked.norm), method=asked.method)
+        radius = bounds.radius(model, x, y, parse_norm(asked.norm), method=asked.method)
     except Unsupported as reason:
         return _without("no-certificate", reason)
     metrics: dict[str, float | None] = {
@@ -29,7 +28,7 @@ def certify(context: Context, task: Task[Certify]) -> TaskOutcome:
         "radius_median": float(radius.median()),
         **{f"certified_accuracy_{eps:g}": float((radius >= eps).double().mean()) for eps in asked.eps},
     }
-    return TaskOutcome(metrics, tensors={"radius": radius, "label": y, "images": _places(context, task)})
+    return TaskOutcome(metrics, tensors={"radius": radius, "label": y, "images": places})
 
 
 def constants(context: Context, task: Task[Lipschitz]) -> TaskOutcome:
@@ -38,14 +37,12 @@ def constants(context: Context, task: Task[Lipschitz]) -> TaskOutcome:
     Over classes k the pair with the smallest margin / constant counts, which bounds the distance from below.
     """
     asked = task.inputs.asked
-    model = judged(context, task).cpu()
-    x, y = chosen_images(context.dataset, "test", 0, asked.images)
-    images = as_float(x)
+    model, x, y, places = _given(context, task, asked.images)
     with torch.no_grad():
-        logits = opened(model, images)(images).double()
+        logits = opened(model, x)(x).double()
     right = logits.argmax(1) == y
     try:
-        constant = bounds.lipschitz(model, images, asked.radius, norm=parse_norm(asked.norm), method=asked.method)
+        constant = bounds.lipschitz(model, x, asked.radius, norm=parse_norm(asked.norm), method=asked.method)
     except Unsupported as reason:
         return _without("no-lipschitz-constant", reason)
     margin, chosen = _tightest(logits, constant)
@@ -58,7 +55,7 @@ def constants(context: Context, task: Task[Lipschitz]) -> TaskOutcome:
             "margin_over_lipschitz": float(ratio[right].median()),
         }
     tensors = {"margin": margin, "lipschitz": chosen, "ratio": ratio, "clean_correct": right, "label": y}
-    return TaskOutcome(metrics, tensors=tensors | {"images": _places(context, task)})
+    return TaskOutcome(metrics, tensors=tensors | {"images": places})
 
 
 def _tightest(logits: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,13 +70,11 @@ def _tightest(logits: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
 def distances(context: Context, task: Task[Exact]) -> TaskOutcome:
     """Find exact distances of a few images within a time limit each, starting from the best attack."""
     asked = task.inputs.asked
-    model, norm = judged(context, task).cpu(), parse_norm(asked.norm)
-    x, y = chosen_images(context.dataset, "test", 0, asked.images)
-    images = as_float(x)
+    norm, (model, x, y, places) = parse_norm(asked.norm), _given(context, task, asked.images)
     generator = torch.Generator().manual_seed(asked.images)
-    attacked = attacks.run(model, images, y, attacks.nearest, Threat(norm), generator=generator, batch_size=100)
+    attacked = attacks.run(model, x, y, attacks.nearest, Threat(norm), generator=generator, batch_size=100)
     try:
-        found = bounds.exact(model, images, y, norm, x_adv=attacked.x_adv, seconds=asked.seconds)
+        found = bounds.exact(model, x, y, norm, x_adv=attacked.x_adv, seconds=asked.seconds)
     except Unsupported as reason:
         return _without("no-exact-distance", reason)
     solved = torch.tensor([status != "time limit" for status in found.status])
@@ -90,14 +85,16 @@ def distances(context: Context, task: Task[Exact]) -> TaskOutcome:
         "attack": attacked.distance,
         "clean_correct": attacked.clean_correct,
         "label": y,
-        "images": _places(context, task),
+        "images": places,
     }
     metrics: dict[str, float | None] = {"solved": float(solved.double().mean())}
     return TaskOutcome(metrics, tensors=tensors, times={"search": float(found.seconds.sum())})
 
 
-def _places(context: Context, task: Task[Certify] | Task[Lipschitz] | Task[Exact]) -> Tensor:
-    return chosen_places(context.dataset, "test", 0, task.inputs.asked.images)
+def _given(context: Context, task: Task[Judged], images: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Return the network on the CPU, and its first images with their labels and places."""
+    x, y = chosen_images(context.dataset, "test", 0, images)
+    return judged(context, task).cpu(), as_float(x), y, chosen_places(context.dataset, "test", 0, images)
 
 
 def _without(name: str, reason: Unsupported) -> TaskOutcome:

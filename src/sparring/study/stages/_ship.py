@@ -74,16 +74,7 @@ def ship(context: Context, task: Task[Ship]) -> TaskOutcome:
     found = deploy.ship_report(
         model, packed, images, y, inputs.attack.attack, inputs.attack.threat, decisions=inputs.decisions
     )
-    metrics: dict[str, float | None] = {
-        "accuracy_model": found.accuracy_model,
-        "accuracy_packed": found.accuracy_packed,
-        "agreement": found.agreement,
-        "logit_error": found.logit_error,
-        "robust_model": found.robust_model,
-        "robust_packed": found.robust_packed,
-        "robust_transfer": found.robust_transfer,
-        "robust_decision": found.robust_decision,
-    }
+    metrics: dict[str, float | None] = {n: share for n, share in vars(found).items() if not isinstance(share, Tensor)}
     tensors = {"stands_model": found.stands_model, "stands_packed": found.stands_packed, "label": y}
     tensors["images"] = chosen_places(context.dataset, "test", 0, inputs.images)
     flags = []
