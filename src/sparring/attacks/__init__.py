@@ -15,10 +15,9 @@ from .algorithms._losses import dlr
 from .algorithms._nearest import nearest
 from .algorithms._pgd import fgsm, pgd, rfgsm
 from .algorithms._square import square
-from .evaluation._audit import AuditRow, audit
-from .evaluation._cross_checks import check_budgets, check_order, check_silence, check_unlimited
-from .evaluation._flags import FLAGS, Flag
+from .evaluation._audit import AuditRow, audit, check_budgets, check_order, check_silence, check_unlimited
 from .evaluation._run import AttackResult, check_convergence, lend, robust_accuracy, run
+from .evaluation._sanity_checks import FLAGS, Flag
 from .evaluation._scoring import Attack, facts_of
 
 ATTACKS: dict[str, Attack] = {

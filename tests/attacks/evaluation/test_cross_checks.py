@@ -35,9 +35,9 @@ from sparring.attacks import (
     square,
     worst_case,
 )
-from sparring.attacks.evaluation._flags import exceeds
-from sparring.attacks.evaluation._flags import many as beyond
 from sparring.attacks.evaluation._run import lengthened
+from sparring.attacks.evaluation._sanity_checks import exceeds
+from sparring.attacks.evaluation._sanity_checks import many as beyond
 from sparring.errors import UserError
 from sparring.threat import L1, L2, LINF, Threat, distance
 

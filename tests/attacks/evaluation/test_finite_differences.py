@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparring.attacks import ATTACKS, robust_accuracy, run
 from sparring.attacks._gradients import logits_and_gradient, logits_and_pull
 from sparring.attacks.algorithms._losses import margin_loss
-from sparring.attacks.evaluation._finite_differences import Differences, blind_pixels
+from sparring.attacks.evaluation._bpda import Differences, blind_pixels
 from sparring.outputs import opened
 from sparring.sparsity import TopK
 from sparring.threat import L2, LINF, Threat

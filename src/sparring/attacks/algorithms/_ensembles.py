@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ...outputs import opening
 from ...threat import L1, L2, LINF, distance
 from .._gradients import Probe
-from ..evaluation._bpda import has_masked_gradients, is_stochastic
-from ..evaluation._finite_differences import Differences
+from ..evaluation._bpda import Differences, has_masked_gradients, is_stochastic
 from ..evaluation._scoring import Attack
 from ._apgd import apgd
 from ._deepfool import deepfool

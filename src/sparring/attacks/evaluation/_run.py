@@ -22,16 +22,16 @@ from .._gradients import Probe, frozen
 from ..algorithms._projections import select
 from ..fastpath._convnet import read_convolved
 from ..fastpath._mlp import ByHand, read_dense
-from ._bpda import dense_copy, has_masked_gradients, is_stochastic, seeded, split_at_draw
-from ._finite_differences import blind_pixels
-from ._flags import Flag, exceeds
+from ._bpda import blind_pixels, dense_copy, has_masked_gradients, is_stochastic, seeded, split_at_draw
 from ._sanity_checks import (
+    Flag,
     check_inputs,
     check_losses,
     check_mode,
     check_model,
     check_targets,
     check_threat,
+    exceeds,
     is_random,
     state_of,
 )

@@ -18,9 +18,8 @@ from .._gradients import ROWS_AT_ONCE, Probe
 from ..algorithms._losses import dlr, is_answer
 from ..algorithms._pgd import pgd
 from ..algorithms._projections import column, select
-from ._bpda import seeded, straight_through
-from ._finite_differences import Differences
-from ._flags import Flag
+from ._bpda import Differences, seeded, straight_through
+from ._sanity_checks import Flag
 
 TOLERANCE = 1e-6
 # Factors by which a perturbation is tried shorter and longer where a model draws.
