@@ -1,4 +1,4 @@
-"""Gradients that are hidden, random or partly missing: how an attack sees through without knowing the classes of layers.
+"""Gradients that are hidden, random or partly missing: how an attack sees through, whatever the classes of layers.
 
 What nobody can find out by looking, a layer of the base class `Declared` says of itself. Where a branch is cut from the
 graph, autograd's gradient is right about some pixels and silent about others, neither zero nor unstable: finite
