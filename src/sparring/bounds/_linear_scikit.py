@@ -37,10 +37,8 @@ def linear_path(
     """
     pixels, targets = _problem(x, y, loss, penalty)
     everywhere = np.ones((len(targets), pixels.shape[1]), dtype=np.bool_)
-    return [
-        _as_model(_fit(_estimator(loss, penalty, strength, iterations, tolerance, seed), pixels, targets, everywhere))
-        for strength in strengths
-    ]
+    estimators = (_estimator(loss, penalty, strength, iterations, tolerance, seed) for strength in strengths)
+    return [_fitted(estimator, pixels, targets, everywhere) for estimator in estimators]
 
 
 def linear_pruned(
@@ -72,9 +70,7 @@ def linear_pruned(
         count = max(1, round((1 - sparsity) * sizes.shape[1]))
         keep = np.zeros_like(sizes, dtype=np.bool_)
         np.put_along_axis(keep, np.argsort(-sizes, axis=1, kind="stable")[:, :count], True, axis=1)
-        models.append(
-            _as_model(_fit(_estimator(loss, "l2", strength, iterations, tolerance, seed), pixels, targets, keep))
-        )
+        models.append(_fitted(_estimator(loss, "l2", strength, iterations, tolerance, seed), pixels, targets, keep))
     return models
 
 
@@ -90,15 +86,22 @@ def _problem(x: Tensor, y: Tensor, loss: str, penalty: str) -> tuple[csr_matrix,
     return csr_matrix(x.double().flatten(1).numpy()), np.stack([y.numpy() == label for label in labels])
 
 
-def _fit(
+def _fitted(
     estimator: LogisticRegression | LinearSVC, pixels: csr_matrix, targets: NDArray[np.bool_], keep: NDArray[np.bool_]
-) -> tuple[Tensor, Tensor]:
-    """Train one against the rest, each on the pixels it keeps; return weights (targets, pixels) and biases."""
-    weight, bias = np.zeros(keep.shape), np.zeros(len(keep))
+) -> nn.Sequential:
+    """Train one against the rest, each on the pixels it keeps, and return them as a model."""
+    weights, biases = np.zeros(keep.shape), np.zeros(len(keep))
     for row, (target, kept) in enumerate(zip(targets, keep, strict=True)):
         estimator.fit(pixels if kept.all() else pixels[:, kept], target)
-        weight[row, kept], bias[row] = estimator.coef_[0], estimator.intercept_[0]
-    return torch.from_numpy(weight), torch.from_numpy(bias)
+        weights[row, kept], biases[row] = estimator.coef_[0], estimator.intercept_[0]
+    weight, bias = torch.from_numpy(weights), torch.from_numpy(biases)
+    if len(weight) == 1:
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    layer = nn.Linear(weight.shape[1], len(weight))
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return nn.Sequential(nn.Flatten(), layer)
 
 
 def _estimator(
@@ -116,14 +119,3 @@ def _estimator(
     if estimator.get_params().get("penalty", "deprecated") == "deprecated":  # scikit-learn 1.8 and later
         return estimator.set_params(l1_ratio=float(penalty == "l1"))
     return estimator.set_params(penalty=penalty)
-
-
-def _as_model(fitted: tuple[Tensor, Tensor]) -> nn.Sequential:
-    weight, bias = fitted
-    if len(weight) == 1:
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    layer = nn.Linear(weight.shape[1], len(weight))
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
-    return nn.Sequential(nn.Flatten(), layer)

@@ -144,8 +144,3 @@ def cut_planes(shape: Shape, stride: Pair, pool: int, lanes: int, most: int) -> 
     span = across[-1] + lanes
     starts = [(y, x // step) for y in cover(shape[1], rows) for x in cover(width, span)]
     return Cut(lanes, tuple(read), tuple(groups), tuple(stored), tuple(starts), halve=step == 2)
-
-
-def cut_scalars(shape: Shape, stride: Pair, pool: int, most: int) -> Cut:
-    """Cut an output pixel by pixel, for geometries whose rows make no vectors."""
-    return cut_tiles(shape, stride, pool, 1, most)

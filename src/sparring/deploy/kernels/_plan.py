@@ -14,7 +14,7 @@ from .._program import Pair, Program, Scale, Shape, Snap, Sparse
 from ._abi import Call, Layout, Table, Tiling, kernel_call
 from ._elementwise import Largest, Narrow, Pack, Pointwise, PoolMax, Unpack
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View
-from ._layout import Buffer, Cut, cut_planes, cut_scalars, cut_tiles, offsets_of
+from ._layout import Buffer, Cut, cut_planes, cut_tiles, offsets_of
 from ._matmul import AHEAD, MOST_PLACES, Tile, lookup_call, rows_call
 from ._native import host_registers
 
@@ -287,7 +287,7 @@ class Planner:
             cut = cut_planes(shape, task.op.stride, pool, lanes, choice.accumulators)
             if cut is not None and lanes <= choice.lanes:
                 return cut
-        return cut_scalars(shape, task.op.stride, pool, 1 if flat else 8)
+        return cut_tiles(shape, task.op.stride, pool, 1, 1 if flat else 8)  # pixel by pixel
 
 
 def sources_of(task: Task) -> list[int]:
