@@ -16,7 +16,7 @@ from ...errors import PlanError
 from ...files import canonical_json, sha256_bytes, sha256_file
 from ...plugins import code_hash
 from ...records import Cell, Kind, pruning_kind
-from ..runner._executors import AnyTask, Task
+from ..runner._executors import AnyTask, Task, whole_table
 from ..stages import _inputs as stages
 from ..stages._inputs import Adversary, Inputs, Judged, Network
 from ..stages._kernel_choice import goes_packed
@@ -66,12 +66,13 @@ class Work:
 
     def add(self, inputs: Inputs, *parents: str) -> str:
         """Add a task unless its equal is there, and return its key."""
-        code = {name: self._code_of(name) for name in sorted(_users_names(inputs.table()))}
-        task = Task("", inputs, parents, code)
-        table = task.table()
+        own = inputs.table()
+        code = {name: self._code_of(name) for name in sorted(_users_names(own))}
+        table = whole_table(own, parents, code)
         version = versions(inputs.stage, table)[-1]
         key = _key(inputs.stage, version, table, torch.__version__, self.device.split(":")[0])
-        self.tasks.setdefault(key, replace(task, key=key))
+        if key not in self.tasks:
+            self.tasks[key] = Task(key, inputs, parents, code)
         return key
 
     def _code_of(self, name: str) -> str:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, TypeVar
@@ -48,8 +48,12 @@ class Task(Generic[Asked]):
 
     def table(self) -> dict[str, Any]:
         """Return everything that the result depends on, as records hold it."""
-        found = {**self.inputs.table(), "parents": list(self.parents), "code": dict(self.code)}
-        return {name: value for name, value in found.items() if value or name not in ("parents", "code")}
+        return whole_table(self.inputs.table(), self.parents, self.code)
+
+
+def whole_table(inputs: dict[str, Any], parents: Sequence[str], code: Mapping[str, str]) -> dict[str, Any]:
+    """Return a task's inputs with its parents and hashes of a user's code, where it has some."""
+    return {**inputs, **({"parents": list(parents)} if parents else {}), **({"code": dict(code)} if code else {})}
 
 
 @dataclass(frozen=True)

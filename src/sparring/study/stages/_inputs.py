@@ -40,6 +40,8 @@ class Part:
 
 
 def _plain(value: Any) -> Any:
+    if value is None or type(value) in (str, int, float, bool):  # nearly all are, and there are millions
+        return value
     if isinstance(value, Part):
         return value.table()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
