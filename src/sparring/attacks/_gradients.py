@@ -134,7 +134,7 @@ def logits_and_pull(model: nn.Module, x: Tensor, weigh: Callable[[Tensor], Tenso
         return _by_autograd(model, x, weigh)
     weights = weigh(logits)
     if probe is not None:
-        probe.backwards += weights.shape[:-1].numel()
+        probe.backwards += math.prod(weights.shape[:-1])
     return logits, _finite(back(weights))
 
 
