@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...outputs import precision
 from ...threat import Threat, diameter, norm_name
 from .._gradients import logits_and_gradient
-from ..algorithms._losses import cross_entropy, is_answer, margin_loss
+from ..algorithms._losses import Objective, cross_entropy, is_answer, margin_loss
 
 # Layers that answer differently in training mode.
 _MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
@@ -110,15 +110,12 @@ def check_inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return x, y
     if low >= -_ROUNDING and high <= 1 + _ROUNDING:
         return x.clamp(0, 1), y
-    raise UserError(
-        f"images must lie in [0, 1] but span [{low:.9g}, {high:.9g}]; "
-        + (
-            "clip what resizing or compression left outside: x.clamp(0, 1)"
-            if low >= -0.1 and high <= 1.1
-            else "divide 8-bit images by 255, and make normalisation the model's first layer instead of applying it to "
-            "the images"
-        )
+    way_out = (
+        "divide 8-bit images by 255, and make normalisation the model's first layer instead of applying it to them"
     )
+    if low >= -0.1 and high <= 1.1:
+        way_out = "clip what resizing or compression left outside: x.clamp(0, 1)"
+    raise UserError(f"images must lie in [0, 1] but span [{low:.9g}, {high:.9g}]; {way_out}")
 
 
 def check_targets(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None) -> None:
@@ -130,10 +127,7 @@ def check_targets(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None
             f"targets must be int64 of shape {tuple(y.shape)}, not {targets.dtype} of shape {tuple(targets.shape)}"
         )
     with torch.no_grad():
-        classes = model(x[:1]).shape[-1]
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= classes:
-        raise UserError(f"targets span {low} to {high} but the model has {classes} classes")
+        _check_classes("targets", targets, model(x[:1]))
     own = int((targets == y).sum())
     if own:
         raise UserError(f"{own} images have their own class as target; leave them out, or choose another class")
@@ -154,13 +148,8 @@ def check_mode(model: nn.Module) -> tuple[Flag, ...]:
     kinds = sorted({type(m).__name__ for m in model.modules() if m.training and isinstance(m, _MODAL)})
     if not kinds:
         return ()
-    return (
-        Flag(
-            "training-mode",
-            f"{', '.join(kinds)} in training mode; the model was attacked in eval mode and set back: "
-            "call model.eval() before measuring anything else",
-        ),
-    )
+    what = f"{', '.join(kinds)} in training mode; the model was attacked in eval mode and set back"
+    return (Flag("training-mode", f"{what}: call model.eval() before measuring anything else"),)
 
 
 def check_losses(
@@ -177,10 +166,8 @@ def check_losses(
         lower = int((margin_loss(model(x_adv), y, targets) < margin_loss(model(x), y, targets)).sum())
     if not many(lower, len(x), share=_MANY):
         return ()
-    detail = (
-        f"{lower} of {len(x)} images it failed on ended further from a success; take smaller steps, or several attacks"
-    )
-    return (Flag("loss-not-increasing", detail),)
+    what = f"{lower} of {len(x)} images it failed on ended further from a success"
+    return (Flag("loss-not-increasing", f"{what}; take smaller steps, or several attacks"),)
 
 
 def check_model(model: nn.Module, x: Tensor, y: Tensor, *, random: bool) -> tuple[Flag, ...]:
@@ -190,19 +177,15 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, *, random: bool) -> tupl
     """
     with torch.no_grad():
         logits = model(x[:_SAMPLE])
-    _check_logits(logits, y)
+        alone = logits[:1] if random else model(x[:1])
+    _check_classes("labels", y, logits)
+    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+        raise UserError("the outputs look like probabilities; remove the model's final softmax so it returns logits")
     x, y = x[:_SAMPLE], y[:_SAMPLE]
     flags = []
-    if not random:
-        with torch.no_grad():
-            alone = model(x[:1])
-        if _differ(alone, logits[:1]):
-            flags.append(
-                Flag(
-                    "batch-dependent",
-                    "the first image's logits change when it comes alone; make normalisation use running statistics",
-                )
-            )
+    if _differ(alone, logits[:1]):
+        what = "the first image's logits change when it comes alone"
+        flags.append(Flag("batch-dependent", f"{what}; make normalisation use running statistics"))
     answered = is_answer(logits)
     x, y, logits = x[answered], y[answered], logits[answered]
     right = logits.argmax(1) == y
@@ -219,24 +202,15 @@ def is_random(model: nn.Module, x: Tensor) -> bool:
         return _differ(model(x[:_SAMPLE]), model(x[:_SAMPLE]))
 
 
-def zero_gradient_share(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return the share of images at which the margin has no gradient at all, from the first 32."""
-    _, gradient = logits_and_gradient(model, x[:_SAMPLE], margin_loss, y[:_SAMPLE])
-    return float((gradient.flatten(1) == 0).all(1).double().mean())
-
-
 def state_of(model: nn.Module) -> list[tuple[int, int]]:
     """Return what changes when parameters or buffers do: the place and the version of each tensor."""
     return [(tensor.data_ptr(), tensor._version) for tensor in (*model.parameters(), *model.buffers())]
 
 
-def _check_logits(logits: Tensor, y: Tensor) -> None:
-    low, high = int(y.min()), int(y.max())
+def _check_classes(what: str, labels: Tensor, logits: Tensor) -> None:
+    low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:
-        raise UserError(f"labels span {low} to {high} but the model has {logits.shape[1]} classes")
-    sums = logits.sum(1)
-    if bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
-        raise UserError("the outputs look like probabilities; remove the model's final softmax so it returns logits")
+        raise UserError(f"{what} span {low} to {high} but the model has {logits.shape[1]} classes")
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:
@@ -246,17 +220,18 @@ def _differ(first: Tensor, second: Tensor) -> bool:
 
 
 def _gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
-    dead = zero_gradient_share(model, x, y)
-    if dead > _MANY:
+    """Return a flag if the margin, or at least the cross-entropy, has no gradient at all at many images."""
+
+    def dead(objective: Objective) -> float:
+        _, gradient = logits_and_gradient(model, x, objective, y)
+        return float((gradient.flatten(1) == 0).all(1).double().mean())
+
+    if (share := dead(margin_loss)) > _MANY:
         way_out = "`run` adds a secant backward pass where a layer is dead, else finite differences; see also square"
-        return [Flag("zero-gradients", f"at {dead:.0%} of the images; {way_out}")]
-    _, gradient = logits_and_gradient(model, x, cross_entropy, y)
-    saturated = float((gradient.flatten(1) == 0).all(1).double().mean())
-    if saturated > _MANY:
-        detail = (
-            f"the cross-entropy has no gradient at {saturated:.0%} of the images; trust attacks on the margin alone"
-        )
-        return [Flag("logit-scale", detail)]
+        return [Flag("zero-gradients", f"at {share:.0%} of the images; {way_out}")]
+    if (share := dead(cross_entropy)) > _MANY:
+        what = f"the cross-entropy has no gradient at {share:.0%} of the images"
+        return [Flag("logit-scale", f"{what}; trust attacks on the margin alone")]
     return []
 
 
