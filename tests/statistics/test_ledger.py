@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,7 +183,7 @@ def test_a_row_that_was_written_is_judged_again_from_what_it_says():
         ask(claim(primary=True, origin="paper"), measured(0.2), curve=(measured(0.1),), choices=3),
         ask(claim("none", 2.0, unit="%", log=True), measured(0.01)),
         ask(claim("not above", 2.0, unit="%"), None),
-        ask(claim(), measured(0.1, seeds=1), doubt="partial-gradients", failed=(0.02, 0.0)),
+        replace(ask(claim(), measured(0.1, seeds=1), doubt="partial-gradients"), failed=(0.02, 0.0)),
     ]
     flat = json.loads(json.dumps([row.as_dict() for row in judge(asked, study="s")]))
     again = [row.as_dict() for row in judge([reread(row) for row in flat], study="s")]

@@ -340,8 +340,7 @@ def csv_rows(findings: Findings) -> list[dict[str, Any]]:
                 mean, low, high = summary(measure, one)
                 row = who | {"metric": METRICS[measure.role], "attack": measure.label or None, "eps": measure.eps}
                 row |= {"norm": measure.norm or None, "split": measure.split, "value": mean, "low": low, "high": high}
-                failed = None if one.failed is None else float(one.failed.mean())
-                rows.append(row | {"images": len(one.images), "failed": failed})
+                rows.append(row | {"images": len(one.images), "failed": None if one.failed is None else one.missed})
         known = ((name, network.metric(name)) for name in SCALARS)
         rows += [who | {"metric": name, "value": value} for name, value in known if value is not None]
     return rows

@@ -81,13 +81,7 @@ class Question:
 
 
 def ask(
-    claim: Claim,
-    effect: Effect | None,
-    *,
-    curve: Sequence[Effect] = (),
-    choices: int = 1,
-    doubt: str = "",
-    failed: tuple[float, float] = (0.0, 0.0),
+    claim: Claim, effect: Effect | None, *, curve: Sequence[Effect] = (), choices: int = 1, doubt: str = ""
 ) -> Question:
     """Return a question with its p-values.
 
@@ -97,7 +91,7 @@ def ask(
     p-values are multiplied by it.
     """
     if effect is None or effect.seeds == 1:
-        return Question(claim, effect, doubt=doubt, failed=failed)
+        return Question(claim, effect, doubt=doubt)
     every = (effect, *curve)
     p = min(1.0, effect.p * choices)
     against = p if claim.expects == "none" or effect.estimate > 0 else 1.0  # of a claim that there is none
@@ -111,7 +105,7 @@ def ask(
         done = max(p, small)
         if effect.estimate > 0 or not curve:  # a loss at the chosen sparsity leaves open whether another one gains
             done = min(done, choices * beyond(effect, claim.limit))
-    return Question(claim, effect, p, small, against, done, doubt, failed)
+    return Question(claim, effect, p, small, against, done, doubt)
 
 
 @dataclass(frozen=True)

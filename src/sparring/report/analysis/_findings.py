@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -158,8 +158,7 @@ def _result(
 ) -> Result | None:
     """Compare a method with the dense control on the seeds and images that both have."""
     usable = {who: one for who, one in held.items() if one.bottom.any()}
-    label = study.control(method)
-    control = {seed: one for (name, _, seed), one in usable.items() if name == label}
+    control = {seed: one for (name, _, seed), one in usable.items() if name == study.control(method)}
     by_sparsity: dict[float, dict[int, PerImage]] = {}
     for (name, sparsity, seed), one in sorted(usable.items()):
         if name == method and seed in control:
@@ -190,12 +189,8 @@ def _result(
         control_by_seed=tuple(dense.mean(axis=1)),
         gains=gains,
         left_out=tuple(s for s in by_sparsity if s not in kept),
-        medians=()
-        if measure.is_share
-        else tuple(float(np.mean([np.median(one.top[one.bottom > 0]) for one in part])) for part in groups),
-        failed=tuple(float(np.mean([_failed(one) for one in part])) for part in groups)
-        if measure.role in ("distance", "distance-correct")
-        else (),
+        medians=() if measure.is_share else _means(groups, lambda one: np.median(one.top[one.bottom > 0])),
+        failed=_means(groups, lambda one: one.missed) if measure.role in ("distance", "distance-correct") else (),
         margin=_margin(measure, log, margins_of(study)),
     )
 
@@ -206,8 +201,8 @@ def _level(one: NDArray[np.float64], measure: Measure) -> Effect:
     return replace(level, low=max(level.low, 0.0), high=min(level.high, 1.0)) if measure.is_share else level
 
 
-def _failed(one: PerImage) -> float:
-    return 0.0 if one.failed is None else float(one.failed.mean())
+def _means(groups: Sequence[Sequence[PerImage]], of: Callable[[PerImage], float]) -> tuple[float, ...]:
+    return tuple(float(np.mean([of(one) for one in seeds])) for seeds in groups)
 
 
 def difference(findings: Findings, measure: Measure, one: tuple[str, float], other: tuple[str, float]) -> Effect | None:

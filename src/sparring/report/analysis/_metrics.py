@@ -137,6 +137,11 @@ class PerImage:
         return float(self.top.sum() / self.bottom.sum())
 
     @property
+    def missed(self) -> float:
+        """Return the share of images on which the search failed."""
+        return 0.0 if self.failed is None else float(self.failed.mean())
+
+    @property
     def found(self) -> Floats:
         """Return the values, infinite where an image does not count or the search failed."""
         missed = self.bottom == 0 if self.failed is None else (self.bottom == 0) | (self.failed > 0)
