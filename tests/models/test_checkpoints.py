@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import decimal
+import functools
 import os
 import pickle
 import warnings
@@ -18,7 +21,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from sparring.errors import UserError
 from sparring.models import plain_weights, read_checkpoint
 from sparring.models._checkpoints import chosen
-from sparring.models._unpickle import branches, unpickled
+from sparring.models._unpickle import Refused, branches, can_be_written, is_harmless, unpickled
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -36,6 +39,20 @@ class Settings:
 
     def __init__(self) -> None:
         self.lr, self.history = 0.1, [1, 2]
+
+    def look(self) -> float:
+        return self.lr
+
+    class Items(dict[str, Any]):
+        """A class of dictionaries, as configurations are."""
+
+
+class Nothing:
+    """A class whose objects have no state."""
+
+
+CYCLE: dict[str, Any] = {"state_dict": STATE}
+CYCLE["again"] = CYCLE
 
 
 KEPT: dict[str, tuple[Any, str]] = {
@@ -55,6 +72,28 @@ KEPT: dict[str, tuple[Any, str]] = {
     "averaged": ({"model_ema": OTHER, "model_state_dict": STATE, "best": torch.tensor(0.9)}, "model_state_dict"),
     "only averaged": ({"ema": {"module": STATE, "decay": 0.99}, "optimizer": OPTIMISER}, "ema.module"),
     "compiled and parallel": ({f"_orig_mod.module.{name}": value for name, value in STATE.items()}, ""),
+    "swa": ({f"module.{name}": value for name, value in STATE.items()} | {"n_averaged": torch.tensor(3)}, ""),
+    "beside moments": ({"mean": torch.zeros(3), "std": torch.ones(3), "model": STATE}, "model"),
+    "in two parts": ({"model": {"head": {"weight": torch.ones(2)}, "backbone": STATE}}, "model.backbone"),
+    "in a tuple": ((STATE, OPTIMISER), "0"),
+    "classes of dictionaries": (
+        Settings.Items(state_dict=Settings.Items(STATE), more=Settings.Items(a=1)),
+        "state_dict",
+    ),
+    "plain types": (
+        {
+            "model": STATE,
+            "nothing": Nothing(),
+            "factory": functools.partial(nn.LayerNorm, eps=1e-6),
+            "seen": collections.defaultdict(list, a=[1]),
+            "last": collections.deque([1, 2], maxlen=3),
+            "types": (int, slice(1, 2), range(3), frozenset([1]), decimal.Decimal(1)),
+            "method": Settings().look,
+            "adam": torch.optim.Adam(network().parameters()),
+        },
+        "model",
+    ),
+    "holds itself": (CYCLE, "state_dict"),
     "whole module": (network(), ""),
     "module inside": ({"net": nn.DataParallel(network())}, "net"),
 }
@@ -81,6 +120,37 @@ def test_one_of_several_sets_by_its_key(tmp_path: Path) -> None:
     assert "model_state_dict" in found.others
     with pytest.raises(UserError, match=r"no weights under 'emma'; it has .*'model_ema'"):
         read_checkpoint(tmp_path / "it.pth", key="emma")
+
+
+def test_one_of_several_networks_in_one_set_by_its_prefix() -> None:
+    both = {f"student.{n}": v for n, v in STATE.items()} | {f"teacher.{n}": v for n, v in OTHER.items()}
+    assert torch.equal(chosen({"model": both}, key="teacher").tensors["0.weight"], OTHER["0.weight"])
+    assert torch.equal(chosen({"model": both}, key="model.student").tensors["0.weight"], STATE["0.weight"])
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "posix.system", "builtins.eval", "builtins.len", "pathlib.os.system", "random._os.system"]
+)
+def test_what_python_itself_can_do_is_no_settings(name: str) -> None:
+    assert not is_harmless(name)
+    assert is_harmless("yolo.os.system")  # nothing of other packages is imported
+
+
+@pytest.mark.parametrize("names", [{1: STATE["0.bias"], "1": STATE["0.bias"]}, {"a\nb": torch.ones(1)}])
+def test_names_that_cannot_be_kept_are_refused(names: dict[Any, Tensor], tmp_path: Path) -> None:
+    torch.save(names, tmp_path / "it.pth")
+    with pytest.raises(Refused, match="it holds the name"):
+        list(branches(unpickled(tmp_path / "it.pth")))
+
+
+def test_tensors_that_cannot_be_written_are_refused_where_they_are_taken() -> None:
+    assert can_be_written(torch.ones(2, 0)) and can_be_written(torch.tensor(3))
+    bad = (torch.eye(3).to_sparse(), torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex128))
+    assert not any(can_be_written(value) for value in bad)
+    groups = {"state_dict": STATE, "index": {"w": bad[1]}}  # as `_groups` marks them
+    assert chosen(groups).key == "state_dict"
+    with pytest.raises(LookupError, match=r"holds 'w' sparse, quantised"):
+        chosen(groups, key="index")
 
 
 class Bomb:
@@ -126,6 +196,36 @@ def _prune(module: nn.Module) -> None:
     prune.random_unstructured(module, "weight", 0.5)  # type: ignore[no-untyped-call]
 
 
+def test_an_optimiser_holds_no_weights() -> None:
+    assert not list(branches({"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}))
+
+
+def test_shared_dictionaries_are_read_once() -> None:
+    laugh: dict[str, Any] = {"w": torch.ones(2)}
+    for _ in range(5):
+        laugh = {str(at): laugh for at in range(99)}
+    assert len(list(branches(laugh))) == 1
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"proj_g": torch.ones(3, 1), "proj_v": torch.ones(3, 3)},
+        {"weight_g": torch.ones(9, 1), "weight_v": torch.ones(1, 9)},
+        {"weight_orig": torch.ones(9, 1), "weight_mask": torch.ones(1, 9)},
+        {"weight_orig": torch.ones(3, 3), "weight_u": torch.ones(2), "weight_v": torch.ones(3)},
+        {"weight_g": torch.ones(3, 1, dtype=torch.int64), "weight_v": torch.ones(3, 3)},
+    ],
+)
+def test_what_only_looks_like_a_reparametrisation_stays(found: dict[str, Tensor]) -> None:
+    assert plain_weights(found) == (found, ())
+
+
+def test_as_is_nothing_is_folded() -> None:
+    state = {f"module.{n}": v for n, v in parametrizations.weight_norm(nn.Linear(3, 2)).state_dict().items()}
+    assert chosen({"": state}, as_is=True).tensors == state
+
+
 WAYS: dict[str, Callable[[nn.Module], object]] = {
     "prune": _prune,
     "weight_norm": lambda module: weight_norm(module),
@@ -138,6 +238,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 6)),
     "convolution": (lambda: nn.Conv2d(3, 4, 3), (2, 3, 5, 5)),
     "transposed convolution": (lambda: nn.ConvTranspose2d(3, 4, 3), (2, 3, 5, 5)),
+    "square transposed convolution": (lambda: nn.ConvTranspose2d(4, 4, 3), (2, 4, 5, 5)),
 }
 
 
@@ -150,8 +251,9 @@ def test_reparametrised_weights_become_those_that_forward_uses(way: str, layer: 
         warnings.simplefilter("ignore", FutureWarning)
         original = make()
         WAYS[way](original)
-    original.eval()
     x: Tensor = torch.randn(shape)
+    original(x)
+    original.eval()
     tensors, notes = plain_weights(original.state_dict())
     plain = make()
     plain.load_state_dict(tensors)

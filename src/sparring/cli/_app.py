@@ -237,12 +237,15 @@ def train(how: TrainOptions, data: DataSource, fit: FitOptions) -> None:
 def convert(
     checkpoint: Annotated[Path, Argument(help="A file of torch.save's: .pt, .pth, .ckpt or .bin.")],
     out: Annotated[Path, Argument(help="The .safetensors file to write.")],
-    key: Annotated[str | None, Option(help="Which of several sets of weights, as model_ema.")] = None,
+    key: Annotated[str | None, Option(help="Which of several sets of weights, as model_ema, or of prefixes.")] = None,
+    as_is: Annotated[
+        bool, Option("--as-is", help="Keep names, masks and norms, for a network that has them itself.")
+    ] = False,
 ) -> None:
     """Read the weights of a checkpoint, without running what is in it, and write them to a safetensors file."""
     from ._train import run_convert
 
-    run_convert(checkpoint, out, key)
+    run_convert(checkpoint, out, key, as_is=as_is)
 
 
 @dataclass(frozen=True)

@@ -170,10 +170,10 @@ def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tens
     return text + (f", having pruned {moved['pruned']} and spliced back {moved['spliced']}" if len(moved) == 2 else "")
 
 
-def run_convert(checkpoint: Path, out: Path, key: str | None) -> None:
+def run_convert(checkpoint: Path, out: Path, key: str | None, *, as_is: bool) -> None:
     """Write a checkpoint's weights to a safetensors file and say where in it they stood and what became of names."""
     check_out(out, ".safetensors")
-    found = read_checkpoint(checkpoint, key=key)
+    found = read_checkpoint(checkpoint, key=key, as_is=as_is)
     save_tensors(out, found.tensors)
     at = f" under '{found.key}'" if found.key else ""
     count = sum(value.numel() for value in found.tensors.values())

@@ -18,9 +18,11 @@ from ..errors import UserError
 from ..files import MIB, explain, load_tensors
 
 LARGEST = 8192 * MIB
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
-# Where training tools keep the weights, the likeliest first; averaged weights only if there are no others.
-KEPT_UNDER = ("", "state_dict", "model_state_dict", "model", "net", "network", "params", "weights")
+# Where training tools keep the weights, the likeliest first, the outermost level after them, as a mean may stand there;
+# averaged weights only if there are no others.
+KEPT_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "")
 AVERAGED = ("ema", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema")
 NOT_WEIGHTS = ("optim", "scaler", "scheduler", "callbacks", "loops", "rng")
 
@@ -35,40 +37,58 @@ class Checkpoint:
     notes: tuple[str, ...]
 
 
-def read_checkpoint(path: str | Path, *, key: str | None = None) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, key: str | None = None, as_is: bool = False) -> Checkpoint:
     """Read the weights in a file of torch.save's (.pt, .pth, .ckpt, .bin), plain, nested or of a whole module.
 
     The file is unpickled in a process of its own, which imports and runs nothing that the file names, has bounded
-    memory and time, and returns tensors alone. `key` says which of several sets of weights to take, as "ema". Names and
-    reparametrised weights are made plain as `plain_weights` does. Raises UserError for a file that cannot be read
-    so, that names functions, holds no tensors, or lacks `key`.
+    memory and time, and returns tensors alone. `key` says which of several sets of weights to take, as "ema", or what
+    the names of one begin with, as "student". Names and reparametrised weights are made plain as `plain_weights` does,
+    except `as_is`. Raises UserError for a file that cannot be read so, that names functions, holds no tensors, or none
+    that safetensors can hold, or lacks `key`.
     """
     try:
-        return chosen(_groups(Path(path)), key=key)
+        return chosen(_groups(Path(path)), key=key, as_is=as_is)
     except LookupError as error:
         raise UserError(f"{path} {error.args[0]}") from error
 
 
-def chosen(groups: Mapping[str, dict[str, Tensor]], *, key: str | None = None) -> Checkpoint:
+def chosen(groups: Mapping[str, dict[str, Tensor]], *, key: str | None = None, as_is: bool = False) -> Checkpoint:
     """Return the likeliest of several sets of named tensors, or that under `key`, by plain names; LookupError if none.
 
-    Weights come before averaged weights, and these before sets under names that no tool is known to use.
+    Weights come before averaged weights, and these before sets under names that no tool is known to use, the largest
+    first.
     """
     weights = [name for name, group in groups.items() if _are_weights(name, group)]
-    if key is not None and key not in groups:
-        raise LookupError(f"has no weights under '{key}'; it has {_named(groups)}")
-    if not weights and key is None:
+    if key is None and not weights:
         raise LookupError("holds no named weights; save model.state_dict()")
-    taken = key if key is not None else min(weights, key=_rank)
-    tensors, notes = plain_weights(groups[taken])
-    return Checkpoint(tensors, taken, tuple(name for name in weights if name != taken), notes)
+    taken = key if key is not None else min(weights, key=lambda name: _rank(name, len(groups[name])))
+    found = groups[taken] if taken in groups else _beginning(groups, taken)
+    if not found:
+        raise LookupError(f"has no weights under '{key}'; it has {_named(groups)}")
+    bad = next((name for name, value in found.items() if value.is_meta), None)
+    if bad is not None:
+        raise LookupError(f"holds '{bad}' sparse, quantised, complex or without data; save it as a plain float tensor")
+    tensors, notes = (found, ()) if as_is else plain_weights(found)
+    return Checkpoint(dict(tensors), taken, tuple(name for name in weights if name != taken), notes)
 
 
-def _rank(name: str) -> tuple[int, int, int]:
-    """Order the places of weights: known names first, averages after them, outer before inner."""
+def _beginning(groups: Mapping[str, dict[str, Tensor]], start: str) -> dict[str, Tensor]:
+    """Return the tensors of the first set in which some names begin so, by the rest of their names."""
+    for at, group in groups.items():
+        full = {f"{at}.{name}".lstrip("."): value for name, value in group.items()}
+        found = {name.removeprefix(f"{start}."): full[name] for name in full if name.startswith(f"{start}.")}
+        if not found and at:
+            found = {name.removeprefix(f"{start}."): group[name] for name in group if name.startswith(f"{start}.")}
+        if found:
+            return found
+    return {}
+
+
+def _rank(name: str, size: int) -> tuple[int, int, int]:
+    """Order the places of weights: known names first, averages after them, large sets before small ones."""
     root = name.removesuffix(".module")
     known = [*KEPT_UNDER, *AVERAGED]
-    return (known.index(root) if root in known else len(KEPT_UNDER), name.count("."), len(name))
+    return (known.index(root) if root in known else len(known), -size, name.count("."))
 
 
 def _are_weights(name: str, group: Mapping[str, Tensor]) -> bool:
@@ -96,28 +116,32 @@ def _groups(path: Path) -> dict[str, dict[str, Tensor]]:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode:
             raise UserError(f"{path} is refused: {_reason(done)}")
-        names = json.loads(done.stdout.splitlines()[-1])
+        names, lost = json.loads(done.stdout.splitlines()[-1])
         tensors = load_tensors(target, limit=more)
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for name, value in tensors.items():
+    for name, value in [*tensors.items(), *((name, torch.empty(0, device="meta")) for name in lost)]:
         at, _, own = name.partition("/")
         groups[names[int(at)]][own] = value
-    return {name: group for name, group in groups.items() if group}
+    return groups
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return "unpacking it takes more time or memory than a checkpoint needs"
-    return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the process that read it died"
+    said = done.stderr.strip().splitlines()[-1:] or ["the process that read it died"]
+    return "".join(letter if letter.isprintable() else "?" for letter in said[0])
 
 
 def plain_weights(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return weights by the names of the plain network, and a note on each change.
 
-    Prefixes that every name has ("module.", "_orig_mod.", "model.") go; the pairs that torch.nn.utils.prune,
-    weight_norm and spectral_norm leave become the weights that forward() uses.
+    Prefixes that every name has ("module.", "_orig_mod.", "model.") go, and torch's count of averaged models; the pairs
+    that torch.nn.utils.prune, weight_norm and spectral_norm leave become the weights that forward() uses.
     """
     found, notes = dict(tensors), []
+    for name in [name for name in found if name.rpartition(".")[2] == "n_averaged"]:  # torch.optim.swa_utils
+        del found[name]
+        notes.append(f"left out '{name}', a count of averaged models")
     for prefix in _prefixes(found):
         found = {name.removeprefix(prefix): value for name, value in found.items()}
         notes.append(f"took the prefix '{prefix}' from every name")
@@ -143,30 +167,46 @@ def _prefixes(names: Mapping[str, object]) -> list[str]:
 
 def _apply_masks_(found: dict[str, Tensor]) -> list[str]:
     """Replace weight_orig and weight_mask by their product (torch.nn.utils.prune), in place."""
-    made = [
-        n.removesuffix("_orig") for n in found if n.endswith("_orig") and n.removesuffix("_orig") + "_mask" in found
-    ]
-    for name in made:
-        mask, original = found.pop(f"{name}_mask"), found.pop(f"{name}_orig")
-        found[name] = original * mask.to(original.dtype)
+    made = []
+    for name in [name.removesuffix("_orig") for name in found if name.endswith("_orig")]:
+        original, mask = found[f"{name}_orig"], found.get(f"{name}_mask")
+        if mask is not None and mask.shape == original.shape and _are_floats(original):
+            del found[f"{name}_mask"], found[f"{name}_orig"]
+            found[name] = original * mask.to(original.dtype)
+            made.append(name)
     return made
+
+
+def _are_floats(*tensors: Tensor) -> bool:
+    """Return whether tensors hold numbers of one kind that torch computes with."""
+    return tensors[0].dtype in FLOATS and all(value.dtype == tensors[0].dtype for value in tensors)
 
 
 def _apply_weight_norm_(found: dict[str, Tensor]) -> list[str]:
     """Replace a direction and its length by their product (Salimans and Kingma 2016), in place."""
-    pairs = {name.removesuffix("_g"): (name, name.removesuffix("_g") + "_v") for name in found if name.endswith("_g")}
+    pairs = {
+        name.removesuffix("_g"): (name, name.removesuffix("_g") + "_v")
+        for name in found
+        if name.endswith("_g") and "weight" in name.rpartition(".")[2]  # other parameters are called proj_g and proj_v
+    }
     for name in found:
         if name.endswith(".original0"):
             stem = name.removesuffix(".original0")
             pairs[stem.replace("parametrizations.", "")] = (name, f"{stem}.original1")
     made = []
     for name, (length, direction) in pairs.items():
-        if direction in found and found[length].dim() in (0, found[direction].dim()):
+        if direction in found and _is_length(found[length], found[direction]):
             g, v = found.pop(length), found.pop(direction)
             axes = [axis for axis in range(v.dim()) if g.dim() == 0 or g.shape[axis] == 1]
             found[name] = v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=g.dim() > 0))
             made.append(name)
     return made
+
+
+def _is_length(g: Tensor, v: Tensor) -> bool:
+    """Return whether there is a length for all of a direction, or one for each place along one of its axes."""
+    shapes = [(), *([n if axis == at else 1 for at, n in enumerate(v.shape)] for axis in range(v.dim()))]
+    return _are_floats(g, v) and list(g.shape) in map(list, shapes)
 
 
 def _apply_spectral_norm_(found: dict[str, Tensor]) -> list[str]:
@@ -183,8 +223,18 @@ def _apply_spectral_norm_(found: dict[str, Tensor]) -> list[str]:
     made = []
     for name, (original, left, right) in triples.items():
         if left in found and right in found:
-            w, u, v = found.pop(original), found.pop(left), found.pop(right)
-            matrix = w.flatten(1) if w.shape[0] == len(u) else w.transpose(0, 1).flatten(1)
-            found[name] = w / torch.dot(u, matrix @ v)
-            made.append(name)
+            w, u, v = found[original], found[left], found[right]
+            norms = [torch.dot(u, matrix @ v) for matrix in _as_matrices(w, u, v)]
+            if norms:
+                del found[original], found[left], found[right]
+                found[name] = w / max(norms)  # in the other form of a square one, u and v are no singular vectors
+                made.append(name)
     return made
+
+
+def _as_matrices(w: Tensor, u: Tensor, v: Tensor) -> list[Tensor]:
+    """Return the forms of a weight that take v to u: by outputs, which are the second axis of transposed ones."""
+    if w.dim() < 2 or not _are_floats(w, u, v):
+        return []
+    forms = (w.flatten(1), w.transpose(0, 1).flatten(1))
+    return [form for form in forms if u.shape == form.shape[:1] and v.shape == form.shape[1:]]

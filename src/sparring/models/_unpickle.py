@@ -1,53 +1,72 @@
 """Read a file of torch.save's and pass on tensors alone; run as a process of its own: python _unpickle.py IN OUT BYTES.
 
 torch's restricted unpickler runs nothing that the file names: classes that it does not know are replaced by inert ones,
-and a file that names functions of Python's own library (os.system, eval, ...) is refused. The process may take BYTES
+and a file that names what Python's own library does (os.system, eval, ...) is refused. The process may take BYTES
 of memory beyond what it has after its imports, write as much, and compute for a minute.
 """
 
 from __future__ import annotations
 
+import builtins
 import json
-import pickle
 import re
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 SECONDS = 60
 DEPTH = 6  # of dictionaries within dictionaries
+LONGEST = 1000  # letters in a name
+# Of Python's own library what settings are made of, besides the built-in types; the rest may do things.
 HARMLESS = {
-    "argparse",
-    "collections",
-    "datetime",
-    "enum",
-    "pathlib",
-    "types",
-}  # of Python's own; the rest may do things
+    *("argparse", "collections", "copyreg", "datetime", "decimal", "enum"),
+    *("fractions", "functools", "pathlib", "random", "types", "uuid"),
+}
 
 
 class Refused(Exception):
     """Say why a file is not read."""
 
 
-class Inert:
+class TakenForDict(type):
+    """Pass for `dict` where torch's unpickler asks by `==` whether it may set items: classes may inherit from it."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is dict or type.__eq__(cls, other)
+
+    __hash__ = type.__hash__
+
+
+class Inert(metaclass=TakenForDict):
     """Stand for an object of a class that is not imported: keep what it held, do nothing."""
 
-    def __new__(cls, *_args: Any, **_options: Any) -> Inert:
-        return object.__new__(cls)
+    items: dict[Any, Any]
+    state: Any
 
-    def __init__(self, *_args: Any, **_options: Any) -> None:
-        self.held: Any = {}
+    def __new__(cls, *_args: Any, **_options: Any) -> Inert:
+        made = object.__new__(cls)
+        made.items, made.state = {}, {}
+        return made
+
+    def __init__(self, *_args: Any, **_options: Any) -> None: ...
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        self.items[name] = value
 
     def __setstate__(self, state: Any) -> None:
-        self.held = state
+        self.state = state
+
+    @property
+    def held(self) -> dict[Any, Any]:
+        """Return attributes and items by name."""
+        return {**(self.state if isinstance(self.state, Mapping) else {}), **self.items}
 
 
 def limit(more: int) -> None:
@@ -67,34 +86,57 @@ def unpickled(path: Path) -> Any:
     except (ValueError, RuntimeError):  # the format before torch 1.6, or no such file at all
         names = []
     for name in names:
-        root = name.partition(".")[0]
-        if root in sys.stdlib_module_names and root not in HARMLESS:
-            raise Refused(f"it would run {name}: do not trust it")
-    inert: list[Any] = [(type("Inert", (Inert,), {}), name) for name in names]
-    with safe_globals(inert):
+        if not is_harmless(name):
+            own = "where you trust it, load it by torch.load(FILE, weights_only=False) and save model.state_dict()"
+            raise Refused(f"it would run {name}: do not trust it; {own}")
+    inert: list[Any] = [(type("Inert", (Inert,), {}), name) for name in names if name != "collections.deque"]
+    with safe_globals([*inert, (as_list, "collections.deque")]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def branches(found: Any, path: str = "", depth: int = DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield each group of named tensors in what was unpickled, and where it stands: "state_dict", "ema.module", ..."""
+def as_list(*_args: Any) -> list[Any]:
+    """Stand for a class whose items torch's unpickler appends, which it does to lists alone."""
+    return []
+
+
+def is_harmless(name: str) -> bool:
+    """Return whether what a file names is another package's, which is not imported, or a plain type of Python's own."""
+    *modules, own = name.split(".")
+    if modules == ["builtins"]:
+        return own == "getattr" or isinstance(getattr(builtins, own, None), type)  # getattr: enumerations and methods
+    python = [module.lstrip("_") for module in modules]
+    if not {modules[0], python[0]} & sys.stdlib_module_names:
+        return True
+    return python[0] in HARMLESS and not set(python[1:]) & (sys.stdlib_module_names - HARMLESS)
+
+
+def branches(
+    found: Any, path: str = "", depth: int = DEPTH, seen: set[int] | None = None
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield each group of named tensors in what was unpickled, once, and where: "state_dict", "ema.module", ..."""
+    if not isinstance(found, Inert | Mapping | list | tuple) or id(found) in (seen := seen or set()):
+        return
+    seen.add(id(found))
     if isinstance(found, Inert):
         module = module_state(found)
         if module:
             yield path, module
             return
-        found = found.held if isinstance(found.held, Mapping) else {}
-    if not isinstance(found, Mapping) or depth == 0:
+        found = found.held
+    if isinstance(found, list | tuple):
+        found = {at: value for at, value in enumerate(found) if not isinstance(value, Tensor)}
+    if depth == 0 or "param_groups" in found:  # of an optimiser
         return
-    own = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
+    own = {name: value.detach() for name, value in found.items() if isinstance(value, Tensor)}
     if own:
-        yield path, own
+        yield path, by_name((str(name), value) for name, value in own.items())
     for name, value in found.items():
-        yield from branches(value, f"{path}.{name}" if path else str(name), depth - 1)
+        yield from branches(value, f"{path}.{name}" if path else str(name), depth - 1, seen)
 
 
 def module_state(found: Inert, prefix: str = "") -> dict[str, Tensor]:
     """Return the state dict of a module that was pickled whole."""
-    held = found.held if isinstance(found.held, Mapping) else {}
+    held = found.held
     silent = held.get("_non_persistent_buffers_set") or ()
     own = {**(held.get("_parameters") or {}), **(held.get("_buffers") or {})}
     state = {prefix + k: v.detach() for k, v in own.items() if isinstance(v, Tensor) and k not in silent}
@@ -102,6 +144,25 @@ def module_state(found: Inert, prefix: str = "") -> dict[str, Tensor]:
         if isinstance(child, Inert):
             state |= module_state(child, f"{prefix}{name}.")
     return state
+
+
+def by_name(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return what is named, each by a name of its own that can be printed; raise Refused where names are no such."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found or len(name) > LONGEST or not name.isprintable():
+            raise Refused(f"it holds the name {name[:80]!r}, which is {'there twice' if name in found else 'no name'}")
+        found[name] = value
+    return found
+
+
+def can_be_written(value: Tensor) -> bool:
+    """Return whether safetensors holds such tensors: no quantised, sparse and complex ones, nor those without data."""
+    try:
+        save({"": value[(slice(1),) * value.dim()].clone(memory_format=torch.contiguous_format)})
+    except Exception:
+        return False
+    return value.dim() <= 8
 
 
 def reason(error: Exception) -> str:
@@ -115,21 +176,24 @@ def reason(error: Exception) -> str:
     name = re.search(r"GLOBAL (\S+)|(?:function|global|class|instantiate)\w* `?([\w.]+\.\w+)", text)
     if name is not None:
         return f"it names {name[1] or name[2]}, which would run or be imported; save model.state_dict()"
-    return f"it is no checkpoint that torch.save wrote ({text.splitlines()[0][:200] if text else type(error).__name__})"
+    what = ascii(text.splitlines()[0][:200]) if text else type(error).__name__
+    return f"it is no checkpoint that can be read so ({what}); if it loads where it was made, save model.state_dict()"
 
 
 def main(source: str, target: str, more: str) -> None:
-    """Write each group's tensors to a safetensors file, a JSON list of the groups' paths and names beside it."""
+    """Write the groups' tensors to a safetensors file; print paths, and names that it cannot hold, as JSON."""
     limit(int(more))
     try:
-        groups = list(branches(unpickled(Path(source))))
-        tensors = {f"{at}/{name}": value for at, (_, group) in enumerate(groups) for name, value in group.items()}
-        save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}, target)
+        groups = by_name(branches(unpickled(Path(source))))
+        tensors = {f"{at}/{name}": value for at, group in enumerate(groups.values()) for name, value in group.items()}
+        lost = [name for name, value in tensors.items() if not can_be_written(value)]
+        whole = {name: value for name, value in tensors.items() if name not in set(lost)}
+        save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in whole.items()}, target)
     except Refused as error:
         sys.exit(str(error))
-    except (pickle.UnpicklingError, MemoryError, RuntimeError, ValueError, LookupError, TypeError, OSError) as error:
+    except Exception as error:  # whatever a stranger's file makes of torch
         sys.exit(reason(error))
-    print(json.dumps([path for path, _ in groups]))
+    print(json.dumps([list(groups), lost]))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import load_tensors
-from ._checkpoints import plain_weights
+from ._checkpoints import FLOATS, plain_weights
 
-FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 OURS = "sparring/"  # what a model file holds besides weights
 COUNTERS = "num_batches_tracked"  # which checkpoints before torch 0.4.1 lack, and evaluation does not read
 
