@@ -30,7 +30,7 @@ def test_kernels_compile_for_every_kind_of_host(sparse_model, triple, processor,
         Planner(program, tasks_of(program), Layout(True, lanes, 4)),
         GradientPlanner(program, Layout(True, lanes, 4)),
     ]
-    calls = [call for planner in planners for call in planner.calls(lambda key: usual(lanes), lookup=False)]
+    calls = [call for planner in planners for call in planner.calls(lambda key: usual(lanes))]
     specs = {call.spec.name: call.spec for call in calls}
     assert any(isinstance(spec, Rows) for spec in specs.values())
     assert not any(isinstance(spec, Lookup) for spec in specs.values())  # which only AVX-512 has
@@ -44,7 +44,7 @@ def test_rows_are_grouped_by_length(sparse_model):
     """Few slots are empty: the kernel's work is what is kept."""
     program = compile_model(sparse_model("lenet-300-100", 0.1), (1, 28, 28))
     planner = Planner(program, tasks_of(program), Layout(False, 8))
-    calls = [c for c in planner.calls(lambda key: usual(8), lookup=False) if isinstance(c.spec, Rows)]
+    calls = [c for c in planner.calls(lambda key: usual(8)) if isinstance(c.spec, Rows)]
     slots = sum(call.tables[2].size for call in calls)
     weights = np.concatenate([call.tables[2].ravel() for call in calls])
     assert program.nonzeros == np.count_nonzero(weights)

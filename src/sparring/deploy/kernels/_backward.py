@@ -54,9 +54,9 @@ class GradientPlanner(Planner):
             buffer = replace(buffer, shape=shape, pad=(pad[0], pad[1]), step=op.stride)
         return self.reserve(buffer)
 
-    def calls(self, choose: Callable[[str], Tiling], *, lookup: bool) -> list[Call]:
+    def calls(self, choose: Callable[[str], Tiling]) -> list[Call]:
         """Return all kernel calls, forward then backward."""
-        forward = super().calls(choose, lookup=lookup)[:-1]
+        forward = super().calls(choose)[:-1]
         self.forward_calls = len(forward)
         _, tasks = self.pack_images()
         for task in tasks:
@@ -128,13 +128,12 @@ class GradientPlanner(Planner):
         return self.pointwise(upstream, target, self.shape3(value), other=other, gate=gate, scale=scale)
 
     def _back_layer(self, task: FusedLayer, upstream: Buffer) -> list[Call]:
-        flat = len(self.shapes[task.source]) == 1
         turned = FusedLayer(_transposed(task.op), 0, 0)
         target, other, gate = self._into(task.source)
         choice = usual(self.layout.lanes)
         shape: Shape = self.shapes[task.source]
         after: list[Call] = []
-        if flat:
+        if len(shape) == 1:
             features = (shape[0], 1, 1)
             if target.whole and self.buffers[self.base(task.source)].whole:
                 target = replace(target, shape=features)
@@ -144,7 +143,7 @@ class GradientPlanner(Planner):
                 base = self.shape3(self.base(task.source))
                 after = [self.pointwise(replace(plain, shape=base), target, base, other=other, gate=gate)]
                 target, other, gate = plain, None, None
-        call = self.sums(turned, upstream, target, choice, shape=shape, flat=flat, other=other, gate=gate)
+        call = self.sums(turned, upstream, target, choice, shape=shape, other=other, gate=gate)
         return [call, *after]
 
     def _back_pool(self, task: MaxPool, upstream: Buffer) -> list[Call]:

@@ -196,11 +196,11 @@ class Engine:
     def plan(self, layout: Layout) -> ExecutionPlan:
         """Return the plan for a layout, tuned and made when first asked for."""
         if layout not in self._plans:
-            planner = Planner(self._program, self._tasks, layout)
+            planner = Planner(self._program, self._tasks, layout, lookup=self._lookup)
             space = Workspace(planner.arena_bytes, fields_of({Run.UNIT + Unit.OWN: planner.common_bytes}))
             memory = space.arena, space.call_address + 8 * Run.UNIT
-            choose = tuned(planner, self._code, memory, lanes=self._lanes, lookup=self._lookup)
-            calls = planner.calls(choose, lookup=self._lookup)
+            choose = tuned(planner, self._code, memory, lanes=self._lanes)
+            calls = planner.calls(choose)
             self._plans[layout] = ExecutionPlan(self._program, planner, calls, self._code)
         return self._plans[layout]
 
@@ -251,7 +251,7 @@ class Engine:
     def _gradient_plan(self, layout: Layout) -> ExecutionPlan:
         if layout not in self._gradient_plans:
             planner = GradientPlanner(self._program, layout)
-            calls = planner.calls(lambda key: usual(layout.lanes), lookup=False)
+            calls = planner.calls(lambda key: usual(layout.lanes))
             self._gradient_plans[layout] = ExecutionPlan(
                 self._program, planner, calls, self._code, again=planner.forward_calls
             )
@@ -298,7 +298,7 @@ class _Tuning:
     kernels: list[str]
 
 
-def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int, lookup: bool) -> Callable[[str], Tiling]:
+def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int) -> Callable[[str], Tiling]:
     """Return the fastest choice for each layer's key, from an earlier tuning on this host if there was one.
 
     `memory` is for one run of the planner's layout; what it holds is overwritten.
@@ -310,7 +310,7 @@ def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int, lookup: b
     path = _path(sorted(layers), choices)
     found = _remembered(path, layers, len(choices))
     if found is None:
-        found = _measure(planner, layers, choices, code, memory, lookup)
+        found = _measure(planner, layers, choices, code, memory)
         _remember(path, found)
     else:
         add_cached_kernels(code, found.kernels)  # they were compiled together with those that lost
@@ -337,10 +337,9 @@ def _measure(
     candidates: list[Tiling],
     code: Code,
     memory: Memory,
-    lookup: bool,
 ) -> _Tuning:
     calls: dict[str, list[Call]] = {
-        key: [planner.layer(layer, choice, lookup=lookup) for choice in candidates] for key, layer in layers.items()
+        key: [planner.layer(layer, choice) for choice in candidates] for key, layer in layers.items()
     }
     names = add_kernels(code, (call.spec for tried in calls.values() for call in tried))
     for layer in layers.values():

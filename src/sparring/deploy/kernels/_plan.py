@@ -39,11 +39,17 @@ def usual(lanes: int) -> Tiling:
 class Planner:
     """Lay out a program's values and make its kernel calls."""
 
-    def __init__(self, program: Program, tasks: list[Task], layout: Layout, *, keep: bool = False) -> None:
-        """Place all values; `keep`: each in a place of its own, so that all can be read again after a run."""
+    def __init__(
+        self, program: Program, tasks: list[Task], layout: Layout, *, keep: bool = False, lookup: bool = False
+    ) -> None:
+        """Place all values; `keep`: each in a place of its own, so that all can be read again after a run.
+
+        lookup: the host has what the kernel `Lookup` needs.
+        """
         self.program = program
         self.tasks = tasks
         self.layout = layout
+        self._lookup = lookup
         self.shapes = program.shapes
         self.end = 0  # of the memory that all units use in turn, in bytes
         self.unit_bytes = 0  # of the memory that each unit has for itself
@@ -122,14 +128,14 @@ class Planner:
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def calls(self, choose: Callable[[str], Tiling], *, lookup: bool) -> list[Call]:
-        """Return all kernel calls; `choose` gives the tuned choice for a layer's key, `lookup` allows that kernel."""
+    def calls(self, choose: Callable[[str], Tiling]) -> list[Call]:
+        """Return all kernel calls; `choose` gives the tuned choice for a layer's key."""
         first, tasks = self.pack_images()
         calls = [first]
         for task in tasks:
             match task:
                 case FusedLayer():
-                    calls.append(self.layer(task, choose(self.key(task)), lookup=lookup))
+                    calls.append(self.layer(task, choose(self.key(task))))
                 case Elementwise():
                     calls.append(self._elementwise(task))
                 case MaxPool():
@@ -208,18 +214,18 @@ class Planner:
         kept = op.kept(math.prod(self.shapes[task.source]))
         return kernel_call(Largest(self.layout.lanes, tiles=self.layout.tiles), [*arguments, kept])
 
-    def layer(self, task: FusedLayer, choice: Tiling, *, lookup: bool) -> Call:
+    def layer(self, task: FusedLayer, choice: Tiling) -> Call:
         """Return the call for one layer."""
         source, target = self.buffer(task.source), self.buffer(task.result)
         flat = len(self.shapes[task.source]) == 1
         if flat and not self.layout.tiles and task.residual is None:
-            if lookup:
+            if self._lookup:
                 return lookup_call(task, source, target)
             if source.size < 4 * MOST_PLACES:
                 return rows_call(task, source, target)
         other = None if task.residual is None else self.buffer(task.residual)
         shape = self.shapes[task.result]
-        return self.sums(task, source, target, choice, shape=shape, flat=flat, other=other, gate=None)
+        return self.sums(task, source, target, choice, shape=shape, other=other, gate=None)
 
     def sums(
         self,
@@ -229,12 +235,11 @@ class Planner:
         choice: Tiling,
         *,
         shape: Shape,
-        flat: bool,
         other: Buffer | None,
         gate: Buffer | None,
     ) -> Call:
         """Return the call that computes a layer of result `shape` from one buffer into another, in tiles as chosen."""
-        height, width = (*shape[1:], 1, 1)[:2]
+        flat, (height, width) = len(shape) == 1, (*shape[1:], 1, 1)[:2]
         adds = other is not None and other.origin == target.origin
         cut = self._cut(task, (shape[0], height, width), flat, choice, apart=adds)
         four = (source, target, other or target, gate or target)
