@@ -43,8 +43,11 @@ class Settings:
     def look(self) -> float:
         return self.lr
 
-    class Items(dict[str, Any]):
-        """A class of dictionaries, as configurations are."""
+    class Inner(dict[str, Any]): ...
+
+
+class Items(dict[str, Any]):
+    """A class of dictionaries, as configurations are."""
 
 
 class Nothing:
@@ -77,7 +80,7 @@ KEPT: dict[str, tuple[Any, str]] = {
     "in two parts": ({"model": {"head": {"weight": torch.ones(2)}, "backbone": STATE}}, "model.backbone"),
     "in a tuple": ((STATE, OPTIMISER), "0"),
     "classes of dictionaries": (
-        Settings.Items(state_dict=Settings.Items(STATE), more=Settings.Items(a=1)),
+        Items(state_dict=Items(STATE), more=Items(a=1)),
         "state_dict",
     ),
     "plain types": (
@@ -89,6 +92,7 @@ KEPT: dict[str, tuple[Any, str]] = {
             "last": collections.deque([1, 2], maxlen=3),
             "types": (int, slice(1, 2), range(3), frozenset([1]), decimal.Decimal(1)),
             "method": Settings().look,
+            "class in a class": Settings.Inner(),
             "adam": torch.optim.Adam(network().parameters()),
         },
         "model",

@@ -69,6 +69,10 @@ class Inert(metaclass=TakenForDict):
         return {**(self.state if isinstance(self.state, Mapping) else {}), **self.items}
 
 
+# torch's unpickler appends to lists alone; getattr names a method, or a class within a class.
+STAND_INS: dict[str, Any] = {"collections.deque": lambda *_: [], "builtins.getattr": lambda *_: Inert}
+
+
 def limit(more: int) -> None:
     """Bound this process's memory, files and time from here on."""
     status = Path("/proc/self/statm")
@@ -89,21 +93,16 @@ def unpickled(path: Path) -> Any:
         if not is_harmless(name):
             own = "where you trust it, load it by torch.load(FILE, weights_only=False) and save model.state_dict()"
             raise Refused(f"it would run {name}: do not trust it; {own}")
-    inert: list[Any] = [(type("Inert", (Inert,), {}), name) for name in names if name != "collections.deque"]
-    with safe_globals([*inert, (as_list, "collections.deque")]):
+    inert: list[Any] = [(STAND_INS.get(name) or type("Inert", (Inert,), {}), name) for name in names]
+    with safe_globals([*inert, Inert]):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def as_list(*_args: Any) -> list[Any]:
-    """Stand for a class whose items torch's unpickler appends, which it does to lists alone."""
-    return []
 
 
 def is_harmless(name: str) -> bool:
     """Return whether what a file names is another package's, which is not imported, or a plain type of Python's own."""
     *modules, own = name.split(".")
     if modules == ["builtins"]:
-        return own == "getattr" or isinstance(getattr(builtins, own, None), type)  # getattr: enumerations and methods
+        return name in STAND_INS or isinstance(getattr(builtins, own, None), type)
     python = [module.lstrip("_") for module in modules]
     if not {modules[0], python[0]} & sys.stdlib_module_names:
         return True

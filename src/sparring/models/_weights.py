@@ -39,6 +39,7 @@ def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str,
             raise UserError(f"'{name}' has shape {tuple(value.shape)} in the weights and {tuple(own[name].shape)} here")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"'{name}' holds NaN or infinite values: the weights are damaged or training diverged")
+    _check_ties(own, found)
     try:
         model.load_state_dict({**own, **found})
     except RuntimeError as error:
@@ -47,36 +48,82 @@ def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str,
 
 
 def _matched(
-    own: Collection[str], learned: Collection[str], tensors: Mapping[str, Tensor]
+    own: Mapping[str, Tensor], learned: Collection[str], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return tensors by the model's names, and notes; raise UserError where no reading gives it all that it learns."""
     plain, notes = plain_weights(tensors)
     for given, said in ((dict(tensors), ()), (plain, notes)):
         for prefix, inner in _readings(own, given):
-            names = {inner + name.removeprefix(prefix): value for name, value in given.items()}
-            lacks = [name for name in own if name not in names and not name.endswith(COUNTERS)]
-            if names.keys() <= set(own) and all(inner and not name.startswith(inner) for name in lacks):
-                if any(name in learned for name in lacks):
-                    continue
-                more = [f"took the prefix '{prefix}' from every name"] * bool(prefix)
-                more += [f"took the weights for those of '{inner.rstrip('.')}', the network inside"] * bool(inner)
-                return names, (*said, *more)
+            names = _read_as(own, learned, given, prefix, inner)
+            if names is not None:
+                return names, (*said, *_notes(prefix, inner))
+    for given, said in ((dict(tensors), ()), (plain, notes)):
+        parts = _parts(own, learned, given)
+        if len(parts) > 1:
+            several = ", ".join(f"'{prefix}'" for prefix in sorted(parts))
+            raise UserError(f"the weights hold several such networks: {several}; `sparring convert` takes one by --key")
+        for prefix, (names, inner) in parts.items():
+            left = [name for name in given if not name.startswith(prefix)]
+            more = f" and {len(left) - 1} more" * (len(left) > 1)
+            return names, (*said, *_notes(prefix, inner), f"left out '{left[0]}'{more}, which is not under '{prefix}'")
     raise UserError(_mismatch(own, plain))
+
+
+def _notes(prefix: str, inner: str) -> list[str]:
+    return [f"took the prefix '{prefix}' from every name"] * bool(prefix) + [
+        f"took the weights for those of '{inner.rstrip('.')}', the network inside"
+    ] * bool(inner)
+
+
+def _read_as(
+    own: Mapping[str, Tensor], learned: Collection[str], given: Mapping[str, Tensor], prefix: str, inner: str
+) -> dict[str, Tensor] | None:
+    """Return the tensors under a prefix by the names inside a part of the model, if they are all that it learns."""
+    names = {inner + name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+    if not all(name in own for name in names):
+        return None
+    here = {_place(own[name]) for name in names}
+    lacks = [
+        name for name in own if name not in names and not name.endswith(COUNTERS) and _place(own[name]) not in here
+    ]
+    fits = all(inner and not name.startswith(inner) and name not in learned for name in lacks)
+    return names if fits else None
+
+
+def _place(value: Tensor) -> tuple[object, ...]:
+    """Return what is equal for tied weights alone."""
+    return (value.data_ptr(), value.shape, value.stride()) if value.numel() else (id(value),)
+
+
+def _parts(
+    own: Mapping[str, Tensor], learned: Collection[str], given: Mapping[str, Tensor]
+) -> dict[str, tuple[dict[str, Tensor], str]]:
+    """Return by prefix each reading of the tensors under it, the others left out, and the part of the model it is of."""
+    parts: dict[str, tuple[dict[str, Tensor], str]] = {}
+    for prefix in _starts(given, 2):
+        for inner in ("", *_starts(own, 2)):
+            names = _read_as(own, learned, given, prefix, inner)
+            if names is not None and not prefix.startswith(tuple(parts)):
+                parts[prefix] = names, inner
+    return parts
 
 
 def _readings(own: Collection[str], given: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield a prefix to take from every given name and one to put there, the likeliest first."""
     yield "", ""
-    yield from ((prefix, "") for prefix in _shared(given))
-    inside = {name[: at + 1] for name in own for at, mark in enumerate(name) if mark == "."}
-    yield from (("", prefix) for prefix in sorted(inside, key=len))
+    yield from ((prefix, "") for prefix in _starts(given) if all(name.startswith(prefix) for name in given))
+    yield from (("", prefix) for prefix in _starts(own))
 
 
-def _shared(names: Collection[str]) -> list[str]:
-    """Return the prefixes, up to a dot, that all names share."""
-    first = min(names, default="")
-    ends = [first[: at + 1] for at, mark in enumerate(first) if mark == "."]
-    return [prefix for prefix in ends if all(name.startswith(prefix) for name in names)]
+def _starts(names: Collection[str], depth: int = 32) -> list[str]:
+    """Return what names begin with, up to a dot, the shortest first."""
+    found = {
+        ".".join(parts[:at]) + "."
+        for name in names
+        for parts in [name.split(".")]
+        for at in range(1, len(parts))[:depth]
+    }
+    return sorted(found, key=lambda start: (len(start), start))
 
 
 def _mismatch(own: Collection[str], given: Collection[str]) -> str:
@@ -90,6 +137,15 @@ def _mismatch(own: Collection[str], given: Collection[str]) -> str:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             parts.append(f"{what} '{names[0]}'{hint}{more}" + ", which the model lacks" * (what == "have"))
     return f"the weights {'; they '.join(parts)}: do model and weights belong together?"
+
+
+def _check_ties(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise UserError for two tensors of which the model, whose weights are tied, can hold only one."""
+    first: dict[object, str] = {}
+    for name, value in found.items():
+        other = first.setdefault(_place(own[name]), name)
+        if not torch.equal(value.double(), found[other].double()):
+            raise UserError(f"'{other}' and '{name}' are tied in the model, but differ in the weights: untie them")
 
 
 def _check_kind(name: str, value: Tensor, dtype: torch.dtype) -> None:
