@@ -61,3 +61,42 @@ def test_names_that_differ_are_named_with_the_nearest() -> None:
     renamed = {("1.weights" if name == "1.weight" else name): value for name, value in STATE.items()}
     with pytest.raises(UserError, match=r"lack '1\.weight' \(nearest: '1\.weights'\); they have '1\.weights'"):
         load_weights_(network(1), renamed)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_lies_beside_the_network_is_left_out_and_named(wrapped: bool) -> None:
+    inner = network(1)
+    model = nn.Sequential(Normalise((0.5,) * 3, (0.2,) * 3), inner) if wrapped else inner
+    notes = load_weights_(model, {**named("model."), "criterion.weight": torch.ones(4)})
+    assert all(torch.equal(inner.state_dict()[name], value) for name, value in STATE.items())
+    assert any("left out 'criterion.weight'" in note for note in notes)
+
+
+def test_two_networks_beside_each_other_are_told_apart_by_the_user() -> None:
+    with pytest.raises(UserError, match=r"several such networks: 'ema\.', 'model\.'; .*--key"):
+        load_weights_(network(1), named("model.") | named("ema."))
+
+
+def tied() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("left", ["0.weight", "1.weight"])
+def test_of_tied_weights_one_is_enough(left: str) -> None:
+    state, model = tied().state_dict(), tied()
+    load_weights_(model, {name: value for name, value in state.items() if name != left})
+    assert torch.equal(model.state_dict()["1.weight"], state["0.weight"])
+
+
+def test_tied_weights_that_differ_are_refused() -> None:
+    with pytest.raises(UserError, match=r"'0\.weight' and '1\.weight' are tied in the model, but differ"):
+        load_weights_(tied(), {**tied().state_dict(), "1.weight": torch.ones(4, 4)})
+
+
+def test_a_network_with_its_own_weight_norm_takes_its_weights_as_they_are() -> None:
+    model, other = (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))) for _ in range(2))
+    state = {name: value.clone() for name, value in other.state_dict().items()}
+    load_weights_(model, {f"module.{name}": value for name, value in state.items()})
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())

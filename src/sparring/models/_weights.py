@@ -98,9 +98,11 @@ def _place(value: Tensor) -> tuple[object, ...]:
 def _parts(
     own: Mapping[str, Tensor], learned: Collection[str], given: Mapping[str, Tensor]
 ) -> dict[str, tuple[dict[str, Tensor], str]]:
-    """Return by prefix each reading of the tensors under it, the others left out, and the part of the model it is of."""
+    """Return by prefix the readings of only the tensors under it, and the part of the model that each is of."""
     parts: dict[str, tuple[dict[str, Tensor], str]] = {}
     for prefix in _starts(given, 2):
+        if any(name.startswith(prefix) for name in own):  # what lies beside it then lies beside the model's own parts
+            continue
         for inner in ("", *_starts(own, 2)):
             names = _read_as(own, learned, given, prefix, inner)
             if names is not None and not prefix.startswith(tuple(parts)):
@@ -144,7 +146,7 @@ def _check_ties(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     first: dict[object, str] = {}
     for name, value in found.items():
         other = first.setdefault(_place(own[name]), name)
-        if not torch.equal(value.double(), found[other].double()):
+        if other != name and not torch.equal(value.double(), found[other].double()):
             raise UserError(f"'{other}' and '{name}' are tied in the model, but differ in the weights: untie them")
 
 
