@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from sparring import deploy
+from sparring.deploy.kernels import _native as native
 from sparring.deploy.kernels._native import cache_folder
 
 
@@ -40,3 +43,10 @@ def test_damaged_code_is_made_again(cache, sparse_model):
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert (deploy.pack(model, shape=(1, 28, 28))(x) == expected).all()
     assert [file.read_bytes() for file in files] == contents
+
+
+def test_the_engine_alone_reaches_into_cpython() -> None:
+    """What answers one image without ctypes is fenced: nobody else imports it."""
+    kernels = Path(native.__file__).parent
+    importing = {path.name for path in kernels.parent.rglob("*.py") if "from ._builtin import" in path.read_text()}
+    assert importing == {"_engine.py"}
