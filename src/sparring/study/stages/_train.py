@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,7 @@ from ...sparsity import (
     with_activation_penalty,
 )
 from ...threat import parse_norm
-from ...train import Loss, Ramped, Recipe, adversarial, cross_entropy, fit, predict, smoothed, trades
+from ...train import Loss, Ramped, adversarial, cross_entropy, fit, predict, smoothed, trades
 from ..plans._tables import TrainingSettings
 from ..runner._executors import Task, TaskOutcome
 from ._inputs import Activate, Choose, Given, Prune, Train, WeightsFile
@@ -45,7 +45,7 @@ def train(context: Context, task: Task[Train] | Task[Given]) -> TaskOutcome:
     model = network(context, inputs.model, inputs.initial_seed)
     if isinstance(inputs, Given):
         return _given(context, inputs.weights, model)
-    outcome = _fitted(context, task.key, model, inputs.recipe, inputs.training, seed=inputs.seed)
+    outcome = _fitted(context, task.key, inputs, model, seed=inputs.seed)
     refuse_constant(model, context.dataset.valid)
     return outcome
 
@@ -70,8 +70,11 @@ def _given(context: Context, weights: WeightsFile, model: nn.Module) -> TaskOutc
 
 
 def _as_it_is(context: Context, model: nn.Module) -> TaskOutcome:
-    valid = accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
-    return TaskOutcome({"accuracy_valid": valid}, tensors=_weights(model))
+    return TaskOutcome({"accuracy_valid": _on_validation(context, model)}, tensors=_weights(model))
+
+
+def _on_validation(context: Context, model: nn.Module) -> float:
+    return accuracy(predict(model, context.dataset.valid.x), context.dataset.valid.y)
 
 
 def prune(context: Context, task: Task[Prune]) -> TaskOutcome:
@@ -79,17 +82,7 @@ def prune(context: Context, task: Task[Prune]) -> TaskOutcome:
     inputs = task.inputs
     model = network_of(context, inputs, task.parents[0])
     pruner = None if inputs.pruning is None else build_pruner(inputs.pruning, inputs.sparsity)
-    target = inputs.sparsity if inputs.pruning is None else inputs.pruning.layers or inputs.sparsity
-    return _fitted(
-        context,
-        task.key,
-        model,
-        inputs.recipe,
-        inputs.training,
-        seed=FINETUNE_SEED + inputs.seed,
-        pruner=pruner,
-        target=target,
-    )
+    return _fitted(context, task.key, inputs, model, seed=FINETUNE_SEED + inputs.seed, pruner=pruner)
 
 
 def activate(context: Context, task: Task[Activate]) -> TaskOutcome:
@@ -114,45 +107,31 @@ def activate(context: Context, task: Task[Activate]) -> TaskOutcome:
         load_weights_(plain, {name: value for name, value in learned.items() if name in names})
         return plain
 
-    return _fitted(
-        context,
-        task.key,
-        model,
-        inputs.recipe,
-        inputs.training,
-        seed=FINETUNE_SEED + inputs.seed,
-        penalty=activation.level if activation.kind == PENALTY else None,
-        finish=finish,
-    )
+    penalty = activation.level if activation.kind == PENALTY else None
+    return _fitted(context, task.key, inputs, model, seed=FINETUNE_SEED + inputs.seed, penalty=penalty, finish=finish)
 
 
 def choose(context: Context, task: Task[Choose]) -> TaskOutcome:
     """Take the parent that is best on the validation split (the first of equals), tensors and all."""
-    scores = [_validation_score(context, task.inputs, key) for key in task.parents]
+    scores = [_on_validation(context, network_of(context, task.inputs, key)) for key in task.parents]
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     metrics: dict[str, float | None] = {"accuracy_valid": scores[best], "weight_decay": task.inputs.decays[best]}
     return TaskOutcome(metrics, {"accuracy_valid": scores}, tensors=context.tensors(task.parents[best]))
 
 
-def _validation_score(context: Context, inputs: Choose, key: str) -> float:
-    valid = context.dataset.valid
-    return accuracy(predict(network_of(context, inputs, key), valid.x), valid.y)
-
-
 def _fitted(
     context: Context,
     key: str,
+    inputs: Train | Activate,
     model: nn.Module,
-    recipe: Recipe,
-    training: TrainingSettings,
     *,
     seed: int,
     pruner: Pruner | None = None,
-    target: float | Mapping[str, float] | None = None,
     penalty: float | None = None,
     finish: Callable[[nn.Module], nn.Module] = lambda trained: trained,
 ) -> TaskOutcome:
-    data = context.dataset
+    data, recipe, training = context.dataset, inputs.recipe, inputs.training
+    assert recipe is not None
     result = fit(
         model,
         data.train.x,
@@ -168,11 +147,11 @@ def _fitted(
     model = finish(model)
     metrics: dict[str, float | None] = {
         "loss": result.losses[-1] if result.losses else None,
-        "accuracy_valid": accuracy(predict(model, data.valid.x), data.valid.y),
+        "accuracy_valid": _on_validation(context, model),
     }
-    if pruner is not None:
+    if pruner is not None and isinstance(inputs, Prune) and inputs.pruning is not None:
         refuse_unmasked(model, result.masks, "the pruner changed weights after its masks")
-        check_reached(pruner, result.masks, target)
+        check_reached(pruner, result.masks, inputs.pruning.layers or inputs.sparsity)
         metrics["sparsity"] = sparsity_of(result.masks)
     if result.best_epoch is not None:
         metrics["best_epoch"] = result.best_epoch
