@@ -36,12 +36,12 @@ class _Ascent:
     goal: Tensor | None
     point: Tensor
     previous: Tensor
+    best_point: Tensor
+    best_gradient: Tensor
     step_size: Tensor
     rises: Tensor
     last_loss: Tensor
     best_loss: Tensor
-    best_point: Tensor
-    best_gradient: Tensor
     checked_loss: Tensor
     just_halved: Tensor
 
@@ -109,23 +109,11 @@ def apgd(
 
 
 def _begin(start: Tensor, region: FeasibleSet, prospects: Prospects, goal: Tensor | None) -> _Ascent:
-    numbers = torch.zeros(len(start), dtype=start.dtype, device=start.device)
-    lowest = torch.full_like(numbers, -torch.inf)
-    return _Ascent(
-        region=region,
-        prospects=prospects,
-        goal=goal,
-        point=start,
-        previous=start,
-        step_size=torch.full_like(numbers, 2 * region.eps),
-        rises=numbers,
-        last_loss=lowest,
-        best_loss=lowest,
-        best_point=start.clone(),
-        best_gradient=torch.zeros_like(start),
-        checked_loss=lowest,
-        just_halved=torch.ones_like(numbers, dtype=torch.bool),
-    )
+    none = torch.zeros(len(start), dtype=start.dtype, device=start.device)
+    points = (start, start, start.clone(), torch.zeros_like(start))
+    lowest, longest = torch.full_like(none, -torch.inf), torch.full_like(none, 2 * region.eps)
+    halved = torch.ones_like(none, dtype=torch.bool)
+    return _Ascent(region, prospects, goal, *points, longest, none, lowest, lowest, lowest, halved)
 
 
 def _ascend(model: nn.Module, state: _Ascent, objective: Objective, early: int) -> tuple[Tensor, Tensor, Tensor]:

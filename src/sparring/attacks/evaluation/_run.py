@@ -305,10 +305,8 @@ def _check_lent(lent: Mapping[str, Sequence[Tensor]], x: Tensor) -> None:
     for name, examples in lent.items():
         for found in examples:
             if found.shape != x.shape:
-                raise UserError(
-                    f"what {name} lends has the shape {tuple(found.shape)} and the images {tuple(x.shape)}; "
-                    "lend what was found on the same images"
-                )
+                shapes = f"the shape {tuple(found.shape)} and the images {tuple(x.shape)}"
+                raise UserError(f"what {name} lends has {shapes}; lend what was found on the same images")
 
 
 def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:
