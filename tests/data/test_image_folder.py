@@ -143,7 +143,7 @@ def test_labels_that_do_not_count_as_their_names_do_are_named(tmp_path: Path, cl
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"test/cat/0.png": image()}, r"no images in train/<class>/; .* two of each class"),
+        ({"test/cat/0.png": image()}, r"no images in train/<class>/; .* a test split alone will do"),
         ({"train/cat/0.png": image()}, r"no images in test/<class>/; put some there"),
         ({"cat/0.png": image(), "dog/0.png": image()}, r"in train/<class>/, only cat/0.png, dog/0.png"),
         ({"Train/cat/0.png": image()}, r"in train/<class>/, only Train/cat/0.png"),
@@ -234,9 +234,13 @@ def test_sixteen_bits_a_channel_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["val", "validation"])
-def test_another_word_for_valid_is_refused(tmp_path: Path, name: str) -> None:
-    for path in laid_out(members() | {f"{name}/cat/0.png": image()}, tmp_path):
-        with pytest.raises(DataError, match=rf"{name}/; rename it to valid/"):
+def test_another_word_for_valid_is_understood(tmp_path: Path, name: str) -> None:
+    files = members() | {f"{name}/{label}/0.png": image() for label in ("cat", "dog")}
+    for path in laid_out(files, tmp_path):
+        loaded = data.load(str(path))
+        assert (len(loaded.train.y), loaded.valid.y.tolist(), len(loaded.test.y)) == (8, [0, 1], 4)
+    for path in laid_out(files | {"valid/cat/0.png": image()}, tmp_path / "both"):
+        with pytest.raises(DataError, match=r"has val\w*/ and val\w*/, which mean the same"):
             data.load(str(path))
 
 

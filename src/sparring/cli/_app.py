@@ -87,11 +87,26 @@ Model = Annotated[
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set, the folder to look in first, and whether to fetch what is missing."""
+    """A data set, the folder to look in first, whether to fetch what is missing, and how images are prepared.
+
+    The last four are for files of the user's own; a library's network has defaults for them.
+    """
 
     data: Annotated[str, Option(help="Data set: a name or a path.")] = "mnist-5k"
     data_dir: DataDir = None
     download: Download = False
+    resize: Annotated[
+        str | None,
+        Option(help="For folders of images: pixels of the shorter side, as 256, or HEIGHTxWIDTH to stretch them to."),
+    ] = None
+    crop: Annotated[str | None, Option(help="For folders of images: the centre to take, as 224 or HEIGHTxWIDTH.")] = (
+        None
+    )
+    interpolation: Annotated[str | None, Option(help="bilinear, bicubic, nearest, lanczos, box or hamming.")] = None
+    classes: Annotated[
+        Path | None,
+        Option(help="The network's classes, in its order: one a line, or JSON; the data may have some of them."),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..threat import L1, L2, LINF, Threat
 from ..units import norm_name, parse_budgets, parse_eps, parse_norm, percent
 from ._app import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource
 from ._printing import print_json, print_table
-from ._sources import SAVED, check_named, open_both, open_data, open_model
+from ._sources import SAVED, check_named, open_both, open_data, open_model, request_for
 
 DROPPED = 1
 BUDGETED = ("fgsm", "pgd", "fast")
@@ -39,7 +39,7 @@ def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, *, as_j
     if not names:
         raise UserError(f"--attacks takes names separated by commas, as fgsm,pgd; '{how.attacks}' holds none")
     chosen = configured(names, how.options or ())
-    network, dataset = open_both(model, data)
+    network, dataset = open_both(model, data, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
     found = attacks.audit(
         network, as_float(x), y, chosen, norm=norm, eps=budgets, checks=how.checks, batch_size=how.batch_size,
@@ -108,7 +108,7 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, *, as
         raise UnknownNameError("method", how.method, bounds.BOUNDS)
     if norm == L1:
         raise UserError("certificates are for linf and l2, not for l1")
-    network, dataset = open_both(model, data, plain=True)
+    network, dataset = open_both(model, data, plain=True, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
     images, generator = as_float(x), torch.Generator().manual_seed(0)
     attacked = attacks.run(network, images, y, attacks.nearest, Threat(norm), generator=generator)
@@ -180,7 +180,7 @@ def _compare_models(how: CompareOptions, eps: float, metrics: Iterable[str], dat
     known = {"accuracy", DISTANCE, *(f"{attack}-linf-{eps:g}" for attack in BUDGETED)}
     for metric in set(metrics) - known:
         raise UnknownNameError("metric", metric, known)
-    dataset = open_data(data)
+    dataset = open_data(data, request_for(models, data, images=how.images))
     return compare_values(*(_profile(model, dataset, eps, how.images) for model in models), lengths=(DISTANCE,))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -11,17 +13,19 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import nn
 
 from .. import data, deploy
-from ..data import Dataset
+from ..data import EVERYTHING, INTERPOLATIONS, Dataset, Geometry, Request
 from ..errors import UnknownNameError, UserError
 from ..files import check_writable, conversion
 from ..models import (
     MODELS,
     Blueprint,
+    HubModel,
     describe,
     is_hub_name,
     load_hub_weights_,
     load_model,
     load_weights_,
+    read_blueprint,
     read_weights,
     takes_moments,
 )
@@ -30,6 +34,7 @@ from ._app import DataSource, ModelSource
 
 # How files end that hold a whole model: saved by us for further work, or packed for shipping.
 SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
+MOST_SIDE = 4096
 
 
 def check_out(path: Path, *endings: str) -> None:
@@ -39,10 +44,21 @@ def check_out(path: Path, *endings: str) -> None:
     check_writable(path)
 
 
-def open_data(source: DataSource) -> Dataset:
-    """Load a data set; raise as `data.load` does."""
+def open_data(source: DataSource, request: Request = EVERYTHING) -> Dataset:
+    """Load a data set and say what was done to it; raise as `data.load` does."""
+    dataset = _loaded(source, request)
+    for note in dataset.notes:
+        print(note, file=sys.stderr)
+    if request.parts == "all" and not len(dataset.train.x):
+        raise UserError(
+            f"'{dataset.name}' has no training images; it can be attacked, but nothing can be trained on it"
+        )
+    return dataset
+
+
+def _loaded(source: DataSource, request: Request) -> Dataset:
     if not source.download:
-        return data.load(source.data, source.data_dir)
+        return data.load(source.data, source.data_dir, request=request)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         rows = {}
@@ -52,16 +68,95 @@ def open_data(source: DataSource) -> Dataset:
                 rows[file] = bar.add_task(file)
             bar.update(rows[file], completed=here, total=total)
 
-        return data.load(source.data, source.data_dir, download=True, progress=show)
+        return data.load(source.data, source.data_dir, request=request, download=True, progress=show)
 
 
-def open_both(model: ModelSource, source: DataSource, *, plain: bool = False) -> tuple[nn.Module, Dataset]:
+def request_for(
+    models: Sequence[ModelSource], source: DataSource, *, training: bool = False, images: int | None = None
+) -> Request:
+    """Return what is read of a data set for some models: as the command line says, else as their libraries have it.
+
+    With `images` only so many test images are read, and others only if a model is given their mean and std. Raise
+    UserError where two models prepare images in different ways.
+    """
+    kind = data.kind_of(source.data, source.data_dir)
+    known = {model.model: facts for model in models if (facts := _configuration(model)) is not None}
+    listed = None if source.classes is None else data.read_classes(source.classes)
+    if listed is None and kind in ("images", "arrays"):
+        named = ((name, facts) for name, facts in known.items() if facts.labels)
+        own = (data.ClassList(facts.labels, f"'{name}'", facts.ids, fallback=True) for name, facts in named)
+        listed = next(own, None)
+    parts: Literal["all", "any", "test"] = "all" if training else "any"
+    if images is not None and not any(map(_needs_moments, models)):
+        parts = "test"
+    colour = any(len(facts.mean) == 3 for facts in known.values())
+    return Request(
+        parts, images, _geometry(source, known if kind == "images" else {}), listed, channels=3 if colour else None
+    )
+
+
+def _configuration(model: ModelSource) -> HubModel | None:
+    """Return a library's configuration of a network with its own weights, or with those that were pruned from them."""
+    name, weights = model.named()
+    if name.endswith(SAVED) and not name.endswith(PACKED):
+        blueprint = read_blueprint(name)
+        if not is_hub_name(blueprint.name):
+            return None
+        facts = describe(blueprint.name)
+        return facts if (blueprint.shape[1:], blueprint.classes) == (facts.size, facts.classes) else None
+    return describe(name) if is_hub_name(name) and weights is None else None
+
+
+def _geometry(source: DataSource, known: Mapping[str, HubModel]) -> Geometry | None:
+    resize, crop = _sizes("--resize", source.resize), _sizes("--crop", source.crop)
+    side = resize[0] if resize is not None and "x" not in str(source.resize).lower() else resize
+    said = source.interpolation
+    if said is not None and said not in INTERPOLATIONS:
+        raise UnknownNameError("interpolation", said, INTERPOLATIONS)
+    made = {}
+    for name, facts in known.items():
+        if facts.resize is None and side is None:
+            raise UserError(f"'{name}' prepares images in a way of its own; give --resize and --crop")
+        own = None if source.resize or source.crop or said else f"'{name}'"
+        made[Geometry(side or facts.resize, crop or facts.size, said or facts.interpolation, own or "")] = name
+    if len(made) > 1:
+        raise UserError(
+            f"{' and '.join(made.values())} prepare images differently; give --resize, --crop, --interpolation"
+        )
+    if made:
+        return next(iter(made))
+    if said is not None and side is None:
+        raise UserError("--interpolation is that of --resize; give both")
+    return None if side is crop is None else Geometry(side, crop, said or "bilinear")
+
+
+def _sizes(option: str, text: str | None) -> tuple[int, int] | None:
+    """Return height and width from "224" or "224x320"; raise UserError where it is neither."""
+    if text is None:
+        return None
+    sides = [int(part) for part in text.lower().split("x") if part.isdecimal()]
+    if len(sides) != text.lower().count("x") + 1 or len(sides) > 2 or not all(1 <= side <= MOST_SIDE for side in sides):
+        raise UserError(f"{option} takes pixels from 1 to {MOST_SIDE}, as 224 or HEIGHTxWIDTH, not '{text}'")
+    return sides[0], sides[-1]
+
+
+def _needs_moments(model: ModelSource) -> bool:
+    """Return whether a network is built with the mean and std of its data."""
+    name, _ = model.named()
+    if is_code(name):
+        return model.mean is None and takes_moments(name)
+    return not (name.endswith(SAVED) or is_hub_name(name))
+
+
+def open_both(
+    model: ModelSource, source: DataSource, *, plain: bool = False, images: int | None = None
+) -> tuple[nn.Module, Dataset]:
     """Return a model in eval mode and its data; raise UserError, before data are read, for a model that cannot be.
 
-    `plain`: in a form that can be looked into.
+    `plain`: in a form that can be looked into. `images`: read only so many test images of a folder.
     """
     check_named(model)
-    dataset = open_data(source)
+    dataset = open_data(source, request_for([model], source, images=images))
     network = open_model(model, dataset, download=source.download)[0].eval()
     return plain_form(network) if plain else network, dataset
 
@@ -156,10 +251,15 @@ def _is_untrained(model: nn.Module, blueprint: Blueprint) -> bool:
 
 def blueprint_for(source: ModelSource, dataset: Dataset) -> Blueprint:
     """Return the blueprint of a named model for a data set; its factory is given the data's moments, unless others."""
-    shape = tuple(dataset.train.x.shape[1:])
+    shape = tuple(dataset.test.x.shape[1:])
+    if not dataset.mean and _needs_moments(source):
+        way = "give --mean and --std" if is_code(source.named()[0]) else "take the file that sparring train wrote"
+        raise UserError(
+            f"'{source.model}' is given the mean and std of its training images, which {dataset.name} has not; {way}"
+        )
     mean, std = (
-        own if text is None else parse_moments(text, len(own))
-        for text, own in ((source.mean, dataset.mean), (source.std, dataset.std))
+        own or (neutral,) * shape[0] if text is None else parse_moments(text, shape[0])
+        for text, own, neutral in ((source.mean, dataset.mean, 0.0), (source.std, dataset.std, 1.0))
     )
     return Blueprint(source.named()[0], shape, dataset.classes, mean, std, data=dataset.name)
 

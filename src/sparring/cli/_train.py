@@ -24,7 +24,7 @@ from ..train import EpochProgress, Fit, Recipe, fit, predict
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
 from ._printing import duration
-from ._sources import PACKED, blueprint_for, check_named, check_out, open_data, open_model
+from ._sources import PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for
 
 # Which table of a plan the options of --set belong to.
 _PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
@@ -41,7 +41,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions) -> None:
         raise UserError("train begins with fresh weights; trained ones are given to prune and study")
     _settings(how.recipe, Recipe)  # refuses what cannot be, before data are read
     NetworkSettings(how.model, width=how.width, depth=how.depth)
-    dataset = open_data(data)
+    dataset = open_data(data, request_for([], data, training=True))
     blueprint = replace(blueprint_for(ModelSource(how.model), dataset), width=how.width, depth=how.depth)
     recipe = _settings(how.recipe, Recipe, own=recipe_settings(how.model, channels=blueprint.shape[0])).recipe
     model = blueprint.build(seed=options.seed)
@@ -60,7 +60,7 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     pruning = _settings(how.options, PruningSpec, Recipe).pruning[0]
     pruner = build_pruner(pruning, how.sparsity)
     check_named(source)
-    dataset = open_data(data)
+    dataset = open_data(data, request_for([source], data, training=True))
     model, blueprint = open_model(source, dataset, download=data.download)
     own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
     recipe = _settings(how.options, PruningSpec, Recipe, own=own).recipe

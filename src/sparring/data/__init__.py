@@ -1,6 +1,25 @@
 """Data sets as three splits of uint8 images; see `load`."""
 
-from ._registry import DATASETS, Available, available, load
-from ._types import Dataset, Split, as_float, content_hash, from_splits
+from ._registry import DATASETS, Available, available, kind_of, load
+from ._request import EVERYTHING, INTERPOLATIONS, ClassList, Geometry, Request, read_classes
+from ._types import Dataset, Split, as_float, content_hash, fixed_order, from_splits
 
-__all__ = ["DATASETS", "Available", "Dataset", "Split", "as_float", "available", "content_hash", "from_splits", "load"]
+__all__ = [
+    "DATASETS",
+    "EVERYTHING",
+    "INTERPOLATIONS",
+    "Available",
+    "ClassList",
+    "Dataset",
+    "Geometry",
+    "Request",
+    "Split",
+    "as_float",
+    "available",
+    "content_hash",
+    "fixed_order",
+    "from_splits",
+    "kind_of",
+    "load",
+    "read_classes",
+]

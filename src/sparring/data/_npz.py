@@ -1,4 +1,7 @@
-"""A user's own arrays: an .npz file with x_train, y_train, x_test, y_test, and maybe x_valid, y_valid, class_names."""
+"""A user's own arrays: an .npz file with x_train, y_train, x_test, y_test, and maybe x_valid, y_valid, class_names.
+
+To attack a trained network x_test and y_test suffice.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 
 from ..errors import DataError, DataWarning, UserError
 from ..files import safe_members
+from ._request import EVERYTHING, ClassList, Request
 from ._types import Dataset, Split, check_split, from_splits, hold_out
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -23,13 +27,14 @@ CHANNELS = (1, 3)
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def load_arrays(path: Path, name: str) -> Dataset:
+def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset:
     """Load an .npz of at most 512 MiB, unpacked; nothing in it is ever unpickled.
 
     Images x are uint8 from 0 to 255, (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3; with `layout`, "NCHW" or
     "NHWC", any C. Labels y are integers (N,) or (N, 1) from 0 to classes - 1, each of which occurs in y_train unless
-    `classes` says how many there are. Without x_valid and y_valid every tenth training image of a
-    class is held out. Raises DataError, naming file and key, for anything else, also where a shape has two readings.
+    `classes` says how many there are, or `request.classes` names them. Without x_valid and y_valid every tenth training
+    image of a class is held out. Raises DataError, naming file and key, for anything else, also where a shape has two
+    readings.
     """
     others: list[str] = []
     try:
@@ -39,7 +44,9 @@ def load_arrays(path: Path, name: str) -> Dataset:
         arrays = {member.removesuffix(".npy"): _array(data, member, path) for member, data in members}
     except UserError as error:
         raise DataError(str(error)) from error
-    needed = NEEDED + (("x_valid", "y_valid") if arrays.keys() & {"x_valid", "y_valid"} else ())
+    trainable = request.parts == "all" or bool(arrays.keys() & {"x_train", "y_train"})
+    needed: tuple[str, ...] = NEEDED if trainable else NEEDED[2:]
+    needed += ("x_valid", "y_valid") if arrays.keys() & {"x_valid", "y_valid"} else ()
     for key in needed:
         if key not in arrays:
             raise DataError(f"{path} has no array '{key}'; it needs {', '.join(needed)}")
@@ -51,17 +58,31 @@ def load_arrays(path: Path, name: str) -> Dataset:
     layout = str(arrays["layout"].item()) if "layout" in arrays and arrays["layout"].size == 1 else None
     if "layout" in arrays and layout not in ("NCHW", "NHWC"):
         raise DataError(f"layout in {path} must be 'NCHW' or 'NHWC'")
-    train, test, *held = (
-        Split(_images(arrays[f"x_{part}"], f"x_{part}", layout, path), _labels(arrays[f"y_{part}"], f"y_{part}", path))
+    splits = {
+        part: Split(
+            _images(arrays[f"x_{part}"], f"x_{part}", layout, path), _labels(arrays[f"y_{part}"], f"y_{part}", path)
+        )
         for part in ("train", "test", "valid")
         if f"x_{part}" in arrays
-    )
+    }
     names = [str(item) for item in arrays["class_names"].ravel()] if "class_names" in arrays else []
-    classes = _count_classes(train.y, arrays.get("classes"), path)
+    first = "train" if "train" in splits else "test"
+    y, said, notes, listed = splits[first].y, arrays.get("classes"), [], request.classes
     try:
-        check_split(f"the training split of '{name}'", train, train.x.shape[1:], classes)
-        train, valid = (train, held[0]) if held else hold_out(train)
-        return from_splits(name, train, valid, test, classes=classes, class_names=names)
+        if listed is not None and _are_listed(listed, names, y, said):
+            splits = {part: Split(split.x, _renumbered(split.y, names, listed)) for part, split in splits.items()}
+            told = (
+                listed.numbers(names)[1] if names else f"labels are taken as the numbers of {listed.source}'s classes"
+            )
+            notes, names = [f"{path}: {told}"], list(listed.names)
+            classes = len(names)
+        else:
+            classes = _count_classes(y, said, f"y_{first}", path)
+        train, valid = splits.get("train"), splits.get("valid")
+        if train is not None:
+            check_split(f"the training split of '{name}'", train, train.x.shape[1:], classes)
+            train, valid = (train, valid) if valid else hold_out(train)
+        return from_splits(name, train, valid, splits["test"], classes=classes, class_names=names, notes=notes)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -118,7 +139,23 @@ def _labels(array: Array, key: str, path: Path) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _count_classes(y: torch.Tensor, said: Array | None, path: Path) -> int:
+def _are_listed(listed: ClassList, names: list[str], y: torch.Tensor, said: Array | None) -> bool:
+    """Return whether a list of classes is of these data; one that nobody gave, only where nothing else can be meant."""
+    present = np.unique(y.numpy()).tolist()
+    return not listed.fallback or (said is None and (bool(names) or present != list(range(len(present)))))
+
+
+def _renumbered(y: torch.Tensor, names: list[str], listed: ClassList) -> torch.Tensor:
+    """Return labels as numbers of a list of classes, which names tell, or which they are already."""
+    if not names or not len(y):
+        return y
+    if int(y.min()) < 0 or int(y.max()) >= len(names):
+        raise DataError(f"labels must lie between 0 and {len(names) - 1}, the last of class_names")
+    numbers = listed.numbers(names)[0]
+    return torch.tensor([numbers[name] for name in names])[y]
+
+
+def _count_classes(y: torch.Tensor, said: Array | None, key: str, path: Path) -> int:
     if said is not None and (said.size != 1 or said.dtype.kind not in "ui"):
         raise DataError(f"classes in {path} must be one integer: how many classes there are")
     if said is not None:
@@ -126,8 +163,8 @@ def _count_classes(y: torch.Tensor, said: Array | None, path: Path) -> int:
     present = np.unique(y.numpy())
     if len(present) == 0 or int(present[0]) < 0 or int(present[-1]) != len(present) - 1:
         raise DataError(
-            f"y_train in {path} must hold every label from 0 to the last, but holds {_few(present)}; number the "
-            "classes 0, 1, 2, ..., or add the entry classes, how many there are"
+            f"{key} in {path} must hold every label from 0 to the last, but holds {_few(present)}; number the "
+            "classes 0, 1, 2, ..., or add the entry classes, how many there are, or give --classes FILE"
         )
     return len(present)
 

@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..errors import DataError, DataWarning, UnknownNameError, UserError, told
 from ..files import safe_name
@@ -16,6 +16,7 @@ from ._known_sets import CIFAR10, FASHION_MNIST, MNIST, cifar10, digits, fashion
 from ._npz import load_arrays
 from ._places import Content, Find, Progress, Source, expand, is_file, is_folder, locate, missing, read, roots
 from ._places import download as fetch
+from ._request import EVERYTHING, Request
 from ._types import Dataset
 
 DATASETS: dict[str, Callable[[Find], Dataset]] = {
@@ -37,16 +38,27 @@ class Available(NamedTuple):
     where: str
 
 
+def kind_of(name: str, root: Path | str | None = None) -> Literal["known", "function", "arrays", "images"]:
+    """Return what `load` takes a name for; raise as it does where there is no such data set."""
+    if name in DATASETS:
+        return "known"
+    if ":" in name and not expand(name).exists():
+        return "function"
+    return "arrays" if _locate_users(name, roots(root)).suffix.lower() == ".npz" else "images"
+
+
 def load(
-    name: str, root: Path | str | None = None, *, download: bool = False, progress: Progress | None = None
-) -> Dataset:
+    name: str, root: Path | str | None = None, *, request: Request = EVERYTHING, download: bool = False,
+    progress: Progress | None = None,
+) -> Dataset:  # fmt: skip
     """Load a data set by its name in `DATASETS`, by a path, or from a user's function "package.module:function".
 
     A path is a folder, zip or tar of images, or an .npz.
 
     Files and names are looked for in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that
     order. With `download`, what is missing is fetched from public mirrors into the first of these, and `progress` is
-    told. A user's file is never called what a known set is called: its name gets "-user".
+    told. `request` says what is read of a user's files, and how. A user's file is never called what a known set is
+    called: its name gets "-user".
 
     Raises DataError if files are missing (it lists which go where), damaged, mislabelled or of the wrong shape, and
     UnknownNameError if there is no such data set.
@@ -62,12 +74,17 @@ def load(
             raise missing(source, places)
         return read(source, paths)
 
-    if name in DATASETS:
+    kind = kind_of(name, root)
+    if request.geometry is not None and kind != "images":
+        raise DataError(f"'{name}' is no folder, zip or tar of images, which alone can be resized and cropped")
+    if request.classes is not None and kind in ("known", "function"):
+        raise DataError(f"'{name}' has its own classes; a list of them is for images and arrays in files")
+    if kind == "known":
         return DATASETS[name](find)
-    if ":" in name and not expand(name).exists():
+    if kind == "function":
         return _from_function(name)
     path = _locate_users(name, places)
-    dataset = (load_arrays if path.suffix.lower() == ".npz" else load_images)(path, _label(path))
+    dataset = (load_arrays if kind == "arrays" else load_images)(path, _label(path), request)
     _tell_shared(dataset, path)
     return dataset
 

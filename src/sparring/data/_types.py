@@ -30,7 +30,9 @@ class Dataset:
     """Hold a named data set; choices are made on `valid`, never on `test`.
 
     `mean` and `std` are per channel over the training split, for images in [0, 1]. `class_names` is as long as
-    `classes`, or empty where the classes have no names.
+    `classes`, or empty where the classes have no names. Where only a test split was read, `train` and `valid` hold no
+    images, and `mean` and `std` are empty. `drawn` says where in the split the images of `test` are, if only some were
+    read; `notes` say what was done to them.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
+    drawn: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
 
 def as_float(x: Tensor) -> Tensor:
@@ -48,22 +52,32 @@ def as_float(x: Tensor) -> Tensor:
     return x.to(torch.float32) / 255
 
 
+def fixed_order(count: int) -> Tensor:
+    """Return the random order, always the same, in which so many images of a split are chosen."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
 def from_splits(
-    name: str, train: Split, valid: Split, test: Split, *, classes: int, class_names: Sequence[str] = ()
-) -> Dataset:
+    name: str, train: Split | None, valid: Split | None, test: Split, *, classes: int, class_names: Sequence[str] = (),
+    drawn: Tensor | None = None, notes: Sequence[str] = (),
+) -> Dataset:  # fmt: skip
     """Make a data set from its splits: check them, and measure mean and standard deviation of the training split.
 
-    Raises DataError, naming the split, for a wrong dtype or shape, an empty split, a label outside [0, classes),
-    or classes outside [1, 1,000,000].
+    Without training and validation images it can be attacked, but nothing can be trained on it. Raises DataError,
+    naming the split, for a wrong dtype or shape, an empty split, a label outside [0, classes), or classes outside
+    [1, 1,000,000].
     """
-    # Equal images lie equally in memory, so that equal data give equal arithmetic wherever they were read from.
-    train, valid, test = (Split(split.x.contiguous(), split.y.contiguous()) for split in (train, valid, test))
+    shape = (test if train is None else train).x.shape[1:]
     for part, split in (("training", train), ("validation", valid), ("test", test)):
-        check_split(f"the {part} split of '{name}'", split, train.x.shape[1:], classes)
+        if split is not None:
+            check_split(f"the {part} split of '{name}'", split, shape, classes)
+    # Equal images lie equally in memory, so that equal data give equal arithmetic wherever they were read from.
+    none = Split(test.x[:0], test.y[:0])
+    train, valid, test = (Split(x.contiguous(), y.contiguous()) for x, y in (train or none, valid or none, test))
     if class_names and len(class_names) != classes:
         raise DataError(f"'{name}' has {classes} classes but {len(class_names)} class names")
-    mean, std = _moments(train.x)
-    return Dataset(name, train, valid, test, classes, mean, std, tuple(class_names))
+    mean, std = _moments(train.x) if len(train.x) else ((), ())
+    return Dataset(name, train, valid, test, classes, mean, std, tuple(class_names), drawn, tuple(notes))
 
 
 def check_split(what: str, split: Split, shape: torch.Size, classes: int) -> None:

@@ -6,7 +6,7 @@ from ._architectures import Normalise, Residual
 from ._checkpoints import Checkpoint, plain_weights, read_checkpoint
 from ._hubs import HubModel, build_from_hub, describe, is_hub_name, load_hub_weights_
 from ._registry import MODELS, build, recipe_settings, takes_moments
-from ._saved import Blueprint, load_model, save_model
+from ._saved import Blueprint, load_model, read_blueprint, save_model
 from ._weights import load_weights_, read_weights
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_model",
     "load_weights_",
     "plain_weights",
+    "read_blueprint",
     "read_checkpoint",
     "read_weights",
     "recipe_settings",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, UserError
@@ -33,16 +35,19 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class HubModel:
     """Hold what a library's own configuration says of a network: how images are prepared, and its classes.
 
-    `size` is the height and width in pixels that it was trained on, `resize` that of the shorter side before the crop.
+    `size` is the height and width in pixels that it was trained on and images are cropped to; `resize` the length of
+    the shorter side before, or height and width where images are stretched, or None where it is done in another way.
+    `labels` are the names of the classes and `ids` their WordNet ids, empty where they are not known.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int]
-    resize: int
+    resize: int | tuple[int, int] | None
     interpolation: str
     labels: tuple[str, ...]
     classes: int
+    ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,10 @@ def load_hub_weights_(model: nn.Module, name: str, *, classes: int, download: bo
     hub, own = _parted(name)
     trained = hub.describe(own).classes
     if trained != classes:
-        raise UserError(f"'{name}' was trained for {trained} classes, the data have {classes}; take data of those")
+        raise UserError(
+            f"'{name}' was trained for {trained} classes, the data have {classes}; take data of those, or, where they "
+            "have some of them, name all by --classes FILE"
+        )
     tensors = hub.weights(own, download)
     if tensors is None:
         raise UserError(f"the weights of '{name}' are not on this machine; give --download to get them, or --weights")
@@ -143,9 +151,23 @@ def _describe_timm(own: str) -> HubModel:
     if cfg is None:
         raise UnknownNameError("model of timm", own, timm.list_models())
     size = cfg.input_size[1:]
-    labels = timm.data.ImageNetInfo().label_names() if cfg.num_classes == 1000 else ()
-    resize = round(size[0] / cfg.crop_pct)
-    return HubModel(cfg.mean, cfg.std, size, resize, cfg.interpolation, tuple(labels), cfg.num_classes)
+    ids, labels = _imagenet(cfg.num_classes)
+    sides = tuple(math.floor(side / cfg.crop_pct) for side in size)
+    resize = {"squash": sides, "border": None}.get(cfg.crop_mode, sides[0])
+    return HubModel(cfg.mean, cfg.std, size, resize, cfg.interpolation, labels, cfg.num_classes, ids)
+
+
+def _imagenet(classes: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the WordNet ids and names of ImageNet's classes, or of its subset of so many, as timm knows them."""
+    if importlib.util.find_spec("timm") is None:
+        return (), ()
+    import timm
+
+    subset = timm.data.infer_imagenet_subset({"num_classes": classes})
+    if subset is None:
+        return (), ()
+    info = timm.data.ImageNetInfo(subset)
+    return tuple(info.label_names()), tuple(info.label_descriptions())
 
 
 def _make_timm(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -205,7 +227,8 @@ def _describe_torchvision(own: str) -> HubModel:
     labels = tuple(weights.meta["categories"])
     size = (done.crop_size[0], done.crop_size[0])
     mean, std = tuple(done.mean), tuple(done.std)
-    return HubModel(mean, std, size, done.resize_size[0], done.interpolation.value, labels, len(labels))
+    ids = _imagenet(len(labels))[0] if labels[:1] == ("tench",) else ()
+    return HubModel(mean, std, size, done.resize_size[0], done.interpolation.value, labels, len(labels), ids)
 
 
 def _make_torchvision(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -257,8 +280,14 @@ def _describe_hf(own: str) -> HubModel:
     size = tuple(wanted.get(key, side) for key in ("height", "width")) if isinstance(wanted, dict) else (wanted, wanted)
     mean, std = (tuple(how.get(f"image_{what}", own)) for what, own in zip(("mean", "std"), IMAGENET, strict=True))
     labels = tuple(config.id2label[at] for at in sorted(config.id2label))
-    resize = how.get("size", {}).get("shortest_edge", size[0]) if isinstance(how.get("size"), dict) else size[0]
-    return HubModel(mean, std, size, resize, "bicubic" if how.get("resample") == 3 else "bilinear", labels, len(labels))
+    named = () if all(label == f"LABEL_{at}" for at, label in enumerate(labels)) else labels
+    resize: int | tuple[int, int] = size
+    if isinstance(how.get("size"), dict) and "height" in how["size"]:
+        resize = (how["size"]["height"], how["size"]["width"])
+    elif isinstance(how.get("size"), dict) and "shortest_edge" in how["size"]:
+        resize = math.floor(how["size"]["shortest_edge"] / how.get("crop_pct", 1))
+    interpolation = Image.Resampling(how.get("resample", 2)).name.lower()
+    return HubModel(mean, std, size, resize, interpolation, named, len(labels))
 
 
 def _make_hf(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:

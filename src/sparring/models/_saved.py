@@ -58,17 +58,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
     the file may be a stranger's: build that model yourself and give the file as weights.
     """
     tensors = load_tensors(path)
-    if _ABOUT not in tensors:
-        raise UserError(
-            f"{path} holds weights but not what model they are of; name the model and give --weights {path}"
-        )
-    try:
-        about = json.loads(bytes(tensors.pop(_ABOUT).numpy()).decode())
-        about = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
-        blueprint = Blueprint(**about)
-        _refuse_absurd(blueprint)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its description of the model is damaged ({error})") from error
+    blueprint = _blueprint(tensors, path)
     if ":" in blueprint.name and not is_hub_name(blueprint.name):
         raise UserError(
             f"{path} was made by the factory '{blueprint.name}', which is code; "
@@ -87,6 +77,27 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
     load_weights_(model, tensors)
     refuse_unmasked(model, masks, f"{path} was changed after it was pruned; get it or make it again")
     return model.eval(), blueprint, masks
+
+
+def read_blueprint(path: str | Path) -> Blueprint:
+    """Return what a file that `save_model` wrote says of its model; raise UserError where it says nothing."""
+    return _blueprint(load_tensors(path), path)
+
+
+def _blueprint(tensors: dict[str, Tensor], path: str | Path) -> Blueprint:
+    """Take the blueprint out of a file's tensors, in place."""
+    if _ABOUT not in tensors:
+        raise UserError(
+            f"{path} holds weights but not what model they are of; name the model and give --weights {path}"
+        )
+    try:
+        about = json.loads(bytes(tensors.pop(_ABOUT).numpy()).decode())
+        about = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
+        blueprint = Blueprint(**about)
+        _refuse_absurd(blueprint)
+        return blueprint
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: its description of the model is damaged ({error})") from error
 
 
 def _refuse_absurd(blueprint: Blueprint) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data import Dataset, as_float
+from ...data import Dataset, as_float, fixed_order
 from ...errors import PlanError, UnknownNameError, UserError
 from ...files import sha256_bytes
 from ...matrices import refuse_unmasked
@@ -154,13 +154,16 @@ def with_activation(model: nn.Module, activation: Activation) -> nn.Module:
 def chosen_images(dataset: Dataset, split: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Return images start to stop of a fixed random order of a split, so that the first few are no biased sample."""
     part, order = dataset.test if split == "test" else dataset.valid, chosen_places(dataset, split, start, stop)
+    if split == "test" and dataset.drawn is not None:  # they are the first of this order
+        return part.x[start:stop], part.y[start:stop]
     return part.x[order], part.y[order]
 
 
 def chosen_places(dataset: Dataset, split: str, start: int, stop: int) -> Tensor:
     """Return where in the split the images of `chosen_images` are: the tensor `images` (N,) of their records."""
     part = dataset.test if split == "test" else dataset.valid
-    return torch.randperm(len(part.x), generator=torch.Generator().manual_seed(0))[start:stop].int()
+    drawn = dataset.drawn if split == "test" else None
+    return (fixed_order(len(part.x)) if drawn is None else drawn)[start:stop].int()
 
 
 def check_fit(model: nn.Module, dataset: Dataset) -> None:
@@ -180,7 +183,7 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
     if logits.shape[1] != dataset.classes:
         raise UserError(
             f"the model returns {logits.shape[1]} numbers an image, but {dataset.name} has {dataset.classes} classes: "
-            "do model and data belong together?"
+            "do model and data belong together? Where the data have some of its classes, --classes FILE names them all"
         )
 
 

@@ -1,0 +1,184 @@
+"""What is read of a user's own images: which parts, how they are brought to one size, and whose classes they are of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from ..errors import DataError
+from ..files import MIB, read_bounded
+
+INTERPOLATIONS = {filter.name.lower(): filter for filter in Image.Resampling}
+SYNSET = re.compile(r"(n\d{8})[\s,]+(\S.*)")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Say how images are brought to one size, as timm and torchvision do: resized, then cropped at the centre.
+
+    `resize` is the length in pixels of the shorter side, the other keeping its proportion, or height and width, to
+    which an image is stretched. What `crop` (height and width) asks beyond an image is black. `interpolation` is one of
+    Pillow's, with its antialiasing. `source` is who says so.
+    """
+
+    resize: int | tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    interpolation: str = "bilinear"
+    source: str = field(default="", compare=False)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return a resized and cropped image."""
+        if self.resize is not None:
+            image = _resized(image, self.resize, INTERPOLATIONS[self.interpolation])
+        return image if self.crop is None else _cropped(image, *self.crop)
+
+    def __str__(self) -> str:
+        steps = []
+        if isinstance(self.resize, tuple):
+            steps.append(f"stretched to {self.resize[0]}×{self.resize[1]} ({self.interpolation})")
+        elif self.resize is not None:
+            steps.append(f"the shorter side is resized to {self.resize} ({self.interpolation})")
+        if self.crop is not None:
+            steps.append(f"the central {self.crop[0]}×{self.crop[1]} is cropped")
+        if self.source:
+            steps.append(f"as {self.source} has it")
+        return ", ".join(steps)
+
+
+def _resized(image: Image.Image, size: int | tuple[int, int], how: Image.Resampling) -> Image.Image:
+    if isinstance(size, int):
+        short, long = min(image.size), max(image.size)
+        if short == size:
+            return image
+        other = size * long // short
+        size = (other, size) if image.width <= image.height else (size, other)
+    return image.resize((size[1], size[0]), how)
+
+
+def _cropped(image: Image.Image, height: int, width: int) -> Image.Image:
+    # The rounding is torchvision's: where a border of odd width is padded, the larger part lies right and below, where
+    # one is cut, halves go to the even number.
+    left, top = (
+        -((wanted - there) // 2) if wanted > there else round((there - wanted) / 2)
+        for wanted, there in ((width, image.width), (height, image.height))
+    )
+    return image.crop((left, top, left + width, top + height))
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Hold the names of a network's classes in the order of its outputs, their WordNet ids, and who says so.
+
+    Where it is a `fallback`, what a set itself says of its classes comes first.
+    """
+
+    names: tuple[str, ...]
+    source: str
+    ids: tuple[str, ...] = ()
+    fallback: bool = False
+
+    def numbers(self, found: Iterable[str]) -> tuple[dict[str, int], str]:
+        """Return the number of each class that was found by its name or id, and a sentence on how.
+
+        Names match in any case, "_" for " ", and by any of several between commas; the narrowest reading counts. Raise
+        DataError, naming them, for those that match no class, several, or one that another matches.
+        """
+        tables = [_table(self.ids, lambda text: [text]), _table(self.names, lambda text: [text])]
+        tables += [
+            _table(self.names, lambda text: text.split(",")[:1]),
+            _table(self.names, lambda text: text.split(",")),
+        ]
+        placed: dict[str, int] = {}
+        wrong, by_id = [], 0
+        for label in sorted(found):
+            at = next((at for at, table in enumerate(tables) if _plain(label) in table), None)
+            numbers = [] if at is None else tables[at][_plain(label)]
+            if len(numbers) == 1 and numbers[0] not in placed.values():
+                placed[label] = numbers[0]
+                by_id += at == 0
+            else:
+                wrong.append(label + (f" (which of {', '.join(map(str, numbers))}?)" if numbers else ""))
+        if wrong:
+            shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+            raise DataError(
+                f"{len(wrong)} of {len(wrong) + len(placed)} classes are not among those of {self.source}: {shown}; "
+                "rename them, or give --classes FILE with the names in the order of the network's outputs"
+            )
+        how = " and ".join(
+            f"{count} by {what}" for count, what in ((by_id, "WordNet id"), (len(placed) - by_id, "name")) if count
+        )
+        return placed, f"labels are the numbers of the {len(self.names):,} classes of {self.source}: {how}"
+
+
+def _plain(text: str) -> str:
+    return text.replace("_", " ").strip().casefold()
+
+
+def _table(names: Sequence[str], parts: Callable[[str], list[str]]) -> dict[str, list[int]]:
+    table: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        for part in dict.fromkeys(map(_plain, parts(name))):
+            table.setdefault(part, []).append(number)
+    return table
+
+
+def read_classes(path: Path) -> ClassList:
+    """Read the names of a network's classes, in its order; raise DataError for a file that is none of these.
+
+    They are one a line ("n01440764 tench, Tinca tinca" has a WordNet id first), or JSON: a list, or a dictionary from
+    number to name or to [WordNet id, name], as ImageNet's class index.
+    """
+    try:
+        text = read_bounded(path, limit=16 * MIB).decode("utf-8-sig")
+        entries = _from_json(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{path} is no list of classes ({error}); give names, one a line, or JSON: a list, or number to name"
+        ) from error
+    entries = [entry.strip() for entry in entries]
+    while entries and not entries[-1]:
+        entries.pop()
+    if not entries or not all(entries):
+        raise DataError(f"{path} has no name for class {entries.index('') if entries else 0}")
+    split = [SYNSET.fullmatch(entry) for entry in entries]
+    if all(split):
+        return ClassList(tuple(m[2] for m in split if m), str(path), ids=tuple(m[1] for m in split if m))
+    return ClassList(tuple(entries), str(path))
+
+
+def _from_json(content: Any) -> list[str]:
+    if isinstance(content, dict):
+        numbers = sorted(map(int, content))
+        if numbers != list(range(len(numbers))):
+            raise ValueError(f"its {len(numbers)} classes are not numbered from 0 to {len(numbers) - 1}")
+        by_number = {int(key): value for key, value in content.items()}
+        content = [by_number[number] for number in numbers]
+    entries = [" ".join(entry) if isinstance(entry, list) else entry for entry in content]
+    if not all(isinstance(entry, str) for entry in entries):
+        raise TypeError("its entries are not names")
+    return entries
+
+
+@dataclass(frozen=True)
+class Request:
+    """Say what is read of a user's own data.
+
+    `parts`: all (training images are needed), what there is, or test images alone; without test/ the images of valid/,
+    or else of train/, are those that are tested, which a note says. `images`: decode at most so many test images, the
+    first of `fixed_order`. `channels`: 3 to have grey images as colour.
+    """
+
+    parts: Literal["all", "any", "test"] = "all"
+    images: int | None = None
+    geometry: Geometry | None = None
+    classes: ClassList | None = None
+    channels: int | None = None
+
+
+EVERYTHING = Request()

@@ -1,0 +1,89 @@
+"""A trained network meets a folder of photographs: a test split, many sizes, some of its classes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CODE = """
+import torch
+from torch import nn
+from sparring.models import Normalise
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(Normalise((0.5,) * 3, (0.5,) * 3), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 7))
+
+def needy(mean, std):
+    return nn.Sequential(Normalise(mean, std), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 7))
+"""
+PREPARED = ("--resize", 20, "--crop", 16)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "photographed.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    draw = np.random.default_rng(0)
+    for label in ("n00000003", "n00000005"):
+        for n in range(3):
+            height, width = draw.integers(24, 60, 2)
+            file = io.BytesIO()
+            Image.fromarray(draw.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(file, "JPEG")
+            path = tmp_path / "photos" / "test" / label / f"{n}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.getvalue())
+    index = {str(at): [f"n{at:08}", f"name {at}"] for at in range(7)}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    return tmp_path / "photos"
+
+
+def test_every_command_on_a_trained_network_takes_a_test_split(photos: Path, sparring) -> None:  # type: ignore[no-untyped-def]
+    given = ("--data", photos, "--classes", photos.parent / "index.json", *PREPARED)
+    net = "photographed:net"
+    attacked = sparring("attack", net, *given, "--images", 4, "--attacks", "fgsm", "--checks", 0, "--json")
+    assert attacked.code == 0 and json.loads(attacked.out)["images"] == 4
+    assert "of the 7 classes of" in attacked.err and "2 by WordNet id" in attacked.err
+    assert "the shorter side is resized to 20 (bilinear), the central 16×16 is cropped" in attacked.err
+    assert sparring("certify", net, *given, "--images", 2, "--method", "interval").code == 0
+    assert sparring("compare", net, net, *given, "--images", 4, "--eps", 0.01).code == 0
+    assert sparring("export", net, "net.sparring", *given, "--images", 4).code == 0
+    assert sparring("bench", net, *given, "--rounds", 1, "--batches", 1).code == 0
+
+
+def test_what_cannot_be_said_of_a_test_split_is_refused(photos: Path, sparring) -> None:  # type: ignore[no-untyped-def]
+    given = ("--data", photos, "--classes", photos.parent / "index.json", *PREPARED)
+    for words in (
+        ("train", "photographed:net", "--out", "w.safetensors"),
+        ("study", "quick", "--set", f'data="{photos}"'),
+    ):
+        refused = sparring(*words, *(given if words[0] == "train" else ()))
+        assert refused.code == 2 and "no images in train/<class>/" in refused.err
+    refused = sparring("attack", "photographed:needy", *given)
+    assert refused.code == 2 and "give --mean and --std" in refused.err
+    moments = ("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5")
+    assert sparring("attack", "photographed:needy", *given, *moments, "--attacks", "fgsm", "--images", 2).code == 0
+    refused = sparring("attack", "photographed:net", "--data", photos, *PREPARED)
+    assert refused.code == 2 and "--classes FILE names them all" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--resize", "0"), "--resize takes pixels from 1 to 4096"),
+        (("--crop", "4x4x4"), "--crop takes pixels"),
+        (("--interpolation", "cubic"), "bicubic"),
+        (("--interpolation", "box"), "give both"),
+        (("--classes", "nowhere.txt"), "nowhere.txt"),
+        (("--data", "digits", "--crop", "4"), "which alone can be resized"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(photos: Path, words: tuple[str, ...], message: str, sparring) -> None:  # type: ignore[no-untyped-def]
+    refused = sparring("attack", "photographed:net", "--data", photos, *words)
+    assert refused.code == 2 and message in refused.err
