@@ -23,7 +23,7 @@ from ..train import predict
 from ..units import parse_eps, percent
 from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions
 from ._printing import print_json, print_table
-from ._sources import check_named, check_out, file_of, open_both, open_data, open_model, plain_form, request_for
+from ._sources import check_named, check_out, file_of, open_both, open_model, plain_form
 
 ONNX_TOLERANCE = 1e-4
 ENDINGS = {"packed": ".sparring", "onnx": ".onnx"}
@@ -110,10 +110,7 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
     sizes, small = _batches(how.batches), None if how.small is None else ModelSource(how.small)
     if small is not None:
         check_named(small)
-    check_named(model)
-    models = [model] if small is None else [model, small]
-    dataset = open_data(data, request_for(models, data, images=2 if small is None else None))
-    network = plain_form(open_model(model, dataset, download=data.download)[0].eval())
+    network, dataset = open_both(model, data, plain=True, images=2 if small is None else None, beside=small)
     rival = None if small is None else plain_form(open_model(small, dataset)[0].eval())
     shape = tuple(dataset.test.x.shape[1:])
     rows = deploy.bench(network, shape=shape, batches=sizes, rounds=how.rounds, small=rival)

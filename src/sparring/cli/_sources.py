@@ -149,14 +149,21 @@ def _needs_moments(model: ModelSource) -> bool:
 
 
 def open_both(
-    model: ModelSource, source: DataSource, *, plain: bool = False, images: int | None = None
+    model: ModelSource,
+    source: DataSource,
+    *,
+    plain: bool = False,
+    images: int | None = None,
+    beside: ModelSource | None = None,
 ) -> tuple[nn.Module, Dataset]:
     """Return a model in eval mode and its data; raise UserError, before data are read, for a model that cannot be.
 
-    `plain`: in a form that can be looked into. `images`: read only so many test images of a folder.
+    `plain`: in a form that can be looked into. `images`: read only so many test images of a folder. `beside`: a
+    model that is given the same data.
     """
     check_named(model)
-    dataset = open_data(source, request_for([model], source, images=images))
+    models = [model] if beside is None else [model, beside]
+    dataset = open_data(source, request_for(models, source, images=images))
     network = open_model(model, dataset, download=source.download)[0].eval()
     return plain_form(network) if plain else network, dataset
 
