@@ -98,5 +98,10 @@ def test_tied_weights_that_differ_are_refused() -> None:
 def test_a_network_with_its_own_weight_norm_takes_its_weights_as_they_are() -> None:
     model, other = (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))) for _ in range(2))
     state = {name: value.clone() for name, value in other.state_dict().items()}
-    load_weights_(model, {f"module.{name}": value for name, value in state.items()})
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    behind = nn.Sequential(Normalise((0.5,), (0.2,)), model)
+    for taker in (model, behind):
+        model[0].weight = torch.ones(3, 4)
+        load_weights_(taker, {f"module.{name}": value for name, value in state.items()})
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    with pytest.raises(UserError, match="convert them with --as-is"):
+        load_weights_(model, nn.Sequential(nn.Linear(4, 3)).state_dict())

@@ -107,6 +107,8 @@ def _groups(path: Path) -> dict[str, dict[str, Tensor]]:
         more = 4 * path.stat().st_size + 512 * MIB
     except OSError as error:
         raise explain(error, path, "read") from error
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the file of weights in it, as {path / 'pytorch_model.bin'}")
     if not path.is_file() or more > 4 * LARGEST:
         raise UserError(f"{path} is no file of at most {LARGEST // MIB} MiB; choose another")
     with tempfile.TemporaryDirectory() as place:

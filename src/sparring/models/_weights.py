@@ -14,6 +14,7 @@ from ..files import load_tensors
 from ._checkpoints import FLOATS, plain_weights
 
 OURS = "sparring/"  # what a model file holds besides weights
+REPARAMETRISED = ("_orig", "_mask", "_g")  # what torch.nn.utils.prune, spectral_norm and weight_norm make of a name
 COUNTERS = "num_batches_tracked"  # which checkpoints before torch 0.4.1 lack, and evaluation does not read
 
 
@@ -64,8 +65,9 @@ def _matched(
             raise UserError(f"the weights hold several such networks: {several}; `sparring convert` takes one by --key")
         for prefix, (names, inner) in parts.items():
             left = [name for name in given if not name.startswith(prefix)]
-            more = f" and {len(left) - 1} more" * (len(left) > 1)
-            return names, (*said, *_notes(prefix, inner), f"left out '{left[0]}'{more}, which is not under '{prefix}'")
+            several = f" and {len(left) - 1} more" * (len(left) > 1)
+            more = [f"left out '{name}'{several}, which is not under '{prefix}'" for name in left[:1]]
+            return names, (*said, *_notes(prefix, inner), *more)
     raise UserError(_mismatch(own, plain))
 
 
@@ -138,7 +140,9 @@ def _mismatch(own: Collection[str], given: Collection[str]) -> str:
             hint = f" (nearest: '{near[0]}')" if near else ""
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             parts.append(f"{what} '{names[0]}'{hint}{more}" + ", which the model lacks" * (what == "have"))
-    return f"the weights {'; they '.join(parts)}: do model and weights belong together?"
+    own_norms = any("parametrizations." in name or name.endswith(REPARAMETRISED) for name in missing)
+    way = "; if the network masks or normalises its weights itself, convert them with --as-is" * own_norms
+    return f"the weights {'; they '.join(parts)}: do model and weights belong together?{way}"
 
 
 def _check_ties(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
