@@ -10,6 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparring.cli import _sources
+from sparring.cli._app import DataSource, ModelSource
+from sparring.data import Geometry
+from sparring.errors import UserError
+from sparring.models import HubModel
+
 CODE = """
 import torch
 from torch import nn
@@ -87,3 +93,34 @@ def test_what_cannot_be_said_of_a_test_split_is_refused(photos: Path, sparring) 
 def test_options_that_cannot_be_are_refused(photos: Path, words: tuple[str, ...], message: str, sparring) -> None:  # type: ignore[no-untyped-def]
     refused = sparring("attack", "photographed:net", "--data", photos, *words)
     assert refused.code == 2 and message in refused.err
+
+
+TINY = HubModel((0.5,) * 3, (0.5,) * 3, (16, 16), 20, "bicubic", ("a", "b"), 2, ("n00000003", "n00000005"))
+DESCRIBED = {
+    "timm:tiny": TINY,
+    "timm:other": HubModel((0.5,) * 3, (0.5,) * 3, (24, 24), (24, 24), "bilinear", (), 2),
+    "timm:strange": HubModel((0.5,) * 3, (0.5,) * 3, (24, 24), None, "bilinear", (), 2),
+}
+
+
+def test_a_librarys_network_brings_its_configuration(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_sources, "describe", DESCRIBED.__getitem__)
+    source, tiny, other = DataSource(str(photos)), ModelSource("timm:tiny"), ModelSource("timm:other")
+    asked = _sources.request_for([tiny], source, images=4)
+    assert (asked.parts, asked.images, asked.channels) == ("test", 4, 3)
+    assert asked.geometry == Geometry(20, (16, 16), "bicubic") and asked.geometry.source == "'timm:tiny'"
+    found = _sources.open_data(source, asked)
+    assert (found.test.x.shape[1:], found.classes, sorted(set(found.test.y.tolist()))) == ((3, 16, 16), 2, [0, 1])
+    assert "20 (bicubic), the central 16×16 is cropped, as 'timm:tiny' has it" in capsys.readouterr().err
+    assert _sources.request_for([ModelSource("timm:tiny", Path("own.safetensors"))], source).geometry is None
+    assert _sources.request_for([tiny], DataSource("digits")).geometry is None
+    with pytest.raises(UserError, match="'timm:tiny' and 'timm:other' prepare images differently"):
+        _sources.request_for([tiny, other], source)
+    said = DataSource(str(photos), resize="18x20", crop="12", interpolation="box")
+    assert _sources.request_for([tiny, other], said).geometry == Geometry((18, 20), (12, 12), "box")
+    assert _sources.request_for([other], source).classes is None
+    assert "'timm:other' does not name its classes" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a way of its own; give --resize and --crop"):
+        _sources.request_for([ModelSource("timm:strange")], source)

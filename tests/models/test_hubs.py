@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from sparring.data import Geometry
 from sparring.errors import UnknownNameError, UserError
 from sparring.models import Blueprint, build_from_hub, describe, is_hub_name, load_hub_weights_, load_model, save_model
 
@@ -45,6 +48,21 @@ def test_it_is_normalised_by_its_own_configuration(name: str, tmp_path: Path) ->
         load_hub_weights_(model, name, classes=10)
     file = save_model(tmp_path / "m.safetensors", model, Blueprint(name, (3, 64, 64), 10, (0.0,) * 3, (1.0,) * 3))
     torch.testing.assert_close(load_model(file)[0](x), model(x))
+
+
+@pytest.mark.parametrize("own", ["resnet18", "vit_tiny_patch16_224", "efficientnet_b3"])
+def test_images_are_prepared_as_timm_does(own: str) -> None:
+    _skip_without("timm")
+    facts = describe(f"timm:{own}")
+    timm = importlib.import_module("timm")
+    settings = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(own).to_dict())
+    theirs = timm.data.create_transform(**settings, normalize=False)
+    draw = np.random.default_rng(0)
+    for height, width in ((300, 401), (401, 300), (200, 190)):
+        original = Image.fromarray(draw.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        mine = np.asarray(Geometry(facts.resize, facts.size, facts.interpolation)(original))
+        assert np.array_equal(mine.transpose(2, 0, 1), np.asarray(theirs(original)))
+    assert len(facts.labels) == len(facts.ids) == facts.classes
 
 
 def test_a_name_that_timm_lacks_is_answered_with_near_ones() -> None:

@@ -86,6 +86,9 @@ def request_for(
         named = ((name, facts) for name, facts in known.items() if facts.labels)
         own = (data.ClassList(facts.labels, f"'{name}'", facts.ids, fallback=True) for name, facts in named)
         listed = next(own, None)
+    if listed is None and kind == "images":
+        for name in known:
+            print(f"'{name}' does not name its classes: labels go by the order of the folders", file=sys.stderr)
     parts: Literal["all", "any", "test"] = "all" if training else "any"
     if images is not None and not any(map(_needs_moments, models)):
         parts = "test"
@@ -120,9 +123,8 @@ def _geometry(source: DataSource, known: Mapping[str, HubModel]) -> Geometry | N
         own = None if source.resize or source.crop or said else f"'{name}'"
         made[Geometry(side or facts.resize, crop or facts.size, said or facts.interpolation, own or "")] = name
     if len(made) > 1:
-        raise UserError(
-            f"{' and '.join(made.values())} prepare images differently; give --resize, --crop, --interpolation"
-        )
+        names = " and ".join(map(repr, made.values()))
+        raise UserError(f"{names} prepare images differently; give --resize, --crop, --interpolation")
     if made:
         return next(iter(made))
     if said is not None and side is None:

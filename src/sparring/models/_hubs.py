@@ -276,18 +276,31 @@ def _describe_hf(own: str) -> HubModel:
     config, prepared = _config(own), Path(own) / "preprocessor_config.json"
     how = json.loads(read_bounded(prepared, limit=MIB)) if prepared.exists() else {}
     side = config.image_size if isinstance(getattr(config, "image_size", None), int) else 224
-    wanted = how.get("crop_size", how.get("size", side))
-    size = tuple(wanted.get(key, side) for key in ("height", "width")) if isinstance(wanted, dict) else (wanted, wanted)
+    resize, size = _prepared_by_hf(how, side)
     mean, std = (tuple(how.get(f"image_{what}", own)) for what, own in zip(("mean", "std"), IMAGENET, strict=True))
     labels = tuple(config.id2label[at] for at in sorted(config.id2label))
     named = () if all(label == f"LABEL_{at}" for at, label in enumerate(labels)) else labels
-    resize: int | tuple[int, int] = size
-    if isinstance(how.get("size"), dict) and "height" in how["size"]:
-        resize = (how["size"]["height"], how["size"]["width"])
-    elif isinstance(how.get("size"), dict) and "shortest_edge" in how["size"]:
-        resize = math.floor(how["size"]["shortest_edge"] / how.get("crop_pct", 1))
     interpolation = Image.Resampling(how.get("resample", 2)).name.lower()
     return HubModel(mean, std, size, resize, interpolation, named, len(labels))
+
+
+def _prepared_by_hf(how: dict[str, Any], side: int) -> tuple[int | tuple[int, int] | None, tuple[int, int]]:
+    """Return what images are resized and cropped to; with `crop_pct` they are stretched from 384 pixels on."""
+    wanted = how.get("size", side)
+    edge = wanted.get("shortest_edge") if isinstance(wanted, dict) else None
+    whole = _both(wanted, edge or side)
+    if edge is None:
+        resize: int | tuple[int, int] = whole
+    else:
+        resize = whole if "crop_pct" in how and edge >= 384 else math.floor(edge / (how.get("crop_pct") or 1))
+    return resize if how.get("do_resize", True) else None, _both(how.get("crop_size") or whole, side)
+
+
+def _both(size: Any, side: int) -> tuple[int, int]:
+    """Return height and width from a number, a pair, or a dictionary that may lack them."""
+    if isinstance(size, dict):
+        return size.get("height", side), size.get("width", side)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _make_hf(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
