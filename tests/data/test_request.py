@@ -44,6 +44,7 @@ def test_a_test_split_alone_is_read_to_be_attacked(tmp_path: Path) -> None:
         assert (loaded.class_names, loaded.test.y.tolist(), loaded.mean) == (("cat", "dog"), [0, 1, 0, 1], ())
         assert loaded.train.x.shape == (0, *loaded.test.x.shape[1:]) and len(loaded.valid.y) == 0
         assert len(data.content_hash(loaded)) == 64 and not loaded.notes
+        assert {item.where for item in data.available(tmp_path)} >= {str(path)}
         with pytest.raises(DataError, match=r"no images in train/<class>/"):
             data.load(str(path))
 

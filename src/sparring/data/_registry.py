@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from ..errors import DataError, DataWarning, UnknownNameError, UserError, told
 from ..files import safe_name
 from ..plugins import import_object
-from ._image_folder import load_images
+from ._image_folder import PARTS, load_images
 from ._known_sets import CIFAR10, FASHION_MNIST, MNIST, cifar10, digits, fashion_mnist, mnist, mnist_5k
 from ._npz import load_arrays
 from ._places import Content, Find, Progress, Source, expand, is_file, is_folder, locate, missing, read, roots
@@ -137,7 +137,7 @@ def available(root: Path | str | None = None) -> list[Available]:
     found = [Available(name, "") for name in DATASETS if name not in paths]
     found += [Available(name, str(files[0].parent)) for name, files in paths.items() if files]
     for path in (path for place in places for path in sorted(place.glob("*"))):
-        if is_folder(path / "train") or (is_file(path) and path.name.endswith((".zip", ".npz"))):
+        if any(is_folder(path / part) for part in PARTS) or (is_file(path) and path.name.endswith((".zip", ".npz"))):
             with contextlib.suppress(UserError):  # its name could not be written into an output folder
                 found.append(Available(_label(path), str(path)))
     return found
