@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from sparring.data import Geometry
 from sparring.errors import UnknownNameError, UserError
-from sparring.models import Blueprint, build_from_hub, describe, is_hub_name, load_hub_weights_, load_model, save_model
+from sparring.files import save_tensors
+from sparring.models import (
+    Blueprint,
+    HubModel,
+    build_from_hub,
+    describe,
+    is_hub_name,
+    load_hub_weights_,
+    load_model,
+    save_model,
+)
+from sparring.models._hubs import HUBS, _Hub
 
 PACKAGES = {"timm": "timm:resnet18", "torchvision": "torchvision:resnet18", "transformers": "hf:folder"}
 
@@ -86,3 +99,26 @@ def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
     x, facts = torch.rand(2, 3, 16, 16), describe(name)
     mean, std = (torch.tensor(moments).view(3, 1, 1) for moments in (facts.mean, facts.std))
     torch.testing.assert_close(model(x).logits, original(pixel_values=(x - mean) / std).logits)
+    file = tmp_path / "vit" / "model.safetensors"
+    save_tensors(file, {key: value for key, value in original.state_dict().items() if "classifier" not in key})
+    with pytest.raises(UserError, match=r"lack 'classifier\.bias'"):  # else it is drawn at random
+        load_hub_weights_(model, name, classes=4)
+
+
+def test_what_a_package_raises_and_moments_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = HubModel((0.5,) * 3, (0.2,) * 3, (8, 8), 8, "bilinear", (), 10)
+
+    def fail(*_: object) -> nn.Module:
+        raise AssertionError("Input shape indivisible by patch size!")
+
+    def hub(described: HubModel) -> None:
+        monkeypatch.setitem(HUBS, "timm", _Hub("json", lambda _: described, fail, fail))  # type: ignore[arg-type]
+
+    hub(facts)
+    with pytest.raises(UserError, match=r"timm:vit for images .* indivisible by patch size"):
+        build_from_hub("timm:vit", shape=(3, 30, 20), classes=10)
+    with pytest.raises(UserError, match="weights of timm:vit cannot be had"):
+        load_hub_weights_(nn.Identity(), "timm:vit", classes=10)
+    hub(replace(facts, std=(0.0,) * 3))
+    with pytest.raises(UserError, match=r"std \(0\.0, 0\.0, 0\.0\); mend its files"):
+        describe("timm:vit")

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError, UserError
+from ..errors import UnknownNameError, UserError, told
 from ..files import MIB, read_bounded, save_tensors
 from ._architectures import Normalise
 from ._checkpoints import read_checkpoint
@@ -66,21 +66,26 @@ def is_hub_name(name: str) -> bool:
 
 
 def describe(name: str) -> HubModel:
-    """Return a network's own configuration; raise UserError where its package is missing or does not know it."""
+    """Return a network's own configuration; raise UserError where its package is missing or cannot tell it."""
     hub, own = _parted(name)
-    return hub.describe(own)
+    with _told(name):
+        facts = hub.describe(own)
+        if len(facts.mean) != len(facts.std) or not all(value > 0 for value in facts.std):
+            raise UserError(f"'{name}' says that images have mean {facts.mean} and std {facts.std}; mend its files")
+    return facts
 
 
 def build_from_hub(name: str, *, shape: tuple[int, ...], classes: int) -> nn.Module:
     """Build a network with fresh weights for images of this shape, behind its own normalisation of [0, 1]."""
     hub, own = _parted(name)
-    facts = hub.describe(own)
+    facts = describe(name)
     mean, std = facts.mean, facts.std
     if shape[0] != len(mean):
         if shape[0] != 1:
             raise UserError(f"'{name}' takes images of {len(mean)} channels, these have {shape[0]}")
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return nn.Sequential(Normalise(mean, std), hub.make(own, shape, classes))
+    with _told(f"{name} for images {shape}"):
+        return nn.Sequential(Normalise(mean, std), hub.make(own, shape, classes))
 
 
 def load_hub_weights_(model: nn.Module, name: str, *, classes: int, download: bool = False) -> None:
@@ -90,16 +95,28 @@ def load_hub_weights_(model: nn.Module, name: str, *, classes: int, download: bo
     another number of `classes`, and as `load_weights_` does.
     """
     hub, own = _parted(name)
-    trained = hub.describe(own).classes
+    trained = describe(name).classes
     if trained != classes:
         raise UserError(
             f"'{name}' was trained for {trained} classes, the data have {classes}; take data of those, or, where they "
             "have some of them, name all by --classes FILE"
         )
-    tensors = hub.weights(own, download)
+    with _told(f"the weights of {name}"):
+        tensors = hub.weights(own, download)
     if tensors is None:
         raise UserError(f"the weights of '{name}' are not on this machine; give --download to get them, or --weights")
     load_weights_(model, tensors)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn whatever a library raises over files and networks into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} cannot be had: {told(error)}") from error
 
 
 def _parted(name: str) -> tuple[_Hub, str]:
@@ -176,10 +193,7 @@ def _make_timm(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     options: dict[str, Any] = {"num_classes": classes, "in_chans": shape[0]}
     if timm.get_pretrained_cfg(own).fixed_input_size:
         options["img_size"] = shape[1:]
-    try:
-        made: nn.Module = timm.create_model(own, pretrained=False, **options)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"timm cannot build '{own}' for images {shape}: {error}") from error
+    made: nn.Module = timm.create_model(own, pretrained=False, **options)
     return made
 
 
@@ -319,11 +333,17 @@ def _hf_weights(own: str, _download: bool) -> Mapping[str, Tensor] | None:
     if not list(Path(own).glob("model*.safetensors")):
         pickled = Path(own) / "pytorch_model.bin"
         if pickled.exists():
-            raise UserError(f"{pickled} is a pickle: sparring convert {pickled} {Path(own) / 'model.safetensors'}")
+            raise UserError(
+                f"{pickled} is a pickle: sparring convert --as-is {pickled} {Path(own) / 'model.safetensors'}"
+            )
         return None
     transformers.utils.logging.disable_progress_bar()
-    kind = transformers.AutoModelForImageClassification
-    state: Mapping[str, Tensor] = kind.from_pretrained(own, local_files_only=True, use_safetensors=True).state_dict()
+    model, info = transformers.AutoModelForImageClassification.from_pretrained(
+        own, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:  # which transformers draws at random
+        raise UserError(f"the weights in {own} lack '{min(info['missing_keys'])}': train that network to its end first")
+    state: Mapping[str, Tensor] = model.state_dict()
     return state
 
 
