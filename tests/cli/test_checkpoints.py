@@ -66,6 +66,7 @@ def test_moments_that_are_assumed_are_said(weights: Path, sparring) -> None:  # 
         (("owners:given", "--mean", "0.3"), "go together"),
         (("owners:wrapped", "--mean", "0.3", "--std", "0.5"), "its own normalisation"),
         (("owners:given", "--mean", "0.3,0.3", "--std", "0.5"), "1 numbers"),
+        (("owners:given", "--mean", "0", "--std", "0"), "numbers in [0.0001, 1]"),
         ((f"owners:given@{weights}", "--weights", weights), "drop --weights"),
     ):
         refused = sparring("attack", *words, *ATTACK)

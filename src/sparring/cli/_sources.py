@@ -267,18 +267,20 @@ def blueprint_for(source: ModelSource, dataset: Dataset) -> Blueprint:
             f"'{source.model}' is given the mean and std of its training images, which {dataset.name} has not; {way}"
         )
     mean, std = (
-        own or (neutral,) * shape[0] if text is None else parse_moments(text, shape[0])
-        for text, own, neutral in ((source.mean, dataset.mean, 0.0), (source.std, dataset.std, 1.0))
+        own or (neutral,) * shape[0] if text is None else parse_moments(text, shape[0], least=least)
+        for text, own, neutral, least in ((source.mean, dataset.mean, 0.0, 0.0), (source.std, dataset.std, 1.0, 1e-4))
     )
     return Blueprint(source.named()[0], shape, dataset.classes, mean, std, data=dataset.name)
 
 
-def parse_moments(text: str, channels: int) -> tuple[float, ...]:
+def parse_moments(text: str, channels: int, *, least: float) -> tuple[float, ...]:
     """Return a mean or standard deviation by channel from "0.5,0.5,0.5"; raise UserError where it is not one."""
     try:
         moments = tuple(float(part) for part in text.split(","))
     except ValueError:
         moments = ()
-    if len(moments) != channels or not all(0 <= value < 1 for value in moments):
-        raise UserError(f"--mean and --std take {channels} numbers in [0, 1), separated by commas, not '{text}'")
+    if len(moments) != channels or not all(least <= value <= 1 for value in moments):
+        raise UserError(
+            f"--mean and --std take {channels} numbers in [{least:g}, 1], separated by commas, not '{text}'"
+        )
     return moments
