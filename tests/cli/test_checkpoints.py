@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from sparring.cli._app import ModelSource
+
 CODE = """
 from torch import nn
 from sparring.models import Normalise
@@ -39,6 +41,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparring):  # type:
     refused = sparring("attack", "owners:wrapped", "--weights", "w.pth", *ATTACK)
     assert refused.code == 2
     assert "type `sparring convert w.pth w.safetensors`" in refused.err
+    assert sparring("attack", "owners:wrapped@w.pth", *ATTACK).err == refused.err
     done = sparring("convert", "w.pth", "w.safetensors")
     assert done.code == 0
     assert "under 'state_dict'" in done.out and "'module.'" in done.out
@@ -76,3 +79,23 @@ def test_moments_that_are_assumed_are_said(weights: Path, sparring) -> None:  # 
 def test_training_refuses_weights_that_it_would_not_use(weights: Path, sparring) -> None:  # type: ignore[no-untyped-def]
     refused = sparring("train", f"owners:inner@{weights}", "--data", "digits", "--out", "m.safetensors")
     assert refused.code == 2 and "fresh weights" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "file"),
+    [
+        ("a:b@w.safetensors", "a:b", "w.safetensors"),
+        ("a:b@/home/me@work/w.pth", "a:b", "/home/me@work/w.pth"),
+        ("hf:/home/me@work/net@w.safetensors", "hf:/home/me@work/net", "w.safetensors"),
+        ("a:b@c", "a:b@c", None),
+        ("@w.safetensors", "@w.safetensors", None),
+    ],
+)
+def test_a_file_of_weights_stands_after_an_at(model: str, name: str, file: str | None) -> None:
+    assert ModelSource(model).named() == (name, file and Path(file))
+
+
+def test_a_model_file_may_have_an_at_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net@2.safetensors").touch()
+    assert ModelSource("net@2.safetensors").named() == ("net@2.safetensors", None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sparring.errors import UserError
-from sparring.models import Normalise, load_weights_
+from sparring.files import save_tensors
+from sparring.models import Normalise, load_weights_, read_weights
 
 
 def network(seed: int) -> nn.Sequential:
@@ -105,3 +108,16 @@ def test_a_network_with_its_own_weight_norm_takes_its_weights_as_they_are() -> N
         assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
     with pytest.raises(UserError, match="convert them with --as-is"):
         load_weights_(model, nn.Sequential(nn.Linear(4, 3)).state_dict())
+
+
+def test_many_strange_names_are_refused_at_once() -> None:
+    strange = {f"l{at}.{'x' * 100}": torch.ones(1) for at in range(20_000)}
+    with pytest.raises(UserError, match="and 19999 more, which the model lacks"):
+        load_weights_(network(1), strange)
+
+
+@pytest.mark.parametrize("name", ["x" * 1001, "1.weight\x1b[31m", "a\0b"])
+def test_names_that_are_no_tensors_are_refused(name: str, tmp_path: Path) -> None:
+    file = save_tensors(tmp_path / "w.safetensors", {name: torch.ones(1)})
+    with pytest.raises(UserError, match="which is no tensor's"):
+        read_weights(file)

@@ -123,8 +123,10 @@ class ModelSource:
 
     def named(self) -> tuple[str, Path | None]:
         """Return the model's name, without its file, and the file of weights; raise UserError for two files."""
-        name, mark, file = self.model.rpartition("@")
-        if not (mark and name and file.endswith(".safetensors")):
+        cut = str.rpartition if self.model.startswith("hf:") else str.partition  # folders may have an @ in their names
+        name, mark, file = cut(self.model, "@")
+        weights = file.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin"))
+        if not (mark and name and weights) or Path(self.model).is_file():
             return self.model, self.weights
         if self.weights is not None:
             raise UserError(f"'{self.model}' names its weights; drop --weights {self.weights}")

@@ -15,12 +15,17 @@ from ._checkpoints import FLOATS, plain_weights
 
 OURS = "sparring/"  # what a model file holds besides weights
 REPARAMETRISED = ("_orig", "_mask", "_g")  # what torch.nn.utils.prune, spectral_norm and weight_norm make of a name
+LONGEST = 1000  # letters in a name
 COUNTERS = "num_batches_tracked"  # which checkpoints before torch 0.4.1 lack, and evaluation does not read
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a network's weights from a safetensors file, also from a model file; raise UserError as `load_tensors`."""
-    return {name: value for name, value in load_tensors(path).items() if not name.startswith(OURS)}
+    found = {name: value for name, value in load_tensors(path).items() if not name.startswith(OURS)}
+    strange = next((name for name in found if len(name) > LONGEST or not name.isprintable()), None)
+    if strange is not None:
+        raise UserError(f"{path} holds the name {strange[:80]!r}, which is no tensor's; get it or make it again")
+    return found
 
 
 def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -101,12 +106,17 @@ def _parts(
     own: Mapping[str, Tensor], learned: Collection[str], given: Mapping[str, Tensor]
 ) -> dict[str, tuple[dict[str, Tensor], str]]:
     """Return by prefix the readings of only the tensors under it, and the part of the model that each is of."""
+    under: dict[str, dict[str, Tensor]] = {}
+    for name, value in given.items():
+        for prefix in _starts([name], 2):
+            under.setdefault(prefix, {})[name] = value
+    for name in own:
+        for prefix in _starts([name], 2):  # what lies beside it then lies beside the model's own parts
+            under.pop(prefix, None)
     parts: dict[str, tuple[dict[str, Tensor], str]] = {}
-    for prefix in _starts(given, 2):
-        if any(name.startswith(prefix) for name in own):  # what lies beside it then lies beside the model's own parts
-            continue
+    for prefix in sorted(under, key=len):
         for inner in ("", *_starts(own, 2)):
-            names = _read_as(own, learned, given, prefix, inner)
+            names = _read_as(own, learned, under[prefix], prefix, inner)
             if names is not None and not prefix.startswith(tuple(parts)):
                 parts[prefix] = names, inner
     return parts
