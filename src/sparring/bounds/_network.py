@@ -33,6 +33,7 @@ from ..graph import (
     fold_affine,
     lower,
     refusal,
+    spelled_out,
 )
 
 LinearOp = Linear | Conv2d | Affine | AvgPool | Flatten
@@ -56,7 +57,7 @@ def prepare(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None =
     Layers with few nonzero weights become SparseLinear, unless `sparse` is False. Raise Unsupported, naming the layer
     and the line, for operations that have no bound.
     """
-    graph = lower(model, shape, images=images, dtype=torch.float64)
+    graph = spelled_out(lower(model, shape, images=images, dtype=torch.float64), torch.float64)
     return replace(graph, nodes=tuple(replace(node, op=_bounded(node, sparse)) for node in graph.nodes))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .. import graph
@@ -42,7 +43,7 @@ def compile_model(
     are removed, and units without inputs become constants of the next layer's bias. images: a few on which the graph
     is compared with the model, beside random ones. Raise Unsupported for operations without a rule.
     """
-    lowered = graph.lower(model, shape, images=images)
+    lowered = graph.spelled_out(graph.lower(model, shape, images=images), torch.float32)
     doubled = replace(lowered, nodes=tuple(replace(node, op=_doubled(node.op)) for node in lowered.nodes))
     nodes = graph.drop_dead_units(graph.fold_affine(doubled)).nodes
     steps = tuple(Step(_packed(node), node.inputs) for node in nodes[1:])

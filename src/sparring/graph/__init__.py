@@ -31,6 +31,7 @@ from ._ops import (
 )
 from ._passes import drop_dead_units, fold_affine
 from ._plain_stacks import Step, Stepwise
+from ._rewrites import spelled_out
 
 __all__ = [
     "Add",
@@ -56,4 +57,5 @@ __all__ = [
     "fold_affine",
     "lower",
     "refusal",
+    "spelled_out",
 ]
