@@ -240,9 +240,9 @@ class _Reader:
         geometry = {name: self._pair(item, name, least) for name, least in _LAYER_FIELDS}
         return Sparse((out, channels, height, width), indptr, indices.astype(np.int32), kept, bias, **geometry)
 
-    def _sides(self, item: Any, name: str, lengths: tuple[int, ...], least: int) -> Shape:
+    def _sides(self, item: Any, name: str, lengths: tuple[int, ...], least: int, most: int = MOST_ELEMENTS) -> Shape:
         sides = _field(item, name, list)
-        if len(sides) not in lengths or not all(type(s) is int and least <= s <= MOST_ELEMENTS for s in sides):
+        if len(sides) not in lengths or not all(type(s) is int and least <= s <= most for s in sides):
             raise UserError(f"the artefact has a {name} of {str(sides)[:40]}")
         return tuple(sides)
 
@@ -253,7 +253,7 @@ class _Reader:
         return first, second
 
     def _blob(self, item: Any, name: str) -> Bytes:
-        start, length = self._sides(item, name, (2,), 0)
+        start, length = self._sides(item, name, (2,), 0, _MOST_BYTES)
         if start + length > len(self.blobs):
             raise UserError("the artefact is damaged: a part lies outside of it")
         return self.blobs[start : start + length]
