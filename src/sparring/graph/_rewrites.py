@@ -176,7 +176,7 @@ def _shuffled(w: _Writer, node: Node) -> int | None:
     if not isinstance(turn.op, Call) or turn.op.name not in ("transpose", "permute") or len(turn.shape) != 4:
         return None
     grouped, options = w.old[turn.inputs[0]], turn.op.options
-    axes = [options.get("dim0"), options.get("dim1")] if turn.op.name == "transpose" else options["dims"]
+    axes = [options["dim0"], options["dim1"]] if turn.op.name == "transpose" else options["dims"]
     if sorted(a % 5 for a in axes) != ([1, 2] if len(axes) == 2 else [0, 1, 2, 3, 4]) or list(axes)[:1] in ([3], [4]):
         return None
     if turn.shape != (*grouped.shape[1::-1], *grouped.shape[2:]) or not isinstance(grouped.op, Reshape):
@@ -233,7 +233,7 @@ def _pooled(w: _Writer, node: Node) -> int | None:
     channels, *sides = w.nodes[source].shape
     count = sides[0] * sides[1]
     spots = torch.eye(count, dtype=w.dtype).view(count, 1, *sides)
-    means = torch.nn.functional.adaptive_avg_pool2d(spots, pool.shape[1:]).flatten(1).T.contiguous()
+    means = torch.nn.functional.adaptive_avg_pool2d(spots, (pool.shape[1], pool.shape[2])).flatten(1).T.contiguous()
     flat = w.say(Flatten(), source, shape=(channels * count,))
     weight = torch.kron(torch.eye(channels, dtype=w.dtype), means)
     return w.say(Linear("", weight, None), flat, shape=(len(weight),))
