@@ -42,6 +42,7 @@ MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "pad": lambda x: F.pad(x, (1, 1, 2, 2)),
     "pad one side": lambda x: F.pad(x, (0, 2, 1, 0)),
     "uneven adaptive means": lambda x: F.adaptive_avg_pool2d(x, 3),
+    "adaptive means of one": lambda x: F.adaptive_avg_pool2d(F.max_pool2d(x, 4), 2),
     "adaptive means of fewer": lambda x: F.adaptive_avg_pool2d(x, (7, 5)),
 }
 

@@ -233,9 +233,10 @@ def _pooled(w: _Writer, node: Node) -> int | None:
     channels, *sides = w.nodes[source].shape
     count = sides[0] * sides[1]
     spots = torch.eye(count, dtype=w.dtype).view(count, 1, *sides)
-    means = torch.nn.functional.adaptive_avg_pool2d(spots, (pool.shape[1], pool.shape[2])).flatten(1).T.contiguous()
+    means = torch.nn.functional.adaptive_avg_pool2d(spots, (pool.shape[1], pool.shape[2])).flatten(1).T
     flat = w.say(Flatten(), source, shape=(channels * count,))
-    weight = torch.kron(torch.eye(channels, dtype=w.dtype), means)
+    eye = torch.eye(channels, dtype=w.dtype)
+    weight = (eye[:, None, :, None] * means[:, None, :]).reshape(channels * len(means), channels * count)
     return w.say(Linear("", weight, None), flat, shape=(len(weight),))
 
 
