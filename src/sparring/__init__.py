@@ -41,5 +41,5 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    """List the parts too, which are not imported yet."""
-    return sorted({*globals(), *_PARTS})
+    """List what there is to use: the parts, which are not imported yet, and the version."""
+    return [*_PARTS, "__version__"]

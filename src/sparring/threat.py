@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -33,18 +33,24 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Threat:
-    """Name what an attacker may do: move an image by at most eps in a norm (eps None: as little as possible)."""
-
+class _Threat(NamedTuple):
     norm: float
-    eps: float | None = None
+    eps: float | None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", parse_norm(self.norm))  # "L2" and "8/255" as well
-        object.__setattr__(self, "eps", None if self.eps is None else parse_eps(self.eps))
-        if self.norm == LINF and self.eps is not None and self.eps > 1:
-            raise UserError(f"eps {self.eps} is larger than the image range [0, 1]; divide eps by 255")
+
+class Threat(_Threat):
+    """Name what an attacker may do: move an image by at most eps in a norm (eps None: as little as possible).
+
+    Norms and budgets may be written as people write them ("L2", "8/255"). Raises UserError for others.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, norm: float | str, eps: float | str | None = None) -> Self:
+        norm, eps = parse_norm(norm), None if eps is None else parse_eps(eps)
+        if norm == LINF and eps is not None and eps > 1:
+            raise UserError(f"eps {eps} is larger than the image range [0, 1]; divide eps by 255")
+        return super().__new__(cls, norm, eps)
 
 
 def dual(norm: float) -> float:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,6 +36,6 @@ def test_an_example_within_a_certified_radius_ends_it():
     model, x = network(), torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(1))
     y = model(x).argmax(1)
     attacked = attacks.run(model, x, y, attacks.nearest, Threat(LINF))
-    object.__setattr__(attacked, "distance", attacked.distance / 100)
+    attacked = replace(attacked, distance=attacked.distance / 100)
     with pytest.raises(UserError, match="is certified up to linf"):
         bounds.summary(model, x, y, LINF, attacked, eps=(0.01,))
