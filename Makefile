@@ -11,17 +11,29 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 PYTEST := $(BIN)/python -m pytest -q -n auto
 # Tests whose numbers depend on the processor's instructions
+# Whole networks in the manner of torchvision and timm, and random ones: minutes of their own
+ARCHITECTURES := tests/test_zoo.py tests/test_architectures.py tests/graph/test_lowering_benchmark.py
 NUMERIC := tests/attacks tests/bounds tests/deploy tests/graph tests/models tests/sparsity tests/train tests/test_metrics.py
 
-.PHONY: study test numeric wheel nightly setup lint types clean
+.PHONY: study test suite architectures blocks numeric wheel nightly setup lint types clean
 
 study: $(READY)
 	@$(BIN)/sparring study $(PRESET) --out $(OUT)
 
+test: suite architectures blocks
+
 # With COVER=1 it counts which lines and branches run, and fails below 95% of lines; that needs EXTRAS=all
-test: $(READY)
-	@$(PYTEST) $(if $(COVER),--cov --cov-report=json:.coverage.json --cov-report=term:skip-covered)
+suite: $(READY)
+	@$(PYTEST) $(addprefix --ignore=,$(ARCHITECTURES) tests/docs) \
+	  $(if $(COVER),--cov --cov-report=json:.coverage.json --cov-report=term:skip-covered)
 	@$(if $(COVER),$(BIN)/python .ci/covered .coverage.json 95)
+
+architectures: $(READY)
+	@$(PYTEST) $(wildcard $(ARCHITECTURES))
+
+# Every command and every Python block of README and docs, as written
+blocks: $(READY)
+	@$(PYTEST) tests/docs
 
 # Under .ci/CAP.env: make numeric CAP=avx2, or sse
 numeric: $(READY)
