@@ -144,9 +144,9 @@ def lenet_300_100() -> list[str]:
         f"FGSM {interval(n.primary('over-sparsified networks lose r_inf'))} points, "
         f"{told(n.primary('over-sparsified networks lose r_inf'))}",
         f"by {n.claim('certified')['estimate']:.0f}% at its best sparsity",
-        f"rises to {1 + n.claim('l∞ margin')['estimate'] / 100:.1f} times, both "
-        f"{told(n.claim('certified'), n.claim('l∞ margin'))}",
-        f"l_inf Lipschitz constant falls by {-(falls := n.claim('l∞ Lipschitz constant falls'))['estimate']:.0f}% is "
+        f"rises to {1 + n.claim('ℓ∞ margin')['estimate'] / 100:.1f} times, both "
+        f"{told(n.claim('certified'), n.claim('ℓ∞ margin'))}",
+        f"ℓ∞ Lipschitz constant falls by {-(falls := n.claim('ℓ∞ Lipschitz constant falls'))['estimate']:.0f}% is "
         f"{told(falls)}",
         f"constant falls by {-n.claim('l2 Lipschitz constant falls')['estimate']:.0f}% and margin / constant rises "
         f"by {n.claim('l2 margin')['estimate']:.0f}%",
@@ -260,7 +260,7 @@ def lenet_5() -> list[str]:
         f"by {n.claim('certified', '(crown-interval)')['estimate']:.0f}% with CROWN over interval bounds "
         f"({loose[0]} to {loose[1]})",
         f"are certified {n.certified('crown-interval', 0.95, 'random'):.4f}",
-        f"fall by {-n.claim('l∞ Lipschitz constant falls')['estimate']:.0f}%",
+        f"fall by {-n.claim('ℓ∞ Lipschitz constant falls')['estimate']:.0f}%",
         f"{50 + n.claim('dense → sparse')['estimate']:.0f}% of the adversarial examples",
     ]
 
@@ -438,7 +438,7 @@ class Linear(Numbers):
         return float(only[column])
 
     def line(self, loss: str, path: str, step: float) -> str:
-        names = {"dense": "dense", "magnitude": "magnitude pruning", "l1": "l1 penalty", "l2": "l2 penalty"}
+        names = {"dense": "dense", "magnitude": "magnitude pruning", "l1": "ℓ1 penalty", "l2": "ℓ2 penalty"}
         shares = [100 * self.over_pairs(c, loss, path, step) for c in ("accuracy", "fgsm.0.1", "r_inf_boxed.0.1")]
         shares.append(100 * self.over_pairs("r_inf_unboxed.0.1", loss, path, step))
         lengths = [self.over_pairs(f"r_2_{form}", loss, path, step) for form in ("deepfool", "boxed", "unboxed")]
@@ -483,11 +483,11 @@ def linear() -> list[str]:
     return [
         *rows,
         f"ver the {len(n.pairs('svm', 'dense', 0.0))} pairs",
-        f"{signed(costs[0])} points for magnitude pruning at 95%, {signed(costs[1])} for the l_1 penalty at 94.5%",
+        f"{signed(costs[0])} points for magnitude pruning at 95%, {signed(costs[1])} for the ℓ1 penalty at 94.5%",
         f"C = 0.001 has {fgsm('l2', 0.001):.1f}% under FGSM where the dense choice has {fgsm():.1f}% and magnitude "
         f"pruning at best {max(fgsm('magnitude', s) for s in (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)):.1f}%",
         f"raises r_2 to {n.over_pairs('r_2_boxed', 'logistic', 'l2', 0.001):.2f}",
-        f"l_1 path's {effect('logistic', 'l1 penalty', 'exceeds')} points",
+        f"ℓ1 path's {effect('logistic', 'ℓ1 penalty', 'exceeds')} points",
         f"says r_inf {100 * r_inf:.1f}% and r_2 {r_2:.2f}",
         f"they are {100 * n.over_pairs('r_inf_boxed.0.1', 'logistic'):.1f}% and "
         f"{n.over_pairs('r_2_boxed', 'logistic'):.2f}",
@@ -497,13 +497,13 @@ def linear() -> list[str]:
         f"for {below} of the {len(n.pairs('logistic', 'dense', 0.0))} dense classifiers",
         f"numerator from {tops[0]:.1f} to {tops[1]:.1f}",
         f"on {100 * fails:.1f}% of the images at most",
-        f"from {fgsm_ten[0]:.1f}% (dense) to {fgsm_ten[1]:.1f}% with C = 0.001 and {fgsm_ten[2]:.1f}% with the l_1 "
+        f"from {fgsm_ten[0]:.1f}% (dense) to {fgsm_ten[1]:.1f}% with C = 0.001 and {fgsm_ten[2]:.1f}% with the ℓ1 "
         f"penalty at {100 * n.together('sparsity', 'logistic', 'l1', 0.01):.0f}% sparsity (accuracy "
         + ", ".join(f"{value:.1f}" for value in accuracy_ten[:3])
         + "%)",
         f"reaches {fgsm_ten[3]:.1f}% at 95% ({accuracy_ten[3]:.1f}%)",
         "the closed forms are " + ", ".join(f"{value:.1f}" for value in boxed_ten[:3]) + f" and {boxed_ten[3]:.1f}%",
-        f"r_2 is {effect('svm', 'l1 penalty', 'l_2 robustness.')} % at the best step",
+        f"r_2 is {effect('svm', 'ℓ1 penalty', 'ℓ2 robustness.')} % at the best step",
     ]
 
 
@@ -516,7 +516,7 @@ def readme() -> list[str]:
     ratio = conv.mean("bytes_dense", "control", 0) / conv.mean("bytes_sparse", "magnitude", 0.97)
     return [
         f"gains {interval(plain.primary('the gain survives'))} points of\n"
-        f"  worst-case l_inf accuracy, {told(plain.primary('the gain survives'))}",
+        f"  worst-case ℓ∞ accuracy, {told(plain.primary('the gain survives'))}",
         f"{told(*(row for row in Numbers('paper-linear').claims if row['primary']))} for both losses",
         f"{interval(conv.claim('survives the worst case'))} points of worst case at 95%,\n"
         f"  {told(conv.claim('survives the worst case'))}",

@@ -21,7 +21,7 @@ SETTINGS = ("The whole preset", "**Small**", "How long it takes", "It takes ", "
 VERDICTS = r"\b(?:reproduced|undecided|contradicted|opposite|no effect that matters)\b"
 HEADS = ("| sparsity |", "| method |", "| network |", "| logistic |", "| svm |")
 NAMES = re.compile(
-    r"`[^`]*`|\]\([^)]*\)|LeNet-300-100|LeNet-5|ResNet-32|paper-[\w-]+|robust-[\w.-]+|PGD-40|CIFAR-10|[lr]_[12]\b|R\+FGSM|int8"
+    r"`[^`]*`|\]\([^)]*\)|LeNet-300-100|LeNet-5|ResNet-32|paper-[\w-]+|robust-[\w.-]+|PGD-40|CIFAR-10|r_2\b|ℓ[12]\b|R\+FGSM|int8"
 )
 PLACE = r"(?i:at|from|to|until|below|beyond|and|,|is|or|level) (\d+(?:\.\d+)?)%"
 

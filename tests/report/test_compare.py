@@ -58,7 +58,7 @@ def test_what_is_not_there_is_named(study_folder):
 def test_a_folder_displays_in_a_notebook_and_becomes_rows(study_folder):
     shown = report.read(study_folder)
     html = shown._repr_html_()
-    assert "Sweet spot" in html
+    assert "Allowed losses" in html
     assert html.count("<svg") == 6
     rows = shown.rows()
     assert {"method", "sparsity", "seed", "metric", "value"} <= set(rows[0])

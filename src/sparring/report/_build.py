@@ -28,12 +28,12 @@ Named = tuple[str, Question]  # a claim with its p-values, and the study that it
 
 
 class _Judged(NamedTuple):
-    """Hold a study with its claims, not judged yet and judged, and its verdict in sentences."""
+    """Hold a study with its claims, not judged yet and judged, and its verdict in words."""
 
     found: Findings | LinearStudy
     claims: list[Question]
     ledger: list[Row]
-    verdict: list[str]
+    verdict: words.Verdict
 
 
 def write(out: Path | str) -> Path:
@@ -66,12 +66,12 @@ def publish(out: Path | str) -> tuple[Path, str]:
         written.add(write_atomic(folder.figures / f"{picture.slug}.png", drawing))
     for path in {*folder.figures.glob("*.svg"), *folder.figures.glob("*.png")} - written:
         path.unlink(missing_ok=True)
-    return write_atomic(folder.report, page), " ".join(told)
+    return write_atomic(folder.report, page), str(told)
 
 
 def verdict(out: Path | str) -> str:
-    """Return what the study in a folder found, as one paragraph of plain text; raises as `write` does."""
-    return " ".join(_judged(out).verdict)
+    """Return what the study in a folder found, in paragraphs of plain text; raises as `write` does."""
+    return str(_judged(out).verdict)
 
 
 def read(out: Path | str) -> Report:
@@ -148,7 +148,7 @@ class Report:
     findings: Findings
 
     def __str__(self) -> str:
-        return " ".join(words.headline(self.findings, self.ledger))
+        return str(words.headline(self.findings, self.ledger))
 
     @cached_property
     def ledger(self) -> list[Row]:

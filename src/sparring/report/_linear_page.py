@@ -15,17 +15,17 @@ from . import _figures as figures
 from . import _numbers as numbers
 from . import _tables as tables
 from ._figures import Spec
-from ._page import Section, document, judged_sections
+from ._page import Opening, Section, document, judged_sections
 from ._plots import Picture
-from ._summary import missing
+from ._summary import Verdict, missing
 from .analysis._linear import DENSE, NAMES, PATHS, LinearStudy, Point, Step, Value, r_2, r_inf
 from .analysis._looks import look_sentences
 
 METHODS = (
     "Linear classifiers (liblinear through scikit-learn, one against the rest where there are more than two classes) "
-    "were trained with l2 and l1 penalties of several strengths; the l2 one with the best validation accuracy is the "
+    "were trained with ℓ2 and ℓ1 penalties of several strengths; the ℓ2 one with the best validation accuracy is the "
     "dense classifier, and was pruned by magnitude and trained again on the weights kept. For every classifier we "
-    "computed exactly, inside the box [0, 1] and without it, the accuracy within l∞ ε and the mean l2 distance "
+    "computed exactly, inside the box [0, 1] and without it, the accuracy within ℓ∞ ε and the mean ℓ2 distance "
     "(misclassified images counting 0, images that nothing inside the box moves left out), and measured accuracy under "
     "FGSM and the distances of DeepFool and of our "
     "nearest attack on the same test images. The steps that claims speak of were chosen on validation images, by the "
@@ -36,7 +36,7 @@ METHODS = (
 )
 
 
-def render(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequence[Row], told: Sequence[str]) -> str:
+def render(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequence[Row], told: Verdict) -> str:
     """Return the page as HTML text."""
     study = data.study
     steps = [(note, means) for loss in data.losses if data.pairs(loss) for note, means in (_means(data, loss),)]
@@ -49,26 +49,19 @@ def render(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequence[Row]
         ("again", "To make it again", ([("", study.command), ("", json.dumps(study.plan, indent=2))],)),
     ]
     title, subject = f"{study.name}: linear classifiers", f"Linear classifiers on {study.plan.get('data')}"
-    return document(study, title, subject, told, sections)
+    return document(study, title, subject, Opening(told, pictures[:2]), sections)
 
 
-def headline(data: LinearStudy, ledger: Sequence[Row]) -> list[str]:
+def headline(data: LinearStudy, ledger: Sequence[Row]) -> Verdict:
     """Return the verdict: what the ledger says of sparsity in each norm and of a penalty, and whether theory holds."""
-    told = list(verdicts(ledger))
-    if not told:
-        return [
-            "There are not all pairs of four classes yet, so nothing can be said of sparsity.",
-            *filter(None, [missing(data.study)]),
-        ]
-    return [
-        _summary(data),
-        *told,
-        *filter(None, (_costs(data, loss, path) for loss, path in data.ways)),
-        *(_box(data, loss) for loss in data.losses if data.pairs(loss)),
-        _agreement(data),
-        *filter(None, [missing(data.study)]),
-        *look_sentences(data.study),
-    ]
+    decided, gaps = tuple(verdicts(ledger)), missing(data.study)
+    if not decided:
+        few = "There are not all pairs of four classes yet, so nothing can be said of sparsity."
+        return Verdict(" ".join(filter(None, [few, gaps])))
+    costs = filter(None, (_costs(data, loss, path) for loss, path in data.ways))
+    boxes = (_box(data, loss) for loss in data.losses if data.pairs(loss))
+    found = " ".join(filter(None, [_summary(data), gaps]))
+    return Verdict(found, "", decided, (*costs, *boxes, _agreement(data), *look_sentences(data.study)))
 
 
 def _summary(data: LinearStudy) -> str:
@@ -231,9 +224,9 @@ def _both_metrics(data: LinearStudy, loss: str, of: str, slug: str, notes: tuple
 
     r_infs = {"boxed": share("boxed"), "unboxed": share("unboxed"), "measured": share("fgsm")}
     r_2s = {"boxed": r_2(), "unboxed": r_2("unboxed"), "measured": r_2("deepfool")}
-    title = f"{loss}: accuracy at l∞ ε = {data.eps[0]:g}, {of}"
+    title = f"{loss}: accuracy at ℓ∞ ε = {data.eps[0]:g}, {of}"
     yield _picture(data, loss, title, f"{slug}-r_inf", r_infs, "%", notes[0])
-    yield _picture(data, loss, f"{loss}: mean l2 distance, {of}", f"{slug}-r_2", r_2s, "distance", notes[1])
+    yield _picture(data, loss, f"{loss}: mean ℓ2 distance, {of}", f"{slug}-r_2", r_2s, "distance", notes[1])
 
 
 def _picture(

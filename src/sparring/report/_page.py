@@ -23,7 +23,8 @@ from . import _figures as figures
 from . import _numbers as numbers
 from . import _summary as words
 from . import _tables as tables
-from ._plots import Drawn, Panel, styles
+from ._plots import Drawn, Panel, Picture, styles
+from ._summary import Verdict
 from .analysis._cross_checks import Doubt
 from .analysis._findings import Findings, gain_told
 from .analysis._looks import look_sentences
@@ -48,7 +49,17 @@ class Curves:
     methods: Sequence[tuple[str, str, Sequence[int]]] = ()
 
 
-def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row], told: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class Opening:
+    """Hold what the page opens with: the verdict, the two best figures, what to ship, and the key numbers."""
+
+    verdict: Verdict
+    best: Sequence[Picture] = ()
+    around: tables.Table | None = None
+    key: tables.Table | None = None
+
+
+def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row], told: Verdict) -> str:
     """Return the page as HTML text."""
     study = findings.study
     curves = _curves(findings, drawn.weights, ledger)
@@ -68,10 +79,15 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row], told: Sequen
         ("method", "Methods and citation", (words.methods(findings), words.bibtex(findings))),
         ("again", "To make it again", (parts,)),
     ]
-    sparsity = words.chosen(findings)
-    key = None if sparsity is None else tables.key_numbers(findings, sparsity, ledger)
     title = f"{study.name}: sparsity and adversarial robustness"
-    return document(study, title, words.subject(findings), told, sections, key)
+    best = [p.levels for m in words.told(findings)[:2] for p in (*drawn.weights, *drawn.activations) if p.measure == m]
+    opening = Opening(told, best, tables.around(findings), _key(findings, ledger))
+    return document(study, title, words.subject(findings), opening, sections)
+
+
+def _key(findings: Findings, ledger: Sequence[Row]) -> tables.Table | None:
+    sparsity = words.chosen(findings)
+    return None if sparsity is None else tables.key_numbers(findings, sparsity, ledger)
 
 
 def judged_sections(study: Study, doubts: Sequence[Doubt] = ()) -> list[Section]:
@@ -84,29 +100,20 @@ def judged_sections(study: Study, doubts: Sequence[Doubt] = ()) -> list[Section]
     ]
 
 
-def document(
-    study: Study,
-    title: str,
-    subject: str,
-    headline: Sequence[str],
-    sections: Sequence[Section],
-    key: tables.Table | None = None,
-) -> str:
+def document(study: Study, title: str, subject: str, opening: Opening, sections: Sequence[Section]) -> str:
     """Return a whole page with the report's style, script and policy, but for sections that show nothing."""
     script = _templates().get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = [section for section in sections if any(section[2])]
-    page = {"study": study, "title": title, "subject": subject, "headline": headline, "sections": shown, "key": key}
+    page = {"study": study, "title": title, "subject": subject, "opening": opening, "sections": shown}
     page |= {"norms": NORMS, "script": script, "digest": digest}
     return _templates().get_template("page.html").render(page)
 
 
 def summary_html(findings: Findings, panels: Sequence[Panel], ledger: Sequence[Row]) -> str:
     """Return the verdict, the key numbers and the main figures as a fragment, for notebooks."""
-    sparsity = words.chosen(findings)
-    key = None if sparsity is None else tables.key_numbers(findings, sparsity, ledger)
     module: Any = _templates().get_template("sections.html").module
-    return str(module.summary(words.headline(findings, ledger), key, panels))
+    return str(module.summary(words.headline(findings, ledger), _key(findings, ledger), panels))
 
 
 @functools.cache

@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from ..statistics import INDICATIVE_BELOW, MOST_POINTS, Row, minimum_detectable_effect, with_seeds
+import numpy as np
+
+from ..statistics import (
+    INDICATIVE_BELOW,
+    MOST_POINTS,
+    Row,
+    minimum_detectable_effect,
+    simultaneous,
+    sweet_spot,
+    with_seeds,
+)
 from . import _numbers as numbers
-from .analysis._findings import Findings, Result, seeds_phrase
+from .analysis._findings import DRAWS_SEED, MANY_FAILED, Findings, Result, seeds_phrase
 from .analysis._looks import look_sentences
-from .analysis._metrics import NORMS, Measure, pretty
+from .analysis._metrics import NORMS, Measure, pretty, pretty_eps
 from .analysis._records import Study
 
 ONE_SEED = "One seed: the intervals cover the choice of images only, so no gain, loss or sweet spot is claimed."
@@ -23,64 +34,125 @@ def subject(findings: Findings) -> str:
     return f"{model} on {data}"
 
 
-def headline(findings: Findings, ledger: Sequence[Row]) -> list[str]:
-    """Return the verdict: first the sentence for somebody in a hurry, then what a sceptic asks, as the ledger says."""
+@dataclass(frozen=True)
+class Verdict:
+    """Hold what a study found in the order of a reader's questions; `str` is plain text in paragraphs.
+
+    `found`: what sparsity did; `ship`: what to ship; `decided`: the ledger's verdicts on the paper's claims; `more`:
+    what few seeds can show, single curves, looks.
+    """
+
+    found: str
+    ship: str = ""
+    decided: Sequence[str] = ()
+    more: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        listed = "\n".join(f"- {sentence}" for sentence in (*self.decided, *self.more))
+        return "\n\n".join(filter(None, [self.found, self.ship, listed]))
+
+
+def headline(findings: Findings, ledger: Sequence[Row]) -> Verdict:
+    """Return the verdict: what happened, what to ship, what the ledger decides, and what a sceptic asks."""
     if findings.method is None or not any(findings.result(m) for m in findings.main):
-        return [f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."]
+        return Verdict(
+            f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."
+        )
     several = findings.seeds > 1
-    told = [
-        _first(findings),
-        _spot(findings) if several else ONE_SEED,
-        *verdicts(ledger),
-        _few(ledger),
-        _weak(findings),
-    ]
-    told += [_alone(findings)] if several else []
+    found = [_happened(findings), _doubted(findings), _weak(findings), missing(findings.study)]
     others = ", ".join(m for m in findings.study.methods if m != findings.method)
-    also = f"These sentences speak of the method “{findings.method}”; also studied: {others}." if others else ""
-    told += [_doubted(findings), also, missing(findings.study)]
-    return [sentence for sentence in (*told, *look_sentences(findings.study)) if sentence]
+    also = f"All this is about the method “{findings.method}”; also studied: {others}." if others else ""
+    more = [_few(ledger), _alone(findings) if several else "", also, *look_sentences(findings.study)]
+    ship = _ship(findings) if several else f"{ONE_SEED} {_at(findings)}"
+    told = " ".join(filter(None, found))
+    return Verdict(told, ship, tuple(verdicts(ledger)), tuple(filter(None, more)))
 
 
 def chosen(findings: Findings) -> float | None:
-    """Return the sparsity that the headline speaks of: the sweet spot, else the lowest."""
+    """Return the sparsity to ship: the sweet spot, else the lowest."""
     if findings.sweet_spot is not None and findings.sweet_spot.sparsity is not None:
         return findings.sweet_spot.sparsity
     first = next((r for m in findings.main if (r := findings.result(m))), None)
     return first.sparsities[0] if first else None
 
 
-def _first(findings: Findings) -> str:
+def _happened(findings: Findings) -> str:
+    """Say what sparsity did to each kind of robustness and to accuracy, over the whole curve."""
+    found = [result for measure in told(findings) if (result := findings.result(measure))]
+    lowest, highest = min(r.sparsities[0] for r in found), max(r.sparsities[-1] for r in found)
+    over = " to ".join(dict.fromkeys(map(numbers.percent, (lowest, highest))))
+    over += numbers.of_all(findings.study, findings.method or "", (lowest, highest))
+    return (
+        f"As {subject(findings)} gets sparser (method “{findings.method}”, {over}), "
+        f"{'; '.join(f'{_named(r.measure)} {_trend(r)}' for r in found)}. Changes are from the dense control, with 95% "
+        f"intervals {'that hold at all sparsities together' if findings.seeds > 1 else 'over images only'}, "
+        f"{seeds_phrase(findings.seeds)}."
+    )
+
+
+def _named(measure: Measure) -> str:
+    """Return a metric's name as a sentence about robustness needs it: with its norm and budget."""
+    norm, eps = NORMS.get(measure.norm, measure.norm), f", ε {pretty_eps(measure.eps)}" if measure.eps else ""
+    if measure.role == "distance":
+        r_2 = ", r_2" if measure.phrase == "r_2" else ""
+        return f"the mean {norm} distance ({pretty(measure.label)}{r_2})"
+    attack = {"worst": "worst-case accuracy", "budget": f"accuracy under {pretty(measure.label)}"}
+    return f"{attack[measure.role]} ({norm}{eps})" if measure.role in attack else measure.short
+
+
+def _trend(result: Result) -> str:
+    """Say where a metric rises and falls beyond intervals that hold at all sparsities together, and by how much."""
+    gains = simultaneous(result.gains, generator=np.random.default_rng(DRAWS_SEED))
+
+    def most(side: int) -> str:
+        k = max(range(len(gains)), key=lambda k: side * gains[k].estimate)
+        gain = numbers.gain(result.measure, gains[k], result.control)
+        return f"at {result.words(result.sparsities[k])}: {gain}"
+
+    parts = []
+    for verb, side in (("rises", 1), ("falls", -1)):
+        shown = [s for s, e in zip(result.sparsities, gains, strict=True) if (e.low if side > 0 else -e.high) > 0]
+        if shown and len(result.seeds) > 1:
+            told = most(side) if len(shown) == 1 else f"{_where(result, shown)} ({most(side)})"
+            parts.append(f"{verb} {told}")
+    up = max(gains, key=lambda e: abs(e.estimate)).estimate > 0
+    lost = max(result.failed, default=0.0)
+    doubt = f", though searches failed on up to {100 * lost:.2g}% of images" if lost > MANY_FAILED else ""
+    return (" and ".join(parts) or f"is not shown to change ({most(1 if up else -1)})") + doubt
+
+
+def _where(result: Result, shown: Sequence[float]) -> str:
+    """Return "from 80% on" where all sparsities from there on are meant, else "at" and their names."""
+    rest = result.sparsities[result.sparsities.index(shown[0]) :]
+    if tuple(shown) != rest:
+        return f"at {numbers.span(shown, result.sparsities)}"
+    return "at every sparsity" if rest == result.sparsities else f"from {numbers.percent(shown[0])} on"
+
+
+def _at(findings: Findings) -> str:
+    """Say what the network to look at costs and keeps: its size and each main metric's change."""
     sparsity = chosen(findings)
     if sparsity is None:
         return ""
-    parts = []
     ratio = size_ratio(findings, sparsity)
-    if ratio is not None:
-        parts.append(f"{ratio:.1f}× smaller" if ratio >= 1.05 else "no smaller on disk")
-    for measure in _told(findings):
+    parts = [] if ratio is None else [f"{ratio:.1f}× smaller" if ratio >= 1.05 else "no smaller on disk"]
+    for measure in told(findings, fgsm=True):
         found = findings.result(measure)
-        one = found.gain(sparsity) if found else None
-        if found and one:
+        if found and (one := found.gain(sparsity)):
             parts.append(f"{measure.phrase} {numbers.gain(measure, one, found.control)}")
-    sweet = findings.sweet_spot is not None and findings.sweet_spot.sparsity == sparsity
-    what = "the sweet spot" if sweet else "the lowest tested; no sweet spot could be shown"
-    return (
-        f"At {_share(findings, sparsity)} sparsity ({what}), {subject(findings)} is {', '.join(parts)}. "
-        f"Gains over the dense control with 95% intervals, {seeds_phrase(findings.seeds)}."
-    )
+    return f"At {_share(findings, sparsity)} sparsity: {', '.join(parts)}."
 
 
 def _share(findings: Findings, sparsity: float) -> str:
     return numbers.sparsity(findings.study, findings.method or "", sparsity)
 
 
-def _told(findings: Findings) -> list[Measure]:
-    """Return accuracy, one r_2, FGSM, and the strongest attack there is."""
-    strongest = findings.first("worst") or findings.first("budget", "pgd", "apgd")
-    wanted = [findings.first("accuracy"), findings.first("distance", "deepfool") or findings.first("distance")]
-    wanted += [findings.first("budget", "fgsm"), strongest]
-    return list(dict.fromkeys(m for m in wanted if m is not None))
+def told(findings: Findings, *, fgsm: bool = False) -> list[Measure]:
+    """Return the metrics that the first sentences speak of: the strongest attack, one distance, accuracy."""
+    strongest = findings.first("worst") or findings.first("budget", "pgd", "apgd") or findings.first("budget")
+    wanted = [strongest, findings.first("budget", "fgsm") if fgsm else None]
+    wanted += [findings.first("distance", "deepfool") or findings.first("distance"), findings.first("accuracy")]
+    return list(dict.fromkeys(m for m in wanted if m is not None and findings.result(m)))
 
 
 def size_ratio(findings: Findings, sparsity: float) -> float | None:
@@ -94,22 +166,40 @@ def size_ratio(findings: Findings, sparsity: float) -> float | None:
     return sum(ratios) / len(ratios) if ratios else None
 
 
-def _spot(findings: Findings) -> str:
+def _ship(findings: Findings) -> str:
+    """Say which sparsity to ship, what it costs, what forbids more, and what wider allowances would permit."""
     spot = findings.sweet_spot
     if spot is None:
-        return ""
+        return _at(findings)
     allowed = ", ".join(f"{m.phrase} {_margin(m, d)}" for m, d in findings.margins.items())
-    limit = next((m for m in findings.margins if m.slug == spot.limit), None)
     if findings.unwatched:
         unwatched = numbers.listed(m.phrase for m in findings.unwatched)
-        allowed += f" (not watched, as searches failed or the control's mean is zero: {unwatched})"
+        allowed += f"; not watched, as searches failed or the control's mean is zero: {unwatched}"
+    limit = next((m for m in findings.margins if m.slug == spot.limit), None)
+    ends = f"{limit.phrase} ends it" if limit else ""
+    more = (
+        ""
+        if spot.at_most is None or spot.at_most == spot.sparsity
+        else f"the data do not rule out {_share(findings, spot.at_most)}"
+    )
+    then = "; ".join(filter(None, [ends, more])) or "nothing tested goes beyond it"
     if spot.at_most is None:
-        return f"Sweet spot: none; already the lowest sparsity loses more than allowed: {allowed}."
-    found = "none shown" if spot.sparsity is None else _share(findings, spot.sparsity)
-    more = f"the data do not rule out {_share(findings, spot.at_most)}"
-    beyond = "nothing beyond it passes" if spot.at_most == spot.sparsity else more
-    ends = f" What ends it: {limit.phrase}." if limit else ""
-    return f"Sweet spot: {found}, and {beyond}.{ends} Allowed losses: {allowed}."
+        first = f"Ship none of these: already the lowest sparsity loses more than allowed ({ends})"
+    elif spot.sparsity is None:
+        first = f"No sparsity is shown to keep within the allowed losses: {then}"
+    else:
+        name = f"{_share(findings, spot.sparsity)} sparsity, the sweet spot"
+        first = f"Ship {name}: the highest up to which no loss exceeds its allowance ({then})"
+    wide = wider(findings)
+    double = f" Twice these losses would allow {_share(findings, wide)}." if wide and wide != spot.sparsity else ""
+    return f"{first}. {_at(findings)} Allowed losses: {allowed}.{double}"
+
+
+def wider(findings: Findings, factor: float = 2.0) -> float | None:
+    """Return the sweet spot if each metric might lose a multiple of its margin."""
+    watched = {m: r for m in findings.margins if (r := findings.result(m))}
+    curves = {m.slug: r.gains for m, r in watched.items()}
+    return sweet_spot(curves, {m.slug: factor * findings.margins[m] for m in watched}).sparsity if curves else None
 
 
 def _margin(measure: Measure, margin: float) -> str:
@@ -137,8 +227,8 @@ def _few(ledger: Sequence[Row]) -> str:
         least = minimum_detectable_effect(with_seeds(one, seeds), alpha=0.05 / len(primary))
         told.append(f"{numbers.amount(least, 'points') if least <= MOST_POINTS else 'none'} with {seeds}")
     return (
-        f"So few seeds can show large gains only. That “{gains[-1].claim.text}” four studies of five would reproduce "
-        f"where it truly is {numbers.listed(told)} seeds, if each is looked at once and networks differ as these do."
+        f"So few seeds can show large gains only: four studies of five would reproduce “{gains[-1].claim.text}” if the "
+        f"true gain were {numbers.listed(told)} seeds, each study looked at once and its networks varying as these do."
     )
 
 
@@ -163,10 +253,10 @@ def _alone(findings: Findings) -> str:
     over = [(r, r.over_sparsified) for r in found if r.over_sparsified is not None and r.measure.role != "accuracy"]
     lost = ", ".join(f"{r.measure.phrase} from {_share(findings, s)}" for r, s in over)
     unseen = [r for r in found if not any(r.gains.gains()) and not any(r.gains.losses())]
-    parts = [f"{lost or 'nothing'} is shown to lose more than allowed, and to stay so"]
+    parts = [f"{lost or 'nothing'} is shown to lose more than allowed and to stay there"]
     if unseen:
-        parts.append(f"no change was seen of {', '.join(f'{r.measure.phrase} ({_least(r)})' for r in unseen)}")
-    return f"Each curve judged alone, which is no verdict: {'; '.join(parts)}."
+        parts.append(f"no change is seen in {', '.join(f'{r.measure.phrase} ({_least(r)})' for r in unseen)}")
+    return f"Each curve on its own, which is no verdict: {'; '.join(parts)}."
 
 
 def _least(result: Result) -> str:
@@ -206,7 +296,7 @@ def methods(findings: Findings) -> str:
         f"We trained {subject(findings)} with {seeds} and compared each pruned network with a dense control: the same "
         f"network fine-tuned for exactly as many further steps with the same recipe, unpruned. {_recipe(findings)}"
         f"{_attacks(findings)}Robust accuracy is the share of images classified correctly before and after the "
-        f"attack; r_2 is the mean l2 norm of DeepFool's perturbation, misclassified images counting 0, and is shown "
+        f"attack; r_2 is the mean ℓ2 norm of DeepFool's perturbation, misclassified images counting 0, and is shown "
         f"beside the mean over correctly classified images. Images on which a minimum-norm attack failed count as the "
         f"largest distance found by any attack in that norm. "
         f"Differences are paired by seed and by image. Their standard error is that of the crossed bootstrap (one draw "

@@ -15,6 +15,7 @@ from .. import units
 from ..records import Record
 from ..statistics import Row, minimum_detectable_effect
 from . import _numbers as numbers
+from . import _summary as words
 from .analysis import _comparisons as comparisons
 from .analysis._comparisons import DistanceBounds, Shipped, brackets, duels, norms, shipped_verdict
 from .analysis._cross_checks import Doubt
@@ -88,6 +89,28 @@ def key_numbers(findings: Findings, sparsity: float, ledger: Sequence[Row]) -> T
     told = numbers.sparsity(findings.study, findings.method or "", sparsity)
     head = ["Metric", "Dense control", f"At {told}", "Gain", "Detectable"]
     return Table([*head, "Verdict on a gain at an appropriate sparsity"], rows, class_="key")
+
+
+def around(findings: Findings, at_most: int = 8) -> Table | None:
+    """Return the sparsities around the one to ship: size, what each costs, and whether losses stay as allowed."""
+    measures = words.told(findings)
+    results = [r for m in measures if (r := findings.result(m)) is not None]
+    at, spot = words.chosen(findings), findings.sweet_spot
+    if at is None or spot is None or findings.seeds < 2:
+        return None
+    every = [s for s in results[0].sparsities if all(s in r.sparsities for r in results)]
+    first = max(0, min(every.index(at) - at_most // 2, len(every) - at_most)) if at in every else 0
+    wide = words.wider(findings)
+    rows: list[list[str | Cell]] = []
+    for s in every[first : first + at_most]:
+        ratio = words.size_ratio(findings, s)
+        kept = "exceeded" if spot.at_most is None or s > spot.at_most else "not ruled out"
+        kept = "kept" if s <= (spot.sparsity or 0) else f"{kept}; kept if doubled" if s <= (wide or 0) else kept
+        gains = [numbers.gain(r.measure, r.gains.at(s), r.control) for r in results]
+        name = numbers.sparsity(findings.study, findings.method or "", s)
+        mark = Cell(name, "strong") if s == spot.sparsity else name
+        rows.append([mark, "–" if ratio is None else f"{ratio:.1f}×", *gains, kept])
+    return Table(["Sparsity", "Smaller", *(m.short for m in measures), "Allowed losses"], rows)
 
 
 def curve_table(results: Sequence[Result]) -> Table:

@@ -37,8 +37,8 @@ def ledger(findings: Findings) -> list[Row]:
 def claims(findings: Findings) -> list[Question]:
     """Return the claims that this study can speak of, not yet judged; the paper's own are primary.
 
-    Primary are the gain in l_inf and l_2 at an appropriate sparsity, the loss of over-sparsified networks, and that the
-    l_inf gain survives the strongest attack. The plan fixes them before anything is run.
+    Primary are the gain in ℓ∞ and ℓ2 at an appropriate sparsity, the loss of over-sparsified networks, and that the
+    ℓ∞ gain survives the strongest attack. The plan fixes them before anything is run.
     """
     fgsm, r_2 = findings.first("budget", "fgsm"), findings.first("distance", "deepfool")
     asked: list[Question] = []
@@ -360,7 +360,7 @@ def about(
     return ask(claim, None if one is None else one.scaled(scale), curve=scaled, choices=choices, doubt=doubt)
 
 
-# -- the one claim of the paper that needs two studies: nonlinear networks gain more in l_2 than linear ones ---------
+# -- the one claim of the paper that needs two studies: nonlinear networks gain more in ℓ2 than linear ones ---------
 
 TEXT = "nonlinear networks gain more r_2 (DeepFool) than linear ones at matched accuracy loss"
 

@@ -84,7 +84,7 @@ class Result:
 class Findings:
     """Hold everything that the page, the tables and the verdict say, computed once.
 
-    `method` is the one that the headline speaks of: the one with the most sparsities, the plan's first among equals.
+    `method` is the one that the headline speaks of: the plan's first that makes weights sparse.
     The sweet spot does not watch `unwatched` metrics: distances whose searches failed too often, or over a control of
     zero.
     """
@@ -125,9 +125,9 @@ def find(study: Study) -> Findings:
         if (result := _result(study, measure, method, held)) is not None
     }
     main = tuple(main_measures(list(collected)))
-    # The method with the most sparsities, one that makes weights sparse if there is any.
-    rank = {m: (study.axis(m) == "weights", len(study.sparsities(m))) for m in study.methods}
-    method = max(rank, key=lambda m: rank[m], default=None)
+    # The plan's first method that makes weights sparse; without one, its first.
+    weights = [m for m in study.methods if study.axis(m) == "weights"]
+    method = next(iter(weights or study.methods), None)
     every = {m: results[m, method] for m in main if method is not None and (m, method) in results}
     seeds = max((len(result.seeds) for result in every.values()), default=0)
     asked = {m: r for m, r in every.items() if m.role != "distance-correct" and len(r.seeds) == seeds}

@@ -14,9 +14,9 @@ from ._records import Study
 Point = Mapping[str, Any]
 Value = Callable[[Point], float]
 Step = tuple[str, float]  # path, and the strength or sparsity on it
-PATHS = {"magnitude": "magnitude pruning", "l1": "l1 penalty"}  # the ways to sparsity
-NAMES = {**PATHS, "l2": "l2 penalty"}
-DENSE: Step = ("dense", 0.0)  # of each group, the l_2 strength that validation accuracy chose
+PATHS = {"magnitude": "magnitude pruning", "l1": "ℓ1 penalty"}  # the ways to sparsity
+NAMES = {**PATHS, "l2": "ℓ2 penalty"}
+DENSE: Step = ("dense", 0.0)  # of each group, the ℓ2 strength that validation accuracy chose
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def r_inf(eps: float, form: str = "boxed") -> Value:
 
 
 def r_2(form: str = "boxed") -> Value:
-    """Return what reads the mean l_2 distance off a classifier: "boxed", "unboxed", "deepfool" or "nearest"."""
+    """Return what reads the mean ℓ2 distance off a classifier: "boxed", "unboxed", "deepfool" or "nearest"."""
     return lambda point: float(point[f"r_2_{form}"])
 
 
@@ -127,8 +127,8 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[Question]:
     step, tuned = (data.best(loss, which, r_inf(eps)) for which in (path, "l2"))
     where = f"{loss}, {NAMES[path]} at {data.sparsity(loss, step)}"
     rival = f"{NAMES['l2']} of strength C = {tuned[1]:g}, the dense one best for r_inf: FGSM"
-    gains = "linear: sparsity gains l_inf robustness"
-    exceeds = "linear: the l_inf gain exceeds that of a denser classifier with a tuned l2 penalty"
+    gains = "linear: sparsity gains ℓ∞ robustness"
+    exceeds = "linear: the ℓ∞ gain exceeds that of a denser classifier with a tuned ℓ2 penalty"
     for form, text, test, over in (
         ("fgsm", gains, "dense: FGSM", DENSE),
         ("unboxed", f"{gains} without the box", "dense: the theorem's r_inf, unboxed,", DENSE),
@@ -139,7 +139,7 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[Question]:
         one = data.effect(loss, step, r_inf(eps, form), over)
         yield ask(claim, None if one is None else one.scaled(100.0))
     step = data.best(loss, path, r_2())
-    gains = "linear: sparsity does not gain l_2 robustness"
+    gains = "linear: sparsity does not gain ℓ2 robustness"
     for form, text, told in (
         ("boxed", gains, "r_2, exact,"),
         ("unboxed", f"{gains} without the box", "the theorem's r_2, without the box,"),

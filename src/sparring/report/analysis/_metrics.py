@@ -30,7 +30,7 @@ TENSORS = {
     "lipschitz": ("clean_correct", "images", *LIPSCHITZ),
     "transfer": ("clean_correct", "success", "images"),
 }
-NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1"}
+NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1", "l0": "ℓ0"}
 
 
 @dataclass(frozen=True)
