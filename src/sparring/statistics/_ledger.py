@@ -35,9 +35,9 @@ class Claim:
     """State what a claim says of an effect: above zero, below zero, within ±margin of zero, or not above margin.
 
     `margin`, in the effect's `unit`, is the largest effect that does not matter, 0 where nobody can tell; `test` says
-    what was compared, `metric` in what, which with `text` names the test through all looks. With `log` the effect
-    tested is 100 times the logarithm of a ratio, and shown in %. `primary` claims are tested first, the others only
-    with what these leave. `origin` says whose claim it is.
+    what was compared, `metric` in what. `key` names the test through all looks, whatever its words and sparsity. With
+    `log` the effect tested is 100 times the logarithm of a ratio, and shown in %. `primary` claims are tested first,
+    the others only with what these leave. `origin` says whose claim it is.
     """
 
     text: str
@@ -49,6 +49,7 @@ class Claim:
     primary: bool = False
     origin: Origin = "this project"
     metric: str = ""
+    key: str = ""
 
     @property
     def limit(self) -> float:

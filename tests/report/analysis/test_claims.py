@@ -12,6 +12,7 @@ from sparring.report.analysis._claims import claims, ledger, places
 from sparring.report.analysis._comparisons import brackets
 from sparring.report.analysis._cross_checks import suspicion
 from sparring.report.analysis._findings import choose, find
+from sparring.report.analysis._looks import dropped_tests, note_look, open_study
 from sparring.report.analysis._metrics import Measure, collect, parts
 from sparring.report.analysis._records import load
 
@@ -76,6 +77,14 @@ def test_each_claim_is_asked_once(rows, words):
     claims = [row["claim"] for row in rows]
     assert claims.count(words) == 1 or sum(words in claim for claim in claims) == 1
     assert len(set(claims)) == len(claims)
+
+
+def test_a_test_is_known_again_by_its_key_whatever_its_words(folder):
+    asked = claims(find(open_study(folder)))
+    keys = [question.claim.key for question in asked]
+    assert len(set(keys)) == len(keys) and all(keys)
+    told = [dataclasses.replace(one, claim=dataclasses.replace(one.claim, text="in other words")) for one in asked]
+    assert dropped_tests(note_look(open_study(folder), asked), told) == []
 
 
 def test_what_was_planted_is_found(rows):

@@ -73,7 +73,7 @@ def _gain(findings: Findings, result: Result, place: Place, label: str) -> Quest
     kind = "linear" if has_linear_model(findings) else "nonlinear"
     text = f"linear networks gain no {label}" if none else f"{kind} networks gain {label} at an appropriate sparsity"
     choice = choose(findings, result, within=place.appropriate)
-    claim = says(text, "not above" if none else "above", primary=True, origin="paper")
+    claim = says("gain", text, "not above" if none else "above", primary=True, origin="paper")
     return at_choice(findings, result, choice, claim)
 
 
@@ -95,7 +95,7 @@ def _losses(findings: Findings, place: Place) -> Iterator[Question]:
         text = f"over-sparsified networks lose {what}"
         if measure not in primary:
             text += f" at ε = {pretty_eps(measure.eps)}"
-        claim = says(text, "below", primary=measure in primary, origin="paper")
+        claim = says("loss", text, "below", primary=measure in primary, origin="paper")
         known = [s for s in place.over if s in result.sparsities]
         if not known:
             claim = replace(claim, margin=0.0, unit=numbers.gain_unit(measure))
@@ -115,7 +115,7 @@ def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) 
         test = f"{result.method} at {result.words(sparsity)} − dense control"
         metric = f"{result.measure.phrase} where both are correct"
         sparse = [(result.method, sparsity, seed) for seed in known]
-        claim = says(f"{text}, among images that both classify correctly", "below")
+        claim = says("loss where both are correct", f"{text}, among images that both classify correctly", "below")
         yield about(findings, result, replace(claim, test=test, metric=metric), one, sparse)
 
 
@@ -140,7 +140,7 @@ def _survival(findings: Findings, fgsm: Result) -> Iterator[Question]:
         if result is not None:
             text = f"the gain survives {attacks_of(findings, measure)}"
             choice = choose(findings, result, by=fgsm, within=within)
-            yield at_choice(findings, result, choice, says(text, primary=k == 0, origin="paper"))
+            yield at_choice(findings, result, choice, says("survival", text, primary=k == 0, origin="paper"))
 
 
 def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
@@ -148,7 +148,7 @@ def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
     control, reference = (findings.study.control(fgsm.method, kind) for kind in DENSE)
     one = difference(findings, fgsm.measure, (control, 0.0), (reference, 0.0))
     if one is not None:
-        claim = says("fine-tuning alone, without pruning, moves no r_inf", "none")
+        claim = says("fine-tuning", "fine-tuning alone, without pruning, moves no r_inf", "none")
         claim = replace(claim, test="dense control − the network as trained")
         yield about(findings, fgsm, claim, one, [(reference, 0.0, seed) for seed in fgsm.seeds])
 
@@ -160,12 +160,13 @@ def _other_methods(findings: Findings, fgsm: Result, choice: ChosenGain | None) 
         if kind in ITSELF:
             result = findings.result(fgsm.measure, method)
             if result is not None:
-                yield at_choice(findings, result, choose(findings, result), says(f"{ITSELF[kind]} ({method})"))
+                yield at_choice(findings, result, choose(findings, result), says("gain", f"{ITSELF[kind]} ({method})"))
         elif kind in OVER_IT and choice is not None:
-            yield from _against(findings, fgsm, choice, method, f"{OVER_IT[kind]} ({method})")
+            claim = says(f"over {method}", f"{OVER_IT[kind]} ({method})")
+            yield from _against(findings, fgsm, choice, method, claim)
 
 
-def _against(findings: Findings, fgsm: Result, choice: ChosenGain, method: str, text: str) -> Iterator[Question]:
+def _against(findings: Findings, fgsm: Result, choice: ChosenGain, method: str, claim: Claim) -> Iterator[Question]:
     """Compare the headline's networks with another method's at its sparsity nearest to the first seed's."""
     held = findings.collected[fgsm.measure]
     nearest = min(findings.study.sparsities(method), key=lambda s: abs(s - choice.sparsities[0]))
@@ -177,7 +178,7 @@ def _against(findings: Findings, fgsm: Result, choice: ChosenGain, method: str, 
         told = f"{fgsm.method} at {fgsm.words(*sorted(set(choice.sparsities)))} − {method}"
         told += f" at {numbers.sparsity(findings.study, method, nearest)}" if nearest else ""
         sides = [*((fgsm.method, s, k) for k, s in chosen.items()), *((method, nearest, k) for k in chosen)]
-        yield about(findings, fgsm, replace(says(text), test=told), one, sides, choices=choice.choices)
+        yield about(findings, fgsm, replace(claim, test=told), one, sides, choices=choice.choices)
 
 
 def _chosen_weights(findings: Findings) -> Iterator[Question]:
@@ -195,7 +196,8 @@ def _chosen_weights(findings: Findings) -> Iterator[Question]:
             test = f"{method} − {masks[0]}, both at {share}"
             text = f"weights that were chosen keep more accuracy than random ones ({method})"
             sides = [(m, max(shared), n.seed) for m in (method, masks[0]) for n in findings.study.of(m, max(shared))]
-            yield about(findings, result, replace(says(text), test=test), one, sides)
+            claim = says(f"chosen weights, {method}", text)
+            yield about(findings, result, replace(claim, test=test), one, sides)
 
 
 def _comparable(findings: Findings) -> list[str]:
@@ -211,7 +213,8 @@ def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Question]
             result = findings.result(measure, method)
             if measure is not None and result is not None:
                 text = f"activation sparsity gains robustness under {attacks_of(findings, measure)} ({method})"
-                yield at_choice(findings, result, choose(findings, result), says(text, origin="later work"))
+                claim = says("activation gain", text, origin="later work")
+                yield at_choice(findings, result, choose(findings, result), claim)
         for measure in (m for m in findings.collected if m.role == "budget" and m.naive):
             naive = findings.result(measure, method)
             honest = findings.result(replace(measure, naive=False), method)
@@ -220,7 +223,8 @@ def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Question]
                 text = f"activation sparsity's gain under naive {name} survives BPDA ({method})"
                 choice = choose(findings, honest, by=naive)
                 if choice is not None:
-                    yield at_choice(findings, honest, choice, says(text, origin="later work"))
+                    claim = says("naive gain", text, origin="later work")
+                    yield at_choice(findings, honest, choice, claim)
 
 
 def _proofs(findings: Findings) -> Iterator[Question]:
@@ -232,13 +236,14 @@ def _proofs(findings: Findings) -> Iterator[Question]:
         norm = NORMS.get(measure.norm, measure.norm)
         if measure.role == "lipschitz":
             text = f"the {norm} Lipschitz constant falls with sparsity (here: the sparsest; {measure.attack})"
-            yield at_sparsity(findings, result, result.sparsities[-1], says(text, "below", origin="paper"))
+            claim = says("fall", text, "below", origin="paper")
+            yield at_sparsity(findings, result, result.sparsities[-1], claim)
         else:
             what = f"certified {norm} radius" if measure.role == "certified" else f"{norm} margin / Lipschitz constant"
             choice = choose(findings, result, within=places(findings, result.method).appropriate)
             text = f"the {what} rises at an appropriate sparsity ({measure.attack})"
             origin: Origin = "paper" if measure.role == "ratio" else "this project"
-            yield at_choice(findings, result, choice, says(text, origin=origin))
+            yield at_choice(findings, result, choice, says("rise", text, origin=origin))
 
 
 def _transfers(findings: Findings) -> Iterator[Question]:
@@ -260,7 +265,8 @@ def _transfers(findings: Findings) -> Iterator[Question]:
         test = f"{measure.title}, {findings.method} at {told}: share of those that could − 50%"
         one = effect(values(seeds, images) - 0.5).scaled(100.0).priced(findings.study.looks.price)
         metric = f"{pretty(measure.label)} examples that transfer {measure.role}"
-        yield ask(replace(says(text), test=test, metric=metric), one)
+        claim = says(f"transfer {measure.slug} {findings.method}", text)
+        yield ask(replace(claim, test=test, metric=metric), one)
 
 
 # -- a comparison as a question: its unit, its margin, and whether its attacks can be believed ------------------------
@@ -297,14 +303,17 @@ def attacks_of(findings: Findings, measure: Measure) -> str:
     return numbers.listed(pretty(m.label) for m in parts(findings.collected, measure))
 
 
-def says(text: str, expects: Expects = "above", *, primary: bool = False, origin: Origin = "this project") -> Claim:
-    """Return a claim whose test is not known yet."""
-    return Claim(text, expects, MARGIN, "points", "", primary=primary, origin=origin)
+def says(
+    kind: str, text: str, expects: Expects = "above", *, primary: bool = False, origin: Origin = "this project"
+) -> Claim:
+    """Return a claim whose test is not known yet; its key is what kind of claim it is, until a test adds its own."""
+    return Claim(text, expects, MARGIN, "points", "", primary=primary, origin=origin, key=kind)
 
 
 def unasked(claim: Claim, measure: Measure, why: str) -> Question:
     """Return a claim about a metric as a question that this study does not answer."""
-    return replace(ask(replace(claim, test=measure.phrase, metric=measure.phrase), None), unknown=why)
+    key = f"{claim.key} {measure.slug}"
+    return replace(ask(replace(claim, test=measure.phrase, metric=measure.phrase, key=key), None), unknown=why)
 
 
 def at_choice(findings: Findings, result: Result, choice: ChosenGain | None, claim: Claim) -> Question:
@@ -349,7 +358,8 @@ def about(
     absolute = unit == numbers.ABSOLUTE  # of a control whose mean is zero: no telling what would not matter
     metric = claim.metric or result.measure.phrase
     margin, test = 0.0 if absolute else MARGIN, f"{metric}, {claim.test}"
-    claim = replace(claim, margin=margin, unit=unit, test=test, log=unit == "%", metric=metric)
+    key = f"{claim.key} {result.measure.slug} {result.method}"
+    claim = replace(claim, margin=margin, unit=unit, test=test, log=unit == "%", metric=metric, key=key)
     scale = 1.0 if absolute else 100.0
     sparse = list(sparse)
     whos = {*sparse, *((findings.study.control(method), 0.0, seed) for method, _, seed in sparse)}

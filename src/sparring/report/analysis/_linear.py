@@ -129,13 +129,14 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[Question]:
     rival = f"{NAMES['l2']} of strength C = {tuned[1]:g}, the dense one best for r_inf: FGSM"
     gains = "linear: sparsity gains ℓ∞ robustness"
     exceeds = "linear: the ℓ∞ gain exceeds that of a denser classifier with a tuned ℓ2 penalty"
-    for form, text, test, over in (
-        ("fgsm", gains, "dense: FGSM", DENSE),
-        ("unboxed", f"{gains} without the box", "dense: the theorem's r_inf, unboxed,", DENSE),
-        ("fgsm", exceeds, rival, tuned),
+    for key, form, text, test, over in (
+        ("r_inf", "fgsm", gains, "dense: FGSM", DENSE),
+        ("r_inf unboxed", "unboxed", f"{gains} without the box", "dense: the theorem's r_inf, unboxed,", DENSE),
+        ("r_inf over tuned", "fgsm", exceeds, rival, tuned),
     ):
         primary = (form, over) == ("fgsm", DENSE)
-        claim = _claim(text, "above", "points", f"{where} − {test} at ε = {eps:g}", loss, primary=primary)
+        test = f"{where} − {test} at ε = {eps:g}"
+        claim = _claim(f"{key} {loss} {path}", text, "above", "points", test, loss, primary=primary)
         one = data.effect(loss, step, r_inf(eps, form), over)
         yield ask(claim, None if one is None else one.scaled(100.0))
     step = data.best(loss, path, r_2())
@@ -145,14 +146,15 @@ def _claims(data: LinearStudy, loss: str, path: str) -> Iterator[Question]:
         ("unboxed", f"{gains} without the box", "the theorem's r_2, without the box,"),
     ):
         test = f"{loss}, {NAMES[path]} at {data.sparsity(loss, step)} − dense: {told} % of the dense mean"
-        claim = _claim(text, "not above", "%", test, loss, primary=form == "boxed")
+        key = f"r_2 {form} {loss} {path}"
+        claim = _claim(key, text, "not above", "%", test, loss, primary=form == "boxed")
         scale = 100.0 / data.mean(loss, DENSE, r_2(form))
         found = (data.effect(loss, s, r_2(form), DENSE) for s in (step, *data.steps(loss, path)))
         one, *curve = [None if e is None else e.scaled(scale) for e in found]
         yield ask(claim, one, curve=[e for e in curve if e is not None])
 
 
-def _claim(text: str, expects: Expects, unit: str, test: str, loss: str, *, primary: bool) -> Claim:
+def _claim(key: str, text: str, expects: Expects, unit: str, test: str, loss: str, *, primary: bool) -> Claim:
     origin: Origin = "paper" if primary else "this project"
     told = f"{test}, paired over digit pairs"
-    return Claim(text, expects, MARGIN, unit, told, primary=primary, origin=origin, metric=loss)
+    return Claim(text, expects, MARGIN, unit, told, primary=primary, origin=origin, metric=loss, key=key)

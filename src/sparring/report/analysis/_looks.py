@@ -17,7 +17,7 @@ from ...errors import DamageError
 from ...files import canonical_json, sha256_bytes
 from ...history import append_entry, read_history
 from ...records import Folder, Record, read_record
-from ...statistics import Claim, Question, Row, judge
+from ...statistics import Question, Row, judge
 from .. import _numbers as numbers
 from ._records import Looks, Study, attack_label, load
 
@@ -69,7 +69,11 @@ def note_look(study: Study, asked: Sequence[Question]) -> Study:
         "records": len(study.records),
         "orphans": looks.orphans,
         "unknown": looks.unknown,
-        "tests": {_asked(q.claim): {"p": q.p, "primary": q.claim.primary} for q in asked if not math.isnan(q.p)},
+        "tests": {
+            q.claim.key: {"claim": q.claim.text, "p": q.p, "primary": q.claim.primary}
+            for q in asked
+            if not math.isnan(q.p)
+        },
     }
     written = append_entry(study.folder, entry)
     return replace(study, looks=replace(looks, entries=(*looks.entries, written)))
@@ -78,17 +82,12 @@ def note_look(study: Study, asked: Sequence[Question]) -> Study:
 def dropped_tests(study: Study, asked: Sequence[Question]) -> list[bool]:
     """Return for each test of earlier looks that is not made any more, and still counts, whether it was primary."""
     before = {name: bool(test["primary"]) for entry in study.looks.entries for name, test in entry["tests"].items()}
-    return [primary for name, primary in before.items() if name not in {_asked(q.claim) for q in asked}]
+    return [primary for name, primary in before.items() if name not in {q.claim.key for q in asked}]
 
 
 def judge_study(study: Study, asked: Sequence[Question]) -> list[Row]:
     """Return a study's claims with their verdicts, at the look that it stands at."""
     return judge(asked, study=study.name, dropped=dropped_tests(study, asked))
-
-
-def _asked(claim: Claim) -> str:
-    """Return what names a test through all looks: its claim and metric, not the sparsity that it was made at."""
-    return f"{claim.text} [{claim.metric}]"
 
 
 def _state(study: Study) -> str:
