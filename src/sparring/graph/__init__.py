@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ._lower import lower
 from ._ops import (
+    ELEMENTWISE,
     Add,
     Affine,
     AvgPool,
@@ -34,6 +35,7 @@ from ._plain_stacks import Step, Stepwise
 from ._rewrites import spelled_out
 
 __all__ = [
+    "ELEMENTWISE",
     "Add",
     "Affine",
     "AvgPool",

@@ -12,6 +12,15 @@ from torch.nn import functional as F
 from ..declared import Declared
 from ..errors import Unsupported
 
+# Each value by itself, of one input or of several that broadcast.
+ELEMENTWISE = frozenset(
+    """abs acos asin asinh atan celu clamp clamp_max clamp_min cos cosh elu erf exp expm1 gelu hardshrink hardsigmoid
+    hardswish hardtanh leaky_relu rrelu log log10 log1p log2 log_sigmoid logit mish pow prelu _prelu_kernel
+    reciprocal relu6 rsqrt selu sigmoid silu sin sinh softplus softshrink sqrt square tan tanh threshold xlogy atan2
+    hypot maximum minimum fmax fmin lerp addcmul addcdiv where masked_fill logaddexp gt lt ge le eq ne logical_and
+    logical_or logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num copysign""".split()  # noqa: SIM905
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Input:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _layer_rules as layers
 from ._layer_rules import WITHIN, affine, as_constant, call, refuse_images_axis
-from ._ops import AvgPool, Call, Flatten, MaxPool, Op, Reshape
+from ._ops import ELEMENTWISE, AvgPool, Call, Flatten, MaxPool, Op, Reshape
 from ._plain_stacks import pair
 from ._torch_export import Arguments, At, Translator, flat
 
@@ -31,14 +31,6 @@ _COPIES = frozenset(
 )
 _LIKE = frozenset(
     "zero zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()  # noqa: SIM905
-)
-# Each value by itself, of one input or of several that broadcast.
-_ELEMENTWISE = frozenset(
-    """abs acos asin asinh atan celu clamp clamp_max clamp_min cos cosh elu erf exp expm1 gelu hardshrink hardsigmoid
-    hardswish hardtanh leaky_relu rrelu log log10 log1p log2 log_sigmoid logit mish pow prelu _prelu_kernel
-    reciprocal relu6 rsqrt selu sigmoid silu sin sinh softplus softshrink sqrt square tan tanh threshold xlogy atan2
-    hypot maximum minimum fmax fmin lerp addcmul addcdiv where masked_fill logaddexp gt lt ge le eq ne logical_and
-    logical_or logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num copysign""".split()  # noqa: SIM905
 )
 # Along axes given by dim or dims, which must not be the images'.
 _ALONG = frozenset(
@@ -59,7 +51,7 @@ def translate(t: Translator, name: str, target: Any, a: Arguments) -> Any:
         return _copy(t, a)
     if name in _LIKE:
         return _constant_like(t, target, a)
-    if name in _ELEMENTWISE or name in _ALONG or name in WITHIN:
+    if name in ELEMENTWISE or name in _ALONG or name in WITHIN:
         return call(t, name, target, a)
     if name.rstrip("_") in _STEPS:
         raise t.refuse(name, "has no rule: it jumps, so it has no finite Lipschitz constant")
