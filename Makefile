@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto
 ARCHITECTURES := tests/test_zoo.py tests/test_architectures.py tests/graph/test_lowering_benchmark.py
 NUMERIC := tests/attacks tests/bounds tests/deploy tests/graph tests/models tests/sparsity tests/train tests/test_metrics.py
 
-.PHONY: study test suite architectures blocks numeric wheel nightly setup lint types clean
+.PHONY: study test suite architectures blocks picture numeric wheel nightly setup lint types clean
 
 study: $(READY)
 	@$(BIN)/sparring study $(PRESET) --out $(OUT)
@@ -34,6 +34,12 @@ architectures: $(READY)
 # Every command and every Python block of README and docs, as written
 blocks: $(READY)
 	@$(PYTEST) tests/docs
+
+# The picture in README: the first screen of quick's report
+picture: $(READY)
+	@$(BIN)/sparring study quick --out out/quick >/dev/null
+	@chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1180 \
+	  --screenshot=docs/results/quick.png "file://$(CURDIR)/out/quick/report.html" >/dev/null 2>&1
 
 # Under .ci/CAP.env: make numeric CAP=avx2, or sse
 numeric: $(READY)

@@ -515,11 +515,11 @@ def readme() -> list[str]:
     sparse = Numbers("paper-activation-lenet-300-100")
     ratio = conv.mean("bytes_dense", "control", 0) / conv.mean("bytes_sparse", "magnitude", 0.97)
     return [
-        f"gains {interval(plain.primary('the gain survives'))} points of\n"
-        f"  worst-case ℓ∞ accuracy, {told(plain.primary('the gain survives'))}",
+        f"gains {interval(plain.primary('the gain survives'))} points of "
+        f"worst-case ℓ∞ accuracy, {told(plain.primary('the gain survives'))}",
         f"{told(*(row for row in Numbers('paper-linear').claims if row['primary']))} for both losses",
-        f"{interval(conv.claim('survives the worst case'))} points of worst case at 95%,\n"
-        f"  {told(conv.claim('survives the worst case'))}",
+        f"{interval(conv.claim('survives the worst case'))} points of worst case at 95%, "
+        f"{told(conv.claim('survives the worst case'))}",
         f"k-winners, {told(sparse.claim('robustness under the worst case', 'k-winners'))}",
         f"at 97% it is {ratio:.1f} times smaller",
         f"its accuracy lower by {conv.accuracy() - conv.accuracy(0.97):.1f} points",

@@ -106,4 +106,4 @@ def _path(page: str) -> Path:
 
 def _findings(page: str, text: str) -> str:
     """Return what is checked of a page: all of it, of the README the findings."""
-    return text[text.index("What it found") : text.index("## Using it")] if page == "README" else text
+    return text[text.index("## What it found") : text.index("## Documentation")] if page == "README" else text
