@@ -34,6 +34,7 @@ class Net(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.register_buffer("gate", torch.tensor([0.0, 1.0, 0.5, 2.0]).view(4, 1, 1))
         self.register_buffer("count", torch.zeros(()))
+        self.attention, self.rnn = nn.MultiheadAttention(4, 2), nn.GRU(16, 3, 2)
         self.row = nn.Parameter(torch.linspace(-1, 1, 4))
         with torch.no_grad():
             self.head = nn.Linear(self.features(torch.rand(3, *SHAPE)).shape[1], 3)
@@ -43,6 +44,11 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+    def attend(self, h: Tensor) -> Tensor:
+        """Attend among the entries of the first axis."""
+        found: Tensor = self.attention(h, h, h)[0]
+        return found
 
 
 def build(body: Body) -> Net:
@@ -140,6 +146,18 @@ COMPUTED: dict[str, Body] = {
     "functional batch norm": lambda net, h: F.batch_norm(h, net.row, net.row.square() + 1, net.row, net.row),
     "weights computed": lambda net, h: F.conv2d(h, net.conv.weight.flip(0).repeat(1, 2, 1, 1).softmax(0)),
     "memory written before it is read": lambda net, h: torch.empty_like(h).copy_(h) + torch.zeros_like(h),
+    "images in the middle": lambda net, h: h.flatten(2).permute(2, 0, 1).softmax(2).mul(2).transpose(0, 1) + 1,
+    "heads before images": lambda net, h: torch.stack(
+        h.flatten(2).view(len(h), 2, 2, -1).permute(1, 0, 2, 3).unbind(0), 1
+    ),
+    "windows as images": lambda net, h: (h.reshape(-1, 2, 16) @ h.reshape(-1, 16, 2)).view(len(h), -1),
+    "rows of all images": lambda net, h: (
+        F.linear(h.permute(2, 0, 1, 3).reshape(-1, 4), torch.ones(3, 4)).view(4, -1, 12).transpose(0, 1)
+    ),
+    "Einstein's sums": lambda net, h: torch.einsum("bchw,bdhv,ck->bhkdwv", h, h.relu(), torch.outer(net.row, net.row)),
+    "tensordot": lambda net, h: torch.tensordot(h, torch.outer(net.row, net.row), dims=([2], [0])),
+    "multihead attention over places": lambda net, h: net.attend(h.flatten(2).permute(2, 0, 1)).transpose(0, 1),
+    "a recurrent state": lambda net, h: net.rnn(h.flatten(2).transpose(0, 1))[1][-1],
     "assertions and sizes": lambda net, h: (torch._assert(h.ndim == 4, "images"), h / h.shape[1])[1],
 }
 
@@ -151,6 +169,12 @@ def test_what_torch_computes_is_read(name: str) -> None:
     agree(lambda x: graph(x.double()), model)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_same_padding_of_an_even_kernel_is_read() -> None:
+    model = build(lambda net, h: F.conv2d(h, torch.ones(4, 1, 2, 4), padding="same", groups=4))
+    agree(lower(model, SHAPE), model)
+
+
 REFUSED: dict[str, tuple[Body, str]] = {
     "functional dropout left on": (lambda net, h: F.dropout(h), "dropout.* draws at random"),
     "noise": (lambda net, h: h + 0.1 * torch.randn(1), "'randn'.* draws at random"),
@@ -160,6 +184,14 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "the norm of all": (lambda net, h: h / h.norm(), "axis of the images"),
     "batch statistics": (lambda net, h: F.batch_norm(h, None, None, training=True), "normalises by the batch"),
     "softmax over images": (lambda net, h: h.flatten(1).softmax(0), "'softmax'.* axis of the images"),
+    "softmax over images that were moved": (lambda net, h: h.transpose(0, 1).softmax(1)[0], "axis of the images"),
+    "images chosen": (lambda net, h: h.transpose(0, 1)[:, :1].transpose(0, 1) + h, "axis of the images|no rule"),
+    "attention among images": (lambda net, h: net.attend(h.flatten(2).transpose(1, 2)), "images"),
+    "places read as images": (
+        lambda net, h: h.reshape(4, -1, 4, 4).transpose(0, 1),
+        "images in the batch|mixes .*images",
+    ),
+    "products of images": (lambda net, h: torch.einsum("bchw,dchw->bd", h, h).sum(1, keepdim=True), "images"),
     "images rolled": (lambda net, h: h.roll(1, 0), "'roll'.* axis of the images"),
     "the number of images": (lambda net, h: h * h.shape[0], "images"),
     "its length": (lambda net, h: h / len(h), "depend on the images beside it"),
@@ -480,9 +512,9 @@ class Attentive(nn.Module):
 @pytest.mark.parametrize(
     "layer", [nn.MultiheadAttention(4, 2, batch_first=True), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)]
 )
-def test_attention_that_moves_the_images_is_refused_with_a_way_out(layer: nn.Module) -> None:
-    with pytest.raises(Unsupported, match=r"'transpose' \(layer 'layer.*test_kinds\.py.*scaled_dot_product_attention"):
-        lower(Attentive(layer), SHAPE)
+def test_attention_that_moves_the_images_is_read(layer: nn.Module) -> None:
+    model = Attentive(layer.eval())
+    agree(lower(model, SHAPE), model)
 
 
 def test_nothing_of_export_is_imported_for_a_plain_stack() -> None:

@@ -36,7 +36,7 @@ REFUSED: dict[str, tuple[Callable[[Own, Tensor, Tensor], Tensor], str]] = {
     "autocast": (cast, "_to_copy"),
     "rounding": (lambda m, x, h: m.layer(h.round()), "round"),
     "mean over images": (lambda m, x, h: m.layer(h - h.mean(0)), "mean"),
-    "weights of images": (lambda m, x, h: h @ h.T @ m.layer(h), "permute"),
+    "weights of images": (lambda m, x, h: h @ h.T @ m.layer(h), "matmul"),
     "fold": (lambda m, x, h: m.layer(F.fold(F.unfold(x, 2), (4, 4), 2).flatten(1)), "col2im"),
     "rounded quotient": (lambda m, x, h: m.layer(torch.div(h, 3, rounding_mode="floor")), "div"),
     "dropout left on": (lambda m, x, h: m.layer(F.dropout(h)), ""),

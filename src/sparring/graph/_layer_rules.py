@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._moved import Images
 from ._ops import Add, Affine, Call, Conv2d, Linear, ReLU
 from ._plain_stacks import batch_norm, pair
 from ._torch_export import Arguments, At, Translator, flat
@@ -119,21 +120,30 @@ def _name(t: Translator, weight: Tensor, bias: Tensor | None) -> str:
 
 
 def recurrent(t: Translator, a: Arguments) -> Any:
-    """lstm, gru and rnn over rows of one image, from a state that is the same for all."""
+    """lstm, gru and rnn over rows of one image, from a state that is the same for all; all outputs."""
     x, state, given = a.take("input"), a.take("hx"), {key: a.take(key) for key in list(a.given)}
-    if not given.get("batch_first"):
+    if x.images not in (None, Images(1)) or given.pop("batch_first", False) != (x.images is None):
         raise t.refuse(t.name, "runs over the axis of the images", "give it batch_first=True")
-    states = state if isinstance(state, list) else [state]
-    t.refuse_computed(states, given, what="states or weights")
-    target: Any = t.now.target
+    t.refuse_computed(state, given, what="states or weights")
+    steps, width = (shape := t.shape(x))[0], shape[-1]
+    options = {"kind": t.name, "hx": state if isinstance(state, list) else [state], **given}
+    results = []
+    for place, value in enumerate(t.now.meta["val"]):
+        lengths = (steps, int(value.shape[-1])) if place == 0 else (int(value.shape[0]), int(value.shape[-1]))
+        call = Call(t.name, recur, ("x",), {**options, "place": place})
+        found = t.emit(call, t.view(x, (steps, width)), shape=lengths)
+        moved = place > 0 or x.images is not None
+        results.append(t.view(found, (lengths[0], 1, lengths[1]), Images(1)) if moved else found)
+    return results
 
-    def run(x: Tensor) -> Tensor:
-        begin = [s.expand(-1, len(x), -1).contiguous() for s in states]
-        result: Tensor = target(input=x, hx=begin if isinstance(state, list) else begin[0], **given)[0]
-        return result
 
-    shape = t.image_shape(t.now.meta["val"][0])
-    return [t.emit(Call(t.name, run, ("x",)), x, shape=shape), None, None]
+def recur(x: Tensor, *, kind: str, hx: list[Tensor], params: list[Tensor], place: int, **options: Any) -> Tensor:
+    """Run a recurrent layer of torch over (N, steps, width): the output of each step, or (N, layers, width) states."""
+    begin = [state.expand(-1, len(x), -1).contiguous() for state in hx]
+    run: Any = getattr(torch.ops.aten, kind).input
+    results = run(x, begin if kind == "lstm" else begin[0], params, batch_first=True, **options)
+    result: Tensor = results[place] if place == 0 else results[place].transpose(0, 1)
+    return result
 
 
 def matmul(t: Translator, a: Arguments) -> Any:
@@ -144,6 +154,14 @@ def matmul(t: Translator, a: Arguments) -> Any:
     if len(t.shape(x if isinstance(x, At) else y)) < 2 or (isinstance(y, Tensor) and y.dim() < 2):
         raise t.refuse(t.name, "of these shapes has no rule")
     return broadcast(t, "matmul", torch.ops.aten.matmul.default, x, y)
+
+
+def batch_addmm(t: Translator, a: Arguments) -> Any:
+    """beta · self + alpha · batch1 @ batch2."""
+    bias, x, y = a.take("self"), a.take("batch1"), a.take("batch2")
+    beta, alpha = a.take("beta"), a.take("alpha")
+    product = broadcast(t, "matmul", torch.ops.aten.matmul.default, x, y)
+    return _sum(t, affine(t, product, alpha, 0), bias, beta)
 
 
 def addmm(t: Translator, a: Arguments) -> Any:
@@ -160,8 +178,11 @@ def conv2d(t: Translator, a: Arguments) -> Any:
     stride, dilation, padding = pair(a.take("stride")), pair(a.take("dilation")), a.take("padding")
     if isinstance(padding, str):
         whole = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        if any(p % 2 for p in whole):
-            raise t.refuse(t.name, f"with padding='{padding}' and an even kernel has no rule", "pad by hand")
+        if any(p % 2 for p in whole):  # torch puts the odd one behind
+            pads = [whole[1] // 2, -(-whole[1] // 2), whole[0] // 2, -(-whole[0] // 2)]
+            sides = tuple(s + p for s, p in zip(t.shape(x)[1:], whole, strict=True))
+            pad = Call("constant_pad_nd", torch.ops.aten.constant_pad_nd.default, ("self",), {"pad": pads, "value": 0})
+            x, whole = t.emit(pad, x, shape=(t.shape(x)[0], *sides)), [0, 0]
         padding = [p // 2 for p in whole]
     name = _name(t, weight, bias)
     return t.emit(Conv2d(name, weight, bias, stride, pair(padding), dilation, a.take("groups")), x)
@@ -270,7 +291,7 @@ def padded(t: Translator, value: Tensor, rank: int) -> At:
 def refuse_images_axis(t: Translator, name: str, given: Any) -> None:
     """Refuse an axis argument that means the images, or all axes."""
     first = flat([t.now.args[0]])[0]
-    rank = first.meta["val"].dim() + (name == "stack")
+    rank = first.meta["val"].dim() + t.keeps_axes + (name == "stack")
     axes = [given] if isinstance(given, int) else given
     whole = name in ("slice", "select", "narrow", "slice_scatter") and given == 0
     if name == "slice" and whole and t.now.meta["val"].shape == first.meta["val"].shape:
@@ -281,12 +302,5 @@ def refuse_images_axis(t: Translator, name: str, given: Any) -> None:
             return
     if name == "permute" and axes and axes[0] % rank == 0:
         return
-    if name in ("transpose", "permute", "movedim") and any(axis % rank == 0 for axis in axes):
-        raise t.refuse(
-            name,
-            "moves the axis of the images",
-            "keep it first (batch_first=True, F.scaled_dot_product_attention in place of "
-            "nn.MultiheadAttention), or do without what needs a graph: attacks, pruning and studies do",
-        )
     if axes is None or not len(axes) or any(axis % rank == 0 for axis in axes):
         raise t.refuse(name, "is over the axis of the images: an image's logits would depend on those beside it")

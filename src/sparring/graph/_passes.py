@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,15 @@ from torch import Tensor
 from ._ops import Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, Node, ReLU
 
 Layer = Linear | Conv2d
+
+
+def needed(nodes: Sequence[Node], last: int) -> tuple[Node, ...]:
+    """Return the nodes that one depends on, and the input."""
+    wanted = {0, last}
+    for place in range(last, 0, -1):
+        wanted |= set(nodes[place].inputs) if place in wanted else set()
+    places = {old: new for new, old in enumerate(sorted(wanted))}
+    return tuple(replace(nodes[old], inputs=tuple(places[i] for i in nodes[old].inputs)) for old in places)
 
 
 @torch.no_grad()

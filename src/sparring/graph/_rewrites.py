@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._ops import Add, Affine, Call, Conv2d, Flatten, Graph, Linear, Node, Op, ReLU, Reshape
+from ._passes import needed
 
 
 def spelled_out(graph: Graph, dtype: torch.dtype) -> Graph:
@@ -21,16 +22,7 @@ def spelled_out(graph: Graph, dtype: torch.dtype) -> Graph:
     writer = _Writer(graph.nodes, dtype)
     for place, node in enumerate(graph.nodes):
         writer.places.append(writer.written(place, node))
-    return replace(graph, nodes=_needed(writer.nodes, writer.places[-1]))
-
-
-def _needed(nodes: list[Node], last: int) -> tuple[Node, ...]:
-    """Return the nodes that one depends on, and the input."""
-    wanted = {0, last}
-    for place in range(last, 0, -1):
-        wanted |= set(nodes[place].inputs) if place in wanted else set()
-    places = {old: new for new, old in enumerate(sorted(wanted))}
-    return tuple(replace(nodes[old], inputs=tuple(places[i] for i in nodes[old].inputs)) for old in places)
+    return replace(graph, nodes=needed(writer.nodes, writer.places[-1]))
 
 
 class _Writer:

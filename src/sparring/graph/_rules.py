@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _layer_rules as layers
 from ._layer_rules import WITHIN, affine, as_constant, call, refuse_images_axis
+from ._moved import TURNS, is_moved, moved, reshaped
 from ._ops import ELEMENTWISE, AvgPool, Call, Flatten, MaxPool, Op, Reshape
 from ._plain_stacks import pair
 from ._torch_export import Arguments, At, Translator, flat
@@ -38,6 +39,14 @@ _ALONG = frozenset(
     linalg_vector_norm glu permute transpose select slice narrow flip index_select movedim select_scatter slice_scatter
     sort topk max min median kthvalue any all cat stack roll""".split()  # noqa: SIM905
 )
+# Of these the same is said with the images in front, wherever torch has them.
+_MOVABLE = (ELEMENTWISE | _ALONG | set(TURNS)) - {"prelu", "_prelu_kernel", "rrelu"} | set(
+    """add sub subtract rsub mul multiply div divide true_divide neg negative linear matmul mm bmm addmm baddbmm relu
+    clamp clamp_min mean expand expand_as broadcast_to split split_with_sizes chunk tensor_split unbind index copy fill
+    layer_norm native_layer_norm rms_norm scaled_dot_product_attention pad constant_pad_nd""".split()  # noqa: SIM905
+)
+_RECURRENT = "lstm gru rnn_tanh rnn_relu"
+_RESHAPES = "view reshape _unsafe_view flatten squeeze unsqueeze unflatten"
 
 
 def translate(t: Translator, name: str, target: Any, a: Arguments) -> Any:
@@ -45,6 +54,20 @@ def translate(t: Translator, name: str, target: Any, a: Arguments) -> Any:
 
     Raise Unsupported where there is no rule.
     """
+    value = t.now.meta["val"]
+    inputs = [x for x in flat(a.given) if isinstance(x, At)]
+    outputs = list(value) if isinstance(value, tuple | list) else [value]
+    if name in _COPIES or name in _LIKE or name in _RECURRENT.split() or not is_moved(t, inputs, outputs):
+        return _ruled(t, name, target, a)
+    if name in _RESHAPES.split():
+        a.given.clear()
+        return reshaped(t, inputs[0], value)
+    if name not in _MOVABLE:
+        raise t.refuse(name, "mixes or moves the axis of the images", "keep images along the first axis")
+    return moved(t, a, inputs, outputs, lambda: _ruled(t, name, target, a))
+
+
+def _ruled(t: Translator, name: str, target: Any, a: Arguments) -> Any:
     if rule := _RULES.get(name):
         return rule(t, a)
     if name in _COPIES:
@@ -232,7 +255,8 @@ _TABLE: dict[Rule, str] = {
     layers.linear: "linear",
     layers.matmul: "matmul mm bmm",
     layers.addmm: "addmm",
-    layers.recurrent: "lstm gru rnn_tanh rnn_relu",
+    layers.batch_addmm: "baddbmm",
+    layers.recurrent: _RECURRENT,
     layers.conv2d: "conv2d",
     layers.norm_of_batch: "_native_batch_norm_legit_no_training batch_norm native_batch_norm",
     layers.by_the_batch: "_native_batch_norm_legit _native_batch_norm_legit_functional",
@@ -242,7 +266,7 @@ _TABLE: dict[Rule, str] = {
     _avg_pool: "avg_pool2d",
     _adaptive_pool: "adaptive_avg_pool2d _adaptive_avg_pool2d",
     _mean: "mean",
-    _reshape: "view reshape _unsafe_view flatten squeeze unsqueeze unflatten",
+    _reshape: _RESHAPES,
     _expand: "expand expand_as broadcast_to",
     _repeat: "repeat",
     _split: "split split_with_sizes chunk tensor_split unbind",

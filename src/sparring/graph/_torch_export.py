@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,9 @@ from torch import Tensor, fx, nn
 from ..declared import Declared
 from ..errors import Unsupported
 from ..outputs import logits_of
-from ._ops import Constant, Graph, Input, Node, Op, SparseActivation, title
+from ._moved import Images
+from ._ops import Call, Constant, Flatten, Graph, Input, Node, Op, Reshape, SparseActivation, title
+from ._passes import needed
 
 _PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
 _LARGE = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
@@ -43,9 +46,10 @@ WAY = "write it with layers of torch.nn, or do without what needs a graph"
 
 @dataclass(frozen=True)
 class At:
-    """A value that depends on the image: the index of its node."""
+    """A value that depends on the image: the index of its node, and where its images lie if not first and alone."""
 
     index: int
+    images: Images | None = None
 
 
 def read_exported(model: nn.Module, example: Tensor, dtype: torch.dtype, *, shared: bool) -> Graph:
@@ -71,17 +75,18 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
                     raise
                 # len(x) is a number, whatever the batch: one that occurs nowhere else marks the axis as well.
                 sizes = {size for p in model.parameters() for size in p.shape} | set(example.shape)
-                counts = [next(prime for prime in primes if prime not in sizes) for primes in (_PRIMES, _LARGE)]
+                counts = [next(n for n in primes if all(size % n for size in sizes)) for primes in (_PRIMES, _LARGE)]
                 many = [example.new_empty(n, *example.shape[1:]).requires_grad_() for n in counts]
                 program, other = (export(root, (images,), strict=False) for images in many)
                 for node, same in zip_longest(program.graph.nodes, other.graph.nodes):
                     texts = [
-                        re.sub(rf"\b{n}\b", "N", str(v and v.format_node()))
+                        re.sub(r"\b[1-9]\d*\b", partial(_in_images, n), str(v and v.format_node()))
                         for n, v in zip(counts, (node, same), strict=True)
                     ]
                     if texts[0] != texts[1]:
                         raise _differing(model, program, node) from error
-            return program.run_decompositions({})
+            known = torch.export.default_decompositions()
+            return program.run_decompositions({op: known[op] for op in _spelled()})
     except Unsupported:
         raise
     except Exception as error:  # torch runs the user's forward(), which can raise anything
@@ -96,6 +101,18 @@ def _differing(model: nn.Module, program: Any, node: fx.Node | None) -> Unsuppor
     translator = Translator(model, program, torch.float32, shared=True)
     translator.now = node
     return translator.refuse(str(node.target).removeprefix("aten.").split(".")[0], reason, "keep images apart")
+
+
+def _spelled() -> list[torch._ops.OpOverload]:
+    """Return the operations that torch itself says with others, which then have rules."""
+    ops = torch.ops.aten
+    return [ops.einsum.default, ops.tensordot.default]
+
+
+def _in_images(count: int, number: re.Match[str]) -> str:
+    """Return a number in an operation's text as a multiple of the number of images, if it is one."""
+    times, rest = divmod(int(number[0]), count)
+    return number[0] if rest else f"{times} N"
 
 
 class _Root(nn.Module):
@@ -224,6 +241,7 @@ class Translator:
         self.now: fx.Node = next(iter(program.graph.nodes))
         self.batch: Any = None
         self.kind = dtype  # of the images
+        self.keeps_axes = False  # whether one image's shape has the images' axis too, see `_moved`
         # Where constants come from: the path of each, and each parameter in the graph's precision.
         self.paths: dict[int, str] = {}
         self.held: dict[int, Tensor] = {}
@@ -251,7 +269,7 @@ class Translator:
         last = self.values[results[0]]
         if not isinstance(last, At):
             raise Unsupported("the logits do not depend on the images; compute them from forward()'s argument")
-        return Graph(tuple(self.nodes[: last.index + 1]))
+        return Graph(needed(self.nodes, last.index))
 
     def _placeholder(self, node: fx.Node, spec: Any, wanted: set[fx.Node]) -> None:
         if spec.kind.name == "USER_INPUT":
@@ -330,18 +348,19 @@ class Translator:
         """Return a size where the batch is one image: what is constant is the same for all, and broadcasts."""
         if isinstance(value, torch.SymInt):
             return int(value.node.expr.subs({self.batch.node.expr: 1}))
-        return 1 if self.is_images(value) else value
+        return self.images_in(value) or int(value)
 
-    def is_images(self, size: Any) -> bool:
-        """Return whether a size is the number of images."""
-        if isinstance(self.batch, torch.SymInt):
-            return isinstance(size, torch.SymInt) and bool(size.node.expr == self.batch.node.expr)
-        return type(size) is int and size == self.batch
+    def images_in(self, size: Any) -> int:
+        """Return how many times the number of images a size is; 0 if it does not count images."""
+        if not isinstance(self.batch, torch.SymInt):
+            return size // self.batch if type(size) is int and size % self.batch == 0 else 0
+        times = size.node.expr / self.batch.node.expr if isinstance(size, torch.SymInt) else None
+        return int(times) if times is not None and times.is_Integer else 0
 
     def counts_images(self, argument: Any) -> bool:
         """Return whether an argument is a size that depends on how many images there are."""
         sizes = [getattr(part, "meta", {"val": part}).get("val") for part in flat(argument)]
-        return any(self.is_images(s) or (isinstance(s, torch.SymInt) and not s.node.expr.is_number) for s in sizes)
+        return any(self.images_in(s) or (isinstance(s, torch.SymInt) and not s.node.expr.is_number) for s in sizes)
 
     def emit(self, op: Op, *inputs: At | Tensor, shape: tuple[int, ...] | None = None) -> At:
         """Append a node, whose shape is that of the operation at hand if none is given; constants become nodes too."""
@@ -362,12 +381,30 @@ class Translator:
         """Return one image's shape; refuse what is not a batch of images along its first axis."""
         if isinstance(value, tuple | list):
             value = value[0]
-        first = value.shape[0] if value.dim() else None
-        if not self.is_images(first):
+        if self.keeps_axes:
+            return tuple(self.images_in(s) or int(s) for s in value.shape)
+        if not value.dim() or self.images_in(value.shape[0]) != 1:
             raise self.refuse(self.name, "mixes or moves the axis of the images", "keep images along the first axis")
         if not all(isinstance(s, int) or s.node.expr.is_number for s in value.shape[1:]):
             raise self.refuse(self.name, "gives a shape that depends on the number of images")
         return tuple(int(s) for s in value.shape[1:])
+
+    def view(self, x: At, shape: tuple[int, ...], images: Images | None = None) -> At:
+        """Return a value in another shape, its images where they are said to lie; one view of another is one."""
+        index = x.index
+        while isinstance(self.nodes[index].op, Flatten | Reshape):
+            index = self.nodes[index].inputs[0]
+        if self.shape(x) == shape:
+            index = x.index
+        elif self.nodes[index].shape != shape:
+            index = self.emit(Reshape(shape) if len(shape) != 1 else Flatten(), At(index), shape=shape).index
+        return At(index, images)
+
+    def turned(self, x: At, order: list[int]) -> At:
+        """Return a value with one image's axes in another order."""
+        shape, dims = self.shape(x), [0, *(axis + 1 for axis in order)]
+        op = Call("permute", torch.ops.aten.permute.default, ("self",), {"dims": dims})
+        return self.emit(op, x, shape=tuple(shape[axis] for axis in order))
 
     def shape(self, value: At) -> tuple[int, ...]:
         """Return one image's shape of a value."""

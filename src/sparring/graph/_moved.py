@@ -1,0 +1,146 @@
+"""Images along another axis than the first, or merged with others, as attention and windows have them.
+
+In a graph the images always come first, and a node's shape is that of one image. Where torch's value has them
+elsewhere, its node keeps torch's axes, with what one image has of the images' axis in its place: moving the images is
+then a reshape of each, and every other operation is the same one axis further to the right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._torch_export import Arguments, At, Translator
+
+Shape = tuple[int, ...]
+AXES = ("dim", "dims", "dim0", "dim1", "source", "destination")
+TURNS = ("transpose", "permute")
+_WAY = "keep images along the first axis"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the images lie in torch's value: along an axis of `outer` × images × `inner` entries, in that order."""
+
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def count(self) -> int:
+        """Return how many entries of the axis belong to one image."""
+        return self.outer * self.inner
+
+
+FIRST = Images()
+
+
+def images_of(t: Translator, value: Any) -> tuple[int, int] | None:
+    """Return the axis of torch's value that counts images, and how many of its entries are of one; None if unclear."""
+    counts = [t.images_in(size) for size in value.shape] if isinstance(value, Tensor) else []
+    axes = [axis for axis, count in enumerate(counts) if count]
+    return (axes[0], counts[axes[0]]) if len(axes) == 1 else None
+
+
+def is_moved(t: Translator, inputs: list[At], outputs: list[Any]) -> bool:
+    """Return whether the images of an operation's inputs or outputs lie elsewhere than first and alone."""
+    return any(x.images for x in inputs) or any(images_of(t, value) not in (None, (0, 1)) for value in outputs)
+
+
+def moved(t: Translator, a: Arguments, inputs: list[At], outputs: list[Any], rule: Callable[[], Any]) -> Any:
+    """Translate an operation on values whose images were moved; `rule` is that for values with the images in front.
+
+    Raise Unsupported where it is along the images, or where they are not one axis of each value, the same in all.
+    """
+    places = [_place(t, value, inputs) for value in outputs]
+    if t.name in TURNS:
+        return _turned(t, a, inputs[0], places[0])
+    whole = [_whole(t, x) for x in inputs]
+    if len({(x.images.outer, x.images.inner, len(t.shape(x)) - x.images.axis) for x in whole if x.images}) > 1:
+        raise t.refuse(t.name, "joins values whose images lie along different axes", _WAY)
+    _shift(t, a, whole[0])
+    a.given = {key: _each(value, lambda x: _whole(t, x)) for key, value in a.given.items()}
+    t.keeps_axes = True
+    try:
+        results = rule()
+    finally:
+        t.keeps_axes = False
+    parts = results if isinstance(results, list) else [results]
+    placed = [None if r is None else _placed(t, r, t.shape(r), p) for r, p in zip(parts, places, strict=True)]
+    return placed if isinstance(results, list) else placed[0]
+
+
+def reshaped(t: Translator, x: At, after: Tensor) -> At:
+    """Return a value reshaped: the images stay where they were among all values, and so do each image's own."""
+    x, found = _whole(t, x), images_of(t, after)
+    if found is None or x.images is None:
+        raise t.refuse(t.name, "mixes or moves the axis of the images", _WAY)
+    (axis, count), stride = found, x.images.inner * math.prod(t.shape(x)[x.images.axis + 1 :])
+    inner, left = divmod(stride, math.prod(int(s) for s in after.shape[axis + 1 :]))
+    if left or not inner or count % inner:
+        raise t.refuse(t.name, "mixes the images with other axes", _WAY)
+    shape = tuple(count if i == axis else int(s) for i, s in enumerate(after.shape))
+    return _placed(t, x, shape, Images(axis, count // inner, inner))
+
+
+def _place(t: Translator, value: Any, inputs: list[At]) -> Images:
+    """Return where the images lie in an operation's output, whose inputs have them in one order."""
+    found, before = images_of(t, value), inputs[0].images or FIRST
+    if found is None or found[1] != before.count:
+        raise t.refuse(t.name, "mixes or moves the axis of the images", _WAY)
+    return Images(found[0], before.outer, before.inner)
+
+
+def _turned(t: Translator, a: Arguments, x: At, images: Images) -> At:
+    """Return a value with its axes in another order, of which that of the images says nothing about one image."""
+    x, given = _whole(t, x), {key: a.take(key) for key in list(a.given)}
+    shape, before = t.shape(x), x.images or FIRST
+    order = list(range(len(shape)))
+    if "dims" in given:
+        order = [axis % len(shape) for axis in given["dims"]]
+    else:
+        one, other = given["dim0"] % len(shape), given["dim1"] % len(shape)
+        order[one], order[other] = order[other], order[one]
+    kept = [axis for axis in range(len(shape)) if axis != before.axis or before.count > 1]
+    value, wanted = t.view(x, tuple(shape[axis] for axis in kept)), [kept.index(axis) for axis in order if axis in kept]
+    if (long := [i for i in wanted if shape[kept[i]] > 1]) != sorted(long):
+        value = t.turned(value, wanted)
+    return _placed(t, value, tuple(shape[axis] for axis in order), images)
+
+
+def _shift(t: Translator, a: Arguments, x: At) -> None:
+    """Say an operation's axes for a value that has the images in front of torch's axes."""
+    rank, images = len(t.shape(x)) + (t.name == "stack"), x.images or FIRST
+    for name in set(AXES) & set(a.defaults):
+        axes = a.given.get(name, a.defaults[name])
+        if axes is None:
+            continue
+        several = [axis % rank for axis in ([axes] if type(axes) is int else axes)]
+        if t.name != "stack" and images.axis in several:
+            raise t.refuse(t.name, "is over the axis of the images: an image's logits would depend on those beside it")
+        a.given[name] = several[0] + 1 if type(axes) is int else [axis + 1 for axis in several]
+    if "indices" in a.given:
+        a.given["indices"] = [None, *a.given["indices"]]
+
+
+def _whole(t: Translator, x: At) -> At:
+    """Return a value with all of torch's axes, also where the images come first and alone."""
+    return x if x.images else t.view(x, (1, *t.shape(x)), FIRST)
+
+
+def _placed(t: Translator, x: At, shape: Shape, images: Images) -> At:
+    """Return a value as the `shape` that its images' place gives it with all of torch's axes."""
+    return t.view(x, shape[1:]) if images == FIRST else t.view(x, shape, images)
+
+
+def _each(value: Any, change: Callable[[At], At]) -> Any:
+    from ._torch_export import At
+
+    if isinstance(value, list):
+        return [_each(v, change) for v in value]
+    return change(value) if isinstance(value, At) else value
