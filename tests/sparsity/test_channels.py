@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from sparring.models import build
 from sparring.sparsity import (
     STRUCTURES,
     Channels,
+    Masks,
     Rule,
     all_ones,
     apply_,
@@ -24,6 +27,8 @@ from sparring.sparsity import (
     silent,
     tied_channels,
 )
+
+from ..zoo import ZOO
 
 SHAPE = (3, 16, 16)
 
@@ -117,11 +122,115 @@ def test_what_cannot_lose_channels_is_found() -> None:
     free = [nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 196, 2)]
     _, fixed = tied_channels(nn.Sequential(*rigid, *free), SHAPE)
     assert set(fixed) == {"0.weight", "3.weight", "7.weight"}
-    with pytest.raises(UserError, match="'0' and '2' share a weight, '3' is grouped, the last layer's"):
+    with pytest.raises(UserError, match="'0' and '2' share a weight, the last layer's"):
         tied_channels(nn.Sequential(*rigid, nn.Flatten(), nn.Linear(6 * 196, 2)), SHAPE)
-    bare = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False)]
-    model = nn.Sequential(*bare, nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(512, 2))
-    assert tied_channels(model, SHAPE)[1] == ("0.weight", "4.weight")
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if n not in ("attention", "recurrent", "swin")])
+def test_every_habit_of_the_zoo_gets_smaller(name: str) -> None:
+    torch.manual_seed(1)
+    model, x = ZOO[name](), torch.rand(16, 1, 8, 8)
+    for _ in range(20):
+        model(x)  # running statistics that let the image through
+    for module in model.eval().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, 0, 0.5)
+    rule = Rule(scope="layer", structure=STRUCTURES["channels"])
+    masks = rule.masks(model, magnitude(model), 0.5, masks=all_ones(model), batch=(x, torch.zeros(4)))
+    smaller = remove_channels(model, masks, (1, 8, 8))
+    assert same_logits(model, masks, smaller, x)
+    assert count(smaller) < 0.8 * count(model)
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def same_logits(model: nn.Module, masks: Masks, smaller: nn.Module, x: Tensor) -> bool:
+    masked = copy.deepcopy(model)
+    apply_(masked, masks)
+    with torch.no_grad():
+        expected, found = masked(x), smaller(x)
+    assert float(expected.std(0).mean()) > 1e-4 * float(expected.abs().max())  # they see the image
+    return bool((expected - found).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def constant(activation: nn.Module, padding: int) -> nn.Module:
+    """Return a network in which a silent channel is a constant, not zero, where the second convolution reads it."""
+    first = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False), activation]
+    model = nn.Sequential(*first, nn.Conv2d(6, 4, 3, padding=padding, bias=False), nn.ReLU(), nn.Flatten())
+    model.append(nn.Linear(4 * (12 + 2 * padding) ** 2, 5))
+    nn.init.uniform_(model[1].running_mean, 0.2, 0.5)  # type: ignore[arg-type]
+    return model.eval()
+
+
+@pytest.mark.parametrize("activation", [nn.Hardsigmoid(), nn.LeakyReLU()])
+def test_a_constant_that_is_left_goes_into_a_bias_or_stays(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    x, model = torch.rand(8, *SHAPE), constant(activation, 0)
+    masks = all_ones(model)
+    masks["0.weight"][::2] = False
+    masks = silent(model, masks, SHAPE)
+    smaller = remove_channels(model, masks, SHAPE)
+    assert smaller.get_submodule("0").out_channels == 3 and smaller.get_parameter("3.bias").any()
+    assert same_logits(model, masks, smaller, x)
+    padded = constant(activation, 1)
+    structure, fixed = tied_channels(padded, SHAPE)
+    assert set(structure.coupled) == {"3.weight"} and "0.weight" in fixed
+    with pytest.raises(Unsupported, match=r"'0' cannot be removed: .* '3' cannot take over: at the border"):
+        remove_channels(padded, masks, SHAPE)
+
+
+class Parted(nn.Module):
+    """Halves of channels that go their own ways, one through groups, and a gate for all of them at once."""
+
+    def __init__(self, cut: int | None = None) -> None:
+        super().__init__()
+        self.cut = cut
+        self.first, self.gate, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 1, 1), nn.Linear(8, 5)
+        self.grouped, self.project = nn.Conv2d(8, 16, 1, groups=4), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.first(x).relu()
+        left, right = parts.chunk(2, 1) if self.cut is None else (parts[:, : self.cut], parts[:, self.cut :])
+        right = self.project(self.grouped(right).relu()) * self.gate(left).sigmoid()
+        result: Tensor = self.last((left + right).mean((2, 3)))
+        return result
+
+
+def test_groups_and_equal_parts_go_whole() -> None:
+    torch.manual_seed(0)
+    model, x = Parted().eval(), torch.rand(8, *SHAPE)
+    structure, fixed = tied_channels(model, SHAPE)
+    assert set(fixed) == {"gate.weight", "last.weight"}
+    assert [len(units.unique()) for units in structure.coupled.values()] == [4, 4, 4]
+    rule = Rule(structure=STRUCTURES["channels"], spare=["gate.weight", "last.weight"])
+    masks = rule.masks(model, magnitude(model), 0.5, masks=all_ones(model), batch=(x, torch.zeros(8)))
+    smaller = remove_channels(model, masks, SHAPE)
+    grouped = smaller.get_submodule("grouped")
+    assert (grouped.groups, grouped.in_channels, grouped.out_channels) == (2, 4, 8)
+    assert same_logits(model, masks, smaller, x)
+    spared = Rule(structure=STRUCTURES["channels"], spare=["first.weight", "gate.weight", "last.weight"])
+    with pytest.raises(UserError, match="no layer can lose whole channels"):
+        spared.masks(model, magnitude(model), 0.5, masks=all_ones(model), batch=(x, torch.zeros(8)))
+
+
+def test_what_forward_cannot_do_without_stays() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match=r"'first': .*; write no sizes into"):
+        tied_channels(Parted(cut=8), SHAPE)
+
+
+def test_dead_weights_are_enough() -> None:
+    torch.manual_seed(0)
+    model = network("lenet-5")
+    with torch.no_grad():
+        model.get_parameter("3.weight")[:, ::2] = 0  # nobody reads every second channel of the first convolution
+        model.get_parameter("6.weight")[5:] = 0  # and nobody writes some features, but for their bias
+    smaller = remove_channels(model, {}, SHAPE)
+    assert len(smaller.get_parameter("1.weight")) == 4 and len(smaller.get_parameter("6.weight")) == 5
+    assert same_logits(model, {}, smaller, torch.rand(8, *SHAPE))
 
 
 class Tied(nn.Module):
@@ -143,13 +252,10 @@ class Tied(nn.Module):
 
 
 def test_nothing_to_lose_is_a_sentence() -> None:
-    grouped = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 144, 3)
-    )
     normed = nn.Sequential(
         nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(768, 8)), nn.ReLU(), nn.Linear(8, 3)
     )
-    for model in (Tied(), grouped, normed):
+    for model in (Tied(), normed):
         with pytest.raises(UserError, match="no layer can lose whole channels: "):
             tied_channels(model, SHAPE)
         whole = all_ones(model)

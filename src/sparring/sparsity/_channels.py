@@ -1,234 +1,338 @@
 """Whole channels: which can go together, what must be silent for that, and the smaller network that is left.
 
-A network is seen as `graph.lower` gives it. Every layer's output lives in a *space* of channels; batch normalisation,
-ReLU and pooling stay in their input's space, and an addition makes its two spaces one. A channel of a space can go if
-every layer that writes it is silent there: then what reads it reads zero.
+`coupling` says which channels of which layers are one unit. Whether the model's own forward() can do without some, and
+gives the same logits then, is tried before it is promised: channels of which it is not so stay, with the reason. A unit
+that is gone may leave a constant behind (an activation that is not zero at zero, normalisation without parameters): the
+bias of the layer that reads it takes it over where it is the same everywhere, and it stays where it is not, as at the
+border of a padded convolution.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported, UserError
-from ..graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, lower
+from ..graph import lower
+from ..modes import eval_mode
+from ..outputs import logits_of
+from ._coupling import Coupling, coupling, joined
 from ._masks import Masks, apply_, prunable
 from ._select import Channels
 
-
-@dataclass
-class _Space:
-    """Channels that are written and read together; `fixed` if none of them can go."""
-
-    writers: list[str] = field(default_factory=list)
-    norms: list[str] = field(default_factory=list)
-    readers: dict[str, int] = field(default_factory=dict)  # module path to how many inputs a channel gives it
-    fixed: bool = False
-
-    def absorb(self, other: _Space) -> None:
-        self.writers += other.writers
-        self.norms += other.norms
-        self.readers |= other.readers
-        self.fixed |= other.fixed
+_SAME = 1e-5  # of the largest logit, in double precision; between float32 and float32 ten times as much
 
 
 def tied_channels(model: nn.Module, shape: tuple[int, ...]) -> tuple[Channels, tuple[str, ...]]:
     """Return the structure of whole channels of a model, and the names of weights that cannot lose any.
 
-    `shape` is that of one image. The last layer keeps its outputs, which are the classes; so do layers that are used
-    twice, share a weight, are grouped, recurrent or under weight_norm and the like, and what writes to them. Raise
-    Unsupported for what cannot be traced, and UserError, with the reason, if no layer can lose channels.
+    `shape` is that of one image. Channels that are added, multiplied, convolved one by one or in groups go together,
+    through concatenation, normalisation and flattening. The last layer keeps its outputs, which are the classes; so do
+    layers that share a weight with another, are recurrent or under weight_norm and the like, what is mixed without
+    weights (attention, LayerNorm over channels), and what the model's forward() cannot do without. Raise Unsupported
+    for what cannot be traced, and UserError, with the reasons, if no layer can lose channels.
     """
-    spaces = _spaces(model, shape)
-    tied = tuple(tuple(f"{path}.weight" for path in s.writers) for s in spaces if len(s.writers) > 1 and not s.fixed)
-    free = {f"{path}.weight" for s in spaces if not s.fixed for path in s.writers}
-    if not free:
-        raise UserError(f"no layer can lose whole channels: {_what_holds(model)}; prune unstructured")
-    return Channels(tied), tuple(name for name in prunable(model) if name not in free)
+    known = _known(model, shape)
+    coupled = {_named(path, "weight"): rows for path, rows in known.coupling.writers.items() if bool(rows.any())}
+    if not coupled:
+        raise UserError(f"no layer can lose whole channels: {_what_holds(model, known)}; prune unstructured")
+    return Channels(coupled), tuple(name for name in prunable(model) if name not in coupled)
 
 
 def silent(model: nn.Module, masks: Masks, shape: tuple[int, ...]) -> Masks:
-    """Return the masks with biases and batch norms masked where a channel has lost all its weights.
+    """Return the masks with biases and normalisation masked where all that is written in a channel is.
 
     A channel whose weights are gone would still send its bias; masked too, it sends nothing, and `remove_channels` can
     take it out. A channel that other layers add to is left alone as long as one of them still writes it.
     """
-    masks = dict(masks)
-    for space in _spaces(model, shape):
-        if space.fixed:
-            continue
-        alive = _alive(masks[f"{path}.weight"] for path in space.writers)
-        for path in (*space.writers, *space.norms):
-            for name in ("weight", "bias") if path in space.norms else ("bias",):
-                full = f"{path}.{name}"
-                if model.get_submodule(path)._parameters[name] is not None:
-                    masks[full] = alive & masks.get(full, torch.ones_like(alive))
+    table, masks = _known(model, shape).coupling, dict(masks)
+    alive = torch.zeros(_count(table), dtype=torch.bool)
+    alive[0] = True
+    for path, units in table.writers.items():
+        mask = masks.get(_named(path, "weight"))
+        alive[units if mask is None else units[mask.flatten(1).any(1).cpu()]] = True
+    for path, units in table.rows.items():
+        for name in ("weight", "bias") if path in table.norms else ("bias",):
+            full, parameter = _named(path, name), model.get_submodule(path)._parameters[name]
+            if parameter is not None and bool(units.any()):
+                kept = alive[units].to(parameter.device)
+                masks[full] = kept & masks.get(full, torch.ones_like(kept))
     return masks
 
 
 def remove_channels(model: nn.Module, masks: Masks, shape: tuple[int, ...]) -> nn.Module:
-    """Return a smaller copy of a model without its silent channels; it gives the logits of the masked model.
+    """Return a smaller copy of a model without its dead channels; it gives the logits of the masked model.
 
-    The masks are first made `silent`. At least one channel of a layer stays. Raise Unsupported if the model cannot be
-    traced, or if its forward pass has the old sizes written into it.
+    The masks are first made `silent`. What the weights say is dead goes too: channels whose weights are all zero, and
+    those that nobody reads. At least one channel of a layer stays. Raise Unsupported, with the reason, if the model
+    cannot be traced, or if the masks take a channel that its forward() cannot do without.
     """
-    smaller = copy.deepcopy(model)
-    masks = silent(model, masks, shape)
-    apply_(smaller, masks)
-    masked = lower(smaller, shape, dtype=torch.float64)
-    for space in _spaces(smaller, shape):
-        if space.fixed:
-            continue
-        kept = _alive(masks[f"{path}.weight"] for path in space.writers)
-        if not bool(kept.any()):
-            kept = torch.arange(len(kept)) == 0
-        for path in space.writers:
-            _shrink_outputs_(smaller.get_submodule(path), kept)
-        for path in space.norms:
-            _shrink_norm_(smaller.get_submodule(path), kept)
-        for path, repeats in space.readers.items():
-            _shrink_inputs_(smaller.get_submodule(path), kept.repeat_interleave(repeats))
-    _check(smaller, masked, shape)
+    known = _known(model, shape)
+    for path, reason in known.reasons.items():
+        mask = masks.get(_named(path, "weight"))
+        if mask is not None and not bool(mask.flatten(1).any(1).all()):
+            raise Unsupported(f"channels of '{path}' cannot be removed: {reason}")
+    table = known.coupling
+    masked = copy.deepcopy(model)
+    apply_(masked, silent(model, masks, shape))
+    smaller, x = copy.deepcopy(masked), _images(shape)
+    with _trial(smaller):
+        _cut_(smaller, table, _dead_(smaller, table), x)
+    if problem := _difference(masked, smaller, x):
+        raise Unsupported(f"channels cannot be removed: {problem}")
     return smaller
 
 
-def _alive(masks: Iterable[Tensor]) -> Tensor:
-    return torch.stack([mask.flatten(1).any(1) for mask in masks]).any(0)
+def _named(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
-def _spaces(model: nn.Module, shape: tuple[int, ...]) -> list[_Space]:
-    unique = {id(space): space for space in _Spaces(lower(model, shape)).of_node}
-    alone = _alone(model)
-    for space in unique.values():
-        space.fixed |= not alone.issuperset((*space.writers, *space.norms, *space.readers))
-        # Normalisation without parameters cannot be silenced: it shifts a channel of zeros.
-        space.fixed |= any(model.get_submodule(path)._parameters["bias"] is None for path in space.norms)
-    return [space for space in unique.values() if space.writers]
+def _count(table: Coupling) -> int:
+    return 1 + max((int(units.max()) for units in table.rows.values() if len(units)), default=0)
 
 
-def _what_holds(model: nn.Module) -> str:
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What was found out about a model that looked so, and why layers stay whole."""
+
+    look: object
+    coupling: Coupling
+    reasons: dict[str, str]
+
+
+# A pruner asks at every change of masks, and the answer does not depend on weights.
+_MODELS: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], _Known]] = WeakKeyDictionary()
+
+
+def _known(model: nn.Module, shape: tuple[int, ...]) -> _Known:
+    look = [(path, type(module), [None if p is None else (id(p), p.shape) for p in module._parameters.values()])
+            for path, module in model.named_modules()]  # fmt: skip
+    held = _MODELS.setdefault(model, {})
+    if shape not in held or held[shape].look != look:
+        with eval_mode(model):
+            twin = copy.deepcopy(model).cpu()
+        table = coupling(twin, lower(twin, shape), prunable(twin))
+        held[shape] = _Known(look, *_tried(_as_after_training(twin), table, shape))
+    return held[shape]
+
+
+@torch.no_grad()
+def _as_after_training(model: nn.Module) -> nn.Module:
+    """Return a model with other numbers in its vectors, which begin as zeros and ones and so would hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 and parameter.is_floating_point():
+            like = 0.5 + torch.rand(parameter.shape, generator=generator)
+            parameter.copy_(like if name.endswith("weight") else like - 0.75)
+    return model
+
+
+def _tried(model: nn.Module, table: Coupling, shape: tuple[int, ...]) -> tuple[Coupling, dict[str, str]]:
+    """Return a coupling whose channels the model can do without, and the reasons of layers that stay whole."""
+    spaces = {tuple(names): _units(table, names) for names in joined(table.writers)}
+    for names, units in list(spaces.items()):
+        if len(units) < 2:  # at least one channel stays
+            table = table.without(units)
+            del spaces[names]
+    if not spaces or not _problem(model, table, list(spaces.values()), shape):
+        return table, {}
+    reasons: dict[str, str] = {}
+    for names, units in list(spaces.items()):
+        if problem := _problem(model, table, [units], shape):
+            reasons |= dict.fromkeys(names, problem)
+            table = table.without(units)
+            del spaces[names]
+    if spaces and (problem := _problem(model, table, list(spaces.values()), shape)):
+        raise Unsupported(f"channels cannot be removed: {problem}")
+    return table, reasons
+
+
+def _units(table: Coupling, paths: list[str]) -> Tensor:
+    units = torch.unique(torch.cat([table.rows[path] for path in paths]))
+    found: Tensor = units[units > 0]
+    return found
+
+
+def _problem(model: nn.Module, table: Coupling, spaces: list[Tensor], shape: tuple[int, ...]) -> str | None:
+    """Take one and then half the units of some spaces out of copies of a model; return what is wrong with it then."""
+    generator = torch.Generator().manual_seed(0)
+    problem = None
+    for share in (0.0, 0.5):
+        dead = torch.zeros(_count(table), dtype=torch.bool)
+        for units in spaces:
+            chosen = torch.randperm(len(units), generator=generator)[: max(1, int(share * len(units)))]
+            dead[units[chosen]] = True
+        problem = problem or _problem_without(dead, model, table, _images(shape))
+    return problem
+
+
+def _problem_without(dead: Tensor, model: nn.Module, table: Coupling, x: Tensor) -> str | None:
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for path, units in table.rows.items():
+            for parameter in masked.get_submodule(path)._parameters.values():
+                if parameter is not None:
+                    parameter[dead[units]] = 0
+    smaller = copy.deepcopy(masked)
+    try:
+        _cut_(smaller, table, dead, x)
+    except Exception as error:  # the user's forward(), which can raise anything
+        return _sentence(error)
+    return _difference(masked, smaller, x)
+
+
+def _sentence(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _images(shape: tuple[int, ...]) -> Tensor:
+    return torch.rand(4, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _what_holds(model: nn.Module, known: _Known) -> str:
     """Say why no layer of a model can lose channels."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for parameter in (p for p in module._parameters.values() if p is not None):
             owners.setdefault(id(parameter), []).append(f"'{path}'")
     reasons = [f"{' and '.join(paths)} share a weight" for paths in owners.values() if len(set(paths)) > 1]
-    grouped = [f"'{path}'" for path, module in model.named_modules() if getattr(module, "groups", 1) != 1]
-    reasons += [f"{', '.join(grouped)} {'is' if len(grouped) == 1 else 'are'} grouped"] if grouped else []
+    reasons += [f"'{path}': {reason}" for path, reason in known.reasons.items()]
     return ", ".join([*reasons, "the last layer's outputs are the classes"])
 
 
-def _alone(model: nn.Module) -> set[str]:
-    """Return the paths of modules whose weight is a plain parameter that no other module has."""
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {
-        path
-        for path, module in model.named_modules()
-        if "weight" in module._parameters and all(p is None or owners[id(p)] == 1 for p in module._parameters.values())
-    }
+@contextmanager
+def _trial(model: nn.Module) -> Iterator[None]:
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
-class _Spaces:
-    """Walk a graph once and give every node its space; `repeats` is how many features a flattened channel became."""
+def _dead_(model: nn.Module, table: Coupling) -> Tensor:
+    """Return which units nobody writes, or nobody reads, (units,), and set a model's rows of them to zero, in place."""
+    dead = torch.zeros(_count(table), dtype=torch.bool)
+    while True:
+        written, read = torch.zeros_like(dead), torch.zeros_like(dead)
+        for path, units in table.writers.items():
+            weight = model.get_submodule(path).get_parameter("weight")
+            written[units[(weight != 0).flatten(1).any(1).cpu()]] = True
+            if path in table.columns:
+                read[table.columns[path][(weight != 0).transpose(0, 1).flatten(1).any(1).cpu()]] = True
+        found = ~(written & read)
+        found[0] = False
+        if bool((found == dead).all()):
+            return dead
+        dead = found
+        for path, units in table.writers.items():
+            model.get_submodule(path).get_parameter("weight")[dead[units]] = 0
 
-    def __init__(self, graph: Graph) -> None:
-        self.of_node: list[_Space] = []
-        self.repeats: list[int] = []
-        readers: dict[int, str] = {}  # who reads a weight first, by the weight's identity
-        for node in graph.nodes:
-            inputs = [self.of_node[i] for i in node.inputs]
-            repeats = self.repeats[node.inputs[0]] if node.inputs else 1
-            match node.op:
-                case Linear() | Conv2d() as op:
-                    first = readers.setdefault(id(op.weight), op.name)
-                    reused = first != op.name or any(first in space.writers for space in self.of_node)
-                    grouped = isinstance(op, Conv2d) and op.groups > 1
-                    # A linear layer over the last of several axes does not read channels.
-                    fixed = reused or grouped or not op.name or (isinstance(op, Linear) and len(node.shape) > 1)
-                    inputs[0].readers |= {op.name: repeats} if op.name else {}
-                    inputs[0].fixed |= fixed
-                    self._append(_Space(writers=[op.name] if op.name else [], fixed=fixed))
-                    if reused:
-                        self._fix(first)
-                case Affine() as op:
-                    self._affine(op, inputs[0], repeats)
-                case Add():
-                    self._append(self._join(*inputs), repeats)
-                case Flatten():
-                    before = graph.nodes[node.inputs[0]].shape
-                    self._append(inputs[0], repeats * (node.shape[0] // before[0]))
-                case ReLU() | MaxPool() | AvgPool():
-                    self._append(inputs[0], repeats)
-                case _:  # the image, and what may hold values per channel, count channels or move them
-                    for space in inputs:
-                        space.fixed = True
-                    self._append(_Space(fixed=True))
-        self.of_node[-1].fixed = True
 
-    def _append(self, space: _Space, repeats: int = 1) -> None:
-        self.of_node.append(space)
-        self.repeats.append(repeats)
+def _cut_(model: nn.Module, table: Coupling, dead: Tensor, x: Tensor) -> None:
+    """Take units out of a model, in place; x: some images, float (N, ...).
 
-    def _affine(self, op: Affine, space: _Space, repeats: int) -> None:
-        if op.name:
-            space.fixed |= repeats > 1 or any(op.name in known.norms for known in self.of_node)
-            space.norms.append(op.name)
-        else:
-            # A constant that is added revives a silent channel; one per channel could not be cut.
-            space.fixed |= bool(op.shift.any()) or not bool((op.scale == op.scale[0]).all())
-        self._append(space, repeats)
+    Raise Unsupported where one leaves a constant that no bias can take over.
+    """
+    dead = dead.clone()
+    for units in (*table.rows.values(), *table.columns.values()):
+        if len(units) and bool(dead[units].all()):
+            dead[units[0]] = False
+    left = _constants(model, {path: dead[units] for path, units in table.columns.items()}, x)
+    for path, units in table.rows.items():
+        _cut_outputs_(model.get_submodule(path), ~dead[units])
+    for path, units in table.columns.items():
+        _cut_inputs_(model.get_submodule(path), ~dead[units])
+    for path, value in left.items():
+        module, kept = model.get_submodule(path), ~dead[table.rows[path]]
+        bias, value = module._parameters["bias"], value[kept.to(value.device)]
+        module.bias = _parameter(value if bias is None else bias + value, module.get_parameter("weight"))
 
-    def _join(self, left: _Space, right: _Space) -> _Space:
-        if left is not right:
-            left.absorb(right)
-            self.of_node = [left if space is right else space for space in self.of_node]
-        return left
 
-    def _fix(self, path: str) -> None:
-        for space in self.of_node:
-            space.fixed |= path in space.writers or path in space.readers
+def _constants(model: nn.Module, gone: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Return what the inputs that go give each output of a layer, (outputs,), where that is not zero."""
+    found: dict[str, Tensor] = {}
+
+    def listen(path: str, mask: Tensor) -> Callable[..., None]:
+        def heard(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            axis = 1 if isinstance(module, nn.Conv2d) else -1
+            part = inputs[0].movedim(axis, -1) * mask.to(inputs[0])
+            if not bool(part.any()):
+                return
+            part = part.movedim(-1, axis)
+            given = (module.forward(part) - module.forward(torch.zeros_like(part))).movedim(axis, -1).flatten(0, -2)
+            spread = float((found.setdefault(path, given[0]) - given).abs().max())
+            if not spread <= 1e-6 * float(given.abs().max()):
+                raise Unsupported(
+                    f"a channel without weights leaves a constant that '{path}' cannot take over: at the border its "
+                    "zero padding cuts it off"
+                )
+
+        return heard
+
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(listen(path, mask))
+        for path, mask in gone.items()
+        if bool(mask.any())
+    ]
+    try:
+        with _trial(model):
+            model(_to(x, model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _to(x: Tensor, model: nn.Module) -> Tensor:
+    return x.to(next((p for p in model.parameters() if p.is_floating_point()), x))
+
+
+def _difference(masked: nn.Module, smaller: nn.Module, x: Tensor) -> str | None:
+    """Return how two networks' logits of images differ, in double precision where they can be computed so."""
+    pair, tolerance = [copy.deepcopy(m).double() for m in (masked, smaller)], _SAME
+    try:
+        with _trial(pair[0]):
+            expected = logits_of(pair[0](_to(x, pair[0])))
+    except Exception:  # the user's forward(), which may know one type only
+        pair, tolerance = [masked, smaller], 10 * _SAME
+        with _trial(masked):
+            expected = logits_of(masked(_to(x, masked)))
+    try:
+        with _trial(pair[1]):
+            found = logits_of(pair[1](_to(x, pair[1])))
+    except Exception as error:  # the user's forward(), which can raise anything
+        return f"{_sentence(error)}; write no sizes into forward()"
+    apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return None if apart <= tolerance else f"without them logits differ by {apart:.1e} of the largest"
 
 
 def _parameter(values: Tensor, like: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(values.detach().clone(), requires_grad=like.requires_grad)
 
 
-def _shrink_outputs_(module: nn.Module, kept: Tensor) -> None:
-    weight, bias = module.get_parameter("weight"), module._parameters["bias"]
-    module.weight = _parameter(weight[kept], weight)
-    if bias is not None:
-        module.bias = _parameter(bias[kept], bias)
-    setattr(module, "out_features" if isinstance(module, nn.Linear) else "out_channels", int(kept.sum()))
-
-
-def _shrink_inputs_(module: nn.Module, kept: Tensor) -> None:
-    weight = module.get_parameter("weight")
-    module.weight = _parameter(weight[:, kept], weight)
-    setattr(module, "in_features" if isinstance(module, nn.Linear) else "in_channels", int(kept.sum()))
-
-
-def _shrink_norm_(module: nn.Module, kept: Tensor) -> None:
-    for name in ("weight", "bias"):
-        parameter = module._parameters[name]
-        if parameter is not None:
-            setattr(module, name, _parameter(parameter[kept], parameter))
+def _cut_outputs_(module: Any, kept: Tensor) -> None:
+    if bool(kept.all()):
+        return
+    for name, value in module._parameters.items():
+        if value is not None:
+            setattr(module, name, _parameter(value[kept.to(value.device)], value))
     for name in ("running_mean", "running_var"):
-        module._buffers[name] = module.get_buffer(name)[kept].clone()
-    module.num_features = int(kept.sum())  # type: ignore[assignment]
+        if name in module._buffers and module._buffers[name] is not None:
+            module._buffers[name] = module._buffers[name][kept.to(module._buffers[name].device)].clone()
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        module.in_channels = module.in_channels * int(kept.sum()) // len(kept)
+        module.groups = module.groups * int(kept.sum()) // len(kept)
+    size = {nn.Linear: "out_features", nn.Conv2d: "out_channels"}
+    attribute = next((size[kind] for kind in size if isinstance(module, kind)), "num_features")
+    setattr(module, attribute, int(kept.sum()))
 
 
-def _check(model: nn.Module, masked: Graph, shape: tuple[int, ...]) -> None:
-    try:
-        graph = lower(model, shape, dtype=torch.float64)
-    except UserError as error:
-        raise Unsupported(f"channels cannot be removed: {error}; write no sizes into forward()") from error
-    x = torch.rand(8, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, found = (network(x.to(next(model.parameters()).device)) for network in (masked, graph))
-    if not torch.allclose(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max())):
-        raise Unsupported("channels cannot be removed: without them the network gives other logits")
+def _cut_inputs_(module: Any, kept: Tensor) -> None:
+    if bool(kept.all()):
+        return
+    module.weight = _parameter(module.weight[:, kept.to(module.weight.device)], module.weight)
+    setattr(module, "in_features" if isinstance(module, nn.Linear) else "in_channels", int(kept.sum()))

@@ -15,7 +15,7 @@ from ..matrices import is_transposed, matrices
 from ..units import percent
 from ._channels import silent, tied_channels
 from ._masks import Batch, Loss, Masks, Scores
-from ._select import NM, Channels, Structure, Unstructured, select
+from ._select import NM, Channels, Structure, Unstructured, largest_unit, select
 
 UPDATES = 100  # how often masks change along a schedule unless a plan says otherwise
 
@@ -72,8 +72,8 @@ class Rule:
     ) -> Masks:
         """Return new masks for a model; with `regrow` a weight may come back.
 
-        Whole channels go with their biases and batch norms, and together where they are added to one another, if the
-        batch tells the shape of an image; the layers that write classes keep all of theirs.
+        Whole channels go with their biases and batch norms, and together where they are coupled, if the batch tells the
+        shape of an image; the layers that write classes keep all of theirs.
         """
         within, structure, shape = self.open(masks), self.structure, None
         if isinstance(structure, NM | Channels):
@@ -81,14 +81,16 @@ class Rule:
         if isinstance(structure, Channels) and batch is not None:
             shape = tuple(batch[0].shape[1:])
             structure, fixed = tied_channels(model, shape)
+            structure = structure.sparing(set(structure.coupled) - set(within))
+            fixed = (*fixed, *(name for name, units in structure.coupled.items() if not bool(units.any())))
             within = {name: mask for name, mask in within.items() if name not in fixed}
             if isinstance(sparsity, Mapping):
                 _check_channels(sparsity, structure.tied, fixed)
                 sparsity = {name: value for name, value in sparsity.items() if name not in fixed}
             if not within:
                 raise UserError(
-                    "no layer can lose whole channels: all write classes or are grouped, shared, used twice, recurrent "
-                    "or computed (weight_norm and the like); prune unstructured"
+                    "no layer can lose whole channels: all are spared, write classes, or go with one that does; prune "
+                    "unstructured"
                 )
         for name, mask in within.items():
             score = scores.get(name) if isinstance(scores, Mapping) else None
@@ -114,7 +116,7 @@ class Rule:
 
     def tolerance(self, masks: Masks) -> float:
         """Return by how many weights the masks may miss a sparsity: half a unit, for each layer that counts alone."""
-        sizes = self.structure.sizes(self.open(masks)).values()
+        sizes = [largest_unit(size) for size in self.structure.sizes(self.open(masks)).values()]
         return max(sizes) / 2 if self.scope == "global" else sum(sizes) / 2
 
 
@@ -264,7 +266,7 @@ def check_reached(pruner: Pruner, masks: Masks, sparsity: float | Mapping[str, f
     if isinstance(sparsity, Mapping):
         for name, value in sparsity.items():
             layer = {name: counted[name]}
-            _check_count(layer, value, rule.structure.sizes(layer)[name] / 2, f"in '{name}' ")
+            _check_count(layer, value, largest_unit(rule.structure.sizes(layer)[name]) / 2, f"in '{name}' ")
     else:
         _check_count(counted, sparsity, rule.tolerance(masks), "")
 

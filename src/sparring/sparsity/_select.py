@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnknownNameError, UserError
+from ._coupling import joined
 from ._masks import Masks, Scores, warn_of_collapse
+
+Size = int | Tensor
+"""How many weights a unit has, or each of several (int64)."""
 
 
 class LeftDenseWarning(UserWarning):
@@ -36,8 +40,8 @@ class Structure:
         """Return one score per unit; the names may be fewer where layers are pruned together."""
         return scores
 
-    def sizes(self, scores: Scores) -> dict[str, int]:
-        """Return how many weights one unit has, for every name that `units` returns."""
+    def sizes(self, scores: Scores) -> Mapping[str, Size]:
+        """Return how many weights one unit has, or each of them, for every name that `units` returns."""
         return dict.fromkeys(scores, 1)
 
     def expand(self, units: Masks, scores: Scores) -> Masks:
@@ -104,7 +108,7 @@ class Blocks(Structure):
     def units(self, scores: Scores) -> Scores:
         return {name: self._grid(name, score).mean((1, 3)) for name, score in scores.items()}
 
-    def sizes(self, scores: Scores) -> dict[str, int]:
+    def sizes(self, scores: Scores) -> Mapping[str, Size]:
         return dict.fromkeys(scores, self.rows * self.columns)
 
     def expand(self, units: Masks, scores: Scores) -> Masks:
@@ -124,39 +128,68 @@ class Blocks(Structure):
         return matrix.reshape(rows, self.rows, columns, self.columns)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Channels(Structure):
-    """Whole output channels or neurons; the mean scores a channel.
+    """Whole output channels or neurons; the mean over all its weights scores a unit of them.
 
-    `tied` lists groups of weights whose channels are added to one another, so that they can only go together (see
-    `tied_channels`, which finds them). A weight in no group stands alone.
+    `coupled` holds the unit of each output channel, int64, by the weight's name: channels of one unit only go together,
+    and those of unit 0 stay (see `tied_channels`, which finds them). The channels of other weights stand alone.
     """
 
-    tied: tuple[tuple[str, ...], ...] = ()
+    coupled: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of weights of which channels go together."""
+        return tuple(tuple(names) for names in joined(self.coupled) if len(names) > 1)
+
+    def sparing(self, names: Collection[str]) -> Channels:
+        """Return the structure in which the channels of some weights stay, and all that go with them."""
+        spared = [self.coupled[name] for name in names]
+        units = torch.cat([*spared, torch.zeros(0, dtype=torch.int64)])
+        return Channels({n: u.masked_fill(torch.isin(u, units), 0) for n, u in self.coupled.items()})
 
     def units(self, scores: Scores) -> Scores:
+        """Return a score for every unit of a group of weights, under the name of the first."""
         result = {}
-        for group in self._groups(scores):
-            if len({len(scores[name]) for name in group}) > 1:
-                raise UserError(f"{', '.join(group)} cannot lose channels together: they differ in number")
-            result[group[0]] = torch.cat([scores[name].flatten(1) for name in group], 1).mean(1)
+        for group, places, count in self._groups(scores):
+            first = scores[group[0]]
+            total = torch.zeros(count, dtype=torch.float64, device=first.device)
+            for name, place in zip(group, places, strict=True):
+                score = scores[name].flatten(1).sum(1, dtype=torch.float64)
+                total.index_add_(0, place.to(score.device), score)
+                stay = self.coupled[name] == 0 if name in self.coupled else torch.zeros(0, dtype=torch.int64)
+                total[place[stay].to(score.device)] = math.inf
+            sizes = self._sizes(group, places, count, scores)
+            result[group[0]] = (total / torch.as_tensor(sizes).to(total)).to(first.dtype)
         return result
 
-    def sizes(self, scores: Scores) -> dict[str, int]:
-        return {g[0]: sum(scores[name][0].numel() for name in g) for g in self._groups(scores)}
+    def sizes(self, scores: Scores) -> Mapping[str, Size]:
+        return {g[0]: self._sizes(g, places, count, scores) for g, places, count in self._groups(scores)}
 
     def expand(self, units: Masks, scores: Scores) -> Masks:
         masks = {}
-        for group in self._groups(scores):
-            for name in group:
-                kept = units[group[0]].view(-1, *[1] * (scores[name].dim() - 1))
+        for group, places, _ in self._groups(scores):
+            for name, place in zip(group, places, strict=True):
+                kept = units[group[0]][place.to(scores[name].device)].view(-1, *[1] * (scores[name].dim() - 1))
                 masks[name] = kept.expand(scores[name].shape).clone()
         return {name: masks[name] for name in scores}
 
-    def _groups(self, scores: Scores) -> list[tuple[str, ...]]:
-        groups = [present for group in self.tied if (present := tuple(name for name in group if name in scores))]
-        together = {name for group in groups for name in group}
-        return groups + [(name,) for name in scores if name not in together]
+    @staticmethod
+    def _sizes(group: Sequence[str], places: Sequence[Tensor], count: int, scores: Scores) -> Size:
+        rows = [torch.full((len(p),), scores[name][0].numel()) for name, p in zip(group, places, strict=True)]
+        sizes = torch.zeros(count, dtype=torch.int64).index_add_(0, torch.cat([*places]), torch.cat(rows))
+        return int(sizes[0]) if bool((sizes == sizes[0]).all()) else sizes
+
+    def _groups(self, scores: Scores) -> Iterator[tuple[list[str], list[Tensor], int]]:
+        """Yield weights that lose channels together, the place of each channel among their units, and how many."""
+        coupled = {name: self.coupled[name] for name in scores if name in self.coupled}
+        for names in joined(coupled):
+            units, places = torch.unique(torch.cat([coupled[name] for name in names]), return_inverse=True)
+            yield names, list(places.split([len(coupled[name]) for name in names])), len(units)
+        for name, score in scores.items():
+            if name not in coupled:
+                yield [name], [torch.arange(len(score))], len(score)
 
 
 def uniform(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
@@ -272,7 +305,7 @@ def _protect_best(unit: Tensor, floor: float) -> Tensor:
     return unit.masked_fill(protected & (unit > -math.inf), math.inf)
 
 
-def _keep(units: Sequence[Tensor], sizes: Sequence[int], sparsity: float, where: str) -> list[Tensor]:
+def _keep(units: Sequence[Tensor], sizes: Sequence[Size], sparsity: float, where: str) -> list[Tensor]:
     """Return masks over units such that `sparsity` of the weights is gone, to one unit."""
     if not 0 <= sparsity <= 1:
         raise UserError(f"sparsity is the fraction removed, between 0 and 1, not {sparsity}")
@@ -280,16 +313,29 @@ def _keep(units: Sequence[Tensor], sizes: Sequence[int], sparsity: float, where:
     ends = [tuple(map(float, torch.aminmax(unit))) for unit in units]
     gone = [_count(unit, low, -math.inf) for unit, (low, _) in zip(units, ends, strict=True)]
     protected = sum(_count(unit, high, math.inf) for unit, (_, high) in zip(units, ends, strict=True))
-    wanted = sparsity * sum(unit.numel() * size for unit, size in zip(units, sizes, strict=True))
-    if sum(count * size for count, size in zip(gone, sizes, strict=True)) >= wanted + max(sizes):
+    held = [
+        unit.numel() * size if isinstance(size, int) else int(size.sum())
+        for unit, size in zip(units, sizes, strict=True)
+    ]
+    lost = [
+        count * size if isinstance(size, int) else int(size[(unit == -math.inf).cpu()].sum())
+        for unit, size, count in zip(units, sizes, gone, strict=True)
+    ]
+    wanted, whole = sparsity * sum(held), max(map(largest_unit, sizes))
+    if sum(lost) >= wanted + whole:
         raise UserError(f"{where} is to be {sparsity:.4%} sparse, but {sum(gone) / total:.4%} of it is gone already")
-    equal = len(set(sizes)) == 1
-    removed = max(sum(gone), round(wanted / sizes[0]) if equal else _removed_of_unequal(units, sizes, wanted))
+    equal = isinstance(sizes[0], int) and len(set(sizes)) == 1
+    removed = max(sum(gone), round(wanted / whole) if equal else _removed_of_unequal(units, sizes, wanted))
     if protected > total - removed:
         raise UserError(
             f"{where} cannot be {sparsity:.4%} sparse: structure and floor protect {protected / total:.4%} of it"
         )
     return largest(units, total - removed)
+
+
+def largest_unit(size: Size) -> int:
+    """Return how many weights the largest of some units has."""
+    return size if isinstance(size, int) else int(size.max())
 
 
 def _count(unit: Tensor, end: float, value: float) -> int:
@@ -303,10 +349,10 @@ def _values(unit: Tensor) -> FloatArray:
     return values
 
 
-def _removed_of_unequal(units: Sequence[Tensor], sizes: Sequence[int], wanted: float) -> int:
+def _removed_of_unequal(units: Sequence[Tensor], sizes: Sequence[Size], wanted: float) -> int:
     """Return how many of the lowest units come nearest to the wanted number of weights."""
     order = torch.cat([unit.flatten() for unit in units]).sort(stable=True, descending=True).indices.flip(0)
-    weights = torch.cat([torch.full((unit.numel(),), size) for unit, size in zip(units, sizes, strict=True)])
+    weights = torch.cat([torch.as_tensor(s).expand(unit.shape).flatten() for unit, s in zip(units, sizes, strict=True)])
     removed = torch.cat([torch.zeros(1, dtype=torch.int64), weights.to(order.device)[order].cumsum(0).cpu()])
     return int((removed - wanted).abs().argmin())
 
