@@ -23,7 +23,7 @@ from ..errors import Unsupported, UserError
 from ..graph import lower
 from ..modes import eval_mode
 from ..outputs import logits_of
-from ._coupling import Coupling, coupling, joined
+from ._dependencies import Coupling, coupling, joined
 from ._masks import Masks, apply_, prunable
 from ._select import Channels
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnknownNameError, UserError
-from ._coupling import joined
+from ._dependencies import joined
 from ._masks import Masks, Scores, warn_of_collapse
 
 Size = int | Tensor
