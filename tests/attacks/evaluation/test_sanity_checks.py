@@ -224,3 +224,28 @@ def test_a_layer_called_dense_is_nobody_to_replace(net: nn.Module, images: Tenso
             return self.dense(x)
 
     assert flag_names(Head(), images, net(images).argmax(1)) == set()
+
+
+class Asked(nn.Module):
+    """A convolutional network that no matrices stand for, and how many images it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+        self.net, self.images = nn.Sequential(*layers, nn.Linear(16, 4)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        return self.net(x)
+
+
+@pytest.mark.parametrize(("images", "most"), [(100, 4.5), (1000, 3.2)])
+def test_the_contract_costs_less_than_the_cheapest_attack(images: int, most: float) -> None:
+    model = Asked().eval()
+    x = torch.rand(images, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    model.images = 0
+    result = run(model, x, y, fgsm, Threat(LINF, 0.001))
+    assert result.flags == () and result.forwards == 1.0
+    assert model.images <= most * images  # clean, attack and verdict are three passes

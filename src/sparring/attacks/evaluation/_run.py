@@ -22,7 +22,7 @@ from .._gradients import Probe, frozen
 from ..algorithms._projections import select
 from ..fastpath._convnet import read_convolved
 from ..fastpath._mlp import ByHand, read_dense
-from ._bpda import blind_pixels, dense_copy, has_masked_gradients, is_stochastic, seeded, split_at_draw
+from ._bpda import PrefixSplit, blind_pixels, dense_copy, has_masked_gradients, is_stochastic, seeded, split_at_draw
 from ._sanity_checks import (
     Flag,
     check_inputs,
@@ -32,7 +32,6 @@ from ._sanity_checks import (
     check_targets,
     check_threat,
     exceeds,
-    is_random,
     state_of,
 )
 from ._scoring import (
@@ -149,6 +148,38 @@ def _hold(stack: ExitStack, model: nn.Module, x: Tensor) -> nn.Module:
     return opened(model, x)
 
 
+@dataclass(frozen=True)
+class _Beginning:
+    """What is known of a model before it is attacked: the images with a size for batches, whether and where it draws.
+
+    best: the images as they came; watch: what the verdict is asked of.
+    """
+
+    order: Order
+    best: Best
+    watch: Probe
+    random: bool
+    split: PrefixSplit | None
+
+
+def _begin(model: nn.Module, order: Order, draws: int, flags: Iterable[Flag], seed: int, *, splits: bool) -> _Beginning:
+    """Ask for the images' own logits, and check the model by them; `splits`: whether a steady part may go alone."""
+    x, y, drawing = order.x, order.y, is_stochastic(model)
+    known, sized, watch = None, order, Probe(model)
+    if not drawing:
+        sized = replace(order, batch_size=order.batch_size or batch_size_for(model, x))
+        known = Judge(watch, None, sized, 1, seed + 1).logits(x)
+    random, doubts = check_model(model, x, y, known, draws=drawing)
+    split = None
+    if random:
+        known, sized = None, replace(order, batch_size=order.batch_size or batch_size_for(model, x, draws=draws))
+        split = split_at_draw(model, x) if splits else None
+        watch = Probe(split.drawing if split else model)
+    judge = Judge(watch, split and split.steady, sized, 3 * draws + 1 if random else 1, seed + 1)
+    flags = [*flags, *_undeclared(model, random), *doubts]
+    return _Beginning(sized, Best.beginning(judge, known, flags), watch, random, split)
+
+
 def _attack(
     model: nn.Module,
     others: Mapping[str, nn.Module],
@@ -159,30 +190,22 @@ def _attack(
     flags: Iterable[Flag],
 ) -> AttackResult:
     """Return what `run` does but for the time, with models that are held; for batches of 0 a size is found."""
-    x, y, seed = order.x, order.y, _seed_from(order.generator)
-    before = state_of(model)
-    random = is_stochastic(model) or is_random(model, x)
-    flags = [*flags, *_undeclared(model, random), *check_model(model, x, y, random=random)]
-    size = order.batch_size or batch_size_for(model, x, draws=draws if random else 1)
-    order = replace(order, batch_size=size)
-    split = split_at_draw(model, x) if random and through is None else None
-    watch = Probe(split.drawing if split else model)
-    judge = Judge(watch, split and split.steady, order, 3 * draws + 1 if random else 1, seed + 1)
-    best = Best.beginning(judge, flags)
+    x, seed, before = order.x, _seed_from(order.generator), state_of(model)
+    begun = _begin(model, order, draws, flags, seed, splits=through is None)
+    order, random, best = begun.order, begun.random, begun.best
     hand = None if random or through is not None else _by_hand(model, x)
-    probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=split)
+    probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=begun.split)
     with seeded(model, seed):
         _attack_in_all_ways(best, probe, model, random)
         lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
         transfer(best, lenders, lent)
-        flags += best.violations(probe.nonfinite + watch.nonfinite)
+        best.flags += best.violations(probe.nonfinite + begun.watch.nonfinite)
         if state_of(model) != before:
             detail = "parameters or buffers were written to; make them constant in eval mode"
-            flags.append(Flag("state-changed", detail))
-        found = best.outcome
-        failed = (best.clean_correct & ~found.success).nonzero().squeeze(1)
+            best.flags.append(Flag("state-changed", detail))
+        found, failed = best.outcome, best.clean_correct & ~best.outcome.success
         if order.threat.eps is not None and not random:
-            flags += check_losses(model, x[failed], found.x_adv[failed], y[failed], select(order.targets, failed))
+            best.flags += check_losses(best.margin[failed], found.margin[failed])
     count, asked = max(int(best.clean_correct.sum()), 1), (probe, *lenders.values())
     return AttackResult(
         x_adv=found.x_adv,
@@ -192,7 +215,7 @@ def _attack(
         forwards=sum(one.forwards for one in asked) / count,
         backwards=sum(one.backwards for one in asked) / count,
         seconds=0.0,
-        flags=tuple(flags),
+        flags=tuple(best.flags),
     )
 
 
@@ -233,7 +256,7 @@ def lend(
         x, y = check_inputs(x, y)
         check_threat(x, threat)
         model = _hold(stack, model, x)
-        check_model(model, x, y, random=is_random(model, x))
+        check_model(model, x, y, None, draws=is_stochastic(model))
         size = batch_size or batch_size_for(model, x)
         order = Order(attack, threat, x, y, None, size, generator)
         everything = torch.ones(len(x), dtype=torch.bool, device=x.device)

@@ -10,17 +10,21 @@ from dataclasses import dataclass
 import torch
 from scipy import special  # not scipy.stats, which takes a second or two to import
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...errors import UserError
 from ...outputs import precision
 from ...threat import Threat, diameter, norm_name
 from .._gradients import logits_and_gradient
-from ..algorithms._losses import Objective, cross_entropy, is_answer, margin_loss
+from ..algorithms._losses import cross_entropy, is_answer, margin_loss
 
 # Layers that answer differently in training mode.
 _MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
-# Enough images to see a systematic fault, few enough to cost nothing.
-_SAMPLE = 32
+# Enough images to see a systematic fault, few enough to cost less than the cheapest attack; of these so many are moved
+# along random signs.
+_SAMPLE, _DIFFERENCES = 32, 8
+# The cross-entropy's pull on the logits, below which it may be lost on the way back to the image.
+_FAINT = 1e-20
 _MANY = 0.1
 # A step this long, in pixel units of l_inf, is so short that a trained network follows its gradient; in half precision
 # so long that rounding does not hide what it gains.
@@ -152,48 +156,47 @@ def check_mode(model: nn.Module) -> tuple[Flag, ...]:
     return (Flag("training-mode", f"{what}: call model.eval() before measuring anything else"),)
 
 
-def check_losses(
-    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, targets: Tensor | None = None
-) -> tuple[Flag, ...]:
+def check_losses(before: Tensor, after: Tensor) -> tuple[Flag, ...]:
     """Return a flag if a failed attack left more than a tenth of its images, beyond chance, with a lower margin.
 
-    x, x_adv: the images it failed on, before and after. From the indicators of attack failure (Pintor et al. 2022): an
-    ascent that descends does not follow the model.
+    before, after: the margins (N,) of the images it failed on. From the indicators of attack failure (Pintor et al.
+    2022): an ascent that descends does not follow the model.
     """
-    if len(x) == 0:
+    lower, failed = int((after < before).sum()), len(before)
+    if failed == 0 or not many(lower, failed, share=_MANY):
         return ()
-    with torch.no_grad():
-        lower = int((margin_loss(model(x_adv), y, targets) < margin_loss(model(x), y, targets)).sum())
-    if not many(lower, len(x), share=_MANY):
-        return ()
-    what = f"{lower} of {len(x)} images it failed on ended further from a success"
+    what = f"{lower} of {failed} images it failed on ended further from a success"
     return (Flag("loss-not-increasing", f"{what}; take smaller steps, or several attacks"),)
 
 
-def check_model(model: nn.Module, x: Tensor, y: Tensor, *, random: bool) -> tuple[Flag, ...]:
-    """Return what is doubtful about a model in eval mode; raise UserError where it breaks the contract.
+def check_model(
+    model: nn.Module, x: Tensor, y: Tensor, known: Tensor | None, *, draws: bool
+) -> tuple[bool, tuple[Flag, ...]]:
+    """Return whether a model in eval mode draws, and what is doubtful about it; raise UserError as the contract says.
 
-    random: whether `is_random` found that the model draws, in which case passes cannot be compared.
+    known: its logits for x from a pass before, which are asked for where it is None. draws: whether it says itself that
+    it draws, in which case passes cannot be compared. At most 32 images are looked at.
     """
     with torch.no_grad():
-        logits = model(x[:_SAMPLE])
-        alone = logits[:1] if random else model(x[:1])
-    _check_classes("labels", y, logits)
-    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
-        raise UserError("the outputs look like probabilities; remove the model's final softmax so it returns logits")
+        first = model(x[:_SAMPLE]) if known is None else known[:_SAMPLE]
+        alone = model(x[:1])
+    _check_classes("labels", y, first)
     x, y = x[:_SAMPLE], y[:_SAMPLE]
+    if bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < 1e-3).all()):
+        raise UserError("the outputs look like probabilities; remove the model's final softmax so it returns logits")
+    logits, gradient = logits_and_gradient(model, x, margin_loss, y)
+    random = draws or (_differ(logits, first) and is_random(model, x))
     flags = []
-    if _differ(alone, logits[:1]):
+    if not random and _differ(alone, logits[:1]):
         what = "the first image's logits change when it comes alone"
         flags.append(Flag("batch-dependent", f"{what}; make normalisation use running statistics"))
-    answered = is_answer(logits)
-    x, y, logits = x[answered], y[answered], logits[answered]
-    right = logits.argmax(1) == y
+    right = is_answer(logits) & (logits.argmax(1) == y)
     if bool(right.any()):
-        flags += _gradient_flags(model, x[right], y[right])
+        slope = _Slope(model, x[right], y[right], logits[right], gradient[right])
+        flags += slope.missing()
         # Draws would be taken for jumps.
-        flags += [] if flags or random else _shattered(model, x[right], y[right])
-    return tuple(flags)
+        flags += [] if flags or random else slope.shattered()
+    return random, tuple(flags)
 
 
 def is_random(model: nn.Module, x: Tensor) -> bool:
@@ -219,43 +222,57 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     return bool(((first - second).abs().nan_to_num() > tolerance).any())
 
 
-def _gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
-    """Return a flag if the margin, or at least the cross-entropy, has no gradient at all at many images."""
+@dataclass(frozen=True)
+class _Slope:
+    """Logits, and the margin's gradient, at images x that are classified correctly as y."""
 
-    def dead(objective: Objective) -> float:
-        _, gradient = logits_and_gradient(model, x, objective, y)
-        return float((gradient.flatten(1) == 0).all(1).double().mean())
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    logits: Tensor
+    gradient: Tensor
 
-    if (share := dead(margin_loss)) > _MANY:
-        way_out = "`run` adds a secant backward pass where a layer is dead, else finite differences; see also square"
-        return [Flag("zero-gradients", f"at {share:.0%} of the images; {way_out}")]
-    if (share := dead(cross_entropy)) > _MANY:
-        what = f"the cross-entropy has no gradient at {share:.0%} of the images"
-        return [Flag("logit-scale", f"{what}; trust attacks on the margin alone")]
-    return []
+    def missing(self) -> list[Flag]:
+        """Return a flag if the margin, or at least the cross-entropy, has no gradient at all at many images."""
+        if (share := _dead(self.gradient)) > _MANY:
+            way_out = "`run` adds a secant backward pass where a layer is dead, else finite differences; see square"
+            return [Flag("zero-gradients", f"at {share:.0%} of the images; {way_out}")]
+        pull = self.logits.softmax(1) - functional.one_hot(self.y, self.logits.shape[1])
+        if precision(self.model, self.logits) in _SHORT_IN or bool((pull.abs().amax(1) < _FAINT).any()):
+            _, gradient = logits_and_gradient(self.model, self.x, cross_entropy, self.y)
+            if (share := _dead(gradient)) > _MANY:
+                what = f"the cross-entropy has no gradient at {share:.0%} of the images"
+                return [Flag("logit-scale", f"{what}; trust attacks on the margin alone")]
+        return []
+
+    def shattered(self) -> list[Flag]:
+        """Return a flag if short steps along the gradient do not gain what it promises.
+
+        From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to honest
+        curvature.
+        """
+        model, x, y, gradient = self.model, self.x, self.y, self.gradient
+        length = _SHORT_IN.get(precision(model, self.logits), _SHORT)
+        wide, few = max(_WIDE, length), x[:_DIFFERENCES]
+        sign = torch.rand(few.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).sub_(0.5).sign_().to(x)
+        up, down = ((few + side * wide * sign).clamp(0, 1) for side in (1, -1))
+        step = (x + length * gradient.sign()).clamp(0, 1) - x
+        with torch.no_grad():
+            ends = margin_loss(model(torch.cat([x + step, up, down])), torch.cat([y, y[: len(few)], y[: len(few)]]))
+        stepped, higher, lower = torch.split(ends, [len(x), len(few), len(few)])
+        gained = stepped - margin_loss(self.logits, y)
+        promised = (step * gradient).flatten(1).sum(1)
+        off = int(((gained - promised).abs() > 0.5 * promised).sum())
+        way_out = "compare with `square`, which needs none, and with surrogates"
+        if many(off, len(x), share=_MANY):
+            return [Flag("shattered-gradients", f"at {off} of {len(x)} images; {way_out}")]
+        changed = higher - lower
+        missed = changed - ((up - down) * gradient[: len(few)]).flatten(1).sum(1)
+        if missed.square().sum() > _WORSE * changed.square().sum():
+            return [Flag("shattered-gradients", f"within {wide:g} pixel units it says nothing; {way_out}")]
+        return []
 
 
-def _shattered(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
-    """Return a flag if short steps along the gradient do not gain what it promises.
-
-    From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to honest curvature.
-    """
-    logits, gradient = logits_and_gradient(model, x, margin_loss, y)
-    length = _SHORT_IN.get(precision(model, logits), _SHORT)
-    step = (x + length * gradient.sign()).clamp(0, 1) - x
-    with torch.no_grad():
-        gained = margin_loss(model(x + step), y) - margin_loss(logits, y)
-    promised = (step * gradient).flatten(1).sum(1)
-    off = int(((gained - promised).abs() > 0.5 * promised).sum())
-    way_out = "compare with `square`, which needs none, and with surrogates"
-    if many(off, len(x), share=_MANY):
-        return [Flag("shattered-gradients", f"at {off} of {len(x)} images; {way_out}")]
-    wide = max(_WIDE, length)
-    sign = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).sub_(0.5).sign_().to(x)
-    up, down = ((x + side * wide * sign).clamp(0, 1) for side in (1, -1))
-    with torch.no_grad():
-        changed = margin_loss(model(up), y) - margin_loss(model(down), y)
-    missed = changed - ((up - down) * gradient).flatten(1).sum(1)
-    if missed.square().sum() > _WORSE * changed.square().sum():
-        return [Flag("shattered-gradients", f"within {wide:g} pixel units it says nothing; {way_out}")]
-    return []
+def _dead(gradient: Tensor) -> float:
+    """Return the share of images whose gradient is exactly zero."""
+    return float((gradient.flatten(1) == 0).all(1).double().mean())

@@ -15,7 +15,7 @@ from ...facts import ATTACKS, OWN_ATTACK, AttackFacts
 from ...plugins import takes
 from ...threat import Threat, distance
 from .._gradients import ROWS_AT_ONCE, Probe
-from ..algorithms._losses import dlr, is_answer
+from ..algorithms._losses import dlr, is_answer, margin_loss
 from ..algorithms._pgd import pgd
 from ..algorithms._projections import column, select
 from ._bpda import Differences, seeded, straight_through
@@ -102,13 +102,22 @@ class Order:
             yield replace(self, attack=_DEEP)(surrogate, wanted())
 
 
+def answers(logits: Tensor) -> Tensor:
+    """Return the classes that logits (N, classes) say, -1 where they say none."""
+    return torch.where(is_answer(logits), logits.argmax(1), -1)
+
+
 class Scored(NamedTuple):
-    """What one way of attacking reached: the images, how far each moved, success, distance as in AttackResult."""
+    """What one way of attacking reached: the images, how far each moved, success, distance as in AttackResult.
+
+    margin: how far past the boundary each is in a single pass; 0 where a model draws.
+    """
 
     x_adv: Tensor
     moved: Tensor
     success: Tensor
     distance: Tensor
+    margin: Tensor
 
 
 @dataclass(frozen=True)
@@ -124,18 +133,28 @@ class Judge:
     draws: int
     seed: int
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of one pass."""
+        with torch.no_grad():
+            return torch.cat([self.probe(part) for part in torch.split(x, self.order.batch_size)])
+
     def wrong(self, x: Tensor) -> Tensor:
         """Return which images most of the passes do not assign to their class."""
         return self._share(x, self.order.y) < 0.5
 
-    def __call__(self, x_adv: Tensor, clean_correct: Tensor) -> Scored:
-        """Return the outcome of an attack; images misclassified from the start are no success."""
-        targets = self.order.targets
-        reached = self.wrong(x_adv) if targets is None else self._share(x_adv, targets) > 0.5
-        moved = distance(x_adv - self.order.x, self.order.threat.norm)
-        success = clean_correct & reached & torch.isfinite(moved)  # NaN is no image, whatever the model makes of it
-        reach = torch.where(success, moved, torch.where(clean_correct, torch.inf, 0.0))
-        return Scored(x_adv, moved, success, reach)
+    def __call__(self, x_adv: Tensor, rows: Tensor) -> Scored:
+        """Return the outcome of an attack on some of the images, by their places `rows`, all classified correctly."""
+        y, targets = self.order.y[rows], select(self.order.targets, rows)
+        moved = distance(x_adv - self.order.x[rows], self.order.threat.norm)
+        margin = torch.zeros_like(moved)
+        if self.draws > 1:
+            reached = self._share(x_adv, y) < 0.5 if targets is None else self._share(x_adv, targets) > 0.5
+        else:
+            logits = self.logits(x_adv)
+            reached = answers(logits) != y if targets is None else answers(logits) == targets
+            margin = margin_loss(logits, y, targets)
+        success = reached & torch.isfinite(moved)  # NaN is no image, whatever the model makes of it
+        return Scored(x_adv, moved, success, torch.where(success, moved, torch.inf), margin)
 
     def _share(self, x: Tensor, label: Tensor) -> Tensor:
         votes = torch.zeros(len(x), device=x.device)
@@ -145,7 +164,7 @@ class Judge:
                 parts = torch.split(torch.cat([self.steady(part) for part in parts]), self.order.batch_size)
             for _ in range(self.draws):
                 logits = torch.cat([self.probe(part) for part in parts])
-                votes += torch.where(is_answer(logits), logits.argmax(1), -1) == label
+                votes += answers(logits) == label
         return votes / self.draws
 
 
@@ -161,26 +180,40 @@ def better(first: Scored, second: Scored) -> tuple[Scored, Tensor]:
         torch.where(taken, second.moved, first.moved),
         first.success | second.success,
         torch.minimum(second.distance, first.distance),
+        torch.where(taken, second.margin, first.margin),
     )
     return merged, second.distance < 0.95 * first.distance
 
 
+def _put(whole: Tensor, rows: Tensor, part: Tensor) -> Tensor:
+    return part if len(part) == len(whole) else whole.index_copy(0, rows, part)
+
+
 @dataclass
 class Best:
-    """Hold the best that was found for each image so far, over all ways of attacking; `flags` grows beside it."""
+    """Hold the best that was found for each image so far, over all ways of attacking; `flags` grows beside it.
+
+    margin: that of the images as they came (N,), as in `Scored`.
+    """
 
     judge: Judge
     clean_correct: Tensor
+    margin: Tensor
     outcome: Scored
     flags: list[Flag]
 
     @classmethod
-    def beginning(cls, judge: Judge, flags: list[Flag]) -> Best:
-        """Return what is there before any attack."""
-        x = judge.order.x
-        clean_correct, nowhere = ~judge.wrong(x), torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    def beginning(cls, judge: Judge, known: Tensor | None, flags: list[Flag]) -> Best:
+        """Return what is there before any attack; known: the logits of the images, None where the model draws."""
+        x, y = judge.order.x, judge.order.y
+        nowhere = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        if known is None:
+            clean_correct, margin = ~judge.wrong(x), nowhere
+        else:
+            clean_correct, margin = answers(known) == y, margin_loss(known, y, judge.order.targets)
         reach = torch.where(clean_correct, torch.inf, nowhere)
-        return cls(judge, clean_correct, Scored(x, nowhere, torch.zeros_like(clean_correct), reach), flags)
+        outcome = Scored(x, nowhere, torch.zeros_like(clean_correct), reach, margin)
+        return cls(judge, clean_correct, margin, outcome, flags)
 
     @property
     def order(self) -> Order:
@@ -197,9 +230,11 @@ class Best:
         return self.add_(self.order(model, self.open()))
 
     def add_(self, found: Tensor) -> Tensor:
-        """Judge examples (N, ...) and keep the better ones; return the images (N,) that these gained."""
-        self.outcome, gained = better(self.outcome, self.judge(found, self.clean_correct))
-        return gained
+        """Judge examples (N, ...) of the images still open, and keep the better ones; return the images that gained."""
+        rows = self.open().nonzero().squeeze(1)
+        merged, more = better(Scored(*(part[rows] for part in self.outcome)), self.judge(found[rows], rows))
+        self.outcome = Scored(*(_put(old, rows, new) for old, new in zip(self.outcome, merged, strict=True)))
+        return _put(torch.zeros_like(self.clean_correct), rows, more)
 
     def resize_(self) -> None:
         """Try the perturbations shorter and longer.
