@@ -14,7 +14,7 @@ from sparring.cli._app import CertifyOptions, DataSource, ModelSource
 def test_the_fields_of_records_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = inspect.signature(_app.certify).parameters
     sources = ["model", "weights", "mean", "std", "data", "data_dir", "download"]
-    sources += ["resize", "crop", "interpolation", "classes"]
+    sources += ["resize", "crop", "interpolation", "classes", "limit", "no_cache"]
     assert list(parameters) == [*sources, "norm", "method", "eps", "images", "threads", "json"]
     assert parameters["model"].default is inspect.Parameter.empty and parameters["data"].default == "mnist-5k"
     asked: list[Any] = []

@@ -43,7 +43,7 @@ def test_a_test_split_alone_is_read_to_be_attacked(tmp_path: Path) -> None:
         loaded = data.load(str(path), request=TESTED)
         assert (loaded.class_names, loaded.test.y.tolist(), loaded.mean) == (("cat", "dog"), [0, 1, 0, 1], ())
         assert loaded.train.x.shape == (0, *loaded.test.x.shape[1:]) and len(loaded.valid.y) == 0
-        assert len(data.content_hash(loaded)) == 64 and not loaded.notes
+        assert len(data.content_hash(loaded)) == 64 and loaded.notes == (f"{path}: images: 4 for test (2 cat, 2 dog)",)
         assert {item.where for item in data.available(tmp_path)} >= {str(path)}
         with pytest.raises(DataError, match=r"no images in train/<class>/"):
             data.load(str(path))
@@ -102,7 +102,7 @@ def test_images_are_resized_and_cropped_by_pillow(tmp_path: Path) -> None:
             cut = np.asarray(whole)[top : top + 24, left : left + 20]
             assert size[0] % 2 == size[1] % 2 == 0 or math.prod(size) % 2 == 0  # halves are tested against torchvision
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), cut)
-        assert loaded.notes[-1].endswith("the shorter side is resized to 32 (bicubic), the central 24×20 is cropped")
+        assert loaded.notes[-2].endswith("the shorter side is resized to 32 (bicubic), the central 24×20 is cropped")
 
 
 def test_labels_are_those_of_a_list_of_classes(tmp_path: Path) -> None:
@@ -110,9 +110,8 @@ def test_labels_are_those_of_a_list_of_classes(tmp_path: Path) -> None:
     for path in laid_out(files, tmp_path):
         loaded = data.load(str(path), request=replace(TESTED, classes=NAMES))
         assert (loaded.classes, loaded.test.y.tolist(), loaded.class_names) == (5, [0, 2, 3], NAMES.names)
-        assert loaded.notes == (
-            f"{path}: labels are the numbers of the 5 classes of the list: 1 by WordNet id and 2 by name",
-        )
+        how = "labels are the numbers of the 5 classes of the list: 1 by WordNet id and 2 by name"
+        assert loaded.notes[0] == f"{path}: {how}"
     for path in laid_out(files | {"test/crane/0.png": image(), "test/dog/0.png": image()}, tmp_path / "more"):
         with pytest.raises(
             DataError, match=r"2 of 5 classes .* the list: crane \(which of 1, 4\?\), dog; .*--classes FILE"

@@ -61,6 +61,23 @@ def _take_threads(threads: int | None) -> int | None:
 
 DataDir = Annotated[Path | None, Option("--data-dir", help="Where to look for data first.")]
 Download = Annotated[bool, Option("--download", help="Fetch missing data from its public mirror.")]
+Resize = Annotated[
+    str | None,
+    Option(help="For your own images: pixels of the shorter side, as 256, or HEIGHTxWIDTH to stretch them to."),
+]
+Crop = Annotated[str | None, Option(help="For your own images: the centre to take, as 224 or HEIGHTxWIDTH.")]
+Interpolation = Annotated[str | None, Option(help="bilinear, bicubic, nearest, lanczos, box or hamming.")]
+Classes = Annotated[
+    Path | None,
+    Option(help="The network's classes, in its order: one a line, or JSON; the data may have some of them."),
+]
+Limit = Annotated[
+    list[str] | None,
+    Option(help="At most so many images, class by class in turn: N, or SPLIT=N (train, valid, test); repeatable."),
+]
+NoCache = Annotated[
+    bool, Option("--no-cache", help="Decode images each time they are looked at, not once into the cache folder.")
+]
 Eps = Annotated[str, Option(help="Budget of training under attack, in [0, 1], as 0.1 or 8/255.")]
 Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, as 0.1,8/255.")]
 Images = Annotated[int, Option(help="How many test images.", min=1)]
@@ -89,24 +106,18 @@ Model = Annotated[
 class DataSource:
     """A data set, the folder to look in first, whether to fetch what is missing, and how images are prepared.
 
-    The last four are for files of the user's own; a library's network has defaults for them.
+    The last six are for files of the user's own; a library's network has defaults for how images are prepared.
     """
 
     data: Annotated[str, Option(help="Data set: a name or a path.")] = "mnist-5k"
     data_dir: DataDir = None
     download: Download = False
-    resize: Annotated[
-        str | None,
-        Option(help="For folders of images: pixels of the shorter side, as 256, or HEIGHTxWIDTH to stretch them to."),
-    ] = None
-    crop: Annotated[str | None, Option(help="For folders of images: the centre to take, as 224 or HEIGHTxWIDTH.")] = (
-        None
-    )
-    interpolation: Annotated[str | None, Option(help="bilinear, bicubic, nearest, lanczos, box or hamming.")] = None
-    classes: Annotated[
-        Path | None,
-        Option(help="The network's classes, in its order: one a line, or JSON; the data may have some of them."),
-    ] = None
+    resize: Resize = None
+    crop: Crop = None
+    interpolation: Interpolation = None
+    classes: Classes = None
+    limit: Limit = None
+    no_cache: NoCache = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,7 @@ def options(
 
 @dataclass(frozen=True)
 class StudySource:
-    """A plan with what was changed in it, where its data lie, where its results go, and on what it runs."""
+    """A plan with what was changed in it, its data, where its results go, and on what it runs."""
 
     plan: Annotated[str, Argument(help="A preset's name or a TOML file; see `sparring list presets`.")] = "quick"
     out: Annotated[Path | None, Option("--out", "-o", help="Output folder [default: out/PLAN].")] = None
@@ -151,6 +162,12 @@ class StudySource:
     weights: Weights = None
     data_dir: DataDir = None
     download: Download = False
+    resize: Resize = None
+    crop: Crop = None
+    interpolation: Interpolation = None
+    classes: Classes = None
+    limit: Limit = None
+    no_cache: NoCache = False
     device: Annotated[str, Option(help="cpu, a GPU such as cuda:0, or auto: a GPU if there is one.")] = "auto"
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
 
 class Aside(io.TextIOBase):
@@ -45,6 +47,37 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left:
     console = Console(width=None if sys.stdout.isatty() else width)
     console.print(table)
     return console
+
+
+@contextlib.contextmanager
+def shown_bytes() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Give what takes a name, the bytes that are done and those of the whole: bars on a terminal, else plain lines."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+    rows: dict[str, TaskID] = {}
+    told: dict[str, int] = {}
+
+    def show(name: str, done: int, total: int | None) -> None:
+        if sys.stderr.isatty():
+            bar.start()
+            if name not in rows:
+                rows[name] = bar.add_task(name)
+            bar.update(rows[name], completed=done, total=total)
+            return
+        tenth = 10 * done // total if total else 0
+        if name not in told:
+            print(name, file=sys.stderr, flush=True)
+        elif tenth > told[name]:
+            print(f"  {10 * tenth}%", file=sys.stderr, flush=True)
+        told[name] = tenth
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def duration(seconds: float) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from .. import data, deploy
-from ..data import EVERYTHING, INTERPOLATIONS, Dataset, Geometry, Request
+from ..data import EVERYTHING, Dataset, Geometry, Preparation, Request
 from ..errors import UnknownNameError, UserError
 from ..files import check_writable, conversion
 from ..models import (
@@ -30,11 +28,12 @@ from ..models import (
     takes_moments,
 )
 from ..study import check_fit
-from ._app import DataSource, ModelSource
+from ._app import DataSource, ModelSource, StudySource
+from ._printing import shown_bytes
 
 # How files end that hold a whole model: saved by us for further work, or packed for shipping.
 SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
-MOST_SIDE = 4096
+SPLITS = ("train", "valid", "test")
 
 
 def check_out(path: Path, *endings: str) -> None:
@@ -57,18 +56,8 @@ def open_data(source: DataSource, request: Request = EVERYTHING) -> Dataset:
 
 
 def _loaded(source: DataSource, request: Request) -> Dataset:
-    if not source.download:
-        return data.load(source.data, source.data_dir, request=request)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        rows = {}
-
-        def show(file: str, here: int, total: int | None) -> None:
-            if file not in rows:
-                rows[file] = bar.add_task(file)
-            bar.update(rows[file], completed=here, total=total)
-
-        return data.load(source.data, source.data_dir, request=request, download=True, progress=show)
+    with shown_bytes() as progress:
+        return data.load(source.data, source.data_dir, request=request, download=source.download, progress=progress)
 
 
 def request_for(
@@ -79,7 +68,7 @@ def request_for(
     With `images` only so many test images are read, and others only if a model is given their mean and std. Raise
     UserError where two models prepare images in different ways.
     """
-    kind = data.kind_of(source.data, source.data_dir)
+    kind, prepared = data.kind_of(source.data, source.data_dir), Preparation(**preparation(source))
     known = {model.model: facts for model in models if (facts := _configuration(model)) is not None}
     listed = None if source.classes is None else data.read_classes(source.classes)
     if listed is None and kind in ("images", "arrays"):
@@ -93,9 +82,9 @@ def request_for(
     if images is not None and not any(map(_needs_moments, models)):
         parts = "test"
     colour = any(len(facts.mean) == 3 for facts in known.values())
-    return Request(
-        parts, images, _geometry(source, known if kind == "images" else {}), listed, channels=3 if colour else None
-    )
+    geometry = _geometry(prepared, known if kind == "images" else {})
+    channels, limits = 3 if colour else None, prepared.limits()
+    return Request(parts, images, geometry, listed, channels, not source.no_cache, limits)
 
 
 def _configuration(model: ModelSource) -> HubModel | None:
@@ -110,36 +99,30 @@ def _configuration(model: ModelSource) -> HubModel | None:
     return describe(name) if is_hub_name(name) and weights is None else None
 
 
-def _geometry(source: DataSource, known: Mapping[str, HubModel]) -> Geometry | None:
-    resize, crop = _sizes("--resize", source.resize), _sizes("--crop", source.crop)
-    side = resize[0] if resize is not None and "x" not in str(source.resize).lower() else resize
-    said = source.interpolation
-    if said is not None and said not in INTERPOLATIONS:
-        raise UnknownNameError("interpolation", said, INTERPOLATIONS)
-    made = {}
+def _geometry(prepared: Preparation, known: Mapping[str, HubModel]) -> Geometry | None:
+    made, (side, crop), said = {}, prepared.sizes(), prepared.interpolation
     for name, facts in known.items():
         if facts.resize is None and side is None:
             raise UserError(f"'{name}' prepares images in a way of its own; give --resize and --crop")
-        own = None if source.resize or source.crop or said else f"'{name}'"
+        own = None if side or crop or said else f"'{name}'"
         made[Geometry(side or facts.resize, crop or facts.size, said or facts.interpolation, own or "")] = name
     if len(made) > 1:
         names = " and ".join(map(repr, made.values()))
         raise UserError(f"{names} prepare images differently; give --resize, --crop, --interpolation")
-    if made:
-        return next(iter(made))
-    if said is not None and side is None:
-        raise UserError("--interpolation is that of --resize; give both")
-    return None if side is crop is None else Geometry(side, crop, said or "bilinear")
+    return next(iter(made)) if made else prepared.request().geometry
 
 
-def _sizes(option: str, text: str | None) -> tuple[int, int] | None:
-    """Return height and width from "224" or "224x320"; raise UserError where it is neither."""
-    if text is None:
-        return None
-    sides = [int(part) for part in text.lower().split("x") if part.isdecimal()]
-    if len(sides) != text.lower().count("x") + 1 or len(sides) > 2 or not all(1 <= side <= MOST_SIDE for side in sides):
-        raise UserError(f"{option} takes pixels from 1 to {MOST_SIDE}, as 224 or HEIGHTxWIDTH, not '{text}'")
-    return sides[0], sides[-1]
+def preparation(source: DataSource | StudySource) -> dict[str, Any]:
+    """Return what a command's options say of images, as the table of a plan."""
+    limits: dict[str, int] = {}
+    for text in source.limit or ():
+        split, _, count = text.rpartition("=")
+        if not count.isdecimal():
+            raise UserError(f"--limit takes N or SPLIT=N, as train=2000, not '{text}'")
+        limits |= dict.fromkeys([split] if split else SPLITS, int(count))
+    classes = None if source.classes is None else str(source.classes)
+    said = {"resize": source.resize, "crop": source.crop, "interpolation": source.interpolation, "classes": classes}
+    return {name: value for name, value in {**said, "limit": limits}.items() if value}
 
 
 def _needs_moments(model: ModelSource) -> bool:

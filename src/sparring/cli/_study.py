@@ -24,7 +24,7 @@ from ..study import merge as merge_studies
 from ..study import register as register_plan
 from ._app import DataSource, ModelSource, StudyOptions, StudySource
 from ._printing import duration, print_json
-from ._sources import open_data
+from ._sources import open_data, preparation
 
 FAILED = CONTRADICTED = 3
 
@@ -35,7 +35,9 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
     out, stream = source.out or Path("out") / plan.name, sys.stderr if as_json else sys.stdout
     check_writable(out, folder=True)
     usable_device(source.device, here=how.ray is None)
-    dataset = open_data(DataSource(plan.data, source.data_dir, source.download))
+    dataset = open_data(
+        DataSource(plan.data, source.data_dir, source.download), plan.request(cache=not source.no_cache)
+    )
     if how.register:
         entry = register_plan(plan, out)
         print(f"registered on {entry['time']}: {entry['plan']}", file=stream, flush=True)
@@ -58,7 +60,11 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
 def _changes(source: StudySource) -> tuple[str, ...]:
     model = None if source.model is None else ModelSource(source.model, source.weights).named()
     named = {"model.name": model and model[0], "model.weights": model[1] if model else source.weights}
-    return *(source.overrides or ()), *(f"{key}='{value}'" for key, value in named.items() if value is not None)
+    prepared = preparation(source)
+    named |= {f"prepare.{key}": value for key, value in prepared.items() if key != "limit"}
+    limits = (f"prepare.limit.{split}={count}" for split, count in prepared.get("limit", {}).items())
+    changed = (f"{key}='{value}'" for key, value in named.items() if value is not None)
+    return *(source.overrides or ()), *limits, *changed
 
 
 def _command(source: StudySource) -> str:
@@ -67,7 +73,8 @@ def _command(source: StudySource) -> str:
     device = None if source.device == "auto" else source.device
     places = {"--data-dir": source.data_dir, "--out": source.out, "--device": device}
     words += [word for option, value in places.items() if value is not None for word in (option, str(value))]
-    return shlex.join([*words, *(["--download"] if source.download else [])])
+    words += ["--download"] if source.download else []
+    return shlex.join([*words, *(["--no-cache"] if source.no_cache else [])])
 
 
 def _all_of(watchers: list[Watcher]) -> Watcher:

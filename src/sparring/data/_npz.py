@@ -81,7 +81,7 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
         train, valid = splits.get("train"), splits.get("valid")
         if train is not None:
             check_split(f"the training split of '{name}'", train, train.x.shape[1:], classes)
-            train, valid = (train, valid) if valid else hold_out(train)
+            train, valid = (train, valid) if valid else hold_out(train, seed=request.valid_seed)
         return from_splits(name, train, valid, splits["test"], classes=classes, class_names=names, notes=notes)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error

@@ -77,10 +77,13 @@ def roots(root: Path | str | None) -> list[Path]:
             if not is_folder(expand(named)):
                 raise DataError(f"{by}, {named}, is not a folder; correct the path or make the folder")
             found.append(expand(named))
+    return list(dict.fromkeys([*found, cache_root(), *SYSTEM_ROOTS]))
+
+
+def cache_root() -> Path:
+    """Return the folder for what can be made again, within the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    found.append((cache if cache.is_absolute() else expand("~/.cache")) / "sparring")
-    found.extend(SYSTEM_ROOTS)
-    return list(dict.fromkeys(found))
+    return (cache if cache.is_absolute() else expand("~/.cache")) / "sparring"
 
 
 def expand(path: Path | str) -> Path:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..errors import DataError, DataWarning, UnknownNameError, UserError, told
+from ..errors import DataError, UnknownNameError, UserError, told
 from ..files import safe_name
 from ..plugins import import_object
-from ._image_folder import PARTS, load_images
+from ._images import load_images
 from ._known_sets import CIFAR10, FASHION_MNIST, MNIST, cifar10, digits, fashion_mnist, mnist, mnist_5k
+from ._listing import PARTS, Listing, list_folder
 from ._npz import load_arrays
 from ._places import Content, Find, Progress, Source, expand, is_file, is_folder, locate, missing, read, roots
 from ._places import download as fetch
 from ._request import EVERYTHING, Request
-from ._types import Dataset
+from ._types import Dataset, limited, tell_shared
 
 DATASETS: dict[str, Callable[[Find], Dataset]] = {
     "cifar10": cifar10,
@@ -57,8 +57,8 @@ def load(
 
     Files and names are looked for in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that
     order. With `download`, what is missing is fetched from public mirrors into the first of these, and `progress` is
-    told. `request` says what is read of a user's files, and how. A user's file is never called what a known set is
-    called: its name gets "-user".
+    told, as it is of images that are decoded into the cache. `request` says what is read of a user's files, and how. A
+    user's file is never called what a known set is called: its name gets "-user".
 
     Raises DataError if files are missing (it lists which go where), damaged, mislabelled or of the wrong shape, and
     UnknownNameError if there is no such data set.
@@ -79,23 +79,37 @@ def load(
         raise DataError(f"'{name}' is no folder, zip or tar of images, which alone can be resized and cropped")
     if request.classes is not None and kind in ("known", "function"):
         raise DataError(f"'{name}' has its own classes; a list of them is for images and arrays in files")
-    if kind == "known":
-        return DATASETS[name](find)
-    if kind == "function":
-        return _from_function(name)
+    if request.valid_seed is not None and kind in ("known", "function"):
+        raise DataError(f"'{name}' has validation images of its own; none are drawn")
+    if kind in ("known", "function"):
+        dataset = DATASETS[name](find) if kind == "known" else _from_function(name)
+        return limited(dataset, request.limit) if request.limit else dataset
     path = _locate_users(name, places)
-    dataset = (load_arrays if kind == "arrays" else load_images)(path, _label(path), request)
-    _tell_shared(dataset, path)
+    if kind == "arrays":
+        dataset = load_arrays(path, _label(path), request)
+        dataset = limited(dataset, request.limit) if request.limit else dataset
+    else:
+        dataset = load_images(path, _label(path), request, progress, listing=_listed(path))
+    if not dataset.identity:
+        _tell_shared(dataset, path)
     return dataset
 
 
+def _listed(path: Path) -> Listing:
+    """List a user's images in whatever form they come."""
+    try:
+        return list_folder(path)
+    except DataError:
+        raise
+    except UserError as error:
+        raise DataError(str(error)) from error
+
+
 def _tell_shared(dataset: Dataset, path: Path) -> None:
-    """Warn of test images that are training or validation images too: what is measured on them is too good."""
     seen = {hash(image.numpy().tobytes()) for split in (dataset.train, dataset.valid) for image in split.x}
-    shared = sum(hash(image.numpy().tobytes()) in seen for image in dataset.test.x)
-    if shared:
-        told = f"{path}: {shared} of {len(dataset.test.x)} test images are also among those for training or validation"
-        warnings.warn(told, DataWarning, stacklevel=3)
+    if seen:
+        shared = sum(hash(image.numpy().tobytes()) in seen for image in dataset.test.x)
+        tell_shared(shared, len(dataset.test.x), path)
 
 
 def _from_function(name: str) -> Dataset:

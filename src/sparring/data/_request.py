@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, UnknownNameError
 from ..files import MIB, read_bounded
 
 INTERPOLATIONS = {filter.name.lower(): filter for filter in Image.Resampling}
+SPLITS = ("train", "valid", "test")
+MOST_SIDE = 4096
 SYNSET = re.compile(r"(n\d{8})[\s,]+(\S.*)")
 
 
@@ -171,7 +173,9 @@ class Request:
 
     `parts`: all (training images are needed), what there is, or test images alone; without test/ the images of valid/,
     or else of train/, are those that are tested, which a note says. `images`: decode at most so many test images, the
-    first of `fixed_order`. `channels`: 3 to have grey images as colour.
+    first of `fixed_order`. `channels`: 3 to have grey images as colour. `cache`: False to decode images each time they
+    are looked at. `limit`: at most so many images by split, as balanced as can be. `valid_seed`: draw the images that
+    are held out for validation, where the data have none.
     """
 
     parts: Literal["all", "any", "test"] = "all"
@@ -179,6 +183,68 @@ class Request:
     geometry: Geometry | None = None
     classes: ClassList | None = None
     channels: int | None = None
+    cache: bool = True
+    limit: Mapping[str, int] = field(default_factory=dict)
+    valid_seed: int | None = None
 
 
 EVERYTHING = Request()
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Say, as plans and commands write it, how a user's own images are prepared and how many are used.
+
+    `resize` and `crop` are pixels, as 224 or "224x320" (height and width); `classes` is a file for `read_classes`;
+    `limit` is how many images each split has at most, or one number for all; `valid_seed` as in `Request`.
+    """
+
+    resize: int | str | None = None
+    crop: int | str | None = None
+    interpolation: str | None = None
+    classes: str | None = None
+    limit: Mapping[str, int] | int | None = None
+    valid_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self.geometry()
+        for split, count in self.limits().items():
+            if split not in SPLITS:
+                raise UnknownNameError("split", split, SPLITS)
+            if count < 1:
+                raise DataError(f"limit.{split} must be 1 or more, not {count}")
+
+    def sizes(self) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
+        """Return what `Geometry` takes as resize and crop."""
+        resize, crop = _sizes("--resize", self.resize), _sizes("--crop", self.crop)
+        return (resize[0] if resize is not None and "x" not in str(self.resize).lower() else resize), crop
+
+    def geometry(self) -> Geometry | None:
+        """Return how images are brought to one size, None where nothing is said of it."""
+        side, crop = self.sizes()
+        if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
+            raise UnknownNameError("interpolation", self.interpolation, INTERPOLATIONS)
+        return None if side is crop is None else Geometry(side, crop, self.interpolation or "bilinear")
+
+    def limits(self) -> dict[str, int]:
+        """Return how many images at most a split has."""
+        return dict.fromkeys(SPLITS, self.limit) if isinstance(self.limit, int) else dict(self.limit or {})
+
+    def request(self, *, cache: bool = True) -> Request:
+        """Return what is read for training; raise DataError where an interpolation has no size."""
+        geometry = self.geometry()
+        if self.interpolation is not None and self.sizes()[0] is None:
+            raise DataError("--interpolation is that of --resize; give both")
+        listed = None if self.classes is None else read_classes(Path(self.classes))
+        return Request("all", None, geometry, listed, None, cache, self.limits(), self.valid_seed)
+
+
+def _sizes(option: str, said: int | str | None) -> tuple[int, int] | None:
+    """Return height and width from 224, "224" or "224x320"; raise DataError where it is none of these."""
+    if said is None:
+        return None
+    text = str(said).lower()
+    sides = [int(part) for part in text.split("x") if part.isdecimal()]
+    if len(sides) != text.count("x") + 1 or len(sides) > 2 or not all(1 <= side <= MOST_SIDE for side in sides):
+        raise DataError(f"{option} takes pixels from 1 to {MOST_SIDE}, as 224 or HEIGHTxWIDTH, not '{said}'")
+    return sides[0], sides[-1]

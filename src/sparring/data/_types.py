@@ -6,16 +6,19 @@ No random generator divides them, so that a split is the same on every machine.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, DataWarning
 
 MOST_CLASSES = 1_000_000
+CHUNK = 1 << 26  # values that are counted at a time
 
 
 class Split(NamedTuple):
@@ -32,7 +35,7 @@ class Dataset:
     `mean` and `std` are per channel over the training split, for images in [0, 1]. `class_names` is as long as
     `classes`, or empty where the classes have no names. Where only a test split was read, `train` and `valid` hold no
     images, and `mean` and `std` are empty. `drawn` says where in the split the images of `test` are, if only some were
-    read; `notes` say what was done to them.
+    read; `notes` say what was read and done. `identity` is the hash of a set too large to be named by its pixels.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     drawn: Tensor | None = None
     notes: tuple[str, ...] = ()
+    identity: str = ""
 
 
 def as_float(x: Tensor) -> Tensor:
@@ -59,13 +63,14 @@ def fixed_order(count: int) -> Tensor:
 
 def from_splits(
     name: str, train: Split | None, valid: Split | None, test: Split, *, classes: int, class_names: Sequence[str] = (),
-    drawn: Tensor | None = None, notes: Sequence[str] = (),
+    drawn: Tensor | None = None, notes: Sequence[str] = (), counts: Tensor | None = None, identity: str = "",
 ) -> Dataset:  # fmt: skip
     """Make a data set from its splits: check them, and measure mean and standard deviation of the training split.
 
-    Without training and validation images it can be attacked, but nothing can be trained on it. Raises DataError,
-    naming the split, for a wrong dtype or shape, an empty split, a label outside [0, classes), or classes outside
-    [1, 1,000,000].
+    Without training and validation images it can be attacked, but nothing can be trained on it. What is known of a
+    large set need not be measured anew: how often each of the 256 values occurs in the training images, by channel
+    (`counts`), and its `identity`. Raises DataError, naming the split, for a wrong dtype or shape, an empty split, a
+    label outside [0, classes), or classes outside [1, 1,000,000].
     """
     shape = (test if train is None else train).x.shape[1:]
     for part, split in (("training", train), ("validation", valid), ("test", test)):
@@ -76,8 +81,8 @@ def from_splits(
     train, valid, test = (Split(x.contiguous(), y.contiguous()) for x, y in (train or none, valid or none, test))
     if class_names and len(class_names) != classes:
         raise DataError(f"'{name}' has {classes} classes but {len(class_names)} class names")
-    mean, std = _moments(train.x) if len(train.x) else ((), ())
-    return Dataset(name, train, valid, test, classes, mean, std, tuple(class_names), drawn, tuple(notes))
+    mean, std = _moments(_counts(train.x) if counts is None else counts) if len(train.x) else ((), ())
+    return Dataset(name, train, valid, test, classes, mean, std, tuple(class_names), drawn, tuple(notes), identity)
 
 
 def check_split(what: str, split: Split, shape: torch.Size, classes: int) -> None:
@@ -102,14 +107,21 @@ def check_split(what: str, split: Split, shape: torch.Size, classes: int) -> Non
         raise DataError(f"{what} has the label {int(y[at])} at image {at}; labels go from 0 to {classes - 1}")
 
 
-def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _counts(x: Tensor) -> Tensor:
+    """Return how often each of the 256 values occurs in images, by channel (C, 256)."""
+    counts = torch.zeros(x.shape[1], 256, dtype=torch.int64)
+    for part in torch.split(x, max(1, CHUNK // x[0].numel())):
+        counts += torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in part.unbind(1)])
+    return counts
+
+
+def _moments(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     # From counts of the 256 values: exact, and the same whatever the order of summation.
     values = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
-    for channel in x.unbind(1):
-        counts = torch.bincount(channel.reshape(-1), minlength=256).to(torch.float64)
-        mean = (counts @ values) / counts.sum()
-        variance = (counts @ (values - mean) ** 2) / counts.sum()
+    for count in counts.to(torch.float64):
+        mean = (count @ values) / count.sum()
+        variance = (count @ (values - mean) ** 2) / count.sum()
         means.append(float(mean))
         # A constant channel keeps its scale, since a model divides by the deviation.
         deviations.append(float(variance.sqrt()) or 1.0)
@@ -117,7 +129,12 @@ def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def content_hash(dataset: Dataset) -> str:
-    """Return the SHA-256 of a data set's images, labels and class count: its identity, whatever it is called."""
+    """Return the SHA-256 of a data set's images, labels and class count: its identity, whatever it is called.
+
+    Of more than 512 MiB of pixels from files of images it is that of the files, and of how they are prepared.
+    """
+    if dataset.identity:
+        return dataset.identity
     digest = hashlib.sha256(f"classes={dataset.classes}".encode())
     for split in (dataset.train, dataset.valid, dataset.test):
         for tensor in split:
@@ -140,6 +157,13 @@ def balanced_order(y: Tensor) -> tuple[Tensor, Tensor]:
     return by_class[order], rank[order]
 
 
+def tell_shared(shared: int, tested: int, path: Path) -> None:
+    """Warn of test images that are training or validation images too: what is measured on them is too good."""
+    if shared:
+        told = f"{path}: {shared} of {tested} test images are also among those for training or validation"
+        warnings.warn(told, DataWarning, stacklevel=4)
+
+
 def take(split: Split, which: Tensor) -> Split:
     """Return the images and labels at the given positions, or where a mask is true."""
     return Split(split.x[which], split.y[which])
@@ -155,14 +179,32 @@ def tenths(every: Split) -> tuple[Split, Split, Split]:
     return take(every, order[tenth < 7]), take(every, order[tenth == 7]), take(every, order[tenth > 7])
 
 
-def hold_out(train: Split) -> tuple[Split, Split]:
+def hold_out(train: Split, *, seed: int | None = None) -> tuple[Split, Split]:
     """Divide training images into training and validation: every tenth image of a class is held out.
 
-    Of a class with two to nine images the last is held out, of a class with one none. The order stays.
+    Of a class with two to nine images the last is held out, of a class with one none. The order stays. With a `seed`
+    the images of a class are counted in an order that is drawn from it.
     """
-    order, rank = balanced_order(train.y)
+    drawn = torch.arange(len(train.y))
+    if seed is not None:
+        drawn = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(seed))
+    order, rank = balanced_order(train.y[drawn])
+    order = drawn[order]
     count = torch.bincount(train.y)[train.y[order]]
     chosen = (rank % 10 == 9) | ((count < 10) & (count > 1) & (rank == count - 1))
     held = torch.zeros(len(train.y), dtype=torch.bool)
     held[order[chosen]] = True
     return take(train, ~held), take(train, held)
+
+
+def limited(dataset: Dataset, limit: Mapping[str, int]) -> Dataset:
+    """Return a data set of at most so many images of each split, as balanced as can be."""
+
+    def cut(part: str, split: Split) -> Split:
+        return take(split, balanced_order(split.y)[0][: limit[part]]) if part in limit and len(split.y) else split
+
+    train, valid, test = cut("train", dataset.train), cut("valid", dataset.valid), cut("test", dataset.test)
+    return from_splits(
+        dataset.name, train if len(train.y) else None, valid if len(valid.y) else None, test, classes=dataset.classes,
+        class_names=dataset.class_names, notes=dataset.notes,
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from ...attacks import Attack as AttackFunction
+from ...data import Preparation, Request
 from ...errors import PlanError, UnknownNameError
 from ...files import read_bounded, safe_name
 from ...plugins import takes
@@ -43,7 +44,7 @@ from ._tables import (
     read_units,
 )
 
-FOUNDATIONS = ("data", "model", "recipe", "finetune", "training")  # a plan may grow, but not change in these
+FOUNDATIONS = ("data", "prepare", "model", "recipe", "finetune", "training")  # a plan may grow, but not change in these
 MAX_PLAN_BYTES = 1_000_000
 MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
 
@@ -52,16 +53,18 @@ MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
 class Plan:
     """Hold a whole study; equal plans give equal records.
 
-    `transfer` attacks are made on the dense control and tried on every sparse network, and the other way round.
-    `checkpoints` adds the best epoch of adversarial training beside the final one. `mark` is written into every
-    figure: what a smaller version of a study leaves out. `shard` is how many images one
-    task attacks; `margins` are the losses that the sweet spot allows, by metric (design.md, section 2). `kernels`
-    says what attacks on networks with sparse weights go through: torch, their packed form, or "auto", the faster of the
-    two by a rule that knows the plan alone. A plan with `linear` tables studies linear classifiers and nothing else.
+    `prepare` says how a user's own images are prepared, and how many are used. `transfer` attacks are made on the dense
+    control and tried on every sparse network, and the other way round. `checkpoints` adds the best epoch of adversarial
+    training beside the final one. `mark` is written into every figure: what a smaller version of a study leaves out.
+    `shard` is how many images one task attacks; `margins` are the losses that the sweet spot allows, by metric
+    (design.md, section 2). `kernels` says what attacks on networks with sparse weights go through: torch, their packed
+    form, or "auto", the faster of the two by a rule that knows the plan alone. A plan with `linear` tables studies
+    linear classifiers and nothing else.
     """
 
     name: str
     data: str = "mnist-5k"
+    prepare: Preparation | None = None
     title: str = ""
     mark: str = ""
     model: NetworkSettings = field(default_factory=NetworkSettings)
@@ -132,6 +135,10 @@ class Plan:
         for method in (method for table in tables for method in table.methods or ()):
             if method not in known:
                 raise UnknownNameError("method", method, known)
+
+    def request(self, *, cache: bool = True) -> Request:
+        """Return what is read of the plan's data, and how; `cache` as in `Request`."""
+        return (self.prepare or Preparation()).request(cache=cache)
 
     @property
     def labels(self) -> list[str]:

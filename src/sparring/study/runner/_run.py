@@ -102,7 +102,7 @@ def run(
     store = Store(out)
     store.prepare()
     if dataset is None:
-        dataset = load(plan.data)
+        dataset = load(plan.data, request=plan.request())
     with store.lock():
         read_history(out)  # a broken one is told of before the work, not after
         facts = DataFacts.of(dataset)

@@ -1,0 +1,333 @@
+"""Decoded images: in memory where they are few, else in a file that is made once and mapped, of bytes as they come.
+
+In the user's cache folder lie, of each set of pixels, NAME.pixels (N, C, H, W), NAME.hashes (the SHA-256 of each
+image's file) and NAME.json, and of each list of files SET.json, which says which pixels are of it. NAME is the hash of
+content: of the files' hashes, of how they are prepared and of what decodes them. So a set that is copied, or whose
+files are touched, has its files hashed again, not decoded. SET.making holds what a run cut short has done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import features
+from torch import Tensor
+
+from ..errors import DataError
+from ..files import canonical_json, explain, lock, read_json, sha256_bytes, write_json
+from ._decode import Pixels, decode, is_coloured, read, strict
+from ._listing import Entry, Source
+from ._pixels import (
+    CHUNK,
+    Coloured,
+    Found,
+    Rows,
+    Summary,
+    available_workers,
+    fill,
+    fill_file,
+    hash_files,
+    jobs,
+    work,
+)
+from ._places import Progress, cache_root
+
+SMALL = 16 << 20  # bytes of pixels that are decoded each time: in a second
+SYNCED = 10.0  # seconds of work that a run cut short may lose
+SAMPLE = 8  # images that are timed
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Hold pixels (N, C, H, W), uint8, and what was found of them.
+
+    `counts` (C, 256) are of the values of the first `counted` images, `hashes` (N, 32) of the images' files; neither
+    is there where images were not decoded, or were few.
+    """
+
+    x: Tensor
+    lossy: frozenset[str]
+    animated: tuple[str, ...]
+    counts: Tensor | None = None
+    hashes: Pixels | None = None
+
+
+def decoded(source: Source, entries: Sequence[Entry], how: Rows, *, kept: bool, progress: Progress | None) -> Decoded:
+    """Decode images, in this order: all that are few, or not to be `kept`, in memory, others once, into the cache."""
+    rows = list(enumerate(entries))
+    try:
+        if kept and len(entries) * math.prod(how.shape) > SMALL:
+            return _Cache(source, rows, how, progress).open()
+        return _in_memory(source, rows, how)
+    except Coloured:
+        return decoded(source, entries, replace(how, shape=(3, *how.shape[1:])), kept=kept, progress=progress)
+
+
+def rows_like_first(source: Source, entries: Sequence[Entry], how: Rows) -> Rows:
+    """Return the shape that all images must have, which is that of one; grey until another has colours."""
+    first = min(entries, key=lambda entry: entry.place)
+    with strict():
+        for entry, content in source.contents([first]):
+            picture = decode(read(content), how.name(entry), how.geometry)
+            return replace(how, shape=(max(picture.channels, how.shape[0]), *picture.size))
+    raise DataError(f"{how.name(first)} is gone; was the set changed while it was read?")
+
+
+def any_coloured(source: Source, entries: Sequence[Entry]) -> bool:
+    """Return whether any of some images has colours, by their headers."""
+    return any(is_coloured(read(content)) for _, content in source.contents(entries))
+
+
+def hashes_of(source: Source, entries: Sequence[Entry]) -> Pixels:
+    """Return the SHA-256 (N, 32) of images' files, without decoding any."""
+    out = np.zeros((len(entries), 32), np.uint8)
+    task, todo = functools.partial(_hash_rows, out), jobs(source, list(enumerate(entries)))
+    for _ in work(task, todo, available_workers(), threads=True):
+        pass
+    return out
+
+
+def _hash_rows(out: Pixels, job: Any) -> None:
+    for (row, *_), found in zip(job, hash_files(job), strict=True):
+        out[row] = np.frombuffer(found, np.uint8)
+
+
+def decoders() -> dict[str, str | None]:
+    """Return what decides which pixels a file means, besides the file."""
+    return {"pillow": PIL.__version__, "jpeg": features.version("jpg"), "turbo": features.version("libjpeg_turbo")}
+
+
+def _in_memory(source: Source, rows: list[tuple[int, Entry]], how: Rows) -> Decoded:
+    out: Pixels = np.empty((len(rows), *how.shape), np.uint8)
+    found = Summary(np.zeros((how.shape[0], 256), np.int64))
+    workers = available_workers() if len(rows) > CHUNK else 1
+    for one in work(functools.partial(fill, out, how=how), jobs(source, rows), workers, threads=True):
+        found.add(one)
+    return Decoded(torch.from_numpy(out), frozenset(found.lossy), tuple(sorted(found.animated)))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Say what a cache of images takes: bytes of disk, of which some are free, and about how many seconds."""
+
+    images: int
+    size: int
+    free: int
+    seconds: float
+    folder: Path
+
+    def __str__(self) -> str:
+        minutes = f"about {self.seconds / 60:,.0f} minutes" if self.seconds > 90 else f"about {self.seconds:.0f} s"
+        return f"{self.images:,} images decoded once, {_gigabytes(self.size)} in {self.folder}, {minutes}"
+
+    def check(self) -> None:
+        """Raise DataError, with the numbers, where the disk has no room."""
+        if self.size > self.free:
+            raise DataError(
+                f"{self}: {_gigabytes(self.free)} are free there; free some, set XDG_CACHE_HOME to a folder on a "
+                "larger disk, give --limit, or --no-cache, which decodes images each time they are looked at"
+            )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def forecast(source: Source, rows: Sequence[tuple[int, Entry]], how: Rows, folder: Path, *, workers: int) -> Forecast:
+    """Foretell what a cache of these rows takes, from a few of them that are decoded, and the disk that is free."""
+    sample = [(at, entry) for at, (_, entry) in enumerate(rows[: SAMPLE + 1])]
+    out: Pixels = np.empty((len(sample), *how.shape), np.uint8)
+    took = []
+    for job in jobs(source, sample):
+        for one in job:
+            began = time.perf_counter()
+            fill(out, [one], how)
+            took.append(time.perf_counter() - began)
+    seconds = sum(took[1:]) / max(1, len(took) - 1)
+    return Forecast(
+        len(rows),
+        len(rows) * math.prod(how.shape),
+        shutil.disk_usage(folder).free,
+        seconds * len(rows) / workers,
+        folder,
+    )
+
+
+class _Cache:
+    """Rows of images in the user's cache folder."""
+
+    def __init__(self, source: Source, rows: list[tuple[int, Entry]], how: Rows, progress: Progress | None) -> None:
+        self.source, self.rows, self.how, self.progress = source, rows, how, progress
+        self.folder, self.workers = cache_root() / "images", available_workers()
+        prepared = (
+            None if how.geometry is None else [how.geometry.resize, how.geometry.crop, how.geometry.interpolation]
+        )
+        self.recipe = {"version": VERSION, "shape": how.shape, "prepared": prepared, **decoders()}
+        stamps = list(source.stamps([entry for _, entry in rows]))
+        names = [[entry.member, size] for (_, entry), (size, _) in zip(rows, stamps, strict=True)]
+        self.name = sha256_bytes(canonical_json([self.recipe, how.counted, names]).encode())[:32]
+        self.changed = sha256_bytes(np.array([at for _, at in stamps], np.int64).tobytes())[:32]
+
+    def open(self) -> Decoded:
+        """Return the pixels, made first where there are none."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with lock(self.folder / f"{self.name}.lock", wait=math.inf):
+                known = self._known()
+                return self._mapped(self._make() if known is None else known)
+        except OSError as error:
+            raise explain(error, self.folder, "use") from error
+
+    def _known(self) -> str | None:
+        """Return the name of the pixels of these files, if they are there and the files are still what they were."""
+        path = self.folder / f"{self.name}.json"
+        if not path.exists():
+            return None
+        said = read_json(path)
+        content = str(said["content"])
+        if not all(self._file(content, kind).exists() for kind in ("json", "hashes", "pixels")):
+            return None
+        if said["changed"] != self.changed:
+            hashes = hashes_of(self.source, [entry for _, entry in self.rows])
+            if not np.array_equal(hashes, self._array(content, "hashes", "r")):
+                return None
+            self._point(content)
+        return content
+
+    def _point(self, content: str) -> None:
+        write_json(self.folder / f"{self.name}.json", {"content": content, "changed": self.changed})
+
+    def _file(self, name: str, kind: str) -> Path:
+        return self.folder / f"{name}.{kind}"
+
+    def _array(self, name: str, kind: str, mode: Any) -> Pixels:
+        each = self.how.shape if kind == "pixels" else (32,)
+        return np.memmap(self._file(name, kind), np.uint8, mode, shape=(len(self.rows), *each))
+
+    def _mapped(self, content: str) -> Decoded:
+        said = read_json(self._file(content, "json"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to a split
+            x = torch.from_numpy(self._array(content, "pixels", "r"))
+        counts = torch.tensor(said["counts"], dtype=torch.int64)
+        hashes = self._array(content, "hashes", "r")
+        return Decoded(x, frozenset(said["lossy"]), tuple(said["animated"]), counts, hashes)
+
+    def _make(self) -> str:
+        making = f"{self.name}-{self.changed}"
+        log, journal = self._file(making, "log"), []
+        if not (log.exists() and self._file(making, "pixels").exists()):
+            log.unlink(missing_ok=True)
+            found = forecast(self.source, self.rows, self.how, self.folder, workers=self.workers)
+            found.check()
+            _allocate(self._file(making, "pixels"), found.size)
+            _allocate(self._file(making, "hashes"), 32 * len(self.rows))
+            log.touch()
+            what = str(found)
+        else:
+            journal = list(_read_log(log))
+            what = f"{self.folder}: going on with {len(self.rows):,} images"
+        try:
+            summary = self._fill(making, journal, what)
+        except Coloured:
+            for kind in ("pixels", "hashes", "log"):
+                self._file(making, kind).unlink()
+            raise
+        hashes = self._array(making, "hashes", "r")
+        content = sha256_bytes(canonical_json([self.recipe, self.how.counted]).encode() + hashes.tobytes())[:32]
+        said = {"lossy": sorted(summary.lossy), "animated": sorted(summary.animated)}
+        write_json(self._file(content, "json"), {**said, "counts": summary.counts.tolist(), **self.recipe})
+        for kind in ("hashes", "pixels"):  # the last says that all are there
+            self._file(making, kind).replace(self._file(content, kind))
+        self._point(content)
+        log.unlink()
+        return content
+
+    def _fill(self, making: str, journal: list[Found], what: str) -> Summary:
+        """Decode the rows that are not done, and write what is done to the log, once the pixels are on disk."""
+        pixels, hashes = self._array(making, "pixels", "r+"), self._array(making, "hashes", "r+")
+        summary, left = Summary(np.zeros((self.how.shape[0], 256), np.int64)), dict(self.rows)
+        for found in journal:
+            summary.add(found)
+            for row in found.rows:
+                del left[row]
+        tell = functools.partial(_tell, self.progress, what, len(self.rows), pixels.nbytes)
+        tell(len(left))
+        task = functools.partial(fill_file, self._file(making, "pixels"), len(self.rows), how=self.how)
+        todo = jobs(self.source, list(left.items()))
+        with self._file(making, "log").open("a") as log, _syncing(pixels, hashes, log) as sync:
+            for found in work(task, todo, self.workers, threads=False):
+                hashes[found.rows] = np.frombuffer(b"".join(found.hashes), np.uint8).reshape(-1, 32)
+                summary.add(found)
+                for row in found.rows:
+                    del left[row]
+                sync(json.dumps(found._replace(hashes=[])))
+                tell(len(left))
+        return summary
+
+
+def _tell(progress: Progress | None, what: str, count: int, size: int, left: int) -> None:
+    if progress is not None:
+        progress(what, size * (count - left) // count, size)
+
+
+@contextlib.contextmanager
+def _syncing(pixels: Any, hashes: Any, log: Any) -> Iterator[Callable[[str], None]]:
+    """Take lines for a log, and write them some seconds later, after the arrays that they speak of."""
+    lines: list[str] = []
+    last = time.monotonic()
+
+    def write() -> None:
+        if lines:
+            pixels.flush()
+            hashes.flush()
+            log.write("".join(f"{line}\n" for line in lines))
+            log.flush()
+            os.fsync(log.fileno())
+            lines.clear()
+
+    def take(line: str) -> None:
+        nonlocal last
+        lines.append(line)
+        if time.monotonic() - last > SYNCED:
+            write()
+            last = time.monotonic()
+
+    try:
+        yield take
+    finally:
+        write()
+
+
+def _read_log(path: Path) -> Iterator[Found]:
+    """Yield what a run cut short had done; its last line may not be whole."""
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError, TypeError):
+            yield Found(*json.loads(line))
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Make a file of so many bytes that the disk has: to write where it has none ends a process without a word."""
+    try:
+        with path.open("wb") as file:
+            file.truncate(size)
+            with contextlib.suppress(AttributeError):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise explain(error, path, "write") from error

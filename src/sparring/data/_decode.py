@@ -1,0 +1,133 @@
+"""The bytes of one image from a stranger to pixels: which formats are read, what is refused, and what is said."""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import DataError
+from ..files import read_bounded
+from ._request import Geometry
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+# Formats that know their own files; any other is tried only on files of its ending.
+COMMON = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+# Not pixels of Pillow's own decoding: an interpreter of programs, Windows' own, and mere names.
+EXCLUDED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
+LOSSY = {"JPEG": "jpeg", "MPO": "jpeg", "JPEG2000": "jpeg2000", "WEBP": "webp", "AVIF": "avif"}
+GREY, COLOUR = ("1", "L", "LA", "La"), ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX")
+MOST_SIDE = 4096  # four times as much of photographs that are resized, below Pillow's own limit of pixels
+MOST_FILE = 64 << 20
+MOST_SCANS = 32  # an honest progressive JPEG has about ten; each is a pass over all pixels for a few bytes of file
+
+
+class Picture(NamedTuple):
+    """Hold an 8-bit grey or RGB image, the lossy format that it comes from, if any, and whether it is one of several.
+
+    Loaded lies in memory whole.
+    """
+
+    image: Image.Image
+    lossy: str = ""
+    animated: bool = False
+
+    @property
+    def channels(self) -> int:
+        return len(self.image.getbands())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.image.height, self.image.width
+
+    def planes(self) -> Pixels:
+        """Return the pixels (C, H, W), a line of one channel after that of another in memory."""
+        height, width = self.size
+        packed = self.image.tobytes("raw", "L" if self.channels == 1 else "RGB;L")
+        return np.frombuffer(packed, np.uint8).reshape(height, self.channels, width).transpose(1, 0, 2)
+
+
+@functools.cache
+def endings() -> dict[str, str]:
+    """Return the format that each ending of an image file stands for."""
+    known = Image.registered_extensions()  # which also imports all that Pillow can decode
+    return {ending: kind for ending, kind in known.items() if kind in Image.OPEN and kind not in EXCLUDED}
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Let an image of suspiciously many pixels fail."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def read(content: Any) -> bytes:
+    """Return the bytes of an image that is at hand, or lies in a file of at most 64 MiB."""
+    return content if isinstance(content, bytes) else read_bounded(content, limit=MOST_FILE)
+
+
+def decode(data: bytes, where: str, geometry: Geometry | None) -> Picture:
+    """Return an image as it is shown: turned as EXIF says, without transparency, of several frames the first.
+
+    `where` names it, and its ending tells of rarer formats. Raise DataError for one that is damaged, has more than
+    4,096 pixels a side (16,384 where a `geometry` brings it to another size) or 16 bits a channel.
+    """
+    most = MOST_SIDE * (1 if geometry is None else 4)
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MOST_SCANS:
+        raise DataError(f"{where} makes its decoder pass over the image more than {MOST_SCANS} times; save it again")
+    try:
+        own = endings().get(PurePosixPath(where.partition(" in ")[0]).suffix.lower())
+        with Image.open(io.BytesIO(data), formats=(*COMMON, *([own] if own else []))) as image:
+            if max(image.size) > most:
+                raise DataError(f"{where} has {image.width}×{image.height} pixels; at most {most} a side are read")
+            if image.mode not in GREY + COLOUR or _is_deep(image, data):
+                raise DataError(f"{where} has pixels of kind {_kind(image)}; save it as 8-bit grey or RGB")
+            packed = image.info.get("compression") if image.format == "TIFF" else image.format
+            lossy = LOSSY.get(str(packed).upper(), "")
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"  # its second one is a preview
+            mode = "L" if image.mode in GREY else "RGB"
+            image = ImageOps.exif_transpose(image)
+            image = image if image.mode == mode else image.convert(mode)
+            image = image if geometry is None else geometry(image)
+            image.load()
+            return Picture(image, lossy, animated)
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{where} is not an image that Pillow knows; get it again or remove it") from error
+    except Exception as error:  # a decoder that meets hostile bytes raises whatever it likes
+        raise DataError(f"{where} is not a sound image ({error}); get it again or remove it") from error
+
+
+def is_coloured(data: bytes) -> bool:
+    """Return whether an image has colours, by its header; what is no image has none."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.mode not in GREY
+    except Exception:  # what is not decoded is not judged
+        return False
+
+
+def _is_deep(image: Image.Image, data: bytes) -> bool:
+    """Return whether an image that Pillow shows with 8 bits a channel has more in its file."""
+    decoders = [(tile[0], tile[3] if isinstance(tile[3], tuple) else (tile[3],)) for tile in getattr(image, "tile", ())]
+    if any(";16" in str(part) for _, args in decoders for part in args) or any(kind == "SGI16" for kind, _ in decoders):
+        return True
+    if image.format == "PPM":
+        return any(isinstance(part, int) and part > 255 for _, args in decoders for part in args)
+    if image.format == "JPEG2000":
+        return (data[data.find(b"\xff\x4f\xff\x51") + 42] & 0x7F) > 7
+    return image.format == "AVIF" and bool(data[data.find(b"av1C") + 6] & 0x40)
+
+
+def _kind(image: Image.Image) -> str:
+    return image.mode if image.mode not in GREY + COLOUR else f"{image.mode} with 16 bits a channel"

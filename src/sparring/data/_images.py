@@ -1,0 +1,253 @@
+"""A user's own images as a data set: which are of which part and class, in which order, and what is said of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..errors import DataError, DataWarning, UserError
+from ..files import canonical_json
+from ._cache import Decoded, any_coloured, decoded, decoders, hashes_of, rows_like_first
+from ._decode import Pixels
+from ._listing import CLASSES, PARTS, WHOLE, Entry, Listing
+from ._pixels import Rows
+from ._places import Progress
+from ._request import EVERYTHING, Request
+from ._types import Dataset, Split, balanced_order, fixed_order, from_splits, hold_out, take, tell_shared
+
+PIXELS = 512 << 20  # bytes of pixels up to which a set is what its pixels are; a larger one is what its files are
+FEW = 10  # classes that are counted one by one
+NAMED = {"train": "training", "valid": "validation", "test": "test"}
+MEASURED = 10_000  # of such a one, images of which mean and deviation are taken
+
+
+def load_images(
+    path: Path, name: str, request: Request = EVERYTHING, progress: Progress | None = None, *, listing: Listing
+) -> Dataset:
+    """Load images of one size in any format that Pillow decodes, without ever unpacking anything to disk.
+
+    Classes are the folder names in sorted order, or the lines of classes.txt beside train/, which may name more than
+    there are folders, or those of `request.classes`. Images are grey (1, H, W) if all of them are, else (3, H, W); they
+    are turned as EXIF says, transparency is dropped, of several frames the first is read. Hidden files and folders are
+    ignored; a DataWarning counts what is not read, and names classes without test images and labels that do not count
+    as their names do. Where there is no valid/ (or val/, validation/), every tenth training image of a class (by name)
+    is held out. Each split comes in balanced order. A set with images in a lossy format has that in its name, as
+    "jpeg". A folder of class folders alone is a test split. Test images that are asked for by their number are decoded
+    in memory, a whole set of more than 16 MiB of pixels into the cache, which is mapped.
+
+    Raises DataError, naming the file, for a damaged image, one of another size, of more than 4,096 pixels a side or of
+    16 bits a channel, for a part that is asked for and has no images, a class without training images, and where the
+    disk has no room for the cache.
+    """
+    try:
+        parts, notes = _parts(listing, path, request)
+        labels, numbers, told = _labels(parts, listing, path, request)
+        order = _arranged(parts, numbers, path, request)
+        kept = request.cache and (request.images is None or "train" in order)
+        counted = _count(order, labels)
+        drawn = None if request.images is None else fixed_order(len(order["test"]))[: request.images]
+        if drawn is not None and not kept:
+            order["test"] = [order["test"][at] for at in drawn.tolist()]
+        every = [entry for own in order.values() for entry in own]
+        found = _pixels(listing, every, len(order.get("train", ())), path, request, kept, progress)
+    except UserError as error:
+        raise DataError(str(error)) from error
+    _tell(parts, listing, labels, path, found.animated, told=bool(told))
+    y = torch.tensor([numbers[entry.label] for entry in every])
+    sizes = [len(own) for own in order.values()]
+    identity = _identity(listing, every, y, sizes, len(labels), found, request)
+    if identity:
+        _tell_shared(found.hashes, sizes, path)
+    splits = dict(zip(order, map(Split, torch.split(found.x, sizes), torch.split(y, sizes)), strict=True))
+    if drawn is not None and kept:
+        splits["test"] = take(splits["test"], drawn)
+    extra = sorted(kind for kind in found.lossy if kind not in name.lower())
+    notes += [f"{path}: {note}" for note in (told, f"{request.geometry or ''}", counted) if note]
+    return from_splits(
+        "-".join([name, *extra]), splits.get("train"), splits.get("valid"), splits["test"], classes=len(labels),
+        class_names=labels, drawn=drawn, notes=notes, counts=found.counts, identity=identity,
+    )  # fmt: skip
+
+
+def _tell_shared(hashes: Pixels | None, sizes: list[int], path: Path) -> None:
+    """Warn of test images whose files are those of training or validation images too."""
+    if hashes is None or len(sizes) == 1:
+        return
+    each, tested = [row.tobytes() for row in hashes], sizes[-1]
+    seen = set(each[:-tested])
+    tell_shared(sum(one in seen for one in each[-tested:]), tested, path)
+
+
+def _count(order: dict[str, list[Entry]], labels: list[str]) -> str:
+    """Say how many images of which class were found for each part."""
+    told = []
+    for part, own in order.items():
+        found = Counter(entry.label for entry in own)
+        if len(labels) <= FEW:
+            shown = ", ".join(f"{found[label]} {label}" for label in sorted(found))
+        else:
+            shown = (
+                f"{len(found):,} of {len(labels):,} classes, {min(found.values()):,} to {max(found.values()):,} each"
+            )
+        told.append(f"{len(own):,} for {NAMED[part]} ({shown})")
+    return f"images: {'; '.join(told)}"
+
+
+def _arranged(
+    parts: dict[str, list[Entry]], numbers: dict[str, int], path: Path, request: Request
+) -> dict[str, list[Entry]]:
+    """Return the images of each part in balanced order, some held out for validation, no more than are asked for."""
+    order = {part: _ordered(own, numbers) for part, own in parts.items()}
+    if "train" in order and "valid" not in order:
+        every = order["train"]
+        labels = torch.tensor([numbers[entry.label] for entry in every])
+        kept, held = hold_out(Split(torch.arange(len(every)), labels), seed=request.valid_seed)
+        if len(held.y) == 0 and request.parts == "all":
+            raise DataError(f"{path} has one image a class in train/; add more, or some in valid/<class>/")
+        order["train"], valid = ([every[at] for at in part.x.tolist()] for part in (kept, held))
+        order |= {"valid": valid} if valid else {}
+    limits = dict(request.limit)
+    return {part: order[part][: limits.get(part)] for part in WHOLE if part in order}
+
+
+def _pixels(
+    listing: Listing, every: list[Entry], trained: int, path: Path, request: Request, kept: bool,
+    progress: Progress | None,
+) -> Decoded:  # fmt: skip
+    """Decode images: as grey only if all of the set are grey, also those that are not decoded, by their headers."""
+    how = Rows(path, (request.channels or 1, 0, 0), request.geometry, trained)
+    how = rows_like_first(listing.source, every, how)
+    if math.prod(how.shape) * trained > PIXELS:
+        how = replace(how, counted=min(trained, MEASURED))
+    found = decoded(listing.source, every, how, kept=kept, progress=progress)
+    if found.x.shape[1] == 1:
+        seen = {entry.place for entry in every}
+        others = [entry for entry in (*listing.entries, *listing.flat) if entry.place not in seen]
+        if any_coloured(listing.source, others):
+            how = replace(how, shape=(3, *how.shape[1:]))
+            return decoded(listing.source, every, how, kept=kept, progress=progress)
+    return found
+
+
+def _identity(
+    listing: Listing, every: list[Entry], y: torch.Tensor, sizes: list[int], classes: int, found: Decoded,
+    request: Request,
+) -> str:  # fmt: skip
+    """Return the hash of a large set's files, labels and of how images are prepared; "" of one that its pixels name."""
+    if found.x.numel() <= PIXELS:
+        return ""
+    hashes = hashes_of(listing.source, every) if found.hashes is None else found.hashes
+    what = [classes, sizes, list(found.x.shape[1:]), str(request.geometry and replace(request.geometry, source=""))]
+    digest = hashlib.sha256(canonical_json([what, decoders()]).encode())
+    for array in (y.numpy(), hashes):
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, list[Entry]], list[str]]:
+    """Return the images of each part that is asked for, and what was taken for another; refuse what is ambiguous."""
+    if len(listing.roots) > 1:
+        raise DataError(f"{path} holds several sets ({', '.join(sorted(listing.roots))}); give one at a time")
+    twice = sorted(part for part in listing.named_parts if PARTS[part] == "valid")
+    if len(twice) > 1:
+        raise DataError(f"{path} has {'/ and '.join(twice)}/, which mean the same; keep one")
+    parts = {part: [entry for entry in listing.entries if entry.part == part] for part in WHOLE}
+    parts, notes = {part: own for part, own in parts.items() if own}, []
+    if request.parts != "all" and not parts and not listing.folders and listing.flat:
+        if len({entry.member.rpartition("/")[0].rpartition("/")[0] for entry in listing.flat}) > 1:
+            raise DataError(f"{path} has class folders at several depths; put them into {path}/test/")
+        parts, notes = {"test": listing.flat}, [f"{path} has class folders alone: all its images are tested"]
+        listing.outside = [name for name in listing.outside if name not in {entry.member for entry in listing.flat}]
+    if request.parts != "all" and "test" not in parts and parts:
+        lent = "valid" if "valid" in parts else "train"
+        shown = twice[0] if lent == "valid" else lent
+        parts["test"] = parts[lent] if lent == "train" else parts.pop(lent)
+        notes.append(
+            f"{path} has no test/: the images of {shown}/ are tested"
+            + (", which a network that was trained on them knows" if lent == "train" else "")
+        )
+    for part in ("train", "test") if request.parts == "all" else ("test",):
+        if part not in parts:
+            others = sorted([*listing.outside, *listing.nested, *listing.skipped])[:3]
+            found = f", only {', '.join(others)}" if others else ""
+            few = "; to attack a trained network, a test split alone will do" if part == "train" else ""
+            raise DataError(f"{path} has no images in {part}/<class>/{found}; put some there{few}")
+    return ({"test": parts["test"]} if request.parts == "test" else parts), notes
+
+
+def _labels(
+    parts: dict[str, list[Entry]], listing: Listing, path: Path, request: Request
+) -> tuple[list[str], dict[str, int], str]:
+    """Return the classes' names, the number of each label, and what says so; refuse what would shift or lose one."""
+    trained = {label for part, label in listing.folders if part == "train"}
+    present = {label for _, label in listing.folders} or {entry.label for entry in parts["test"]}
+    if request.classes is not None and not (listing.named and request.classes.fallback):
+        try:
+            numbers, told = request.classes.numbers(present)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        return list(request.classes.names), numbers, told
+    labels = listing.named or sorted(trained or present)
+    if len(set(labels)) != len(labels):
+        raise DataError(f"{CLASSES} in {path} names a class twice")
+    for part, label in sorted(listing.folders):
+        if label not in labels:
+            place = f"{CLASSES} does not name it" if listing.named else "not in train/"
+            raise DataError(f"{path} has the class '{label}' in {part}/ but {place}")
+        if part == "train" and not any(entry[1:3] == (part, label) for entry in listing.entries):
+            raise DataError(
+                f"{path} has no image that can be read in train/{label}/; put some there, or remove the folder (which "
+                f"without {CLASSES} changes the labels of the classes after it)"
+            )
+    if missing := sorted(present - set(labels)):
+        raise DataError(f"{path} has the class '{missing[0]}' but {CLASSES} does not name it")
+    return labels, {label: at for at, label in enumerate(labels)}, ""
+
+
+def _tell(
+    parts: dict[str, list[Entry]],
+    listing: Listing,
+    labels: list[str],
+    path: Path,
+    animated: Sequence[str],
+    *,
+    told: bool,
+) -> None:
+    """Warn of files that were not read, frames left out, and classes that a split lacks."""
+    found = {
+        "left out, since they are no images": listing.skipped,
+        "images outside of train/, valid/ and test/, not read": listing.outside,
+        "folders within a class's folder, not read": sorted(listing.nested),
+        "of several frames only the first was read": list(animated),
+    }
+    listed = told or bool(listing.named)
+    for part in WHOLE[1:]:
+        present = {entry.label for entry in parts.get(part, ())}
+        if present and not listed:
+            found[f"classes without images in {part}/"] = [label for label in labels if label not in present]
+    if not listed and labels != sorted(labels, key=_as_counted):
+        found[f"labels go by the names as text, which is not as one counts; {CLASSES} may say another order"] = labels
+    for what, names in found.items():
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            warnings.warn(f"{path}: {what}: {len(names)} ({shown})", DataWarning, stacklevel=4)
+
+
+def _as_counted(label: str) -> list[str | int]:
+    """Return a key that sorts "2" before "10"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", label)]
+
+
+def _ordered(entries: list[Entry], numbers: dict[str, int]) -> list[Entry]:
+    """Return images in balanced order."""
+    entries = sorted(entries, key=lambda entry: (entry.label, entry.member.rpartition("/")[2]))
+    order, _ = balanced_order(torch.tensor([numbers[entry.label] for entry in entries]))
+    return [entries[at] for at in order.tolist()]

@@ -1,0 +1,208 @@
+"""What there is of a user's images, before any pixel is decoded: entries, their parts and labels, and what is left out.
+
+A folder, zip or tar has train/<class>/*, test/<class>/* and valid/<class>/*, or some of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from ..errors import DataError
+from ..files import explain, read_bounded, safe_members
+from ._decode import MOST_FILE, endings
+
+PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+WHOLE = ("train", "valid", "test")
+CLASSES = "classes.txt"
+IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
+# Members are decoded one by one, each bounded; of a whole archive only the disk is the limit.
+MOST_BYTES, MOST_MEMBERS = 1 << 50, 100_000_000
+
+
+class Entry(NamedTuple):
+    """Name an image, of part "" where none is said; `place` is its own in the order in which a set is read."""
+
+    place: int
+    part: str
+    label: str
+    member: str
+
+
+class Source(Protocol):
+    """Say where images lie."""
+
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+        """Yield some images in the order in which they are read: their bytes, or the file that holds one."""
+        ...
+
+    def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
+        """Yield of each image the size of the file that holds it, and when that was changed, in nanoseconds."""
+        ...
+
+
+@dataclass
+class Listing:
+    """What there is: images, class folders, files and folders that are not read, and what is said of classes.
+
+    `flat` are images of no part; `named` are classes in their order; `numbered` labels are their numbers. `layout` says
+    where images of a part belong.
+    """
+
+    source: Source
+    entries: list[Entry] = field(default_factory=list)
+    flat: list[Entry] = field(default_factory=list)
+    count: int = 0
+    folders: set[tuple[str, str]] = field(default_factory=set)
+    skipped: list[str] = field(default_factory=list)
+    nested: set[str] = field(default_factory=set)
+    outside: list[str] = field(default_factory=list)
+    named_parts: set[str] = field(default_factory=set)
+    roots: set[str] = field(default_factory=set)
+    named: list[str] = field(default_factory=list)
+    numbered: bool = False
+    layout: str = "{part}/<class>/"
+
+    def wants(self, member: str) -> bool:
+        """Say whether a file is a list of classes, and remember what else it is; the name of a folder ends in "/"."""
+        self.count += 1
+        *folders, name = member.rstrip("/").split("/")
+        if any(part.startswith(".") or part in IGNORED for part in (*folders, name)):
+            return False  # a notebook's copies, and the hidden twin that macOS packs of every file
+        *within, _ = member.split("/")
+        depth = next((at for at, folder in enumerate(within) if folder in PARTS), len(within)) + 3
+        part, image = (folders[-2] if len(folders) >= 2 else ""), is_image(name)
+        if len(within) >= depth and within[-2] not in PARTS:
+            self.nested.add("/".join(within[:depth]))
+        elif member.endswith("/"):
+            self.folders |= {(PARTS[folders[-1]], name)} if folders and folders[-1] in PARTS else set()
+        elif part in PARTS:
+            self.folders.add((PARTS[part], folders[-1]))
+            self.named_parts.add(part)
+            self.roots.add("/".join(folders[:-2]))
+            if image:
+                self.entries.append(Entry(self.count, PARTS[part], folders[-1], member))
+            else:
+                self.skipped.append(member)
+        elif set(folders) & set(PARTS):
+            self.skipped.append(member)
+        elif image:
+            self.outside.append(member)
+            if folders:
+                self.flat.append(Entry(self.count, "", folders[-1], member))
+        return name.lower() == CLASSES and not set(folders) & set(PARTS)
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is one of an image, by its ending."""
+    return os.path.splitext(name)[1].lower() in endings()  # noqa: PTH122 -- Path takes ten times as long
+
+
+class Files:
+    """Images that are files of their own, below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+        for entry in entries:
+            yield entry, self.root / entry.member
+
+    def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
+        for entry in entries:
+            yield stamp(self.root / entry.member)
+
+
+class Packed:
+    """Images in zips or tars, read from front to back; of several their names go before those of their members."""
+
+    def __init__(self, *archives: Path) -> None:
+        self.archives = archives
+
+    def members(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+        """Yield the wanted members of all, each read whole."""
+        for archive in self.archives:
+            before = f"{archive.name}/" if len(self.archives) > 1 else ""
+            found = safe_members(
+                archive,
+                wanted=lambda member, before=before: wanted(before + member),  # type: ignore[misc]
+                max_bytes=MOST_BYTES,
+                max_files=MOST_MEMBERS,
+            )
+            yield from ((before + member, data) for member, data in found)
+
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+        by_place = {entry.place: entry for entry in entries}
+        found: list[Entry] = []
+        count = 0
+
+        def wanted(_: str) -> bool:
+            nonlocal count
+            count += 1
+            entry = by_place.get(count)
+            found.extend([] if entry is None else [entry])
+            return entry is not None
+
+        for _, data in self.members(wanted):
+            yield found[-1], data
+
+    def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
+        own = {f"{archive.name}/": stamp(archive) for archive in self.archives}
+        only = next(iter(own.values())) if len(own) == 1 else None
+        for entry in entries:
+            yield only or own[entry.member[: entry.member.index("/") + 1]]
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Return a file's size in bytes, and when it was last changed, in nanoseconds."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 -- a third of Path's time, of a million files
+    except OSError as error:
+        raise explain(error, path, "read") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def list_folder(path: Path) -> Listing:
+    """List a folder, zip or tar of images by class folders; of files only lists of classes are read."""
+    source = Files(path) if path.is_dir() else Packed(path)
+    listing = Listing(source)
+    for member, data in _members(path, source, listing.wants):
+        listing.named = _lines(data, f"{member} in {path}")
+    return listing
+
+
+def _lines(data: bytes, where: str) -> list[str]:
+    """Return the lines of a list of classes that are not empty."""
+    try:
+        return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not text in UTF-8; save it so") from error
+
+
+def _members(path: Path, source: Files | Packed, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Yield the wanted files of a folder or archive, always in the same order."""
+    if isinstance(source, Packed):
+        yield from source.members(wanted)
+        return
+    for member in sorted(walk(path, "", 3)):
+        if wanted(member) and not member.endswith("/"):
+            yield member, read_bounded(path / member, limit=MOST_FILE)
+
+
+def walk(folder: Path | str, prefix: str, depth: int) -> Iterator[str]:
+    """Yield the names below a folder, down to a depth; those of folders end in "/"."""
+    try:
+        with os.scandir(folder) as found:
+            entries = list(found)
+    except OSError as error:
+        raise explain(error, folder, "read") from error
+    for entry in entries:
+        if entry.is_dir():
+            yield f"{prefix}{entry.name}/"
+            if depth > 1:
+                yield from walk(entry.path, f"{prefix}{entry.name}/", depth - 1)
+        else:
+            yield prefix + entry.name

@@ -1,0 +1,156 @@
+"""Many images to the rows of one array, by threads or processes, each image bounded by itself."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from ..errors import DataError
+from ._decode import Picture, Pixels, decode, read, strict
+from ._listing import Entry, Source
+from ._request import Geometry
+
+CHUNK = 64  # images
+AHEAD = 3  # chunks under way for each worker: what comes from an archive waits in memory
+Result = TypeVar("Result")
+
+
+class Coloured(Exception):
+    """Say that images which were taken for grey are not all so."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Say what the rows of an array are: images of a set at `path`, each brought to `shape` (C, H, W).
+
+    The first `counted` rows are those whose values are counted.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    geometry: Geometry | None = None
+    counted: int = 0
+
+    def name(self, entry: Entry) -> str:
+        """Name an image in messages."""
+        return f"{entry.member} in {self.path}"
+
+    def put(self, row: Pixels, picture: Picture, entry: Entry) -> None:
+        """Write an image into its row; raise DataError for one of another size, Coloured for one that is not grey."""
+        channels, *size = self.shape
+        if picture.size != tuple(size):
+            (height, width), (h, w) = picture.size, size
+            raise DataError(
+                f"{self.name(entry)} is {width}×{height}, others are {w}×{h}; resize them, or give --resize and --crop"
+            )
+        if picture.channels > channels:
+            raise Coloured
+        row[...] = picture.planes()  # a grey one into all three channels, where there are so many
+
+
+class Found(NamedTuple):
+    """Report decoded rows: SHA-256 of their files, formats that lose something, moving pictures, counts of values."""
+
+    rows: list[int]
+    hashes: list[bytes]
+    lossy: list[str]
+    animated: list[str]
+    counts: list[list[int]]
+
+
+Job = list[tuple[int, Entry, bytes | Path]]
+
+
+def fill(out: Pixels, job: Job, how: Rows) -> Found:
+    """Decode images into their rows of an array (N, C, H, W)."""
+    hashes, lossy, animated = [], set[str](), []
+    counts = np.zeros((how.shape[0], 256), np.int64)
+    with strict():
+        for row, entry, content in job:
+            data = read(content)
+            picture = decode(data, how.name(entry), how.geometry)
+            how.put(out[row], picture, entry)
+            hashes.append(hashlib.sha256(data).digest())
+            lossy |= {picture.lossy} - {""}
+            animated += [entry.member] if picture.animated else []
+            if row < how.counted:
+                counts += np.reshape(picture.image.histogram(), (-1, 256))
+    return Found([row for row, _, _ in job], hashes, sorted(lossy), animated, counts.tolist())
+
+
+def fill_file(file: Path, count: int, job: Job, how: Rows) -> Found:
+    """Decode images into their rows of the array (count, C, H, W) that a file holds."""
+    out = np.memmap(file, np.uint8, "r+", shape=(count, *how.shape))
+    return fill(out, job, how)
+
+
+def hash_files(job: Job) -> list[bytes]:
+    """Return the SHA-256 of some images' files."""
+    return [hashlib.sha256(read(content)).digest() for _, _, content in job]
+
+
+def jobs(source: Source, rows: Sequence[tuple[int, Entry]]) -> Iterator[Job]:
+    """Yield rows with what is read for them, in chunks, in the order in which the set is read."""
+    numbers = {entry.place: row for row, entry in rows}
+    found = source.contents([entry for _, entry in sorted(rows, key=lambda row: row[1].place)])
+    each = ((numbers[entry.place], entry, content) for entry, content in found)
+    while job := list(itertools.islice(each, CHUNK)):
+        yield job
+
+
+def work(task: Callable[[Job], Result], todo: Iterable[Job], workers: int, *, threads: bool) -> Iterator[Result]:
+    """Yield what a task makes of each job, as they are done: in this thread, on some threads or in some processes.
+
+    What a task raises ends all. Raise DataError where a process dies, as it does when memory runs out.
+    """
+    if workers <= 1:
+        yield from map(task, todo)
+        return
+    # Forked: another start imports torch anew, which takes longer than a thousand images.
+    fork = multiprocessing.get_context("fork")
+    pool: Executor = ThreadPoolExecutor(workers) if threads else ProcessPoolExecutor(workers, fork)
+    under_way: set[Future[Result]] = set()
+    try:
+        for job in todo:
+            under_way.add(pool.submit(task, job))
+            if len(under_way) >= AHEAD * workers:
+                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                yield from (one.result() for one in done)
+        while under_way:
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            yield from (one.result() for one in done)
+    except BrokenProcessPool as error:
+        raise DataError("a process that decodes images died: out of memory? try fewer with --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def available_workers() -> int:
+    """Return how many images may be decoded at a time: one per core, one where this is a worker itself."""
+    if multiprocessing.current_process().daemon:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class Summary:
+    """Add up what was found of all rows."""
+
+    counts: Pixels
+    lossy: set[str] = field(default_factory=set)
+    animated: list[str] = field(default_factory=list)
+
+    def add(self, found: Found) -> None:
+        self.counts = self.counts + np.array(found.counts)
+        self.lossy |= set(found.lossy)
+        self.animated += found.animated
