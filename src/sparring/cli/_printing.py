@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
 
 
 class Aside(io.TextIOBase):
@@ -53,31 +52,34 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left:
 def shown_bytes() -> Iterator[Callable[[str, int, int | None], None]]:
     """Give what takes a name, the bytes that are done and those of the whole: bars on a terminal, else plain lines."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
-    rows: dict[str, TaskID] = {}
-    told: dict[str, int] = {}
+    bar, rows = Progress(*columns, console=Console(file=sys.stderr), transient=True), dict[str, TaskID]()
 
-    def show(name: str, done: int, total: int | None) -> None:
-        if sys.stderr.isatty():
-            bar.start()
-            if name not in rows:
-                rows[name] = bar.add_task(name)
-            bar.update(rows[name], completed=done, total=total)
-            return
-        tenth = 10 * done // total if total else 0
-        if name not in told:
-            print(name, file=sys.stderr, flush=True)
-        elif tenth > told[name]:
-            print(f"  {10 * tenth}%", file=sys.stderr, flush=True)
-        told[name] = tenth
+    def draw(name: str, done: int, total: int | None) -> None:
+        bar.start()
+        if name not in rows:
+            rows[name] = bar.add_task(name)
+        bar.update(rows[name], completed=done, total=total)
 
     try:
-        yield show
+        yield draw if sys.stderr.isatty() else _tenths()
     finally:
         bar.stop()
+
+
+def _tenths() -> Callable[[str, int, int | None], None]:
+    """Return what says what is begun in one line, and in one more for every tenth that is done."""
+    told: dict[str, int] = {}
+
+    def tell(name: str, done: int, total: int | None) -> None:
+        tenth = 10 * done // total if total else 0
+        if tenth > told.get(name, -1):
+            print(f"  {10 * tenth}%" if name in told else name, file=sys.stderr, flush=True)
+        told[name] = tenth
+
+    return tell
 
 
 def duration(seconds: float) -> str:

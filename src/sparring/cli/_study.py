@@ -35,9 +35,8 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
     out, stream = source.out or Path("out") / plan.name, sys.stderr if as_json else sys.stdout
     check_writable(out, folder=True)
     usable_device(source.device, here=how.ray is None)
-    dataset = open_data(
-        DataSource(plan.data, source.data_dir, source.download), plan.request(cache=not source.no_cache)
-    )
+    where = DataSource(plan.data, source.data_dir, source.download)
+    dataset = open_data(where, plan.request(cache=not source.no_cache))
     if how.register:
         entry = register_plan(plan, out)
         print(f"registered on {entry['time']}: {entry['plan']}", file=stream, flush=True)

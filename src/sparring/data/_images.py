@@ -198,11 +198,12 @@ def _labels(
     labels = listing.named or sorted(trained or present)
     if len(set(labels)) != len(labels):
         raise DataError(f"{CLASSES} in {path} names a class twice")
+    filled = {entry.label for entry in listing.entries if entry.part == "train"}
     for part, label in sorted(listing.folders):
         if label not in labels:
             place = f"{CLASSES} does not name it" if listing.named else "not in train/"
             raise DataError(f"{path} has the class '{label}' in {part}/ but {place}")
-        if part == "train" and not any(entry[1:3] == (part, label) for entry in listing.entries):
+        if part == "train" and label not in filled:
             raise DataError(
                 f"{path} has no image that can be read in train/{label}/; put some there, or remove the folder (which "
                 f"without {CLASSES} changes the labels of the classes after it)"

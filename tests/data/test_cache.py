@@ -1,0 +1,150 @@
+"""A large set is decoded once: what is mapped is what was decoded, whatever came between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparring import data
+from sparring.data import Dataset, Request, _cache, _images, _pixels
+from sparring.errors import DataError
+
+from .hostile_parts import image, zipped
+from .test_request import noise
+
+Load = Callable[..., Dataset]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of 200 images of three classes; every set counts as large, and chunks as small."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(_cache, "SMALL", 0)
+    monkeypatch.setattr(_pixels, "CHUNK", 16)
+    for part, count in (("train", 150), ("test", 50)):
+        for number in range(count):
+            path = tmp_path / "set" / part / "abc"[number % 3] / f"{number:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(noise(number + 1000 * (part == "test"), 9, 7))
+    return tmp_path / "set"
+
+
+def cached(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder.parent / "cache" / "sparring" / "images").iterdir())
+
+
+def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(_pixels, "decode", refuse)
+
+
+def same(one: Dataset, other: Dataset) -> bool:
+    pairs = zip((one.train, one.valid, one.test), (other.train, other.valid, other.test), strict=True)
+    equal = all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in pairs)
+    return equal and (one.mean, one.std, one.name, one.classes) == (other.mean, other.std, other.name, other.classes)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_mapped_is_what_was_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    if packed:
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+        (folder.parent / "set.zip").write_bytes(zipped(files))
+        folder = folder.parent / "set.zip"
+    plain, told = data.load(str(folder), request=Request(cache=False)), []
+    made = data.load(str(folder), progress=lambda *what: told.append(what))
+    assert same(made, plain) and data.content_hash(made) == data.content_hash(plain)
+    assert "200 images decoded once" in told[0][0] and told[-1][1] == told[-1][2] == 200 * 3 * 9 * 7
+    undecoded(monkeypatch)
+    assert same(data.load(str(folder)), plain)
+
+
+def test_a_set_that_is_copied_or_touched_is_not_decoded_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = data.load(str(folder))
+    pixels = cached(folder)
+    undecoded(monkeypatch)
+    shutil.copytree(folder, folder.parent / "elsewhere" / "set", copy_function=shutil.copyfile)
+    assert same(data.load(str(folder.parent / "elsewhere" / "set")), made) and cached(folder) == pixels
+    for path in folder.rglob("*.png"):
+        os.utime(path, ns=(1, 1))
+    assert same(data.load(str(folder)), made) and cached(folder) == pixels
+
+
+def test_a_file_that_changed_is_decoded_anew(folder: Path) -> None:
+    made = data.load(str(folder))
+    path = folder / "test" / "a" / "000.png"
+    size, fresh = path.stat().st_size, 7777
+    while len(noise(fresh, 9, 7)) != size:
+        fresh += 1
+    path.write_bytes(noise(fresh, 9, 7))
+    assert not torch.equal(data.load(str(folder)).test.x[0], made.test.x[0])
+
+
+def test_a_run_cut_short_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = data.load(str(folder), request=Request(cache=False)), []
+
+    def stop(_: str, done: int, total: int | None) -> None:
+        if done > 60 * 189:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.load(str(folder), progress=stop)
+    assert any(name.endswith(".log") for name in cached(folder))
+    log = next((folder.parent / "cache").rglob("*.log"))
+    log.write_bytes(log.read_bytes() + b"[[1, 2")  # the line at which it was cut
+    went_on = data.load(str(folder), progress=lambda what, done, _: seen.append((what, done)))
+    assert same(went_on, plain) and "going on" in seen[0][0] and seen[0][1] > 60 * 189
+    assert not any(name.endswith(".log") or "-" in name for name in cached(folder))
+
+
+def test_grey_until_the_last_image(folder: Path) -> None:
+    for path in sorted(folder.rglob("*.png"))[:-1]:
+        path.write_bytes(image(mode="L", size=(7, 9)))
+    assert data.load(str(folder)).test.x.shape[1] == 3
+    sorted(folder.rglob("*.png"))[-1].write_bytes(image(mode="L", size=(7, 9)))
+    assert data.load(str(folder)).test.x.shape[1] == 1
+
+
+def test_a_damaged_image_is_named(folder: Path) -> None:
+    (folder / "train" / "b" / "100.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"train/b/100.png in .*set is not an image"):
+        data.load(str(folder))
+
+
+def test_a_large_set_is_named_by_its_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = data.content_hash(data.load(str(folder)))
+    monkeypatch.setattr(_images, "PIXELS", 1000)
+    monkeypatch.setattr(_images, "MEASURED", 150)
+    large, direct = data.load(str(folder)), data.load(str(folder), request=Request(cache=False))
+    assert len({small, data.content_hash(large), data.content_hash(direct)}) == 2
+    assert data.content_hash(large) == data.content_hash(direct)
+    limited = data.load(str(folder), request=Request(limit={"train": 30}))
+    assert limited.train.y.bincount().tolist() == [10, 10, 10]
+    assert data.content_hash(limited) != data.content_hash(large)
+    (folder / "test" / "a" / "000.png").write_bytes((folder / "train" / "a" / "000.png").read_bytes())
+    with pytest.warns(match="1 of 50 test images are also among"):
+        assert data.content_hash(data.load(str(folder))) != data.content_hash(large)
+
+
+def test_a_disk_without_room_is_refused_with_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(
+        DataError, match=r"200 images decoded once, 0.0 MB in .*images.*: 0.0 MB are free .* --no-cache"
+    ):
+        data.load(str(folder))
+    assert not any(name.endswith("pixels") for name in cached(folder))
+
+
+def test_validation_images_are_drawn_by_a_seed(folder: Path) -> None:
+    plain, one, two, again = (data.load(str(folder), request=Request(valid_seed=seed)) for seed in (None, 1, 2, 1))
+    assert {len(found.valid.y) for found in (plain, one, two)} == {15} and same(one, again)
+    assert all(found.valid.y.bincount().tolist() == [5, 5, 5] for found in (plain, one, two))
+    assert not torch.equal(one.valid.x, two.valid.x) and not torch.equal(one.valid.x, plain.valid.x)
+    drawn, taken = (torch.cat([found.train.x, found.valid.x]).sum((1, 2, 3)).sort() for found in (plain, one))
+    assert torch.equal(drawn.values, taken.values)
