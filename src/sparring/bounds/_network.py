@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn import grad
 
 from ..errors import Unsupported
@@ -112,9 +114,7 @@ def adjoint(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
         case Affine():
             return a * op.scale.view(1, -1, *[1] * (a.dim() - 2))
         case AvgPool():
-            channels, (height, width) = shape[0], op.kernel
-            weight = a.new_full((channels, 1, height, width), 1 / (height * width))
-            return _transposed(Conv2d("", weight, None, op.stride, (0, 0), (1, 1), channels), a, shape)
+            return _spread_out(op, a, shape)
         case Flatten():
             return a.reshape(len(a), *shape)
     raise Unsupported(f"an operation of type {type(op).__name__} is not linear")
@@ -149,6 +149,17 @@ def _sparse_product(left: csr_array, a: Tensor) -> Tensor:
     return torch.from_numpy(left @ flat.T.contiguous().numpy()).T.view(*a.shape[:-1], left.shape[0])
 
 
+def _spread_out(op: AvgPool, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    channels, (height, width) = shape[0], op.kernel
+    if op.stride != op.kernel:
+        weight = a.new_full((channels, 1, height, width), 1 / (height * width))
+        return _transposed(Conv2d("", weight, None, op.stride, (0, 0), (1, 1), channels), a, shape)
+    share = (a * (1 / (height * width)))[:, :, :, None, :, None]  # windows that share nothing
+    wide = share.expand(*a.shape[:3], height, a.shape[3], width).reshape(len(a), channels, a.shape[2] * height, -1)
+    rest = (0, shape[2] - wide.shape[3], 0, shape[1] - wide.shape[2])
+    return F.pad(wide, rest) if any(rest) else wide
+
+
 def _transposed(op: Conv2d, a: Tensor, shape: tuple[int, ...]) -> Tensor:
     size = (len(a), *shape)
     if shape == op.weight.shape[1:] and op.padding == (0, 0):  # one place: its filters are a matrix
@@ -174,8 +185,16 @@ def offset(op: LinearOp, shape: tuple[int, ...]) -> Tensor | None:
         return None
     if isinstance(op, Linear) and len(shape) == 1:
         return op.bias
+    if isinstance(op, Conv2d) and op.bias is not None:
+        places = math.prod(_after(op, shape))
+        return op.bias.repeat_interleave(places)
     some = op.shift if isinstance(op, Affine) else op.weight
     return evaluate(op, torch.zeros(1, *shape, dtype=some.dtype, device=some.device)).flatten()
+
+
+def _after(op: Conv2d, shape: tuple[int, ...]) -> tuple[int, ...]:
+    sizes = zip(shape[1:], op.weight.shape[2:], op.stride, op.padding, op.dilation, strict=True)
+    return tuple((side + 2 * p - d * (k - 1) - 1) // step + 1 for side, k, step, p, d in sizes)
 
 
 def others(y: Tensor, classes: int) -> Tensor:

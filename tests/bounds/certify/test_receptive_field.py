@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from sparring.bounds.certify import _receptive_field as windows
 from sparring.bounds.certify._crown import bound_nodes
 from sparring.bounds.certify._relaxations import Interval, WindowLines, relax
 from sparring.graph import MaxPool
-from sparring.models import Normalise
+from sparring.models import Normalise, Residual
 from sparring.threat import L1, L2, LINF
 
 BODIES = {
@@ -25,6 +24,25 @@ BODIES = {
     "dilated": [nn.Conv2d(1, 4, 2, dilation=2), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.ReLU()],
     "overlapping": [nn.Conv2d(1, 3, 2), nn.MaxPool2d(3, stride=2), nn.Conv2d(3, 3, 2), nn.ReLU()],
     "averaged": [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AvgPool2d(2), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 2), nn.ReLU()],
+    "padded": [
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(3, 3, (3, 2), padding=(2, 1), stride=(1, 2)),
+        nn.ReLU(),
+    ],
+    "padded maxima": [
+        *(nn.Conv2d(1, 3, 2, padding=1), nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 2, padding=1)),
+        nn.ReLU(),
+    ],
+    "uneven maxima": [
+        *(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Conv2d(3, 3, 3, padding=1)),
+        nn.ReLU(),
+    ],
+    "residual": [
+        *(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU()),
+        Residual(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 1)), nn.Conv2d(3, 3, 1)),
+        *(nn.ReLU(), nn.Conv2d(3, 2, 2, stride=2), nn.ReLU()),
+    ],
     "three deep": [
         *(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 3, 2)),
         nn.ReLU(),
@@ -37,8 +55,9 @@ def network(body: str) -> nn.Module:
         torch.manual_seed(3)
         layers = BODIES[body]
         for layer in layers:
-            if isinstance(layer, nn.Conv2d):
-                layer.reset_parameters()
+            for inner in layer.modules():
+                if isinstance(inner, nn.Conv2d):
+                    inner.reset_parameters()
         head = [nn.Flatten(), nn.LazyLinear(6), nn.ReLU(), nn.Linear(6, 3)]
         model = nn.Sequential(Normalise((0.4,), (0.5,)), *layers, *head)
         model.train()(torch.rand(4, 1, 16, 15))  # gives lazy layers their shape, and batch norm its statistics
@@ -60,8 +79,7 @@ def test_windows_change_no_bound(body: str, norm: float, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(windows, "_WORTH", 1.0)
     # All neurons: those of a known sign are refined or not, as it happens.
-    refined = crown._refined
-    monkeypatch.setattr(crown, "_refined", lambda *arguments: cast(Any, refined)(*arguments[:-1], True))
+    monkeypatch.setattr(crown, "wanted", lambda graph, index, known: torch.ones_like(known.lower, dtype=torch.bool))
     monkeypatch.setattr(crown, "windows", counted)
     found, _ = bound_nodes(graph, reach, backward=True)
     assert any(cut)
@@ -93,18 +111,18 @@ def test_lenet_5_is_cut_to_a_quarter_of_its_image() -> None:
     layers = [nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten()]
     graph = prepare(nn.Sequential(*layers, nn.Linear(800, 10)), (1, 28, 28))
     seen = windows.windows(graph, 3)
-    assert seen is not None and seen.places == (8, 8)
-    assert seen.sizes == ((14, 14), (10, 10), (5, 5), (1, 1)) and seen.strides == ((2, 2), (2, 2), (1, 1), (1, 1))
+    assert seen is not None and seen.places == (8, 8) and not seen.padded
+    assert [seen.windows[i].size for i in range(4)] == [(14, 14), (10, 10), (5, 5), (1, 1)]
+    assert [seen.windows[i].stride for i in range(4)] == [(2, 2), (2, 2), (1, 1), (1, 1)]
 
 
 @pytest.mark.parametrize(
     "layers",
     [
-        [nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.ReLU()],
-        [nn.Conv2d(1, 3, 3), nn.MaxPool2d(2, padding=1), nn.Conv2d(3, 3, 3), nn.ReLU()],
         [nn.Conv2d(1, 3, 14), nn.ReLU(), nn.Conv2d(3, 3, 2), nn.ReLU()],
+        [nn.Conv2d(1, 3, 14, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 4), nn.ReLU()],
     ],
-    ids=["padding", "padded maxima", "sees nearly all"],
+    ids=["sees nearly all", "and padding"],
 )
 def test_what_cannot_be_cut_or_gains_nothing_is_left_whole(layers: list[nn.Module]) -> None:
     model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(2))

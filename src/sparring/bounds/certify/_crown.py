@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ...graph import Graph, MaxPool, ReLU, SparseActivation
+from ...graph import Graph
 from .._network import LinearOp, adjoint, offset
 from .._region import Region
+from ._open_units import NONLINEAR, refined, wanted
 from ._receptive_field import windows
 from ._relaxations import Interval, Relaxation, first_layers, propagate, relax
 
-_NONLINEAR = (ReLU, MaxPool, SparseActivation)
 _CHUNK = 2**18  # coefficients of units that are refined at once: 2 MB of float64
 
 
@@ -23,7 +23,7 @@ def lower_bound(
     start: int,
     rows: Tensor,
     region: Region,
-    relaxed: dict[int, Relaxation],
+    relaxed: Mapping[int, Relaxation],
     *,
     alpha: dict[int, Tensor] | None = None,
     refine: bool = False,
@@ -39,7 +39,7 @@ def lower_bound(
         if index not in waiting:
             continue
         a, node = waiting.pop(index), graph.nodes[index]
-        if isinstance(node.op, _NONLINEAR):
+        if index in relaxed:
             a, added = relaxed[index].pull(a, alpha[index] if alpha and index in alpha else None)
             total = total + added
         elif isinstance(node.op, LinearOp):
@@ -52,9 +52,7 @@ def lower_bound(
     return total + region.minimum(waiting[0].flatten(2), refine=refine)
 
 
-def _both_bounds(
-    graph: Graph, start: int, rows: Tensor, region: Region, relaxed: dict[int, Relaxation]
-) -> tuple[Tensor, Tensor]:
+def _both_bounds(graph: Graph, start: int, rows: Tensor, region: Region, relaxed: Mapping[int, Relaxation]) -> Interval:
     """Bound rows·(output of node `start`) from below and from above over a region: two of (N, K).
 
     Does what `lower_bound` does for `rows` and for −`rows`. Instead of the latter's coefficients their sum with the
@@ -66,7 +64,7 @@ def _both_bounds(
         if index not in waiting:
             continue
         (a, both), node = waiting.pop(index), graph.nodes[index]
-        if isinstance(node.op, _NONLINEAR):
+        if index in relaxed:
             negative, added = relaxed[index].pull(_less(both, a), None)
             high_total += added
             a, added = relaxed[index].pull(a, None)
@@ -84,7 +82,7 @@ def _both_bounds(
     a, both = waiting[0]
     low_total += region.minimum(a.flatten(2))
     high_total += region.minimum(_less(both, a).flatten(2))
-    return low_total, -high_total
+    return Interval(low_total, -high_total)
 
 
 def _less(both: Tensor | None, a: Tensor) -> Tensor:
@@ -100,48 +98,57 @@ def _pull(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
     return adjoint(op, a.flatten(0, 1), shape).view(*a.shape[:2], *shape)
 
 
-def bound_nodes(graph: Graph, region: Region, *, backward: bool) -> tuple[list[Interval], dict[int, Relaxation]]:
+def bound_nodes(
+    graph: Graph, region: Region, *, backward: bool, known: Sequence[Interval] | None = None
+) -> tuple[list[Interval], dict[int, Relaxation]]:
     """Bound every node's output over a region, and every nonlinear node by lines.
 
     With `backward` the inputs of nonlinear nodes are refined by CROWN; without, all bounds are interval arithmetic.
+    `known` are bounds over a region that contains this one.
     """
     attained = first_layers(graph, region)
-    feeds = {node.inputs[0] for node in graph.nodes if isinstance(node.op, _NONLINEAR)}
+    feeds = refined(graph) if backward else []
     bounds: list[Interval] = []
     relaxed: dict[int, Relaxation] = {}
     for index, node in enumerate(graph.nodes):
-        if index in attained:
-            bounds.append(attained[index])
-            continue
-        if isinstance(node.op, _NONLINEAR):
+        if isinstance(node.op, NONLINEAR):
             relaxed[index] = relax(node.op, bounds[node.inputs[0]])
-        here = propagate(node.op, *(bounds[i] for i in node.inputs))
-        bounds.append(_refine(graph, index, here, region, relaxed) if backward and index in feeds else here)
+        here = attained[index] if index in attained else propagate(node.op, *(bounds[i] for i in node.inputs))
+        bounds.append(here if known is None else here.within(known[index]))
+        if index in feeds and index not in attained:
+            bounds[index] = _refine(graph, index, bounds[index], region, relaxed)
     return bounds, relaxed
 
 
-def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: dict[int, Relaxation]) -> Interval:
-    """Tighten the neurons whose sign is not known yet, or all if more than the sign counts."""
-    pooled = any(isinstance(n.op, MaxPool | SparseActivation) and index in n.inputs for n in graph.nodes)
-    seen = windows(graph, index)
+def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: Mapping[int, Relaxation]) -> Interval:
+    """Tighten the neurons of a node for which it may count, from windows where neurons see little."""
+    some, seen = wanted(graph, index, known), windows(graph, index)
     if seen is None:
-        return _refined(graph, index, known, region, relaxed, pooled)
-    network, parts = seen.network(), []
-    for start in range(len(known.lower)):  # the windows of one image alone are many
-        image = slice(start, start + 1)
-        lines = {i: seen.relaxation(r.of(image), i) for i, r in relaxed.items()}
-        here = seen.interval(Interval(known.lower[image], known.upper[image]))
-        parts.append(seen.whole(_refined(network, index, here, seen.region(region[image]), lines, pooled)))
+        return _refined(graph, index, known, some, region, relaxed)
+    parts = []
+    for image in (slice(start, start + 1) for start in range(len(known.lower))):  # the windows of one image are many
+        open_, *here = (seen.by_place(value[image]) for value in (some, *known))
+        chosen = _places(open_) if seen.padded else torch.arange(len(open_))
+        network, lines = seen.network(chosen, {i: r.of(image) for i, r in relaxed.items()})
+        box, reach = Interval(*(value[chosen] for value in here)), seen.region(region[image], chosen)
+        found = _refined(network, len(network.nodes) - 1, box, open_[chosen], reach, lines)
+        both = (seen.whole(old.index_copy(0, chosen, new)) for old, new in zip(here, found, strict=True))
+        parts.append(Interval(*both))
     return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
 
 
+def _places(some: Tensor) -> Tensor:
+    """Return the places (places, C, 1, 1) at which any neuron is wanted, those with many first: such are alike."""
+    counts = some.flatten(1).sum(1)
+    return counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+
+
 def _refined(
-    graph: Graph, index: int, known: Interval, region: Region, relaxed: dict[int, Relaxation], all_: bool
+    graph: Graph, index: int, known: Interval, some: Tensor, region: Region, relaxed: Mapping[int, Relaxation]
 ) -> Interval:
     lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
-    open_ = torch.ones_like(lower, dtype=torch.bool) if all_ else (lower < 0) & (upper > 0)
     width = 2 * max(math.prod(node.shape) for node in graph.nodes[: index + 1])
-    for images, units in _groups(open_, max(1, _CHUNK // width)):
+    for images, units in _groups(some.flatten(1), max(1, _CHUNK // width)):
         here = region[images]
         rows = lower.new_zeros(*units.shape, lower.shape[1]).scatter_(2, units[..., None], 1.0)
         lines = {i: r.of(images) for i, r in relaxed.items()}

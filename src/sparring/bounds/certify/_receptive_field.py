@@ -1,108 +1,233 @@
-"""Convolutions without padding look through windows: what a neuron may be depends on its own window of the image.
+"""Convolutions look through windows: what a neuron may be depends on its own window of the image.
 
-The neurons of one place share a window. Cut down to it, the network is small, and its bounds are the same.
+The neurons of one place share a window. Cut down to it, the network is small, and its bounds are the same. Windows may
+reach beyond the image, where padding is: nothing that lies there counts.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ...graph import Affine, AvgPool, Conv2d, Graph, Input, MaxPool, Node, ReLU
+from ...graph import Add, Affine, AvgPool, Conv2d, Graph, MaxPool, Node, Op, ReLU
 from .._region import Region
-from ._relaxations import Interval, Lines, Relaxation, WindowLines, pool_windows, tile_of
+from ._relaxations import Lines, Relaxation, WindowLines, pool_windows, tile_of
 
 _WORTH = 0.5  # share of the network's values in a window up to which cutting pays
+_ELEMENTWISE = (Affine, ReLU, Add)
+Pair = tuple[int, int]
 
 
-@dataclass(frozen=True)
+class Window(NamedTuple):
+    """The part of a node's map that the first place of another needs; the next place's lies `stride` farther.
+
+    All are (vertical, horizontal); where there is padding, it starts before 0.
+    """
+
+    start: Pair
+    size: Pair
+    stride: Pair
+
+    def joined(self, other: Window | None) -> Window | None:
+        """Return the smallest window that holds both, or None where they do not move together."""
+        if other is None or other == self:
+            return self
+        if other.stride != self.stride:
+            return None
+        top, left = map(min, self.start, other.start)
+        bottom, right = map(max, self.ends, other.ends)
+        return Window((top, left), (bottom - top, right - left), self.stride)
+
+    @property
+    def ends(self) -> Pair:
+        """Return the first row below it, and the first column to the right of it."""
+        return self.start[0] + self.size[0], self.start[1] + self.size[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a reader sees of a node: a part of its window, and nothing of what lies beyond the image.
+
+    inside: 1 within the image, (places, 1, height, width) of the part; pad: how far the window goes on, as for F.pad.
+    """
+
+    inside: Tensor
+    pad: tuple[int, int, int, int]
+
+    def of(self, images: slice) -> Seen:
+        """Return what is seen from some of the places."""
+        return replace(self, inside=self.inside[images])
+
+    def pull(self, a: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the coefficients on the whole window; nothing is added."""
+        return F.pad(a * self.inside[:, None], self.pad), a.new_zeros(a.shape[:2])
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """Stand between a node and a reader that sees only a part of it."""
+
+
+@dataclass(frozen=True, eq=False)
 class Windows:
-    """What each node must hold for one place of the last: size and stride of its windows, (vertical, horizontal)."""
+    """What every node must hold for the places of the last, and which of them are looked from: flat numbers."""
 
     graph: Graph
-    sizes: tuple[tuple[int, int], ...]
-    strides: tuple[tuple[int, int], ...]
-    places: tuple[int, int]
+    index: int
+    windows: Mapping[int, Window]
+    places: Pair
 
-    def network(self) -> Graph:
-        """Return the network up to the last node, for the window of one place."""
-        return Graph(
-            tuple(
-                Node(node.op, node.inputs, (node.shape[0], *size))
-                for node, size in zip(self.graph.nodes, self.sizes, strict=False)
-            )
-        )
+    @property
+    def padded(self) -> bool:
+        """Say whether a window reaches beyond the image."""
+        return any(self._beyond(index) for index in self.windows)
 
-    def region(self, region: Region) -> Region:
-        """Return the region of every window, those of one image together: N images to N · places."""
-        x, lower, upper = (self._cut(value, 0) for value in (region.x, region.lower, region.upper))
-        return Region(x, region.norm, region.eps.repeat_interleave(math.prod(self.places)), lower, upper)
+    def network(self, chosen: Tensor, relaxed: Mapping[int, Relaxation]) -> tuple[Graph, dict[int, Relaxation]]:
+        """Return the network up to the last node, for the windows of chosen places of one image, and its bounds."""
+        nodes: list[Node] = []
+        lines: dict[int, Relaxation] = {}
+        at: dict[int, int] = {}
+        for index in sorted(self.windows):
+            node, sources = self.graph.nodes[index], []
+            for source in node.inputs:
+                sources.append(at[source])
+                if (seen := self._seen(source, index, chosen)) is not None:
+                    shape = (self.graph.nodes[source].shape[0], *seen.inside.shape[2:])
+                    nodes.append(Node(View(), (at[source],), shape))  # type: ignore[arg-type]
+                    lines[len(nodes) - 1] = seen
+                    sources[-1] = len(nodes) - 1
+            at[index] = len(nodes)
+            if index in relaxed:
+                lines[at[index]] = self._relaxation(relaxed[index], index, chosen)
+            nodes.append(Node(_unpadded(node.op), tuple(sources), (node.shape[0], *self.windows[index].size)))
+        return Graph(tuple(nodes)), lines
 
-    def relaxation(self, lines: Relaxation, index: int) -> Relaxation:
-        """Return the linear bounds of a nonlinear node within every window."""
+    def region(self, region: Region, chosen: Tensor) -> Region:
+        """Return the region of the windows of chosen places: one image to len(chosen)."""
+        x, lower, upper = (self._cut(value, 0, chosen) for value in (region.x, region.lower, region.upper))
+        return Region(x, region.norm, region.eps.repeat_interleave(len(chosen)), lower, upper)
+
+    def by_place(self, value: Tensor) -> Tensor:
+        """Return the last node's values with every place by itself: (1, C, H, W) to (H · W, C, 1, 1)."""
+        return value.permute(0, 2, 3, 1).reshape(-1, value.shape[1], 1, 1)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """Undo `by_place`."""
+        return value.view(-1, *self.places, value.shape[1]).permute(0, 3, 1, 2).contiguous()
+
+    def _relaxation(self, lines: Relaxation, index: int, chosen: Tensor) -> Relaxation:
+        """Return the linear bounds of a nonlinear node within the windows; those beyond the image are zero."""
         if isinstance(lines, Lines):
-            return Lines(*(self._cut(value, index) for value in lines))
-        op, shape = self.graph.nodes[index].op, (lines.shape[0], *self.sizes[index - 1])
-        assert isinstance(op, MaxPool)
+            return Lines(*(self._cut(value, index, chosen) for value in lines))
+        op = _unpadded(self.graph.nodes[index].op)
+        part = _needed(op, self.windows[index])
+        assert isinstance(op, MaxPool) and isinstance(lines, WindowLines) and part is not None
+        shape = (lines.shape[0], *part.size)
         best, slopes, shift = (
-            self._cut(value.view(len(value), *self.graph.nodes[index].shape, -1), index).flatten(1, 3)
+            self._cut(value.view(len(value), *self.graph.nodes[index].shape, -1), index, chosen).flatten(1, 3)
             for value in (lines.best, lines.slopes, lines.shift)
         )
         return WindowLines(pool_windows(op, shape), best[..., 0], slopes, shift[..., 0], shape, tile_of(op, shape))
 
-    def interval(self, known: Interval) -> Interval:
-        """Return the last node's bounds with every place by itself: (N, C, H, W) to (N · H · W, C, 1, 1)."""
-        return Interval(*(value.permute(0, 2, 3, 1).reshape(-1, value.shape[1], 1, 1) for value in known))
-
-    def whole(self, found: Interval) -> Interval:
-        """Undo `interval`."""
-        return Interval(
-            *(value.view(-1, *self.places, value.shape[1]).permute(0, 3, 1, 2).contiguous() for value in found)
+    def _seen(self, source: int, reader: int, chosen: Tensor) -> Seen | None:
+        """Return what a reader sees of a node; None where that is its whole window and all of it within the image."""
+        op, whole = self.graph.nodes[reader].op, self.windows[source]
+        part = _needed(op, self.windows[reader])
+        assert part is not None
+        plain = not isinstance(op, Conv2d) or op.padding == (0, 0) or isinstance(self.graph.nodes[source].op, ReLU)
+        if part == whole and (plain or not self._beyond(source)):
+            return None
+        top, left = (a - b for a, b in zip(part.start, whole.start, strict=True))
+        pad = (left, whole.size[1] - part.size[1] - left, top, whole.size[0] - part.size[0] - top)
+        _, *sides = self.graph.nodes[source].shape
+        rows, columns = (
+            start + places[:, None] * stride + torch.arange(size)
+            for start, places, stride, size in zip(part.start, self._at(chosen), part.stride, part.size, strict=True)
         )
+        inside = ((rows >= 0) & (rows < sides[0]))[:, None, :, None] & ((columns >= 0) & (columns < sides[1]))[
+            :, None, None
+        ]
+        return Seen(inside.double(), pad)
 
-    def _cut(self, value: Tensor, index: int) -> Tensor:
-        """Return the windows of a node's values: (N, C, H, W, ...) to (N · places, C, height, width, ...)."""
-        (height, width), (down, across), (rows, columns) = self.sizes[index], self.strides[index], self.places
-        seen = value.unfold(2, height, down)[:, :, :rows].unfold(3, width, across)[:, :, :, :columns]
-        seen = seen.movedim((-2, -1), (4, 5)).movedim(1, 3)
-        return seen.reshape(-1, *seen.shape[3:])
+    def _at(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return chosen // self.places[1], chosen % self.places[1]
+
+    def _beyond(self, index: int) -> bool:
+        return any(before or after for before, after in self._margins(index))
+
+    def _margins(self, index: int) -> tuple[Pair, Pair]:
+        """Return how far the windows of a node reach beyond its map: (above, below) and (left, right)."""
+        _, *sides = self.graph.nodes[index].shape
+        down, across = (
+            (max(0, -start), max(0, start + (count - 1) * stride + size - side))
+            for start, size, stride, count, side in zip(*self.windows[index], self.places, sides, strict=True)
+        )
+        return down, across
+
+    def _cut(self, value: Tensor, index: int, chosen: Tensor) -> Tensor:
+        """Return windows of a node's values, those of one image: (1, C, H, W, ...) to (places, C, h, w, ...)."""
+        start, size, stride = self.windows[index]
+        if self._beyond(index):
+            down, across = self._margins(index)
+            value = F.pad(value, (0, 0) * (value.dim() - 4) + (*across, *down))
+        seen = value[0, :, max(0, start[0]) :, max(0, start[1]) :].unfold(1, size[0], stride[0])
+        rows, columns = self._at(chosen)
+        seen = seen.unfold(2, size[1], stride[1])[:, rows, columns]
+        return seen.movedim((-2, -1), (2, 3)).movedim(1, 0).contiguous()
 
 
 def windows(graph: Graph, index: int) -> Windows | None:
-    """Return what the places of a node see of all nodes before it; None where they see most of it, or have padding."""
-    nodes = graph.nodes[: index + 1]
-    if len(nodes[-1].shape) != 3 or any(node.inputs != (place,) for place, node in enumerate(nodes[1:])):
+    """Return what the places of a node see of all nodes before it; None where they see most of it."""
+    nodes = graph.nodes
+    if len(nodes[index].shape) != 3:
         return None
-    size, stride = (1, 1), (1, 1)
-    sizes, strides = [size], [stride]
-    for node in reversed(nodes[1:]):
-        seen = _seen(node, size, stride)
-        if seen is None:
-            return None
-        size, stride = seen
-        sizes.append(size)
-        strides.append(stride)
-    kept = sum(node.shape[0] * math.prod(size) for node, size in zip(nodes, reversed(sizes), strict=True))
-    if kept > _WORTH * sum(math.prod(node.shape) for node in nodes):
+    found = {index: Window((0, 0), (1, 1), (1, 1))}
+    for reader in range(index, 0, -1):
+        if reader not in found:
+            continue
+        needed = _needed(nodes[reader].op, found[reader])
+        for source in nodes[reader].inputs:
+            joined = None if needed is None else needed.joined(found.get(source))
+            if joined is None:
+                return None
+            found[source] = joined
+    kept = sum(nodes[i].shape[0] * math.prod(window.size) for i, window in found.items())
+    if kept > _WORTH * sum(math.prod(nodes[i].shape) for i in found):
         return None
-    _, *places = nodes[-1].shape
-    return Windows(graph, tuple(reversed(sizes)), tuple(reversed(strides)), (places[0], places[1]))
+    _, *places = nodes[index].shape
+    return Windows(graph, index, found, (places[0], places[1]))
 
 
-def _seen(node: Node, size: tuple[int, int], stride: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Return size and stride of what a window of a node sees of the node before it."""
-    match node.op:
-        case Conv2d(padding=(0, 0), dilation=dilation, stride=step):
-            kernel = node.op.weight.shape[2:]
-        case MaxPool(padding=(0, 0), dilation=dilation, stride=step, kernel=kernel, ceil_mode=False):
+def _needed(op: Op, window: Window) -> Window | None:
+    """Return what a window of an operation's output needs of its input; None where that is no window."""
+    padding, dilation = (0, 0), (1, 1)
+    match op:
+        case Conv2d(padding=padding, dilation=dilation, stride=step):
+            kernel = (op.weight.shape[2], op.weight.shape[3])
+        case MaxPool(padding=padding, dilation=dilation, stride=step, kernel=kernel):
             pass
         case AvgPool(stride=step, kernel=kernel):
-            dilation = (1, 1)
-        case Affine() | ReLU() | Input():
-            return size, stride
+            pass
         case _:
-            return None
-    wide = [(s - 1) * t + (k - 1) * d + 1 for s, t, k, d in zip(size, step, kernel, dilation, strict=True)]
-    return (wide[0], wide[1]), (stride[0] * step[0], stride[1] * step[1])
+            return window if isinstance(op, _ELEMENTWISE) else None
+    one, other = (
+        (first * t - p, (s - 1) * t + (k - 1) * d + 1, far * t)
+        for first, s, far, t, p, k, d in zip(*window, step, padding, kernel, dilation, strict=True)
+    )
+    return Window(*zip(one, other, strict=True))
+
+
+def _unpadded(op: Op) -> Op:
+    """Return an operation on a window, around which everything is in it."""
+    match op:
+        case Conv2d():
+            return replace(op, padding=(0, 0))
+        case MaxPool():
+            return replace(op, padding=(0, 0), ceil_mode=False)
+    return op

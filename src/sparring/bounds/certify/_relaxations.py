@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ class Interval(NamedTuple):
 
     lower: Tensor
     upper: Tensor
+
+    def within(self, other: Interval) -> Interval:
+        """Return what lies in both; rounding may cross equal bounds."""
+        lower = torch.maximum(self.lower, other.lower)
+        return Interval(lower, torch.maximum(torch.minimum(self.upper, other.upper), lower))
 
 
 def propagate(op: Op, *inputs: Interval) -> Interval:
@@ -99,8 +104,10 @@ class Lines(NamedTuple):
         if alpha is not None:
             slope = torch.where(self.free[:, None], alpha, slope)
         up, down = a.clamp_min(0), a.clamp_max(0)
-        shift = (up * self.low_shift[:, None] + down * self.high_shift[:, None]).flatten(2).sum(2)
-        return up * slope + down * self.high_slope[:, None], shift
+        shift = down * self.high_shift[:, None]
+        if bool(self.low_shift.any()):  # of a ReLU there is none
+            shift = up * self.low_shift[:, None] + shift
+        return torch.addcmul(up * slope, down, self.high_slope[:, None]), shift.flatten(2).sum(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +168,14 @@ class WindowLines:
         ]
 
 
-Relaxation = Lines | WindowLines
+class Relaxation(Protocol):
+    """Linear bounds of one node over the regions of images."""
+
+    def of(self, images: slice) -> Relaxation:
+        """Return those of some of the images."""
+
+    def pull(self, a: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Bound a·f(z), a of shape (N, K, ...), from below by b·z + c: return b (N, K, ...) and c (N, K)."""
 
 
 def relax(op: Op, bounds: Interval) -> Relaxation:
@@ -196,6 +210,16 @@ def _max_pool(op: MaxPool, bounds: Interval) -> WindowLines:
     slopes = torch.where(rivals, (upper - level[..., None]).clamp_min(0) / (upper - lower).clamp_min(1e-300), 0)
     shift = level - (slopes * torch.where(rivals, lower, 0)).sum(2)
     return WindowLines(index, best, slopes, shift, shape, tile_of(op, shape))
+
+
+def rivals(op: MaxPool, bounds: Interval) -> Tensor:
+    """Return which inputs (N, ...) may be the largest of a window in which others may be, too."""
+    index = pool_windows(op, tuple(bounds.lower.shape[1:])).to(bounds.lower.device)
+    lower, upper = (in_windows(value, index) for value in bounds)
+    able = upper > lower.amax(2, keepdim=True)
+    several = (able & (able.sum(2, keepdim=True) > 1)).flatten(1)
+    found = several.new_zeros(len(several), bounds.lower[0].numel() + 1, dtype=torch.int64)
+    return found.index_add(1, index.flatten(), several.long())[:, :-1].view(bounds.lower.shape) > 0
 
 
 def tile_of(op: MaxPool, shape: tuple[int, ...]) -> tuple[int, int] | None:

@@ -1,0 +1,81 @@
+"""Which units CROWN refines, and how much work that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...graph import Conv2d, Graph, Linear, MaxPool, ReLU, SparseActivation
+from ._receptive_field import windows
+from ._relaxations import Interval, rivals
+
+NONLINEAR = (ReLU, MaxPool, SparseActivation)
+_HEAVY = 7e9  # multiplications of one image, from which shortcuts pay: seconds, not tenths of one
+
+
+def refined(graph: Graph) -> list[int]:
+    """Return the nodes before nonlinear ones, which have lines; behind a ReLU before a maximum nothing is tighter."""
+    nodes = graph.nodes
+    before = {node.inputs[0] for node in nodes if isinstance(node.op, NONLINEAR)}
+    return sorted(i for i in before if not (isinstance(nodes[i].op, ReLU) and _pooled_alone(graph, i)))
+
+
+def _pooled_alone(graph: Graph, index: int) -> bool:
+    readers = [node.op for node in graph.nodes if index in node.inputs]
+    return not any(isinstance(op, NONLINEAR) and not isinstance(op, MaxPool) for op in readers)
+
+
+def wanted(graph: Graph, index: int, known: Interval) -> Tensor:
+    """Return for which neurons of a node better bounds may count, (N, ...).
+
+    They are those whose sign is not known, or all if more than the sign counts; of those behind whose ReLU there is a
+    maximum, the ones that may be the largest of a window, too.
+    """
+    readers = [(i, node) for i, node in enumerate(graph.nodes) if index in node.inputs]
+    if any(isinstance(node.op, NONLINEAR) and not isinstance(node.op, ReLU) for _, node in readers):
+        return torch.ones_like(known.lower, dtype=torch.bool)
+    found = unsigned(known)
+    positive = Interval(*(value.clamp_min(0) for value in known))
+    for place in (i for i, node in readers if isinstance(node.op, ReLU)):
+        for pool in (node.op for node in graph.nodes if place in node.inputs and isinstance(node.op, MaxPool)):
+            found = found | rivals(pool, positive)
+    return found
+
+
+def unsigned(known: Interval) -> Tensor:
+    """Return which values may be of either sign."""
+    return (known.lower < 0) & (known.upper > 0)
+
+
+@lru_cache(maxsize=4)
+def heavy(graph: Graph) -> bool:
+    """Say whether plain CROWN of one image takes so long that shortcuts pay."""
+    return crown_work(graph) > _HEAVY
+
+
+def crown_work(graph: Graph, units: Mapping[int, int] | None = None) -> float:
+    """Return the multiplications of CROWN for one image, if of some nodes only so many units are refined."""
+    first = next((i for i, node in enumerate(graph.nodes) if isinstance(node.op, Linear | Conv2d)), 0)
+    rows = {i: math.prod(graph.nodes[i].shape) for i in refined(graph) if i > first}  # the first layer's are attained
+    rows |= units or {}
+    margins = graph.nodes[-1].shape[0] * row_work(graph, len(graph.nodes) - 1)
+    return margins + sum(2 * count * row_work(graph, index) for index, count in rows.items())
+
+
+def row_work(graph: Graph, index: int) -> float:
+    """Return the multiplications of pulling one unit's coefficients back to the image: forward work, as it happens."""
+    seen = windows(graph, index)
+    total, wanted_ = 0.0, {index}
+    for place in range(index, 0, -1):
+        if place not in wanted_:
+            continue
+        node = graph.nodes[place]
+        wanted_ |= set(node.inputs)
+        values = math.prod(node.shape) if seen is None else node.shape[0] * math.prod(seen.windows[place].size)
+        each = node.op.weight[0].numel() if isinstance(node.op, Linear | Conv2d) else 1
+        total += values * each * (place != index or seen is None)
+    return total
