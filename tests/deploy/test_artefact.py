@@ -133,7 +133,7 @@ def test_hostile_headers_are_refused(artefact, tmp_path):
     steps = json.loads(artefact.read_bytes()[24:].split(b'"values"')[0].rstrip(b",") + b"}")["steps"]
     sparse = next(s for s in steps if s["op"] == "sparse")
     for fields in (
-        {"format": 2},
+        {"format": 3},
         {"shape": [3, 1 << 20, 1 << 20]},
         {"shape": [3, 0, 32]},
         {"class_names": ["one"]},

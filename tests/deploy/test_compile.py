@@ -12,7 +12,7 @@ from sparring.declared import Declared
 from sparring.deploy._compile import compile_model
 from sparring.deploy._program import Scale, Sparse
 from sparring.deploy._runtime import run_reference
-from sparring.errors import Unsupported, UserError
+from sparring.errors import Unsupported
 from sparring.models import Normalise
 from sparring.sparsity import MeanSparse, Percentile, ShiftedReLU, Threshold, TopK
 
@@ -95,9 +95,9 @@ def test_groups_strides_paddings_and_dilations(groups, sparsify):
     assert_same(sparsify(model, 0.5, torch.Generator().manual_seed(groups)), (4, 9, 9))
 
 
-def test_a_linear_layer_over_images_is_refused():
-    with pytest.raises((Unsupported, UserError), match="flatten"):
-        compile_model(nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(16, 2)), (1, 4, 4))
+def test_a_linear_layer_over_the_last_axis_is_a_sparse_one():
+    program = assert_same(nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(16, 2)), (1, 4, 4))
+    assert [step.op.rows for step in program.steps if isinstance(step.op, Sparse)] == [True, False]
 
 
 def drawn(alpha: float) -> MeanSparse:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ._bench import BenchRow, Timing, bench, interleaved, multiplications, peak_flops
+from ._equivalent import Equivalent
 from ._onnx import onnx_error, to_onnx
 from ._program import Program
 from ._runtime import Packed, export, load, pack
 from ._ship import Shipped, ship_report
-from ._torch_modules import Equivalent, PackedModule
+from ._torch_modules import PackedModule
 
 __all__ = [
     "BenchRow",

@@ -8,20 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, from_numpy
 
 from ..errors import UserError
 from ..files import canonical_json, read_bounded, write_atomic
+from ._dense import function_of
 from ._program import (
     ACTIVATION_KINDS,
     MOST_ELEMENTS,
     Add,
+    Constant,
+    Dense,
     Flatten,
     Floats,
     Op,
@@ -38,12 +43,13 @@ from ._program import (
     sparse_from_dense,
 )
 
-FORMAT = 1
+FORMAT = 2  # 1: without dense operations, constants and rows; networks that need none are still written so
 MAGIC = b"\x93sparring\r\n\x1a\n\0\0\0"  # 16 bytes; the line ends show a file that went through a text mode
 _ALIGN = 64
 _DIGEST = 32
 _MOST_BYTES = 1 << 30
 _MOST_STEPS = 10_000
+_MOST_INPUTS = 1_000
 _MOST_SIDE = 1 << 16
 _MOST_WEIGHTS = 1 << 28  # of all layers together, so that layers cannot share a blob without end
 
@@ -63,12 +69,14 @@ def _rounded(op: Op, values: str) -> Op:
         raise UserError("the model normalises by values that are NaN or infinite; it cannot be exported")
     if isinstance(op, Snap) and not (np.isfinite(op.centre).all() and np.isfinite(op.radius).all()):
         raise UserError("the model's activation sparsity has centres or radii that are NaN or infinite")
+    if isinstance(op, Constant) and not np.isfinite(op.value).all():
+        raise UserError("the model has constants that are NaN or infinite; it cannot be exported")
     if not isinstance(op, Sparse):
         return op
     if not np.isfinite(op.bias).all():
         raise UserError("the model has biases that are NaN or infinite; it cannot be exported")
     weight = round_values(op.dense(), values)
-    return sparse_from_dense(weight, op.bias, stride=op.stride, padding=op.padding, dilation=op.dilation)
+    return sparse_from_dense(weight, op.bias, stride=op.stride, padding=op.padding, dilation=op.dilation, rows=op.rows)
 
 
 class _Blobs:
@@ -87,7 +95,7 @@ def write_program(program: Program, path: Path | str, *, values: str) -> Path:
     """Write a program that `round_program` has rounded to `values` as an artefact, whole or not at all."""
     blobs = _Blobs()
     header = {
-        "format": FORMAT,
+        "format": 1 if program.whole else FORMAT,
         "shape": list(program.shape),
         "values": values,
         "class_names": list(program.class_names) if program.class_names is not None else None,
@@ -115,7 +123,33 @@ def _describe(op: Op, values: str, blobs: _Blobs) -> dict[str, Any]:
             return {"op": "pool"} | {name: getattr(op, name) for name in fields}
         case PackedActivation():
             return {"op": "activation", "kind": op.kind, "number": op.number}
+        case Constant():
+            return {"op": "constant", "value": _describe_option(from_numpy(op.value), blobs)}
+        case Dense():
+            options = {name: _describe_option(value, blobs) for name, value in op.options.items()}
+            return {"op": "dense", "name": op.name, "names": list(op.names), "options": options, "place": op.place}
     return {"op": type(op).__name__.lower()}
+
+
+def _describe_option(value: Any, blobs: _Blobs) -> Any:
+    """Return an option of a dense operation as JSON, in which a dictionary says what JSON cannot."""
+    if isinstance(value, list | tuple):
+        return [_describe_option(v, blobs) for v in value]
+    if isinstance(value, torch.dtype):
+        return {"type": str(value).removeprefix("torch.")}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():
+        whole = value.to(torch.int64).numpy().astype("<i8").tobytes()
+        return {"integers": list(value.shape), "numbers": blobs.add(whole)}
+    flat = value.numpy().ravel()
+    positions = np.flatnonzero(flat)
+    coding, index = encode_positions(positions, max(1, flat.size))
+    kept = blobs.add(flat[positions].astype("<f4").tobytes())
+    told = {"nonzeros": len(positions), "coding": coding, "index": blobs.add(index), "kept": kept}
+    return {"floats": list(value.shape)} | told
 
 
 def _describe_sparse(op: Sparse, values: str, blobs: _Blobs) -> dict[str, Any]:
@@ -128,6 +162,7 @@ def _describe_sparse(op: Sparse, values: str, blobs: _Blobs) -> dict[str, Any]:
         "stride": op.stride,
         "padding": op.padding,
         "dilation": op.dilation,
+        **({"rows": True} if op.rows else {}),
         "nonzeros": op.nonzeros,
         "coding": coding,
         "index": blobs.add(index),
@@ -180,8 +215,8 @@ class _Reader:
     def program(self) -> Program:
         header = self.header
         version = _field(header, "format", int)
-        if version != FORMAT:
-            raise UserError(f"the artefact has format {version}, this version of sparring reads {FORMAT}")
+        if version not in (1, FORMAT):
+            raise UserError(f"the artefact has format {version}, this version of sparring reads 1 and {FORMAT}")
         values = _field(header, "values", str)
         if values not in VALUES:
             raise UserError("the artefact has values of an unknown type")
@@ -222,6 +257,10 @@ class _Reader:
             if which not in ACTIVATION_KINDS or not 0 <= number < (1 if which == "top-k" else math.inf):
                 raise UserError(f"the artefact has an activation {which[:20]!r} with {number}")
             return PackedActivation(which, number)
+        if kind == "constant":
+            return Constant(self._constant(item))
+        if kind == "dense":
+            return self._dense(item)
         raise UserError(f"the artefact has an operation {kind[:20]!r} that this version does not know")
 
     def _sparse(self, item: Any, values: str) -> Sparse:
@@ -237,10 +276,53 @@ class _Reader:
         indptr = np.zeros(out + 1, np.int32)
         np.cumsum(np.bincount(rows, minlength=out), out=indptr[1:])
         kept = decode_values(self._blob(item, "kept"), rows, out, values)
-        geometry = {name: self._pair(item, name, least) for name, least in _LAYER_FIELDS}
-        return Sparse((out, channels, height, width), indptr, indices.astype(np.int32), kept, bias, **geometry)
+        stride, padding, dilation = (self._pair(item, name, least) for name, least in _LAYER_FIELDS)
+        shape, over = (out, channels, height, width), item.get("rows", False) is True
+        return Sparse(shape, indptr, indices.astype(np.int32), kept, bias, stride, padding, dilation, over)
 
-    def _sides(self, item: Any, name: str, lengths: tuple[int, ...], least: int, most: int = MOST_ELEMENTS) -> Shape:
+    def _constant(self, item: Any) -> Floats:
+        value = self._option(item.get("value"))
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+            raise UserError("the artefact has a constant that is none")
+        result: Floats = value.numpy()
+        return result
+
+    def _dense(self, item: Any) -> Dense:
+        name, names, options = _field(item, "name", str), _field(item, "names", list), _field(item, "options", dict)
+        place = item.get("place")
+        if not all(isinstance(n, str) for n in names) or not (place is None or (type(place) is int and 0 <= place < 8)):
+            raise UserError(f"the artefact has an operation {name[:20]!r} without sound names of its inputs")
+        function_of(name)  # it must be known
+        return Dense(name, tuple(names), {key: self._option(value) for key, value in options.items()}, place)
+
+    def _option(self, value: Any) -> Any:
+        """Return an option of a dense operation; what only a dictionary can say must be sound."""
+        if isinstance(value, list) and len(value) <= _MOST_OPTIONS:
+            return [self._option(v) for v in value]
+        if not isinstance(value, dict | list):
+            return value
+        if isinstance(value, dict) and value.get("type") in _TYPES:
+            return _TYPES[value["type"]]
+        if isinstance(value, dict) and value.get("float") in ("inf", "-inf"):
+            return float(value["float"])
+        if not isinstance(value, dict) or not {"floats", "integers"} & set(value):
+            raise UserError("the artefact has an operation with an option that says nothing")
+        shape = self._sides(value, "floats" if "floats" in value else "integers", range(9), 0)
+        count = math.prod(shape)
+        self.weights += count
+        if count > MOST_ELEMENTS or self.weights > _MOST_WEIGHTS:
+            raise UserError(f"the artefact has a tensor of {count} numbers, more than can be")
+        if "integers" in value:
+            data = self._blob(value, "numbers")
+            if len(data) != 8 * count:
+                raise UserError("the artefact has integers of the wrong length")
+            return from_numpy(data.view("<i8").astype(np.int64)).reshape(shape)
+        found, numbers = _field(value, "nonzeros", int), np.zeros(max(1, count), np.float32)
+        where = decode_positions(_field(value, "coding", str), self._blob(value, "index"), found, max(1, count))
+        numbers[where] = self._floats(value, "kept", found)
+        return from_numpy(numbers[:count]).reshape(shape)
+
+    def _sides(self, item: Any, name: str, lengths: Sequence[int], least: int, most: int = MOST_ELEMENTS) -> Shape:
         sides = _field(item, name, list)
         if len(sides) not in lengths or not all(type(s) is int and least <= s <= most for s in sides):
             raise UserError(f"the artefact has a {name} of {str(sides)[:40]}")
@@ -268,13 +350,15 @@ class _Reader:
         return result
 
 
+_MOST_OPTIONS = 10_000
+_TYPES = {"float32": torch.float32, "bool": torch.bool, "int64": torch.int64}
 _LAYER_FIELDS = (("stride", 1), ("padding", 0), ("dilation", 1))
 _POOL_FIELDS = (("kernel", 1), *_LAYER_FIELDS)
 
 
 def _inputs(item: Any) -> tuple[int, ...]:
     inputs = _field(item, "inputs", list)
-    if not 1 <= len(inputs) <= 2 or not all(type(i) is int for i in inputs):
+    if not 1 <= len(inputs) <= _MOST_INPUTS or not all(type(i) is int for i in inputs):
         raise UserError("the artefact has a step with inputs that are not numbers of values")
     return tuple(inputs)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import Unsupported, UserError
 from ..modes import eval_mode
 from ..outputs import opened
 from ._onnx import to_onnx
@@ -47,6 +47,9 @@ class BenchRow:
     bytes_disk: int
     bytes_memory: int | None
     logit_error: float
+
+
+_Named = tuple[str, Callable[[Floats], Any], int, Callable[[], int | None]]
 
 
 @dataclass(frozen=True)
@@ -127,17 +130,25 @@ def _engines(model: nn.Module, shape: tuple[int, ...], folder: Path, prefix: str
     packed = load(path)
     products, answer = multiplications(packed.program), opened(model, torch.rand(2, *shape))
     parameters = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    runs: list[tuple[str, Callable[[Floats], Any], int, Callable[[], int | None]]] = [
+    runs: list[_Named] = [
         ("packed", packed, path.stat().st_size, lambda: packed.bytes_memory),
         ("torch", partial(_run_torch, answer), parameters, lambda: parameters),
     ]
     if importlib.util.find_spec("onnx") is not None:
-        onnx = to_onnx(model, stem.with_suffix(".onnx"), shape=shape)
-        if importlib.util.find_spec("onnxruntime") is not None:
-            runs += [(name, run, size, lambda: None) for name, run, size in _onnxruntime(onnx)]
-        if importlib.util.find_spec("openvino") is not None:
-            runs.append(("openvino", _openvino(onnx), onnx.stat().st_size, lambda: None))
+        runs += _open_engines(model, shape, stem)
     return [_Engine(prefix + name, run, answer, products, size, memory) for name, run, size, memory in runs]
+
+
+def _open_engines(model: nn.Module, shape: tuple[int, ...], stem: Path) -> Iterator[_Named]:
+    """Yield name, function, bytes on disk and in memory of engines for ONNX; none for a network that it cannot hold."""
+    try:
+        onnx = to_onnx(model, stem.with_suffix(".onnx"), shape=shape)
+    except Unsupported:
+        return
+    if importlib.util.find_spec("onnxruntime") is not None:
+        yield from ((name, run, size, lambda: None) for name, run, size in _onnxruntime(onnx))
+    if importlib.util.find_spec("openvino") is not None:
+        yield "openvino", _openvino(onnx), onnx.stat().st_size, lambda: None
 
 
 def _run_torch(model: nn.Module, x: Floats) -> Floats:
@@ -230,7 +241,7 @@ def multiplications(program: Program) -> int:
     """Return how many products of a nonzero weight and an input one image needs."""
     shapes = program.shapes
     layers = [(step.op, shapes[number + 1]) for number, step in enumerate(program.steps)]
-    return sum(op.nonzeros * math.prod(shape[1:]) for op, shape in layers if isinstance(op, Sparse))
+    return sum(op.nonzeros * math.prod(shape) // op.shape[0] for op, shape in layers if isinstance(op, Sparse))
 
 
 @cache

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from .. import graph
 from ..errors import Unsupported
+from ._dense import name_of
 from ._program import (
     ACTIVATION_KINDS,
     Add,
+    Constant,
+    Dense,
     Flatten,
     Floats,
     Op,
@@ -43,19 +46,35 @@ def compile_model(
     are removed, and units without inputs become constants of the next layer's bias. images: a few on which the graph
     is compared with the model, beside random ones. Raise Unsupported for operations without a rule.
     """
-    lowered = graph.spelled_out(graph.lower(model, shape, images=images), torch.float32)
+    lowered = _simplest(graph.lower(model, shape, images=images))
     doubled = replace(lowered, nodes=tuple(replace(node, op=_doubled(node.op)) for node in lowered.nodes))
     nodes = graph.drop_dead_units(graph.fold_affine(doubled)).nodes
-    steps = tuple(Step(_packed(node), node.inputs) for node in nodes[1:])
+    # A constant reads the image for the number of images alone.
+    steps = tuple(Step(_packed(node), node.inputs or (0,)) for node in nodes[1:])
     infer_shapes(shape, steps)
     return Program(shape, steps, class_names, provenance or {})
 
 
+_MOST_SPELLED = 2  # times as many nodes, up to which sparse kernels for all are worth it
+
+
+def _simplest(lowered: graph.Graph) -> graph.Graph:
+    """Return a graph spelled out where sparse kernels then serve all of it, else as it is: parts of it run dense."""
+    spelled = graph.spelled_out(lowered, torch.float32)
+    calls = any(isinstance(n.op, graph.Call | graph.Reshape | graph.Constant) for n in spelled.nodes)
+    return lowered if calls or len(spelled.nodes) > _MOST_SPELLED * len(lowered.nodes) else spelled
+
+
+_UNGROUPED = 1 << 22  # weights up to which groups are spelled as zeros, so that what is dead in them can go
+
+
 def _doubled(op: graph.Op) -> graph.Op:
-    """Return an operation in double precision, so that folding rounds once, and without groups."""
+    """Return an operation in double precision, so that folding rounds once, and small ones without groups."""
     match op:
         case graph.Conv2d():
-            return replace(op, weight=_ungrouped(op.weight.double(), op.groups), bias=_double(op.bias), groups=1)
+            few = op.groups * op.weight.numel() <= _UNGROUPED
+            weight = _ungrouped(op.weight.double(), op.groups) if few else op.weight.double()
+            return replace(op, weight=weight, bias=_double(op.bias), groups=1 if few else op.groups)
         case graph.Linear():
             return replace(op, weight=op.weight.double(), bias=_double(op.bias))
         case graph.Affine():
@@ -79,12 +98,16 @@ def _ungrouped(weight: Tensor, groups: int) -> Tensor:
 def _packed(node: graph.Node) -> Op:
     match node.op:
         case graph.Linear() as op:
-            if len(node.shape) != 1:
-                raise Unsupported(f"layer '{op.name}' is applied to images that are not flattened; flatten them first")
-            return sparse_from_dense(_single(op.weight)[:, :, None, None], _bias(op))
+            return sparse_from_dense(_single(op.weight)[:, :, None, None], _bias(op), rows=len(node.shape) != 1)
         case graph.Conv2d() as op:
-            geometry = {"stride": op.stride, "padding": op.padding, "dilation": op.dilation}
-            return sparse_from_dense(_single(op.weight), _bias(op), **geometry)
+            return sparse_from_dense(
+                _single(op.weight),
+                _bias(op),
+                stride=op.stride,
+                padding=op.padding,
+                dilation=op.dilation,
+                groups=op.groups,
+            )
         case graph.Affine() as op:
             return Scale(_single(op.scale), _single(op.shift))
         case graph.ReLU():
@@ -99,6 +122,12 @@ def _packed(node: graph.Node) -> Op:
             return Add()
         case graph.SparseActivation() as op:
             return _activation(op, node.shape[0])
+        case graph.Constant() as op:
+            return Constant(_single(op.value))
+        case graph.Reshape() as op:
+            return Dense("reshape.default", ("self",), {"shape": [-1, *op.shape]})
+        case graph.Call() as op if op.name in (*graph.CALLS, *graph.RECURRENT):
+            return Dense(name_of(op), op.names, {key: _plain(value) for key, value in op.options.items()}, op.place)
     way = "build it of linear, convolutional, pooling and batch norm layers and ReLU, or ship it by torch.onnx"
     raise graph.refusal(node, f"has no packed form; {way}")
 
@@ -119,6 +148,17 @@ def _activation(op: graph.SparseActivation, channels: int) -> PackedActivation |
 
 def _single(tensor: Tensor) -> Floats:
     return tensor.detach().cpu().float().numpy()
+
+
+def _plain(value: Any) -> Any:
+    """Return an option of an operation with tensors as they are kept: floats in single precision."""
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float32
+    if isinstance(value, Tensor):
+        return value.detach().cpu().float() if value.is_floating_point() else value.cpu()
+    return value
 
 
 def _bias(op: graph.Linear | graph.Conv2d) -> Floats:

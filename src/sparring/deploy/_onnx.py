@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import Unsupported, UserError
 from ..files import write_atomic
 from ..modes import eval_mode
 from ..outputs import opened
@@ -31,6 +31,8 @@ def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...], image
 
 def program_to_onnx(program: Program, path: Path | str) -> Path:
     """Write a program as ONNX; as `to_onnx`."""
+    if not program.whole:
+        raise Unsupported("parts of this network run in torch, and have no packed form in ONNX")
     try:
         import onnx
         from onnx import TensorProto, helper

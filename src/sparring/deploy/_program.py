@@ -1,13 +1,13 @@
 """A packed network as data: a few plain operations over numpy arrays, in topological order.
 
-This is what an artefact holds and what every runtime executes. It needs no torch. Value 0 is the image; step i makes
-value i + 1; the last value holds the logits.
+This is what an artefact holds and what every runtime executes. Only `Dense` operations need torch. Value 0 is the
+image; step i makes value i + 1; the last value holds the logits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ MOST_ELEMENTS = 1 << 27  # of one weight tensor, or of one value for one image: 
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """A zero-padded convolution, or a linear layer over a flat input, by its nonzero weights.
+    """A zero-padded convolution, or a linear layer over a flat input, or over the last axis (`rows`), by its nonzeros.
 
     `shape` is (out, in, kernel height, kernel width), with a 1 × 1 kernel for a linear layer. Row o of the compressed
     rows holds weights `values[indptr[o]:indptr[o + 1]]` at the columns `indices` (ascending) of weight[o].ravel().
@@ -41,6 +41,7 @@ class Sparse:
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
+    rows: bool = False
 
     @property
     def nonzeros(self) -> int:
@@ -53,17 +54,45 @@ class Sparse:
         weight[np.repeat(np.arange(self.shape[0]), np.diff(self.indptr)), self.indices] = self.values
         return weight.reshape(self.shape)
 
+    @cached_property
+    def groups(self) -> int:
+        """Return into how many groups of channels, none of which reads another's, the layer falls apart."""
+        out, channels, *kernel = self.shape
+        rows = np.repeat(np.arange(out), np.diff(self.indptr))
+        columns = self.indices // math.prod(kernel)
+        most = math.gcd(out, channels)
+        ways = (n for n in range(most, 1, -1) if most % n == 0)
+        return next((n for n in ways if (rows // (out // n) == columns // (channels // n)).all()), 1)
+
+    def grouped(self) -> Floats:
+        """Return the weights as one dense array (out, in / groups, kernel height, kernel width)."""
+        out, channels, *kernel = self.shape
+        width = channels // self.groups * math.prod(kernel)
+        rows = np.repeat(np.arange(out), np.diff(self.indptr))
+        weight = np.zeros((out, width), np.float32)
+        weight[rows, self.indices - rows // (out // self.groups) * width] = self.values
+        return weight.reshape(out, channels // self.groups, *kernel)
+
 
 def sparse_from_dense(
-    weight: Floats, bias: Floats, *, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)
+    weight: Floats,
+    bias: Floats,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    rows: bool = False,
 ) -> Sparse:
-    """Return the layer with the nonzeros of a dense weight (out, in, kernel height, kernel width)."""
-    rows, indices = np.nonzero(weight.reshape(weight.shape[0], -1))
-    indptr = np.zeros(weight.shape[0] + 1, np.int32)
-    np.cumsum(np.bincount(rows, minlength=weight.shape[0]), out=indptr[1:])
-    values = weight.reshape(weight.shape[0], -1)[rows, indices].astype(np.float32)
-    shape = (weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3])
-    return Sparse(shape, indptr, indices.astype(np.int32), values, bias.astype(np.float32), stride, padding, dilation)
+    """Return the layer with the nonzeros of a dense weight (out, in / groups, kernel height, kernel width)."""
+    out, few, height, width = weight.shape
+    places, indices = np.nonzero(weight.reshape(out, -1))
+    indptr = np.zeros(out + 1, np.int32)
+    np.cumsum(np.bincount(places, minlength=out), out=indptr[1:])
+    values = weight.reshape(out, -1)[places, indices].astype(np.float32)
+    indices = indices + places // (out // groups) * (few * height * width)  # groups are just zeros
+    shape, biases = (out, few * groups, height, width), bias.astype(np.float32)
+    return Sparse(shape, indptr, indices.astype(np.int32), values, biases, stride, padding, dilation, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +157,28 @@ class Snap:
     radius: Floats
 
 
-Op = Sparse | Scale | ReLU | Pool | Flatten | Add | PackedActivation | Snap
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """The same values for every image; its one input says how many images there are."""
+
+    value: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """An operation that no sparse kernel serves, by torch's own name, such as "softmax.int"; see `_dense`.
+
+    `names` are those of its inputs (none: it takes one list of them) and `options` all other arguments: numbers, texts,
+    torch's types and tensors, and lists of such. Of several results it is the one at `place`.
+    """
+
+    name: str
+    names: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    place: int | None = None
+
+
+Op = Sparse | Scale | ReLU | Pool | Flatten | Add | PackedActivation | Snap | Constant | Dense
 
 
 @dataclass(frozen=True)
@@ -154,6 +204,11 @@ class Program:
         return infer_shapes(self.shape, self.steps)
 
     @property
+    def whole(self) -> bool:
+        """Tell whether every step has a kernel for sparse networks."""
+        return not any(isinstance(step.op, Dense | Constant) or rows_of(step.op) for step in self.steps)
+
+    @property
     def classes(self) -> int:
         """Return the number of logits."""
         return self.shapes[-1][0]
@@ -164,6 +219,11 @@ class Program:
         return sum(step.op.nonzeros for step in self.steps if isinstance(step.op, Sparse))
 
 
+def rows_of(op: Op) -> bool:
+    """Return whether an operation is a linear layer over the last axis."""
+    return isinstance(op, Sparse) and op.rows
+
+
 def infer_shapes(shape: Shape, steps: Sequence[Step]) -> list[Shape]:
     """Return the shape, for one image, of every value; raise UserError if the steps do not fit together."""
     shapes = [shape]
@@ -172,7 +232,7 @@ def infer_shapes(shape: Shape, steps: Sequence[Step]) -> list[Shape]:
             raise UserError(f"step {number} reads a value that is not computed before it")
         try:
             result = infer_shape(step.op, [shapes[i] for i in step.inputs])
-        except _Misfit as error:
+        except Misfit as error:
             raise UserError(f"step {number} ({type(step.op).__name__}): {error}") from error
         if min(result) < 1 or math.prod(result) > MOST_ELEMENTS:
             raise UserError(f"step {number} makes a value of shape {result}, which is empty or too large")
@@ -182,40 +242,50 @@ def infer_shapes(shape: Shape, steps: Sequence[Step]) -> list[Shape]:
     return shapes
 
 
-class _Misfit(Exception):
+class Misfit(Exception):
     """Say why an operation does not fit its inputs."""
 
 
 def infer_shape(op: Op, inputs: Sequence[Shape]) -> Shape:
     """Return the shape of an operation's result for one image."""
+    if isinstance(op, Dense):
+        from ._dense import dense_shape
+
+        return dense_shape(op, inputs)
     if len(inputs) != (2 if isinstance(op, Add) else 1):
-        raise _Misfit(f"it has {len(inputs)} inputs")
+        raise Misfit(f"it has {len(inputs)} inputs")
     shape = inputs[0]
     match op:
+        case Constant():
+            return op.value.shape
         case Sparse():
             return _sparse_shape(op, shape)
         case Scale() if op.scale.shape != (shape[0],) or op.shift.shape != (shape[0],):
-            raise _Misfit(f"{op.scale.size} scales and {op.shift.size} shifts for {shape[0]} channels")
+            raise Misfit(f"{op.scale.size} scales and {op.shift.size} shifts for {shape[0]} channels")
         case Snap() if op.centre.shape != (shape[0],) or op.radius.shape != (shape[0],):
-            raise _Misfit(f"{op.centre.size} centres and {op.radius.size} radii for {shape[0]} channels")
+            raise Misfit(f"{op.centre.size} centres and {op.radius.size} radii for {shape[0]} channels")
         case Pool():
             if len(shape) != 3:
-                raise _Misfit(f"pooling of a value of shape {shape}")
+                raise Misfit(f"pooling of a value of shape {shape}")
             return shape[0], *(_pooled(op, shape[axis + 1], axis) for axis in (0, 1))
         case Flatten():
             return (math.prod(shape),)
         case Add() if inputs[1] != shape:
-            raise _Misfit(f"a sum of shapes {shape} and {inputs[1]}")
+            raise Misfit(f"a sum of shapes {shape} and {inputs[1]}")
     return shape
 
 
 def _sparse_shape(op: Sparse, shape: Shape) -> Shape:
     out, channels, *kernel = op.shape
+    if op.rows:
+        if channels != shape[-1] or op.shape[2:] != (1, 1) or op.padding != (0, 0):
+            raise Misfit(f"{channels} inputs for the last axis of a value of shape {shape}")
+        return *shape[:-1], out
     if channels != shape[0] or len(shape) not in (1, 3):
-        raise _Misfit(f"{channels} input channels for a value of shape {shape}")
+        raise Misfit(f"{channels} input channels for a value of shape {shape}")
     if len(shape) == 1:
         if op.shape[2:] != (1, 1) or op.padding != (0, 0):
-            raise _Misfit("a linear layer with a kernel or padding")
+            raise Misfit("a linear layer with a kernel or padding")
         return (out,)
     sides = (
         (shape[i + 1] + 2 * op.padding[i] - op.dilation[i] * (kernel[i] - 1) - 1) // op.stride[i] + 1 for i in (0, 1)
@@ -226,7 +296,7 @@ def _sparse_shape(op: Sparse, shape: Shape) -> Shape:
 def _pooled(op: Pool, side: int, axis: int) -> int:
     kernel, stride, padding = op.kernel[axis], op.stride[axis], op.padding[axis]
     if 2 * padding > kernel:
-        raise _Misfit("padding of more than half the window")
+        raise Misfit("padding of more than half the window")
     span = side + 2 * padding - op.dilation[axis] * (kernel - 1) - 1
     result = (span + (stride - 1 if op.ceil_mode else 0)) // stride + 1
     # torch: the last window must start inside the image or its left padding.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -15,7 +16,23 @@ from torch import Tensor, from_numpy, nn
 from ..errors import Unsupported, UserError
 from ._artefact import read_program, round_program, write_program
 from ._compile import compile_model
-from ._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Snap, Sparse
+from ._dense import dense
+from ._mixed import DENSITY, Mixed, Timed, is_dense, ways_of
+from ._program import (
+    Add,
+    Constant,
+    Dense,
+    Flatten,
+    Floats,
+    Op,
+    PackedActivation,
+    Pool,
+    Program,
+    ReLU,
+    Scale,
+    Snap,
+    Sparse,
+)
 from .kernels._engine import Engine
 from .kernels._native import native_available
 
@@ -25,15 +42,20 @@ _FLOAT32 = np.dtype(np.float32)
 class Packed:
     """A packed network: call it with images (N, *shape) in [0, 1] to get logits (N, classes)."""
 
-    def __init__(self, program: Program, *, threads: int = 1, native: bool = True) -> None:
-        """Take a program; `threads` share large batches; without `native` (or without llvmlite) numpy runs it."""
+    def __init__(self, program: Program, *, threads: int = 1, native: bool = True, timed: bool = False) -> None:
+        """Take a program; `threads` share large batches; without `native` (or without llvmlite) numpy runs it.
+
+        What has no sparse kernel torch runs, and layers too dense for one: by a rule or, `timed`, as is faster here.
+        """
         if threads < 1:
             raise UserError(f"a network runs on one thread or more, not on {threads}")
         self.program = program
-        self._engine = _engine(program, threads) if native else None
+        self._engine = _engine(program, threads) if native and program.whole else None
+        self._mixed = _mixed(program, threads, timed, self._engine) if native and native_available() else None
         # Small networks take as long as a few Python calls: one image has a way of its own.
-        self._run_one = self._run if self._engine is None else self._engine.run_one
-        self._one = (1, *program.shape) if self._engine is not None else None
+        alone = self._engine if self._mixed is None else None
+        self._run_one = self._run if alone is None else alone.run_one
+        self._one = None if alone is None else (1, *program.shape)
 
     @overload
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -61,7 +83,8 @@ class Packed:
         images: Floats = np.ascontiguousarray(x, np.float32)
         if images.shape[1:] != self.program.shape:
             raise UserError(f"the network takes images (N, {self.program.shape}), not {images.shape}")
-        return run_reference(self.program, images) if self._engine is None else self._engine.run(images)
+        run = self._mixed or self._engine
+        return run_reference(self.program, images) if run is None else run.run(images)
 
     def gradient(self, x: Tensor, upstream: Tensor) -> Tensor:
         """Return the gradient of sum(upstream · logits) at images x (N, *shape), for upstream (N, classes).
@@ -94,12 +117,13 @@ class Packed:
     @property
     def bytes_memory(self) -> int | None:
         """Return the bytes that the network's tables and values take in memory so far; None where numpy runs it."""
-        return None if self._engine is None else self._engine.bytes_memory
+        run = self._mixed or self._engine
+        return None if run is None else run.bytes_memory
 
     @property
     def native(self) -> bool:
-        """Tell whether generated kernels run it, rather than numpy."""
-        return self._engine is not None
+        """Tell whether generated kernels run it where they serve, rather than numpy."""
+        return (self._mixed or self._engine) is not None
 
 
 def _engine(program: Program, threads: int) -> Engine | None:
@@ -111,6 +135,13 @@ def _engine(program: Program, threads: int) -> Engine | None:
         return None
 
 
+def _mixed(program: Program, threads: int, timed: bool, engine: Engine | None) -> Mixed | Timed | None:
+    """Return what runs a program in parts, where that may be needed or faster."""
+    if engine is not None and not (timed and is_dense(program)):
+        return None
+    return Timed(ways_of(program, threads=threads, first=engine)) if timed else Mixed(program, DENSITY, threads=threads)
+
+
 def pack(
     model: nn.Module,
     *,
@@ -120,7 +151,10 @@ def pack(
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Packed:
-    """Pack a classifier in memory, exactly as `export` then `load` would; `shape` and `images` as there."""
+    """Pack a classifier in memory, as `export` then `load` would; `shape` and `images` as there.
+
+    How it runs follows from its weights alone, never from a timing, so that results are the same to the last bit.
+    """
     names = None if class_names is None else tuple(class_names)
     program = compile_model(model, shape, images=images, class_names=names, provenance=provenance)
     if names is not None and len(names) != program.classes:
@@ -153,9 +187,10 @@ def load(path: Path | str, *, threads: int = 1, native: bool = True) -> Packed:
     """Open an artefact, from whomever it comes; raise UserError, never more, if it is damaged or hostile.
 
     `threads` share large batches; without `native`, or where no kernels can be generated, numpy runs the network.
+    Layers that are not sparse enough run dense in torch where that is faster: the first images of a size are timed.
     """
     try:
-        return Packed(read_program(path), threads=threads, native=native)
+        return Packed(read_program(path), threads=threads, native=native, timed=True)
     except MemoryError as error:
         raise UserError(f"{path}: this network does not fit into memory") from error
 
@@ -170,8 +205,14 @@ def run_reference(program: Program, x: Floats) -> Floats:
 
 def _evaluate(op: Op, x: Floats, *others: Floats) -> Floats:
     match op:
+        case Sparse(rows=True):
+            return _sparse(replace(op, rows=False), x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
         case Sparse():
             return _sparse(op, x)
+        case Constant():
+            return np.repeat(op.value[None], len(x), axis=0)
+        case Dense():
+            return dense(op, *(from_numpy(np.ascontiguousarray(value)) for value in (x, *others))).numpy()
         case Scale():
             channels = (1, -1, *[1] * (x.ndim - 2))
             return x * op.scale.reshape(channels) + op.shift.reshape(channels)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from ._lower import lower
 from ._ops import (
+    CALLS,
     ELEMENTWISE,
+    RECURRENT,
     Add,
     Affine,
     AvgPool,
@@ -27,6 +29,7 @@ from ._ops import (
     ReLU,
     Reshape,
     SparseActivation,
+    called,
     evaluate,
     refusal,
 )
@@ -35,7 +38,9 @@ from ._plain_stacks import Step, Stepwise
 from ._rewrites import spelled_out
 
 __all__ = [
+    "CALLS",
     "ELEMENTWISE",
+    "RECURRENT",
     "Add",
     "Affine",
     "AvgPool",
@@ -54,6 +59,7 @@ __all__ = [
     "SparseActivation",
     "Step",
     "Stepwise",
+    "called",
     "drop_dead_units",
     "evaluate",
     "fold_affine",

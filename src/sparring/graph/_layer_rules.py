@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._moved import Images
-from ._ops import Add, Affine, Call, Conv2d, Linear, ReLU
+from ._ops import RECURRENT, WITHIN, Add, Affine, Call, Conv2d, Linear, ReLU
 from ._plain_stacks import batch_norm, pair
 from ._torch_export import Arguments, At, Translator, flat
 
@@ -126,24 +125,15 @@ def recurrent(t: Translator, a: Arguments) -> Any:
         raise t.refuse(t.name, "runs over the axis of the images", "give it batch_first=True")
     t.refuse_computed(state, given, what="states or weights")
     steps, width = (shape := t.shape(x))[0], shape[-1]
-    options = {"kind": t.name, "hx": state if isinstance(state, list) else [state], **given}
+    options = {"hx": state if isinstance(state, list) else [state], **given}
     results = []
     for place, value in enumerate(t.now.meta["val"]):
         lengths = (steps, int(value.shape[-1])) if place == 0 else (int(value.shape[0]), int(value.shape[-1]))
-        call = Call(t.name, recur, ("x",), {**options, "place": place})
+        call = Call(t.name, RECURRENT[t.name], ("x",), {**options, "place": place})
         found = t.emit(call, t.view(x, (steps, width)), shape=lengths)
         moved = place > 0 or x.images is not None
         results.append(t.view(found, (lengths[0], 1, lengths[1]), Images(1)) if moved else found)
     return results
-
-
-def recur(x: Tensor, *, kind: str, hx: list[Tensor], params: list[Tensor], place: int, **options: Any) -> Tensor:
-    """Run a recurrent layer of torch over (N, steps, width): the output of each step, or (N, layers, width) states."""
-    begin = [state.expand(-1, len(x), -1).contiguous() for state in hx]
-    run: Any = getattr(torch.ops.aten, kind).input
-    results = run(x, begin if kind == "lstm" else begin[0], params, batch_first=True, **options)
-    result: Tensor = results[place] if place == 0 else results[place].transpose(0, 1)
-    return result
 
 
 def matmul(t: Translator, a: Arguments) -> Any:
@@ -222,16 +212,6 @@ def clamp(t: Translator, a: Arguments) -> Any:
     return call(t, t.name, t.now.target, a)
 
 
-# On what surrounds a value in its own image.
-WITHIN = frozenset(
-    """conv1d conv3d conv_transpose1d conv_transpose2d conv_transpose3d layer_norm native_layer_norm group_norm
-    instance_norm rms_norm max_pool1d max_pool3d avg_pool1d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool3d
-    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d pad constant_pad_nd reflection_pad2d replication_pad2d
-    pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d upsample_bilinear2d upsample_bicubic2d im2col
-    scaled_dot_product_attention""".split()  # noqa: SIM905
-)
-
-
 def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
     """Keep an operation as it is: tensors that depend on the image are its inputs, the rest are options."""
     if any(t.counts_images(argument) for argument in (*t.now.args, *t.now.kwargs.values())):
@@ -261,19 +241,10 @@ def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
         return t.emit(Call(name, target, names, given), *inputs)
     parts = []
     for place, value in enumerate(values):
-        function = _part(target, place)
         floating = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
         shape = t.image_shape(value) if floating else None
-        parts.append(t.emit(Call(name, function, names, given), *inputs, shape=shape) if floating else None)
+        parts.append(t.emit(Call(name, target, names, given, place), *inputs, shape=shape) if floating else None)
     return parts
-
-
-def _part(target: Any, place: int) -> Callable[..., Tensor]:
-    def part(*args: Any, **options: Any) -> Tensor:
-        result: Tensor = target(*args, **options)[place]
-        return result
-
-    return part
 
 
 def _is_operand(name: str, key: str, value: Any) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +22,41 @@ ELEMENTWISE = frozenset(
     hypot maximum minimum fmax fmin lerp addcmul addcdiv where masked_fill logaddexp gt lt ge le eq ne logical_and
     logical_or logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num copysign""".split()  # noqa: SIM905
 )
+# Along axes given by dim or dims, which must not be the images'.
+ALONG = frozenset(
+    """softmax log_softmax _softmax _log_softmax logsumexp mean sum amax amin prod cumsum cumprod var std norm
+    linalg_vector_norm glu permute transpose select slice narrow flip index_select movedim select_scatter slice_scatter
+    sort topk max min median kthvalue any all cat stack roll""".split()  # noqa: SIM905
+)
+# On what surrounds a value in its own image.
+WITHIN = frozenset(
+    """conv1d conv3d conv_transpose1d conv_transpose2d conv_transpose3d layer_norm native_layer_norm group_norm
+    instance_norm rms_norm max_pool1d max_pool3d avg_pool1d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d pad constant_pad_nd reflection_pad2d replication_pad2d
+    pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d upsample_bilinear2d upsample_bicubic2d im2col
+    scaled_dot_product_attention""".split()  # noqa: SIM905
+)
+# All that a Call may hold, by torch's name, beside recurrent layers.
+CALLS = (
+    ELEMENTWISE
+    | ALONG
+    | WITHIN
+    | set(
+        "add mul div matmul reshape expand repeat _to_copy avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d".split()  # noqa: SIM905
+    )
+)
+
+
+def _recur(kind: str, x: Tensor, *, hx: list[Tensor], params: list[Tensor], place: int, **options: Any) -> Tensor:
+    """Run a recurrent layer of torch over (N, steps, width): the output of each step, or (N, layers, width) states."""
+    begin = [state.expand(-1, len(x), -1).contiguous() for state in hx]
+    run: Any = getattr(torch.ops.aten, kind).input
+    results = run(x, begin if kind == "lstm" else begin[0], params, batch_first=True, **options)
+    result: Tensor = results[place] if place == 0 else results[place].transpose(0, 1)
+    return result
+
+
+RECURRENT = {kind: partial(_recur, kind) for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +162,15 @@ class Constant:
 class Call:
     """Any other operation that torch computes image by image; `name` is torch's own, such as "sigmoid".
 
-    `function` is called with the inputs under `names` (or with one list of them all, if there are none) and `options`.
+    `function` is called with the inputs under `names` (or with one list of them all, if there are none) and `options`;
+    of several results it is the one at `place`.
     """
 
     name: str
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     names: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    place: int | None = None
 
 
 Op = (
@@ -238,10 +277,16 @@ def evaluate(op: Op, *inputs: Tensor) -> Tensor:
         case Reshape():
             return x.reshape(len(x), *op.shape)
         case Call():
-            if not op.names:
-                return op.function(list(inputs), **op.options)
-            return op.function(**dict(zip(op.names, inputs, strict=True)), **op.options)
+            return called(op, *inputs)
     raise Unsupported(f"an operation of type {type(op).__name__} cannot be evaluated")
+
+
+def called(op: Call, *inputs: Tensor) -> Tensor:
+    """Evaluate a Call on batches."""
+    named = dict(zip(op.names, inputs, strict=True)) if op.names else {}
+    result = op.function(**named, **op.options) if named else op.function(list(inputs), **op.options)
+    value: Tensor = result if op.place is None else result[op.place]
+    return value
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ def fold_affine(graph: Graph) -> Graph:
     """Return an equal graph in which every Affine that can be is part of a layer: that before it, or those behind it.
 
     It goes through a Flatten and together with another Affine, but with a shift not past zero padding: zeros would
-    have to be shifted too. Linear layers of flat inputs take it, and convolutions without groups. What is multiplied
-    is rounded to the precision of the graph.
+    have to be shifted too. Linear layers of flat inputs take it, and convolutions: those with groups only from behind.
+    What is multiplied is rounded to the precision of the graph.
     """
     nodes = list(graph.nodes)
     while any(_fold_(nodes, index) for index in range(1, len(nodes))):
@@ -42,7 +42,8 @@ def _fold_(nodes: list[Node], index: int) -> bool:
     if not isinstance(node.op, Affine):
         return False
     (source,), readers = node.inputs, _readers(nodes, index)
-    if _is_layer(nodes[source]) and _readers(nodes, source) == [index]:
+    alone = _readers(nodes, source) == [index]
+    if alone and (_is_layer(nodes[source]) or isinstance(nodes[source].op, Conv2d)):
         nodes[source] = _followed(nodes[source], node.op)
     elif not _reaches_layers(nodes, index, shifted=bool(node.op.shift.any())):
         return False

@@ -17,6 +17,7 @@ from ..declared import Declared
 from ._ops import (
     Affine,
     AvgPool,
+    Constant,
     Conv2d,
     Flatten,
     Graph,
@@ -115,6 +116,8 @@ class _Reader:
         return values[-1]
 
     def append(self, op: Op, inputs: tuple[int, ...], path: str, shape: tuple[int, ...] | None = None) -> int:
+        if shape is None and isinstance(op, Constant):
+            shape = tuple(op.value.shape)
         if shape is None:
             some = [torch.zeros(2, *self.nodes[i].shape, dtype=self.dtype, device=self.device) for i in inputs]
             shape = tuple(evaluate(op, *some).shape[1:])

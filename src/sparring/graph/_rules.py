@@ -6,16 +6,16 @@ operation is refused: no keyword is ever skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _layer_rules as layers
-from ._layer_rules import WITHIN, affine, as_constant, call, refuse_images_axis
+from ._layer_rules import affine, as_constant, call, refuse_images_axis
 from ._moved import TURNS, is_moved, moved, reshaped
-from ._ops import ELEMENTWISE, AvgPool, Call, Flatten, MaxPool, Op, Reshape
+from ._ops import ALONG, ELEMENTWISE, RECURRENT, WITHIN, AvgPool, Call, Flatten, MaxPool, Op, Reshape
 from ._plain_stacks import pair
 from ._torch_export import Arguments, At, Translator, flat
 
@@ -33,19 +33,12 @@ _COPIES = frozenset(
 _LIKE = frozenset(
     "zero zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()  # noqa: SIM905
 )
-# Along axes given by dim or dims, which must not be the images'.
-_ALONG = frozenset(
-    """softmax log_softmax _softmax _log_softmax logsumexp mean sum amax amin prod cumsum cumprod var std norm
-    linalg_vector_norm glu permute transpose select slice narrow flip index_select movedim select_scatter slice_scatter
-    sort topk max min median kthvalue any all cat stack roll""".split()  # noqa: SIM905
-)
 # Of these the same is said with the images in front, wherever torch has them.
-_MOVABLE = (ELEMENTWISE | _ALONG | set(TURNS)) - {"prelu", "_prelu_kernel", "rrelu"} | set(
+_MOVABLE = (ELEMENTWISE | ALONG | set(TURNS)) - {"prelu", "_prelu_kernel", "rrelu"} | set(
     """add sub subtract rsub mul multiply div divide true_divide neg negative linear matmul mm bmm addmm baddbmm relu
     clamp clamp_min mean expand expand_as broadcast_to split split_with_sizes chunk tensor_split unbind index copy fill
     layer_norm native_layer_norm rms_norm scaled_dot_product_attention pad constant_pad_nd""".split()  # noqa: SIM905
 )
-_RECURRENT = "lstm gru rnn_tanh rnn_relu"
 _RESHAPES = "view reshape _unsafe_view flatten squeeze unsqueeze unflatten"
 
 
@@ -57,7 +50,7 @@ def translate(t: Translator, name: str, target: Any, a: Arguments) -> Any:
     value = t.now.meta["val"]
     inputs = [x for x in flat(a.given) if isinstance(x, At)]
     outputs = list(value) if isinstance(value, tuple | list) else [value]
-    if name in _COPIES or name in _LIKE or name in _RECURRENT.split() or not is_moved(t, inputs, outputs):
+    if name in _COPIES or name in _LIKE or name in RECURRENT or not is_moved(t, inputs, outputs):
         return _ruled(t, name, target, a)
     if name in _RESHAPES.split():
         a.given.clear()
@@ -74,7 +67,7 @@ def _ruled(t: Translator, name: str, target: Any, a: Arguments) -> Any:
         return _copy(t, a)
     if name in _LIKE:
         return _constant_like(t, target, a)
-    if name in ELEMENTWISE or name in _ALONG or name in WITHIN:
+    if name in ELEMENTWISE or name in ALONG or name in WITHIN:
         return call(t, name, target, a)
     if name.rstrip("_") in _STEPS:
         raise t.refuse(name, "has no rule: it jumps, so it has no finite Lipschitz constant")
@@ -189,11 +182,7 @@ def _spread(t: Translator, x: At) -> At:
         return x
     if len(t.shape(x)) != len(shape):
         raise t.refuse(t.name, "moves the axis of the images", "keep images along the first axis")
-    return t.emit(Call("expand", _expanded, ("x",), {"shape": shape}), x)
-
-
-def _expanded(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return x.expand(len(x), *shape)
+    return t.emit(Call("expand", torch.ops.aten.expand.default, ("self",), {"size": [-1, *shape]}), x)
 
 
 def _repeat(t: Translator, a: Arguments) -> Any:
@@ -256,7 +245,7 @@ _TABLE: dict[Rule, str] = {
     layers.matmul: "matmul mm bmm",
     layers.addmm: "addmm",
     layers.batch_addmm: "baddbmm",
-    layers.recurrent: _RECURRENT,
+    layers.recurrent: " ".join(RECURRENT),
     layers.conv2d: "conv2d",
     layers.norm_of_batch: "_native_batch_norm_legit_no_training batch_norm native_batch_norm",
     layers.by_the_batch: "_native_batch_norm_legit _native_batch_norm_legit_functional",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +167,10 @@ def _segments(calls: list[Call], code: Code) -> tuple[NDArray[np.int64], list[ND
 class Engine:
     """Run a program natively on batches of any size, with a plan for each way to lay images out."""
 
-    def __init__(self, program: Program, *, lanes: int | None = None, threads: int = 1) -> None:
-        """Prepare a program; `lanes` floats make a vector (default: what the host has).
+    def __init__(
+        self, program: Program, *, lanes: int | None = None, threads: int = 1, code: Code | None = None
+    ) -> None:
+        """Prepare a program; `lanes` floats make a vector (default: what the host has); engines may share their code.
 
         Raise Unsupported for a program that has steps without a kernel.
         """
@@ -177,7 +179,7 @@ class Engine:
         self._lanes = lanes or host_lanes()
         self._lookup = lanes is None and permutes()
         self._threads = threads
-        self._code = Code()
+        self._code = code or Code()
         add_runner(self._code)
         add_answer(self._code)
         self._address = reader(self._code) or _address
@@ -191,7 +193,11 @@ class Engine:
         most = min(8, 64 // self._lanes) if self._linear else 4
         self._units = most if 4 * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
         self._gradient_units = most if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
-        self.run_one = self.plan(Layout(False, self._lanes)).run_one
+
+    @cached_property
+    def run_one(self) -> Callable[[Floats], Floats]:
+        """Return what gives the logits of one image (1, *shape), float32; it raises ValueError if not contiguous."""
+        return self.plan(Layout(False, self._lanes)).run_one
 
     def plan(self, layout: Layout) -> ExecutionPlan:
         """Return the plan for a layout, tuned and made when first asked for."""

@@ -148,6 +148,8 @@ def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[st
         packed = deploy.pack(model, shape=tuple(x.shape[1:]), images=x)
     except Unsupported as reason:
         return None, [{"name": "no-packed-form", "detail": f"attacked through torch: {reason}"}]
+    if not packed.program.whole:
+        return None, [{"name": "no-packed-form", "detail": "attacked through torch, which runs parts of it anyway"}]
     if not packed.native:  # numpy would round otherwise than what other machines record under this key
         raise UserError("no kernels can be generated here; run the study with --set kernels=torch")
     through = deploy.PackedModule(packed)

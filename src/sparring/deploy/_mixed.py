@@ -1,0 +1,227 @@
+"""Run a program in parts: sparse kernels where they serve and pay, torch for all else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, from_numpy, nn
+
+from ..errors import Unsupported
+from ._equivalent import Equivalent, module_of
+from ._program import Add, Constant, Dense, Flatten, Floats, Program, ReLU, Shape, Sparse, Step, rows_of
+from .kernels._engine import Engine
+from .kernels._native import Code
+
+DENSITY = 0.3  # up to which sparse kernels commonly beat dense ones
+_TOGETHER = 64  # images, so that values stay small
+_ROUNDS = 3
+_SHARE = 0.1  # of the products: what is as little in dense layers is not worth trying otherwise
+
+
+class Runner(Protocol):
+    """What runs a network."""
+
+    def run(self, x: Floats) -> Floats:
+        """Return the logits of contiguous images (N, *shape)."""
+        ...
+
+    @property
+    def bytes_memory(self) -> int:
+        """Return the bytes of its tables and values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps from one number up to before another that read one earlier value, `source`, and of which the last counts.
+
+    rows: the steps run over the last axis of values.
+    """
+
+    start: int
+    stop: int
+    source: int
+    rows: bool
+
+
+def spans_of(program: Program, density: float) -> list[Span]:
+    """Return the longest runs of steps with sparse kernels, those of layers up to a density, each with a layer."""
+    last = [0] * (len(program.steps) + 1)
+    for number, step in enumerate(program.steps):
+        for value in step.inputs:
+            last[value] = number
+    last[-1] = len(program.steps)
+    spans, at = [], 0
+    while at < len(program.steps):
+        span = _span(program, at, last, density)
+        spans += [] if span is None else [span]
+        at = at + 1 if span is None else span.stop
+    return spans
+
+
+def _span(program: Program, start: int, last: list[int], density: float) -> Span | None:
+    source, best, layers = program.steps[start].inputs[0], None, 0
+    rows = rows_of(program.steps[start].op)
+    for at in range(start, len(program.steps)):
+        step = program.steps[at]
+        inside = all(value == source or start < value <= at for value in step.inputs)
+        if not inside or not _serves(step, program.shapes, at, rows, density):
+            break
+        layers += isinstance(step.op, Sparse)
+        if layers and all(last[value] <= at for value in range(start + 1, at + 1)):
+            best = Span(start, at + 1, source, rows)
+    return best
+
+
+def _serves(step: Step, shapes: list[Shape], at: int, rows: bool, density: float) -> bool:
+    """Return whether a step has a sparse kernel and is no layer of more than a density."""
+    op = step.op
+    if isinstance(op, Sparse):
+        return op.rows == rows and op.nonzeros <= density * math.prod(op.shape)
+    if rows:
+        return isinstance(op, ReLU | Add)
+    return not isinstance(op, Dense | Constant) and all(len(shapes[i]) in (1, 3) for i in (*step.inputs, at + 1))
+
+
+class Mixed:
+    """A program on sparse kernels for layers up to a density, and on torch for the rest."""
+
+    def __init__(self, program: Program, density: float, *, threads: int = 1, code: Code | None = None) -> None:
+        self._program = program
+        spans = {span.start: span for span in spans_of(program, density)}
+        code = code or Code()
+        self._last = {value: number for number, step in enumerate(program.steps) for value in step.inputs}
+        self._parts: list[tuple[tuple[int, ...], int, Callable[..., Tensor]]] = []
+        self._engines: list[_Kernels] = []
+        at = 0
+        while at < len(program.steps):
+            span = spans.get(at)
+            if span is None:
+                step = program.steps[at]
+                self._parts.append((step.inputs, at + 1, module_of(step.op, program.shapes[step.inputs[0]])))
+                at += 1
+            else:
+                self._engines.append(_Kernels(program, span, threads, code))
+                self._parts.append(((span.source,), span.stop, self._engines[-1]))
+                at = span.stop
+
+    def run(self, x: Floats) -> Floats:
+        """Return the logits of contiguous images (N, *shape)."""
+        parts = [self._together(x[at : at + _TOGETHER]) for at in range(0, len(x), _TOGETHER)]
+        return np.concatenate(parts) if parts else np.zeros((0, self._program.classes), np.float32)
+
+    @torch.no_grad()
+    def _together(self, x: Floats) -> Floats:
+        values = {0: from_numpy(x)}
+        for inputs, result, run in self._parts:
+            values[result] = run(*(values[i] for i in inputs))
+            for value in inputs:
+                if self._last.get(value, result) < result:
+                    values.pop(value, None)
+        logits: Floats = values[len(self._program.steps)].contiguous().numpy()
+        return logits
+
+    @property
+    def bytes_memory(self) -> int:
+        """Return the bytes of the kernels' tables and values, and of what torch holds."""
+        modules = [run for _, _, run in self._parts if isinstance(run, nn.Module)]
+        held = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        return sum(t.numel() * t.element_size() for t in held) + sum(e.bytes_memory for e in self._engines)
+
+
+class _Kernels:
+    """One span of a program on sparse kernels, or on torch where there is one that they cannot plan."""
+
+    def __init__(self, program: Program, span: Span, threads: int, code: Code) -> None:
+        steps = [_moved(program.steps[at], span) for at in range(span.start, span.stop)]
+        shapes = program.shapes
+        self._shape, self._result = shapes[span.source], shapes[span.stop]
+        own = self._shape[-1:] if span.rows else self._shape
+        if not span.rows and len(self._result) > 1:
+            steps.append(Step(Flatten(), (len(steps),)))
+        self._own, self._part = own, Program(own, tuple(steps))
+        self._engine: Engine | None = Engine(self._part, threads=threads, code=code)
+        self._dense: nn.Module | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        given = np.ascontiguousarray(x.numpy()).reshape(-1, *self._own)
+        return from_numpy(self._run(given)).reshape(len(x), *self._result)
+
+    def _run(self, x: Floats) -> Floats:
+        if self._engine is not None:
+            try:
+                return self._engine.run(x)
+            except Unsupported:
+                self._engine, self._dense = None, Equivalent(self._part)
+        assert self._dense is not None
+        result: Floats = self._dense(from_numpy(x)).numpy()
+        return result
+
+    @property
+    def bytes_memory(self) -> int:
+        return 0 if self._engine is None else self._engine.bytes_memory
+
+
+def _moved(step: Step, span: Span) -> Step:
+    """Return a step of a span as one of a program of its own."""
+    inputs = tuple(0 if value == span.source else value - span.start for value in step.inputs)
+    return Step(replace(step.op, rows=False) if isinstance(step.op, Sparse) else step.op, inputs)
+
+
+class Timed:
+    """Several ways to run a program: each is tried when images first come, alone or many, and the fastest taken."""
+
+    def __init__(self, ways: Sequence[Callable[[], Runner]]) -> None:
+        self._ways = ways
+        self._chosen: dict[bool, Runner] = {}
+
+    def run(self, x: Floats) -> Floats:
+        """Return the logits of contiguous images (N, *shape)."""
+        alone = len(x) == 1
+        if alone not in self._chosen:
+            self._chosen[alone] = self._fastest(x[:_TOGETHER])
+        return self._chosen[alone].run(x)
+
+    @property
+    def bytes_memory(self) -> int:
+        """Return the bytes of the ways that were chosen."""
+        return sum(way.bytes_memory for way in {id(w): w for w in self._chosen.values()}.values())
+
+    def _fastest(self, x: Floats) -> Runner:
+        runners = [way() for way in self._ways]
+        seconds = [math.inf] * len(runners)
+        for turn in range(_ROUNDS + 1):
+            for number, runner in enumerate(runners):
+                began = time.perf_counter()
+                runner.run(x)
+                if turn:  # the first compiles
+                    seconds[number] = min(seconds[number], time.perf_counter() - began)
+        return runners[seconds.index(min(seconds))]
+
+
+def ways_of(program: Program, *, threads: int, first: Runner | None = None) -> list[Callable[[], Runner]]:
+    """Return the ways to run a program that are worth trying, kernels wherever they serve first (`first`: that one)."""
+    code, densities = Code(), (DENSITY, 0.0) if first else (1.0, DENSITY, 0.0)
+    different = {tuple(spans_of(program, density)): density for density in reversed(densities)}
+    ways = [partial(Mixed, program, density, threads=threads, code=code) for density in reversed(different.values())]
+    return [lambda: first, *ways] if first else [*ways]
+
+
+def is_dense(program: Program) -> bool:
+    """Return whether much of the work of a program is in layers for which sparse kernels may be too slow."""
+    work = [
+        (
+            step.op.nonzeros * math.prod(program.shapes[at + 1][1:]),
+            step.op.nonzeros > DENSITY * math.prod(step.op.shape),
+        )
+        for at, step in enumerate(program.steps)
+        if isinstance(step.op, Sparse)
+    ]
+    return sum(products for products, full in work if full) > _SHARE * sum(products for products, _ in work)
