@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,81 @@ def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
     save_tensors(file, {key: value for key, value in original.state_dict().items() if "classifier" not in key})
     with pytest.raises(UserError, match=r"lack 'classifier\.bias'"):  # else it is drawn at random
         load_hub_weights_(model, name, classes=4)
+
+
+def _in_the_hubs_cache(home: Path, name: str) -> Path:
+    """Make a snapshot as huggingface_hub lays it out, and return its folder."""
+    base = home / "hub" / f"models--{name.replace('/', '--')}"
+    (snapshot := base / "snapshots" / "abc").mkdir(parents=True)
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text("abc")
+    return snapshot
+
+
+def _same(name: str, original: nn.Module, side: int) -> None:
+    """Assert that a library's network is given the weights of `original`, behind its normalisation."""
+    facts = describe(name)
+    model = build_from_hub(name, shape=(3, side, side), classes=facts.classes).eval()
+    load_hub_weights_(model, name, classes=facts.classes)
+    mean, std = (torch.tensor(moments).view(3, 1, 1) for moments in (facts.mean, facts.std))
+    x = torch.rand(2, 3, side, side)
+    torch.testing.assert_close(model(x), original.eval()((x - mean) / std))
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin", "torch"])
+def test_timms_weights_are_found_in_its_caches(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _skip_without("timm")
+    name = "timm:mobilenetv3_small_050"
+    describe(name)  # imports what it can
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError, match="give --download"):
+        _same(name, nn.Identity(), 64)
+    timm = importlib.import_module("timm")
+    original, cfg = timm.create_model("mobilenetv3_small_050"), timm.get_pretrained_cfg("mobilenetv3_small_050")
+    place = _in_the_hubs_cache(tmp_path, cfg.hf_hub_id) / kind
+    if kind == "torch":
+        place = tmp_path / "checkpoints" / cfg.url.rpartition("/")[2]
+        place.parent.mkdir()
+    save = save_tensors if kind == "model.safetensors" else lambda file, state: torch.save(state, file)
+    save(place, original.state_dict())
+    _same(name, original, 64)
+
+
+@pytest.mark.parametrize("own", ["shufflenet_v2_x0_5", "densenet121", "googlenet"])
+def test_torchvisions_weights_are_found_in_torchs_cache(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _skip_without("torchvision")
+    describe(f"torchvision:{own}")  # imports what it can
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    models = importlib.import_module("torchvision.models")
+    heads = {"aux_logits": True, "init_weights": False, "transform_input": True} if own == "googlenet" else {}
+    original = models.get_model(own, weights=None, **heads)
+    (tmp_path / "checkpoints").mkdir()
+    url = models.get_model_weights(own).DEFAULT.url
+    state = original.state_dict()
+    if own == "densenet121":  # as its file has it
+        state = {re.sub(r"\.(norm|conv)(\d)\.", r".\1.\2.", key) if "layer" in key else key: value
+                 for key, value in state.items() if "num_batches" not in key}  # fmt: skip
+    torch.save(state, tmp_path / "checkpoints" / url.rpartition("/")[2])
+    _same(f"torchvision:{own}", original, 64)
+
+
+def test_a_model_of_hugging_face_by_its_name_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _skip_without("transformers")
+    with pytest.raises(UserError, match="nor a model in Hugging Face's cache"):
+        describe("hf:nobody/none")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    transformers = importlib.import_module("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=4)
+    original = transformers.ViTForImageClassification(config).eval()
+    original.save_pretrained(_in_the_hubs_cache(tmp_path, "some/vit"))
+    model = build_from_hub("hf:some/vit", shape=(3, 16, 16), classes=4)
+    load_hub_weights_(model, "hf:some/vit", classes=4)
+    found = model.get_submodule("1").state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in original.state_dict().items())
 
 
 def test_what_a_package_raises_and_moments_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

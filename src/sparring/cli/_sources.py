@@ -201,6 +201,14 @@ def _say_what_is_assumed(source: ModelSource, model: nn.Module, blueprint: Bluep
         print(f"warning: '{name}' {what}", file=sys.stderr)
 
 
+def say_fresh(name: str, weights: str | None = None) -> None:
+    """Warn where training begins from scratch with a network that its name may suggest is trained."""
+    if is_hub_name(name) and weights is None:
+        print(
+            f"warning: '{name}' begins with fresh random weights, not with its library's trained ones", file=sys.stderr
+        )
+
+
 def file_of(source: ModelSource) -> Path | None:
     """Return the file that holds a model's weights, if there is one."""
     name, weights = source.named()

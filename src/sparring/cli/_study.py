@@ -24,7 +24,7 @@ from ..study import merge as merge_studies
 from ..study import register as register_plan
 from ._app import DataSource, ModelSource, StudyOptions, StudySource
 from ._printing import duration, print_json
-from ._sources import open_data, preparation
+from ._sources import open_data, preparation, say_fresh
 
 FAILED = CONTRADICTED = 3
 
@@ -32,6 +32,7 @@ FAILED = CONTRADICTED = 3
 def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
     """Run a plan, write its report, print the verdict; return the exit code."""
     plan = Plan.load(source.plan, _changes(source))
+    say_fresh(plan.model.name, plan.model.weights)
     out, stream = source.out or Path("out") / plan.name, sys.stderr if as_json else sys.stdout
     check_writable(out, folder=True)
     usable_device(source.device, here=how.ray is None)

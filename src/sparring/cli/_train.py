@@ -24,7 +24,7 @@ from ..train import EpochProgress, Fit, Recipe, fit, predict
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
 from ._printing import duration
-from ._sources import PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for
+from ._sources import PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for, say_fresh
 
 # Which table of a plan the options of --set belong to.
 _PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
@@ -45,6 +45,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions) -> None:
     blueprint = replace(blueprint_for(ModelSource(how.model), dataset), width=how.width, depth=how.depth)
     recipe = _settings(how.recipe, Recipe, own=recipe_settings(how.model, channels=blueprint.shape[0])).recipe
     model = blueprint.build(seed=options.seed)
+    say_fresh(how.model)
     check_fit(model, dataset)
     result = _fit(model, dataset, recipe, how.out, options, training)
     _finish(model, blueprint, dataset, result, training.eps, how.out)

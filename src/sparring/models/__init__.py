@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ._architectures import Normalise, Residual
 from ._checkpoints import Checkpoint, plain_weights, read_checkpoint
-from ._hubs import HubModel, build_from_hub, describe, is_hub_name, load_hub_weights_
+from ._hubs import HubModel, build_from_hub, describe, hub_version, is_hub_name, load_hub_weights_
 from ._registry import MODELS, build, recipe_settings, takes_moments
 from ._saved import Blueprint, load_model, read_blueprint, save_model
 from ._weights import load_weights_, read_weights
@@ -19,6 +19,7 @@ __all__ = [
     "build",
     "build_from_hub",
     "describe",
+    "hub_version",
     "is_hub_name",
     "load_hub_weights_",
     "load_model",

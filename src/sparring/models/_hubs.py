@@ -15,19 +15,23 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, UserError, told
-from ..files import MIB, read_bounded, save_tensors
+from ..files import MIB, read_bounded, save_tensors, sha256_bytes
 from ._architectures import Normalise
 from ._checkpoints import read_checkpoint
 from ._weights import load_weights_
 
+# Torchvision's networks with a second head for training, which their trained weights come with.
+_TWO_HEADED = ("googlenet", "inception_v3")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -86,6 +90,13 @@ def build_from_hub(name: str, *, shape: tuple[int, ...], classes: int) -> nn.Mod
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     with _told(f"{name} for images {shape}"):
         return nn.Sequential(Normalise(mean, std), hub.make(own, shape, classes))
+
+
+def hub_version(name: str) -> str:
+    """Return a hash that changes with the release of a network's library, and with the settings in a folder."""
+    hub, own = _parted(name)
+    settings = (_folder(own) / "config.json").read_bytes() if hub.package == "transformers" else own.encode()
+    return sha256_bytes(f"{hub.package} {version(hub.package)} ".encode() + settings)
 
 
 def load_hub_weights_(model: nn.Module, name: str, *, classes: int, download: bool = False) -> None:
@@ -213,15 +224,18 @@ def _timm_weights(own: str, download: bool) -> Mapping[str, Tensor] | None:
 
 
 def _timm_file(cfg: Any, download: bool) -> Path | None:
-    if not cfg.hf_hub_id:
-        return _from_url(cfg.url, download) if cfg.url else None
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    """Return timm's file in the cache of Hugging Face's hub, or where older releases of timm left it, in torch's."""
+    from huggingface_hub import hf_hub_download, list_repo_files, try_to_load_from_cache
 
     names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    here = [found for name in names if isinstance(found := try_to_load_from_cache(cfg.hf_hub_id, name), str)]
-    if not here and download:
-        here = [hf_hub_download(cfg.hf_hub_id, names[0])]
-    return Path(here[0]) if here else None
+    for name in names if cfg.hf_hub_id else ():
+        if isinstance(found := try_to_load_from_cache(cfg.hf_hub_id, name), str):
+            return Path(found)
+    old = cfg.url and not cfg.url.endswith(".npz") and _from_url(cfg.url, download and not cfg.hf_hub_id)
+    if old or not download or not cfg.hf_hub_id:
+        return old or None
+    there = list_repo_files(cfg.hf_hub_id)
+    return Path(hf_hub_download(cfg.hf_hub_id, next(name for name in names if name in there)))
 
 
 # -- torchvision ------------------------------------------------------------------------------------------------------
@@ -250,21 +264,29 @@ def _make_torchvision(own: str, shape: tuple[int, ...], classes: int) -> nn.Modu
 
     if shape[0] != 3:
         raise UserError(f"torchvision's '{own}' takes images of three channels, these have {shape[0]}")
-    sized = {"image_size": shape[1]} if own.startswith("vit_") else {}
-    own_heads = {"init_weights": True} if own in ("googlenet", "inception_v3") else {}
-    if own_heads:
-        own_heads["aux_logits"] = False
-    made: nn.Module = models.get_model(own, weights=None, num_classes=classes, **sized, **own_heads)
+    options: dict[str, Any] = {"image_size": shape[1]} if own.startswith("vit_") else {}
+    if own in _TWO_HEADED:  # what their trained weights expect
+        options = {"init_weights": True, "transform_input": True, "aux_logits": False}
+    made: nn.Module = models.get_model(own, weights=None, num_classes=classes, **options)
     return made
 
 
 def _torchvision_weights(own: str, download: bool) -> Mapping[str, Tensor] | None:
-    file = _from_url(_torchvision_weights_of(own).url, download)
-    return read_checkpoint(file).tensors if file is not None else None
+    """Let torchvision itself rename and leave out what its file holds, unpickled before."""
+    from torchvision import models
+
+    weights = _torchvision_weights_of(own)
+    file = _from_url(weights.url, download)
+    if file is None:
+        return None
+    tensors = read_checkpoint(file).tensors
+    with patch.object(type(weights), "get_state_dict", lambda *_, **__: tensors):
+        made = models.get_model(own, weights=weights)
+    return {name: value for name, value in made.state_dict().items() if not name.startswith("AuxLogits.")}
 
 
 def _from_url(url: str, download: bool) -> Path | None:
-    """Return the file of a URL in torch's cache."""
+    """Return the file of a URL in torch's cache; None where it is not there, nor asked for."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not file.exists() and download:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -275,19 +297,32 @@ def _from_url(url: str, download: bool) -> Path | None:
 # -- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
+def _folder(own: str) -> Path:
+    """Return a folder that save_pretrained wrote, by its path or by the name that it has in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    if (Path(own) / "config.json").is_file():
+        return Path(own)
+    try:
+        return Path(snapshot_download(own, local_files_only=True))
+    except (ValueError, OSError):  # no such name, or not in the cache
+        where = "holds no config.json" if Path(own).is_dir() else "is no folder, nor a model in Hugging Face's cache"
+        raise UserError(
+            f"{own} {where}; hf:FOLDER takes a folder that save_pretrained wrote, or what `hf download NAME` fetched"
+        ) from None
+
+
 def _config(own: str) -> Any:
     import transformers
 
-    if not (Path(own) / "config.json").is_file():
-        raise UserError(f"{own} holds no config.json; hf:FOLDER takes a folder that save_pretrained wrote")
     try:
-        return transformers.AutoConfig.from_pretrained(own, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(_folder(own), local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"transformers cannot read {own}/config.json: {str(error).splitlines()[0]}") from error
 
 
 def _describe_hf(own: str) -> HubModel:
-    config, prepared = _config(own), Path(own) / "preprocessor_config.json"
+    config, prepared = _config(own), _folder(own) / "preprocessor_config.json"
     how = json.loads(read_bounded(prepared, limit=MIB)) if prepared.exists() else {}
     side = config.image_size if isinstance(getattr(config, "image_size", None), int) else 224
     resize, size = _prepared_by_hf(how, side)
@@ -330,16 +365,15 @@ def _make_hf(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
 def _hf_weights(own: str, _download: bool) -> Mapping[str, Tensor] | None:
     import transformers
 
-    if not list(Path(own).glob("model*.safetensors")):
-        pickled = Path(own) / "pytorch_model.bin"
+    folder = _folder(own)
+    if not list(folder.glob("model*.safetensors")):
+        pickled = folder / "pytorch_model.bin"
         if pickled.exists():
-            raise UserError(
-                f"{pickled} is a pickle: sparring convert --as-is {pickled} {Path(own) / 'model.safetensors'}"
-            )
+            raise UserError(f"{pickled} is a pickle: sparring convert --as-is {pickled} {folder / 'model.safetensors'}")
         return None
     transformers.utils.logging.disable_progress_bar()
     model, info = transformers.AutoModelForImageClassification.from_pretrained(
-        own, local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     if info["missing_keys"]:  # which transformers draws at random
         raise UserError(f"the weights in {own} lack '{min(info['missing_keys'])}': train that network to its end first")

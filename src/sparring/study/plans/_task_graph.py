@@ -14,6 +14,7 @@ import torch
 from ...data import Dataset, content_hash
 from ...errors import PlanError
 from ...files import canonical_json, sha256_bytes, sha256_file
+from ...models import hub_version, is_hub_name
 from ...plugins import code_hash
 from ...records import Cell, Kind, pruning_kind
 from ..runner._executors import AnyTask, Task, whole_table
@@ -77,15 +78,16 @@ class Work:
 
     def _code_of(self, name: str) -> str:
         if name not in self.code:
-            self.code[name] = code_hash(name)
+            self.code[name] = hub_version(name) if is_hub_name(name) else code_hash(name)
         return self.code[name]
 
 
 def _users_names(value: Any) -> set[str]:
-    """Return every "package.module:name" among the values of nested inputs."""
+    """Return every "package.module:name", and every network of a library, among the values of nested inputs."""
     if isinstance(value, dict):
         return set().union(*map(_users_names, value.values()))
-    return {value} if isinstance(value, str) and USERS_NAME.fullmatch(value) else set()
+    named = isinstance(value, str) and (USERS_NAME.fullmatch(value) or is_hub_name(value))
+    return {value} if named else set()
 
 
 def _key(stage: str, version: int | str, inputs: dict[str, Any], torch: str, device: str) -> str:

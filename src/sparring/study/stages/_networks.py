@@ -14,7 +14,7 @@ from ...data import Dataset, as_float, fixed_order
 from ...errors import PlanError, UnknownNameError, UserError
 from ...files import sha256_bytes
 from ...matrices import refuse_unmasked
-from ...models import build, load_weights_
+from ...models import build, is_hub_name, load_weights_
 from ...modes import eval_mode
 from ...outputs import opened
 from ...records import Store, read_plan, read_record
@@ -127,7 +127,7 @@ def trained(out: str | Path, key: str, *, factory: str | None = None) -> nn.Modu
         raise UserError(f"{out} no longer holds {key}; run the study again")
     options: dict[str, Any] = {k: tuple(v) if k == "widths" else v for k, v in record.inputs["model"].items()}
     asked = Network(**options)
-    if ":" in asked.name and factory != asked.name:
+    if ":" in asked.name and not is_hub_name(asked.name) and factory != asked.name:
         own = asked.name
         raise UserError(f"the study's model is code; if you trust '{own}' in this folder, run it with --model {own}")
     shape, ones = tuple(facts["shape"]), (1.0,) * facts["shape"][0]
