@@ -31,8 +31,7 @@ FAILED = CONTRADICTED = 3
 
 def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
     """Run a plan, write its report, print the verdict; return the exit code."""
-    plan = Plan.load(source.plan, _changes(source))
-    say_fresh(plan.model.name, plan.model.weights)
+    plan = _plan_of(source)
     out, stream = source.out or Path("out") / plan.name, sys.stderr if as_json else sys.stdout
     check_writable(out, folder=True)
     usable_device(source.device, here=how.ray is None)
@@ -55,6 +54,12 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
             device=source.device, ray=how.ray, command=_command(source),
         )  # fmt: skip
     return _tell(out, records, fresh=view.fresh > 0, as_json=as_json)
+
+
+def _plan_of(source: StudySource) -> Plan:
+    plan = Plan.load(source.plan, _changes(source))
+    say_fresh(plan.model.name, plan.model.weights)
+    return plan
 
 
 def _changes(source: StudySource) -> tuple[str, ...]:
