@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparring.models import Normalise, Residual
 from sparring.threat import L2, project, random_point
@@ -54,6 +55,51 @@ def _body(kind: str, channels: int, side: int, pick) -> list[nn.Module]:
         inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
         rest = [nn.ReLU(), Residual(inner, nn.Identity() if pick(0, 1) else nn.Conv2d(4, 4, 1))]
     return [first, *rest, nn.Flatten(), nn.LazyLinear(classes)]
+
+
+class Gated(nn.Module):
+    """Scale every channel by a gate that sees all of them (Hu et al. 2018)."""
+
+    def __init__(self, width: int, gate: nn.Module) -> None:
+        super().__init__()
+        self.reduce, self.gate = nn.Conv2d(width, width, 1), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate: Tensor = self.gate(self.reduce(x.mean((2, 3), keepdim=True)))
+        return x * gate
+
+
+class Mixed(nn.Module):
+    """Mix places, then channels, as MLP-Mixer does (Tolstikhin et al. 2021), and scale by constants of all shapes."""
+
+    def __init__(self, width: int, places: int) -> None:
+        super().__init__()
+        self.across, self.along = nn.Linear(places, places), nn.Linear(width, width)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(2).transpose(1, 2)
+        h = h + F.gelu(self.across(h.transpose(1, 2))).transpose(1, 2) * self.token
+        h = torch.cat([self.token.expand(len(h), -1, -1), h], 1)
+        return F.silu(self.along(h))[:, 1:].mean(1)
+
+
+def smooth_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """Build a random network of smooth activations, gates and moved axes, and its input shape."""
+    activations = [nn.Sigmoid(), nn.Tanh(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Hardswish()]
+    generator = torch.Generator().manual_seed(seed)
+    act, other = activations[seed % 6], activations[(seed + 1) % 6]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first = nn.Conv2d(1, 4, 2, padding=1)
+        bodies = (
+            [act, nn.Conv2d(4, 3, 3, padding=1), other, nn.Flatten(), nn.Linear(48, 3)],
+            [nn.ReLU(), Gated(4, other), nn.Conv2d(4, 3, 2), act, nn.Flatten(), nn.Linear(27, 3)],
+            [Mixed(4, 16), act, nn.Linear(4, 3)],
+        )
+        model = nn.Sequential(Normalise((0.4,), (0.5,)), first, *bodies[seed // 2 % 3])
+        _randomise_(model, generator, sparsity=0.1)
+    return model.eval(), (1, 3, 3)
 
 
 def _randomise_(model: nn.Module, generator: torch.Generator, *, sparsity: float) -> None:

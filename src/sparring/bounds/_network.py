@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,18 +17,18 @@ from torch.nn import grad
 
 from ..errors import Unsupported
 from ..graph import (
-    Add,
     Affine,
     AvgPool,
+    Call,
+    Constant,
     Conv2d,
     Flatten,
     Graph,
     Input,
     Linear,
-    MaxPool,
     Node,
     Op,
-    ReLU,
+    Reshape,
     SparseActivation,
     drop_dead_units,
     evaluate,
@@ -37,8 +37,9 @@ from ..graph import (
     refusal,
     spelled_out,
 )
+from ._curves import Curve, bend_of
 
-LinearOp = Linear | Conv2d | Affine | AvgPool | Flatten
+LinearOp = Linear | Conv2d | Affine | AvgPool | Flatten | Reshape
 _SPARSE = 0.2  # density up to which products that skip zeros beat dense ones, by 3 times at 0.1
 _ALIVE = 0.9  # share of units with coefficients up to which dense products are faster without the others
 
@@ -53,25 +54,69 @@ class SparseLinear(Linear):
         return csr_array(self.weight.numpy().T)
 
 
-def prepare(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None = None, sparse: bool = True) -> Graph:
+@dataclass(frozen=True, eq=False)
+class Product(Call):
+    """The product of two values that broadcast, such as a map and a gate for each channel."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moved(Call):
+    """A linear operation that torch computes, of one value or several; its weights, if any, are among its options."""
+
+
+_QUOTIENT = "divides by what it computes of the image, of which no sound line is tight; attacks can do without"
+_REASONS = dict.fromkeys(
+    """softmax _softmax log_softmax layer_norm native_layer_norm group_norm instance_norm rms_norm div
+    scaled_dot_product_attention""".split(),  # noqa: SIM905
+    _QUOTIENT,
+)
+# Linear with coefficients that are not negative, or with the option "weight".
+_MOVED = frozenset(
+    """add permute transpose movedim narrow slice select index_select cat stack expand repeat mean sum roll flip pad
+    constant_pad_nd reflection_pad2d replication_pad2d pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d
+    upsample_bilinear2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d im2col conv1d conv_transpose1d
+    conv_transpose2d""".split()  # noqa: SIM905
+)
+
+
+def prepare(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    images: Tensor | None = None,
+    sparse: bool = True,
+    certified: bool = False,
+) -> Graph:
     """Lower a model for images of `shape` in float64, in which every bound is computed, compared on `images` too.
 
-    Layers with few nonzero weights become SparseLinear, unless `sparse` is False. Raise Unsupported, naming the layer
-    and the line, for operations that have no bound.
+    Layers with few nonzero weights become SparseLinear, unless `sparse` is False. `certified` lets those operations
+    pass, too, for which certificates alone have a rule. Raise Unsupported, naming the layer and the line, for others.
     """
     graph = spelled_out(lower(model, shape, images=images, dtype=torch.float64), torch.float64)
-    return replace(graph, nodes=tuple(replace(node, op=_bounded(node, sparse)) for node in graph.nodes))
+    return replace(graph, nodes=tuple(replace(node, op=_bounded(node, sparse, certified)) for node in graph.nodes))
 
 
-def _bounded(node: Node, sparse: bool) -> Op:
+def _bounded(node: Node, sparse: bool, certified: bool) -> Op:
     match node.op:
         case SparseActivation(name=name, module=module):
             return SparseActivation(name, copy.deepcopy(module).double())
         case Linear() as op if sparse:
             return as_sparse(op)
-        case Input() | Linear() | Conv2d() | Affine() | ReLU() | MaxPool() | AvgPool() | Flatten() | Add():
-            return node.op
-    raise refusal(node, "has no rule for bounds; attacks can do without")
+        case Call(name=name, function=function, names=names, options=options):
+            known = Curve if bend_of(node.op) else Product if name == "mul" else Moved if name in _MOVED else None
+            if known is None or not math.prod(node.shape):
+                raise refusal(node, _REASONS.get(name, "has no rule for bounds; attacks can do without"))
+            if not certified:
+                why = "is not piecewise linear" if known is Curve else "has no rule here"
+                raise refusal(node, f"{why}; certificates take it")
+            return known(name, function, names, _in_double(options))
+        case Reshape() | Constant() if not certified:
+            raise refusal(node, "has no rule here; certificates take it")
+    return node.op
+
+
+def _in_double(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for key, v in options.items()}
 
 
 def as_sparse(op: Linear) -> Linear:
@@ -115,9 +160,16 @@ def adjoint(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
             return a * op.scale.view(1, -1, *[1] * (a.dim() - 2))
         case AvgPool():
             return _spread_out(op, a, shape)
-        case Flatten():
+        case Flatten() | Reshape():
             return a.reshape(len(a), *shape)
     raise Unsupported(f"an operation of type {type(op).__name__} is not linear")
+
+
+def moved_back(op: Moved, a: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Do what `adjoint` does, for every input: coefficients (M, *out) to (M, *shape) for each shape."""
+    with torch.enable_grad():
+        inputs = [a.new_zeros(len(a), *shape, requires_grad=True) for shape in shapes]
+        return torch.autograd.grad(evaluate(op, *inputs), inputs, a, create_graph=a.requires_grad)
 
 
 def mapped(op: LinearOp, change: Callable[[Tensor], Tensor]) -> LinearOp:
@@ -181,7 +233,7 @@ def _times(a: Tensor, weight: Tensor) -> Tensor:
 
 def offset(op: LinearOp, shape: tuple[int, ...]) -> Tensor | None:
     """Return what a linear operation adds, its value at zero, flat (out,); None where that is nothing."""
-    if isinstance(op, AvgPool | Flatten) or (isinstance(op, Linear | Conv2d) and op.bias is None):
+    if isinstance(op, AvgPool | Flatten | Reshape) or (isinstance(op, Linear | Conv2d) and op.bias is None):
         return None
     if isinstance(op, Linear) and len(shape) == 1:
         return op.bias

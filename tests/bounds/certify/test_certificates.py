@@ -157,8 +157,10 @@ def test_refusals_name_cause_and_way_out() -> None:
         margin(model, x * 255, y, Threat(2.0, 0.1))
     with pytest.raises(UnknownNameError, match="crown"):
         margin(model, x, y, Threat(2.0, 0.1), method="crwn")
-    with pytest.raises(Unsupported, match=r"'sigmoid' .*no rule for bounds"):
-        margin(nn.Sequential(nn.Flatten(), nn.Sigmoid(), nn.Linear(12, 2)), x, y, Threat(2.0, 0.1))
+    with pytest.raises(Unsupported, match=r"'mish' .*no rule for bounds"):
+        margin(nn.Sequential(nn.Flatten(), nn.Mish(), nn.Linear(12, 2)), x, y, Threat(2.0, 0.1))
+    with pytest.raises(Unsupported, match=r"'layer_norm' .*divides by what it computes"):
+        margin(nn.Sequential(nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 2)), x, y, Threat(2.0, 0.1))
 
 
 def test_an_empty_batch_gives_empty_bounds() -> None:

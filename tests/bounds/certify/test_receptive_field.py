@@ -101,7 +101,7 @@ def test_windows_that_share_nothing_are_pulled_through_as_any_others(kernel: tup
     slopes = []
     for lines in (tiled, any_):
         point = a.clone().requires_grad_()
-        pulled, shift = lines.pull(point, None)
+        (pulled,), shift = lines.pull(point, None)
         (slope,) = torch.autograd.grad((pulled.sin().flatten(2).sum(2) + shift).sum(), point)  # as alpha-CROWN does
         slopes.append((pulled.detach(), shift.detach(), slope))
     assert all(torch.allclose(one, other, atol=1e-14) for one, other in zip(*slopes, strict=True))

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 
 import pytest
 import torch
+from torch import nn
 
 from sparring.bounds import BOUNDS
+from sparring.bounds._curves import between
 from sparring.bounds._network import adjoint, margin_rows, prepare
 from sparring.bounds._region import region
 from sparring.bounds.certify import _crown as crown
 from sparring.bounds.certify import _relaxations as relaxations
-from sparring.bounds.certify._relaxations import propagate
-from sparring.graph import evaluate
+from sparring.bounds.certify._relaxations import propagate, relax
+from sparring.graph import Graph
 
-from ..random_networks import double, hostile_points, network
+from ..random_networks import double, hostile_points, network, smooth_network
 
+Build = Callable[[int], tuple[nn.Module, tuple[int, ...]]]
 NORMS = (math.inf, 2.0, 1.0)
 METHODS = ("interval", "crown-interval", "crown")
 
 
-def violations(seeds: Iterable[int], methods: tuple[str, ...]) -> Iterator[tuple[int, float]]:
+def violations(seeds: Iterable[int], methods: tuple[str, ...], build: Build = network) -> Iterator[tuple[int, float]]:
     """Yield every network and norm at which a margin or a node's bound is beaten by a hostile point."""
     for seed in seeds:
         for norm in NORMS[: 2 + (seed % 10 == 0)]:
-            if _violated(seed, norm, methods):
+            if _violated(seed, norm, methods, build):
                 yield seed, norm
 
 
-def _violated(seed: int, norm: float, methods: tuple[str, ...]) -> bool:
-    model, shape = network(seed)
+@cache
+def _lowered(build: Build, seed: int) -> tuple[nn.Module, tuple[int, ...], Graph]:
+    model, shape = build(seed)
+    return model, shape, prepare(model, shape, certified=True)
+
+
+def _violated(seed: int, norm: float, methods: tuple[str, ...], build: Build) -> bool:
+    model, shape, graph = _lowered(build, seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
     x = torch.where(torch.rand(x.shape, generator=generator) < 0.3, x.round(), x)  # pixels on the box, as in MNIST
     eps = float(0.02 * 30 ** torch.rand((), generator=generator)) * (1 if norm == math.inf else 2)
-    exact, graph = double(model), prepare(model, shape)
+    exact = double(model)
     y = exact(x).argmax(1)
     points = hostile_points(model, x, int(y), norm, eps, points=200, generator=generator)
     assert len(points) >= 1000
@@ -57,10 +68,7 @@ def _outside(value: torch.Tensor, bound: relaxations.Interval) -> bool:
 
 
 def _node_values(graph, points: torch.Tensor) -> list[torch.Tensor]:
-    values = [points]
-    for node in graph.nodes[1:]:
-        values.append(evaluate(node.op, *(values[i] for i in node.inputs)))
-    return values
+    return graph.values(points)
 
 
 def test_no_bound_is_beaten_on_two_hundred_networks() -> None:
@@ -69,6 +77,33 @@ def test_no_bound_is_beaten_on_two_hundred_networks() -> None:
 
 def test_alpha_optimised_bounds_are_not_beaten() -> None:
     assert not list(violations(range(300, 321), ("alpha-crown",)))
+
+
+def test_no_bound_of_smooth_networks_is_beaten() -> None:
+    assert not list(violations(range(6), (*METHODS, "alpha-crown"), smooth_network))
+
+
+def _product_without_its_width(op, *inputs):
+    lines = relax(op, *inputs)
+    return dataclasses.replace(lines, half=0 * lines.half) if isinstance(lines, relaxations.ProductLines) else lines
+
+
+def _low_lines_lifted(op, lower, upper):
+    low_slope, low_shift, high_slope, high_shift = between(op, lower, upper)
+    return low_slope, low_shift + 0.02 * (upper - lower), high_slope, high_shift
+
+
+SMOOTH_BUGS = {
+    "a product's width is forgotten": (crown, "relax", _product_without_its_width),
+    "the lower lines of curves are lifted": (relaxations, "between", _low_lines_lifted),
+}
+
+
+@pytest.mark.parametrize("bug", SMOOTH_BUGS)
+def test_planted_bugs_of_smooth_networks_are_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name, broken = SMOOTH_BUGS[bug]
+    monkeypatch.setattr(module, name, broken)
+    assert any(violations(range(6), METHODS, smooth_network))
 
 
 def _relu_chord_through_the_origin(bounds):

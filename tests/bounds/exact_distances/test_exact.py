@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import LinearConstraint, linprog, minimize
 from torch import nn
 
-from sparring.bounds import exact, radius
-from sparring.errors import UserError
+from sparring.bounds import exact, lipschitz, radius
+from sparring.errors import Unsupported, UserError
 from sparring.threat import distance
 
 from ..random_networks import hostile_points, network
@@ -134,3 +134,15 @@ def test_other_norms_are_refused() -> None:
     model, x, y = tiny(0)
     with pytest.raises(UserError, match="l1"):
         exact(model, x, y, 1.0)
+
+
+@pytest.mark.parametrize("name", ["gelu", "sigmoid"])
+def test_curves_are_refused_by_name_and_certified(name: str) -> None:
+    act = {"gelu": nn.GELU(), "sigmoid": nn.Sigmoid()}[name]
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), act, nn.Linear(3, 2)).eval(), torch.rand(1, 1, 2, 2)
+    y = model(x).argmax(1)
+    with pytest.raises(Unsupported, match=f"'{name}' .*not piecewise linear; certificates take it"):
+        exact(model, x, y, math.inf)
+    with pytest.raises(Unsupported, match=f"'{name}' .*not piecewise linear"):
+        lipschitz(model, x, 0.1, norm=math.inf, method="jacobian")
+    assert radius(model, x, y, math.inf).item() > 0

@@ -117,7 +117,7 @@ def margin(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: st
     if threat.eps is None:
         raise UserError("a certified margin needs a threat with eps; for the largest certified eps use radius")
     check_pixels(x)
-    graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x), x)
+    graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x, certified=True), x)
     return margins_over(graph, pixels, y, threat.norm, torch.full((len(x),), threat.eps, dtype=torch.float64), method)
 
 
@@ -152,7 +152,8 @@ def radius(
     `margin` does.
     """
     check_pixels(x)
-    return radius_over(*compacted(prepare(model, tuple(x.shape[1:]), images=x), x), y, norm, method, tolerance)
+    graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x, certified=True), x)
+    return radius_over(graph, pixels, y, norm, method, tolerance)
 
 
 def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, tolerance: float | None = None) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from ...graph import Graph
-from .._network import LinearOp, adjoint, offset
+from ...graph import Constant, Graph, Node, evaluate
+from .._network import LinearOp, Moved, adjoint, moved_back, offset
 from .._region import Region
 from ._open_units import NONLINEAR, refined, wanted
 from ._receptive_field import windows
@@ -39,17 +40,32 @@ def lower_bound(
         if index not in waiting:
             continue
         a, node = waiting.pop(index), graph.nodes[index]
-        if index in relaxed:
-            a, added = relaxed[index].pull(a, alpha[index] if alpha and index in alpha else None)
+        parts, added = _through(graph, index, a, relaxed, alpha)
+        if added is not None:
             total = total + added
-        elif isinstance(node.op, LinearOp):
-            shape = graph.nodes[node.inputs[0]].shape
-            if (constant := offset(node.op, shape)) is not None:
-                total = total + a.flatten(2) @ constant
-            a = _pull(node.op, a, shape)
-        for source in node.inputs:
-            waiting[source] = waiting[source] + a if source in waiting else a
+        for source, part in zip(node.inputs, parts, strict=True):
+            waiting[source] = waiting[source] + part if source in waiting else part
     return total + region.minimum(waiting[0].flatten(2), refine=refine)
+
+
+def _through(
+    graph: Graph, index: int, a: Tensor, relaxed: Mapping[int, Relaxation], alpha: Mapping[int, Tensor] | None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Pull coefficients on a node's output, (N, K, ...), back to its inputs; return what that adds, too, (N, K)."""
+    node = graph.nodes[index]
+    shapes = [graph.nodes[i].shape for i in node.inputs]
+    if index in relaxed:
+        return relaxed[index].pull(a, alpha.get(index) if alpha else None)
+    if isinstance(node.op, Constant):
+        return (), a.flatten(2) @ node.op.value.double().flatten()
+    if isinstance(node.op, Moved):
+        zero = evaluate(node.op, *(a.new_zeros(1, *shape) for shape in shapes)).flatten()
+        parts = moved_back(node.op, a.flatten(0, 1), shapes)
+        return tuple(p.view(*a.shape[:2], *p.shape[1:]) for p in parts), a.flatten(2) @ zero
+    if isinstance(node.op, LinearOp):
+        constant = offset(node.op, shapes[0])
+        return (_pull(node.op, a, shapes[0]),), None if constant is None else a.flatten(2) @ constant
+    return (a,) * len(shapes), None
 
 
 def _both_bounds(graph: Graph, start: int, rows: Tensor, region: Region, relaxed: Mapping[int, Relaxation]) -> Interval:
@@ -65,20 +81,19 @@ def _both_bounds(graph: Graph, start: int, rows: Tensor, region: Region, relaxed
             continue
         (a, both), node = waiting.pop(index), graph.nodes[index]
         if index in relaxed:
-            negative, added = relaxed[index].pull(_less(both, a), None)
+            negatives, added = relaxed[index].pull(_less(both, a), None)
             high_total += added
-            a, added = relaxed[index].pull(a, None)
+            parts, added = relaxed[index].pull(a, None)
             low_total += added
-            both = a + negative
-        elif isinstance(node.op, LinearOp):
-            shape = graph.nodes[node.inputs[0]].shape
-            if (constant := offset(node.op, shape)) is not None:
-                added = a.flatten(2) @ constant
-                low_total += added
-                high_total += _less(None if both is None else both.flatten(2) @ constant, added)
-            a, both = _pull(node.op, a, shape), None if both is None else _pull(node.op, both, shape)
-        for source in node.inputs:
-            waiting[source] = _plus(waiting[source], (a, both)) if source in waiting else (a, both)
+            sums: Iterable[Tensor | None] = [one + two for one, two in zip(parts, negatives, strict=True)]
+        else:
+            parts, constant = _through(graph, index, a, {}, None)
+            sums, more = (repeat(None), None) if both is None else _through(graph, index, both, {}, None)
+            if constant is not None:
+                low_total += constant
+                high_total += _less(more, constant)
+        for source, part, total in zip(node.inputs, parts, sums, strict=False):
+            waiting[source] = _plus(waiting[source], (part, total)) if source in waiting else (part, total)
     a, both = waiting[0]
     low_total += region.minimum(a.flatten(2))
     high_total += region.minimum(_less(both, a).flatten(2))
@@ -112,12 +127,19 @@ def bound_nodes(
     relaxed: dict[int, Relaxation] = {}
     for index, node in enumerate(graph.nodes):
         if isinstance(node.op, NONLINEAR):
-            relaxed[index] = relax(node.op, bounds[node.inputs[0]])
-        here = attained[index] if index in attained else propagate(node.op, *(bounds[i] for i in node.inputs))
+            relaxed[index] = relax(node.op, *(bounds[i] for i in node.inputs))
+        here = attained[index] if index in attained else _propagated(node, bounds, region)
         bounds.append(here if known is None else here.within(known[index]))
         if index in feeds and index not in attained:
             bounds[index] = _refine(graph, index, bounds[index], region, relaxed)
     return bounds, relaxed
+
+
+def _propagated(node: Node, bounds: list[Interval], region: Region) -> Interval:
+    if isinstance(node.op, Constant):
+        value = node.op.value.double().expand(len(region.x), *node.shape)
+        return Interval(value, value)
+    return propagate(node.op, *(bounds[i] for i in node.inputs))
 
 
 def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: Mapping[int, Relaxation]) -> Interval:

@@ -9,46 +9,49 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...graph import Conv2d, Graph, Linear, MaxPool, ReLU, SparseActivation
+from ...graph import Constant, Conv2d, Graph, Linear, MaxPool, Op, ReLU, SparseActivation
+from .._curves import Curve
+from .._network import Product
 from ._receptive_field import windows
 from ._relaxations import Interval, rivals
 
-NONLINEAR = (ReLU, MaxPool, SparseActivation)
+NONLINEAR = (ReLU, MaxPool, SparseActivation, Curve, Product)
 _HEAVY = 7e9  # multiplications of one image, from which shortcuts pay: seconds, not tenths of one
 
 
 def refined(graph: Graph) -> list[int]:
-    """Return the nodes before nonlinear ones, which have lines; behind a ReLU before a maximum nothing is tighter."""
+    """Return the nodes before nonlinear ones, which have lines; what ReLU and curves give has no tighter ones."""
     nodes = graph.nodes
-    before = {node.inputs[0] for node in nodes if isinstance(node.op, NONLINEAR)}
-    return sorted(i for i in before if not (isinstance(nodes[i].op, ReLU) and _pooled_alone(graph, i)))
+    before = {i for node in nodes if isinstance(node.op, NONLINEAR) for i in node.inputs}
+    return sorted(i for i in before if not isinstance(nodes[i].op, Constant) and not _known_enough(graph, i))
 
 
-def _pooled_alone(graph: Graph, index: int) -> bool:
-    readers = [node.op for node in graph.nodes if index in node.inputs]
-    return not any(isinstance(op, NONLINEAR) and not isinstance(op, MaxPool) for op in readers)
+def _known_enough(graph: Graph, index: int) -> bool:
+    alone = not any(isinstance(op, SparseActivation) for _, op in _readers(graph, index))
+    return alone and isinstance(graph.nodes[index].op, ReLU | Curve)
+
+
+def _readers(graph: Graph, index: int) -> list[tuple[int, Op]]:
+    return [(i, node.op) for i, node in enumerate(graph.nodes) if index in node.inputs]
 
 
 def wanted(graph: Graph, index: int, known: Interval) -> Tensor:
     """Return for which neurons of a node better bounds may count, (N, ...).
 
-    They are those whose sign is not known, or all if more than the sign counts; of those behind whose ReLU there is a
-    maximum, the ones that may be the largest of a window, too.
+    They are those whose sign is not known, or all if more than the sign counts. Behind a ReLU, more than the sign
+    counts where a value is positive: before a maximum if it may be the largest of its window and others may, too.
     """
-    readers = [(i, node) for i, node in enumerate(graph.nodes) if index in node.inputs]
-    if any(isinstance(node.op, NONLINEAR) and not isinstance(node.op, ReLU) for _, node in readers):
+    if any(isinstance(op, NONLINEAR) and not isinstance(op, ReLU) for _, op in _readers(graph, index)):
         return torch.ones_like(known.lower, dtype=torch.bool)
-    found = unsigned(known)
+    found = (known.lower < 0) & (known.upper > 0)
     positive = Interval(*(value.clamp_min(0) for value in known))
-    for place in (i for i, node in readers if isinstance(node.op, ReLU)):
-        for pool in (node.op for node in graph.nodes if place in node.inputs and isinstance(node.op, MaxPool)):
-            found = found | rivals(pool, positive)
+    for place in (i for i, op in _readers(graph, index) if isinstance(op, ReLU)):
+        for _, op in _readers(graph, place):
+            if isinstance(op, MaxPool):
+                found = found | rivals(op, positive)
+            elif isinstance(op, Curve | Product):
+                found = found | (known.upper > 0)
     return found
-
-
-def unsigned(known: Interval) -> Tensor:
-    """Return which values may be of either sign."""
-    return (known.lower < 0) & (known.upper > 0)
 
 
 @lru_cache(maxsize=4)

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...graph import Add, Affine, AvgPool, Conv2d, Graph, MaxPool, Node, Op, ReLU
+from .._curves import Curve
 from .._region import Region
-from ._relaxations import Lines, Relaxation, WindowLines, pool_windows, tile_of
+from ._relaxations import Lines, Pulled, Relaxation, WindowLines, pool_windows, tile_of
 
 _WORTH = 0.5  # share of the network's values in a window up to which cutting pays
-_ELEMENTWISE = (Affine, ReLU, Add)
+_ELEMENTWISE = (Affine, ReLU, Add, Curve)
 Pair = tuple[int, int]
 
 
@@ -64,9 +65,9 @@ class Seen:
         """Return what is seen from some of the places."""
         return replace(self, inside=self.inside[images])
 
-    def pull(self, a: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+    def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """Return the coefficients on the whole window; nothing is added."""
-        return F.pad(a * self.inside[:, None], self.pad), a.new_zeros(a.shape[:2])
+        return (F.pad(a * self.inside[:, None], self.pad),), a.new_zeros(a.shape[:2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +141,9 @@ class Windows:
         op, whole = self.graph.nodes[reader].op, self.windows[source]
         part = _needed(op, self.windows[reader])
         assert part is not None
-        plain = not isinstance(op, Conv2d) or op.padding == (0, 0) or isinstance(self.graph.nodes[source].op, ReLU)
+        plain = (
+            not isinstance(op, Conv2d) or op.padding == (0, 0) or isinstance(self.graph.nodes[source].op, ReLU | Curve)
+        )
         if part == whole and (plain or not self._beyond(source)):
             return None
         top, left = (a - b for a, b in zip(part.start, whole.start, strict=True))

@@ -6,6 +6,7 @@ Activation-sparsity modules have rules by their `kind`; those without a sound on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -14,9 +15,24 @@ import torch
 from torch import Tensor
 
 from ...errors import Unsupported
-from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, Op, ReLU, SparseActivation, evaluate
+from ...graph import (
+    Add,
+    Affine,
+    AvgPool,
+    Conv2d,
+    Flatten,
+    Graph,
+    Linear,
+    MaxPool,
+    Op,
+    ReLU,
+    Reshape,
+    SparseActivation,
+    evaluate,
+)
 from ...threat import L2, LINF
-from .._network import LinearOp, mapped
+from .._curves import Curve, between, extremes
+from .._network import LinearOp, Moved, Product, mapped
 from .._region import Region
 
 
@@ -43,13 +59,28 @@ def propagate(op: Op, *inputs: Interval) -> Interval:
         case Affine():
             one, two = evaluate(op, lower), evaluate(op, upper)
             return Interval(torch.minimum(one, two), torch.maximum(one, two))
-        case ReLU() | MaxPool() | AvgPool() | Flatten():  # all monotone
+        case ReLU() | MaxPool() | AvgPool() | Flatten() | Reshape():  # all monotone
             return Interval(evaluate(op, lower), evaluate(op, upper))
         case Add():
             return Interval(lower + inputs[1].lower, upper + inputs[1].upper)
         case SparseActivation():
             return Interval(*_activation_interval(op, lower, upper))
+        case Curve():
+            return Interval(*extremes(op, lower, upper)[:2])
+        case Product():
+            corners = torch.stack([one * two for one in inputs[0] for two in inputs[1]])
+            return Interval(corners.amin(0), corners.amax(0))
+        case Moved():
+            return _moved(op, inputs)
     raise Unsupported(f"an operation of type {type(op).__name__} has no interval rule")
+
+
+def _moved(op: Moved, inputs: Sequence[Interval]) -> Interval:
+    centre = evaluate(op, *((box.upper + box.lower) / 2 for box in inputs))
+    positive = replace(op, options={k: v.abs() if k == "weight" else v for k, v in op.options.items()})
+    halves = [(box.upper - box.lower) / 2 for box in inputs]
+    half = evaluate(positive, *halves) - evaluate(positive, *(torch.zeros_like(one) for one in halves))
+    return Interval(centre - half, centre + half)
 
 
 def first_layers(graph: Graph, region: Region) -> dict[int, Interval]:
@@ -82,6 +113,9 @@ def _squared(op: LinearOp) -> LinearOp:
     return mapped(op, torch.square)
 
 
+Pulled = tuple[tuple[Tensor, ...], Tensor]  # coefficients (N, K, ...) on every input, and what is added, (N, K)
+
+
 class Lines(NamedTuple):
     """Elementwise low_slope·z + low_shift ≤ f(z) ≤ high_slope·z + high_shift; `free` marks unstable ReLUs.
 
@@ -98,7 +132,7 @@ class Lines(NamedTuple):
         """Return the bounds of some of the images."""
         return Lines(*(value[images] for value in self))
 
-    def pull(self, a: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+    def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """Bound a·f(z), a of shape (N, K, ...), from below by b·z + c: return b (N, K, ...) and c (N, K)."""
         slope = self.low_slope[:, None]
         if alpha is not None:
@@ -107,7 +141,7 @@ class Lines(NamedTuple):
         shift = down * self.high_shift[:, None]
         if bool(self.low_shift.any()):  # of a ReLU there is none
             shift = up * self.low_shift[:, None] + shift
-        return torch.addcmul(up * slope, down, self.high_slope[:, None]), shift.flatten(2).sum(2)
+        return (torch.addcmul(up * slope, down, self.high_slope[:, None]),), shift.flatten(2).sum(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,17 +163,17 @@ class WindowLines:
         """Return the bounds of some of the images."""
         return replace(self, best=self.best[images], slopes=self.slopes[images], shift=self.shift[images])
 
-    def pull(self, a: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+    def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """As for Lines; a maximum has no slope to optimise."""
         flat = a.flatten(2)
         up, down = flat.clamp_min(0), flat.clamp_max(0)
         shift = (down * self.shift[:, None]).sum(2)
         if self.tile is not None:
-            return self._spread(up, down).view(*a.shape[:2], *self.shape), shift
+            return (self._spread(up, down).view(*a.shape[:2], *self.shape),), shift
         spread = down[..., None] * self.slopes[:, None]
         chosen = self.best[:, None, :, None].expand(*up.shape, 1)
         spread = spread.scatter_add(3, chosen, up[..., None])
-        return self.added_up(spread), shift
+        return (self.added_up(spread),), shift
 
     def added_up(self, value: Tensor) -> Tensor:
         """Add up what belongs to each input: entries of windows (N, K, out, k) to (N, K, *shape)."""
@@ -168,18 +202,44 @@ class WindowLines:
         ]
 
 
+@dataclass(frozen=True, eq=False)
+class ProductLines:
+    """Bounds of a product: to first order around the centres of both factors, ± the product of their half widths."""
+
+    one: Tensor
+    two: Tensor
+    half: Tensor
+
+    def of(self, images: slice) -> ProductLines:
+        """Return the bounds of some of the images."""
+        return ProductLines(self.one[images], self.two[images], self.half[images])
+
+    def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
+        """As for Lines, for both factors."""
+        shift = (a * (self.one * self.two)[:, None] + a.abs() * self.half[:, None]).flatten(2).sum(2)
+        parts = (_added_up(a * b[:, None], c) for b, c in ((self.two, self.one), (self.one, self.two)))
+        return tuple(parts), -shift
+
+
+def _added_up(a: Tensor, like: Tensor) -> Tensor:
+    """Add up coefficients (N, K, ...) along the axes over which a value (N, ...) was spread."""
+    spread = [i + 1 for i, (have, side) in enumerate(zip(a.shape[1:], like.shape, strict=True)) if i and have != side]
+    return a.sum(spread, keepdim=True) if spread else a
+
+
 class Relaxation(Protocol):
     """Linear bounds of one node over the regions of images."""
 
     def of(self, images: slice) -> Relaxation:
         """Return those of some of the images."""
 
-    def pull(self, a: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Bound a·f(z), a of shape (N, K, ...), from below by b·z + c: return b (N, K, ...) and c (N, K)."""
+    def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
+        """Bound a·f(z), a of shape (N, K, ...), from below by b·z + c: b (N, K, ...) for each input, and c (N, K)."""
 
 
-def relax(op: Op, bounds: Interval) -> Relaxation:
-    """Return linear bounds of a nonlinear operation whose input lies in the given interval."""
+def relax(op: Op, *inputs: Interval) -> Relaxation:
+    """Return linear bounds of a nonlinear operation whose inputs lie in the given intervals."""
+    bounds = inputs[0]
     match op:
         case ReLU():
             return _relu(bounds)
@@ -187,6 +247,14 @@ def relax(op: Op, bounds: Interval) -> Relaxation:
             return _max_pool(op, bounds)
         case SparseActivation():
             return Lines(*_activation_lines(op, *bounds), torch.zeros_like(bounds.lower, dtype=torch.bool))
+        case Curve():
+            return Lines(*between(op, *bounds), torch.zeros_like(bounds.lower, dtype=torch.bool))
+        case Product():
+            (one, two), half = (
+                ((box.upper + box.lower) / 2 for box in inputs),
+                [(b.upper - b.lower) / 2 for b in inputs],
+            )
+            return ProductLines(one, two, half[0] * half[1])
     raise Unsupported(f"an operation of type {type(op).__name__} has no linear relaxation")
 
 
