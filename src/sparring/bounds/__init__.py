@@ -17,6 +17,7 @@ from ._linear_scikit import linear_path, linear_pruned
 from ._lipschitz import LIPSCHITZ, MaskedPoint, lipschitz, margin_ratios, random_mask_bounds
 from ._summary import VACUOUS, Summary, summary
 from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
+from .certify._estimate import estimate, tightest
 from .exact_distances._exact import Exact, exact
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Summary",
     "Theorem",
     "certified_accuracy",
+    "estimate",
     "exact",
     "linear_distance",
     "linear_distances",
@@ -44,5 +46,6 @@ __all__ = [
     "random_mask_bounds",
     "summary",
     "theorem",
+    "tightest",
     "weights_of",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,13 +52,14 @@ def summary(
     *,
     eps: Sequence[float],
     method: str = "crown",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Certify images x (N, ...) in [0, 1] with labels y (N,), and hold the radii against an attack's distances.
 
-    `attacked` is what a minimum-norm attack in the same norm did to the same images and model. Raises as `radius`
-    does, and UserError where an adversarial example lies within a certified radius.
+    `attacked` is what a minimum-norm attack in the same norm did to the same images and model; `progress` as for
+    `radius`. Raises as `radius` does, and UserError where an adversarial example lies within a certified radius.
     """
-    radii = radius(model, x, y, norm, method=method)
+    radii = radius(model, x, y, norm, method=method, progress=progress)
     right, distance = attacked.clean_correct, attacked.distance
     refuse_refuted(radii, distance, norm=norm_name(norm))
     return Summary(

@@ -333,7 +333,8 @@ class CertifyOptions:
     """What is to be proved, and how."""
 
     norm: Annotated[str, Option(help="linf or l2.")] = "linf"
-    method: Annotated[str, Option(help=f"{', '.join(BOUNDS)}.")] = "crown"
+    method: Annotated[str | None, Option(help=f"{', '.join(BOUNDS)}; unless given, chosen by --seconds.")] = None
+    seconds: Annotated[float, Option(help="How long it may take, by an estimate that is printed first.")] = 300.0
     eps: Budgets = "0.01,0.03"
     images: Images = 100
     threads: Threads = None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from .. import attacks, bounds
 from ..data import Dataset, as_float
@@ -24,7 +25,7 @@ from ..study import chosen_images, configured
 from ..threat import L1, L2, LINF, Threat
 from ..units import norm_name, parse_budgets, parse_eps, parse_norm, percent
 from ._app import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource
-from ._printing import print_json, print_table
+from ._printing import duration, print_json, print_table, shown_count
 from ._sources import SAVED, check_named, open_both, open_data, open_model, request_for
 
 DROPPED = 1
@@ -104,21 +105,34 @@ def _shown(row: dict[str, Any]) -> list[str]:
 def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, *, as_json: bool) -> None:
     """Print certified accuracy, certified radii, and the distances at which `nearest` succeeds."""
     norm, budgets = _threats(how.norm, how.eps)
-    if how.method not in bounds.BOUNDS:
+    if how.method is not None and how.method not in bounds.BOUNDS:
         raise UnknownNameError("method", how.method, bounds.BOUNDS)
     if norm == L1:
         raise UserError("certificates are for linf and l2, not for l1")
+    if not how.seconds > 0:
+        raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
     network, dataset = open_both(model, data, plain=True, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
     images, generator = as_float(x), torch.Generator().manual_seed(0)
+    method = how.method or _chosen(network, images, norm, how.seconds)
     attacked = attacks.run(network, images, y, attacks.nearest, Threat(norm), generator=generator)
-    found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=how.method)
+    with shown_count("certified images") as progress:
+        found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=progress)
     about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}
     if as_json:
-        print_json({**about, "method": how.method, **_as_json(found)})
+        print_json({**about, "method": method, **_as_json(found)})
     else:
         print("{model} on {images} images of {data}: accuracy".format(**about), percent(found.accuracy))
         _print_summary(found, norm_name(norm))
+
+
+def _chosen(network: nn.Module, images: Tensor, norm: float, seconds: float) -> str:
+    """Print how long each method would take, and which is chosen; return that."""
+    each = bounds.estimate(network, images, norm)
+    method = bounds.tightest(each, len(images), seconds)
+    costs = ", ".join(f"{name} {duration(len(images) * cost)}" for name, cost in each.items())
+    print(f"estimated for {len(images)} images: {costs}; --seconds {seconds:g} choose {method}", file=sys.stderr)
+    return method
 
 
 def _as_json(found: bounds.Summary) -> dict[str, Any]:

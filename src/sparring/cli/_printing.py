@@ -7,6 +7,7 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -67,6 +68,23 @@ def shown_bytes() -> Iterator[Callable[[str, int, int | None], None]]:
         yield draw if sys.stderr.isatty() else _tenths()
     finally:
         bar.stop()
+
+
+@contextlib.contextmanager
+def shown_count(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Give what takes how many are done, and of how many: one line on a terminal, else one for every tenth."""
+    begin, tell = time.monotonic(), _tenths()
+
+    def draw(done: int, total: int) -> None:
+        left = duration((time.monotonic() - begin) / done * (total - done))
+        print(f"\r{name}: {done} of {total}, about {left} left \033[K", end="", file=sys.stderr, flush=True)
+
+    terminal = sys.stderr.isatty()
+    try:
+        yield draw if terminal else lambda done, total: tell(name, done, total)
+    finally:
+        if terminal:
+            print("\r\033[K", end="", file=sys.stderr)
 
 
 def _tenths() -> Callable[[str, int, int | None], None]:

@@ -142,18 +142,33 @@ def _images_at_once(graph: Graph) -> int:
 
 @courteous()
 def radius(
-    model: nn.Module, x: Tensor, y: Tensor, norm: float, *, method: str = "crown", tolerance: float | None = None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: float,
+    *,
+    method: str = "crown",
+    tolerance: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Find the largest eps that is certified, by regula falsi: (N,), float64, in pixels that span [0, 1].
 
     No perturbation of smaller norm that stays in [0, 1] changes the label. Zero where the model is wrong at x. Each
     result is at most the relative `tolerance` (0.001) below an eps that was not certified. Where CROWN takes seconds an
-    image, and no tolerance is given, few evaluations have to do, and the result is a few per cent lower. Raises as
-    `margin` does.
+    image, and no tolerance is given, few evaluations have to do, and the result is a few per cent lower. `progress`
+    hears how many images are done, and of how many. Raises as `margin` does.
     """
     check_pixels(x)
     graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x, certified=True), x)
-    return radius_over(graph, pixels, y, norm, method, tolerance)
+    if progress is None:
+        return radius_over(graph, pixels, y, norm, method, tolerance)
+    parts = []
+    step = torch.get_num_threads() if heavy(graph) else _images_at_once(graph)
+    for start in range(0, len(x), step):
+        piece = slice(start, start + step)
+        parts.append(radius_over(graph, pixels[piece], y[piece], norm, method, tolerance))
+        progress(min(start + step, len(x)), len(x))
+    return torch.cat(parts)
 
 
 def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, tolerance: float | None = None) -> Tensor:

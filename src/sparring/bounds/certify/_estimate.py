@@ -1,0 +1,60 @@
+"""How long each bound would take, so that the tightest that fits in the time given can be chosen beforehand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...graph import Graph
+from ...waiting import courteous
+from .._network import compacted, margin_rows, prepare
+from .._region import check_pixels, region
+from ._crown import bound_nodes, lower_bound
+from ._open_units import crown_work, heavy, row_work
+
+_LOOSE, _LIGHT, _HEAVY = 12, 8, 3  # evaluations until a radius is found: of intervals, of CROWN, and where that is slow
+_OPEN = 0.3  # share of the units before nonlinear nodes that CROWN refines: 0.1 to 0.3 near radii of networks seen
+_ASCENT = 60  # passes with gradients that alpha-CROWN makes for its margins, in forward ones
+_EPS = 1e-3
+TIGHTEST = ("alpha-crown", "crown", "crown-interval", "interval")
+
+
+@courteous()
+@torch.no_grad()
+def estimate(model: nn.Module, x: Tensor, norm: float) -> dict[str, float]:
+    """Estimate for each of BOUNDS, on these images (N, ...), how many seconds one image's certified radius takes.
+
+    One image is bounded by intervals and its margins pulled back once; CROWN's time goes by its multiplications, and
+    may be off by a factor of three. Raises as `radius` does.
+    """
+    check_pixels(x)
+    graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x[:1], certified=True), x[:1])
+    return estimate_over(graph, pixels, norm)
+
+
+def estimate_over(graph: Graph, x: Tensor, norm: float) -> dict[str, float]:
+    """Do what `estimate` does for a lowered float64 network and one image."""
+    ball, rows = region(x, norm, _EPS), margin_rows(graph, graph(x.double()).argmax(1))
+    begin = time.perf_counter()
+    _, relaxed = bound_nodes(graph, ball, backward=False)
+    forward = time.perf_counter()
+    lower_bound(graph, len(graph.nodes) - 1, rows, ball, relaxed)
+    backward = time.perf_counter() - forward
+    forward -= begin
+    rate = backward / (rows.shape[1] * row_work(graph, len(graph.nodes) - 1))
+    evaluations = _HEAVY if heavy(graph) else _LIGHT
+    crown = evaluations * _OPEN * crown_work(graph) * rate
+    return {
+        "interval": _LOOSE * forward,
+        "crown-interval": _LOOSE * (forward + backward),
+        "crown": crown,
+        "alpha-crown": crown + evaluations * _ASCENT * backward,
+    }
+
+
+def tightest(seconds_each: Mapping[str, float], images: int, seconds: float) -> str:
+    """Return the tightest method whose estimate for so many images is within the time; intervals if none is."""
+    return next((name for name in TIGHTEST if images * seconds_each[name] <= seconds), "interval")
