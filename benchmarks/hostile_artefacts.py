@@ -32,6 +32,9 @@ from sparring.errors import UserError
 from sparring.models import build
 from sparring.sparsity import TopK
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' networks
+from tests.zoo import ZOO
+
 OUTCOMES = ("refused", "sound", "disagreed", "raised", "died")
 SECONDS, BYTES = 60, 4 << 30
 
@@ -58,8 +61,12 @@ def originals(folder: Path) -> list[bytes]:
     residual = build("resnet-32", shape=(3, 32, 32), classes=10, mean=(0.5,) * 3, std=(0.2,) * 3, width=0.125)
     lenet = build("lenet-5", shape=(1, 28, 28), classes=10, mean=(0.1,), std=(0.3,))
     winners = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), TopK(0.8), nn.Flatten(), nn.Linear(256, 10))
+    torch.manual_seed(0)
+    attention, gated = ZOO["attention"](), ZOO["squeeze-excite"]()
     files = []
     for name, model, shape, values in (
+        ("attention", attention, (1, 8, 8), "fp32"),
+        ("gated", gated, (1, 8, 8), "int8"),
         ("residual", residual, (3, 32, 32), "fp32"),
         ("lenet", lenet, (1, 28, 28), "int8"),
         ("winners", winners, (1, 8, 8), "fp16"),

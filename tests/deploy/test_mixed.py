@@ -20,7 +20,7 @@ from sparring.deploy._compile import compile_model
 from sparring.deploy._mixed import Mixed, spans_of
 from sparring.deploy._program import Dense, Sparse
 from sparring.deploy._runtime import Packed, run_reference
-from sparring.errors import UserError
+from sparring.errors import Unsupported, UserError
 from tests.zoo import ZOO
 
 SHAPE = (1, 8, 8)
@@ -194,6 +194,7 @@ HOSTILE: dict[str, dict[str, object]] = {
         "names": ["self"],
         "options": {"dim": 1, "index": {"integers": [1], "numbers": [0, 8]}},
     },
+    "truth values": {"name": "logical_not.default", "names": ["self"], "options": {}},
     "nested without end": {"options": {"dim": [[[[[{"floats": 3}]]]]]}},
 }
 
@@ -218,6 +219,15 @@ def test_products_that_would_fill_memory_are_refused() -> None:
     with pytest.raises(Misfit, match="memory"):
         infer_shape(huge, [(1 << 13, 1, 1, 1 << 13), (1, 1 << 13, 1 << 13, 1)])
     assert infer_shape(huge, [(2, 3, 4), (2, 4, 5)]) == (2, 3, 5)
+
+
+def test_what_has_no_packed_form_is_refused_with_a_way_out() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x > 0.5, x, 0.1 * x).flatten(1)
+
+    with pytest.raises(Unsupported, match=r"no packed form.*torch\.onnx"):
+        compile_model(Masked(), SHAPE)
 
 
 def test_without_kernels_numpy_and_torch_run_it() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import graph
-from ..errors import Unsupported
+from ..errors import Unsupported, UserError
 from ._dense import name_of
 from ._program import (
     ACTIVATION_KINDS,
@@ -51,10 +51,14 @@ def compile_model(
     nodes = graph.drop_dead_units(graph.fold_affine(doubled)).nodes
     # A constant reads the image for the number of images alone.
     steps = tuple(Step(_packed(node), node.inputs or (0,)) for node in nodes[1:])
-    infer_shapes(shape, steps)
+    try:
+        infer_shapes(shape, steps)
+    except UserError as error:
+        raise Unsupported(f"{type(model).__name__} has no packed form ({error}); {_WAY}") from error
     return Program(shape, steps, class_names, provenance or {})
 
 
+_WAY = "build it of operations whose results are floats, or ship it by torch.onnx"
 _MOST_SPELLED = 2  # times as many nodes, up to which sparse kernels for all are worth it
 
 
@@ -128,8 +132,7 @@ def _packed(node: graph.Node) -> Op:
             return Dense("reshape.default", ("self",), {"shape": [-1, *op.shape]})
         case graph.Call() as op if op.name in (*graph.CALLS, *graph.RECURRENT):
             return Dense(name_of(op), op.names, {key: _plain(value) for key, value in op.options.items()}, op.place)
-    way = "build it of linear, convolutional, pooling and batch norm layers and ReLU, or ship it by torch.onnx"
-    raise graph.refusal(node, f"has no packed form; {way}")
+    raise graph.refusal(node, f"has no packed form; {_WAY}")
 
 
 def _activation(op: graph.SparseActivation, channels: int) -> PackedActivation | Snap:

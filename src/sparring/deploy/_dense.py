@@ -75,8 +75,8 @@ def dense_shape(op: Dense, shapes: Sequence[Shape]) -> Shape:
         shape = tuple(found.shape)
     except Exception as error:  # torch's own checks, which raise anything
         raise Misfit(f"{op.name}: {(str(error).splitlines() or [''])[0][:200]}") from error
-    if shape[:1] != (_IMAGES,) or len(shape) < 2:
-        raise Misfit(f"{op.name} makes a value of shape {shape} of {_IMAGES} images")
+    if shape[:1] != (_IMAGES,) or len(shape) < 2 or found.dtype != torch.float32:
+        raise Misfit(f"{op.name} makes a value of shape {shape} and {found.dtype} of {_IMAGES} images")
     index = op.options.get("index")
     if isinstance(index, Tensor) and index.numel() and not _within(index, shapes[0], op.options.get("dim")):
         raise Misfit(f"{op.name} reads beyond its input")

@@ -21,7 +21,7 @@ from .kernels._native import Code
 
 DENSITY = 0.3  # up to which sparse kernels commonly beat dense ones
 _TOGETHER = 64  # images, so that values stay small
-_ROUNDS = 3
+_ROUNDS, _SECONDS = 12, 1.0  # of trying ways: the fewer rounds, the longer one takes
 _SHARE = 0.1  # of the products: what is as little in dense layers is not worth trying otherwise
 
 
@@ -196,8 +196,11 @@ class Timed:
 
     def _fastest(self, x: Floats) -> Runner:
         runners = [way() for way in self._ways]
-        seconds = [math.inf] * len(runners)
-        for turn in range(_ROUNDS + 1):
+        seconds, end = [math.inf] * len(runners), math.inf
+        for turn in range(_ROUNDS):
+            if turn > 1 and time.perf_counter() > end:
+                break
+            end = time.perf_counter() + _SECONDS if turn == 1 else end
             for number, runner in enumerate(runners):
                 began = time.perf_counter()
                 runner.run(x)
