@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparring.bounds import BOUNDS, estimate, radius, tightest
-from sparring.bounds._network import prepare
+from sparring.bounds._network import margin_rows, prepare
 from sparring.bounds.certify import _open_units as units
 from sparring.bounds.certify import _search as search
 from sparring.bounds.certify._estimate import TIGHTEST
@@ -55,6 +55,18 @@ def test_a_heavy_networks_radius_is_certified_and_near_the_full_search(monkeypat
     units.heavy.cache_clear()
     assert told[-1] == (4, 4) and len(told) > 1
     assert (found <= full * (1 + 1e-3)).all() and (found >= 0.8 * full).all() and (found / full).median() >= 0.93
+
+
+def test_a_search_begins_where_intervals_say_nothing() -> None:
+    model, x, y = padded()
+    graph = prepare(model, (1, 12, 12), certified=True)
+    far, told = 0.5, [-math.inf, -1e30, -10.0, 0.5, 0.1, 0.01]
+
+    def final(*_: object) -> torch.Tensor:
+        return torch.tensor([[told.pop(0)]])
+
+    found = search.Search(graph, x[:1], margin_rows(graph, y[:1]), math.inf, final, 0.0, 1.0, far).radius(0.0, 1.0)
+    assert 0 < found < far
 
 
 def test_few_passes_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from ._relaxations import Interval, Relaxation
 Final = Callable[[Graph, Region, Tensor, list[Interval], Mapping[int, Relaxation]], Tensor]
 _POWER = 2.7  # of eps, with which CROWN's bounds loosen, as measured on convolutional networks
 _GUESS = 1.6  # radius over the mean of a bound too small and one too large, measured too: 1.3 to 1.7
+_LEAST = 1e-4  # of the linearised radius: bounds by intervals may say less of deep networks, or nothing
+_SMALLEST = 1e-9
 _CLOSE, _ASIDE, _PASSES = 0.07, 0.98, 6
 
 
@@ -42,10 +44,10 @@ class Search:
         It ends within 7% of a guess of where the margin vanishes, or of an eps that is not certified.
         """
         low, high, known = near, math.inf, None
-        eps = min(limit, max(near, _GUESS * math.sqrt(near * self.far)))
+        eps = min(limit, max(near, _GUESS * math.sqrt(max(near, _LEAST * self.far) * self.far)))
         for _ in range(_PASSES):
             bounds, value = self._margin(eps, known)
-            root = self._root(eps, value)
+            root = max(self._root(eps, value) if math.isfinite(value) else eps / 4, _SMALLEST)
             if value > 0:
                 low = eps
             else:
