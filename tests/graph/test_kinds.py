@@ -157,6 +157,9 @@ COMPUTED: dict[str, Body] = {
     "Einstein's sums": lambda net, h: torch.einsum("bchw,bdhv,ck->bhkdwv", h, h.relu(), torch.outer(net.row, net.row)),
     "tensordot": lambda net, h: torch.tensordot(h, torch.outer(net.row, net.row), dims=([2], [0])),
     "multihead attention over places": lambda net, h: net.attend(h.flatten(2).permute(2, 0, 1)).transpose(0, 1),
+    "batch norm of places": lambda net, h: F.batch_norm(
+        h.flatten(2).transpose(1, 2).flatten(0, 1), net.row, net.row.square() + 1, net.row, net.row
+    ).view(len(h), 16, 4),
     "a recurrent state": lambda net, h: net.rnn(h.flatten(2).transpose(0, 1))[1][-1],
     "assertions and sizes": lambda net, h: (torch._assert(h.ndim == 4, "images"), h / h.shape[1])[1],
 }

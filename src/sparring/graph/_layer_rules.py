@@ -192,7 +192,12 @@ def norm_of_batch(t: Translator, a: Arguments) -> Any:
         if weight is not None
         else t.paths.get(id(mean), "").removesuffix("running_mean").removesuffix(".")
     )
-    result = t.emit(batch_norm(name, mean, var, weight, bias, eps=eps), x)
+    op = batch_norm(name, mean, var, weight, bias, eps=eps)
+    axes = [1] * (len(t.shape(x)) - 2)
+    # Channels are torch's second axis, which is one image's first only where the images come first.
+    result = (
+        affine(t, x, op.scale.view(-1, *axes), op.shift.view(-1, *axes), t.shape(x)) if t.keeps_axes else t.emit(op, x)
+    )
     return result if isinstance(t.now.meta["val"], Tensor) else [result, None, None]
 
 

@@ -57,9 +57,8 @@ def moved(t: Translator, a: Arguments, inputs: list[At], outputs: list[Any], rul
 
     Raise Unsupported where it is along the images, or where they are not one axis of each value, the same in all.
     """
-    places = [_place(t, value, inputs) for value in outputs]
     if t.name in TURNS:
-        return _turned(t, a, inputs[0], places[0])
+        return _turned(t, a, inputs[0], _place(t, outputs[0], inputs))
     whole = [_whole(t, x) for x in inputs]
     if len({(x.images.outer, x.images.inner, len(t.shape(x)) - x.images.axis) for x in whole if x.images}) > 1:
         raise t.refuse(t.name, "joins values whose images lie along different axes", _WAY)
@@ -71,7 +70,8 @@ def moved(t: Translator, a: Arguments, inputs: list[At], outputs: list[Any], rul
     finally:
         t.keeps_axes = False
     parts = results if isinstance(results, list) else [results]
-    placed = [None if r is None else _placed(t, r, t.shape(r), p) for r, p in zip(parts, places, strict=True)]
+    pairs = zip(parts, outputs, strict=True)
+    placed = [None if r is None else _placed(t, r, t.shape(r), _place(t, value, inputs)) for r, value in pairs]
     return placed if isinstance(results, list) else placed[0]
 
 

@@ -37,7 +37,8 @@ _LIKE = frozenset(
 _MOVABLE = (ELEMENTWISE | ALONG | set(TURNS)) - {"prelu", "_prelu_kernel", "rrelu"} | set(
     """add sub subtract rsub mul multiply div divide true_divide neg negative linear matmul mm bmm addmm baddbmm relu
     clamp clamp_min mean expand expand_as broadcast_to split split_with_sizes chunk tensor_split unbind index copy fill
-    layer_norm native_layer_norm rms_norm scaled_dot_product_attention pad constant_pad_nd""".split()  # noqa: SIM905
+    batch_norm _native_batch_norm_legit_no_training layer_norm native_layer_norm rms_norm
+    scaled_dot_product_attention pad constant_pad_nd""".split()  # noqa: SIM905
 )
 _RESHAPES = "view reshape _unsafe_view flatten squeeze unsqueeze unflatten"
 
