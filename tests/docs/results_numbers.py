@@ -116,6 +116,7 @@ def _at(value: Callable[[float], float], digits: int, sparsities: Sequence[float
 
 def lenet_300_100() -> list[str]:
     n = Numbers("paper-lenet-300-100")
+    alone, kept = n.primary("gain r_2"), n.primary("lose accuracy under")
     best = [max(values) - zero for values, zero in ((map(n.fgsm, SPARSE), n.fgsm()), (map(n.worst, SPARSE), n.worst()))]
     pgd = max(n.under("pgd-40", s) for s in SPARSE) - n.under("pgd-40")
     return [
@@ -138,8 +139,8 @@ def lenet_300_100() -> list[str]:
         f"has {n.claim('dense network of equal size')['estimate']:.1f} points less",
         f"even at their best sparsity, {told(*(n.claim(w) for w in ('random masks gain', 'channels or filters')))} each",
         f"than the magnitude-pruned one, {told(n.claim('network of equal size'))}",
-        f"r_2 at an appropriate sparsity is judged {told(gained := n.primary('gain r_2'))}: {interval(gained, 2)}%",
-        f"under the worst case it is higher, {interval(kept := n.primary('lose accuracy under'))} points, {told(kept)}",
+        f"r_2 at an appropriate sparsity is judged {told(alone)}: {interval(alone, 2)}%",
+        f"under the worst case it is higher, {interval(kept)} points, {told(kept)}",
         f"leaves {n.worst(0.9, 'surgery'):.1f}% at 90%",
         f"{interval(n.claim('tuned weight decay'))} points, is {told(n.claim('tuned weight decay'))}",
         f"its worst case is {n.worst(0, 'tuned decay'):.1f}%",
