@@ -137,7 +137,7 @@ def lenet_300_100() -> list[str]:
         f"channels {-n.claim('channels or filters')['estimate']:.1f} even at their best sparsity",
         f"fewer than half, {told(n.claim('dense → sparse'), n.claim('sparse → dense'))} each",
         f"has {n.claim('dense network of equal size')['estimate']:.1f} points less",
-        f"even at their best sparsity, {told(*(n.claim(w) for w in ('random masks gain', 'channels or filters')))} each",
+        f"even at their best sparsity, {told(n.claim('random masks gain'), n.claim('channels or filters'))} each",
         f"than the magnitude-pruned one, {told(n.claim('network of equal size'))}",
         f"r_2 at an appropriate sparsity is judged {told(alone)}: {interval(alone, 2)}%",
         f"under the worst case it is higher, {interval(kept)} points, {told(kept)}",
