@@ -67,6 +67,15 @@ def test_every_change_of_plan_or_records_is_one_entry(told):
     assert len({entry["state"] for entry in entries}) == 3
 
 
+def test_the_candidates_of_a_choice_are_no_records_of_another_plan(few_digits, tmp_path):
+    controls = {"decays": [1e-4, 1e-3], "small_dense": [0.5]}
+    model = {"name": "mlp", "widths": [32]}
+    run(plan(controls=controls, model=model), tmp_path, dataset=few_digits, workers=0)
+    study = open_study(tmp_path)
+    assert study.looks.orphans == 0 and not study.looks.dropped
+    assert len(list((tmp_path / "records").glob("*.json"))) > len(study.records), "candidates have records"
+
+
 def test_the_page_shows_every_look_and_the_last_hash(told):
     page = (told[0] / "report.html").read_text()
     assert 'id="looks"' in page and "Third look: 2, 3 seeds" in page

@@ -103,14 +103,18 @@ def _grid(study: Study) -> dict[str, tuple[float, ...]]:
 
 
 def _orphans(study: Study) -> list[Record]:
-    """Return the records in the folder that the plan does not name."""
-    named = set(study.records) | set(study.missing)
-    found = []
+    """Return the records in the folder that the plan does not name and that none of its records was made from."""
+    every = study.records
     for path in sorted(Folder(study.folder).records.glob("*.json")):
         with contextlib.suppress(DamageError):  # a damaged one that nobody asked for
-            record = read_record(study.folder, path.stem) if path.stem not in named else None
-            found += [record] if record is not None else []
-    return found
+            if path.stem not in every and (record := read_record(study.folder, path.stem)) is not None:
+                every[path.stem] = record
+    known, fresh = {*study.records, *study.missing}, set(study.records)
+    while fresh:  # candidates of a choice have no cell of their own
+        parents = {str(k) for key in fresh if key in every for k in every[key].inputs.get("parents", ())}
+        fresh = parents - known
+        known |= fresh
+    return [record for key, record in every.items() if key not in known]
 
 
 def _dropped(
