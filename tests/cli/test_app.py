@@ -15,7 +15,7 @@ def test_the_fields_of_records_are_options(monkeypatch: pytest.MonkeyPatch) -> N
     parameters = inspect.signature(_app.certify).parameters
     sources = ["model", "weights", "mean", "std", "data", "data_dir", "download"]
     sources += ["resize", "crop", "interpolation", "classes", "limit", "no_cache"]
-    assert list(parameters) == [*sources, "norm", "method", "eps", "images", "threads", "json"]
+    assert list(parameters) == [*sources, "norm", "method", "seconds", "eps", "images", "threads", "json"]
     assert parameters["model"].default is inspect.Parameter.empty and parameters["data"].default == "mnist-5k"
     asked: list[Any] = []
     monkeypatch.setattr(_attack, "run_certify", lambda *records, as_json: asked.append((*records, as_json)))

@@ -71,7 +71,7 @@ EVERY: dict[str, Any] = {
     "margins": {"robust": 0.1},
 }
 # Foundations, which must be equal, and settings of one study alone: those of the first hold.
-OWN = {"data", "model", "recipe", "finetune", "training", "linear"}
+OWN = {"data", "prepare", "model", "recipe", "finetune", "training", "linear"}
 OWN |= {"name", "title", "mark", "kernels", "batch_size", "shard", "gallery"}
 
 

@@ -67,7 +67,8 @@ def shown_bytes() -> Iterator[Callable[[str, int, int | None], None]]:
     try:
         yield draw if sys.stderr.isatty() else _tenths()
     finally:
-        bar.stop()
+        if rows:  # one that never began would still print an empty line
+            bar.stop()
 
 
 @contextlib.contextmanager
