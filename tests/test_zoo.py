@@ -21,7 +21,7 @@ from sparring.train import Recipe, fit
 from .zoo import ZOO, kill_
 
 # Attention, recurrence and gates: certificates refuse these by name.
-UNCERTIFIED = ("squeeze-excite", "attention", "recurrent", "convnext", "swin")
+UNCERTIFIED = ("attention", "recurrent", "convnext", "swin")
 STATES = ("dense", "90%", "99%", "dead")
 TRIED = (
     ("fgsm", Threat(LINF, 0.1)),

@@ -17,7 +17,7 @@ from ...threat import Threat, distance, dual
 from ...waiting import courteous
 from .._network import compacted, margin_rows, prepare
 from .._region import Region, check_pixels, dot, region
-from ._crown import bound_nodes, lower_bound
+from ._crown import bound_nodes, flat, lower_bound
 from ._open_units import heavy
 from ._relaxations import Interval, Lines, Relaxation
 from ._search import Final, Search
@@ -91,7 +91,7 @@ def _optimised(
 
 
 def _rounded_down(value: Tensor, bounds: list[Interval]) -> Tensor:
-    largest = torch.stack([b.flatten(1).abs().amax(1) for pair in bounds for b in pair]).amax(0)
+    largest = torch.stack([flat(b).abs().amax(1) for pair in bounds for b in pair]).amax(0)
     return value - _ROUNDING * largest[:, None]
 
 

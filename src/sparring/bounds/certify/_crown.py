@@ -57,11 +57,11 @@ def _through(
     if index in relaxed:
         return relaxed[index].pull(a, alpha.get(index) if alpha else None)
     if isinstance(node.op, Constant):
-        return (), a.flatten(2) @ node.op.value.double().flatten()
+        return (), flat(a, 2) @ node.op.value.double().flatten()
     if isinstance(node.op, Moved):
         zero = evaluate(node.op, *(a.new_zeros(1, *shape) for shape in shapes)).flatten()
         parts = moved_back(node.op, a.flatten(0, 1), shapes)
-        return tuple(p.view(*a.shape[:2], *p.shape[1:]) for p in parts), a.flatten(2) @ zero
+        return tuple(p.view(*a.shape[:2], *p.shape[1:]) for p in parts), flat(a, 2) @ zero
     if isinstance(node.op, LinearOp):
         constant = offset(node.op, shapes[0])
         return (_pull(node.op, a, shapes[0]),), None if constant is None else a.flatten(2) @ constant
@@ -159,6 +159,11 @@ def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: 
     return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
 
 
+def flat(value: Tensor, batch: int = 1) -> Tensor:
+    """Return a tensor with one axis behind its batch axes, of single numbers too."""
+    return value.flatten(batch) if value.dim() > batch else value.unsqueeze(-1)
+
+
 def _places(some: Tensor) -> Tensor:
     """Return the places (places, C, 1, 1) at which any neuron is wanted, those with many first: such are alike."""
     counts = some.flatten(1).sum(1)
@@ -168,9 +173,9 @@ def _places(some: Tensor) -> Tensor:
 def _refined(
     graph: Graph, index: int, known: Interval, some: Tensor, region: Region, relaxed: Mapping[int, Relaxation]
 ) -> Interval:
-    lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
+    lower, upper = (flat(b).clone() for b in known)
     width = 2 * max(math.prod(node.shape) for node in graph.nodes[: index + 1])
-    for images, units in _groups(some.flatten(1), max(1, _CHUNK // width)):
+    for images, units in _groups(flat(some), max(1, _CHUNK // width)):
         here = region[images]
         rows = lower.new_zeros(*units.shape, lower.shape[1]).scatter_(2, units[..., None], 1.0)
         lines = {i: r.of(images) for i, r in relaxed.items()}
