@@ -134,9 +134,7 @@ def test_a_large_set_is_named_by_its_files(folder: Path, monkeypatch: pytest.Mon
 
 def test_a_disk_without_room_is_refused_with_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(
-        DataError, match=r"200 images decoded once, 0.0 MB in .*images.*: 0.0 MB are free .* --no-cache"
-    ):
+    with pytest.raises(DataError, match=r"200 images decoded once, 0.0 MB in .*images.*: 0.0 MB are free .* --limit"):
         data.load(str(folder))
     assert not any(name.endswith("pixels") for name in cached(folder))
 

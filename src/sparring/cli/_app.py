@@ -75,9 +75,7 @@ Limit = Annotated[
     list[str] | None,
     Option(help="At most so many images, class by class in turn: N, or SPLIT=N (train, valid, test); repeatable."),
 ]
-NoCache = Annotated[
-    bool, Option("--no-cache", help="Decode images each time they are looked at, not once into the cache folder.")
-]
+NoCache = Annotated[bool, Option("--no-cache", help="Decode all images into memory, not once into the cache folder.")]
 Eps = Annotated[str, Option(help="Budget of training under attack, in [0, 1], as 0.1 or 8/255.")]
 Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, as 0.1,8/255.")]
 Images = Annotated[int, Option(help="How many test images.", min=1)]

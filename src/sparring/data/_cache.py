@@ -140,7 +140,7 @@ class Forecast:
         if self.size > self.free:
             raise DataError(
                 f"{self}: {_gigabytes(self.free)} are free there; free some, set XDG_CACHE_HOME to a folder on a "
-                "larger disk, give --limit, or --no-cache, which decodes images each time they are looked at"
+                "larger disk, or give --limit"
             )
 
 

@@ -173,8 +173,8 @@ class Request:
 
     `parts`: all (training images are needed), what there is, or test images alone; without test/ the images of valid/,
     or else of train/, are those that are tested, which a note says. `images`: decode at most so many test images, the
-    first of `fixed_order`. `channels`: 3 to have grey images as colour. `cache`: False to decode images each time they
-    are looked at. `limit`: at most so many images by split, as balanced as can be. `valid_seed`: draw the images that
+    first of `fixed_order`. `channels`: 3 to have grey images as colour. `cache`: False to decode all images
+    into memory. `limit`: at most so many images by split, as balanced as can be. `valid_seed`: draw the images that
     are held out for validation, where the data have none.
     """
 
