@@ -114,8 +114,17 @@ def _max_pool(t: Translator, a: Arguments) -> Any:
     padding, dilation = pair(_many(a.take("padding"))), pair(_many(a.take("dilation")))
     op = MaxPool(kernel, pair(stride) if stride else kernel, padding, dilation, bool(a.take("ceil_mode")))
     if isinstance(t.now.meta["val"], Tensor):
+        return _windowed(t, op, x)
+    return [_windowed(t, op, x), None]
+
+
+def _windowed(t: Translator, op: Op, x: At) -> At:
+    """Emit a pooling; images of shape (H, W), which torch pools as if they were channels, get a channel for it."""
+    shape, after = t.shape(x), t.image_shape(t.now.meta["val"])
+    if len(shape) == 3:
         return t.emit(op, x)
-    return [t.emit(op, x), None]
+    given = t.emit(Reshape((1, *shape)), x, shape=(1, *shape))
+    return t.emit(Reshape(after), t.emit(op, given, shape=(1, *after)))
 
 
 def _many(value: Any) -> Any:
@@ -127,20 +136,24 @@ def _avg_pool(t: Translator, a: Arguments) -> Any:
     padded = any(flat([a.given.get("padding", 0)])) or a.given.get("ceil_mode")
     divisor = a.given.get("divisor_override")
     if padded:
+        if len(t.shape(a.given["self"])) != 3:
+            raise t.refuse(t.name, "with padding, on images without channels, has no rule")
         return call(t, t.name, t.now.target, a)
     for name in ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"):
         a.take(name)
-    result = t.emit(AvgPool(kernel, pair(stride) if stride else kernel), a.take("self"))
+    result = _windowed(t, AvgPool(kernel, pair(stride) if stride else kernel), a.take("self"))
     return result if divisor is None else affine(t, result, kernel[0] * kernel[1] / divisor, 0)
 
 
 def _adaptive_pool(t: Translator, a: Arguments) -> Any:
     before, after = t.shape(a.given["self"]), t.image_shape(t.now.meta["val"])
-    kernel = (before[1] // after[1], before[2] // after[2])
-    if any(s != k * o for s, k, o in zip(before[1:], kernel, after[1:], strict=True)):
+    kernel = (before[-2] // after[-2], before[-1] // after[-1])
+    if any(s != k * o for s, k, o in zip(before[-2:], kernel, after[-2:], strict=True)):
+        if len(before) != 3:
+            raise t.refuse(t.name, "with uneven windows, on images without channels, has no rule")
         return call(t, t.name, t.now.target, a)
     a.take("output_size")
-    return t.emit(AvgPool(kernel, kernel), a.take("self"))
+    return _windowed(t, AvgPool(kernel, kernel), a.take("self"))
 
 
 def _mean(t: Translator, a: Arguments) -> Any:

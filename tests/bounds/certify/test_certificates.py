@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparring import attacks
 from sparring.bounds import BOUNDS, certified_accuracy, margin, radius
 from sparring.bounds._network import prepare
 from sparring.bounds._region import region
 from sparring.bounds.certify._crown import bound_nodes, lower_bound
 from sparring.bounds.certify._relaxations import Interval
 from sparring.errors import UnknownNameError, Unsupported, UserError
-from sparring.threat import Threat, distance
+from sparring.threat import LINF, Threat, distance
 
 from ..random_networks import network
 
@@ -167,3 +168,26 @@ def test_an_empty_batch_gives_empty_bounds() -> None:
     model, x, y = two_class()
     assert margin(model, x[:0], y[:0], Threat(2.0, 0.1)).shape == (0, 1)
     assert radius(model, x[:0], y[:0], 2.0).shape == (0,)
+
+
+class Odd(nn.Module):
+    """Pool images without a channel, and add to each what is one number an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv(x)
+        pooled = F.max_pool2d(h[:, 0], 2) + F.avg_pool2d(h[:, 1], 2)
+        return self.head(pooled.flatten(1) + h.flatten(1).sum(1).reshape(-1, 1))
+
+
+@pytest.mark.parametrize("method", ["interval", "crown-interval", "crown", "alpha-crown"])
+def test_nodes_without_channels_or_axes_are_bounded(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Odd().eval(), torch.rand(3, 1, 4, 4)
+    y = model(x).argmax(1)
+    proved = radius(model, x, y, LINF, method=method)
+    reached = attacks.run(model, x, y, attacks.ATTACKS["nearest"], Threat(LINF)).distance
+    assert ((proved > 0) & (proved <= reached * (1 + 1e-6))).all()
