@@ -203,8 +203,9 @@ _WHOLE, _SILENT, _GRID, _FIRST = 4, 3, 3, 2
 _STEP, _STEP_IN, _LONG = 1e-3, {torch.float16: 2e-2, torch.bfloat16: 6e-2}, 0.125
 _ROOM, _SHORTER = 0.0125, (8.0, 64.0)
 # Of a derivative's square so much must be missing, and so much more than the second difference, which is what kinks,
-# curvature, jumps and rounding between the two ends can do. Parts are looked at where so much of the whole's is.
-_MISSING, _BEYOND, _LITTLE = 0.2, 4.0, 0.03
+# curvature, jumps and rounding between the two ends can do. Parts are looked at unless what is missing of the whole is
+# next to nothing, or little and so explained.
+_MISSING, _BEYOND, _LITTLE, _NOTHING = 0.2, 4.0, 0.03, 0.001
 # Pixels without a gradient that do this share of what all pixels do, moved far, are no dead inputs but a staircase's.
 _NOTABLE = 0.1
 # Groups of pixels that an attack moves one after the other, each by so much. A large network gets fewer, which an
@@ -218,9 +219,9 @@ def blind_pixels(model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
 
     x: images that are classified correctly as y, of which the first 8 are looked at: how the gap between the label's
     logit and the strongest other one changes along random signs over all pixels, in few passes, against what the
-    gradient promises. Where that misses three hundredths, or pixels have no gradient at any image, blocks, channels
-    and those pixels follow, in at most 57 passes, three times as many where one is in doubt. Pixels without a gradient
-    are moved far too, since short steps do not see a staircase.
+    gradient promises. Where that misses more than kinks explain, or three hundredths, or where pixels have no gradient
+    at any image, blocks, channels and those pixels follow, in at most 57 passes, three times as many where one is in
+    doubt. Pixels without a gradient are moved far too, since short steps do not see a staircase.
     """
     x, y = x[:_IMAGES], y[:_IMAGES]
     kind = precision(model, model(x[:2]))
@@ -308,7 +309,7 @@ class _Gap:
 
 def _is_told(seen: _Changes) -> bool:
     """Return whether the gradient tells so nearly all of what an image does that no notable part can be missing."""
-    return seen.missed <= _LITTLE * seen.known
+    return seen.missed <= max(_NOTHING * seen.known, min(_LITTLE * seen.known, _BEYOND * seen.bent))
 
 
 def _parts(silent: Tensor) -> Iterator[tuple[Tensor, int]]:
