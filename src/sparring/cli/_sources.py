@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import data, deploy
-from ..data import EVERYTHING, Dataset, Geometry, Preparation, Request
+from ..data import EVERYTHING, SPLITS, Dataset, Geometry, Preparation, Request
 from ..errors import UnknownNameError, UserError
 from ..files import check_writable, conversion
 from ..models import (
@@ -33,7 +33,6 @@ from ._printing import shown_bytes
 
 # How files end that hold a whole model: saved by us for further work, or packed for shipping.
 SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
-SPLITS = ("train", "valid", "test")
 
 
 def check_out(path: Path, *endings: str) -> None:

@@ -1,12 +1,13 @@
 """Data sets as three splits of uint8 images; see `load`."""
 
 from ._registry import DATASETS, Available, available, kind_of, load
-from ._request import EVERYTHING, ClassList, Geometry, Preparation, Request, read_classes
+from ._request import EVERYTHING, SPLITS, ClassList, Geometry, Preparation, Request, read_classes
 from ._types import Dataset, Split, as_float, content_hash, fixed_order, from_splits
 
 __all__ = [
     "DATASETS",
     "EVERYTHING",
+    "SPLITS",
     "Available",
     "ClassList",
     "Dataset",

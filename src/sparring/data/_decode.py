@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 from ..files import read_bounded
-from ._request import Geometry
+from ._request import MOST_SIDE, Geometry
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 # Formats that know their own files; any other is tried only on files of its ending.
@@ -24,7 +24,6 @@ COMMON = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 EXCLUDED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
 LOSSY = {"JPEG": "jpeg", "MPO": "jpeg", "JPEG2000": "jpeg2000", "WEBP": "webp", "AVIF": "avif"}
 GREY, COLOUR = ("1", "L", "LA", "La"), ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX")
-MOST_SIDE = 4096  # four times as much of photographs that are resized, below Pillow's own limit of pixels
 MOST_FILE = 64 << 20
 MOST_SCANS = 32  # an honest progressive JPEG has about ten; each is a pass over all pixels for a few bytes of file
 

@@ -17,10 +17,10 @@ from ..errors import DataError, DataWarning, UserError
 from ..files import canonical_json
 from ._cache import Decoded, any_coloured, decoded, decoders, hashes_of, rows_like_first
 from ._decode import Pixels
-from ._listing import CLASSES, PARTS, WHOLE, Entry, Listing
+from ._listing import CLASSES, PARTS, Entry, Listing
 from ._pixels import Rows
 from ._places import Progress
-from ._request import EVERYTHING, Request
+from ._request import EVERYTHING, SPLITS, Request
 from ._types import Dataset, Split, balanced_order, fixed_order, from_splits, hold_out, take, tell_shared
 
 PIXELS = 512 << 20  # bytes of pixels up to which a set is what its pixels are; a larger one is what its files are
@@ -115,7 +115,7 @@ def _arranged(
         order["train"], valid = ([every[at] for at in part.x.tolist()] for part in (kept, held))
         order |= {"valid": valid} if valid else {}
     limits = dict(request.limit)
-    return {part: order[part][: limits.get(part)] for part in WHOLE if part in order}
+    return {part: order[part][: limits.get(part)] for part in SPLITS if part in order}
 
 
 def _pixels(
@@ -159,7 +159,7 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
     twice = sorted(part for part in listing.named_parts if PARTS[part] == "valid")
     if len(twice) > 1:
         raise DataError(f"{path} has {'/ and '.join(twice)}/, which mean the same; keep one")
-    parts = {part: [entry for entry in listing.entries if entry.part == part] for part in WHOLE}
+    parts = {part: [entry for entry in listing.entries if entry.part == part] for part in SPLITS}
     parts, notes = {part: own for part, own in parts.items() if own}, []
     if request.parts != "all" and not parts and not listing.folders and listing.flat:
         if len({entry.member.rpartition("/")[0].rpartition("/")[0] for entry in listing.flat}) > 1:
@@ -230,7 +230,7 @@ def _tell(
         "of several frames only the first was read": list(animated),
     }
     listed = told or bool(listing.named)
-    for part in WHOLE[1:]:
+    for part in SPLITS[1:]:
         present = {entry.label for entry in parts.get(part, ())}
         if present and not listed:
             found[f"classes without images in {part}/"] = [label for label in labels if label not in present]

@@ -16,7 +16,6 @@ from ..files import explain, read_bounded, safe_members
 from ._decode import MOST_FILE, endings
 
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
-WHOLE = ("train", "valid", "test")
 CLASSES = "classes.txt"
 IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
 # Members are decoded one by one, each bounded; of a whole archive only the disk is the limit.

@@ -130,7 +130,9 @@ def work(task: Callable[[Job], Result], todo: Iterable[Job], workers: int, *, th
             done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
             yield from (one.result() for one in done)
     except BrokenProcessPool as error:
-        raise DataError("a process that decodes images died: out of memory? try fewer with --workers") from error
+        raise DataError(
+            "a process that decodes images died: out of memory? close other programs, or use fewer cores (taskset -c 0)"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

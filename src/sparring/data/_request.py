@@ -16,7 +16,7 @@ from ..files import MIB, read_bounded
 
 INTERPOLATIONS = {filter.name.lower(): filter for filter in Image.Resampling}
 SPLITS = ("train", "valid", "test")
-MOST_SIDE = 4096
+MOST_SIDE = 4096  # four times as much of photographs that are resized, below Pillow's own limit of pixels
 SYNSET = re.compile(r"(n\d{8})[\s,]+(\S.*)")
 
 

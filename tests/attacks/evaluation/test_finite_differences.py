@@ -88,7 +88,9 @@ def test_the_pixels_that_gradients_miss_are_found(where: str, branch: str, many:
 def test_a_cut_is_found_where_it_does_little(many: Tensor) -> None:
     model = Cut(PIXELS["a block"], lambda x: 0.1 * x + 0.9 * x.detach())
     with torch.no_grad():
-        cast(nn.Linear, model.net[1]).weight[:, PIXELS["a block"].flatten()] *= 0.3  # then 0.3% of the squared changes is missing
+        cast(nn.Linear, model.net[1]).weight[:, PIXELS["a block"].flatten()] *= (
+            0.3  # then 0.3% of the squared changes is missing
+        )
     blind = blind_pixels(model, many, model(many).argmax(1))
     assert blind is not None and not bool(blind[~PIXELS["a block"]].any())
 

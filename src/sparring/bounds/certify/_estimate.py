@@ -27,8 +27,8 @@ TIGHTEST = ("alpha-crown", "crown", "crown-interval", "interval")
 def estimate(model: nn.Module, x: Tensor, norm: float) -> dict[str, float]:
     """Estimate for each of BOUNDS, on these images (N, ...), how many seconds one image's certified radius takes.
 
-    One image is bounded by intervals and its margins pulled back once; CROWN's time goes by its multiplications, and
-    may be off by a factor of three. Raises as `radius` does.
+    One image is bounded by intervals and its margins pulled back once; CROWN's time goes by its multiplications, which
+    is rough. Raises as `radius` does.
     """
     check_pixels(x)
     graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x[:1], certified=True), x[:1])

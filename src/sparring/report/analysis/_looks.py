@@ -104,7 +104,7 @@ def _grid(study: Study) -> dict[str, tuple[float, ...]]:
 
 def _orphans(study: Study) -> list[Record]:
     """Return the records in the folder that the plan does not name and that none of its records was made from."""
-    every = study.records
+    every = dict(study.records)
     for path in sorted(Folder(study.folder).records.glob("*.json")):
         with contextlib.suppress(DamageError):  # a damaged one that nobody asked for
             if path.stem not in every and (record := read_record(study.folder, path.stem)) is not None:
