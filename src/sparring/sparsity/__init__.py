@@ -4,23 +4,6 @@ from __future__ import annotations
 
 from ..declared import Declared
 from ..tally import Counts, counts
-from ._activations import (
-    ACTIVATIONS,
-    ActivationSparsifier,
-    MeanSparse,
-    Percentile,
-    ShiftedReLU,
-    StochasticPruning,
-    Threshold,
-    TopK,
-    calibrate_,
-    insert,
-    sparsifiers,
-)
-from ._activity import Activity, LayerActivity, activity, with_activation_penalty
-from ._channels import remove_channels, silent, tied_channels
-from ._dns import dynamic_network_surgery
-from ._gradual import bernoulli, gradual, iterative, one_shot, proximal
 from ._masks import (
     Batch,
     CollapsedLayerWarning,
@@ -39,7 +22,6 @@ from ._masks import (
     sparsity_of,
     targets,
 )
-from ._movement_hydra import hydra, movement
 from ._registry import METHODS, STRUCTURES, PruningSpec, build_pruner
 from ._rule import Pruner, Rule, Step, check_reached, cubic
 from ._scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
@@ -55,7 +37,25 @@ from ._select import (
     select,
     uniform,
 )
-from ._set_rigl import rigged_lottery, sparse_evolution
+from .activations._activations import (
+    ACTIVATIONS,
+    ActivationSparsifier,
+    MeanSparse,
+    Percentile,
+    ShiftedReLU,
+    StochasticPruning,
+    Threshold,
+    TopK,
+    calibrate_,
+    insert,
+    sparsifiers,
+)
+from .activations._activity import Activity, LayerActivity, activity, with_activation_penalty
+from .channels._channels import remove_channels, silent, tied_channels
+from .methods._dns import dynamic_network_surgery
+from .methods._gradual import bernoulli, gradual, iterative, one_shot, proximal
+from .methods._movement_hydra import hydra, movement
+from .methods._set_rigl import rigged_lottery, sparse_evolution
 
 __all__ = [
     "ACTIVATIONS",

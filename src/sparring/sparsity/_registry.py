@@ -10,13 +10,13 @@ from typing import Any
 from ..errors import UnknownNameError, UserError
 from ..plugins import check_options, look_up
 from ..units import percent
-from ._dns import dynamic_network_surgery
-from ._gradual import bernoulli, gradual, iterative, one_shot, proximal
-from ._movement_hydra import hydra, movement
 from ._rule import Pruner, Rule
 from ._scores import SCORES
 from ._select import NM, SCOPES, Blocks, Channels, Structure, Unstructured
-from ._set_rigl import rigged_lottery, sparse_evolution
+from .methods._dns import dynamic_network_surgery
+from .methods._gradual import bernoulli, gradual, iterative, one_shot, proximal
+from .methods._movement_hydra import hydra, movement
+from .methods._set_rigl import rigged_lottery, sparse_evolution
 
 METHODS: dict[str, Callable[..., Pruner]] = {
     "one-shot": one_shot,

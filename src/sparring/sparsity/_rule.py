@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import UnknownNameError, UserError
 from ..matrices import is_transposed, matrices
 from ..units import percent
-from ._channels import silent, tied_channels
 from ._masks import Batch, Loss, Masks, Scores
 from ._select import NM, Channels, Structure, Unstructured, largest_unit, select
+from .channels._channels import silent, tied_channels
 
 UPDATES = 100  # how often masks change along a schedule unless a plan says otherwise
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnknownNameError, UserError
-from ._dependencies import joined
 from ._masks import Masks, Scores, warn_of_collapse
+from .channels._dependencies import joined
 
 Size = int | Tensor
 """How many weights a unit has, or each of several (int64)."""

@@ -6,12 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
-
-from sparring.bounds import lipschitz, margin
-from sparring.bounds._network import margin_rows, prepare
-from sparring.errors import Unsupported
-from sparring.sparsity._activations import (
+from sparring.sparsity.activations._activations import (
     ActivationSparsifier,
     MeanSparse,
     Percentile,
@@ -20,6 +15,11 @@ from sparring.sparsity._activations import (
     Threshold,
     TopK,
 )
+from torch import nn
+
+from sparring.bounds import lipschitz, margin
+from sparring.bounds._network import margin_rows, prepare
+from sparring.errors import Unsupported
 from sparring.threat import Threat
 
 from ..random_networks import double, hostile_points

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..declared import Declared
-from ..errors import UnknownNameError, UserError
-from ..modes import eval_mode
-from ..outputs import opened
+from ...declared import Declared
+from ...errors import UnknownNameError, UserError
+from ...modes import eval_mode
+from ...outputs import opened
 
 
 class ActivationSparsifier(Declared):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ._masks import Masks, Scores, warn_of_collapse
-from ._rule import Pruner, Rule, Step, check_sparsity, cubic, last_step, require_unstructured
-from ._scores import magnitude
+from ...errors import UserError
+from .._masks import Masks, Scores, warn_of_collapse
+from .._rule import Pruner, Rule, Step, check_sparsity, cubic, last_step, require_unstructured
+from .._scores import magnitude
 
 _LOWER, _UPPER = 0.9, 1.1
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..declared import Declared
-from ..errors import UserError
-from ..modes import eval_mode
-from ..outputs import opened
-from ._masks import Loss
+from ...declared import Declared
+from ...errors import UserError
+from ...modes import eval_mode
+from ...outputs import opened
+from .._masks import Loss
 
 _NONLINEAR: frozenset[Callable[..., Any]] = frozenset(
     {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu,

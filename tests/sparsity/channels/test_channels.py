@@ -28,7 +28,7 @@ from sparring.sparsity import (
     tied_channels,
 )
 
-from ..zoo import ZOO
+from ...zoo import ZOO
 
 SHAPE = (3, 16, 16)
 

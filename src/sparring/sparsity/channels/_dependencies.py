@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..graph import (
+from ...graph import (
     ELEMENTWISE,
     Add,
     Affine,

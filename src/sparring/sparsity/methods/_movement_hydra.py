@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import UserError
-from ._masks import Loss, Masks, Scores, applied_, prunable
-from ._rule import Pruner, Rule, Schedule, Step, check_sparsity, cubic, last_step
+from ...errors import UserError
+from .._masks import Loss, Masks, Scores, applied_, prunable
+from .._rule import Pruner, Rule, Schedule, Step, check_sparsity, cubic, last_step
 
 _BY_LAYER = Rule(scope="layer")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ._masks import Masks, apply_, sparsity_of
-from ._rule import Pruner, Rule, Schedule, Step, check_sparsity, last_step, require_unstructured
-from ._scores import gradients, random
-from ._select import largest
+from ...errors import UserError
+from .._masks import Masks, apply_, sparsity_of
+from .._rule import Pruner, Rule, Schedule, Step, check_sparsity, last_step, require_unstructured
+from .._scores import gradients, random
+from .._select import largest
 
 _ERK = Rule(scope="erk")
 

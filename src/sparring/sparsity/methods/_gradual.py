@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softshrink
 
-from ..errors import UserError
-from ._masks import Masks, Score, applied_, apply_, sparsity_of, warn_of_collapse
-from ._rule import Pruner, Rule, Schedule, Step, check_sparsity, cubic, last_step, require_unstructured
-from ._scores import magnitude
-from ._select import erdos_renyi_kernel
+from ...errors import UserError
+from .._masks import Masks, Score, applied_, apply_, sparsity_of, warn_of_collapse
+from .._rule import Pruner, Rule, Schedule, Step, check_sparsity, cubic, last_step, require_unstructured
+from .._scores import magnitude
+from .._select import erdos_renyi_kernel
 
 
 def _cut(step: Step, score: Score, rule: Rule, sparsity: float | Mapping[str, float]) -> Masks:

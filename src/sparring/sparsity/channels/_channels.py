@@ -19,13 +19,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..errors import Unsupported, UserError
-from ..graph import lower
-from ..modes import eval_mode
-from ..outputs import logits_of
+from ...errors import Unsupported, UserError
+from ...graph import lower
+from ...modes import eval_mode
+from ...outputs import logits_of
+from .._masks import Masks, apply_, prunable
+from .._select import Channels
 from ._dependencies import Coupling, coupling, joined
-from ._masks import Masks, apply_, prunable
-from ._select import Channels
 
 _SAME = 1e-5  # of the largest logit, in double precision; between float32 and float32 ten times as much
 

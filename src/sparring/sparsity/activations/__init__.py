@@ -1,0 +1,1 @@
+"""Sparse activations: the modules that make them, and how sparse activations are."""

@@ -1,0 +1,1 @@
+"""Whole channels: which layers share them, and networks really made smaller."""
