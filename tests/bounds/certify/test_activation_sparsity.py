@@ -6,6 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+from sparring.bounds import lipschitz, margin
+from sparring.bounds._network import margin_rows, prepare
+from sparring.errors import Unsupported
 from sparring.sparsity.activations._activations import (
     ActivationSparsifier,
     MeanSparse,
@@ -15,11 +20,6 @@ from sparring.sparsity.activations._activations import (
     Threshold,
     TopK,
 )
-from torch import nn
-
-from sparring.bounds import lipschitz, margin
-from sparring.bounds._network import margin_rows, prepare
-from sparring.errors import Unsupported
 from sparring.threat import Threat
 
 from ..random_networks import double, hostile_points
