@@ -24,7 +24,6 @@ BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MARKS = {"", "by hand"}
 # The blocks that do not run, each by its first words: what installs packages of others, needs them, or takes a day.
 HAND = {
-    ("attacks.md", "pip install 'sparring[peers]'"),
     ("recipes.md", "sparring train vgg-like --width 0.125 --data cifar10-jpeg.zip --out vgg.safetensors"),
     ("extending.md", "# theirs.py"),
 }
