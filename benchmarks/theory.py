@@ -1,4 +1,4 @@
-"""The tables of docs/theory.md and RESULTS.md: `python benchmarks/theory.py certified|tightness|exact|speed|masks WEIGHTS...`.
+"""The tables of theory: `python benchmarks/theory.py certified|tightness|exact|speed|masks WEIGHTS...`.
 
 WEIGHTS are files of LeNet-300-100 on MNIST: what a study of `paper-lenet-300-100` leaves under objects/, or plain
 weights. One line of JSON is printed for each file (for `exact` also for each image, and with --to FILE appended there:
