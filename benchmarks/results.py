@@ -1,11 +1,11 @@
-"""Copy finished studies into the documentation: small figures, a bounded results.csv, and one ledger for all of them.
+"""Copy finished studies into the documentation: figures, results.csv, and one ledger for all of them.
 
     python benchmarks/results.py out/paper-linear out/paper-lenet-300-100 --to docs/results
 
 writes docs/results/ledger.json (Holm's correction across all studies, those that it held before included) and a folder
-for each study with its main figures as SVG, results.csv (each seed's means, unless that is too long), plan.json's
-command and plan, and the verdict in README.md. The table of claims between two marks in a study's page,
-docs/results/STUDY.md, is written anew from the ledger; without any OUT only that is done.
+for each study with the figures that its page shows, results.csv (each seed's means), plan.json's command and plan, and
+the verdict in README.md. The table of claims between two marks in a study's page, docs/results/STUDY.md, is written
+anew from the ledger; without any OUT only that is done.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import re
 import shlex
 import shutil
 from collections import defaultdict
@@ -21,52 +22,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparring import report
-from sparring.errors import UserError
 from sparring.statistics import LEAST_P, Row
 
-LIMIT = 1_500_000  # bytes a study may take in the documentation
-# What is copied first; whatever does not fit any more is left out, and said to be.
-FIRST = ("overview", "accuracy", "fgsm", "pgd", "worst", "distance", "brackets", "exact", "lipschitz", "certified")
 KEYS = ("method", "sparsity", "metric", "attack", "norm", "eps", "split")
 
 MARKS = ("<!-- claims: written by benchmarks/results.py -->\n", "<!-- end of claims -->\n")
 
 
-def copy_study(out: Path, folder: Path) -> list[str]:
-    """Copy what documentation shows of one study and return the names of files that did not fit."""
+def copy_study(out: Path, folder: Path, page: str) -> None:
+    """Copy what documentation shows of one study, the figures that its page shows among it."""
     report.write(out)
     folder.mkdir(parents=True, exist_ok=True)
     document = json.loads((out / "plan.json").read_text())
     kept = {"command": portable(document["command"])} | {name: document[name] for name in ("plan", "environment")}
     _write(folder / "plan.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    rows = means((out / "results.csv").read_text(encoding="utf-8"))
-    missed = ["results.csv"] if len(rows) > LIMIT // 2 else []
-    if not missed:
-        _write(folder / "results.csv", rows)
+    _write(folder / "results.csv", means((out / "results.csv").read_text(encoding="utf-8")))
     _write(folder / "README.md", f"# {document['plan']['name']}\n\n{report.verdict(out)}\n\n    {kept['command']}\n")
-    left = LIMIT - sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".svg")
-    if left < 0:
-        raise UserError(f"the tables of {out} alone take more than {LIMIT:,} bytes; study fewer metrics")
     for old in folder.glob("*.svg"):
         old.unlink()
-    for figure in sorted((out / "figures").glob("*.svg"), key=_rank):
-        size = figure.stat().st_size
-        if size <= left:
-            shutil.copyfile(figure, folder / figure.name)
-            left -= size
-        else:
-            missed.append(figure.name)
-    return missed
+    for name in figures(page, folder.name):
+        shutil.copyfile(out / "figures" / name, folder / name)
+
+
+def figures(page: str, study: str) -> list[str]:
+    """Return the names of the figures of a study that a page shows."""
+    return re.findall(rf"\]\({re.escape(study)}/([\w.-]+\.svg)\)", page)
 
 
 def portable(command: str) -> str:
     """Return a command with the last part alone of every absolute path: where a folder lay tells a reader nothing."""
     return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in shlex.split(command))
-
-
-def _rank(figure: Path) -> tuple[int, str]:
-    place = next((k for k, name in enumerate(FIRST) if figure.name.startswith(name)), len(FIRST))
-    return place, figure.name
 
 
 def means(text: str) -> str:
@@ -151,10 +136,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     for out in options.outs:
-        folder = options.to / out.name
-        missed = copy_study(out, folder)
-        total = sum(path.stat().st_size for path in folder.iterdir())
-        print(f"{out} -> {folder}: {total:,} bytes" + (f"; {len(missed)} files did not fit" if missed else ""))
+        page = options.to / f"{out.name}.md"
+        shown = page.read_text(encoding="utf-8") if page.exists() else f"![]({out.name}/overview.svg)"
+        copy_study(out, options.to / out.name, shown)
     earlier = options.to / "ledger.json"
     rows = report.merge_ledgers(options.outs, earlier=earlier if earlier.exists() else None)
     _write(earlier, json.dumps([row.as_dict() for row in rows], indent=1, ensure_ascii=False) + "\n")

@@ -43,3 +43,11 @@ def test_a_recorded_summary_quotes_the_ledgers_verdicts_and_no_other(page: Path,
 def test_every_study_of_the_ledger_has_a_page(ledger: list[Row]) -> None:
     assert {row.study for row in ledger} == {page.stem for page in RESULTS.glob("*.md")}
     assert len(PAGES) >= 4
+
+
+def test_the_recorded_figures_are_those_that_a_page_shows() -> None:
+    figures = runpy.run_path(str(ROOT / "benchmarks" / "results.py"))["figures"]
+    shown = {
+        f"{page.stem}/{name}" for page in RESULTS.glob("*.md") for name in figures(page.read_text("utf-8"), page.stem)
+    }
+    assert {str(path.relative_to(RESULTS)) for path in RESULTS.rglob("*.svg")} == shown
