@@ -52,7 +52,7 @@ def test_a_test_split_alone_is_read_to_be_attacked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "note"),
     [
-        ({f"{label}/0.png": image() for label in ("cat", "dog")}, "class folders alone: all its images are tested"),
+        ({f"{label}/0.png": image() for label in ("cat", "dog")}, "names no parts: all its images are tested"),
         ({f"val/{label}/0.png": image() for label in ("cat", "dog")}, "no test/: the images of val/ are tested"),
         ({f"train/{label}/0.png": image() for label in ("cat", "dog")}, "trained on them knows"),
     ],
@@ -211,7 +211,7 @@ def test_arrays_may_have_some_of_a_networks_classes(tmp_path: Path) -> None:
     np.savez(path, x_test=x, y_test=[0, 1, 1])
     assert data.load(str(path), request=given).classes == 5
     assert data.load(str(path), request=library).classes == 2  # which may be any two
-    with pytest.raises(DataError, match="which alone can be resized"):
+    with pytest.raises(DataError, match="images alone can be resized"):
         data.load(str(path), request=replace(TESTED, geometry=Geometry(8)))
 
 

@@ -162,13 +162,14 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
     parts = {part: [entry for entry in listing.entries if entry.part == part] for part in SPLITS}
     parts, notes = {part: own for part, own in parts.items() if own}, []
     if request.parts != "all" and not parts and not listing.folders and listing.flat:
-        if len({entry.member.rpartition("/")[0].rpartition("/")[0] for entry in listing.flat}) > 1:
+        places = {entry.member.rpartition("/")[0].rpartition("/")[0] for entry in listing.flat}
+        if len(places) > 1 and listing.by_folders:
             raise DataError(f"{path} has class folders at several depths; put them into {path}/test/")
-        parts, notes = {"test": listing.flat}, [f"{path} has class folders alone: all its images are tested"]
+        parts, notes = {"test": listing.flat}, [f"{path} names no parts: all its images are tested"]
         listing.outside = [name for name in listing.outside if name not in {entry.member for entry in listing.flat}]
     if request.parts != "all" and "test" not in parts and parts:
         lent = "valid" if "valid" in parts else "train"
-        shown = twice[0] if lent == "valid" else lent
+        shown = next(iter(twice), lent) if lent == "valid" else lent
         parts["test"] = parts[lent] if lent == "train" else parts.pop(lent)
         notes.append(
             f"{path} has no test/: the images of {shown}/ are tested"
@@ -179,7 +180,7 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
             others = sorted([*listing.outside, *listing.nested, *listing.skipped])[:3]
             found = f", only {', '.join(others)}" if others else ""
             few = "; to attack a trained network, a test split alone will do" if part == "train" else ""
-            raise DataError(f"{path} has no images in {part}/<class>/{found}; put some there{few}")
+            raise DataError(f"{path} has no images in {listing.layout.format(part=part)}{found}; put some there{few}")
     return ({"test": parts["test"]} if request.parts == "test" else parts), notes
 
 
@@ -189,19 +190,21 @@ def _labels(
     """Return the classes' names, the number of each label, and what says so; refuse what would shift or lose one."""
     trained = {label for part, label in listing.folders if part == "train"}
     present = {label for _, label in listing.folders} or {entry.label for entry in parts["test"]}
-    if request.classes is not None and not (listing.named and request.classes.fallback):
+    if request.classes is not None and not listing.numbered and not (listing.named and request.classes.fallback):
         try:
             numbers, told = request.classes.numbers(present)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
         return list(request.classes.names), numbers, told
+    if listing.numbered:
+        return _numbered(present, path, request)
     labels = listing.named or sorted(trained or present)
     if len(set(labels)) != len(labels):
         raise DataError(f"{CLASSES} in {path} names a class twice")
     filled = {entry.label for entry in listing.entries if entry.part == "train"}
     for part, label in sorted(listing.folders):
         if label not in labels:
-            place = f"{CLASSES} does not name it" if listing.named else "not in train/"
+            place = "the list of classes does not name it" if listing.named else "not in train/"
             raise DataError(f"{path} has the class '{label}' in {part}/ but {place}")
         if part == "train" and label not in filled:
             raise DataError(
@@ -209,8 +212,23 @@ def _labels(
                 f"without {CLASSES} changes the labels of the classes after it)"
             )
     if missing := sorted(present - set(labels)):
-        raise DataError(f"{path} has the class '{missing[0]}' but {CLASSES} does not name it")
+        raise DataError(f"{path} has the class '{missing[0]}' but the list of classes does not name it")
     return labels, {label: at for at, label in enumerate(labels)}, ""
+
+
+def _numbered(present: set[str], path: Path, request: Request) -> tuple[list[str], dict[str, int], str]:
+    """Return what `_labels` does where labels are numbers: of the classes that are listed, else from 0 to the last."""
+    numbers, listed = {label: int(label) for label in present}, request.classes
+    found, last = sorted(set(numbers.values())), max(numbers.values())
+    whole = last == len(found) - 1
+    if listed is not None and not (listed.fallback and whole):
+        if last >= len(listed.names):
+            raise DataError(f"{path} has the label {last}, but {listed.source} names {len(listed.names)} classes")
+        return list(listed.names), numbers, f"labels are taken as the numbers of {listed.source}'s classes"
+    if not whole:
+        shown = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+        raise DataError(f"{path} must hold every label from 0 to the last, but holds {shown}; give --classes FILE")
+    return list(map(str, found)), numbers, ""
 
 
 def _tell(
@@ -224,6 +242,7 @@ def _tell(
 ) -> None:
     """Warn of files that were not read, frames left out, and classes that a split lacks."""
     found = {
+        **listing.left,
         "left out, since they are no images": listing.skipped,
         "images outside of train/, valid/ and test/, not read": listing.outside,
         "folders within a class's folder, not read": sorted(listing.nested),

@@ -1,12 +1,14 @@
 """What there is of a user's images, before any pixel is decoded: entries, their parts and labels, and what is left out.
 
-A folder, zip or tar has train/<class>/*, test/<class>/* and valid/<class>/*, or some of them.
+A folder, zip or tar has train/<class>/*, test/<class>/* and valid/<class>/*, or some of them. Of tables and shards the
+name of a file or of its folder says the part.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,6 +19,7 @@ from ._decode import MOST_FILE, endings
 
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 CLASSES = "classes.txt"
+LAYOUT = "{part}/<class>/"
 IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
 # Members are decoded one by one, each bounded; of a whole archive only the disk is the limit.
 MOST_BYTES, MOST_MEMBERS = 1 << 50, 100_000_000
@@ -63,7 +66,50 @@ class Listing:
     roots: set[str] = field(default_factory=set)
     named: list[str] = field(default_factory=list)
     numbered: bool = False
-    layout: str = "{part}/<class>/"
+    layout: str = LAYOUT
+    left: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def by_folders(self) -> bool:
+        """Whether the folder of an image names its class."""
+        return self.layout == LAYOUT
+
+    def add(self, part: str, label: str, member: str, place: int | None = None) -> None:
+        """Take an image of a table or shard, which is of no part where `part` is ""; leave out one without a label."""
+        if not label:
+            self.leave("images without a label", member)
+            return
+        self.count += place is None
+        entry = Entry(self.count if place is None else place, part, label, member)
+        (self.entries if part else self.flat).append(entry)
+        if part:
+            self.folders.add((part, label))
+            self.named_parts.add(part)
+
+    def leave(self, why: str, member: str) -> None:
+        """Remember what is not read."""
+        self.left.setdefault(why, []).append(member)
+
+    def settle(self) -> None:
+        """Say what labels mean once all are known: names, or numbers of the named classes, or numbers alone.
+
+        Raise DataError for a number that no class has.
+        """
+        if self.entries:
+            for entry in self.flat:
+                self.leave("images of no part", entry.member)
+            self.flat.clear()
+        labels = {entry.label for entry in (*self.entries, *self.flat)}
+        numbers = all(label.isascii() and label.isdecimal() and len(label) < 19 for label in labels)
+        self.numbered = numbers and not self.named
+        if numbers and not labels <= set(self.named) and self.named:
+            for entry in (*self.entries, *self.flat):
+                if int(entry.label) >= len(self.named):
+                    raise DataError(f"{entry.member} has the label {entry.label}, but {len(self.named)} classes are named")
+            self.entries, self.flat = (
+                [entry._replace(label=self.named[int(entry.label)]) for entry in own] for own in (self.entries, self.flat)
+            )
+            self.folders = {(part, self.named[int(label)]) for part, label in self.folders}
 
     def wants(self, member: str) -> bool:
         """Say whether a file is a list of classes, and remember what else it is; the name of a folder ends in "/"."""
@@ -116,15 +162,15 @@ class Files:
 
 
 class Packed:
-    """Images in zips or tars, read from front to back; of several their names go before those of their members."""
+    """Images in zips or tars, read from front to back; the name of an archive, if any, goes before its members'."""
 
-    def __init__(self, *archives: Path) -> None:
+    def __init__(self, archives: Mapping[str, Path]) -> None:
         self.archives = archives
 
     def members(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
         """Yield the wanted members of all, each read whole."""
-        for archive in self.archives:
-            before = f"{archive.name}/" if len(self.archives) > 1 else ""
+        for name, archive in self.archives.items():
+            before = f"{name}#" if name else ""
             found = safe_members(
                 archive,
                 wanted=lambda member, before=before: wanted(before + member),  # type: ignore[misc]
@@ -149,10 +195,9 @@ class Packed:
             yield found[-1], data
 
     def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
-        own = {f"{archive.name}/": stamp(archive) for archive in self.archives}
-        only = next(iter(own.values())) if len(own) == 1 else None
+        own = {name: stamp(archive) for name, archive in self.archives.items()}
         for entry in entries:
-            yield only or own[entry.member[: entry.member.index("/") + 1]]
+            yield own[entry.member.partition("#")[0]] if "" not in own else own[""]
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -164,9 +209,17 @@ def stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def part_of(file: str) -> str:
+    """Return the part that a file's folder or its name says, as in train-00000-of-00002.parquet, else ""."""
+    *folders, name = file.lower().split("/")
+    words = [word for word in folders if word in PARTS] or re.split(r"[^a-z]+", name)
+    parts = {PARTS[word] for word in words if word in PARTS}
+    return parts.pop() if len(parts) == 1 else ""
+
+
 def list_folder(path: Path) -> Listing:
     """List a folder, zip or tar of images by class folders; of files only lists of classes are read."""
-    source = Files(path) if path.is_dir() else Packed(path)
+    source = Files(path) if path.is_dir() else Packed({"": path})
     listing = Listing(source)
     for member, data in _members(path, source, listing.wants):
         listing.named = _lines(data, f"{member} in {path}")

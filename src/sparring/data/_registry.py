@@ -12,11 +12,13 @@ from ..files import safe_name
 from ..plugins import import_object
 from ._images import load_images
 from ._known_sets import CIFAR10, FASHION_MNIST, MNIST, cifar10, digits, fashion_mnist, mnist, mnist_5k
-from ._listing import PARTS, Listing, list_folder
+from ._listing import PARTS, Listing, list_folder, part_of, walk
 from ._npz import load_arrays
 from ._places import Content, Find, Progress, Source, expand, is_file, is_folder, locate, missing, read, roots
 from ._places import download as fetch
 from ._request import EVERYTHING, Request
+from ._shards import TARS, is_shard, list_shards
+from ._tables import COLUMNAR, list_columns, list_csv
 from ._types import Dataset, limited, tell_shared
 
 DATASETS: dict[str, Callable[[Find], Dataset]] = {
@@ -28,7 +30,7 @@ DATASETS: dict[str, Callable[[Find], Dataset]] = {
 }
 
 SOURCES = (CIFAR10, FASHION_MNIST, MNIST)
-PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".npz")  # what a user's own data may come in, besides a folder
+PACKED = (".zip", *TARS, ".npz", *COLUMNAR, ".csv")  # what a user's own data may come in, besides a folder
 
 
 class Available(NamedTuple):
@@ -53,7 +55,7 @@ def load(
 ) -> Dataset:  # fmt: skip
     """Load a data set by its name in `DATASETS`, by a path, or from a user's function "package.module:function".
 
-    A path is a folder, zip or tar of images, or an .npz.
+    A path is a folder, zip or tar of images, of Parquet or Arrow files or of tar shards, a CSV of paths, or an .npz.
 
     Files and names are looked for in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that
     order. With `download`, what is missing is fetched from public mirrors into the first of these, and `progress` is
@@ -76,7 +78,7 @@ def load(
 
     kind = kind_of(name, root)
     if request.geometry is not None and kind != "images":
-        raise DataError(f"'{name}' is no folder, zip or tar of images, which alone can be resized and cropped")
+        raise DataError(f"'{name}' holds arrays, not images; images alone can be resized and cropped")
     if request.classes is not None and kind in ("known", "function"):
         raise DataError(f"'{name}' has its own classes; a list of them is for images and arrays in files")
     if request.valid_seed is not None and kind in ("known", "function"):
@@ -98,11 +100,33 @@ def load(
 def _listed(path: Path) -> Listing:
     """List a user's images in whatever form they come."""
     try:
-        return list_folder(path)
+        name = path.name.lower()
+        if name.endswith(COLUMNAR):
+            return list_columns(path.parent, [path.name])
+        if name.endswith(".csv"):
+            return list_csv(path.parent, [path.name])
+        if name.endswith(TARS) and is_shard(path):
+            return list_shards({"": path}, path)
+        listing = list_folder(path)
+        return listing if listing.entries or not path.is_dir() else _listed_files(path, listing)
     except DataError:
         raise
     except UserError as error:
         raise DataError(str(error)) from error
+
+
+def _listed_files(path: Path, listing: Listing) -> Listing:
+    """List the tables or shards of a folder, if it has any; else it is what its folders say."""
+    files = [name for name in walk(path, "", 3) if not name.rpartition("/")[2].startswith((".", "cache-", "tmp"))]
+    tables, shards = ([name for name in files if name.lower().endswith(ends)] for ends in (COLUMNAR, TARS))
+    texts = [name for name in files if name.lower().endswith(".csv") and part_of(name)]
+    if tables and shards:
+        raise DataError(f"{path} holds tables ({tables[0]}, ...) and shards ({shards[0]}, ...); give one set at a time")
+    if tables:
+        return list_columns(path, tables)
+    if shards and not listing.flat:
+        return list_shards({name: path / name for name in sorted(shards)}, path, listing.named)
+    return list_csv(path, texts, listing.named) if texts else listing
 
 
 def _tell_shared(dataset: Dataset, path: Path) -> None:
