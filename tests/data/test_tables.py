@@ -69,7 +69,7 @@ def write_shards(root: Path, part: str, found: Rows) -> None:
     (root / "classes.txt").write_text("\n".join(NAMES))
     half = len(found) // 2
     for number, own in enumerate((found[:half], found[half:])):
-        members = {}
+        members: dict[str, bytes] = {}
         for at, (content, label) in enumerate(own):
             said = (".cls", str(label).encode()) if at % 2 else (".json", json.dumps({"label": label}).encode())
             members |= {f"{at:04}.png": content, f"{at:04}{said[0]}": said[1]}
@@ -148,7 +148,7 @@ def test_a_single_file_is_tested(write: Write, tmp_path: Path) -> None:
     listed = ClassList(NAMES, "the list")
     loaded = data.load(str(path), request=replace(TESTED, classes=listed))
     assert loaded.class_names == NAMES and "all its images are tested" in loaded.notes[0]
-    with pytest.raises(DataError, match="has no images in .*train"):
+    with pytest.raises(DataError, match=r"has no images in .*train"):
         data.load(str(path))
 
 
@@ -202,7 +202,10 @@ def test_shards_whose_members_are_odd(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"image": None}, "one column of images .*, but has none"),
-        ({"more": [b"x"] * 6, "image": [b"y"] * 6, "img": [b"y"] * 6}, "one column of images .*, but has image, more, img"),
+        (
+            {"more": [b"x"] * 6, "image": [b"y"] * 6, "img": [b"y"] * 6},
+            "one column of images .*, but has image, more, img",
+        ),
         ({"label": None}, "one column of labels, but has none; keep one, or call it 'label'"),
         ({"image": [{"bytes": None, "path": "/etc/passwd"}] * 6}, r"#\d+ in .* has no bytes of an image"),
         ({"label": [0, 1, 2, 3, 0, 1]}, "class '3' .* list of classes does not name it"),
@@ -212,7 +215,8 @@ def test_tables_that_are_not_clear_are_refused(tmp_path: Path, changed: dict[str
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    made = table(rows("test", 6), **{name: None if held is None else pa.array(held) for name, held in changed.items()})
+    own: dict[str, Any] = {name: None if held is None else pa.array(held) for name, held in changed.items()}
+    made = table(rows("test", 6), **own)
     pq.write_table(made, tmp_path / "test.parquet")
     with pytest.raises(DataError, match=message):
         data.load(str(tmp_path / "test.parquet"), request=TESTED)

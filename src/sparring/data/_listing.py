@@ -105,9 +105,12 @@ class Listing:
         if numbers and not labels <= set(self.named) and self.named:
             for entry in (*self.entries, *self.flat):
                 if int(entry.label) >= len(self.named):
-                    raise DataError(f"{entry.member} has the label {entry.label}, but {len(self.named)} classes are named")
+                    raise DataError(
+                        f"{entry.member} has the label {entry.label}, but {len(self.named)} classes are named"
+                    )
             self.entries, self.flat = (
-                [entry._replace(label=self.named[int(entry.label)]) for entry in own] for own in (self.entries, self.flat)
+                [entry._replace(label=self.named[int(entry.label)]) for entry in own]
+                for own in (self.entries, self.flat)
             )
             self.folders = {(part, self.named[int(label)]) for part, label in self.folders}
 

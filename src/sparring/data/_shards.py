@@ -79,4 +79,6 @@ def _label(data: bytes, ending: str, where: str) -> str:
             text = str(found[0]) if found and isinstance(found[0], int | str) else ""
         return text.strip()
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} holds no label ({str(error)[:100]}); a .cls is a number or a name in UTF-8") from error
+        raise DataError(
+            f"{where} holds no label ({str(error)[:100]}); a .cls is a number or a name in UTF-8"
+        ) from error

@@ -41,11 +41,13 @@ class Columns:
             file, _, row = entry.member.rpartition("#")
             files.setdefault(file, {})[int(row)] = entry
         for file, wanted in files.items():
-            for row, value in _values(self.root / file, self.images[file], rows=wanted):
+            for at, value in _values(self.root / file, self.images[file], rows=wanted):
                 data = value.get("bytes") if isinstance(value, dict) else value
                 if not isinstance(data, bytes) or len(data) > MOST_FILE:
-                    raise DataError(f"{wanted[row].member} in {self.root} has no bytes of an image, or more than 64 MiB")
-                yield wanted[row], data
+                    raise DataError(
+                        f"{wanted[at].member} in {self.root} has no bytes of an image, or more than 64 MiB"
+                    )
+                yield wanted[at], data
 
     def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
         each = {file: stamp(self.root / file) for file in self.images}
