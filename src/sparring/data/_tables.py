@@ -44,9 +44,7 @@ class Columns:
             for at, value in _values(self.root / file, self.images[file], rows=wanted):
                 data = value.get("bytes") if isinstance(value, dict) else value
                 if not isinstance(data, bytes) or len(data) > MOST_FILE:
-                    raise DataError(
-                        f"{wanted[at].member} in {self.root} has no bytes of an image, or more than 64 MiB"
-                    )
+                    raise DataError(f"{wanted[at].member} in {self.root} has no bytes of an image, or more than 64 MiB")
                 yield wanted[at], data
 
     def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
