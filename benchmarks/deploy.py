@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from sparring import deploy
-from sparring.deploy._bench import interleaved, peak_flops
+from sparring.deploy import interleaved, peak_flops
 from sparring.models import build, load_model
 
 NETWORKS = {

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from deploy import sparse_network
 from sparring import data, deploy
 from sparring.attacks import ddn
-from sparring.deploy._bench import interleaved
+from sparring.deploy import interleaved
 from sparring.models import build, load_model
 from sparring.sparsity import magnitude, select
 from sparring.train import Recipe, fit

@@ -67,7 +67,7 @@ CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
     "exact": lambda m, _: bounds.exact(m, X[:1], Y[:1], LINF, seconds=1.0),
     "export": lambda m, folder: deploy.export(m, folder / "net.sparring", shape=SHAPE),
     "to_onnx": lambda m, folder: deploy.onnx_error(deploy.to_onnx(m, folder / "net.onnx", shape=SHAPE), m, X),
-    "bench": lambda m, _: deploy.bench(m, shape=SHAPE, batches=(1,), rounds=1),
+    "bench": lambda m, _: deploy.bench(m, shape=SHAPE, batches=(1,), rounds=1, engines=["packed"]),
     "ship_report": lambda m, _: _shipped(m),
 } | {
     f"run {name}": (lambda m, _, name=name: attacks.run(m, X, Y, attacks.ATTACKS[name], WITHIN))

@@ -226,14 +226,16 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
     assert "median certified radius" in sparring("certify", path, "--data", "digits", "--images", 10).out
     refused = sparring("prune", path, "--out", tmp_path / "x.safetensors", "--sparsity", 0.5, "--data", "digits")
     assert refused.code == 2 and "cannot be pruned further" in refused.err
-    shown = ("--batches", "1", "--rounds", 2, "--data", "digits", "--plot", tmp_path / "bench.svg")
+    shown = ("--batches", "1", "--rounds", 2, "--data", "digits", "--engines", "packed, torch")
     small = tmp_path / "small.safetensors"
     options = ("--data", "digits", "--quiet", "--set", "epochs=1", "--width", 0.1)
     assert sparring("train", "lenet-300-100", "--out", small, *options).code == 0
-    table = sparring("bench", models[1], *shown, "--small", small)
+    table = sparring("bench", models[1], *shown, "--plot", tmp_path / "bench.svg", "--small", small)
     assert table.code == 0 and "in memory" in table.out and "small dense one" in table.out
     assert (tmp_path / "bench.svg").read_text().startswith("<svg")
-    rows = json.loads(sparring("bench", path, "--data", "digits", "--batches", "1", "--rounds", 2, "--json").out)
+    assert "At batch 1 ship" in table.out
+    found = json.loads(sparring("bench", path, *shown, "--json").out)
+    rows = found["rows"]
     assert {"packed", "torch"} <= {row["engine"] for row in rows} and all(row["milliseconds"] > 0 for row in rows)
     wrong = sparring("export", models[1], tmp_path / "m.tflite", "--to", "tflite", "--data", "digits")
     assert wrong.code == 2 and "packed or onnx" in wrong.err

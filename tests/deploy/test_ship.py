@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from sparring import attacks, deploy
-from sparring.deploy._bench import interleaved
+from sparring.deploy import interleaved
 from sparring.errors import UserError
 from sparring.report import timings_figure
 from sparring.threat import LINF, Threat
@@ -73,21 +73,64 @@ def test_removed_channels_make_a_smaller_onnx_graph(tmp_path, sparse_model):
     assert deploy.to_onnx(model, tmp_path / "small.onnx", shape=SHAPE).stat().st_size < 0.6 * whole
 
 
-def test_bench_measures_all_engines_on_equal_terms(sparse_model):
-    model = sparse_model("lenet-300-100", 0.1)
-    rows = deploy.bench(model, shape=SHAPE, batches=(1, 5), rounds=2, small=sparse_model("lenet-300-100", 1, width=0.1))
-    names = [row.engine for row in rows if row.batch == 5]
-    assert {"packed", "torch", "onnxruntime fp32", "onnxruntime int8", "small dense, torch"} <= set(names)
-    for row in rows:
+ENGINES = ("packed", "torch", "onnxruntime", "onnxruntime int8", "openvino")
+
+
+def test_bench_measures_engines_on_equal_terms(sparse_model):
+    model, small = sparse_model("lenet-300-100", 0.1), sparse_model("lenet-300-100", 1, width=0.1)
+    found = deploy.bench(model, shape=SHAPE, batches=(1, 5), rounds=2, small=small, engines=ENGINES)
+    names = [row.engine for row in found.rows if row.batch == 5]
+    assert {"packed", "torch", "onnxruntime", "onnxruntime int8", "small dense, torch"} <= set(names)
+    assert set(names) | set(found.left_out) == {*ENGINES, *(f"small dense, {name}" for name in ENGINES)}
+    for row in found.rows:
         assert 0 < row.low <= row.milliseconds <= row.high and row.bytes_disk > 0
-        if row.engine.endswith(("packed", "onnxruntime fp32")):
-            assert row.logit_error < 5e-6
-    floors = {row.engine: row.floor for row in rows if row.batch == 1}
+        assert (row.logit_error < 5e-6) == row.exact, "int8 rounds, and says so"
+    floors = {row.engine: row.floor for row in found.rows if row.batch == 1}
     assert floors["packed"] == floors["torch"] and floors["packed"] != floors["small dense, packed"]
-    drawn = timings_figure("one core", [asdict(row) for row in rows])
+    shares = {row.engine: row.of_peak * row.milliseconds for row in found.rows if row.batch == 1}
+    assert shares["torch"] == pytest.approx(10 * shares["packed"], rel=1e-2), "a tenth of the products is left"
+    drawn = timings_figure("one core", [asdict(row) for row in found.rows])
     assert drawn.startswith("<svg") and all(name in drawn for name in (*names, "batch 5"))
-    with pytest.raises(UserError):
-        deploy.bench(model, shape=SHAPE, batches=())
+
+
+def test_bench_refuses_what_it_cannot_time(sparse_model):
+    with pytest.raises(UserError, match="at least 1"):
+        deploy.bench(sparse_model("lenet-300-100", 0.1), shape=SHAPE, batches=())
+    with pytest.raises(UserError, match="Did you mean 'openvino'"):
+        deploy.bench(sparse_model("lenet-300-100", 0.1), shape=SHAPE, engines=["openvin"])
+
+
+def test_a_dense_network_is_told_from_which_sparsity_the_kernels_win(sparse_model):
+    model = sparse_model("lenet-5", 1.0)
+    found = deploy.bench(model, shape=SHAPE, batches=(1,), rounds=3, engines=("packed", "torch"))
+    assert found.sparsity == 0
+    if found.fastest(1, exact=True).engine == "torch":
+        assert found.wins_from is not None and 0.5 <= found.wins_from <= 0.98
+    else:
+        assert found.wins_from is None
+
+
+def test_the_last_word_names_the_engine_to_ship():
+    def row(engine, milliseconds, exact=True, batch=1):
+        return deploy.BenchRow(engine, "", batch, milliseconds, 0, 0, 0, 1, 0, None, 1, None, 0.03, exact)
+
+    rows = [
+        row("packed", 2.0),
+        row("torch", 8.0),
+        row("onnxruntime int8", 1.0, exact=False),
+        row("small dense, torch", 0.1),
+    ]
+    found = deploy.Bench("a processor", 100.0, rows, {}, 0.9, None)
+    assert deploy.what_to_ship(found) == [
+        "At batch 1 ship packed: 2 ms, 4.0 times as fast as torch; onnxruntime int8 takes 1 ms, with logits off by 3% "
+        "of the largest: ship it only after its accuracy and robustness have been measured."
+    ]
+    lost = deploy.Bench("a processor", 100.0, [row("packed", 3.0), row("onnxruntime", 1.5)], {}, 0.6, 0.9)
+    assert deploy.what_to_ship(lost) == [
+        "At batch 1 ship onnxruntime: 1.5 ms, 2.0 times as fast as packed.",
+        "The sparse kernels would be the fastest from about 90% sparsity; this network has 60%.",
+    ]
+    assert "at no sparsity up to 99%" in deploy.what_to_ship(replace(lost, wins_from=None))[-1]
 
 
 def test_rounds_interleave():

@@ -403,12 +403,13 @@ class BenchOptions:
     batches: Annotated[str, Option(help="Batch sizes, separated by commas.")] = "1,64,256"
     rounds: Annotated[int, Option(help="Interleaved rounds.", min=1)] = 30
     small: Annotated[str | None, Option(help="A small dense network of equal accuracy, to compare.")] = None
+    engines: Annotated[str | None, Option(help="Engines, separated by commas [default: all installed].")] = None
     plot: Annotated[Path | None, Option(help="Draw the times to this .svg or .png.")] = None
 
 
 @command
 def bench(model: ModelSource, data: DataSource, how: BenchOptions, json: Json = False) -> None:
-    """Time a model on one core: packed, torch, and ONNX Runtime and OpenVINO where installed."""
+    """Time a model in every installed engine on one core, and say which engine to ship."""
     from ._deploy import run_bench
 
     run_bench(model, data, how, as_json=json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ._printing import print_json, print_table
 from ._sources import check_named, check_out, file_of, open_both, open_model, plain_form
 
 ONNX_TOLERANCE = 1e-4
+CALIBRATING = 64  # images on which int8 engines are calibrated
 ENDINGS = {"packed": ".sparring", "onnx": ".onnx"}
 
 
@@ -43,10 +43,12 @@ def run_export(model: ModelSource, how: ExportOptions, data: DataSource) -> None
         _print_size(path, network)
         _check_onnx(path, network, as_float(dataset.test.x[: how.images]))
         return
-    path = deploy.export(
-        network, how.out, shape=shape, images=few, values=how.values, class_names=dataset.class_names or None,
+    packed = deploy.pack(
+        network, shape=shape, images=few, values=how.values, class_names=dataset.class_names or None,
         provenance=_provenance(model, dataset),
     )  # fmt: skip
+    print(_gain(packed))
+    path = deploy.write_program(packed.program, how.out, values=how.values)
     _print_size(path, network)
     x, y = chosen_images(dataset, "test", 0, how.images)
     found = deploy.ship_report(network, deploy.load(path), as_float(x), y, attacks.pgd, threat)
@@ -67,6 +69,16 @@ def _provenance(model: ModelSource, dataset: Dataset) -> dict[str, Any]:
         "data_hash": content_hash(dataset),
         "sparring": __version__,
     }
+
+
+def _gain(packed: deploy.Packed) -> str:
+    """Say what the sparse kernels can gain of this network, before it is written."""
+    kept, dense = deploy.products(packed.program)
+    if not dense:
+        return "no layer of this network can run on sparse kernels: it runs dense, in PyTorch"
+    said = f"sparse kernels compute {percent(kept / dense)} of the products that an image needs ({kept:,} of {dense:,})"
+    few = ": little to gain; `sparring bench` compares engines" if 2 * kept > dense else ""
+    return said + few
 
 
 def _print_size(path: Path, model: nn.Module) -> None:
@@ -110,22 +122,24 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
     sizes, small = _batches(how.batches), None if how.small is None else ModelSource(how.small)
     if small is not None:
         check_named(small)
-    network, dataset = open_both(model, data, plain=True, images=2 if small is None else None, beside=small)
+    network, dataset = open_both(model, data, plain=True, images=CALIBRATING if small is None else None, beside=small)
     rival = None if small is None else plain_form(open_model(small, dataset)[0].eval())
-    shape = tuple(dataset.test.x.shape[1:])
-    rows = deploy.bench(network, shape=shape, batches=sizes, rounds=how.rounds, small=rival)
-    table = [asdict(row) for row in rows]
+    shape, split = tuple(dataset.test.x.shape[1:]), dataset.valid if len(dataset.valid.x) else dataset.test
+    engines = None if how.engines is None else [name.strip() for name in how.engines.split(",")]
+    found = deploy.bench(
+        network, shape=shape, batches=sizes, rounds=how.rounds, small=rival, images=as_float(split.x[:CALIBRATING]),
+        engines=engines,
+    )  # fmt: skip
     if how.plot is not None:
-        drawn = timings_figure(f"{Path(model.model).stem} on one core", table)
+        drawn = timings_figure(f"{Path(model.model).stem} on one core", [asdict(row) for row in found.rows])
         write_atomic(how.plot, drawn.encode() if how.plot.suffix == ".svg" else png(drawn))
     if as_json:
-        print_json(table)
+        print_json({**asdict(found), "ship": deploy.what_to_ship(found)})
         return
-    _print_rows(rows)
+    _print_bench(found)
     if rival is not None:
         theirs, ours = (accuracy(predict(one, dataset.test.x), dataset.test.y) for one in (rival, network))
         print(f"test accuracy: this network {percent(ours, 2)}, the small dense one {percent(theirs, 2)}")
-    print("floor: the time that the nonzero products alone would take at the measured peak of this core")
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -138,12 +152,19 @@ def _batches(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _print_rows(rows: Sequence[deploy.BenchRow]) -> None:
-    told = any(row.joules is not None for row in rows)
-    headings = ["engine", "batch", "ms", "quartiles", "images/s", "over floor", "bytes", "in memory"]
-    print_table([*headings, *(["mJ an image"] if told else []), "logit error"], (_shown(row, told) for row in rows))
+def _print_bench(found: deploy.Bench) -> None:
+    told = any(row.joules is not None for row in found.rows)
+    headings = ["engine", "batch", "ms", "quartiles", "images/s", "over floor", "of peak", "bytes", "in memory"]
+    print_table([*headings, *(["mJ an image"] if told else []), "logit error"], (_shown(r, told) for r in found.rows))
+    for engine, settings in dict.fromkeys((row.engine, row.settings) for row in found.rows):
+        print(f"{engine}: {settings}")
+    for engine, reason in found.left_out.items():
+        print(f"{engine}: not timed: {reason}")
+    print(f"processor: {found.processor}, one thread, peak {found.peak_gflops:.0f} GFLOP/s measured")
+    print("floor: the time that the nonzero products alone would take at this peak")
     if not told:
-        print("joules: this machine does not tell (no readable counter under /sys/class/powercap)")
+        print("energy: not measured (no readable counter under /sys/class/powercap)")
+    print("\n".join(deploy.what_to_ship(found)))
 
 
 def _shown(row: deploy.BenchRow, told: bool) -> list[str]:
@@ -155,6 +176,7 @@ def _shown(row: deploy.BenchRow, told: bool) -> list[str]:
         f"{row.low:.3g}–{row.high:.3g}",
         f"{row.images_per_second:,.0f}",
         f"{row.milliseconds / row.floor:.1f}×",
+        percent(row.of_peak, 0),
         f"{row.bytes_disk:,}",
         "–" if row.bytes_memory is None else f"{row.bytes_memory:,}",
         *([joules] if told else []),
@@ -171,7 +193,12 @@ def run_pick(how: PickOptions, *, as_json: bool) -> None:
         raise UserError("--max-accuracy-drop takes a number of points, --max-latency milliseconds above 0")
     choice = pick(how.out, max_latency=how.max_latency, max_accuracy_drop=how.max_accuracy_drop)
     content = read_plan(how.out)
-    path = _export_choice(how, content, choice)
+    packed = _packed_choice(how, content, choice)
+    if not as_json:
+        print(_gain(packed))
+    rounded = "" if how.values == "fp32" else f"-{how.values}"
+    default = how.out / f"{choice.method}-{choice.sparsity:g}{rounded}.sparring".replace(" ", "-")
+    path = deploy.write_program(packed.program, how.to or default, values=how.values)
     shipped = _as_shipped(how.out, content, choice, how.values)
     if as_json:
         print_json({**asdict(choice), "path": str(path), "shipped": shipped})
@@ -180,10 +207,8 @@ def run_pick(how: PickOptions, *, as_json: bool) -> None:
     print(f"wrote {path} ({path.stat().st_size} bytes)")
 
 
-def _export_choice(how: PickOptions, content: PlanFile, choice: Choice) -> Path:
-    """Write the chosen network as an artefact that says which cell of which study it is."""
-    rounded = "" if how.values == "fp32" else f"-{how.values}"
-    path = how.to or how.out / f"{choice.method}-{choice.sparsity:g}{rounded}.sparring".replace(" ", "-")
+def _packed_choice(how: PickOptions, content: PlanFile, choice: Choice) -> deploy.Packed:
+    """Pack the chosen network as an artefact that says which cell of which study it is."""
     model, record = trained(how.out, choice.key, factory=how.model), read_record(how.out, choice.key)
     assert record is not None  # of which `trained` rebuilt the model
     provenance = {
@@ -196,7 +221,7 @@ def _export_choice(how: PickOptions, content: PlanFile, choice: Choice) -> Path:
         "sparring": __version__,
     }
     shape, names = tuple(content.dataset["shape"]), content.dataset["classes"] or None
-    return deploy.export(model, path, shape=shape, values=how.values, class_names=names, provenance=provenance)
+    return deploy.pack(model, shape=shape, values=how.values, class_names=names, provenance=provenance)
 
 
 def _as_shipped(out: Path, content: PlanFile, choice: Choice, values: str) -> dict[str, float]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from ._bench import BenchRow, Timing, bench, interleaved, multiplications, peak_flops
+from ._artefact import write_program
 from ._equivalent import Equivalent
 from ._onnx import onnx_error, to_onnx
 from ._program import Program
 from ._runtime import Packed, export, load, pack
 from ._ship import Shipped, ship_report
 from ._torch_modules import PackedModule
+from .timing._bench import Bench, BenchRow, bench, multiplications, products, what_to_ship
+from .timing._clock import Timing, interleaved, peak_flops
 
 __all__ = [
+    "Bench",
     "BenchRow",
     "Equivalent",
     "Packed",
@@ -26,6 +29,9 @@ __all__ = [
     "onnx_error",
     "pack",
     "peak_flops",
+    "products",
     "ship_report",
     "to_onnx",
+    "what_to_ship",
+    "write_program",
 ]

@@ -17,7 +17,7 @@ from ..outputs import opened
 from ._compile import compile_model
 from ._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
 
-_OPSET = 28  # the newest that this was tried with; an older onnx takes its own newest
+_OPSET = 21  # the newest in which ONNX Runtime quantises
 
 
 def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...], images: Tensor | None = None) -> Path:

@@ -1,0 +1,211 @@
+"""Latency, throughput and bytes of one network in every engine that is installed, and which of them to ship."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnknownNameError, UserError
+from ...modes import eval_mode
+from ...sparsity import apply_, magnitude, select
+from ...tally import counts
+from .._program import Program, Sparse
+from .._runtime import load
+from ._clock import interleaved, one_core, peak_flops, processor
+from ._engines import ENGINES, Network, Opened, Unavailable, open_engines, run_torch
+
+SMALL = "small dense, "  # before the names of a rival network's engines
+_DENSER = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # sparsities at which the sparse kernels are tried where they lose
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One engine at one batch size: milliseconds of a call (median, quartiles over rounds), and its bytes.
+
+    `floor` is the milliseconds that the network's nonzero products alone would take at the measured peak, and
+    `of_peak` the share of that peak which the engine's own products (the dense ones but for "packed") reach. `joules`
+    of a call and `bytes_memory` are None where nothing counts them; `logit_error` is against the same network in
+    torch, over the largest logit; `exact` is false for an engine that rounds below float32.
+    """
+
+    engine: str
+    settings: str
+    batch: int
+    milliseconds: float
+    low: float
+    high: float
+    images_per_second: float
+    floor: float
+    of_peak: float
+    joules: float | None
+    bytes_disk: int
+    bytes_memory: int | None
+    logit_error: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a benchmark found: the processor, one row an engine and batch size, and the engines left out, with reasons.
+
+    `wins_from` is, where another engine of float32 beats the packed network at the smallest batch, the sparsity from
+    which the packed one would win (layer-uniform, by magnitude); None where it wins already, or at none that was tried.
+    """
+
+    processor: str
+    peak_gflops: float
+    rows: list[BenchRow]
+    left_out: dict[str, str]
+    sparsity: float
+    wins_from: float | None
+
+    def fastest(self, batch: int, *, exact: bool) -> BenchRow:
+        """Return the fastest engine for the network itself at a batch size, of those of float32 only if `exact`."""
+        rows = (r for r in self.rows if r.batch == batch and not r.engine.startswith(SMALL) and (r.exact or not exact))
+        return min(rows, key=lambda row: row.milliseconds)
+
+
+def bench(
+    model: nn.Module,
+    *,
+    shape: tuple[int, ...],
+    batches: Sequence[int] = (1, 64, 256),
+    rounds: int = 30,
+    small: nn.Module | None = None,
+    images: Tensor | None = None,
+    engines: Collection[str] | None = None,
+) -> Bench:
+    """Time a sparse classifier for images of `shape` in `engines`, interleaved, on one thread.
+
+    engines: names of ENGINES; None takes all that are installed. small: a dense network of about equal accuracy, the
+    honest alternative, timed in the same engines. images: float images (N, *shape) in [0, 1] on which int8 is
+    calibrated; random ones without. Raise UserError for empty batches, UnknownNameError for an unknown engine.
+    """
+    if not batches or min(batches) < 1 or rounds < 1:
+        raise UserError("a benchmark needs batch sizes and rounds of at least 1")
+    names = tuple(ENGINES) if engines is None else tuple(engines)
+    for name in names:
+        if name not in ENGINES:
+            raise UnknownNameError("engine", name, ENGINES)
+    if images is None:
+        images = torch.rand(64, *shape, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder, one_core(), eval_mode(model), eval_mode(small or model):
+        networks = [("", Network(model, shape, Path(folder), images))]
+        if small is not None:
+            (Path(folder) / "small").mkdir()
+            networks.append((SMALL, Network(small, shape, Path(folder) / "small", images)))
+        running, left_out = [], {}
+        for prefix, network in networks:
+            for name, found in open_engines(network, names):
+                if isinstance(found, Unavailable):
+                    left_out[prefix + name] = str(found)
+                else:
+                    running.append(_Running(prefix + name, found, network))
+        rows = [row for batch in batches for row in _rows(running, batch, rounds)]
+        result = Bench(processor(), peak_flops() / 1e9, rows, left_out, counts(model).matrix_sparsity, None)
+        return replace(result, wins_from=_wins_from(result, networks[0][1], min(batches)))
+
+
+@dataclass(frozen=True)
+class _Running:
+    name: str
+    engine: Opened
+    network: Network
+
+
+def _rows(running: list[_Running], batch: int, rounds: int) -> list[BenchRow]:
+    shape = running[0].network.shape
+    x = np.random.default_rng(batch).random((batch, *shape), np.float32)
+    timings = interleaved([partial(one.engine.run, x) for one in running], rounds=rounds)
+    needed = {one.network.packed: products(load(one.network.packed).program) for one in running}
+    rows = []
+    for one, timing in zip(running, timings, strict=True):
+        found, expected = np.asarray(one.engine.run(x)), run_torch(one.network.answer, x)
+        kept, dense = needed[one.network.packed]
+        own = kept if one.name.removeprefix(SMALL) == "packed" else dense
+        row = BenchRow(
+            one.name,
+            one.engine.settings,
+            batch,
+            timing.median * 1e3,
+            timing.low * 1e3,
+            timing.high * 1e3,
+            batch / timing.median,
+            2e3 * batch * kept / peak_flops(),
+            2 * batch * own / peak_flops() / timing.median,
+            timing.joules,
+            one.engine.bytes_disk,
+            one.engine.memory(),
+            float(np.abs(found - expected).max() / max(1e-30, np.abs(expected).max())),
+            one.engine.exact,
+        )
+        rows.append(row)
+    return rows
+
+
+def _wins_from(found: Bench, network: Network, batch: int) -> float | None:
+    """Return the smallest sparsity above the network's at which its packed form would be the fastest, or None."""
+    best = found.fastest(batch, exact=True)
+    if best.engine == "packed" or all(row.engine != "packed" for row in found.rows):
+        return None
+    x = np.random.default_rng(batch).random((batch, *network.shape), np.float32)
+    for sparsity in _DENSER:
+        if sparsity > found.sparsity and _packed_seconds(network, sparsity, x) * 1e3 < best.milliseconds:
+            return sparsity
+    return None
+
+
+def _packed_seconds(network: Network, sparsity: float, x: np.ndarray) -> float:
+    """Return the median seconds of a call of the packed network, pruned to a sparsity in every layer."""
+    pruned = copy.deepcopy(network.model)
+    apply_(pruned, select(magnitude(pruned), sparsity, scope="layer"))
+    folder = network.folder / f"{sparsity:g}"
+    folder.mkdir()
+    packed = load(replace(network, model=pruned, folder=folder).packed)
+    return interleaved([partial(packed, x)], rounds=5)[0].median
+
+
+def what_to_ship(found: Bench) -> list[str]:
+    """Say which engine to ship on this machine, a sentence for each batch size, and from where the sparse one wins."""
+    told = []
+    for batch in dict.fromkeys(row.batch for row in found.rows):
+        best, exact = found.fastest(batch, exact=False), found.fastest(batch, exact=True)
+        others = [row for row in found.rows if row.batch == batch and row.exact and row.engine != exact.engine]
+        others = [row for row in others if not row.engine.startswith(SMALL)]
+        line = f"At batch {batch} ship {exact.engine}: {exact.milliseconds:.3g} ms"
+        if others:
+            second = min(others, key=lambda row: row.milliseconds)
+            line += f", {second.milliseconds / exact.milliseconds:.1f} times as fast as {second.engine}"
+        if not best.exact:
+            line += (
+                f"; {best.engine} takes {best.milliseconds:.3g} ms, with logits off by {100 * best.logit_error:.1g}% "
+                "of the largest: ship it only after its accuracy and robustness have been measured"
+            )
+        told.append(line + ".")
+    fastest = found.fastest(min(row.batch for row in found.rows), exact=True)
+    if fastest.engine != "packed":
+        where = "at no sparsity up to 99%" if found.wins_from is None else f"from about {found.wins_from:.0%} sparsity"
+        told.append(f"The sparse kernels would be the fastest {where}; this network has {found.sparsity:.0%}.")
+    return told
+
+
+def products(program: Program) -> tuple[int, int]:
+    """Return the multiplications of one image that sparse kernels can run: (with nonzero weights, with all weights)."""
+    shapes = program.shapes
+    layers = [(step.op, shapes[number + 1]) for number, step in enumerate(program.steps)]
+    kept = [(op, math.prod(shape) // op.shape[0]) for op, shape in layers if isinstance(op, Sparse)]
+    return sum(op.nonzeros * n for op, n in kept), sum(math.prod(op.shape) // op.groups * n for op, n in kept)
+
+
+def multiplications(program: Program) -> int:
+    """Return how many products of a nonzero weight and an input one image needs."""
+    return products(program)[0]

@@ -1,0 +1,110 @@
+"""Time calls in turns on one core, and measure what that core can do."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_SHORTEST = 1e-3  # seconds of a round: what is shorter is repeated
+_ENERGY = Path("/sys/class/powercap")
+_CPUINFO = Path("/proc/cpuinfo")
+_UNITS = {"AMX": {"amx_tile"}, "VNNI": {"avx512_vnni", "avx_vnni"}}  # of multiplying int8, as /proc/cpuinfo names them
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and quartiles over rounds; joules of one call, None where nothing counts them."""
+
+    median: float
+    low: float
+    high: float
+    joules: float | None = None
+
+
+def interleaved(functions: Sequence[Callable[[], object]], *, rounds: int = 60) -> list[Timing]:
+    """Time functions in turns, so that what else the machine does falls on all of them."""
+    repeats = [_repeats(function) for function in functions]
+    seconds = np.zeros((len(functions), rounds))
+    joules = np.full((len(functions), rounds), np.nan)
+    for turn in range(rounds):
+        for number, (function, repeat) in enumerate(zip(functions, repeats, strict=True)):
+            energy, start = _energy(), time.perf_counter()
+            for _ in range(repeat):
+                function()
+            seconds[number, turn] = (time.perf_counter() - start) / repeat
+            after = _energy()
+            if energy is not None and after is not None and after > energy:
+                joules[number, turn] = (after - energy) / repeat
+    spent = [float(np.nanmedian(row)) if np.isfinite(row).any() else None for row in joules]
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75], axis=1)
+    return [Timing(float(m), float(a), float(b), j) for m, a, b, j in zip(median, low, high, spent, strict=True)]
+
+
+def _repeats(function: Callable[[], object]) -> int:
+    function()
+    start = time.perf_counter()
+    function()
+    return max(1, math.ceil(_SHORTEST / max(1e-7, time.perf_counter() - start)))
+
+
+def _energy() -> float | None:
+    """Return the joules that the processor's packages have counted, or None where no counter can be read."""
+    try:
+        counters = _ENERGY.glob("intel-rapl:[0-9]")
+        values = [int((counter / "energy_uj").read_text()) for counter in counters]
+    except (OSError, ValueError):
+        return None
+    return sum(values) / 1e6 if values else None
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Hold this process, and threads that start meanwhile, on one core where the system allows it."""
+    threads, cores = torch.get_num_threads(), None
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {max(cores)})
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+
+@cache
+def peak_flops() -> float:
+    """Measure the floating-point operations per second of one core at its best: a product of two matrices."""
+    side, best = 384, math.inf
+    a = torch.ones(side, side)
+    with one_core():
+        for _ in range(200):  # short, so that some rounds are not interrupted
+            start = time.perf_counter()
+            torch.mm(a, a)
+            best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+@cache
+def processor() -> str:
+    """Return the name of this machine's processor, and its units for int8: AMX, VNNI or none."""
+    try:
+        lines = [line.partition(":") for line in _CPUINFO.read_text().splitlines()]
+    except OSError:
+        lines = []
+    said = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+    flags = set(said.get("flags", said.get("Features", "")).split())
+    units = [unit for unit, names in _UNITS.items() if names & flags]
+    width = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else platform.machine()
+    return f"{said.get('model name', platform.processor() or 'unknown')} ({width}, {' and '.join(units) or 'no VNNI'})"
