@@ -4,7 +4,8 @@ Random layer-uniform masks, or with `--weights FILE ...` the networks that `spar
 network with all its weights; one thread, fp32. Outputs are compared before anything is timed. Rounds are interleaved,
 so that whatever else the machine does falls on both; ratios are of medians. Rows: network, batch, sparsity,
 over_onnxruntime (dense time over sparse time), over_floor (time over what the nonzeros alone would need at the measured
-peak of one core, multiply-adds on registers, so 1 is perfect), relative_error (of the largest logit, against torch), milliseconds.
+peak of one core, multiply-adds on registers, so 1 is perfect), relative_error (of the
+largest logit, against torch), milliseconds.
 """
 
 from __future__ import annotations
