@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparring.cli import _app, _attack
+from sparring import __version__, cli
+from sparring.cli import _app, _attack, _study
 from sparring.cli._app import CertifyOptions, DataSource, ModelSource
 
 
@@ -28,3 +31,41 @@ def test_every_command_on_a_model_takes_the_options_of_its_sources(sparring) -> 
     for name in ("attack", "certify", "bench", "export", "prune"):
         shown = sparring(name, "--help").out
         assert all(option in shown for option in ("--weights", "--data-dir", "--download", "[default: mnist-5k]"))
+
+
+def test_it_prints_its_version(sparring) -> None:  # type: ignore[no-untyped-def]
+    told = sparring("--version")
+    assert (told.code, told.out) == (0, f"sparring {__version__}\n")
+
+
+def test_every_command_takes_json_and_is_on_its_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    for command in _app.app.registered_commands:
+        assert command.callback is not None
+        assert "json" in inspect.signature(command.callback).parameters, command.name
+        assert f"\n| `{command.name}` | " in page
+    codes = {_attack.DROPPED, cli.USER_ERROR, _study.FAILED, cli.INTERRUPTED, cli.TERMINATED, 0}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)} == codes
+
+
+# What one name means in several commands; all other options that commands share are the same in all of them.
+OWN_HELP = {"model", "weights", "out", "eps", "images", "norm", "seed", "options"}
+
+
+def test_options_that_commands_share_are_the_same() -> None:
+    found: dict[str, set[str]] = {}
+    for command in _app.app.registered_commands:
+        assert command.callback is not None
+        for one in inspect.signature(command.callback).parameters.values():
+            (about,) = one.annotation.__metadata__
+            kind = "" if one.name in ("model", "out", "weights") else f"{one.annotation.__origin__} {one.default}"
+            kind = re.sub(r" .*", "", kind) if one.name in ("data", "images", "eps") else kind
+            found.setdefault(one.name, set()).add(f"{kind} {'' if one.name in OWN_HELP else about.help}")
+    assert {name: kinds for name, kinds in found.items() if len(kinds) > 1} == {}
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not _study.LiveView().console.no_color
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert _study.LiveView().console.no_color

@@ -61,7 +61,7 @@ MISTAKES = {
     "sparsity of 2": ("prune", M, "--out", "o.safetensors", "--sparsity", "2"),
     "no sparsity": ("prune", M, "--out", "o.safetensors"),
     "values": ("export", M, "o.sparring", "--values", "int4"),
-    "ending": ("export", M, "o.sparring", "--to", "onnx"),
+    "ending": ("export", M, "o.sparring", "--format", "onnx"),
     "export eps": ("export", M, "o.sparring", "--eps", "2"),
     "batches": ("bench", M, "--batches", ""),
     "batches of none": ("bench", M, "--batches", "0"),

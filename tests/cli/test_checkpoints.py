@@ -42,9 +42,9 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparring):  # type:
     assert refused.code == 2
     assert "type `sparring convert w.pth w.safetensors`" in refused.err
     assert sparring("attack", "owners:wrapped@w.pth", *ATTACK).err == refused.err
-    done = sparring("convert", "w.pth", "w.safetensors")
-    assert done.code == 0
-    assert "under 'state_dict'" in done.out and "'module.'" in done.out
+    done = sparring("convert", "w.pth", "w.safetensors", "--json")
+    assert json.loads(done.out)["key"] == "state_dict"
+    assert "under 'state_dict'" in done.err and "'module.'" in done.err
     return Path("w.safetensors")
 
 

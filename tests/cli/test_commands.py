@@ -79,7 +79,8 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
     assert summary["failed"] == 0 and summary["verdict"] and len(summary["records"]) > 10
     assert (tmp_path / "out" / "report.html").stat().st_mtime_ns == page
     assert read_plan(tmp_path / "out").command == " ".join(map(str, ("sparring", *words)))
-    assert sparring("report", tmp_path / "out").code == 0
+    rebuilt = sparring("report", tmp_path / "out", "--json")
+    assert json.loads(rebuilt.out)["verdict"] == summary["verdict"]
     against = sparring(
         "compare",
         tmp_path / "out",
@@ -94,16 +95,16 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
     )
     assert against.code == 0 and json.loads(against.out)["differences"]
     limits = ("--max-accuracy-drop", 100, "--max-latency", 1000)
-    picked = sparring("pick", tmp_path / "out", *limits, "--values", "int8", "--to", tmp_path / "best.sparring")
+    picked = sparring("pick", tmp_path / "out", *limits, "--values", "int8", "--out", tmp_path / "best.sparring")
     assert picked.code == 0
     best = deploy.load(tmp_path / "best.sparring").program
     assert best.provenance["cell"]["method"] == "gradual" and len(best.provenance["data_hash"]) == 64
     assert best.provenance["weights_sha256"] and best.class_names == tuple("0123456789")
     assert "as shipped in int8: robust_packed" in picked.out
-    rebuilt = study.trained(tmp_path / "out", best.provenance["key"])
+    network = study.trained(tmp_path / "out", best.provenance["key"])
     x, _ = study.chosen_images(data.load("digits"), "test", 0, 40)
     packed = deploy.load(tmp_path / "best.sparring")(data.as_float(x))
-    assert not rebuilt.training and torch.allclose(rebuilt(data.as_float(x)), packed, rtol=0.1, atol=0.1)
+    assert not network.training and torch.allclose(network(data.as_float(x)), packed, rtol=0.1, atol=0.1)
     nothing = sparring("pick", tmp_path / "out", "--max-accuracy-drop", -100)
     assert nothing.code == 2 and "no network fits" in nothing.err
     status = sparring("status", tmp_path / "out", "--json")
@@ -174,7 +175,8 @@ def test_train_prune_attack_certify_compare(sparring, tmp_path: Path) -> None:  
 def test_a_network_is_pruned_under_attack(sparring, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     dense, sparse = tmp_path / "dense.safetensors", tmp_path / "sparse.safetensors"
     attack = ("--data", "digits", "--quiet", "--loss", "trades", "--eps", 0.05, "--set", "epochs=1")
-    assert sparring("train", "mlp", "--out", dense, *attack).code == 0
+    trained = json.loads(sparring("train", "mlp", "--out", dense, *attack, "--json").out)["written"]
+    assert [one["path"] for one in trained] == [str(dense), str(tmp_path / "dense-best.safetensors")]
     told = sparring("prune", dense, "--out", sparse, "--sparsity", 0.8, *attack, "--set", "method=hydra")
     assert told.code == 0 and "(80.00%)" in told.out and "under PGD at eps 0.05" in told.out
     for path in (sparse, tmp_path / "sparse-best.safetensors"):
@@ -183,7 +185,8 @@ def test_a_network_is_pruned_under_attack(sparring, tmp_path: Path) -> None:  # 
         assert sparsity_of(masks) == pytest.approx(0.8)
         assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
     half = ("--quiet", "--set", "epochs=1", "--set", "structure=2:4", "--set", "scope=layer", "--sparsity", 0.5)
-    assert "(50.00%)" in sparring("prune", dense, "--out", sparse, "--data", "digits", *half).out
+    halved = sparring("prune", dense, "--out", sparse, "--data", "digits", *half, "--json")
+    assert json.loads(halved.out)["sparsity"] == 0.5 and "(50.00%)" in halved.err
     wrong = sparring("prune", dense, "--out", sparse, "--data", "digits", "--sparsity", 0.8, "--loss", "pdg-at")
     assert wrong.code == 2 and "'pgd-at'" in wrong.err
 
@@ -219,8 +222,10 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
         assert "HopSkipJump" in told.out and "the artefact stands on" in told.out
     program = deploy.load(path).program
     assert program.class_names is not None and len(program.provenance["weights_sha256"]) == 64
-    onnx = sparring("export", models[1], tmp_path / "m.onnx", "--to", "onnx", "--data", "digits")
-    assert onnx.code == 0 and "checked in ONNX Runtime" in onnx.out
+    again = sparring("export", models[1], path, "--data", "digits", "--values", "int8", "--images", 50, "--json")
+    assert json.loads(again.out)["bytes"] == path.stat().st_size and "HopSkipJump" in again.err
+    onnx = sparring("export", models[1], tmp_path / "m.onnx", "--format", "onnx", "--data", "digits", "--json")
+    assert json.loads(onnx.out)["logit_error"] < 1e-4 and "checked in ONNX Runtime" in onnx.err
     attacked = sparring("attack", path, "--data", "digits", "--images", 20, "--attacks", "pgd", "--json")
     assert 0 <= json.loads(attacked.out)["results"][0]["robust_accuracy"] <= 1
     assert "median certified radius" in sparring("certify", path, "--data", "digits", "--images", 10).out
@@ -237,7 +242,7 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
     found = json.loads(sparring("bench", path, *shown, "--json").out)
     rows = found["rows"]
     assert {"packed", "torch"} <= {row["engine"] for row in rows} and all(row["milliseconds"] > 0 for row in rows)
-    wrong = sparring("export", models[1], tmp_path / "m.tflite", "--to", "tflite", "--data", "digits")
+    wrong = sparring("export", models[1], tmp_path / "m.tflite", "--format", "tflite", "--data", "digits")
     assert wrong.code == 2 and "packed or onnx" in wrong.err
 
 

@@ -79,8 +79,8 @@ NoCache = Annotated[bool, Option("--no-cache", help="Decode all images into memo
 Eps = Annotated[str, Option(help="Budget of training under attack, in [0, 1], as 0.1 or 8/255.")]
 Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, as 0.1,8/255.")]
 Images = Annotated[int, Option(help="How many test images.", min=1)]
-Json = Annotated[bool, Option("--json", help="Print machine-readable results.")]
-Out = Annotated[Path, Argument(help="A study's output folder.")]
+Json = Annotated[bool, Option("--json", help="Print the results as JSON, and all else to standard error.")]
+Study = Annotated[Path, Argument(help="A study's output folder.")]
 OutModel = Annotated[Path, Option("--out", "-o", help="The model file to write.")]
 Quiet = Annotated[bool, Option("--quiet", help="Print plain lines, no live view.")]
 Seed = Annotated[int, Option(help="Seed of initialisation and order.", min=0, max=2**32 - 1)]
@@ -142,8 +142,20 @@ class ModelSource:
         return name, Path(file)
 
 
+def _show_version(asked: bool) -> None:
+    """Print the version and end, where it is asked for."""
+    if asked:
+        from .. import __version__
+
+        print(f"sparring {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[
+        bool, Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
     traceback: Annotated[bool, Option("--traceback", help="Show where in the code an error came from.")] = False,
 ) -> None:
     """Measure, explain and exploit how sparsity changes a neural network's adversarial robustness."""
@@ -188,24 +200,20 @@ class StudyOptions:
 def study(
     source: StudySource,
     how: StudyOptions,
-    status: Annotated[Path | None, Option(help="Run nothing; say how far this folder is.")] = None,
     json: Json = False,
 ) -> int:
     """Run a study: train, prune, attack, and write the report. Run it again and it goes on where it stopped."""
-    from ._study import run_study, show_status
+    from ._study import run_study
 
-    if status is not None:
-        show_status(status, as_json=json)
-        return 0
     return run_study(source, how, as_json=json)
 
 
 @command
-def status(out: Out, json: Json = False) -> None:
+def status(study: Study, json: Json = False) -> None:
     """Say how far a study is, also while another process runs it."""
     from ._study import show_status
 
-    show_status(out, as_json=json)
+    show_status(study, as_json=json)
 
 
 @command
@@ -221,12 +229,11 @@ def merge(
 
 
 @command
-def report(out: Out) -> None:
+def report(study: Study, json: Json = False) -> None:
     """Rebuild report.html, results.csv and figures from a study's folder, without models or data."""
-    from ..report import publish
+    from ._study import rebuild
 
-    path, verdict = publish(out)
-    print(f"{verdict}\n\nreport: {path}")
+    rebuild(study, as_json=json)
 
 
 @dataclass(frozen=True)
@@ -258,11 +265,11 @@ class FitOptions:
 
 
 @command
-def train(how: TrainOptions, data: DataSource, fit: FitOptions) -> None:
+def train(how: TrainOptions, data: DataSource, fit: FitOptions, json: Json = False) -> None:
     """Train a network and write it to one file."""
     from ._train import run_train
 
-    run_train(how, data, fit)
+    run_train(how, data, fit, as_json=json)
 
 
 @command
@@ -273,11 +280,12 @@ def convert(
     as_is: Annotated[
         bool, Option("--as-is", help="Keep names, masks and norms, for a network that has them itself.")
     ] = False,
+    json: Json = False,
 ) -> None:
     """Read the weights of a checkpoint, without running what is in it, and write them to a safetensors file."""
     from ._train import run_convert
 
-    run_convert(checkpoint, out, key, as_is=as_is)
+    run_convert(checkpoint, out, key, as_is=as_is, as_json=json)
 
 
 @dataclass(frozen=True)
@@ -290,11 +298,11 @@ class PruneOptions:
 
 
 @command
-def prune(model: ModelSource, how: PruneOptions, data: DataSource, fit: FitOptions) -> None:
+def prune(model: ModelSource, how: PruneOptions, data: DataSource, fit: FitOptions, json: Json = False) -> None:
     """Prune a trained network, fine-tune it, and write it to one file."""
     from ._train import run_prune
 
-    run_prune(model, how, data, fit)
+    run_prune(model, how, data, fit, as_json=json)
 
 
 @dataclass(frozen=True)
@@ -314,7 +322,7 @@ class AttackOptions:
     batch_size: Annotated[
         int | None, Option(help="Images at a time [default: what memory allows].", min=1, max=100_000)
     ] = None
-    seed: Seed = 0
+    seed: Annotated[int, Option(help="Seed of random starts.", min=0, max=2**32 - 1)] = 0
     threads: Threads = None
 
 
@@ -362,8 +370,9 @@ class CompareOptions:
     weights: Annotated[
         list[Path] | None, Option(help="For models named as code or by name: their weights, once for each.")
     ] = None
-    eps: Annotated[str, Option(help="For models: the budget of l_inf attacks.")] = "0.1"
+    eps: Annotated[str, Option(help="For models: the budget of linf attacks.")] = "0.1"
     images: Annotated[int, Option(help="For models: how many test images.", min=1)] = 500
+    threads: Threads = None
 
 
 @command
@@ -379,21 +388,22 @@ class ExportOptions:
     """What to write, and how the artefact is tried."""
 
     out: Annotated[Path, Argument(help="The file to write.")]
-    to: Annotated[
+    format: Annotated[
         str | None,
         Option(help="packed (one checked file for the sparse runtime) or onnx [default: by the file's ending]."),
     ] = None
     values: Values = "fp32"
     eps: Annotated[str, Option(help="Budget of the attack that is tried on the artefact.")] = "0.1"
     images: Images = 500
+    threads: Threads = None
 
 
 @command
-def export(model: ModelSource, how: ExportOptions, data: DataSource) -> None:
+def export(model: ModelSource, how: ExportOptions, data: DataSource, json: Json = False) -> None:
     """Write a model as one small file, and say what that costs in accuracy and robustness."""
     from ._deploy import run_export
 
-    run_export(model, how, data)
+    run_export(model, how, data, as_json=json)
 
 
 @dataclass(frozen=True)
@@ -419,8 +429,10 @@ def bench(model: ModelSource, data: DataSource, how: BenchOptions, json: Json = 
 class PickOptions:
     """Which network of a study is picked, and what is written."""
 
-    out: Out
-    to: Annotated[Path | None, Option(help="The artefact to write [default: inside the folder].")] = None
+    study: Study
+    out: Annotated[Path | None, Option("--out", "-o", help="The artefact to write [default: inside the folder].")] = (
+        None
+    )
     max_latency: Annotated[float | None, Option(help="Milliseconds for one image.")] = None
     max_accuracy_drop: Annotated[float, Option(help="Points, on validation images.")] = 0.5
     values: Values = "fp32"

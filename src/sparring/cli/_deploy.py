@@ -29,30 +29,48 @@ CALIBRATING = 64  # images on which int8 engines are calibrated
 ENDINGS = {"packed": ".sparring", "onnx": ".onnx"}
 
 
-def run_export(model: ModelSource, how: ExportOptions, data: DataSource) -> None:
+def run_export(model: ModelSource, how: ExportOptions, data: DataSource, *, as_json: bool) -> None:
     """Export a model and say what the artefact costs in bytes, accuracy and robustness."""
-    threat, to = Threat(LINF, parse_eps(how.eps)), how.to or ("onnx" if how.out.suffix == ".onnx" else "packed")
-    if to not in ENDINGS:
-        raise UserError(f"--to takes packed or onnx, not '{to}'")
-    check_out(how.out, ENDINGS[to])
+    threat, form = Threat(LINF, parse_eps(how.eps)), how.format or ("onnx" if how.out.suffix == ".onnx" else "packed")
+    if form not in ENDINGS:
+        raise UserError(f"--format takes packed or onnx, not '{form}'")
+    check_out(how.out, ENDINGS[form])
     _check_values(how.values)
     network, dataset = open_both(model, data, plain=True)
+    write = _write_onnx if form == "onnx" else _write_packed
+    told = write(model, network, how, dataset, threat)
+    if as_json:
+        print_json({"model": model.model, "data": dataset.name, "path": str(how.out), "format": form, **told})
+
+
+def _write_onnx(_: ModelSource, network: nn.Module, how: ExportOptions, dataset: Dataset, __: Threat) -> dict[str, Any]:
+    """Write a network as ONNX; print and return its size and how far its logits are off."""
     shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
-    if to == "onnx":
-        path = deploy.to_onnx(network, how.out, shape=shape, images=few)
-        _print_size(path, network)
-        _check_onnx(path, network, as_float(dataset.test.x[: how.images]))
-        return
+    path = deploy.to_onnx(network, how.out, shape=shape, images=few)
+    return {
+        **_print_size(path, network),
+        "logit_error": _check_onnx(path, network, as_float(dataset.test.x[: how.images])),
+    }
+
+
+def _write_packed(
+    model: ModelSource, network: nn.Module, how: ExportOptions, dataset: Dataset, threat: Threat
+) -> dict[str, Any]:
+    """Write a network as an artefact; print and return its size and what shipping costs."""
+    shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
     packed = deploy.pack(
         network, shape=shape, images=few, values=how.values, class_names=dataset.class_names or None,
         provenance=_provenance(model, dataset),
     )  # fmt: skip
     print(_gain(packed))
     path = deploy.write_program(packed.program, how.out, values=how.values)
-    _print_size(path, network)
+    size = _print_size(path, network)
     x, y = chosen_images(dataset, "test", 0, how.images)
     found = deploy.ship_report(network, deploy.load(path), as_float(x), y, attacks.pgd, threat)
     _print_cost(found, len(y), threat)
+    shares = {name: value for name, value in vars(found).items() if not isinstance(value, Tensor)}
+    change = {"estimate": found.change.estimate, "low": found.change.low, "high": found.change.high}
+    return {**size, "values": how.values, "images": len(y), "eps": threat.eps, **shares, "change": change}
 
 
 def _check_values(values: str) -> None:
@@ -81,12 +99,13 @@ def _gain(packed: deploy.Packed) -> str:
     return said + few
 
 
-def _print_size(path: Path, model: nn.Module) -> None:
+def _print_size(path: Path, model: nn.Module) -> dict[str, int]:
     size, dense = path.stat().st_size, 4 * sum(p.numel() for p in model.parameters())
     print(f"wrote {path}: {size} bytes, {dense / size:.1f} times smaller than its dense parameters in float32")
+    return {"bytes": size, "dense_bytes": dense}
 
 
-def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> None:
+def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> float | None:
     error = deploy.onnx_error(path, model, x)
     if error is None:
         print("not checked: ONNX Runtime is not installed (sparring[onnx])")
@@ -94,6 +113,7 @@ def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> None:
         raise UserError(f"{path}: ONNX Runtime's logits are off by {error:.1e} of the largest: do not use this file")
     else:
         print(f"checked in ONNX Runtime on {len(x)} images: logits equal to {error:.1e} of the largest")
+    return error
 
 
 def _print_cost(found: deploy.Shipped, images: int, threat: Threat) -> None:
@@ -134,7 +154,8 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         drawn = timings_figure(f"{Path(model.model).stem} on one core", [asdict(row) for row in found.rows])
         write_atomic(how.plot, drawn.encode() if how.plot.suffix == ".svg" else png(drawn))
     if as_json:
-        print_json({**asdict(found), "ship": deploy.what_to_ship(found)})
+        about = {"model": model.model, "data": dataset.name}
+        print_json({**about, **asdict(found), "ship": deploy.what_to_ship(found)})
         return
     _print_bench(found)
     if rival is not None:
@@ -186,20 +207,20 @@ def _shown(row: deploy.BenchRow, told: bool) -> list[str]:
 
 def run_pick(how: PickOptions, *, as_json: bool) -> None:
     """Choose a network of a study on validation images, report it on test images, and export it."""
-    if how.to is not None:
-        check_out(how.to, ".sparring")
+    if how.out is not None:
+        check_out(how.out, ".sparring")
     _check_values(how.values)
     if math.isnan(how.max_accuracy_drop) or not (how.max_latency is None or how.max_latency > 0):
         raise UserError("--max-accuracy-drop takes a number of points, --max-latency milliseconds above 0")
-    choice = pick(how.out, max_latency=how.max_latency, max_accuracy_drop=how.max_accuracy_drop)
-    content = read_plan(how.out)
+    choice = pick(how.study, max_latency=how.max_latency, max_accuracy_drop=how.max_accuracy_drop)
+    content = read_plan(how.study)
     packed = _packed_choice(how, content, choice)
     if not as_json:
         print(_gain(packed))
     rounded = "" if how.values == "fp32" else f"-{how.values}"
-    default = how.out / f"{choice.method}-{choice.sparsity:g}{rounded}.sparring".replace(" ", "-")
-    path = deploy.write_program(packed.program, how.to or default, values=how.values)
-    shipped = _as_shipped(how.out, content, choice, how.values)
+    default = how.study / f"{choice.method}-{choice.sparsity:g}{rounded}.sparring".replace(" ", "-")
+    path = deploy.write_program(packed.program, how.out or default, values=how.values)
+    shipped = _as_shipped(how.study, content, choice, how.values)
     if as_json:
         print_json({**asdict(choice), "path": str(path), "shipped": shipped})
         return
@@ -209,7 +230,7 @@ def run_pick(how: PickOptions, *, as_json: bool) -> None:
 
 def _packed_choice(how: PickOptions, content: PlanFile, choice: Choice) -> deploy.Packed:
     """Pack the chosen network as an artefact that says which cell of which study it is."""
-    model, record = trained(how.out, choice.key, factory=how.model), read_record(how.out, choice.key)
+    model, record = trained(how.study, choice.key, factory=how.model), read_record(how.study, choice.key)
     assert record is not None  # of which `trained` rebuilt the model
     provenance = {
         "study": content.plan["name"],

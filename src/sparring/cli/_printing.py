@@ -27,8 +27,17 @@ class Aside(io.TextIOBase):
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON."""
-    print(json.dumps(value, indent=1), file=sys.stdout.true if isinstance(sys.stdout, Aside) else sys.stdout)
+    """Print a value as indented JSON, with null for what is no finite number."""
+    text = json.dumps(_finite(value), indent=1, allow_nan=False)
+    print(text, file=sys.stdout.true if isinstance(sys.stdout, Aside) else sys.stdout)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int = 140) -> Console:

@@ -110,6 +110,15 @@ def _tell(out: Path, records: list[Record], *, fresh: bool, as_json: bool) -> in
     return FAILED if failed else 0
 
 
+def rebuild(out: Path, *, as_json: bool) -> None:
+    """Write a study's report, tables and figures again, and print the verdict."""
+    path, verdict = report.publish(out)
+    if as_json:
+        print_json({"out": str(out), "report": str(path), "verdict": verdict})
+    else:
+        print(f"{verdict}\n\nreport: {path}")
+
+
 def show_status(out: Path, *, as_json: bool) -> None:
     """Count a study's done and failed tasks without disturbing whoever runs it."""
     found = progress(out)

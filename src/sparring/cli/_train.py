@@ -17,20 +17,20 @@ from ..errors import UnknownNameError, UserError
 from ..files import save_tensors
 from ..metrics import accuracy
 from ..models import Blueprint, read_checkpoint, recipe_settings, save_model
-from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts
+from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts, sparsity_of
 from ..statistics import binomial_interval
 from ..study import NetworkSettings, Plan, TrainingSettings, check_fit, ramped_loss, refuse_constant, robust_score
 from ..train import EpochProgress, Fit, Recipe, fit, predict
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
-from ._printing import duration
+from ._printing import duration, print_json
 from ._sources import PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for, say_fresh
 
 # Which table of a plan the options of --set belong to.
 _PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
 
 
-def run_train(how: TrainOptions, data: DataSource, options: FitOptions) -> None:
+def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_json: bool) -> None:
     """Train a model and write it, under attack also its best epoch; an interrupted run goes on when run again.
 
     Raises UserError, with all written, when training ended at a network that answers one class.
@@ -48,11 +48,13 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions) -> None:
     say_fresh(how.model)
     check_fit(model, dataset)
     result = _fit(model, dataset, recipe, how.out, options, training)
-    _finish(model, blueprint, dataset, result, training.eps, how.out)
+    written = _finish(model, blueprint, dataset, result, training.eps, how.out)
     refuse_constant(model, dataset.valid)
+    if as_json:
+        print_json({"model": how.model, "data": dataset.name, "written": written})
 
 
-def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options: FitOptions) -> None:
+def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options: FitOptions, *, as_json: bool) -> None:
     """Prune a model, fine-tune it and write it with its masks, under attack also its best epoch."""
     training = _training(options)
     check_out(how.out, ".safetensors")
@@ -69,7 +71,10 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     check_reached(pruner, result.masks, pruning.layers or how.sparsity)
     asked = None if pruning.layers else how.sparsity
     print(_removed(result.masks, pruner, model, as_float(dataset.test.x[:2]), asked))
-    _finish(model, blueprint, dataset, result, training.eps, how.out)
+    written = _finish(model, blueprint, dataset, result, training.eps, how.out)
+    if as_json:
+        about = {"model": source.model, "data": dataset.name, "sparsity": sparsity_of(result.masks)}
+        print_json({**about, "written": written})
 
 
 def _settings(
@@ -126,30 +131,37 @@ def _show(progress: EpochProgress) -> None:
     print(f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {left}", end=end, flush=True)
 
 
-def _finish(model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fit, eps: float, out: Path) -> None:
+def _finish(
+    model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fit, eps: float, out: Path
+) -> list[dict[str, Any]]:
     """Write a network and say how good it is; beside it the best epoch's, where training under attack tells which."""
     save_model(out, model, blueprint, result.masks)
     if result.best_epoch is None:
-        print(f"{_accuracies(model, dataset)}\nwrote {out}")
-        return
+        return [_told(model, dataset, out)]
     best, beside = copy.deepcopy(model), out.with_stem(f"{out.stem}-best")
     best.load_state_dict(result.best_state)
     save_model(beside, best, blueprint, {name: result.best_state[name] != 0 for name in result.masks})
     last = len(result.scores)
+    written = []
     for name, network, epoch, path in (("final", model, last, out), ("best", best, result.best_epoch, beside)):
-        stands = f"{percent(result.scores[epoch - 1])} of validation images stand under PGD at eps {eps:g}"
-        print(f"{name} epoch {epoch}: {_accuracies(network, dataset)}, {stands}\nwrote {path}")
+        share = result.scores[epoch - 1]
+        stands = f", {percent(share)} of validation images stand under PGD at eps {eps:g}"
+        told = _told(network, dataset, path, before=f"{name} epoch {epoch}: ", behind=stands)
+        written.append({**told, "epoch": epoch, "robust_accuracy_valid": share, "eps": eps})
+    return written
 
 
-def _accuracies(model: nn.Module, dataset: Dataset) -> str:
-    parts = []
-    for name, split in (("validation", dataset.valid), ("test", dataset.test)):
-        logits = predict(model, split.x)
-        right = int((logits.argmax(1) == split.y).sum())
+def _told(network: nn.Module, dataset: Dataset, path: Path, *, before: str = "", behind: str = "") -> dict[str, Any]:
+    """Print a written network's accuracies with their intervals, and return them."""
+    texts, found = [], {"path": str(path)}
+    for name, key, split in (("validation", "accuracy_valid", dataset.valid), ("test", "accuracy", dataset.test)):
+        logits = predict(network, split.x)
+        share, right = accuracy(logits, split.y), int((logits.argmax(1) == split.y).sum())
         low, high = binomial_interval(right, len(split.y))
-        shown = [percent(share, 2) for share in (accuracy(logits, split.y), low, high)]
-        parts.append(f"{name} accuracy {shown[0]} [{shown[1]}, {shown[2]}]")
-    return ", ".join(parts)
+        texts.append("{} accuracy {} [{}, {}]".format(name, *(percent(one, 2) for one in (share, low, high))))
+        found |= {key: share, f"{key}_interval": [low, high]}
+    print(f"{before}{', '.join(texts)}{behind}\nwrote {path}")
+    return found
 
 
 def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tensor, asked: float | None) -> str:
@@ -171,7 +183,7 @@ def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tens
     return text + (f", having pruned {moved['pruned']} and spliced back {moved['spliced']}" if len(moved) == 2 else "")
 
 
-def run_convert(checkpoint: Path, out: Path, key: str | None, *, as_is: bool) -> None:
+def run_convert(checkpoint: Path, out: Path, key: str | None, *, as_is: bool, as_json: bool) -> None:
     """Write a checkpoint's weights to a safetensors file and say where in it they stood and what became of names."""
     check_out(out, ".safetensors")
     found = read_checkpoint(checkpoint, key=key, as_is=as_is)
@@ -184,3 +196,6 @@ def run_convert(checkpoint: Path, out: Path, key: str | None, *, as_is: bool) ->
     if found.others:
         print(f"  not taken: {', '.join(found.others)}; choose another by --key")
     print(f"wrote {out}")
+    if as_json:
+        about = {"path": str(out), "tensors": len(found.tensors), "numbers": count, "key": found.key}
+        print_json({**about, "others": found.others, "notes": found.notes})
