@@ -12,6 +12,7 @@ import pytest
 from sparring import __version__, cli
 from sparring.cli import _app, _attack, _study
 from sparring.cli._app import CertifyOptions, DataSource, ModelSource
+from sparring.errors import TERMINATED
 
 
 def test_the_fields_of_records_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +45,7 @@ def test_every_command_takes_json_and_is_on_its_page() -> None:
         assert command.callback is not None
         assert "json" in inspect.signature(command.callback).parameters, command.name
         assert f"\n| `{command.name}` | " in page
-    codes = {_attack.DROPPED, cli.USER_ERROR, _study.FAILED, cli.INTERRUPTED, cli.TERMINATED, 0}
+    codes = {_attack.DROPPED, cli.USER_ERROR, _study.FAILED, cli.INTERRUPTED, TERMINATED, 0}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)} == codes
 
 

@@ -153,7 +153,8 @@ def _finish(
 
 def _told(network: nn.Module, dataset: Dataset, path: Path, *, before: str = "", behind: str = "") -> dict[str, Any]:
     """Print a written network's accuracies with their intervals, and return them."""
-    texts, found = [], {"path": str(path)}
+    texts: list[str] = []
+    found: dict[str, Any] = {"path": str(path)}
     for name, key, split in (("validation", "accuracy_valid", dataset.valid), ("test", "accuracy", dataset.test)):
         logits = predict(network, split.x)
         share, right = accuracy(logits, split.y), int((logits.argmax(1) == split.y).sum())
