@@ -154,8 +154,7 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         drawn = timings_figure(f"{Path(model.model).stem} on one core", [asdict(row) for row in found.rows])
         write_atomic(how.plot, drawn.encode() if how.plot.suffix == ".svg" else png(drawn))
     if as_json:
-        about = {"model": model.model, "data": dataset.name}
-        print_json({**about, **asdict(found), "ship": deploy.what_to_ship(found)})
+        print_json({"model": model.model, "data": dataset.name, **asdict(found), "ship": deploy.what_to_ship(found)})
         return
     _print_bench(found)
     if rival is not None:
