@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
+from collections.abc import Mapping
 
 from .errors import UserError
 
-__all__ = ["L1", "L2", "LINF", "norm_name", "parse_budgets", "parse_eps", "parse_norm", "percent"]
+__all__ = ["L1", "L2", "LINF", "html_table", "norm_name", "parse_budgets", "parse_eps", "parse_norm", "percent"]
 
 LINF = math.inf
 L2 = 2.0
@@ -51,6 +53,12 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     if not budgets:
         raise UserError(f"eps takes numbers separated by commas, as 0.05,8/255; '{text}' holds none")
     return budgets
+
+
+def html_table(rows: Mapping[str, str]) -> str:
+    """Return named texts as an HTML table of two columns, which a notebook shows."""
+    cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
+    return f"<table>{cells}</table>"
 
 
 def percent(share: float, decimals: int = 1, *, trim: bool = False) -> str:

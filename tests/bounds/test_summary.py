@@ -27,6 +27,8 @@ def test_proofs_and_attacks_on_the_same_images(norm):
     assert torch.equal(found.radius, bounds.radius(model, x, y, norm))
     assert all(found.certified_accuracy[eps] <= found.attacked_accuracy[eps] for eps in (0, 0.01, 0.05, 9))
     assert 0 < found.radius_median <= found.distance_median and found.distance_over_radius_median >= 1
+    assert "accuracy: 75.0%; eps 0: certified 75.0%" in repr(found) and "tensor" not in repr(found)
+    assert "<tr><th>accuracy</th><td>75.0%</td></tr>" in found._repr_html_()
     wrong = attacks.run(model, x[:3], y[:3], attacks.nearest, Threat(norm))
     none = bounds.summary(model, x[:3], y[:3], norm, wrong, eps=())
     assert none.accuracy == 0 and none.radius_median is None is none.distance_over_radius_median

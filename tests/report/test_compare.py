@@ -27,6 +27,7 @@ def test_a_study_agrees_with_its_own_gains(study_folder):
     assert change.change.low > 0
     assert change.change.estimate == pytest.approx(100 * (change.second.estimate - change.first.estimate))
     assert change.unit == "points"
+    assert repr(change).startswith("fgsm-linf-0.1: ") and repr(change).endswith("] points")
 
 
 def test_different_images_are_not_paired_and_less_sure(study_folder, other_folder):

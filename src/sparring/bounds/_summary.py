@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..proofs import refuse_refuted
-from ..units import norm_name
+from ..units import html_table, norm_name, percent
 from .certify._certificates import radius
 
 VACUOUS = 1 / 2550
@@ -41,6 +41,21 @@ class Summary:
     radius_median: float | None
     distance_median: float | None
     distance_over_radius_median: float | None
+
+    def shown(self) -> dict[str, str]:
+        """Return what a person reads of it, by name."""
+        rows = {"images": str(len(self.radius)), "accuracy": percent(self.accuracy)}
+        for eps, share in self.certified_accuracy.items():
+            attacked = percent(self.attacked_accuracy[eps])
+            rows[f"eps {eps:g}"] = f"certified {percent(share)}, under attack {attacked}"
+        medians = {"certified radius": self.radius_median, "distance of the attack": self.distance_median}
+        return rows | {f"median {name}": f"{one:.4g}" for name, one in medians.items() if one is not None}
+
+    def __repr__(self) -> str:
+        return f"Summary({'; '.join(f'{name}: {text}' for name, text in self.shown().items())})"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.shown())
 
 
 def summary(

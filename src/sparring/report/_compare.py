@@ -46,6 +46,10 @@ class Difference:
     unit: str
     paired: bool
 
+    def __repr__(self) -> str:
+        change = f"{self.change.estimate:+.3g} [{self.change.low:+.3g}, {self.change.high:+.3g}] {self.unit}"
+        return f"{self.metric}: {self.first.estimate:.4g} → {self.second.estimate:.4g}, {change}"
+
     def __str__(self) -> str:
         return f"{self.title}: {numbers.signed(self.change, self.unit)}"
 

@@ -57,6 +57,8 @@ def test_misclassified_images_cost_nothing_and_keep_their_pixels(net: nn.Module,
     assert torch.equal(result.distance, torch.zeros(12))
     assert (result.forwards, result.backwards) == (0, 0)
     assert robust_accuracy(result) == 0
+    assert "accuracy: 0.0%; robust accuracy: 0.0%" in repr(result) and "tensor" not in repr(result)
+    assert "<tr><th>images</th><td>12</td></tr>" in result._repr_html_()
 
 
 def test_a_failed_attack_has_infinite_distance(net: nn.Module, images: Tensor) -> None:

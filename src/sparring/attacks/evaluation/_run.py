@@ -17,6 +17,7 @@ from ...errors import UserError
 from ...memory_format import channels_last
 from ...outputs import Door, check_module, opened
 from ...threat import Threat
+from ...units import html_table, percent
 from ...waiting import courteous
 from .._gradients import Probe, frozen
 from ..algorithms._projections import select
@@ -69,6 +70,24 @@ class AttackResult:
     backwards: float
     seconds: float
     flags: tuple[Flag, ...]
+
+    def shown(self) -> dict[str, str]:
+        """Return what a person reads of it, by name."""
+        found = self.distance[self.success]
+        return {
+            "images": str(len(self.success)),
+            "accuracy": percent(float(self.clean_correct.double().mean())),
+            "robust accuracy": percent(robust_accuracy(self)),
+            "median distance of successes": f"{float(found.median()):.4g}" if len(found) else "–",
+            "passes per image": f"{self.forwards:.0f} forward, {self.backwards:.0f} backward",
+            "flags": ", ".join(flag.name for flag in self.flags) or "none",
+        }
+
+    def __repr__(self) -> str:
+        return f"AttackResult({'; '.join(f'{name}: {text}' for name, text in self.shown().items())})"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.shown())
 
 
 def robust_accuracy(result: AttackResult) -> float:
