@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import secrets
 import stat
@@ -21,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from .errors import StorageError, UserError
 
@@ -286,12 +287,13 @@ def safe_members(
     max_bytes: int = 1024 * MIB,
     max_member: int = 64 * MIB,
     max_files: int = 1_000_000,
-) -> Iterator[tuple[str, bytes]]:
+    room: Callable[[int], bytearray | mmap.mmap] | None = None,
+) -> Iterator[tuple[str, Any]]:
     """Yield name and content of the wanted regular files in a zip, tar or tar.gz, in the archive's order.
 
-    `wanted` is asked of folders too, by names that end in "/".
-    Nothing is written to disk. Raises UserError, naming the archive, if it is damaged, encrypted, packed by another
-    method, has a file above `max_member` bytes, unpacks to more than `max_bytes` or `max_files`, or has an absolute
+    `wanted` is asked of folders too, by names that end in "/". Contents are bytes; those of a zip, of any size, lie in
+    what `room` returns for their sizes, if it is given. Nothing is written to disk here. Raises UserError, naming the archive, if it is damaged, encrypted, packed by another
+    method, has a file above `max_member` bytes (in a zip also one of 512 MiB and 100 times its packed size), unpacks to more than `max_bytes` or `max_files`, or has an absolute
     name, "..", a link, a device or a pipe anywhere.
     """
     try:
@@ -304,8 +306,10 @@ def safe_members(
             if start[:2] == b"\x1f\x8b":
                 raw = gzip.GzipFile(fileobj=cast(Any, raw))
             file = _Bounded(raw, most=max_member, left=max_bytes + 64 * MIB)  # headers come on top
-            members = _zip_members if start[:2] == b"PK" else _tar_members
-            yield from members(file, wanted, max_bytes, max_files)
+            if start[:2] == b"PK":
+                yield from _zip_members(file, wanted, max_bytes, max_files, room)
+            else:
+                yield from _tar_members(file, wanted, max_bytes, max_files)
         except UserError:
             raise
         except _Refused as error:
@@ -317,13 +321,17 @@ def safe_members(
 
 
 def _zip_members(
-    file: _Bounded, wanted: Callable[[str], bool], max_bytes: int, max_files: int
-) -> Iterator[tuple[str, bytes]]:
+    file: _Bounded,
+    wanted: Callable[[str], bool],
+    max_bytes: int,
+    max_files: int,
+    room: Callable[[int], bytearray | mmap.mmap] | None,
+) -> Iterator[tuple[str, Any]]:
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
         _check_totals(len(infos), sum(info.file_size for info in infos), max_bytes, max_files)
         for info in infos:
-            _check_member(info.filename, info.file_size, file.most)
+            _check_member(info.filename, info.file_size, file.most if room is None else max_bytes)
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise _Refused(f"{info.filename!r} is a link or a device")
@@ -332,12 +340,25 @@ def _zip_members(
                 raise _Refused(f"{info.filename!r} is packed by a method other than deflate")
             if info.flag_bits & 1:
                 raise _Refused(f"{info.filename!r} is encrypted")
+            if info.file_size > max(512 * MIB, 100 * info.compress_size):
+                raise _Refused(f"{info.filename!r} unpacks to more than 100 times its size")
             if wanted(info.filename) and not info.is_dir():
                 with archive.open(info) as member:
-                    data = member.read(info.file_size)  # a plain read() unpacks all there is, whatever was declared
-                if len(data) != info.file_size:
+                    if room is None:
+                        data: Any = member.read(info.file_size)  # read() unpacks all there is, whatever was declared
+                        whole = len(data) == info.file_size
+                    else:
+                        data = room(info.file_size)
+                        whole = _fill(memoryview(data), member)
+                if not whole:
                     raise EOFError(f"{info.filename!r} is cut short")
                 yield info.filename, data
+
+
+def _fill(room: memoryview, member: IO[bytes]) -> bool:
+    """Read a member into the room for it, piece by piece, and return whether it filled it."""
+    pieces = (room[start : start + MIB] for start in range(0, len(room), MIB))
+    return all(cast(Any, member).readinto(piece) == len(piece) for piece in pieces)
 
 
 def _tar_members(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from sparring import data
+from sparring.data import _npz, _places, _types
 from sparring.errors import DataError, DataWarning
 
 from .hostile_parts import arrays
@@ -85,3 +88,25 @@ def test_the_number_of_classes_may_be_said(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(arrays(y_train=y, y_test=y, classes=np.array(1000)))
     loaded = data.load(str(tmp_path / "x.npz"))
     assert loaded.classes == 1000 and set(loaded.test.y.tolist()) == {243, 559, 990}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_large_arrays_lie_in_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, save: Callable[..., None]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    x = np.random.default_rng(0).integers(0, 256, (40, 3, 6, 7), dtype=np.uint8)
+    x, y = x if layout == "NCHW" else np.ascontiguousarray(x.transpose(0, 2, 3, 1)), np.arange(40) % 4
+    save(tmp_path / "x.npz", x_train=x, y_train=y, x_test=x[:8] // 2, y_test=y[:8])
+    plain = data.load(str(tmp_path / "x.npz"))
+    monkeypatch.setattr(_places, "MOST", 100)
+    monkeypatch.setattr(_types, "LARGE", 100)
+    monkeypatch.setattr(_types, "ROWS", 7)
+    monkeypatch.setattr(_npz, "CHUNK", 7)
+    mapped = data.load(str(tmp_path / "x.npz"))
+    assert data.content_hash(mapped) == data.content_hash(plain) and mapped.mean == plain.mean
+    assert list((tmp_path / "cache" / "sparring").iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(DataError, match=r"cannot write .* GB into .*cache.*: the disk is full"):
+        data.load(str(tmp_path / "x.npz"))

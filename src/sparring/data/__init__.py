@@ -8,6 +8,7 @@
 
 from ._registry import DATASETS, Available, available, kind_of, load
 from ._request import EVERYTHING, SPLITS, ClassList, Geometry, Preparation, Request, read_classes
+from ._torch_datasets import from_torch
 from ._types import Dataset, Split, as_float, content_hash, fixed_order, from_splits
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "content_hash",
     "fixed_order",
     "from_splits",
+    "from_torch",
     "kind_of",
     "load",
     "read_classes",

@@ -16,19 +16,22 @@ import torch
 
 from ..errors import DataError, DataWarning, UserError
 from ..files import safe_members
+from ._places import space
 from ._request import EVERYTHING, ClassList, Request
 from ._types import Dataset, Split, check_split, from_splits, hold_out
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NEEDED = ("x_train", "y_train", "x_test", "y_test")
-MOST = 512 << 20
+MOST = 1 << 50  # bytes: the disk is the limit
+HEADER = 1 << 14
+CHUNK = 1_000  # images
 OPTIONAL = ("x_valid", "y_valid", "class_names", "classes", "layout")
 CHANNELS = (1, 3)
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset:
-    """Load an .npz of at most 512 MiB, unpacked; nothing in it is ever unpickled.
+    """Load an .npz; nothing in it is ever unpickled. Arrays of more than 256 MiB lie in mapped files without a name.
 
     Images x are uint8 from 0 to 255, (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3; with `layout`, "NCHW" or
     "NHWC", any C. Labels y are integers (N,) or (N, 1) from 0 to classes - 1, each of which occurs in y_train unless
@@ -39,7 +42,11 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
     others: list[str] = []
     try:
         members = safe_members(
-            path, wanted=lambda member: _is_known(member, others), max_bytes=MOST, max_member=MOST, max_files=1_000
+            path,
+            wanted=lambda member: _is_known(member, others),
+            max_bytes=MOST,
+            max_files=1_000,
+            room=space,
         )
         arrays = {member.removesuffix(".npy"): _array(data, member, path) for member, data in members}
     except UserError as error:
@@ -94,8 +101,8 @@ def _is_known(member: str, others: list[str]) -> bool:
     return key not in others
 
 
-def _array(data: bytes, member: str, path: Path) -> Array:
-    file = io.BytesIO(data)
+def _array(data: Any, member: str, path: Path) -> Array:
+    file = io.BytesIO(data[:HEADER])
     try:
         shape, fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
         whole = min(shape, default=0) >= 0 and math.prod(shape) * dtype.itemsize == len(data) - file.tell()
@@ -118,7 +125,7 @@ def _images(array: Array, key: str, layout: str | None, path: Path) -> torch.Ten
             f"{key} in {path} must be uint8 images (N, C, H, W) from 0 to 255, not {array.dtype} {array.shape}"
         )
     if array.ndim == 3:
-        return torch.from_numpy(np.array(array[:, None], order="C"))
+        return _in_order(array[:, None])
     first, last = array.shape[1] in CHANNELS, array.shape[3] in CHANNELS
     if layout is None and first == last:
         a, b, c = array.shape[1:]
@@ -128,7 +135,17 @@ def _images(array: Array, key: str, layout: str | None, path: Path) -> torch.Ten
         )
     if layout == "NHWC" or (layout is None and last):
         array = array.transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.array(array, order="C"))
+    return _in_order(array)
+
+
+def _in_order(array: Array) -> torch.Tensor:
+    """Return an array as a tensor whose values lie in the order of its axes."""
+    if not array.flags.c_contiguous and array.size:
+        out = np.frombuffer(space(array.nbytes), array.dtype).reshape(array.shape)
+        for start in range(0, len(array), CHUNK):
+            out[start : start + CHUNK] = array[start : start + CHUNK]
+        array = out
+    return torch.from_numpy(array)
 
 
 def _labels(array: Array, key: str, path: Path) -> torch.Tensor:

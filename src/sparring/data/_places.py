@@ -7,11 +7,15 @@ from the public mirrors are resumed where they were cut, and checked before they
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import http.client
 import io
 import math
+import mmap
 import os
+import shutil
+import tempfile
 import urllib.error
 import urllib.request
 import zlib
@@ -84,6 +88,27 @@ def cache_root() -> Path:
     """Return the folder for what can be made again, within the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (cache if cache.is_absolute() else expand("~/.cache")) / "sparring"
+
+
+def space(size: int) -> bytearray | mmap.mmap:
+    """Return room for so many bytes: in memory up to 256 MiB, else in a file without a name in the cache folder.
+
+    Raise UserError where the disk has no room.
+    """
+    if size <= MOST:
+        return bytearray(size)
+    folder = cache_root()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if size > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, "")
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # to write where the disk has no room ends a process without a word
+                os.posix_fallocate(file.fileno(), 0, size)
+            return mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise explain(error, f"{size / 1e9:,.1f} GB into {folder}", "write") from error
 
 
 def expand(path: Path | str) -> Path:

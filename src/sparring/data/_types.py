@@ -6,6 +6,7 @@ No random generator divides them, so that a split is the same on every machine.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, DataWarning
+from ._places import space
 
 MOST_CLASSES = 1_000_000
 CHUNK = 1 << 26  # values that are counted at a time
+LARGE = 256 << 20  # bytes of images above which a copy lies in a file
+ROWS = 1_000  # images that are copied at a time
 
 
 class Split(NamedTuple):
@@ -166,7 +170,14 @@ def tell_shared(shared: int, tested: int, path: Path) -> None:
 
 def take(split: Split, which: Tensor) -> Split:
     """Return the images and labels at the given positions, or where a mask is true."""
-    return Split(split.x[which], split.y[which])
+    where = which.nonzero()[:, 0] if which.dtype == torch.bool else which
+    size = len(where) * math.prod(split.x.shape[1:])
+    if size <= LARGE or split.x.dtype != torch.uint8:
+        return Split(split.x[where], split.y[where])
+    x = torch.frombuffer(space(size), dtype=torch.uint8).view(len(where), *split.x.shape[1:])
+    for start in range(0, len(where), ROWS):
+        x[start : start + ROWS] = split.x[where[start : start + ROWS]]
+    return Split(x, split.y[where])
 
 
 def tenths(every: Split) -> tuple[Split, Split, Split]:
