@@ -292,9 +292,10 @@ def safe_members(
     """Yield name and content of the wanted regular files in a zip, tar or tar.gz, in the archive's order.
 
     `wanted` is asked of folders too, by names that end in "/". Contents are bytes; those of a zip, of any size, lie in
-    what `room` returns for their sizes, if it is given. Nothing is written to disk here. Raises UserError, naming the archive, if it is damaged, encrypted, packed by another
-    method, has a file above `max_member` bytes (in a zip also one of 512 MiB and 100 times its packed size), unpacks to more than `max_bytes` or `max_files`, or has an absolute
-    name, "..", a link, a device or a pipe anywhere.
+    what `room` returns for their sizes, if it is given. Nothing is written to disk. Raises UserError, naming the
+    archive, if it is damaged, encrypted, packed by another method, has a file above `max_member` bytes, or in a zip one
+    of 512 MiB and 100 times its packed size, unpacks to more than `max_bytes` or `max_files`, or has an absolute name,
+    "..", a link, a device or a pipe anywhere.
     """
     try:
         raw: io.RawIOBase | io.BufferedIOBase = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
