@@ -46,8 +46,8 @@ def test_the_same_images_have_the_same_hash(kind: str) -> None:
 
     def held(split: data.Split) -> TorchDataset[Any] | DataLoader[Any]:
         own = TensorDataset(as_float(split.x) if kind == "floats" else split.x, split.y)
-        whole: Any = own
-        return {"loader": DataLoader(own, 100), "stream": Stream(own)}.get(kind, whole)
+        made: dict[str, TorchDataset[Any] | DataLoader[Any]] = {"loader": DataLoader(own, 100), "stream": Stream(own)}
+        return made.get(kind, own)
 
     made = from_torch(held(digits.test), train=held(digits.train), valid=held(digits.valid))
     assert data.content_hash(made) == data.content_hash(digits)

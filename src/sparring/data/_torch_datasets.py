@@ -34,8 +34,8 @@ def from_torch(
     held = None if valid is None else _split(valid, "valid", _places(valid))
     count, names = (classes, ()) if isinstance(classes, int) else (None, classes or ())
     y = (test if own is None else own).y
-    found = y.unique()
-    if count is None and not names and found.tolist() != list(range(len(found))):
+    found = sorted(set(y.tolist()))
+    if count is None and not names and found != list(range(len(found))):
         raise DataError(f"not every label from 0 to {int(y.max())} occurs; say how many there are by classes=N")
     if own is not None and held is None:
         own, held = hold_out(own)
