@@ -6,7 +6,6 @@ import hashlib
 import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,9 @@ from ._listing import CLASSES, PARTS, Entry, Listing
 from ._pixels import Rows
 from ._places import Progress
 from ._request import EVERYTHING, SPLITS, Request
-from ._types import Dataset, Split, balanced_order, fixed_order, from_splits, hold_out, take, tell_shared
+from ._types import Dataset, Split, balanced_order, counted, fixed_order, from_splits, hold_out, take, tell_shared
 
 PIXELS = 512 << 20  # bytes of pixels up to which a set is what its pixels are; a larger one is what its files are
-FEW = 10  # classes that are counted one by one
-NAMED = {"train": "training", "valid": "validation", "test": "test"}
 MEASURED = 10_000  # of such a one, images of which mean and deviation are taken
 
 
@@ -52,7 +49,8 @@ def load_images(
         labels, numbers, told = _labels(parts, listing, path, request)
         order = _arranged(parts, numbers, path, request)
         kept = request.cache and (request.images is None or "train" in order)
-        counted = _count(order, labels)
+        every_y = {part: torch.tensor([numbers[entry.label] for entry in own]) for part, own in order.items()}
+        counts = counted(every_y, labels)
         drawn = None if request.images is None else fixed_order(len(order["test"]))[: request.images]
         if drawn is not None and not kept:
             order["test"] = [order["test"][at] for at in drawn.tolist()]
@@ -70,7 +68,7 @@ def load_images(
     if drawn is not None and kept:
         splits["test"] = take(splits["test"], drawn)
     extra = sorted(kind for kind in found.lossy if kind not in name.lower())
-    notes += [f"{path}: {note}" for note in (told, f"{request.geometry or ''}", counted) if note]
+    notes += [f"{path}: {note}" for note in (told, f"{request.geometry or ''}", counts) if note]
     return from_splits(
         "-".join([name, *extra]), splits.get("train"), splits.get("valid"), splits["test"], classes=len(labels),
         class_names=labels, drawn=drawn, notes=notes, counts=found.counts, identity=identity,
@@ -84,21 +82,6 @@ def _tell_shared(hashes: Pixels | None, sizes: list[int], path: Path) -> None:
     each, tested = [row.tobytes() for row in hashes], sizes[-1]
     seen = set(each[:-tested])
     tell_shared(sum(one in seen for one in each[-tested:]), tested, path)
-
-
-def _count(order: dict[str, list[Entry]], labels: list[str]) -> str:
-    """Say how many images of which class were found for each part."""
-    told = []
-    for part, own in order.items():
-        found = Counter(entry.label for entry in own)
-        if len(labels) <= FEW:
-            shown = ", ".join(f"{found[label]} {label}" for label in sorted(found))
-        else:
-            shown = (
-                f"{len(found):,} of {len(labels):,} classes, {min(found.values()):,} to {max(found.values()):,} each"
-            )
-        told.append(f"{len(own):,} for {NAMED[part]} ({shown})")
-    return f"images: {'; '.join(told)}"
 
 
 def _arranged(

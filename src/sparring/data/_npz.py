@@ -18,7 +18,7 @@ from ..errors import DataError, DataWarning, UserError
 from ..files import safe_members
 from ._places import space
 from ._request import EVERYTHING, ClassList, Request
-from ._types import Dataset, Split, check_split, from_splits, hold_out
+from ._types import Dataset, Split, check_split, counted, from_splits, hold_out
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NEEDED = ("x_train", "y_train", "x_test", "y_test")
@@ -39,29 +39,13 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
     image of a class is held out. Raises DataError, naming file and key, for anything else, also where a shape has two
     readings.
     """
-    others: list[str] = []
-    try:
-        members = safe_members(
-            path,
-            wanted=lambda member: _is_known(member, others),
-            max_bytes=MOST,
-            max_files=1_000,
-            room=space,
-        )
-        arrays = {member.removesuffix(".npy"): _array(data, member, path) for member, data in members}
-    except UserError as error:
-        raise DataError(str(error)) from error
+    arrays = _read(path)
     trainable = request.parts == "all" or bool(arrays.keys() & {"x_train", "y_train"})
     needed: tuple[str, ...] = NEEDED if trainable else NEEDED[2:]
     needed += ("x_valid", "y_valid") if arrays.keys() & {"x_valid", "y_valid"} else ()
     for key in needed:
         if key not in arrays:
             raise DataError(f"{path} has no array '{key}'; it needs {', '.join(needed)}")
-    if others:
-        known = ", ".join((*NEEDED, *OPTIONAL))
-        warnings.warn(
-            f"{path}: arrays that are not read: {', '.join(others)}; known: {known}", DataWarning, stacklevel=3
-        )
     layout = str(arrays["layout"].item()) if "layout" in arrays and arrays["layout"].size == 1 else None
     if "layout" in arrays and layout not in ("NCHW", "NHWC"):
         raise DataError(f"layout in {path} must be 'NCHW' or 'NHWC'")
@@ -89,9 +73,28 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
         if train is not None:
             check_split(f"the training split of '{name}'", train, train.x.shape[1:], classes)
             train, valid = (train, valid) if valid else hold_out(train, seed=request.valid_seed)
+        parts = {"train": train, "valid": valid, "test": splits["test"]}
+        notes.append(f"{path}: {counted({part: own.y for part, own in parts.items() if own}, names)}")
         return from_splits(name, train, valid, splits["test"], classes=classes, class_names=names, notes=notes)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Array]:
+    """Return the arrays of a file by name; warn of others."""
+    others: list[str] = []
+    try:
+        found = safe_members(
+            path, wanted=lambda member: _is_known(member, others), max_bytes=MOST, max_files=1_000, room=space
+        )
+        arrays = {member.removesuffix(".npy"): _array(data, member, path) for member, data in found}
+    except UserError as error:
+        raise DataError(str(error)) from error
+    if others:
+        known = ", ".join((*NEEDED, *OPTIONAL))
+        told = f"{path}: arrays that are not read: {', '.join(others)}; known: {known}"
+        warnings.warn(told, DataWarning, stacklevel=4)
+    return arrays
 
 
 def _is_known(member: str, others: list[str]) -> bool:

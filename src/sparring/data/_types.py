@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from ._places import space
 
 MOST_CLASSES = 1_000_000
 CHUNK = 1 << 26  # values that are counted at a time
+FEW = 10  # classes that are counted one by one
+NAMED = {"train": "training", "valid": "validation", "test": "test"}
 LARGE = 256 << 20  # bytes of images above which a copy lies in a file
 ROWS = 1_000  # images that are copied at a time
 
@@ -159,6 +162,23 @@ def balanced_order(y: Tensor) -> tuple[Tensor, Tensor]:
     rank = torch.arange(len(y)) - starts[y[by_class]]
     order = torch.argsort(rank, stable=True)
     return by_class[order], rank[order]
+
+
+def counted(labels: Mapping[str, Tensor], names: Sequence[str]) -> str:
+    """Say how many images of which class each part has, by its labels (N,)."""
+    told = []
+    for part, y in labels.items():
+        found = sorted(Counter(y.tolist()).items())
+        each = [count for _, count in found]
+        if len(names) <= FEW:
+            shown = ", ".join(
+                f"{n} {names[at]}" if at in range(len(names)) else f"{n} of class {at}" for at, n in found[:FEW]
+            )
+            shown += ", ..." if len(found) > FEW else ""
+        else:
+            shown = f"{len(found):,} of {len(names):,} classes, {min(each):,} to {max(each):,} each"
+        told.append(f"{len(y):,} for {NAMED[part]} ({shown})")
+    return f"images: {'; '.join(told)}"
 
 
 def tell_shared(shared: int, tested: int, path: Path) -> None:
