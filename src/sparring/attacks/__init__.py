@@ -29,6 +29,7 @@ from .algorithms._nearest import nearest
 from .algorithms._pgd import fgsm, pgd, rfgsm
 from .algorithms._square import square
 from .evaluation._audit import AuditRow, audit, check_budgets, check_order, check_silence, check_unlimited
+from .evaluation._batches import run_batches
 from .evaluation._run import AttackResult, check_convergence, lend, robust_accuracy, run
 from .evaluation._sanity_checks import FLAGS, Flag
 from .evaluation._scoring import Attack, facts_of
@@ -82,6 +83,7 @@ __all__ = [
     "rfgsm",
     "robust_accuracy",
     "run",
+    "run_batches",
     "square",
     "standard",
     "worst_case",

@@ -10,6 +10,7 @@ from sparring import models
 from sparring.attacks import nearest, run
 from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_pull
 from sparring.attacks.algorithms._losses import cross_entropy, margin_loss
+from sparring.attacks.fastpath import _convnet
 from sparring.attacks.fastpath._convnet import read_convolved
 from sparring.threat import L2, Threat
 
@@ -97,3 +98,9 @@ def test_an_attack_finds_what_it_finds_by_autograd() -> None:
     assert torch.equal(by_hand.success, plain.success)
     assert by_hand.forwards == pytest.approx(plain.forwards, rel=0.02)
     torch.testing.assert_close(by_hand.distance.median(), plain.distance.median(), rtol=1e-3, atol=0)
+
+
+def test_nobody_waits_for_the_graph_of_a_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_convnet, "lower", lambda *_, **__: pytest.fail("torch.export takes seconds"))
+    patches = nn.Sequential(nn.Conv2d(2, 8, 4, 4), nn.Flatten(2), nn.LayerNorm(4), nn.Flatten(), nn.Linear(32, 5))
+    assert read_convolved(patches.eval(), torch.rand(2, 2, 8, 8)) is None

@@ -132,7 +132,7 @@ def run(
     Raises UserError for inputs or a model that break the contract (see `checks`).
     """
     start = time.perf_counter()
-    _check_numbers(batch_size=1 if batch_size is None else batch_size, draws=draws, convergence=convergence)
+    check_numbers(batch_size=1 if batch_size is None else batch_size, draws=draws, convergence=convergence)
     for network in (model, *(surrogates or {}).values()):
         check_module(network)
     with ExitStack() as stack:
@@ -140,12 +140,11 @@ def run(
         x, y = check_inputs(x, y)
         check_threat(x, threat)
         _check_lent(lent or {}, x)
-        others = _dense_network(model) if surrogates is None else surrogates
         flags = check_mode(model)
-        model, *rivals = [_hold(stack, network, x) for network in (model, *others.values())]
+        model, others = hold(stack, model, surrogates, x)
         check_targets(model, x, y, targets)
         order = Order(attack, threat, x, y, targets, batch_size or 0, generator)
-        result = _attack(model, dict(zip(others, rivals, strict=True)), lent or {}, order, through, draws, flags)
+        result, _ = attack_held(model, others, lent or {}, order, through, draws, Checked(flags))
     if convergence and _length_of(attack) is not None:
         flags = check_convergence(
             model, x, y, attack, threat, result, images=convergence, targets=targets, generator=generator
@@ -154,10 +153,19 @@ def run(
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def _check_numbers(*, batch_size: int, draws: int, convergence: int) -> None:
+def check_numbers(*, batch_size: int, draws: int, convergence: int = 0) -> None:
     for name, number, least in (("batch_size", batch_size, 1), ("draws", draws, 1), ("convergence", convergence, 0)):
         if number < least:
             raise UserError(f"{name} must be {least} or more, not {number}")
+
+
+def hold(
+    stack: ExitStack, model: nn.Module, surrogates: Mapping[str, nn.Module] | None, x: Tensor
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Return a model and its surrogates, None: the dense network if there is one, held until the stack ends."""
+    others = _dense_network(model) if surrogates is None else surrogates
+    held, *rivals = [_hold(stack, network, x) for network in (model, *others.values())]
+    return held, dict(zip(others, rivals, strict=True))
 
 
 def _hold(stack: ExitStack, model: nn.Module, x: Tensor) -> nn.Module:
@@ -165,6 +173,19 @@ def _hold(stack: ExitStack, model: nn.Module, x: Tensor) -> nn.Module:
     stack.enter_context(frozen(model))
     stack.enter_context(channels_last(model))
     return opened(model, x)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the contract's checks found of a model: doubts, whether it draws, and the pixels without a true gradient.
+
+    done: whether they were made at all, on an image that is classified correctly.
+    """
+
+    flags: tuple[Flag, ...] = ()
+    random: bool = False
+    blind: Tensor | None = None
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,41 +202,45 @@ class _Beginning:
     split: PrefixSplit | None
 
 
-def _begin(model: nn.Module, order: Order, draws: int, flags: Iterable[Flag], seed: int, *, splits: bool) -> _Beginning:
+def _begin(model: nn.Module, order: Order, draws: int, seen: Checked, seed: int, *, splits: bool) -> _Beginning:
     """Ask for the images' own logits, and check the model by them; `splits`: whether a steady part may go alone."""
     x, y, drawing = order.x, order.y, is_stochastic(model)
     known, sized, watch = None, order, Probe(model)
     if not drawing:
         sized = replace(order, batch_size=order.batch_size or batch_size_for(model, x))
         known = Judge(watch, None, sized, 1, seed + 1).logits(x)
-    random, doubts = check_model(model, x, y, known, draws=drawing)
+    random, doubts = (seen.random, ()) if seen.done else check_model(model, x, y, known, draws=drawing)
+    doubts = doubts if seen.done else (*_undeclared(model, random), *doubts)
     split = None
     if random:
         known, sized = None, replace(order, batch_size=order.batch_size or batch_size_for(model, x, draws=draws))
         split = split_at_draw(model, x) if splits else None
         watch = Probe(split.drawing if split else model)
     judge = Judge(watch, split and split.steady, sized, 3 * draws + 1 if random else 1, seed + 1)
-    flags = [*flags, *_undeclared(model, random), *doubts]
-    return _Beginning(sized, Best.beginning(judge, known, flags), watch, random, split)
+    return _Beginning(sized, Best.beginning(judge, known, [*seen.flags, *doubts]), watch, random, split)
 
 
-def _attack(
+def attack_held(
     model: nn.Module,
     others: Mapping[str, nn.Module],
     lent: Mapping[str, Sequence[Tensor]],
     order: Order,
     through: nn.Module | None,
     draws: int,
-    flags: Iterable[Flag],
-) -> AttackResult:
-    """Return what `run` does but for the time, with models that are held; for batches of 0 a size is found."""
+    seen: Checked,
+) -> tuple[AttackResult, Checked]:
+    """Return what `run` does but for the time, with models that are held, and what checks found.
+
+    For batches of 0 a size is found; checks that were `seen` are not made again.
+    """
     x, seed, before = order.x, _seed_from(order.generator), state_of(model)
-    begun = _begin(model, order, draws, flags, seed, splits=through is None)
+    begun = _begin(model, order, draws, seen, seed, splits=through is None)
     order, random, best = begun.order, begun.random, begun.best
     hand = None if random or through is not None else _by_hand(model, x)
     probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=begun.split)
     with seeded(model, seed):
-        _attack_in_all_ways(best, probe, model, random)
+        seen = seen if seen.done else _checked(best, model, random, by_hand=hand is not None)
+        _attack_in_all_ways(best, probe, model, seen)
         lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
         transfer(best, lenders, lent)
         best.flags += best.violations(probe.nonfinite + begun.watch.nonfinite)
@@ -235,22 +260,26 @@ def _attack(
         backwards=sum(one.backwards for one in asked) / count,
         seconds=0.0,
         flags=tuple(best.flags),
-    )
+    ), seen
 
 
-def _attack_in_all_ways(best: Best, probe: Probe, model: nn.Module, random: bool) -> None:
-    blind = None
-    if probe.hand is None and not random:
-        rows = best.clean_correct.nonzero().squeeze(1)
+def _checked(best: Best, model: nn.Module, random: bool, *, by_hand: bool) -> Checked:
+    """Look for pixels without a true gradient, and flag them; return what all checks found."""
+    blind, rows = None, best.clean_correct.nonzero().squeeze(1)
+    if not by_hand and not random:
         blind, doubts = _doubted(model, best.order.x[rows], best.order.y[rows], best.flags)
         best.flags += doubts
-    if random:
+    return Checked(tuple(best.flags), random, blind, done=len(rows) > 0)
+
+
+def _attack_in_all_ways(best: Best, probe: Probe, model: nn.Module, seen: Checked) -> None:
+    if seen.random:
         attack_single_draws(best, probe)
-    attack_itself(best, probe, random=random)
+    attack_itself(best, probe, random=seen.random)
     if has_masked_gradients(model) or "zero-gradients" in {flag.name for flag in best.flags}:
         attack_straight_through(best, probe, model)
-    if blind is not None:
-        attack_by_differences(best, probe, model, blind)
+    if seen.blind is not None:
+        attack_by_differences(best, probe, model, seen.blind)
 
 
 def lend(

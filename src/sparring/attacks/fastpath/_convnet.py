@@ -20,6 +20,8 @@ from ._mlp import Dense, agree, dense_layers, is_hooked
 
 # Shifted filters are padded with zeros: beyond this many times the products, a plain convolution is faster.
 _WASTE = 1.5
+# What has one of these is another network: nobody need wait for its graph.
+_OTHERS = (nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention, nn.RNNBase)
 
 
 class _Seen(NamedTuple):
@@ -109,6 +111,8 @@ def read_convolved(model: nn.Module, x: Tensor) -> Convolved | None:
     """
     kernels = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     if not kernels or any(kernel.padding != (0, 0) for kernel in kernels) or is_hooked(model):
+        return None
+    if any(isinstance(module, _OTHERS) for module in model.modules()):
         return None
     try:
         found = _read(fold_affine(lower(model, tuple(x.shape[1:]), images=x)))
