@@ -234,7 +234,7 @@ def squeezenet(shape: Shape, classes: int, width: int = 8, blocks: Blocks = (2, 
     for module in [*(m for layer in layers for m in layer.modules()), head[1]]:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.get_parameter("bias"))
     return nn.Sequential(*layers, *head, nn.Flatten())
 
 
@@ -329,7 +329,7 @@ def mobile(
     stem = conv_bn(shape[0], width, 3, 2, act=act)
     if same:
         stem[0] = SameConv(shape[0], width, 3, 2, bias=False)
-    layers, wide = [stem], width
+    wide, layers = width, list[nn.Module]([stem])
     for stage, count in enumerate(blocks):
         for block in range(count):
             stride = 2 if stage and not block else 1

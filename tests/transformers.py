@@ -182,6 +182,8 @@ class HuggingFaceViT(ViT):
 class WindowAttention(nn.Module):
     """Swin's attention within windows, moved by `shift`, with a bias of relative places, as torchvision writes it."""
 
+    index: Tensor
+
     def __init__(self, wide: int, heads: int, window: int, shift: int) -> None:
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
@@ -246,7 +248,8 @@ class Swin(nn.Module):
         self, shape: Shape, classes: int, width: int, blocks: tuple[int, ...], window: int, patch: int
     ) -> None:
         super().__init__()
-        self.patches, self.norm, stages = nn.Conv2d(shape[0], width, patch, patch), nn.LayerNorm(width), []
+        stages: list[nn.Module] = []
+        self.patches, self.norm = nn.Conv2d(shape[0], width, patch, patch), nn.LayerNorm(width)
         for stage, count in enumerate(blocks):
             wide = width * 2**stage
             stages += [PatchMerging(wide // 2)] if stage else []

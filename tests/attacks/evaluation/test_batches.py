@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparring.attacks import ATTACKS, run, run_batches
 from sparring.attacks.evaluation import _run
+from sparring.attacks.evaluation._sanity_checks import check_model
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat
 
@@ -37,7 +38,7 @@ def test_batches_joined_are_one_call_on_all(name: str, threat: Threat, net: nn.M
 def test_the_contract_is_checked_once_on_the_first_batch_with_a_correct_image(net: nn.Module, images: Tensor) -> None:
     y = net(images).argmax(1)
     y[:5] = (y[:5] + 1) % 4
-    with patch.object(_run, "check_model", wraps=_run.check_model) as check:
+    with patch.object(_run, "check_model", wraps=check_model) as check:
         run_batches(net, loader(images, y, 4), ATTACKS["fgsm"], Threat(LINF, 0.1))
     assert check.call_count == 2  # the first batch has none, the second has some, the third is spared
 
