@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto
 ARCHITECTURES := tests/test_zoo.py tests/test_architectures.py tests/graph/test_lowering_benchmark.py
 NUMERIC := tests/attacks tests/bounds tests/deploy tests/graph tests/models tests/sparsity tests/train tests/test_metrics.py
 
-.PHONY: study test suite architectures blocks picture numeric wheel nightly setup lint types clean
+.PHONY: study test suite architectures blocks picture quickstart numeric wheel nightly setup lint types clean
 
 study: $(READY)
 	@$(BIN)/sparring study $(PRESET) --out $(OUT)
@@ -40,6 +40,10 @@ picture: $(READY)
 	@$(BIN)/sparring study quick --out out/quick >/dev/null
 	@chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1180 \
 	  --screenshot=docs/results/quick.png "file://$(CURDIR)/out/quick/report.html" >/dev/null 2>&1
+
+# README's quickstart says what `make study` prints
+quickstart: study
+	@$(BIN)/python .ci/quickstart $(OUT)
 
 # Under .ci/CAP.env: make numeric CAP=avx2, or sse
 numeric: $(READY)

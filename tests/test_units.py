@@ -47,7 +47,7 @@ def test_what_is_no_budget_is_refused(value: str) -> None:
 
 @pytest.mark.parametrize("text", ["", " , ", ",,"])
 def test_an_empty_list_of_budgets_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="holds none"):
+    with pytest.raises(UserError, match="has none"):
         parse_budgets(text)
 
 

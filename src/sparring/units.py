@@ -51,7 +51,7 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     """Return the budgets in a list such as "0.05,8/255", in order and each once; raise UserError for an empty one."""
     budgets = tuple(dict.fromkeys(parse_eps(part.strip()) for part in text.split(",") if part.strip()))
     if not budgets:
-        raise UserError(f"eps takes numbers separated by commas, as 0.05,8/255; '{text}' holds none")
+        raise UserError(f"eps takes numbers separated by commas, such as 0.05,8/255; '{text}' has none")
     return budgets
 
 

@@ -66,7 +66,7 @@ def test_a_checkpoint_is_converted_and_named_after_an_at(weights: Path, sparring
 def test_moments_that_are_assumed_are_said(weights: Path, sparring) -> None:  # type: ignore[no-untyped-def]
     assert "mean and std of digits" in sparring("attack", f"owners:given@{weights}", *ATTACK).err
     for words, message in (
-        (("owners:given", "--mean", "0.3"), "go together"),
+        (("owners:given", "--mean", "0.3"), "must be given together"),
         (("owners:wrapped", "--mean", "0.3", "--std", "0.5"), "its own normalisation"),
         (("owners:given", "--mean", "0.3,0.3", "--std", "0.5"), "1 numbers"),
         (("owners:given", "--mean", "0", "--std", "0"), "numbers in [0.0001, 1]"),
@@ -78,7 +78,7 @@ def test_moments_that_are_assumed_are_said(weights: Path, sparring) -> None:  # 
 
 def test_training_refuses_weights_that_it_would_not_use(weights: Path, sparring) -> None:  # type: ignore[no-untyped-def]
     refused = sparring("train", f"owners:inner@{weights}", "--data", "digits", "--out", "m.safetensors")
-    assert refused.code == 2 and "fresh weights" in refused.err
+    assert refused.code == 2 and "starts from new weights" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_network_is_pruned_under_attack(sparring, tmp_path: Path) -> None:  # 
     trained = json.loads(sparring("train", "mlp", "--out", dense, *attack, "--json").out)["written"]
     assert [one["path"] for one in trained] == [str(dense), str(tmp_path / "dense-best.safetensors")]
     told = sparring("prune", dense, "--out", sparse, "--sparsity", 0.8, *attack, "--set", "method=hydra")
-    assert told.code == 0 and "(80.00%)" in told.out and "under PGD at eps 0.05" in told.out
+    assert told.code == 0 and "(80.00%)" in told.out and "under PGD (eps 0.05)" in told.out
     for path in (sparse, tmp_path / "sparse-best.safetensors"):
         assert f"wrote {path}" in told.out
         model, _, masks = load_model(path)
@@ -218,8 +218,8 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
     for values in ("fp32", "int8"):
         path = tmp_path / f"{values}.sparring"
         told = sparring("export", models[1], path, "--data", "digits", "--values", values, "--images", 50)
-        assert told.code == 0 and path.exists() and "times smaller" in told.out and "on the artefact" in told.out
-        assert "HopSkipJump" in told.out and "the artefact stands on" in told.out
+        assert told.code == 0 and path.exists() and "times smaller" in told.out and "artefact" in told.out
+        assert "HopSkipJump" in told.out and "artefact − model" in told.out
     program = deploy.load(path).program
     assert program.class_names is not None and len(program.provenance["weights_sha256"]) == 64
     again = sparring("export", models[1], path, "--data", "digits", "--values", "int8", "--images", 50, "--json")

@@ -134,7 +134,7 @@ MISTAKES = {
     "masked": ("missing 1 required positional argument: 'mask'", ""),
     "asks": ("KeyError: 'images'", 'return self.net({}["images"])'),
     "asserts": ("AssertionError: wants colour", "assert x.shape[1] == 3"),
-    "ends": ("your own code ended the program", "raise SystemExit(0)"),
+    "ends": ("your own code exited the program", "raise SystemExit(0)"),
     "hungry": ("emory", ""),
     "late": ("ValueError: too many images", 'raise ValueError("too many images")'),
     "mute": ("Mute: (what it says cannot be read)", "raise self.error"),
@@ -273,7 +273,7 @@ def test_in_a_study_the_cell_fails_and_says_where(sparring, own: str, workers: i
     told = sparring("study", "plan.toml", "--out", "out", "--workers", workers)
     assert told.code == 3 and "KeyError: 'all'" in told.err
     assert f"{own}.py:" in told.err and 'return step.masks["all"]' in told.err
-    assert "mend the cause and run the same command again, with --retry" in told.err
+    assert "fix the cause and rerun the same command with --retry" in told.err
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_in_a_study_the_cell_fails_and_says_where(sparring, own: str, workers: i
         ("import no_such_module_at_all\n", "No module named 'no_such_module_at_all'"),
         ("raise ValueError('on import')\n", "ValueError: on import"),
         ("x = 1\n\tif:\n", "Error"),
-        ("import sys; sys.exit('no')\n", "your own code ended the program"),
+        ("import sys; sys.exit('no')\n", "your own code exited the program"),
     ],
 )
 def test_modules_that_cannot_be_imported(sparring, own: str, code: str, said: str) -> None:  # type: ignore[no-untyped-def]

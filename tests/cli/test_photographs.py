@@ -122,5 +122,5 @@ def test_a_librarys_network_brings_its_configuration(
     assert _sources.request_for([tiny, other], said).geometry == Geometry((18, 20), (12, 12), "box")
     assert _sources.request_for([other], source).classes is None
     assert "'timm:other' does not name its classes" in capsys.readouterr().err
-    with pytest.raises(UserError, match="a way of its own; give --resize and --crop"):
+    with pytest.raises(UserError, match="does not say how it prepares images; give --resize and --crop"):
         _sources.request_for([ModelSource("timm:strange")], source)

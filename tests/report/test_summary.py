@@ -11,7 +11,7 @@ from sparring.report.analysis._findings import find
 from sparring.report.analysis._looks import open_study
 from sparring.statistics import look_price, minimum_detectable_effect, with_seeds
 
-SAYS = "So few seeds can show large gains only"
+SAYS = "With so few seeds only large gains can be shown"
 
 
 @pytest.fixture(scope="module")

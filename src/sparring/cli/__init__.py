@@ -1,4 +1,4 @@
-"""The command line: the only place that prints. Heavy imports happen inside the commands that need them."""
+"""The command line. Only this package prints; commands import heavy modules when they need them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["main"]
 USER_ERROR = 2
 TRACEBACK = "--traceback"
 INTERRUPTED = 130  # 128 and the signal's number, as shells have it
-AGAIN = "run the same command again and it goes on from here"
+AGAIN = "rerun the same command to resume"
 
 
 def main() -> None:
@@ -51,16 +51,16 @@ def _guarded(app: Callable[..., object]) -> int:
 
 
 def _ended(error: BaseException, show_traceback: bool) -> int:
-    """Say in one message what ended the program, and return the exit code."""
+    """Print one message that says what ended the program, and return the exit code."""
     where = place(error)
     if isinstance(error, KeyboardInterrupt):
         return _say(f"interrupted; {AGAIN}", INTERRUPTED)
     if isinstance(error, SystemExit):
         if error.code == TERMINATED:
-            return _say(f"ended by SIGTERM; {AGAIN}", TERMINATED)
+            return _say(f"terminated by SIGTERM; {AGAIN}", TERMINATED)
         if where is None:
             raise error
-        return _say(f"error: your own code ended the program ({where})", USER_ERROR)
+        return _say(f"error: your own code exited the program ({where})", USER_ERROR)
     if isinstance(error, BrokenPipeError) and where is None:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -74,7 +74,7 @@ def _ended(error: BaseException, show_traceback: bool) -> int:
 
 
 def _sentence(error: BaseException) -> str:
-    """Say what went wrong and where in the user's own code, if it was there."""
+    """Return what went wrong, and where in the user's own code if it was there."""
     where, text = place(error), told(error)
     if isinstance(error, UserError):
         return f"{error} ({where})" if where and where not in str(error) else str(error)
@@ -83,7 +83,7 @@ def _sentence(error: BaseException) -> str:
     if short or isinstance(error, MemoryError):
         return f"out of memory: use fewer images or smaller batches ({text[:200]})"
     if where is None and isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; free some space and run the same command again: it goes on"
+        return "the disk is full; free some space and rerun the same command to resume"
     if where is None and isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"{text}{'' if where else '; --traceback shows where'}"

@@ -1,6 +1,6 @@
-"""The commands: what each is given, as frozen records, and the library's function that it calls.
+"""Define the commands: their options, as frozen records, and the library functions that they call.
 
-A command may take records: each of their fields is an option (or argument) of its own.
+A command may take records. Each field of a record becomes an option or an argument.
 """
 
 from __future__ import annotations
@@ -59,55 +59,57 @@ def _take_threads(threads: int | None) -> int | None:
     return threads
 
 
-DataDir = Annotated[Path | None, Option("--data-dir", help="Where to look for data first.")]
-Download = Annotated[bool, Option("--download", help="Fetch missing data from its public mirror.")]
+DataDir = Annotated[Path | None, Option("--data-dir", help="Search this folder for data first.")]
+Download = Annotated[bool, Option("--download", help="Download missing files from their public source.")]
 Resize = Annotated[
     str | None,
-    Option(help="For your own images: pixels of the shorter side, as 256, or HEIGHTxWIDTH to stretch them to."),
+    Option(help="Resize your own images: length of the shorter side (such as 256), or HEIGHTxWIDTH to stretch."),
 ]
-Crop = Annotated[str | None, Option(help="For your own images: the centre to take, as 224 or HEIGHTxWIDTH.")]
-Interpolation = Annotated[str | None, Option(help="bilinear, bicubic, nearest, lanczos, box or hamming.")]
+Crop = Annotated[str | None, Option(help="Crop your own images at the centre, such as 224 or HEIGHTxWIDTH.")]
+Interpolation = Annotated[
+    str | None, Option(help="Interpolate by: bilinear, bicubic, nearest, lanczos, box or hamming.")
+]
 Classes = Annotated[
     Path | None,
-    Option(help="The network's classes, in its order: one a line, or JSON; the data may have some of them."),
+    Option(help="File with the network's classes in output order, one per line or JSON; the data may have fewer."),
 ]
 Limit = Annotated[
     list[str] | None,
-    Option(help="At most so many images, class by class in turn: N, or SPLIT=N (train, valid, test); repeatable."),
+    Option(help="Use at most N images per split, balanced over classes: N or SPLIT=N, such as train=2000; repeatable."),
 ]
-NoCache = Annotated[bool, Option("--no-cache", help="Decode all images into memory, not once into the cache folder.")]
-Eps = Annotated[str, Option(help="Budget of training under attack, in [0, 1], as 0.1 or 8/255.")]
-Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, as 0.1,8/255.")]
-Images = Annotated[int, Option(help="How many test images.", min=1)]
-Json = Annotated[bool, Option("--json", help="Print the results as JSON, and all else to standard error.")]
-Study = Annotated[Path, Argument(help="A study's output folder.")]
-OutModel = Annotated[Path, Option("--out", "-o", help="The model file to write.")]
-Quiet = Annotated[bool, Option("--quiet", help="Print plain lines, no live view.")]
-Seed = Annotated[int, Option(help="Seed of initialisation and order.", min=0, max=2**32 - 1)]
+NoCache = Annotated[bool, Option("--no-cache", help="Decode images into memory instead of the cache folder.")]
+Eps = Annotated[str, Option(help="Budget of adversarial training, in [0, 1], such as 0.1 or 8/255.")]
+Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, such as 0.1,8/255.")]
+Images = Annotated[int, Option(help="Number of test images.", min=1)]
+Json = Annotated[bool, Option("--json", help="Print the results as JSON, and everything else to standard error.")]
+Study = Annotated[Path, Argument(help="Output folder of a study.")]
+OutModel = Annotated[Path, Option("--out", "-o", help="Model file to write.")]
+Quiet = Annotated[bool, Option("--quiet", help="Print plain lines instead of a live display.")]
+Seed = Annotated[int, Option(help="Random seed.", min=0, max=2**32 - 1)]
 Threads = Annotated[
     int | None,
-    Option(min=1, max=1024, help="Threads that share the work [default: one per core].", callback=_take_threads),
+    Option(min=1, max=1024, help="Number of threads [default: one per core].", callback=_take_threads),
 ]
-Values = Annotated[str, Option(help="fp32, fp16 or int8.")]
-Weights = Annotated[Path | None, Option(help="A safetensors file with the model's weights.")]
-Moments = Annotated[str | None, Option(help="For a factory: its normalisation, by channel, as 0.5,0.5,0.5.")]
+Values = Annotated[str, Option(help="Number format of the weights: fp32, fp16 or int8.")]
+Weights = Annotated[Path | None, Option(help="Safetensors file with the model's weights.")]
+Moments = Annotated[str | None, Option(help="Normalisation passed to a factory, per channel, such as 0.5,0.5,0.5.")]
 Model = Annotated[
     str,
     Argument(
-        help="A file (.safetensors, .sparring), or a name, timm:NAME, torchvision:NAME, hf:FOLDER, "
-        "package.module:factory, each with @FILE.safetensors for its weights."
+        help="Model file (.safetensors, .sparring), model name, timm:NAME, torchvision:NAME, hf:FOLDER or "
+        "package.module:factory; append @FILE.safetensors to load weights."
     ),
 ]
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set, the folder to look in first, whether to fetch what is missing, and how images are prepared.
+    """Options that select a data set and say how its images are prepared.
 
-    The last six are for files of the user's own; a library's network has defaults for how images are prepared.
+    The last six apply to a user's own files; networks from timm, torchvision and Hugging Face have their own defaults.
     """
 
-    data: Annotated[str, Option(help="Data set: a name or a path.")] = "mnist-5k"
+    data: Annotated[str, Option(help="Name of a data set, or a path.")] = "mnist-5k"
     data_dir: DataDir = None
     download: Download = False
     resize: Resize = None
@@ -120,9 +122,9 @@ class DataSource:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model file, an artefact, a name with a file of weights, a library's network, or a user's factory.
+    """Options that select a model: a file, an artefact, a name with weights, a library's network, or a user's factory.
 
-    `model` may end in "@FILE", which says the same as `weights`.
+    `model` may end in "@FILE", which is the same as `weights`.
     """
 
     model: Model
@@ -156,19 +158,21 @@ def options(
     version: Annotated[
         bool, Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
-    traceback: Annotated[bool, Option("--traceback", help="Show where in the code an error came from.")] = False,
+    traceback: Annotated[bool, Option("--traceback", help="Print the full traceback of an error.")] = False,
 ) -> None:
     """Measure, explain and exploit how sparsity changes a neural network's adversarial robustness."""
 
 
 @dataclass(frozen=True)
 class StudySource:
-    """A plan with what was changed in it, its data, where its results go, and on what it runs."""
+    """Options that select a plan, changes to it, its data, the output folder and the device."""
 
-    plan: Annotated[str, Argument(help="A preset's name or a TOML file; see `sparring list presets`.")] = "quick"
+    plan: Annotated[str, Argument(help="Name of a preset (see `sparring list presets`) or a TOML file.")] = "quick"
     out: Annotated[Path | None, Option("--out", "-o", help="Output folder [default: out/PLAN].")] = None
-    overrides: Annotated[list[str] | None, Option("--set", help="KEY=VALUE in TOML; repeatable.")] = None
-    model: Annotated[str | None, Option(help="A model's name or your own package.module:factory.")] = None
+    overrides: Annotated[list[str] | None, Option("--set", help="Override a plan's KEY=VALUE (TOML); repeatable.")] = (
+        None
+    )
+    model: Annotated[str | None, Option(help="Model name, or your own package.module:factory.")] = None
     weights: Weights = None
     data_dir: DataDir = None
     download: Download = False
@@ -178,21 +182,23 @@ class StudySource:
     classes: Classes = None
     limit: Limit = None
     no_cache: NoCache = False
-    device: Annotated[str, Option(help="cpu, a GPU such as cuda:0, or auto: a GPU if there is one.")] = "auto"
+    device: Annotated[str, Option(help="Device: cpu, cuda:0, or auto (a GPU if there is one).")] = "auto"
 
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """How a study runs, which changes none of its records."""
+    """Options of a study's execution; none of them changes a record."""
 
-    workers: Annotated[int | None, Option(help="Tasks at a time [default: one per core].", min=0, max=1024)] = None
+    workers: Annotated[int | None, Option(help="Number of parallel tasks [default: one per core].", min=0, max=1024)] = (
+        None
+    )
     register: Annotated[
-        bool, Option("--register", help="Write the plan's hash before the first record; the report says so.")
+        bool, Option("--register", help="Register the plan's hash before the first record is written.")
     ] = False
-    retry: Annotated[bool, Option("--retry", help="Try failed cells again.")] = False
-    ray: Annotated[str | None, Option(help="Run on the Ray cluster at ADDRESS, or auto.")] = None
+    retry: Annotated[bool, Option("--retry", help="Retry failed tasks.")] = False
+    ray: Annotated[str | None, Option(help="Run on the Ray cluster at this address, or auto.")] = None
     mlflow: Annotated[str | None, Option(help="Log progress to this MLflow URI.")] = None
-    tensorboard: Annotated[Path | None, Option(help="Log progress for TensorBoard to this folder.")] = None
+    tensorboard: Annotated[Path | None, Option(help="Log progress to this folder for TensorBoard.")] = None
     quiet: Quiet = False
 
 
@@ -202,7 +208,7 @@ def study(
     how: StudyOptions,
     json: Json = False,
 ) -> int:
-    """Run a study: train, prune, attack, and write the report. Run it again and it goes on where it stopped."""
+    """Run a study: train, prune, attack, and write the report. Rerun the same command to resume."""
     from ._study import run_study
 
     return run_study(source, how, as_json=json)
@@ -210,7 +216,7 @@ def study(
 
 @command
 def status(study: Study, json: Json = False) -> None:
-    """Say how far a study is, also while another process runs it."""
+    """Show the progress of a study; safe while it is running."""
     from ._study import show_status
 
     show_status(study, as_json=json)
@@ -218,11 +224,11 @@ def status(study: Study, json: Json = False) -> None:
 
 @command
 def merge(
-    sources: Annotated[list[Path], Argument(help="Output folders of studies with the same foundations.")],
-    out: Annotated[Path | None, Option("--out", "-o", help="Where to [default: into the first].")] = None,
+    sources: Annotated[list[Path], Argument(help="Output folders of studies with the same data, model and recipe.")],
+    out: Annotated[Path | None, Option("--out", "-o", help="Output folder [default: the first folder].")] = None,
     json: Json = False,
 ) -> int:
-    """Unite studies that were run apart; every hash is checked, since another's folder may be damaged or forged."""
+    """Merge studies that ran separately, after verifying every hash."""
     from ._study import run_merge
 
     return run_merge(sources, out, as_json=json)
@@ -230,7 +236,7 @@ def merge(
 
 @command
 def report(study: Study, json: Json = False) -> None:
-    """Rebuild report.html, results.csv and figures from a study's folder, without models or data."""
+    """Rebuild report.html, results.csv and the figures from a study's records."""
     from ._study import rebuild
 
     rebuild(study, as_json=json)
@@ -238,27 +244,30 @@ def report(study: Study, json: Json = False) -> None:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Which network to train, and by which recipe."""
+    """Options that select a network and its training recipe."""
 
     model: Model
     out: OutModel
     recipe: Annotated[
-        list[str] | None, Option("--set", help="Recipe KEY=VALUE, as epochs=5 [default: the model's own].")
+        list[str] | None,
+        Option("--set", help="Override the recipe's KEY=VALUE, such as epochs=5; repeatable."),
     ] = None
-    width: Annotated[float | None, Option(help="Multiple of the named model's layer widths.")] = None
+    width: Annotated[float | None, Option(help="Multiply the model's layer widths by this factor.")] = None
     depth: Annotated[int | None, Option(help="Depth of resnet-32: 6n + 2 layers.")] = None
     ramp: Annotated[
-        float | None, Option(help="Share of the training over which eps grows to its value; for a large eps.")
+        float | None, Option(help="Fraction of the training over which eps grows to its value; helps with a large eps.")
     ] = None
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a network is trained, besides its recipe."""
+    """Options of training beside the recipe."""
 
-    loss: Annotated[str, Option(help="standard, pgd-at or trades.")] = "standard"
+    loss: Annotated[str, Option(help="Training loss: standard, pgd-at or trades.")] = "standard"
     eps: Eps = "0.1"
-    label_smoothing: Annotated[float | None, Option(help="Share of each label that goes to all classes alike.")] = None
+    label_smoothing: Annotated[
+        float | None, Option(help="Fraction of each label that is spread evenly over all classes.")
+    ] = None
     seed: Seed = 0
     threads: Threads = None
     quiet: Quiet = False
@@ -266,7 +275,7 @@ class FitOptions:
 
 @command
 def train(how: TrainOptions, data: DataSource, fit: FitOptions, json: Json = False) -> None:
-    """Train a network and write it to one file."""
+    """Train a network and write it to a model file."""
     from ._train import run_train
 
     run_train(how, data, fit, as_json=json)
@@ -274,15 +283,17 @@ def train(how: TrainOptions, data: DataSource, fit: FitOptions, json: Json = Fal
 
 @command
 def convert(
-    checkpoint: Annotated[Path, Argument(help="A file of torch.save's: .pt, .pth, .ckpt or .bin.")],
-    out: Annotated[Path, Argument(help="The .safetensors file to write.")],
-    key: Annotated[str | None, Option(help="Which of several sets of weights, as model_ema, or of prefixes.")] = None,
+    checkpoint: Annotated[Path, Argument(help="File written by torch.save: .pt, .pth, .ckpt or .bin.")],
+    out: Annotated[Path, Argument(help="Safetensors file to write.")],
+    key: Annotated[
+        str | None, Option(help="Select one of several sets of weights by its key, such as model_ema, or by a prefix.")
+    ] = None,
     as_is: Annotated[
-        bool, Option("--as-is", help="Keep names, masks and norms, for a network that has them itself.")
+        bool, Option("--as-is", help="Keep parameter names, masks and norms as they are in the checkpoint.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Read the weights of a checkpoint, without running what is in it, and write them to a safetensors file."""
+    """Convert a checkpoint to a safetensors file without running any code in it."""
     from ._train import run_convert
 
     run_convert(checkpoint, out, key, as_is=as_is, as_json=json)
@@ -290,16 +301,21 @@ def convert(
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How far a network is pruned, and how."""
+    """Options of pruning."""
 
     out: OutModel
-    sparsity: Annotated[float | None, Option(help="Fraction of weights to remove; none for dns with a c_rate.")] = None
-    options: Annotated[list[str] | None, Option("--set", help="KEY=VALUE, as method=dns, epochs=5.")] = None
+    sparsity: Annotated[
+        float | None, Option(help="Fraction of weights to remove; omit it for method=dns with a c_rate.")
+    ] = None
+    options: Annotated[
+        list[str] | None,
+        Option("--set", help="Set KEY=VALUE of the method or the recipe, such as method=dns or epochs=5; repeatable."),
+    ] = None
 
 
 @command
 def prune(model: ModelSource, how: PruneOptions, data: DataSource, fit: FitOptions, json: Json = False) -> None:
-    """Prune a trained network, fine-tune it, and write it to one file."""
+    """Prune a trained network, fine-tune it, and write it to a model file."""
     from ._train import run_prune
 
     run_prune(model, how, data, fit, as_json=json)
@@ -307,20 +323,21 @@ def prune(model: ModelSource, how: PruneOptions, data: DataSource, fit: FitOptio
 
 @dataclass(frozen=True)
 class AttackOptions:
-    """Which attacks run, within which budgets, on how many images."""
+    """Options of attacks: names, budgets and number of images."""
 
-    attacks: Annotated[str, Option(help="Names, separated by commas; see `sparring list attacks`.")] = "fgsm,pgd,fast"
+    attacks: Annotated[str, Option(help="Attacks, separated by commas; see `sparring list attacks`.")] = "fgsm,pgd,fast"
     options: Annotated[
-        list[str] | None, Option("--set", help="Option of the attacks that have it, as steps=100; repeatable.")
+        list[str] | None,
+        Option("--set", help="Set KEY=VALUE for all attacks that have this option, such as steps=100; repeatable."),
     ] = None
-    norm: Annotated[str, Option(help="linf, l2 or l1.")] = "linf"
+    norm: Annotated[str, Option(help="Norm: linf, l2 or l1.")] = "linf"
     eps: Budgets = "0.1"
     images: Images = 1000
     checks: Annotated[
-        int, Option(help="Images of the second opinions: longer runs, unlimited budgets, ... [0: none].", min=0)
+        int, Option(help="Number of images used by the reliability checks; 0 disables them.", min=0)
     ] = 128
     batch_size: Annotated[
-        int | None, Option(help="Images at a time [default: what memory allows].", min=1, max=100_000)
+        int | None, Option(help="Batch size [default: what memory allows].", min=1, max=100_000)
     ] = None
     seed: Annotated[int, Option(help="Seed of random starts.", min=0, max=2**32 - 1)] = 0
     threads: Threads = None
@@ -328,7 +345,7 @@ class AttackOptions:
 
 @command
 def attack(model: ModelSource, data: DataSource, how: AttackOptions, json: Json = False) -> None:
-    """Attack any classifier on any data and print how it stands."""
+    """Attack a classifier and print its robust accuracy."""
     from ._attack import run_attack
 
     run_attack(model, data, how, as_json=json)
@@ -336,11 +353,13 @@ def attack(model: ModelSource, data: DataSource, how: AttackOptions, json: Json 
 
 @dataclass(frozen=True)
 class CertifyOptions:
-    """What is to be proved, and how."""
+    """Options of certification."""
 
-    norm: Annotated[str, Option(help="linf or l2.")] = "linf"
-    method: Annotated[str | None, Option(help=f"{', '.join(BOUNDS)}; unless given, chosen by --seconds.")] = None
-    seconds: Annotated[float, Option(help="How long it may take, by an estimate that is printed first.")] = 300.0
+    norm: Annotated[str, Option(help="Norm: linf or l2.")] = "linf"
+    method: Annotated[
+        str | None, Option(help=f"Bound: {', '.join(BOUNDS)} [default: the tightest that fits in --seconds].")
+    ] = None
+    seconds: Annotated[float, Option(help="Time budget, compared with an estimate that is printed first.")] = 300.0
     eps: Budgets = "0.01,0.03"
     images: Images = 100
     threads: Threads = None
@@ -348,7 +367,7 @@ class CertifyOptions:
 
 @command
 def certify(model: ModelSource, data: DataSource, how: CertifyOptions, json: Json = False) -> None:
-    """Prove how far images lie from the decision boundary, beside how near the best attack comes."""
+    """Compute certified accuracy and certified radii, next to the results of the strongest attack."""
     from ._attack import run_certify
 
     run_certify(model, data, how, as_json=json)
@@ -356,28 +375,28 @@ def certify(model: ModelSource, data: DataSource, how: CertifyOptions, json: Jso
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is compared, and how much worse the second may be."""
+    """Options of a comparison, and the largest loss that the second may show."""
 
-    first: Annotated[str, Argument(help="A study's folder or a model file.")]
-    second: Annotated[str, Argument(help="Another of the same kind: the candidate.")]
+    first: Annotated[str, Argument(help="Baseline: a study's folder or a model file.")]
+    second: Annotated[str, Argument(help="Candidate: a folder or file of the same kind.")]
     max_drop: Annotated[
-        list[str] | None, Option(metavar="METRIC AMOUNT", help="How much of a metric may be lost; repeatable.")
+        list[str] | None, Option(metavar="METRIC AMOUNT", help="Largest allowed drop of a metric; repeatable.")
     ] = None
     methods: Annotated[
-        tuple[str, str] | None, Option(help="For studies: the two methods [default: those of the headlines].")
+        tuple[str, str] | None, Option(help="The two methods, for studies [default: the headlines' methods].")
     ] = None
-    sparsities: Annotated[tuple[float, float] | None, Option(help="For studies: the two sparsities.")] = None
+    sparsities: Annotated[tuple[float, float] | None, Option(help="The two sparsities, for studies.")] = None
     weights: Annotated[
-        list[Path] | None, Option(help="For models named as code or by name: their weights, once for each.")
+        list[Path] | None, Option(help="Weights of each model that is not a file; repeat it for the second.")
     ] = None
-    eps: Annotated[str, Option(help="For models: the budget of linf attacks.")] = "0.1"
-    images: Annotated[int, Option(help="For models: how many test images.", min=1)] = 500
+    eps: Annotated[str, Option(help="Budget of the linf attacks, for models.")] = "0.1"
+    images: Annotated[int, Option(help="Number of test images, for models.", min=1)] = 500
     threads: Threads = None
 
 
 @command
 def compare(how: CompareOptions, data: DataSource, json: Json = False) -> int:
-    """Compare two studies or models, paired by image; exit code 1 if a larger drop than allowed is not excluded."""
+    """Compare two studies or models, paired by image. Exit with code 1 unless every --max-drop is shown to hold."""
     from ._attack import run_compare
 
     return run_compare(how, data, as_json=json)
@@ -385,22 +404,22 @@ def compare(how: CompareOptions, data: DataSource, json: Json = False) -> int:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write, and how the artefact is tried."""
+    """Options of an export and of the attack on the exported file."""
 
-    out: Annotated[Path, Argument(help="The file to write.")]
+    out: Annotated[Path, Argument(help="File to write.")]
     format: Annotated[
         str | None,
-        Option(help="packed (one checked file for the sparse runtime) or onnx [default: by the file's ending]."),
+        Option(help="packed (for the sparse runtime) or onnx [default: from the file's extension]."),
     ] = None
     values: Values = "fp32"
-    eps: Annotated[str, Option(help="Budget of the attack that is tried on the artefact.")] = "0.1"
+    eps: Annotated[str, Option(help="Budget of the attack on the exported file.")] = "0.1"
     images: Images = 500
     threads: Threads = None
 
 
 @command
 def export(model: ModelSource, how: ExportOptions, data: DataSource, json: Json = False) -> None:
-    """Write a model as one small file, and say what that costs in accuracy and robustness."""
+    """Export a model to one file, and report its size, accuracy and robustness."""
     from ._deploy import run_export
 
     run_export(model, how, data, as_json=json)
@@ -408,18 +427,18 @@ def export(model: ModelSource, how: ExportOptions, data: DataSource, json: Json 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is timed, and against what."""
+    """Options of a timing."""
 
     batches: Annotated[str, Option(help="Batch sizes, separated by commas.")] = "1,64,256"
-    rounds: Annotated[int, Option(help="Interleaved rounds.", min=1)] = 30
-    small: Annotated[str | None, Option(help="A small dense network of equal accuracy, to compare.")] = None
+    rounds: Annotated[int, Option(help="Number of interleaved rounds.", min=1)] = 30
+    small: Annotated[str | None, Option(help="Also time this small dense network of equal accuracy.")] = None
     engines: Annotated[str | None, Option(help="Engines, separated by commas [default: all installed].")] = None
-    plot: Annotated[Path | None, Option(help="Draw the times to this .svg or .png.")] = None
+    plot: Annotated[Path | None, Option(help="Plot the times to this .svg or .png file.")] = None
 
 
 @command
 def bench(model: ModelSource, data: DataSource, how: BenchOptions, json: Json = False) -> None:
-    """Time a model in every installed engine on one core, and say which engine to ship."""
+    """Time a model on one core in every installed engine, and recommend an engine."""
     from ._deploy import run_bench
 
     run_bench(model, data, how, as_json=json)
@@ -427,23 +446,21 @@ def bench(model: ModelSource, data: DataSource, how: BenchOptions, json: Json = 
 
 @dataclass(frozen=True)
 class PickOptions:
-    """Which network of a study is picked, and what is written."""
+    """Options that limit the choice of a network, and the file to write."""
 
     study: Study
-    out: Annotated[Path | None, Option("--out", "-o", help="The artefact to write [default: inside the folder].")] = (
-        None
-    )
-    max_latency: Annotated[float | None, Option(help="Milliseconds for one image.")] = None
-    max_accuracy_drop: Annotated[float, Option(help="Points, on validation images.")] = 0.5
+    out: Annotated[Path | None, Option("--out", "-o", help="File to write [default: in the study's folder].")] = None
+    max_latency: Annotated[float | None, Option(help="Largest latency of one image, in milliseconds.")] = None
+    max_accuracy_drop: Annotated[float, Option(help="Largest drop in validation accuracy, in points.")] = 0.5
     values: Values = "fp32"
-    model: Annotated[str | None, Option(help="The package.module:factory of a study of your own code; it is run.")] = (
-        None
-    )
+    model: Annotated[
+        str | None, Option(help="The package.module:factory to run, for a study of your own network.")
+    ] = None
 
 
 @command
 def pick(how: PickOptions, json: Json = False) -> None:
-    """Pick a study's best network within limits: chosen on validation images, reported on test images, exported."""
+    """Choose a study's best network within limits on validation images, report its test results and export it."""
     from ._deploy import run_pick
 
     run_pick(how, as_json=json)
@@ -451,10 +468,12 @@ def pick(how: PickOptions, json: Json = False) -> None:
 
 @command
 def list_(
-    what: Annotated[str, Argument(help="attacks, models, data, presets, pruners, ... or nothing for all.")] = "",
+    what: Annotated[
+        str, Argument(help="Category, such as attacks, models, data, presets or pruners [default: all].")
+    ] = "",
     json: Json = False,
 ) -> None:
-    """Show what there is of everything."""
+    """List attacks, data sets, models, presets, pruners, scores and other named parts."""
     from ._info import show_list
 
     show_list(what, as_json=json)
@@ -462,7 +481,7 @@ def list_(
 
 @command
 def doctor(data_dir: DataDir = None, json: Json = False) -> None:
-    """Say whether this machine is ready: versions, cores, and which data are found where."""
+    """Show versions, cores, memory, installed extras and the data sets found on this machine."""
     from ._info import show_doctor
 
     show_doctor(data_dir, as_json=json)

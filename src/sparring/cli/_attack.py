@@ -1,4 +1,4 @@
-"""`sparring attack`, `certify` and `compare`: how a model stands, what can be proved of it, and may it ship?"""
+"""`sparring attack`, `certify` and `compare`: attack a model, certify it, compare two."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, *, as_j
     norm, budgets = _threats(how.norm, how.eps)
     names = list(dict.fromkeys(part.strip() for part in how.attacks.split(",") if part.strip()))
     if not names:
-        raise UserError(f"--attacks takes names separated by commas, as fgsm,pgd; '{how.attacks}' holds none")
+        raise UserError(f"--attacks takes names separated by commas, such as fgsm,pgd; '{how.attacks}' has none")
     chosen = configured(names, how.options or ())
     network, dataset = open_both(model, data, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
@@ -108,7 +108,7 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, *, as
     if how.method is not None and how.method not in bounds.BOUNDS:
         raise UnknownNameError("method", how.method, bounds.BOUNDS)
     if norm == L1:
-        raise UserError("certificates are for linf and l2, not for l1")
+        raise UserError("certificates support linf and l2, not l1")
     if not how.seconds > 0:
         raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
     network, dataset = open_both(model, data, plain=True, images=how.images)
@@ -131,7 +131,7 @@ def _chosen(network: nn.Module, images: Tensor, norm: float, seconds: float) -> 
     each = bounds.estimate(network, images, norm)
     method = bounds.tightest(each, len(images), seconds)
     costs = ", ".join(f"{name} {duration(len(images) * cost)}" for name, cost in each.items())
-    print(f"estimated for {len(images)} images: {costs}; --seconds {seconds:g} choose {method}", file=sys.stderr)
+    print(f"estimated for {len(images)} images: {costs}; --seconds {seconds:g} selects {method}", file=sys.stderr)
     return method
 
 
@@ -143,14 +143,14 @@ def _as_json(found: bounds.Summary) -> dict[str, Any]:
 
 
 def _print_summary(found: bounds.Summary, norm: str) -> None:
-    print(f"{norm} eps   certified   standing under nearest")
+    print(f"{norm} eps   certified   robust under nearest")
     for eps, certified in found.certified_accuracy.items():
         print(f"{eps:8g}   {percent(certified):>8}   {percent(found.attacked_accuracy[eps]):>8}")
     if found.distance_over_radius_median is not None:
-        how_far = f": {found.distance_over_radius_median:.2f} times as far"
+        how_far = f" ({found.distance_over_radius_median:.2f} times the radius)"
         if found.radius_median is not None and found.radius_median < bounds.VACUOUS:
-            how_far = "; the certificate is vacuous: the radius is less than a tenth of a grey level"
-        attack = f"median distance of the attack {found.distance_median:.4g}"
+            how_far = "; the certificate is vacuous: its radius is less than a tenth of a grey level"
+        attack = f"median attack distance {found.distance_median:.4g}"
         print(f"median certified radius {found.radius_median:.4g}, {attack}{how_far}")
 
 
@@ -159,7 +159,7 @@ def run_compare(how: CompareOptions, data: DataSource, *, as_json: bool) -> int:
     eps, allowed = parse_eps(how.eps), dict(_drop(text) for text in how.max_drop or ())
     folders = [Folder(Path(name)).plan.exists() for name in (how.first, how.second)]
     if any(folders) and not all(folders):
-        raise UserError("compare takes two studies' output folders or two models, not one of each")
+        raise UserError("compare takes two study folders or two models, not one of each")
     found = compare(*_sides(how)) if all(folders) else _compare_models(how, eps, allowed, data)
     too_much = broken(found, allowed)
     if as_json:
@@ -203,7 +203,8 @@ def _with_weights(names: list[str], weights: list[Path]) -> list[ModelSource]:
     bare = [name for name in names if not name.endswith(SAVED)]
     if weights and len(weights) != len(bare):
         raise UserError(
-            f"--weights is given {len(weights)} times for {len(bare)} models without weights; once for each, in order"
+            f"--weights is given {len(weights)} times for {len(bare)} models without weights; "
+            "give it once for each of them, in order"
         )
     left = iter(weights)
     models = [ModelSource(name, next(left, None) if name in bare else None) for name in names]

@@ -1,4 +1,4 @@
-"""`sparring export`, `bench` and `pick`: the artefact to ship, and what shipping it costs and brings."""
+"""`sparring export`, `bench` and `pick`: export a model, time it, choose one from a study."""
 
 from __future__ import annotations
 
@@ -110,9 +110,11 @@ def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> float | None:
     if error is None:
         print("not checked: ONNX Runtime is not installed (sparring[onnx])")
     elif error > ONNX_TOLERANCE:
-        raise UserError(f"{path}: ONNX Runtime's logits are off by {error:.1e} of the largest: do not use this file")
+        raise UserError(
+            f"{path}: ONNX Runtime's logits differ by {error:.1e} of the largest logit; do not use this file"
+        )
     else:
-        print(f"checked in ONNX Runtime on {len(x)} images: logits equal to {error:.1e} of the largest")
+        print(f"checked in ONNX Runtime on {len(x)} images: logits agree to {error:.1e} of the largest")
     return error
 
 
@@ -125,13 +127,13 @@ def _print_cost(found: deploy.Shipped, images: int, threat: Threat) -> None:
     own, itself, lent = (percent(share, 2) for share in standing)
     asked, one = percent(found.robust_decision or 0.0, 0), found.change
     print(
-        f"standing under PGD (l_inf, eps {threat.eps:g}): the model {own}; on the artefact {itself} when attacked "
-        f"itself, {lent} under the model's examples; {asked} of the first {min(images, 50)} under HopSkipJump, which "
-        "asks it for classes only"
+        f"robust accuracy under PGD (ℓ∞, eps {threat.eps:g}): model {own}; artefact {itself} when attacked directly, "
+        f"{lent} under the model's adversarial examples; {asked} of the first {min(images, 50)} images under "
+        "HopSkipJump, a decision-based attack"
     )
     print(
-        f"against all gradient examples the artefact stands on {100 * one.estimate:+.2f} points more images than the "
-        f"model [{100 * one.low:+.2f}, {100 * one.high:+.2f}]: {shipped_verdict(one)}"
+        f"robust accuracy under all gradient attacks, artefact − model: {100 * one.estimate:+.2f} points "
+        f"[{100 * one.low:+.2f}, {100 * one.high:+.2f}]: {shipped_verdict(one)}"
     )
 
 
@@ -168,7 +170,7 @@ def _batches(text: str) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise UserError(f"--batches takes whole numbers above 0 separated by commas, as 1,64; not '{text}'")
+        raise UserError(f"--batches takes whole numbers above 0 separated by commas, such as 1,64; not '{text}'")
     return sizes
 
 
@@ -183,7 +185,7 @@ def _print_bench(found: deploy.Bench) -> None:
     print(f"processor: {found.processor}, one thread, peak {found.peak_gflops:.0f} GFLOP/s measured")
     print("floor: the time that the nonzero products alone would take at this peak")
     if not told:
-        print("energy: not measured (no readable counter under /sys/class/powercap)")
+        print("energy: not available (no readable counter under /sys/class/powercap)")
     print("\n".join(deploy.what_to_ship(found)))
 
 
@@ -255,14 +257,15 @@ def _as_shipped(out: Path, content: PlanFile, choice: Choice, values: str) -> di
 
 def _print_choice(choice: Choice, shipped: dict[str, float], values: str) -> None:
     print(
-        f"{choice.method} at {percent(choice.sparsity)} (seed {choice.seed}), of {choice.fitting} that fit out of "
-        f"{choice.considered}; chosen on validation images, where it loses {choice.accuracy_drop_valid:.2g} points"
+        f"{choice.method} at {percent(choice.sparsity)} (seed {choice.seed}), chosen from {choice.fitting} networks "
+        f"within the limits, of {choice.considered}; its validation accuracy drops by "
+        f"{choice.accuracy_drop_valid:.2g} points"
     )
     if choice.latency_ms is not None:
-        print(f"  {choice.latency_ms:.3g} ms an image, packed in fp32 on the machine of the study")
+        print(f"  {choice.latency_ms:.3g} ms per image, packed in fp32, on the study's machine")
     for name, gain in choice.gains.items():
-        print(f"  test, over the dense control: {name} {gain.estimate:+.4g} [{gain.low:+.4g}, {gain.high:+.4g}]")
+        print(f"  test, minus the dense control: {name} {gain.estimate:+.4g} [{gain.low:+.4g}, {gain.high:+.4g}]")
     for name, value in shipped.items():
         print(f"  as shipped in {values}: {name} {value:.4g}")
     if not shipped and values != "fp32":
-        print(f"  what {values} costs this network was not measured: add a [[shipped]] table for {values} to the plan")
+        print(f"  the effect of {values} was not measured; to measure it, add a [[shipped]] table to the plan")

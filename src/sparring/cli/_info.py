@@ -1,4 +1,4 @@
-"""`sparring list` and `sparring doctor`: what there is, and whether this machine is ready."""
+"""`sparring list` and `sparring doctor`: list the named parts, describe this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open what a command names: data, with a progress bar while something is downloaded, and models."""
+"""Open the data and models that a command names; downloads show a progress bar."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from ..study import check_fit
 from ._app import DataSource, ModelSource, StudySource
 from ._printing import shown_bytes
 
-# How files end that hold a whole model: saved by us for further work, or packed for shipping.
+# Extensions of files that hold a whole model: saved for further work, or packed for deployment.
 SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
 
 
 def check_out(path: Path, *endings: str) -> None:
-    """Raise UserError, before any work, for a file that could not be written or, by its ending, not be read later."""
+    """Raise UserError, before any work, for a file that cannot be written or has another extension."""
     if path.suffix not in endings:
         raise UserError(f"{path} must end in {' or '.join(endings)}")
     check_writable(path)
 
 
 def open_data(source: DataSource, request: Request = EVERYTHING) -> Dataset:
-    """Load a data set and say what was done to it; raise as `data.load` does."""
+    """Load a data set and print how it was prepared; raise as `data.load` does."""
     dataset = _loaded(source, request)
     for note in dataset.notes:
         print(note, file=sys.stderr)
     if request.parts == "all" and not len(dataset.train.x):
         raise UserError(
-            f"'{dataset.name}' has no training images; it can be attacked, but nothing can be trained on it"
+            f"'{dataset.name}' has no training images, so it can be used to attack a network but not to train one"
         )
     return dataset
 
@@ -76,7 +76,7 @@ def request_for(
         listed = next(own, None)
     if listed is None and kind == "images":
         for name in known:
-            print(f"'{name}' does not name its classes: labels go by the order of the folders", file=sys.stderr)
+            print(f"'{name}' does not name its classes; labels follow the order of the folders", file=sys.stderr)
     parts: Literal["all", "any", "test"] = "all" if training else "any"
     if images is not None and not any(map(_needs_moments, models)):
         parts = "test"
@@ -102,7 +102,7 @@ def _geometry(prepared: Preparation, known: Mapping[str, HubModel]) -> Geometry 
     made, (side, crop), said = {}, prepared.sizes(), prepared.interpolation
     for name, facts in known.items():
         if facts.resize is None and side is None:
-            raise UserError(f"'{name}' prepares images in a way of its own; give --resize and --crop")
+            raise UserError(f"'{name}' does not say how it prepares images; give --resize and --crop")
         own = None if side or crop or said else f"'{name}'"
         made[Geometry(side or facts.resize, crop or facts.size, said or facts.interpolation, own or "")] = name
     if len(made) > 1:
@@ -117,7 +117,7 @@ def preparation(source: DataSource | StudySource) -> dict[str, Any]:
     for text in source.limit or ():
         split, _, count = text.rpartition("=")
         if not count.isdecimal():
-            raise UserError(f"--limit takes N or SPLIT=N, as train=2000, not '{text}'")
+            raise UserError(f"--limit takes N or SPLIT=N, such as train=2000, not '{text}'")
         limits |= dict.fromkeys([split] if split else SPLITS, int(count))
     classes = None if source.classes is None else str(source.classes)
     said = {"resize": source.resize, "crop": source.crop, "interpolation": source.interpolation, "classes": classes}
@@ -193,10 +193,10 @@ def _say_what_is_assumed(source: ModelSource, model: nn.Module, blueprint: Bluep
     """Warn of a user's network with random weights, and of trained weights behind the moments of other images."""
     name, weights = source.named()
     if weights is None and _is_untrained(model, blueprint):
-        what = "draws its weights at random: this is about an untrained network, unless you give --weights"
+        what = "has random weights, so these results are of an untrained network; give --weights to load trained ones"
         print(f"warning: '{name}' {what}", file=sys.stderr)
     elif weights is not None and source.mean is None and takes_moments(name):
-        what = f"is given the mean and std of {blueprint.data}; if it was trained with others, give --mean and --std"
+        what = f"uses the mean and std of {blueprint.data}; if it was trained with others, give --mean and --std"
         print(f"warning: '{name}' {what}", file=sys.stderr)
 
 
@@ -204,7 +204,7 @@ def say_fresh(name: str, weights: str | None = None) -> None:
     """Warn where training begins from scratch with a network that its name may suggest is trained."""
     if is_hub_name(name) and weights is None:
         print(
-            f"warning: '{name}' begins with fresh random weights, not with its library's trained ones", file=sys.stderr
+            f"warning: '{name}' starts from random weights, not from its library's trained ones", file=sys.stderr
         )
 
 
@@ -218,19 +218,19 @@ def check_named(source: ModelSource) -> None:
     """Raise UserError, before data are read, for a model that cannot be opened: no such name or file, or no weights."""
     (name, weights), file = source.named(), file_of(source)
     if name.endswith(SAVED) and weights is not None:
-        raise UserError("a model file holds its weights; give either a model file or --weights")
+        raise UserError("a model file contains its weights; give either a model file or --weights")
     if file is not None and not file.is_file():
         raise UserError(f"there is no file {file}; check the path")
     if (source.mean is None) != (source.std is None):
-        raise UserError("--mean and --std go together; give both")
+        raise UserError("--mean and --std must be given together")
     if source.mean is not None and not (is_code(name) and takes_moments(name)):
-        raise UserError(f"'{name}' has its own normalisation; --mean and --std are for a factory that takes them")
+        raise UserError(f"'{name}' has its own normalisation; --mean and --std need a factory that takes them")
     if is_hub_name(name):
         describe(name)
     if name.endswith(SAVED) or ":" in name:
         return
     if Path(name).is_file():
-        raise UserError(f"{name} is no model file of sparring's ({', '.join(SAVED)}); {conversion(name)}")
+        raise UserError(f"{name} is not a sparring model file ({', '.join(SAVED)}); {conversion(name)}")
     if name not in MODELS:
         raise UnknownNameError("model", name, MODELS)
     if weights is None:
@@ -252,9 +252,9 @@ def blueprint_for(source: ModelSource, dataset: Dataset) -> Blueprint:
     """Return the blueprint of a named model for a data set; its factory is given the data's moments, unless others."""
     shape = tuple(dataset.test.x.shape[1:])
     if not dataset.mean and _needs_moments(source):
-        way = "give --mean and --std" if is_code(source.named()[0]) else "take the file that sparring train wrote"
+        way = "give --mean and --std" if is_code(source.named()[0]) else "use the model file that sparring train wrote"
         raise UserError(
-            f"'{source.model}' is given the mean and std of its training images, which {dataset.name} has not; {way}"
+            f"'{source.model}' needs the mean and std of its training images, which {dataset.name} does not have; {way}"
         )
     mean, std = (
         own or (neutral,) * shape[0] if text is None else parse_moments(text, shape[0], least=least)

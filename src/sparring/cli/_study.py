@@ -1,4 +1,4 @@
-"""`sparring study`, `status` and `merge`: run a plan, show how it goes, and unite what was run apart."""
+"""`sparring study`, `status` and `merge`: run a plan, show its progress, merge studies."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _tell(out: Path, records: list[Record], *, fresh: bool, as_json: bool) -> in
     for record in failed:
         print(f"failed: {record.stage} {record.key}: {record.error}", file=sys.stderr)
     if failed:
-        print("all else is kept: mend the cause and run the same command again, with --retry", file=sys.stderr)
+        print("all other results are kept; fix the cause and rerun the same command with --retry", file=sys.stderr)
     return FAILED if failed else 0
 
 
@@ -120,7 +120,7 @@ def rebuild(out: Path, *, as_json: bool) -> None:
 
 
 def show_status(out: Path, *, as_json: bool) -> None:
-    """Count a study's done and failed tasks without disturbing whoever runs it."""
+    """Print the number of a study's finished and failed tasks; safe while it is running."""
     found = progress(out)
     if as_json:
         counts = {"plan": found.plan, "tasks": found.tasks, "done": found.done, "failed": len(found.failures)}
@@ -132,18 +132,18 @@ def show_status(out: Path, *, as_json: bool) -> None:
 
 
 def run_merge(sources: list[Path], out: Path | None, *, as_json: bool) -> int:
-    """Unite studies, write the report, and say what was refused; exit code 3 if records contradict each other."""
+    """Merge studies, write the report, and print what was refused; return 3 if records contradict each other."""
     out = out or sources[0]
     merged = merge_studies(sources, out)
     path = report.write(out)
     if as_json:
         print_json({**asdict(merged), "report": str(path)})
     else:
-        print(f"{merged.added} records added, {merged.known} known before, {len(merged.refused)} refused")
+        print(f"{merged.added} records added, {merged.known} already present, {len(merged.refused)} refused")
         for line in merged.refused:
             print(f"  refused: {line}")
         for key in merged.different:
-            print(f"  contradicts another result of the same task, which was kept: {key}")
+            print(f"  differs from the existing record of the same task, which was kept: {key}")
         print(f"report: {path.resolve()}")
     return CONTRADICTED if merged.different else 0
 
@@ -181,7 +181,7 @@ class LiveView(Live):
         left = event.total - event.done - len(event.running)
         running = Counter(task.stage for task in event.running)
         state = ", ".join(f"{count} × {stage}" for stage, count in running.items()) or "nothing"
-        told = [f"{event.done} done ({event.cached} before)", f"running {state}", f"{left} left"]
+        told = [f"{event.done} done ({event.cached} cached)", f"running {state}", f"{left} waiting"]
         told += [f"{event.failed} failed"] if event.failed else []
         bar = ProgressBar(total=max(1, event.total), completed=event.done, width=60)
         recent = (Text("  " + line, style="dim") for line in self.recent)
@@ -191,16 +191,16 @@ class LiveView(Live):
         if self.fresh < 3:
             return "estimating"
         each = (time.monotonic() - self.began) / self.fresh
-        return f"about {duration(each * (event.total - event.done))} to go"
+        return f"about {duration(each * (event.total - event.done))} left"
 
 
 def beginning(event: Event) -> str:
-    """Return what there is to do, and about how long it will take."""
-    text = f"{event.total} tasks, {event.cached} done before"
+    """Return how many tasks there are, and an estimate of the time."""
+    text = f"{event.total} tasks, {event.cached} cached"
     if event.damaged:
         shown = ", ".join(event.damaged[:3]) + (", ..." if len(event.damaged) > 3 else "")
-        text += f"; damaged, moved to damaged/ and made again: {len(event.damaged)} ({shown})"
-    return text + (f"; the rest takes about {duration(event.estimate)} (a rough guess)" if event.estimate else "")
+        text += f"; {len(event.damaged)} damaged, moved to damaged/ and recomputed ({shown})"
+    return text + (f"; about {duration(event.estimate)} left (rough estimate)" if event.estimate else "")
 
 
 def describe(event: Event) -> str:

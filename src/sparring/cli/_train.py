@@ -38,7 +38,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     training = _training(options, how.ramp)
     check_out(how.out, ".safetensors")
     if ModelSource(how.model).named()[1] is not None:
-        raise UserError("train begins with fresh weights; trained ones are given to prune and study")
+        raise UserError("train starts from new weights; give trained weights to prune or study instead")
     _settings(how.recipe, Recipe)  # refuses what cannot be, before data are read
     NetworkSettings(how.model, width=how.width, depth=how.depth)
     dataset = open_data(data, request_for([], data, training=True))
@@ -59,7 +59,7 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     training = _training(options)
     check_out(how.out, ".safetensors")
     if source.model.endswith(PACKED):
-        raise UserError("an artefact is for shipping and cannot be pruned further; prune the model it was made from")
+        raise UserError("an artefact cannot be pruned further; prune the model that it was exported from")
     pruning = _settings(how.options, PruningSpec, Recipe).pruning[0]
     pruner = build_pruner(pruning, how.sparsity)
     check_named(source)
@@ -145,8 +145,8 @@ def _finish(
     written = []
     for name, network, epoch, path in (("final", model, last, out), ("best", best, result.best_epoch, beside)):
         share = result.scores[epoch - 1]
-        stands = f", {percent(share)} of validation images stand under PGD at eps {eps:g}"
-        told = _told(network, dataset, path, before=f"{name} epoch {epoch}: ", behind=stands)
+        robust = f", validation accuracy under PGD (eps {eps:g}) {percent(share)}"
+        told = _told(network, dataset, path, before=f"{name} epoch {epoch}: ", behind=robust)
         written.append({**told, "epoch": epoch, "robust_accuracy_valid": share, "eps": eps})
     return written
 
@@ -177,7 +177,7 @@ def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tens
         text += f", {percent(found.matrix_sparsity, 2)} of all {found.matrices} weights of matrices; left dense: "
         text += ", ".join(f"'{name}' ({reason})" for name, reason in found.left_out.items())
     if asked is not None and 1 - kept / total < asked - 0.005:
-        text += f"; the {percent(asked, 2)} asked for is of what the structure and spared layers leave open"
+        text += f"; the requested {percent(asked, 2)} counts only weights that the structure and spared layers allow"
     text += f" and {others - held} of {others} biases and norms" if others else ""
     series = pruner.series()
     moved = {name: sum(series[name]) for name in ("pruned", "spliced") if name in series}
@@ -195,7 +195,7 @@ def run_convert(checkpoint: Path, out: Path, key: str | None, *, as_is: bool, as
     for note in found.notes:
         print(f"  {note}")
     if found.others:
-        print(f"  not taken: {', '.join(found.others)}; choose another by --key")
+        print(f"  not used: {', '.join(found.others)}; select another with --key")
     print(f"wrote {out}")
     if as_json:
         about = {"path": str(out), "tensors": len(found.tensors), "numbers": count, "key": found.key}

@@ -46,7 +46,7 @@ def render(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequence[Row]
         ("steps", "Every step of every path", (steps,)),
         *judged_sections(study),
         ("method", "Methods", (METHODS,)),
-        ("again", "To make it again", ([("", study.command), ("", json.dumps(study.plan, indent=2))],)),
+        ("again", "Reproduce this report", ([("", study.command), ("", json.dumps(study.plan, indent=2))],)),
     ]
     title, subject = f"{study.name}: linear classifiers", f"Linear classifiers on {study.plan.get('data')}"
     return document(study, title, subject, Opening(told, pictures[:2]), sections)

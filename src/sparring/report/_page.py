@@ -72,12 +72,12 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row], told: Verdic
         ("comparisons", "Theory, speed and transfer", (drawn.comparisons, tables.tightness(findings))),
         ("shipped", "As shipped", tables.shipped(findings)),
         ("layers", "Layer by layer", (drawn.layers, first_layers(findings))),
-        ("gallery", "What the attacks did", (galleries(findings),)),
+        ("gallery", "Examples of attacks", (galleries(findings),)),
         ("ledger", "Ledger of claims", (tables.ledger_table(ledger),)),
         *judged_sections(study, findings.doubts),
         ("networks", "Every network", (tables.networks(findings),)),
         ("method", "Methods and citation", (words.methods(findings), words.bibtex(findings))),
-        ("again", "To make it again", (parts,)),
+        ("again", "Reproduce this report", (parts,)),
     ]
     title = f"{study.name}: sparsity and adversarial robustness"
     best = [p.levels for m in words.told(findings)[:2] for p in (*drawn.weights, *drawn.activations) if p.measure == m]
@@ -91,7 +91,7 @@ def _key(findings: Findings, ledger: Sequence[Row]) -> tables.Table | None:
 
 
 def judged_sections(study: Study, doubts: Sequence[Doubt] = ()) -> list[Section]:
-    """Return the sections on how a study came about, which the pages of all kinds of study have."""
+    """Return the sections on looks, flags and cost, which all kinds of studies share."""
     head = study.looks.entries[-1]["sha256"] if study.looks.entries else "–"
     return [
         ("looks", "Looks at this study", (look_sentences(study), head, tables.looks(study))),
@@ -135,20 +135,20 @@ def _curves(findings: Findings, panels: Sequence[Panel], ledger: Sequence[Row]) 
 
 
 def _caption(panel: Panel, ledger: Sequence[Row]) -> str:
-    """Say what the ledger says of a figure's gains, what of a curve is not shown, and how many seeds there are."""
+    """Return a figure's caption: the ledger's verdict on a gain, what is omitted, and the number of seeds."""
     parts, first = [], panel.results[0]
     for result in panel.results if len(panel.results) <= 2 else panel.results[:1]:
         name = f"{result.method}: " if len(panel.results) > 1 else ""
         if told := gain_told(result, ledger):
             parts.append(f"{name}gain: {told}")
         if result.over_sparsified is not None:
-            parts.append(f"{name}judged alone, loses more than allowed from {result.words(result.over_sparsified)}")
+            parts.append(f"{name}loses more than allowed from {result.words(result.over_sparsified)} on (taken alone)")
         if result.left_out:
-            parts.append(f"{name}{', '.join(map(numbers.percent, result.left_out))} left out: not all seeds are there")
+            parts.append(f"{name}{', '.join(map(numbers.percent, result.left_out))} omitted because seeds are missing")
     if any(first.failed):
         share = sum(first.failed) / len(first.failed)
-        parts.append(f"the attack failed on {100 * share:.2g}% of images, which count as the largest distance found")
-    seeds = "1 seed, so intervals cover the images only" if len(first.seeds) == 1 else f"{len(first.seeds)} seeds"
+        parts.append(f"the attack failed on {100 * share:.2g}% of images, which count with the largest distance found")
+    seeds = "1 seed (intervals cover images only)" if len(first.seeds) == 1 else f"{len(first.seeds)} seeds"
     return "; ".join([*parts, f"{seeds}, {first.images:,} images"]) + "."
 
 
@@ -162,7 +162,7 @@ def _json(table: Mapping[str, object]) -> str:
 
 
 def galleries(findings: Findings) -> list[tuple[str, list[tuple[str, list[Shot]]]]]:
-    """Return what each main attack did to the first images of the networks shown: headings, captions and images."""
+    """Return the first attacked images of the networks shown, for each main attack: headings, captions and images."""
     attacks = dict.fromkeys((m.label, m.norm, m.eps) for m in findings.main if m.role in ("budget", "distance"))
     found = []
     for attack, norm, eps in attacks:

@@ -1,4 +1,4 @@
-"""Say what was found, in sentences that a busy engineer understands and a reviewer cannot fault. Plain text."""
+"""Write the findings of a study as plain-text sentences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .analysis._looks import look_sentences
 from .analysis._metrics import NORMS, Measure, pretty, pretty_eps
 from .analysis._records import Study
 
-ONE_SEED = "One seed: the intervals cover the choice of images only, so no gain, loss or sweet spot is claimed."
+ONE_SEED = "With one seed the intervals cover the choice of images only, so no gain, loss or sweet spot is claimed."
 
 
 def subject(findings: Findings) -> str:
@@ -56,12 +56,12 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> Verdict:
     """Return the verdict: what happened, what to ship, what the ledger decides, and what a sceptic asks."""
     if findings.method is None or not any(findings.result(m) for m in findings.main):
         return Verdict(
-            f"{subject(findings)}: there is no sparse network yet that can be compared with its dense control."
+            f"{subject(findings)}: no sparse network can be compared with its dense control yet."
         )
     several = findings.seeds > 1
     found = [_happened(findings), _doubted(findings), _weak(findings), missing(findings.study)]
     others = ", ".join(m for m in findings.study.methods if m != findings.method)
-    also = f"All this is about the method “{findings.method}”; also studied: {others}." if others else ""
+    also = f"This summary is about the method “{findings.method}”; the study also has: {others}." if others else ""
     more = [_few(ledger), _alone(findings) if several else "", also, *look_sentences(findings.study)]
     ship = _ship(findings) if several else f"{ONE_SEED} {_at(findings)}"
     told = " ".join(filter(None, found))
@@ -84,9 +84,9 @@ def _happened(findings: Findings) -> str:
     over += numbers.of_all(findings.study, findings.method or "", (lowest, highest))
     return (
         f"As {subject(findings)} gets sparser (method “{findings.method}”, {over}), "
-        f"{'; '.join(f'{_named(r.measure)} {_trend(r)}' for r in found)}. Changes are from the dense control, with 95% "
-        f"intervals {'that hold at all sparsities together' if findings.seeds > 1 else 'over images only'}, "
-        f"{seeds_phrase(findings.seeds)}."
+        f"{'; '.join(f'{_named(r.measure)} {_trend(r)}' for r in found)}. Changes are relative to the dense control, "
+        f"over {seeds_phrase(findings.seeds)}; the 95% intervals "
+        f"{'hold at all sparsities together' if findings.seeds > 1 else 'cover images only'}."
     )
 
 
@@ -117,7 +117,7 @@ def _trend(result: Result) -> str:
             parts.append(f"{verb} {told}")
     up = max(gains, key=lambda e: abs(e.estimate)).estimate > 0
     lost = max(result.failed, default=0.0)
-    doubt = f", though searches failed on up to {100 * lost:.2g}% of images" if lost > MANY_FAILED else ""
+    doubt = f", although the search failed on up to {100 * lost:.2g}% of images" if lost > MANY_FAILED else ""
     return (" and ".join(parts) or f"is not shown to change ({most(1 if up else -1)})") + doubt
 
 
@@ -135,7 +135,7 @@ def _at(findings: Findings) -> str:
     if sparsity is None:
         return ""
     ratio = size_ratio(findings, sparsity)
-    parts = [] if ratio is None else [f"{ratio:.1f}× smaller" if ratio >= 1.05 else "no smaller on disk"]
+    parts = [] if ratio is None else [f"{ratio:.1f}× smaller" if ratio >= 1.05 else "not smaller on disk"]
     for measure in told(findings, fgsm=True):
         found = findings.result(measure)
         if found and (one := found.gain(sparsity)):
@@ -174,22 +174,22 @@ def _ship(findings: Findings) -> str:
     allowed = ", ".join(f"{m.phrase} {_margin(m, d)}" for m, d in findings.margins.items())
     if findings.unwatched:
         unwatched = numbers.listed(m.phrase for m in findings.unwatched)
-        allowed += f"; not watched, as searches failed or the control's mean is zero: {unwatched}"
+        allowed += f"; not checked, because searches failed or the control's mean is zero: {unwatched}"
     limit = next((m for m in findings.margins if m.slug == spot.limit), None)
-    ends = f"{limit.phrase} ends it" if limit else ""
+    ends = f"{limit.phrase} is the limit" if limit else ""
     more = (
         ""
         if spot.at_most is None or spot.at_most == spot.sparsity
         else f"the data do not rule out {_share(findings, spot.at_most)}"
     )
-    then = "; ".join(filter(None, [ends, more])) or "nothing tested goes beyond it"
+    then = "; ".join(filter(None, [ends, more])) or "no higher sparsity was tested"
     if spot.at_most is None:
-        first = f"Ship none of these: already the lowest sparsity loses more than allowed ({ends})"
+        first = f"Ship none of these: even the lowest sparsity loses more than allowed ({ends})"
     elif spot.sparsity is None:
-        first = f"No sparsity is shown to keep within the allowed losses: {then}"
+        first = f"No sparsity is shown to stay within the allowed losses: {then}"
     else:
         name = f"{_share(findings, spot.sparsity)} sparsity, the sweet spot"
-        first = f"Ship {name}: the highest up to which no loss exceeds its allowance ({then})"
+        first = f"Ship {name}: up to it, all losses stay within their allowances ({then})"
     wide = wider(findings)
     double = f" Twice these losses would allow {_share(findings, wide)}." if wide and wide != spot.sparsity else ""
     return f"{first}. {_at(findings)} Allowed losses: {allowed}.{double}"
@@ -211,8 +211,8 @@ def _weak(findings: Findings) -> str:
     if findings.first("worst") or findings.first("budget", "pgd", "apgd"):
         return ""
     if findings.first("budget", "fgsm"):
-        return "No attack stronger than FGSM was run: a gain under FGSM alone is no robustness."
-    return "No budget attack was run: nothing is said of robustness within a budget."
+        return "No attack stronger than FGSM was run; a gain under FGSM alone is not evidence of robustness."
+    return "No attack with a budget was run, so the study does not measure robust accuracy."
 
 
 def _few(ledger: Sequence[Row]) -> str:
@@ -227,8 +227,8 @@ def _few(ledger: Sequence[Row]) -> str:
         least = minimum_detectable_effect(with_seeds(one, seeds), alpha=0.05 / len(primary))
         told.append(f"{numbers.amount(least, 'points') if least <= MOST_POINTS else 'none'} with {seeds}")
     return (
-        f"So few seeds can show large gains only: four studies of five would reproduce “{gains[-1].claim.text}” if the "
-        f"true gain were {numbers.listed(told)} seeds, each study looked at once and its networks varying as these do."
+        f"With so few seeds only large gains can be shown. Four of five such studies, each looked at once, would "
+        f"reproduce “{gains[-1].claim.text}” if the true gain were {numbers.listed(told)} seeds."
     )
 
 
@@ -244,30 +244,30 @@ def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
     for row in primary:
         if row.effect is None:
             missed[row.why].append(row.claim.text)
-    yield from (f"Not measured, as {why}: {'; '.join(texts)}." for why, texts in missed.items())
+    yield from (f"Not measured ({why}): {'; '.join(texts)}." for why, texts in missed.items())
 
 
 def _alone(findings: Findings) -> str:
     """Say what single curves show, corrected for their own sparsities only."""
     found = [r for m in findings.main if m.role != "distance-correct" and (r := findings.result(m))]
     over = [(r, r.over_sparsified) for r in found if r.over_sparsified is not None and r.measure.role != "accuracy"]
-    lost = ", ".join(f"{r.measure.phrase} from {_share(findings, s)}" for r, s in over)
+    lost = ", ".join(f"{r.measure.phrase} from {_share(findings, s)} on" for r, s in over)
     unseen = [r for r in found if not any(r.gains.gains()) and not any(r.gains.losses())]
-    parts = [f"{lost or 'nothing'} is shown to lose more than allowed and to stay there"]
+    parts = [f"losses above the allowance are shown for {lost}" if lost else "no loss is shown to exceed its allowance"]
     if unseen:
-        parts.append(f"no change is seen in {', '.join(f'{r.measure.phrase} ({_least(r)})' for r in unseen)}")
-    return f"Each curve on its own, which is no verdict: {'; '.join(parts)}."
+        parts.append(f"no change is shown for {', '.join(f'{r.measure.phrase} ({_least(r)})' for r in unseen)}")
+    return f"Each curve taken alone (not a verdict): {'; '.join(parts)}."
 
 
 def _least(result: Result) -> str:
     alpha = 0.05 / (len(result.sparsities) + result.gains.dropped)
     least = max(minimum_detectable_effect(e, alpha=alpha) for e in result.gains.effects)
     told = numbers.detectable(result.measure, result.control, least)
-    return f"would have seen {told}" + (", however large" if told == "none" else "")
+    return "no effect of any size could have been detected" if told == "none" else f"detectable: {told}"
 
 
 def _doubted(findings: Findings) -> str:
-    """Warn of attacks that another attack contradicts: their numbers are too good to be true."""
+    """Warn of attacks that another attack contradicts."""
     if not findings.doubts:
         return ""
     where: dict[str, set[float]] = defaultdict(set)
@@ -277,16 +277,15 @@ def _doubted(findings: Findings) -> str:
     attacks = numbers.listed(f"{attack} at {numbers.span(sorted(found), grid)}" for attack, found in where.items())
     networks = len({doubt.who for doubt in findings.doubts})
     count = "one network" if networks == 1 else f"{networks} networks"
-    better = "where another attack does better (see Flags)"
-    return f"Not to be believed as it stands: {attacks} sparsity, on {count}, {better}."
+    return f"Unreliable: {attacks} sparsity, on {count}; another attack contradicts these results (see Flags)."
 
 
 def missing(study: Study) -> str:
-    """Say what is not there of a study, where something is not."""
+    """Say which tasks of a study are missing or failed, if any."""
     failed = sum(r.error is not None for r in study.records.values())
-    parts = [f"{len(study.missing)} tasks have no record yet"] if study.missing else []
+    parts = [f"{len(study.missing)} tasks have not finished"] if study.missing else []
     parts += [f"{failed} tasks failed"] if failed else []
-    return f"Incomplete: {' and '.join(parts)}; the figures show what there is." if parts else ""
+    return f"Incomplete: {' and '.join(parts)}; the figures show the available results." if parts else ""
 
 
 def methods(findings: Findings) -> str:
@@ -294,25 +293,25 @@ def methods(findings: Findings) -> str:
     seeds = numbers.seeds(findings.seeds)
     return (
         f"We trained {subject(findings)} with {seeds} and compared each pruned network with a dense control: the same "
-        f"network fine-tuned for exactly as many further steps with the same recipe, unpruned. {_recipe(findings)}"
-        f"{_attacks(findings)}Robust accuracy is the share of images classified correctly before and after the "
-        f"attack; r_2 is the mean ℓ2 norm of DeepFool's perturbation, misclassified images counting 0, and is shown "
-        f"beside the mean over correctly classified images. Images on which a minimum-norm attack failed count as the "
-        f"largest distance found by any attack in that norm. "
-        f"Differences are paired by seed and by image. Their standard error is that of the crossed bootstrap (one draw "
-        f"of images for all seeds) in closed form; intervals are 95%, with Student's quantiles and Satterthwaite's "
-        f"degrees of freedom, and p-values have one degree of freedom less than there are seeds. Distances are "
-        f"compared by the logarithm of the ratio of means. Across the sparsities of a curve p-values "
-        f"are corrected by Holm's method. A peak is named only where the ledger reproduces a gain, as the set of "
+        f"network, fine-tuned without pruning for the same number of steps with the same recipe. {_recipe(findings)}"
+        f"{_attacks(findings)}Robust accuracy is the fraction of images that are classified correctly before and after "
+        f"the attack. r_2 is the mean ℓ2 norm of DeepFool's perturbation, with 0 for misclassified images; it is "
+        f"reported next to the mean over correctly classified images. Images on which a minimum-norm attack failed "
+        f"count with the largest distance that any attack found in that norm. "
+        f"Differences are paired by seed and by image. Their standard error is the closed form of the crossed "
+        f"bootstrap, which draws the same images for all seeds. The 95% intervals use Student's quantiles and "
+        f"Satterthwaite's degrees of freedom; p-values use one degree of freedom less than the number of seeds. "
+        f"Distances are compared by the logarithm of the ratio of means. The p-values of a curve's sparsities are "
+        f"corrected by Holm's method. A peak is reported only if the ledger reproduces a gain; it is the set of "
         f"sparsities that are not significantly worse than the best (joint bootstrap draws). A metric is "
-        f"over-sparsified from the first sparsity at which it is shown to lose more than its margin and stays so. "
-        f"The sweet spot is the highest sparsity up to which every watched metric's lower bound stays above its "
-        f"allowance."
+        f"over-sparsified from the first sparsity at which it is shown to lose more than its margin, if this holds "
+        f"at all higher sparsities. The sweet spot is the highest sparsity up to which the lower bound of every "
+        f"watched metric stays within its allowance."
     )
 
 
 def _recipe(findings: Findings) -> str:
-    """Say how networks were trained, under attack or not; nothing if the plan does not say, or has no networks."""
+    """Say how networks were trained; empty if the plan does not say, or has no networks."""
     plan = findings.study.plan
     recipe, finetune, training, model = (plan.get(name) for name in ("recipe", "finetune", "training", "model"))
     if not (findings.collected and isinstance(training, dict)):
@@ -324,8 +323,8 @@ def _recipe(findings: Findings) -> str:
     if name is None:
         return f"{said}. "
     norm, eps, steps, ramp = (training.get(key) for key in ("norm", "eps", "steps", "ramp"))
-    grown = f"; ε grew to its value over a share of {ramp} of the dense network's training"
-    said += f", under attack: {name}, {NORMS.get(str(norm), norm)}, ε = {eps}, {steps} steps"
+    grown = f"; ε grew to its value over a fraction of {ramp} of the dense network's training"
+    said += f", with {name} ({NORMS.get(str(norm), norm)}, ε = {eps}, {steps} steps)"
     return f"{said}{'' if ramp is None or given else grown}. "
 
 
@@ -334,17 +333,17 @@ def _epochs(recipe: object) -> str:
     epochs, optimizer, lr, decay, batch = (
         told.get(name, "?") for name in ("epochs", "optimizer", "lr", "weight_decay", "batch_size")
     )
-    return f"{epochs} epochs ({optimizer}, learning rate {lr}, weight decay {decay}, batches of {batch})"
+    return f"{epochs} epochs ({optimizer}, learning rate {lr}, weight decay {decay}, batch size {batch})"
 
 
 def _attacks(findings: Findings) -> str:
-    """Say which attacks met how many test images."""
+    """Say which attacks ran on how many test images."""
     met: dict[int, list[str]] = {}
     for measure, held in findings.collected.items():
         if measure.role in ("budget", "distance") and measure.split == "test" and measure.name != "smallest" and held:
             met.setdefault(max(len(one.images) for one in held.values()), []).append(measure.short)
-    parts = [f"{count:,} test images by {', '.join(dict.fromkeys(met[count]))}" for count in sorted(met, reverse=True)]
-    return f"Each network was attacked on {'; on '.join(parts)}. " if parts else ""
+    parts = [f"{count:,} by {', '.join(dict.fromkeys(met[count]))}" for count in sorted(met, reverse=True)]
+    return f"Number of test images that were attacked per network: {'; '.join(parts)}. " if parts else ""
 
 
 def bibtex(findings: Findings) -> str:

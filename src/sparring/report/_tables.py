@@ -104,7 +104,7 @@ def around(findings: Findings, at_most: int = 8) -> Table | None:
     rows: list[list[str | Cell]] = []
     for s in every[first : first + at_most]:
         ratio = words.size_ratio(findings, s)
-        kept = "exceeded" if spot.at_most is None or s > spot.at_most else "not ruled out"
+        kept = "exceeded" if spot.at_most is None or s > spot.at_most else "undecided"
         kept = "kept" if s <= (spot.sparsity or 0) else f"{kept}; kept if doubled" if s <= (wide or 0) else kept
         gains = [numbers.gain(r.measure, r.gains.at(s), r.control) for r in results]
         name = numbers.sparsity(findings.study, findings.method or "", s)
@@ -161,7 +161,7 @@ def networks(findings: Findings) -> Table:
     shown = [m for m in findings.collected if m.split == "test"]
     deployed = any(network.stage("deploy") for network in findings.study.networks)
     head = ["Method", "Sparsity", "Seed", "Of all parameters", "Bytes"]
-    head += ["Packed bytes", "ms an image", "in PyTorch", "Agreement"] if deployed else []
+    head += ["Packed bytes", "ms per image", "in PyTorch", "Agreement"] if deployed else []
     head += [m.short for m in shown]
     rows = []
     for network in findings.study.networks:
@@ -230,13 +230,14 @@ def shipped(findings: Findings) -> tuple[str, Table] | tuple[()]:
         return ()
     verdicts = [one.verdict for one in found]
     same, less = verdicts.count("equal") + verdicts.count("equivalent"), verdicts.count("less")
-    told = f"{same} of {len(verdicts)} kinds of artefact are as robust as the networks that were studied"
+    told = f"{same} of {len(verdicts)} kinds of artefact are as robust as the networks they were exported from"
     if open_ := verdicts.count("undecided"):
-        told += f", {open_} {'is' if open_ == 1 else 'are'} undecided, which more images or seeds would end"
-    head = ["Method", "Sparsity", "Values", "Seeds × images", "Accuracy", "Agreement", "Attack", "Standing"]
+        told += f"; {open_} {'is' if open_ == 1 else 'are'} undecided and would need more images or seeds"
+    head = ["Method", "Sparsity", "Values", "Seeds × images", "Accuracy", "Agreement", "Attack", "Robust accuracy"]
     head += ["Difference, points [95%]", "HopSkipJump", "Certified radius", "As shipped"]
     rows = [_artefact(one, numbers.sparsity(findings.study, one.method, one.sparsity)) for one in found]
-    return f"{told}; {less or 'none'} significantly less robust.", Table(head, rows, text=3)
+    worse = f"{less or 'none'} {'are' if less > 1 else 'is'} significantly less robust"
+    return f"{told}; {worse}.", Table(head, rows, text=3)
 
 
 def _artefact(kind: Shipped, sparsity: str) -> list[str]:
@@ -291,7 +292,7 @@ def cost(study: Study) -> Table:
         for name, seconds in sorted(spent.items(), key=lambda item: -item[1])
     ]
     rows.append(["all", f"{len(study.records):,}", f"{sum(spent.values()):,.1f}", "–", "–"])
-    return Table(["Stage", "Tasks", "Seconds of one core", "Forwards an image", "Backwards an image"], rows)
+    return Table(["Stage", "Tasks", "Core seconds", "Forward passes per image", "Backward passes per image"], rows)
 
 
 def _passes(records: Sequence[Record]) -> list[str]:
@@ -320,18 +321,18 @@ def flags(study: Study, found: Sequence[Doubt] = ()) -> Table:
         place = f"{method} {numbers.percent(sparsity)} seed {seed} ({stage})"
         seen[name, re.sub(r"[0-9.]+", "#", detail)].append((detail, place))
     if study.missing:
-        seen["missing", ""] = [("tasks of the plan without a record", f"{len(study.missing)} tasks")]
+        seen["missing", ""] = [("tasks of the plan that have no record", f"{len(study.missing)} tasks")]
     rows = []
     for (name, _), told in seen.items():
         details, places = (list(dict.fromkeys(column)) for column in zip(*told, strict=True))
-        alike = f" (and {len(details) - 1} alike)" if len(details) > 1 else ""
+        alike = f" (and {len(details) - 1} similar)" if len(details) > 1 else ""
         rest = f" and {len(places) - 4} more" if len(places) > 4 else ""
         rows.append([name, details[0] + alike, ", ".join(places[:4]) + rest])
-    return Table(["Flag", "What it says", "Where"], rows, text=3)
+    return Table(["Flag", "Detail", "Where"], rows, text=3)
 
 
 def looks(study: Study) -> Table:
-    """Return the looks at a study, one a row."""
+    """Return a table with one row per look at a study."""
     rows = []
     for entry in study.looks.entries:
         grids = [f"{method} at {', '.join(map(numbers.percent, grid))}" for method, grid in entry["sparsities"].items()]

@@ -153,7 +153,7 @@ class Row:
         e = self.question.effect
         few = self.verdict != "undecided" and e is not None and e.indicative
         doubt = self.verdict == "undecided" and self.question.doubt
-        return self.verdict + (", indicative" if few else ": attack in doubt" if doubt else "")
+        return self.verdict + (", indicative" if few else ", attack unreliable" if doubt else "")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row flat, for JSON: all that `reread` needs; p-values named "alone" are before any correction."""
@@ -316,7 +316,7 @@ def _row(q: Question, one: Decision, study: str) -> Row:
         why = f"{why}; {_takes(q, q.effect, one.level)}"
     if q.effect is not None and q.effect.indicative:
         why = f"indicative ({q.effect.seeds} seed{'s' if q.effect.seeds > 1 else ''}): {why}"
-    why += f" (not known: {q.unknown})" if q.unknown and q.effect is not None else ""
+    why += f" (unknown: {q.unknown})" if q.unknown and q.effect is not None else ""
     p, small, against = (None if math.isnan(p) else p for p in (one.p, one.p_small, one.p_against))
     return Row(q, one.verdict, p, small, against, study, why)
 
@@ -329,9 +329,9 @@ def _verdict(q: Question, p: float, p_small: float, p_against: float) -> tuple[V
     if e.seeds == 1:
         return "undecided", "one seed cannot decide"
     if q.doubt:
-        return "undecided", f"attack in doubt: {q.doubt}"
+        return "undecided", f"attack unreliable: {q.doubt}"
     if e.se == 0:
-        return "undecided", "the same change on every image of every seed, which says nothing of its error"
+        return "undecided", "the change is the same on every image of every seed, so its error cannot be estimated"
     side: Expects = "above" if e.estimate > 0 else "below"
     told = f"significantly {side} zero"
     what = f"within ±{_amount(q.claim.margin, q.claim)}, by two one-sided tests"
@@ -340,7 +340,7 @@ def _verdict(q: Question, p: float, p_small: float, p_against: float) -> tuple[V
     if p_small <= ALPHA and expects in ("none", "not above"):
         return "reproduced", what + (f", and {told}" if p <= ALPHA and expects == "not above" else "")
     if p <= ALPHA and side == expects:
-        return "reproduced", told + (", though smaller than matters" if p_small <= ALPHA else "")
+        return "reproduced", told + (", but too small to matter" if p_small <= ALPHA else "")
     if p_against <= ALPHA:
         return "opposite", told
     if p_small <= ALPHA:
@@ -353,17 +353,17 @@ def _verdict(q: Question, p: float, p_small: float, p_against: float) -> tuple[V
 def _takes(q: Question, e: Effect, alpha: float) -> str:
     """Say what a decision would take at the level that the claim has at first, 0 where none is left for it."""
     if alpha == 0:
-        return "not tested, as no primary claim is settled"
+        return "not tested, because no primary claim is settled"
     least = minimum_detectable_effect(e, alpha=alpha)
     if q.claim.log:
         least = change(least / 100)
-    told = f"would have seen an effect of {_amount(least, q.claim)}"
+    told = f"detectable: {_amount(least, q.claim)}"
     if (q.claim.unit == "points" and least > MOST_POINTS) or not math.isfinite(least):
-        told = "would have seen no effect, however large"
+        told = "no effect of any size could have been detected"
     if e.estimate == 0:
         return told
     needed = seeds_needed(e, alpha=alpha)
-    return f"{told}; this one needs " + (f"about {needed} seeds or more" if needed else "more than 10,000 seeds")
+    return f"{told}; this effect needs " + (f"about {needed} seeds or more" if needed else "more than 10,000 seeds")
 
 
 def _amount(number: float, claim: Claim) -> str:

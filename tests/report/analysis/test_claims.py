@@ -239,7 +239,7 @@ def test_a_flag_that_says_an_attack_missed_something_leaves_its_claims_undecided
     assert strong and not weak.question.doubt
     for row in strong:
         assert bool(row.question.doubt) == (flag != "shattered-gradients")
-        assert not row.question.doubt or (row.told == "undecided: attack in doubt" and f"{flag} (PGD)" in row.why)
+        assert not row.question.doubt or (row.told == "undecided, attack unreliable" and f"{flag} (PGD)" in row.why)
 
 
 def test_a_stronger_ensemble_on_one_seed_undoes_what_cheap_attacks_say(make_study):
@@ -256,7 +256,7 @@ def test_a_stronger_ensemble_on_one_seed_undoes_what_cheap_attacks_say(make_stud
     worst = Measure("worst", "test", norm="linf", eps=0.1)
     assert [m.name for m in parts(collected, worst)] == ["fgsm", "pgd"]
     whos = {("gradual", 0.9, 0), ("control", 0.0, 0)}
-    assert "standard leaves" in suspicion(study, collected, (), worst, whos)
+    assert "under standard is" in suspicion(study, collected, (), worst, whos)
     assert suspicion(study, collected, (), worst, {("gradual", 0.9, 1)}) == ""
     assert suspicion(study, collected, (), FGSM, whos) == ""
 

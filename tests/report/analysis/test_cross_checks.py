@@ -64,8 +64,8 @@ def test_an_attack_that_another_one_contradicts_is_doubted(make_study, name, eps
     assert attack in {d.attack for d in mine}
     assert doubt in [row[0] for row in tables.flags(findings.study, findings.doubts).rows]
     said = report.verdict(out)
-    assert "Not to be believed as it stands: " in said and f"{pretty(attack)} at 90%" in said
-    assert "sparsity, on one network, where another" in said
+    assert "Unreliable: " in said and f"{pretty(attack)} at 90%" in said
+    assert "sparsity, on one network; another" in said
 
 
 def test_a_naive_attack_is_made_to_be_outdone(make_study):
@@ -81,7 +81,7 @@ def test_a_naive_attack_is_made_to_be_outdone(make_study):
 def test_attacks_that_agree_raise_no_doubt(study_folder):
     study = load(study_folder)
     assert doubts(study, find(study).collected) == []
-    assert "Not to be believed" not in report.verdict(study_folder)
+    assert "Unreliable" not in report.verdict(study_folder)
 
 
 def test_a_single_step_may_find_less_in_a_larger_budget_than_an_ensemble_in_a_smaller_one(make_study):

@@ -49,9 +49,9 @@ def told(tmp_path_factory, few_digits):
 
 def test_a_study_that_shrinks_and_grows_tells_its_history(told):
     first, shrunk, back, grown, again = told[1]
-    assert "First look: 2 seeds; p-values are multiplied by 1.25, the price of a first look" in first
-    assert "Second look: 2 seeds; " in shrunk and "p-values are multiplied by 10, the price of a second look" in shrunk
-    assert "records of tasks that are no longer in the plan; magnitude at 50%, 90% was dropped" in shrunk
+    assert "First look: 2 seeds; p-values are multiplied by 1.25." in first
+    assert "Second look: 2 seeds; " in shrunk and "p-values are multiplied by 10." in shrunk
+    assert "records belong to tasks that are no longer in the plan; magnitude at 50%, 90% was dropped" in shrunk
     assert "First look of 2 at this folder" in back and "multiplied by 1.25" in back
     assert "Third look: 2, 3 seeds; 1 of the looks had other sparsities; p-values are multiplied by 30" in grown
     assert again == grown, "the same plan and records are the same look"
@@ -138,7 +138,7 @@ def test_a_broken_history_is_refused_and_one_that_was_removed_is_told_of(told, t
         run(plan(seeds=3), out, dataset=few_digits, workers=0)
     path.unlink()
     verdict = report.publish(out)[1]
-    assert "a report was made here before the history began, so earlier looks are not known" in verdict
+    assert "a report was written before this history began, so earlier looks are unknown" in verdict
     assert report.publish(out)[1] == verdict
 
 
@@ -156,7 +156,7 @@ def test_a_registered_plan_is_told_and_so_is_what_changed_since(tmp_path, few_di
     run(plan(), out, dataset=few_digits, workers=0)
     assert register(plan(), out) == entry, "the same plan goes on"
     verdict = report.publish(out)[1]
-    assert f"registered before the first record, on {entry['time']} ({entry['plan'][:12]}), and is the same." in verdict
+    assert f"registered before the first record, on {entry['time']} ({entry['plan'][:12]}), and has not changed since." in verdict
     with pytest.raises(PlanError, match="holds records already"):
         register(plan(seeds=3), out)
     run(plan(seeds=3, sparsities=[0.8]), out, dataset=few_digits, workers=0)

@@ -93,7 +93,9 @@ def suspicion(study: Study, collected: Collected, found: Sequence[Doubt], measur
     if measure.role == "worst":
         missed = _missed(collected, measure, whos).items()
         told += [
-            f"{name} leaves {100 * by:.1f} points less than the cheaper attacks" for name, by in missed if by > NOTABLE
+            f"robust accuracy under {name} is {100 * by:.1f} points lower than under the cheaper attacks"
+            for name, by in missed
+            if by > NOTABLE
         ]
     return ", ".join(told)
 
@@ -145,8 +147,8 @@ def _against(weak: Held, strong: Held, pixels: int) -> Iterator[tuple[str, str]]
         if reach is not None and (extra := _beyond(weak[1], strong[1], reach)):
             yield (
                 "contradicted-distance",
-                f"on {extra} images the distance exceeds the {reach:.3g} ({NORMS[other.norm]}) within which "
-                f"{pretty(one.attack)} at {NORMS[one.norm]} ε = {pretty_eps(one.eps)} succeeds",
+                f"on {extra} images the distance found is above {reach:.3g} ({NORMS[other.norm]}), although "
+                f"{pretty(one.attack)} at {NORMS[one.norm]} ε = {pretty_eps(one.eps)} succeeds within it",
             )
 
 
@@ -156,14 +158,14 @@ def _between_budgets(weak: Held, strong: Held) -> Iterator[tuple[str, str]]:
     near, far = pretty_eps(smaller), pretty_eps(larger)
     at = f"at {NORMS[one.norm]} ε = {near}"
     if smaller == larger and lower < upper and (extra := _extra(weak, strong)):
-        yield "weaker-wins", f"{pretty(one.attack)} fools {extra} images more {at}"
+        yield "weaker-wins", f"{pretty(one.attack)} fools {extra} more images {at}"
     elif smaller == larger and lower > upper >= GATHERED and (extra := _extra(weak, strong, notable=FAR)):
-        told = f"{pretty(one.attack)} fools {extra} images more {at}"
-        yield "outdone", f"{told}; where it was not run, as many may be missing"
+        told = f"{pretty(one.attack)} fools {extra} more images {at}"
+        yield "outdone", f"{told}; networks on which it did not run may be overestimated by as many"
     elif smaller < larger and one.attack == other.attack and (extra := _extra(weak, strong)):
-        yield "weaker-wins", f"ε = {far} fools {extra} images fewer than ε = {near}"
+        yield "weaker-wins", f"ε = {far} fools {extra} fewer images than ε = {near}"
     elif smaller < larger and upper >= ITERATED and one.attack != other.attack and (extra := _extra(weak, strong)):
-        yield "weaker-wins", f"{pretty(one.attack)} {at} fools {extra} images more than this at ε = {far}"
+        yield "weaker-wins", f"{pretty(one.attack)} {at} fools {extra} more images than this attack at ε = {far}"
 
 
 def _extra(weak: Held, strong: Held, *, notable: float = NOTABLE) -> int:

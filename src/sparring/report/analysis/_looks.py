@@ -142,7 +142,7 @@ def _way(record: Record) -> str:
 
 
 def look_sentences(study: Study) -> list[str]:
-    """Say at which look the study stands, what that costs, and whether the plan was registered."""
+    """Return sentences on the number of looks, their correction, and the registration of the plan."""
     return [text for text in (_look(study), _registered(study)) if text]
 
 
@@ -159,12 +159,12 @@ def _look(study: Study) -> str:
     if others:
         told.append(f"{len(others)} of the looks had other sparsities")
     if looks.orphans:
-        told.append(f"{looks.orphans:,} records of tasks that are no longer in the plan")
+        told.append(f"{looks.orphans:,} records belong to tasks that are no longer in the plan")
     for method, gone in looks.dropped.items():
-        told.append(f"{method} at {', '.join(map(numbers.percent, gone))} was dropped and still counts among the tests")
+        told.append(f"{method} at {', '.join(map(numbers.percent, gone))} was dropped but still counts as tested")
     if looks.unknown:
-        told.append("a report was made here before the history began, so earlier looks are not known")
-    told.append(f"p-values are multiplied by {looks.price:g}, the price of a {_ordinal(looks.number).lower()}")
+        told.append("a report was written before this history began, so earlier looks are unknown")
+    told.append(f"p-values are multiplied by {looks.price:g}")
     return "; ".join(told) + "."
 
 
@@ -179,4 +179,4 @@ def _registered(study: Study) -> str:
     table, plan = entry["table"], study.plan  # what a later version of the plan added does not count
     changed = [name for name in table if name in plan and name not in DISPLAY and table[name] != plan[name]]
     when = f"The plan was registered before the first record, on {entry['time']} ({entry['plan'][:12]})"
-    return f"{when}, and changed since: {', '.join(changed)}." if changed else f"{when}, and is the same."
+    return f"{when}, and has changed since: {', '.join(changed)}." if changed else f"{when}, and has not changed since."
