@@ -109,7 +109,9 @@ def test_distances_whose_searches_failed_decide_nothing_and_are_not_watched(make
     found, rows, told = judged(make_study(seeds=5, images=60, sparsities=(0.5, 0.9), change=searches_fail(sparse)))
     about = [row for row in rows if "r_2" in row.claim.text and row.effect is not None]
     assert about and {row.told for row in about} == {"undecided, attack unreliable"}
-    assert R_2 in found.unwatched and "; not checked, because searches failed or the control's mean is zero: r_2" in told
+    assert (
+        R_2 in found.unwatched and "; not checked, because searches failed or the control's mean is zero: r_2" in told
+    )
 
 
 @pytest.mark.parametrize(

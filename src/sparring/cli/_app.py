@@ -189,9 +189,9 @@ class StudySource:
 class StudyOptions:
     """Options of a study's execution; none of them changes a record."""
 
-    workers: Annotated[int | None, Option(help="Number of parallel tasks [default: one per core].", min=0, max=1024)] = (
-        None
-    )
+    workers: Annotated[
+        int | None, Option(help="Number of parallel tasks [default: one per core].", min=0, max=1024)
+    ] = None
     register: Annotated[
         bool, Option("--register", help="Register the plan's hash before the first record is written.")
     ] = False
@@ -333,12 +333,12 @@ class AttackOptions:
     norm: Annotated[str, Option(help="Norm: linf, l2 or l1.")] = "linf"
     eps: Budgets = "0.1"
     images: Images = 1000
-    checks: Annotated[
-        int, Option(help="Number of images used by the reliability checks; 0 disables them.", min=0)
-    ] = 128
-    batch_size: Annotated[
-        int | None, Option(help="Batch size [default: what memory allows].", min=1, max=100_000)
-    ] = None
+    checks: Annotated[int, Option(help="Number of images used by the reliability checks; 0 disables them.", min=0)] = (
+        128
+    )
+    batch_size: Annotated[int | None, Option(help="Batch size [default: what memory allows].", min=1, max=100_000)] = (
+        None
+    )
     seed: Annotated[int, Option(help="Seed of random starts.", min=0, max=2**32 - 1)] = 0
     threads: Threads = None
 
@@ -453,9 +453,9 @@ class PickOptions:
     max_latency: Annotated[float | None, Option(help="Largest latency of one image, in milliseconds.")] = None
     max_accuracy_drop: Annotated[float, Option(help="Largest drop in validation accuracy, in points.")] = 0.5
     values: Values = "fp32"
-    model: Annotated[
-        str | None, Option(help="The package.module:factory to run, for a study of your own network.")
-    ] = None
+    model: Annotated[str | None, Option(help="The package.module:factory to run, for a study of your own network.")] = (
+        None
+    )
 
 
 @command

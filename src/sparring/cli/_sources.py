@@ -203,9 +203,7 @@ def _say_what_is_assumed(source: ModelSource, model: nn.Module, blueprint: Bluep
 def say_fresh(name: str, weights: str | None = None) -> None:
     """Warn where training begins from scratch with a network that its name may suggest is trained."""
     if is_hub_name(name) and weights is None:
-        print(
-            f"warning: '{name}' starts from random weights, not from its library's trained ones", file=sys.stderr
-        )
+        print(f"warning: '{name}' starts from random weights, not from its library's trained ones", file=sys.stderr)
 
 
 def file_of(source: ModelSource) -> Path | None:

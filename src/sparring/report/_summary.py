@@ -55,9 +55,7 @@ class Verdict:
 def headline(findings: Findings, ledger: Sequence[Row]) -> Verdict:
     """Return the verdict: what happened, what to ship, what the ledger decides, and what a sceptic asks."""
     if findings.method is None or not any(findings.result(m) for m in findings.main):
-        return Verdict(
-            f"{subject(findings)}: no sparse network can be compared with its dense control yet."
-        )
+        return Verdict(f"{subject(findings)}: no sparse network can be compared with its dense control yet.")
     several = findings.seeds > 1
     found = [_happened(findings), _doubted(findings), _weak(findings), missing(findings.study)]
     others = ", ".join(m for m in findings.study.methods if m != findings.method)

@@ -156,7 +156,10 @@ def test_a_registered_plan_is_told_and_so_is_what_changed_since(tmp_path, few_di
     run(plan(), out, dataset=few_digits, workers=0)
     assert register(plan(), out) == entry, "the same plan goes on"
     verdict = report.publish(out)[1]
-    assert f"registered before the first record, on {entry['time']} ({entry['plan'][:12]}), and has not changed since." in verdict
+    assert (
+        f"registered before the first record, on {entry['time']} ({entry['plan'][:12]}), and has not changed since."
+        in verdict
+    )
     with pytest.raises(PlanError, match="holds records already"):
         register(plan(seeds=3), out)
     run(plan(seeds=3, sparsities=[0.8]), out, dataset=few_digits, workers=0)
