@@ -54,25 +54,6 @@ def test_a_report_without_decisions(sparse_model):
     assert blind.robust_decision is None and blind.change.estimate == 0
 
 
-@pytest.mark.parametrize("name", ["lenet-5", "resnet-32"])
-def test_onnx_gives_the_same_logits(tmp_path, sparse_model, name):
-    model = sparse_model(name, 0.2, width=0.5)
-    shape = SHAPE if name == "lenet-5" else (3, 32, 32)
-    x = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
-    assert deploy.onnx_error(deploy.to_onnx(model, tmp_path / "net.onnx", shape=shape), model, x) <= 1e-4
-    other = sparse_model(name, 0.2, width=0.5, seed=1)
-    assert deploy.onnx_error(tmp_path / "net.onnx", other, x) > 1e-4
-
-
-def test_removed_channels_make_a_smaller_onnx_graph(tmp_path, sparse_model):
-    model = sparse_model("lenet-5", 1.0)
-    whole = deploy.to_onnx(model, tmp_path / "whole.onnx", shape=SHAPE).stat().st_size
-    with torch.no_grad():
-        model[3].weight[:, ::2] = 0  # every second channel of the first convolution is unread
-        model[6].weight[:, : 25 * 16] = 0  # half the channels of the second are
-    assert deploy.to_onnx(model, tmp_path / "small.onnx", shape=SHAPE).stat().st_size < 0.6 * whole
-
-
 ENGINES = ("packed", "torch", "onnxruntime", "onnxruntime int8", "openvino")
 
 

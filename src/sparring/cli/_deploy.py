@@ -115,6 +115,8 @@ def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> float | None:
         )
     else:
         print(f"checked in ONNX Runtime on {len(x)} images: logits agree to {error:.1e} of the largest")
+    if not deploy.takes_any_number(path):
+        print("it takes one image at a time: forward() turns the number of images into a Python number")
     return error
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ._artefact import write_program
 from ._equivalent import Equivalent
-from ._onnx import onnx_error, to_onnx
+from ._onnx import onnx_error, takes_any_number, to_onnx
 from ._program import Program
 from ._runtime import Packed, export, load, pack
 from ._ship import Shipped, ship_report
@@ -39,6 +39,7 @@ __all__ = [
     "peak_flops",
     "products",
     "ship_report",
+    "takes_any_number",
     "to_onnx",
     "what_to_ship",
     "write_program",

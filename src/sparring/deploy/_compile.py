@@ -58,7 +58,7 @@ def compile_model(
     return Program(shape, steps, class_names, provenance or {})
 
 
-_WAY = "build it of operations whose results are floats, or ship it by torch.onnx"
+_WAY = "build it of operations whose results are floats, or export it as ONNX (a file that ends in .onnx)"
 _MOST_SPELLED = 2  # times as many nodes, up to which sparse kernels for all are worth it
 
 

@@ -1,8 +1,8 @@
-"""The packed program as an ONNX graph: for engines that gain nothing from zeros, but from removed channels."""
+"""Networks as ONNX files, written by torch's exporter, for engines that gain nothing from zeros."""
 
 from __future__ import annotations
 
-import math
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,149 +10,115 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import Unsupported, UserError
+from .. import graph
+from ..errors import Unsupported, UserError, told
 from ..files import write_atomic
 from ..modes import eval_mode
-from ..outputs import opened
+from ..outputs import logits_of, opened
 from ._compile import compile_model
-from ._program import Add, Flatten, Floats, Op, PackedActivation, Pool, Program, ReLU, Scale, Shape, Snap, Sparse
+from ._equivalent import Equivalent
+from ._program import Floats
 
-_OPSET = 21  # the newest in which ONNX Runtime quantises
+_FOLDED = 1 << 40  # bytes of a constant that is computed here and not in the file: any
 
 
 def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...], images: Tensor | None = None) -> Path:
-    """Write a classifier for images of `shape` as ONNX: normalisation folded, dead units and channels gone.
+    """Write a classifier for images of `shape` as ONNX, by torch.onnx: masks and normalisation folded.
 
-    Input "images" (N, *shape) float32 in [0, 1], output "logits" (N, classes), N free. Raise UserError if the package
-    onnx is missing, Unsupported for networks without a packed form. images: as in `export`.
+    Input "images" (N, *shape) float32 in [0, 1], output "logits" (N, classes). N is free, or 1 where torch can export
+    the network for a given number of images only. Units that nothing reads and constant channels are gone where sparse
+    kernels serve the whole network. images: as in `export`. Raise UserError if the package onnxscript is missing,
+    Unsupported for what torch.onnx.export does not take.
     """
-    return program_to_onnx(compile_model(model, shape, images=images), path)
-
-
-def program_to_onnx(program: Program, path: Path | str) -> Path:
-    """Write a program as ONNX; as `to_onnx`."""
-    if not program.whole:
-        raise Unsupported("parts of this network run in torch, and have no packed form in ONNX")
     try:
-        import onnx
-        from onnx import TensorProto, helper
+        import onnxscript
     except ImportError as error:
-        raise UserError("ONNX export needs the package onnx; install sparring[onnx]") from error
-    graph = _Graph(helper)
-    shapes = program.shapes
-    names = ["images"]
-    for number, step in enumerate(program.steps):
-        last = number == len(program.steps) - 1
-        name = "logits" if last else f"value{number + 1}"
-        graph.add(step.op, [names[i] for i in step.inputs], name, shapes[step.inputs[0]])
-        names.append(name)
-    made = helper.make_graph(
-        graph.nodes,
-        "sparring",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", *program.shape])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", program.classes])],
-        graph.constants,
-    )
-    opset = [helper.make_opsetid("", min(_OPSET, onnx.defs.onnx_opset_version()))]
-    model = helper.make_model(made, opset_imports=opset, producer_name="sparring")
-    model.ir_version = helper.find_min_ir_version_for(opset)  # so that older runtimes open the file if they can
-    onnx.checker.check_model(model, full_check=True)
-    return write_atomic(path, model.SerializeToString())
+        raise UserError("ONNX export needs the package onnxscript; install sparring[onnx]") from error
+    first = next(model.parameters(), torch.zeros(()))
+    network, example = _slim(model, shape, images), torch.rand(2, *shape, device=first.device)
+    with eval_mode(network), graph.quiet():
+        opened(network, example)  # says in a sentence what is wrong with a model
+        program = _exported(_Logits(network).eval(), example)
+        onnxscript.optimizer.optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+    written = program.model_proto
+    for entry in (*written.graph.node, *written.graph.value_info, written.graph):
+        entry.ClearField("metadata_props")  # which lines of whose files asked for a node
+    return write_atomic(path, written.SerializeToString())
+
+
+def _slim(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) -> nn.Module:
+    """Return what sparse kernels would run, without what is dead in it; where they serve parts the model, in float32."""
+    try:
+        program = compile_model(model, shape, images=images)
+    except Unsupported:
+        program = None
+    if program is not None and program.whole:
+        return Equivalent(program)
+    kinds = {value.dtype for value in model.parameters() if value.is_floating_point()}
+    return copy.deepcopy(model).float() if kinds - {torch.float32} else model
+
+
+class _Logits(nn.Module):
+    """A model that returns its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x.clone())).float()
+
+
+def _exported(network: nn.Module, x: Tensor) -> Any:
+    """Return torch's ONNX program for any number of images like x (2, *shape), else for one."""
+    free = ({0: torch.export.Dim("N")},)
+    ways = ((x, free, False), (x, free, True), (x[:1], None, False), (x[:1], None, True))
+    for example, sizes, strict in ways:
+        try:
+            program = torch.export.export(network, (example,), dynamic_shapes=sizes, strict=strict)
+            return torch.onnx.export(
+                program, (example,), input_names=["images"], output_names=["logits"], verbose=False
+            )
+        except Exception as error:  # torch runs the user's forward(), which can raise anything
+            refused = error
+    raise Unsupported(f"torch.onnx does not take this network: {told(refused.__cause__ or refused)}") from refused
+
+
+def takes_any_number(path: Path | str) -> bool:
+    """Tell whether an ONNX file takes any number of images at once, not one alone."""
+    import onnx
+
+    return not onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value
+
+
+def run_session(session: Any, x: Floats) -> Floats:
+    """Return the logits of images x in ONNX Runtime, one by one where the file wants them so."""
+    parts = np.split(x, len(x)) if session.get_inputs()[0].shape[0] == 1 else [x]
+    return np.concatenate([session.run(None, {"images": part})[0] for part in parts])
 
 
 def onnx_error(path: Path | str, model: nn.Module, x: Tensor) -> float | None:
     """Run an ONNX file in ONNX Runtime; return the largest difference of logits from a model's over the largest logit.
 
-    x: images (N, *shape) in [0, 1]. Return None where ONNX Runtime is not installed.
+    x: images (N, *shape) in [0, 1], which are asked together, and the first of them alone. Return None where ONNX
+    Runtime is not installed.
     """
     try:
         import onnxruntime
     except ImportError:
         return None
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+    engine = _Engine(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
     with torch.no_grad(), eval_mode(model):
-        expected = opened(model, x)(x)
+        found, expected = (torch.cat([opened(one, x)(part) for part in (x, x[:1])]) for one in (engine, model))
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-class _Graph:
-    """Collect nodes and constants."""
+class _Engine(nn.Module):
+    """A session of ONNX Runtime as a model: what it makes of masked classes is then said as of any other."""
 
-    def __init__(self, helper: Any) -> None:
-        self.helper = helper
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
+    def __init__(self, session: Any) -> None:
+        super().__init__()
+        self.session = session
 
-    def add(self, op: Op, inputs: list[str], output: str, shape: Shape) -> None:
-        match op:
-            case Sparse() if len(shape) == 1:
-                weight = self._constant(f"{output}.weight", op.dense().reshape(op.shape[:2]))
-                self._node("Gemm", [*inputs, weight, self._constant(f"{output}.bias", op.bias)], output, transB=1)
-            case Sparse():
-                constants = [self._constant(f"{output}.weight", op.dense()), self._constant(f"{output}.bias", op.bias)]
-                geometry = {"strides": op.stride, "pads": (*op.padding, *op.padding), "dilations": op.dilation}
-                self._node("Conv", [*inputs, *constants], output, **geometry)
-            case Scale():
-                axes = (1, -1, *[1] * (len(shape) - 1))
-                scaled = f"{output}.scaled"
-                scale = self._constant(f"{output}.scale", op.scale.reshape(axes))
-                self._node("Mul", [*inputs, scale], scaled)
-                self._node("Add", [scaled, self._constant(f"{output}.shift", op.shift.reshape(axes))], output)
-            case ReLU():
-                self._node("Relu", inputs, output)
-            case Flatten():
-                self._node("Flatten", inputs, output)
-            case Add():
-                self._node("Add", inputs, output)
-            case Pool(mean=True):
-                self._node("AveragePool", inputs, output, kernel_shape=op.kernel, strides=op.stride)
-            case Pool():
-                geometry = {"strides": op.stride, "pads": (*op.padding, *op.padding), "dilations": op.dilation}
-                self._node("MaxPool", inputs, output, kernel_shape=op.kernel, ceil_mode=int(op.ceil_mode), **geometry)
-            case PackedActivation(kind="shifted-relu"):
-                shifted = f"{output}.shifted"
-                threshold = self._constant(f"{output}.threshold", np.array([op.number], np.float32))
-                self._node("Sub", [*inputs, threshold], shifted)
-                self._node("Relu", [shifted], output)
-            case PackedActivation(kind="threshold"):
-                self._node("ThresholdedRelu", inputs, output, alpha=float(op.number))
-            case PackedActivation():
-                self._largest(op.kept(math.prod(shape)), inputs, output, shape)
-            case Snap():
-                self._snap(op, inputs, output, (1, -1, *[1] * (len(shape) - 1)))
-
-    def _largest(self, kept: int, inputs: list[str], output: str, shape: Shape) -> None:
-        """Scatter an image's largest values into zeros."""
-        flat, zeros, values, places, spread = (f"{output}.{part}" for part in ("flat", "zeros", "top", "at", "spread"))
-        self._node("Flatten", inputs, f"{flat}.any")
-        self._node("Relu", [f"{flat}.any"], flat)
-        self._node("Shape", [flat], f"{flat}.shape")
-        self._node("ConstantOfShape", [f"{flat}.shape"], zeros)
-        count = self._integers(f"{output}.kept", [kept])
-        self.nodes.append(self.helper.make_node("TopK", [flat, count], [values, places]))
-        self._node("ScatterElements", [zeros, places, values], spread, axis=1)
-        self._node("Reshape", [spread, self._integers(f"{output}.shape", [0, *shape])], output)
-
-    def _snap(self, op: Snap, inputs: list[str], output: str, axes: tuple[int, ...]) -> None:
-        """Put the channel's centre where a value lies within its radius, then cut at zero."""
-        centre = self._constant(f"{output}.centre", op.centre.reshape(axes))
-        radius = self._constant(f"{output}.radius", op.radius.reshape(axes))
-        away, far, within, drawn = (f"{output}.{part}" for part in ("away", "far", "within", "drawn"))
-        self._node("Sub", [*inputs, centre], away)
-        self._node("Abs", [away], far)
-        self._node("LessOrEqual", [far, radius], within)
-        self._node("Where", [within, centre, *inputs], drawn)
-        self._node("Relu", [drawn], output)
-
-    def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
-        self.nodes.append(self.helper.make_node(kind, inputs, [output], **attributes))
-
-    def _constant(self, name: str, array: Floats) -> str:
-        raw = np.ascontiguousarray(array, "<f4").tobytes()
-        self.constants.append(self.helper.make_tensor(name, 1, array.shape, raw, raw=True))  # 1: FLOAT
-        return name
-
-    def _integers(self, name: str, numbers: list[int]) -> str:
-        self.constants.append(self.helper.make_tensor(name, 7, [len(numbers)], numbers))  # 7: INT64
-        return name
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(run_session(self.session, x.numpy()))

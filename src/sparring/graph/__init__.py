@@ -36,6 +36,7 @@ from ._ops import (
 from ._passes import drop_dead_units, fold_affine
 from ._plain_stacks import Step, Stepwise
 from ._rewrites import spelled_out
+from ._torch_export import quiet
 
 __all__ = [
     "CALLS",
@@ -64,6 +65,7 @@ __all__ = [
     "evaluate",
     "fold_affine",
     "lower",
+    "quiet",
     "refusal",
     "spelled_out",
 ]

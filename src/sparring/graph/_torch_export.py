@@ -67,7 +67,7 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
         raise Unsupported("a script module cannot be lowered; hand over the module that it was made from")
     root, example = _Root(model).eval(), example.clone().requires_grad_()  # as attacks ask: some layers look at that
     try:
-        with _quiet(), _whole(model), _every_line():
+        with quiet(), _whole(model), _every_line():
             try:
                 program = export(root, (example,), dynamic_shapes=({0: Dim("batch", min=2)},), strict=False)
             except Exception as error:
@@ -149,7 +149,7 @@ def _why(model: nn.Module, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch's own reports on failures and deprecations off the screen."""
     out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     before = logging.root.manager.disable

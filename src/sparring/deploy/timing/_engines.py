@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...outputs import opened
-from .._onnx import to_onnx
+from .._onnx import run_session, takes_any_number, to_onnx
 from .._program import Floats
 from .._runtime import export, load
 
@@ -62,7 +62,7 @@ class Network:
     @cached_property
     def onnx(self) -> Path:
         """The ONNX file. Raise Unavailable where the package is missing or the network has no such form."""
-        _require("onnx")
+        _require("onnxscript")
         try:
             return to_onnx(self.model, self.folder / "net.onnx", shape=self.shape)
         except UserError as error:
@@ -82,7 +82,7 @@ class Network:
                 return None if image is None else {"images": image[None]}
 
         path = self.folder / "net.int8.onnx"
-        logging.disable(logging.WARNING)  # it advises to prepare the graph, which is as small as it gets
+        logging.disable(logging.WARNING)  # it advises to prepare the graph, which torch's exporter did
         try:
             quantize_static(self.onnx, path, Images(), quant_format=QuantFormat.QDQ, per_channel=True)
         finally:
@@ -137,7 +137,7 @@ def _session(path: Path) -> Callable[[Floats], Any]:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"images": x})[0]
+    return partial(run_session, session)
 
 
 def _openvino(network: Network, *, precision: str) -> Opened:
@@ -145,6 +145,8 @@ def _openvino(network: Network, *, precision: str) -> Opened:
     import openvino
 
     path = network.quantised if precision == "int8" else network.onnx
+    if not takes_any_number(path):
+        raise Unavailable("torch exports this network for one image at a time")
     hint = "f32" if precision == "int8" else precision
     core = openvino.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
