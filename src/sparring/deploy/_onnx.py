@@ -47,7 +47,7 @@ def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...], image
 
 
 def _slim(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) -> nn.Module:
-    """Return what sparse kernels run, without what is dead in it; where they serve parts the model itself, in float32."""
+    """Return what sparse kernels run, without what is dead in it; where they serve parts, the model in float32."""
     try:
         program = compile_model(model, shape, images=images)
     except Unsupported:
