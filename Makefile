@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto
 ARCHITECTURES := tests/test_zoo.py tests/test_architectures.py tests/graph/test_lowering_benchmark.py
 NUMERIC := tests/attacks tests/bounds tests/deploy tests/graph tests/models tests/sparsity tests/train tests/test_metrics.py
 
-.PHONY: study test suite architectures blocks picture quickstart numeric wheel nightly setup lint types clean
+.PHONY: study test suite architectures blocks docs notebook picture quickstart numeric wheel nightly setup lint types clean
 
 study: $(READY)
 	@$(BIN)/sparring study $(PRESET) --out $(OUT)
@@ -34,6 +34,14 @@ architectures: $(READY)
 # Every command and every Python block of README and docs, as written
 blocks: $(READY)
 	@$(PYTEST) tests/docs
+
+# The documentation site, into out/site: strict, so that a broken link fails. Needs EXTRAS=docs or all
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "open out/site/index.html"
+
+# The tutorial's outputs, made anew
+notebook: $(READY)
+	@$(BIN)/python .ci/notebook docs/tutorial.ipynb
 
 # The picture in README: the first screen of quick's report
 picture: $(READY)

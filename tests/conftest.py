@@ -1,8 +1,11 @@
-"""Shared by all tests: one thread, and small real data."""
+"""Shared by all tests: one thread, small real data, and a browser."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,3 +36,24 @@ def few_digits(digits: Dataset) -> Dataset:
 
     train, valid, test = first(digits.train, 300), first(digits.valid, 60), first(digits.test, 100)
     return Dataset("few-digits", train, valid, test, digits.classes, digits.mean, digits.std)
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Open a headless browser that logs its console and its requests; skip where there is none."""
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("Chromium and its driver are not installed (Debian: apt-get install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    quiet = ("background-networking", "component-update", "sync", "gpu", "dev-shm-usage")
+    for name in ("headless", "no-sandbox", "no-first-run", "window-size=1280,1000", *(f"disable-{q}" for q in quiet)):
+        options.add_argument(f"--{name}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER)) as opened:
+        yield opened

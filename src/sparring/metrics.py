@@ -1,9 +1,10 @@
 """Pure functions of models and tensors: accuracy, distances in both conventions, operations, bytes.
 
->>> import torch
->>> from sparring import metrics
->>> metrics.accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0]))
-0.75
+Examples:
+    >>> import torch
+    >>> from sparring import metrics
+    >>> metrics.accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    0.75
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MARKS = {"", "by hand"}
 # The blocks that do not run, each by its first words: what installs packages of others, needs them, or takes a day.
 HAND = {
+    ("quickstart.md", "pip install -c constraints.txt ."),
+    ("checkpoints.md", "sparring convert model.pth model.safetensors"),
     ("recipes.md", "sparring train vgg-like --width 0.125 --data cifar10-jpeg.zip --out vgg.safetensors"),
     ("extending.md", "# theirs.py"),
 }

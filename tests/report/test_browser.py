@@ -1,31 +1,10 @@
 """The page in a real browser: it opens offline without a complaint, every figure renders, controls and keys work."""
 
-import shutil
-
 import pytest
 
 from sparring import report
 
 pytestmark = pytest.mark.browser
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("Chromium and its driver are not installed (Debian: apt-get install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    quiet = ("background-networking", "component-update", "sync", "gpu", "dev-shm-usage")
-    for name in ("headless", "no-sandbox", "no-first-run", "window-size=1280,1000", *(f"disable-{q}" for q in quiet)):
-        options.add_argument(f"--{name}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(DRIVER)
-    with webdriver.Chrome(options=options, service=service) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

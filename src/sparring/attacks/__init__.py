@@ -1,16 +1,17 @@
 """Attacks: pure functions with one head, and the evaluator that judges them.
 
->>> import torch
->>> from sparring import attacks
->>> from sparring.threat import LINF, Threat
->>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
->>> _ = net[1].weight.data.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
->>> _ = net[1].bias.data.copy_(torch.tensor([-0.2, 0]))
->>> x, y = torch.full((1, 1, 2, 2), 0.1), torch.tensor([0])
->>> attacks.run(net, x, y, attacks.fgsm, Threat(LINF, 0.06)).success
-tensor([True])
->>> round(float(attacks.run(net, x, y, attacks.nearest, Threat(LINF)).distance), 3)
-0.05
+Examples:
+    >>> import torch
+    >>> from sparring import attacks
+    >>> from sparring.threat import LINF, Threat
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
+    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
+    >>> _ = net[1].bias.data.copy_(torch.tensor([-0.2, 0]))
+    >>> x, y = torch.full((1, 1, 2, 2), 0.1), torch.tensor([0])
+    >>> attacks.run(net, x, y, attacks.fgsm, Threat(LINF, 0.06)).success
+    tensor([True])
+    >>> round(float(attacks.run(net, x, y, attacks.nearest, Threat(LINF)).distance), 3)
+    0.05
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Theory on the same axis as data: what robustness can be proved, and how far attacks are from it.
 
->>> import torch
->>> from sparring import bounds
->>> from sparring.threat import LINF
->>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False)).eval()
->>> _ = net[1].weight.data.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
->>> radius = bounds.radius(net, torch.full((1, 1, 2, 2), 0.1), torch.tensor([0]), LINF)
->>> 0.099 < float(radius) < 0.1
-True
+Examples:
+    >>> import torch
+    >>> from sparring import bounds
+    >>> from sparring.threat import LINF
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False)).eval()
+    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
+    >>> radius = bounds.radius(net, torch.full((1, 1, 2, 2), 0.1), torch.tensor([0]), LINF)
+    >>> 0.099 < float(radius) < 0.1
+    True
 """
 
 from __future__ import annotations

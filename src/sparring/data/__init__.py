@@ -1,9 +1,10 @@
 """Data sets as three splits of uint8 images; see `load`.
 
->>> from sparring import data
->>> digits = data.load("digits")
->>> digits.train.x.shape, digits.classes
-(torch.Size([1266, 1, 8, 8]), 10)
+Examples:
+    >>> from sparring import data
+    >>> digits = data.load("digits")
+    >>> digits.train.x.shape, digits.classes
+    (torch.Size([1266, 1, 8, 8]), 10)
 """
 
 from ._registry import DATASETS, Available, available, kind_of, load

@@ -1,11 +1,12 @@
 """Deployment: pack a sparse network into one small file, run it fast on a CPU, and attack what is shipped.
 
->>> import torch
->>> from sparring import deploy
->>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
->>> packed, x = deploy.pack(net, shape=(1, 2, 2)), torch.rand(3, 1, 2, 2)
->>> bool(torch.allclose(packed(x), net(x), atol=1e-5))
-True
+Examples:
+    >>> import torch
+    >>> from sparring import deploy
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
+    >>> packed, x = deploy.pack(net, shape=(1, 2, 2)), torch.rand(3, 1, 2, 2)
+    >>> bool(torch.allclose(packed(x), net(x), atol=1e-5))
+    True
 """
 
 from __future__ import annotations

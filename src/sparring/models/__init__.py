@@ -1,9 +1,10 @@
 """Networks by name, a user's own, and the file that holds one.
 
->>> from sparring import models
->>> net = models.build("mlp", shape=(1, 8, 8), classes=10, mean=(0.5,), std=(0.3,), widths=(16,))
->>> sum(p.numel() for p in net.parameters())
-1210
+Examples:
+    >>> from sparring import models
+    >>> net = models.build("mlp", shape=(1, 8, 8), classes=10, mean=(0.5,), std=(0.3,), widths=(16,))
+    >>> sum(p.numel() for p in net.parameters())
+    1210
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Every way a network is made sparse: score × structure × allocation × schedule, and dynamic methods.
 
->>> import torch
->>> from sparring import sparsity
->>> net = torch.nn.Linear(10, 10)
->>> masks = sparsity.select(sparsity.magnitude(net), 0.9)
->>> sparsity.apply_(net, masks)
->>> sparsity.sparsity_of(masks), int((net.weight != 0).sum())
-(0.9, 10)
+Examples:
+    >>> import torch
+    >>> from sparring import sparsity
+    >>> net = torch.nn.Linear(10, 10)
+    >>> masks = sparsity.select(sparsity.magnitude(net), 0.9)
+    >>> sparsity.apply_(net, masks)
+    >>> sparsity.sparsity_of(masks), int((net.weight != 0).sum())
+    (0.9, 10)
 """
 
 from __future__ import annotations

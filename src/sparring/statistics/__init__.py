@@ -3,12 +3,13 @@
 Pure numpy and scipy. Everything here is a function of arrays of per-image values: a metric is the mean of such an
 array, (seeds, images), and a curve is a stack of them, (sparsities, seeds, images).
 
->>> from sparring.statistics import binomial_interval, holm
->>> low, high = binomial_interval(50, 100)
->>> round(low, 3), round(high, 3)
-(0.398, 0.602)
->>> [round(float(p), 2) for p in holm([0.01, 0.04, 0.03])]
-[0.03, 0.06, 0.06]
+Examples:
+    >>> from sparring.statistics import binomial_interval, holm
+    >>> low, high = binomial_interval(50, 100)
+    >>> round(low, 3), round(high, 3)
+    (0.398, 0.602)
+    >>> [round(float(p), 2) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
 """
 
 from __future__ import annotations

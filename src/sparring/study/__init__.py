@@ -1,9 +1,10 @@
 """Studies: plans, their tasks, and the folder that keeps what they found.
 
->>> from sparring import study
->>> plan = study.Plan.load("quick", ["sparsities=[0.5, 0.9]"])
->>> plan.sparsities
-(0.5, 0.9)
+Examples:
+    >>> from sparring import study
+    >>> plan = study.Plan.load("quick", ["sparsities=[0.5, 0.9]"])
+    >>> plan.sparsities
+    (0.5, 0.9)
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Train networks, dense, pruned and adversarially.
 
->>> from sparring import data, models, train
->>> digits = data.load("digits")
->>> net = models.build("linear", shape=(1, 8, 8), classes=10, mean=digits.mean, std=digits.std)
->>> fit = train.fit(net, *digits.train, train.Recipe(epochs=2, lr=0.05))
->>> train.predict(net, digits.test.x).shape
-torch.Size([353, 10])
+Examples:
+    >>> from sparring import data, models, train
+    >>> digits = data.load("digits")
+    >>> net = models.build("linear", shape=(1, 8, 8), classes=10, mean=digits.mean, std=digits.std)
+    >>> fit = train.fit(net, *digits.train, train.Recipe(epochs=2, lr=0.05))
+    >>> train.predict(net, digits.test.x).shape
+    torch.Size([353, 10])
 """
 
 from __future__ import annotations

@@ -1,0 +1,64 @@
+"""The documentation site: built without a warning, opened from disk, and nothing fetched from elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("index", "quickstart", "tutorial", "cli", "plans", "api/attacks", "results/paper-linear")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the site, strictly: a broken link, a missing anchor or a page without a name fails."""
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None:
+        pytest.skip("the site needs sparring[docs]")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.browser
+def test_nothing_is_fetched_from_elsewhere(site: Path, driver) -> None:  # type: ignore[no-untyped-def]
+    for page in PAGES:
+        driver.get((site / f"{page}.html").as_uri())
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
+    assert len(asked) > len(PAGES)
+    assert [url for url in asked if re.match("(https?|wss?|ftp):", url)] == []
+
+
+def test_every_command_part_and_plan_table_has_its_place(site: Path) -> None:
+    commands = (site / "cli.html").read_text(encoding="utf-8")
+    assert all(f'id="sparring-{name}"' in commands for name in ("study", "attack", "export", "doctor"))
+    assert 'id="attacks"' in (site / "plans.html").read_text(encoding="utf-8")
+    assert "sparring.attacks.run" in (site / "api" / "attacks.html").read_text(encoding="utf-8")
+
+
+def test_pages_use_no_fonts_or_scripts_of_others(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]*)"', page.read_text(encoding="utf-8"))
+        assert loaded == [], page
+
+
+def test_the_tutorial_runs_and_its_outputs_are_kept() -> None:
+    path = ROOT / "docs" / "tutorial.ipynb"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    spoken = ["print(" in "".join(cell["source"]) for cell in code]
+    assert all(cell["outputs"] for cell, wanted in zip(code, spoken, strict=True) if wanted)
+    names: dict[str, object] = {}
+    for cell in code:
+        exec(compile("".join(cell["source"]), str(path), "exec"), names)
+    assert 0.9 < names["accuracy"](names["dense"]) <= 1  # type: ignore[operator]
