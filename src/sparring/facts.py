@@ -31,7 +31,8 @@ class AttackFacts:
     compared). passes: time per image over that of a forward-and-backward pass, between what records of LeNet-300-100
     and of LeNet-5 on MNIST show, whose own factors differ by up to three. kernels: how sparse a network of each kind
     (`ModelFacts.layers`) must be for the attack to gain from packed kernels, as measured (docs/deploy.md); a single
-    step does not make up for packing.
+    step does not make up for packing. rows: input gradients of an image that go back together, and share memory, where
+    it looks for the smallest perturbation.
 
     revision: raised when its results change, and for ensembles that contain it: whatever stage runs it does so again,
     and all other records keep their keys. Beside it `lent`, where only what is made of lent examples changes; `drawn`,
@@ -47,6 +48,7 @@ class AttackFacts:
     rank: int | None = None
     passes: float = 50.0
     kernels: Mapping[str, float] = field(default_factory=lambda: _STEPWISE)
+    rows: int = 1
     revision: int = 0
     lent: int = 0
     drawn: int = 0
@@ -68,10 +70,11 @@ ATTACKS = {
                       kernels=_STEPWISE | {"fully connected": 0.8}),
     "ddn": AttackFacts("DDN", "Rony et al. 2019", "minimum-norm", ("l2",), passes=60, kernels=_COSTLY),
     "deepfool": AttackFacts("DeepFool", "Moosavi-Dezfooli et al. 2016", "minimum-norm", rank=0, passes=20, revision=1,
-                            kernels=_STEPWISE | {"wide": 0.5}),
-    "fab": AttackFacts("FAB", "Croce & Hein 2020", "minimum-norm", passes=100, revision=2),
+                            kernels=_STEPWISE | {"wide": 0.5}, rows=16),
+    "fab": AttackFacts("FAB", "Croce & Hein 2020", "minimum-norm", passes=100, revision=2, rows=16),
     "fab-targeted": AttackFacts("FAB-T", "Croce & Hein 2020", "minimum-norm", revision=1),
-    "fast": AttackFacts("fast", "nearest, PGD, APGD, APGD-T", "ensemble", rank=3, passes=35, revision=1, masked=1),
+    "fast": AttackFacts("fast", "nearest, PGD, APGD, APGD-T", "ensemble", rank=3, passes=35, revision=1, masked=1,
+                        rows=3),
     "fgsm": AttackFacts("FGSM", "Goodfellow et al. 2015", single_step=True, rank=0, passes=4, kernels={}, lent=1),
     "hopskipjump": AttackFacts("HopSkipJump", "Chen et al. 2020", "minimum-norm", ("linf", "l2"), "labels", rank=0,
                                passes=5000, kernels={}),
@@ -81,7 +84,7 @@ ATTACKS = {
     "square": AttackFacts("Square", "Andriushchenko et al. 2020", "budget", ("linf", "l2"), "logits", rank=0,
                           passes=400, kernels={}, revision=1),
     "standard": AttackFacts("standard", "AutoAttack (Croce & Hein 2020)", "ensemble", rank=4, passes=600, revision=2,
-                            drawn=1),
+                            drawn=1, rows=16),
 }
 
 

@@ -115,6 +115,13 @@ def logits_and_gradient(
     return logits_and_pull(model, x, partial(_slope, objective, y, targets))
 
 
+def in_parts(model: nn.Module, x: Tensor, objective: Objective, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Return what `logits_and_gradient` does, so many images at a time."""
+    split = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
+    parts = [logits_and_gradient(model, images, objective, labels) for images, labels in split]
+    return torch.cat([logits for logits, _ in parts]), torch.cat([gradient for _, gradient in parts])
+
+
 def logits_and_pull(model: nn.Module, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Return logits (N, K) and the input gradients (..., N, *image) of weighted sums of them; see logits_and_gradient.
 

@@ -22,6 +22,7 @@ from sparring.attacks import (
     worst_case,
 )
 from sparring.attacks._gradients import Probe, logits_and_pull
+from sparring.attacks.evaluation import _scoring
 from sparring.attacks.evaluation._scoring import batch_size_for
 from sparring.errors import UserError
 from sparring.threat import L2, LINF, Threat, distance
@@ -118,15 +119,24 @@ def test_same_seed_same_bits(name: str, net: nn.Module, images: Tensor) -> None:
     assert torch.equal(first, second)
 
 
-def test_the_batch_size_it_finds_counts_draws_and_classes(images: Tensor) -> None:
+def test_the_batch_size_it_finds_counts_draws_and_rows(images: Tensor) -> None:
     def network(classes: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(1, 64, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
     x = torch.zeros(1, 1, 64, 64)
-    few, many, more = (batch_size_for(network(classes), x) for classes in (2, 10, 40))
+    few, many, more = (batch_size_for(network(classes), x, rows=16) for classes in (2, 10, 40))
     assert 1 < more < many < few < 1024
-    assert abs(batch_size_for(network(10), x, draws=5) - many / 5) <= 1
-    assert batch_size_for(network(10), images) == 1024
+    assert batch_size_for(network(40), x) == batch_size_for(network(2), x) == few
+    assert abs(batch_size_for(network(10), x, rows=16, draws=5) - many / 5) <= 1
+    assert batch_size_for(network(10), images, rows=16) == 1024
+
+
+def test_what_does_not_fit_is_refused_with_its_number(
+    net: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_scoring, "free_memory", lambda _: 2**20)
+    with pytest.raises(UserError, match=r"takes \d+ MiB for one image and 1 MiB are free"):
+        run(net, images, net(images).argmax(1), pgd, Threat(LINF, 0.1))
 
 
 def test_rows_of_many_classes_go_back_in_parts(images: Tensor) -> None:

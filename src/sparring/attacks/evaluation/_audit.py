@@ -62,7 +62,7 @@ def audit(
             found[name, threat] = run(
                 model, x, y, attack, threat, batch_size=batch_size, generator=generator, convergence=checks
             )
-    for key, flags in _opinions(found, attacks, (model, x, y), checks, seed) if checks else ():
+    for key, flags in _opinions(found, attacks, (model, x, y), checks, batch_size, seed) if checks else ():
         found[key] = replace(found[key], flags=(*found[key].flags, *flags))
     return [AuditRow(name, threat, result) for (name, threat), result in found.items()] + _worst_cases(found)
 
@@ -76,7 +76,12 @@ def _threats(name: str, attack: Attack, norm: float, eps: Sequence[float]) -> li
 
 
 def _opinions(
-    found: Found, attacks: Mapping[str, Attack], task: tuple[nn.Module, Tensor, Tensor], images: int, seed: int
+    found: Found,
+    attacks: Mapping[str, Attack],
+    task: tuple[nn.Module, Tensor, Tensor],
+    images: int,
+    batch_size: int | None,
+    seed: int,
 ) -> Iterator[tuple[tuple[str, Threat], tuple[Flag, ...]]]:
     """Yield what other attacks, other budgets, no budget at all and the points that it saw say against a result."""
     for threat in {threat for _, threat in found}:
@@ -88,7 +93,9 @@ def _opinions(
         yield from (((name, budgets[eps]), flags) for eps, flags in check_budgets(results).items())
         if budgets and not facts_of(attack).single_step:
             threat, generator = budgets[max(budgets)], torch.Generator().manual_seed(seed)
-            flags = check_unlimited(*task, attack, norm=threat.norm, images=images, generator=generator)
+            flags = check_unlimited(
+                *task, attack, norm=threat.norm, images=images, batch_size=batch_size, generator=generator
+            )
             result = found[name, threat]
             flags += check_silence(*task, attack, threat, result, images=_SILENCE_IMAGES, generator=generator)
             yield (name, threat), flags
@@ -129,6 +136,7 @@ def check_unlimited(
     *,
     norm: float = LINF,
     images: int = 64,
+    batch_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Flag, ...]:
     """Return a flag unless the attack fools the images when each pixel may take any value (Athalye et al. 2018).
@@ -141,7 +149,7 @@ def check_unlimited(
     rows = torch.arange(min(images, len(x)), device=x.device)
     attacked = 0
     for attempt in range(1 + _RETRIES):
-        result = run(model, x[rows], y[rows], attack, threat, generator=generator)
+        result = run(model, x[rows], y[rows], attack, threat, batch_size=batch_size, generator=generator)
         attacked = int(result.clean_correct.sum()) if attempt == 0 else attacked
         rows = rows[result.clean_correct & ~result.success]
         if len(rows) < max(2, NOTABLE * attacked):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...declared import Declared
 from ...outputs import precision
-from .._gradients import logits_and_pull
+from .._gradients import in_parts, logits_and_pull
 from ..algorithms._losses import others
 from ._sanity_checks import is_random
 
@@ -214,14 +214,15 @@ _GROUPS, _WORK, _REACH = 256, 2**27, 0.03
 
 
 @torch.no_grad()
-def blind_pixels(model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+def blind_pixels(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 1024) -> Tensor | None:
     """Return the pixels of an image where autograd misses what the model does, a bool mask; None where there are none.
 
     x: images that are classified correctly as y, of which the first 8 are looked at: how the gap between the label's
     logit and the strongest other one changes along random signs over all pixels, in few passes, against what the
     gradient promises. Where that misses more than kinks explain, or three hundredths, or where pixels have no gradient
     at any image, blocks, channels and those pixels follow, in at most 57 passes, three times as many where one is in
-    doubt. Pixels without a gradient are moved far too, since short steps do not see a staircase.
+    doubt. Pixels without a gradient are moved far too, since short steps do not see a staircase. The model is given
+    `batch_size` images at a time.
     """
     x, y = x[:_IMAGES], y[:_IMAGES]
     kind = precision(model, model(x[:2]))
@@ -231,7 +232,7 @@ def blind_pixels(model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
     def gap(length: float) -> _Gap:
         # A little noise: on flat images maxima are ties and ReLUs at their kinks; and room for steps to both sides.
         point = torch.lerp(x, 0.25 + 0.5 * noise, 4 * length).to(kind).to(x.dtype)
-        return _Gap.at(model, point, y, kind, generator)
+        return _Gap.at(model, point, y, kind, generator, batch_size)
 
     near, everything = gap(max(_ROOM, step)), torch.ones_like(x[0], dtype=torch.bool)
     silent, blind = (near.gradient == 0).all(0), torch.zeros_like(everything)
@@ -278,20 +279,22 @@ class _Gap:
     gradient: Tensor
     kind: torch.dtype
     generator: torch.Generator
+    batch_size: int
 
     @classmethod
-    def at(cls, model: nn.Module, x: Tensor, y: Tensor, kind: torch.dtype, generator: torch.Generator) -> _Gap:
+    def at(
+        cls, model: nn.Module, x: Tensor, y: Tensor, kind: torch.dtype, generator: torch.Generator, batch_size: int
+    ) -> _Gap:
         """Return the gap at images of the labels y, for a model that computes in this type."""
-        weights: list[Tensor] = []
 
-        def against(logits: Tensor) -> Tensor:
-            rival = others(logits, y).argmax(1, keepdim=True)
-            weights.append(torch.zeros_like(logits).scatter(1, rival, 1.0).scatter(1, y.unsqueeze(1), -1.0))
-            return weights[0]
+        def lack(logits: Tensor, y: Tensor, _: object) -> Tensor:
+            return (logits * _against(logits, y)).sum(1)
 
-        logits, gradient = logits_and_pull(model, x, against)
+        logits, gradient = in_parts(model, x, lack, y, batch_size)
+        weights = _against(logits, y)
         grain = torch.finfo(kind).eps * logits.abs().amax(1)  # what changes less may not change at all
-        return cls(model, x, weights[0], (logits * weights[0]).sum(1), grain, gradient, kind, generator)
+        value = (logits * weights).sum(1)
+        return cls(model, x, weights, value, grain, gradient, kind, generator, batch_size)
 
     def changes(self, pixels: Tensor, step: float, times: int) -> _Changes:
         """Return what moving these pixels to both sides does, along so many random directions in one pass."""
@@ -300,11 +303,18 @@ class _Gap:
         drawn = torch.stack([torch.rand(self.x.shape, generator=self.generator) for _ in range(times)])
         moves = step * pixels * (drawn - 0.5).sign().to(self.x)
         ends = torch.stack([self.x + moves, self.x - moves]).to(self.kind).to(self.x.dtype)
-        logits = self.model(ends.flatten(0, 2)).view(2, times, len(self.x), -1)
+        parts = torch.split(ends.flatten(0, 2), self.batch_size)
+        logits = torch.cat([self.model(part) for part in parts]).view(2, times, len(self.x), -1)
         up, down = (logits * self.weights).sum(-1)
         promised = ((ends[0] - ends[1]) * self.gradient).flatten(2).sum(2)
         parts = torch.stack([up - down - promised, up - down, (up + down - 2 * self.value).abs() + self.grain])
         return _Changes(*parts.double().square().sum((1, 2)).tolist())
+
+
+def _against(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the weights (N, classes) whose sum of logits is what the strongest other one has more than the label's."""
+    rival = others(logits, y).argmax(1, keepdim=True)
+    return torch.zeros_like(logits).scatter(1, rival, 1.0).scatter(1, y.unsqueeze(1), -1.0)
 
 
 def _is_told(seen: _Changes) -> bool:

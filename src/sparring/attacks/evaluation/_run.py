@@ -45,7 +45,6 @@ from ._scoring import (
     attack_itself,
     attack_single_draws,
     attack_straight_through,
-    batch_size_for,
     transfer,
 )
 
@@ -116,8 +115,8 @@ def run(
 
     x: float (N, ...) in [0, 1], attacked in single precision or double; y: int64 (N,). The model is given images in the
     type that it takes, and its logits are read as by `outputs.logits_of`. With a threat without eps the attack looks
-    for the smallest perturbation. batch_size None: as many images as fit into 256 MB of activations. The model is held
-    in eval mode with frozen parameters and restored.
+    for the smallest perturbation. batch_size None: what memory allows, as measured (see
+    `batch_size_for`). The model is held in eval mode with frozen parameters and restored.
 
     Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
     straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
@@ -147,8 +146,9 @@ def run(
         result, _ = attack_held(model, others, lent or {}, order, through, draws, Checked(flags))
     if convergence and _length_of(attack) is not None:
         flags = check_convergence(
-            model, x, y, attack, threat, result, images=convergence, targets=targets, generator=generator
-        )
+            model, x, y, attack, threat, result, images=convergence, targets=targets, batch_size=batch_size,
+            generator=generator,
+        )  # fmt: skip
         result = replace(result, flags=(*result.flags, *flags))
     return replace(result, seconds=time.perf_counter() - start)
 
@@ -205,15 +205,15 @@ class _Beginning:
 def _begin(model: nn.Module, order: Order, draws: int, seen: Checked, seed: int, *, splits: bool) -> _Beginning:
     """Ask for the images' own logits, and check the model by them; `splits`: whether a steady part may go alone."""
     x, y, drawing = order.x, order.y, is_stochastic(model)
-    known, sized, watch = None, order, Probe(model)
-    if not drawing:
-        sized = replace(order, batch_size=order.batch_size or batch_size_for(model, x))
-        known = Judge(watch, None, sized, 1, seed + 1).logits(x)
-    random, doubts = (seen.random, ()) if seen.done else check_model(model, x, y, known, draws=drawing)
-    doubts = doubts if seen.done else (*_undeclared(model, random), *doubts)
+    sized, watch = order.sized(model), Probe(model)
+    known = None if drawing else Judge(watch, None, sized, 1, seed + 1).logits(x)
+    random, doubts = seen.random, tuple[Flag, ...]()
+    if not seen.done:
+        random, doubts = check_model(model, x, y, known, draws=drawing, batch_size=sized.batch_size)
+        doubts = (*_undeclared(model, random), *doubts)
     split = None
     if random:
-        known, sized = None, replace(order, batch_size=order.batch_size or batch_size_for(model, x, draws=draws))
+        known, sized = None, order.sized(model, draws=draws)
         split = split_at_draw(model, x) if splits else None
         watch = Probe(split.drawing if split else model)
     judge = Judge(watch, split and split.steady, sized, 3 * draws + 1 if random else 1, seed + 1)
@@ -267,7 +267,8 @@ def _checked(best: Best, model: nn.Module, random: bool, *, by_hand: bool) -> Ch
     """Look for pixels without a true gradient, and flag them; return what all checks found."""
     blind, rows = None, best.clean_correct.nonzero().squeeze(1)
     if not by_hand and not random:
-        blind, doubts = _doubted(model, best.order.x[rows], best.order.y[rows], best.flags)
+        x, y = best.order.x[rows], best.order.y[rows]
+        blind, doubts = _doubted(model, x, y, best.flags, best.order.batch_size)
         best.flags += doubts
     return Checked(tuple(best.flags), random, blind, done=len(rows) > 0)
 
@@ -304,9 +305,8 @@ def lend(
         x, y = check_inputs(x, y)
         check_threat(x, threat)
         model = _hold(stack, model, x)
-        check_model(model, x, y, None, draws=is_stochastic(model))
-        size = batch_size or batch_size_for(model, x)
-        order = Order(attack, threat, x, y, None, size, generator)
+        order = Order(attack, threat, x, y, None, batch_size or 0, generator).sized(model)
+        check_model(model, x, y, None, draws=is_stochastic(model), batch_size=order.batch_size)
         everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
         return list(order.loans(Probe(model, hand=_by_hand(model, x)), lambda: everything))
 
@@ -336,6 +336,7 @@ def check_convergence(
     images: int = 128,
     factor: int = 4,
     targets: Tensor | None = None,
+    batch_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Flag, ...]:
     """Return a flag if a run `factor` times as long does notably better, or worse, on the first correct images.
@@ -347,9 +348,10 @@ def check_convergence(
     rows = result.clean_correct.nonzero().squeeze(1)[:images]
     if len(rows) == 0:
         return ()
-    task = (model, x[rows], y[rows])
-    aims = select(targets, rows)
-    longer = run(*task, lengthened(attack, factor), threat, targets=aims, generator=generator)
+    again = partial(
+        run, model, x[rows], y[rows], targets=select(targets, rows), batch_size=batch_size, generator=generator
+    )
+    longer = again(lengthened(attack, factor), threat)
     if threat.eps is None:
         ratio = float((longer.distance / result.distance[rows]).nan_to_num(1.0).median())
         if ratio < 0.95:
@@ -364,8 +366,8 @@ def check_convergence(
         if not exceeds(lost, int((longer.success & ~first).sum()), share=NOTABLE, of=len(rows)):
             return ()
         return (Flag("weaker-wins", f"{factor} times the steps fool {lost} of {len(rows)} images no longer"),)
-    again = run(*task, attack, threat, targets=aims, generator=generator).success | first
-    gained, missed = int((longer.success & ~again).sum()), int((again & ~longer.success).sum())
+    twice = again(attack, threat).success | first
+    gained, missed = int((longer.success & ~twice).sum()), int((twice & ~longer.success).sum())
     if not exceeds(gained, missed, share=0.05, of=len(rows)):
         return ()
     detail = f"{factor} times the steps fool {gained} of {len(rows)} images that two runs do not; take more steps"
@@ -386,7 +388,9 @@ def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:
     return read_dense(model, x[:2]) or read_convolved(model, x[:2])
 
 
-def _doubted(model: nn.Module, x: Tensor, y: Tensor, flags: Iterable[Flag]) -> tuple[Tensor | None, list[Flag]]:
+def _doubted(
+    model: nn.Module, x: Tensor, y: Tensor, flags: Iterable[Flag], batch_size: int
+) -> tuple[Tensor | None, list[Flag]]:
     """Return the pixels at which no attack should follow the gradient, a mask or None, and a flag where autograd lies.
 
     x: images classified correctly as y. Where steps do not gain what the gradient promises and that is no lie but
@@ -397,7 +401,7 @@ def _doubted(model: nn.Module, x: Tensor, y: Tensor, flags: Iterable[Flag]) -> t
     seen = dense_copy(model) if masked else model
     if seen is None or len(x) == 0:
         return None, []
-    blind = blind_pixels(seen, x, y)
+    blind = blind_pixels(seen, x, y, batch_size=batch_size)
     if blind is not None:
         missed = f"autograd misses what {int(blind.sum())} of {blind.numel()} pixels do"
         return blind, [Flag("partial-gradients", f"{missed}; finite differences were taken")]

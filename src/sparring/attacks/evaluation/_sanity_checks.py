@@ -15,7 +15,7 @@ from torch.nn import functional
 from ...errors import UserError
 from ...outputs import precision
 from ...threat import Threat, diameter, norm_name
-from .._gradients import logits_and_gradient
+from .._gradients import in_parts
 from ..algorithms._losses import cross_entropy, is_answer, margin_loss
 
 # Layers that answer differently in training mode.
@@ -170,12 +170,12 @@ def check_losses(before: Tensor, after: Tensor) -> tuple[Flag, ...]:
 
 
 def check_model(
-    model: nn.Module, x: Tensor, y: Tensor, known: Tensor | None, *, draws: bool
+    model: nn.Module, x: Tensor, y: Tensor, known: Tensor | None, *, draws: bool, batch_size: int
 ) -> tuple[bool, tuple[Flag, ...]]:
     """Return whether a model in eval mode draws, and what is doubtful about it; raise UserError as the contract says.
 
     known: its logits for x from a pass before, which are asked for where it is None. draws: whether it says itself that
-    it draws, in which case passes cannot be compared. At most 32 images are looked at.
+    it draws, in which case passes cannot be compared. At most 32 images are looked at, so many at a time.
     """
     with torch.no_grad():
         first = model(x[:_SAMPLE]) if known is None else known[:_SAMPLE]
@@ -184,7 +184,7 @@ def check_model(
     x, y = x[:_SAMPLE], y[:_SAMPLE]
     if bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < 1e-3).all()):
         raise UserError("the outputs look like probabilities; remove the model's final softmax so it returns logits")
-    logits, gradient = logits_and_gradient(model, x, margin_loss, y)
+    logits, gradient = in_parts(model, x, margin_loss, y, batch_size)
     random = draws or (_differ(logits, first) and is_random(model, x))
     flags = []
     if not random and _differ(alone, logits[:1]):
@@ -192,7 +192,7 @@ def check_model(
         flags.append(Flag("batch-dependent", f"{what}; make normalisation use running statistics"))
     right = is_answer(logits) & (logits.argmax(1) == y)
     if bool(right.any()):
-        slope = _Slope(model, x[right], y[right], logits[right], gradient[right])
+        slope = _Slope(model, x[right], y[right], logits[right], gradient[right], batch_size)
         flags += slope.missing()
         # Draws would be taken for jumps.
         flags += [] if flags or random else slope.shattered()
@@ -231,6 +231,7 @@ class _Slope:
     y: Tensor
     logits: Tensor
     gradient: Tensor
+    batch_size: int
 
     def missing(self) -> list[Flag]:
         """Return a flag if the margin, or at least the cross-entropy, has no gradient at all at many images."""
@@ -239,7 +240,7 @@ class _Slope:
             return [Flag("zero-gradients", f"at {share:.0%} of the images; {way_out}")]
         pull = self.logits.softmax(1) - functional.one_hot(self.y, self.logits.shape[1])
         if precision(self.model, self.logits) in _SHORT_IN or bool((pull.abs().amax(1) < _FAINT).any()):
-            _, gradient = logits_and_gradient(self.model, self.x, cross_entropy, self.y)
+            _, gradient = in_parts(self.model, self.x, cross_entropy, self.y, self.batch_size)
             if (share := _dead(gradient)) > _MANY:
                 what = f"the cross-entropy has no gradient at {share:.0%} of the images"
                 return [Flag("logit-scale", f"{what}; trust attacks on the margin alone")]

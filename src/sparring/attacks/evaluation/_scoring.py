@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...facts import ATTACKS, OWN_ATTACK, AttackFacts
+from ...memory import free_memory, measured
 from ...plugins import takes
 from ...threat import Threat, distance
-from .._gradients import ROWS_AT_ONCE, Probe
+from .._gradients import ROWS_AT_ONCE, Probe, logits_and_pull
 from ..algorithms._losses import dlr, is_answer, margin_loss
 from ..algorithms._pgd import pgd
 from ..algorithms._projections import column, select
@@ -26,6 +27,8 @@ TOLERANCE = 1e-6
 _SIZES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
 # Another way of attacking must do better on this share of the images before it is called a sign of masking.
 NOTABLE = 0.02
+# Tensors of an image's size that an attack keeps for each image, beside what the model takes.
+_COPIES = 16
 # What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
 _DEEP = partial(pgd, objective=dlr, stop_early=False)
 
@@ -93,6 +96,14 @@ class Order:
                     raise UserError(f"the attack returned {what}, not images of shape {tuple(x_adv[rows].shape)}")
                 x_adv[rows] = found.detach().to(x_adv)
         return x_adv
+
+    def sized(self, model: nn.Module, *, draws: int = 1) -> Order:
+        """Return the order with a size for its batches, if it has none: as many images of a model as memory allows."""
+        if self.batch_size:
+            return self
+        facts = facts_of(self.attack)
+        rows = 1 if facts.kind == "ensemble" and self.threat.eps is not None else facts.rows
+        return replace(self, batch_size=batch_size_for(model, self.x, rows=rows, draws=draws))
 
     def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:
         """Yield what a surrogate lends, found on the images that are wanted when their turn comes."""
@@ -320,41 +331,26 @@ def transfer(best: Best, lenders: Mapping[str, Probe], lent: Mapping[str, Sequen
         best.flag_(f"transfer from {name}", gained)
 
 
-_BATCH_BYTES = 256 * 2**20
+# On a CPU a larger batch is no faster. Gradients that go back together are copied inside of operations, unseen.
+_CPU_BYTES, _COPIED = 512 * 2**20, 1.2
 
 
-def batch_size_for(model: nn.Module, x: Tensor, *, draws: int = 1) -> int:
-    """Return how many images an attack can take at once in 256 MB (1 to 1024).
+def batch_size_for(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> int:
+    """Return how many images an attack can take at once (1 to 1024): in half of the memory that is free.
 
-    Counted for each image and draw: the outputs of all layers, stored for the backward pass, and the gradients of the
-    largest for as many classes as go back together.
+    On a CPU in 512 MiB at most. What an image takes is measured on a pass there and back of two, with so many gradients
+    (`rows`) that go back together, and multiplied by the draws. Raise UserError where one image does not fit.
     """
-    numbers = [x[:1].numel()]
 
-    def count(output: object) -> None:
-        if isinstance(output, Tensor):
-            numbers.append(output.numel())
-        elif isinstance(output, tuple | list):
-            for part in output:
-                count(part)
+    def work(images: Tensor) -> None:
+        def weigh(logits: Tensor) -> Tensor:
+            together = min(rows, logits.shape[1] - 1, ROWS_AT_ONCE)
+            return torch.ones_like(logits) if together < 2 else logits.new_ones((together, *logits.shape))
 
-    def pack(saved: Tensor) -> Tensor:
-        count(saved)
-        return saved
+        logits_and_pull(model, images, weigh)
 
-    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    scripted = [module for module in leaves if isinstance(module, torch.jit.ScriptModule)]
-    handles = [
-        module.register_forward_hook(lambda _module, _inputs, output: count(output))
-        for module in leaves
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    try:
-        # Scripted modules take no hooks; what they save for the backward pass tells as much.
-        with torch.set_grad_enabled(bool(scripted)), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-            classes: int = model(x[:1].clone().requires_grad_(bool(scripted))).shape[1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    stored: int = sum(numbers) + min(classes, ROWS_AT_ONCE) * max(numbers)
-    return max(1, min(1024, _BATCH_BYTES // (x.element_size() * draws * stored)))
+    need, free = measured(work, x), free_memory(x.device)
+    each = need.each * (_COPIED if rows > 1 else 1.0) + _COPIES * x[0].numel() * x.element_size()
+    need = replace(need, each=int(draws * each))
+    need.check(1, free, "this attack")
+    return need.fitting(min(free // 2, _CPU_BYTES) if x.device.type == "cpu" else free // 2, most=1024)

@@ -1,0 +1,150 @@
+"""How much memory work on images takes, measured on a few of them, and how much of it is free."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .errors import UserError
+
+__all__ = ["Need", "free_memory", "measured", "size_text"]
+
+# On a CPU, peak resident memory over the largest sum of live tensors (what the allocator keeps), and what libraries
+# work in: scratch memory and filters in another order.
+_KEPT, _SCRATCH = 1.25, 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Need:
+    """What work takes in bytes beyond what was held before it: `fixed`, however many images, and `each` image."""
+
+    fixed: int
+    each: int
+
+    def of(self, images: int) -> int:
+        """Return the bytes that so many images at a time take."""
+        return self.fixed + self.each * images
+
+    def fitting(self, free: int, *, most: int) -> int:
+        """Return how many images, at least 1 and at most `most`, fit into `free` bytes at a time."""
+        return max(1, min(most, (free - self.fixed) // max(1, self.each)))
+
+    def check(self, images: int, free: int, what: str) -> None:
+        """Raise UserError where so many images at a time do not fit into `free` bytes."""
+        if self.of(images) > free:
+            fit = max(0, (free - self.fixed) // max(1, self.each))
+            way = f"at most {fit} fit" if fit else "use smaller images, fewer workers, or a machine with more memory"
+            number = "one image" if images == 1 else f"{images} images at a time"
+            raise UserError(
+                f"{what} takes {size_text(self.of(images))} for {number} and {size_text(free)} are free: {way}"
+            )
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as a person reads it."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, count >> 20)} MiB"
+
+
+def measured(work: Callable[[Tensor], object], x: Tensor) -> Need:
+    """Run work on one image and on two and return what it takes: the most bytes of tensors that lived at a time.
+
+    x: one image or more, which are repeated; the model that works is in eval mode. What a library takes for itself
+    inside an operation is not seen; on a CPU a share is added for it, and for memory that is free but not given back.
+    """
+    with torch.random.fork_rng(devices=[]):
+        one, two = (_peak(work, x[:1].expand(count, *x.shape[1:]).clone()) for count in (1, 2))
+    share, scratch = (_KEPT, _SCRATCH) if x.device.type == "cpu" else (1.0, 0)
+    return Need(scratch + int(share * max(0, 2 * one - two)), max(1, int(share * max(0, two - one))))
+
+
+def _peak(work: Callable[[Tensor], object], x: Tensor) -> int:
+    live = _Live()
+    with live:
+        work(x)
+    return live.most
+
+
+class _Live(TorchDispatchMode):
+    """Sum up the bytes of the tensors that operations return, for as long as each lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most = 0, 0
+        self.known: dict[int, weakref.ref[Any]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, which takes a second
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                self._see(value.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        name = storage._cdata
+        if name in self.known:
+            return
+        size = storage.nbytes()
+
+        def gone(_: object) -> None:
+            del self.known[name]
+            self.now -= size
+
+        self.known[name] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def free_memory(device: str | torch.device = "cpu") -> int:
+    """Return how many bytes new work may take on a device: on a CPU within the limit of the process's group, too."""
+    place = torch.device(device)
+    if place.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(place)
+        return free + torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+    if place.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min(_available(), _left_to_group())
+
+
+def _available(file: Path = Path("/proc/meminfo")) -> int:
+    """Return what the system says that it can give; half of all memory where it does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        lines = dict(line.split(":") for line in file.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_to_group(system: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
+    """Return what the control groups of the process (version 2 or 1) leave it, pages of files counted as free."""
+    left = [1 << 62]
+    with suppress(OSError):
+        for line in process.read_text().splitlines():
+            _, kinds, place = line.split(":", 2)
+            if kinds in ("", "memory"):
+                here = system / kinds
+                for folder in (here / place.strip("/"), *(here / place.strip("/")).parents):
+                    if folder.is_relative_to(here):
+                        left += _left_in(folder, kinds)
+    return min(left)
+
+
+def _left_in(folder: Path, kinds: str) -> list[int]:
+    limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+    with suppress(OSError, ValueError):  # "max" is no number: no limit
+        most, now = (int((folder / name).read_text()) for name in (limit, used))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [max(0, most - now + int(stat.get("inactive_file", 0)))]
+    return []

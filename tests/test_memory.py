@@ -1,0 +1,91 @@
+"""Memory that work takes, and memory that is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparring import memory
+from sparring.errors import UserError
+from sparring.memory import Need, free_memory, measured, size_text
+
+
+def test_what_lives_at_a_time_is_counted_and_what_died_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_KEPT", 1.0)
+
+    def work(x: Tensor) -> None:
+        torch.zeros(10)  # gone at once
+        kept = x * 2
+        other = kept + 1
+        del other
+        torch.cat([kept, kept, kept])
+
+    assert measured(work, torch.rand(3, 5)) == Need(memory._SCRATCH, 4 * 5 * 4)
+
+
+def test_a_pass_back_keeps_what_a_pass_forward_does_not() -> None:
+    layers = [part for _ in range(6) for part in (nn.Linear(4096, 4096, bias=False), nn.ReLU())]
+    model = nn.Sequential(*layers).requires_grad_(False)
+
+    def there(x: Tensor) -> None:
+        with torch.no_grad():
+            model(x)
+
+    def back(x: Tensor) -> None:
+        point = x.clone().requires_grad_()
+        torch.autograd.grad(model(point).sum(), point)
+
+    forward, both = (measured(work, torch.rand(1, 4096)).each for work in (there, back))
+    assert forward < 4096 * 4 * 4 < 4096 * 4 * 6 < both
+
+
+def test_measuring_leaves_the_random_stream_as_it_was() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    measured(torch.rand_like, torch.rand(1, 4))
+    assert not torch.equal(torch.rand(3), expected)  # the image itself was drawn
+    torch.manual_seed(1)
+    x = torch.zeros(1, 4)
+    measured(torch.rand_like, x)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_as_many_images_fit_as_there_is_memory_for() -> None:
+    need = Need(100, 10)
+    assert [need.fitting(free, most=50) for free in (0, 105, 155, 10**6)] == [1, 1, 5, 50]
+    need.check(5, 150, "this")
+    with pytest.raises(UserError, match="this takes 1 MiB for 6 images at a time and 1 MiB are free: at most 5 fit"):
+        need.check(6, 150, "this")
+    with pytest.raises(UserError, match="fewer workers"):
+        need.check(1, 50, "this")
+    assert size_text(3 * 2**29) == "1.5 GiB"
+
+
+def test_a_group_s_limit_counts(tmp_path: Path) -> None:
+    group = tmp_path / "cgroup" / "a" / "b"
+    group.mkdir(parents=True)
+    (tmp_path / "self").write_text("0::/a/b\n")
+    for folder, most, now, cached in ((group, "max", 10, 0), (group.parent, "1000", 700, 50)):
+        (folder / "memory.max").write_text(most)
+        (folder / "memory.current").write_text(str(now))
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+    assert memory._left_to_group(tmp_path / "cgroup", tmp_path / "self") == 350
+    assert memory._left_to_group(tmp_path / "cgroup", tmp_path / "none") > 2**60
+    old = tmp_path / "cgroup" / "memory" / "c"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("500")
+    (old / "memory.usage_in_bytes").write_text("100")
+    (old / "memory.stat").write_text("")
+    (tmp_path / "self").write_text("4:memory:/c\n3:cpu:/c\n")
+    assert memory._left_to_group(tmp_path / "cgroup", tmp_path / "self") == 400
+
+
+def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       7 kB\n")
+    assert memory._available(tmp_path / "meminfo") == 7 * 1024
+    assert memory._available(tmp_path / "none") > 2**20
+    assert 2**20 < free_memory() < 2**50
