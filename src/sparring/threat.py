@@ -74,7 +74,7 @@ def diameter(x: Tensor, norm: float) -> float:
 
 def project(delta: Tensor, norm: float, eps: float | Tensor) -> Tensor:
     """Return the nearest point (in l_2) of the eps-ball to each perturbation; eps is a number or of shape (N,)."""
-    radius = torch.as_tensor(eps, dtype=delta.dtype, device=delta.device).expand(len(delta))
+    radius = eps.to(delta.dtype) if isinstance(eps, Tensor) else delta.new_full((len(delta),), eps)
     radius = radius.view(-1, *[1] * (delta.dim() - 1))
     if norm == LINF:
         return torch.minimum(torch.maximum(delta, -radius), radius)

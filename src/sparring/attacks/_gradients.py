@@ -26,7 +26,7 @@ _IDLE, _FEWEST = 0.1, 8
 class Probe(Opened):
     """Wrap a model to count what an attack asks of it, in images sent forward and gradient rows sent back.
 
-    `nonfinite` counts images whose logits were NaN or infinite. With draws > 1 the logits are averaged over that many
+    With draws > 1 the logits are averaged over that many
     random passes, so that every attack climbs the expectation (Athalye et al. 2018, expectation over transformation);
     with `split`, its steady and its drawing part, the first is asked but once for all of them.
     `hand` is the model as plain matrices, if it is no more than that: passes then go through those.
@@ -47,7 +47,12 @@ class Probe(Opened):
         self.draws = draws
         self.forwards = 0
         self.backwards = 0
-        self.nonfinite = 0
+        self._nonfinite: int | Tensor = 0
+
+    @property
+    def nonfinite(self) -> int:
+        """The images whose logits were NaN or infinite, counting every pass."""
+        return int(self._nonfinite)
 
     @property
     def dense(self) -> Dense | None:
@@ -84,11 +89,16 @@ class Probe(Opened):
 
     def _note(self, logits: Tensor, passes: int = 1) -> None:
         self.forwards += len(logits) * passes
-        if not math.isfinite(logits.sum()):
-            self.nonfinite += int((~is_answer(logits)).sum())
+        if not on_cpu(logits) or not math.isfinite(logits.sum()):
+            self._nonfinite = self._nonfinite + (~is_answer(logits)).sum()
 
     def _count(self, gradient: Tensor) -> None:
         self.backwards += gradient.shape[0] * self.draws
+
+
+def on_cpu(value: Tensor) -> bool:
+    """Say whether to look at a value costs nothing: another device must first finish all that it was given."""
+    return value.device.type == "cpu"
 
 
 @contextmanager
@@ -173,7 +183,7 @@ def _rows(logits: Tensor, point: Tensor, weights: Tensor) -> Tensor:
 
 def _by_hand(hand: ByHand, hidden: Any, x: Tensor, weights: Tensor) -> Tensor:
     """Return the input gradients, of a network of matrices only at images where the weights are not all zero."""
-    if weights.dim() == 2 and isinstance(hand, Dense):
+    if weights.dim() == 2 and isinstance(hand, Dense) and on_cpu(weights):
         live = weights.any(1).nonzero().squeeze(1)
         if _FEWEST <= len(live) < (1 - _IDLE) * len(x):
             gradient = torch.zeros_like(x)
@@ -199,6 +209,6 @@ def _slope(objective: Objective, y: Tensor, targets: Tensor | None, logits: Tens
 
 def _finite(gradients: Tensor) -> Tensor:
     """Set NaN and infinite entries to zero, in place."""
-    if not math.isfinite(gradients.sum()):
+    if not on_cpu(gradients) or not math.isfinite(gradients.sum()):
         torch.nan_to_num_(gradients, nan=0.0, posinf=0.0, neginf=0.0)
     return gradients

@@ -13,13 +13,15 @@ from ...threat import LINF, random_point
 from .._gradients import logits_and_gradient
 from ._losses import Objective, cross_entropy, dlr
 from ._pgd import Prospects
-from ._projections import FeasibleSet, budget, column, select, shrink
+from ._projections import FeasibleSet, budget, column, put_, select, shrink
 
 _MOMENTUM = 0.75
 _NEEDED_SHARE = 0.75
 # How often in an ascent prospects are checked, and no more often than after so many steps. With other starts to follow,
 # giving up too early costs less.
 _CHECKS, _CHECKS_AGAIN, _SHORTEST = 5, 7, 8
+# Off the CPU, after so many steps it is asked who has left.
+_ASKED = 4
 # Up to this share of an ascent nobody just short of the boundary is given up if another start is to follow.
 _SPARED = 0.6
 
@@ -128,12 +130,12 @@ def _ascend(model: nn.Module, state: _Ascent, objective: Objective, early: int) 
         logits, gradient = logits_and_gradient(model, state.point, objective, prospects.y, state.goal)
         done, leaving = prospects.judge_(logits, step)
         _record(state, objective(logits, prospects.y, state.goal), gradient)
-        end[prospects.row[leaving]] = state.best_point[leaving]
-        end[prospects.row[done]] = state.point[done]
-        won[prospects.row[done]] = True
+        put_(end, prospects.row, leaving, state.best_point)
+        put_(end, prospects.row, done, state.point)
+        put_(won, prospects.row, done, done)
         if step <= early:
-            short[prospects.row[leaving]] = (prospects.short() & ~done)[leaving]
-        if prospects.crowded():
+            put_(short, prospects.row, leaving, prospects.short() & ~done)
+        if prospects.crowded(step, every=_ASKED):
             stay = prospects.staying()
             state, gradient = shrink(state, stay), gradient[stay]
             prospects = state.prospects

@@ -84,9 +84,11 @@ def _descend(model: nn.Module, images: _Images, found: Nearest, norm: float, eps
     """Walk around the boundary on a shrinking sphere and record the nearest adversarial points in `found`."""
     objective = images.tempered()
     for step in range(steps):
-        if eps is not None and bool((found.distance[images.row] <= eps).any()):
-            images = shrink(images, found.distance[images.row] > eps)
-            objective = images.tempered()
+        if eps is not None:
+            still = (found.distance[images.row] > eps).nonzero().squeeze(1)
+            if len(still) < len(images.row):
+                images = shrink(images, still)
+                objective = images.tempered()
         if len(images.row) == 0:
             return
         gradient, _, won = images.look(model, objective)
@@ -126,7 +128,7 @@ def _project_repeatedly(
         delta = images.point - images.x
         improved = found.update_(images.row, images.point, distance(delta, norm), won)
         # The first projection starts from the best point, the second may still be on its way.
-        keep = torch.ones_like(improved) if turn < 2 else improved
+        keep = (torch.ones_like(improved) if turn < 2 else improved).nonzero().squeeze(1)
         gain = _CLEARANCE * 2 * images.clean - gap + (delta * gradient).flatten(1).sum(1)
         images, gradient, gain = shrink(images, keep), gradient[keep], gain[keep]
         step = boundary_step(images.x, gradient, gain, norm)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ...outputs import opening
 from ...threat import LINF, random_point
 from ...waiting import alone
-from .._gradients import logits_and_gradient
+from .._gradients import logits_and_gradient, on_cpu
 from ._losses import Objective, cross_entropy, margin_loss
-from ._projections import FeasibleSet, budget, climb, inside, select, shrink
+from ._projections import FeasibleSet, budget, climb, inside, put_, select, shrink
 
 # PGD's last step as a share of its first.
 _LAST_STEP = 0.01
@@ -81,9 +81,13 @@ class Prospects:
         """Return whose best point lies just short of the boundary, or beyond it."""
         return self.best + _SHORT * (self.best - self.first) > 0
 
-    def crowded(self) -> bool:
-        """Return whether enough images of the batch have left to move the others together."""
-        return int(self.gone.sum()) > _SLACK * len(self.gone)
+    def crowded(self, step: int, *, every: int = 0) -> bool:
+        """Return whether enough images of the batch have left to move the others together.
+
+        Off the CPU, where to ask is to wait, only at every so many steps (0: never).
+        """
+        asked = on_cpu(self.gone) or (every > 0 and step % every == every - 1)
+        return asked and int(self.gone.sum()) > _SLACK * len(self.gone)
 
     def staying(self) -> Tensor:
         """Return the places in the batch of the images that have not left."""
@@ -197,11 +201,11 @@ def _ascend(
         logits, gradient = logits_and_gradient(model, point, objective, prospects.y, prospects.targets)
         if stop_early:
             done, leaving = prospects.judge_(logits, step)
-            end[prospects.row[leaving]] = point[leaving]
-            won[prospects.row[done]] = True
+            put_(end, prospects.row, leaving, point)
+            put_(won, prospects.row, done, done)
         with alone(point.numel()) if region.norm == LINF else nullcontext():
             point = region.ahead(point, gradient, length)
-        if prospects.crowded():
+        if prospects.crowded(step):
             stay = prospects.staying()
             prospects, region, point = shrink(prospects, stay), shrink(region, stay), point[stay]
             if len(stay) == 0:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...threat import L1, L2, LINF, distance, dual, project
-from .._gradients import logits_and_pull
+from .._gradients import logits_and_pull, on_cpu
 from ..fastpath._gram_matrix import Stem
 from ._losses import is_past, others
 
@@ -35,6 +35,8 @@ def select(values: Tensor | None, which: Tensor) -> Tensor | None:
 
 def shrink(state: State, keep: Tensor) -> State:
     """Return a dataclass with only the chosen images in its tensors, all per image, and in dataclasses inside it."""
+    if keep.dtype == torch.bool and not on_cpu(keep):
+        keep = keep.nonzero().squeeze(1)  # once, not in every tensor
 
     def kept(value: object) -> object:
         if isinstance(value, Tensor):
@@ -42,6 +44,14 @@ def shrink(state: State, keep: Tensor) -> State:
         return shrink(value, keep) if is_dataclass(value) and not isinstance(value, type) else value
 
     return replace(state, **{field.name: kept(getattr(state, field.name)) for field in fields(state)})
+
+
+def put_(whole: Tensor, rows: Tensor, chosen: Tensor, values: Tensor) -> None:
+    """Write the chosen of some values, (M, ...) of which bool (M,), to their places `rows` (M,) in the whole (N, ...)."""
+    if on_cpu(whole):
+        whole[rows[chosen]] = values[chosen]
+    else:  # without asking how many they are
+        whole.index_copy_(0, rows, torch.where(column(chosen, values), values, whole.index_select(0, rows)))
 
 
 def budget(eps: float | None) -> float:
@@ -74,7 +84,8 @@ def climb(point: Tensor, gradient: Tensor, norm: float, length: float | Tensor) 
         flat, base = gradient.flatten(1), point.flatten(1)
         order = flat.abs().argsort(dim=1, descending=True)
         room = torch.where(flat > 0, 1 - base, base).clamp_min_(0).gather(1, order)
-        left = torch.as_tensor(length, dtype=point.dtype, device=point.device).view(-1, 1) - (room.cumsum(1) - room)
+        length = length.to(point.dtype) if isinstance(length, Tensor) else point.new_full((1,), length)
+        left = length.view(-1, 1) - (room.cumsum(1) - room)
         moved = torch.zeros_like(flat).scatter_(1, order, torch.minimum(left.clamp_min_(0), room))
         return moved.mul_(flat.sign()).add_(base).view_as(point)
     if isinstance(length, Tensor):
@@ -99,16 +110,17 @@ def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor
     """
     if norm == LINF:
         return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp_(0, 1)
-    limit = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
+    limit = eps.to(x.dtype) if isinstance(eps, Tensor) else x.new_full((len(x),), eps)
     if norm == L1:
         return _inside_l1(x, x_adv, limit.unsqueeze(1))
     delta = project(x_adv - x, norm, eps)
     point = (x + delta).clamp_(0, 1)
     # A step of FGSM ends on the sphere but for rounding, and has lost as much.
     outside = (distance(x_adv - x, norm) > (1 - 1e-6) * limit) & (distance(point - x, norm) < 0.999 * limit)
-    if bool(outside.any()):
-        low, high, goal = -x[outside], 1 - x[outside], limit[outside]
-        step = delta[outside]
+    here = on_cpu(x)
+    if not here or bool(outside.any()):
+        part = outside if here else slice(None)
+        low, high, goal, step = -x[part], 1 - x[part], limit[part], delta[part]
         for _ in range(3):
             held = torch.minimum(torch.maximum(step, low), high)
             free = held == step
@@ -117,7 +129,10 @@ def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor
             # At most 10 times: an image whose free pixels hardly matter would otherwise divide by almost nothing.
             step = step * column((missing / length).clamp(1, 10), step)
         again = project(torch.minimum(torch.maximum(step, low), high), norm, goal)
-        point[outside] = (x[outside] + again).clamp_(0, 1)
+        again = (x[part] + again).clamp_(0, 1)
+        if not here:
+            return torch.where(column(outside, x), again, point)
+        point[outside] = again
     return point
 
 
@@ -173,9 +188,10 @@ class FeasibleSet:
         """
         if self.norm != L1:
             return self.bring_in_(climb(point, gradient, self.norm, length))
-        share = torch.as_tensor(length / max(self.eps, 1e-30), dtype=point.dtype, device=point.device).clamp_max(1.0)
+        share = length / max(self.eps, 1e-30)
+        share = share.to(point.dtype) if isinstance(share, Tensor) else point.new_full((1,), share)
         best = climb(self.x, gradient, L1, self.eps)
-        return point + share.view(-1, *[1] * (point.dim() - 1)) * (best - point)
+        return point + column(share.clamp_max(1.0), point) * (best - point)
 
 
 @dataclass
@@ -194,9 +210,10 @@ class Nearest:
         """Take over the points of images `rows` that won at a smaller distance; return which did."""
         smallest = self.distance[rows]
         better = won & (moved < smallest)
-        taken = better if isinstance(rows, slice) else rows[better]
-        self.point[taken] = point[better]
-        self.distance[taken] = moved[better]
+        if isinstance(rows, slice):
+            rows = torch.arange(len(better), device=better.device)
+        put_(self.point, rows, better, point)
+        put_(self.distance, rows, better, moved)
         return better
 
 
@@ -238,13 +255,14 @@ def boundary_step(
         room.mul_(size.sign())
     slope = power.sum(1)
     t = wanted / slope.clamp_min(1e-30)
-    moved = torch.minimum(speed * t.unsqueeze(1), room)
+    moved, here, waiting = torch.minimum(speed * t.unsqueeze(1), room), on_cpu(x), x.new_ones((), dtype=torch.bool)
     for _ in range(rounds):
         missing = wanted - (moved * size).sum(1)
         slope = (room - moved).sign_().mul_(power).sum(1)
-        if not bool((missing > tolerance * wanted).logical_and_(slope > 0).any()):
+        waiting = waiting & (missing > tolerance * wanted).logical_and_(slope > 0).any()
+        if here and not bool(waiting):
             break
-        t = t + torch.where(slope > 0, missing.clamp_min(0) / slope.clamp_min(1e-30), 0.0)
+        t = t + torch.where(waiting & (slope > 0), missing.clamp_min(0) / slope.clamp_min(1e-30), 0.0)
         moved = torch.minimum(speed * t.unsqueeze(1), room)
     return moved.mul_(flat.sign()).view_as(x)
 
