@@ -74,11 +74,11 @@ def _peak(work: Callable[[Tensor], object], x: Tensor) -> int:
     return live.most
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sum up the bytes of the tensors that operations return, for as long as each lives."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.most = 0, 0
         self.known: dict[int, weakref.ref[Any]] = {}
 

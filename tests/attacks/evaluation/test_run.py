@@ -126,7 +126,7 @@ def test_the_batch_size_it_finds_counts_draws_and_rows(images: Tensor) -> None:
     x = torch.zeros(1, 1, 64, 64)
     few, many, more = (batch_size_for(network(classes), x, rows=16) for classes in (2, 10, 40))
     assert 1 < more < many < few < 1024
-    assert batch_size_for(network(40), x) == batch_size_for(network(2), x) == few
+    assert batch_size_for(network(40), x) == batch_size_for(network(2), x) >= few
     assert abs(batch_size_for(network(10), x, rows=16, draws=5) - many / 5) <= 1
     assert batch_size_for(network(10), images, rows=16) == 1024
 

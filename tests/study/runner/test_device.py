@@ -43,8 +43,22 @@ PLAN: dict[str, Any] = {
 }
 
 
+# On a GPU images that are done stay in the batch: to move the others together would mean to wait for it.
+PASSES = ("forwards", "backwards")
+
+
 def _numbers(records: list[Record]) -> list[Any]:
-    return [(r.stage, r.inputs.get("attack"), r.metrics, r.series, r.flags, r.error) for r in records]
+    return [
+        (
+            r.stage,
+            r.inputs.get("attack"),
+            {k: v for k, v in r.metrics.items() if k not in PASSES},
+            r.series,
+            r.flags,
+            r.error,
+        )
+        for r in records
+    ]
 
 
 ROBUST: dict[str, Any] = {

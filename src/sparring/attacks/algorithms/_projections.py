@@ -47,7 +47,7 @@ def shrink(state: State, keep: Tensor) -> State:
 
 
 def put_(whole: Tensor, rows: Tensor, chosen: Tensor, values: Tensor) -> None:
-    """Write the chosen of some values, (M, ...) of which bool (M,), to their places `rows` (M,) in the whole (N, ...)."""
+    """Write the chosen (bool, (M,)) of some values (M, ...) to their places `rows` (M,) in the whole (N, ...)."""
     if on_cpu(whole):
         whole[rows[chosen]] = values[chosen]
     else:  # without asking how many they are
