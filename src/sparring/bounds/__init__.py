@@ -30,6 +30,8 @@ from ._summary import VACUOUS, Summary, summary
 from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
 from .certify._estimate import estimate, tightest
 from .exact_distances._exact import Exact, exact
+from .verification._verify import Verdict, verify, verify_property
+from .verification._vnnlib import Property, read_vnnlib, results_text
 
 __all__ = [
     "BOUNDS",
@@ -38,8 +40,10 @@ __all__ = [
     "Exact",
     "LinearMap",
     "MaskedPoint",
+    "Property",
     "Summary",
     "Theorem",
+    "Verdict",
     "certified_accuracy",
     "estimate",
     "exact",
@@ -55,8 +59,12 @@ __all__ = [
     "margin_ratios",
     "radius",
     "random_mask_bounds",
+    "read_vnnlib",
+    "results_text",
     "summary",
     "theorem",
     "tightest",
+    "verify",
+    "verify_property",
     "weights_of",
 ]

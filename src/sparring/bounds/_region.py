@@ -26,6 +26,11 @@ class Region:
     def __getitem__(self, images: slice) -> Region:
         return Region(self.x[images], self.norm, self.eps[images], self.lower[images], self.upper[images])
 
+    def repeated(self, count: int) -> Region:
+        """Return the ball of one image so many times."""
+        x, eps, lower, upper = (v.expand(count, *v.shape[1:]) for v in (self.x, self.eps, self.lower, self.upper))
+        return Region(x, self.norm, eps, lower, upper)
+
     def minimum(self, a: Tensor, *, refine: bool = False) -> Tensor:
         """Bound a·x' from below over the region: coefficients (N, K, features) to (N, K).
 

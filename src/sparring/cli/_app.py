@@ -96,7 +96,7 @@ Moments = Annotated[str | None, Option(help="Normalisation passed to a factory, 
 Model = Annotated[
     str,
     Argument(
-        help="Model file (.safetensors, .sparring), model name, timm:NAME, torchvision:NAME, hf:FOLDER or "
+        help="Model file (.safetensors, .sparring, .onnx), model name, timm:NAME, torchvision:NAME, hf:FOLDER or "
         "package.module:factory; append @FILE.safetensors to load weights."
     ),
 ]
@@ -371,6 +371,34 @@ def certify(model: ModelSource, data: DataSource, how: CertifyOptions, json: Jso
     from ._attack import run_certify
 
     run_certify(model, data, how, as_json=json)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of verification."""
+
+    eps: Annotated[str | None, Option(help="Budget of questions about test images, as 0.03 or 8/255.")] = None
+    norm: Annotated[str, Option(help="linf or l2.")] = "linf"
+    seconds: Annotated[float, Option(help="Time limit of one question.")] = 60.0
+    images: Images = 100
+    counter_example: Annotated[
+        Path | None, Option("--counter-example", help="Result file to write, in the competition's format.")
+    ] = None
+    threads: Threads = None
+
+
+@command
+def verify(
+    model: ModelSource,
+    how: VerifyOptions,
+    data: DataSource,
+    property: Annotated[Path | None, Argument(help="Property in VNN-LIB 1; without it give --eps.")] = None,
+    json: Json = False,
+) -> int:
+    """Verify that labels do not change within a budget, or a VNN-LIB property: exit 1 if falsified, 3 if unknown."""
+    from ._verify import run_verify
+
+    return run_verify(model, property, how, data, as_json=json)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .. import data, deploy
 from ..data import EVERYTHING, SPLITS, Dataset, Geometry, Preparation, Request
 from ..errors import UnknownNameError, UserError
 from ..files import check_writable, conversion
+from ..graph import GraphModule, from_onnx
 from ..models import (
     MODELS,
     Blueprint,
@@ -31,8 +32,9 @@ from ..study import check_fit
 from ._app import DataSource, ModelSource, StudySource
 from ._printing import shown_bytes
 
-# Extensions of files that hold a whole model: saved for further work, or packed for deployment.
-SAVED, PACKED = (".safetensors", ".sparring"), ".sparring"
+# Extensions of files that hold a whole model: saved for further work, packed for deployment, or written by others.
+PACKED, ONNX = ".sparring", ".onnx"
+SAVED = (".safetensors", PACKED, ONNX)
 
 
 def check_out(path: Path, *endings: str) -> None:
@@ -89,7 +91,7 @@ def request_for(
 def _configuration(model: ModelSource) -> HubModel | None:
     """Return a library's configuration of a network with its own weights, or with those that were pruned from them."""
     name, weights = model.named()
-    if name.endswith(SAVED) and not name.endswith(PACKED):
+    if name.endswith(".safetensors"):
         blueprint = read_blueprint(name)
         if not is_hub_name(blueprint.name):
             return None
@@ -168,6 +170,8 @@ def open_model(source: ModelSource, dataset: Dataset, *, download: bool = False)
     model: nn.Module
     if name.endswith(PACKED):
         model, blueprint = deploy.PackedModule(deploy.load(name)), blueprint_for(source, dataset)
+    elif name.endswith(ONNX):
+        model, blueprint = GraphModule(from_onnx(name)), blueprint_for(source, dataset)
     elif name.endswith(SAVED):
         model, blueprint, _ = load_model(name)
     else:

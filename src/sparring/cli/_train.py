@@ -24,7 +24,7 @@ from ..train import EpochProgress, Fit, Recipe, fit, predict
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
 from ._printing import duration, print_json
-from ._sources import PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for, say_fresh
+from ._sources import ONNX, PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for, say_fresh
 
 # Which table of a plan the options of --set belong to.
 _PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
@@ -58,8 +58,8 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     """Prune a model, fine-tune it and write it with its masks, under attack also its best epoch."""
     training = _training(options)
     check_out(how.out, ".safetensors")
-    if source.model.endswith(PACKED):
-        raise UserError("an artefact cannot be pruned further; prune the model that it was exported from")
+    if source.model.endswith((PACKED, ONNX)):
+        raise UserError(f"{source.model} cannot be pruned further; prune the model that it was exported from")
     pruning = _settings(how.options, PruningSpec, Recipe).pruning[0]
     pruner = build_pruner(pruning, how.sparsity)
     check_named(source)

@@ -8,7 +8,9 @@ sparsity) is kept whole, as `Activation`.
 
 from __future__ import annotations
 
+from ._as_module import GraphModule
 from ._lower import lower
+from ._onnx_file import from_onnx, onnx_runtime, read_onnx
 from ._ops import (
     CALLS,
     ELEMENTWISE,
@@ -32,6 +34,7 @@ from ._ops import (
     called,
     evaluate,
     refusal,
+    with_tensors,
 )
 from ._passes import drop_dead_units, fold_affine
 from ._plain_stacks import Step, Stepwise
@@ -50,6 +53,7 @@ __all__ = [
     "Conv2d",
     "Flatten",
     "Graph",
+    "GraphModule",
     "Input",
     "Linear",
     "MaxPool",
@@ -64,8 +68,12 @@ __all__ = [
     "drop_dead_units",
     "evaluate",
     "fold_affine",
+    "from_onnx",
     "lower",
+    "onnx_runtime",
     "quiet",
+    "read_onnx",
     "refusal",
     "spelled_out",
+    "with_tensors",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -279,6 +279,12 @@ def evaluate(op: Op, *inputs: Tensor) -> Tensor:
         case Call():
             return called(op, *inputs)
     raise Unsupported(f"an operation of type {type(op).__name__} cannot be evaluated")
+
+
+def with_tensors(op: Op, change: Callable[[Tensor], Tensor]) -> Op:
+    """Return an operation whose tensors are changed, such as to another precision."""
+    changed: Any = {f.name: change(v) for f in fields(op) if isinstance(v := getattr(op, f.name), Tensor)}
+    return replace(op, **changed)
 
 
 def called(op: Call, *inputs: Tensor) -> Tensor:

@@ -26,13 +26,15 @@ def lower_bound(
     region: Region,
     relaxed: Mapping[int, Relaxation],
     *,
-    alpha: dict[int, Tensor] | None = None,
+    alpha: Mapping[int, Tensor] | None = None,
+    beta: Mapping[int, Tensor] | None = None,
     refine: bool = False,
 ) -> Tensor:
     """Bound rows·(output of node `start`) from below over a region: rows (N, K, *shape of the node) to (N, K).
 
     `relaxed` holds the linear bounds of the nonlinear nodes before `start`; `alpha` replaces, per row, the lower slopes
-    of unstable ReLUs. The result is differentiable in `alpha`.
+    of unstable ReLUs; `beta` is added to the coefficients of a node's output, (N, K, ...), where that must not be
+    positive. The result is differentiable in both.
     """
     total = rows.new_zeros(rows.shape[:2])
     waiting = {start: rows}
@@ -40,6 +42,8 @@ def lower_bound(
         if index not in waiting:
             continue
         a, node = waiting.pop(index), graph.nodes[index]
+        if beta is not None and index in beta:
+            a = a + beta[index]
         parts, added = _through(graph, index, a, relaxed, alpha)
         if added is not None:
             total = total + added

@@ -1,0 +1,182 @@
+"""Questions of fixed budgets: does a label stand in a ball, does a property of VNN-LIB hold?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...graph import Graph
+from ...modes import eval_mode
+from ...outputs import logits_of, opened
+from ...threat import L2, LINF, Threat, distance
+from ...waiting import courteous
+from .._network import margin_rows, prepare
+from .._region import Region, region
+from ..certify._relaxations import Interval
+from ._question import Question, Status
+from ._search import Answer, Progress, answered
+from ._vnnlib import Box, Case, Property, inward, outward
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """An answer: "verified" (no counter-example exists), "falsified" (x_adv is one) or "unknown".
+
+    bound: a lower bound on how far every point misses being a counter-example, in logits: above 0 where verified.
+    x_adv (1, ...) float32 and logits (classes,): a counter-example, and what the network itself gives for it. nodes:
+    sub-problems that were bounded. seconds: wall time.
+    """
+
+    status: Status
+    bound: float
+    x_adv: Tensor | None
+    logits: Tensor | None
+    nodes: int
+    seconds: float
+
+
+@courteous()
+def verify(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: float,
+    eps: float,
+    *,
+    seconds: float = 60.0,
+    nodes: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
+) -> tuple[Verdict, ...]:
+    """Say for each image whether its label stands in the whole eps-ball inside [0, 1]: complete, unless time runs out.
+
+    x (N, ...) in [0, 1], labels y (N,); linf or l2. Attacks, then bounds, then branch and bound over the signs of
+    ReLUs, whose inputs are bounded by searches of their own first. "verified" speaks of exact arithmetic, of bounds in
+    float64 that are lowered for rounding; "falsified" of the model itself, which gives x_adv another label. Each image
+    takes `seconds` of `clock` at most, and `nodes` sub-problems; without a limit of seconds that binds, results are the
+    same on every run. Raise UserError for other norms, Unsupported for layers without a sound rule.
+    Sources: Wang et al. 2021 (β-CROWN), Bunel et al. 2020 (branching).
+    """
+    if norm not in (L2, LINF):
+        raise UserError("labels are verified for linf and l2 only")
+    Threat(norm, eps)
+    graph = prepare(model, tuple(x.shape[1:]), images=x, certified=True)
+    found = []
+    with eval_mode(model):
+        answer = opened(model, x)
+        for i in range(len(x)):
+            one, begin = x[i : i + 1], time.perf_counter()
+            rows = margin_rows(graph, y[i : i + 1])[0][:, None]
+            replay = partial(_other_label, answer, one, int(y[i]), norm, eps)
+            ball = region(one, norm, eps)
+            asked = Question(
+                graph, ball, rows, rows.new_zeros(rows.shape[:2]), _in_float32(ball), replay, clock() + seconds, clock
+            )
+            found.append(_verdict(answered(asked, nodes=nodes, progress=progress), partial(_answers, answer), begin))
+    return tuple(found)
+
+
+@courteous()
+def verify_property(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    asked: Property,
+    *,
+    run: Run | None = None,
+    seconds: float = 60.0,
+    nodes: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
+) -> tuple[Verdict, Case | None]:
+    """Say whether any input of a property's boxes is a counter-example, and of which of its cases.
+
+    The model takes images of `shape`, whose values are the property's inputs in their order. `run` says what the
+    network itself gives for images (N, *shape), such as ONNX Runtime; unless given, the model does. Else as `verify`.
+    """
+    begin, deadline = time.perf_counter(), clock() + seconds
+    if math.prod(shape) != asked.inputs:
+        raise UserError(f"the property is of {asked.inputs} inputs, the network takes images of shape {shape}")
+    graph = prepare(model, shape, certified=True)
+    if (classes := graph.nodes[-1].shape[0]) != asked.outputs:
+        raise UserError(f"the property is of {asked.outputs} outputs, the network has {classes}")
+    low, used = math.inf, 0
+    run = run or partial(_answers, model)
+    with eval_mode(model):
+        for box, cases in _by_box(asked.cases):
+            question = _question(graph, box, cases, run, deadline, clock)
+            answer = answered(question, nodes=nodes - used, progress=progress)
+            used, low = used + answer.nodes, min(low, answer.bound)
+            if answer.point is not None:
+                case = next(case for case in cases if case.satisfied(run(answer.point)[0]))
+                return _verdict(answer, run, begin), case
+    return Verdict("verified" if low > 0 else "unknown", low, None, None, used, time.perf_counter() - begin), None
+
+
+def _other_label(model: nn.Module, x: Tensor, y: int, norm: float, eps: float, points: Tensor) -> Tensor | None:
+    """Return the first of some points in the ball to which the model itself gives another label."""
+    near = distance(points.double() - x.double(), norm) <= eps
+    wrong = (_answers(model, points).argmax(1) != y) & near
+    return points[wrong][:1] if bool(wrong.any()) else None
+
+
+def _answers(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return logits_of(model(x))
+
+
+def _counter_example(run: Run, cases: Sequence[Case], points: Tensor) -> Tensor | None:
+    """Return the first of some points whose outputs satisfy any of the cases, exactly."""
+    outputs = run(points)
+    places = (i for i, y in enumerate(outputs) if any(case.satisfied(y) for case in cases))
+    place = next(places, None)
+    return None if place is None else points[place : place + 1]
+
+
+def _in_float32(ball: Region) -> Interval:
+    """Return the float32 numbers in a box."""
+    low, high, inf = ball.lower.float(), ball.upper.float(), torch.tensor(torch.inf)
+    low = torch.where(low.double() < ball.lower, low.nextafter(inf), low)
+    return Interval(low, torch.where(high.double() > ball.upper, high.nextafter(-inf), high))
+
+
+def _by_box(cases: Sequence[Case]) -> Iterator[tuple[Box, list[Case]]]:
+    """Yield the boxes, each with the cases that have it."""
+    found: dict[int, list[Case]] = {}
+    for case in cases:
+        found.setdefault(id(case.box), []).append(case)  # equal boxes are one object
+    yield from ((some[0].box, some) for some in found.values())
+
+
+def _question(
+    graph: Graph, box: Box, cases: Sequence[Case], run: Run, deadline: float, clock: Callable[[], float]
+) -> Question:
+    shape, classes = (1, *graph.nodes[0].shape), graph.nodes[-1].shape[0]
+    low, high = (side.view(shape) for side in outward(box))
+    ball = Region((low + high) / 2, LINF, torch.zeros(1, dtype=torch.float64), low, high)
+    most = max(1, *(len(case.rows) for case in cases))
+    rows = torch.zeros(len(cases), most, classes, dtype=torch.float64)
+    limits = torch.full((len(cases), most), torch.inf, dtype=torch.float64)  # such a constraint always holds
+    for q, case in enumerate(cases):
+        for m, (row, limit) in enumerate(case.rows):
+            limits[q, m] = float(limit)
+            for k, factor in row.items():
+                rows[q, m, k] = float(factor)
+    inside = Interval(*(side.view(shape) for side in inward(box)))
+    return Question(graph, ball, rows, limits, inside, partial(_counter_example, run, cases), deadline, clock)
+
+
+def _verdict(answer: Answer, run: Run, begin: float) -> Verdict:
+    logits = None
+    if answer.point is not None:
+        with torch.no_grad():
+            logits = run(answer.point)[0]
+    return Verdict(answer.status, answer.bound, answer.point, logits, answer.nodes, time.perf_counter() - begin)

@@ -1,0 +1,90 @@
+"""Open an ONNX file: its bytes, its graph as ours, and ONNX Runtime on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Unsupported, UserError, told
+from ._onnx_reader import Reader
+from ._onnx_rules import RULES
+from ._ops import Graph
+
+_BYTES, _NODES = 2**30, 20_000
+_TOLERANCE = 1e-4  # of the largest logit
+_IMAGES = 4
+
+
+def from_onnx(path: Path | str) -> Graph:
+    """Read a classifier of one float input (1 or N, ...) from an ONNX file as a graph of the same logits, float32.
+
+    The graph takes images of its input's shape; a flat input takes any of as many pixels. It is compared with ONNX
+    Runtime, where that is installed. Raise UserError without the package onnx and for a damaged file, Unsupported,
+    naming node and operation, for what has no rule: data in other files, too.
+    """
+    data = read_onnx(path)
+    graph = Reader(str(path), _parsed(data, path), RULES).read()
+    try:
+        run = onnx_runtime(data)
+    except ImportError:
+        return graph
+    x = torch.rand(_IMAGES, *graph.nodes[0].shape, generator=torch.Generator().manual_seed(0))
+    found, expected = graph(x), run(x)
+    if found.shape != expected.shape or not bool(
+        ((found - expected).abs() <= _TOLERANCE * expected.abs().amax()).all()  # NaN is refused, too
+    ):
+        raise Unsupported(f"{path}: what was read gives other logits than ONNX Runtime; report the file")
+    return graph
+
+
+def read_onnx(path: Path | str) -> bytes:
+    """Return an ONNX file's bytes; raise UserError for none, or one above 1 GiB."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file")
+    if Path(path).stat().st_size > _BYTES:
+        raise UserError(f"{path} is larger than 1 GiB, which is more than is read of an ONNX file")
+    return Path(path).read_bytes()
+
+
+def onnx_runtime(data: bytes) -> Callable[[Tensor], Tensor]:
+    """Return ONNX Runtime on an ONNX file: images (N, ...) to logits (N, classes), float32, one image at a time.
+
+    Raise ImportError where it is not installed, Unsupported where it refuses the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes of exceptions, one a status
+        raise Unsupported(f"ONNX Runtime refuses the file: {told(error)}") from error
+    (given,) = session.get_inputs()
+    shape = [size if isinstance(size, int) else 1 for size in given.shape]
+
+    def run(x: Tensor) -> Tensor:
+        every = [session.run(None, {given.name: one.float().numpy().reshape(shape)})[0] for one in x.detach()]
+        return torch.stack([torch.from_numpy(logits).flatten() for logits in every])
+
+    return run
+
+
+def _parsed(data: bytes, path: Path | str) -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise UserError("ONNX files need the package onnx; install sparring[onnx]") from error
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf's own, which differ by its version
+        raise UserError(f"{path} is no ONNX file, or a damaged one: {told(error)}") from error
+    if not model.graph.node:
+        raise UserError(f"{path} is no ONNX file, or an empty one: it has no nodes")
+    if len(model.graph.node) > _NODES:
+        raise UserError(f"{path} has {len(model.graph.node)} nodes; at most {_NODES} are read")
+    return model
