@@ -50,7 +50,7 @@ def test_every_command_takes_json_and_is_on_its_page() -> None:
 
 
 # What one name means in several commands; all other options that commands share are the same in all of them.
-OWN_HELP = {"model", "weights", "out", "eps", "images", "norm", "seed", "options"}
+OWN_HELP = {"model", "weights", "out", "eps", "images", "norm", "seed", "seconds", "options"}
 
 
 def test_options_that_commands_share_are_the_same() -> None:
@@ -60,7 +60,7 @@ def test_options_that_commands_share_are_the_same() -> None:
         for one in inspect.signature(command.callback).parameters.values():
             (about,) = one.annotation.__metadata__
             kind = "" if one.name in ("model", "out", "weights") else f"{one.annotation.__origin__} {one.default}"
-            kind = re.sub(r" .*", "", kind) if one.name in ("data", "images", "eps") else kind
+            kind = re.sub(r" .*", "", kind) if one.name in ("data", "images", "eps", "seconds") else kind
             found.setdefault(one.name, set()).add(f"{kind} {'' if one.name in OWN_HELP else about.help}")
     assert {name: kinds for name, kinds in found.items() if len(kinds) > 1} == {}
 

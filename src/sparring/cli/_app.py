@@ -377,7 +377,7 @@ def certify(model: ModelSource, data: DataSource, how: CertifyOptions, json: Jso
 class VerifyOptions:
     """Options of verification."""
 
-    eps: Annotated[str | None, Option(help="Budget of questions about test images, as 0.03 or 8/255.")] = None
+    eps: Annotated[str, Option(help="Budget of questions about test images, as 0.03 or 8/255.")] = ""
     norm: Annotated[str, Option(help="linf or l2.")] = "linf"
     seconds: Annotated[float, Option(help="Time limit of one question.")] = 60.0
     images: Images = 100

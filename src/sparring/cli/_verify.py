@@ -31,7 +31,7 @@ def run_verify(model: ModelSource, asked: Path | None, how: VerifyOptions, data:
     """Print each answer; return 0 where all is verified, 1 where anything is falsified, else 3."""
     if not how.seconds > 0:
         raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
-    if (asked is None) == (how.eps is None):
+    if (asked is None) == (how.eps == ""):
         raise UserError("give a property in VNN-LIB or --eps, one of them: both say what is asked")
     if asked is None and how.counter_example is not None:
         raise UserError("--counter-example is for properties in VNN-LIB; --json prints how near images' examples are")
@@ -51,7 +51,7 @@ def run_verify(model: ModelSource, asked: Path | None, how: VerifyOptions, data:
 
 
 def _about_images(model: ModelSource, how: VerifyOptions, data: DataSource) -> list[Verdict]:
-    norm, eps = parse_norm(how.norm), parse_eps(how.eps or "")
+    norm, eps = parse_norm(how.norm), parse_eps(how.eps)
     Threat(norm, eps)
     network, dataset = open_both(model, data, plain=True, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
