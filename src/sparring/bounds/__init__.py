@@ -29,6 +29,7 @@ from ._lipschitz import LIPSCHITZ, MaskedPoint, lipschitz, margin_ratios, random
 from ._summary import VACUOUS, Summary, summary
 from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
 from .certify._estimate import estimate, tightest
+from .certify._training import TrainingBounds, ibp_initialise_, training_bounds
 from .exact_distances._exact import Exact, exact
 from .verification._verify import Verdict, verify, verify_property
 from .verification._vnnlib import Property, read_vnnlib, results_text
@@ -43,10 +44,12 @@ __all__ = [
     "Property",
     "Summary",
     "Theorem",
+    "TrainingBounds",
     "Verdict",
     "certified_accuracy",
     "estimate",
     "exact",
+    "ibp_initialise_",
     "linear_distance",
     "linear_distances",
     "linear_fooled",
@@ -64,6 +67,7 @@ __all__ = [
     "summary",
     "theorem",
     "tightest",
+    "training_bounds",
     "verify",
     "verify_property",
     "weights_of",

@@ -263,10 +263,16 @@ class TrainOptions:
 class FitOptions:
     """Options of training beside the recipe."""
 
-    loss: Annotated[str, Option(help="Training loss: standard, pgd-at or trades.")] = "standard"
+    loss: Annotated[str, Option(help="Training loss: standard, pgd-at, trades, ibp or crown-ibp.")] = "standard"
     eps: Eps = "0.1"
     label_smoothing: Annotated[
         float | None, Option(help="Fraction of each label that is spread evenly over all classes.")
+    ] = None
+    kappa: Annotated[
+        float | None, Option(help="Weight of the clean loss at the end of ibp and crown-ibp [default: 0.5].")
+    ] = None
+    stability: Annotated[
+        float | None, Option(help="Weight of the ReLU-stability loss, for ibp and crown-ibp.")
     ] = None
     seed: Seed = 0
     threads: Threads = None

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..bounds import ibp_initialise_
 from ..data import Dataset, as_float
 from ..errors import UnknownNameError, UserError
 from ..files import save_tensors
@@ -47,8 +49,10 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     model = blueprint.build(seed=options.seed)
     say_fresh(how.model)
     check_fit(model, dataset)
+    if training.certified:
+        ibp_initialise_(model, generator=torch.Generator().manual_seed(options.seed))
     result = _fit(model, dataset, recipe, how.out, options, training)
-    written = _finish(model, blueprint, dataset, result, training.eps, how.out)
+    written = _finish(model, blueprint, dataset, result, training, how.out)
     refuse_constant(model, dataset.valid)
     if as_json:
         print_json({"model": how.model, "data": dataset.name, "written": written})
@@ -71,7 +75,7 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     check_reached(pruner, result.masks, pruning.layers or how.sparsity)
     asked = None if pruning.layers else how.sparsity
     print(_removed(result.masks, pruner, model, as_float(dataset.test.x[:2]), asked))
-    written = _finish(model, blueprint, dataset, result, training.eps, how.out)
+    written = _finish(model, blueprint, dataset, result, training, how.out)
     if as_json:
         about = {"model": source.model, "data": dataset.name, "sparsity": sparsity_of(result.masks)}
         print_json({**about, "written": written})
@@ -99,8 +103,10 @@ def _settings(
 
 
 def _training(options: FitOptions, ramp: float | None = None) -> TrainingSettings:
-    table = {"loss": options.loss, "eps": parse_eps(options.eps), "ramp": ramp}
-    table["label_smoothing"] = options.label_smoothing
+    table = {
+        "loss": options.loss, "eps": parse_eps(options.eps), "ramp": ramp, "kappa": options.kappa,
+        "stability": options.stability, "label_smoothing": options.label_smoothing,
+    }  # fmt: skip
     return Plan.from_table({"name": "settings", "training": table}).training
 
 
@@ -132,7 +138,7 @@ def _show(progress: EpochProgress) -> None:
 
 
 def _finish(
-    model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fit, eps: float, out: Path
+    model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fit, training: TrainingSettings, out: Path
 ) -> list[dict[str, Any]]:
     """Write a network and say how good it is; beside it the best epoch's, where training under attack tells which."""
     save_model(out, model, blueprint, result.masks)
@@ -145,9 +151,10 @@ def _finish(
     written = []
     for name, network, epoch, path in (("final", model, last, out), ("best", best, result.best_epoch, beside)):
         share = result.scores[epoch - 1]
-        robust = f", validation accuracy under PGD (eps {eps:g}) {percent(share)}"
+        judged = "certified validation accuracy" if training.certified else "validation accuracy under PGD"
+        robust = f", {judged} (eps {training.eps:g}) {percent(share)}"
         told = _told(network, dataset, path, before=f"{name} epoch {epoch}: ", behind=robust)
-        written.append({**told, "epoch": epoch, "robust_accuracy_valid": share, "eps": eps})
+        written.append({**told, "epoch": epoch, "robust_accuracy_valid": share, "eps": training.eps})
     return written
 
 

@@ -308,6 +308,14 @@ def methods(findings: Findings) -> str:
     )
 
 
+_LOSSES = {
+    "pgd-at": "PGD adversarial training",
+    "trades": "TRADES",
+    "ibp": "certified training by IBP",
+    "crown-ibp": "certified training by CROWN-IBP",
+}
+
+
 def _recipe(findings: Findings) -> str:
     """Say how networks were trained; empty if the plan does not say, or has no networks."""
     plan = findings.study.plan
@@ -317,12 +325,13 @@ def _recipe(findings: Findings) -> str:
     given = isinstance(model, dict) and model.get("weights") is not None
     first = "The dense network was given" if given else f"Training took {_epochs(recipe)}"
     said = f"{first}; fine-tuning took {_epochs(finetune)}"
-    name = {"pgd-at": "PGD adversarial training", "trades": "TRADES"}.get(str(training.get("loss")))
+    name = _LOSSES.get(str(training.get("loss")))
     if name is None:
         return f"{said}. "
     norm, eps, steps, ramp = (training.get(key) for key in ("norm", "eps", "steps", "ramp"))
     grown = f"; ε grew to its value over a fraction of {ramp} of the dense network's training"
-    said += f", with {name} ({NORMS.get(str(norm), norm)}, ε = {eps}, {steps} steps)"
+    inner = f", {steps} steps" if training["loss"] in ("pgd-at", "trades") else ""
+    said += f", with {name} ({NORMS.get(str(norm), norm)}, ε = {eps}{inner})"
     return f"{said}{'' if ramp is None or given else grown}. "
 
 

@@ -1,4 +1,4 @@
-"""Train networks, dense, pruned and adversarially.
+"""Train networks, dense, pruned, adversarially, or on certified bounds.
 
 Examples:
     >>> from sparring import data, models, train
@@ -11,6 +11,7 @@ Examples:
 
 from __future__ import annotations
 
+from ._certified import certified
 from ._fit import EpochProgress, Fit, fit, is_whole, predict
 from ._losses import Loss, Ramped, adversarial, cross_entropy, smoothed, trades
 from ._recipe import Recipe, learning_rate
@@ -22,6 +23,7 @@ __all__ = [
     "Ramped",
     "Recipe",
     "adversarial",
+    "certified",
     "cross_entropy",
     "fit",
     "is_whole",

@@ -30,6 +30,11 @@ _ROUNDING = 1e-12  # what float64 may lose in a sum of thousands of terms, relat
 
 def _interval(graph: Graph, region: Region, rows: Tensor) -> Tensor:
     bounds, _ = bound_nodes(graph, region, backward=False)
+    return _rounded_down(interval_margins(graph, rows, bounds), bounds)
+
+
+def interval_margins(graph: Graph, rows: Tensor, bounds: Sequence[Interval]) -> Tensor:
+    """Bound rows·logits from below by the intervals of all nodes: rows (N, K, classes) to (N, K)."""
     last = graph.nodes[-1]
     if isinstance(last.op, Linear):  # the difference of two logits is bounded at once, not as a difference of bounds
         added = 0 if last.op.bias is None else rows @ last.op.bias
@@ -37,7 +42,7 @@ def _interval(graph: Graph, region: Region, rows: Tensor) -> Tensor:
     else:
         added, box = 0, bounds[-1]
     centre, half = (box.upper + box.lower) / 2, (box.upper - box.lower) / 2
-    return _rounded_down(dot(rows, centre) - dot(rows.abs(), half) + added, bounds)
+    return dot(rows, centre) - dot(rows.abs(), half) + added
 
 
 def _crown(graph: Graph, region: Region, rows: Tensor, *, backward: bool = True) -> Tensor:

@@ -270,12 +270,12 @@ def _max_pool(op: MaxPool, bounds: Interval) -> WindowLines:
     ceiling = upper.amax(2)
     # For any level ≥ every lower bound: max z ≤ level + Σ relu(z_j − level), and a chord bounds each summand. The
     # level at which the slopes sum to one is the tightest on average; it is kept in [floor, ceiling].
-    width = (upper - lower).clamp_min(1e-12)
     rivals = upper > floor[..., None]
-    weight = torch.where(rivals, 1 / width, 0)
+    width = torch.where(rivals, upper - lower, 1)  # never zero, so that gradients stay finite
+    weight = torch.where(rivals, 1 / width.clamp_min(1e-12), 0)
     level = ((weight * torch.where(rivals, upper, 0)).sum(2) - 1) / weight.sum(2).clamp_min(1e-12)
     level = torch.minimum(torch.maximum(level, floor), ceiling)
-    slopes = torch.where(rivals, (upper - level[..., None]).clamp_min(0) / (upper - lower).clamp_min(1e-300), 0)
+    slopes = torch.where(rivals, (upper - level[..., None]).clamp_min(0) / width, 0)
     shift = level - (slopes * torch.where(rivals, lower, 0)).sum(2)
     return WindowLines(index, best, slopes, shift, shape, tile_of(op, shape))
 
@@ -369,8 +369,9 @@ def _relu_lines(lower: Tensor, upper: Tensor) -> _Four:
     Zhang et al. 2018, table 2.
     """
     unstable = (lower < 0) & (upper > 0)
-    chord = torch.where(unstable, upper / (upper - lower).clamp_min(1e-300), (lower >= 0).double())
-    low = torch.where(unstable, (upper > -lower).double(), chord)
+    width = torch.where(unstable, upper - lower, 1)  # never zero, so that gradients stay finite
+    chord = torch.where(unstable, upper / width, (lower >= 0).to(upper.dtype))
+    low = torch.where(unstable, (upper > -lower).to(upper.dtype), chord)
     return low, torch.zeros_like(low), chord, torch.where(unstable, -lower * chord, 0)
 
 

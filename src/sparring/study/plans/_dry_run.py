@@ -111,7 +111,8 @@ def estimate(tasks: Iterable[AnyTask], context: Context, *, workers: int) -> flo
 def _passes(inputs: Inputs, context: Context) -> float:
     match inputs:
         case Train() | Activate() if inputs.recipe is not None and inputs.recipe.epochs:
-            inner = inputs.training.steps + 1 if inputs.training.loss != "standard" else 1
+            training = inputs.training
+            inner = 3 if training.certified else 1 if training.loss == "standard" else training.steps + 1
             return float(len(context.dataset.train.x) * inputs.recipe.epochs * inner)
         case Given() | Train() | Activate():
             return float(len(context.dataset.valid.x))

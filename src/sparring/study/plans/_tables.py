@@ -49,19 +49,27 @@ class NetworkSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Choose the loss: plain cross-entropy, PGD adversarial training, or TRADES (eps in [0, 1]).
+    """Choose the loss: plain cross-entropy, PGD adversarial training, TRADES, IBP or CROWN-IBP (eps in [0, 1]).
 
     `label_smoothing` is the share of each label that goes to all classes alike. `ramp` is the share of a dense
-    network's training over which eps grows to its value; fine-tuning has it whole.
+    network's training over which eps grows to its value; fine-tuning has it whole. `kappa` is the share of the clean
+    loss that certified training ends at, `stability` the weight of its loss on ReLUs that may change sign.
     """
 
-    loss: Literal["standard", "pgd-at", "trades"] = "standard"
+    loss: Literal["standard", "pgd-at", "trades", "ibp", "crown-ibp"] = "standard"
     eps: float = 0.1
     norm: Literal["linf", "l2"] = "linf"
     steps: int = 7
     beta: float = 6.0
     ramp: float | None = None
     label_smoothing: float | None = None
+    kappa: float | None = None
+    stability: float | None = None
+
+    @property
+    def certified(self) -> bool:
+        """Whether the loss is on certified bounds."""
+        return self.loss in ("ibp", "crown-ibp")
 
     def __post_init__(self) -> None:
         in_range("training.label_smoothing", self.label_smoothing or 0.0, 0, 0.99)
@@ -72,6 +80,12 @@ class TrainingSettings:
             raise PlanError(f"training: ramp is a share of the training, above 0 and up to 1, not {self.ramp}")
         if self.ramp is not None and self.loss == "standard":
             raise PlanError("training: ramp is for eps to grow, and the standard loss has none; drop it")
+        in_range("training.kappa", self.kappa or 0.0, 0, 1)
+        in_range("training.stability", self.stability or 0.0, 0, 1e6)
+        if not self.certified and (self.kappa is not None or self.stability is not None):
+            raise PlanError("training: kappa and stability belong to the losses ibp and crown-ibp; drop them")
+        if self.certified and (self.norm != "linf" or self.label_smoothing):
+            raise PlanError("training: ibp and crown-ibp take the norm linf and no label_smoothing")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks import pgd
+from ...bounds import certified_accuracy, ibp_initialise_
 from ...data import Split, as_float
 from ...errors import UserError
 from ...files import load_tensors, sha256_file
@@ -25,8 +26,8 @@ from ...sparsity import (
     sparsity_of,
     with_activation_penalty,
 )
-from ...threat import parse_norm
-from ...train import Loss, Ramped, adversarial, cross_entropy, fit, predict, smoothed, trades
+from ...threat import LINF, Threat, parse_norm
+from ...train import Loss, Ramped, adversarial, certified, cross_entropy, fit, predict, smoothed, trades
 from ..plans._tables import TrainingSettings
 from ..runner._executors import Task, TaskOutcome
 from ._inputs import Activate, Choose, Given, Prune, Train, WeightsFile
@@ -45,6 +46,8 @@ def train(context: Context, task: Task[Train] | Task[Given]) -> TaskOutcome:
     model = network(context, inputs.model, inputs.initial_seed)
     if isinstance(inputs, Given):
         return _given(context, inputs.weights, model)
+    if inputs.training.certified:
+        ibp_initialise_(model, generator=torch.Generator().manual_seed(inputs.initial_seed))
     outcome = _fitted(context, task.key, inputs, model, seed=inputs.seed)
     refuse_constant(model, context.dataset.valid)
     return outcome
@@ -169,9 +172,14 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def robust_score(model: nn.Module, valid: Split, training: TrainingSettings) -> float:
-    """Return the share of validation images that stand under a short PGD: what chooses the best epoch."""
+    """Return what chooses the best epoch: the share of validation images that stand under a short PGD.
+
+    Of certified training, the share that intervals certify.
+    """
     place = next(model.parameters()).device
     x, y = as_float(valid.x[:SCORING_IMAGES]).to(place), valid.y[:SCORING_IMAGES].to(place)
+    if training.certified:
+        return certified_accuracy(model, x, y, Threat(LINF, training.eps), method="interval")
     generator = torch.Generator().manual_seed(0)
     norm = parse_norm(training.norm)
     model = opened(model, x)
@@ -185,15 +193,27 @@ def training_loss(training: TrainingSettings) -> Loss:
     smoothing = training.label_smoothing or 0.0
     if training.loss == "standard":
         return smoothed(smoothing) if smoothing else cross_entropy
+    if training.certified:
+        return _certified(training, None).at(1.0)
     norm = parse_norm(training.norm)
     if training.loss == "pgd-at":
         return adversarial(eps=training.eps, norm=norm, steps=training.steps, label_smoothing=smoothing)
     return trades(eps=training.eps, norm=norm, steps=training.steps, beta=training.beta, label_smoothing=smoothing)
 
 
+def _certified(training: TrainingSettings, ramp: float | None) -> Ramped:
+    kappa = 0.5 if training.kappa is None else training.kappa
+    return certified(
+        eps=training.eps, crown=training.loss == "crown-ibp", ramp=ramp, kappa=kappa,
+        stability=training.stability or 0.0,
+    )  # fmt: skip
+
+
 def ramped_loss(training: TrainingSettings) -> Loss | Ramped:
     """Return the loss of a [training] table, whose eps grows to its value if the table has a `ramp`."""
     if training.ramp is None:
         return training_loss(training)
+    if training.certified:
+        return _certified(training, training.ramp)
     ramp, eps = training.ramp, training.eps
     return Ramped(lambda share: training_loss(replace(training, eps=eps * min(1.0, share / ramp))))
