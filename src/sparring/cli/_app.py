@@ -271,9 +271,7 @@ class FitOptions:
     kappa: Annotated[
         float | None, Option(help="Weight of the clean loss at the end of ibp and crown-ibp [default: 0.5].")
     ] = None
-    stability: Annotated[
-        float | None, Option(help="Weight of the ReLU-stability loss, for ibp and crown-ibp.")
-    ] = None
+    stability: Annotated[float | None, Option(help="Weight of the ReLU-stability loss, for ibp and crown-ibp.")] = None
     seed: Seed = 0
     threads: Threads = None
     quiet: Quiet = False
