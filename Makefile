@@ -73,7 +73,7 @@ nightly: $(READY)
 setup: $(READY)
 
 lint: $(READY)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell *.md docs src tests benchmarks
 
 types: $(READY)
 	@$(BIN)/mypy

@@ -57,7 +57,7 @@ def test_written_files_obey_the_umask(tmp_path: Path) -> None:
     ("call", "number", "words"),
     [
         ("fsync", errno.ENOSPC, "disk is full"),
-        ("fsync", errno.EIO, "the disk reports an error"),
+        ("fsync", errno.EIO, "the disk reported an error"),
         ("replace", errno.EROFS, "read-only"),
         ("replace", errno.EACCES, "permission denied"),
     ],

@@ -14,7 +14,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 
-# docs/design.md, section 3, lowest first; names on one line are strangers to each other.
+# docs/design.md, section 3, lowest first; names on one line are not importing each other.
 LAYERS = [
     {"declared", "errors", "facts", "modes", "outputs", "proofs", "units"},
     {"threat", "memory_format", "matrices", "files", "graph", "memory", "plugins", "waiting"},

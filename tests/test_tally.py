@@ -58,7 +58,9 @@ def pruned(use: Callable[[Own, Tensor], Tensor]) -> Own:
 def test_a_weight_that_loses_its_zeros_counts_as_dense(name: str) -> None:
     use, operation = DENSE[name]
     model = pruned(use).train()
-    assert made_dense(model, X) == {"layer.weight": f"forward() uses it through '{operation}', which keeps no zeros"}
+    assert made_dense(model, X) == {
+        "layer.weight": f"forward() uses it through '{operation}', which does not keep zeros"
+    }
     assert model.training and model.layer.training
     found, blind = counts(model, X), counts(model)
     assert found.matrices_nonzero - blind.matrices_nonzero == 96 and "layer.weight" in found.left_out

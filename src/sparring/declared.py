@@ -1,4 +1,4 @@
-"""What a layer says of itself that nobody else can find out: whether it draws, and whether its gradient misleads."""
+"""Layers declare what cannot be detected: whether they are stochastic, and whether their gradients mislead attacks."""
 
 from __future__ import annotations
 

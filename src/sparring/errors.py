@@ -1,4 +1,4 @@
-"""The few errors that sparring raises on purpose."""
+"""The errors that sparring raises on purpose."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def told(error: BaseException) -> str:
     try:
         text = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
     except Exception:  # a user's own exception may fail even at this
-        text = "(what it says cannot be read)"
+        text = "(its message cannot be read)"
     where = place(error)
     text = text if len(text) <= 300 else f"{text[:297]}..."
     return f"{type(error).__name__}{': ' if text else ''}{text}{f' ({where})' if where else ''}"

@@ -1,4 +1,4 @@
-"""What is known of attacks, bounds and models: data alone and no torch, so that every layer may read it.
+"""Facts about attacks, bounds and models as data, without torch, so that every layer can read them.
 
 Each table has an entry for each name in the table of functions that it describes (a test holds them equal). What a
 user's own part is, and all else that is known of a part, is read where it stands: in its signature and its docstring.

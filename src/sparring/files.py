@@ -1,4 +1,4 @@
-"""Files that can be trusted: atomic writes, canonical JSON, hashes, kernel locks, archives and tensors from strangers.
+"""Safe files: atomic writes, canonical JSON, hashes, kernel locks, untrusted archives and tensors.
 
 Whatever goes wrong with a file that a user named ends in a `UserError` that says which file, why, and what to do.
 """
@@ -55,15 +55,15 @@ _LEFTOVER = ".tmp"
 _WAYS_OUT = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "your disk quota is used up; free some space or choose another folder",
-    errno.EACCES: "permission denied; choose a folder and files that you may use",
-    errno.EPERM: "operation not permitted; choose a folder and files that you may use",
+    errno.EACCES: "permission denied; choose a folder and files that you can access",
+    errno.EPERM: "operation not permitted; choose a folder and files that you can access",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOENT: "no such file or folder; check the path",
     errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
     errno.EISDIR: "this is a folder, not a file; choose another path",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EFBIG: "the file would exceed the size limit of the system; raise the limit or choose another folder",
-    errno.EIO: "the disk reports an error; check it, or choose another folder",
+    errno.EIO: "the disk reported an error; check it or choose another folder",
 }
 _FAILING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
@@ -161,7 +161,7 @@ def write_json(path: Path | str, value: Any, *, limit: float = math.inf) -> Path
     """
     text = json.dumps(finite(value), sort_keys=True, indent=1, allow_nan=False) + "\n"
     if len(text) > limit:
-        raise UserError(f"{path} would be larger than {limit / MIB:.0f} MiB, the most that is read; divide the study")
+        raise UserError(f"{path} would be larger than {limit / MIB:.0f} MiB, the limit; divide the study")
     return write_atomic(path, text)
 
 
@@ -182,7 +182,7 @@ def read_json(path: Path | str, *, limit: int = 64 * MIB) -> Any:
     try:
         return json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); remove it or make it again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); remove it or create it again") from error
 
 
 def _refuse_constant(name: str) -> None:
@@ -201,7 +201,7 @@ def read_bounded(path: Path | str, *, limit: int) -> bytes:
     except OSError as error:
         raise explain(error, path, "read") from error
     if len(data) > limit:
-        raise UserError(f"{path} is larger than {limit / MIB:.0f} MiB, the most that is read; is it the right file?")
+        raise UserError(f"{path} is larger than {limit / MIB:.0f} MiB, the limit; is it the right file?")
     return data
 
 
@@ -256,7 +256,7 @@ def safe_name(name: str) -> str:
     """Return a name that is one harmless file name; raise UserError for path tricks and unprintable names."""
     harmless = 0 < len(name.encode(errors="replace")) <= 200 and name.isprintable()
     if not harmless or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
-        raise UserError(f"{name[:80]!r} cannot be a file name; use letters, digits, '-', '_' and inner dots")
+        raise UserError(f"{name[:80]!r} is not a valid file name; use letters, digits, '-', '_' and inner dots")
     return name
 
 
@@ -276,7 +276,7 @@ class _Bounded(io.BufferedReader):
         data = super().read(min(size, self.most + 1) if size >= 0 else self.most + 1)
         self.left -= len(data)
         if len(data) > self.most or self.left < 0:
-            raise _Refused("it unpacks to more than it should")
+            raise _Refused("it unpacks to more than its header says")
         return data
 
 
@@ -338,7 +338,7 @@ def _zip_members(
                 raise _Refused(f"{info.filename!r} is a link or a device")
             # bzip2 and lzma unpack without a bound on what one call may return.
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise _Refused(f"{info.filename!r} is packed by a method other than deflate")
+                raise _Refused(f"{info.filename!r} uses a compression method other than deflate")
             if info.flag_bits & 1:
                 raise _Refused(f"{info.filename!r} is encrypted")
             if info.file_size > max(512 * MIB, 100 * info.compress_size):
@@ -416,16 +416,16 @@ def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * 
         )
     header = int.from_bytes(data[:8], "little")
     if len(data) < 10 or header > min(len(data) - 8, 16 * MIB):
-        raise UserError(f"{path} is not a whole safetensors file; get it or make it again")
+        raise UserError(f"{path} is not a complete safetensors file; create or download it again")
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except Exception as error:  # the format's own error type, and whatever an absurd header makes of torch
-        raise UserError(f"{path} is not a sound safetensors file ({error}); get it or make it again") from error
+        raise UserError(f"{path} is not a valid safetensors file ({error}); create or download it again") from error
     for name, tensor in tensors.items():
         if tensor.dim() > 8:  # torch takes minutes over one of 100,000
-            raise UserError(f"tensor {name!r} in {path} has {tensor.dim()} dimensions; at most 8 make sense")
+            raise UserError(f"tensor {name!r} in {path} has {tensor.dim()} dimensions; the limit is 8")
         if finite and tensor.dtype.is_floating_point and not tensor.isfinite().all():
-            raise UserError(f"tensor {name!r} in {path} holds NaN or infinity; the run that made it has diverged")
+            raise UserError(f"tensor {name!r} in {path} has NaN or infinite values; the run that wrote it diverged")
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""A file that only grows: one JSON object a line, each with the hash of the line before it and its own."""
+"""An append-only file: one JSON object per line, each with its hash and the hash of the line before it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def read_history(out: Path | str) -> list[dict[str, Any]]:
         previous = entries[-1]["sha256"] if entries else ""
         if entry is None or entry["previous"] != previous or entry["sha256"] != _checksum(entry):
             raise DamageError(
-                f"{path} was damaged or changed at line {number}; get it back, or move it away: "
-                "the report then says that earlier looks are not known"
+                f"{path} was damaged or changed at line {number}; restore it, or move it away: "
+                "the report then says that earlier looks are unknown"
             )
         entries.append(entry)
     return entries

@@ -1,4 +1,4 @@
-"""Weight matrices: every tensor that a model multiplies with, and the parameter through which each can be pruned.
+"""Weight matrices: every tensor that a model multiplies with, and the parameter through which it can be pruned.
 
 What counts is what the forward pass uses: a layer under weight_norm, spectral_norm or torch.nn.utils.prune computes its
 weight from other tensors, and zeros of those must become zeros of the weight, or it cannot be pruned through them.
@@ -73,8 +73,8 @@ def matrices(model: nn.Module) -> list[Matrix]:
     """Return a model's weight matrices, shared ones once, in the order of its parameters.
 
     They are those of linear, bilinear, (transposed) convolutional, recurrent and attention layers, and every other
-    parameter or buffer with two axes longer than 1 that is no normalisation's: of such a one nothing tells how
-    it is used, so it is counted but left out of pruning. Buffers with two distinct values at most are masks.
+    parameter or buffer with two axes longer than 1 that belongs to no normalisation. The use of the latter is unknown,
+    so they are counted but not pruned. Buffers with at most two distinct values are masks.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     stale = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
@@ -95,7 +95,7 @@ def matrices(model: nn.Module) -> list[Matrix]:
             path, _, attribute = name.rpartition(".")
             owner = model.get_submodule(path)
             table = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
-            excuse = "a table that is looked up" if table else f"a parameter of {type(owner).__name__}'s own"
+            excuse = "an embedding table" if table else f"a parameter of {type(owner).__name__} with unknown use"
             found[name] = Matrix(name, path, owner, attribute, excuse=excuse)
     for matrix in _held(model):
         if (matrix.path, matrix.attribute) not in {(m.path, m.attribute) for m in found.values()}:
@@ -130,7 +130,7 @@ def refuse_unmasked(model: nn.Module, masks: Mapping[str, Tensor], reason: str) 
     for name, mask in masks.items():
         value = values.get(name)
         if value is None or mask.dtype != torch.bool or mask.shape != value.shape:
-            raise UserError(f"the mask '{name}' is of no weight of the model: {reason}")
+            raise UserError(f"the mask '{name}' belongs to no weight of the model: {reason}")
         if bool((value[~mask] != 0).any()):
             raise UserError(f"masked weights of '{name}' are not zero: {reason}")
 
@@ -166,7 +166,7 @@ def _matrix(names: dict[int, str], path: str, module: nn.Module, attribute: str,
     for suffix, gain in (("_v", "_g"), ("_orig", None)):
         behind = module._parameters.get(attribute + suffix)
         if behind is not None and _is_hooked(module, attribute + suffix):
-            excuse = None if called else "computed by a hook that attention never runs"
+            excuse = None if called else "computed by a hook that attention does not run"
             scale = None if gain is None else names[id(module._parameters[attribute + gain])]
             return Matrix(names[id(behind)], path, module, attribute, scale, excuse)
     if isinstance(getattr(module, attribute, None), Tensor):
@@ -200,7 +200,7 @@ def _parametrised(names: dict[int, str], path: str, module: nn.Module, attribute
         kept = place is not None and ((weighted and len(chain) == 1) or _carries_zeros(chain, originals, place))
         if place is None or not kept or not isinstance(module, _LAYERS):
             kinds = " and ".join(type(step).__name__.lstrip("_") for step in chain)
-            return Matrix(own, path, module, attribute, excuse=f"computed by {kinds}, which keeps no zeros")
+            return Matrix(own, path, module, attribute, excuse=f"computed by {kinds}, which does not keep zeros")
     gain = names[id(originals[0])] if weighted else None
     return Matrix(names[id(originals[place])], path, module, attribute, gain, _doubt(module, attribute))
 
@@ -232,7 +232,7 @@ def _doubt(module: nn.Module, attribute: str) -> str | None:
     replaced = "forward" in vars(module) or any(getattr(type(module), m, 0) is not getattr(base, m, 0) for m in methods)
     if not replaced or _ignores_dead_inputs(module, attribute):
         return None
-    return f"used by {type(module).__name__}.forward() in a way that keeps no zeros"
+    return f"used by {type(module).__name__}.forward() in a way that does not keep zeros"
 
 
 @torch.no_grad()

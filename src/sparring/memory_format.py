@@ -1,4 +1,4 @@
-"""How filters lie in memory: convolutions on a CPU are fastest with their channels side by side."""
+"""Memory format of filters: convolutions on a CPU are fastest with channels last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training and evaluation mode: a model is looked at in evaluation mode, and given back as it was."""
+"""Run a model in evaluation mode, and restore the training flags afterwards."""
 
 from __future__ import annotations
 

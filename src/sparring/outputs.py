@@ -1,4 +1,4 @@
-"""What a model takes and returns, brought to one form at one door: float images in, logits (N, classes) out.
+"""Adapt models to one interface: float images in, logits (N, classes) out.
 
 Models may return dictionaries, tuples or objects that hold the logits, work in half or double precision, write into
 their input, or mask classes with −inf or a number far below all others. Whoever runs a user's model opens it first
@@ -52,7 +52,7 @@ def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is a {type(model).__name__}; wrap it in an nn.Module whose forward() calls it")
     if "eval" in vars(model):  # torch.export puts one there that raises
-        raise UserError("the model cannot be put in eval mode; hand over the module that it was exported from")
+        raise UserError("the model cannot be put in eval mode; use the module that it was exported from")
     lazy = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)]
     if lazy:
         raise UserError(f"'{lazy[0]}' has no shape yet (a lazy layer): call the model once on a batch of images first")
@@ -88,7 +88,7 @@ class Door(Opened):
 def opened(model: nn.Module, x: Tensor) -> nn.Module:
     """Return a model in eval mode as one of float images to logits (N, classes): the model itself, or a `Door` to it.
 
-    x: float images (N, ...), of which the model is shown two together and the first alone. Where it does not take their
+    x: float images (N, ...), the model gets two together and the first alone. Where it does not take their
     type they are cast to that of its parameters. Raise UserError, from what the model raised, where it fails or returns
     anything but two logits or more for each image.
     """
@@ -165,11 +165,11 @@ def _check_shape(logits: Tensor, count: int) -> None:
         return
     if shape in ((count,), (count, 1)) and count > 1:
         raise UserError(
-            "the model returns one number an image; return two logits, of which the larger one decides: "
+            "the model returns one number per image; return two logits instead (the larger one decides): "
             "torch.cat([-z, z], 1) for z of shape (N, 1)"
         )
     what = "one image" if count == 1 else f"{count} images"
-    way = "squeeze only the axes meant, or " if logits.dim() == 1 else ""
+    way = "squeeze only the intended axes, or " if logits.dim() == 1 else ""
     raise UserError(f"for {what} the model returns shape {shape}; {way}return logits (N, classes) with classes >= 2")
 
 

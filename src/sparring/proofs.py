@@ -1,4 +1,4 @@
-"""Proofs against attacks: an adversarial example inside a certified ball ends whatever knows of both."""
+"""Compare proofs with attacks: an adversarial example inside a certified ball raises an error."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def refuse_refuted(proved: Any, reached: Any, *, norm: str, who: str = "", image
     worst = refuted[np.argmax(radius[refuted] - distance[refuted])]
     number = int(worst) if images is None else int(np.asarray(images)[worst])
     raise UserError(
-        f"{who}: " * bool(who) + f"image {number} is certified up to {norm} {radius[worst]:.4g}, and an adversarial "
-        f"example lies at {distance[worst]:.4g} ({len(refuted)} of {len(radius)} images are refuted so): what was "
-        "proved is of another network than what was attacked, and nothing of either is to be believed; "
-        "docs/theory.md says what a comparison of the two cannot see"
+        f"{who}: " * bool(who) + f"image {number} is certified up to {norm} {radius[worst]:.4g}, but an adversarial "
+        f"example exists at {distance[worst]:.4g} ({len(refuted)} of {len(radius)} images are refuted in this way). "
+        "The certified network is not the attacked one, so neither result is reliable; "
+        "docs/theory.md lists differences that the comparison of the two cannot detect"
     )

@@ -1,4 +1,4 @@
-"""How many weights a network holds and multiplies with, and how many of them are not zero."""
+"""Count the weights of a network, and how many of them are not zero."""
 
 from __future__ import annotations
 
@@ -97,11 +97,10 @@ def counts(model: nn.Module, x: Tensor | None = None) -> Counts:
 
 
 def made_dense(model: nn.Module, x: Tensor) -> dict[str, str]:
-    """Return the matrices, by name, of which forward() makes others without their zeros, and by what operation.
+    """Return the names of matrices that forward() transforms into others without their zeros, with the operation.
 
-    x: images (N, ...) in [0, 1], of which the model is shown two. A product with `weight.softmax(-1)`, or with
-    `weight + b @ a`, multiplies with numbers that are not zero where the weight is. Operations in compiled or scripted
-    code are not seen.
+    x: images (N, ...) in [0, 1]; the model gets two of them. For example, `weight.softmax(-1)` and `weight + b @ a` are
+    not zero where the weight is. Operations in compiled or scripted code are not detected.
     """
     known = [m for m in matrices(model) if m.excuse is None]
     with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), parametrize.cached():
@@ -109,7 +108,8 @@ def made_dense(model: nn.Module, x: Tensor) -> dict[str, str]:
         with _Uses(known) as uses:
             network(x[:2])
     return {
-        name: f"forward() uses it through '{operation}', which keeps no zeros" for name, operation in uses.lost.items()
+        name: f"forward() uses it through '{operation}', which does not keep zeros"
+        for name, operation in uses.lost.items()
     }
 
 

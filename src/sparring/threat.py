@@ -1,4 +1,4 @@
-"""Threat models: one table keyed by norm holds distances, duals, projections and random points.
+"""Threat models: distances, duals, projections and random points, by norm.
 
 Everything that depends on the norm of a perturbation is looked up here, so an attack reads the same for every norm.
 Batches have shape (N, ...); a norm reduces everything but the first axis.
@@ -73,7 +73,7 @@ def diameter(x: Tensor, norm: float) -> float:
 
 
 def project(delta: Tensor, norm: float, eps: float | Tensor) -> Tensor:
-    """Return the nearest point (in l_2) of the eps-ball to each perturbation; eps is a number or of shape (N,)."""
+    """Return the nearest point (in l2) of the eps-ball to each perturbation; eps is a number or of shape (N,)."""
     radius = eps.to(delta.dtype) if isinstance(eps, Tensor) else delta.new_full((len(delta),), eps)
     radius = radius.view(-1, *[1] * (delta.dim() - 1))
     if norm == LINF:

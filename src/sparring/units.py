@@ -1,4 +1,4 @@
-"""Norms, budgets and percentages as people write them: read and written in one place, without torch."""
+"""Read and write norms, budgets and percentages, without torch."""
 
 from __future__ import annotations
 

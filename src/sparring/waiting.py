@@ -1,4 +1,4 @@
-"""Let OpenMP's threads sleep, not spin, while others need the cores.
+"""Let OpenMP's threads sleep instead of spinning while other processes need the cores.
 
 GNU's OpenMP, which torch brings along, spins at every barrier for milliseconds. On free cores that is fastest; on cores
 that something else also uses, each barrier waits for a thread that is not running while another burns its share: work

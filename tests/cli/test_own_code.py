@@ -137,7 +137,7 @@ MISTAKES = {
     "ends": ("your own code exited the program", "raise SystemExit(0)"),
     "hungry": ("emory", ""),
     "late": ("ValueError: too many images", 'raise ValueError("too many images")'),
-    "mute": ("Mute: (what it says cannot be read)", "raise self.error"),
+    "mute": ("Mute: (its message cannot be read)", "raise self.error"),
     "lines": ("RuntimeError: one two", "raise self.error"),
     "bare": ("BaseException: bare", "raise self.error"),
     "full": ("No space left", "raise self.error"),
@@ -155,7 +155,7 @@ MISTAKES = {
     "squeezed": ("squeeze", ""),
     "lazy": ("lazy", ""),
     "soft": ("softmax", ""),
-    "model": ("is a model", ""),
+    "model": ("is a module", ""),
     "number": ("not a function", ""),
     "nowhere": ("has no 'nowhere'", ""),
 }

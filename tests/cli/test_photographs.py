@@ -56,7 +56,7 @@ def test_every_command_on_a_trained_network_takes_a_test_split(photos: Path, spa
     attacked = sparring("attack", net, *given, "--images", 4, "--attacks", "fgsm", "--checks", 0, "--json")
     assert attacked.code == 0 and json.loads(attacked.out)["images"] == 4
     assert "of the 7 classes of" in attacked.err and "2 by WordNet id" in attacked.err
-    assert "the shorter side is resized to 20 (bilinear), the central 16×16 is cropped" in attacked.err
+    assert "the shorter side is resized to 20 (bilinear), cropped to the central 16×16" in attacked.err
     assert sparring("certify", net, *given, "--images", 2, "--method", "interval").code == 0
     assert sparring("compare", net, net, *given, "--images", 4, "--eps", 0.01).code == 0
     assert sparring("export", net, "net.sparring", *given, "--images", 4).code == 0
@@ -85,9 +85,9 @@ def test_what_cannot_be_said_of_a_test_split_is_refused(photos: Path, sparring) 
         (("--resize", "0"), "--resize takes pixels from 1 to 4096"),
         (("--crop", "4x4x4"), "--crop takes pixels"),
         (("--interpolation", "cubic"), "bicubic"),
-        (("--interpolation", "box"), "give both"),
+        (("--interpolation", "box"), "needs --resize"),
         (("--classes", "nowhere.txt"), "nowhere.txt"),
-        (("--data", "digits", "--crop", "4"), "which alone can be resized"),
+        (("--data", "digits", "--crop", "4"), "images can be resized"),
     ],
 )
 def test_options_that_cannot_be_are_refused(photos: Path, words: tuple[str, ...], message: str, sparring) -> None:  # type: ignore[no-untyped-def]
@@ -113,7 +113,7 @@ def test_a_librarys_network_brings_its_configuration(
     assert asked.geometry == Geometry(20, (16, 16), "bicubic") and asked.geometry.source == "'timm:tiny'"
     found = _sources.open_data(source, asked)
     assert (found.test.x.shape[1:], found.classes, sorted(set(found.test.y.tolist()))) == ((3, 16, 16), 2, [0, 1])
-    assert "20 (bicubic), the central 16×16 is cropped, as 'timm:tiny' has it" in capsys.readouterr().err
+    assert "20 (bicubic), cropped to the central 16×16, as 'timm:tiny' has it" in capsys.readouterr().err
     assert _sources.request_for([ModelSource("timm:tiny", Path("own.safetensors"))], source).geometry is None
     assert _sources.request_for([tiny], DataSource("digits")).geometry is None
     with pytest.raises(UserError, match="'timm:tiny' and 'timm:other' prepare images differently"):

@@ -54,7 +54,7 @@ def test_stopped_by_a_signal(tmp_path: Path, blow: signal.Signals, code: int, wo
     process.join(60)
     assert process.exitcode == code
     said = out.with_suffix(".said").read_text()
-    assert "run the same command again" in said and "Traceback" not in said
+    assert "rerun the same command" in said and "Traceback" not in said
     with Store(out).lock(wait=0):  # nobody holds the folder any more: the workers have ended too
         found = progress(out)
     assert 0 < found.done < found.tasks and not found.failures

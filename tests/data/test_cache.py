@@ -99,7 +99,7 @@ def test_a_run_cut_short_goes_on_where_it_stopped(folder: Path, monkeypatch: pyt
     log = next((folder.parent / "cache").rglob("*.log"))
     log.write_bytes(log.read_bytes() + b"[[1, 2")  # the line at which it was cut
     went_on = data.load(str(folder), progress=lambda what, done, _: seen.append((what, done)))
-    assert same(went_on, plain) and "going on" in seen[0][0] and seen[0][1] > 60 * 189
+    assert same(went_on, plain) and "resuming" in seen[0][0] and seen[0][1] > 60 * 189
     assert not any(name.endswith(".log") or "-" in name for name in cached(folder))
 
 
@@ -128,7 +128,7 @@ def test_a_large_set_is_named_by_its_files(folder: Path, monkeypatch: pytest.Mon
     assert limited.train.y.bincount().tolist() == [10, 10, 10]
     assert data.content_hash(limited) != data.content_hash(large)
     (folder / "test" / "a" / "000.png").write_bytes((folder / "train" / "a" / "000.png").read_bytes())
-    with pytest.warns(match="1 of 50 test images are also among"):
+    with pytest.warns(match="1 of 50 test images are also training"):
         assert data.content_hash(data.load(str(folder))) != data.content_hash(large)
 
 

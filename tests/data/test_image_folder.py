@@ -75,9 +75,9 @@ def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"train/cow/": b""}, "no image that can be read in train/cow/"),
-        ({"train/cow/0.heic": b"x", "test/cow/0.png": image()}, "no image that can be read in train/cow/"),
-        ({"train/cow/0.txt": b"x"}, "no image that can be read in train/cow/"),
+        ({"train/cow/": b""}, "no readable image in train/cow/"),
+        ({"train/cow/0.heic": b"x", "test/cow/0.png": image()}, "no readable image in train/cow/"),
+        ({"train/cow/0.txt": b"x"}, "no readable image in train/cow/"),
         ({"test/cow/0.png": image()}, "'cow' in test/ but not in train/"),
         ({"test/cow/": b""}, "'cow' in test/ but not in train/"),
         ({"valid/cow/0.png": image()}, "'cow' in valid/ but not in train/"),
@@ -96,8 +96,8 @@ def test_what_would_lose_or_shift_a_class_is_refused(tmp_path: Path, more: Membe
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({f"train/cat/{n}.svg": b"x" for n in range(4)}, r"no images: 4 \(train/cat/0.svg, .*, \.\.\.\)"),
-        ({"train/0.png": image()}, r"no images: 1 \(train/0.png\)"),
+        ({f"train/cat/{n}.svg": b"x" for n in range(4)}, r"not images: 4 \(train/cat/0.svg, .*, \.\.\.\)"),
+        ({"train/0.png": image()}, r"not images: 1 \(train/0.png\)"),
         ({f"train/cat/more/{n}.png": image() for n in range(3)}, r"class's folder, not read: 1 \(train/cat/more\)"),
         ({"train/cow/0.png": image(), "train/cow/1.png": image()}, r"classes without images in test/: 1 \(cow\)"),
         ({"valid/dog/0.png": image()}, r"classes without images in valid/: 1 \(cat\)"),
@@ -143,7 +143,7 @@ def test_labels_that_do_not_count_as_their_names_do_are_named(tmp_path: Path, cl
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"test/cat/0.png": image()}, r"no images in train/<class>/; .* a test split alone will do"),
+        ({"test/cat/0.png": image()}, r"no images in train/<class>/; .* a test split is enough"),
         ({"train/cat/0.png": image()}, r"no images in test/<class>/; put some there"),
         ({"cat/0.png": image(), "dog/0.png": image()}, r"in train/<class>/, only cat/0.png, dog/0.png"),
         ({"Train/cat/0.png": image()}, r"in train/<class>/, only Train/cat/0.png"),
@@ -160,7 +160,7 @@ def test_a_set_without_a_part_is_refused_and_told_what_it_has(tmp_path: Path, fi
 def test_two_sets_in_one_archive_are_not_mixed(tmp_path: Path) -> None:
     files = {f"{root}/{name}": content for root in ("a", "b") for name, content in members().items()}
     (tmp_path / "two.zip").write_bytes(zipped(files))
-    with pytest.raises(DataError, match="several sets"):
+    with pytest.raises(DataError, match="several data sets"):
         data.load(str(tmp_path / "two.zip"))
 
 
@@ -240,7 +240,7 @@ def test_another_word_for_valid_is_understood(tmp_path: Path, name: str) -> None
         loaded = data.load(str(path))
         assert (len(loaded.train.y), loaded.valid.y.tolist(), len(loaded.test.y)) == (8, [0, 1], 4)
     for path in laid_out(files | {"valid/cat/0.png": image()}, tmp_path / "both"):
-        with pytest.raises(DataError, match=r"has val\w*/ and val\w*/, which mean the same"):
+        with pytest.raises(DataError, match=r"has val\w*/ and val\w*/, which have the same meaning"):
             data.load(str(path))
 
 
@@ -261,7 +261,7 @@ def test_folder_and_zip_of_images_are_the_same_data(tmp_path: Path) -> None:
     members |= {"README.txt": b"", "train/ant/._00.png": b"", "train/ant/notes.txt": b"", "__MACOSX/x/._a.png": b""}
     (tmp_path / "bugs.zip").write_bytes(zipped(members))
     for path in (tmp_path / "bugs.zip", _unzip(zipped(members), tmp_path / "bugs")):
-        with pytest.warns(DataWarning, match=r"no images: 1 \(train/ant/notes.txt\)"):
+        with pytest.warns(DataWarning, match=r"not images: 1 \(train/ant/notes.txt\)"):
             data.load(str(path))
     (tmp_path / "bugs" / "train" / "ant" / "notes.txt").unlink()
     members.pop("train/ant/notes.txt")

@@ -148,7 +148,7 @@ def test_cifar10_that_is_not_whole_is_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name} in .*{words}"):
             data.load("cifar10", tmp_path)
     write_cifar_archive(path, {name: batches[name]})
-    with pytest.raises(DataError, match=r"does not hold data_batch_1\.bin"):
+    with pytest.raises(DataError, match=r"does not contain data_batch_1\.bin"):
         data.load("cifar10", tmp_path)
     path.write_bytes(path.read_bytes()[:-1_000])
     with pytest.raises(DataError, match="damaged"):

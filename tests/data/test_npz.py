@@ -63,7 +63,7 @@ def test_shapes_with_two_readings_are_refused_with_both(tmp_path: Path, shape: t
         ({"x_train": np.random.default_rng(0).random((4, 8, 8))}, "in \\[0, 1\\]"),
         ({"x_train": np.full((4, 8, 8), 9, np.uint16)}, "not uint16"),
         ({"classes": np.array([2, 3])}, "one integer"),
-        ({"classes": np.array(-1)}, "cannot have -1 classes; from 1 to 1,000,000"),
+        ({"classes": np.array(-1)}, "cannot have -1 classes; the range is 1 to 1,000,000"),
         ({"classes": np.array(10**12)}, "cannot have 1000000000000 classes"),
         ({"classes": np.array(2), "y_train": np.array([-1, 0, 1, 0])}, "label -1 at image 0; labels go from 0 to 1"),
         ({"classes": np.array(2), "y_train": np.array([2**64 - 1, 0, 1, 0], np.uint64)}, "not uint64"),
@@ -79,7 +79,7 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path, more: dict[str, np.n
 
 def test_arrays_that_are_not_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(arrays(x_val=np.zeros((2, 8, 8), np.uint8), y_val=[0, 1]))
-    with pytest.warns(DataWarning, match="arrays that are not read: x_val, y_val; known: x_train, .*, x_valid"):
+    with pytest.warns(DataWarning, match="ignored arrays: x_val, y_val; known: x_train, .*, x_valid"):
         data.load(str(tmp_path / "x.npz"))
 
 

@@ -200,7 +200,7 @@ def test_a_file_of_another_kind_is_not_called_missing(tmp_path: Path, name: str)
         data.load(str(tmp_path / name))
 
 
-@pytest.mark.filterwarnings("default:.*test images are also among")
+@pytest.mark.filterwarnings("default:.*test images are also training")
 def test_test_images_among_the_others_are_counted(tmp_path: Path) -> None:
     x = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
     for shared in (0, 3):
@@ -209,5 +209,5 @@ def test_test_images_among_the_others_are_counted(tmp_path: Path) -> None:
         with warnings.catch_warnings(record=True) as told:
             data.load(str(tmp_path / "x.npz"))
         assert [str(one.message).rpartition(": ")[2] for one in told] == [
-            f"{shared} of {10 + shared} test images are also among those for training or validation"
+            f"{shared} of {10 + shared} test images are also training or validation images"
         ] * (shared > 0)

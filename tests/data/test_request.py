@@ -53,7 +53,7 @@ def test_a_test_split_alone_is_read_to_be_attacked(tmp_path: Path) -> None:
     ("files", "note"),
     [
         ({f"{label}/0.png": image() for label in ("cat", "dog")}, "names no parts: all its images are tested"),
-        ({f"val/{label}/0.png": image() for label in ("cat", "dog")}, "no test/: the images of val/ are tested"),
+        ({f"val/{label}/0.png": image() for label in ("cat", "dog")}, "no test/; the images of val/ are used as test"),
         ({f"train/{label}/0.png": image() for label in ("cat", "dog")}, "trained on them knows"),
     ],
 )
@@ -92,7 +92,7 @@ def test_images_are_resized_and_cropped_by_pillow(tmp_path: Path) -> None:
     files = {f"test/{label}/0.png": noise(at, *shape) for at, (label, shape) in enumerate(shapes.items())}
     geometry = Geometry(32, (24, 20), "bicubic")
     for path in laid_out(files, tmp_path):
-        with pytest.raises(DataError, match="give --resize and --crop"):
+        with pytest.raises(DataError, match="use --resize and --crop"):
             data.load(str(path), request=TESTED)
         loaded = data.load(str(path), request=replace(TESTED, geometry=geometry))
         for pixels, (label, (height, width)) in zip(loaded.test.x, shapes.items(), strict=True):
@@ -102,7 +102,7 @@ def test_images_are_resized_and_cropped_by_pillow(tmp_path: Path) -> None:
             cut = np.asarray(whole)[top : top + 24, left : left + 20]
             assert size[0] % 2 == size[1] % 2 == 0 or math.prod(size) % 2 == 0  # halves are tested against torchvision
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), cut)
-        assert loaded.notes[-2].endswith("the shorter side is resized to 32 (bicubic), the central 24×20 is cropped")
+        assert loaded.notes[-2].endswith("the shorter side is resized to 32 (bicubic), cropped to the central 24×20")
 
 
 def test_labels_are_those_of_a_list_of_classes(tmp_path: Path) -> None:
@@ -157,11 +157,11 @@ def test_lists_of_classes(tmp_path: Path, text: str, names: tuple[str, ...], ids
         (b"", "no name for class 0"),
         (b"a\n\nb", "no name for class 1"),
         (b'{"0": "a", "2": "b"}', "not numbered from 0 to 1"),
-        (b'{"x": "a"}', "no list of classes"),
+        (b'{"x": "a"}', "not a list of classes"),
         (b'["a", 3]', "not names"),
-        (b"[[1, 2]]", "no list of classes"),
-        (b"[" * 100_000, "no list of classes"),
-        (b"\xff\xfe", "no list of classes"),
+        (b"[[1, 2]]", "not a list of classes"),
+        (b"[" * 100_000, "not a list of classes"),
+        (b"\xff\xfe", "not a list of classes"),
     ],
 )
 def test_what_is_no_list_of_classes_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -211,7 +211,7 @@ def test_arrays_may_have_some_of_a_networks_classes(tmp_path: Path) -> None:
     np.savez(path, x_test=x, y_test=[0, 1, 1])
     assert data.load(str(path), request=given).classes == 5
     assert data.load(str(path), request=library).classes == 2  # which may be any two
-    with pytest.raises(DataError, match="images alone can be resized"):
+    with pytest.raises(DataError, match="only images can be resized"):
         data.load(str(path), request=replace(TESTED, geometry=Geometry(8)))
 
 

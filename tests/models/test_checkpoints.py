@@ -178,7 +178,7 @@ def test_a_pickle_that_acts_is_refused_and_does_not_act(act: Callable[..., Any],
 
 def test_a_plain_pickle_and_no_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "raw.bin").write_bytes(pickle.dumps(Bomb(os.system, f"touch {tmp_path / 'acted'}")))
-    with pytest.raises(UserError, match=r"raw\.bin is refused: it is no checkpoint"):
+    with pytest.raises(UserError, match=r"raw\.bin is refused: it cannot be read as a checkpoint"):
         read_checkpoint(tmp_path / "raw.bin")
     assert not (tmp_path / "acted").exists()
     with pytest.raises(UserError, match="no such file"):

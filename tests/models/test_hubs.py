@@ -132,7 +132,7 @@ def test_timms_weights_are_found_in_its_caches(kind: str, tmp_path: Path, monkey
     describe(name)  # imports what it can
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    with pytest.raises(UserError, match="give --download"):
+    with pytest.raises(UserError, match="use --download"):
         _same(name, nn.Identity(), 64)
     timm = importlib.import_module("timm")
     original, cfg = timm.create_model("mobilenetv3_small_050"), timm.get_pretrained_cfg("mobilenetv3_small_050")
@@ -193,8 +193,8 @@ def test_what_a_package_raises_and_moments_that_are_none_are_refused(monkeypatch
     hub(facts)
     with pytest.raises(UserError, match=r"timm:vit for images .* indivisible by patch size"):
         build_from_hub("timm:vit", shape=(3, 30, 20), classes=10)
-    with pytest.raises(UserError, match="weights of timm:vit cannot be had"):
+    with pytest.raises(UserError, match="weights of timm:vit cannot be loaded"):
         load_hub_weights_(nn.Identity(), "timm:vit", classes=10)
     hub(replace(facts, std=(0.0,) * 3))
-    with pytest.raises(UserError, match=r"std \(0\.0, 0\.0, 0\.0\); mend its files"):
+    with pytest.raises(UserError, match=r"std \(0\.0, 0\.0, 0\.0\); fix its configuration"):
         describe("timm:vit")

@@ -94,7 +94,7 @@ def test_of_tied_weights_one_is_enough(left: str) -> None:
 
 
 def test_tied_weights_that_differ_are_refused() -> None:
-    with pytest.raises(UserError, match=r"'0\.weight' and '1\.weight' are tied in the model, but differ"):
+    with pytest.raises(UserError, match=r"'0\.weight' and '1\.weight' are tied in the model but differ"):
         load_weights_(tied(), {**tied().state_dict(), "1.weight": torch.ones(4, 4)})
 
 
@@ -112,7 +112,7 @@ def test_a_network_with_its_own_weight_norm_takes_its_weights_as_they_are() -> N
 
 def test_many_strange_names_are_refused_at_once() -> None:
     strange = {f"l{at}.{'x' * 100}": torch.ones(1) for at in range(20_000)}
-    with pytest.raises(UserError, match="and 19999 more, which the model lacks"):
+    with pytest.raises(UserError, match="and 19999 more, which the model does not have"):
         load_weights_(network(1), strange)
 
 

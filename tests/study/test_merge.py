@@ -125,7 +125,7 @@ def test_what_lies_is_refused(halves: tuple[Path, Path], forged: Path, tmp_path:
     (forged / "records" / "not a key.json").write_text("{}")
     merged = merge([forged], tmp_path / "c")
     said = "\n".join(merged.refused)
-    for words in ("not the hash of its inputs", "not the one that the record names", "its own key", "not a record"):
+    for words in ("not the hash of its inputs", "does not match the record", "does not match its key", "not a record"):
         assert words in said
     assert len(merged.refused) == 5
     assert {p.stem for p in (tmp_path / "c" / "records").iterdir()}.isdisjoint({measure.key, prune.stem, "0" * 32})
@@ -174,7 +174,7 @@ def test_other_studies_and_folders_that_are_none_are_refused(
     content = read_plan(forged)
     content.plan["pruning"][0]["score"] = "random"
     write_plan(forged, content)
-    with pytest.raises(UserError, match="'magnitude' means"):
+    with pytest.raises(UserError, match="'magnitude' has different meanings"):
         merge([halves[0], forged], tmp_path / "c")
     first = json.loads((forged / "plan.json").read_text())
     first = {**first, "schema": 1}

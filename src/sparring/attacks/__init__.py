@@ -1,4 +1,4 @@
-"""Attacks: pure functions with one head, and the evaluator that judges them.
+"""Attacks: functions with one signature, and the evaluator that judges them.
 
 Examples:
     >>> import torch

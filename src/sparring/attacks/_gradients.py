@@ -1,4 +1,4 @@
-"""What an attack asks of a model: logits, with the input gradients of an objective or of weighted sums of them."""
+"""Logits and input gradients of a model, for one objective or for weighted sums of several."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ _IDLE, _FEWEST = 0.1, 8
 
 
 class Probe(Opened):
-    """Wrap a model to count what an attack asks of it, in images sent forward and gradient rows sent back.
+    """Wrap a model to count the passes of an attack: images sent forward and gradient rows sent back.
 
-    With draws > 1 the logits are averaged over that many
-    random passes, so that every attack climbs the expectation (Athalye et al. 2018, expectation over transformation);
-    with `split`, its steady and its drawing part, the first is asked but once for all of them.
-    `hand` is the model as plain matrices, if it is no more than that: passes then go through those.
+    With draws > 1, logits are averaged over that many random passes, so that every attack uses the expectation (Athalye
+    et al. 2018, expectation over transformation). `split` separates a deterministic part, which runs once, from the
+    random part. `hand` is a model that consists of matrices only; passes then use these.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ def logits_and_pull(model: nn.Module, x: Tensor, weigh: Callable[[Tensor], Tenso
     """Return logits (N, K) and the input gradients (..., N, *image) of weighted sums of them; see logits_and_gradient.
 
     `weigh` turns the detached logits into the weights, (N, K) for one sum per image (an objective's gradient, where
-    that is known by hand) or (R, N, K) for R of them, of which 16 go back at a time. It is called once, always.
+    that is known by hand) or (R, N, K) for R of them, processed 16 at a time. It is called exactly once.
     """
     probe = model if isinstance(model, Probe) else None
     kernels = _kernels(model)

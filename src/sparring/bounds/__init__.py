@@ -1,4 +1,4 @@
-"""Theory on the same axis as data: what robustness can be proved, and how far attacks are from it.
+"""Theory: certified robustness, exact distances, Lipschitz constants and linear closed forms.
 
 Examples:
     >>> import torch

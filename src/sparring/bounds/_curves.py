@@ -1,4 +1,4 @@
-"""Smooth functions of one value: their extremes over an interval, and lines that they stay between.
+"""Smooth functions of one variable: extremes over an interval, and lines that bound them.
 
 A function is known by its derivative and by the points between which that is monotone: there a line touches it once,
 which bisection finds. What is left of the interval in which it lies, and rounding, widens the result.
@@ -24,7 +24,7 @@ _ROOT = math.sqrt(2 / math.pi)
 
 @dataclass(frozen=True, eq=False)
 class Curve(Call):
-    """A smooth function of each value by itself, of which `CURVES` knows the derivative."""
+    """A smooth function of each value; `CURVES` has its derivative."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Linear classifiers in closed form: the theorem that ties l_inf robustness to ‖w‖₁ and l_2 robustness to ‖w‖₂.
+"""Linear classifiers in closed form: the theorem that links ℓ∞ robustness to ‖w‖₁ and ℓ2 robustness to ‖w‖₂.
 
 Every quantity has two forms, both exact: unboxed (the theorem's: perturbed pixels may leave [0, 1]) and boxed (they may
 not, as in every attack). With more than two classes the distance is the smallest over the other classes.
@@ -65,9 +65,9 @@ def linear_distance(model: nn.Module | LinearMap, x: Tensor, y: Tensor, norm: fl
     """Return the exact distance of images x (N, ...) to the decision boundary of a linear model: (N,), float64.
 
     Zero where the model is wrong, infinite where no perturbation inside the box suffices. Unboxed: margin / ‖w‖_q with
-    1/p + 1/q = 1. Boxed, for l_inf and l_2: pixel i moves by min(t·s_i, room_i), where room_i is its distance to the
-    box in the harmful direction and s_i is 1 (l_inf) or |w_i| (l_2), and t is the level that makes the margin vanish.
-    Raise Unsupported for a model that is not linear, UserError for the boxed l_1 distance.
+    1/p + 1/q = 1. Boxed, for linf and l2: pixel i moves by min(t·s_i, room_i), where room_i is its distance to the
+    box in the harmful direction and s_i is 1 (linf) or |w_i| (l2), and t is the level that makes the margin vanish.
+    Raise Unsupported for a model that is not linear, UserError for the boxed l1 distance.
     """
     return linear_distances(model, x, y, [(norm, boxed)])[0]
 
@@ -79,7 +79,7 @@ def linear_distances(
     for norm, boxed in kinds:
         norm_name(norm)
         if boxed and norm not in (LINF, L2):
-            raise UserError("the boxed distance has a closed form here for linf and l2 only; use boxed=False for l1")
+            raise UserError("the boxed distance supports only linf and l2; use boxed=False for l1")
     margin, w = _margins(model, x, y)
     used = (w != 0).any(1).any(0)  # the other pixels move nothing
     used[0] = True  # a constant classifier uses none
@@ -125,7 +125,7 @@ def _boxed(margin: Tensor, w: Tensor, room: Tensor, norm: float) -> Tensor:
 
 
 def linear_r_inf(model: nn.Module | LinearMap, x: Tensor, y: Tensor, eps: float, *, boxed: bool = True) -> float:
-    """Return the accuracy of a linear model under the worst l_inf perturbation of size eps.
+    """Return the accuracy of a linear model under the worst linf perturbation of size eps.
 
     For two classes this is the accuracy under FGSM; for more, FGSM is not the worst case.
     """
@@ -135,7 +135,7 @@ def linear_r_inf(model: nn.Module | LinearMap, x: Tensor, y: Tensor, eps: float,
 
 
 def linear_r_2(model: nn.Module | LinearMap, x: Tensor, y: Tensor, *, boxed: bool = True) -> float:
-    """Return the mean l_2 distance to the boundary over all images, those that are misclassified counting 0."""
+    """Return the mean l2 distance to the boundary over all images, those that are misclassified counting 0."""
     return float(linear_distance(model, x, y, L2, boxed=boxed).mean())
 
 
@@ -168,7 +168,7 @@ def theorem(model: nn.Module | LinearMap, x: Tensor, y: Tensor, eps: float) -> T
     linear = _read(model, x)
     weight, bias = linear
     if len(weight) != 2:
-        raise UserError(f"the theorem is about two classes, and the model has {len(weight)}; use linear_distance")
+        raise UserError(f"the theorem needs two classes, but the model has {len(weight)}; use linear_distance")
     w, b = weight[1] - weight[0], bias[1] - bias[0]
     pixels, sign = x.double().flatten(1), 2.0 * y - 1
     signed = sign * (pixels @ w + b)

@@ -1,4 +1,4 @@
-"""Linear classifiers trained by scikit-learn, as models of ours: regularisation paths, and magnitude pruning."""
+"""Linear classifiers trained by scikit-learn: regularisation paths and magnitude pruning."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def linear_pruned(
 ) -> list[nn.Sequential]:
     """Prune a classifier of `linear_path` by magnitude to each sparsity, and train what is left again in the same way.
 
-    `dense` was trained with the l_2 penalty, this loss and this strength. Each class keeps its own largest weights;
+    `dense` was trained with the l2 penalty, this loss and this strength. Each class keeps its own largest weights;
     for two classes both logits keep the same ones. Raise UserError as `linear_path` does, and for sparsities outside
     [0, 1).
     """
@@ -79,7 +79,7 @@ def _problem(x: Tensor, y: Tensor, loss: str, penalty: str) -> tuple[csr_matrix,
     if loss not in ("logistic", "svm") or penalty not in ("l1", "l2"):
         raise UserError(f"loss is 'logistic' or 'svm' and penalty 'l1' or 'l2', not '{loss}' and '{penalty}'")
     if len(y) == 0 or torch.unique(y).tolist() != list(range(int(y.max()) + 1)) or int(y.max()) < 1:
-        raise UserError("a linear classifier needs images of every class 0, 1, ... and of two classes at least")
+        raise UserError("a linear classifier needs images of every class 0, 1, ... and at least two classes")
     classes = int(y.max()) + 1
     labels = range(classes) if classes > 2 else (1,)
     # Most pixels are 0, which liblinear skips: sparse rows spare it the search for them at every strength.

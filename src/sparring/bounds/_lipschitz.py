@@ -1,4 +1,4 @@
-"""Local Lipschitz constants of margin differences: estimates from below, and sound bounds from above."""
+"""Local Lipschitz constants of margin differences: lower estimates and sound upper bounds."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Constants = Callable[[Graph, Region, Tensor, torch.Generator], Tensor]
 def lipschitz(
     model: nn.Module, x: Tensor, radius: float | Tensor, *, norm: float, method: str = "jacobian", seed: int = 0
 ) -> Tensor:
-    """Estimate or bound how fast the margins g_ŷ − g_k can change in the ball around each image: (N, classes − 1).
+    """Estimate or bound the Lipschitz constants of the margins g_ŷ − g_k around each image: (N, classes − 1).
 
-    ŷ is the model's label of x; the constants are for perturbations measured in `norm` (2 or infinity), so gradients in
-    the dual norm; radius is a number or (N,), and the ball is cut by [0, 1]. Methods are those of LIPSCHITZ, of which
-    `facts` say what they are; `seed` is for "sampled" and "clever". Raise Unsupported for discontinuous layers, which
-    have no finite constant.
+    ŷ is the model's label of x. The constants are for perturbations in `norm` (2 or infinity), so gradients are
+    measured in the dual norm. radius is a number or (N,); the ball is intersected with [0, 1]. Methods are the names in
+    LIPSCHITZ (see `facts`); `seed` is used by "sampled" and "clever". Raises Unsupported for discontinuous layers,
+    which have no finite constant.
     """
     graph = prepare(model, tuple(x.shape[1:]), images=x)
     reach = region(x, norm, radius)
@@ -44,7 +44,7 @@ def constants_over(graph: Graph, reach: Region, y: Tensor, method: str, seed: in
     if method not in LIPSCHITZ:
         raise UnknownNameError("Lipschitz method", method, LIPSCHITZ)
     if reach.norm not in (L2, LINF):
-        raise UserError(f"Lipschitz constants are computed for l2 and linf, not for {norm_name(reach.norm)}")
+        raise UserError(f"Lipschitz constants support only l2 and linf, not {norm_name(reach.norm)}")
     for node in graph.nodes:
         if isinstance(node.op, SparseActivation):
             kink_of(node.op)

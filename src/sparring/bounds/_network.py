@@ -1,4 +1,4 @@
-"""A lowered network in float64, and its linear operations run backwards."""
+"""A lowered network in float64, and the adjoints of its linear operations."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Moved(Call):
     """A linear operation that torch computes, of one value or several; its weights, if any, are among its options."""
 
 
-_QUOTIENT = "divides by what it computes of the image, of which no sound line is tight; attacks can do without"
+_QUOTIENT = "divides by a value that depends on the image, so no useful linear bound exists; attacks do not need one"
 _REASONS = dict.fromkeys(
     """softmax _softmax log_softmax layer_norm native_layer_norm group_norm instance_norm rms_norm div
     scaled_dot_product_attention""".split(),  # noqa: SIM905
@@ -105,13 +105,13 @@ def _bounded(node: Node, sparse: bool, certified: bool) -> Op:
         case Call(name=name, function=function, names=names, options=options):
             known = Curve if bend_of(node.op) else Product if name == "mul" else Moved if name in _MOVED else None
             if known is None or not math.prod(node.shape):
-                raise refusal(node, _REASONS.get(name, "has no rule for bounds; attacks can do without"))
+                raise refusal(node, _REASONS.get(name, "has no rule for bounds; attacks do not need one"))
             if not certified:
                 why = "is not piecewise linear" if known is Curve else "has no rule here"
-                raise refusal(node, f"{why}; certificates take it")
+                raise refusal(node, f"{why}; certificates support it")
             return known(name, function, names, _in_double(options))
         case Reshape() | Constant() if not certified:
-            raise refusal(node, "has no rule here; certificates take it")
+            raise refusal(node, "has no rule here; certificates support it")
     return node.op
 
 

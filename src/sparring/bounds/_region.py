@@ -1,4 +1,4 @@
-"""The set an attacker may reach: a ball around each image, cut by the image range [0, 1]."""
+"""The region of an attack: a ball around each image, intersected with the image range [0, 1]."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Region:
     def minimum(self, a: Tensor, *, refine: bool = False) -> Tensor:
         """Bound a·x' from below over the region: coefficients (N, K, features) to (N, K).
 
-        For l_inf the bound is attained. For l_2 and l_1 it is the better of the ball's and the box's; `refine` uses
-        both at once for l_2, by a few steps on the multiplier of the ball (every multiplier gives a valid bound).
+        For linf the bound is attained. For l2 and l1 it is the better of the ball's and the box's; `refine` uses
+        both at once for l2, by a few steps on the multiplier of the ball (every multiplier gives a valid bound).
         """
         centre, half = _flat(self.upper + self.lower) / 2, _flat(self.upper - self.lower) / 2
         bound = dot(a, centre) - dot(a.abs(), half)
@@ -80,7 +80,7 @@ def check_pixels(x: Tensor) -> None:
 
 
 def distance_rows(a: Tensor) -> Tensor:
-    """Return the l_2 norm of each row: (N, K, features) to (N, K)."""
+    """Return the l2 norm of each row: (N, K, features) to (N, K)."""
     return distance(a.flatten(0, 1), L2).view(a.shape[:2])
 
 

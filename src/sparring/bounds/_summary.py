@@ -1,4 +1,4 @@
-"""What is proved of some images beside what an attack achieved on them."""
+"""Summarise certificates of images next to the result of an attack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..units import html_table, norm_name, percent
 from .certify._certificates import radius
 
 VACUOUS = 1 / 2550
-"""A radius that says nothing of images with 256 grey levels, less than a tenth of one."""
+"""A radius below a tenth of a grey level, which is vacuous for images with 256 levels."""
 
 
 class Attacked(Protocol):

@@ -29,7 +29,7 @@ app = typer.Typer(
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Make a function a command: in the place of each record it has the record's fields as options."""
+    """Make a function a command: the fields of its records become options."""
     own = _parameters(function)
     records: dict[str, Any] = {p.name: p.annotation for p in own if is_dataclass(p.annotation)}
     parts = {name: _parameters(record) for name, record in records.items()}

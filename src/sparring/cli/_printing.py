@@ -1,4 +1,4 @@
-"""Tables, times, and results as JSON, alone on standard output whatever a user's own code prints meanwhile."""
+"""Print tables, progress, and JSON alone on standard output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sparring train`, `prune` and `convert`: one network, written to one file."""
+"""`sparring train`, `prune` and `convert`: write one network to a file."""
 
 from __future__ import annotations
 

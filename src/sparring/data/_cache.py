@@ -1,4 +1,4 @@
-"""Decoded images: in memory where they are few, else in a file that is made once and mapped, of bytes as they come.
+"""Decoded images: in memory if they are few, otherwise in a mapped cache file.
 
 In the user's cache folder lie, of each set of pixels, NAME.pixels (N, C, H, W), NAME.hashes (the SHA-256 of each
 image's file) and NAME.json, and of each list of files SET.json, which says which pixels are of it. NAME is the hash of
@@ -85,7 +85,7 @@ def rows_like_first(source: Source, entries: Sequence[Entry], how: Rows) -> Rows
         for entry, content in source.contents([first]):
             picture = decode(read(content), how.name(entry), how.geometry)
             return replace(how, shape=(max(picture.channels, how.shape[0]), *picture.size))
-    raise DataError(f"{how.name(first)} is gone; was the set changed while it was read?")
+    raise DataError(f"{how.name(first)} is missing; was the data set changed while it was read?")
 
 
 def any_coloured(source: Source, entries: Sequence[Entry]) -> bool:
@@ -123,7 +123,7 @@ def _in_memory(source: Source, rows: list[tuple[int, Entry]], how: Rows) -> Deco
 
 @dataclass(frozen=True)
 class Forecast:
-    """Say what a cache of images takes: bytes of disk, of which some are free, and about how many seconds."""
+    """The cost of a cache of images: bytes of disk, free bytes, and an estimate of the seconds."""
 
     images: int
     size: int
@@ -139,7 +139,7 @@ class Forecast:
         """Raise DataError, with the numbers, where the disk has no room."""
         if self.size > self.free:
             raise DataError(
-                f"{self}: {_gigabytes(self.free)} are free there; free some, set XDG_CACHE_HOME to a folder on a "
+                f"{self}: {_gigabytes(self.free)} are free there; free some space, set XDG_CACHE_HOME to a folder on a "
                 "larger disk, or give --limit"
             )
 
@@ -241,7 +241,7 @@ class _Cache:
             what = str(found)
         else:
             journal = list(_read_log(log))
-            what = f"{self.folder}: going on with {len(self.rows):,} images"
+            what = f"{self.folder}: resuming with {len(self.rows):,} images"
         try:
             summary = self._fill(making, journal, what)
         except Coloured:

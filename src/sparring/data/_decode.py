@@ -1,4 +1,4 @@
-"""The bytes of one image from a stranger to pixels: which formats are read, what is refused, and what is said."""
+"""Decode the bytes of one untrusted image: which formats are read and what is refused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def decode(data: bytes, where: str, geometry: Geometry | None) -> Picture:
         own = endings().get(PurePosixPath(where.partition(" in ")[0]).suffix.lower())
         with Image.open(io.BytesIO(data), formats=(*COMMON, *([own] if own else []))) as image:
             if max(image.size) > most:
-                raise DataError(f"{where} has {image.width}×{image.height} pixels; at most {most} a side are read")
+                raise DataError(f"{where} has {image.width}×{image.height} pixels; the limit is {most} per side")
             if image.mode not in GREY + COLOUR or _is_deep(image, data):
                 raise DataError(f"{where} has pixels of kind {_kind(image)}; save it as 8-bit grey or RGB")
             packed = image.info.get("compression") if image.format == "TIFF" else image.format
@@ -102,9 +102,9 @@ def decode(data: bytes, where: str, geometry: Geometry | None) -> Picture:
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{where} is not an image that Pillow knows; get it again or remove it") from error
+        raise DataError(f"{where} is not an image that Pillow can read; replace or remove it") from error
     except Exception as error:  # a decoder that meets hostile bytes raises whatever it likes
-        raise DataError(f"{where} is not a sound image ({error}); get it again or remove it") from error
+        raise DataError(f"{where} is damaged ({error}); replace or remove it") from error
 
 
 def is_coloured(data: bytes) -> bool:

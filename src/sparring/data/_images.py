@@ -1,4 +1,4 @@
-"""A user's own images as a data set: which are of which part and class, in which order, and what is said of them."""
+"""A user's own images as a data set: splits, classes, order, and messages about them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def _arranged(
         labels = torch.tensor([numbers[entry.label] for entry in every])
         kept, held = hold_out(Split(torch.arange(len(every)), labels), seed=request.valid_seed)
         if len(held.y) == 0 and request.parts == "all":
-            raise DataError(f"{path} has one image a class in train/; add more, or some in valid/<class>/")
+            raise DataError(
+                f"{path} has one image per class in train/; add more images, or add images in valid/<class>/"
+            )
         order["train"], valid = ([every[at] for at in part.x.tolist()] for part in (kept, held))
         order |= {"valid": valid} if valid else {}
     limits = dict(request.limit)
@@ -138,16 +140,16 @@ def _identity(
 def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, list[Entry]], list[str]]:
     """Return the images of each part that is asked for, and what was taken for another; refuse what is ambiguous."""
     if len(listing.roots) > 1:
-        raise DataError(f"{path} holds several sets ({', '.join(sorted(listing.roots))}); give one at a time")
+        raise DataError(f"{path} contains several data sets ({', '.join(sorted(listing.roots))}); give one of them")
     twice = sorted(part for part in listing.named_parts if PARTS[part] == "valid")
     if len(twice) > 1:
-        raise DataError(f"{path} has {'/ and '.join(twice)}/, which mean the same; keep one")
+        raise DataError(f"{path} has {'/ and '.join(twice)}/, which have the same meaning; keep one of them")
     parts = {part: [entry for entry in listing.entries if entry.part == part] for part in SPLITS}
     parts, notes = {part: own for part, own in parts.items() if own}, []
     if request.parts != "all" and not parts and not listing.folders and listing.flat:
         places = {entry.member.rpartition("/")[0].rpartition("/")[0] for entry in listing.flat}
         if len(places) > 1 and listing.by_folders:
-            raise DataError(f"{path} has class folders at several depths; put them into {path}/test/")
+            raise DataError(f"{path} has class folders at several depths; move them to {path}/test/")
         parts, notes = {"test": listing.flat}, [f"{path} names no parts: all its images are tested"]
         listing.outside = [name for name in listing.outside if name not in {entry.member for entry in listing.flat}]
     if request.parts != "all" and "test" not in parts and parts:
@@ -155,14 +157,14 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
         shown = next(iter(twice), lent) if lent == "valid" else lent
         parts["test"] = parts[lent] if lent == "train" else parts.pop(lent)
         notes.append(
-            f"{path} has no test/: the images of {shown}/ are tested"
+            f"{path} has no test/; the images of {shown}/ are used as test images"
             + (", which a network that was trained on them knows" if lent == "train" else "")
         )
     for part in ("train", "test") if request.parts == "all" else ("test",):
         if part not in parts:
             others = sorted([*listing.outside, *listing.nested, *listing.skipped])[:3]
             found = f", only {', '.join(others)}" if others else ""
-            few = "; to attack a trained network, a test split alone will do" if part == "train" else ""
+            few = "; to attack a trained network, a test split is enough" if part == "train" else ""
             raise DataError(f"{path} has no images in {listing.layout.format(part=part)}{found}; put some there{few}")
     return ({"test": parts["test"]} if request.parts == "test" else parts), notes
 
@@ -191,7 +193,7 @@ def _labels(
             raise DataError(f"{path} has the class '{label}' in {part}/ but {place}")
         if part == "train" and label not in filled:
             raise DataError(
-                f"{path} has no image that can be read in train/{label}/; put some there, or remove the folder (which "
+                f"{path} has no readable image in train/{label}/; put some there, or remove the folder (which "
                 f"without {CLASSES} changes the labels of the classes after it)"
             )
     if missing := sorted(present - set(labels)):
@@ -226,7 +228,7 @@ def _tell(
     """Warn of files that were not read, frames left out, and classes that a split lacks."""
     found = {
         **listing.left,
-        "left out, since they are no images": listing.skipped,
+        "ignored because they are not images": listing.skipped,
         "images outside of train/, valid/ and test/, not read": listing.outside,
         "folders within a class's folder, not read": sorted(listing.nested),
         "of several frames only the first was read": list(animated),

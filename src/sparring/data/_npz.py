@@ -1,4 +1,5 @@
-"""A user's own arrays: an .npz file with x_train, y_train, x_test, y_test, and maybe x_valid, y_valid, class_names.
+"""A user's own arrays: an .npz file with x_train, y_train, x_test, y_test, and optionally x_valid, y_valid,
+class_names.
 
 To attack a trained network x_test and y_test suffice.
 """
@@ -34,7 +35,7 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
     """Load an .npz; nothing in it is ever unpickled. Arrays of more than 256 MiB lie in mapped files without a name.
 
     Images x are uint8 from 0 to 255, (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3; with `layout`, "NCHW" or
-    "NHWC", any C. Labels y are integers (N,) or (N, 1) from 0 to classes - 1, each of which occurs in y_train unless
+    "NHWC", any C. Labels y are integers (N,) or (N, 1) from 0 to classes - 1, each occurring in y_train unless
     `classes` says how many there are, or `request.classes` names them. Without x_valid and y_valid every tenth training
     image of a class is held out. Raises DataError, naming file and key, for anything else, also where a shape has two
     readings.
@@ -62,9 +63,7 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
     try:
         if listed is not None and _are_listed(listed, names, y, said):
             splits = {part: Split(split.x, _renumbered(split.y, names, listed)) for part, split in splits.items()}
-            told = (
-                listed.numbers(names)[1] if names else f"labels are taken as the numbers of {listed.source}'s classes"
-            )
+            told = listed.numbers(names)[1] if names else f"labels are used as the class numbers of {listed.source}"
             notes, names = [f"{path}: {told}"], list(listed.names)
             classes = len(names)
         else:
@@ -92,7 +91,7 @@ def _read(path: Path) -> dict[str, Array]:
         raise DataError(str(error)) from error
     if others:
         known = ", ".join((*NEEDED, *OPTIONAL))
-        told = f"{path}: arrays that are not read: {', '.join(others)}; known: {known}"
+        told = f"{path}: ignored arrays: {', '.join(others)}; known: {known}"
         warnings.warn(told, DataWarning, stacklevel=4)
     return arrays
 
@@ -113,7 +112,7 @@ def _array(data: Any, member: str, path: Path) -> Array:
             flat = np.frombuffer(data, dtype, offset=file.tell())
             return flat.reshape(shape, order="F" if fortran else "C")
     except Exception as error:  # the header is a Python literal: a hostile one fails in any way
-        raise DataError(f"{member} in {path} is not a sound array; make it again") from error
+        raise DataError(f"{member} in {path} is damaged; create it again") from error
     if whole or dtype.hasobject:
         raise DataError(
             f"{member} in {path} has the type {dtype}; images must be uint8 from 0 to 255 (of x in [0, 1]: "

@@ -1,4 +1,4 @@
-"""Many images to the rows of one array, by threads or processes, each image bounded by itself."""
+"""Decode many images into the rows of one array, with threads or processes and limits per image."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Rows:
         if picture.size != tuple(size):
             (height, width), (h, w) = picture.size, size
             raise DataError(
-                f"{self.name(entry)} is {width}×{height}, others are {w}×{h}; resize them, or give --resize and --crop"
+                f"{self.name(entry)} is {width}×{height}, others are {w}×{h}; resize them, or use --resize and --crop"
             )
         if picture.channels > channels:
             raise Coloured

@@ -1,4 +1,4 @@
-"""Where data are looked for, where they are fetched from, and how the content of files gets into memory.
+"""Where data are searched, where they are downloaded from, and how files are read.
 
 Each root, in order, is searched: the caller's, $SPARRING_DATA, the user's cache folder, known system folders. Downloads
 from the public mirrors are resumed where they were cut, and checked before they get their name.
@@ -70,7 +70,7 @@ Find = Callable[[Source], list[Content]]
 """Return the unpacked content of each of a source's files, in order; loaders call it for what they need."""
 
 Progress = Callable[[str, int, int | None], None]
-"""Be told a file's name, the bytes that are here and the bytes of the whole (None: unknown)."""
+"""Receive a file's name, the bytes downloaded so far, and its size in bytes (None: unknown)."""
 
 
 def roots(root: Path | str | None) -> list[Path]:
@@ -85,7 +85,7 @@ def roots(root: Path | str | None) -> list[Path]:
 
 
 def cache_root() -> Path:
-    """Return the folder for what can be made again, within the user's cache folder."""
+    """Return the folder for files that can be recreated, in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (cache if cache.is_absolute() else expand("~/.cache")) / "sparring"
 
@@ -140,7 +140,7 @@ def missing(source: Source, places: list[Path]) -> DataError:
     folders = "\n".join(f"  {place / source.folders[0]}" for place in places)
     return DataError(
         f"the data set '{source.name}' was not found. Put these files: {names}{packed}\ninto one of these folders:\n"
-        f"{folders}\nor ask for a download (--download).{' ' + source.hint if source.hint else ''}"
+        f"{folders}\nor download them with --download.{' ' + source.hint if source.hint else ''}"
     )
 
 
@@ -162,9 +162,9 @@ def unpack(path: Path) -> bytes:
     except UserError as error:
         raise DataError(str(error)) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); get it again") from error
+        raise DataError(f"{path} is damaged ({error}); download it again") from error
     if len(plain) > MOST:
-        raise DataError(f"{path} unpacks to more than 256 MiB; get it again")
+        raise DataError(f"{path} unpacks to more than 256 MiB; download it again")
     return plain
 
 
@@ -177,7 +177,7 @@ def _from_archive(source: Source, path: Path) -> list[Content]:
         raise DataError(str(error)) from error
     for file in source.files:
         if file.name not in found:
-            raise DataError(f"{path} does not hold {file.name}; get it again")
+            raise DataError(f"{path} does not contain {file.name}; download it again")
     return [Content(f"{file.name} in {path}", found[file.name]) for file in source.files]
 
 
@@ -188,7 +188,7 @@ class _Failed(Exception):
 def download(source: Source, folder: Path, progress: Progress | None = None) -> None:
     """Fetch a source's files, packed as the mirrors have them, into a folder.
 
-    A cut download stays under a hidden name (".NAME.MIRROR.part"), and the next call goes on from there. A file gets
+    A cut download stays under a hidden name (".NAME.MIRROR.part"), and the next call resumes from it. A file gets
     its name only when its content has the known SHA-256. Raises DataError if no mirror has it, UserError if the folder
     cannot be written.
     """
@@ -213,7 +213,7 @@ def _from_any_mirror(source: Source, file: File, folder: Path, progress: Progres
             failures.append(f"  {url}: {failure}")
     raise DataError(
         "\n".join([f"could not download {file.name} of '{source.name}':", *failures])
-        + f"\nCheck the network and try again (it goes on where it was cut), or put the file into {folder} yourself."
+        + f"\nCheck the network and rerun the command to resume, or put the file into {folder} yourself."
     )
 
 
@@ -226,13 +226,13 @@ def _fetch(url: str, part: Path, name: str, progress: Progress | None) -> None:
             with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
                 if _receive(response, part, here, name, progress):
                     return
-                reason = "the connection was cut"
+                reason = "the connection was interrupted"
         except urllib.error.HTTPError as error:
             error.close()
             if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise _Failed(f"HTTP {error.code} {error.reason}") from error
             part.unlink()  # there is nothing after what we have, and it was not whole: begin again
-            reason = "the part that was here does not fit"
+            reason = "the partial file does not match"
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
     raise _Failed(reason)
@@ -242,7 +242,7 @@ def _receive(response: http.client.HTTPResponse, part: Path, here: int, name: st
     """Append what a response brings to the part, and return whether the file is whole now."""
     resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
     if resumed and not (response.headers.get("Content-Range") or "").startswith(f"bytes {here}-"):
-        raise _Failed("the mirror sent another range than was asked for")
+        raise _Failed("the server sent another range than requested")
     here = here if resumed else 0
     length = response.headers.get("Content-Length") or ""
     total = here + int(length) if length.isdecimal() else None
@@ -273,7 +273,7 @@ def _check(source: Source, file: File, part: Path) -> None:
         found = sha256_file(part) if file is source.archive else sha256_bytes(unpack(part))
     except UserError as error:
         part.unlink()
-        raise _Failed(f"what it sent is damaged ({error})") from error
+        raise _Failed(f"the received data are damaged ({error})") from error
     if file.sha256 and found != file.sha256:
         part.unlink()
         raise _Failed(f"its content has the SHA-256 {found}, not {file.sha256}")

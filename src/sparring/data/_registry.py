@@ -1,4 +1,4 @@
-"""The table of data sets, and the one function that loads any of them."""
+"""The table of data sets, and the function that loads them."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def load(
 
     kind = kind_of(name, root)
     if request.geometry is not None and kind != "images":
-        raise DataError(f"'{name}' holds arrays, not images; images alone can be resized and cropped")
+        raise DataError(f"'{name}' contains arrays, not images; only images can be resized and cropped")
     if request.classes is not None and kind in ("known", "function"):
-        raise DataError(f"'{name}' has its own classes; a list of them is for images and arrays in files")
+        raise DataError(f"'{name}' has its own classes; a list of classes applies only to image and array files")
     if request.valid_seed is not None and kind in ("known", "function"):
-        raise DataError(f"'{name}' has validation images of its own; none are drawn")
+        raise DataError(f"'{name}' has its own validation images; no others are drawn")
     if kind in ("known", "function"):
         dataset = DATASETS[name](find) if kind == "known" else _from_function(name)
         return limited(dataset, request.limit) if request.limit else dataset

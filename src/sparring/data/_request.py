@@ -1,4 +1,4 @@
-"""What is read of a user's own images: which parts, how they are brought to one size, and whose classes they are of."""
+"""What to read of a user's own images: splits, size and classes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Geometry:
         elif self.resize is not None:
             steps.append(f"the shorter side is resized to {self.resize} ({self.interpolation})")
         if self.crop is not None:
-            steps.append(f"the central {self.crop[0]}×{self.crop[1]} is cropped")
+            steps.append(f"cropped to the central {self.crop[0]}×{self.crop[1]}")
         if self.source:
             steps.append(f"as {self.source} has it")
         return ", ".join(steps)
@@ -141,7 +141,7 @@ def read_classes(path: Path) -> ClassList:
         entries = _from_json(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path} is no list of classes ({error}); give names, one a line, or JSON: a list, or number to name"
+            f"{path} is not a list of classes ({error}); give names, one a line, or JSON: a list, or number to name"
         ) from error
     entries = [entry.strip() for entry in entries]
     while entries and not entries[-1]:
@@ -234,7 +234,7 @@ class Preparation:
         """Return what is read for training; raise DataError where an interpolation has no size."""
         geometry = self.geometry()
         if self.interpolation is not None and self.sizes()[0] is None:
-            raise DataError("--interpolation is that of --resize; give both")
+            raise DataError("--interpolation needs --resize")
         listed = None if self.classes is None else read_classes(Path(self.classes))
         return Request("all", None, geometry, listed, None, cache, self.limits(), self.valid_seed)
 
@@ -246,5 +246,5 @@ def _sizes(option: str, said: int | str | None) -> tuple[int, int] | None:
     text = str(said).lower()
     sides = [int(part) for part in text.split("x") if part.isdecimal()]
     if len(sides) != text.count("x") + 1 or len(sides) > 2 or not all(1 <= side <= MOST_SIDE for side in sides):
-        raise DataError(f"{option} takes pixels from 1 to {MOST_SIDE}, as 224 or HEIGHTxWIDTH, not '{said}'")
+        raise DataError(f"{option} takes pixels from 1 to {MOST_SIDE}, such as 224 or HEIGHTxWIDTH, not '{said}'")
     return sides[0], sides[-1]

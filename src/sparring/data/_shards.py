@@ -1,4 +1,4 @@
-"""Shards as WebDataset has them: tars of KEY.jpg beside KEY.cls or KEY.json, one after the other."""
+"""WebDataset shards: tar files of KEY.jpg with KEY.cls or KEY.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables with an image and a label a row: Parquet and Arrow files as Hugging Face writes them, and CSV files of paths.
+"""Tables with one image and label per row: Parquet and Arrow files of Hugging Face, and CSV files of paths.
 
 `datasets.Dataset.save_to_disk` and `push_to_hub` write a column of structs {bytes, path}, and the names of classes into
 the schema's metadata.

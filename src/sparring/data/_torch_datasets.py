@@ -1,4 +1,4 @@
-"""Images of a torch Dataset or DataLoader, brought to the form in which everything here takes them."""
+"""Convert a torch Dataset or DataLoader to a data set."""
 
 from __future__ import annotations
 

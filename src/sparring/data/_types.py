@@ -1,4 +1,4 @@
-"""What a data set is: three splits of uint8 images with labels, and the fixed rules that divide images.
+"""Types of data sets: three splits of uint8 images with labels, and fixed rules for splitting.
 
 No random generator divides them, so that a split is the same on every machine.
 """
@@ -75,7 +75,7 @@ def from_splits(
     """Make a data set from its splits: check them, and measure mean and standard deviation of the training split.
 
     Without training and validation images it can be attacked, but nothing can be trained on it. What is known of a
-    large set need not be measured anew: how often each of the 256 values occurs in the training images, by channel
+    large set need not be measured again: how often each of the 256 values occurs in the training images, by channel
     (`counts`), and its `identity`. Raises DataError, naming the split, for a wrong dtype or shape, an empty split, a
     label outside [0, classes), or classes outside [1, 1,000,000].
     """
@@ -96,18 +96,18 @@ def check_split(what: str, split: Split, shape: torch.Size, classes: int) -> Non
     """Raise DataError unless these are images of this shape with labels below `classes`."""
     x, y = split
     if not 1 <= classes <= MOST_CLASSES:
-        raise DataError(f"{what} cannot have {classes} classes; from 1 to {MOST_CLASSES:,} are possible")
+        raise DataError(f"{what} cannot have {classes} classes; the range is 1 to {MOST_CLASSES:,}")
     if x.dtype != torch.uint8 or x.dim() != 4 or y.dtype != torch.int64 or y.dim() != 1:
         raise DataError(
             f"{what} must be uint8 images (N, C, H, W) and int64 labels (N,), "
             f"not {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
         )
     if len(x) != len(y):
-        raise DataError(f"{what} has {len(x)} images but {len(y)} labels; one of its files is not the right one")
+        raise DataError(f"{what} has {len(x)} images but {len(y)} labels; one of its files is wrong")
     if x.numel() == 0:
         raise DataError(f"{what} holds no images")
     if x.shape[1:] != shape:
-        raise DataError(f"{what} has images of shape {tuple(x.shape[1:])}; those for training have {tuple(shape)}")
+        raise DataError(f"{what} has images of shape {tuple(x.shape[1:])}; training images have {tuple(shape)}")
     wrong = (y < 0) | (y >= classes)
     if wrong.any():
         at = int(wrong.nonzero()[0])
@@ -165,7 +165,7 @@ def balanced_order(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counted(labels: Mapping[str, Tensor], names: Sequence[str]) -> str:
-    """Say how many images of which class each part has, by its labels (N,)."""
+    """Count the images of each class in each split, from its labels (N,)."""
     told = []
     for part, y in labels.items():
         found = sorted(Counter(y.tolist()).items())
@@ -184,7 +184,7 @@ def counted(labels: Mapping[str, Tensor], names: Sequence[str]) -> str:
 def tell_shared(shared: int, tested: int, path: Path) -> None:
     """Warn of test images that are training or validation images too: what is measured on them is too good."""
     if shared:
-        told = f"{path}: {shared} of {tested} test images are also among those for training or validation"
+        told = f"{path}: {shared} of {tested} test images are also training or validation images"
         warnings.warn(told, DataWarning, stacklevel=4)
 
 

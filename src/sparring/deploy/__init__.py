@@ -1,4 +1,4 @@
-"""Deployment: pack a sparse network into one small file, run it fast on a CPU, and attack what is shipped.
+"""Deployment: export a sparse network to one small file, run it fast on a CPU, and attack it again.
 
 Examples:
     >>> import torch

@@ -1,4 +1,4 @@
-"""The artefact: one file that holds a packed program. Its format is written down in docs/format.md.
+"""The artefact: one file with a packed program. docs/format.md describes its format.
 
 Nothing in a file is executed, every number in it is checked before it is used, and a damaged file ends in a UserError.
 """
@@ -180,7 +180,7 @@ def read_program(path: Path | str) -> Program:
     try:
         return _parse(data)
     except UserError as error:
-        raise UserError(f"{path}: {error}; get or export it again") from error
+        raise UserError(f"{path}: {error}; export or download it again") from error
 
 
 def _parse(data: bytes) -> Program:
@@ -188,7 +188,7 @@ def _parse(data: bytes) -> Program:
     if not data.startswith(MAGIC):
         raise UserError("this is not a sparring artefact")
     if len(data) < fixed + _DIGEST or hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
-        raise UserError("the artefact is damaged or cut short: its checksum is wrong")
+        raise UserError("the artefact is damaged or truncated: its checksum is wrong")
     length = int.from_bytes(data[len(MAGIC) : fixed], "little")
     if length > len(data) - fixed - _DIGEST:
         raise UserError("the artefact is damaged: its header is longer than the file")
@@ -233,7 +233,7 @@ class _Reader:
         if names is not None and not (
             isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
         ):
-            raise UserError("the artefact's class names do not fit its logits")
+            raise UserError("the artefact's class names do not match its logits")
         return Program(shape, steps, None if names is None else tuple(names), _field(header, "provenance", dict))
 
     def _op(self, item: Any, values: str) -> Op:
@@ -268,7 +268,7 @@ class _Reader:
         row = channels * height * width
         self.weights += out * row
         if out * row > MOST_ELEMENTS or self.weights > _MOST_WEIGHTS:
-            raise UserError(f"the artefact has a layer of {out * row} weights, more than can be")
+            raise UserError(f"the artefact has a layer of {out * row} weights, above the limit")
         bias = self._floats(item, "bias", out)  # first, since then `out` is no larger than the file
         count = _field(item, "nonzeros", int)
         flat = decode_positions(_field(item, "coding", str), self._blob(item, "index"), count, out * row)
@@ -283,7 +283,7 @@ class _Reader:
     def _constant(self, item: Any) -> Floats:
         value = self._option(item.get("value"))
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
-            raise UserError("the artefact has a constant that is none")
+            raise UserError("the artefact has an invalid constant")
         result: Floats = value.numpy()
         return result
 
@@ -291,7 +291,7 @@ class _Reader:
         name, names, options = _field(item, "name", str), _field(item, "names", list), _field(item, "options", dict)
         place = item.get("place")
         if not all(isinstance(n, str) for n in names) or not (place is None or (type(place) is int and 0 <= place < 8)):
-            raise UserError(f"the artefact has an operation {name[:20]!r} without sound names of its inputs")
+            raise UserError(f"the artefact has an operation {name[:20]!r} with invalid names of its inputs")
         function_of(name)  # it must be known
         return Dense(name, tuple(names), {key: self._option(value) for key, value in options.items()}, place)
 
@@ -306,12 +306,12 @@ class _Reader:
         if isinstance(value, dict) and value.get("float") in ("inf", "-inf"):
             return float(value["float"])
         if not isinstance(value, dict) or not {"floats", "integers"} & set(value):
-            raise UserError("the artefact has an operation with an option that says nothing")
+            raise UserError("the artefact has an operation with an invalid option")
         shape = self._sides(value, "floats" if "floats" in value else "integers", range(9), 0)
         count = math.prod(shape)
         self.weights += count
         if count > MOST_ELEMENTS or self.weights > _MOST_WEIGHTS:
-            raise UserError(f"the artefact has a tensor of {count} numbers, more than can be")
+            raise UserError(f"the artefact has a tensor of {count} numbers, above the limit")
         if "integers" in value:
             data = self._blob(value, "numbers")
             if len(data) != 8 * count:
@@ -337,7 +337,7 @@ class _Reader:
     def _blob(self, item: Any, name: str) -> Bytes:
         start, length = self._sides(item, name, (2,), 0, _MOST_BYTES)
         if start + length > len(self.blobs):
-            raise UserError("the artefact is damaged: a part lies outside of it")
+            raise UserError("the artefact is damaged: a blob lies outside of the file")
         return self.blobs[start : start + length]
 
     def _floats(self, item: Any, name: str, count: int) -> Floats:
@@ -359,13 +359,13 @@ _POOL_FIELDS = (("kernel", 1), *_LAYER_FIELDS)
 def _inputs(item: Any) -> tuple[int, ...]:
     inputs = _field(item, "inputs", list)
     if not 1 <= len(inputs) <= _MOST_INPUTS or not all(type(i) is int for i in inputs):
-        raise UserError("the artefact has a step with inputs that are not numbers of values")
+        raise UserError("the artefact has a step with invalid inputs")
     return tuple(inputs)
 
 
 def _field(item: Any, name: str, kind: type) -> Any:
     if not isinstance(item, dict) or type(item.get(name)) is not kind:
-        raise UserError(f"the artefact's header lacks a sound '{name}'")
+        raise UserError(f"the artefact's header has no valid '{name}'")
     return item[name]
 
 
@@ -406,9 +406,9 @@ def decode_positions(name: str, data: Bytes, count: int, size: int) -> Positions
     elif name.startswith("rice-") and name[5:].isdecimal() and int(name[5:]) <= _MOST_RICE_BITS:
         positions = np.cumsum(_read_rice(data, int(name[5:]), count) + 1) - 1
     else:
-        raise UserError(f"the artefact uses an index coding {name[:20]!r} that this version does not know")
+        raise UserError(f"the artefact uses an unknown index coding {name[:20]!r}")
     if len(positions) != count or (count and not 0 <= positions[0] <= positions[-1] < size):
-        raise UserError("the artefact is damaged: a layer's index does not fit its shape")
+        raise UserError("the artefact is damaged: a layer's index does not match its shape")
     return positions.astype(np.int64, copy=False)
 
 
@@ -446,7 +446,7 @@ def _rice(gaps: Positions, bits: int) -> bytes:
 def _read_rice(data: Bytes, bits: int, count: int) -> Positions:
     split = (count * bits + 7) // 8
     if len(data) < split:
-        raise UserError("the artefact is damaged: an index is cut short")
+        raise UserError("the artefact is damaged: an index is truncated")
     low = np.unpackbits(data[:split], count=count * bits, bitorder="little").reshape(count, bits)
     ends = np.flatnonzero(np.unpackbits(data[split:], bitorder="little"))
     if len(ends) != count:

@@ -1,4 +1,4 @@
-"""From a model to a packed program: fold normalisation into weights, remove what cannot matter, keep the nonzeros."""
+"""Compile a model to a packed program: fold normalisation, remove units without effect, keep the nonzeros."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def compile_model(
     return Program(shape, steps, class_names, provenance or {})
 
 
-_WAY = "build it of operations whose results are floats, or export it as ONNX (a file that ends in .onnx)"
+_WAY = "build it from operations with float results, or export it to ONNX (a file that ends in .onnx)"
 _MOST_SPELLED = 2  # times as many nodes, up to which sparse kernels for all are worth it
 
 

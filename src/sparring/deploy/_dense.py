@@ -1,4 +1,4 @@
-"""Operations that no sparse kernel serves: torch's own, by name, from a list of those that a graph can hold.
+"""Operations without a sparse kernel: torch's own, by name, from a list of those that a graph can hold.
 
 What they make of shapes torch says itself, without memory for values, so that a file cannot ask for more than it may.
 """

@@ -1,4 +1,4 @@
-"""A program as plain torch modules: what attacks, bounds and tracing can look into, rounded as it is shipped."""
+"""A program as plain torch modules with its rounded weights, for attacks, bounds and tracing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a program in parts: sparse kernels where they serve and pay, torch for all else."""
+"""Run a program in parts: sparse kernels where they are supported and faster, torch otherwise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """Steps from one number up to before another that read one earlier value, `source`, and of which the last counts.
+    """Steps from one number up to before another that read one earlier value, `source`, and the last of these counts.
 
     rows: the steps run over the last axis of values.
     """

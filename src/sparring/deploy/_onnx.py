@@ -1,4 +1,4 @@
-"""Networks as ONNX files, written by torch's exporter, for engines that gain nothing from zeros."""
+"""Write networks as ONNX files with torch's exporter, for other engines."""
 
 from __future__ import annotations
 

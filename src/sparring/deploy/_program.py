@@ -1,4 +1,4 @@
-"""A packed network as data: a few plain operations over numpy arrays, in topological order.
+"""A packed network as data: a few plain operations on NumPy arrays, in topological order.
 
 This is what an artefact holds and what every runtime executes. Only `Dense` operations need torch. Value 0 is the
 image; step i makes value i + 1; the last value holds the logits.
@@ -56,7 +56,7 @@ class Sparse:
 
     @cached_property
     def groups(self) -> int:
-        """Return into how many groups of channels, none of which reads another's, the layer falls apart."""
+        """Return the number of independent groups of channels of the layer."""
         out, channels, *kernel = self.shape
         rows = np.repeat(np.arange(out), np.diff(self.indptr))
         columns = self.indices // math.prod(kernel)
@@ -135,7 +135,7 @@ class PackedActivation:
     """An activation-sparsity module by its kind and its one number; flat is a value's features of one image.
 
     "shifted-relu": max(x − number, 0). "threshold": x where x > number, else 0. "top-k": max(x, 0) for the largest
-    of the flat features, of equal ones the first, of which the fraction `number` becomes zero.
+    of the flat features, of equal ones the first; the fraction `number` becomes zero.
     """
 
     kind: str

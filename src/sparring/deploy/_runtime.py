@@ -1,4 +1,4 @@
-"""Packed networks for callers: export, load, and one object that maps images to logits."""
+"""Packed networks for callers: export, load, and an object that maps images to logits."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Packed:
         images, given = (np.ascontiguousarray(t.detach().cpu().numpy(), np.float32) for t in (x, upstream))
         fits = given.ndim in (2, 3) and given.shape[-2:] == (len(images), self.program.classes)
         if images.shape[1:] != self.program.shape or not fits:
-            raise UserError(f"images {images.shape} and gradients of logits {given.shape} do not fit the network")
+            raise UserError(f"images {images.shape} and gradients of logits {given.shape} do not match the network")
         found = self._engine.gradient(images, given if given.ndim == 3 else given[None])
         return from_numpy(found if given.ndim == 3 else found[0]).to(x)
 
@@ -192,7 +192,7 @@ def load(path: Path | str, *, threads: int = 1, native: bool = True) -> Packed:
     try:
         return Packed(read_program(path), threads=threads, native=native, timed=True)
     except MemoryError as error:
-        raise UserError(f"{path}: this network does not fit into memory") from error
+        raise UserError(f"{path}: this network does not fit in memory") from error
 
 
 def run_reference(program: Program, x: Floats) -> Floats:

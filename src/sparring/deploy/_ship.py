@@ -1,4 +1,4 @@
-"""Attack what is shipped: is the artefact as robust as the network that was studied?"""
+"""Attack an artefact: is it as robust as the network it was exported from?"""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Shipped:
     over the largest logit. `robust_model` and `robust_packed` are the shares classified correctly under an attack made
     on the network itself, `robust_transfer` that of the artefact under examples made on the model, `robust_decision`
     that of the artefact under a decision-based attack on its kernels, over the first few images, None without one.
-    `stands_model` and `stands_packed`, bool (N,), are the images that withstand both the examples made on the model and
-    those made on the artefact: the same examples for both, so that the two can be compared.
+    `stands_model` and `stands_packed`, bool (N,), are the images that remain correct under the examples made on the
+    model and those made on the artefact. Both use the same examples, so that they can be compared.
     """
 
     accuracy_model: float

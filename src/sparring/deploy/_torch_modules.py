@@ -1,4 +1,4 @@
-"""A packed network as a module for attacks: logits and gradients of the very kernels that are shipped."""
+"""A packed network as a module for attacks: logits and gradients of the shipped kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for arithmetic and layers with weights: what is affine per channel, linear, or a convolution."""
+"""Rules for arithmetic and layers with weights: affine per channel, linear, or convolution."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def recurrent(t: Translator, a: Arguments) -> Any:
     """lstm, gru and rnn over rows of one image, from a state that is the same for all; all outputs."""
     x, state, given = a.take("input"), a.take("hx"), {key: a.take(key) for key in list(a.given)}
     if x.images not in (None, Images(1)) or given.pop("batch_first", False) != (x.images is None):
-        raise t.refuse(t.name, "runs over the axis of the images", "give it batch_first=True")
+        raise t.refuse(t.name, "runs over the batch axis", "give it batch_first=True")
     t.refuse_computed(state, given, what="states or weights")
     steps, width = (shape := t.shape(x))[0], shape[-1]
     options = {"hx": state if isinstance(state, list) else [state], **given}
@@ -220,7 +220,7 @@ def clamp(t: Translator, a: Arguments) -> Any:
 def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
     """Keep an operation as it is: tensors that depend on the image are its inputs, the rest are options."""
     if any(t.counts_images(argument) for argument in (*t.now.args, *t.now.kwargs.values())):
-        raise t.refuse(name, "takes the number of images as an argument")
+        raise t.refuse(name, "uses the number of images as an argument")
     for axis in ("dim", "dims", "dim0", "dim1", "source", "destination"):
         if axis in a.defaults:
             refuse_images_axis(t, name, a.given.get(axis, a.defaults[axis]))
@@ -279,4 +279,4 @@ def refuse_images_axis(t: Translator, name: str, given: Any) -> None:
     if name == "permute" and axes and axes[0] % rank == 0:
         return
     if axes is None or not len(axes) or any(axis % rank == 0 for axis in axes):
-        raise t.refuse(name, "is over the axis of the images: an image's logits would depend on those beside it")
+        raise t.refuse(name, "is over the batch axis: the logits of an image would depend on other images")

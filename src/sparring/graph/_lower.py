@@ -1,4 +1,4 @@
-"""The one way to a graph: read a model, compare what was read with the model itself, and only then hand it over."""
+"""Lower a model to a graph, and compare the graph with the model."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _ask_one(model: nn.Module, x: Tensor) -> Tensor:
         return _ask(model, x)
     except Exception as error:  # the user's own operations, which can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the model fails on one image alone: {reason}; squeeze only the axes meant") from error
+        raise UserError(f"the model fails on one image alone: {reason}; squeeze only the intended axes") from error
 
 
 def _crowd(x: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
     name = type(model).__name__
     if not _same(_ask(model, x), logits, seen.tolerance):
         raise Unsupported(
-            f"{name} gives other logits when it is asked twice: it draws at random or counts its calls; guard that by "
-            "self.training, or declare it (`stochastic = True`, with `Declared` as its base class)"
+            f"{name} returns other logits in a second pass: it is random or counts its calls; do so only if "
+            "self.training is set, or declare it (`stochastic = True`, with `Declared` as its base class)"
         )
     many = _ask(model, crowd := _crowd(x))
     if not any(isinstance(module, Declared) and module.stochastic for module in model.modules()):
@@ -184,23 +184,25 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
         same = partial(_same, expected=logits, tolerance=seen.tolerance, allowed=_jumped(graph, x))
         if not same(alone) or not same(_ask(model, x[order])[order]) or not same(many[-len(x) :]):
             raise Unsupported(
-                f"{name} gives an image other logits in another batch: they depend on the images beside it, so that no "
-                "image has a certificate of its own; compute each image by itself in eval mode"
+                f"{name} returns other logits for an image in another batch, so they depend on other images and no "
+                "image can be certified alone; process each image independently in eval mode"
             )
     if not _same(_with_gradients(model, x), logits, seen.tolerance):
-        raise Unsupported(f"{name} gives other logits when gradients are asked for; let forward() not look at that")
+        raise Unsupported(
+            f"{name} returns different logits when gradients are enabled; forward() must not depend on that"
+        )
     try:
         with _seeded(model, x.device), torch.no_grad():
             found = graph(crowd.to(_dtype(graph, x)))
     except Exception as error:  # a rule that is wrong, which must end in a sentence too
-        raise Unsupported(f"{name} cannot be lowered: what was read of it cannot be computed ({error})") from error
+        raise Unsupported(f"{name} cannot be lowered: its graph cannot be evaluated ({error})") from error
     seen = replace(seen, tolerance=max(seen.tolerance, TOLERANCE.get(found.dtype, 0.0)))  # a graph may be coarser
     finite = found.isfinite() & many.isfinite()
     apart = float((found - many).abs().where(finite, 0).max())
     largest = float(many.abs().where(finite, 0).max())
     if not _same(found, many, seen.tolerance, _jumped(graph, crowd)):
         raise Unsupported(
-            f"{name} cannot be lowered: what was read gives logits that differ by {apart / max(largest, 1e-30):.2g} of "
+            f"{name} cannot be lowered: the logits of its graph differ by {apart / max(largest, 1e-30):.2g} of "
             f"the largest, {_first_difference(graph, model, replace(seen, x=crowd))}"
         )
     return replace(graph, rounding=apart) if apart > _ROUNDING * largest and not _jumped(graph, crowd) else graph
@@ -236,7 +238,7 @@ def _with_gradients(model: nn.Module, x: Tensor) -> Tensor:
             return logits_of(model(point)).detach()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise Unsupported(f"{type(model).__name__} fails when gradients are asked for: {reason}") from error
+        raise Unsupported(f"{type(model).__name__} fails when gradients are enabled: {reason}") from error
 
 
 def _first_difference(graph: Graph, model: nn.Module, seen: Observed) -> str:
@@ -261,7 +263,7 @@ def _first_difference(graph: Graph, model: nn.Module, seen: Observed) -> str:
             continue
         if not _same(values[index], heard[0], seen.tolerance):
             return f"first in {graph.nodes[index].title}"
-    return "though no single layer's output differs"
+    return "although no single layer's output differs"
 
 
 def _copy(output: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images along another axis than the first, or merged with others, as attention and windows have them.
+"""Values whose batch axis is not the first, or is merged with others, as in attention and windows.
 
 In a graph the images always come first, and a node's shape is that of one image. Where torch's value has them
 elsewhere, its node keeps torch's axes, with what one image has of the images' axis in its place: moving the images is
@@ -79,7 +79,7 @@ def reshaped(t: Translator, x: At, after: Tensor) -> At:
     """Return a value reshaped: the images stay where they were among all values, and so do each image's own."""
     x, found = _whole(t, x), images_of(t, after)
     if found is None or x.images is None:
-        raise t.refuse(t.name, "mixes or moves the axis of the images", _WAY)
+        raise t.refuse(t.name, "mixes or moves the batch axis", _WAY)
     (axis, count), stride = found, x.images.inner * math.prod(t.shape(x)[x.images.axis + 1 :])
     inner, left = divmod(stride, math.prod(int(s) for s in after.shape[axis + 1 :]))
     if left or not inner or count % inner:
@@ -92,7 +92,7 @@ def _place(t: Translator, value: Any, inputs: list[At]) -> Images:
     """Return where the images lie in an operation's output, whose inputs have them in one order."""
     found, before = images_of(t, value), inputs[0].images or FIRST
     if found is None or found[1] != before.count:
-        raise t.refuse(t.name, "mixes or moves the axis of the images", _WAY)
+        raise t.refuse(t.name, "mixes or moves the batch axis", _WAY)
     return Images(found[0], before.outer, before.inner)
 
 
@@ -122,7 +122,7 @@ def _shift(t: Translator, a: Arguments, x: At) -> None:
             continue
         several = [axis % rank for axis in ([axes] if type(axes) is int else axes)]
         if t.name != "stack" and images.axis in several:
-            raise t.refuse(t.name, "is over the axis of the images: an image's logits would depend on those beside it")
+            raise t.refuse(t.name, "is over the batch axis: the logits of an image would depend on other images")
         a.given[name] = several[0] + 1 if type(axes) is int else [axis + 1 for axis in several]
     if "indices" in a.given:
         a.given["indices"] = [None, *a.given["indices"]]

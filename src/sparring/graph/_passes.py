@@ -1,4 +1,4 @@
-"""Passes over a graph: scales and shifts fold into layers, and units that cannot matter go."""
+"""Passes over a graph: fold scales and shifts into layers, remove units without effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fast road: stacks of torch's own layers, read from what they are, without importing torch.export.
+"""Fast lowering of plain stacks of torch's own layers, without torch.export.
 
 Only exact types are read, without hooks, replaced forwards or parametrisations, and only where nothing that is written
 in place is read twice. A module class of this package says what it computes in a method `steps`; see `Stepwise`.

@@ -1,4 +1,4 @@
-"""Say with linear layers, ReLU and Add what can be said exactly with them, so that bounds and kernels need no more.
+"""Rewrite operations that linear layers, ReLU and Add can express exactly.
 
 Concatenation and the choice of channels are convolutions of ones and zeros; activations that consist of a few straight
 pieces are sums of ReLUs. What is left over stays a Call, which its reader has a rule for or refuses.
@@ -48,7 +48,7 @@ class _Writer:
         return found
 
     def say(self, op: Op, *inputs: int, shape: tuple[int, ...]) -> int:
-        """Add an operation in the place of the present node; return where it stands."""
+        """Replace the present node by an operation; return its index."""
         self.nodes.append(Node(op, inputs, shape, self.now.path, self.now.line))
         return len(self.nodes) - 1
 

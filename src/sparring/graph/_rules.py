@@ -1,4 +1,4 @@
-"""What becomes of each of torch's operations: one entry a rule, or a name in one of the lists below.
+"""Rules for torch's operations: one entry per rule, or a name in one of the lists below.
 
 A rule takes its arguments by the names of the operation's schema. What it does not take must have its default, or the
 operation is refused: no keyword is ever skipped.
@@ -57,7 +57,7 @@ def translate(t: Translator, name: str, target: Any, a: Arguments) -> Any:
         a.given.clear()
         return reshaped(t, inputs[0], value)
     if name not in _MOVABLE:
-        raise t.refuse(name, "mixes or moves the axis of the images", "keep images along the first axis")
+        raise t.refuse(name, "mixes or moves the batch axis", "keep images along the first axis")
     return moved(t, a, inputs, outputs, lambda: _ruled(t, name, target, a))
 
 
@@ -195,14 +195,14 @@ def _spread(t: Translator, x: At) -> At:
     if t.shape(x) == shape:
         return x
     if len(t.shape(x)) != len(shape):
-        raise t.refuse(t.name, "moves the axis of the images", "keep images along the first axis")
+        raise t.refuse(t.name, "moves the batch axis", "keep images along the first axis")
     return t.emit(Call("expand", torch.ops.aten.expand.default, ("self",), {"size": [-1, *shape]}), x)
 
 
 def _repeat(t: Translator, a: Arguments) -> Any:
     times = a.given["repeats"]
     if len(times) != len(t.shape(a.given["self"])) + 1 or times[0] != 1:
-        raise t.refuse(t.name, "repeats images", "keep one row an image")
+        raise t.refuse(t.name, "repeats images", "keep one row per image")
     return call(t, t.name, t.now.target, a)
 
 

@@ -1,4 +1,4 @@
-"""The general road: what torch itself computes, captured by torch.export and translated operation by operation.
+"""General lowering: capture what torch computes with torch.export, and translate it operation by operation.
 
 torch.export runs hooks and replaced forwards, and `run_decompositions` resolves what is written in place. What does not
 depend on the image is computed once and kept as a constant. torch.export is imported here, when it is first needed.
@@ -41,7 +41,7 @@ _SPREAD = frozenset(
 )
 
 # What may be done about an operation without a rule, where nothing better is known.
-WAY = "write it with layers of torch.nn, or do without what needs a graph"
+WAY = "write it with layers of torch.nn, or avoid features that need a graph"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
     from torch.export import Dim, export
 
     if isinstance(model, torch.jit.ScriptModule):
-        raise Unsupported("a script module cannot be lowered; hand over the module that it was made from")
+        raise Unsupported("a script module cannot be lowered; use the module that it was made from")
     root, example = _Root(model).eval(), example.clone().requires_grad_()  # as attacks ask: some layers look at that
     try:
         with quiet(), _whole(model), _every_line():
@@ -95,7 +95,7 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
 
 def _differing(model: nn.Module, program: Any, node: fx.Node | None) -> Unsupported:
     """Return the refusal of a model whose graphs for two numbers of images differ first at a node."""
-    reason = "computes something else for another number of images"
+    reason = "computes another function for another number of images"
     if node is None or node.op != "call_function":
         return Unsupported(f"{type(model).__name__} {reason}")
     translator = Translator(model, program, torch.float32, shared=True)
@@ -137,9 +137,9 @@ def _why(model: nn.Module, error: Exception) -> str:
     line = _line([(f.filename, f.lineno or 0, f.line or "") for f in frames])
     where = f" at {line}" if line else ""
     if type(error).__name__ == "GuardOnDataDependentSymNode":
-        reason = "it branches on a value, or turns one into a Python number"
+        reason = "it branches on a value, or converts one to a Python number"
     elif "batch" in text and ("Constraints violated" in text or "onstraint" in text):
-        reason, where = "what it computes depends on the number of images in the batch", ""
+        reason, where = "its result depends on the number of images in the batch", ""
     else:
         reason = (text.splitlines() or [type(error).__name__])[0]
     return (
@@ -189,7 +189,7 @@ def _whole(model: nn.Module) -> Iterator[None]:
         for name, module in model.named_modules():
             if isinstance(module, Declared):
                 if "forward" in vars(module):
-                    raise Unsupported(f"layer '{name}' ({type(module).__name__}) has its forward replaced; subclass it")
+                    raise Unsupported(f"layer '{name}' ({type(module).__name__}) has a replaced forward(); subclass it")
                 marked.append(module)
                 module.forward = lambda x, name=name: torch.ops.sparring.whole(x, name)
         yield
@@ -282,7 +282,9 @@ class Translator:
         elif spec.kind.name in ("PARAMETER", "BUFFER"):
             if node in wanted and spec.target in self.program.graph_signature.buffers_to_mutate.values():
                 name = _within(spec.target)
-                raise Unsupported(f"buffer '{name}' changes with every call, and logits with it; do so in training")
+                raise Unsupported(
+                    f"buffer '{name}' changes in every call, and the logits with it; change it only in training"
+                )
             original = operator.attrgetter(_within(spec.target))(self.model)
             value = self.held.setdefault(id(original), self.cast(original))
             self.paths.setdefault(id(value), _within(spec.target))
@@ -308,10 +310,10 @@ class Translator:
         name = node.target._schema.name.split("::")[1]
         arguments = Arguments(node, self)
         if torch.Tag.nondeterministic_seeded in node.target.tags and not _is_idle(arguments):
-            raise self.refuse(name, "draws at random also in eval mode", "guard it by self.training, or take it out")
+            raise self.refuse(name, "is random also in eval mode", "run it only if self.training, or remove it")
         if not any(isinstance(v, At) for v in flat(arguments.given)):
             if name not in _SPREAD and any(self.counts_images(a) for a in (*node.args, *node.kwargs.values())):
-                raise self.refuse(name, "makes a constant that depends on the number of images")
+                raise self.refuse(name, "creates a constant that depends on the number of images")
             with torch.no_grad():
                 value = node.target(*self.of(node.args), **self.of(dict(node.kwargs)))
             # Memory that nobody has written holds anything.
@@ -384,9 +386,9 @@ class Translator:
         if self.keeps_axes:
             return tuple(self.images_in(s) or int(s) for s in value.shape)
         if not value.dim() or self.images_in(value.shape[0]) != 1:
-            raise self.refuse(self.name, "mixes or moves the axis of the images", "keep images along the first axis")
+            raise self.refuse(self.name, "mixes or moves the batch axis", "keep images along the first axis")
         if not all(isinstance(s, int) or s.node.expr.is_number for s in value.shape[1:]):
-            raise self.refuse(self.name, "gives a shape that depends on the number of images")
+            raise self.refuse(self.name, "creates a shape that depends on the number of images")
         return tuple(int(s) for s in value.shape[1:])
 
     def view(self, x: At, shape: tuple[int, ...], images: Images | None = None) -> At:

@@ -1,4 +1,4 @@
-"""Networks by name, a user's own, and the file that holds one.
+"""Models by name, a user's own models, and model files.
 
 Examples:
     >>> from sparring import models

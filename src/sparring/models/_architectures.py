@@ -1,4 +1,4 @@
-"""The networks of the study, and the few layers that torch lacks.
+"""The built-in networks, and a few layers that torch does not have.
 
 Each adapts to the data's shape and number of classes and normalises first.
 """

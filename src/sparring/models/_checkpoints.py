@@ -1,4 +1,4 @@
-"""Weights as other tools write them: torch's own files, and the names that wrappers and reparametrisations leave."""
+"""Read checkpoints of other tools: torch files, names changed by wrappers, and reparametrised weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def chosen(groups: Mapping[str, dict[str, Tensor]], *, key: str | None = None, a
     """
     weights = [name for name, group in groups.items() if _are_weights(name, group)]
     if key is None and not weights:
-        raise LookupError("holds no named weights; save model.state_dict()")
+        raise LookupError("has no named weights; save model.state_dict()")
     taken = key if key is not None else min(weights, key=lambda name: _rank(name, len(groups[name])))
     found = groups[taken] if taken in groups else _beginning(groups, taken)
     if not found:
@@ -108,9 +108,9 @@ def _groups(path: Path) -> dict[str, dict[str, Tensor]]:
     except OSError as error:
         raise explain(error, path, "read") from error
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name the file of weights in it, as {path / 'pytorch_model.bin'}")
+        raise UserError(f"{path} is a folder; give the file of weights in it, such as {path / 'pytorch_model.bin'}")
     if not path.is_file() or more > 4 * LARGEST:
-        raise UserError(f"{path} is no file of at most {LARGEST // MIB} MiB; choose another")
+        raise UserError(f"{path} is not a file of at most {LARGEST // MIB} MiB; choose another")
     with tempfile.TemporaryDirectory() as place:
         target = Path(place) / "tensors.safetensors"
         script = Path(__file__).with_name("_unpickle.py")
@@ -129,8 +129,8 @@ def _groups(path: Path) -> dict[str, dict[str, Tensor]]:
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return "unpacking it takes more time or memory than a checkpoint needs"
-    said = done.stderr.strip().splitlines()[-1:] or ["the process that read it died"]
+        return "unpacking it takes more time or memory than a checkpoint should"
+    said = done.stderr.strip().splitlines()[-1:] or ["the process that read it crashed"]
     return "".join(letter if letter.isprintable() else "?" for letter in said[0])
 
 
@@ -146,7 +146,7 @@ def plain_weights(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tup
         notes.append(f"left out '{name}', a count of averaged models")
     for prefix in _prefixes(found):
         found = {name.removeprefix(prefix): value for name, value in found.items()}
-        notes.append(f"took the prefix '{prefix}' from every name")
+        notes.append(f"removed the prefix '{prefix}' from every name")
     steps = ((_apply_masks_, "mask"), (_apply_weight_norm_, "weight norm"), (_apply_spectral_norm_, "spectral norm"))
     for apply_, what in steps:
         made = apply_(found)

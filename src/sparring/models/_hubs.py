@@ -75,7 +75,7 @@ def describe(name: str) -> HubModel:
     with _told(name):
         facts = hub.describe(own)
         if len(facts.mean) != len(facts.std) or not all(value > 0 for value in facts.std):
-            raise UserError(f"'{name}' says that images have mean {facts.mean} and std {facts.std}; mend its files")
+            raise UserError(f"'{name}' has an invalid mean {facts.mean} or std {facts.std}; fix its configuration")
     return facts
 
 
@@ -115,7 +115,9 @@ def load_hub_weights_(model: nn.Module, name: str, *, classes: int, download: bo
     with _told(f"the weights of {name}"):
         tensors = hub.weights(own, download)
     if tensors is None:
-        raise UserError(f"the weights of '{name}' are not on this machine; give --download to get them, or --weights")
+        raise UserError(
+            f"the weights of '{name}' are not on this machine; use --download to get them, or give --weights"
+        )
     load_weights_(model, tensors)
 
 
@@ -127,7 +129,7 @@ def _told(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what} cannot be had: {told(error)}") from error
+        raise UserError(f"{what} cannot be loaded: {told(error)}") from error
 
 
 def _parted(name: str) -> tuple[_Hub, str]:
@@ -263,7 +265,7 @@ def _make_torchvision(own: str, shape: tuple[int, ...], classes: int) -> nn.Modu
     from torchvision import models
 
     if shape[0] != 3:
-        raise UserError(f"torchvision's '{own}' takes images of three channels, these have {shape[0]}")
+        raise UserError(f"torchvision's '{own}' needs images of three channels, but these have {shape[0]}")
     options: dict[str, Any] = {"image_size": shape[1]} if own.startswith("vit_") else {}
     if own in _TWO_HEADED:  # what their trained weights expect
         options = {"init_weights": True, "transform_input": True, "aux_logits": False}
@@ -318,7 +320,7 @@ def _config(own: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(_folder(own), local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"transformers cannot read {own}/config.json: {str(error).splitlines()[0]}") from error
+        raise UserError(f"transformers could not read {own}/config.json: {str(error).splitlines()[0]}") from error
 
 
 def _describe_hf(own: str) -> HubModel:
@@ -376,7 +378,9 @@ def _hf_weights(own: str, _download: bool) -> Mapping[str, Tensor] | None:
         folder, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     if info["missing_keys"]:  # which transformers draws at random
-        raise UserError(f"the weights in {own} lack '{min(info['missing_keys'])}': train that network to its end first")
+        raise UserError(
+            f"the weights in {own} lack '{min(info['missing_keys'])}'; finish the training of this network first"
+        )
     state: Mapping[str, Tensor] = model.state_dict()
     return state
 

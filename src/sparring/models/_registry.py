@@ -1,4 +1,4 @@
-"""Build networks by name, or by a user's own factory."""
+"""Build networks by name or by a user's factory."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def build(
         )
     if is_hub_name(name):
         if (width, widths, depth) != (None, None, None):
-            raise UserError(f"'{name}' has the sizes that its name says; width, widths and depth are for our own")
+            raise UserError(f"'{name}' has a fixed size; width, widths and depth apply only to built-in models")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build_from_hub(name, shape=shape, classes=classes)
     factory: Callable[..., nn.Module] = look_up("model", name, MODELS)
     if isinstance(factory, nn.Module):
-        raise UserError(f"'{name}' is a model; name a function without arguments that returns it")
+        raise UserError(f"'{name}' is a module; give a function without arguments that returns it")
     about = {"shape": shape, "classes": classes, "mean": mean, "std": std}
     given: dict[str, Any] = {key: value for key, value in about.items() if _takes(factory, key)}
     for key, value in (("width", width), ("widths", widths), ("depth", depth)):
@@ -101,4 +101,4 @@ def _takes(factory: Callable[..., nn.Module], name: str) -> bool:
     try:
         return takes(factory, name)
     except ValueError as error:
-        raise UserError(f"factory {factory!r} has no signature that can be read; wrap it in a function") from error
+        raise UserError(f"factory {factory!r} has no readable signature; wrap it in a function") from error

@@ -1,4 +1,4 @@
-"""One file for a model: weights and what is needed to build it again; tensors and JSON only."""
+"""Model files: weights and what is needed to rebuild the model, as tensors and JSON only."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def save_model(
 def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor]]:
     """Build a model, in eval mode, from a file that `save_model` wrote; also return its blueprint and masks.
 
-    Raise UserError where a weight that its mask removed is not zero.
-    Nothing of the file is executed; a blueprint that names a user's factory ("module:function") is refused, since
-    the file may be a stranger's: build that model yourself and give the file as weights.
+    Raises UserError if a weight that its mask removed is not zero. Nothing in the file is executed. The file is
+    untrusted, so a blueprint that names a user's factory ("module:function") is refused: build the model yourself and
+    load the file as weights.
     """
     tensors = load_tensors(path)
     blueprint = _blueprint(tensors, path)
     if ":" in blueprint.name and not is_hub_name(blueprint.name):
         raise UserError(
             f"{path} was made by the factory '{blueprint.name}', which is code; "
-            f"if you trust it, name it as the model and give --weights {path}"
+            f"if you trust it, give it as the model with --weights {path}"
         )
     masks = {name.removeprefix(_MASK): tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
     with torch.device("meta"):  # takes no memory, whatever sizes the file claims
@@ -75,7 +75,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
         raise UserError(f"{path}: it lacks most of its model's weights")
     model = blueprint.build()
     load_weights_(model, tensors)
-    refuse_unmasked(model, masks, f"{path} was changed after it was pruned; get it or make it again")
+    refuse_unmasked(model, masks, f"{path} was changed after pruning; create it again")
     return model.eval(), blueprint, masks
 
 
@@ -97,11 +97,11 @@ def _blueprint(tensors: dict[str, Tensor], path: str | Path) -> Blueprint:
         _refuse_absurd(blueprint)
         return blueprint
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its description of the model is damaged ({error})") from error
+        raise UserError(f"{path}: the description of the model is damaged ({error})") from error
 
 
 def _refuse_absurd(blueprint: Blueprint) -> None:
-    """Raise ValueError or TypeError unless a stranger's blueprint could be a model's."""
+    """Raise ValueError or TypeError unless an untrusted blueprint is valid."""
     numbers = (*blueprint.shape, blueprint.classes, *(blueprint.widths or ()), blueprint.depth or 1)
     if len(blueprint.shape) != 3 or len(blueprint.widths or ()) > 100:
         raise ValueError("its shape or its number of layers")

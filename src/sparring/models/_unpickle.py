@@ -1,4 +1,4 @@
-"""Read a file of torch.save's and pass on tensors alone; run as a process of its own: python _unpickle.py IN OUT BYTES.
+"""Read a file of torch.save in a separate process and return only tensors: python _unpickle.py IN OUT BYTES.
 
 torch's restricted unpickler runs nothing that the file names: classes that it does not know are replaced by inert ones,
 and a file that names what Python's own library does (os.system, eval, ...) is refused. The process may take BYTES
@@ -92,7 +92,7 @@ def unpickled(path: Path) -> Any:
     for name in names:
         if not is_harmless(name):
             own = "where you trust it, load it by torch.load(FILE, weights_only=False) and save model.state_dict()"
-            raise Refused(f"it would run {name}: do not trust it; {own}")
+            raise Refused(f"it would run {name}; do not trust it; {own}")
     inert: list[Any] = [(STAND_INS.get(name) or type("Inert", (Inert,), {}), name) for name in names]
     with safe_globals([*inert, Inert]):
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -169,14 +169,14 @@ def reason(error: Exception) -> str:
     text = str(error)
     text = (text.partition("WeightsUnpickler error: ")[2] or text).strip()
     if isinstance(error, MemoryError) or "alloc" in text:
-        return "it unpacks to more memory than a checkpoint of its size needs"
+        return "it needs more memory than a checkpoint of its size should"
     if "TorchScript" in text:
         return "it is a TorchScript archive, which is code; save torch.jit.load(FILE).state_dict()"
     name = re.search(r"GLOBAL (\S+)|(?:function|global|class|instantiate)\w* `?([\w.]+\.\w+)", text)
     if name is not None:
         return f"it names {name[1] or name[2]}, which would run or be imported; save model.state_dict()"
     what = ascii(text.splitlines()[0][:200]) if text else type(error).__name__
-    return f"it is no checkpoint that can be read so ({what}); if it loads where it was made, save model.state_dict()"
+    return f"it cannot be read as a checkpoint ({what}); load it where it was created and save model.state_dict()"
 
 
 def main(source: str, target: str, more: str) -> None:
@@ -190,7 +190,7 @@ def main(source: str, target: str, more: str) -> None:
         save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in whole.items()}, target)
     except Refused as error:
         sys.exit(str(error))
-    except Exception as error:  # whatever a stranger's file makes of torch
+    except Exception as error:  # whatever torch raises for an untrusted file
         sys.exit(reason(error))
     print(json.dumps([list(groups), lost]))
 

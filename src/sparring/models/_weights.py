@@ -1,4 +1,4 @@
-"""Put weights into a model, whichever wrapper their names have come through."""
+"""Load weights into a model, with names from any wrapper."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def _matched(
         parts = _parts(own, learned, given)
         if len(parts) > 1:
             several = ", ".join(f"'{prefix}'" for prefix in sorted(parts))
-            raise UserError(f"the weights hold several such networks: {several}; `sparring convert` takes one by --key")
+            raise UserError(
+                f"the weights hold several such networks: {several}; select one with `sparring convert --key`"
+            )
         for prefix, (names, inner) in parts.items():
             left = [name for name in given if not name.startswith(prefix)]
             several = f" and {len(left) - 1} more" * (len(left) > 1)
@@ -78,7 +80,7 @@ def _matched(
 
 def _notes(prefix: str, inner: str) -> list[str]:
     return [f"took the prefix '{prefix}' from every name"] * bool(prefix) + [
-        f"took the weights for those of '{inner.rstrip('.')}', the network inside"
+        f"used the weights for '{inner.rstrip('.')}', the network inside"
     ] * bool(inner)
 
 
@@ -149,10 +151,10 @@ def _mismatch(own: Collection[str], given: Collection[str]) -> str:
             near = difflib.get_close_matches(names[0], others, n=1)
             hint = f" (nearest: '{near[0]}')" if near else ""
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            parts.append(f"{what} '{names[0]}'{hint}{more}" + ", which the model lacks" * (what == "have"))
+            parts.append(f"{what} '{names[0]}'{hint}{more}" + ", which the model does not have" * (what == "have"))
     own_norms = any("parametrizations." in name or name.endswith(REPARAMETRISED) for name in missing)
     way = "; if the network masks or normalises its weights itself, convert them with --as-is" * own_norms
-    return f"the weights {'; they '.join(parts)}: do model and weights belong together?{way}"
+    return f"the weights {'; they '.join(parts)}; do model and weights belong together?{way}"
 
 
 def _check_ties(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
@@ -161,7 +163,7 @@ def _check_ties(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     for name, value in found.items():
         other = first.setdefault(_place(own[name]), name)
         if other != name and not torch.equal(value.double(), found[other].double()):
-            raise UserError(f"'{other}' and '{name}' are tied in the model, but differ in the weights: untie them")
+            raise UserError(f"'{other}' and '{name}' are tied in the model but differ in the weights; untie them")
 
 
 def _check_kind(name: str, value: Tensor, dtype: torch.dtype) -> None:
@@ -169,8 +171,10 @@ def _check_kind(name: str, value: Tensor, dtype: torch.dtype) -> None:
     if value.dtype == dtype:
         return
     if value.is_floating_point() != dtype.is_floating_point or value.dtype not in FLOATS | {torch.int64}:
-        raise UserError(f"'{name}' holds {value.dtype} in the weights and {dtype} here: quantised? Save it as {dtype}")
+        raise UserError(
+            f"'{name}' holds {value.dtype} in the weights and {dtype} here; if it is quantised, save it as {dtype}"
+        )
     if not torch.equal(value.to(dtype).to(value.dtype).nan_to_num(), value.nan_to_num()):
         raise UserError(
-            f"'{name}' holds {value.dtype}, which {dtype} would round; save it so, or build the model in that"
+            f"'{name}' holds {value.dtype}, which {dtype} would round; save it as {dtype}, or build the model in it"
         )

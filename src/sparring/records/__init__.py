@@ -1,4 +1,4 @@
-"""The files of a study: what they may hold, where they lie, the one reader that checks them, and the one writer."""
+"""The files of a study: their schema, their places, one reader that verifies them, and one writer."""
 
 from __future__ import annotations
 

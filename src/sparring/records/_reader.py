@@ -1,4 +1,4 @@
-"""Where everything lies in a study's folder, and how it is read: what is damaged, foreign or huge is refused."""
+"""Read a study's folder: paths, and checks that refuse damaged, foreign or huge files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._schema import CELLS, READ, Cell, Checkpoint, DatasetFacts, Kind, PlanFile
 
 # The most that is read, and so the most that is written. A large study's plan.json lists millions of keys.
 MAX_PLAN, MAX_RECORD, MAX_OBJECT = 512 << 20, 64 << 20, 1 << 30
-AGAIN = "run the study again, which makes it anew, or get it again"
+AGAIN = "rerun the study to recompute it, or restore it"
 BEST = " (best epoch)"  # how schema 1 marked cells of that checkpoint
 CELL: dict[str, Any] = {"seed": int, "method": str, "sparsity": int | float | None, "axis": str, "tasks": list}
 FACTS: dict[str, Any] = {"name": str, **dict.fromkeys(("class_count", "train", "valid", "test"), int)}
@@ -74,22 +74,22 @@ def read_plan(out: str | Path) -> PlanFile:
     except UserError as error:
         raise DamageError(f"{path} cannot be read; {AGAIN} ({error})") from error
     if not isinstance(content, dict):
-        raise DamageError(f"{path} is no plan; {AGAIN}")
+        raise DamageError(f"{path} is not a plan; {AGAIN}")
     if content.get("schema") not in READ:
-        raise UserError(f"{path} is not a plan of schema {READ[-1]}: it is damaged, or another version's")
+        raise UserError(f"{path} is not a plan of schema {READ[-1]}: it is damaged or from another version")
     stated = content.pop("sha256", None)
     if stated != plan_checksum(content) and (stated is not None or content["schema"] > 1):
         raise DamageError(f"{path} was damaged or changed: its checksum is wrong; {AGAIN}")
     plan, cells, facts = content.get("plan"), content.get("cells"), content.get("dataset", {})
     environment, command = content.get("environment", {}), content.get("command", "")
     if not isinstance(plan, dict) or not isinstance(plan.get("name"), str) or not isinstance(cells, list):
-        raise DamageError(f"{path} lacks a plan or its cells; {AGAIN}")
+        raise DamageError(f"{path} has no plan or no cells; {AGAIN}")
     if not _are(facts, FACTS if cells else {}) or not _are({"e": environment, "c": command}, {"e": dict, "c": str}):
-        raise DamageError(f"{path} does not say what data it is of, or how it was run; {AGAIN}")
+        raise DamageError(f"{path} has no data set or no settings; {AGAIN}")
     try:
         cells = [_cell(cell if content["schema"] > 1 else _told_by_its_label(cell, plan)) for cell in cells]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamageError(f"{path} has a cell that is none; {AGAIN}") from error
+        raise DamageError(f"{path} has an invalid cell; {AGAIN}") from error
     return PlanFile(plan, tuple(cells), cast(DatasetFacts, facts), environment, command, content["schema"])
 
 
@@ -137,7 +137,7 @@ def read_record(out: str | Path, key: str) -> Record | None:
     try:
         record = _parsed(read_json(path, limit=MAX_RECORD), Path(out))
         if record.key != key or not is_key(key):
-            raise UserError("it does not bear its own key")
+            raise UserError("its file name does not match its key")
     except UserError as error:
         raise DamageError(f"{path} is damaged or foreign: {error}; {AGAIN}") from error
     return record
@@ -146,24 +146,24 @@ def read_record(out: str | Path, key: str) -> Record | None:
 def _parsed(content: Any, out: Path) -> Record:
     """Return a record from its JSON content; raise UserError if a field or the checksum is wrong."""
     if not isinstance(content, dict) or {"origin", *content} != {*FIELDS, "sha256"}:
-        raise UserError("not a record: its fields are not those of a record")
+        raise UserError("not a record: it has other fields than a record")
     content.setdefault("origin", {})
     wrong = [name for name, kind in FIELDS.items() if not isinstance(content[name], kind)]
     if wrong:
         raise UserError(f"not a record: {wrong[0]} is {content[wrong[0]]!r:.80}")
     if content["schema"] not in READ:
-        raise UserError(f"it is of schema {content['schema']}, which is another version's")
+        raise UserError(f"it is of schema {content['schema']}, which belongs to another version")
     numbers = [*content["metrics"].values(), *content["times"].values()]
     if not all(value is None or isinstance(value, int | float) for value in numbers):
-        raise UserError("not a record: a metric or a time is no number")
+        raise UserError("not a record: a metric or a time is not a number")
     if not all(isinstance(flag, dict) and {"name", "detail"} <= set(flag) for flag in content["flags"]):
-        raise UserError("not a record: a flag lacks its name or detail")
+        raise UserError("not a record: a flag has no name or no detail")
     found = content["object"]
     if found is not None and (set(found) != {"file", "sha256"} or found["file"] != f"{content['key']}.safetensors"):
-        raise UserError("not a record: its object is not its own")
+        raise UserError("not a record: its object file belongs to another record")
     weights = content["origin"].get("weights", {})
     if not isinstance(weights, dict) or not all(isinstance(checksum, str) for checksum in weights.values()):
-        raise UserError("not a record: its origin names weights without their hashes")
+        raise UserError("not a record: its origin has weights without hashes")
     checksum = content.pop("sha256")
     record = Record(**content, folder=out)
     if record.checksum() != checksum:
@@ -184,7 +184,7 @@ def tensor_bytes(record: Record) -> bytes:
     except UserError as error:
         raise DamageError(f"{error}; {AGAIN}") from error
     if sha256_bytes(content) != record.object["sha256"]:
-        raise DamageError(f"{path} is damaged or foreign: its object is not the one that the record names; {AGAIN}")
+        raise DamageError(f"{path} is damaged or foreign: its object file does not match the record; {AGAIN}")
     return content
 
 

@@ -1,4 +1,4 @@
-"""What a study's folder may hold: plan.json with its cells, and one record and at most one object of tensors a task.
+"""The schema of a study's folder: plan.json with its cells, and one record and at most one tensor file per task.
 
 Norms are "linf", "l2" or "l1", shares lie between 0 and 1, and what is not a finite number is null. Times, which vary
 from run to run, have a place of their own. Files of schema 1 are read too: their cells said in the label what they

@@ -1,4 +1,4 @@
-"""Write a study's folder: content-addressed records and objects, written atomically, set aside where damaged."""
+"""Write a study's folder: content-addressed records and objects, written atomically; damaged ones are set aside."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Store(Folder):
         return record
 
     def verify(self, key: str, *, at_most: float = math.inf) -> Record | None:
-        """Return a record whose object's checksum was read anew; None, and both set aside, if either is damaged.
+        """Return a record whose object's checksum was read again; None, and both set aside, if either is damaged.
 
         Objects of more than `at_most` bytes are believed: to hash all of them would take long.
         """
@@ -109,10 +109,10 @@ class Store(Folder):
         return None
 
     def tensors(self, key: str) -> dict[str, Tensor]:
-        """Return a record's tensors; raise StorageError if the file is damaged (it is set aside, to be made again)."""
+        """Return a record's tensors; raise StorageError if the file is damaged (it is then set aside)."""
         record, path = self.verify(key), self.object(key)
         if record is None or record.object is None:
-            raise StorageError(f"{path} was damaged or removed; run the same command again to make it anew")
+            raise StorageError(f"{path} was damaged or removed; rerun the same command to recompute it")
         return load_tensors(path)
 
     def set_aside(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report: one self-contained page, its figures and tables, from the records of a study alone."""
+"""The report: one self-contained page with figures and tables, from the records of a study only."""
 
 from __future__ import annotations
 

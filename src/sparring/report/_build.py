@@ -1,4 +1,4 @@
-"""Make a study's report from its output folder alone: the page, the figures, results.csv and ledger.json."""
+"""Build a study's report from its output folder: the page, figures, results.csv and ledger.json."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _read_ledger(path: Path) -> list[Named]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no ledger of this version: make it anew, sparring report OUT") from error
+        raise UserError(f"{path} is not a ledger of this version; recreate it with: sparring report OUT") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Compare two sets of networks, of one study or of two, and pick the network to ship."""
+"""Compare networks of one study or of two, and choose the network to ship."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def pick(out: Path | str, *, max_latency: float | None = None, max_accuracy_drop
     points = list(dict.fromkeys((n.method, n.sparsity) for n in sparse if n.checkpoint == "final"))
     facts = {point: _facts(findings, *point) for point in points}
     if max_latency is not None and all(latency is None for latency, _, _ in facts.values()):
-        raise UserError("this study measured no latency; run it again with --set deploy=true")
+        raise UserError("this study did not measure latency; run it with --set deploy=true")
     fitting = [
         point
         for point, (latency, drop, _) in facts.items()
@@ -236,4 +236,4 @@ def _nearest(facts: dict[tuple[str, float], tuple[float | None, float, float]], 
     if timed and max_latency is not None:
         (method, sparsity), latency = min(timed.items(), key=lambda item: item[1])
         told += f", the lowest latency {latency:.3g} ms ({method} at {percent(sparsity)})"
-    return f"no network fits; {told}: allow more with --max-accuracy-drop or --max-latency"
+    return f"no network fits; {told}; allow more with --max-accuracy-drop or --max-latency"

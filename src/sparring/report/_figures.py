@@ -1,4 +1,4 @@
-"""Draw the figures: each one Vega-Lite specification, rendered once to SVG, the same for the page and for a paper.
+"""Draw figures: each is one Vega-Lite specification, rendered once to SVG for the page and for papers.
 
 Sparsity runs on a logit axis, so that 90% to 99.7% is readable, with the dense control at its left edge. Every method
 has a colour (Okabe & Ito's, safe for colour-blind readers), a dash and a shape, so that it survives a grey printer.

@@ -1,4 +1,4 @@
-"""The page of a linear study: the theorem beside what attacks measured, over all pairs of classes."""
+"""The page of a linear study: the theorem next to attacks, over all pairs of classes."""
 
 from __future__ import annotations
 

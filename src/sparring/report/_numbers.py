@@ -1,4 +1,4 @@
-"""Write numbers as the report does: real minus signs, signs on gains, units once."""
+"""Format numbers in reports: real minus signs, signs on gains, units once."""
 
 from __future__ import annotations
 

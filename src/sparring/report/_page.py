@@ -1,4 +1,4 @@
-"""Fill the page's templates: one file, no address outside itself, every text escaped, a policy for the rest."""
+"""Fill the page's templates: one file without external addresses, with all text escaped."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def _gallery(findings: Findings, network: Network, held: dict[str, Array], norm:
         label, outcome = int(held["label"][k]), "wrong already"
         if held["clean_correct"][k]:
             far = f"fooled, {norm} {numbers.length(float(held['distance'][k]), 2)}"
-            outcome = far if held["success"][k] else "withstood"
+            outcome = far if held["success"][k] else "robust"
         images = {"clean": clean[k], "perturbed": perturbed[k], "difference": 0.5 + 0.5 * moved[k] / largest}
         told = {"label": names.get(label, str(label)), "outcome": outcome}
         shots.append({name: data_uri(image) for name, image in images.items()} | told)

@@ -1,4 +1,4 @@
-"""Draw every figure of a study once: what the page shows is what lies in figures/."""
+"""Draw every figure of a study once, for the page and for figures/."""
 
 from __future__ import annotations
 

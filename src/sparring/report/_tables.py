@@ -1,4 +1,4 @@
-"""The tables: key numbers, curves, networks, ledger, cost and flags, as HTML, and the tidy results.csv."""
+"""Tables of the report: key numbers, curves, networks, ledger, cost and flags, and results.csv."""
 
 from __future__ import annotations
 

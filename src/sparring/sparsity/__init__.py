@@ -1,4 +1,4 @@
-"""Every way a network is made sparse: score × structure × allocation × schedule, and dynamic methods.
+"""Sparsity: pruning as score × structure × allocation × schedule, dynamic methods, and sparse activations.
 
 Examples:
     >>> import torch

@@ -1,4 +1,4 @@
-"""Masks over named parameters: which weights can be pruned, which are kept, and how many that is."""
+"""Masks of named parameters: which weights can be pruned, which are kept, and how many."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def applied_(model: nn.Module, masks: Masks) -> Masks:
     """Return what to multiply into parameters so that the weights that layers compute are zero where masks are False.
 
     These are the masks, but for weight_norm, which divides by the norm of a row: of a row without any nonzero weight
-    one value stays (set to 1 if it was zero), and the gain is zero instead. Raise UserError for a layer under
-    spectral_norm of which nothing is left: it cannot be computed.
+    one value stays (set to 1 if it was zero), and the gain is zero instead. Raise UserError if nothing is left of a
+    layer under spectral_norm, since it cannot be computed.
     """
     result = dict(masks)
     for matrix in matrices(model):
@@ -154,7 +154,7 @@ def sparsity_of(masks: Masks) -> float:
 
 
 def collapsed(masks: Masks) -> list[str]:
-    """Return the names of weights of which nothing is kept."""
+    """Return the names of weights without any kept entry."""
     # numpy stops at the first weight that is kept; torch's any() reads them all.
     return [name for name, mask in masks.items() if mask.dim() > 1 and not mask.detach().cpu().numpy().any()]
 

@@ -1,4 +1,4 @@
-"""Pruners by name: what a plan or a command line says becomes a pruner, or a refusal with its reason."""
+"""Pruners by name: build a pruner from a plan's or a command's settings."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
     factory: Callable[..., Pruner] = look_up("pruning method", spec.method, METHODS)
     known = inspect.signature(factory).parameters
     if "sparsity" not in known:
-        raise UserError(f"'{spec.method}' must take the keyword 'sparsity' and return a pruner")
+        raise UserError(f"'{spec.method}' must accept the keyword 'sparsity' and return a pruner")
     options: dict[str, Any] = {
         field.name: value for field in fields(PruningSpec) if (value := getattr(spec, field.name)) is not None
     }
@@ -128,16 +128,20 @@ def _target(
         if "Mapping" not in str(known["sparsity"].annotation):
             raise UserError(f"the pruning method '{spec.method}' takes one sparsity for the network, not one per layer")
         if spec.scope is not None:
-            raise UserError(f"'layers' allocates by hand, so the scope '{spec.scope}' has no meaning; drop one of them")
+            raise UserError(
+                f"'layers' sets the sparsity of each layer, so the scope '{spec.scope}' has no effect; remove one"
+            )
         if sparsity is not None:
-            raise UserError("'layers' allocates by hand, so a sparsity for the whole network has no meaning; drop one")
+            raise UserError(
+                "'layers' sets the sparsity of each layer, so a sparsity of the network has no effect; remove one"
+            )
         return layers
     if sparsity is None and spec.method != "dns":
         raise UserError(f"the pruning method '{spec.method}' needs a sparsity")
     if sparsity is not None and spec.method == "dns" and spec.c_rate is not None:
-        raise UserError("surgery reaches either a sparsity or what 'c_rate' leads to; give one of them")
+        raise UserError("surgery takes either a sparsity or 'c_rate'; give one of them")
     if sparsity is None and (spec.scope is not None or spec.floor is not None):
-        raise UserError("surgery by 'c_rate' has a threshold for each layer, so 'scope' and 'floor' have no meaning")
+        raise UserError("surgery by 'c_rate' has a threshold for each layer, so 'scope' and 'floor' have no effect")
     return sparsity
 
 

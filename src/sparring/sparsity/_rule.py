@@ -1,4 +1,4 @@
-"""What all pruners share: the rule by which scores become masks, the step that they see, and when they act."""
+"""Shared parts of pruners: the rule that turns scores into masks, the step, and the schedule."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Rule:
         names = list(weights)
         spared = {*self.spare, *names[: self.spare_first], *names[len(names) - self.spare_last :]}
         if len(spared) == len(names):
-            raise UserError("every layer is spared: nothing is left to prune")
+            raise UserError("every layer is spared, so nothing can be pruned")
         return self.structure.fitting({name: mask for name, mask in weights.items() if name not in spared})
 
     def by_layer(self, masks: Masks, values: float | Mapping[str, float]) -> dict[str, float]:
@@ -57,7 +57,7 @@ class Rule:
                 raise UnknownNameError("layer", name, names)
         for name in names:
             if name not in values:
-                raise UserError(f"no value is given for '{name}'; give one, or spare this layer")
+                raise UserError(f"'{name}' has no value; give one, or spare this layer")
         return {name: values[name] for name in names}
 
     def masks(
@@ -95,7 +95,7 @@ class Rule:
         for name, mask in within.items():
             score = scores.get(name) if isinstance(scores, Mapping) else None
             if score is None or score.shape != mask.shape:
-                raise UserError(f"the score gives '{name}' no tensor of its shape, {tuple(mask.shape)}")
+                raise UserError(f"the score returned no tensor for '{name}' with its shape,  {tuple(mask.shape)}")
         new = select(
             {name: scores[name] for name in within},
             sparsity,
@@ -173,7 +173,7 @@ class Pruner(ABC):
     """Which weights its sparsity is of."""
 
     cycles: int = 1
-    """In how many equal parts of the training the learning rate starts anew."""
+    """Number of equal parts of the training in which the learning-rate schedule restarts."""
 
     @abstractmethod
     def __call__(self, step: Step) -> Masks:
@@ -276,5 +276,5 @@ def _check_count(counted: Masks, sparsity: float, tolerance: float, where: str) 
     removed = sum(int((~mask).sum()) for mask in counted.values())
     if abs(removed - sparsity * total) > tolerance + 0.5:
         raise UserError(
-            f"{where}the pruner removed {removed} of {total} weights where {percent(sparsity, 4)} was asked"
+            f"{where}the pruner removed {removed} of {total} weights but {percent(sparsity, 4)} was requested"
         )

@@ -1,4 +1,4 @@
-"""Scores: what a weight is worth. Each is a function of the model and, where it needs one, a batch."""
+"""Scores of weights: functions of the model and, for some, a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From scores to masks, exactly: in what units weights go, how much each layer loses, and which units that is."""
+"""Select masks from scores: units of a structure, allocation over layers, and exact counts."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Channels(Structure):
 
     @property
     def tied(self) -> tuple[tuple[str, ...], ...]:
-        """The groups of weights of which channels go together."""
+        """The groups of weights whose channels are removed together."""
         return tuple(tuple(names) for names in joined(self.coupled) if len(names) > 1)
 
     def sparing(self, names: Collection[str]) -> Channels:
@@ -244,7 +244,7 @@ def select(
     had: less sparsity than `within` has already, or more than `structure` or `floor` allow. Warn of a collapsed layer.
     """
     if not scores:
-        raise UserError("there is nothing to prune: no layer is left that can lose such units")
+        raise UserError("there is nothing to prune: no layer can lose such units")
     open_scores = {name: _candidates(name, score, within) for name, score in scores.items()}
     units = structure.units(open_scores)
     if floor:
@@ -288,18 +288,18 @@ def _candidates(name: str, score: Tensor, within: Masks | None) -> Tensor:
     if score.dtype in (torch.float16, torch.bfloat16):
         score = score.float()
     if score.numel() == 0 or not all(math.isfinite(float(end)) for end in torch.aminmax(score)):
-        raise UserError(f"the scores of '{name}' are empty or not finite: has training diverged?")
+        raise UserError(f"the scores of '{name}' are empty or not finite; training may have diverged")
     if within is None:
         return score
     if name not in within:
-        raise UserError(f"the masks to prune within lack '{name}': do scores and masks belong together?")
+        raise UserError(f"the masks to prune within lack '{name}': check that scores and masks belong together")
     # 1 − 1/mask is 0 or −inf: far faster than filling by a mask without order, which the processor cannot foresee.
     return score + (1 - within[name].to(score.dtype).reciprocal_())
 
 
 def _protect_best(unit: Tensor, floor: float) -> Tensor:
     if not 0 <= floor <= 1:
-        raise UserError(f"floor is the density every layer keeps at least, between 0 and 1, not {floor}")
+        raise UserError(f"floor is the smallest density of a layer, between 0 and 1, not {floor}")
     best = unit.flatten().topk(math.ceil(floor * unit.numel())).indices
     protected = unit.new_zeros(unit.numel(), dtype=torch.bool).index_fill_(0, best, True).view_as(unit)
     return unit.masked_fill(protected & (unit > -math.inf), math.inf)
@@ -323,7 +323,7 @@ def _keep(units: Sequence[Tensor], sizes: Sequence[Size], sparsity: float, where
     ]
     wanted, whole = sparsity * sum(held), max(map(largest_unit, sizes))
     if sum(lost) >= wanted + whole:
-        raise UserError(f"{where} is to be {sparsity:.4%} sparse, but {sum(gone) / total:.4%} of it is gone already")
+        raise UserError(f"{where} is to be {sparsity:.4%} sparse, but {sum(gone) / total:.4%} of it is pruned already")
     equal = isinstance(sizes[0], int) and len(set(sizes)) == 1
     removed = max(sum(gone), round(wanted / whole) if equal else _removed_of_unequal(units, sizes, wanted))
     if protected > total - removed:

@@ -1,4 +1,4 @@
-"""Statistics of a study: paired by seed and by image, corrected for the many sparsities, honest about few seeds.
+"""Statistics of a study: paired by seed and image, corrected for many sparsities, valid for few seeds.
 
 Pure numpy and scipy. Everything here is a function of arrays of per-image values: a metric is the mean of such an
 array, (seeds, images), and a curve is a stack of them, (sparsities, seeds, images).

@@ -1,4 +1,4 @@
-"""A metric against sparsity: gains over the dense control, their peak, the over-sparsified range and the sweet spot."""
+"""A metric against sparsity: gains over the dense control, peak, over-sparsified range and sweet spot."""
 
 from __future__ import annotations
 

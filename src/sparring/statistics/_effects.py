@@ -1,4 +1,4 @@
-"""One effect: its estimate, interval and p-value from values that seeds and images share.
+"""One effect: its estimate, interval and p-value from values of seeds and images.
 
 The model is the crossed one, d[s, i] = μ + a[s] + b[i] + e[s, i]: every seed is tested on the same images, so an image
 that is easy for one seed is easy for the others, and averaging over seeds does not average the images' luck away.

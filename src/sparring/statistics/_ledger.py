@@ -1,4 +1,4 @@
-"""The ledger: each claim of the literature with its test, its numbers and its verdict."""
+"""The ledger: published claims with their tests, numbers and verdicts."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def ask(
     """Return a question with its p-values.
 
     A claim that something holds at some sparsity is refuted only where it fails at all of them, and a claim that it
-    holds at none is reproduced only so: `curve` are their effects, each of which must be small, or opposite (an
+    holds at none is reproduced only so: `curve` are their effects, which must all be small, or opposite (an
     intersection-union test). `choices` is among how many sparsities the best was chosen on the very images of the test:
     p-values are multiplied by it.
     """
@@ -287,10 +287,10 @@ def decide(questions: Sequence[Question], *, dropped: Sequence[bool] = ()) -> li
 
     A claimed direction is reproduced when the effect is significant that way; "opposite" when it is the other way; and
     there is "no effect that matters" when it is shown to lie within the margin. A claim of no effect is reproduced by
-    the last. Primary claims share 5%; the others have what settled ones hand on (`correct`), so that the
-    chance of any false verdict in a ledger is at most 5%. Anything else is undecided: always with one seed, or with an
-    attack in doubt. `dropped` are claims that earlier looks asked and this one does not, whether they were primary:
-    nothing of them is settled, and they keep their share.
+    the last. Primary claims share 5%; the others use what settled ones pass on (`correct`), so that the chance of any
+    false verdict in a ledger is at most 5%. Anything else is undecided, as are all claims with one seed or with an
+    unreliable attack. `dropped` says of each claim that earlier looks tested and this one does not whether it
+    was primary; these are not settled and keep their share.
     """
     entries = [(q.claim.primary, q.effect, 1.0 if q.doubt else q.p_done, q.claim.margin) for q in questions]
     gone = [(primary, None, 1.0, -1.0 - number) for number, primary in enumerate(dropped)]  # no claim's margin

@@ -1,4 +1,4 @@
-"""Studies: plans, their tasks, and the folder that keeps what they found.
+"""Studies: plans, tasks, and the output folder.
 
 Examples:
     >>> from sparring import study

@@ -1,4 +1,4 @@
-"""Unite studies that were run apart. What a stranger's folder claims is believed only as far as its hashes go."""
+"""Merge studies that ran separately. Folders of others are untrusted; every hash is verified."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> Merged:
     A record is taken if it is sound, its checksum is right, its key is the hash of what it says it was made from, its
     object has the hash that it names, and the weights that it was made from are those kept here. A failed one gives way
     to one that is not. Where two equal tasks have different results, the first stays and the key is reported. Raise
-    UserError if plans or data do not fit together. A stranger may still have invented results: hashes show damage and
+    UserError if plans or data do not fit together. Others may still have invented results: hashes show damage and
     mistakes, not honesty.
     """
     store = Store(out)
@@ -110,18 +110,18 @@ class _Tally:
         data = record.inputs.get("data")
         self.data = self.data or data
         if data != self.data:
-            raise UserError(f"{folder} was made from other data than the rest, though under the same name")
+            raise UserError(f"{folder} has other data than the rest under the same name")
 
     def _same_weights(self, record: Record) -> None:
         """Raise UserError if a record was made from other tensors than those that are kept here under the same key."""
         for key, checksum in record.weights.items():
             parent = self.store.peek(key)
             if parent is not None and parent.object is not None and parent.object["sha256"] != checksum:
-                raise UserError(f"it was made from other weights than those kept of {key}")
+                raise UserError(f"it was made from other weights than the ones of {key}")
 
 
 def _parents_first(folder: Path, tally: _Tally) -> Iterator[tuple[Path, Record]]:
-    """Yield the sound records of a stranger's folder; the tally is told of the others."""
+    """Yield the valid records of an untrusted folder; the tally counts the others."""
     before: dict[str, list[str]] = {}
     for path in sorted(Folder(folder).records.glob("*.json")):
         try:
@@ -136,19 +136,19 @@ def _parents_first(folder: Path, tally: _Tally) -> Iterator[tuple[Path, Record]]
 
 
 def _checked(folder: Path, key: str) -> Record:
-    """Return a record of a stranger's; raise UserError unless its own hashes are right."""
+    """Return an untrusted record; raise UserError unless its own hashes are right."""
     record = read_record(folder, key)
     if record is None:
-        raise UserError("it is gone")
+        raise UserError("it is missing")
     if not is_key_of(record.key, record.stage, record.inputs, record.environment):
         raise UserError("its key is not the hash of its inputs")
     if not set(record.weights) <= set(record.inputs.get("parents", [])):
-        raise UserError("it names weights that it was not made from")
+        raise UserError("it lists weights that it was not made from")
     return record
 
 
 def _tensors_of(record: Record) -> bytes:
-    """Return the bytes of a stranger's object; raise UserError unless it is the one that its record names."""
+    """Return the bytes of an untrusted object; raise UserError unless they match the record."""
     content = tensor_bytes(record)
     if content:
         load_tensors(Folder(record.folder or "").object(record.key))  # raises where it is no sound file of tensors
@@ -206,10 +206,10 @@ def _refuse_other_controls(first: dict[str, Any], second: dict[str, Any]) -> Non
     """Raise PlanError where a control of one study is another network than the other's of that name."""
     mine, other = first["controls"], second["controls"]
     if mine["decays"] and other["decays"] and mine["decays"] != other["decays"]:
-        raise PlanError("'tuned decay' was chosen among other controls.decays in one study; make them the same")
+        raise PlanError("'tuned decay' was chosen from other controls.decays in one study; use the same ones")
     wide = [Plan.from_table(plan).first_to_a_sparsity for plan in (first, second) if plan["controls"]["wide_sparse"]]
     if len({repr(pruning) for pruning in wide}) > 1:
-        raise PlanError("'wide sparse' was pruned by another method in one study; put the same [[pruning]] table first")
+        raise PlanError("'wide sparse' was pruned by another method in one study; use the same first [[pruning]] table")
 
 
 def _methods(first: dict[str, Any], second: dict[str, Any], name: str, grid: str) -> Iterator[dict[str, Any]]:
@@ -219,7 +219,7 @@ def _methods(first: dict[str, Any], second: dict[str, Any], name: str, grid: str
         other = others.pop(method["label"], method)
         varying = (grid, "seeds")
         if _without(method, varying) != _without(other, varying):
-            raise PlanError(f"'{method['label']}' means one method in one study and another in the other; rename one")
+            raise PlanError(f"'{method['label']}' has different meanings in the two studies; rename one")
         seeds = [m.get("seeds") for m in (method, other)]
         points = [m.get(grid, plan["sparsities"]) for m, plan in ((method, first), (other, second))]
         own = {grid: sorted({*points[0], *points[1]})} if grid in method or grid in other else {}

@@ -1,4 +1,4 @@
-"""Train networks, dense, pruned, adversarially, or on certified bounds.
+"""Train networks: dense, pruned, adversarially, or with certified bounds.
 
 Examples:
     >>> from sparring import data, models, train

@@ -1,4 +1,4 @@
-"""The training loop, to be read top to bottom, and what it writes between epochs.
+"""The training loop, and its checkpoints.
 
 A checkpoint holds tensors only, nothing is unpickled, and a checksum over all.
 """
@@ -93,7 +93,7 @@ def fit(
     outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of the
     (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model was
     as sparse as at the end. A recipe of no epochs prunes without training. With `checkpoint` the state is saved after
-    each epoch, and a run that finds the file goes on from there to the same bits. One seed, machine and thread count
+    each epoch, and a run that finds the file resumes from it with identical results. One seed, machine and thread count
     give one result. Raise UserError when the loss stops being finite.
     """
     _check(model, x, y)
@@ -263,7 +263,7 @@ def load_checkpoint_(state: State, path: Path) -> None:
         state.epoch, state.best_epoch = scalars["epoch"], scalars["best_epoch"]
         state.losses, state.scores = scalars["losses"], scalars["scores"]
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of this training run; remove it to start afresh") from error
+        raise UserError(f"{path} is not a checkpoint of this training run; remove it to start again") from error
     place = next(state.model.parameters()).device
     state.masks = {name: mask.to(place) for name, mask in _part(tensors, "mask/").items()}
     state.best_state = _part(tensors, "best/")
@@ -287,7 +287,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     tensors = load_tensors(path)
     stated = tensors.pop("sha256", torch.empty(0))
     if not torch.equal(stated, _checksum(tensors)):
-        raise UserError(f"{path} is damaged: its checksum is wrong; remove it to start afresh")
+        raise UserError(f"{path} is damaged: its checksum is wrong; remove it to start again")
     return tensors
 
 

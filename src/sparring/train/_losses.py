@@ -109,13 +109,13 @@ def _ascend_divergence(
 
 def _check_smoothing(label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 1:
-        raise UserError(f"label_smoothing lies in [0, 1), not {label_smoothing}")
+        raise UserError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
 
 
 def _check(eps: float, norm: float, steps: int) -> None:
     if norm not in (LINF, L2):
-        raise UserError("adversarial training knows the norms linf and l2")
+        raise UserError("adversarial training supports only linf and l2")
     if not eps > 0 or (norm == LINF and eps > 1):
-        raise UserError(f"adversarial training: eps is in image units [0, 1]; {eps} is not; divide by 255?")
+        raise UserError(f"adversarial training: eps is in image units [0, 1]; {eps} is out of range; divide it by 255")
     if steps < 1:
         raise UserError(f"adversarial training: steps must be at least 1, not {steps}")

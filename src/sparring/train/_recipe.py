@@ -1,4 +1,4 @@
-"""How a network is trained: a recipe as one frozen value, its learning rate, and the optimiser that follows it."""
+"""Recipes: training settings as one frozen value, the learning rate, and the optimiser."""
 
 from __future__ import annotations
 

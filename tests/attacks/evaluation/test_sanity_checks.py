@@ -97,7 +97,7 @@ def test_what_rounding_leaves_outside_is_clipped(off: float, net: nn.Module, ima
 def test_images_a_little_outside_are_named_as_they_are(net: nn.Module, images: Tensor) -> None:
     x = images.clone()
     x[0, 0, 0, 0], x[0, 0, 0, 1] = 1 + 2e-5, 0
-    with pytest.raises(UserError, match=r"span \[0, 1.00002.*; clip what .*clamp\(0, 1\)"):
+    with pytest.raises(UserError, match=r"span \[0, 1.00002.*; clip values .*clamp\(0, 1\)"):
         run(net, x, net(x).argmax(1), fgsm, SMALL)
 
 

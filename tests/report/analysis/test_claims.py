@@ -137,7 +137,7 @@ NO_LEDGERS = ("{}", "[{", "[1]", '[{"study": "s"}]', '[{"study": "s", "claim": "
 def test_what_is_no_ledger_is_said_to_be_none(text, tmp_path):
     path = tmp_path / "ledger.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="no ledger of this version"):
+    with pytest.raises(UserError, match="not a ledger of this version"):
         report.merge_ledgers([], earlier=path)
     with pytest.raises(UserError, match="cannot read"):
         report.merge_ledgers([], earlier=tmp_path / "none.json")

@@ -160,7 +160,7 @@ def test_a_registered_plan_is_told_and_so_is_what_changed_since(tmp_path, few_di
         f"registered before the first record, on {entry['time']} ({entry['plan'][:12]}), and has not changed since."
         in verdict
     )
-    with pytest.raises(PlanError, match="holds records already"):
+    with pytest.raises(PlanError, match="has records already"):
         register(plan(seeds=3), out)
     run(plan(seeds=3, sparsities=[0.8]), out, dataset=few_digits, workers=0)
     assert "changed since: seeds, sparsities." in report.publish(out)[1]

@@ -41,7 +41,7 @@ def test_a_broken_watcher_warns_once_and_is_left_alone() -> None:
         raise ConnectionError("no route")
 
     watch = _forgiving(broken, "a server")
-    with pytest.warns(RuntimeWarning, match="a server: no route"):
+    with pytest.warns(RuntimeWarning, match="a server stopped: no route"):
         watch(EVENT)
     watch(EVENT)
     assert len(calls) == 1
@@ -103,7 +103,7 @@ def test_one_line_rewrites_itself(capsys: pytest.CaptureFixture[str]) -> None:
         2,
         Record("k", "attack", ATTACK, environment={}, times={}),
     )
-    assert first.strip() == "1 of 3 tasks done; the rest takes about 12 s (a rough guess)"
+    assert first.strip() == "1 of 3 tasks done; the rest takes about 12 s (rough estimate)"
     assert second.strip() == "2 of 3 tasks done · seed 0 · magnitude 90.0% · pgd linf eps 0.1"
     assert first[0] == second[0] == "\r" and len(first) == len(second)
 

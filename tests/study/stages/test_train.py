@@ -91,5 +91,5 @@ def test_modules_act_where_they_are_wanted(few_digits: Dataset, tmp_path: Path) 
 
 
 def test_a_module_must_act_somewhere() -> None:
-    with pytest.raises(PlanError, match="neither in training nor in tests"):
+    with pytest.raises(PlanError, match="disabled in both training and tests"):
         plan({"kind": "top-k", "levels": [0.5], "test": False})

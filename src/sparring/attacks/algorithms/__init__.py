@@ -1,1 +1,1 @@
-"""The attacks themselves, one a file, with the losses and the geometry that they share."""
+"""Attack algorithms, one per file, with shared losses and geometry."""

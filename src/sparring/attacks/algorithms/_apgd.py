@@ -1,4 +1,4 @@
-"""APGD: projected gradient ascent with momentum whose step length needs no tuning."""
+"""APGD: projected gradient ascent with momentum and an adaptive step size."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def apgd(
 ) -> Tensor:
     """Ascend the objective, halving an image's step length when it stalls (Croce & Hein 2020, algorithm 1).
 
-    l_inf, l_2 and l_1, whose steps and projection see box and ball together (see `Region`; the projection is that of
-    Croce & Hein 2021, whose sparse steps and shrinking radius Frank-Wolfe steps replace). Images leave at their first
-    success, or once their ascent has stalled far from the boundary (see `Prospects`); restarts go on with those still
-    standing. With `again` those just short of the boundary get time until 60% of the steps, and if they stand still
-    then spend what they have left on two other starts, of which the second climbs the DLR loss. No image takes more
-    than `steps`. `aims` (int64, (N,)) are classes that the objective climbs towards while any wrong class counts as
-    success, as AutoAttack's targeted losses do. Raises UserError without eps.
+    Supports linf, l2 and l1. For l1, steps and projection treat box and ball together (see `Region`; the projection of
+    Croce & Hein 2021, with Frank-Wolfe steps instead of sparse steps and a shrinking radius). Images leave at their
+    first success, or when their ascent has stalled far from the boundary (see `Prospects`). Restarts use the remaining
+    images. With `again`, images close to the boundary keep 60% of the steps and then use the rest for two more starts,
+    the second with the DLR loss. No image takes more than `steps`. `aims` (int64, (N,)) are target classes of the
+    objective, while any wrong class counts as success, as in AutoAttack's targeted losses. Raises UserError without
+    eps.
     """
     eps = budget(eps)
     x_adv = x.clone()

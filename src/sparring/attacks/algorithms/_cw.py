@@ -1,4 +1,4 @@
-"""The l_2 attack of Carlini & Wagner 2017; its search of c begins where the linearised margin says, or as theirs.
+"""The l2 attack of Carlini & Wagner 2017, with two ways to start the search of c.
 
 Every image goes through its rounds at its own pace: one that ends a round begins the next in the same batch, which so
 stays full until images have made all theirs.
@@ -43,17 +43,16 @@ def cw(
 ) -> Tensor:
     """Minimise squared distance plus c times the margin shortfall over tanh variables (sections V and VI-A).
 
-    Adam for `steps` iterations, at most `searches` rounds of binary search on c (the paper's code: 10000 and 9),
-    starting each round afresh; a round of an image ends early when a tenth of the steps brought no progress, as in the
-    authors' code. As there, every image's search begins at `start_constant` and goes up in tens; it ends once c is
-    known to the share `precision` of itself. 0 makes all rounds, as their code does: on MNIST 40% more steps for
-    distances .02% smaller in the mean. start_constant=None begins at twice the c at which the image's linearised
-    margin would reach the boundary: a third of the steps. l_2 only. Returns the nearest point with margin above
-    `confidence`, x where there was none or none within a given eps. The generator is not used. Raises Unsupported for
-    other norms.
+    Runs Adam for `steps` iterations in at most `searches` rounds of binary search on c (the paper's code: 10000 and 9).
+    Each round starts from the clean image and ends early if a tenth of the steps made no progress, as in the authors'
+    code. The search starts at `start_constant` and multiplies by ten; it ends when c is known up to the fraction
+    `precision`. 0 runs all rounds, as the authors' code does: on MNIST 40% more steps for distances that are 0.02%
+    smaller on average. start_constant=None starts at twice the c at which the linearised margin reaches the boundary,
+    and needs a third of the steps. Supports only l2. Returns the nearest point with a margin above `confidence`, or x
+    if there is none (within eps, if given). The generator is not used. Raises Unsupported for other norms.
     """
     if norm != L2:
-        raise Unsupported("C&W is an l_2 attack here; for other norms use nearest or fab")
+        raise Unsupported("C&W supports only l2; for other norms use nearest or fab")
     if start_constant is None:
         constant, growth = _AHEAD * _linearised(model, x, y, targets, confidence), 2.0
     else:

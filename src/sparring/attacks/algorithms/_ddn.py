@@ -1,4 +1,4 @@
-"""DDN: the direction and the length of a perturbation are searched apart."""
+"""DDN: search the direction and the norm of a perturbation separately."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def ddn(
 ) -> Tensor:
     """Walk on a sphere whose radius shrinks by gamma while adversarial and grows otherwise (Rony et al. 2019, alg. 1).
 
-    l_2 only; the step length falls from 1 to 0.01 on a half cosine. On linear models with pixels on the box 100 steps
-    end within 1.4% of the exact distance, 300 within 1%. Returns the nearest adversarial point seen, x where there was
-    none or none within a given eps. The generator is not used. Raises Unsupported for other norms.
+    Supports only l2. The step length falls from 1 to 0.01 on a half cosine. On linear models with pixels on the box,
+    100 steps end within 1.4% of the exact distance and 300 within 1%. Returns the nearest adversarial point found, or x
+    if there is none (within eps, if given). The generator is not used. Raises Unsupported for other norms.
     """
     if norm != L2:
-        raise Unsupported("DDN is an l_2 attack; for other norms use nearest or fab")
+        raise Unsupported("DDN supports only l2; for other norms use nearest or fab")
     nearest = Nearest.of(x)
     radius = torch.full_like(nearest.distance, start_radius)
     point = x

@@ -1,4 +1,4 @@
-"""Minimum-norm attacks that read like their papers: DeepFool."""
+"""DeepFool, a minimum-norm attack."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def deepfool(
 ) -> Tensor:
     """Step onto the nearest linearised boundary until the label changes (Moosavi-Dezfooli et al. 2016, algorithm 2).
 
-    norm: l_2, l_inf (the paper's section 3.3) or l_1. All classes compete unless `candidates` limits them to those of
-    largest logit. Every step is stretched by 1 + overshoot and clipped to the box at once, never at the end: the
-    network judges exactly what is returned, and what clipping took from one step the next one makes up for. Images
-    leave at their first success; one still standing after `steps` comes back where it was left, one outside a given
-    eps unchanged. The generator is not used.
+    Supports l2, linf (the paper's section 3.3) and l1. All classes are considered unless `candidates` limits them to
+    those with the largest logits. Every step is multiplied by 1 + overshoot and clipped to the box at once, so that the
+    network judges exactly the returned point. Images leave at their first success. An image without success after
+    `steps` is returned at its last point, and one outside of eps unchanged. The generator is not used.
     """
     x_adv = x.clone()
     active = torch.arange(len(x), device=x.device)

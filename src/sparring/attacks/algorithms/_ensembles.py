@@ -1,4 +1,4 @@
-"""Worst cases over several attacks, image by image; each is itself an attack."""
+"""Ensembles of attacks: the worst case of each image. An ensemble is an attack itself."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def worst_case(
     targets: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Run attacks in order and return each image's worst case.
+    """Run attacks in order and return the worst case of each image.
 
-    With eps only images still standing go on to the next attack. Without, every attack sees every image and the
-    smallest perturbation counts.
+    With eps, only images that remain correct are passed to the next attack. Without eps, every attack runs on every
+    image, and the smallest perturbation counts.
     """
 
     def attempt(attack: Attack) -> Callable[[Tensor], Tensor]:
@@ -129,7 +129,7 @@ def apgd_targeted(
 ) -> Tensor:
     """Run APGD on the targeted DLR loss towards each of the most likely classes (Croce & Hein 2020, APGD-T).
 
-    With `targets` it aims at those alone, and only they count. Raises as apgd does.
+    With `targets`, only these are attacked and count. Raises as apgd does.
     """
     attack = partial(apgd, model, norm=norm, eps=eps, generator=generator, objective=dlr, steps=steps, again=False)
     return _towards_each_class(attack, _Question(model, x, y, targets, norm, eps), classes)
@@ -148,9 +148,9 @@ def fab_targeted(
     steps: int = 100,
     classes: int = 9,
 ) -> Tensor:
-    """Run FAB towards each of the most likely classes (FAB-T), which costs one gradient a step, not one per class.
+    """Run FAB towards each of the most likely classes (FAB-T), with one gradient per step instead of one per class.
 
-    With `targets` it aims at those alone, and only they count.
+    With `targets`, only these are attacked and count.
     """
     attack = partial(fab, model, norm=norm, eps=eps, generator=generator, steps=steps)
     return _towards_each_class(attack, _Question(model, x, y, targets, norm, eps), classes)
@@ -167,15 +167,15 @@ def standard(
     targets: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return the worst case of AutoAttack's composition, with `nearest` before it.
+    """Return the worst case of `nearest` and AutoAttack's four attacks.
 
-    With eps: nearest, which clears most images away at a tenth of the cost, then APGD on the cross-entropy, APGD-T,
-    FAB-T and Square (Croce & Hein 2020, section 5) with the paper's 100 steps, 9 classes and 5,000 queries, the
-    cross-entropy at a fixed span of logits so that it cannot saturate. APGD and FAB give up images that even twice
-    their recent pace would not bring to the boundary; Square gives up none. l_1 has PGD for APGD and no Square. A model
-    that draws meets PGD on the margin, to the end, in place of nearest; where its layers declare it, FAB and Square are
-    left out, as in AutoAttack's version for such models. Without eps: the smallest perturbation of nearest, DeepFool
-    and FAB.
+    With eps: `nearest`, which fools most images at a tenth of the cost; then APGD on the cross-entropy, APGD-T, FAB-T
+    and Square (Croce & Hein 2020, section 5) with the paper's 100 steps, 9 classes and 5,000 queries. The cross-entropy
+    uses a fixed range of logits, so that it cannot saturate. APGD and FAB give up images that twice their recent
+    progress would not bring to the boundary; Square does not. For l1, PGD replaces APGD and Square is omitted. For a
+    stochastic model, complete runs of PGD on the margin replace `nearest`; if its layers declare that they are
+    stochastic, FAB and Square are omitted, as in AutoAttack's version for such models. Without eps: the smallest
+    perturbation of `nearest`, DeepFool and FAB.
     """
     # APGD without its other starts: what they might find the next attacks look for too.
     gradients: list[Attack] = [partial(apgd, objective=scaled_cross_entropy, again=False), apgd_targeted]
@@ -203,14 +203,14 @@ def fast(
     targets: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return a worst case that a study can afford for every network, for a fraction of `standard`'s passes.
+    """Return the worst case of a cheap ensemble, with a fraction of `standard`'s passes.
 
-    With eps: nearest, then short PGD and APGD runs on two losses, then APGD towards three classes each, which finds a
-    way where the boundary to the likeliest class is all jumps. Where layers declare that they mask gradients it takes
-    three times the steps, all but nearest go a second time from other starts, and long PGD runs on three losses follow,
-    from three starts each: no two find the same images, and fewer runs find others by the rounding of a sum. A model
-    that draws meets PGD on the margin alone, to the end; one whose gradients are partly finite differences PGD on two
-    losses, and Square. Without eps: nearest and DeepFool towards three classes.
+    With eps: `nearest`, then short PGD and APGD runs on two losses, then APGD towards three classes, which helps if the
+    boundary to the likeliest class is discontinuous. If layers declare that they mask gradients, it takes three times
+    the steps, repeats all but `nearest` from other starts, and adds long PGD runs on three losses from three starts
+    each, because each of them fools other images. Stochastic models are attacked by complete runs of PGD on the margin
+    only, and models with finite differences in their gradients by PGD on two losses and Square. Without eps: `nearest`
+    and DeepFool towards three classes.
     """
     attacks: list[Attack]
     if eps is None:

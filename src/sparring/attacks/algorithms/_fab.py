@@ -1,4 +1,4 @@
-"""FAB: a minimum-norm attack that walks along linearised boundaries, pulled towards the clean image."""
+"""FAB: a minimum-norm attack along linearised boundaries, biased towards the clean image."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def fab(
 ) -> Tensor:
     """Project the point and the clean image onto the nearest linearised boundary and mix (Croce & Hein 2020, alg. 1).
 
-    l_inf, l_2, l_1. The first start is x, further ones are random within half the distance known. With eps an image
-    leaves as soon as it succeeds within it. `aims` restricts the boundaries to those with one class each (FAB-T).
-    Returns the nearest adversarial point seen, pulled back by bisection; x where there was none, or none within eps.
+    Supports linf, l2 and l1. The first start is x; further ones are random within half of the known distance. With eps,
+    an image leaves as soon as it succeeds within eps. `aims` restricts the boundaries to those with one class each
+    (FAB-T). Returns the nearest adversarial point found, refined by bisection, or x if there is none (within eps).
     """
     nearest = Nearest.of(x)
     for restart in range(restarts):

@@ -34,13 +34,13 @@ def hopskipjump(
 ) -> Tensor:
     """Walk along the boundary with a gradient estimated from decisions alone (Chen et al. 2020, algorithm 2).
 
-    Only the sign of the margin is used. The start is the first of `starts` uniform random images that is adversarial
-    (targeted: in the target class). Step t spends draws·√t queries on the gradient; in all about 0.7·draws·steps^1.5
-    per image. l_2 and l_inf. Returns x where no start was found or the result is outside a given eps. Raises
-    Unsupported for l_1.
+    Uses only the sign of the margin. The start is the first of `starts` uniform random images that is adversarial (with
+    `targets`: in the target class). Step t uses draws·√t queries for the gradient, in total about 0.7·draws·steps^1.5
+    per image. Supports l2 and linf. Returns x if no start is found or the result is outside of eps. Raises Unsupported
+    for l1.
     """
     if norm not in (L2, LINF):
-        raise Unsupported("HopSkipJump is defined for l_2 and l_inf")
+        raise Unsupported("HopSkipJump supports only l2 and linf")
     x_adv, found = _random_start(_Decision(model, y, targets), x, starts, generator)
     rows = found.nonzero().squeeze(1)
     result = x.clone()
@@ -53,7 +53,7 @@ def hopskipjump(
     pixels = part[0].numel()
     for step in range(1, steps + 1):
         moved = distance(point - part, norm)
-        # The paper's probe radius (section III-C), an l_2 length in both cases.
+        # The paper's probe radius (section III-C), an l2 length in both cases.
         probe = moved / math.sqrt(pixels)
         count = min(round(draws * math.sqrt(step)), 10_000)
         direction = steepest(_estimate(decide, point, probe, count, generator), norm)

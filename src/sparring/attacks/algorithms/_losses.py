@@ -1,4 +1,4 @@
-"""Per-image objectives that attacks climb: (logits, y, targets) to (N,), larger = closer to the attacker's goal.
+"""Objectives of attacks per image: (logits, y, targets) to (N,), larger = closer to the attacker's goal.
 
 With `targets` (int64, (N,)) the goal is that very class, without it any class but y.
 """
@@ -28,10 +28,10 @@ def others(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def margin_loss(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Return how far an image is past the boundary: positive exactly when the attack has succeeded.
+    """Return the signed logit difference to the boundary: positive if and only if the attack succeeded.
 
-    Untargeted: max of the other logits minus the own one; targeted: the target's logit minus the max of the others
-    (Carlini & Wagner 2017, section V-A, f_6 with the sign turned and no floor).
+    Untargeted: the maximum of the other logits minus the label's logit; targeted: the target's logit minus the maximum
+    of the others (Carlini & Wagner 2017, section V-A, f_6 with opposite sign and without a floor).
     """
     label = y if targets is None else targets
     gap = others(logits, label).amax(1) - logits.gather(1, label.unsqueeze(1)).squeeze(1)
@@ -65,10 +65,10 @@ def cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> T
 
 
 def scaled_cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of logits stretched to a span of 20, so that it never saturates and no scale matters.
+    """Return the cross-entropy of logits scaled to a range of 20, so that it never saturates and is scale-invariant.
 
-    The span is a constant to the gradient. 20 is what an ordinarily trained network of ten classes has. Of two classes
-    the gap is the span, at which single precision loses the own class's gradient: the margin is returned.
+    The scale is constant for the gradient. 20 is the typical range of a trained network with ten classes. For two
+    classes the margin is returned, because float32 would lose the gradient of the label's class at this range.
     """
     if logits.shape[1] == 2:
         return margin_loss(logits, y, targets)
@@ -77,10 +77,10 @@ def scaled_cross_entropy(logits: Tensor, y: Tensor, targets: Tensor | None = Non
 
 
 def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Return the difference-of-logits ratio, which no scale or shift of the logits changes.
+    """Return the difference-of-logits ratio, which is invariant to scale and shift of the logits.
 
     Croce & Hein 2020 (AutoAttack), equations 6 and 7. The paper's denominators need three classes, or four if targeted.
-    With three, a targeted loss takes the lowest logit; with two no such ratio exists and the margin is returned.
+    With three classes, a targeted loss uses the lowest logit; with two classes, the margin is returned.
     """
     if logits.shape[1] == 2:
         return margin_loss(logits, y, targets)

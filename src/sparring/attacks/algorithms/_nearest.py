@@ -1,4 +1,4 @@
-"""sparring's own minimum-norm attack: a short guided descent of the radius, then projections onto the boundary.
+"""sparring's minimum-norm attack: a short guided descent of the radius, then projections onto the boundary.
 
 Why it beats its parts: steps on a smooth margin see every class and find the right side of the network, which
 projections alone (DeepFool, FAB) do not; projections land on the boundary exactly, which steps only approach.
@@ -62,12 +62,12 @@ def nearest(
 ) -> Tensor:
     """Find the smallest perturbation by `steps` guided steps and at most `polish` projections onto the boundary.
 
-    The steps follow DDN (Rony et al. 2019, algorithm 1) with a radius that starts at the linearised distance, a
-    logsumexp margin in place of the cross-entropy, pixels held where the box is active, and annealed rates. The
-    projections follow FAB (Croce & Hein 2020) without its memory: from x onto the linearised boundary at the best
-    point, inside the box. Images whose projection no longer gains leave. norm: l_2, l_inf or l_1. Images for which
-    nothing was found, or nothing within a given eps, come back unchanged; with eps an image leaves as soon as it
-    succeeds within it. The generator is not used.
+    The steps follow DDN (Rony et al. 2019, algorithm 1) with four changes: the radius starts at the linearised
+    distance, a logsumexp margin replaces the cross-entropy, pixels stay fixed where the box is active, and rates are
+    annealed. The projections follow FAB (Croce & Hein 2020) without its memory: from x onto the linearised boundary at
+    the best point, inside the box. Images leave when their projection no longer improves. Supports l2, linf and l1.
+    Images without success (within eps, if given) are returned unchanged; with eps, an image leaves as soon as it
+    succeeds within eps. The generator is not used.
     """
     with torch.no_grad():
         clean = -margin_loss(model(x), y, targets)
@@ -136,14 +136,14 @@ def _project_repeatedly(
 
 
 def _direction(gradient: Tensor, norm: float) -> Tensor:
-    """Return the gradient at unit length in the norm; for l_inf its sign."""
+    """Return the gradient at unit length in the norm; for linf its sign."""
     if norm == LINF:
         return gradient.sign()
     return gradient / column(distance(gradient, norm).clamp_min(1e-30), gradient)
 
 
 def _onto_sphere(delta: Tensor, norm: float, radius: Tensor) -> Tensor:
-    """Return delta at length `radius`; for l_inf and l_1 the nearest point of the ball, which has their shape."""
+    """Return delta at length `radius`; for linf and l1 the nearest point of the ball, which has their shape."""
     if norm == L2:
         return delta * column(radius / distance(delta, L2).clamp_min(1e-30), delta)
     return project(delta, norm, radius)

@@ -1,4 +1,4 @@
-"""Budget attacks that follow the gradient: FGSM, R+FGSM and PGD."""
+"""Gradient attacks with a budget: FGSM, R-FGSM and PGD."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def fgsm(
 ) -> Tensor:
     """Take one steepest step of length eps (Goodfellow et al. 2015, section 4).
 
-    x: (N, ...) in [0, 1]; eps in pixel units. Returns points inside the box and the budget. The generator is not used.
-    Raises UserError without eps.
+    x: (N, ...) in [0, 1]; eps in units of pixels. Returns points inside the box and the budget. The generator is not
+    used. Raises UserError without eps.
     """
     eps = budget(eps)
     _, gradient = logits_and_gradient(model, x, objective, y, targets)
@@ -129,10 +129,10 @@ def rfgsm(
     objective: Objective = cross_entropy,
     share: float = 0.5,
 ) -> Tensor:
-    """Take a random step of length share·eps, then a gradient step with what is left (Tramèr et al. 2018, equation 7).
+    """Take a random step of length share·eps, then a gradient step with the rest (Tramèr et al. 2018, equation 7).
 
-    The random step is a corner of the cube for l_inf (the paper's sign of a Gaussian) and a uniform point of the ball
-    otherwise. Raises UserError without eps.
+    The random step is a corner of the cube for linf (the paper's sign of a Gaussian) and a uniform point in the ball
+    for other norms. Raises UserError without eps.
     """
     eps = budget(eps)
     first = random_point(x, norm, share * eps, generator)
@@ -162,10 +162,10 @@ def pgd(
 ) -> Tensor:
     """Ascend the objective by projected steepest steps (Madry et al. 2018, section 2.1).
 
-    step_size, in the units of eps, is constant; by default steps shrink from eps to eps/100 in equal proportions, which
-    fools more images in fewer steps than any constant. Images leave at their first success, or once their ascent has
-    stalled far from the boundary (see `Prospects`), unless `stop_early` is False: adversarial training wants the full
-    ascent. Restarts go on with the images still standing. Raises UserError without eps.
+    `step_size`, in units of eps, is constant. By default, steps shrink geometrically from eps to eps/100, which fools
+    more images in fewer steps than any constant. Images leave at their first success, or when their ascent has stalled
+    far from the boundary (see `Prospects`), unless `stop_early` is False, as in adversarial training. Restarts use the
+    remaining images. Raises UserError without eps.
     """
     eps = budget(eps)
     lengths = [eps * _LAST_STEP ** (step / steps) if step_size is None else step_size for step in range(steps)]

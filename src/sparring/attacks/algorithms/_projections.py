@@ -1,4 +1,4 @@
-"""Geometry shared by attacks: steepest steps, the budget inside the box, the nearest point of a boundary in the box.
+"""Geometry of attacks: steepest steps, the budget inside the box, the nearest point of a boundary in the box.
 
 The box is [0, 1] for every pixel. Batches have shape (N, ...), one number per image has shape (N,).
 """
@@ -77,7 +77,7 @@ def steepest(gradient: Tensor, norm: float) -> Tensor:
 def climb(point: Tensor, gradient: Tensor, norm: float, length: float | Tensor) -> Tensor:
     """Return points moved by `length`, a number or of shape (N,), along which a linear function grows most.
 
-    For l_1 the direction is one pixel, which the box soon stops: each pixel goes as far as the box lets it, those of
+    For l1 the direction is one pixel, which the box soon stops: each pixel goes as far as the box lets it, those of
     largest gradient first, until the length is used up. Other norms leave the box, which `inside` is for.
     """
     if norm == L1:
@@ -103,9 +103,9 @@ def hold(gradient: Tensor, point: Tensor) -> Tensor:
 
 
 def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor:
-    """Return x_adv brought into both the box and the eps-ball around x (exactly the nearest such point but for l_2).
+    """Return x_adv brought into both the box and the eps-ball around x (exactly the nearest such point but for l2).
 
-    Clipping a point of the ball to the box brings every pixel nearer to x, so it stays in the ball; the l_2 length
+    Clipping a point of the ball to the box brings every pixel nearer to x, so it stays in the ball; the l2 length
     that clipping loses is given back to the free pixels a few times.
     """
     if norm == LINF:
@@ -137,7 +137,7 @@ def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor
 
 
 def _inside_l1(x: Tensor, x_adv: Tensor, limit: Tensor) -> Tensor:
-    """Return the nearest point of box and l_1 ball (Croce & Hein 2021, proposition 2.1); limit has shape (N, 1).
+    """Return the nearest point of box and l1 ball (Croce & Hein 2021, proposition 2.1); limit has shape (N, 1).
 
     Every pixel moves by min(max(|delta| − level, 0), room). At level 0 that is clipping to the box; as the level rises
     a pixel's movement begins to shrink at |delta| − room and ends at |delta|: the total is linear between such marks.
@@ -183,7 +183,7 @@ class FeasibleSet:
     def ahead(self, point: Tensor, gradient: Tensor, length: float | Tensor) -> Tensor:
         """Return points moved by `length`, a number or (N,), in the steepest direction and brought into the region.
 
-        For l_1 they go towards the region's best point instead (Frank & Wolfe 1956), the share length/eps of the way:
+        For l1 they go towards the region's best point instead (Frank & Wolfe 1956), the share length/eps of the way:
         a steepest step would leave even the optimum of a linear function.
         """
         if self.norm != L1:
@@ -230,9 +230,9 @@ def boundary_step(
     """Return the smallest perturbation inside the box that raises a linear function by `gain`.
 
     The function has this gradient, shape (N, ...), and gain has shape (N,). Where the box does not allow the gain, the
-    perturbation is the one that gains most. For l_2 and l_inf the answer is clip(t·direction) for one multiplier t per
+    perturbation is the one that gains most. For l2 and linf the answer is clip(t·direction) for one multiplier t per
     image, and what it gains is concave in t: Newton from t = 0 climbs to the root in a few rounds, never past it, and
-    stops when at most that share of the gain is missing. For l_1 the pixels of largest gradient are used up in turn.
+    stops when at most that share of the gain is missing. For l1 the pixels of largest gradient are used up in turn.
     """
     flat, base = gradient.flatten(1), x.flatten(1)
     # The room each pixel has in the direction that helps, |1 - x| or |0 - x|. Here and below signs take the place of
@@ -294,7 +294,7 @@ def nearest_boundary(
     """Return the nearest boundary of each image when all differences of logits are linearised at x.
 
     Untargeted, the own class meets all others, or the `candidates` of largest logit, or only the class in `aims`;
-    with `targets` the target meets the strongest other class. For l_2 a `stem` finds the same boundary at less cost.
+    with `targets` the target meets the strongest other class. For l2 a `stem` finds the same boundary at less cost.
     """
     chosen: list[Tensor] = []
 

@@ -44,14 +44,14 @@ def square(
 ) -> Tensor:
     """Change random squares and keep what raises the margin (Andriushchenko et al. 2020, algorithms 1 to 3).
 
-    x: (N, C, H, W); l_inf and l_2. `share` is the first square's part of the image's area. Images leave at their first
-    success; with `patience` also when that many times the gain of the last doubling of queries, at every doubling still
-    to come, would not reach the boundary (4 halves the queries and loses about one success in a hundred). Raises
-    UserError without eps, Unsupported for l_1 or inputs that are not images.
+    x: (N, C, H, W). Supports linf and l2. `share` is the fraction of the image's area that the first square covers.
+    Images leave at their first success. With `patience`, they also leave if that many times the gain of the last
+    doubling of queries, at every remaining doubling, would not reach the boundary (4 halves the queries and loses about
+    one success in a hundred). Raises UserError without eps, Unsupported for l1 or inputs that are not images.
     """
     eps = budget(eps)
     if norm not in (LINF, L2) or x.dim() != 4:
-        raise Unsupported("Square needs images (N, C, H, W) and l_inf or l_2")
+        raise Unsupported("Square needs images (N, C, H, W) and the norm linf or l2")
     region = FeasibleSet.around(x, norm, eps)
     start = region.bring_in_(x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)))
     start = start.contiguous()
@@ -108,7 +108,7 @@ def _leave(state: Search, leaving: Tensor, x_adv: Tensor) -> Search:
 
 
 def _try_l2(model: nn.Module, state: Search, side: int, eps: float, generator: torch.Generator | None) -> None:
-    """Try one query of l_2 on every image, and keep what raises its margin."""
+    """Try one query of l2 on every image, and keep what raises its margin."""
     candidate = _propose_l2(state, side, eps, generator)
     with torch.no_grad():
         gap = margin_loss(model(candidate), state.y, state.targets)
@@ -128,7 +128,7 @@ def _corner(room: int, like: Tensor, generator: torch.Generator | None) -> int:
 
 
 def _stripes(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
-    """Return the l_inf start: vertical stripes of ±eps, one column and channel wide."""
+    """Return the linf start: vertical stripes of ±eps, one column and channel wide."""
     images, channels, _, width = x.shape
     return eps * _coins((images, channels, 1, width), x, generator).expand_as(x)
 
@@ -154,7 +154,7 @@ def _pattern(side: int, like: Tensor, generator: torch.Generator | None) -> Tens
 
 
 def _tiles(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
-    """Return the l_2 start: a 5×5 grid of patterns with random signs, of length eps."""
+    """Return the l2 start: a 5×5 grid of patterns with random signs, of length eps."""
     images, channels, height, width = x.shape
     side = max(min(height, width) // 5, 1)
     start = torch.zeros_like(x)
@@ -201,7 +201,7 @@ _FEW = 200
 class Search:
     """The images still standing: one entry per image in every tensor.
 
-    low, high: where pixels may be, for l_inf; gap: the margin at `point`; checked: what it was at the last check.
+    low, high: where pixels may be, for linf; gap: the margin at `point`; checked: what it was at the last check.
     """
 
     row: Tensor
@@ -353,5 +353,5 @@ class _Matrices:
         return self.probe.from_first(self.dense, self.after)
 
     def keep(self, rows: Tensor, asked: Tensor, kept: Tensor) -> None:
-        """Go on from what was asked: at the images `rows` the numbers `kept` among those `asked`, which are sorted."""
+        """Continue from evaluated points: at the images `rows`, the numbers `kept` among the sorted `asked`."""
         self.first[rows] = self.after[torch.searchsorted(asked, kept)]

@@ -1,1 +1,1 @@
-"""Run an attack, count its successes afresh, and flag what makes the result doubtful."""
+"""Run an attack, recount its successes, and flag unreliable results."""

@@ -1,4 +1,4 @@
-"""Audit a model: several attacks with all their checks, second opinions on each, and the worst case over them."""
+"""Audit a model: run several attacks, check the reliability of each, and take the worst case."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def audit(
 ) -> list[AuditRow]:
     """Run attacks at each budget, check every result, and add the worst case over all attacks at each budget.
 
-    x: float (N, ...) in [0, 1]; y: int64 (N,). `attacks` go by their names in `ATTACKS`, which rank them, or by any
-    other of yours. A minimum-norm attack runs once, without eps. `checks`: on how many images a longer run and an
-    unlimited budget give second opinions (docs/flags.md); 0: no opinions, nor a comparison of attacks and budgets. Each
-    attack starts from `seed`, so that its result does not depend on which others run. Raises UserError as `run` does,
-    and for an attack that needs a budget where `eps` has none.
+    x: float (N, ...) in [0, 1]; y: int64 (N,). The keys of `attacks` are names in `ATTACKS`, which determine their
+    rank, or your own names. A minimum-norm attack runs once, without eps. `checks` is the number of images used by the
+    reliability checks (docs/flags.md); 0 disables these, and the comparison of attacks and budgets. Each attack starts
+    from `seed`, so that its result does not depend on the other attacks. Raises UserError as `run` does, and for an
+    attack that needs a budget if `eps` is empty.
     """
     found: Found = {}
     for name, attack in attacks.items():
@@ -71,7 +71,7 @@ def _threats(name: str, attack: Attack, norm: float, eps: Sequence[float]) -> li
     if facts_of(attack).kind == "minimum-norm":
         return [Threat(norm)]
     if not eps:
-        raise UserError(f"the attack '{name}' needs a budget: give eps, as eps=[0.03]")
+        raise UserError(f"the attack '{name}' needs a budget; give eps, such as eps=[0.03]")
     return [Threat(norm, budget) for budget in eps]
 
 
@@ -141,9 +141,9 @@ def check_unlimited(
 ) -> tuple[Flag, ...]:
     """Return a flag unless the attack fools the images when each pixel may take any value (Athalye et al. 2018).
 
-    Images still standing are attacked three times again: an honest network too may be silent around one random start.
-    At least 2 images and 2% of all must withstand that. Not for attacks of a single step (FGSM), which need not arrive
-    anywhere.
+    Remaining images are attacked three more times, because any network may have no gradient around one random start.
+    The flag is raised if at least 2 images and 2% of all remain correct. Attacks with a single step (FGSM) are exempt,
+    since one step may not be enough.
     """
     threat = Threat(norm, diameter(x, norm))
     rows = torch.arange(min(images, len(x)), device=x.device)
@@ -154,7 +154,7 @@ def check_unlimited(
         rows = rows[result.clean_correct & ~result.success]
         if len(rows) < max(2, NOTABLE * attacked):
             return ()
-    detail = f"{len(rows)} of {attacked} images withstand any change; do not report this attack"
+    detail = f"{len(rows)} of {attacked} images remain correct with an unlimited budget; do not report this attack"
     return (Flag("unlimited-budget", detail),)
 
 
@@ -235,5 +235,5 @@ def check_silence(
                 silent += witness.seen and not bool(margin_loss(model(x_adv), y[row]) > 0)
     if silent == 0:
         return ()
-    detail = f"for {silent} of {len(failed)} images it failed on; let it return the best point that it saw"
+    detail = f"for {silent} of {len(failed)} images it failed on; make it return the best point that it evaluated"
     return (Flag("silent-success", detail),)

@@ -1,4 +1,4 @@
-"""Attack the images of a loader, batch by batch: what holds for the model is checked once, and results are joined."""
+"""Attack the images of a loader batch by batch, and join the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_batches(
     """Attack pairs of images and labels as a DataLoader yields them, and return one result for all, as `run` does.
 
     Each batch is as x and y of `run`, on the device of the model, and the other arguments are those of `run`. The model
-    is checked on the first batch of which it classifies an image correctly. An attack that draws random numbers draws
+    is checked on the first batch in which it classifies an image correctly. An attack that draws random numbers draws
     for each batch. A flag of several batches stands once, as the first of them says it.
 
     Raises UserError as `run` does, and for batches that are no pairs.

@@ -1,4 +1,4 @@
-"""Gradients that are hidden, random or partly missing: how an attack sees through, whatever the classes of layers.
+"""Attack models whose gradients are hidden, random or partly missing.
 
 What nobody can find out by looking, a layer of the base class `Declared` says of itself. Where a branch is cut from the
 graph, autograd's gradient is right about some pixels and silent about others, neither zero nor unstable: finite
@@ -217,7 +217,7 @@ _GROUPS, _WORK, _REACH = 256, 2**27, 0.03
 def blind_pixels(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 1024) -> Tensor | None:
     """Return the pixels of an image where autograd misses what the model does, a bool mask; None where there are none.
 
-    x: images that are classified correctly as y, of which the first 8 are looked at: how the gap between the label's
+    x: images that are classified correctly as y, the first 8 are examined: how the gap between the label's
     logit and the strongest other one changes along random signs over all pixels, in few passes, against what the
     gradient promises. Where that misses more than kinks explain, or three hundredths, or where pixels have no gradient
     at any image, blocks, channels and those pixels follow, in at most 57 passes, three times as many where one is in
@@ -342,7 +342,7 @@ class Differences(nn.Module):
     """A model whose input gradients are autograd's, but for its blind pixels, where they are finite differences.
 
     blind: a mask of the pixels of an image. They are moved in at most 256 groups, fewer of a large network, by 0.03
-    into the box and at random signs; a group's pixels share what it changes, and are grouped anew each time.
+    into the box and at random signs; a group's pixels share what it changes, and are regrouped each time.
     passes: images sent forward for that.
     """
 

@@ -1,4 +1,4 @@
-"""Run an attack and judge it: success is recounted, distances are measured, violations are flagged, never repaired."""
+"""Run an attack and judge it: recount success, measure distances, flag violations without repairing them."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ _LENGTHS = ("steps", "queries")
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack did to N images; robust means clean_correct & ~success.
+    """The result of an attack on N images; an image is robust if clean_correct & ~success.
 
-    x_adv: the perturbed images; images misclassified from the start are not attacked and stay as they are.
-    clean_correct, success: bool (N,); success is False where clean_correct is.
-    distance: (N,), the norm of each successful perturbation; 0 for images misclassified from the start, inf where the
-    attack failed. forwards, backwards: mean number of passes per attacked image. seconds: wall time of everything.
+    x_adv: the perturbed images; images that are misclassified without an attack are not attacked and unchanged.
+    clean_correct, success: bool (N,); success is False where clean_correct is False.
+    distance: (N,), the norm of each successful perturbation; 0 for images misclassified without an attack, inf where
+    the attack failed. forwards, backwards: mean number of passes per attacked image. seconds: total wall time.
     """
 
     x_adv: Tensor
@@ -90,7 +90,7 @@ class AttackResult:
 
 
 def robust_accuracy(result: AttackResult) -> float:
-    """Return the share of all images that were classified correctly and stayed so."""
+    """Return the fraction of all images that are classified correctly before and after the attack."""
     return float((result.clean_correct & ~result.success).double().mean())
 
 
@@ -111,24 +111,25 @@ def run(
     draws: int = 10,
     convergence: int = 0,
 ) -> AttackResult:
-    """Attack every correctly classified image and judge the outcome on a fresh forward pass.
+    """Attack every correctly classified image and judge the result on a fresh forward pass.
 
-    x: float (N, ...) in [0, 1], attacked in single precision or double; y: int64 (N,). The model is given images in the
-    type that it takes, and its logits are read as by `outputs.logits_of`. With a threat without eps the attack looks
-    for the smallest perturbation. batch_size None: what memory allows, as measured (see
-    `batch_size_for`). The model is held in eval mode with frozen parameters and restored.
+    x: float (N, ...) in [0, 1], attacked in float32 or float64; y: int64 (N,). The model gets images in its own type,
+    and its logits are read by `outputs.logits_of`. If the threat has no eps, the attack looks for the smallest
+    perturbation. batch_size None: what memory allows, as measured (see `batch_size_for`). The model runs in eval mode
+    with frozen parameters and is restored afterwards.
 
-    Where layers declare that they mask gradients, or gradients vanish, the attack runs again with their
-    straight-through backward pass; it runs on each of `surrogates` (name to model) too and its examples are
-    transferred, and within a budget those of PGD on DLR to the end (but not to attacks of a single step). None: on the
-    dense network where modules of activation sparsity say what they took the place of; {}: on none. `lent` holds such
-    examples by their surrogate's name, as `lend` found them, whose passes do not count here. The best of all counts for
-    each image. A model that draws random numbers is attacked with single passes, then in expectation over `draws` of
-    them, and an image counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same
-    network by faster passes, such as packed kernels: the attack asks that, the verdict the model. `convergence`: on how
-    many of the images a run four times as long shows whether more steps would still help (see `check_convergence`).
+    If layers declare that they mask gradients, or gradients vanish, the attack runs again with a straight-through
+    backward pass. It also runs on each of `surrogates` (name to model), and its examples are transferred. With a
+    budget, examples of PGD on DLR are transferred too, except to attacks with a single step. surrogates None: the dense
+    network, if sparse activations name the layers they replaced; {}: none. `lent` holds examples by the name of their
+    surrogate, as `lend` returns them; their passes do not count here. The best result counts for each image.
 
-    Raises UserError for inputs or a model that break the contract (see `checks`).
+    A stochastic model is attacked with single passes and then in expectation over `draws` passes. An image counts as
+    misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network with faster passes, such
+    as packed kernels: the attack uses it, and the model judges the result. `convergence` is the number of images on
+    which a run four times as long shows whether more steps would help (see `check_convergence`).
+
+    Raises UserError for invalid inputs or models (see docs/flags.md).
     """
     start = time.perf_counter()
     check_numbers(batch_size=1 if batch_size is None else batch_size, draws=draws, convergence=convergence)
@@ -231,7 +232,7 @@ def attack_held(
 ) -> tuple[AttackResult, Checked]:
     """Return what `run` does but for the time, with models that are held, and what checks found.
 
-    For batches of 0 a size is found; checks that were `seen` are not made again.
+    For batches of 0 a size is found; checks that were `seen` are not repeated.
     """
     x, seed, before = order.x, _seed_from(order.generator), state_of(model)
     begun = _begin(model, order, draws, seen, seed, splits=through is None)
@@ -245,7 +246,7 @@ def attack_held(
         transfer(best, lenders, lent)
         best.flags += best.violations(probe.nonfinite + begun.watch.nonfinite)
         if state_of(model) != before:
-            detail = "parameters or buffers were written to; make them constant in eval mode"
+            detail = "parameters or buffers changed; make them constant in eval mode"
             best.flags.append(Flag("state-changed", detail))
         found, failed = best.outcome, best.clean_correct & ~best.outcome.success
         if order.threat.eps is not None and not random:
@@ -293,11 +294,10 @@ def lend(
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """Return the examples that a surrogate lends to other models: those of the attack and, in a budget, of a deep PGD.
+    """Return examples of a surrogate for transfer: those of the attack and, with a budget, of a long PGD run.
 
-    Each has the shape of x, and goes to `run` on another model and the same images as `lent`. One surrogate is attacked
-    once so, for however many models. Raises UserError as `run` does; what it would flag, it flags where the surrogate
-    is attacked for its own sake.
+    Each has the shape of x. Pass them to `run` as `lent`, for other models and the same images. The surrogate is
+    attacked only once for all of them. Raises UserError as `run` does, and raises no flags.
     """
     check_module(model)
     with ExitStack() as stack:
@@ -312,10 +312,10 @@ def lend(
 
 
 def lengthened(attack: Attack, factor: int = 4) -> Attack:
-    """Return the attack with `factor` times its steps (or queries); raise UserError where it has neither."""
+    """Return the attack with `factor` times its steps (or queries); raise UserError if it has neither."""
     name = _length_of(attack)
     if name is None:
-        raise UserError("this attack has neither steps nor queries, so it cannot be run for longer")
+        raise UserError("this attack has neither steps nor queries, so a longer run is not possible")
     function = cast(Callable[..., Tensor], attack)
     return cast(Attack, partial(function, **{name: factor * inspect.signature(function).parameters[name].default}))
 
@@ -339,11 +339,11 @@ def check_convergence(
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Flag, ...]:
-    """Return a flag if a run `factor` times as long does notably better, or worse, on the first correct images.
+    """Return a flag if a run `factor` times as long is clearly better, or worse, on the first correct images.
 
-    With eps, better means than a second run of the same length, which shows what another random start does alone: it
-    fools images that the second does not, beyond 5% of all and beyond chance (see `exceeds`). Without, the median
-    distance falls by more than 5%. Worse, the other way round, is the flag `weaker-wins`: the search is not one.
+    With eps, the long run is compared with a second run of the normal length, which shows the effect of another random
+    start: better means that it fools more images, at least 5% of all and beyond chance (see `exceeds`). Without eps,
+    better means that the median distance falls by more than 5%. If the long run is worse, the flag is `weaker-wins`.
     """
     rows = result.clean_correct.nonzero().squeeze(1)[:images]
     if len(rows) == 0:
@@ -417,7 +417,9 @@ def _dense_network(model: nn.Module) -> dict[str, nn.Module]:
 def _undeclared(model: nn.Module, random: bool) -> list[Flag]:
     if not random or is_stochastic(model):
         return []
-    return [Flag("random-model", "two passes over the same images differ: switch that off in eval mode, or declare it")]
+    return [
+        Flag("random-model", "two passes over the same images differ; switch the noise off in eval mode, or declare it")
+    ]
 
 
 def _seed_from(generator: torch.Generator | None) -> int:

@@ -1,4 +1,4 @@
-"""The model's contract, checked and not trusted: what is wrong is refused, what is doubtful is flagged (docs/flags.md).
+"""Check the requirements for a model: refuse errors and flag what is unreliable (docs/flags.md).
 
 A model maps float images in [0, 1], shape (N, ...), to logits (N, classes), each image for itself.
 """
@@ -26,7 +26,7 @@ _SAMPLE, _DIFFERENCES = 32, 8
 # The cross-entropy's pull on the logits, below which it may be lost on the way back to the image.
 _FAINT = 1e-20
 _MANY = 0.1
-# A step this long, in pixel units of l_inf, is so short that a trained network follows its gradient; in half precision
+# A step this long, in pixel units of linf, is so short that a trained network follows its gradient; in half precision
 # so long that rounding does not hide what it gains.
 _SHORT, _SHORT_IN = 1e-3, {torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # Half a difference's length along random signs, and how many times its square a gradient may miss there: without any
@@ -42,26 +42,26 @@ FLAGS = {
     "budget-violation": "the attack moved an image by more than eps",
     "nonfinite-logits": "the model returned NaN or infinite logits",
     "zero-gradients": "the gradient of the loss is exactly zero for many images",
-    "partial-gradients": "autograd's gradient misses part of what the pixels do",
-    "shattered-gradients": "short steps along the gradient do not gain what it promises",
-    "random-model": "the model answers differently each time",
-    "training-mode": "layers came in training mode",
-    "batch-dependent": "an image's logits depend on the other images of the batch",
+    "partial-gradients": "autograd's gradient misses part of the pixels' effect",
+    "shattered-gradients": "short steps along the gradient do not gain what it predicts",
+    "random-model": "the model's outputs change between passes",
+    "training-mode": "layers were in training mode",
+    "batch-dependent": "the logits of an image depend on other images of the batch",
     "state-changed": "parameters or buffers changed during the attack",
     "masked-gradients": "a straight-through pass, an expectation or another model's examples beat plain gradients",
     "weaker-wins": "an attack that should be weaker did better",
-    "silent-success": "the attack passed an adversarial example and returned another point",
-    "unlimited-budget": "the attack fails on some images although everything is allowed",
+    "silent-success": "the attack found an adversarial example but returned another point",
+    "unlimited-budget": "the attack fails on some images with an unlimited budget",
     "not-converged": "a longer run of the same attack finds more",
     "loss-not-increasing": "the attack ended at a lower loss than it began for many images",
-    "logit-scale": "the answer depends on the scale of the logits",
+    "logit-scale": "the result depends on the scale of the logits",
     "unfinished-search": "a minimum-norm attack found no adversarial example for some images",
 }
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Say why a result is doubtful: a name from FLAGS and what was seen."""
+    """A warning that a result may be unreliable: a name from FLAGS, and a detail."""
 
     name: str
     detail: str
@@ -118,7 +118,7 @@ def check_inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         "divide 8-bit images by 255, and make normalisation the model's first layer instead of applying it to them"
     )
     if low >= -0.1 and high <= 1.1:
-        way_out = "clip what resizing or compression left outside: x.clamp(0, 1)"
+        way_out = "clip values that resizing or compression moved out of range: x.clamp(0, 1)"
     raise UserError(f"images must lie in [0, 1] but span [{low:.9g}, {high:.9g}]; {way_out}")
 
 
@@ -134,7 +134,7 @@ def check_targets(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None
         _check_classes("targets", targets, model(x[:1]))
     own = int((targets == y).sum())
     if own:
-        raise UserError(f"{own} images have their own class as target; leave them out, or choose another class")
+        raise UserError(f"{own} images have their own class as target; omit them or choose another class")
 
 
 def check_threat(x: Tensor, threat: Threat) -> None:
@@ -152,7 +152,7 @@ def check_mode(model: nn.Module) -> tuple[Flag, ...]:
     kinds = sorted({type(m).__name__ for m in model.modules() if m.training and isinstance(m, _MODAL)})
     if not kinds:
         return ()
-    what = f"{', '.join(kinds)} in training mode; the model was attacked in eval mode and set back"
+    what = f"{', '.join(kinds)} in training mode; the attack used eval mode and restored the mode"
     return (Flag("training-mode", f"{what}: call model.eval() before measuring anything else"),)
 
 
@@ -165,7 +165,7 @@ def check_losses(before: Tensor, after: Tensor) -> tuple[Flag, ...]:
     lower, failed = int((after < before).sum()), len(before)
     if failed == 0 or not many(lower, failed, share=_MANY):
         return ()
-    what = f"{lower} of {failed} images it failed on ended further from a success"
+    what = f"{lower} of {failed} images on which it failed ended with a lower loss"
     return (Flag("loss-not-increasing", f"{what}; take smaller steps, or several attacks"),)
 
 
@@ -188,7 +188,7 @@ def check_model(
     random = draws or (_differ(logits, first) and is_random(model, x))
     flags = []
     if not random and _differ(alone, logits[:1]):
-        what = "the first image's logits change when it comes alone"
+        what = "the logits of the first image change if it is evaluated alone"
         flags.append(Flag("batch-dependent", f"{what}; make normalisation use running statistics"))
     right = is_answer(logits) & (logits.argmax(1) == y)
     if bool(right.any()):
@@ -243,11 +243,11 @@ class _Slope:
             _, gradient = in_parts(self.model, self.x, cross_entropy, self.y, self.batch_size)
             if (share := _dead(gradient)) > _MANY:
                 what = f"the cross-entropy has no gradient at {share:.0%} of the images"
-                return [Flag("logit-scale", f"{what}; trust attacks on the margin alone")]
+                return [Flag("logit-scale", f"{what}; use attacks on the margin only")]
         return []
 
     def shattered(self) -> list[Flag]:
-        """Return a flag if short steps along the gradient do not gain what it promises.
+        """Return a flag if short steps along the gradient do not gain what it predicts.
 
         From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to honest
         curvature.
@@ -264,13 +264,13 @@ class _Slope:
         gained = stepped - margin_loss(self.logits, y)
         promised = (step * gradient).flatten(1).sum(1)
         off = int(((gained - promised).abs() > 0.5 * promised).sum())
-        way_out = "compare with `square`, which needs none, and with surrogates"
+        way_out = "compare with `square`, which needs no gradients, and with surrogates"
         if many(off, len(x), share=_MANY):
             return [Flag("shattered-gradients", f"at {off} of {len(x)} images; {way_out}")]
         changed = higher - lower
         missed = changed - ((up - down) * gradient[: len(few)]).flatten(1).sum(1)
         if missed.square().sum() > _WORSE * changed.square().sum():
-            return [Flag("shattered-gradients", f"within {wide:g} pixel units it says nothing; {way_out}")]
+            return [Flag("shattered-gradients", f"within {wide:g} pixel units it is not informative; {way_out}")]
         return []
 
 

@@ -1,4 +1,4 @@
-"""The ways in which `run` attacks a model, and the verdict on what each of them found, the best of which counts."""
+"""The ways in which `run` attacks a model, and the score of each; the best result counts."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ class Best:
             detail = f"on {failed} images, whose distance is infinite; take more steps, or another attack"
             flags.append(Flag("unfinished-search", detail))
         if nonfinite:
-            detail = f"for {nonfinite} images, counting every pass; look for divisions and exponentials in the model"
+            detail = f"for {nonfinite} images, in any pass; look for divisions and exponentials in the model"
             flags.append(Flag("nonfinite-logits", detail))
         return flags
 

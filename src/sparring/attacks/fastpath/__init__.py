@@ -1,1 +1,1 @@
-"""Networks whose gradients are written out by hand, where that is faster than autograd."""
+"""Networks with hand-written gradients, used where they are faster than autograd."""

@@ -1,4 +1,4 @@
-"""Small convolutional networks by hand: a convolution and its pooling as one product over patches, without autograd.
+"""Small convolutional networks without autograd: a convolution and its pooling are one product over patches.
 
 Autograd spends most of such a network's time on the first convolution's way back, whose product is too thin, and on
 pooling. Here a patch is all that one pooling window sees, and the matrix holds the filters once for each place in that

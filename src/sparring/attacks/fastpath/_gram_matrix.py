@@ -1,4 +1,4 @@
-"""A shortcut for fully connected networks: l_2 norms of input gradients without the input gradients.
+"""l2 norms of input gradients of fully connected networks, without computing the gradients.
 
 With W the first layer and u the gradient at its output, the gradient at the input is Wᵀu and its squared norm
 uᵀ(WWᵀ)u. With 300 units and 784 pixels that saves most of what DeepFool spends on the classes that do not win.

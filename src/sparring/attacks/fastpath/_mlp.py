@@ -1,4 +1,4 @@
-"""Fully connected networks by hand: logits and input gradients in two matrix products a layer, without autograd.
+"""Fully connected networks without autograd: logits and input gradients in two matrix products per layer.
 
 Autograd costs such a network more than the products do once batches are small, and normalisation costs two passes over
 the images. Nothing is taken on trust: `read_dense` compares with the model before it answers.

@@ -114,10 +114,10 @@ _LOGITS = 4  # two of them in a margin, each off by up to twice what was seen of
 def margin(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: str = "crown") -> Tensor:
     """Bound all margins g_y − g_k from below over the eps-ball inside [0, 1]: (N, classes − 1), float64.
 
-    Images x (N, ...) in [0, 1], labels y (N,); columns are the classes other than y in ascending order. Methods are
-    those of BOUNDS, from loose and fast to tight and slow, of which `facts` say what they are. All is computed in
-    float64 on the model's weights and lowered by 1e-12 of the largest activation bound, for rounding. Raise Unsupported
-    where a layer has no sound rule, UserError for a threat without eps or pixels outside [0, 1].
+    Images x (N, ...) in [0, 1], labels y (N,); columns are the classes other than y in ascending order. Methods are the
+    names in BOUNDS, from loose and fast to tight and slow (see `facts`). The computation uses the model's weights in
+    float64, and the result is lowered by 1e-12 of the largest activation bound for rounding. Raises Unsupported if a
+    layer has no sound rule, UserError for a threat without eps or pixels outside [0, 1].
     """
     if threat.eps is None:
         raise UserError("a certified margin needs a threat with eps; for the largest certified eps use radius")

@@ -1,4 +1,4 @@
-"""How long each bound would take, so that the tightest that fits in the time given can be chosen beforehand."""
+"""Estimate the time of each bound, to choose the tightest that fits in a time budget."""
 
 from __future__ import annotations
 

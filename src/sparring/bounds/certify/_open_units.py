@@ -1,4 +1,4 @@
-"""Which units CROWN refines, and how much work that is."""
+"""Select the units that CROWN refines, and count the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions look through windows: what a neuron may be depends on its own window of the image.
+"""Bounds of convolutions within the receptive field of each neuron.
 
 The neurons of one place share a window. Cut down to it, the network is small, and its bounds are the same. Windows may
 reach beyond the image, where padding is: nothing that lies there counts.

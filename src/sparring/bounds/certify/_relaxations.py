@@ -1,4 +1,4 @@
-"""What one operation does to bounds: intervals (Gowal et al. 2018), and lines for nonlinear ones over an interval.
+"""Relaxations of single operations: intervals (Gowal et al. 2018), and lines for nonlinear ones over an interval.
 
 Activation-sparsity modules have rules by their `kind`; those without a sound one are refused with the reason.
 """
@@ -86,7 +86,7 @@ def _moved(op: Moved, inputs: Sequence[Interval]) -> Interval:
 def first_layers(graph: Graph, region: Region) -> dict[int, Interval]:
     """Return the bounds of the nodes up to the first layer of weights, which are attained one neuron at a time.
 
-    They use the ball itself and not only the box around it; l_1 has no such rule and gets only the input.
+    They use the ball itself and not only the box around it; l1 has no such rule and gets only the input.
     """
     bounds = {0: Interval(region.lower, region.upper)}
     if region.norm not in (L2, LINF):
@@ -109,7 +109,7 @@ def first_layers(graph: Graph, region: Region) -> dict[int, Interval]:
 
 
 def _squared(op: LinearOp) -> LinearOp:
-    """Return the operation that maps squared l_2 reaches, of inputs that share no pixel, to squared reaches."""
+    """Return the operation that maps squared l2 reaches, of inputs that share no pixel, to squared reaches."""
     return mapped(op, torch.square)
 
 

@@ -1,4 +1,4 @@
-"""A heavy network's certified radius, from few evaluations: they begin at a guess, and ends are guessed from each."""
+"""Search the certified radius of a large network with few evaluations."""
 
 from __future__ import annotations
 

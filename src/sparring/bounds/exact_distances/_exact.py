@@ -1,4 +1,4 @@
-"""Exact distances to the decision boundary, or an honest interval around them."""
+"""Exact distances to the decision boundary, or intervals around them."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def exact(
     """Find the distance from each image to the nearest of another label inside [0, 1], within a time limit per image.
 
     x (N, ...) in [0, 1], labels y (N,); x_adv are the caller's best adversarial points: the nearer they are, the fewer
-    units are unstable in the ball that has to be searched. One search per class that CROWN cannot exclude: for l_inf a
-    mixed-integer program, for l_2 branch and bound over the same units. Sparse networks are those it can solve.
+    units are unstable in the ball that has to be searched. One search per class that CROWN cannot exclude: for linf a
+    mixed-integer program, for l2 branch and bound over the same units. Sparse networks are those it can solve.
     `threads` are HiGHS's own: they spin while they wait, so that more of them than free cores cost far more than they
     save, and two processes with half of the images each use two cores better.
     Raise UserError if a point refutes what was proved, Unsupported for layers that are not piecewise linear or too
-    large, and for max pooling with l_2. Bounds carry the solver's tolerances of 1e-9 and are lowered by 1e-7.
+    large, and for max pooling with l2. Bounds carry the solver's tolerances of 1e-9 and are lowered by 1e-7.
     Source: Tjeng et al. 2019 (the program).
     """
     if norm not in _NEAREST:
-        raise UserError(f"exact distances are found for linf and l2, not for {norm_name(norm)}")
+        raise UserError(f"exact distances support only linf and l2, not {norm_name(norm)}")
     graph = prepare(model, tuple(x.shape[1:]), images=x)
     found = []
     with eval_mode(model):

@@ -25,8 +25,8 @@ _LARGEST = 2**26  # entries of an operation's dense matrix
 def encode(graph: Graph, bounds: list[Interval]) -> tuple[MixedIntegerProgram, list[Expression]]:
     """Write a network over one image's region as a program: return it and the value of every node in its variables.
 
-    `bounds` (of one image, batch axis 1) tell which units are dead, which always active, and how wide the others range;
-    only the last need integers.
+    `bounds` (of one image, batch axis 1) determine which units are dead, which are always active, and the ranges of the
+    others; only the last need integers.
     Raise Unsupported for an operation that is not piecewise linear, or too large to write down.
     """
     program = MixedIntegerProgram()
@@ -46,7 +46,7 @@ def encode(graph: Graph, bounds: list[Interval]) -> tuple[MixedIntegerProgram, l
             case MaxPool():
                 values.append(_max_pool(program, node.op, source, box))
             case _:
-                raise refusal(node, "cannot be solved exactly; certify it instead")
+                raise refusal(node, "cannot be solved exactly; use certified radii instead")
     return program, values
 
 
@@ -65,7 +65,7 @@ def _matrix(op: LinearOp, shape: tuple[int, ...]) -> tuple[sparse.csr_matrix, Ve
         matrix = sparse.csr_matrix(op.weight.numpy())
     else:
         if size * math.prod(evaluate(op, torch.zeros(1, *shape, dtype=torch.float64)).shape) > _LARGEST:
-            raise Unsupported("a layer is too large for an exact distance; use certified radii")
+            raise Unsupported("a layer is too large for exact distances; use certified radii instead")
         columns = evaluate(op, torch.eye(size, dtype=torch.float64).view(size, *shape)).flatten(1)
         matrix = sparse.csr_matrix((columns - (0 if added is None else added)).numpy().T)
     return matrix, np.zeros(matrix.shape[0]) if added is None else added.numpy()

@@ -1,6 +1,6 @@
-"""The nearest image at which one class overtakes another: by mixed-integer programs for l_inf, by branching for l_2.
+"""The nearest image at which another class wins: mixed-integer programs for linf, branch and bound for l2.
 
-To minimise the l_inf distance directly is slow: it ties every pixel to one variable by two rows, and says nothing about
+To minimise the linf distance directly is slow: it ties every pixel to one variable by two rows, and says nothing about
 margins. The question "does class k overtake anywhere in this ball?" has the ball in the pixels' bounds and a margin to
 maximise. So it is asked of ever smaller balls: each point found is first moved as near as its own linear region and the
 neighbours of that allow, and the first ball without a point proves the distance.
@@ -69,7 +69,7 @@ class Question:
 def nearest_linf(
     asked: Question, cap: float, *, floor: float, start: Tensor | None, gap: float
 ) -> tuple[float, list[Tensor]]:
-    """Find the l_inf distance to a point with g_k ≥ g_y, if it is below `cap`.
+    """Find the linf distance to a point with g_k ≥ g_y, if it is below `cap`.
 
     `floor` is a lower bound known before; `start`, a point of class k within cap, is moved nearer first. Return a lower
     bound (cap or more where there is none below cap) and the points found, float64.
@@ -148,7 +148,7 @@ def _image(program: MixedIntegerProgram, x: Tensor, values: Vector) -> Tensor:
 
 
 def _distance_(program: MixedIntegerProgram, pixels: Expression, x: Tensor, cap: float) -> int:
-    """Add the l_inf distance of the pixels that rows depend on, at most cap; return which variable it is."""
+    """Add the linf distance of the pixels that rows depend on, at most cap; return which variable it is."""
     used = np.flatnonzero(_used(program, x.numel()).numpy())
     moving, origin = pixels[used], x.double().flatten().numpy()[used]
     size = program.variables_(np.zeros(1), np.array([cap]))[np.zeros(len(used), dtype=np.intp)]
@@ -172,14 +172,14 @@ Split = tuple[int, int, bool]  # node whose output the unit reads, unit, active
 def nearest_l2(
     asked: Question, cap: float, *, floor: float, start: Tensor | None, gap: float
 ) -> tuple[float, list[Tensor]]:
-    """Minimise the l_2 distance to a point with g_k ≥ g_y, if it is below `cap`.
+    """Minimise the l2 distance to a point with g_k ≥ g_y, if it is below `cap`.
 
     Each node of the search fixes the signs of some units and relaxes the others to their triangles: a convex quadratic
     program. Return a lower bound on the distance (cap or more where there is none below cap) and the points found.
     Raise Unsupported for max pooling.
     """
     if any(isinstance(node.op, MaxPool) for node in asked.graph.nodes):
-        raise Unsupported("exact l2 distances have no branching rule for max pooling; exact linf distances do")
+        raise Unsupported("exact l2 distances do not support max pooling; exact linf distances do")
     with torch.no_grad():
         bounds, _ = bound_nodes(asked.graph, region(asked.x, L2, cap), backward=True)
     order = itertools.count()

@@ -1,4 +1,4 @@
-"""Kernel calls: a kernel, its arguments and the layout they are for; how kernels are compiled, and who calls them."""
+"""Kernel calls: a kernel, its arguments and its memory layout; how kernels are compiled and called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backward pass to the image as kernel calls: a transposed layer is a sparse layer too."""
+"""The backward pass to the image as kernel calls: a transposed layer is a sparse layer."""
 
 from __future__ import annotations
 

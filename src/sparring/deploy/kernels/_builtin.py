@@ -1,4 +1,4 @@
-"""Generated functions as builtins of Python: an array's address reaches them without what ctypes takes for a call.
+"""Generated functions as Python built-ins, which cost less per call than ctypes.
 
 The fence around it: only `_engine` imports this, it uses CPython's public functions alone, and where they are missing
 `builtin` and `reader` return None and ctypes takes over. What it is for: LeNet-300-100 with 2% of its weights answers

@@ -1,4 +1,4 @@
-"""Kernels that move values, normalise, add, pool and leave out the small: everything but sums over weights."""
+"""Kernels that move values, normalise, add, pool and apply activations: all except sums over weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Execute plans: machine code, tables and memory for one layout, one native call for a run.
+"""Execute plans: machine code, tables and memory for one layout, in one native call.
 
 How each layer is cut is chosen once for each host and geometry: time a few candidates, remember the fastest.
 """

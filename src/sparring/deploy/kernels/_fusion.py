@@ -1,4 +1,4 @@
-"""What a runtime executes: a program's steps, with pooling, residual and ReLU fused into the layer before them."""
+"""Fuse pooling, residual sums and ReLU of a program into the layers before them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where values lie in memory, and how a layer's output is cut into tiles of vectors."""
+"""Memory layouts of values, and how the output of a layer is split into tiles of vectors."""
 
 from __future__ import annotations
 

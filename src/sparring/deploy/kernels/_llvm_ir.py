@@ -1,4 +1,4 @@
-"""A few words of LLVM IR: loops, addresses, vectors. Kernels are written in them."""
+"""Building blocks of LLVM IR: loops, addresses, vectors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Unit(IntEnum):
 
 @dataclass
 class Turn:
-    """A turn of a loop: its number, and the values that go from turn to turn, of which the body assigns the next.
+    """A turn of a loop: its number, and the values that the body passes to the next turn.
 
     After the loop: the first number that was not run, and the values that came out.
     """

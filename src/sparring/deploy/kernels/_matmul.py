@@ -1,4 +1,4 @@
-"""The kernels of layers, and the tables that those of one image read.
+"""Kernels of layers, and the tables that the kernels for one image read.
 
 A vector holds `lanes` floats: neighbouring pixels of one image (the "planes" layout), or one pixel of as many images
 (the "tiles" layout). A kernel does not know which: it knows byte offsets.

@@ -1,4 +1,4 @@
-"""Turn LLVM IR into functions of the host processor, and keep the machine code in a private, hashed cache."""
+"""Compile LLVM IR to functions of the host processor, and cache the machine code in a private, hashed folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _processor() -> tuple[str, str]:
     host = str(_llvm().get_host_cpu_name()), str(_llvm().get_host_cpu_features().flatten())
     cap = os.environ.get("SPARRING_CPU", "")
     if cap and cap not in CAPS:
-        raise UserError(f"SPARRING_CPU caps the kernels at {' or '.join(CAPS)}, not at '{cap}'; unset it for the best")
+        raise UserError(f"SPARRING_CPU must be {' or '.join(CAPS)}, not '{cap}'; unset it to use all instructions")
     better, *capped = CAPS.get(cap, ("", *host))
     return (capped[0], capped[1]) if better in host[1].split(",") else host
 

@@ -1,4 +1,4 @@
-"""The peak of one core: fused multiply-adds on registers alone, so that no memory limits them."""
+"""The peak speed of one core: fused multiply-adds on registers only."""
 
 from __future__ import annotations
 

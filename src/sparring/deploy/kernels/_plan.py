@@ -1,4 +1,4 @@
-"""From tasks to kernel calls: places in the arena, kernels for the geometries, and the tables they read."""
+"""Plan kernel calls: memory of values, kernels for the shapes, and the tables they read."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Timing: one network in every engine that is installed, side by side, and which of them to ship."""
+"""Time a network in every installed engine, and recommend one."""

@@ -1,4 +1,4 @@
-"""Latency, throughput and bytes of one network in every engine that is installed, and which of them to ship."""
+"""Latency, throughput and size of a network in every installed engine, and which engine to ship."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _packed_seconds(network: Network, sparsity: float, x: np.ndarray) -> float:
 
 
 def what_to_ship(found: Bench) -> list[str]:
-    """Say which engine to ship on this machine, a sentence for each batch size, and from where the sparse one wins."""
+    """Recommend an engine for each batch size, with the sparsity from which the sparse kernels are faster."""
     told = []
     for batch in dict.fromkeys(row.batch for row in found.rows):
         best, exact = found.fastest(batch, exact=False), found.fastest(batch, exact=True)

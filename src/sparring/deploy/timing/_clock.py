@@ -1,4 +1,4 @@
-"""Time calls in turns on one core, and measure what that core can do."""
+"""Time calls in turns on one core, and measure the speed of the core."""
 
 from __future__ import annotations
 

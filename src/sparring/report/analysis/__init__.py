@@ -1,1 +1,1 @@
-"""What the records of a study show, as numbers and verdicts."""
+"""Analyse the records of a study: numbers and verdicts."""

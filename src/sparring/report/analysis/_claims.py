@@ -1,4 +1,4 @@
-"""The ledger's claims: which comparison of this study speaks for or against each."""
+"""The claims of the ledger, and the comparison of a study that tests each of them."""
 
 from __future__ import annotations
 

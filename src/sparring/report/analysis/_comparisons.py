@@ -1,4 +1,4 @@
-"""Two things on the same images: a method and another, an artefact and its network, a proof and an attack."""
+"""Comparisons on the same images: two methods, an artefact and its network, a proof and an attack."""
 
 from __future__ import annotations
 

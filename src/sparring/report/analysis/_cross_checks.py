@@ -1,4 +1,4 @@
-"""Hold a network's attacks against one another: where a weaker one does better, the stronger one is not to be believed.
+"""Compare a network's attacks with each other: if a weaker attack does better, the stronger one is unreliable.
 
 Records are judged one by one when they are made; these doubts need two of them and are found from the records alone.
 """

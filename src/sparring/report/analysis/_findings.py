@@ -1,4 +1,4 @@
-"""What a study found: curves over the dense control, the sparsities that matter, and the ledger's effects."""
+"""Findings of a study: curves over the dense control, important sparsities, and the effects of the ledger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study of linear classifiers: every classifier on every group of classes, means over pairs, and the ledger."""
+"""Linear studies: every classifier on every group of classes, means over pairs, and the ledger."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LinearStudy:
 
     @property
     def ways(self) -> list[tuple[str, str]]:
-        """Return every loss and way to sparsity of which there are pairs."""
+        """Return every loss and kind of sparsity that has pairs."""
         return [(loss, path) for loss in self.losses for path in PATHS if self.steps(loss, path) and self.pairs(loss)]
 
     def of(self, loss: str) -> list[Group]:

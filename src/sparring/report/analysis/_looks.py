@@ -1,4 +1,4 @@
-"""At which look a study stands: what was judged before in its folder, what its plan dropped, whether it was registered.
+"""Looks at a study: earlier reports on its folder, sparsities that its plan dropped, and its registration.
 
 A look is a plan with its records, judged. The same plan with the same records is the same look, however often its
 report is made; another one is written to history.jsonl. Later looks pay more for every p-value (`look_price`).

@@ -1,4 +1,4 @@
-"""The metrics of a study as per-image values: which there are, and the arrays behind each."""
+"""Metrics of a study as values per image."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class PerImage:
     failed: Floats | None = None
 
     def at(self, images: NDArray[np.int64]) -> PerImage:
-        """Return the part on the given images, all of which must be here."""
+        """Return the part on the given images; raise if one is missing."""
         if np.array_equal(images, self.images):
             return self
         order = np.argsort(self.images)

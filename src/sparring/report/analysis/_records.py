@@ -1,4 +1,4 @@
-"""Put together what a folder says of a study: its plan, its networks and their records. Nothing else is opened."""
+"""Collect the plan, networks and records of a study's folder."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Sparse activations: the modules that make them, and how sparse activations are."""
+"""Sparse activations: modules that create them, and measurements of them."""

@@ -1,4 +1,4 @@
-"""Modules that make activations sparse, each in the place of a ReLU: what they do, and how they get there."""
+"""Modules that make activations sparse and replace ReLUs."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class _Tracer(fx.Tracer):
 
 
 def insert(model: nn.Module, factory: Callable[[], nn.Module], *, spare: Collection[str] = ()) -> nn.Module:
-    """Return a copy of a model with a module of the factory's in the place of every ReLU, module or function.
+    """Return a copy of a model in which a module of the factory replaces every ReLU, module or function.
 
     Parameters keep their names and values. A model whose ReLUs are modules, each used once, keeps its class; otherwise
     it is traced. `spare` names ReLUs that stay: a module's path, or "relu", "relu_1", ... for functions in the order of

@@ -1,4 +1,4 @@
-"""Listen to activations: how many are zero after each nonlinearity, which units are dead, and a penalty."""
+"""Measure activations: zeros after each nonlinearity, dead units, and a penalty."""
 
 from __future__ import annotations
 

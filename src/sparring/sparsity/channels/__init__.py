@@ -1,1 +1,1 @@
-"""Whole channels: which layers share them, and networks really made smaller."""
+"""Whole channels: which layers share them, and how to remove them."""

@@ -1,10 +1,9 @@
-"""Whole channels: which can go together, what must be silent for that, and the smaller network that is left.
+"""Remove whole channels: which can be removed together, under which conditions, and the smaller network.
 
-`coupling` says which channels of which layers are one unit. Whether the model's own forward() can do without some, and
-gives the same logits then, is tried before it is promised: channels of which it is not so stay, with the reason. A unit
-that is gone may leave a constant behind (an activation that is not zero at zero, normalisation without parameters): the
-bias of the layer that reads it takes it over where it is the same everywhere, and it stays where it is not, as at the
-border of a padded convolution.
+`coupling` returns the channels that form one unit. A trial verifies that the model's own forward() works without them
+and returns the same logits; other channels stay, and the reason is given. A removed unit may leave a constant (an
+activation that is not zero at zero, normalisation without parameters). If the constant is the same everywhere, the bias
+of the next layer replaces it. Otherwise, as at the border of a padded convolution, the unit stays.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Which channels of a network go together: the dependency graph of channel removal, read off `graph.lower`'s nodes.
+"""The dependency graph of channel removal, derived from the nodes of `graph.lower`.
 
-Every value of an image at every node bears the number of its *unit*: what a layer writes in one output channel is one.
-Values that are added or multiplied have one unit, what a depthwise or grouped convolution reads and writes has one a
-group, and what moves values moves their numbers: such an operation is run on the numbers themselves. Unit 0 stays,
-as images, classes and whatever is mixed without weights do.
+Every value of an image at every node has the number of its *unit*. The values of one output channel of a layer form a
+unit. Values that are added or multiplied share a unit, and so do inputs and outputs of a group of a depthwise or
+grouped convolution. Operations that move values are run on the numbers themselves. Unit 0 stays: images, classes, and
+values that are mixed without weights.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class _Walk:
         return nn.functional.pad(x, list(op.options["pad"]))
 
     def found(self) -> Coupling:
-        """Return what stands together, numbered anew."""
+        """Return the groups with new numbers."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 

@@ -1,1 +1,1 @@
-"""How masks come about during training: gradual schedules, and methods that move masks."""
+"""Pruning during training: schedules, and methods that change masks."""

@@ -132,7 +132,7 @@ def dynamic_network_surgery(
     With `sparsity`, T instead follows the magnitudes so that the cubic schedule reaches that sparsity, with the same
     hysteresis and probability, and the last surgery is exact; `c_rate` is not used then.
 
-    One pruner serves one training: it remembers thresholds, and `series()` tells what was pruned and spliced when.
+    One pruner serves one training: it remembers thresholds, and `series()` returns what was pruned and spliced when.
     Raise UserError for values out of range and for a rule whose structure is not Unstructured.
     """
     rule = rule or Rule()

@@ -1,4 +1,4 @@
-"""Pruners that cut by a score: along a schedule, at once or in rounds that rewind; Bernoulli masks; proximal steps."""
+"""Pruners by score: along a schedule, at once, or in rounds with rewinding; Bernoulli masks; proximal steps."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def proximal(
     stop: float = 0.6,
     rule: Rule | None = None,
 ) -> Pruner:
-    """Train with an l_1 penalty by proximal steps, then keep the largest weights (Parikh & Boyd 2014, section 6.5.2).
+    """Train with an l1 penalty by proximal steps, then keep the largest weights (Parikh & Boyd 2014, section 6.5.2).
 
     After every optimiser step from start to stop, all weights move towards zero by `strength` (learning rate ×
     penalty) and stop there; at `stop` the network is pruned to `sparsity` by magnitude, and fine-tuned from then on.
@@ -201,8 +201,8 @@ def iterative(
 
     With `rewind` "weights" all parameters and buffers go back, after every round, to what they were when the fraction
     `rewind_at` of the first part was over (Frankle et al. 2020, algorithm 1); with "learning-rate" they stay (Renda et
-    al. 2020, section 3). Both want the learning rate to start anew in each part, which a training loop that knows the
-    attribute `cycles` does. One pruner serves one training. Raise UserError for values out of range.
+    al. 2020, section 3). Both need a learning-rate schedule that restarts in each part, as training loops with the
+    attribute `cycles` do. One pruner serves one training. Raises UserError for values out of range.
     """
     check_sparsity(sparsity)
     if rounds < 1 or not 0 <= rewind_at <= 1:

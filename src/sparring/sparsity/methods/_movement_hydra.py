@@ -1,4 +1,4 @@
-"""Scores that are learned while training: movement pruning and HYDRA."""
+"""Scores that are learned during training: movement pruning and HYDRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse from scratch with a fixed number of weights that move: SET and RigL."""
+"""Sparse training from scratch with a fixed number of weights: SET and RigL."""
 
 from __future__ import annotations
 

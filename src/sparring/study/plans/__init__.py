@@ -1,1 +1,1 @@
-"""What a plan may say, and the tasks that follow from it."""
+"""Plans, and the tasks that follow from them."""

@@ -1,4 +1,4 @@
-"""What is done before a plan runs: refuse what its network cannot have, and guess how long it will take here."""
+"""Check a plan before it runs: refuse what its network does not support, and estimate the time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan says everything about a study: data, model, recipe, seeds, sparsities, pruning, attacks. It is a TOML file."""
+"""A plan describes a study: data, model, recipe, seeds, sparsities, pruning, attacks. It is a TOML file."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Plan:
         if self.linear and self.model.name != "linear":
             raise PlanError(f'[[linear]] tables need model = "linear", not "{self.model.name}"')
         if not self.pruning and not self.activation:
-            raise PlanError("the plan prunes nothing: give at least one [[pruning]] or [[activation]] table")
+            raise PlanError("the plan prunes nothing; add a [[pruning]] or [[activation]] table")
         for group in (self.sparsities, *(p.sparsities or () for p in self.pruning)):
             for sparsity in group:
                 if not 0 < sparsity < 1:
@@ -114,20 +114,20 @@ class Plan:
         shown = [at_checkpoint(label, one) for label in (*labels, *CELLS) for one in dict.fromkeys(self.checkpoints)]
         for label in shown:
             if shown.count(label) > 1:
-                raise PlanError(f"two methods bear the label '{label}'; give each [[pruning]] a label of its own")
+                raise PlanError(f"two methods have the label '{label}'; give each [[pruning]] table its own label")
         if not self.sparsities and any(not p.ends_by_itself and p.sparsities is None for p in self.pruning):
-            raise PlanError("sparsities is empty, so nothing would be pruned; name some")
+            raise PlanError("sparsities is empty, so nothing would be pruned; add some")
         for attack in (*self.attacks, *self.transfer, *(s.judge for s in self.shipped)):
             check_attack(attack)
         self._check_methods({*shown, *labels, *CELLS})
         for pruning in self.pruning:
             if pruning.ends_by_itself and pruning.sparsities is not None:
                 own = "layers lead" if pruning.c_rate is None else "c_rate leads"
-                raise PlanError(f"'{pruning.title}' ends where its {own}; give that or sparsities, not both")
+                raise PlanError(f"'{pruning.title}' ends where its {own}; give this or sparsities, not both")
             for asked in pruning.grid(self.sparsities) or (0.5,):
                 build_pruner(pruning, asked)
         if self.controls.wide_sparse and self.pruning and self.first_to_a_sparsity is None:
-            raise PlanError("controls.wide_sparse needs a [[pruning]] table that can be asked for a sparsity")
+            raise PlanError("controls.wide_sparse needs a [[pruning]] table with a sparsity")
 
     def _check_methods(self, known: set[str]) -> None:
         """Raise UserError for a table that is narrowed to a method that the plan does not have."""
@@ -164,7 +164,7 @@ class Plan:
         except tomllib.TOMLDecodeError as error:
             raise PlanError(f"{source} is not valid TOML: {error}") from error
         except RecursionError as error:
-            raise PlanError(f"{source} is nested too deeply; no plan needs that") from error
+            raise PlanError(f"{source} is nested too deeply") from error
 
     @staticmethod
     def from_table(table: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "plan") -> Plan:
@@ -208,7 +208,7 @@ def refuse_another(out: Path, kept: Mapping[str, Any], table: Mapping[str, Any])
     for name in FOUNDATIONS:
         if kept.get(name) != table.get(name):
             raise PlanError(
-                f"{out} belongs to another plan: its {name} is {kept.get(name)}, this one's is "
+                f"{out} belongs to another plan: its {name} is {kept.get(name)}, but this plan has "
                 f"{table.get(name)}; choose another folder with --out"
             )
 
@@ -261,7 +261,7 @@ def override_(table: dict[str, Any], override: str) -> None:
     """Write one KEY=VALUE (VALUE in TOML, or a bare word) into a nested table, in place."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise PlanError(f"--set takes KEY=VALUE, as in --set seeds=5; '{override}' has no '='")
+        raise PlanError(f"--set takes KEY=VALUE, such as --set seeds=5; '{override}' has no '='")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -291,7 +291,7 @@ def _step(place: Any, part: str, key: str) -> Any:
 
 def _index(place: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(place):
-        raise PlanError(f"--set {key}: '{part}' is not a place in a list of {len(place)}, counted from 0")
+        raise PlanError(f"--set {key}: '{part}' is not an index of a list with {len(place)} entries, counted from 0")
     return int(part)
 
 

@@ -1,4 +1,4 @@
-"""The tables of a plan: what may be said of networks, pruning, attacks, proofs and controls."""
+"""The tables of a plan: settings of networks, pruning, attacks, proofs and controls."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ class TrainingSettings:
         in_range("training.steps", self.steps, 1, 10_000)
         in_range("training.beta", self.beta, 0, 1e6)
         if self.ramp is not None and not 0 < self.ramp <= 1:
-            raise PlanError(f"training: ramp is a share of the training, above 0 and up to 1, not {self.ramp}")
+            raise PlanError(f"training: ramp is a fraction of the training, above 0 and at most 1, not {self.ramp}")
         if self.ramp is not None and self.loss == "standard":
-            raise PlanError("training: ramp is for eps to grow, and the standard loss has none; drop it")
+            raise PlanError("training: the standard loss has no eps, so ramp has no effect; remove it")
         in_range("training.kappa", self.kappa or 0.0, 0, 1)
         in_range("training.stability", self.stability or 0.0, 0, 1e6)
         if not self.certified and (self.kappa is not None or self.stability is not None):
-            raise PlanError("training: kappa and stability belong to the losses ibp and crown-ibp; drop them")
+            raise PlanError("training: kappa and stability need the loss ibp or crown-ibp; remove them")
         if self.certified and (self.norm != "linf" or self.label_smoothing):
-            raise PlanError("training: ibp and crown-ibp take the norm linf and no label_smoothing")
+            raise PlanError("training: ibp and crown-ibp need the norm linf and do not support label_smoothing")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class AttackSettings(Narrowed):
         super().__post_init__()
         for option in _COUNTS:
             if getattr(self, option) is not None and option in (self.options or {}):
-                raise PlanError(f"attack '{self.name}': {option} is given twice, alone and in options; drop one")
+                raise PlanError(f"attack '{self.name}': {option} is given twice, alone and in options; remove one")
 
     def settings(self) -> dict[str, Any]:
         """Return the attack's own options that the plan sets."""
@@ -289,7 +289,7 @@ class ActivationSettings:
         if self.kind not in ACTIVATIONS and self.kind != "l1-penalty":
             raise UnknownNameError("activation sparsity", self.kind, [*ACTIVATIONS, "l1-penalty"])
         if not (self.train or self.test):
-            raise PlanError(f"activation '{self.kind}' is to act neither in training nor in tests; set train or test")
+            raise PlanError(f"activation '{self.kind}' is disabled in both training and tests; set train or test")
         _check_narrowing("activation", self.seeds, levels=self.levels)
         for level in self.levels:
             if self.kind in ACTIVATIONS:
@@ -305,11 +305,11 @@ class ActivationSettings:
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """Add the baselines that keep one honest (design.md, section 6, trap 7).
+    """Add baselines for a fair comparison (design.md, section 6, trap 7).
 
-    `decays` are the weight decays of dense controls, of which validation accuracy chooses one; `small_dense` and
+    `decays` are weight decays of dense controls; validation accuracy chooses one of them. `small_dense` and
     `wide_sparse` list sparsities: a dense network with as many weights as the sparse one keeps, and a wider network
-    pruned at that sparsity to as many weights as the dense one has.
+    that is pruned at this sparsity to as many weights as the dense one has.
     """
 
     decays: tuple[float, ...] = ()
@@ -330,7 +330,7 @@ class ControlSettings:
 class LinearPaths:
     """Train one loss with both penalties along `l1` and `l2`, and prune by `magnitude` what validation accuracy chose.
 
-    `l1` and `l2` are inverse penalty strengths (scikit-learn's C), `magnitude` sparsities, `eps` budgets in l_inf.
+    `l1` and `l2` are inverse penalty strengths (scikit-learn's C), `magnitude` sparsities, `eps` budgets in linf.
     Every pair of `classes` (none: of all) is studied, and all of them at once; `train_images` and `images` are the most
     that a group trains on and is judged on. `tolerance` is the solver's.
     """
@@ -355,7 +355,7 @@ class LinearPaths:
         if self.images < 2 or self.train_images < 2:
             raise PlanError("[[linear]]: images and train_images must be 2 or more")
         if self.classes is not None and (len(set(self.classes)) != len(self.classes) or len(self.classes) < 2):
-            raise PlanError("[[linear]]: classes must be two or more different ones")
+            raise PlanError("[[linear]]: classes must list two or more different classes")
 
     def groups(self, classes: int) -> list[tuple[int, ...]]:
         """Return all studied classes at once, then every pair, of a data set with so many classes.
@@ -396,11 +396,11 @@ def check_attack(attack: AttackSettings) -> None:
     function = attack_named(attack.name)
     facts = facts_of(function)
     if attack.name in ATTACKS and facts.kind == "budget" and not attack.eps:
-        raise PlanError(f"attack '{attack.name}' needs a budget: give eps, as eps = [0.03] or eps = [\"8/255\"]")
+        raise PlanError(f"attack '{attack.name}' needs a budget; give eps, such as eps = [0.03] or eps = [\"8/255\"]")
     if attack.eps and not takes(function, "eps"):
-        raise PlanError(f"attack '{attack.name}' takes no eps: it looks for the smallest perturbation; drop eps")
+        raise PlanError(f"attack '{attack.name}' is a minimum-norm attack and takes no eps; remove eps")
     if attack.norm not in facts.norms:
-        raise PlanError(f"attack '{attack.name}' is for {' and '.join(facts.norms)}, not for {attack.norm}")
+        raise PlanError(f"attack '{attack.name}' supports only {' and '.join(facts.norms)}, not {attack.norm}")
     for eps in attack.eps:
         Threat(parse_norm(attack.norm), eps)
     in_range(f"attack '{attack.name}': images", attack.images, 1, 1_000_000)
@@ -440,7 +440,7 @@ def _check_narrowing(table: str, seeds: int | None, **lists: tuple[Any, ...] | N
     in_range(f"{table}.seeds", 1 if seeds is None else seeds, 1, 1000)
     for name, values in lists.items():
         if values is not None and not values:
-            raise PlanError(f"{table}.{name} is empty, so nothing would be done; leave it out, or name some")
+            raise PlanError(f"{table}.{name} is empty, so it has no effect; remove it, or add some")
 
 
 def in_range(name: str, value: float, low: float, high: float) -> None:

@@ -1,4 +1,4 @@
-"""Turn a plan into cells and tasks. A task's key is the hash of all that its result depends on, and of nothing else."""
+"""Turn a plan into cells and tasks. The key of a task is the hash of exactly its inputs."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _refuse_endless(plan: Plan, data: DataFacts) -> None:
     if cells * (2 + attacks) > MAX_TASKS:
         raise PlanError(
             f"the plan has about {cells * (2 + attacks)} tasks, more than the {MAX_TASKS} that fit one study; "
-            "raise shard, or divide it into several plans and merge their folders"
+            "increase shard, or split the plan and merge the folders"
         )
 
 

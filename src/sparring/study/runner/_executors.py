@@ -1,4 +1,4 @@
-"""Run tasks, each on one thread: in this process, or in local processes; cluster.py runs them on Ray."""
+"""Run tasks with one thread each, in this process or in local processes; `_ray` runs them on a cluster."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class TaskOutcome:
 class Done:
     """Report a finished task: an outcome, or the error that ended it, and the seconds it took.
 
-    The outcome's tensors travel as `content`, the bytes of a safetensors file: torch would send them through shared
-    memory, of which containers have little. `stops` says that storage failed, so that the study must end.
+    The outcome's tensors are sent as `content`, the bytes of a safetensors file, because torch would use shared memory,
+    which is small in containers. `stops` means that storage failed and the study must end.
     """
 
     task: Task[Inputs]
@@ -114,7 +114,7 @@ def perform(work: Work, task: AnyTask) -> Done:
         error = f"{problem} ({where})" if where and where not in str(problem) else str(problem)
         stops = isinstance(problem, StorageError)
     except (MemoryError, torch.OutOfMemoryError):
-        error = "out of memory: use a smaller batch_size, or fewer workers"
+        error = "out of memory; use a smaller batch_size or fewer workers"
     except BaseException as problem:  # a user's factory or pruner may do anything; it fails this cell alone
         if isinstance(problem, KeyboardInterrupt) or (isinstance(problem, SystemExit) and problem.code == TERMINATED):
             raise
@@ -197,7 +197,14 @@ class Processes:
         self.deaths[task.key] = self.deaths.get(task.key, 0) + 1
         if self.deaths[task.key] >= MAX_DEATHS:
             code = worker.process.exitcode
-            return [Done(task, None, f"its process died {MAX_DEATHS} times (exit code {code}): out of memory?", 0.0)]
+            return [
+                Done(
+                    task,
+                    None,
+                    f"its process crashed {MAX_DEATHS} times (exit code {code}); it may be out of memory",
+                    0.0,
+                )
+            ]
         self.submit(task)
         return []
 

@@ -1,4 +1,4 @@
-"""Run tasks on a Ray cluster; data and tensors travel through its object store, so no shared file system is needed.
+"""Run tasks on a Ray cluster. Data and tensors use its object store, so no shared file system is needed.
 
 The driver alone writes the output folder. Ray tries a task again elsewhere when its worker or node is lost.
 """
@@ -102,7 +102,7 @@ def _perform(
     if versions != _versions():
         raise UserError(
             f"a node of the cluster has sparring {_versions()[0]} and torch {_versions()[1]}, the driver "
-            f"{versions[0]} and {versions[1]}; install the same on all"
+            f"{versions[0]} and {versions[1]}; install the same versions on all nodes"
         )
     stage, dataset, factory, device = shared
     context = Context(dataset, dict(zip(task.parents, parents, strict=True)).__getitem__, None, device, factory)
@@ -128,7 +128,7 @@ def _connected(address: str) -> tuple[ModuleType, bool]:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"no Ray cluster at '{address}' ({reason}); start one with `ray start --head`, or leave out --ray"
+            f"no Ray cluster at '{address}' ({reason}); start one with `ray start --head`, or omit --ray"
         ) from error
     if main and before is not None:
         signal.signal(signal.SIGTERM, before)  # Ray's own would end the driver without a word

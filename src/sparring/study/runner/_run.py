@@ -1,4 +1,4 @@
-"""Run a plan: lay out its tasks, skip what is done, run the rest, write records; killed and run again, it goes on."""
+"""Run a plan: list its tasks, skip finished ones, run the rest and write records; a rerun resumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Progress:
 
 
 def progress(out: str | Path) -> Progress:
-    """Say how far a study is, without disturbing whoever runs it; raise UserError if `out` is no study's folder."""
+    """Return the progress of a study; safe while it is running; raise UserError if `out` is no study's folder."""
     content, store = read_plan(out), Store(out)
     keys = sorted({key for cell in content.cells for key in cell.tasks})
     stages: Counter[str] = Counter()
@@ -70,8 +70,8 @@ def register(plan: Plan, out: str | Path) -> dict[str, Any]:
             return known[-1]
         if any(store.records.iterdir()):
             raise PlanError(
-                f"{store.out} holds records already, and registering is done before the first; choose another folder "
-                "with --out, or leave --register out"
+                f"{store.out} has records already, but a plan must be registered before the first; choose another "
+                "folder with --out, or omit --register"
             )
         return append_entry(out, {"kind": "registered", "plan": name, "table": table})
 

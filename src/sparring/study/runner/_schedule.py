@@ -1,4 +1,4 @@
-"""Run tasks that a store lacks, parents before children, as many at a time as an executor takes."""
+"""Run missing tasks, parents before children, as many at a time as an executor takes."""
 
 from __future__ import annotations
 

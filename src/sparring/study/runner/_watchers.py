@@ -1,4 +1,4 @@
-"""Show a study's progress: in one line that rewrites itself, in MLflow and in TensorBoard, both optional extras."""
+"""Show the progress of a study on one line, in MLflow and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 110
 
 
 def show_progress(event: Event) -> None:
-    """Write how far a study is over the last line of stderr; a failed task keeps its line. Pass it as `watch`."""
+    """Write the progress of a study over the last line of stderr; a failed task keeps its line. Pass it as `watch`."""
     record = event.record
     if record is not None and record.error:
         _write(f"failed: {event.label} · {what_of(record)}: {record.error}", "\n")
@@ -27,8 +27,8 @@ def show_progress(event: Event) -> None:
 def _line(event: Event) -> str:
     counts = f"{event.done} of {event.total} tasks done" + (f", {event.failed} failed" if event.failed else "")
     if event.record is None:
-        damaged = f"; damaged, to be made again: {len(event.damaged)}" if event.damaged else ""
-        guess = f"; the rest takes about {event.estimate:.0f} s (a rough guess)" if event.estimate else ""
+        damaged = f"; damaged files to recompute: {len(event.damaged)}" if event.damaged else ""
+        guess = f"; the rest takes about {event.estimate:.0f} s (rough estimate)" if event.estimate else ""
         return counts + damaged + guess
     return f"{counts} · {event.label} · {what_of(event.record)}"
 
@@ -104,7 +104,7 @@ def _forgiving(watch: Watcher, place: str) -> Watcher:
             watch(event)
         except Exception as error:
             broken = True
-            warnings.warn(f"no more progress goes to {place}: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"progress logging to {place} stopped: {error}", RuntimeWarning, stacklevel=2)
 
     return forgiving
 

@@ -1,4 +1,4 @@
-"""Stages that prove things of networks: certificates, Lipschitz constants, exact distances; on the CPU, in double."""
+"""Stages that prove: certificates, Lipschitz constants, exact distances; on the CPU in float64."""
 
 from __future__ import annotations
 

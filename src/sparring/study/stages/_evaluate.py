@@ -1,4 +1,4 @@
-"""Stages that judge networks: sizes and accuracies, attacks, transfer."""
+"""Stages that evaluate networks: sizes and accuracies, attacks, transfer."""
 
 from __future__ import annotations
 
@@ -147,15 +147,15 @@ def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[st
     try:
         packed = deploy.pack(model, shape=tuple(x.shape[1:]), images=x)
     except Unsupported as reason:
-        return None, [{"name": "no-packed-form", "detail": f"attacked through torch: {reason}"}]
+        return None, [{"name": "no-packed-form", "detail": f"attacked in torch: {reason}"}]
     if not packed.program.whole:
-        return None, [{"name": "no-packed-form", "detail": "attacked through torch, which runs parts of it anyway"}]
+        return None, [{"name": "no-packed-form", "detail": "attacked in torch, which runs parts of it anyway"}]
     if not packed.native:  # numpy would round otherwise than what other machines record under this key
         raise UserError("no kernels can be generated here; run the study with --set kernels=torch")
     through = deploy.PackedModule(packed)
     if _agree(model, through, x):
         return through, []
-    return None, [{"name": "packed-form-differs", "detail": "attacked through torch: logits or gradients differ"}]
+    return None, [{"name": "packed-form-differs", "detail": "attacked in torch because logits or gradients differ"}]
 
 
 def _agree(model: nn.Module, through: nn.Module, x: Tensor) -> bool:

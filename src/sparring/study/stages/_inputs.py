@@ -1,4 +1,4 @@
-"""What the result of each stage depends on, and nothing else: frozen values, whose table is recorded and hashed."""
+"""Inputs of each stage: frozen values that are recorded and hashed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Network(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Activation(Part):
-    """Name the module in the place of every ReLU; without `test` it is there in training alone."""
+    """Name the module that replaces every ReLU; without `test` it is there in training alone."""
 
     kind: str
     level: float
@@ -117,7 +117,7 @@ class Proof(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs(Part):
-    """Say of which data (a hash) and which model a task is: the inputs of every stage."""
+    """Identify the data (a hash) and the model of a task: the inputs of every stage."""
 
     stage: ClassVar[str]
     data: str

@@ -1,4 +1,4 @@
-"""Which networks attacks go through: torch, or the packed network's sparse kernels where that is faster."""
+"""Choose where attacks run: in torch, or on sparse kernels if these are faster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage of a linear study: one loss on one group of classes, theory beside attacks at every point of its paths."""
+"""The stage of a linear study: one loss on one group of classes, theory next to attacks along its paths."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class _Images:
 def classify_group(context: Context, task: Task[Linear]) -> TaskOutcome:
     """Train a loss's penalty paths on some of the classes, prune the one that validation accuracy chose, judge all.
 
-    Every classifier is an entry of the series "points"; one of which an identity of the theorem, or an attack's place
-    above the closed form, does not hold raises a flag. The metrics are those of the dense classifier that was pruned.
+    Every classifier is an entry of the series "points". A flag is raised if an identity of the theorem does not hold or
+    an attack falls below the closed form. The metrics are those of the dense classifier that was pruned.
     """
     paths, data = task.inputs.paths, context.dataset
     classes = paths.classes or ()
@@ -78,13 +78,13 @@ def _group(split: Split, classes: Sequence[int], most: int) -> _Images:
     y = torch.searchsorted(torch.tensor(classes), split.y[chosen])
     if torch.unique(y).tolist() != list(range(len(classes))):
         raise UserError(
-            f"some of the classes {list(classes)} have no images in a split; take more images or other classes"
+            f"some of the classes {list(classes)} have no images in a split; use more images or other classes"
         )
     return _Images(as_float(split.x[chosen]), y)
 
 
 def _trained(train: _Images, valid: _Images, paths: LinearPaths) -> tuple[float, list[_Classifier]]:
-    """Return the strength of the l_2 penalty that validation accuracy chose, and every classifier of every path."""
+    """Return the strength of the l2 penalty that validation accuracy chose, and every classifier of every path."""
     loss, tolerance = paths.loss, paths.tolerance
     grids = {"l2": list(paths.l2), "l1": list(paths.l1)}
     found = [
@@ -136,7 +136,7 @@ def _judge(model: nn.Module, test: _Images, valid: _Images, eps: Sequence[float]
 
 
 def _summary(name: str, distances: list[Tensor], eps: Sequence[float]) -> Point:
-    """Return r_inf at every budget and r_2 from exact distances (N,), first in l_inf, then in l_2."""
+    """Return r_inf at every budget and r_2 from exact distances (N,), first in linf, then in l2."""
     shares = {f"{e:g}": float((distances[0] > e).double().mean()) for e in eps}
     return {f"r_inf_{name}": shares, f"r_2_{name}": _mean(distances[1])}
 
@@ -187,12 +187,14 @@ def mismatches(point: Point) -> list[str]:
     found = []
     for name in DISTANCE_ATTACKS:
         if point[f"below_{name}"] > NEAR:
-            found.append(f"{name} came nearer than the exact boxed distance, by {point[f'below_{name}']:.2g} of it")
+            found.append(
+                f"{name} found a distance below the exact boxed distance, by {point[f'below_{name}']:.2g} of it"
+            )
     spare = 1.5 / point["images"]  # one image may lie on the boundary of its ball, to float32
     for budget, robust in point["fgsm"].items():
         exact = point["r_inf_boxed"][budget]
         if robust < exact - spare or (point["theorem"] is not None and robust > exact + spare):
-            found.append(f"accuracy under FGSM at {budget} is {robust:.4f}, its boxed closed form {exact:.4f}")
+            found.append(f"accuracy under FGSM at {budget} is {robust:.4f}, but its boxed closed form {exact:.4f}")
     return found + (_broken_identities(point) if point["theorem"] is not None else [])
 
 

@@ -1,4 +1,4 @@
-"""Build the networks that stages work on, and find the width at which one has a wanted number of weights."""
+"""Build the networks of stages, and find the width at which one has a given number of weights."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def load_network_(model: nn.Module, tensors: Mapping[str, Tensor], *, checkpoint
     if not best:
         place = next(model.parameters()).device
         masks = {name: mask.to(place) for name, mask in part(MASK).items()}
-        refuse_unmasked(model, masks, "its object was not written by a study; run the study again")
+        refuse_unmasked(model, masks, "its object file was not written by a study; rerun the study")
 
 
 def trained(out: str | Path, key: str, *, factory: str | None = None) -> nn.Module:
@@ -124,7 +124,7 @@ def trained(out: str | Path, key: str, *, factory: str | None = None) -> nn.Modu
     """
     record, facts = read_record(out, key), read_plan(out).dataset
     if record is None:
-        raise UserError(f"{out} no longer holds {key}; run the study again")
+        raise UserError(f"{out} no longer has {key}; rerun the study")
     options: dict[str, Any] = {k: tuple(v) if k == "widths" else v for k, v in record.inputs["model"].items()}
     asked = Network(**options)
     if ":" in asked.name and not is_hub_name(asked.name) and factory != asked.name:
@@ -145,7 +145,7 @@ def judged(context: Context, task: Task[Judged]) -> nn.Module:
 
 
 def with_activation(model: nn.Module, activation: Activation) -> nn.Module:
-    """Return a copy of a model with an activation-sparsity module in the place of every ReLU."""
+    """Return a copy of a model in which a sparse activation replaces every ReLU."""
     if activation.kind not in ACTIVATIONS:
         raise UnknownNameError("activation sparsity", activation.kind, [*ACTIVATIONS, PENALTY])
     return insert(model, lambda: ACTIVATIONS[activation.kind](activation.level))
@@ -179,10 +179,10 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
         shape = tuple(images.shape[1:])
         raise UserError(f"the model does not accept {dataset.name}'s images of shape {shape}: {error}") from error
     if bool(logits.isnan().any()):
-        raise UserError(f"the model returns NaN for {dataset.name}'s images: are its weights numbers?")
+        raise UserError(f"the model returns NaN for {dataset.name}'s images; check its weights for NaN")
     if logits.shape[1] != dataset.classes:
         raise UserError(
-            f"the model returns {logits.shape[1]} numbers an image, but {dataset.name} has {dataset.classes} classes: "
+            f"the model returns {logits.shape[1]} numbers per image, but {dataset.name} has {dataset.classes} classes: "
             "do model and data belong together? Where the data have some of its classes, --classes FILE names them all"
         )
 
@@ -211,7 +211,7 @@ def _search(model: Network, shape: tuple[int, ...], classes: int, wanted: int, l
         return _weights(_scaled(model, width), shape, classes)[0]
 
     if ":" in model.name or model.name == "linear":
-        raise PlanError(f"model '{model.name}' has no width, so it has no control of equal size; drop that control")
+        raise PlanError(f"model '{model.name}' has no width, so there is no control of equal size; remove this control")
     for _ in range(40):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if count(middle) < wanted else (low, middle)

@@ -1,4 +1,4 @@
-"""Stages that judge what is shipped: bytes and latency of the artefact, and whether it is as robust as the network."""
+"""Stages that evaluate artefacts: size, latency, and whether they are as robust as their networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of a study by name: each a pure function of a task's inputs, its parents' tensors and the data set."""
+"""The table of stages: pure functions of a task's inputs, its parents' tensors and the data set."""
 
 from __future__ import annotations
 

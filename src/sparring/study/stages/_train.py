@@ -1,4 +1,4 @@
-"""Stages that make networks: dense training, pruning, activation sparsity, and the choice of a weight decay."""
+"""Stages that train: dense training, pruning, sparse activations, and the choice of a weight decay."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def train(context: Context, task: Task[Train] | Task[Given]) -> TaskOutcome:
 
 
 def refuse_constant(model: nn.Module, valid: Split) -> None:
-    """Raise UserError if a model takes all images for one class, though they are of several: it learned nothing."""
+    """Raise UserError if a model predicts one class for all images although they have several."""
     answers = set(predict(model, valid.x).argmax(1).tolist())
     if len(answers) == 1 and len(set(valid.y.tolist())) > 1:
         raise UserError(
-            f"the trained network takes every validation image for class {answers.pop()}, so nothing that is pruned "
-            "from it or attacked would tell anything; train with a lower lr or for more epochs and, under attack, let "
-            "eps grow (ramp = 0.5)"
+            f"the trained network predicts class {answers.pop()} for every validation image, so pruning or attacking "
+            "it is meaningless; train with a lower lr or for more epochs, or let eps grow in adversarial training "
+            "(ramp = 0.5)"
         )
 
 
 def _given(context: Context, weights: WeightsFile, model: nn.Module) -> TaskOutcome:
     if sha256_file(weights.file) != weights.sha256:
-        raise UserError(f"{weights.file} changed while the study ran; run it again")
+        raise UserError(f"{weights.file} changed during the study; rerun it")
     tensors = load_tensors(weights.file)
     load_weights_(model, {k: v for k, v in tensors.items() if not k.startswith("sparring/")})
     return _as_it_is(context, model)
