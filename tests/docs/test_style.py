@@ -53,7 +53,7 @@ def said(path: Path) -> Iterator[str]:
                 yield text
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr) and id(node) not in hidden:
-            yield "".join(part.value if isinstance(part, ast.Constant) else "#" for part in node.values)
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "#" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in hidden | parts:
             yield node.value
 

@@ -29,7 +29,7 @@ class TrainingBounds:
 def training_bounds(
     model: nn.Module, graph: Graph, x: Tensor, y: Tensor, *, eps: float, crown: float = 0.0
 ) -> TrainingBounds:
-    """Bound the margins of images x (N, ...) in [0, 1] over the l_inf ball, differentiably in the model's parameters.
+    """Bound the margins of images x (N, ...) in [0, 1] over the linf ball, differentiably in the model's parameters.
 
     Interval arithmetic with the last layer merged into the margins (IBP, Gowal et al. 2018); of `crown`, a share in
     [0, 1], linear bounds through the last layers on those intervals (CROWN-IBP, Zhang et al. 2020, eq. 8). `graph` is
@@ -68,7 +68,7 @@ def _live(op: Op, model: nn.Module) -> Op:
 
 @torch.no_grad()
 def ibp_initialise_(model: nn.Module, *, generator: torch.Generator) -> None:
-    """Draw the weights of linear and convolutional layers anew, so that intervals keep their width from layer to layer.
+    """Draw the weights of linear and convolutional layers again, so that intervals keep their width from layer to layer.
 
     A normal with deviation √(2π) / fan-in (Shi et al. 2021, section 3.1); biases become zero.
     """

@@ -120,7 +120,7 @@ def decided(
 ) -> float:
     """Bound all rows of some owners: return a lower bound, positive once all are proved.
 
-    `stuck` bounds a sub-problem of which no chord is left; if that does not close it, any unit is split, and it ends
+    `stuck` bounds a sub-problem without a chord; if that does not close it, any unit is split, and it ends
     where all are. `heard` is told the bound, how many are open and how many were bounded.
     """
     queue = Queue()

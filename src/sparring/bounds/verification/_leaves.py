@@ -21,7 +21,7 @@ _FALL = 0.95  # of the rates of ascent, a step
 
 @dataclass(frozen=True, eq=False)
 class Leaves:
-    """N sub-problems: `owner` (N,) says of which rows, `signs` (N, units) is 1 or −1 for units that are split.
+    """N sub-problems: `owner` (N,) gives their rows, `signs` (N, units) is 1 or −1 for units that are split.
 
     alpha, beta (N, K, units): lower slopes and multipliers of the signs; lower (N,): a bound on the largest of the K
     rows; score (N, units): what a split may gain. Units are those that are open in the whole ball.
@@ -92,7 +92,7 @@ class Bounder:
     ) -> Leaves:
         """Ascend on slopes and multipliers; every step is a valid bound, and none is below what was known.
 
-        `refine` uses ball and box at once for l_2, which takes several times as long.
+        `refine` uses ball and box at once for l2, which takes several times as long.
         """
         lines = self._cut(leaves.signs)
         alpha, beta = leaves.alpha.clone().requires_grad_(), leaves.beta.clone().requires_grad_()

@@ -63,7 +63,7 @@ class Question:
 def climbed(asked: Question, start: Tensor, steps: int) -> Tensor | None:
     """Descend on the margins of all alternatives from points (N, ...), and return a counter-example or None.
 
-    Steps go by the gradient's sign, for l_2 along it (Madry et al. 2018), and fall from a quarter of the box to 0.005.
+    Steps go by the gradient's sign, for l2 along it (Madry et al. 2018), and fall from a quarter of the box to 0.005.
     """
     low, high = asked.ball.lower, asked.ball.upper
     count, width = len(asked.rows), (high - low) / 2

@@ -97,7 +97,7 @@ def verify_property(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
 ) -> tuple[Verdict, Case | None]:
-    """Say whether any input of a property's boxes is a counter-example, and of which of its cases.
+    """Say whether any input of a property's boxes is a counter-example, and which of its cases.
 
     The model takes images of `shape`, whose values are the property's inputs in their order. `run` says what the
     network itself gives for images (N, *shape), such as ONNX Runtime; unless given, the model does. Else as `verify`.
