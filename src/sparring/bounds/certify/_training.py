@@ -68,7 +68,7 @@ def _live(op: Op, model: nn.Module) -> Op:
 
 @torch.no_grad()
 def ibp_initialise_(model: nn.Module, *, generator: torch.Generator) -> None:
-    """Draw the weights of linear and convolutional layers again, so that intervals keep their width from layer to layer.
+    """Draw weights of linear and convolutional layers again, so that intervals keep their width over layers.
 
     A normal with deviation √(2π) / fan-in (Shi et al. 2021, section 3.1); biases become zero.
     """
