@@ -30,7 +30,7 @@ def test_the_fields_of_records_are_options(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_command_on_a_model_takes_the_options_of_its_sources(sparring) -> None:  # type: ignore[no-untyped-def]
     for name in ("attack", "certify", "bench", "export", "prune"):
-        shown = sparring(name, "--help").out
+        shown = " ".join(sparring(name, "--help").out.split())
         assert all(option in shown for option in ("--weights", "--data-dir", "--download", "[default: mnist-5k]"))
 
 
