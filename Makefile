@@ -7,6 +7,8 @@ PRESET ?= quick
 OUT ?= out/$(PRESET)
 # What is installed besides: "test", or "all" with Ray, MLflow, TensorBoard and the other attack libraries
 EXTRAS ?= test
+# The versions: those that CI uses, or none for the newest (make suite CONSTRAINTS=)
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 PYTEST := $(BIN)/python -m pytest -q -n auto
@@ -57,12 +59,15 @@ quickstart: study
 numeric: $(READY)
 	@env $$(grep -v '^\#' .ci/$(CAP).env) $(PYTEST) $(NUMERIC)
 
-# What would be published, built and tried in an environment of its own that shares this one's packages
+# What would be published: built, checked, and tried in an environment of its own that shares this one's packages.
+# Needs EXTRAS=all
 wheel: $(READY)
-	@rm -rf build dist && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	@rm -rf build dist && $(BIN)/python -m build --outdir dist . >/dev/null
+	@$(BIN)/python -m twine check --strict dist/*.whl dist/*.tar.gz && $(BIN)/python .ci/contents dist
 	@$(PYTHON) -m venv dist/tried && $(BIN)/python .ci/borrow dist/tried && \
 	  dist/tried/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
-	@cd dist && tried/bin/sparring list >/dev/null && tried/bin/sparring train linear --data digits --out linear.safetensors
+	@cd dist && tried/bin/sparring --version && tried/bin/sparring study quick --set seeds=1 --set 'sparsities=[0.9]' \
+	  --quiet >/dev/null && test -s out/quick/report.html
 
 # Everything, for a night: what pages say of long training, the whole suite under each cap
 nightly: $(READY)
@@ -78,15 +83,15 @@ lint: $(READY)
 types: $(READY)
 	@$(BIN)/mypy
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "sparring needs Python 3.11 or newer; name one with: make study PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRAS)]'
 	@$(if $(filter all,$(EXTRAS)),$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  -c constraints.txt adv-lib)  # it pins visdom, which no longer builds, and torchvision; no attack needs either
+	  $(addprefix -c ,$(CONSTRAINTS)) adv-lib)  # it pins visdom, which no longer builds, and torchvision; no attack needs either
 	@touch $@
 
 clean:
