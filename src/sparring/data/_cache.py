@@ -38,7 +38,7 @@ from ._pixels import (
     Rows,
     Summary,
     available_workers,
-    fill,
+    fill_array,
     fill_file,
     hash_files,
     jobs,
@@ -116,7 +116,7 @@ def _in_memory(source: Source, rows: list[tuple[int, Entry]], how: Rows) -> Deco
     out: Pixels = np.empty((len(rows), *how.shape), np.uint8)
     found = Summary(np.zeros((how.shape[0], 256), np.int64))
     workers = available_workers() if len(rows) > CHUNK else 1
-    for one in work(functools.partial(fill, out, how=how), jobs(source, rows), workers, threads=True):
+    for one in work(functools.partial(fill_array, out, how=how), jobs(source, rows), workers, threads=True):
         found.add(one)
     return Decoded(torch.from_numpy(out), frozenset(found.lossy), tuple(sorted(found.animated)))
 
@@ -156,7 +156,7 @@ def forecast(source: Source, rows: Sequence[tuple[int, Entry]], how: Rows, folde
     for job in jobs(source, sample):
         for one in job:
             began = time.perf_counter()
-            fill(out, [one], how)
+            fill_array(out, [one], how)
             took.append(time.perf_counter() - began)
     seconds = sum(took[1:]) / max(1, len(took) - 1)
     return Forecast(
@@ -268,7 +268,7 @@ class _Cache:
                 del left[row]
         tell = functools.partial(_tell, self.progress, what, len(self.rows), pixels.nbytes)
         tell(len(left))
-        task = functools.partial(fill_file, self._file(making, "pixels"), len(self.rows), how=self.how)
+        task = functools.partial(fill_file, self._file(making, "pixels"), how=self.how)
         todo = jobs(self.source, list(left.items()))
         with self._file(making, "log").open("a") as log, _syncing(pixels, hashes, log) as sync:
             for found in work(task, todo, self.workers, threads=False):

@@ -45,8 +45,8 @@ class Rows:
         """Name an image in messages."""
         return f"{entry.member} in {self.path}"
 
-    def put(self, row: Pixels, picture: Picture, entry: Entry) -> None:
-        """Write an image into its row; raise DataError for one of another size, Coloured for one that is not grey."""
+    def planes(self, picture: Picture, entry: Entry) -> Pixels:
+        """Return an image as its row is; raise DataError for one of another size, Coloured for one that is not grey."""
         channels, *size = self.shape
         if picture.size != tuple(size):
             (height, width), (h, w) = picture.size, size
@@ -55,7 +55,7 @@ class Rows:
             )
         if picture.channels > channels:
             raise Coloured
-        row[...] = picture.planes()  # a grey one into all three channels, where there are so many
+        return picture.planes()  # a grey one goes into all three channels, where there are so many
 
 
 class Found(NamedTuple):
@@ -71,15 +71,15 @@ class Found(NamedTuple):
 Job = list[tuple[int, Entry, bytes | Path]]
 
 
-def fill(out: Pixels, job: Job, how: Rows) -> Found:
-    """Decode images into their rows of an array (N, C, H, W)."""
+def fill(put: Callable[[int, Pixels], None], job: Job, how: Rows) -> Found:
+    """Decode images and put each where its row is."""
     hashes, lossy, animated = [], set[str](), []
     counts = np.zeros((how.shape[0], 256), np.int64)
     with strict():
         for row, entry, content in job:
             data = read(content)
             picture = decode(data, how.name(entry), how.geometry)
-            how.put(out[row], picture, entry)
+            put(row, how.planes(picture, entry))
             hashes.append(hashlib.sha256(data).digest())
             lossy |= {picture.lossy} - {""}
             animated += [entry.member] if picture.animated else []
@@ -88,10 +88,21 @@ def fill(out: Pixels, job: Job, how: Rows) -> Found:
     return Found([row for row, _, _ in job], hashes, sorted(lossy), animated, counts.tolist())
 
 
-def fill_file(file: Path, count: int, job: Job, how: Rows) -> Found:
-    """Decode images into their rows of the array (count, C, H, W) that a file holds."""
-    out = np.memmap(file, np.uint8, "r+", shape=(count, *how.shape))
-    return fill(out, job, how)
+def fill_array(out: Pixels, job: Job, how: Rows) -> Found:
+    """Decode images into their rows of an array (N, C, H, W)."""
+    return fill(out.__setitem__, job, how)
+
+
+def fill_file(file: Path, job: Job, how: Rows) -> Found:
+    """Decode images into their rows of the array that a file holds."""
+    row = np.empty(how.shape, np.uint8)  # stays in the processor's cache; pages of a mapped file cost more than a write
+    with file.open("r+b", buffering=0) as held:
+
+        def put(at: int, planes: Pixels) -> None:
+            row[...] = planes
+            os.pwrite(held.fileno(), row, at * row.nbytes)
+
+        return fill(put, job, how)
 
 
 def hash_files(job: Job) -> list[bytes]:
