@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparring import deploy
 from sparring.cli import _sources
 from sparring.cli._app import DataSource, ModelSource
 from sparring.data import Geometry
@@ -60,7 +61,18 @@ def test_every_command_on_a_trained_network_takes_a_test_split(photos: Path, spa
     assert sparring("certify", net, *given, "--images", 2, "--method", "interval").code == 0
     assert sparring("compare", net, net, *given, "--images", 4, "--eps", 0.01).code == 0
     assert sparring("export", net, "net.sparring", *given, "--images", 4).code == 0
+    assert len(deploy.load("net.sparring").program.provenance["files_hash"]) == 64
     assert sparring("bench", net, *given, "--rounds", 1, "--batches", 1).code == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*no images")  # which names three
+def test_every_file_that_is_not_read_is_named(photos: Path, sparring) -> None:  # type: ignore[no-untyped-def]
+    odd = [f"odd{number}.txt" for number in range(5)]
+    for name in odd:
+        (next(photos.glob("test/*")) / name).write_text("x")
+    given = ("--data", photos, "--classes", photos.parent / "index.json", *PREPARED, "--attacks", "fgsm", "--images", 2)
+    said = [sparring("attack", "photographed:net", *given, *more).err for more in ((), ("--verbose",))]
+    assert [sum(name in one for name in odd) for one in said] == [0, 5]
 
 
 def test_what_cannot_be_said_of_a_test_split_is_refused(photos: Path, sparring) -> None:  # type: ignore[no-untyped-def]

@@ -146,3 +146,13 @@ def test_validation_images_are_drawn_by_a_seed(folder: Path) -> None:
     assert not torch.equal(one.valid.x, two.valid.x) and not torch.equal(one.valid.x, plain.valid.x)
     drawn, taken = (torch.cat([found.train.x, found.valid.x]).sum((1, 2, 3)).sort() for found in (plain, one))
     assert torch.equal(drawn.values, taken.values)
+
+
+def test_files_are_hashed_once_and_not_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Request("test", images=3, identify=True)
+    first = data.load(str(folder), request=asked)
+    monkeypatch.setattr(_cache, "hashes_of", lambda *_: pytest.fail("they were hashed anew"))
+    assert len(first.test.y) == 3 and data.load(str(folder), request=asked).identity == first.identity
+    monkeypatch.undo()
+    (folder / "train" / "a" / "000.png").write_bytes(b"not even an image")
+    assert data.load(str(folder), request=asked).identity != first.identity

@@ -106,7 +106,7 @@ Model = Annotated[
 class DataSource:
     """Options that select a data set and say how its images are prepared.
 
-    The last six apply to a user's own files; networks from timm, torchvision and Hugging Face have their own defaults.
+    The last seven apply to a user's own files; networks from timm, torchvision and Hugging Face have own defaults.
     """
 
     data: Annotated[str, Option(help="Name of a data set, or a path.")] = "mnist-5k"
@@ -118,6 +118,7 @@ class DataSource:
     classes: Classes = None
     limit: Limit = None
     no_cache: NoCache = False
+    verbose: Annotated[bool, Option("--verbose", help="Name every file and row of the data that is not read.")] = False
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def run_export(model: ModelSource, how: ExportOptions, data: DataSource, *, as_j
         raise UserError(f"--format takes packed or onnx, not '{form}'")
     check_out(how.out, ENDINGS[form])
     _check_values(how.values)
-    network, dataset = open_both(model, data, plain=True)
+    network, dataset = open_both(model, data, plain=True, images=how.images, identify=form == "packed")
     write = _write_onnx if form == "onnx" else _write_packed
     told = write(model, network, how, dataset, threat)
     if as_json:
@@ -84,7 +84,7 @@ def _provenance(model: ModelSource, dataset: Dataset) -> dict[str, Any]:
         "model": model.model,
         "weights_sha256": None if file is None else sha256_file(file),
         "data": dataset.name,
-        "data_hash": content_hash(dataset),
+        ("files_hash" if dataset.identity else "data_hash"): content_hash(dataset),
         "sparring": __version__,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,8 @@ def open_data(source: DataSource, request: Request = EVERYTHING) -> Dataset:
     dataset = _loaded(source, request)
     for note in dataset.notes:
         print(note, file=sys.stderr)
+    for why, names in dataset.left_out.items() if source.verbose else ():
+        print(f"{why}:", *names, sep="\n  ", file=sys.stderr)
     if request.parts == "all" and not len(dataset.train.x):
         raise UserError(
             f"'{dataset.name}' has no training images, so it can be used to attack a network but not to train one"
@@ -141,15 +144,16 @@ def open_both(
     plain: bool = False,
     images: int | None = None,
     beside: ModelSource | None = None,
+    identify: bool = False,
 ) -> tuple[nn.Module, Dataset]:
     """Return a model in eval mode and its data; raise UserError, before data are read, for a model that cannot be.
 
     `plain`: in a form that can be looked into. `images`: read only so many test images of a folder. `beside`: a
-    model that is given the same data.
+    model that is given the same data. `identify`: as of `Request`.
     """
     check_named(model)
     models = [model] if beside is None else [model, beside]
-    dataset = open_data(source, request_for(models, source, images=images))
+    dataset = open_data(source, replace(request_for(models, source, images=images), identify=identify))
     network = open_model(model, dataset, download=source.download)[0].eval()
     return plain_form(network) if plain else network, dataset
 

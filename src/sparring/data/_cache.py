@@ -3,7 +3,8 @@
 In the user's cache folder lie, of each set of pixels, NAME.pixels (N, C, H, W), NAME.hashes (the SHA-256 of each
 image's file) and NAME.json, and of each list of files SET.json, which says which pixels are of it. NAME is the hash of
 content: of the files' hashes, of how they are prepared and of what decodes them. So a set that is copied, or whose
-files are touched, has its files hashed again, not decoded. SET-CHANGED.* hold what a run cut short has done.
+files are touched, has its files hashed again, not decoded. SET-CHANGED.* hold what a run cut short has done,
+FILES.files the hashes of files of which none was decoded.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import torch
 from PIL import features
 from torch import Tensor
 
-from ..errors import DataError
-from ..files import canonical_json, explain, lock, read_json, sha256_bytes, write_json
+from ..errors import DataError, UserError
+from ..files import canonical_json, explain, lock, read_bounded, read_json, sha256_bytes, write_atomic, write_json
 from ._decode import Pixels, decode, is_coloured, read, strict
 from ._listing import Entry, Source
 from ._pixels import (
@@ -100,6 +101,22 @@ def hashes_of(source: Source, entries: Sequence[Entry]) -> Pixels:
     for _ in work(task, todo, available_workers(), threads=True):
         pass
     return out
+
+
+def known_hashes(source: Source, entries: Sequence[Entry], where: Path) -> Pixels:
+    """Return the SHA-256 (N, 32) of images' files, which are read once while they stay what they are."""
+    stamps = source.stamps(entries)
+    names = [[entry.member, *stamp] for entry, stamp in zip(entries, stamps, strict=True)]
+    path = (
+        cache_root() / "images" / f"{sha256_bytes(canonical_json([str(where.resolve()), names]).encode())[:32]}.files"
+    )
+    with contextlib.suppress(UserError):
+        if len(data := read_bounded(path, limit=32 * len(entries))) == 32 * len(entries):
+            return np.frombuffer(data, np.uint8).reshape(-1, 32)
+    found = hashes_of(source, entries)
+    with contextlib.suppress(UserError):  # where it cannot be kept, it is found out anew
+        write_atomic(path, found.tobytes())
+    return found
 
 
 def _hash_rows(out: Pixels, job: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import DataError, DataWarning, UserError
 from ..files import canonical_json
-from ._cache import Decoded, any_coloured, decoded, decoders, hashes_of, rows_like_first
+from ._cache import Decoded, any_coloured, decoded, decoders, hashes_of, known_hashes, rows_like_first
 from ._decode import Pixels
 from ._listing import CLASSES, PARTS, Entry, Listing
 from ._pixels import Rows
@@ -58,21 +58,24 @@ def load_images(
         found = _pixels(listing, every, len(order.get("train", ())), path, request, kept, progress)
     except UserError as error:
         raise DataError(str(error)) from error
-    _tell(parts, listing, labels, path, found.animated, told=bool(told))
+    left_out = _tell(parts, listing, labels, path, found.animated, told=bool(told))
     y = torch.tensor([numbers[entry.label] for entry in every])
     sizes = [len(own) for own in order.values()]
     identity = _identity(listing, every, y, sizes, len(labels), found, request)
-    if identity:
+    if request.identify:
+        identity = _files_hash(listing, path)
+    elif identity:
         _tell_shared(found.hashes, sizes, path)
     splits = dict(zip(order, map(Split, torch.split(found.x, sizes), torch.split(y, sizes)), strict=True))
     if drawn is not None and kept:
         splits["test"] = take(splits["test"], drawn)
     extra = sorted(kind for kind in found.lossy if kind not in name.lower())
     notes += [f"{path}: {note}" for note in (told, f"{request.geometry or ''}", counts) if note]
-    return from_splits(
+    made = from_splits(
         "-".join([name, *extra]), splits.get("train"), splits.get("valid"), splits["test"], classes=len(labels),
         class_names=labels, drawn=drawn, notes=notes, counts=found.counts, identity=identity,
     )  # fmt: skip
+    return replace(made, left_out=left_out)
 
 
 def _tell_shared(hashes: Pixels | None, sizes: list[int], path: Path) -> None:
@@ -134,6 +137,14 @@ def _identity(
     digest = hashlib.sha256(canonical_json([what, decoders()]).encode())
     for array in (y.numpy(), hashes):
         digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _files_hash(listing: Listing, path: Path) -> str:
+    """Return the hash of all files of a set, with their parts and labels, of which none is decoded."""
+    every = sorted(listing.entries or listing.flat, key=lambda entry: entry.place)
+    digest = hashlib.sha256(canonical_json([[entry.part, entry.label] for entry in every]).encode())
+    digest.update(known_hashes(listing.source, every, path).data)
     return digest.hexdigest()
 
 
@@ -224,8 +235,8 @@ def _tell(
     animated: Sequence[str],
     *,
     told: bool,
-) -> None:
-    """Warn of files that were not read, frames left out, and classes that a split lacks."""
+) -> dict[str, tuple[str, ...]]:
+    """Return which files were not read, frames left out, and classes that a split lacks, by reason, and warn of it."""
     found = {
         **listing.left,
         "ignored because they are not images": listing.skipped,
@@ -240,10 +251,11 @@ def _tell(
             found[f"classes without images in {part}/"] = [label for label in labels if label not in present]
     if not listed and labels != sorted(labels, key=_as_counted):
         found[f"labels go by the names as text, which is not as one counts; {CLASSES} may say another order"] = labels
-    for what, names in found.items():
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            warnings.warn(f"{path}: {what}: {len(names)} ({shown})", DataWarning, stacklevel=4)
+    left_out = {what: tuple(sorted(names)) for what, names in found.items() if names}
+    for what, every in left_out.items():
+        shown = ", ".join(every[:3]) + (", ..." if len(every) > 3 else "")
+        warnings.warn(f"{path}: {what}: {len(every)} ({shown})", DataWarning, stacklevel=4)
+    return left_out
 
 
 def _as_counted(label: str) -> list[str | int]:

@@ -175,7 +175,8 @@ class Request:
     or else of train/, are those that are tested, which a note says. `images`: decode at most so many test images, the
     first of `fixed_order`. `channels`: 3 to have grey images as colour. `cache`: False to decode all images
     into memory. `limit`: at most so many images by split, as balanced as can be. `valid_seed`: draw the images that
-    are held out for validation, where the data have none.
+    are held out for validation, where the data have none. `identify`: name images in files by all their files,
+    whatever is decoded of them.
     """
 
     parts: Literal["all", "any", "test"] = "all"
@@ -186,6 +187,7 @@ class Request:
     cache: bool = True
     limit: Mapping[str, int] = field(default_factory=dict)
     valid_seed: int | None = None
+    identify: bool = False
 
 
 EVERYTHING = Request()

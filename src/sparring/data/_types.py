@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,8 @@ class Dataset:
     `mean` and `std` are per channel over the training split, for images in [0, 1]. `class_names` is as long as
     `classes`, or empty where the classes have no names. Where only a test split was read, `train` and `valid` hold no
     images, and `mean` and `std` are empty. `drawn` says where in the split the images of `test` are, if only some were
-    read; `notes` say what was read and done. `identity` is the hash of a set too large to be named by its pixels.
+    read; `notes` say what was read and done, `left_out` why which files were not read. `identity` is the
+    hash of a set too large to be named by its pixels.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Dataset:
     drawn: Tensor | None = None
     notes: tuple[str, ...] = ()
     identity: str = ""
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def as_float(x: Tensor) -> Tensor:
