@@ -18,7 +18,7 @@ from sparring.errors import TERMINATED
 def test_the_fields_of_records_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = inspect.signature(_app.certify).parameters
     sources = ["model", "weights", "mean", "std", "data", "data_dir", "download"]
-    sources += ["resize", "crop", "interpolation", "classes", "limit", "no_cache"]
+    sources += ["resize", "crop", "interpolation", "classes", "limit", "no_cache", "verbose"]
     assert list(parameters) == [*sources, "norm", "method", "seconds", "eps", "images", "threads", "json"]
     assert parameters["model"].default is inspect.Parameter.empty and parameters["data"].default == "mnist-5k"
     asked: list[Any] = []

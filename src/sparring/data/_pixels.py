@@ -100,7 +100,7 @@ def fill_file(file: Path, job: Job, how: Rows) -> Found:
 
         def put(at: int, planes: Pixels) -> None:
             row[...] = planes
-            os.pwrite(held.fileno(), row, at * row.nbytes)
+            os.pwrite(held.fileno(), row.data, at * row.nbytes)
 
         return fill(put, job, how)
 
