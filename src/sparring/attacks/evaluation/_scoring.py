@@ -196,6 +196,10 @@ def better(first: Scored, second: Scored) -> tuple[Scored, Tensor]:
     return merged, second.distance < 0.95 * first.distance
 
 
+def _taken(whole: Tensor, rows: Tensor) -> Tensor:
+    return whole if len(rows) == len(whole) else whole[rows]
+
+
 def _put(whole: Tensor, rows: Tensor, part: Tensor) -> Tensor:
     return part if len(part) == len(whole) else whole.index_copy(0, rows, part)
 
@@ -243,7 +247,8 @@ class Best:
     def add_(self, found: Tensor) -> Tensor:
         """Judge examples (N, ...) of the images still open, and keep the better ones; return the images that gained."""
         rows = self.open().nonzero().squeeze(1)
-        merged, more = better(Scored(*(part[rows] for part in self.outcome)), self.judge(found[rows], rows))
+        held = Scored(*(_taken(part, rows) for part in self.outcome))
+        merged, more = better(held, self.judge(_taken(found, rows), rows))
         self.outcome = Scored(*(_put(old, rows, new) for old, new in zip(self.outcome, merged, strict=True)))
         return _put(torch.zeros_like(self.clean_correct), rows, more)
 
@@ -265,7 +270,8 @@ class Best:
     def violations(self, nonfinite: int) -> list[Flag]:
         """Return flags for images beyond box or budget, failed searches, and logits that are no numbers."""
         flags, eps = [], self.order.threat.eps
-        beyond = float((self.outcome.x_adv.clamp(0, 1) - self.outcome.x_adv).abs().max())
+        low, high = self.outcome.x_adv.aminmax()  # no copy of all images
+        beyond = float(torch.maximum(-low, high - 1).clamp(min=0))
         if not beyond <= TOLERANCE:
             flags.append(Flag("box-violation", f"by up to {beyond:.2g}"))
         if eps is not None:
