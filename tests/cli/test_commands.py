@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from sparring.cli import main
 from sparring.models import load_model
 from sparring.records import read_plan
 from sparring.sparsity import sparsity_of
+
+from ..study.pretend_gpu import PretendGPU
 
 TINY = """
 data = "digits"
@@ -170,6 +173,35 @@ def test_train_prune_attack_certify_compare(sparring, tmp_path: Path) -> None:  
     assert worse.code in (0, 1)
     unknown = sparring("compare", dense, sparse, "--data", "digits", "--images", 40, "--max-drop", "acuracy", 1)
     assert unknown.code == 2 and "Did you mean 'accuracy'" in unknown.err
+
+
+def test_commands_run_on_a_gpu_as_on_the_cpu(  # type: ignore[no-untyped-def]
+    sparring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparring.attacks.evaluation._scoring.free_memory", lambda _: 2**30)  # a pretended GPU has none
+    options, found = ("--data", "digits", "--images", 20, "--json"), {}
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        for device in ("cpu", "cuda:0"):
+            made = tmp_path / f"{device[:3]}.safetensors"
+            with PretendGPU() if device != "cpu" else nullcontext():
+                words = ("--data", "digits", "--device", device, "--quiet", "--set", "epochs=1")
+                assert sparring("train", "mlp", "--out", made, *words).code == 0
+                attack = ("attack", made, *options, "--attacks", "pgd", "--checks", 0, "--device", device)
+                attacked = json.loads(sparring(*attack).out)
+                certify = ("certify", made, *options, "--method", "interval", "--device", device)
+                certified = json.loads(sparring(*certify).out)
+            assert attacked["device"] == certified["device"] == device and attacked["dtype"] == "float32"
+            shown = [
+                attacked["results"][0]["robust_accuracy"],
+                certified["radius_median"],
+                certified["distance_median"],
+            ]
+            found[device] = shown, load_model(made)[0].state_dict()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    (first, weights), (second, others) = found.values()
+    assert first == second and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def test_a_network_is_pruned_under_attack(sparring, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -78,6 +78,7 @@ Limit = Annotated[
     Option(help="Use at most N images per split, balanced over classes: N or SPLIT=N, such as train=2000; repeatable."),
 ]
 NoCache = Annotated[bool, Option("--no-cache", help="Decode images into memory instead of the cache folder.")]
+Device = Annotated[str, Option(help="Device: cpu, cuda:0, mps, or auto (a CUDA GPU if there is one).")]
 Eps = Annotated[str, Option(help="Budget of adversarial training, in [0, 1], such as 0.1 or 8/255.")]
 Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, such as 0.1,8/255.")]
 Images = Annotated[int, Option(help="Number of test images.", min=1)]
@@ -145,6 +146,14 @@ class ModelSource:
         return name, Path(file)
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where a model runs, and in which floating-point type."""
+
+    device: Device = "auto"
+    dtype: Annotated[str | None, Option(help="Type: float32, float64, float16, bfloat16 [default: as stored].")] = None
+
+
 def _show_version(asked: bool) -> None:
     """Print the version and end, where it is asked for."""
     if asked:
@@ -183,7 +192,7 @@ class StudySource:
     classes: Classes = None
     limit: Limit = None
     no_cache: NoCache = False
-    device: Annotated[str, Option(help="Device: cpu, cuda:0, or auto (a GPU if there is one).")] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -274,6 +283,7 @@ class FitOptions:
     ] = None
     stability: Annotated[float | None, Option(help="Weight of the ReLU-stability loss, for ibp and crown-ibp.")] = None
     seed: Seed = 0
+    device: Device = "auto"
     threads: Threads = None
     quiet: Quiet = False
 
@@ -349,11 +359,11 @@ class AttackOptions:
 
 
 @command
-def attack(model: ModelSource, data: DataSource, how: AttackOptions, json: Json = False) -> None:
+def attack(model: ModelSource, data: DataSource, how: AttackOptions, where: Where, json: Json = False) -> None:
     """Attack a classifier and print its robust accuracy."""
     from ._attack import run_attack
 
-    run_attack(model, data, how, as_json=json)
+    run_attack(model, data, how, where, as_json=json)
 
 
 @dataclass(frozen=True)
@@ -371,11 +381,11 @@ class CertifyOptions:
 
 
 @command
-def certify(model: ModelSource, data: DataSource, how: CertifyOptions, json: Json = False) -> None:
+def certify(model: ModelSource, data: DataSource, how: CertifyOptions, where: Where, json: Json = False) -> None:
     """Compute certified accuracy and certified radii, next to the results of the strongest attack."""
     from ._attack import run_certify
 
-    run_certify(model, data, how, as_json=json)
+    run_certify(model, data, how, where, as_json=json)
 
 
 @dataclass(frozen=True)
@@ -428,11 +438,11 @@ class CompareOptions:
 
 
 @command
-def compare(how: CompareOptions, data: DataSource, json: Json = False) -> int:
+def compare(how: CompareOptions, data: DataSource, where: Where, json: Json = False) -> int:
     """Compare two studies or models, paired by image. Exit with code 1 unless every --max-drop is shown to hold."""
     from ._attack import run_compare
 
-    return run_compare(how, data, as_json=json)
+    return run_compare(how, data, where, as_json=json)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import attacks, bounds
 from ..data import Dataset, as_float
+from ..devices import Place
 from ..errors import UnknownNameError, UserError
 from ..metrics import distances, robust_accuracy
 from ..records import Folder
@@ -24,31 +26,33 @@ from ..statistics import binomial_interval
 from ..study import chosen_images, configured
 from ..threat import L1, L2, LINF, Threat
 from ..units import norm_name, parse_budgets, parse_eps, parse_norm, percent
-from ._app import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource
+from ._app import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource, Where
 from ._printing import duration, print_json, print_table, shown_count
-from ._sources import SAVED, check_named, open_both, open_data, open_model, request_for
+from ._sources import SAVED, check_named, open_both, open_data, open_model, place_for, request_for
 
 DROPPED = 1
 BUDGETED = ("fgsm", "pgd", "fast")
 DISTANCE = "distance-nearest-l2"
 
 
-def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, *, as_json: bool) -> None:
+def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: Where, *, as_json: bool) -> None:
     """Audit a model; print a row for each attack and budget, with the flags of `how.checks` images' second opinions."""
     norm, budgets = _threats(how.norm, how.eps)
     names = list(dict.fromkeys(part.strip() for part in how.attacks.split(",") if part.strip()))
     if not names:
         raise UserError(f"--attacks takes names separated by commas, such as fgsm,pgd; '{how.attacks}' has none")
-    chosen = configured(names, how.options or ())
+    chosen, place = configured(names, how.options or ()), place_for(where, model)
     network, dataset = open_both(model, data, images=how.images)
+    network = place.model(network)
     x, y = chosen_images(dataset, "test", 0, how.images)
     found = attacks.audit(
-        network, as_float(x), y, chosen, norm=norm, eps=budgets, checks=how.checks, batch_size=how.batch_size,
-        seed=how.seed,
+        network, place.images(as_float(x)), y.to(place.device), chosen, norm=norm, eps=budgets, checks=how.checks,
+        batch_size=how.batch_size, seed=how.seed,
     )  # fmt: skip
     rows = [_row(one) for one in found]
     if as_json:
-        print_json({"model": model.model, "data": dataset.name, "images": len(y), "results": rows})
+        about = {"model": model.model, "data": dataset.name, "images": len(y), **place.facts(network)}
+        print_json({**about, "results": rows})
     else:
         _print_rows(rows)
 
@@ -62,7 +66,7 @@ def _threats(norm_text: str, eps: str) -> tuple[float, tuple[float, ...]]:
 
 
 def _row(audited: attacks.AuditRow) -> dict[str, Any]:
-    threat, result = audited.threat, audited.result
+    threat, result = audited.threat, audited.result.cpu()
     right = result.clean_correct & ~result.success
     found = distances(result.distance, result.clean_correct)
     low, high = binomial_interval(int(right.sum()), len(right))
@@ -102,8 +106,11 @@ def _shown(row: dict[str, Any]) -> list[str]:
     return [row["attack"], row["norm"], eps, percent(row["accuracy"]), robust, *shown, f"{row['seconds']:.1f}"]
 
 
-def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, *, as_json: bool) -> None:
-    """Print certified accuracy, certified radii, and the distances at which `nearest` succeeds."""
+def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where: Where, *, as_json: bool) -> None:
+    """Print certified accuracy, certified radii, and the distances at which `nearest` succeeds.
+
+    Proofs are made on the CPU, of the numbers that the model has after `where.dtype`; the attack runs where it says.
+    """
     norm, budgets = _threats(how.norm, how.eps)
     if how.method is not None and how.method not in bounds.BOUNDS:
         raise UnknownNameError("method", how.method, bounds.BOUNDS)
@@ -111,14 +118,24 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, *, as
         raise UserError("certificates support linf and l2, not l1")
     if not how.seconds > 0:
         raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
+    place = place_for(where, model)
     network, dataset = open_both(model, data, plain=True, images=how.images)
+    network = Place("cpu", place.dtype).model(network)
     x, y = chosen_images(dataset, "test", 0, how.images)
     images, generator = as_float(x), torch.Generator().manual_seed(0)
     method = how.method or _chosen(network, images, norm, how.seconds)
-    attacked = attacks.run(network, images, y, attacks.nearest, Threat(norm), generator=generator)
+    there = place.model(copy.deepcopy(network)) if place.device != "cpu" else network
+    asked = place.images(images), y.to(place.device)
+    attacked = attacks.run(there, *asked, attacks.nearest, Threat(norm), generator=generator).cpu()
     with shown_count("certified images") as progress:
         found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=progress)
-    about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}
+    about = {
+        "model": model.model,
+        "data": dataset.name,
+        "images": len(y),
+        "norm": norm_name(norm),
+        **place.facts(network),
+    }
     if as_json:
         print_json({**about, "method": method, **_as_json(found)})
     else:
@@ -154,13 +171,13 @@ def _print_summary(found: bounds.Summary, norm: str) -> None:
         print(f"median certified radius {found.radius_median:.4g}, {attack}{how_far}")
 
 
-def run_compare(how: CompareOptions, data: DataSource, *, as_json: bool) -> int:
+def run_compare(how: CompareOptions, data: DataSource, where: Where, *, as_json: bool) -> int:
     """Compare two studies' networks or two models; exit code 1 if a drop larger than allowed is not excluded."""
     eps, allowed = parse_eps(how.eps), dict(_drop(text) for text in how.max_drop or ())
     folders = [Folder(Path(name)).plan.exists() for name in (how.first, how.second)]
     if any(folders) and not all(folders):
         raise UserError("compare takes two study folders or two models, not one of each")
-    found = compare(*_sides(how)) if all(folders) else _compare_models(how, eps, allowed, data)
+    found = compare(*_sides(how)) if all(folders) else _compare_models(how, eps, allowed, data, where)
     too_much = broken(found, allowed)
     if as_json:
         print_json({"differences": [asdict(one) for one in found], "broken": too_much})
@@ -188,14 +205,17 @@ def _sides(how: CompareOptions) -> tuple[Side, Side]:
     return Side(Path(how.first), one, low), Side(Path(how.second), other, high)
 
 
-def _compare_models(how: CompareOptions, eps: float, metrics: Iterable[str], data: DataSource) -> list[Difference]:
+def _compare_models(
+    how: CompareOptions, eps: float, metrics: Iterable[str], data: DataSource, where: Where
+) -> list[Difference]:
     models = _with_weights([how.first, how.second], how.weights or [])
     Threat(LINF, eps)  # refuses a budget in other units
     known = {"accuracy", DISTANCE, *(f"{attack}-linf-{eps:g}" for attack in BUDGETED)}
     for metric in set(metrics) - known:
         raise UnknownNameError("metric", metric, known)
     dataset = open_data(data, request_for(models, data, images=how.images))
-    return compare_values(*(_profile(model, dataset, eps, how.images) for model in models), lengths=(DISTANCE,))
+    profiles = (_profile(model, dataset, eps, how.images, place_for(where, model)) for model in models)
+    return compare_values(*profiles, lengths=(DISTANCE,))
 
 
 def _with_weights(names: list[str], weights: list[Path]) -> list[ModelSource]:
@@ -213,14 +233,18 @@ def _with_weights(names: list[str], weights: list[Path]) -> list[ModelSource]:
     return models
 
 
-def _profile(source: ModelSource, dataset: Dataset, eps: float, images: int) -> dict[str, NDArray[np.float64]]:
+def _profile(
+    source: ModelSource, dataset: Dataset, eps: float, images: int, place: Place
+) -> dict[str, NDArray[np.float64]]:
     """Return per-image values of a model: right or wrong, standing under attack or not, smallest distance."""
-    model = open_model(source, dataset)[0].eval()
+    model = place.model(open_model(source, dataset)[0].eval())
     x, y = chosen_images(dataset, "test", 0, images)
+    asked = place.images(as_float(x)), y.to(place.device)
     chosen, generator = {name: attacks.ATTACKS[name] for name in BUDGETED}, torch.Generator().manual_seed(0)
-    rows = attacks.audit(model, as_float(x), y, chosen, eps=[eps], checks=0)[: len(chosen)]
-    nearest = attacks.run(model, as_float(x), y, attacks.nearest, Threat(L2), generator=generator)
-    stands = {f"{row.attack}-linf-{eps:g}": row.result.clean_correct & ~row.result.success for row in rows}
+    rows = attacks.audit(model, *asked, chosen, eps=[eps], checks=0)[: len(chosen)]
+    nearest = attacks.run(model, *asked, attacks.nearest, Threat(L2), generator=generator).cpu()
+    results = {row.attack: row.result.cpu() for row in rows}
+    stands = {f"{name}-linf-{eps:g}": found.clean_correct & ~found.success for name, found in results.items()}
     found = {name: values.double().numpy() for name, values in {"accuracy": nearest.clean_correct, **stands}.items()}
     # An attack that failed on an image says nothing of its distance; the image's width bounds it.
     distance = nearest.distance.double().nan_to_num(posinf=math.sqrt(x[0].numel()))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .. import __version__, attacks, data, models, sparsity
-from ..errors import UnknownNameError
+from ..devices import DEVICES, usable_device
+from ..errors import UnknownNameError, UserError
 from ..facts import ATTACKS, BOUNDS, LIPSCHITZ
 from ..study import available_cores, presets
 from ._printing import print_json
@@ -81,7 +82,7 @@ def _facts(data_dir: Path | None) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.is_available(),
+        "devices": {name: _device(name) for name in DEVICES},
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "disk_free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
@@ -89,6 +90,14 @@ def _facts(data_dir: Path | None) -> dict[str, Any]:
         "extras": {name: _version(name) for name in EXTRAS},
         "data": {name: found.get(name) for name in data.DATASETS},
     }
+
+
+def _device(name: str) -> str | None:
+    try:
+        usable_device(name)
+    except UserError:
+        return None
+    return "tried by the tests" if name == "cpu" else "found; sparring was tried on no such device"
 
 
 def _version(name: str) -> str | None:

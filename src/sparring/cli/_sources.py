@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import data, deploy
 from ..data import EVERYTHING, SPLITS, Dataset, Geometry, Preparation, Request
+from ..devices import Place, place_of
 from ..errors import UnknownNameError, UserError
 from ..files import check_writable, conversion
 from ..graph import GraphModule, from_onnx
@@ -30,7 +31,7 @@ from ..models import (
     takes_moments,
 )
 from ..study import check_fit
-from ._app import DataSource, ModelSource, StudySource
+from ._app import DataSource, ModelSource, StudySource, Where
 from ._printing import shown_bytes
 
 # Extensions of files that hold a whole model: saved for further work, packed for deployment, or written by others.
@@ -156,6 +157,17 @@ def open_both(
     dataset = open_data(source, replace(request_for(models, source, images=images), identify=identify))
     network = open_model(model, dataset, download=source.download)[0].eval()
     return plain_form(network) if plain else network, dataset
+
+
+def place_for(where: Where, source: ModelSource) -> Place:
+    """Return where a model is to run; raise UserError, before anything is read, where it cannot."""
+    if not source.model.endswith(PACKED):
+        return place_of(where.device, where.dtype)
+    if where.device not in ("auto", "cpu") or where.dtype is not None:
+        raise UserError(
+            f"{source.model} runs on the CPU, in the numbers that it was packed in; drop --device and --dtype"
+        )
+    return Place()
 
 
 def plain_form(model: nn.Module) -> nn.Module:

@@ -17,9 +17,10 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from .. import report
+from ..devices import usable_device
 from ..files import check_writable
 from ..records import Folder, Record
-from ..study import Event, Plan, Watcher, progress, run, to_mlflow, to_tensorboard, usable_device, what_of
+from ..study import Event, Plan, Watcher, progress, run, to_mlflow, to_tensorboard, what_of
 from ..study import merge as merge_studies
 from ..study import register as register_plan
 from ._app import DataSource, ModelSource, StudyOptions, StudySource

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..bounds import ibp_initialise_
 from ..data import Dataset, as_float
+from ..devices import place_of
 from ..errors import UnknownNameError, UserError
 from ..files import save_tensors
 from ..metrics import accuracy
@@ -39,6 +40,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     """
     training = _training(options, how.ramp)
     check_out(how.out, ".safetensors")
+    place = place_of(options.device)
     if ModelSource(how.model).named()[1] is not None:
         raise UserError("train starts from new weights; give trained weights to prune or study instead")
     _settings(how.recipe, Recipe)  # refuses what cannot be, before data are read
@@ -46,7 +48,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     dataset = open_data(data, request_for([], data, training=True))
     blueprint = replace(blueprint_for(ModelSource(how.model), dataset), width=how.width, depth=how.depth)
     recipe = _settings(how.recipe, Recipe, own=recipe_settings(how.model, channels=blueprint.shape[0])).recipe
-    model = blueprint.build(seed=options.seed)
+    model = place.model(blueprint.build(seed=options.seed))
     say_fresh(how.model)
     check_fit(model, dataset)
     if training.certified:
@@ -55,7 +57,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     written = _finish(model, blueprint, dataset, result, training, how.out)
     refuse_constant(model, dataset.valid)
     if as_json:
-        print_json({"model": how.model, "data": dataset.name, "written": written})
+        print_json({"model": how.model, "data": dataset.name, "device": place.device, "written": written})
 
 
 def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options: FitOptions, *, as_json: bool) -> None:
@@ -65,20 +67,20 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     if source.model.endswith((PACKED, ONNX)):
         raise UserError(f"{source.model} cannot be pruned further; prune the model that it was exported from")
     pruning = _settings(how.options, PruningSpec, Recipe).pruning[0]
-    pruner = build_pruner(pruning, how.sparsity)
+    pruner, place = build_pruner(pruning, how.sparsity), place_of(options.device)
     check_named(source)
     dataset = open_data(data, request_for([source], data, training=True))
     model, blueprint = open_model(source, dataset, download=data.download)
     own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
     recipe = _settings(how.options, PruningSpec, Recipe, own=own).recipe
-    result = _fit(model, dataset, recipe, how.out, options, training, pruner)
+    result = _fit(place.model(model), dataset, recipe, how.out, options, training, pruner)
     check_reached(pruner, result.masks, pruning.layers or how.sparsity)
     asked = None if pruning.layers else how.sparsity
     print(_removed(result.masks, pruner, model, as_float(dataset.test.x[:2]), asked))
     written = _finish(model, blueprint, dataset, result, training, how.out)
     if as_json:
-        about = {"model": source.model, "data": dataset.name, "sparsity": sparsity_of(result.masks)}
-        print_json({**about, "written": written})
+        about = {"model": source.model, "data": dataset.name, "device": place.device}
+        print_json({**about, "sparsity": sparsity_of(result.masks), "written": written})
 
 
 def _settings(
@@ -128,7 +130,12 @@ def _fit(
         progress=None if options.quiet else _show,
     )
     checkpoint.unlink(missing_ok=True)
-    return result
+    model.cpu()
+    return replace(result, masks=_here(result.masks), best_state=_here(result.best_state))
+
+
+def _here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in tensors.items()}
 
 
 def _show(progress: EpochProgress) -> None:

@@ -26,7 +26,7 @@ from .plans._tables import (
 from .plans._task_graph import DataFacts, lay_out
 from .runner._executors import Executor, InProcess, Processes, Task, TaskOutcome
 from .runner._ray import RayCluster
-from .runner._run import Progress, available_cores, progress, register, run, usable_device
+from .runner._run import Progress, available_cores, progress, register, run
 from .runner._schedule import Event, Watcher, environment, execute
 from .runner._watchers import show_progress, to_mlflow, to_tensorboard, what_of
 from .stages._networks import Context, check_fit, chosen_images, load_network_, trained
@@ -76,6 +76,5 @@ __all__ = [
     "to_mlflow",
     "to_tensorboard",
     "trained",
-    "usable_device",
     "what_of",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,11 @@ class AttackResult:
 
     def _repr_html_(self) -> str:
         return html_table(self.shown())
+
+    def cpu(self) -> AttackResult:
+        """Return the result with its tensors on the CPU."""
+        here: dict[str, Any] = {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **here)
 
 
 def robust_accuracy(result: AttackResult) -> float:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ...data import Dataset, content_hash
+from ...devices import DEVICES
 from ...errors import PlanError
 from ...files import canonical_json, sha256_bytes, sha256_file
 from ...models import hub_version, is_hub_name
@@ -32,8 +33,6 @@ MAX_TASKS = 500_000
 USERS_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 # What keys were first made with, and so are for ever: the package's version is no part of what a result depends on.
 FIRST_KEYS = "0.1.0"
-# Types of device that records may come from.
-DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...data import Dataset, load
+from ...devices import usable_device
 from ...errors import DamageError, PlanError, UserError
 from ...files import canonical_json, sha256_bytes
 from ...history import append_entry, read_history
@@ -20,7 +19,7 @@ from ...records import Cell, PlanFile, Record, Store, read_plan, write_plan
 from ...units import percent
 from ..plans._dry_run import estimate, rehearse
 from ..plans._plan import Plan, refuse_another
-from ..plans._task_graph import DEVICES, DataFacts, Work, lay_out
+from ..plans._task_graph import DataFacts, Work, lay_out
 from ..stages._networks import Context, Factory, fingerprint
 from ..stages._table import perform_stage
 from ._executors import Executor, InProcess, Processes
@@ -123,6 +122,7 @@ def run(
                 labels=_labels(work.cells),
                 origins=_origins(plan, work.cells),
                 foretell=foretell,
+                device=device,
             )
         finally:
             executor.close()
@@ -136,22 +136,6 @@ def _executor(context: Context, workers: int | None, ray: str | None) -> Executo
         raise UserError(f"workers must be 0 or more, not {count}")
     work = functools.partial(perform_stage, context)
     return InProcess(work) if count == 0 or context.device != "cpu" else Processes(work, count)
-
-
-def usable_device(name: str, *, here: bool) -> str:
-    """Return the device that a name means; raise UserError unless it is one that can be used (`here`: tried out)."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-        if here:
-            torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"there is no device '{name}' here ({reason}); try --device cpu") from error
-    if kind not in DEVICES:
-        raise UserError(f"studies do not run on devices of type '{kind}'; use one of {', '.join(DEVICES)}")
-    return name
 
 
 def available_cores() -> int:

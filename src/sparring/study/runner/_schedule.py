@@ -57,14 +57,16 @@ def execute(
     labels: Mapping[str, str] = MappingProxyType({}),
     origins: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     foretell: Callable[[list[AnyTask]], float | None] | None = None,
+    device: str = "cpu",
 ) -> list[Record]:
     """Run tasks (parents first) that the store lacks, and return all records in the tasks' order.
 
-    `labels` and `origins` say by key what a watcher is told and what a record keeps of where a task belongs. A task
+    `labels` and `origins` say by key what a watcher is told and what a record keeps of where a task belongs, `device`
+    where it is done, as records keep too. A task
     whose parent failed is not run and has no record. Raise StorageError where the disk is full or a file that a task
     needs is damaged: what was done before stays done.
     """
-    scheduler = _Scheduler(list(tasks), store, executor, watch, labels, origins)
+    scheduler = _Scheduler(list(tasks), store, executor, watch, labels, origins, device)
     scheduler.recall(retry)
     scheduler.run(foretell)
     return [scheduler.records[task.key] for task in scheduler.order if task.key in scheduler.records]
@@ -80,6 +82,7 @@ class _Scheduler:
     watch: Watcher | None
     labels: Mapping[str, str]
     origins: Mapping[str, dict[str, Any]]
+    device: str
     records: dict[str, Record] = field(default_factory=dict)
     running: dict[str, AnyTask] = field(default_factory=dict)
     waiting: TopologicalSorter[str] = field(default_factory=TopologicalSorter)
@@ -134,7 +137,7 @@ class _Scheduler:
             task.key,
             task.stage,
             task.table(),
-            environment=environment(),
+            environment=environment() | {"device": self.device, "dtype": "float32"},
             times={"seconds": done.seconds},
             origin={**self.origins.get(task.key, {}), "weights": self._hashes(task.parents)},
         )

@@ -1,0 +1,42 @@
+"""Where models run and in which numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sparring.devices import Place, place_of, usable_device
+from sparring.errors import UserError
+
+
+def test_what_is_asked_for_is_where_a_model_runs() -> None:
+    place, x = place_of("cpu", "float64"), torch.rand(2, 3)
+    model = place.model(nn.Linear(3, 2))
+    assert model.weight.dtype == place.images(x).dtype == torch.float64
+    assert place.facts(model) == {"device": "cpu", "dtype": "float64"}
+    half = place_of("cpu", "bfloat16")
+    assert half.model(nn.Linear(3, 2)).weight.dtype == torch.bfloat16
+    assert half.images(x).dtype == torch.float32, "attacks work in single precision; the model's door casts"
+    untouched = nn.Linear(3, 2)
+    assert place_of("cpu").model(untouched) is untouched and untouched.weight.dtype == torch.float32
+
+
+def test_mps_has_no_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="'weight' has double precision, which MPS has not"):
+        Place("mps").model(nn.Linear(3, 2).double())
+    monkeypatch.setattr("sparring.devices.usable_device", lambda name: name)
+    with pytest.raises(UserError, match="MPS has no double precision"):
+        place_of("mps", "float64")
+    assert place_of("mps", "float16").dtype == torch.float16
+
+
+def test_auto_takes_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, name in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert usable_device("auto") == name
+    assert usable_device("cuda:7", here=False) == "cuda:7"
+    with pytest.raises(UserError, match="do not run on devices of type 'meta'"):
+        usable_device("meta")
+    with pytest.raises(UserError, match="type of --dtype"):
+        place_of("cpu", "int8")
