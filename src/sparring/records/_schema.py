@@ -90,7 +90,8 @@ class Record:
 
     `key` is the hash of the stage and its inputs. `origin`, which the first records lack, says what the inputs do not:
     the plan's name, the seed, and under `weights` the SHA-256 of each parent's tensors by key. `environment` holds the
-    versions of sparring and of what it computes with, the device and the type of numbers. `folder` is where the record was read; it is not written.
+    versions of sparring and of what it computes with, the device and the type of numbers. `folder` is where the
+    record was read; it is not written.
     """
 
     key: str
