@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,12 @@ class Place:
                 f"'{wide[0]}' has double precision, which MPS has not; add --dtype float32, or --device cpu"
             )
         return model.to(self.device, self.dtype)
+
+    def task(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+        """Return a model with its images and labels there; off the CPU the model that is given stays where it is."""
+        model = model.to(dtype=self.dtype)
+        there = self.model(model if self.device == "cpu" else copy.deepcopy(model))
+        return there, self.images(x), y.to(self.device)
 
     def images(self, x: Tensor) -> Tensor:
         """Return float images there: in double precision for a model in double precision, else in single."""

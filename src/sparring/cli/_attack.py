@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -43,10 +42,9 @@ def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: 
         raise UserError(f"--attacks takes names separated by commas, such as fgsm,pgd; '{how.attacks}' has none")
     chosen, place = configured(names, how.options or ()), place_for(where, model)
     network, dataset = open_both(model, data, images=how.images)
-    network = place.model(network)
     x, y = chosen_images(dataset, "test", 0, how.images)
     found = attacks.audit(
-        network, place.images(as_float(x)), y.to(place.device), chosen, norm=norm, eps=budgets, checks=how.checks,
+        *place.task(network, as_float(x), y), chosen, norm=norm, eps=budgets, checks=how.checks,
         batch_size=how.batch_size, seed=how.seed,
     )  # fmt: skip
     rows = [_row(one) for one in found]
@@ -109,8 +107,28 @@ def _shown(row: dict[str, Any]) -> list[str]:
 def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where: Where, *, as_json: bool) -> None:
     """Print certified accuracy, certified radii, and the distances at which `nearest` succeeds.
 
-    Proofs are made on the CPU, of the numbers that the model has after `where.dtype`; the attack runs where it says.
+    Proofs are made on the CPU; the attack runs where `where` says.
     """
+    norm, budgets = _provable(how)
+    place = place_for(where, model)
+    network, dataset = open_both(model, data, plain=True, images=how.images)
+    x, y = chosen_images(dataset, "test", 0, how.images)
+    images, generator = as_float(x), torch.Generator().manual_seed(0)
+    method = how.method or _chosen(network, images, norm, how.seconds)
+    task = place.task(network, images, y)
+    attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator).cpu()
+    with shown_count("certified images") as progress:
+        found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=progress)
+    about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}
+    if as_json:
+        print_json({**about, **place.facts(task[0]), "method": method, **_as_json(found)})
+    else:
+        print("{model} on {images} images of {data}: accuracy".format(**about), percent(found.accuracy))
+        _print_summary(found, norm_name(norm))
+
+
+def _provable(how: CertifyOptions) -> tuple[float, tuple[float, ...]]:
+    """Return the norm and the budgets; raise UserError where nothing can be proved of them."""
     norm, budgets = _threats(how.norm, how.eps)
     if how.method is not None and how.method not in bounds.BOUNDS:
         raise UnknownNameError("method", how.method, bounds.BOUNDS)
@@ -118,29 +136,7 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
         raise UserError("certificates support linf and l2, not l1")
     if not how.seconds > 0:
         raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
-    place = place_for(where, model)
-    network, dataset = open_both(model, data, plain=True, images=how.images)
-    network = Place("cpu", place.dtype).model(network)
-    x, y = chosen_images(dataset, "test", 0, how.images)
-    images, generator = as_float(x), torch.Generator().manual_seed(0)
-    method = how.method or _chosen(network, images, norm, how.seconds)
-    there = place.model(copy.deepcopy(network)) if place.device != "cpu" else network
-    asked = place.images(images), y.to(place.device)
-    attacked = attacks.run(there, *asked, attacks.nearest, Threat(norm), generator=generator).cpu()
-    with shown_count("certified images") as progress:
-        found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=progress)
-    about = {
-        "model": model.model,
-        "data": dataset.name,
-        "images": len(y),
-        "norm": norm_name(norm),
-        **place.facts(network),
-    }
-    if as_json:
-        print_json({**about, "method": method, **_as_json(found)})
-    else:
-        print("{model} on {images} images of {data}: accuracy".format(**about), percent(found.accuracy))
-        _print_summary(found, norm_name(norm))
+    return norm, budgets
 
 
 def _chosen(network: nn.Module, images: Tensor, norm: float, seconds: float) -> str:
@@ -237,12 +233,12 @@ def _profile(
     source: ModelSource, dataset: Dataset, eps: float, images: int, place: Place
 ) -> dict[str, NDArray[np.float64]]:
     """Return per-image values of a model: right or wrong, standing under attack or not, smallest distance."""
-    model = place.model(open_model(source, dataset)[0].eval())
+    model = open_model(source, dataset)[0].eval()
     x, y = chosen_images(dataset, "test", 0, images)
-    asked = place.images(as_float(x)), y.to(place.device)
+    task = place.task(model, as_float(x), y)
     chosen, generator = {name: attacks.ATTACKS[name] for name in BUDGETED}, torch.Generator().manual_seed(0)
-    rows = attacks.audit(model, *asked, chosen, eps=[eps], checks=0)[: len(chosen)]
-    nearest = attacks.run(model, *asked, attacks.nearest, Threat(L2), generator=generator).cpu()
+    rows = attacks.audit(*task, chosen, eps=[eps], checks=0)[: len(chosen)]
+    nearest = attacks.run(*task, attacks.nearest, Threat(L2), generator=generator).cpu()
     results = {row.attack: row.result.cpu() for row in rows}
     stands = {f"{name}-linf-{eps:g}": found.clean_correct & ~found.success for name, found in results.items()}
     found = {name: values.double().numpy() for name, values in {"accuracy": nearest.clean_correct, **stands}.items()}
