@@ -121,14 +121,14 @@ def lenet_300_100() -> list[str]:
     pgd = max(n.under("pgd-40", s) for s in SPARSE) - n.under("pgd-40")
     return [
         f"by {best[0]:.1f}, {pgd:.1f} and {best[1]:.1f} points at the best sparsity",
-        f"{n.worst():.1f}% survive the worst case",
+        f"at eps 0.1 is {n.worst():.1f}% for the dense control",
         f"{n.worst(0.95):.1f}% at 95% and {n.worst(0.97):.1f}% at 97%, {n.worst(0.99):.1f}% at 99%",
         f"FGSM's gain of {interval(gain := n.primary('gain r_inf'))} points, by the paper's own "
         f"measure, is {told(gain)}",
-        f"the worst case's of {interval(worst := n.primary('the gain survives'))} at the sparsity that validation "
+        f"worst case's gain of {interval(worst := n.primary('the gain survives'))} at the sparsity that validation "
         f"images chose is {told(worst)}",
         f"That over-sparsified networks lose it is {told(n.primary('over-sparsified networks lose r_2'))}",
-        f"{n.under('standard'):.1f}% of the dense control survive it, "
+        f"is {n.under('standard'):.1f}% for the dense control, "
         + ", ".join(f"{n.under('standard', s):.1f}% at {100 * s:g}%" for s in (0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)),
         f"and {n.under('standard', 0.997):.1f}% at 99.7%",
         f"r_2 falls from {n.r_2():.3f} to {n.r_2(0.5):.3f} at 50% and {n.r_2(0.997):.3f} at 99.7%",
@@ -174,7 +174,7 @@ def robust_0_1() -> list[str]:
         f"r_2 by {100 * (1 - n.r_2(0.7) / n.r_2()):.1f}% at 70%",
         f"accuracy is {n.accuracy():.2f}% dense and {n.accuracy(0.7):.2f}% at 70%, {n.accuracy(0.997):.1f}% at 99.7%",
         f"FGSM {interval(linf := n.claim('over-sparsified networks lose r_inf'))} points and "
-        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} %: {told(linf, l2)}, as far as",
+        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} %: {told(linf, l2)} (indicative)",
         f"{n.certified('crown'):.3f} dense, " + _at(lambda s: n.certified("crown", s), 3, (0.95, 0.99, 0.997)),
         f"from {n.distance('nearest'):.3f} to {n.distance('nearest', 0.997):.3f}",
         f"within {max(map(abs, final)):.1f} points of worst case and {max(map(abs, near)):.3f} of `nearest`",
@@ -204,7 +204,7 @@ def robust_0_2() -> list[str]:
         + _at(under("standard"), 1, (0.9, 0.97, 0.98, 0.985, 0.99, 0.995, 0.997), "%"),
         f"{n.worst(eps='0.2') - n.worst(0.997, eps='0.2'):.1f} points, as in the curve over three seeds",
         f"but {n.under('standard', eps='0.2') - n.under('standard', 0.997, eps='0.2'):.1f}",
-        f"{n.under('pgd-40', eps='0.3'):.1f}% of the dense control stand, "
+        f"it is {n.under('pgd-40', eps='0.3'):.1f}% for the dense control, "
         + _at(under("pgd-40", "0.3"), 1, (0.97, 0.99, 0.995, 0.997), "%"),
         f"leaves {n.under('standard', 0.997, eps='0.2'):.1f}%",
         f"{smallest[0]:.3f} dense, {smallest[0.8]:.3f} at 80%, {smallest[0.95]:.3f} at 95%",
@@ -214,7 +214,7 @@ def robust_0_2() -> list[str]:
         f"by at most {max(map(abs, final)):.1f} points",
         f"{interval(n.claim('fine-tuning alone'))} points under FGSM, {told(n.claim('fine-tuning alone'))}",
         f"FGSM {interval(linf := n.claim('over-sparsified networks lose r_inf'))} points and "
-        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} %: {told(linf, l2)}, as far as",
+        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} %: {told(linf, l2)} (indicative)",
     ]
 
 
@@ -246,14 +246,14 @@ def lenet_5() -> list[str]:
         f"PGD-40 by {interval(n.claim('survives PGD'))}",
         f"has {n.under('standard'):.1f}% for the dense control and {n.under('standard', 0.985):.1f}% at 98.5%",
         f"at eps 0.1 {interval(n.claim('nonlinear networks gain r_inf'))} points",
-        f"{n.fgsm(eps='0.2'):.1f}% of the control stand and {n.fgsm(0.9, eps='0.2'):.1f}% at 90%",
+        f"{n.fgsm(eps='0.2'):.1f}% for the control and {n.fgsm(0.9, eps='0.2'):.1f}% at 90%",
         f"{interval(n.claim('nonlinear networks gain r_2'))} % at 97%",
         f"r_2 is {n.r_2():.3f} dense and {n.r_2(0.985):.3f} at 98.5%",
         f"{n.distance('cw'):.2f} dense, " + _at(lambda s: n.distance("cw", s), 2, (0.8, 0.95, 0.99, 0.997)),
         f"from {n.accuracy():.1f}% to {n.accuracy(0.97):.1f}% at 97%, {n.accuracy(0.99):.1f}% at 99%, "
         f"{n.accuracy(0.997):.1f}% at 99.7%",
         f"{ratio:.1f} times smaller at 97%",
-        f"of validation accuracy it is {lost:.1f} points at 99.7%",
+        f"The loss of validation accuracy is {lost:.1f} points at 99.7%",
         f"keeps {kept:.1f} points more accuracy than random masks at 98%",
         f"{n.worst(0.98, 'surgery'):.1f}% under the worst case at 98%",
         f"leaves the worst case at {n.worst(0, 'tuned decay'):.1f}%",
@@ -392,14 +392,14 @@ def resnet() -> list[str]:
     n, rows = _small("paper-resnet-32-small")
     return [
         *rows,
-        f"the worst case is lower, in points, by {_losses(n, (0.5, 0.8, 0.9, 0.95, 0.98))}",
+        f"the mean worst case is lower, in points, by {_losses(n, (0.5, 0.8, 0.9, 0.95, 0.98))}",
         f"r_2 by {100 * (1 - n.r_2(0.8) / n.r_2()):.0f}% at 80%",
-        f"At 50% the worst case moves by {interval(n.claim('survives the worst case'))} points, "
+        f"At 50% the worst case changes by {interval(n.claim('survives the worst case'))} points, "
         f"r_2 by {interval(n.claim('nonlinear networks gain r_2'))} %",
         _correct(n, 0.8, 0.98),
-        "pruning costs accuracy at once: " + _at(lambda s: n.accuracy() - n.accuracy(s), 1, (0.5, 0.8, 0.95)),
+        "pruning reduces accuracy immediately: " + _at(lambda s: n.accuracy() - n.accuracy(s), 1, (0.5, 0.8, 0.95)),
         f"r_inf {interval(linf := n.claim('over-sparsified networks lose r_inf'))} points and "
-        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} % at 98%, which at a second look of three "
+        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} % at 98%, which at a second look with three "
         f"seeds is {told(linf, l2)}",
         f"the mean radius is {n.certified('interval', 0.5):.0f} at 50% and {n.certified('interval', 0.98):.0e} at 98%",
     ]
@@ -411,15 +411,15 @@ def vgg() -> list[str]:
     dense, sparse = n.certified("interval"), n.certified("interval", 0.98)
     return [
         *rows,
-        f"r_2 moves by {interval(n.claim('nonlinear networks gain r_2'))} %",
+        f"r_2 changes by {interval(n.claim('nonlinear networks gain r_2'))} %",
         f"the worst case by {interval(n.claim('survives the worst case'))} points",
         f"{n.under('standard', eps='1/255'):.0f}% the control, {n.under('standard', 0.5, eps='1/255'):.0f}% at 50% and "
         f"{n.under('standard', 0.8, eps='1/255'):.0f}% at 80%",
         "r_2 is lower by " + _at(lambda s: 100 * (1 - n.r_2(s) / n.r_2()), 1, (0.8, 0.9, 0.95, 0.98), "%"),
         f"the worst case, in points, by {_losses(n, (0.9, 0.95, 0.98))}",
         f"FGSM {interval(linf := n.claim('over-sparsified networks lose r_inf'))} points, "
-        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} % at 98%, the second is {told(l2)}, as "
-        f"far as three seeds go, the first {told(linf)}",
+        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} % at 98%, the second is {told(l2)} "
+        f"(indicative), the first {told(linf)}",
         _correct(n, 0.95, 0.98),
         f"(at 98% it loses {n.accuracy() - n.accuracy(0.98):.1f} points of accuracy, ResNet {resnet_loses:.1f})",
         f"mean {dense:.1e} in the control, {sparse:.1e} at 98%",
