@@ -399,8 +399,8 @@ def resnet() -> list[str]:
         _correct(n, 0.8, 0.98),
         "pruning reduces accuracy immediately: " + _at(lambda s: n.accuracy() - n.accuracy(s), 1, (0.5, 0.8, 0.95)),
         f"r_inf {interval(linf := n.claim('over-sparsified networks lose r_inf'))} points and "
-        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} % at 98%, which at a second look with three "
-        f"seeds is {told(linf, l2)}",
+        f"r_2 {interval(l2 := n.claim('over-sparsified networks lose r_2'))} % at 98%, which at a second look with "
+        f"three seeds is {told(linf, l2)}",
         f"the mean radius is {n.certified('interval', 0.5):.0f} at 50% and {n.certified('interval', 0.98):.0e} at 98%",
     ]
 
