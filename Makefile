@@ -51,9 +51,9 @@ picture: $(READY)
 	@chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1180 \
 	  --screenshot=docs/results/quick.png "file://$(CURDIR)/out/quick/report.html" >/dev/null 2>&1
 
-# README's quickstart says what `make study` prints
+# README's quickstart says what `make study` prints, and its table what there is
 quickstart: study
-	@$(BIN)/python .ci/quickstart $(OUT)
+	@$(BIN)/python .ci/readme $(OUT)
 
 # Under .ci/CAP.env: make numeric CAP=avx2, or sse
 numeric: $(READY)
