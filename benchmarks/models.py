@@ -1,35 +1,35 @@
-"""Take real architectures through every command, and say what works and what is refused.
+"""Take real architectures through every command, and say what works, what is refused and why, and what it takes.
 
-    python benchmarks/models.py [--json] [--own] [--only NAME ...] [--commands NAME ...] [--workers 2] [--seconds 120]
+    python benchmarks/models.py [--json] [--hubs] [--only NAME ...] [--commands NAME ...] [--seconds 120] [--docs]
 
-The networks are timm's, torchvision's and Hugging Face's own, at the smallest input that they take and few layers, with
-weights of a short training; with `--own`, or where a package is missing, those of
-this repository (tests/zoo.py) stand in. Every cell is a command as a user types it, in a process of its own, on a
-factory, a file of weights and a small data set:
+The networks are those of tests/architectures.py, which are written as torchvision, timm and Hugging Face write theirs;
+with `--hubs` those libraries' own, small. Each is trained for a moment on patterns of its own. Every cell is a command
+as a user types it, in a process of its own, on a factory, a file of weights and a small data set:
 
-    works     exit code 0, and what it says holds (the export is smaller, the certificate covers an image, ...)
-    vacuous   exit code 0, but certify covers no image at the stated eps
-    refused   exit code 2 and one sentence
-    trouble   any other end: a traceback, a signal, more than --seconds
+    works       exit code 0, and what it says holds (certify proves a share of the images at the stated eps, ...)
+    vacuous     exit code 0, but certify proves no image
+    refused     one of sparring's own refusals, in one sentence
+    traceback   any other exception
+    too long    more than --seconds
 
-The exit code is 1 if there is trouble.
+Cells are kept under --out as they are done, and taken from there when the command is run again. `--docs` writes the
+table into docs/models.md. The exit code is 1 after a traceback or where something took too long.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import multiprocessing
 import os
+import re
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
-CLASSES, EPS = 10, "0.0004"
+PAGE = ROOT / "docs" / "models.md"
+CLASSES, SIDE, EPS = 10, 32, "0.0001"
+OWN = """
+from tests.architectures import ARCHITECTURES
+globals().update(ARCHITECTURES)
+"""
 LIBRARY = '''
 """Networks of other libraries, small."""
 import torch
 from torch import nn
-from sparring.models._hubs import HUBS, _parted
+from sparring.models._hubs import _parted
 
 def tv(name, **options):
     _parted("torchvision:" + name)
@@ -77,7 +82,7 @@ def swin():
     _parted("torchvision:swin_t")
     from torchvision.models import SwinTransformer
     return SwinTransformer([2, 2], 24, [2, 2], [2, 4], [4, 4], num_classes=10)
-def mixer(): return tm("mixer_s32_224", img_size=32, patch_size=8, num_blocks=2, embed_dim=64)
+def mixer(): return tm("mixer_s32_224", img_size=64, num_blocks=2, embed_dim=64)
 def torchvision_vit():
     _parted("torchvision:vit_b_16")
     from torchvision.models import VisionTransformer
@@ -88,26 +93,8 @@ def hugging_face_vit():
     sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)
     return ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10))
 
-class Rows(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(96, 32, batch_first=True), nn.Linear(32, 10)
-    def forward(self, x):
-        return self.head(self.lstm(x.permute(0, 2, 1, 3).flatten(2))[0][:, -1])
-def lstm(): return Rows()
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        def branch(kernel):
-            layers = [nn.Conv2d(3, 8, kernel, 2, kernel // 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2)]
-            return nn.Sequential(*layers)
-        self.left, self.right, self.head = branch(3), branch(5), nn.Linear(16 * 64, 10)
-    def forward(self, x):
-        return self.head(torch.cat([self.left(x), self.right(x)], 1).flatten(1))
-def two_branches(): return Branches()
+SIDES = {"squeezenet": 48, "mixer": 64}
 '''
-SIZES = {"vgg16_bn": 32, "densenet121": 32, "squeezenet": 48, "swin": 32}
 LIBRARY_NAMES = [line.split("(")[0][4:] for line in LIBRARY.splitlines() if line.startswith("def ")][2:]
 
 
@@ -120,6 +107,8 @@ class Cell:
     outcome: str
     detail: str
     seconds: float
+    side: int
+    parameters: int
 
 
 def commands(name: str, place: Path) -> dict[str, Sequence[str]]:
@@ -138,17 +127,18 @@ def commands(name: str, place: Path) -> dict[str, Sequence[str]]:
         "finetune.epochs=1",
         "recipe.batch_size=16",
     )
-    study = ("study", str(place / "plan.toml"), "--model", model, "--out", out("study", ""), "--workers", "0")
+    pruned = f"nets:{name}@{out('pruned')}" if Path(out("pruned")).exists() else model
+    study = ("study", str(place / f"{name}.toml"), "--model", model, "--out", out("study", ""), "--workers", "0")
     return {
         "attack": ("attack", model, *data, "--images", "8", "--checks", "4", "--eps", "0.01"),
         "prune": ("prune", model, "--out", out("pruned"), "--sparsity", "0.9", *few),
         "dns": ("prune", model, "--out", out("dns"), "--sparsity", "0.8", "--set", "method=dns", *few),
         "2:4": ("prune", model, "--out", out("nm"), "--sparsity", "0.5", "--set", 'structure="2:4"', *few),
         "channels": ("prune", model, "--out", out("ch"), "--sparsity", "0.5", "--set", 'structure="channels"', *few),
-        "certify": ("certify", model, *data, "--images", "2", "--eps", EPS, "--method", "interval", "--json"),
-        "export": ("export", model, out("packed", ".sparring"), *data, "--images", "4", "--eps", "0.01"),
-        "onnx": ("export", model, out("open", ".onnx"), *data, "--images", "4", "--eps", "0.01"),
-        "bench": ("bench", model, *data, "--batches", "1", "--rounds", "2"),
+        "certify": ("certify", model, *data, "--images", "2", "--eps", EPS, "--seconds", "20", "--json"),
+        "export": ("export", pruned, out("packed", ".sparring"), *data, "--images", "4", "--eps", "0.01"),
+        "onnx": ("export", pruned, out("open", ".onnx"), *data, "--images", "4", "--eps", "0.01"),
+        "bench": ("bench", pruned, *data, "--batches", "1", "--rounds", "2"),
         "study": (*study, *(word for change in plan for word in ("--set", change))),
     }
 
@@ -184,48 +174,65 @@ def fit_(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, steps: int = 80)
         model(x)
 
 
-def prepare(name: str, place: Path) -> None:
-    """Write a network's data and weights: drawn under a seed, its statistics those of the images."""
+def prepare(name: str, place: Path) -> tuple[int, int]:
+    """Write a network's data, plan and weights, trained for a moment under a seed; what is there already is kept.
+
+    Return the side of its images and how many parameters it has.
+    """
+    weights = place / f"{name}.safetensors"
+    torch.manual_seed(0)
+    model, side = built(name)
+    if not weights.exists():
+        x, y = draw(place / f"{name}.npz", side)
+        (place / f"{name}.toml").write_text(PLAN.format(data=place / f"{name}.npz"))
+        fit_(model, x, y)
+        save_file({key: value.contiguous().clone() for key, value in model.state_dict().items()}, weights)
+    return side, sum(parameter.numel() for parameter in model.parameters())
+
+
+def built(name: str) -> tuple[nn.Module, int]:
+    """Return a network with fresh weights, and the side of its images."""
     import nets  # type: ignore[import-not-found]
 
-    side, channels = SIZES.get(name, 32), getattr(nets, "CHANNELS", 3)
-    rng = np.random.default_rng(0)
-    sets: dict[str, Any] = {}
-    patterns = rng.integers(0, 180, (CLASSES, side, side, channels))
+    sides = getattr(nets, "SIDES", None)  # of networks that other libraries make
+    if sides is None:
+        return getattr(nets, name)((3, SIDE, SIDE), CLASSES), SIDE
+    return getattr(nets, name)(), sides.get(name, SIDE)
+
+
+def draw(path: Path, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a data set of noisy patterns, one a class, and return its images for training, floats, and labels."""
+    rng, sets = np.random.default_rng(0), dict[str, Any]()
+    patterns = rng.integers(0, 180, (CLASSES, side, side, 3))
     for split, count in (("train", 64), ("test", 20)):
         y = np.arange(count) % CLASSES
-        noise = rng.integers(0, 60, (count, side, side, channels))
+        noise = rng.integers(0, 60, (count, side, side, 3))
         sets |= {f"x_{split}": (patterns[y] + noise).astype(np.uint8), f"y_{split}": y}
-    np.savez(place / f"{name}.npz", **sets)
-    torch.manual_seed(0)
-    model: nn.Module = getattr(nets, name)()
+    np.savez(path, **sets)
     x = torch.from_numpy(sets["x_train"]).permute(0, 3, 1, 2).float() / 255
-    fit_(model, x, torch.from_numpy(sets["y_train"]))
-    state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
-    save_file(state, place / f"{name}.safetensors")
+    return x, torch.from_numpy(sets["y_train"])
 
 
 def ended(words: Sequence[str]) -> tuple[str, str]:
     """Run a command in this process; return its outcome and what it said last."""
     from sparring.cli import main
 
-    sys.argv = ["sparring", *words]
-    out, err = io.StringIO(), io.StringIO()
-    code: object = 0
+    sys.argv = ["sparring", "--traceback", *words]
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main()
         except SystemExit as stop:
-            code = stop.code or 0
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
-            code = traceback.format_exc()
-    said = [line for line in (err.getvalue() if code else out.getvalue()).splitlines() if line.strip()]
-    last = (said or [""])[-1].strip()
+            code, _ = 70, traceback.print_exc(file=err)
+    said = [line.strip() for line in (err if code else out).getvalue().splitlines() if line.strip()] or [""]
     if code == 0:
-        return judged(words[0], out.getvalue(), last)
-    refused = code == 2 and "Traceback" not in err.getvalue()
-    said = [line for line in (out.getvalue() + err.getvalue()).splitlines() if "fail" in line or "error" in line]
-    return ("refused" if refused else "trouble"), f"{(said or [last])[-1]} ({code})"
+        return judged(words[0], out.getvalue(), said[-1])
+    if code == 2 and re.search(r"^sparring\.errors\.\w+: ", err.getvalue(), re.M):
+        return "refused", said[-1].removeprefix("error: ")
+    failed = [line for line in (out.getvalue() + err.getvalue()).splitlines() if "fail" in line or "Error" in line]
+    return "traceback", f"{(failed or said)[-1].strip()} ({code})"
 
 
 def judged(command: str, said: str, last: str) -> tuple[str, str]:
@@ -233,12 +240,12 @@ def judged(command: str, said: str, last: str) -> tuple[str, str]:
     if command == "certify":
         shares = json.loads(said)["certified_accuracy"]
         return ("works" if any(shares.values()) else "vacuous"), f"certified: {shares}"
-    return "works", last
+    return "works", "" if last.startswith("{") else last
 
 
-def cell(name: str, command: str, place: Path, seconds: float) -> Cell:
-    """Run one command on one network in a process of its own."""
-    queue, began = multiprocessing.get_context("fork").SimpleQueue(), time.monotonic()
+def ran(name: str, command: str, place: Path, seconds: float) -> tuple[str, str]:
+    """Run one command on one network in a process of its own; return its outcome and what it said."""
+    queue = multiprocessing.get_context("fork").SimpleQueue()
 
     def work() -> None:
         torch.set_num_threads(1)
@@ -251,75 +258,87 @@ def cell(name: str, command: str, place: Path, seconds: float) -> Cell:
     if process.is_alive():
         process.kill()
         process.join()
-        return Cell(name, command, "trouble", f"more than {seconds:g} s", seconds)
-    outcome, detail = ("trouble", f"exit code {process.exitcode}") if queue.empty() else queue.get()
-    return Cell(name, command, outcome, detail, time.monotonic() - began)
+        return "too long", f"more than {seconds:g} s"
+    return ("traceback", f"exit code {process.exitcode}") if queue.empty() else queue.get()
 
 
-@contextlib.contextmanager
-def workplace(own: bool) -> Iterator[tuple[Path, list[str]]]:
-    """Make a folder with the module of factories, and yield it with the networks' names."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        if own:
-            sys.path.insert(0, str(ROOT))
-            from tests.zoo import ZOO
+def run(names: Sequence[str], wanted: Sequence[str], options: argparse.Namespace) -> list[Cell]:
+    """Return a cell for every network and command, from the file of those that are done where it is there."""
+    place, kept = options.out.resolve(), options.out / "cells.jsonl"
+    cells = [Cell(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(cell.network, cell.command): cell for cell in cells}
+    for name in names:
+        missing = [command for command in wanted if (name, command) not in done]
+        about = prepare(name, place) if missing else ()
+        for command in missing:
+            began = time.monotonic()
+            outcome, detail = ran(name, command, place, options.seconds)
+            cell = Cell(name, command, outcome, detail, time.monotonic() - began, *about)
+            done[name, command] = cell
+            with kept.open("a") as file:
+                file.write(json.dumps(asdict(cell)) + "\n")
+            if not options.json:
+                print(f"{name:<20}{command:<10}{outcome:<10}{cell.seconds:6.1f} s  {detail[:150]}", flush=True)
+    return [done[name, command] for name in names for command in wanted if (name, command) in done]
 
-            names = [name.replace("-", "_") for name in ZOO]
-            lines = [f"def {n.replace('-', '_')}(): return ZOO[{n!r}]()" for n in ZOO]
-            text = "from tests.zoo import ZOO\nCHANNELS = 1\n" + "\n".join(lines)
-        else:
-            names, text = LIBRARY_NAMES, LIBRARY
-        (place / "nets.py").write_text(text)
-        sys.path.insert(0, str(place))
-        yield place, names
+
+def table(cells: Sequence[Cell]) -> str:
+    """Return the matrix in Markdown: seconds where a command works, and below it what is refused and why."""
+    heads, names = list(dict.fromkeys(c.command for c in cells)), list(dict.fromkeys(c.network for c in cells))
+    found = {(cell.network, cell.command): cell for cell in cells}
+    rows = [f"| network | image | parameters | {' | '.join(heads)} |", f"|---|---|{'---:|' * (1 + len(heads))}"]
+    for name in names:
+        row = [found.get((name, head)) for head in heads]
+        about = next(cell for cell in row if cell is not None)
+        shown = [("-" if c is None else f"{c.seconds:.0f} s" if c.outcome == "works" else c.outcome) for c in row]
+        rows.append(f"| {name} | 3×{about.side}×{about.side} | {about.parameters:,} | {' | '.join(shown)} |")
+    reasons: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.outcome not in ("works", "vacuous"):
+            reasons.setdefault(f"`{cell.command}`, {cell.outcome}: {cell.detail}", []).append(cell.network)
+    why = [f"- {', '.join(who)}: {reason}" for reason, who in reasons.items()]
+    return "\n".join([*rows, *(["", *why] if why else [])])
 
 
-def run(
-    own: bool, only: Sequence[str], wanted: Sequence[str], seconds: float, show: Callable[[Cell], None]
-) -> list[Cell]:
-    """Return a cell for every network and command."""
-    cells = []
-    with workplace(own) as (place, names):
-        for name in [n for n in names if not only or n in only]:
-            try:
-                prepare(name, place)
-            except Exception as error:
-                cells.append(Cell(name, "build", "trouble", f"{type(error).__name__}: {error}", 0.0))
-                show(cells[-1])
-                continue
-            (place / "plan.toml").write_text(PLAN.format(data=place / f"{name}.npz"))
-            for command in commands(name, place):
-                if not wanted or command in wanted:
-                    cells.append(cell(name, command, place, seconds))
-                    show(cells[-1])
-    return cells
+def write_page(cells: Sequence[Cell]) -> None:
+    """Put the matrix between its marks in docs/models.md."""
+    counts = Counter(cell.outcome for cell in cells)
+    total = f"{sum(cell.seconds for cell in cells) / 60:.0f} minutes in all"
+    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    first, last = "<!-- matrix: written by benchmarks/models.py -->", "<!-- end of matrix -->"
+    before, rest = PAGE.read_text().split(first)
+    page = f"{before}{first}\n\n{said}; {total}.\n\n{table(cells)}\n\n{last}{rest.split(last)[1]}"
+    PAGE.write_text(page)
 
 
 def main() -> int:
     """Print a row for every cell, then the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--own", action="store_true", help="the networks of this repository")
+    parser.add_argument("--hubs", action="store_true", help="timm's, torchvision's and Hugging Face's own networks")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--commands", nargs="*", default=[])
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/models.md")
+    parser.add_argument("--out", type=Path, help="[default: out/models, or out/hubs]")
     options = parser.parse_args()
-    own = options.own or importlib.util.find_spec("timm") is None or importlib.util.find_spec("torchvision") is None
+    options.out = options.out or Path("out/hubs" if options.hubs else "out/models")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "nets.py").write_text(LIBRARY if options.hubs else OWN)
+    sys.path[:0] = [str(options.out.resolve()), str(ROOT)]
+    torch.set_num_threads(1)
+    from tests.architectures import ARCHITECTURES
 
-    def show(one: Cell) -> None:
-        if not options.json:
-            print(
-                f"{one.network:<20}{one.command:<10}{one.outcome:<9}{one.seconds:6.1f} s  {one.detail[:150]}",
-                flush=True,
-            )
-
-    cells = run(own, options.only, options.commands, options.seconds, show)
+    names = [n for n in (LIBRARY_NAMES if options.hubs else ARCHITECTURES) if not options.only or n in options.only]
+    wanted = [c for c in commands("", options.out) if not options.commands or c in options.commands]
+    cells = run(names, wanted, options)
+    if options.docs:
+        write_page(cells)
     if options.json:
         print(json.dumps([asdict(one) for one in cells], indent=1))
     else:
         print(dict(Counter(one.outcome for one in cells)))
-    return int(any(one.outcome == "trouble" for one in cells))
+    return int(any(one.outcome in ("traceback", "too long") for one in cells))
 
 
 if __name__ == "__main__":
