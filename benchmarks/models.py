@@ -10,7 +10,7 @@ as a user types it, in a process of its own, on a factory, a file of weights and
     vacuous     exit code 0, but certify proves no image
     refused     one of sparring's own refusals, in one sentence
     traceback   any other exception
-    too long    more than --seconds
+    too long    more than --seconds of processor time
 
 Cells are kept under --out as they are done, and taken from there when the command is run again. `--docs` writes the
 table into docs/models.md. The exit code is 1 after a traceback or where something took too long.
@@ -25,8 +25,9 @@ import json
 import multiprocessing
 import os
 import re
+import resource
+import signal
 import sys
-import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ LIBRARY_NAMES = [line.split("(")[0][4:] for line in LIBRARY.splitlines() if line
 
 @dataclass(frozen=True)
 class Cell:
-    """Hold how a command ended on a network: outcome, the sentence or number that says so, and seconds."""
+    """Hold how a command ended on a network: outcome, the sentence or number that says so, and processor time."""
 
     network: str
     command: str
@@ -135,7 +136,7 @@ def commands(name: str, place: Path) -> dict[str, Sequence[str]]:
         "dns": ("prune", model, "--out", out("dns"), "--sparsity", "0.8", "--set", "method=dns", *few),
         "2:4": ("prune", model, "--out", out("nm"), "--sparsity", "0.5", "--set", 'structure="2:4"', *few),
         "channels": ("prune", model, "--out", out("ch"), "--sparsity", "0.5", "--set", 'structure="channels"', *few),
-        "certify": ("certify", model, *data, "--images", "2", "--eps", EPS, "--seconds", "20", "--json"),
+        "certify": ("certify", model, *data, "--images", "2", "--eps", EPS, "--seconds", "10", "--json"),
         "export": ("export", pruned, out("packed", ".sparring"), *data, "--images", "4", "--eps", "0.01"),
         "onnx": ("export", pruned, out("open", ".onnx"), *data, "--images", "4", "--eps", "0.01"),
         "bench": ("bench", pruned, *data, "--batches", "1", "--rounds", "2"),
@@ -243,23 +244,29 @@ def judged(command: str, said: str, last: str) -> tuple[str, str]:
     return "works", "" if last.startswith("{") else last
 
 
-def ran(name: str, command: str, place: Path, seconds: float) -> tuple[str, str]:
-    """Run one command on one network in a process of its own; return its outcome and what it said."""
-    queue = multiprocessing.get_context("fork").SimpleQueue()
+def ran(name: str, command: str, place: Path, seconds: int) -> tuple[str, str, float]:
+    """Run one command on one network in a process of its own; return its outcome, what it said, and processor time."""
+    queue, before = multiprocessing.get_context("fork").SimpleQueue(), used()
 
     def work() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         torch.set_num_threads(1)
         os.chdir(place)
         queue.put(ended(commands(name, place)[command]))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return "too long", f"more than {seconds:g} s"
-    return ("traceback", f"exit code {process.exitcode}") if queue.empty() else queue.get()
+    process.join()
+    if process.exitcode == -signal.SIGXCPU:
+        return "too long", f"more than {seconds} s", used() - before
+    outcome, detail = ("traceback", f"exit code {process.exitcode}") if queue.empty() else queue.get()
+    return outcome, detail, used() - before
+
+
+def used() -> float:
+    """Return the processor time of processes that ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def run(names: Sequence[str], wanted: Sequence[str], options: argparse.Namespace) -> list[Cell]:
@@ -271,14 +278,14 @@ def run(names: Sequence[str], wanted: Sequence[str], options: argparse.Namespace
         missing = [command for command in wanted if (name, command) not in done]
         about = prepare(name, place) if missing else ()
         for command in missing:
-            began = time.monotonic()
-            outcome, detail = ran(name, command, place, options.seconds)
-            cell = Cell(name, command, outcome, detail, time.monotonic() - began, *about)
+            cell = Cell(name, command, *ran(name, command, place, options.seconds), *about)
             done[name, command] = cell
             with kept.open("a") as file:
                 file.write(json.dumps(asdict(cell)) + "\n")
             if not options.json:
-                print(f"{name:<20}{command:<10}{outcome:<10}{cell.seconds:6.1f} s  {detail[:150]}", flush=True)
+                print(
+                    f"{name:<20}{command:<10}{cell.outcome:<10}{cell.seconds:6.1f} s  {cell.detail[:150]}", flush=True
+                )
     return [done[name, command] for name in names for command in wanted if (name, command) in done]
 
 
@@ -303,7 +310,7 @@ def table(cells: Sequence[Cell]) -> str:
 def write_page(cells: Sequence[Cell]) -> None:
     """Put the matrix between its marks in docs/models.md."""
     counts = Counter(cell.outcome for cell in cells)
-    total = f"{sum(cell.seconds for cell in cells) / 60:.0f} minutes in all"
+    total = f"{sum(cell.seconds for cell in cells) / 60:.0f} minutes of processor time in all"
     said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     first, last = "<!-- matrix: written by benchmarks/models.py -->", "<!-- end of matrix -->"
     before, rest = PAGE.read_text().split(first)
@@ -318,7 +325,7 @@ def main() -> int:
     parser.add_argument("--hubs", action="store_true", help="timm's, torchvision's and Hugging Face's own networks")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--commands", nargs="*", default=[])
-    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--docs", action="store_true", help="write the table into docs/models.md")
     parser.add_argument("--out", type=Path, help="[default: out/models, or out/hubs]")
     options = parser.parse_args()

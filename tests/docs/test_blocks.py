@@ -1,7 +1,8 @@
 """Every command and every block of Python in README.md and docs/*.md runs as written, in the order of its page.
 
 A block is marked behind its language where it does not: `by hand`, for what installs packages or takes a day. Training
-and presets are left to `make nightly`; the rest then uses networks that were trained for a moment.
+and presets, and what is marked `nightly`, are left to `make nightly`; the rest then uses networks that were trained for
+a moment.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .prepared import prepare_data, prepare_files
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-MARKS = {"", "by hand"}
+MARKS = {"", "by hand", "nightly"}
 # The blocks that do not run, each by its first words: what installs packages of others, needs them, or takes a day.
 HAND = {
     ("quickstart.md", "pip install -c constraints.txt ."),
@@ -74,10 +75,11 @@ class Step(NamedTuple):
 
     kind: str
     text: str
+    nightly: bool = False
 
     @property
     def long(self) -> bool:
-        return LONG.search(self.text) is not None
+        return self.nightly or LONG.search(self.text) is not None
 
 
 def steps(page: Path) -> list[Step]:
@@ -85,10 +87,10 @@ def steps(page: Path) -> list[Step]:
     found = []
     for language, mark, text in BLOCK.findall(page.read_text(encoding="utf-8")):
         assert mark.strip() in MARKS, f"{page.name}: a block is marked '{mark.strip()}'"
-        if mark.strip() or language not in ("sh", "python"):
+        if mark.strip() == "by hand" or language not in ("sh", "python"):
             continue
         parts = [text] if language == "python" else text.replace("\\\n", " ").strip().splitlines()
-        found += [Step(language, part) for part in parts if not part.startswith("make ")]
+        found += [Step(language, part, mark.strip() == "nightly") for part in parts if not part.startswith("make ")]
     return found
 
 
@@ -118,7 +120,11 @@ def test_no_block_escapes() -> None:
             page.name
         )
         assert not re.search(r"^\s*(\$|>>>|%) ", text, re.M), page.name
-        skipped |= {(page.name, body.split("  ")[0].split("\n")[0]) for _, mark, body in BLOCK.findall(text) if mark}
+        skipped |= {
+            (page.name, body.split("  ")[0].split("\n")[0])
+            for _, mark, body in BLOCK.findall(text)
+            if "by hand" in mark
+        }
         assert page in PAGES or not re.search(r"^```(sh|python)", text, re.M), page.name
     assert skipped == HAND
 
