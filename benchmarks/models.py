@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -41,6 +42,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
+IMPORTED = ("sparring.cli._app", "sparring.report", "sparring.deploy", "sparring.bounds", "torch.export", "onnxscript")
 PAGE = ROOT / "docs" / "models.md"
 CLASSES, SIDE, EPS = 10, 32, "0.0001"
 OWN = """
@@ -136,7 +138,7 @@ def commands(name: str, place: Path) -> dict[str, Sequence[str]]:
         "dns": ("prune", model, "--out", out("dns"), "--sparsity", "0.8", "--set", "method=dns", *few),
         "2:4": ("prune", model, "--out", out("nm"), "--sparsity", "0.5", "--set", 'structure="2:4"', *few),
         "channels": ("prune", model, "--out", out("ch"), "--sparsity", "0.5", "--set", 'structure="channels"', *few),
-        "certify": ("certify", model, *data, "--images", "2", "--eps", EPS, "--seconds", "10", "--json"),
+        "certify": ("certify", model, *data, "--images", "2", "--eps", EPS, "--seconds", "5", "--json"),
         "export": ("export", pruned, out("packed", ".sparring"), *data, "--images", "4", "--eps", "0.01"),
         "onnx": ("export", pruned, out("open", ".onnx"), *data, "--images", "4", "--eps", "0.01"),
         "bench": ("bench", pruned, *data, "--batches", "1", "--rounds", "2"),
@@ -334,6 +336,8 @@ def main() -> int:
     (options.out / "nets.py").write_text(LIBRARY if options.hubs else OWN)
     sys.path[:0] = [str(options.out.resolve()), str(ROOT)]
     torch.set_num_threads(1)
+    for module in IMPORTED:  # once, not in every cell
+        importlib.import_module(module)
     from tests.architectures import ARCHITECTURES
 
     names = [n for n in (LIBRARY_NAMES if options.hubs else ARCHITECTURES) if not options.only or n in options.only]
