@@ -69,9 +69,12 @@ wheel: $(READY)
 	@cd dist && tried/bin/sparring --version && tried/bin/sparring study quick --set seeds=1 --set 'sparsities=[0.9]' \
 	  --quiet >/dev/null && test -s out/quick/report.html
 
-# Everything, for a night: what pages say of long training, the whole suite under each cap
+# Everything, for a night: what pages say of long training, other libraries' networks, the suite under each cap
 nightly: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[timm,torchvision,hf]' accelerate
 	@$(PYTEST) -m nightly
+	@$(BIN)/python benchmarks/models.py --hubs
 	@$(PYTEST)
 	@for cap in avx2 sse; do env $$(grep -v '^\#' .ci/$$cap.env) $(PYTEST) || exit 1; done
 

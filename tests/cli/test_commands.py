@@ -308,6 +308,20 @@ def test_lists_and_doctor(sparring) -> None:  # type: ignore[no-untyped-def]
     assert "torch" in sparring("doctor").out
 
 
+def test_doctor_says_when_torchvision_is_for_another_torch(
+    sparring,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    said = json.loads(sparring("doctor", "--json").out)["extras"]["torchvision"]
+    assert said.startswith("0.1, does not import beside torch") and "pip install" in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -7,6 +7,8 @@ import inspect
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from ..study import available_cores, presets
 from ._printing import print_json
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "safetensors", "highspy", "llvmlite", "mlxtend")
-EXTRAS = ("onnxruntime", "openvino", "ray", "mlflow-skinny", "tensorboard", "foolbox")
+EXTRAS = ("onnxruntime", "openvino", "ray", "mlflow-skinny", "tensorboard", "foolbox", "timm", "transformers")
 
 
 def _tables() -> dict[str, dict[str, str]]:
@@ -87,7 +89,7 @@ def _facts(data_dir: Path | None) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "disk_free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         "packages": {name: _version(name) for name in PACKAGES},
-        "extras": {name: _version(name) for name in EXTRAS},
+        "extras": {name: _version(name) for name in EXTRAS} | {"torchvision": _torchvision()},
         "data": {name: found.get(name) for name in data.DATASETS},
     }
 
@@ -105,3 +107,18 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _torchvision() -> str | None:
+    """Return its release, and what to do where it does not import: its operators are built for one release of torch."""
+    found = _version("torchvision")
+    if (
+        found is None
+        or subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode == 0
+    ):
+        return found
+    return (
+        f"{found}, does not import beside torch {torch.__version__}. sparring's commands do without its operators; for "
+        "other code, such as transformers' Trainer, install both from the index that torch came from: "
+        f"pip install --force-reinstall torchvision torch=={torch.__version__.partition('+')[0]}"
+    )
