@@ -228,7 +228,8 @@ def ended(words: Sequence[str]) -> tuple[str, str]:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
-            code, _ = 70, traceback.print_exc(file=err)
+            code = 70
+            traceback.print_exc(file=err)
     said = [line.strip() for line in (err if code else out).getvalue().splitlines() if line.strip()] or [""]
     if code == 0:
         return judged(words[0], out.getvalue(), said[-1])
