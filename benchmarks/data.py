@@ -1,4 +1,4 @@
-"""Measure data at the size of ImageNet's: index, first attacked batch, cache and a study, on JPEG files made here.
+"""Measure data at the size of ImageNet's: forecast, index, first attacked batch, cache, study, on JPEGs made here.
 
 A few hundred distinct pictures are linked under many names, so that the folder is made in seconds; every one of them is
 read, hashed and decoded as often as it is named. Processor time is compared, not time on the clock of a busy machine.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ from PIL import Image
 
 from sparring.data._cache import decoded, rows_like_first
 from sparring.data._decode import decode, read
-from sparring.data._listing import list_folder
+from sparring.data._images import load_images
+from sparring.data._listing import Entry, Listing, list_folder
 from sparring.data._pixels import Job, Rows, available_workers, jobs, work
+from sparring.errors import DataError
 
 SIDE, CLASSES, DISTINCT = 224, 1_000, 300
 NETWORK = """
@@ -118,6 +121,42 @@ def make_folder(folder: Path, *, train: int, test: int, classes: int) -> None:
                 os.link(pictures / f"{10 * draw.integers(DISTINCT // 10) + label % 10}.jpg", place / f"{number:05}.jpg")
 
 
+class MadeUp:
+    """Say of every image that it lies there, and that it is one and the same picture."""
+
+    def __init__(self) -> None:
+        file = io.BytesIO()
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(file, "JPEG")
+        self.picture = file.getvalue()
+
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+        yield from ((entry, self.picture) for entry in entries)
+
+    def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
+        yield from ((len(self.picture), 0) for _ in entries)
+
+
+def forecast(images: int, work_folder: Path) -> dict[str, object]:
+    """Index so many paths that are made up, and ask to train on them where one byte of the disk is free."""
+    began, listing = time.process_time(), Listing(MadeUp())
+    for number in range(images):
+        listing.wants(f"{'train' if number % 27 else 'test'}/n{number % CLASSES:08}/{number:08}.JPEG")
+    indexed = time.process_time() - began
+    os.environ["XDG_CACHE_HOME"] = str(work_folder)
+    whole = shutil.disk_usage
+    shutil.disk_usage = lambda _: whole(work_folder)._replace(free=1)  # type: ignore[assignment]
+    try:
+        load_images(work_folder, "imagenet", listing=listing)
+        raise AssertionError("it was not refused")
+    except DataError as error:
+        said = str(error)
+    finally:
+        shutil.disk_usage = whole
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    whole_seconds = time.process_time() - began
+    return {"images": images, "index_seconds": indexed, "seconds": whole_seconds, "peak_gb": peak, "said": said}
+
+
 def index_seconds(folder: Path) -> float:
     """Return the processor seconds in which a folder is listed."""
     began = time.process_time()
@@ -200,11 +239,12 @@ def small_study(folder: Path, work_folder: Path, epochs: int, batch: str) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=50_000, help="images of the large folder")
+    parser.add_argument("--forecast", type=int, default=1_281_167, help="paths that are made up")
     parser.add_argument("--cached", type=int, default=4_000, help="images of which the cache is made, each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1, help="of the study")
     parser.add_argument("--batch", default="", help="a line of the study's plan")
-    parser.add_argument("--only", nargs="*", choices=("index", "attack", "cache", "study"))
+    parser.add_argument("--only", nargs="*", choices=("forecast", "index", "attack", "cache", "study"))
     parser.add_argument("--folder", type=Path, help="where to work [default: a temporary folder]")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
@@ -215,6 +255,7 @@ def main() -> None:
         make_folder(root / "small", train=2_220, test=500, classes=10)
         large = root / "large" / "set"
         parts: dict[str, Callable[[], object]] = {
+            "forecast": lambda: forecast(asked.forecast, root),  # first: its peak is that of this process
             "index": lambda: {"processor_seconds": index_seconds(large), "limit": 5.0},
             "attack": lambda: first_batch(large, root) | {"limit_seconds": 10.0, "limit_gb": 1.5},
             "cache": lambda: cache_share(large, asked.cached, asked.rounds) | {"limit": 0.8},

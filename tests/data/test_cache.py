@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ import torch
 
 from sparring import data
 from sparring.data import Dataset, Request, _cache, _images, _pixels
+from sparring.data._images import load_images
+from sparring.data._listing import Entry, Listing
 from sparring.errors import DataError
 
 from .hostile_parts import image, zipped
@@ -156,3 +158,36 @@ def test_files_are_hashed_once_and_not_decoded(folder: Path, monkeypatch: pytest
     monkeypatch.undo()
     (folder / "train" / "a" / "000.png").write_bytes(b"not even an image")
     assert data.load(str(folder), request=asked).identity != first.identity
+
+
+class MadeUp:
+    """Say of every image that it lies there, and that it is one and the same picture."""
+
+    picture = image("JPEG", (224, 224))
+
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+        yield from ((entry, self.picture) for entry in entries)
+
+    def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
+        yield from ((len(self.picture), 0) for _ in entries)
+
+
+@pytest.mark.parametrize("free", [1, 10**15])
+def test_a_set_of_any_size_is_refused_or_begun_with_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    monkeypatch.setattr(
+        _cache, "_allocate", lambda path, size: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), size)
+    )
+    listing = Listing(MadeUp())
+    for number in range(20_000):
+        listing.wants(f"{'train' if number % 20 else 'test'}/{number % 19:03}/{number}.jpg")
+
+    def stop(what: str, *_: object) -> None:
+        raise DataError(f"begun: {what}")
+
+    with pytest.raises(DataError, match=r"20,000 images decoded once, 3.0 GB in .*, about \d+ ") as told:
+        load_images(tmp_path, "made-up", progress=stop, listing=listing)
+    assert ("are free there" if free == 1 else "begun: ") in str(told.value)
