@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -106,20 +107,12 @@ def _declared(calls: Sequence[Call]) -> str:
         given = [*map(str, plain), *(f"(long)t{number}_{place}" for place in range(len(call.tables)))]
         lines.append(f"static long a{number}[] = {{{','.join(given) or '0'}}};")
         lines.append(f'extern void k{number}(char *, long *, long *) __asm__("{call.spec.name}");')
-    segments: list[str] = []
-    for number, call in enumerate(calls):
-        pair = f"(long)k{number},(long)a{number}"
-        if number and calls[number - 1].per_unit == call.per_unit:
-            segments[-1] += f",{pair}"
-        else:
-            segments.append(pair)
-    firsts = [
-        call.per_unit for number, call in enumerate(calls) if not number or calls[number - 1].per_unit != call.per_unit
-    ]
     heads = []
-    for number, (pairs, per_unit) in enumerate(zip(segments, firsts, strict=True)):
-        lines.append(f"static long g{number}[] = {{{pairs}}};")
-        heads.append(f"{int(per_unit)},{pairs.count(',') // 2 + 1},(long)g{number}")
+    for per_unit, group in groupby(range(len(calls)), key=lambda number: calls[number].per_unit):
+        members, at = list(group), len(heads)
+        pairs = ",".join(f"(long)k{number},(long)a{number}" for number in members)
+        lines.append(f"static long g{at}[] = {{{pairs}}};")
+        heads.append(f"{int(per_unit)},{len(members)},(long)g{at}")
     return "\n".join([*lines, f"static long segments[] = {{{len(heads)},{','.join(heads)}}};"])
 
 
