@@ -107,7 +107,7 @@ def _declared(calls: Sequence[Call]) -> str:
         given = [*map(str, plain), *(f"(long)t{number}_{place}" for place in range(len(call.tables)))]
         lines.append(f"static long a{number}[] = {{{','.join(given) or '0'}}};")
         lines.append(f'extern void k{number}(char *, long *, long *) __asm__("{call.spec.name}");')
-    heads = []
+    heads: list[str] = []
     for per_unit, group in groupby(range(len(calls)), key=lambda number: calls[number].per_unit):
         members, at = list(group), len(heads)
         pairs = ",".join(f"(long)k{number},(long)a{number}" for number in members)
