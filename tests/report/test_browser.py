@@ -1,5 +1,8 @@
 """The page in a real browser: it opens offline without a complaint, every figure renders, controls and keys work."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from sparring import report
@@ -105,3 +108,40 @@ def test_a_verdict_with_a_peak_of_many_sparsities_stays_on_the_page(opened):
         )
         <= 0
     )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation(opened, scheme):
+    found = importlib.util.find_spec("axe_core_python")
+    if found is None:
+        pytest.skip("axe-core comes with axe-core-python, of sparring[all]")
+    opened.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    opened.execute_script(Path(found.origin).with_name("axe.min.js").read_text(encoding="utf-8"))
+    opened.set_script_timeout(120)
+    options = {"resultTypes": ["violations"]} | ({} if scheme == "light" else {"runOnly": ["color-contrast"]})
+    run = "axe.run(document, arguments[0]).then(arguments[1])"
+    violations = opened.execute_async_script(run, options)["violations"]
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert [(one["id"], [node["html"][:200] for node in one["nodes"][:3]]) for one in violations] == []
+
+
+def test_the_contents_lead_to_every_section(opened):
+    script = """return [...document.querySelectorAll('nav a')].map(
+        a => [a.textContent.trim(), document.querySelector(a.getAttribute('href')) !== null])"""
+    links = dict(opened.execute_script(script))
+    assert "What to ship" in links and all(links.values())
+
+
+def test_keys_reach_every_control_and_scroll_every_wide_table(opened):
+    script = """return [...document.querySelectorAll('.scroll')].filter(
+        e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length"""
+    opened.set_window_size(500, 900)
+    unreachable = opened.execute_script(script)
+    wide = opened.execute_script(
+        "return [...document.querySelectorAll('table')].filter(t => t.getClientRects().length && !t.closest('.scroll')"
+        " && t.getBoundingClientRect().right > document.documentElement.clientWidth).length"
+    )
+    opened.set_window_size(1280, 1000)
+    assert (unreachable, wide) == (0, 0)
