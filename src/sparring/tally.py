@@ -38,10 +38,11 @@ _KEEPING = frozenset({
 
 @dataclass(frozen=True)
 class Counts:
-    """Count a network's values and those that are nonzero: prunable weights, biases, normalisation, and all.
+    """Counts of a network's values and of the nonzero ones: prunable weights, biases, normalisation, and all.
 
-    Weights are those that layers compute with, after weight_norm and the like. `matrices` are all weight matrices, also
-    those that cannot be pruned or that forward() makes dense, which `left_out` names with the reason.
+    Weights are those that layers compute with, after weight_norm and similar parametrisations. `matrices` are all
+    weight matrices, including those that cannot be pruned or that forward() makes dense; `left_out` names these with
+    the reason.
     """
 
     weights: int
@@ -73,9 +74,9 @@ class Counts:
 
 
 def counts(model: nn.Module, x: Tensor | None = None) -> Counts:
-    """Count what a network really holds, not what its masks promise.
+    """Count a network's actual nonzero values, not those of its masks.
 
-    x: images (N, ...) in [0, 1]; of a matrix that forward() makes dense on them (see `made_dense`) every weight counts.
+    x: images (N, ...) in [0, 1]; every weight of a matrix that forward() makes dense on them (see `made_dense`) counts.
     """
     values = {m: m.value() for m in matrices(model)}
     owners = {m.path for m in values if m.excuse is None}

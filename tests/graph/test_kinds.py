@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "functional dropout left on": (lambda net, h: F.dropout(h), "dropout.* draws at random"),
     "noise": (lambda net, h: h + 0.1 * torch.randn(1), "'randn'.* draws at random"),
     "noise in the tensor's shape": (lambda net, h: h + 0.1 * torch.rand_like(h), "'rand_like'.* draws at random"),
-    "noise by numpy": (lambda net, h: h * float(torch.empty(1).uniform_()), "(asked twice|Python number|at random)"),
+    "noise by numpy": (lambda net, h: h * float(torch.empty(1).uniform_()), "(second pass|Python number|is random)"),
     "the mean of the batch": (lambda net, h: h - h.mean(0), "'mean'.* batch axis"),
     "the norm of all": (lambda net, h: h / h.norm(), "batch axis"),
     "batch statistics": (lambda net, h: F.batch_norm(h, None, None, training=True), "normalises by the batch"),
@@ -396,7 +396,7 @@ class Rank(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Recent(), "asked twice"),
+        (Recent(), "in a second pass"),
         (Modal(), "when gradients are enabled"),
         (Crowded(), "in another batch"),
         (Silent(), "in another batch"),

@@ -22,9 +22,9 @@ from ._region import dot
 
 
 class LinearMap(NamedTuple):
-    """Hold a model that is linear in its input, multiplied out: weight (classes, pixels), bias (classes,), float64.
+    """A model that is linear in its input, multiplied out: weight (classes, pixels), bias (classes,), float64.
 
-    Every function here takes one in place of the model, and then need not read the model again.
+    Functions of linear models accept it instead of a model, and then do not read the model again.
     """
 
     weight: Tensor
@@ -32,9 +32,9 @@ class LinearMap(NamedTuple):
 
 
 def weights_of(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | None = None) -> LinearMap:
-    """Return what a model that is linear in its input computes from images of `shape`.
+    """Return the linear map of a model that is linear in its input, for images of `shape`.
 
-    Normalisation and convolutions are multiplied out. Raise Unsupported if any operation is not linear.
+    Normalisation and convolutions are multiplied out. Raises Unsupported if any operation is not linear.
     """
     graph = prepare(model, shape, images=images)
     (classes,) = graph.nodes[-1].shape
@@ -64,10 +64,10 @@ def _margins(model: nn.Module | LinearMap, x: Tensor, y: Tensor) -> tuple[Tensor
 def linear_distance(model: nn.Module | LinearMap, x: Tensor, y: Tensor, norm: float, *, boxed: bool = True) -> Tensor:
     """Return the exact distance of images x (N, ...) to the decision boundary of a linear model: (N,), float64.
 
-    Zero where the model is wrong, infinite where no perturbation inside the box suffices. Unboxed: margin / ‖w‖_q with
-    1/p + 1/q = 1. Boxed, for linf and l2: pixel i moves by min(t·s_i, room_i), where room_i is its distance to the
-    box in the harmful direction and s_i is 1 (linf) or |w_i| (l2), and t is the level that makes the margin vanish.
-    Raise Unsupported for a model that is not linear, UserError for the boxed l1 distance.
+    Zero if the model is wrong, infinite if no perturbation inside the box suffices. Without the box: margin / ‖w‖_q
+    with 1/p + 1/q = 1. With the box, for linf and l2: pixel i moves by min(t·s_i, room_i), where room_i is its distance
+    to the box in the harmful direction, s_i is 1 (linf) or |w_i| (l2), and t is the level at which the margin vanishes.
+    Raises Unsupported for a model that is not linear, UserError for the boxed l1 distance.
     """
     return linear_distances(model, x, y, [(norm, boxed)])[0]
 
@@ -75,7 +75,7 @@ def linear_distance(model: nn.Module | LinearMap, x: Tensor, y: Tensor, norm: fl
 def linear_distances(
     model: nn.Module | LinearMap, x: Tensor, y: Tensor, kinds: Sequence[tuple[float, bool]]
 ) -> list[Tensor]:
-    """Return `linear_distance` for several pairs of norm and boxed, for the price of finding the margins once."""
+    """Return `linear_distance` for several pairs of norm and boxed, computing the margins only once."""
     for norm, boxed in kinds:
         norm_name(norm)
         if boxed and norm not in (LINF, L2):
@@ -91,7 +91,7 @@ def linear_distances(
 
 
 def linear_fooled(model: nn.Module | LinearMap, x: Tensor, y: Tensor) -> Tensor:
-    """Tell for each image x (N, ...) whether a linear model is wrong about it or tied, in float64: (N,), bool."""
+    """Return whether a linear model misclassifies or ties each image x (N, ...), in float64: (N,), bool."""
     margin, _ = _margins(model, x, y)
     return (margin <= 0).any(1)
 
@@ -135,7 +135,7 @@ def linear_r_inf(model: nn.Module | LinearMap, x: Tensor, y: Tensor, eps: float,
 
 
 def linear_r_2(model: nn.Module | LinearMap, x: Tensor, y: Tensor, *, boxed: bool = True) -> float:
-    """Return the mean l2 distance to the boundary over all images, those that are misclassified counting 0."""
+    """Return the mean l2 distance to the boundary over all images, with 0 for misclassified ones."""
     return float(linear_distance(model, x, y, L2, boxed=boxed).mean())
 
 
@@ -143,9 +143,9 @@ def linear_r_2(model: nn.Module | LinearMap, x: Tensor, y: Tensor, *, boxed: boo
 class Theorem:
     """The quantities of the theorem for f = w·x + b, two classes, without the box.
 
-    `numerator` is E[1(y·f > 0)·y·f], and `by_means` the same from class frequencies, accuracies and the means of the
-    correctly classified, which holds always; `balanced` is t·w·(μ₊ − μ₋)/2, which needs balanced classes and equal
-    accuracies. r_2 = numerator / ‖w‖₂ and r_inf ≤ markov = numerator / (eps·‖w‖₁).
+    `numerator` is E[1(y·f > 0)·y·f]. `by_means` is the same value from class frequencies, accuracies and the means of
+    the correctly classified images. `balanced` is t·w·(μ₊ − μ₋)/2, which needs balanced classes and equal accuracies.
+    r_2 = numerator / ‖w‖₂ and r_inf ≤ markov = numerator / (eps·‖w‖₁).
     """
 
     accuracy: float

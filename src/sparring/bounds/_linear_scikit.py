@@ -32,8 +32,8 @@ def linear_path(
     """Train one linear classifier per inverse penalty strength (scikit-learn's C) on images x (N, ...) in [0, 1].
 
     loss: "logistic" or "svm" (squared hinge); penalty: "l1" or "l2" (Fan et al. 2008, liblinear; one against the rest
-    where there are more than two classes). Each result maps images to logits (N, classes); for two classes their
-    difference is scikit-learn's decision function. Raise UserError for other names or labels that are not 0..classes−1.
+    for more than two classes). Each result maps images to logits (N, classes); for two classes their difference is
+    scikit-learn's decision function. Raises UserError for other names or labels other than 0..classes−1.
     """
     pixels, targets = _problem(x, y, loss, penalty)
     everywhere = np.ones((len(targets), pixels.shape[1]), dtype=np.bool_)
@@ -53,11 +53,10 @@ def linear_pruned(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> list[nn.Sequential]:
-    """Prune a classifier of `linear_path` by magnitude to each sparsity, and train what is left again in the same way.
+    """Prune a classifier of `linear_path` by magnitude to each sparsity, and train the remaining weights again.
 
-    `dense` was trained with the l2 penalty, this loss and this strength. Each class keeps its own largest weights;
-    for two classes both logits keep the same ones. Raise UserError as `linear_path` does, and for sparsities outside
-    [0, 1).
+    `dense` was trained with the l2 penalty, this loss and this strength. Each class keeps its largest weights; for two
+    classes both logits keep the same ones. Raises UserError as `linear_path` does, and for sparsities outside [0, 1).
     """
     if not all(0 <= sparsity < 1 for sparsity in sparsities):
         raise UserError("a sparsity is the fraction removed, at least 0 and below 1")

@@ -276,12 +276,12 @@ Estimate = tuple[float, float, float]  # mean, and the ends of a confidence inte
 
 @dataclass(frozen=True)
 class MaskedPoint:
-    """One drop rate alpha: estimates (mean, low, high) over draws of the masks.
+    """Results at one drop rate alpha: estimates (mean, low, high) over draws of the masks.
 
-    constant: the mean over images of the largest constant of a margin; change: its difference to the previous rate,
-    for the same draws (the masks are nested), so that an interval above zero shows a rise; ratio: the median over
-    images of the smallest margin / constant, negative for images that the masked network gets wrong. Where a draw is
-    infinite (a network without any slope) the interval is all numbers.
+    constant: the mean over images of the largest constant of a margin; change: its difference to the previous rate, for
+    the same draws (the masks are nested), so an interval above zero shows an increase; ratio: the median over images of
+    the smallest margin / constant, negative for images that the masked network misclassifies. If a draw is infinite (a
+    network with zero slope), the interval contains all numbers.
     """
 
     alpha: float
@@ -293,10 +293,10 @@ class MaskedPoint:
 def margin_ratios(
     model: nn.Module, x: Tensor, y: Tensor, radius: float, *, norm: float, method: str = "product"
 ) -> tuple[Tensor, Tensor]:
-    """Return, for each image, the largest Lipschitz constant of a margin and the smallest margin / constant: both (N,).
+    """Return the largest Lipschitz constant of a margin and the smallest margin / constant of each image: both (N,).
 
-    Labels y are kept whatever the model says. Methods, norms and errors are those of `lipschitz`. Scaling all weights
-    scales numerator and denominator alike; a network without any slope has ratio +inf or −inf.
+    Margins are those of the labels y. Methods, norms and errors are those of `lipschitz`. Scaling all weights scales
+    numerator and denominator equally. A network with zero slope has the ratio +inf or −inf.
     """
     return _ratios(prepare(model, tuple(x.shape[1:]), images=x), region(x, norm, radius), y, method)
 
@@ -323,10 +323,10 @@ def random_mask_bounds(
 ) -> list[MaskedPoint]:
     """Drop weights independently at each rate of `alphas` and estimate the expected constant and margin / constant.
 
-    Weights are those of linear and convolutional layers; `layers` names the modules that lose some (None: all, at
-    the same rate: jointly). Intervals are Student's, over draws. The theorem bounds the expectation for random masks;
-    for trained masks it says nothing: compare `margin_ratios` of a pruned network. Source: Guo et al. 2018.
-    Raise UserError for rates outside [0, 1], unknown layers, or fewer than two draws.
+    Weights are those of linear and convolutional layers; `layers` names the modules that lose weights (None: all of
+    them jointly at the same rate). Intervals are Student's, over draws. The theorem bounds the expectation for random
+    masks only; for trained masks, use `margin_ratios` on a pruned network. Source: Guo et al. 2018. Raises UserError
+    for rates outside [0, 1], unknown layers, or fewer than two draws.
     """
     graph, reach = prepare(model, tuple(x.shape[1:]), images=x), region(x, norm, radius)
     chosen = {

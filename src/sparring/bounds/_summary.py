@@ -27,11 +27,11 @@ class Attacked(Protocol):
 
 @dataclass(frozen=True)
 class Summary:
-    """Certificates of N images beside the distances at which an attack succeeded.
+    """Certificates of N images next to the distances at which an attack succeeded.
 
-    radius: (N,), float64, certified. The accuracies are shares of all images; `certified_accuracy` and
-    `attacked_accuracy` say by eps how many are right and keep their label for certain, and under the attack. The
-    medians are over images classified correctly, None where there are none.
+    radius: (N,), float64, certified. `certified_accuracy` and `attacked_accuracy` give, for each eps, the fraction of
+    all images that are classified correctly with a certificate, and under the attack. Medians are over correctly
+    classified images, None if there are none.
     """
 
     radius: Tensor
@@ -69,10 +69,10 @@ def summary(
     method: str = "crown",
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Certify images x (N, ...) in [0, 1] with labels y (N,), and hold the radii against an attack's distances.
+    """Certify images x (N, ...) in [0, 1] with labels y (N,), and compare the radii with the distances of an attack.
 
-    `attacked` is what a minimum-norm attack in the same norm did to the same images and model; `progress` as for
-    `radius`. Raises as `radius` does, and UserError where an adversarial example lies within a certified radius.
+    `attacked` is the result of a minimum-norm attack in the same norm on the same images and model; `progress` as for
+    `radius`. Raises as `radius` does, and UserError if an adversarial example lies within a certified radius.
     """
     radii = radius(model, x, y, norm, method=method, progress=progress)
     right, distance = attacked.clean_correct, attacked.distance

@@ -4,7 +4,7 @@ In the user's cache folder lie, of each set of pixels, NAME.pixels (N, C, H, W),
 image's file) and NAME.json, and of each list of files SET.json, which says which pixels are of it. NAME is the hash of
 content: of the files' hashes, of how they are prepared and of what decodes them. So a set that is copied, or whose
 files are touched, has its files hashed again, not decoded. SET-CHANGED.* hold what a run cut short has done,
-FILES.files the hashes of files of which none was decoded.
+FILES.files the hashes of files that were not decoded.
 """
 
 from __future__ import annotations

@@ -34,14 +34,14 @@ PACKED = (".zip", *TARS, ".npz", *COLUMNAR, ".csv")  # what a user's own data ma
 
 
 class Available(NamedTuple):
-    """Name a data set that this machine has, and where ("" if a package ships it)."""
+    """A data set on this machine, and its place ("" if it is part of a package)."""
 
     name: str
     where: str
 
 
 def kind_of(name: str, root: Path | str | None = None) -> Literal["known", "function", "arrays", "images"]:
-    """Return what `load` takes a name for; raise as it does where there is no such data set."""
+    """Return how `load` interprets a name; raise as it does if there is no such data set."""
     if name in DATASETS:
         return "known"
     if ":" in name and not expand(name).exists():
@@ -57,13 +57,13 @@ def load(
 
     A path is a folder, zip or tar of images, of Parquet or Arrow files or of tar shards, a CSV of paths, or an .npz.
 
-    Files and names are looked for in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that
-    order. With `download`, what is missing is fetched from public mirrors into the first of these, and `progress` is
-    told, as it is of images that are decoded into the cache. `request` says what is read of a user's files, and how. A
-    user's file is never called what a known set is called: its name gets "-user".
+    Files and names are searched in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that
+    order. With `download`, missing files are downloaded from public servers into the first of these. `progress` reports
+    downloads, and images that are decoded into the cache. `request` says what is read of a user's files, and how. A
+    user's file never gets the name of a built-in set; "-user" is added.
 
-    Raises DataError if files are missing (it lists which go where), damaged, mislabelled or of the wrong shape, and
-    UnknownNameError if there is no such data set.
+    Raises DataError if files are missing (with a list of names and places), damaged, mislabelled or of a wrong shape,
+    and UnknownNameError if there is no such data set.
     """
     places = roots(root)
 
@@ -169,7 +169,7 @@ def _label(path: Path) -> str:
 
 
 def available(root: Path | str | None = None) -> list[Available]:
-    """Return the data sets that can be loaded here without a download, and where they lie; nothing is read."""
+    """Return the data sets that can be loaded without a download, and their places, without reading them."""
     places = roots(root)
     paths = {source.name: locate(source, places) for source in SOURCES}
     found = [Available(name, "") for name in DATASETS if name not in paths]

@@ -22,11 +22,11 @@ SYNSET = re.compile(r"(n\d{8})[\s,]+(\S.*)")
 
 @dataclass(frozen=True)
 class Geometry:
-    """Say how images are brought to one size, as timm and torchvision do: resized, then cropped at the centre.
+    """How images are brought to one size, as in timm and torchvision: resized, then cropped at the centre.
 
-    `resize` is the length in pixels of the shorter side, the other keeping its proportion, or height and width, to
-    which an image is stretched. What `crop` (height and width) asks beyond an image is black. `interpolation` is one of
-    Pillow's, with its antialiasing. `source` is who says so.
+    `resize` is the length of the shorter side in pixels, with the aspect ratio kept, or height and width to stretch to.
+    `crop` is height and width; an area beyond the image is black. `interpolation` is one of Pillow's, with
+    antialiasing. `source` names the origin of these settings.
     """
 
     resize: int | tuple[int, int] | None = None
@@ -75,9 +75,9 @@ def _cropped(image: Image.Image, height: int, width: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class ClassList:
-    """Hold the names of a network's classes in the order of its outputs, their WordNet ids, and who says so.
+    """Names of a network's classes in the order of its outputs, their WordNet ids, and their source.
 
-    Where it is a `fallback`, what a set itself says of its classes comes first.
+    If it is a `fallback`, class names in the data set itself take precedence.
     """
 
     names: tuple[str, ...]
@@ -131,10 +131,10 @@ def _table(names: Sequence[str], parts: Callable[[str], list[str]]) -> dict[str,
 
 
 def read_classes(path: Path) -> ClassList:
-    """Read the names of a network's classes, in its order; raise DataError for a file that is none of these.
+    """Read the names of a network's classes in the order of its outputs; raise DataError for other files.
 
-    They are one a line ("n01440764 tench, Tinca tinca" has a WordNet id first), or JSON: a list, or a dictionary from
-    number to name or to [WordNet id, name], as ImageNet's class index.
+    The file has one name per line ("n01440764 tench, Tinca tinca" starts with a WordNet id), or is JSON: a list, or a
+    dictionary from number to name or to [WordNet id, name], such as ImageNet's class index.
     """
     try:
         text = read_bounded(path, limit=16 * MIB).decode("utf-8-sig")
@@ -169,14 +169,14 @@ def _from_json(content: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """Say what is read of a user's own data.
+    """What to read of a user's own data.
 
-    `parts`: all (training images are needed), what there is, or test images alone; without test/ the images of valid/,
-    or else of train/, are those that are tested, which a note says. `images`: decode at most so many test images, the
-    first of `fixed_order`. `channels`: 3 to have grey images as colour. `cache`: False to decode all images
-    into memory. `limit`: at most so many images by split, as balanced as can be. `valid_seed`: draw the images that
-    are held out for validation, where the data have none. `identify`: name images in files by all their files,
-    whatever is decoded of them.
+    `parts`: all (training images are required), all that exist, or test images only. Without test/, the images of
+    valid/, or else of train/, are used as test images, with a note. `images`: decode only this number of test images,
+    the first of `fixed_order`. `channels`: 3 to convert grey images to colour. `cache`: False to decode all images into
+    memory. `limit`: largest number of images per split, balanced over classes. `valid_seed`: seed of the validation
+    images that are held out, if the data have none. `identify`: hash images in files by all their files, whatever is
+    decoded.
     """
 
     parts: Literal["all", "any", "test"] = "all"
@@ -195,10 +195,10 @@ EVERYTHING = Request()
 
 @dataclass(frozen=True)
 class Preparation:
-    """Say, as plans and commands write it, how a user's own images are prepared and how many are used.
+    """How a user's own images are prepared and how many are used, as in plans and commands.
 
-    `resize` and `crop` are pixels, as 224 or "224x320" (height and width); `classes` is a file for `read_classes`;
-    `limit` is how many images each split has at most, or one number for all; `valid_seed` as in `Request`.
+    `resize` and `crop` are pixels, such as 224 or "224x320" (height and width); `classes` is a file for `read_classes`;
+    `limit` is the largest number of images per split, or one number for all; `valid_seed` as in `Request`.
     """
 
     resize: int | str | None = None

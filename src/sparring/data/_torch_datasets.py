@@ -20,13 +20,13 @@ def from_torch(
     dataset: TorchData, *, n: int | None = None, classes: int | Sequence[str] | None = None,
     train: TorchData | None = None, valid: TorchData | None = None, name: str = "torch",
 ) -> Dataset:  # fmt: skip
-    """Make a data set of a torch Dataset or DataLoader of test images and maybe ones of images for training.
+    """Make a data set from a torch Dataset or DataLoader of test images, and optionally ones of training images.
 
-    Images are tensors (C, H, W), or (N, C, H, W) of a loader, uint8 or floating in [0, 1], the latter rounded to the
-    nearest of 256 values; labels are integers from 0. `n`: take so many test images, of a dataset with a length those
-    that `fixed_order` chooses, else the first. `classes` is how many there are, or their names; without it every label
-    up to the last must occur. Without `valid` every tenth image of a class of `train` is held out. Raise DataError for
-    anything else, and for a dataset that fails.
+    Images are tensors (C, H, W), or (N, C, H, W) from a loader, uint8 or floating in [0, 1]; the latter are rounded to
+    the nearest of 256 values. Labels are integers from 0. `n`: number of test images; from a dataset with a length
+    those that `fixed_order` chooses, otherwise the first. `classes` is the number of classes or their names; without
+    it, every label up to the last must occur. Without `valid`, every tenth image of a class of `train` is held out.
+    Raises DataError for anything else, and for a dataset that fails.
     """
     places = _places(dataset, n)
     test = _split(dataset, "test", places, n)

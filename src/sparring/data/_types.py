@@ -29,7 +29,7 @@ ROWS = 1_000  # images that are copied at a time
 
 
 class Split(NamedTuple):
-    """Hold images x (N, C, H, W), uint8, and their labels y (N,), int64."""
+    """Images x (N, C, H, W), uint8, and their labels y (N,), int64."""
 
     x: Tensor
     y: Tensor
@@ -37,13 +37,13 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Hold a named data set; choices are made on `valid`, never on `test`.
+    """A named data set; choices are made on `valid`, never on `test`.
 
     `mean` and `std` are per channel over the training split, for images in [0, 1]. `class_names` is as long as
-    `classes`, or empty where the classes have no names. Where only a test split was read, `train` and `valid` hold no
-    images, and `mean` and `std` are empty. `drawn` says where in the split the images of `test` are, if only some were
-    read; `notes` say what was read and done, `left_out` why which files were not read. `identity` is the
-    hash of a set too large to be named by its pixels.
+    `classes`, or empty. If only a test split was read, `train` and `valid` have no images, and `mean` and `std` are
+    empty. If only some test images were read, `drawn` has their indices in the split. `notes` say what was read and
+    done, `left_out` why files were not read. `identity` is the hash of a set that is too large to be hashed by its
+    pixels.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Dataset:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [0, 1], which is what a model sees."""
+    """Return uint8 images as float32 in [0, 1], the input of models."""
     return x.to(torch.float32) / 255
 
 
 def fixed_order(count: int) -> Tensor:
-    """Return the random order, always the same, in which so many images of a split are chosen."""
+    """Return the fixed random order in which images of a split are chosen."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
@@ -76,10 +76,10 @@ def from_splits(
 ) -> Dataset:  # fmt: skip
     """Make a data set from its splits: check them, and measure mean and standard deviation of the training split.
 
-    Without training and validation images it can be attacked, but nothing can be trained on it. What is known of a
-    large set need not be measured again: how often each of the 256 values occurs in the training images, by channel
-    (`counts`), and its `identity`. Raises DataError, naming the split, for a wrong dtype or shape, an empty split, a
-    label outside [0, classes), or classes outside [1, 1,000,000].
+    Without training and validation images it can be used for attacks only. For a large set, known values need not be
+    measured again: `counts` (how often each of the 256 values occurs in the training images, by channel) and
+    `identity`. Raises DataError, naming the split, for a wrong dtype or shape, an empty split, a label outside [0,
+    classes), or classes outside [1, 1,000,000].
     """
     shape = (test if train is None else train).x.shape[1:]
     for part, split in (("training", train), ("validation", valid), ("test", test)):
@@ -138,9 +138,9 @@ def _moments(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def content_hash(dataset: Dataset) -> str:
-    """Return the SHA-256 of a data set's images, labels and class count: its identity, whatever it is called.
+    """Return the SHA-256 of a data set's images, labels and class count, independent of its name.
 
-    Of more than 512 MiB of pixels from files of images it is that of the files, and of how they are prepared.
+    For more than 512 MiB of pixels from image files, it is the hash of the files and of their preparation.
     """
     if dataset.identity:
         return dataset.identity

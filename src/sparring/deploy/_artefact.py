@@ -92,7 +92,7 @@ class _Blobs:
 
 
 def write_program(program: Program, path: Path | str, *, values: str) -> Path:
-    """Write a program that `round_program` has rounded to `values` as an artefact, whole or not at all."""
+    """Write a program that `round_program` has rounded to `values` as an artefact, atomically."""
     blobs = _Blobs()
     header = {
         "format": 1 if program.whole else FORMAT,

@@ -27,10 +27,10 @@ from ._program import (
 
 
 class Equivalent(nn.Module):
-    """The network of a program, computed by torch with dense weights as they were rounded; in eval mode.
+    """The network of a program in torch with dense, rounded weights, in eval mode.
 
-    Activation sparsity is there as the modules of `sparsity`, so that attacks see what masks gradients. Parameters need
-    no gradient.
+    Sparse activations are modules of `sparsity`, so that attacks recognise what masks gradients. Parameters need no
+    gradient.
     """
 
     def __init__(self, program: Program) -> None:

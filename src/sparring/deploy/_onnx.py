@@ -85,7 +85,7 @@ def _exported(network: nn.Module, x: Tensor) -> Any:
 
 
 def takes_any_number(path: Path | str) -> bool:
-    """Tell whether an ONNX file takes any number of images at once, not one alone."""
+    """Return whether an ONNX file accepts any number of images at once."""
     import onnx
 
     return not onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value
@@ -100,7 +100,7 @@ def run_session(session: Any, x: Floats) -> Floats:
 def onnx_error(path: Path | str, model: nn.Module, x: Tensor) -> float | None:
     """Run an ONNX file in ONNX Runtime; return the largest difference of logits from a model's over the largest logit.
 
-    x: images (N, *shape) in [0, 1], which are asked together, and the first of them alone. Return None where ONNX
+    x: images (N, *shape) in [0, 1], which are evaluated together, and the first of them alone. Returns None if ONNX
     Runtime is not installed.
     """
     try:

@@ -191,7 +191,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A network for images of `shape` (channels, height, width), float32 in [0, 1]; see the module's first lines."""
+    """A network for images of `shape` (channels, height, width), float32 in [0, 1]; see the module's docstring."""
 
     shape: Shape
     steps: tuple[Step, ...]

@@ -151,9 +151,9 @@ def pack(
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Packed:
-    """Pack a classifier in memory, as `export` then `load` would; `shape` and `images` as there.
+    """Pack a classifier in memory, as `export` followed by `load`; `shape` and `images` as there.
 
-    How it runs follows from its weights alone, never from a timing, so that results are the same to the last bit.
+    How it runs depends on its weights only, not on timings, so that results are the same to the last bit.
     """
     names = None if class_names is None else tuple(class_names)
     program = compile_model(model, shape, images=images, class_names=names, provenance=provenance)
@@ -172,22 +172,22 @@ def export(
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a classifier for images of `shape` as one packed artefact and return its path.
+    """Write a classifier for images of `shape` as one artefact and return its path.
 
-    images (N, *shape) in [0, 1]: a few of those at hand, on which what is packed is compared with the model.
-    `values` is how weights are stored: "fp32" (exact), "fp16" or "int8" (a scale per output unit). `provenance` is
-    any JSON object (study, cell, seed, hashes). Raise Unsupported for a network without a packed form, UserError for
-    weights that are not finite, or that fp16 cannot hold.
+    images (N, *shape) in [0, 1]: a few real images, on which the artefact is compared with the model. `values` is the
+    number format of the weights: "fp32" (exact), "fp16" or "int8" (one scale per output unit). `provenance` is any JSON
+    object (study, cell, seed, hashes). Raises Unsupported for a network without a packed form, UserError for weights
+    that are not finite, or too large for fp16.
     """
     packed = pack(model, shape=shape, images=images, values=values, class_names=class_names, provenance=provenance)
     return write_program(packed.program, path, values=values)
 
 
 def load(path: Path | str, *, threads: int = 1, native: bool = True) -> Packed:
-    """Open an artefact, from whomever it comes; raise UserError, never more, if it is damaged or hostile.
+    """Load an artefact; it is untrusted, and a damaged or malicious one raises UserError.
 
-    `threads` share large batches; without `native`, or where no kernels can be generated, numpy runs the network.
-    Layers that are not sparse enough run dense in torch where that is faster: the first images of a size are timed.
+    `threads` share large batches. Without `native`, or if no kernels can be generated, NumPy runs the network. Layers
+    that are not sparse enough run dense in torch if this is faster; the first images of a batch size are timed.
     """
     try:
         return Packed(read_program(path), threads=threads, native=native, timed=True)

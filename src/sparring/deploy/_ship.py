@@ -21,12 +21,12 @@ FEW = 50  # images of the attack that asks for classes alone
 
 @dataclass(frozen=True)
 class Shipped:
-    """Studied network and artefact side by side, over the same images; shares are fractions of them.
+    """Comparison of a network with its artefact on the same images; shares are fractions of the images.
 
     `agreement` is the share of clean images with the same prediction, `logit_error` the largest difference of logits
-    over the largest logit. `robust_model` and `robust_packed` are the shares classified correctly under an attack made
-    on the network itself, `robust_transfer` that of the artefact under examples made on the model, `robust_decision`
-    that of the artefact under a decision-based attack on its kernels, over the first few images, None without one.
+    over the largest logit. `robust_model` and `robust_packed` are the robust accuracies under an attack on the network
+    and on the artefact, `robust_transfer` that of the artefact under examples made on the model, and `robust_decision`
+    that of the artefact under a decision-based attack on its kernels, over the first few images (None without one).
     `stands_model` and `stands_packed`, bool (N,), are the images that remain correct under the examples made on the
     model and those made on the artefact. Both use the same examples, so that they can be compared.
     """
@@ -58,12 +58,12 @@ def ship_report(
     *,
     decisions: int = 5,
 ) -> Shipped:
-    """Say what shipping costs: a network and its artefact under an attack, the artefact also under HopSkipJump.
+    """Compare a network with its artefact under an attack, and run HopSkipJump on the artefact.
 
-    x: float (N, *shape) in [0, 1]; y: int64 (N,). Attacks go through `attacks.run` and start from one seed; on the
-    artefact a gradient attack works with its own values, as rounded. HopSkipJump asks the very kernels that are shipped
-    for classes alone, on the first 50 images, in `decisions` steps; 0 leaves it out. The model is evaluated in eval
-    mode and left as it was. Raises UserError as `attacks.run` does.
+    x: float (N, *shape) in [0, 1]; y: int64 (N,). Attacks use `attacks.run` and the same seed. On the artefact, a
+    gradient attack uses its rounded weights. HopSkipJump uses only the predicted classes of the shipped kernels, on the
+    first 50 images, in `decisions` steps; 0 disables it. The model runs in eval mode and is restored. Raises UserError
+    as `attacks.run` does.
     """
     blind = partial(attacks.hopskipjump, steps=decisions)
     with eval_mode(model):

@@ -14,11 +14,11 @@ from ._runtime import Packed
 
 
 class PackedModule(nn.Module):
-    """What is shipped, as attacks want it: images (N, *shape) to logits, differentiable with respect to the images.
+    """An artefact as a module for attacks: images (N, *shape) to logits, differentiable with respect to the images.
 
-    For fp16 and int8 artefacts it computes with the values as they were rounded. Logits are the kernels'. Gradients are
-    theirs too, or where they have none those of `equivalent`: without llvmlite, of vectors that autograd batches, and
-    through activation sparsity, whose modules an attack finds there and may switch to their straight-through pass.
+    fp16 and int8 artefacts use their rounded weights. Logits are computed by the kernels. Gradients are too, or else by
+    `equivalent`: without llvmlite, for vectors that autograd batches, and through sparse activations. Attacks find the
+    modules of the latter there and can use their straight-through backward pass.
     """
 
     def __init__(self, packed: Packed) -> None:

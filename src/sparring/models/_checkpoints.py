@@ -29,7 +29,7 @@ NOT_WEIGHTS = ("optim", "scaler", "scheduler", "callbacks", "loops", "rng")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Hold a network's weights, where in its file they stood, and what was done to their names."""
+    """A network's weights, their place in the file, and the changes to their names."""
 
     tensors: dict[str, Tensor]
     key: str
@@ -38,13 +38,13 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, *, key: str | None = None, as_is: bool = False) -> Checkpoint:
-    """Read the weights in a file of torch.save's (.pt, .pth, .ckpt, .bin), plain, nested or of a whole module.
+    """Read the weights in a file of torch.save (.pt, .pth, .ckpt, .bin): plain, nested or of a whole module.
 
-    The file is unpickled in a process of its own, which imports and runs nothing that the file names, has bounded
-    memory and time, and returns tensors alone. `key` says which of several sets of weights to take, as "ema", or what
-    the names of one begin with, as "student". Names and reparametrised weights are made plain as `plain_weights` does,
-    except `as_is`. Raises UserError for a file that cannot be read so, that names functions, holds no tensors, or none
-    that safetensors can hold, or lacks `key`.
+    The file is unpickled in a separate process with bounded memory and time, which imports and runs nothing that the
+    file names, and returns only tensors. `key` selects one of several sets of weights by its name, such as "ema", or by
+    the prefix of its names, such as "student". Names and reparametrised weights are converted as by `plain_weights`,
+    except with `as_is`. Raises UserError for a file that cannot be read in this way, that names functions, has no
+    tensors or tensors that safetensors cannot store, or does not have `key`.
     """
     try:
         return chosen(_groups(Path(path)), key=key, as_is=as_is)
@@ -135,10 +135,10 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def plain_weights(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return weights by the names of the plain network, and a note on each change.
+    """Return weights with the names of the plain network, and a note on each change.
 
-    Prefixes that every name has ("module.", "_orig_mod.", "model.") go, and torch's count of averaged models; the pairs
-    that torch.nn.utils.prune, weight_norm and spectral_norm leave become the weights that forward() uses.
+    Removes prefixes that every name has ("module.", "_orig_mod.", "model.") and torch's count of averaged models. The
+    pairs of torch.nn.utils.prune, weight_norm and spectral_norm become the weights that forward() uses.
     """
     found, notes = dict(tensors), []
     for name in [name for name in found if name.rpartition(".")[2] == "n_averaged"]:  # torch.optim.swa_utils

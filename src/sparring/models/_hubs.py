@@ -37,11 +37,11 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class HubModel:
-    """Hold what a library's own configuration says of a network: how images are prepared, and its classes.
+    """A library's configuration of a network: preparation of images, and classes.
 
-    `size` is the height and width in pixels that it was trained on and images are cropped to; `resize` the length of
-    the shorter side before, or height and width where images are stretched, or None where it is done in another way.
-    `labels` are the names of the classes and `ids` their WordNet ids, empty where they are not known.
+    `size` is the height and width in pixels that images are cropped to, as in training. `resize` is the length of the
+    shorter side before that, or height and width if images are stretched, or None if the preparation is different.
+    `labels` are the names of the classes and `ids` their WordNet ids; both are empty if unknown.
     """
 
     mean: tuple[float, ...]
@@ -65,12 +65,12 @@ class _Hub:
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a model's name is one of a library's, as timm:resnet18."""
+    """Return whether a model's name belongs to a library, such as timm:resnet18."""
     return name.partition(":")[0] in HUBS and ":" in name
 
 
 def describe(name: str) -> HubModel:
-    """Return a network's own configuration; raise UserError where its package is missing or cannot tell it."""
+    """Return a network's own configuration; raise UserError if its package is missing or has none."""
     hub, own = _parted(name)
     with _told(name):
         facts = hub.describe(own)
@@ -80,7 +80,7 @@ def describe(name: str) -> HubModel:
 
 
 def build_from_hub(name: str, *, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Build a network with fresh weights for images of this shape, behind its own normalisation of [0, 1]."""
+    """Build a network with new weights for images of this shape, with its own normalisation of [0, 1]."""
     hub, own = _parted(name)
     facts = describe(name)
     mean, std = facts.mean, facts.std
@@ -93,17 +93,17 @@ def build_from_hub(name: str, *, shape: tuple[int, ...], classes: int) -> nn.Mod
 
 
 def hub_version(name: str) -> str:
-    """Return a hash that changes with the release of a network's library, and with the settings in a folder."""
+    """Return a hash that changes with the version of a network's library, and with the settings in a folder."""
     hub, own = _parted(name)
     settings = (_folder(own) / "config.json").read_bytes() if hub.package == "transformers" else own.encode()
     return sha256_bytes(f"{hub.package} {version(hub.package)} ".encode() + settings)
 
 
 def load_hub_weights_(model: nn.Module, name: str, *, classes: int, download: bool = False) -> None:
-    """Put a library's trained weights into what `build_from_hub` made.
+    """Load a library's trained weights into a model of `build_from_hub`.
 
-    Raises UserError where they are not in the user's cache or folder and `download` is not given, where they are for
-    another number of `classes`, and as `load_weights_` does.
+    Raises UserError if they are not in the user's cache or folder and `download` is not given, if they have another
+    number of `classes`, and as `load_weights_` does.
     """
     hub, own = _parted(name)
     trained = describe(name).classes

@@ -78,16 +78,16 @@ def build(
 
 
 def takes_moments(name: str) -> bool:
-    """Return whether a user's factory is given the mean and std of the data."""
+    """Return whether a user's factory accepts the mean and std of the data."""
     factory = look_up("model", name, MODELS)
     return _takes(factory, "mean") and _takes(factory, "std")
 
 
 def recipe_settings(name: str, *, channels: int, fine_tuning: bool = False) -> dict[str, Any]:
-    """Return the settings of `train.Recipe` by a network's name, or for a user's (docs/recipes.md).
+    """Return the settings of `train.Recipe` for a network's name, or for a user's network (docs/recipes.md).
 
-    Images of one channel are not augmented: a mirrored digit is another sign, or none. Fine-tuning takes half the
-    learning rate.
+    Images with one channel are not augmented, because a mirrored digit is another symbol or none. Fine-tuning uses half
+    the learning rate.
     """
     settings = dict(FACTS.get(name, OWN_MODEL).recipe)
     if channels == 1:

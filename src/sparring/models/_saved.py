@@ -80,7 +80,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
 
 
 def read_blueprint(path: str | Path) -> Blueprint:
-    """Return what a file that `save_model` wrote says of its model; raise UserError where it says nothing."""
+    """Return the blueprint in a file that `save_model` wrote; raise UserError if there is none."""
     return _blueprint(load_tensors(path), path)
 
 

@@ -29,12 +29,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Copy named tensors into a model's parameters and buffers; return notes on what was done to their names.
+    """Copy named tensors into a model's parameters and buffers; return notes on changed names.
 
-    Where names differ, prefixes of wrappers and what torch.nn.utils.prune, weight_norm and spectral_norm leave are
-    resolved (`plain_weights`), and weights of the network inside a wrapper, such as one that normalises images, are
-    taken for that network. Raise UserError that names the first tensor that is missing, unknown, of another shape or
-    kind of number, not finite, or that the model's own type would round.
+    If names differ, prefixes of wrappers and the parameters of torch.nn.utils.prune, weight_norm and spectral_norm are
+    resolved (`plain_weights`). Weights of a network inside a wrapper, such as one that normalises images, are assigned
+    to that network. Raises UserError that names the first tensor that is missing, unknown, of another shape or number
+    type, not finite, or that the model's own type would round.
     """
     own = model.state_dict()
     learned = dict(model.named_parameters())  # some buffers take the size of what they are given

@@ -39,15 +39,15 @@ class _Judged(NamedTuple):
 def write(out: Path | str) -> Path:
     """Write OUT/report.html, OUT/results.csv, OUT/ledger.json and OUT/figures/*.svg and *.png; return the page's path.
 
-    Reads plan.json and the records and objects that it names; no models, no data. Figures of an earlier report that
-    this one does not have are removed. Raises UserError when there is no study in the folder, something in it is
-    damaged, or it cannot be written to.
+    Reads plan.json and the records and objects that it names, without models or data. Figures of an earlier report that
+    this one does not have are removed. Raises UserError if there is no study in the folder, something in it is damaged,
+    or it cannot be written to.
     """
     return publish(out)[0]
 
 
 def publish(out: Path | str) -> tuple[Path, str]:
-    """Write all that `write` does and return the page's path and the verdict, for one reading of the study."""
+    """Do what `write` does, and return the page's path and the summary, with one reading of the study."""
     folder, (found, _, rows, told) = Folder(Path(out)), _judged(out)
     if isinstance(found, LinearStudy):
         pictures = linear.pictures(found)
@@ -70,14 +70,14 @@ def publish(out: Path | str) -> tuple[Path, str]:
 
 
 def verdict(out: Path | str) -> str:
-    """Return what the study in a folder found, in paragraphs of plain text; raises as `write` does."""
+    """Return the findings of the study in a folder, in paragraphs of plain text; raises as `write` does."""
     return str(_judged(out).verdict)
 
 
 def read(out: Path | str) -> Report:
     """Return the study in a folder as an object for notebooks and scripts; raises as `write` does.
 
-    A study of linear classifiers has no such object: its results.csv and ledger.json hold all of it.
+    A study of linear classifiers has no such object; use its results.csv and ledger.json.
     """
     found = _judged(out).found
     if isinstance(found, LinearStudy):
@@ -104,12 +104,12 @@ def _judged(out: Path | str) -> _Judged:
 def merge_ledgers(outs: Iterable[Path | str], *, earlier: Path | str | None = None) -> list[Row]:
     """Return the claims of several studies as one ledger, each with its study's verdict and that among all claims.
 
-    The first is the verdict: a study's families are fixed before it runs. The second answers another question, whether
-    any of so many studies would be wrong.
+    The first is the verdict of the claim: a study's families of claims are fixed before it runs. The second says
+    whether any of the studies' verdicts together would be wrong.
 
-    `earlier` is a ledger.json, of one study or of many, whose folders need not be there any more: its rows are judged
-    again among the others, but for those of a study of the same name as one in `outs`, which takes their place. Raises
-    as `write` does, and UserError when `earlier` is no such file.
+    `earlier` is a ledger.json of one or more studies, whose folders need not exist any more. Its rows are judged again
+    with the others, except those of a study with the same name as one in `outs`, which replaces them. Raises as `write`
+    does, and UserError if `earlier` is not a ledger.
     """
     found = [_judged(out) for out in outs]
     fresh = [(one.found.study.name, asked) for one in found for asked in one.claims]
@@ -143,7 +143,7 @@ def _read_ledger(path: Path) -> list[Named]:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Hold what a study found: `str` is the verdict; in a notebook it shows as words, table and figures."""
+    """The findings of a study: `str` is the summary; a notebook shows text, table and figures."""
 
     findings: Findings
 

@@ -20,9 +20,9 @@ from .analysis._records import load
 
 @dataclass(frozen=True)
 class Side:
-    """Name the networks of one side: a study's folder, a method and a sparsity, all seeds together.
+    """The networks of one side: a study's folder, a method and a sparsity, with all seeds.
 
-    Without a method it is the one that the study's headline speaks of; without a sparsity, likewise.
+    Method and sparsity default to those of the study's headline.
     """
 
     folder: Path
@@ -32,10 +32,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold one metric of both sides and the change from the first to the second.
+    """One metric of both sides and the change from the first to the second.
 
-    `change` is in `unit`: points of a share, or % of the first side's mean distance. `paired` tells whether both sides
-    saw the same images. With one seed intervals speak of these very networks on new images, else of new seeds too.
+    `change` is in `unit`: points for a share, or % of the first side's mean distance. `paired` says whether both sides
+    have the same images. With one seed, intervals describe these networks on new images; otherwise also new seeds.
     """
 
     metric: str
@@ -57,8 +57,8 @@ class Difference:
 def compare(first: Side, second: Side) -> list[Difference]:
     """Return the change of every metric that both sides have, on test images, in reading order.
 
-    Paired by image where the data are the same, and by seed as far as both have seeds. Raises UserError when a folder
-    holds no study, a side no network, or the two have no metric in common.
+    The comparison is paired by image if the data are the same, and by seed as far as both have seeds. Raises UserError
+    if a folder has no study, a side no network, or the two no common metric.
     """
     found = [find(load(side.folder)) for side in (first, second)]
     chosen = [_chosen(findings, side) for findings, side in zip(found, (first, second), strict=True)]
@@ -74,9 +74,9 @@ def compare(first: Side, second: Side) -> list[Difference]:
 def compare_values(
     first: Mapping[str, Floats], second: Mapping[str, Floats], *, lengths: Container[str] = ()
 ) -> list[Difference]:
-    """Return the change of every metric of two models, from per-image values (N,) of the same images.
+    """Return the change of every metric of two models, from values per image (N,) of the same images.
 
-    Those named in `lengths` change by % of the first model's mean; the others are shares of images (0 or 1).
+    Metrics in `lengths` change in % of the first model's mean; the others are shares of images (0 or 1).
     """
     found = []
     for name in (n for n in first if n in second):
@@ -89,7 +89,7 @@ def compare_values(
 
 
 def broken(differences: Sequence[Difference], allowed: Mapping[str, float]) -> list[str]:
-    """Return a sentence for every metric that may have dropped by more than allowed: whose lower bound lies below.
+    """Return a sentence for every metric whose interval does not rule out a larger drop than allowed.
 
     `allowed` maps metrics (as in `Difference.metric`) to drops in the change's unit. Raises UnknownNameError for a
     metric that was not compared.
@@ -148,9 +148,9 @@ def _difference(measure: Measure, sides: Sequence[list[PerImage]], same: bool) -
 
 @dataclass(frozen=True)
 class Choice:
-    """Name the network to ship. `key` is that of the task that made its weights; gains are test, over the control.
+    """The network to ship. `key` is that of the task that trained its weights; gains are on test images.
 
-    They are fractions, of the images or of the control's mean distance.
+    Gains over the dense control are fractions of the images or of the control's mean distance.
     """
 
     method: str
@@ -167,9 +167,9 @@ class Choice:
 def pick(out: Path | str, *, max_latency: float | None = None, max_accuracy_drop: float = 0.5) -> Choice:
     """Choose the best network of a study within a latency (ms) and an accuracy drop (points, validation images).
 
-    Of the method and sparsities that fit, the one with the highest validation robust accuracy is chosen, or without
-    attacks on validation images the sparsest; of its seeds, the one with the highest validation accuracy.
-    Raise UserError where nothing fits, naming what comes nearest, or where latencies were not measured.
+    Of the methods and sparsities within the limits, the one with the highest validation robust accuracy is chosen, or
+    the sparsest if validation images were not attacked; of its seeds, the one with the highest validation accuracy.
+    Raises UserError if no network is within the limits, naming the closest one, or if latencies were not measured.
     """
     findings = find(load(out))
     study = findings.study

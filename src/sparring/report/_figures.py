@@ -46,7 +46,7 @@ def svg(spec: Spec, *, mark: str = "") -> str:
 
 
 def png(drawn: str, *, scale: float = 2.0) -> bytes:
-    """Return drawn SVG as PNG bytes, at `scale` times the size."""
+    """Return SVG as PNG bytes, at `scale` times the size."""
     return bytes(vl_convert.svg_to_png(drawn, scale=scale))
 
 
@@ -297,7 +297,7 @@ def overview(panels: Sequence[Spec]) -> Spec:
 def timings_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the figure as SVG text; rows are as `deploy.bench` returns them, as mappings.
 
-    A mark is the median over rounds of milliseconds an image, its bar the quartiles, the thin tick the floor.
+    A mark is the median milliseconds per image over rounds, its bar the quartiles, the thin tick the floor.
     """
     batches, engines = (list(dict.fromkeys(row[name] for row in rows)) for name in ("batch", "engine"))
     data = [_placed(row) for row in rows]

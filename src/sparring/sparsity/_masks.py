@@ -27,7 +27,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator | None], Tensor]
 
 
 class Score(Protocol):
-    """Say how much each prunable weight is worth. Scores ignore what they do not need and leave the model as it is."""
+    """Score each prunable weight. Scores ignore arguments that they do not need and do not change the model."""
 
     def __call__(
         self,
@@ -46,14 +46,15 @@ class CollapsedLayerWarning(UserWarning):
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters through which weight matrices can be pruned, by name, in the model's order.
 
-    Those of linear, convolutional, recurrent and attention layers; of a layer under weight_norm, spectral_norm or
-    torch.nn.utils.prune the tensor whose zeros are zeros of the weight that the layer computes. Shared ones once.
+    These are parameters of linear, convolutional, recurrent and attention layers; for a layer under weight_norm,
+    spectral_norm or torch.nn.utils.prune, the tensor whose zeros are zeros of the weight that the layer computes.
+    Shared parameters occur once.
     """
     return {m.name: model.get_parameter(m.name) for m in matrices(model) if m.excuse is None}
 
 
 def all_ones(model: nn.Module) -> Masks:
-    """Return masks that keep every prunable weight: what every pruner starts from."""
+    """Return masks that keep every prunable weight, the start of every pruner."""
     return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable(model).items()}
 
 
@@ -107,10 +108,10 @@ def _held_by_gain_(name: str, value: Tensor, mask: Tensor, gain_name: str, gain:
 
 @contextmanager
 def masked(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
-    """Show a model with its masks applied while the block runs: outputs are those of w∘mask, gradients are dense.
+    """Apply masks to a model while the block runs: outputs are those of w∘mask, gradients are dense.
 
-    For a training loop of one's own with a pruner that keeps dense weights (surgery, HYDRA, movement): forward and
-    backward inside, the optimiser's step outside, where the dense weights are back.
+    Use it in your own training loop with a pruner that keeps dense weights (surgery, HYDRA, movement): forward and
+    backward pass inside the block, the optimiser's step outside, where the dense weights are restored.
     """
     with shown(targets(model, masks)):
         yield model
@@ -128,7 +129,7 @@ def targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]
 
 @contextmanager
 def shown(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """Multiply parameters by their masks for a while; the parameters themselves come back unchanged."""
+    """Multiply parameters by their masks while the block runs; the parameters are restored unchanged."""
     kept = [parameter.detach().clone() for parameter, _ in pairs]
     multiply_(pairs)
     try:

@@ -48,12 +48,12 @@ _RULE = ("scope", "structure", "floor", "spare", "spare_first", "spare_last")
 
 @dataclass(frozen=True)
 class PruningSpec:
-    """Say how to prune, in words that a plan can hold; None leaves an option to its method.
+    """Settings of pruning, as in a plan; None uses the default of the method.
 
-    `method` is a name of METHODS or "package.module:factory" (sparsity -> Pruner); `score` a name of SCORES or
-    "package.module:function" (a Score); `scope` one of SCOPES; `structure` a name of STRUCTURES; `layers` gives
-    sparsities by weight name in place of one for all. The others are options of the method's function, as are those of
-    a user's own factory under `options`, by the names in its signature.
+    `method` is a name in METHODS or "package.module:factory" (sparsity -> Pruner); `score` a name in SCORES or
+    "package.module:function" (a Score); `scope` one of SCOPES; `structure` a name in STRUCTURES; `layers` gives
+    sparsities by weight name instead of one for all. The others are options of the method's function; those of a user's
+    own factory are in `options`, by the names in its signature.
     """
 
     method: str = "gradual"
@@ -84,9 +84,9 @@ class PruningSpec:
 
 
 def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
-    """Make a fresh pruner (some remember: one per training) for a sparsity; None with `layers`, or "dns" with `c_rate`.
+    """Make a new pruner (some have state: one per training) for a sparsity; None with `layers`, or "dns" with `c_rate`.
 
-    Raise UserError for unknown names, for options that the method does not have, and for combinations that cannot be.
+    Raises UserError for unknown names, for options that the method does not have, and for impossible combinations.
     """
     factory: Callable[..., Pruner] = look_up("pruning method", spec.method, METHODS)
     known = inspect.signature(factory).parameters

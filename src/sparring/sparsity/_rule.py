@@ -22,10 +22,10 @@ UPDATES = 100  # how often masks change along a schedule unless a plan says othe
 
 @dataclass(frozen=True)
 class Rule:
-    """Hold the options of `select` that stay the same from step to step.
+    """Options of `select` that are the same in every step.
 
-    `spare` names weights that are never pruned, `spare_first` and `spare_last` mean the first and last in the model's
-    order; sparsities are fractions of the other weights.
+    `spare` names weights that are never pruned; `spare_first` and `spare_last` are the first and last in the model's
+    order. Sparsities are fractions of the other weights.
     """
 
     scope: str = "global"
@@ -141,9 +141,9 @@ def _check_channels(given: Mapping[str, float], tied: Collection[Collection[str]
 
 @dataclass(frozen=True)
 class Step:
-    """Hold what a pruner sees after an optimiser step, whose dense gradient is still in the parameters' `grad`.
+    """The state after an optimiser step; the dense gradient is still in the parameters' `grad`.
 
-    `number` counts from 0 to `steps` - 1. `loss` is the training's, `batch` what it was taken of.
+    `number` counts from 0 to `steps` - 1. `loss` is the training loss, and `batch` its data.
     """
 
     model: nn.Module
@@ -158,9 +158,8 @@ class Step:
 class Pruner(ABC):
     """Change masks while a network trains: the base of one-shot, gradual and dynamic methods.
 
-    The training loop calls it after every optimiser step, and with the only step of a training that has none. It may
-    change weights in place. Where nothing changes it returns the very masks it was given. One that remembers something
-    serves one training.
+    The training loop calls it after every optimiser step, and once if a training has no steps. It may change weights in
+    place. If nothing changes, it returns the same masks object. A pruner with state serves one training.
     """
 
     dense_weights: bool = False
@@ -232,7 +231,7 @@ def last_step(stop: float, steps: int) -> int:
 
 
 def cubic(progress: float, final: float, initial: float = 0.0) -> float:
-    """Return the sparsity when the fraction `progress` of the schedule is over (Zhu & Gupta 2017, equation 1)."""
+    """Return the sparsity at the fraction `progress` of the schedule (Zhu & Gupta 2017, equation 1)."""
     left = 1.0 - min(max(progress, 0.0), 1.0)
     return final + (initial - final) * left**3
 
@@ -254,10 +253,10 @@ def require_unstructured(rule: Rule, method: str) -> None:
 
 
 def check_reached(pruner: Pruner, masks: Masks, sparsity: float | Mapping[str, float] | None) -> None:
-    """Raise UserError unless a pruner removed what was asked of it (None: nothing), to one unit of its structure.
+    """Raise UserError unless a pruner removed the requested share (None: nothing), to one unit of its structure.
 
-    Asked by layer, it is checked by layer. Not checked are pruners that are not `exact`, and channels: which of them
-    can go together, only the network's graph knows, and `select` has seen to it.
+    A sparsity per layer is checked per layer. Pruners that are not `exact`, and channels, are not checked: only the
+    graph of the network determines which channels can be removed together, and `select` uses it.
     """
     rule = pruner.rule
     if sparsity is None or not pruner.exact or isinstance(rule.structure, Channels):

@@ -20,14 +20,14 @@ _TAYLOR_BATCH = 32
 def magnitude(
     model: nn.Module, batch: Batch | None = None, *, loss: Loss | None = None, generator: torch.Generator | None = None
 ) -> Scores:
-    """Score by |w| (Han et al. 2015), w as layers compute it, after weight_norm and the like."""
+    """Score by |w| (Han et al. 2015), with w as layers compute it, after weight_norm and similar parametrisations."""
     return {m.name: m.value().abs() for m in matrices(model) if m.excuse is None}
 
 
 def random(
     model: nn.Module, batch: Batch | None = None, *, loss: Loss | None = None, generator: torch.Generator | None = None
 ) -> Scores:
-    """Score uniformly at random in [0, 1): masks with an exact count that know nothing of the network."""
+    """Score uniformly at random in [0, 1): random masks with an exact count."""
     device = generator.device if generator is not None else None
     return {
         name: torch.rand(weight.shape, generator=generator, device=device).to(weight.device)
@@ -63,8 +63,8 @@ def wanda(
 ) -> Scores:
     """Score by |w| times the root mean square of the input it multiplies (Sun et al. 2024, equation 1).
 
-    A convolution's inputs are taken per channel, over all positions. Raise UserError for layers that do not show what
-    each of their weights multiplies: recurrent, attention, bilinear and transposed ones.
+    Inputs of a convolution are taken per channel, over all positions. Raises UserError for layers that do not expose
+    the inputs of each weight: recurrent, attention, bilinear and transposed ones.
     """
     x, _ = _needed(batch, "wanda")
     with eval_mode(model):
@@ -114,7 +114,7 @@ def _per_input(norms: Tensor, weight: Tensor) -> Tensor:
 def gradients(
     model: nn.Module, batch: Batch, loss: Loss | None = None, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Return ∂L/∂w of every prunable weight, in eval mode, without touching `p.grad`; zero where L ignores w."""
+    """Return ∂L/∂w of every prunable weight, in eval mode, without changing `p.grad`; zero if L ignores w."""
     weights = prunable(model)
 
     with eval_mode(model), torch.enable_grad():

@@ -26,10 +26,9 @@ class LeftDenseWarning(UserWarning):
 
 
 class Structure:
-    """Turn scores of weights into scores of units, and masks of units back into masks of weights.
+    """Convert scores of weights to scores of units, and masks of units back to masks of weights.
 
-    A weight that is already gone has score −inf; a unit that must stay gets +inf. Unless a subclass says otherwise,
-    every weight is a unit.
+    A removed weight has score −inf; a unit that must stay gets +inf. By default every weight is a unit.
     """
 
     def fitting(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -51,15 +50,15 @@ class Structure:
 
 @dataclass(frozen=True)
 class Unstructured(Structure):
-    """Every weight by itself."""
+    """Single weights."""
 
 
 @dataclass(frozen=True)
 class NM(Structure):
-    """Keep n of every m consecutive inputs (of input channels at one position, for convolutions).
+    """Keep n of every m consecutive inputs (for convolutions: of input channels at one position).
 
-    The best n of each group are protected, so any sparsity up to 1 − n/m can be asked for, and at 1 − n/m every group
-    has exactly n left (Mishra et al. 2021, section 3: 2:4). Layers whose inputs are no whole groups stay dense.
+    The best n of each group are protected, so any sparsity up to 1 − n/m is possible, and at 1 − n/m every group has
+    exactly n weights (Mishra et al. 2021, section 3: 2:4). Layers whose inputs do not form whole groups stay dense.
     """
 
     n: int
@@ -130,10 +129,11 @@ class Blocks(Structure):
 
 @dataclass(frozen=True, eq=False)
 class Channels(Structure):
-    """Whole output channels or neurons; the mean over all its weights scores a unit of them.
+    """Whole output channels or neurons; their score is the mean over all their weights.
 
-    `coupled` holds the unit of each output channel, int64, by the weight's name: channels of one unit only go together,
-    and those of unit 0 stay (see `tied_channels`, which finds them). The channels of other weights stand alone.
+    `coupled` gives the unit of each output channel, int64, by the weight's name. Channels of one unit are removed
+    together, and those of unit 0 stay (see `tied_channels`, which finds them). The channels of other weights are
+    independent.
     """
 
     coupled: Mapping[str, Tensor] = field(default_factory=dict)
@@ -200,8 +200,8 @@ def uniform(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
 def erdos_renyi_kernel(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
     """Return sparsities per layer with density ∝ (sum of dimensions) / (product of dimensions).
 
-    Layers that would exceed density 1 stay dense and the others make up for it (Evci et al. 2020, section 3, ERK).
-    Small layers and convolutions to few channels keep more of their weights. `weights` gives names and shapes.
+    Layers that would exceed density 1 stay dense, and the others compensate (Evci et al. 2020, section 3, ERK). Small
+    layers and convolutions to few channels keep more of their weights. `weights` gives names and shapes.
     """
     if not 0 <= sparsity <= 1:
         raise UserError(f"sparsity is the fraction removed, between 0 and 1, not {sparsity}")
@@ -236,12 +236,12 @@ def select(
     """Keep the highest scores so that the fraction `sparsity` of the weights is removed, to one unit.
 
     `scope` "global" ranks all layers together, "layer" takes the same fraction of each, "erk" allocates by
-    `erdos_renyi_kernel`; a mapping from names to sparsities allocates by hand (a name it lacks is left as it is).
-    `within` never lets a weight come back: `sparsity` counts what is gone already. `floor` is the density that every
-    layer keeps at least. Among equal scores the first in order stay.
+    `erdos_renyi_kernel`; a mapping from names to sparsities allocates explicitly (a layer without a name is unchanged).
+    With `within`, removed weights never come back, and `sparsity` includes them. `floor` is the smallest density of a
+    layer. Among equal scores the first in order stay.
 
-    Raise UserError for scores that are not finite, sparsities outside [0, 1], unknown names, and for what cannot be
-    had: less sparsity than `within` has already, or more than `structure` or `floor` allow. Warn of a collapsed layer.
+    Raises UserError for scores that are not finite, sparsities outside [0, 1], unknown names, and impossible requests:
+    less sparsity than `within` has already, or more than `structure` or `floor` allow. Warns of a collapsed layer.
     """
     if not scores:
         raise UserError("there is nothing to prune: no layer can lose such units")

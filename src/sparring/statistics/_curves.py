@@ -19,11 +19,11 @@ CURVE_ALPHA = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Hold the gains over the dense control at rising sparsities.
+    """Gains over the dense control at rising sparsities.
 
-    `p_holm` are two-sided and corrected across the sparsities; `differences` (sparsities, seeds, images) are what the
-    effects are the means of. With one seed nothing is called significant: its luck cannot be told from an effect.
-    `dropped` sparsities, which earlier looks had, still count among the tests.
+    `p_holm` are two-sided and corrected across the sparsities; `differences` (sparsities, seeds, images) are the values
+    whose means are the effects. With one seed nothing is significant. `dropped` sparsities, which earlier looks had,
+    still count among the tests.
     """
 
     sparsities: tuple[float, ...]
@@ -56,7 +56,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Peak:
-    """Name the sparsity with the largest gain and every sparsity that may as well hold the largest."""
+    """The sparsity with the largest gain, and every sparsity that may have the largest gain."""
 
     sparsity: float
     members: tuple[float, ...]
@@ -65,10 +65,10 @@ class Peak:
 
 @dataclass(frozen=True)
 class SweetSpot:
-    """Name the highest sparsity that is safe on every watched metric (None: not even the lowest), and what ends it.
+    """The highest sparsity that is safe on every watched metric (None: not even the lowest), and its limit.
 
-    `at_most` is the highest sparsity that the data do not rule out: the truth lies between the two in 95% of studies.
-    `limit` names the metric that ends the safe range, None where nothing does.
+    `at_most` is the highest sparsity that the data do not rule out: the truth is between the two in 95% of studies.
+    `limit` names the metric that ends the safe range, None if no metric does.
     """
 
     sparsity: float | None
@@ -86,8 +86,8 @@ def curve(
     """Compare each sparsity with the dense control, paired by seed and by image.
 
     `values` is (sparsities, seeds, images), `control` (seeds, images), in the metric's unit; the seeds and images of
-    both are the same and in the same order. With `log` gains are logarithms of ratios of means. Raises ValueError for
-    shapes that do not fit, or sparsities not rising.
+    both are the same and in the same order. With `log`, gains are logarithms of ratios of means. Raises ValueError for
+    shapes that do not match, or sparsities that do not rise.
     """
     v, c = np.asarray(values, dtype=np.float64), np.asarray(control, dtype=np.float64)
     if v.ndim != 3 or v.shape[1:] != c.shape or len(sparsities) != len(v) or len(v) == 0:
@@ -103,8 +103,8 @@ def curve(
 def joint_errors(one: Curve, *, generator: np.random.Generator, draws: int = 2000) -> NDArray[np.float64]:
     """Draw errors of all sparsities' estimates together, (sparsities, draws), by the crossed bootstrap.
 
-    Seeds and images are drawn once for all sparsities, so what the estimates share stays shared. The joint term is left
-    out, as resampling both would count the seed-by-image part three times (Owen 2007); each row is then scaled to its
+    Seeds and images are drawn once for all sparsities, so that shared errors stay shared. The joint term is omitted,
+    because resampling both would count the seed-by-image part three times (Owen 2007). Each row is then scaled to its
     effect's own standard error and given Student's tails.
     """
     _, seeds, images = one.differences.shape
@@ -126,10 +126,10 @@ def _resample(n: int, draws: int, generator: np.random.Generator) -> NDArray[np.
 
 
 def peak(one: Curve, *, generator: np.random.Generator, draws: int = 2000) -> Peak | None:
-    """Return the peak of a curve, or None where no gain over the dense control is significant.
+    """Return the peak of a curve, or None if no gain over the dense control is significant.
 
-    A sparsity belongs to the peak unless some other is significantly better than it (multiple comparison with the best,
-    Hsu 1981, with the critical value from joint draws), so that the set holds the truly best in 95% of studies.
+    A sparsity belongs to the peak unless another is significantly better (multiple comparison with the best, Hsu 1981,
+    with the critical value from joint draws), so that the set contains the truly best in 95% of studies.
     """
     gains = one.gains()
     if not any(gains):
@@ -157,11 +157,10 @@ def leave_one_out(
 ) -> tuple[tuple[float, ...], Effect] | None:
     """Choose each seed's sparsity by the other seeds' validation gains; return the sparsities and the effect there.
 
-    So no network helps to choose where it is tested, and neither do the images of the test. The estimate is without
-    bias; but where seeds agree on a sparsity each was chosen by the other's luck, so their values are not independent:
-    the standard error and the interval are widened by what that is worth at most. Of one seed its own validation gains
-    are asked. None where the two share no sparsity (of the candidates, if given). Seeds of both are
-    the same and in the same order.
+    No network and no test image takes part in its own choice, so the estimate is unbiased. If seeds agree on a
+    sparsity, each was chosen by the other, and their values are not independent; the standard error and the interval
+    are widened by the largest effect of this dependence. For one seed, its own validation gains are used. Returns None
+    if the two share no sparsity (of the candidates, if given). Seeds of both are the same and in the same order.
     """
     shared = [s for s in one.sparsities if s in validation.sparsities and (candidates is None or s in candidates)]
     if not shared:
@@ -194,9 +193,10 @@ def _agreement(seeds: int, candidates: int) -> float:
 
 
 def simultaneous(one: Curve, *, generator: np.random.Generator, draws: int = 2000) -> list[Effect]:
-    """Return the effects with intervals that hold at all sparsities together, so for whichever is chosen.
+    """Return the effects with intervals that hold at all sparsities together, and so at any chosen one.
 
-    The half-width is the joint draws' quantile of the largest error in standard errors, and never below a single one's.
+    The half-width is the joint draws' quantile of the largest error in standard errors, and at least that of a single
+    effect.
     """
     errors = joint_errors(one, generator=generator, draws=draws)
     spread = np.array([max(e.se, np.finfo(float).tiny) for e in one.effects])
@@ -208,7 +208,7 @@ def simultaneous(one: Curve, *, generator: np.random.Generator, draws: int = 200
 def over_sparsified(one: Curve, margin: float = 0.0) -> float | None:
     """Return the sparsity from which on the metric is shown to lose more than its margin, or None.
 
-    Holm's correction runs over the sparsities. What lies below minus the margin at all of them cannot be a sweet spot.
+    Holm's correction runs over the sparsities. A sparsity in this range cannot be a sweet spot.
     """
     alone = [beyond(e, margin) if e.estimate < -margin and e.seeds > 1 else 1.0 for e in one.effects]
     lost = holm(alone, more=one.dropped)
@@ -224,10 +224,10 @@ def over_sparsified(one: Curve, margin: float = 0.0) -> float | None:
 def sweet_spot(curves: Mapping[str, Curve], margins: Mapping[str, float]) -> SweetSpot:
     """Return the highest sparsity up to which every watched metric's lower bound exceeds minus its margin.
 
-    Margins are in the metrics' units. The sparsities that all curves share are walked upwards and the walk ends at the
-    first failure, so neither the many sparsities (a fixed sequence of tests) nor the many metrics (all must pass) need
-    a correction; later looks have wider bounds. One seed bounds nothing, so with it no sparsity is safe. Raises
-    ValueError when there is no metric or a margin is missing.
+    Margins are in the metrics' units. The sparsities that all curves share are tested from low to high until the first
+    failure, so neither the number of sparsities (a fixed sequence of tests) nor that of metrics (all must pass) needs a
+    correction; later looks have wider bounds. With one seed no sparsity is safe. Raises ValueError if there is no
+    metric or a margin is missing.
     """
     if not curves or not set(curves) <= set(margins):
         raise ValueError("every watched metric needs a margin, and there must be one at least")

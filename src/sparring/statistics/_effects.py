@@ -28,11 +28,11 @@ FIRST_LOOK = 0.8  # of alpha: most studies are run as planned and looked at once
 
 
 def look_price(look: int) -> float:
-    """Return what the p-values of the k-th look, from 1, are multiplied by.
+    """Return the factor of the p-values at the k-th look, from 1.
 
-    Whoever looks at a study again after it grew or shrank may be wrong once more. The first look spends four fifths of
-    alpha and the k-th alpha / (5 k (k - 1)); all looks that there can ever be spend alpha together, so by Bonferroni's
-    inequality no number of them is too many. Raises ValueError for k < 1.
+    Repeated looks at a growing study repeat the chance of an error. The first look uses four fifths of alpha and the
+    k-th alpha / (5 k (k - 1)); all possible looks together use alpha, so Bonferroni's inequality holds for any number
+    of them. Raises ValueError for k < 1.
     """
     if look < 1:
         raise ValueError(f"looks are counted from 1, not {look}")
@@ -41,11 +41,11 @@ def look_price(look: int) -> float:
 
 @dataclass(frozen=True)
 class Effect:
-    """Hold the mean of crossed values with its standard error, interval and two-sided p-value against zero.
+    """The mean of crossed values with its standard error, interval and two-sided p-value against zero.
 
     `df` are Satterthwaite's degrees of freedom, for the interval. With one seed the interval covers the choice of
-    images only and `p` is NaN. Every p-value is multiplied by `price`, for the looks that there are (`look_price`); the
-    interval is that of one look.
+    images only and `p` is NaN. Every p-value is multiplied by `price`, the correction for looks (`look_price`); the
+    interval is not corrected for looks.
     """
 
     estimate: float
@@ -98,16 +98,16 @@ def binomial_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def effect(values: ArrayLike) -> Effect:
-    """Estimate the mean of `values` (seeds, images), as a draw of new seeds and of new images would vary it.
+    """Estimate the mean of `values` (seeds, images), with its variation over new seeds and new images.
 
-    The variance is the crossed bootstrap's (one draw of images for all seeds) in closed form and without its bias:
-    (MS_seed + MS_image - MS_rest) / (seeds · images), never below what the seeds or the images alone give. The interval
-    is Student's, with Satterthwaite's degrees of freedom; the p-value has seeds - 1 (`Effect.df_p`) and is never below
-    1e-4; it is 1 where no value differs from another. One seed, or copies of one, give the images' variance alone and
-    no p-value.
+    The variance is that of the crossed bootstrap (one draw of images for all seeds) in closed form and without its
+    bias: (MS_seed + MS_image - MS_rest) / (seeds · images), and at least what the seeds or the images alone give. The
+    interval is Student's, with Satterthwaite's degrees of freedom. The p-value has seeds - 1 (`Effect.df_p`) and is at
+    least 1e-4; it is 1 if all values are equal. One seed, or copies of one, give the variance of images only and no
+    p-value.
 
-    Raises ValueError for fewer than two images or values that are not finite.
-    Sources: Cornfield & Tukey 1956 (variance); Satterthwaite 1946; Owen 2007 (the crossed bootstrap and its bias).
+    Raises ValueError for fewer than two images or values that are not finite. Sources: Cornfield & Tukey 1956
+    (variance); Satterthwaite 1946; Owen 2007 (the crossed bootstrap and its bias).
     """
     d = np.asarray(values, dtype=np.float64)
     if d.ndim != 2 or d.shape[0] < 1 or d.shape[1] < 2:
@@ -143,8 +143,8 @@ def _crossed_error(d: NDArray[np.float64]) -> tuple[float, float]:
 def error_of(ms_seed: float, ms_image: float, ms_rest: float, seeds: int, images: int) -> tuple[float, float]:
     """Return the standard error of a crossed mean and Satterthwaite's degrees of freedom, from its mean squares.
 
-    With fewer than five seeds their mean square counts twice for the degrees of freedom: where by luck they look alike
-    it would leave too many, and intervals of three seeds 4 points apart would cover 92.7%.
+    With fewer than five seeds, their mean square counts twice for the degrees of freedom. Otherwise seeds that are
+    similar by chance give too many, and intervals of three seeds that differ by 4 points would cover 92.7%.
     """
     total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
     if total <= 0:
@@ -171,11 +171,11 @@ def _tail(one: Effect, distance: float) -> float:
 
 
 def ratio_values(numerator: ArrayLike, denominator: ArrayLike) -> NDArray[np.float64]:
-    """Return per-image values whose mean over the last axis is sum(numerator) / sum(denominator).
+    """Return values per image whose mean over the last axis is sum(numerator) / sum(denominator).
 
-    So a mean over some of the images (the correctly classified, those where the attack did not fail) is handled like
-    any other mean: the values are the ratio plus each image's influence on it (the linearised bootstrap). Shapes are
-    equal, (..., images). Raises ValueError where a denominator sums to zero: that mean does not exist.
+    A mean over some of the images (the correctly classified, those on which the attack did not fail) is thus handled
+    like any other mean: the values are the ratio plus each image's influence on it (the linearised bootstrap). Shapes
+    are equal, (..., images). Raises ValueError if a denominator sums to zero.
     """
     top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     share = bottom.mean(axis=-1, keepdims=True)
@@ -188,9 +188,9 @@ def ratio_values(numerator: ArrayLike, denominator: ArrayLike) -> NDArray[np.flo
 def log_ratio_values(values: ArrayLike, control: ArrayLike) -> NDArray[np.float64]:
     """Return values whose mean over seeds and images is log(mean of values / mean of control), (..., seeds, images).
 
-    Around both means the logarithm is linearised (the delta method), so that an interval of a ratio never reaches below
-    zero, and both means count as uncertain. A mean below 1e-6 of the control's counts as that. Raises ValueError where
-    the control's mean is not positive.
+    The logarithm is linearised around both means (the delta method), so that an interval of a ratio never reaches below
+    zero, and both means count as uncertain. A mean below 1e-6 of the control's counts as 1e-6. Raises ValueError if the
+    control's mean is not positive.
     """
     v, c = np.asarray(values, dtype=np.float64), np.asarray(control, dtype=np.float64)
     base = c.mean(axis=(-2, -1), keepdims=True)
@@ -207,9 +207,9 @@ def change(log: float) -> float:
 
 
 def holm(p: ArrayLike, *, more: int = 0) -> NDArray[np.float64]:
-    """Return p-values corrected for their number by Holm's step-down method (Holm 1979); NaN stays and counts not.
+    """Return p-values corrected for their number by Holm's step-down method (Holm 1979); NaN stays and does not count.
 
-    `more` tests, which are not made any more, count among them as if their p-values were the largest.
+    `more` tests, which are no longer made, count as if their p-values were the largest.
     """
     raw = np.asarray(p, dtype=np.float64)
     known = np.flatnonzero(~np.isnan(raw))
@@ -221,20 +221,20 @@ def holm(p: ArrayLike, *, more: int = 0) -> NDArray[np.float64]:
 
 
 def minimum_detectable_effect(one: Effect, *, alpha: float = 0.05) -> float:
-    """Return the smallest true effect that this study would have called significant in four studies of five.
+    """Return the smallest true effect that would be significant in four of five such studies.
 
-    In the effect's own unit, by the noncentral t. Divide alpha by the number of tests for the first step of Holm's
-    method.
+    It is in the effect's own unit, by the noncentral t. Divide alpha by the number of tests for the first step of
+    Holm's method.
     """
     critical = special.stdtrit(one.df_p, 1 - alpha / one.price / 2)
     return float(special.nctdtrinc(one.df_p, 1 - POWER, critical)) * one.se
 
 
 def seeds_needed(one: Effect, *, alpha: float = 0.05) -> int | None:
-    """Return about how many seeds would make an effect of this size significant, if all its spread shrank with them.
+    """Return about how many seeds would make an effect of this size significant, if all its variation shrank with them.
 
-    A lower bound in truth, as the images' share of the spread does not shrink with seeds. At least one more than now;
-    None for more than 10,000. They are those of a new study: more of the same would be another look. Raises ValueError
+    This is a lower bound, because the variation over images does not shrink with seeds. It is at least one more than
+    now, and None for more than 10,000. It applies to a new study; adding seeds would be another look. Raises ValueError
     for an effect of zero.
     """
     if one.estimate == 0:
@@ -249,7 +249,7 @@ def seeds_needed(one: Effect, *, alpha: float = 0.05) -> int | None:
 
 
 def with_seeds(one: Effect, seeds: int) -> Effect:
-    """Return what an effect would be in a new study of so many seeds, if all its spread shrank with them."""
+    """Return the effect of a new study with this number of seeds, if all its variation shrank with them."""
     df = seeds - 1.0 if one.df_p == one.seeds - 1 else one.df_p  # pairs of few things have fewer
     return replace(one, se=one.se * math.sqrt(one.seeds / seeds), df=df, seeds=seeds).priced(look_price(1))
 
@@ -263,7 +263,7 @@ def equivalence(one: Effect, margin: float) -> float:
 
 
 def within_points(one: Effect) -> Effect:
-    """Return a difference of shares, in points, with an interval that ends where shares do."""
+    """Return a difference of shares, in points, with an interval limited to possible differences."""
     return replace(one, low=max(one.low, -MOST_POINTS), high=min(one.high, MOST_POINTS))
 
 
@@ -296,15 +296,15 @@ def unpaired(first: Effect, second: Effect) -> Effect:
 
 
 def pair_effect(values: Mapping[tuple[int, int], float], *, images: int) -> Effect:
-    """Estimate the mean over pairs, as a draw of new members (digits, say) would vary it.
+    """Estimate the mean over pairs, with its variation over new members (such as digits).
 
-    Pairs that share a member are not independent. `values` holds one value for every pair of n members. The model is
-    the diallel cross without parents, d[i, j] = μ + g[i] + g[j] + s[i, j]: variances come from its two mean squares,
-    and the interval has n − 1 degrees of freedom; the standard error is never below that of independent pairs. The
-    effect's `seeds` counts the pairs, and `images` how many images were behind each at most.
+    Pairs that share a member are not independent. `values` has one value for every pair of n members. The model is the
+    diallel cross without parents, d[i, j] = μ + g[i] + g[j] + s[i, j]. Variances come from its two mean squares, the
+    interval has n − 1 degrees of freedom, and the standard error is at least that of independent pairs. The effect's
+    `seeds` is the number of pairs, and `images` the largest number of images of a pair.
 
-    Raises ValueError unless there are four members at least and a finite value for each pair.
-    Source: Griffing 1956, method 4, model II.
+    Raises ValueError unless there are at least four members and a finite value for each pair. Source: Griffing 1956,
+    method 4, model II.
     """
     members = sorted({member for pair in values for member in pair})
     n = len(members)

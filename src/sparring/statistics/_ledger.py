@@ -32,12 +32,12 @@ Origin = Literal["paper", "later work", "this project"]
 
 @dataclass(frozen=True)
 class Claim:
-    """State what a claim says of an effect: above zero, below zero, within ±margin of zero, or not above margin.
+    """A claim about an effect: above zero, below zero, within ±margin of zero, or not above margin.
 
-    `margin`, in the effect's `unit`, is the largest effect that does not matter, 0 where nobody can tell; `test` says
-    what was compared, `metric` in what. `key` names the test through all looks, whatever its words and sparsity. With
-    `log` the effect tested is 100 times the logarithm of a ratio, and shown in %. `primary` claims are tested first,
-    the others only with what these leave. `origin` says whose claim it is.
+    `margin`, in the effect's `unit`, is the largest effect that does not matter (0: unknown). `test` says what was
+    compared, `metric` in which metric. `key` identifies the test in all looks, independent of its words and sparsity.
+    With `log` the tested effect is 100 times the logarithm of a ratio, and shown in %. `primary` claims are tested
+    first, the others with the error rate that these pass on. `origin` is the source of the claim.
     """
 
     text: str
@@ -59,14 +59,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Question:
-    """Hold a claim with its effect and the p-values that can decide it, none corrected for other claims yet.
+    """A claim with its effect and the p-values that can decide it, not corrected for other claims yet.
 
-    `p` is that of a difference, two-sided; `p_small` that of an effect too small to matter (of a gain too small, where
-    the claim is of a gain; NaN without a margin); `p_against` that of the opposite of the claim; `p_done` that of
-    knowing on which side of zero and of the margin the effect lies, so that nothing is left to err about. All are NaN
-    without an effect or with one seed. `doubt` says why no p-value may decide; `failed` are the shares of images on
-    which an attack failed, on either side; `unknown` is what an earlier version did not write down. `gain` names the
-    metric and the method whose gain over the dense control is asked for, so that figures can quote the verdict.
+    `p` is that of a difference, two-sided; `p_small` that of an effect too small to matter (for a claim of a gain, of a
+    gain too small; NaN without a margin); `p_against` that of the opposite of the claim; `p_done` that of knowing on
+    which side of zero and of the margin the effect lies, so that the claim is settled. All are NaN without an effect or
+    with one seed. `doubt` says why no p-value may decide. `failed` are the shares of images on which an attack failed,
+    on either side. `unknown` is what an earlier version did not record. `gain` names the metric and the method of a
+    gain over the dense control, so that figures can quote the verdict.
     """
 
     claim: Claim
@@ -86,10 +86,10 @@ def ask(
 ) -> Question:
     """Return a question with its p-values.
 
-    A claim that something holds at some sparsity is refuted only where it fails at all of them, and a claim that it
-    holds at none is reproduced only so: `curve` are their effects, which must all be small, or opposite (an
-    intersection-union test). `choices` is among how many sparsities the best was chosen on the very images of the test:
-    p-values are multiplied by it.
+    A claim that something holds at some sparsity is refuted only if it fails at all of them, and a claim that it holds
+    at none is reproduced only in this way: `curve` are the effects at all sparsities, which must all be small, or
+    opposite (an intersection-union test). `choices` is the number of sparsities among which the best was chosen on the
+    test images; p-values are multiplied by it.
     """
     if effect is None or effect.seeds == 1:
         return Question(claim, effect, doubt=doubt)
@@ -111,10 +111,10 @@ def ask(
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one line of the ledger; `effect` is as shown, None where not measured.
+    """One row of the ledger; `effect` is as shown, None if not measured.
 
     `p`, `p_small` and `p_against` are the question's, corrected within the study's families (None: no such test).
-    `merged` is the verdict among the claims of all studies of a merged ledger, with the p-value that it rests on.
+    `merged` is the verdict among the claims of all studies of a merged ledger, with its p-value.
     """
 
     question: Question
@@ -173,9 +173,9 @@ class Row:
 
 
 def reread(row: Mapping[str, Any]) -> Question:
-    """Return the question of a row that `as_dict` made flat, to be judged again among others.
+    """Return the question of a row that `as_dict` wrote, to be judged again with others.
 
-    Raises KeyError or TypeError when something is missing or is not a number where it should be.
+    Raises KeyError or TypeError if something is missing or not a number.
     """
     texts = (str(row["claim"]), row["expects"], float(row["margin"]), str(row["unit"]), str(row["test"]))
     claim = Claim(*texts, bool(row["log"]), bool(row["primary"]), row["origin"])
@@ -303,9 +303,9 @@ def decide(questions: Sequence[Question], *, dropped: Sequence[bool] = ()) -> li
 
 
 def judge(questions: Sequence[Question], *, study: str, dropped: Sequence[bool] = ()) -> list[Row]:
-    """Give every claim its verdict (see `decide`); one without an effect is a claim that this study did not measure.
+    """Return every claim with its verdict (see `decide`); a claim without an effect was not measured in this study.
 
-    Of the undecided, `why` says what a decision would take.
+    For undecided claims, `why` says what a decision would need.
     """
     return [_row(q, one, study) for q, one in zip(questions, decide(questions, dropped=dropped), strict=True)]
 

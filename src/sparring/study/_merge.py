@@ -31,7 +31,7 @@ CONTROLS = ("decays", "small_dense", "wide_sparse")
 
 @dataclass(frozen=True)
 class Merged:
-    """Say what a merge did: records added and known before; files refused, with the reason; keys that contradict."""
+    """Result of a merge: records added and already present; refused files with reasons; keys of differing records."""
 
     added: int
     known: int
@@ -40,13 +40,12 @@ class Merged:
 
 
 def merge(sources: Sequence[str | Path], out: str | Path) -> Merged:
-    """Unite studies of the same foundations into `out`, which may be one of them or a study of its own.
+    """Merge studies with the same data, model and recipe into `out`, which may be one of them or its own study.
 
-    A record is taken if it is sound, its checksum is right, its key is the hash of what it says it was made from, its
-    object has the hash that it names, and the weights that it was made from are those kept here. A failed one gives way
-    to one that is not. Where two equal tasks have different results, the first stays and the key is reported. Raise
-    UserError if plans or data do not fit together. Others may still have invented results: hashes show damage and
-    mistakes, not honesty.
+    A record is accepted if it is valid, its checksum is correct, its key is the hash of its inputs, its object has the
+    stated hash, and the weights that it was made from are present. Failed records are replaced by successful ones. If
+    two records of the same task differ, the first one is kept and the key is reported. Raises UserError if plans or
+    data do not match. Others may still have invented results: hashes show damage and mistakes, not honesty.
     """
     store = Store(out)
     folders = [Path(source) for source in sources]

@@ -19,10 +19,10 @@ def certified(
 ) -> Ramped:
     """Return κ · clean cross-entropy + (1 − κ) · cross-entropy of the certified margins (Gowal et al. 2018, eq. 9).
 
-    Over a share `ramp` of training, eps grows from 0 to `eps` and κ falls from 1 to `kappa`; None: whole from the
-    start. With `crown` the bounds are CROWN-IBP's at first and turn into IBP's over the ramp (Zhang et al. 2020,
-    eq. 10). `stability` weighs the loss of Xiao et al. (2019, eq. 8), which is small where ReLUs keep their sign.
-    Raise UserError for settings out of range; training raises Unsupported for layers without a rule.
+    Over a fraction `ramp` of training, eps grows from 0 to `eps` and κ falls from 1 to `kappa`; None: constant. With
+    `crown` the bounds are CROWN-IBP's at first and turn into IBP's over the ramp (Zhang et al. 2020, eq. 10).
+    `stability` weights the loss of Xiao et al. (2019, eq. 8), which is small if ReLUs keep their sign. Raises UserError
+    for settings out of range; training raises Unsupported for layers without a rule.
     """
     if not 0 < eps <= 1 or not 0 <= kappa <= 1 or not 0 <= stability < float("inf") or not 0 < (ramp or 1) <= 1:
         raise UserError("certified training: eps and ramp lie in (0, 1], kappa in [0, 1], stability is at least 0")

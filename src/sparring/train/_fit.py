@@ -27,7 +27,7 @@ from ._recipe import Optimizer, Recipe, learning_rate
 
 
 class EpochProgress(NamedTuple):
-    """Report one finished epoch; `remaining` is the estimate of what is left, in seconds."""
+    """One finished epoch; `remaining` is the estimate of the remaining time in seconds."""
 
     epoch: int
     epochs: int
@@ -38,7 +38,7 @@ class EpochProgress(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """Hold what `fit` found besides the trained model: masks, the loss of each epoch, and the best state if scored."""
+    """Result of `fit` in addition to the trained model: masks, the loss of each epoch, and the best state if scored."""
 
     masks: Masks
     losses: tuple[float, ...]
@@ -87,14 +87,13 @@ def fit(
 ) -> Fit:
     """Train a model in place on uint8 images x (N, C, H, W) and labels y (N,), and leave it in eval mode.
 
-    In a model that comes in training mode, sub-modules in eval mode (a BatchNorm that is to keep its statistics) are
-    frozen: they stay in eval mode throughout. A model that comes in eval mode itself is trained as a whole.
-    A `Ramped` loss is asked at each step for the loss of the share of training that the step completes. Weights
-    outside `masks` stay zero throughout; `pruner` may change the masks after every step. `score` is taken of the
-    (masked) model after each epoch and the state of its highest value is kept, among the epochs in which the model was
-    as sparse as at the end. A recipe of no epochs prunes without training. With `checkpoint` the state is saved after
-    each epoch, and a run that finds the file resumes from it with identical results. One seed, machine and thread count
-    give one result. Raise UserError when the loss stops being finite.
+    If the model is in training mode, submodules in eval mode (such as a frozen BatchNorm) stay frozen in eval mode. A
+    model that is in eval mode itself is trained as a whole. A `Ramped` loss is evaluated at each step's fraction of the
+    training. Weights outside `masks` stay zero; `pruner` may change the masks after every step. `score` is computed on
+    the (masked) model after each epoch, and the state with the highest value is kept, among the epochs in which the
+    model was as sparse as at the end. A recipe without epochs prunes without training. With `checkpoint`, the state is
+    saved after each epoch, and a run that finds the file resumes from it with identical results. One seed, machine and
+    number of threads give one result. Raises UserError if the loss stops being finite.
     """
     _check(model, x, y)
     place = next(model.parameters()).device
@@ -245,7 +244,7 @@ def save_checkpoint(state: State, path: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Say whether a checkpoint's checksum is right."""
+    """Return whether a checkpoint's checksum is correct."""
     try:
         _read(path)
     except UserError:

@@ -20,9 +20,9 @@ Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator | None], Tensor]
 
 @dataclass(frozen=True)
 class Ramped:
-    """Hold a loss that changes in the course of training: `at(share)` is the loss at a share of all steps, in (0, 1].
+    """A loss that changes during training: `at(share)` is the loss at a fraction of all steps, in (0, 1].
 
-    Adversarial training at a large eps needs an eps that grows: from the start it ends at a constant network.
+    Adversarial training with a large eps needs an eps that grows; otherwise it ends at a constant network.
     """
 
     at: Callable[[float], Loss]

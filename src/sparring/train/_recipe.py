@@ -16,10 +16,10 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fix everything that a training run depends on besides data, model, loss and seed.
+    """Everything that a training run depends on in addition to data, model, loss and seed.
 
-    `lr` is the highest learning rate, reached after `warmup` (a fraction of all steps); `schedule` says how it falls
-    to zero afterwards. `augment` pads images by 4 pixels, crops at random and flips horizontally (for CIFAR).
+    `lr` is the highest learning rate, reached after `warmup` (a fraction of all steps); `schedule` says how it falls to
+    zero afterwards. `augment` pads images by 4 pixels, crops at random and flips horizontally (for CIFAR).
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"

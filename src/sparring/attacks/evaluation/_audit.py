@@ -28,7 +28,7 @@ Found = dict[tuple[str, Threat], AttackResult]
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One attack (by its name, or "worst case" over several) under one threat, its result with all flags."""
+    """One attack (by its name, or "worst case" over several) under one threat, and its result with all flags."""
 
     attack: str
     threat: Threat
@@ -219,10 +219,10 @@ def check_silence(
     images: int = 16,
     generator: torch.Generator | None = None,
 ) -> tuple[Flag, ...]:
-    """Return a flag if an attack met an adversarial example of an image it failed on, and returned another point.
+    """Return a flag if an attack evaluated an adversarial example of an image on which it failed, but returned another.
 
     From the indicators of attack failure (Pintor et al. 2022, "silent success"). The attack runs again, untargeted, on
-    the first `images` images it failed on, one by one, so that every point it looks at belongs to the image.
+    the first `images` images on which it failed, one by one, so that every evaluated point belongs to the image.
     """
     failed = (result.clean_correct & ~result.success).nonzero().squeeze(1)[:images]
     silent, budget = 0, budget_of(attack, threat)

@@ -34,7 +34,7 @@ _DEEP = partial(pgd, objective=dlr, stop_early=False)
 
 
 class Attack(Protocol):
-    """What every attack is: a function from images to perturbed images; configure it with functools.partial."""
+    """The type of attacks: a function from images to perturbed images; configure it with functools.partial."""
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ class Attack(Protocol):
 
 
 def facts_of(attack: Attack) -> AttackFacts:
-    """Return what is known of an attack, however it is configured; one that takes no `eps` is a minimum-norm attack."""
+    """Return the facts about an attack in any configuration; one without a parameter `eps` is a minimum-norm attack."""
     function = cast(Callable[..., Tensor], attack)
     while isinstance(function, partial):
         function = function.func

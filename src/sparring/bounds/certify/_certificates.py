@@ -156,12 +156,12 @@ def radius(
     tolerance: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Find the largest eps that is certified, by regula falsi: (N,), float64, in pixels that span [0, 1].
+    """Compute the largest certified eps by regula falsi: (N,), float64, for pixels in [0, 1].
 
-    No perturbation of smaller norm that stays in [0, 1] changes the label. Zero where the model is wrong at x. Each
-    result is at most the relative `tolerance` (0.001) below an eps that was not certified. Where CROWN takes seconds an
-    image, and no tolerance is given, few evaluations have to do, and the result is a few per cent lower. `progress`
-    hears how many images are done, and of how many. Raises as `margin` does.
+    No perturbation of smaller norm that stays in [0, 1] changes the label. Zero if the model is wrong at x. Each result
+    is at most the relative `tolerance` (0.001) below an eps that was not certified. If CROWN takes seconds per image
+    and no tolerance is given, few evaluations are used, and the result is a few per cent lower. `progress` is called
+    with the number of finished images and the total. Raises as `margin` does.
     """
     check_pixels(x)
     graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x, certified=True), x)
@@ -225,7 +225,7 @@ def _linearised(graph: Graph, x: Tensor, y: Tensor, norm: float) -> Tensor:
 
 @courteous()
 def certified_accuracy(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, method: str = "crown") -> float:
-    """Return the share of images whose label provably survives every perturbation of the threat."""
+    """Return the fraction of images whose label is certified for every perturbation of the threat."""
     return float((margin(model, x, y, threat, method=method).amin(1) > 0).double().mean())
 
 

@@ -25,10 +25,10 @@ TIGHTEST = ("alpha-crown", "crown", "crown-interval", "interval")
 @courteous()
 @torch.no_grad()
 def estimate(model: nn.Module, x: Tensor, norm: float) -> dict[str, float]:
-    """Estimate for each of BOUNDS, on these images (N, ...), how many seconds one image's certified radius takes.
+    """Estimate for each name in BOUNDS the seconds of one certified radius on these images (N, ...).
 
-    One image is bounded by intervals and its margins pulled back once; CROWN's time goes by its multiplications, which
-    is rough. Raises as `radius` does.
+    Measures one image with intervals and one backward pass of its margins; CROWN's time is extrapolated from its
+    multiplications, which is rough. Raises as `radius` does.
     """
     check_pixels(x)
     graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x[:1], certified=True), x[:1])
@@ -56,5 +56,5 @@ def estimate_over(graph: Graph, x: Tensor, norm: float) -> dict[str, float]:
 
 
 def tightest(seconds_each: Mapping[str, float], images: int, seconds: float) -> str:
-    """Return the tightest method whose estimate for so many images is within the time; intervals if none is."""
+    """Return the tightest method whose estimate for so many images is within the time, else intervals."""
     return next((name for name in TIGHTEST if images * seconds_each[name] <= seconds), "interval")

@@ -29,12 +29,12 @@ _CLIMBERS, _CLIMBS = 16, 10
 
 @dataclass(frozen=True, eq=False)
 class Exact:
-    """Intervals [lower, upper] (N,), float64, that hold the distance to the boundary inside the image range.
+    """Intervals [lower, upper] (N,), float64, that contain the distance to the boundary inside the image range.
 
-    x_adv (N, ...) are points of another label at distance upper, replayed on the model itself; where none is known,
-    upper is infinite and x_adv is x. status: "exact" (the gap is at most 1e-3 of the distance, and at most 1e-3),
-    "time limit", or "wrong" (the model is wrong at x, at distance 0). A lower bound of infinity means that no image
-    has another label. seconds: wall time of each image.
+    x_adv (N, ...) are points with another label at distance `upper`, verified on the model; if none is known, `upper`
+    is infinite and x_adv is x. status: "exact" (the gap is at most 1e-3, relative and absolute), "time limit", or
+    "wrong" (the model is wrong at x; distance 0). An infinite lower bound means that no image has another label.
+    seconds: wall time of each image.
     """
 
     lower: Tensor
@@ -55,16 +55,16 @@ def exact(
     seconds: float = 60.0,
     threads: int = 1,
 ) -> Exact:
-    """Find the distance from each image to the nearest of another label inside [0, 1], within a time limit per image.
+    """Compute the distance from each image to the nearest one with another label in [0, 1], with a time limit.
 
-    x (N, ...) in [0, 1], labels y (N,); x_adv are the caller's best adversarial points: the nearer they are, the fewer
-    units are unstable in the ball that has to be searched. One search per class that CROWN cannot exclude: for linf a
-    mixed-integer program, for l2 branch and bound over the same units. Sparse networks are those it can solve.
-    `threads` are HiGHS's own: they spin while they wait, so that more of them than free cores cost far more than they
-    save, and two processes with half of the images each use two cores better.
-    Raise UserError if a point refutes what was proved, Unsupported for layers that are not piecewise linear or too
-    large, and for max pooling with l2. Bounds carry the solver's tolerances of 1e-9 and are lowered by 1e-7.
-    Source: Tjeng et al. 2019 (the program).
+    x (N, ...) in [0, 1], labels y (N,). x_adv are the best known adversarial points: the closer they are, the smaller
+    the ball that has to be searched. There is one search per class that CROWN cannot exclude: a mixed-integer program
+    for linf, branch and bound for l2. Only sparse or small networks can be solved. `threads` are HiGHS's threads; they
+    spin while they wait, so use at most as many as there are free cores. To use two cores, run two processes with half
+    of the images each. Bounds contain the solver's tolerances of 1e-9 and are lowered by 1e-7.
+
+    Raises UserError if a point contradicts a proof, Unsupported for layers that are not piecewise linear or too large,
+    and for max pooling with l2. Source: Tjeng et al. 2019 (the program).
     """
     if norm not in _NEAREST:
         raise UserError(f"exact distances support only linf and l2, not {norm_name(norm)}")

@@ -29,12 +29,12 @@ _DENSER = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # sparsities at which the spar
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One engine at one batch size: milliseconds of a call (median, quartiles over rounds), and its bytes.
+    """One engine at one batch size: milliseconds per call (median, quartiles over rounds), and its size in bytes.
 
-    `floor` is the milliseconds that the network's nonzero products alone would take at the measured peak, and
-    `of_peak` the share of that peak which the engine's own products (the dense ones but for "packed") reach. `joules`
-    of a call and `bytes_memory` are None where nothing counts them; `logit_error` is against the same network in
-    torch, over the largest logit; `exact` is false for an engine that rounds below float32.
+    `floor` is the milliseconds of the network's nonzero products at the measured peak speed. `of_peak` is the fraction
+    of that peak that the engine's own products reach (dense ones, except for "packed"). `joules` per call and
+    `bytes_memory` are None if they cannot be measured. `logit_error` is relative to the largest logit of the same
+    network in torch. `exact` is False for an engine that rounds below float32.
     """
 
     engine: str
@@ -55,10 +55,10 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a benchmark found: the processor, one row an engine and batch size, and the engines left out, with reasons.
+    """Result of a benchmark: the processor, one row per engine and batch size, and omitted engines with reasons.
 
-    `wins_from` is, where another engine of float32 beats the packed network at the smallest batch, the sparsity from
-    which the packed one would win (layer-uniform, by magnitude); None where it wins already, or at none that was tried.
+    If another float32 engine beats the packed network at the smallest batch, `wins_from` is the sparsity from which the
+    packed one would be faster (equal per layer, by magnitude). None if it is faster already, or at no tested sparsity.
     """
 
     processor: str
@@ -86,9 +86,9 @@ def bench(
 ) -> Bench:
     """Time a sparse classifier for images of `shape` in `engines`, interleaved, on one thread.
 
-    engines: names of ENGINES; None takes all that are installed. small: a dense network of about equal accuracy, the
-    honest alternative, timed in the same engines. images: float images (N, *shape) in [0, 1] on which int8 is
-    calibrated; random ones without. Raise UserError for empty batches, UnknownNameError for an unknown engine.
+    engines: names in ENGINES; None for all that are installed. small: a dense network of similar accuracy, as a fair
+    alternative, timed in the same engines. images: float images (N, *shape) in [0, 1] for the calibration of int8;
+    random ones by default. Raises UserError for empty batches, UnknownNameError for an unknown engine.
     """
     if not batches or min(batches) < 1 or rounds < 1:
         raise UserError("a benchmark needs batch sizes and rounds of at least 1")
@@ -207,5 +207,5 @@ def products(program: Program) -> tuple[int, int]:
 
 
 def multiplications(program: Program) -> int:
-    """Return how many products of a nonzero weight and an input one image needs."""
+    """Return the number of products of a nonzero weight and an input for one image."""
     return products(program)[0]

@@ -26,7 +26,7 @@ _UNITS = {"AMX": {"amx_tile"}, "VNNI": {"avx512_vnni", "avx_vnni"}}  # of multip
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and quartiles over rounds; joules of one call, None where nothing counts them."""
+    """Seconds per call: median and quartiles over rounds; joules per call, None if they cannot be measured."""
 
     median: float
     low: float
@@ -35,7 +35,7 @@ class Timing:
 
 
 def interleaved(functions: Sequence[Callable[[], object]], *, rounds: int = 60) -> list[Timing]:
-    """Time functions in turns, so that what else the machine does falls on all of them."""
+    """Time functions in turns, so that other load on the machine affects all of them equally."""
     repeats = [_repeats(function) for function in functions]
     seconds = np.zeros((len(functions), rounds))
     joules = np.full((len(functions), rounds), np.nan)

@@ -31,7 +31,7 @@ VERDICTS: dict[Verdict, str] = {
 
 
 def shipped_verdict(one: Effect) -> str:
-    """Say what a paired difference of shares of standing images, artefact − model, means."""
+    """Return the verdict on a paired difference in robust accuracy, artefact − model."""
     return VERDICTS[_verdict(one)]
 
 

@@ -18,7 +18,7 @@ from ...outputs import opened
 
 
 class ActivationSparsifier(Declared):
-    """Replace a ReLU: subclasses say how the activations become sparse, in `sparse`, and what `Declared` asks."""
+    """Replace a ReLU: subclasses define the sparse activations in `sparse`, and the properties of `Declared`."""
 
     masks_gradients = True
 
@@ -39,7 +39,7 @@ class ActivationSparsifier(Declared):
 
 
 class ShiftedReLU(ActivationSparsifier):
-    """max(x − threshold, 0): continuous, and its gradient is honest (Mirzadeh et al. 2024, section 5.3)."""
+    """max(x − threshold, 0): continuous, with a correct gradient (Mirzadeh et al. 2024, section 5.3)."""
 
     kind = "shifted-relu"
     nondecreasing = True
@@ -54,7 +54,7 @@ class ShiftedReLU(ActivationSparsifier):
 
 
 class Threshold(ActivationSparsifier):
-    """x where x > threshold, else 0 (FATReLU, Kurtz et al. 2020): it jumps where its gradient sees nothing."""
+    """x where x > threshold, else 0 (FATReLU, Kurtz et al. 2020); its gradient does not show the jump."""
 
     kind = "threshold"
     nondecreasing = True
@@ -90,7 +90,7 @@ class TopK(ActivationSparsifier):
 class Percentile(ActivationSparsifier):
     """A threshold per layer at a percentile of its activations on calibration data; see `calibrate_`.
 
-    `sparsity` is the fraction that is set to zero on those data. Before calibration this is a ReLU.
+    `sparsity` is the fraction that is set to zero on these data. Before calibration this is a ReLU.
     """
 
     kind = "percentile"
@@ -112,10 +112,10 @@ class Percentile(ActivationSparsifier):
 
 
 class StochasticPruning(ActivationSparsifier):
-    """Stochastic activation pruning (Dhillon et al. 2018, equation 4): keep what a weighted draw hits, rescaled.
+    """Stochastic activation pruning (Dhillon et al. 2018, equation 4): keep and rescale activations that are sampled.
 
-    `samples` is the number of draws, with replacement and with probabilities proportional to the activations, as a
-    fraction of the layer's units.
+    `samples` is the number of samples as a fraction of the layer's units, drawn with replacement and with probabilities
+    proportional to the activations.
     """
 
     kind = "stochastic-pruning"
@@ -142,8 +142,8 @@ class StochasticPruning(ActivationSparsifier):
 class MeanSparse(ActivationSparsifier):
     """Block variation around the mean, then ReLU (Amini et al. 2024, equation 5): |x − μ| <= α·σ becomes μ.
 
-    μ and σ are those of each channel's pre-activations on calibration data (see `calibrate_`); before that, a ReLU.
-    It makes x − μ sparse, not the activations. Every published gain fell to BPDA: attack it with `straight_through`.
+    μ and σ are those of each channel's pre-activations on calibration data (see `calibrate_`); before that, it is a
+    ReLU. It makes x − μ sparse, not the activations. Every published gain disappeared under BPDA (`straight_through`).
     """
 
     kind = "mean-sparse"
@@ -265,7 +265,7 @@ def _rewritten(
 
 
 def sparsifiers(model: nn.Module) -> Iterator[tuple[str, ActivationSparsifier]]:
-    """Yield the activation-sparsity modules of a model with their paths."""
+    """Yield the sparse activations of a model with their paths."""
     for name, module in model.named_modules():
         if isinstance(module, ActivationSparsifier):
             yield name, module
@@ -273,10 +273,10 @@ def sparsifiers(model: nn.Module) -> Iterator[tuple[str, ActivationSparsifier]]:
 
 @torch.no_grad()
 def calibrate_(model: nn.Module, x: Tensor) -> None:
-    """Set thresholds and means of the modules that need them, from one batch of float images in [0, 1], in place.
+    """Set thresholds and means of the modules that need them, in place, from one batch of float images in [0, 1].
 
-    Each module is calibrated on what the modules before it let through. Use the validation split, never the test
-    split; some hundred images are plenty.
+    Each module is calibrated on the outputs of the modules before it. Use the validation split, never the test split; a
+    few hundred images are enough.
     """
     if not len(x):
         raise UserError("calibration needs images; the batch is empty")

@@ -27,7 +27,7 @@ Hear = Callable[[str, Tensor], None]
 
 @dataclass(frozen=True)
 class LayerActivity:
-    """Hold what one nonlinearity lets through: `dead` are the units (channels) that are never nonzero."""
+    """Activity of one nonlinearity: `dead` are the units (channels) that are never nonzero."""
 
     name: str
     sparsity: float
@@ -37,7 +37,7 @@ class LayerActivity:
 
 @dataclass(frozen=True)
 class Activity:
-    """Hold every nonlinearity's activity in the order of the forward pass, and the sparsity of all activations."""
+    """Activity of every nonlinearity in the order of the forward pass, and the sparsity of all activations."""
 
     layers: tuple[LayerActivity, ...]
     sparsity: float
@@ -61,8 +61,8 @@ class _Tally:
 def activity(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Activity:
     """Measure activation sparsity on images, uint8 or float in [0, 1], in eval mode.
 
-    Nonlinearities are found while the model runs, whether modules or functions; a function is named after the module
-    that calls it. An activation-sparsity module counts as one. Raise UserError if there is no image.
+    Nonlinearities are found while the model runs, as modules or functions; a function has the name of the module that
+    calls it. A sparse activation counts as one. Raises UserError if there is no image.
     """
     if not len(x):
         raise UserError("activation sparsity is measured on images; there are none")

@@ -32,11 +32,11 @@ _SAME = 1e-5  # of the largest logit, in double precision; between float32 and f
 def tied_channels(model: nn.Module, shape: tuple[int, ...]) -> tuple[Channels, tuple[str, ...]]:
     """Return the structure of whole channels of a model, and the names of weights that cannot lose any.
 
-    `shape` is that of one image. Channels that are added, multiplied, convolved one by one or in groups go together,
-    through concatenation, normalisation and flattening. The last layer keeps its outputs, which are the classes; so do
-    layers that share a weight with another, are recurrent or under weight_norm and the like, what is mixed without
-    weights (attention, LayerNorm over channels), and what the model's forward() cannot do without. Raise Unsupported
-    for what cannot be traced, and UserError, with the reasons, if no layer can lose channels.
+    `shape` is that of one image. Channels that are added, multiplied, or convolved depthwise or in groups are removed
+    together, also through concatenation, normalisation and flattening. The last layer keeps its outputs, the classes.
+    So do layers that share a weight with another, are recurrent or under weight_norm and similar parametrisations,
+    values that are mixed without weights (attention, LayerNorm over channels), and channels that forward() needs.
+    Raises Unsupported for models that cannot be traced, and UserError, with the reasons, if no layer can lose channels.
     """
     known = _known(model, shape)
     coupled = {_named(path, "weight"): rows for path, rows in known.coupling.writers.items() if bool(rows.any())}
@@ -46,10 +46,10 @@ def tied_channels(model: nn.Module, shape: tuple[int, ...]) -> tuple[Channels, t
 
 
 def silent(model: nn.Module, masks: Masks, shape: tuple[int, ...]) -> Masks:
-    """Return the masks with biases and normalisation masked where all that is written in a channel is.
+    """Return the masks with biases and normalisation of removed channels masked as well.
 
-    A channel whose weights are gone would still send its bias; masked too, it sends nothing, and `remove_channels` can
-    take it out. A channel that other layers add to is left alone as long as one of them still writes it.
+    A channel without weights would still output its bias; if that is masked too, it outputs nothing and
+    `remove_channels` can remove it. A channel that other layers add to is unchanged as long as one of them writes it.
     """
     table, masks = _known(model, shape).coupling, dict(masks)
     alive = torch.zeros(_count(table), dtype=torch.bool)
@@ -67,11 +67,11 @@ def silent(model: nn.Module, masks: Masks, shape: tuple[int, ...]) -> Masks:
 
 
 def remove_channels(model: nn.Module, masks: Masks, shape: tuple[int, ...]) -> nn.Module:
-    """Return a smaller copy of a model without its dead channels; it gives the logits of the masked model.
+    """Return a smaller copy of a model without its dead channels; it has the logits of the masked model.
 
-    The masks are first made `silent`. What the weights say is dead goes too: channels whose weights are all zero, and
-    those that nobody reads. At least one channel of a layer stays. Raise Unsupported, with the reason, if the model
-    cannot be traced, or if the masks take a channel that its forward() cannot do without.
+    The masks are first made `silent`. Channels whose weights are all zero, and those that nobody reads, are removed
+    too. At least one channel of a layer stays. Raises Unsupported, with the reason, if the model cannot be traced, or
+    if the masks remove a channel that its forward() needs.
     """
     known = _known(model, shape)
     for path, reason in known.reasons.items():

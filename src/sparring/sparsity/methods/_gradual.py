@@ -58,10 +58,10 @@ def gradual(
 ) -> Pruner:
     """Prune along the cubic schedule of Zhu & Gupta 2017, every `every` optimiser steps, from start to stop.
 
-    Without `every` the masks change about a hundred times: few large cuts cost accuracy at high sparsity.
-    `sparsity` is what is reached at `stop`, for the network or by layer; start and stop are fractions of the training.
-    At every update the sparsity is exactly the schedule's, to one unit of the rule's structure.
-    Raise UserError for values out of range.
+    By default the masks change about a hundred times, because few large cuts cost accuracy at high sparsity. `sparsity`
+    is reached at `stop`, for the network or per layer; start and stop are fractions of the training. At every update
+    the sparsity is exactly the schedule's, to one unit of the rule's structure. Raises UserError for values out of
+    range.
     """
     check_sparsity(sparsity)
     return _Gradual(score, sparsity, Schedule(start, stop, every), rule or Rule())
@@ -70,7 +70,7 @@ def gradual(
 def one_shot(
     score: Score, sparsity: float | Mapping[str, float], *, at: float = 0.0, rule: Rule | None = None
 ) -> Pruner:
-    """Prune once, when the fraction `at` of the training is over; what remains is fine-tuning."""
+    """Prune once, at the fraction `at` of the training; the rest is fine-tuning."""
     return gradual(score, sparsity, start=at, stop=at, rule=rule)
 
 
@@ -100,11 +100,11 @@ class _Bernoulli(Pruner):
 
 
 def bernoulli(sparsity: float | Mapping[str, float], *, at: float = 0.0, rule: Rule | None = None) -> Pruner:
-    """Drop every weight independently with probability `sparsity` (by layer, if a mapping): the theorem's masks.
+    """Drop every weight independently with probability `sparsity` (per layer, if a mapping): the theorem's masks.
 
-    The sparsity is that of the expectation; read what was drawn from the masks. The rule's scope "erk" gives each layer
-    a probability of its own; the others are the same here. Raise UserError for a rule with a floor or a structure,
-    which draws that know nothing of one another cannot keep.
+    The sparsity is an expectation; the masks have the actual one. The rule's scope "erk" gives each layer its own
+    probability; the other scopes are equivalent. Raises UserError for a rule with a floor or a structure, which
+    independent draws cannot guarantee.
     """
     check_sparsity(sparsity)
     Schedule(at, at)
@@ -142,8 +142,8 @@ def proximal(
 ) -> Pruner:
     """Train with an l1 penalty by proximal steps, then keep the largest weights (Parikh & Boyd 2014, section 6.5.2).
 
-    After every optimiser step from start to stop, all weights move towards zero by `strength` (learning rate ×
-    penalty) and stop there; at `stop` the network is pruned to `sparsity` by magnitude, and fine-tuned from then on.
+    After every optimiser step from start to stop, all weights move towards zero by `strength` (learning rate × penalty)
+    and stop there. At `stop` the network is pruned to `sparsity` by magnitude, and then fine-tuned.
     """
     schedule = Schedule(start, stop)
     if strength < 0:

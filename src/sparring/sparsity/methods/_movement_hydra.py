@@ -145,14 +145,13 @@ def hydra(
     loss: Loss | None = None,
     rule: Rule = _BY_LAYER,
 ) -> Pruner:
-    """Learn which weights to keep under the loss, adversarial if it is, with weights frozen (Sehwag et al. 2020).
+    """Learn which weights to keep under the loss, which may be adversarial, with frozen weights (Sehwag et al. 2020).
 
     Until the fraction `stop` of the training, scores start from the scaled weights and descend the loss through the
-    masked network (SGD with momentum, `rate` falling along a cosine), and all parameters keep their values; from then
-    on the chosen weights are fine-tuned. `loss` None takes the gradient of the training's own loss, which costs
-    nothing; another loss (PGD, TRADES) costs one more forward and backward per step. The rule's scope should be
-    "layer", as published, which is the default. One pruner serves one training. Raise UserError for values out of
-    range.
+    masked network (SGD with momentum, `rate` falling along a cosine), while all parameters keep their values. After
+    that the chosen weights are fine-tuned. `loss` None uses the gradient of the training loss at no extra cost; another
+    loss (PGD, TRADES) costs one more forward and backward pass per step. The default scope of the rule is "layer", as
+    in the paper. One pruner serves one training. Raises UserError for values out of range.
     """
     check_sparsity(sparsity)
     if not 0 < stop <= 1 or rate <= 0 or not 0 <= momentum < 1:

@@ -78,8 +78,8 @@ def sparse_evolution(
     """Train sparse from scratch by SET (Mocanu et al. 2018): drop the smallest weights, grow random ones.
 
     Every `every` optimiser steps, until the fraction `stop` of the training, each layer moves `fraction` of its
-    weights. The first call draws a random mask (allocation ERK, unless `rule` says otherwise) where the masks it gets
-    are denser than `sparsity`; the number of weights per layer never changes after. Raise UserError for values out of
+    weights. The first call draws a random mask (allocation ERK, unless `rule` says otherwise) if its masks are denser
+    than `sparsity`; the number of weights per layer does not change afterwards. Raises UserError for values out of
     range and for a rule whose structure is not Unstructured.
     """
     return _regrow(sparsity, fraction, every, stop, False, rule)
@@ -90,6 +90,6 @@ def rigged_lottery(
 ) -> Pruner:
     """Train sparse from scratch by RigL (Evci et al. 2020, algorithm 1): grow where the dense gradient is largest.
 
-    As `sparse_evolution`, with `fraction` falling to zero along a cosine.
+    Like `sparse_evolution`, with `fraction` falling to zero along a cosine.
     """
     return _regrow(sparsity, fraction, every, stop, True, rule)

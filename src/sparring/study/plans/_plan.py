@@ -51,15 +51,15 @@ MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold a whole study; equal plans give equal records.
+    """A whole study; equal plans give equal records.
 
     `prepare` says how a user's own images are prepared, and how many are used. `transfer` attacks are made on the dense
-    control and tried on every sparse network, and the other way round. `checkpoints` adds the best epoch of adversarial
-    training beside the final one. `mark` is written into every figure: what a smaller version of a study leaves out.
-    `shard` is how many images one task attacks; `margins` are the losses that the sweet spot allows, by metric
-    (design.md, section 2). `kernels` says what attacks on networks with sparse weights go through: torch, their packed
-    form, or "auto", the faster of the two by a rule that knows the plan alone. A plan with `linear` tables studies
-    linear classifiers and nothing else.
+    control and tried on every sparse network, and the reverse. `checkpoints` adds the best epoch of adversarial
+    training to the final one. `mark` is written into every figure, for example that a study is a smaller version of
+    another. `shard` is the number of images that one task attacks. `margins` are the losses that the sweet spot allows,
+    by metric (design.md, section 2). `kernels` says where attacks on networks with sparse weights run: in torch, on
+    sparse kernels, or "auto", a fixed rule that depends on the plan only. A plan with `linear` tables studies linear
+    classifiers only.
     """
 
     name: str
@@ -214,7 +214,7 @@ def refuse_another(out: Path, kept: Mapping[str, Any], table: Mapping[str, Any])
 
 
 def configured(names: Sequence[str], overrides: Sequence[str]) -> dict[str, AttackFunction]:
-    """Return attacks with KEY=VALUE options, each given to those that have it; raise UserError where none has."""
+    """Return attacks with KEY=VALUE options, each passed to the attacks that have it; raise UserError if none has."""
     options: dict[str, Any] = {}
     for override in overrides:
         override_(options, override)
@@ -233,7 +233,7 @@ def configured(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Atta
 
 
 def presets() -> dict[str, str]:
-    """Return the names of the presets that ship with the package, each with its title."""
+    """Return the names of the presets in the package, each with its title."""
     folder = resources.files("sparring.study") / "presets"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
     tables = {f.name.removesuffix(".toml"): tomllib.loads(f.read_text()) for f in files}

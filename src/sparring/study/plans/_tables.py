@@ -26,9 +26,9 @@ _COUNTS = ("steps", "restarts", "queries")
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """Name a model and its size; what an option does not apply to refuses it.
+    """Name a model and its size; options that do not apply to it are refused.
 
-    `weights` is a safetensors file: its network stands in for the dense one that would be trained from each seed.
+    `weights` is a safetensors file: its network replaces the dense one that would be trained from each seed.
     """
 
     name: str = "lenet-300-100"
@@ -51,9 +51,9 @@ class NetworkSettings:
 class TrainingSettings:
     """Choose the loss: plain cross-entropy, PGD adversarial training, TRADES, IBP or CROWN-IBP (eps in [0, 1]).
 
-    `label_smoothing` is the share of each label that goes to all classes alike. `ramp` is the share of a dense
-    network's training over which eps grows to its value; fine-tuning has it whole. `kappa` is the share of the clean
-    loss that certified training ends at, `stability` the weight of its loss on ReLUs that may change sign.
+    `label_smoothing` is the fraction of each label that is spread over all classes. `ramp` is the fraction of a dense
+    network's training over which eps grows to its value; fine-tuning uses the full eps. `kappa` is the weight of the
+    clean loss at the end of certified training, `stability` the weight of its loss on ReLUs that may change sign.
     """
 
     loss: Literal["standard", "pgd-at", "trades", "ibp", "crown-ibp"] = "standard"
@@ -92,7 +92,7 @@ class TrainingSettings:
 class PruningSettings(PruningSpec):
     """Prune by one method at the plan's sparsities, or at its own, for all seeds or the first few.
 
-    Surgery with `c_rate` ends at a sparsity of its own, and so does a table with `layers`: one network a seed.
+    Surgery with `c_rate` determines its own sparsity, and so does a table with `layers`: one network per seed.
     """
 
     label: str = ""
@@ -149,9 +149,9 @@ class Narrowed:
 class AttackSettings(Narrowed):
     """Attack `images` images of a split; `eps` lists budgets (none: a minimum-norm attack).
 
-    `naive` attacks activation sparsity without the straight-through backward pass
-    and without transfer, to show what that hides. `options` are the attack's own, by the names in its signature;
-    `steps`, `restarts` and `queries` may stand beside them.
+    `naive` attacks sparse activations without the straight-through backward pass and without transfer, to show their
+    effect. `options` are the attack's own, by the names in its signature; `steps`, `restarts` and `queries` may be
+    given directly.
     """
 
     heading = "attacks"
@@ -180,7 +180,7 @@ class AttackSettings(Narrowed):
 
 @dataclass(frozen=True)
 class CertifySettings(Narrowed):
-    """Compute certified radii of the first `images` images that the attacks use, and certified accuracy at eps."""
+    """Compute certified radii of the first `images` attacked images, and certified accuracy at eps."""
 
     heading = "certify"
     images: int = 200
@@ -201,7 +201,7 @@ class CertifySettings(Narrowed):
 
 @dataclass(frozen=True)
 class LipschitzSettings(Narrowed):
-    """Take margins and local Lipschitz constants over balls of `radius` around the first `images` images."""
+    """Compute margins and local Lipschitz constants over balls of `radius` around the first `images` images."""
 
     heading = "lipschitz"
     radius: float
@@ -219,9 +219,9 @@ class LipschitzSettings(Narrowed):
 
 @dataclass(frozen=True)
 class ExactSettings:
-    """Find exact distances of the first `images` images, within `seconds` each, at the sparsities listed (none: all).
+    """Compute exact distances of the first `images` images, within `seconds` each, at the given sparsities (none: all).
 
-    What a search proves within its time depends on the machine: these records alone may differ between runs.
+    The result of a search within its time limit depends on the machine; only these records may differ between runs.
     """
 
     images: int = 10
@@ -272,10 +272,10 @@ class ShippedSettings(Narrowed):
 
 @dataclass(frozen=True)
 class ActivationSettings:
-    """Make the dense control's activations sparse at each level; with `train`, fine-tune the dense network so.
+    """Make the dense control's activations sparse at each level; with `train`, fine-tune the dense network with them.
 
-    `kind` names a module that takes the place of every ReLU, or "l1-penalty" (in training, weighed by `level`). Without
-    `test` the module is there in training alone, and the network that is judged has its ReLUs back.
+    `kind` names a module that replaces every ReLU, or "l1-penalty" (in training, weighted by `level`). Without `test`,
+    the module is used in training only, and the evaluated network has its ReLUs again.
     """
 
     kind: str
@@ -330,9 +330,9 @@ class ControlSettings:
 class LinearPaths:
     """Train one loss with both penalties along `l1` and `l2`, and prune by `magnitude` what validation accuracy chose.
 
-    `l1` and `l2` are inverse penalty strengths (scikit-learn's C), `magnitude` sparsities, `eps` budgets in linf.
-    Every pair of `classes` (none: of all) is studied, and all of them at once; `train_images` and `images` are the most
-    that a group trains on and is judged on. `tolerance` is the solver's.
+    `l1` and `l2` are inverse penalty strengths (scikit-learn's C), `magnitude` sparsities, `eps` budgets in linf. Every
+    pair of `classes` (none: of all) is studied, and all classes at once. `train_images` and `images` limit the images
+    for training and evaluation of a group. `tolerance` is the solver's.
     """
 
     loss: Literal["logistic", "svm"] = "logistic"

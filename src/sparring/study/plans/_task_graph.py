@@ -37,7 +37,7 @@ FIRST_KEYS = "0.1.0"
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Hold what keys and network sizes need to know of a data set."""
+    """What keys and network sizes depend on in a data set."""
 
     hash: str
     test: int
@@ -112,9 +112,9 @@ def is_key_of(key: str, stage: str, inputs: dict[str, Any], environment: dict[st
 
 
 def lay_out(plan: Plan, data: DataFacts, *, device: str = "cpu", code: Mapping[str, str] | None = None) -> Work:
-    """Return every task and cell of a plan, parents before children; raise PlanError if they are too many to hold.
+    """Return all tasks and cells of a plan, parents before children; raise PlanError if there are too many.
 
-    `code` gives hashes of users' code that cannot be imported by the name it has in the plan.
+    `code` gives hashes of users' code that cannot be imported by its name in the plan.
     """
     _refuse_endless(plan, data)
     work = Work(device, dict(code or {}))

@@ -31,9 +31,9 @@ Asked = TypeVar("Asked", bound=Inputs, covariant=True)
 
 @dataclass(frozen=True)
 class Task(Generic[Asked]):
-    """Name a pure function of its inputs; `parents` are the keys whose tensors it reads.
+    """A pure function of its inputs; `parents` are the keys of the tasks whose tensors it reads.
 
-    `code` holds the hash of a user's code by its name. `key` is the hash of all three.
+    `code` has the hash of a user's code by its name. `key` is the hash of all three.
     """
 
     key: str
@@ -58,7 +58,7 @@ def whole_table(inputs: dict[str, Any], parents: Sequence[str], code: Mapping[st
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """Hold what a stage found: numbers, series, flags, tensors to keep, and times, which alone may vary."""
+    """Result of a stage: numbers, series, flags, tensors, and times, which alone may vary."""
 
     metrics: dict[str, float | None] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ Work = Callable[[AnyTask], TaskOutcome]
 
 
 class Executor(Protocol):
-    """Run tasks somewhere. `slots` is how many may be under way; `wait` blocks until at least one is done."""
+    """Run tasks. `slots` is the largest number of tasks at a time; `wait` blocks until at least one has finished."""
 
     @property
     def slots(self) -> int: ...
@@ -125,7 +125,7 @@ def perform(work: Work, task: AnyTask) -> Done:
 
 
 class InProcess:
-    """Run each task here and now, for debugging and for devices that cannot be shared."""
+    """Run each task in this process, for debugging and for devices that cannot be shared."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -156,8 +156,8 @@ class _Worker:
 class Processes:
     """Run up to `slots` tasks at a time, each in a forked process with one thread.
 
-    Forking shares the data set and whatever models and pruners the caller defined, notebook cells included. A worker
-    that dies is replaced and its task tried again, at most three times. A worker whose driver died ends itself.
+    Forking shares the data set and the caller's models and pruners, including notebook cells. A worker that crashes is
+    replaced and its task tried again, at most three times. A worker exits if its driver ends.
     """
 
     def __init__(self, work: Work, slots: int) -> None:

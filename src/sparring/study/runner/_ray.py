@@ -29,10 +29,10 @@ QUEUED = 2
 
 
 class RayCluster:
-    """Run tasks on a cluster at `address` ("auto": the one on this machine), each on one core, or one GPU.
+    """Run tasks on a cluster at `address` ("auto": the one on this machine), each on one core or one GPU.
 
-    Raise UserError if Ray is not installed, if there is no cluster, or (from `wait`) if a node runs other versions of
-    sparring or torch, which would make other records.
+    Raises UserError if Ray is not installed, if there is no cluster, or (from `wait`) if a node has other versions of
+    sparring or torch, which would lead to other records.
     """
 
     def __init__(self, stage: Stage, context: Context, address: str) -> None:

@@ -29,7 +29,7 @@ from ._schedule import Watcher, environment, execute
 
 @dataclass(frozen=True)
 class Progress:
-    """Count a study's tasks; `stages` are the numbers of records, `failures` the records of failed tasks."""
+    """Counts of a study's tasks; `stages` are the numbers of records, `failures` the records of failed tasks."""
 
     plan: str
     tasks: int
@@ -39,7 +39,7 @@ class Progress:
 
 
 def progress(out: str | Path) -> Progress:
-    """Return the progress of a study; safe while it is running; raise UserError if `out` is no study's folder."""
+    """Return the progress of a study; safe while it is running; raise UserError if `out` is not a study's folder."""
     content, store = read_plan(out), Store(out)
     keys = sorted({key for cell in content.cells for key in cell.tasks})
     stages: Counter[str] = Counter()
@@ -56,8 +56,8 @@ def progress(out: str | Path) -> Progress:
 def register(plan: Plan, out: str | Path) -> dict[str, Any]:
     """Write a plan and its hash to the history of the folder `out` before its first record, and return that entry.
 
-    A plan that is registered already is not registered twice. Raise PlanError if the folder holds records and the plan
-    is not the registered one, DamageError if the history is broken, and UserError as `run` does.
+    A registered plan is not registered again. Raises PlanError if the folder has records and the plan is not the
+    registered one, DamageError if the history is damaged, and UserError as `run` does.
     """
     store = Store(out)
     store.prepare()
@@ -88,14 +88,14 @@ def run(
     ray: str | None = None,
     command: str = "",
 ) -> list[Record]:
-    """Run a plan into the folder `out` and return its records, in the plan's order.
+    """Run a plan in the folder `out` and return its records, in the plan's order.
 
-    `dataset` stands in for the one that the plan names; `factory`, called without arguments, for its model, which the
-    plan then calls "module:name". Whatever the folder already holds is not done again. `workers` tasks run at a time
-    (default: one per core; 0: in this process), or as many as fit on the Ray cluster at the address `ray` ("auto": the
-    one on this machine). `device` is "cpu", a GPU such as "cuda:0", or "auto": a GPU if there is one. A task that
-    fails fails its cell alone; `retry` tries failed ones again. Raise UserError if the folder belongs to another plan,
-    is in use, or cannot be written, or if there is no such device.
+    `dataset` replaces the plan's data set. `factory`, called without arguments, replaces its model; the plan then names
+    it "module:name". Existing results in the folder are not computed again. `workers` tasks run at a time (default: one
+    per core; 0: in this process), or as many as fit on the Ray cluster at the address `ray` ("auto": the one on this
+    machine). `device` is "cpu", a GPU such as "cuda:0", or "auto": a GPU if there is one. A failed task does not stop
+    the others; `retry` runs failed ones again. Raises UserError if the folder belongs to another plan, is in use, or
+    cannot be written, or if there is no such device.
     """
     device = usable_device(device, here=ray is None)
     store = Store(out)
@@ -139,7 +139,7 @@ def _executor(context: Context, workers: int | None, ray: str | None) -> Executo
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

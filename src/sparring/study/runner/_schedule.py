@@ -27,10 +27,10 @@ SMALL_OBJECT = 1 << 20
 
 @dataclass(frozen=True)
 class Event:
-    """Tell a watcher what happened: counts of tasks, and the record that was just made.
+    """A progress event: counts of tasks, and the record that was just written.
 
-    The first event has no record but an `estimate` of the seconds that the rest will take (None: nobody made one).
-    `damaged` names the files that were found damaged and set aside so far.
+    The first event has no record but an `estimate` of the remaining seconds (None: unknown). `damaged` names the files
+    that have been found damaged and set aside so far.
     """
 
     total: int
@@ -59,12 +59,11 @@ def execute(
     foretell: Callable[[list[AnyTask]], float | None] | None = None,
     device: str = "cpu",
 ) -> list[Record]:
-    """Run tasks (parents first) that the store lacks, and return all records in the tasks' order.
+    """Run tasks (parents first) that the store does not have, and return all records in the tasks' order.
 
-    `labels` and `origins` say by key what a watcher is told and what a record keeps of where a task belongs, `device`
-    where it is done, as records keep too. A task
-    whose parent failed is not run and has no record. Raise StorageError where the disk is full or a file that a task
-    needs is damaged: what was done before stays done.
+    `labels` and `origins` give, by key, the label for watchers and the place of a task that its record stores. `device`
+    is where tasks run; records store it too. A task whose parent failed is not run and has no record. Raises
+    StorageError if the disk is full or a required file is damaged; finished tasks are kept.
     """
     scheduler = _Scheduler(list(tasks), store, executor, watch, labels, origins, device)
     scheduler.recall(retry)
@@ -202,7 +201,7 @@ def _versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a record says of where it was made."""
+    """Return the environment that is stored in a record."""
     return {
         "sparring": __version__,
         **_versions(),

@@ -41,7 +41,7 @@ def _write(line: str, end: str) -> None:
 
 @contextlib.contextmanager
 def to_tensorboard(folder: str | Path) -> Iterator[Watcher]:
-    """Write every event's numbers under `folder` while the block runs; raise UserError if TensorBoard is missing."""
+    """Write every event's numbers to `folder` while the block runs; raise UserError if TensorBoard is missing."""
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError:
@@ -63,8 +63,8 @@ def to_tensorboard(folder: str | Path) -> Iterator[Watcher]:
 def to_mlflow(uri: str, name: str) -> Iterator[Watcher]:
     """Log every event's numbers to one run of the experiment "sparring" on an MLflow server or in a folder.
 
-    The run ends as FINISHED, or as KILLED if the block was left by an exception. Raise UserError if MLflow is missing
-    or cannot be reached.
+    The run ends as FINISHED, or as KILLED if the block raised an exception. Raises UserError if MLflow is missing or
+    cannot be reached.
     """
     try:
         from mlflow import MlflowClient
@@ -126,7 +126,7 @@ def _numbers(event: Event) -> dict[str, float]:
 
 
 def what_of(record: Record) -> str:
-    """Return what a record's task did, in a few words."""
+    """Return a short description of a record's task."""
     if record.stage not in ("attack", "lend", "transfer"):
         return record.stage
     spec = record.attack

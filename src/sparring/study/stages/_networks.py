@@ -34,9 +34,9 @@ WIDEST = 64.0
 
 @dataclass(frozen=True)
 class Context:
-    """Hold what stages share: the data, where parents' tensors come from, and where a long training may checkpoint.
+    """What stages share: the data, the source of parents' tensors, and the place of checkpoints of a long training.
 
-    `factory` builds the model in place of the plan's, for a user's own in code.
+    `factory` builds the model instead of the plan's, for a user's own code.
     """
 
     dataset: Dataset
@@ -100,9 +100,9 @@ def network_of(
 
 
 def load_network_(model: nn.Module, tensors: Mapping[str, Tensor], *, checkpoint: str = "final") -> None:
-    """Give a model the weights that a task left among its tensors, in place.
+    """Load weights from a task's tensors into a model.
 
-    Raise UserError if they do not fit, or if the final ones are not as sparse as the masks beside them say.
+    Raises UserError if they do not fit, or if the final weights are not as sparse as their masks.
     """
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -117,10 +117,10 @@ def load_network_(model: nn.Module, tensors: Mapping[str, Tensor], *, checkpoint
 
 
 def trained(out: str | Path, key: str, *, factory: str | None = None) -> nn.Module:
-    """Rebuild what the task `key` of a study trained, such as `report.pick(out).key`, from its folder alone.
+    """Load the network that the task `key` of a study trained, such as `report.pick(out).key`, from its folder.
 
-    The network is in eval mode, its normalisation among its weights. Raise UserError where the folder does not hold it,
-    as `load_network_` does, and for a model that is code, which is run only if `factory` names it.
+    The network is in eval mode and includes its normalisation. Raises UserError if the folder does not have it, as
+    `load_network_` does, and for a model that is code, which runs only if `factory` names it.
     """
     record, facts = read_record(out, key), read_plan(out).dataset
     if record is None:
@@ -152,7 +152,7 @@ def with_activation(model: nn.Module, activation: Activation) -> nn.Module:
 
 
 def chosen_images(dataset: Dataset, split: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return images start to stop of a fixed random order of a split, so that the first few are no biased sample."""
+    """Return images start to stop in a fixed random order of a split, so that the first few are an unbiased sample."""
     part, order = dataset.test if split == "test" else dataset.valid, chosen_places(dataset, split, start, stop)
     if split == "test" and dataset.drawn is not None:  # they are the first of this order
         return part.x[start:stop], part.y[start:stop]
@@ -167,7 +167,7 @@ def chosen_places(dataset: Dataset, split: str, start: int, stop: int) -> Tensor
 
 
 def check_fit(model: nn.Module, dataset: Dataset) -> None:
-    """Raise UserError unless a model, in eval mode, takes a data set's images to its classes."""
+    """Raise UserError unless a model, in eval mode, maps a data set's images to its classes."""
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     if place.type == "meta":
         raise UserError("the model's parameters are on the device 'meta' and hold no numbers; build it on the CPU")

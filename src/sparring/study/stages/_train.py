@@ -172,9 +172,9 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def robust_score(model: nn.Module, valid: Split, training: TrainingSettings) -> float:
-    """Return what chooses the best epoch: the share of validation images that stand under a short PGD.
+    """Return the score that chooses the best epoch: validation accuracy under a short PGD.
 
-    Of certified training, the share that intervals certify.
+    For certified training, it is the fraction of validation images that intervals certify.
     """
     place = next(model.parameters()).device
     x, y = as_float(valid.x[:SCORING_IMAGES]).to(place), valid.y[:SCORING_IMAGES].to(place)
@@ -210,7 +210,7 @@ def _certified(training: TrainingSettings, ramp: float | None) -> Ramped:
 
 
 def ramped_loss(training: TrainingSettings) -> Loss | Ramped:
-    """Return the loss of a [training] table, whose eps grows to its value if the table has a `ramp`."""
+    """Return the loss of a [training] table; its eps grows to its value if the table has a `ramp`."""
     if training.ramp is None:
         return training_loss(training)
     if training.certified:
