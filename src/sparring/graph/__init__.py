@@ -8,9 +8,7 @@ sparsity) is kept whole, as `Activation`.
 
 from __future__ import annotations
 
-from ._as_module import GraphModule
 from ._lower import lower
-from ._onnx_file import from_onnx, onnx_runtime, read_onnx
 from ._ops import (
     CALLS,
     ELEMENTWISE,
@@ -40,6 +38,8 @@ from ._passes import drop_dead_units, fold_affine
 from ._plain_stacks import Step, Stepwise
 from ._rewrites import spelled_out
 from ._torch_export import quiet
+from .onnx_files._as_module import GraphModule
+from .onnx_files._onnx_file import from_onnx, onnx_runtime, read_onnx
 
 __all__ = [
     "CALLS",

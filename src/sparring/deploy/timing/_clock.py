@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..kernels._native import native_available
-from ..kernels._peak import register_flops
+from ._peak import register_flops
 
 _SHORTEST = 1e-3  # seconds of a round: what is shorter is repeated
 _ENERGY = Path("/sys/class/powercap")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import Add, AvgPool, Call, Conv2d, Linear, MaxPool, ReLU
+from .._plain_stacks import batch_norm
 from ._onnx_reader import TYPES, VALUES, Reader, Value, broadcast, tensor_of
-from ._ops import Add, AvgPool, Call, Conv2d, Linear, MaxPool, ReLU
-from ._plain_stacks import batch_norm
 
 
 def _gemm(

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ._ops import Constant, Conv2d, Flatten, Graph, Linear, Op, Reshape, evaluate, with_tensors
-from ._plain_stacks import Step
+from ...errors import UserError
+from .._ops import Constant, Conv2d, Flatten, Graph, Linear, Op, Reshape, evaluate, with_tensors
+from .._plain_stacks import Step
 
 
 class GraphModule(nn.Module):

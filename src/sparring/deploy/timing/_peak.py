@@ -6,7 +6,7 @@ import ctypes
 import math
 import time
 
-from ._native import Code, host_lanes
+from ..kernels._native import Code, host_lanes
 
 _CHAINS = 12  # independent sums: more than two units with a latency of five keep busy, fewer than 16 registers
 _TURNS = 20_000

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Unsupported, UserError, told
+from ...errors import Unsupported, UserError, told
+from .._ops import Graph
 from ._onnx_reader import Reader
 from ._onnx_rules import RULES
-from ._ops import Graph
 
 _BYTES, _NODES = 2**30, 20_000
 _TOLERANCE = 1e-4  # of the largest logit

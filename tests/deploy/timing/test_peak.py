@@ -3,8 +3,8 @@
 import pytest
 
 from sparring.deploy.kernels._native import host_lanes, native_available
-from sparring.deploy.kernels._peak import register_flops
 from sparring.deploy.timing._clock import _product_flops, one_core, processor
+from sparring.deploy.timing._peak import register_flops
 
 
 @pytest.mark.skipif(not native_available(), reason="no code generator")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Unsupported, UserError, told
-from ._ops import Affine, Constant, Flatten, Graph, Input, Node, Op, Reshape, evaluate, with_tensors
-from ._passes import needed
+from ...errors import Unsupported, UserError, told
+from .._ops import Affine, Constant, Flatten, Graph, Input, Node, Op, Reshape, evaluate, with_tensors
+from .._passes import needed
 
 _LARGEST = 2**28  # numbers in one tensor
 VALUES = 2**26  # numbers that one operation gives for one image
