@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sparring import data
-from sparring.data import Dataset, Request, _cache, _images, _pixels
+from sparring.data import Dataset, Request, Split, _cache, _images, _pixels, as_float
 from sparring.data._images import load_images
 from sparring.data._listing import Entry, Listing
+from sparring.data._undecoded import Undecoded
 from sparring.errors import DataError
+from sparring.train import Recipe, fit, predict
 
 from .hostile_parts import image, zipped
 from .test_request import noise
@@ -47,6 +52,12 @@ def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_pixels, "decode", refuse)
 
 
+def eager(dataset: Dataset) -> Dataset:
+    """Return a data set whose images are decoded now."""
+    train, valid, test = (Split(x.clone(), y) for x, y in (dataset.train, dataset.valid, dataset.test))
+    return replace(dataset, train=train, valid=valid, test=test)
+
+
 def same(one: Dataset, other: Dataset) -> bool:
     pairs = zip((one.train, one.valid, one.test), (other.train, other.valid, other.test), strict=True)
     equal = all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in pairs)
@@ -59,7 +70,7 @@ def test_what_is_mapped_is_what_was_decoded(folder: Path, monkeypatch: pytest.Mo
         files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
         (folder.parent / "set.zip").write_bytes(zipped(files))
         folder = folder.parent / "set.zip"
-    plain, told = data.load(str(folder), request=Request(cache=False)), []
+    plain, told = eager(data.load(str(folder), request=Request(cache=False))), []
     made = data.load(str(folder), progress=lambda *what: told.append(what))
     assert same(made, plain) and data.content_hash(made) == data.content_hash(plain)
     assert "200 images decoded once" in told[0][0] and told[-1][1] == told[-1][2] == 200 * 3 * 9 * 7
@@ -191,3 +202,30 @@ def test_a_set_of_any_size_is_refused_or_begun_with_the_numbers(
     with pytest.raises(DataError, match=r"20,000 images decoded once, 3.0 GB in .*, about \d+ ") as told:
         load_images(tmp_path, "made-up", progress=stop, listing=listing)
     assert ("are free there" if free == 1 else "begun: ") in str(told.value)
+
+
+def test_images_that_are_not_kept_are_decoded_when_they_are_looked_at(folder: Path) -> None:
+    kept, lazy = data.load(str(folder)), data.load(str(folder), request=Request(cache=False))
+    x, whole = lazy.train.x, kept.train.x
+    assert isinstance(x, Undecoded) and isinstance(x[3:9], Undecoded) and x.dtype == torch.uint8
+    for look in (
+        lambda x: x[torch.tensor([5, 1, 5, 0])],
+        lambda x: x[3:50:2],
+        lambda x: x[-1],
+        lambda x: x[torch.arange(len(x)) % 3 == 0],
+        lambda x: torch.split(x, 40)[1].float().div_(255),
+        lambda x: as_float(x[:7]),
+        lambda x: x[:0],
+        lambda x: x.clone(),
+        lambda x: pickle.loads(pickle.dumps(x))[2:4],
+    ):
+        assert torch.equal(look(x) + 0, look(whole) + 0)
+    assert same(lazy, kept) and data.content_hash(lazy) == data.content_hash(kept)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(189, 3))
+    assert torch.equal(predict(model, x, batch_size=50), predict(model, whole, batch_size=50))
+    recipe, weights = Recipe(epochs=1, batch_size=16, lr=0.1), []
+    for own in (x, whole):
+        weights.append(copy.deepcopy(model))
+        fit(weights[-1], own, kept.train.y, recipe)
+    one, other = (net.state_dict()["1.weight"] for net in weights)
+    assert torch.equal(one, other)

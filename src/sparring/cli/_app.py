@@ -77,7 +77,9 @@ Limit = Annotated[
     list[str] | None,
     Option(help="Use at most N images per split, balanced over classes: N or SPLIT=N, such as train=2000; repeatable."),
 ]
-NoCache = Annotated[bool, Option("--no-cache", help="Decode images into memory instead of the cache folder.")]
+NoCache = Annotated[
+    bool, Option("--no-cache", help="Decode images whenever they are used, not once into the cache folder.")
+]
 Device = Annotated[str, Option(help="Device: cpu, cuda:0, mps, or auto (a CUDA GPU if there is one).")]
 Eps = Annotated[str, Option(help="Budget of adversarial training, in [0, 1], such as 0.1 or 8/255.")]
 Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, such as 0.1,8/255.")]

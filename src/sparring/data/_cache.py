@@ -30,22 +30,25 @@ from torch import Tensor
 
 from ..errors import DataError, UserError
 from ..files import canonical_json, explain, lock, read_bounded, read_json, sha256_bytes, write_atomic, write_json
-from ._decode import Pixels, decode, is_coloured, read, strict
-from ._listing import Entry, Source
+from ._decode import Pixels, decode, header, read, strict
+from ._listing import Entry, Files, Source
 from ._pixels import (
-    CHUNK,
     Coloured,
     Found,
     Rows,
     Summary,
     available_workers,
+    count,
     fill_array,
     fill_file,
     hash_files,
+    in_memory,
     jobs,
+    look,
     work,
 )
 from ._places import Progress, cache_root
+from ._undecoded import Undecoded
 
 SMALL = 16 << 20  # bytes of pixels that are decoded each time: in a second
 SYNCED = 10.0  # seconds of work that a run cut short may lose
@@ -68,15 +71,25 @@ class Decoded:
     hashes: Pixels | None = None
 
 
-def decoded(source: Source, entries: Sequence[Entry], how: Rows, *, kept: bool, progress: Progress | None) -> Decoded:
-    """Decode images, in this order: all that are few, or not to be `kept`, in memory, others once, into the cache."""
+def decoded(
+    source: Source, entries: Sequence[Entry], how: Rows, *, kept: bool, progress: Progress | None, lazy: bool = False
+) -> Decoded:
+    """Decode images, in this order: few in memory, many that are to be `kept` once, into the cache.
+
+    Others are `lazy`, decoded whenever they are looked at, where each is a file of its own; else in memory.
+    """
     rows = list(enumerate(entries))
     try:
-        if kept and len(entries) * math.prod(how.shape) > SMALL:
+        large = len(entries) * math.prod(how.shape) > SMALL
+        if kept and large:
             return _Cache(source, rows, how, progress).open()
-        return _in_memory(source, rows, how)
+        if lazy and large and isinstance(source, Files):  # of which any can be read by itself
+            return _undecoded(source, rows, how)
+        out, found = in_memory(source, rows, how)
+        return Decoded(torch.from_numpy(out), frozenset(found.lossy), tuple(sorted(found.animated)))
     except Coloured:
-        return decoded(source, entries, replace(how, shape=(3, *how.shape[1:])), kept=kept, progress=progress)
+        how = replace(how, shape=(3, *how.shape[1:]))
+        return decoded(source, entries, how, kept=kept, progress=progress, lazy=lazy)
 
 
 def rows_like_first(source: Source, entries: Sequence[Entry], how: Rows) -> Rows:
@@ -91,7 +104,7 @@ def rows_like_first(source: Source, entries: Sequence[Entry], how: Rows) -> Rows
 
 def any_coloured(source: Source, entries: Sequence[Entry]) -> bool:
     """Return whether any of some images has colours, by their headers."""
-    return any(is_coloured(read(content)) for _, content in source.contents(entries))
+    return any(header(read(content)).coloured for _, content in source.contents(entries))
 
 
 def hashes_of(source: Source, entries: Sequence[Entry]) -> Pixels:
@@ -129,13 +142,25 @@ def decoders() -> dict[str, str | None]:
     return {"pillow": PIL.__version__, "jpeg": features.version("jpg"), "turbo": features.version("libjpeg_turbo")}
 
 
-def _in_memory(source: Source, rows: list[tuple[int, Entry]], how: Rows) -> Decoded:
-    out: Pixels = np.empty((len(rows), *how.shape), np.uint8)
-    found = Summary(np.zeros((how.shape[0], 256), np.int64))
-    workers = available_workers() if len(rows) > CHUNK else 1
-    for one in work(functools.partial(fill_array, out, how=how), jobs(source, rows), workers, threads=True):
-        found.add(one)
-    return Decoded(torch.from_numpy(out), frozenset(found.lossy), tuple(sorted(found.animated)))
+def _undecoded(source: Source, rows: list[tuple[int, Entry]], how: Rows) -> Decoded:
+    """Return what stands for images, of which the headers are read, and the counted ones decoded."""
+    found, hashes = Summary(np.zeros((how.shape[0], 256), np.int64)), np.zeros((len(rows), 32), np.uint8)
+    for task, own in ((look, rows), (count, rows[: how.counted])):
+        for one in work(functools.partial(task, how=how), jobs(source, own), available_workers(), threads=False):
+            found.add(one)
+            hashes[one.rows] = np.frombuffer(b"".join(one.hashes), np.uint8).reshape(-1, 32)
+    x = Undecoded([entry for _, entry in rows], how.shape, functools.partial(decode_all, source, how=how))
+    animated = tuple(sorted(set(found.animated)))
+    return Decoded(x, frozenset(found.lossy), animated, torch.from_numpy(found.counts), hashes)
+
+
+def decode_all(source: Source, entries: Sequence[Entry], how: Rows) -> Tensor:
+    """Return images (N, C, H, W) in the order of their entries, any of which may come twice."""
+    once = {entry.place: entry for entry in entries}
+    rows = dict(zip(once, range(len(once)), strict=True))
+    out, _ = in_memory(source, list(enumerate(once.values())), how)
+    x = torch.from_numpy(out)
+    return x if len(once) == len(entries) else x[[rows[entry.place] for entry in entries]]
 
 
 @dataclass(frozen=True)

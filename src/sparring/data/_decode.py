@@ -90,9 +90,7 @@ def decode(data: bytes, where: str, geometry: Geometry | None) -> Picture:
                 raise DataError(f"{where} has {image.width}×{image.height} pixels; the limit is {most} per side")
             if image.mode not in GREY + COLOUR or _is_deep(image, data):
                 raise DataError(f"{where} has pixels of kind {_kind(image)}; save it as 8-bit grey or RGB")
-            packed = image.info.get("compression") if image.format == "TIFF" else image.format
-            lossy = LOSSY.get(str(packed).upper(), "")
-            animated = getattr(image, "is_animated", False) and image.format != "MPO"  # its second one is a preview
+            lossy, animated = _kept(image)
             mode = "L" if image.mode in GREY else "RGB"
             image = ImageOps.exif_transpose(image)
             image = image if image.mode == mode else image.convert(mode)
@@ -107,13 +105,28 @@ def decode(data: bytes, where: str, geometry: Geometry | None) -> Picture:
         raise DataError(f"{where} is damaged ({error}); replace or remove it") from error
 
 
-def is_coloured(data: bytes) -> bool:
-    """Return whether an image has colours, by its header; what is no image has none."""
+class Header(NamedTuple):
+    """Say of an image that is not decoded what `Picture` says of one that is."""
+
+    coloured: bool = False
+    lossy: str = ""
+    animated: bool = False
+
+
+def header(data: bytes) -> Header:
+    """Return what the header of an image says; nothing of what is none, which is judged when it is decoded."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.mode not in GREY
-    except Exception:  # what is not decoded is not judged
-        return False
+            return Header(image.mode not in GREY, *_kept(image))
+    except Exception:  # a decoder that meets hostile bytes raises whatever it likes
+        return Header()
+
+
+def _kept(image: Image.Image) -> tuple[str, bool]:
+    """Return the lossy format of an image, if it is one, and whether it is one of several."""
+    packed = image.info.get("compression") if image.format == "TIFF" else image.format
+    animated = getattr(image, "is_animated", False) and image.format != "MPO"  # its second one is a preview
+    return LOSSY.get(str(packed).upper(), ""), animated
 
 
 def _is_deep(image: Image.Image, data: bytes) -> bool:

@@ -21,6 +21,7 @@ from ._pixels import Rows
 from ._places import Progress
 from ._request import EVERYTHING, SPLITS, Request
 from ._types import Dataset, Split, balanced_order, counted, fixed_order, from_splits, hold_out, take, tell_shared
+from ._undecoded import Undecoded
 
 PIXELS = 512 << 20  # bytes of pixels up to which a set is what its pixels are; a larger one is what its files are
 MEASURED = 10_000  # of such a one, images of which mean and deviation are taken
@@ -64,7 +65,7 @@ def load_images(
     identity = _identity(listing, every, y, sizes, len(labels), found, request)
     if request.identify:
         identity = _files_hash(listing, path)
-    elif identity:
+    elif identity or isinstance(found.x, Undecoded):
         _tell_shared(found.hashes, sizes, path)
     splits = dict(zip(order, map(Split, torch.split(found.x, sizes), torch.split(y, sizes)), strict=True))
     if drawn is not None and kept:
@@ -115,13 +116,14 @@ def _pixels(
     how = rows_like_first(listing.source, every, how)
     if math.prod(how.shape) * trained > PIXELS:
         how = replace(how, counted=min(trained, MEASURED))
-    found = decoded(listing.source, every, how, kept=kept, progress=progress)
+    lazy = not request.cache and request.images is None
+    found = decoded(listing.source, every, how, kept=kept, progress=progress, lazy=lazy)
     if found.x.shape[1] == 1:
         seen = {entry.place for entry in every}
         others = [entry for entry in (*listing.entries, *listing.flat) if entry.place not in seen]
         if any_coloured(listing.source, others):
             how = replace(how, shape=(3, *how.shape[1:]))
-            return decoded(listing.source, every, how, kept=kept, progress=progress)
+            return decoded(listing.source, every, how, kept=kept, progress=progress, lazy=lazy)
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,11 +18,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ..errors import DataError
-from ._decode import Picture, Pixels, decode, read, strict
+from ._decode import Picture, Pixels, decode, header, read, strict
 from ._listing import Entry, Source
+from ._places import space
 from ._request import Geometry
 
 CHUNK = 64  # images
+FEW = 16  # images that are decoded in this thread
 AHEAD = 3  # chunks under way for each worker: what comes from an archive waits in memory
 Result = TypeVar("Result")
 
@@ -105,17 +109,47 @@ def fill_file(file: Path, job: Job, how: Rows) -> Found:
         return fill(put, job, how)
 
 
+def look(job: Job, how: Rows) -> Found:
+    """Find out about images what decoding would, by their headers; raise Coloured as it would."""
+    hashes, lossy, animated = [], set[str](), []
+    for _, entry, content in job:
+        data = read(content)
+        found = header(data)
+        if found.coloured and how.shape[0] == 1:
+            raise Coloured
+        hashes.append(hashlib.sha256(data).digest())
+        lossy |= {found.lossy} - {""}
+        animated += [entry.member] if found.animated else []
+    return Found([row for row, _, _ in job], hashes, sorted(lossy), animated, [[0]] * how.shape[0])
+
+
+def count(job: Job, how: Rows) -> Found:
+    """Decode images for the counts of their values alone."""
+    return fill(lambda _, __: None, job, how)
+
+
+def in_memory(source: Source, rows: Sequence[tuple[int, Entry]], how: Rows) -> tuple[Pixels, Summary]:
+    """Return decoded images (N, C, H, W), in a mapped file without a name where they are many, and what was found."""
+    out = np.frombuffer(space(len(rows) * math.prod(how.shape)), np.uint8).reshape(len(rows), *how.shape)
+    found = Summary(np.zeros((how.shape[0], 256), np.int64))
+    chunk = min(CHUNK, -(-len(rows) // available_workers()))
+    workers = available_workers() if len(rows) > FEW else 1
+    for one in work(functools.partial(fill_array, out, how=how), jobs(source, rows, chunk), workers, threads=True):
+        found.add(one)
+    return out, found
+
+
 def hash_files(job: Job) -> list[bytes]:
     """Return the SHA-256 of some images' files."""
     return [hashlib.sha256(read(content)).digest() for _, _, content in job]
 
 
-def jobs(source: Source, rows: Sequence[tuple[int, Entry]]) -> Iterator[Job]:
+def jobs(source: Source, rows: Sequence[tuple[int, Entry]], chunk: int | None = None) -> Iterator[Job]:
     """Yield rows with what is read for them, in chunks, in the order in which the set is read."""
     numbers = {entry.place: row for row, entry in rows}
     found = source.contents([entry for _, entry in sorted(rows, key=lambda row: row[1].place)])
     each = ((numbers[entry.place], entry, content) for entry, content in found)
-    while job := list(itertools.islice(each, CHUNK)):
+    while job := list(itertools.islice(each, chunk or CHUNK)):
         yield job
 
 

@@ -20,6 +20,7 @@ from ._request import EVERYTHING, Request
 from ._shards import TARS, is_shard, list_shards
 from ._tables import COLUMNAR, list_columns, list_csv
 from ._types import Dataset, limited, tell_shared
+from ._undecoded import Undecoded
 
 DATASETS: dict[str, Callable[[Find], Dataset]] = {
     "cifar10": cifar10,
@@ -92,7 +93,7 @@ def load(
         dataset = limited(dataset, request.limit) if request.limit else dataset
     else:
         dataset = load_images(path, _label(path), request, progress, listing=_listed(path))
-    if not dataset.identity:
+    if not dataset.identity and not isinstance(dataset.test.x, Undecoded):
         _tell_shared(dataset, path)
     return dataset
 

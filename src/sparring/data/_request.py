@@ -173,10 +173,10 @@ class Request:
 
     `parts`: all (training images are required), all that exist, or test images only. Without test/, the images of
     valid/, or else of train/, are used as test images, with a note. `images`: decode only this number of test images,
-    the first of `fixed_order`. `channels`: 3 to convert grey images to colour. `cache`: False to decode all images into
-    memory. `limit`: largest number of images per split, balanced over classes. `valid_seed`: seed of the validation
-    images that are held out, if the data have none. `identify`: hash images in files by all their files, whatever is
-    decoded.
+    the first of `fixed_order`. `channels`: 3 to convert grey images to colour. `cache`: False to keep nothing: images
+    in files of their own are decoded whenever they are used, others once, into memory. `limit`: largest number of
+    images per split, balanced over classes. `valid_seed`: seed of the validation images that are held out, if the data
+    have none. `identify`: hash images in files by all their files, whatever is decoded.
     """
 
     parts: Literal["all", "any", "test"] = "all"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import DataError, DataWarning
 from ._places import space
+from ._undecoded import Undecoded
 
 MOST_CLASSES = 1_000_000
 CHUNK = 1 << 26  # values that are counted at a time
@@ -148,7 +149,9 @@ def content_hash(dataset: Dataset) -> str:
     for split in (dataset.train, dataset.valid, dataset.test):
         for tensor in split:
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().data)
+            for part in torch.split(tensor, ROWS):
+                plain = part.decoded() if isinstance(part, Undecoded) else part.contiguous()
+                digest.update(plain.numpy().data)
     return digest.hexdigest()
 
 

@@ -156,7 +156,7 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped) -> 
     behind = state.pruner.dense_weights
     masked_now, weights = targets(model, state.masks), sum(p.numel() for p in optimizer.parameters)
     for chosen in torch.split(order, recipe.batch_size):
-        with alone(x[0].numel() * len(chosen)):
+        with alone(x.numel() // len(x) * len(chosen)):
             image = x[chosen].float().div_(255)
         batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
         loss = ramp.at((step + 1) / steps)
