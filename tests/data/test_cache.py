@@ -16,8 +16,8 @@ import torch
 from sparring import data
 from sparring.data import Dataset, Request, Split, _cache, _images, _pixels, as_float
 from sparring.data._images import load_images
-from sparring.data._listing import Entry, Listing
 from sparring.data._undecoded import Undecoded
+from sparring.data.formats._listing import Entry, Listing
 from sparring.errors import DataError
 from sparring.train import Recipe, fit, predict
 

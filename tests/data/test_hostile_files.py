@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sparring import data
-from sparring.data._known_sets import read_idx
 from sparring.data._places import Content, unpack
+from sparring.data.formats._known_sets import read_idx
 from sparring.errors import UserError
 from sparring.files import load_tensors, read_json, safe_members
 

@@ -9,8 +9,8 @@ Examples:
 
 from ._registry import DATASETS, Available, available, kind_of, load
 from ._request import EVERYTHING, SPLITS, ClassList, Geometry, Preparation, Request, read_classes
-from ._torch_datasets import from_torch
 from ._types import Dataset, Split, as_float, content_hash, fixed_order, from_splits
+from .formats._torch_datasets import from_torch
 
 __all__ = [
     "DATASETS",

@@ -31,7 +31,6 @@ from torch import Tensor
 from ..errors import DataError, UserError
 from ..files import canonical_json, explain, lock, read_bounded, read_json, sha256_bytes, write_atomic, write_json
 from ._decode import Pixels, decode, header, read, strict
-from ._listing import Entry, Files, Source
 from ._pixels import (
     Coloured,
     Found,
@@ -49,6 +48,7 @@ from ._pixels import (
 )
 from ._places import Progress, cache_root
 from ._undecoded import Undecoded
+from .formats._listing import Entry, Files, Source
 
 SMALL = 16 << 20  # bytes of pixels that are decoded each time: in a second
 SYNCED = 10.0  # seconds of work that a run cut short may lose

@@ -16,12 +16,12 @@ from ..errors import DataError, DataWarning, UserError
 from ..files import canonical_json
 from ._cache import Decoded, any_coloured, decoded, decoders, hashes_of, known_hashes, rows_like_first
 from ._decode import Pixels
-from ._listing import CLASSES, PARTS, Entry, Listing
 from ._pixels import Rows
 from ._places import Progress
 from ._request import EVERYTHING, SPLITS, Request
 from ._types import Dataset, Split, balanced_order, counted, fixed_order, from_splits, hold_out, take, tell_shared
 from ._undecoded import Undecoded
+from .formats._listing import CLASSES, PARTS, Entry, Listing
 
 PIXELS = 512 << 20  # bytes of pixels up to which a set is what its pixels are; a larger one is what its files are
 MEASURED = 10_000  # of such a one, images of which mean and deviation are taken

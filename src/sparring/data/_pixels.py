@@ -19,9 +19,9 @@ import numpy as np
 
 from ..errors import DataError
 from ._decode import Picture, Pixels, decode, header, read, strict
-from ._listing import Entry, Source
 from ._places import space
 from ._request import Geometry
+from .formats._listing import Entry, Source
 
 CHUNK = 64  # images
 FEW = 16  # images that are decoded in this thread

@@ -11,16 +11,16 @@ from ..errors import DataError, UnknownNameError, UserError, told
 from ..files import safe_name
 from ..plugins import import_object
 from ._images import load_images
-from ._known_sets import CIFAR10, FASHION_MNIST, MNIST, cifar10, digits, fashion_mnist, mnist, mnist_5k
-from ._listing import PARTS, Listing, list_folder, part_of, walk
-from ._npz import load_arrays
 from ._places import Content, Find, Progress, Source, expand, is_file, is_folder, locate, missing, read, roots
 from ._places import download as fetch
 from ._request import EVERYTHING, Request
-from ._shards import TARS, is_shard, list_shards
-from ._tables import COLUMNAR, list_columns, list_csv
 from ._types import Dataset, limited, tell_shared
 from ._undecoded import Undecoded
+from .formats._known_sets import CIFAR10, FASHION_MNIST, MNIST, cifar10, digits, fashion_mnist, mnist, mnist_5k
+from .formats._listing import PARTS, Listing, list_folder, part_of, walk
+from .formats._npz import load_arrays
+from .formats._shards import TARS, is_shard, list_shards
+from .formats._tables import COLUMNAR, list_columns, list_csv
 
 DATASETS: dict[str, Callable[[Find], Dataset]] = {
     "cifar10": cifar10,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ._listing import Entry
+from .formats._listing import Entry
 
 aten = torch.ops.aten
 Decode = Callable[[Sequence[Entry]], Tensor]

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import DataError, DataWarning, UserError
-from ..files import safe_members
-from ._places import space
-from ._request import EVERYTHING, ClassList, Request
-from ._types import Dataset, Split, check_split, counted, from_splits, hold_out
+from ...errors import DataError, DataWarning, UserError
+from ...files import safe_members
+from .._places import space
+from .._request import EVERYTHING, ClassList, Request
+from .._types import Dataset, Split, check_split, counted, from_splits, hold_out
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NEEDED = ("x_train", "y_train", "x_test", "y_test")

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from ..errors import DataError, UserError, told
-from ._types import Dataset, Split, fixed_order, from_splits, hold_out
+from ...errors import DataError, UserError, told
+from .._types import Dataset, Split, fixed_order, from_splits, hold_out
 
 TorchData = TorchDataset[Any] | DataLoader[Any]
 

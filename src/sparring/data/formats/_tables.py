@@ -16,9 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import DataError, UserError
-from ..files import read_bounded
-from ._decode import MOST_FILE
+from ...errors import DataError, UserError
+from ...files import read_bounded
+from .._decode import MOST_FILE
 from ._listing import PARTS, Entry, Files, Listing, is_image, part_of, stamp
 
 COLUMNAR = (".parquet", ".arrow")

@@ -13,8 +13,8 @@ import pytest
 
 from sparring import data
 from sparring.data import _registry as registry
-from sparring.data._known_sets import CIFAR10, FASHION_MNIST, MNIST, RECORD, RECORDS
 from sparring.data._places import SYSTEM_ROOTS
+from sparring.data.formats._known_sets import CIFAR10, FASHION_MNIST, MNIST, RECORD, RECORDS
 from sparring.errors import DataError
 
 

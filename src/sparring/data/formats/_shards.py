@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import DataError
-from ..files import safe_members
+from ...errors import DataError
+from ...files import safe_members
 from ._listing import MOST_BYTES, MOST_MEMBERS, Listing, Packed, is_image, part_of
 
 TARS = (".tar", ".tar.gz", ".tgz")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ..errors import DataError
-from ..files import explain, read_bounded, safe_members
-from ._decode import MOST_FILE, endings
+from ...errors import DataError
+from ...files import explain, read_bounded, safe_members
+from .._decode import MOST_FILE, endings
 
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 CLASSES = "classes.txt"

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import DataError
-from ..files import sha256_bytes
-from ._places import Content, File, Find, Source, unpack
-from ._types import Dataset, Split, check_split, from_splits, tenths
+from ...errors import DataError
+from ...files import sha256_bytes
+from .._places import Content, File, Find, Source, unpack
+from .._types import Dataset, Split, check_split, from_splits, tenths
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 

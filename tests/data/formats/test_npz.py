@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from sparring import data
-from sparring.data import _npz, _places, _types
+from sparring.data import _places, _types
+from sparring.data.formats import _npz
 from sparring.errors import DataError, DataWarning
 
-from .hostile_parts import arrays
+from ..hostile_parts import arrays
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NHW", "fortran"])

@@ -19,8 +19,8 @@ from sparring import data
 from sparring.data import ClassList, Dataset, Request, _cache
 from sparring.errors import DataError, DataWarning
 
-from .hostile_parts import image
-from .test_request import noise
+from ..hostile_parts import image
+from ..test_request import noise
 
 TESTED = Request("any")
 NAMES = ("cat", "dog", "eel")
