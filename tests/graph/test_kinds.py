@@ -179,9 +179,9 @@ def test_same_padding_of_an_even_kernel_is_read() -> None:
 
 
 REFUSED: dict[str, tuple[Body, str]] = {
-    "functional dropout left on": (lambda net, h: F.dropout(h), "dropout.* draws at random"),
-    "noise": (lambda net, h: h + 0.1 * torch.randn(1), "'randn'.* draws at random"),
-    "noise in the tensor's shape": (lambda net, h: h + 0.1 * torch.rand_like(h), "'rand_like'.* draws at random"),
+    "functional dropout left on": (lambda net, h: F.dropout(h), "dropout.* is random"),
+    "noise": (lambda net, h: h + 0.1 * torch.randn(1), "'randn'.* is random"),
+    "noise in the tensor's shape": (lambda net, h: h + 0.1 * torch.rand_like(h), "'rand_like'.* is random"),
     "noise by numpy": (lambda net, h: h * float(torch.empty(1).uniform_()), "(second pass|Python number|is random)"),
     "the mean of the batch": (lambda net, h: h - h.mean(0), "'mean'.* batch axis"),
     "the norm of all": (lambda net, h: h / h.norm(), "batch axis"),
