@@ -97,7 +97,7 @@ def test_pairs_that_are_not_all_there_claim_nothing(few_digits: Dataset, tmp_pat
     out = make(tmp_path / "two", few_digits, classes=[3, 8], l1=[])
     rows = json.loads((out / "ledger.json").read_text())
     assert {row["verdict"] for row in rows} == {"undecided"}
-    assert "not all pairs" in report.verdict(out)
+    assert "before all pairs" in report.verdict(out)
     with pytest.raises(UserError, match="linear classifiers"):
         report.read(out)
 

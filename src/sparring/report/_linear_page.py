@@ -22,17 +22,17 @@ from .analysis._linear import DENSE, NAMES, PATHS, LinearStudy, Point, Step, Val
 from .analysis._looks import look_sentences
 
 METHODS = (
-    "Linear classifiers (liblinear through scikit-learn, one against the rest where there are more than two classes) "
-    "were trained with ℓ2 and ℓ1 penalties of several strengths; the ℓ2 one with the best validation accuracy is the "
-    "dense classifier, and was pruned by magnitude and trained again on the weights kept. For every classifier we "
-    "computed exactly, inside the box [0, 1] and without it, the accuracy within ℓ∞ ε and the mean ℓ2 distance "
-    "(misclassified images counting 0, images that nothing inside the box moves left out), and measured accuracy under "
-    "FGSM and the distances of DeepFool and of our "
-    "nearest attack on the same test images. The steps that claims speak of were chosen on validation images, by the "
-    "boxed closed form in the mean over pairs, and their values are those on test images. Differences are paired over "
-    "pairs of classes; pairs share classes, so their mean's standard error is that of a diallel cross (Griffing 1956, "
-    "method 4, model II), with Student's quantiles and one degree of freedom less than there are classes. Intervals "
-    "are 95%; p-values are corrected across the ledger by Holm's method."
+    "Linear classifiers (liblinear in scikit-learn, one against the rest for more than two classes) were trained with "
+    "ℓ2 and ℓ1 penalties of several strengths. The classifier with the ℓ2 penalty and the best validation accuracy is "
+    "the dense one. It was pruned by magnitude, and the remaining weights were trained again. For every classifier we "
+    "computed in closed form, inside the box [0, 1] and without it, the accuracy within ℓ∞ ε and the mean ℓ2 distance, "
+    "with 0 for misclassified images and without images that cannot be changed inside the box. On the same test images "
+    "we measured accuracy under FGSM and the distances of DeepFool and of the attack “nearest”. The steps in the "
+    "claims were chosen on validation images by the mean of the boxed closed form over pairs; their values are from "
+    "test images. Differences are paired over pairs of classes. Pairs share classes, so the standard error of their "
+    "mean is that of a diallel cross (Griffing 1956, method 4, model II), with Student's quantiles and one degree of "
+    "freedom less than the number of classes. Intervals are 95%; p-values are corrected across the ledger by Holm's "
+    "method."
 )
 
 
@@ -56,7 +56,7 @@ def headline(data: LinearStudy, ledger: Sequence[Row]) -> Verdict:
     """Return the verdict: what the ledger says of sparsity in each norm and of a penalty, and whether theory holds."""
     decided, gaps = tuple(verdicts(ledger)), missing(data.study)
     if not decided:
-        few = "There are not all pairs of four classes yet, so nothing can be said of sparsity."
+        few = "The effect of sparsity cannot be tested before all pairs of four classes have finished."
         return Verdict(" ".join(filter(None, [few, gaps])))
     costs = filter(None, (_costs(data, loss, path) for loss, path in data.ways))
     boxes = (_box(data, loss) for loss in data.losses if data.pairs(loss))
@@ -77,9 +77,9 @@ def _summary(data: LinearStudy) -> str:
             l2.append(100 * other.estimate / data.mean(loss, DENSE, r_2()))
     pairs = len(data.pairs(data.losses[0]))
     return (
-        f"Over {pairs} pairs of classes, the sparsity best for it changes FGSM accuracy at ε = {eps:g} by "
-        f"{_range(linf)} points, and the sparsity best for it changes r_2 by {_range(l2)}%, against the dense "
-        "classifier that validation accuracy chose."
+        f"Over {pairs} pairs of classes, FGSM accuracy at ε = {eps:g} changes by {_range(linf)} points at the sparsity "
+        f"that is best for it, and r_2 by {_range(l2)}% at the sparsity that is best for r_2. Changes are relative to "
+        "the dense classifier that validation accuracy chose."
     )
 
 
@@ -116,7 +116,7 @@ def _box(data: LinearStudy, loss: str) -> str:
     inside, outside = (100 * data.mean(loss, DENSE, r_inf(data.eps[0], form)) for form in ("boxed", "unboxed"))
     near, far = (data.mean(loss, DENSE, r_2(form)) for form in ("boxed", "unboxed"))
     return (
-        f"{loss}, dense: the theorem's form, which lets pixels leave [0, 1], says r_inf {outside:.1f}% and r_2 "
+        f"{loss}, dense: by the theorem's form, in which pixels may leave [0, 1], r_inf is {outside:.1f}% and r_2 "
         f"{far:.3f}; inside the box they are {inside:.1f}% and {near:.3f}."
     )
 
@@ -131,7 +131,7 @@ def _agreement(data: LinearStudy) -> str:
     return (
         f"{len(points):,} classifiers were checked against theory, {raised} raised: FGSM's accuracy differs "
         f"from its boxed closed form by at most {100 * apart:.2g} points on two classes, and DeepFool's mean distance "
-        f"exceeds the exact one by {100 * sum(excess) / max(1, len(excess)):.2g}% in the mean."
+        f"exceeds the exact one by {100 * sum(excess) / max(1, len(excess)):.2g}% on average."
     )
 
 
@@ -201,7 +201,7 @@ def _over_pairs(data: LinearStudy, loss: str) -> Iterator[Picture]:
         f"Mean over {count} pairs of classes; bars are 95% intervals over the classes. Solid: the closed form inside "
         "the box [0, 1]; dashed: the theorem's, without the box; marks: measured by the attack."
     )
-    left_out = f"{note} Images that nothing inside the box moves are left out of solid lines and marks."
+    left_out = f"{note} Solid lines and marks omit images that cannot be changed inside the box."
     yield from _both_metrics(data, loss, "pairs", loss, (note, left_out))
     ratio = {"ratio": lambda point: point["theorem"]["l1"] / max(point["theorem"]["l2"], 1e-30)}
     note = "r_2 divided by ε times this ratio bounds r_inf (both without the box): a smaller ratio leaves more room."
@@ -213,7 +213,7 @@ def _together(data: LinearStudy, loss: str) -> Iterator[Picture]:
         count = len(group.classes)
         note = (
             f"One classifier of {count} classes. Solid: the worst case inside the box; dashed: without the box; marks: "
-            "measured by the attack, which for FGSM is not the worst case with more than two classes."
+            "measured by the attack. With more than two classes FGSM is not the worst case."
         )
         yield from _both_metrics(replace(data, groups=(group,)), loss, f"{count} classes", f"{loss}-all", (note, note))
 

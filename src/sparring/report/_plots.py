@@ -159,13 +159,13 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
             if len(found) < 2:
                 continue
             rows = [row for bracket in found for row in _sides(bracket)]
-            way = "searched exactly" if exact else "proof and attack"
+            way = "exact search" if exact else "certificate and attack"
             title = f"{NORMS.get(norm, norm)} distance to the decision boundary: {way}"
             counts = f"{numbers.seeds(max(b.seeds for b in found))}, {max(b.images for b in found)} images"
-            ends = ", and between the two ends of the search; where these meet it is known" if exact else ""
+            ends = ", and between the two ends of the search, which are equal if it is solved" if exact else ""
             note = (
                 "Medians over correctly classified images, the same for every line of a sparsity. A certified radius "
-                "is a sound lower bound, an attack's distance an upper bound; the truth lies between"
+                "is a lower bound and the distance of an attack an upper bound; the true distance lies between"
                 f"{ends}. At most {counts}; {findings.method}."
             )
             spec = figures.scatter(title, rows, x=_in_steps(findings), y="median distance", ordinal=True)
@@ -206,8 +206,8 @@ def _constants(findings: Findings) -> Iterator[Picture]:
             y = "× the dense control's (log)"
             spec = figures.scatter(title, rows, x=_in_steps(findings), y=y, ordinal=True, log_y=True)
             note = (
-                f"Means over correctly classified images with 95% intervals; {findings.method}. A smaller L is no gain "
-                "where the margin shrinks as much: what bounds the distance is margin / L."
+                f"Means over correctly classified images with 95% intervals; {findings.method}. A smaller L is not "
+                "a gain if the margin shrinks as much; margin / L bounds the distance."
             )
             yield _picture(findings, f"lipschitz-{safe(key[0])}-{safe(key[1])}", title, spec, note)
 
@@ -295,7 +295,7 @@ def _transfer(findings: Findings) -> Iterator[Picture]:
     for k, (title, found) in enumerate(cells.items()):
         spec = figures.heatmap(title, _cells(found), x=axis, unit="% transferred")
         note = (
-            "Shares of examples that fool the other network too, among images that fool the network attacked and that "
-            "the other classifies correctly when clean."
+            "Share of adversarial examples that also fool the other network, among those that fool the attacked "
+            "network and whose clean image the other network classifies correctly."
         )
         yield _picture(findings, f"transfer-{k}", title, spec, note)

@@ -26,7 +26,7 @@ VERDICTS: dict[Verdict, str] = {
     "equivalent": f"as robust as the model, within {100 * MARGIN:g} points",
     "less": "less robust than the model",
     "more": "more robust than the model",
-    "undecided": "undecided: more images would tell",
+    "undecided": "undecided, more images are needed",
 }
 
 
