@@ -54,7 +54,7 @@ def test_a_test_split_alone_is_read_to_be_attacked(tmp_path: Path) -> None:
     [
         ({f"{label}/0.png": image() for label in ("cat", "dog")}, "names no parts: all its images are tested"),
         ({f"val/{label}/0.png": image() for label in ("cat", "dog")}, "no test/; the images of val/ are used as test"),
-        ({f"train/{label}/0.png": image() for label in ("cat", "dog")}, "trained on them knows"),
+        ({f"train/{label}/0.png": image() for label in ("cat", "dog")}, "trained on"),
     ],
 )
 def test_what_stands_for_a_test_split_is_said(tmp_path: Path, files: dict[str, bytes], note: str) -> None:

@@ -94,7 +94,7 @@ def _gain(packed: deploy.Packed) -> str:
     kept, dense = deploy.products(packed.program)
     if not dense:
         return "no layer of this network can run on sparse kernels: it runs dense, in PyTorch"
-    said = f"sparse kernels compute {percent(kept / dense)} of the products that an image needs ({kept:,} of {dense:,})"
+    said = f"sparse kernels compute {percent(kept / dense)} of the products per image ({kept:,} of {dense:,})"
     few = ": little to gain; `sparring bench` compares engines" if 2 * kept > dense else ""
     return said + few
 

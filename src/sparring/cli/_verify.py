@@ -32,7 +32,7 @@ def run_verify(model: ModelSource, asked: Path | None, how: VerifyOptions, data:
     if not how.seconds > 0:
         raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
     if (asked is None) == (how.eps == ""):
-        raise UserError("give a property in VNN-LIB or --eps, one of them: both say what is asked")
+        raise UserError("give either a property in VNN-LIB or --eps, not both")
     if asked is None and how.counter_example is not None:
         raise UserError("--counter-example is for properties in VNN-LIB; --json prints how near images' examples are")
     verdicts = _about_images(model, how, data) if asked is None else [_about_property(model, asked, how)]

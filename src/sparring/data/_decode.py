@@ -142,4 +142,4 @@ def _is_deep(image: Image.Image, data: bytes) -> bool:
 
 
 def _kind(image: Image.Image) -> str:
-    return image.mode if image.mode not in GREY + COLOUR else f"{image.mode} with 16 bits a channel"
+    return image.mode if image.mode not in GREY + COLOUR else f"{image.mode} with 16 bits per channel"

@@ -171,7 +171,7 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
         parts["test"] = parts[lent] if lent == "train" else parts.pop(lent)
         notes.append(
             f"{path} has no test/; the images of {shown}/ are used as test images"
-            + (", which a network that was trained on them knows" if lent == "train" else "")
+            + (", which a network may have been trained on" if lent == "train" else "")
         )
     for part in ("train", "test") if request.parts == "all" else ("test",):
         if part not in parts:

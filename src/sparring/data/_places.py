@@ -67,7 +67,7 @@ class Content(NamedTuple):
 
 
 Find = Callable[[Source], list[Content]]
-"""Return the unpacked content of each of a source's files, in order; loaders call it for what they need."""
+"""Return the unpacked content of each of a source's files, in order; loaders call it for their files."""
 
 Progress = Callable[[str, int, int | None], None]
 """Receive a file's name, the bytes downloaded so far, and its size in bytes (None: unknown)."""

@@ -141,7 +141,8 @@ def read_classes(path: Path) -> ClassList:
         entries = _from_json(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path} is not a list of classes ({error}); give names, one a line, or JSON: a list, or number to name"
+            f"{path} is not a list of classes ({error}); give names, one per line, or JSON: a list, or a map from "
+            "number to name"
         ) from error
     entries = [entry.strip() for entry in entries]
     while entries and not entries[-1]:

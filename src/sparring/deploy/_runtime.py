@@ -48,7 +48,7 @@ class Packed:
         What has no sparse kernel torch runs, and layers too dense for one: by a rule or, `timed`, as is faster here.
         """
         if threads < 1:
-            raise UserError(f"a network runs on one thread or more, not on {threads}")
+            raise UserError(f"the number of threads must be at least 1, not {threads}")
         self.program = program
         self._engine = _engine(program, threads) if native and program.whole else None
         self._mixed = _mixed(program, threads, timed, self._engine) if native and native_available() else None

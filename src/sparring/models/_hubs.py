@@ -109,8 +109,8 @@ def load_hub_weights_(model: nn.Module, name: str, *, classes: int, download: bo
     trained = describe(name).classes
     if trained != classes:
         raise UserError(
-            f"'{name}' was trained for {trained} classes, the data have {classes}; take data of those, or, where they "
-            "have some of them, name all by --classes FILE"
+            f"'{name}' was trained for {trained} classes, but the data have {classes}; use data of these classes, or "
+            "name all of them with --classes FILE if the data have only some"
         )
     with _told(f"the weights of {name}"):
         tensors = hub.weights(own, download)
@@ -308,7 +308,9 @@ def _folder(own: str) -> Path:
     try:
         return Path(snapshot_download(own, local_files_only=True))
     except (ValueError, OSError):  # no such name, or not in the cache
-        where = "holds no config.json" if Path(own).is_dir() else "is no folder, nor a model in Hugging Face's cache"
+        where = (
+            "holds no config.json" if Path(own).is_dir() else "is neither a folder nor a model in Hugging Face's cache"
+        )
         raise UserError(
             f"{own} {where}; hf:FOLDER takes a folder that save_pretrained wrote, or what `hf download NAME` fetched"
         ) from None

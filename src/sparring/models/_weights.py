@@ -24,7 +24,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     found = {name: value for name, value in load_tensors(path).items() if not name.startswith(OURS)}
     strange = next((name for name in found if len(name) > LONGEST or not name.isprintable()), None)
     if strange is not None:
-        raise UserError(f"{path} holds the name {strange[:80]!r}, which is no tensor's; get it or make it again")
+        raise UserError(
+            f"{path} holds the name {strange[:80]!r}, which is not a tensor's name; create or download it again"
+        )
     return found
 
 

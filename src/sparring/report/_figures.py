@@ -301,7 +301,7 @@ def timings_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """
     batches, engines = (list(dict.fromkeys(row[name] for row in rows)) for name in ("batch", "engine"))
     data = [_placed(row) for row in rows]
-    axis = {"title": "milliseconds an image (log scale); bars: quartiles, ticks: floor", "grid": True}
+    axis = {"title": "milliseconds per image (log scale); bars: quartiles, ticks: floor", "grid": True}
     names = [f"batch {batch}" for batch in batches]
     place: Spec = {
         "y": {"field": "engine", "type": "nominal", "sort": engines, "axis": {"title": None, "labelLimit": 220}},
@@ -327,6 +327,6 @@ def timings_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def _placed(row: Mapping[str, Any]) -> dict[str, Any]:
     batch = row["batch"]
     times = {name: row[name] / batch for name in ("milliseconds", "low", "high", "floor")}
-    text = f"{row['engine']}, batch {batch}: {times['milliseconds']:.3g} ms an image"
+    text = f"{row['engine']}, batch {batch}: {times['milliseconds']:.3g} ms per image"
     text += f" [{times['low']:.3g}, {times['high']:.3g}], floor {times['floor']:.3g}"
     return times | {"engine": row["engine"], "batch": batch, "name": f"batch {batch}", "text": text}

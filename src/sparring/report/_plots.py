@@ -257,7 +257,7 @@ def _speed(findings: Findings) -> Iterator[Picture]:
     rows = [] if measure is None else list(_fast(findings, measure))
     if rows and measure is not None:
         title = f"{measure.title} against latency"
-        axis = "milliseconds an image, one at a time (log scale)"
+        axis = "milliseconds per image, one at a time (log scale)"
         spec = figures.scatter(title, rows, x=axis, y=f"{measure.phrase}, %", log_x=True)
         note = "Networks as deployed, packed for sparse kernels, on the machine of this study; means over seeds."
         yield _picture(findings, "latency", title, spec, note)

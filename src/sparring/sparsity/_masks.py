@@ -122,7 +122,7 @@ def targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]
     parameters = dict(model.named_parameters())
     unknown = set(masks) - set(parameters)
     if unknown:
-        raise UserError(f"the mask names '{min(unknown)}', which is no parameter of the model")
+        raise UserError(f"the mask names '{min(unknown)}', which is not a parameter of the model")
     masks = applied_(model, masks)
     return [(parameters[name], torch.empty_like(parameters[name].data).copy_(mask)) for name, mask in masks.items()]
 

@@ -166,7 +166,7 @@ class Pruner(ABC):
     """True: the forward pass uses w∘mask and w itself stays dense. False: masked weights are zero."""
 
     exact: bool = True
-    """False: it ends at a sparsity of its own, as Bernoulli masks do."""
+    """False: the final sparsity is not exact, as with Bernoulli masks."""
 
     rule: Rule = Rule()
     """Which weights its sparsity is of."""

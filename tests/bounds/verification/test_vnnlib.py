@@ -80,22 +80,22 @@ REFUSED = {
     "too deep": ("(" * 100, "nested"),
     "no variable": ("(declare-const Z_0 Real)", "'Z_0' is declared"),
     "a gap": ("(declare-const X_1 Real)(declare-const Y_0 Real)", "not all before it"),
-    "an integer": ("(declare-const X_0 Int)", "no declaration of a Real"),
+    "an integer": ("(declare-const X_0 Int)", "neither a declaration of a Real"),
     "undeclared": (DECLARED + "(assert (<= X_7 1))", "'X_7' is used"),
     "no bound": (DECLARED + "(assert (<= X_0 1))(assert (<= Y_0 1))", "no lower bound"),
     "mixed": (DECLARED + "(assert (<= X_0 Y_0))", "inputs and outputs"),
     "two inputs": (DECLARED + "(assert (<= X_0 X_1))", "several inputs"),
     "no variable in it": (DECLARED + "(assert (<= 1 2))", "of no variable"),
-    "a product": (DECLARED + "(assert (<= (* Y_0 Y_1) 1))", "no linear expression"),
+    "a product": (DECLARED + "(assert (<= (* Y_0 Y_1) 1))", "not a linear expression"),
     "strict": (DECLARED + "(assert (< Y_0 Y_1))", "not of '<'"),
-    "a word": (DECLARED + "(assert (<= Y_0 one))", "'one' is no variable"),
-    "a huge number": (DECLARED + "(assert (<= Y_0 1e999))", "no number within"),
+    "a word": (DECLARED + "(assert (<= Y_0 one))", "'one' is neither a variable"),
+    "a huge number": (DECLARED + "(assert (<= Y_0 1e999))", "nor a number within"),
     "a large number": (DECLARED + "(assert (<= Y_0 (* 1e20 1e20)))", "above 1e30"),
     "too many cases": (
         DECLARED + "(assert (or (<= Y_0 0) (<= Y_0 1)))" * 14, "more than 10000 cases",
     ),
     "nothing": ("", "0 inputs"),
-    "no formula": (DECLARED + "(assert ())", "no formula"),
+    "not a formula": (DECLARED + "(assert ())", "no formula"),
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def test_refusals_say_what_and_why(kind: str, tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="does not exist"):
         read_vnnlib(tmp_path / "none")
     (tmp_path / "p.vnnlib").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="ASCII"):

@@ -157,7 +157,7 @@ def test_a_single_file_is_tested(write: Write, tmp_path: Path) -> None:
     [
         ("a.png,0\nb.png,2", "every label from 0 to the last, but holds 0, 2; give --classes"),
         ("width,height\n1,2", "has the headings width, height; call the columns 'path'"),
-        ('path,label\n"a.png,0', "no CSV file in UTF-8"),
+        ('path,label\n"a.png,0', "not a CSV file in UTF-8"),
         ("", "has the headings"),
         ("path,label\nmissing.png,0", "cannot read"),
     ],
@@ -180,7 +180,7 @@ def test_rows_that_are_left_out_are_counted(tmp_path: Path) -> None:
     assert loaded.test.y.tolist() == [0, 1] and loaded.classes == 2
     text = " ".join(str(one.message) for one in told)
     assert all(f"{why}: {count}" in text for why, count in (
-        ("without a label", 1), ("without the path of an image", 2), ("of no part", 1)
+        ("without a label", 1), ("without an image path", 2), ("of no part", 1)
     ))  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def test_shards_whose_members_are_odd(tmp_path: Path) -> None:
             "one column of images .*, but has image, more, img",
         ),
         ({"label": None}, "one column of labels, but has none; keep one, or call it 'label'"),
-        ({"image": [{"bytes": None, "path": "/etc/passwd"}] * 6}, r"#\d+ in .* has no bytes of an image"),
+        ({"image": [{"bytes": None, "path": "/etc/passwd"}] * 6}, r"#\d+ in .* has no image data"),
         ({"label": [0, 1, 2, 3, 0, 1]}, "class '3' .* list of classes does not name it"),
     ],
 )

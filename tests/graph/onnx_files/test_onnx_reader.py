@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
     "a product": ([node("Mul", "in in")], FLAT, {}, "multiplies two values"),
     "a missing value": ([node("Relu", "nothing")], FLAT, {}, "reads 'nothing'"),
     "numbers that are none": ([node("Gemm", "in w")], FLAT, {"w": np.float32(np.inf) * weights(4, 3)}, "not finite"),
-    "a batch of two": ([node("Relu", "in")], (2, 4), {}, "no batch of float32 images"),
+    "a batch of two": ([node("Relu", "in")], (2, 4), {}, "not a batch of float32 images"),
     "a huge value": ([node("Conv", "in k", pads=[2**20] * 4)], IMAGE, {"k": weights(1, 2, 1, 1)}, "not read"),
     "a constant": ([node("Identity", "w")], FLAT, {"w": weights(1, 3)}, "does not depend on the input"),
     "training": ([node("Dropout", "in r t")], FLAT, {"r": np.float32(0.5), "t": np.array(True)}, "type 9|at random"),
@@ -156,5 +156,5 @@ def test_what_is_no_onnx_file_is_said(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(UserError, match=r"m\.onnx"):
         from_onnx(tmp_path / "m.onnx")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="does not exist"):
         from_onnx(tmp_path / "none.onnx")

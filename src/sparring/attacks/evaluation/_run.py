@@ -384,7 +384,7 @@ def _check_lent(lent: Mapping[str, Sequence[Tensor]], x: Tensor) -> None:
         for found in examples:
             if found.shape != x.shape:
                 shapes = f"the shape {tuple(found.shape)} and the images {tuple(x.shape)}"
-                raise UserError(f"what {name} lends has {shapes}; lend what was found on the same images")
+                raise UserError(f"the examples of {name} have {shapes}; they must be made on the same images")
 
 
 def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:

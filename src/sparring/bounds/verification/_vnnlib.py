@@ -57,13 +57,13 @@ class Property:
 def read_vnnlib(path: Path | str) -> Property:
     """Read a property; raise UserError for a damaged file, or one that says what is not read: VNN-LIB 2, too."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path} does not exist")
     if Path(path).stat().st_size > _BYTES:
-        raise UserError(f"{path} is larger than 64 MiB, which is more than is read of a property")
+        raise UserError(f"{path} is larger than 64 MiB, the limit of a property file")
     try:
         return _Reader(str(path)).read(Path(path).read_text("ascii"))
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no VNN-LIB file: it holds other characters than ASCII") from None
+        raise UserError(f"{path} is not a VNN-LIB file: it has characters that are not ASCII") from None
 
 
 @dataclass
@@ -108,7 +108,7 @@ class _Reader:
                         f"({word} ...) is VNN-LIB 2, which is not read yet; give the property in VNN-LIB 1"
                     )
                 case _:
-                    raise self.refuse(f"{_shown(command)} is no declaration of a Real, and no assertion")
+                    raise self.refuse(f"{_shown(command)} is neither a declaration of a Real nor an assertion")
         inputs, outputs = len(self.declared["X"]), len(self.declared["Y"])
         if not inputs or not outputs:
             raise self.refuse(f"it declares {inputs} inputs X_i and {outputs} outputs Y_i; a property has both")
@@ -134,7 +134,7 @@ class _Reader:
             elif token == ")" and open_:
                 yield open_.pop()
             else:
-                raise self.refuse(f"'{token[:_LONGEST]}' stands outside of parentheses; this is no VNN-LIB file")
+                raise self.refuse(f"'{token[:_LONGEST]}' is outside of parentheses; this is not a VNN-LIB file")
         if open_:
             raise self.refuse("it ends inside of parentheses: the file is cut short")
 
@@ -157,7 +157,7 @@ class _Reader:
                 return [self.atom(low, high)]
             case [str(word), *_]:
                 raise self.refuse(f"{_shown(formula)}: formulas are of and, or, <= and >=, not of '{word[:_LONGEST]}'")
-        raise self.refuse(f"{_shown(formula)} is no formula")
+        raise self.refuse(f"{_shown(formula)} is not a formula")
 
     def met(self, one: list[_Term], two: list[_Term]) -> list[_Term]:
         """Return the disjunction of all conjunctions of a term of each; `one` may be changed."""
@@ -207,7 +207,7 @@ class _Reader:
                     left, right = right, left
                 if set(left) <= {""}:
                     return _sum({}, right, left.get("", Fraction(0)))
-        raise self.refuse(f"{_shown(expression)} is no linear expression of +, - and *")
+        raise self.refuse(f"{_shown(expression)} is not a linear expression of +, - and *")
 
     def symbol(self, token: str) -> Terms:
         known = _NAME.fullmatch(token)
@@ -217,7 +217,7 @@ class _Reader:
             return {token: Fraction(1)}
         if len(token) > _LONGEST or _NUMBER.fullmatch(token) is None or abs(Decimal(token).adjusted()) > _EXPONENT:
             raise self.refuse(
-                f"'{token[:_LONGEST]}' is no variable, and no number within 1e-{_EXPONENT} and 1e{_EXPONENT}"
+                f"'{token[:_LONGEST]}' is neither a variable nor a number within 1e-{_EXPONENT} and 1e{_EXPONENT}"
             )
         return {"": Fraction(token)}
 

@@ -44,7 +44,7 @@ class Columns:
             for at, value in _values(self.root / file, self.images[file], rows=wanted):
                 data = value.get("bytes") if isinstance(value, dict) else value
                 if not isinstance(data, bytes) or len(data) > MOST_FILE:
-                    raise DataError(f"{wanted[at].member} in {self.root} has no bytes of an image, or more than 64 MiB")
+                    raise DataError(f"{wanted[at].member} in {self.root} has no image data, or more than 64 MiB")
                 yield wanted[at], data
 
     def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
@@ -215,7 +215,7 @@ def list_csv(root: Path, files: Sequence[str], named: Sequence[str] = ()) -> Lis
             rows = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
             _list_rows(rows, file, listing, root)
         except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{root / file} is no CSV file in UTF-8 ({error}); save it so") from error
+            raise DataError(f"{root / file} is not a CSV file in UTF-8 ({error}); save it so") from error
     listing.settle()
     return listing
 
@@ -238,4 +238,4 @@ def _list_rows(rows: Iterator[list[str]], file: str, listing: Listing, root: Pat
             said = own if part is None else PARTS.get(row[part].strip().lower(), "")
             listing.add(said, row[label].strip(), f"{folder}/{row[path]}" if folder else row[path])
         elif row:
-            listing.leave("rows without the path of an image", f"{file}#{number}")
+            listing.leave("rows without an image path", f"{file}#{number}")

@@ -37,14 +37,14 @@ def from_onnx(path: Path | str) -> Graph:
     if found.shape != expected.shape or not bool(
         ((found - expected).abs() <= _TOLERANCE * expected.abs().amax()).all()  # NaN is refused, too
     ):
-        raise Unsupported(f"{path}: what was read gives other logits than ONNX Runtime; report the file")
+        raise Unsupported(f"{path}: the logits of the graph differ from those of ONNX Runtime; please report this file")
     return graph
 
 
 def read_onnx(path: Path | str) -> bytes:
     """Return an ONNX file's bytes; raise UserError for none, or one above 1 GiB."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path} does not exist")
     if Path(path).stat().st_size > _BYTES:
         raise UserError(f"{path} is larger than 1 GiB, which is more than is read of an ONNX file")
     return Path(path).read_bytes()
@@ -82,9 +82,9 @@ def _parsed(data: bytes, path: Path | str) -> Any:
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's own, which differ by its version
-        raise UserError(f"{path} is no ONNX file, or a damaged one: {told(error)}") from error
+        raise UserError(f"{path} is not an ONNX file, or a damaged one: {told(error)}") from error
     if not model.graph.node:
-        raise UserError(f"{path} is no ONNX file, or an empty one: it has no nodes")
+        raise UserError(f"{path} is not an ONNX file, or an empty one: it has no nodes")
     if len(model.graph.node) > _NODES:
         raise UserError(f"{path} has {len(model.graph.node)} nodes; at most {_NODES} are read")
     return model

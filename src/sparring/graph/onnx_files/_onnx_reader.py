@@ -68,11 +68,11 @@ class Reader:
         sizes = [one.dim_value or -1 for one in kind.shape.dim]
         if kind.elem_type != 1 or len(sizes) < 2 or sizes[0] not in (-1, 1) or min(sizes[1:]) < 1:
             raise Unsupported(
-                f"{self.path}: the input '{given.name}' is no batch of float32 images: type {kind.elem_type}, shape "
+                f"{self.path}: the input '{given.name}' is not a batch of float32 images: type {kind.elem_type}, shape "
                 f"{['?' if size < 0 else size for size in sizes]}; the first axis is for images, the others are known"
             )
         if math.prod(sizes[1:]) > VALUES:
-            raise Unsupported(f"{self.path}: an image of {math.prod(sizes[1:])} numbers is more than is read")
+            raise Unsupported(f"{self.path}: an image of {math.prod(sizes[1:])} numbers is above the limit")
         self.nodes.append(Node(Input(), (), tuple(sizes[1:])))
         return 0
 

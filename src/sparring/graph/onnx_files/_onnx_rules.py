@@ -30,7 +30,7 @@ def _gemm(
 ) -> Value:
     matrix = r.constant(weight, "a second matrix")
     if transA or isinstance(x, Tensor) or len(r.shape(x)) != 1 or matrix.dim() != 2:
-        raise r.refuse("is no layer of weights on flat values")
+        raise r.refuse("is not a layer with weights on flat values")
     w = alpha * (matrix if transB else matrix.T).float().contiguous()
     b = None if bias is None else beta * r.spread(r.constant(bias, "a bias").float(), (len(w),)).contiguous()
     return r.emit(Linear("", w, b), x)
@@ -42,7 +42,7 @@ def _matmul(r: Reader, x: Value, weight: Value) -> Value:
         return r.reshaped(r.emit(Linear("", x.float(), None), flat), (len(x), 1))
     matrix = r.constant(weight, "a second matrix")
     if isinstance(x, Tensor) or matrix.dim() != 2:
-        raise r.refuse("is no layer of weights")
+        raise r.refuse("is not a layer with weights")
     return r.emit(Linear("", matrix.T.float().contiguous(), None), x)
 
 
@@ -61,7 +61,7 @@ def _conv(
 ) -> Value:
     filters = r.constant(weight, "filters").float()
     if filters.dim() != 4 or len(r.shape(x)) != 3:
-        raise r.refuse("is no two-dimensional convolution")
+        raise r.refuse("is not a two-dimensional convolution")
     added = None if bias is None else r.constant(bias, "a bias").float()
     padding = _padding(r, auto_pad, pads)
     return r.emit(Conv2d("", filters, added, _pair(r, strides), padding, _pair(r, dilations), group), x)
@@ -93,7 +93,7 @@ def _max_pool(
 ) -> Value:
     kernel, padding = _pair(r, kernel_shape), _padding(r, auto_pad, pads)
     if len(r.shape(x)) != 3:
-        raise r.refuse("is no two-dimensional pooling")
+        raise r.refuse("is not a two-dimensional pooling")
     return r.emit(MaxPool(kernel, _pair(r, strides), padding, _pair(r, dilations), bool(ceil_mode)), x)
 
 
@@ -109,7 +109,7 @@ def _average_pool(
     strides: Sequence[int] = (1, 1),
 ) -> Value:
     if ceil_mode or _padding(r, auto_pad, pads) != (0, 0) or len(r.shape(x)) != 3:
-        raise r.refuse("is no two-dimensional pooling of whole windows without padding")
+        raise r.refuse("is not a two-dimensional pooling of whole windows without padding")
     return r.emit(AvgPool(_pair(r, kernel_shape), _pair(r, strides)), x)
 
 

@@ -266,8 +266,8 @@ def _constants(model: nn.Module, gone: dict[str, Tensor], x: Tensor) -> dict[str
             spread = float((found.setdefault(path, given[0]) - given).abs().max())
             if not spread <= 1e-6 * float(given.abs().max()):
                 raise Unsupported(
-                    f"a channel without weights leaves a constant that '{path}' cannot take over: at the border its "
-                    "zero padding cuts it off"
+                    f"a channel without weights leaves a constant that '{path}' cannot absorb, because its zero "
+                    "padding cuts it off at the border"
                 )
 
         return heard

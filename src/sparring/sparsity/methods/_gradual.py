@@ -111,7 +111,7 @@ def bernoulli(sparsity: float | Mapping[str, float], *, at: float = 0.0, rule: R
     rule = rule or Rule()
     require_unstructured(rule, "Bernoulli masking")
     if rule.floor:
-        raise UserError("Bernoulli masking draws each weight by itself and cannot keep a floor; use score 'random'")
+        raise UserError("Bernoulli masks draw each weight independently and cannot keep a floor; use score 'random'")
     return _Bernoulli(sparsity, at, rule)
 
 
@@ -147,7 +147,7 @@ def proximal(
     """
     schedule = Schedule(start, stop)
     if strength < 0:
-        raise UserError(f"strength is by how much a step shrinks every weight, at least 0, not {strength}")
+        raise UserError(f"strength is the amount by which a step shrinks every weight, at least 0, not {strength}")
     rule = rule or Rule()
     return _Proximal(one_shot(magnitude, sparsity, at=stop, rule=rule), strength, schedule, rule)
 
