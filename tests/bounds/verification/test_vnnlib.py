@@ -95,7 +95,7 @@ REFUSED = {
         DECLARED + "(assert (or (<= Y_0 0) (<= Y_0 1)))" * 14, "more than 10000 cases",
     ),
     "nothing": ("", "0 inputs"),
-    "not a formula": (DECLARED + "(assert ())", "no formula"),
+    "not a formula": (DECLARED + "(assert ())", "is not a formula"),
 }  # fmt: skip
 
 

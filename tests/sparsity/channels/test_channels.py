@@ -178,7 +178,7 @@ def test_a_constant_that_is_left_goes_into_a_bias_or_stays(activation: nn.Module
     padded = constant(activation, 1)
     structure, fixed = tied_channels(padded, SHAPE)
     assert set(structure.coupled) == {"3.weight"} and "0.weight" in fixed
-    with pytest.raises(Unsupported, match=r"'0' cannot be removed: .* '3' cannot take over: at the border"):
+    with pytest.raises(Unsupported, match=r"'0' cannot be removed: .* '3' cannot absorb, because"):
         remove_channels(padded, masks, SHAPE)
 
 
