@@ -411,6 +411,27 @@ def test_what_answers_otherwise_is_refused(model: nn.Module, message: str) -> No
     assert not isinstance(model, Recent) or float(model.last) == 0
 
 
+class Far(nn.Module):
+    """Add and take away a number of the batch's: rounding alone tells, in float32 a ten thousandth of the logits."""
+
+    def __init__(self, error: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.error = nn.Linear(32, 3), error
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = 0 if torch.compiler.is_exporting() else len(x)
+        far = 8192 + 0.1 * count
+        return (self.first(x.flatten(1)) + far) - (far + self.error * count)
+
+
+def test_float64_tells_rounding_from_logits_that_depend_on_the_batch() -> None:
+    torch.manual_seed(0)
+    graph = lower(Far(), SHAPE)
+    assert 1e-4 < graph.rounding < 1e-2
+    with pytest.raises(Unsupported, match="in another batch"):
+        lower(Far(error=1e-5), SHAPE)
+
+
 class Branchy(nn.Module):
     """Another network on one half of the images, decided where torch cannot see it."""
 

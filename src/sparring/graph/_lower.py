@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from ..modes import eval_mode
 from ..outputs import check_module, logits_of
 from ._ops import Graph, SparseActivation
 from ._plain_stacks import read_plain
+from ._torch_export import flat, read_exported
 
 
 def lower(
@@ -43,10 +46,15 @@ def lower(
         if graph is None and plain:
             raise Unsupported(f"{type(model).__name__} is not a plain stack of layers")
         if graph is None:
-            from ._torch_export import read_exported
-
             graph = read_exported(model, seen.x[:2], dtype or seen.dtype, shared=dtype is None)
-        return check(graph, model, seen)
+        try:
+            return check(graph, model, seen)
+        except Apart as refusal:
+            return _rounded(graph, model, seen, refusal)
+
+
+class Apart(Unsupported):
+    """Logits differ where they should not, which can be rounding: float64 tells."""
 
 
 # Of the largest logit: what sums in another order may differ by. TF32 rounds float32 products on a GPU more coarsely.
@@ -183,12 +191,12 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
         alone = torch.cat([_ask_one(model, x[i : i + 1]) for i in range(len(x))])
         same = partial(_same, expected=logits, tolerance=seen.tolerance, allowed=_jumped(graph, x))
         if not same(alone) or not same(_ask(model, x[order])[order]) or not same(many[-len(x) :]):
-            raise Unsupported(
+            raise Apart(
                 f"{name} returns other logits for an image in another batch, so they depend on other images and no "
                 "image can be certified alone; process each image independently in eval mode"
             )
     if not _same(_with_gradients(model, x), logits, seen.tolerance):
-        raise Unsupported(
+        raise Apart(
             f"{name} returns different logits when gradients are enabled; forward() must not depend on that"
         )
     try:
@@ -201,11 +209,52 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
     apart = float((found - many).abs().where(finite, 0).max())
     largest = float(many.abs().where(finite, 0).max())
     if not _same(found, many, seen.tolerance, _jumped(graph, crowd)):
-        raise Unsupported(
+        raise Apart(
             f"{name} cannot be lowered: the logits of its graph differ by {apart / max(largest, 1e-30):.2g} of "
             f"the largest, {_first_difference(graph, model, replace(seen, x=crowd))}"
         )
     return replace(graph, rounding=apart) if apart > _ROUNDING * largest and not _jumped(graph, crowd) else graph
+
+
+def _rounded(graph: Graph, model: nn.Module, seen: Observed, refusal: Apart) -> Graph:
+    """Return a graph that differs from a model in float32 by rounding alone, as images off the data can make large.
+
+    The model in float64 has to pass all checks, at the tolerance of float64, with a graph of the same operations and
+    numbers. Raise the refusal otherwise.
+    """
+    held = (value for value in (*model.parameters(), *model.buffers()) if value.is_floating_point())
+    if next((value.dtype for value in held), None) != torch.float32:  # without any there is no other precision
+        raise refusal
+    x = _crowd(seen.x)
+    try:
+        exact = lower(copy.deepcopy(model).double(), tuple(x.shape[1:]), images=seen.x)
+        expected = exact(x.double())
+    except Exception:  # it cannot be copied, or computes in float32 whatever its parameters are
+        raise refusal from None
+    if not _alike(graph, exact):
+        raise refusal
+    alone = torch.cat([_ask(model, x[i : i + 1]) for i in range(len(x) - len(seen.x), len(x))])
+    own = torch.cat([_ask(model, x), alone]).double() - torch.cat([expected, expected[-len(seen.x) :]])
+    return replace(graph, rounding=float(own.abs().max()))
+
+
+def _alike(graph: Graph, other: Graph) -> bool:
+    """Return whether two graphs are of the same operations and, but for rounding, numbers."""
+    pairs = list(zip_longest(graph.nodes, other.nodes))
+    return all(
+        one is not None
+        and two is not None
+        and (type(one.op), one.inputs, one.shape) == (type(two.op), two.inputs, two.shape)
+        and all(_equal(a, b) for a, b in zip_longest(flat(vars(one.op)), flat(vars(two.op))))
+        for one, two in pairs
+    )
+
+
+def _equal(one: object, two: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        close = _same(one.reshape(1, -1), two.reshape(1, -1), TOLERANCE[torch.float32])
+        return one.shape == two.shape and close
+    return isinstance(one, nn.Module | torch.dtype) or one == two
 
 
 def _jumped(graph: Graph, x: Tensor) -> int:
