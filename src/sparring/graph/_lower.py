@@ -196,9 +196,7 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
                 "image can be certified alone; process each image independently in eval mode"
             )
     if not _same(_with_gradients(model, x), logits, seen.tolerance):
-        raise Apart(
-            f"{name} returns different logits when gradients are enabled; forward() must not depend on that"
-        )
+        raise Apart(f"{name} returns different logits when gradients are enabled; forward() must not depend on that")
     try:
         with _seeded(model, x.device), torch.no_grad():
             found = graph(crowd.to(_dtype(graph, x)))
