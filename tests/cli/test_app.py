@@ -11,7 +11,7 @@ import pytest
 
 from sparring import __version__, cli
 from sparring.cli import _app, _attack, _study
-from sparring.cli._app import CertifyOptions, DataSource, ModelSource
+from sparring.cli._app import CertifyOptions, DataSource, ModelSource, Where
 from sparring.errors import TERMINATED
 
 
@@ -19,13 +19,24 @@ def test_the_fields_of_records_are_options(monkeypatch: pytest.MonkeyPatch) -> N
     parameters = inspect.signature(_app.certify).parameters
     sources = ["model", "weights", "mean", "std", "data", "data_dir", "download"]
     sources += ["resize", "crop", "interpolation", "classes", "limit", "no_cache", "verbose"]
-    assert list(parameters) == [*sources, "norm", "method", "seconds", "eps", "images", "threads", "json"]
+    assert list(parameters) == [
+        *sources,
+        "norm",
+        "method",
+        "seconds",
+        "eps",
+        "images",
+        "threads",
+        "device",
+        "dtype",
+        "json",
+    ]
     assert parameters["model"].default is inspect.Parameter.empty and parameters["data"].default == "mnist-5k"
     asked: list[Any] = []
     monkeypatch.setattr(_attack, "run_certify", lambda *records, as_json: asked.append((*records, as_json)))
     given = {name: p.default for name, p in parameters.items()} | {"model": "mlp", "data": "digits", "images": 7}
     _app.certify(**given)
-    assert asked == [(ModelSource("mlp"), DataSource("digits"), CertifyOptions(images=7), False)]
+    assert asked == [(ModelSource("mlp"), DataSource("digits"), CertifyOptions(images=7), Where(), False)]
 
 
 def test_every_command_on_a_model_takes_the_options_of_its_sources(sparring) -> None:  # type: ignore[no-untyped-def]

@@ -143,7 +143,7 @@ def decoders() -> dict[str, str | None]:
 
 
 def _undecoded(source: Source, rows: list[tuple[int, Entry]], how: Rows) -> Decoded:
-    """Return what stands for images, of which the headers are read, and the counted ones decoded."""
+    """Return images whose headers are read; the counted ones are decoded."""
     found, hashes = Summary(np.zeros((how.shape[0], 256), np.int64)), np.zeros((len(rows), 32), np.uint8)
     for task, own in ((look, rows), (count, rows[: how.counted])):
         for one in work(functools.partial(task, how=how), jobs(source, own), available_workers(), threads=False):
@@ -155,7 +155,7 @@ def _undecoded(source: Source, rows: list[tuple[int, Entry]], how: Rows) -> Deco
 
 
 def decode_all(source: Source, entries: Sequence[Entry], how: Rows) -> Tensor:
-    """Return images (N, C, H, W) in the order of their entries, any of which may come twice."""
+    """Return images (N, C, H, W) in the order of their entries, each of them once or more."""
     once = {entry.place: entry for entry in entries}
     rows = dict(zip(once, range(len(once)), strict=True))
     out, _ = in_memory(source, list(enumerate(once.values())), how)

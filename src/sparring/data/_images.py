@@ -143,7 +143,7 @@ def _identity(
 
 
 def _files_hash(listing: Listing, path: Path) -> str:
-    """Return the hash of all files of a set, with their parts and labels, of which none is decoded."""
+    """Return the hash of all files of a set, with their parts and labels; none is decoded."""
     every = sorted(listing.entries or listing.flat, key=lambda entry: entry.place)
     digest = hashlib.sha256(canonical_json([[entry.part, entry.label] for entry in every]).encode())
     digest.update(known_hashes(listing.source, every, path).data)
