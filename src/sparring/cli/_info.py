@@ -61,7 +61,7 @@ def show_list(what: str, *, as_json: bool) -> None:
     for title, table in chosen.items():
         print(title)
         for name, text in table.items():
-            print(f"  {name:24} {text}")
+            print(f"  {name:31} {text}")
 
 
 def show_doctor(data_dir: Path | None, *, as_json: bool) -> None:
