@@ -83,7 +83,7 @@ def key_numbers(findings: Findings, sparsity: float, ledger: Sequence[Row]) -> T
                 numbers.level(measure, result.levels[index]),
                 numbers.gain(measure, one, result.control),
                 numbers.detectable(measure, result.control, least),
-                gain_told(result, ledger) or "not asked",
+                gain_told(result, ledger) or "not tested",
             ]
         )
     told = numbers.sparsity(findings.study, findings.method or "", sparsity)
