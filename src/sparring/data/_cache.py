@@ -84,7 +84,7 @@ def decoded(
         if kept and large:
             return _Cache(source, rows, how, progress).open()
         if lazy and large and isinstance(source, Files):  # of which any can be read by itself
-            return _undecoded(source, rows, how)
+            return _undecoded(source, rows, how, progress)
         out, found = in_memory(source, rows, how)
         return Decoded(torch.from_numpy(out), frozenset(found.lossy), tuple(sorted(found.animated)))
     except Coloured:
@@ -142,13 +142,18 @@ def decoders() -> dict[str, str | None]:
     return {"pillow": PIL.__version__, "jpeg": features.version("jpg"), "turbo": features.version("libjpeg_turbo")}
 
 
-def _undecoded(source: Source, rows: list[tuple[int, Entry]], how: Rows) -> Decoded:
+def _undecoded(source: Source, rows: list[tuple[int, Entry]], how: Rows, progress: Progress | None) -> Decoded:
     """Return images whose headers are read; the counted ones are decoded."""
     found, hashes = Summary(np.zeros((how.shape[0], 256), np.int64)), np.zeros((len(rows), 32), np.uint8)
+    left = len(rows) + how.counted
+    what = f"{len(rows):,} images hashed, {how.counted:,} decoded for mean and deviation"
+    tell = functools.partial(_tell, progress, what, left, left * math.prod(how.shape))
     for task, own in ((look, rows), (count, rows[: how.counted])):
         for one in work(functools.partial(task, how=how), jobs(source, own), available_workers(), threads=False):
             found.add(one)
             hashes[one.rows] = np.frombuffer(b"".join(one.hashes), np.uint8).reshape(-1, 32)
+            left -= len(one.rows)
+            tell(left)
     x = Undecoded([entry for _, entry in rows], how.shape, functools.partial(decode_all, source, how=how))
     animated = tuple(sorted(set(found.animated)))
     return Decoded(x, frozenset(found.lossy), animated, torch.from_numpy(found.counts), hashes)
