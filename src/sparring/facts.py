@@ -54,6 +54,10 @@ class AttackFacts:
     drawn: int = 0
     masked: int = 0
 
+    def together(self, eps: float | None) -> int:
+        """Return how many gradients of an image go back together; ensembles have one where there is a budget."""
+        return 1 if self.kind == "ensemble" and eps is not None else self.rows
+
     def is_weaker(self, other: AttackFacts) -> bool:
         """Say whether the other must not do worse on the same images and threat."""
         ranked = self.rank is not None and other.rank is not None and self.rank < other.rank

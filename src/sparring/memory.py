@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import UserError
 
-__all__ = ["Need", "free_memory", "measured", "size_text"]
+__all__ = ["Need", "answers_at_once", "free_memory", "measured", "size_text"]
 
 # On a CPU, peak resident memory over the largest sum of live tensors (what the allocator keeps), and what libraries
 # work in: scratch memory and filters in another order.
@@ -58,13 +58,29 @@ def size_text(count: int) -> str:
 def measured(work: Callable[[Tensor], object], x: Tensor) -> Need:
     """Run work on one image and on two and return what it takes: the most bytes of tensors that lived at a time.
 
-    x: one image or more, which are repeated; the model that works is in eval mode. What a library takes for itself
+    x: images, of which the first is repeated; the model that works is in eval mode. What a library takes for itself
     inside an operation is not seen; on a CPU a share is added for it, and for memory that is free but not given back.
     """
+    image = x[:1] if len(x) else x.new_zeros((1, *x.shape[1:]))
     with torch.random.fork_rng(devices=[]):
-        one, two = (_peak(work, x[:1].expand(count, *x.shape[1:]).clone()) for count in (1, 2))
+        one, two = (_peak(work, image.expand(count, *x.shape[1:]).clone()) for count in (1, 2))
     share, scratch = (_KEPT, _SCRATCH) if x.device.type == "cpu" else (1.0, 0)
     return Need(scratch + int(share * max(0, 2 * one - two)), max(1, int(share * max(0, two - one))))
+
+
+def answers_at_once(answer: Callable[[Tensor], object], x: Tensor, *, most: int = 500) -> int:
+    """Return how many float images, like x, a model is asked for answers at once: in 1 GiB of a CPU at most.
+
+    Raise UserError where one image does not fit into what is free.
+    """
+
+    def work(images: Tensor) -> None:
+        with torch.no_grad():
+            answer(images)
+
+    need, free = measured(work, x), free_memory(x.device)
+    need.check(1, free, "a prediction")
+    return need.fitting(min(free // 2, 2**30) if x.device.type == "cpu" else free // 2, most=most)
 
 
 def _peak(work: Callable[[Tensor], object], x: Tensor) -> int:

@@ -34,6 +34,14 @@ class PretendGPU(TorchFunctionMode):
 
     moved = 0
 
+    def __enter__(self) -> Any:
+        self.told, torch.cuda.mem_get_info = torch.cuda.mem_get_info, lambda *_: (2**34, 2**34)
+        return super().__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        torch.cuda.mem_get_info = self.told
+        super().__exit__(*reason)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")

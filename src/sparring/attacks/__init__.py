@@ -33,7 +33,7 @@ from .evaluation._audit import AuditRow, audit, check_budgets, check_order, chec
 from .evaluation._batches import run_batches
 from .evaluation._run import AttackResult, check_convergence, lend, robust_accuracy, run
 from .evaluation._sanity_checks import FLAGS, Flag
-from .evaluation._scoring import Attack, facts_of
+from .evaluation._scoring import Attack, batch_size_for, facts_of, images_at_once, need_of
 
 ATTACKS: dict[str, Attack] = {
     "apgd": apgd,
@@ -64,6 +64,7 @@ __all__ = [
     "apgd",
     "apgd_targeted",
     "audit",
+    "batch_size_for",
     "check_budgets",
     "check_convergence",
     "check_order",
@@ -78,8 +79,10 @@ __all__ = [
     "fast",
     "fgsm",
     "hopskipjump",
+    "images_at_once",
     "lend",
     "nearest",
+    "need_of",
     "pgd",
     "rfgsm",
     "robust_accuracy",

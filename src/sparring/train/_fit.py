@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import load_tensors, pack_tensors, save_tensors, sha256_bytes
+from ..memory import answers_at_once
 from ..memory_format import channels_last
 from ..modes import eval_mode, train_
 from ..outputs import opened
@@ -220,11 +221,16 @@ def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @courteous()
-def predict(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; every module's mode is restored."""
+def predict(model: nn.Module, x: Tensor, *, batch_size: int | None = None) -> Tensor:
+    """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; every module's mode is restored.
+
+    batch_size None: 500, or as many as memory allows.
+    """
     place = next((p.device for p in model.parameters()), x.device)
     with torch.no_grad(), eval_mode(model), channels_last(model):
-        answer = opened(model, x[:2].to(place).float().div_(255))
+        few = x[:2].to(place).float().div_(255)
+        answer = opened(model, few)
+        batch_size = batch_size or answers_at_once(answer, few)
         return torch.cat([answer(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...facts import ATTACKS, OWN_ATTACK, AttackFacts
-from ...memory import free_memory, measured
+from ...memory import Need, free_memory, measured
 from ...plugins import takes
 from ...threat import Threat, distance
 from .._gradients import ROWS_AT_ONCE, Probe, logits_and_pull
@@ -101,8 +101,7 @@ class Order:
         """Return the order with a size for its batches, if it has none: as many images of a model as memory allows."""
         if self.batch_size:
             return self
-        facts = facts_of(self.attack)
-        rows = 1 if facts.kind == "ensemble" and self.threat.eps is not None else facts.rows
+        rows = facts_of(self.attack).together(self.threat.eps)
         return replace(self, batch_size=batch_size_for(model, self.x, rows=rows, draws=draws))
 
     def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:
@@ -341,11 +340,10 @@ def transfer(best: Best, lenders: Mapping[str, Probe], lent: Mapping[str, Sequen
 _CPU_BYTES, _COPIED = 512 * 2**20, 1.2
 
 
-def batch_size_for(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> int:
-    """Return how many images an attack can take at once (1 to 1024): in half of the memory that is free.
+def need_of(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> Need:
+    """Return what an attack takes, measured on a pass there and back of a model in eval mode.
 
-    On a CPU in 512 MiB at most. What an image takes is measured on a pass there and back of two, with so many gradients
-    (`rows`) that go back together, and multiplied by the draws. Raise UserError where one image does not fit.
+    rows: gradients of an image that go back together (`AttackFacts.together`); draws: passes an average is taken of.
     """
 
     def work(images: Tensor) -> None:
@@ -355,8 +353,20 @@ def batch_size_for(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1
 
         logits_and_pull(model, images, weigh)
 
-    need, free = measured(work, x), free_memory(x.device)
+    need = measured(work, x)
     each = need.each * (_COPIED if rows > 1 else 1.0) + _COPIES * x[0].numel() * x.element_size()
-    need = replace(need, each=int(draws * each))
-    need.check(1, free, "this attack")
-    return need.fitting(min(free // 2, _CPU_BYTES) if x.device.type == "cpu" else free // 2, most=1024)
+    return replace(need, each=int(draws * each))
+
+
+def images_at_once(need: Need, free: int, device: torch.device, *, most: int = 1024) -> int:
+    """Return how many images an attack takes at once: what fits in half of the free memory, on a CPU in 512 MiB.
+
+    Raise UserError where one image does not fit into what is free.
+    """
+    need.check(1, free, "an attack")
+    return need.fitting(min(free // 2, _CPU_BYTES) if device.type == "cpu" else free // 2, most=most)
+
+
+def batch_size_for(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> int:
+    """Return how many images an attack on a model takes at once, 1 to 1024; see `need_of` and `images_at_once`."""
+    return images_at_once(need_of(model, x, rows=rows, draws=draws), free_memory(x.device), x.device)

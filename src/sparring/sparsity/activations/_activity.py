@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...declared import Declared
 from ...errors import UserError
+from ...memory import answers_at_once
 from ...modes import eval_mode
 from ...outputs import opened
 from .._masks import Loss
@@ -58,11 +59,12 @@ class _Tally:
 
 
 @torch.no_grad()
-def activity(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Activity:
+def activity(model: nn.Module, x: Tensor, *, batch_size: int | None = None) -> Activity:
     """Measure activation sparsity on images, uint8 or float in [0, 1], in eval mode.
 
     Nonlinearities are found while the model runs, as modules or functions; a function has the name of the module that
-    calls it. A sparse activation counts as one. Raises UserError if there is no image.
+    calls it. A sparse activation counts as one. With batch_size None it is 500, or as many
+    as memory allows. Raises UserError if there is no image.
     """
     if not len(x):
         raise UserError("activation sparsity is measured on images; there are none")
@@ -72,8 +74,9 @@ def activity(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Activity:
         tallies.setdefault(name, _Tally()).add(value)
 
     with eval_mode(model):
-        answer = opened(model, x[:2].float() / 255 if x.dtype == torch.uint8 else x[:2])
-        for part in torch.split(x, batch_size):
+        few = x[:2].float() / 255 if x.dtype == torch.uint8 else x[:2]
+        answer = opened(model, few)
+        for part in torch.split(x, batch_size or answers_at_once(answer, few)):
             with _listening(model, hear):
                 answer(part.float() / 255 if part.dtype == torch.uint8 else part)
     layers = tuple(

@@ -46,6 +46,8 @@ from ._tables import (
 
 FOUNDATIONS = ("data", "prepare", "model", "recipe", "finetune", "training")  # a plan may grow, but not change in these
 MAX_PLAN_BYTES = 1_000_000
+# Images that an attack takes at a time: so many, or "auto", at most so many and what memory allows.
+BATCH_SIZE, AUTO = 500, "auto"
 MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
 
 
@@ -59,7 +61,7 @@ class Plan:
     another. `shard` is the number of images that one task attacks. `margins` are the losses that the sweet spot allows,
     by metric (design.md, section 2). `kernels` says where attacks on networks with sparse weights run: in torch, on
     sparse kernels, or "auto", a fixed rule that depends on the plan only. A plan with `linear` tables studies linear
-    classifiers only.
+    classifiers only. `batch_size` "auto" becomes a number when the study begins: 500, or as many as memory allows.
     """
 
     name: str
@@ -86,7 +88,7 @@ class Plan:
     deploy: bool = False
     shipped: tuple[ShippedSettings, ...] = ()
     kernels: Literal["torch", "packed", "auto"] = "auto"
-    batch_size: int = 500
+    batch_size: int | Literal["auto"] = BATCH_SIZE
     shard: int = 1000
     gallery: int = 8
     margins: Mapping[str, float] = field(default_factory=dict)
@@ -94,7 +96,8 @@ class Plan:
     def __post_init__(self) -> None:
         safe_name(self.name)  # the output folder is called so
         in_range("seeds", self.seeds, 1, 1000)
-        in_range("batch_size", self.batch_size, 1, 100_000)
+        if isinstance(self.batch_size, int):
+            in_range("batch_size", self.batch_size, 1, 100_000)
         in_range("shard", self.shard, 1, 1_000_000)
         in_range("gallery", self.gallery, 0, 64)
         for name, margin in self.margins.items():

@@ -343,7 +343,8 @@ class _Seed:
 
     def _attacks(self, network: Judged, attack: AttackSettings, *, packed: bool = False) -> list[stages.Attack]:
         """Return the inputs of one task for each budget and shard. Shards belong to the plan, never to the workers."""
-        plan = self.plan
+        plan, size = self.plan, self.plan.batch_size
+        assert isinstance(size, int)  # "auto" has become a number
         images = min(attack.images, self.data.test if attack.split == "test" else self.data.valid)
         return [
             stages.Attack(
@@ -352,7 +353,7 @@ class _Seed:
                 split=attack.split,
                 start=start,
                 stop=min(start + plan.shard, images),
-                batch_size=plan.batch_size,
+                batch_size=size,
                 gallery=plan.gallery if start == 0 and attack.split == "test" else 0,
                 seed=self.seed,
                 kernels="packed" if packed else "torch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections import Counter
@@ -18,7 +19,8 @@ from ...history import append_entry, read_history
 from ...records import Cell, PlanFile, Record, Store, read_plan, write_plan
 from ...units import percent
 from ..plans._dry_run import estimate, rehearse
-from ..plans._plan import Plan, refuse_another
+from ..plans._memory import fitted
+from ..plans._plan import AUTO, Plan, refuse_another
 from ..plans._task_graph import DataFacts, Work, lay_out
 from ..stages._networks import Context, Factory, fingerprint
 from ..stages._table import perform_stage
@@ -61,6 +63,8 @@ def register(plan: Plan, out: str | Path) -> dict[str, Any]:
     """
     store = Store(out)
     store.prepare()
+    if plan.batch_size == AUTO:
+        raise PlanError("a plan that is registered needs a number: set batch_size = 500, or what fits")
     table = plan.table()
     name = sha256_bytes(canonical_json(table).encode())
     with store.lock():
@@ -106,9 +110,10 @@ def run(
         read_history(out)  # a broken one is told of before the work, not after
         facts = DataFacts.of(dataset)
         code = {} if factory is None else {plan.model.name: fingerprint(factory)}
-        work = lay_out(plan, facts, device=device, code=code)
         context = Context(dataset, store.tensors, store.scratch, device, factory)
         rehearse(plan, context)
+        plan = plan if plan.linear else fitted(plan, context, _slots(workers, device, ray), kept=_kept_size(store))
+        work = lay_out(plan, facts, device=device, code=code)
         _write_plan(store, plan, work, dataset, command)
         executor = _executor(context, workers, ray)
         foretell = functools.partial(estimate, context=context, workers=executor.slots)
@@ -126,6 +131,19 @@ def run(
             )
         finally:
             executor.close()
+
+
+def _slots(workers: int | None, device: str, ray: str | None) -> int:
+    """Return how many tasks share this machine's memory; of a cluster's machines nothing is known."""
+    alone = ray is not None or device != "cpu"
+    return 1 if alone else max(1, available_cores() if workers is None else workers)
+
+
+def _kept_size(store: Store) -> int | None:
+    with contextlib.suppress(UserError):
+        size = read_plan(store.out).plan.get("batch_size")
+        return size if isinstance(size, int) else None
+    return None
 
 
 def _executor(context: Context, workers: int | None, ray: str | None) -> Executor:

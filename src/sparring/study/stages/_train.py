@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...attacks import pgd
+from ...attacks import batch_size_for, pgd
 from ...bounds import certified_accuracy, ibp_initialise_
 from ...data import Split, as_float
 from ...errors import UserError
@@ -183,9 +183,12 @@ def robust_score(model: nn.Module, valid: Split, training: TrainingSettings) -> 
     generator = torch.Generator().manual_seed(0)
     norm = parse_norm(training.norm)
     model = opened(model, x)
-    x_adv = pgd(model, x, y, norm=norm, eps=training.eps, steps=SCORING_STEPS, generator=generator)
-    with torch.no_grad():
-        return accuracy(model(x_adv), y)
+    size, logits = batch_size_for(model, x), []
+    for part, label in zip(torch.split(x, size), torch.split(y, size), strict=True):
+        x_adv = pgd(model, part, label, norm=norm, eps=training.eps, steps=SCORING_STEPS, generator=generator)
+        with torch.no_grad():
+            logits.append(model(x_adv))
+    return accuracy(torch.cat(logits), y)
 
 
 def training_loss(training: TrainingSettings) -> Loss:
