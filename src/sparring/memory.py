@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import UserError
 
-__all__ = ["Need", "answers_at_once", "free_memory", "measured", "size_text"]
+__all__ = ["Need", "answers_at_once", "free_memory", "measured", "size_text", "used_memory"]
 
 # On a CPU, peak resident memory over the largest sum of live tensors (what the allocator keeps), and what libraries
 # work in: scratch memory and filters in another order.
@@ -133,6 +133,15 @@ def free_memory(device: str | torch.device = "cpu") -> int:
     if place.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return min(_available(), _left_to_group())
+
+
+def used_memory() -> int:
+    """Return the resident bytes of this process; the most there have been where the system tells no more."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def _available(file: Path = Path("/proc/meminfo")) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,8 @@ from ..study import chosen_images, configured
 from ..threat import L1, L2, LINF, Threat
 from ..units import norm_name, parse_budgets, parse_eps, parse_norm, percent
 from ._app import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource, Where
-from ._printing import duration, print_json, print_table, shown_count
+from ._printing import print_json, print_table
+from ._progress import duration, shown_images
 from ._sources import SAVED, check_named, open_both, open_data, open_model, place_for, request_for
 
 DROPPED = 1
@@ -43,10 +45,11 @@ def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: 
     chosen, place = configured(names, how.options or ()), place_for(where, model)
     network, dataset = open_both(model, data, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
-    found = attacks.audit(
-        *place.task(network, as_float(x), y), chosen, norm=norm, eps=budgets, checks=how.checks,
-        batch_size=how.batch_size, seed=how.seed,
-    )  # fmt: skip
+    with shown_images() as progress:
+        found = attacks.audit(
+            *place.task(network, as_float(x), y), chosen, norm=norm, eps=budgets, checks=how.checks,
+            batch_size=how.batch_size, seed=how.seed, progress=progress,
+        )  # fmt: skip
     rows = [_row(one) for one in found]
     if as_json:
         about = {"model": model.model, "data": dataset.name, "images": len(y), **place.facts(network)}
@@ -117,7 +120,8 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
     method = how.method or _chosen(network, images, norm, how.seconds)
     task = place.task(network, images, y)
     attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator).cpu()
-    with shown_count("certified images") as progress:
+    with shown_images() as tell:
+        progress = functools.partial(tell, "certify")
         found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=progress)
     about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}
     if as_json:

@@ -1,14 +1,12 @@
-"""Print tables, progress, and JSON alone on standard output."""
+"""Print tables, and JSON alone on standard output."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -56,62 +54,3 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left:
     console = Console(width=None if sys.stdout.isatty() else width)
     console.print(table)
     return console
-
-
-@contextlib.contextmanager
-def shown_bytes() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Give what takes a name, the bytes that are done and those of the whole: bars on a terminal, else plain lines."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar, rows = Progress(*columns, console=Console(file=sys.stderr), transient=True), dict[str, TaskID]()
-
-    def draw(name: str, done: int, total: int | None) -> None:
-        bar.start()
-        if name not in rows:
-            rows[name] = bar.add_task(name)
-        bar.update(rows[name], completed=done, total=total)
-
-    try:
-        yield draw if sys.stderr.isatty() else _tenths()
-    finally:
-        if rows:  # one that never began would still print an empty line
-            bar.stop()
-
-
-@contextlib.contextmanager
-def shown_count(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Give what takes how many are done, and of how many: one line on a terminal, else one for every tenth."""
-    begin, tell = time.monotonic(), _tenths()
-
-    def draw(done: int, total: int) -> None:
-        left = duration((time.monotonic() - begin) / done * (total - done))
-        print(f"\r{name}: {done} of {total}, about {left} left \033[K", end="", file=sys.stderr, flush=True)
-
-    terminal = sys.stderr.isatty()
-    try:
-        yield draw if terminal else lambda done, total: tell(name, done, total)
-    finally:
-        if terminal:
-            print("\r\033[K", end="", file=sys.stderr)
-
-
-def _tenths() -> Callable[[str, int, int | None], None]:
-    """Return what says what is begun in one line, and in one more for every tenth that is done."""
-    told: dict[str, int] = {}
-
-    def tell(name: str, done: int, total: int | None) -> None:
-        tenth = 10 * done // total if total else 0
-        if tenth > told.get(name, -1):
-            print(f"  {10 * tenth}%" if name in told else name, file=sys.stderr, flush=True)
-        told[name] = tenth
-
-    return tell
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as a person says them."""
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

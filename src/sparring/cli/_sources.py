@@ -32,7 +32,7 @@ from ..models import (
 )
 from ..study import check_fit
 from ._app import DataSource, ModelSource, StudySource, Where
-from ._printing import shown_bytes
+from ._progress import shown_bytes
 
 # Extensions of files that hold a whole model: saved for further work, packed for deployment, or written by others.
 PACKED, ONNX = ".sparring", ".onnx"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,8 @@ from ..study import Event, Plan, Watcher, progress, run, to_mlflow, to_tensorboa
 from ..study import merge as merge_studies
 from ..study import register as register_plan
 from ._app import DataSource, ModelSource, StudyOptions, StudySource
-from ._printing import duration, print_json
+from ._printing import print_json
+from ._progress import Pace, duration
 from ._sources import open_data, preparation, say_fresh
 
 FAILED = CONTRADICTED = 3
@@ -153,7 +153,7 @@ class PlainView:
     """Print one line for every finished task."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        self.stream, self.pace = stream, Pace()
         self.fresh = 0
 
     def show(self, event: Event) -> None:
@@ -161,7 +161,10 @@ class PlainView:
             print(beginning(event), file=self.stream, flush=True)
         else:
             self.fresh += 1
-            print(f"[{event.done}/{event.total}] {describe(event)}", file=self.stream, flush=True)
+            left = ""
+            if event.done < event.total and self.fresh >= 3:
+                left = f", {self.pace.left(self.fresh, self.fresh + event.total - event.done)}"
+            print(f"[{event.done}/{event.total}] {describe(event)}{left}", file=self.stream, flush=True)
 
 
 class LiveView(Live):
@@ -169,7 +172,7 @@ class LiveView(Live):
 
     def __init__(self) -> None:
         super().__init__(console=Console(), refresh_per_second=8)
-        self.began = time.monotonic()
+        self.pace = Pace()
         self.recent: list[str] = []
         self.fresh = 0
 
@@ -191,8 +194,7 @@ class LiveView(Live):
     def _remaining(self, event: Event) -> str:
         if self.fresh < 3:
             return "estimating"
-        each = (time.monotonic() - self.began) / self.fresh
-        return f"about {duration(each * (event.total - event.done))} left"
+        return self.pace.left(self.fresh, self.fresh + event.total - event.done)
 
 
 def beginning(event: Event) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -26,7 +27,8 @@ from ..study import NetworkSettings, Plan, TrainingSettings, check_fit, ramped_l
 from ..train import EpochProgress, Fit, Recipe, fit, predict
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
-from ._printing import duration, print_json
+from ._printing import print_json
+from ._progress import Pace
 from ._sources import ONNX, PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for, say_fresh
 
 # Which table of a plan the options of --set belong to.
@@ -127,7 +129,7 @@ def _fit(
         pruner=pruner,
         score=None if training.loss == "standard" else lambda m: robust_score(m, dataset.valid, training),
         checkpoint=checkpoint,
-        progress=None if options.quiet else _show,
+        progress=None if options.quiet else functools.partial(_show, Pace(), len(dataset.train.x)),
     )
     checkpoint.unlink(missing_ok=True)
     model.cpu()
@@ -138,10 +140,10 @@ def _here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in tensors.items()}
 
 
-def _show(progress: EpochProgress) -> None:
+def _show(pace: Pace, images: int, progress: EpochProgress) -> None:
     end = "\r" if sys.stdout.isatty() and progress.epoch < progress.epochs else "\n"
-    left = f"{duration(progress.remaining)} left   "
-    print(f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {left}", end=end, flush=True)
+    told = pace.told(progress.epoch * images, progress.epochs * images)
+    print(f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {told}   ", end=end, flush=True)
 
 
 def _finish(

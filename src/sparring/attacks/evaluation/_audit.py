@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, permutations
 
 import torch
@@ -46,6 +47,7 @@ def audit(
     checks: int = 128,
     batch_size: int | None = None,
     seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[AuditRow]:
     """Run attacks at each budget, check every result, and add the worst case over all attacks at each budget.
 
@@ -53,15 +55,17 @@ def audit(
     rank, or your own names. A minimum-norm attack runs once, without eps. `checks` is the number of images used by the
     reliability checks (docs/flags.md); 0 disables these, and the comparison of attacks and budgets. Each attack starts
     from `seed`, so that its result does not depend on the other attacks. Raises UserError as `run` does, and for an
-    attack that needs a budget if `eps` is empty.
+    attack that needs a budget if `eps` is empty. `progress` gets an attack's name and what `run` tells.
     """
     found: Found = {}
     for name, attack in attacks.items():
         for threat in _threats(name, attack, norm, eps):
             generator = torch.Generator().manual_seed(seed)
+            title = name if threat.eps is None else f"{name} eps {threat.eps:g}"
             found[name, threat] = run(
-                model, x, y, attack, threat, batch_size=batch_size, generator=generator, convergence=checks
-            )
+                model, x, y, attack, threat, batch_size=batch_size, generator=generator, convergence=checks,
+                progress=progress and partial(progress, title),
+            )  # fmt: skip
     for key, flags in _opinions(found, attacks, (model, x, y), checks, batch_size, seed) if checks else ():
         found[key] = replace(found[key], flags=(*found[key].flags, *flags))
     return [AuditRow(name, threat, result) for (name, threat), result in found.items()] + _worst_cases(found)

@@ -115,6 +115,7 @@ def run(
     generator: torch.Generator | None = None,
     draws: int = 10,
     convergence: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> AttackResult:
     """Attack every correctly classified image and judge the result on a fresh forward pass.
 
@@ -132,7 +133,8 @@ def run(
     A stochastic model is attacked with single passes and then in expectation over `draws` passes. An image counts as
     misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network with faster passes, such
     as packed kernels: the attack uses it, and the model judges the result. `convergence` is the number of images on
-    which a run four times as long shows whether more steps would help (see `check_convergence`).
+    which a run four times as long shows whether more steps would help (see `check_convergence`). `progress` gets the
+    number of images that are done, and of all, before each batch.
 
     Raises UserError for invalid inputs or models (see docs/flags.md).
     """
@@ -148,7 +150,7 @@ def run(
         flags = check_mode(model)
         model, others = hold(stack, model, surrogates, x)
         check_targets(model, x, y, targets)
-        order = Order(attack, threat, x, y, targets, batch_size or 0, generator)
+        order = Order(attack, threat, x, y, targets, batch_size or 0, generator, progress)
         result, _ = attack_held(model, others, lent or {}, order, through, draws, Checked(flags))
     if convergence and _length_of(attack) is not None:
         flags = check_convergence(

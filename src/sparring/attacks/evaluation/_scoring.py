@@ -68,7 +68,10 @@ def budget_of(attack: Attack, threat: Threat) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Order:
-    """An attack with its images: call it with a model and a mask of the images to attack."""
+    """An attack with its images: call it with a model and a mask of the images to attack.
+
+    progress: told before each batch how many images are done, and of how many.
+    """
 
     attack: Attack
     threat: Threat
@@ -77,10 +80,14 @@ class Order:
     targets: Tensor | None
     batch_size: int
     generator: torch.Generator | None
+    progress: Callable[[int, int], None] | None = None
 
     def __call__(self, model: nn.Module, wanted: Tensor) -> Tensor:
         x_adv, budget = self.x.clone(), budget_of(self.attack, self.threat)
-        for rows in torch.split(wanted.nonzero().squeeze(1), self.batch_size):
+        places = wanted.nonzero().squeeze(1)
+        for number, rows in enumerate(torch.split(places, self.batch_size)):
+            if self.progress is not None:
+                self.progress(number * self.batch_size, len(places))
             if len(rows):
                 found = self.attack(
                     model,

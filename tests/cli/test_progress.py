@@ -1,0 +1,33 @@
+"""Progress is silent for two seconds, then says how far, how fast, in what memory and how long still."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparring.cli._progress import Pace, duration, shown_images
+
+
+def test_tenths_are_told_once_and_not_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with shown_images() as tell:
+        for done in range(0, 200, 5):
+            tell("pgd", done, 200)
+            now[0] += 0.1
+        assert capsys.readouterr().err.count("pgd: ") == 5, "of twenty steps after the second second every fourth"
+        tell("fgsm", 0, 50)
+        now[0] += 1
+        tell("fgsm", 25, 50)
+    told = capsys.readouterr().err
+    assert told.startswith("fgsm: 25 of 50 images, 25 images/s, ") and told.endswith("iB, about 1 s left\n")
+
+
+def test_pace_counts_from_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [5.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    pace = Pace()
+    now[0] = 15.0
+    assert pace.left(10, 40) == "about 30 s left"
+    assert [duration(s) for s in (1.2, 600, 7200)] == ["2 s", "10 min", "2.0 h"]
