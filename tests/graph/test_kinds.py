@@ -120,6 +120,7 @@ COMPUTED: dict[str, Body] = {
     "padded average": lambda net, h: F.avg_pool2d(h, 3, 2, 1, ceil_mode=True),
     "max pooling's keywords": lambda net, h: F.max_pool2d(h, 2, stride=1, padding=1, dilation=2, ceil_mode=True),
     "pooling with indices": lambda net, h: F.max_pool2d(h, 2, return_indices=True)[0],
+    "maxima over even parts": lambda net, h: F.adaptive_max_pool2d(h, 2),
     "uneven adaptive pooling": lambda net, h: F.adaptive_avg_pool2d(h, 3),
     "mean over positions": lambda net, h: h.mean((2, 3)),
     "mean over channels": lambda net, h: h.mean(1, keepdim=True),

@@ -120,7 +120,8 @@ def _max_pool(t: Translator, a: Arguments) -> Any:
 
 def _windowed(t: Translator, op: Op, x: At) -> At:
     """Emit a pooling; images of shape (H, W), which torch pools as if they were channels, get a channel for it."""
-    shape, after = t.shape(x), t.image_shape(t.now.meta["val"])
+    value = t.now.meta["val"]
+    shape, after = t.shape(x), t.image_shape(value if isinstance(value, Tensor) else value[0])
     if len(shape) == 3:
         return t.emit(op, x)
     given = t.emit(Reshape((1, *shape)), x, shape=(1, *shape))
@@ -146,14 +147,18 @@ def _avg_pool(t: Translator, a: Arguments) -> Any:
 
 
 def _adaptive_pool(t: Translator, a: Arguments) -> Any:
-    before, after = t.shape(a.given["self"]), t.image_shape(t.now.meta["val"])
+    value = t.now.meta["val"]
+    single = isinstance(value, Tensor)  # of maxima the places come too
+    before, after = t.shape(a.given["self"]), t.image_shape(value if single else value[0])
     kernel = (before[-2] // after[-2], before[-1] // after[-1])
     if any(s != k * o for s, k, o in zip(before[-2:], kernel, after[-2:], strict=True)):
         if len(before) != 3:
             raise t.refuse(t.name, "with uneven windows, on images without channels, has no rule")
         return call(t, t.name, t.now.target, a)
     a.take("output_size")
-    return _windowed(t, AvgPool(kernel, kernel), a.take("self"))
+    if "max" not in t.name:
+        return _windowed(t, AvgPool(kernel, kernel), a.take("self"))
+    return [_windowed(t, MaxPool(kernel, kernel, (0, 0), (1, 1), False), a.take("self")), None]
 
 
 def _mean(t: Translator, a: Arguments) -> Any:
@@ -267,7 +272,7 @@ _TABLE: dict[Rule, str] = {
     layers.clamp: "clamp clamp_min",
     _max_pool: "max_pool2d max_pool2d_with_indices",
     _avg_pool: "avg_pool2d",
-    _adaptive_pool: "adaptive_avg_pool2d _adaptive_avg_pool2d",
+    _adaptive_pool: "adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d",
     _mean: "mean",
     _reshape: _RESHAPES,
     _expand: "expand expand_as broadcast_to",
