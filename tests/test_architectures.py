@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ def drawn(name: str, sparsity: float = 0.0) -> tuple[nn.Module, Tensor]:
 def test_the_first_round_is_of_eight() -> None:
     assert len(ARCHITECTURES) == 21
     assert len(set(FIRST_ROUND) & set(ARCHITECTURES)) == 8
+
+
+def test_the_table_of_the_docs_has_them_all() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    block = page.split("<!-- matrix: written by benchmarks/models.py -->")[1].split("<!-- end of matrix -->")[0]
+    assert re.findall(r"^\| (\w+) \| \d", block, re.M) == list(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", FIRST_ROUND)

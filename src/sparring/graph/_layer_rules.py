@@ -236,6 +236,10 @@ def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
         names = tuple(str(key) for key in operands)
         given = {key: v for key, v in given.items() if key not in operands}
     t.refuse_computed(given)
+    if isinstance(kind := given.get("dtype"), torch.dtype) and kind.is_floating_point:
+        if torch.finfo(kind).eps > torch.finfo(t.kind).eps:
+            raise t.refuse(name, f"to {kind} has no rule: it rounds, and so jumps")
+        given["dtype"] = min(kind, t.dtype, key=lambda one: torch.finfo(one).eps)
     computed = [len(t.shape(v)) for v in operands.values() if isinstance(v, At)]
     if len(set(computed)) > 1 and name != "select_scatter":
         raise t.refuse(name, "broadcasts one value per image along another axis", "give both the same number of axes")
