@@ -1,6 +1,6 @@
 """Take real architectures through every command, and say what works, what is refused and why, and what it takes.
 
-    python benchmarks/models.py [--json] [--hubs] [--only NAME ...] [--commands NAME ...] [--seconds 120] [--docs]
+    python benchmarks/models.py [--json] [--hubs] [--only NAME ...] [--commands NAME ...] [--docs] [--kept]
 
 The networks are those of tests/architectures.py, which are written as torchvision, timm and Hugging Face write theirs;
 with `--hubs` those libraries' own, small. Each is trained for a moment on patterns of its own. Every cell is a command
@@ -13,7 +13,7 @@ as a user types it, in a process of its own, on a factory, a file of weights and
     too long    more than --seconds of processor time
 
 Cells are kept under --out as they are done, and taken from there when the command is run again. `--docs` writes the
-table into docs/models.md. The exit code is 1 after a traceback or where something took too long.
+table into docs/models.md, `--kept` runs nothing. The exit code is 1 after a traceback or where something took too long.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def run(names: Sequence[str], wanted: Sequence[str], options: argparse.Namespace
     cells = [Cell(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.exists() else []
     done = {(cell.network, cell.command): cell for cell in cells}
     for name in names:
-        missing = [command for command in wanted if (name, command) not in done]
+        missing = [command for command in wanted if (name, command) not in done and not options.kept]
         about = prepare(name, place) if missing else ()
         for command in missing:
             cell = Cell(name, command, *ran(name, command, place, options.seconds), *about)
@@ -295,16 +295,16 @@ def run(names: Sequence[str], wanted: Sequence[str], options: argparse.Namespace
     return [done[name, command] for name in names for command in wanted if (name, command) in done]
 
 
-def table(cells: Sequence[Cell]) -> str:
+def table(names: Sequence[str], heads: Sequence[str], cells: Sequence[Cell]) -> str:
     """Return the matrix in Markdown: seconds where a command works, and below it what is refused and why."""
-    heads, names = list(dict.fromkeys(c.command for c in cells)), list(dict.fromkeys(c.network for c in cells))
     found = {(cell.network, cell.command): cell for cell in cells}
     rows = [f"| network | image | parameters | {' | '.join(heads)} |", f"|---|---|{'---:|' * (1 + len(heads))}"]
     for name in names:
         row = [found.get((name, head)) for head in heads]
-        about = next(cell for cell in row if cell is not None)
-        shown = [("-" if c is None else f"{c.seconds:.0f} s" if c.outcome == "works" else c.outcome) for c in row]
-        rows.append(f"| {name} | 3×{about.side}×{about.side} | {about.parameters:,} | {' | '.join(shown)} |")
+        model, side = built(name)
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        shown = [("–" if c is None else f"{c.seconds:.0f} s" if c.outcome == "works" else c.outcome) for c in row]
+        rows.append(f"| {name} | 3×{side}×{side} | {weights:,} | {' | '.join(shown)} |")
     reasons: dict[str, list[str]] = {}
     for cell in cells:
         if cell.outcome not in ("works", "vacuous"):
@@ -313,14 +313,15 @@ def table(cells: Sequence[Cell]) -> str:
     return "\n".join([*rows, *(["", *why] if why else [])])
 
 
-def write_page(cells: Sequence[Cell]) -> None:
+def write_page(names: Sequence[str], heads: Sequence[str], cells: Sequence[Cell]) -> None:
     """Put the matrix between its marks in docs/models.md."""
     counts = Counter(cell.outcome for cell in cells)
     total = f"{sum(cell.seconds for cell in cells) / 60:.0f} minutes of processor time in all"
-    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    counts["not run (–)"] = len(names) * len(heads) - len(cells)
+    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common() if count)
     first, last = "<!-- matrix: written by benchmarks/models.py -->", "<!-- end of matrix -->"
     before, rest = PAGE.read_text().split(first)
-    page = f"{before}{first}\n\n{said}; {total}.\n\n{table(cells)}\n\n{last}{rest.split(last)[1]}"
+    page = f"{before}{first}\n\n{said}; {total}.\n\n{table(names, heads, cells)}\n\n{last}{rest.split(last)[1]}"
     PAGE.write_text(page)
 
 
@@ -332,6 +333,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--commands", nargs="*", default=[])
     parser.add_argument("--seconds", type=int, default=120)
+    parser.add_argument("--kept", action="store_true", help="run nothing, tell what was kept")
     parser.add_argument("--docs", action="store_true", help="write the table into docs/models.md")
     parser.add_argument("--out", type=Path, help="[default: out/models, or out/hubs]")
     options = parser.parse_args()
@@ -348,7 +350,7 @@ def main() -> int:
     wanted = [c for c in commands("", options.out) if not options.commands or c in options.commands]
     cells = run(names, wanted, options)
     if options.docs:
-        write_page(cells)
+        write_page(names, wanted, cells)
     if options.json:
         print(json.dumps([asdict(one) for one in cells], indent=1))
     else:
