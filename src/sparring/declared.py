@@ -9,10 +9,10 @@ __all__ = ["Declared"]
 
 
 class Declared(nn.Module):
-    """Base class of layers with properties that attacks, bounds and the graph must know.
+    """Base class of layers that attacks, bounds and the graph must know about.
 
-    The graph keeps such a layer whole. Attacks set `straight_through` if `masks_gradients`; the backward pass is then
-    the layer's BPDA (Athalye et al. 2018). The forward pass never changes.
+    The graph keeps such a layer whole. Attacks set `straight_through` if the layer has `masks_gradients`; the backward
+    pass is then the layer's BPDA (Athalye et al. 2018). The forward pass never changes.
     """
 
     kind: str = ""

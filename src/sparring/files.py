@@ -69,14 +69,14 @@ _FAILING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def explain(error: OSError, path: Path | str, doing: str = "use") -> UserError:
-    """Return the UserError for a failed system call on `path`: cause and way out; `doing` is a verb."""
+    """Return the UserError for a failed system call on `path`, with the cause and a remedy; `doing` is a verb."""
     reason = _WAYS_OUT.get(error.errno or 0, error.strerror or str(error))
     kind = StorageError if error.errno in _FAILING else UserError
     return kind(f"cannot {doing} {path}: {reason}")
 
 
 def conversion(path: Path | str) -> str:
-    """Say how a file that is not read becomes one that is."""
+    """Describe how to convert a file of an unsupported format."""
     plain = Path(path).with_suffix(".safetensors")
     return f"type `sparring convert {path} {plain}` and give --weights {plain}"
 
@@ -85,11 +85,11 @@ def conversion(path: Path | str) -> str:
 
 
 def write_atomic(path: Path | str, content: bytes | str) -> Path:
-    """Write a file whole or not at all, make it durable, and return its path.
+    """Write a file completely or not at all, make it durable, and return its path.
 
-    Missing folders are made. The content goes to a temporary name in the same folder (".NAME.RANDOM.tmp"), is synced,
-    and renamed over `path`; the folder is synced after. Text is UTF-8. Raises UserError (full disk, no permission, ...)
-    with the old file, if any, untouched and nothing left behind.
+    Missing folders are made. The content is written to a temporary file in the same folder (".NAME.RANDOM.tmp"), synced
+    and renamed to `path`; then the folder is synced. Text is UTF-8. On failure (full disk, no permission, ...) raise
+    UserError, leave the old file untouched and leave no temporary file behind.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
@@ -112,7 +112,7 @@ def write_atomic(path: Path | str, content: bytes | str) -> Path:
 
 
 def check_writable(path: Path | str, *, folder: bool = False) -> None:
-    """Raise UserError unless a file of this name (or a folder to write into) could be made; nothing is left behind."""
+    """Raise UserError unless this file could be made (or a file in this folder); nothing is left behind."""
     path = Path(path).absolute()
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -137,7 +137,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path | str) -> None:
-    """Remove the temporary files of writers that were killed. Call it only while nobody else writes (see `lock`)."""
+    """Remove the temporary files of killed writers. Call it only while no other process writes (see `lock`)."""
     for path in Path(folder).glob(f".*{_LEFTOVER}"):
         path.unlink(missing_ok=True)
 
@@ -146,10 +146,10 @@ def remove_leftovers(folder: Path | str) -> None:
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one compact JSON text of a value, for hashing: sorted keys, no spaces, ASCII.
+    """Return a value as compact JSON for hashing, one text per value: sorted keys, no spaces, ASCII.
 
-    Nonfinite floats become Infinity, -Infinity and NaN, which JSON lacks, so that no two of them hash alike.
-    Raises TypeError for what JSON cannot say.
+    Nonfinite floats become Infinity, -Infinity and NaN, which are not JSON, so that they have different hashes. Raise
+    TypeError for a value that JSON cannot represent.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
@@ -157,7 +157,7 @@ def canonical_json(value: Any) -> str:
 def write_json(path: Path | str, value: Any, *, limit: float = math.inf) -> Path:
     """Write a value atomically as strict JSON: sorted keys, nonfinite floats as null, a newline at the end.
 
-    Raises UserError where it would take more than `limit` bytes, and as `write_atomic` does.
+    Raise UserError if it would exceed `limit` bytes, and the errors of `write_atomic`.
     """
     text = json.dumps(finite(value), sort_keys=True, indent=1, allow_nan=False) + "\n"
     if len(text) > limit:
@@ -166,7 +166,7 @@ def write_json(path: Path | str, value: Any, *, limit: float = math.inf) -> Path
 
 
 def finite(value: Any) -> Any:
-    """Return a nested value as `write_json` writes it: nonfinite floats as None."""
+    """Return a nested value as `write_json` writes it, with None for nonfinite floats."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -190,7 +190,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_bounded(path: Path | str, *, limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes; raise UserError if it is missing, no regular file or larger."""
+    """Read a regular file of at most `limit` bytes; raise UserError if it is missing, not a regular file, or larger."""
     try:
         # O_NONBLOCK: opening a named pipe that nobody writes to would wait for ever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -224,10 +224,10 @@ def sha256_file(path: Path | str) -> str:
 
 @contextlib.contextmanager
 def lock(path: Path | str, *, wait: float = 0.0) -> Iterator[None]:
-    """Hold the kernel's exclusive lock on a file while the block runs; the kernel frees it when the process dies.
+    """Hold the kernel's exclusive lock on a file while the block runs; the kernel releases it if the process dies.
 
-    `wait` is how many seconds to wait for another holder (math.inf: for ever); then UserError. The file itself stays,
-    since removing it would let two processes lock different files of one name.
+    `wait` is how many seconds to wait for another holder before raising UserError (math.inf: without limit). The file
+    is not removed, because two processes could then lock different files of the same name.
     """
     from filelock import FileLock, Timeout  # 0.1 s, and most commands lock nothing
 
@@ -253,7 +253,7 @@ def lock(path: Path | str, *, wait: float = 0.0) -> Iterator[None]:
 
 
 def safe_name(name: str) -> str:
-    """Return a name that is one harmless file name; raise UserError for path tricks and unprintable names."""
+    """Return a name that is a single harmless file name; raise UserError for path tricks and unprintable characters."""
     harmless = 0 < len(name.encode(errors="replace")) <= 200 and name.isprintable()
     if not harmless or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
         raise UserError(f"{name[:80]!r} is not a valid file name; use letters, digits, '-', '_' and inner dots")
@@ -289,13 +289,14 @@ def safe_members(
     max_files: int = 1_000_000,
     room: Callable[[int], bytearray | mmap.mmap] | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """Yield name and content of the wanted regular files in a zip, tar or tar.gz, in the archive's order.
+    """Yield the name and content of the wanted regular files in a zip, tar or tar.gz, in the archive's order.
 
-    `wanted` is asked of folders too, by names that end in "/". Contents are bytes; those of a zip, of any size, lie in
-    what `room` returns for their sizes, if it is given. Nothing is written to disk. Raises UserError, naming the
-    archive, if it is damaged, encrypted, packed by another method, has a file above `max_member` bytes, or in a zip one
-    of 512 MiB and 100 times its packed size, unpacks to more than `max_bytes` or `max_files`, or has an absolute name,
-    "..", a link, a device or a pipe anywhere.
+    `wanted` is also called for folders, with names that end in "/". Contents are bytes. If `room` is given, the
+    contents of a zip may have any size and lie in what `room` returns for their sizes. Nothing is written to disk.
+
+    Raise UserError, naming the archive, if it is damaged, encrypted or packed by an unsupported method; if it has a
+    file above `max_member` bytes, or a zip has one of 512 MiB and 100 times its packed size; if it unpacks to more than
+    `max_bytes` or `max_files`; or if it contains an absolute name, "..", a link, a device or a pipe.
     """
     try:
         raw: io.RawIOBase | io.BufferedIOBase = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
@@ -403,8 +404,8 @@ def _check_member(name: str, size: int, most: int) -> None:
 def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * MIB) -> dict[str, Tensor]:
     """Read a safetensors file of at most `limit` bytes into memory; nothing in it is ever executed.
 
-    Raises UserError, naming the file, if it is missing, truncated or malformed, if a tensor has more than 8 dimensions
-    or, with `finite`, holds NaN or infinity.
+    Raise UserError, naming the file, if it is missing, truncated or malformed, or if a tensor has more than 8
+    dimensions. With `finite`, raise it for NaN and infinity as well.
     """
     import safetensors.torch
 
@@ -430,20 +431,20 @@ def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * 
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> Path:
-    """Write tensors atomically as safetensors, equal tensors as equal bytes, and return the path."""
+    """Write tensors atomically as safetensors and return the path; equal tensors give equal bytes."""
     return write_atomic(path, pack_tensors(tensors))
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return tensors as the bytes of a safetensors file, equal tensors as equal bytes."""
+    """Return tensors as the bytes of a safetensors file; equal tensors give equal bytes."""
     import safetensors.torch
     import torch
 
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(
-                f"'{name}' is a {type(value).__name__}, no tensor, and cannot be saved; a quantised network is pruned "
-                "and trained before it is quantised, and `state_dict()` holds tensors alone"
+                f"'{name}' is a {type(value).__name__}, not a tensor, and cannot be saved. Prune and train a network "
+                "before you quantise it; `state_dict()` then holds only tensors"
             )
     whole = {
         name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -28,22 +28,23 @@ _MULTIPLY = frozenset(
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
-    """Return the fraction of images (N, classes) whose largest logit is that of the label y (N,)."""
+    """Return the fraction of images whose largest logit, of logits (N, classes), is that of the label in y (N,)."""
     return float((logits.argmax(1) == y).double().mean())
 
 
 def robust_accuracy(clean_correct: Tensor, success: Tensor) -> float:
-    """Return the fraction of images that were right and stayed right under attack; both are bool (N,)."""
+    """Return the fraction of images that are correct without and under attack; both arguments are bool (N,)."""
     return float((clean_correct & ~success).double().mean())
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Hold a minimum-norm attack's distances in both conventions (design.md, section 2).
+    """Hold the distances of a minimum-norm attack in both conventions (design.md, section 2).
 
-    `mean` is over all images, misclassified ones counting 0 (the paper's r_2); `mean_correct` and `median_correct` are
-    over correctly classified images on which the attack succeeded; `failed` is the share of correctly classified
-    images on which it did not (censored: they enter no mean). NaN where nothing is left to average.
+    `mean` is over all images and counts misclassified ones as 0 (the paper's r_2). `mean_correct` and `median_correct`
+    are over correctly classified images on which the attack succeeded. `failed` is the fraction of correctly classified
+    images on which it did not succeed; these are censored and enter no mean. A value is NaN if there is nothing to
+    average.
     """
 
     mean: float
@@ -53,7 +54,7 @@ class Distances:
 
 
 def distances(distance: Tensor, clean_correct: Tensor) -> Distances:
-    """Summarise distances (N,), inf where the attack failed."""
+    """Summarise distances (N,), which are inf where the attack failed."""
     found = torch.isfinite(distance)
     counted = torch.where(clean_correct, distance, torch.zeros_like(distance)).double()
     correct = counted[clean_correct & found]
@@ -68,10 +69,11 @@ def _mean(values: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Size:
-    """Count a network: `weights` are those that can be pruned (of linear, convolutional, recurrent, attention layers).
+    """Count a network's parameters and weights.
 
-    They are those that layers compute with, after weight_norm and the like. `matrices` counts the weights of all
-    matrices, with those that cannot be pruned.
+    `weights` are those that can be pruned: the weights of linear, convolutional, recurrent and attention layers, as the
+    layers compute with them (after weight_norm, for example). `matrices` counts the weights of all matrices, including
+    those that cannot be pruned.
     """
 
     parameters: int
@@ -108,7 +110,7 @@ class Size:
 
 
 def size(model: nn.Module, x: Tensor | None = None) -> Size:
-    """Count parameters and weights, and which of them are not zero; x: see `counts`."""
+    """Count parameters and weights, and how many of them are nonzero; for x see `counts`."""
     counted, everything = counts(model, x), list(model.parameters())
     return Size(
         sum(p.numel() for p in everything),
@@ -121,9 +123,9 @@ def size(model: nn.Module, x: Tensor | None = None) -> Size:
 
 
 def macs(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Count multiply-accumulates with weights of one image of `shape`: (all weights, nonzero weights only).
+    """Count the multiply-accumulates with weights for one image of `shape`: (all weights, nonzero weights only).
 
-    Raise Unsupported for a model that cannot be lowered, or has weights in operations that are not counted.
+    Raise Unsupported for a model that cannot be lowered, or that has weights in operations that are not counted.
     """
     dense, sparse = 0, 0
     for node in lower(model, shape).nodes:

@@ -12,7 +12,7 @@ __all__ = ["eval_mode", "train_"]
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every sub-module of a model in evaluation mode; on leaving, give each its own training flag back."""
+    """Put every submodule of a model into eval mode; restore each submodule's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -23,10 +23,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def train_(model: nn.Module) -> None:
-    """Put a model in training mode, in place, but for its frozen sub-modules.
+    """Put a model into training mode, in place, except for its frozen submodules.
 
-    Frozen are those in evaluation mode inside a model in training mode, such as a BatchNorm that keeps its statistics.
-    A model that is in evaluation mode itself is trained as a whole.
+    A submodule is frozen if it is in eval mode inside a model in training mode, such as a BatchNorm that keeps its
+    statistics. If the model itself is in eval mode, all of it is put into training mode.
     """
     frozen = [module for module in model.modules() if not module.training] if model.training else []
     model.train()

@@ -26,10 +26,10 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 def logits_of(output: object) -> Tensor:
-    """Return the logits in what a model returned.
+    """Return the logits in a model's return value.
 
-    That is a tensor itself, what it holds under the name `logits` (a mapping's key or an attribute), or the first of a
-    tuple or list. Raise UserError for anything else.
+    They are the value itself if it is a tensor, its item or attribute `logits`, or the first item of a tuple or list.
+    Raise UserError for anything else.
     """
     found = output
     if isinstance(output, Mapping):
@@ -48,7 +48,7 @@ def logits_of(output: object) -> Tensor:
 
 
 def check_module(model: object) -> None:
-    """Raise UserError unless this is an nn.Module whose parameters exist."""
+    """Raise UserError unless the model is an nn.Module with initialised parameters."""
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is a {type(model).__name__}; wrap it in an nn.Module whose forward() calls it")
     if "eval" in vars(model):  # torch.export puts one there that raises
@@ -59,15 +59,15 @@ def check_module(model: object) -> None:
 
 
 class Opened(nn.Module):
-    """A network of float images to logits (N, classes), which needs no door: one itself, or what asks one."""
+    """A network from float images to logits (N, classes) that needs no `Door`."""
 
 
 class Door(Opened):
-    """A model that takes images of any floating type and returns logits of the same type.
+    """A wrapped model that takes images of any floating type and returns logits of the same type.
 
-    kind: the type that the model is given them in, None: their own; copies: whether it writes into what it is given and
-    gets a copy. A class whose logit is no larger than `floor` is masked, and gets a number just below all others
-    instead, so that losses stay numbers and see the classes that are left.
+    kind: the type to which images are cast for the model; None keeps their own. copies: the model writes into its input
+    and is given a copy. A class whose logit is at most `floor` is masked. Its logit is replaced by a number just below
+    all others, so that losses stay finite and depend on the remaining classes.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Door(Opened):
 
 
 def opened(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return a model in eval mode as one of float images to logits (N, classes): the model itself, or a `Door` to it.
+    """Return a model in eval mode as one of float images to logits (N, classes): itself or a `Door` around it.
 
-    x: float images (N, ...), the model gets two together and the first alone. Where it does not take their
-    type they are cast to that of its parameters. Raise UserError, from what the model raised, where it fails or returns
-    anything but two logits or more for each image.
+    The model is called on the first two of the float images x (N, ...) together and on the first alone. If it does not
+    take their type, they are cast to that of its parameters. Raise UserError, from the model's own error, if it fails
+    or returns anything but at least two logits per image.
     """
     check_module(model)
     if isinstance(model, Opened):
@@ -106,7 +106,7 @@ def opened(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def opening(function: _Asks) -> _Asks:
-    """Let a function of model, x and more take any model that `opened` does, whatever its mode."""
+    """Decorate a function of model, x and more so that it takes any model that `opened` takes, in any mode."""
 
     @functools.wraps(function)
     def entered(model: nn.Module, x: Tensor, *rest: Any, **options: Any) -> Any:
@@ -119,9 +119,9 @@ def opening(function: _Asks) -> _Asks:
 
 
 def precision(model: nn.Module, logits: Tensor) -> torch.dtype:
-    """Return the coarsest type that a model computes in: one of its parameters', or one that holds its logits exactly.
+    """Return the coarsest type that a model computes in: a parameter's type, or one that holds its logits exactly.
 
-    The latter is seen of models that cast in forward() or under autocast.
+    The second case detects models that cast in forward() or run under autocast.
     """
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     kinds |= {kind for kind in _NARROW if torch.equal(logits.to(kind).to(logits.dtype), logits)}

@@ -21,9 +21,9 @@ __all__ = ["check_options", "code_hash", "import_object", "look_up", "takes"]
 
 
 def import_object(path: str) -> Any:
-    """Import what "package.module:name" names, looking in the current folder too; it runs the user's code.
+    """Import the object "package.module:name", also from the current folder; this runs the user's code.
 
-    Raise UserError if the module cannot be imported, does not have the name, or the object cannot be called.
+    Raise UserError if the module cannot be imported, lacks the name, or if the object cannot be called.
     """
     module_name, _, attribute = path.partition(":")
     here = str(Path.cwd())
@@ -43,7 +43,7 @@ def import_object(path: str) -> Any:
 
 
 def look_up(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """Return what a name means in a table, or else "package.module:name"; raise UserError where it means nothing."""
+    """Return the entry of a table, or else the object "package.module:name"; raise UserError if there is neither."""
     if name in table:
         return table[name]
     if ":" not in name:
@@ -52,9 +52,10 @@ def look_up(kind: str, name: str, table: Mapping[str, Any]) -> Any:
 
 
 def code_hash(path: str) -> str:
-    """Return the SHA-256 of the file that defines what "package.module:name" names, so that a change is noticed.
+    """Return the SHA-256 of the file that defines "package.module:name", so that a change is noticed.
 
-    Objects without a source file (typed into an interpreter) have the hash of nothing. Raise as `import_object` does.
+    Objects without a source file (typed into an interpreter) have the hash of empty content. Raise the errors of
+    `import_object`.
     """
     found = inspect.unwrap(import_object(path))
     try:
@@ -66,16 +67,16 @@ def code_hash(path: str) -> str:
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Return whether a function can be called with a keyword."""
+    """Return whether a function can be called with this keyword."""
     return any(p.name == name or p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 def check_options(
     who: str, function: Callable[..., Any], options: Mapping[str, Any], *, reserved: Collection[str]
 ) -> None:
-    """Raise UserError for an option, as TOML has it, that a function does not take or whose type is not the function's.
+    """Raise UserError for a TOML option that a function does not take, or whose type is wrong.
 
-    The type is that of the annotation, or of the default. `reserved` are keywords that are no options.
+    The expected type is that of the annotation or of the default. `reserved` names parameters that are not options.
     """
     known = {name: p for name, p in inspect.signature(function).parameters.items() if name not in reserved}
     for name, value in options.items():

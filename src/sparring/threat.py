@@ -39,9 +39,9 @@ class _Threat(NamedTuple):
 
 
 class Threat(_Threat):
-    """Name what an attacker may do: move an image by at most eps in a norm (eps None: as little as possible).
+    """Describe an attacker who moves an image by at most eps in a norm (eps None: by as little as possible).
 
-    Norms and budgets may be written as people write them ("L2", "8/255"). Raises UserError for others.
+    Norms and budgets may be texts such as "L2" and "8/255". Raise UserError for an unknown norm or a bad budget.
     """
 
     __slots__ = ()
@@ -67,13 +67,13 @@ def distance(delta: Tensor, norm: float) -> Tensor:
 
 
 def diameter(x: Tensor, norm: float) -> float:
-    """Return the largest distance between two images in [0, 1] of the shape of those in x, (N, ...)."""
+    """Return the largest distance between two images in [0, 1] of the shape of those in x (N, ...)."""
     pixels = float(x[0].numel())
     return {LINF: 1.0, L1: pixels}.get(norm, math.sqrt(pixels))
 
 
 def project(delta: Tensor, norm: float, eps: float | Tensor) -> Tensor:
-    """Return the nearest point (in l2) of the eps-ball to each perturbation; eps is a number or of shape (N,)."""
+    """Return the point of the eps-ball nearest (in l2) to each perturbation; eps is a number or has shape (N,)."""
     radius = eps.to(delta.dtype) if isinstance(eps, Tensor) else delta.new_full((len(delta),), eps)
     radius = radius.view(-1, *[1] * (delta.dim() - 1))
     if norm == LINF:
@@ -98,22 +98,22 @@ def _project_l1(delta: Tensor, radius: Tensor) -> Tensor:
 
 
 def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw numbers from [0, 1), of the dtype and on the device of `like`.
+    """Draw numbers from [0, 1) with the dtype and on the device of `like`.
 
-    They are drawn where the generator is, so that one on the CPU gives a GPU the same numbers.
+    They are drawn on the generator's device, so that a CPU generator gives the same numbers for a GPU.
     """
     device = like.device if generator is None else generator.device
     return torch.rand(tuple(shape), generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
 def gaussian(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw standard normal numbers as `uniform` does."""
+    """Draw standard normal numbers in the same way as `uniform`."""
     device = like.device if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
 def random_point(like: Tensor, norm: float, eps: float, generator: torch.Generator | None = None) -> Tensor:
-    """Draw a point uniformly from the eps-ball for each image; `like` gives shape, dtype and device."""
+    """Draw a point uniformly from the eps-ball for each image; `like` sets the shape, dtype and device."""
     shape, flat = like.shape, like.flatten(1)
     if norm == LINF:
         return (uniform(shape, like, generator) * 2 - 1) * eps

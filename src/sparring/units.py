@@ -27,7 +27,7 @@ def norm_name(norm: float) -> str:
 
 
 def parse_norm(name: str | float) -> float:
-    """Return the norm that a name means: "linf", "Linf", "l_inf", "inf"; "l2", "L2", "2"; "l1"; or a number."""
+    """Return the norm for a name such as "linf", "Linf", "l_inf", "inf", "l2", "L2", "2" or "l1", or for a number."""
     spelt = _NORM.fullmatch(str(name).strip().lower())
     norm = _SPELLINGS.get(spelt[1]) if spelt else None
     if norm is None or isinstance(name, bool):
@@ -48,7 +48,7 @@ def parse_eps(value: str | float) -> float:
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
-    """Return the budgets in a list such as "0.05,8/255", in order and each once; raise UserError for an empty one."""
+    """Return the budgets in a list such as "0.05,8/255", in order, without repeats; raise UserError if it is empty."""
     budgets = tuple(dict.fromkeys(parse_eps(part.strip()) for part in text.split(",") if part.strip()))
     if not budgets:
         raise UserError(f"eps takes numbers separated by commas, such as 0.05,8/255; '{text}' has none")
@@ -56,15 +56,15 @@ def parse_budgets(text: str) -> tuple[float, ...]:
 
 
 def html_table(rows: Mapping[str, str]) -> str:
-    """Return named texts as an HTML table of two columns, which a notebook shows."""
+    """Return named texts as an HTML table of two columns for notebooks."""
     cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
     return f"<table>{cells}</table>"
 
 
 def percent(share: float, decimals: int = 1, *, trim: bool = False) -> str:
-    """Return a share as "61.2%", with further decimals where these would make 0% or 100% of what is neither.
+    """Return a fraction as "61.2%", with more decimals if a value other than 0 or 1 would print as 0% or 100%.
 
-    `trim` leaves out zeros at the end: "90%" and "99.7%" for sparsities.
+    `trim` removes trailing zeros: "90%" and "99.7%" for sparsities.
     """
     number = 100 * share
     while decimals < 12 and number not in (0, 100) and float(f"{number:.{decimals}f}") in (0.0, 100.0):

@@ -31,15 +31,18 @@ def lower(
 ) -> Graph:
     """Lower a classifier for images of `shape` (channels, height, width) to a Graph that computes the same logits.
 
-    The graph is what torch computes in eval mode: hooks, replaced forwards and writes in place included. It is compared
-    with the model on random images inside [0, 1] and at its corners and on up to eight of `images` (N, *shape): each
-    alone, all together, in another order, among many others, with and without gradients, and twice; see `check`.
-    dtype: of the graph's tensors; None leaves those of the model, and parameters are then shared, not copied. plain:
-    read only plain stacks of torch's layers, which takes milliseconds, and refuse the rest. The model, its modes,
-    buffers, hooks and random state come back as they were.
+    The graph is what torch computes in eval mode, with hooks, replaced forward methods and in-place writes. It is
+    compared with the model on random images in [0, 1], on images at the corners of that range and on up to eight of
+    `images` (N, *shape): each alone, all together, in another order, among many others, with and without gradients, and
+    twice (see `check`).
 
-    Raise Unsupported, naming operation, layer and line, for what has no rule, what draws at random, what depends on
-    other images, and for a graph that differs from the model; UserError if the model does not accept such images.
+    dtype: the type of the graph's tensors. With None the graph shares the model's parameters and does not copy them.
+    plain: read only plain stacks of torch's layers, which takes milliseconds, and refuse all other models. The model,
+    its modes, buffers and hooks and the random state are restored afterwards.
+
+    Raise Unsupported, naming the operation, layer and line, for an operation without a rule, for one that draws random
+    numbers or depends on other images, and for a graph that differs from the model. Raise UserError if the model does
+    not accept such images.
     """
     with observed(model, shape, images) as seen:
         graph = read_plain(model, shape, dtype or seen.dtype, seen.x.device, shared=dtype is None)

@@ -66,10 +66,10 @@ class Input:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """y = x Wᵀ + b, over the last axis.
+    """Compute y = x Wᵀ + b over the last axis.
 
-    `name` is the path behind which the parameters stand (name + ".weight" and ".bias"), or "" where the weights are
-    computed, as under weight normalisation.
+    `name` is the path of the parameters (name + ".weight" and ".bias"), or "" if the weights are computed, for example
+    by weight normalisation.
     """
 
     name: str
@@ -92,9 +92,9 @@ class Conv2d:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """y = scale · x + shift per channel (axis 1): normalisation, batch norm in eval mode, constants.
+    """Compute y = scale · x + shift per channel (axis 1): normalisation, batch norm in eval mode, constants.
 
-    `name` is the batch norm's path, or "" where no parameters stand behind it.
+    `name` is the path of the batch norm, or "" if the values are not parameters of a module.
     """
 
     name: str
@@ -128,7 +128,7 @@ class AvgPool:
 
 @dataclass(frozen=True, eq=False)
 class Flatten:
-    """(N, ...) to (N, features)."""
+    """Reshape (N, ...) to (N, features)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ class Add:
 
 @dataclass(frozen=True, eq=False)
 class SparseActivation:
-    """An activation-sparsity module, kept as it is; `name` is its path."""
+    """An activation sparsity module, kept whole; `name` is its path."""
 
     name: str
     module: Declared
@@ -146,24 +146,24 @@ class SparseActivation:
 
 @dataclass(frozen=True, eq=False)
 class Reshape:
-    """(N, ...) to (N, *shape), each image's values in the order in which they were."""
+    """Reshape (N, ...) to (N, *shape), keeping the order of each image's values."""
 
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """The same values for every image: a tensor of one image's shape."""
+    """The same values for every image: a tensor of the shape of one image."""
 
     value: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Any other operation that torch computes image by image; `name` is torch's own, such as "sigmoid".
+    """Any other operation that torch computes image by image; `name` is torch's own name, such as "sigmoid".
 
-    `function` is called with the inputs under `names` (or with one list of them all, if there are none) and `options`;
-    of several results it is the one at `place`.
+    `function` is called with `options` and with the inputs under `names`, or with one list of all inputs if `names` is
+    empty. If it returns several results, `place` selects one.
     """
 
     name: str
@@ -192,9 +192,9 @@ Op = (
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One operation: the indices of the nodes that feed it, and the shape of its output for one image.
+    """One operation: the indices of its input nodes, and the shape of its output for one image.
 
-    path: the module that computes it; line: where the user's code asks for it, "file:line: code"; "" if unknown.
+    path: the module that computes it. line: where the user's code calls it, as "file:line: code", or "" if unknown.
     """
 
     op: Op
@@ -219,15 +219,15 @@ def title(name: str, path: str, line: str) -> str:
 
 
 def refusal(node: Node, reason: str) -> Unsupported:
-    """Return the error of someone who has no rule for a node: operation, layer, line, and the reason."""
+    """Return the error for a node without a rule: its operation, layer and line, and the reason."""
     return Unsupported(f"{node.title} {reason}")
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A network as nodes in topological order; the first is the input, the last holds the logits.
+    """A network as nodes in topological order; the first is the input, and the last holds the logits.
 
-    rounding: how far the model's own logits were seen apart from these, where that is more than float32 commonly is.
+    rounding: the largest difference seen between the model's own logits and these, if it exceeds float32's usual error.
     """
 
     nodes: tuple[Node, ...]
@@ -282,7 +282,7 @@ def evaluate(op: Op, *inputs: Tensor) -> Tensor:
 
 
 def with_tensors(op: Op, change: Callable[[Tensor], Tensor]) -> Op:
-    """Return an operation whose tensors are changed, such as to another precision."""
+    """Return an operation with changed tensors, for example in another precision."""
     changed: Any = {f.name: change(v) for f in fields(op) if isinstance(v := getattr(op, f.name), Tensor)}
     return replace(op, **changed)
 

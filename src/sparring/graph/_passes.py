@@ -24,11 +24,11 @@ def needed(nodes: Sequence[Node], last: int) -> tuple[Node, ...]:
 
 @torch.no_grad()
 def fold_affine(graph: Graph) -> Graph:
-    """Return an equal graph in which every Affine that can be is part of a layer: that before it, or those behind it.
+    """Return an equal graph in which each Affine is merged into the layer before it or those after it, where possible.
 
-    It goes through a Flatten and together with another Affine, but with a shift not past zero padding: zeros would
-    have to be shifted too. Linear layers of flat inputs take it, and convolutions: those with groups only from behind.
-    What is multiplied is rounded to the precision of the graph.
+    An Affine is moved through Flatten and merged with other Affines. A shift is not moved past zero padding, because
+    the padding would have to be shifted too. Linear layers with flat inputs and convolutions take it; a convolution
+    with groups takes only an Affine that follows it. Products are rounded to the precision of the graph.
     """
     nodes = list(graph.nodes)
     while any(_fold_(nodes, index) for index in range(1, len(nodes))):
@@ -121,10 +121,11 @@ def _per_value(channels: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def drop_dead_units(graph: Graph) -> Graph:
-    """Return an equal graph without the units between two layers that nothing reads, or that are the same for all.
+    """Return an equal graph without hidden units that no layer reads or that are constant.
 
-    What a constant unit gives is added to the bias of the layer that reads it, but not behind zero padding. Units go
-    through ReLU, pooling and Flatten; one stays where all could go. Layers are those of `fold_affine`.
+    The output of a constant unit is added to the bias of the layer that reads it, except where that layer pads with
+    zeros. Units are followed through ReLU, pooling and Flatten. If all units could be removed, one is kept. "Layers"
+    are those of `fold_affine`.
     """
     nodes = list(graph.nodes)
     while sum(_shrink_(nodes, index) for index in range(1, len(nodes))):  # one that goes may leave others dead

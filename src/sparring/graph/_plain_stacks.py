@@ -44,10 +44,10 @@ _GLOBAL_HOOKS = (
 
 @runtime_checkable
 class Stepwise(Protocol):
-    """A module that says what it computes: each step applies a module or an operation to earlier values.
+    """A module that declares its computation: each step applies a module or an operation to earlier values.
 
-    Value 0 is the module's input, value k what step k gives; the last is the module's output. Constants are computed
-    in `dtype`. As every graph, this one is compared with forward().
+    Value 0 is the module's input, value k is the result of step k, and the last value is the module's output. Constants
+    are computed in `dtype`. Like every graph, this one is compared with forward().
     """
 
     def steps(self, dtype: torch.dtype) -> Sequence[Step]: ...

@@ -18,7 +18,7 @@ from ._passes import needed
 
 
 def spelled_out(graph: Graph, dtype: torch.dtype) -> Graph:
-    """Return an equal graph with as few Calls as possible; `dtype` is that of its weights."""
+    """Return an equal graph with as few Calls as possible; `dtype` is the type of its weights."""
     writer = _Writer(graph.nodes, dtype)
     for place, node in enumerate(graph.nodes):
         writer.places.append(writer.written(place, node))

@@ -150,7 +150,7 @@ def _why(model: nn.Module, error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's own reports on failures and deprecations off the screen."""
+    """Silence torch's own messages about failures and deprecations."""
     out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     before = logging.root.manager.disable
     with warnings.catch_warnings(), out, err:

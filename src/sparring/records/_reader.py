@@ -28,7 +28,7 @@ FIELDS |= dict.fromkeys(("inputs", "metrics", "series", "environment", "times", 
 
 
 class Folder:
-    """Name the files of the study in `out`; nothing is opened or made."""
+    """Name the files of the study in `out`; no file is opened or made."""
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
@@ -64,7 +64,7 @@ def is_key(text: Any) -> bool:
 def read_plan(out: str | Path) -> PlanFile:
     """Return a study's plan.json.
 
-    Raise UserError if there is none or it is another version's, DamageError if it is not what was written.
+    Raise UserError if it is missing or of another version, DamageError if its content has changed since it was written.
     """
     path = Folder(out).plan
     if not path.exists():
@@ -127,9 +127,9 @@ def _told_by_its_label(cell: Mapping[str, Any], plan: Mapping[str, Any]) -> dict
 
 
 def read_record(out: str | Path, key: str) -> Record | None:
-    """Return a task's record, None if there is none; its object is checked when it is opened (`tensor_bytes`).
+    """Return a task's record, or None if there is none; its object is checked when it is opened (`tensor_bytes`).
 
-    Raise DamageError if it is not what was written, or is another task's.
+    Raise DamageError if its content has changed since it was written, or if it belongs to another task.
     """
     path = Folder(out).record(key)
     if is_key(key) and not path.exists():
@@ -172,9 +172,9 @@ def _parsed(content: Any, out: Path) -> Record:
 
 
 def tensor_bytes(record: Record) -> bytes:
-    """Return the content of a record's object, empty if it has none.
+    """Return the content of a record's object, or empty bytes if it has none.
 
-    Raise DamageError if the file is missing or is not the one that the record names.
+    Raise DamageError if the file is missing or differs from the one that the record names.
     """
     if record.object is None or record.folder is None:
         return b""
@@ -189,9 +189,9 @@ def tensor_bytes(record: Record) -> bytes:
 
 
 def image_places(record: Record, held: Mapping[str, NDArray[Any]], facts: DatasetFacts) -> NDArray[np.int64]:
-    """Return where in their split the images are that a record's tensors `held` speak of, one a value.
+    """Return the positions in their split of the images that a record's tensors `held` describe, one per value.
 
-    Schema 1 did not say: "measure" records have all images in their order, others a part of a random one.
+    Schema 1 did not store them: its "measure" records hold all images in order, other records part of a random order.
     """
     if "images" in held:
         return held["images"].astype(np.int64)
@@ -214,7 +214,7 @@ def _random_order(count: int) -> NDArray[np.int64]:
 
 
 def arrays(record: Record, *names: str) -> dict[str, NDArray[Any]]:
-    """Return those of the named tensors that a record's object holds; raises as `tensor_bytes` does."""
+    """Return those of the named tensors that a record's object holds; raise the errors of `tensor_bytes`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 

@@ -44,7 +44,7 @@ class AttackInputs(TypedDict):
 
 
 class DatasetFacts(TypedDict):
-    """Hold a data set's name, its classes by name, the images of each split and the shape of one."""
+    """Hold a data set's name, class names, number of images per split and image shape."""
 
     name: str
     classes: list[str]
@@ -57,10 +57,10 @@ class DatasetFacts(TypedDict):
 
 @dataclass(frozen=True)
 class Cell:
-    """Name one network of the study and the keys of every task that made or judged it.
+    """Name one network of the study and the keys of all tasks that made or measured it.
 
-    `method` is its label and decides nothing. `axis` says what `sparsity` counts: "weights", or the level of an
-    "activations" control. None: the method ends where its own rule leads, and only its "prune" record will tell.
+    `method` is a label only. `axis` says what `sparsity` counts: "weights", or the level of an "activations" control.
+    If `sparsity` is None, the method's own rule decides where it ends, and only its "prune" record holds the value.
     """
 
     seed: int
@@ -74,7 +74,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """Hold plan.json: the plan's table, what it laid out, the data, and where and by which command it was run."""
+    """Hold plan.json: the plan's table, its tasks, the data, and the machine and command that ran it."""
 
     plan: dict[str, Any]
     cells: tuple[Cell, ...]
@@ -86,12 +86,12 @@ class PlanFile:
 
 @dataclass(frozen=True)
 class Record:
-    """Hold the result of one task (`STAGES`). `error` is None where the task succeeded.
+    """Hold the result of one task (`STAGES`). `error` is None if the task succeeded.
 
-    `key` is the hash of the stage and its inputs. `origin`, which the first records lack, says what the inputs do not:
-    the plan's name, the seed, and under `weights` the SHA-256 of each parent's tensors by key. `environment` holds the
-    versions of sparring and of what it computes with, the device and the type of numbers. `folder` is where the
-    record was read; it is not written.
+    `key` is the hash of the stage and its inputs. `origin` holds what the inputs do not: the plan's name, the seed and,
+    under `weights`, the SHA-256 of each parent's tensors by key; the oldest records lack it. `environment` holds the
+    versions of sparring and its dependencies, the device and the number type. `folder` is the folder that the record
+    was read from; it is not written.
     """
 
     key: str

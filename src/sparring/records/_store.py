@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def write_plan(out: str | Path, plan: PlanFile) -> None:
-    """Write a study's plan.json and the checksum of its content; raise UserError if it is larger than what is read."""
+    """Write a study's plan.json and the checksum of its content; raise UserError if it exceeds the read limit."""
     content = {**asdict(plan), "schema": SCHEMA}
     checked = {**content, "sha256": reader.plan_checksum(content)}
     write_json(Folder(out).plan, checked, limit=reader.MAX_PLAN)
@@ -40,7 +40,7 @@ def write_plan(out: str | Path, plan: PlanFile) -> None:
 class Store(Folder):
     """Keep a study's records (`records/<key>.json`) and tensors (`objects/<key>.safetensors`) in one folder.
 
-    Only the process that holds `lock()` may write; anybody may read at any time.
+    Only the process that holds `lock()` may write. Any process may read at any time.
     """
 
     def __init__(self, out: str | Path) -> None:

@@ -14,9 +14,9 @@ from .._plain_stacks import Step
 
 
 class GraphModule(nn.Module):
-    """Run a graph; its layers with weights are torch's own, as those of any model.
+    """Run a graph as a module; its layers with weights are torch's own layers.
 
-    One whose input is no image (channels, height, width) takes images of any shape with as many values.
+    If the graph's input is not an image (channels, height, width), it takes images of any shape with as many values.
     """
 
     def __init__(self, graph: Graph) -> None:

@@ -20,11 +20,13 @@ _IMAGES = 4
 
 
 def from_onnx(path: Path | str) -> Graph:
-    """Read a classifier of one float input (1 or N, ...) from an ONNX file as a graph of the same logits, float32.
+    """Read a classifier with one float input (1 or N, ...) from an ONNX file as a float32 graph with the same logits.
 
-    The graph takes images of its input's shape; a flat input takes any of as many pixels. It is compared with ONNX
-    Runtime, where that is installed. Raise UserError without the package onnx and for a damaged file, Unsupported,
-    naming node and operation, for what has no rule: data in other files, too.
+    The graph takes images of the input's shape; if the input is flat, it takes any image with as many pixels. The graph
+    is compared with ONNX Runtime if that is installed.
+
+    Raise UserError if the package onnx is missing or the file is damaged. Raise Unsupported, naming the node and the
+    operation, for anything without a rule, which includes data stored in other files.
     """
     data = read_onnx(path)
     graph = Reader(str(path), _parsed(data, path), RULES).read()
@@ -42,7 +44,7 @@ def from_onnx(path: Path | str) -> Graph:
 
 
 def read_onnx(path: Path | str) -> bytes:
-    """Return an ONNX file's bytes; raise UserError for none, or one above 1 GiB."""
+    """Return the bytes of an ONNX file; raise UserError if it is missing or larger than 1 GiB."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
     if Path(path).stat().st_size > _BYTES:
@@ -51,9 +53,9 @@ def read_onnx(path: Path | str) -> bytes:
 
 
 def onnx_runtime(data: bytes) -> Callable[[Tensor], Tensor]:
-    """Return ONNX Runtime on an ONNX file: images (N, ...) to logits (N, classes), float32, one image at a time.
+    """Run an ONNX file with ONNX Runtime: images (N, ...) to logits (N, classes), float32, one image at a time.
 
-    Raise ImportError where it is not installed, Unsupported where it refuses the file.
+    Raise ImportError if ONNX Runtime is not installed, Unsupported if it refuses the file.
     """
     import onnxruntime
 
