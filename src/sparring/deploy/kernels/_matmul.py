@@ -287,32 +287,31 @@ def rows_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
 def lookup_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
     """Return the call of the kernel that computes sixteen rows at once from windows of 32 inputs."""
     op = task.op
-    offsets = offsets_of(op, source, True)
-    groups = -(-op.shape[0] // 16)
-    starts = [0]
-    windows: list[int] = []
-    slots: list[tuple[int, int, int]] = []  # slot, lane, nonzero
-    for group in range(groups):
-        rows = range(16 * group, min(16 * group + 16, op.shape[0]))
-        heads = [int(op.indptr[row]) for row in rows]
-        ends = [int(op.indptr[row + 1]) for row in rows]
-        while any(head < end for head, end in zip(heads, ends, strict=True)):
-            window = min(int(offsets[h]) for h, end in zip(heads, ends, strict=True) if h < end)
-            for lane, (head, end) in enumerate(zip(heads, ends, strict=True)):
-                if head < end and offsets[head] < window + 128:
-                    slots.append((len(windows), lane, head))
-                    heads[lane] += 1
-            windows.append(window)
-        starts.append(len(windows))
-    places = np.zeros((len(windows), 16), np.uint8)
-    weights = _aligned((len(windows), 16))
-    chosen = np.array(slots, np.int64).reshape(-1, 3)
-    base = np.array(windows, np.int32)
-    places[chosen[:, 0], chosen[:, 1]] = (offsets[chosen[:, 2]] - base[chosen[:, 0]]) // 4
-    weights[chosen[:, 0], chosen[:, 1]] = op.values[chosen[:, 2]]
+    groups, count = -(-op.shape[0] // 16), op.shape[0]
+    offsets = np.append(offsets_of(op, source, True), np.iinfo(np.int32).max).astype(np.int64)
+    heads, ends = np.zeros((2, groups * 16), np.int64)
+    heads[:count], ends[:count] = op.indptr[:-1], op.indptr[1:]
+    heads, ends = heads.reshape(groups, 16), ends.reshape(groups, 16)
+    firsts: list[NDArray[np.int64]] = []  # by turn and group: where a window begins
+    taken: list[NDArray[np.bool_]] = []  # and the lanes, (groups, 16), whose next nonzero is in it
+    while (left := heads < ends).any():
+        reach = np.where(left, offsets[heads], offsets[-1])
+        firsts.append(reach.min(1))
+        taken.append(left & (reach < firsts[-1][:, None] + 128))
+        heads += taken[-1]
+    turns = np.array(taken, bool).reshape(-1, groups, 16)
+    open_ = turns.any(2)
+    starts = np.concatenate([[0], np.cumsum(open_.sum(0))]).astype(np.int32)
+    base = np.array(firsts, np.int32).reshape(-1, groups).T[open_.T]
+    group, lane, turn = turns.transpose(1, 2, 0).nonzero()  # in the order of the nonzeros: row by row
+    slot = starts[group] + turn
+    places = np.zeros((len(base), 16), np.uint8)
+    weights = _aligned((len(base), 16))
+    places[slot, lane] = (offsets[:-1] - base[slot]) // 4
+    weights[slot, lane] = op.values
     biases = np.zeros(16 * groups, np.float32)
-    biases[: op.shape[0]] = op.bias
-    tables = (np.array(starts, np.int32), base, places, weights, biases)
+    biases[:count] = op.bias
+    tables = (starts, base, places, weights, biases)
     return kernel_call(Lookup(task.relu), [source.origin, target.origin, groups], tables)
 
 
