@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def try_all(files: list[bytes], count: int, seed: int, path: Path) -> dict[str, 
     for trial in range(count):
         mutant = mutate(files[trial % len(files)], trial // len(files), generator)
         path.write_bytes(mutant)
-        outcome = apart(path)
+        outcome = apart(path, outcome_of)
         tally[outcome] += 1
         if outcome not in ("refused", "sound"):
             kept = Path(tempfile.gettempdir()) / f"hostile-{trial}.sparring"
@@ -108,7 +109,7 @@ def try_all(files: list[bytes], count: int, seed: int, path: Path) -> dict[str, 
     return {name: tally[name] for name in OUTCOMES}
 
 
-def apart(path: Path) -> str:
+def apart(path: Path, outcome_of: Callable[[Path], str]) -> str:
     """Open a file in a process of its own and return the outcome."""
     child = os.fork()
     if child == 0:

@@ -34,7 +34,10 @@ class Network:
 MNIST = ("mnist", "mnist-5k")
 NETWORKS = {
     "lenet-300-100": Network("lenet-300-100", MNIST),
+    "lenet-300-100-p90": Network("lenet-300-100", MNIST, sparsities=(0.8, 0.9)),
     "lenet-300-100-p95": Network("lenet-300-100", MNIST, sparsities=(0.8, 0.9, 0.95)),
+    "lenet-300-100-p98": Network("lenet-300-100", MNIST, sparsities=(0.8, 0.9, 0.95, 0.98)),
+    "lenet-300-100-p99": Network("lenet-300-100", MNIST, sparsities=(0.8, 0.9, 0.95, 0.98, 0.99)),
     "lenet-5": Network("lenet-5", MNIST),
     "resnet-20": Network(
         "resnet-32",
