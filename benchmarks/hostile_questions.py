@@ -23,18 +23,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from hostile_artefacts import OUTCOMES, apart
 from sparring import bounds
 from sparring.deploy import to_onnx
 from sparring.errors import UserError
 from sparring.graph import GraphModule, from_onnx
 from sparring.models import build
 
-from hostile_artefacts import OUTCOMES, apart
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' property
+from tests.docs.prepared import property_text
 
-WORDS = [
-    *"( ) and or assert <= >= + - * X_0 Y_0 Y_9 X_99999999 1e9 1e-300 -1 0.5 declare-const Real".split(),
-    *("(" * 60, "9" * 70, "(or (<= Y_0 0) (<= Y_0 1))"),
-]
+PLAIN = "( ) and or assert <= >= + - * X_0 Y_0 Y_9 X_99999999 1e9 1e-300 -1 0.5 declare-const Real"
+WORDS = [*re.findall(r"\S+", PLAIN), "(" * 60, "9" * 70, "(or (<= Y_0 0) (<= Y_0 1))"]
 
 
 def main() -> None:
@@ -75,17 +75,8 @@ def originals(folder: Path) -> list[tuple[bytes, str]]:
     for model, shape in networks:
         path = to_onnx(model.eval(), folder / "original.onnx", shape=shape)
         classes = model(torch.zeros(2, *shape)).shape[1]
-        found.append((path.read_bytes(), question(int(np.prod(shape)), classes)))
+        found.append((path.read_bytes(), property_text(int(np.prod(shape)), classes)))
     return found
-
-
-def question(inputs: int, outputs: int) -> str:
-    """Return a property: no output overtakes the first in a small box."""
-    names = [f"X_{i}" for i in range(inputs)] + [f"Y_{k}" for k in range(outputs)]
-    lines = [f"(declare-const {name} Real)" for name in names]
-    lines += [f"(assert (<= {name} 0.51))\n(assert (>= {name} 0.49))" for name in names[:inputs]]
-    unsafe = " ".join(f"(and (>= Y_{k} Y_0))" for k in range(1, outputs))
-    return "\n".join([*lines, f"(assert (or {unsafe}))\n"])
 
 
 def mutant(network: bytes, text: str, trial: int, generator: np.random.Generator) -> tuple[bytes, str]:

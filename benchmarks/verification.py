@@ -28,7 +28,6 @@ import torch
 from sparring import attacks, bounds
 from sparring.graph import GraphModule, from_onnx, onnx_runtime, read_onnx
 from sparring.threat import Threat
-
 from trained import trained
 
 # u: no counter-example exists; S: there is one; ?: open. Of properties 0 to 7.

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from sparring.deploy import to_onnx
 from sparring.models import Blueprint, save_model
 from sparring.sparsity import apply_, magnitude, select
 from sparring.train import Recipe, fit
@@ -68,6 +69,17 @@ def prepare_files(folder: Path) -> None:
     own = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))  # README's mine:net
     fit(own, torch.from_numpy(x[:, None]), torch.from_numpy(y.astype(np.int64)), Recipe(epochs=1, lr=0.01))
     save_file(own.state_dict(), folder / "mine.safetensors")
+    to_onnx(own.eval(), folder / "network.onnx", shape=(1, 28, 28))
+    (folder / "property.vnnlib").write_text(property_text(784, 10))
+
+
+def property_text(inputs: int, outputs: int) -> str:
+    """Return a property in VNN-LIB: some output overtakes the first in a small box."""
+    names = [f"X_{i}" for i in range(inputs)] + [f"Y_{k}" for k in range(outputs)]
+    lines = [f"(declare-const {name} Real)" for name in names]
+    lines += [f"(assert (<= {name} 0.51))\n(assert (>= {name} 0.49))" for name in names[:inputs]]
+    unsafe = " ".join(f"(and (>= Y_{k} Y_0))" for k in range(1, outputs))
+    return "\n".join([*lines, f"(assert (or {unsafe}))\n"])
 
 
 def network(name: str, width: float, folder: Path, names: tuple[str, ...]) -> None:

@@ -62,7 +62,7 @@ def _beaten(bounder: Bounder, found: Leaves, values: list[torch.Tensor]) -> bool
     for (index, units), signs in zip(bounder.open.items(), torch.split(found.signs, bounder.sizes, 1), strict=True):
         z = values[bounder.graph.nodes[index].inputs[0]].flatten(1)[:, units]
         inside &= ((signs[:, None] * z[None]) >= 0).all(2)
-    margins = torch.einsum("nkc,pc->npk", bounder.rows[found.owner], values[-1]).amax(2)
+    margins = torch.einsum("nkc,pc->npk", bounder.fine.rows[found.owner], values[-1]).amax(2)
     return bool((inside & (margins < found.lower[:, None] - 1e-9)).any())
 
 
@@ -85,12 +85,12 @@ def test_without_open_units_there_is_nothing_to_split() -> None:
 _value, _cut, _split = Bounder._value, Bounder._cut, Leaves.split
 
 
-def _wrong_multipliers(self, found, lines, alpha, beta, **options):
-    return _value(self, found, lines, alpha, -beta, **options)
+def _wrong_multipliers(self, where, found, lines, alpha, beta, **options):
+    return _value(self, where, found, lines, alpha, -beta, **options)
 
 
-def _wrong_slopes(self, found, lines, alpha, beta, **options):
-    return _value(self, found, lines, 1.5 * alpha + 0.5, beta, **options)
+def _wrong_slopes(self, where, found, lines, alpha, beta, **options):
+    return _value(self, where, found, lines, 1.5 * alpha + 0.5, beta, **options)
 
 
 def _signs_swapped(self, signs):

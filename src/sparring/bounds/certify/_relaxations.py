@@ -132,6 +132,11 @@ class Lines(NamedTuple):
         """Return the bounds of some of the images."""
         return Lines(*(value[images] for value in self))
 
+    def rounded(self) -> Lines:
+        """Return the lines in float32, which need not hold."""
+        low, high = (self.low_slope.float(), self.low_shift.float()), (self.high_slope.float(), self.high_shift.float())
+        return Lines(*low, *high, self.free)
+
     def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """Bound a·f(z), a of shape (N, K, ...), from below by b·z + c: return b (N, K, ...) and c (N, K)."""
         slope = self.low_slope[:, None]

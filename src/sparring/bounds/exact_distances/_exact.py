@@ -54,6 +54,7 @@ def exact(
     x_adv: Tensor | None = None,
     seconds: float = 60.0,
     threads: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Exact:
     """Compute the distance from each image to the nearest one with another label in [0, 1], with a time limit.
 
@@ -73,7 +74,7 @@ def exact(
     with eval_mode(model):
         answer = opened(model, x)
         for i in range(len(x)):
-            search = _Search(answer, graph, x[i : i + 1], y[i : i + 1], norm, time.perf_counter() + seconds, threads)
+            search = _Search(answer, graph, x[i : i + 1], y[i : i + 1], norm, clock() + seconds, threads, clock)
             if x_adv is not None:
                 search.offer_(x_adv[i : i + 1])
             found.append((search, *search.run_()))
@@ -90,10 +91,18 @@ class _Search:
     """The state of one image's search: the best adversarial point so far."""
 
     def __init__(
-        self, model: nn.Module, graph: Graph, x: Tensor, y: Tensor, norm: float, deadline: float, threads: int
+        self,
+        model: nn.Module,
+        graph: Graph,
+        x: Tensor,
+        y: Tensor,
+        norm: float,
+        deadline: float,
+        threads: int,
+        clock: Callable[[], float],
     ) -> None:
         self.model, self.graph, self.x, self.y, self.norm = model, graph, x, y, norm
-        self.deadline, self.threads = deadline, threads
+        self.deadline, self.threads, self.clock = deadline, threads, clock
         self.best, self.upper = x, math.inf
 
     def offer_(self, point: Tensor) -> bool:
@@ -152,7 +161,7 @@ class _Search:
         known = math.isfinite(self.upper)
         cap = self._cap() * (1 - _STOP * known)
         bound, points = _NEAREST[self.norm](
-            Question(self.graph, self.x, int(self.y), k, self.deadline, self.threads),
+            Question(self.graph, self.x, int(self.y), k, self.deadline, self.threads, self.clock),
             cap,
             floor=floor,
             start=self.best if known and self._label() == k else None,

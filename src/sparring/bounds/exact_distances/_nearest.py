@@ -12,6 +12,7 @@ import heapq
 import itertools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import highspy
@@ -25,8 +26,11 @@ from ...graph import Graph, MaxPool, ReLU
 from ...threat import L2, LINF
 from .._region import region
 from ..certify._crown import bound_nodes
-from ..certify._relaxations import Interval, first_layers
-from ._milp import Expression, MixedIntegerProgram, Vector, encode, tightened
+from ..certify._relaxations import Interval
+from ..verification import _question as verification
+from ..verification._question import in_float32
+from ..verification._search import answered
+from ._milp import Expression, MixedIntegerProgram, Vector, encode
 
 _SHARE = 0.75  # of the time left goes to one question; the rest to smaller balls, should it stay open
 _TOUCHED = 1e-6  # share of its range within which a unit is at its kink
@@ -40,7 +44,7 @@ _LONGEST, _ENOUGH = 5.0, 0.05  # seconds: of one move, and below which nothing i
 class Question:
     """How far from one image x (1, ...) of class y does class k overtake?
 
-    The answer is due at `deadline`, of time.perf_counter(); `threads` are the solver's.
+    The answer is due at `deadline`, of `clock`; `threads` are the solver's.
     """
 
     graph: Graph
@@ -49,11 +53,12 @@ class Question:
     k: int
     deadline: float
     threads: int
+    clock: Callable[[], float] = time.perf_counter
 
     @property
     def seconds(self) -> float:
         """Return the seconds that are left."""
-        return self.deadline - time.perf_counter()
+        return self.deadline - self.clock()
 
     def lead(self, program: MixedIntegerProgram, values: list[Expression]) -> Expression:
         """Return g_k − g_y."""
@@ -93,18 +98,19 @@ def nearest_linf(
 
 def _overtaken(asked: Question, eps: float, *, seconds: float) -> Tensor | bool:
     """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where time ran out."""
-    until = time.perf_counter() + seconds
     ball = region(asked.x, LINF, eps)
-    with torch.no_grad():
-        bounds, _ = bound_nodes(asked.graph, ball, backward=True)
-        attained = first_layers(asked.graph, ball)
-    program, values = asked.program(bounds)
-    better = tightened(asked.graph, bounds, program, values, skip=attained, deadline=until)
-    if better is None:
-        return True
-    program, values = asked.program(better)
-    solution = program.point(asked.lead(program, values), seconds=until - time.perf_counter(), threads=asked.threads)
-    return solution.infeasible if solution.values is None else _image(program, asked.x, solution.values)
+    rows = torch.zeros(1, 1, *asked.graph.nodes[-1].shape, dtype=torch.float64)
+    rows[0, 0, asked.y], rows[0, 0, asked.k] = 1.0, -1.0
+
+    def replay(points: Tensor) -> Tensor | None:
+        ahead = asked.graph(points.double()) @ rows[0, 0] <= 0
+        return points[ahead][:1] if bool(ahead.any()) else None
+
+    question = verification.Question(
+        asked.graph, ball, rows, rows.new_zeros(1, 1), in_float32(ball), replay, asked.clock() + seconds, asked.clock
+    )
+    found = answered(question)
+    return found.status == "verified" if found.point is None else found.point.double()
 
 
 def _moved(asked: Question, point: Tensor, cap: float) -> tuple[Tensor, float] | None:

@@ -17,9 +17,9 @@ from ..certify._crown import bound_nodes
 from ..certify._relaxations import Interval, first_layers
 from ._leaves import Bounder, Leaves, joined
 
-_ROOT_STEPS, _STEPS = 20, 10  # of ascent, for a ball and for each half of a sub-problem
+_ROOT_STEPS, _STEPS = 20, 4  # of ascent, for a ball and for each half of a sub-problem
 _WIDE = 2**18  # coefficients of a batch of sub-problems in the widest layer: 2 MB of float64
-_GAIN = 1e-12  # a score below which a split gains nothing
+_GAIN = 0.02  # share of what a sub-problem lacks below which splits gain nothing
 _BYTES = 2**30  # of open sub-problems
 
 
@@ -97,7 +97,7 @@ def _both_sides(
     queues = [Queue() for _ in range(2 * count)]
     settled = torch.full((2 * count,), math.inf, dtype=torch.float64)  # the lowest bound of what is split no more
     for number in range(rounds + 1):
-        ended = (leaves.lower > 0) | (leaves.score.sum(1) <= _GAIN)
+        ended = (leaves.lower > 0) | (leaves.score.sum(1) <= -_GAIN * leaves.lower)
         settled.scatter_reduce_(0, leaves.owner[ended], leaves.lower[ended], "amin")
         for q, i in zip(leaves.owner[~ended].tolist(), (~ended).nonzero().flatten().tolist(), strict=True):
             queues[q].put_(leaves[i : i + 1])
@@ -130,7 +130,7 @@ def decided(
     most = _BYTES // (17 * max(1, leaves.alpha[0].numel()))
     while True:
         budget.used += len(leaves)
-        dead = (leaves.lower <= 0) & (leaves.score.sum(1) <= _GAIN)
+        dead = (leaves.lower <= 0) & (leaves.score.sum(1) <= -_GAIN * leaves.lower)
         for i in dead.nonzero().flatten().tolist():
             leaves.lower[i] = max(float(leaves.lower[i]), stuck(leaves[i : i + 1]))
             leaves.score[i] = (leaves.signs[i] == 0).double()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from ...graph import Graph, ReLU
+from ...graph import Add, Affine, Conv2d, Flatten, Graph, Input, Linear, ReLU, Reshape, with_tensors
+from ...threat import LINF
 from .._region import Region
 from ..certify._certificates import _ROUNDING
 from ..certify._crown import lower_bound
@@ -17,6 +18,7 @@ from ..certify._open_units import NONLINEAR
 from ..certify._relaxations import Interval, Lines, Relaxation, relax
 
 _FALL = 0.95  # of the rates of ascent, a step
+_PLAIN = (Add, Affine, Conv2d, Flatten, Input, Linear, ReLU, Reshape)  # whose bounds may be computed in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,19 +56,37 @@ def joined(parts: list[Leaves]) -> Leaves:
     return Leaves(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Leaves)))
 
 
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    """What is bounded, in one precision: see `Bounder`."""
+
+    graph: Graph
+    ball: Region
+    rows: Tensor
+    limits: Tensor
+
+    def coarse(self) -> _Setting:
+        """Return the same in float32."""
+        nodes = (replace(node, op=with_tensors(node.op, Tensor.float)) for node in self.graph.nodes)
+        x, eps, lower, upper = (v.float() for v in (self.ball.x, self.ball.eps, self.ball.lower, self.ball.upper))
+        ball = Region(x, self.ball.norm, eps, lower, upper)
+        return _Setting(replace(self.graph, nodes=tuple(nodes)), ball, self.rows.float(), self.limits.float())
+
+
 class Bounder:
     """Bounds rows·(output of node `start`) − limits from below on sub-problems of one ball.
 
     rows (Q, K, *shape of the node) and limits (Q, K): of each set of K rows that of the largest bound counts. `bounds`
-    are those of all nodes over the ball.
+    are those of all nodes over the ball. Slopes and multipliers ascend in float32 where all operations are plain ones;
+    what counts is their bound in float64.
     """
 
     def __init__(
         self, graph: Graph, start: int, ball: Region, bounds: list[Interval], rows: Tensor, limits: Tensor
     ) -> None:
-        self.graph, self.start, self.ball, self.bounds, self.rows, self.limits = (
-            graph, start, ball, bounds, rows, limits,
-        )  # fmt: skip
+        self.graph, self.start, self.bounds, self.fine = graph, start, bounds, _Setting(graph, ball, rows, limits)
+        plain = all(isinstance(node.op, _PLAIN) for node in graph.nodes)
+        self.coarse = self.fine.coarse() if plain and ball.norm == LINF else self.fine
         self.slack = _ROUNDING * max(float(value.abs().max()) for pair in bounds for value in pair)
         self.fixed: dict[int, Relaxation] = {}
         self.open: dict[int, Tensor] = {}  # of each ReLU, which units are open
@@ -79,67 +99,73 @@ class Bounder:
 
     def roots(self, owner: Tensor, steps: int) -> Leaves:
         """Bound the whole ball for some of the rows."""
-        shape = (len(owner), sum(self.sizes))
+        kind = self.coarse.rows.dtype
         slopes = [_lines(self.fixed, index).low_slope[0].flatten()[units] for index, units in self.open.items()]
-        begin = torch.cat([*slopes, torch.zeros(0, dtype=torch.float64)])
-        alpha = begin.expand(len(owner), self.rows.shape[1], -1).clone()
+        begin = torch.cat([*slopes, torch.zeros(0)]).to(kind)
+        alpha = begin.expand(len(owner), self.fine.rows.shape[1], -1).clone()
         nothing = torch.full((len(owner),), -math.inf, dtype=torch.float64)
-        signs = torch.zeros(shape, dtype=torch.int8)
+        signs = torch.zeros(len(owner), sum(self.sizes), dtype=torch.int8)
         return self.bounded(Leaves(owner, signs, alpha, torch.zeros_like(alpha), nothing, alpha[:, 0]), steps)
 
     def bounded(
-        self, leaves: Leaves, steps: int, *, rate: float = 0.1, rate_beta: float = 0.05, refine: bool = False
+        self, leaves: Leaves, steps: int, *, rate: float = 0.1, rate_beta: float = 0.2, refine: bool = False
     ) -> Leaves:
-        """Ascend on slopes and multipliers; every step is a valid bound, and none is below what was known.
+        """Ascend on slopes and multipliers, from which every bound is valid; none is below what was known.
 
         `refine` uses ball and box at once for l2, which takes several times as long.
         """
         lines = self._cut(leaves.signs)
+        rough = lines if self.coarse is self.fine else {i: _lines(lines, i).rounded() for i in lines}
         alpha, beta = leaves.alpha.clone().requires_grad_(), leaves.beta.clone().requires_grad_()
         optimiser = torch.optim.Adam([{"params": [alpha], "lr": rate}, {"params": [beta], "lr": rate_beta}])
-        best = leaves.lower
         for _ in range(steps if self.open else 0):
             with torch.enable_grad():
-                found = self._value(leaves, lines, alpha, beta, refine=refine)
+                found = self._value(self.coarse, leaves, rough, alpha, beta, refine=refine)
                 alpha.grad, beta.grad = torch.autograd.grad(-found.sum(), [alpha, beta])
-            best = torch.maximum(best, found.detach().amax(1))
             optimiser.step()
             alpha.clamp_(0, 1)
             beta.clamp_min_(0)
             for group in optimiser.param_groups:
                 group["lr"] *= _FALL
-        alpha, beta = alpha.detach(), beta.detach()
-        found, score = self._scored(leaves, lines, alpha, beta)
-        return Leaves(leaves.owner, leaves.signs, alpha, beta, torch.maximum(best, found.amax(1)), score)
+        alpha, beta = alpha.detach(), beta.detach()  # not the best so far: children go on from here
+        lower, score = self._scored(leaves, lines, alpha, beta, refine=refine)
+        return Leaves(leaves.owner, leaves.signs, alpha, beta, torch.maximum(leaves.lower, lower), score)
 
     def _value(
-        self, leaves: Leaves, lines: Mapping[int, Relaxation], alpha: Tensor, beta: Tensor, *, refine: bool = False
+        self,
+        where: _Setting,
+        leaves: Leaves,
+        lines: Mapping[int, Relaxation],
+        alpha: Tensor,
+        beta: Tensor,
+        *,
+        refine: bool = False,
     ) -> Tensor:
         """Return lower bounds of all rows, (N, K)."""
-        rows, limits = self.rows[leaves.owner], self.limits[leaves.owner]
-        ball = self.ball.repeated(len(leaves))
+        ball = where.ball.repeated(len(leaves))
         slopes, multipliers = self._spread(alpha), dict[int, Tensor]()
         for index, value in self._spread(-beta * leaves.signs[:, None]).items():
             (source,) = self.graph.nodes[index].inputs
             multipliers[source] = multipliers[source] + value if source in multipliers else value
-        found = lower_bound(self.graph, self.start, rows, ball, lines, alpha=slopes, beta=multipliers, refine=refine)
+        rows, limits = where.rows[leaves.owner], where.limits[leaves.owner]
+        found = lower_bound(where.graph, self.start, rows, ball, lines, alpha=slopes, beta=multipliers, refine=refine)
         return found - limits - self.slack
 
     def _scored(
-        self, leaves: Leaves, lines: Mapping[int, Relaxation], alpha: Tensor, beta: Tensor
+        self, leaves: Leaves, lines: Mapping[int, Relaxation], alpha: Tensor, beta: Tensor, *, refine: bool
     ) -> tuple[Tensor, Tensor]:
         """Return lower bounds and what a split of each unit may gain: what its chord adds (Bunel et al. 2020)."""
-        if not self.open:
-            return self._value(leaves, lines, alpha, beta), leaves.score
+        alpha, beta = alpha.double(), beta.double()
         chords = {i: _lines(lines, i) for i in self.open}
         shifts = [line.high_shift.clone().requires_grad_() for line in chords.values()]
         tracked = {i: line._replace(high_shift=shift) for (i, line), shift in zip(chords.items(), shifts, strict=True)}
         with torch.enable_grad():
-            found = self._value(leaves, {**lines, **tracked}, alpha, beta)
-            slopes = torch.autograd.grad(found.sum(), shifts)
+            found = self._value(self.fine, leaves, {**lines, **tracked}, alpha, beta, refine=refine)
+            slopes = torch.autograd.grad(found.sum(), shifts) if shifts else ()
         gains = [-(g * s.detach()).flatten(1) for g, s in zip(slopes, shifts, strict=True)]
-        score = torch.cat([gain[:, units] for gain, units in zip(gains, self.open.values(), strict=True)], 1)
-        return found.detach(), score.masked_fill(leaves.signs != 0, 0)
+        parts = [gain[:, units] for gain, units in zip(gains, self.open.values(), strict=True)]
+        score = torch.cat([*parts, found.new_zeros(len(leaves), 0)], 1)
+        return found.detach().amax(1), score.masked_fill(leaves.signs != 0, 0)
 
     def _cut(self, signs: Tensor) -> dict[int, Relaxation]:
         """Return the lines of all nonlinear nodes where units have signs (N, units)."""

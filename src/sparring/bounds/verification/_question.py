@@ -103,3 +103,10 @@ def folded(asked: Question) -> Question:
 
     inside = Region(cut[:1], ball.norm, ball.eps, cut[1:2], cut[2:3])
     return replace(asked, graph=graph, ball=inside, inner=Interval(cut[4:5].float(), cut[5:].float()), replay=replay)
+
+
+def in_float32(ball: Region) -> Interval:
+    """Return the float32 numbers in a box."""
+    low, high, inf = ball.lower.float(), ball.upper.float(), torch.tensor(torch.inf)
+    low = torch.where(low.double() < ball.lower, low.nextafter(inf), low)
+    return Interval(low, torch.where(high.double() > ball.upper, high.nextafter(-inf), high))

@@ -93,7 +93,7 @@ def _proved(asked: Question, budget: Budget, progress: Progress) -> float:
         if not len(open_()) or budget.over:
             break
         _attack(asked, level + 1)
-        part = budget.part(math.inf if rounds == _ROUNDS[-1] else budget.used - before)
+        part = budget.part(math.inf if rounds == _ROUNDS[-1] else (budget.used - before) // 2)
         told = partial(_tell, progress, float(low.amin()), budget.used)
         value = decided(bounder, open_(), part, stuck=partial(_by_program, asked, bounder), heard=told)
         budget.used += part.used

@@ -20,7 +20,7 @@ from ...waiting import courteous
 from .._network import margin_rows, prepare
 from .._region import Region, region
 from ..certify._relaxations import Interval
-from ._question import Question, Status
+from ._question import Question, Status, in_float32
 from ._search import Answer, Progress, answered
 from ._vnnlib import Box, Case, Property, inward, outward
 
@@ -79,7 +79,7 @@ def verify(
             replay = partial(_other_label, answer, one, int(y[i]), norm, eps)
             ball = region(one, norm, eps)
             asked = Question(
-                graph, ball, rows, rows.new_zeros(rows.shape[:2]), _in_float32(ball), replay, clock() + seconds, clock
+                graph, ball, rows, rows.new_zeros(rows.shape[:2]), in_float32(ball), replay, clock() + seconds, clock
             )
             found.append(_verdict(answered(asked, nodes=nodes, progress=progress), partial(_answers, answer), begin))
     return tuple(found)
@@ -139,13 +139,6 @@ def _counter_example(run: Run, cases: Sequence[Case], points: Tensor) -> Tensor 
     places = (i for i, y in enumerate(outputs) if any(case.satisfied(y) for case in cases))
     place = next(places, None)
     return None if place is None else points[place : place + 1]
-
-
-def _in_float32(ball: Region) -> Interval:
-    """Return the float32 numbers in a box."""
-    low, high, inf = ball.lower.float(), ball.upper.float(), torch.tensor(torch.inf)
-    low = torch.where(low.double() < ball.lower, low.nextafter(inf), low)
-    return Interval(low, torch.where(high.double() > ball.upper, high.nextafter(-inf), high))
 
 
 def _by_box(cases: Sequence[Case]) -> Iterator[tuple[Box, list[Case]]]:
