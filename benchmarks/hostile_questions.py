@@ -67,7 +67,7 @@ def originals(folder: Path) -> list[tuple[bytes, str]]:
     """Return networks as ONNX, each with a property."""
     torch.manual_seed(0)
     networks: list[tuple[nn.Module, tuple[int, ...]]] = [
-        (build("mlp", shape=(1, 4, 4), classes=3, mean=(0.1,), std=(0.3,), widths=[6, 6]), (1, 4, 4)),
+        (build("mlp", shape=(1, 4, 4), classes=3, mean=(0.1,), std=(0.3,), widths=(6, 6)), (1, 4, 4)),
         (build("lenet-5", shape=(1, 28, 28), classes=10, mean=(0.1,), std=(0.3,), width=0.25), (1, 28, 28)),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)), (1, 4, 4)),
     ]

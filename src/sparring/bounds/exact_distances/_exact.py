@@ -59,10 +59,11 @@ def exact(
     """Compute the distance from each image to the nearest one with another label in [0, 1], with a time limit.
 
     x (N, ...) in [0, 1], labels y (N,). x_adv are the best known adversarial points: the closer they are, the smaller
-    the ball that has to be searched. There is one search per class that CROWN cannot exclude: a mixed-integer program
-    for linf, branch and bound for l2. Only sparse or small networks can be solved. `threads` are HiGHS's threads; they
-    spin while they wait, so use at most as many as there are free cores. To use two cores, run two processes with half
-    of the images each. Bounds contain the solver's tolerances of 1e-9 and are lowered by 1e-7.
+    the ball that has to be searched. There is one search per class that CROWN cannot exclude: that of `verify` for
+    linf (a mixed-integer program with max pooling), branch and bound with quadratic programs for l2. Only sparse or
+    small networks can be solved. `threads` are HiGHS's threads; they spin while they wait, so use at most as many as
+    there are free cores. To use two cores, run two processes with half of the images each. `clock` measures `seconds`.
+    Bounds contain the solver's tolerances of 1e-9 and are lowered by 1e-7.
 
     Raises UserError if a point contradicts a proof, Unsupported for layers that are not piecewise linear or too large,
     and for max pooling with l2. Source: Tjeng et al. 2019 (the program).

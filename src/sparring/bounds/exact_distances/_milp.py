@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 import highspy
@@ -115,6 +114,7 @@ def tightened(
     *,
     skip: Container[int],
     deadline: float,
+    clock: Callable[[], float],
 ) -> list[Interval] | None:
     """Bound the inputs of unstable ReLUs by two linear programs each, all rows of the program counted.
 
@@ -132,7 +132,7 @@ def tightened(
         z, box = values[node.inputs[0]], bounds[node.inputs[0]]
         low, high = _flat(box.lower).copy(), _flat(box.upper).copy()
         for unit in np.flatnonzero((low < 0) & (high > 0)):
-            if time.perf_counter() > deadline:
+            if clock() > deadline:
                 break
             row = z[np.array([unit])]
             columns = row.matrix.indices.astype(np.int32)

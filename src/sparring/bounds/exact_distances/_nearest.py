@@ -1,4 +1,4 @@
-"""The nearest image at which another class wins: mixed-integer programs for linf, branch and bound for l2.
+"""The nearest image at which another class wins: a search of ever smaller balls for linf, branch and bound for l2.
 
 To minimise the linf distance directly is slow: it ties every pixel to one variable by two rows, and says nothing about
 margins. The question "does class k overtake anywhere in this ball?" has the ball in the pixels' bounds and a margin to
@@ -26,11 +26,11 @@ from ...graph import Graph, MaxPool, ReLU
 from ...threat import L2, LINF
 from .._region import region
 from ..certify._crown import bound_nodes
-from ..certify._relaxations import Interval
+from ..certify._relaxations import Interval, first_layers
 from ..verification import _question as verification
 from ..verification._question import in_float32
 from ..verification._search import answered
-from ._milp import Expression, MixedIntegerProgram, Vector, encode
+from ._milp import Expression, MixedIntegerProgram, Vector, encode, tightened
 
 _SHARE = 0.75  # of the time left goes to one question; the rest to smaller balls, should it stay open
 _TOUCHED = 1e-6  # share of its range within which a unit is at its kink
@@ -98,6 +98,8 @@ def nearest_linf(
 
 def _overtaken(asked: Question, eps: float, *, seconds: float) -> Tensor | bool:
     """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where time ran out."""
+    if any(isinstance(node.op, MaxPool) for node in asked.graph.nodes):  # the search splits only ReLUs
+        return _by_program(asked, eps, seconds=seconds)
     ball = region(asked.x, LINF, eps)
     rows = torch.zeros(1, 1, *asked.graph.nodes[-1].shape, dtype=torch.float64)
     rows[0, 0, asked.y], rows[0, 0, asked.k] = 1.0, -1.0
@@ -111,6 +113,22 @@ def _overtaken(asked: Question, eps: float, *, seconds: float) -> Tensor | bool:
     )
     found = answered(question)
     return found.status == "verified" if found.point is None else found.point.double()
+
+
+def _by_program(asked: Question, eps: float, *, seconds: float) -> Tensor | bool:
+    """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where time ran out."""
+    until = asked.clock() + seconds
+    ball = region(asked.x, LINF, eps)
+    with torch.no_grad():
+        bounds, _ = bound_nodes(asked.graph, ball, backward=True)
+        attained = first_layers(asked.graph, ball)
+    program, values = asked.program(bounds)
+    better = tightened(asked.graph, bounds, program, values, skip=attained, deadline=until, clock=asked.clock)
+    if better is None:
+        return True
+    program, values = asked.program(better)
+    solution = program.point(asked.lead(program, values), seconds=until - asked.clock(), threads=asked.threads)
+    return solution.infeasible if solution.values is None else _image(program, asked.x, solution.values)
 
 
 def _moved(asked: Question, point: Tensor, cap: float) -> tuple[Tensor, float] | None:
