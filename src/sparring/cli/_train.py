@@ -24,7 +24,7 @@ from ..models import Blueprint, read_checkpoint, recipe_settings, save_model
 from ..sparsity import NM, STRUCTURES, Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts, sparsity_of
 from ..statistics import binomial_interval
 from ..study import NetworkSettings, Plan, TrainingSettings, check_fit, ramped_loss, refuse_constant, robust_score
-from ..train import EpochProgress, Fit, Recipe, fit, predict
+from ..train import EpochProgress, Fit, Recipe, check_memory, fit, predict
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
 from ._printing import print_json
@@ -119,6 +119,7 @@ def _fit(
     model: nn.Module, dataset: Dataset, recipe: Recipe, out: Path, options: FitOptions, training: TrainingSettings,
     pruner: Pruner | None = None,
 ) -> Fit:  # fmt: skip
+    check_memory(model, dataset.train.x, recipe)
     checkpoint = out.with_suffix(".checkpoint.safetensors")
     result = fit(
         model,

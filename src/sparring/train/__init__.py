@@ -14,6 +14,7 @@ from __future__ import annotations
 from ._certified import certified
 from ._fit import EpochProgress, Fit, fit, is_whole, predict
 from ._losses import Loss, Ramped, adversarial, cross_entropy, smoothed, trades
+from ._memory import check_memory, step_need
 from ._recipe import Recipe, learning_rate
 
 __all__ = [
@@ -24,11 +25,13 @@ __all__ = [
     "Recipe",
     "adversarial",
     "certified",
+    "check_memory",
     "cross_entropy",
     "fit",
     "is_whole",
     "learning_rate",
     "predict",
     "smoothed",
+    "step_need",
     "trades",
 ]

@@ -16,6 +16,8 @@ from ._projections import column, keep_within, pull_back, select, steepest
 
 # Probes that go through the model at once.
 _BLOCK = 1024
+# Numbers in such a block, so that large images come in fewer.
+_NUMBERS = 1 << 22
 
 
 @opening
@@ -97,7 +99,7 @@ def _estimate(decide: _Decision, point: Tensor, probe: Tensor, count: int, gener
     """Return the direction in which random probes succeed more often, with the paper's baseline (equation 16)."""
     total, weights, decided = torch.zeros_like(point), torch.zeros_like(point), torch.zeros_like(probe)
     images = len(point)
-    block = max(1, _BLOCK // images)
+    block = max(1, min(_BLOCK, _NUMBERS // point[0].numel()) // images)
     for first in range(0, count, block):
         size = min(block, count - first)
         noise = gaussian((size, *point.shape), point, generator)

@@ -1,0 +1,39 @@
+"""Memory that training takes, measured before it begins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..memory import Need, free_memory, measured
+from ..memory_format import channels_last
+from ..modes import eval_mode
+from ..outputs import logits_of
+from ._recipe import Recipe
+
+
+def check_memory(model: nn.Module, x: Tensor, recipe: Recipe) -> None:
+    """Raise UserError, with the numbers, if batches of uint8 images like x do not fit into the memory that is free."""
+    if recipe.epochs and len(x):
+        place = next((p.device for p in model.parameters()), x.device)
+        image = x[:1].to(place).float().div_(255)
+        step_need(model, image, recipe).check(recipe.batch_size, free_memory(place), "training")
+
+
+def step_need(model: nn.Module, x: Tensor, recipe: Recipe) -> Need:
+    """Return what a step takes with the optimiser's averages; x: float images (N, ...).
+
+    It is measured in eval mode, which leaves a model's statistics as they are.
+    """
+
+    def work(images: Tensor) -> None:
+        label = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        F.cross_entropy(logits_of(model(images)), label).backward()  # type: ignore[no-untyped-call]
+
+    with eval_mode(model), channels_last(model):
+        need = measured(work, x)
+    model.zero_grad(set_to_none=True)
+    averages = 1 if recipe.optimizer == "sgd" else 2
+    kept = averages * sum(p.numel() * p.element_size() for p in model.parameters())
+    return Need(need.fixed + kept, need.each)
