@@ -74,6 +74,7 @@ def usable_device(name: str, *, here: bool = True) -> str:
             torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
+        reason = "PyTorch was built without it" if reason.startswith("Could not run") else reason
         raise UserError(f"there is no device '{name}' here ({reason}); try --device cpu") from error
     if kind not in DEVICES:
         raise UserError(f"models do not run on devices of type '{kind}'; use one of {', '.join(DEVICES)}")

@@ -31,7 +31,8 @@ class Pace:
         from ..memory import size_text, used_memory
 
         rate = done / max(self.seconds, 1e-9)
-        return f"{done} of {total} images, {rate:.3g} images/s, {size_text(used_memory())}, {self.left(done, total)}"
+        fast = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        return f"{done} of {total} images, {fast} images/s, {size_text(used_memory())}, {self.left(done, total)}"
 
 
 @contextlib.contextmanager
