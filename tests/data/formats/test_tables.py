@@ -239,6 +239,20 @@ def test_labels_of_tables(tmp_path: Path) -> None:
 
 
 @arrow
+def test_one_large_text_that_is_every_label_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    every = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["a" * (1 << 20)]))
+    images = pa.array([b""] * 20_000, pa.binary())
+    made = pa.table({"image": images, "label": every})
+    pq.write_table(made, tmp_path / "test.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "test.parquet").stat().st_size < 10_000
+    with pytest.raises(DataError, match="has a label of more than 1,000 letters"):
+        data.load(str(tmp_path / "test.parquet"), request=TESTED)
+
+
+@arrow
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
 def test_damaged_tables_end_in_one_sentence(tmp_path: Path, ending: str) -> None:
     write = write_parquet if ending == "parquet" else write_arrow

@@ -26,6 +26,7 @@ IMAGES = ("image", "img", "images", "jpg", "png", "path", "file", "file_name", "
 LABELS = ("label", "labels", "class", "class_name", "cls", "target", "y")
 PARTED = ("split", "part", "subset", "set")
 MOST_TEXT = 1 << 30  # bytes of a CSV file: ten million rows
+MOST_LABEL = 1_000  # letters
 ROWS = 1 << 16  # labels that are read at a time
 
 
@@ -99,14 +100,14 @@ def _sound(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a Parquet file, or map an Arrow file of either format as a table."""
+def _opened(path: Path, *labels: str) -> Iterator[Any]:
+    """Open a Parquet file, or map an Arrow file of either format as a table; equal texts of `labels` are read once."""
     arrow, parquet = _arrow()
     if not path.is_file():
         raise DataError(f"{path} is not a regular file; choose another path")
     with _sound(path):
         if _is_parquet(path):
-            with parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+            with parquet.ParquetFile(path, memory_map=True, pre_buffer=False, read_dictionary=labels) as file:
                 yield file
             return
         with arrow.memory_map(str(path)) as source:
@@ -121,14 +122,23 @@ def _is_parquet(path: Path) -> bool:
 
 def _values(path: Path, column: str, *, rows: Mapping[int, object] | None = None) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of each row, or of some: then one after the other, since they are large."""
-    with _opened(path) as table:
+    with _opened(path, *([column] if rows is None else [])) as table:
         start = 0
         for values in _parquet(table, column, rows) if _is_parquet(path) else _batches(table, column):
             if rows is None:
-                yield from enumerate(values.to_pylist(), start)
+                yield from enumerate(_labels(values, path), start)
             else:
                 yield from ((row, values[row - start].as_py()) for row in _within(rows, start, len(values)))
             start += len(values)
+
+
+def _labels(values: Any, path: Path) -> list[Any]:
+    """Return labels; raise DataError for one that no class is called: in a hostile file it may come a million times."""
+    types = _arrow()[0].types
+    each = values.dictionary if types.is_dictionary(values.type) else values
+    if not types.is_integer(each.type) and any(len(label or "") > MOST_LABEL for label in each.to_pylist()):
+        raise DataError(f"{path} has a label of more than {MOST_LABEL:,} letters; is its column the right one?")
+    return values.to_pylist()
 
 
 def _within(rows: Mapping[int, object], start: int, count: int) -> list[int]:
