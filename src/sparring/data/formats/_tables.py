@@ -138,7 +138,7 @@ def _labels(values: Any, path: Path) -> list[Any]:
     each = values.dictionary if types.is_dictionary(values.type) else values
     if not types.is_integer(each.type) and any(len(label or "") > MOST_LABEL for label in each.to_pylist()):
         raise DataError(f"{path} has a label of more than {MOST_LABEL:,} letters; is its column the right one?")
-    return values.to_pylist()
+    return list(values.to_pylist())
 
 
 def _within(rows: Mapping[int, object], start: int, count: int) -> list[int]:
