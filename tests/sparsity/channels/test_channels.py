@@ -28,6 +28,7 @@ from sparring.sparsity import (
     tied_channels,
 )
 
+from ...deploy.test_mixed import Mixer
 from ...zoo import ZOO
 
 SHAPE = (3, 16, 16)
@@ -126,10 +127,10 @@ def test_what_cannot_lose_channels_is_found() -> None:
         tied_channels(nn.Sequential(*rigid, nn.Flatten(), nn.Linear(6 * 196, 2)), SHAPE)
 
 
-@pytest.mark.parametrize("name", [n for n in ZOO if n not in ("attention", "recurrent", "swin")])
+@pytest.mark.parametrize("name", [*(n for n in ZOO if n not in ("attention", "recurrent", "swin")), "mixer"])
 def test_every_habit_of_the_zoo_gets_smaller(name: str) -> None:
     torch.manual_seed(1)
-    model, x = ZOO[name](), torch.rand(16, 1, 8, 8)
+    model, x = {**ZOO, "mixer": Mixer}[name](), torch.rand(16, 1, 8, 8)
     for _ in range(20):
         model(x)  # running statistics that let the image through
     for module in model.eval().modules():
