@@ -64,15 +64,15 @@ ALL_ROUNDS, LINEARISED = partial(cw, precision=0.0), partial(cw, start_constant=
 # `nearest` takes as many steps as it needs for the mean that its row asks for: the peer's, and the slack above that.
 WORKS = (
     Work("deepfool", "lenet-300-100", 500, deepfool, "deepfool", 1.6, 4.0),
-    Work("minimum-norm", "lenet-300-100", 500, partial(nearest, steps=20), "ddn", 2.4, 6.0),
+    Work("minimum-norm", "lenet-300-100", 500, partial(nearest, steps=18, starts=0, polish=3), "ddn", 2.4, 6.0),
     Work("ddn-100", "lenet-300-100", 500, ddn, "ddn", slack=0.002),
-    Work("minimum-norm", "lenet-300-100-p95", 500, partial(nearest, steps=12), "ddn", 1.5, 5.0, slack=0.002),
-    Work("minimum-norm", "lenet-5", 200, partial(nearest, steps=20), "ddn", 2.0, 5.0, slack=0.002),
-    Work("minimum-norm", "resnet-20", 200, partial(nearest, steps=20), "ddn", 3.0, 8.0, slack=0.002),
+    Work("minimum-norm", "lenet-300-100-p95", 500, partial(nearest, steps=12, starts=0, polish=3), "ddn", 1.5, 5.0, slack=0.002),
+    Work("minimum-norm", "lenet-5", 200, partial(nearest, steps=18, starts=0, polish=3), "ddn", 2.0, 5.0, slack=0.002),
+    Work("minimum-norm", "resnet-20", 200, partial(nearest, steps=18, starts=0, polish=3), "ddn", 3.0, 8.0, slack=0.002),
     Work("cw", "lenet-300-100", 200, cw, "cw", 2.5, 5.0, slack=0.002),
     Work("cw-all-rounds", "lenet-300-100", 200, ALL_ROUNDS, "cw", 2.5, 5.0, slack=0.002),
     Work("cw-linearised", "lenet-300-100", 200, LINEARISED, "cw", 2.5, 5.0, slack=0.002),
-    Work("nearest-for-cw", "lenet-300-100", 200, partial(nearest, steps=12), "cw", 300.0, 500.0, slack=0.0),
+    Work("nearest-for-cw", "lenet-300-100", 200, partial(nearest, steps=12, starts=0, polish=3), "cw", 300.0, 500.0, slack=0.0),
     Work("pgd-40", "lenet-300-100", 500, partial(pgd, steps=40), "pgd", 3.0, 5.0, budget=True),
     Work("apgd-100", "lenet-300-100", 500, apgd, "apgd", 3.0, 5.0, budget=True),
     Work("standard", "lenet-300-100", 200, standard, "autoattack", 2.0, 4.0, budget=True),
@@ -225,7 +225,7 @@ def verdict(work: Work, ours: Result, rivals: dict[str, Result], floor: float) -
 
 def halving_eps(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return an l_inf eps at which about half the images stay robust: the median of the smallest distances found."""
-    found = run(model, x, y, partial(nearest, steps=50), Threat(LINF)).distance
+    found = run(model, x, y, partial(nearest, steps=50, starts=0), Threat(LINF)).distance
     return round(float(found.median()), 3)
 
 

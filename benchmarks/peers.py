@@ -14,14 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PEERS", "Attacker", "missing", "peers"]
+__all__ = ["PEERS", "Attacker", "adv_lib", "can_import", "foolbox", "missing", "peers"]
 
 Attacker = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def _adv_lib(
+def adv_lib(
     model: nn.Module, x: Tensor, y: Tensor, *, name: str, eps: float | None = None, **options: object
 ) -> Tensor:
+    """Run an attack of adversarial-library."""
     attack = getattr(importlib.import_module("adv_lib.attacks"), name)
     if name == "pgd_linf":
         return attack(model, x, y, eps, **options)
@@ -30,12 +31,13 @@ def _adv_lib(
     return attack(model, x, y, **options)
 
 
-def _foolbox(
+def foolbox(
     model: nn.Module, x: Tensor, y: Tensor, *, name: str, eps: float | None = None, **options: object
 ) -> Tensor:
-    foolbox = importlib.import_module("foolbox")
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-    return getattr(foolbox.attacks, name)(**options)(wrapped, x, y, epsilons=eps)[1]
+    """Run an attack of foolbox."""
+    library = importlib.import_module("foolbox")
+    wrapped = library.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    return getattr(library.attacks, name)(**options)(wrapped, x, y, epsilons=eps)[1]
 
 
 def _art(model: nn.Module, x: Tensor, y: Tensor, *, name: str, eps: float | None = None, **options: object) -> Tensor:
@@ -66,26 +68,26 @@ def _pyautoattack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tens
 
 PEERS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "deepfool": {
-        "adv_lib": partial(_adv_lib, name="df", steps=50),
-        "foolbox": partial(_foolbox, name="L2DeepFoolAttack", steps=50, candidates=10),
+        "adv_lib": partial(adv_lib, name="df", steps=50),
+        "foolbox": partial(foolbox, name="L2DeepFoolAttack", steps=50, candidates=10),
         "art": partial(_art, name="DeepFool", max_iter=50),
     },
     "ddn": {
         # No rounding to 256 grey levels: real-valued perturbations are smaller.
-        "adv_lib": partial(_adv_lib, name="ddn", steps=100, levels=None),
-        "foolbox": partial(_foolbox, name="DDNAttack", steps=100),
+        "adv_lib": partial(adv_lib, name="ddn", steps=100, levels=None),
+        "foolbox": partial(foolbox, name="DDNAttack", steps=100),
     },
     "cw": {
-        "adv_lib": partial(_adv_lib, name="carlini_wagner_l2", max_iterations=1000),
-        "foolbox": partial(_foolbox, name="L2CarliniWagnerAttack", steps=1000),
+        "adv_lib": partial(adv_lib, name="carlini_wagner_l2", max_iterations=1000),
+        "foolbox": partial(foolbox, name="L2CarliniWagnerAttack", steps=1000),
     },
     "pgd": {
-        "adv_lib": partial(_adv_lib, name="pgd_linf", steps=40),
-        "foolbox": partial(_foolbox, name="LinfPGD", steps=40),
+        "adv_lib": partial(adv_lib, name="pgd_linf", steps=40),
+        "foolbox": partial(foolbox, name="LinfPGD", steps=40),
         "art": partial(_art, name="ProjectedGradientDescent", max_iter=40, num_random_init=1),
     },
     "apgd": {
-        "adv_lib": partial(_adv_lib, name="apgd", loss_function="ce"),
+        "adv_lib": partial(adv_lib, name="apgd", loss_function="ce"),
         "art": partial(_art, name="AutoProjectedGradientDescent", max_iter=100, nb_random_init=1),
     },
     "autoattack": {"torchattacks": _torchattacks, "pyautoattack": _pyautoattack},
@@ -108,6 +110,15 @@ def missing(work: str) -> dict[str, str]:
         except ImportError as error:
             absent[name] = str(error)
     return absent
+
+
+def can_import(name: str) -> bool:
+    """Return whether a library can be imported."""
+    try:
+        _import(name)
+    except ImportError:
+        return False
+    return True
 
 
 def _import(name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparring import data, models, sparsity
 from sparring.errors import DataError
 from sparring.files import load_tensors, save_tensors
-from sparring.train import Recipe, fit
+from sparring.train import Loss, Recipe, adversarial, cross_entropy, fit, trades
 
 __all__ = ["NETWORKS", "Trained", "correct_images", "trained"]
 
@@ -22,29 +22,45 @@ SHORT = Recipe(optimizer="adam", lr=1e-3, weight_decay=0.0, epochs=6, batch_size
 
 @dataclass(frozen=True)
 class Network:
-    """How a network is made: on the first data set that is found, dense first, then at each sparsity in turn."""
+    """How a network is made: on the first data set that is found, from scratch or at `sparsity` from another, `start`."""
 
     model: str
     data: tuple[str, ...]
     recipe: Recipe = SHORT
-    sparsities: tuple[float, ...] = ()
+    start: str | None = None
+    sparsity: float = 0.0
     depth: int | None = None
+    seed: int = 0
+    loss: Loss = cross_entropy
+
+
+def family(name: str, dense: Network) -> dict[str, Network]:
+    """Return a dense network and those made of it, at 80, 90, 95, 98 and 99%, each from the one before."""
+    networks = {name: dense}
+    for level in (80, 90, 95, 98, 99):
+        networks[f"{name}-p{level}"] = replace(dense, start=[*networks][-1], sparsity=level / 100)
+    return networks
 
 
 MNIST = ("mnist", "mnist-5k")
+RESIDUAL = Network(
+    "resnet-32",
+    ("cifar10", "cifar10-jpeg.zip", *MNIST),
+    Recipe(lr=0.1, epochs=2, batch_size=128, warmup=0.2),
+    depth=20,
+)
+ORDINARY = {"lenet-300-100": Network("lenet-300-100", MNIST), "lenet-5": Network("lenet-5", MNIST)}
+# Names end as "-s1" for a second seed, "-pgd" and "-trades" for adversarial training, "-p95" for 95% sparsity.
 NETWORKS = {
-    "lenet-300-100": Network("lenet-300-100", MNIST),
-    "lenet-300-100-p90": Network("lenet-300-100", MNIST, sparsities=(0.8, 0.9)),
-    "lenet-300-100-p95": Network("lenet-300-100", MNIST, sparsities=(0.8, 0.9, 0.95)),
-    "lenet-300-100-p98": Network("lenet-300-100", MNIST, sparsities=(0.8, 0.9, 0.95, 0.98)),
-    "lenet-300-100-p99": Network("lenet-300-100", MNIST, sparsities=(0.8, 0.9, 0.95, 0.98, 0.99)),
-    "lenet-5": Network("lenet-5", MNIST),
-    "resnet-20": Network(
-        "resnet-32",
-        ("cifar10", "cifar10-jpeg.zip", *MNIST),
-        Recipe(lr=0.1, epochs=2, batch_size=128, warmup=0.2),
-        depth=20,
-    ),
+    key: network
+    for name, dense in {**ORDINARY, "resnet-20": RESIDUAL}.items()
+    for suffix, change in {
+        "": dense,
+        "-s1": replace(dense, seed=1),
+        "-pgd": replace(dense, loss=adversarial(eps=0.3 if dense.data is MNIST else 8 / 255)),
+        "-trades": replace(dense, loss=trades(eps=0.3 if dense.data is MNIST else 8 / 255)),
+    }.items()
+    for key, network in family(name + suffix, change).items()
 }
 
 
@@ -67,13 +83,18 @@ def trained(name: str, root: Path | None, cache: Path) -> Trained:
         mean=dataset.mean,
         std=dataset.std,
         depth=made.depth,
+        seed=made.seed,
     )
     path = cache / f"{name}-on-{dataset.name}.safetensors"
     if path.exists():
         models.load_weights_(model, load_tensors(path))
     else:
+        masks = None
+        if made.start is not None:
+            models.load_weights_(model, trained(made.start, root, cache).model.state_dict())
+            masks = sparsity.select(sparsity.magnitude(model), made.sparsity)
         print(f"training {name} on {dataset.name}, once", file=sys.stderr)
-        _train(model, dataset, made)
+        fit(model, *dataset.train, made.recipe, seed=made.seed, loss=made.loss, masks=masks)
         cache.mkdir(parents=True, exist_ok=True)
         save_tensors(path, model.state_dict())
     model.eval()
@@ -100,13 +121,6 @@ def _first_found(names: tuple[str, ...], root: Path | None) -> data.Dataset:
         else:
             return dataset
     raise ValueError("no data set named")
-
-
-def _train(model: nn.Module, dataset: data.Dataset, made: Network) -> None:
-    x, y = dataset.train
-    fit(model, x, y, made.recipe)
-    for level in made.sparsities:
-        fit(model, x, y, made.recipe, masks=sparsity.select(sparsity.magnitude(model), level))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from sparring.attacks.algorithms._projections import (
     FeasibleSet,
     boundary_step,
     climb,
+    corner_step,
     hold,
     inside,
     nearest_boundary,
@@ -101,6 +102,22 @@ def test_a_boundary_step_gains_what_is_wanted_or_all_the_box_allows(norm: float)
         torch.testing.assert_close((step * gradient).flatten(1).sum(1), gained * most, rtol=1e-5, atol=0)
         assert float((x + step).min()) >= -1e-6 and float((x + step).max()) <= 1 + 1e-6
         assert bool((step[:, :, 0] == 0).all())
+
+
+def test_a_corner_step_is_the_shortest_that_gains_enough_of_each() -> None:
+    draws = torch.Generator().manual_seed(5)
+    x, gradients = torch.full((20, 1, 6, 6), 0.5), torch.randn(20, 3, 1, 6, 6, generator=draws)
+    gains = 0.1 * torch.rand(20, 3, generator=draws)
+    step = corner_step(x, x, gradients, gains).flatten(1)
+    flat = gradients.flatten(2)
+    reached = (flat * step.unsqueeze(1)).sum(2)
+    assert bool((reached >= gains - 1e-4).all())
+    # The conditions of Karush, Kuhn and Tucker: a sum of gradients, none negative, only of those that gain no more.
+    times = torch.linalg.lstsq(flat.transpose(1, 2), step.unsqueeze(2)).solution.squeeze(2)
+    torch.testing.assert_close((times.unsqueeze(2) * flat).sum(1), step, rtol=0, atol=1e-5)
+    assert float(times.min()) >= -1e-5
+    assert bool(((times.abs() < 1e-5) | ((reached - gains).abs() < 1e-4)).all())
+    assert int((times.abs() < 1e-5).sum()) > 0
 
 
 class Shift(nn.Module):

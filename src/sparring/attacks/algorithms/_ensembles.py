@@ -27,6 +27,8 @@ from ._square import square
 _DEEP = partial(pgd, objective=margin_loss, stop_early=False)
 # Where gradients are masked, each of them finds images that the others do not.
 _LOSSES = (margin_loss, dlr, scaled_cross_entropy)
+# Before other attacks `nearest` need not find the optimum.
+_SHORT = partial(nearest, steps=30, starts=0, polish=5)
 
 
 @opening
@@ -183,7 +185,7 @@ def standard(
     if norm == L1:
         gradients, searches = [partial(pgd, steps=100, objective=scaled_cross_entropy)], [fab_targeted]
     if eps is None:
-        attacks: list[Attack] = [partial(nearest, steps=100), deepfool, fab]
+        attacks: list[Attack] = [nearest, deepfool, fab]
     elif _is_differenced(model):
         attacks = _by_differences(x, norm)
     else:
@@ -205,7 +207,7 @@ def fast(
 ) -> Tensor:
     """Return the worst case of a cheap ensemble, with a fraction of `standard`'s passes.
 
-    With eps: `nearest`, then short PGD and APGD runs on two losses, then APGD towards three classes, which helps if the
+    With eps: `nearest` from one start, then short PGD and APGD runs, then APGD towards three classes, which helps if the
     boundary to the likeliest class is discontinuous. If layers declare that they mask gradients, it takes three times
     the steps, repeats all but `nearest` from other starts, and adds long PGD runs on three losses from three starts
     each, because each of them fools other images. Stochastic models are attacked by complete runs of PGD on the margin
@@ -214,13 +216,13 @@ def fast(
     """
     attacks: list[Attack]
     if eps is None:
-        attacks = [nearest, partial(deepfool, candidates=3)]
+        attacks = [_SHORT, partial(deepfool, candidates=3)]
     elif _draws(model):
         attacks = [_DEEP]
     elif _is_differenced(model):
         attacks = _by_differences(x, norm)
     elif norm == L1:
-        attacks = [nearest, partial(pgd, steps=40, objective=margin_loss)]
+        attacks = [_SHORT, partial(pgd, steps=40, objective=margin_loss)]
     else:
         masked = has_masked_gradients(model)
         started: list[Attack] = [
@@ -228,7 +230,7 @@ def fast(
             partial(apgd, steps=30, objective=dlr, again=False),
             partial(apgd_targeted, steps=60 if masked else 20, classes=3),
         ]
-        attacks = [nearest, *started]
+        attacks = [_SHORT, *started]
         if masked:
             attacks += [*started, *(partial(pgd, steps=100, restarts=3, objective=loss) for loss in _LOSSES)]
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)

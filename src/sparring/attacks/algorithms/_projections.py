@@ -267,6 +267,27 @@ def boundary_step(
     return moved.mul_(flat.sign()).view_as(x)
 
 
+def corner_step(x: Tensor, point: Tensor, gradients: Tensor, gains: Tensor) -> Tensor:
+    """Return about the smallest l_2 perturbation inside the box that raises each of M linear functions by its gain.
+
+    gradients has shape (N, M, ...), gains (N, M). It is clip(sum of t_m·gradient_m) with t >= 0, solved for as if the
+    box stopped the pixels that it stops at `point`, and without the functions whose own t would be negative.
+    """
+    flat, low, high = gradients.flatten(2), -x.flatten(1), 1 - x.flatten(1)
+    delta = (point - x).flatten(1)
+    free = ((delta > low) & (delta < high)).to(x)
+    products = torch.bmm(flat * free.unsqueeze(1), flat.transpose(1, 2))
+    wanted = gains - torch.bmm(flat, (delta * (1 - free)).unsqueeze(2)).squeeze(2)
+    own = products.diagonal(dim1=1, dim2=2).clamp_min(1e-30)
+    active = torch.ones_like(gains)
+    for _ in range(gains.shape[1]):
+        pairs = products * active.unsqueeze(1) * active.unsqueeze(2)
+        times = torch.linalg.solve(pairs + torch.diag_embed(own * (1 + 1e-6 - active)), wanted * active)
+        active *= (times >= 0).to(times)
+    step = torch.bmm((times * active).unsqueeze(1), flat).squeeze(1)
+    return torch.minimum(torch.maximum(step, low), high).view_as(x)
+
+
 class Boundary(NamedTuple):
     """One linearised boundary per image.
 

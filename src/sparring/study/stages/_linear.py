@@ -25,7 +25,7 @@ EXACT = 1e-9  # relative, for what the theorem says of float64 sums
 # A linear boundary has no curvature to be guided around, so that few of the guided steps do.
 DISTANCE_ATTACKS: dict[str, attacks.Attack] = {
     "deepfool": attacks.deepfool,
-    "nearest": functools.partial(attacks.nearest, steps=10),
+    "nearest": functools.partial(attacks.nearest, steps=10, starts=0, polish=5),
 }
 NEAR = 1e-6  # relative, for float64 logits of images within a rounding error of the boundary
 
