@@ -61,18 +61,24 @@ class Work:
 # Carlini and Wagner's attack with all nine rounds for every image; and with a search of c that begins where the
 # linearised margin says, which is not the paper's.
 ALL_ROUNDS, LINEARISED = partial(cw, precision=0.0), partial(cw, start_constant=None)
-# `nearest` takes as many steps as it needs for the mean that its row asks for: the peer's, and the slack above that.
+
+
+def _race(steps: int) -> Callable[..., Tensor]:
+    """Return `nearest` from one start, with as many steps as the mean that a row asks for takes."""
+    return partial(nearest, steps=steps, starts=0, polish=3)
+
+
 WORKS = (
     Work("deepfool", "lenet-300-100", 500, deepfool, "deepfool", 1.6, 4.0),
-    Work("minimum-norm", "lenet-300-100", 500, partial(nearest, steps=18, starts=0, polish=3), "ddn", 2.4, 6.0),
+    Work("minimum-norm", "lenet-300-100", 500, _race(18), "ddn", 2.4, 6.0),
     Work("ddn-100", "lenet-300-100", 500, ddn, "ddn", slack=0.002),
-    Work("minimum-norm", "lenet-300-100-p95", 500, partial(nearest, steps=12, starts=0, polish=3), "ddn", 1.5, 5.0, slack=0.002),
-    Work("minimum-norm", "lenet-5", 200, partial(nearest, steps=18, starts=0, polish=3), "ddn", 2.0, 5.0, slack=0.002),
-    Work("minimum-norm", "resnet-20", 200, partial(nearest, steps=18, starts=0, polish=3), "ddn", 3.0, 8.0, slack=0.002),
+    Work("minimum-norm", "lenet-300-100-p95", 500, _race(12), "ddn", 1.5, 5.0, slack=0.002),
+    Work("minimum-norm", "lenet-5", 200, _race(18), "ddn", 2.0, 5.0, slack=0.002),
+    Work("minimum-norm", "resnet-20", 200, _race(18), "ddn", 3.0, 8.0, slack=0.002),
     Work("cw", "lenet-300-100", 200, cw, "cw", 2.5, 5.0, slack=0.002),
     Work("cw-all-rounds", "lenet-300-100", 200, ALL_ROUNDS, "cw", 2.5, 5.0, slack=0.002),
     Work("cw-linearised", "lenet-300-100", 200, LINEARISED, "cw", 2.5, 5.0, slack=0.002),
-    Work("nearest-for-cw", "lenet-300-100", 200, partial(nearest, steps=12, starts=0, polish=3), "cw", 300.0, 500.0, slack=0.0),
+    Work("nearest-for-cw", "lenet-300-100", 200, _race(12), "cw", 300.0, 500.0, slack=0.0),
     Work("pgd-40", "lenet-300-100", 500, partial(pgd, steps=40), "pgd", 3.0, 5.0, budget=True),
     Work("apgd-100", "lenet-300-100", 500, apgd, "apgd", 3.0, 5.0, budget=True),
     Work("standard", "lenet-300-100", 200, standard, "autoattack", 2.0, 4.0, budget=True),

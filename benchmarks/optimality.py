@@ -3,7 +3,7 @@
     python benchmarks/optimality.py [--json] [--networks lenet-300-100:200,lenet-5-p95:50,cnn.safetensors:40,...]
         [--norms l2] [--only nearest,DDN] [--data-dir DIR]
 
-LO = (a·e − mean min(d, e)) / (a·e − mean d*): a is the share of images that the network classifies correctly, d an
+LO = (a·e − mean min(d, e)) / (a·e − mean d*): a is the share of images classified correctly, d an
 attack's distance (0 where the network is wrong, infinite where the attack fails), d* the least that any attack of the
 pool reached, e the largest d*. Means are over all images. `returned` judges what an attack returns on a fresh pass,
 `seen` the nearest adversarial point it ever put to the network. A pass is an image's forward pass with the gradient of
@@ -133,7 +133,9 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
 def pool_of(model: nn.Module, x: Tensor, y: Tensor, norm: float, only: set[str], cache: Path) -> dict[str, Reached]:
     """Return what each attack of the pool reached, from the cache where it ran before."""
     images = sha256_bytes(pack_tensors({**model.state_dict(), "/x": x}))[:16]
-    contestants = {name: (attack, True, f"revision{ATTACKS[name.split('-')[0]].revision}") for name, attack in OURS.items()}
+    contestants = {}
+    for name, attack in OURS.items():
+        contestants[name] = (attack, True, f"revision{ATTACKS[name.split('-')[0]].revision}")
     if norm != L2:
         contestants.pop("ddn-2000")
     for name, by_norm in PEERS.items():
@@ -219,7 +221,8 @@ def network_of(name: str, options: argparse.Namespace) -> Trained:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print rows as JSON, when all are done")
-    parser.add_argument("--networks", default=",".join(f"{name}:200" for name in NETWORKS), help="NAME:IMAGES by commas")
+    every = ",".join(f"{name}:200" for name in NETWORKS)
+    parser.add_argument("--networks", default=every, help="NAME:IMAGES by commas")
     parser.add_argument("--norms", default="l2,linf", help="by commas, of l1, l2, linf")
     parser.add_argument("--only", default="", help="attacks by commas; the best of these is d*")
     parser.add_argument("--data-dir", type=Path, help="where MNIST and CIFAR-10 are")

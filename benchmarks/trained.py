@@ -22,7 +22,7 @@ SHORT = Recipe(optimizer="adam", lr=1e-3, weight_decay=0.0, epochs=6, batch_size
 
 @dataclass(frozen=True)
 class Network:
-    """How a network is made: on the first data set that is found, from scratch or at `sparsity` from another, `start`."""
+    """How a network is made: on the first data set that is found, from scratch or at `sparsity` from `start`."""
 
     model: str
     data: tuple[str, ...]

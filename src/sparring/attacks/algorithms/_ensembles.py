@@ -207,7 +207,7 @@ def fast(
 ) -> Tensor:
     """Return the worst case of a cheap ensemble, with a fraction of `standard`'s passes.
 
-    With eps: `nearest` from one start, then short PGD and APGD runs, then APGD towards three classes, which helps if the
+    With eps: `nearest` from one start, short PGD and APGD runs, then APGD towards three classes, which helps if the
     boundary to the likeliest class is discontinuous. If layers declare that they mask gradients, it takes three times
     the steps, repeats all but `nearest` from other starts, and adds long PGD runs on three losses from three starts
     each, because each of them fools other images. Stochastic models are attacked by complete runs of PGD on the margin

@@ -197,7 +197,7 @@ def _step_onto_boundary(
 
 
 def _direction(gradient: Tensor, norm: float) -> Tensor:
-    """Return the gradient at unit length in the norm; for linf its sign, for l1 six times it: the ball cuts most off."""
+    """Return the gradient at unit length in the norm; for linf its sign, for l1 six times it: the ball cuts most."""
     if norm == LINF:
         return gradient.sign()
     length = 1.0 if norm == L2 else 6.0
