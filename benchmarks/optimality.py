@@ -38,7 +38,7 @@ from sparring.files import load_tensors, pack_tensors, save_tensors, sha256_byte
 from sparring.threat import L1, L2, LINF, Threat, distance, norm_name, parse_norm
 from trained import NETWORKS, Trained, trained
 
-OURS = {"nearest": nearest, "ddn-2000": partial(ddn, steps=2000), "fab": partial(fab, steps=100)}
+OURS: dict[str, Callable[..., Tensor]] = {"nearest": nearest, "ddn-2000": partial(ddn, steps=2000), "fab": partial(fab, steps=100)}
 _BB = "{}BrendelBethgeAttack"
 # By library and norm. FAB, DeepFool and its kin pay for ten gradients where others pay for one.
 PEERS: dict[str, dict[float, Callable[..., Tensor]]] = {
@@ -133,7 +133,7 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
 def pool_of(model: nn.Module, x: Tensor, y: Tensor, norm: float, only: set[str], cache: Path) -> dict[str, Reached]:
     """Return what each attack of the pool reached, from the cache where it ran before."""
     images = sha256_bytes(pack_tensors({**model.state_dict(), "/x": x}))[:16]
-    contestants = {}
+    contestants: dict[str, tuple[Callable[..., Tensor], bool, str]] = {}
     for name, attack in OURS.items():
         contestants[name] = (attack, True, f"revision{ATTACKS[name.split('-')[0]].revision}")
     if norm != L2:
