@@ -38,7 +38,11 @@ from sparring.files import load_tensors, pack_tensors, save_tensors, sha256_byte
 from sparring.threat import L1, L2, LINF, Threat, distance, norm_name, parse_norm
 from trained import NETWORKS, Trained, trained
 
-OURS: dict[str, Callable[..., Tensor]] = {"nearest": nearest, "ddn-2000": partial(ddn, steps=2000), "fab": partial(fab, steps=100)}
+OURS: dict[str, Callable[..., Tensor]] = {
+    "nearest": nearest,
+    "ddn-2000": partial(ddn, steps=2000),
+    "fab": partial(fab, steps=100),
+}
 _BB = "{}BrendelBethgeAttack"
 # By library and norm. FAB, DeepFool and its kin pay for ten gradients where others pay for one.
 PEERS: dict[str, dict[float, Callable[..., Tensor]]] = {
