@@ -56,10 +56,10 @@ def size_text(count: int) -> str:
 
 
 def measured(work: Callable[[Tensor], object], x: Tensor) -> Need:
-    """Run work on one image and on two and return what it takes: the most bytes of tensors that lived at a time.
+    """Run work on one image and on two, and return its memory: the largest sum of live tensors in bytes.
 
-    x: images, of which the first is repeated; the model that works is in eval mode. What a library takes for itself
-    inside an operation is not seen; on a CPU a share is added for it, and for memory that is free but not given back.
+    x: images; the first is repeated. The model that `work` runs is in eval mode. Memory that a library uses inside an
+    operation is not seen; on a CPU a fraction is added for it and for memory that is freed but not returned.
     """
     image = x[:1] if len(x) else x.new_zeros((1, *x.shape[1:]))
     with torch.random.fork_rng(devices=[]):

@@ -238,7 +238,7 @@ def test_quantised_matrices_are_counted_and_cannot_be_saved(tmp_path) -> None:  
     model = nn.Sequential(nn.Linear(4, 216), layer)
     counted, left_out = size(model), {m.name: m.excuse for m in sparsity_matrices(model) if m.excuse is not None}
     assert (counted.weights, counted.matrices, left_out) == (864, 864 + 216 * 8, {"1.weight": "quantised"})
-    with pytest.raises(UserError, match="before it is quantised"):
+    with pytest.raises(UserError, match="before you quantise it"):
         save_tensors(tmp_path / "net.safetensors", nn.Sequential(layer).state_dict())
 
 

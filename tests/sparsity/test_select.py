@@ -145,7 +145,7 @@ def test_sparsity_out_of_range_is_refused(sparsity: float) -> None:
 
 def test_what_cannot_be_had_is_refused_with_the_reason() -> None:
     scores = {"a": torch.rand(4, 6)}
-    with pytest.raises(UserError, match="gone already"):
+    with pytest.raises(UserError, match="is already pruned"):
         select(scores, 0.1, within=select(scores, 0.5))
     with pytest.raises(UserError, match="groups of 4"):
         select(scores, 0.5, structure=NM(2, 4))

@@ -236,7 +236,7 @@ def _with_weights(names: list[str], weights: list[Path]) -> list[ModelSource]:
 def _profile(
     source: ModelSource, dataset: Dataset, eps: float, images: int, place: Place
 ) -> dict[str, NDArray[np.float64]]:
-    """Return per-image values of a model: right or wrong, standing under attack or not, smallest distance."""
+    """Return per-image values of a model: correct or not, robust under attack or not, smallest distance."""
     model = open_model(source, dataset)[0].eval()
     x, y = chosen_images(dataset, "test", 0, images)
     task = place.task(model, as_float(x), y)

@@ -232,9 +232,9 @@ def run_pick(how: PickOptions, *, as_json: bool) -> None:
 
 
 def _packed_choice(how: PickOptions, content: PlanFile, choice: Choice) -> deploy.Packed:
-    """Pack the chosen network as an artefact that says which cell of which study it is."""
+    """Pack the chosen network as an artefact that records its study and cell."""
     model, record = trained(how.study, choice.key, factory=how.model), read_record(how.study, choice.key)
-    assert record is not None  # of which `trained` rebuilt the model
+    assert record is not None  # `trained` rebuilt the model from it
     provenance = {
         "study": content.plan["name"],
         "cell": {"method": choice.method, "sparsity": choice.sparsity, "seed": choice.seed},

@@ -211,7 +211,7 @@ def _make_timm(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def _timm_weights(own: str, download: bool) -> Mapping[str, Tensor] | None:
-    """Let timm itself rename and resize what its file holds, unpickled before where it is a pickle."""
+    """Load timm's weights by timm's own renaming and resizing; a pickle is unpickled safely before."""
     import timm
 
     file = _timm_file(timm.get_pretrained_cfg(own), download)

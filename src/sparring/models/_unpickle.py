@@ -91,8 +91,8 @@ def unpickled(path: Path) -> Any:
         names = []
     for name in names:
         if not is_harmless(name):
-            own = "where you trust it, load it by torch.load(FILE, weights_only=False) and save model.state_dict()"
-            raise Refused(f"it would run {name}; do not trust it; {own}")
+            own = "if you trust the file, load it with torch.load(FILE, weights_only=False) and save model.state_dict()"
+            raise Refused(f"it would run {name}, so do not load an untrusted file; {own}")
     inert: list[Any] = [(STAND_INS.get(name) or type("Inert", (Inert,), {}), name) for name in names]
     with safe_globals([*inert, Inert]):
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -323,7 +323,7 @@ def _keep(units: Sequence[Tensor], sizes: Sequence[Size], sparsity: float, where
     ]
     wanted, whole = sparsity * sum(held), max(map(largest_unit, sizes))
     if sum(lost) >= wanted + whole:
-        raise UserError(f"{where} is to be {sparsity:.4%} sparse, but {sum(gone) / total:.4%} of it is pruned already")
+        raise UserError(f"{where} cannot be pruned to {sparsity:.4%}: {sum(gone) / total:.4%} of it is already pruned")
     equal = isinstance(sizes[0], int) and len(set(sizes)) == 1
     removed = max(sum(gone), round(wanted / whole) if equal else _removed_of_unequal(units, sizes, wanted))
     if protected > total - removed:

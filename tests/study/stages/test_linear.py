@@ -62,7 +62,7 @@ def test_what_contradicts_theory_is_told(records: list[Any]) -> None:
     assert mismatches(point) == []
     robust = {"0.2": point["fgsm"]["0.2"] - 0.2}
     assert "FGSM" in mismatches({**point, "fgsm": robust})[0]
-    assert "nearer" in mismatches({**point, "below_deepfool": 0.01})[0]
+    assert "below the exact" in mismatches({**point, "below_deepfool": 0.01})[0]
     for name, word in (("by_means", "means"), ("r_2", "r_2"), ("l1", "nonzero")):
         broken = {**point["theorem"], name: point["theorem"][name] * 100}
         assert any(word in text for text in mismatches({**point, "theorem": broken}))

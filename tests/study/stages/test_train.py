@@ -47,7 +47,7 @@ def test_a_constant_network_is_refused_with_the_way_out(few_digits: Dataset, tmp
     }
     records = run(Plan.from_table(table), tmp_path, dataset=few_digits, workers=0)
     assert [record.stage for record in records] == ["train"], "nothing is made of it"
-    assert "for class" in (records[0].error or "") and "ramp = 0.5" in (records[0].error or "")
+    assert "for every validation image" in (records[0].error or "") and "ramp = 0.5" in (records[0].error or "")
 
 
 def test_a_network_of_several_answers_passes_and_so_does_data_of_one_class(few_digits: Dataset) -> None:
