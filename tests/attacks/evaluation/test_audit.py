@@ -58,5 +58,5 @@ def test_a_budget_outdone_by_a_smaller_one_is_flagged(net: nn.Module, images: Te
 
 
 def test_a_budget_attack_without_a_budget_is_refused(net: nn.Module, images: Tensor) -> None:
-    with pytest.raises(UserError, match=r"'pgd' needs a budget: give eps, as eps=\[0.03\]"):
+    with pytest.raises(UserError, match=r"'pgd' needs a budget; give eps, such as eps=\[0.03\]"):
         audit(net, images, net(images).argmax(1), {"pgd": pgd})
