@@ -69,7 +69,7 @@ def measured(work: Callable[[Tensor], object], x: Tensor) -> Need:
 
 
 def answers_at_once(answer: Callable[[Tensor], object], x: Tensor, *, most: int = 500) -> int:
-    """Return how many float images, like x, a model is asked for answers at once: in 1 GiB of a CPU at most.
+    """Return how many float images, like x, a model is asked for answers at once: in 768 MiB of a CPU at most.
 
     Raise UserError where one image does not fit into what is free.
     """
@@ -80,7 +80,7 @@ def answers_at_once(answer: Callable[[Tensor], object], x: Tensor, *, most: int 
 
     need, free = measured(work, x), free_memory(x.device)
     need.check(1, free, "a prediction")
-    return need.fitting(min(free // 2, 2**30) if x.device.type == "cpu" else free // 2, most=most)
+    return need.fitting(min(free // 2, 3 * 2**28) if x.device.type == "cpu" else free // 2, most=most)
 
 
 def _peak(work: Callable[[Tensor], object], x: Tensor) -> int:
