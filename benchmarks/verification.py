@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--mnist-fc", type=Path, help="folder with onnx/ and vnnlib/")
-    parser.add_argument("--only", default="", help="networks and eps of mnist_fc, as 256x4:0.05")
+    parser.add_argument("--only", default="", help="network and eps of mnist_fc, as 256x4:0.05, or a sparsity, as 95")
     parser.add_argument("--lenet", action="store_true", help="exact distances of pruned LeNet-300-100")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--images", type=int, default=10)
@@ -57,7 +57,7 @@ def main() -> None:
     if options.mnist_fc:
         rows += questions(options.mnist_fc, options.seconds, options.only)
     if options.lenet:
-        rows += [distances(name, options) for name in SPARSITIES]
+        rows += [distances(name, options) for name in SPARSITIES if options.only in ("", name)]
     print(json.dumps(rows, indent=1) if options.json else "\n".join(map(str, rows)))
 
 
