@@ -1,4 +1,4 @@
-"""The search for an answer: attacks, then bounds from cheap to tight, then branching and programs for what is left."""
+"""The search for an answer: cheap bounds, attacks on what they leave, tighter bounds, then branching and programs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ def answered(asked: Question, *, nodes: float = math.inf, progress: Progress | N
     """Search for an answer until the question's deadline."""
     budget = Budget(nodes, lambda: asked.seconds)
     try:
-        _attack(asked, 0)
         low = _proved(folded(asked), budget, progress or (lambda *_: None))
     except _Found as found:
         return Answer("falsified", -math.inf, found.point, budget.used)
@@ -56,6 +55,8 @@ def answered(asked: Question, *, nodes: float = math.inf, progress: Progress | N
 
 
 def _attack(asked: Question, seed: int) -> None:
+    if not len(asked.rows):
+        return
     generator = torch.Generator().manual_seed(seed)
     some = torch.rand(_STARTS, *asked.ball.x.shape[1:], generator=generator, dtype=torch.float64)
     starts = torch.cat([asked.ball.x, asked.ball.lower + some * (asked.ball.upper - asked.ball.lower)])
@@ -82,6 +83,7 @@ def _proved(asked: Question, budget: Budget, progress: Progress) -> float:
 
     bounder = Bounder(graph, last, asked.ball, bounds, asked.rows, asked.limits)
     bounded(bounder, 0)
+    _attack(asked.of(open_()), 0)
     bounded(bounder, 20)
     for level, rounds in enumerate(_ROUNDS):
         if not len(open_()) or budget.over:
@@ -92,7 +94,7 @@ def _proved(asked: Question, budget: Budget, progress: Progress) -> float:
         bounded(bounder, 20)
         if not len(open_()) or budget.over:
             break
-        _attack(asked, level + 1)
+        _attack(asked.of(open_()), level + 1)
         part = budget.part(math.inf if rounds == _ROUNDS[-1] else (budget.used - before) // 2)
         told = partial(_tell, progress, float(low.amin()), budget.used)
         value = decided(bounder, open_(), part, stuck=partial(_by_program, asked, bounder), heard=told)

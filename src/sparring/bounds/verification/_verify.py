@@ -59,7 +59,7 @@ def verify(
 ) -> tuple[Verdict, ...]:
     """Say for each image whether its label stands in the whole eps-ball inside [0, 1]: complete, unless time runs out.
 
-    x (N, ...) in [0, 1], labels y (N,); linf or l2. Attacks, then bounds, then branch and bound over the signs of
+    x (N, ...) in [0, 1], labels y (N,); linf or l2. Bounds, attacks, then branch and bound over the signs of
     ReLUs, whose inputs are bounded by searches of their own first. "verified" speaks of exact arithmetic, of bounds in
     float64 that are lowered for rounding; "falsified" of the model itself, which gives x_adv another label. Each image
     takes `seconds` of `clock` at most, and `nodes` sub-problems; without a limit of seconds that binds, results are the
