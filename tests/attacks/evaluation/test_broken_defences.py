@@ -167,7 +167,7 @@ def test_what_was_lent_before_counts_as_what_is_lent_now(trained: Trained, attac
 
 def test_what_is_lent_must_be_of_the_same_images(trained: Trained) -> None:
     model, x, y = trained
-    with pytest.raises(UserError, match=r"what dense lends has the shape \(1, .* on the same images"):
+    with pytest.raises(UserError, match=r"the examples of dense have the shape \(1, .* on the same images"):
         run(model, x, y, pgd, THREAT, lent={"dense": [x[:1]]})
     with pytest.raises(UserError, match="labels span"):
         lend(model, x, y + 100, pgd, THREAT)
