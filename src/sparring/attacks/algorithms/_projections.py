@@ -268,7 +268,7 @@ def boundary_step(
 
 
 def corner_step(x: Tensor, point: Tensor, gradients: Tensor, gains: Tensor) -> Tensor:
-    """Return about the smallest l_2 perturbation inside the box that raises each of M linear functions by its gain.
+    """Return about the smallest l2 perturbation inside the box that raises each of M linear functions by its gain.
 
     gradients has shape (N, M, ...), gains (N, M). It is clip(sum of t_m·gradient_m) with t >= 0, solved for as if the
     box stopped the pixels that it stops at `point`, and without the functions whose own t would be negative.
