@@ -65,7 +65,7 @@ def test_every_command_on_a_trained_network_takes_a_test_split(photos: Path, spa
     assert sparring("bench", net, *given, "--rounds", 1, "--batches", 1).code == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*no images")  # which names three
+@pytest.mark.filterwarnings("ignore::sparring.errors.DataWarning")  # which names three
 def test_every_file_that_is_not_read_is_named(photos: Path, sparring) -> None:  # type: ignore[no-untyped-def]
     odd = [f"odd{number}.txt" for number in range(5)]
     for name in odd:

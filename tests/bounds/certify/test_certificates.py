@@ -104,7 +104,7 @@ def test_the_ball_and_the_box_are_used_together() -> None:
 @pytest.mark.parametrize("seed", range(7))
 def test_tighter_methods_are_tighter(seed: int) -> None:
     model, shape = network(seed)
-    x = torch.rand(4, *shape)
+    x = torch.rand(16, *shape, generator=torch.Generator().manual_seed(seed))
     y = model(x).argmax(1)
     threat = Threat(math.inf, 0.05)
     crown, alpha = (margin(model, x, y, threat, method=m) for m in ("crown", "alpha-crown"))
