@@ -57,7 +57,7 @@ def _waits(attack: Any, norm: float, eps: float | None, steps: int) -> int:
         *((partial(pgd), norm, eps, 0.0) for norm, eps in ((LINF, 0.02), (L2, 0.1), (L1, 0.5))),
         (partial(pgd, stop_early=False), LINF, 0.02, 0.0),
         *((partial(apgd, again=False), norm, eps, 1.0) for norm, eps in ((LINF, 0.02), (L2, 0.1), (L1, 0.5))),
-        *((nearest, norm, eps, 1.0) for norm in (LINF, L2) for eps in (0.02, None)),
+        *((partial(nearest, starts=0, polish=0), norm, eps, 1.0) for norm in (LINF, L2) for eps in (0.02, None)),
     ],
 )
 def test_steps_do_not_wait(attack: Any, norm: float, eps: float | None, allowed: float) -> None:

@@ -103,7 +103,7 @@ def test_many_vectors_at_once_and_no_gradient_at_all(sparse_model):
 def test_gradients_of_logits_that_do_not_fit_are_refused(sparse_model):
     packed = deploy.pack(sparse_model("lenet-5", 0.1), shape=(1, 28, 28))
     for shape in ((2, 10), (3, 9), (4, 2, 10), (1, 1, 3, 10)):
-        with pytest.raises(UserError, match="do not fit"):
+        with pytest.raises(UserError, match="do not match the network"):
             packed.gradient(torch.zeros(3, 1, 28, 28), torch.zeros(shape))
     assert packed.gradient(torch.zeros(0, 1, 28, 28), torch.zeros(0, 10)).shape == (0, 1, 28, 28)
     assert packed.gradient(torch.zeros(0, 1, 28, 28), torch.zeros(4, 0, 10)).shape == (4, 0, 1, 28, 28)

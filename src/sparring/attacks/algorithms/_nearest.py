@@ -216,11 +216,17 @@ def _onto_sphere(x: Tensor, delta: Tensor, norm: float, radius: Tensor) -> Tenso
     delta = delta * column(radius / distance(delta, L2).clamp_min(1e-30), delta)
     point = (x + delta).clamp_(0, 1)
     reached = distance(point - x, L2)
-    short = (reached < 0.9 * radius).nonzero().squeeze(1)
-    if len(short):
-        stopped, step = point[short], delta[short]
-        length = distance(step * (stopped.sign() * (1 - stopped).sign()), L2)
-        wanted = (radius[short].square() - reached[short].square() + length.square()).clamp_min(0).sqrt()
-        step *= column((wanted / length.clamp_min(1e-30)).clamp(1, 10), step)
-        point[short] = (x[short] + step).clamp_(0, 1)
+    short = reached < 0.9 * radius
+    if x.device.type != "cpu":  # where asking which they are would wait for the device
+        return torch.where(column(short, x), _lengthened(x, point, delta, reached, radius), point)
+    rows = short.nonzero().squeeze(1)
+    if len(rows):
+        point[rows] = _lengthened(x[rows], point[rows], delta[rows], reached[rows], radius[rows])
     return point
+
+
+def _lengthened(x: Tensor, point: Tensor, delta: Tensor, reached: Tensor, radius: Tensor) -> Tensor:
+    """Return points whose free pixels move on, so that the whole is about `radius` long."""
+    length = distance(delta * (point.sign() * (1 - point).sign()), L2)
+    wanted = (radius.square() - reached.square() + length.square()).clamp_min(0).sqrt()
+    return (x + delta * column((wanted / length.clamp_min(1e-30)).clamp(1, 10), delta)).clamp_(0, 1)
