@@ -42,7 +42,7 @@ def test_a_broken_chain_is_refused_with_its_line(folder, change):
         "a list": [lines[0], "[1]", lines[2]],
     }[change]
     path.write_text("\n".join(broken) + "\n")
-    with pytest.raises(DamageError, match=r"line [23]; get it back, or move it away"):
+    with pytest.raises(DamageError, match=r"line [23]; restore it, or move it away"):
         read_history(folder)
     with pytest.raises(DamageError):
         append_entry(folder, {"kind": "look"})

@@ -81,7 +81,7 @@ def check_options(
     known = {name: p for name, p in inspect.signature(function).parameters.items() if name not in reserved}
     for name, value in options.items():
         if name not in known:
-            raise UserError(f"{who} has no option '{name}'; it has:  {', '.join(known) or 'none'}")
+            raise UserError(f"{who} has no option '{name}'; it has: {', '.join(known) or 'none'}")
         try:
             _type_of(function, known[name]).validate_json(json.dumps(value, allow_nan=False), strict=True)
         except (TypeError, ValueError, PydanticUserError) as error:

@@ -57,7 +57,7 @@ def plan(**tables: Any) -> Plan:
         ({"name": "own_options:drift", "options": {"turns": True}}, "option 'turns'"),
         ({"name": "own_options:drift", "options": {"speed": 1}}, "it has: rate, turns, loss"),
         ({"name": "own_options:smallest"}, "takes no eps"),
-        ({"name": "ddn"}, "is for l2, not for linf"),
+        ({"name": "ddn"}, "supports only l2, not linf"),
     ],
 )
 def test_what_an_attack_does_not_take_is_refused(attack: dict[str, Any], message: str) -> None:

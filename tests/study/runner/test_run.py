@@ -296,7 +296,7 @@ def test_a_worker_that_dies_is_replaced(store: Store) -> None:
     finally:
         executor.close()
     assert [r.error is None for r in records] == [True] * 6 + [False]
-    assert "died 3 times" in (records[-1].error or "")
+    assert "crashed 3 times" in (records[-1].error or "")
 
 
 def test_keys_depend_on_what_matters_and_on_nothing_else() -> None:
