@@ -36,8 +36,8 @@ from ._ops import (
 )
 from ._passes import drop_dead_units, fold_affine
 from ._plain_stacks import Step, Stepwise
+from ._quiet import quiet
 from ._rewrites import spelled_out
-from ._torch_export import quiet
 from .onnx_files._as_module import GraphModule
 from .onnx_files._onnx_file import from_onnx, onnx_runtime, read_onnx
 

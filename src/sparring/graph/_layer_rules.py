@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ._moved import Images
-from ._ops import RECURRENT, WITHIN, Add, Affine, Call, Conv2d, Linear, ReLU
+from ._ops import RECURRENT, WITHIN, Add, Affine, Call, Conv2d, Linear, ReLU, flat
 from ._plain_stacks import batch_norm, pair
-from ._torch_export import Arguments, At, Translator, flat
+from ._torch_export import Arguments, At, Translator
 
 
 def add(t: Translator, a: Arguments) -> Any:

@@ -16,9 +16,8 @@ from ..declared import Declared
 from ..errors import Unsupported, UserError
 from ..modes import eval_mode
 from ..outputs import check_module, logits_of
-from ._ops import Graph, SparseActivation
+from ._ops import Graph, SparseActivation, flat
 from ._plain_stacks import read_plain
-from ._torch_export import flat, read_exported
 
 
 def lower(
@@ -49,6 +48,8 @@ def lower(
         if graph is None and plain:
             raise Unsupported(f"{type(model).__name__} is not a plain stack of layers")
         if graph is None:
+            from ._torch_export import read_exported
+
             graph = read_exported(model, seen.x[:2], dtype or seen.dtype, shared=dtype is None)
         try:
             return check(graph, model, seen)

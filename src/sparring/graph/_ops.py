@@ -297,3 +297,10 @@ def called(op: Call, *inputs: Tensor) -> Tensor:
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
     return value.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def flat(given: Any) -> list[Any]:
+    """Return what lists, tuples and dictionaries hold, in one list."""
+    if isinstance(given, dict | list | tuple):
+        return [v for value in (given.values() if isinstance(given, dict) else given) for v in flat(value)]
+    return [given]

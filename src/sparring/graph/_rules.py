@@ -15,9 +15,9 @@ from torch import Tensor
 from . import _layer_rules as layers
 from ._layer_rules import affine, as_constant, call, refuse_images_axis
 from ._moved import TURNS, is_moved, moved, reshaped
-from ._ops import ALONG, ELEMENTWISE, RECURRENT, WITHIN, AvgPool, Call, Flatten, MaxPool, Op, Reshape
+from ._ops import ALONG, ELEMENTWISE, RECURRENT, WITHIN, AvgPool, Call, Flatten, MaxPool, Op, Reshape, flat
 from ._plain_stacks import pair
-from ._torch_export import Arguments, At, Translator, flat
+from ._torch_export import Arguments, At, Translator
 
 Rule = Callable[[Translator, Arguments], Any]
 # Functions that are constant but for jumps, of which staircase activations are made.

@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import io
-import logging
 import operator
 import re
 import traceback
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +26,9 @@ from ..declared import Declared
 from ..errors import Unsupported
 from ..outputs import logits_of
 from ._moved import Images
-from ._ops import Call, Constant, Flatten, Graph, Input, Node, Op, Reshape, SparseActivation, title
+from ._ops import Call, Constant, Flatten, Graph, Input, Node, Op, Reshape, SparseActivation, flat, title
 from ._passes import needed
+from ._quiet import quiet
 
 _PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
 _LARGE = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
@@ -149,20 +147,6 @@ def _why(model: nn.Module, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence torch's own messages about failures and deprecations."""
-    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), out, err:
-        warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)
-        try:
-            yield
-        finally:
-            logging.disable(before)
-
-
-@contextlib.contextmanager
 def _every_line() -> Iterator[None]:
     """Let torch note the lines of all functions that a forward calls, of which it drops all not named `forward`."""
     tracer: Any = fx.proxy.TracerBase
@@ -204,13 +188,6 @@ def _define_whole() -> Any:
     library.define("whole(Tensor x, str name) -> Tensor")
     library.impl("whole", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
     return library  # which takes its operation along when it goes
-
-
-def flat(given: Any) -> list[Any]:
-    """Return what lists, tuples and dictionaries hold, in one list."""
-    if isinstance(given, dict | list | tuple):
-        return [v for value in (given.values() if isinstance(given, dict) else given) for v in flat(value)]
-    return [given]
 
 
 class Arguments:
