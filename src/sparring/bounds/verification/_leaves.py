@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -121,7 +121,7 @@ class Bounder:
         for _ in range(steps if self.open else 0):
             with torch.enable_grad():
                 found = self._value(self.coarse, leaves, rough, alpha, beta, refine=refine)
-                alpha.grad, beta.grad = torch.autograd.grad(-found.sum(), [alpha, beta])
+                alpha.grad, beta.grad = _slopes(-found.sum(), [alpha, beta])
             optimiser.step()
             alpha.clamp_(0, 1)
             beta.clamp_min_(0)
@@ -161,7 +161,7 @@ class Bounder:
         tracked = {i: line._replace(high_shift=shift) for (i, line), shift in zip(chords.items(), shifts, strict=True)}
         with torch.enable_grad():
             found = self._value(self.fine, leaves, {**lines, **tracked}, alpha, beta, refine=refine)
-            slopes = torch.autograd.grad(found.sum(), shifts) if shifts else ()
+            slopes = _slopes(found.sum(), shifts)
         gains = [-(g * s.detach()).flatten(1) for g, s in zip(slopes, shifts, strict=True)]
         parts = [gain[:, units] for gain, units in zip(gains, self.open.values(), strict=True)]
         score = torch.cat([*parts, found.new_zeros(len(leaves), 0)], 1)
@@ -194,3 +194,10 @@ def _lines(relaxed: Mapping[int, Relaxation], index: int) -> Lines:
     found = relaxed[index]
     assert isinstance(found, Lines)
     return found
+
+
+def _slopes(value: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of a value; zero for what it does not depend on, such as units that the rows do not see."""
+    if not value.requires_grad or not of:
+        return [torch.zeros_like(one) for one in of]
+    return list(torch.autograd.grad(value, list(of), allow_unused=True, materialize_grads=True))
