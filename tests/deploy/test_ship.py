@@ -77,6 +77,10 @@ def test_bench_measures_engines_on_equal_terms(sparse_model):
 def test_bench_refuses_what_it_cannot_time(sparse_model):
     with pytest.raises(UserError, match="at least 1"):
         deploy.bench(sparse_model("lenet-300-100", 0.1), shape=SHAPE, batches=())
+    with pytest.raises(UserError, match="an engine in float32"):
+        deploy.bench(sparse_model("lenet-300-100", 0.1), shape=SHAPE, engines=["onnxruntime int8"])
+    with pytest.raises(UserError, match="an engine in float32"):
+        deploy.bench(sparse_model("lenet-300-100", 0.1), shape=SHAPE, engines=[])
     with pytest.raises(UserError, match="Did you mean 'openvino'"):
         deploy.bench(sparse_model("lenet-300-100", 0.1), shape=SHAPE, engines=["openvin"])
 

@@ -88,7 +88,8 @@ def bench(
 
     engines: names in ENGINES; None for all that are installed. small: a dense network of similar accuracy, as a fair
     alternative, timed in the same engines. images: float images (N, *shape) in [0, 1] for the calibration of int8;
-    random ones by default. Raises UserError for empty batches, UnknownNameError for an unknown engine.
+    random ones by default. Raises UserError for empty batches or no engine in float32,
+    UnknownNameError for an unknown engine.
     """
     if not batches or min(batches) < 1 or rounds < 1:
         raise UserError("a benchmark needs batch sizes and rounds of at least 1")
@@ -110,6 +111,9 @@ def bench(
                     left_out[prefix + name] = str(found)
                 else:
                     running.append(_Running(prefix + name, found, network))
+        if not any(one.engine.exact for one in running if not one.name.startswith(SMALL)):
+            reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
+            raise UserError(f"a benchmark needs an engine in float32, such as packed or torch{reasons}")
         rows = [row for batch in batches for row in _rows(running, batch, rounds)]
         result = Bench(processor(), peak_flops() / 1e9, rows, left_out, counts(model).matrix_sparsity, None)
         return replace(result, wins_from=_wins_from(result, networks[0][1], min(batches)))

@@ -175,7 +175,7 @@ def _networks(cells: tuple[Cell, ...], found: Mapping[str, Record | None]) -> It
     """Yield a network for each cell.
 
     Where a method was asked for no sparsity its networks stand at the mean of what they reached, over seeds, so that
-    they can be compared; those of which nothing is known yet are left out.
+    they can be compared. Networks without a record are left out.
     """
     reached: dict[str, list[float]] = {}
     records = [tuple(record for key in cell.tasks if (record := found[key]) is not None) for cell in cells]
