@@ -23,10 +23,10 @@ def test_what_is_asked_for_is_where_a_model_runs() -> None:
 
 
 def test_mps_has_no_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="'weight' has double precision, which MPS has not"):
+    with pytest.raises(UserError, match="'weight' is in double precision, which MPS does not support"):
         Place("mps").model(nn.Linear(3, 2).double())
     monkeypatch.setattr("sparring.devices.usable_device", lambda name: name)
-    with pytest.raises(UserError, match="MPS has no double precision"):
+    with pytest.raises(UserError, match="MPS does not support double precision"):
         place_of("mps", "float64")
     assert place_of("mps", "float16").dtype == torch.float16
 

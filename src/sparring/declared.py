@@ -16,20 +16,20 @@ class Declared(nn.Module):
     """
 
     kind: str = ""
-    """By what name bounds and the sparse runtime know it; they refuse what has no rule."""
+    """Name by which bounds and the sparse runtime recognise the layer; they refuse names without a rule."""
 
     masks_gradients: bool = False
-    """Its true backward pass misleads an attack."""
+    """Whether the layer's true backward pass misleads attacks."""
 
     stochastic: bool = False
-    """It draws from `generator`, None being torch's default."""
+    """Whether the layer draws random numbers, from `generator` (None: torch's default)."""
 
     nondecreasing: bool = False
-    """Each output is a nondecreasing function of its own input, jumps included, so that intervals pass through."""
+    """Whether each output is a nondecreasing function of its own input, possibly with jumps; intervals then suffice."""
 
     straight_through: bool = False
     generator: torch.Generator | None = None
 
     def dense(self) -> nn.Module | None:
-        """Return what this layer took the place of, for attacks that transfer from the dense network; None: nothing."""
+        """Return the layer that this one replaced, for attacks that transfer from the dense network, or None."""
         return None

@@ -31,7 +31,7 @@ class Place:
         wide = [name for name, value in model.state_dict().items() if value.dtype == torch.float64]
         if self.device.startswith("mps") and self.dtype is None and wide:
             raise UserError(
-                f"'{wide[0]}' has double precision, which MPS has not; add --dtype float32, or --device cpu"
+                f"'{wide[0]}' is in double precision, which MPS does not support; add --dtype float32 or --device cpu"
             )
         return model.to(self.device, self.dtype)
 
@@ -57,7 +57,7 @@ def place_of(device: str = "auto", dtype: str | None = None) -> Place:
         raise UnknownNameError("type of --dtype", dtype, DTYPES)
     found = usable_device(device)
     if found.startswith("mps") and dtype == "float64":
-        raise UserError("MPS has no double precision; take --dtype float32, or --device cpu")
+        raise UserError("MPS does not support double precision; use --dtype float32 or --device cpu")
     return Place(found, None if dtype is None else DTYPES[dtype])
 
 

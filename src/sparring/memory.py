@@ -71,7 +71,7 @@ def measured(work: Callable[[Tensor], object], x: Tensor) -> Need:
 def answers_at_once(answer: Callable[[Tensor], object], x: Tensor, *, most: int = 500) -> int:
     """Return how many float images, like x, a model is asked for answers at once: in 768 MiB of a CPU at most.
 
-    Raise UserError where one image does not fit into what is free.
+    Raise UserError if not even one image fits.
     """
 
     def work(images: Tensor) -> None:

@@ -85,7 +85,7 @@ class Size:
 
     @property
     def sparsity_matrices(self) -> float:
-        """Return the fraction of the weights of all matrices that are zero, of those that cannot be pruned too."""
+        """Return the fraction of zeros among the weights of all matrices, including those that cannot be pruned."""
         return 1 - self.nonzero_matrices / max(1, self.matrices)
 
     @property
@@ -95,7 +95,7 @@ class Size:
 
     @property
     def sparsity_total(self) -> float:
-        """Return the fraction of all parameters (biases and normalisation counted) that are zero."""
+        """Return the fraction of zeros among all parameters, including biases and normalisation."""
         return 1 - self.nonzero / max(1, self.parameters)
 
     @property

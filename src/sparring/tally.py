@@ -57,7 +57,7 @@ class Counts:
 
     @property
     def matrix_sparsity(self) -> float:
-        """The fraction of the weights of all matrices that are zero, of those that cannot be pruned too."""
+        """The fraction of zeros among the weights of all matrices, including those that cannot be pruned."""
         return 1.0 - self.matrices_nonzero / self.matrices if self.matrices else 0.0
 
     @property
@@ -67,7 +67,7 @@ class Counts:
 
     @property
     def parameter_sparsity(self) -> float:
-        """The fraction of all parameters that are zero, biases and normalisation counted."""
+        """The fraction of zeros among all parameters, including biases and normalisation."""
         total = self.weights + self.biases + self.other
         nonzero = self.weights_nonzero + self.biases_nonzero + self.other_nonzero
         return 1.0 - nonzero / total if total else 0.0

@@ -196,7 +196,7 @@ def test_an_ending_may_be_in_capitals(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["x.npy", "x.pt", "x.tar.xz"])
 def test_a_file_of_another_kind_is_not_called_missing(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=rf"{name} is none of .zip, .*numpy.savez"):
+    with pytest.raises(DataError, match=rf"{name} is not one of .zip, .*numpy.savez"):
         data.load(str(tmp_path / name))
 
 

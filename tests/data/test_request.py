@@ -52,7 +52,7 @@ def test_a_test_split_alone_is_read_to_be_attacked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "note"),
     [
-        ({f"{label}/0.png": image() for label in ("cat", "dog")}, "names no parts: all its images are tested"),
+        ({f"{label}/0.png": image() for label in ("cat", "dog")}, "has no splits: all its images are test images"),
         ({f"val/{label}/0.png": image() for label in ("cat", "dog")}, "no test/; the images of val/ are used as test"),
         ({f"train/{label}/0.png": image() for label in ("cat", "dog")}, "trained on"),
     ],

@@ -219,7 +219,7 @@ def test_a_damaged_object_is_a_users_error(make_study):
     out = make_study(seeds=1, images=60, sparsities=(0.5,))
     for path in (out / "objects").iterdir():
         path.write_bytes(b"not tensors")
-    with pytest.raises(UserError, match="damaged or foreign"):
+    with pytest.raises(UserError, match="damaged or from another study"):
         report.write(out)
 
 

@@ -325,7 +325,7 @@ def test_two_of_four_leaves_layers_without_whole_groups_dense() -> None:
     for name in ("4.weight", "6.weight"):
         groups = masks[name].movedim(1, -1).unflatten(-1, (-1, 4))
         assert bool((groups.sum(-1) == 2).all())
-    with pytest.raises(UserError, match="give it 0"), pytest.warns(sparsity.LeftDenseWarning):
+    with pytest.raises(UserError, match="set it to 0"), pytest.warns(sparsity.LeftDenseWarning):
         sparsity.select(sparsity.magnitude(model), {"0.weight": 0.5}, structure=sparsity.NM(2, 4))
     rule = Rule(structure=sparsity.NM(2, 4))
     with pytest.warns(sparsity.LeftDenseWarning):

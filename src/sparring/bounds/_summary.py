@@ -43,7 +43,7 @@ class Summary:
     distance_over_radius_median: float | None
 
     def shown(self) -> dict[str, str]:
-        """Return what a person reads of it, by name."""
+        """Return the values to display, by name."""
         rows = {"images": str(len(self.radius)), "accuracy": percent(self.accuracy)}
         for eps, share in self.certified_accuracy.items():
             attacked = percent(self.attacked_accuracy[eps])

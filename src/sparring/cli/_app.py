@@ -394,9 +394,9 @@ def certify(model: ModelSource, data: DataSource, how: CertifyOptions, where: Wh
 class VerifyOptions:
     """Options of verification."""
 
-    eps: Annotated[str, Option(help="Budget of questions about test images, as 0.03 or 8/255.")] = ""
-    norm: Annotated[str, Option(help="linf or l2.")] = "linf"
-    seconds: Annotated[float, Option(help="Time limit of one question.")] = 60.0
+    eps: Annotated[str, Option(help="Radius of the ball around each test image, such as 0.03 or 8/255.")] = ""
+    norm: Annotated[str, Option(help="Norm: linf or l2.")] = "linf"
+    seconds: Annotated[float, Option(help="Time limit for each image or property, in seconds.")] = 60.0
     images: Images = 100
     counter_example: Annotated[
         Path | None, Option("--counter-example", help="Result file to write, in the competition's format.")

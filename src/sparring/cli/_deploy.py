@@ -179,7 +179,7 @@ def _batches(text: str) -> tuple[int, ...]:
 def _print_bench(found: deploy.Bench) -> None:
     told = any(row.joules is not None for row in found.rows)
     headings = ["engine", "batch", "ms", "quartiles", "images/s", "over floor", "of peak", "bytes", "in memory"]
-    print_table([*headings, *(["mJ an image"] if told else []), "logit error"], (_shown(r, told) for r in found.rows))
+    print_table([*headings, *(["mJ per image"] if told else []), "logit error"], (_shown(r, told) for r in found.rows))
     for engine, settings in dict.fromkeys((row.engine, row.settings) for row in found.rows):
         print(f"{engine}: {settings}")
     for engine, reason in found.left_out.items():

@@ -34,7 +34,7 @@ def run_verify(model: ModelSource, asked: Path | None, how: VerifyOptions, data:
     if (asked is None) == (how.eps == ""):
         raise UserError("give either a property in VNN-LIB or --eps, not both")
     if asked is None and how.counter_example is not None:
-        raise UserError("--counter-example is for properties in VNN-LIB; --json prints how near images' examples are")
+        raise UserError("--counter-example needs a property in VNN-LIB; drop it to verify labels of images")
     verdicts = _about_images(model, how, data) if asked is None else [_about_property(model, asked, how)]
     about = {"model": model.model, "property": None if asked is None else str(asked), "seconds": how.seconds}
     rows = [_row(number, verdict) for number, verdict in enumerate(verdicts)]
@@ -91,7 +91,7 @@ def _open_alone(source: ModelSource) -> tuple[nn.Module, tuple[int, ...]]:
         packed = deploy.load(name)
         return plain_form(deploy.PackedModule(packed)), packed.program.shape
     if not name.endswith(SAVED):
-        raise UserError(f"a property is asked of a model file ({', '.join(SAVED)}); '{name}' is none")
+        raise UserError(f"a property needs a model file ({', '.join(SAVED)}), and '{name}' is not one")
     model, blueprint, _ = load_model(name)
     return model, blueprint.shape
 

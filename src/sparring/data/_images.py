@@ -163,7 +163,7 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
         places = {entry.member.rpartition("/")[0].rpartition("/")[0] for entry in listing.flat}
         if len(places) > 1 and listing.by_folders:
             raise DataError(f"{path} has class folders at several depths; move them to {path}/test/")
-        parts, notes = {"test": listing.flat}, [f"{path} names no parts: all its images are tested"]
+        parts, notes = {"test": listing.flat}, [f"{path} has no splits: all its images are test images"]
         listing.outside = [name for name in listing.outside if name not in {entry.member for entry in listing.flat}]
     if request.parts != "all" and "test" not in parts and parts:
         lent = "valid" if "valid" in parts else "train"
@@ -252,7 +252,9 @@ def _tell(
         if present and not listed:
             found[f"classes without images in {part}/"] = [label for label in labels if label not in present]
     if not listed and labels != sorted(labels, key=_as_counted):
-        found[f"labels go by the names as text, which is not as one counts; {CLASSES} may say another order"] = labels
+        found[
+            f"classes are in the order of their names as text, with 10 before 2; {CLASSES} can give another order"
+        ] = labels
     left_out = {what: tuple(sorted(names)) for what, names in found.items() if names}
     for what, every in left_out.items():
         shown = ", ".join(every[:3]) + (", ..." if len(every) > 3 else "")

@@ -156,7 +156,7 @@ def _locate_users(name: str, places: list[Path]) -> Path:
         if name and (is_folder(path) or (is_file(path) and path.name.lower().endswith(PACKED))):
             return path
     if name and is_file(candidates[0]):
-        raise DataError(f"{name} is none of {', '.join(PACKED)}; pack images as a zip, or arrays by numpy.savez")
+        raise DataError(f"{name} is not one of {', '.join(PACKED)}; pack images as a zip, or arrays by numpy.savez")
     if "/" in name or name.lower().endswith(PACKED):
         raise DataError(f"there is no folder or {', '.join(PACKED)} file called {name[:200]}; check the path")
     raise UnknownNameError("data set", name, DATASETS)

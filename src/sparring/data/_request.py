@@ -88,8 +88,8 @@ class ClassList:
     def numbers(self, found: Iterable[str]) -> tuple[dict[str, int], str]:
         """Return the number of each class that was found by its name or id, and a sentence on how.
 
-        Names match in any case, "_" for " ", and by any of several between commas; the narrowest reading counts. Raise
-        DataError, naming them, for those that match no class, several, or one that another matches.
+        Case is ignored, "_" stands for a space, and any of several names separated by commas matches; the narrowest
+        match counts. Raise DataError, with the names, if one matches no class, several, or the class of another.
         """
         tables = [_table(self.ids, lambda text: [text]), _table(self.names, lambda text: [text])]
         tables += [
@@ -218,23 +218,23 @@ class Preparation:
                 raise DataError(f"limit.{split} must be 1 or more, not {count}")
 
     def sizes(self) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
-        """Return what `Geometry` takes as resize and crop."""
+        """Return resize and crop in the form that `Geometry` takes."""
         resize, crop = _sizes("--resize", self.resize), _sizes("--crop", self.crop)
         return (resize[0] if resize is not None and "x" not in str(self.resize).lower() else resize), crop
 
     def geometry(self) -> Geometry | None:
-        """Return how images are brought to one size, None where nothing is said of it."""
+        """Return how images are brought to one size, or None if no setting says so."""
         side, crop = self.sizes()
         if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
             raise UnknownNameError("interpolation", self.interpolation, INTERPOLATIONS)
         return None if side is crop is None else Geometry(side, crop, self.interpolation or "bilinear")
 
     def limits(self) -> dict[str, int]:
-        """Return how many images at most a split has."""
+        """Return the largest number of images of each split."""
         return dict.fromkeys(SPLITS, self.limit) if isinstance(self.limit, int) else dict(self.limit or {})
 
     def request(self, *, cache: bool = True) -> Request:
-        """Return what is read for training; raise DataError where an interpolation has no size."""
+        """Return the request for training; raise DataError if an interpolation is given without a size."""
         geometry = self.geometry()
         if self.interpolation is not None and self.sizes()[0] is None:
             raise DataError("--interpolation needs --resize")

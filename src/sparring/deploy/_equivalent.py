@@ -49,7 +49,7 @@ class Equivalent(nn.Module):
         return values[-1]
 
     def steps(self, dtype: torch.dtype) -> list[graph.Step]:
-        """Say what forward() computes; see `graph.Stepwise`."""
+        """Describe what forward() computes; see `graph.Stepwise`."""
         pairs = zip(self.layers, self.inputs, strict=True)
         return [
             layer.step(dtype, inputs) if isinstance(layer, _Operation) else (layer, inputs) for layer, inputs in pairs

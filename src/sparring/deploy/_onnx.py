@@ -25,15 +25,15 @@ _FOLDED = 1 << 40  # bytes of a constant that is computed here and not in the fi
 def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...], images: Tensor | None = None) -> Path:
     """Write a classifier for images of `shape` as ONNX, by torch.onnx: masks and normalisation folded.
 
-    Input "images" (N, *shape) float32 in [0, 1], output "logits" (N, classes). N is free, or 1 where torch can export
-    the network for a given number of images only. Units that nothing reads and constant channels are gone where sparse
-    kernels serve the whole network. images: as in `export`. Raise UserError if the package onnxscript is missing,
-    Unsupported for what torch.onnx.export does not take.
+    Input "images" (N, *shape) float32 in [0, 1], output "logits" (N, classes). N is free, or 1 if torch can export
+    the network for a given number of images only. Unread units and constant channels are removed if sparse kernels run
+    the whole network. images: as in `export`. Raise UserError if the package onnxscript is missing,
+    Unsupported if torch.onnx.export fails.
     """
     try:
         import onnxscript
     except ImportError as error:
-        raise UserError("ONNX export needs the package onnxscript; install sparring[onnx]") from error
+        raise UserError("ONNX export needs the package onnxscript: pip install 'sparring[onnx]'") from error
     first = next(model.parameters(), torch.zeros(()))
     network, example = _slim(model, shape, images), torch.rand(2, *shape, device=first.device)
     with eval_mode(network), graph.quiet():
@@ -81,7 +81,7 @@ def _exported(network: nn.Module, x: Tensor) -> Any:
             )
         except Exception as error:  # torch runs the user's forward(), which can raise anything
             refused = error
-    raise Unsupported(f"torch.onnx does not take this network: {told(refused.__cause__ or refused)}") from refused
+    raise Unsupported(f"torch.onnx cannot export this network: {told(refused.__cause__ or refused)}") from refused
 
 
 def takes_any_number(path: Path | str) -> bool:

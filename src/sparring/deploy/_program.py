@@ -205,7 +205,7 @@ class Program:
 
     @property
     def whole(self) -> bool:
-        """Tell whether every step has a kernel for sparse networks."""
+        """Return whether every step has a sparse kernel."""
         return not any(isinstance(step.op, Dense | Constant) or rows_of(step.op) for step in self.steps)
 
     @property
@@ -215,7 +215,7 @@ class Program:
 
     @property
     def nonzeros(self) -> int:
-        """Return how many weights are kept, biases not counted."""
+        """Return the number of nonzero weights, without biases."""
         return sum(step.op.nonzeros for step in self.steps if isinstance(step.op, Sparse))
 
 

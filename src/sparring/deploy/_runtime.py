@@ -89,8 +89,8 @@ class Packed:
     def gradient(self, x: Tensor, upstream: Tensor) -> Tensor:
         """Return the gradient of sum(upstream · logits) at images x (N, *shape), for upstream (N, classes).
 
-        For upstream (R, N, classes) return R of them, (R, N, *shape), after one forward pass for all. Raise Unsupported
-        where `has_gradient` is false.
+        For upstream (R, N, classes), return R gradients, (R, N, *shape), after one common forward pass. Raise
+        Unsupported if `has_gradient` is false.
         """
         if self._engine is None:
             raise Unsupported("gradients need generated kernels; use deploy.PackedModule, which falls back to torch")
@@ -116,13 +116,13 @@ class Packed:
 
     @property
     def bytes_memory(self) -> int | None:
-        """Return the bytes that the network's tables and values take in memory so far; None where numpy runs it."""
+        """Return the bytes of the network's tables and values in memory so far; None if NumPy runs it."""
         run = self._mixed or self._engine
         return None if run is None else run.bytes_memory
 
     @property
     def native(self) -> bool:
-        """Tell whether generated kernels run it where they serve, rather than numpy."""
+        """Return whether generated kernels run the network, rather than NumPy."""
         return (self._mixed or self._engine) is not None
 
 

@@ -44,7 +44,7 @@ class Shipped:
 
     @property
     def change(self) -> Effect:
-        """Return the share of images on which the artefact stands minus the model's, paired by image."""
+        """Return the artefact's robust accuracy minus the model's, paired by image."""
         return effect((self.stands_packed.double() - self.stands_model.double()).numpy()[None])
 
 

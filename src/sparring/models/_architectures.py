@@ -33,7 +33,7 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
     def steps(self, dtype: torch.dtype) -> list[Step]:
-        """Say what forward() computes; see `graph.Stepwise`."""
+        """Describe what forward() computes; see `graph.Stepwise`."""
         mean, std = self.mean.to(dtype).flatten(), self.std.to(dtype).flatten()
         one = torch.ones_like(mean)
         return [(Affine("", one, -mean), (0,)), (Affine("", one / std, torch.zeros_like(one)), (1,))]
@@ -53,7 +53,7 @@ class Residual(nn.Module):
         return result
 
     def steps(self, dtype: torch.dtype) -> list[Step]:
-        """Say what forward() computes; see `graph.Stepwise`."""
+        """Describe what forward() computes; see `graph.Stepwise`."""
         return [(self.body, (0,)), (self.shortcut, (0,)), (Add(), (1, 2)), (self.relu, (3,))]
 
 

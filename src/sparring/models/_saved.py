@@ -23,7 +23,7 @@ _MASK = "sparring/mask/"
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Hold the arguments of `build`, and the data set that the model was made for."""
+    """Arguments of `build`, and the data set that the model was made for."""
 
     name: str
     shape: tuple[int, ...]
@@ -87,9 +87,7 @@ def read_blueprint(path: str | Path) -> Blueprint:
 def _blueprint(tensors: dict[str, Tensor], path: str | Path) -> Blueprint:
     """Take the blueprint out of a file's tensors, in place."""
     if _ABOUT not in tensors:
-        raise UserError(
-            f"{path} holds weights but not what model they are of; name the model and give --weights {path}"
-        )
+        raise UserError(f"{path} has weights but does not name their model; give the model and --weights {path}")
     try:
         about = json.loads(bytes(tensors.pop(_ABOUT).numpy()).decode())
         about = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}

@@ -81,7 +81,7 @@ def _matched(
 
 
 def _notes(prefix: str, inner: str) -> list[str]:
-    return [f"took the prefix '{prefix}' from every name"] * bool(prefix) + [
+    return [f"removed the prefix '{prefix}' from every name"] * bool(prefix) + [
         f"used the weights for '{inner.rstrip('.')}', the network inside"
     ] * bool(inner)
 

@@ -52,7 +52,7 @@ class Folder:
         return self.objects / f"{key}.safetensors"
 
     def checkpoint(self, key: str) -> Path:
-        """Return where a long training keeps what it has so far."""
+        """Return the checkpoint file of a long training."""
         return self.scratch / f"{key}.safetensors"
 
 
@@ -139,7 +139,7 @@ def read_record(out: str | Path, key: str) -> Record | None:
         if record.key != key or not is_key(key):
             raise UserError("its file name does not match its key")
     except UserError as error:
-        raise DamageError(f"{path} is damaged or foreign: {error}; {AGAIN}") from error
+        raise DamageError(f"{path} is damaged or from another study: {error}; {AGAIN}") from error
     return record
 
 
@@ -184,7 +184,7 @@ def tensor_bytes(record: Record) -> bytes:
     except UserError as error:
         raise DamageError(f"{error}; {AGAIN}") from error
     if sha256_bytes(content) != record.object["sha256"]:
-        raise DamageError(f"{path} is damaged or foreign: its object file does not match the record; {AGAIN}")
+        raise DamageError(f"{path} is damaged or from another study: it does not match its record; {AGAIN}")
     return content
 
 

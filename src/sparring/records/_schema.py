@@ -110,7 +110,7 @@ class Record:
 
     @property
     def attack(self) -> AttackInputs:
-        """Return what attack an "attack", "lend", "transfer" or "ship" record is of."""
+        """Return the attack of an "attack", "lend", "transfer" or "ship" record."""
         found: AttackInputs = self.inputs["attack"]
         return found
 
@@ -121,12 +121,12 @@ class Record:
 
     @property
     def weights(self) -> dict[str, str]:
-        """Return the SHA-256 of the tensors that the task read, by the key of the parent that left them."""
+        """Return the SHA-256 of the tensors that the task read, by the key of the parent task."""
         found: dict[str, str] = self.origin.get("weights", {})
         return found
 
     def content(self) -> dict[str, Any]:
-        """Return what is written of the record, without its checksum."""
+        """Return the written content of the record, without its checksum."""
         return {name: value for name, value in vars(self).items() if name != "folder"}
 
     def checksum(self) -> str:

@@ -49,9 +49,9 @@ class Store(Folder):
 
     @contextlib.contextmanager
     def lock(self, wait: float = 5.0) -> Iterator[None]:
-        """Hold the folder for writing, and clear what killed writers left in it.
+        """Hold the folder for writing, and remove what killed writers left in it.
 
-        The kernel frees it when the process dies. Raise UserError if another process has it after `wait` seconds.
+        The lock ends with the process. Raise UserError if another process holds it after `wait` seconds.
         """
         with lock(self.locked, wait=wait):
             for folder in (self.out, self.records, self.objects, self.scratch):
@@ -69,7 +69,7 @@ class Store(Folder):
                 raise UserError(f"{folder} is not writable; choose another folder with --out")
 
     def write(self, record: Record, content: bytes = b"") -> Record:
-        """Write tensors (packed), then the record that vouches for them; a record on disk is always whole."""
+        """Write tensors (packed), then the record with their hash, so that a record on disk is always complete."""
         if content:
             path = write_atomic(self.object(record.key), content)
             record = replace(record, object={"file": path.name, "sha256": sha256_bytes(content)})
@@ -80,7 +80,7 @@ class Store(Folder):
         return record
 
     def peek(self, key: str) -> Record | None:
-        """Return a record without touching anything, even if another process writes; None if missing or damaged."""
+        """Return a record without changing any file, even while another process writes; None if missing or damaged."""
         try:
             record = reader.read_record(self.out, key)
         except DamageError:
@@ -95,9 +95,9 @@ class Store(Folder):
         return record
 
     def verify(self, key: str, *, at_most: float = math.inf) -> Record | None:
-        """Return a record whose object's checksum was read again; None, and both set aside, if either is damaged.
+        """Return a record after checking its object too; None, with both set aside, if either is damaged.
 
-        Objects of more than `at_most` bytes are believed: to hash all of them would take long.
+        Objects of more than `at_most` bytes are not hashed, because that would take too long.
         """
         record, path = self.read(key), self.object(key)
         if record is None or record.object is None or path.stat().st_size > at_most:
@@ -116,7 +116,7 @@ class Store(Folder):
         return load_tensors(path)
 
     def set_aside(self, path: Path) -> None:
-        """Move a damaged file where it is in nobody's way but can still be looked at."""
+        """Move a damaged file to damaged/, where it can still be examined."""
         try:
             self.damaged.mkdir(parents=True, exist_ok=True)
             path.replace(self.damaged / path.name)

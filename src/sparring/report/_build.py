@@ -47,7 +47,7 @@ def write(out: Path | str) -> Path:
 
 
 def publish(out: Path | str) -> tuple[Path, str]:
-    """Do what `write` does, and return the page's path and the summary, with one reading of the study."""
+    """Do what `write` does, and return the page's path and the summary; the study is read only once."""
     folder, (found, _, rows, told) = Folder(Path(out)), _judged(out)
     if isinstance(found, LinearStudy):
         pictures = linear.pictures(found)
@@ -156,7 +156,7 @@ class Report:
         return ledger(self.findings)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row a network and metric, as in results.csv."""
+        """Return one row per network and metric, as in results.csv."""
         return tables.csv_rows(self.findings)
 
     def frame(self) -> Any:

@@ -67,7 +67,7 @@ def apply_(model: nn.Module, masks: Masks) -> None:
 
 @torch.no_grad()
 def applied_(model: nn.Module, masks: Masks) -> Masks:
-    """Return what to multiply into parameters so that the weights that layers compute are zero where masks are False.
+    """Return factors of parameters that make the weights that layers compute zero where masks are False.
 
     These are the masks, but for weight_norm, which divides by the norm of a row: of a row without any nonzero weight
     one value stays (set to 1 if it was zero), and the gain is zero instead. Raise UserError if nothing is left of a

@@ -48,7 +48,7 @@ class Rule:
         return self.structure.fitting({name: mask for name, mask in weights.items() if name not in spared})
 
     def by_layer(self, masks: Masks, values: float | Mapping[str, float]) -> dict[str, float]:
-        """Return one value for every weight that may be pruned; raise UserError for other names and missing ones."""
+        """Return one value for every weight that may be pruned; raise UserError for unknown and missing names."""
         names = self.open(masks)
         if not isinstance(values, Mapping):
             return dict.fromkeys(names, values)
@@ -72,8 +72,8 @@ class Rule:
     ) -> Masks:
         """Return new masks for a model; with `regrow` a weight may come back.
 
-        Whole channels go with their biases and batch norms, and together where they are coupled, if the batch tells the
-        shape of an image; the layers that write classes keep all of theirs.
+        If the batch gives the shape of an image, whole channels are removed with their biases and batch norms, coupled
+        ones together, and the layers that output the classes keep all channels.
         """
         within, structure, shape = self.open(masks), self.structure, None
         if isinstance(structure, NM | Channels):
@@ -89,8 +89,8 @@ class Rule:
                 sparsity = {name: value for name, value in sparsity.items() if name not in fixed}
             if not within:
                 raise UserError(
-                    "no layer can lose whole channels: all are spared, write classes, or go with one that does; prune "
-                    "unstructured"
+                    "no layer can lose whole channels: all are spared, output the classes, or are coupled with one "
+                    "that does; prune unstructured"
                 )
         for name, mask in within.items():
             score = scores.get(name) if isinstance(scores, Mapping) else None
@@ -115,7 +115,7 @@ class Rule:
         return silent(model, {**kept, **new}, shape)
 
     def tolerance(self, masks: Masks) -> float:
-        """Return by how many weights the masks may miss a sparsity: half a unit, for each layer that counts alone."""
+        """Return by how many weights masks may miss a sparsity: half a unit per layer that is counted alone."""
         sizes = [largest_unit(size) for size in self.structure.sizes(self.open(masks)).values()]
         return max(sizes) / 2 if self.scope == "global" else sum(sizes) / 2
 
@@ -133,7 +133,7 @@ def _check_channels(given: Mapping[str, float], tied: Collection[Collection[str]
     """Raise UserError for sparsities by hand that whole channels cannot have."""
     for name in fixed:
         if given.get(name):
-            raise UserError(f"'{name}' keeps all its channels (classes, or inputs that cannot shrink); give it 0")
+            raise UserError(f"'{name}' keeps all its channels (classes, or inputs that cannot shrink); set it to 0")
     for group in tied:
         if len({given[name] for name in group if name in given}) > 1:
             raise UserError(f"{', '.join(group)} lose their channels together; give them one sparsity")
@@ -169,7 +169,7 @@ class Pruner(ABC):
     """False: the final sparsity is not exact, as with Bernoulli masks."""
 
     rule: Rule = Rule()
-    """Which weights its sparsity is of."""
+    """The weights that its sparsity counts."""
 
     cycles: int = 1
     """Number of equal parts of the training in which the learning-rate schedule restarts."""
@@ -183,11 +183,11 @@ class Pruner(ABC):
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Return what it must remember, for checkpoints."""
+        """Return its state as tensors, for checkpoints."""
         return {}
 
     def load_state_(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have nothing to take back
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
 
 
 @dataclass(frozen=True)

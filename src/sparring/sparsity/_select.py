@@ -72,7 +72,7 @@ class NM(Structure):
         return {name: self._protect(score) for name, score in self.fitting(scores).items()}
 
     def fitting(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights whose inputs are whole groups; warn of the others, and raise UserError if there is none.
+        """Return the weights whose inputs form whole groups; warn about the others; raise UserError if there are none.
 
         A first layer has as many inputs as an image has channels, a depthwise one has one: they stay dense.
         """
@@ -81,7 +81,9 @@ class NM(Structure):
         if others and not fit:
             raise UserError(f"{self.n}:{self.m} needs inputs in whole groups of {self.m}, which no layer has: {others}")
         if others:
-            text = f"{self.n}:{self.m} leaves {others} dense: no whole groups of {self.m}; sparsity is of the others"
+            text = (
+                f"{self.n}:{self.m} leaves {others} dense, without groups of {self.m}; sparsity counts the other layers"
+            )
             warnings.warn(text, LeftDenseWarning, stacklevel=3)
         return fit
 
@@ -144,7 +146,7 @@ class Channels(Structure):
         return tuple(tuple(names) for names in joined(self.coupled) if len(names) > 1)
 
     def sparing(self, names: Collection[str]) -> Channels:
-        """Return the structure in which the channels of some weights stay, and all that go with them."""
+        """Return the structure in which the channels of some weights, and those coupled with them, stay."""
         spared = [self.coupled[name] for name in names]
         units = torch.cat([*spared, torch.zeros(0, dtype=torch.int64)])
         return Channels({n: u.masked_fill(torch.isin(u, units), 0) for n, u in self.coupled.items()})
@@ -263,7 +265,7 @@ def select(
         if name not in scores:
             raise UnknownNameError("layer", name, scores)
         if isinstance(structure, NM) and isinstance(sparsity, Mapping) and given[name] and name not in units:
-            raise UserError(f"'{name}' has no whole groups of {structure.m} inputs and stays dense; give it 0")
+            raise UserError(f"'{name}' has no whole groups of {structure.m} inputs and stays dense; set it to 0")
     masks = {
         name: _keep([unit], [sizes[name]], given[name], f"'{name}'")[0] if name in given else unit > -math.inf
         for name, unit in units.items()

@@ -37,17 +37,17 @@ class Curve:
         return self.effects[self.sparsities.index(sparsity)]
 
     def priced(self, price: float, dropped: int) -> Curve:
-        """Return the same curve at a later look: with p-values times `price`, and more tests to correct for."""
+        """Return the same curve at a later look: p-values times `price`, and corrected for more tests."""
         effects = tuple(e.priced(price) for e in self.effects)
         p_holm = tuple(map(float, holm([e.p for e in effects], more=dropped)))
         return replace(self, effects=effects, p_holm=p_holm, dropped=dropped)
 
     def gains(self) -> list[bool]:
-        """Tell where the metric is significantly above the dense control."""
+        """Return where the metric is significantly above the dense control."""
         return [s and e.estimate > 0 for s, e in zip(self._significant(), self.effects, strict=True)]
 
     def losses(self) -> list[bool]:
-        """Tell where the metric is significantly below the dense control."""
+        """Return where the metric is significantly below the dense control."""
         return [s and e.estimate < 0 for s, e in zip(self._significant(), self.effects, strict=True)]
 
     def _significant(self) -> list[bool]:
@@ -230,7 +230,7 @@ def sweet_spot(curves: Mapping[str, Curve], margins: Mapping[str, float]) -> Swe
     metric or a margin is missing.
     """
     if not curves or not set(curves) <= set(margins):
-        raise ValueError("every watched metric needs a margin, and there must be one at least")
+        raise ValueError("give at least one watched metric, and a margin for each")
     shared = sorted(set.intersection(*(set(c.sparsities) for c in curves.values())))
     safe, limit = _walk(shared, curves, margins, -1)
     return SweetSpot(safe, _walk(shared, curves, margins, +1)[0], limit)

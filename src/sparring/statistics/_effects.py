@@ -60,16 +60,16 @@ class Effect:
 
     @property
     def indicative(self) -> bool:
-        """Tell whether there are too few seeds to call this more than an indication."""
+        """Return whether there are too few seeds for more than an indication."""
         return self.seeds < INDICATIVE_BELOW
 
     @property
     def df_p(self) -> float:
         """Return the degrees of freedom of p-values: never more than the seeds have.
 
-        Satterthwaite's are estimated, and err together with the standard error: by luck the seeds look alike, both are
-        then too good, and tails far out are tens of times too likely. With seeds - 1 the test is exact for normal seeds
-        and conservative where images add to the variance. Of one seed only images are asked.
+        Satterthwaite's are estimated and err together with the standard error: if seeds are similar by chance, both are
+        too good, and far tails are tens of times too likely. With seeds - 1, the test is exact for normally distributed
+        seeds and conservative if images add to the variance. With one seed, only images count.
         """
         return self.df if self.seeds == 1 else min(self.df, self.seeds - 1.0)
 
@@ -113,7 +113,7 @@ def effect(values: ArrayLike) -> Effect:
     if d.ndim != 2 or d.shape[0] < 1 or d.shape[1] < 2:
         raise ValueError(f"values must be (seeds, images) with at least two images, not {d.shape}")
     if not np.isfinite(d).all():
-        raise ValueError("values must be finite: leave failed images out by ratio_values")
+        raise ValueError("values must be finite: omit failed images with ratio_values")
     if len(d) > 1 and (d == d[0]).all() and np.ptp(d) > 0:
         d = d[:1]  # copies of one seed are no more than it
     seeds, images = d.shape

@@ -149,14 +149,14 @@ class Row:
 
     @property
     def told(self) -> str:
-        """Return the verdict as a table says it: never decided without saying that seeds are few."""
+        """Return the verdict for a table; it includes a note if there are few seeds."""
         e = self.question.effect
         few = self.verdict != "undecided" and e is not None and e.indicative
         doubt = self.verdict == "undecided" and self.question.doubt
         return self.verdict + (", indicative" if few else ", attack unreliable" if doubt else "")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the row flat, for JSON: all that `reread` needs; p-values named "alone" are before any correction."""
+        """Return the row as a flat dictionary for `reread` and JSON; p-values named "alone" are uncorrected."""
         q, c, e = self.question, self.claim, self.question.effect
         words = {"claim": c.text, "test": c.test, "verdict": self.verdict, "unit": c.unit, "why": self.why}
         asked = {"expects": c.expects, "margin": c.margin, "log": c.log, "primary": c.primary, "origin": c.origin}
@@ -283,7 +283,7 @@ class Decision(NamedTuple):
 
 
 def decide(questions: Sequence[Question], *, dropped: Sequence[bool] = ()) -> list[Decision]:
-    """Return the verdict on every claim of a ledger; `judge` says the same in rows, with what a decision would take.
+    """Return the verdict on every claim of a ledger; `judge` returns the same as rows, with what a decision would need.
 
     A claimed direction is reproduced when the effect is significant that way; "opposite" when it is the other way; and
     there is "no effect that matters" when it is shown to lie within the margin. A claim of no effect is reproduced by

@@ -109,7 +109,7 @@ class _Tally:
         data = record.inputs.get("data")
         self.data = self.data or data
         if data != self.data:
-            raise UserError(f"{folder} has other data than the rest under the same name")
+            raise UserError(f"{folder} has different data from the other folders, under the same name")
 
     def _same_weights(self, record: Record) -> None:
         """Raise UserError if a record was made from other tensors than those that are kept here under the same key."""
@@ -168,7 +168,7 @@ def _united(folder: Path, first: PlanFile, second: PlanFile) -> PlanFile:
     mine, other = (Plan.from_table(file.plan, source=str(folder)).table() for file in (first, second))
     refuse_another(folder, other, mine)
     if first.dataset != second.dataset:
-        raise PlanError(f"{folder} has other splits or classes than the rest")
+        raise PlanError(f"{folder} has different splits or classes from the other folders")
     plan = Plan.from_table(_grown(mine, other), source=str(folder)).table()
     return replace(first, plan=plan, cells=_all_cells(first.cells, second.cells))
 

@@ -22,9 +22,9 @@ def check_memory(model: nn.Module, x: Tensor, recipe: Recipe) -> None:
 
 
 def step_need(model: nn.Module, x: Tensor, recipe: Recipe) -> Need:
-    """Return what a step takes with the optimiser's averages; x: float images (N, ...).
+    """Return the memory of a training step, with the optimiser's averages; x: float images (N, ...).
 
-    It is measured in eval mode, which leaves a model's statistics as they are.
+    It is measured in eval mode, which does not change a model's statistics.
     """
 
     def work(images: Tensor) -> None:

@@ -75,7 +75,7 @@ def test_answers_without_a_point() -> None:
 
 REFUSED = {
     "version 2": ("(vnnlib-version <2.0>)(declare-network f)", "VNN-LIB 2"),
-    "open": (DECLARED + "(assert (<= X_0 1)", "cut short"),
+    "open": (DECLARED + "(assert (<= X_0 1)", "is truncated"),
     "no parentheses": ("hello", "outside of parentheses"),
     "too deep": ("(" * 100, "nested"),
     "no variable": ("(declare-const Z_0 Real)", "'Z_0' is declared"),
@@ -85,9 +85,9 @@ REFUSED = {
     "no bound": (DECLARED + "(assert (<= X_0 1))(assert (<= Y_0 1))", "no lower bound"),
     "mixed": (DECLARED + "(assert (<= X_0 Y_0))", "inputs and outputs"),
     "two inputs": (DECLARED + "(assert (<= X_0 X_1))", "several inputs"),
-    "no variable in it": (DECLARED + "(assert (<= 1 2))", "of no variable"),
+    "no variable in it": (DECLARED + "(assert (<= 1 2))", "has no variable"),
     "a product": (DECLARED + "(assert (<= (* Y_0 Y_1) 1))", "not a linear expression"),
-    "strict": (DECLARED + "(assert (< Y_0 Y_1))", "not of '<'"),
+    "strict": (DECLARED + "(assert (< Y_0 Y_1))", "not '<'"),
     "a word": (DECLARED + "(assert (<= Y_0 one))", "'one' is neither a variable"),
     "a huge number": (DECLARED + "(assert (<= Y_0 1e999))", "nor a number within"),
     "a large number": (DECLARED + "(assert (<= Y_0 (* 1e20 1e20)))", "above 1e30"),

@@ -147,7 +147,7 @@ def test_a_single_file_is_tested(write: Write, tmp_path: Path) -> None:
     path = next(path for path in found if not path.name.startswith("cache"))
     listed = ClassList(NAMES, "the list")
     loaded = data.load(str(path), request=replace(TESTED, classes=listed))
-    assert loaded.class_names == NAMES and "all its images are tested" in loaded.notes[0]
+    assert loaded.class_names == NAMES and "all its images are test images" in loaded.notes[0]
     with pytest.raises(DataError, match=r"has no images in .*train"):
         data.load(str(path))
 
@@ -180,7 +180,7 @@ def test_rows_that_are_left_out_are_counted(tmp_path: Path) -> None:
     assert loaded.test.y.tolist() == [0, 1] and loaded.classes == 2
     text = " ".join(str(one.message) for one in told)
     assert all(f"{why}: {count}" in text for why, count in (
-        ("without a label", 1), ("without an image path", 2), ("of no part", 1)
+        ("without a label", 1), ("without an image path", 2), ("without a split", 1)
     ))  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def grey(*shape: int) -> Tensor:
         ([(grey(1, 4, 4), 0), (grey(1, 4, 5), 0)], r"of \(1, 4, 4\) and of \(1, 4, 5\); resize"),
         ([(grey(1, 4, 4), 0.5)], r"labels integers .*torch.float32"),
         ([(grey(4), 0)], r"must be \(N, C, H, W\)"),
-        ([("a picture", 0)], "must be tensors, not str; of PIL images"),
+        ([("a picture", 0)], "must be tensors, not str; convert PIL images"),
         ([{"image": 1}], "must yield images with labels, not dict"),
         ([(grey(1, 4, 4), 0), (grey(1, 4, 4), 2)], r"not every label from 0 to 2 occurs; .*classes=N"),
         ([(grey(1, 4, 4), -1)], "not every label"),

@@ -145,7 +145,7 @@ def test_a_broken_history_is_refused_and_one_that_was_removed_is_told_of(told, t
 def test_a_look_that_no_version_wrote_is_refused(told, tmp_path):
     out = shutil.copytree(told[0], tmp_path / "out")
     append_entry(out, {"kind": "look", "look": "fifth"})
-    with pytest.raises(DamageError, match="a look that is none"):
+    with pytest.raises(DamageError, match="an invalid entry"):
         report.write(out)
 
 

@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_refused_with_the_number(context: Context, monkeypa
 
 def test_the_number_is_written_and_kept(few_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tiny_plan(batch_size="auto", attacks=[ATTACK], seeds=1, sparsities=[0.5])
-    with pytest.raises(PlanError, match="needs a number"):
+    with pytest.raises(PlanError, match="needs a fixed batch size"):
         register(plan, tmp_path / "other")
     first = run(plan, tmp_path, dataset=few_digits, workers=0)
     assert read_plan(tmp_path).plan["batch_size"] == 500

@@ -55,7 +55,7 @@ def audit(
     rank, or your own names. A minimum-norm attack runs once, without eps. `checks` is the number of images used by the
     reliability checks (docs/flags.md); 0 disables these, and the comparison of attacks and budgets. Each attack starts
     from `seed`, so that its result does not depend on the other attacks. Raises UserError as `run` does, and for an
-    attack that needs a budget if `eps` is empty. `progress` gets an attack's name and what `run` tells.
+    attack that needs a budget if `eps` is empty. `progress` gets an attack's name and the arguments of `run`'s.
     """
     found: Found = {}
     for name, attack in attacks.items():

@@ -33,10 +33,10 @@ def run_batches(
     """Attack pairs of images and labels as a DataLoader yields them, and return one result for all, as `run` does.
 
     Each batch is as x and y of `run`, on the device of the model, and the other arguments are those of `run`. The model
-    is checked on the first batch in which it classifies an image correctly. An attack that draws random numbers draws
-    for each batch. A flag of several batches stands once, as the first of them says it.
+    is checked on the first batch in which it classifies an image correctly. A random attack draws
+    new numbers for each batch. A flag of several batches is reported once, with the detail of the first.
 
-    Raises UserError as `run` does, and for batches that are no pairs.
+    Raises UserError as `run` does, and for batches that are not pairs.
     """
     start = time.perf_counter()
     check_numbers(batch_size=1 if batch_size is None else batch_size, draws=draws)

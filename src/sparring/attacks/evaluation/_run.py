@@ -71,7 +71,7 @@ class AttackResult:
     flags: tuple[Flag, ...]
 
     def shown(self) -> dict[str, str]:
-        """Return what a person reads of it, by name."""
+        """Return the values to display, by name."""
         found = self.distance[self.success]
         return {
             "images": str(len(self.success)),

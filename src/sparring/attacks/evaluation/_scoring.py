@@ -348,9 +348,9 @@ _CPU_BYTES, _COPIED = 512 * 2**20, 1.2
 
 
 def need_of(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> Need:
-    """Return what an attack takes, measured on a pass there and back of a model in eval mode.
+    """Return the memory that an attack needs, measured on one forward and backward pass of a model in eval mode.
 
-    rows: gradients of an image that go back together (`AttackFacts.together`); draws: passes an average is taken of.
+    rows: gradients of an image in one backward pass (`AttackFacts.together`); draws: passes in an average.
     """
 
     def work(images: Tensor) -> None:
@@ -366,14 +366,14 @@ def need_of(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> Ne
 
 
 def images_at_once(need: Need, free: int, device: torch.device, *, most: int = 1024) -> int:
-    """Return how many images an attack takes at once: what fits in half of the free memory, on a CPU in 512 MiB.
+    """Return the batch size of an attack: what fits in half of the free memory, on a CPU in at most 512 MiB.
 
-    Raise UserError where one image does not fit into what is free.
+    Raise UserError if not even one image fits.
     """
     need.check(1, free, "an attack")
     return need.fitting(min(free // 2, _CPU_BYTES) if device.type == "cpu" else free // 2, most=most)
 
 
 def batch_size_for(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> int:
-    """Return how many images an attack on a model takes at once, 1 to 1024; see `need_of` and `images_at_once`."""
+    """Return the batch size of an attack on a model, 1 to 1024; see `need_of` and `images_at_once`."""
     return images_at_once(need_of(model, x, rows=rows, draws=draws), free_memory(x.device), x.device)

@@ -56,5 +56,5 @@ def estimate_over(graph: Graph, x: Tensor, norm: float) -> dict[str, float]:
 
 
 def tightest(seconds_each: Mapping[str, float], images: int, seconds: float) -> str:
-    """Return the tightest method whose estimate for so many images is within the time, else intervals."""
+    """Return the tightest method whose estimate for this number of images fits into the time, or else intervals."""
     return next((name for name in TIGHTEST if images * seconds_each[name] <= seconds), "interval")

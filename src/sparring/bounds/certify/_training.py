@@ -33,8 +33,8 @@ def training_bounds(
 
     Interval arithmetic with the last layer merged into the margins (IBP, Gowal et al. 2018); of `crown`, a share in
     [0, 1], linear bounds through the last layers on those intervals (CROWN-IBP, Zhang et al. 2020, eq. 8). `graph` is
-    the model's, lowered once. Batch normalisation uses its running statistics. All is in the model's own type and not
-    rounded down: this trains, and certifies nothing. Raise Unsupported for weights that another operation computes.
+    the model's, lowered once. Batch normalisation uses its running statistics. The bounds have the model's own type and
+    are not rounded down: use them for training, not as certificates. Raise Unsupported for computed weights.
     """
     live = replace(graph, nodes=tuple(replace(node, op=_live(node.op, model)) for node in graph.nodes))
     low, high = (x - eps).clamp_min(0), (x + eps).clamp_max(1)
@@ -68,7 +68,7 @@ def _live(op: Op, model: nn.Module) -> Op:
 
 @torch.no_grad()
 def ibp_initialise_(model: nn.Module, *, generator: torch.Generator) -> None:
-    """Draw weights of linear and convolutional layers again, so that intervals keep their width over layers.
+    """Draw new weights of linear and convolutional layers, so that intervals keep their width over layers.
 
     A normal with deviation √(2π) / fan-in (Shi et al. 2021, section 3.1); biases become zero.
     """

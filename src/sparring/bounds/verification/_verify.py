@@ -31,9 +31,9 @@ Run = Callable[[Tensor], Tensor]
 class Verdict:
     """An answer: "verified" (no counter-example exists), "falsified" (x_adv is one) or "unknown".
 
-    bound: a lower bound on how far every point misses being a counter-example, in logits: above 0 where verified.
-    x_adv (1, ...) float32 and logits (classes,): a counter-example, and what the network itself gives for it. nodes:
-    sub-problems that were bounded. seconds: wall time.
+    bound: a lower bound on the distance, in logits, of every point from being a counter-example; above 0 if verified.
+    x_adv (1, ...) float32 and logits (classes,): a counter-example and the network's own output. nodes:
+    number of bounded sub-problems. seconds: wall time.
     """
 
     status: Status
@@ -57,13 +57,13 @@ def verify(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
 ) -> tuple[Verdict, ...]:
-    """Say for each image whether its label stands in the whole eps-ball inside [0, 1]: complete, unless time runs out.
+    """Decide for each image whether its label is the same in the whole eps-ball inside [0, 1], as far as time allows.
 
     x (N, ...) in [0, 1], labels y (N,); linf or l2. Bounds, attacks, then branch and bound over the signs of
-    ReLUs, whose inputs are bounded by searches of their own first. "verified" speaks of exact arithmetic, of bounds in
-    float64 that are lowered for rounding; "falsified" of the model itself, which gives x_adv another label. Each image
-    takes `seconds` of `clock` at most, and `nodes` sub-problems; without a limit of seconds that binds, results are the
-    same on every run. Raise UserError for other norms, Unsupported for layers without a sound rule.
+    ReLUs, whose inputs are bounded by searches of their own first. "verified" refers to exact arithmetic, by bounds in
+    float64 that are lowered for rounding; "falsified" to the model itself, which gives x_adv another label. Each image
+    takes at most `seconds` of `clock` and `nodes` sub-problems. If no time limit is reached, results are the same on
+    every run. Raise UserError for other norms, Unsupported for layers without a sound rule.
     Sources: Wang et al. 2021 (β-CROWN), Bunel et al. 2020 (branching).
     """
     if norm not in (L2, LINF):
@@ -97,17 +97,17 @@ def verify_property(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
 ) -> tuple[Verdict, Case | None]:
-    """Say whether any input of a property's boxes is a counter-example, and which of its cases.
+    """Decide whether any input in a property's boxes is a counter-example, and to which of its cases.
 
-    The model takes images of `shape`, whose values are the property's inputs in their order. `run` says what the
-    network itself gives for images (N, *shape), such as ONNX Runtime; unless given, the model does. Else as `verify`.
+    The model takes images of `shape`, whose values are the property's inputs in their order. `run` returns the
+    network's own outputs for images (N, *shape), such as ONNX Runtime's (default: the model's). Otherwise as `verify`.
     """
     begin, deadline = time.perf_counter(), clock() + seconds
     if math.prod(shape) != asked.inputs:
-        raise UserError(f"the property is of {asked.inputs} inputs, the network takes images of shape {shape}")
+        raise UserError(f"the property has {asked.inputs} inputs, but the network takes images of shape {shape}")
     graph = prepare(model, shape, certified=True)
     if (classes := graph.nodes[-1].shape[0]) != asked.outputs:
-        raise UserError(f"the property is of {asked.outputs} outputs, the network has {classes}")
+        raise UserError(f"the property has {asked.outputs} outputs, but the network has {classes}")
     low, used = math.inf, 0
     run = run or partial(_answers, model)
     with eval_mode(model):

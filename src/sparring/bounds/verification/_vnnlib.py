@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Property:
-    """What is a counter-example: any of the cases, of so many inputs and outputs."""
+    """A property: an input is a counter-example if it satisfies any of the cases."""
 
     inputs: int
     outputs: int
@@ -55,7 +55,7 @@ class Property:
 
 
 def read_vnnlib(path: Path | str) -> Property:
-    """Read a property; raise UserError for a damaged file, or one that says what is not read: VNN-LIB 2, too."""
+    """Read a property; raise UserError for a damaged file, for VNN-LIB 2, and for what is not supported."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
     if Path(path).stat().st_size > _BYTES:
@@ -105,7 +105,7 @@ class _Reader:
                     pass
                 case [str(word), *_] if "network" in word or word.startswith("vnnlib-version"):
                     raise self.refuse(
-                        f"({word} ...) is VNN-LIB 2, which is not read yet; give the property in VNN-LIB 1"
+                        f"({word} ...) is VNN-LIB 2, which is not supported; give the property in VNN-LIB 1"
                     )
                 case _:
                     raise self.refuse(f"{_shown(command)} is neither a declaration of a Real nor an assertion")
@@ -136,7 +136,7 @@ class _Reader:
             else:
                 raise self.refuse(f"'{token[:_LONGEST]}' is outside of parentheses; this is not a VNN-LIB file")
         if open_:
-            raise self.refuse("it ends inside of parentheses: the file is cut short")
+            raise self.refuse("a parenthesis is not closed: the file is truncated")
 
     def declare_(self, name: str) -> None:
         known = _NAME.fullmatch(name)
@@ -156,7 +156,7 @@ class _Reader:
             case [">=", high, low]:
                 return [self.atom(low, high)]
             case [str(word), *_]:
-                raise self.refuse(f"{_shown(formula)}: formulas are of and, or, <= and >=, not of '{word[:_LONGEST]}'")
+                raise self.refuse(f"{_shown(formula)}: formulas use and, or, <= and >=, not '{word[:_LONGEST]}'")
         raise self.refuse(f"{_shown(formula)} is not a formula")
 
     def met(self, one: list[_Term], two: list[_Term]) -> list[_Term]:
@@ -185,7 +185,7 @@ class _Reader:
         if letters != {"X"} or len(named) != 1:
             what = "inputs and outputs" if len(letters) == 2 else "several inputs" if letters else "no variable"
             raise self.refuse(
-                f"(<= {_shown(low)} {_shown(high)}) is of {what}; inputs have bounds, outputs constraints"
+                f"(<= {_shown(low)} {_shown(high)}) has {what}; bounds are of one input, constraints of outputs only"
             )
         ((_, at), factor) = next(iter(named.items()))
         bound = {at: max(min(-added / factor, Fraction(_LARGEST)), Fraction(-_LARGEST))}
@@ -213,7 +213,7 @@ class _Reader:
         known = _NAME.fullmatch(token)
         if known is not None:
             if int(known[2]) not in self.declared[known[1]]:
-                raise self.refuse(f"'{token}' is used, but not declared before")
+                raise self.refuse(f"'{token}' is used before it is declared")
             return {token: Fraction(1)}
         if len(token) > _LONGEST or _NUMBER.fullmatch(token) is None or abs(Decimal(token).adjusted()) > _EXPONENT:
             raise self.refuse(
@@ -273,7 +273,7 @@ def inward(box: Box) -> tuple[Tensor, Tensor]:
 
 
 def results_text(status: str, x: Tensor | None = None, y: Tensor | None = None, box: Box | None = None) -> str:
-    """Return what the competition has in a results file: unsat, unknown, or sat with inputs and outputs.
+    """Return the text of a results file of the competition: unsat, unknown, or sat with inputs and outputs.
 
     Inputs x are float32 (inputs,); they are written as decimals in the box that round to them.
     """

@@ -50,8 +50,8 @@ class Source(Protocol):
 class Listing:
     """What there is: images, class folders, files and folders that are not read, and what is said of classes.
 
-    `flat` are images of no part; `named` are classes in their order; `numbered` labels are their numbers. `layout` says
-    where images of a part belong.
+    `flat` are images without a split; `named` are classes in their order; `numbered` labels are their numbers. `layout`
+    says where images of a split belong.
     """
 
     source: Source
@@ -97,7 +97,7 @@ class Listing:
         """
         if self.entries:
             for entry in self.flat:
-                self.leave("images of no part", entry.member)
+                self.leave("images without a split", entry.member)
             self.flat.clear()
         labels = {entry.label for entry in (*self.entries, *self.flat)}
         numbers = all(label.isascii() and label.isdecimal() and len(label) < 19 for label in labels)

@@ -118,7 +118,7 @@ def _array(data: Any, member: str, path: Path) -> Array:
             f"{member} in {path} has the type {dtype}; images must be uint8 from 0 to 255 (of x in [0, 1]: "
             "(255 * x).round().astype('uint8')), labels integers, class names text"
         )
-    raise DataError(f"{member} in {path} is truncated, or its header lies about its shape {shape}; make it again")
+    raise DataError(f"{member} in {path} is truncated, or its header has the wrong shape {shape}; create it again")
 
 
 def _images(array: Array, key: str, layout: str | None, path: Path) -> torch.Tensor:

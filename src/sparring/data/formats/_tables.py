@@ -96,7 +96,7 @@ def _sound(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, LookupError, TypeError, MemoryError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0][:200]
-        raise DataError(f"{path} is not a sound table ({reason}); get it again") from error
+        raise DataError(f"{path} is not a valid table ({reason}); get it again") from error
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def _labels(values: Any, path: Path) -> list[Any]:
     types = _arrow()[0].types
     each = values.dictionary if types.is_dictionary(values.type) else values
     if not types.is_integer(each.type) and any(len(label or "") > MOST_LABEL for label in each.to_pylist()):
-        raise DataError(f"{path} has a label of more than {MOST_LABEL:,} letters; is its column the right one?")
+        raise DataError(f"{path} has a label of more than {MOST_LABEL:,} letters; is this the right column?")
     return list(values.to_pylist())
 
 
@@ -225,7 +225,7 @@ def list_csv(root: Path, files: Sequence[str], named: Sequence[str] = ()) -> Lis
             rows = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
             _list_rows(rows, file, listing, root)
         except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{root / file} is not a CSV file in UTF-8 ({error}); save it so") from error
+            raise DataError(f"{root / file} is not a CSV file in UTF-8 ({error}); save it as UTF-8") from error
     listing.settle()
     return listing
 

@@ -36,7 +36,7 @@ def from_torch(
     y = (test if own is None else own).y
     found = sorted(set(y.tolist()))
     if count is None and not names and found != list(range(len(found))):
-        raise DataError(f"not every label from 0 to {int(y.max())} occurs; say how many there are by classes=N")
+        raise DataError(f"not every label from 0 to {int(y.max())} occurs; give their number with classes=N")
     if own is not None and held is None:
         own, held = hold_out(own)
     count = count or len(names) or len(found)
@@ -93,7 +93,7 @@ def _batch(item: Any, what: str) -> tuple[Tensor, Tensor]:
     x, y = item[0], item[1]
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         kind = type(x if not isinstance(x, Tensor) else y).__name__
-        raise DataError(f"{what}: images and labels must be tensors, not {kind}; of PIL images give ToTensor()")
+        raise DataError(f"{what}: images and labels must be tensors, not {kind}; convert PIL images with ToTensor()")
     x = x[:, None] if x.dim() == 3 else x
     if x.dim() != 4 or y.dim() != 1 or len(x) != len(y) or y.is_floating_point():
         raise DataError(
@@ -105,7 +105,7 @@ def _batch(item: Any, what: str) -> tuple[Tensor, Tensor]:
         if not (low >= 0 and high <= 1):
             raise DataError(
                 f"{what}: images lie in [{low:.3g}, {high:.3g}], not in [0, 1]; leave normalisation to the model "
-                "(remove Normalize), and divide by 255 what lies in [0, 255]"
+                "(remove Normalize), and divide values from 0 to 255 by 255"
             )
         x = (x.detach().double() * 255).round().to(torch.uint8)
     if x.dtype != torch.uint8:

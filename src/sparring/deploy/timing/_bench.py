@@ -69,7 +69,7 @@ class Bench:
     wins_from: float | None
 
     def fastest(self, batch: int, *, exact: bool) -> BenchRow:
-        """Return the fastest engine for the network itself at a batch size, of those of float32 only if `exact`."""
+        """Return the fastest engine for the network itself at a batch size; with `exact`, only engines in float32."""
         rows = (r for r in self.rows if r.batch == batch and not r.engine.startswith(SMALL) and (r.exact or not exact))
         return min(rows, key=lambda row: row.milliseconds)
 

@@ -48,7 +48,7 @@ def read_onnx(path: Path | str) -> bytes:
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
     if Path(path).stat().st_size > _BYTES:
-        raise UserError(f"{path} is larger than 1 GiB, which is more than is read of an ONNX file")
+        raise UserError(f"{path} is larger than 1 GiB, the limit for ONNX files")
     return Path(path).read_bytes()
 
 
@@ -80,7 +80,7 @@ def _parsed(data: bytes, path: Path | str) -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise UserError("ONNX files need the package onnx; install sparring[onnx]") from error
+        raise UserError("ONNX files need the package onnx: pip install 'sparring[onnx]'") from error
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's own, which differ by its version
@@ -88,5 +88,5 @@ def _parsed(data: bytes, path: Path | str) -> Any:
     if not model.graph.node:
         raise UserError(f"{path} is not an ONNX file, or an empty one: it has no nodes")
     if len(model.graph.node) > _NODES:
-        raise UserError(f"{path} has {len(model.graph.node)} nodes; at most {_NODES} are read")
+        raise UserError(f"{path} has {len(model.graph.node)} nodes; the limit is {_NODES}")
     return model

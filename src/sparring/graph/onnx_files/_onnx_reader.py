@@ -69,7 +69,7 @@ class Reader:
         if kind.elem_type != 1 or len(sizes) < 2 or sizes[0] not in (-1, 1) or min(sizes[1:]) < 1:
             raise Unsupported(
                 f"{self.path}: the input '{given.name}' is not a batch of float32 images: type {kind.elem_type}, shape "
-                f"{['?' if size < 0 else size for size in sizes]}; the first axis is for images, the others are known"
+                f"{['?' if size < 0 else size for size in sizes]}; the first axis counts images, the others are fixed"
             )
         if math.prod(sizes[1:]) > VALUES:
             raise Unsupported(f"{self.path}: an image of {math.prod(sizes[1:])} numbers is above the limit")
@@ -105,7 +105,7 @@ class Reader:
     def constant(self, value: Value | None, what: str) -> Tensor:
         """Return a constant; raise Unsupported for what is computed."""
         if not isinstance(value, Tensor):
-            raise self.refuse(f"has {what} that is computed of the image" if value is not None else f"has no {what}")
+            raise self.refuse(f"has {what} that is computed from the image" if value is not None else f"has no {what}")
         return value
 
     def numbers(self, value: Any, what: str) -> list[int]:
@@ -129,7 +129,7 @@ class Reader:
                 raise self.refuse("mixes or moves the axis of the images; keep it first")
             shape = shape[1:]
         if not shape or not 0 < math.prod(shape) <= VALUES:
-            raise self.refuse(f"gives a value of shape {shape} for each image, which is not read")
+            raise self.refuse(f"gives a value of shape {shape} for each image, which is empty or above the limit")
         self.nodes.append(Node(op, sources, shape, self.name))
         return len(self.nodes) - 1
 
@@ -165,7 +165,7 @@ class Reader:
         if value.dim() == len(shape) + 1 and len(value) == 1:
             value = value[0]
         if value.dim() > len(shape) or broadcast(value.shape, shape) != shape:
-            raise self.refuse(f"takes a constant of shape {tuple(value.shape)} and a value of shape {shape} together")
+            raise self.refuse(f"combines a constant of shape {tuple(value.shape)} with a value of shape {shape}")
         return value.expand(shape)
 
 
@@ -176,9 +176,9 @@ def tensor_of(tensor: Any) -> Tensor:
     if tensor.data_location == 1 or tensor.external_data:
         raise Unsupported(f"the tensor '{tensor.name}' lies in another file; save the model with its data inside")
     if tensor.data_type not in TYPES:
-        raise Unsupported(f"the tensor '{tensor.name}' is of type {tensor.data_type}; float32 and integers are read")
+        raise Unsupported(f"the tensor '{tensor.name}' is of type {tensor.data_type}; use float32 or integers")
     if math.prod(tensor.dims) > _LARGEST or min(tensor.dims, default=0) < 0:
-        raise Unsupported(f"the tensor '{tensor.name}' has the shape {list(tensor.dims)}, which is not read")
+        raise Unsupported(f"the tensor '{tensor.name}' has the shape {list(tensor.dims)}, which is out of range")
     value = torch.from_numpy(numpy_helper.to_array(tensor).copy())
     if not bool(value.isfinite().all()):
         raise Unsupported(f"the tensor '{tensor.name}' holds numbers that are not finite")

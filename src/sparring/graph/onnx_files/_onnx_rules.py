@@ -75,7 +75,7 @@ def _padding(r: Reader, auto_pad: str, pads: Sequence[int]) -> tuple[int, int]:
 
 def _pair(r: Reader, sizes: Sequence[int]) -> tuple[int, int]:
     if len(sizes) != 2 or min(sizes) < 1:
-        raise r.refuse(f"has sizes {list(sizes)} where two are read, both above 0")
+        raise r.refuse(f"needs two sizes above 0, not {list(sizes)}")
     return sizes[0], sizes[1]
 
 
@@ -145,7 +145,7 @@ def _sum(r: Reader, x: Value, y: Value, sign: float) -> Value:
     if isinstance(y, Tensor):
         return r.affine(x, 1.0, y if sign > 0 else -y)
     if r.shape(x) != r.shape(y):
-        raise r.refuse(f"adds values of shapes {r.shape(x)} and {r.shape(y)}; only equal ones are added")
+        raise r.refuse(f"adds values of shapes {r.shape(x)} and {r.shape(y)}; only equal shapes are supported")
     return r.emit(Add(), x, y if sign > 0 else r.affine(y, sign, 0.0))
 
 
@@ -153,7 +153,7 @@ def _product(r: Reader, x: Value, y: Value) -> Value:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         return _small(r, x, y, lambda: x * y)
     if isinstance(x, int) and isinstance(y, int):
-        raise r.refuse("multiplies two values that are computed of the image")
+        raise r.refuse("multiplies two values that are computed from the image")
     return r.affine(x, r.constant(y, "a factor"), 0.0) if isinstance(x, int) else r.affine(int(y), x, 0.0)
 
 
@@ -218,7 +218,7 @@ def _unsqueeze(r: Reader, x: Value, places: Value | None = None, *, axes: Sequen
     wanted = r.numbers(axes or places, "axes")
     rank = len(r.shape(x)) + isinstance(x, int) + len(wanted)
     if rank > 16:
-        raise r.refuse(f"gives a value of {rank} axes")
+        raise r.refuse(f"gives a value with {rank} axes")
 
     def change(v: Tensor) -> Tensor:
         for axis in sorted(a % rank for a in wanted):
@@ -253,7 +253,7 @@ def _concat(r: Reader, *parts: Value, axis: int) -> Value:
 def _gather(r: Reader, x: Value, places: Value, *, axis: int = 0) -> Value:
     values, at = r.constant(x, "a source"), r.constant(places, "places")
     if values.dim() != 1 or at.numel() > len(values):
-        raise r.refuse("is read for the axes of shapes alone")
+        raise r.refuse("is supported only for the axes of shapes")
     return values[at]
 
 

@@ -35,7 +35,7 @@ def open_study(out: Any) -> Study:
     folder, orphans = Folder(study.folder), _orphans(study)
     looks = [entry for entry in entries if entry["kind"] == "look"]
     if not all(isinstance(look.get(name), kind) for look in looks for name, kind in LOOK.items()):
-        raise DamageError(f"{study.folder} has a history with a look that is none; get it back, or move it away")
+        raise DamageError(f"{study.folder} has a history with an invalid entry; restore the file, or move it away")
     state = _state(study)
     known = next((entry for entry in looks if entry["state"] == state), None)
     number = int(known["look"]) if known else 1 + max((int(entry["look"]) for entry in looks), default=0)

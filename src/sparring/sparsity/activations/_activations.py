@@ -30,7 +30,7 @@ class ActivationSparsifier(Declared):
         return dense + (result - dense).detach()
 
     def dense(self) -> nn.Module:
-        """Return what this module took the place of."""
+        """Return the layer that this module replaced."""
         return nn.ReLU()
 
     def sparse(self, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Plan:
     """A whole study; equal plans give equal records.
 
     `prepare` says how a user's own images are prepared, and how many are used. `transfer` attacks are made on the dense
-    control and tried on every sparse network, and the reverse. `checkpoints` adds the best epoch of adversarial
+    control and tried on every sparse network, and vice versa. `checkpoints` adds the best epoch of adversarial
     training to the final one. `mark` is written into every figure, for example that a study is a smaller version of
     another. `shard` is the number of images that one task attacks. `margins` are the losses that the sweet spot allows,
     by metric (design.md, section 2). `kernels` says where attacks on networks with sparse weights run: in torch, on
@@ -140,7 +140,7 @@ class Plan:
                 raise UnknownNameError("method", method, known)
 
     def request(self, *, cache: bool = True) -> Request:
-        """Return what is read of the plan's data, and how; `cache` as in `Request`."""
+        """Return the request for the plan's data; `cache` as in `Request`."""
         return (self.prepare or Preparation()).request(cache=cache)
 
     @property
@@ -150,14 +150,14 @@ class Plan:
 
     @property
     def first_to_a_sparsity(self) -> PruningSettings | None:
-        """The first pruning method that can be asked for a sparsity, or None."""
+        """The first pruning method that accepts a sparsity, or None."""
         return next((p for p in self.pruning if not p.ends_by_itself), None)
 
     @staticmethod
     def load(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> Plan:
         """Load a TOML file or a preset by name, with overrides like "seeds=5" or "recipe.epochs=3" (TOML values).
 
-        Raise PlanError that names the file and the line or key of whatever is wrong.
+        Raise PlanError with the file and the line or key of the error.
         """
         source, text = read_text(path_or_preset)
         try:
@@ -188,7 +188,7 @@ class Plan:
             raise PlanError(f"{source}: key '{key}': {first['msg']}, not {first['input']!r}") from error
 
     def table(self) -> dict[str, Any]:
-        """Return the plan as plain nested dictionaries (for plan.json); `from_table` takes it back."""
+        """Return the plan as plain nested dictionaries (for plan.json); the inverse of `from_table`."""
         result: dict[str, Any] = _plain(dataclasses.asdict(self))
         for row, label in zip((*result["pruning"], *result["activation"]), self.labels, strict=True):
             row["label"] = label

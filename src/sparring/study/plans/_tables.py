@@ -104,20 +104,20 @@ class PruningSettings(PruningSpec):
 
     @property
     def title(self) -> str:
-        """The label, or else what the method is."""
+        """The label, or else a description of the method."""
         return self.label or " ".join(part for part in (self.method, self.score, self.structure) if part)
 
     def spec(self) -> PruningSpec:
-        """Return what the method depends on: everything but its name and the grid it is run at."""
+        """Return the settings of the method: everything but its name and its sparsities."""
         return PruningSpec(**{field.name: vars(self)[field.name] for field in dataclasses.fields(PruningSpec)})
 
     @property
     def ends_by_itself(self) -> bool:
-        """Whether the table says without a sparsity how much goes."""
+        """Whether the table determines its sparsity itself."""
         return self.c_rate is not None or self.layers is not None
 
     def grid(self, sparsities: tuple[float, ...]) -> tuple[float | None, ...]:
-        """Return what is asked of the method, given the plan's sparsities; None: whatever its own rule leads to."""
+        """Return the requested sparsities, given the plan's; None: those that its own rule leads to."""
         if self.ends_by_itself:
             return (None,)
         return sparsities if self.sparsities is None else self.sparsities
@@ -358,9 +358,9 @@ class LinearPaths:
             raise PlanError("[[linear]]: classes must list two or more different classes")
 
     def groups(self, classes: int) -> list[tuple[int, ...]]:
-        """Return all studied classes at once, then every pair, of a data set with so many classes.
+        """Return all studied classes as one group, then every pair, of a data set with this number of classes.
 
-        The largest group comes first, since it takes longest. Raise PlanError for classes that the data lack.
+        The largest group comes first, because it takes longest. Raise PlanError for classes that the data do not have.
         """
         chosen = tuple(sorted(self.classes or range(classes)))
         if chosen[-1] >= classes or chosen[0] < 0:

@@ -225,7 +225,7 @@ class Processes:
         self.workers.remove(worker)
 
     def close(self) -> None:
-        """End all workers at once, whatever they are doing."""
+        """End all workers immediately."""
         for worker in list(self.workers):
             self._bury(worker)
 

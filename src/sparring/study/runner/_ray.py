@@ -49,7 +49,7 @@ class RayCluster:
 
     @property
     def slots(self) -> int:
-        """Return how many tasks to hand out now: the cluster may grow and shrink."""
+        """Return the number of tasks to run at once now, because the cluster may grow and shrink."""
         units = self.ray.cluster_resources().get("GPU" if self.gpu else "CPU", 1)
         return max(1, int(units)) * QUEUED
 
@@ -63,7 +63,7 @@ class RayCluster:
         return [self._collect(reference) for reference in ready]
 
     def close(self) -> None:
-        """Cancel what is under way, and leave the cluster as it was."""
+        """Cancel running tasks, and leave the cluster as it was."""
         for reference in self.pending:
             self.ray.cancel(reference, force=True)
         self.pending.clear()

@@ -64,7 +64,7 @@ def register(plan: Plan, out: str | Path) -> dict[str, Any]:
     store = Store(out)
     store.prepare()
     if plan.batch_size == AUTO:
-        raise PlanError("a plan that is registered needs a number: set batch_size = 500, or what fits")
+        raise PlanError("registration needs a fixed batch size: set batch_size = 500, or less if memory is short")
     table = plan.table()
     name = sha256_bytes(canonical_json(table).encode())
     with store.lock():

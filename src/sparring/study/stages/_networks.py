@@ -183,7 +183,8 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
     if logits.shape[1] != dataset.classes:
         raise UserError(
             f"the model returns {logits.shape[1]} numbers per image, but {dataset.name} has {dataset.classes} classes: "
-            "do model and data belong together? Where the data have some of its classes, --classes FILE names them all"
+            "do model and data belong together? If the data have only some of the model's classes, "
+            "--classes FILE names them all"
         )
 
 
