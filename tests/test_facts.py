@@ -67,7 +67,7 @@ def test_an_attack_is_for_the_norms_and_the_budgets_that_its_facts_name(name: st
     few = {option: 1 for option in ("steps", "queries", "searches") if option in options}
     quick = partial(cast(Callable[..., Tensor], attack), **few)
     called = partial(quick, net, x, y, generator=torch.Generator().manual_seed(0))
-    for norm in ("linf", "l2", "l1"):
+    for norm in ("linf", "l2", "l1", "l0"):
         for eps in (0.01, None):
             needs_eps = known.kind == "budget" and eps is None
             refused = [UserError] if needs_eps else [Unsupported] if norm not in known.norms else []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparring.metrics import accuracy, distances, macs, robust_accuracy, size
+from sparring.metrics import accuracy, distances, macs, pixel_distances, robust_accuracy, size
 
 
 def test_both_conventions_of_distance() -> None:
@@ -17,6 +17,13 @@ def test_both_conventions_of_distance() -> None:
     assert found.mean_correct == pytest.approx(2.0)
     assert found.median_correct in (1.0, 3.0)
     assert found.failed == pytest.approx(1 / 3)
+
+
+def test_a_pixel_counts_once_whatever_its_channels() -> None:
+    x = torch.zeros(2, 3, 2, 2)
+    x_adv = x.clone()
+    x_adv[:, 0, 0, 0], x_adv[:, 2, 0, 0], x_adv[:, 1, 1, 1] = 0.1, 1.0, 0.5
+    assert pixel_distances(x_adv, x, torch.tensor([3.0, math.inf])).tolist() == [2, math.inf]
 
 
 def test_distances_of_nothing_are_nan() -> None:

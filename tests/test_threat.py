@@ -7,8 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparring.errors import UserError
-from sparring.threat import L1, L2, LINF, Threat, distance, dual, norm_name, parse_norm, project, random_point
+from sparring.errors import Unsupported, UserError
+from sparring.threat import (
+    L0,
+    L1,
+    L2,
+    LINF,
+    Threat,
+    diameter,
+    distance,
+    dual,
+    norm_name,
+    parse_norm,
+    project,
+    random_point,
+)  # fmt: skip
 
 NORMS = [LINF, L2, L1]
 
@@ -32,6 +45,18 @@ def test_threat_refuses_units_of_255_and_unknown_norms() -> None:
         Threat(LINF, 8)
     with pytest.raises(UserError, match="not one of"):
         Threat(3.0, 0.1)
+
+
+def test_l0_counts_values_and_is_no_norm() -> None:
+    delta = torch.tensor([[[[0.5, 0.0], [-1.0, 0.1]]], [[[0.0, 0.0], [0.0, 1e-9]]]])
+    assert parse_norm(norm_name(L0)) == L0
+    assert distance(delta, L0).tolist() == [3, 1] and diameter(delta, L0) == 4
+    near = project(delta, L0, 2.9)
+    assert near.flatten(1).tolist() == [[0.5, 0.0, -1.0, 0.0], [0.0, 0.0, 0.0, pytest.approx(1e-9)]]
+    assert distance(project(torch.ones(1, 1, 2, 2), L0, 3), L0).tolist() == [3], "of equals so many stay"
+    for refused in (lambda: dual(L0), lambda: random_point(delta, L0, 1.0)):
+        with pytest.raises(Unsupported, match="l0"):
+            refused()
 
 
 @given(seed=st.integers(0, 10_000), norm=st.sampled_from(NORMS), eps=st.floats(0.01, 3))

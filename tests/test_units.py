@@ -17,6 +17,7 @@ from sparring.units import parse_budgets, parse_eps, parse_norm, percent
         (math.inf, ["linf", "Linf", "l_inf", "L-inf", "inf", " LINF ", "l∞", "ℓ_∞", math.inf]),
         (2.0, ["l2", "L2", "l_2", "2", 2, 2.0]),
         (1.0, ["l1", "L1", "1", 1]),
+        (0.0, ["l0", "L0", "ℓ0", "l_0", "0", "0.0", 0, 0.0]),
     ],
 )
 def test_norms_in_every_spelling(norm: float, names: list[str | float]) -> None:
@@ -24,10 +25,10 @@ def test_norms_in_every_spelling(norm: float, names: list[str | float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["l3", "", "l", "nan", 0, "linff", "-inf2", True, -1, "-1", "-2", "-inf", -math.inf, "_2", "l--2"]
+    "name", ["l3", "", "l", "nan", False, "linff", "-inf2", True, -1, "-1", "-2", "-inf", -math.inf, "_2", "l--2"]
 )
 def test_other_norms_are_refused(name: str | float) -> None:
-    with pytest.raises(UserError, match="linf, l2, l1"):
+    with pytest.raises(UserError, match="linf, l2, l1, l0"):
         parse_norm(name)
 
 

@@ -64,7 +64,7 @@ class AttackFacts:
         return ranked and (self.kind == "minimum-norm") == (other.kind == "minimum-norm")
 
 
-OWN_ATTACK = AttackFacts(kernels={})  # what a name outside the table may be taken for
+OWN_ATTACK = AttackFacts(norms=("linf", "l2", "l1", "l0"), kernels={})  # what a name outside the table may be taken for
 # fmt: off
 ATTACKS = {
     "apgd": AttackFacts("APGD", "Croce & Hein 2020", rank=2, passes=30, kernels=_COSTLY, revision=2),
@@ -85,6 +85,7 @@ ATTACKS = {
     "nearest": AttackFacts("Nearest", "after DDN and FAB", "minimum-norm", rank=1, passes=170, revision=1),
     "pgd": AttackFacts("PGD", "Madry et al. 2018", rank=1, passes=10),
     "rfgsm": AttackFacts("R-FGSM", "Tramèr et al. 2018", single_step=True, rank=0, passes=4, kernels={}, lent=1),
+    "sigma-zero": AttackFacts("sigma-zero", "Cinà et al. 2025", "minimum-norm", ("l0",), passes=300),
     "square": AttackFacts("Square", "Andriushchenko et al. 2020", "budget", ("linf", "l2"), "logits", rank=0,
                           passes=400, kernels={}, revision=1),
     "standard": AttackFacts("standard", "AutoAttack (Croce & Hein 2020)", "ensemble", rank=4, passes=600, revision=3,

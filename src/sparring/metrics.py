@@ -63,6 +63,12 @@ def distances(distance: Tensor, clean_correct: Tensor) -> Distances:
     return Distances(_mean(usable), _mean(correct), float(correct.median()) if len(correct) else math.nan, failed)
 
 
+def pixel_distances(x_adv: Tensor, x: Tensor, distance: Tensor) -> Tensor:
+    """Return in how many pixels, whatever the channel, images (N, C, ...) differ: (N,), inf where the distance is."""
+    changed = (x_adv != x).any(1).flatten(1).sum(1)
+    return torch.where(torch.isfinite(distance), changed, torch.inf)
+
+
 def _mean(values: Tensor) -> float:
     return float(values.mean()) if len(values) else math.nan
 

@@ -7,21 +7,18 @@ and then knows nothing of all that.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import UserError, told
-from .modes import eval_mode
 
-__all__ = ["Door", "Opened", "check_module", "logits_of", "opened", "opening", "precision"]
+__all__ = ["Door", "Opened", "check_module", "logits_of", "opened", "precision"]
 
-_Asks = TypeVar("_Asks", bound=Callable[..., Any])
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -103,19 +100,6 @@ def opened(model: nn.Module, x: Tensor) -> nn.Module:
     if not trial.needs_door(x.dtype):
         return model
     return Door(model, kind=trial.kind, copies=trial.written, floor=_floor(logits_of(trial.output)) or -torch.inf)
-
-
-def opening(function: _Asks) -> _Asks:
-    """Decorate a function of model, x and more so that it takes any model that `opened` takes, in any mode."""
-
-    @functools.wraps(function)
-    def entered(model: nn.Module, x: Tensor, *rest: Any, **options: Any) -> Any:
-        check_module(model)
-        with eval_mode(model):
-            answer = opened(model, x)
-        return function(answer, x, *rest, **options)
-
-    return cast(_Asks, entered)
 
 
 def precision(model: nn.Module, logits: Tensor) -> torch.dtype:

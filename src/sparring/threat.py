@@ -13,10 +13,11 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .units import L1, L2, LINF, norm_name, parse_eps, parse_norm
+from .errors import Unsupported, UserError
+from .units import L0, L1, L2, LINF, norm_name, parse_eps, parse_norm
 
 __all__ = [
+    "L0",
     "L1",
     "L2",
     "LINF",
@@ -41,7 +42,8 @@ class _Threat(NamedTuple):
 class Threat(_Threat):
     """Describe an attacker who moves an image by at most eps in a norm (eps None: by as little as possible).
 
-    Norms and budgets may be texts such as "L2" and "8/255". Raise UserError for an unknown norm or a bad budget.
+    In l0 eps counts values, one for each channel of a pixel. Norms and budgets may be texts such as "L2" and "8/255".
+    Raise UserError for an unknown norm or a bad budget.
     """
 
     __slots__ = ()
@@ -54,12 +56,17 @@ class Threat(_Threat):
 
 
 def dual(norm: float) -> float:
-    """Return q with 1/p + 1/q = 1."""
+    """Return q with 1/p + 1/q = 1; raise Unsupported for l0, which is no norm."""
+    if norm == L0:
+        raise Unsupported("l0 is not a norm and has no dual")
     return {LINF: L1, L2: L2, L1: LINF}[norm]
 
 
 def distance(delta: Tensor, norm: float) -> Tensor:
-    """Return the norm of each perturbation: (N, ...) to (N,), in pixel units where an image spans [0, 1]."""
+    """Return the norm of each perturbation: (N, ...) to (N,), in pixel units where an image spans [0, 1].
+
+    In l0 it is the number of values that differ from 0.
+    """
     flat = delta.flatten(1)
     # The same number ten times as fast as vector_norm's maximum.
     result: Tensor = flat.abs().amax(1) if norm == LINF else torch.linalg.vector_norm(flat, ord=norm, dim=1)
@@ -69,7 +76,7 @@ def distance(delta: Tensor, norm: float) -> Tensor:
 def diameter(x: Tensor, norm: float) -> float:
     """Return the largest distance between two images in [0, 1] of the shape of those in x (N, ...)."""
     pixels = float(x[0].numel())
-    return {LINF: 1.0, L1: pixels}.get(norm, math.sqrt(pixels))
+    return {LINF: 1.0, L2: math.sqrt(pixels)}.get(norm, pixels)
 
 
 def project(delta: Tensor, norm: float, eps: float | Tensor) -> Tensor:
@@ -81,6 +88,9 @@ def project(delta: Tensor, norm: float, eps: float | Tensor) -> Tensor:
     if norm == L2:
         length = distance(delta, L2).view_as(radius)
         return delta * (radius / length.clamp_min(1e-30)).clamp_max(1.0)
+    if norm == L0:
+        rank = delta.flatten(1).abs().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return delta * (rank < radius.flatten(1).floor()).view_as(delta)
     return _project_l1(delta, radius)
 
 
@@ -113,7 +123,12 @@ def gaussian(shape: Sequence[int], like: Tensor, generator: torch.Generator | No
 
 
 def random_point(like: Tensor, norm: float, eps: float, generator: torch.Generator | None = None) -> Tensor:
-    """Draw a point uniformly from the eps-ball for each image; `like` sets the shape, dtype and device."""
+    """Draw a point uniformly from the eps-ball for each image; `like` sets the shape, dtype and device.
+
+    Raise Unsupported for l0, whose ball is not bounded.
+    """
+    if norm == L0:
+        raise Unsupported("the l0 ball is not bounded and has no uniform points")
     shape, flat = like.shape, like.flatten(1)
     if norm == LINF:
         return (uniform(shape, like, generator) * 2 - 1) * eps

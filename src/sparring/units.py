@@ -9,29 +9,31 @@ from collections.abc import Mapping
 
 from .errors import UserError
 
-__all__ = ["L1", "L2", "LINF", "html_table", "norm_name", "parse_budgets", "parse_eps", "parse_norm", "percent"]
+__all__ = ["L0", "L1", "L2", "LINF", "html_table", "norm_name", "parse_budgets", "parse_eps", "parse_norm", "percent"]
 
 LINF = math.inf
 L2 = 2.0
 L1 = 1.0
-_NAMES = {LINF: "linf", L2: "l2", L1: "l1"}
-_SPELLINGS = {"inf": LINF, "infinity": LINF, "∞": LINF, "2": L2, "2.0": L2, "1": L1, "1.0": L1}
+L0 = 0.0  # how many values differ: no norm, but everybody calls it one
+_NAMES = {LINF: "linf", L2: "l2", L1: "l1", L0: "l0"}
+_SPELLINGS = {spelt: norm for norm, name in _NAMES.items() for spelt in (name[1:], f"{norm:g}", str(norm))}
+_SPELLINGS |= {"infinity": LINF, "∞": LINF}
 _NORM = re.compile(r"(?:[lℓ][_-]?)?([^_-]+)")
 
 
 def norm_name(norm: float) -> str:
-    """Return "linf", "l2" or "l1"; raise UserError for any other norm."""
+    """Return "linf", "l2", "l1" or "l0"; raise UserError for any other norm."""
     if norm not in _NAMES:
-        raise UserError(f"norm {norm} is not one of linf, l2, l1")
+        raise UserError(f"norm {norm} is not one of linf, l2, l1, l0")
     return _NAMES[norm]
 
 
 def parse_norm(name: str | float) -> float:
-    """Return the norm for a name such as "linf", "Linf", "l_inf", "inf", "l2", "L2", "2" or "l1", or for a number."""
+    """Return the norm for a name such as "linf", "l_inf", "inf", "L2", "2", "l1" or "l0", or for a number."""
     spelt = _NORM.fullmatch(str(name).strip().lower())
     norm = _SPELLINGS.get(spelt[1]) if spelt else None
     if norm is None or isinstance(name, bool):
-        raise UserError(f"norm '{name}' is not one of linf, l2, l1")
+        raise UserError(f"norm '{name}' is not one of linf, l2, l1, l0")
     return norm
 
 

@@ -53,6 +53,9 @@ def boxed_distance(model: Affine, x: Tensor, y: Tensor, norm: float) -> Tensor:
     room = torch.where(push > 0, 1 - base, base)
     if norm == 1:
         return _boxed_l1(push.abs(), room, score.abs())
+    if norm == 0:
+        gained = (push.abs() * room).sort(dim=1, descending=True).values.cumsum(1)
+        return (gained < score.abs().unsqueeze(1)).sum(1) + 1.0
     speed = torch.ones_like(push) if norm == float("inf") else push.abs()
     low, high = torch.zeros(len(x), 1, dtype=torch.float64), torch.full((len(x), 1), 1e6, dtype=torch.float64)
     for _ in range(200):

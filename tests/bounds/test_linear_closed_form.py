@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from sparring.bounds import (
     LinearMap,
     linear_distance,
+    linear_distances,
     linear_fooled,
     linear_path,
     linear_pruned,
@@ -22,7 +24,7 @@ from sparring.bounds import (
 from sparring.bounds.exact_distances._exact import exact
 from sparring.errors import Unsupported, UserError
 from sparring.models import Normalise
-from sparring.threat import Threat, dual
+from sparring.threat import L0, L1, Threat, dual
 
 
 def linear_model(classes: int, seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -135,6 +137,40 @@ def test_boxed_l_2_distances_of_ten_classes_equal_those_of_other_solvers(pixels:
     assert pixels >= 10 or compared >= 40
 
 
+def fewest(w: torch.Tensor, room: torch.Tensor, margin: float) -> float:
+    """Return how many pixels must move, over all sets of pixels."""
+    gains = (w.abs() * room).tolist()
+    sets = (chosen for size in range(len(gains) + 1) for chosen in combinations(gains, size))
+    return next((float(len(chosen)) for chosen in sets if sum(chosen) >= margin), math.inf)
+
+
+def by_linear_program(w: torch.Tensor, room: torch.Tensor, margin: float) -> float:
+    """Return the least total movement within each pixel's room."""
+    limits = [(0.0, float(limit)) for limit in room]
+    found = optimize.linprog([1.0] * len(w), A_ub=[(-w.abs()).tolist()], b_ub=[-margin], bounds=limits)
+    return float(found.fun) if found.success else math.inf
+
+
+@pytest.mark.parametrize(("classes", "more"), [(2, 1.3), (2, 1.4), (4, 1.3)])
+def test_boxed_l_1_and_l_0_distances_equal_those_of_a_linear_program_and_of_a_search(classes: int, more: float) -> None:
+    model, x, _ = linear_model(classes)
+    weight, bias = weights_of(model, (1, 3, 3))
+    bias[0] += more  # so that a margin takes many pixels, or more than there are
+    y = (x.double().flatten(1) @ weight.T + bias).argmax(1)
+    y[:4] = (y[:4] + 1) % classes
+    found = linear_distances(LinearMap(weight, bias), x, y, [(L1, True), (L0, True), (L0, False)])
+    for image, label, l1, l0, free in zip(x.double().flatten(1), y, *found, strict=True):
+        ways = []
+        for w, offset in ((weight[label] - weight[k], bias[label] - bias[k]) for k in range(classes) if k != label):
+            room = torch.where(w > 0, image, 1 - image)
+            margin = max(0.0, float(w @ image + offset))
+            ways.append((by_linear_program(w, room, margin), fewest(w, room, margin)))
+        assert float(l1) == pytest.approx(min(way[0] for way in ways), abs=1e-9)
+        assert float(l0) == min(way[1] for way in ways)
+        assert float(free) == min(1.0, float(l0))
+    assert found[1].isinf().any() if more == 1.4 else len(found[1].unique()) > 3
+
+
 def test_what_is_fooled_is_told_in_double_precision() -> None:
     x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
     weight = torch.full((2, 4), 1e4)
@@ -242,8 +278,6 @@ def test_refusals() -> None:
     model, x, y = linear_model(3)
     with pytest.raises(UserError, match="two classes"):
         theorem(model, x, y, 0.1)
-    with pytest.raises(UserError, match="l1"):
-        linear_distance(model, x, y, 1.0)
     with pytest.raises(Unsupported, match="ReLU"):
         linear_distance(nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(9, 3)), x, y, 2.0)
     with pytest.raises(UserError, match="svm"):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from sparring.bounds import exact, lipschitz, margin, radius, verify
 from sparring.bounds._network import SparseLinear, adjoint, compacted, prepare
 from sparring.bounds.certify._certificates import margins_over
+from sparring.errors import UserError
 from sparring.graph import Linear
 from sparring.models import Normalise
+from sparring.threat import L0, Threat
 
 from .random_networks import network
 
@@ -74,3 +80,18 @@ def test_products_that_skip_zeros_are_the_products() -> None:
     torch.testing.assert_close(one, two)
     slopes = [torch.autograd.grad(value.square().sum(), a)[0] for value in (one, two)]
     torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [
+        partial(exact, norm=L0),
+        partial(margin, threat=Threat(L0, 2)),
+        partial(radius, norm=L0),
+        partial(verify, norm=L0, eps=2),
+        lambda model, x, y: lipschitz(model, x, 0.1, norm=L0, method="jacobian"),
+    ],
+)
+def test_what_has_no_dual_is_refused_by_name(bound: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="not l0"):
+        bound(sparse_model(0, 1.0), torch.rand(1, 2, 3, 3), torch.tensor([0]))

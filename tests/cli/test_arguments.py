@@ -41,6 +41,8 @@ MISTAKES = {
     "negative": ("certify", M, "--eps=-1"),
     "units": ("certify", M, "--eps", "8"),
     "l1": ("certify", M, "--norm", "l1"),
+    "l0": ("certify", M, "--norm", "l0"),
+    "l0 of fgsm": ("attack", M, "--norm", "l0"),
     "method": ("certify", M, "--method", "crwon"),
     "compare": ("compare", M, M, "--eps", "x"),
     "drop": ("compare", M, M, "--max-drop", "accuracy", "nan"),

@@ -347,7 +347,7 @@ def test_doctor_says_when_torchvision_is_for_another_torch(
         (("attack", "lenet-5", "--attacks", "fgms"), "Did you mean 'fgsm'"),
         (("attack", "lenet-5", "--eps", "8"), "255"),
         (("attack", "lenet-5", "--eps", "a"), "a fraction such as 8/255"),
-        (("attack", "lenet-5", "--norm", "l3"), "linf, l2, l1"),
+        (("attack", "lenet-5", "--norm", "l3"), "linf, l2, l1, l0"),
         (("attack", "no_module:f", "--data", "digits"), "cannot import"),
         (("train", "lenet-6", "--out", "x.safetensors"), "Did you mean 'lenet-5'"),
         (("train", "mlp", "--out", "x.safetensors", "--set", "lr=-1"), "lr must lie"),

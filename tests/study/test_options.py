@@ -58,6 +58,7 @@ def plan(**tables: Any) -> Plan:
         ({"name": "own_options:drift", "options": {"speed": 1}}, "it has: rate, turns, loss"),
         ({"name": "own_options:smallest"}, "takes no eps"),
         ({"name": "ddn"}, "supports only l2, not linf"),
+        ({"name": "pgd", "norm": "L0"}, "supports only linf, l2, l1, not l0"),
     ],
 )
 def test_what_an_attack_does_not_take_is_refused(attack: dict[str, Any], message: str) -> None:

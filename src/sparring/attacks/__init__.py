@@ -28,6 +28,7 @@ from .algorithms._hopskipjump import hopskipjump
 from .algorithms._losses import dlr
 from .algorithms._nearest import nearest
 from .algorithms._pgd import fgsm, pgd, rfgsm
+from .algorithms._sigma_zero import sigma_zero
 from .algorithms._square import square
 from .evaluation._audit import AuditRow, audit, check_budgets, check_order, check_silence, check_unlimited
 from .evaluation._batches import run_batches
@@ -50,6 +51,7 @@ ATTACKS: dict[str, Attack] = {
     "nearest": nearest,
     "pgd": pgd,
     "rfgsm": rfgsm,
+    "sigma-zero": sigma_zero,
     "square": square,
     "standard": standard,
 }
@@ -88,6 +90,7 @@ __all__ = [
     "robust_accuracy",
     "run",
     "run_batches",
+    "sigma_zero",
     "square",
     "standard",
     "worst_case",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported, UserError
 from ..graph import Affine, AvgPool, Conv2d, Flatten, Input, Linear
-from ..threat import L2, LINF, dual, norm_name
+from ..threat import L0, L1, L2, LINF, dual, norm_name
 from ._network import adjoint, others, prepare
 from ._region import dot
 
@@ -65,9 +65,10 @@ def linear_distance(model: nn.Module | LinearMap, x: Tensor, y: Tensor, norm: fl
     """Return the exact distance of images x (N, ...) to the decision boundary of a linear model: (N,), float64.
 
     Zero if the model is wrong, infinite if no perturbation inside the box suffices. Without the box: margin / ‖w‖_q
-    with 1/p + 1/q = 1. With the box, for linf and l2: pixel i moves by min(t·s_i, room_i), where room_i is its distance
-    to the box in the harmful direction, s_i is 1 (linf) or |w_i| (l2), and t is the level at which the margin vanishes.
-    Raises Unsupported for a model that is not linear, UserError for the boxed l1 distance.
+    with 1/p + 1/q = 1, and 1 for l0. With the box, room_i is the distance of pixel i to the box in the harmful
+    direction. For linf and l2 it moves by min(t·s_i, room_i), where s_i is 1 (linf) or |w_i| (l2), and t is the level
+    at which the margin vanishes. For l1 pixels use up their room in the order of |w_i|, and the last one moves as far
+    as necessary; for l0 in the order of |w_i|·room_i. Raises Unsupported for a model that is not linear.
     """
     return linear_distances(model, x, y, [(norm, boxed)])[0]
 
@@ -76,10 +77,8 @@ def linear_distances(
     model: nn.Module | LinearMap, x: Tensor, y: Tensor, kinds: Sequence[tuple[float, bool]]
 ) -> list[Tensor]:
     """Return `linear_distance` for several pairs of norm and boxed, computing the margins only once."""
-    for norm, boxed in kinds:
+    for norm, _ in kinds:
         norm_name(norm)
-        if boxed and norm not in (LINF, L2):
-            raise UserError("the boxed distance supports only linf and l2; use boxed=False for l1")
     margin, w = _margins(model, x, y)
     used = (w != 0).any(1).any(0)  # the other pixels move nothing
     used[0] = True  # a constant classifier uses none
@@ -97,8 +96,9 @@ def linear_fooled(model: nn.Module | LinearMap, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _unboxed(margin: Tensor, w: Tensor, norm: float) -> Tensor:
-    size = torch.linalg.vector_norm(w, ord=dual(norm), dim=2)
-    return torch.where(size > 0, margin / size.clamp_min(1e-300), torch.inf)
+    size = torch.linalg.vector_norm(w, ord=LINF if norm == L0 else dual(norm), dim=2)
+    far = torch.ones_like(margin) if norm == L0 else margin / size.clamp_min(1e-300)
+    return torch.where(size > 0, far, torch.inf)
 
 
 def _room(x: Tensor, w: Tensor) -> Tensor:
@@ -108,6 +108,8 @@ def _room(x: Tensor, w: Tensor) -> Tensor:
 
 def _boxed(margin: Tensor, w: Tensor, room: Tensor, norm: float) -> Tensor:
     size = w.abs()
+    if norm in (L0, L1):
+        return _in_turn(margin, size, room, norm)
     speed = torch.ones_like(size) if norm == LINF else size
     # Loss of margin at level t: Σ |w_i|·min(t·s_i, room_i), concave and piecewise linear, with kinks at room_i / s_i.
     kink = torch.where(size > 0, room / speed.clamp_min(1e-300), torch.inf)
@@ -122,6 +124,17 @@ def _boxed(margin: Tensor, w: Tensor, room: Tensor, norm: float) -> Tensor:
         return level
     moved = torch.minimum(level[..., None] * size, room)
     return torch.where(level < torch.inf, moved.nan_to_num(0.0).square().sum(2).sqrt(), torch.inf)
+
+
+def _in_turn(margin: Tensor, size: Tensor, room: Tensor, norm: float) -> Tensor:
+    """Return the boxed distance in l1 or l0: pixels are used up one by one, those that gain most per cost first."""
+    gains = size * room
+    order = (size if norm == L1 else gains).argsort(dim=2, descending=True)
+    gains, room = gains.gather(2, order), room.gather(2, order)
+    missing = margin[..., None] - (gains.cumsum(2) - gains)
+    share = torch.where(gains > 0, missing / gains.clamp_min(1e-300), 0.0).clamp(0, 1)
+    cost = share * room if norm == L1 else share.ceil()
+    return torch.where(margin <= gains.sum(2), cost.sum(2), torch.inf)
 
 
 def linear_r_inf(model: nn.Module | LinearMap, x: Tensor, y: Tensor, eps: float, *, boxed: bool = True) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..threat import L2, LINF, distance, norm_name
+from ..threat import L0, L2, LINF, distance, norm_name
 
 _REFINEMENTS = 6
 
@@ -64,8 +64,9 @@ class Region:
 
 
 def region(x: Tensor, norm: float, eps: float | Tensor) -> Region:
-    """Return the region of radius eps (a number or (N,)) around images x; raise UserError for pixels outside [0, 1]."""
-    norm_name(norm)
+    """Return the region of radius eps, a number or (N,), around images x; raise UserError for l0 and other pixels."""
+    if norm_name(norm) == norm_name(L0):
+        raise UserError("bounds support linf, l2 and l1, not l0, whose ball is not convex; attack it with sigma-zero")
     check_pixels(x)
     x = x.detach().double()
     radius = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))

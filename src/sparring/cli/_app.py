@@ -347,7 +347,7 @@ class AttackOptions:
         list[str] | None,
         Option("--set", help="Set KEY=VALUE for all attacks that have this option, such as steps=100; repeatable."),
     ] = None
-    norm: Annotated[str, Option(help="Norm: linf, l2 or l1.")] = "linf"
+    norm: Annotated[str, Option(help="Norm: linf, l2, l1 or l0.")] = "linf"
     eps: Budgets = "0.1"
     images: Images = 1000
     checks: Annotated[int, Option(help="Number of images used by the reliability checks; 0 disables them.", min=0)] = (

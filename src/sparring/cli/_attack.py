@@ -19,12 +19,12 @@ from .. import attacks, bounds
 from ..data import Dataset, as_float
 from ..devices import Place
 from ..errors import UnknownNameError, UserError
-from ..metrics import distances, robust_accuracy
+from ..metrics import distances, pixel_distances, robust_accuracy
 from ..records import Folder
 from ..report import Difference, Side, broken, compare, compare_values
 from ..statistics import binomial_interval
 from ..study import chosen_images, configured
-from ..threat import L1, L2, LINF, Threat
+from ..threat import L0, L2, LINF, Threat
 from ..units import norm_name, parse_budgets, parse_eps, parse_norm, percent
 from ._app import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
@@ -50,7 +50,7 @@ def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: 
             *place.task(network, as_float(x), y), chosen, norm=norm, eps=budgets, checks=how.checks,
             batch_size=how.batch_size, seed=how.seed, progress=progress,
         )  # fmt: skip
-    rows = [_row(one) for one in found]
+    rows = [_row(one, as_float(x)) for one in found]
     if as_json:
         about = {"model": model.model, "data": dataset.name, "images": len(y), **place.facts(network)}
         print_json({**about, "results": rows})
@@ -66,12 +66,13 @@ def _threats(norm_text: str, eps: str) -> tuple[float, tuple[float, ...]]:
     return norm, budgets
 
 
-def _row(audited: attacks.AuditRow) -> dict[str, Any]:
+def _row(audited: attacks.AuditRow, x: Tensor) -> dict[str, Any]:
     threat, result = audited.threat, audited.result.cpu()
     right = result.clean_correct & ~result.success
     found = distances(result.distance, result.clean_correct)
     low, high = binomial_interval(int(right.sum()), len(right))
     minimum = threat.eps is None
+    pixels = distances(pixel_distances(result.x_adv, x, result.distance), result.clean_correct).mean
     return {
         "attack": audited.attack,
         "norm": norm_name(threat.norm),
@@ -81,6 +82,7 @@ def _row(audited: attacks.AuditRow) -> dict[str, Any]:
         "interval": None if minimum else [low, high],
         "mean_distance": found.mean if minimum else None,
         "median_distance_correct": found.median_correct if minimum else None,
+        "mean_pixels": pixels if threat == (L0, None) else None,
         "failed": found.failed if minimum else None,
         "forwards": result.forwards,
         "backwards": result.backwards,
@@ -136,8 +138,8 @@ def _provable(how: CertifyOptions) -> tuple[float, tuple[float, ...]]:
     norm, budgets = _threats(how.norm, how.eps)
     if how.method is not None and how.method not in bounds.BOUNDS:
         raise UnknownNameError("method", how.method, bounds.BOUNDS)
-    if norm == L1:
-        raise UserError("certificates support linf and l2, not l1")
+    if norm not in (LINF, L2):
+        raise UserError(f"certificates support linf and l2, not {norm_name(norm)}")
     if not how.seconds > 0:
         raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
     return norm, budgets

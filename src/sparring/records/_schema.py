@@ -1,7 +1,7 @@
 """The schema of a study's folder: plan.json with its cells, and one record and at most one tensor file per task.
 
-Norms are "linf", "l2" or "l1", shares lie between 0 and 1, and what is not a finite number is null. Times, which vary
-from run to run, have a place of their own. Files of schema 1 are read too: their cells said in the label what they
+Norms are "linf", "l2", "l1" or "l0", shares lie between 0 and 1, and what is not a finite number is null. Times, which
+vary from run to run, have a place of their own. Files of schema 1 are read too: their cells said in the label what they
 were, and their tensors of images lacked `images`.
 """
 
@@ -154,7 +154,7 @@ _WEIGHTS = ("model/NAME", "best/NAME", "mask/NAME")
 _MADE = Holds(("loss", "accuracy_valid", "sparsity", "best_epoch"), _LOSSES, (), _WEIGHTS)
 _SIZES = ("parameters", "nonzero", "bytes_dense", "bytes_sparse", "macs_dense", "macs", "activation_sparsity")
 _SHARES = ("accuracy", "accuracy_valid", "sparsity", "sparsity_total", "sparsity_matrices")
-_FOUND = ("mean_distance", "mean_distance_correct", "median_distance_correct", "failed")
+_FOUND = ("mean_distance", "mean_distance_correct", "median_distance_correct", "mean_pixels", "failed")
 _SHIPPED = ("robust_model", "robust_packed", "robust_transfer", "robust_decision", "logit_error")
 _RADII = ("radius_model_NORM_METHOD", "radius_packed_NORM_METHOD")
 _IMAGES = ("clean_correct", "label", "images")
@@ -170,10 +170,11 @@ STAGES: Mapping[str, Holds] = {
         tensors=("correct", "correct_valid", "label", "images", "first_weight", "first_mask"),
     ),
     # `clean` and `perturbed` are the first images, as floats. With the input `kernels` = "packed" logits and gradients
-    # came from the packed network; the verdict is torch's
+    # came from the packed network; the verdict is torch's. In l0 distances count values, and `pixels` those of which a
+    # channel differs, where there are several channels
     "attack": Holds(
         ("forwards", "backwards", "success", "robust_accuracy", *_FOUND),
-        tensors=("distance", "success", *_IMAGES, "clean", "perturbed"),
+        tensors=("distance", "pixels", "success", *_IMAGES, "clean", "perturbed"),
     ),
     # what an attack found on the dense control, for attacks on networks with sparse activations
     "lend": Holds(tensors=("loanNUMBER",)),

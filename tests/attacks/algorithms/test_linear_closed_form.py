@@ -20,11 +20,12 @@ from sparring.attacks import (
     pgd,
     robust_accuracy,
     run,
+    sigma_zero,
     square,
     standard,
 )
 from sparring.attacks.algorithms._losses import dlr
-from sparring.threat import L1, L2, LINF, Threat
+from sparring.threat import L0, L1, L2, LINF, Threat
 
 from ..linear_answers import affine_problem, boxed_distance, unboxed_distance
 
@@ -80,6 +81,18 @@ def test_minimum_norm_attacks_reach_the_exact_distance(attack: Attack, norm: flo
     assert result.success.all()
     assert float(ratio.min()) >= 1 - 1e-6
     assert float(ratio.max()) <= 1.01
+
+
+@pytest.mark.parametrize("on_box", [True, False])
+def test_sigma_zero_moves_about_as_few_values_as_can_be(on_box: bool) -> None:
+    model, x, y = affine_problem(3, images=15, on_box=on_box)
+    exact = boxed_distance(model, x, y, L0)
+    result = run(model, x, y, partial(sigma_zero, steps=100), Threat(L0))
+    assert bool((result.distance >= exact).all()) and result.distance.mean() <= 1.25 * exact.mean()
+    within = run(model, x, y, partial(sigma_zero, steps=100), Threat(L0, 1))
+    assert torch.equal(within.success, result.distance <= 1) and not {"budget-violation"} & {
+        flag.name for flag in within.flags
+    }
 
 
 @pytest.mark.parametrize("attack", [fgsm, pgd, apgd, partial(apgd, objective=dlr), apgd_targeted, fast])

@@ -203,6 +203,26 @@ def test_naive_attacks_borrow_the_control_and_stay_out_of_the_worst_case(study):
     assert len(found[Measure("worst", "test", norm="linf", eps=0.1)]) == len(study.networks)
 
 
+def test_in_l_0_values_count_and_beside_them_pixels(study, monkeypatch):
+    """A colour image has three values a pixel."""
+    (record,) = study.networks[0].stage("attack")[:1]
+    attack = {"name": "sigma-zero", "norm": "l0", "eps": None}
+    sparse = dataclasses.replace(record, inputs=record.inputs | {"attack": attack})
+    held = {
+        "clean_correct": np.array([True, True, False]),
+        "success": np.array([True, False, False]),
+        "distance": np.array([4.0, np.inf, 0.0]),
+        "pixels": np.array([2.0, np.inf, 0.0]),
+        "images": np.arange(3),
+    }
+    monkeypatch.setattr(measures, "arrays", lambda *_: held)
+    lone = dataclasses.replace(study, networks=(dataclasses.replace(study.networks[0], records=(sparse,)),))
+    found = {measure.title: one for measure, held in collect(lone).items() for one in held.values()}
+    values_moved = found["sigma-zero ℓ0 distance (r_0), all images"]
+    pixels_moved = found["sigma-zero ℓ0 (pixels) distance, all images"]
+    assert values_moved.top.tolist() == [4, 4, 0] and pixels_moved.top.tolist() == [2, 2, 0]
+
+
 def test_failed_records_are_not_used(study):
     def fail(record: Record) -> Record:
         return dataclasses.replace(record, error="it broke")

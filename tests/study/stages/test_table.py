@@ -52,6 +52,7 @@ TABLE: dict[str, Any] = {
         {"name": "pgd", "eps": [0.1], "steps": 10, "images": 40, "naive": True},
         {"name": "nearest", "norm": "linf", "images": 40},
         {"name": "fgsm", "eps": [0.1], "images": 40, "split": "valid", "methods": ["magnitude"]},
+        {"name": "sigma-zero", "norm": 0, "images": 20, "steps": 10, "methods": ["magnitude"]},
     ],
     "transfer": [{"name": "pgd", "eps": [0.1], "images": 40, "steps": 5}],
     "certify": [{"norm": "linf", "images": 20, "eps": [0.01]}],

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...outputs import opening
 from ...threat import LINF, random_point
+from .._entry import opening
 from .._gradients import logits_and_gradient
 from ._losses import Objective, cross_entropy, dlr
 from ._pgd import Prospects

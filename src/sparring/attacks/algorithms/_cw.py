@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...errors import Unsupported
-from ...outputs import opening
 from ...threat import L2, distance
+from .._entry import opening
 from .._gradients import logits_and_gradient, logits_and_pull
 from ._losses import is_clear, margin_loss
 from ._projections import keep_within, shrink
@@ -51,8 +50,6 @@ def cw(
     and needs a third of the steps. Supports only l2. Returns the nearest point with a margin above `confidence`, or x
     if there is none (within eps, if given). The generator is not used. Raises Unsupported for other norms.
     """
-    if norm != L2:
-        raise Unsupported("C&W supports only l2; for other norms use nearest or fab")
     if start_constant is None:
         constant, growth = _AHEAD * _linearised(model, x, y, targets, confidence), 2.0
     else:

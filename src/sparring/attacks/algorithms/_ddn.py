@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ...errors import Unsupported
-from ...outputs import opening
 from ...threat import L2, distance
+from .._entry import opening
 from .._gradients import logits_and_gradient
 from ._losses import Objective, cross_entropy, is_past
 from ._projections import Nearest, column, keep_within, steepest
@@ -36,8 +35,6 @@ def ddn(
     100 steps end within 1.4% of the exact distance and 300 within 1%. Returns the nearest adversarial point found, or x
     if there is none (within eps, if given). The generator is not used. Raises Unsupported for other norms.
     """
-    if norm != L2:
-        raise Unsupported("DDN supports only l2; for other norms use nearest or fab")
     nearest = Nearest.of(x)
     radius = torch.full_like(nearest.distance, start_radius)
     point = x

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...outputs import opening
 from ...threat import L1, L2
+from .._entry import opening
 from ..fastpath._gram_matrix import find_stem
 from ._losses import is_past
 from ._projections import boundary_step, column, keep_within, nearest_boundary, select, steepest

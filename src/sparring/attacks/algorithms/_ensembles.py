@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...outputs import opening
 from ...threat import L1, L2, LINF, distance
+from .._entry import opening
 from .._gradients import Probe
 from ..evaluation._bpda import Differences, has_masked_gradients, is_stochastic
 from ..evaluation._scoring import Attack

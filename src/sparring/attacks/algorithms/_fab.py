@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...outputs import opening
 from ...threat import L2, LINF, distance, project, random_point
+from .._entry import opening
 from ._losses import is_past, margin_loss
 from ._projections import Nearest, boundary_step, column, keep_within, nearest_boundary, pull_back, select, shrink
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...errors import Unsupported
-from ...outputs import opening
-from ...threat import L2, LINF, distance, gaussian, uniform
+from ...threat import L2, distance, gaussian, uniform
+from .._entry import opening
 from ._losses import margin_loss
 from ._projections import column, keep_within, pull_back, select, steepest
 
@@ -41,8 +40,6 @@ def hopskipjump(
     per image. Supports l2 and linf. Returns x if no start is found or the result is outside of eps. Raises Unsupported
     for l1.
     """
-    if norm not in (L2, LINF):
-        raise Unsupported("HopSkipJump supports only l2 and linf")
     x_adv, found = _random_start(_Decision(model, y, targets), x, starts, generator)
     rows = found.nonzero().squeeze(1)
     result = x.clone()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ...outputs import opening
 from ...threat import L1, L2, LINF, diameter, distance, dual, project, random_point
+from .._entry import opening
 from .._gradients import logits_and_gradient
 from ._losses import Objective, margin_loss, others, smooth_margin
 from ._projections import Nearest, boundary_step, column, corner_step, hold, inside, keep_within, shrink

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...outputs import opening
 from ...threat import LINF, random_point
 from ...waiting import alone
+from .._entry import opening
 from .._gradients import logits_and_gradient, on_cpu
 from ._losses import Objective, cross_entropy, margin_loss
 from ._projections import FeasibleSet, budget, climb, inside, put_, select, shrink

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import Unsupported
-from ...outputs import opening
 from ...threat import L2, LINF, distance, uniform
+from .._entry import opening
 from .._gradients import Probe
 from ..fastpath._mlp import Dense
 from ._losses import margin_loss
@@ -50,8 +50,8 @@ def square(
     one success in a hundred). Raises UserError without eps, Unsupported for l1 or inputs that are not images.
     """
     eps = budget(eps)
-    if norm not in (LINF, L2) or x.dim() != 4:
-        raise Unsupported("Square needs images (N, C, H, W) and the norm linf or l2")
+    if x.dim() != 4:
+        raise Unsupported("Square needs images (N, C, H, W)")
     region = FeasibleSet.around(x, norm, eps)
     start = region.bring_in_(x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)))
     start = start.contiguous()

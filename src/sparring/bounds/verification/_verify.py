@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...graph import Graph
 from ...modes import eval_mode
 from ...outputs import logits_of, opened
-from ...threat import L2, LINF, Threat, distance
+from ...threat import L2, LINF, Threat, distance, norm_name
 from ...waiting import courteous
 from .._network import margin_rows, prepare
 from .._region import Region, region
@@ -67,7 +67,7 @@ def verify(
     Sources: Wang et al. 2021 (β-CROWN), Bunel et al. 2020 (branching).
     """
     if norm not in (L2, LINF):
-        raise UserError("labels are verified for linf and l2 only")
+        raise UserError(f"labels are verified for linf and l2, not {norm_name(norm)}")
     Threat(norm, eps)
     graph = prepare(model, tuple(x.shape[1:]), images=x, certified=True)
     found = []

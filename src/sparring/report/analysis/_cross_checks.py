@@ -183,7 +183,7 @@ def _reach(budget: Measure, norm: str, pixels: int) -> float | None:
     assert budget.eps is not None
     if budget.norm == norm:
         return budget.eps
-    if budget.norm == "linf":
+    if budget.norm == "linf" and norm in ("l2", "l1"):
         return budget.eps * (math.sqrt(pixels) if norm == "l2" else pixels)
     if (budget.norm, norm) in (("l2", "linf"), ("l1", "linf"), ("l1", "l2")):
         return budget.eps  # the larger p, the smaller the norm

@@ -25,12 +25,14 @@ LIPSCHITZ: tuple[Role, ...] = ("margin", "lipschitz", "ratio")  # the tensors of
 TRANSFER: tuple[Role, ...] = ("to sparse", "to dense")  # the directions of "transfer" records
 TENSORS = {
     "measure": ("correct", "images", "correct_valid"),
-    "attack": ("clean_correct", "success", "distance", "images"),
+    "attack": ("clean_correct", "success", "distance", "images", "pixels"),
     "certify": ("radius", "images"),
     "lipschitz": ("clean_correct", "images", *LIPSCHITZ),
     "transfer": ("clean_correct", "success", "images"),
 }
-NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1", "l0": "ℓ0"}
+# In l0 the values of an image count, and beside them its pixels.
+PIXELS = "l0-pixels"
+NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1", "l0": "ℓ0", PIXELS: "ℓ0 (pixels)"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Measure:
         """Return a heading."""
         norm, at, attack = NORMS.get(self.norm, self.norm), f" ε = {pretty_eps(self.eps)}", pretty(self.label)
         r_inf = " (r_inf)" if self.name == "fgsm" and self.norm == "linf" else ""
-        r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" else ""
+        r_2 = " (r_2)" if self.name == "deepfool" and self.norm == "l2" else " (r_0)" if self.norm == "l0" else ""
         titles: dict[Role, str] = {
             "accuracy": "Accuracy",
             "budget": f"{attack} accuracy{r_inf}, {norm}{at}",
@@ -213,7 +215,11 @@ def _of_record(study: Study, record: Record) -> Iterator[tuple[Measure, PerImage
     if record.stage == "measure":
         yield Measure("accuracy"), PerImage(images, _floats(held["correct"]), ones)
     elif record.stage == "attack":
-        yield from ((measure, _shard(images, held, measure.role)) for measure in measures_of(record))
+        of = measures_of(record)
+        yield from ((measure, _shard(images, held, measure.role)) for measure in of)
+        if "pixels" in held:
+            held = held | {"distance": held["pixels"]}
+            yield from ((replace(measure, norm=PIXELS), _shard(images, held, measure.role)) for measure in of)
     elif record.stage == "certify":
         measure = Measure("certified", attack=str(inputs["method"]), norm=str(inputs["norm"]))
         yield measure, PerImage(images, _floats(held["radius"]), ones)

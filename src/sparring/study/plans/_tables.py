@@ -156,7 +156,7 @@ class AttackSettings(Narrowed):
 
     heading = "attacks"
     name: str
-    norm: Literal["linf", "l2", "l1"] = "linf"
+    norm: Literal["linf", "l2", "l1", "l0"] = "linf"
     eps: tuple[float, ...] = ()
     images: int = 1000
     split: Literal["test", "valid"] = "test"
@@ -400,7 +400,7 @@ def check_attack(attack: AttackSettings) -> None:
     if attack.eps and not takes(function, "eps"):
         raise PlanError(f"attack '{attack.name}' is a minimum-norm attack and takes no eps; remove eps")
     if attack.norm not in facts.norms:
-        raise PlanError(f"attack '{attack.name}' supports only {' and '.join(facts.norms)}, not {attack.norm}")
+        raise PlanError(f"attack '{attack.name}' supports only {', '.join(facts.norms)}, not {attack.norm}")
     for eps in attack.eps:
         Threat(parse_norm(attack.norm), eps)
     in_range(f"attack '{attack.name}': images", attack.images, 1, 1_000_000)

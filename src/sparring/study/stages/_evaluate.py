@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ... import attacks, deploy
 from ...data import as_float
 from ...errors import Unsupported, UserError
-from ...metrics import accuracy, distances, macs, robust_accuracy, size
+from ...metrics import accuracy, distances, macs, pixel_distances, robust_accuracy, size
 from ...sparsity import Declared, activity
+from ...threat import L0
 from ...train import predict
 from ..runner._executors import Task, TaskOutcome
 from ._inputs import Attack, Lend, Measure, Shard, Transfer
@@ -108,6 +109,9 @@ def attack(context: Context, task: Task[Attack]) -> TaskOutcome:
         "label": y,
         "images": _places(context, inputs),
     }
+    if inputs.attack.threat == (L0, None) and x.shape[1] > 1:
+        tensors["pixels"] = pixel_distances(result.x_adv, x, result.distance)
+        metrics["mean_pixels"] = distances(tensors["pixels"], result.clean_correct).mean
     if inputs.gallery:
         tensors["clean"] = x[: inputs.gallery]
         tensors["perturbed"] = result.x_adv[: inputs.gallery].clone()

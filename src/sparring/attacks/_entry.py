@@ -1,0 +1,38 @@
+"""What every attack begins with: its norm is one of those in its facts, and its model is opened."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+
+from ..errors import Unsupported
+from ..facts import ATTACKS, OWN_ATTACK
+from ..modes import eval_mode
+from ..outputs import check_module, opened
+from ..threat import norm_name
+
+_Attacks = TypeVar("_Attacks", bound=Callable[..., Tensor])
+
+
+def opening(attack: _Attacks) -> _Attacks:
+    """Decorate an attack so that it takes any model that `opened` takes, in any mode.
+
+    The attack raises Unsupported for norms that its facts do not name.
+    """
+    title = attack.__name__.replace("_", "-")
+    norms = ATTACKS.get(title, OWN_ATTACK).norms
+
+    @functools.wraps(attack)
+    def entered(model: nn.Module, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if "norm" in options and (asked := norm_name(options["norm"])) not in norms:
+            able = ", ".join(name for name, other in ATTACKS.items() if asked in other.norms)
+            raise Unsupported(f"'{title}' supports only {', '.join(norms)}, not {asked}; for {asked} use: {able}")
+        check_module(model)
+        with eval_mode(model):
+            answer = opened(model, x)
+        return attack(answer, x, *rest, **options)
+
+    return cast(_Attacks, entered)

@@ -1,0 +1,69 @@
+"""sigma-zero, a minimum-norm attack in l0."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ...threat import L0, LINF, distance
+from .._entry import opening
+from .._gradients import logits_and_gradient
+from ._losses import is_past, margin_loss
+from ._projections import Nearest, column, keep_within
+
+# Adam's memories of the gradient and of its square (Kingma & Ba 2015).
+_MEAN, _SQUARE = 0.9, 0.999
+# The share of the first step length that the last one has, and how fast the threshold follows it.
+_LAST, _FOLLOW = 0.1, 0.01
+
+
+@opening
+def sigma_zero(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float = L0,
+    eps: float | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    steps: int = 300,
+    sigma: float = 1e-3,
+    threshold: float = 0.3,
+) -> Tensor:
+    """Descend margin plus a smooth l0 norm, and drop what is below a threshold (Cinà et al. 2025, algorithm 1).
+
+    The smooth norm is the mean of d²/(d² + sigma) over all values d of the perturbation. Adam takes steps whose length
+    falls from 1 to 0.1 on a half cosine, along gradients of unit linf norm. After each, values below a threshold of
+    their image are set to 0; it grows by a hundredth of the step length where the point was adversarial and falls by
+    as much elsewhere. Supports only l0. Returns the adversarial point that differs in the fewest values, or x if there
+    is none (within eps, if given). The generator is not used. Raises Unsupported for other norms.
+    """
+    found, delta = Nearest.of(x), torch.zeros_like(x)
+    mean, square, floor = torch.zeros_like(x), torch.zeros_like(x), torch.full_like(found.distance, threshold)
+    for step in range(1, steps + 1):
+        point = x + delta
+        logits, gradient = logits_and_gradient(model, point, _shortfall, y, targets)
+        won = is_past(logits, y, targets)
+        found.update_(slice(None), point, distance(delta, L0), won)
+        gradient -= _pull(delta, sigma)
+        gradient /= column(distance(gradient, LINF).clamp_min(1e-12), x)
+        mean.lerp_(gradient, 1 - _MEAN)
+        square.mul_(_SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
+        rate = _LAST + (1 - _LAST) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        size = (square / (1 - _SQUARE**step)).sqrt_().add_(1e-8)
+        delta = (x + delta).addcdiv_(mean, size, value=rate / (1 - _MEAN**step)).clamp_(0, 1).sub_(x)
+        floor = (floor + _FOLLOW * rate * (2 * won - 1)).clamp_(0, 1)
+        delta[delta.abs() < column(floor, x)] = 0
+    return keep_within(x, found.point, norm, eps)
+
+
+def _shortfall(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
+    return margin_loss(logits, y, targets).clamp_max(0)
+
+
+def _pull(delta: Tensor, sigma: float) -> Tensor:
+    """Return the gradient of the smooth l0 norm."""
+    return 2 * sigma * delta / ((delta.square() + sigma).square() * delta[0].numel())
