@@ -1,19 +1,19 @@
 # Two commands: `make study` and `make test`. Everything lives in .venv; nothing else is touched.
 PYTHON ?= python3
 VENV ?= .venv
-# An index of CPU-only PyTorch wheels, to spare gigabytes of CUDA: make study TORCH_INDEX=URL
+# An index of CPU-only PyTorch wheels, to avoid gigabytes of CUDA: make study TORCH_INDEX=URL
 TORCH_INDEX ?=
 PRESET ?= quick
 OUT ?= out/$(PRESET)
-# What is installed besides: "test", or "all" with Ray, MLflow, TensorBoard and the other attack libraries
+# Extras to install: "test", or "all" with Ray, MLflow, TensorBoard and the other attack libraries
 EXTRAS ?= test
-# The versions: those that CI uses, or none for the newest (make suite CONSTRAINTS=)
+# Versions: those that CI uses, or none for the newest (make suite CONSTRAINTS=)
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 PYTEST := $(BIN)/python -m pytest -q -n auto
 # Tests whose numbers depend on the processor's instructions
-# Whole networks in the manner of torchvision and timm, and random ones: minutes of their own
+# Whole networks in the manner of torchvision and timm, and random ones: they take minutes
 ARCHITECTURES := tests/test_zoo.py tests/test_architectures.py tests/graph/test_lowering_benchmark.py
 NUMERIC := tests/attacks tests/bounds tests/deploy tests/graph tests/models tests/sparsity tests/train tests/test_metrics.py
 
@@ -33,7 +33,7 @@ suite: $(READY)
 architectures: $(READY)
 	@$(PYTEST) $(wildcard $(ARCHITECTURES))
 
-# Every command and every Python block of README and docs, as written
+# Every command and Python block of README and docs, as written
 blocks: $(READY)
 	@$(PYTEST) tests/docs
 
@@ -41,7 +41,7 @@ blocks: $(READY)
 docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "open out/site/index.html"
 
-# The tutorial's outputs, made anew
+# The tutorial's outputs, executed again
 notebook: $(READY)
 	@$(BIN)/python .ci/notebook docs/tutorial.ipynb
 
@@ -51,7 +51,7 @@ picture: $(READY)
 	@chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1180 \
 	  --screenshot=docs/results/quick.png "file://$(CURDIR)/out/quick/report.html" >/dev/null 2>&1
 
-# README's quickstart says what `make study` prints, and its table what there is
+# README's quickstart shows what `make study` prints, and its table lists all attacks
 quickstart: study
 	@$(BIN)/python .ci/readme $(OUT)
 
@@ -59,7 +59,7 @@ quickstart: study
 numeric: $(READY)
 	@env $$(grep -v '^\#' .ci/$(CAP).env) $(PYTEST) $(NUMERIC)
 
-# What would be published: built, checked, and tried in an environment of its own that shares this one's packages.
+# Build and check what would be published, and try it in a separate environment that shares this one's packages.
 # Needs EXTRAS=all
 wheel: $(READY)
 	@rm -rf build dist && $(BIN)/python -m build --outdir dist . >/dev/null
@@ -69,7 +69,7 @@ wheel: $(READY)
 	@cd dist && tried/bin/sparring --version && tried/bin/sparring study quick --set seeds=1 --set 'sparsities=[0.9]' \
 	  --quiet >/dev/null && test -s out/quick/report.html
 
-# Everything, for a night: what pages say of long training, other libraries' networks, the suite under each cap
+# Everything: long trainings in pages, networks of other libraries, the suite under each cap. Takes a night
 nightly: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[timm,torchvision,hf]' accelerate

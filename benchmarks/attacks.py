@@ -90,7 +90,7 @@ WORKS = (
 
 
 class Result(NamedTuple):
-    """What one contestant reached over the rounds: median seconds; mean l_2 distance of successes, and their share.
+    """What one contestant reached over the rounds: median seconds; mean l2 distance of successes, and their share.
 
     error: the standard error of that share, 0 for one round: an attack that draws random numbers is another in each.
     """
@@ -196,7 +196,7 @@ def summary(times: list[float], reached: list[tuple[float, float]]) -> Result:
 
 
 def judge(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, eps: float | None) -> tuple[float, float]:
-    """Return the mean l_2 distance of the successes and their share, on a fresh pass; outside box or budget none is."""
+    """Return the mean l2 distance of the successes and their share, on a fresh pass; outside box or budget none is."""
     with torch.no_grad():
         wrong = torch.cat([model(part) for part in x_adv.split(256)]).argmax(1) != y
     wrong &= (x_adv.clamp(0, 1) - x_adv).abs().flatten(1).amax(1) <= 1e-6
@@ -230,7 +230,7 @@ def verdict(work: Work, ours: Result, rivals: dict[str, Result], floor: float) -
 
 
 def halving_eps(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return an l_inf eps at which about half the images stay robust: the median of the smallest distances found."""
+    """Return an linf eps at which about half the images stay robust: the median of the smallest distances found."""
     found = run(model, x, y, partial(nearest, steps=50, starts=0), Threat(LINF)).distance
     return round(float(found.median()), 3)
 

@@ -1,6 +1,6 @@
 """CROWN's speed: `python benchmarks/bounds.py [--json] [--images N] [--rounds N] [--threads N] [--cnn N]`.
 
-LeNet-300-100 with random weights of the usual size, dense and under random masks, l_inf at eps 0.01, all nine margins
+LeNet-300-100 with random weights of the usual size, dense and under random masks, linf at eps 0.01, all nine margins
 of every image. Each network is bounded twice: with products that skip its zeros wherever a layer has few nonzero
 weights (the sparse path, which is what `margin` does), and with dense products alone. Before anything is timed, margins
 are held against sampled points, and the two paths against each other. Rounds are interleaved, so that whatever else the

@@ -9,7 +9,7 @@ The defences and the LeNets they are put on live in tests/attacks/broken_defence
 numbers frozen here. `naive` is what FGSM and PGD on the cross-entropy (10 steps of eps/4) leave standing when nobody
 looks further; `reference` is the adaptive attack's robust accuracy.
 
-The budget is counted in forward passes per image that withstands everything, for both: the adaptive attack goes through
+The budget is counted in forward passes per image that no attack fools, for both: the adaptive attack goes through
 its ways again, with other seeds, until it has spent 20 times those of the default evaluation. A defence that draws is
 broken where 101 passes vote so and 1,001 others confirm it, so that no lucky vote counts.
 """
@@ -142,8 +142,8 @@ def freeze(name: str, undefended: Task, breaks: Breaks) -> dict[str, object]:
             for attack, method in naive(eps).items()
         }
     default = evaluate(here)
-    withstood = default.clean_correct & ~default.success
-    cost = evaluate(here._replace(x=x[withstood], y=y[withstood])).forwards
+    robust = default.clean_correct & ~default.success
+    cost = evaluate(here._replace(x=x[robust], y=y[robust])).forwards
     with frozen(network):
         reached = besiege(name, model, here, clean, budget=BUDGET * cost, breaks=breaks)
     return {
@@ -171,7 +171,7 @@ def found(attack: Callable[..., Tensor], network: nn.Module, here: Task, seed: i
 
 
 def besiege(name: str, model: nn.Sequential, here: Task, clean: Tensor, *, budget: float, breaks: Breaks) -> Siege:
-    """Attack in turn the images still standing, until one that withstands everything has cost at least the budget."""
+    """Attack the remaining images in turn, until one that no attack fools has cost at least the budget."""
     network, x, y, _ = here
     state = breaks.resumed(name) or Siege(clean.tolist(), 0.0, 0)
     ways = list(siege(name, model, here))

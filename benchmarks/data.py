@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=50_000, help="images of the large folder")
     parser.add_argument("--forecast", type=int, default=1_281_167, help="paths that are made up")
-    parser.add_argument("--cached", type=int, default=4_000, help="images of which the cache is made, each round")
+    parser.add_argument("--cached", type=int, default=4_000, help="images to decode into the cache in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1, help="of the study")
     parser.add_argument("--batch", default="", help="a line of the study's plan")

@@ -6,12 +6,12 @@
 Small networks on the 8×8 digits, in equal parts plain, pruned and adversarially trained, fully connected and
 convolutional with batch normalisation, a third of them cast to float16 and bfloat16 besides; and, with --study,
 networks that a study has trained on real images: its references, controls and those of every pruning method at every
-sparsity, evenly picked. Each is attacked by FGSM, PGD, `fast` (l_inf) and by `nearest` and DeepFool (l_2), then checked
+sparsity, evenly picked. Each is attacked by FGSM, PGD, `fast` (linf) and by `nearest` and DeepFool (l2), then checked
 for convergence, order, losses, silent successes, and for half and unlimited budgets. At most 1% of the networks may
 raise a false flag. `unfinished-search` is shown but not counted: where the attack found nothing for an image, it says
 no more than that.
 
-With --keep each network's row is written to a file; --seconds ends a run early, and the next goes on where it stopped.
+With --keep each network's row is written to a file; --seconds ends a run early, and the next one resumes.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def studied(folder: Path, count: int, root: Path | None) -> Iterator[Subject]:
 
 
 def small(seed: int, precision: torch.dtype = torch.float32) -> Subject:
-    """Return a network on the digits, trained in single precision; its seed says of which of six kinds."""
+    """Return a network on the digits, trained in single precision; the seed determines which of six kinds."""
     kind, shape = KINDS[seed % 3], "dense" if seed // 3 % 2 else "convolutional"
 
     def make(images: int) -> tuple[nn.Module, Tensor, Tensor]:

@@ -87,7 +87,7 @@ def _asked(model: nn.Module, x: Tensor, *, gradients: bool) -> Tensor:
 
 
 def _differing(expected: Tensor, logits: Tensor) -> float:
-    """Return the share of rows of which a logit differs."""
+    """Return the share of rows with a different logit."""
     if expected.shape != logits.shape:
         return 1.0
     expected, logits = expected.double(), logits.double()

@@ -10,7 +10,7 @@ gradients, twice, and asks the graph the same. Each model is counted once:
     equal      lowered, and every logit is the model's
     refused    not lowered, by an error that sparring raises on purpose
     different  lowered, but the logits differ on more than 1% of the inputs, or the model was changed
-    unsound    equal, but a certified radius (interval and CROWN, l_inf and l_2) is above the distance of an input that
+    unsound    equal, but a certified radius (interval and CROWN, linf and l2) is above the distance of an input that
                the model itself assigns to another class
     crashed    any other exception
 

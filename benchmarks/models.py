@@ -333,7 +333,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--commands", nargs="*", default=[])
     parser.add_argument("--seconds", type=int, default=120)
-    parser.add_argument("--kept", action="store_true", help="run nothing, tell what was kept")
+    parser.add_argument("--kept", action="store_true", help="run nothing; print the stored results")
     parser.add_argument("--docs", action="store_true", help="write the table into docs/models.md")
     parser.add_argument("--out", type=Path, help="[default: out/models, or out/hubs]")
     options = parser.parse_args()

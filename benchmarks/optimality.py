@@ -9,8 +9,8 @@ pool reached, e the largest d*. Means are over all images. `returned` judges wha
 `seen` the nearest adversarial point it ever put to the network. A pass is an image's forward pass with the gradient of
 one output; a Jacobian of K rows is K. `gain` is our LO less the peer's with its 95% interval (paired bootstrap over
 images). Networks are those of `trained.py` with a number of images, or a file of weights of the TRADES paper's small
-MNIST network. Distances are kept by the hash of weights and images in --cache, so that a run goes on where another was
-stopped. Peers: `pip install foolbox numba; pip install --no-deps adv-lib`; without one of them a row is not `valid`.
+MNIST network. Distances are kept by the hash of weights and images in --cache, so that a stopped run can be
+resumed. Peers: `pip install foolbox numba; pip install --no-deps adv-lib`; without one of them a row is not `valid`.
 """
 
 from __future__ import annotations

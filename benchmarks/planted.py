@@ -40,7 +40,7 @@ class _Misread(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault: of how calls are read, of which model is lowered, or of the graph or the radius that comes of it.
+    """A planted fault: in how calls are read, in the model that is lowered, or in the resulting graph or radius.
 
     `shown_by` is a pattern for the source of the models that can show it.
     """

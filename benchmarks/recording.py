@@ -38,7 +38,7 @@ def record(folder: Path, name: str) -> None:
 
 
 def rewrite(page: Path, before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """Put new phrases in the place of old ones; return the old ones that the page does not hold."""
+    """Replace old phrases by new ones; return the old ones that the page does not have."""
     text, missing = page.read_text(encoding="utf-8"), []
     for old, new in zip(before, after, strict=True):
         if old not in text:

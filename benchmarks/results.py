@@ -4,8 +4,8 @@
 
 writes docs/results/ledger.json (Holm's correction across all studies, those that it held before included) and a folder
 for each study with the figures that its page shows, results.csv (each seed's means), plan.json's command and plan, and
-the verdict in README.md. The table of claims between two marks in a study's page, docs/results/STUDY.md, is written
-anew from the ledger; without any OUT only that is done.
+the verdict in README.md. The table of claims between two marks in a study's page, docs/results/STUDY.md, is
+rewritten from the ledger. Without any OUT, only the tables are rewritten.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def wide(rows: Sequence[dict[str, str]]) -> str:
 
 
 def renewed(page: str, study: str, ledger: Sequence[Row]) -> str:
-    """Return a study's page with the table of its claims written anew, if it has the marks to hold one."""
+    """Return a study's page with a new table of its claims, if it has the marks for one."""
     if not all(page.count(mark) == 1 for mark in MARKS):
         return page
     before, after = page[: page.index(MARKS[0])], page[page.index(MARKS[1]) :]

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", default="mnist-5k")
     parser.add_argument("--attacks", default=",".join((*BUDGET, *SMALLEST)))
-    parser.add_argument("--eps", type=float, default=0.1, help="the l_inf budget of attacks that have one")
+    parser.add_argument("--eps", type=float, default=0.1, help="the linf budget of attacks that have one")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print rows as JSON")

@@ -2,8 +2,8 @@
 
     python benchmarks/simulated_looks.py
 
-simulates studies without any effect: a dense control and six sparsities, or one, of which no correction over sparsities
-hides anything; normal seeds that differ by two points, 20 images that add next to nothing, which is when few seeds err
+simulates studies without any effect: a dense control and six sparsities, or one, which no correction over sparsities
+protects; normal seeds that differ by two points, 20 images that add next to nothing, which is when few seeds err
 most. Each is looked at several times while it grows, or shrinks and grows, as somebody does who wants a gain; it counts
 as wrong if one of its looks called one gain significant. "As one look" is what comes of judging each look as if it were
 the only one, "paid" what `sparring` does: p-values times the price of the look, sparsities that were dropped still

@@ -88,7 +88,7 @@ def alternate(first: Callable[[], object], second: Callable[[], object], repeats
 def memory_of(function: Callable[[], object]) -> int:
     """Return by how many bytes the resident memory rose at most while a function ran (Linux)."""
     ctypes.CDLL(None).malloc_trim(0)  # what was freed and is still held would be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     function()
     return _resident("VmHWM") - before

@@ -4,7 +4,7 @@ WEIGHTS are files of LeNet-300-100 on MNIST: what a study of `paper-lenet-300-10
 weights. One line of JSON is printed for each file (for `exact` also for each image, and with --to FILE appended there:
 images that the file holds are not searched again). Images are the first of the fixed order that studies use.
 
-certified: accuracy by intervals and CROWN at l_inf eps 1/255, 2/255, 0.01 and 0.03.
+certified: accuracy by intervals and CROWN at linf eps 1/255, 2/255, 0.01 and 0.03.
 tightness: medians of CROWN's radius, of the `nearest` attack's distance, and of margin / product constant.
 exact: which distances a search finds within --seconds of wall time, starting from `nearest`. `processor` counts the
   seconds of one core that it took, which is what remains comparable on a machine that is busy with other work.

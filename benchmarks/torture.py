@@ -123,7 +123,7 @@ class Torture:
         self.check()
 
     def kill(self, kills: int) -> int:
-        """Strike drivers and workers at random moments; a study that is done begins anew. Count the kills."""
+        """Strike drivers and workers at random moments; a finished study starts again. Count the kills."""
         began = time.perf_counter()
         self.finish()
         seconds = time.perf_counter() - began

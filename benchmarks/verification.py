@@ -2,7 +2,7 @@
 
 `--mnist-fc FOLDER` holds networks (onnx/) and properties (vnnlib/) of VNN-COMP's mnist_fc, gzipped, whose answers are
 known (union of the competition's tools); a wrong answer ends the benchmark. `--lenet` trains LeNet-300-100 on MNIST
-(`--data-dir`), prunes it by magnitude, and asks for exact l_inf distances of `--images` test images at each sparsity.
+(`--data-dir`), prunes it by magnitude, and asks for exact linf distances of `--images` test images at each sparsity.
 
 One thread. `--seconds` (120; 60 an image for `--lenet`) are processor seconds of one question, which a busy machine
 leaves comparable; wall times stand beside them, and reading and lowering the network is counted in neither.
@@ -113,7 +113,7 @@ def row(name: str, eps: str, answers: list[tuple[int, str, float, float]]) -> di
 
 
 def distances(sparsity: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return how many exact l_inf distances of a pruned LeNet-300-100 close, and how far the others are from it."""
+    """Return how many exact linf distances of a pruned LeNet-300-100 close, and how far the others are from it."""
     network = trained(f"lenet-300-100-p{sparsity}", options.data_dir, options.cache)
     x = network.dataset.test.x[: options.images].float() / 255
     y = network.dataset.test.y[: options.images]

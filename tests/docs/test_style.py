@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SOURCES = sorted((ROOT / "src").rglob("*.py"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+PAGES += [ROOT / "Makefile", *sorted((ROOT / ".github").rglob("*.yml")), *sorted((ROOT / "src").rglob("*.toml"))]
+SOURCES = [*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
 TEMPLATES = sorted((ROOT / "src" / "sparring" / "report" / "templates").glob("*.html"))
 CODE = re.compile(r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
 # What must not occur, as a regular expression of whole words, and what to write.
 WORDS = {
     r"anew|afresh": "again",
     r"of which|from where|whereof": "a second sentence, or which",
-    r"strangers?": "untrusted, from someone else",
+    r"strangers?|foreign": "untrusted, from someone else, of another study",
     r"dear|dearer|dearest": "expensive",
     r"withstands?|withstood": "is robust to",
     r"not to be believed|attacks? in doubt": "unreliable",

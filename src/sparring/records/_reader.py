@@ -1,4 +1,4 @@
-"""Read a study's folder: paths, and checks that refuse damaged, foreign or huge files."""
+"""Read a study's folder: paths, and checks that refuse damaged, unrelated or huge files."""
 
 from __future__ import annotations
 

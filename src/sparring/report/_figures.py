@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any, Literal
 
 import vl_convert
@@ -23,6 +24,7 @@ DASHES: tuple[list[int], ...] = ([], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
 GREY, INK, FAINT = "#767676", "#222222", "#e6e6e6"
 WIDTH, HEIGHT = 400, 230
+LETTER = 7  # pixels of a title's letter, on average: a title that is wider than its plot takes two lines
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
 CONFIG: Spec = {
     "font": FONT,
@@ -39,9 +41,11 @@ CONFIG: Spec = {
 def svg(spec: Spec, *, mark: str = "") -> str:
     """Return a specification drawn as SVG text, with a mark below its title that says what the study is not."""
     complete = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "config": CONFIG, "padding": 4} | spec
+    title: Spec = {"text": wrap(spec["title"], spec["width"] // LETTER)} if "title" in spec else {}
     if mark:
-        under = {"subtitle": mark, "subtitleColor": COLORS[1]}
-        complete["title"] = {"text": spec["title"]} | under if "title" in spec else {"text": mark, "color": COLORS[1]}
+        title |= {"subtitle": mark, "subtitleColor": COLORS[1]} if title else {"text": mark, "color": COLORS[1]}
+    if title:
+        complete["title"] = title
     return str(vl_convert.vegalite_to_svg(complete))
 
 

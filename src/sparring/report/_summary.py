@@ -38,8 +38,8 @@ def subject(findings: Findings) -> str:
 class Verdict:
     """Hold what a study found in the order of a reader's questions; `str` is plain text in paragraphs.
 
-    `found`: what sparsity did; `ship`: what to ship; `decided`: the ledger's verdicts on the paper's claims; `more`:
-    what few seeds can show, single curves, looks.
+    `found`: what sparsity did; `ship`: what to ship; `decided`: the ledger's verdicts on the paper's claims,
+    and what would decide the others; `more`: single curves, looks.
     """
 
     found: str
@@ -60,10 +60,11 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> Verdict:
     found = [_happened(findings), _doubted(findings), _weak(findings), missing(findings.study)]
     others = ", ".join(m for m in findings.study.methods if m != findings.method)
     also = f"This summary is about the method “{findings.method}”; the study also has: {others}." if others else ""
-    more = [_few(ledger), _alone(findings) if several else "", also, *look_sentences(findings.study)]
+    more = [_alone(findings) if several else "", also, *look_sentences(findings.study)]
     ship = _ship(findings) if several else f"{ONE_SEED} {_at(findings)}"
     told = " ".join(filter(None, found))
-    return Verdict(told, ship, tuple(verdicts(ledger)), tuple(filter(None, more)))
+    decided = filter(None, [*verdicts(ledger), _few(ledger)])
+    return Verdict(told, ship, tuple(decided), tuple(filter(None, more)))
 
 
 def chosen(findings: Findings) -> float | None:
@@ -225,8 +226,8 @@ def _few(ledger: Sequence[Row]) -> str:
         least = minimum_detectable_effect(with_seeds(one, seeds), alpha=0.05 / len(primary))
         told.append(f"{numbers.amount(least, 'points') if least <= MOST_POINTS else 'none'} with {seeds}")
     return (
-        f"With so few seeds only large gains can be shown. Four of five such studies, each looked at once, would "
-        f"reproduce “{gains[-1].claim.text}” if the true gain were {numbers.listed(told)} seeds."
+        f"Few seeds can show only large gains. For “{gains[-1].claim.text}” to be reproduced at a first look with a "
+        f"probability of 80%, the true gain must be {numbers.listed(told)} seeds."
     )
 
 
@@ -236,8 +237,9 @@ def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
     for row in primary:
         if (e := row.effect) is not None:
             p = f"; {row.question.doubt}" if row.question.doubt else numbers.decisive(row)
+            more = f"; about {row.needed:,} seeds would decide" if row.needed else ""
             text = row.claim.text[:1].upper() + row.claim.text[1:]
-            yield f"{text}: {row.told} ({numbers.signed(e, row.claim.unit)}, {numbers.seeds(e.seeds)}{p})."
+            yield f"{text}: {row.told} ({numbers.signed(e, row.claim.unit)}, {numbers.seeds(e.seeds)}{p}{more})."
     missed: dict[str, list[str]] = defaultdict(list)
     for row in primary:
         if row.effect is None:

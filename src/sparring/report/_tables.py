@@ -110,7 +110,7 @@ def around(findings: Findings, at_most: int = 8) -> Table | None:
         name = numbers.sparsity(findings.study, findings.method or "", s)
         mark = Cell(name, "strong") if s == spot.sparsity else name
         rows.append([mark, "–" if ratio is None else f"{ratio:.1f}×", *gains, kept])
-    return Table(["Sparsity", "Smaller", *(m.short for m in measures), "Allowed losses"], rows)
+    return Table(["Sparsity", "Smaller", *map(_heading, measures), "Allowed losses"], rows)
 
 
 def curve_table(results: Sequence[Result]) -> Table:
@@ -127,6 +127,10 @@ def curve_table(results: Sequence[Result]) -> Table:
     middle = [] if measure.is_share else ["Median"]
     unit = numbers.gain_unit(measure, results[0].control)
     return Table(["Method", "Sparsity", "Mean [95%]", *middle, f"Gain, {unit} [95%]", "p (Holm)"], rows)
+
+
+def _heading(measure: Measure) -> str:
+    return measure.short if measure.short.startswith("r_") else measure.short[:1].upper() + measure.short[1:]
 
 
 def methods(findings: Findings) -> Table | None:
@@ -151,7 +155,7 @@ def methods(findings: Findings) -> Table | None:
         for who, cells in told.items()
     ]
     units = {m: numbers.gain_unit(m) for m in shown}
-    metrics = (m.short if units[m] == "%" else f"{m.short}, {units[m]}" for m in shown)
+    metrics = (_heading(m) if units[m] == "%" else f"{_heading(m)}, {units[m]}" for m in shown)
     head = ["Sparsity", "Methods", *(name.replace("ε ", f"ε{FIRM}") for name in metrics), "Seeds"]
     return Table(head, rows, text=2, class_="wrapped") if rows else None
 

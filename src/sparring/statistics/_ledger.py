@@ -114,7 +114,8 @@ class Row:
     """One row of the ledger; `effect` is as shown, None if not measured.
 
     `p`, `p_small` and `p_against` are the question's, corrected within the study's families (None: no such test).
-    `merged` is the verdict among the claims of all studies of a merged ledger, with its p-value.
+    `merged` is the verdict among the claims of all studies of a merged ledger, with its p-value. `needed` is about how
+    many seeds would decide an undecided claim, if its effect is as estimated (None: unknown, or more than 10,000).
     """
 
     question: Question
@@ -125,6 +126,7 @@ class Row:
     study: str
     why: str
     merged: tuple[Verdict, float | None] | None = field(default=None)
+    needed: int | None = None
 
     @property
     def claim(self) -> Claim:
@@ -311,14 +313,15 @@ def judge(questions: Sequence[Question], *, study: str, dropped: Sequence[bool] 
 
 
 def _row(q: Question, one: Decision, study: str) -> Row:
-    why = one.why
+    why, needed = one.why, None
     if q.effect is not None and q.effect.seeds > 1 and one.verdict == "undecided" and not q.doubt and q.effect.se > 0:
-        why = f"{why}; {_takes(q, q.effect, one.level)}"
+        needed = seeds_needed(q.effect, alpha=one.level) if one.level > 0 and q.effect.estimate != 0 else None
+        why = f"{why}; {_takes(q, q.effect, one.level, needed)}"
     if q.effect is not None and q.effect.indicative:
         why = f"indicative ({q.effect.seeds} seed{'s' if q.effect.seeds > 1 else ''}): {why}"
     why += f" (unknown: {q.unknown})" if q.unknown and q.effect is not None else ""
     p, small, against = (None if math.isnan(p) else p for p in (one.p, one.p_small, one.p_against))
-    return Row(q, one.verdict, p, small, against, study, why)
+    return Row(q, one.verdict, p, small, against, study, why, needed=needed)
 
 
 def _verdict(q: Question, p: float, p_small: float, p_against: float) -> tuple[Verdict, str]:
@@ -350,7 +353,7 @@ def _verdict(q: Question, p: float, p_small: float, p_against: float) -> tuple[V
     return "undecided", "not significant after correction" if e.low > 0 or e.high < 0 else "not significant"
 
 
-def _takes(q: Question, e: Effect, alpha: float) -> str:
+def _takes(q: Question, e: Effect, alpha: float, needed: int | None) -> str:
     """Say what a decision would take at the level that the claim has at first, 0 where none is left for it."""
     if alpha == 0:
         return "not tested, because no primary claim is settled"
@@ -362,7 +365,6 @@ def _takes(q: Question, e: Effect, alpha: float) -> str:
         told = "no effect of any size could have been detected"
     if e.estimate == 0:
         return told
-    needed = seeds_needed(e, alpha=alpha)
     return f"{told}; this effect needs " + (f"about {needed} seeds or more" if needed else "more than 10,000 seeds")
 
 

@@ -84,7 +84,7 @@ class Result:
 class Findings:
     """Hold everything that the page, the tables and the verdict say, computed once.
 
-    `method` is the one that the headline speaks of: the plan's first that makes weights sparse.
+    `method` is that of the headline: the plan's first that chooses weights, since random masks are a baseline.
     The sweet spot does not watch `unwatched` metrics: distances whose searches failed too often, or over a control of
     zero.
     """
@@ -125,9 +125,7 @@ def find(study: Study) -> Findings:
         if (result := _result(study, measure, method, held)) is not None
     }
     main = tuple(main_measures(list(collected)))
-    # The plan's first method that makes weights sparse; without one, its first.
-    weights = [m for m in study.methods if study.axis(m) == "weights"]
-    method = next(iter(weights or study.methods), None)
+    method = _headline(study)
     every = {m: results[m, method] for m in main if method is not None and (m, method) in results}
     seeds = max((len(result.seeds) for result in every.values()), default=0)
     asked = {m: r for m, r in every.items() if m.role != "distance-correct" and len(r.seeds) == seeds}
@@ -138,6 +136,13 @@ def find(study: Study) -> Findings:
         spot = sweet_spot({m.slug: r.gains for m, r in watched.items()}, {m.slug: margins[m] for m in watched})
     unwatched = tuple(m for m in asked if m not in watched)
     return Findings(study, collected, results, main, method, margins, spot, tuple(doubts(study, collected)), unwatched)
+
+
+def _headline(study: Study) -> str | None:
+    """Return the plan's first method that chooses weights; without one, its first that makes weights sparse, or any."""
+    weights = [m for m in study.methods if study.axis(m) == "weights"]
+    chosen = [m for m in weights if study.kind(m) in ("pruned", "channels", "surgery")]
+    return next(iter(chosen or weights or study.methods), None)
 
 
 def margins_of(study: Study) -> dict[str, float]:
