@@ -64,12 +64,14 @@ class AttackFacts:
         return ranked and (self.kind == "minimum-norm") == (other.kind == "minimum-norm")
 
 
-OWN_ATTACK = AttackFacts(norms=("linf", "l2", "l1", "l0"), kernels={})  # what a name outside the table may be taken for
+OWN_ATTACK = AttackFacts(
+    norms=("linf", "l2", "l1", "l0"), kernels={}, revision=1
+)  # what a name outside the table may be taken for
 # fmt: off
 ATTACKS = {
-    "apgd": AttackFacts("APGD", "Croce & Hein 2020", rank=2, passes=30, kernels=_COSTLY, revision=2),
-    "apgd-dlr": AttackFacts("APGD-DLR", "Croce & Hein 2020", rank=2, passes=30, kernels=_COSTLY, revision=2),
-    "apgd-targeted": AttackFacts("APGD-T", "Croce & Hein 2020", rank=2),
+    "apgd": AttackFacts("APGD", "Croce & Hein 2020", rank=2, passes=30, kernels=_COSTLY, revision=3),
+    "apgd-dlr": AttackFacts("APGD-DLR", "Croce & Hein 2020", rank=2, passes=30, kernels=_COSTLY, revision=3),
+    "apgd-targeted": AttackFacts("APGD-T", "Croce & Hein 2020", rank=2, revision=1),
     "cw": AttackFacts("C&W", "Carlini & Wagner 2017", "minimum-norm", ("l2",), passes=3000, revision=2,
                       kernels=_STEPWISE | {"fully connected": 0.8}),
     "ddn": AttackFacts("DDN", "Rony et al. 2019", "minimum-norm", ("l2",), passes=60, kernels=_COSTLY),
@@ -77,18 +79,19 @@ ATTACKS = {
                             kernels=_STEPWISE | {"wide": 0.5}, rows=16),
     "fab": AttackFacts("FAB", "Croce & Hein 2020", "minimum-norm", passes=100, revision=2, rows=16),
     "fab-targeted": AttackFacts("FAB-T", "Croce & Hein 2020", "minimum-norm", revision=1),
-    "fast": AttackFacts("fast", "nearest, PGD, APGD, APGD-T", "ensemble", rank=3, passes=35, revision=2, masked=1,
+    "fast": AttackFacts("fast", "nearest, PGD, APGD, APGD-T", "ensemble", rank=3, passes=35, revision=3, masked=1,
                         rows=3),
     "fgsm": AttackFacts("FGSM", "Goodfellow et al. 2015", single_step=True, rank=0, passes=4, kernels={}, lent=1),
     "hopskipjump": AttackFacts("HopSkipJump", "Chen et al. 2020", "minimum-norm", ("linf", "l2"), "labels", rank=0,
-                               passes=5000, kernels={}),
+                               passes=5000, kernels={}, revision=1),
     "nearest": AttackFacts("Nearest", "after DDN and FAB", "minimum-norm", rank=1, passes=170, revision=1),
-    "pgd": AttackFacts("PGD", "Madry et al. 2018", rank=1, passes=10),
-    "rfgsm": AttackFacts("R-FGSM", "Tramèr et al. 2018", single_step=True, rank=0, passes=4, kernels={}, lent=1),
+    "pgd": AttackFacts("PGD", "Madry et al. 2018", rank=1, passes=10, revision=1),
+    "rfgsm": AttackFacts("R-FGSM", "Tramèr et al. 2018", single_step=True, rank=0, passes=4, kernels={}, revision=1,
+                         lent=1),
     "sigma-zero": AttackFacts("sigma-zero", "Cinà et al. 2025", "minimum-norm", ("l0",), passes=300),
     "square": AttackFacts("Square", "Andriushchenko et al. 2020", "budget", ("linf", "l2"), "logits", rank=0,
-                          passes=400, kernels={}, revision=1),
-    "standard": AttackFacts("standard", "AutoAttack (Croce & Hein 2020)", "ensemble", rank=4, passes=600, revision=3,
+                          passes=400, kernels={}, revision=2),
+    "standard": AttackFacts("standard", "AutoAttack (Croce & Hein 2020)", "ensemble", rank=4, passes=600, revision=4,
                             drawn=1, rows=16),
 }
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .draws import Draws, Source, drawn_at
 from .errors import Unsupported, UserError
 from .units import L0, L1, L2, LINF, norm_name, parse_eps, parse_norm
 
@@ -107,22 +108,26 @@ def _project_l1(delta: Tensor, radius: Tensor) -> Tensor:
     return result
 
 
-def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw numbers from [0, 1) with the dtype and on the device of `like`.
+def uniform(shape: Sequence[int], like: Tensor, source: Source = None) -> Tensor:
+    """Draw numbers from [0, 1) with the dtype and on the device of `like`; the first axis is that of the images.
 
-    They are drawn on the generator's device, so that a CPU generator gives the same numbers for a GPU.
+    They are drawn on a generator's device, so that a CPU generator gives the same numbers for a GPU.
     """
-    device = like.device if generator is None else generator.device
-    return torch.rand(tuple(shape), generator=generator, dtype=like.dtype, device=device).to(like.device)
+    if isinstance(source, Draws):
+        return source.uniform(shape[1:], like)
+    device = like.device if source is None else source.device
+    return torch.rand(tuple(shape), generator=source, dtype=like.dtype, device=device).to(like.device)
 
 
-def gaussian(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def gaussian(shape: Sequence[int], like: Tensor, source: Source = None) -> Tensor:
     """Draw standard normal numbers in the same way as `uniform`."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, dtype=like.dtype, device=device).to(like.device)
+    if isinstance(source, Draws):
+        return source.normal(shape[1:], like)
+    device = like.device if source is None else source.device
+    return torch.randn(tuple(shape), generator=source, dtype=like.dtype, device=device).to(like.device)
 
 
-def random_point(like: Tensor, norm: float, eps: float, generator: torch.Generator | None = None) -> Tensor:
+def random_point(like: Tensor, norm: float, eps: float, source: Source = None) -> Tensor:
     """Draw a point uniformly from the eps-ball for each image; `like` sets the shape, dtype and device.
 
     Raise Unsupported for l0, whose ball is not bounded.
@@ -131,16 +136,16 @@ def random_point(like: Tensor, norm: float, eps: float, generator: torch.Generat
         raise Unsupported("the l0 ball is not bounded and has no uniform points")
     shape, flat = like.shape, like.flatten(1)
     if norm == LINF:
-        return (uniform(shape, like, generator) * 2 - 1) * eps
+        return (uniform(shape, like, source) * 2 - 1) * eps
     dimension = flat.shape[1]
-    radius = uniform((len(like), 1), like, generator) ** (1 / dimension)
+    radius = uniform((len(like), 1), like, drawn_at(source, 1)) ** (1 / dimension)
     if norm == L2:
-        direction = gaussian(flat.shape, like, generator)
+        direction = gaussian(flat.shape, like, source)
         unit = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
     else:
         # Exponential magnitudes normalised by their sum are uniform on the simplex; signs are fair coins.
-        size = -torch.log1p(-uniform(flat.shape, like, generator))
-        coin = uniform(flat.shape, like, generator) < 0.5
+        size = -torch.log1p(-uniform(flat.shape, like, source))
+        coin = uniform(flat.shape, like, drawn_at(source, 2)) < 0.5
         unit = torch.where(coin, -size, size) / size.sum(1, keepdim=True).clamp_min(1e-30)
     point: Tensor = unit * radius * eps
     return point.view(shape)

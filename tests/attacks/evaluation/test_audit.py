@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring.attacks import audit, check_budgets, check_order, fgsm, nearest, pgd, run
+from sparring.draws import Draws
 from sparring.errors import UserError
 from sparring.threat import LINF, Threat
 
@@ -25,7 +26,7 @@ def test_rows_are_attacks_by_budget_and_then_the_worst_cases(net: nn.Module, ima
         ("fgsm", 0.02), ("fgsm", 0.05), ("pgd", 0.02), ("pgd", 0.05), ("nearest", None),
         ("worst case", 0.02), ("worst case", 0.05),
     ]  # fmt: skip
-    alone = run(net, images, y, pgd, Threat(LINF, 0.05), generator=torch.Generator().manual_seed(3))
+    alone = run(net, images, y, pgd, Threat(LINF, 0.05), generator=Draws.of(3, range(len(y))))
     assert torch.equal(rows[3].result.x_adv, alone.x_adv), "an attack's result does not depend on which others run"
     one, other, worst = (rows[at].result for at in (1, 3, 6))
     assert torch.equal(worst.success, one.success | other.success) and worst.success.any()

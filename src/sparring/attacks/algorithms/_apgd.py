@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...draws import Source, drawn_at
 from ...threat import LINF, random_point
 from .._entry import opening
 from .._gradients import logits_and_gradient
@@ -57,7 +58,7 @@ def apgd(
     norm: float = LINF,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     objective: Objective = cross_entropy,
     steps: int = 100,
     restarts: int = 1,
@@ -84,26 +85,28 @@ def apgd(
     others = (objective, dlr) if again and left >= _SHORTEST else ()
 
     def ascend(
-        rows: Tensor, objective: Objective, steps: int, interval: int, spared: int = 0
+        rows: Tensor, start: int, objective: Objective, steps: int, interval: int, spared: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         region = FeasibleSet.around(x[rows], norm, eps)
         own = select(targets, rows)
         prospects = Prospects.of(region.x, y[rows], own, steps, interval=interval, spared=spared)
-        start = region.bring_in_(region.x + random_point(region.x, norm, eps, generator))
-        state = _begin(start, region, prospects, own if aims is None else aims[rows])
+        away = random_point(region.x, norm, eps, drawn_at(generator, start, rows))
+        state = _begin(region.bring_in_(region.x + away), region, prospects, own if aims is None else aims[rows])
         return _ascend(model, state, objective, early)
 
-    for _ in range(restarts):
+    for restart in range(restarts):
         standing = still_open.nonzero().squeeze(1)
         if len(standing) == 0:
             break
-        x_adv[standing], won, short = ascend(standing, objective, steps, interval, early - 1 if others else 0)
+        x_adv[standing], won, short = ascend(
+            standing, 3 * restart, objective, steps, interval, early - 1 if others else 0
+        )
         still_open[standing[won]] = False
         near = standing[short]
-        for other in others:
+        for number, other in enumerate(others, 3 * restart + 1):
             if len(near) == 0:
                 break
-            found, won, _ = ascend(near, other, left, max(left // _CHECKS, _SHORTEST))
+            found, won, _ = ascend(near, number, other, left, max(left // _CHECKS, _SHORTEST))
             x_adv[near[won]] = found[won]
             still_open[near[won]] = False
             near = near[~won]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...draws import Source
 from ...threat import L2, distance
 from .._entry import opening
 from .._gradients import logits_and_gradient, logits_and_pull
@@ -32,7 +33,7 @@ def cw(
     norm: float = L2,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     confidence: float = 0.0,
     steps: int = 1000,
     searches: int = 9,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ...draws import Source
 from ...threat import L2, distance
 from .._entry import opening
 from .._gradients import logits_and_gradient
@@ -23,7 +24,7 @@ def ddn(
     norm: float = L2,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     objective: Objective = cross_entropy,
     steps: int = 100,
     start_radius: float = 1.0,

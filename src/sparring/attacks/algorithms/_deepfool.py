@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...draws import Source
 from ...threat import L1, L2
 from .._entry import opening
 from ..fastpath._gram_matrix import find_stem
@@ -25,7 +26,7 @@ def deepfool(
     norm: float = L2,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     steps: int = 50,
     overshoot: float = 0.02,
     candidates: int | None = None,

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ...draws import Source, drawn_at
 from ...threat import L1, L2, LINF, distance
 from .._entry import opening
 from .._gradients import Probe
 from ..evaluation._bpda import Differences, has_masked_gradients, is_stochastic
-from ..evaluation._scoring import Attack
+from ..evaluation._scoring import Attack, source_for
 from ._apgd import apgd
 from ._deepfool import deepfool
 from ._fab import fab
@@ -41,7 +42,7 @@ def worst_case(
     norm: float = LINF,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """Run attacks in order and return the worst case of each image.
 
@@ -49,12 +50,15 @@ def worst_case(
     image, and the smallest perturbation counts.
     """
 
-    def attempt(attack: Attack) -> Callable[[Tensor], Tensor]:
-        return lambda rows: attack(
-            model, x[rows], y[rows], norm=norm, eps=eps, targets=select(targets, rows), generator=generator
-        )
+    def attempt(place: int, attack: Attack) -> Callable[[Tensor], Tensor]:
+        def attempted(rows: Tensor) -> Tensor:
+            source = source_for(attack, drawn_at(generator, place, rows))
+            own = select(targets, rows)
+            return attack(model, x[rows], y[rows], norm=norm, eps=eps, targets=own, generator=source)
 
-    return _best_of([attempt(attack) for attack in attacks], _Question(model, x, y, targets, norm, eps))
+        return attempted
+
+    return _best_of([attempt(*numbered) for numbered in enumerate(attacks)], _Question(model, x, y, targets, norm, eps))
 
 
 @dataclass(frozen=True)
@@ -101,19 +105,19 @@ def _best_of(attempts: Sequence[Callable[[Tensor], Tensor]], asked: _Question) -
     return x_adv
 
 
-def _towards_each_class(attack: Callable[..., Tensor], asked: _Question, classes: int) -> Tensor:
+def _towards_each_class(attack: Callable[..., Tensor], asked: _Question, classes: int, generator: Source) -> Tensor:
     """Return the worst case of an attack of images aimed at each of the likeliest other classes, or at the targets."""
     x, y = asked.x, asked.y
     if asked.targets is not None:
-        return attack(x, y, targets=asked.targets)
+        return attack(x, y, targets=asked.targets, generator=generator)
     with torch.no_grad():
         logits = asked.model(x)
     ranked = others(logits, y).topk(min(classes, logits.shape[1] - 1), dim=1).indices
 
-    def attempt(aims: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda rows: attack(x[rows], y[rows], aims=aims[rows])
+    def attempt(place: int, aims: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda rows: attack(x[rows], y[rows], aims=aims[rows], generator=drawn_at(generator, place, rows))
 
-    return _best_of([attempt(aims) for aims in ranked.T], asked)
+    return _best_of([attempt(*numbered) for numbered in enumerate(ranked.T)], asked)
 
 
 @opening
@@ -125,7 +129,7 @@ def apgd_targeted(
     norm: float = LINF,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     steps: int = 100,
     classes: int = 9,
 ) -> Tensor:
@@ -133,8 +137,8 @@ def apgd_targeted(
 
     With `targets`, only these are attacked and count. Raises as apgd does.
     """
-    attack = partial(apgd, model, norm=norm, eps=eps, generator=generator, objective=dlr, steps=steps, again=False)
-    return _towards_each_class(attack, _Question(model, x, y, targets, norm, eps), classes)
+    attack = partial(apgd, model, norm=norm, eps=eps, objective=dlr, steps=steps, again=False)
+    return _towards_each_class(attack, _Question(model, x, y, targets, norm, eps), classes, generator)
 
 
 @opening
@@ -146,7 +150,7 @@ def fab_targeted(
     norm: float = L2,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     steps: int = 100,
     classes: int = 9,
 ) -> Tensor:
@@ -154,8 +158,8 @@ def fab_targeted(
 
     With `targets`, only these are attacked and count.
     """
-    attack = partial(fab, model, norm=norm, eps=eps, generator=generator, steps=steps)
-    return _towards_each_class(attack, _Question(model, x, y, targets, norm, eps), classes)
+    attack = partial(fab, model, norm=norm, eps=eps, steps=steps)
+    return _towards_each_class(attack, _Question(model, x, y, targets, norm, eps), classes, generator)
 
 
 @opening
@@ -167,7 +171,7 @@ def standard(
     norm: float = LINF,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """Return the worst case of `nearest` and AutoAttack's four attacks.
 
@@ -203,7 +207,7 @@ def fast(
     norm: float = LINF,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """Return the worst case of a cheap ensemble, with a fraction of `standard`'s passes.
 

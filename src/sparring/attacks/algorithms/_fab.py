@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...draws import Source, drawn_at
 from ...threat import L2, LINF, distance, project, random_point
 from .._entry import opening
 from ._losses import is_past, margin_loss
@@ -43,7 +44,7 @@ def fab(
     norm: float = L2,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     steps: int = 100,
     restarts: int = 1,
     aims: Tensor | None = None,
@@ -58,7 +59,7 @@ def fab(
     nearest = Nearest.of(x)
     for restart in range(restarts):
         row = torch.arange(len(x), device=x.device)
-        start = x if restart == 0 else _restart(x, norm, eps, nearest.distance, generator)
+        start = x if restart == 0 else _restart(x, norm, eps, nearest.distance, drawn_at(generator, restart))
         _walk(model, _Walkers(row, x, y, targets, aims, start), nearest, norm, eps, steps, candidates)
     found = torch.isfinite(nearest.distance).nonzero().squeeze(1)
     if len(found):
@@ -67,7 +68,7 @@ def fab(
     return keep_within(x, nearest.point, norm, eps)
 
 
-def _restart(x: Tensor, norm: float, eps: float | None, smallest: Tensor, generator: torch.Generator | None) -> Tensor:
+def _restart(x: Tensor, norm: float, eps: float | None, smallest: Tensor, generator: Source) -> Tensor:
     widest = 1.0 if norm == LINF else float(x[0].numel()) ** (1 / norm)
     limit = smallest.clamp_max(widest if eps is None else eps)
     offset = random_point(x, norm, widest, generator)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...draws import Draws, Source, drawn_at
 from ...threat import L2, distance, gaussian, uniform
 from .._entry import opening
 from ._losses import margin_loss
@@ -28,7 +29,7 @@ def hopskipjump(
     norm: float = L2,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     steps: int = 40,
     draws: int = 100,
     starts: int = 100,
@@ -55,7 +56,7 @@ def hopskipjump(
         # The paper's probe radius (section III-C), an l2 length in both cases.
         probe = moved / math.sqrt(pixels)
         count = min(round(draws * math.sqrt(step)), 10_000)
-        direction = steepest(_estimate(decide, point, probe, count, generator), norm)
+        direction = steepest(_estimate(decide, point, probe, count, drawn_at(generator, starts + step, rows)), norm)
         point = _stride(decide, point, direction, moved / math.sqrt(step))
         point = pull_back(model, part, point, labels, aims, rounds=20)
         better = distance(point - part, norm) < distance(best - part, norm)
@@ -66,7 +67,7 @@ def hopskipjump(
 
 @dataclass(frozen=True)
 class _Decision:
-    """Say of points, one for each image or several in turn, which are adversarial: all that the attack may ask."""
+    """Say of points, as many for each image, which are adversarial: all that the attack may ask."""
 
     model: nn.Module
     y: Tensor
@@ -74,39 +75,40 @@ class _Decision:
 
     def __call__(self, x: Tensor) -> Tensor:
         turns = len(x) // len(self.y)
-        targets = None if self.targets is None else self.targets.repeat(turns)
+        targets = None if self.targets is None else self.targets.repeat_interleave(turns)
         with torch.no_grad():
-            return margin_loss(self.model(x), self.y.repeat(turns), targets) > 0
+            return margin_loss(self.model(x), self.y.repeat_interleave(turns), targets) > 0
 
 
-def _random_start(decide: _Decision, x: Tensor, tries: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _random_start(decide: _Decision, x: Tensor, tries: int, generator: Source) -> tuple[Tensor, Tensor]:
     start = x.clone()
     found = decide(x)
-    for _ in range(tries):
+    for place in range(tries):
         if bool(found.all()):
             break
-        noise = uniform(x.shape, x, generator)
+        noise = uniform(x.shape, x, drawn_at(generator, place))
         fresh = ~found & decide(noise)
         start = torch.where(column(fresh, x), noise, start)
         found = found | fresh
     return start, found
 
 
-def _estimate(decide: _Decision, point: Tensor, probe: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+def _estimate(decide: _Decision, point: Tensor, probe: Tensor, count: int, generator: Source) -> Tensor:
     """Return the direction in which random probes succeed more often, with the paper's baseline (equation 16)."""
     total, weights, decided = torch.zeros_like(point), torch.zeros_like(point), torch.zeros_like(probe)
     images = len(point)
     block = max(1, min(_BLOCK, _NUMBERS // point[0].numel()) // images)
     for first in range(0, count, block):
         size = min(block, count - first)
-        noise = gaussian((size, *point.shape), point, generator)
-        noise = steepest(noise.flatten(0, 1), L2).view_as(noise)
-        near = (point + column(probe, point) * noise).clamp(0, 1)
-        offset = (near - point) / column(probe.clamp_min(1e-30), point)
-        sign = torch.where(decide(near.flatten(0, 1)), 1.0, -1.0).to(point.dtype).view(size, images)
-        total += (sign.view(size, images, *[1] * (point.dim() - 1)) * offset).sum(0)
-        weights += offset.sum(0)
-        decided += sign.sum(0)
+        source = generator.spread(range(first, first + size)) if isinstance(generator, Draws) else generator
+        noise = steepest(gaussian((images * size, *point.shape[1:]), point, source), L2)
+        start, reach = point.unsqueeze(1), probe.view(-1, *[1] * point.dim())
+        near = (start + reach * noise.view(images, size, *point.shape[1:])).clamp(0, 1)
+        offset = (near - start) / reach.clamp_min(1e-30)
+        sign = torch.where(decide(near.flatten(0, 1)), 1.0, -1.0).to(point.dtype).view(images, size)
+        total += (sign.view(images, size, *[1] * (point.dim() - 1)) * offset).sum(1)
+        weights += offset.sum(1)
+        decided += sign.sum(1)
     mean = decided / count
     # All probes alike: the baseline would leave nothing, and the plain mean is the best guess.
     baseline = torch.where(mean.abs() == 1, torch.zeros_like(mean), mean)

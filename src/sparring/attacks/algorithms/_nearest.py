@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ...draws import Source
 from ...threat import L1, L2, LINF, diameter, distance, dual, project, random_point
 from .._entry import opening
 from .._gradients import logits_and_gradient
@@ -66,7 +67,7 @@ def nearest(
     norm: float = L2,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     steps: int = 60,
     starts: int = 5,
     polish: int = 16,

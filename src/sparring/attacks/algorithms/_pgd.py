@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...draws import Source, drawn_at
 from ...threat import LINF, random_point
 from ...waiting import alone
 from .._entry import opening
@@ -103,7 +104,7 @@ def fgsm(
     norm: float = LINF,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     objective: Objective = cross_entropy,
 ) -> Tensor:
     """Take one steepest step of length eps (Goodfellow et al. 2015, section 4).
@@ -125,7 +126,7 @@ def rfgsm(
     norm: float = LINF,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     objective: Objective = cross_entropy,
     share: float = 0.5,
 ) -> Tensor:
@@ -152,7 +153,7 @@ def pgd(
     norm: float = LINF,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     objective: Objective = cross_entropy,
     steps: int = 40,
     step_size: float | None = None,
@@ -177,7 +178,8 @@ def pgd(
         region = FeasibleSet.around(x[standing], norm, eps)
         start = region.x.clone()
         if random_start or restart > 0:
-            start = region.bring_in_(start.add_(random_point(start, norm, eps, generator)))
+            source = drawn_at(generator, restart, standing)
+            start = region.bring_in_(start.add_(random_point(start, norm, eps, source)))
         interval = max(steps // 8, 4)
         prospects = Prospects.of(start, y[standing], select(targets, standing), steps, interval=interval)
         x_adv[standing], won = _ascend(model, region, start, prospects, objective, lengths, stop_early)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...draws import Draws, Source, drawn_at, shared_of
 from ...errors import Unsupported
 from ...threat import L2, LINF, distance, uniform
 from .._entry import opening
@@ -37,7 +38,7 @@ def square(
     norm: float = LINF,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     queries: int = 5000,
     share: float = 0.8,
     patience: float | None = None,
@@ -53,7 +54,8 @@ def square(
     if x.dim() != 4:
         raise Unsupported("Square needs images (N, C, H, W)")
     region = FeasibleSet.around(x, norm, eps)
-    start = region.bring_in_(x + (_stripes(x, eps, generator) if norm == LINF else _tiles(x, eps, generator)))
+    pattern = _stripes if norm == LINF else _tiles
+    start = region.bring_in_(x + pattern(x, eps, drawn_at(generator, 0)))
     start = start.contiguous()
     x_adv = start.clone()
     with torch.no_grad():
@@ -72,13 +74,14 @@ def square(
         area = share * _shrunk(begin, queries) * x[0, 0].numel()
         if norm == LINF:
             with torch.no_grad():
-                try_squares(model, state, max(round(math.sqrt(area)), 1), begin, end, generator)
+                source = drawn_at(generator, begin, state.row)
+                try_squares(model, state, max(round(math.sqrt(area)), 1), begin, end, source)
         else:
-            for _ in range(begin, end):
+            for query in range(begin, end):
                 state = _leave(state, state.gap > 0, x_adv)
                 if len(state.row) == 0:
                     return x_adv
-                _try_l2(model, state, max(round(math.sqrt(area)), 3), eps, generator)
+                _try_l2(model, state, max(round(math.sqrt(area)), 3), eps, drawn_at(generator, query, state.row))
     x_adv[state.row] = state.point
     return x_adv
 
@@ -107,7 +110,7 @@ def _leave(state: Search, leaving: Tensor, x_adv: Tensor) -> Search:
     return shrink(state, ~leaving)
 
 
-def _try_l2(model: nn.Module, state: Search, side: int, eps: float, generator: torch.Generator | None) -> None:
+def _try_l2(model: nn.Module, state: Search, side: int, eps: float, generator: Source) -> None:
     """Try one query of l2 on every image, and keep what raises its margin."""
     candidate = _propose_l2(state, side, eps, generator)
     with torch.no_grad():
@@ -116,18 +119,21 @@ def _try_l2(model: nn.Module, state: Search, side: int, eps: float, generator: t
     state.gap[better], state.point[better] = gap[better], candidate[better]
 
 
-def _coins(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _coins(shape: tuple[int, ...], like: Tensor, generator: Source) -> Tensor:
     """Return fair signs, +1 or −1."""
     draw = uniform(shape, like, generator)
     return torch.where(draw < 0.5, -1.0, 1.0).to(like.dtype)
 
 
-def _corner(room: int, like: Tensor, generator: torch.Generator | None) -> int:
+def _below(bound: int, shape: tuple[int, ...], like: Tensor, generator: Source) -> Tensor:
+    """Return integers from 0 to bound − 1."""
+    if isinstance(generator, Draws):
+        return generator.below(bound, shape[1:])
     device = like.device if generator is None else generator.device
-    return int(torch.randint(0, room + 1, (), generator=generator, device=device))
+    return torch.randint(0, bound, shape, generator=generator, device=device).to(like.device)
 
 
-def _stripes(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
+def _stripes(x: Tensor, eps: float, generator: Source) -> Tensor:
     """Return the linf start: vertical stripes of ±eps, one column and channel wide."""
     images, channels, _, width = x.shape
     return eps * _coins((images, channels, 1, width), x, generator).expand_as(x)
@@ -145,35 +151,38 @@ def _hill(height: int, width: int, like: Tensor) -> Tensor:
     return heights[(half - ring).clamp_min(0)]
 
 
-def _pattern(side: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _pattern(side: int, like: Tensor, generator: Source) -> Tensor:
     """Return two hills of opposite sign, side by side or one above the other, at unit length: (side, side)."""
     first = side // 2
     pair = torch.cat([_hill(side, first, like), -_hill(side, side - first, like)], dim=1)
     unit: Tensor = pair / pair.norm()
-    return unit.T if float(uniform((), like, generator)) < 0.5 else unit
+    return unit.T if float(uniform((1,), like, shared_of(generator))) < 0.5 else unit
 
 
-def _tiles(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
+def _tiles(x: Tensor, eps: float, generator: Source) -> Tensor:
     """Return the l2 start: a 5×5 grid of patterns with random signs, of length eps."""
     images, channels, height, width = x.shape
     side = max(min(height, width) // 5, 1)
     start = torch.zeros_like(x)
     for top in range(0, height - side + 1, side):
         for left in range(0, width - side + 1, side):
-            sign = _coins((images, channels, 1, 1), x, generator)
-            tile = _pattern(side, x, generator) if side > 1 else torch.ones(1, 1, dtype=x.dtype, device=x.device)
+            source = drawn_at(generator, top * width + left)
+            sign = _coins((images, channels, 1, 1), x, source)
+            tile = _pattern(side, x, source) if side > 1 else torch.ones(1, 1, dtype=x.dtype, device=x.device)
             start[..., top : top + side, left : left + side] = sign * tile
     return start * column(eps / distance(start, L2).clamp_min(1e-30), x)
 
 
-def _propose_l2(state: Search, side: int, eps: float, generator: torch.Generator | None) -> Tensor:
+def _propose_l2(state: Search, side: int, eps: float, generator: Source) -> Tensor:
     """Take the length that one window holds, with what is unused, and spend it on a pattern in another window."""
     images, channels, height, width = state.x.shape
     # Odd and at least 3, as the pattern needs, but no larger than the image.
     side = min(side | 1, height, width)
     windows: list[tuple[EllipsisType | slice, ...]] = []
-    for _ in range(2):
-        top, left = _corner(height - side, state.x, generator), _corner(width - side, state.x, generator)
+    for place in range(2):  # the same for all images
+        source = shared_of(drawn_at(generator, place + 1))
+        corner = _below((height - side + 1) * (width - side + 1), (1,), state.x, source)
+        top, left = divmod(int(corner), width - side + 1)
         windows.append((..., slice(top, top + side), slice(left, left + side)))
     delta = state.point - state.x
     unused = (eps**2 - delta.flatten(1).square().sum(1)).clamp_min(0).view(-1, 1, 1, 1)
@@ -232,17 +241,14 @@ class _Squares:
     inside: Tensor
 
     @classmethod
-    def draw(cls, x: Tensor, side: int, queries: int, generator: torch.Generator | None) -> _Squares:
+    def draw(cls, x: Tensor, side: int, queries: int, generator: Source) -> _Squares:
         """Draw squares, cut off where the image is narrower."""
         images, channels, height, width = x.shape
         rows, columns = min(side, height), min(side, width)
-        device = x.device if generator is None else generator.device
-
-        def places(room: int) -> Tensor:
-            return torch.randint(0, room + 1, (images, queries), generator=generator, device=device).to(x.device)
-
-        corner = places(height - rows) * width + places(width - columns)
-        upper = uniform((images, queries, channels), x, generator) < 0.5
+        across = width - columns + 1
+        place = _below((height - rows + 1) * across, (images, queries), x, generator)
+        corner = place // across * width + place % across
+        upper = uniform((images, queries, channels), x, drawn_at(generator, 0)) < 0.5
         pixels = torch.arange(x[0].numel(), device=x.device).view(channels, height, width)
         return cls(corner, upper, pixels[:, :rows, :columns].flatten(1))
 
@@ -261,9 +267,7 @@ class _View(NamedTuple):
     asked: Tensor
 
 
-def try_squares(
-    model: nn.Module, state: Search, side: int, begin: int, end: int, generator: torch.Generator | None
-) -> None:
+def try_squares(model: nn.Module, state: Search, side: int, begin: int, end: int, generator: Source) -> None:
     """Move every image along the queries `begin` to `end` of the attack, up to its first success.
 
     A query sets one square of the image, channel by channel, to an end of the budget, and is kept where that raises the

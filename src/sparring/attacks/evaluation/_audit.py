@@ -10,6 +10,7 @@ from itertools import pairwise, permutations
 import torch
 from torch import Tensor, nn
 
+from ...draws import Draws, Source
 from ...errors import UserError
 from ...facts import ATTACKS, OWN_ATTACK
 from ...outputs import Opened, opened
@@ -17,9 +18,9 @@ from ...threat import LINF, Threat, diameter, distance
 from .._gradients import frozen
 from ..algorithms._losses import is_answer, margin_loss
 from ..algorithms._projections import column
-from ._run import AttackResult, run
+from ._run import AttackResult, draws_for, run
 from ._sanity_checks import Flag, exceeds
-from ._scoring import NOTABLE, TOLERANCE, Attack, budget_of, facts_of
+from ._scoring import NOTABLE, TOLERANCE, Attack, budget_of, facts_of, source_for
 
 _SILENCE_IMAGES = 4  # each is attacked alone
 _RETRIES = 3
@@ -58,15 +59,15 @@ def audit(
     attack that needs a budget if `eps` is empty. `progress` gets an attack's name and the arguments of `run`'s.
     """
     found: Found = {}
+    draws = Draws.of(seed, range(len(x)), x.device)
     for name, attack in attacks.items():
         for threat in _threats(name, attack, norm, eps):
-            generator = torch.Generator().manual_seed(seed)
             title = name if threat.eps is None else f"{name} eps {threat.eps:g}"
             found[name, threat] = run(
-                model, x, y, attack, threat, batch_size=batch_size, generator=generator, convergence=checks,
+                model, x, y, attack, threat, batch_size=batch_size, generator=draws, convergence=checks,
                 progress=progress and partial(progress, title),
             )  # fmt: skip
-    for key, flags in _opinions(found, attacks, (model, x, y), checks, batch_size, seed) if checks else ():
+    for key, flags in _opinions(found, attacks, (model, x, y), checks, batch_size, draws) if checks else ():
         found[key] = replace(found[key], flags=(*found[key].flags, *flags))
     return [AuditRow(name, threat, result) for (name, threat), result in found.items()] + _worst_cases(found)
 
@@ -85,7 +86,7 @@ def _opinions(
     task: tuple[nn.Module, Tensor, Tensor],
     images: int,
     batch_size: int | None,
-    seed: int,
+    draws: Draws,
 ) -> Iterator[tuple[tuple[str, Threat], tuple[Flag, ...]]]:
     """Yield what other attacks, other budgets, no budget at all and the points that it saw say against a result."""
     for threat in {threat for _, threat in found}:
@@ -96,12 +97,12 @@ def _opinions(
         results = {eps: found[name, threat] for eps, threat in budgets.items()}
         yield from (((name, budgets[eps]), flags) for eps, flags in check_budgets(results).items())
         if budgets and not facts_of(attack).single_step:
-            threat, generator = budgets[max(budgets)], torch.Generator().manual_seed(seed)
+            threat = budgets[max(budgets)]
             flags = check_unlimited(
-                *task, attack, norm=threat.norm, images=images, batch_size=batch_size, generator=generator
+                *task, attack, norm=threat.norm, images=images, batch_size=batch_size, generator=draws
             )
             result = found[name, threat]
-            flags += check_silence(*task, attack, threat, result, images=_SILENCE_IMAGES, generator=generator)
+            flags += check_silence(*task, attack, threat, result, images=_SILENCE_IMAGES, generator=draws)
             yield (name, threat), flags
 
 
@@ -141,7 +142,7 @@ def check_unlimited(
     norm: float = LINF,
     images: int = 64,
     batch_size: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Flag, ...]:
     """Return a flag unless the attack fools the images when each pixel may take any value (Athalye et al. 2018).
 
@@ -151,9 +152,10 @@ def check_unlimited(
     """
     threat = Threat(norm, diameter(x, norm))
     rows = torch.arange(min(images, len(x)), device=x.device)
-    attacked = 0
+    attacked, draws = 0, draws_for(x, generator)
     for attempt in range(1 + _RETRIES):
-        result = run(model, x[rows], y[rows], attack, threat, batch_size=batch_size, generator=generator)
+        source = draws[rows].at(attempt)
+        result = run(model, x[rows], y[rows], attack, threat, batch_size=batch_size, generator=source)
         attacked = int(result.clean_correct.sum()) if attempt == 0 else attacked
         rows = rows[result.clean_correct & ~result.success]
         if len(rows) < max(2, NOTABLE * attacked):
@@ -221,7 +223,7 @@ def check_silence(
     result: AttackResult,
     *,
     images: int = 16,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Flag, ...]:
     """Return a flag if an attack evaluated an adversarial example of an image on which it failed, but returned another.
 
@@ -229,12 +231,13 @@ def check_silence(
     the first `images` images on which it failed, one by one, so that every evaluated point belongs to the image.
     """
     failed = (result.clean_correct & ~result.success).nonzero().squeeze(1)[:images]
-    silent, budget = 0, budget_of(attack, threat)
+    silent, budget, draws = 0, budget_of(attack, threat), draws_for(x, generator)
     with frozen(model):
         model = opened(model, x)
         for row in failed.unsqueeze(1):
             witness = _Witness(model, x[row], y[row], threat)
-            x_adv = attack(witness, x[row], y[row], norm=threat.norm, generator=generator, **budget)
+            source = source_for(attack, draws[row])
+            x_adv = attack(witness, x[row], y[row], norm=threat.norm, generator=source, **budget)
             with torch.no_grad():
                 silent += witness.seen and not bool(margin_loss(model(x_adv), y[row]) > 0)
     if silent == 0:

@@ -9,11 +9,12 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from ...draws import Draws
 from ...errors import UserError
 from ...outputs import check_module
 from ...threat import Threat
 from ...waiting import courteous
-from ._run import AttackResult, Checked, attack_held, check_numbers, hold
+from ._run import AttackResult, Checked, attack_held, check_numbers, hold, seed_from
 from ._sanity_checks import check_inputs, check_mode, check_threat
 from ._scoring import Attack, Order
 
@@ -33,8 +34,8 @@ def run_batches(
     """Attack pairs of images and labels as a DataLoader yields them, and return one result for all, as `run` does.
 
     Each batch is as x and y of `run`, on the device of the model, and the other arguments are those of `run`. The model
-    is checked on the first batch in which it classifies an image correctly. A random attack draws
-    new numbers for each batch. A flag of several batches is reported once, with the detail of the first.
+    is checked on the first batch in which it classifies an image correctly. Images draw by their numbers, counted over
+    all batches. A flag of several batches is reported once, with the detail of the first.
 
     Raises UserError as `run` does, and for batches that are not pairs.
     """
@@ -43,6 +44,7 @@ def run_batches(
     for network in (model, *(surrogates or {}).values()):
         check_module(network)
     parts: list[AttackResult] = []
+    seed, first = seed_from(generator), 0
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         seen, others = Checked(check_mode(model)), None
@@ -51,7 +53,8 @@ def run_batches(
             check_threat(x, threat)
             if others is None:
                 model, others = hold(stack, model, surrogates, x)
-            order = Order(attack, threat, x, y, None, batch_size or 0, generator)
+            source = Draws.of(seed, range(first, first + len(x)), x.device)
+            order, first = Order(attack, threat, x, y, None, batch_size or 0, source), first + len(x)
             part, seen = attack_held(model, others, {}, order, None, draws, seen)
             parts.append(part)
     if not parts:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...draws import Draws, Source
 from ...errors import UserError
 from ...memory_format import channels_last
 from ...outputs import Door, check_module, opened
@@ -36,7 +37,9 @@ from ._sanity_checks import (
     state_of,
 )
 from ._scoring import (
+    LONGER,
     NOTABLE,
+    TWICE,
     Attack,
     Best,
     Judge,
@@ -112,7 +115,7 @@ def run(
     lent: Mapping[str, Sequence[Tensor]] | None = None,
     through: nn.Module | None = None,
     batch_size: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     draws: int = 10,
     convergence: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -129,6 +132,9 @@ def run(
     budget, examples of PGD on DLR are transferred too, except to attacks with a single step. surrogates None: the dense
     network, if sparse activations name the layers they replaced; {}: none. `lent` holds examples by the name of their
     surrogate, as `lend` returns them; their passes do not count here. The best result counts for each image.
+
+    Each image has random numbers of its own, whatever its batch: those of its key in `generator`, a `Draws`, or of its
+    number and a seed that a torch.Generator draws (None: 0). A user's attack gets a torch.Generator for each batch.
 
     A stochastic model is attacked with single passes and then in expectation over `draws` passes. An image counts as
     misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network with faster passes, such
@@ -150,12 +156,13 @@ def run(
         flags = check_mode(model)
         model, others = hold(stack, model, surrogates, x)
         check_targets(model, x, y, targets)
-        order = Order(attack, threat, x, y, targets, batch_size or 0, generator, progress)
+        source = draws_for(x, generator)
+        order = Order(attack, threat, x, y, targets, batch_size or 0, source, progress)
         result, _ = attack_held(model, others, lent or {}, order, through, draws, Checked(flags))
     if convergence and _length_of(attack) is not None:
         flags = check_convergence(
             model, x, y, attack, threat, result, images=convergence, targets=targets, batch_size=batch_size,
-            generator=generator,
+            generator=source,
         )  # fmt: skip
         result = replace(result, flags=(*result.flags, *flags))
     return replace(result, seconds=time.perf_counter() - start)
@@ -241,7 +248,7 @@ def attack_held(
 
     For batches of 0 a size is found; checks that were `seen` are not repeated.
     """
-    x, seed, before = order.x, _seed_from(order.generator), state_of(model)
+    x, seed, before = order.x, order.draws.seed(), state_of(model)
     begun = _begin(model, order, draws, seen, seed, splits=through is None)
     order, random, best = begun.order, begun.random, begun.best
     hand = None if random or through is not None else _by_hand(model, x)
@@ -299,7 +306,7 @@ def lend(
     threat: Threat,
     *,
     batch_size: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> list[Tensor]:
     """Return examples of a surrogate for transfer: those of the attack and, with a budget, of a long PGD run.
 
@@ -312,7 +319,7 @@ def lend(
         x, y = check_inputs(x, y)
         check_threat(x, threat)
         model = _hold(stack, model, x)
-        order = Order(attack, threat, x, y, None, batch_size or 0, generator).sized(model)
+        order = Order(attack, threat, x, y, None, batch_size or 0, draws_for(x, generator)).sized(model)
         check_model(model, x, y, None, draws=is_stochastic(model), batch_size=order.batch_size)
         everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
         return list(order.loans(Probe(model, hand=_by_hand(model, x)), lambda: everything))
@@ -344,7 +351,7 @@ def check_convergence(
     factor: int = 4,
     targets: Tensor | None = None,
     batch_size: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Flag, ...]:
     """Return a flag if a run `factor` times as long is clearly better, or worse, on the first correct images.
 
@@ -355,10 +362,9 @@ def check_convergence(
     rows = result.clean_correct.nonzero().squeeze(1)[:images]
     if len(rows) == 0:
         return ()
-    again = partial(
-        run, model, x[rows], y[rows], targets=select(targets, rows), batch_size=batch_size, generator=generator
-    )
-    longer = again(lengthened(attack, factor), threat)
+    source = draws_for(x, generator)[rows]
+    again = partial(run, model, x[rows], y[rows], threat=threat, targets=select(targets, rows), batch_size=batch_size)
+    longer = again(attack=lengthened(attack, factor), generator=source.at(LONGER))
     if threat.eps is None:
         ratio = float((longer.distance / result.distance[rows]).nan_to_num(1.0).median())
         if ratio < 0.95:
@@ -373,7 +379,7 @@ def check_convergence(
         if not exceeds(lost, int((longer.success & ~first).sum()), share=NOTABLE, of=len(rows)):
             return ()
         return (Flag("weaker-wins", f"{factor} times the steps fool {lost} of {len(rows)} images no longer"),)
-    twice = again(attack, threat).success | first
+    twice = again(attack=attack, generator=source.at(TWICE)).success | first
     gained, missed = int((longer.success & ~twice).sum()), int((twice & ~longer.success).sum())
     if not exceeds(gained, missed, share=0.05, of=len(rows)):
         return ()
@@ -429,7 +435,13 @@ def _undeclared(model: nn.Module, random: bool) -> list[Flag]:
     ]
 
 
-def _seed_from(generator: torch.Generator | None) -> int:
+def draws_for(x: Tensor, source: Source) -> Draws:
+    """Return draws of the images x: those given, or those of `seed_from`."""
+    return source if isinstance(source, Draws) else Draws.of(seed_from(source), range(len(x)), x.device)
+
+
+def seed_from(generator: torch.Generator | None) -> int:
+    """Return a seed that a generator draws; 0 without one."""
     if generator is None:
         return 0
     return int(torch.randint(0, 2**31, (), generator=generator, device=generator.device))

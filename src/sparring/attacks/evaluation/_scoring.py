@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ...draws import Draws, Source
 from ...errors import UserError
 from ...facts import ATTACKS, OWN_ATTACK, AttackFacts
 from ...memory import Need, free_memory, measured
@@ -50,15 +51,35 @@ class Attack(Protocol):
     ) -> Tensor: ...
 
 
+# What the evaluator does on the same images with the same attack, each with other draws; the first, PLAIN to PLAIN + 4.
+PLAIN, SINGLE, STRAIGHT, DIFFERENCES, LOAN, DEEP_LOAN, LONGER, TWICE = 0, 5, 6, 7, 8, 9, 10, 11
+
+
 def facts_of(attack: Attack) -> AttackFacts:
     """Return the facts about an attack in any configuration; one without a parameter `eps` is a minimum-norm attack."""
+    function = _innermost(attack)
+    name = getattr(function, "__name__", "").replace("_", "-")
+    if name in ATTACKS and _is_built_in(function):
+        return ATTACKS[name]
+    return OWN_ATTACK if takes(function, "eps") else replace(OWN_ATTACK, kind="minimum-norm")
+
+
+def source_for(attack: Attack, source: Source) -> torch.Generator | None:
+    """Return what an attack draws from: a user's from a generator of its own, which the batch's first image seeds."""
+    if isinstance(source, Draws) and not _is_built_in(_innermost(attack)):
+        return source.generator()
+    return cast(torch.Generator | None, source)  # that ours take Draws too is no part of what an attack must do
+
+
+def _innermost(attack: Attack) -> Callable[..., Tensor]:
     function = cast(Callable[..., Tensor], attack)
     while isinstance(function, partial):
         function = function.func
-    name = getattr(function, "__name__", "").replace("_", "-")
-    if name in ATTACKS and function.__module__.startswith(f"{__package__.partition('.')[0]}."):
-        return ATTACKS[name]
-    return OWN_ATTACK if takes(function, "eps") else replace(OWN_ATTACK, kind="minimum-norm")
+    return function
+
+
+def _is_built_in(function: Callable[..., Tensor]) -> bool:
+    return str(getattr(function, "__module__", "")).startswith(f"{__package__.partition('.')[0]}.")
 
 
 def budget_of(attack: Attack, threat: Threat) -> dict[str, Any]:
@@ -68,7 +89,7 @@ def budget_of(attack: Attack, threat: Threat) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Order:
-    """An attack with its images: call it with a model and a mask of the images to attack.
+    """An attack with its images: call it with a model, a mask of the images to attack, and a number for its draws.
 
     progress: told before each batch how many images are done, and of how many.
     """
@@ -79,12 +100,12 @@ class Order:
     y: Tensor
     targets: Tensor | None
     batch_size: int
-    generator: torch.Generator | None
+    draws: Draws
     progress: Callable[[int, int], None] | None = None
 
-    def __call__(self, model: nn.Module, wanted: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, wanted: Tensor, turn: int) -> Tensor:
         x_adv, budget = self.x.clone(), budget_of(self.attack, self.threat)
-        places = wanted.nonzero().squeeze(1)
+        places, draws = wanted.nonzero().squeeze(1), self.draws.at(turn)
         for number, rows in enumerate(torch.split(places, self.batch_size)):
             if self.progress is not None:
                 self.progress(number * self.batch_size, len(places))
@@ -95,7 +116,7 @@ class Order:
                     self.y[rows],
                     norm=self.threat.norm,
                     targets=select(self.targets, rows),
-                    generator=self.generator,
+                    generator=source_for(self.attack, draws[rows]),
                     **budget,
                 )
                 if not isinstance(found, Tensor) or found.shape != x_adv[rows].shape:
@@ -113,10 +134,10 @@ class Order:
 
     def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:
         """Yield what a surrogate lends, found on the images that are wanted when their turn comes."""
-        yield self(surrogate, wanted())
+        yield self(surrogate, wanted(), LOAN)
         # To a single step it would be no loan but another attack, and robust accuracy under it no longer that.
         if self.threat.eps is not None and not facts_of(self.attack).single_step:
-            yield replace(self, attack=_DEEP)(surrogate, wanted())
+            yield replace(self, attack=_DEEP)(surrogate, wanted(), DEEP_LOAN)
 
 
 def answers(logits: Tensor) -> Tensor:
@@ -246,9 +267,9 @@ class Best:
         distances = self.outcome.distance
         return distances > 0 if self.order.threat.eps is None else torch.isinf(distances)
 
-    def attack_(self, model: nn.Module) -> Tensor:
+    def attack_(self, model: nn.Module, turn: int) -> Tensor:
         """Attack a model on the images still open, and keep what is better; return the images (N,) that gained."""
-        return self.add_(self.order(model, self.open()))
+        return self.add_(self.order(model, self.open(), turn))
 
     def add_(self, found: Tensor) -> Tensor:
         """Judge examples (N, ...) of the images still open, and keep the better ones; return the images that gained."""
@@ -297,7 +318,7 @@ class Best:
 def attack_single_draws(best: Best, probe: Probe) -> None:
     """Attack a model that draws as one would attack any: what the expectation adds to that, chance had hidden."""
     draws, probe.draws = probe.draws, 1
-    best.attack_(probe)
+    best.attack_(probe, SINGLE)
     probe.draws = draws
 
 
@@ -307,8 +328,8 @@ def attack_itself(best: Best, probe: Probe, *, random: bool) -> None:
     What fools one set of draws need not fool another: images still standing get four more chances.
     """
     gained = torch.zeros_like(best.clean_correct)
-    for _ in range(5 if random else 1):
-        gained |= best.attack_(probe)
+    for turn in range(PLAIN, PLAIN + (5 if random else 1)):
+        gained |= best.attack_(probe, turn)
     if random:
         if best.order.threat.eps is None:
             best.resize_()
@@ -319,14 +340,14 @@ def attack_straight_through(best: Best, probe: Probe, model: nn.Module) -> None:
     """Attack through the backward pass that layers which mask gradients declare."""
     probe.model, probe.hand = model, None
     with straight_through(model, best.order.x[:1]):
-        found = best.order(probe, best.open())
+        found = best.order(probe, best.open(), STRAIGHT)
     best.flag_("a straight-through backward pass", best.add_(found))
 
 
 def attack_by_differences(best: Best, probe: Probe, model: nn.Module, blind: Tensor) -> None:
     """Attack by finite differences where the gradient misses what an image does."""
     probe.model, probe.hand = (differences := Differences(model, blind)), None
-    best.flag_("a gradient by finite differences", best.attack_(probe))
+    best.flag_("a gradient by finite differences", best.attack_(probe, DIFFERENCES))
     probe.forwards += differences.passes
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ... import attacks, deploy
 from ...data import as_float
+from ...draws import Draws
 from ...errors import Unsupported, UserError
 from ...metrics import accuracy, distances, macs, pixel_distances, robust_accuracy, size
 from ...sparsity import Declared, activity
@@ -124,8 +125,8 @@ def lend(context: Context, task: Task[Lend]) -> TaskOutcome:
     inputs = task.inputs
     model, (x, y) = network_of(context, inputs, task.parents[0]).eval(), _images(context, inputs)
     asked = inputs.attack
-    generator = _generator(inputs)
-    found = attacks.lend(model, x, y, asked.attack, asked.threat, batch_size=inputs.batch_size, generator=generator)
+    draws = _draws(inputs, x)
+    found = attacks.lend(model, x, y, asked.attack, asked.threat, batch_size=inputs.batch_size, generator=draws)
     return TaskOutcome({}, tensors={f"loan{place}": examples for place, examples in enumerate(found)})
 
 
@@ -206,9 +207,10 @@ def _run(
         lent=lent,
         through=through,
         batch_size=inputs.batch_size,
-        generator=_generator(inputs),
+        generator=_draws(inputs, x),
     )
 
 
-def _generator(inputs: Shard) -> torch.Generator:
-    return torch.Generator().manual_seed(1_000_003 * inputs.seed + inputs.start)
+def _draws(inputs: Shard, x: Tensor) -> Draws:
+    """Return the random numbers of the images of a shard, each its own by its place in the fixed order of all."""
+    return Draws.of(inputs.seed, range(inputs.start, inputs.start + len(x)), x.device)

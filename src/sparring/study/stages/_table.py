@@ -34,11 +34,11 @@ STAGES: dict[str, Callable[[Context, Any], TaskOutcome]] = {
 
 # Raised when a stage's meaning changes, so that old results are not taken for new ones. That includes packed kernels
 # that sum in another order: attacks that go through them ("kernels" in their inputs) then end in other bits.
-VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 3, "linear": 3}
+VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 3, "linear": 3, "ship": 2}
 # Raised when what is made of lent examples changes: attacks that have some, of their second parent, run again.
 LENDING = 1
-# The same for all attacks on networks that draw which look for the smallest perturbation.
-DRAWN_DISTANCES = 1
+# The same for all attacks on networks that draw, and for those of them that look for the smallest perturbation.
+DRAWN, DRAWN_DISTANCES = 1, 1
 
 
 def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
@@ -47,14 +47,14 @@ def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
         found if isinstance(found := inputs.get(part), Mapping) else {} for part in ("attack", "activation")
     )
     facts = ATTACKS.get(attack.get("name", ""), OWN_ATTACK)
-    revisions = facts.revision
+    revisions = facts.revision if attack else 0
     if stage == "attack" and len(inputs.get("parents", ())) > 1:
         revisions += LENDING + facts.lent
     layer, distances = ACTIVATIONS.get(str(activation.get("kind"))), attack.get("eps") is None
     if layer is not None and layer.stochastic:
         revisions += facts.drawn
-        if stage == "attack" and attack and distances:
-            revisions += DRAWN_DISTANCES
+        if stage == "attack" and attack:
+            revisions += DRAWN + (DRAWN_DISTANCES if distances else 0)
     elif layer is not None and layer.masks_gradients and activation.get("test", True):
         revisions += 0 if distances or attack.get("naive") else facts.masked
     return [
