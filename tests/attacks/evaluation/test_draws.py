@@ -75,8 +75,9 @@ def test_another_seed_draws_others(name: str, task: tuple[nn.Module, Tensor, Ten
 def test_every_attack_of_an_ensemble_and_every_restart_draws_others(task: tuple[nn.Module, Tensor, Tensor]) -> None:
     seen: list[Tensor] = []
 
-    def noted(model: nn.Module, x: Tensor, y: Tensor, *, norm: float, eps: float, **given: Any) -> Tensor:
-        seen.append(torch.rand(3, generator=given["generator"]))
+    def noted(model: nn.Module, x: Tensor, y: Tensor, *, norm: float, eps: float | None = None,
+              targets: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+        seen.append(torch.rand(3, generator=generator))
         return x
 
     run(*task, partial(worst_case, attacks=[noted, noted]), Threat(LINF, 0.01), batch_size=20, surrogates={})
@@ -89,9 +90,9 @@ def test_every_attack_of_an_ensemble_and_every_restart_draws_others(task: tuple[
 
 
 def test_a_users_attack_gets_a_generator_that_the_first_image_seeds(task: tuple[nn.Module, Tensor, Tensor]) -> None:
-    def noise(model: nn.Module, x: Tensor, y: Tensor, *, norm: float, eps: float, targets: Any = None,
-              generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-        return (x + eps * (torch.rand(x.shape, generator=generator, dtype=x.dtype) - 0.5)).clamp(0, 1)
+    def noise(model: nn.Module, x: Tensor, y: Tensor, *, norm: float, eps: float | None = None,
+              targets: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+        return (x + (eps or 0) * (torch.rand(x.shape, generator=generator, dtype=x.dtype) - 0.5)).clamp(0, 1)
 
     found = [run(*task, noise, Threat(LINF, 0.1), batch_size=20, surrogates={}).x_adv for _ in range(2)]
     assert torch.equal(*found)
