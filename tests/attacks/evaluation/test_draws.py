@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparring.attacks import ATTACKS, AttackResult, audit, fgsm, pgd, run, worst_case
 from sparring.draws import Draws
-from sparring.threat import L2, LINF, Threat
+from sparring.threat import L0, L2, LINF, Threat
 
 SHORT: dict[str, dict[str, Any]] = {
     "apgd": {"steps": 30},
@@ -21,6 +21,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "fab-targeted": {"steps": 10, "classes": 2},
     "cw": {"steps": 20, "searches": 2},
     "hopskipjump": {"steps": 3, "draws": 20},
+    "sigma-zero": {"steps": 30},
     "square": {"queries": 30},
     "nearest": {"steps": 10, "starts": 1, "polish": 3},
     "fab": {"steps": 10, "restarts": 2},
@@ -45,7 +46,9 @@ def task() -> tuple[nn.Module, Tensor, Tensor]:
 def attacked(name: str, task: tuple[nn.Module, Tensor, Tensor], batch: int, draws: Draws, norm: float) -> AttackResult:
     attack = partial(ATTACKS[name], **SHORT.get(name, {}))
     eps = {"linf": 0.06, "l2": 0.2}["linf" if norm == LINF else "l2"]
-    minimum = name in {"cw", "ddn", "deepfool", "fab", "fab-targeted", "hopskipjump", "nearest"}
+    if name == "sigma-zero":
+        norm = L0
+    minimum = name in {"cw", "ddn", "deepfool", "fab", "fab-targeted", "hopskipjump", "nearest", "sigma-zero"}
     return run(*task, attack, Threat(norm, None if minimum else eps), batch_size=batch, generator=draws)
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ...draws import Source
 from ...threat import L0, LINF, distance
 from .._entry import opening
 from .._gradients import logits_and_gradient
@@ -28,7 +29,7 @@ def sigma_zero(
     norm: float = L0,
     eps: float | None = None,
     targets: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     steps: int = 300,
     sigma: float = 1e-3,
     threshold: float = 0.3,
