@@ -87,8 +87,7 @@ def apgd(
     def ascend(
         rows: Tensor, start: int, objective: Objective, steps: int, interval: int, spared: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        region = FeasibleSet.around(x[rows], norm, eps)
-        own = select(targets, rows)
+        region, own = FeasibleSet.around(x[rows], norm, eps), select(targets, rows)
         prospects = Prospects.of(region.x, y[rows], own, steps, interval=interval, spared=spared)
         away = random_point(region.x, norm, eps, drawn_at(generator, start, rows))
         state = _begin(region.bring_in_(region.x + away), region, prospects, own if aims is None else aims[rows])

@@ -133,14 +133,12 @@ def run(
     network, if sparse activations name the layers they replaced; {}: none. `lent` holds examples by the name of their
     surrogate, as `lend` returns them; their passes do not count here. The best result counts for each image.
 
-    Each image has random numbers of its own, whatever its batch: those of its key in `generator`, a `Draws`, or of its
-    number and a seed that a torch.Generator draws (None: 0). A user's attack gets a torch.Generator for each batch.
-
-    A stochastic model is attacked with single passes and then in expectation over `draws` passes. An image counts as
-    misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network with faster passes, such
-    as packed kernels: the attack uses it, and the model judges the result. `convergence` is the number of images on
-    which a run four times as long shows whether more steps would help (see `check_convergence`). `progress` gets the
-    number of images that are done, and of all, before each batch.
+    Random numbers are each image's own: of its key in a `Draws`, or of its number and a seed from a torch.Generator
+    (None: 0). A stochastic model is attacked with single passes and then in expectation over `draws` passes. An image
+    counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network with faster
+    passes, such as packed kernels: the attack uses it, and the model judges the result. `convergence` is the number of
+    images on which a run four times as long shows whether more steps would help (see `check_convergence`). `progress`
+    gets the number of images that are done, and of all, before each batch.
 
     Raises UserError for invalid inputs or models (see docs/flags.md).
     """
@@ -156,13 +154,12 @@ def run(
         flags = check_mode(model)
         model, others = hold(stack, model, surrogates, x)
         check_targets(model, x, y, targets)
-        source = draws_for(x, generator)
-        order = Order(attack, threat, x, y, targets, batch_size or 0, source, progress)
+        order = Order(attack, threat, x, y, targets, batch_size or 0, draws_for(x, generator), progress)
         result, _ = attack_held(model, others, lent or {}, order, through, draws, Checked(flags))
     if convergence and _length_of(attack) is not None:
         flags = check_convergence(
             model, x, y, attack, threat, result, images=convergence, targets=targets, batch_size=batch_size,
-            generator=source,
+            generator=order.draws,
         )  # fmt: skip
         result = replace(result, flags=(*result.flags, *flags))
     return replace(result, seconds=time.perf_counter() - start)
