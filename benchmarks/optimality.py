@@ -31,23 +31,25 @@ from torch import Tensor, nn
 
 from peers import adv_lib, can_import, foolbox
 from sparring import data
-from sparring.attacks import ddn, fab, nearest, run
+from sparring.attacks import ddn, fab, facts_of, nearest, run, sigma_zero
 from sparring.declared import Declared
-from sparring.facts import ATTACKS
 from sparring.files import load_tensors, pack_tensors, save_tensors, sha256_bytes
-from sparring.threat import L1, L2, LINF, Threat, distance, norm_name, parse_norm
+from sparring.threat import L0, L1, L2, LINF, Threat, distance, norm_name, parse_norm
 from trained import NETWORKS, Trained, trained
 
 OURS: dict[str, Callable[..., Tensor]] = {
     "nearest": nearest,
     "ddn-2000": partial(ddn, steps=2000),
     "fab": partial(fab, steps=100),
+    "sigma-zero": sigma_zero,
 }
 _BB = "{}BrendelBethgeAttack"
 # By library and norm. FAB, DeepFool and its kin pay for ten gradients where others pay for one.
 PEERS: dict[str, dict[float, Callable[..., Tensor]]] = {
     "adv_lib DDN": {L2: partial(adv_lib, name="ddn", steps=2000, levels=None)},
-    "adv_lib FMN": {p: partial(adv_lib, name="fmn", norm=p, steps=2000) for p in (L1, L2, LINF)},
+    "adv_lib FMN": {p: partial(adv_lib, name="fmn", norm=p, steps=2000) for p in (L0, L1, L2, LINF)},
+    "adv_lib sigma-zero": {L0: partial(adv_lib, name="sigma_zero", num_steps=2000)},
+    "adv_lib APGD": {L1: partial(adv_lib, name="auto_pgd.minimal_apgd", norm=1, max_eps=100.0)},
     "adv_lib PDGD": {
         L2: partial(adv_lib, name="pdgd", num_steps=2000),
         **{p: partial(adv_lib, name="pdpgd", norm=p, num_steps=2000) for p in (L1, LINF)},
@@ -56,6 +58,7 @@ PEERS: dict[str, dict[float, Callable[..., Tensor]]] = {
     "adv_lib SuperDeepFool": {L2: partial(adv_lib, name="sdf")},
     "adv_lib FAB": {p: partial(adv_lib, name="fab", norm=p, n_iter=200) for p in (L1, L2, LINF)},
     "foolbox DDN": {L2: partial(foolbox, name="DDNAttack", steps=2000)},
+    "foolbox EAD": {L1: partial(foolbox, name="EADAttack", steps=400, binary_search_steps=5, initial_const=0.1)},
     "foolbox BB": {
         L1: partial(foolbox, name=_BB.format("L1"), steps=1900),
         L2: partial(foolbox, name=_BB.format("L2"), steps=1900),
@@ -139,9 +142,8 @@ def pool_of(model: nn.Module, x: Tensor, y: Tensor, norm: float, only: set[str],
     images = sha256_bytes(pack_tensors({**model.state_dict(), "/x": x}))[:16]
     contestants: dict[str, tuple[Callable[..., Tensor], bool, str]] = {}
     for name, attack in OURS.items():
-        contestants[name] = (attack, True, f"revision{ATTACKS[name.split('-')[0]].revision}")
-    if norm != L2:
-        contestants.pop("ddn-2000")
+        if norm_name(norm) in facts_of(attack).norms:
+            contestants[name] = (attack, True, f"revision{facts_of(attack).revision}")
     for name, by_norm in PEERS.items():
         library = name.split()[0]
         if norm in by_norm and can_import(library):
@@ -227,7 +229,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print rows as JSON, when all are done")
     every = ",".join(f"{name}:200" for name in NETWORKS)
     parser.add_argument("--networks", default=every, help="NAME:IMAGES by commas")
-    parser.add_argument("--norms", default="l2,linf", help="by commas, of l1, l2, linf")
+    parser.add_argument("--norms", default="l2,linf", help="by commas, of l0, l1, l2, linf")
     parser.add_argument("--only", default="", help="attacks by commas; the best of these is d*")
     parser.add_argument("--data-dir", type=Path, help="where MNIST and CIFAR-10 are")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sparring" / "benchmarks")

@@ -23,7 +23,8 @@ def adv_lib(
     model: nn.Module, x: Tensor, y: Tensor, *, name: str, eps: float | None = None, **options: object
 ) -> Tensor:
     """Run an attack of adversarial-library."""
-    attack = getattr(importlib.import_module("adv_lib.attacks"), name)
+    module, _, function = f"adv_lib.attacks.{name}".rpartition(".")
+    attack = getattr(importlib.import_module(module), function)
     if name == "pgd_linf":
         return attack(model, x, y, eps, **options)
     if name == "apgd":

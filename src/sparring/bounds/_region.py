@@ -66,7 +66,7 @@ class Region:
 def region(x: Tensor, norm: float, eps: float | Tensor) -> Region:
     """Return the region of radius eps, a number or (N,), around images x; raise UserError for l0 and other pixels."""
     if norm_name(norm) == norm_name(L0):
-        raise UserError("bounds support linf, l2 and l1, not l0, whose ball is not convex; attack it with sigma-zero")
+        raise UserError("bounds support linf, l2 and l1, not l0, whose ball is not convex; attack it with nearest")
     check_pixels(x)
     x = x.detach().double()
     radius = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))

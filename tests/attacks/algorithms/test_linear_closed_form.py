@@ -64,6 +64,7 @@ MINIMUM_NORM = [
     (nearest, L2),
     (nearest, LINF),
     (nearest, L1),
+    (nearest, L0),
     (fab, L2),
     (fab, LINF),
     (fab, L1),

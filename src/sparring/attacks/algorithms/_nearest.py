@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ...draws import Source
-from ...threat import L1, L2, LINF, diameter, distance, dual, project, random_point
+from ...threat import L0, L1, L2, LINF, diameter, distance, dual, project, random_point
 from .._entry import opening
 from .._gradients import logits_and_gradient
-from ._losses import Objective, margin_loss, others, smooth_margin
-from ._projections import Nearest, boundary_step, column, corner_step, hold, inside, keep_within, shrink
+from ._losses import Objective, is_past, margin_loss, others, smooth_margin
+from ._projections import Nearest, boundary_step, column, corner_step, hold, inside, keep_within, select, shrink
+from ._sigma_zero import exchange_, sigma_zero
 
 # Clean margins span this many units of temperature, so that scaling the logits changes nothing.
 _SHARPNESS = 10.0
@@ -79,9 +80,11 @@ def nearest(
     starts lie 2.5 times as far away as the nearest point known, in directions drawn once and for all; the first four
     aim at one of the likeliest classes each, and each takes 23 steps. The last steps go from x onto the boundary
     linearised at the nearest point, inside the box, as in FAB (Croce & Hein 2020) without its memory; in l2 onto the
-    corner of the last five such planes, since the nearest point often lies where several linear regions meet. norm:
-    l2, linf or l1. Images for which nothing was found, or nothing within a given eps, come back unchanged; with eps
-    an image leaves as soon as it succeeds within it. At most 200 passes an image, without further starts (starts=0) 79.
+    corner of the last five such planes, since the nearest point often lies where several linear regions meet. In l0,
+    5·steps steps of sigma-zero are followed by 2·polish exchanges of values (`exchange_`), and by polish exchanges each
+    towards starts − 1 classes: about 400 passes. norm: l2, linf, l1 or l0. Images for which nothing was found, or
+    nothing within a given eps, come back unchanged; with eps an image leaves as soon as it succeeds within it. At most
+    200 passes an image but for l0, without further starts (starts=0) 79.
     The generator is not used.
     """
     with torch.no_grad():
@@ -91,6 +94,9 @@ def nearest(
     aims = others(logits, y).topk(min(_AIMED, logits.shape[1] - 1), dim=1).indices
     rows, unknown = torch.arange(len(x), device=x.device), torch.zeros_like(clean)
     images = _Images(rows, x, y, targets, clean.clamp_min(1e-12), x, unknown, unknown)
+    if norm == L0:
+        _exchange(model, images, aims[:, : max(0, starts - 1)], found, eps, 5 * steps, polish)
+        return keep_within(x, found.point, norm, eps)
     _descend(model, shrink(images, clean >= 0), found, norm, eps, steps, change=0.2)
     for start in range(starts):
         aim = aims[:, start] if targets is None and start < aims.shape[1] else targets
@@ -104,6 +110,26 @@ def nearest(
         found.update_(slice(None), elsewhere.point, elsewhere.distance, torch.isfinite(elsewhere.distance))
     _step_onto_boundary(model, images, found, norm, eps, polish)
     return keep_within(x, found.point, norm, eps)
+
+
+def _exchange(
+    model: nn.Module, images: _Images, aims: Tensor, found: Nearest, eps: float | None, steps: int, polish: int
+) -> None:
+    """Find the fewest values by steps of sigma-zero and exchanges, which then aim at one class after the other."""
+    turns = [None, *aims.T] if images.targets is None else [None]
+    for turn, aim in enumerate(turns):
+        rows = _left(found, eps).nonzero().squeeze(1)
+        x, y, targets = images.x[rows], images.y[rows], select(images.targets, rows)
+        if len(rows) == 0:
+            return
+        if turn == 0:
+            point = sigma_zero(model, x, y, targets=targets, steps=steps)
+            with torch.no_grad():
+                won = is_past(model(point), y, targets)
+            found.update_(rows, point, distance(point - x, L0), won)
+        here = Nearest(found.point[rows], found.distance[rows])
+        exchange_(model, x, y, targets, here, polish if turn else 2 * polish, aims=select(aim, rows))
+        found.update_(rows, here.point, here.distance, torch.isfinite(here.distance))
 
 
 def _left(found: Nearest, eps: float | None) -> Tensor:

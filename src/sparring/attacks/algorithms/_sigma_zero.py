@@ -1,4 +1,4 @@
-"""sigma-zero, a minimum-norm attack in l0."""
+"""Minimum-norm attacks in l0: sigma-zero, and exchanges of values, which need fewer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from ...draws import Source
 from ...threat import L0, LINF, distance
 from .._entry import opening
 from .._gradients import logits_and_gradient
-from ._losses import is_past, margin_loss
+from ._losses import is_clear, is_past, margin_loss
 from ._projections import Nearest, column, keep_within
 
 # Adam's memories of the gradient and of its square (Kingma & Ba 2015).
 _MEAN, _SQUARE = 0.9, 0.999
 # The share of the first step length that the last one has, and how fast the threshold follows it.
 _LAST, _FOLLOW = 0.1, 0.01
+# How much more than by the gradient a value counts that has moved already, in turn.
+_LOYALTY = (0.0, 1.0, 0.3, 4.0)
 
 
 @opening
@@ -30,7 +32,7 @@ def sigma_zero(
     eps: float | None = None,
     targets: Tensor | None = None,
     generator: Source = None,
-    steps: int = 300,
+    steps: int = 1000,
     sigma: float = 1e-3,
     threshold: float = 0.3,
 ) -> Tensor:
@@ -68,3 +70,38 @@ def _shortfall(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
 def _pull(delta: Tensor, sigma: float) -> Tensor:
     """Return the gradient of the smooth l0 norm."""
     return 2 * sigma * delta / ((delta.square() + sigma).square() * delta[0].numel())
+
+
+def exchange_(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    targets: Tensor | None,
+    found: Nearest,
+    rounds: int,
+    *,
+    aims: Tensor | None = None,
+) -> None:
+    """Look for points that differ from x in fewer values than those in `found`, and keep them there.
+
+    From the points found, each round moves to an end of the box as many values as the margin asks for by its gradient
+    at the last point, and fewer than are known to suffice: those that gain most. With `aims` it is the margin of these
+    classes.
+    """
+    point, base = found.point, x.flatten(1)
+    for step in range(rounds + 1):
+        aimed = targets if aims is None else aims
+        logits, gradient = logits_and_gradient(model, point, margin_loss, y, aimed)
+        delta = (point - x).flatten(1)
+        found.update_(slice(None), point, distance(delta, L0), is_clear(margin_loss(logits, y, targets), logits))
+        slope = gradient.flatten(1)
+        gains = torch.where(slope > 0, 1 - base, -base).mul_(slope)
+        order = (gains * (1 + _LOYALTY[step % len(_LOYALTY)] * (delta != 0))).argsort(dim=1, descending=True)
+        missing = (delta * slope).sum(1) - margin_loss(logits, y, aimed)
+        enough = 1 + (gains.gather(1, order).cumsum(1) < missing.unsqueeze(1)).sum(1)
+        most = torch.minimum(enough, (found.distance - 1).clamp(1, base.shape[1])).unsqueeze(1)
+        moved = order.argsort(dim=1) < most
+        point = torch.where(moved, (slope > 0).to(base), base).view_as(x)
+    with torch.no_grad():
+        won = is_past(model(point), y, targets)
+    found.update_(slice(None), point, distance(point - x, L0), won)
