@@ -129,7 +129,7 @@ class MadeUp:
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(file, "JPEG")
         self.picture = file.getvalue()
 
-    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
         yield from ((entry, self.picture) for entry in entries)
 
     def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:

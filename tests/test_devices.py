@@ -9,6 +9,8 @@ from torch import nn
 from sparring.devices import Place, place_of, usable_device
 from sparring.errors import UserError
 
+from .study.pretend_gpu import PretendGPU
+
 
 def test_what_is_asked_for_is_where_a_model_runs() -> None:
     place, x = place_of("cpu", "float64"), torch.rand(2, 3)
@@ -25,7 +27,7 @@ def test_what_is_asked_for_is_where_a_model_runs() -> None:
 def test_mps_has_no_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="'weight' is in double precision, which MPS does not support"):
         Place("mps").model(nn.Linear(3, 2).double())
-    monkeypatch.setattr("sparring.devices.usable_device", lambda name: name)
+    monkeypatch.setattr("sparring.devices.usable_device", lambda name, **_: name)
     with pytest.raises(UserError, match="MPS does not support double precision"):
         place_of("mps", "float64")
     assert place_of("mps", "float16").dtype == torch.float16
@@ -40,3 +42,19 @@ def test_auto_takes_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> No
         usable_device("meta")
     with pytest.raises(UserError, match="type of --dtype"):
         place_of("cpu", "int8")
+    with pytest.raises(UserError, match="training in bfloat16 rounds small steps away"):
+        place_of("cpu", "bfloat16", training=True)
+
+
+def test_a_model_elsewhere_answers_images_here() -> None:
+    model, x = nn.Linear(3, 2), torch.rand(4, 3)
+    assert torch.equal(place_of("cpu").answers(model, x)(x), model(x))
+    wide = place_of("cpu", "float64").answers(model, x)(x)
+    assert wide.dtype == torch.float32 and torch.allclose(wide, model(x)) and model.weight.dtype == torch.float32
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with PretendGPU() as gpu:
+            there = place_of("cuda:0").answers(model, x)(x)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert gpu.moved and torch.allclose(there, model(x))

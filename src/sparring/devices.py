@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UnknownNameError, UserError
+from .outputs import opened
 
-__all__ = ["DEVICES", "DTYPES", "Place", "place_of", "usable_device"]
+__all__ = ["CPU", "DEVICES", "DTYPES", "Place", "moved", "place_of", "usable_device"]
 
 # Types of device that records may come from. CPUs alone were tried; tests pretend a GPU.
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -25,6 +27,19 @@ class Place:
 
     device: str = "cpu"
     dtype: torch.dtype | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the keys of records hold of it: the type of device, and of numbers where these are not single."""
+        return self.device.partition(":")[0] + (" float64" if self.dtype == torch.float64 else "")
+
+    @property
+    def numbers(self) -> str:
+        """The name of the type of numbers of a model that has single precision unless another is asked for."""
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"on {self.device}" + ("" if self.dtype is None else f", {self.numbers}")
 
     def model(self, model: nn.Module) -> nn.Module:
         """Move a model there, in place, and return it; raise UserError if its numbers cannot be had there."""
@@ -45,17 +60,41 @@ class Place:
         """Return float images there: in double precision for a model in double precision, else in single."""
         return x.to(self.device, torch.float64 if self.dtype == torch.float64 else x.dtype)
 
+    def answers(self, model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what takes float images like x here to logits here, by the model or by a copy of it there."""
+        if self == CPU:
+            return opened(model, x[:2])
+        model = opened(self.model(copy.deepcopy(model)), self.images(x[:2]))
+        return lambda images: model(self.images(images)).to(images.device, images.dtype)
+
     def facts(self, model: nn.Module) -> dict[str, str]:
         """Return what results say of where a model ran: the device, and the type of its numbers."""
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return {"device": self.device, "dtype": str(kind).removeprefix("torch.")}
 
 
-def place_of(device: str = "auto", dtype: str | None = None) -> Place:
-    """Read a device's name and a type's; raise UserError where either is not to be had."""
+CPU = Place()
+
+
+def moved(x: Tensor, place: torch.device) -> Tensor:
+    """Return a tensor on a device; to a GPU it is copied from pinned memory, while the program goes on."""
+    if place.type == "cuda" and x.device.type == "cpu" and torch.cuda.is_available():
+        x = x.pin_memory()
+    return x.to(place, non_blocking=True)
+
+
+def place_of(device: str = "auto", dtype: str | None = None, *, training: bool = False, here: bool = True) -> Place:
+    """Read a device's name and a type's; raise UserError where either is not to be had.
+
+    `training`: also for a type in which small steps are rounded away. `here` is that of `usable_device`.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise UnknownNameError("type of --dtype", dtype, DTYPES)
-    found = usable_device(device)
+    if training and dtype in ("float16", "bfloat16"):
+        raise UserError(
+            f"training in {dtype} rounds small steps away; train in float32 or float64, and attack with --dtype {dtype}"
+        )
+    found = usable_device(device, here=here)
     if found.startswith("mps") and dtype == "float64":
         raise UserError("MPS does not support double precision; use --dtype float32 or --device cpu")
     return Place(found, None if dtype is None else DTYPES[dtype])

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import UserError
 
-__all__ = ["Need", "answers_at_once", "free_memory", "measured", "size_text", "used_memory"]
+__all__ = ["Need", "answers", "answers_at_once", "free_memory", "measured", "size_text", "used_memory"]
 
 # On a CPU, peak resident memory over the largest sum of live tensors (what the allocator keeps), and what libraries
 # work in: scratch memory and filters in another order.
@@ -81,6 +81,12 @@ def answers_at_once(answer: Callable[[Tensor], object], x: Tensor, *, most: int 
     need, free = measured(work, x), free_memory(x.device)
     need.check(1, free, "a prediction")
     return need.fitting(min(free // 2, 3 * 2**28) if x.device.type == "cpu" else free // 2, most=most)
+
+
+def answers(answer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return a model's logits (N, classes) of float images x, without gradients, as many at a time as memory allows."""
+    with torch.no_grad():
+        return torch.cat([answer(part) for part in torch.split(x, answers_at_once(answer, x, most=len(x)))])
 
 
 def _peak(work: Callable[[Tensor], object], x: Tensor) -> int:

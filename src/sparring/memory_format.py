@@ -1,4 +1,4 @@
-"""Memory format of filters: convolutions on a CPU are fastest with channels last."""
+"""Memory format of filters: convolutions on CPUs and CUDA GPUs are fastest with channels last."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["channels_last"]
 
 @contextmanager
 def channels_last(model: nn.Module) -> Iterator[None]:
-    """Hold filters on a CPU with their channels side by side, and put them back on leaving; values stay the same.
+    """Hold filters on a CPU or CUDA GPU with their channels side by side, and put them back on leaving, unchanged.
 
     Networks with 1 × 1 filters over fewer than 16 inputs are left alone: in this layout oneDNN writes past its memory
     when such a convolution has a stride (its issue 6035).
     """
-    filters = [p for p in model.parameters() if p.dim() == 4 and p.device.type == "cpu" and p.is_contiguous()]
+    filters = [p for p in model.parameters() if p.dim() == 4 and p.device.type in ("cpu", "cuda") and p.is_contiguous()]
     if any(p.shape[2:] == (1, 1) and p.shape[1] < 16 for p in filters):
         filters = []
     places = [p.data for p in filters]

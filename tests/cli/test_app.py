@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sparring import __version__, cli
-from sparring.cli import _app, _attack, _study
+from sparring.cli import _app, _attack, _compare, _study
 from sparring.cli._app import CertifyOptions, DataSource, ModelSource, Where
 from sparring.errors import TERMINATED
 
@@ -45,6 +45,14 @@ def test_every_command_on_a_model_takes_the_options_of_its_sources(sparring) -> 
         assert all(option in shown for option in ("--weights", "--data-dir", "--download", "[default: mnist-5k]"))
 
 
+def test_every_command_that_runs_a_model_says_where_and_in_which_numbers() -> None:
+    without = {"status", "merge", "report", "convert", "list", "doctor"} | {"pick"}  # which packs a network and no more
+    for command in _app.app.registered_commands:
+        assert command.callback is not None and command.name is not None
+        asked = {"device", "dtype"} & set(inspect.signature(command.callback).parameters)
+        assert asked == (set() if command.name in without else {"device", "dtype"}), command.name
+
+
 def test_it_prints_its_version(sparring) -> None:  # type: ignore[no-untyped-def]
     told = sparring("--version")
     assert (told.code, told.out) == (0, f"sparring {__version__}\n")
@@ -56,7 +64,7 @@ def test_every_command_takes_json_and_is_on_its_page() -> None:
         assert command.callback is not None
         assert "json" in inspect.signature(command.callback).parameters, command.name
         assert f"\n| `{command.name}` | " in page
-    codes = {_attack.DROPPED, cli.USER_ERROR, _study.FAILED, cli.INTERRUPTED, TERMINATED, 0}
+    codes = {_compare.DROPPED, cli.USER_ERROR, _study.FAILED, cli.INTERRUPTED, TERMINATED, 0}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)} == codes
 
 
@@ -71,7 +79,7 @@ def test_options_that_commands_share_are_the_same() -> None:
         for one in inspect.signature(command.callback).parameters.values():
             (about,) = one.annotation.__metadata__
             kind = "" if one.name in ("model", "out", "weights") else f"{one.annotation.__origin__} {one.default}"
-            kind = re.sub(r" .*", "", kind) if one.name in ("data", "images", "eps", "seconds") else kind
+            kind = re.sub(r" .*", "", kind) if one.name in ("data", "images", "eps", "seconds", "device") else kind
             found.setdefault(one.name, set()).add(f"{kind} {'' if one.name in OWN_HELP else about.help}")
     assert {name: kinds for name, kinds in found.items() if len(kinds) > 1} == {}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..modes import eval_mode
 from ..outputs import Opened
 from .algorithms._losses import Objective, is_answer
-from .fastpath._mlp import ByHand, Dense
+from .fastpath._mlp import ByHand, Dense, pulled
 
 # Gradients that share one backward pass, and its memory.
 ROWS_AT_ONCE = 16
@@ -162,8 +162,7 @@ def _by_autograd(model: nn.Module, x: Tensor, weigh: Callable[[Tensor], Tensor])
     if not logits.requires_grad:
         return logits.detach(), x.new_zeros((*weights.shape[:-1], *x.shape[1:]))
     if weights.dim() == 2:
-        (gradient,) = torch.autograd.grad(logits, point, weights, allow_unused=True, materialize_grads=True)
-        return logits.detach(), _finite(gradient)
+        return logits.detach(), _finite(pulled(logits, point, weights))
     gradients = torch.cat([_rows(logits, point, part) for part in torch.split(weights, ROWS_AT_ONCE)])
     if isinstance(model, Probe):  # the hook saw the batched pass as one
         model.backwards += (len(weights) - 1) * len(x) * model.draws

@@ -81,6 +81,7 @@ NoCache = Annotated[
     bool, Option("--no-cache", help="Decode images whenever they are used, not once into the cache folder.")
 ]
 Device = Annotated[str, Option(help="Device: cpu, cuda:0, mps, or auto (a CUDA GPU if there is one).")]
+Dtype = Annotated[str | None, Option(help="Type: float32, float64, float16, bfloat16 [default: as stored].")]
 Eps = Annotated[str, Option(help="Budget of adversarial training, in [0, 1], such as 0.1 or 8/255.")]
 Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, such as 0.1,8/255.")]
 Images = Annotated[int, Option(help="Number of test images.", min=1)]
@@ -153,7 +154,7 @@ class Where:
     """Where a model runs, and in which floating-point type."""
 
     device: Device = "auto"
-    dtype: Annotated[str | None, Option(help="Type: float32, float64, float16, bfloat16 [default: as stored].")] = None
+    dtype: Dtype = None
 
 
 def _show_version(asked: bool) -> None:
@@ -195,6 +196,7 @@ class StudySource:
     limit: Limit = None
     no_cache: NoCache = False
     device: Device = "auto"
+    dtype: Dtype = None
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,7 @@ class FitOptions:
     stability: Annotated[float | None, Option(help="Weight of the ReLU-stability loss, for ibp and crown-ibp.")] = None
     seed: Seed = 0
     device: Device = "auto"
+    dtype: Dtype = None
     threads: Threads = None
     quiet: Quiet = False
 
@@ -409,13 +412,14 @@ def verify(
     model: ModelSource,
     how: VerifyOptions,
     data: DataSource,
+    where: Where,
     property: Annotated[Path | None, Argument(help="Property in VNN-LIB 1; without it give --eps.")] = None,
     json: Json = False,
 ) -> int:
     """Verify that labels do not change within a budget, or a VNN-LIB property: exit 1 if falsified, 3 if unknown."""
     from ._verify import run_verify
 
-    return run_verify(model, property, how, data, as_json=json)
+    return run_verify(model, property, how, data, where, as_json=json)
 
 
 @dataclass(frozen=True)
@@ -442,7 +446,7 @@ class CompareOptions:
 @command
 def compare(how: CompareOptions, data: DataSource, where: Where, json: Json = False) -> int:
     """Compare two studies or models, paired by image. Exit with code 1 unless every --max-drop is shown to hold."""
-    from ._attack import run_compare
+    from ._compare import run_compare
 
     return run_compare(how, data, where, as_json=json)
 
@@ -463,11 +467,11 @@ class ExportOptions:
 
 
 @command
-def export(model: ModelSource, how: ExportOptions, data: DataSource, json: Json = False) -> None:
+def export(model: ModelSource, how: ExportOptions, data: DataSource, where: Where, json: Json = False) -> None:
     """Export a model to one file, and report its size, accuracy and robustness."""
     from ._deploy import run_export
 
-    run_export(model, how, data, as_json=json)
+    run_export(model, how, data, where, as_json=json)
 
 
 @dataclass(frozen=True)
@@ -479,6 +483,8 @@ class BenchOptions:
     small: Annotated[str | None, Option(help="Also time this small dense network of equal accuracy.")] = None
     engines: Annotated[str | None, Option(help="Engines, separated by commas [default: all installed].")] = None
     plot: Annotated[Path | None, Option(help="Plot the times to this .svg or .png file.")] = None
+    device: Device = "cpu"  # which auto would not be fair to the engines of one core
+    dtype: Dtype = None
 
 
 @command

@@ -1,39 +1,28 @@
-"""`sparring attack`, `certify` and `compare`: attack a model, certify it, compare two."""
+"""`sparring attack` and `certify`: attack a model, or prove what no attack can do."""
 
 from __future__ import annotations
 
 import functools
-import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import attacks, bounds
-from ..data import Dataset, as_float
-from ..devices import Place
+from ..data import as_float
 from ..errors import UnknownNameError, UserError
 from ..metrics import distances, pixel_distances, robust_accuracy
-from ..records import Folder
-from ..report import Difference, Side, broken, compare, compare_values
 from ..statistics import binomial_interval
 from ..study import chosen_images, configured
 from ..threat import L0, L2, LINF, Threat
-from ..units import norm_name, parse_budgets, parse_eps, parse_norm, percent
-from ._app import AttackOptions, CertifyOptions, CompareOptions, DataSource, ModelSource, Where
+from ..units import norm_name, parse_budgets, parse_norm, percent
+from ._app import AttackOptions, CertifyOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
 from ._progress import duration, shown_images
-from ._sources import SAVED, check_named, open_both, open_data, open_model, place_for, request_for
-
-DROPPED = 1
-BUDGETED = ("fgsm", "pgd", "fast")
-DISTANCE = "distance-nearest-l2"
+from ._sources import open_both, place_for
 
 
 def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: Where, *, as_json: bool) -> None:
@@ -171,89 +160,3 @@ def _print_summary(found: bounds.Summary, norm: str) -> None:
             how_far = "; the certificate is vacuous: its radius is less than a tenth of a grey level"
         attack = f"median attack distance {found.distance_median:.4g}"
         print(f"median certified radius {found.radius_median:.4g}, {attack}{how_far}")
-
-
-def run_compare(how: CompareOptions, data: DataSource, where: Where, *, as_json: bool) -> int:
-    """Compare two studies' networks or two models; exit code 1 if a drop larger than allowed is not excluded."""
-    eps, allowed = parse_eps(how.eps), dict(_drop(text) for text in how.max_drop or ())
-    folders = [Folder(Path(name)).plan.exists() for name in (how.first, how.second)]
-    if any(folders) and not all(folders):
-        raise UserError("compare takes two study folders or two models, not one of each")
-    found = compare(*_sides(how)) if all(folders) else _compare_models(how, eps, allowed, data, where)
-    too_much = broken(found, allowed)
-    if as_json:
-        print_json({"differences": [asdict(one) for one in found], "broken": too_much})
-    else:
-        print_table(("metric", "first", "second", "change", "95% interval", "p"), map(_difference, found))
-    for sentence in too_much:
-        print(sentence, file=sys.stderr)
-    return DROPPED if too_much else 0
-
-
-def _drop(text: str) -> tuple[str, float]:
-    metric, _, amount = text.partition("=")
-    try:
-        if not math.isfinite(float(amount)):
-            raise ValueError
-        return metric, float(amount)
-    except ValueError:
-        raise UserError(
-            f"--max-drop takes a metric and a number, as in --max-drop accuracy 0.5; not '{text}'"
-        ) from None
-
-
-def _sides(how: CompareOptions) -> tuple[Side, Side]:
-    (one, other), (low, high) = how.methods or (None, None), how.sparsities or (None, None)
-    return Side(Path(how.first), one, low), Side(Path(how.second), other, high)
-
-
-def _compare_models(
-    how: CompareOptions, eps: float, metrics: Iterable[str], data: DataSource, where: Where
-) -> list[Difference]:
-    models = _with_weights([how.first, how.second], how.weights or [])
-    Threat(LINF, eps)  # refuses a budget in other units
-    known = {"accuracy", DISTANCE, *(f"{attack}-linf-{eps:g}" for attack in BUDGETED)}
-    for metric in set(metrics) - known:
-        raise UnknownNameError("metric", metric, known)
-    dataset = open_data(data, request_for(models, data, images=how.images))
-    profiles = (_profile(model, dataset, eps, how.images, place_for(where, model)) for model in models)
-    return compare_values(*profiles, lengths=(DISTANCE,))
-
-
-def _with_weights(names: list[str], weights: list[Path]) -> list[ModelSource]:
-    """Give each model that is no file its weights, in order; raise UserError where they are too few or too many."""
-    bare = [name for name in names if not name.endswith(SAVED)]
-    if weights and len(weights) != len(bare):
-        raise UserError(
-            f"--weights is given {len(weights)} times for {len(bare)} models without weights; "
-            "give it once for each of them, in order"
-        )
-    left = iter(weights)
-    models = [ModelSource(name, next(left, None) if name in bare else None) for name in names]
-    for model in models:
-        check_named(model)
-    return models
-
-
-def _profile(
-    source: ModelSource, dataset: Dataset, eps: float, images: int, place: Place
-) -> dict[str, NDArray[np.float64]]:
-    """Return per-image values of a model: correct or not, robust under attack or not, smallest distance."""
-    model = open_model(source, dataset)[0].eval()
-    x, y = chosen_images(dataset, "test", 0, images)
-    task = place.task(model, as_float(x), y)
-    chosen, generator = {name: attacks.ATTACKS[name] for name in BUDGETED}, torch.Generator().manual_seed(0)
-    rows = attacks.audit(*task, chosen, eps=[eps], checks=0)[: len(chosen)]
-    nearest = attacks.run(*task, attacks.nearest, Threat(L2), generator=generator).cpu()
-    results = {row.attack: row.result.cpu() for row in rows}
-    stands = {f"{name}-linf-{eps:g}": found.clean_correct & ~found.success for name, found in results.items()}
-    found = {name: values.double().numpy() for name, values in {"accuracy": nearest.clean_correct, **stands}.items()}
-    # An attack that failed on an image says nothing of its distance; the image's width bounds it.
-    distance = nearest.distance.double().nan_to_num(posinf=math.sqrt(x[0].numel()))
-    return found | {DISTANCE: distance.numpy()}
-
-
-def _difference(one: Difference) -> list[str]:
-    values, change = (f"{side.estimate:.4g}" for side in (one.first, one.second)), one.change
-    interval = f"[{change.low:+.3g}, {change.high:+.3g}]"
-    return [one.metric, *values, f"{change.estimate:+.3g} {one.unit}", interval, f"{change.p:.3g}"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import __version__, attacks, deploy
 from ..data import Dataset, as_float, content_hash
+from ..devices import Place, place_of
 from ..errors import UserError
 from ..files import sha256_file, write_atomic
 from ..metrics import accuracy
@@ -20,7 +21,7 @@ from ..study import chosen_images, trained
 from ..threat import LINF, Threat
 from ..train import predict
 from ..units import parse_eps, percent
-from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions
+from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions, Where
 from ._printing import print_json, print_table
 from ._sources import check_named, check_out, file_of, open_both, open_model, plain_form
 
@@ -29,32 +30,39 @@ CALIBRATING = 64  # images on which int8 engines are calibrated
 ENDINGS = {"packed": ".sparring", "onnx": ".onnx"}
 
 
-def run_export(model: ModelSource, how: ExportOptions, data: DataSource, *, as_json: bool) -> None:
-    """Export a model and say what the artefact costs in bytes, accuracy and robustness."""
+def run_export(model: ModelSource, how: ExportOptions, data: DataSource, where: Where, *, as_json: bool) -> None:
+    """Export a model and say what the artefact costs in bytes, accuracy and robustness.
+
+    The model that the file is compared with runs where `where` says.
+    """
     threat, form = Threat(LINF, parse_eps(how.eps)), how.format or ("onnx" if how.out.suffix == ".onnx" else "packed")
     if form not in ENDINGS:
         raise UserError(f"--format takes packed or onnx, not '{form}'")
     check_out(how.out, ENDINGS[form])
     _check_values(how.values)
+    place = place_of(where.device, where.dtype)
     network, dataset = open_both(model, data, plain=True, images=how.images, identify=form == "packed")
-    write = _write_onnx if form == "onnx" else _write_packed
-    told = write(model, network, how, dataset, threat)
+    if form == "onnx":
+        told = _write_onnx(network, how, dataset, place)
+    else:
+        told = _write_packed(model, network, how, dataset, threat, place)
     if as_json:
-        print_json({"model": model.model, "data": dataset.name, "path": str(how.out), "format": form, **told})
+        about = {"model": model.model, "data": dataset.name, **place.facts(network)}
+        print_json({**about, "path": str(how.out), "format": form, **told})
 
 
-def _write_onnx(_: ModelSource, network: nn.Module, how: ExportOptions, dataset: Dataset, __: Threat) -> dict[str, Any]:
+def _write_onnx(network: nn.Module, how: ExportOptions, dataset: Dataset, place: Place) -> dict[str, Any]:
     """Write a network as ONNX; print and return its size and how far its logits are off."""
     shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
     path = deploy.to_onnx(network, how.out, shape=shape, images=few)
     return {
         **_print_size(path, network),
-        "logit_error": _check_onnx(path, network, as_float(dataset.test.x[: how.images])),
+        "logit_error": _check_onnx(path, place.model(network), as_float(dataset.test.x[: how.images])),
     }
 
 
 def _write_packed(
-    model: ModelSource, network: nn.Module, how: ExportOptions, dataset: Dataset, threat: Threat
+    model: ModelSource, network: nn.Module, how: ExportOptions, dataset: Dataset, threat: Threat, place: Place
 ) -> dict[str, Any]:
     """Write a network as an artefact; print and return its size and what shipping costs."""
     shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
@@ -66,7 +74,7 @@ def _write_packed(
     path = deploy.write_program(packed.program, how.out, values=how.values)
     size = _print_size(path, network)
     x, y = chosen_images(dataset, "test", 0, how.images)
-    found = deploy.ship_report(network, deploy.load(path), as_float(x), y, attacks.pgd, threat)
+    found = deploy.ship_report(place.model(network), deploy.load(path), as_float(x), y, attacks.pgd, threat)
     _print_cost(found, len(y), threat)
     shares = {name: value for name, value in vars(found).items() if not isinstance(value, Tensor)}
     change = {"estimate": found.change.estimate, "low": found.change.low, "high": found.change.high}
@@ -143,6 +151,7 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
     """Time a model, packed and in every engine that is installed, side by side on one core."""
     if how.plot is not None:
         check_out(how.plot, ".svg", ".png")
+    place = place_of(how.device, how.dtype)
     sizes, small = _batches(how.batches), None if how.small is None else ModelSource(how.small)
     if small is not None:
         check_named(small)
@@ -152,13 +161,14 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
     engines = None if how.engines is None else [name.strip() for name in how.engines.split(",")]
     found = deploy.bench(
         network, shape=shape, batches=sizes, rounds=how.rounds, small=rival, images=as_float(split.x[:CALIBRATING]),
-        engines=engines,
+        engines=engines, place=place,
     )  # fmt: skip
     if how.plot is not None:
         drawn = timings_figure(f"{Path(model.model).stem} on one core", [asdict(row) for row in found.rows])
         write_atomic(how.plot, drawn.encode() if how.plot.suffix == ".svg" else png(drawn))
     if as_json:
-        print_json({"model": model.model, "data": dataset.name, **asdict(found), "ship": deploy.what_to_ship(found)})
+        about = {"model": model.model, "data": dataset.name, "device": place.device}
+        print_json({**about, **asdict(found), "ship": deploy.what_to_ship(found)})
         return
     _print_bench(found)
     if rival is not None:

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from .. import report
-from ..devices import usable_device
+from ..devices import place_of
 from ..files import check_writable
 from ..records import Folder, Record
 from ..study import Event, Plan, Watcher, progress, run, to_mlflow, to_tensorboard, what_of
@@ -35,7 +35,7 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
     plan = _plan_of(source)
     out, stream = source.out or Path("out") / plan.name, sys.stderr if as_json else sys.stdout
     check_writable(out, folder=True)
-    usable_device(source.device, here=how.ray is None)
+    place_of(source.device, source.dtype, training=True, here=how.ray is None)
     where = DataSource(plan.data, source.data_dir, source.download)
     dataset = open_data(where, plan.request(cache=not source.no_cache))
     if how.register:
@@ -52,7 +52,7 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
             watchers.append(stack.enter_context(to_tensorboard(how.tensorboard)))
         records = run(
             plan, out, dataset=dataset, workers=how.workers, retry=how.retry, watch=_all_of(watchers),
-            device=source.device, ray=how.ray, command=_command(source),
+            device=source.device, dtype=source.dtype, ray=how.ray, command=_command(source),
         )  # fmt: skip
     return _tell(out, records, fresh=view.fresh > 0, as_json=as_json)
 
@@ -77,7 +77,7 @@ def _command(source: StudySource) -> str:
     """Return the command that makes the study again, without options that change none of its records."""
     words = ["sparring", "study", source.plan, *(word for change in _changes(source) for word in ("--set", change))]
     device = None if source.device == "auto" else source.device
-    places = {"--data-dir": source.data_dir, "--out": source.out, "--device": device}
+    places = {"--data-dir": source.data_dir, "--out": source.out, "--device": device, "--dtype": source.dtype}
     words += [word for option, value in places.items() if value is not None for word in (option, str(value))]
     words += ["--download"] if source.download else []
     return shlex.join([*words, *(["--no-cache"] if source.no_cache else [])])

@@ -42,7 +42,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     """
     training = _training(options, how.ramp)
     check_out(how.out, ".safetensors")
-    place = place_of(options.device)
+    place = place_of(options.device, options.dtype, training=True)
     if ModelSource(how.model).named()[1] is not None:
         raise UserError("train starts from new weights; give trained weights to prune or study instead")
     _settings(how.recipe, Recipe)  # refuses what cannot be, before data are read
@@ -59,7 +59,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     written = _finish(model, blueprint, dataset, result, training, how.out)
     refuse_constant(model, dataset.valid)
     if as_json:
-        print_json({"model": how.model, "data": dataset.name, "device": place.device, "written": written})
+        print_json({"model": how.model, "data": dataset.name, **place.facts(model), "written": written})
 
 
 def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options: FitOptions, *, as_json: bool) -> None:
@@ -69,7 +69,8 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     if source.model.endswith((PACKED, ONNX)):
         raise UserError(f"{source.model} cannot be pruned further; prune the model that it was exported from")
     pruning = _settings(how.options, PruningSpec, Recipe).pruning[0]
-    pruner, place = build_pruner(pruning, how.sparsity), place_of(options.device)
+    place = place_of(options.device, options.dtype, training=True)
+    pruner = build_pruner(pruning, how.sparsity)
     check_named(source)
     dataset = open_data(data, request_for([source], data, training=True))
     model, blueprint = open_model(source, dataset, download=data.download)
@@ -82,7 +83,7 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     covered = _covered(result.masks, pruning.structure, model)
     written = _finish(model, blueprint, dataset, result, training, how.out)
     if as_json:
-        about = {"model": source.model, "data": dataset.name, "device": place.device}
+        about = {"model": source.model, "data": dataset.name, **place.facts(model)}
         print_json({**about, "sparsity": sparsity_of(result.masks), **covered, "written": written})
 
 

@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import bounds, deploy
 from ..bounds import Verdict
 from ..data import as_float
+from ..devices import CPU, Place, place_of
 from ..errors import UserError
 from ..files import check_writable, write_atomic
 from ..graph import GraphModule, from_onnx, onnx_runtime, read_onnx
@@ -20,23 +22,30 @@ from ..models import load_model
 from ..study import chosen_images
 from ..threat import Threat
 from ..units import parse_eps, parse_norm
-from ._app import DataSource, ModelSource, VerifyOptions
+from ._app import DataSource, ModelSource, VerifyOptions, Where
 from ._printing import print_json, print_table
 from ._sources import ONNX, PACKED, SAVED, check_named, open_both, plain_form
 
 FALSIFIED, UNKNOWN = 1, 3
 
 
-def run_verify(model: ModelSource, asked: Path | None, how: VerifyOptions, data: DataSource, *, as_json: bool) -> int:
-    """Print each answer; return 0 where all is verified, 1 where anything is falsified, else 3."""
+def run_verify(
+    model: ModelSource, asked: Path | None, how: VerifyOptions, data: DataSource, where: Where, *, as_json: bool
+) -> int:
+    """Print each answer; return 0 where all is verified, 1 where anything is falsified, else 3.
+
+    Proofs are made on the CPU; the network itself, which counter-examples are shown to, runs where `where` says.
+    """
+    place = place_of(where.device, where.dtype)
     if not how.seconds > 0:
         raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
     if (asked is None) == (how.eps == ""):
         raise UserError("give either a property in VNN-LIB or --eps, not both")
     if asked is None and how.counter_example is not None:
         raise UserError("--counter-example needs a property in VNN-LIB; drop it to verify labels of images")
-    verdicts = _about_images(model, how, data) if asked is None else [_about_property(model, asked, how)]
+    verdicts = _about_images(model, how, data, place) if asked is None else [_about_property(model, asked, how, place)]
     about = {"model": model.model, "property": None if asked is None else str(asked), "seconds": how.seconds}
+    about |= {"device": place.device}
     rows = [_row(number, verdict) for number, verdict in enumerate(verdicts)]
     if as_json:
         print_json({**about, "results": rows})
@@ -50,26 +59,29 @@ def run_verify(model: ModelSource, asked: Path | None, how: VerifyOptions, data:
     return FALSIFIED if "falsified" in found else UNKNOWN if "unknown" in found else 0
 
 
-def _about_images(model: ModelSource, how: VerifyOptions, data: DataSource) -> list[Verdict]:
+def _about_images(model: ModelSource, how: VerifyOptions, data: DataSource, place: Place) -> list[Verdict]:
     norm, eps = parse_norm(how.norm), parse_eps(how.eps)
     Threat(norm, eps)
     network, dataset = open_both(model, data, plain=True, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
-    found: list[Verdict] = []
+    images, found = as_float(x), list[Verdict]()
+    run = torch.no_grad()(place.answers(network, images))
     for i in range(len(y)):
         told = partial(_tell, f"image {i} of {len(y)}")
-        found += bounds.verify(
-            network, as_float(x[i : i + 1]), y[i : i + 1], norm, eps, seconds=how.seconds, progress=told
-        )
+        one = images[i : i + 1], y[i : i + 1]
+        found += bounds.verify(network, *one, norm, eps, run=run, seconds=how.seconds, progress=told)
     return found
 
 
-def _about_property(model: ModelSource, path: Path, how: VerifyOptions) -> Verdict:
+def _about_property(model: ModelSource, path: Path, how: VerifyOptions, place: Place) -> Verdict:
     asked = bounds.read_vnnlib(path)
     if how.counter_example is not None:
         check_writable(how.counter_example)
     network, shape = _open_alone(model)
-    run = onnx_runtime(read_onnx(model.model)) if model.model.endswith(ONNX) else None
+    if model.model.endswith(ONNX) and place == CPU:
+        run = onnx_runtime(read_onnx(model.model))
+    else:
+        run = torch.no_grad()(place.answers(network, torch.zeros(1, *shape)))
     told = partial(_tell, str(path))
     verdict, case = bounds.verify_property(network, shape, asked, run=run, seconds=how.seconds, progress=told)
     if how.counter_example is not None:

@@ -47,7 +47,7 @@ from ._pixels import (
     work,
 )
 from ._places import Progress, cache_root
-from ._undecoded import Undecoded
+from ._undecoded import Decoder, Undecoded
 from .formats._listing import Entry, Files, Source
 
 SMALL = 16 << 20  # bytes of pixels that are decoded each time: in a second
@@ -154,18 +154,9 @@ def _undecoded(source: Source, rows: list[tuple[int, Entry]], how: Rows, progres
             hashes[one.rows] = np.frombuffer(b"".join(one.hashes), np.uint8).reshape(-1, 32)
             left -= len(one.rows)
             tell(left)
-    x = Undecoded([entry for _, entry in rows], how.shape, functools.partial(decode_all, source, how=how))
+    x = Undecoded([entry for _, entry in rows], how.shape, Decoder(source, how))
     animated = tuple(sorted(set(found.animated)))
     return Decoded(x, frozenset(found.lossy), animated, torch.from_numpy(found.counts), hashes)
-
-
-def decode_all(source: Source, entries: Sequence[Entry], how: Rows) -> Tensor:
-    """Return images (N, C, H, W) in the order of their entries, each of them once or more."""
-    once = {entry.place: entry for entry in entries}
-    rows = dict(zip(once, range(len(once)), strict=True))
-    out, _ = in_memory(source, list(enumerate(once.values())), how)
-    x = torch.from_numpy(out)
-    return x if len(once) == len(entries) else x[[rows[entry.place] for entry in entries]]
 
 
 @dataclass(frozen=True)

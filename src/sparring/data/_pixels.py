@@ -72,7 +72,7 @@ class Found(NamedTuple):
     counts: list[list[int]]
 
 
-Job = list[tuple[int, Entry, bytes | Path]]
+Job = list[tuple[int, Entry, bytes | str]]
 
 
 def fill(put: Callable[[int, Pixels], None], job: Job, how: Rows) -> Found:
@@ -97,10 +97,10 @@ def fill_array(out: Pixels, job: Job, how: Rows) -> Found:
     return fill(out.__setitem__, job, how)
 
 
-def fill_file(file: Path, job: Job, how: Rows) -> Found:
-    """Decode images into their rows of the array that a file holds."""
+def fill_file(file: Path | int, job: Job, how: Rows) -> Found:
+    """Decode images into their rows of the array that a file holds, which is named or open."""
     row = np.empty(how.shape, np.uint8)  # stays in the processor's cache; pages of a mapped file cost more than a write
-    with file.open("r+b", buffering=0) as held:
+    with open(file, "r+b", buffering=0, closefd=not isinstance(file, int)) as held:
 
         def put(at: int, planes: Pixels) -> None:
             row[...] = planes
@@ -161,9 +161,17 @@ def work(task: Callable[[Job], Result], todo: Iterable[Job], workers: int, *, th
     if workers <= 1:
         yield from map(task, todo)
         return
-    # Forked: another start imports torch anew, which takes longer than a thousand images.
-    fork = multiprocessing.get_context("fork")
-    pool: Executor = ThreadPoolExecutor(workers) if threads else ProcessPoolExecutor(workers, fork)
+    with ThreadPoolExecutor(workers) if threads else processes(workers) as pool:
+        yield from shared(task, todo, pool, workers)
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Return worker processes, forked: another start imports torch again, which takes longer than a thousand images."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+
+
+def shared(task: Callable[[Job], Result], todo: Iterable[Job], pool: Executor, workers: int) -> Iterator[Result]:
+    """Yield what a task makes of each job in a pool, as they are done; see `work`."""
     under_way: set[Future[Result]] = set()
     try:
         for job in todo:
@@ -179,7 +187,8 @@ def work(task: Callable[[Job], Result], todo: Iterable[Job], workers: int, *, th
             "a process that decodes images died: out of memory? close other programs, or use fewer cores (taskset -c 0)"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        for one in under_way:
+            one.cancel()
 
 
 def available_workers() -> int:

@@ -2,18 +2,91 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+import os
+import tempfile
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .formats._listing import Entry
+from ._pixels import CHUNK, FEW, Rows, available_workers, fill_file, in_memory, jobs, processes, shared
+from ._places import space
+from .formats._listing import Entry, Source
 
 aten = torch.ops.aten
 Decode = Callable[[Sequence[Entry]], Tensor]
+ROOM = 64 << 20  # bytes of pixels that worker processes decode at a time
+
+
+class _Workers(NamedTuple):
+    """Hold processes that decode, the file in memory that they write to, and their parent's number."""
+
+    pool: ProcessPoolExecutor
+    cores: int
+    file: IO[bytes]
+    parent: int
+
+
+class Decoder:
+    """Decode images of a set in any order, again and again, in processes that live as long as this does.
+
+    A few images, and those of a process that is itself a worker, are decoded in its own thread.
+    """
+
+    def __init__(self, source: Source, how: Rows) -> None:
+        self.source, self.how = source, how
+        self.workers: _Workers | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Decoder, (self.source, self.how)
+
+    def __call__(self, entries: Sequence[Entry]) -> Tensor:
+        """Return images (N, C, H, W) in the order of their entries, each of them once or more."""
+        once = {entry.place: entry for entry in entries}
+        alone = len(once) <= FEW or available_workers() == 1
+        x = torch.from_numpy(self._here(list(once.values())) if alone else self._there(list(once.values())))
+        rows = dict(zip(once, range(len(once)), strict=True))
+        return x if len(once) == len(entries) else x[[rows[entry.place] for entry in entries]]
+
+    def _here(self, entries: Sequence[Entry]) -> Any:
+        return in_memory(self.source, list(enumerate(entries)), self.how)[0]
+
+    def _there(self, entries: Sequence[Entry]) -> Any:
+        """Decode as many images at a time as the file has room for, and copy them out."""
+        workers, size = self._started(), math.prod(self.how.shape)
+        out = np.frombuffer(space(len(entries) * size), np.uint8).reshape(len(entries), *self.how.shape)
+        most = max(1, ROOM // size)
+        chunk = min(CHUNK, -(-min(most, len(entries)) // workers.cores))
+        task = functools.partial(fill_file, workers.file.fileno(), how=self.how)
+        for start in range(0, len(entries), most):
+            part = out[start : start + most]
+            rows = list(enumerate(entries[start : start + most]))
+            for _ in shared(task, jobs(self.source, rows, chunk), workers.pool, workers.cores):
+                pass
+            os.preadv(workers.file.fileno(), [part.data], 0)
+        return out
+
+    def _started(self) -> _Workers:
+        if self.workers is None or self.workers.parent != os.getpid():
+            cores = available_workers()
+            self.workers = _Workers(processes(cores), cores, _file_in_memory(), os.getpid())
+            weakref.finalize(self, self.workers.file.close)
+        return self.workers
+
+
+def _file_in_memory() -> IO[bytes]:
+    """Return a file without a name; on a disk where the system has none in memory."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("pixels"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 class Undecoded(Tensor):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import graph
 from ..errors import Unsupported, UserError, told
 from ..files import write_atomic
+from ..memory import answers
 from ..modes import eval_mode
 from ..outputs import logits_of, opened
 from ._compile import compile_model
@@ -100,16 +101,20 @@ def run_session(session: Any, x: Floats) -> Floats:
 def onnx_error(path: Path | str, model: nn.Module, x: Tensor) -> float | None:
     """Run an ONNX file in ONNX Runtime; return the largest difference of logits from a model's over the largest logit.
 
-    x: images (N, *shape) in [0, 1], which are evaluated together, and the first of them alone. Returns None if ONNX
-    Runtime is not installed.
+    x: images (N, *shape) in [0, 1], evaluated as many at a time as memory allows, and the first alone; the model may be
+    on another device. Returns None if ONNX Runtime is not installed.
     """
     try:
         import onnxruntime
     except ImportError:
         return None
     engine = _Engine(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
-    with torch.no_grad(), eval_mode(model):
-        found, expected = (torch.cat([opened(one, x)(part) for part in (x, x[:1])]) for one in (engine, model))
+    place = next((p.device for p in model.parameters()), x.device)
+    with eval_mode(model):
+        found, expected = (
+            torch.cat([answers(opened(one, own[:2]), part) for part in (own, own[:1])]).cpu()
+            for one, own in ((engine, x), (model, x.to(place)))
+        )
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 

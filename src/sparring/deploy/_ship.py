@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks
+from ..memory import answers
 from ..modes import eval_mode
 from ..outputs import opened
 from ..statistics import Effect, effect
@@ -60,21 +61,21 @@ def ship_report(
 ) -> Shipped:
     """Compare a network with its artefact under an attack, and run HopSkipJump on the artefact.
 
-    x: float (N, *shape) in [0, 1]; y: int64 (N,). Attacks use `attacks.run` and the same seed. On the artefact, a
-    gradient attack uses its rounded weights. HopSkipJump uses only the predicted classes of the shipped kernels, on the
-    first 50 images, in `decisions` steps; 0 disables it. The model runs in eval mode and is restored. Raises UserError
-    as `attacks.run` does.
+    x: float (N, *shape) in [0, 1]; y: int64 (N,); the model may be on another device. Attacks use `attacks.run` and the
+    same seed. On the artefact, a gradient attack uses its rounded weights. HopSkipJump uses only the predicted classes
+    of the shipped kernels, on the first 50 images, in `decisions` steps; 0 disables it. The model runs in eval mode and
+    is restored. Raises UserError as `attacks.run` does.
     """
-    blind = partial(attacks.hopskipjump, steps=decisions)
+    blind, place = partial(attacks.hopskipjump, steps=decisions), next((p.device for p in model.parameters()), x.device)
     with eval_mode(model):
-        shipped, model = PackedModule(packed), opened(model, x)
-        examples = [_attacked(network, x, y, attack, threat) for network in (model, shipped)]
+        shipped, network = PackedModule(packed), opened(model, x[:2].to(place))
+        examples = [_attacked(network, x.to(place), y.to(place), attack, threat).cpu()]
+        examples += [_attacked(shipped, x, y, attack, threat)]
         decided = _attacked(shipped, x[:FEW], y[:FEW], blind, threat) if decisions else None
-        with torch.no_grad():
-            logits, own = model(x), packed(x)
-            right, right_packed = logits.argmax(1) == y, own.argmax(1) == y
-            standing = [right & (model(one).argmax(1) == y) for one in examples]
-            standing_packed = [right_packed & (packed(one).argmax(1) == y) for one in examples]
+        logits, own = answers(network, x.to(place)).cpu(), answers(packed, x)
+        right, right_packed = logits.argmax(1) == y, own.argmax(1) == y
+        standing = [right & (answers(network, one.to(place)).argmax(1).cpu() == y) for one in examples]
+        standing_packed = [right_packed & (answers(packed, one).argmax(1) == y) for one in examples]
         return Shipped(
             accuracy_model=_share(right),
             accuracy_packed=_share(right_packed),

@@ -73,7 +73,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
             raise UserError(f"{path}: '{name}' has shape {found}, its model needs {tuple(shape)}")
     if sum(shape.numel() for shape in wanted.values()) > 2 * sum(value.numel() for value in tensors.values()):
         raise UserError(f"{path}: it lacks most of its model's weights")
-    model = blueprint.build()
+    double = any(value.dtype == torch.float64 for value in tensors.values())  # as it was trained with --dtype float64
+    model = blueprint.build().to(torch.float64 if double else None)
     load_weights_(model, tensors)
     refuse_unmasked(model, masks, f"{path} was changed after pruning; create it again")
     return model.eval(), blueprint, masks

@@ -15,15 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..devices import moved
 from ..errors import UserError
 from ..files import load_tensors, pack_tensors, save_tensors, sha256_bytes
-from ..memory import answers_at_once
+from ..memory import answers_at_once, free_memory
 from ..memory_format import channels_last
 from ..modes import eval_mode, train_
 from ..outputs import opened
 from ..sparsity import Masks, Pruner, Step, masked, multiply_, shown, targets
 from ..waiting import alone, courteous
 from ._losses import Loss, Ramped, cross_entropy
+from ._memory import as_input
 from ._recipe import Optimizer, Recipe, learning_rate
 
 
@@ -97,8 +99,7 @@ def fit(
     number of threads give one result. Raises UserError if the loss stops being finite.
     """
     _check(model, x, y)
-    place = next(model.parameters()).device
-    x, y = x.to(place), y.to(place)
+    x, y = _held(x, y, next(model.parameters()).device)
     with torch.random.fork_rng(devices=[]), channels_last(model):
         optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
         generator, kept = torch.Generator().manual_seed(seed), dict(masks or {})
@@ -137,9 +138,15 @@ def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
         raise UserError("the model has no parameter that can be trained")
 
 
+def _held(x: Tensor, y: Tensor, place: torch.device) -> tuple[Tensor, Tensor]:
+    """Return labels on a device, and images if they take less than half of what is free there."""
+    few = place.type != "cpu" and 2 * x.nbytes < free_memory(place)
+    return x.to(place) if few else x, y.to(place)
+
+
 def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss) -> None:
     """Show a pruner the gradient of one batch, as the only step of a training that has none."""
-    batch = (x.float().div_(255), y)
+    batch = (as_input(x, state.model), y)
     state.model.zero_grad(set_to_none=True)
     with eval_mode(state.model):
         loss(state.model, *batch, state.generator).backward()  # type: ignore[no-untyped-call]
@@ -153,12 +160,12 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped) -> 
     steps, step = recipe.epochs * batches, state.epoch * batches
     cycle = -(-steps // state.pruner.cycles)  # iterative pruning starts the schedule anew
     order = torch.randperm(len(x), generator=generator)
-    total = torch.zeros((), device=x.device)
+    total = torch.zeros((), device=y.device)
     behind = state.pruner.dense_weights
     masked_now, weights = targets(model, state.masks), sum(p.numel() for p in optimizer.parameters)
     for chosen in torch.split(order, recipe.batch_size):
         with alone(x.numel() // len(x) * len(chosen)):
-            image = x[chosen].float().div_(255)
+            image = as_input(x[chosen], model)
         batch = (_augment(image, generator) if recipe.augment else image, y[chosen])
         loss = ramp.at((step + 1) / steps)
         model.zero_grad(set_to_none=True)
@@ -228,10 +235,10 @@ def predict(model: nn.Module, x: Tensor, *, batch_size: int | None = None) -> Te
     """
     place = next((p.device for p in model.parameters()), x.device)
     with torch.no_grad(), eval_mode(model), channels_last(model):
-        few = x[:2].to(place).float().div_(255)
+        few = moved(x[:2], place).float().div_(255)
         answer = opened(model, few)
         batch_size = batch_size or answers_at_once(answer, few)
-        return torch.cat([answer(part.to(place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
+        return torch.cat([answer(moved(part, place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
 
 
 def save_checkpoint(state: State, path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..devices import moved
 from ..memory import Need, free_memory, measured
 from ..memory_format import channels_last
 from ..modes import eval_mode
@@ -16,9 +17,15 @@ from ._recipe import Recipe
 def check_memory(model: nn.Module, x: Tensor, recipe: Recipe) -> None:
     """Raise UserError, with the numbers, if batches of uint8 images like x do not fit into the memory that is free."""
     if recipe.epochs and len(x):
-        place = next((p.device for p in model.parameters()), x.device)
-        image = x[:1].to(place).float().div_(255)
-        step_need(model, image, recipe).check(recipe.batch_size, free_memory(place), "training")
+        image = as_input(x[:1], model)
+        step_need(model, image, recipe).check(recipe.batch_size, free_memory(image.device), "training")
+
+
+def as_input(x: Tensor, model: nn.Module) -> Tensor:
+    """Return uint8 images as float images where a model is: in double precision if it is, else in single."""
+    first = next(model.parameters(), x)
+    kind = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return moved(x, first.device).to(kind).div_(255)
 
 
 def step_need(model: nn.Module, x: Tensor, recipe: Recipe) -> Need:

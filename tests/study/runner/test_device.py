@@ -11,7 +11,7 @@ import torch
 from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.records import Record
-from sparring.study import run
+from sparring.study import DataFacts, Merged, lay_out, merge, run, trained
 
 from ..pretend_gpu import PretendGPU
 from .test_run import tiny_plan
@@ -85,6 +85,24 @@ def test_a_gpu_finds_what_the_cpu_finds(few_digits: Dataset, tmp_path: Path, cha
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     assert gpu.moved > len(found) and not [r.error for r in expected if r.error]
     assert _numbers(found) == _numbers(expected)
+
+
+def test_a_study_in_double_precision_has_its_own_keys_and_is_read_back(few_digits: Dataset, tmp_path: Path) -> None:
+    # On the CPU with the attacks of one step, the packed network and a certificate.
+    changes = PLAN | {
+        "attacks": PLAN["attacks"][:1],
+        "kernels": "auto",
+        "activation": [],
+        "pruning": PLAN["pruning"][:1],
+    }
+    plan = tiny_plan(**changes)
+    found = run(plan, tmp_path, dataset=few_digits, workers=0, dtype="float64")
+    assert not [r.error for r in found if r.error] and {r.environment["dtype"] for r in found} == {"float64"}
+    keys = lay_out(plan, DataFacts.of(few_digits)).tasks
+    assert not keys.keys() & {r.key for r in found}
+    network = trained(tmp_path, next(r.key for r in found if r.stage == "prune"))
+    assert {p.dtype for p in network.parameters()} == {torch.float64}
+    assert Merged(added=0, known=len(found), refused=(), different=()) == merge([tmp_path], tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -52,6 +52,7 @@ def verify(
     norm: float,
     eps: float,
     *,
+    run: Run | None = None,
     seconds: float = 60.0,
     nodes: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
@@ -61,9 +62,10 @@ def verify(
 
     x (N, ...) in [0, 1], labels y (N,); linf or l2. Bounds, attacks, then branch and bound over the signs of
     ReLUs, whose inputs are bounded by searches of their own first. "verified" refers to exact arithmetic, by bounds in
-    float64 that are lowered for rounding; "falsified" to the model itself, which gives x_adv another label. Each image
-    takes at most `seconds` of `clock` and `nodes` sub-problems. If no time limit is reached, results are the same on
-    every run. Raise UserError for other norms, Unsupported for layers without a sound rule.
+    float64 that are lowered for rounding; "falsified" to the model itself, or to `run`, its logits of images (N, ...)
+    as it is used, such as on another device: they give x_adv another label. Each image takes at most `seconds` of
+    `clock` and `nodes` sub-problems. If no time limit is reached, results are the same on every run. Raise UserError
+    for other norms, Unsupported for layers without a sound rule.
     Sources: Wang et al. 2021 (β-CROWN), Bunel et al. 2020 (branching).
     """
     if norm not in (L2, LINF):
@@ -72,16 +74,16 @@ def verify(
     graph = prepare(model, tuple(x.shape[1:]), images=x, certified=True)
     found = []
     with eval_mode(model):
-        answer = opened(model, x)
+        run = run or partial(_answers, opened(model, x))
         for i in range(len(x)):
             one, begin = x[i : i + 1], time.perf_counter()
             rows = margin_rows(graph, y[i : i + 1])[0][:, None]
-            replay = partial(_other_label, answer, one, int(y[i]), norm, eps)
+            replay = partial(_other_label, run, one, int(y[i]), norm, eps)
             ball = region(one, norm, eps)
             asked = Question(
                 graph, ball, rows, rows.new_zeros(rows.shape[:2]), in_float32(ball), replay, clock() + seconds, clock
             )
-            found.append(_verdict(answered(asked, nodes=nodes, progress=progress), partial(_answers, answer), begin))
+            found.append(_verdict(answered(asked, nodes=nodes, progress=progress), run, begin))
     return tuple(found)
 
 
@@ -121,10 +123,10 @@ def verify_property(
     return Verdict("verified" if low > 0 else "unknown", low, None, None, used, time.perf_counter() - begin), None
 
 
-def _other_label(model: nn.Module, x: Tensor, y: int, norm: float, eps: float, points: Tensor) -> Tensor | None:
+def _other_label(run: Run, x: Tensor, y: int, norm: float, eps: float, points: Tensor) -> Tensor | None:
     """Return the first of some points in the ball to which the model itself gives another label."""
     near = distance(points.double() - x.double(), norm) <= eps
-    wrong = (_answers(model, points).argmax(1) != y) & near
+    wrong = (run(points).argmax(1) != y) & near
     return points[wrong][:1] if bool(wrong.any()) else None
 
 

@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 class Source(Protocol):
     """Say where images lie."""
 
-    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
         """Yield some images in the order in which they are read: their bytes, or the file that holds one."""
         ...
 
@@ -155,13 +155,13 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
         for entry in entries:
-            yield entry, self.root / entry.member
+            yield entry, os.path.join(self.root, entry.member)  # noqa: PTH118 -- a fifth of Path's time
 
     def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
         for entry in entries:
-            yield stamp(self.root / entry.member)
+            yield stamp(os.path.join(self.root, entry.member))  # noqa: PTH118
 
 
 class Packed:
@@ -182,7 +182,7 @@ class Packed:
             )
             yield from ((before + member, data) for member, data in found)
 
-    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
         by_place = {entry.place: entry for entry in entries}
         found: list[Entry] = []
         count = 0
@@ -203,7 +203,7 @@ class Packed:
             yield own[entry.member.partition("#")[0]] if "" not in own else own[""]
 
 
-def stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path | str) -> tuple[int, int]:
     """Return a file's size in bytes, and when it was last changed, in nanoseconds."""
     try:
         status = os.stat(path)  # noqa: PTH116 -- a third of Path's time, of a million files

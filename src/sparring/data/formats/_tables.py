@@ -36,7 +36,7 @@ class Columns:
     def __init__(self, root: Path, images: Mapping[str, str]) -> None:
         self.root, self.images = root, images
 
-    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | Path]]:
+    def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
         files: dict[str, dict[int, Entry]] = {}
         for entry in sorted(entries, key=lambda entry: entry.place):
             file, _, row = entry.member.rpartition("#")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...devices import CPU, Place
 from ...errors import UnknownNameError, UserError
 from ...modes import eval_mode
 from ...sparsity import apply_, magnitude, select
@@ -83,12 +84,14 @@ def bench(
     small: nn.Module | None = None,
     images: Tensor | None = None,
     engines: Collection[str] | None = None,
+    place: Place | None = None,
 ) -> Bench:
     """Time a sparse classifier for images of `shape` in `engines`, interleaved, on one thread.
 
     engines: names in ENGINES; None for all that are installed. small: a dense network of similar accuracy, as a fair
     alternative, timed in the same engines. images: float images (N, *shape) in [0, 1] for the calibration of int8;
-    random ones by default. Raises UserError for empty batches or no engine in float32,
+    random ones by default. place: where torch's own engines run and in which numbers; times then have the copies of
+    images and logits in them. Raises UserError for empty batches or no engine in float32,
     UnknownNameError for an unknown engine.
     """
     if not batches or min(batches) < 1 or rounds < 1:
@@ -100,10 +103,11 @@ def bench(
     if images is None:
         images = torch.rand(64, *shape, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder, one_core(), eval_mode(model), eval_mode(small or model):
-        networks = [("", Network(model, shape, Path(folder), images))]
+        place = place or CPU
+        networks = [("", Network(model, shape, Path(folder), images, place))]
         if small is not None:
             (Path(folder) / "small").mkdir()
-            networks.append((SMALL, Network(small, shape, Path(folder) / "small", images)))
+            networks.append((SMALL, Network(small, shape, Path(folder) / "small", images, place)))
         running, left_out = [], {}
         for prefix, network in networks:
             for name, found in open_engines(network, names):
@@ -133,7 +137,7 @@ def _rows(running: list[_Running], batch: int, rounds: int) -> list[BenchRow]:
     needed = {one.network.packed: products(load(one.network.packed).program) for one in running}
     rows = []
     for one, timing in zip(running, timings, strict=True):
-        found, expected = np.asarray(one.engine.run(x)), run_torch(one.network.answer, x)
+        found, expected = np.asarray(one.engine.run(x)), run_torch(one.network.reference, x)
         kept, dense = needed[one.network.packed]
         own = kept if one.name.removeprefix(SMALL) == "packed" else dense
         row = BenchRow(

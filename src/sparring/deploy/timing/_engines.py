@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...devices import CPU, Place
 from ...errors import UserError
-from ...outputs import opened
 from .._onnx import run_session, takes_any_number, to_onnx
 from .._program import Floats
 from .._runtime import export, load
@@ -42,17 +42,33 @@ class Opened:
 
 @dataclass(frozen=True)
 class Network:
-    """A network to open, a folder for its files, and images (N, *shape) in [0, 1] to calibrate int8 on."""
+    """A network to open, a folder for its files, images (N, *shape) in [0, 1] to calibrate int8 on, torch's place."""
 
     model: nn.Module
     shape: tuple[int, ...]
     folder: Path
     images: Tensor
+    place: Place
+
+    @cached_property
+    def reference(self) -> Callable[[Tensor], Tensor]:
+        """The network as images to logits, here and in its own numbers."""
+        return CPU.answers(self.model, self.images)
 
     @cached_property
     def answer(self) -> Callable[[Tensor], Tensor]:
-        """The network as images to logits."""
-        return opened(self.model, self.images[:2])
+        """The same at the place that is asked for, from images here to logits here."""
+        return self.place.answers(self.model, self.images)
+
+    @property
+    def settings(self) -> str:
+        """What torch's engines say of their place, if it is not one core."""
+        return "" if self.place == CPU else f", {self.place}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether torch's engines compute in single precision at least."""
+        return self.place.dtype not in (torch.float16, torch.bfloat16)
 
     @cached_property
     def packed(self) -> Path:
@@ -102,11 +118,13 @@ def _packed(network: Network) -> Opened:
 
 def _torch(network: Network) -> Opened:
     held = _bytes(network.model)
-    return Opened(partial(run_torch, network.answer), "eager", held, memory=lambda: held)
+    run = partial(run_torch, network.answer)
+    return Opened(run, f"eager{network.settings}", held, network.exact, memory=lambda: held)
 
 
 def _compiled(network: Network) -> Opened:
-    return Opened(partial(run_torch, torch.compile(network.answer)), "Inductor, default mode", _bytes(network.model))
+    run = partial(run_torch, torch.compile(network.answer))
+    return Opened(run, f"Inductor, default mode{network.settings}", _bytes(network.model), network.exact)
 
 
 def _bytes(model: nn.Module) -> int:

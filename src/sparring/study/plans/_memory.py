@@ -29,7 +29,7 @@ def fitted(plan: Plan, context: Context, workers: int, *, kept: int | None = Non
     """
     auto, size = plan.batch_size == AUTO, plan.batch_size if isinstance(plan.batch_size, int) else BATCH_SIZE
     try:
-        model, x = network(context, Network.of(plan.model)), as_float(context.dataset.train.x[:1]).to(context.device)
+        model, x = network(context, Network.of(plan.model)), context.place.images(as_float(context.dataset.train.x[:1]))
         need, step = _attacking(plan, model, x), step_need(model, x, plan.recipe)
     except Exception:  # a user's own code may raise anything
         return replace(plan, batch_size=size)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ...data import Dataset, content_hash
-from ...devices import DEVICES
+from ...devices import CPU, DEVICES, Place
 from ...errors import PlanError
 from ...files import canonical_json, sha256_bytes, sha256_file
 from ...models import hub_version, is_hub_name
@@ -59,7 +59,7 @@ class Work:
     `code` holds hashes of users' code by the name it goes by in plans, so that a key changes when the code does.
     """
 
-    device: str = "cpu"
+    place: Place = CPU
     code: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, AnyTask] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Work:
         code = {name: self._code_of(name) for name in sorted(_users_names(own))}
         table = whole_table(own, parents, code)
         version = versions(inputs.stage, table)[-1]
-        key = _key(inputs.stage, version, table, torch.__version__, self.device.split(":")[0])
+        key = _key(inputs.stage, version, table, torch.__version__, self.place.kind)
         if key not in self.tasks:
             self.tasks[key] = Task(key, inputs, parents, code)
         return key
@@ -107,17 +107,17 @@ def is_key_of(key: str, stage: str, inputs: dict[str, Any], environment: dict[st
     return stage in STAGES and any(
         key == _key(stage, version, inputs, str(environment.get("torch")), device)
         for version in versions(stage, inputs)
-        for device in DEVICES
+        for device in (*DEVICES, *(f"{name} float64" for name in DEVICES))
     )
 
 
-def lay_out(plan: Plan, data: DataFacts, *, device: str = "cpu", code: Mapping[str, str] | None = None) -> Work:
+def lay_out(plan: Plan, data: DataFacts, *, place: Place = CPU, code: Mapping[str, str] | None = None) -> Work:
     """Return all tasks and cells of a plan, parents before children; raise PlanError if there are too many.
 
     `code` gives hashes of users' code that cannot be imported by its name in the plan.
     """
     _refuse_endless(plan, data)
-    work = Work(device, dict(code or {}))
+    work = Work(place, dict(code or {}))
     if plan.linear:
         _linear(work, plan, data)
         return work
@@ -300,7 +300,7 @@ class _Seed:
         for attack in self.plan.attacks:
             if attack.applies(self.seed, method, sparsity) and not (attack.naive and surrogate is None):
                 packed = surrogate is None and goes_packed(self.plan.kernels, network.model.name, removed, attack)
-                for inputs in self._attacks(network, attack, packed=packed and self.work.device == "cpu"):
+                for inputs in self._attacks(network, attack, packed=packed and self.work.place == CPU):
                     loans = [] if surrogate is None or attack.naive else [self._lend(inputs, surrogate)]
                     keys += [*loans, self.work.add(inputs, made, *loans)]
         keys += [self.work.add(inputs, made) for inputs in self._proofs(network, method, sparsity)]

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ... import __version__
 from ...data import Dataset
+from ...devices import Place
 from ...errors import UserError
 from ..stages._networks import Context, Factory
 from ._executors import MAX_DEATHS, AnyTask, Done, TaskOutcome, perform
@@ -43,7 +45,9 @@ class RayCluster:
         self.perform = self.ray.remote(_perform).options(
             num_cpus=1, max_retries=MAX_DEATHS - 1, retry_exceptions=False, **resources
         )
-        self.shared = self.ray.put((stage, context.dataset, context.factory, context.device.split(":")[0]))
+        self.shared = self.ray.put(
+            (stage, context.dataset, context.factory, replace(context.place, device=context.device.partition(":")[0]))
+        )
         self.parents: OrderedDict[str, Any] = OrderedDict()
         self.pending: dict[Any, AnyTask] = {}
 
@@ -95,7 +99,7 @@ class RayCluster:
 def _perform(
     task: AnyTask,
     versions: tuple[str, str],
-    shared: tuple[Stage, Dataset, Factory | None, str],
+    shared: tuple[Stage, Dataset, Factory | None, Place],
     *parents: dict[str, Tensor],
 ) -> Done:
     """Run one task on whatever node this is."""
@@ -104,8 +108,8 @@ def _perform(
             f"a node of the cluster has sparring {_versions()[0]} and torch {_versions()[1]}, the driver "
             f"{versions[0]} and {versions[1]}; install the same versions on all nodes"
         )
-    stage, dataset, factory, device = shared
-    context = Context(dataset, dict(zip(task.parents, parents, strict=True)).__getitem__, None, device, factory)
+    stage, dataset, factory, place = shared
+    context = Context(dataset, dict(zip(task.parents, parents, strict=True)).__getitem__, None, place, factory)
     return perform(lambda task: stage(context, task), task)
 
 

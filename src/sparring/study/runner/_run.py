@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data import Dataset, load
-from ...devices import usable_device
+from ...devices import Place, place_of
 from ...errors import DamageError, PlanError, UserError
 from ...files import canonical_json, sha256_bytes
 from ...history import append_entry, read_history
@@ -88,6 +88,7 @@ def run(
     retry: bool = False,
     watch: Watcher | None = None,
     device: str = "cpu",
+    dtype: str | None = None,
     factory: Factory | None = None,
     ray: str | None = None,
     command: str = "",
@@ -97,11 +98,11 @@ def run(
     `dataset` replaces the plan's data set. `factory`, called without arguments, replaces its model; the plan then names
     it "module:name". Existing results in the folder are not computed again. `workers` tasks run at a time (default: one
     per core; 0: in this process), or as many as fit on the Ray cluster at the address `ray` ("auto": the one on this
-    machine). `device` is "cpu", a GPU such as "cuda:0", or "auto": a GPU if there is one. A failed task does not stop
-    the others; `retry` runs failed ones again. Raises UserError if the folder belongs to another plan, is in use, or
-    cannot be written, or if there is no such device.
+    machine). `device` is "cpu", a GPU such as "cuda:0", or "auto": a GPU if there is one; `dtype` "float64" computes in
+    double precision. A failed task does not stop the others; `retry` runs failed ones again. Raises UserError if the
+    folder belongs to another plan, is in use, or cannot be written, or if there is no such device.
     """
-    device = usable_device(device, here=ray is None)
+    place = place_of(device, dtype, training=True, here=ray is None)
     store = Store(out)
     store.prepare()
     if dataset is None:
@@ -110,10 +111,10 @@ def run(
         read_history(out)  # a broken one is told of before the work, not after
         facts = DataFacts.of(dataset)
         code = {} if factory is None else {plan.model.name: fingerprint(factory)}
-        context = Context(dataset, store.tensors, store.scratch, device, factory)
+        context = Context(dataset, store.tensors, store.scratch, place, factory)
         rehearse(plan, context)
-        plan = plan if plan.linear else fitted(plan, context, _slots(workers, device, ray), kept=_kept_size(store))
-        work = lay_out(plan, facts, device=device, code=code)
+        plan = plan if plan.linear else fitted(plan, context, _slots(workers, place, ray), kept=_kept_size(store))
+        work = lay_out(plan, facts, place=place, code=code)
         _write_plan(store, plan, work, dataset, command)
         executor = _executor(context, workers, ray)
         foretell = functools.partial(estimate, context=context, workers=executor.slots)
@@ -127,15 +128,15 @@ def run(
                 labels=_labels(work.cells),
                 origins=_origins(plan, work.cells),
                 foretell=foretell,
-                device=device,
+                place=place,
             )
         finally:
             executor.close()
 
 
-def _slots(workers: int | None, device: str, ray: str | None) -> int:
+def _slots(workers: int | None, place: Place, ray: str | None) -> int:
     """Return how many tasks share this machine's memory; of a cluster's machines nothing is known."""
-    alone = ray is not None or device != "cpu"
+    alone = ray is not None or place.device != "cpu"
     return 1 if alone else max(1, available_cores() if workers is None else workers)
 
 

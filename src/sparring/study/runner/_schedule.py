@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ... import __version__
+from ...devices import CPU, Place
 from ...errors import StorageError
 from ...records import Record, Store
 from ...train import is_whole
@@ -57,15 +58,15 @@ def execute(
     labels: Mapping[str, str] = MappingProxyType({}),
     origins: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     foretell: Callable[[list[AnyTask]], float | None] | None = None,
-    device: str = "cpu",
+    place: Place = CPU,
 ) -> list[Record]:
     """Run tasks (parents first) that the store does not have, and return all records in the tasks' order.
 
-    `labels` and `origins` give, by key, the label for watchers and the place of a task that its record stores. `device`
+    `labels` and `origins` give, by key, the label for watchers and the place of a task that its record stores. `place`
     is where tasks run; records store it too. A task whose parent failed is not run and has no record. Raises
     StorageError if the disk is full or a required file is damaged; finished tasks are kept.
     """
-    scheduler = _Scheduler(list(tasks), store, executor, watch, labels, origins, device)
+    scheduler = _Scheduler(list(tasks), store, executor, watch, labels, origins, place)
     scheduler.recall(retry)
     scheduler.run(foretell)
     return [scheduler.records[task.key] for task in scheduler.order if task.key in scheduler.records]
@@ -81,7 +82,7 @@ class _Scheduler:
     watch: Watcher | None
     labels: Mapping[str, str]
     origins: Mapping[str, dict[str, Any]]
-    device: str
+    place: Place
     records: dict[str, Record] = field(default_factory=dict)
     running: dict[str, AnyTask] = field(default_factory=dict)
     waiting: TopologicalSorter[str] = field(default_factory=TopologicalSorter)
@@ -136,7 +137,7 @@ class _Scheduler:
             task.key,
             task.stage,
             task.table(),
-            environment=environment() | {"device": self.device, "dtype": "float32"},
+            environment=environment() | {"device": self.place.device, "dtype": self.place.numbers},
             times={"seconds": done.seconds},
             origin={**self.origins.get(task.key, {}), "weights": self._hashes(task.parents)},
         )

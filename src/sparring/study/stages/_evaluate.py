@@ -178,7 +178,7 @@ def _agree(model: nn.Module, through: nn.Module, x: Tensor) -> bool:
 def _images(context: Context, inputs: Shard) -> tuple[Tensor, Tensor]:
     """Return the images and labels of a task's shard, where its networks are."""
     x, y = chosen_images(context.dataset, inputs.split, inputs.start, inputs.stop)
-    return as_float(x).to(context.device), y.to(context.device)
+    return context.place.images(as_float(x)), y.to(context.device)
 
 
 def _places(context: Context, inputs: Shard) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data import Dataset, as_float, fixed_order
+from ...devices import CPU, Place
 from ...errors import PlanError, UnknownNameError, UserError
 from ...files import sha256_bytes
 from ...matrices import refuse_unmasked
@@ -42,8 +43,13 @@ class Context:
     dataset: Dataset
     tensors: Callable[[str], dict[str, Tensor]]
     scratch: Path | None = None
-    device: str = "cpu"
+    place: Place = CPU
     factory: Factory | None = None
+
+    @property
+    def device(self) -> str:
+        """The device of all networks and of the images that they are given."""
+        return self.place.device
 
 
 def network(context: Context, asked: Network, seed: int = 0) -> nn.Module:
@@ -52,9 +58,9 @@ def network(context: Context, asked: Network, seed: int = 0) -> nn.Module:
     if context.factory is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return context.factory().to(context.device)
+            return context.place.model(context.factory())
     shape = tuple(data.train.x.shape[1:])
-    return _built(asked, shape, data.classes, data.mean, data.std, seed).to(context.device)
+    return context.place.model(_built(asked, shape, data.classes, data.mean, data.std, seed))
 
 
 def _built(
@@ -132,6 +138,8 @@ def trained(out: str | Path, key: str, *, factory: str | None = None) -> nn.Modu
         raise UserError(f"the study's model is code; if you trust '{own}' in this folder, run it with --model {own}")
     shape, ones = tuple(facts["shape"]), (1.0,) * facts["shape"][0]
     model = _built(asked, shape, facts["class_count"], ones, ones, 0)
+    if record.environment.get("dtype") == "float64":
+        model.double()
     load_network_(model, Store(out).tensors(key))
     return model.eval()
 
