@@ -157,15 +157,14 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         check_named(small)
     network, dataset = open_both(model, data, plain=True, images=CALIBRATING if small is None else None, beside=small)
     rival = None if small is None else plain_form(open_model(small, dataset)[0].eval())
-    shape, split = tuple(dataset.test.x.shape[1:]), dataset.valid if len(dataset.valid.x) else dataset.test
+    split = dataset.valid if len(dataset.valid.x) else dataset.test
     engines = None if how.engines is None else [name.strip() for name in how.engines.split(",")]
     found = deploy.bench(
-        network, shape=shape, batches=sizes, rounds=how.rounds, small=rival, images=as_float(split.x[:CALIBRATING]),
-        engines=engines, place=place,
+        network, shape=tuple(split.x.shape[1:]), batches=sizes, rounds=how.rounds, small=rival,
+        images=as_float(split.x[:CALIBRATING]), engines=engines, place=place,
     )  # fmt: skip
     if how.plot is not None:
-        drawn = timings_figure(f"{Path(model.model).stem} on one core", [asdict(row) for row in found.rows])
-        write_atomic(how.plot, drawn.encode() if how.plot.suffix == ".svg" else png(drawn))
+        _plot(found, f"{Path(model.model).stem} on one core", how.plot)
     if as_json:
         about = {"model": model.model, "data": dataset.name, "device": place.device}
         print_json({**about, **asdict(found), "ship": deploy.what_to_ship(found)})
@@ -184,6 +183,11 @@ def _batches(text: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise UserError(f"--batches takes whole numbers above 0 separated by commas, such as 1,64; not '{text}'")
     return sizes
+
+
+def _plot(found: deploy.Bench, title: str, path: Path) -> None:
+    drawn = timings_figure(title, [asdict(row) for row in found.rows])
+    write_atomic(path, drawn.encode() if path.suffix == ".svg" else png(drawn))
 
 
 def _print_bench(found: deploy.Bench) -> None:
