@@ -37,15 +37,9 @@ def run_verify(
     Proofs are made on the CPU; the network itself, which counter-examples are shown to, runs where `where` says.
     """
     place = place_of(where.device, where.dtype)
-    if not how.seconds > 0:
-        raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
-    if (asked is None) == (how.eps == ""):
-        raise UserError("give either a property in VNN-LIB or --eps, not both")
-    if asked is None and how.counter_example is not None:
-        raise UserError("--counter-example needs a property in VNN-LIB; drop it to verify labels of images")
+    _check(how, asked)
     verdicts = _about_images(model, how, data, place) if asked is None else [_about_property(model, asked, how, place)]
-    about = {"model": model.model, "property": None if asked is None else str(asked), "seconds": how.seconds}
-    about |= {"device": place.device}
+    about = {"model": model.model, "property": asked and str(asked), "seconds": how.seconds, "device": place.device}
     rows = [_row(number, verdict) for number, verdict in enumerate(verdicts)]
     if as_json:
         print_json({**about, "results": rows})
@@ -57,6 +51,16 @@ def run_verify(
         print(", ".join(f"{counts[status]} {status}" for status in ("verified", "falsified", "unknown")))
     found = {verdict.status for verdict in verdicts}
     return FALSIFIED if "falsified" in found else UNKNOWN if "unknown" in found else 0
+
+
+def _check(how: VerifyOptions, asked: Path | None) -> None:
+    """Raise UserError for options that contradict each other."""
+    if not how.seconds > 0:
+        raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
+    if (asked is None) == (how.eps == ""):
+        raise UserError("give either a property in VNN-LIB or --eps, not both")
+    if asked is None and how.counter_example is not None:
+        raise UserError("--counter-example needs a property in VNN-LIB; drop it to verify labels of images")
 
 
 def _about_images(model: ModelSource, how: VerifyOptions, data: DataSource, place: Place) -> list[Verdict]:
