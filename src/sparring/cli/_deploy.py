@@ -167,9 +167,10 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         _plot(found, f"{Path(model.model).stem} on one core", how.plot)
     if as_json:
         about = {"model": model.model, "data": dataset.name, "device": place.device}
-        return print_json({**about, **asdict(found), "ship": deploy.what_to_ship(found)})
-    _print_bench(found)
-    if rival is not None:
+        print_json({**about, **asdict(found), "ship": deploy.what_to_ship(found)})
+    else:
+        _print_bench(found)
+    if rival is not None and not as_json:
         theirs, ours = (accuracy(predict(one, dataset.test.x), dataset.test.y) for one in (rival, network))
         print(f"test accuracy: this network {percent(ours, 2)}, the small dense one {percent(theirs, 2)}")
 
