@@ -23,7 +23,7 @@ from ..train import predict
 from ..units import parse_eps, percent
 from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions, Where
 from ._printing import print_json, print_table
-from ._sources import check_named, check_out, file_of, open_both, open_model, plain_form
+from ._sources import check_out, file_of, open_both, open_model, plain_form
 
 ONNX_TOLERANCE = 1e-4
 CALIBRATING = 64  # images on which int8 engines are calibrated
@@ -153,8 +153,6 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         check_out(how.plot, ".svg", ".png")
     place = place_of(how.device, how.dtype)
     sizes, small = _batches(how.batches), None if how.small is None else ModelSource(how.small)
-    if small is not None:
-        check_named(small)
     network, dataset = open_both(model, data, plain=True, images=CALIBRATING if small is None else None, beside=small)
     rival = None if small is None else plain_form(open_model(small, dataset)[0].eval())
     split = dataset.valid if len(dataset.valid.x) else dataset.test
@@ -170,9 +168,9 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         print_json({**about, **asdict(found), "ship": deploy.what_to_ship(found)})
     else:
         _print_bench(found)
-    if rival is not None and not as_json:
-        theirs, ours = (accuracy(predict(one, dataset.test.x), dataset.test.y) for one in (rival, network))
-        print(f"test accuracy: this network {percent(ours, 2)}, the small dense one {percent(theirs, 2)}")
+        if rival is not None:
+            theirs, ours = (accuracy(predict(one, dataset.test.x), dataset.test.y) for one in (rival, network))
+            print(f"test accuracy: this network {percent(ours, 2)}, the small dense one {percent(theirs, 2)}")
 
 
 def _batches(text: str) -> tuple[int, ...]:

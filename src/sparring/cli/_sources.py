@@ -152,8 +152,9 @@ def open_both(
     `plain`: in a form that can be looked into. `images`: read only so many test images of a folder. `beside`: a
     model that is given the same data. `identify`: as of `Request`.
     """
-    check_named(model)
     models = [model] if beside is None else [model, beside]
+    for one in models:
+        check_named(one)
     dataset = open_data(source, replace(request_for(models, source, images=images), identify=identify))
     network = open_model(model, dataset, download=source.download)[0].eval()
     return plain_form(network) if plain else network, dataset
