@@ -14,15 +14,19 @@ __all__ = ["refuse_refuted"]
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-5
 
 
-def refuse_refuted(proved: Any, reached: Any, *, norm: str, who: str = "", images: Any = None) -> None:
+def refuse_refuted(
+    proved: Any, reached: Any, *, norm: str, who: str = "", images: Any = None, closed: bool = False
+) -> None:
     """Raise UserError where an adversarial example is nearer than the distance that was proved, with both numbers.
 
     proved, reached: arrays (N,), certified radii or lower bounds and the distances of adversarial examples in the same
     norm, infinite or NaN where there is none. who: whose they are; images: the images' numbers (None: from 0).
+    closed: both are budgets, so that an example within an equal one refutes.
     """
     radius, distance = (np.asarray(values, np.float64) for values in (proved, reached))
     with np.errstate(invalid="ignore"):
-        refuted = np.flatnonzero(distance * (1 + _RELATIVE) + _ABSOLUTE < radius)
+        beyond = distance <= radius if closed else distance * (1 + _RELATIVE) + _ABSOLUTE < radius
+    refuted = np.flatnonzero(beyond & (radius > 0))
     if not len(refuted):
         return
     worst = refuted[np.argmax(radius[refuted] - distance[refuted])]

@@ -53,6 +53,7 @@ def test_a_property_that_holds_ends_with_0_and_one_out_of_time_with_3(work: Path
     data = ("--data", "digits", "--images", "2")
     done = sparring("verify", "hard.safetensors", "--eps", "0.0001", "--seconds", "1e-9", *data)
     assert done.code in (1, 3) and "verified" in done.out
+    assert ("unknown: the search ran out of time" in done.out) == (" 0 unknown" not in done.out)
 
 
 def test_images_are_asked_one_by_one(work: Path, sparring) -> None:  # type: ignore[no-untyped-def]

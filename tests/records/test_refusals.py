@@ -45,6 +45,7 @@ TABLE: dict[str, Any] = {
     "certify": [{"images": 20, "norm": "l2", "eps": [0.1], "methods": ["not random"]}],
     "lipschitz": [{"radius": 0.1, "images": 10, "methods": ["not random"]}],
     "exact": [{"images": 2, "norm": "linf", "seconds": 0.2, "sparsities": [0.9]}],
+    "verify": [{"eps": 0.01, "images": 5, "nodes": 5, "methods": ["not random"]}],
     "transfer": [{"name": "fgsm", "eps": [0.1], "images": 20, "methods": ["not random"]}],
     "shipped": [{"images": 20, "steps": 2, "decisions": 0, "methods": ["not random"]}],
     "shard": 30,
@@ -222,7 +223,7 @@ def test_tensors_say_which_images_they_speak_of(whole: Path, few_digits: Dataset
             part = few_digits.valid if record.inputs.get("split") == "valid" else few_digits.test
             assert (held["label"] == part.y[torch.from_numpy(held["images"]).long()].numpy()).all()
             seen.add(record.stage)
-    assert seen == {"measure", "attack", "transfer", "certify", "lipschitz", "exact", "ship"}
+    assert seen == {"measure", "attack", "transfer", "certify", "lipschitz", "exact", "verify", "ship"}
 
 
 def test_stages_are_joined_by_image(whole: Path) -> None:

@@ -13,6 +13,7 @@ from sparring.records import CELLS, Cell, PlanFile, Record, Store, pruning_kind,
 FEW = (("fgsm", 0.1), ("pgd", 0.1))
 MANY = (("fgsm", 0.05), ("fgsm", 0.2), *FEW)
 STRENGTH = {"pgd": 0.4, "fast": 0.6, "standard": 0.65}  # beyond a single step's
+VERIFIED = {0.0: (0.3, 0.3), 0.5: (0.6, 0.1), 0.9: (0.9, 0.05)}  # shares verified and falsified
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
@@ -97,6 +98,15 @@ class Maker:
         far = 0.1 * (1 + self.rng.random(5))
         searched = {"lower": far, "upper": far, "attack": 1.1 * far, "solved": right[:5], "clean_correct": right[:5]}
         searched["images"] = images[:5]
+        kept, fooled = (round(self.images * share) for share in VERIFIED.get(sparsity, (0.0, 0.0)))
+        kept, fooled = (kept + seed - 1, fooled + 1 - seed) if sparsity else (kept, fooled)  # equal seeds count as one
+        order = np.arange(self.images)
+        verdicts = {
+            "verified_by": np.where(order < kept, 3, 0).astype(np.int8),
+            "falsified": order >= self.images - fooled,
+        }
+        verdicts |= {"stable": 0.5 + 0.4 * sparsity + 0.01 * self.rng.random(self.images)}
+        verdicts["images"] = np.arange(self.images, dtype=np.int32)
         moved = who | {"split": "test", "start": 0, "stop": 20, "attack": {"name": "pgd", "norm": "linf", "eps": 0.1}}
         most = {"clean_correct": right, "success": np.arange(20) < 18, "images": images}
         return [
@@ -107,6 +117,7 @@ class Maker:
                 tensors=proved,
             ),
             self.record("exact", who | {"norm": "l2", "images": 5}, tensors=searched),
+            self.record("verify", who | {"norm": "l2", "eps": 0.2, "images": self.images}, tensors=verdicts),
             self.record("prune", who, series={"step": [0, 5, 9], "pruned": [9, 5, 1], "spliced": [0, 2, 1]}),
             self.record("deploy", who, {"bytes_packed": 51234, "agreement": 1.0}, times=times),
             self.record(

@@ -176,9 +176,17 @@ def test_larger_studies_show_theory_speed_transfer_and_activations(make_study):
     out = make_study(seeds=2, images=60, sparsities=(0.5, 0.9), methods=methods, extras=True, pruning=pruning)
     text = " ".join(parsed(report.write(out).read_text()).text)
     drawn = {path.stem for path in (out / "figures").glob("*.svg")}
-    assert {"brackets-l2", "exact-l2", "lipschitz-linf-active_in_radius_0.1", "surgery-0"} <= drawn
+    assert {"brackets-l2", "exact-l2", "lipschitz-linf-active_in_radius_0.1", "surgery-0", "verdicts-l2-0.2"} <= drawn
     assert {"latency", "transfer-0", "certified-crown-l2", "activations-accuracy", "overview"} <= drawn
-    for part in ("How tight the bounds are", "Solved exactly", "Packed bytes", "51,234", "Agreement"):
+    for part in (
+        "How tight the bounds are",
+        "Solved exactly",
+        "Verified at a fixed budget",
+        "easier to verify",
+        "Packed bytes",
+        "51,234",
+        "Agreement",
+    ):
         assert part in text
     assert "Robustness against activation sparsity" in text
     assert "40% of gradients vanish" in text

@@ -27,7 +27,7 @@ from ._linear_closed_form import (
 from ._linear_scikit import linear_path, linear_pruned
 from ._lipschitz import LIPSCHITZ, MaskedPoint, lipschitz, margin_ratios, random_mask_bounds
 from ._summary import VACUOUS, Summary, summary
-from .certify._certificates import BOUNDS, certified_accuracy, margin, radius
+from .certify._certificates import BOUNDS, certified_accuracy, margin, radius, stable
 from .certify._estimate import estimate, tightest
 from .certify._training import TrainingBounds, ibp_initialise_, training_bounds
 from .exact_distances._exact import Exact, exact
@@ -64,6 +64,7 @@ __all__ = [
     "random_mask_bounds",
     "read_vnnlib",
     "results_text",
+    "stable",
     "summary",
     "theorem",
     "tightest",

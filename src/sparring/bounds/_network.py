@@ -92,7 +92,8 @@ def prepare(
     Layers with few nonzero weights become SparseLinear, unless `sparse` is False. `certified` lets those operations
     pass, too, for which certificates alone have a rule. Raise Unsupported, naming the layer and the line, for others.
     """
-    graph = spelled_out(lower(model, shape, images=images, dtype=torch.float64), torch.float64)
+    seen = images if images is not None and len(images) else None
+    graph = spelled_out(lower(model, shape, images=seen, dtype=torch.float64), torch.float64)
     return replace(graph, nodes=tuple(replace(node, op=_bounded(node, sparse, certified)) for node in graph.nodes))
 
 

@@ -49,6 +49,7 @@ def run_verify(
         )
         counts = Counter(row["status"] for row in rows)
         print(", ".join(f"{counts[status]} {status}" for status in ("verified", "falsified", "unknown")))
+        print("".join(f"unknown: {why}\n" for why in dict.fromkeys(v.why for v in verdicts if v.why)), end="")
     found = {verdict.status for verdict in verdicts}
     return FALSIFIED if "falsified" in found else UNKNOWN if "unknown" in found else 0
 
@@ -125,6 +126,7 @@ def _row(number: int, verdict: Verdict) -> dict[str, Any]:
         "bound": verdict.bound,
         "nodes": verdict.nodes,
         "seconds": verdict.seconds,
+        "limit": verdict.limit,
     }
 
 

@@ -187,6 +187,13 @@ STAGES: Mapping[str, Holds] = {
         ("margin", "lipschitz", "margin_over_lipschitz"), tensors=("margin", "lipschitz", "ratio", *_IMAGES)
     ),
     "exact": Holds(("solved",), times=("search",), tensors=("lower", "upper", "solved", "attack", *_IMAGES)),
+    # `stable` is the share of ReLUs that keep their sign in the ball. `verified_by`: 0 (not verified), 1 (interval), 2
+    # (α-CROWN) or 3 (search); wrong images are falsified
+    "verify": Holds(
+        ("verified", "falsified", "undecided", "stable"),
+        times=("search",),
+        tensors=("verified_by", "falsified", "stable", "nodes", *_IMAGES),
+    ),
     # `latency` is in seconds an image, one at a time
     "deploy": Holds(("bytes_packed", "agreement", "logits_agree"), times=("latency", "latency_torch")),
     # `stands_*`: correct under the examples made on either network

@@ -93,7 +93,8 @@ def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis:
     legend = _legend([r.method for r in results], styles)
     for result in results:
         layers += _level_layers(result, styles[result.method], x, scale, legend, crowded=len(results) > 2)
-    unit = "% of images" if first.measure.is_share else "distance"
+    of = "ReLUs" if first.measure.role == "stable" else "images"
+    unit = f"% of {of}" if first.measure.is_share else "distance"
     return _chart(first.measure.title, layers, x, unit)
 
 

@@ -69,7 +69,11 @@ def render(findings: Findings, drawn: Drawn, ledger: Sequence[Row], told: Verdic
         ("curves", "Robustness against sparsity", (curves,)),
         ("activations", "Robustness against activation sparsity", (activations,)),
         ("methods", "Methods at the same sparsity", (tables.methods(findings),)),
-        ("comparisons", "Theory, speed and transfer", (drawn.comparisons, tables.tightness(findings))),
+        (
+            "comparisons",
+            "Theory, speed and transfer",
+            (drawn.comparisons, tables.tightness(findings), tables.verified(findings)),
+        ),
         ("shipped", "As shipped", tables.shipped(findings)),
         ("layers", "Layer by layer", (drawn.layers, first_layers(findings))),
         ("gallery", "Examples of attacks", (galleries(findings),)),

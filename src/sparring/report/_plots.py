@@ -12,7 +12,7 @@ import numpy as np
 from . import _figures as figures
 from . import _numbers as numbers
 from ._figures import Spec
-from .analysis._comparisons import DistanceBounds, brackets, norms
+from .analysis._comparisons import DistanceBounds, Verified, brackets, norms, verified
 from .analysis._findings import Findings, Result
 from .analysis._metrics import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps, safe
 from .analysis._records import attack_label
@@ -147,7 +147,7 @@ def _cells(found: Mapping[tuple[str, float], Sequence[float]]) -> list[dict[str,
 
 def comparisons(findings: Findings) -> list[Picture]:
     """Return the comparisons that this study has records for."""
-    drawn = (_brackets, _constants, _surgery, _speed, _transfer)
+    drawn = (_brackets, _verified, _constants, _surgery, _speed, _transfer)
     return [picture for draw in drawn for picture in draw(findings)]
 
 
@@ -170,6 +170,37 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
             )
             spec = figures.scatter(title, rows, x=_in_steps(findings), y="median distance", ordinal=True)
             yield _picture(findings, f"{'exact' if exact else 'brackets'}-{norm}", title, spec, note)
+
+
+def _verified(findings: Findings) -> Iterator[Picture]:
+    """Draw, for each budget, what is verified below and what is not falsified above: certified ≤ exact ≤ attack."""
+    every = [one for one in verified(findings) if one.method in (findings.study.control(), findings.method)]
+    for norm, eps in dict.fromkeys((one.norm, one.eps) for one in every):
+        some = [one for one in every if (one.norm, one.eps) == (norm, eps)]
+        if len(some) < 2:
+            continue
+        rows = [row for one in some for row in _shares(one)]
+        title = f"Robust accuracy, {NORMS[norm]} ε = {pretty_eps(eps)}: verified and not falsified"
+        spec = figures.scatter(title, rows, x=_in_steps(findings), y="% of images (of ReLUs)", ordinal=True)
+        note = (
+            "Robust accuracy lies between what is verified and what is not falsified; every network has the same "
+            f"budget. {numbers.seeds(some[0].seeds)}, {some[0].images} images; {findings.method}."
+        )
+        yield _picture(findings, f"verdicts-{norm}-{eps:g}", title, spec, note)
+
+
+def _shares(one: Verified) -> Iterator[Mapping[str, str | float]]:
+    place = _place(one.sparsity)
+    shares = {
+        "not falsified": 1 - one.falsified,
+        "verified": one.verified,
+        "by α-CROWN": one.alpha_crown,
+        "by interval": one.interval,
+        "stable ReLUs": one.stable,
+    }
+    for series, share in shares.items():
+        text = f"{series}, {place}: {100 * share:.1f}%"
+        yield {"x": place, "y": 100 * share, "series": series, "order": one.sparsity, "text": text}
 
 
 def _in_steps(findings: Findings) -> str:

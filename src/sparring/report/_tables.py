@@ -20,7 +20,7 @@ from .analysis import _comparisons as comparisons
 from .analysis._comparisons import DistanceBounds, Shipped, brackets, duels, norms, shipped_verdict
 from .analysis._cross_checks import Doubt
 from .analysis._findings import Findings, Result, gain_told
-from .analysis._metrics import NORMS, Measure, Role, pretty, summary
+from .analysis._metrics import NORMS, Measure, Role, pretty, pretty_eps, summary
 from .analysis._records import Network, Study, attack_label
 
 COLUMNS = (
@@ -37,6 +37,9 @@ METRICS: dict[Role, str] = {
     "margin": "mean_margin",
     "lipschitz": "mean_lipschitz_constant",
     "ratio": "mean_margin_over_lipschitz",
+    "verified": "verified",
+    "not falsified": "not_falsified",
+    "stable": "stable_relus",
     "to sparse": "transferred_to_sparse",
     "to dense": "transferred_to_dense",
 }
@@ -204,6 +207,21 @@ def tightness(findings: Findings) -> Table | None:
             rows.append(row)
     head = ["Norm", "Method", "Sparsity", "Seeds × images", "Certified", "Attack", "Attack / certified"]
     return Table([*head, "Searched", "Exact distance", "Solved exactly"], rows, text=2) if rows else None
+
+
+def verified(findings: Findings) -> Table | None:
+    """Return what was verified, falsified and left open at each sparsity at one budget; None: nothing was asked."""
+    rows = []
+    for one in comparisons.verified(findings):
+        gap = "–" if one.gap is None else " to ".join(f"{100 * e.estimate:+.1f}" for e in one.gap).replace("-", "−")
+        shares = (one.interval, one.alpha_crown, one.verified, one.falsified, one.undecided, one.stable)
+        row = [f"{NORMS[one.norm]} {pretty_eps(one.eps)}", one.method]
+        row += [numbers.sparsity(findings.study, one.method, one.sparsity) if one.sparsity else "0"]
+        row += [f"{one.seeds} × {one.images}", *(units.percent(share) for share in shares)]
+        rows.append([*row, units.percent(1 - one.undecided), gap, one.told or "–"])
+    head = ["Norm, ε", "Method", "Sparsity", "Seeds × images", "By interval", "By α-CROWN", "Verified", "Falsified"]
+    head += ["Undecided", "Stable ReLUs", "Share decided", "Robust accuracy − control, points", "Against the control"]
+    return Table(head, rows, text=3) if rows else None
 
 
 def _search(one: DistanceBounds) -> list[str]:

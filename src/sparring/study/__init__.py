@@ -22,6 +22,7 @@ from .plans._tables import (
     NetworkSettings,
     PruningSettings,
     TrainingSettings,
+    VerifySettings,
 )
 from .plans._task_graph import DataFacts, lay_out
 from .runner._executors import Executor, InProcess, Processes, Task, TaskOutcome
@@ -55,6 +56,7 @@ __all__ = [
     "Task",
     "TaskOutcome",
     "TrainingSettings",
+    "VerifySettings",
     "Watcher",
     "available_cores",
     "check_fit",

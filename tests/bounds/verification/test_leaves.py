@@ -13,7 +13,8 @@ from sparring.bounds._network import margin_rows, prepare
 from sparring.bounds._region import Region, region
 from sparring.bounds.certify import _crown as crown
 from sparring.bounds.exact_distances._milp import MixedIntegerProgram
-from sparring.bounds.verification._branching import Budget, tightened
+from sparring.bounds.verification._branching import tightened
+from sparring.bounds.verification._budget import Budget
 from sparring.bounds.verification._leaves import Bounder, Leaves, _slopes
 from sparring.bounds.verification._programs import by_linear_program, dual_bound
 from sparring.bounds.verification._question import Question
@@ -52,7 +53,7 @@ def violated(seed: int, norm: float) -> bool:
             if not bool((current.score.sum(1) > 0).any()):
                 break
             current = bounder.bounded(current[current.score.sum(1) > 0].split(), 5, rate=0.3, rate_beta=0.3)
-        better = tightened(graph, ball, bounds, 3, Budget(500, lambda: 1.0))
+        better = tightened(graph, ball, bounds, 3, Budget(500))
     outside = (((v < b.lower - 1e-9) | (v > b.upper + 1e-9)).any() for v, b in zip(values, better, strict=True))
     return any(map(bool, outside))
 
@@ -158,7 +159,7 @@ def test_a_linear_program_of_a_sub_problem_is_no_weaker_than_its_multipliers_and
             limits = rows.new_zeros(rows.shape[:2])
             bounder = Bounder(graph, len(graph.nodes) - 1, ball, bounds, rows, limits)
             found = bounder.roots(torch.arange(len(rows)), 20)
-            asked = Question(graph, ball, rows, limits, bounds[0], lambda points: None, math.inf)
+            asked = Question(graph, ball, rows, limits, bounds[0], lambda points: None, Budget())
             for i in range(len(found)):
                 bound, _ = by_linear_program(asked, bounder, found[i : i + 1])
                 assert float(found.lower[i]) - 1e-6 <= bound

@@ -113,6 +113,7 @@ def test_questions_that_do_not_fit_are_refused() -> None:
     model, x, y = tiny(0)
     with pytest.raises(UserError, match="linf and l2"):
         verify(model, x, y, 1.0, 0.1)
+    assert verify(model, x[:0], y[:0], math.inf, 0.1) == ()
     with pytest.raises(UserError, match="2 inputs"):
         verify_property(model, (1, 1, 3), Property(2, 3, ()))
     with pytest.raises(UserError, match="4 outputs"):

@@ -57,7 +57,8 @@ TABLE: dict[str, Any] = {
     "transfer": [{"name": "pgd", "eps": [0.1], "images": 40, "steps": 5}],
     "certify": [{"norm": "linf", "images": 20, "eps": [0.01]}],
     "lipschitz": [{"norm": "linf", "images": 20, "radius": 0.05, "method": "jacobian"}],
-    "exact": [{"norm": "linf", "images": 5, "seconds": 20, "sparsities": [0.8]}],
+    "exact": [{"norm": "linf", "images": 5, "nodes": 20000, "seconds": 100, "sparsities": [0.8]}],
+    "verify": [{"eps": 0.02, "images": 20, "nodes": 20, "methods": ["magnitude", "top-k", "stochastic-pruning"]}],
 }
 
 
@@ -164,6 +165,23 @@ def test_theory_and_attacks_bracket_the_truth(study: Finished) -> None:
     assert (radius <= held["upper"] + 1e-6).all()
     assert (ratio[right] <= held["upper"][right] + 1e-6).all()
     assert (held["lower"][right] <= held["attack"][right].double() + 1e-6).all()
+
+
+def test_verdicts_lie_between_certificates_and_attacks_on_every_image(study: Finished) -> None:
+    record = study.one("magnitude", "verify")
+    held = study.store.tensors(record.key)
+    by, falsified, right = held["verified_by"], held["falsified"], held["clean_correct"]
+    radius = study.store.tensors(study.one("magnitude", "certify").key)["radius"]
+    (near,) = [r for r in study.of("magnitude", "attack") if r.inputs["attack"]["name"] == "nearest"]
+    distance = study.store.tensors(near.key)["distance"][:20]
+    assert not (falsified & (by > 0)).any() and falsified[~right].all() and not record.flags
+    assert (by[radius > 0.02 * 1.001] > 0).all(), "what CROWN certifies is verified"
+    assert (distance[by > 0] > 0.02 * 0.999).all() and (distance[falsified & right] < 0.02 * 1.2).all()
+    assert ((by == 3) <= (held["nodes"] >= 0)).all() and (held["nodes"][(by == 1) | (by == 2)] == 0).all()
+    shares = [record.metrics[name] for name in ("verified", "falsified", "undecided")]
+    assert sum(shares) == pytest.approx(1) and 0 < record.metrics["stable"] <= 1  # type: ignore[arg-type,operator]
+    (drawn,) = study.of("stochastic-pruning", "verify")
+    assert [flag["name"] for flag in drawn.flags] == ["not-verified"]
 
 
 def test_activation_sparsity_is_attacked_at_least_as_hard_as_naively(study: Finished) -> None:

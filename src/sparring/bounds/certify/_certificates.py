@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnknownNameError, UserError
-from ...graph import Graph, Linear
+from ...graph import Graph, Linear, ReLU
 from ...threat import Threat, distance, dual
 from ...waiting import courteous
 from .._network import compacted, margin_rows, prepare
@@ -221,6 +221,28 @@ def _linearised(graph: Graph, x: Tensor, y: Tensor, norm: float) -> Tensor:
         value = dot(margin_rows(graph, y), graph(point)).amin(1)
         (slope,) = torch.autograd.grad(value.sum(), point)
     return value.detach() / distance(slope, dual(norm)).clamp_min(1e-12)
+
+
+@courteous()
+def stable(model: nn.Module, x: Tensor, threat: Threat) -> Tensor:
+    """Return the share of ReLUs whose input has one sign in the whole eps-ball, by CROWN's bounds: (N,), float64.
+
+    Units that the logits do not depend on count as stable; a network without ReLUs has a share of 1. Raises as `margin`
+    does.
+    """
+    check_pixels(x)
+    whole = prepare(model, tuple(x.shape[1:]), images=x, certified=True)
+    graph, pixels = compacted(whole, x)
+    units = sum(math.prod(node.shape) for node in whole.nodes if isinstance(node.op, ReLU))
+    eps = torch.full((len(x),), math.inf if threat.eps is None else threat.eps, dtype=torch.float64)
+
+    def unstable(images: slice) -> Tensor:
+        bounds, _ = bound_nodes(graph, region(pixels[images], threat.norm, eps[images]), backward=True)
+        boxes = [bounds[node.inputs[0]] for node in graph.nodes if isinstance(node.op, ReLU)]
+        counts = [flat((low < 0) & (high > 0)).sum(1) for low, high in boxes]
+        return torch.stack([*counts, torch.zeros(len(pixels[images]), dtype=torch.int64)]).sum(0)
+
+    return 1 - over_slices(unstable, slices(len(x), _images_at_once(graph))).double() / max(1, units)
 
 
 @courteous()

@@ -19,12 +19,14 @@ from ...threat import L2, LINF, distance, norm_name, project, random_point
 from ...waiting import courteous
 from .._network import others, prepare
 from ..certify._certificates import margins_over, radius_over
+from ..verification._budget import Budget
 from ._nearest import Question, nearest_l2, nearest_linf
 
 _GAP = 1e-3
 _STOP = 5e-4  # relative gap at which the search in one class stops
 _BEYOND = (1e-7, 1e-6, 1e-5, 3e-5, 1e-4)  # a solution lies on the boundary: replays go this much beyond it
 _CLIMBERS, _CLIMBS = 16, 10
+_ENDED = {"seconds": "time limit", "nodes": "node limit", "memory": "memory limit", "": "open"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +34,10 @@ class Exact:
     """Intervals [lower, upper] (N,), float64, that contain the distance to the boundary inside the image range.
 
     x_adv (N, ...) are points with another label at distance `upper`, verified on the model; if none is known, `upper`
-    is infinite and x_adv is x. status: "exact" (the gap is at most 1e-3, relative and absolute), "time limit", or
-    "wrong" (the model is wrong at x; distance 0). An infinite lower bound means that no image has another label.
-    seconds: wall time of each image.
+    is infinite and x_adv is x. status: "exact" (the gap is at most 1e-3, relative and absolute), "wrong" (the model is
+    wrong at x; distance 0), or what ended the search: "time limit", "node limit", "memory limit" (2 GB of open
+    sub-problems), "open" (the model itself calls the nearest points right). An infinite lower bound means that no image
+    has another label. seconds: wall time of each image.
     """
 
     lower: Tensor
@@ -53,17 +56,19 @@ def exact(
     *,
     x_adv: Tensor | None = None,
     seconds: float = 60.0,
+    nodes: float = math.inf,
     threads: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Exact:
-    """Compute the distance from each image to the nearest one with another label in [0, 1], with a time limit.
+    """Compute the distance from each image to the nearest one with another label in [0, 1], within a budget.
 
     x (N, ...) in [0, 1], labels y (N,). x_adv are the best known adversarial points: the closer they are, the smaller
     the ball that has to be searched. There is one search per class that CROWN cannot exclude: that of `verify` for
     linf (a mixed-integer program with max pooling), branch and bound with quadratic programs for l2. Only sparse or
     small networks can be solved. `threads` are HiGHS's threads; they spin while they wait, so use at most as many as
-    there are free cores. To use two cores, run two processes with half of the images each. `clock` measures `seconds`.
-    Bounds contain the solver's tolerances of 1e-9 and are lowered by 1e-7.
+    there are free cores. To use two cores, run two processes with half of the images each. Each image takes
+    `seconds` of `clock` and `nodes` sub-problems at most; unless seconds bind, results do not depend on the machine's
+    speed. Bounds contain the solver's tolerances of 1e-9 and are lowered by 1e-7.
 
     Raises UserError if a point contradicts a proof, Unsupported for layers that are not piecewise linear or too large,
     and for max pooling with l2. Source: Tjeng et al. 2019 (the program).
@@ -75,7 +80,8 @@ def exact(
     with eval_mode(model):
         answer = opened(model, x)
         for i in range(len(x)):
-            search = _Search(answer, graph, x[i : i + 1], y[i : i + 1], norm, clock() + seconds, threads, clock)
+            budget = Budget.of(nodes=nodes, seconds=seconds, clock=clock)
+            search = _Search(answer, graph, x[i : i + 1], y[i : i + 1], norm, budget, threads)
             if x_adv is not None:
                 search.offer_(x_adv[i : i + 1])
             found.append((search, *search.run_()))
@@ -98,12 +104,11 @@ class _Search:
         x: Tensor,
         y: Tensor,
         norm: float,
-        deadline: float,
+        budget: Budget,
         threads: int,
-        clock: Callable[[], float],
     ) -> None:
         self.model, self.graph, self.x, self.y, self.norm = model, graph, x, y, norm
-        self.deadline, self.threads, self.clock = deadline, threads, clock
+        self.budget, self.threads = budget, threads
         self.best, self.upper = x, math.inf
 
     def offer_(self, point: Tensor) -> bool:
@@ -131,7 +136,7 @@ class _Search:
         refuse_refuted([max(certified, lower)], [self.upper], norm=norm_name(self.norm))
         lower = min(max(certified, lower), self.upper)
         closed = self.upper == lower or self.upper - lower <= _GAP * min(1, self.upper)
-        return lower, "exact" if closed else "time limit", time.perf_counter() - begin
+        return lower, "exact" if closed else _ENDED[self.budget.limit], time.perf_counter() - begin
 
     def _beyond(self, point: Tensor, k: int, reach: float) -> Tensor:
         """Climb from copies of a boundary point, no farther than reach, to where class k leads by most: (1, ...)."""
@@ -162,7 +167,7 @@ class _Search:
         known = math.isfinite(self.upper)
         cap = self._cap() * (1 - _STOP * known)
         bound, points = _NEAREST[self.norm](
-            Question(self.graph, self.x, int(self.y), k, self.deadline, self.threads, self.clock),
+            Question(self.graph, self.x, int(self.y), k, self.budget, self.threads),
             cap,
             floor=floor,
             start=self.best if known and self._label() == k else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import highspy
@@ -17,8 +17,10 @@ from ...errors import Unsupported
 from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, evaluate, refusal
 from .._network import LinearOp, offset
 from ..certify._relaxations import Interval, WindowLines, relax
+from ..verification._budget import Budget
 
 _LARGEST = 2**26  # entries of an operation's dense matrix
+_MOST_NODES = 2**19  # of one program's search: about 2 GB at 4 kB each
 
 
 def encode(graph: Graph, bounds: list[Interval]) -> tuple[MixedIntegerProgram, list[Expression]]:
@@ -113,13 +115,12 @@ def tightened(
     values: list[Expression],
     *,
     skip: Container[int],
-    deadline: float,
-    clock: Callable[[], float],
+    budget: Budget,
 ) -> list[Interval] | None:
     """Bound the inputs of unstable ReLUs by two linear programs each, all rows of the program counted.
 
     Nodes in `skip` have bounds that are hardly ever improved. None where the program without integrality has no point
-    at all. One that is not solved before the deadline (of time.perf_counter) changes nothing.
+    at all. Each takes a node of the budget; one that is not solved within it changes nothing.
     """
     solver = program.highs(relaxed=True)
     solver.run()
@@ -132,8 +133,9 @@ def tightened(
         z, box = values[node.inputs[0]], bounds[node.inputs[0]]
         low, high = _flat(box.lower).copy(), _flat(box.upper).copy()
         for unit in np.flatnonzero((low < 0) & (high > 0)):
-            if clock() > deadline:
+            if budget.over:
                 break
+            budget.used += 2
             row = z[np.array([unit])]
             columns = row.matrix.indices.astype(np.int32)
             solver.changeColsCost(len(columns), columns, row.matrix.data)
@@ -246,25 +248,28 @@ class MixedIntegerProgram:
         solver.passModel(lp)
         return solver
 
-    def minimise(self, variable: int, *, seconds: float, threads: int, gap: float) -> Solution:
-        """Minimise one variable within a time limit, to a relative gap."""
+    def minimise(self, variable: int, budget: Budget, *, threads: int, gap: float) -> Solution:
+        """Minimise one variable within a budget, to a relative gap."""
         solver = self.highs(threads=threads)
         solver.changeColCost(variable, 1.0)
         solver.setOptionValue("mip_rel_gap", gap)
-        return self._solved(solver, seconds)
+        return self._solved(solver, budget)
 
-    def point(self, objective: Expression, *, seconds: float, threads: int) -> Solution:
-        """Find any point, looking where one objective (1 row) is large, within a time limit."""
+    def point(self, objective: Expression, budget: Budget, *, threads: int) -> Solution:
+        """Find any point, looking where one objective (1 row) is large, within a budget."""
         solver = self.highs(threads=threads)
         columns = objective.matrix.indices.astype(np.int32)
         solver.changeColsCost(len(columns), columns, -objective.matrix.data)
         solver.setOptionValue("mip_max_improving_sols", 1)
-        return self._solved(solver, seconds)
+        return self._solved(solver, budget)
 
-    def _solved(self, solver: highspy.Highs, seconds: float) -> Solution:
-        solver.setOptionValue("time_limit", max(seconds, 0.01))
+    def _solved(self, solver: highspy.Highs, budget: Budget) -> Solution:
+        solver.setOptionValue("time_limit", max(budget.seconds, 0.01))
+        solver.setOptionValue("mip_max_nodes", int(min(max(1, budget.nodes - budget.used), _MOST_NODES)))
         solver.run()
         status, info = solver.getModelStatus(), solver.getInfo()
+        budget.used += max(1, int(info.mip_node_count))
+        budget.full |= info.mip_node_count >= _MOST_NODES
         if status == highspy.HighsModelStatus.kInfeasible:
             return Solution(math.inf, None, True)
         found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible

@@ -11,9 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import highspy
 import numpy as np
@@ -28,37 +26,33 @@ from .._region import region
 from ..certify._crown import bound_nodes
 from ..certify._relaxations import Interval, first_layers
 from ..verification import _question as verification
+from ..verification._budget import Budget
 from ..verification._question import in_float32
 from ..verification._search import answered
 from ._milp import Expression, MixedIntegerProgram, Vector, encode, tightened
 
-_SHARE = 0.75  # of the time left goes to one question; the rest to smaller balls, should it stay open
+_SHARE = 0.75  # of the budget left goes to one question; the rest to smaller balls, should it stay open
 _TOUCHED = 1e-6  # share of its range within which a unit is at its kink
 _MOVES = 10
 _NEARER = 1e-4  # relative gain below which a point stays where it is
 _CLEAR = 2e-5  # lead of class k that float32 does not lose
 _LONGEST, _ENOUGH = 5.0, 0.05  # seconds: of one move, and below which nothing is begun
+_MOST = 1000  # nodes of one move's program, where the budget is in nodes
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
     """How far from one image x (1, ...) of class y does class k overtake?
 
-    The answer is due at `deadline`, of `clock`; `threads` are the solver's.
+    `threads` are the solver's.
     """
 
     graph: Graph
     x: Tensor
     y: int
     k: int
-    deadline: float
+    budget: Budget
     threads: int
-    clock: Callable[[], float] = time.perf_counter
-
-    @property
-    def seconds(self) -> float:
-        """Return the seconds that are left."""
-        return self.deadline - self.clock()
 
     def lead(self, program: MixedIntegerProgram, values: list[Expression]) -> Expression:
         """Return g_k − g_y."""
@@ -83,8 +77,10 @@ def nearest_linf(
     if start is not None and (moved := _moved(asked, start.double(), cap)):
         found, cap = [moved[0]], moved[1] * (1 - gap)
     low, eps = floor, cap
-    while (left := asked.seconds) > _ENOUGH and low < cap:
-        answer = _overtaken(asked, eps, seconds=_SHARE * left)
+    while not asked.budget.over and asked.budget.seconds > _ENOUGH and low < cap:
+        part = asked.budget.share(_SHARE)
+        answer = _overtaken(replace(asked, budget=part), eps)
+        asked.budget.take_(part)
         if isinstance(answer, Tensor):
             point, reached = _moved(asked, answer, eps) or (answer, eps)
             found.insert(0, point)
@@ -96,10 +92,10 @@ def nearest_linf(
     return low, found
 
 
-def _overtaken(asked: Question, eps: float, *, seconds: float) -> Tensor | bool:
-    """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where time ran out."""
+def _overtaken(asked: Question, eps: float) -> Tensor | bool:
+    """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where that stays open."""
     if any(isinstance(node.op, MaxPool) for node in asked.graph.nodes):  # the search splits only ReLUs
-        return _by_program(asked, eps, seconds=seconds)
+        return _by_program(asked, eps)
     ball = region(asked.x, LINF, eps)
     rows = torch.zeros(1, 1, *asked.graph.nodes[-1].shape, dtype=torch.float64)
     rows[0, 0, asked.y], rows[0, 0, asked.k] = 1.0, -1.0
@@ -108,26 +104,24 @@ def _overtaken(asked: Question, eps: float, *, seconds: float) -> Tensor | bool:
         ahead = asked.graph(points.double()) @ rows[0, 0] <= 0
         return points[ahead][:1] if bool(ahead.any()) else None
 
-    question = verification.Question(
-        asked.graph, ball, rows, rows.new_zeros(1, 1), in_float32(ball), replay, asked.clock() + seconds, asked.clock
+    found = answered(
+        verification.Question(asked.graph, ball, rows, rows.new_zeros(1, 1), in_float32(ball), replay, asked.budget)
     )
-    found = answered(question)
     return found.status == "verified" if found.point is None else found.point.double()
 
 
-def _by_program(asked: Question, eps: float, *, seconds: float) -> Tensor | bool:
-    """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where time ran out."""
-    until = asked.clock() + seconds
+def _by_program(asked: Question, eps: float) -> Tensor | bool:
+    """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where that stays open."""
     ball = region(asked.x, LINF, eps)
     with torch.no_grad():
         bounds, _ = bound_nodes(asked.graph, ball, backward=True)
         attained = first_layers(asked.graph, ball)
     program, values = asked.program(bounds)
-    better = tightened(asked.graph, bounds, program, values, skip=attained, deadline=until, clock=asked.clock)
+    better = tightened(asked.graph, bounds, program, values, skip=attained, budget=asked.budget)
     if better is None:
         return True
     program, values = asked.program(better)
-    solution = program.point(asked.lead(program, values), seconds=until - asked.clock(), threads=asked.threads)
+    solution = program.point(asked.lead(program, values), asked.budget, threads=asked.threads)
     return solution.infeasible if solution.values is None else _image(program, asked.x, solution.values)
 
 
@@ -146,12 +140,18 @@ def _moved(asked: Question, point: Tensor, cap: float) -> tuple[Tensor, float] |
         for source, units in dead.items():
             program.rows_((1.0, values[source][units]), low=-math.inf, high=0.0)
         size = _distance_(program, values[0], asked.x, cap)
-        solution = program.minimise(size, seconds=min(_LONGEST, asked.seconds), threads=1, gap=_NEARER)
+        solution = program.minimise(size, _of_a_move(asked.budget), threads=1, gap=_NEARER)
         if solution.values is None or (reached := float(solution.values[size])) > cap * (1 - _NEARER):
             break
         point, cap = _image(program, asked.x, solution.values), reached
         result = point, cap
     return result
+
+
+def _of_a_move(budget: Budget) -> Budget:
+    """Return what a move may use: little, of the kind that is limited."""
+    limited = math.isfinite(budget.nodes)
+    return Budget(_MOST, budget.deadline, budget.clock) if limited else budget.within(_LONGEST)
 
 
 def _signs(graph: Graph, bounds: list[Interval], point: Tensor) -> tuple[list[Interval], dict[int, NDArray[np.intp]]]:
@@ -210,8 +210,9 @@ def nearest_l2(
     waiting: list[tuple[float, int, tuple[Split, ...]]] = [(0.0, next(order), ())]
     while waiting:
         known, _, splits = heapq.heappop(waiting)
-        if asked.seconds < 0:
+        if asked.budget.over or not asked.budget.fits_(len(waiting), 0):
             return known, []
+        asked.budget.used += 1
         found = _relaxation(asked, bounds, splits)
         if found is None:
             continue
@@ -242,7 +243,7 @@ def _relaxation(
             program.rows_((1.0, values[source][np.array([unit])]), low=-math.inf, high=0.0)
     origin, pixels = asked.x.double().flatten().numpy(), asked.x.numel()
     solver = program.highs(relaxed=True, threads=asked.threads)
-    solver.setOptionValue("time_limit", max(asked.seconds, 0.01))
+    solver.setOptionValue("time_limit", max(asked.budget.seconds, 0.01))
     columns = np.arange(pixels, dtype=np.int32)
     solver.changeColsCost(pixels, columns, -2 * origin)
     hessian = highspy.HighsHessian()

@@ -6,7 +6,6 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,29 +14,12 @@ from ...graph import Graph, ReLU
 from .._region import Region
 from ..certify._crown import bound_nodes
 from ..certify._relaxations import Interval, first_layers
+from ._budget import Budget
 from ._leaves import Bounder, Leaves, joined
 
 _ROOT_STEPS, _STEPS = 20, 4  # of ascent, for a ball and for each half of a sub-problem
 _WIDE = 2**18  # coefficients of a batch of sub-problems in the widest layer: 2 MB of float64
 _GAIN = 0.02  # share of what a sub-problem lacks below which splits gain nothing
-_BYTES = 2**30  # of open sub-problems
-
-
-@dataclass
-class Budget:
-    """Sub-problems that may be bounded at most, those that were, and what says how many seconds are left."""
-
-    nodes: float
-    seconds: Callable[[], float]
-    used: int = 0
-
-    @property
-    def over(self) -> bool:
-        return self.used >= self.nodes or self.seconds() <= 0
-
-    def part(self, nodes: float) -> Budget:
-        """Return a budget of so many nodes, at most what is left."""
-        return Budget(min(nodes, self.nodes - self.used), self.seconds)
 
 
 class Queue:
@@ -49,7 +31,8 @@ class Queue:
 
     def put_(self, leaves: Leaves) -> None:
         for i, lower in enumerate(leaves.lower.tolist()):
-            heapq.heappush(self.heap, (lower, next(self.order), leaves[i : i + 1]))
+            one = leaves[torch.tensor([i])]  # a copy: a view would keep its whole batch
+            heapq.heappush(self.heap, (lower, next(self.order), one))
 
     def take_(self, count: int) -> list[Leaves]:
         return [heapq.heappop(self.heap)[2] for _ in range(min(count, len(self.heap)))]
@@ -102,7 +85,8 @@ def _both_sides(
         for q, i in zip(leaves.owner[~ended].tolist(), (~ended).nonzero().flatten().tolist(), strict=True):
             queues[q].put_(leaves[i : i + 1])
         worst = [queue for q, queue in enumerate(queues) if queue.lowest < float(settled[q])]
-        if number == rounds or not worst or budget.over:
+        fits = budget.fits_(sum(len(queue.heap) for queue in queues), leaves.nbytes)
+        if number == rounds or not worst or budget.over or not fits:
             break
         leaves = bounder.bounded(joined([part for queue in worst for part in queue.take_(1)]).split(), _STEPS)
         budget.used += len(leaves)
@@ -127,7 +111,6 @@ def decided(
     closed: float = math.inf
     leaves = bounder.roots(owner, _ROOT_STEPS)
     size = batch_size(bounder.graph)
-    most = _BYTES // (17 * max(1, leaves.alpha[0].numel()))
     while True:
         budget.used += len(leaves)
         dead = (leaves.lower <= 0) & (leaves.score.sum(1) <= -_GAIN * leaves.lower)
@@ -138,6 +121,6 @@ def decided(
         closed = min(closed, math.inf, *leaves.lower[dead | (leaves.lower > 0)].tolist())
         queue.put_(leaves[~dead & (leaves.lower <= 0)])
         heard(min(closed, queue.lowest), len(queue.heap), budget.used)
-        if not queue.heap or closed <= 0 or budget.over or len(queue.heap) > most:
+        if not queue.heap or closed <= 0 or budget.over or not budget.fits_(len(queue.heap), leaves.nbytes):
             return min(closed, queue.lowest)
         leaves = bounder.bounded(joined(queue.take_(size // 2)).split(), _STEPS)

@@ -42,6 +42,11 @@ class Leaves:
     def __getitem__(self, some: Tensor | slice) -> Leaves:
         return Leaves(*(getattr(self, f.name)[some] for f in fields(self)))
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of one sub-problem's numbers."""
+        return sum(value[0].numel() * value.element_size() for f in fields(self) if len(value := getattr(self, f.name)))
+
     def split(self) -> Leaves:
         """Return both halves of each sub-problem, cut at the unit with the highest score."""
         twice = self[torch.arange(len(self)).repeat(2)]

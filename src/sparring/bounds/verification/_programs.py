@@ -35,7 +35,7 @@ def by_linear_program(asked: Question, bounder: Bounder, leaf: Leaves) -> tuple[
         program.rows_((1.0, values[source][places]), low=-math.inf, high=0.0)
     solver = program.highs(relaxed=True)
     solver.changeColCost(worst, 1.0)
-    solver.setOptionValue("time_limit", max(asked.seconds, 0.01))
+    solver.setOptionValue("time_limit", max(asked.budget.seconds, 0.01))
     solver.run()
     solution = solver.getSolution()
     cost = np.zeros(len(program.lower))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,6 +14,7 @@ from ...threat import L2, LINF, distance, project
 from .._network import compacted
 from .._region import Region
 from ..certify._relaxations import Interval
+from ._budget import Budget
 
 Status = Literal["verified", "falsified", "unknown"]
 Replay = Callable[
@@ -36,13 +36,7 @@ class Question:
     limits: Tensor
     inner: Interval
     replay: Replay
-    deadline: float
-    clock: Callable[[], float] = time.perf_counter
-
-    @property
-    def seconds(self) -> float:
-        """Return the seconds that are left."""
-        return self.deadline - self.clock()
+    budget: Budget
 
     def of(self, alternatives: Tensor) -> Question:
         """Return the question for some of the alternatives."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...errors import Unsupported
 from ...threat import LINF
 from ..certify._crown import bound_nodes
-from ._branching import Budget, decided, tightened
+from ._branching import decided, tightened
+from ._budget import Budget, Limit
 from ._leaves import Bounder, Leaves
 from ._programs import by_linear_program
 from ._question import Question, Status, climbed, folded
@@ -27,13 +28,13 @@ Progress = Callable[[float, int, int], None]  # the bound, open sub-problems, an
 class Answer:
     """Whether there is a counter-example: "verified" (none), "falsified" (this point, (1, ...)) or "unknown".
 
-    bound: a lower bound on the margin of all alternatives, positive where verified. nodes: bounded sub-problems.
+    bound: a lower bound on the margin of all alternatives, positive where verified. limit: what ended an unknown one.
     """
 
     status: Status
     bound: float
     point: Tensor | None
-    nodes: int
+    limit: Limit = ""
 
 
 class _Found(Exception):
@@ -44,14 +45,14 @@ class _Found(Exception):
 
 
 @torch.no_grad()
-def answered(asked: Question, *, nodes: float = math.inf, progress: Progress | None = None) -> Answer:
-    """Search for an answer until the question's deadline."""
-    budget = Budget(nodes, lambda: asked.seconds)
+def answered(asked: Question, *, progress: Progress | None = None) -> Answer:
+    """Search for an answer within the question's budget."""
+    budget = asked.budget
     try:
         low = _proved(folded(asked), budget, progress or (lambda *_: None))
     except _Found as found:
-        return Answer("falsified", -math.inf, found.point, budget.used)
-    return Answer("verified" if low > 0 else "unknown", low, None, budget.used)
+        return Answer("falsified", -math.inf, found.point)
+    return Answer("verified", low, None) if low > 0 else Answer("unknown", low, None, budget.limit)
 
 
 def _attack(asked: Question, seed: int) -> None:
@@ -98,7 +99,7 @@ def _proved(asked: Question, budget: Budget, progress: Progress) -> float:
         part = budget.part(math.inf if rounds == _ROUNDS[-1] else (budget.used - before) // 2)
         told = partial(_tell, progress, float(low.amin()), budget.used)
         value = decided(bounder, open_(), part, stuck=partial(_by_program, asked, bounder), heard=told)
-        budget.used += part.used
+        budget.take_(part)
         low[open_()] = low[open_()].clamp_min(value)
     return float(low.amin()) if len(low) else math.inf
 

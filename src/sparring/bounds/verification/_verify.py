@@ -20,6 +20,7 @@ from ...waiting import courteous
 from .._network import margin_rows, prepare
 from .._region import Region, region
 from ..certify._relaxations import Interval
+from ._budget import WHY, Budget, Limit
 from ._question import Question, Status, in_float32
 from ._search import Answer, Progress, answered
 from ._vnnlib import Box, Case, Property, inward, outward
@@ -33,7 +34,8 @@ class Verdict:
 
     bound: a lower bound on the distance, in logits, of every point from being a counter-example; above 0 if verified.
     x_adv (1, ...) float32 and logits (classes,): a counter-example and the network's own output. nodes:
-    number of bounded sub-problems. seconds: wall time.
+    number of bounded sub-problems. seconds: wall time. limit: what ended an unknown search: "nodes", "seconds" or
+    "memory" (2 GB of open sub-problems); empty if the bounds leave a gap that splits do not close.
     """
 
     status: Status
@@ -42,6 +44,12 @@ class Verdict:
     logits: Tensor | None
     nodes: int
     seconds: float
+    limit: Limit = ""
+
+    @property
+    def why(self) -> str:
+        """Why the answer is unknown, a sentence; empty where it is not."""
+        return WHY[self.limit] if self.status == "unknown" else ""
 
 
 @courteous()
@@ -64,13 +72,16 @@ def verify(
     ReLUs, whose inputs are bounded by searches of their own first. "verified" refers to exact arithmetic, by bounds in
     float64 that are lowered for rounding; "falsified" to the model itself, or to `run`, its logits of images (N, ...)
     as it is used, such as on another device: they give x_adv another label. Each image takes at most `seconds` of
-    `clock` and `nodes` sub-problems. If no time limit is reached, results are the same on every run. Raise UserError
-    for other norms, Unsupported for layers without a sound rule.
+    `clock` and `nodes` sub-problems. If no time limit is reached, results do not depend on the machine's
+    speed. At most 2 GB of sub-problems are open. Raise UserError for other norms, Unsupported for layers without a
+    sound rule.
     Sources: Wang et al. 2021 (β-CROWN), Bunel et al. 2020 (branching).
     """
     if norm not in (L2, LINF):
         raise UserError(f"labels are verified for linf and l2, not {norm_name(norm)}")
     Threat(norm, eps)
+    if not len(x):
+        return ()
     graph = prepare(model, tuple(x.shape[1:]), images=x, certified=True)
     found = []
     with eval_mode(model):
@@ -80,10 +91,9 @@ def verify(
             rows = margin_rows(graph, y[i : i + 1])[0][:, None]
             replay = partial(_other_label, run, one, int(y[i]), norm, eps)
             ball = region(one, norm, eps)
-            asked = Question(
-                graph, ball, rows, rows.new_zeros(rows.shape[:2]), in_float32(ball), replay, clock() + seconds, clock
-            )
-            found.append(_verdict(answered(asked, nodes=nodes, progress=progress), run, begin))
+            budget = Budget.of(nodes=nodes, seconds=seconds, clock=clock)
+            asked = Question(graph, ball, rows, rows.new_zeros(rows.shape[:2]), in_float32(ball), replay, budget)
+            found.append(_verdict(answered(asked, progress=progress), budget, run, begin))
     return tuple(found)
 
 
@@ -104,23 +114,23 @@ def verify_property(
     The model takes images of `shape`, whose values are the property's inputs in their order. `run` returns the
     network's own outputs for images (N, *shape), such as ONNX Runtime's (default: the model's). Otherwise as `verify`.
     """
-    begin, deadline = time.perf_counter(), clock() + seconds
+    begin, budget = time.perf_counter(), Budget.of(nodes=nodes, seconds=seconds, clock=clock)
     if math.prod(shape) != asked.inputs:
         raise UserError(f"the property has {asked.inputs} inputs, but the network takes images of shape {shape}")
     graph = prepare(model, shape, certified=True)
     if (classes := graph.nodes[-1].shape[0]) != asked.outputs:
         raise UserError(f"the property has {asked.outputs} outputs, but the network has {classes}")
-    low, used = math.inf, 0
+    low = math.inf
     run = run or partial(_answers, model)
     with eval_mode(model):
         for box, cases in _by_box(asked.cases):
-            question = _question(graph, box, cases, run, deadline, clock)
-            answer = answered(question, nodes=nodes - used, progress=progress)
-            used, low = used + answer.nodes, min(low, answer.bound)
+            answer = answered(_question(graph, box, cases, run, budget), progress=progress)
+            low = min(low, answer.bound)
             if answer.point is not None:
                 case = next(case for case in cases if case.satisfied(run(answer.point)[0]))
-                return _verdict(answer, run, begin), case
-    return Verdict("verified" if low > 0 else "unknown", low, None, None, used, time.perf_counter() - begin), None
+                return _verdict(answer, budget, run, begin), case
+    status: Status = "verified" if low > 0 else "unknown"
+    return _verdict(Answer(status, low, None, "" if low > 0 else budget.limit), budget, run, begin), None
 
 
 def _other_label(run: Run, x: Tensor, y: int, norm: float, eps: float, points: Tensor) -> Tensor | None:
@@ -151,9 +161,7 @@ def _by_box(cases: Sequence[Case]) -> Iterator[tuple[Box, list[Case]]]:
     yield from ((some[0].box, some) for some in found.values())
 
 
-def _question(
-    graph: Graph, box: Box, cases: Sequence[Case], run: Run, deadline: float, clock: Callable[[], float]
-) -> Question:
+def _question(graph: Graph, box: Box, cases: Sequence[Case], run: Run, budget: Budget) -> Question:
     shape, classes = (1, *graph.nodes[0].shape), graph.nodes[-1].shape[0]
     low, high = (side.view(shape) for side in outward(box))
     ball = Region((low + high) / 2, LINF, torch.zeros(1, dtype=torch.float64), low, high)
@@ -166,12 +174,12 @@ def _question(
             for k, factor in row.items():
                 rows[q, m, k] = float(factor)
     inside = Interval(*(side.view(shape) for side in inward(box)))
-    return Question(graph, ball, rows, limits, inside, partial(_counter_example, run, cases), deadline, clock)
+    return Question(graph, ball, rows, limits, inside, partial(_counter_example, run, cases), budget)
 
 
-def _verdict(answer: Answer, run: Run, begin: float) -> Verdict:
-    logits = None
+def _verdict(answer: Answer, budget: Budget, run: Run, begin: float) -> Verdict:
+    logits, spent = None, time.perf_counter() - begin
     if answer.point is not None:
         with torch.no_grad():
             logits = run(answer.point)[0]
-    return Verdict(answer.status, answer.bound, answer.point, logits, answer.nodes, time.perf_counter() - begin)
+    return Verdict(answer.status, answer.bound, answer.point, logits, budget.used, spent, answer.limit)

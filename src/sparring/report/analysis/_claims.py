@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...records import Kind
-from ...statistics import Claim, Effect, Expects, Origin, Question, Row, ask, effect
+from ...statistics import Claim, Effect, Expects, Origin, Question, Row, ask, effect, no_gain
 from .. import _numbers as numbers
+from ._comparisons import gap
 from ._cross_checks import suspicion
 from ._findings import MANY_FAILED, ChosenGain, Findings, Result, choose, difference, margins_of, paired
 from ._looks import judge_study
@@ -57,6 +58,7 @@ def claims(findings: Findings) -> list[Question]:
     asked += _chosen_weights(findings)
     asked += _activations(findings, fgsm)
     asked += _proofs(findings)
+    asked += _verified(findings)
     asked += _transfers(findings)
     return asked
 
@@ -244,6 +246,50 @@ def _proofs(findings: Findings) -> Iterator[Question]:
             text = f"the {what} rises at an appropriate sparsity ({measure.attack})"
             origin: Origin = "paper" if measure.role == "ratio" else "this project"
             yield at_choice(findings, result, choice, says("rise", text, origin=origin))
+
+
+def _verified(findings: Findings) -> Iterator[Question]:
+    """Ask whether sparse networks are easier to verify, and apart from that whether they are more robust."""
+    for measure in (m for m in findings.collected if m.role == "verified"):
+        result, stable = findings.result(measure), findings.result(replace(measure, role="stable"))
+        if result is None or stable is None:
+            continue
+        kept = [s for s in places(findings, result.method).appropriate if s in result.sparsities]
+        at = f"{NORMS.get(measure.norm, measure.norm)} ε = {pretty_eps(measure.eps)}"
+        choice = choose(findings, result, within=kept)
+        text = f"sparse networks are easier to verify: more images are verified at the same budget ({at})"
+        yield at_choice(findings, result, choice, says("verified", text, origin="later work"))
+        if choice is not None:
+            yield _separated(findings, result, choice, kept, at)
+        text = f"weight sparsity leaves fewer ReLUs unstable ({at})"
+        sparsity = kept[-1] if kept else stable.sparsities[-1]
+        yield at_sparsity(findings, stable, sparsity, says("stable", text, origin="later work"))
+
+
+def _separated(findings: Findings, result: Result, choice: ChosenGain, kept: Sequence[float], at: str) -> Question:
+    """Ask whether robust accuracy rises, whatever is undecided: only brackets that separate can say so.
+
+    A gain is tested by the least that it can be, what speaks against one by the most that it can be at any sparsity.
+    """
+    text = f"robust accuracy rises at an appropriate sparsity, by proof: the brackets separate ({at})"
+    told = result.words(*sorted(set(choice.sparsities)))
+    test = f"{result.method} at {told}: verified − not falsified of the dense control (the best of {choice.choices})"
+    metric = f"robust accuracy, {at}"
+    claim = replace(says("verified robust", text), test=f"{metric}, {test}", metric=metric)
+    ends = {s: gap(findings, result.measure, (result.method, s)) for s in kept}
+    most = [e[1].scaled(100.0) for e in ends.values() if e is not None]
+    one = ends[choice.sparsities[0]]
+    if one is None or len(most) < len(kept) or len(set(choice.sparsities)) > 1:
+        return unasked(claim, result.measure, "no pairs of networks at one sparsity")
+    asked = ask(claim, one[0].scaled(100.0), choices=choice.choices)
+    if asked.effect is None or asked.effect.seeds == 1:
+        return asked
+    against = max(e.p for e in most) if all(e.estimate < 0 for e in most) else 1.0
+    p = asked.p if asked.effect.estimate > 0 else 1.0  # the least gain below zero proves no loss
+    small = max(no_gain(e, claim.limit) for e in most)
+    if result.gains.dropped:
+        small = against = math.nan
+    return replace(asked, p=p, p_small=small, p_against=against, p_done=1.0)
 
 
 def _transfers(findings: Findings) -> Iterator[Question]:

@@ -13,7 +13,7 @@ import numpy as np
 from ...records import Checkpoint, Record, arrays, image_places
 from ...statistics import Effect, effect, equivalence, holm
 from .. import _numbers as numbers
-from ._findings import Findings, difference
+from ._findings import Findings, difference, paired
 from ._metrics import NORMS, Floats, Measure, PerImage, common, pretty, pretty_eps
 from ._records import Network, Study
 
@@ -247,3 +247,106 @@ def _bracket(method: str, sparsity: float, networks: list[dict[str, Floats]]) ->
         ratio=float(np.median(rows["attack"][proved] / rows["certified"][proved])) if proved.any() else None,
         solved=float(rows["solved"].mean()) if "solved" in rows else None,
     )
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Hold what was asked of one method and sparsity at a fixed eps: shares of all images, means over seeds.
+
+    interval, alpha_crown, verified: proved by these methods, each after the one before, and by the search after both.
+    `gap` are the ends of robust accuracy minus the dense control's on the same images, the least and the most that it
+    can be: verified − the control's not falsified, not falsified − the control's verified; None for dense networks.
+    `eased` is the difference of what is verified.
+    """
+
+    norm: str
+    eps: float
+    method: str
+    sparsity: float
+    seeds: int
+    images: int
+    interval: float
+    alpha_crown: float
+    verified: float
+    falsified: float
+    undecided: float
+    stable: float
+    gap: tuple[Effect, Effect] | None
+    eased: Effect | None
+
+    @property
+    def told(self) -> str:
+        """Say what this row alone shows against the control; empty for the control."""
+        if self.gap is None or self.eased is None:
+            return ""
+        if self.gap[0].low > 0:
+            return "more robust"
+        if self.gap[1].high < 0:
+            return "less robust"
+        easier = "easier to verify" if self.eased.low > 0 else "harder to verify" if self.eased.high < 0 else "neither"
+        return easier if easier != "neither" else "no difference shown"
+
+
+def verified(findings: Findings) -> list[Verified]:
+    """Return what was asked of every method, for each norm and eps in order of sparsity."""
+    return [
+        _verified(findings, measure, method, sparsity, records)
+        for measure in findings.collected
+        if measure.role == "verified"
+        for method in (findings.study.control(), *findings.study.methods)
+        for sparsity in findings.study.sparsities(method)
+        if (records := _verdicts(findings.study, measure, method, sparsity))
+    ]
+
+
+def _verdicts(study: Study, measure: Measure, method: str, sparsity: float) -> list[Record]:
+    return [
+        record
+        for network in study.of(method, sparsity)
+        for record in network.stage("verify")
+        if (record.inputs["norm"], record.inputs["eps"]) == (measure.norm, measure.eps) and record.object is not None
+    ]
+
+
+def _verified(findings: Findings, measure: Measure, method: str, sparsity: float, records: list[Record]) -> Verified:
+    held = [arrays(record, "verified_by", "falsified", "stable") for record in records]
+    by, falsified, stable = (np.concatenate([one[name] for one in held]) for name in held[0])
+    ends = gap(findings, measure, (method, sparsity))
+    eased = None if ends is None else difference(findings, measure, (method, sparsity), _control(findings, method))
+    return Verified(
+        norm=measure.norm,
+        eps=measure.eps or 0.0,
+        method=method,
+        sparsity=sparsity,
+        seeds=len(records),
+        images=len(held[0]["verified_by"]),
+        interval=float((by == 1).mean()),
+        alpha_crown=float(((by == 1) | (by == 2)).mean()),
+        verified=float((by > 0).mean()),
+        falsified=float(falsified.mean()),
+        undecided=float(((by == 0) & (falsified == 0)).mean()),
+        stable=float(stable.mean()),
+        gap=ends,
+        eased=eased,
+    )
+
+
+def _control(findings: Findings, method: str) -> tuple[str, float]:
+    return findings.study.control(method), 0.0
+
+
+def gap(findings: Findings, measure: Measure, who: tuple[str, float]) -> tuple[Effect, Effect] | None:
+    """Return the least and the most by which robust accuracy can exceed the control's; None: who is one itself."""
+    if findings.study.is_dense(who[0]):
+        return None
+    proved, open_ = (
+        {
+            side: {seed: one for (*which, seed), one in findings.collected[m].items() if tuple(which) == side}
+            for side in (who, _control(findings, who[0]))
+        }
+        for m in (measure, replace(measure, role="not falsified"))
+    )
+    control = _control(findings, who[0])
+    least = paired(findings, measure, proved[who], open_[control])
+    most = paired(findings, measure, open_[who], proved[control])
+    return None if least is None or most is None else (least, most)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -116,25 +116,35 @@ def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> dict[str, f
 
 
 def _refuse_refuted(study: Study, collected: Collected) -> None:
-    """Hold every certified radius and exact distance against every attack in its norm; see `refuse_refuted`."""
+    """Hold every certified radius, exact distance and verified ball against every attack in its norm.
+
+    Of a ball, any success within its eps is a refutation; else see `refuse_refuted`.
+    """
     proofs = [(m.norm, who, one) for m, held in collected.items() if m.role == "certified" for who, one in held.items()]
+    balls = [
+        (m.norm, who, replace(one, top=(m.eps or 0.0) * one.top))
+        for m, held in collected.items()
+        if m.role == "verified"
+        for who, one in held.items()
+    ]
     for network in study.networks:
         for record in network.stage("exact"):
             if bound := arrays(record, "lower", "images"):
                 images, lower = image_places(record, bound, study.dataset), bound["lower"].astype(float)
                 one = PerImage(images, lower, np.ones(len(lower)))
                 proofs.append((str(record.inputs["norm"]), network.who, one))
-    for norm, who, proof in proofs:
+    reaching = ("budget", "distance-correct", "not falsified")
+    for number, (norm, who, proof) in enumerate([*balls, *proofs]):
         for m, held in collected.items():
-            if (m.norm, m.split) != (norm, "test") or m.role not in ("budget", "distance-correct") or who not in held:
+            if (m.norm, m.split) != (norm, "test") or m.role not in reaching or who not in held:
                 continue
             images = common([proof.images, held[who].images])
             one = held[who].at(images)
-            reached = np.where(one.top == 0, m.eps or np.inf, np.inf) if m.role == "budget" else one.found
+            reached = one.found if m.eps is None else np.where(one.top == 0, m.eps or np.inf, np.inf)
             named = f"{who[0]} at sparsity {who[1]:g}, seed {who[2]}, {m.label}"
-            refuse_refuted(
-                proof.at(images).top, np.where(reached > 0, reached, np.inf), norm=norm, who=named, images=images
-            )
+            proved, reached = proof.at(images).top, np.where(reached > 0, reached, np.inf)
+            closed = number < len(balls) and m.eps is not None
+            refuse_refuted(proved, reached, norm=norm, who=named, images=images, closed=closed)
 
 
 def _against(weak: Held, strong: Held, pixels: int) -> Iterator[tuple[str, str]]:

@@ -19,8 +19,9 @@ from ._records import Study, Who, attack_name, is_naive, shown
 Floats = NDArray[np.float64]
 Role = Literal[
     "accuracy", "budget", "worst", "distance", "distance-correct", "certified",
-    "margin", "lipschitz", "ratio", "to sparse", "to dense",
+    "margin", "lipschitz", "ratio", "to sparse", "to dense", "verified", "not falsified", "stable",
 ]  # fmt: skip
+VERIFIED: tuple[Role, ...] = ("verified", "not falsified", "stable")  # of "verify" records, with norm and eps
 LIPSCHITZ: tuple[Role, ...] = ("margin", "lipschitz", "ratio")  # the tensors of "lipschitz" records
 TRANSFER: tuple[Role, ...] = ("to sparse", "to dense")  # the directions of "transfer" records
 TENSORS = {
@@ -29,6 +30,7 @@ TENSORS = {
     "certify": ("radius", "images"),
     "lipschitz": ("clean_correct", "images", *LIPSCHITZ),
     "transfer": ("clean_correct", "success", "images"),
+    "verify": ("verified_by", "falsified", "stable", "images"),
 }
 # In l0 the values of an image count, and beside them its pixels.
 PIXELS = "l0-pixels"
@@ -57,8 +59,8 @@ class Measure:
 
     @property
     def is_share(self) -> bool:
-        """Tell whether this is a share of images (shown in %), not a distance."""
-        return self.role in ("accuracy", "budget", "worst", *TRANSFER)
+        """Tell whether this is a share (shown in %) of images, or of an image's ReLUs, not a distance."""
+        return self.role in ("accuracy", "budget", "worst", *TRANSFER, *VERIFIED)
 
     @property
     def slug(self) -> str:
@@ -84,6 +86,9 @@ class Measure:
             "margin": f"Margin, {norm}, {self.attack}, correctly classified only",
             "lipschitz": f"Lipschitz constant L, {norm}, {self.attack}, correctly classified only",
             "ratio": f"Margin / L, {norm}, {self.attack}, correctly classified only",
+            "verified": f"Verified robust, {norm}{at}",
+            "not falsified": f"Not falsified, {norm}{at}",
+            "stable": f"Stable ReLUs, {norm}{at}",
         }
         return titles.get(self.role, f"{attack} examples that transfer {self.role}, {norm}{at if self.eps else ''}")
 
@@ -96,6 +101,7 @@ class Measure:
         labels |= {"certified": f"certified {norm}", "distance": f"{pretty(self.label)} {norm}"}
         labels |= {"margin": f"margin ({norm})", "lipschitz": f"L ({norm})", "ratio": f"margin / L ({norm})"}
         labels |= {role: f"{pretty(self.label)} transfers {role}" for role in TRANSFER}
+        labels |= {role: f"{role} {norm}" for role in VERIFIED}
         return labels.get(self.role, f"{pretty(self.label)} {norm}, correct only") + eps
 
     @property
@@ -191,7 +197,17 @@ def collect(study: Study) -> Collected:
     _lend_controls(study, found)
     _add_worst(found)
     _cap(found)
-    order = ("accuracy", "budget", "worst", "distance", "distance-correct", "certified", *LIPSCHITZ, *TRANSFER)
+    order = (
+        "accuracy",
+        "budget",
+        "worst",
+        "distance",
+        "distance-correct",
+        "certified",
+        *VERIFIED,
+        *LIPSCHITZ,
+        *TRANSFER,
+    )
     weakest = ("fgsm", "rfgsm", "pgd")
 
     def rank(m: Measure) -> tuple[object, ...]:
@@ -223,6 +239,13 @@ def _of_record(study: Study, record: Record) -> Iterator[tuple[Measure, PerImage
     elif record.stage == "certify":
         measure = Measure("certified", attack=str(inputs["method"]), norm=str(inputs["norm"]))
         yield measure, PerImage(images, _floats(held["radius"]), ones)
+    elif record.stage == "verify":
+        shares = (held["verified_by"] > 0, ~held["falsified"].astype(bool), held["stable"])
+        for role, share in zip(VERIFIED, shares, strict=True):
+            yield (
+                Measure(role, norm=str(inputs["norm"]), eps=float(inputs["eps"])),
+                PerImage(images, _floats(share), ones),
+            )
     elif record.stage == "lipschitz":
         correct, method = _floats(held["clean_correct"]), f"{inputs['method']} in radius {inputs['radius']:g}"
         for role in (role for role in LIPSCHITZ if role in held):
@@ -384,6 +407,6 @@ def summary(measure: Measure, one: PerImage) -> tuple[float | None, float | None
     """Return one network's metric and, for shares, its exact binomial interval (None where there is none)."""
     if one.bottom.sum() == 0:
         return None, None, None
-    if not measure.is_share:
+    if not measure.is_share or measure.role == "stable":  # of many ReLUs an image
         return one.mean, None, None
     return one.mean, *binomial_interval(round(float(one.top.sum())), round(float(one.bottom.sum())))

@@ -33,6 +33,7 @@ from ..stages._inputs import (
     Shard,
     Ship,
     Train,
+    Verify,
 )
 from ..stages._networks import Context, check_fit, network
 from ._plan import Plan
@@ -125,6 +126,8 @@ def _passes(inputs: Inputs, context: Context) -> float:
             return classifiers * (8.0 * against * paths.train_images + 100.0 * paths.images)
         case Exact(asked=asked):
             return 1e5 * float(asked.images)  # seconds on end, where a search runs into its limit
+        case Verify(asked=asked):
+            return 5.0 * (100 + asked.nodes) * float(asked.images)
         case Certify(asked=asked) | Lipschitz(asked=asked):
             return {**BOUNDS, **LIPSCHITZ}.get(asked.method, BoundFacts()).passes * float(asked.images)
         case Ship():

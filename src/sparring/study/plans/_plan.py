@@ -37,6 +37,7 @@ from ._tables import (
     PruningSettings,
     ShippedSettings,
     TrainingSettings,
+    VerifySettings,
     attack_named,
     check_attack,
     check_settings,
@@ -82,6 +83,7 @@ class Plan:
     certify: tuple[CertifySettings, ...] = ()
     lipschitz: tuple[LipschitzSettings, ...] = ()
     exact: tuple[ExactSettings, ...] = ()
+    verify: tuple[VerifySettings, ...] = ()
     transfer: tuple[AttackSettings, ...] = ()
     linear: tuple[LinearPaths, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ("final",)
@@ -134,7 +136,7 @@ class Plan:
 
     def _check_methods(self, known: set[str]) -> None:
         """Raise UserError for a table that is narrowed to a method that the plan does not have."""
-        tables = (*self.attacks, *self.transfer, *self.certify, *self.lipschitz, *self.shipped)
+        tables = (*self.attacks, *self.transfer, *self.certify, *self.lipschitz, *self.verify, *self.shipped)
         for method in (method for table in tables for method in table.methods or ()):
             if method not in known:
                 raise UnknownNameError("method", method, known)

@@ -22,6 +22,7 @@ from ...units import norm_name, parse_eps, parse_norm
 # What every attack takes, and what a plan says of one beside its options.
 _CONTRACT = ("model", "x", "y", "norm", "eps", "targets", "generator", "name", "naive", "label")
 _COUNTS = ("steps", "restarts", "queries")
+MOST_NODES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -219,13 +220,15 @@ class LipschitzSettings(Narrowed):
 
 @dataclass(frozen=True)
 class ExactSettings:
-    """Compute exact distances of the first `images` images, within `seconds` each, at the given sparsities (none: all).
+    """Compute exact distances of the first `images` images, within `nodes` sub-problems each, at the given sparsities.
 
-    The result of a search within its time limit depends on the machine; only these records may differ between runs.
+    `seconds` of an image are a cap: a record in which a search hit it depends on the machine, and is flagged. Without
+    `nodes` there is no other limit; without sparsities all are asked.
     """
 
     images: int = 10
     norm: Literal["linf", "l2"] = "linf"
+    nodes: int | None = None
     seconds: float = 60.0
     seeds: int | None = 1
     sparsities: tuple[float, ...] | None = None
@@ -234,10 +237,34 @@ class ExactSettings:
         _check_narrowing("exact", self.seeds, sparsities=self.sparsities)
         in_range("exact.images", self.images, 1, 1_000_000)
         in_range("exact.seconds", self.seconds, 1e-3, 1e7)
+        in_range("exact.nodes", 1 if self.nodes is None else self.nodes, 1, MOST_NODES)
 
     def applies(self, seed: int, method: str, sparsity: float | None) -> bool:
         """Return whether the table is for a cell."""
         return included(self.seeds, seed) and (self.sparsities is None or sparsity in self.sparsities)
+
+
+@dataclass(frozen=True)
+class VerifySettings(Narrowed):
+    """Ask whether the label stands in the whole eps-ball around each of the first `images` images.
+
+    Interval arithmetic comes first, then α-CROWN, then a search of `nodes` sub-problems an image. `seconds` of an image
+    are a cap: a record in which a search hit it depends on the machine, and is flagged.
+    """
+
+    heading = "verify"
+    eps: float
+    images: int = 200
+    norm: Literal["linf", "l2"] = "linf"
+    nodes: int = 2000
+    seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Threat(parse_norm(self.norm), self.eps)
+        in_range("verify.images", self.images, 1, 1_000_000)
+        in_range("verify.nodes", self.nodes, 0, MOST_NODES)
+        in_range("verify.seconds", self.seconds, 1e-3, 1e7)
 
 
 @dataclass(frozen=True)

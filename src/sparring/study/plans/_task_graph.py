@@ -329,12 +329,13 @@ class _Seed:
         )
 
     def _proofs(self, network: Judged, method: str, sparsity: float | None) -> Iterator[Inputs]:
-        """Yield every certificate, Lipschitz constant and exact distance of a cell."""
+        """Yield every certificate, Lipschitz constant, exact distance and verdict of a cell."""
         plan, shared = self.plan, vars(network)
         kinds: list[tuple[Any, tuple[Any, ...]]] = [
             (stages.Certify, plan.certify),
             (stages.Lipschitz, plan.lipschitz),
             (stages.Exact, plan.exact),
+            (stages.Verify, plan.verify),
         ]
         for kind, tables in kinds:
             for table in tables:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +14,7 @@ from ...errors import Unsupported
 from ...outputs import opened
 from ...threat import Threat, parse_norm
 from ..runner._executors import Task, TaskOutcome
-from ._inputs import Certify, Exact, Judged, Lipschitz
+from ._inputs import Certify, Exact, Judged, Lipschitz, Verify
 from ._networks import Context, chosen_images, chosen_places, judged
 
 
@@ -68,16 +71,17 @@ def _tightest(logits: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distances(context: Context, task: Task[Exact]) -> TaskOutcome:
-    """Find exact distances of a few images within a time limit each, starting from the best attack."""
+    """Find exact distances of a few images within a budget each, starting from the best attack."""
     asked = task.inputs.asked
     norm, (model, x, y, places) = parse_norm(asked.norm), _given(context, task, asked.images)
     generator = torch.Generator().manual_seed(asked.images)
     attacked = attacks.run(model, x, y, attacks.nearest, Threat(norm), generator=generator, batch_size=100)
     try:
-        found = bounds.exact(model, x, y, norm, x_adv=attacked.x_adv, seconds=asked.seconds)
+        nodes = math.inf if asked.nodes is None else asked.nodes
+        found = bounds.exact(model, x, y, norm, x_adv=attacked.x_adv, seconds=asked.seconds, nodes=nodes)
     except Unsupported as reason:
         return _without("no-exact-distance", reason)
-    solved = torch.tensor([status != "time limit" for status in found.status])
+    solved = torch.tensor([status in ("exact", "wrong") for status in found.status])
     tensors = {
         "lower": found.lower,
         "upper": found.upper,
@@ -88,7 +92,52 @@ def distances(context: Context, task: Task[Exact]) -> TaskOutcome:
         "images": places,
     }
     metrics: dict[str, float | None] = {"solved": float(solved.double().mean())}
-    return TaskOutcome(metrics, tensors=tensors, times={"search": float(found.seconds.sum())})
+    flags = _limits([status.removesuffix(" limit") for status in found.status], asked.seconds)
+    return TaskOutcome(metrics, flags=flags, tensors=tensors, times={"search": float(found.seconds.sum())})
+
+
+def verdicts(context: Context, task: Task[Verify]) -> TaskOutcome:
+    """Ask of each image whether its label stands in the whole ball: by interval, by α-CROWN, by a search."""
+    asked = task.inputs.asked
+    model, x, y, places = _given(context, task, asked.images)
+    threat = Threat(parse_norm(asked.norm), asked.eps)
+    with torch.no_grad():
+        right = opened(model, x)(x).argmax(1) == y
+    by, falsified, nodes = torch.zeros(len(y), dtype=torch.int8), ~right, torch.zeros(len(y), dtype=torch.int32)
+    try:
+        stable = bounds.stable(model, x, threat)
+        for number, method in enumerate(("interval", "alpha-crown"), 1):
+            left = (right & (by == 0)).nonzero().squeeze(1)
+            by[left[bounds.margin(model, x[left], y[left], threat, method=method).amin(1) > 0]] = number
+        left = (right & (by == 0)).nonzero().squeeze(1)
+        found = bounds.verify(model, x[left], y[left], threat.norm, asked.eps, nodes=asked.nodes, seconds=asked.seconds)
+    except Unsupported as reason:
+        return _without("not-verified", reason)
+    for i, one in zip(left.tolist(), found, strict=True):
+        by[i], falsified[i] = 3 * (one.status == "verified"), one.status == "falsified"
+        nodes[i] = one.nodes
+    shares = {"verified": by > 0, "falsified": falsified, "undecided": (by == 0) & ~falsified, "stable": stable}
+    return TaskOutcome(
+        {name: float(share.double().mean()) for name, share in shares.items()},
+        flags=_limits([one.limit for one in found], asked.seconds),
+        tensors={"verified_by": by, "falsified": falsified, "stable": stable, "nodes": nodes}
+        | {"clean_correct": right, "label": y, "images": places},
+        times={"search": sum(one.seconds for one in found)},
+    )
+
+
+def _limits(ended: Sequence[str], seconds: float) -> list[dict[str, str]]:
+    """Return flags for searches that were ended by time or memory, not by their nodes."""
+    why = {
+        "time": f"the cap of {seconds:g} seconds; results depend on the machine",
+        "memory": "2 GB of open sub-problems",
+    }
+    counts = {"time": ended.count("time") + ended.count("seconds"), "memory": ended.count("memory")}
+    return [
+        {"name": f"{name}-limit", "detail": f"{count} of {len(ended)} searches ended at {why[name]}"}
+        for name, count in counts.items()
+        if count
+    ]
 
 
 def _given(context: Context, task: Task[Judged], images: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:

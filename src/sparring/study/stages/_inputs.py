@@ -20,6 +20,7 @@ from ..plans._tables import (
     LipschitzSettings,
     NetworkSettings,
     TrainingSettings,
+    VerifySettings,
     attack_named,
 )
 
@@ -264,6 +265,15 @@ class Exact(Judged):
     stage = "exact"
     spread = "asked"
     asked: ExactSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Judged):
+    """Ask whether labels stand in whole balls."""
+
+    stage = "verify"
+    spread = "asked"
+    asked: VerifySettings
 
 
 @dataclass(frozen=True, kw_only=True)

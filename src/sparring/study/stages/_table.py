@@ -8,7 +8,7 @@ from typing import Any
 from ...facts import ATTACKS, OWN_ATTACK
 from ...sparsity import ACTIVATIONS
 from ..runner._executors import AnyTask, TaskOutcome
-from ._certify import certify, constants, distances
+from ._certify import certify, constants, distances, verdicts
 from ._evaluate import attack, lend, measure, transfer
 from ._linear import classify_group
 from ._networks import Context
@@ -27,6 +27,7 @@ STAGES: dict[str, Callable[[Context, Any], TaskOutcome]] = {
     "certify": certify,
     "lipschitz": constants,
     "exact": distances,
+    "verify": verdicts,
     "deploy": pack,
     "ship": ship,
     "linear": classify_group,
