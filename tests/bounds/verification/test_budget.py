@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from ..exact_distances.test_exact import brute_force, tiny
 from .test_verify import hard
 
 
-def at(moments: list[float], **limits: float) -> Budget:
+def at(moments: list[float], **limits: Any) -> Budget:
     return Budget(clock=iter(moments).__next__, **limits)
 
 
@@ -64,7 +65,7 @@ def test_many_nodes_suffice() -> None:
     [({"nodes": 20}, "nodes", "more nodes"), ({"seconds": 0.0}, "seconds", "more seconds"), ({}, "memory", "2 GB")],
 )
 def test_an_unknown_answer_says_what_ended_it(
-    limits: dict[str, float], limit: str, words: str, monkeypatch: pytest.MonkeyPatch
+    limits: dict[str, Any], limit: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budgets, "BYTES", 0 if limit == "memory" else budgets.BYTES)
     model, x, y = hard()
