@@ -8,7 +8,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what an editor completes
-    from . import attacks, bounds, data, deploy, metrics, models, records, report, sparsity, statistics, study, train  # noqa: F401  # fmt: skip
+    from . import (  # noqa: F401  # fmt: skip
+        attacks,
+        bounds,
+        data,
+        deploy,
+        metrics,
+        models,
+        progress,
+        records,
+        report,
+        sparsity,
+        statistics,
+        study,
+        train,
+    )
 
 try:
     __version__ = version("sparring")
@@ -24,6 +38,7 @@ _PARTS = (
     "deploy",
     "metrics",
     "models",
+    "progress",
     "records",
     "report",
     "sparsity",

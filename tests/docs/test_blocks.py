@@ -58,21 +58,6 @@ from sparring import attacks
 from sparring.threat import LINF, Threat
 best = attacks.run(model, x, y, attacks.ATTACKS["nearest"], Threat(LINF, None)).x_adv
 """,
-    "data.md": """
-from sparring.data import Split
-import torch
-from pathlib import Path
-Path("blobs.bin").write_bytes(bytes(range(120)))
-def cut(data):
-    x = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(30, 1, 2, 2)
-    return [Split(x[at : at + 10], torch.arange(10) % 2) for at in (0, 10, 20)]
-""",
-}
-AFTER = {
-    "data.md": """
-from sparring import data
-assert "blobs" not in data.DATASETS or len(data.load("blobs", ".").train.x) == 10
-"""
 }
 
 
@@ -185,7 +170,7 @@ def _do(step: Step, page: Path, home: Path, folder: Path) -> None:
     if step.kind == "sh":
         command = ["bash", "-c", step.text]
     else:
-        text = "\n".join([BEFORE.get(page.name, ""), step.text, AFTER.get(page.name, "")])
+        text = "\n".join([BEFORE.get(page.name, ""), step.text])
         (folder / "block.py").write_text(text, encoding="utf-8")
         command = [sys.executable, "block.py"]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

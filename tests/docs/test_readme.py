@@ -32,7 +32,7 @@ def test_the_python_of_the_readme_works_as_written(
     assert isinstance(shown, Report) and {row["method"] for row in shown.rows()} >= {"control"}
     assert "<svg" in shown._repr_html_() and "net on mine" in str(shown)
     progress = capsys.readouterr().err
-    assert progress.startswith("\r0 of ") and progress.endswith("\n")
+    assert progress.startswith("\r[....................] 0 of ") and progress.endswith("\n")
     assert not [line for line in progress.splitlines() if line.startswith("failed")]
 
 

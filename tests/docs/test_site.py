@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,18 @@ def test_the_tutorial_runs_and_its_outputs_are_kept() -> None:
     for cell in code:
         exec(compile("".join(cell["source"]), str(path), "exec"), names)
     assert 0.9 < names["accuracy"](names["dense"]) <= 1  # type: ignore[operator]
+
+
+@pytest.mark.browser
+def test_the_search_works_from_disk(site: Path, driver) -> None:  # type: ignore[no-untyped-def]
+    driver.get((site / "quickstart.html").as_uri())
+    field = driver.find_element("css selector", "[data-md-component=search-query]")
+    field.click()
+    field.send_keys("FAB")
+    links = "return [...document.querySelectorAll('.md-search-result__link')].map(a => a.href)"
+    found: list[str] = []
+    for _ in range(150):
+        if found := driver.execute_script(links):
+            break
+        time.sleep(0.2)
+    assert any("api/attacks.html" in link for link in found)

@@ -255,7 +255,7 @@ def test_the_methods_paragraph_says_how_networks_were_trained_and_on_how_many_im
     training = {"loss": "pgd-at", "norm": "linf", "eps": 0.2, "steps": 7, "ramp": 0.5}
     rewrite_plan(out, recipe=recipe, finetune=recipe | {"epochs": 8}, training=training)
     told = methods_of(out)
-    assert "Training took 12 epochs (sgd, learning rate 0.1" in told and "fine-tuning took 8 epochs" in told
+    assert "Training took 12 epochs (SGD, learning rate 0.1" in told and "fine-tuning took 8 epochs" in told
     assert "PGD adversarial training (ℓ∞, ε = 0.2, 7 steps); ε grew to its value over a fraction of 0.5" in told
     rewrite_plan(out, model={"name": "lenet-300-100", "weights": "mine.safetensors"})
     told = methods_of(out)

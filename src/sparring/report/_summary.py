@@ -237,7 +237,7 @@ def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
     for row in primary:
         if (e := row.effect) is not None:
             p = f"; {row.question.doubt}" if row.question.doubt else numbers.decisive(row)
-            more = f"; about {row.needed:,} seeds would decide" if row.needed else ""
+            more = f"; a decision needs about {row.needed:,} seeds or more" if row.needed else ""
             text = row.claim.text[:1].upper() + row.claim.text[1:]
             yield f"{text}: {row.told} ({numbers.signed(e, row.claim.unit)}, {numbers.seeds(e.seeds)}{p}{more})."
     missed: dict[str, list[str]] = defaultdict(list)
@@ -337,11 +337,15 @@ def _recipe(findings: Findings) -> str:
     return f"{said}{'' if ramp is None or given else grown}. "
 
 
+_OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+
+
 def _epochs(recipe: object) -> str:
     told = recipe if isinstance(recipe, dict) else {}
     epochs, optimizer, lr, decay, batch = (
         told.get(name, "?") for name in ("epochs", "optimizer", "lr", "weight_decay", "batch_size")
     )
+    optimizer = _OPTIMIZERS.get(optimizer, optimizer)
     return f"{epochs} epochs ({optimizer}, learning rate {lr}, weight decay {decay}, batch size {batch})"
 
 

@@ -103,8 +103,8 @@ def test_one_line_rewrites_itself(capsys: pytest.CaptureFixture[str]) -> None:
         2,
         Record("k", "attack", ATTACK, environment={}, times={}),
     )
-    assert first.strip() == "1 of 3 tasks done; the rest takes about 12 s (rough estimate)"
-    assert second.strip() == "2 of 3 tasks done · seed 0 · magnitude 90.0% · pgd linf eps 0.1"
+    assert first.strip() == "[######..............] 1 of 3 tasks; the rest takes about 12 s (rough estimate)"
+    assert second.strip() == "[#############.......] 2 of 3 tasks · seed 0 · magnitude 90.0% · pgd linf eps 0.1"
     assert first[0] == second[0] == "\r" and len(first) == len(second)
 
 
@@ -112,4 +112,4 @@ def test_failed_tasks_keep_their_line_and_the_last_line_ends(capsys: pytest.Capt
     text = told(capsys, 3, Record("k", "train", {}, environment={}, times={}, error="diverged"), failed=1)
     kept, line, end = text.split("\n")
     assert kept.strip() == "failed: seed 0 · magnitude 90.0% · train: diverged"
-    assert line.strip().startswith("3 of 3 tasks done, 1 failed") and not end
+    assert line.strip().startswith("[####################] 3 of 3 tasks, 1 failed") and not end

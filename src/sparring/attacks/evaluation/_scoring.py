@@ -91,7 +91,7 @@ def budget_of(attack: Attack, threat: Threat) -> dict[str, Any]:
 class Order:
     """An attack with its images: call it with a model, a mask of the images to attack, and a number for its draws.
 
-    progress: told before each batch how many images are done, and of how many.
+    progress: called before each batch, and at the end, with the number of images that are done and their total.
     """
 
     attack: Attack
@@ -123,6 +123,8 @@ class Order:
                     what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
                     raise UserError(f"the attack returned {what}, not images of shape {tuple(x_adv[rows].shape)}")
                 x_adv[rows] = found.detach().to(x_adv)
+        if self.progress is not None:
+            self.progress(len(places), len(places))
         return x_adv
 
     def sized(self, model: nn.Module, *, draws: int = 1) -> Order:

@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import UserError
+from ...progress import bar, write_over
 from ...records import Record
 from ._schedule import Event, Watcher
-
-WIDTH = 110
 
 
 def show_progress(event: Event) -> None:
     """Write the progress of a study over the last line of stderr; a failed task keeps its line. Pass it as `watch`."""
     record = event.record
     if record is not None and record.error:
-        _write(f"failed: {event.label} · {what_of(record)}: {record.error}", "\n")
-    _write(_line(event), "\n" if event.done == event.total else "")
+        write_over(f"failed: {event.label} · {what_of(record)}: {record.error}", "\n")
+    write_over(_line(event), "\n" if event.done == event.total else "")
 
 
 def _line(event: Event) -> str:
-    counts = f"{event.done} of {event.total} tasks done" + (f", {event.failed} failed" if event.failed else "")
+    counts = f"{bar(event.done, event.total)} tasks" + (f", {event.failed} failed" if event.failed else "")
     if event.record is None:
         damaged = f"; damaged files to recompute: {len(event.damaged)}" if event.damaged else ""
         guess = f"; the rest takes about {event.estimate:.0f} s (rough estimate)" if event.estimate else ""
         return counts + damaged + guess
     return f"{counts} · {event.label} · {what_of(event.record)}"
-
-
-def _write(line: str, end: str) -> None:
-    """Overwrite the line; spaces clear the rest, as notebooks do not know a terminal's command for it."""
-    sys.stderr.write("\r" + line[:WIDTH].ljust(WIDTH) + end)
-    sys.stderr.flush()
 
 
 @contextlib.contextmanager
