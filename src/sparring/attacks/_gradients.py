@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,20 @@ class Probe(Opened):
         self._note(logits)
         return logits
 
+    def twin(self) -> Probe:
+        """Return a probe of a copy of the model, which another thread may call; parameters and buffers are shared.
+
+        Raise whatever the model raises that cannot be copied.
+        """
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return Probe(copy.deepcopy(self.model, cast(dict[int, Any], shared)), hand=self.hand)
+
+    def add_(self, twin: Probe) -> None:
+        """Take over what a twin counted."""
+        self.forwards += twin.forwards
+        self.backwards += twin.backwards
+        self._nonfinite = self._nonfinite + twin._nonfinite
+
     def _note(self, logits: Tensor, passes: int = 1) -> None:
         self.forwards += len(logits) * passes
         if not on_cpu(logits) or not math.isfinite(logits.sum()):
@@ -138,7 +153,7 @@ def logits_and_pull(model: nn.Module, x: Tensor, weigh: Callable[[Tensor], Tenso
     that is known by hand) or (R, N, K) for R of them, processed 16 at a time. It is called exactly once.
     """
     probe = model if isinstance(model, Probe) else None
-    kernels = _kernels(model)
+    kernels = kernels_of(model)
     if probe is not None and probe.hand is not None:
         logits, hidden = probe.through(probe.hand, x)
         back = partial(_by_hand, probe.hand, hidden, x)
@@ -190,7 +205,7 @@ def _by_hand(hand: ByHand, hidden: Any, x: Tensor, weights: Tensor) -> Tensor:
     return hand.backward(weights, hidden).view(*weights.shape[:-1], *x.shape[1:])
 
 
-def _kernels(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+def kernels_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return what computes a packed network's input gradients of sums of logits; None where autograd has to."""
     inner = model.model if isinstance(model, Probe) and model.draws == 1 else model
     return getattr(inner, "input_gradient", None)

@@ -15,12 +15,14 @@ from ...errors import UserError
 from ...facts import ATTACKS, OWN_ATTACK, AttackFacts
 from ...memory import Need, free_memory, measured
 from ...plugins import takes
+from ...threads import shared_out
 from ...threat import Threat, distance
-from .._gradients import ROWS_AT_ONCE, Probe, logits_and_pull
+from .._gradients import ROWS_AT_ONCE, Probe, kernels_of, logits_and_pull, on_cpu
 from ..algorithms._losses import dlr, is_answer, margin_loss
 from ..algorithms._pgd import pgd
 from ..algorithms._projections import column, select
-from ._bpda import Differences, seeded, straight_through
+from ..fastpath._mlp import is_hooked
+from ._bpda import Differences, is_stochastic, seeded, straight_through
 from ._sanity_checks import Flag
 
 TOLERANCE = 1e-6
@@ -28,6 +30,8 @@ TOLERANCE = 1e-6
 _SIZES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
 # Another way of attacking must do better on this share of the images before it is called a sign of masking.
 NOTABLE = 0.02
+# Images that a thread is given at least.
+_LEAST = 16
 # Tensors of an image's size that an attack keeps for each image, beside what the model takes.
 _COPIES = 16
 # What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
@@ -57,11 +61,17 @@ PLAIN, SINGLE, STRAIGHT, DIFFERENCES, LOAN, DEEP_LOAN, LONGER, TWICE = 0, 5, 6, 
 
 def facts_of(attack: Attack) -> AttackFacts:
     """Return the facts about an attack in any configuration; one without a parameter `eps` is a minimum-norm attack."""
+    name = _name_of(attack)
+    if name is not None:
+        return ATTACKS[name]
+    return OWN_ATTACK if takes(_innermost(attack), "eps") else replace(OWN_ATTACK, kind="minimum-norm")
+
+
+def _name_of(attack: Attack) -> str | None:
+    """Return the name of an attack in the table, in any configuration; None for others, which may keep a state."""
     function = _innermost(attack)
     name = getattr(function, "__name__", "").replace("_", "-")
-    if name in ATTACKS and _is_built_in(function):
-        return ATTACKS[name]
-    return OWN_ATTACK if takes(function, "eps") else replace(OWN_ATTACK, kind="minimum-norm")
+    return name if name in ATTACKS and _is_built_in(function) else None
 
 
 def source_for(attack: Attack, source: Source) -> torch.Generator | None:
@@ -104,35 +114,44 @@ class Order:
     progress: Callable[[int, int], None] | None = None
 
     def __call__(self, model: nn.Module, wanted: Tensor, turn: int) -> Tensor:
-        x_adv, budget = self.x.clone(), budget_of(self.attack, self.threat)
-        places, draws = wanted.nonzero().squeeze(1), self.draws.at(turn)
-        for number, rows in enumerate(torch.split(places, self.batch_size)):
+        x_adv, places = self.x.clone(), wanted.nonzero().squeeze(1)
+        if len(places) == 0:
+            return x_adv
+        batches = torch.split(places, self.batch_size)
+        twins = _twins(model, min(_threads_for(self.x), len(batches))) if _name_of(self.attack) else []
+        work = partial(self._attacked, twins or [model], self.draws.at(turn))
+        results = shared_out(work, batches) if twins else map(work, batches)
+        for number, rows in enumerate(batches):
             if self.progress is not None:
                 self.progress(number * self.batch_size, len(places))
-            if len(rows):
-                found = self.attack(
-                    model,
-                    self.x[rows],
-                    self.y[rows],
-                    norm=self.threat.norm,
-                    targets=select(self.targets, rows),
-                    generator=source_for(self.attack, draws[rows]),
-                    **budget,
-                )
-                if not isinstance(found, Tensor) or found.shape != x_adv[rows].shape:
-                    what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-                    raise UserError(f"the attack returned {what}, not images of shape {tuple(x_adv[rows].shape)}")
-                x_adv[rows] = found.detach().to(x_adv)
+            x_adv[rows] = next(results).to(x_adv)
+        for twin in twins:
+            cast(Probe, model).add_(cast(Probe, twin))
         if self.progress is not None:
             self.progress(len(places), len(places))
         return x_adv
+
+    def _attacked(self, free: list[nn.Module], draws: Draws, rows: Tensor) -> Tensor:
+        """Return what the attack makes of images `rows`, with a model that nobody else uses."""
+        x, source, model = self.x[rows], source_for(self.attack, draws[rows]), free.pop()
+        found = self.attack(
+            model, x, self.y[rows], norm=self.threat.norm, targets=select(self.targets, rows), generator=source,
+            **budget_of(self.attack, self.threat),
+        )  # fmt: skip
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(f"the attack returned {what}, not images of shape {tuple(x.shape)}")
+        free.append(model)
+        return found.detach()
 
     def sized(self, model: nn.Module, *, draws: int = 1) -> Order:
         """Return the order with a size for its batches, if it has none: as many images of a model as memory allows."""
         if self.batch_size:
             return self
-        rows = facts_of(self.attack).together(self.threat.eps)
-        return replace(self, batch_size=batch_size_for(model, self.x, rows=rows, draws=draws))
+        rows, threads = facts_of(self.attack).together(self.threat.eps), _threads_for(self.x)
+        most = batch_size_for(model, self.x, rows=rows, draws=draws * threads)
+        # A batch for each thread, unless they would be too small.
+        return replace(self, batch_size=most if threads == 1 else min(most, max(-(-len(self.x) // threads), _LEAST)))
 
     def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:
         """Yield what a surrogate lends, found on the images that are wanted when their turn comes."""
@@ -140,6 +159,26 @@ class Order:
         # To a single step it would be no loan but another attack, and robust accuracy under it no longer that.
         if self.threat.eps is not None and not facts_of(self.attack).single_step:
             yield replace(self, attack=_DEEP)(surrogate, wanted(), DEEP_LOAN)
+
+
+def _threads_for(x: Tensor) -> int:
+    """Return how many threads share out the images: on another device the CPU only waits."""
+    return torch.get_num_threads() if on_cpu(x) else 1
+
+
+def _twins(model: nn.Module, count: int) -> list[nn.Module]:
+    """Return probes of a model for so many threads, none where one is enough or they would not be independent.
+
+    Draws, counts and hooks of a user's own code are shared by all copies of a model.
+    """
+    if not isinstance(model, Probe) or model.draws > 1 or is_stochastic(model):
+        return []
+    if count < 2 or is_hooked(model) or kernels_of(model) is not None:
+        return []
+    try:
+        return [model.twin() for _ in range(count)]
+    except Exception:  # whatever a user's own model raises that cannot be copied
+        return []
 
 
 def answers(logits: Tensor) -> Tensor:

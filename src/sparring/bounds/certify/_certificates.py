@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import UnknownNameError, UserError
 from ...graph import Graph, Linear, ReLU
+from ...threads import shared_out
 from ...threat import Threat, distance, dual
 from ...waiting import courteous
 from .._network import compacted, margin_rows, prepare
@@ -330,22 +330,10 @@ def slices(count: int, at_most: int) -> list[slice]:
 
 
 def over_slices(work: Callable[[slice], Tensor], pieces: Sequence[slice]) -> Tensor:
-    """Return the results of all pieces in a row, without gradients.
-
-    The products of a network on a few images are too small to be shared out among threads; whole images are not.
-    """
-    threads = min(torch.get_num_threads(), len(pieces))
+    """Return the results of all pieces in a row, without gradients, shared out among threads."""
 
     def alone(piece: slice) -> Tensor:
         with torch.no_grad():  # the switch is each thread's own
             return work(piece)
 
-    if threads == 1:
-        return torch.cat([alone(piece) for piece in pieces])
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # new threads begin with this
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return torch.cat(list(pool.map(alone, pieces)))
-    finally:
-        torch.set_num_threads(before)
+    return torch.cat(list(shared_out(alone, pieces)))
