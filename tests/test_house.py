@@ -17,7 +17,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 # docs/design.md, section 3, lowest first; names on one line are not importing each other.
 LAYERS = [
     {"declared", "draws", "errors", "facts", "modes", "outputs", "proofs", "units"},
-    {"devices", "threat", "memory_format", "matrices", "files", "graph", "memory", "plugins", "progress", "waiting"},
+    {
+        "devices", "threat", "memory_format", "matrices", "files", "graph", "memory", "plugins", "progress", "threads",
+        "waiting",
+    },
     {"history", "records", "tally"},
     {"attacks", "bounds", "sparsity", "data", "models", "metrics", "statistics"},
     {"train", "deploy"},
