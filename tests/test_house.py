@@ -18,7 +18,16 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 LAYERS = [
     {"declared", "draws", "errors", "facts", "modes", "outputs", "proofs", "units"},
     {
-        "devices", "threat", "memory_format", "matrices", "files", "graph", "memory", "plugins", "progress", "threads",
+        "devices",
+        "threat",
+        "memory_format",
+        "matrices",
+        "files",
+        "graph",
+        "memory",
+        "plugins",
+        "progress",
+        "threads",
         "waiting",
     },
     {"history", "records", "tally"},

@@ -25,7 +25,7 @@ from sparring.attacks._gradients import Probe, logits_and_pull
 from sparring.attacks.evaluation import _scoring
 from sparring.attacks.evaluation._scoring import batch_size_for
 from sparring.errors import UserError
-from sparring.threat import L2, LINF, Threat, distance
+from sparring.threat import L0, L2, LINF, Threat, distance
 
 # The same attack, short: these tests ask for its contract, not its strength.
 SHORT = ATTACKS | {
@@ -42,11 +42,13 @@ SHORT = ATTACKS | {
 def test_every_attack_stays_inside_box_and_budget(name: str, net: nn.Module, images: Tensor) -> None:
     y = net(images).argmax(1)
     generator = torch.Generator().manual_seed(0)
-    x_adv = SHORT[name](net, images, y, norm=L2, eps=0.3, generator=generator)
+    norm = L0 if name == "sigma-zero" else L2
+    eps = {L0: 10, L2: 0.3}[norm]
+    x_adv = SHORT[name](net, images, y, norm=norm, eps=eps, generator=generator)
     assert x_adv.shape == images.shape
     assert float(x_adv.min()) >= 0
     assert float(x_adv.max()) <= 1
-    assert float(distance(x_adv - images, L2).max()) <= 0.3 + 1e-6
+    assert float(distance(x_adv - images, norm).max()) <= eps + 1e-6
 
 
 def test_misclassified_images_cost_nothing_and_keep_their_pixels(net: nn.Module, images: Tensor) -> None:
@@ -113,8 +115,9 @@ def test_a_budget_attack_without_budget_is_refused(net: nn.Module, images: Tenso
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_same_seed_same_bits(name: str, net: nn.Module, images: Tensor) -> None:
     y = net(images).argmax(1)
+    norm, eps = (L0, 10) if name == "sigma-zero" else (L2, 0.5)
     first, second = (
-        SHORT[name](net, images, y, norm=L2, eps=0.5, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+        SHORT[name](net, images, y, norm=norm, eps=eps, generator=torch.Generator().manual_seed(3)) for _ in range(2)
     )
     assert torch.equal(first, second)
 
