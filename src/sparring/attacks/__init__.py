@@ -22,7 +22,7 @@ from .algorithms._apgd import apgd
 from .algorithms._cw import cw
 from .algorithms._ddn import ddn
 from .algorithms._deepfool import deepfool
-from .algorithms._ensembles import apgd_targeted, fab_targeted, fast, standard, worst_case
+from .algorithms._ensembles import apgd_targeted, fab_targeted, fast, standard, swift, worst_case
 from .algorithms._fab import fab
 from .algorithms._hopskipjump import hopskipjump
 from .algorithms._losses import dlr
@@ -54,6 +54,7 @@ ATTACKS: dict[str, Attack] = {
     "sigma-zero": sigma_zero,
     "square": square,
     "standard": standard,
+    "swift": swift,
 }
 
 __all__ = [
@@ -93,5 +94,6 @@ __all__ = [
     "sigma_zero",
     "square",
     "standard",
+    "swift",
     "worst_case",
 ]

@@ -307,7 +307,7 @@ def test_the_route_of_attacks_is_the_plans_and_changes_no_other_key(few_digits: 
     torch_only, auto = keys(kernels="torch", sparsities=[0.3]), keys(sparsities=[0.3, 0.95])
     assert torch_only == keys(sparsities=[0.3]), "0.3 is too dense to gain"
     packed = [inputs for inputs in auto.values() if inputs.get("kernels") == "packed"]
-    assert packed and {inputs["attack"]["name"] for inputs in packed} == {"pgd", "nearest"}
+    assert packed and {inputs["attack"]["name"] for inputs in packed} == {"pgd", "nearest", "sigma-zero"}
     assert all(inputs["attack"].get("naive") is None and "activation" not in inputs for inputs in packed)
     assert torch_only.keys() <= auto.keys()
     mlp = {"model": "lenet-300-100", "sparsities": [0.95]}

@@ -80,7 +80,8 @@ def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
     """Return the difference-of-logits ratio, which is invariant to scale and shift of the logits.
 
     Croce & Hein 2020 (AutoAttack), equations 6 and 7. The paper's denominators need three classes, or four if targeted.
-    With three classes, a targeted loss uses the lowest logit; with two classes, the margin is returned.
+    With three classes a targeted loss divides by the range of the logits, held constant: otherwise it would be constant
+    for the lowest class. With two classes, the margin is returned.
     """
     if logits.shape[1] == 2:
         return margin_loss(logits, y, targets)
@@ -90,5 +91,7 @@ def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
         rival, low = others(logits, y).amax(1), ordered[:, 2]
     else:
         rival = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+        if logits.shape[1] == 3:
+            return (rival - own) / ((ordered[:, 0] - ordered[:, 2]).detach() + 1e-12)
         low = ordered[:, 2:4].mean(1)
     return (rival - own) / (ordered[:, 0] - low + 1e-12)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...threat import L1, L2, LINF, distance, dual, project
-from .._gradients import logits_and_pull, on_cpu
+from .._gradients import ROWS_AT_ONCE, logits_and_pull, on_cpu
 from ..fastpath._gram_matrix import Stem
 from ._losses import is_past, others
 
@@ -332,9 +332,32 @@ def nearest_boundary(
         return Boundary(logits, gap, gradient, gap.abs() / length)
     logits, gradients = logits_and_pull(model, x, differences)
     gaps = _gaps(chosen[0], logits)
-    distances = gaps.abs() / torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2).clamp_min(1e-30)
+    distances = gaps.abs() / _lengths(gradients, norm)
     nearest = distances.argmin(0)
     return Boundary(logits, gaps[nearest, images], gradients[nearest, images], distances[nearest, images])
+
+
+def nearest_classes(model: nn.Module, x: Tensor, y: Tensor, *, norm: float, count: int) -> Tensor:
+    """Return the `count` classes with the nearest linearised boundaries, nearest first: int64 (N, count or fewer).
+
+    They are ranked by margin over gradient norm (Melamed et al. 2024) among the likeliest others, at most 16.
+    """
+    chosen: list[Tensor] = []
+
+    def differences(logits: Tensor) -> Tensor:
+        chosen.append(_differences(logits, y, None, None, ROWS_AT_ONCE))
+        return chosen[0]
+
+    logits, gradients = logits_and_pull(model, x, differences)
+    distances = _gaps(chosen[0], logits) / _lengths(gradients, norm)
+    order = distances.topk(min(count, len(distances)), dim=0, largest=False).indices
+    return chosen[0].argmax(2).gather(0, order).T
+
+
+def _lengths(gradients: Tensor, norm: float) -> Tensor:
+    """Return the dual norms of gradients (R, N, ...), (R, N)."""
+    lengths: Tensor = torch.linalg.vector_norm(gradients.flatten(2), ord=dual(norm), dim=2)
+    return lengths.clamp_min(1e-30)
 
 
 def _gaps(weights: Tensor, logits: Tensor) -> Tensor:
