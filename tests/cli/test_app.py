@@ -53,6 +53,12 @@ def test_every_command_that_runs_a_model_says_where_and_in_which_numbers() -> No
         assert asked == (set() if command.name in without else {"device", "dtype"}), command.name
 
 
+def test_the_overview_cuts_no_description_short(sparring, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "80")
+    told = sparring("--help").out
+    assert "doctor" in told and "..." not in told.partition("Commands:")[2]
+
+
 def test_it_prints_its_version(sparring) -> None:  # type: ignore[no-untyped-def]
     told = sparring("--version")
     assert (told.code, told.out) == (0, f"sparring {__version__}\n")

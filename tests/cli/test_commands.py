@@ -110,6 +110,9 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
     x, _ = study.chosen_images(data.load("digits"), "test", 0, 40)
     packed = deploy.load(tmp_path / "best.sparring")(data.as_float(x))
     assert not network.training and torch.allclose(network(data.as_float(x)), packed, rtol=0.1, atol=0.1)
+    assert json.loads(sparring("pick", tmp_path / "out", *limits, "--json").out)["method"] == "gradual"
+    merged = json.loads(sparring("merge", tmp_path / "out", "--out", tmp_path / "merged", "--json").out)
+    assert merged["added"] == len(summary["records"])
     nothing = sparring("pick", tmp_path / "out", "--max-accuracy-drop", -100)
     assert nothing.code == 2 and "no network fits" in nothing.err
     status = sparring("status", tmp_path / "out", "--json")

@@ -250,7 +250,7 @@ def merge(
 
 @command
 def report(study: Study, json: Json = False) -> None:
-    """Rebuild report.html, results.csv and the figures from a study's records."""
+    """Rebuild a study's report, CSV and figures from its records."""
     from ._study import rebuild
 
     rebuild(study, as_json=json)
@@ -313,7 +313,7 @@ def convert(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Convert a checkpoint to a safetensors file without running any code in it."""
+    """Convert a checkpoint to safetensors without running its code."""
     from ._train import run_convert
 
     run_convert(checkpoint, out, key, as_is=as_is, as_json=json)
@@ -335,7 +335,7 @@ class PruneOptions:
 
 @command
 def prune(model: ModelSource, how: PruneOptions, data: DataSource, fit: FitOptions, json: Json = False) -> None:
-    """Prune a trained network, fine-tune it, and write it to a model file."""
+    """Prune a trained network, fine-tune it and write a model file."""
     from ._train import run_prune
 
     run_prune(model, how, data, fit, as_json=json)
@@ -387,7 +387,7 @@ class CertifyOptions:
 
 @command
 def certify(model: ModelSource, data: DataSource, how: CertifyOptions, where: Where, json: Json = False) -> None:
-    """Compute certified accuracy and certified radii, next to the results of the strongest attack."""
+    """Compute certified accuracy and radii, next to an attack."""
     from ._attack import run_certify
 
     run_certify(model, data, how, where, as_json=json)
@@ -416,7 +416,7 @@ def verify(
     property: Annotated[Path | None, Argument(help="Property in VNN-LIB 1; without it give --eps.")] = None,
     json: Json = False,
 ) -> int:
-    """Verify that labels do not change within a budget, or a VNN-LIB property: exit 1 if falsified, 3 if unknown."""
+    """Verify labels within a budget, or a VNN-LIB property. Exit with code 1 if falsified, 3 if unknown."""
     from ._verify import run_verify
 
     return run_verify(model, property, how, data, where, as_json=json)
@@ -468,7 +468,7 @@ class ExportOptions:
 
 @command
 def export(model: ModelSource, how: ExportOptions, data: DataSource, where: Where, json: Json = False) -> None:
-    """Export a model to one file, and report its size, accuracy and robustness."""
+    """Export a model to one file, attack it, and report its size."""
     from ._deploy import run_export
 
     run_export(model, how, data, where, as_json=json)
@@ -489,7 +489,7 @@ class BenchOptions:
 
 @command
 def bench(model: ModelSource, data: DataSource, how: BenchOptions, json: Json = False) -> None:
-    """Time a model on one core in every installed engine, and recommend an engine."""
+    """Time a model in every installed engine, and recommend one."""
     from ._deploy import run_bench
 
     run_bench(model, data, how, as_json=json)
@@ -511,7 +511,7 @@ class PickOptions:
 
 @command
 def pick(how: PickOptions, json: Json = False) -> None:
-    """Choose a study's best network within limits on validation images, report its test results and export it."""
+    """Choose a study's best network within limits, and export it. Limits apply to validation images."""
     from ._deploy import run_pick
 
     run_pick(how, as_json=json)
@@ -524,7 +524,7 @@ def list_(
     ] = "",
     json: Json = False,
 ) -> None:
-    """List attacks, data sets, models, presets, pruners, scores and other named parts."""
+    """List attacks, data sets, models, presets, pruners and more."""
     from ._info import show_list
 
     show_list(what, as_json=json)
@@ -532,7 +532,7 @@ def list_(
 
 @command
 def doctor(data_dir: DataDir = None, json: Json = False) -> None:
-    """Show versions, cores, memory, installed extras and the data sets found on this machine."""
+    """Show versions, cores, memory, extras and data sets found here."""
     from ._info import show_doctor
 
     show_doctor(data_dir, as_json=json)
