@@ -3,9 +3,9 @@
     python benchmarks/results.py out/paper-linear out/paper-lenet-300-100 --to docs/results
 
 writes docs/results/ledger.json (Holm's correction across all studies, those that it held before included) and a folder
-for each study with the figures that its page shows, results.csv (each seed's means), plan.json's command and plan, and
-the verdict in README.md. The table of claims between two marks in a study's page, docs/results/STUDY.md, is
-rewritten from the ledger. Without any OUT, only the tables are rewritten.
+for each study with the figures that its page shows, results.csv (each seed's means) and plan.json (command and plan).
+The table of claims between two marks in a study's page, docs/results/STUDY.md, is rewritten from the ledger. Without
+any OUT, only the tables are rewritten.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ def copy_study(out: Path, folder: Path, page: str) -> None:
     kept = {"command": portable(document["command"])} | {name: document[name] for name in ("plan", "environment")}
     _write(folder / "plan.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     _write(folder / "results.csv", means((out / "results.csv").read_text(encoding="utf-8")))
-    _write(folder / "README.md", f"# {document['plan']['name']}\n\n{report.verdict(out)}\n\n    {kept['command']}\n")
     for old in folder.glob("*.svg"):
         old.unlink()
     for name in figures(page, folder.name):
@@ -115,9 +114,10 @@ def claims_table(rows: Sequence[Row], total: int) -> str:
         text = f"**{text}**" if row.claim.primary else text
         lines.append(f"| {text} | {effect} | {counts} | {_told(row.told, row.decisive)} | {merged} |")
     words = (
-        "The verdict is that of this study's families, which were fixed before it ran: the claims in bold first, the"
-        " others with what settled ones hand on. The last column asks more: whether any verdict of all studies together"
-        " would be wrong in one ledger of twenty. In brackets is the p-value of the test that a verdict rests on."
+        "The verdict is that of this study, whose families of claims were fixed before it ran: the claims in bold are"
+        " tested first, the others with the error rate that settled claims pass on. The last column is stricter: any"
+        " verdict of all studies together would be wrong in at most one ledger of twenty. The p-value of the test that"
+        " a verdict rests on is in brackets."
     )
     return "\n".join(lines) + f"\n\n{words} The tests are in [ledger.json](ledger.json).\n"
 
