@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring.attacks import ATTACKS, facts_of, fgsm, run
+from sparring.attacks import ATTACKS, facts_of, fgsm, run, sigma_zero
 from sparring.outputs import Door, opened
-from sparring.threat import L2, LINF, Threat
+from sparring.threat import L0, L2, LINF, Threat
 
 MASKED = torch.tensor([False, True, False, False, True, False])
 FILLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,9 +44,10 @@ def images() -> Tensor:
 def reached(model: nn.Module, x: Tensor, attack: str) -> Tensor:
     """Return which images an attack fooled, or how far it had to go."""
     least = facts_of(ATTACKS[attack]).kind == "minimum-norm"
-    threat = Threat(L2) if least else Threat(LINF, 0.03)
+    threat = Threat(L0 if attack == "sigma-zero" else L2) if least else Threat(LINF, 0.03)
     y = model(x).argmax(1)
-    result = run(model, x, y, ATTACKS[attack], threat, generator=torch.Generator().manual_seed(0))
+    chosen = partial(sigma_zero, steps=60) if attack == "sigma-zero" else ATTACKS[attack]
+    result = run(model, x, y, chosen, threat, generator=torch.Generator().manual_seed(0))
     assert not {flag.name for flag in result.flags} - {"unfinished-search"}
     return result.distance if least else result.success.double()
 

@@ -39,7 +39,7 @@ from sparring.attacks.evaluation._run import lengthened
 from sparring.attacks.evaluation._sanity_checks import exceeds
 from sparring.attacks.evaluation._sanity_checks import many as beyond
 from sparring.errors import UserError
-from sparring.threat import L1, L2, LINF, Threat, distance
+from sparring.threat import L0, L1, L2, LINF, Threat, distance
 
 THREAT = Threat(LINF, 0.05)
 
@@ -201,7 +201,7 @@ def test_a_descent_is_flagged(net: nn.Module, images: Tensor) -> None:
     assert run(net, images, y, fgsm, Threat(LINF, 0.001)).flags == ()
 
 
-BUDGETED = ("apgd", "apgd-dlr", "apgd-targeted", "fast", "fgsm", "pgd", "rfgsm", "square", "standard")
+BUDGETED = ("apgd", "apgd-dlr", "apgd-targeted", "fast", "fgsm", "pgd", "rfgsm", "square", "standard", "swift")
 BRIEF = {
     "cw": partial(cw, steps=100, searches=3, start_constant=1.0),
     "hopskipjump": partial(hopskipjump, steps=3, draws=20),
@@ -214,7 +214,7 @@ def test_targeted_attacks_reach_their_target(name: str, net: nn.Module, images: 
     y = net(images).argmax(1)
     # The likeliest other class, which random images show too: a decision-based attack has to start from one.
     targets = net(images).scatter(1, y.unsqueeze(1), -torch.inf).argmax(1)
-    budget = Threat(L2, 3.0) if name in BUDGETED else Threat(L2)
+    budget = Threat(L2, 3.0) if name in BUDGETED else Threat(L0 if name == "sigma-zero" else L2)
     attack, generator = BRIEF.get(name, ATTACKS[name]), torch.Generator().manual_seed(0)
     result = run(net, images, y, attack, budget, targets=targets, generator=generator)
     # Half of the one step of R+FGSM is random.

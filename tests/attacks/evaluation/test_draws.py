@@ -23,6 +23,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "hopskipjump": {"steps": 3, "draws": 20},
     "sigma-zero": {"steps": 30},
     "square": {"queries": 30},
+    "swift": {"classes": 1},
     "nearest": {"steps": 10, "starts": 1, "polish": 3},
     "fab": {"steps": 10, "restarts": 2},
     "pgd": {"restarts": 2, "steps": 10},
@@ -31,7 +32,7 @@ BATCHES = (7, 32, 40)
 # FAB's projections end when the last image of a batch is within a thousandth of its plane.
 ROUGH = ("fab", "fab-targeted", "standard")
 LONG = pytest.param("standard", marks=pytest.mark.nightly)
-DRAWING = ["apgd", "apgd-dlr", "apgd-targeted", "fast", "hopskipjump", "pgd", "rfgsm", "square", LONG]
+DRAWING = ["apgd", "apgd-dlr", "apgd-targeted", "fast", "hopskipjump", "pgd", "rfgsm", "square", "swift", LONG]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from sparring.attacks import (
     pgd,
     robust_accuracy,
     run,
+    sigma_zero,
     square,
     worst_case,
 )
@@ -33,6 +34,7 @@ SHORT = ATTACKS | {
     "cw": partial(cw, steps=30, searches=3),
     "hopskipjump": partial(hopskipjump, steps=3, draws=10),
     "fab-targeted": partial(fab_targeted, steps=10),
+    "sigma-zero": partial(sigma_zero, steps=30),
     "square": partial(square, queries=50),
     "standard": partial(worst_case, attacks=[nearest, partial(square, queries=50)]),
 }
