@@ -381,6 +381,8 @@ def _tar_members(
                 if len(data) != info.size:
                     raise EOFError(f"{info.name!r} is cut short")
                 yield info.name, data
+        if file.tell() - archive.offset not in (0, tarfile.BLOCKSIZE):  # of which tarfile says nothing
+            raise EOFError("it is cut short")
 
 
 def _check_totals(count: int, total: int, max_bytes: int, max_files: int) -> None:

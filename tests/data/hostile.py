@@ -224,7 +224,6 @@ def _images() -> Named:
         "other-size": image(size=(9, 8)),
         "too-large": image(size=(5_000, 1), mode="L"),
         "deep": image(mode="I;16"),
-        "ink": image("JPEG", mode="CMYK"),
         **{f"cut-{kind}".lower(): image(kind)[:-30] for kind in ("GIF", "TIFF", "BMP", "WEBP")},
         "text": b"not a picture",
         "empty": b"",

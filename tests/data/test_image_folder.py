@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -155,6 +156,30 @@ def test_a_set_without_a_part_is_refused_and_told_what_it_has(tmp_path: Path, fi
     for path in laid_out(files, tmp_path):
         with pytest.raises(DataError, match=message):
             data.load(str(path))
+
+
+def test_what_is_almost_right_is_told_how_to_be_right(tmp_path: Path) -> None:
+    cases: dict[str, tuple[Members, str]] = {
+        "capital": ({"Test/cat/0.png": image()}, r"has Test/; rename it to test/"),
+        "training": ({"training/cat/0.png": image(), "val.txt": b""}, r"has training/; rename it to train/"),
+        "within": ({"mine/test/cat/0.png": image()}, r"is it .*within/mine\?"),
+        "list": ({"images/0.png": image(), "labels.csv": b"path,label"}, r"give .*list/labels.csv if that has their"),
+    }
+    for name, (files, message) in cases.items():
+        for member, content in files.items():
+            (tmp_path / name / member).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / member).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            data.load(str(tmp_path / name), request=data.Request("any"))
+
+
+def test_ink_is_colour_and_a_name_that_comes_twice_is_told(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zipfile's own
+        for _ in range(2):
+            archive.writestr("test/cat/0.jpg", image("JPEG", mode="CMYK"))
+    with pytest.warns(DataWarning, match=r"listed more than once: 1 \(test/cat/0.jpg\)"):
+        assert data.load(str(tmp_path / "mine.zip"), request=data.Request("any")).test.x.shape == (2, 3, 8, 8)
 
 
 def test_two_sets_in_one_archive_are_not_mixed(tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_what_a_set_says_of_its_classes_comes_before_a_library(tmp_path: Path) -
         ),
         (json.dumps(["a", "b"]), ("a", "b"), ()),
         (json.dumps({"1": "b", "0": "a"}), ("a", "b"), ()),
+        (json.dumps({"b": 1, "a": 0}), ("a", "b"), ()),
+        (json.dumps({"model_type": "vit", "id2label": {"0": "a", "1": "b"}}), ("a", "b"), ()),
         (
             json.dumps({"0": ["n01440764", "tench"], "1": ["n02123045", "tabby"]}),
             ("tench", "tabby"),

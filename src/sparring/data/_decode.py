@@ -23,7 +23,8 @@ COMMON = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 # Not pixels of Pillow's own decoding: an interpreter of programs, Windows' own, and mere names.
 EXCLUDED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
 LOSSY = {"JPEG": "jpeg", "MPO": "jpeg", "JPEG2000": "jpeg2000", "WEBP": "webp", "AVIF": "avif"}
-GREY, COLOUR = ("1", "L", "LA", "La"), ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX")
+GREY = ("1", "L", "LA", "La")
+COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")  # ImageNet has a few of the last
 MOST_FILE = 64 << 20
 MOST_SCANS = 32  # an honest progressive JPEG has about ten; each is a pass over all pixels for a few bytes of file
 

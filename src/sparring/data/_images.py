@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from ._undecoded import Undecoded
 from .formats._listing import CLASSES, PARTS, Entry, Listing
 
 PIXELS = 512 << 20  # bytes of pixels up to which a set is what its pixels are; a larger one is what its files are
+ALMOST = {**PARTS, "training": "train", "testing": "test"}  # in capitals, or other words
 MEASURED = 10_000  # of such a one, images of which mean and deviation are taken
 
 
@@ -161,6 +163,9 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
     parts, notes = {part: own for part, own in parts.items() if own}, []
     if request.parts != "all" and not parts and not listing.folders and listing.flat:
         places = {entry.member.rpartition("/")[0].rpartition("/")[0] for entry in listing.flat}
+        almost = sorted(name for place in places for name in place.split("/") if name.lower() in ALMOST)
+        if almost:
+            raise DataError(f"{path} has {almost[0]}/; rename it to {ALMOST[almost[0].lower()]}/")
         if len(places) > 1 and listing.by_folders:
             raise DataError(f"{path} has class folders at several depths; move them to {path}/test/")
         parts, notes = {"test": listing.flat}, [f"{path} has no splits: all its images are test images"]
@@ -175,11 +180,20 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
         )
     for part in ("train", "test") if request.parts == "all" else ("test",):
         if part not in parts:
-            others = sorted([*listing.outside, *listing.nested, *listing.skipped])[:3]
-            found = f", only {', '.join(others)}" if others else ""
             few = "; to attack a trained network, a test split is enough" if part == "train" else ""
-            raise DataError(f"{path} has no images in {listing.layout.format(part=part)}{found}; put some there{few}")
+            place = listing.layout.format(part=part)
+            raise DataError(f"{path} has no images in {place}{_instead(listing, path)}; put some there{few}")
     return ({"test": parts["test"]} if request.parts == "test" else parts), notes
+
+
+def _instead(listing: Listing, path: Path) -> str:
+    """Say what there is in the place of images that are not there."""
+    others = sorted([*listing.outside, *listing.nested, *listing.skipped])[:3]
+    told = [f"only {', '.join(others)}"] if others else []
+    told += [f"{len(names)} {why} ({names[0]}, ...)" for why, names in listing.left.items()]
+    inner = [one for one in path.iterdir() if any((one / part).is_dir() for part in PARTS)] if path.is_dir() else []
+    told += [f"is it {one}?" for one in inner]
+    return "".join(f", {one}" for one in told)
 
 
 def _labels(
@@ -241,6 +255,7 @@ def _tell(
     """Return which files were not read, frames left out, and classes that a split lacks, by reason, and warn of it."""
     found = {
         **listing.left,
+        "listed more than once": _repeated(parts),
         "ignored because they are not images": listing.skipped,
         "images outside of train/, valid/ and test/, not read": listing.outside,
         "folders within a class's folder, not read": sorted(listing.nested),
@@ -260,6 +275,12 @@ def _tell(
         shown = ", ".join(every[:3]) + (", ..." if len(every) > 3 else "")
         warnings.warn(f"{path}: {what}: {len(every)} ({shown})", DataWarning, stacklevel=4)
     return left_out
+
+
+def _repeated(parts: dict[str, list[Entry]]) -> list[str]:
+    """Return the names that several images have."""
+    names = list({entry.place: entry.member for own in parts.values() for entry in own}.values())
+    return [] if len(set(names)) == len(names) else [name for name, count in Counter(names).items() if count > 1]
 
 
 def _as_counted(label: str) -> list[str | int]:

@@ -120,7 +120,13 @@ def _listed_files(path: Path, listing: Listing) -> Listing:
     """List the tables or shards of a folder, if it has any; else it is what its folders say."""
     files = [name for name in walk(path, "", 3) if not name.rpartition("/")[2].startswith((".", "cache-", "tmp"))]
     tables, shards = ([name for name in files if name.lower().endswith(ends)] for ends in (COLUMNAR, TARS))
-    texts = [name for name in files if name.lower().endswith(".csv") and part_of(name)]
+    lists = [name for name in files if name.lower().endswith(".csv")]
+    texts = [name for name in lists if part_of(name)]
+    if listing.flat and lists and not (texts or tables or shards):
+        raise DataError(
+            f"{path} has folders of images and {lists[0]}: give {path / lists[0]} if that has their labels, or move "
+            f"folders that are classes into {path}/test/"
+        )
     if tables and shards:
         raise DataError(f"{path} holds tables ({tables[0]}, ...) and shards ({shards[0]}, ...); give one set at a time")
     if tables:

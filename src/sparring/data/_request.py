@@ -105,7 +105,9 @@ class ClassList:
                 placed[label] = numbers[0]
                 by_id += at == 0
             else:
-                wrong.append(label + (f" (which of {', '.join(map(str, numbers))}?)" if numbers else ""))
+                several = f" (which of {', '.join(map(str, numbers))}?)" if len(numbers) > 1 else ""
+                taken = f" (class {numbers[0]} already has another name here)" if len(numbers) == 1 else ""
+                wrong.append(f"{label}{several}{taken}")
         if wrong:
             shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
             raise DataError(
@@ -134,7 +136,8 @@ def read_classes(path: Path) -> ClassList:
     """Read the names of a network's classes in the order of its outputs; raise DataError for other files.
 
     The file has one name per line ("n01440764 tench, Tinca tinca" starts with a WordNet id), or is JSON: a list, or a
-    dictionary from number to name or to [WordNet id, name], such as ImageNet's class index.
+    dictionary from number to name or to [WordNet id, name], such as ImageNet's class index, from name to number, such
+    as torchvision's `class_to_idx`, or a config.json of Hugging Face.
     """
     try:
         text = read_bounded(path, limit=16 * MIB).decode("utf-8-sig")
@@ -156,6 +159,10 @@ def read_classes(path: Path) -> ClassList:
 
 
 def _from_json(content: Any) -> list[str]:
+    if isinstance(content, dict) and isinstance(content.get("id2label"), dict):
+        content = content["id2label"]  # of a Hugging Face config.json
+    if isinstance(content, dict) and content and all(type(number) is int for number in content.values()):
+        content = {number: name for name, number in content.items()}  # class_to_idx of torchvision's folders
     if isinstance(content, dict):
         numbers = sorted(map(int, content))
         if numbers != list(range(len(numbers))):

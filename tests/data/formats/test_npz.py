@@ -33,6 +33,15 @@ def test_arrays_in_any_usual_layout(tmp_path: Path, layout: str) -> None:
     assert mine.class_names == ("no", "yes")
 
 
+def test_training_arrays_that_are_empty_are_as_if_not_there(tmp_path: Path) -> None:
+    nothing = {"x_train": np.zeros((0, 8, 8), np.uint8), "y_train": np.zeros(0, np.int64)}
+    (tmp_path / "mine.npz").write_bytes(arrays(**nothing))
+    mine = data.load("mine", tmp_path, request=data.Request("any"))
+    assert (len(mine.train.y), mine.classes) == (0, 2) and len(mine.test.y)
+    with pytest.raises(DataError, match="holds none"):
+        data.load("mine", tmp_path)
+
+
 def test_arrays_with_their_own_validation_split(tmp_path: Path) -> None:
     (tmp_path / "mine.npz").write_bytes(arrays(x_valid=np.ones((1, 8, 8), np.uint8), y_valid=np.array([1])))
     mine = data.load("mine", tmp_path)

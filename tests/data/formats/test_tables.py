@@ -184,6 +184,32 @@ def test_rows_that_are_left_out_are_counted(tmp_path: Path) -> None:
     ))  # fmt: skip
 
 
+def test_a_list_of_paths_as_windows_and_others_write_it(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        (tmp_path / "images" / f"{name}.png").write_bytes(noise(ord(name), 6, 5))
+    lines = ["path,label,split", "images\\a.png,1,Training", "images\\a.png,1,Training", "images\\b.png,1,testing"]
+    (tmp_path / "mine.csv").write_text("\n".join([*lines, "images\\b.png,0,Training", "images\\a.png,0,testing"]))
+    with pytest.warns(DataWarning, match="listed more than once: 2"):
+        loaded = data.load(str(tmp_path / "mine.csv"), request=TESTED)
+    assert (len(loaded.train.y) + len(loaded.valid.y), len(loaded.test.y)) == (3, 2)
+    (tmp_path / "none.csv").write_text("path,label\nimages/a,1\n")
+    with pytest.raises(DataError, match=r"no images in rows of test .*, 1 rows without an image path \(none.csv#0"):
+        data.load(str(tmp_path / "none.csv"), request=TESTED)
+
+
+def test_a_shard_that_repeats_a_name_or_is_cut_short(tmp_path: Path) -> None:
+    shard(tmp_path / "set.tar", {"a.png": image(), "a.cls": b"0"})
+    whole = (tmp_path / "set.tar").read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    (tmp_path / "twice.tar").write_bytes(whole[:end] + whole)
+    with pytest.warns(DataWarning, match="images whose name another has: 1"):
+        assert data.load(str(tmp_path / "twice.tar"), request=TESTED).test.y.tolist() == [0]
+    (tmp_path / "cut.tar").write_bytes(whole[:end] + whole[:300])
+    with pytest.raises(DataError, match=r"cut.tar is damaged \(it is cut short\)"):
+        data.load(str(tmp_path / "cut.tar"), request=TESTED)
+
+
 def test_shards_whose_members_are_odd(tmp_path: Path) -> None:
     odd = {"a.png": image(), "a.cls": b"0", "b.png": image(), "b.seg.png": image(), "c.cls": b"1", "d.txt": b"x"}
     shard(tmp_path / "set.tar", odd)

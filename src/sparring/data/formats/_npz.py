@@ -41,6 +41,8 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
     readings.
     """
     arrays = _read(path)
+    if request.parts != "all" and all(len(arrays.get(key, ())) == 0 for key in NEEDED[:2]):
+        arrays = {key: array for key, array in arrays.items() if key not in NEEDED[:2]}  # none, or empty ones
     trainable = request.parts == "all" or bool(arrays.keys() & {"x_train", "y_train"})
     needed: tuple[str, ...] = NEEDED if trainable else NEEDED[2:]
     needed += ("x_valid", "y_valid") if arrays.keys() & {"x_valid", "y_valid"} else ()

@@ -45,8 +45,10 @@ def list_shards(archives: Mapping[str, Path], where: Path, named: Sequence[str] 
     def wanted(member: str) -> bool:
         listing.count += 1
         key, ending = _parts(member)
-        if is_image(member) and "." not in ending[1:] and key not in images:
-            images[key] = listing.count, member
+        if is_image(member) and "." not in ending[1:]:
+            if key in images:
+                listing.leave("images whose name another has", member)
+            images.setdefault(key, (listing.count, member))
         elif not (member.endswith("/") or ending in SAID):
             listing.leave("members that are neither images nor labels", member)
         return ending in SAID

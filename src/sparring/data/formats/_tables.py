@@ -24,6 +24,7 @@ from ._listing import PARTS, Entry, Files, Listing, is_image, part_of, stamp
 COLUMNAR = (".parquet", ".arrow")
 IMAGES = ("image", "img", "images", "jpg", "png", "path", "file", "file_name", "filename")
 LABELS = ("label", "labels", "class", "class_name", "cls", "target", "y")
+PARTED_AS = {**PARTS, "training": "train", "testing": "test"}
 PARTED = ("split", "part", "subset", "set")
 MOST_TEXT = 1 << 30  # bytes of a CSV file: ten million rows
 MOST_LABEL = 1_000  # letters
@@ -45,7 +46,10 @@ class Columns:
             for at, value in _values(self.root / file, self.images[file], rows=wanted):
                 data = value.get("bytes") if isinstance(value, dict) else value
                 if not isinstance(data, bytes) or len(data) > MOST_FILE:
-                    raise DataError(f"{wanted[at].member} in {self.root} has no image data, or more than 64 MiB")
+                    raise DataError(
+                        f"{wanted[at].member} in {self.root} has no image data, or more than 64 MiB; if the table has "
+                        "paths only, save it with its images"
+                    )
                 yield wanted[at], data
 
     def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
@@ -244,8 +248,9 @@ def _list_rows(rows: Iterator[list[str]], file: str, listing: Listing, root: Pat
         path, label, part, rows = 0, 1, None, itertools.chain([first], rows)
     folder, own = file.rpartition("/")[0], part_of(file)
     for number, row in enumerate(rows):
-        if len(row) == len(first) and is_image(row[path]) and "\0" not in row[path]:
-            said = own if part is None else PARTS.get(row[part].strip().lower(), "")
-            listing.add(said, row[label].strip(), f"{folder}/{row[path]}" if folder else row[path])
+        name = row[path].strip().replace("\\", "/") if len(row) == len(first) else ""  # as Windows writes them
+        if is_image(name) and "\0" not in name:
+            said = own if part is None else PARTED_AS.get(row[part].strip().lower(), "")
+            listing.add(said, row[label].strip(), f"{folder}/{name}" if folder else name)
         elif row:
             listing.leave("rows without an image path", f"{file}#{number}")
