@@ -141,13 +141,24 @@ def free_memory(device: str | torch.device = "cpu") -> int:
     return min(_available(), _left_to_group())
 
 
-def used_memory() -> int:
-    """Return the resident bytes of this process; the most there have been where the system tells no more."""
+def used_memory(process: str | int = "self", *, children: bool = False) -> int:
+    """Return the resident bytes of this process; the most there have been where the system tells no more.
+
+    `children`: with those of the processes that it began, and they.
+    """
     with suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        own = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return own + (sum(used_memory(child, children=True) for child in _children(process)) if children else 0)
+    if process != "self":
+        return 0  # it has ended
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _children(process: str | int) -> list[int]:
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
 
 
 def _available(file: Path = Path("/proc/meminfo")) -> int:

@@ -1,4 +1,4 @@
-"""Read and write norms, budgets and percentages, without torch."""
+"""Read and write norms, budgets, percentages and times, without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from collections.abc import Mapping
 
 from .errors import UserError
 
-__all__ = ["L0", "L1", "L2", "LINF", "html_table", "norm_name", "parse_budgets", "parse_eps", "parse_norm", "percent"]
+__all__ = [
+    "L0",
+    "L1",
+    "L2",
+    "LINF",
+    "duration",
+    "html_table",
+    "norm_name",
+    "parse_budgets",
+    "parse_eps",
+    "parse_norm",
+    "percent",
+]
 
 LINF = math.inf
 L2 = 2.0
@@ -73,3 +85,10 @@ def percent(share: float, decimals: int = 1, *, trim: bool = False) -> str:
         decimals += 1
     text = f"{number:.{decimals}f}"
     return (text.rstrip("0").rstrip(".") if trim and "." in text else text) + "%"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sparring.cli._progress import Pace, duration, shown_images
+from sparring.cli._progress import Pace, shown_images
+from sparring.units import duration
 
 
 def test_tenths_are_told_once_and_not_at_once(

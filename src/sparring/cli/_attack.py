@@ -18,10 +18,10 @@ from ..metrics import distances, pixel_distances, robust_accuracy
 from ..statistics import binomial_interval
 from ..study import chosen_images, configured
 from ..threat import L0, L2, LINF, Threat
-from ..units import norm_name, parse_budgets, parse_norm, percent
+from ..units import duration, norm_name, parse_budgets, parse_norm, percent
 from ._app import AttackOptions, CertifyOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
-from ._progress import duration, shown_images
+from ._progress import shown_images
 from ._sources import open_both, place_for
 
 
@@ -110,10 +110,11 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
     images, generator = as_float(x), torch.Generator().manual_seed(0)
     method = how.method or _chosen(network, images, norm, how.seconds)
     task = place.task(network, images, y)
-    attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator).cpu()
     with shown_images() as tell:
-        progress = functools.partial(tell, "certify")
-        found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=progress)
+        shown = functools.partial(tell, "nearest")
+        attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator, progress=shown).cpu()
+        shown = functools.partial(tell, "certify")
+        found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=shown)
     about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}
     if as_json:
         print_json({**about, **place.facts(task[0]), "method": method, **_as_json(found)})

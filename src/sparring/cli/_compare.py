@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from ..threat import L2, LINF, Threat
 from ..units import parse_eps
 from ._app import CompareOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
+from ._progress import Tell, shown_images
 from ._sources import SAVED, check_named, open_data, open_model, place_for, request_for
 
 DROPPED = 1
@@ -73,7 +75,8 @@ def _compare_models(
     for metric in set(metrics) - known:
         raise UnknownNameError("metric", metric, known)
     dataset = open_data(data, request_for(models, data, images=how.images))
-    profiles = (_profile(model, dataset, eps, how.images, place_for(where, model)) for model in models)
+    with shown_images() as tell:
+        profiles = [_profile(model, dataset, eps, how.images, place_for(where, model), tell) for model in models]
     return compare_values(*profiles, lengths=(DISTANCE,))
 
 
@@ -93,15 +96,16 @@ def _with_weights(names: list[str], weights: list[Path]) -> list[ModelSource]:
 
 
 def _profile(
-    source: ModelSource, dataset: Dataset, eps: float, images: int, place: Place
+    source: ModelSource, dataset: Dataset, eps: float, images: int, place: Place, tell: Tell
 ) -> dict[str, NDArray[np.float64]]:
     """Return per-image values of a model: correct or not, robust under attack or not, smallest distance."""
     model = open_model(source, dataset)[0].eval()
     x, y = chosen_images(dataset, "test", 0, images)
     task = place.task(model, as_float(x), y)
     chosen, generator = {name: attacks.ATTACKS[name] for name in BUDGETED}, torch.Generator().manual_seed(0)
-    rows = attacks.audit(*task, chosen, eps=[eps], checks=0)[: len(chosen)]
-    nearest = attacks.run(*task, attacks.nearest, Threat(L2), generator=generator).cpu()
+    rows = attacks.audit(*task, chosen, eps=[eps], checks=0, progress=tell)[: len(chosen)]
+    shown = functools.partial(tell, "nearest")
+    nearest = attacks.run(*task, attacks.nearest, Threat(L2), generator=generator, progress=shown).cpu()
     results = {row.attack: row.result.cpu() for row in rows}
     stands = {f"{name}-linf-{eps:g}": found.clean_correct & ~found.success for name, found in results.items()}
     found = {name: values.double().numpy() for name, values in {"accuracy": nearest.clean_correct, **stands}.items()}

@@ -23,6 +23,7 @@ from ..train import predict
 from ..units import parse_eps, percent
 from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions, Where
 from ._printing import print_json, print_table
+from ._progress import shown_images
 from ._sources import check_out, file_of, open_both, open_model, plain_form
 
 ONNX_TOLERANCE = 1e-4
@@ -74,7 +75,9 @@ def _write_packed(
     path = deploy.write_program(packed.program, how.out, values=how.values)
     size = _print_size(path, network)
     x, y = chosen_images(dataset, "test", 0, how.images)
-    found = deploy.ship_report(place.model(network), deploy.load(path), as_float(x), y, attacks.pgd, threat)
+    with shown_images() as tell:
+        task = place.model(network), deploy.load(path), as_float(x), y
+        found = deploy.ship_report(*task, attacks.pgd, threat, progress=tell)
     _print_cost(found, len(y), threat)
     shares = {name: value for name, value in vars(found).items() if not isinstance(value, Tensor)}
     change = {"estimate": found.change.estimate, "low": found.change.low, "high": found.change.high}
@@ -157,10 +160,11 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
     rival = None if small is None else plain_form(open_model(small, dataset)[0].eval())
     split = dataset.valid if len(dataset.valid.x) else dataset.test
     engines = None if how.engines is None else [name.strip() for name in how.engines.split(",")]
-    found = deploy.bench(
-        network, shape=tuple(split.x.shape[1:]), batches=sizes, rounds=how.rounds, small=rival,
-        images=as_float(split.x[:CALIBRATING]), engines=engines, place=place,
-    )  # fmt: skip
+    with shown_images("rounds") as tell:
+        found = deploy.bench(
+            network, shape=tuple(split.x.shape[1:]), batches=sizes, rounds=how.rounds, small=rival,
+            images=as_float(split.x[:CALIBRATING]), engines=engines, place=place, progress=tell,
+        )  # fmt: skip
     if how.plot is not None:
         _plot(found, f"{Path(model.model).stem} on one core", how.plot)
     if as_json:

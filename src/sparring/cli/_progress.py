@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+
+from ..units import duration
 
 PATIENCE = 2.0  # seconds
 
@@ -26,18 +27,24 @@ class Pace:
         """Return an estimate of the time for the rest, in words."""
         return f"about {duration(self.seconds / max(1, done) * (total - done))} left"
 
-    def told(self, done: int, total: int) -> str:
+    def told(self, done: int, total: int, what: str = "images") -> str:
         """Return how many images are done, how many a second, the memory in use, and the time for the rest."""
         from ..memory import size_text, used_memory
 
         rate = done / max(self.seconds, 1e-9)
         fast = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        return f"{done} of {total} images, {fast} images/s, {size_text(used_memory())}, {self.left(done, total)}"
+        return f"{done} of {total} {what}, {fast} {what}/s, {size_text(used_memory())}, {self.left(done, total)}"
+
+
+Tell = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
-def shown_images() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function of a name, the images that are done and how many there are: one line, or one for every tenth."""
+def shown_images(what: str = "images") -> Iterator[Tell]:
+    """Yield a function of a name, the images that are done and how many there are: one line, or one for every tenth.
+
+    `what` are counted instead of images.
+    """
     paces, tenths = dict[str, Pace](), dict[str, int]()
     terminal, began = sys.stderr.isatty(), Pace()
 
@@ -47,7 +54,7 @@ def shown_images() -> Iterator[Callable[[str, int, int], None]]:
         tenth = 10 * done // max(1, total)
         if done == 0 or began.seconds < PATIENCE or not (terminal or tenth > tenths[name]):
             return
-        tenths[name], line = tenth, f"{name}: {paces[name].told(done, total)}"
+        tenths[name], line = tenth, f"{name}: {paces[name].told(done, total, what)}"
         print(*(("\r", line, "\033[K") if terminal else (line,)), sep="", end="" if terminal else "\n", file=sys.stderr)
         sys.stderr.flush()
 
@@ -91,10 +98,3 @@ def _tenths() -> Callable[[str, int, int | None], None]:
         told[name] = tenth
 
     return tell
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as a person says them."""
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

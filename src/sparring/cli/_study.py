@@ -19,12 +19,11 @@ from .. import report
 from ..devices import place_of
 from ..files import check_writable
 from ..records import Folder, Record
-from ..study import Event, Plan, Watcher, progress, run, to_mlflow, to_tensorboard, what_of
+from ..study import Event, Plan, Watcher, describe, line_of, progress, rest_of, run, to_mlflow, to_tensorboard
 from ..study import merge as merge_studies
 from ..study import register as register_plan
 from ._app import DataSource, ModelSource, StudyOptions, StudySource
 from ._printing import print_json
-from ._progress import Pace, duration
 from ._sources import open_data, preparation, say_fresh
 
 FAILED = CONTRADICTED = 3
@@ -153,18 +152,11 @@ class PlainView:
     """Print one line for every finished task."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.pace = stream, Pace()
-        self.fresh = 0
+        self.stream, self.fresh = stream, 0
 
     def show(self, event: Event) -> None:
-        if event.record is None:
-            print(beginning(event), file=self.stream, flush=True)
-        else:
-            self.fresh += 1
-            left = ""
-            if event.done < event.total and self.fresh >= 3:
-                left = f", {self.pace.left(self.fresh, self.fresh + event.total - event.done)}"
-            print(f"[{event.done}/{event.total}] {describe(event)}{left}", file=self.stream, flush=True)
+        self.fresh += event.record is not None
+        print(line_of(event), file=self.stream, flush=True)
 
 
 class LiveView(Live):
@@ -172,13 +164,12 @@ class LiveView(Live):
 
     def __init__(self) -> None:
         super().__init__(console=Console(), refresh_per_second=8)
-        self.pace = Pace()
         self.recent: list[str] = []
         self.fresh = 0
 
     def show(self, event: Event) -> None:
         if event.record is None:
-            self.console.print(beginning(event), highlight=False)
+            self.console.print(line_of(event), highlight=False)
         else:
             self.fresh += 1
             self.recent = [*self.recent, describe(event)][-6:]
@@ -189,32 +180,4 @@ class LiveView(Live):
         told += [f"{event.failed} failed"] if event.failed else []
         bar = ProgressBar(total=max(1, event.total), completed=event.done, width=60)
         recent = (Text("  " + line, style="dim") for line in self.recent)
-        self.update(Group(bar, Text(" · ".join([*told, self._remaining(event)])), *recent))
-
-    def _remaining(self, event: Event) -> str:
-        if self.fresh < 3:
-            return "estimating"
-        return self.pace.left(self.fresh, self.fresh + event.total - event.done)
-
-
-def beginning(event: Event) -> str:
-    """Return how many tasks there are, and an estimate of the time."""
-    text = f"{event.total} tasks, {event.cached} cached"
-    if event.damaged:
-        shown = ", ".join(event.damaged[:3]) + (", ..." if len(event.damaged) > 3 else "")
-        text += f"; {len(event.damaged)} damaged, moved to damaged/ and recomputed ({shown})"
-    return text + (f"; about {duration(event.estimate)} left (rough estimate)" if event.estimate else "")
-
-
-def describe(event: Event) -> str:
-    """Return one line about a finished task."""
-    record = event.record
-    assert record is not None
-    what = what_of(record)
-    if record.error:
-        return f"{event.label} · {what}: failed: {record.error}"
-    shown = ("accuracy", "accuracy_valid", "robust_accuracy", "mean_distance", "sparsity", "radius_median")
-    values = [f"{name} {value:.4g}" for name in shown if (value := record.metrics.get(name)) is not None]
-    flags = f" [{', '.join(flag['name'] for flag in record.flags)}]" if record.flags else ""
-    told = f": {', '.join(values)}" if values else ""
-    return f"{event.label} · {what}{told}{flags} ({record.times.get('seconds', 0):.1f} s)"
+        self.update(Group(bar, Text(" · ".join([*told, rest_of(event)])), *recent))

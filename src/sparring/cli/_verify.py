@@ -24,6 +24,7 @@ from ..threat import Threat
 from ..units import parse_eps, parse_norm
 from ._app import DataSource, ModelSource, VerifyOptions, Where
 from ._printing import print_json, print_table
+from ._progress import shown_images
 from ._sources import ONNX, PACKED, SAVED, check_named, open_both, plain_form
 
 FALSIFIED, UNKNOWN = 1, 3
@@ -71,10 +72,12 @@ def _about_images(model: ModelSource, how: VerifyOptions, data: DataSource, plac
     x, y = chosen_images(dataset, "test", 0, how.images)
     images, found = as_float(x), list[Verdict]()
     run = torch.no_grad()(place.answers(network, images))
-    for i in range(len(y)):
-        told = partial(_tell, f"image {i} of {len(y)}")
-        one = images[i : i + 1], y[i : i + 1]
-        found += bounds.verify(network, *one, norm, eps, run=run, seconds=how.seconds, progress=told)
+    with shown_images() as tell:
+        for i in range(len(y)):
+            tell("verify", i, len(y))
+            told = partial(_tell, f"image {i} of {len(y)}")
+            one = images[i : i + 1], y[i : i + 1]
+            found += bounds.verify(network, *one, norm, eps, run=run, seconds=how.seconds, progress=told)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,20 +59,22 @@ def ship_report(
     threat: Threat,
     *,
     decisions: int = 5,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Shipped:
     """Compare a network with its artefact under an attack, and run HopSkipJump on the artefact.
 
     x: float (N, *shape) in [0, 1]; y: int64 (N,); the model may be on another device. Attacks use `attacks.run` and the
     same seed. On the artefact, a gradient attack uses its rounded weights. HopSkipJump uses only the predicted classes
-    of the shipped kernels, on the first 50 images, in `decisions` steps; 0 disables it. The model runs in eval mode and
-    is restored. Raises UserError as `attacks.run` does.
+    of the shipped kernels, on the first 50 images, in `decisions` steps; 0 disables it. `progress` is as in
+    `attacks.audit`. The model runs in eval mode and is restored. Raises UserError as `attacks.run` does.
     """
     blind, place = partial(attacks.hopskipjump, steps=decisions), next((p.device for p in model.parameters()), x.device)
     with eval_mode(model):
         shipped, network = PackedModule(packed), opened(model, x[:2].to(place))
-        examples = [_attacked(network, x.to(place), y.to(place), attack, threat).cpu()]
-        examples += [_attacked(shipped, x, y, attack, threat)]
-        decided = _attacked(shipped, x[:FEW], y[:FEW], blind, threat) if decisions else None
+        one, other, third = (partial(progress, f"attack on the {what}") for what in ("model", "artefact", "answers"))
+        examples = [_attacked(network, x.to(place), y.to(place), attack, threat, one).cpu()]
+        examples += [_attacked(shipped, x, y, attack, threat, other)]
+        decided = _attacked(shipped, x[:FEW], y[:FEW], blind, threat, third) if decisions else None
         logits, own = answers(network, x.to(place)).cpu(), answers(packed, x)
         right, right_packed = logits.argmax(1) == y, own.argmax(1) == y
         standing = [right & (answers(network, one.to(place)).argmax(1).cpu() == y) for one in examples]
@@ -90,8 +93,16 @@ def ship_report(
         )
 
 
-def _attacked(network: nn.Module, x: Tensor, y: Tensor, attack: attacks.Attack, threat: Threat) -> Tensor:
-    return attacks.run(network, x, y, attack, threat, generator=torch.Generator().manual_seed(0)).x_adv
+def _attacked(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: attacks.Attack,
+    threat: Threat,
+    progress: Callable[[int, int], None],
+) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return attacks.run(network, x, y, attack, threat, generator=generator, progress=progress).x_adv
 
 
 def _share(hits: Tensor) -> float:

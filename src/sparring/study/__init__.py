@@ -29,7 +29,7 @@ from .runner._executors import Executor, InProcess, Processes, Task, TaskOutcome
 from .runner._ray import RayCluster
 from .runner._run import Progress, available_cores, progress, register, run
 from .runner._schedule import Event, Watcher, environment, execute
-from .runner._watchers import show_progress, to_mlflow, to_tensorboard, what_of
+from .runner._watchers import describe, line_of, rest_of, show_progress, to_mlflow, to_tensorboard
 from .stages._networks import Context, check_fit, chosen_images, load_network_, trained
 from .stages._train import ramped_loss, refuse_constant, robust_score
 
@@ -62,9 +62,11 @@ __all__ = [
     "check_fit",
     "chosen_images",
     "configured",
+    "describe",
     "environment",
     "execute",
     "lay_out",
+    "line_of",
     "load_network_",
     "merge",
     "presets",
@@ -72,11 +74,11 @@ __all__ = [
     "ramped_loss",
     "refuse_constant",
     "register",
+    "rest_of",
     "robust_score",
     "run",
     "show_progress",
     "to_mlflow",
     "to_tensorboard",
     "trained",
-    "what_of",
 ]

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.records import Record
-from sparring.study import Event, Watcher, run, show_progress, to_mlflow, to_tensorboard
+from sparring.study import Event, Watcher, line_of, run, show_progress, to_mlflow, to_tensorboard
 from sparring.study.runner._watchers import _forgiving, _numbers
 
 from .test_run import tiny_plan
@@ -92,24 +93,29 @@ def _final(name: str, folder: Path) -> dict[str, Any]:
 
 
 def told(capsys: pytest.CaptureFixture[str], done: int, record: Record | None, failed: int = 0) -> str:
-    show_progress(Event(3, done, 1, failed, (), record, "seed 0 · magnitude 90.0%", estimate=12.3))
+    label = "seed 0 · magnitude 90.0%"
+    show_progress(Event(3, done, 1, failed, (), record, label, estimate=12.3, memory=2**30))
     return capsys.readouterr().err
 
 
 def test_one_line_rewrites_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    first = told(capsys, 1, None)
-    second = told(
-        capsys,
-        2,
-        Record("k", "attack", ATTACK, environment={}, times={}),
-    )
-    assert first.strip() == "[######..............] 1 of 3 tasks; the rest takes about 12 s (rough estimate)"
-    assert second.strip() == "[#############.......] 2 of 3 tasks · seed 0 · magnitude 90.0% · pgd linf eps 0.1"
+    first, shard = told(capsys, 1, None), ATTACK | {"start": 0, "stop": 50}
+    second = told(capsys, 2, Record("k", "attack", shard, environment={}, times={"seconds": 2.0}))
+    assert first.strip() == "[######..............] 1 of 3 tasks, 1.0 GiB, about 13 s left"
+    half = "[#############.......] 2 of 3 tasks, 1.0 GiB, about 13 s left · seed 0 · magnitude 90.0% · pgd linf eps 0.1"
+    assert second.strip().startswith(half[:100])
     assert first[0] == second[0] == "\r" and len(first) == len(second)
 
 
 def test_failed_tasks_keep_their_line_and_the_last_line_ends(capsys: pytest.CaptureFixture[str]) -> None:
     text = told(capsys, 3, Record("k", "train", {}, environment={}, times={}, error="diverged"), failed=1)
     kept, line, end = text.split("\n")
-    assert kept.strip() == "failed: seed 0 · magnitude 90.0% · train: diverged"
-    assert line.strip().startswith("[####################] 3 of 3 tasks, 1 failed") and not end
+    assert kept.strip() == "seed 0 · magnitude 90.0% · train: failed: diverged"
+    assert line.strip().startswith("[####################] 3 of 3 tasks, 1 failed, 1.0 GiB") and not end
+
+
+def test_a_line_for_each_task_has_its_pace() -> None:
+    times, shard = {"seconds": 2.0}, ATTACK | {"start": 0, "stop": 50}
+    event = replace(EVENT, record=Record("k", "attack", shard, times=times), memory=2**30, estimate=12.3)
+    assert line_of(event) == "[4/9] seed 0 · m 50.0% · pgd linf eps 0.1 (2.0 s, 25 images/s), 1.0 GiB, about 13 s left"
+    assert line_of(replace(event, record=None)) == "9 tasks, 1 cached; about 13 s left (rough estimate)"

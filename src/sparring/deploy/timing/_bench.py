@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,14 +85,15 @@ def bench(
     images: Tensor | None = None,
     engines: Collection[str] | None = None,
     place: Place | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Bench:
     """Time a sparse classifier for images of `shape` in `engines`, interleaved, on one thread.
 
     engines: names in ENGINES; None for all that are installed. small: a dense network of similar accuracy, as a fair
     alternative, timed in the same engines. images: float images (N, *shape) in [0, 1] for the calibration of int8;
     random ones by default. place: where torch's own engines run and in which numbers; times then have the copies of
-    images and logits in them. Raises UserError for empty batches or no engine in float32,
-    UnknownNameError for an unknown engine.
+    images and logits in them. progress: gets a name, the rounds that are done and their number. Raises UserError for
+    empty batches or no engine in float32, UnknownNameError for an unknown engine.
     """
     if not batches or min(batches) < 1 or rounds < 1:
         raise UserError("a benchmark needs batch sizes and rounds of at least 1")
@@ -118,7 +119,7 @@ def bench(
         if not any(one.engine.exact for one in running if not one.name.startswith(SMALL)):
             reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
             raise UserError(f"a benchmark needs an engine in float32, such as packed or torch{reasons}")
-        rows = [row for batch in batches for row in _rows(running, batch, rounds)]
+        rows = [row for batch in batches for row in _rows(running, batch, rounds, partial(progress, f"batch {batch}"))]
         result = Bench(processor(), peak_flops() / 1e9, rows, left_out, counts(model).matrix_sparsity, None)
         return replace(result, wins_from=_wins_from(result, networks[0][1], min(batches)))
 
@@ -130,10 +131,10 @@ class _Running:
     network: Network
 
 
-def _rows(running: list[_Running], batch: int, rounds: int) -> list[BenchRow]:
+def _rows(running: list[_Running], batch: int, rounds: int, progress: Callable[[int, int], None]) -> list[BenchRow]:
     shape = running[0].network.shape
     x = np.random.default_rng(batch).random((batch, *shape), np.float32)
-    timings = interleaved([partial(one.engine.run, x) for one in running], rounds=rounds)
+    timings = interleaved([partial(one.engine.run, x) for one in running], rounds=rounds, progress=progress)
     needed = {one.network.packed: products(load(one.network.packed).program) for one in running}
     rows = []
     for one, timing in zip(running, timings, strict=True):

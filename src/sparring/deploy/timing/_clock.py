@@ -34,12 +34,18 @@ class Timing:
     joules: float | None = None
 
 
-def interleaved(functions: Sequence[Callable[[], object]], *, rounds: int = 60) -> list[Timing]:
+def interleaved(
+    functions: Sequence[Callable[[], object]],
+    *,
+    rounds: int = 60,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[Timing]:
     """Time functions in turns, so that other load on the machine affects all of them equally."""
     repeats = [_repeats(function) for function in functions]
     seconds = np.zeros((len(functions), rounds))
     joules = np.full((len(functions), rounds), np.nan)
     for turn in range(rounds):
+        progress(turn, rounds)
         for number, (function, repeat) in enumerate(zip(functions, repeats, strict=True)):
             energy, start = _energy(), time.perf_counter()
             for _ in range(repeat):

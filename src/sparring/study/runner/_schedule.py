@@ -6,6 +6,7 @@ import functools
 import heapq
 import itertools
 import platform
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
@@ -18,20 +19,22 @@ import torch
 from ... import __version__
 from ...devices import CPU, Place
 from ...errors import StorageError
+from ...memory import used_memory
 from ...records import Record, Store
 from ...train import is_whole
 from ._executors import AnyTask, Done, Executor
 
 # Tensors that a report reads are smaller, and are checked at every start; larger ones, weights, when they are needed.
 SMALL_OBJECT = 1 << 20
+FEW = 3  # finished tasks before which the rest is foretold
 
 
 @dataclass(frozen=True)
 class Event:
-    """A progress event: counts of tasks, and the record that was just written.
+    """A progress event: counts of tasks, and the record that was just written; the first has none.
 
-    The first event has no record but an `estimate` of the remaining seconds (None: unknown). `damaged` names the files
-    that have been found damaged and set aside so far.
+    `estimate`: remaining seconds (None: unknown), foretold until three tasks show how long they take. `memory`:
+    resident bytes of this process and its workers. `damaged`: the files that were found damaged and set aside so far.
     """
 
     total: int
@@ -43,6 +46,7 @@ class Event:
     label: str = ""
     estimate: float | None = None
     damaged: tuple[str, ...] = ()
+    memory: int = 0
 
 
 Watcher = Callable[[Event], None]
@@ -89,6 +93,8 @@ class _Scheduler:
     ready: list[tuple[float, str]] = field(default_factory=list)  # a heap of ranks and keys
     cached: int = 0
     errors: int = 0
+    began: float = 0.0
+    estimate: float | None = None
 
     def recall(self, retry: bool) -> None:
         """Take what the store has; what a missing task needs is checked byte by byte, however large."""
@@ -112,9 +118,12 @@ class _Scheduler:
         for task in missing.values():
             # A parent that failed is never done, and so its children are never ready.
             self.waiting.add(task.key, *(p for p in task.parents if p not in self.records or self.records[p].error))
+        self.began = time.monotonic()
         self.waiting.prepare()
         self._hand_out(missing, ranks)  # before anything else: the workers need not wait for an estimate
-        self._tell(None, None if foretell is None or self.watch is None else foretell(list(missing.values())))
+        if foretell is not None and self.watch is not None:
+            self.estimate = foretell(list(missing.values()))
+        self._tell(None)
         while self.running:
             for done in self.executor.wait():
                 self._keep(done)
@@ -164,9 +173,12 @@ class _Scheduler:
         held = {key: self.records[key].object for key in keys}
         return {key: found["sha256"] for key, found in held.items() if found is not None}
 
-    def _tell(self, record: Record | None, estimate: float | None = None) -> None:
+    def _tell(self, record: Record | None) -> None:
         if self.watch is None:
             return
+        fresh = len(self.records) - self.cached
+        if fresh >= FEW:
+            self.estimate = (time.monotonic() - self.began) / fresh * (len(self.order) - len(self.records))
         self.watch(
             Event(
                 total=len(self.order),
@@ -176,8 +188,9 @@ class _Scheduler:
                 running=tuple(self.running.values()),
                 record=record,
                 label=self.labels.get(record.key, "") if record is not None else "",
-                estimate=estimate,
+                estimate=self.estimate,
                 damaged=tuple(self.store.found_damaged),
+                memory=used_memory(children=True),
             )
         )
 

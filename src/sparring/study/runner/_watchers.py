@@ -1,4 +1,4 @@
-"""Show the progress of a study on one line, in MLflow and in TensorBoard."""
+"""Say how far a study is: in a line of text, on one line that rewrites itself, in MLflow and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,26 +9,58 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import UserError
+from ...memory import size_text
 from ...progress import bar, write_over
 from ...records import Record
+from ...units import duration
 from ._schedule import Event, Watcher
 
 
 def show_progress(event: Event) -> None:
     """Write the progress of a study over the last line of stderr; a failed task keeps its line. Pass it as `watch`."""
-    record = event.record
-    if record is not None and record.error:
-        write_over(f"failed: {event.label} · {what_of(record)}: {record.error}", "\n")
-    write_over(_line(event), "\n" if event.done == event.total else "")
-
-
-def _line(event: Event) -> str:
+    told = describe(event) if event.record is not None else ""
+    if event.record is not None and event.record.error:
+        write_over(told, "\n")
+        told = ""
     counts = f"{bar(event.done, event.total)} tasks" + (f", {event.failed} failed" if event.failed else "")
-    if event.record is None:
-        damaged = f"; damaged files to recompute: {len(event.damaged)}" if event.damaged else ""
-        guess = f"; the rest takes about {event.estimate:.0f} s (rough estimate)" if event.estimate else ""
-        return counts + damaged + guess
-    return f"{counts} · {event.label} · {what_of(event.record)}"
+    counts += f", {len(event.damaged)} damaged" if event.damaged and event.record is None else ""
+    standing = ", ".join(part for part in (counts, rest_of(event)) if part)
+    write_over(f"{standing} · {told}" if told else standing, "\n" if event.done == event.total else "")
+
+
+def line_of(event: Event) -> str:
+    """Return what an event says: of the first how many tasks there are, else the finished task and what is left."""
+    if event.record is not None:
+        return ", ".join(part for part in (f"[{event.done}/{event.total}] {describe(event)}", rest_of(event)) if part)
+    text = f"{event.total} tasks, {event.cached} cached"
+    if event.damaged:
+        shown = ", ".join(event.damaged[:3]) + (", ..." if len(event.damaged) > 3 else "")
+        text += f"; {len(event.damaged)} damaged, moved to damaged/ and recomputed ({shown})"
+    return text + (f"; about {duration(event.estimate)} left (rough estimate)" if event.estimate else "")
+
+
+def rest_of(event: Event) -> str:
+    """Return the memory in use and the time that is left, as far as it is known."""
+    told = [size_text(event.memory)] if event.memory else []
+    told += [f"about {duration(event.estimate)} left"] if event.estimate and event.done < event.total else []
+    return ", ".join(told)
+
+
+def describe(event: Event) -> str:
+    """Return one line about a finished task."""
+    record = event.record
+    assert record is not None
+    what = what_of(record)
+    if record.error:
+        return f"{event.label} · {what}: failed: {record.error}"
+    shown = ("accuracy", "accuracy_valid", "robust_accuracy", "mean_distance", "sparsity", "radius_median")
+    values = [f"{name} {value:.4g}" for name in shown if (value := record.metrics.get(name)) is not None]
+    flags = f" [{', '.join(flag['name'] for flag in record.flags)}]" if record.flags else ""
+    told = f": {', '.join(values)}" if values else ""
+    seconds = record.times.get("seconds", 0)
+    images = record.inputs.get("stop", 0) - record.inputs.get("start", 0)
+    rate = f", {images / seconds:,.0f} images/s" if images and seconds else ""
+    return f"{event.label} · {what}{told}{flags} ({seconds:.1f} s{rate})"
 
 
 @contextlib.contextmanager
