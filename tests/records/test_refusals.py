@@ -254,7 +254,7 @@ def as_first_written(out: Path) -> None:
 def test_a_study_of_schema_1_is_read_reported_and_gone_on_with(tmp_path: Path, few_digits: Dataset) -> None:
     table = {**TABLE, "pruning": [{"label": "magnitude"}], "shipped": []}
     table |= {"training": {"loss": "pgd-at", "eps": 0.1, "steps": 1}, "checkpoints": ["final", "best"]}
-    for name in ("controls", "transfer", "certify", "lipschitz"):
+    for name in ("controls", "transfer", "certify", "lipschitz", "verify"):
         table.pop(name)
     run(Plan.from_table(table), tmp_path / "new", dataset=few_digits, workers=0)
     shutil.copytree(tmp_path / "new", tmp_path / "old")
