@@ -55,16 +55,21 @@ def size_text(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, count >> 20)} MiB"
 
 
-def measured(work: Callable[[Tensor], object], x: Tensor) -> Need:
+def measured(work: Callable[[Tensor], object], x: Tensor, *, enough: Callable[[Need], bool] | None = None) -> Need:
     """Run work on one image and on two, and return its memory: the largest sum of live tensors in bytes.
 
-    x: images; the first is repeated. The model that `work` runs is in eval mode. Memory that a library uses inside an
-    operation is not seen; on a CPU a fraction is added for it and for memory that is freed but not returned.
+    x: images; the first is repeated. `enough` is asked of an upper bound, that nothing is fixed, after the first run;
+    if it agrees, that is returned without a second. The model that `work` runs is in eval mode. Memory that a library
+    uses inside an operation is not seen; on a CPU a fraction is added for it and for memory that is freed but not
+    returned.
     """
     image = x[:1] if len(x) else x.new_zeros((1, *x.shape[1:]))
-    with torch.random.fork_rng(devices=[]):
-        one, two = (_peak(work, image.expand(count, *x.shape[1:]).clone()) for count in (1, 2))
     share, scratch = (_KEPT, _SCRATCH) if x.device.type == "cpu" else (1.0, 0)
+    with torch.random.fork_rng(devices=[]):
+        one = _peak(work, image.clone())
+        if enough is not None and enough(bound := Need(scratch, max(1, int(share * one)))):
+            return bound
+        two = _peak(work, image.expand(2, *x.shape[1:]).clone())
     return Need(scratch + int(share * max(0, 2 * one - two)), max(1, int(share * max(0, two - one))))
 
 

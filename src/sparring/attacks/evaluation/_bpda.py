@@ -225,8 +225,8 @@ def blind_pixels(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 10
     `batch_size` images at a time.
     """
     x, y = x[:_IMAGES], y[:_IMAGES]
-    kind = precision(model, model(x[:2]))
-    step, generator = _STEP_IN.get(kind, _STEP), torch.Generator().manual_seed(0)
+    kind = precision(model, x)  # unless the logits are coarser still
+    generator = torch.Generator().manual_seed(0)
     noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
     def gap(length: float) -> _Gap:
@@ -234,7 +234,11 @@ def blind_pixels(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 10
         point = torch.lerp(x, 0.25 + 0.5 * noise, 4 * length).to(kind).to(x.dtype)
         return _Gap.at(model, point, y, kind, generator, batch_size)
 
-    near, everything = gap(max(_ROOM, step)), torch.ones_like(x[0], dtype=torch.bool)
+    near, everything = gap(max(_ROOM, _STEP_IN.get(kind, _STEP))), torch.ones_like(x[0], dtype=torch.bool)
+    if (coarse := precision(model, near.logits)) != kind:
+        kind = coarse
+        near = gap(max(_ROOM, _STEP_IN.get(kind, _STEP)))
+    step = _STEP_IN.get(kind, _STEP)
     silent, blind = (near.gradient == 0).all(0), torch.zeros_like(everything)
     if bool(silent.any()):
         far = gap(_LONG)
@@ -273,6 +277,7 @@ class _Gap:
 
     model: nn.Module
     x: Tensor
+    logits: Tensor
     weights: Tensor
     value: Tensor
     grain: Tensor
@@ -294,7 +299,7 @@ class _Gap:
         weights = _against(logits, y)
         grain = torch.finfo(kind).eps * logits.abs().amax(1)  # what changes less may not change at all
         value = (logits * weights).sum(1)
-        return cls(model, x, weights, value, grain, gradient, kind, generator, batch_size)
+        return cls(model, x, logits, weights, value, grain, gradient, kind, generator, batch_size)
 
     def changes(self, pixels: Tensor, step: float, times: int) -> _Changes:
         """Return what moving these pixels to both sides does, along so many random directions in one pass."""

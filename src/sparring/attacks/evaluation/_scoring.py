@@ -406,13 +406,18 @@ def transfer(best: Best, lenders: Mapping[str, Probe], lent: Mapping[str, Sequen
 
 
 # On a CPU a larger batch is no faster. Gradients that go back together are copied inside of operations, unseen.
-_CPU_BYTES, _COPIED = 512 * 2**20, 1.2
+_CPU_BYTES, _COPIED, _MOST = 512 * 2**20, 1.2, 1024
+# Checks send no more images at once: where so many and all that are attacked fit, how many more would is no question.
+_CHECKED = 256
 
 
-def need_of(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> Need:
+def need_of(
+    model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1, enough: Callable[[Need], bool] | None = None
+) -> Need:
     """Return the memory that an attack needs, measured on one forward and backward pass of a model in eval mode.
 
-    rows: gradients of an image in one backward pass (`AttackFacts.together`); draws: passes in an average.
+    rows: gradients of an image in one backward pass (`AttackFacts.together`); draws: passes in an average. `enough`: as
+    in `measured`.
     """
 
     def work(images: Tensor) -> None:
@@ -422,12 +427,14 @@ def need_of(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> Ne
 
         logits_and_pull(model, images, weigh)
 
-    need = measured(work, x)
-    each = need.each * (_COPIED if rows > 1 else 1.0) + _COPIES * x[0].numel() * x.element_size()
-    return replace(need, each=int(draws * each))
+    def whole(need: Need) -> Need:
+        each = need.each * (_COPIED if rows > 1 else 1.0) + _COPIES * x[0].numel() * x.element_size()
+        return replace(need, each=int(draws * each))
+
+    return whole(measured(work, x, enough=enough and (lambda bound: enough(whole(bound)))))
 
 
-def images_at_once(need: Need, free: int, device: torch.device, *, most: int = 1024) -> int:
+def images_at_once(need: Need, free: int, device: torch.device, *, most: int = _MOST) -> int:
     """Return the batch size of an attack: what fits in half of the free memory, on a CPU in at most 512 MiB.
 
     Raise UserError if not even one image fits.
@@ -438,4 +445,9 @@ def images_at_once(need: Need, free: int, device: torch.device, *, most: int = 1
 
 def batch_size_for(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1) -> int:
     """Return the batch size of an attack on a model, 1 to 1024; see `need_of` and `images_at_once`."""
-    return images_at_once(need_of(model, x, rows=rows, draws=draws), free_memory(x.device), x.device)
+    free = free_memory(x.device)
+
+    def plenty(need: Need) -> bool:
+        return need.of(1) <= free and images_at_once(need, free, x.device) >= max(len(x), _CHECKED)
+
+    return images_at_once(need_of(model, x, rows=rows, draws=draws, enough=plenty), free, x.device)
