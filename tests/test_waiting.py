@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,58 @@ def test_a_crowd_waits_for_the_next_call_which_looks_itself_who_has_the_cores(
     assert len(gathered) == 2
     monkeypatch.setattr(waiting, "LINGER", 0.0)
     call(0)
+    _gone()
+
+
+def test_threads_take_turns_on_one_core_and_are_let_go_as_they_were() -> None:
+    begun, leave = threading.Event(), threading.Event()
+    found: list[set[int]] = []
+    own = os.sched_getaffinity(0)
+
+    def later() -> None:
+        begun.set()
+        leave.wait()
+        found.append(os.sched_getaffinity(0))
+
+    with waiting.together():
+        assert len(os.sched_getaffinity(0)) == 1
+        thread = threading.Thread(target=later)
+        thread.start()
+        begun.wait()
+    leave.set()
+    thread.join()
+    assert os.sched_getaffinity(0) == own == found[0]
+
+
+def test_threads_that_get_less_than_one_alone_would_are_put_together(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[float] = []
+    began = time.monotonic()
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        turns.append(time.monotonic())
+        yield
+
+    ran = [0.0]
+    monkeypatch.setattr(waiting, "together", noted)
+    monkeypatch.setattr(waiting, "TURNS", 0.0)
+    monkeypatch.setattr(waiting, "LINGER", 0.05)
+    monkeypatch.setattr(waiting, "_others", lambda: 1000)
+    monkeypatch.setattr(waiting, "_waited", lambda _: time.monotonic() - began)
+    monkeypatch.setattr(time, "process_time", lambda: ran[0] * (time.monotonic() - began))
+
+    def grows() -> bool:
+        time.sleep(0.3)
+        before = len(turns)
+        time.sleep(0.3)
+        return len(turns) > before
+
+    with waiting.courteous():
+        assert grows()
+        ran[0] = 1.5
+        assert not grows(), "they get on beside each other"
     _gone()
 
 

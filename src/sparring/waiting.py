@@ -5,9 +5,9 @@ that something else also uses, each barrier waits for a thread that is not runni
 on two threads then takes ten times as long as on one. The environment variables that choose the way to wait are read
 when torch is imported, too late for a notebook. But libgomp itself hardly spins while it manages more threads than
 there are cores, so a few threads that do nothing switch it over, and back. How many threads share the work, and so the
-last bit of every result, stays as it was. Waking a thread that sleeps takes as long as the products of a small network:
-work that no thread count changes is then left to one (`alone`). Networks smaller than LeNet-5 still pay for it: attacks
-in calls of a few hundredths of a second take up to 1.6 times as long as on one thread, training up to 1.9 times.
+last bit of every result, stays as it was. Waking a thread that sleeps, on a core that another process holds, takes longer
+than the products of a small network. Where the threads together then get less of the cores than one alone would, they
+take turns on one core (`together`), and work that no thread count changes is left to one thread (`alone`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["alone", "courteous", "crowd"]
+__all__ = ["alone", "courteous", "crowd", "together"]
 
 NAME = "sparring looks for cores"
 PAUSE = 0.03  # seconds between two looks
+TURNS = 0.3  # seconds on one core, before the threads are let go to see whether they still need it
 LINGER = 1.0  # seconds that a crowd waits for the next call: under load it takes longer to gather than short calls run
 SMALL = 1 << 19  # numbers, on which one thread is done before another that sleeps has woken
 BUSY, FREE = 0.1, 0.03  # seconds a second that threads wait for a core: above it is shared, below it is ours again
@@ -89,6 +90,31 @@ def crowd(openmp: Any, size: int) -> Iterator[None]:
         host.join()
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Keep this process's threads on the core where its first one is: none then waits for another's core."""
+    before = {}
+    with suppress(OSError, ValueError, IndexError):
+        core = int(Path(f"/proc/self/task/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[36])
+        for thread in map(int, os.listdir("/proc/self/task")):
+            before[thread] = os.sched_getaffinity(thread)
+            os.sched_setaffinity(thread, {core})
+    try:
+        yield
+    finally:
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with suppress(OSError):  # a thread that began meanwhile has the affinity of the one that started it
+                os.sched_setaffinity(thread, before.get(thread) or before[os.getpid()])
+
+
+class _Look(NamedTuple):
+    """When it was, and for how many seconds the threads have waited for cores and run so far."""
+
+    time: float
+    waited: float
+    ran: float
+
+
 class _Watcher(threading.Thread):
     """Hold a crowd for as long as the process's threads wait for cores, from one call to the next."""
 
@@ -96,6 +122,7 @@ class _Watcher(threading.Thread):
         super().__init__(name=NAME, daemon=True)
         self.openmp, self.cores = openmp, len(os.sched_getaffinity(0))
         self.calls, self.shared, self.over = 0, False, False
+        self.small = True  # until a look finds that the threads get on beside each other
         self.change = threading.Condition()
 
     def comes(self) -> bool:
@@ -117,21 +144,27 @@ class _Watcher(threading.Thread):
             was, last = self.shared, None
             with crowd(self.openmp, max(1, self.cores - self.threads + 1)) if was else nullcontext():
                 while self.shared == was and not self.over:
+                    if was and last is None and self.small and _others() >= self.cores:
+                        with together():
+                            time.sleep(TURNS)
                     last = self._look(last)
 
-    def _look(self, last: tuple[float, float] | None) -> tuple[float, float] | None:
-        """Wait a moment, or for a call; from the time and what `_waited` said last time, judge who has the cores."""
+    def _look(self, last: _Look | None) -> _Look | None:
+        """Wait a moment, or for a call; from what the last look saw, judge who has the cores."""
         with self.change:
             if self.calls == 0:
                 self.over = not self.change.wait_for(lambda: self.calls, LINGER)
                 return None
             self.change.wait(PAUSE)
-            now, waited = time.perf_counter(), _waited(threading.get_native_id())
+            waited = _waited(threading.get_native_id())
             if waited is None or self.calls == 0:
                 return None
+            now = _Look(time.perf_counter(), waited, time.process_time())
             if last is not None:
-                self.shared = (waited - last[1]) / (now - last[0]) > (FREE if self.shared else BUSY)
-            return now, waited
+                passed = now.time - last.time
+                self.shared = (now.waited - last.waited) / passed > (FREE if self.shared else BUSY)
+                self.small = (now.ran - last.ran) / passed < 1 / (1 + _others() / self.cores)  # one alone would get that
+            return None if self.small and last is not None else now
 
 
 @cache

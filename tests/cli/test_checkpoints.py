@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparring.cli._app import ModelSource
@@ -29,15 +30,20 @@ ATTACK = ("--data", "digits", "--images", 20, "--attacks", "fgsm", "--checks", 0
 
 
 @pytest.fixture
-def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparring):  # type: ignore[no-untyped-def]
-    """Return a converted checkpoint, in a folder that holds the user's code."""
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the path of weights, in a folder that holds the user's code."""
     (tmp_path / "owners.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "owners", raising=False)
     torch.manual_seed(0)
-    state = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict()
-    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 1}, "w.pth")
+    save_file(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict(), "w.safetensors")
+    return Path("w.safetensors")
+
+
+def test_a_checkpoint_is_converted_and_named_after_an_at(weights: Path, sparring) -> None:  # type: ignore[no-untyped-def]
+    state = {f"module.{name}": value for name, value in load_file(weights).items()}
+    torch.save({"state_dict": state, "epoch": 1}, "w.pth")
     refused = sparring("attack", "owners:wrapped", "--weights", "w.pth", *ATTACK)
     assert refused.code == 2
     assert "type `sparring convert w.pth w.safetensors`" in refused.err
@@ -45,10 +51,6 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparring):  # type:
     done = sparring("convert", "w.pth", "w.safetensors", "--json")
     assert json.loads(done.out)["key"] == "state_dict"
     assert "under 'state_dict'" in done.err and "'module.'" in done.err
-    return Path("w.safetensors")
-
-
-def test_a_checkpoint_is_converted_and_named_after_an_at(weights: Path, sparring) -> None:  # type: ignore[no-untyped-def]
     found = [
         sparring("attack", *model, *ATTACK)
         for model in (

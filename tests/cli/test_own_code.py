@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from sparring.cli import _sentence
+
+from ..processes import run_words
 
 NET = "nn.Sequential(nn.Flatten(), nn.Linear(64, 10))"
 CODE = """
@@ -299,12 +302,9 @@ def test_an_interrupt_says_so(sparring, own: str) -> None:  # type: ignore[no-un
 
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_traceback_shows_the_rest(own: str, tmp_path: Path, place: str) -> None:
-    import subprocess
-    import sys
-
     words = ["attack", f"{own}:asks", *OWN]
     words = ["--traceback", *words] if place == "before" else [*words, "--traceback"]
-    done = subprocess.run([sys.executable, "-m", "sparring", *words], capture_output=True, text=True, cwd=tmp_path)
+    done = run_words(["sparring", *words], tmp_path, os.environ)
     assert done.returncode == 2 and "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1][:6] == "error:"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,21 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder with max(x, 0) of two pixels as an ONNX file, and a property that says how large it may be."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write max(x, 0) of two pixels as an ONNX file."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     model.load_state_dict({f"{i}.weight": torch.eye(2) for i in (1, 3)} | {f"{i}.bias": torch.zeros(2) for i in (1, 3)})
-    to_onnx(model.eval(), "m.onnx", shape=(1, 1, 2))
+    path = tmp_path_factory.mktemp("exported") / "m.onnx"
+    to_onnx(model.eval(), path, shape=(1, 1, 2))
+    return path
+
+
+@pytest.fixture
+def work(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder with that file."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(exported, tmp_path)
     return tmp_path
 
 

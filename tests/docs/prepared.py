@@ -22,11 +22,11 @@ PLAN = """
 data = "digits"
 model = "linear"
 seeds = 1
-sparsities = [0.1, 0.5]
+sparsities = [0.5]
 deploy = true
 
 [recipe]
-epochs = 10
+epochs = 3
 lr = 0.01
 
 [[attacks]]
@@ -63,7 +63,7 @@ def prepare_files(folder: Path) -> None:
     x, y = images(1500, 3)
     np.savez(folder / "images.npz", x=x[:, None], y=y.astype(np.int64))
     _write_zip(folder / "my-images.zip", x[:600], y[:600])
-    network("lenet-5", 0.2, folder, ("lenet", "sparse", "small-dense"))
+    network("lenet-5", 0.1, folder, ("lenet", "sparse", "small-dense"))
     network("lenet-300-100", 1.0, folder, ("dense", "l300"))
     network("lenet-5", 1.0, folder, ("l5",))
     own = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))  # README's mine:net

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from ..processes import run_line, run_words
 from .prepared import prepare_data, prepare_files
 
 ROOT = Path(__file__).parents[2]
@@ -122,8 +123,11 @@ def test_no_block_escapes() -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a home with data, and in "files" what the commands take."""
     folder = tmp_path_factory.mktemp("home")
     prepare_data(folder / "data")
+    (folder / "files").mkdir()
+    prepare_files(folder / "files")
     return folder
 
 
@@ -143,7 +147,7 @@ def test_a_page_runs_as_written_with_its_training(page: Path, home: Path, tmp_pa
 
 
 def _run(page: Path, home: Path, folder: Path, *, nightly: bool) -> None:
-    prepare_files(folder)
+    shutil.copytree(home / "files", folder, dirs_exist_ok=True)
     every = steps(page)
     for step in every:
         if step.kind == "python" and (name := re.match(r"# (\w+\.py)", step.text)):
@@ -168,12 +172,11 @@ def _do(step: Step, page: Path, home: Path, folder: Path) -> None:
     environment["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     environment["PATH"] = f"{_commands(home)}:{environment['PATH']}"
     if step.kind == "sh":
-        command = ["bash", "-c", step.text]
+        run = run_line(step.text, folder, environment)
     else:
         text = "\n".join([BEFORE.get(page.name, ""), step.text])
         (folder / "block.py").write_text(text, encoding="utf-8")
-        command = [sys.executable, "block.py"]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        run = run_words(["python", "block.py"], folder, environment)
     allowed = {0, 1} if "sparring compare" in step.text else {0}  # 1: a larger drop is not excluded
     allowed |= {1, 3} if "sparring verify" in step.text else set()  # falsified, unknown
     assert run.returncode in allowed, f"{step.text}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"

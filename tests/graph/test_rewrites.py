@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparring.bounds import radius
+from sparring.bounds._network import prepare
+from sparring.bounds.certify._certificates import radius_over
 from sparring.deploy import pack
 from sparring.graph import Call, lower, spelled_out
 from sparring.threat import LINF
@@ -63,7 +64,8 @@ class Net(nn.Module):
         return self.last(self.way(self.norm(self.first(x.flatten(1) if self.flat else x))).flatten(1))
 
 
-CASES = [(way, flat) for way in WAYS for flat in (False, True)] + [(way, False) for way in MAPS]
+CASES = [(way, flat) for way in WAYS for flat in (False, True) if not (flat and way == "channel shuffle")]
+CASES += [(way, False) for way in MAPS]
 
 
 @pytest.mark.parametrize(("name", "flat"), CASES)
@@ -72,15 +74,14 @@ def test_the_same_logits_without_a_call(name: str, flat: bool) -> None:
     with torch.no_grad():
         model.get_buffer("norm.running_mean").uniform_(-0.2, 0.2)
     x = torch.rand(5, 1, 4, 4)
-    graph = spelled_out(lower(model, (1, 4, 4)), torch.float32)
+    graph = prepare(model, (1, 4, 4), sparse=False)
     assert not [node.title for node in graph.nodes if isinstance(node.op, Call)]
     with torch.no_grad():
         wanted = model(x)
-        torch.testing.assert_close(graph(x), wanted)
-    packed = pack(model, shape=(1, 4, 4))
-    torch.testing.assert_close(packed(x), wanted, rtol=1e-4, atol=1e-5)
-    found = radius(model, x, wanted.argmax(1), LINF, method="crown")
-    assert bool((found > 0).any())
+        torch.testing.assert_close(graph(x.double()).float(), wanted)
+    assert bool((radius_over(graph, x.double(), wanted.argmax(1), LINF, "crown") > 0).any())
+    if not flat:  # where images have no sides, kernels compute the same
+        torch.testing.assert_close(pack(model, shape=(1, 4, 4))(x), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_nobody_can_say_stays() -> None:

@@ -59,7 +59,23 @@ def test_the_undefended_network_is_neither_lost_nor_safe(name: str, trained: Tra
     assert robust_accuracy(result) == pytest.approx(FROZEN[name]["default"], abs=0.017), "another network"
 
 
-@pytest.mark.parametrize("name", DEFENCES)
+COSTLY = {"mean-sparse", "staircase", "cut"}  # ten seconds each
+
+
+@pytest.mark.parametrize("name", sorted(COSTLY))
+def test_a_few_images_show_that_naive_attacks_are_fooled(name: str, trained: Trained) -> None:
+    network, x, y, eps = task_of(name, trained)
+    network, x, y = defended(network, name), x[:25], y[:25]
+    result = run(network, x, y, fast, Threat(LINF, eps), generator=seeded())
+    for attack in naive(eps).values():
+        x_adv = attack(network, x, y, norm=LINF, eps=eps, generator=seeded())
+        assert float(right(network, x_adv, y).double().mean()) >= robust_accuracy(result) + 0.1
+    assert FLAGS[name] <= {flag.name for flag in result.flags}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] if name in COSTLY else []) for name in DEFENCES]
+)
 def test_naive_attacks_are_fooled_by_ten_points_and_the_default_evaluation_is_not(name: str, trained: Trained) -> None:
     model, x, y, eps = task_of(name, trained)
     torch.manual_seed(0)  # what draws, draws from torch's own generator where nobody gives it another
@@ -122,7 +138,7 @@ def test_the_dense_network_lends_its_examples_unasked(trained: Trained) -> None:
 
 
 def test_examples_are_transferred_from_a_named_model(trained: Trained) -> None:
-    model, x, y = trained
+    model, x, y = trained[0], trained[1][:40], trained[2][:40]
     alone = run(Hidden(model), x, y, pgd, THREAT, generator=seeded())
     helped = run(Hidden(model), x, y, pgd, THREAT, surrogates={"dense": model}, generator=seeded())
     bare = run(model, x, y, pgd, THREAT, generator=seeded())
@@ -147,8 +163,8 @@ def test_examples_are_lent_from_as_deep_as_the_budget_allows(trained: Trained) -
 @pytest.mark.parametrize("attack", [deepfool, fgsm, partial(pgd, random_start=False)])
 def test_what_was_lent_before_counts_as_what_is_lent_now(trained: Trained, attack: Attack) -> None:
     model, x, y = trained
-    if attack is deepfool:  # by finite differences, which take their time
-        x, y = x[:40], y[:40]
+    few = 12 if attack is deepfool else 40  # by finite differences, which take their time
+    x, y = x[:few], y[:few]
     threat = Threat(L2) if attack is deepfool else THREAT
     model.train()
     before = {"dense": lend(model, x, y, attack, threat)}
@@ -158,7 +174,7 @@ def test_what_was_lent_before_counts_as_what_is_lent_now(trained: Trained, attac
     now = run(Hidden(model), x, y, attack, threat, surrogates={"dense": model})
     alone = run(Hidden(model), x, y, attack, threat)
     if isinstance(attack, partial):  # what climbs deep starts at random, here for all images and there for those left
-        assert float((later.success == now.success).float().mean()) >= 0.97
+        assert float((later.success == now.success).float().mean()) >= 0.95
     else:
         assert torch.equal(later.success, now.success) and torch.equal(later.x_adv, now.x_adv)
         assert later.flags == now.flags
