@@ -163,7 +163,9 @@ class _Watcher(threading.Thread):
             if last is not None:
                 passed = now.time - last.time
                 self.shared = (now.waited - last.waited) / passed > (FREE if self.shared else BUSY)
-                self.small = (now.ran - last.ran) / passed < 1 / (1 + _others() / self.cores)  # one alone would get that
+                self.small = (now.ran - last.ran) / passed < 1 / (
+                    1 + _others() / self.cores
+                )  # one alone would get that
             return None if self.small and last is not None else now
 
 

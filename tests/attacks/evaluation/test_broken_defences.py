@@ -138,7 +138,7 @@ def test_the_dense_network_lends_its_examples_unasked(trained: Trained) -> None:
 
 
 def test_examples_are_transferred_from_a_named_model(trained: Trained) -> None:
-    model, x, y = trained[0], trained[1][:40], trained[2][:40]
+    model, x, y = trained[0], trained[1][:70], trained[2][:70]
     alone = run(Hidden(model), x, y, pgd, THREAT, generator=seeded())
     helped = run(Hidden(model), x, y, pgd, THREAT, surrogates={"dense": model}, generator=seeded())
     bare = run(model, x, y, pgd, THREAT, generator=seeded())

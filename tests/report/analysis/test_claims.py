@@ -36,8 +36,7 @@ def folder(make_study):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    report.write(folder)
-    return json.loads((folder / "ledger.json").read_text())
+    return [row.as_dict() for row in ledger(find(load(folder)))]
 
 
 def test_kinds_come_from_the_plan_not_from_the_words_of_a_label(folder):
