@@ -5,9 +5,9 @@ that something else also uses, each barrier waits for a thread that is not runni
 on two threads then takes ten times as long as on one. The environment variables that choose the way to wait are read
 when torch is imported, too late for a notebook. But libgomp itself hardly spins while it manages more threads than
 there are cores, so a few threads that do nothing switch it over, and back. How many threads share the work, and so the
-last bit of every result, stays as it was. Waking a thread that sleeps, on a core that another process holds, takes longer
-than the products of a small network. Where the threads together then get less of the cores than one alone would, they
-take turns on one core (`together`), and work that no thread count changes is left to one thread (`alone`).
+last bit of every result, stays as it was. Waking a thread that sleeps, on a core that another process holds, takes
+longer than the products of a small network. Where the threads together then get less of the cores than one alone would,
+they take turns on one core (`together`), and work that no thread count changes is left to one thread (`alone`).
 """
 
 from __future__ import annotations
@@ -93,18 +93,18 @@ def crowd(openmp: Any, size: int) -> Iterator[None]:
 @contextmanager
 def together() -> Iterator[None]:
     """Keep this process's threads on the core where its first one is: none then waits for another's core."""
-    before = {}
+    own, before, threads = os.sched_getaffinity(os.getpid()), {}, Path("/proc/self/task")
     with suppress(OSError, ValueError, IndexError):
-        core = int(Path(f"/proc/self/task/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[36])
-        for thread in map(int, os.listdir("/proc/self/task")):
+        core = int((threads / str(os.getpid()) / "stat").read_text().rpartition(")")[2].split()[36])
+        for thread in (int(path.name) for path in threads.iterdir()):
             before[thread] = os.sched_getaffinity(thread)
             os.sched_setaffinity(thread, {core})
     try:
         yield
     finally:
-        for thread in map(int, os.listdir("/proc/self/task")):
+        for thread in (int(path.name) for path in threads.iterdir()):
             with suppress(OSError):  # a thread that began meanwhile has the affinity of the one that started it
-                os.sched_setaffinity(thread, before.get(thread) or before[os.getpid()])
+                os.sched_setaffinity(thread, before.get(thread, own))
 
 
 class _Look(NamedTuple):
