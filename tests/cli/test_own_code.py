@@ -295,6 +295,12 @@ def test_modules_that_cannot_be_imported(sparring, own: str, code: str, said: st
     assert said in message and f"{own}_bad.py:" in message
 
 
+def test_weights_that_are_a_folder_are_called_one(sparring, own: str) -> None:  # type: ignore[no-untyped-def]
+    Path("folder").mkdir()
+    told = one_message(sparring("attack", f"{own}:plain", *OWN, "--weights", "folder"), own)
+    assert "folder is a folder, not a file" in told
+
+
 def test_an_interrupt_says_so(sparring, own: str) -> None:  # type: ignore[no-untyped-def]
     told = sparring("attack", f"{own}:halting", *OWN)
     assert told.code == 130 and "interrupted" in told.err

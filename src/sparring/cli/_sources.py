@@ -239,7 +239,7 @@ def check_named(source: ModelSource) -> None:
     if name.endswith(SAVED) and weights is not None:
         raise UserError("a model file contains its weights; give either a model file or --weights")
     if file is not None and not file.is_file():
-        raise UserError(f"{file} does not exist; check the path")
+        raise UserError(f"{file} {'is a folder, not a file' if file.is_dir() else 'does not exist'}; check the path")
     if (source.mean is None) != (source.std is None):
         raise UserError("--mean and --std must be given together")
     if source.mean is not None and not (is_code(name) and takes_moments(name)):
