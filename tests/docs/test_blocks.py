@@ -30,11 +30,6 @@ HAND = {
     ("checkpoints.md", "sparring convert model.pth model.safetensors"),
     ("recipes.md", "sparring train vgg-like --width 0.125 --data cifar10-jpeg.zip --out vgg.safetensors"),
     ("extending.md", "# theirs.py"),
-    (
-        "attacks.md",
-        "python benchmarks/optimality.py --norms l2 --networks lenet-300-100:200,lenet-300-100-p95:200 "
-        "--data-dir ~/data",
-    ),
 }
 LONG = re.compile(r"sparring (study quick|train|prune)|study\.run\(")
 
