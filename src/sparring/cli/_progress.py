@@ -41,9 +41,9 @@ Tell = Callable[[str, int, int], None]
 
 @contextlib.contextmanager
 def shown_images(what: str = "images") -> Iterator[Tell]:
-    """Yield a function of a name, the images that are done and how many there are: one line, or one for every tenth.
+    """Yield a function of a name, the images that are done and their number: one line, or one for every tenth.
 
-    `what` are counted instead of images.
+    `what` is counted instead of images.
     """
     paces, tenths = dict[str, Pace](), dict[str, int]()
     terminal, began = sys.stderr.isatty(), Pace()
