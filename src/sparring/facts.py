@@ -140,6 +140,7 @@ MODELS = {
     "mlp": ModelFacts("fully connected", {"lr": 0.05, "epochs": 12}),
     "lenet-300-100": ModelFacts("fully connected", {"lr": 0.05, "epochs": 12}),
     "lenet-5": ModelFacts("convolutional", {"lr": 0.01, "epochs": 8}),
+    "small-cnn": ModelFacts("convolutional", {"lr": 0.05, "epochs": 12, **_CIFAR}),
     # In wide layers torch is nearer to the machine's peak, so that kernels gain later.
     "vgg-like": ModelFacts("wide", {"lr": 0.05, "epochs": 12, **_CIFAR}),
     "resnet-32": ModelFacts("convolutional", {"lr": 0.1, "epochs": 15, **_CIFAR}),

@@ -101,6 +101,18 @@ def _after_lenet_pools(side: int) -> int:
     return result
 
 
+def small_cnn(shape: Shape, classes: int, mean: Floats, std: Floats, *, width: float = 1.0) -> nn.Sequential:
+    """Build the small network of work on verification: conv16 4×4, conv32 4×4, both with stride 2, fc100, fc.
+
+    Source: Wong & Kolter 2018. Nothing but ReLUs is nonlinear.
+    """
+    first, second, hidden = _scaled(16, width), _scaled(32, width), _scaled(100, width)
+    side = [s // 2 // 2 for s in shape[1:]]
+    convolutions = (nn.Conv2d(shape[0], first, 4, 2, 1), nn.ReLU(), nn.Conv2d(first, second, 4, 2, 1), nn.ReLU())
+    last = (nn.Linear(second * side[0] * side[1], hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    return nn.Sequential(Normalise(mean, std), *convolutions, nn.Flatten(), *last)
+
+
 def vgg_like(shape: Shape, classes: int, mean: Floats, std: Floats, *, width: float = 1.0) -> nn.Sequential:
     """Build the VGG-like network: six 3×3 convolutions (128-128-256-256-512-512) with batch norm, fc1024 twice."""
     if min(shape[1:]) < 8:

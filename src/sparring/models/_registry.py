@@ -12,7 +12,7 @@ from ..errors import UserError, place, told
 from ..facts import MODELS as FACTS
 from ..facts import OWN_MODEL
 from ..plugins import look_up, takes
-from ._architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, vgg_like
+from ._architectures import lenet_5, lenet_300_100, linear, mlp, resnet_32, small_cnn, vgg_like
 from ._hubs import build_from_hub, is_hub_name
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -20,6 +20,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "lenet-300-100": lenet_300_100,
     "lenet-5": lenet_5,
+    "small-cnn": small_cnn,
     "vgg-like": vgg_like,
     "resnet-32": resnet_32,
 }
