@@ -1,8 +1,9 @@
 """The verifier on others' questions and on sparse networks: `python benchmarks/verification.py [--json] [--seconds S]`.
 
 `--mnist-fc FOLDER` holds networks (onnx/) and properties (vnnlib/) of VNN-COMP's mnist_fc, gzipped, whose answers are
-known (union of the competition's tools); a wrong answer ends the benchmark. `--lenet` trains LeNet-300-100 on MNIST
-(`--data-dir`), prunes it by magnitude, and asks for exact linf distances of `--images` test images at each sparsity.
+known (union of the competition's tools); a wrong answer ends the benchmark. `--lenet [NAME]` trains LeNet-300-100 (or
+lenet-5) on MNIST (`--data-dir`), prunes it by magnitude, and asks for exact distances, in `--norm`, of `--images` test
+images at each sparsity.
 
 One thread. `--seconds` (120; 60 an image for `--lenet`) are processor seconds of one question, which a busy machine
 leaves comparable; wall times stand beside them, and reading and lowering the network is counted in neither.
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
 import re
 import statistics
 import sys
@@ -28,6 +28,7 @@ import torch
 from sparring import attacks, bounds
 from sparring.graph import GraphModule, from_onnx, onnx_runtime, read_onnx
 from sparring.threat import Threat
+from sparring.units import parse_norm
 from trained import trained
 
 # u: no counter-example exists; S: there is one; ?: open. Of properties 0 to 7.
@@ -46,7 +47,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--mnist-fc", type=Path, help="folder with onnx/ and vnnlib/")
     parser.add_argument("--only", default="", help="network and eps of mnist_fc, as 256x4:0.05, or a sparsity, as 95")
-    parser.add_argument("--lenet", action="store_true", help="exact distances of pruned LeNet-300-100")
+    parser.add_argument("--lenet", nargs="?", const="lenet-300-100", help="exact distances of this network, pruned")
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--images", type=int, default=10)
     parser.add_argument("--data-dir", type=Path)
@@ -113,22 +115,20 @@ def row(name: str, eps: str, answers: list[tuple[int, str, float, float]]) -> di
 
 
 def distances(sparsity: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return how many exact linf distances of a pruned LeNet-300-100 close, and how far the others are from it."""
-    network = trained(f"lenet-300-100-p{sparsity}", options.data_dir, options.cache)
+    """Return how many exact distances of a pruned network close, and how far the others are from it."""
+    network, norm = trained(f"{options.lenet}-p{sparsity}", options.data_dir, options.cache), parse_norm(options.norm)
     x = network.dataset.test.x[: options.images].float() / 255
     y = network.dataset.test.y[: options.images]
-    near = attacks.run(
-        network.model, x, y, attacks.nearest, Threat(math.inf), generator=torch.Generator().manual_seed(0)
-    )
+    near = attacks.run(network.model, x, y, attacks.nearest, Threat(norm), generator=torch.Generator().manual_seed(0))
     begin, wall = time.process_time(), time.perf_counter()
     found = bounds.exact(
-        network.model, x, y, math.inf, x_adv=near.x_adv, seconds=min(60.0, options.seconds), clock=time.process_time
+        network.model, x, y, norm, x_adv=near.x_adv, seconds=min(60.0, options.seconds), clock=time.process_time
     )
     right = near.clean_correct
     closed = torch.tensor([status == "exact" for status in found.status])
     gaps = (1 - found.lower / found.upper)[right & ~closed].nan_to_num(1.0)
     return {
-        "network": f"lenet-300-100 at {sparsity}%",
+        "network": f"{options.lenet} at {sparsity}%, {options.norm}",
         "accuracy": network.accuracy,
         "images": int(right.sum()),
         "closed": float(closed[right].double().mean()),

@@ -15,21 +15,30 @@ _REFINEMENTS = 6
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Balls of radius eps (N,) around float64 images x (N, ...), intersected with the box [lower, upper]."""
+    """Balls of radius eps (N,) around float64 images x (N, ...), intersected with the box [lower, upper].
+
+    `sided`: bounds over l2 balls leave out pixels that the box keeps from moving that way, such as black ones, which
+    holds for every region; certificates do without it, so that their records keep their bits.
+    """
 
     x: Tensor
     norm: float
     eps: Tensor
     lower: Tensor
     upper: Tensor
+    sided: bool = False
 
     def __getitem__(self, images: slice) -> Region:
-        return Region(self.x[images], self.norm, self.eps[images], self.lower[images], self.upper[images])
+        values = (v[images] for v in (self.x, self.eps, self.lower, self.upper))
+        return self._of(*values)
 
     def repeated(self, count: int) -> Region:
         """Return the ball of one image so many times."""
         x, eps, lower, upper = (v.expand(count, *v.shape[1:]) for v in (self.x, self.eps, self.lower, self.upper))
-        return Region(x, self.norm, eps, lower, upper)
+        return self._of(x, eps, lower, upper)
+
+    def _of(self, x: Tensor, eps: Tensor, lower: Tensor, upper: Tensor) -> Region:
+        return Region(x, self.norm, eps, lower, upper, self.sided)
 
     def minimum(self, a: Tensor, *, refine: bool = False) -> Tensor:
         """Bound a·x' from below over the region: coefficients (N, K, features) to (N, K).
@@ -41,9 +50,14 @@ class Region:
         bound = dot(a, centre) - dot(a.abs(), half)
         if self.norm == LINF:
             return bound
-        size = a.abs().amax(2) if self.norm != L2 else distance_rows(a)
+        size = a.abs().amax(2) if self.norm != L2 else distance_rows(self._free(a) if self.sided else a)
         bound = torch.maximum(bound, dot(a, _flat(self.x)) - self.eps[:, None] * size)
         return torch.maximum(bound, self._dual(a)) if refine and self.norm == L2 else bound
+
+    def _free(self, a: Tensor) -> Tensor:
+        """Return the coefficients of pixels that can move against them, others as 0: these add nothing below 0."""
+        floor, ceiling = (_flat(side)[:, None] for side in (self.lower >= self.x, self.upper <= self.x))
+        return torch.where((a > 0) & floor | (a < 0) & ceiling, 0, a)
 
     def _dual(self, a: Tensor) -> Tensor:
         # Lagrangian of the ball: min over the box of a·d + m(‖d‖² − eps²)/2 is a lower bound for every m > 0.

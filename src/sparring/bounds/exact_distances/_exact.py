@@ -20,7 +20,7 @@ from ...waiting import courteous
 from .._network import others, prepare
 from ..certify._certificates import margins_over, radius_over
 from ..verification._budget import Budget
-from ._nearest import Question, nearest_l2, nearest_linf
+from ._nearest import Question, nearest
 
 _GAP = 1e-3
 _STOP = 5e-4  # relative gap at which the search in one class stops
@@ -63,8 +63,8 @@ def exact(
     """Compute the distance from each image to the nearest one with another label in [0, 1], within a budget.
 
     x (N, ...) in [0, 1], labels y (N,). x_adv are the best known adversarial points: the closer they are, the smaller
-    the ball that has to be searched. There is one search per class that CROWN cannot exclude: that of `verify` for
-    linf (a mixed-integer program with max pooling), branch and bound with quadratic programs for l2. Only sparse or
+    the ball that has to be searched. There is one search per class that CROWN cannot exclude: that of `verify`
+    (for linf with max pooling a mixed-integer program). Only sparse or
     small networks can be solved. `threads` are HiGHS's threads; they spin while they wait, so use at most as many as
     there are free cores. To use two cores, run two processes with half of the images each. Each image takes
     `seconds` of `clock` and `nodes` sub-problems at most; unless seconds bind, results do not depend on the machine's
@@ -73,7 +73,7 @@ def exact(
     Raises UserError if a point contradicts a proof, Unsupported for layers that are not piecewise linear or too large,
     and for max pooling with l2. Source: Tjeng et al. 2019 (the program).
     """
-    if norm not in _NEAREST:
+    if norm not in (L2, LINF):
         raise UserError(f"exact distances support only linf and l2, not {norm_name(norm)}")
     graph = prepare(model, tuple(x.shape[1:]), images=x)
     found = []
@@ -166,8 +166,8 @@ class _Search:
         """Return a lower bound on the distance to class k, which may be anything above the best distance known."""
         known = math.isfinite(self.upper)
         cap = self._cap() * (1 - _STOP * known)
-        bound, points = _NEAREST[self.norm](
-            Question(self.graph, self.x, int(self.y), k, self.budget, self.threads),
+        bound, points = nearest(
+            Question(self.graph, self.x, int(self.y), k, self.budget, self.threads, self.norm),
             cap,
             floor=floor,
             start=self.best if known and self._label() == k else None,
@@ -186,7 +186,3 @@ class _Search:
 
 def _wide(value: Tensor, like: Tensor) -> Tensor:
     return value.clamp_min(1e-30).view(-1, *[1] * (like.dim() - 1))
-
-
-Nearest = Callable[..., tuple[float, list[Tensor]]]
-_NEAREST: dict[float, Nearest] = {LINF: nearest_linf, L2: nearest_l2}

@@ -1,19 +1,17 @@
-"""The nearest image at which another class wins: a search of ever smaller balls for linf, branch and bound for l2.
+"""The nearest image at which another class wins: a search of ever smaller balls.
 
 To minimise the linf distance directly is slow: it ties every pixel to one variable by two rows, and says nothing about
 margins. The question "does class k overtake anywhere in this ball?" has the ball in the pixels' bounds and a margin to
 maximise. So it is asked of ever smaller balls: each point found is first moved as near as its own linear region and the
-neighbours of that allow, and the first ball without a point proves the distance.
+neighbours of that allow (linf: by programs; l2: along the boundary), and the first ball without a point proves the
+distance.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 from dataclasses import dataclass, replace
 
-import highspy
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from ...errors import Unsupported
 from ...graph import Graph, MaxPool, ReLU
-from ...threat import L2, LINF
+from ...threat import L2, LINF, distance
 from .._region import region
 from ..certify._crown import bound_nodes
 from ..certify._relaxations import Interval, first_layers
@@ -37,6 +35,7 @@ _MOVES = 10
 _NEARER = 1e-4  # relative gain below which a point stays where it is
 _CLEAR = 2e-5  # lead of class k that float32 does not lose
 _LONGEST, _ENOUGH = 5.0, 0.05  # seconds: of one move, and below which nothing is begun
+_SLIDES, _SLIDE, _STRIDES = 100, 1e-6, (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # steps of l2, their least gain and lengths
 _MOST = 1000  # nodes of one move's program, where the budget is in nodes
 
 
@@ -53,6 +52,7 @@ class Question:
     k: int
     budget: Budget
     threads: int
+    norm: float = LINF
 
     def lead(self, program: MixedIntegerProgram, values: list[Expression]) -> Expression:
         """Return g_k − g_y."""
@@ -64,17 +64,26 @@ class Question:
         program.rows_((1.0, self.lead(program, values)), low=by, high=math.inf)
         return program, values
 
+    def ahead(self, points: Tensor) -> Tensor:
+        """Return g_k − g_y at points (N, ...) float64."""
+        logits = self.graph(points)
+        return logits[:, self.k] - logits[:, self.y]
 
-def nearest_linf(
+
+def nearest(
     asked: Question, cap: float, *, floor: float, start: Tensor | None, gap: float
 ) -> tuple[float, list[Tensor]]:
-    """Find the linf distance to a point with g_k ≥ g_y, if it is below `cap`.
+    """Find the distance to a point with g_k ≥ g_y, if it is below `cap`.
 
     `floor` is a lower bound known before; `start`, a point of class k within cap, is moved nearer first. Return a lower
-    bound (cap or more where there is none below cap) and the points found, float64.
+    bound (cap or more where there is none below cap) and the points found, float64. Raise Unsupported for max pooling
+    with l2.
     """
+    if asked.norm == L2 and _pools(asked.graph):
+        raise Unsupported("exact l2 distances do not support max pooling; exact linf distances do")
+    move = _moved if asked.norm == LINF else _slid
     found: list[Tensor] = []
-    if start is not None and (moved := _moved(asked, start.double(), cap)):
+    if start is not None and (moved := move(asked, start.double(), cap)):
         found, cap = [moved[0]], moved[1] * (1 - gap)
     low, eps = floor, cap
     while not asked.budget.over and asked.budget.seconds > _ENOUGH and low < cap:
@@ -82,7 +91,7 @@ def nearest_linf(
         answer = _overtaken(replace(asked, budget=part), eps)
         asked.budget.take_(part)
         if isinstance(answer, Tensor):
-            point, reached = _moved(asked, answer, eps) or (answer, eps)
+            point, reached = move(asked, answer, eps) or (answer, eps)
             found.insert(0, point)
             cap = eps = reached * (1 - gap)
         elif answer:
@@ -94,20 +103,24 @@ def nearest_linf(
 
 def _overtaken(asked: Question, eps: float) -> Tensor | bool:
     """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where that stays open."""
-    if any(isinstance(node.op, MaxPool) for node in asked.graph.nodes):  # the search splits only ReLUs
+    if _pools(asked.graph):  # the search splits only ReLUs
         return _by_program(asked, eps)
-    ball = region(asked.x, LINF, eps)
+    ball = region(asked.x, asked.norm, eps)
     rows = torch.zeros(1, 1, *asked.graph.nodes[-1].shape, dtype=torch.float64)
     rows[0, 0, asked.y], rows[0, 0, asked.k] = 1.0, -1.0
 
     def replay(points: Tensor) -> Tensor | None:
-        ahead = asked.graph(points.double()) @ rows[0, 0] <= 0
+        ahead = asked.ahead(points.double()) >= 0
         return points[ahead][:1] if bool(ahead.any()) else None
 
     found = answered(
         verification.Question(asked.graph, ball, rows, rows.new_zeros(1, 1), in_float32(ball), replay, asked.budget)
     )
     return found.status == "verified" if found.point is None else found.point.double()
+
+
+def _pools(graph: Graph) -> bool:
+    return any(isinstance(node.op, MaxPool) for node in graph.nodes)
 
 
 def _by_program(asked: Question, eps: float) -> Tensor | bool:
@@ -189,93 +202,43 @@ def _used(program: MixedIntegerProgram, pixels: int) -> Tensor:
     return torch.from_numpy(touched[:pixels])
 
 
-_FLAT = 1e-7  # how far a unit of a solution may be from its ReLU
-Split = tuple[int, int, bool]  # node whose output the unit reads, unit, active
+def _slid(asked: Question, point: Tensor, cap: float) -> tuple[Tensor, float] | None:
+    """Move a point with g_k ≥ g_y nearer to the image than cap in l2, along the boundary; else as `_moved`.
 
-
-def nearest_l2(
-    asked: Question, cap: float, *, floor: float, start: Tensor | None, gap: float
-) -> tuple[float, list[Tensor]]:
-    """Minimise the l2 distance to a point with g_k ≥ g_y, if it is below `cap`.
-
-    Each node of the search fixes the signs of some units and relaxes the others to their triangles: a convex quadratic
-    program. Return a lower bound on the distance (cap or more where there is none below cap) and the points found.
-    Raise Unsupported for max pooling.
+    Each step goes towards the nearest point of the boundary's tangent (Croce & Hein 2020), as far as the class allows.
     """
-    if any(isinstance(node.op, MaxPool) for node in asked.graph.nodes):
-        raise Unsupported("exact l2 distances do not support max pooling; exact linf distances do")
-    with torch.no_grad():
-        bounds, _ = bound_nodes(asked.graph, region(asked.x, L2, cap), backward=True)
-    order = itertools.count()
-    waiting: list[tuple[float, int, tuple[Split, ...]]] = [(0.0, next(order), ())]
-    while waiting:
-        known, _, splits = heapq.heappop(waiting)
-        if asked.budget.over or not asked.budget.fits_(len(waiting), 0):
-            return known, []
-        asked.budget.used += 1
-        found = _relaxation(asked, bounds, splits)
-        if found is None:
-            continue
-        distance, point, worst = found
-        if distance is None:
-            return known, []
-        distance = max(distance, known)
-        if distance >= cap:
-            continue
-        if worst is None:
-            # Best first: no open node can hold anything nearer.
-            return distance, [torch.from_numpy(point).view_as(asked.x)]
-        for active in (True, False):
-            heapq.heappush(waiting, (distance, next(order), (*splits, (*worst, active))))
-    return cap, []
+    origin, best, reached = asked.x.double(), point, float(distance(point - asked.x.double(), L2))
+    for _ in range(_SLIDES):
+        value, slope = _linearised(asked, best)
+        wanted = float((slope * (best - origin)).sum()) - value + _CLEAR  # of slope · (the point − origin)
+        toward = _nearest_on(origin, slope, wanted)
+        for share in _STRIDES:
+            tried = best + share * (toward - best)
+            value, slope = _linearised(asked, tried)
+            tried = (tried + (_CLEAR - value) / float((slope**2).sum().clamp_min(1e-30)) * slope).clamp(0, 1)
+            far = float(distance(tried - origin, L2))
+            if far < reached * (1 - _SLIDE) and float(asked.ahead(tried)) > 0:
+                best, reached = tried, far
+                break
+        else:
+            break
+    return (best, reached) if reached < cap * (1 - _NEARER) else None
 
 
-def _relaxation(
-    asked: Question, bounds: list[Interval], splits: tuple[Split, ...]
-) -> tuple[float | None, Vector, tuple[int, int] | None] | None:
-    """Solve one node: the distance (None if not solved in time), its point, and the unit farthest from its ReLU.
-
-    None where the node has no point at all.
-    """
-    program, values = asked.program(_clamped(bounds, splits))
-    for source, unit, active in splits:
-        if not active:
-            program.rows_((1.0, values[source][np.array([unit])]), low=-math.inf, high=0.0)
-    origin, pixels = asked.x.double().flatten().numpy(), asked.x.numel()
-    solver = program.highs(relaxed=True, threads=asked.threads)
-    solver.setOptionValue("time_limit", max(asked.budget.seconds, 0.01))
-    columns = np.arange(pixels, dtype=np.int32)
-    solver.changeColsCost(pixels, columns, -2 * origin)
-    hessian = highspy.HighsHessian()
-    hessian.dim_, hessian.format_ = len(program.lower), highspy.HessianFormat.kTriangular
-    hessian.start_ = np.append(columns, np.full(len(program.lower) - pixels + 1, pixels, dtype=np.int32))
-    hessian.index_, hessian.value_ = columns, np.full(pixels, 2.0)
-    solver.passHessian(hessian)
-    solver.run()
-    status = solver.getModelStatus()
-    if status == highspy.HighsModelStatus.kInfeasible:
-        return None
-    solution = np.array(solver.getSolution().col_value)
-    if status != highspy.HighsModelStatus.kOptimal:
-        return None, solution, None
-    distance = math.sqrt(max(float(((solution[:pixels] - origin) ** 2).sum()), 0.0))
-    worst, size = None, _FLAT
-    for index, node in enumerate(asked.graph.nodes):
-        if isinstance(node.op, ReLU):
-            before, after = (
-                values[i].matrix @ solution[: values[i].matrix.shape[1]] + values[i].constant
-                for i in (node.inputs[0], index)
-            )
-            away = np.abs(after - np.maximum(before, 0))
-            if len(away) and away.max() > size:
-                worst, size = (node.inputs[0], int(away.argmax())), float(away.max())
-    return distance, solution[:pixels], worst
+def _linearised(asked: Question, point: Tensor) -> tuple[float, Tensor]:
+    """Return g_k − g_y and its gradient at a point."""
+    with torch.enable_grad():
+        at = point.detach().requires_grad_()
+        value = asked.ahead(at)
+        (slope,) = torch.autograd.grad(value.sum(), at)
+    return float(value.detach()), slope
 
 
-def _clamped(bounds: list[Interval], splits: tuple[Split, ...]) -> list[Interval]:
-    result = list(bounds)
-    for source, unit, active in splits:
-        lower, upper = (value.clone() for value in result[source])
-        (lower if active else upper).view(-1)[unit] = 0.0
-        result[source] = Interval(lower, upper)
-    return result
+def _nearest_on(origin: Tensor, slope: Tensor, wanted: float) -> Tensor:
+    """Return the point of [0, 1] nearest to the origin in l2 where slope · (point − origin) is `wanted`."""
+    low, high = 0.0, 1e6
+    for _ in range(80):
+        middle = (low + high) / 2
+        moved = (origin + middle * slope).clamp(0, 1) - origin
+        low, high = (middle, high) if float((slope * moved).sum()) < wanted else (low, middle)
+    return (origin + high * slope).clamp(0, 1)

@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 
 from ...graph import Add, Affine, Conv2d, Flatten, Graph, Input, Linear, ReLU, Reshape, with_tensors
@@ -18,6 +21,7 @@ from ..certify._open_units import NONLINEAR
 from ..certify._relaxations import Interval, Lines, Relaxation, relax
 
 _FALL = 0.95  # of the rates of ascent, a step
+_POLISH = 100  # steps of L-BFGS-B
 _PLAIN = (Add, Affine, Conv2d, Flatten, Input, Linear, ReLU, Reshape)  # whose bounds may be computed in float32
 
 
@@ -74,7 +78,7 @@ class _Setting:
         """Return the same in float32."""
         nodes = (replace(node, op=with_tensors(node.op, Tensor.float)) for node in self.graph.nodes)
         x, eps, lower, upper = (v.float() for v in (self.ball.x, self.ball.eps, self.ball.lower, self.ball.upper))
-        ball = Region(x, self.ball.norm, eps, lower, upper)
+        ball = Region(x, self.ball.norm, eps, lower, upper, self.ball.sided)
         return _Setting(replace(self.graph, nodes=tuple(nodes)), ball, self.rows.float(), self.limits.float())
 
 
@@ -135,6 +139,26 @@ class Bounder:
         alpha, beta = alpha.detach(), beta.detach()  # not the best so far: children go on from here
         lower, score = self._scored(leaves, lines, alpha, beta, refine=refine)
         return Leaves(leaves.owner, leaves.signs, alpha, beta, torch.maximum(leaves.lower, lower), score)
+
+    def polished(self, leaf: Leaves) -> float:
+        """Bound one sub-problem with the slopes and multipliers that L-BFGS-B ends at; ball and box count at once."""
+        lines, shape, count = self._cut(leaf.signs), leaf.alpha.shape, leaf.alpha.numel()
+        if not count:
+            return float(leaf.lower)
+
+        def negative(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            both = torch.from_numpy(values).requires_grad_()
+            alpha, beta = (part.view(shape) for part in torch.split(both, count))
+            with torch.enable_grad():
+                found = -self._value(self.fine, leaf, lines, alpha, beta, refine=True).amax()
+                (slope,) = _slopes(found, [both])
+            return float(found.detach()), slope.numpy()
+
+        start = torch.cat([leaf.alpha.flatten(), leaf.beta.flatten()]).double().numpy()
+        split = (leaf.signs != 0).expand(shape[1:]).flatten().tolist()
+        box = [(0.0, 1.0)] * count + [(0.0, None if one else 0.0) for one in split]
+        found = minimize(negative, start, jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": _POLISH})
+        return max(float(leaf.lower), -negative(np.asarray(found.x))[0])
 
     def _value(
         self,

@@ -95,7 +95,7 @@ def folded(asked: Question) -> Question:
         flat = base.repeat(len(points), 1).index_copy(1, used, points.flatten(1))
         return asked.replay(flat.view(len(points), *ball.x.shape[1:]))
 
-    inside = Region(cut[:1], ball.norm, ball.eps, cut[1:2], cut[2:3])
+    inside = Region(cut[:1], ball.norm, ball.eps, cut[1:2], cut[2:3], sided=True)
     return replace(asked, graph=graph, ball=inside, inner=Interval(cut[4:5].float(), cut[5:].float()), replay=replay)
 
 

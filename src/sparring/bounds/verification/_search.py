@@ -19,7 +19,7 @@ from ._leaves import Bounder, Leaves
 from ._programs import by_linear_program
 from ._question import Question, Status, climbed, folded
 
-_STARTS, _CLIMBS, _FEW, _MANY = 8, 40, 15, 300
+_STARTS, _CLIMBS, _FEW = 8, 40, 15
 _ROUNDS = (0, 2, 8, 32, 128)  # of each unit's own search, before the margins' next
 Progress = Callable[[float, int, int], None]  # the bound, open sub-problems, and those that were bounded
 
@@ -114,7 +114,7 @@ def _by_program(asked: Question, bounder: Bounder, leaf: Leaves) -> float:
     except Unsupported:  # curves, and layers too large to write down
         return -math.inf
     if asked.ball.norm != LINF and bound <= 0:  # the program knows only the box
-        bound = max(bound, float(bounder.bounded(leaf, _MANY, refine=True).lower))
+        bound = max(bound, bounder.polished(leaf))
     if bound <= 0:
         _raise_found(asked.replay(asked.inside(point)))
         _raise_found(climbed(asked.of(leaf.owner), point, _FEW))

@@ -38,6 +38,8 @@ STAGES: dict[str, Callable[[Context, Any], TaskOutcome]] = {
 VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 3, "linear": 3, "ship": 2}
 # Raised when what is made of lent examples changes: attacks that have some, of their second parent, run again.
 LENDING = 1
+# The same for exact distances in l2.
+EXACT_L2 = 1
 # The same for all attacks on networks that draw, and for those of them that look for the smallest perturbation.
 DRAWN, DRAWN_DISTANCES = 1, 1
 
@@ -51,6 +53,8 @@ def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     revisions = facts.revision if attack else 0
     if stage == "attack" and len(inputs.get("parents", ())) > 1:
         revisions += LENDING + facts.lent
+    if stage == "exact" and inputs.get("norm") == "l2":
+        revisions += EXACT_L2
     layer, distances = ACTIVATIONS.get(str(activation.get("kind"))), attack.get("eps") is None
     if layer is not None and layer.stochastic:
         revisions += facts.drawn
