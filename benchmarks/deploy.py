@@ -1,6 +1,6 @@
 """Sparse kernels beside ONNX Runtime: `python benchmarks/deploy.py [--json] [--networks lenet-5,...] [--rounds N]`.
 
-Random layer-uniform masks, or with `--weights FILE ...` the networks that `sparring prune` wrote, beside the same
+Random layer-uniform masks (in MobileNetV2 on pointwise layers, in ViT-Tiny on the linear layers of its blocks), or with `--weights FILE ...` the networks that `sparring prune` wrote, beside the same
 network with all its weights; one thread, fp32. Outputs are compared before anything is timed. Rounds are interleaved,
 so that whatever else the machine does falls on both; ratios are of medians. Rows: network, batch, sparsity,
 over_onnxruntime (dense time over sparse time), over_floor (time over what the nonzeros alone would need at the measured
@@ -33,12 +33,54 @@ from sparring import deploy
 from sparring.deploy import interleaved, peak_flops
 from sparring.models import build, load_model
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' networks
+from tests.architectures import ResNet, mobilenet_v2
+from tests.transformers import FusedAttention, ViT
+
+
+def matrices(name: str, weight: nn.Parameter) -> bool:
+    """Choose all weights but biases and normalisation."""
+    return weight.dim() > 1
+
+
+def pointwise(name: str, weight: nn.Parameter) -> bool:
+    """Choose the weights without a window: not those of the stem and of depthwise layers."""
+    return weight.dim() > 1 and weight[0, 0].numel() == 1
+
+
+def in_blocks(name: str, weight: nn.Parameter) -> bool:
+    """Choose the linear layers of a transformer's blocks."""
+    return weight.dim() == 2 and "blocks." in name
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a network is built for images of `shape`, the batch sizes to time, and which weights are masked."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batches: tuple[int, ...]
+    masked: Callable[[str, nn.Parameter], bool] = matrices
+
+
+def own(name: str, shape: tuple[int, ...], batches: tuple[int, ...], **options: Any) -> Kind:
+    """Return one of the library's own networks."""
+    channels = shape[0]
+    scaling = {"mean": (0.4,) * channels, "std": (0.25,) * channels}
+    return Kind(partial(build, name, shape=shape, classes=10, **scaling, **options), shape, batches)
+
+
+DIGIT, SMALL, PHOTOGRAPH = (1, 28, 28), (3, 32, 32), (3, 224, 224)
+VIT_TINY = {"width": 192, "depth": 12, "heads": 3, "patch": 16, "ratio": 4}
 NETWORKS = {
-    "lenet-300-100": ("lenet-300-100", (1, 28, 28), 1.0, (1, 64)),
-    "lenet-5": ("lenet-5", (1, 28, 28), 1.0, (1, 64)),
-    "resnet-32": ("resnet-32", (3, 32, 32), 1.0, (1, 64)),
-    "vgg-like-half": ("vgg-like", (3, 32, 32), 0.5, (1, 64)),
-    "vgg-like": ("vgg-like", (3, 32, 32), 1.0, (1,)),
+    "lenet-300-100": own("lenet-300-100", DIGIT, (1, 64)),
+    "lenet-5": own("lenet-5", DIGIT, (1, 64)),
+    "resnet-32": own("resnet-32", SMALL, (1, 64)),
+    "vgg-like-half": own("vgg-like", SMALL, (1, 64), width=0.5),
+    "vgg-like": own("vgg-like", SMALL, (1,)),
+    "resnet-50": Kind(partial(ResNet, PHOTOGRAPH, 1000, 64, (3, 4, 6, 3), 4), PHOTOGRAPH, (1, 16)),
+    "mobilenet-v2": Kind(partial(mobilenet_v2, PHOTOGRAPH, 1000), PHOTOGRAPH, (1,), pointwise),
+    "vit-tiny": Kind(partial(ViT, FusedAttention, PHOTOGRAPH, 1000, **VIT_TINY), PHOTOGRAPH, (1, 16), in_blocks),
 }
 SPARSITIES = (0.9, 0.95, 0.98)
 TOLERANCE = 5e-6
@@ -83,10 +125,10 @@ class Pair:
 def random(names: Sequence[str]) -> Iterator[Pair]:
     """Make networks with random masks."""
     for name in names:
-        kind, shape, width, batches = NETWORKS[name]
-        session = checked_session(sparse_network(kind, shape, width, 0.0), shape)
+        kind = NETWORKS[name]
+        session = checked_session(sparse_network(kind, 0.0), kind.shape)
         for sparsity in SPARSITIES:
-            yield Pair(name, sparsity, sparse_network(kind, shape, width, sparsity), session, shape, batches)
+            yield Pair(name, sparsity, sparse_network(kind, sparsity), session, kind.shape, kind.batches)
 
 
 def pruned(path: Path) -> Pair:
@@ -100,7 +142,8 @@ def pruned(path: Path) -> Pair:
 
 def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
     """Measure one network at its batch sizes."""
-    packed = deploy.pack(pair.model, shape=pair.shape)
+    with tempfile.TemporaryDirectory() as folder:
+        packed = deploy.load(deploy.export(pair.model, Path(folder) / "net.sparring", shape=pair.shape))
     for batch in pair.batches:
         x = np.random.default_rng(batch).random((batch, *pair.shape), np.float32)
         error = relative_error(packed(x), pair.model, x)
@@ -118,20 +161,18 @@ def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
         }
 
 
-def sparse_network(kind: str, shape: tuple[int, ...], width: float, sparsity: float) -> nn.Module:
+def sparse_network(kind: Kind, sparsity: float) -> nn.Module:
     """Build a network with random layer-uniform masks and batch norm statistics of its own activations."""
-    channels = shape[0]
-    options: dict[str, Any] = {} if width == 1 else {"width": width}
-    model = build(kind, shape=shape, classes=10, mean=(0.4,) * channels, std=(0.25,) * channels, **options)
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model, generator = kind.build(), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if kind.masked(name, parameter):
                 parameter.mul_(torch.rand(parameter.shape, generator=generator) >= sparsity)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0  # take the statistics of the one batch that follows
-        model.train()(torch.rand(32, *shape, generator=generator))
+        model.train()(torch.rand(4 if kind.shape == PHOTOGRAPH else 32, *kind.shape, generator=generator))
     return model.eval()
 
 

@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor, nn
 
-from deploy import sparse_network
+from deploy import NETWORKS, sparse_network
 from sparring import data, deploy
 from sparring.attacks import ddn
 from sparring.deploy import interleaved
@@ -123,7 +123,7 @@ def started(rounds: int) -> dict[str, float | str]:
     """Return the medians of seconds from `load` to the first answer."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.sparring"
-        deploy.export(sparse_network("resnet-32", (3, 32, 32), 1.0, 0.9), path, shape=(3, 32, 32))
+        deploy.export(sparse_network(NETWORKS["resnet-32"], 0.9), path, shape=(3, 32, 32))
         colds, cached = list[float](), list[float]()
         for number in range(rounds):
             environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache{number}"}
@@ -136,7 +136,7 @@ def started(rounds: int) -> dict[str, float | str]:
 
 def threaded(rounds: int) -> dict[str, float | str]:
     """Return how much two threads gain on a large batch."""
-    one = deploy.pack(sparse_network("resnet-32", (3, 32, 32), 1.0, 0.9), shape=(3, 32, 32))
+    one = deploy.pack(sparse_network(NETWORKS["resnet-32"], 0.9), shape=(3, 32, 32))
     two = deploy.Packed(one.program, threads=2)
     x = torch.rand(256, 3, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
     assert (one(x) == two(x)).all()

@@ -20,6 +20,7 @@ __all__ = ["ARCHITECTURES", "FIRST_ROUND"]
 Shape = tuple[int, ...]
 Blocks = tuple[int, ...]
 ReLU = partial(nn.ReLU, inplace=True)
+ReLU6, Hardswish, SiLU = (partial(act, inplace=True) for act in (nn.ReLU6, nn.Hardswish, nn.SiLU))
 Act = Callable[[], nn.Module]
 
 
@@ -301,16 +302,27 @@ class StochasticDepth(nn.Module):
 class Inverted(nn.Module):
     """The inverted residual of mobile networks: expand, filter every channel alone, gate, project."""
 
-    def __init__(self, wide: int, out: int, kernel: int, stride: int, act: Act, gate: Act | None, same: bool) -> None:
+    def __init__(
+        self,
+        wide: int,
+        out: int,
+        kernel: int,
+        stride: int,
+        act: Act,
+        gate: Act | None = None,
+        same: bool = False,
+        expansion: int = 4,
+    ) -> None:
         super().__init__()
-        inner = 4 * wide
+        inner = expansion * wide
         filtered = conv_bn(inner, inner, kernel, stride, inner, act)
         if same and stride == 1:
             filtered[0] = nn.Conv2d(inner, inner, kernel, padding="same", groups=inner, bias=False)
         elif same:
             filtered[0] = SameConv(inner, inner, kernel, stride, groups=inner, bias=False)
         gates = [SqueezeExcite(inner, wide, act if gate is nn.Sigmoid else ReLU, gate)] if gate else []
-        self.block = nn.Sequential(conv_bn(wide, inner, act=act), filtered, *gates, conv_bn(inner, out, act=None))
+        expanded = [conv_bn(wide, inner, act=act)] if expansion > 1 else []
+        self.block = nn.Sequential(*expanded, filtered, *gates, conv_bn(inner, out, act=None))
         self.stochastic_depth = StochasticDepth() if gate is nn.Sigmoid else nn.Identity()
         self.use_res_connect = stride == 1 and wide == out
 
@@ -340,6 +352,20 @@ def mobile(
     if gate is nn.Hardsigmoid:
         layers += [nn.Linear(4 * wide, 4 * wide), act(), nn.Dropout(0.2, inplace=True)]
     return nn.Sequential(*layers, nn.Dropout(0.2), nn.Linear(4 * wide, classes))
+
+
+_MOBILE_V2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+def mobilenet_v2(shape: Shape, classes: int) -> nn.Module:
+    """Return MobileNetV2 at full size: expansion, width, blocks and stride of each stage are those of its paper."""
+    wide, layers = 32, list[nn.Module]([conv_bn(shape[0], 32, 3, 2, act=ReLU6)])
+    for expansion, out, count, stride in _MOBILE_V2:
+        for block in range(count):
+            layers.append(Inverted(wide, out, 3, 1 if block else stride, ReLU6, expansion=expansion))
+            wide = out
+    layers += [conv_bn(wide, 1280, act=ReLU6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2)]
+    return nn.Sequential(*layers, nn.Linear(1280, classes))
 
 
 # -- own inventions ---------------------------------------------------------------------------------------------------
@@ -374,7 +400,6 @@ class Branches(nn.Module):
         return self.head(F.adaptive_max_pool2d(both, 4).reshape(x.size(0), -1))
 
 
-ReLU6, Hardswish, SiLU = (partial(act, inplace=True) for act in (nn.ReLU6, nn.Hardswish, nn.SiLU))
 ARCHITECTURES: dict[str, Callable[[Shape, int], nn.Module]] = {
     "resnet18": partial(ResNet, width=8, blocks=(2, 2, 2, 2), expansion=1),
     "resnet50": partial(ResNet, width=8, blocks=(3, 4, 6, 3), expansion=4),

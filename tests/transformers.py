@@ -137,10 +137,10 @@ class SpelledAttention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, attention: nn.Module, wide: int) -> None:
+    def __init__(self, attention: nn.Module, wide: int, ratio: int = 2) -> None:
         super().__init__()
         self.norm1, self.attn, self.norm2 = nn.LayerNorm(wide, eps=1e-6), attention, nn.LayerNorm(wide, eps=1e-6)
-        self.mlp = Mlp(wide, 2 * wide)
+        self.mlp = Mlp(wide, ratio * wide)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -151,13 +151,21 @@ class ViT(nn.Module):
     """A class token and patches through pre-norm blocks, with a kind of attention."""
 
     def __init__(
-        self, attention: type[nn.Module], shape: Shape, classes: int, width: int, depth: int, heads: int, patch: int
+        self,
+        attention: type[nn.Module],
+        shape: Shape,
+        classes: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        ratio: int = 2,
     ) -> None:
         super().__init__()
         places = 1 + (shape[1] // patch) * (shape[2] // patch)
         self.patch_embed, self.cls_token = PatchEmbed(shape[0], patch, width), nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, places, width))
-        self.blocks = nn.Sequential(*(Block(attention(width, heads), width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(attention(width, heads), width, ratio) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -171,23 +171,111 @@ def _pixel(k: Kernel, base: Value, steps: list[Value], *places: Value) -> Value:
 
 @dataclass(frozen=True)
 class PoolMax(_Windows):
-    """The maximum over windows.
+    """The maximum over windows, `wide` neighbours at once where their windows lie inside.
 
     Arguments: input, output (offsets), channels, then for each of the two the bytes from channel to channel, row to row
     and column to column.
     """
 
     relu: bool = False
+    wide: int = 1
 
     def emit(self, k: Kernel) -> None:
         source, target, channels = k.place(), k.place(), k.integer()
         steps = [k.integers(3) for _ in range(2)]
-        with k.loop(channels) as channel, k.loop(self.sides[2]) as y, k.loop(self.sides[3]) as x:
-            value = k.splat(ir.Constant(FLOAT, float("-inf")), self.lanes)
-            for row, column, inside in self.taps(k, y, x):
-                larger = k.maximum(k.load(_pixel(k, source, steps[0], channel, row, column), vector(self.lanes)), value)
-                value = k.b.select(inside, larger, value)
-            k.store(k.relu(value) if self.relu else value, _pixel(k, target, steps[1], channel, y, x))
+        first, whole = self._inside_of_rows()
+        with k.loop(channels) as channel, k.loop(self.sides[2]) as y:
+
+            def store(value: Value, x: Value, channel: Value = channel, y: Value = y) -> None:
+                k.store(k.relu(value) if self.relu else value, _pixel(k, target, steps[1], channel, y, x))
+
+            def one(x: Value, channel: Value = channel, y: Value = y, store: Any = store) -> None:
+                value = k.splat(ir.Constant(FLOAT, float("-inf")), self.lanes)
+                for row, column, inside in self.taps(k, y, x):
+                    pixel = k.load(_pixel(k, source, steps[0], channel, row, column), vector(self.lanes))
+                    value = k.b.select(inside, k.maximum(pixel, value), value)
+                store(value, x)
+
+            with k.loop(first) as x:
+                one(x)
+            if whole:
+                with k.loop(whole, self.wide) as near:
+                    x = k.b.add(near, k.number(first))
+                    store(self._several(k, source, steps[0], channel, y, x), x)
+            with k.loop(self.sides[3] - first - whole) as near:
+                one(k.b.add(near, k.number(first + whole)))
+
+    def _inside_of_rows(self) -> tuple[int, int]:
+        """Return where in a row the first window lies inside, and how many from there on make whole vectors."""
+        stride, (_, side, _, results) = self.op.stride[1], self.sides
+        if self.wide == 1 or stride > 2 or self.op.dilation != (1, 1):
+            return results, 0
+        first = -(-self.op.padding[1] // stride)
+        last = min(results - 1, (side - self.op.kernel[1] + self.op.padding[1]) // stride)
+        return min(first, results), max(0, last + 1 - first) // self.wide * self.wide
+
+    def _several(self, k: Kernel, source: Value, steps: list[Value], channel: Value, y: Value, x: Value) -> Value:
+        """Return the maxima of `wide` windows from x on; rows outside stand for the nearest, which is in the window."""
+        b, stride, found = k.b, self.op.stride, None
+        even = list(range(0, self.wide * stride[1], stride[1]))
+        for dy in range(self.op.kernel[0]):
+            row = b.add(b.mul(y, k.number(stride[0])), k.number(dy - self.op.padding[0]))
+            row = b.select(b.icmp_signed("<", row, k.number(0)), k.number(0), row)
+            row = b.select(b.icmp_signed("<", row, k.number(self.sides[0])), row, k.number(self.sides[0] - 1))
+            for dx in range(self.op.kernel[1]):
+                column = b.add(b.mul(x, k.number(stride[1])), k.number(dx - self.op.padding[1]))
+                place = _pixel(k, source, steps, channel, row, column)
+                value = k.load(place, vector(self.wide))
+                if stride[1] == 2:
+                    value = k.shuffle(value, k.load(k.at(place, 4 * self.wide), vector(self.wide)), even)
+                found = value if found is None else k.maximum(value, found)
+        return found
+
+
+@dataclass(frozen=True)
+class Spread(Spec):
+    """Sort the pixels of each channel by what remains of row and column modulo a stride.
+
+    Arguments: input, output (offsets), channels, then for each of the two the bytes from channel to channel and from
+    row to row. `sides`: rows and columns of the input; `phases`: the remainders that are needed.
+    """
+
+    lanes: int
+    sides: tuple[int, int]
+    stride: tuple[int, int]
+    phases: tuple[tuple[int, int], ...]
+
+    def emit(self, k: Kernel) -> None:
+        b, source, target, channels = k.b, k.place(), k.place(), k.integer()
+        (outer, inner), (wide, narrow) = k.integers(2), k.integers(2)
+        down, across = self.stride
+        with k.loop(channels) as channel:
+            for phase in sorted({y for y, _ in self.phases}):
+                columns = [x for y, x in self.phases if y == phase]
+                with k.loop(-(-(self.sides[0] - phase) // down)) as y:
+                    row = b.add(b.mul(y, k.number(down)), k.number(phase))
+                    read = k.at(source, b.add(b.mul(channel, outer), b.mul(row, inner)))
+                    number = b.add(b.mul(channel, k.number(down * across)), k.number(phase * across))
+                    write = [
+                        k.at(target, b.add(b.mul(b.add(number, k.number(x)), wide), b.mul(y, narrow))) for x in columns
+                    ]
+                    self._row(k, read, columns, write)
+
+    def _row(self, k: Kernel, read: Value, columns: list[int], write: list[Value]) -> None:
+        b, across = k.b, self.stride[1]
+        whole = self.sides[1] // across // self.lanes * self.lanes if across <= 2 else 0
+        if whole:
+            with k.loop(whole, self.lanes) as x:
+                start = k.at(read, b.mul(x, k.number(4 * across)))
+                loaded = [k.load(k.at(start, 4 * self.lanes * i), vector(self.lanes)) for i in range(across)]
+                for column, line in zip(columns, write, strict=True):
+                    order = range(column, across * self.lanes, across)
+                    value = loaded[0] if across == 1 else k.shuffle(*loaded, order)
+                    k.store(value, k.at(line, b.mul(x, k.number(4))))
+        for column, line in zip(columns, write, strict=True):
+            with k.carry(-(-(self.sides[1] - column) // across), start=whole) as turn:
+                place = b.add(b.mul(turn.number, k.number(4 * across)), k.number(4 * column))
+                k.store(k.load(k.at(read, place), FLOAT), k.at(line, b.mul(turn.number, k.number(4))))
 
 
 @dataclass(frozen=True)

@@ -356,7 +356,7 @@ def _measure(
 
 def _write_zeros(planner: Planner, layer: FusedLayer, arena: int) -> None:
     """Write what a layer reads: pages never written are all one page, which would always be in the nearest cache."""
-    buffer = planner.buffer(layer.source)
+    buffer = planner.read_by(layer)
     own = buffer.origin < 0
     for unit in range(planner.layout.units if own else 1):
         place = planner.common_bytes + unit * planner.unit_bytes - 1 - buffer.origin if own else buffer.origin

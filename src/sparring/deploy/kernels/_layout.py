@@ -17,7 +17,8 @@ class Buffer:
 
     `origin` is the offset in bytes of pixel (0, 0) of channel 0, or -1 - offset if it counts from the start of a unit's
     own memory. With a `step` the value's pixels lie that far apart among zeros, and `shape` counts the zeros too: so a
-    strided convolution's gradient is one without a stride.
+    strided convolution's gradient is one without a stride. With `phases` each channel is as many, one for each
+    remainder of row and column: so a strided convolution reads neighbours.
     """
 
     shape: tuple[int, int, int]
@@ -25,6 +26,7 @@ class Buffer:
     lanes: int
     origin: int = 0
     step: Pair = (1, 1)
+    phases: Pair = (1, 1)
 
     @property
     def pixel(self) -> int:
@@ -72,8 +74,9 @@ def offsets_of(op: Sparse, source: Buffer, flat: bool) -> NDArray[np.int64]:
     else:
         channel, tap = np.divmod(columns, op.shape[2] * op.shape[3])
         y, x = np.divmod(tap, op.shape[3])
-        y = y * op.dilation[0] - op.padding[0]
-        x = x * op.dilation[1] - op.padding[1]
+        y, phase_y = np.divmod(y * op.dilation[0] - op.padding[0], source.phases[0])
+        x, phase_x = np.divmod(x * op.dilation[1] - op.padding[1], source.phases[1])
+        channel = (channel * source.phases[0] + phase_y) * source.phases[1] + phase_x
     result: NDArray[np.int64] = channel * source.outer + y * source.inner + x * source.pixel
     return result
 
@@ -83,7 +86,7 @@ class Cut:
     """A layer's output as tiles: the accumulators of one tile (row, column in input pixels), and where each starts.
 
     `groups` are the accumulators behind each stored vector, `stored` its place (row, column in output pixels);
-    `starts` are the output pixels at which tiles begin.
+    `starts` are the output pixels at which tiles begin. With `joined` all rows and the zeros between them are one.
     """
 
     lanes: int
@@ -92,6 +95,7 @@ class Cut:
     stored: tuple[Pair, ...]
     starts: tuple[Pair, ...]
     halve: bool = False
+    joined: bool = False
 
 
 def cover(length: int, part: int) -> list[int]:
@@ -144,3 +148,38 @@ def cut_planes(shape: Shape, stride: Pair, pool: int, lanes: int, most: int) -> 
     span = across[-1] + lanes
     starts = [(y, x // step) for y in cover(shape[1], rows) for x in cover(width, span)]
     return Cut(lanes, tuple(read), tuple(groups), tuple(stored), tuple(starts), halve=step == 2)
+
+
+def cut_joined(length: int, lanes: int, most: int) -> Cut:
+    """Cut an output of which all rows, and the zeros between them, are taken as one, no shorter than a vector."""
+    vectors = -(-length // lanes)
+    across = -(-vectors // -(-vectors // most))
+    read = cover(length, lanes) if across == vectors else [i * lanes for i in range(across)]
+    starts = [0] if across == vectors else cover(length, across * lanes)
+    places = tuple((0, x) for x in read)
+    return Cut(lanes, places, tuple((i,) for i in range(across)), places, tuple((0, x) for x in starts), joined=True)
+
+
+def split_of(op: Sparse, shape: Shape, computed: Pair, pitch: int) -> Buffer:
+    """Return where a strided convolution reads its input, of `shape`, sorted by what remains of row and column.
+
+    `computed`: rows and columns of its output. Rows are `pitch` pixels long, or longer if zeros between them need it.
+    """
+    sides, pads = [], []
+    for axis in (0, 1):
+        side, before = -(-shape[axis + 1] // op.stride[axis]), -(-op.padding[axis] // op.stride[axis])
+        reach = op.dilation[axis] * (op.shape[axis + 2] - 1) - op.padding[axis]
+        after = computed[axis] + reach // op.stride[axis] - side
+        sides.append(side)
+        pads.append(max(before, after, 0))
+    pads[1] = max(pads[1], pitch - sides[1])
+    channels = shape[0] * op.stride[0] * op.stride[1]
+    return Buffer((channels, sides[0], sides[1]), (pads[0], pads[1]), 1, phases=op.stride)
+
+
+def phases_of(op: Sparse) -> tuple[Pair, ...]:
+    """Return the remainders of row and column, by its stride, that a convolution reads."""
+    rows, columns = (
+        sorted({(i * op.dilation[a] - op.padding[a]) % op.stride[a] for i in range(op.shape[a + 2])}) for a in (0, 1)
+    )
+    return tuple((y, x) for y in rows for x in columns)

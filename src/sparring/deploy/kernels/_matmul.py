@@ -29,13 +29,13 @@ class Tile(Spec):
     An accumulator is a vector; it sums over a row's nonzeros, read at `reads` (bytes) plus the nonzero's own offset.
     `groups` are the accumulators whose maximum is stored at the same number of `writes`; with `halve` every second
     lane is stored (a stride of 2), with `halve` and `pair` the maxima of neighbouring lanes (a pooling of 2).
-    The residual is read at `others`; where what is read at `gates` is not above zero, zero is stored. `unroll`
-    nonzeros have accumulators of their own. With `blocked` the rows are cut into blocks of input channels, so that a
+    The residual is read at `others`; where what is read at `gates` is not above zero, zero is stored, as where a mask
+    of the output's row has no bits (`masked`). `unroll` nonzeros have accumulators of their own. With `blocked` the rows are cut into blocks of input channels, so that a
     tile of the input stays in the nearest cache while all rows pass over it.
 
     Arguments: input, output, residual, gate (offsets), tiles, rows, bytes from row to row in output, residual and gate,
     blocks, scratch, the tiles' table (four offsets each), row starts (int32), nonzeros (int32 offset, float32 weight;
-    AHEAD more than there are), biases.
+    AHEAD more than there are), biases, mask.
     """
 
     lanes: int
@@ -48,6 +48,7 @@ class Tile(Spec):
     pair: bool = False
     relu: bool = False
     blocked: bool = False
+    masked: bool = False
     unroll: int = 1
 
     def emit(self, k: Kernel) -> None:
@@ -55,10 +56,11 @@ class Tile(Spec):
         bases = [k.place() for _ in range(4)]
         tiles, rows, *row_bytes = k.integers(5)
         blocks, scratch = k.integer(), k.place()
-        table, starts, nonzeros, biases = (k.pointer() for _ in range(4))
+        table, starts, nonzeros, biases, mask = (k.pointer() for _ in range(5))
         with k.loop(tiles) as tile:
             places = [k.index(table, b.add(b.mul(tile, k.number(4)), k.number(i)), INT64) for i in range(4)]
             here, *outside = (k.at(base, place) for base, place in zip(bases, places, strict=True))
+            bits = k.at(mask, places[1])
             ahead = [self._nonzero(k, nonzeros, k.number(i)) for i in range(AHEAD)]
             with k.carry(blocks if self.blocked else 1, [k.number(0), *ahead]) as outer:
                 block = outer.number
@@ -71,11 +73,11 @@ class Tile(Spec):
                     sums, ahead = self._sum(k, here, nonzeros, first, end, initial, ahead)
                     lines = [k.at(place, b.mul(row, size)) for place, size in zip(outside, row_bytes, strict=True)]
                     if not self.blocked:
-                        self._finish(k, sums, *lines)
+                        self._finish(k, sums, bits, *lines)
                     else:
                         with b.if_else(b.icmp_signed("==", block, b.sub(blocks, k.number(1)))) as (then, otherwise):
                             with then:
-                                self._finish(k, sums, *lines)
+                                self._finish(k, sums, bits, *lines)
                             with otherwise:
                                 for i, value in enumerate(sums):
                                     k.store(value, k.at(kept, i * 4 * self.lanes))
@@ -142,7 +144,7 @@ class Tile(Spec):
                 add_some(turn)
         return turn.values[:count], turn.values[-AHEAD:]
 
-    def _finish(self, k: Kernel, sums: list[Value], target: Value, other: Value, gate: Value) -> None:
+    def _finish(self, k: Kernel, sums: list[Value], bits: Value, target: Value, other: Value, gate: Value) -> None:
         for number, (group, write) in enumerate(zip(self.groups, self.writes, strict=True)):
             value = sums[group[0]]
             for i in group[1:]:
@@ -155,7 +157,12 @@ class Tile(Spec):
                 value = k.b.fadd(value, k.load(k.at(other, self.others[number]), value.type))
             if self.gates:
                 value = k.gated(value, k.load(k.at(gate, self.gates[number]), value.type))
-            k.store(k.relu(value) if self.relu else value, k.at(target, write))
+            value = k.relu(value) if self.relu else value
+            if self.masked:
+                kind = ir.VectorType(INT32, self.lanes)
+                kept = k.b.and_(k.b.bitcast(value, kind), k.load(k.at(bits, write), kind))
+                value = k.b.bitcast(kept, value.type)
+            k.store(value, k.at(target, write))
 
 
 @dataclass(frozen=True)

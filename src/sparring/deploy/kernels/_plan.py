@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from ...errors import Unsupported
 from .._program import Pair, Program, Scale, Shape, Snap, Sparse
 from ._abi import Call, Layout, Table, Tiling, kernel_call
-from ._elementwise import Largest, Narrow, Pack, Pointwise, PoolMax, Unpack
+from ._elementwise import Largest, Narrow, Pack, Pointwise, PoolMax, Spread, Unpack
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View
-from ._layout import Buffer, Cut, cut_planes, cut_tiles, offsets_of
+from ._layout import Buffer, Cut, cut_joined, cut_planes, cut_tiles, offsets_of, phases_of, split_of
 from ._matmul import AHEAD, MOST_PLACES, Tile, lookup_call, rows_call
 from ._native import host_registers
 
 _LINEAR_BYTES, _LINEAR_READS = 1 << 16, 16  # of a linear layer's block, as measured
 MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
 
+_SMALL = 4  # pixels, up to which an output's sums have several accumulators
 _NEAR = 24 * 1024  # bytes of input that the nearest cache holds beside weights and sums
 
 
@@ -56,6 +57,7 @@ class Planner:
         self.buffers: dict[int, Buffer] = {}
         self._views: dict[int, int] = {t.result: t.source for t in tasks if isinstance(t, View)}
         self._place_all(keep)
+        self._split = {task.result: self._place_split(task) for task in tasks if self._splits(task)}
 
     # -- places -------------------------------------------------------------------------------------------------------
 
@@ -65,6 +67,24 @@ class Planner:
         if value in self._views and base.whole:
             return replace(base, shape=(self.shapes[value][0], 1, 1))
         return base
+
+    def read_by(self, task: FusedLayer) -> Buffer:
+        """Return where a layer reads its input, which for a strided one may be a copy that is sorted for it."""
+        return self._split.get(task.result) or self.buffer(task.source)
+
+    def _splits(self, task: Task) -> bool:
+        """Tell whether a layer reads a sorted copy: where neighbours share a vector, and a stride would part them."""
+        strided = isinstance(task, FusedLayer) and task.op.stride != (1, 1) and len(self.shapes[task.source]) == 3
+        return strided and not self.layout.tiles and math.prod(self.shapes[task.result][1:]) > _SMALL
+
+    def _place_split(self, task: Task) -> Buffer:
+        assert isinstance(task, FusedLayer)
+        return self.reserve(self._sorted(task, self.buffer(task.result).inner // 4))
+
+    def _sorted(self, task: FusedLayer, pitch: int) -> Buffer:
+        _, height, width = self.shapes[task.result]
+        computed = (height * (1 + task.pool), width * (1 + task.pool))
+        return split_of(task.op, self.shapes[task.source], computed, pitch)
 
     def _place_all(self, keep: bool) -> None:
         """Give every value a place; values of one geometry share places when their lives do not overlap."""
@@ -113,7 +133,21 @@ class Planner:
             if isinstance(task, FusedLayer):
                 old = pads.get(base := self.base(task.source), (0, 0))
                 pads[base] = max(old[0], task.op.padding[0]), max(old[1], task.op.padding[1])
-        return pads
+        return pads if self.layout.tiles else self._even(pads)
+
+    def _even(self, pads: dict[int, Pair]) -> dict[int, Pair]:
+        """Return pads by which values of one size have rows of one length, except those that are flattened."""
+        most: dict[Shape, int] = {}
+        for task in (None, *self.tasks):
+            value = 0 if task is None else task.result
+            needed = pads.get(value, (0, 0))[1]
+            if isinstance(task, FusedLayer) and self._splits(task):
+                pitch = self._sorted(task, 0).inner // 4
+                needed = max(needed, pitch - self.shapes[value][2])
+            most[self.shapes[value][1:]] = max(most.get(self.shapes[value][1:], 0), needed)
+        viewed = set(self._views.values())
+        values = [v for v in (0, *(task.result for task in self.tasks)) if len(self.shapes[v]) == 3 and v not in viewed]
+        return pads | {value: (pads.get(value, (0, 0))[0], most[self.shapes[value][1:]]) for value in values}
 
     def reserve(self, buffer: Buffer, *, own: bool = True) -> Buffer:
         """Return the buffer with a place of its own, in memory that each unit has for itself or that all share."""
@@ -135,7 +169,7 @@ class Planner:
         for task in tasks:
             match task:
                 case FusedLayer():
-                    calls.append(self.layer(task, choose(self.key(task))))
+                    calls += [*self._spread(task), self.layer(task, choose(self.key(task)))]
                 case Elementwise():
                     calls.append(self._elementwise(task))
                 case MaxPool():
@@ -195,7 +229,8 @@ class Planner:
 
     def _max_pool(self, task: MaxPool) -> Call:
         source, target, op = self.buffer(task.source), self.buffer(task.result), task.op
-        spec = PoolMax(target.lanes, (*source.shape[1:], *target.shape[1:]), op, task.relu)
+        wide = 1 if self.layout.tiles else self.layout.lanes
+        spec = PoolMax(target.lanes, (*source.shape[1:], *target.shape[1:]), op, task.relu, wide)
         strides = [*source.strides, *target.strides]
         return kernel_call(spec, [source.origin, target.origin, target.shape[0], *strides])
 
@@ -214,9 +249,18 @@ class Planner:
         kept = op.kept(math.prod(self.shapes[task.source]))
         return kernel_call(Largest(self.layout.lanes, tiles=self.layout.tiles), [*arguments, kept])
 
+    def _spread(self, task: FusedLayer) -> list[Call]:
+        """Return the call that sorts what a strided layer reads, if it reads a sorted copy."""
+        if task.result not in self._split:
+            return []
+        source, target = self.buffer(task.source), self._split[task.result]
+        spec = Spread(self.layout.lanes, (source.shape[1], source.shape[2]), task.op.stride, phases_of(task.op))
+        strides = [source.outer, source.inner, target.outer, target.inner]
+        return [kernel_call(spec, [source.origin, target.origin, source.shape[0], *strides])]
+
     def layer(self, task: FusedLayer, choice: Tiling) -> Call:
         """Return the call for one layer."""
-        source, target = self.buffer(task.source), self.buffer(task.result)
+        source, target = self.read_by(task), self.buffer(task.result)
         flat = len(self.shapes[task.source]) == 1
         if flat and not self.layout.tiles and task.residual is None:
             if self._lookup:
@@ -241,21 +285,24 @@ class Planner:
         """Return the call that computes a layer of result `shape` from one buffer into another, in tiles as chosen."""
         flat, (height, width) = len(shape) == 1, (*shape[1:], 1, 1)[:2]
         adds = other is not None and other.origin == target.origin
-        cut = self._cut(task, (shape[0], height, width), flat, choice, apart=adds)
         four = (source, target, other or target, gate or target)
+        cut = self._cut(task, (shape[0], height, width), four, choice, apart=adds)
         unit = 0
         if flat and self.layout.tiles:
             unit = self.unit_bytes if self.layout.units > 1 else 4 * self.layout.lanes // self.layout.vectors
-        spec, table = _tile(task, cut, four, unit, few=height * width <= 4 and len(cut.read) < 4)
+        spec, table = _tile(task, cut, four, unit, few=height * width <= _SMALL and len(cut.read) < 4)
         spec = replace(
             spec, others=spec.others if other is not None else (), gates=spec.gates if gate is not None else ()
         )
         per_block = _channels_per_block(choice, cut, task.op, source, flat, spec)
         blocks = -(-task.op.shape[1] // per_block)
         starts, nonzeros = _nonzeros(task.op, offsets_of(task.op, source, flat), per_block, blocks)
-        spec = replace(spec, blocked=blocks > 1)
+        row, mask = target.inner // 4, np.full(1, -1, np.int32)
+        if cut.joined and row > width:
+            mask = np.where(np.arange(height * row) % row < width, -1, 0).astype(np.int32)
+        spec = replace(spec, blocked=blocks > 1, masked=len(mask) > 1)
         numbers = [len(cut.starts), task.op.shape[0], *(b.outer for b in four[1:]), blocks, self.end]
-        tables = (table, starts, nonzeros, task.op.bias)
+        tables = (table, starts, nonzeros, task.op.bias, mask)
         return kernel_call(
             spec, [*(b.origin for b in four), *numbers], tables, per_unit=not (flat and self.layout.tiles)
         )
@@ -275,24 +322,42 @@ class Planner:
 
     def key(self, task: FusedLayer) -> str:
         """Return the geometry of a layer and roughly its density: layers of one key are tuned as one."""
-        source = self.buffer(task.source)
+        source = self.read_by(task)
         density = task.op.nonzeros / max(1, int(np.prod(task.op.shape)))
         fields = (self.layout, task.op.shape, task.op.stride, task.op.dilation, source.shape, source.pad, task.pool)
         return repr((*fields, task.relu, task.residual is not None, round(np.log2(density + 1e-6))))
 
-    def _cut(self, task: FusedLayer, shape: tuple[int, int, int], flat: bool, choice: Tiling, *, apart: bool) -> Cut:
-        pool = 2 if task.pool else 1
+    def _cut(
+        self,
+        task: FusedLayer,
+        shape: tuple[int, int, int],
+        buffers: tuple[Buffer, Buffer, Buffer, Buffer],
+        choice: Tiling,
+        *,
+        apart: bool,
+    ) -> Cut:
+        pool, flat, stride = 2 if task.pool else 1, len(self.shapes[task.source]) == 1, _stride(task.op, buffers[0])
         if flat and self.layout.tiles:
             units = tuple((unit, 0) for unit in range(self.layout.units * self.layout.vectors))
             lanes = self.layout.lanes // self.layout.vectors
             return Cut(lanes, units, tuple((i,) for i in range(len(units))), units, ((0, 0),))
         if self.layout.tiles:
-            return cut_tiles(shape, task.op.stride, pool, self.layout.lanes, choice.accumulators, apart=apart)
-        for lanes in (choice.lanes, 8, 4):
-            cut = cut_planes(shape, task.op.stride, pool, lanes, choice.accumulators)
-            if cut is not None and lanes <= choice.lanes:
+            return cut_tiles(shape, stride, pool, self.layout.lanes, choice.accumulators, apart=apart)
+        row = buffers[1].inner // 4
+        length, pixels = (shape[1] - 1) * row + shape[2], shape[1] * shape[2]
+        joins = stride == (1, 1) and pool == 1 and pixels > _SMALL and len({b.inner for b in buffers}) == 1
+        for lanes in [lanes for lanes in (choice.lanes, 8, 4) if lanes <= choice.lanes]:
+            if joins and length >= lanes:
+                return cut_joined(length, lanes, choice.accumulators)
+            cut = cut_planes(shape, stride, pool, lanes, choice.accumulators)
+            if cut is not None:
                 return cut
-        return cut_tiles(shape, task.op.stride, pool, 1, 1 if flat else 8)  # pixel by pixel
+        return cut_tiles(shape, stride, pool, 1, 1 if flat else 8)  # pixel by pixel
+
+
+def _stride(op: Sparse, source: Buffer) -> Pair:
+    """Return the stride of a layer on the buffer that it reads: a sorted one has taken it already."""
+    return (1, 1) if source.phases != (1, 1) else op.stride
 
 
 def sources_of(task: Task) -> list[int]:
@@ -326,7 +391,8 @@ def _tile(
         row, column = unit or source.inner, source.pixel
         return tuple(y * row + x * column for y, x in places)
 
-    stride = (task.op.stride[0] * (1 + task.pool), task.op.stride[1] * (1 + task.pool))
+    down, across = _stride(task.op, source)
+    stride = (down * (1 + task.pool), across * (1 + task.pool))
     inputs = inside(tuple((y * stride[0], x * stride[1]) for y, x in cut.starts))
     table = np.stack([inputs, *(outside(cut.starts, buffer) for buffer in buffers[1:])], axis=1)
     writes, others, gates = (outside(cut.stored, buffer) for buffer in buffers[1:])
@@ -360,10 +426,13 @@ def _channels_per_block(choice: Tiling, cut: Cut, op: Sparse, source: Buffer, fl
         return inputs if op.nonzeros * inputs >= _LINEAR_READS * op.shape[0] * op.shape[1] else op.shape[1]
     if not choice.block_bytes:
         return op.shape[1]
-    rows = max(y for y, _ in cut.read) + 1 + op.dilation[0] * (op.shape[2] - 1)
-    columns = max(x for _, x in cut.read) + 1 + op.dilation[1] * (op.shape[3] - 1)
-    touched = rows * (columns * source.pixel + (0 if source.lanes > 1 else 4 * spec.lanes))
-    return max(1, min(op.shape[1], choice.block_bytes // touched))
+    reach = [op.dilation[i] * (op.shape[2 + i] - 1) // source.phases[i] for i in (0, 1)]
+    rows, columns = max(y for y, _ in cut.read) + 1 + reach[0], max(x for _, x in cut.read) + 1 + reach[1]
+    beyond = 0 if source.lanes > 1 else 4 * spec.lanes
+    touched = rows * (columns * source.pixel + beyond)
+    if cut.joined:
+        touched = reach[0] * source.inner + columns * source.pixel + beyond
+    return max(1, min(op.shape[1], choice.block_bytes // (touched * math.prod(source.phases))))
 
 
 def _nonzeros(op: Sparse, offsets: NDArray[np.int64], per_block: int, blocks: int) -> tuple[Table, Table]:
