@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from .._program import Pair, Shape, Sparse
 
 
+ALIGNED = 64  # bytes: a vector at a multiple lies in one line of a cache
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A value in the arena: channels of rows of pixels of `lanes` floats, with zeros around.
@@ -27,6 +30,7 @@ class Buffer:
     origin: int = 0
     step: Pair = (1, 1)
     phases: Pair = (1, 1)
+    align: int = 4  # bytes: each channel starts at a multiple
 
     @property
     def pixel(self) -> int:
@@ -41,7 +45,7 @@ class Buffer:
     @property
     def outer(self) -> int:
         """Return the bytes from channel to channel."""
-        return (self.shape[1] + self.pad[0]) * self.inner
+        return -(-(self.shape[1] + self.pad[0]) * self.inner // self.align) * self.align
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -62,7 +66,7 @@ class Buffer:
     @property
     def whole(self) -> bool:
         """Tell whether its floats lie without gaps, so that it can be read as one row."""
-        return self.pad == (0, 0) and self.step == (1, 1)
+        return self.pad == (0, 0) and self.step == (1, 1) and self.outer == self.shape[1] * self.inner
 
 
 def offsets_of(op: Sparse, source: Buffer, flat: bool) -> NDArray[np.int64]:
@@ -174,7 +178,7 @@ def split_of(op: Sparse, shape: Shape, computed: Pair, pitch: int) -> Buffer:
         pads.append(max(before, after, 0))
     pads[1] = max(pads[1], pitch - sides[1])
     channels = shape[0] * op.stride[0] * op.stride[1]
-    return Buffer((channels, sides[0], sides[1]), (pads[0], pads[1]), 1, phases=op.stride)
+    return Buffer((channels, sides[0], sides[1]), (pads[0], pads[1]), 1, phases=op.stride, align=ALIGNED)
 
 
 def phases_of(op: Sparse) -> tuple[Pair, ...]:

@@ -14,7 +14,7 @@ from .._program import Pair, Program, Scale, Shape, Snap, Sparse
 from ._abi import Call, Layout, Table, Tiling, kernel_call
 from ._elementwise import Largest, Narrow, Pack, Pointwise, PoolMax, Spread, Unpack
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View
-from ._layout import Buffer, Cut, cut_joined, cut_planes, cut_tiles, offsets_of, phases_of, split_of
+from ._layout import ALIGNED, Buffer, Cut, cut_joined, cut_planes, cut_tiles, offsets_of, phases_of, split_of
 from ._matmul import AHEAD, MOST_PLACES, Tile, lookup_call, rows_call
 from ._native import host_registers
 
@@ -94,16 +94,19 @@ class Planner:
         # Up to the first linear layer units run one after the other, and what they leave in the caches serves the next.
         together = [number for number, task in enumerate(self.tasks) if self._joins_units(task)]
         inner = set() if keep else {v for v, end in last.items() if end < min(together, default=len(self.tasks))}
-        free: dict[tuple[Shape, Pair, bool], list[Buffer]] = {}
-        lanes = self.layout.lanes if self.layout.tiles else 1
+        free: dict[tuple[Shape, Pair, bool, bool], list[Buffer]] = {}
+        lanes, viewed = self.layout.lanes if self.layout.tiles else 1, set(self._views.values())
         for number, value in enumerate((0, *(task.result for task in self.tasks)), -1):
             if value not in self._views:
                 shape, pad, own = self.shape3(value), pads.get(value, (0, 0)), value not in inner
-                places = free.get((shape, pad, own))
-                self.buffers[value] = places.pop() if places else self.reserve(Buffer(shape, pad, lanes), own=own)
+                places = free.get((shape, pad, own, value in viewed))
+                align = 4 if value in viewed or len(self.shapes[value]) == 1 else ALIGNED
+                new = Buffer(shape, pad, lanes, align=align)
+                self.buffers[value] = places.pop() if places else self.reserve(new, own=own)
             for ended in [] if keep else [v for v, end in last.items() if end == number and v in self.buffers]:
                 buffer = self.buffers[ended]
-                free.setdefault((buffer.shape, buffer.pad, ended not in inner), []).append(buffer)
+                kind = (buffer.shape, buffer.pad, ended not in inner, ended in viewed)
+                free.setdefault(kind, []).append(buffer)
 
     def shape3(self, value: int) -> tuple[int, int, int]:
         """Return a value's shape as channels, rows and columns."""
