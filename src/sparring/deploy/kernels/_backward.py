@@ -28,7 +28,7 @@ class GradientPlanner(Planner):
         """Raise Unsupported for the few networks without a backward pass in kernels."""
         if any(isinstance(step.op, Snap) for step in program.steps):
             raise Unsupported("what snaps to a centre may be above zero without a slope")
-        super().__init__(program, tasks_of(program, pools=False), layout, keep=True)
+        super().__init__(program, tasks_of(program, whole=False), layout, keep=True)
         producers = {task.result: task for task in self.tasks if not isinstance(task, View)}
         self._rectified = {v for v, task in producers.items() if getattr(task, "relu", False)}
         self._gradients = {v: self._place_gradient(v, producers.get(v)) for v in self.buffers}

@@ -10,6 +10,7 @@ from typing import Any
 from llvmlite import ir
 
 from .._program import Pool
+from ._layout import cover
 from ._llvm_ir import FLOAT, INT32, Kernel, Spec, Turn, Unit, Value, vector
 
 _BITS = 31  # of a float that is not negative: as integers such floats have the order they have as numbers
@@ -17,7 +18,7 @@ _BITS = 31  # of a float that is not negative: as integers such floats have the 
 
 @dataclass(frozen=True)
 class Pointwise(Spec):
-    """out = relu(in · scale + shift + other), zero where the gate is not above zero; the input may be the image.
+    """out = min(relu(in · scale + shift + other), cap), zero where the gate is not above zero; in may be the image.
 
     Arguments: input, output, other, gate (offsets), channels, rows, columns, floats of a column, then for each of the
     four the bytes from channel to channel, row to row and column to column, scales, shifts (one per channel).
@@ -29,6 +30,7 @@ class Pointwise(Spec):
     added: bool = False
     relu: bool = False
     gated: bool = False
+    cap: float | None = None
 
     def emit(self, k: Kernel) -> None:
         bases = [k.place() for _ in range(4)]
@@ -58,7 +60,7 @@ class Pointwise(Spec):
             value = k.b.fadd(value, k.load(other, vector(lanes)))
         if self.gated:
             value = k.gated(value, k.load(gate, vector(lanes)))
-        k.store(k.relu(value) if self.relu else value, target)
+        k.store(k.capped(k.relu(value) if self.relu else value, self.cap), target)
 
 
 @dataclass(frozen=True)
@@ -262,20 +264,17 @@ class Spread(Spec):
                     self._row(k, read, columns, write)
 
     def _row(self, k: Kernel, read: Value, columns: list[int], write: list[Value]) -> None:
-        b, across = k.b, self.stride[1]
-        whole = self.sides[1] // across // self.lanes * self.lanes if across <= 2 else 0
-        if whole:
-            with k.loop(whole, self.lanes) as x:
-                start = k.at(read, b.mul(x, k.number(4 * across)))
-                loaded = [k.load(k.at(start, 4 * self.lanes * i), vector(self.lanes)) for i in range(across)]
-                for column, line in zip(columns, write, strict=True):
-                    order = range(column, across * self.lanes, across)
-                    value = loaded[0] if across == 1 else k.shuffle(*loaded, order)
-                    k.store(value, k.at(line, b.mul(x, k.number(4))))
+        across, count = self.stride[1], self.sides[1] // self.stride[1]
+        lanes = next((n for n in (self.lanes, 8, 4) if n <= min(self.lanes, count)), 0) if across <= 2 else 0
+        for x in cover(count, lanes) if lanes else ():
+            loaded = [k.load(k.at(read, 4 * (x * across + lanes * i)), vector(lanes)) for i in range(across)]
+            for column, line in zip(columns, write, strict=True):
+                order = range(column, across * lanes, across)
+                k.store(loaded[0] if across == 1 else k.shuffle(*loaded, order), k.at(line, 4 * x))
         for column, line in zip(columns, write, strict=True):
-            with k.carry(-(-(self.sides[1] - column) // across), start=whole) as turn:
-                place = b.add(b.mul(turn.number, k.number(4 * across)), k.number(4 * column))
-                k.store(k.load(k.at(read, place), FLOAT), k.at(line, b.mul(turn.number, k.number(4))))
+            with k.carry(-(-(self.sides[1] - column) // across), start=count if lanes else 0) as turn:
+                place = k.b.add(k.b.mul(turn.number, k.number(4 * across)), k.number(4 * column))
+                k.store(k.load(k.at(read, place), FLOAT), k.at(line, k.b.mul(turn.number, k.number(4))))
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ class Engine:
         self._gradient_plans: dict[Layout, ExecutionPlan] = {}
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
         # Four tiles share a linear layer's weights where they stay in a near cache; a gradient needs all values twice.
-        pairs, kept = (_convolved(program, tasks) for tasks in (self._tasks, tasks_of(program, pools=False)))
+        pairs, kept = (_convolved(program, tasks) for tasks in (self._tasks, tasks_of(program, whole=False)))
         self._linear = not pairs
         most = min(8, 64 // self._lanes) if self._linear else 4
         self._units = most if 4 * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1

@@ -11,7 +11,7 @@ from .._program import Add, Flatten, Op, PackedActivation, Pool, Program, ReLU, 
 
 @dataclass(frozen=True, eq=False)
 class FusedLayer:
-    """result = relu(pool(op(source)) + residual), where the later parts are optional."""
+    """result = min(relu(pool(op(source)) + residual), cap), where the later parts are optional."""
 
     op: Sparse
     source: int
@@ -19,17 +19,19 @@ class FusedLayer:
     pool: bool = False  # by 2 × 2
     residual: int | None = None
     relu: bool = False
+    cap: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Elementwise:
-    """result = relu(source · scale + shift + other), where the parts are optional."""
+    """result = min(relu(source · scale + shift + other), cap), where the parts are optional."""
 
     source: int
     result: int
     scale: Scale | None = None
     other: int | None = None
     relu: bool = False
+    cap: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,32 +68,38 @@ class Sparsify:
 Task = FusedLayer | Elementwise | MaxPool | Sparsify | View
 
 
-def tasks_of(program: Program, *, pools: bool = True) -> list[Task]:
+@dataclass(frozen=True)
+class _Capped:
+    """min(max(x, 0), cap)."""
+
+    cap: float
+
+
+def tasks_of(program: Program, *, whole: bool = True) -> list[Task]:
     """Return the program as tasks in order.
 
-    Without `pools`, pooling stays apart from layers, so that what it pools is kept.
+    Unless `whole`, what a gradient needs is kept: pooling stays apart from layers, and a capped ReLU as it is spelled.
     """
     shapes = program.shapes
-    readers: dict[int, list[int]] = {}
-    for number, step in enumerate(program.steps):
-        for source in step.inputs:
-            readers.setdefault(source, []).append(number)
+    steps: list[tuple[Op | _Capped, tuple[int, ...]]] = [(step.op, step.inputs) for step in program.steps]
+    readers, fused = _readers(program), set[int]()
+    for number, (source, cap, spelled) in (_caps(program, readers) if whole else {}).items():
+        steps[number] = _Capped(cap), (source,)
+        fused |= spelled
+        readers[source] = [*(reader for reader in readers[source] if reader not in spelled), number]
     tasks: list[Task] = []
-    fused: set[int] = set()
-    for number, step in enumerate(program.steps):
+    for number, (op, inputs) in enumerate(steps):
         if number in fused:
             continue
-        task = _task(step.op, step.inputs, number + 1, shapes)
+        task = _task(op, inputs, number + 1, shapes)
         while True:
             following = readers.get(task.result, [])
             wider = None
             if len(following) == 1:
-                reader = program.steps[following[0]]
-                others = [i for i in reader.inputs if i != task.result]
-                pooled = isinstance(reader.op, Pool)
-                wider = (
-                    None if pooled and not pools else _absorb(task, reader.op, following[0] + 1, others, number, shapes)
-                )
+                after, read = steps[following[0]]
+                others = [i for i in read if i != task.result]
+                if whole or not isinstance(after, Pool):
+                    wider = _absorb(task, after, following[0] + 1, others, number, shapes)
             if wider is None:
                 break
             fused.add(following[0])
@@ -100,8 +108,52 @@ def tasks_of(program: Program, *, pools: bool = True) -> list[Task]:
     return tasks
 
 
-def _task(op: Op, inputs: tuple[int, ...], result: int, shapes: list[Shape]) -> Task:
+def _readers(program: Program) -> dict[int, list[int]]:
+    """Return the numbers of the steps that read each value."""
+    readers: dict[int, list[int]] = {}
+    for number, step in enumerate(program.steps):
+        for source in step.inputs:
+            readers.setdefault(source, []).append(number)
+    return readers
+
+
+def _caps(program: Program, readers: dict[int, list[int]]) -> dict[int, tuple[int, float, set[int]]]:
+    """Find capped ReLUs, spelled relu(x) - relu(x - cap): for the step of each sum x, the cap, and the steps before."""
+    found = {}
+    for number, step in enumerate(program.steps):
+        if isinstance(step.op, Add):
+            relu, minus = (i - 1 for i in sorted(step.inputs))
+            over, less = (_before(program, minus, count) for count in (1, 2))
+            chain = {relu: number, minus: number, over: minus, less: over}  # and who alone reads each
+            if min(chain) >= 0 and all(readers[i + 1] == [reader] for i, reader in chain.items()):
+                ops = [program.steps[i].op for i in (relu, minus, over, less)]
+                source, cap = program.steps[relu].inputs[0], _cap(*ops)
+                if cap is not None and program.steps[less].inputs == (source,):
+                    found[number] = source, cap, set(chain)
+    return found
+
+
+def _before(program: Program, number: int, count: int) -> int:
+    """Return the step `count` before one, along first inputs; -1 where there is none."""
+    for _ in range(count):
+        number = program.steps[number].inputs[0] - 1 if number >= 0 else -1
+    return number
+
+
+def _cap(relu: Op, minus: Op, over: Op, less: Op) -> float | None:
+    """Return the number at which relu(x) + minus(over(less(x))) caps x, or None if they spell something else."""
+    match relu, minus, over, less:
+        case ReLU(), Scale() as last, ReLU(), Scale() as first:
+            negates = (last.scale == -1).all() and not last.shift.any()
+            shifts = (first.scale == 1).all() and first.shift[0] < 0 and (first.shift == first.shift[0]).all()
+            return float(-first.shift[0]) if negates and shifts else None
+    return None
+
+
+def _task(op: Op | _Capped, inputs: tuple[int, ...], result: int, shapes: list[Shape]) -> Task:
     match op:
+        case _Capped():
+            return Elementwise(inputs[0], result, relu=True, cap=op.cap)
         case Sparse():
             return FusedLayer(op, inputs[0], result)
         case Pool(mean=True):
@@ -135,11 +187,13 @@ def _mean_as_layer(op: Pool, channels: int) -> Sparse:
     return Sparse(shape, starts, indices, values, np.zeros(channels, np.float32), stride=op.stride)
 
 
-def _absorb(task: Task, op: Op, result: int, others: list[int], number: int, shapes: list[Shape]) -> Task | None:
+def _absorb(task: Task, op: Op | _Capped, result: int, others: list[int], number: int, shapes: list[Shape]) -> Task | None:
     """Return the task that also does the step which alone reads its result, or None if it cannot."""
     match op:
         case ReLU() if not isinstance(task, View | Sparsify) and not task.relu:
             return replace(task, result=result, relu=True)
+        case _Capped() if isinstance(task, FusedLayer | Elementwise) and not task.relu:
+            return replace(task, result=result, relu=True, cap=op.cap)
         case Add() if isinstance(task, FusedLayer) and len(others) == 1 and others[0] <= number:
             if not (task.relu or task.pool or task.residual is not None):
                 return replace(task, result=result, residual=others[0])

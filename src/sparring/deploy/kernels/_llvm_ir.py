@@ -135,6 +135,13 @@ class Kernel:
         """Return max(value, 0)."""
         return self.maximum(value, ir.Constant(value.type, None))
 
+    def capped(self, value: Value, cap: float | None) -> Value:
+        """Return min(value, cap), the value itself if there is no cap."""
+        if cap is None:
+            return value
+        most = self.splat(ir.Constant(FLOAT, cap), getattr(value.type, "count", 1))
+        return self.b.select(self.b.fcmp_ordered(">", value, most), most, value)
+
     def gated(self, value: Value, gate: Value) -> Value:
         """Return the value where the gate is above zero, else zero."""
         zero = ir.Constant(value.type, None)

@@ -26,6 +26,8 @@ AHEAD = 4  # nonzeros behind the last one that a kernel may read
 class Tile(Spec):
     """out[row] = relu(pool(Σ weight · in + bias + residual)) for each row (output channel), tile by tile of pixels.
 
+    No more than `cap`, if there is one.
+
     An accumulator is a vector; it sums over a row's nonzeros, read at `reads` (bytes) plus the nonzero's own offset.
     `groups` are the accumulators whose maximum is stored at the same number of `writes`; with `halve` every second
     lane is stored (a stride of 2), with `halve` and `pair` the maxima of neighbouring lanes (a pooling of 2).
@@ -47,6 +49,7 @@ class Tile(Spec):
     halve: bool = False
     pair: bool = False
     relu: bool = False
+    cap: float | None = None
     blocked: bool = False
     masked: bool = False
     unroll: int = 1
@@ -157,7 +160,7 @@ class Tile(Spec):
                 value = k.b.fadd(value, k.load(k.at(other, self.others[number]), value.type))
             if self.gates:
                 value = k.gated(value, k.load(k.at(gate, self.gates[number]), value.type))
-            value = k.relu(value) if self.relu else value
+            value = k.capped(k.relu(value) if self.relu else value, self.cap)
             if self.masked:
                 kind = ir.VectorType(INT32, self.lanes)
                 kept = k.b.and_(k.b.bitcast(value, kind), k.load(k.at(bits, write), kind))

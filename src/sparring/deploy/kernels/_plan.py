@@ -28,8 +28,10 @@ _NEAR = 24 * 1024  # bytes of input that the nearest cache holds beside weights 
 def candidates(lanes: int, tiles: bool) -> list[Tiling]:
     """Return the choices that are tried; the first is taken for layers that are not worth tuning."""
     few, many, half = host_registers() // 2, host_registers() * 3 // 4, max(4, lanes // 2)
-    choices = [Tiling(many, lanes, _NEAR), Tiling(few, lanes, _NEAR), Tiling(many, lanes), Tiling(few, lanes)]
-    return choices if tiles else [*choices, Tiling(many, half), Tiling(many, half, _NEAR)]
+    first, all_at_once = Tiling(many, lanes, _NEAR), Tiling(many, lanes)
+    if tiles:
+        return [first, Tiling(few, lanes, _NEAR), all_at_once, Tiling(few, lanes)]
+    return [first, all_at_once, Tiling(many, half), Tiling(many, half, _NEAR), *(Tiling(n, lanes, _NEAR) for n in (8, 4))]
 
 
 def usual(lanes: int) -> Tiling:
@@ -100,7 +102,8 @@ class Planner:
             if value not in self._views:
                 shape, pad, own = self.shape3(value), pads.get(value, (0, 0)), value not in inner
                 places = free.get((shape, pad, own, value in viewed))
-                align = 4 if value in viewed or len(self.shapes[value]) == 1 else ALIGNED
+                whole = self.layout.tiles or value in viewed or len(self.shapes[value]) == 1
+                align = 4 if whole else ALIGNED
                 new = Buffer(shape, pad, lanes, align=align)
                 self.buffers[value] = places.pop() if places else self.reserve(new, own=own)
             for ended in [] if keep else [v for v, end in last.items() if end == number and v in self.buffers]:
@@ -205,7 +208,7 @@ class Planner:
     def _elementwise(self, task: Elementwise) -> Call:
         source, target = self.plain(task.source), self.plain(task.result)
         other = None if task.other is None else self.plain(task.other)
-        return self.pointwise(source, target, target.shape, other=other, scale=task.scale, relu=task.relu)
+        return self.pointwise(source, target, target.shape, other=other, scale=task.scale, relu=task.relu, cap=task.cap)
 
     def pointwise(
         self,
@@ -217,17 +220,17 @@ class Planner:
         gate: Buffer | None = None,
         scale: Scale | None = None,
         relu: bool = False,
+        cap: float | None = None,
     ) -> Call:
-        """Return the call for target = relu(source · scale + shift + other), zero where the gate is not above zero."""
+        """Return the call for target = min(relu(source · scale + shift + other), cap), zero where no gate is above."""
         four = [source, target, other or target, gate or target]
         (channels, rows, columns), width = shape, source.lanes
         if all(b.step == (1, 1) for b in four):
             columns, width = 1, columns * width
         strides = [number for b in four for number in b.strides]
         arguments = [*(b.origin for b in four), channels, rows, columns, width, *strides]
-        spec = Pointwise(
-            self.layout.lanes, scaled=scale is not None, added=other is not None, relu=relu, gated=gate is not None
-        )
+        parts = {"scaled": scale is not None, "added": other is not None, "relu": relu, "gated": gate is not None}
+        spec = Pointwise(self.layout.lanes, **parts, cap=cap)
         return kernel_call(spec, arguments, factors(scale))
 
     def _max_pool(self, task: MaxPool) -> Call:
@@ -265,7 +268,7 @@ class Planner:
         """Return the call for one layer."""
         source, target = self.read_by(task), self.buffer(task.result)
         flat = len(self.shapes[task.source]) == 1
-        if flat and not self.layout.tiles and task.residual is None:
+        if flat and not self.layout.tiles and task.residual is None and task.cap is None:
             if self._lookup:
                 return lookup_call(task, source, target)
             if source.size < 4 * MOST_PLACES:
@@ -409,6 +412,7 @@ def _tile(
         halve=cut.halve,
         pair=cut.halve and task.pool,
         relu=task.relu,
+        cap=task.cap,
         # Small outputs leave few accumulators, which would wait for one another. That this does not depend on what
         # is tuned keeps the order of every sum, and so its last bit, the same.
         unroll=4 if few else 1,
