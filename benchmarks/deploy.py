@@ -1,7 +1,8 @@
 """Sparse kernels beside ONNX Runtime: `python benchmarks/deploy.py [--json] [--networks lenet-5,...] [--rounds N]`.
 
-Random layer-uniform masks (in MobileNetV2 on pointwise layers, in ViT-Tiny on the linear layers of its blocks), or with `--weights FILE ...` the networks that `sparring prune` wrote, beside the same
-network with all its weights; one thread, fp32. Outputs are compared before anything is timed. Rounds are interleaved,
+Random layer-uniform masks (in MobileNetV2 on pointwise layers, in ViT-Tiny on the linear layers of its blocks), or with
+`--weights FILE ...` the networks that `sparring prune` wrote, beside the same network with all its weights; one thread,
+fp32. Outputs are compared before anything is timed. Rounds are interleaved,
 so that whatever else the machine does falls on both; ratios are of medians. Rows: network, batch, sparsity,
 over_onnxruntime (dense time over sparse time), over_floor (time over what the nonzeros alone would need at the measured
 peak of one core, multiply-adds on registers, so 1 is perfect), relative_error (of the
@@ -66,12 +67,12 @@ class Kind:
 def own(name: str, shape: tuple[int, ...], batches: tuple[int, ...], **options: Any) -> Kind:
     """Return one of the library's own networks."""
     channels = shape[0]
-    scaling = {"mean": (0.4,) * channels, "std": (0.25,) * channels}
+    scaling: dict[str, Any] = {"mean": (0.4,) * channels, "std": (0.25,) * channels}
     return Kind(partial(build, name, shape=shape, classes=10, **scaling, **options), shape, batches)
 
 
 DIGIT, SMALL, PHOTOGRAPH = (1, 28, 28), (3, 32, 32), (3, 224, 224)
-VIT_TINY = {"width": 192, "depth": 12, "heads": 3, "patch": 16, "ratio": 4}
+VIT_TINY: dict[str, Any] = {"width": 192, "depth": 12, "heads": 3, "patch": 16, "ratio": 4}
 NETWORKS = {
     "lenet-300-100": own("lenet-300-100", DIGIT, (1, 64)),
     "lenet-5": own("lenet-5", DIGIT, (1, 64)),

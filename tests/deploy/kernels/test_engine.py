@@ -17,7 +17,7 @@ from sparring.deploy.kernels import _native as native
 from sparring.deploy.kernels import _plan as planning
 from sparring.deploy.kernels._abi import Layout
 from sparring.deploy.kernels._engine import Engine
-from sparring.deploy.kernels._fusion import FusedLayer
+from sparring.deploy.kernels._fusion import FusedLayer, tasks_of
 from sparring.deploy.kernels._native import host_lanes
 from sparring.models import Residual
 from sparring.sparsity import Threshold, TopK
@@ -66,6 +66,19 @@ def test_dense_empty_and_all_zero_layers():
     with torch.no_grad():
         model[2].weight.zero_()
     check(model, (1, 6, 6))
+
+
+def test_a_capped_relu_is_part_of_the_layer_before_it():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Hardtanh(0.0, 1.0)]
+    model = nn.Sequential(*layers, nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(800, 4))
+    with torch.no_grad():
+        model[0].weight *= 40  # both caps take effect
+    check(model, (1, 40, 40), batches=(1, 17))
+    program = compile_model(model, (1, 40, 40))
+    assert [type(task).__name__ for task in tasks_of(program)] == ["FusedLayer"] * 2 + ["MaxPool", "View", "FusedLayer"]
+    assert [task.cap for task in tasks_of(program)[:2]] == [6, 1]
+    assert len(tasks_of(program, whole=False)) > 5
 
 
 @st.composite

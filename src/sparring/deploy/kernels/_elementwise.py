@@ -131,11 +131,24 @@ class Unpack(Spec):
 
     def emit(self, k: Kernel) -> None:
         b, source, classes = k.b, k.place(), k.integer()
-        target = k.address(Unit.LOGITS)
-        with k.loop(k.field(Unit.COUNT)) as image, k.loop(classes) as logit:
-            read = b.mul(b.add(b.mul(logit, k.number(self.lanes)), image), k.number(4))
-            write = b.mul(b.add(b.mul(image, classes), logit), k.number(4))
-            k.store(k.load(k.at(source, read), FLOAT), k.at(target, write))
+        target, count = k.address(Unit.LOGITS), k.field(Unit.COUNT)
+
+        def move(image: Value, logit: Value, side: int) -> None:
+            """Move a square of images and logits: one by one they would take many times as long."""
+            logits = [b.add(logit, k.number(i)) for i in range(side)]
+            read = [b.mul(b.add(b.mul(number, k.number(self.lanes)), image), k.number(4)) for number in logits]
+            found = transpose(k, [k.load(k.at(source, place), vector(side)) for place in read])
+            for i, value in enumerate(found):
+                start = b.add(b.mul(b.add(image, k.number(i)), classes), logit)
+                k.store(value, k.at(target, b.mul(start, k.number(4))))
+
+        squares, whole = (b.and_(n, k.number(-4 if self.lanes > 1 else 0)) for n in (count, classes))
+        with k.loop(squares, 4) as image, k.loop(whole, 4) as logit:
+            move(image, logit, 4)
+        with k.loop(count) as image:
+            first = b.select(b.icmp_signed("<", image, squares), whole, k.number(0))
+            with k.carry(classes, start=first) as turn:
+                move(image, turn.number, 1)
 
 
 @dataclass(frozen=True)
@@ -270,7 +283,7 @@ class Spread(Spec):
             loaded = [k.load(k.at(read, 4 * (x * across + lanes * i)), vector(lanes)) for i in range(across)]
             for column, line in zip(columns, write, strict=True):
                 order = range(column, across * lanes, across)
-                k.store(loaded[0] if across == 1 else k.shuffle(*loaded, order), k.at(line, 4 * x))
+                k.store(loaded[0] if across == 1 else k.shuffle(loaded[0], loaded[1], order), k.at(line, 4 * x))
         for column, line in zip(columns, write, strict=True):
             with k.carry(-(-(self.sides[1] - column) // across), start=count if lanes else 0) as turn:
                 place = k.b.add(k.b.mul(turn.number, k.number(4 * across)), k.number(4 * column))

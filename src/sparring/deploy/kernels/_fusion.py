@@ -187,7 +187,9 @@ def _mean_as_layer(op: Pool, channels: int) -> Sparse:
     return Sparse(shape, starts, indices, values, np.zeros(channels, np.float32), stride=op.stride)
 
 
-def _absorb(task: Task, op: Op | _Capped, result: int, others: list[int], number: int, shapes: list[Shape]) -> Task | None:
+def _absorb(
+    task: Task, op: Op | _Capped, result: int, others: list[int], number: int, shapes: list[Shape]
+) -> Task | None:
     """Return the task that also does the step which alone reads its result, or None if it cannot."""
     match op:
         case ReLU() if not isinstance(task, View | Sparsify) and not task.relu:

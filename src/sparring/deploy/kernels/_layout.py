@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from .._program import Pair, Shape, Sparse
 
-
 ALIGNED = 64  # bytes: a vector at a multiple lies in one line of a cache
 
 

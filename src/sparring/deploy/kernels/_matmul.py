@@ -32,8 +32,9 @@ class Tile(Spec):
     `groups` are the accumulators whose maximum is stored at the same number of `writes`; with `halve` every second
     lane is stored (a stride of 2), with `halve` and `pair` the maxima of neighbouring lanes (a pooling of 2).
     The residual is read at `others`; where what is read at `gates` is not above zero, zero is stored, as where a mask
-    of the output's row has no bits (`masked`). `unroll` nonzeros have accumulators of their own. With `blocked` the rows are cut into blocks of input channels, so that a
-    tile of the input stays in the nearest cache while all rows pass over it.
+    of the output's row has no bits (`masked`). `unroll` nonzeros have accumulators of their own. With `blocked` the
+    rows are cut into blocks of input channels, so that a tile of the input stays in the nearest cache while all rows
+    pass over it.
 
     Arguments: input, output, residual, gate (offsets), tiles, rows, bytes from row to row in output, residual and gate,
     blocks, scratch, the tiles' table (four offsets each), row starts (int32), nonzeros (int32 offset, float32 weight;

@@ -31,7 +31,13 @@ def candidates(lanes: int, tiles: bool) -> list[Tiling]:
     first, all_at_once = Tiling(many, lanes, _NEAR), Tiling(many, lanes)
     if tiles:
         return [first, Tiling(few, lanes, _NEAR), all_at_once, Tiling(few, lanes)]
-    return [first, all_at_once, Tiling(many, half), Tiling(many, half, _NEAR), *(Tiling(n, lanes, _NEAR) for n in (8, 4))]
+    return [
+        first,
+        all_at_once,
+        Tiling(many, half),
+        Tiling(many, half, _NEAR),
+        *(Tiling(n, lanes, _NEAR) for n in (8, 4)),
+    ]
 
 
 def usual(lanes: int) -> Tiling:
@@ -59,7 +65,9 @@ class Planner:
         self.buffers: dict[int, Buffer] = {}
         self._views: dict[int, int] = {t.result: t.source for t in tasks if isinstance(t, View)}
         self._place_all(keep)
-        self._split = {task.result: self._place_split(task) for task in tasks if self._splits(task)}
+        self._split: dict[int, Buffer] = {}
+        self._spreads: dict[int, list[FusedLayer]] = {}  # by the first of the layers that read one sorted copy
+        self._place_splits()
 
     # -- places -------------------------------------------------------------------------------------------------------
 
@@ -79,9 +87,19 @@ class Planner:
         strided = isinstance(task, FusedLayer) and task.op.stride != (1, 1) and len(self.shapes[task.source]) == 3
         return strided and not self.layout.tiles and math.prod(self.shapes[task.result][1:]) > _SMALL
 
-    def _place_split(self, task: Task) -> Buffer:
-        assert isinstance(task, FusedLayer)
-        return self.reserve(self._sorted(task, self.buffer(task.result).inner // 4))
+    def _place_splits(self) -> None:
+        """Give the sorted copies places: one for all layers that read one value with one stride."""
+        groups: dict[tuple[int, Pair, int], list[FusedLayer]] = {}
+        for task in self.tasks:
+            if isinstance(task, FusedLayer) and self._splits(task):
+                pitch = self.buffer(task.result).inner // 4
+                groups.setdefault((task.source, task.op.stride, pitch), []).append(task)
+        for (_, _, pitch), group in groups.items():
+            every = [self._sorted(task, pitch) for task in group]
+            pad = max(b.pad[0] for b in every), max(b.pad[1] for b in every)
+            buffer = self.reserve(replace(every[0], pad=pad))
+            self._split |= {task.result: buffer for task in group}
+            self._spreads[group[0].result] = group
 
     def _sorted(self, task: FusedLayer, pitch: int) -> Buffer:
         _, height, width = self.shapes[task.result]
@@ -256,11 +274,12 @@ class Planner:
         return kernel_call(Largest(self.layout.lanes, tiles=self.layout.tiles), [*arguments, kept])
 
     def _spread(self, task: FusedLayer) -> list[Call]:
-        """Return the call that sorts what a strided layer reads, if it reads a sorted copy."""
-        if task.result not in self._split:
+        """Return the call that sorts what a strided layer reads, if it is the first to read a sorted copy."""
+        if task.result not in self._spreads:
             return []
         source, target = self.buffer(task.source), self._split[task.result]
-        spec = Spread(self.layout.lanes, (source.shape[1], source.shape[2]), task.op.stride, phases_of(task.op))
+        phases = tuple(sorted({phase for layer in self._spreads[task.result] for phase in phases_of(layer.op)}))
+        spec = Spread(self.layout.lanes, (source.shape[1], source.shape[2]), task.op.stride, phases)
         strides = [source.outer, source.inner, target.outer, target.inner]
         return [kernel_call(spec, [source.origin, target.origin, source.shape[0], *strides])]
 
@@ -353,7 +372,7 @@ class Planner:
         length, pixels = (shape[1] - 1) * row + shape[2], shape[1] * shape[2]
         joins = stride == (1, 1) and pool == 1 and pixels > _SMALL and len({b.inner for b in buffers}) == 1
         for lanes in [lanes for lanes in (choice.lanes, 8, 4) if lanes <= choice.lanes]:
-            if joins and length >= lanes:
+            if joins and length >= lanes and (self.layout.lanes > 8 or shape[2] % lanes):  # as measured
                 return cut_joined(length, lanes, choice.accumulators)
             cut = cut_planes(shape, stride, pool, lanes, choice.accumulators)
             if cut is not None:
