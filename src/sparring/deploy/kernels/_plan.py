@@ -311,7 +311,7 @@ class Planner:
         flat, (height, width) = len(shape) == 1, (*shape[1:], 1, 1)[:2]
         adds = other is not None and other.origin == target.origin
         four = (source, target, other or target, gate or target)
-        cut = self._cut(task, (shape[0], height, width), four, choice, apart=adds)
+        cut = self._cut(task, (shape[0], height, width), four, choice, flat=flat, apart=adds)
         unit = 0
         if flat and self.layout.tiles:
             unit = self.unit_bytes if self.layout.units > 1 else 4 * self.layout.lanes // self.layout.vectors
@@ -359,9 +359,10 @@ class Planner:
         buffers: tuple[Buffer, Buffer, Buffer, Buffer],
         choice: Tiling,
         *,
+        flat: bool,
         apart: bool,
     ) -> Cut:
-        pool, flat, stride = 2 if task.pool else 1, len(self.shapes[task.source]) == 1, _stride(task.op, buffers[0])
+        pool, stride = 2 if task.pool else 1, _stride(task.op, buffers[0])
         if flat and self.layout.tiles:
             units = tuple((unit, 0) for unit in range(self.layout.units * self.layout.vectors))
             lanes = self.layout.lanes // self.layout.vectors
