@@ -43,7 +43,7 @@ def run_compare(how: CompareOptions, data: DataSource, where: Where, *, as_json:
     if as_json:
         print_json({"differences": [asdict(one) for one in found], "broken": too_much})
     else:
-        print_table(("metric", "first", "second", "change", "95% interval", "p"), map(_difference, found))
+        print_table(("metric", "first", "second", "change [95%]", "p"), (one.cells() for one in found))
     for sentence in too_much:
         print(sentence, file=sys.stderr)
     return DROPPED if too_much else 0
@@ -112,9 +112,3 @@ def _profile(
     # An attack that failed on an image says nothing of its distance; the image's width bounds it.
     distance = nearest.distance.double().nan_to_num(posinf=math.sqrt(x[0].numel()))
     return found | {DISTANCE: distance.numpy()}
-
-
-def _difference(one: Difference) -> list[str]:
-    values, change = (f"{side.estimate:.4g}" for side in (one.first, one.second)), one.change
-    interval = f"[{change.low:+.3g}, {change.high:+.3g}]"
-    return [one.metric, *values, f"{change.estimate:+.3g} {one.unit}", interval, f"{change.p:.3g}"]

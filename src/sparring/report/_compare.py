@@ -53,6 +53,12 @@ class Difference:
     def __str__(self) -> str:
         return f"{self.title}: {numbers.signed(self.change, self.unit)}"
 
+    def cells(self) -> list[str]:
+        """Return the cells of a table's row: metric, both values, the change with its interval, and the p-value."""
+        shown = percent if self.unit == "points" else numbers.length
+        values = [shown(one.estimate) for one in (self.first, self.second)]
+        return [self.metric, *values, numbers.signed(self.change, self.unit), numbers.p_value(self.change.p)]
+
 
 def compare(first: Side, second: Side) -> list[Difference]:
     """Return the change of every metric that both sides have, on test images, in reading order.
