@@ -33,7 +33,8 @@ class Pace:
 
         rate = done / max(self.seconds, 1e-9)
         fast = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        return f"{done} of {total} {what}, {fast} {what}/s, {size_text(used_memory())}, {self.left(done, total)}"
+        rest = f", {self.left(done, total)}" if done < total else ""
+        return f"{done} of {total} {what}, {fast} {what}/s, {size_text(used_memory())}{rest}"
 
 
 Tell = Callable[[str, int, int], None]
