@@ -76,9 +76,13 @@ def activity(model: nn.Module, x: Tensor, *, batch_size: int | None = None) -> A
     with eval_mode(model):
         few = x[:2].float() / 255 if x.dtype == torch.uint8 else x[:2]
         answer = opened(model, few)
-        for part in torch.split(x, batch_size or answers_at_once(answer, few)):
+
+        def heard(images: Tensor, hear: Hear = lambda _, value: _Tally().add(value)) -> None:
             with _listening(model, hear):
-                answer(part.float() / 255 if part.dtype == torch.uint8 else part)
+                answer(images)
+
+        for part in torch.split(x, batch_size or answers_at_once(heard, few)):
+            heard(part.float().div_(255) if part.dtype == torch.uint8 else part, hear)
     layers = tuple(
         LayerActivity(name, t.zeros / t.total, len(t.alive), tuple((~t.alive).nonzero().flatten().tolist()))
         for name, t in tallies.items()
