@@ -52,7 +52,7 @@ def task_of(name: str, trained: Trained) -> Task:
 @pytest.mark.parametrize("name", UNDEFENDED)
 def test_the_undefended_network_is_neither_lost_nor_safe(name: str, trained: Trained) -> None:
     network, x, y, eps = task_of(name, trained)
-    result = run(network, x, y, fast, Threat(LINF, eps), generator=seeded())
+    result = run(network, x, y, fast, Threat(LINF, eps))
     assert 0.3 <= robust_accuracy(result) <= 0.6
     assert result.flags == ()
     assert robust_accuracy(result) <= FROZEN[name]["reference"] + 0.02
@@ -84,7 +84,7 @@ def test_naive_attacks_are_fooled_by_ten_points_and_the_default_evaluation_is_no
         x_adv = attack(network, x, y, norm=LINF, eps=eps, generator=seeded())
         standing = right(network, x, y) & right(network, x_adv, y)
         assert float(standing.double().mean()) >= reference + 0.1
-    result = run(network, x, y, fast, Threat(LINF, eps), generator=seeded())
+    result = run(network, x, y, fast, Threat(LINF, eps))
     # Two points are two of 100 images; MeanSparse's 50 images are too few, see below.
     assert "wide" in FROZEN[name] or FROZEN[name]["default"] <= reference + 0.02 + 1e-9
     # The rounding of another processor may turn one image.
