@@ -16,10 +16,9 @@ from torch import nn
 
 from sparring import data, deploy, study
 from sparring.cli import main
-from sparring.cli._train import _covered
 from sparring.models import load_model
 from sparring.records import read_plan
-from sparring.sparsity import NM, LeftDenseWarning, select, sparsity_of
+from sparring.sparsity import NM, LeftDenseWarning, covered, select, sparsity_of
 
 from ..study.pretend_gpu import PretendGPU
 
@@ -221,18 +220,17 @@ def test_a_network_is_pruned_under_attack(sparring, tmp_path: Path) -> None:  # 
     half = ("--quiet", "--set", "epochs=1", "--set", "structure=2:4", "--set", "scope=layer", "--sparsity", 0.5)
     halved = sparring("prune", dense, "--out", sparse, "--data", "digits", *half, "--json")
     assert json.loads(halved.out)["sparsity"] == 0.5 and "(50.00%)" in halved.err
-    assert json.loads(halved.out)["covered"] == 1 and "2:4 covers 100.0% of all" in halved.err
+    assert json.loads(halved.out)["covered"] == 1 and "2:4 covers 100.0% of the weights" in halved.err
     wrong = sparring("prune", dense, "--out", sparse, "--data", "digits", "--sparsity", 0.8, "--loss", "pdg-at")
     assert wrong.code == 2 and "'pgd-at'" in wrong.err
 
 
-def test_prune_says_how_much_an_nm_structure_covers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_covered_is_the_share_of_matrices_that_an_nm_structure_prunes() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
     with pytest.warns(LeftDenseWarning, match=r"'0.weight' \(3 inputs\)"):
         masks = select({"0.weight": torch.rand(8, 3, 3, 3), "3.weight": torch.rand(4, 32)}, 0.5, structure=NM(2, 4))
-    assert _covered(masks, "2:4", model) == {"covered": 128 / (128 + 216)}
-    assert "2:4 covers 37.2% of all 344 weights of matrices" in capsys.readouterr().out
-    assert _covered(masks, "unstructured", model) == _covered(masks, None, model) == {}
+    assert covered(model, masks, "2:4") == 128 / (128 + 216)
+    assert covered(model, masks, "unstructured") is covered(model, masks, None) is None
 
 
 def test_eps_grows_where_a_ramp_is_asked_for(sparring, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

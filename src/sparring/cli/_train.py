@@ -21,7 +21,7 @@ from ..errors import UnknownNameError, UserError
 from ..files import save_tensors
 from ..metrics import accuracy
 from ..models import Blueprint, read_checkpoint, recipe_settings, save_model
-from ..sparsity import NM, STRUCTURES, Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts, sparsity_of
+from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts, covered, sparsity_of
 from ..statistics import binomial_interval
 from ..study import NetworkSettings, Plan, TrainingSettings, check_fit, ramped_loss, refuse_constant, robust_score
 from ..train import EpochProgress, Fit, Recipe, check_memory, fit, predict
@@ -80,11 +80,15 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     check_reached(pruner, result.masks, pruning.layers or how.sparsity)
     asked = None if pruning.layers else how.sparsity
     print(_removed(result.masks, pruner, model, as_float(dataset.test.x[:2]), asked))
-    covered = _covered(result.masks, pruning.structure, model)
+    share = covered(model, result.masks, pruning.structure)
+    if share is not None:
+        print(f"{pruning.structure} covers {percent(share, 1)} of the weights of all matrices; the others stay dense")
     written = _finish(model, blueprint, dataset, result, training, how.out)
     if as_json:
         about = {"model": source.model, "data": dataset.name, **place.facts(model)}
-        print_json({**about, "sparsity": sparsity_of(result.masks), **covered, "written": written})
+        about |= {"sparsity": sparsity_of(result.masks)}
+        about |= {} if share is None else {"covered": share}
+        print_json({**about, "written": written})
 
 
 def _settings(
@@ -201,16 +205,6 @@ def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tens
     series = pruner.series()
     moved = {name: sum(series[name]) for name in ("pruned", "spliced") if name in series}
     return text + (f", having pruned {moved['pruned']} and spliced back {moved['spliced']}" if len(moved) == 2 else "")
-
-
-def _covered(masks: dict[str, Tensor], structure: str | None, model: nn.Module) -> dict[str, float]:
-    """Print and return the share of the weights of all matrices that are in layers with an N:M structure."""
-    if structure is None or not isinstance(STRUCTURES[structure], NM):
-        return {}
-    weights = [mask for mask in masks.values() if mask.dim() > 1]
-    covered, total = sum(mask.numel() for mask in weights if not mask.all()), counts(model).matrices
-    print(f"{structure} covers {percent(covered / total, 1)} of all {total} weights of matrices; the others stay dense")
-    return {"covered": covered / total}
 
 
 def run_convert(checkpoint: Path, out: Path, key: str | None, *, as_is: bool, as_json: bool) -> None:

@@ -160,7 +160,8 @@ _RADII = ("radius_model_NORM_METHOD", "radius_packed_NORM_METHOD")
 _IMAGES = ("clean_correct", "label", "images")
 STAGES: Mapping[str, Holds] = {
     "train": _MADE,
-    "prune": replace(_MADE, series=(*_LOSSES, "step", "pruned", "spliced")),  # without a method: the dense control
+    # without a method: the dense control; `covered` only of n:m, the share of all matrices' weights in layers it prunes
+    "prune": replace(_MADE, metrics=(*_MADE.metrics, "covered"), series=(*_LOSSES, "step", "pruned", "spliced")),
     "activate": _MADE,
     "choose": replace(_MADE, metrics=("accuracy_valid", "weight_decay"), series=("accuracy_valid",)),
     # `correct_valid` is of all validation images, in their order; `first_*` are of the first layer

@@ -167,7 +167,10 @@ def networks(findings: Findings) -> Table:
     """Return one row a network: what it is, and each test metric (accuracy with its exact binomial interval)."""
     shown = [m for m in findings.collected if m.split == "test"]
     deployed = any(network.stage("deploy") for network in findings.study.networks)
+    shares = {network.who: network.metric("covered", "prune") for network in findings.study.networks}
+    structured = any(share is not None for share in shares.values())
     head = ["Method", "Sparsity", "Seed", "Of all parameters", "Bytes"]
+    head += ["Covered by n:m"] if structured else []
     head += ["Packed bytes", "ms per image", "in PyTorch", "Agreement"] if deployed else []
     head += [m.short for m in shown]
     rows = []
@@ -176,6 +179,8 @@ def networks(findings: Findings) -> Table:
         told = numbers.sparsity(findings.study, network.method, network.sparsity)
         row = [network.method, told, str(network.seed)]
         row += ["–" if total is None else units.percent(total, 2), "–" if size is None else f"{size:,.0f}"]
+        share = shares[network.who]
+        row += ["–" if share is None else units.percent(share)] if structured else []
         row += _deployed(network) if deployed else []
         for measure in shown:
             one = findings.collected[measure].get(network.who)

@@ -32,7 +32,7 @@ from ._masks import (
     sparsity_of,
     targets,
 )
-from ._registry import METHODS, STRUCTURES, PruningSpec, build_pruner
+from ._registry import METHODS, STRUCTURES, PruningSpec, build_pruner, covered
 from ._rule import Pruner, Rule, Step, check_reached, cubic
 from ._scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
 from ._select import (
@@ -110,6 +110,7 @@ __all__ = [
     "check_reached",
     "collapsed",
     "counts",
+    "covered",
     "cubic",
     "dynamic_network_surgery",
     "erdos_renyi_kernel",

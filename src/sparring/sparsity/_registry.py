@@ -7,9 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import nn
+
 from ..errors import UnknownNameError, UserError
 from ..plugins import check_options, look_up
+from ..tally import counts
 from ..units import percent
+from ._masks import Masks
 from ._rule import Pruner, Rule
 from ._scores import SCORES
 from ._select import NM, SCOPES, Blocks, Channels, Structure, Unstructured
@@ -166,3 +170,11 @@ def _check_limit(structure: Structure, target: float | Mapping[str, float] | Non
             f"{structure.n}:{structure.m} removes {percent(limit, 2)} of the weights and cannot reach "
             f"{percent(most, 2)}; ask for that sparsity or less"
         )
+
+
+def covered(model: nn.Module, masks: Masks, structure: str | None) -> float | None:
+    """Return the share of the weights of all matrices in layers that a structure n:m prunes; None for other ones."""
+    if structure is None or not isinstance(STRUCTURES[structure], NM):
+        return None
+    weights = [mask for mask in masks.values() if mask.dim() > 1]
+    return sum(mask.numel() for mask in weights if not mask.all()) / counts(model).matrices

@@ -25,6 +25,16 @@ class Bare(nn.Module):
         return x @ self.matrix
 
 
+PLAN = {
+    "name": "p",
+    "data": "digits",
+    "model": "my:net",
+    "recipe": {"epochs": 1},
+    "finetune": {"epochs": 1},
+    "attacks": [{"name": "fgsm", "eps": [0.1]}],
+}
+
+
 def _partly() -> nn.Module:
     return nn.Sequential(nn.Flatten(), Bare(), nn.ReLU(), nn.Linear(20, 10))
 
@@ -35,16 +45,7 @@ def _wholly() -> nn.Module:
 
 @pytest.mark.parametrize("factory", (_partly, _wholly))
 def test_the_total_stands_beside_the_sparsity(factory, few_digits: Dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    table = {
-        "name": "p",
-        "data": "digits",
-        "model": "my:net",
-        "seeds": 2,
-        "sparsities": [0.9],
-        "recipe": {"epochs": 1},
-        "finetune": {"epochs": 1},
-        "attacks": [{"name": "fgsm", "eps": [0.1]}],
-    }
+    table = {**PLAN, "seeds": 2, "sparsities": [0.9]}
     records = run(Plan.from_table(table), tmp_path, dataset=few_digits, factory=factory, workers=0)
     assert not [record.error for record in records if record.error]
     sparse = [r for r in records if r.stage == "measure" and (r.metrics["sparsity"] or 0) > 0.5]
@@ -58,3 +59,13 @@ def test_the_total_stands_beside_the_sparsity(factory, few_digits: Dataset, tmp_
         share = 0.9 * 200 / (200 + 64 * 20)
         assert all(r.metrics["sparsity_matrices"] == pytest.approx(share, abs=1e-3) for r in sparse)
         assert all(f"90% (of all matrices {100 * share:.1f}%)" in line for line in lines)
+
+
+def test_what_an_nm_structure_covers_is_recorded_and_reported(few_digits: Dataset, tmp_path: Path) -> None:
+    table = {**PLAN, "seeds": 1, "sparsities": [0.5], "pruning": [{"method": "one-shot", "structure": "2:4"}]}
+    records = run(Plan.from_table(table), tmp_path, dataset=few_digits, factory=_partly, workers=0)
+    share = 200 / (200 + 64 * 20)
+    (found,) = [r.metrics["covered"] for r in records if "covered" in r.metrics]
+    assert found == pytest.approx(share)
+    text = report.write(tmp_path).read_text()
+    assert "Covered by n:m" in text and f">{100 * share:.1f}%<" in text

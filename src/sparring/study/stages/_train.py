@@ -23,6 +23,7 @@ from ...sparsity import (
     build_pruner,
     calibrate_,
     check_reached,
+    covered,
     sparsity_of,
     with_activation_penalty,
 )
@@ -156,6 +157,8 @@ def _fitted(
         refuse_unmasked(model, result.masks, "the pruner changed weights after its masks")
         check_reached(pruner, result.masks, inputs.pruning.layers or inputs.sparsity)
         metrics["sparsity"] = sparsity_of(result.masks)
+        share = covered(model, result.masks, inputs.pruning.structure)
+        metrics |= {} if share is None else {"covered": share}
     if result.best_epoch is not None:
         metrics["best_epoch"] = result.best_epoch
     # A pruner tells, for instance, how often surgery pruned and spliced.
