@@ -196,6 +196,14 @@ def test_without_weights_it_says_what_to_save() -> None:
         chosen({"": {"epoch": torch.tensor(3)}, "optimizer.state": {"exp_avg": torch.ones(3)}})
 
 
+@pytest.mark.parametrize("name", ["base_model.model.0.lora_A.default.weight", "0.parametrizations.weight.0.base"])
+def test_weights_to_be_computed_from_others_are_refused_with_the_way_out(name: str) -> None:
+    state = {"0.weight": torch.ones(2, 2), name: torch.ones(2, 2)}
+    with pytest.raises(LookupError, match=re.escape(name) + r".*(merge_and_unload|remove_parametrizations)"):
+        chosen({"": state})
+    assert chosen({"": state}, as_is=True).tensors == state
+
+
 def _prune(module: nn.Module) -> None:
     prune.random_unstructured(module, "weight", 0.5)  # type: ignore[no-untyped-call]
 

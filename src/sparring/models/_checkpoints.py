@@ -69,7 +69,18 @@ def chosen(groups: Mapping[str, dict[str, Tensor]], *, key: str | None = None, a
     if bad is not None:
         raise LookupError(f"holds '{bad}' sparse, quantised, complex or without data; save it as a plain float tensor")
     tensors, notes = (found, ()) if as_is else plain_weights(found)
+    _refuse_unfinished({} if as_is else tensors)
     return Checkpoint(dict(tensors), taken, tuple(name for name in weights if name != taken), notes)
+
+
+def _refuse_unfinished(names: Mapping[str, object]) -> None:
+    """Raise LookupError where weights are computed from others in a way that their names do not say."""
+    for part, cause, way_out in (
+        ("lora_A", "belongs to a LoRA adapter that changes the weights", "merge it, with peft by merge_and_unload()"),
+        ("parametrizations.", "belongs to a parametrised weight", "call torch.nn.utils.parametrize.remove_parametrizations"),
+    ):
+        if name := next((name for name in names if part in name), None):
+            raise LookupError(f"holds '{name}', which {cause}; {way_out}, and save model.state_dict()")
 
 
 def _beginning(groups: Mapping[str, dict[str, Tensor]], start: str) -> dict[str, Tensor]:
