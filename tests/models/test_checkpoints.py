@@ -8,6 +8,7 @@ import decimal
 import functools
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
