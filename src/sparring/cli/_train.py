@@ -21,7 +21,7 @@ from ..errors import UnknownNameError, UserError
 from ..files import save_tensors
 from ..metrics import accuracy
 from ..models import Blueprint, read_checkpoint, recipe_settings, save_model
-from ..sparsity import Pruner, PruningSpec, all_ones, build_pruner, check_reached, counts, covered, sparsity_of
+from ..sparsity import Pruner, PruningSpec, build_pruner, check_reached, counts, covered, sparsity_of
 from ..statistics import binomial_interval
 from ..study import NetworkSettings, Plan, TrainingSettings, check_fit, ramped_loss, refuse_constant, robust_score
 from ..train import EpochProgress, Fit, Recipe, check_memory, fit, predict
@@ -132,7 +132,6 @@ def _fit(
         recipe,
         seed=options.seed,
         loss=ramped_loss(training),
-        masks={} if pruner is None else all_ones(model),
         pruner=pruner,
         score=None if training.loss == "standard" else lambda m: robust_score(m, dataset.valid, training),
         checkpoint=checkpoint,

@@ -22,7 +22,7 @@ from ..memory import answers_at_once, free_memory
 from ..memory_format import channels_last
 from ..modes import eval_mode, train_
 from ..outputs import opened
-from ..sparsity import Masks, Pruner, Step, masked, multiply_, shown, targets
+from ..sparsity import Masks, Pruner, Step, all_ones, masked, multiply_, shown, targets
 from ..waiting import alone, courteous
 from ._losses import Loss, Ramped, cross_entropy
 from ._memory import as_input
@@ -92,9 +92,9 @@ def fit(
 
     If the model is in training mode, submodules in eval mode (such as a frozen BatchNorm) stay frozen in eval mode. A
     model that is in eval mode itself is trained as a whole. A `Ramped` loss is evaluated at each step's fraction of the
-    training. Weights outside `masks` stay zero; `pruner` may change the masks after every step. `score` is computed on
-    the (masked) model after each epoch, and the state with the highest value is kept, among the epochs in which the
-    model was as sparse as at the end. A recipe without epochs prunes without training. With `checkpoint`, the state is
+    training. Weights outside `masks` stay zero; `pruner` may change the masks after every step; without `masks` it
+    may prune all prunable weights. `score` is computed on the (masked) model after each epoch, and the state with the
+    highest value is kept, among the epochs in which the model was as sparse as at the end. A recipe without epochs prunes without training. With `checkpoint`, the state is
     saved after each epoch, and a run that finds the file resumes from it with identical results. One seed, machine and
     number of threads give one result. Raises UserError if the loss stops being finite.
     """
@@ -102,7 +102,7 @@ def fit(
     x, y = _held(x, y, next(model.parameters()).device)
     with torch.random.fork_rng(devices=[]), channels_last(model):
         optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
-        generator, kept = torch.Generator().manual_seed(seed), dict(masks or {})
+        generator, kept = torch.Generator().manual_seed(seed), _masks(model, masks, pruner)
         state = State(model, optimizer, kept, generator, _NoPruner() if pruner is None else pruner)
         ramp = loss if isinstance(loss, Ramped) else Ramped(lambda _: loss)
         if checkpoint is not None and checkpoint.exists():
@@ -129,6 +129,10 @@ def fit(
     model.eval()
     model.zero_grad(set_to_none=True)
     return Fit(state.masks, tuple(state.losses), tuple(state.scores), state.best_epoch, state.best_state)
+
+
+def _masks(model: nn.Module, masks: Masks | None, pruner: Pruner | None) -> Masks:
+    return all_ones(model) if masks is None and pruner is not None else dict(masks or {})
 
 
 def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:

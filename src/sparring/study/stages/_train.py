@@ -19,7 +19,6 @@ from ...models import load_weights_
 from ...outputs import opened
 from ...sparsity import (
     Pruner,
-    all_ones,
     build_pruner,
     calibrate_,
     check_reached,
@@ -143,7 +142,6 @@ def _fitted(
         recipe,
         seed=seed,
         loss=ramped_loss(training) if penalty is None else with_activation_penalty(training_loss(training), penalty),
-        masks={} if pruner is None else all_ones(model),
         pruner=pruner,
         score=None if training.loss == "standard" else lambda m: robust_score(m, data.valid, training),
         checkpoint=context.scratch / f"{key}.safetensors" if context.scratch and recipe.epochs > 1 else None,
