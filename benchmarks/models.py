@@ -142,7 +142,7 @@ def commands(name: str, place: Path) -> dict[str, Sequence[str]]:
         "dns": ("prune", model, "--out", out("dns"), "--sparsity", "0.8", "--set", "method=dns", *few),
         "2:4": ("prune", model, "--out", out("nm"), "--sparsity", "0.5", "--set", 'structure="2:4"', *few),
         "channels": ("prune", model, "--out", out("ch"), "--sparsity", "0.5", "--set", 'structure="channels"', *few),
-        "certify": ("certify", model, *data, "--images", "2", "--eps", EPS, "--seconds", "20", "--json"),
+        "certify": ("certify", model, *data, "--images", "2", "--eps", EPS, "--seconds", "60", "--json"),
         "export": ("export", pruned, out("packed", ".sparring"), *data, "--images", "4", "--eps", "0.01"),
         "onnx": ("export", pruned, out("open", ".onnx"), *data, "--images", "4", "--eps", "0.01"),
         "bench": ("bench", pruned, *data, "--batches", "1", "--rounds", "2"),

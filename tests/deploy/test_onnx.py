@@ -116,3 +116,22 @@ def test_what_torch_cannot_export_is_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(Unsupported, match=r"torch\.onnx cannot export this network.*data-dependent"):
         deploy.to_onnx(Branching(), tmp_path / "net.onnx", shape=SHAPE)
+
+
+class Biased(nn.Module):
+    """Attention with a bias for each pair of patches, as BEiT has it, whose strides torch.onnx mistakes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head, self.bias = nn.Linear(8, 48), nn.Linear(16, 3), nn.Parameter(torch.randn(2, 17, 17))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.squeeze(1)).reshape(-1, 17, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.unsqueeze(0))
+        return self.head(mixed.transpose(1, 2).reshape(-1, 17, 16).mean(1))
+
+
+@pytest.mark.nightly
+def test_attention_with_a_bias_gives_its_logits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert error(Biased(), tmp_path / "net.onnx", (1, 17, 8)) <= TOLERANCE

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import graph
 from ..errors import Unsupported, UserError, told
@@ -71,15 +74,18 @@ class _Logits(nn.Module):
 
 
 def _exported(network: nn.Module, x: Tensor) -> Any:
-    """Return torch's ONNX program for any number of images like x (2, *shape), else for one."""
+    """Return torch's ONNX program for any number of images like x (2, *shape), else for one.
+
+    Attention is written out where torch.onnx does not take the fused one: it mistakes the strides of its result.
+    """
     free = ({0: torch.export.Dim("N")},)
-    ways = ((x, free, False), (x, free, True), (x[:1], None, False), (x[:1], None, True))
-    for example, sizes, strict in ways:
+    for written_out, (example, sizes), strict in product((False, True), ((x, free), (x[:1], None)), (False, True)):
         try:
-            program = torch.export.export(network, (example,), dynamic_shapes=sizes, strict=strict)
-            return torch.onnx.export(
-                program, (example,), input_names=["images"], output_names=["logits"], verbose=False
-            )
+            with sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext():
+                program = torch.export.export(network, (example,), dynamic_shapes=sizes, strict=strict)
+                return torch.onnx.export(
+                    program, (example,), input_names=["images"], output_names=["logits"], verbose=False
+                )
         except Exception as error:  # torch runs the user's forward(), which can raise anything
             refused = error
     raise Unsupported(f"torch.onnx cannot export this network: {told(refused.__cause__ or refused)}") from refused

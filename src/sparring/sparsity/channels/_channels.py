@@ -203,7 +203,10 @@ def _what_holds(model: nn.Module, known: _Known) -> str:
             owners.setdefault(id(parameter), []).append(f"'{path}'")
     reasons = [f"{' and '.join(paths)} share a weight" for paths in owners.values() if len(set(paths)) > 1]
     reasons += [f"'{path}': {reason}" for path, reason in known.reasons.items()]
-    return ", ".join([*reasons, "the last layer's outputs are the classes"])
+    last = "the last layer's outputs are the classes"
+    if not reasons and len(prunable(model)) > 1:
+        last += ", and forward() needs all outputs of the others, or mixes them without weights"
+    return ", ".join([*reasons, last])
 
 
 @contextmanager
