@@ -76,8 +76,8 @@ def chosen(groups: Mapping[str, dict[str, Tensor]], *, key: str | None = None, a
 def _refuse_unfinished(names: Mapping[str, object]) -> None:
     """Raise LookupError where weights are computed from others in a way that their names do not say."""
     for part, cause, way_out in (
-        ("lora_A", "belongs to a LoRA adapter that changes the weights", "merge it, with peft by merge_and_unload()"),
-        ("parametrizations.", "belongs to a parametrised weight", "call torch.nn.utils.parametrize.remove_parametrizations"),
+        ("lora_A", "belongs to a LoRA adapter that changes the weights", "merge it, in peft with merge_and_unload()"),
+        ("parametrizations.", "belongs to a parametrised weight", "remove it with remove_parametrizations()"),
     ):
         if name := next((name for name in names if part in name), None):
             raise LookupError(f"holds '{name}', which {cause}; {way_out}, and save model.state_dict()")

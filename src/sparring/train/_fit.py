@@ -92,9 +92,10 @@ def fit(
 
     If the model is in training mode, submodules in eval mode (such as a frozen BatchNorm) stay frozen in eval mode. A
     model that is in eval mode itself is trained as a whole. A `Ramped` loss is evaluated at each step's fraction of the
-    training. Weights outside `masks` stay zero; `pruner` may change the masks after every step; without `masks` it
-    may prune all prunable weights. `score` is computed on the (masked) model after each epoch, and the state with the
-    highest value is kept, among the epochs in which the model was as sparse as at the end. A recipe without epochs prunes without training. With `checkpoint`, the state is
+    training. Weights outside `masks` stay zero; `pruner` may change the masks after every step; without `masks` it may
+    prune all prunable weights. `score` is computed on the (masked) model after each epoch, and the state with the
+    highest value is kept, among the epochs in which the model was as sparse as at the end. A recipe without epochs
+    prunes without training. With `checkpoint`, the state is
     saved after each epoch, and a run that finds the file resumes from it with identical results. One seed, machine and
     number of threads give one result. Raises UserError if the loss stops being finite.
     """
