@@ -86,9 +86,8 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     written = _finish(model, blueprint, dataset, result, training, how.out)
     if as_json:
         about = {"model": source.model, "data": dataset.name, **place.facts(model)}
-        about |= {"sparsity": sparsity_of(result.masks)}
-        about |= {} if share is None else {"covered": share}
-        print_json({**about, "written": written})
+        about_masks = {"sparsity": sparsity_of(result.masks)} | ({} if share is None else {"covered": share})
+        print_json({**about, **about_masks, "written": written})
 
 
 def _settings(
