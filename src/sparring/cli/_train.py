@@ -80,14 +80,11 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     check_reached(pruner, result.masks, pruning.layers or how.sparsity)
     asked = None if pruning.layers else how.sparsity
     print(_removed(result.masks, pruner, model, as_float(dataset.test.x[:2]), asked))
-    share = covered(model, result.masks, pruning.structure)
-    if share is not None:
-        print(f"{pruning.structure} covers {percent(share, 1)} of the weights of all matrices; the others stay dense")
+    share = _covered(model, result.masks, pruning.structure)
     written = _finish(model, blueprint, dataset, result, training, how.out)
     if as_json:
         about = {"model": source.model, "data": dataset.name, **place.facts(model)}
-        about_masks = {"sparsity": sparsity_of(result.masks)} | ({} if share is None else {"covered": share})
-        print_json({**about, **about_masks, "written": written})
+        print_json({**about, "sparsity": sparsity_of(result.masks), **share, "written": written})
 
 
 def _settings(
@@ -203,6 +200,15 @@ def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tens
     series = pruner.series()
     moved = {name: sum(series[name]) for name in ("pruned", "spliced") if name in series}
     return text + (f", having pruned {moved['pruned']} and spliced back {moved['spliced']}" if len(moved) == 2 else "")
+
+
+def _covered(model: nn.Module, masks: dict[str, Tensor], structure: str | None) -> dict[str, float]:
+    """Print and return the share of the weights of all matrices that an N:M structure covers."""
+    share = covered(model, masks, structure)
+    if share is None:
+        return {}
+    print(f"{structure} covers {percent(share, 1)} of the weights of all matrices; the others stay dense")
+    return {"covered": share}
 
 
 def run_convert(checkpoint: Path, out: Path, key: str | None, *, as_is: bool, as_json: bool) -> None:
