@@ -1,4 +1,4 @@
-"""Share independent pieces of work out among threads, each of which computes alone.
+"""Share independent pieces of work out among threads that compute alone.
 
 The products of a network on a few images are too small to be shared out among threads; whole images are not.
 """
