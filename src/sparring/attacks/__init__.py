@@ -24,12 +24,12 @@ from .algorithms._ddn import ddn
 from .algorithms._deepfool import deepfool
 from .algorithms._ensembles import apgd_targeted, fab_targeted, fast, standard, swift, worst_case
 from .algorithms._fab import fab
-from .algorithms._hopskipjump import hopskipjump
 from .algorithms._losses import dlr
 from .algorithms._nearest import nearest
 from .algorithms._pgd import fgsm, pgd, rfgsm
 from .algorithms._sigma_zero import sigma_zero
-from .algorithms._square import square
+from .black_box._hopskipjump import hopskipjump
+from .black_box._square import square
 from .evaluation._audit import AuditRow, audit, check_budgets, check_order, check_silence, check_unlimited
 from .evaluation._batches import run_batches
 from .evaluation._run import AttackResult, check_convergence, lend, robust_accuracy, run

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sparring import models
 from sparring.attacks import square
 from sparring.attacks._gradients import Probe, frozen, logits_and_gradient, logits_and_pull
-from sparring.attacks.algorithms import _square as lookahead
 from sparring.attacks.algorithms._losses import cross_entropy, margin_loss
+from sparring.attacks.black_box import _square as lookahead
 from sparring.attacks.fastpath._mlp import read_dense
 
 from ..broken_defences import Hidden

@@ -13,6 +13,7 @@ from ...draws import Source, drawn_at
 from ...threat import L1, L2, LINF, distance
 from .._entry import opening
 from .._gradients import Probe
+from ..black_box._square import square
 from ..evaluation._bpda import Differences, has_masked_gradients, is_stochastic
 from ..evaluation._scoring import Attack, source_for
 from ._apgd import apgd
@@ -22,7 +23,6 @@ from ._losses import dlr, is_answer, margin_loss, others, scaled_cross_entropy
 from ._nearest import nearest
 from ._pgd import pgd
 from ._projections import column, nearest_classes, select
-from ._square import square
 
 # For models that draw: what is just past the boundary for some draws is not for others, so nobody leaves early.
 _DEEP = partial(pgd, objective=margin_loss, stop_early=False)

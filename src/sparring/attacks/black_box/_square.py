@@ -17,9 +17,9 @@ from ...errors import Unsupported
 from ...threat import L2, LINF, distance, uniform
 from .._entry import opening
 from .._gradients import Probe
+from ..algorithms._losses import margin_loss
+from ..algorithms._projections import FeasibleSet, budget, column, inside, select, shrink
 from ..fastpath._mlp import Dense
-from ._losses import margin_loss
-from ._projections import FeasibleSet, budget, column, inside, select, shrink
 
 # Fractions of the queries at which the side of the squares shrinks (the area halves each time).
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...draws import Draws, Source, drawn_at
 from ...threat import L2, distance, gaussian, uniform
 from .._entry import opening
-from ._losses import margin_loss
-from ._projections import column, keep_within, pull_back, select, steepest
+from ..algorithms._losses import margin_loss
+from ..algorithms._projections import column, keep_within, pull_back, select, steepest
 
 # Probes that go through the model at once.
 _BLOCK = 1024

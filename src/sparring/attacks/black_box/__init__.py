@@ -1,0 +1,1 @@
+"""Attacks that see no gradient, only logits or the predicted class."""
