@@ -43,8 +43,8 @@ class Network(NamedTuple):
 NETWORKS = {
     "mnist": Network("mnist", cross_entropy, 0.06),
     "mnist-s1": Network("mnist", cross_entropy, 0.06, 1),
-    "mnist-pgd": Network("mnist", adversarial(eps=0.2), 0.2),
-    "mnist-trades": Network("mnist", trades(eps=0.2), 0.2),
+    "mnist-pgd": Network("mnist", adversarial(eps=0.1), 0.1),
+    "mnist-trades": Network("mnist", trades(eps=0.1), 0.1),
     "cifar": Network("cifar10-jpeg.zip", cross_entropy, 1 / 255),
     "cifar-pgd": Network("cifar10-jpeg.zip", adversarial(eps=4 / 255), 4 / 255),
     "cifar-trades": Network("cifar10-jpeg.zip", trades(eps=4 / 255), 4 / 255),
