@@ -1,4 +1,4 @@
-"""Share independent pieces of work out among threads that compute alone.
+"""Divide independent pieces of work among threads; each computes alone.
 
 The products of a network on a few images are too small to be shared out among threads; whole images are not.
 """

@@ -154,7 +154,7 @@ def cut_planes(shape: Shape, stride: Pair, pool: int, lanes: int, most: int) -> 
 
 
 def cut_joined(length: int, lanes: int, most: int) -> Cut:
-    """Cut an output of which all rows, and the zeros between them, are taken as one, no shorter than a vector."""
+    """Cut an output whose rows, with the zeros between them, are one, no shorter than a vector."""
     vectors = -(-length // lanes)
     across = -(-vectors // -(-vectors // most))
     read = cover(length, lanes) if across == vectors else [i * lanes for i in range(across)]

@@ -1,4 +1,4 @@
-"""Say how far a study is: in a line of text, on one line that rewrites itself, in MLflow and in TensorBoard."""
+"""Show the progress of a study: in a line of text, on one line that rewrites itself, in MLflow and in TensorBoard."""
 
 from __future__ import annotations
 
