@@ -77,7 +77,7 @@ MISTAKES = {
     "nothing asked": ("m.onnx", "a property in VNN-LIB or --eps"),
     "no such property": ("m.onnx p.txt", "does not exist"),
     "no time": ("m.onnx --eps 0.1 --seconds 0", "--seconds must be above 0"),
-    "an example of images": ("m.onnx --eps 0.1 --counter-example o", "for properties in VNN-LIB"),
+    "an example of images": ("m.onnx --eps 0.1 --counter-example o", "a property in VNN-LIB"),
     "no model": ("n.onnx --eps 0.1", "n.onnx does not exist"),
     "a broken model": ("broken.onnx p.vnnlib", "not an ONNX file"),
     "units": ("m.onnx --eps 8", "larger than the image range"),

@@ -64,6 +64,7 @@ EVERY: dict[str, Any] = {
     "certify": [{"images": 10}],
     "lipschitz": [{"radius": 0.1}],
     "exact": [{"images": 3}],
+    "verify": [{"eps": 0.1, "images": 3}],
     "transfer": [{"name": "fgsm", "eps": [0.1]}],
     "checkpoints": ["best"],
     "deploy": True,
@@ -83,7 +84,17 @@ def test_a_merged_plan_has_all_that_either_plan_declares() -> None:
         assert all(both.get(name) == first.get(name) for name in OWN)
         assert both["seeds"] == 2 and both["deploy"] is True and both["margins"] == {"robust": 0.1}
         assert both["sparsities"] == [0.5, 0.7, 0.9] and both["controls"] == full["controls"]
-        for name in ("pruning", "attacks", "activation", "certify", "lipschitz", "exact", "transfer", "shipped"):
+        for name in (
+            "pruning",
+            "attacks",
+            "activation",
+            "certify",
+            "lipschitz",
+            "exact",
+            "verify",
+            "transfer",
+            "shipped",
+        ):
             assert all(item in both[name] for item in (*first[name], *second[name])), name
         assert set(both["checkpoints"]) == {"final", "best"}
         assert Plan.from_table(_grown(both, both)).table() == both
@@ -125,7 +136,7 @@ def test_what_lies_is_refused(halves: tuple[Path, Path], forged: Path, tmp_path:
     (forged / "records" / "not a key.json").write_text("{}")
     merged = merge([forged], tmp_path / "c")
     said = "\n".join(merged.refused)
-    for words in ("not the hash of its inputs", "does not match the record", "does not match its key", "not a record"):
+    for words in ("not the hash of its inputs", "does not match its record", "does not match its key", "not a record"):
         assert words in said
     assert len(merged.refused) == 5
     assert {p.stem for p in (tmp_path / "c" / "records").iterdir()}.isdisjoint({measure.key, prune.stem, "0" * 32})

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from ._entry import refuse_norm
 from .algorithms._apgd import apgd
 from .algorithms._cw import cw
 from .algorithms._ddn import ddn
@@ -87,6 +88,7 @@ __all__ = [
     "nearest",
     "need_of",
     "pgd",
+    "refuse_norm",
     "rfgsm",
     "robust_accuracy",
     "run",

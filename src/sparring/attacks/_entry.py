@@ -23,16 +23,22 @@ def opening(attack: _Attacks) -> _Attacks:
     The attack raises Unsupported for norms that its facts do not name.
     """
     title = attack.__name__.replace("_", "-")
-    norms = ATTACKS.get(title, OWN_ATTACK).norms
 
     @functools.wraps(attack)
     def entered(model: nn.Module, x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if "norm" in options and (asked := norm_name(options["norm"])) not in norms:
-            able = ", ".join(name for name, other in ATTACKS.items() if asked in other.norms)
-            raise Unsupported(f"'{title}' supports only {', '.join(norms)}, not {asked}; for {asked} use: {able}")
+        if "norm" in options:
+            refuse_norm(title, options["norm"])
         check_module(model)
         with eval_mode(model):
             answer = opened(model, x)
         return attack(answer, x, *rest, **options)
 
     return cast(_Attacks, entered)
+
+
+def refuse_norm(name: str, norm: float) -> None:
+    """Raise Unsupported for a norm that the facts of an attack do not name."""
+    norms, asked = ATTACKS.get(name, OWN_ATTACK).norms, norm_name(norm)
+    if asked not in norms:
+        able = ", ".join(other for other, facts in ATTACKS.items() if asked in facts.norms)
+        raise Unsupported(f"'{name}' supports only {', '.join(norms)}, not {asked}; for {asked} use: {able}")

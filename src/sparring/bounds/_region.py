@@ -52,19 +52,26 @@ class Region:
             return bound
         size = a.abs().amax(2) if self.norm != L2 else distance_rows(self._free(a) if self.sided else a)
         bound = torch.maximum(bound, dot(a, _flat(self.x)) - self.eps[:, None] * size)
-        return torch.maximum(bound, self._dual(a)) if refine and self.norm == L2 else bound
+        return torch.maximum(bound, self._dual(a)[0]) if refine and self.norm == L2 else bound
+
+    def minimiser(self, a: Tensor) -> Tensor:
+        """Return where a·x' is least over an l2 ball and the box, to the accuracy of `refine`: (N, K, features)."""
+        return _flat(self.x)[:, None] + self._dual(a)[1]
 
     def _free(self, a: Tensor) -> Tensor:
         """Return the coefficients of pixels that can move against them, others as 0: these add nothing below 0."""
         floor, ceiling = (_flat(side)[:, None] for side in (self.lower >= self.x, self.upper <= self.x))
         return torch.where((a > 0) & floor | (a < 0) & ceiling, 0, a)
 
-    def _dual(self, a: Tensor) -> Tensor:
-        # Lagrangian of the ball: min over the box of a·d + m(‖d‖² − eps²)/2 is a lower bound for every m > 0.
+    def _dual(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a lower bound of a·x' (N, K), and the last step d from x.
+
+        Lagrangian of the ball: min over the box of a·d + m(‖d‖² − eps²)/2 is a lower bound for every m > 0.
+        """
         low, high = _flat(self.lower - self.x)[:, None], _flat(self.upper - self.x)[:, None]
         square = (self.eps**2)[:, None]
         multiplier = distance_rows(a) / self.eps[:, None].clamp_min(1e-30)
-        best = torch.full_like(multiplier, -torch.inf)
+        best, step = torch.full_like(multiplier, -torch.inf), torch.zeros_like(a)
         for _ in range(_REFINEMENTS):
             multiplier = multiplier.clamp_min(1e-30)
             wanted = -a / multiplier[..., None]
@@ -74,7 +81,7 @@ class Region:
             free = torch.where(step == wanted, a, 0).square().sum(2)
             rest = square - torch.where(step == wanted, 0, step).square().sum(2)
             multiplier = torch.where(rest > 0, (free / rest.clamp_min(1e-30)).sqrt(), multiplier / 2)
-        return best + dot(a, _flat(self.x))
+        return best + dot(a, _flat(self.x)), step
 
 
 def region(x: Tensor, norm: float, eps: float | Tensor) -> Region:

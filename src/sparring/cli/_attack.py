@@ -32,6 +32,8 @@ def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: 
     if not names:
         raise UserError(f"--attacks takes names separated by commas, such as fgsm,pgd; '{how.attacks}' has none")
     chosen, place = configured(names, how.options or ()), place_for(where, model)
+    for name in names:
+        attacks.refuse_norm(name, norm)
     network, dataset = open_both(model, data, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
     with shown_images() as progress:

@@ -55,7 +55,7 @@ def violated(seed: int, norm: float) -> bool:
             if not bool((current.score.sum(1) > 0).any()):
                 break
             current = bounder.bounded(current[current.score.sum(1) > 0].split(), 5, rate=0.3, rate_beta=0.3)
-        lower = torch.tensor([bounder.polished(current[:1])], dtype=torch.float64)
+        lower = torch.tensor([bounder.polished(current[:1])[0]], dtype=torch.float64)
         if _beaten(bounder, replace(current[:1], lower=lower), values):
             return True
         better = tightened(graph, ball, bounds, 3, Budget(500))

@@ -36,6 +36,20 @@ def lower_bound(
     of unstable ReLUs; `beta` is added to the coefficients of a node's output, (N, K, ...), where that must not be
     positive. The result is differentiable in both.
     """
+    a, total = linear_bound(graph, start, rows, relaxed, alpha=alpha, beta=beta)
+    return total + region.minimum(a, refine=refine)
+
+
+def linear_bound(
+    graph: Graph,
+    start: int,
+    rows: Tensor,
+    relaxed: Mapping[int, Relaxation],
+    *,
+    alpha: Mapping[int, Tensor] | None = None,
+    beta: Mapping[int, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return a (N, K, pixels) and b (N, K) so that a·x + b bounds rows·(output of node `start`) as in `lower_bound`."""
     total = rows.new_zeros(rows.shape[:2])
     waiting = {start: rows}
     for index in range(start, 0, -1):
@@ -49,7 +63,7 @@ def lower_bound(
             total = total + added
         for source, part in zip(node.inputs, parts, strict=True):
             waiting[source] = waiting[source] + part if source in waiting else part
-    return total + region.minimum(waiting[0].flatten(2), refine=refine)
+    return waiting[0].flatten(2), total
 
 
 def _through(

@@ -16,7 +16,7 @@ from ...graph import Add, Affine, Conv2d, Flatten, Graph, Input, Linear, ReLU, R
 from ...threat import LINF
 from .._region import Region
 from ..certify._certificates import _ROUNDING
-from ..certify._crown import lower_bound
+from ..certify._crown import linear_bound
 from ..certify._open_units import NONLINEAR
 from ..certify._relaxations import Interval, Lines, Relaxation, relax
 
@@ -140,25 +140,34 @@ class Bounder:
         lower, score = self._scored(leaves, lines, alpha, beta, refine=refine)
         return Leaves(leaves.owner, leaves.signs, alpha, beta, torch.maximum(leaves.lower, lower), score)
 
-    def polished(self, leaf: Leaves) -> float:
-        """Bound one sub-problem with the slopes and multipliers that L-BFGS-B ends at; ball and box count at once."""
+    def polished(self, leaf: Leaves) -> tuple[float, Tensor]:
+        """Bound one sub-problem with the slopes and multipliers that L-BFGS-B ends at; ball and box count at once.
+
+        Return the bound and where the linear bounds of its rows are least in an l2 ball, (K, ...): what remains of a
+        sub-problem in which all units are split is convex, so that these points tend to its solution.
+        """
         lines, shape, count = self._cut(leaf.signs), leaf.alpha.shape, leaf.alpha.numel()
-        if not count:
-            return float(leaf.lower)
+
+        def parts(both: Tensor) -> tuple[Tensor, Tensor]:
+            alpha, beta = torch.split(both, count)
+            return alpha.view(shape), beta.view(shape)
 
         def negative(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             both = torch.from_numpy(values).requires_grad_()
-            alpha, beta = (part.view(shape) for part in torch.split(both, count))
             with torch.enable_grad():
-                found = -self._value(self.fine, leaf, lines, alpha, beta, refine=True).amax()
+                found = -self._value(self.fine, leaf, lines, *parts(both), refine=True).amax()
                 (slope,) = _slopes(found, [both])
             return float(found.detach()), slope.numpy()
 
         start = torch.cat([leaf.alpha.flatten(), leaf.beta.flatten()]).double().numpy()
         split = (leaf.signs != 0).expand(shape[1:]).flatten().tolist()
         box = [(0.0, 1.0)] * count + [(0.0, None if one else 0.0) for one in split]
-        found = minimize(negative, start, jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": _POLISH})
-        return max(float(leaf.lower), -negative(np.asarray(found.x))[0])
+        if count:
+            found = minimize(negative, start, jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": _POLISH})
+            start = np.asarray(found.x)
+        a, _ = self._linear(self.fine, leaf, lines, *parts(torch.from_numpy(start)))
+        lowest = self.fine.ball.minimiser(a)[0].view(-1, *self.fine.ball.x.shape[1:])
+        return max(float(leaf.lower), -negative(start)[0]) if count else float(leaf.lower), lowest
 
     def _value(
         self,
@@ -171,14 +180,20 @@ class Bounder:
         refine: bool = False,
     ) -> Tensor:
         """Return lower bounds of all rows, (N, K)."""
-        ball = where.ball.repeated(len(leaves))
+        a, shift = self._linear(where, leaves, lines, alpha, beta)
+        found = shift + where.ball.repeated(len(leaves)).minimum(a, refine=refine)
+        return found - where.limits[leaves.owner] - self.slack
+
+    def _linear(
+        self, where: _Setting, leaves: Leaves, lines: Mapping[int, Relaxation], alpha: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return linear lower bounds of all rows in the pixels: coefficients (N, K, pixels) and shifts (N, K)."""
         slopes, multipliers = self._spread(alpha), dict[int, Tensor]()
         for index, value in self._spread(-beta * leaves.signs[:, None]).items():
             (source,) = self.graph.nodes[index].inputs
             multipliers[source] = multipliers[source] + value if source in multipliers else value
-        rows, limits = where.rows[leaves.owner], where.limits[leaves.owner]
-        found = lower_bound(where.graph, self.start, rows, ball, lines, alpha=slopes, beta=multipliers, refine=refine)
-        return found - limits - self.slack
+        rows = where.rows[leaves.owner]
+        return linear_bound(where.graph, self.start, rows, lines, alpha=slopes, beta=multipliers)
 
     def _scored(
         self, leaves: Leaves, lines: Mapping[int, Relaxation], alpha: Tensor, beta: Tensor, *, refine: bool

@@ -114,7 +114,8 @@ def _by_program(asked: Question, bounder: Bounder, leaf: Leaves) -> float:
     except Unsupported:  # curves, and layers too large to write down
         return -math.inf
     if asked.ball.norm != LINF and bound <= 0:  # the program knows only the box
-        bound = max(bound, bounder.polished(leaf))
+        polished, lowest = bounder.polished(leaf)
+        bound, point = max(bound, polished), torch.cat([lowest, point])
     if bound <= 0:
         _raise_found(asked.replay(asked.inside(point)))
         _raise_found(climbed(asked.of(leaf.owner), point, _FEW))
