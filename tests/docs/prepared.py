@@ -22,7 +22,7 @@ PLAN = """
 data = "digits"
 model = "linear"
 seeds = 1
-sparsities = [0.5]
+sparsities = [0.2]
 deploy = true
 
 [recipe]

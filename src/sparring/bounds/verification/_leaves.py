@@ -149,8 +149,7 @@ class Bounder:
         lines, shape, count = self._cut(leaf.signs), leaf.alpha.shape, leaf.alpha.numel()
 
         def parts(both: Tensor) -> tuple[Tensor, Tensor]:
-            alpha, beta = torch.split(both, count)
-            return alpha.view(shape), beta.view(shape)
+            return both[:count].view(shape), both[count:].view(shape)
 
         def negative(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             both = torch.from_numpy(values).requires_grad_()
