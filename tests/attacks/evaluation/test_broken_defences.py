@@ -25,6 +25,7 @@ from ..broken_defences import DEFENCES, UNDEFENDED, Hidden, Task, defended, naiv
 FROZEN = json.loads((Path(__file__).parents[1] / "broken_defences.json").read_text())
 EPS = 0.07
 THREAT = Threat(LINF, EPS)
+LONG = (deepfool, partial(pgd, random_start=False))  # in `make nightly`
 FLAGS = {
     "k-winners": {"masked-gradients"},
     "mean-sparse": {"shattered-gradients"},
@@ -137,6 +138,7 @@ def test_the_dense_network_lends_its_examples_unasked(trained: Trained) -> None:
     assert [flag.name for flag in helped.flags if "the dense network" in flag.detail] == ["masked-gradients"]
 
 
+@pytest.mark.nightly  # finite differences; the test above is its short form
 def test_examples_are_transferred_from_a_named_model(trained: Trained) -> None:
     model, x, y = trained[0], trained[1][:70], trained[2][:70]
     alone = run(Hidden(model), x, y, pgd, THREAT, generator=seeded())
@@ -160,7 +162,7 @@ def test_examples_are_lent_from_as_deep_as_the_budget_allows(trained: Trained) -
     assert helped.backwards == 40 and helped.forwards >= 40
 
 
-@pytest.mark.parametrize("attack", [deepfool, fgsm, partial(pgd, random_start=False)])
+@pytest.mark.parametrize("attack", [fgsm, *(pytest.param(a, marks=pytest.mark.nightly) for a in LONG)])
 def test_what_was_lent_before_counts_as_what_is_lent_now(trained: Trained, attack: Attack) -> None:
     model, x, y = trained
     few = 12 if attack is deepfool else 40  # by finite differences, which take their time

@@ -73,7 +73,7 @@ ROBUST: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, ROBUST])
+@pytest.mark.parametrize("changes", [pytest.param({}, marks=pytest.mark.nightly), ROBUST])
 def test_a_gpu_finds_what_the_cpu_finds(few_digits: Dataset, tmp_path: Path, changes: dict[str, Any]) -> None:
     plan = tiny_plan(**{**PLAN, **changes})
     expected = run(plan, tmp_path / "cpu", dataset=few_digits, workers=0)

@@ -89,6 +89,7 @@ def test_a_lost_worker_is_replaced_and_a_deadly_task_fails_alone(
     assert "lost 3 times" in (records[-1].error or "")
 
 
+@pytest.mark.nightly  # a cluster of its own
 def test_a_lost_node_is_survived(cluster: Any, few_digits: Dataset, tmp_path: Path) -> None:
     found, nodes = cluster
     removed = False

@@ -57,7 +57,7 @@ TABLE: dict[str, Any] = {
     "transfer": [{"name": "pgd", "eps": [0.1], "images": 40, "steps": 5}],
     "certify": [{"norm": "linf", "images": 20, "eps": [0.01]}],
     "lipschitz": [{"norm": "linf", "images": 20, "radius": 0.05, "method": "jacobian"}],
-    "exact": [{"norm": "linf", "images": 5, "nodes": 20000, "seconds": 100, "sparsities": [0.8]}],
+    "exact": [{"norm": "linf", "images": 1, "nodes": 2000, "seconds": 100, "sparsities": [0.8]}],
     "verify": [{"eps": 0.02, "images": 20, "nodes": 20, "methods": ["magnitude", "top-k", "stochastic-pruning"]}],
 }
 
@@ -158,8 +158,8 @@ def test_certified_radii_never_pass_an_attack(study: Finished) -> None:
 def test_theory_and_attacks_bracket_the_truth(study: Finished) -> None:
     record = study.one("magnitude", "exact")
     held = study.store.tensors(record.key)
-    radius = study.store.tensors(study.one("magnitude", "certify").key)["radius"][:5]
-    ratio = study.store.tensors(study.one("magnitude", "lipschitz").key)["ratio"][:5].clamp_max(0.05)
+    radius = study.store.tensors(study.one("magnitude", "certify").key)["radius"][:1]
+    ratio = study.store.tensors(study.one("magnitude", "lipschitz").key)["ratio"][:1].clamp_max(0.05)
     right = held["clean_correct"]
     assert record.metrics["solved"] == 1.0
     assert (radius <= held["upper"] + 1e-6).all()
