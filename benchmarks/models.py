@@ -271,7 +271,7 @@ def ran(name: str, command: str, place: Path, seconds: int) -> tuple[str, str, f
     if process.exitcode == -signal.SIGXCPU:
         return "too long", f"more than {seconds} s", used() - before
     outcome, detail = ("traceback", f"exit code {process.exitcode}") if queue.empty() else queue.get()
-    return outcome, detail, used() - before
+    return outcome, detail.replace(f"{place}/", ""), used() - before  # a record is the same in every folder
 
 
 def used() -> float:
