@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what an editor completes
+if TYPE_CHECKING:  # for completion in editors
     from . import (  # noqa: F401  # fmt: skip
         attacks,
         bounds,
@@ -56,5 +56,5 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    """List what there is to use: the parts, which are not imported yet, and the version."""
+    """List the public parts, imported or not, and the version."""
     return [*_PARTS, "__version__"]

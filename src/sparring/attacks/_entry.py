@@ -1,4 +1,4 @@
-"""What every attack begins with: its norm is one of those in its facts, and its model is opened."""
+"""Common entry of all attacks: check the norm against the attack's facts, and open the model."""
 
 from __future__ import annotations
 

@@ -51,12 +51,12 @@ class Probe(Opened):
 
     @property
     def nonfinite(self) -> int:
-        """The images whose logits were NaN or infinite, counting every pass."""
+        """The number of images with NaN or infinite logits, summed over all passes."""
         return int(self._nonfinite)
 
     @property
     def dense(self) -> Dense | None:
-        """The model as matrices alone, for what can use nothing else."""
+        """The model as matrices alone, for code that can use nothing else."""
         return self.hand if isinstance(self.hand, Dense) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Probe(Opened):
         return logits.view(self.draws, len(x), -1).mean(0)
 
     def through(self, hand: ByHand, x: Tensor) -> tuple[Tensor, Any]:
-        """Return what `hand.forward` does, and count it."""
+        """Return the result of `hand.forward`, and count the pass."""
         logits, hidden = hand.forward(x)
         self._note(logits)
         return logits, hidden
@@ -90,13 +90,13 @@ class Probe(Opened):
     def twin(self) -> Probe:
         """Return a probe of a copy of the model, which another thread may call; parameters and buffers are shared.
 
-        Raise whatever the model raises that cannot be copied.
+        Raise whatever a model raises that cannot be copied.
         """
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         return Probe(copy.deepcopy(self.model, cast(dict[int, Any], shared)), hand=self.hand)
 
     def add_(self, twin: Probe) -> None:
-        """Take over what a twin counted."""
+        """Add the counts of a twin."""
         self.forwards += twin.forwards
         self.backwards += twin.backwards
         self._nonfinite = self._nonfinite + twin._nonfinite
@@ -111,7 +111,7 @@ class Probe(Opened):
 
 
 def on_cpu(value: Tensor) -> bool:
-    """Say whether to look at a value costs nothing: another device must first finish all that it was given."""
+    """Return whether reading a value is free: another device must first finish all queued work."""
     return value.device.type == "cpu"
 
 
@@ -134,13 +134,13 @@ def logits_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the logits of x and the gradient of a per-image objective of them with respect to x.
 
-    A graph that is cut gives zeros, and so do NaN and infinite gradients, which would lose an image for good.
+    Gradients are zero where the graph is cut, and where they are NaN or infinite: these would ruin an image for good.
     """
     return logits_and_pull(model, x, partial(_slope, objective, y, targets))
 
 
 def in_parts(model: nn.Module, x: Tensor, objective: Objective, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Return what `logits_and_gradient` does, so many images at a time."""
+    """Return the result of `logits_and_gradient`, computed in batches of `batch_size` images."""
     split = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
     parts = [logits_and_gradient(model, images, objective, labels) for images, labels in split]
     return torch.cat([logits for logits, _ in parts]), torch.cat([gradient for _, gradient in parts])
@@ -189,7 +189,7 @@ def _rows(logits: Tensor, point: Tensor, weights: Tensor) -> Tensor:
     ask = partial(torch.autograd.grad, logits, point, retain_graph=True, allow_unused=True)
     try:
         (found,) = ask(weights, is_grads_batched=True)
-    except RuntimeError:  # a backward pass of the user's own, which draws or reads numbers
+    except RuntimeError:  # the user's own backward pass, which draws or reads numbers
         found = torch.stack([ask(row, materialize_grads=True)[0] for row in weights])
     return point.new_zeros((len(weights), *point.shape)) if found is None else found
 
@@ -206,7 +206,7 @@ def _by_hand(hand: ByHand, hidden: Any, x: Tensor, weights: Tensor) -> Tensor:
 
 
 def kernels_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return what computes a packed network's input gradients of sums of logits; None where autograd has to."""
+    """Return the kernels for a packed network's input gradients of sums of logits; None if autograd is needed."""
     inner = model.model if isinstance(model, Probe) and model.draws == 1 else model
     return getattr(inner, "input_gradient", None)
 

@@ -18,18 +18,18 @@ from ._projections import FeasibleSet, budget, column, put_, select, shrink
 
 _MOMENTUM = 0.75
 _NEEDED_SHARE = 0.75
-# How often in an ascent prospects are checked, and no more often than after so many steps. With other starts to follow,
-# giving up too early costs less.
+# Checks of prospects in an ascent (without and with further starts), and the fewest steps between two checks. If other
+# starts follow, giving up too early costs less.
 _CHECKS, _CHECKS_AGAIN, _SHORTEST = 5, 7, 8
-# Off the CPU, after so many steps it is asked who has left.
+# Off the CPU, steps between two looks at which images have left.
 _ASKED = 4
-# Up to this share of an ascent nobody just short of the boundary is given up if another start is to follow.
+# If another start follows, images just short of the boundary are kept up to this share of an ascent.
 _SPARED = 0.6
 
 
 @dataclass
 class _Ascent:
-    """Everything about the images still under attack: one entry per image in every tensor.
+    """State of the images still under attack: one entry per image in every tensor.
 
     goal: the classes that the objective climbs towards.
     """
@@ -79,7 +79,7 @@ def apgd(
     x_adv = x.clone()
     still_open = torch.ones(len(x), dtype=torch.bool, device=x.device)
     interval = max(steps // (_CHECKS_AGAIN if again else _CHECKS), _SHORTEST)
-    # The first check after everybody was spared; an ascent of n steps asks n + 1 times.
+    # The first check after all images were spared; an ascent of n steps checks n + 1 times.
     early = (int(_SPARED * steps) // interval + 1) * interval
     left = (steps - early) // 2 - 1
     others = (objective, dlr) if again and left >= _SHORTEST else ()
@@ -121,7 +121,7 @@ def _begin(start: Tensor, region: FeasibleSet, prospects: Prospects, goal: Tenso
 
 
 def _ascend(model: nn.Module, state: _Ascent, objective: Objective, early: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each image's best point, or that of its success; who won; who left just short of that by step `early`."""
+    """Return each image's best point, which images succeeded, and which left just short of it by step `early`."""
     end = state.point.clone()
     won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
     short = won.clone()

@@ -1,7 +1,7 @@
 """The l2 attack of Carlini & Wagner 2017, with two ways to start the search of c.
 
-Every image goes through its rounds at its own pace: one that ends a round begins the next in the same batch, which so
-stays full until images have made all theirs.
+Every image goes through its rounds at its own pace: one that ends a round begins the next in the same batch. The batch
+therefore stays full until images have finished all their rounds.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def cw(
 
 @dataclass
 class _Images:
-    """Those whose search goes on, a row each; rows of the same `step` are neighbours, for Adam to take at once.
+    """Images whose search continues, a row each; Adam updates the rows of one `step`, which are neighbours, together.
 
-    place: the image's row in the batch. label: y or the target. low, high: what is known of c. step: of this round,
+    place: the image's row in the batch. label: y or the target. low, high: bounds of c. step: of this round,
     which `won` if it found an adversarial point. checked: the loss when progress was last looked for. smallest: the
     distance of the nearest point of all rounds. v: 2·arctanh(2p - 1) for the point p, with Adam's averages.
     """
@@ -115,7 +115,7 @@ def _variable(x: Tensor) -> Tensor:
 
 
 def _begin_next(images: _Images, rows: Tensor, growth: float) -> None:
-    """Narrow down the constants of the images in these rows by what their round found, and begin another."""
+    """Narrow down the constants of the images in these rows by the result of their round, and begin another."""
     won, constant = images.won[rows], images.constant[rows]
     low, high = torch.where(won, images.low[rows], constant), torch.where(won, constant, images.high[rows])
     images.low[rows], images.high[rows] = low, high
@@ -136,7 +136,7 @@ def _descend(
     paces, sizes = torch.unique_consecutive(images.step, return_counts=True)
     taken = paces.to(torch.float32)
     point, delta, slope = (torch.empty_like(v) for _ in range(3))
-    # Adam reads memory in order, whatever the strides: a gradient goes to it in memory of ours.
+    # Adam reads memory in order, whatever the strides, so it gets the gradient in a buffer of our own.
     blocks = (list(torch.split(values, sizes.tolist())) for values in (v, delta, images.mean, images.square))
     variables, gradients, means, squares = blocks
     # Half the gradient with respect to v, which is a quarter of that with respect to arctanh(2p - 1).
@@ -155,8 +155,8 @@ def _descend(
             images.smallest[better] = moved[better]
         # The chain rule through p = sigmoid(v): p - p².
         delta.add_(gradient).mul_(torch.addcmul(point, point, point, value=-1, out=slope))
-        # What torch.optim.Adam comes to; its public wrapper takes half as long again. The paper steps in half of v:
-        # there the step is half as long, the gradient four times as large, and so is epsilon.
+        # The same update as torch.optim.Adam, whose public wrapper takes half as long again. The paper steps in half
+        # of v: there the step is half as long, and gradient and epsilon are four times as large.
         taken += 1
         torch._fused_adam_(
             variables, gradients, means, squares, [], list(taken.unbind()), lr=2 * learning_rate, beta1=0.9,
@@ -166,7 +166,7 @@ def _descend(
 
 
 class Aim:
-    """The gradient of the paper's c·f_6, c times what the margin still lacks, with respect to the logits.
+    """The gradient of the paper's c·f_6, c times the margin shortfall, with respect to the logits.
 
     label, constant: (N,); sign: 1 to leave the label, -1 to reach it. `gap` keeps the margins that were last seen.
     """
@@ -191,7 +191,7 @@ class Aim:
 def _linearised(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None, confidence: float) -> Tensor:
     """Return the constants at which the boundary would just be reached if the margin were linear and the box not there.
 
-    Then |δ|² + c·(lack − g·δ) is smallest at δ = c·g/2, which makes up for the lack if c·|g|² = 2·lack.
+    Then |δ|² + c·(lack − g·δ) is smallest at δ = c·g/2, which closes the gap if c·|g|² = 2·lack.
     """
     logits, gradient = logits_and_gradient(model, x, margin_loss, y, targets)
     lack = (confidence - margin_loss(logits, y, targets)).clamp_min(1e-12)

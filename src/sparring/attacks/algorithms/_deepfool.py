@@ -12,8 +12,8 @@ from ..fastpath._gram_matrix import find_stem
 from ._losses import is_past
 from ._projections import boundary_step, column, keep_within, nearest_boundary, select, steepest
 
-# Added to every step after the first, in pixel units (the authors' code adds it always): where clipping takes more
-# than the overshoot, steps alone would approach the boundary for ever.
+# Added to every step after the first, in pixel units (the authors' code adds it always): if clipping takes more
+# than the overshoot, steps alone would approach the boundary forever.
 _PUSH = 1e-4
 
 

@@ -24,11 +24,11 @@ from ._nearest import nearest
 from ._pgd import pgd
 from ._projections import column, nearest_classes, select
 
-# For models that draw: what is just past the boundary for some draws is not for others, so nobody leaves early.
+# For models that draw: a point just past the boundary for some draws is not for others, so no image leaves early.
 _DEEP = partial(pgd, objective=margin_loss, stop_early=False)
-# Where gradients are masked, each of them finds images that the others do not.
+# If gradients are masked, each of these losses fools images that the others do not.
 _LOSSES = (margin_loss, dlr, scaled_cross_entropy)
-# Before other attacks `nearest` need not find the optimum.
+# If other attacks follow, `nearest` need not find the optimum.
 _SHORT = partial(nearest, steps=30, starts=0, polish=5)
 
 
@@ -63,7 +63,7 @@ def worst_case(
 
 @dataclass(frozen=True)
 class _Question:
-    """What is asked of a model: which images are fooled, by how much, and within which budget."""
+    """The threat to a model: which images count as fooled, by how much, and within which budget."""
 
     model: nn.Module
     x: Tensor
@@ -76,7 +76,7 @@ class _Question:
 def _best_of(attempts: Sequence[Callable[[Tensor], Tensor]], asked: _Question) -> Tensor:
     """Return each image's worst case over attempts: functions from row numbers to perturbed images.
 
-    Where none succeeds, the point of the largest margin is left to be looked at.
+    If none succeeds, the point of the largest margin is returned for inspection.
     """
     x, x_adv = asked.x, asked.x.clone()
     smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
@@ -88,7 +88,7 @@ def _best_of(attempts: Sequence[Callable[[Tensor], Tensor]], asked: _Question) -
         found = attempt(rows)
         with torch.no_grad():
             logits = asked.model(found)
-        # Logits that are no numbers are no class: the evaluator counts them as a success, an image of NaN never.
+        # NaN logits are no class: the evaluator counts them as a success, but never an image of NaN.
         past = torch.where(
             is_answer(logits), margin_loss(logits, asked.y[rows], select(asked.targets, rows)), torch.inf
         )
@@ -194,7 +194,7 @@ def standard(
     stochastic, FAB and Square are omitted, as in AutoAttack's version for such models. Without eps: the smallest
     perturbation of `nearest`, DeepFool and FAB.
     """
-    # APGD without its other starts: what they might find the next attacks look for too.
+    # APGD without further starts: the next attacks also find what these would.
     gradients: list[Attack] = [partial(apgd, objective=scaled_cross_entropy, again=False), apgd_targeted]
     searches: list[Attack] = [fab_targeted, square] if x.dim() == 4 else [fab_targeted]
     if norm == L1:
@@ -204,7 +204,7 @@ def standard(
     elif _is_differenced(model):
         attacks = _by_differences(x, norm)
     else:
-        # Only a declared draw is known to leave gradients that lead somewhere.
+        # Only layers that declare their draws are known to have useful gradients.
         attacks = [_DEEP if _draws(model) else nearest, *gradients, *([] if is_stochastic(model) else searches)]
     return worst_case(model, x, y, attacks=attacks, norm=norm, eps=eps, targets=targets, generator=generator)
 
@@ -287,7 +287,7 @@ def fast(
 
 
 def _draws(model: nn.Module) -> bool:
-    """Return whether a model declares that it draws, or an evaluator saw that it does and averages its passes."""
+    """Return whether a model declares that it draws, or an evaluator found that it does and averages its passes."""
     return is_stochastic(model) or (isinstance(model, Probe) and model.draws > 1)
 
 

@@ -14,18 +14,18 @@ from ._losses import is_past, margin_loss
 from ._projections import Nearest, boundary_step, column, keep_within, nearest_boundary, pull_back, select, shrink
 
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
-# With eps: how often prospects are checked, and how many times its pace an image is trusted to keep up.
+# With eps: steps between checks of prospects, and how many times its recent pace an image is assumed to reach.
 _CHECKS, _PATIENCE = 10, 2.0
 # How far a projection may stay short of its plane, as a share of the way; η goes 5% past it.
 _SHORT = 1e-3
-# The least a step aims to gain, as a share of the largest logit. Nearer to the boundary the missing step is lost in
-# rounding, and an image would stand still for all the steps that are left.
+# The smallest gain that a step aims at, as a share of the largest logit. Nearer to the boundary the step is lost in
+# rounding, and an image would not move for all remaining steps.
 _LEAST = 1e-4
 
 
 @dataclass
 class _Walkers:
-    """The images still on their way: one entry per image in every tensor."""
+    """State of the images still searched: one entry per image in every tensor."""
 
     row: Tensor
     x: Tensor
@@ -86,7 +86,7 @@ def _walk(
 ) -> None:
     """Move all images `steps` times and record adversarial points in `nearest`.
 
-    With eps an image leaves at its success, or when twice its pace of late would not bring it within eps.
+    With eps an image leaves at its success, or when twice its recent pace would not bring it within eps.
     """
     closest = torch.full_like(nearest.distance, torch.inf)
     checked, interval = closest.clone(), max(steps // _CHECKS, 5)
@@ -120,8 +120,8 @@ def _walk(
         moved = distance(point - walk.x, norm)
         closest[walk.row] = torch.where(won, torch.minimum(moved, closest[walk.row]), closest[walk.row])
         nearest.update_(walk.row, point, moved, won)
-        # After a success the search goes on from a little nearer to x, be it one that only rounding would take back:
-        # a step that ends as near to the boundary as that would be followed by ever smaller ones.
+        # After a success the search continues a little nearer to x, even if only rounding separates it from the
+        # boundary: otherwise ever smaller steps would follow.
         beyond = column(margin_loss(logits, walk.y, walk.targets) > 0, point)
         walk.point = torch.where(beyond, walk.x + _BETA * (point - walk.x), point)
 

@@ -1,6 +1,6 @@
 """Objectives of attacks per image: (logits, y, targets) to (N,), larger = closer to the attacker's goal.
 
-With `targets` (int64, (N,)) the goal is that very class, without it any class but y.
+With `targets` (int64, (N,)) the goal is that class, otherwise any class but y.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def is_answer(logits: Tensor) -> Tensor:
-    """Return which images have a largest logit: no NaN, no +inf, and not −inf alone, by which a class is masked."""
+    """Return which images have a largest logit: no NaN, no +inf, and not only −inf, which masks a class."""
     return torch.isfinite(logits.amax(1))
 
 
@@ -39,8 +39,9 @@ def margin_loss(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Ten
 
 
 def is_past(logits: Tensor, y: Tensor, targets: Tensor | None = None, *, confidence: float = 0.0) -> Tensor:
-    """Return where the margin exceeds `confidence` by more than rounding: a search for the nearest point ends so near
-    the boundary that another pass could otherwise judge differently.
+    """Return where the margin exceeds `confidence` by more than rounding.
+
+    A search for the nearest point ends so near the boundary that another pass could otherwise judge differently.
     """
     return is_clear(margin_loss(logits, y, targets), logits, confidence=confidence)
 

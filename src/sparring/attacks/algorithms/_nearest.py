@@ -1,8 +1,8 @@
 """sparring's minimum-norm attack: guided descents of the radius from several starts, then steps onto the boundary.
 
-Why it beats its parts: steps on a smooth margin see every class and find the right side of the network, which
-projections alone (DeepFool, FAB) do not; starts elsewhere find the side of another class, which no number of steps from
-x finds; projections land on the boundary exactly, which steps only approach.
+Why the combination beats its parts: steps on a smooth margin take every class into account and find the right linear
+region, which projections alone (DeepFool, FAB) do not. Starts elsewhere find the boundaries of other classes, which no
+number of steps from x does. Projections land exactly on the boundary, which steps only approach.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from ._sigma_zero import exchange_, sigma_zero
 
 # Clean margins span this many units of temperature, so that scaling the logits changes nothing.
 _SHARPNESS = 10.0
-# A point counts as adversarial from this share of the clean margin on: far above rounding, about 0.005% of a distance.
+# A point counts as adversarial if it is past the boundary by this share of the clean margin: far above rounding, and
+# about 0.005% of a distance.
 _CLEARANCE = 5e-5
-# Further starts: how many aim at a class, how far away they are over the distance known, their steps.
+# Further starts: how many aim at a class, how far away they are relative to the known distance, their steps.
 _AIMED, _AWAY, _START_STEPS = 4, 2.5, 23
-# Planes that the last steps keep, and how many of those steps in a row an image may take without coming nearer.
+# Planes that the last steps keep, and how many such steps in a row an image may take without coming nearer.
 _PLANES, _PATIENCE = 5, 5
 
 
 @dataclass
 class _Images:
-    """The images still searched for: one entry per image in every tensor.
+    """State of the images still searched: one entry per image in every tensor.
 
-    clean: the margin that they began with; radius: how far the point is meant to be from x, 0 where nobody knows;
+    clean: the margin that they began with; radius: intended distance of the point from x, 0 if unknown;
     begun: the step since which an adversarial point is known.
     """
 
@@ -101,7 +102,7 @@ def nearest(
     for start in range(starts):
         aim = aims[:, start] if targets is None and start < aims.shape[1] else targets
         radius = (_AWAY * found.distance).clamp_max(diameter(x, norm) / 2)
-        # One direction for all images, always the same: no distance depends on the batch that an image is in.
+        # One fixed direction for all images, so that no distance depends on the batch that an image is in.
         away = random_point(x[:1], norm, 1.0, torch.Generator().manual_seed(start))
         point = (x + column(radius, x) * away).clamp(0, 1)
         left, elsewhere = _left(found, eps), Nearest.of(x)
@@ -115,7 +116,7 @@ def nearest(
 def _exchange(
     model: nn.Module, images: _Images, aims: Tensor, found: Nearest, eps: float | None, steps: int, polish: int
 ) -> None:
-    """Find the fewest values by steps of sigma-zero and exchanges, which then aim at one class after the other."""
+    """Find the fewest values by steps of sigma-zero and exchanges, which then aim at one class after another."""
     turns = [None, *aims.T] if images.targets is None else [None]
     for turn, aim in enumerate(turns):
         rows = _left(found, eps).nonzero().squeeze(1)
@@ -133,7 +134,7 @@ def _exchange(
 
 
 def _left(found: Nearest, eps: float | None) -> Tensor:
-    """Return which images are not done: those to be moved, and not yet within eps."""
+    """Return the unfinished images: those that can move and have no example within eps."""
     return found.distance > (0.0 if eps is None else eps)
 
 
@@ -142,8 +143,8 @@ def _descend(
 ) -> None:
     """Walk around the boundary on a sphere and record the nearest adversarial points in `found`.
 
-    The sphere grows until such a point is known, then shrinks or grows by `change`, ever less. The radius that was
-    meant counts, not what clipping left of it: where the box stops most pixels the sphere would never grow.
+    The sphere grows until such a point is known, then shrinks or grows by `change`, ever less. The intended
+    radius counts, not what clipping leaves of it: if the box stops most pixels, the sphere would never grow.
     """
     objective = images.tempered()
     for step in range(steps):
@@ -187,7 +188,7 @@ def _descend(
 class _Planes:
     """Images with the boundary linearised at their latest points, newest first: (N, planes, ...) and (N, planes).
 
-    idle: how many steps in a row brought an image no nearer.
+    idle: number of steps in a row that brought an image no nearer.
     """
 
     images: _Images
@@ -199,7 +200,7 @@ class _Planes:
 def _step_onto_boundary(
     model: nn.Module, images: _Images, found: Nearest, norm: float, eps: float | None, rounds: int
 ) -> None:
-    """Step from x onto the boundary linearised at the latest points, for as long as that brings an image nearer."""
+    """Step from x onto the boundary linearised at the latest points, as long as that brings an image nearer."""
     images = shrink(replace(images, point=found.point), _left(found, eps) & torch.isfinite(found.distance))
     idle = torch.zeros_like(images.row)
     last = _Planes(images, images.x.unsqueeze(1)[:, :0], images.clean.unsqueeze(1)[:, :0], idle)
@@ -224,7 +225,7 @@ def _step_onto_boundary(
 
 
 def _direction(gradient: Tensor, norm: float) -> Tensor:
-    """Return the gradient at unit length in the norm; for linf its sign, for l1 six times it: the ball cuts most."""
+    """Return the gradient at unit length in the norm; for linf its sign, for l1 six times it, as the ball cuts most."""
     if norm == LINF:
         return gradient.sign()
     length = 1.0 if norm == L2 else 6.0
@@ -232,9 +233,9 @@ def _direction(gradient: Tensor, norm: float) -> Tensor:
 
 
 def _onto_sphere(x: Tensor, delta: Tensor, norm: float, radius: Tensor) -> Tensor:
-    """Return points in the box about `radius` away; for linf and l1 of the ball, which has their shape.
+    """Return points in the box about `radius` away; for linf and l1 in the ball, which has their shape.
 
-    What clipping takes of an l2 length the pixels that it leaves free give back, once.
+    The l2 length that clipping removes is given back once, to the pixels that are free.
     """
     if norm == L1:
         return inside(x, x + delta, L1, radius)
@@ -244,7 +245,7 @@ def _onto_sphere(x: Tensor, delta: Tensor, norm: float, radius: Tensor) -> Tenso
     point = (x + delta).clamp_(0, 1)
     reached = distance(point - x, L2)
     short = reached < 0.9 * radius
-    if x.device.type != "cpu":  # where asking which they are would wait for the device
+    if x.device.type != "cpu":  # where asking which they are would mean waiting for the device
         return torch.where(column(short, x), _lengthened(x, point, delta, reached, radius), point)
     rows = short.nonzero().squeeze(1)
     if len(rows):
@@ -253,7 +254,7 @@ def _onto_sphere(x: Tensor, delta: Tensor, norm: float, radius: Tensor) -> Tenso
 
 
 def _lengthened(x: Tensor, point: Tensor, delta: Tensor, reached: Tensor, radius: Tensor) -> Tensor:
-    """Return points whose free pixels move on, so that the whole is about `radius` long."""
+    """Return points whose free pixels move further, so that the whole perturbation is about `radius` long."""
     length = distance(delta * (point.sign() * (1 - point).sign()), L2)
     wanted = (radius.square() - reached.square() + length.square()).clamp_min(0).sqrt()
     return (x + delta * column((wanted / length.clamp_min(1e-30)).clamp(1, 10), delta)).clamp_(0, 1)

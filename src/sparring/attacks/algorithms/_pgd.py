@@ -20,9 +20,9 @@ from ._projections import FeasibleSet, budget, climb, inside, put_, select, shri
 _LAST_STEP = 0.01
 # An image is given up when even this many times its recent pace would not bring it to the boundary.
 _PATIENCE = 2.0
-# Just short of the boundary: what is missing is at most this share of what was climbed.
+# Just short of the boundary: the remaining gap is at most this share of what was climbed.
 _SHORT = 0.1
-# Moving the others together costs more than a few passes for nothing: wait until this share has left.
+# Compacting the batch costs more than a few wasted passes: wait until this share of images has left.
 _SLACK = 0.1
 
 
@@ -30,13 +30,13 @@ _SLACK = 0.1
 class Prospects:
     """Which images of a batch are still climbing, in an attack of `steps` steps that is checked every `interval` steps.
 
-    spared: the step up to which nobody just short of the boundary is given up; row: their numbers, int64 (N,); y and
+    spared: the step up to which images just short of the boundary are kept; row: their numbers, int64 (N,); y and
     targets: their labels; first, best and checked: the margin at the start, the largest so far, and the one at the last
-    check; gone: who has left but is still in the batch.
+    check; gone: which images have left but are still in the batch.
 
     An ascent inside a ball slows down: it crosses the ball first, then only turns corners. So twice the pace since the
-    last check, kept up for all steps that are left, is more than what is to be hoped for. But an image may also stand
-    still while steps are too long, and go on once they are shorter, on networks with convolutions most of all.
+    last check, for all remaining steps, is more than can be expected. But an image may also make no progress while
+    steps are too long and continue once they are shorter, above all on convolutional networks.
     """
 
     steps: int
@@ -60,7 +60,7 @@ class Prospects:
         return cls(steps, interval, spared, row, y, targets, low, low, low, torch.zeros_like(row, dtype=torch.bool))
 
     def judge_(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Take note of the logits after `step` steps; return who has just succeeded and who leaves at this step."""
+        """Record the logits after `step` steps; return which images have just succeeded and which leave now."""
         margin = margin_loss(logits, self.y, self.targets)
         if step == 0:
             self.first = margin
@@ -85,13 +85,13 @@ class Prospects:
     def crowded(self, step: int, *, every: int = 0) -> bool:
         """Return whether enough images of the batch have left to move the others together.
 
-        Off the CPU, where to ask is to wait, only at every so many steps (0: never).
+        Off the CPU, where asking means waiting, only once in `every` steps (0: never).
         """
         asked = on_cpu(self.gone) or (every > 0 and step % every == every - 1)
         return asked and int(self.gone.sum()) > _SLACK * len(self.gone)
 
     def staying(self) -> Tensor:
-        """Return the places in the batch of the images that have not left."""
+        """Return the positions in the batch of the images that have not left."""
         return (~self.gone).nonzero().squeeze(1)
 
 
@@ -196,7 +196,7 @@ def _ascend(
     lengths: list[float],
     stop_early: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the points where the ascent of each image ended, and which of them are known to have succeeded."""
+    """Return the points where each image's ascent ended, and which are known to be adversarial."""
     end = point.clone()
     won = torch.zeros(len(end), dtype=torch.bool, device=end.device)
     for step, length in enumerate(lengths):

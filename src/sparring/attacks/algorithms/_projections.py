@@ -1,4 +1,4 @@
-"""Geometry of attacks: steepest steps, the budget inside the box, the nearest point of a boundary in the box.
+"""Geometry of attacks: steepest steps, projection onto box and budget, nearest points on a boundary.
 
 The box is [0, 1] for every pixel. Batches have shape (N, ...), one number per image has shape (N,).
 """
@@ -55,7 +55,7 @@ def put_(whole: Tensor, rows: Tensor, chosen: Tensor, values: Tensor) -> None:
 
 
 def budget(eps: float | None) -> float:
-    """Return eps, or raise UserError where a budget attack was given none."""
+    """Return eps, or raise UserError if a budget attack got none."""
     if eps is None:
         raise UserError(
             "this attack needs a budget: give eps, or choose a minimum-norm attack (nearest, deepfool, ...)"
@@ -77,8 +77,8 @@ def steepest(gradient: Tensor, norm: float) -> Tensor:
 def climb(point: Tensor, gradient: Tensor, norm: float, length: float | Tensor) -> Tensor:
     """Return points moved by `length`, a number or of shape (N,), along which a linear function grows most.
 
-    For l1 the direction is one pixel, which the box soon stops: each pixel goes as far as the box lets it, those of
-    largest gradient first, until the length is used up. Other norms leave the box, which `inside` is for.
+    For l1 the steepest direction is one pixel, which the box soon stops: pixels of largest gradient move first, each as
+    far as the box allows, until the length is used up. Other norms leave the box; `inside` projects back.
     """
     if norm == L1:
         flat, base = gradient.flatten(1), point.flatten(1)
@@ -96,7 +96,7 @@ def climb(point: Tensor, gradient: Tensor, norm: float, length: float | Tensor) 
 def hold(gradient: Tensor, point: Tensor) -> Tensor:
     """Return the gradient with zeros where the box is active: at pixels that it would move out of [0, 1].
 
-    Signs in place of masks, which cost several times as much on pixels without a pattern.
+    Uses signs, because masks cost several times as much on pixels without a pattern.
     """
     up, down = (1 - point).sign_(), point.sign()
     return up.mul_(gradient.clamp_min(0)).add_(down.mul_(gradient.clamp_max(0)))
@@ -115,7 +115,7 @@ def inside(x: Tensor, x_adv: Tensor, norm: float, eps: float | Tensor) -> Tensor
         return _inside_l1(x, x_adv, limit.unsqueeze(1))
     delta = project(x_adv - x, norm, eps)
     point = (x + delta).clamp_(0, 1)
-    # A step of FGSM ends on the sphere but for rounding, and has lost as much.
+    # A step of FGSM ends on the sphere except for rounding, so it lost no more than that.
     outside = (distance(x_adv - x, norm) > (1 - 1e-6) * limit) & (distance(point - x, norm) < 0.999 * limit)
     here = on_cpu(x)
     if not here or bool(outside.any()):
@@ -152,14 +152,14 @@ def _inside_l1(x: Tensor, x_adv: Tensor, limit: Tensor) -> Tensor:
     level = marks.gather(1, last) + (totals.gather(1, last) - limit) / shrinking.gather(1, last).clamp_min(1)
     level = torch.where(start > limit, level, 0.0)
     moved = torch.minimum((size - level).clamp_min(0), room)
-    # Rounding of the sums must not leave the ball.
+    # Rounding of the sums must not lead out of the ball.
     moved = moved * (limit / moved.sum(1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
     return (base + moved * delta.sign()).view_as(x)
 
 
 @dataclass(frozen=True)
 class FeasibleSet:
-    """Where an attack may go, the box and the eps-ball around x, prepared once for all steps."""
+    """The feasible set of an attack: the box and the eps-ball around x, prepared once for all steps."""
 
     x: Tensor
     norm: float
@@ -175,7 +175,7 @@ class FeasibleSet:
         return cls(x, norm, eps, (x - eps).clamp_min_(0), (x + eps).clamp_max_(1))
 
     def bring_in_(self, point: Tensor) -> Tensor:
-        """Return points brought into the region, in the memory of `point` where the norm allows it; see `inside`."""
+        """Return points brought into the region, in the memory of `point` if the norm allows it; see `inside`."""
         if self.norm == LINF:
             return point.clamp_(self.low, self.high)
         return inside(self.x, point, self.norm, self.eps)
@@ -207,7 +207,7 @@ class Nearest:
         return cls(x.clone(), torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device))
 
     def update_(self, rows: Tensor | slice, point: Tensor, moved: Tensor, won: Tensor) -> Tensor:
-        """Take over the points of images `rows` that won at a smaller distance; return which did."""
+        """Store the adversarial points of images `rows` that are nearer than before; return which are."""
         smallest = self.distance[rows]
         better = won & (moved < smallest)
         if isinstance(rows, slice):
@@ -218,7 +218,7 @@ class Nearest:
 
 
 def keep_within(x: Tensor, x_adv: Tensor, norm: float, eps: float | None) -> Tensor:
-    """Return x_adv with the images that a minimum-norm attack moved by more than eps put back to x."""
+    """Return x_adv, with x for images that a minimum-norm attack moved by more than eps."""
     if eps is None:
         return x_adv
     return torch.where(column(distance(x_adv - x, norm) <= eps, x), x_adv, x)
@@ -235,7 +235,7 @@ def boundary_step(
     stops when at most that share of the gain is missing. For l1 the pixels of largest gradient are used up in turn.
     """
     flat, base = gradient.flatten(1), x.flatten(1)
-    # The room each pixel has in the direction that helps, |1 - x| or |0 - x|. Here and below signs take the place of
+    # Each pixel's distance to the box in the helpful direction, |1 - x| or |0 - x|. Here and below signs replace
     # masks: on pixels without a pattern `where` and products with booleans cost five to ten times as much.
     room = flat.sign().clamp_min_(0).sub_(base).abs_()
     size = flat.abs()
@@ -270,8 +270,8 @@ def boundary_step(
 def corner_step(x: Tensor, point: Tensor, gradients: Tensor, gains: Tensor) -> Tensor:
     """Return about the smallest l2 perturbation inside the box that raises each of M linear functions by its gain.
 
-    gradients has shape (N, M, ...), gains (N, M). It is clip(sum of t_m·gradient_m) with t >= 0, solved for as if the
-    box stopped the pixels that it stops at `point`, and without the functions whose own t would be negative.
+    gradients has shape (N, M, ...), gains (N, M). It is clip(sum of t_m·gradient_m) with t >= 0, solved as if the
+    box stopped the same pixels as at `point`, and without functions whose t would be negative.
     """
     flat, low, high = gradients.flatten(2), -x.flatten(1), 1 - x.flatten(1)
     delta = (point - x).flatten(1)
@@ -361,7 +361,7 @@ def _lengths(gradients: Tensor, norm: float) -> Tensor:
 
 
 def _gaps(weights: Tensor, logits: Tensor) -> Tensor:
-    """Return what the weighted sums (R, N) of logits lack to be positive, 0 where that is no number."""
+    """Return how far the weighted sums (R, N) of logits are below zero, and 0 where they are not finite."""
     return (-(weights * logits).sum(2)).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 

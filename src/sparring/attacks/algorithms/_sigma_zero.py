@@ -16,9 +16,9 @@ from ._projections import Nearest, column, keep_within
 
 # Adam's memories of the gradient and of its square (Kingma & Ba 2015).
 _MEAN, _SQUARE = 0.9, 0.999
-# The share of the first step length that the last one has, and how fast the threshold follows it.
+# The last step length relative to the first, and how fast the threshold follows it.
 _LAST, _FOLLOW = 0.1, 0.01
-# How much more than by the gradient a value counts that has moved already, in turn.
+# Extra weights of values that have already moved, beyond their gradient, used in turn.
 _LOYALTY = (0.0, 1.0, 0.3, 4.0)
 
 
@@ -84,9 +84,9 @@ def exchange_(
 ) -> None:
     """Look for points that differ from x in fewer values than those in `found`, and keep them there.
 
-    From the points found, each round moves to an end of the box as many values as the margin asks for by its gradient
-    at the last point, and fewer than are known to suffice: those that gain most. With `aims` it is the margin of these
-    classes.
+    Each round starts from the points found and moves the values that gain most to an end of the box: as many as the
+    margin needs by its gradient at the last point, but fewer than are known to suffice. With `aims`, the margin is
+    that of these classes.
     """
     point, base = found.point, x.flatten(1)
     for step in range(rounds + 1):

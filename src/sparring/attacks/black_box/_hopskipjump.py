@@ -14,9 +14,9 @@ from .._entry import opening
 from ..algorithms._losses import margin_loss
 from ..algorithms._projections import column, keep_within, pull_back, select, steepest
 
-# Probes that go through the model at once.
+# Probes evaluated in one pass.
 _BLOCK = 1024
-# Numbers in such a block, so that large images come in fewer.
+# Values in such a block, so that large images come in smaller blocks.
 _NUMBERS = 1 << 22
 
 
@@ -67,7 +67,7 @@ def hopskipjump(
 
 @dataclass(frozen=True)
 class _Decision:
-    """Say of points, as many for each image, which are adversarial: all that the attack may ask."""
+    """Return which points are adversarial, the same number for each image: the only query that the attack may make."""
 
     model: nn.Module
     y: Tensor
@@ -110,7 +110,7 @@ def _estimate(decide: _Decision, point: Tensor, probe: Tensor, count: int, gener
         weights += offset.sum(1)
         decided += sign.sum(1)
     mean = decided / count
-    # All probes alike: the baseline would leave nothing, and the plain mean is the best guess.
+    # All probes agree: the baseline would leave nothing, so the plain mean is the best guess.
     baseline = torch.where(mean.abs() == 1, torch.zeros_like(mean), mean)
     return total - column(baseline, point) * weights
 

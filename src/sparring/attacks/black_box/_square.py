@@ -23,9 +23,9 @@ from ..fastpath._mlp import Dense
 
 # Fractions of the queries at which the side of the squares shrinks (the area halves each time).
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
-# Progress of a random search goes with the logarithm of its length: checks at this many halvings of the queries.
+# A random search progresses with the logarithm of its length: checks at this many halvings of the queries.
 _CHECKS = 6
-# First-layer outputs, added up change by change, are computed afresh after so many queries: no rounding piles up.
+# First-layer outputs are summed change by change, and recomputed after so many queries to limit rounding errors.
 _REFRESH = 500
 
 
@@ -87,12 +87,12 @@ def square(
 
 
 def _shrunk(query: int, queries: int) -> float:
-    """Return the share of the first square's area that a query's has."""
+    """Return a query's area relative to the first square's."""
     return 0.5 ** sum(query / queries > mark for mark in _HALVINGS)
 
 
 def _marks(queries: int, checks: set[int]) -> list[int]:
-    """Return the queries at which something happens: the size changes, prospects are checked, sums start afresh."""
+    """Return the queries at which the size changes, prospects are checked, or sums are recomputed."""
     return [
         query
         for query in range(1, queries + 1)
@@ -103,7 +103,7 @@ def _marks(queries: int, checks: set[int]) -> list[int]:
 
 
 def _leave(state: Search, leaving: Tensor, x_adv: Tensor) -> Search:
-    """Return the images that stay; x_adv takes the points of the others."""
+    """Return the images that stay; write the points of the others to x_adv."""
     if not bool(leaving.any()):
         return state
     x_adv[state.row[leaving]] = state.point[leaving]
@@ -199,16 +199,16 @@ def _propose_l2(state: Search, side: int, eps: float, generator: Source) -> Tens
     return inside(state.x, state.x + changed, L2, eps)
 
 
-# On a network of matrices an image tries so many squares at once: about one in twenty is kept, so that few are wasted,
-# and small products cost as much as these. Early on more are kept: one more at once for every ten queries made.
+# On a network of matrices, this many squares are tried at once per image: about one in twenty is kept, so few are
+# wasted, and smaller products are no faster. Early on more are kept: one more at once for every ten queries made.
 _TRIES, _EARLY = 8, 10
-# Up to so many changed pixels their columns of the first matrix are added up; beyond, the product is faster.
+# Up to so many changed pixels, columns of the first matrix are summed; beyond, the product is faster.
 _FEW = 200
 
 
 @dataclass
 class Search:
-    """The images still standing: one entry per image in every tensor.
+    """State of the images not yet fooled: one entry per image in every tensor.
 
     low, high: where pixels may be, for linf; gap: the margin at `point`; checked: what it was at the last check.
     """
@@ -225,7 +225,7 @@ class Search:
 
     @classmethod
     def of(cls, region: FeasibleSet, y: Tensor, targets: Tensor | None, point: Tensor, gap: Tensor) -> Search:
-        """Return the beginning, with everybody in it."""
+        """Return the initial state of all images."""
         row = torch.arange(len(y), device=y.device)
         return cls(row, region.x, region.low, region.high, y, targets, point, gap, gap.clone())
 
@@ -254,10 +254,10 @@ class _Squares:
 
 
 class _View(NamedTuple):
-    """What R images see of the queries ahead of each, L of them, squares of P pixels.
+    """The next L queries of R images each, as squares of P pixels.
 
-    pixels, new, change (R, L, P): which pixels change, to what, and by how much; seen (R, L): which queries are looked
-    at; asked: the numbers in (R · L) of those that change anything.
+    pixels, new, change (R, L, P): which pixels change, to what, and by how much; seen (R, L): which queries are
+    tried; asked: the numbers in (R · L) of those that change anything.
     """
 
     pixels: Tensor
@@ -271,8 +271,8 @@ def try_squares(model: nn.Module, state: Search, side: int, begin: int, end: int
     """Move every image along the queries `begin` to `end` of the attack, up to its first success.
 
     A query sets one square of the image, channel by channel, to an end of the budget, and is kept where that raises the
-    margin. One that changes nothing is not put to the model. Several are tried on the same point: of those the first
-    that gains is kept, and the later ones are tried again.
+    margin. One that changes nothing is not evaluated. Several are tried at the same point: the first that gains is
+    kept, and the later ones are tried again.
     """
     matrices = _Matrices.of(model, state.point)
     squares = _Squares.draw(state.x, side, end - begin, generator)
@@ -312,7 +312,7 @@ def try_squares(model: nn.Module, state: Search, side: int, begin: int, end: int
 
 
 def _look(squares: _Squares, point: Tensor, ends: Tensor, done: Tensor, part: Tensor | slice, tries: int) -> _View:
-    """Return what images see that have `done` queries behind them; `part` says which images of the squares they are."""
+    """Return the next queries of images that have made `done`; `part` selects these images among the squares."""
     # Of small squares about a third change nothing.
     width = tries + tries // 2 + 1 if squares.inside.numel() <= _FEW else tries
     ahead = done.unsqueeze(1) + torch.arange(width, device=done.device)
@@ -333,7 +333,7 @@ def _look(squares: _Squares, point: Tensor, ends: Tensor, done: Tensor, part: Te
 class _Matrices:
     """A network of matrices whose first layer's outputs are added up change by change.
 
-    columns: the first matrix, (pixels, units); first: its outputs (N, units) at the points; after: at what was asked.
+    columns: the first matrix, (pixels, units); first: its outputs (N, units) at the points; after: at the tried ones.
     """
 
     probe: Probe
@@ -344,7 +344,7 @@ class _Matrices:
 
     @classmethod
     def of(cls, model: nn.Module, point: Tensor) -> _Matrices | None:
-        """Return the network at these points, None for one that is more than matrices."""
+        """Return the network at these points, or None if it consists of more than matrices."""
         if not isinstance(model, Probe) or model.dense is None:
             return None
         first = model.dense.first(point)

@@ -22,7 +22,7 @@ from ._run import AttackResult, draws_for, run
 from ._sanity_checks import Flag, exceeds
 from ._scoring import NOTABLE, TOLERANCE, Attack, budget_of, facts_of, source_for
 
-_SILENCE_IMAGES = 4  # each is attacked alone
+_SILENCE_IMAGES = 4  # each image is attacked alone
 _RETRIES = 3
 
 Found = dict[tuple[str, Threat], AttackResult]
@@ -88,7 +88,7 @@ def _opinions(
     batch_size: int | None,
     draws: Draws,
 ) -> Iterator[tuple[tuple[str, Threat], tuple[Flag, ...]]]:
-    """Yield what other attacks, other budgets, no budget at all and the points that it saw say against a result."""
+    """Yield flags against a result: from other attacks, other budgets, no budget at all, and the points that it saw."""
     for threat in {threat for _, threat in found}:
         rivals = {name: result for (name, other), result in found.items() if other == threat}
         yield from (((name, threat), flags) for name, flags in check_order(rivals).items())
@@ -107,7 +107,7 @@ def _opinions(
 
 
 def _worst_cases(found: Found) -> list[AuditRow]:
-    """Return a row for each budget that several attacks were given: what is robust is what withstands them all."""
+    """Return a row for each budget that several attacks used: an image is robust if all of them fail."""
     rows = []
     for threat in dict.fromkeys(threat for _, threat in found if threat.eps is not None):
         rivals = [result for (_, other), result in found.items() if other == threat]
@@ -117,7 +117,7 @@ def _worst_cases(found: Found) -> list[AuditRow]:
 
 
 def _worst_case(rivals: Sequence[AttackResult]) -> AttackResult:
-    """Return for each image the first success that there is, and the passes and seconds of all."""
+    """Return each image's first success, if any, and the passes and seconds of all attacks."""
     worst = replace(rivals[0], flags=())
     for rival in rivals[1:]:
         gained = rival.success & ~worst.success

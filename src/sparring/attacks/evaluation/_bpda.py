@@ -1,8 +1,8 @@
 """Attack models whose gradients are hidden, random or partly missing.
 
-What nobody can find out by looking, a layer of the base class `Declared` says of itself. Where a branch is cut from the
-graph, autograd's gradient is right about some pixels and silent about others, neither zero nor unstable: finite
-differences tell, and take its place.
+Layers with the base class `Declared` declare what cannot be detected. If a branch is cut from the graph, autograd's
+gradient is right for some pixels and misses others, without being zero or unstable: finite differences show this, and
+replace it.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def is_stochastic(model: nn.Module) -> bool:
 
 
 def dense_copy(model: nn.Module) -> nn.Module | None:
-    """Return a copy of a model with every module of activation sparsity replaced by what it took the place of.
+    """Return a copy of a model with every module of activation sparsity replaced by the layer that it replaced.
 
-    None where no module says so. Examples of such a copy are tried on the model itself.
+    None if no module declares one. Examples of such a copy are tried on the model itself.
     """
     parts = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Declared)]
     replaced = {path: dense for path, part in parts if (dense := part.dense()) is not None}
@@ -56,7 +56,7 @@ def dense_copy(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Let every stochastic module draw from a generator of its own with this seed, and restore the old ones."""
+    """Give every stochastic module its own generator with this seed, and restore the old ones."""
     modules = [module for module in _declared(model) if module.stochastic]
     before = [module.generator for module in modules]
     try:
@@ -70,10 +70,10 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 @contextmanager
 def straight_through(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Give declared modules their own BPDA backward pass, and layers with a dead one a secant's.
+    """Use the BPDA backward pass of modules that declare one, and a secant's for layers with a dead one.
 
     Athalye et al. 2018, section 4.1. A layer is dead if its output has the shape of its input and does not depend on
-    it as far as autograd can tell, at any of the images x.
+    it according to autograd, at any of the images x.
     """
     declared = [module for module in _declared(model) if module.masks_gradients]
     before = [module.straight_through for module in declared]
@@ -91,14 +91,14 @@ def straight_through(model: nn.Module, x: Tensor) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Call:
-    """A module's call: its first input as it was before the module ran, which may write into it, and the others."""
+    """A module's call: a copy of its first input, since the module may write into it, and the other inputs."""
 
     entry: Tensor
     others: tuple[Any, ...]
     named: dict[str, Any]
 
     def again(self, forward: Callable[..., Any], entry: Tensor) -> Any:
-        """Return what the module makes of another first input, which stays as it is."""
+        """Return the module's output for another first input, which is not changed."""
         return forward(entry.clone(), *self.others, **self.named)
 
 
@@ -107,10 +107,10 @@ Reply = Callable[[nn.Module, Callable[..., Any], _Call, Tensor], Tensor | None]
 
 @contextmanager
 def _listening(modules: list[nn.Module], reply: Reply) -> Iterator[None]:
-    """Call `reply` with each call of a module whose output has the shape of its first input, and take its answer.
+    """Call `reply` with each call of a module whose output has the shape of its first input, and use its answer.
 
-    It is given the forward pass too, which it may run again without being called for that. Scripted modules take no
-    hooks, and are left out.
+    `reply` also gets the forward pass, and is not called when it runs that. Scripted modules take no hooks and are
+    left out.
     """
     calls: list[_Call | None] = []
     forwards: dict[nn.Module, Callable[..., Any]] = {}
@@ -139,8 +139,8 @@ def _listening(modules: list[nn.Module], reply: Reply) -> Iterator[None]:
 def _with_secant_slope(_: nn.Module, forward: Callable[..., Any], call: _Call, output: Tensor) -> Tensor:
     """Return the output with the backward pass of an elementwise function of secant slopes.
 
-    The secants reach half a standard deviation to both sides, so that a staircase has the slope of its ramp, and a
-    layer that only cuts the graph that of the identity.
+    The secants reach half a standard deviation to both sides. A staircase therefore has the slope of its ramp, and a
+    layer that only cuts the graph has slope 1.
     """
     entry = call.entry
     with torch.no_grad():
@@ -152,7 +152,7 @@ def _with_secant_slope(_: nn.Module, forward: Callable[..., Any], call: _Call, o
 
 
 def _dead_layers(model: nn.Module, x: Tensor) -> list[nn.Module]:
-    """Return the modules whose own backward pass gives nothing although input and output have one shape."""
+    """Return the modules whose backward pass gives zeros although input and output have the same shape."""
     dead: list[nn.Module] = []
 
     def examine(module: nn.Module, forward: Callable[..., Any], call: _Call, _: Tensor) -> None:
@@ -172,7 +172,7 @@ def _dead_layers(model: nn.Module, x: Tensor) -> list[nn.Module]:
 
 
 class PrefixSplit(NamedTuple):
-    """A model in two: `drawing(steady(x))` are its logits, and `steady` answers the same each time."""
+    """A model in two: `drawing(steady(x))` are its logits, and `steady` returns the same each time."""
 
     steady: nn.Module
     drawing: nn.Module
@@ -181,8 +181,8 @@ class PrefixSplit(NamedTuple):
 def split_at_draw(model: nn.Module, x: Tensor) -> PrefixSplit | None:
     """Return a sequence of layers split before the first that declares to draw, or None for any other model.
 
-    x: a few images, on which the first part is tried: a layer that draws without saying so does not get past. None also
-    where that part has more outputs than inputs: little would be saved then, and outputs are held for all images.
+    x: a few images, on which the first part is tried: a layer that draws without declaring it is found there. Also None
+    if that part has more outputs than inputs: little would be saved, and outputs are held for all images.
     """
     hooked = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks
     if type(model) is not nn.Sequential or hooked or "forward" in vars(model):
@@ -199,30 +199,30 @@ def split_at_draw(model: nn.Module, x: Tensor) -> PrefixSplit | None:
 _IMAGES = 8
 # Directions over all pixels, over those without any gradient, blocks to a side, and directions of the first look.
 _WHOLE, _SILENT, _GRID, _FIRST = 4, 3, 3, 2
-# Half a difference's length in pixel units: short, but so long that rounding does not hide it.
+# Half the length of a difference, in pixel units: short, but long enough that rounding does not hide it.
 _STEP, _STEP_IN, _LONG = 1e-3, {torch.float16: 2e-2, torch.bfloat16: 6e-2}, 0.125
 _ROOM, _SHORTER = 0.0125, (8.0, 64.0)
-# Of a derivative's square so much must be missing, and so much more than the second difference, which is what kinks,
-# curvature, jumps and rounding between the two ends can do. Parts are looked at unless what is missing of the whole is
-# next to nothing, or little and so explained.
+# So much of a derivative's square must be missing, and so many times the second difference, which kinks, curvature,
+# jumps and rounding between the two ends explain. Parts are examined unless almost nothing of the whole is missing, or
+# little that is so explained.
 _MISSING, _BEYOND, _LITTLE, _NOTHING = 0.2, 4.0, 0.03, 0.001
-# Pixels without a gradient that do this share of what all pixels do, moved far, are no dead inputs but a staircase's.
+# Pixels without a gradient that, moved far, have this share of the effect of all pixels are not dead: a staircase is.
 _NOTABLE = 0.1
-# Groups of pixels that an attack moves one after the other, each by so much. A large network gets fewer, which an
-# attack on it ends in minutes with: so many parameters times groups, at least 16 groups.
+# Groups of pixels that an attack moves one after another, the limit of parameters times groups, and the distance moved.
+# The limit gives a large network fewer groups (at least 16), so that an attack on it ends in minutes.
 _GROUPS, _WORK, _REACH = 256, 2**27, 0.03
 
 
 @torch.no_grad()
 def blind_pixels(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 1024) -> Tensor | None:
-    """Return the pixels of an image where autograd misses what the model does, a bool mask; None where there are none.
+    """Return the pixels of an image whose effect autograd misses, as a bool mask; None if there are none.
 
-    x: images that are classified correctly as y, the first 8 are examined: how the gap between the label's
-    logit and the strongest other one changes along random signs over all pixels, in few passes, against what the
-    gradient promises. Where that misses more than kinks explain, or three hundredths, or where pixels have no gradient
-    at any image, blocks, channels and those pixels follow, in at most 57 passes, three times as many where one is in
-    doubt. Pixels without a gradient are moved far too, since short steps do not see a staircase. The model is given
-    `batch_size` images at a time.
+    x: images that are classified correctly as y; the first 8 are examined. A few passes compare how the gap between the
+    label's logit and the strongest other one changes along random signs over all pixels with what the gradient
+    predicts. If that misses more than kinks explain, or 3%, or if pixels have no gradient at any image, then blocks,
+    channels and those pixels follow, in at most 57 passes, or three times as many if a result is unclear. Pixels
+    without a gradient are also moved far, since short steps do not reveal a staircase. The model gets `batch_size`
+    images at a time.
     """
     x, y = x[:_IMAGES], y[:_IMAGES]
     kind = precision(model, x)  # unless the logits are coarser still
@@ -230,7 +230,7 @@ def blind_pixels(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 10
     noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
     def gap(length: float) -> _Gap:
-        # A little noise: on flat images maxima are ties and ReLUs at their kinks; and room for steps to both sides.
+        # A little noise, as flat images put maxima at ties and ReLUs at kinks; and room for steps to both sides.
         point = torch.lerp(x, 0.25 + 0.5 * noise, 4 * length).to(kind).to(x.dtype)
         return _Gap.at(model, point, y, kind, generator, batch_size)
 
@@ -253,7 +253,7 @@ def blind_pixels(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 10
         seen = near.changes(pixels, step, times)
         if seen.missed <= max(_MISSING * seen.known, _BEYOND * seen.bent):
             continue
-        # A rough function has a gradient, nearby; what is cut misses as much however short the step.
+        # A rough function has a gradient nearby; a cut misses as much for any length of step.
         nearby = (near.changes(pixels, step / shorter, times) for shorter in _SHORTER)
         if all(again.missed > _MISSING * again.known for again in nearby):
             blind |= pixels
@@ -261,7 +261,7 @@ def blind_pixels(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 10
 
 
 class _Changes(NamedTuple):
-    """Sums of squares: what the gradient missed of differences, the differences, and the second differences."""
+    """Sums of squares: the gradient's errors, the differences, and the second differences."""
 
     missed: float
     known: float
@@ -270,9 +270,9 @@ class _Changes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Gap:
-    """What the strongest other logit lacks to the label's, as a function of the images near x: value and gradient.
+    """The gap between the label's and the strongest other logit, as a function of images near x: value and gradient.
 
-    grain: the distance of two numbers of the logits' size.
+    grain: the distance between neighbouring numbers of the logits' size.
     """
 
     model: nn.Module
@@ -297,12 +297,12 @@ class _Gap:
 
         logits, gradient = in_parts(model, x, lack, y, batch_size)
         weights = _against(logits, y)
-        grain = torch.finfo(kind).eps * logits.abs().amax(1)  # what changes less may not change at all
+        grain = torch.finfo(kind).eps * logits.abs().amax(1)  # a smaller change may be none
         value = (logits * weights).sum(1)
         return cls(model, x, logits, weights, value, grain, gradient, kind, generator, batch_size)
 
     def changes(self, pixels: Tensor, step: float, times: int) -> _Changes:
-        """Return what moving these pixels to both sides does, along so many random directions in one pass."""
+        """Return the effect of moving these pixels to both sides, along several random directions in one pass."""
         if times == 0 or not bool(pixels.any()):
             return _Changes(0.0, 0.0, 0.0)
         drawn = torch.stack([torch.rand(self.x.shape, generator=self.generator) for _ in range(times)])
@@ -317,18 +317,18 @@ class _Gap:
 
 
 def _against(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the weights (N, classes) whose sum of logits is what the strongest other one has more than the label's."""
+    """Return the weights (N, classes) whose sum of logits is the strongest other logit minus the label's."""
     rival = others(logits, y).argmax(1, keepdim=True)
     return torch.zeros_like(logits).scatter(1, rival, 1.0).scatter(1, y.unsqueeze(1), -1.0)
 
 
 def _is_told(seen: _Changes) -> bool:
-    """Return whether the gradient tells so nearly all of what an image does that no notable part can be missing."""
+    """Return whether the gradient explains so much of an image's effect that no notable part can be missing."""
     return seen.missed <= max(_NOTHING * seen.known, min(_LITTLE * seen.known, _BEYOND * seen.bent))
 
 
 def _parts(silent: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Yield parts of an image, as masks, and along how many directions to look at each; the whole comes last."""
+    """Yield parts of an image, as masks, and the number of directions for each; the whole comes last."""
     yield silent, _SILENT
     places = torch.arange(silent.numel(), device=silent.device).view_as(silent)
     block = places * _GRID**2 // silent.numel()
@@ -344,10 +344,10 @@ def _parts(silent: Tensor) -> Iterator[tuple[Tensor, int]]:
 
 
 class Differences(nn.Module):
-    """A model whose input gradients are autograd's, but for its blind pixels, where they are finite differences.
+    """A model whose input gradients are autograd's, except at blind pixels, where they are finite differences.
 
-    blind: a mask of the pixels of an image. They are moved in at most 256 groups, fewer of a large network, by 0.03
-    into the box and at random signs; a group's pixels share what it changes, and are regrouped each time.
+    blind: a mask of the pixels of an image. They are moved in at most 256 groups, fewer for a large network, by 0.03
+    into the box and with random signs. A group's pixels share its effect, and are regrouped each time.
     passes: images sent forward for that.
     """
 

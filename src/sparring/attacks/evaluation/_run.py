@@ -189,9 +189,9 @@ def _hold(stack: ExitStack, model: nn.Module, x: Tensor) -> nn.Module:
 
 @dataclass(frozen=True)
 class Checked:
-    """What the contract's checks found of a model: doubts, whether it draws, and the pixels without a true gradient.
+    """Results of the checks of a model: flags, whether it draws, and the pixels without a true gradient.
 
-    done: whether they were made at all, on an image that is classified correctly.
+    done: whether they ran at all, on an image that is classified correctly.
     """
 
     flags: tuple[Flag, ...] = ()
@@ -202,9 +202,9 @@ class Checked:
 
 @dataclass(frozen=True)
 class _Beginning:
-    """What is known of a model before it is attacked: the images with a size for batches, whether and where it draws.
+    """State before a model is attacked: the images with a batch size, and whether and where the model draws.
 
-    best: the images as they came; watch: what the verdict is asked of.
+    best: the original images; watch: the model that judges them.
     """
 
     order: Order
@@ -215,7 +215,7 @@ class _Beginning:
 
 
 def _begin(model: nn.Module, order: Order, draws: int, seen: Checked, seed: int, *, splits: bool) -> _Beginning:
-    """Ask for the images' own logits, and check the model by them; `splits`: whether a steady part may go alone."""
+    """Compute the images' logits, and check the model by them; `splits`: whether a steady part may run separately."""
     x, y, drawing = order.x, order.y, is_stochastic(model)
     sized, watch = order.sized(model), Probe(model)
     known = None if drawing else Judge(watch, None, sized, 1, seed + 1).logits(x)
@@ -241,9 +241,9 @@ def attack_held(
     draws: int,
     seen: Checked,
 ) -> tuple[AttackResult, Checked]:
-    """Return what `run` does but for the time, with models that are held, and what checks found.
+    """Return the result of `run` except for the time, for models that are held, and the results of the checks.
 
-    For batches of 0 a size is found; checks that were `seen` are not repeated.
+    For batches of 0 a size is chosen; checks that were `seen` are not repeated.
     """
     x, seed, before = order.x, order.draws.seed(), state_of(model)
     begun = _begin(model, order, draws, seen, seed, splits=through is None)
@@ -276,7 +276,7 @@ def attack_held(
 
 
 def _checked(best: Best, model: nn.Module, random: bool, *, by_hand: bool) -> Checked:
-    """Look for pixels without a true gradient, and flag them; return what all checks found."""
+    """Look for pixels without a true gradient, and flag them; return the results of all checks."""
     blind, rows = None, best.clean_correct.nonzero().squeeze(1)
     if not by_hand and not random:
         x, y = best.order.x[rows], best.order.y[rows]
@@ -401,11 +401,11 @@ def _by_hand(model: nn.Module, x: Tensor) -> ByHand | None:
 def _doubted(
     model: nn.Module, x: Tensor, y: Tensor, flags: Iterable[Flag], batch_size: int
 ) -> tuple[Tensor | None, list[Flag]]:
-    """Return the pixels at which no attack should follow the gradient, a mask or None, and a flag where autograd lies.
+    """Return the pixels at which no attack should follow the gradient, a mask or None, and a flag if autograd is wrong.
 
-    x: images classified correctly as y. Where steps do not gain what the gradient promises and that is no lie but
-    jumps, the mask is of all pixels. What layers declare to mask has a backward pass of its own: the rest of such a
-    model is seen without them.
+    x: images classified correctly as y. If steps do not gain what the gradient predicts, because of jumps rather than
+    a wrong gradient, the mask covers all pixels. Layers that declare masked gradients have their own backward pass:
+    the rest of such a model is examined without them.
     """
     masked = has_masked_gradients(model)
     seen = dense_copy(model) if masked else model
@@ -438,7 +438,7 @@ def draws_for(x: Tensor, source: Source) -> Draws:
 
 
 def seed_from(generator: torch.Generator | None) -> int:
-    """Return a seed that a generator draws; 0 without one."""
+    """Return a seed drawn from a generator; 0 without one."""
     if generator is None:
         return 0
     return int(torch.randint(0, 2**31, (), generator=generator, device=generator.device))

@@ -20,21 +20,21 @@ from ..algorithms._losses import cross_entropy, is_answer, margin_loss
 
 # Layers that answer differently in training mode.
 _MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
-# Enough images to see a systematic fault, few enough to cost less than the cheapest attack; of these so many are moved
-# along random signs.
+# Enough images to see a systematic fault, few enough to cost less than the cheapest attack; and how many of them are
+# moved along random signs.
 _SAMPLE, _DIFFERENCES = 32, 8
-# The cross-entropy's pull on the logits, below which it may be lost on the way back to the image.
+# A gradient of the cross-entropy at the logits below this may vanish on the way back to the image.
 _FAINT = 1e-20
 _MANY = 0.1
-# A step this long, in pixel units of linf, is so short that a trained network follows its gradient; in half precision
-# so long that rounding does not hide what it gains.
+# A step of this linf length is so short that a trained network follows its gradient; in half precision it is so long
+# that rounding does not hide the gain.
 _SHORT, _SHORT_IN = 1e-3, {torch.float16: 5e-3, torch.bfloat16: 2e-2}
-# Half a difference's length along random signs, and how many times its square a gradient may miss there: without any
-# it misses the square once.
+# Half the length of a difference along random signs, and how many times its square a gradient may miss there: a zero
+# gradient misses the square once.
 _WIDE, _WORSE = 5e-3, 4.0
-# What rounding may leave beyond the box, as the evaluator itself allows.
+# How far rounding may lead out of the box, as the evaluator allows.
 _ROUNDING = 1e-6
-# A result raises about ten checks, and at most one honest network in a hundred may see one fail.
+# A result passes about ten checks, and at most one sound network in a hundred may fail one of them.
 _CHANCE = 1e-3
 
 FLAGS = {
@@ -74,32 +74,32 @@ class Flag:
 def exceeds(more: int, fewer: int, *, share: float, of: int) -> bool:
     """Return whether one attack does notably and significantly better than another on the same images.
 
-    more, fewer: the images that only the one fools, and only the other; of: all images. Notably: by at least `share`
-    of all. Significantly: were both equally strong, each image that only one of them fools would be either's with
-    chance 1/2, and as uneven a count has a chance of at most 0.001 (McNemar's exact test, one-sided).
+    more, fewer: numbers of images that only the first fools, and only the second; of: all images. Notably: by at least
+    `share` of all. Significantly: if both were equally strong, an image that only one of them fools would be either's
+    with probability 1/2, and a count this uneven has a probability of at most 0.001 (McNemar's exact test, one-sided).
     """
     apart = more + fewer
     return more - fewer >= share * of and _chance(more, apart, 0.5) <= _CHANCE
 
 
 def many(count: int, of: int, *, share: float) -> bool:
-    """Return whether more than `share` of all images are so, beyond chance.
+    """Return whether a count is more than `share` of all images, beyond chance.
 
-    Were `share` what such images are of all there are, so many in a sample of `of` would have a chance of at most 0.001
-    (exact binomial test, one-sided).
+    If `share` were the true fraction, so many in a sample of `of` would have a probability of at most 0.001 (exact
+    binomial test, one-sided).
     """
     return _chance(count, of, share) <= _CHANCE
 
 
 def _chance(count: int, of: int, share: float) -> float:
-    """Return the chance of `count` or more successes in `of` trials, each with the chance `share`."""
+    """Return the probability of `count` or more successes in `of` trials, each with probability `share`."""
     return float(special.bdtrc(count - 1, of, share))
 
 
 def check_inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images and labels as attacks want them; raise UserError unless x are floats in [0, 1] and y int64 labels.
+    """Return images and labels as attacks need them; raise UserError unless x are floats in [0, 1] and y int64 labels.
 
-    Images have no gradient, single or double precision, and none of what rounding leaves beyond the box, at most 1e-6.
+    The returned images are detached, float32 or float64, and clipped if rounding left them up to 1e-6 outside.
     """
     if not x.is_floating_point():
         raise UserError(f"images must be floats in [0, 1], not {x.dtype}; divide 8-bit images by 255")
@@ -123,7 +123,7 @@ def check_inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_targets(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None) -> None:
-    """Raise UserError unless targets are int64 classes that the model has, each another than the image's own."""
+    """Raise UserError unless targets are int64 classes that the model has, each different from the image's own."""
     if targets is None:
         return
     if targets.dtype != torch.int64 or targets.shape != y.shape:
@@ -138,7 +138,7 @@ def check_targets(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor | None
 
 
 def check_threat(x: Tensor, threat: Threat) -> None:
-    """Raise UserError for a budget that no image pair can use up: eps is then in other units."""
+    """Raise UserError for a budget larger than the distance of any two images: eps is then in other units."""
     widest = diameter(x, threat.norm)
     if threat.eps is not None and threat.eps > widest:
         raise UserError(
@@ -148,7 +148,7 @@ def check_threat(x: Tensor, threat: Threat) -> None:
 
 
 def check_mode(model: nn.Module) -> tuple[Flag, ...]:
-    """Return a flag if layers whose answers depend on it are in training mode; call it before `frozen`."""
+    """Return a flag if layers that depend on the mode are in training mode; call it before `frozen`."""
     kinds = sorted({type(m).__name__ for m in model.modules() if m.training and isinstance(m, _MODAL)})
     if not kinds:
         return ()
@@ -160,7 +160,7 @@ def check_losses(before: Tensor, after: Tensor) -> tuple[Flag, ...]:
     """Return a flag if a failed attack left more than a tenth of its images, beyond chance, with a lower margin.
 
     before, after: the margins (N,) of the images it failed on. From the indicators of attack failure (Pintor et al.
-    2022): an ascent that descends does not follow the model.
+    2022): an ascent that ends lower does not follow the model.
     """
     lower, failed = int((after < before).sum()), len(before)
     if failed == 0 or not many(lower, failed, share=_MANY):
@@ -172,10 +172,10 @@ def check_losses(before: Tensor, after: Tensor) -> tuple[Flag, ...]:
 def check_model(
     model: nn.Module, x: Tensor, y: Tensor, known: Tensor | None, *, draws: bool, batch_size: int
 ) -> tuple[bool, tuple[Flag, ...]]:
-    """Return whether a model in eval mode draws, and what is doubtful about it; raise UserError as the contract says.
+    """Return whether a model in eval mode draws, and flags; raise UserError if it violates the requirements.
 
-    known: its logits for x from a pass before, which are asked for where it is None. draws: whether it says itself that
-    it draws, in which case passes cannot be compared. At most 32 images are looked at, so many at a time.
+    known: its logits for x from an earlier pass, computed if None. draws: whether it declares that it draws; passes
+    then cannot be compared. At most 32 images are used, `batch_size` at a time.
     """
     with torch.no_grad():
         first = model(x[:_SAMPLE]) if known is None else known[:_SAMPLE]
@@ -200,13 +200,13 @@ def check_model(
 
 
 def is_random(model: nn.Module, x: Tensor) -> bool:
-    """Return whether a model in eval mode answers the same images differently."""
+    """Return whether a model in eval mode returns different logits for the same images."""
     with torch.no_grad():
         return _differ(model(x[:_SAMPLE]), model(x[:_SAMPLE]))
 
 
 def state_of(model: nn.Module) -> list[tuple[int, int]]:
-    """Return what changes when parameters or buffers do: the place and the version of each tensor."""
+    """Return a fingerprint of parameters and buffers: the address and version of each tensor."""
     return [(tensor.data_ptr(), tensor._version) for tensor in (*model.parameters(), *model.buffers())]
 
 
@@ -217,7 +217,7 @@ def _check_classes(what: str, labels: Tensor, logits: Tensor) -> None:
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:
-    # Different batch shapes take different kernels: rounding is no difference.
+    # Different batch shapes use different kernels: rounding does not count as a difference.
     tolerance = 1e-4 * float(first.abs().nan_to_num(posinf=0.0).max()) + 1e-6
     return bool(((first - second).abs().nan_to_num() > tolerance).any())
 
@@ -249,8 +249,7 @@ class _Slope:
     def shattered(self) -> list[Flag]:
         """Return a flag if short steps along the gradient do not gain what it predicts.
 
-        From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to honest
-        curvature.
+        From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to true curvature.
         """
         model, x, y, gradient = self.model, self.x, self.y, self.gradient
         length = _SHORT_IN.get(precision(model, self.logits), _SHORT)

@@ -26,15 +26,15 @@ from ._bpda import Differences, is_stochastic, seeded, straight_through
 from ._sanity_checks import Flag
 
 TOLERANCE = 1e-6
-# Factors by which a perturbation is tried shorter and longer where a model draws.
+# Factors by which perturbations are shortened and lengthened if a model draws.
 _SIZES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
-# Another way of attacking must do better on this share of the images before it is called a sign of masking.
+# Another way of attacking must do better on this share of the images to count as a sign of masking.
 NOTABLE = 0.02
-# Images that a thread is given at least.
+# The fewest images for a thread.
 _LEAST = 16
-# Tensors of an image's size that an attack keeps for each image, beside what the model takes.
+# Tensors of an image's size that an attack keeps for each image, besides the model's.
 _COPIES = 16
-# What only just fools another network need not fool this one: a second loan comes from as deep as a budget allows.
+# Points that only just fool another network need not fool this one: a second set comes from as deep as eps allows.
 _DEEP = partial(pgd, objective=dlr, stop_early=False)
 
 
@@ -55,7 +55,7 @@ class Attack(Protocol):
     ) -> Tensor: ...
 
 
-# What the evaluator does on the same images with the same attack, each with other draws; the first, PLAIN to PLAIN + 4.
+# Numbers of the evaluator's passes over the same images, each with its own draws; the first has PLAIN to PLAIN + 4.
 PLAIN, SINGLE, STRAIGHT, DIFFERENCES, LOAN, DEEP_LOAN, LONGER, TWICE = 0, 5, 6, 7, 8, 9, 10, 11
 
 
@@ -75,10 +75,10 @@ def _name_of(attack: Attack) -> str | None:
 
 
 def source_for(attack: Attack, source: Source) -> torch.Generator | None:
-    """Return what an attack draws from: a user's from a generator of its own, which the batch's first image seeds."""
+    """Return an attack's random numbers: for a user's attack a generator, which the batch's first image seeds."""
     if isinstance(source, Draws) and not _is_built_in(_innermost(attack)):
         return source.generator()
-    return cast(torch.Generator | None, source)  # that ours take Draws too is no part of what an attack must do
+    return cast(torch.Generator | None, source)  # only our attacks also take Draws
 
 
 def _innermost(attack: Attack) -> Callable[..., Tensor]:
@@ -132,7 +132,7 @@ class Order:
         return x_adv
 
     def _attacked(self, free: list[nn.Module], draws: Draws, rows: Tensor) -> Tensor:
-        """Return what the attack makes of images `rows`, with a model that nobody else uses."""
+        """Return the attacked images `rows`, with a model that no other thread uses."""
         x, source, model = self.x[rows], source_for(self.attack, draws[rows]), free.pop()
         found = self.attack(
             model, x, self.y[rows], norm=self.threat.norm, targets=select(self.targets, rows), generator=source,
@@ -145,7 +145,7 @@ class Order:
         return found.detach()
 
     def sized(self, model: nn.Module, *, draws: int = 1) -> Order:
-        """Return the order with a size for its batches, if it has none: as many images of a model as memory allows."""
+        """Return the order with a batch size, if it has none: as many images as memory allows."""
         if self.batch_size:
             return self
         rows, threads = facts_of(self.attack).together(self.threat.eps), _threads_for(self.x)
@@ -154,20 +154,20 @@ class Order:
         return replace(self, batch_size=most if threads == 1 else min(most, max(-(-len(self.x) // threads), _LEAST)))
 
     def loans(self, surrogate: Probe, wanted: Callable[[], Tensor]) -> Iterator[Tensor]:
-        """Yield what a surrogate lends, found on the images that are wanted when their turn comes."""
+        """Yield a surrogate's examples, computed for the images that are still open when requested."""
         yield self(surrogate, wanted(), LOAN)
-        # To a single step it would be no loan but another attack, and robust accuracy under it no longer that.
+        # For a single-step attack this would be a different attack, and change what its robust accuracy means.
         if self.threat.eps is not None and not facts_of(self.attack).single_step:
             yield replace(self, attack=_DEEP)(surrogate, wanted(), DEEP_LOAN)
 
 
 def _threads_for(x: Tensor) -> int:
-    """Return how many threads share out the images: on another device the CPU only waits."""
+    """Return how many threads divide the images: with another device the CPU only waits."""
     return torch.get_num_threads() if on_cpu(x) else 1
 
 
 def _twins(model: nn.Module, count: int) -> list[nn.Module]:
-    """Return probes of a model for so many threads, none where one is enough or they would not be independent.
+    """Return a probe of the model for each thread; none if one is enough or they would not be independent.
 
     Draws, counts and hooks of a user's own code are shared by all copies of a model.
     """
@@ -177,19 +177,19 @@ def _twins(model: nn.Module, count: int) -> list[nn.Module]:
         return []
     try:
         return [model.twin() for _ in range(count)]
-    except Exception:  # whatever a user's own model raises that cannot be copied
+    except Exception:  # whatever a user's model raises if it cannot be copied
         return []
 
 
 def answers(logits: Tensor) -> Tensor:
-    """Return the classes that logits (N, classes) say, -1 where they say none."""
+    """Return the predicted classes of logits (N, classes), −1 where there is none."""
     return torch.where(is_answer(logits), logits.argmax(1), -1)
 
 
 class Scored(NamedTuple):
-    """What one way of attacking reached: the images, how far each moved, success, distance as in AttackResult.
+    """The result of one way of attacking: the images, how far each moved, success, distance as in AttackResult.
 
-    margin: how far past the boundary each is in a single pass; 0 where a model draws.
+    margin: how far past the boundary each is in a single pass; 0 if the model draws.
     """
 
     x_adv: Tensor
@@ -201,9 +201,9 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Judge:
-    """Says, on fresh forward passes, which images are misclassified and how far they were moved.
+    """Judges, on fresh forward passes, which images are misclassified and how far they were moved.
 
-    probe: the model, or what follows on its `steady` part, asked `draws` times.
+    probe: the model, or the part after `steady`, run `draws` times.
     """
 
     probe: Probe
@@ -222,7 +222,7 @@ class Judge:
         return self._share(x, self.order.y) < 0.5
 
     def __call__(self, x_adv: Tensor, rows: Tensor) -> Scored:
-        """Return the outcome of an attack on some of the images, by their places `rows`, all classified correctly."""
+        """Return the outcome of an attack on the images at positions `rows`, all classified correctly."""
         y, targets = self.order.y[rows], select(self.order.targets, rows)
         moved = distance(x_adv - self.order.x[rows], self.order.threat.norm)
         margin = torch.zeros_like(moved)
@@ -232,7 +232,7 @@ class Judge:
             logits = self.logits(x_adv)
             reached = answers(logits) != y if targets is None else answers(logits) == targets
             margin = margin_loss(logits, y, targets)
-        success = reached & torch.isfinite(moved)  # NaN is no image, whatever the model makes of it
+        success = reached & torch.isfinite(moved)  # NaN is not an image, whatever the model returns for it
         return Scored(x_adv, moved, success, torch.where(success, moved, torch.inf), margin)
 
     def _share(self, x: Tensor, label: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class Judge:
 def better(first: Scored, second: Scored) -> tuple[Scored, Tensor]:
     """Return the per-image better of two outcomes, and where the second was better by more than 5% or alone.
 
-    Where neither succeeded, what the second left behind is kept if it moved at all.
+    If neither succeeded, the second one's point is kept if it moved at all.
     """
     taken = (second.distance < first.distance) | (torch.isinf(first.distance) & (second.moved != 0))  # NaN is not 0
     shape = column(taken, first.x_adv)
@@ -274,9 +274,9 @@ def _put(whole: Tensor, rows: Tensor, part: Tensor) -> Tensor:
 
 @dataclass
 class Best:
-    """Hold the best that was found for each image so far, over all ways of attacking; `flags` grows beside it.
+    """The best result of each image so far, over all ways of attacking, and the flags raised.
 
-    margin: that of the images as they came (N,), as in `Scored`.
+    margin: of the original images (N,), as in `Scored`.
     """
 
     judge: Judge
@@ -287,7 +287,7 @@ class Best:
 
     @classmethod
     def beginning(cls, judge: Judge, known: Tensor | None, flags: list[Flag]) -> Best:
-        """Return what is there before any attack; known: the logits of the images, None where the model draws."""
+        """Return the state before any attack; known: the logits of the images, None if the model draws."""
         x, y = judge.order.x, judge.order.y
         nowhere = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         if known is None:
@@ -304,16 +304,16 @@ class Best:
         return self.judge.order
 
     def open(self) -> Tensor:
-        """Return the images (N,) that another way of attacking could still do something about."""
+        """Return the images (N,) that another way of attacking could still improve."""
         distances = self.outcome.distance
         return distances > 0 if self.order.threat.eps is None else torch.isinf(distances)
 
     def attack_(self, model: nn.Module, turn: int) -> Tensor:
-        """Attack a model on the images still open, and keep what is better; return the images (N,) that gained."""
+        """Attack a model on the images still open, and keep better results; return the images (N,) that improved."""
         return self.add_(self.order(model, self.open(), turn))
 
     def add_(self, found: Tensor) -> Tensor:
-        """Judge examples (N, ...) of the images still open, and keep the better ones; return the images that gained."""
+        """Judge examples (N, ...) of the images still open, keep better ones, and return the images that improved."""
         rows = self.open().nonzero().squeeze(1)
         held = Scored(*(_taken(part, rows) for part in self.outcome))
         merged, more = better(held, self.judge(_taken(found, rows), rows))
@@ -323,20 +323,20 @@ class Best:
     def resize_(self) -> None:
         """Try the perturbations shorter and longer.
 
-        A search on a model that draws ends at the boundary of its own few draws, and that of most draws lies elsewhere.
+        A search on a model that draws ends at the boundary for its own few draws; for most draws it lies elsewhere.
         """
         x, found = self.order.x, self.outcome.x_adv
         for size in _SIZES:
             self.add_((x + size * (found - x)).clamp(0, 1))
 
     def flag_(self, way: str, gained: Tensor) -> None:
-        """Flag that gradients are masked if a way around them gained notably many images."""
+        """Flag masked gradients if a way around them improved notably many images."""
         more, attacked = int(gained.sum()), int(self.clean_correct.sum())
         if more >= max(2, NOTABLE * attacked):
             self.flags.append(Flag("masked-gradients", f"{way} does better on {more} of {attacked} images"))
 
     def violations(self, nonfinite: int) -> list[Flag]:
-        """Return flags for images beyond box or budget, failed searches, and logits that are no numbers."""
+        """Return flags for images outside of box or budget, failed searches, and logits that are not finite."""
         flags, eps = [], self.order.threat.eps
         low, high = self.outcome.x_adv.aminmax()  # no copy of all images
         beyond = float(torch.maximum(-low, high - 1).clamp(min=0))
@@ -357,7 +357,7 @@ class Best:
 
 
 def attack_single_draws(best: Best, probe: Probe) -> None:
-    """Attack a model that draws as one would attack any: what the expectation adds to that, chance had hidden."""
+    """Attack a model that draws with single passes: what the expectation finds in addition, randomness had hidden."""
     draws, probe.draws = probe.draws, 1
     best.attack_(probe, SINGLE)
     probe.draws = draws
@@ -366,7 +366,7 @@ def attack_single_draws(best: Best, probe: Probe) -> None:
 def attack_itself(best: Best, probe: Probe, *, random: bool) -> None:
     """Attack the model, or its expectation over draws.
 
-    What fools one set of draws need not fool another: images still standing get four more chances.
+    A point that fools one set of draws need not fool another: images not fooled are attacked four more times.
     """
     gained = torch.zeros_like(best.clean_correct)
     for turn in range(PLAIN, PLAIN + (5 if random else 1)):
@@ -386,7 +386,7 @@ def attack_straight_through(best: Best, probe: Probe, model: nn.Module) -> None:
 
 
 def attack_by_differences(best: Best, probe: Probe, model: nn.Module, blind: Tensor) -> None:
-    """Attack by finite differences where the gradient misses what an image does."""
+    """Attack by finite differences at pixels whose effect the gradient misses."""
     probe.model, probe.hand = (differences := Differences(model, blind)), None
     best.flag_("a gradient by finite differences", best.attack_(probe, DIFFERENCES))
     probe.forwards += differences.passes
@@ -405,9 +405,9 @@ def transfer(best: Best, lenders: Mapping[str, Probe], lent: Mapping[str, Sequen
         best.flag_(f"transfer from {name}", gained)
 
 
-# On a CPU a larger batch is no faster. Gradients that go back together are copied inside of operations, unseen.
+# On a CPU a larger batch is no faster. Gradients that share a backward pass are copied inside operations, uncounted.
 _CPU_BYTES, _COPIED, _MOST = 512 * 2**20, 1.2, 1024
-# Checks send no more images at once: where so many and all that are attacked fit, how many more would is no question.
+# The most images that a check runs at once: if these and all attacked images fit, nothing more needs measuring.
 _CHECKED = 256
 
 

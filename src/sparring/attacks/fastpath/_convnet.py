@@ -1,9 +1,9 @@
 """Small convolutional networks without autograd: a convolution and its pooling are one product over patches.
 
-Autograd spends most of such a network's time on the first convolution's way back, whose product is too thin, and on
-pooling. Here a patch is all that one pooling window sees, and the matrix holds the filters once for each place in that
-window, shifted: a product gives every value that the window compares, and its transpose brings a gradient back. Images
-lie side by side in each pixel, so that patches are copied, compared and added in whole rows.
+Autograd spends most of such a network's time on the backward pass of the first convolution, whose product is too thin,
+and on pooling. Here a patch is the receptive field of one pooling window, and the matrix holds the filters once for
+each position in that window, shifted: one product gives all values that the window compares, and its transpose is the
+backward pass. Images are the last axis, so that patches are copied, compared and added in whole rows.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ._mlp import Dense, agree, dense_layers, is_hooked
 
 # Shifted filters are padded with zeros: beyond this many times the products, a plain convolution is faster.
 _WASTE = 1.5
-# What has one of these is another network: nobody need wait for its graph.
+# A network with one of these is of another kind, so its graph need not be computed.
 _OTHERS = (nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention, nn.RNNBase)
 
 
 class _Seen(NamedTuple):
-    """What the way back needs of a layer: its input's shape, the values compared, and the largest of them."""
+    """What the backward pass needs of a layer: its input's shape, the values compared, and the largest of them."""
 
     shape: torch.Size
     values: Tensor
@@ -46,7 +46,7 @@ class ConvLayer:
     rectified: bool
 
     def forward(self, x: Tensor) -> tuple[Tensor, _Seen]:
-        """Return the outputs (outputs, rows, columns, N) for x (inputs, height, width, N), and what was seen."""
+        """Return outputs (outputs, rows, columns, N) for x (inputs, height, width, N), and what `backward` needs."""
         patches = x.unfold(1, self.patch[0], self.stride[0]).unfold(2, self.patch[1], self.stride[1])
         patches = patches.permute(0, 4, 5, 1, 2, 3)
         values = (self.weight @ patches.reshape(self.weight.shape[1], -1)).view(-1, len(self.bias), *patches.shape[3:])
@@ -60,7 +60,7 @@ class ConvLayer:
         if self.rectified:
             gradient = gradient * (largest + self.bias.view(-1, 1, 1, 1)).sign_().clamp_min_(0)
         spread = torch.empty_like(values)
-        for place, value in enumerate(values):  # of equal values the first takes it, as in torch
+        for place, value in enumerate(values):  # the first of equal values gets it, as in torch
             hit = torch.sub(value, largest, out=spread[place]).sign_().add_(1)
             gradient = gradient - hit.mul_(gradient)
         rows, columns, images = gradient.shape[1:]
@@ -81,7 +81,7 @@ class Convolved:
     head: Dense
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[list[_Seen], list[Tensor]]]:
-        """Return the logits of x (N, C, H, W), and what `backward` wants back."""
+        """Return the logits of x (N, C, H, W), and what `backward` needs."""
         value, seen = x.permute(1, 2, 3, 0).contiguous(), []
         for layer in self.layers:
             value, noted = layer.forward(value)
@@ -104,10 +104,10 @@ class Convolved:
 
 
 def read_convolved(model: nn.Module, x: Tensor) -> Convolved | None:
-    """Return a model in eval mode as such a network, or None where it is anything else.
+    """Return a model in eval mode as such a network, or None if it is of another kind.
 
     x: a few images (N, C, H, W), near which both must give the same logits and gradients: on flat images many maxima
-    are ties, which may go either way.
+    are ties.
     """
     kernels = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     if not kernels or any(kernel.padding != (0, 0) for kernel in kernels) or is_hooked(model):
@@ -133,7 +133,7 @@ class _Draft:
     rectified: bool = False
 
     def finish(self) -> ConvLayer | None:
-        """Return the layer, or None where too much of its matrix would be zeros."""
+        """Return the layer, or None if too much of its matrix would be zeros."""
         outputs, inputs, height, width = self.weight.shape
         down, across = self.stride
         patch = height + down * (self.pool - 1), width + across * (self.pool - 1)

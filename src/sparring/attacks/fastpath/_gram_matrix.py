@@ -33,14 +33,14 @@ class Stem:
     tail: float
 
     def logits_and_pull(self, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what the function of this name does, with gradients (R, N, units) at the first layer's outputs."""
+        """Return the result of the function of this name, with gradients (R, N, units) at the first layer's outputs."""
         logits, hidden = self.probe.through(self.dense, x)
         weights = weigh(logits)
         self.probe.backwards += len(weights) * len(x)
         return logits, self.dense.back_to_first(weights, hidden)
 
     def nearest(self, gaps: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which rival is nearest, |gap| / ‖Wᵀu‖ smallest, and that norm, for gaps (R, N) and u (R, N, units).
+        """Return the rival of smallest |gap| / ‖Wᵀu‖, and that norm, for gaps (R, N) and u (R, N, units).
 
         Norms lie between those of the leading part and of that plus the tail times the rest; only rivals that these
         bounds do not rule out need their norm.
@@ -53,7 +53,7 @@ class Stem:
         open_still = size / widest <= (size / narrowest).amin(0) * (1 + 1e-4)
         chosen = gradients[open_still]
         norms = torch.full_like(gaps, 1e-30)
-        # The square of the floor would be 0 in single precision, and what is dead would be sent to infinity.
+        # The square of the floor would be 0 in single precision, and dead gradients would lead to infinity.
         norms[open_still] = ((chosen @ self.gram) * chosen).sum(1).clamp_min(0).sqrt().clamp_min(1e-30)
         nearest = torch.where(open_still, size / norms, torch.inf).argmin(0)
         return nearest, norms[nearest, torch.arange(gaps.shape[1], device=gaps.device)]
@@ -67,8 +67,8 @@ def find_stem(model: nn.Module) -> Stem | None:
     if not 2 <= weight.shape[0] < weight.shape[1]:
         return None
     gram = weight @ weight.T
-    # In double precision: of the many equal eigenvalues that pruned rows make, the single-precision solver loses one
-    # network in five on a single thread, by an error or by NaN vectors without a word.
+    # In double precision: pruned rows make many equal eigenvalues, with which the single-precision solver fails for
+    # one network in five on a single thread, by an error or silently by NaN vectors.
     try:
         values, vectors = torch.linalg.eigh(gram.double())
     except RuntimeError:  # torch.linalg.LinAlgError is one

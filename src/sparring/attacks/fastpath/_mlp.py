@@ -1,7 +1,7 @@
 """Fully connected networks without autograd: logits and input gradients in two matrix products per layer.
 
 Autograd costs such a network more than the products do once batches are small, and normalisation costs two passes over
-the images. Nothing is taken on trust: `read_dense` compares with the model before it answers.
+the images. `read_dense` compares the result with the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...graph import Flatten, Graph, Linear, ReLU, fold_affine, lower
 
 
 class ByHand(Protocol):
-    """A network that computes its own gradients: what `forward` keeps beside the logits, `backward` wants back."""
+    """A network that computes its own gradients: `forward` returns logits and the values that `backward` needs."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return the logits of x (N, ...), and what was kept."""
@@ -40,7 +40,7 @@ class Dense:
     biases: tuple[Tensor, ...]
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the logits of x and the outputs of every ReLU, which `backward` wants back."""
+        """Return the logits of x and the outputs of every ReLU, which `backward` needs."""
         return self.from_first(self.first(x))
 
     def first(self, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Dense:
         return functional.linear(x.flatten(1), self.weights[0], self.biases[0])
 
     def from_first(self, value: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return what `forward` does, from the first layer's outputs on."""
+        """Return the result of `forward`, from the first layer's outputs on."""
         hidden: list[Tensor] = []
         for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
             hidden.append(value.relu())
@@ -62,7 +62,7 @@ class Dense:
         """
         value = rows
         for weight, output in zip(self.weights[:0:-1], hidden[::-1], strict=True):
-            value = (value @ weight).mul_(output.sign())  # a ReLU's output: 0 or 1, and no mask to convert
+            value = (value @ weight).mul_(output.sign())  # the sign of a ReLU's output: 0 or 1
         return value
 
     def backward(self, rows: Tensor, hidden: list[Tensor]) -> Tensor:
@@ -71,14 +71,14 @@ class Dense:
 
 
 def read_dense(model: nn.Module, x: Tensor) -> Dense | None:
-    """Return a model in eval mode as such a network, or None where it is anything else.
+    """Return a model in eval mode as such a network, or None if it is of another kind.
 
-    x: a few images, at which both must give the same logits and gradients: a model that hides its gradients keeps them
-    hidden, so that flags can tell. Models with hooks are refused, since a hook may change what flows.
+    x: a few images, at which both must give the same logits and gradients: masked gradients stay masked, so that flags
+    are raised. Models with hooks are refused, since a hook may change values or gradients.
     """
     layers = [module for module in model.modules() if module._parameters]
     if is_hooked(model) or not all(isinstance(layer, nn.Linear | nn.BatchNorm1d) for layer in layers):
-        return None  # without asking for a graph, which takes seconds where the model is no plain stack
+        return None  # without a graph, which takes seconds if the model is not a plain stack
     try:
         dense = dense_layers(fold_affine(lower(model, tuple(x.shape[1:]), images=x)), 0)
     except UserError:
@@ -100,7 +100,7 @@ def agree(network: ByHand, model: nn.Module, x: Tensor) -> bool:
 
 def pulled(logits: Tensor, point: Tensor, weights: Tensor) -> Tensor:
     """Return the gradient of a weighted sum of logits at a point; zeros where they do not depend on it."""
-    with torch.enable_grad():  # of a sum: given weights, torch imports a system of symbolic algebra, half a second
+    with torch.enable_grad():  # of a sum: with weights, torch imports SymPy, which takes half a second
         total = (logits * weights).sum()
     return torch.autograd.grad(total, point, allow_unused=True, materialize_grads=True)[0]
 
@@ -110,7 +110,7 @@ def _close(value: Tensor, expected: Tensor) -> bool:
 
 
 def is_hooked(model: nn.Module) -> bool:
-    """Return whether a hook may change what flows through the model."""
+    """Return whether a hook may change values or gradients in the model."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in model.modules()
     )
