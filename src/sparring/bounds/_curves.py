@@ -1,7 +1,7 @@
 """Smooth functions of one variable: extremes over an interval, and lines that bound them.
 
-A function is known by its derivative and by the points between which that is monotone: there a line touches it once,
-which bisection finds. What is left of the interval in which it lies, and rounding, widens the result.
+A function is given by its derivative and by the points between which the derivative is monotone. There a line touches
+the function once, at a point that bisection finds. The remaining width of its interval, and rounding, widen the result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Curve(Call):
 
 @dataclass(frozen=True)
 class Bend:
-    """What is known of a function: its derivative, where that turns or jumps, and how fast it changes at most."""
+    """Description of a function: its derivative, where that turns or jumps, and how fast it changes at most."""
 
     slope: Callable[[Tensor], Tensor]
     turns: tuple[float, ...]
@@ -72,14 +72,14 @@ CURVES = {
 
 
 def bend_of(op: Call) -> Bend | None:
-    """Return what is known of the function that a Call computes."""
+    """Return the description of the function that a Call computes."""
     name = op.name.rstrip("_")
     approximate = op.options.get("approximate", "none")
     return CURVES.get(name if approximate == "none" else f"{name}-{approximate}")
 
 
 class Extremes(NamedTuple):
-    """The least and the most of f(z) − slope·z over intervals, and about where they are."""
+    """The minimum and maximum of f(z) − slope·z over intervals, and approximately where they are."""
 
     least: Tensor
     most: Tensor
@@ -133,7 +133,7 @@ def between(op: Curve, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _through(op: Curve, left: Tensor, right: Tensor, otherwise: Tensor) -> Tensor:
-    """Return the slope of the line through two points of a function, and another where they are too close."""
+    """Return the slope of the line through two points of a function, or a default if they are too close."""
     apart = right - left
     rise = evaluate(op, right) - evaluate(op, left)
     return torch.where(apart > 1e-7, rise / apart.clamp_min(1e-300), otherwise)

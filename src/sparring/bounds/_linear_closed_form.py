@@ -80,7 +80,7 @@ def linear_distances(
     for norm, _ in kinds:
         norm_name(norm)
     margin, w = _margins(model, x, y)
-    used = (w != 0).any(1).any(0)  # the other pixels move nothing
+    used = (w != 0).any(1).any(0)  # the other pixels have no effect
     used[0] = True  # a constant classifier uses none
     w = w[:, :, used]
     room = _room(x.flatten(1)[:, used], w)
@@ -115,9 +115,9 @@ def _boxed(margin: Tensor, w: Tensor, room: Tensor, norm: float) -> Tensor:
     kink = torch.where(size > 0, room / speed.clamp_min(1e-300), torch.inf)
     kink, order = kink.sort(dim=2)
     gain, spent = (size * speed).gather(2, order), (size * room).gather(2, order)
-    gone = spent.cumsum(2) - spent  # by pixels that reached the box before this kink
+    gone = spent.cumsum(2) - spent  # from pixels that reached the box before this kink
     rate = gain.flip(2).cumsum(2).flip(2)
-    # A concave curve lies below the lines that prolong its pieces: the last of their crossings is its own.
+    # A concave curve lies below the extensions of its pieces: the last of their crossings is its own.
     level = torch.where(rate > 0, (margin[..., None] - gone) / rate.clamp_min(1e-300), -torch.inf).amax(2)
     level = torch.where(margin <= spent.sum(2), level, torch.inf)
     if norm == LINF:
@@ -127,7 +127,7 @@ def _boxed(margin: Tensor, w: Tensor, room: Tensor, norm: float) -> Tensor:
 
 
 def _in_turn(margin: Tensor, size: Tensor, room: Tensor, norm: float) -> Tensor:
-    """Return the boxed distance in l1 or l0: pixels are used up one by one, those that gain most per cost first."""
+    """Return the boxed distance in l1 or l0: pixels are used up in turn, those with the largest gain per cost first."""
     gains = size * room
     order = (size if norm == L1 else gains).argsort(dim=2, descending=True)
     gains, room = gains.gather(2, order), room.gather(2, order)

@@ -81,7 +81,7 @@ def _problem(x: Tensor, y: Tensor, loss: str, penalty: str) -> tuple[csr_matrix,
         raise UserError("a linear classifier needs images of every class 0, 1, ... and at least two classes")
     classes = int(y.max()) + 1
     labels = range(classes) if classes > 2 else (1,)
-    # Most pixels are 0, which liblinear skips: sparse rows spare it the search for them at every strength.
+    # Most pixels are 0, which liblinear skips: with sparse rows it need not search for them at every strength.
     return csr_matrix(x.double().flatten(1).numpy()), np.stack([y.numpy() == label for label in labels])
 
 

@@ -19,7 +19,7 @@ from ._region import Region, dot, region
 from .certify._crown import bound_nodes
 from .certify._relaxations import Interval, WindowLines, in_windows, kink_of, relax
 
-_ROUNDING = 1 + 1e-10  # what a backward-stable decomposition in float64 may be short of the true value
+_ROUNDING = 1 + 1e-10  # how far a backward-stable decomposition in float64 may fall below the true value
 Constants = Callable[[Graph, Region, Tensor, torch.Generator], Tensor]
 
 
@@ -116,7 +116,7 @@ def _active(graph: Graph, reach: Region, rows: Tensor, _: torch.Generator) -> Te
             inputs[index] = inputs[node.inputs[0]].flatten(1)
         elif isinstance(node.op, Affine):
             inputs[index] = inputs[node.inputs[0]]
-    for index in range(len(graph.nodes)):  # a row counts unless all that read it are units that stay at zero
+    for index in range(len(graph.nodes)):  # a row counts unless only units that stay at zero read it
         read = [i for i, node in enumerate(graph.nodes) if index in node.inputs]
         if read and all(isinstance(graph.nodes[i].op, ReLU | SparseActivation) for i in read):
             outputs[index] = torch.stack([inputs[i] for i in read]).amax(0)
@@ -143,7 +143,7 @@ def _multiplied(graph: Graph, norm: float, rows: Tensor, inputs: list[Tensor], o
             case MaxPool():
                 constants.append(max_pool_norm(node.op, norm) * before)
             case _:
-                constants.append(before)  # ReLU and its continuous kin
+                constants.append(before)  # ReLU and similar continuous functions
     source = nodes[-1].inputs[0] if isinstance(last, Linear) else len(nodes) - 1
     if isinstance(last, Linear):
         rows = (rows @ last.weight) * inputs[source][:, None]

@@ -40,7 +40,7 @@ from ..graph import (
 from ._curves import Curve, bend_of
 
 LinearOp = Linear | Conv2d | Affine | AvgPool | Flatten | Reshape
-_SPARSE = 0.2  # density up to which products that skip zeros beat dense ones, by 3 times at 0.1
+_SPARSE = 0.2  # density up to which products that skip zeros are faster than dense ones, 3 times at 0.1
 _ALIVE = 0.9  # share of units with coefficients up to which dense products are faster without the others
 
 
@@ -130,8 +130,8 @@ def compacted(graph: Graph, x: Tensor) -> tuple[Graph, Tensor]:
     """Return an equal network of fewer units on fewer pixels, and the images' pixels that it reads: (N, pixels).
 
     Both are returned as they are unless the network begins with a Linear (after normalisation and Flatten, which are
-    multiplied into it): there a pixel may count for nothing. Balls around the fewer pixels hold the same logits as
-    those around all.
+    multiplied into it): there a pixel may have no effect. Balls around the remaining pixels give the same logits
+    as balls around all.
     """
     nodes = drop_dead_units(fold_affine(graph)).nodes
     start = 1 + isinstance(nodes[1].op, Flatten)
@@ -197,7 +197,7 @@ class _SparseProduct(torch.autograd.Function):
 
 
 def _sparse_product(left: csr_array, a: Tensor) -> Tensor:
-    # The result stays as the product left it, transposed in memory: what follows can read it so.
+    # The result stays transposed in memory, as the product returns it: later operations can read it so.
     flat = a.reshape(-1, a.shape[-1])
     return torch.from_numpy(left @ flat.T.contiguous().numpy()).T.view(*a.shape[:-1], left.shape[0])
 
@@ -224,7 +224,7 @@ def _transposed(op: Conv2d, a: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _times(a: Tensor, weight: Tensor) -> Tensor:
-    # Coefficients of dead units are zero for every row: those units cost nothing.
+    # Coefficients of dead units are zero for every row, so those units cost nothing.
     flat = a.flatten(0, -2)
     index = flat.abs().amax(0).nonzero().squeeze(1)
     if len(index) < _ALIVE * len(weight):
@@ -233,7 +233,7 @@ def _times(a: Tensor, weight: Tensor) -> Tensor:
 
 
 def offset(op: LinearOp, shape: tuple[int, ...]) -> Tensor | None:
-    """Return what a linear operation adds, its value at zero, flat (out,); None where that is nothing."""
+    """Return what a linear operation adds, its value at zero, flat (out,); None if that is zero."""
     if isinstance(op, AvgPool | Flatten | Reshape) or (isinstance(op, Linear | Conv2d) and op.bias is None):
         return None
     if isinstance(op, Linear) and len(shape) == 1:

@@ -17,8 +17,9 @@ _REFINEMENTS = 6
 class Region:
     """Balls of radius eps (N,) around float64 images x (N, ...), intersected with the box [lower, upper].
 
-    `sided`: bounds over l2 balls leave out pixels that the box keeps from moving that way, such as black ones, which
-    holds for every region; certificates do without it, so that their records keep their bits.
+    `sided`: bounds over l2 balls leave out pixels that the box prevents from moving in the direction, such as black
+    ones. This is valid for every region; certificates do not use it, so that their records stay the same to the last
+    bit.
     """
 
     x: Tensor
@@ -33,7 +34,7 @@ class Region:
         return self._of(*values)
 
     def repeated(self, count: int) -> Region:
-        """Return the ball of one image so many times."""
+        """Return the ball of one image, repeated."""
         x, eps, lower, upper = (v.expand(count, *v.shape[1:]) for v in (self.x, self.eps, self.lower, self.upper))
         return self._of(x, eps, lower, upper)
 
@@ -55,7 +56,7 @@ class Region:
         return torch.maximum(bound, self._dual(a)[0]) if refine and self.norm == L2 else bound
 
     def minimiser(self, a: Tensor) -> Tensor:
-        """Return where a·x' is least over an l2 ball and the box, to the accuracy of `refine`: (N, K, features)."""
+        """Return where a·x' is smallest over an l2 ball and the box, to the accuracy of `refine`: (N, K, features)."""
         return _flat(self.x)[:, None] + self._dual(a)[1]
 
     def _free(self, a: Tensor) -> Tensor:

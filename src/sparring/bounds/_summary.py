@@ -17,7 +17,7 @@ VACUOUS = 1 / 2550
 
 
 class Attacked(Protocol):
-    """What is read of a minimum-norm attack's `attacks.AttackResult`; both are of shape (N,)."""
+    """The parts of a minimum-norm attack's `attacks.AttackResult` that are used; both have shape (N,)."""
 
     @property
     def clean_correct(self) -> Tensor: ...

@@ -25,7 +25,7 @@ from ._search import Final, Search
 Bound = Callable[[Graph, Region, Tensor], Tensor]
 _CHUNK = 2**22  # coefficients of the margins that one image batch may need at once: 32 MB of float64
 _ROUGHLY = 0.1  # tolerance of a radius that only begins a search
-_ROUNDING = 1e-12  # what float64 may lose in a sum of thousands of terms, relative to the largest magnitude met
+_ROUNDING = 1e-12  # the error of float64 in a sum of thousands of terms, relative to the largest magnitude in it
 
 
 def _interval(graph: Graph, region: Region, rows: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _alpha_crown(graph: Graph, region: Region, rows: Tensor) -> Tensor:
 def _as_found(
     graph: Graph, region: Region, rows: Tensor, bounds: list[Interval], relaxed: Mapping[int, Relaxation]
 ) -> Tensor:
-    """Bound margins by the lines as they are: rows (N, K, classes) to (N, K)."""
+    """Bound margins by the lines without optimising them: rows (N, K, classes) to (N, K)."""
     return _rounded_down(lower_bound(graph, len(graph.nodes) - 1, rows, region, relaxed, refine=True), bounds)
 
 
@@ -107,7 +107,7 @@ BOUNDS: dict[str, Bound] = {
     "alpha-crown": _alpha_crown,
 }
 _FINAL: dict[str, Final] = {"crown": _as_found, "alpha-crown": _optimised}
-_LOGITS = 4  # two of them in a margin, each off by up to twice what was seen of its rounding
+_LOGITS = 4  # two of them in a margin, each off by up to twice the observed rounding
 
 
 @courteous()
@@ -251,17 +251,17 @@ def certified_accuracy(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *
     return float((margin(model, x, y, threat, method=method).amin(1) > 0).double().mean())
 
 
-# Guesses keep this share of the tolerance away from both ends: a guess that was right then closes its other side.
+# Guesses keep this share of the tolerance away from both ends: a correct guess then closes the bracket.
 _ASIDE = 0.4
-# And the margin of one end counts at most so many times the other's, so that a cliff cannot make guesses crawl.
+# The margin of one end counts at most so many times the other's, so that a cliff cannot slow the search down.
 _STEEPEST = 200.0
-# Below this eps nobody asks for more digits.
+# Below this eps no more digits are needed.
 _SMALLEST = 1e-9
 
 
 @dataclass
 class Bracket:
-    """Between which eps each image's margin falls to zero: certified at `low`, not certified at `high`.
+    """The interval of eps in which each image's margin falls to zero: certified at `low`, not certified at `high`.
 
     All have shape (N,), float64. above, below: the margins at both ends, or less of them (see `narrow_`); rose: +1
     where `low` moved last, −1 where `high` did. slope: how fast the margin falls at eps 0.
@@ -278,21 +278,21 @@ class Bracket:
 
     @classmethod
     def above_zero(cls, margin: Tensor, slope: Tensor, limit: float, tolerance: float) -> Bracket:
-        """Begin at eps 0 with margins > 0 and how fast they fall there, (N,); no eps beyond the limit is asked for."""
+        """Begin at eps 0 with margins > 0 and their slopes there, (N,); no eps beyond the limit is tried."""
         zero, inf = torch.zeros_like(margin), torch.full_like(margin, torch.inf)
         return cls(zero, inf, margin.clone(), -inf, zero.clone(), slope, limit, tolerance)
 
     def open_images(self) -> Tensor:
-        """Return the numbers of the images whose ends are still farther apart than the tolerance, relative to high."""
+        """Return the numbers of the images whose ends are farther apart than the tolerance, relative to high."""
         wide = (self.high - self.low > self.tolerance * self.high) & (self.high > _SMALLEST)
         return torch.where(torch.isfinite(self.high), wide, self.low < self.limit).nonzero().squeeze(1)
 
     def narrow_(self, rows: Tensor, eps: Tensor, margin: Tensor) -> Tensor:
-        """Learn the margins of some images at eps, and return what to try for them next, (len(rows),).
+        """Record the margins of some images at eps, and return the next eps to try for them, (len(rows),).
 
         Regula falsi with the Illinois rule (Dowell & Jarratt 1971): an end that stays twice counts with half its
-        margin, so that the other side is tried. Bounds loosen as balls widen: in place of the line through both ends
-        comes the parabola that falls at 0 as the margin does. Until an end above is known, the line through the last
+        margin, so that the other side is tried. Bounds loosen as balls widen: instead of the line through both ends,
+        the parabola is used that has the margin's slope at 0. Until an end above is known, the line through the last
         two margins is followed, to at most four times low.
         """
         low, high, above, below, rose = (v[rows] for v in (self.low, self.high, self.above, self.below, self.rose))
@@ -315,7 +315,7 @@ class Bracket:
 
 
 def _between(low: Tensor, high: Tensor, above: Tensor, below: Tensor, slope: Tensor) -> Tensor:
-    """Return where the parabola through both ends that falls as `slope` at 0 is zero, or the line if that bends up."""
+    """Return the zero of the parabola through both ends with this slope at 0, or of the line if that bends up."""
     apart = high - low
     bend = (above - below - slope * apart) / (apart * (apart + 2 * low))
     steep = slope + 2 * bend * low
@@ -330,10 +330,10 @@ def slices(count: int, at_most: int) -> list[slice]:
 
 
 def over_slices(work: Callable[[slice], Tensor], pieces: Sequence[slice]) -> Tensor:
-    """Return the results of all pieces in a row, without gradients, shared out among threads."""
+    """Return the concatenated results of all pieces, without gradients, computed by several threads."""
 
     def alone(piece: slice) -> Tensor:
-        with torch.no_grad():  # the switch is each thread's own
+        with torch.no_grad():  # each thread has its own switch
             return work(piece)
 
     return torch.cat(list(shared_out(alone, pieces)))

@@ -166,7 +166,7 @@ def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: 
     if seen is None:
         return _refined(graph, index, known, some, region, relaxed)
     parts = []
-    for image in (slice(start, start + 1) for start in range(len(known.lower))):  # the windows of one image are many
+    for image in (slice(start, start + 1) for start in range(len(known.lower))):  # there are many windows per image
         open_, *here = (seen.by_place(value[image]) for value in (some, *known))
         chosen = _places(open_) if seen.padded else torch.arange(len(open_))
         network, lines = seen.network(chosen, {i: r.of(image) for i, r in relaxed.items()})
@@ -178,12 +178,12 @@ def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: 
 
 
 def flat(value: Tensor, batch: int = 1) -> Tensor:
-    """Return a tensor with one axis behind its batch axes, of single numbers too."""
+    """Return a tensor with one axis after its batch axes, even for single numbers."""
     return value.flatten(batch) if value.dim() > batch else value.unsqueeze(-1)
 
 
 def _places(some: Tensor) -> Tensor:
-    """Return the places (places, C, 1, 1) at which any neuron is wanted, those with many first: such are alike."""
+    """Return the places (places, C, 1, 1) with any wanted neuron, sorted by how many, so that similar ones meet."""
     counts = some.flatten(1).sum(1)
     return counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
 
@@ -207,8 +207,8 @@ def _refined(
 def _groups(open_: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
     """Split open units (N, units) into images and, for each of them, about `rows` units together: (images, count).
 
-    Few images together have few units that are alive in any. Each image has its own open units; shorter lists are
-    filled up with units that are refined for nothing.
+    With few images together, few units are active in any of them. Each image has its own open units; shorter lists are
+    padded with units whose refinement is not used.
     """
     counts = open_.sum(1).tolist()
     start = 0

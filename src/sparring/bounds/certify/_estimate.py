@@ -15,7 +15,11 @@ from .._region import check_pixels, region
 from ._crown import bound_nodes, lower_bound
 from ._open_units import crown_work, heavy, row_work
 
-_LOOSE, _LIGHT, _HEAVY = 12, 8, 3  # evaluations until a radius is found: of intervals, of CROWN, and where that is slow
+_LOOSE, _LIGHT, _HEAVY = (
+    12,
+    8,
+    3,
+)  # evaluations until a radius is found: of intervals, CROWN, and slow CROWN
 _OPEN = 0.3  # share of the units before nonlinear nodes that CROWN refines: 0.1 to 0.3 near radii of networks seen
 _ROWS = 8  # times the margins, with which a unit's time is measured: CROWN refines many units together
 _ASCENT = 60  # passes with gradients that alpha-CROWN makes for its margins, in forward ones
@@ -40,7 +44,7 @@ def estimate_over(graph: Graph, x: Tensor, norm: float) -> dict[str, float]:
     """Do what `estimate` does for a lowered float64 network and one image."""
     ball, rows = region(x, norm, _EPS), margin_rows(graph, graph(x.double()).argmax(1))
     last = len(graph.nodes) - 1
-    _, relaxed = bound_nodes(graph, ball, backward=False)  # what is computed once is not measured
+    _, relaxed = bound_nodes(graph, ball, backward=False)  # not measured: what is computed only once
     forward = _seconds(lambda: bound_nodes(graph, ball, backward=False))
     backward = _seconds(lambda: lower_bound(graph, last, rows, ball, relaxed))
     many = _seconds(lambda: lower_bound(graph, last, rows.repeat(1, _ROWS, 1), ball, relaxed))

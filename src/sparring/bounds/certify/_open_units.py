@@ -16,11 +16,11 @@ from ._receptive_field import windows
 from ._relaxations import Interval, rivals
 
 NONLINEAR = (ReLU, MaxPool, SparseActivation, Curve, Product)
-_HEAVY = 7e9  # multiplications of one image, from which shortcuts pay: seconds, not tenths of one
+_HEAVY = 7e9  # multiplications per image from which shortcuts pay: when CROWN takes seconds
 
 
 def refined(graph: Graph) -> list[int]:
-    """Return the nodes before nonlinear ones, which have lines; what ReLU and curves give has no tighter ones."""
+    """Return the nodes before nonlinear ones with lines; outputs of ReLUs and curves have no tighter bounds."""
     nodes = graph.nodes
     before = {i for node in nodes if isinstance(node.op, NONLINEAR) for i in node.inputs}
     return sorted(i for i in before if not isinstance(nodes[i].op, Constant) and not _known_enough(graph, i))
@@ -38,8 +38,8 @@ def _readers(graph: Graph, index: int) -> list[tuple[int, Op]]:
 def wanted(graph: Graph, index: int, known: Interval) -> Tensor:
     """Return for which neurons of a node better bounds may count, (N, ...).
 
-    They are those whose sign is not known, or all if more than the sign counts. Behind a ReLU, more than the sign
-    counts where a value is positive: before a maximum if it may be the largest of its window and others may, too.
+    These are the neurons of unknown sign, or all if more than the sign matters. After a ReLU, more than the sign
+    matters for positive values: before a maximum, if several may be the largest of their window.
     """
     if any(isinstance(op, NONLINEAR) and not isinstance(op, ReLU) for _, op in _readers(graph, index)):
         return torch.ones_like(known.lower, dtype=torch.bool)
@@ -56,7 +56,7 @@ def wanted(graph: Graph, index: int, known: Interval) -> Tensor:
 
 @lru_cache(maxsize=4)
 def heavy(graph: Graph) -> bool:
-    """Say whether plain CROWN of one image takes so long that shortcuts pay."""
+    """Return whether plain CROWN of one image takes so long that shortcuts pay."""
     return crown_work(graph) > _HEAVY
 
 
@@ -70,7 +70,7 @@ def crown_work(graph: Graph, units: Mapping[int, int] | None = None) -> float:
 
 
 def row_work(graph: Graph, index: int) -> float:
-    """Return the multiplications of pulling one unit's coefficients back to the image: forward work, as it happens."""
+    """Return the multiplications of pulling one unit's coefficients back to the image: the same as the forward work."""
     seen = windows(graph, index)
     total, wanted_ = 0.0, {index}
     for place in range(index, 0, -1):

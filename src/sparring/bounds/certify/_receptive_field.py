@@ -1,7 +1,7 @@
 """Bounds of convolutions within the receptive field of each neuron.
 
-The neurons of one place share a window. Cut down to it, the network is small, and its bounds are the same. Windows may
-reach beyond the image, where padding is: nothing that lies there counts.
+The neurons at one position share a window. Restricted to it, the network is small, and its bounds are the same. Windows
+may reach beyond the image into padding, which is ignored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Window(NamedTuple):
     stride: Pair
 
     def joined(self, other: Window | None) -> Window | None:
-        """Return the smallest window that holds both, or None where they do not move together."""
+        """Return the smallest window that contains both, or None if they do not move together."""
         if other is None or other == self:
             return self
         if other.stride != self.stride:
@@ -53,16 +53,17 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a reader sees of a node: a part of its window, and nothing of what lies beyond the image.
+    """The part of a node's window that a reader sees, without anything beyond the image.
 
-    inside: 1 within the image, (places, 1, height, width) of the part; pad: how far the window goes on, as for F.pad.
+    inside: 1 within the image, (places, 1, height, width) of the part; pad: how far the window extends further, as for
+    F.pad.
     """
 
     inside: Tensor
     pad: tuple[int, int, int, int]
 
     def of(self, images: slice) -> Seen:
-        """Return what is seen from some of the places."""
+        """Return the part seen from some of the places."""
         return replace(self, inside=self.inside[images])
 
     def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
@@ -72,12 +73,12 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Stand between a node and a reader that sees only a part of it."""
+    """A node restricted to the part that one reader sees."""
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """What every node must hold for the places of the last, and which of them are looked from: flat numbers."""
+    """The part of every node that the places of the last one need, and which of these places are used: flat numbers."""
 
     graph: Graph
     index: int
@@ -86,7 +87,7 @@ class Windows:
 
     @property
     def padded(self) -> bool:
-        """Say whether a window reaches beyond the image."""
+        """Return whether a window reaches beyond the image."""
         return any(self._beyond(index) for index in self.windows)
 
     def network(self, chosen: Tensor, relaxed: Mapping[int, Relaxation]) -> tuple[Graph, dict[int, Relaxation]]:
@@ -137,7 +138,7 @@ class Windows:
         return WindowLines(pool_windows(op, shape), best[..., 0], slopes, shift[..., 0], shape, tile_of(op, shape))
 
     def _seen(self, source: int, reader: int, chosen: Tensor) -> Seen | None:
-        """Return what a reader sees of a node; None where that is its whole window and all of it within the image."""
+        """Return the part of a node that a reader sees; None if that is its whole window and lies within the image."""
         op, whole = self.graph.nodes[reader].op, self.windows[source]
         part = _needed(op, self.windows[reader])
         assert part is not None
@@ -174,7 +175,7 @@ class Windows:
         return down, across
 
     def _cut(self, value: Tensor, index: int, chosen: Tensor) -> Tensor:
-        """Return windows of a node's values, those of one image: (1, C, H, W, ...) to (places, C, h, w, ...)."""
+        """Return windows of a node's values for one image: (1, C, H, W, ...) to (places, C, h, w, ...)."""
         start, size, stride = self.windows[index]
         if self._beyond(index):
             down, across = self._margins(index)
@@ -186,7 +187,7 @@ class Windows:
 
 
 def windows(graph: Graph, index: int) -> Windows | None:
-    """Return what the places of a node see of all nodes before it; None where they see most of it."""
+    """Return the windows of all nodes before a node that its places see; None if they see most of it."""
     nodes = graph.nodes
     if len(nodes[index].shape) != 3:
         return None
@@ -208,7 +209,7 @@ def windows(graph: Graph, index: int) -> Windows | None:
 
 
 def _needed(op: Op, window: Window) -> Window | None:
-    """Return what a window of an operation's output needs of its input; None where that is no window."""
+    """Return the window of an operation's input that a window of its output needs; None if it is not a window."""
     padding, dilation = (0, 0), (1, 1)
     match op:
         case Conv2d(padding=padding, dilation=dilation, stride=step):
@@ -227,7 +228,7 @@ def _needed(op: Op, window: Window) -> Window | None:
 
 
 def _unpadded(op: Op) -> Op:
-    """Return an operation on a window, around which everything is in it."""
+    """Return an operation on a window that already contains its padding."""
     match op:
         case Conv2d():
             return replace(op, padding=(0, 0))

@@ -43,7 +43,7 @@ class Interval(NamedTuple):
     upper: Tensor
 
     def within(self, other: Interval) -> Interval:
-        """Return what lies in both; rounding may cross equal bounds."""
+        """Return the intersection; rounding may cross equal bounds."""
         lower = torch.maximum(self.lower, other.lower)
         return Interval(lower, torch.maximum(torch.minimum(self.upper, other.upper), lower))
 
@@ -86,7 +86,7 @@ def _moved(op: Moved, inputs: Sequence[Interval]) -> Interval:
 def first_layers(graph: Graph, region: Region) -> dict[int, Interval]:
     """Return the bounds of the nodes up to the first layer of weights, which are attained one neuron at a time.
 
-    They use the ball itself and not only the box around it; l1 has no such rule and gets only the input.
+    They use the ball itself and not only its bounding box; l1 has no such rule and gets only the input.
     """
     bounds = {0: Interval(region.lower, region.upper)}
     if region.norm not in (L2, LINF):
@@ -133,7 +133,7 @@ class Lines(NamedTuple):
         return Lines(*(value[images] for value in self))
 
     def rounded(self) -> Lines:
-        """Return the lines in float32, which need not hold."""
+        """Return the lines in float32, which need not be valid."""
         low, high = (self.low_slope.float(), self.low_shift.float()), (self.high_slope.float(), self.high_shift.float())
         return Lines(*low, *high, self.free)
 
@@ -144,7 +144,7 @@ class Lines(NamedTuple):
             slope = torch.where(self.free[:, None], alpha, slope)
         up, down = a.clamp_min(0), a.clamp_max(0)
         shift = down * self.high_shift[:, None]
-        if bool(self.low_shift.any()):  # of a ReLU there is none
+        if bool(self.low_shift.any()):  # a ReLU has none
             shift = up * self.low_shift[:, None] + shift
         return (torch.addcmul(up * slope, down, self.high_slope[:, None]),), shift.flatten(2).sum(2)
 
@@ -154,7 +154,7 @@ class WindowLines:
     """Bounds of maxima over windows: `index` (out, k) points into the flat input, one past its end for padding.
 
     The maximum is at least the entry `best` (N, out) of its window and at most slopes·z + shift. `tile` is the window's
-    (height, width) where windows cover the input and share nothing.
+    (height, width) if windows tile the input without overlap.
     """
 
     index: Tensor
@@ -181,13 +181,13 @@ class WindowLines:
         return (self.added_up(spread),), shift
 
     def added_up(self, value: Tensor) -> Tensor:
-        """Add up what belongs to each input: entries of windows (N, K, out, k) to (N, K, *shape)."""
+        """Sum the entries of each input over windows: (N, K, out, k) to (N, K, *shape)."""
         total = value.new_zeros(*value.shape[:2], math.prod(self.shape) + 1)
         total = total.index_add(2, self.index.flatten(), value.flatten(2))[..., :-1]
         return total.reshape(*value.shape[:2], *self.shape)
 
     def _spread(self, up: Tensor, down: Tensor) -> Tensor:
-        """Do what `pull` does for windows that share nothing: one entry of all windows after the other."""
+        """Do the same as `pull` for windows without overlap: one entry of all windows after another."""
         assert self.tile is not None
         (height, width), (channels, tall, wide) = self.tile, self.shape
         rows, columns = tall // height, wide // width
@@ -199,7 +199,7 @@ class WindowLines:
 
     @cached_property
     def _entries(self) -> list[tuple[Tensor, Tensor]]:
-        """Return, for each entry of a window, the slopes and 1 where it is the best: two of (N, 1, out)."""
+        """Return, for each entry of a window, its slopes, and 1 where it is the best: two tensors (N, 1, out)."""
         first = torch.zeros_like(self.slopes).scatter_(2, self.best[..., None], 1.0)
         return [
             (self.slopes[:, None, :, entry].contiguous(), first[:, None, :, entry].contiguous())
@@ -286,7 +286,7 @@ def _max_pool(op: MaxPool, bounds: Interval) -> WindowLines:
 
 
 def rivals(op: MaxPool, bounds: Interval) -> Tensor:
-    """Return which inputs (N, ...) may be the largest of a window in which others may be, too."""
+    """Return which inputs (N, ...) may be the largest of a window, if several may."""
     index = pool_windows(op, tuple(bounds.lower.shape[1:])).to(bounds.lower.device)
     lower, upper = (in_windows(value, index) for value in bounds)
     able = upper > lower.amax(2, keepdim=True)
@@ -296,20 +296,20 @@ def rivals(op: MaxPool, bounds: Interval) -> Tensor:
 
 
 def tile_of(op: MaxPool, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Return the height and width of windows that tile an input of this shape; None where they do not."""
+    """Return the height and width of windows that tile an input of this shape; None if they do not."""
     alone = op.stride == op.kernel and op.padding == (0, 0) and op.dilation == (1, 1)
     covered = all(side % size == 0 for side, size in zip(shape[1:], op.kernel, strict=True))
     return op.kernel if alone and covered else None
 
 
 def in_windows(value: Tensor, index: Tensor) -> Tensor:
-    """Return what each window holds, (N, out, k), of values (N, ...): minus infinity for padding."""
+    """Return the values (N, ...) in each window, (N, out, k), with minus infinity for padding."""
     padded = torch.cat([value.flatten(1), value.new_full((len(value), 1), -torch.inf)], 1)
     return padded[:, index]
 
 
 def pool_windows(op: MaxPool, shape: tuple[int, ...]) -> Tensor:
-    """Return what each maximum is of: indices (out, k) into the flat input, one past its end for padding."""
+    """Return the inputs of each maximum: indices (out, k) into the flat input, one past its end for padding."""
     channels, height, width = shape
     out_height, out_width = evaluate(op, torch.zeros(1, 1, height, width)).shape[2:]
 
@@ -335,7 +335,7 @@ def _activation_interval(op: SparseActivation, lower: Tensor, upper: Tensor) -> 
     """
     if op.module.nondecreasing:
         return op.module(lower), op.module(upper)
-    if _kind(op) == "top-k":  # each unit is 0 or its ReLU; which of them depends on all the others
+    if _kind(op) == "top-k":  # each unit is 0 or its ReLU; which one depends on all other units
         return torch.zeros_like(lower), upper.clamp_min(0)
     raise Unsupported(f"activation '{op.name}' of kind '{_kind(op)}' is random or unknown: it has no sound bound")
 

@@ -14,18 +14,18 @@ from ._crown import bound_nodes
 from ._relaxations import Interval, Relaxation
 
 Final = Callable[[Graph, Region, Tensor, list[Interval], Mapping[int, Relaxation]], Tensor]
-_POWER = 2.7  # of eps, with which CROWN's bounds loosen, as measured on convolutional networks
-_GUESS = 1.6  # radius over the mean of a bound too small and one too large, measured too: 1.3 to 1.7
-_LEAST = 1e-4  # of the linearised radius: bounds by intervals may say less of deep networks, or nothing
+_POWER = 2.7  # power of eps with which CROWN's bounds loosen, as measured on convolutional networks
+_GUESS = 1.6  # radius over the mean of a bound that is too small and one that is too large, also measured: 1.3 to 1.7
+_LEAST = 1e-4  # of the linearised radius: interval bounds may be looser for deep networks, or vacuous
 _SMALLEST = 1e-9
 _CLOSE, _ASIDE, _PASSES = 0.07, 0.98, 6
 
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """One image x (1, ...), coefficients of its margins (1, classes − 1, classes), and how margins are found at last.
+    """One image x (1, ...), coefficients of its margins (1, classes − 1, classes), and how the final margins are found.
 
-    rounding: what is taken off every margin. margin: the smallest at eps 0. far: where it would vanish if the network
+    rounding: subtracted from every margin. margin: the smallest at eps 0. far: where it would vanish if the network
     were linear.
     """
 
@@ -39,7 +39,7 @@ class Search:
     far: float
 
     def radius(self, near: float, limit: float) -> float:
-        """Return a certified radius, from a smaller one that is known, `near`.
+        """Return a certified radius, starting from a smaller known one, `near`.
 
         It ends within 7% of a guess of where the margin vanishes, or of an eps that is not certified.
         """
@@ -58,13 +58,13 @@ class Search:
         return low
 
     def _margin(self, eps: float, known: list[Interval] | None) -> tuple[list[Interval], float]:
-        """Return the bounds of all nodes over a ball, which begin with those of a larger one, and the margin."""
+        """Return the bounds of all nodes over a ball, starting from those of a larger one, and the margin."""
         ball = region(self.x, self.norm, eps)
         bounds, relaxed = bound_nodes(self.graph, ball, backward=True, known=known)
         return bounds, float(self.final(self.graph, ball, self.rows, bounds, relaxed).min()) - self.rounding
 
     def _root(self, eps: float, value: float) -> float:
-        """Guess where the margin vanishes if it is this at eps: it falls as in a linear network, and by eps^2.7."""
+        """Guess where the margin vanishes, given its value at eps: it falls as in a linear network, and by eps^2.7."""
         slope = self.margin / self.far
         loss = (self.margin - slope * eps - value) / eps**_POWER
         low, high = 0.0, self.far

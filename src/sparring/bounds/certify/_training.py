@@ -49,7 +49,7 @@ def training_bounds(
 
 
 def _live(op: Op, model: nn.Module) -> Op:
-    """Return an operation with the model's own parameters in place of what was read of them."""
+    """Return an operation with the model's own parameters instead of copies."""
     match op:
         case Linear() | Conv2d():
             if not op.name:

@@ -36,8 +36,8 @@ class Exact:
     x_adv (N, ...) are points with another label at distance `upper`, verified on the model; if none is known, `upper`
     is infinite and x_adv is x. status: "exact" (the gap is at most 1e-3, relative and absolute), "wrong" (the model is
     wrong at x; distance 0), or what ended the search: "time limit", "node limit", "memory limit" (2 GB of open
-    sub-problems), "open" (the model itself calls the nearest points right). An infinite lower bound means that no image
-    has another label. seconds: wall time of each image.
+    sub-problems), "open" (the model itself classifies the nearest points correctly). An infinite lower bound means that
+    no image has another label. seconds: wall time of each image.
     """
 
     lower: Tensor
@@ -63,12 +63,12 @@ def exact(
     """Compute the distance from each image to the nearest one with another label in [0, 1], within a budget.
 
     x (N, ...) in [0, 1], labels y (N,). x_adv are the best known adversarial points: the closer they are, the smaller
-    the ball that has to be searched. There is one search per class that CROWN cannot exclude: that of `verify`
-    (for linf with max pooling a mixed-integer program). Only sparse or
-    small networks can be solved. `threads` are HiGHS's threads; they spin while they wait, so use at most as many as
-    there are free cores. To use two cores, run two processes with half of the images each. Each image takes
-    `seconds` of `clock` and `nodes` sub-problems at most; unless seconds bind, results do not depend on the machine's
-    speed. Bounds contain the solver's tolerances of 1e-9 and are lowered by 1e-7.
+    the ball that has to be searched. There is one search per class that CROWN cannot exclude: that of `verify` (for
+    linf with max pooling a mixed-integer program). Only sparse or small networks can be solved. `threads` are HiGHS's
+    threads; they spin while they wait, so use at most as many as there are free cores. To use two cores, run two
+    processes with half of the images each. Each image takes `seconds` of `clock` and `nodes` sub-problems at most;
+    unless seconds bind, results do not depend on the machine's speed. Bounds contain the solver's tolerances of 1e-9
+    and are lowered by 1e-7.
 
     Raises UserError if a point contradicts a proof, Unsupported for layers that are not piecewise linear or too large,
     and for max pooling with l2. Source: Tjeng et al. 2019 (the program).
@@ -112,7 +112,7 @@ class _Search:
         self.best, self.upper = x, math.inf
 
     def offer_(self, point: Tensor) -> bool:
-        """Keep a point if the model itself gives it another label and it is nearer than the best; tell whether."""
+        """Keep a point if the model itself gives it another label and it is the nearest; return whether it was kept."""
         point = point.to(self.x).clamp(0, 1)
         reached = float(distance(point.double() - self.x.double(), self.norm))
         if better := reached < self.upper and self._wrong(point):
@@ -139,10 +139,10 @@ class _Search:
         return lower, "exact" if closed else _ENDED[self.budget.limit], time.perf_counter() - begin
 
     def _beyond(self, point: Tensor, k: int, reach: float) -> Tensor:
-        """Climb from copies of a boundary point, no farther than reach, to where class k leads by most: (1, ...)."""
+        """Climb from copies of a boundary point, within reach, to where class k leads by most: (1, ...)."""
         generator = torch.Generator().manual_seed(0)
         start = point.expand(_CLIMBERS, *point.shape[1:])
-        found = start + random_point(start, self.norm, reach, generator)  # not all on the same side of a kink
+        found = start + random_point(start, self.norm, reach, generator)  # on several sides of a kink
         for _ in range(_CLIMBS):
             found = found.detach().requires_grad_()
             logits = self.graph(found)

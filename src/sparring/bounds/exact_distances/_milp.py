@@ -119,8 +119,8 @@ def tightened(
 ) -> list[Interval] | None:
     """Bound the inputs of unstable ReLUs by two linear programs each, all rows of the program counted.
 
-    Nodes in `skip` have bounds that are hardly ever improved. None where the program without integrality has no point
-    at all. Each takes a node of the budget; one that is not solved within it changes nothing.
+    Nodes in `skip` have bounds that rarely improve. Returns None if the program without integrality is infeasible. Each
+    program uses a node of the budget; one that is not solved within it changes nothing.
     """
     solver = program.highs(relaxed=True)
     solver.run()
@@ -175,7 +175,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Solution:
-    """What HiGHS found: a bound no solution can beat, and a point or None; `infeasible` where there is none."""
+    """The result of HiGHS: a bound on all solutions, and a point or None; `infeasible` if there is none."""
 
     bound: float
     values: Vector | None

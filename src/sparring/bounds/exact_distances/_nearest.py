@@ -1,10 +1,10 @@
-"""The nearest image at which another class wins: a search of ever smaller balls.
+"""The nearest image at which another class wins: a search in ever smaller balls.
 
-To minimise the linf distance directly is slow: it ties every pixel to one variable by two rows, and says nothing about
-margins. The question "does class k overtake anywhere in this ball?" has the ball in the pixels' bounds and a margin to
-maximise. So it is asked of ever smaller balls: each point found is first moved as near as its own linear region and the
-neighbours of that allow (linf: by programs; l2: along the boundary), and the first ball without a point proves the
-distance.
+Minimising the linf distance directly is slow: it ties every pixel to one variable by two rows, and gives no bound on
+margins. The question "does class k overtake anywhere in this ball?" puts the ball into the pixels' bounds and maximises
+a margin. It is therefore solved for ever smaller balls: each point found is first moved as near as its linear region
+and the neighbouring ones allow (linf: by programs; l2: along the boundary), and the first ball without a point proves
+the distance.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ..verification._question import in_float32
 from ..verification._search import answered
 from ._milp import Expression, MixedIntegerProgram, Vector, encode, tightened
 
-_SHARE = 0.75  # of the budget left goes to one question; the rest to smaller balls, should it stay open
+_SHARE = 0.75  # share of the remaining budget for one question; the rest is for smaller balls, if it stays open
 _TOUCHED = 1e-6  # share of its range within which a unit is at its kink
 _MOVES = 10
 _NEARER = 1e-4  # relative gain below which a point stays where it is
-_CLEAR = 2e-5  # lead of class k that float32 does not lose
-_LONGEST, _ENOUGH = 5.0, 0.05  # seconds: of one move, and below which nothing is begun
+_CLEAR = 2e-5  # lead of class k that survives float32
+_LONGEST, _ENOUGH = 5.0, 0.05  # seconds of one move, and the fewest with which one starts
 _SLIDES, _SLIDE, _STRIDES = 100, 1e-6, (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # steps of l2, their least gain and lengths
 _MOST = 1000  # nodes of one move's program, where the budget is in nodes
 
@@ -102,7 +102,7 @@ def nearest(
 
 
 def _overtaken(asked: Question, eps: float) -> Tensor | bool:
-    """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where that stays open."""
+    """Return a point of the ball with g_k ≥ g_y; True if there is provably none, False if that is open."""
     if _pools(asked.graph):  # the search splits only ReLUs
         return _by_program(asked, eps)
     ball = region(asked.x, asked.norm, eps)
@@ -124,7 +124,7 @@ def _pools(graph: Graph) -> bool:
 
 
 def _by_program(asked: Question, eps: float) -> Tensor | bool:
-    """Return a point of the ball with g_k ≥ g_y; True where there is provably none, False where that stays open."""
+    """Return a point of the ball with g_k ≥ g_y; True if there is provably none, False if that is open."""
     ball = region(asked.x, LINF, eps)
     with torch.no_grad():
         bounds, _ = bound_nodes(asked.graph, ball, backward=True)
@@ -162,7 +162,7 @@ def _moved(asked: Question, point: Tensor, cap: float) -> tuple[Tensor, float] |
 
 
 def _of_a_move(budget: Budget) -> Budget:
-    """Return what a move may use: little, of the kind that is limited."""
+    """Return the budget of one move: little, in the unit that is limited."""
     limited = math.isfinite(budget.nodes)
     return Budget(_MOST, budget.deadline, budget.clock) if limited else budget.within(_LONGEST)
 
@@ -179,7 +179,7 @@ def _signs(graph: Graph, bounds: list[Interval], point: Tensor) -> tuple[list[In
 
 
 def _image(program: MixedIntegerProgram, x: Tensor, values: Vector) -> Tensor:
-    """Return the pixels of a solution, (1, ...), float64; those that no row depends on stay where they are."""
+    """Return the pixels of a solution, (1, ...), float64; those that no row depends on do not move."""
     pixels = torch.from_numpy(values[: x.numel()]).view_as(x)
     return torch.where(_used(program, x.numel()).view_as(x), pixels, x.double()).clamp(0, 1)
 
@@ -195,7 +195,7 @@ def _distance_(program: MixedIntegerProgram, pixels: Expression, x: Tensor, cap:
 
 
 def _used(program: MixedIntegerProgram, pixels: int) -> Tensor:
-    """Tell which of the first variables, the pixels, any row depends on: the others need not move."""
+    """Return which of the first variables, the pixels, any row depends on: the others need not move."""
     touched = np.zeros(len(program.lower), dtype=bool)
     for block in program.blocks:
         touched[block.indices[block.data != 0]] = True

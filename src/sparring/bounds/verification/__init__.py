@@ -1,1 +1,1 @@
-"""Whether a network keeps a property: questions in the competition's format, and a complete search for their answer."""
+"""Verify properties of a network: questions in the verification competition's format, and a complete search."""

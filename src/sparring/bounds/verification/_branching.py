@@ -17,9 +17,9 @@ from ..certify._relaxations import Interval, first_layers
 from ._budget import Budget
 from ._leaves import Bounder, Leaves, joined
 
-_ROOT_STEPS, _STEPS = 20, 4  # of ascent, for a ball and for each half of a sub-problem
+_ROOT_STEPS, _STEPS = 20, 4  # steps of ascent, for a ball and for each half of a sub-problem
 _WIDE = 2**18  # coefficients of a batch of sub-problems in the widest layer: 2 MB of float64
-_GAIN = 0.02  # share of what a sub-problem lacks below which splits gain nothing
+_GAIN = 0.02  # share of a sub-problem's gap below which a split's gain is negligible
 
 
 class Queue:
@@ -48,7 +48,7 @@ def batch_size(graph: Graph) -> int:
 
 
 def tightened(graph: Graph, ball: Region, bounds: list[Interval], rounds: int, budget: Budget) -> list[Interval]:
-    """Bound the inputs of open ReLUs, layer by layer, each by a search of so many rounds of its own."""
+    """Bound the inputs of open ReLUs, layer by layer, each by its own search of several rounds."""
     attained = first_layers(graph, ball)
     for index in sorted({node.inputs[0] for node in graph.nodes if isinstance(node.op, ReLU)} - set(attained)):
         lower, upper = (value.flatten() for value in bounds[index])
@@ -78,7 +78,7 @@ def _both_sides(
     leaves = bounder.roots(torch.arange(2 * count), _ROOT_STEPS)
     budget.used += len(leaves)
     queues = [Queue() for _ in range(2 * count)]
-    settled = torch.full((2 * count,), math.inf, dtype=torch.float64)  # the lowest bound of what is split no more
+    settled = torch.full((2 * count,), math.inf, dtype=torch.float64)  # the lowest bound of what is no longer split
     for number in range(rounds + 1):
         ended = (leaves.lower > 0) | (leaves.score.sum(1) <= -_GAIN * leaves.lower)
         settled.scatter_reduce_(0, leaves.owner[ended], leaves.lower[ended], "amin")
@@ -105,7 +105,7 @@ def decided(
     """Bound all rows of some owners: return a lower bound, positive once all are proved.
 
     `stuck` bounds a sub-problem without a chord; if that does not close it, any unit is split, and it ends
-    where all are. `heard` is told the bound, how many are open and how many were bounded.
+    when all are. `heard` gets the bound, and the numbers of open and of bounded sub-problems.
     """
     queue = Queue()
     closed: float = math.inf

@@ -1,4 +1,4 @@
-"""What a search may use: sub-problems, seconds, and memory for open sub-problems."""
+"""Budget of a search: sub-problems, seconds, and memory for open sub-problems."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OVERHEAD = 4096  # bytes of a sub-problem beside its numbers
 class Budget:
     """Sub-problems that may be bounded and those that were (`used`), and a deadline of `clock`.
 
-    Without a deadline that binds, what a budget of nodes leads to does not depend on the machine's speed. `full`: more
+    Unless the deadline binds, the result of a budget of nodes does not depend on the machine's speed. `full`: more
     sub-problems were open than memory allows.
     """
 
@@ -50,11 +50,11 @@ class Budget:
 
     @property
     def limit(self) -> Limit:
-        """Return what an unfinished search ran into."""
+        """Return which limit an unfinished search reached."""
         return "nodes" if self.used >= self.nodes else "seconds" if self.seconds <= 0 else "memory" if self.full else ""
 
     def part(self, nodes: float) -> Budget:
-        """Return a budget of so many nodes, at most what is left."""
+        """Return a budget of a number of nodes, at most those that are left."""
         return Budget(min(nodes, self.nodes - self.used), self.deadline, self.clock)
 
     def share(self, share: float) -> Budget:
@@ -64,11 +64,11 @@ class Budget:
         return self.within(share * self.seconds)
 
     def within(self, seconds: float) -> Budget:
-        """Return a budget of so many seconds, at most what is left."""
+        """Return a budget of a number of seconds, at most those that are left."""
         return Budget(self.nodes - self.used, min(self.deadline, self.clock() + seconds), self.clock)
 
     def take_(self, part: Budget) -> None:
-        """Count what a part of the budget used."""
+        """Count the use of a part of the budget."""
         self.used += part.used
         self.full |= part.full
 

@@ -22,7 +22,16 @@ from ..certify._relaxations import Interval, Lines, Relaxation, relax
 
 _FALL = 0.95  # of the rates of ascent, a step
 _POLISH = 100  # steps of L-BFGS-B
-_PLAIN = (Add, Affine, Conv2d, Flatten, Input, Linear, ReLU, Reshape)  # whose bounds may be computed in float32
+_PLAIN = (
+    Add,
+    Affine,
+    Conv2d,
+    Flatten,
+    Input,
+    Linear,
+    ReLU,
+    Reshape,
+)  # may be bounded in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +94,9 @@ class _Setting:
 class Bounder:
     """Bounds rows·(output of node `start`) − limits from below on sub-problems of one ball.
 
-    rows (Q, K, *shape of the node) and limits (Q, K): of each set of K rows that of the largest bound counts. `bounds`
-    are those of all nodes over the ball. Slopes and multipliers ascend in float32 where all operations are plain ones;
-    what counts is their bound in float64.
+    rows (Q, K, *shape of the node) and limits (Q, K): of each set of K rows the one with the largest bound counts.
+    `bounds` are those of all nodes over the ball. Slopes and multipliers ascend in float32 if all operations are plain;
+    the bound itself is computed in float64.
     """
 
     def __init__(
@@ -119,7 +128,7 @@ class Bounder:
     def bounded(
         self, leaves: Leaves, steps: int, *, rate: float = 0.1, rate_beta: float = 0.2, refine: bool = False
     ) -> Leaves:
-        """Ascend on slopes and multipliers, from which every bound is valid; none is below what was known.
+        """Ascend on slopes and multipliers, from which every bound is valid; none is below the known one.
 
         `refine` uses ball and box at once for l2, which takes several times as long.
         """
@@ -136,7 +145,7 @@ class Bounder:
             beta.clamp_min_(0)
             for group in optimiser.param_groups:
                 group["lr"] *= _FALL
-        alpha, beta = alpha.detach(), beta.detach()  # not the best so far: children go on from here
+        alpha, beta = alpha.detach(), beta.detach()  # not the best so far: children continue from here
         lower, score = self._scored(leaves, lines, alpha, beta, refine=refine)
         return Leaves(leaves.owner, leaves.signs, alpha, beta, torch.maximum(leaves.lower, lower), score)
 
@@ -197,7 +206,7 @@ class Bounder:
     def _scored(
         self, leaves: Leaves, lines: Mapping[int, Relaxation], alpha: Tensor, beta: Tensor, *, refine: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return lower bounds and what a split of each unit may gain: what its chord adds (Bunel et al. 2020)."""
+        """Return lower bounds and the possible gain of splitting each unit: its chord's part (Bunel et al. 2020)."""
         alpha, beta = alpha.double(), beta.double()
         chords = {i: _lines(lines, i) for i in self.open}
         shifts = [line.high_shift.clone().requires_grad_() for line in chords.values()]
@@ -240,7 +249,7 @@ def _lines(relaxed: Mapping[int, Relaxation], index: int) -> Lines:
 
 
 def _slopes(value: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients of a value; zero for what it does not depend on, such as units that the rows do not see."""
+    """Return the gradients of a value; zero if it does not depend on them, as for units that the rows do not see."""
     if not value.requires_grad or not of:
         return [torch.zeros_like(one) for one in of]
     return list(torch.autograd.grad(value, list(of), allow_unused=True, materialize_grads=True))

@@ -1,4 +1,4 @@
-"""Linear and mixed-integer programs for what no split makes easier."""
+"""Linear and mixed-integer programs for sub-problems that splits do not make easier."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..exact_distances._milp import Expression, MixedIntegerProgram, Vector, enc
 from ._leaves import Bounder, Leaves
 from ._question import Question
 
-_ROUNDING = 1e-11  # of the sums of a dual bound, relative to what they add up
+_ROUNDING = 1e-11  # error of the sums of a dual bound, relative to their terms
 
 
 def by_linear_program(asked: Question, bounder: Bounder, leaf: Leaves) -> tuple[float, Tensor]:
@@ -63,8 +63,8 @@ def _program(
 def dual_bound(program: MixedIntegerProgram, cost: Vector, dual: Vector) -> float:
     """Bound cost·v from below over a program's relaxation, from any multipliers of its rows, rounded down.
 
-    All variables are bounded, so that what the multipliers leave of the cost is bounded, too: no status of the solver
-    is believed. Source: Neumaier & Shcherbina 2004, section 3.
+    All variables are bounded, so the reduced costs are bounded too: the bound does not rely on the solver's status.
+    Source: Neumaier & Shcherbina 2004, section 3.
     """
     columns = len(program.lower)
     blocks = [sparse.csr_matrix((b.data, b.indices, b.indptr), (b.shape[0], columns)) for b in program.blocks]

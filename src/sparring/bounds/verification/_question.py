@@ -26,8 +26,8 @@ Replay = Callable[
 class Question:
     """Is there x in the ball (of one image) and q with rows[q]·f(x) ≤ limits[q] for all of its constraints?
 
-    rows: (Q, M, classes), limits (Q, M), float64. Points are float32 numbers between `inner`'s bounds, (1, ...); what
-    is found is asked of `replay`, which knows the true network.
+    rows: (Q, M, classes), limits (Q, M), float64. Points are float32 numbers between `inner`'s bounds, (1, ...);
+    candidates are checked by `replay`, which uses the true network.
     """
 
     graph: Graph

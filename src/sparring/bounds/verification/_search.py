@@ -1,4 +1,4 @@
-"""The search for an answer: cheap bounds, attacks on what they leave, tighter bounds, then branching and programs."""
+"""The search for an answer: cheap bounds, attacks on the rest, tighter bounds, then branching and programs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Answer:
 
 
 class _Found(Exception):
-    """A counter-example turned up in the midst of a search."""
+    """A counter-example was found during a search."""
 
     def __init__(self, point: Tensor) -> None:
         self.point = point

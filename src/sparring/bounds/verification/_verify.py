@@ -1,4 +1,4 @@
-"""Questions of fixed budgets: does a label stand in a ball, does a property of VNN-LIB hold?"""
+"""Questions with fixed budgets: is a label constant in a ball, does a property of VNN-LIB hold?"""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def why(self) -> str:
-        """Why the answer is unknown, a sentence; empty where it is not."""
+        """The reason for an unknown answer, a sentence; empty for other answers."""
         return WHY[self.limit] if self.status == "unknown" else ""
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...errors import UserError
 
 _BYTES, _DEPTH, _CASES, _INPUTS = 2**26, 40, 10_000, 10**6
-_LONGEST, _EXPONENT, _LARGEST = 60, 300, 10**30  # of a number that is written, and of one that is computed
+_LONGEST, _EXPONENT, _LARGEST = 60, 300, 10**30  # of a number that is read, and of one that is computed
 _TOKEN = re.compile(r"[()]|;[^\n]*|[^\s();]+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.IGNORECASE)
 _NAME = re.compile(r"([XY])_(0|[1-9]\d{0,6})")
@@ -253,7 +253,7 @@ def _shown(expression: Expression) -> str:
 
 
 def outward(box: Box) -> tuple[Tensor, Tensor]:
-    """Return the box in float64, rounded so that it holds all of it."""
+    """Return the box in float64, rounded outwards."""
     low, high = (torch.tensor([float(v) for v in side], dtype=torch.float64) for side in box)
     inf = torch.tensor(torch.inf, dtype=torch.float64)
     above = torch.tensor([Fraction(float(v)) > v for v in box[0]])
@@ -262,7 +262,7 @@ def outward(box: Box) -> tuple[Tensor, Tensor]:
 
 
 def inward(box: Box) -> tuple[Tensor, Tensor]:
-    """Return the float32 numbers in the box; where there is none between two bounds, the nearest of the lower."""
+    """Return the float32 numbers in the box; if there is none between two bounds, the one nearest to the lower."""
     low, high = (torch.tensor([float(v) for v in side]) for side in box)
     inf = torch.tensor(torch.inf)
     below = torch.tensor([Fraction(v) < bound for v, bound in zip(low.tolist(), box[0], strict=True)])
