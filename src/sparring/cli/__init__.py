@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 USER_ERROR = 2
 TRACEBACK = "--traceback"
-INTERRUPTED = 130  # 128 and the signal's number, as shells have it
+INTERRUPTED = 130  # 128 plus the signal's number, as in shells
 AGAIN = "rerun the same command to resume"
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     from ._app import app
 
     def stop(*_: object) -> None:
-        sys.exit(TERMINATED)  # unlike the default, this ends workers and frees what is held
+        sys.exit(TERMINATED)  # unlike the default action, this ends workers and releases locks
 
     signal.signal(signal.SIGTERM, stop)
     sys.exit(_guarded(app))
@@ -36,13 +36,13 @@ def main() -> None:
 def _guarded(app: Callable[..., object]) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     words = joined(sys.argv[1:])
-    if TRACEBACK in words:  # wherever it stands; study's workers look at the environment
+    if TRACEBACK in words:  # wherever the option is; study's workers read the environment
         words = [TRACEBACK, *(word for word in words if word != TRACEBACK)]
         os.environ["SPARRING_TRACEBACK"] = "1"
     try:
         with contextlib.redirect_stdout(Aside(sys.stdout)) if "--json" in words else contextlib.nullcontext():
             code = app(words, standalone_mode=False)
-        if code == INTERRUPTED:  # how typer reports Ctrl-C
+        if code == INTERRUPTED:  # typer's exception for Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -51,7 +51,7 @@ def _guarded(app: Callable[..., object]) -> int:
 
 
 def _ended(error: BaseException, show_traceback: bool) -> int:
-    """Print one message that says what ended the program, and return the exit code."""
+    """Print one message with the cause of the program's end, and return the exit code."""
     where = place(error)
     if isinstance(error, KeyboardInterrupt):
         return _say(f"interrupted; {AGAIN}", INTERRUPTED)
@@ -61,10 +61,10 @@ def _ended(error: BaseException, show_traceback: bool) -> int:
         if where is None:
             raise error
         return _say(f"error: your own code exited the program ({where})", USER_ERROR)
-    if isinstance(error, BrokenPipeError) and where is None:  # the reader, such as `head`, has enough
+    if isinstance(error, BrokenPipeError) and where is None:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    show = getattr(error, "show", None)  # a mistake in the command line: typer knows how to say it
+    show = getattr(error, "show", None)  # a mistake in the command line, which typer prints
     if show is not None and where is None:
         show()
         return USER_ERROR
@@ -74,11 +74,11 @@ def _ended(error: BaseException, show_traceback: bool) -> int:
 
 
 def _sentence(error: BaseException) -> str:
-    """Return what went wrong, and where in the user's own code if it was there."""
+    """Return what went wrong, and the line if it was in the user's own code."""
     where, text = place(error), told(error)
     if isinstance(error, UserError):
         return f"{error} ({where})" if where and where not in str(error) else str(error)
-    # torch, too, may find no memory: it raises RuntimeErrors, told apart by their text alone
+    # torch may run out of memory too: it raises RuntimeErrors that only their text distinguishes
     short = ("can't allocate memory" in text or "out of memory" in text) and isinstance(error, RuntimeError)
     if short or isinstance(error, MemoryError):
         return f"out of memory: use fewer images or smaller batches ({text[:200]})"
@@ -90,7 +90,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def joined(words: list[str]) -> list[str]:
-    """Write `--max-drop METRIC AMOUNT` as one value: typer knows no repeatable option of two words."""
+    """Write `--max-drop METRIC AMOUNT` as one value: typer has no repeatable option with two values."""
     found: list[str] = []
     rest = iter(words)
     for word in rest:

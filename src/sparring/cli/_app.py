@@ -45,13 +45,13 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the parameters of a function or class as keywords, with what their annotations mean."""
+    """Return the parameters of a function or class as keywords, with their annotations resolved."""
     hints, parameters = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     return [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters.values()]
 
 
 def _take_threads(threads: int | None) -> int | None:
-    """Let torch's work be shared by so many threads from here on."""
+    """Set the number of torch's threads."""
     if threads is not None:
         import torch
 
@@ -110,7 +110,8 @@ Model = Annotated[
 class DataSource:
     """Options that select a data set and say how its images are prepared.
 
-    The last seven apply to a user's own files; networks from timm, torchvision and Hugging Face have own defaults.
+    The last seven apply to a user's own files; networks from timm, torchvision and Hugging Face have their own
+    defaults.
     """
 
     data: Annotated[str, Option(help="Name of a data set, or a path.")] = "mnist-5k"
@@ -139,7 +140,7 @@ class ModelSource:
 
     def named(self) -> tuple[str, Path | None]:
         """Return the model's name, without its file, and the file of weights; raise UserError for two files."""
-        cut = str.rpartition if self.model.startswith("hf:") else str.partition  # folders may have an @ in their names
+        cut = str.rpartition if self.model.startswith("hf:") else str.partition  # names of folders may contain an @
         name, mark, file = cut(self.model, "@")
         weights = file.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin"))
         if not (mark and name and weights) or Path(self.model).is_file():
@@ -158,7 +159,7 @@ class Where:
 
 
 def _show_version(asked: bool) -> None:
-    """Print the version and end, where it is asked for."""
+    """Print the version and exit, if requested."""
     if asked:
         from .. import __version__
 
@@ -483,7 +484,7 @@ class BenchOptions:
     small: Annotated[str | None, Option(help="Also time this small dense network of equal accuracy.")] = None
     engines: Annotated[str | None, Option(help="Engines, separated by commas [default: all installed].")] = None
     plot: Annotated[Path | None, Option(help="Plot the times to this .svg or .png file.")] = None
-    device: Device = "cpu"  # which auto would not be fair to the engines of one core
+    device: Device = "cpu"  # auto would be unfair to the engines that use one core
     dtype: Dtype = None
 
 

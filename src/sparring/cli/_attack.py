@@ -1,4 +1,4 @@
-"""`sparring attack` and `certify`: attack a model, or prove what no attack can do."""
+"""`sparring attack` and `certify`: attack a model, or prove its robustness."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ._sources import open_both, place_for
 
 
 def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: Where, *, as_json: bool) -> None:
-    """Audit a model; print a row for each attack and budget, with the flags of `how.checks` images' second opinions."""
+    """Audit a model; print a row for each attack and budget, with flags from checks on `how.checks` images."""
     norm, budgets = _threats(how.norm, how.eps)
     names = list(dict.fromkeys(part.strip() for part in how.attacks.split(",") if part.strip()))
     if not names:
@@ -50,7 +50,7 @@ def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: 
 
 
 def _threats(norm_text: str, eps: str) -> tuple[float, tuple[float, ...]]:
-    """Return the norm and the budgets that are written; raise UserError for a budget in other units, too."""
+    """Parse the norm and the budgets; raise UserError also for a budget in other units."""
     norm, budgets = parse_norm(norm_text), parse_budgets(eps)
     for budget in budgets:
         Threat(norm, budget)
@@ -126,7 +126,7 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
 
 
 def _provable(how: CertifyOptions) -> tuple[float, tuple[float, ...]]:
-    """Return the norm and the budgets; raise UserError where nothing can be proved of them."""
+    """Parse the norm and the budgets; raise UserError if nothing can be proved for them."""
     norm, budgets = _threats(how.norm, how.eps)
     if how.method is not None and how.method not in bounds.BOUNDS:
         raise UnknownNameError("method", how.method, bounds.BOUNDS)
@@ -138,7 +138,7 @@ def _provable(how: CertifyOptions) -> tuple[float, tuple[float, ...]]:
 
 
 def _chosen(network: nn.Module, images: Tensor, norm: float, seconds: float) -> str:
-    """Print how long each method would take, and which is chosen; return that."""
+    """Print each method's estimated time and the chosen method; return the latter."""
     each = bounds.estimate(network, images, norm)
     method = bounds.tightest(each, len(images), seconds)
     costs = ", ".join(f"{name} {duration(len(images) * cost)}" for name, cost in each.items())

@@ -70,7 +70,7 @@ def _compare_models(
     how: CompareOptions, eps: float, metrics: Iterable[str], data: DataSource, where: Where
 ) -> list[Difference]:
     models = _with_weights([how.first, how.second], how.weights or [])
-    Threat(LINF, eps)  # refuses a budget in other units
+    Threat(LINF, eps)  # raises for a budget in other units
     known = {"accuracy", DISTANCE, *(f"{attack}-linf-{eps:g}" for attack in BUDGETED)}
     for metric in set(metrics) - known:
         raise UnknownNameError("metric", metric, known)
@@ -81,7 +81,7 @@ def _compare_models(
 
 
 def _with_weights(names: list[str], weights: list[Path]) -> list[ModelSource]:
-    """Give each model that is no file its weights, in order; raise UserError where they are too few or too many."""
+    """Assign weights to the models that are not files, in order; raise UserError for too few or too many."""
     bare = [name for name in names if not name.endswith(SAVED)]
     if weights and len(weights) != len(bare):
         raise UserError(
@@ -109,6 +109,6 @@ def _profile(
     results = {row.attack: row.result.cpu() for row in rows}
     stands = {f"{name}-linf-{eps:g}": found.clean_correct & ~found.success for name, found in results.items()}
     found = {name: values.double().numpy() for name, values in {"accuracy": nearest.clean_correct, **stands}.items()}
-    # An attack that failed on an image says nothing of its distance; the image's width bounds it.
+    # An attack that failed on an image gives no distance; the largest distance in the box bounds it.
     distance = nearest.distance.double().nan_to_num(posinf=math.sqrt(x[0].numel()))
     return found | {DISTANCE: distance.numpy()}

@@ -32,9 +32,9 @@ ENDINGS = {"packed": ".sparring", "onnx": ".onnx"}
 
 
 def run_export(model: ModelSource, how: ExportOptions, data: DataSource, where: Where, *, as_json: bool) -> None:
-    """Export a model and say what the artefact costs in bytes, accuracy and robustness.
+    """Export a model and print the artefact's size, accuracy and robustness.
 
-    The model that the file is compared with runs where `where` says.
+    The model that the file is compared with runs on the device of `where`.
     """
     threat, form = Threat(LINF, parse_eps(how.eps)), how.format or ("onnx" if how.out.suffix == ".onnx" else "packed")
     if form not in ENDINGS:
@@ -53,7 +53,7 @@ def run_export(model: ModelSource, how: ExportOptions, data: DataSource, where: 
 
 
 def _write_onnx(network: nn.Module, how: ExportOptions, dataset: Dataset, place: Place) -> dict[str, Any]:
-    """Write a network as ONNX; print and return its size and how far its logits are off."""
+    """Write a network as ONNX; print and return its size and the error of its logits."""
     shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
     path = deploy.to_onnx(network, how.out, shape=shape, images=few)
     return {
@@ -65,7 +65,7 @@ def _write_onnx(network: nn.Module, how: ExportOptions, dataset: Dataset, place:
 def _write_packed(
     model: ModelSource, network: nn.Module, how: ExportOptions, dataset: Dataset, threat: Threat, place: Place
 ) -> dict[str, Any]:
-    """Write a network as an artefact; print and return its size and what shipping costs."""
+    """Write a network as an artefact; print and return its size and the cost of shipping it."""
     shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
     packed = deploy.pack(
         network, shape=shape, images=few, values=how.values, class_names=dataset.class_names or None,
@@ -101,7 +101,7 @@ def _provenance(model: ModelSource, dataset: Dataset) -> dict[str, Any]:
 
 
 def _gain(packed: deploy.Packed) -> str:
-    """Say what the sparse kernels can gain of this network, before it is written."""
+    """Print how much of this network's work the sparse kernels save, before it is written."""
     kept, dense = deploy.products(packed.program)
     if not dense:
         return "no layer of this network can run on sparse kernels: it runs dense, in PyTorch"
@@ -132,7 +132,7 @@ def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> float | None:
 
 
 def _print_cost(found: deploy.Shipped, images: int, threat: Threat) -> None:
-    """Say what shipping costs in accuracy and robustness."""
+    """Print what shipping costs in accuracy and robustness."""
     print(f"predictions agree on {percent(found.agreement, 2)} of {images} images", end="; ")
     print(f"logits differ by {found.logit_error:.1e} of the largest", end="; ")
     print(f"accuracy {percent(found.accuracy_model, 2)} → {percent(found.accuracy_packed, 2)}")
@@ -250,7 +250,7 @@ def run_pick(how: PickOptions, *, as_json: bool) -> None:
 def _packed_choice(how: PickOptions, content: PlanFile, choice: Choice) -> deploy.Packed:
     """Pack the chosen network as an artefact that records its study and cell."""
     model, record = trained(how.study, choice.key, factory=how.model), read_record(how.study, choice.key)
-    assert record is not None  # `trained` rebuilt the model from it
+    assert record is not None  # `trained` has built the model from it
     provenance = {
         "study": content.plan["name"],
         "cell": {"method": choice.method, "sparsity": choice.sparsity, "seed": choice.seed},
@@ -265,7 +265,7 @@ def _packed_choice(how: PickOptions, content: PlanFile, choice: Choice) -> deplo
 
 
 def _as_shipped(out: Path, content: PlanFile, choice: Choice, values: str) -> dict[str, float]:
-    """Return what the study measured of the chosen network's artefact with these values, attacked and certified."""
+    """Return the study's results for the chosen network's artefact with these values, attacked and certified."""
     who = choice.method, choice.sparsity, choice.seed
     keys = [key for c in content.cells if (c.method, c.sparsity, c.seed) == who for key in c.tasks]
     records = [record for key in keys if (record := read_record(out, key)) is not None]

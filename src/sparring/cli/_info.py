@@ -110,7 +110,7 @@ def _version(name: str) -> str | None:
 
 
 def _torchvision() -> str | None:
-    """Return its release, and what to do where it does not import: its operators are built for one release of torch."""
+    """Return its version, and a way out if it cannot be imported: its operators are built for one version of torch."""
     found = _version("torchvision")
     if (
         found is None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Aside(io.TextIOBase):
-    """Stand in for standard output: what is printed goes to standard error, and `print_json` to the true one."""
+    """A replacement of standard output: what is printed goes to standard error, but `print_json` uses the true one."""
 
     def __init__(self, true: TextIO) -> None:
         self.true = true
@@ -25,7 +25,7 @@ class Aside(io.TextIOBase):
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON, with null for what is no finite number."""
+    """Print a value as indented JSON, with null for numbers that are not finite."""
     text = json.dumps(_finite(value), indent=1, allow_nan=False)
     print(text, file=sys.stdout.true if isinstance(sys.stdout, Aside) else sys.stdout)
 
@@ -39,7 +39,7 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int = 140) -> Console:
-    """Print rows under headings, all but the first `left` columns aligned right; `width` counts where no terminal is.
+    """Print rows under headings, all but the first `left` columns aligned right; `width` applies without a terminal.
 
     Return the console that it was printed to.
     """

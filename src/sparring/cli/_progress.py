@@ -1,4 +1,4 @@
-"""Progress of whatever takes longer than two seconds: bars and lines on a terminal, else plain lines."""
+"""Progress of work that takes longer than two seconds: bars and lines on a terminal, else plain lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pace:
         return f"about {duration(self.seconds / max(1, done) * (total - done))} left"
 
     def told(self, done: int, total: int, what: str = "images") -> str:
-        """Return how many images are done, how many a second, the memory in use, and the time for the rest."""
+        """Return the number of finished images, images per second, the memory in use, and the remaining time."""
         from ..memory import size_text, used_memory
 
         rate = done / max(self.seconds, 1e-9)
@@ -42,9 +42,9 @@ Tell = Callable[[str, int, int], None]
 
 @contextlib.contextmanager
 def shown_images(what: str = "images") -> Iterator[Tell]:
-    """Yield a function of a name, the images that are done and their number: one line, or one for every tenth.
+    """Yield a function of a name, the finished images and their total, which prints one line or one per tenth.
 
-    `what` is counted instead of images.
+    `what` names the unit that is counted.
     """
     paces, tenths = dict[str, Pace](), dict[str, int]()
     terminal, began = sys.stderr.isatty(), Pace()
@@ -68,7 +68,7 @@ def shown_images(what: str = "images") -> Iterator[Tell]:
 
 @contextlib.contextmanager
 def shown_bytes() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Give what takes a name, the bytes that are done and those of the whole: bars on a terminal, else plain lines."""
+    """Yield a function of a name, the bytes that are done and their total: bars on a terminal, else plain lines."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -84,12 +84,12 @@ def shown_bytes() -> Iterator[Callable[[str, int, int | None], None]]:
     try:
         yield draw if sys.stderr.isatty() else _tenths()
     finally:
-        if rows:  # one that never began would still print an empty line
+        if rows:  # a bar that never began would print an empty line
             bar.stop()
 
 
 def _tenths() -> Callable[[str, int, int | None], None]:
-    """Return what says what is begun in one line, and in one more for every tenth that is done."""
+    """Return a function that prints one line at the beginning, and one more for every tenth that is done."""
     told: dict[str, int] = {}
 
     def tell(name: str, done: int, total: int | None) -> None:

@@ -34,7 +34,7 @@ from ..study import check_fit
 from ._app import DataSource, ModelSource, StudySource, Where
 from ._progress import shown_bytes
 
-# Extensions of files that hold a whole model: saved for further work, packed for deployment, or written by others.
+# Extensions of files that contain a whole model: saved for further work, packed for deployment, or from elsewhere.
 PACKED, ONNX = ".sparring", ".onnx"
 SAVED = (".safetensors", PACKED, ONNX)
 
@@ -68,10 +68,10 @@ def _loaded(source: DataSource, request: Request) -> Dataset:
 def request_for(
     models: Sequence[ModelSource], source: DataSource, *, training: bool = False, images: int | None = None
 ) -> Request:
-    """Return what is read of a data set for some models: as the command line says, else as their libraries have it.
+    """Return what to read of a data set for some models: as the options say, else by the defaults of their libraries.
 
-    With `images` only so many test images are read, and others only if a model is given their mean and std. Raise
-    UserError where two models prepare images in different ways.
+    With `images` only so many test images are read, and others only if a model needs their mean and std. Raise
+    UserError if two models prepare images in different ways.
     """
     kind, prepared = data.kind_of(source.data, source.data_dir), Preparation(**preparation(source))
     known = {model.model: facts for model in models if (facts := _configuration(model)) is not None}
@@ -118,7 +118,7 @@ def _geometry(prepared: Preparation, known: Mapping[str, HubModel]) -> Geometry 
 
 
 def preparation(source: DataSource | StudySource) -> dict[str, Any]:
-    """Return what a command's options say of images, as the table of a plan."""
+    """Return a command's options for images as the table of a plan."""
     limits: dict[str, int] = {}
     for text in source.limit or ():
         split, _, count = text.rpartition("=")
@@ -147,10 +147,10 @@ def open_both(
     beside: ModelSource | None = None,
     identify: bool = False,
 ) -> tuple[nn.Module, Dataset]:
-    """Return a model in eval mode and its data; raise UserError, before data are read, for a model that cannot be.
+    """Return a model in eval mode and its data; raise UserError, before reading data, if the model cannot be opened.
 
-    `plain`: in a form that can be looked into. `images`: read only so many test images of a folder. `beside`: a
-    model that is given the same data. `identify`: as of `Request`.
+    `plain`: in a form that can be analysed. `images`: read only so many test images of a folder. `beside`: a
+    model that gets the same data. `identify`: as in `Request`.
     """
     models = [model] if beside is None else [model, beside]
     for one in models:
@@ -161,7 +161,7 @@ def open_both(
 
 
 def place_for(where: Where, source: ModelSource) -> Place:
-    """Return where a model is to run; raise UserError, before anything is read, where it cannot."""
+    """Return where a model runs; raise UserError, before anything is read, if it cannot run there."""
     if not source.model.endswith(PACKED):
         return place_of(where.device, where.dtype)
     if where.device not in ("auto", "cpu") or where.dtype is not None:
@@ -172,7 +172,7 @@ def place_for(where: Where, source: ModelSource) -> Place:
 
 
 def plain_form(model: nn.Module) -> nn.Module:
-    """Return a model that can be looked into: of an artefact the same network, as rounded, in torch's own modules."""
+    """Return a model that can be analysed: for an artefact the same rounded network in torch's own modules."""
     return model.equivalent if isinstance(model, deploy.PackedModule) else model
 
 
@@ -211,7 +211,7 @@ def _put_weights_(model: nn.Module, blueprint: Blueprint, weights: Path | None, 
 
 
 def _say_what_is_assumed(source: ModelSource, model: nn.Module, blueprint: Blueprint) -> None:
-    """Warn of a user's network with random weights, and of trained weights behind the moments of other images."""
+    """Warn of a user's network with random weights, and of trained weights with the mean and std of other images."""
     name, weights = source.named()
     if weights is None and _is_untrained(model, blueprint):
         what = "has random weights, so these results are of an untrained network; give --weights to load trained ones"
@@ -222,7 +222,7 @@ def _say_what_is_assumed(source: ModelSource, model: nn.Module, blueprint: Bluep
 
 
 def say_fresh(name: str, weights: str | None = None) -> None:
-    """Warn where training begins from scratch with a network that its name may suggest is trained."""
+    """Warn if training starts from scratch although the network's name may suggest that it is trained."""
     if is_hub_name(name) and weights is None:
         print(f"warning: '{name}' starts from random weights, not from its library's trained ones", file=sys.stderr)
 
@@ -262,13 +262,13 @@ def is_code(name: str) -> bool:
 
 
 def _is_untrained(model: nn.Module, blueprint: Blueprint) -> bool:
-    """Return whether another seed gives other parameters: nothing trained is in them."""
+    """Return whether another seed gives other parameters, so that they are not trained."""
     other = dict(blueprint.build(seed=1).named_parameters())
     return any(not torch.equal(value, other.get(name, value)) for name, value in model.named_parameters())
 
 
 def blueprint_for(source: ModelSource, dataset: Dataset) -> Blueprint:
-    """Return the blueprint of a named model for a data set; its factory is given the data's moments, unless others."""
+    """Return the blueprint of a named model for a data set; its factory gets the data's mean and std or its own."""
     shape = tuple(dataset.test.x.shape[1:])
     if not dataset.mean and _needs_moments(source):
         way = "give --mean and --std" if is_code(source.named()[0]) else "use the model file that sparring train wrote"
@@ -283,7 +283,7 @@ def blueprint_for(source: ModelSource, dataset: Dataset) -> Blueprint:
 
 
 def parse_moments(text: str, channels: int, *, least: float) -> tuple[float, ...]:
-    """Return a mean or standard deviation by channel from "0.5,0.5,0.5"; raise UserError where it is not one."""
+    """Return a mean or standard deviation by channel from "0.5,0.5,0.5"; raise UserError for anything else."""
     try:
         moments = tuple(float(part) for part in text.split(","))
     except ValueError:

@@ -73,7 +73,7 @@ def _changes(source: StudySource) -> tuple[str, ...]:
 
 
 def _command(source: StudySource) -> str:
-    """Return the command that makes the study again, without options that change none of its records."""
+    """Return the command that reproduces the study, without options that change none of its records."""
     words = ["sparring", "study", source.plan, *(word for change in _changes(source) for word in ("--set", change))]
     device = None if source.device == "auto" else source.device
     places = {"--data-dir": source.data_dir, "--out": source.out, "--device": device, "--dtype": source.dtype}
@@ -91,7 +91,7 @@ def _all_of(watchers: list[Watcher]) -> Watcher:
 
 
 def _tell(out: Path, records: list[Record], *, fresh: bool, as_json: bool) -> int:
-    """Print the verdict, of a new report where there is something new, and what failed; return the exit code."""
+    """Print the verdict, of a new report if anything changed, and failures; return the exit code."""
     folder, failed = Folder(out), [record for record in records if record.error]
     path = folder.report
     stale = fresh or not path.exists() or path.stat().st_mtime_ns < folder.plan.stat().st_mtime_ns
@@ -160,7 +160,7 @@ class PlainView:
 
 
 class LiveView(Live):
-    """Keep a progress bar, what is running, an estimate of what is left, and the last results on the terminal."""
+    """Show a progress bar, running tasks, an estimate of the remaining time, and the latest results on the terminal."""
 
     def __init__(self) -> None:
         super().__init__(console=Console(), refresh_per_second=8)

@@ -36,16 +36,16 @@ _PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
 
 
 def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_json: bool) -> None:
-    """Train a model and write it, under attack also its best epoch; an interrupted run goes on when run again.
+    """Train a model and write it, in adversarial training also its best epoch; rerun to resume.
 
-    Raises UserError, with all written, when training ended at a network that answers one class.
+    Raises UserError, after writing everything, if training ended at a network that predicts one class only.
     """
     training = _training(options, how.ramp)
     check_out(how.out, ".safetensors")
     place = place_of(options.device, options.dtype, training=True)
     if ModelSource(how.model).named()[1] is not None:
         raise UserError("train starts from new weights; give trained weights to prune or study instead")
-    _settings(how.recipe, Recipe)  # refuses what cannot be, before data are read
+    _settings(how.recipe, Recipe)  # raises for impossible settings, before data are read
     NetworkSettings(how.model, width=how.width, depth=how.depth)
     dataset = open_data(data, request_for([], data, training=True))
     blueprint = replace(blueprint_for(ModelSource(how.model), dataset), width=how.width, depth=how.depth)
@@ -63,7 +63,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
 
 
 def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options: FitOptions, *, as_json: bool) -> None:
-    """Prune a model, fine-tune it and write it with its masks, under attack also its best epoch."""
+    """Prune a model, fine-tune it and write it with its masks, in adversarial training also its best epoch."""
     training = _training(options)
     check_out(how.out, ".safetensors")
     if source.model.endswith((PACKED, ONNX)):
@@ -104,7 +104,7 @@ def _settings(
             raise UnknownNameError("key of --set", key, known)
         placed.append(f"{known[key]}.{override}")
     base: dict[str, Any] = {"name": "settings", "pruning": [{}], "recipe": dict(own)}
-    base["sparsities"] = [0.5]  # which every method and structure can reach: what is asked for is checked apart
+    base["sparsities"] = [0.5]  # which every method and structure can reach; the requested one is checked separately
     return Plan.from_table(base, overrides=placed)
 
 
@@ -151,7 +151,7 @@ def _show(pace: Pace, images: int, progress: EpochProgress) -> None:
 def _finish(
     model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fit, training: TrainingSettings, out: Path
 ) -> list[dict[str, Any]]:
-    """Write a network and say how good it is; beside it the best epoch's, where training under attack tells which."""
+    """Write a network and print its accuracy; in adversarial training also the network of the best epoch."""
     save_model(out, model, blueprint, result.masks)
     if result.best_epoch is None:
         return [_told(model, dataset, out)]
@@ -184,7 +184,7 @@ def _told(network: nn.Module, dataset: Dataset, path: Path, *, before: str = "",
 
 
 def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tensor, asked: float | None) -> str:
-    """Say how many weights went and what that is of all, biases and normalisation apart, and what surgery did."""
+    """Print how many weights were removed, of all and without biases and normalisation, and what surgery did."""
     weights, vectors = ([m for m in masks.values() if (m.dim() > 1) is wanted] for wanted in (True, False))
     (total, kept), (others, held) = (
         (sum(m.numel() for m in part), sum(int(m.sum()) for m in part)) for part in (weights, vectors)
@@ -212,7 +212,7 @@ def _covered(model: nn.Module, masks: dict[str, Tensor], structure: str | None) 
 
 
 def run_convert(checkpoint: Path, out: Path, key: str | None, *, as_is: bool, as_json: bool) -> None:
-    """Write a checkpoint's weights to a safetensors file and say where in it they stood and what became of names."""
+    """Write a checkpoint's weights to a safetensors file and print where in it they were and how names changed."""
     check_out(out, ".safetensors")
     found = read_checkpoint(checkpoint, key=key, as_is=as_is)
     save_tensors(out, found.tensors)

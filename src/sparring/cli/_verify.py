@@ -1,4 +1,4 @@
-"""`sparring verify`: does the label stand in the whole ball, does the property hold?"""
+"""`sparring verify`: is the label the same in the whole ball, does the property hold?"""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ FALSIFIED, UNKNOWN = 1, 3
 def run_verify(
     model: ModelSource, asked: Path | None, how: VerifyOptions, data: DataSource, where: Where, *, as_json: bool
 ) -> int:
-    """Print each answer; return 0 where all is verified, 1 where anything is falsified, else 3.
+    """Print each answer; return 0 if all is verified, 1 if anything is falsified, else 3.
 
-    Proofs are made on the CPU; the network itself, which counter-examples are shown to, runs where `where` says.
+    Proofs are made on the CPU; the network that checks counter-examples runs on the device of `where`.
     """
     place = place_of(where.device, where.dtype)
     _check(how, asked)
@@ -101,7 +101,7 @@ def _about_property(model: ModelSource, path: Path, how: VerifyOptions, place: P
 
 
 def _open_alone(source: ModelSource) -> tuple[nn.Module, tuple[int, ...]]:
-    """Return the model of a file, in a form that can be looked into, and the shape of its images."""
+    """Return the model of a file, in a form that can be analysed, and the shape of its images."""
     check_named(source)
     name = source.model
     if name.endswith(ONNX):

@@ -1,10 +1,10 @@
 """Decoded images: in memory if they are few, otherwise in a mapped cache file.
 
-In the user's cache folder lie, of each set of pixels, NAME.pixels (N, C, H, W), NAME.hashes (the SHA-256 of each
-image's file) and NAME.json, and of each list of files SET.json, which says which pixels are of it. NAME is the hash of
-content: of the files' hashes, of how they are prepared and of what decodes them. So a set that is copied, or whose
-files are touched, has its files hashed again, not decoded. SET-CHANGED.* hold what a run cut short has done,
-FILES.files the hashes of files that were not decoded.
+The user's cache folder contains, for each set of pixels, NAME.pixels (N, C, H, W), NAME.hashes (the SHA-256 of each
+image's file) and NAME.json, and for each list of files SET.json, which names its pixels. NAME is the hash of the
+content: of the files' hashes, their preparation and the decoders. If a set is copied, or its files are touched, its
+files are therefore hashed again, but not decoded. SET-CHANGED.* contain the work of an interrupted run, FILES.files the
+hashes of files that were not decoded.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ from ._undecoded import Decoder, Undecoded
 from .formats._listing import Entry, Files, Source
 
 SMALL = 16 << 20  # bytes of pixels that are decoded each time: in a second
-SYNCED = 10.0  # seconds of work that a run cut short may lose
+SYNCED = 10.0  # seconds of work that an interrupted run may lose
 SAMPLE = 8  # images that are timed
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Hold pixels (N, C, H, W), uint8, and what was found of them.
+    """Pixels (N, C, H, W), uint8, and their statistics.
 
-    `counts` (C, 256) are of the values of the first `counted` images, `hashes` (N, 32) of the images' files; neither
-    is there where images were not decoded, or were few.
+    `counts` (C, 256) count the values of the first `counted` images; `hashes` (N, 32) are of the images' files. Both
+    are missing if images were not decoded, or were few.
     """
 
     x: Tensor
@@ -74,16 +74,16 @@ class Decoded:
 def decoded(
     source: Source, entries: Sequence[Entry], how: Rows, *, kept: bool, progress: Progress | None, lazy: bool = False
 ) -> Decoded:
-    """Decode images, in this order: few in memory, many that are to be `kept` once, into the cache.
+    """Decode images, in this order: few in memory, many that are `kept` once, into the cache.
 
-    Others are `lazy`, decoded whenever they are looked at, where each is a file of its own; else in memory.
+    Others are `lazy`, decoded whenever they are used, if each is in its own file; else in memory.
     """
     rows = list(enumerate(entries))
     try:
         large = len(entries) * math.prod(how.shape) > SMALL
         if kept and large:
             return _Cache(source, rows, how, progress).open()
-        if lazy and large and isinstance(source, Files):  # of which any can be read by itself
+        if lazy and large and isinstance(source, Files):  # sets of which any image can be read by itself
             return _undecoded(source, rows, how, progress)
         out, found = in_memory(source, rows, how)
         return Decoded(torch.from_numpy(out), frozenset(found.lossy), tuple(sorted(found.animated)))
@@ -93,7 +93,7 @@ def decoded(
 
 
 def rows_like_first(source: Source, entries: Sequence[Entry], how: Rows) -> Rows:
-    """Return the shape that all images must have, which is that of one; grey until another has colours."""
+    """Return the shape that all images must have, which is that of the first; grey until another has colours."""
     first = min(entries, key=lambda entry: entry.place)
     with strict():
         for entry, content in source.contents([first]):
@@ -103,7 +103,7 @@ def rows_like_first(source: Source, entries: Sequence[Entry], how: Rows) -> Rows
 
 
 def any_coloured(source: Source, entries: Sequence[Entry]) -> bool:
-    """Return whether any of some images has colours, by their headers."""
+    """Return whether any of the images has colours, by their headers."""
     return any(header(read(content)).coloured for _, content in source.contents(entries))
 
 
@@ -117,7 +117,7 @@ def hashes_of(source: Source, entries: Sequence[Entry]) -> Pixels:
 
 
 def known_hashes(source: Source, entries: Sequence[Entry], where: Path) -> Pixels:
-    """Return the SHA-256 (N, 32) of images' files, which are read once while they stay what they are."""
+    """Return the SHA-256 (N, 32) of images' files, which are read only once if they do not change."""
     stamps = source.stamps(entries)
     names = [[entry.member, *stamp] for entry, stamp in zip(entries, stamps, strict=True)]
     path = (
@@ -127,7 +127,7 @@ def known_hashes(source: Source, entries: Sequence[Entry], where: Path) -> Pixel
         if len(data := read_bounded(path, limit=32 * len(entries))) == 32 * len(entries):
             return np.frombuffer(data, np.uint8).reshape(-1, 32)
     found = hashes_of(source, entries)
-    with contextlib.suppress(UserError):  # where it cannot be kept, it is found out anew
+    with contextlib.suppress(UserError):  # if it cannot be stored, it is computed again
         write_atomic(path, found.tobytes())
     return found
 
@@ -138,7 +138,7 @@ def _hash_rows(out: Pixels, job: Any) -> None:
 
 
 def decoders() -> dict[str, str | None]:
-    """Return what decides which pixels a file means, besides the file."""
+    """Return what determines a file's pixels, besides the file."""
     return {"pillow": PIL.__version__, "jpeg": features.version("jpg"), "turbo": features.version("libjpeg_turbo")}
 
 
@@ -174,7 +174,7 @@ class Forecast:
         return f"{self.images:,} images decoded once, {_gigabytes(self.size)} in {self.folder}, {minutes}"
 
     def check(self) -> None:
-        """Raise DataError, with the numbers, where the disk has no room."""
+        """Raise DataError, with the numbers, if the disk has no room."""
         if self.size > self.free:
             raise DataError(
                 f"{self}: {_gigabytes(self.free)} are free there; free some space, set XDG_CACHE_HOME to a folder on a "
@@ -187,7 +187,7 @@ def _gigabytes(size: int) -> str:
 
 
 def forecast(source: Source, rows: Sequence[tuple[int, Entry]], how: Rows, folder: Path, *, workers: int) -> Forecast:
-    """Foretell what a cache of these rows takes, from a few of them that are decoded, and the disk that is free."""
+    """Estimate the cost of a cache of these rows from a few that are decoded, and the free disk space."""
     sample = [(at, entry) for at, (_, entry) in enumerate(rows[: SAMPLE + 1])]
     out: Pixels = np.empty((len(sample), *how.shape), np.uint8)
     took = []
@@ -222,7 +222,7 @@ class _Cache:
         self.changed = sha256_bytes(np.array([at for _, at in stamps], np.int64).tobytes())[:32]
 
     def open(self) -> Decoded:
-        """Return the pixels, made first where there are none."""
+        """Return the pixels; decode them first if there are none."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with lock(self.folder / f"{self.name}.lock", wait=math.inf):
@@ -232,7 +232,7 @@ class _Cache:
             raise explain(error, self.folder, "use") from error
 
     def _known(self) -> str | None:
-        """Return the name of the pixels of these files, if they are there and the files are still what they were."""
+        """Return the name of the pixels of these files, if they exist and the files have not changed."""
         path = self.folder / f"{self.name}.json"
         if not path.exists():
             return None
@@ -260,7 +260,7 @@ class _Cache:
     def _mapped(self, content: str) -> Decoded:
         said = read_json(self._file(content, "json"))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to a split
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # splits are never written to
             x = torch.from_numpy(self._array(content, "pixels", "r"))
         counts = torch.tensor(said["counts"], dtype=torch.int64)
         hashes = self._array(content, "hashes", "r")
@@ -290,14 +290,14 @@ class _Cache:
         content = sha256_bytes(canonical_json([self.recipe, self.how.counted]).encode() + hashes.tobytes())[:32]
         said = {"lossy": sorted(summary.lossy), "animated": sorted(summary.animated)}
         write_json(self._file(content, "json"), {**said, "counts": summary.counts.tolist(), **self.recipe})
-        for kind in ("hashes", "pixels"):  # the last says that all are there
+        for kind in ("hashes", "pixels"):  # written last: all others are complete
             self._file(making, kind).replace(self._file(content, kind))
         self._point(content)
         log.unlink()
         return content
 
     def _fill(self, making: str, journal: list[Found], what: str) -> Summary:
-        """Decode the rows that are not done, and write what is done to the log, once the pixels are on disk."""
+        """Decode the missing rows, and log finished ones once their pixels are on disk."""
         pixels, hashes = self._array(making, "pixels", "r+"), self._array(making, "hashes", "r+")
         summary, left = Summary(np.zeros((self.how.shape[0], 256), np.int64)), dict(self.rows)
         for found in journal:
@@ -326,7 +326,7 @@ def _tell(progress: Progress | None, what: str, count: int, size: int, left: int
 
 @contextlib.contextmanager
 def _syncing(pixels: Any, hashes: Any, log: Any) -> Iterator[Callable[[str], None]]:
-    """Take lines for a log, and write them some seconds later, after the arrays that they speak of."""
+    """Take lines for a log, and write them some seconds later, after the arrays that they describe."""
     lines: list[str] = []
     last = time.monotonic()
 
@@ -353,14 +353,14 @@ def _syncing(pixels: Any, hashes: Any, log: Any) -> Iterator[Callable[[str], Non
 
 
 def _read_log(path: Path) -> Iterator[Found]:
-    """Yield what a run cut short had done; its last line may not be whole."""
+    """Yield the work of an interrupted run; the last line may be incomplete."""
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError, TypeError):
             yield Found(*json.loads(line))
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Make a file of so many bytes that the disk has: to write where it has none ends a process without a word."""
+    """Create a file with reserved disk space: writing to a mapped file on a full disk kills the process silently."""
     try:
         with path.open("wb") as file:
             file.truncate(size)

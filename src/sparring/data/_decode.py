@@ -18,21 +18,21 @@ from ..files import read_bounded
 from ._request import MOST_SIDE, Geometry
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-# Formats that know their own files; any other is tried only on files of its ending.
+# Formats that are recognised by content; any other is tried only on files with its extension.
 COMMON = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
-# Not pixels of Pillow's own decoding: an interpreter of programs, Windows' own, and mere names.
+# Not decoded by Pillow itself: an interpreter of programs, Windows formats, and mere names.
 EXCLUDED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
 LOSSY = {"JPEG": "jpeg", "MPO": "jpeg", "JPEG2000": "jpeg2000", "WEBP": "webp", "AVIF": "avif"}
 GREY = ("1", "L", "LA", "La")
-COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")  # ImageNet has a few of the last
+COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")  # ImageNet contains a few of the last
 MOST_FILE = 64 << 20
-MOST_SCANS = 32  # an honest progressive JPEG has about ten; each is a pass over all pixels for a few bytes of file
+MOST_SCANS = 32  # a normal progressive JPEG has about ten; each is a pass over all pixels for a few bytes of file
 
 
 class Picture(NamedTuple):
-    """Hold an 8-bit grey or RGB image, the lossy format that it comes from, if any, and whether it is one of several.
+    """An 8-bit grey or RGB image, its lossy source format, if any, and whether it is one of several frames.
 
-    Loaded lies in memory whole.
+    `loaded` is the whole image in memory.
     """
 
     image: Image.Image
@@ -49,7 +49,7 @@ class Picture(NamedTuple):
         return self.image.height, self.image.width
 
     def planes(self) -> Pixels:
-        """Return the pixels (C, H, W), a line of one channel after that of another in memory."""
+        """Return the pixels (C, H, W), stored in memory line by line, with the channels of a line one after another."""
         height, width = self.size
         packed = self.image.tobytes("raw", "L" if self.channels == 1 else "RGB;L")
         return np.frombuffer(packed, np.uint8).reshape(height, self.channels, width).transpose(1, 0, 2)
@@ -57,29 +57,29 @@ class Picture(NamedTuple):
 
 @functools.cache
 def endings() -> dict[str, str]:
-    """Return the format that each ending of an image file stands for."""
+    """Return the format of each extension of an image file."""
     known = Image.registered_extensions()  # which also imports all that Pillow can decode
     return {ending: kind for ending, kind in known.items() if kind in Image.OPEN and kind not in EXCLUDED}
 
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Let an image of suspiciously many pixels fail."""
+    """Refuse an image with suspiciously many pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
 
 def read(content: Any) -> bytes:
-    """Return the bytes of an image that is at hand, or lies in a file of at most 64 MiB."""
+    """Return the bytes of an image, given directly or in a file of at most 64 MiB."""
     return content if isinstance(content, bytes) else read_bounded(content, limit=MOST_FILE)
 
 
 def decode(data: bytes, where: str, geometry: Geometry | None) -> Picture:
-    """Return an image as it is shown: turned as EXIF says, without transparency, of several frames the first.
+    """Return an image as displayed: rotated as EXIF says, without transparency, the first of several frames.
 
-    `where` names it, and its ending tells of rarer formats. Raise DataError for one that is damaged, has more than
-    4,096 pixels a side (16,384 where a `geometry` brings it to another size) or 16 bits a channel.
+    `where` names it, and its extension identifies rarer formats. Raise DataError for one that is damaged, has more than
+    4,096 pixels a side (16,384 if a `geometry` resizes it) or 16 bits a channel.
     """
     most = MOST_SIDE * (1 if geometry is None else 4)
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MOST_SCANS:
@@ -102,12 +102,12 @@ def decode(data: bytes, where: str, geometry: Geometry | None) -> Picture:
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{where} is not an image that Pillow can read; replace or remove it") from error
-    except Exception as error:  # a decoder that meets hostile bytes raises whatever it likes
+    except Exception as error:  # a decoder of hostile bytes can raise anything
         raise DataError(f"{where} is damaged ({error}); replace or remove it") from error
 
 
 class Header(NamedTuple):
-    """Say of an image that is not decoded what `Picture` says of one that is."""
+    """Describe an image that is not decoded, as `Picture` does for one that is."""
 
     coloured: bool = False
     lossy: str = ""
@@ -115,11 +115,11 @@ class Header(NamedTuple):
 
 
 def header(data: bytes) -> Header:
-    """Return what the header of an image says; nothing of what is none, which is judged when it is decoded."""
+    """Return the description in an image's header; a file without one is judged when it is decoded."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return Header(image.mode not in GREY, *_kept(image))
-    except Exception:  # a decoder that meets hostile bytes raises whatever it likes
+    except Exception:  # a decoder of hostile bytes can raise anything
         return Header()
 
 
@@ -131,7 +131,7 @@ def _kept(image: Image.Image) -> tuple[str, bool]:
 
 
 def _is_deep(image: Image.Image, data: bytes) -> bool:
-    """Return whether an image that Pillow shows with 8 bits a channel has more in its file."""
+    """Return whether an image that Pillow reads with 8 bits per channel has more in its file."""
     decoders = [(tile[0], tile[3] if isinstance(tile[3], tuple) else (tile[3],)) for tile in getattr(image, "tile", ())]
     if any(";16" in str(part) for _, args in decoders for part in args) or any(kind == "SGI16" for kind, _ in decoders):
         return True

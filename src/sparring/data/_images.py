@@ -24,28 +24,28 @@ from ._types import Dataset, Split, balanced_order, counted, fixed_order, from_s
 from ._undecoded import Undecoded
 from .formats._listing import CLASSES, PARTS, Entry, Listing
 
-PIXELS = 512 << 20  # bytes of pixels up to which a set is what its pixels are; a larger one is what its files are
+PIXELS = 512 << 20  # bytes of pixels up to which a set is identified by its pixels; a larger one by its files
 ALMOST = {**PARTS, "training": "train", "testing": "test"}  # in capitals, or other words
-MEASURED = 10_000  # of such a one, images of which mean and deviation are taken
+MEASURED = 10_000  # images of such a set from which mean and deviation are computed
 
 
 def load_images(
     path: Path, name: str, request: Request = EVERYTHING, progress: Progress | None = None, *, listing: Listing
 ) -> Dataset:
-    """Load images of one size in any format that Pillow decodes, without ever unpacking anything to disk.
+    """Load images of one size in any format that Pillow decodes, without unpacking anything to disk.
 
-    Classes are the folder names in sorted order, or the lines of classes.txt beside train/, which may name more than
-    there are folders, or those of `request.classes`. Images are grey (1, H, W) if all of them are, else (3, H, W); they
-    are turned as EXIF says, transparency is dropped, of several frames the first is read. Hidden files and folders are
-    ignored; a DataWarning counts what is not read, and names classes without test images and labels that do not count
-    as their names do. Where there is no valid/ (or val/, validation/), every tenth training image of a class (by name)
-    is held out. Each split comes in balanced order. A set with images in a lossy format has that in its name, as
-    "jpeg". A folder of class folders alone is a test split. Test images that are asked for by their number are decoded
-    in memory, a whole set of more than 16 MiB of pixels into the cache, which is mapped.
+    Classes are the folder names in sorted order, or the lines of classes.txt beside train/, which may name more classes
+    than there are folders, or those of `request.classes`. Images are grey (1, H, W) if all of them are, else (3, H, W);
+    they are rotated as EXIF says, transparency is dropped, and the first of several frames is read. Hidden files and
+    folders are ignored; a DataWarning counts ignored files, and names classes without test images and labels whose
+    order is not that of their numbers. Without valid/ (or val/, validation/), every tenth training image of a class (by
+    name) is held out. Each split is in balanced order. A set with images in a lossy format has the format in its name,
+    such as "jpeg". A folder of class folders alone is a test split. A limited number of test images is decoded in
+    memory, a whole set of more than 16 MiB of pixels into the cache, which is mapped.
 
     Raises DataError, naming the file, for a damaged image, one of another size, of more than 4,096 pixels a side or of
-    16 bits a channel, for a part that is asked for and has no images, a class without training images, and where the
-    disk has no room for the cache.
+    16 bits a channel, for a requested part without images, a class without training images, and if the disk
+    has no room for the cache.
     """
     try:
         parts, notes = _parts(listing, path, request)
@@ -82,7 +82,7 @@ def load_images(
 
 
 def _tell_shared(hashes: Pixels | None, sizes: list[int], path: Path) -> None:
-    """Warn of test images whose files are those of training or validation images too."""
+    """Warn of test images whose files are also training or validation images."""
     if hashes is None or len(sizes) == 1:
         return
     each, tested = [row.tobytes() for row in hashes], sizes[-1]
@@ -93,7 +93,7 @@ def _tell_shared(hashes: Pixels | None, sizes: list[int], path: Path) -> None:
 def _arranged(
     parts: dict[str, list[Entry]], numbers: dict[str, int], path: Path, request: Request
 ) -> dict[str, list[Entry]]:
-    """Return the images of each part in balanced order, some held out for validation, no more than are asked for."""
+    """Return the images of each part in balanced order, some held out for validation, no more than requested."""
     order = {part: _ordered(own, numbers) for part, own in parts.items()}
     if "train" in order and "valid" not in order:
         every = order["train"]
@@ -113,7 +113,7 @@ def _pixels(
     listing: Listing, every: list[Entry], trained: int, path: Path, request: Request, kept: bool,
     progress: Progress | None,
 ) -> Decoded:  # fmt: skip
-    """Decode images: as grey only if all of the set are grey, also those that are not decoded, by their headers."""
+    """Decode images: as grey only if all images of the set are grey, including undecoded ones, by their headers."""
     how = Rows(path, (request.channels or 1, 0, 0), request.geometry, trained)
     how = rows_like_first(listing.source, every, how)
     if math.prod(how.shape) * trained > PIXELS:
@@ -133,7 +133,7 @@ def _identity(
     listing: Listing, every: list[Entry], y: torch.Tensor, sizes: list[int], classes: int, found: Decoded,
     request: Request,
 ) -> str:  # fmt: skip
-    """Return the hash of a large set's files, labels and of how images are prepared; "" of one that its pixels name."""
+    """Return the hash of a large set's files, labels and preparation; "" for a set that is identified by its pixels."""
     if found.x.numel() <= PIXELS:
         return ""
     hashes = hashes_of(listing.source, every) if found.hashes is None else found.hashes
@@ -153,7 +153,7 @@ def _files_hash(listing: Listing, path: Path) -> str:
 
 
 def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, list[Entry]], list[str]]:
-    """Return the images of each part that is asked for, and what was taken for another; refuse what is ambiguous."""
+    """Return the images of each requested part, and which part replaces another; refuse ambiguous layouts."""
     if len(listing.roots) > 1:
         raise DataError(f"{path} contains several data sets ({', '.join(sorted(listing.roots))}); give one of them")
     twice = sorted(part for part in listing.named_parts if PARTS[part] == "valid")
@@ -187,7 +187,7 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
 
 
 def _instead(listing: Listing, path: Path) -> str:
-    """Say what there is in the place of images that are not there."""
+    """Return a sentence on what was found instead of the missing images."""
     others = sorted([*listing.outside, *listing.nested, *listing.skipped])[:3]
     told = [f"only {', '.join(others)}"] if others else []
     told += [f"{len(names)} {why} ({names[0]}, ...)" for why, names in listing.left.items()]
@@ -199,7 +199,7 @@ def _instead(listing: Listing, path: Path) -> str:
 def _labels(
     parts: dict[str, list[Entry]], listing: Listing, path: Path, request: Request
 ) -> tuple[list[str], dict[str, int], str]:
-    """Return the classes' names, the number of each label, and what says so; refuse what would shift or lose one."""
+    """Return the classes' names, the number of each label, and their source; refuse what would shift or lose one."""
     trained = {label for part, label in listing.folders if part == "train"}
     present = {label for _, label in listing.folders} or {entry.label for entry in parts["test"]}
     if request.classes is not None and not listing.numbered and not (listing.named and request.classes.fallback):
@@ -229,7 +229,7 @@ def _labels(
 
 
 def _numbered(present: set[str], path: Path, request: Request) -> tuple[list[str], dict[str, int], str]:
-    """Return what `_labels` does where labels are numbers: of the classes that are listed, else from 0 to the last."""
+    """Return the result of `_labels` if labels are numbers: of the listed classes, else from 0 to the last."""
     numbers, listed = {label: int(label) for label in present}, request.classes
     found, last = sorted(set(numbers.values())), max(numbers.values())
     whole = last == len(found) - 1
@@ -252,7 +252,7 @@ def _tell(
     *,
     told: bool,
 ) -> dict[str, tuple[str, ...]]:
-    """Return which files were not read, frames left out, and classes that a split lacks, by reason, and warn of it."""
+    """Return ignored files, ignored frames, and classes that a split lacks, by reason, and warn of them."""
     found = {
         **listing.left,
         "listed more than once": _repeated(parts),
@@ -278,7 +278,7 @@ def _tell(
 
 
 def _repeated(parts: dict[str, list[Entry]]) -> list[str]:
-    """Return the names that several images have."""
+    """Return names that several images share."""
     names = list({entry.place: entry.member for own in parts.values() for entry in own}.values())
     return [] if len(set(names)) == len(names) else [name for name, count in Counter(names).items() if count > 1]
 

@@ -25,17 +25,17 @@ from .formats._listing import Entry, Source
 
 CHUNK = 64  # images
 FEW = 16  # images that are decoded in this thread
-AHEAD = 3  # chunks under way for each worker: what comes from an archive waits in memory
+AHEAD = 3  # chunks queued for each worker: images from an archive wait in memory
 Result = TypeVar("Result")
 
 
 class Coloured(Exception):
-    """Say that images which were taken for grey are not all so."""
+    """Raised if images that were assumed to be grey are not all grey."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Say what the rows of an array are: images of a set at `path`, each brought to `shape` (C, H, W).
+    """The rows of an array: images of a set at `path`, each of `shape` (C, H, W).
 
     The first `counted` rows are those whose values are counted.
     """
@@ -50,7 +50,7 @@ class Rows:
         return f"{entry.member} in {self.path}"
 
     def planes(self, picture: Picture, entry: Entry) -> Pixels:
-        """Return an image as its row is; raise DataError for one of another size, Coloured for one that is not grey."""
+        """Return an image as a row; raise DataError for one of another size, Coloured for one that is not grey."""
         channels, *size = self.shape
         if picture.size != tuple(size):
             (height, width), (h, w) = picture.size, size
@@ -59,11 +59,11 @@ class Rows:
             )
         if picture.channels > channels:
             raise Coloured
-        return picture.planes()  # a grey one goes into all three channels, where there are so many
+        return picture.planes()  # a grey image is copied to all three channels, if there are three
 
 
 class Found(NamedTuple):
-    """Report decoded rows: SHA-256 of their files, formats that lose something, moving pictures, counts of values."""
+    """Facts about decoded rows: SHA-256 of their files, lossy formats, images of several frames, counts of values."""
 
     rows: list[int]
     hashes: list[bytes]
@@ -76,7 +76,7 @@ Job = list[tuple[int, Entry, bytes | str]]
 
 
 def fill(put: Callable[[int, Pixels], None], job: Job, how: Rows) -> Found:
-    """Decode images and put each where its row is."""
+    """Decode images and write each to its row."""
     hashes, lossy, animated = [], set[str](), []
     counts = np.zeros((how.shape[0], 256), np.int64)
     with strict():
@@ -98,7 +98,7 @@ def fill_array(out: Pixels, job: Job, how: Rows) -> Found:
 
 
 def fill_file(file: Path | int, job: Job, how: Rows) -> Found:
-    """Decode images into their rows of the array that a file holds, which is named or open."""
+    """Decode images into their rows of the array in a file, given by name or open."""
     row = np.empty(how.shape, np.uint8)  # stays in the processor's cache; pages of a mapped file cost more than a write
     with open(file, "r+b", buffering=0, closefd=not isinstance(file, int)) as held:
 
@@ -110,7 +110,7 @@ def fill_file(file: Path | int, job: Job, how: Rows) -> Found:
 
 
 def look(job: Job, how: Rows) -> Found:
-    """Find out about images what decoding would, by their headers; raise Coloured as it would."""
+    """Describe images by their headers, as decoding would; raise Coloured as it would."""
     hashes, lossy, animated = [], set[str](), []
     for _, entry, content in job:
         data = read(content)
@@ -129,7 +129,7 @@ def count(job: Job, how: Rows) -> Found:
 
 
 def in_memory(source: Source, rows: Sequence[tuple[int, Entry]], how: Rows) -> tuple[Pixels, Summary]:
-    """Return decoded images (N, C, H, W), in a mapped file without a name where they are many, and what was found."""
+    """Return decoded images (N, C, H, W), in an unnamed mapped file if they are many, and their description."""
     out = np.frombuffer(space(len(rows) * math.prod(how.shape)), np.uint8).reshape(len(rows), *how.shape)
     found = Summary(np.zeros((how.shape[0], 256), np.int64))
     chunk = min(CHUNK, -(-len(rows) // available_workers()))
@@ -145,7 +145,7 @@ def hash_files(job: Job) -> list[bytes]:
 
 
 def jobs(source: Source, rows: Sequence[tuple[int, Entry]], chunk: int | None = None) -> Iterator[Job]:
-    """Yield rows with what is read for them, in chunks, in the order in which the set is read."""
+    """Yield rows with their files' content, in chunks, in the order in which the set is read."""
     numbers = {entry.place: row for row, entry in rows}
     found = source.contents([entry for _, entry in sorted(rows, key=lambda row: row[1].place)])
     each = ((numbers[entry.place], entry, content) for entry, content in found)
@@ -154,9 +154,9 @@ def jobs(source: Source, rows: Sequence[tuple[int, Entry]], chunk: int | None = 
 
 
 def work(task: Callable[[Job], Result], todo: Iterable[Job], workers: int, *, threads: bool) -> Iterator[Result]:
-    """Yield what a task makes of each job, as they are done: in this thread, on some threads or in some processes.
+    """Yield a task's result for each job as they finish: in this thread, on several threads or in several processes.
 
-    What a task raises ends all. Raise DataError where a process dies, as it does when memory runs out.
+    An exception in a task ends all. Raise DataError if a process dies, for example because memory runs out.
     """
     if workers <= 1:
         yield from map(task, todo)
@@ -166,12 +166,12 @@ def work(task: Callable[[Job], Result], todo: Iterable[Job], workers: int, *, th
 
 
 def processes(workers: int) -> ProcessPoolExecutor:
-    """Return worker processes, forked: another start imports torch again, which takes longer than a thousand images."""
+    """Return worker processes, forked: other methods import torch again, which takes longer than a thousand images."""
     return ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
 
 
 def shared(task: Callable[[Job], Result], todo: Iterable[Job], pool: Executor, workers: int) -> Iterator[Result]:
-    """Yield what a task makes of each job in a pool, as they are done; see `work`."""
+    """Yield a task's result for each job in a pool, as they finish; see `work`."""
     under_way: set[Future[Result]] = set()
     try:
         for job in todo:
@@ -192,7 +192,7 @@ def shared(task: Callable[[Job], Result], todo: Iterable[Job], pool: Executor, w
 
 
 def available_workers() -> int:
-    """Return how many images may be decoded at a time: one per core, one where this is a worker itself."""
+    """Return how many images may be decoded at a time: one per core, or one in a worker process."""
     if multiprocessing.current_process().daemon:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -200,7 +200,7 @@ def available_workers() -> int:
 
 @dataclass
 class Summary:
-    """Add up what was found of all rows."""
+    """Sums over all rows."""
 
     counts: Pixels
     lossy: set[str] = field(default_factory=set)

@@ -1,7 +1,7 @@
 """Where data are searched, where they are downloaded from, and how files are read.
 
-Each root, in order, is searched: the caller's, $SPARRING_DATA, the user's cache folder, known system folders. Downloads
-from the public mirrors are resumed where they were cut, and checked before they get their name.
+Each root, in order, is searched: the caller's, $SPARRING_DATA, the user's cache folder, known system folders.
+Interrupted downloads from the public mirrors are resumed, and checked before the file gets its name.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from typing import NamedTuple
 from ..errors import DataError, UserError
 from ..files import explain, lock, read_bounded, safe_members, sha256_bytes, sha256_file
 
-# Unlike Path's these return False as well for a name that is too long or a folder that may not be read.
+# Unlike Path's methods, these also return False for a name that is too long or a folder without permission.
 is_file, is_folder = os.path.isfile, os.path.isdir
 SYSTEM_ROOTS = (Path("/usr/share/datasets"),)
-ATTEMPTS = 5  # per mirror; each goes on where the last was cut
+ATTEMPTS = 5  # per mirror; each resumes where the last one stopped
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 18
-MOST = 256 << 20  # bytes of one file or archive, packed and unpacked: half as much again as the largest known
+MOST = 256 << 20  # bytes of one file or archive, packed and unpacked: 1.5 times the largest known
 
 
 class File(NamedTuple):
-    """Name a file of a data set, unpacked, and the SHA-256 of its content ("" where it is not known)."""
+    """An unpacked file of a data set, and the SHA-256 of its content ("" if unknown)."""
 
     name: str
     sha256: str = ""
@@ -45,9 +45,9 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Say which files make a data set, in which folders below a root they may lie, and where they can be had.
+    """The files of a data set, the folders below a root in which they may be, and where to download them.
 
-    Files lie side by side in one of `folders`, each plain or as NAME.gz; or all of them are in `archive` (a tar.gz).
+    Files are together in one of `folders`, each plain or as NAME.gz; or all of them are in `archive` (a tar.gz).
     `mirrors` are base addresses of the packed files; `hint` is a sentence on other ways to get them.
     """
 
@@ -60,7 +60,7 @@ class Source:
 
 
 class Content(NamedTuple):
-    """Hold a file's unpacked content and where it comes from, for error messages."""
+    """A file's unpacked content and its origin, for error messages."""
 
     where: str
     data: bytes
@@ -91,9 +91,9 @@ def cache_root() -> Path:
 
 
 def space(size: int) -> bytearray | mmap.mmap:
-    """Return room for so many bytes: in memory up to 256 MiB, else in a file without a name in the cache folder.
+    """Return space for a number of bytes: in memory up to 256 MiB, else in an unnamed file in the cache folder.
 
-    Raise UserError where the disk has no room.
+    Raise UserError if the disk has no room.
     """
     if size <= MOST:
         return bytearray(size)
@@ -104,7 +104,7 @@ def space(size: int) -> bytearray | mmap.mmap:
             raise OSError(errno.ENOSPC, "")
         with tempfile.TemporaryFile(dir=folder) as file:
             file.truncate(size)
-            if hasattr(os, "posix_fallocate"):  # to write where the disk has no room ends a process without a word
+            if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk kills the process silently
                 os.posix_fallocate(file.fileno(), 0, size)
             return mmap.mmap(file.fileno(), size)
     except OSError as error:
@@ -145,7 +145,7 @@ def missing(source: Source, places: list[Path]) -> DataError:
 
 
 def read(source: Source, paths: list[Path]) -> list[Content]:
-    """Read what `locate` found; raise DataError, naming the file, if one is damaged or missing from the archive."""
+    """Read the files that `locate` found; raise DataError, naming the file, if one is damaged or missing."""
     if source.archive and [path.name for path in paths] == [source.archive.name]:
         return _from_archive(source, paths[0])
     return [Content(str(path), unpack(path)) for path in paths]
@@ -182,14 +182,14 @@ def _from_archive(source: Source, path: Path) -> list[Content]:
 
 
 class _Failed(Exception):
-    """Say why a mirror gave nothing usable."""
+    """The reason why a mirror failed."""
 
 
 def download(source: Source, folder: Path, progress: Progress | None = None) -> None:
     """Fetch a source's files, packed as the mirrors have them, into a folder.
 
-    A cut download stays under a hidden name (".NAME.MIRROR.part"), and the next call resumes from it. A file gets
-    its name only when its content has the known SHA-256. Raises DataError if no mirror has it, UserError if the folder
+    An interrupted download keeps a hidden name (".NAME.MIRROR.part"), and the next call resumes it. A file gets its
+    name only when its content has the known SHA-256. Raises DataError if no mirror has it, UserError if the folder
     cannot be written.
     """
     wanted = [source.archive] if source.archive else [File(f"{file.name}.gz", file.sha256) for file in source.files]
@@ -231,7 +231,7 @@ def _fetch(url: str, part: Path, name: str, progress: Progress | None) -> None:
             error.close()
             if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise _Failed(f"HTTP {error.code} {error.reason}") from error
-            part.unlink()  # there is nothing after what we have, and it was not whole: begin again
+            part.unlink()  # the server has nothing after our part, which is incomplete: start again
             reason = "the partial file does not match"
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
@@ -239,7 +239,7 @@ def _fetch(url: str, part: Path, name: str, progress: Progress | None) -> None:
 
 
 def _receive(response: http.client.HTTPResponse, part: Path, here: int, name: str, progress: Progress | None) -> bool:
-    """Append what a response brings to the part, and return whether the file is whole now."""
+    """Append a response's content to the part, and return whether the file is complete now."""
     resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
     if resumed and not (response.headers.get("Content-Range") or "").startswith(f"bytes {here}-"):
         raise _Failed("the server sent another range than requested")
@@ -260,7 +260,7 @@ def _receive(response: http.client.HTTPResponse, part: Path, here: int, name: st
                 file.flush()
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    file.close()  # now, since it tries to write once more
+                    file.close()  # now, since closing tries to write once more
                 raise explain(error, part, "write") from error
             if progress:
                 progress(name, here, total)

@@ -31,7 +31,7 @@ DATASETS: dict[str, Callable[[Find], Dataset]] = {
 }
 
 SOURCES = (CIFAR10, FASHION_MNIST, MNIST)
-PACKED = (".zip", *TARS, ".npz", *COLUMNAR, ".csv")  # what a user's own data may come in, besides a folder
+PACKED = (".zip", *TARS, ".npz", *COLUMNAR, ".csv")  # forms of a user's own data, besides a folder
 
 
 class Available(NamedTuple):
@@ -99,7 +99,7 @@ def load(
 
 
 def _listed(path: Path) -> Listing:
-    """List a user's images in whatever form they come."""
+    """List a user's images, in any supported form."""
     try:
         name = path.name.lower()
         if name.endswith(COLUMNAR):
@@ -117,7 +117,7 @@ def _listed(path: Path) -> Listing:
 
 
 def _listed_files(path: Path, listing: Listing) -> Listing:
-    """List the tables or shards of a folder, if it has any; else it is what its folders say."""
+    """List the tables or shards of a folder, if it has any; else its class folders."""
     files = [name for name in walk(path, "", 3) if not name.rpartition("/")[2].startswith((".", "cache-", "tmp"))]
     tables, shards = ([name for name in files if name.lower().endswith(ends)] for ends in (COLUMNAR, TARS))
     lists = [name for name in files if name.lower().endswith(".csv")]
@@ -183,6 +183,6 @@ def available(root: Path | str | None = None) -> list[Available]:
     found += [Available(name, str(files[0].parent)) for name, files in paths.items() if files]
     for path in (path for place in places for path in sorted(place.glob("*"))):
         if any(is_folder(path / part) for part in PARTS) or (is_file(path) and path.name.endswith((".zip", ".npz"))):
-            with contextlib.suppress(UserError):  # its name could not be written into an output folder
+            with contextlib.suppress(UserError):  # its name could not be a file's name in an output folder
                 found.append(Available(_label(path), str(path)))
     return found

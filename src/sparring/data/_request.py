@@ -16,7 +16,7 @@ from ..files import MIB, read_bounded
 
 INTERPOLATIONS = {filter.name.lower(): filter for filter in Image.Resampling}
 SPLITS = ("train", "valid", "test")
-MOST_SIDE = 4096  # four times as much of photographs that are resized, below Pillow's own limit of pixels
+MOST_SIDE = 4096  # four times as much for photographs that are resized, below Pillow's own limit of pixels
 SYNSET = re.compile(r"(n\d{8})[\s,]+(\S.*)")
 
 
@@ -64,8 +64,8 @@ def _resized(image: Image.Image, size: int | tuple[int, int], how: Image.Resampl
 
 
 def _cropped(image: Image.Image, height: int, width: int) -> Image.Image:
-    # The rounding is torchvision's: where a border of odd width is padded, the larger part lies right and below, where
-    # one is cut, halves go to the even number.
+    # Rounding as in torchvision: if a border of odd width is padded, the larger part is right and below; if one is
+    # cut, halves are rounded to even.
     left, top = (
         -((wanted - there) // 2) if wanted > there else round((there - wanted) / 2)
         for wanted, there in ((width, image.width), (height, image.height))
@@ -250,7 +250,7 @@ class Preparation:
 
 
 def _sizes(option: str, said: int | str | None) -> tuple[int, int] | None:
-    """Return height and width from 224, "224" or "224x320"; raise DataError where it is none of these."""
+    """Return height and width from 224, "224" or "224x320"; raise DataError for anything else."""
     if said is None:
         return None
     text = str(said).lower()

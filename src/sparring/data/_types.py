@@ -22,11 +22,11 @@ from ._places import space
 from ._undecoded import Undecoded
 
 MOST_CLASSES = 1_000_000
-CHUNK = 1 << 26  # values that are counted at a time
+CHUNK = 1 << 26  # values that are counted at once
 FEW = 10  # classes that are counted one by one
 NAMED = {"train": "training", "valid": "validation", "test": "test"}
-LARGE = 256 << 20  # bytes of images above which a copy lies in a file
-ROWS = 1_000  # images that are copied at a time
+LARGE = 256 << 20  # bytes of images above which a copy is in a file
+ROWS = 1_000  # images that are copied at once
 
 
 class Split(NamedTuple):
@@ -86,7 +86,7 @@ def from_splits(
     for part, split in (("training", train), ("validation", valid), ("test", test)):
         if split is not None:
             check_split(f"the {part} split of '{name}'", split, shape, classes)
-    # Equal images lie equally in memory, so that equal data give equal arithmetic wherever they were read from.
+    # Equal images have the same memory layout, so that results do not depend on where the data came from.
     none = Split(test.x[:0], test.y[:0])
     train, valid, test = (Split(x.contiguous(), y.contiguous()) for x, y in (train or none, valid or none, test))
     if class_names and len(class_names) != classes:
@@ -126,7 +126,7 @@ def _counts(x: Tensor) -> Tensor:
 
 
 def _moments(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    # From counts of the 256 values: exact, and the same whatever the order of summation.
+    # From counts of the 256 values: exact, and independent of the order of summation.
     values = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
     for count in counts.to(torch.float64):
@@ -187,7 +187,7 @@ def counted(labels: Mapping[str, Tensor], names: Sequence[str]) -> str:
 
 
 def tell_shared(shared: int, tested: int, path: Path) -> None:
-    """Warn of test images that are training or validation images too: what is measured on them is too good."""
+    """Warn of test images that are also training or validation images: results on them are too good."""
     if shared:
         told = f"{path}: {shared} of {tested} test images are also training or validation images"
         warnings.warn(told, DataWarning, stacklevel=4)

@@ -1,4 +1,4 @@
-"""Images that are decoded whenever they are looked at, on all cores, and never kept."""
+"""Images that are decoded whenever they are used, on all cores, and never stored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOM = 64 << 20  # bytes of pixels that worker processes decode at a time
 
 
 class _Workers(NamedTuple):
-    """Hold processes that decode, the file in memory that they write to, and their parent's number."""
+    """Decoding processes, the file in memory that they write to, and their parent's process id."""
 
     pool: ProcessPoolExecutor
     cores: int
@@ -36,9 +36,9 @@ class _Workers(NamedTuple):
 
 
 class Decoder:
-    """Decode images of a set in any order, again and again, in processes that live as long as this does.
+    """Decode images of a set in any order, repeatedly, in processes that live as long as this object.
 
-    A few images, and those of a process that is itself a worker, are decoded in its own thread.
+    A few images, and all images in a worker process, are decoded in the calling thread.
     """
 
     def __init__(self, source: Source, how: Rows) -> None:
@@ -60,7 +60,7 @@ class Decoder:
         return in_memory(self.source, list(enumerate(entries)), self.how)[0]
 
     def _there(self, entries: Sequence[Entry]) -> Any:
-        """Decode as many images at a time as the file has room for, and copy them out."""
+        """Decode as many images at a time as fit into the file, and copy them out."""
         workers, size = self._started(), math.prod(self.how.shape)
         out = np.frombuffer(space(len(entries) * size), np.uint8).reshape(len(entries), *self.how.shape)
         most = max(1, ROOM // size)
@@ -83,16 +83,16 @@ class Decoder:
 
 
 def _file_in_memory() -> IO[bytes]:
-    """Return a file without a name; on a disk where the system has none in memory."""
+    """Return an unnamed file in memory, or on disk if the system has none in memory."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("pixels"), "w+b")
     return tempfile.TemporaryFile()
 
 
 class Undecoded(Tensor):
-    """Stand for uint8 images (N, C, H, W): slices and splits stand for some of them, any other use decodes all.
+    """A stand-in for uint8 images (N, C, H, W): slices and splits stand for some of them, any other use decodes all.
 
-    `decode` makes images of entries.
+    `decode` returns the images of entries.
     """
 
     entries: Sequence[Entry]
@@ -100,13 +100,13 @@ class Undecoded(Tensor):
 
     @staticmethod
     def __new__(cls, entries: Sequence[Entry], shape: tuple[int, int, int], decode: Decode) -> Undecoded:
-        """Return what stands for the images of these entries."""
+        """Return a stand-in for the images of these entries."""
         made: Undecoded = Tensor._make_wrapper_subclass(cls, (len(entries), *shape), dtype=torch.uint8)
         made.entries, made.decode = entries, decode
         return made
 
     def some(self, entries: Sequence[Entry]) -> Undecoded:
-        """Return what stands for other images of the same set."""
+        """Return a stand-in for other images of the same set."""
         return Undecoded(entries, (self.shape[1], self.shape[2], self.shape[3]), self.decode)
 
     def decoded(self) -> Tensor:

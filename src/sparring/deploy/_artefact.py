@@ -43,22 +43,22 @@ from ._program import (
     sparse_from_dense,
 )
 
-FORMAT = 2  # 1: without dense operations, constants and rows; networks that need none are still written so
-MAGIC = b"\x93sparring\r\n\x1a\n\0\0\0"  # 16 bytes; the line ends show a file that went through a text mode
+FORMAT = 2  # 1: without dense operations, constants and rows; still written for networks that need none
+MAGIC = b"\x93sparring\r\n\x1a\n\0\0\0"  # 16 bytes; the line ends reveal a transfer in text mode
 _ALIGN = 64
 _DIGEST = 32
 _MOST_BYTES = 1 << 30
 _MOST_STEPS = 10_000
 _MOST_INPUTS = 1_000
 _MOST_SIDE = 1 << 16
-_MOST_WEIGHTS = 1 << 28  # of all layers together, so that layers cannot share a blob without end
+_MOST_WEIGHTS = 1 << 28  # of all layers together, so that many layers cannot share one blob
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def round_program(program: Program, values: str) -> Program:
-    """Return the program with weights as `values` ("fp32", "fp16" or "int8") can hold them; biases stay fp32."""
+    """Return the program with weights rounded to `values` ("fp32", "fp16" or "int8"); biases stay fp32."""
     if values not in VALUES:
         raise UserError(f"values must be one of {', '.join(VALUES)}, not {values!r}")
     return replace(program, steps=tuple(Step(_rounded(step.op, values), step.inputs) for step in program.steps))
@@ -132,7 +132,7 @@ def _describe(op: Op, values: str, blobs: _Blobs) -> dict[str, Any]:
 
 
 def _describe_option(value: Any, blobs: _Blobs) -> Any:
-    """Return an option of a dense operation as JSON, in which a dictionary says what JSON cannot."""
+    """Return an option of a dense operation as JSON; a dictionary encodes what JSON cannot express."""
     if isinstance(value, list | tuple):
         return [_describe_option(v, blobs) for v in value]
     if isinstance(value, torch.dtype):
@@ -269,7 +269,7 @@ class _Reader:
         self.weights += out * row
         if out * row > MOST_ELEMENTS or self.weights > _MOST_WEIGHTS:
             raise UserError(f"the artefact has a layer of {out * row} weights, above the limit")
-        bias = self._floats(item, "bias", out)  # first, since then `out` is no larger than the file
+        bias = self._floats(item, "bias", out)  # first, so that `out` is no larger than the file
         count = _field(item, "nonzeros", int)
         flat = decode_positions(_field(item, "coding", str), self._blob(item, "index"), count, out * row)
         rows, indices = np.divmod(flat, row)
@@ -292,11 +292,11 @@ class _Reader:
         place = item.get("place")
         if not all(isinstance(n, str) for n in names) or not (place is None or (type(place) is int and 0 <= place < 8)):
             raise UserError(f"the artefact has an operation {name[:20]!r} with invalid names of its inputs")
-        function_of(name)  # it must be known
+        function_of(name)  # it must be a known one
         return Dense(name, tuple(names), {key: self._option(value) for key, value in options.items()}, place)
 
     def _option(self, value: Any) -> Any:
-        """Return an option of a dense operation; what only a dictionary can say must be sound."""
+        """Return an option of a dense operation; dictionaries are checked."""
         if isinstance(value, list) and len(value) <= _MOST_OPTIONS:
             return [self._option(v) for v in value]
         if not isinstance(value, dict | list):
@@ -392,7 +392,7 @@ def encode_positions(positions: Positions, size: int) -> tuple[str, bytes]:
 
 
 def decode_positions(name: str, data: Bytes, count: int, size: int) -> Positions:
-    """Return `count` ascending positions below `size`; raise UserError where the bytes do not say that."""
+    """Return `count` ascending positions below `size`; raise UserError if the bytes encode anything else."""
     if not 0 <= count <= size:
         raise UserError(f"the artefact is damaged: {count} nonzeros among {size} weights")
     if name == "all":
@@ -461,7 +461,7 @@ def _read_rice(data: Bytes, bits: int, count: int) -> Positions:
 
 
 def round_values(weight: Floats, values: str) -> Floats:
-    """Return a dense weight (out, ...) as `values` can hold it: "fp32" exactly, "fp16", or "int8" with a scale per row.
+    """Return a dense weight (out, ...) rounded to `values`: "fp32" exactly, "fp16", or "int8" with a scale per row.
 
     Raise UserError for weights that are not finite or that fp16 cannot hold.
     """
@@ -497,7 +497,7 @@ def encode_values(weight: Floats, rows: NDArray[np.int64], kept: Floats, values:
 
 
 def decode_values(data: Bytes, rows: NDArray[np.int64], row_count: int, values: str) -> Floats:
-    """Return the kept values as float32; raise UserError where their number is wrong or one is not finite."""
+    """Return the kept values as float32; raise UserError if their number is wrong or one is not finite."""
     size = {"fp32": 4 * len(rows), "fp16": 2 * len(rows), "int8": 4 * row_count + len(rows)}[values]
     if len(data) != size:
         raise UserError("the artefact is damaged: a layer has the wrong number of values")

@@ -42,14 +42,14 @@ def compile_model(
 ) -> Program:
     """Compile a classifier for images of `shape` into a Program that gives the same logits.
 
-    Normalisation is folded into weights where that is exact (not in front of zero padding), units that nothing reads
-    are removed, and units without inputs become constants of the next layer's bias. images: a few on which the graph
-    is compared with the model, beside random ones. Raise Unsupported for operations without a rule.
+    Normalisation is folded into weights where that is exact (not in front of zero padding), unread units are removed,
+    and units without inputs become constants of the next layer's bias. images: a few on which the graph is compared
+    with the model, beside random ones. Raise Unsupported for operations without a rule.
     """
     lowered = _simplest(graph.lower(model, shape, images=images))
     doubled = replace(lowered, nodes=tuple(replace(node, op=_doubled(node.op)) for node in lowered.nodes))
     nodes = graph.drop_dead_units(graph.fold_affine(doubled)).nodes
-    # A constant reads the image for the number of images alone.
+    # A constant reads the image only for the number of images.
     steps = tuple(Step(_packed(node), node.inputs or (0,)) for node in nodes[1:])
     try:
         infer_shapes(shape, steps)
@@ -59,21 +59,21 @@ def compile_model(
 
 
 _WAY = "build it from operations with float results, or export it to ONNX (a file that ends in .onnx)"
-_MOST_SPELLED = 2  # times as many nodes, up to which sparse kernels for all are worth it
+_MOST_SPELLED = 2  # times as many nodes, up to which sparse kernels for the whole network pay
 
 
 def _simplest(lowered: graph.Graph) -> graph.Graph:
-    """Return a graph spelled out where sparse kernels then serve all of it, else as it is: parts of it run dense."""
+    """Return a rewritten graph if sparse kernels then support all of it, else the original: parts of it run dense."""
     spelled = graph.spelled_out(lowered, torch.float32)
     calls = any(isinstance(n.op, graph.Call | graph.Reshape | graph.Constant) for n in spelled.nodes)
     return lowered if calls or len(spelled.nodes) > _MOST_SPELLED * len(lowered.nodes) else spelled
 
 
-_UNGROUPED = 1 << 22  # weights up to which groups are spelled as zeros, so that what is dead in them can go
+_UNGROUPED = 1 << 22  # weights up to which groups are written as zeros, so that dead parts of them can be removed
 
 
 def _doubled(op: graph.Op) -> graph.Op:
-    """Return an operation in double precision, so that folding rounds once, and small ones without groups."""
+    """Return an operation in double precision, so that folding rounds once, and without groups if it is small."""
     match op:
         case graph.Conv2d():
             few = op.groups * op.weight.numel() <= _UNGROUPED
@@ -91,7 +91,7 @@ def _double(bias: Tensor | None) -> Tensor | None:
 
 
 def _ungrouped(weight: Tensor, groups: int) -> Tensor:
-    """Spell a grouped convolution as a sparse full one: groups are just zeros."""
+    """Write a grouped convolution as a sparse full one: groups are just zeros."""
     out, channels, *kernel = weight.shape
     full = weight.new_zeros(groups, out // groups, groups, channels, *kernel)
     for group, part in enumerate(weight.view(groups, -1, channels, *kernel)):
@@ -138,10 +138,10 @@ def _packed(node: graph.Node) -> Op:
 def _activation(op: graph.SparseActivation, channels: int) -> PackedActivation | Snap:
     kind, module = op.module.kind, op.module
     if kind == "mean-sparse":
-        both: Any = (module.mean, module.radius)  # of one entry before they are calibrated
+        both: Any = (module.mean, module.radius)  # a single entry before calibration
         centre, radius = (np.broadcast_to(_single(values), channels).copy() for values in both)
         return Snap(centre, radius)
-    kind = "threshold" if kind == "percentile" else kind  # a threshold that was calibrated
+    kind = "threshold" if kind == "percentile" else kind  # a calibrated threshold
     if kind not in ACTIVATION_KINDS:
         known = ", ".join((*ACTIVATION_KINDS, "percentile", "mean-sparse"))
         raise Unsupported(f"layer '{op.name}' ({type(module).__name__}) has no packed form; those of {known} have")
@@ -154,7 +154,7 @@ def _single(tensor: Tensor) -> Floats:
 
 
 def _plain(value: Any) -> Any:
-    """Return an option of an operation with tensors as they are kept: floats in single precision."""
+    """Return an option of an operation with tensors in their stored form: floats in single precision."""
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, torch.dtype) and value.is_floating_point:

@@ -1,6 +1,6 @@
 """Operations without a sparse kernel: torch's own, by name, from a list of those that a graph can hold.
 
-What they make of shapes torch says itself, without memory for values, so that a file cannot ask for more than it may.
+Shapes are inferred by torch itself, without memory for values, so that a file cannot exceed its limits.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _typed(value: Any, dtype: torch.dtype) -> Any:
 
 
 def dense(op: Dense, *inputs: Tensor) -> Tensor:
-    """Evaluate an operation on batches; raise UserError where torch cannot."""
+    """Evaluate an operation on batches; raise UserError if torch cannot."""
     try:
         return graph.called(call_of(op), *inputs)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
@@ -64,7 +64,7 @@ def dense(op: Dense, *inputs: Tensor) -> Tensor:
 
 
 def dense_shape(op: Dense, shapes: Sequence[Shape]) -> Shape:
-    """Return the shape of an operation's result for one image; raise Misfit where it takes no such inputs."""
+    """Return the shape of an operation's result for one image; raise Misfit if it does not take such inputs."""
     if not shapes or (op.names and len(op.names) != len(shapes)):
         raise Misfit(f"{op.name} has {len(shapes)} inputs")
     if op.options.get("training") or op.options.get("train") or op.options.get("dropout_p"):
@@ -73,7 +73,7 @@ def dense_shape(op: Dense, shapes: Sequence[Shape]) -> Shape:
         call = call_of(op)
         found = graph.called(_unwritten(call), *(torch.empty(_IMAGES, *s, device="meta") for s in shapes))
         shape = tuple(found.shape)
-    except Exception as error:  # torch's own checks, which raise anything
+    except Exception as error:  # torch's own checks, which can raise anything
         raise Misfit(f"{op.name}: {(str(error).splitlines() or [''])[0][:200]}") from error
     if shape[:1] != (_IMAGES,) or len(shape) < 2 or found.dtype != torch.float32:
         raise Misfit(f"{op.name} makes a value of shape {shape} and {found.dtype} of {_IMAGES} images")
@@ -102,7 +102,7 @@ def _within(index: Tensor, shape: Shape, dim: Any) -> bool:
 
 
 def _scratch(op: Dense, shapes: Sequence[Shape], result: Shape) -> int:
-    """Return how many numbers torch may put aside while it computes an operation for one image."""
+    """Return how many temporary numbers torch may need while it computes an operation for one image."""
     weight, name = op.options.get("weight"), op.name.split(".")[0]
     if name == "matmul" and len(shapes) == 2:
         (*_, rows, inner), columns = shapes[0] if len(shapes[0]) > 1 else (1, *shapes[0]), result[-1]

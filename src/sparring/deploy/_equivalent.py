@@ -80,10 +80,10 @@ class _Scale(nn.Module):
 
 
 class _Operation(nn.Module):
-    """An operation that no layer of torch's is."""
+    """An operation without a layer in torch."""
 
     def step(self, dtype: torch.dtype, inputs: tuple[int, ...]) -> graph.Step:
-        """Say what forward() computes of values; see `graph.Stepwise`."""
+        """Describe what forward() computes; see `graph.Stepwise`."""
         raise NotImplementedError
 
 
@@ -152,7 +152,7 @@ def module_of(op: Op, shape: Shape) -> nn.Module:
 
 def _layer(op: Sparse, *, flat: bool) -> nn.Module:
     layer: nn.Linear | nn.Conv2d
-    with torch.device("meta"):  # its own initialisation would take time and random numbers
+    with torch.device("meta"):  # its own initialisation would use time and random numbers
         if flat:
             layer = nn.Linear(op.shape[1], op.shape[0])
         else:

@@ -19,10 +19,10 @@ from ._program import Add, Constant, Dense, Flatten, Floats, Program, ReLU, Shap
 from .kernels._engine import Engine
 from .kernels._native import Code
 
-DENSITY = 0.3  # up to which sparse kernels commonly beat dense ones
-_TOGETHER = 64  # images, so that values stay small
-_ROUNDS, _SECONDS = 12, 1.0  # of trying ways: the fewer rounds, the longer one takes
-_SHARE = 0.1  # of the products: what is as little in dense layers is not worth trying otherwise
+DENSITY = 0.3  # up to which sparse kernels are usually faster than dense ones
+_TOGETHER = 64  # images, to limit the memory of values
+_ROUNDS, _SECONDS = 12, 1.0  # seconds of trials: the longer a round takes, the fewer there are
+_SHARE = 0.1  # of the products: a smaller share in dense layers is not worth a trial
 
 
 class Runner(Protocol):
@@ -40,7 +40,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """Steps from one number up to before another that read one earlier value, `source`, and the last of these counts.
+    """Consecutive steps that read one earlier value, `source`, and of which only the last is used elsewhere.
 
     rows: the steps run over the last axis of values.
     """
@@ -81,7 +81,7 @@ def _span(program: Program, start: int, last: list[int], density: float) -> Span
 
 
 def _serves(step: Step, shapes: list[Shape], at: int, rows: bool, density: float) -> bool:
-    """Return whether a step has a sparse kernel and is no layer of more than a density."""
+    """Return whether a step has a sparse kernel and is not a layer above a density."""
     op = step.op
     if isinstance(op, Sparse):
         return op.rows == rows and op.nonzeros <= density * math.prod(op.shape)
@@ -130,14 +130,14 @@ class Mixed:
 
     @property
     def bytes_memory(self) -> int:
-        """Return the bytes of the kernels' tables and values, and of what torch holds."""
+        """Return the bytes of the kernels' tables and values, and of torch's tensors."""
         modules = [run for _, _, run in self._parts if isinstance(run, nn.Module)]
         held = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         return sum(t.numel() * t.element_size() for t in held) + sum(e.bytes_memory for e in self._engines)
 
 
 class _Kernels:
-    """One span of a program on sparse kernels, or on torch where there is one that they cannot plan."""
+    """One span of a program on sparse kernels, or on torch if the kernels cannot plan it."""
 
     def __init__(self, program: Program, span: Span, threads: int, code: Code) -> None:
         steps = [_moved(program.steps[at], span) for at in range(span.start, span.stop)]
@@ -170,13 +170,13 @@ class _Kernels:
 
 
 def _moved(step: Step, span: Span) -> Step:
-    """Return a step of a span as one of a program of its own."""
+    """Return a step of a span as a step of a separate program."""
     inputs = tuple(0 if value == span.source else value - span.start for value in step.inputs)
     return Step(replace(step.op, rows=False) if isinstance(step.op, Sparse) else step.op, inputs)
 
 
 class Timed:
-    """Several ways to run a program: each is tried when images first come, alone or many, and the fastest taken."""
+    """Several ways to run a program: each is timed on the first images, single or batched, and the fastest is used."""
 
     def __init__(self, ways: Sequence[Callable[[], Runner]]) -> None:
         self._ways = ways
@@ -191,7 +191,7 @@ class Timed:
 
     @property
     def bytes_memory(self) -> int:
-        """Return the bytes of the ways that were chosen."""
+        """Return the bytes of the chosen ways."""
         return sum(way.bytes_memory for way in {id(w): w for w in self._chosen.values()}.values())
 
     def _fastest(self, x: Floats) -> Runner:
@@ -210,7 +210,7 @@ class Timed:
 
 
 def ways_of(program: Program, *, threads: int, first: Runner | None = None) -> list[Callable[[], Runner]]:
-    """Return the ways to run a program that are worth trying, kernels wherever they serve first (`first`: that one)."""
+    """Return ways to run a program that are worth trying; the first uses kernels wherever possible (or is `first`)."""
     code, densities = Code(), (DENSITY, 0.0) if first else (1.0, DENSITY, 0.0)
     different = {tuple(spans_of(program, density)): density for density in reversed(densities)}
     ways = [partial(Mixed, program, density, threads=threads, code=code) for density in reversed(different.values())]

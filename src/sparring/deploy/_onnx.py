@@ -23,7 +23,7 @@ from ._compile import compile_model
 from ._equivalent import Equivalent
 from ._program import Floats
 
-_FOLDED = 1 << 40  # bytes of a constant that is computed here and not in the file: any
+_FOLDED = 1 << 40  # bytes of a constant that is folded at export: any
 
 
 def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...], images: Tensor | None = None) -> Path:
@@ -41,17 +41,17 @@ def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...], image
     first = next(model.parameters(), torch.zeros(()))
     network, example = _slim(model, shape, images), torch.rand(2, *shape, device=first.device)
     with eval_mode(network), graph.quiet():
-        opened(network, example)  # says in a sentence what is wrong with a model
+        opened(network, example)  # torch prints the error in a sentence
         program = _exported(_Logits(network).eval(), example)
         onnxscript.optimizer.optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     written = program.model_proto
     for entry in (*written.graph.node, *written.graph.value_info, written.graph):
-        entry.ClearField("metadata_props")  # which lines of whose files asked for a node
+        entry.ClearField("metadata_props")  # the source lines of each node
     return write_atomic(path, written.SerializeToString())
 
 
 def _slim(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) -> nn.Module:
-    """Return what sparse kernels run, without what is dead in it; where they serve parts, the model in float32."""
+    """Return the network that sparse kernels run, without dead parts, or the model in float32 if they cannot."""
     try:
         program = compile_model(model, shape, images=images)
     except Unsupported:
@@ -76,7 +76,7 @@ class _Logits(nn.Module):
 def _exported(network: nn.Module, x: Tensor) -> Any:
     """Return torch's ONNX program for any number of images like x (2, *shape), else for one.
 
-    Attention is written out where torch.onnx does not take the fused one: it mistakes the strides of its result.
+    Attention is decomposed if torch.onnx does not accept the fused one, whose strides it gets wrong.
     """
     free = ({0: torch.export.Dim("N")},)
     for written_out, (example, sizes), strict in product((False, True), ((x, free), (x[:1], None)), (False, True)):
@@ -99,7 +99,7 @@ def takes_any_number(path: Path | str) -> bool:
 
 
 def run_session(session: Any, x: Floats) -> Floats:
-    """Return the logits of images x in ONNX Runtime, one by one where the file wants them so."""
+    """Return the logits of images x in ONNX Runtime, one by one if the file requires it."""
     parts = np.split(x, len(x)) if session.get_inputs()[0].shape[0] == 1 else [x]
     return np.concatenate([session.run(None, {"images": part})[0] for part in parts])
 
@@ -125,7 +125,7 @@ def onnx_error(path: Path | str, model: nn.Module, x: Tensor) -> float | None:
 
 
 class _Engine(nn.Module):
-    """A session of ONNX Runtime as a model: what it makes of masked classes is then said as of any other."""
+    """A session of ONNX Runtime as a model, so that masked classes are treated as for any other model."""
 
     def __init__(self, session: Any) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """A packed network as data: a few plain operations on NumPy arrays, in topological order.
 
-This is what an artefact holds and what every runtime executes. Only `Dense` operations need torch. Value 0 is the
+An artefact contains this, and every runtime executes it. Only `Dense` operations need torch. Value 0 is the
 image; step i makes value i + 1; the last value holds the logits.
 """
 
@@ -45,7 +45,7 @@ class Sparse:
 
     @property
     def nonzeros(self) -> int:
-        """Return how many weights are kept."""
+        """Return the number of kept weights."""
         return len(self.values)
 
     def dense(self) -> Floats:
@@ -135,7 +135,7 @@ class PackedActivation:
     """An activation-sparsity module by its kind and its one number; flat is a value's features of one image.
 
     "shifted-relu": max(x − number, 0). "threshold": x where x > number, else 0. "top-k": max(x, 0) for the largest
-    of the flat features, of equal ones the first; the fraction `number` becomes zero.
+    of the flat features, the first of equal ones; the fraction `number` becomes zero.
     """
 
     kind: str
@@ -151,7 +151,7 @@ ACTIVATION_KINDS = ("shifted-relu", "threshold", "top-k")
 
 @dataclass(frozen=True, eq=False)
 class Snap:
-    """max(x, 0), where a channel's centre stands in for every x within its radius (MeanSparse); a radius may be < 0."""
+    """max(x, 0), where a channel's centre replaces every x within its radius (MeanSparse); a radius may be < 0."""
 
     centre: Floats
     radius: Floats
@@ -159,17 +159,17 @@ class Snap:
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """The same values for every image; its one input says how many images there are."""
+    """The same values for every image; its one input gives the number of images."""
 
     value: Floats
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """An operation that no sparse kernel serves, by torch's own name, such as "softmax.int"; see `_dense`.
+    """An operation without a sparse kernel, by torch's own name, such as "softmax.int"; see `_dense`.
 
-    `names` are those of its inputs (none: it takes one list of them) and `options` all other arguments: numbers, texts,
-    torch's types and tensors, and lists of such. Of several results it is the one at `place`.
+    `names` are those of its inputs (none: it takes one list of them) and `options` all other arguments: numbers,
+    strings, torch's types and tensors, and lists of these. Of several results, it returns the one at `place`.
     """
 
     name: str
@@ -243,7 +243,7 @@ def infer_shapes(shape: Shape, steps: Sequence[Step]) -> list[Shape]:
 
 
 class Misfit(Exception):
-    """Say why an operation does not fit its inputs."""
+    """The reason why an operation does not fit its inputs."""
 
 
 def infer_shape(op: Op, inputs: Sequence[Shape]) -> Shape:

@@ -45,14 +45,15 @@ class Packed:
     def __init__(self, program: Program, *, threads: int = 1, native: bool = True, timed: bool = False) -> None:
         """Take a program; `threads` share large batches; without `native` (or without llvmlite) numpy runs it.
 
-        What has no sparse kernel torch runs, and layers too dense for one: by a rule or, `timed`, as is faster here.
+        Operations without a sparse kernel, and layers that are too dense, run in torch: by a rule or, if `timed`, by
+        speed.
         """
         if threads < 1:
             raise UserError(f"the number of threads must be at least 1, not {threads}")
         self.program = program
         self._engine = _engine(program, threads) if native and program.whole else None
         self._mixed = _mixed(program, threads, timed, self._engine) if native and native_available() else None
-        # Small networks take as long as a few Python calls: one image has a way of its own.
+        # Small networks take as long as a few Python calls: single images have their own fast path.
         alone = self._engine if self._mixed is None else None
         self._run_one = self._run if alone is None else alone.run_one
         self._one = None if alone is None else (1, *program.shape)
@@ -71,7 +72,7 @@ class Packed:
         if type(x) is np.ndarray and x.dtype is _FLOAT32 and x.shape == self._one:
             try:
                 return self._run_one(x)
-            except (BufferError, ValueError):  # not contiguous: numpy has said so in both ways
+            except (BufferError, ValueError):  # not contiguous: NumPy says so in two ways
                 return self._run(x)
         if isinstance(x, Tensor):
             return from_numpy(self(x.detach().cpu().numpy()))
@@ -103,7 +104,7 @@ class Packed:
 
     @cached_property
     def has_gradient(self) -> bool:
-        """Tell whether the kernels can compute gradients of this network."""
+        """Return whether the kernels can compute gradients of this network."""
         if self._engine is None:
             return False
         try:
@@ -136,7 +137,7 @@ def _engine(program: Program, threads: int) -> Engine | None:
 
 
 def _mixed(program: Program, threads: int, timed: bool, engine: Engine | None) -> Mixed | Timed | None:
-    """Return what runs a program in parts, where that may be needed or faster."""
+    """Return a runner of the program in parts, if that may be necessary or faster."""
     if engine is not None and not (timed and is_dense(program)):
         return None
     return Timed(ways_of(program, threads=threads, first=engine)) if timed else Mixed(program, DENSITY, threads=threads)
@@ -269,7 +270,7 @@ def _pool(op: Pool, x: Floats) -> Floats:
 
 
 def _overhang(op: Pool, side: int, axis: int) -> int:
-    """Return how much padding follows the image, so that exactly the windows that count fit."""
+    """Return the padding after the image with which exactly the counted windows fit."""
     span = op.dilation[axis] * (op.kernel[axis] - 1) + 1
     padding, stride = op.padding[axis], op.stride[axis]
     if not op.ceil_mode:

@@ -18,7 +18,7 @@ from ..threat import Threat
 from ._runtime import Packed
 from ._torch_modules import PackedModule
 
-FEW = 50  # images of the attack that asks for classes alone
+FEW = 50  # images of the attack that sees only classes
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from ._runtime import Packed
 class PackedModule(nn.Module):
     """An artefact as a module for attacks: images (N, *shape) to logits, differentiable with respect to the images.
 
-    fp16 and int8 artefacts use their rounded weights. Logits are computed by the kernels. Gradients are too, or else by
-    `equivalent`: without llvmlite, for vectors that autograd batches, and through sparse activations. Attacks find the
-    modules of the latter there and can use their straight-through backward pass.
+    fp16 and int8 artefacts use their rounded weights. Logits are computed by the kernels. Gradients are too, or by
+    `equivalent`: without llvmlite, for vectors that autograd batches, and through sparse activations. Attacks find
+    these modules there and can use their straight-through backward pass.
     """
 
     def __init__(self, packed: Packed) -> None:
@@ -27,7 +27,7 @@ class PackedModule(nn.Module):
         self.equivalent = Equivalent(packed.program)
         masked = any(isinstance(step.op, PackedActivation | Snap) for step in packed.program.steps)
         self._native = packed.has_gradient and not masked
-        # What an attack that needs no graph calls by itself: (images, gradients of logits, one or several for each) to
+        # Called directly by attacks that need no graph: (images, gradients of logits, one or several for each) to
         # gradients of images.
         self.input_gradient = packed.gradient if self._native else None
         self.eval()
@@ -41,7 +41,7 @@ class PackedModule(nn.Module):
         return cast(Tensor, _Logits.apply(x, self))  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """Return a copy to be changed, such as one without activation sparsity: torch alone can compute that."""
+        """Return a copy that can be changed, such as to remove activation sparsity: only torch can compute it."""
         return _Copy(copy.deepcopy(self.equivalent, memo))
 
 

@@ -1,1 +1,1 @@
-"""Forms in which data come: known sets, folders, archives, tables, shards, arrays and datasets of torch."""
+"""Formats of data: known sets, folders, archives, tables, shards, arrays and datasets of torch."""

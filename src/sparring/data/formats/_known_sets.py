@@ -98,7 +98,7 @@ def _from_idx(source: Source, find: Find, class_names: tuple[str, ...]) -> Datas
 
 
 def _refuse_namesake(source: Source, test_labels: Content) -> None:
-    # Both sets have the same file names, so the one may lie where the other is expected.
+    # Both sets have the same file names, so one may be where the other is expected.
     found = sha256_bytes(test_labels.data)
     for other in (MNIST, FASHION_MNIST):
         if other.name != source.name and found == other.files[3].sha256:
@@ -124,7 +124,7 @@ def _checked(labels: Content, x: Bytes, y: Bytes) -> Split:
 
 
 def read_idx(content: Content) -> Bytes:
-    """Return the uint8 array in an IDX file, read-only; raise DataError, naming the file, if it is not a whole one."""
+    """Return the uint8 array in an IDX file, read-only; raise DataError, naming the file, if it is damaged."""
     data = content.data
     if len(data) < 4 or data[:3] != b"\0\0\x08" or not 1 <= data[3] <= 4:
         raise DataError(f"{content.where} is not an IDX file of bytes; get it again")

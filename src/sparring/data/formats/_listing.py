@@ -1,7 +1,7 @@
 """List a user's images before decoding: entries, splits, labels, and what is ignored.
 
-A folder, zip or tar has train/<class>/*, test/<class>/* and valid/<class>/*, or some of them. Of tables and shards the
-name of a file or of its folder says the part.
+A folder, zip or tar has train/<class>/*, test/<class>/* and valid/<class>/*, or some of them. The part
+of tables and shards is in the name of the file or of its folder.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "vali
 CLASSES = "classes.txt"
 LAYOUT = "{part}/<class>/"
 IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
-# Members are decoded one by one, each bounded; of a whole archive only the disk is the limit.
+# Members are decoded one by one, each bounded; a whole archive is limited only by the disk.
 MOST_BYTES, MOST_MEMBERS = 1 << 50, 100_000_000
 
 
 class Entry(NamedTuple):
-    """Name an image, of part "" where none is said; `place` is its own in the order in which a set is read."""
+    """An image of a part ("" if not given); `place` is its position in the order in which a set is read."""
 
     place: int
     part: str
@@ -35,23 +35,23 @@ class Entry(NamedTuple):
 
 
 class Source(Protocol):
-    """Say where images lie."""
+    """Where images are stored."""
 
     def contents(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
-        """Yield some images in the order in which they are read: their bytes, or the file that holds one."""
+        """Yield some images in the order in which they are read: each as bytes, or as the name of its file."""
         ...
 
     def stamps(self, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
-        """Yield of each image the size of the file that holds it, and when that was changed, in nanoseconds."""
+        """Yield the size of each image's file, and its modification time in nanoseconds."""
         ...
 
 
 @dataclass
 class Listing:
-    """What there is: images, class folders, files and folders that are not read, and what is said of classes.
+    """The content of a set: images, class folders, ignored files and folders, and information on classes.
 
     `flat` are images without a split; `named` are classes in their order; `numbered` labels are their numbers. `layout`
-    says where images of a split belong.
+    describes where images of a split belong.
     """
 
     source: Source
@@ -71,11 +71,11 @@ class Listing:
 
     @property
     def by_folders(self) -> bool:
-        """Whether the folder of an image names its class."""
+        """Whether an image's folder names its class."""
         return self.layout == LAYOUT
 
     def add(self, part: str, label: str, member: str, place: int | None = None) -> None:
-        """Take an image of a table or shard, which is of no part where `part` is ""; leave out one without a label."""
+        """Add an image of a table or shard; `part` may be "". Leave out an image without a label."""
         if not label:
             self.leave("images without a label", member)
             return
@@ -87,11 +87,11 @@ class Listing:
             self.named_parts.add(part)
 
     def leave(self, why: str, member: str) -> None:
-        """Remember what is not read."""
+        """Record an ignored file."""
         self.left.setdefault(why, []).append(member)
 
     def settle(self) -> None:
-        """Say what labels mean once all are known: names, or numbers of the named classes, or numbers alone.
+        """Decide what labels mean once all are known: names, numbers of the named classes, or plain numbers.
 
         Raise DataError for a number that no class has.
         """
@@ -115,11 +115,11 @@ class Listing:
             self.folders = {(part, self.named[int(label)]) for part, label in self.folders}
 
     def wants(self, member: str) -> bool:
-        """Say whether a file is a list of classes, and remember what else it is; the name of a folder ends in "/"."""
+        """Return whether a file is a list of classes, and record any other file; the name of a folder ends in "/"."""
         self.count += 1
         *folders, name = member.rstrip("/").split("/")
         if any(part.startswith(".") or part in IGNORED for part in (*folders, name)):
-            return False  # a notebook's copies, and the hidden twin that macOS packs of every file
+            return False  # a notebook's copies, and the hidden file that macOS packs with every file
         *within, _ = member.split("/")
         depth = next((at for at, folder in enumerate(within) if folder in PARTS), len(within)) + 3
         part, image = (folders[-2] if len(folders) >= 2 else ""), is_image(name)
@@ -145,12 +145,12 @@ class Listing:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is one of an image, by its ending."""
+    """Return whether a file is an image, by its extension."""
     return os.path.splitext(name)[1].lower() in endings()  # noqa: PTH122 -- Path takes ten times as long
 
 
 class Files:
-    """Images that are files of their own, below a folder."""
+    """Images in their own files, below a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -171,7 +171,7 @@ class Packed:
         self.archives = archives
 
     def members(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-        """Yield the wanted members of all, each read whole."""
+        """Yield the wanted members of all archives, each read completely."""
         for name, archive in self.archives.items():
             before = f"{name}#" if name else ""
             found = safe_members(
@@ -204,7 +204,7 @@ class Packed:
 
 
 def stamp(path: Path | str) -> tuple[int, int]:
-    """Return a file's size in bytes, and when it was last changed, in nanoseconds."""
+    """Return a file's size in bytes and its modification time in nanoseconds."""
     try:
         status = os.stat(path)  # noqa: PTH116 -- a third of Path's time, of a million files
     except OSError as error:
@@ -213,7 +213,7 @@ def stamp(path: Path | str) -> tuple[int, int]:
 
 
 def part_of(file: str) -> str:
-    """Return the part that a file's folder or its name says, as in train-00000-of-00002.parquet, else ""."""
+    """Return the part in a file's folder or name, such as train-00000-of-00002.parquet, else ""."""
     *folders, name = file.lower().split("/")
     words = [word for word in folders if word in PARTS] or re.split(r"[^a-z]+", name)
     parts = {PARTS[word] for word in words if word in PARTS}
@@ -221,7 +221,7 @@ def part_of(file: str) -> str:
 
 
 def list_folder(path: Path) -> Listing:
-    """List a folder, zip or tar of images by class folders; of files only lists of classes are read."""
+    """List a folder, zip or tar of images by class folders; only lists of classes are read."""
     source = Files(path) if path.is_dir() else Packed({"": path})
     listing = Listing(source)
     for member, data in _members(path, source, listing.wants):
@@ -230,7 +230,7 @@ def list_folder(path: Path) -> Listing:
 
 
 def _lines(data: bytes, where: str) -> list[str]:
-    """Return the lines of a list of classes that are not empty."""
+    """Return the non-empty lines of a list of classes."""
     try:
         return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -248,7 +248,7 @@ def _members(path: Path, source: Files | Packed, wanted: Callable[[str], bool]) 
 
 
 def walk(folder: Path | str, prefix: str, depth: int) -> Iterator[str]:
-    """Yield the names below a folder, down to a depth; those of folders end in "/"."""
+    """Yield the names below a folder, down to a depth; names of folders end in "/"."""
     try:
         with os.scandir(folder) as found:
             entries = list(found)

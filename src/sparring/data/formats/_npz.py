@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Array]:
 
 
 def _is_known(member: str, others: list[str]) -> bool:
-    """Say whether an array is to be read, and remember the names of others."""
+    """Return whether an array is read, and record the names of others."""
     key = member.removesuffix(".npy")
     others += [] if key in NEEDED + OPTIONAL else [key]
     return key not in others
@@ -113,7 +113,7 @@ def _array(data: Any, member: str, path: Path) -> Array:
         if whole and dtype.kind in "uiU":
             flat = np.frombuffer(data, dtype, offset=file.tell())
             return flat.reshape(shape, order="F" if fortran else "C")
-    except Exception as error:  # the header is a Python literal: a hostile one fails in any way
+    except Exception as error:  # the header is a Python literal: a hostile one can raise anything
         raise DataError(f"{member} in {path} is damaged; create it again") from error
     if whole or dtype.hasobject:
         raise DataError(
@@ -143,7 +143,7 @@ def _images(array: Array, key: str, layout: str | None, path: Path) -> torch.Ten
 
 
 def _in_order(array: Array) -> torch.Tensor:
-    """Return an array as a tensor whose values lie in the order of its axes."""
+    """Return an array as a contiguous tensor."""
     if not array.flags.c_contiguous and array.size:
         out = np.frombuffer(space(array.nbytes), array.dtype).reshape(array.shape)
         for start in range(0, len(array), CHUNK):
@@ -161,13 +161,13 @@ def _labels(array: Array, key: str, path: Path) -> torch.Tensor:
 
 
 def _are_listed(listed: ClassList, names: list[str], y: torch.Tensor, said: Array | None) -> bool:
-    """Return whether a list of classes is of these data; one that nobody gave, only where nothing else can be meant."""
+    """Return whether a list of classes is for these data; without a given one, only if nothing else is possible."""
     present = np.unique(y.numpy()).tolist()
     return not listed.fallback or (said is None and (bool(names) or present != list(range(len(present)))))
 
 
 def _renumbered(y: torch.Tensor, names: list[str], listed: ClassList) -> torch.Tensor:
-    """Return labels as numbers of a list of classes, which names tell, or which they are already."""
+    """Return labels as numbers of a list of classes: by name, or unchanged if they are numbers."""
     if not names or not len(y):
         return y
     if int(y.min()) < 0 or int(y.max()) >= len(names):

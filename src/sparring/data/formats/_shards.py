@@ -13,13 +13,13 @@ from ...files import safe_members
 from ._listing import MOST_BYTES, MOST_MEMBERS, Listing, Packed, is_image, part_of
 
 TARS = (".tar", ".tar.gz", ".tgz")
-SAID = (".cls", ".json")  # of an image, the first of which that is there counts
+SAID = (".cls", ".json")  # extensions of images; the first one found counts
 KEYS = ("label", "cls", "class")
-LOOKED = 100  # members after which a tar without labels is none
+LOOKED = 100  # members after which a tar without labels is not a shard
 
 
 def is_shard(path: Path) -> bool:
-    """Say whether a tar has labels beside its images, by its first members."""
+    """Return whether a tar has labels beside its images, by its first members."""
     count = itertools.count()
     first = safe_members(
         path,
@@ -31,9 +31,9 @@ def is_shard(path: Path) -> bool:
 
 
 def list_shards(archives: Mapping[str, Path], where: Path, named: Sequence[str] = ()) -> Listing:
-    """List the images of some shards, by name, with the label beside each; of images nothing is read.
+    """List the images of some shards, by name, with the label beside each; no image is read.
 
-    `named` are the classes that numbers stand for. Raise DataError for a label that is none.
+    `named` are the classes that numbers stand for. Raise DataError for an invalid label.
     """
     if odd := [name for name in archives if "#" in name]:
         raise DataError(f"{odd[0]} in {where}: rename it, without '#'")
@@ -66,7 +66,7 @@ def list_shards(archives: Mapping[str, Path], where: Path, named: Sequence[str] 
 
 
 def _parts(member: str) -> tuple[str, str]:
-    """Return what an image and its label share, and the ending: all from the first dot of the name."""
+    """Return the key that an image and its label share, and the extension: all from the first dot of the name."""
     name = re.split("[/#]", member)[-1]
     ending = name[len(name.partition(".")[0]) :]
     return member[: len(member) - len(ending)], ending.lower()

@@ -28,7 +28,7 @@ PARTED_AS = {**PARTS, "training": "train", "testing": "test"}
 PARTED = ("split", "part", "subset", "set")
 MOST_TEXT = 1 << 30  # bytes of a CSV file: ten million rows
 MOST_LABEL = 1_000  # letters
-ROWS = 1 << 16  # labels that are read at a time
+ROWS = 1 << 16  # labels that are read at once
 
 
 class Columns:
@@ -59,7 +59,7 @@ class Columns:
 
 
 def list_columns(root: Path, files: Sequence[str]) -> Listing:
-    """List the rows of Parquet and Arrow files below a folder; of images nothing is read.
+    """List the rows of Parquet and Arrow files below a folder; no image is read.
 
     Raise DataError where pyarrow is missing, a table is damaged, or it is not clear which column is which.
     """
@@ -93,7 +93,7 @@ def _arrow() -> tuple[ModuleType, ModuleType]:
 
 @contextmanager
 def _sound(path: Path) -> Iterator[None]:
-    """Name a table in whatever pyarrow says of it."""
+    """Add a table's name to any error of pyarrow."""
     try:
         yield
     except UserError:
@@ -105,7 +105,7 @@ def _sound(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path, *labels: str) -> Iterator[Any]:
-    """Open a Parquet file, or map an Arrow file of either format as a table; equal texts of `labels` are read once."""
+    """Open a Parquet file, or map an Arrow file of either format as a table; equal `labels` are read once."""
     arrow, parquet = _arrow()
     if not path.is_file():
         raise DataError(f"{path} is not a regular file; choose another path")
@@ -125,7 +125,7 @@ def _is_parquet(path: Path) -> bool:
 
 
 def _values(path: Path, column: str, *, rows: Mapping[int, object] | None = None) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the value of each row, or of some: then one after the other, since they are large."""
+    """Yield the number and the value of each row, or of some rows one by one, since they are large."""
     with _opened(path, *([column] if rows is None else [])) as table:
         start = 0
         for values in _parquet(table, column, rows) if _is_parquet(path) else _batches(table, column):
@@ -137,7 +137,7 @@ def _values(path: Path, column: str, *, rows: Mapping[int, object] | None = None
 
 
 def _labels(values: Any, path: Path) -> list[Any]:
-    """Return labels; raise DataError for one that no class is called: in a hostile file it may come a million times."""
+    """Return labels; raise DataError for a label that is not a class: a hostile file may repeat it a million times."""
     types = _arrow()[0].types
     each = values.dictionary if types.is_dictionary(values.type) else values
     if not types.is_integer(each.type) and any(len(label or "") > MOST_LABEL for label in each.to_pylist()):
@@ -152,17 +152,17 @@ def _within(rows: Mapping[int, object], start: int, count: int) -> list[int]:
 def _batches(table: Any, column: str) -> Iterator[Any]:
     for batch in table.to_batches():
         values = batch.column(column)
-        values.validate(full=True)  # what lies in a mapped file is believed otherwise
+        values.validate(full=True)  # values in a mapped file are not checked otherwise
         yield values
 
 
 def _parquet(table: Any, column: str, rows: Mapping[int, object] | None) -> Iterator[Any]:
-    """Yield a column in pieces, nothing but their lengths where no row is wanted."""
+    """Yield a column in pieces, or only their lengths if no row is wanted."""
     start = 0
     for group in range(table.num_row_groups):
         count = table.metadata.row_group(group).num_rows
         if rows is None or _within(rows, start, count):
-            # One image at a time: many rows of a hostile file may be the same large one.
+            # One image at a time: many rows of a hostile file may repeat one large image.
             each = table.iter_batches(ROWS if rows is None else 1, row_groups=[group], columns=[column])
             yield from (batch.column(0) for batch in each)
         else:
@@ -171,7 +171,7 @@ def _parquet(table: Any, column: str, rows: Mapping[int, object] | None) -> Iter
 
 
 def _choice(schema: Any, where: str) -> tuple[str, str, list[str]]:
-    """Return the names of the columns of images and of labels, and those of the classes, if they are told."""
+    """Return the names of the columns of images and of labels, and the names of the classes, if given."""
     types = _arrow()[0].types
     encoded = [
         field.name
@@ -219,7 +219,7 @@ def _class_labels(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
 def list_csv(root: Path, files: Sequence[str], named: Sequence[str] = ()) -> Listing:
     """List images by CSV files below a folder: a column of paths, relative to the file, and one of labels.
 
-    A column "split" may say the part. Without headings the first of two columns is the path. `named` are the classes
+    A column "split" may name the part. Without headings the first of two columns is the path. `named` are the classes
     that numbers stand for.
     """
     listing = Listing(Files(root), named=list(named), layout="rows of {part} (a column 'split', or a file {part}.csv)")

@@ -45,14 +45,14 @@ def from_torch(
 
 
 def _places(data: TorchData, n: int | None = None) -> list[int] | None:
-    """Return which items of a dataset with a length are taken, None where they come as they come."""
+    """Return which items of a dataset with a length are taken, None if they are taken in their order."""
     if isinstance(data, DataLoader | IterableDataset) or not isinstance(data, Sized):
         return None
     return list(range(len(data))) if n is None else fixed_order(len(data))[:n].tolist()
 
 
 def _split(data: TorchData, what: str, places: list[int] | None, most: int | None = None) -> Split:
-    """Return the images and labels of a dataset or loader, at most so many."""
+    """Return the images and labels of a dataset or loader, at most a given number."""
     xs, ys, here = list[Tensor](), list[Tensor](), 0
     try:
         for item in _batches(data, places):

@@ -22,10 +22,10 @@ Table = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Layout:
-    """How images lie: one by one with pixels as vectors (`tiles` False), or `units` tiles of `lanes` images each.
+    """Layout of images in memory: one by one with pixels as vectors, or `units` tiles of `lanes` images each (`tiles`).
 
-    A pixel of a tile is `vectors` vectors long: several where there are only linear layers, whose weights then serve
-    more images from one stretch of memory.
+    A pixel of a tile is `vectors` vectors long: several if there are only linear layers, whose weights are then used
+    for more images at once.
     """
 
     tiles: bool
@@ -41,7 +41,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tiling:
-    """What may be tuned in a layer: accumulators at most, lanes of a vector, bytes of input a block may touch."""
+    """Tuning of a layer: maximum of accumulators, lanes of a vector, bytes of input that a block may touch."""
 
     accumulators: int = 16
     lanes: int = 16
@@ -50,7 +50,7 @@ class Tiling:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One kernel call: its kernel, its arguments, what tables they point to, and whether it runs once a unit."""
+    """One kernel call: its kernel, its arguments, the tables that they point to, and whether it runs once per unit."""
 
     spec: Spec
     arguments: NDArray[np.int64]
@@ -65,9 +65,9 @@ def kernel_call(spec: Spec, arguments: list[int], tables: tuple[Table, ...] = ()
 
 
 class Run(IntEnum):
-    """What a run is told: int64s about its images, then those that it fills for the kernels, unit by unit.
+    """Arguments of a run: int64s about its images, then those that it fills for the kernels, unit by unit.
 
-    A gradient of the images takes the place of the logits.
+    In a backward pass, the gradient of the images replaces the logits.
     """
 
     IMAGES = 0  # their address
@@ -84,7 +84,7 @@ class Run(IntEnum):
 
 
 def fields_of(told: Mapping[int, int]) -> NDArray[np.int64]:
-    """Return the fields of a run by their numbers, zero where nothing is told."""
+    """Return the fields of a run by their numbers, zero if not given."""
     fields = np.zeros(Run.UNIT + len(Unit), np.int64)
     fields[list(told)] = list(told.values())
     return fields
@@ -99,7 +99,7 @@ def add_kernels(code: Code, specs: Iterable[Spec]) -> list[str]:
 
 
 def add_cached_kernels(code: Code, names: list[str]) -> None:
-    """Load what `add_kernels` once compiled together, if the cache still holds it."""
+    """Load kernels that `add_kernels` has compiled together, if they are still cached."""
     code.add_cached(_identity(names), names)
 
 
@@ -114,7 +114,7 @@ def add_runner(code: Code) -> None:
 
 @cache
 def _sources() -> str:
-    """Return a hash of how kernels are written, so that a cache never outlives the code that filled it."""
+    """Return a hash of the code that writes kernels, so that a cache never outlives it."""
     content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(content + llvmlite.__version__.encode()).hexdigest()
 
