@@ -19,14 +19,14 @@ __all__ = ["Draws", "Source", "drawn_at", "shared_of"]
 _WEYL, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 _BITS = 24  # of a number: what float32 holds
 _UNIT = 2.0**-_BITS
-_BLOCK = 1 << 15  # hashes at once: what a core's cache holds
+_BLOCK = 1 << 15  # hashes at once: what fits into a core's cache
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers for N images: `keys` (int64, (N,)) determine them, and `common` (int64, (1,)) what all share.
+    """Random numbers for N images: `keys` (int64, (N,)) determine them, and `common` (int64, (1,)) shared ones.
 
-    Equal keys give equal numbers: draw again from `at` another place. All numbers are multiples of 2^-24.
+    Equal keys give equal numbers: use `at` with another place for further ones. All numbers are multiples of 2^-24.
     """
 
     keys: Tensor
@@ -34,7 +34,7 @@ class Draws:
 
     @classmethod
     def of(cls, seed: int, images: range, device: torch.device | str = "cpu") -> Draws:
-        """Return those of a seed for the images of these numbers, such as their places in a test set."""
+        """Return draws of a seed for images with these numbers, such as their positions in a test set."""
         start = torch.tensor([seed], dtype=torch.int64, device=device)
         common = _mix_(start.mul_(_SECOND).add_(_FIRST))
         numbers = torch.arange(images.start, images.stop, images.step, device=device)
@@ -44,22 +44,22 @@ class Draws:
         return len(self.keys)
 
     def __getitem__(self, images: Tensor) -> Draws:
-        """Return those of some of the images, by a mask or by their places."""
+        """Return the draws of some of the images, by a mask or by their positions."""
         return Draws(self.keys[images], self.common)
 
     def at(self, place: int) -> Draws:
-        """Return others for the same images, such as those of a restart or a step; place: 0 or more."""
+        """Return other draws for the same images, such as for a restart or a step; place: 0 or more."""
         step = (place + 1) * _FIRST % (1 << 64)
         step -= (step >> 63) << 64  # as a signed number
         return Draws(_mix_(self.keys + step), _mix_(self.common + step))
 
     def spread(self, places: range) -> Draws:
-        """Return those at consecutive places, next to each other for each image: (N · places,)."""
+        """Return draws at consecutive places, next to each other for each image: (N · places,)."""
         steps = (torch.arange(places.start, places.stop, device=self.keys.device) + 1) * _FIRST
         return Draws(_mix_(self.keys.unsqueeze(1) + steps).flatten(), self.common)
 
     def shared(self) -> Draws:
-        """Return those of one image, the same for all images and any choice of them."""
+        """Return draws for one image, the same for all images and any subset of them."""
         return Draws(self.common, self.common)
 
     def uniform(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -102,24 +102,24 @@ class Draws:
 
 
 def _mix_(z: Tensor) -> Tensor:
-    """Hash integers in place. Shifts keep the sign, so that two numbers have each hash: no fewer than are needed."""
+    """Hash integers in place. Shifts keep the sign, so that two numbers share each hash; enough hashes remain."""
     moved = torch.bitwise_right_shift(z, 30)
     z.bitwise_xor_(moved).mul_(_FIRST)
     z.bitwise_xor_(torch.bitwise_right_shift(z, 27, out=moved)).mul_(_SECOND)
     return z.bitwise_xor_(torch.bitwise_right_shift(z, 31, out=moved))
 
 
-# What an attack draws from: numbers by image, a generator's in turn, or (None) those of torch's default generator.
+# An attack's source of random numbers: draws by image, a generator, or (None) torch's default generator.
 Source = Draws | torch.Generator | None
 
 
 def drawn_at(source: Source, place: int, images: Tensor | None = None) -> Source:
-    """Return the source at a place of an attack, and for some images; a generator has the numbers that follow."""
+    """Return the source at a place of an attack, and for some images; a generator continues with its next numbers."""
     if not isinstance(source, Draws):
         return source
     return (source if images is None else source[images]).at(place)
 
 
 def shared_of(source: Source) -> Source:
-    """Return the source of what all images share."""
+    """Return the source of numbers that all images share."""
     return source.shared() if isinstance(source, Draws) else source

@@ -22,13 +22,13 @@ __all__ = [
     "told",
 ]
 
-TERMINATED = 143  # the exit code that SIGTERM asks for: 128 and the signal's number, as shells have it
+TERMINATED = 143  # the exit code of SIGTERM: 128 plus the signal's number, as in shells
 # Code under these folders is not the user's own: sparring, the standard library, and what is installed.
 _OTHERS = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 
 
 class UserError(Exception):
-    """Signal something the user can mend; the message names the cause and the way out (exit code 2)."""
+    """Signal a problem that the user can fix; the message names the cause and the way out (exit code 2)."""
 
 
 class PlanError(UserError):
@@ -40,18 +40,18 @@ class DataError(UserError):
 
 
 class DataWarning(UserWarning):
-    """Say what was left out of data, or assumed of them."""
+    """Warn of data that were left out, or of assumptions about them."""
 
 
 class DamageError(UserError):
-    """Signal a file of a study's that is not what it was when it was written."""
+    """Signal a study's file that has changed since it was written."""
 
 
 class StorageError(UserError):
     """Signal a disk that is full or fails, or a damaged file: a study stops there, since no network is to blame."""
 
 
-MANY = 100  # names that are all told
+MANY = 100  # the most names that are all listed
 
 
 class UnknownNameError(UserError):
@@ -70,10 +70,10 @@ class Unsupported(UserError):
 
 
 def told(error: BaseException) -> str:
-    """Return in one line what an exception says: its type, its text, and the last line of the user's own code."""
+    """Describe an exception in one line: its type, its text, and the last line of the user's own code."""
     try:
         text = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
-    except Exception:  # a user's own exception may fail even at this
+    except Exception:  # a user's own exception may fail even here
         text = "(its message cannot be read)"
     where = place(error)
     text = text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,7 +1,7 @@
 """Facts about attacks, bounds and models as data, without torch, so that every layer can read them.
 
-Each table has an entry for each name in the table of functions that it describes (a test holds them equal). What a
-user's own part is, and all else that is known of a part, is read where it stands: in its signature and its docstring.
+Each table has an entry for each name in the table of functions that it describes (a test holds them equal). All
+other facts, and those about a user's own parts, are read from signatures and docstrings.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _COSTLY = _STEPWISE | {"fully connected": 0.95}
 class AttackFacts:
     """Describe an attack.
 
-    kind: how it is asked, with a budget, for the smallest perturbation (within a budget where one is given), or both.
-    knowledge: what it sees of the model. single_step: one gradient step, which need not arrive anywhere. rank: on the
-    same images and threat none does better than one of the same kind of question and of higher rank (None: not
-    compared). passes: time per image over that of a forward-and-backward pass, between what records of LeNet-300-100
-    and of LeNet-5 on MNIST show, whose own factors differ by up to three. kernels: how sparse a network of each kind
+    kind: with a budget, for the smallest perturbation (within a budget if given), or both. knowledge: what it sees of
+    the model. single_step: one gradient step, which may not be enough. rank: on the same images and threat no attack
+    does better than one of the same kind and of higher rank (None: not
+    compared). passes: time per image over that of a forward-and-backward pass, between the values of LeNet-300-100
+    and of LeNet-5 on MNIST, which differ by a factor of up to three. kernels: how sparse a network of each kind
     (`ModelFacts.layers`) must be for the attack to gain from packed kernels, as measured (docs/deploy.md); a single
-    step does not make up for packing. rows: input gradients of an image that go back together, and share memory, where
+    step does not make up for packing. rows: input gradients of an image that share one backward pass, and memory, when
     it looks for the smallest perturbation.
 
-    revision: raised when its results change, and for ensembles that contain it: whatever stage runs it does so again,
-    and all other records keep their keys. Beside it `lent`, where only what is made of lent examples changes; `drawn`,
-    on networks that draw; `masked`, within a budget on networks whose layers mask gradients and do not draw.
+    revision: raised when its results change, also for ensembles that contain it: stages with it are recomputed, and all
+    other records keep their keys. Also raised separately: `lent`, if only results with transferred examples change;
+    `drawn`, on networks that draw; `masked`, within a budget on networks whose layers mask gradients and do not draw.
     """
 
     title: str = ""
@@ -55,18 +55,16 @@ class AttackFacts:
     masked: int = 0
 
     def together(self, eps: float | None) -> int:
-        """Return how many gradients of an image go back together; ensembles have one where there is a budget."""
+        """Return how many gradients of an image share a backward pass; ensembles have one with a budget."""
         return 1 if self.kind == "ensemble" and eps is not None else self.rows
 
     def is_weaker(self, other: AttackFacts) -> bool:
-        """Say whether the other must not do worse on the same images and threat."""
+        """Return whether the other attack must not do worse on the same images and threat."""
         ranked = self.rank is not None and other.rank is not None and self.rank < other.rank
         return ranked and (self.kind == "minimum-norm") == (other.kind == "minimum-norm")
 
 
-OWN_ATTACK = AttackFacts(
-    norms=("linf", "l2", "l1", "l0"), kernels={}, revision=1
-)  # what a name outside the table may be taken for
+OWN_ATTACK = AttackFacts(norms=("linf", "l2", "l1", "l0"), kernels={}, revision=1)  # facts for a name outside the table
 # fmt: off
 ATTACKS = {
     "apgd": AttackFacts("APGD", "Croce & Hein 2020", rank=2, passes=30, kernels=_COSTLY, revision=3),
@@ -124,14 +122,14 @@ LIPSCHITZ = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Say which kind of layers take a network's time, and how it is trained where nobody says."""
+    """Describe which kind of layers take a network's time, and how it is trained by default."""
 
     layers: Literal["convolutional", "wide", "fully connected"]
     recipe: Mapping[str, Any]
 
 
 _CIFAR = {"batch_size": 128, "warmup": 0.05, "augment": True}
-# For a user's own network: Adam forgives most.
+# For a user's own network: Adam is the most tolerant.
 OWN_MODEL = ModelFacts(
     "convolutional", {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "epochs": 10, "warmup": 0.05}
 )
@@ -141,7 +139,7 @@ MODELS = {
     "lenet-300-100": ModelFacts("fully connected", {"lr": 0.05, "epochs": 12}),
     "lenet-5": ModelFacts("convolutional", {"lr": 0.01, "epochs": 8}),
     "small-cnn": ModelFacts("convolutional", {"lr": 0.05, "epochs": 12, **_CIFAR}),
-    # In wide layers torch is nearer to the machine's peak, so that kernels gain later.
+    # In wide layers torch is nearer to the machine's peak, so that kernels gain only at higher sparsity.
     "vgg-like": ModelFacts("wide", {"lr": 0.05, "epochs": 12, **_CIFAR}),
     "resnet-32": ModelFacts("convolutional", {"lr": 0.1, "epochs": 15, **_CIFAR}),
 }

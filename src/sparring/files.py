@@ -1,6 +1,6 @@
 """Safe files: atomic writes, canonical JSON, hashes, kernel locks, untrusted archives and tensors.
 
-Whatever goes wrong with a file that a user named ends in a `UserError` that says which file, why, and what to do.
+Any problem with a file that a user named raises a `UserError` with the file, the cause and the way out.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def write_atomic(path: Path | str, content: bytes | str) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except BaseException:  # an interrupt as well: nothing half-written stays
+        except BaseException:  # also on an interrupt: no partial file stays
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
@@ -112,7 +112,7 @@ def write_atomic(path: Path | str, content: bytes | str) -> Path:
 
 
 def check_writable(path: Path | str, *, folder: bool = False) -> None:
-    """Raise UserError unless this file could be made (or a file in this folder); nothing is left behind."""
+    """Raise UserError unless this file (or a file in this folder) can be created; nothing is left behind."""
     path = Path(path).absolute()
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -192,7 +192,7 @@ def _refuse_constant(name: str) -> None:
 def read_bounded(path: Path | str, *, limit: int) -> bytes:
     """Read a regular file of at most `limit` bytes; raise UserError if it is missing, not a regular file, or larger."""
     try:
-        # O_NONBLOCK: opening a named pipe that nobody writes to would wait for ever.
+        # O_NONBLOCK: opening a named pipe without a writer would block forever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -229,10 +229,10 @@ def lock(path: Path | str, *, wait: float = 0.0) -> Iterator[None]:
     `wait` is how many seconds to wait for another holder before raising UserError (math.inf: without limit). The file
     is not removed, because two processes could then lock different files of the same name.
     """
-    from filelock import FileLock, Timeout  # 0.1 s, and most commands lock nothing
+    from filelock import FileLock, Timeout  # takes 0.1 s, and most commands lock nothing
 
     path = Path(path)
-    # Never a soft lock, which nothing frees when its holder dies.
+    # Never a soft lock, which is not released when its holder dies.
     held = FileLock(path, timeout=-1 if wait == math.inf else wait, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,11 +261,11 @@ def safe_name(name: str) -> str:
 
 
 class _Refused(Exception):
-    """Say why an archive is refused; `safe_members` adds the archive's name."""
+    """The reason why an archive is refused; `safe_members` adds the archive's name."""
 
 
 class _Bounded(io.BufferedReader):
-    """Read an archive, but never more at once than an honest one needs, however large a header says a part is."""
+    """Read an archive, but never more at once than a normal one needs, whatever its headers say."""
 
     def __init__(self, raw: Any, most: int, left: int) -> None:
         super().__init__(raw)
@@ -292,7 +292,7 @@ def safe_members(
     """Yield the name and content of the wanted regular files in a zip, tar or tar.gz, in the archive's order.
 
     `wanted` is also called for folders, with names that end in "/". Contents are bytes. If `room` is given, the
-    contents of a zip may have any size and lie in what `room` returns for their sizes. Nothing is written to disk.
+    contents of a zip may have any size and are stored in the space that `room` returns. Nothing is written to disk.
 
     Raise UserError, naming the archive, if it is damaged, encrypted or packed by an unsupported method; if it has a
     file above `max_member` bytes, or a zip has one of 512 MiB and 100 times its packed size; if it unpacks to more than
@@ -307,7 +307,7 @@ def safe_members(
             start = os.pread(raw.fileno(), 4, 0)
             if start[:2] == b"\x1f\x8b":
                 raw = gzip.GzipFile(fileobj=cast(Any, raw))
-            file = _Bounded(raw, most=max_member, left=max_bytes + 64 * MIB)  # headers come on top
+            file = _Bounded(raw, most=max_member, left=max_bytes + 64 * MIB)  # plus headers
             if start[:2] == b"PK":
                 yield from _zip_members(file, wanted, max_bytes, max_files, room)
             else:
@@ -337,7 +337,7 @@ def _zip_members(
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise _Refused(f"{info.filename!r} is a link or a device")
-            # bzip2 and lzma unpack without a bound on what one call may return.
+            # bzip2 and lzma cannot limit the result of one call.
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise _Refused(f"{info.filename!r} uses a compression method other than deflate")
             if info.flag_bits & 1:
@@ -347,7 +347,7 @@ def _zip_members(
             if wanted(info.filename) and not info.is_dir():
                 with archive.open(info) as member:
                     if room is None:
-                        data: Any = member.read(info.file_size)  # read() unpacks all there is, whatever was declared
+                        data: Any = member.read(info.file_size)  # read() unpacks everything, whatever was declared
                         whole = len(data) == info.file_size
                     else:
                         data = room(info.file_size)
@@ -358,7 +358,7 @@ def _zip_members(
 
 
 def _fill(room: memoryview, member: IO[bytes]) -> bool:
-    """Read a member into the room for it, piece by piece, and return whether it filled it."""
+    """Read a member into its space, piece by piece, and return whether it filled it."""
     pieces = (room[start : start + MIB] for start in range(0, len(room), MIB))
     return all(cast(Any, member).readinto(piece) == len(piece) for piece in pieces)
 
@@ -412,7 +412,7 @@ def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * 
     import safetensors.torch
 
     data = read_bounded(path, limit=limit)
-    # A header of 640 bytes begins like a pickle, one of 19,280 like a zip; what follows its length is JSON.
+    # A header of 640 bytes begins like a pickle, one of 19,280 like a zip; JSON follows the length.
     if data[:2] in (b"PK", b"\x80\x02") and data[8:9] != b"{":
         raise UserError(
             f"{path} is a pickle, as torch.save writes, which may run code and is not read; {conversion(path)}"
@@ -422,10 +422,10 @@ def load_tensors(path: Path | str, *, finite: bool = False, limit: int = 1024 * 
         raise UserError(f"{path} is not a complete safetensors file; create or download it again")
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
-    except Exception as error:  # the format's own error type, and whatever an absurd header makes of torch
+    except Exception as error:  # the format's own error type, and any error of torch for an absurd header
         raise UserError(f"{path} is not a valid safetensors file ({error}); create or download it again") from error
     for name, tensor in tensors.items():
-        if tensor.dim() > 8:  # torch takes minutes over one of 100,000
+        if tensor.dim() > 8:  # torch takes minutes for one with 100,000
             raise UserError(f"tensor {name!r} in {path} has {tensor.dim()} dimensions; the limit is 8")
         if finite and tensor.dtype.is_floating_point and not tensor.isfinite().all():
             raise UserError(f"tensor {name!r} in {path} has NaN or infinite values; the run that wrote it diverged")

@@ -21,8 +21,8 @@ CHAIN = ("previous", "sha256")
 def read_history(out: Path | str) -> list[dict[str, Any]]:
     """Return the entries of OUT/history.jsonl, the oldest first; none if there is no such file.
 
-    Raises DamageError where an entry is not what was written, or does not follow the one before it. What was cut off
-    at the end cannot be seen.
+    Raises DamageError if an entry was changed, or does not follow the one before it. A truncated end cannot be
+    detected.
     """
     path = Path(out) / NAME
     if not path.exists():

@@ -1,7 +1,7 @@
 """Weight matrices: every tensor that a model multiplies with, and the parameter through which it can be pruned.
 
-What counts is what the forward pass uses: a layer under weight_norm, spectral_norm or torch.nn.utils.prune computes its
-weight from other tensors, and zeros of those must become zeros of the weight, or it cannot be pruned through them.
+Sparsity refers to the weights of the forward pass. A layer under weight_norm, spectral_norm or torch.nn.utils.prune
+computes its weight from other tensors; it can be pruned through these only if their zeros become zeros of the weight.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _LAYERS = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Multi
 
 @dataclass(frozen=True)
 class Matrix:
-    """Hold one weight matrix: its owner's path and attribute, and by what name it is pruned.
+    """One weight matrix: its owner's path and attribute, and the name of the parameter to prune.
 
     `name` is the parameter of the matrix's shape whose zeros are zeros of the matrix; with an `excuse` there is none,
-    and the matrix is left out of pruning. `gain` is the parameter that scales whole rows of it (weight_norm).
+    and the matrix is not pruned. `gain` is the parameter that scales whole rows of it (weight_norm).
     """
 
     name: str
@@ -105,7 +105,7 @@ def matrices(model: nn.Module) -> list[Matrix]:
 
 
 def _held(model: nn.Module) -> Iterator[Matrix]:
-    """Yield the matrices that are no parameters, each once: buffers, quantised ones, and what hooks compute."""
+    """Yield the matrices that are not parameters, each once: buffers, quantised ones, and what hooks compute."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, (Declared, *_NORMS)) or "parametrizations" in path:
@@ -124,7 +124,7 @@ def _held(model: nn.Module) -> Iterator[Matrix]:
 
 
 def refuse_unmasked(model: nn.Module, masks: Mapping[str, Tensor], reason: str) -> None:
-    """Raise UserError, with what may have happened, unless every weight that a mask (True = kept) removed is zero."""
+    """Raise UserError, with the likely cause, unless every weight that a mask (True = kept) removed is zero."""
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     values |= {matrix.name: matrix.value() for matrix in matrices(model)}
     for name, mask in masks.items():
@@ -136,7 +136,7 @@ def refuse_unmasked(model: nn.Module, masks: Mapping[str, Tensor], reason: str) 
 
 
 def is_transposed(matrix: Matrix) -> bool:
-    """Say whether a matrix's first axis counts inputs, not outputs."""
+    """Return whether a matrix's first axis counts inputs, not outputs."""
     return isinstance(matrix.module, _ConvTransposeNd)
 
 
@@ -181,7 +181,7 @@ def _hooked(module: nn.Module) -> set[str]:
 
 
 def _is_hooked(module: nn.Module, name: str) -> bool:
-    """Say whether an old-style hook computes an attribute of a module from the parameter `name`."""
+    """Return whether an old-style hook computes an attribute of a module from the parameter `name`."""
     return name.rpartition("_")[0] in _hooked(module)
 
 
@@ -206,7 +206,7 @@ def _parametrised(names: dict[int, str], path: str, module: nn.Module, attribute
 
 
 def _carries_zeros(chain: nn.ModuleList, originals: list[nn.Parameter], place: int) -> bool:
-    """Say whether zeros of one original tensor are zeros of what a parametrisation makes of it."""
+    """Return whether zeros of one original tensor are zeros of a parametrisation's result."""
     values = [original.detach() for original in originals]
     values[place], kept = _with_zeros(values[place])
     try:
@@ -219,14 +219,14 @@ def _carries_zeros(chain: nn.ModuleList, originals: list[nn.Parameter], place: i
 
 
 def _with_zeros(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return random values, a third of them zero, and which are not."""
+    """Return random values, a third of them zero, and a mask of the nonzero ones."""
     draw = torch.rand(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
     kept = draw > 1 / 3
     return (draw + 0.5) * kept, kept
 
 
 def _doubt(module: nn.Module, attribute: str) -> str | None:
-    """Return why zeros of a layer's weight may be none of its forward pass: a forward of its own that rescales it."""
+    """Return why zeros of a layer's weight may not be zeros of its forward pass: its forward() rescales the weight."""
     base = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
     methods = ("forward", "_conv_forward")
     replaced = "forward" in vars(module) or any(getattr(type(module), m, 0) is not getattr(base, m, 0) for m in methods)
@@ -237,7 +237,7 @@ def _doubt(module: nn.Module, attribute: str) -> str | None:
 
 @torch.no_grad()
 def _ignores_dead_inputs(module: nn.Module, attribute: str) -> bool:
-    """Say whether inputs whose weights are zero have no effect; for one input a group, whether the output is linear."""
+    """Return whether inputs with zero weights have no effect; for one input a group, whether the output is linear."""
     if not isinstance(module, nn.Linear | _ConvNd) or isinstance(module, _ConvTransposeNd):
         return False
     weight = cast(Tensor, getattr(module, attribute)).detach()
@@ -249,7 +249,7 @@ def _ignores_dead_inputs(module: nn.Module, attribute: str) -> bool:
         inputs, reach = module.in_channels, [1 + d * (k - 1) for k, d in spread]
     x = torch.rand(2, inputs, *reach, generator=generator).to(weight)
 
-    # Whatever its other matrices become in training, as LoRA's, which begin with zeros.
+    # For any values of its other matrices in training, such as LoRA's, which begin with zeros.
     name = attribute if attribute in module._parameters else f"parametrizations.{attribute}.original"
     behind = (name, f"parametrizations.{attribute}")
     own = {n: p for n, p in module.named_parameters() if p.dim() > 1 and not n.startswith(behind)}

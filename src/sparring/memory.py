@@ -1,4 +1,4 @@
-"""How much memory work on images takes, measured on a few of them, and how much of it is free."""
+"""How much memory work on images takes, measured on a few of them, and how much is free."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .errors import UserError
 
 __all__ = ["Need", "answers", "answers_at_once", "free_memory", "measured", "size_text", "used_memory"]
 
-# On a CPU, peak resident memory over the largest sum of live tensors (what the allocator keeps), and what libraries
-# work in: scratch memory and filters in another order.
+# On a CPU, peak resident memory over the largest sum of live tensors (kept by the allocator), and the libraries'
+# scratch memory and reordered filters.
 _KEPT, _SCRATCH = 1.25, 128 * 2**20
 
 
 @dataclass(frozen=True)
 class Need:
-    """What work takes in bytes beyond what was held before it: `fixed`, however many images, and `each` image."""
+    """Additional memory of some work in bytes: `fixed` for any number of images, and `each` per image."""
 
     fixed: int
     each: int
 
     def of(self, images: int) -> int:
-        """Return the bytes that so many images at a time take."""
+        """Return the bytes for a number of images at a time."""
         return self.fixed + self.each * images
 
     def fitting(self, free: int, *, most: int) -> int:
@@ -40,7 +40,7 @@ class Need:
         return max(1, min(most, (free - self.fixed) // max(1, self.each)))
 
     def check(self, images: int, free: int, what: str) -> None:
-        """Raise UserError where so many images at a time do not fit into `free` bytes."""
+        """Raise UserError if this number of images at a time does not fit into `free` bytes."""
         if self.of(images) > free:
             fit = max(0, (free - self.fixed) // max(1, self.each))
             way = f"at most {fit} fit" if fit else "use smaller images, fewer workers, or a machine with more memory"
@@ -51,17 +51,17 @@ class Need:
 
 
 def size_text(count: int) -> str:
-    """Return a number of bytes as a person reads it."""
+    """Return a number of bytes in readable units."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, count >> 20)} MiB"
 
 
 def measured(work: Callable[[Tensor], object], x: Tensor, *, enough: Callable[[Need], bool] | None = None) -> Need:
     """Run work on one image and on two, and return its memory: the largest sum of live tensors in bytes.
 
-    x: images; the first is repeated. `enough` is asked of an upper bound, that nothing is fixed, after the first run;
-    if it agrees, that is returned without a second. The model that `work` runs is in eval mode. Memory that a library
-    uses inside an operation is not seen; on a CPU a fraction is added for it and for memory that is freed but not
-    returned.
+    x: images; the first is repeated. After the first run, `enough` is called with an upper bound, which assumes that
+    nothing is fixed; if it returns True, the bound is returned without a second run. The model that `work` runs is in
+    eval mode. Memory that a library uses inside an operation is not seen; on a CPU a fraction is added for it and for
+    memory that is freed but not returned.
     """
     image = x[:1] if len(x) else x.new_zeros((1, *x.shape[1:]))
     share, scratch = (_KEPT, _SCRATCH) if x.device.type == "cpu" else (1.0, 0)
@@ -74,7 +74,7 @@ def measured(work: Callable[[Tensor], object], x: Tensor, *, enough: Callable[[N
 
 
 def answers_at_once(answer: Callable[[Tensor], object], x: Tensor, *, most: int = 500) -> int:
-    """Return how many float images, like x, a model is asked for answers at once: in 768 MiB of a CPU at most.
+    """Return how many float images, like x, a model evaluates at once: on a CPU in 768 MiB at most.
 
     Raise UserError if not even one image fits.
     """
@@ -89,7 +89,7 @@ def answers_at_once(answer: Callable[[Tensor], object], x: Tensor, *, most: int 
 
 
 def answers(answer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return a model's logits (N, classes) of float images x, without gradients, as many at a time as memory allows."""
+    """Return a model's logits (N, classes) of float images x, without gradients, in batches that fit into memory."""
     with torch.no_grad():
         return torch.cat([answer(part) for part in torch.split(x, answers_at_once(answer, x, most=len(x)))])
 
@@ -102,7 +102,7 @@ def _peak(work: Callable[[Tensor], object], x: Tensor) -> int:
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sum up the bytes of the tensors that operations return, for as long as each lives."""
+    """Sum up the bytes of the tensors that operations return, as long as each lives."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -111,7 +111,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler, which takes a second
+        return False  # otherwise torch imports its compiler, which takes a second
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -136,7 +136,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def free_memory(device: str | torch.device = "cpu") -> int:
-    """Return how many bytes new work may take on a device: on a CPU within the limit of the process's group, too."""
+    """Return how many bytes new work may take on a device: on a CPU also within the limit of the control group."""
     place = torch.device(device)
     if place.type == "cuda":
         free, _ = torch.cuda.mem_get_info(place)
@@ -147,9 +147,9 @@ def free_memory(device: str | torch.device = "cpu") -> int:
 
 
 def used_memory(process: str | int = "self", *, children: bool = False) -> int:
-    """Return the resident bytes of this process; the most there have been where the system tells no more.
+    """Return the resident bytes of this process, or the peak if the system reports only that.
 
-    `children`: with those of the processes that it began, and they.
+    `children`: including those of its child processes, recursively.
     """
     with suppress(OSError, ValueError, IndexError):
         own = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -167,7 +167,7 @@ def _children(process: str | int) -> list[int]:
 
 
 def _available(file: Path = Path("/proc/meminfo")) -> int:
-    """Return what the system says that it can give; half of all memory where it does not say."""
+    """Return the available memory of the system; half of all memory if unknown."""
     with suppress(OSError, ValueError, IndexError):
         lines = dict(line.split(":") for line in file.read_text().splitlines())
         return 1024 * int(lines["MemAvailable"].split()[0])
@@ -175,7 +175,7 @@ def _available(file: Path = Path("/proc/meminfo")) -> int:
 
 
 def _left_to_group(system: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
-    """Return what the control groups of the process (version 2 or 1) leave it, pages of files counted as free."""
+    """Return the memory that the process's control groups (version 2 or 1) leave; cached file pages count as free."""
     left = [1 << 62]
     with suppress(OSError):
         for line in process.read_text().splitlines():
@@ -190,7 +190,7 @@ def _left_to_group(system: Path = Path("/sys/fs/cgroup"), process: Path = Path("
 
 def _left_in(folder: Path, kinds: str) -> list[int]:
     limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-    with suppress(OSError, ValueError):  # "max" is no number: no limit
+    with suppress(OSError, ValueError):  # "max" means no limit
         most, now = (int((folder / name).read_text()) for name in (limit, used))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         return [max(0, most - now + int(stat.get("inactive_file", 0)))]

@@ -23,7 +23,7 @@ def channels_last(model: nn.Module) -> Iterator[None]:
         filters = []
     places = [p.data for p in filters]
     for parameter in filters:
-        # Of one channel every layout is "contiguous" already, but strides decide how outputs lie and are pooled.
+        # With one channel every layout counts as contiguous, but strides determine the layout and pooling of outputs.
         parameter.data = torch.empty_like(parameter.data, memory_format=torch.channels_last).copy_(parameter.data)
     try:
         yield

@@ -20,7 +20,7 @@ from .tally import counts
 
 __all__ = ["Distances", "Size", "accuracy", "distances", "macs", "robust_accuracy", "size"]
 
-# Operations that multiply by weights, or values by one another, in numbers that are not counted here.
+# Operations that multiply by weights, or values by one another, and that are not counted here.
 _MULTIPLY = frozenset(
     """matmul bmm scaled_dot_product_attention conv1d conv3d conv_transpose1d conv_transpose2d conv_transpose3d lstm gru
     rnn_tanh rnn_relu""".split()  # noqa: SIM905
@@ -39,7 +39,7 @@ def robust_accuracy(clean_correct: Tensor, success: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Distances:
-    """Hold the distances of a minimum-norm attack in both conventions (design.md, section 2).
+    """Distances of a minimum-norm attack in both conventions (design.md, section 2).
 
     `mean` is over all images and counts misclassified ones as 0 (the paper's r_2). `mean_correct` and `median_correct`
     are over correctly classified images on which the attack succeeded. `failed` is the fraction of correctly classified

@@ -1,8 +1,8 @@
 """Adapt models to one interface: float images in, logits (N, classes) out.
 
 Models may return dictionaries, tuples or objects that hold the logits, work in half or double precision, write into
-their input, or mask classes with −inf or a number far below all others. Whoever runs a user's model opens it first
-and then knows nothing of all that.
+their input, or mask classes with −inf or a number far below all others. Code that runs a user's model opens it
+first and then need not handle these cases.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive steps that read one earlier value, `source`, and of which only the last is used elsewhere.
+    """Consecutive steps that read one earlier value, `source`; only the last of them is read by others.
 
     rows: the steps run over the last axis of values.
     """

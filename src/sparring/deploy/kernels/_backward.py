@@ -21,7 +21,7 @@ from ._plan import Planner, factors, sources_of, usual
 class GradientPlanner(Planner):
     """Run forward keeping every value, then backward: image and gradient of the logits in, gradient of the image out.
 
-    The forward pass is run again rather than remembered: to fetch its values from main memory would take longer.
+    The forward pass is run again rather than stored: fetching its values from main memory would take longer.
     """
 
     def __init__(self, program: Program, layout: Layout) -> None:
@@ -32,15 +32,15 @@ class GradientPlanner(Planner):
         producers = {task.result: task for task in self.tasks if not isinstance(task, View)}
         self._rectified = {v for v, task in producers.items() if getattr(task, "relu", False)}
         self._gradients = {v: self._place_gradient(v, producers.get(v)) for v in self.buffers}
-        # All places are given before the first call is made, since calls know how large a unit is.
+        # All places are assigned before the first call is made, since calls contain the size of a unit.
         self._plain = {
             task.source: self.reserve(Buffer((self.shapes[task.source][0], 1, 1), (0, 0), layout.lanes))
             for task in self.tasks
             if isinstance(task, FusedLayer) and len(self.shapes[task.source]) == 1
         }
-        self._left = dict.fromkeys(self.buffers, 0)  # how many contributions a gradient still lacks
+        self._left = dict.fromkeys(self.buffers, 0)  # number of contributions that a gradient still lacks
         self._started: set[int] = set()
-        self.forward_calls = 0  # how many of the calls come before the backward pass
+        self.forward_calls = 0  # number of calls before the backward pass
 
     def _place_gradient(self, value: int, producer: Task | None) -> Buffer:
         """Return the buffer of a value's gradient, with the zeros that the transposed producer reads."""
@@ -60,7 +60,7 @@ class GradientPlanner(Planner):
         self.forward_calls = len(forward)
         _, tasks = self.pack_images()
         for task in tasks:
-            # What reads a view reads what it views.
+            # A reader of a view reads the viewed value.
             for value in [] if isinstance(task, View) else sources_of(task):
                 self._left[self.base(value)] += 1
         last = self.base(len(self.program.steps))
@@ -82,7 +82,7 @@ class GradientPlanner(Planner):
         return [*forward, *backward, self._unpack()]
 
     def _unpack(self) -> Call:
-        """Return the call that hands the image's gradient out."""
+        """Return the call that writes the image's gradient."""
         first = self.tasks[0]
         _, tasks = self.pack_images()
         scale = first.scale if isinstance(first, Elementwise) and len(tasks) < len(self.tasks) else None
@@ -95,7 +95,7 @@ class GradientPlanner(Planner):
         return kernel_call(UnpackImages(self.layout.lanes), [gradient.origin, self.end, *sizes], (scales,))
 
     def _into(self, value: int) -> tuple[Buffer, Buffer | None, Buffer | None]:
-        """Return where a contribution to a gradient goes, what it adds to, and what gates the sum if it is the last."""
+        """Return a gradient contribution's place, what it is added to, and the gate of the sum if it is the last."""
         base = self.base(value)
         target = self._gradients[base]
         self._left[base] -= 1

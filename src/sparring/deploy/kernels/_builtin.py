@@ -1,8 +1,8 @@
 """Generated functions as Python built-ins, which cost less per call than ctypes.
 
-The fence around it: only `_engine` imports this, it uses CPython's public functions alone, and where they are missing
-`builtin` and `reader` return None and ctypes takes over. What it is for: LeNet-300-100 with 2% of its weights answers
-one image in 0.96 µs, and in 2.5 through ctypes; with 5%, in 1.8 and 3.4 (one AVX-512 core).
+Only `_engine` imports this module. It uses only CPython's public functions; if they are missing, `builtin` and `reader`
+return None and ctypes is used. The gain: LeNet-300-100 with 2% of its weights takes 0.96 µs for one image, and 2.5
+through ctypes; with 5%, 1.8 and 3.4 (one AVX-512 core).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def add_answer(code: Code) -> None:
 
 
 def builtin(code: Code, arguments: int) -> Callable[[Any], int] | None:
-    """Return a function of one contiguous array which runs a plan on its memory, or None where there is no such thing.
+    """Return a function of one contiguous array which runs a plan on its memory, or None if unsupported.
 
-    `arguments` is the address of four int64: the function "run" and what it takes, arena, segments and call. They,
-    and the code, must outlive what is returned. It raises ValueError for an array that is not contiguous; the array's
+    `arguments` is the address of four int64: the function "run" and its arguments arena, segments and call. They, and
+    the code, must outlive the result. It raises ValueError for an array that is not contiguous; the array's
     size is the caller's to check.
     """
     if _ANSWER not in code:
@@ -64,7 +64,7 @@ def builtin(code: Code, arguments: int) -> Callable[[Any], int] | None:
 
 
 def reader(code: Code) -> Callable[[Any], int] | None:
-    """Return a function of one array that returns its address, or None where there is no such thing.
+    """Return a function of one array that returns its address, or None if unsupported.
 
     The code must outlive it. It raises ValueError or BufferError for an array that is not contiguous.
     """
@@ -79,7 +79,7 @@ def _made(definition: _Definition, owner: object) -> Callable[[Any], int]:
 
 @cache
 def _definition(address: int, name: str) -> _Definition:
-    """Return the definition of the function at an address: kept, as CPython's functions point to theirs."""
+    """Return the definition of the function at an address; it is kept alive, since CPython's functions point to it."""
     return _Definition(name.encode(), address, _ONE_OBJECT, None)
 
 
@@ -89,7 +89,7 @@ def _function(name: str, *arguments: Any) -> Any:
 
 @cache
 def _addresses() -> dict[str, int] | None:
-    """Return where the functions are that the generated one calls; None if this is not CPython."""
+    """Return the addresses of the functions that the generated one calls; None if this is not CPython."""
     if sys.implementation.name != "cpython":
         return None
     try:

@@ -13,7 +13,7 @@ from .._program import Pool
 from ._layout import cover
 from ._llvm_ir import FLOAT, INT32, Kernel, Spec, Turn, Unit, Value, vector
 
-_BITS = 31  # of a float that is not negative: as integers such floats have the order they have as numbers
+_BITS = 31  # of a non-negative float: as integers such floats are ordered as they are as numbers
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Pack(Spec):
 def transpose(k: Kernel, rows: list[Value]) -> list[Value]:
     """Transpose as many vectors as they have lanes: interleave the two halves, again and again.
 
-    Kernels do so by four: to move floats between the halves of longer vectors takes many processors long.
+    Kernels use vectors of four: moving floats between the halves of longer vectors is slow on many processors.
     """
     lanes = len(rows)
     low = [i // 2 + lanes * (i % 2) for i in range(lanes)]
@@ -134,7 +134,7 @@ class Unpack(Spec):
         target, count = k.address(Unit.LOGITS), k.field(Unit.COUNT)
 
         def move(image: Value, logit: Value, side: int) -> None:
-            """Move a square of images and logits: one by one they would take many times as long."""
+            """Move a square of images and logits: moving them one by one would take many times as long."""
             logits = [b.add(logit, k.number(i)) for i in range(side)]
             read = [b.mul(b.add(b.mul(number, k.number(self.lanes)), image), k.number(4)) for number in logits]
             found = transpose(k, [k.load(k.at(source, place), vector(side)) for place in read])
@@ -153,7 +153,7 @@ class Unpack(Spec):
 
 @dataclass(frozen=True)
 class _Windows(Spec):
-    """What passes over windows, of any geometry. `sides`: input rows and columns, output rows and columns."""
+    """Base of kernels over windows, of any geometry. `sides`: input rows and columns, output rows and columns."""
 
     lanes: int
     sides: tuple[int, int, int, int]
@@ -186,7 +186,7 @@ def _pixel(k: Kernel, base: Value, steps: list[Value], *places: Value) -> Value:
 
 @dataclass(frozen=True)
 class PoolMax(_Windows):
-    """The maximum over windows, `wide` neighbours at once where their windows lie inside.
+    """The maximum over windows, `wide` neighbours at once where their windows are inside.
 
     Arguments: input, output (offsets), channels, then for each of the two the bytes from channel to channel, row to row
     and column to column.
@@ -221,7 +221,7 @@ class PoolMax(_Windows):
                 one(k.b.add(near, k.number(first + whole)))
 
     def _inside_of_rows(self) -> tuple[int, int]:
-        """Return where in a row the first window lies inside, and how many from there on make whole vectors."""
+        """Return the first window of a row that is inside, and how many from there on form whole vectors."""
         stride, (_, side, _, results) = self.op.stride[1], self.sides
         if self.wide == 1 or stride > 2 or self.op.dilation != (1, 1):
             return results, 0
@@ -230,7 +230,7 @@ class PoolMax(_Windows):
         return min(first, results), max(0, last + 1 - first) // self.wide * self.wide
 
     def _several(self, k: Kernel, source: Value, steps: list[Value], channel: Value, y: Value, x: Value) -> Value:
-        """Return the maxima of `wide` windows from x on; rows outside stand for the nearest, which is in the window."""
+        """Return the maxima of `wide` windows from x on; rows outside are replaced by the nearest one inside."""
         b, stride, found = k.b, self.op.stride, None
         even = list(range(0, self.wide * stride[1], stride[1]))
         for dy in range(self.op.kernel[0]):
@@ -249,7 +249,7 @@ class PoolMax(_Windows):
 
 @dataclass(frozen=True)
 class Spread(Spec):
-    """Sort the pixels of each channel by what remains of row and column modulo a stride.
+    """Sort the pixels of each channel by row and column modulo a stride.
 
     Arguments: input, output (offsets), channels, then for each of the two the bytes from channel to channel and from
     row to row. `sides`: rows and columns of the input; `phases`: the remainders that are needed.
@@ -320,7 +320,7 @@ class PoolGradient(_Windows):
                 loaded.append(b.select(inside, pixel, lowest))
                 largest = k.maximum(loaded[-1], largest)
             for (row, column, inside), pixel in zip(taps, loaded, strict=True):
-                # What the first largest value takes is gone for those after it.
+                # The first largest value takes the gradient; later ones get none.
                 taken = b.fcmp_ordered("==", pixel, largest)
                 part = b.select(taken, given, zero)
                 given = b.select(taken, zero, given)
@@ -393,7 +393,7 @@ class _Walk:
 
     @contextmanager
     def carry(self, values: Sequence[Value]) -> Iterator[tuple[list[Value], Turn]]:
-        """Pass over all rows with values that go from row to row: yield a row's lines and its turn."""
+        """Pass over all rows with values that are carried from row to row: yield a row's lines and its turn."""
         with self.k.carry(self.channels, values) as outer:
             with self.k.carry(self.rows, outer.values) as inner:
                 yield self.lines(outer.number, inner.number), inner
@@ -437,11 +437,11 @@ class Narrow(Spec):
 
 @dataclass(frozen=True)
 class Largest(Spec):
-    """out = max(x, 0) for the largest values of each image, of equal ones the first, and 0 for the others.
+    """out = max(x, 0) for the largest values of each image, the first of equal ones, and 0 for the others.
 
-    The smallest value that stays is found bit by bit, from the highest: a bit is set if enough values reach what it
-    makes. With `tiles` each lane is an image, else the lanes are values of one. Arguments: those of a walk, then how
-    many stay.
+    The smallest kept value is found bit by bit, from the highest: a bit is set if enough values reach the result. With
+    `tiles` each lane is an image, else the lanes are values of one. Arguments: those of a walk, then the number of
+    kept values.
     """
 
     lanes: int
@@ -496,7 +496,7 @@ class Largest(Spec):
         return single
 
     def _write(self, k: Kernel, walk: _Walk, least: Value, equals: Value) -> None:
-        """Store what is above `least`, and the first `equals` values that are equal to it."""
+        """Store values above `least`, and the first `equals` values that are equal to it."""
         b, lanes = k.b, self.lanes if self.tiles else 1
         with walk.carry([ir.Constant(_integers(lanes), None)]) as ((source, target), turn):
             with k.carry(walk.width, turn.values, step=lanes) as inside:

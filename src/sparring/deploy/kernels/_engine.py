@@ -1,6 +1,6 @@
 """Execute plans: machine code, tables and memory for one layout, in one native call.
 
-How each layer is cut is chosen once for each host and geometry: time a few candidates, remember the fastest.
+The tiling of each layer is chosen once for each host and geometry: a few candidates are timed, the fastest is stored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ._llvm_ir import Unit
 from ._native import Code, cache_folder, host_identity, host_lanes, permutes
 from ._plan import Planner, candidates, usual
 
-_NEAR_CACHE = 1 << 19  # bytes: half of what a core has for itself
+_NEAR_CACHE = 1 << 19  # bytes: half of a core's private cache
 _TOLD = slice(int(Run.IMAGES), Run.COUNT + 1)  # images, logits and count at once: numpy is slow with enums
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 Memory = tuple[int, int]  # the addresses of an arena and of a kernel's call fields
@@ -51,7 +51,7 @@ class Workspace:
 class Single(Workspace):
     """The memory of runs on one image, whose logits are always written to one place: `answer(image)` runs it.
 
-    To ask numpy for an address takes longer than a small network.
+    Asking NumPy for an address takes longer than a small network.
     """
 
     def __init__(self, size: int, fields: NDArray[np.int64], classes: int, code: Code, segments: int) -> None:
@@ -123,7 +123,7 @@ class ExecutionPlan:
     def run_gradient(self, images: int, upstream: int, gradients: int, count: int, rows: int) -> None:
         """Read images and `rows` gradients of their logits each, write as many of the images (a GradientPlanner's).
 
-        The forward pass of some images is run once for all their rows, while its values are near.
+        The forward pass of some images is run once for all their rows, while its values are in a cache.
         """
         space = self._idle.pop() if self._idle else self._workspace()
         call, together = space.call, self.together
@@ -149,7 +149,7 @@ class ExecutionPlan:
 
 
 def _segments(calls: list[Call], code: Code) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
-    """Return the runner's segments: calls in order, those that run once a unit apart from those that run once."""
+    """Return the runner's segments: calls in order, with those per unit separated from those that run once."""
     groups: list[list[Call]] = []
     for call in calls:
         if not groups or groups[-1][0].per_unit != call.per_unit:
@@ -165,12 +165,12 @@ def _segments(calls: list[Call], code: Code) -> tuple[NDArray[np.int64], list[ND
 
 
 class Engine:
-    """Run a program natively on batches of any size, with a plan for each way to lay images out."""
+    """Run a program natively on batches of any size, with a plan for each layout of images."""
 
     def __init__(
         self, program: Program, *, lanes: int | None = None, threads: int = 1, code: Code | None = None
     ) -> None:
-        """Prepare a program; `lanes` floats make a vector (default: what the host has); engines may share their code.
+        """Prepare a program; `lanes` floats make a vector (default: the host's); engines may share their code.
 
         Raise Unsupported for a program that has steps without a kernel.
         """
@@ -187,7 +187,7 @@ class Engine:
         self._split: tuple[int, list[tuple[ExecutionPlan, int, int, int]]] = 0, []
         self._gradient_plans: dict[Layout, ExecutionPlan] = {}
         self._image, self._logits = 4 * math.prod(program.shape), 4 * program.classes
-        # Four tiles share a linear layer's weights where they stay in a near cache; a gradient needs all values twice.
+        # Four tiles share a linear layer's weights if they fit into a near cache; a gradient needs all values twice.
         pairs, kept = (_convolved(program, tasks) for tasks in (self._tasks, tasks_of(program, whole=False)))
         self._linear = not pairs
         most = min(8, 64 // self._lanes) if self._linear else 4
@@ -196,11 +196,11 @@ class Engine:
 
     @cached_property
     def run_one(self) -> Callable[[Floats], Floats]:
-        """Return what gives the logits of one image (1, *shape), float32; it raises ValueError if not contiguous."""
+        """Return a function for the logits of one contiguous image (1, *shape), float32, that raises ValueError for others."""
         return self.plan(Layout(False, self._lanes)).run_one
 
     def plan(self, layout: Layout) -> ExecutionPlan:
-        """Return the plan for a layout, tuned and made when first asked for."""
+        """Return the plan for a layout, tuned and made at first use."""
         if layout not in self._plans:
             planner = Planner(self._program, self._tasks, layout, lookup=self._lookup)
             space = Workspace(planner.arena_bytes, fields_of({Run.UNIT + Unit.OWN: planner.common_bytes}))
@@ -219,7 +219,7 @@ class Engine:
             parts = [
                 (self.plan(layout), at * self._image, at * self._logits, n) for layout, at, n in self._parts(count)
             ]
-            self._split = count, parts  # batches mostly have one size
+            self._split = count, parts  # most batches have the same size
         source, target = self._address(x), self._address(result)
 
         def work(part: tuple[ExecutionPlan, int, int, int]) -> None:
@@ -246,7 +246,7 @@ class Engine:
         """
         result = np.empty((len(upstream), *x.shape), np.float32)
         if len(x):
-            # Large values crowd the caches, which shorter vectors relieve.
+            # Large values fill the caches; shorter vectors need less.
             lanes = self._lanes if self._gradient_units > 1 else min(8, self._lanes)
             units = min(self._gradient_units, -(-len(x) // lanes))
             plan = self._gradient_plan(self._tiles(lanes, units))
@@ -266,16 +266,16 @@ class Engine:
     def _tiles(self, lanes: int, tiles: int) -> Layout:
         """Return the layout of some tiles: side by side in each pixel, if all layers are linear.
 
-        Where one tile fills the near caches two of half its images do better, since shorter vectors are no slower.
+        If one tile fills the near caches, two with half of its images are faster, since shorter vectors are no slower.
         """
         if self._linear:
             return Layout(True, lanes * tiles, 1, tiles)
         return Layout(True, lanes // 2, 2) if lanes > 8 and tiles == 1 else Layout(True, lanes, tiles)
 
     def _parts(self, count: int) -> list[tuple[Layout, int, int]]:
-        """Split a batch into (layout, first image, images): for each thread runs of some tiles, then what is left.
+        """Split a batch into (layout, first image, images): for each thread runs of some tiles, then the rest.
 
-        The split depends on the network, the batch size and nothing else, since it decides how sums are rounded.
+        The split depends only on the network and the batch size, since it determines how sums are rounded.
         """
         most = self._units * self._lanes
         whole = count // most * most
@@ -295,7 +295,7 @@ def _address(array: Floats) -> int:
 
 
 def _convolved(program: Program, tasks: list[Task]) -> list[int]:
-    """Return how many numbers go into and out of each convolution, for one image."""
+    """Return the numbers of inputs and outputs of each convolution, for one image."""
     shapes = program.shapes
     layers = [task for task in tasks if isinstance(task, FusedLayer) and len(shapes[task.source]) == 3]
     return [math.prod(shapes[task.source]) + math.prod(shapes[task.result]) for task in layers]
@@ -312,7 +312,7 @@ class _Tuning:
 def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int) -> Callable[[str], Tiling]:
     """Return the fastest choice for each layer's key, from an earlier tuning on this host if there was one.
 
-    `memory` is for one run of the planner's layout; what it holds is overwritten.
+    `memory` is for one run of the planner's layout; its content is overwritten.
     """
     choices = candidates(lanes, planner.layout.tiles)
     layers = _worth_tuning(planner)
@@ -324,13 +324,13 @@ def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int) -> Callab
         found = _measure(planner, layers, choices, code, memory)
         _remember(path, found)
     else:
-        add_cached_kernels(code, found.kernels)  # they were compiled together with those that lost
+        add_cached_kernels(code, found.kernels)  # they were compiled together with slower ones
     winners = found.winners
     return lambda key: choices[winners.get(key, 0)]
 
 
 def _worth_tuning(planner: Planner) -> dict[str, FusedLayer]:
-    """Return one layer for each key that stands for enough of the work, where there is anything to choose."""
+    """Return one layer for each key with enough of the work, if there is a choice."""
     work: dict[str, int] = {}
     layers: dict[str, FusedLayer] = {}
     for task in planner.tasks:
@@ -360,7 +360,7 @@ def _measure(
 
 
 def _write_zeros(planner: Planner, layer: FusedLayer, arena: int) -> None:
-    """Write what a layer reads: pages never written are all one page, which would always be in the nearest cache."""
+    """Write a layer's inputs: unwritten pages share one physical page, which would always be in the nearest cache."""
     buffer = planner.read_by(layer)
     own = buffer.origin < 0
     for unit in range(planner.layout.units if own else 1):
@@ -378,7 +378,7 @@ def _shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
     times = [float("inf")] * len(runs)
     for _ in range(_ROUNDS):
         for number, run in enumerate(runs):
-            start = time.thread_time()  # what else the machine does is not counted
+            start = time.thread_time()  # other work of the machine does not count
             run()
             times[number] = min(times[number], time.thread_time() - start)
     return times
@@ -406,4 +406,4 @@ def _remember(path: Path | None, found: _Tuning) -> None:
         try:
             write_json(path, asdict(found))
         except UserError:
-            return  # a full disk costs time at the next start, nothing else
+            return  # a full disk only costs time at the next start

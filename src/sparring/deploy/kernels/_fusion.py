@@ -54,7 +54,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Sparsify:
-    """result is what activation sparsity leaves of source; `relu`: its slope is 1 where it is above zero, else 0."""
+    """result is source after activation sparsity; `relu`: its slope is 1 where it is above zero, else 0."""
 
     op: PackedActivation | Snap
     source: int
@@ -78,7 +78,7 @@ class _Capped:
 def tasks_of(program: Program, *, whole: bool = True) -> list[Task]:
     """Return the program as tasks in order.
 
-    Unless `whole`, what a gradient needs is kept: pooling stays apart from layers, and a capped ReLU as it is spelled.
+    Unless `whole`, the values that a gradient needs are kept: pooling is not fused, and capped ReLUs stay in parts.
     """
     shapes = program.shapes
     steps: list[tuple[Op | _Capped, tuple[int, ...]]] = [(step.op, step.inputs) for step in program.steps]
@@ -118,13 +118,13 @@ def _readers(program: Program) -> dict[int, list[int]]:
 
 
 def _caps(program: Program, readers: dict[int, list[int]]) -> dict[int, tuple[int, float, set[int]]]:
-    """Find capped ReLUs, spelled relu(x) - relu(x - cap): for the step of each sum x, the cap, and the steps before."""
+    """Find capped ReLUs, written as relu(x) - relu(x - cap): for the step of each sum x, the cap and earlier steps."""
     found = {}
     for number, step in enumerate(program.steps):
         if isinstance(step.op, Add):
             relu, minus = (i - 1 for i in sorted(step.inputs))
             over, less = (_before(program, minus, count) for count in (1, 2))
-            chain = {relu: number, minus: number, over: minus, less: over}  # and who alone reads each
+            chain = {relu: number, minus: number, over: minus, less: over}  # and the only reader of each
             if min(chain) >= 0 and all(readers[i + 1] == [reader] for i, reader in chain.items()):
                 ops = [program.steps[i].op for i in (relu, minus, over, less)]
                 source, cap = program.steps[relu].inputs[0], _cap(*ops)
@@ -141,7 +141,7 @@ def _before(program: Program, number: int, count: int) -> int:
 
 
 def _cap(relu: Op, minus: Op, over: Op, less: Op) -> float | None:
-    """Return the number at which relu(x) + minus(over(less(x))) caps x, or None if they spell something else."""
+    """Return the number at which relu(x) + minus(over(less(x))) caps x, or None if they compute something else."""
     match relu, minus, over, less:
         case ReLU(), Scale() as last, ReLU(), Scale() as first:
             negates = (last.scale == -1).all() and not last.shift.any()
@@ -178,7 +178,7 @@ def _task(op: Op | _Capped, inputs: tuple[int, ...], result: int, shapes: list[S
 
 
 def _mean_as_layer(op: Pool, channels: int) -> Sparse:
-    """Spell a mean over windows as a sparse convolution: it then needs no kernel of its own."""
+    """Write a mean over windows as a sparse convolution, so that it needs no kernel of its own."""
     window = op.kernel[0] * op.kernel[1]
     indices = np.arange(channels * window, dtype=np.int32)
     values = np.full(channels * window, 1 / window, np.float32)
@@ -190,7 +190,7 @@ def _mean_as_layer(op: Pool, channels: int) -> Sparse:
 def _absorb(
     task: Task, op: Op | _Capped, result: int, others: list[int], number: int, shapes: list[Shape]
 ) -> Task | None:
-    """Return the task that also does the step which alone reads its result, or None if it cannot."""
+    """Return the task merged with the step that alone reads its result, or None if they cannot be merged."""
     match op:
         case ReLU() if not isinstance(task, View | Sparsify) and not task.relu:
             return replace(task, result=result, relu=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .._program import Pair, Shape, Sparse
 
-ALIGNED = 64  # bytes: a vector at a multiple lies in one line of a cache
+ALIGNED = 64  # bytes: a vector at a multiple is within one cache line
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Buffer:
     """A value in the arena: channels of rows of pixels of `lanes` floats, with zeros around.
 
     `origin` is the offset in bytes of pixel (0, 0) of channel 0, or -1 - offset if it counts from the start of a unit's
-    own memory. With a `step` the value's pixels lie that far apart among zeros, and `shape` counts the zeros too: so a
-    strided convolution's gradient is one without a stride. With `phases` each channel is as many, one for each
-    remainder of row and column: so a strided convolution reads neighbours.
+    own memory. With a `step` the value's pixels are that far apart, with zeros between them that `shape` counts too: a
+    strided convolution's gradient then has no stride. With `phases` each channel is split, one part for each
+    remainder of row and column: a strided convolution then reads neighbours.
     """
 
     shape: tuple[int, int, int]
@@ -64,7 +64,7 @@ class Buffer:
 
     @property
     def whole(self) -> bool:
-        """Tell whether its floats lie without gaps, so that it can be read as one row."""
+        """Return whether its floats have no gaps, so that it can be read as one row."""
         return self.pad == (0, 0) and self.step == (1, 1) and self.outer == self.shape[1] * self.inner
 
 
@@ -102,7 +102,7 @@ class Cut:
 
 
 def cover(length: int, part: int) -> list[int]:
-    """Return starts of parts that cover a length which is no shorter than a part; the last two may overlap."""
+    """Return starts of parts that cover a length which is at least as long as a part; the last two may overlap."""
     return [*range(0, length - part, part), length - part]
 
 
@@ -119,7 +119,7 @@ def _grids(height: int, width: int, most: int, apart: bool) -> Iterator[tuple[fl
 def cut_tiles(shape: Shape, stride: Pair, pool: int, lanes: int, most: int, *, apart: bool = False) -> Cut:
     """Cut an output (channels, height, width) whose pixels are vectors of images into tiles of `most` accumulators.
 
-    Tiles may overlap, unless they must lie `apart` because they add to what is there.
+    Tiles may overlap, unless they must be `apart` because they add to existing values.
     """
     _, rows, columns = min(_grids(shape[1], shape[2], max(1, most // pool**2), apart))
     cells = [(r, c) for r in range(rows) for c in range(columns)]
@@ -131,7 +131,7 @@ def cut_tiles(shape: Shape, stride: Pair, pool: int, lanes: int, most: int, *, a
 
 
 def cut_planes(shape: Shape, stride: Pair, pool: int, lanes: int, most: int) -> Cut | None:
-    """Cut an output whose vectors are neighbouring pixels; None where no row is as long as a vector.
+    """Cut an output whose vectors are neighbouring pixels; None if no row is as long as a vector.
 
     A stride of 2 computes every pixel of a row and stores every second; so does a pooling of 2.
     """
@@ -164,7 +164,7 @@ def cut_joined(length: int, lanes: int, most: int) -> Cut:
 
 
 def split_of(op: Sparse, shape: Shape, computed: Pair, pitch: int) -> Buffer:
-    """Return where a strided convolution reads its input, of `shape`, sorted by what remains of row and column.
+    """Return where a strided convolution reads its input, of `shape`, sorted by row and column modulo the stride.
 
     `computed`: rows and columns of its output. Rows are `pitch` pixels long, or longer if zeros between them need it.
     """

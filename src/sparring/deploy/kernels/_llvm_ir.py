@@ -15,7 +15,7 @@ Value = Any
 
 BYTE, INT32, INT64, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = ir.PointerType()
-_FUSED = ("contract",)  # lets a product and a sum become one fused multiply-add, where the host has one
+_FUSED = ("contract",)  # allows a product and a sum to become one fused multiply-add, if the host has it
 
 
 def vector(lanes: int) -> Any:
@@ -24,7 +24,7 @@ def vector(lanes: int) -> Any:
 
 
 class Unit(IntEnum):
-    """What a kernel is told of one call: int64s about the unit of images that it works on."""
+    """A kernel's arguments for one call: int64s about its unit of images."""
 
     IMAGES = 0  # their address
     LOGITS = 1  # where the logits go, or the gradients of the images
@@ -124,7 +124,7 @@ class Kernel:
         return self.b.shuffle_vector(left, right, mask)
 
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
-        """Return a · b + c, rounded once where the host can."""
+        """Return a · b + c, rounded once if the host can."""
         return self.b.fadd(self.b.fmul(a, b, flags=_FUSED), c, flags=_FUSED)
 
     def maximum(self, a: Value, b: Value) -> Value:
@@ -157,7 +157,7 @@ class Kernel:
     def carry(
         self, end: Value | int, values: Sequence[Value] = (), *, step: int = 1, start: Value | int = 0
     ) -> Iterator[Turn]:
-        """Run the body for start, start + step, ... below end, with values that go from turn to turn."""
+        """Run the body for start, start + step, ... below end, with values that are carried from turn to turn."""
         b, limit, first = self.b, self.number(end), [self.number(start), *values]
         before = b.block
         body, done = self.function.append_basic_block("body"), self.function.append_basic_block("done")
@@ -177,7 +177,7 @@ class Kernel:
         turn.number, turn.values = ends[0], ends[1:]
 
     def along(self, width: Value, lanes: int, body: Callable[[Value, int], None]) -> None:
-        """Run body(x, lanes) for the vectors of a row of `width` floats, then body(x, 1) for each that is left."""
+        """Run body(x, lanes) for the vectors of a row of `width` floats, then body(x, 1) for each remaining float."""
         whole = self.b.mul(self.b.sdiv(width, self.number(lanes)), self.number(lanes))
         with self.loop(whole, lanes) as x:
             body(x, lanes)
@@ -209,7 +209,7 @@ class Kernel:
 
 
 class Spec:
-    """What a kernel is made for: subclasses are frozen dataclasses, equal when their code would be."""
+    """Specification of a kernel: subclasses are frozen dataclasses, equal if their code would be."""
 
     @property
     def name(self) -> str:

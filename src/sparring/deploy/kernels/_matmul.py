@@ -1,7 +1,7 @@
 """Kernels of layers, and the tables that the kernels for one image read.
 
 A vector holds `lanes` floats: neighbouring pixels of one image (the "planes" layout), or one pixel of as many images
-(the "tiles" layout). A kernel does not know which: it knows byte offsets.
+(the "tiles" layout). A kernel is independent of the layout: it uses byte offsets.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ._fusion import FusedLayer
 from ._layout import Buffer, offsets_of
 from ._llvm_ir import BYTE, FLOAT, INT32, INT64, Kernel, Spec, Turn, Value, vector
 
-MOST_PLACES = 1 << 16  # what sixteen bits tell apart
-AHEAD = 4  # nonzeros behind the last one that a kernel may read
+MOST_PLACES = 1 << 16  # what sixteen bits can address
+AHEAD = 4  # nonzeros after the last one that a kernel may read
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Tile(Spec):
 
     @staticmethod
     def _nonzero(k: Kernel, nonzeros: Value, number: Value) -> Value:
-        """Load offset and weight as one number: what is short are loads, not what takes the two apart."""
+        """Load offset and weight as one number: loads are the bottleneck, not separating the two."""
         return k.load(k.at(nonzeros, k.b.mul(number, k.number(8))), INT64)
 
     def _sum(
@@ -116,7 +116,7 @@ class Tile(Spec):
     ) -> tuple[list[Value], list[Value]]:
         """Return a row's sums, and the nonzeros after it.
 
-        They are loaded a few ahead: loads that wait for their address fill the queue of those that do not.
+        They are loaded a few ahead: loads that wait for their address would block the queue for others.
         """
         b, count = k.b, len(self.reads)
 
@@ -173,8 +173,8 @@ class Tile(Spec):
 class Rows(Spec):
     """A linear layer for one image, eight rows at once: a lane is a row, and its inputs are gathered one by one.
 
-    A slot holds one nonzero (or zero) of each of eight rows. Rows of about equal length stand together, so that few
-    slots are filled up, and few loops end otherwise than the branch predictor expects.
+    A slot holds one nonzero (or zero) of each of eight rows. Rows of about equal length are grouped, so that few
+    slots are padded and few branches at the ends of loops are mispredicted.
 
     Arguments: input, output (offsets), groups of rows, group starts (int32), places (8 uint16 a slot, in floats; a slot
     more than there are), weights (8 floats a slot), biases (in groups' order), where each row is stored (int32 bytes).
@@ -225,7 +225,7 @@ class Rows(Spec):
 class Lookup(Spec):
     """A linear layer for one image, sixteen rows at once: a lane is a row, and reads by itself from 32 inputs.
 
-    A slot holds one nonzero (or zero) of each row among 32 neighbouring inputs: where they start, each lane's place
+    A slot holds one nonzero (or zero) of each row among 32 neighbouring inputs: where they start, each lane's position
     among them (bytes), and the weights.
 
     Arguments: input, output (offsets), groups of rows, group starts (int32), slot starts (int32 bytes into the
@@ -288,7 +288,7 @@ def rows_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
     weights[slot, row % 8] = op.values
     biases = np.zeros(8 * groups, np.float32)
     biases[: len(order)] = op.bias[order]
-    stored = np.full(8 * groups, 4 * len(order), np.int32)  # lanes without a row write behind the last one
+    stored = np.full(8 * groups, 4 * len(order), np.int32)  # lanes without a row write after the last one
     stored[: len(order)] = 4 * order
     return kernel_call(
         Rows(task.relu), [source.origin, target.origin, groups], (starts, places, weights, biases, stored)

@@ -18,7 +18,7 @@ from ...files import write_atomic
 
 @cache
 def _llvm() -> Any:
-    """Return llvmlite's binding, ready for this host, or None where llvmlite is missing or does not know the host."""
+    """Return llvmlite's binding, ready for this host, or None if llvmlite is missing or does not support the host."""
     try:
         import llvmlite.binding as llvm
 
@@ -31,17 +31,17 @@ def _llvm() -> Any:
 
 
 def native_available() -> bool:
-    """Tell whether kernels can be generated here; they take several numbers by one load, from the lowest byte on."""
+    """Return whether kernels can be generated here; they need a little-endian host, for several numbers in one load."""
     return sys.byteorder == "little" and _llvm() is not None
 
 
-# What $SPARRING_CPU may say: the best instructions that kernels may use, where the host has better.
+# Values of $SPARRING_CPU: the best instructions that kernels may use, if the host has better ones.
 CAPS = {"avx2": ("+avx512f", "x86-64-v3", "+avx,+avx2,+f16c,+fma"), "sse": ("+avx", "x86-64-v2", "+sse4.2")}
 
 
 @cache
 def _processor() -> tuple[str, str]:
-    """Return the name and the features of the processor that code is made for: the host, or the cap that is asked for.
+    """Return the name and the features of the processor that code is made for: the host, or the requested cap.
 
     Raise UserError if $SPARRING_CPU names no cap.
     """
@@ -68,7 +68,7 @@ def host_registers() -> int:
 
 @cache
 def host_identity() -> str:
-    """Return what machine code depends on besides its source: processor, features, system and compiler."""
+    """Return everything that machine code depends on besides its source: processor, features, system and compiler."""
     llvm = _llvm()
     parts = (llvm.get_default_triple(), *_processor(), str(llvm.llvm_version_info))
     return "\0".join(parts)
@@ -76,14 +76,14 @@ def host_identity() -> str:
 
 @cache
 def permutes() -> bool:
-    """Tell whether the host looks up 32 floats in two registers by one instruction."""
+    """Return whether the host looks up 32 floats in two registers by one instruction."""
     return host_lanes() == 16
 
 
 def cache_folder() -> Path | None:
-    """Return the folder for generated code, made if need be, or None if it would not be this user's alone.
+    """Return the folder for generated code, created if necessary, or None if other users could access it.
 
-    Machine code from a folder that others can write to would be theirs to choose.
+    Others could replace the machine code in a folder that they can write to.
     """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
@@ -111,10 +111,10 @@ class Code:
         *,
         symbols: Iterable[tuple[str, int]] = (),
     ) -> None:
-        """Compile the module of LLVM IR that `write` returns, and note where `names` are.
+        """Compile the module of LLVM IR that `write` returns, and record the addresses of `names`.
 
-        If the cache holds machine code for `identity`, which must be another whenever the IR is, nothing is written.
-        `symbols` are the addresses of functions that the module calls without holding them.
+        If the cache has machine code for `identity`, which must be unique for the IR, nothing is compiled. `symbols`
+        are the addresses of external functions that the module calls.
         """
         for name, address in symbols:
             _llvm().add_symbol(name, address)
@@ -122,7 +122,7 @@ class Code:
         self._link(machine, _cached(identity) or _compiled(machine, identity, write), names)
 
     def add_cached(self, identity: str, names: Sequence[str]) -> None:
-        """Note where `names` are if the cache holds machine code for `identity`; else do nothing."""
+        """Record the addresses of `names` if the cache has machine code for `identity`; else do nothing."""
         found = _cached(identity)
         if found is not None:
             self._link(_machine(), found, names)
@@ -158,7 +158,7 @@ def _compiled(machine: Any, identity: str, write: Callable[[], str]) -> bytes:
     code = bytes(machine.emit_object(_llvm().parse_assembly(write())))
     path = _path(identity)
     if path is not None:
-        with contextlib.suppress(UserError):  # a full disk costs time at the next start, nothing else
+        with contextlib.suppress(UserError):  # a full disk only costs time at the next start
             write_atomic(path, hashlib.sha256(code).digest() + code)
     return code
 

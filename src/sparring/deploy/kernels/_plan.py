@@ -19,14 +19,14 @@ from ._matmul import AHEAD, MOST_PLACES, Tile, lookup_call, rows_call
 from ._native import host_registers
 
 _LINEAR_BYTES, _LINEAR_READS = 1 << 16, 16  # of a linear layer's block, as measured
-MOST_ACCUMULATORS = 24  # what 32 registers hold beside a weight and the addresses' spills
+MOST_ACCUMULATORS = 24  # accumulators in 32 registers, beside a weight and spilled addresses
 
 _SMALL = 4  # pixels, up to which an output's sums have several accumulators
-_NEAR = 24 * 1024  # bytes of input that the nearest cache holds beside weights and sums
+_NEAR = 24 * 1024  # bytes of input that fit into the nearest cache beside weights and sums
 
 
 def candidates(lanes: int, tiles: bool) -> list[Tiling]:
-    """Return the choices that are tried; the first is taken for layers that are not worth tuning."""
+    """Return the choices that are tried; the first is used for layers that are not worth tuning."""
     few, many, half = host_registers() // 2, host_registers() * 3 // 4, max(4, lanes // 2)
     first, all_at_once = Tiling(many, lanes, _NEAR), Tiling(many, lanes)
     if tiles:
@@ -41,27 +41,27 @@ def candidates(lanes: int, tiles: bool) -> list[Tiling]:
 
 
 def usual(lanes: int) -> Tiling:
-    """Return what is good for most layers."""
+    """Return a choice that is good for most layers."""
     return candidates(lanes, True)[0]
 
 
 class Planner:
-    """Lay out a program's values and make its kernel calls."""
+    """Assign memory to a program's values and make its kernel calls."""
 
     def __init__(
         self, program: Program, tasks: list[Task], layout: Layout, *, keep: bool = False, lookup: bool = False
     ) -> None:
-        """Place all values; `keep`: each in a place of its own, so that all can be read again after a run.
+        """Place all values; `keep`: each in its own place, so that all can be read after a run.
 
-        lookup: the host has what the kernel `Lookup` needs.
+        lookup: the host supports the kernel `Lookup`.
         """
         self.program = program
         self.tasks = tasks
         self.layout = layout
         self._lookup = lookup
         self.shapes = program.shapes
-        self.end = 0  # of the memory that all units use in turn, in bytes
-        self.unit_bytes = 0  # of the memory that each unit has for itself
+        self.end = 0  # bytes of the memory that all units use in turn
+        self.unit_bytes = 0  # bytes of each unit's own memory
         self.buffers: dict[int, Buffer] = {}
         self._views: dict[int, int] = {t.result: t.source for t in tasks if isinstance(t, View)}
         self._place_all(keep)
@@ -72,7 +72,7 @@ class Planner:
     # -- places -------------------------------------------------------------------------------------------------------
 
     def buffer(self, value: int) -> Buffer:
-        """Return where a value lies; a flattened one lies where the value lies that it views."""
+        """Return the place of a value; a flattened one shares the place of the value that it views."""
         base = self.buffers[self.base(value)]
         if value in self._views and base.whole:
             return replace(base, shape=(self.shapes[value][0], 1, 1))
@@ -83,12 +83,12 @@ class Planner:
         return self._split.get(task.result) or self.buffer(task.source)
 
     def _splits(self, task: Task) -> bool:
-        """Tell whether a layer reads a sorted copy: where neighbours share a vector, and a stride would part them."""
+        """Return whether a layer reads a sorted copy: if neighbours share a vector and a stride separates them."""
         strided = isinstance(task, FusedLayer) and task.op.stride != (1, 1) and len(self.shapes[task.source]) == 3
         return strided and not self.layout.tiles and math.prod(self.shapes[task.result][1:]) > _SMALL
 
     def _place_splits(self) -> None:
-        """Give the sorted copies places: one for all layers that read one value with one stride."""
+        """Assign places to the sorted copies: one for all layers that read one value with one stride."""
         groups: dict[tuple[int, Pair, int], list[FusedLayer]] = {}
         for task in self.tasks:
             if isinstance(task, FusedLayer) and self._splits(task):
@@ -111,7 +111,7 @@ class Planner:
         pads = self._pads()
         last = {self.base(source): number for number, task in enumerate(self.tasks) for source in sources_of(task)}
         last[self.base(len(self.program.steps))] = len(self.tasks)
-        # Up to the first linear layer units run one after the other, and what they leave in the caches serves the next.
+        # Up to the first linear layer units run one after another, so that each finds its inputs in the caches.
         together = [number for number, task in enumerate(self.tasks) if self._joins_units(task)]
         inner = set() if keep else {v for v, end in last.items() if end < min(together, default=len(self.tasks))}
         free: dict[tuple[Shape, Pair, bool, bool], list[Buffer]] = {}
@@ -136,11 +136,11 @@ class Planner:
         return channels, height, width
 
     def _joins_units(self, task: Task) -> bool:
-        """Tell whether a task takes all units at once, as linear layers of tiles do."""
+        """Return whether a task takes all units at once, as linear layers of tiles do."""
         return isinstance(task, FusedLayer) and len(self.shapes[task.source]) == 1 and self.layout.tiles
 
     def plain(self, value: int) -> Buffer:
-        """Return where a value lies if it lies as its shape says, which a view of a padded value does not."""
+        """Return the place of a value if its layout is that of its shape, unlike a view of a padded value."""
         buffer = self.buffer(value)
         if buffer.shape[0] != self.shapes[value][0]:
             raise Unsupported("a flattened padded value is read by more than linear layers")
@@ -174,7 +174,7 @@ class Planner:
         return pads | {value: (pads.get(value, (0, 0))[0], most[self.shapes[value][1:]]) for value in values}
 
     def reserve(self, buffer: Buffer, *, own: bool = True) -> Buffer:
-        """Return the buffer with a place of its own, in memory that each unit has for itself or that all share."""
+        """Return the buffer with its own place, in each unit's own memory or in shared memory."""
         # Start pixel (0, 0) at a vector's boundary, so that most loads are aligned.
         lead = -buffer.before % 64
         size = -(-(lead + buffer.size) // 64) * 64
@@ -240,7 +240,7 @@ class Planner:
         relu: bool = False,
         cap: float | None = None,
     ) -> Call:
-        """Return the call for target = min(relu(source · scale + shift + other), cap), zero where no gate is above."""
+        """Return the call for target = min(relu(source · scale + shift + other), cap), gated by the sign of a value."""
         four = [source, target, other or target, gate or target]
         (channels, rows, columns), width = shape, source.lanes
         if all(b.step == (1, 1) for b in four):
@@ -274,7 +274,7 @@ class Planner:
         return kernel_call(Largest(self.layout.lanes, tiles=self.layout.tiles), [*arguments, kept])
 
     def _spread(self, task: FusedLayer) -> list[Call]:
-        """Return the call that sorts what a strided layer reads, if it is the first to read a sorted copy."""
+        """Return the call that sorts the input of a strided layer, if it is the first to read the sorted copy."""
         if task.result not in self._spreads:
             return []
         source, target = self.buffer(task.source), self._split[task.result]
@@ -342,7 +342,7 @@ class Planner:
 
     @property
     def arena_bytes(self) -> int:
-        """Return the bytes of the arena: what all units use in turn, then each unit's own."""
+        """Return the bytes of the arena: the memory that all units use in turn, then each unit's own."""
         return self.common_bytes + self.unit_bytes * self.layout.units
 
     def key(self, task: FusedLayer) -> str:
@@ -382,7 +382,7 @@ class Planner:
 
 
 def _stride(op: Sparse, source: Buffer) -> Pair:
-    """Return the stride of a layer on the buffer that it reads: a sorted one has taken it already."""
+    """Return the stride of a layer on the buffer that it reads; sorting already accounts for it."""
     return (1, 1) if source.phases != (1, 1) else op.stride
 
 
@@ -433,8 +433,8 @@ def _tile(
         pair=cut.halve and task.pool,
         relu=task.relu,
         cap=task.cap,
-        # Small outputs leave few accumulators, which would wait for one another. That this does not depend on what
-        # is tuned keeps the order of every sum, and so its last bit, the same.
+        # Small outputs leave few accumulators, which would wait for one another. This does not depend on tuning, so
+        # that the order of every sum, and its last bit, stay the same.
         unroll=4 if few else 1,
     )
     return spec, np.ascontiguousarray(table, np.int64)
@@ -443,12 +443,12 @@ def _tile(
 def _channels_per_block(choice: Tiling, cut: Cut, op: Sparse, source: Buffer, flat: bool, spec: Tile) -> int:
     """Return how many input channels to take at once, so that what a tile reads of them is `block_bytes`.
 
-    All of them where a row's sum has several accumulators: to add those up block by block would round otherwise, and
-    what is tuned must not change a bit.
+    All of them if a row's sum has several accumulators: adding those up block by block would round differently, and
+    tuning must not change a bit.
     """
     if spec.unroll > 1:
         return op.shape[1]
-    if flat:  # worth it where a row reads so much of a block that to put its sums aside takes little beside
+    if flat:  # worth it if a row reads so much of a block that storing its sums takes little in comparison
         inputs = max(1, _LINEAR_BYTES // (4 * spec.lanes * len(spec.reads)))
         return inputs if op.nonzeros * inputs >= _LINEAR_READS * op.shape[0] * op.shape[1] else op.shape[1]
     if not choice.block_bytes:

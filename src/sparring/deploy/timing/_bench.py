@@ -24,8 +24,8 @@ from .._runtime import load
 from ._clock import interleaved, one_core, peak_flops, processor
 from ._engines import ENGINES, Network, Opened, Unavailable, open_engines, run_torch
 
-SMALL = "small dense, "  # before the names of a rival network's engines
-_DENSER = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # sparsities at which the sparse kernels are tried where they lose
+SMALL = "small dense, "  # prefix of the names of another network's engines
+_DENSER = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # sparsities at which the sparse kernels are timed if they are slower
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def bench(
 
     engines: names in ENGINES; None for all that are installed. small: a dense network of similar accuracy, as a fair
     alternative, timed in the same engines. images: float images (N, *shape) in [0, 1] for the calibration of int8;
-    random ones by default. place: where torch's own engines run and in which numbers; times then have the copies of
-    images and logits in them. progress: gets a name, the rounds that are done and their number. Raises UserError for
+    random ones by default. place: device and dtype of torch's own engines; times then include copies of images and
+    logits. progress: gets a name, the number of finished rounds and their total. Raises UserError for
     empty batches or no engine in float32, UnknownNameError for an unknown engine.
     """
     if not batches or min(batches) < 1 or rounds < 1:

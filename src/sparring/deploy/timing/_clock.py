@@ -18,10 +18,13 @@ import torch
 from ..kernels._native import native_available
 from ._peak import register_flops
 
-_SHORTEST = 1e-3  # seconds of a round: what is shorter is repeated
+_SHORTEST = 1e-3  # seconds of a round: shorter calls are repeated
 _ENERGY = Path("/sys/class/powercap")
 _CPUINFO = Path("/proc/cpuinfo")
-_UNITS = {"AMX": {"amx_tile"}, "VNNI": {"avx512_vnni", "avx_vnni"}}  # of multiplying int8, as /proc/cpuinfo names them
+_UNITS = {
+    "AMX": {"amx_tile"},
+    "VNNI": {"avx512_vnni", "avx_vnni"},
+}  # for int8, as in /proc/cpuinfo
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def _repeats(function: Callable[[], object]) -> int:
 
 
 def _energy() -> float | None:
-    """Return the joules that the processor's packages have counted, or None where no counter can be read."""
+    """Return the joules that the processor's packages have counted, or None if no counter can be read."""
     try:
         counters = _ENERGY.glob("intel-rapl:[0-9]")
         values = [int((counter / "energy_uj").read_text()) for counter in counters]
@@ -78,7 +81,7 @@ def _energy() -> float | None:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Hold this process, and threads that start meanwhile, on one core where the system allows it."""
+    """Pin this process, and threads that it starts meanwhile, to one core if the system allows it."""
     threads, cores = torch.get_num_threads(), None
     if hasattr(os, "sched_setaffinity"):
         cores = os.sched_getaffinity(0)
@@ -96,7 +99,7 @@ def one_core() -> Iterator[None]:
 def peak_flops() -> float:
     """Measure the floating-point operations per second of one core: multiply-adds on registers, no memory read.
 
-    Where no kernels can be generated, the rate of a product of two matrices stands in for it.
+    If no kernels can be generated, the rate of a product of two matrices is used.
     """
     with one_core():
         return register_flops() if native_available() else _product_flops()

@@ -1,7 +1,7 @@
 """The engines that a network can run in: sparring's own, PyTorch, ONNX Runtime and OpenVINO, each on one thread.
 
-Rivals are set up at their best: ONNX Runtime with all of its optimisations and with static int8 (QDQ, per channel,
-calibrated on images), OpenVINO in float32, bfloat16 and int8, torch.compile.
+All engines run in their best configuration: ONNX Runtime with all of its optimisations and with static int8 (QDQ, per
+channel, calibrated on images), OpenVINO in float32, bfloat16 and int8, torch.compile.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .._runtime import export, load
 
 
 class Unavailable(UserError):
-    """An engine that is not installed, or does not take this network; the message says which."""
+    """An engine is not installed, or does not support this network; the message says which."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A network in an engine, ready to be called; `exact` is false where its numbers are rounded below float32."""
+    """A network in an engine, ready to be called; `exact` is false if its numbers are rounded below float32."""
 
     run: Callable[[Floats], Any]
     settings: str
@@ -52,17 +52,17 @@ class Network:
 
     @cached_property
     def reference(self) -> Callable[[Tensor], Tensor]:
-        """The network as images to logits, here and in its own numbers."""
+        """The network as images to logits, on the CPU and in its own dtype."""
         return CPU.answers(self.model, self.images)
 
     @cached_property
     def answer(self) -> Callable[[Tensor], Tensor]:
-        """The same at the place that is asked for, from images here to logits here."""
+        """The same at the requested place, from images to logits on the CPU."""
         return self.place.answers(self.model, self.images)
 
     @property
     def settings(self) -> str:
-        """What torch's engines say of their place, if it is not one core."""
+        """Description of the place of torch's engines, if it is not one core."""
         return "" if self.place == CPU else f", {self.place}"
 
     @property
@@ -77,7 +77,7 @@ class Network:
 
     @cached_property
     def onnx(self) -> Path:
-        """The ONNX file. Raise Unavailable where the package is missing or the network has no such form."""
+        """The ONNX file. Raise Unavailable if the package is missing or the network cannot be exported."""
         _require("onnxscript")
         try:
             return to_onnx(self.model, self.folder / "net.onnx", shape=self.shape)
@@ -98,7 +98,7 @@ class Network:
                 return None if image is None else {"images": image[None]}
 
         path = self.folder / "net.int8.onnx"
-        logging.disable(logging.WARNING)  # it advises to prepare the graph, which torch's exporter did
+        logging.disable(logging.WARNING)  # it advises preparing the graph, which torch's exporter has done
         try:
             quantize_static(self.onnx, path, Images(), quant_format=QuantFormat.QDQ, per_channel=True)
         finally:
@@ -188,14 +188,14 @@ ENGINES: Mapping[str, Callable[[Network], Opened]] = {
 
 
 def open_engines(network: Network, names: tuple[str, ...]) -> Iterator[tuple[str, Opened | Unavailable]]:
-    """Yield each engine by name with the network opened in it and tried on one image, or why that is not so."""
+    """Yield each engine by name with the network opened in it and run on one image, or why it is unavailable."""
     for name in names:
         try:
             found = ENGINES[name](network)
             found.run(np.ascontiguousarray(network.images[:1].numpy()))
         except UserError as error:
             yield name, Unavailable(str(error))
-        except Exception as error:  # another library's compiler, which may raise whatever it likes
+        except Exception as error:  # another library's compiler, which can raise anything
             if name in ("packed", "torch"):
                 raise
             yield name, Unavailable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}")

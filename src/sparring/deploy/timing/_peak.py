@@ -8,9 +8,9 @@ import time
 
 from ..kernels._native import Code, host_lanes
 
-_CHAINS = 12  # independent sums: more than two units with a latency of five keep busy, fewer than 16 registers
+_CHAINS = 12  # independent sums: enough to keep two units with a latency of five busy, fewer than 16 registers
 _TURNS = 20_000
-_ROUNDS = 200  # of some 0.1 ms, so that many are not interrupted
+_ROUNDS = 200  # rounds of about 0.1 ms, so that many are not interrupted
 
 
 def register_flops() -> float:
@@ -27,11 +27,11 @@ def register_flops() -> float:
 
 
 def _module() -> str:
-    """Return LLVM IR: in each turn every sum s becomes s · s + s, of which the compiler can save nothing."""
+    """Return LLVM IR: in each turn every sum s becomes s · s + s, which the compiler cannot optimise away."""
     kind = f"<{host_lanes()} x float>"
     chains = range(_CHAINS)
     phis = "\n".join(f"  %s{i} = phi {kind} [zeroinitializer, %entry], [%t{i}, %loop]" for i in chains)
-    product = f"fmul contract {kind}"  # product and sum become one instruction where the host has one
+    product = f"fmul contract {kind}"  # product and sum become one instruction if the host has one
     fused = "\n".join(f"  %p{i} = {product} %s{i}, %s{i}\n  %t{i} = fadd contract {kind} %p{i}, %s{i}" for i in chains)
     sums = "\n".join(f"  %u{i + 1} = fadd {kind} %u{i}, %t{i}" for i in chains)
     return f"""
