@@ -1,9 +1,9 @@
 """Lower any classifier to a short list of plain operations, or refuse it.
 
 Bounds, packing and channel removal all need to see a network as data: which operation feeds which, with which weights.
-`lower` reads what torch computes, keeps the operations below, and compares what it read with the model before it hands
-it over; whatever it does not know is refused by name. A `Declared` module (activation
-sparsity) is kept whole, as `Activation`.
+`lower` reads what torch computes, keeps the operations below, and compares the graph with the model before it returns
+it; unknown operations are refused by name. A `Declared` module (activation sparsity) is kept whole, as
+`SparseActivation`.
 """
 
 from __future__ import annotations

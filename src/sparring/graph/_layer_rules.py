@@ -71,7 +71,7 @@ def as_constant(t: Translator, value: Any) -> Tensor:
 
 
 def affine(t: Translator, x: At, scale: Any, shift: Any, shape: tuple[int, ...] | None = None) -> At:
-    """Return scale · x + shift for constants: per channel where they are that by their shapes."""
+    """Return scale · x + shift for constants: per channel if their shapes say so."""
     shape = t.image_shape(t.now.meta["val"]) if shape is None else shape
     factors = [_per_channel(as_constant(t, v), t.shape(x)) for v in (scale, shift)] if shape == t.shape(x) else [None]
     if all(f is not None for f in factors):
@@ -88,7 +88,7 @@ def affine(t: Translator, x: At, scale: Any, shift: Any, shape: tuple[int, ...] 
 
 
 def _per_channel(value: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """Return a constant as one number per channel, (C,), if that is what broadcasting makes of it."""
+    """Return a constant as one number per channel, (C,), if it broadcasts so."""
     if not shape or value.dim() > len(shape) + 1:
         return None
     sizes = (*[1] * (len(shape) + 1 - value.dim()), *value.shape)
@@ -104,7 +104,7 @@ def linear(t: Translator, a: Arguments) -> Any:
 
 
 def _name(t: Translator, weight: Tensor, bias: Tensor | None) -> str:
-    """Return the path behind which weight and bias stand as parameters, or "" if there is none."""
+    """Return the path of the module whose parameters are weight and bias, or "" if there is none."""
     candidates = [t.path, t.paths.get(id(weight), "").removesuffix("weight").removesuffix(".")]
     for path in candidates:
         try:
@@ -168,7 +168,7 @@ def conv2d(t: Translator, a: Arguments) -> Any:
     stride, dilation, padding = pair(a.take("stride")), pair(a.take("dilation")), a.take("padding")
     if isinstance(padding, str):
         whole = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        if any(p % 2 for p in whole):  # torch puts the odd one behind
+        if any(p % 2 for p in whole):  # torch puts the odd one last
             pads = [whole[1] // 2, -(-whole[1] // 2), whole[0] // 2, -(-whole[0] // 2)]
             sides = tuple(s + p for s, p in zip(t.shape(x)[1:], whole, strict=True))
             pad = Call("constant_pad_nd", torch.ops.aten.constant_pad_nd.default, ("self",), {"pad": pads, "value": 0})
@@ -194,7 +194,7 @@ def norm_of_batch(t: Translator, a: Arguments) -> Any:
     )
     op = batch_norm(name, mean, var, weight, bias, eps=eps)
     axes = [1] * (len(t.shape(x)) - 2)
-    # Channels are torch's second axis, which is one image's first only where the images come first.
+    # Channels are torch's second axis, which is one image's first only if the images come first.
     result = (
         affine(t, x, op.scale.view(-1, *axes), op.shift.view(-1, *axes), t.shape(x)) if t.keeps_axes else t.emit(op, x)
     )
@@ -257,7 +257,7 @@ def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
 
 
 def _is_operand(name: str, key: str, value: Any) -> bool:
-    """Return whether a constant takes the place of a computed value, and is no weight."""
+    """Return whether a constant replaces a computed value, and is not a weight."""
     weights = name in WITHIN and name != "scaled_dot_product_attention"
     return isinstance(value, Tensor) and value.dim() > 0 and not weights and key not in ("index", "weight")
 

@@ -58,24 +58,25 @@ def lower(
 
 
 class Apart(Unsupported):
-    """Logits differ where they should not, which can be rounding: float64 tells."""
+    """Logits differ unexpectedly, possibly by rounding: float64 decides."""
 
 
-# Of the largest logit: what sums in another order may differ by. TF32 rounds float32 products on a GPU more coarsely.
+# Relative to the largest logit: how far sums in another order may differ. TF32 rounds float32 products on a GPU more
+# coarsely.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _TF32 = 0.01
 _IMAGES, _INSIDE, _CORNERS = 8, 4, 4
-# Beside them in one large batch: at least and at most so many images more, by their pixels.
+# Further images in one large batch: at least and at most so many, depending on their pixels.
 _FEW, _MANY, _PIXELS = 9, 167, 2**17
-# What rounding in float32 commonly moves a logit by, of the largest: more is said of the graph, see `Graph.rounding`.
+# Usual rounding of a logit in float32, relative to the largest: more is recorded in `Graph.rounding`.
 _ROUNDING = 2.5e-6
-# An activation that jumps may fall on the other side of its jump by rounding, on one image in so many.
+# By rounding, a discontinuous activation may be on the other side of its jump, for one image in so many.
 _JUMPED = 8
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A model in eval mode, what it was asked, x (N, ...), and what it answered, (N, classes).
+    """A model in eval mode, its inputs x (N, ...), and its logits (N, classes).
 
     tolerance: by the coarsest type in which it computes.
     """
@@ -88,9 +89,9 @@ class Observed:
 
 @contextmanager
 def observed(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) -> Iterator[Observed]:
-    """Hold a model in eval mode and frozen, as attacks do, and ask it for logits; restore all on leaving.
+    """Hold a model in eval mode and frozen, as attacks do, and compute logits; restore all on leaving.
 
-    It is asked of `images` and of random ones. Raise UserError for a model that does not accept such images, or does
+    Logits are of `images` and of random ones. Raise UserError for a model that does not accept such images, or does
     not return one tensor of logits.
     """
     check_module(model)
@@ -126,7 +127,7 @@ def observed(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) ->
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
             for module, held in buffers:
-                module._buffers.update(held)  # some forwards put new ones in their place
+                module._buffers.update(held)  # some forward methods replace them
 
 
 def _asked(shape: tuple[int, ...], images: Tensor | None) -> Tensor:
@@ -139,7 +140,7 @@ def _asked(shape: tuple[int, ...], images: Tensor | None) -> Tensor:
 
 @contextmanager
 def _seeded(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let what draws by the declared protocol draw the same each time."""
+    """Make declared stochastic layers draw the same each time."""
     drawing = [m for m in model.modules() if isinstance(m, Declared) and m.stochastic]
     generators = [m.generator for m in drawing]
     try:
@@ -152,7 +153,7 @@ def _seeded(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _ask(model: nn.Module, x: Tensor) -> Tensor:
-    """Return a model's logits, of a copy of the images."""
+    """Return a model's logits for a copy of the images."""
     with _seeded(model, x.device), torch.no_grad():
         return logits_of(model(x.clone()))
 
@@ -166,7 +167,7 @@ def _ask_one(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _crowd(x: Tensor) -> Tensor:
-    """Return images x behind many others: corners and points inside the box, from dark to bright."""
+    """Return images x after many others: corners and points inside the box, from dark to bright."""
     count, generator = min(_MANY, max(_FEW, _PIXELS // x[0].numel())), torch.Generator().manual_seed(1)
     points = torch.rand(count, *x.shape[1:], generator=generator)
     level = torch.rand(count, *[1] * (x.dim() - 1), generator=generator)
@@ -178,9 +179,9 @@ def _crowd(x: Tensor) -> Tensor:
 def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
     """Return a graph that gives a model's logits, within `TOLERANCE` of the largest of them, with its `rounding`.
 
-    The model must give the same when asked twice, for each image alone, in another order and among many others, and
-    with gradients and frozen parameters, as attacks ask. Raise Unsupported otherwise: the message says what it depends
-    on, or the first layer at which they differ.
+    The model must return the same when called twice, for each image alone, in another order and among many others, and
+    with gradients and frozen parameters, as in attacks. Raise Unsupported otherwise: the message says what the logits
+    depend on, or the first layer at which they differ.
     """
     x, logits = seen.x, seen.logits
     name = type(model).__name__
@@ -204,9 +205,9 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
     try:
         with _seeded(model, x.device), torch.no_grad():
             found = graph(crowd.to(_dtype(graph, x)))
-    except Exception as error:  # a rule that is wrong, which must end in a sentence too
+    except Exception as error:  # a wrong rule, which must also end in a message
         raise Unsupported(f"{name} cannot be lowered: its graph cannot be evaluated ({error})") from error
-    seen = replace(seen, tolerance=max(seen.tolerance, TOLERANCE.get(found.dtype, 0.0)))  # a graph may be coarser
+    seen = replace(seen, tolerance=max(seen.tolerance, TOLERANCE.get(found.dtype, 0.0)))  # a graph may round more
     finite = found.isfinite() & many.isfinite()
     apart = float((found - many).abs().where(finite, 0).max())
     largest = float(many.abs().where(finite, 0).max())
@@ -219,19 +220,19 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
 
 
 def _rounded(graph: Graph, model: nn.Module, seen: Observed, refusal: Apart) -> Graph:
-    """Return a graph that differs from a model in float32 by rounding alone, as images off the data can make large.
+    """Return a graph that differs from a model in float32 only by rounding, which can be large for unusual images.
 
     The model in float64 has to pass all checks, at the tolerance of float64, with a graph of the same operations and
     numbers. Raise the refusal otherwise.
     """
     held = (value for value in (*model.parameters(), *model.buffers()) if value.is_floating_point())
-    if next((value.dtype for value in held), None) != torch.float32:  # without any there is no other precision
+    if next((value.dtype for value in held), None) != torch.float32:  # without parameters there is no other precision
         raise refusal
     x = _crowd(seen.x)
     try:
         exact = lower(copy.deepcopy(model).double(), tuple(x.shape[1:]), images=seen.x)
         expected = exact(x.double())
-    except Exception:  # it cannot be copied, or computes in float32 whatever its parameters are
+    except Exception:  # it cannot be copied, or always computes in float32
         raise refusal from None
     if not _alike(graph, exact):
         raise refusal
@@ -241,7 +242,7 @@ def _rounded(graph: Graph, model: nn.Module, seen: Observed, refusal: Apart) -> 
 
 
 def _alike(graph: Graph, other: Graph) -> bool:
-    """Return whether two graphs are of the same operations and, but for rounding, numbers."""
+    """Return whether two graphs have the same operations and, except for rounding, numbers."""
     pairs = list(zip_longest(graph.nodes, other.nodes))
     return all(
         one is not None
@@ -282,10 +283,10 @@ def _same(found: Tensor, expected: Tensor, tolerance: float, allowed: int = 0) -
 
 
 def _with_gradients(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the logits as an attack gets them: with gradients of the images alone."""
+    """Return the logits as an attack gets them: with gradients of the images only."""
     try:
         with _seeded(model, x.device), torch.enable_grad():
-            point = x.clone().requires_grad_().clone()  # no leaf: it may be written to in place
+            point = x.clone().requires_grad_().clone()  # not a leaf, so that it may be written to in place
             return logits_of(model(point)).detach()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]

@@ -1,8 +1,8 @@
 """Values whose batch axis is not the first, or is merged with others, as in attention and windows.
 
-In a graph the images always come first, and a node's shape is that of one image. Where torch's value has them
-elsewhere, its node keeps torch's axes, with what one image has of the images' axis in its place: moving the images is
-then a reshape of each, and every other operation is the same one axis further to the right.
+In a graph the images always come first, and a node's shape is that of one image. If torch's value has them elsewhere,
+its node keeps torch's axes, with one image's part of the images' axis in its place. Moving the images is then a reshape
+of each, and every other operation is the same, one axis further to the right.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WAY = "keep images along the first axis"
 
 @dataclass(frozen=True)
 class Images:
-    """Where the images lie in torch's value: along an axis of `outer` × images × `inner` entries, in that order."""
+    """The images' axis in torch's value: it has `outer` × images × `inner` entries, in that order."""
 
     axis: int = 0
     outer: int = 1
@@ -41,21 +41,21 @@ FIRST = Images()
 
 
 def images_of(t: Translator, value: Any) -> tuple[int, int] | None:
-    """Return the axis of torch's value that counts images, and how many of its entries are of one; None if unclear."""
+    """Return the axis of torch's value that counts images, and its number of entries per image; None if unclear."""
     counts = [t.images_in(size) for size in value.shape] if isinstance(value, Tensor) else []
     axes = [axis for axis, count in enumerate(counts) if count]
     return (axes[0], counts[axes[0]]) if len(axes) == 1 else None
 
 
 def is_moved(t: Translator, inputs: list[At], outputs: list[Any]) -> bool:
-    """Return whether the images of an operation's inputs or outputs lie elsewhere than first and alone."""
+    """Return whether an operation has inputs or outputs whose images are not a first axis of their own."""
     return any(x.images for x in inputs) or any(images_of(t, value) not in (None, (0, 1)) for value in outputs)
 
 
 def moved(t: Translator, a: Arguments, inputs: list[At], outputs: list[Any], rule: Callable[[], Any]) -> Any:
-    """Translate an operation on values whose images were moved; `rule` is that for values with the images in front.
+    """Translate an operation on values whose images were moved; `rule` is the rule for values with the images first.
 
-    Raise Unsupported where it is along the images, or where they are not one axis of each value, the same in all.
+    Raise Unsupported if the operation acts along the images, or if they are not the same axis of all values.
     """
     if t.name in TURNS:
         return _turned(t, a, inputs[0], _place(t, outputs[0], inputs))
@@ -76,7 +76,7 @@ def moved(t: Translator, a: Arguments, inputs: list[At], outputs: list[Any], rul
 
 
 def reshaped(t: Translator, x: At, after: Tensor) -> At:
-    """Return a value reshaped: the images stay where they were among all values, and so do each image's own."""
+    """Return a value reshaped: the order of images, and of each image's values, does not change."""
     x, found = _whole(t, x), images_of(t, after)
     if found is None or x.images is None:
         raise t.refuse(t.name, "mixes or moves the batch axis", _WAY)
@@ -89,7 +89,7 @@ def reshaped(t: Translator, x: At, after: Tensor) -> At:
 
 
 def _place(t: Translator, value: Any, inputs: list[At]) -> Images:
-    """Return where the images lie in an operation's output, whose inputs have them in one order."""
+    """Return the place of the images in an operation's output, whose inputs have them in one order."""
     found, before = images_of(t, value), inputs[0].images or FIRST
     if found is None or found[1] != before.count:
         raise t.refuse(t.name, "mixes or moves the batch axis", _WAY)
@@ -97,7 +97,7 @@ def _place(t: Translator, value: Any, inputs: list[At]) -> Images:
 
 
 def _turned(t: Translator, a: Arguments, x: At, images: Images) -> At:
-    """Return a value with its axes in another order, of which that of the images says nothing about one image."""
+    """Return a value with its axes in another order; the images' axis does not matter for one image."""
     x, given = _whole(t, x), {key: a.take(key) for key in list(a.given)}
     shape, before = t.shape(x), x.images or FIRST
     order = list(range(len(shape)))
@@ -114,7 +114,7 @@ def _turned(t: Translator, a: Arguments, x: At, images: Images) -> At:
 
 
 def _shift(t: Translator, a: Arguments, x: At) -> None:
-    """Say an operation's axes for a value that has the images in front of torch's axes."""
+    """Return an operation's axes for a value that has the images before torch's axes."""
     rank, images = len(t.shape(x)) + (t.name == "stack"), x.images or FIRST
     for name in set(AXES) & set(a.defaults):
         axes = a.given.get(name, a.defaults[name])
@@ -129,12 +129,12 @@ def _shift(t: Translator, a: Arguments, x: At) -> None:
 
 
 def _whole(t: Translator, x: At) -> At:
-    """Return a value with all of torch's axes, also where the images come first and alone."""
+    """Return a value with all of torch's axes, even if the images are a first axis of their own."""
     return x if x.images else t.view(x, (1, *t.shape(x)), FIRST)
 
 
 def _placed(t: Translator, x: At, shape: Shape, images: Images) -> At:
-    """Return a value as the `shape` that its images' place gives it with all of torch's axes."""
+    """Return a value in the `shape` that follows from its images' place, with all of torch's axes."""
     return t.view(x, shape[1:]) if images == FIRST else t.view(x, shape, images)
 
 

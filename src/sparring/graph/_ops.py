@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..declared import Declared
 from ..errors import Unsupported
 
-# Each value by itself, of one input or of several that broadcast.
+# Elementwise, of one input or of several that broadcast.
 ELEMENTWISE = frozenset(
     """abs acos asin asinh atan celu clamp clamp_max clamp_min cos cosh elu erf exp expm1 gelu hardshrink hardsigmoid
     hardswish hardtanh leaky_relu rrelu log log10 log1p log2 log_sigmoid logit mish pow prelu _prelu_kernel
@@ -22,13 +22,13 @@ ELEMENTWISE = frozenset(
     hypot maximum minimum fmax fmin lerp addcmul addcdiv where masked_fill logaddexp gt lt ge le eq ne logical_and
     logical_or logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num copysign""".split()  # noqa: SIM905
 )
-# Along axes given by dim or dims, which must not be the images'.
+# Along axes given by dim or dims, which must not be the images' axis.
 ALONG = frozenset(
     """softmax log_softmax _softmax _log_softmax logsumexp mean sum amax amin prod cumsum cumprod var std norm
     linalg_vector_norm glu permute transpose select slice narrow flip index_select movedim select_scatter slice_scatter
     sort topk max min median kthvalue any all cat stack roll""".split()  # noqa: SIM905
 )
-# On what surrounds a value in its own image.
+# On the neighbourhood of a value in its own image.
 WITHIN = frozenset(
     """conv1d conv3d conv_transpose1d conv_transpose2d conv_transpose3d layer_norm native_layer_norm group_norm
     instance_norm rms_norm max_pool1d max_pool3d avg_pool1d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool3d
@@ -36,7 +36,7 @@ WITHIN = frozenset(
     pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d upsample_bilinear2d upsample_bicubic2d im2col
     scaled_dot_product_attention""".split()  # noqa: SIM905
 )
-# All that a Call may hold, by torch's name, beside recurrent layers.
+# All operations that a Call may contain, by torch's name, besides recurrent layers.
 CALLS = (
     ELEMENTWISE
     | ALONG
@@ -272,7 +272,7 @@ def evaluate(op: Op, *inputs: Tensor) -> Tensor:
         case Add():
             return x + inputs[1]
         case SparseActivation():
-            result: Tensor = op.module.forward(x)  # without its hooks, which are operations of their own
+            result: Tensor = op.module.forward(x)  # without its hooks, which are separate operations
             return result
         case Reshape():
             return x.reshape(len(x), *op.shape)
@@ -300,7 +300,7 @@ def _per_channel(value: Tensor, x: Tensor) -> Tensor:
 
 
 def flat(given: Any) -> list[Any]:
-    """Return what lists, tuples and dictionaries hold, in one list."""
+    """Return the items of nested lists, tuples and dictionaries in one list."""
     if isinstance(given, dict | list | tuple):
         return [v for value in (given.values() if isinstance(given, dict) else given) for v in flat(value)]
     return [given]

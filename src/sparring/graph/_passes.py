@@ -72,7 +72,7 @@ def _is_layer(node: Node) -> bool:
 
 
 def _reaches_layers(nodes: list[Node], index: int, *, shifted: bool) -> bool:
-    """Return whether a node is read by layers alone that take a scale, and a shift where there is one."""
+    """Return whether only layers that can take the scale, and the shift if there is one, read a node."""
     readers = _readers(nodes, index)
     if len(readers) == 1 and isinstance(op := nodes[readers[0]].op, Affine | Flatten):
         shifted |= isinstance(op, Affine) and bool(op.shift.any())
@@ -85,7 +85,7 @@ def _padded(node: Node) -> bool:
 
 
 def _followed(node: Node, affine: Affine) -> Node:
-    """Return a layer that also does what the Affine behind it does."""
+    """Return a layer merged with the Affine after it."""
     op = node.op
     assert isinstance(op, Layer)
     weight = op.weight * affine.scale.view(-1, *[1] * (op.weight.dim() - 1))
@@ -95,7 +95,7 @@ def _followed(node: Node, affine: Affine) -> Node:
 
 
 def _preceded(node: Node, affine: Affine) -> Node:
-    """Return a layer, or an Affine, that also does what the Affine in front of it does."""
+    """Return a layer, or an Affine, merged with the Affine before it."""
     scale, shift = affine.scale, affine.shift
     match node.op:
         case Affine() as op:
@@ -128,7 +128,7 @@ def drop_dead_units(graph: Graph) -> Graph:
     are those of `fold_affine`.
     """
     nodes = list(graph.nodes)
-    while sum(_shrink_(nodes, index) for index in range(1, len(nodes))):  # one that goes may leave others dead
+    while sum(_shrink_(nodes, index) for index in range(1, len(nodes))):  # removing one may make others dead
         pass
     return replace(graph, nodes=tuple(nodes))
 
@@ -142,7 +142,7 @@ def _shrink_(nodes: list[Node], index: int) -> bool:
     assert isinstance(first, Layer) and isinstance(last, Layer)
     bias = first.weight.new_zeros(len(first.weight)) if first.bias is None else first.bias
     units = len(bias)
-    by_unit = last.weight.reshape(len(last.weight), units, -1)  # a flattening makes several columns of a channel
+    by_unit = last.weight.reshape(len(last.weight), units, -1)  # flattening turns a channel into several columns
     constant = bias.clamp_min(0) if any(isinstance(nodes[i].op, ReLU) for i in chain) else bias
     fixed = ~(first.weight != 0).flatten(1).any(1)
     if _padded(nodes[chain[-1]]):
@@ -166,7 +166,7 @@ def _shrink_(nodes: list[Node], index: int) -> bool:
 
 
 def _chain(nodes: list[Node], index: int) -> list[int]:
-    """Return the nodes from a layer to the one layer that alone reads it, channel by channel; none if there is none."""
+    """Return the nodes from a layer to the only layer that reads it, channel by channel; none if there is none."""
     chain: list[int] = []
     while _is_layer(nodes[index]):
         readers = _readers(nodes, chain[-1] if chain else index)

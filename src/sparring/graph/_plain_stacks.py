@@ -1,7 +1,8 @@
 """Fast lowering of plain stacks of torch's own layers, without torch.export.
 
-Only exact types are read, without hooks, replaced forwards or parametrisations, and only where nothing that is written
-in place is read twice. A module class of this package says what it computes in a method `steps`; see `Stepwise`.
+Only exact types are read, without hooks, replaced forward methods or parametrisations, and only if nothing that is
+written in place is read twice. Module classes of this package describe their computation in a method `steps`; see
+`Stepwise`.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ class _Other(Exception):
 def read_plain(
     model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, shared: bool
 ) -> Graph | None:
-    """Return a plain stack as a graph with tensors of `dtype`, or None where it is anything else; see `lower`."""
+    """Return a plain stack as a graph with tensors of `dtype`, or None for any other model; see `lower`."""
     if any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS):
         return None
     reader = _Reader(model, dtype, device, shape, shared)
     try:
         with torch.no_grad():
             last = reader.module(model, 0)
-    except (_Other, RuntimeError, IndexError):  # what torch cannot compute, the slow road says better
+    except (_Other, RuntimeError, IndexError):  # the general path has a better message for what torch cannot compute
         return None
     nodes = reader.nodes
     read = [i for node in nodes for i in node.inputs]
@@ -86,7 +87,7 @@ class _Reader:
         self.writes = False
 
     def module(self, module: nn.Module, source: int) -> int:
-        """Append what a module computes from a node's output and return where its own is."""
+        """Append a module's computation on a node's output, and return the index of its own output."""
         path = self.paths[id(module)]
         if any(getattr(module, name) for name in _FORWARD_HOOKS) or "forward" in vars(module):
             raise _Other
@@ -157,14 +158,14 @@ class _Reader:
 
 
 def pair(value: Any) -> tuple[Any, Any]:
-    """Return one number for both axes, or the two that were given."""
+    """Return one number for both axes, or the given two."""
     return (value, value) if isinstance(value, int) or value is None else (value[0], value[-1])
 
 
 def batch_norm(
     name: str, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, *, eps: float
 ) -> Affine:
-    """Return batch normalisation by running statistics as an Affine."""
+    """Return batch normalisation with running statistics as an Affine."""
     assert mean is not None and var is not None
     scale = (var + eps).rsqrt()
     scale = scale if weight is None else scale * weight

@@ -1,7 +1,7 @@
 """Rewrite operations that linear layers, ReLU and Add can express exactly.
 
-Concatenation and the choice of channels are convolutions of ones and zeros; activations that consist of a few straight
-pieces are sums of ReLUs. What is left over stays a Call, which its reader has a rule for or refuses.
+Concatenation and the choice of channels are convolutions of ones and zeros; activations of a few linear
+pieces are sums of ReLUs. Anything else stays a Call, for which its reader has a rule or which it refuses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def spelled_out(graph: Graph, dtype: torch.dtype) -> Graph:
 
 
 class _Writer:
-    """Write a graph anew: `places` says where the value of each old node stands among the new nodes."""
+    """Rewrite a graph: `places` maps each old node to the new node with its value."""
 
     def __init__(self, old: tuple[Node, ...], dtype: torch.dtype) -> None:
         self.old, self.dtype = old, dtype
@@ -48,7 +48,7 @@ class _Writer:
         return found
 
     def say(self, op: Op, *inputs: int, shape: tuple[int, ...]) -> int:
-        """Replace the present node by an operation; return its index."""
+        """Replace the current node by an operation; return its index."""
         self.nodes.append(Node(op, inputs, shape, self.now.path, self.now.line))
         return len(self.nodes) - 1
 
@@ -71,7 +71,7 @@ class _Writer:
         return first
 
     def mixed(self, source: int, weight: Tensor) -> int | None:
-        """Return channels mixed by a weight (out, in); None for values that are neither flat nor maps."""
+        """Return channels mixed by a weight (out, in); None for values that are neither flat nor feature maps."""
         sides = self.nodes[source].shape[1:]
         if len(sides) not in (0, 2):
             return None
@@ -131,7 +131,7 @@ def _larger(w: _Writer, node: Node, _: Any) -> int | None:
 
 
 def _joined(w: _Writer, node: Node, options: Any) -> int | None:
-    """Concatenation of channels: each part goes to its place, and the rest of it is zero."""
+    """Concatenation of channels: each part is moved to its place and padded with zeros."""
     if options.get("dim", 0) % (len(node.shape) + 1) != 1 or len(node.shape) not in (1, 3):
         return None
     eye, parts, start = torch.eye(node.shape[0]), [], 0
@@ -184,7 +184,7 @@ def _interleaved(w: _Writer, source: int, groups: int) -> int | None:
 
 
 def _averaged(w: _Writer, node: Node, options: Any) -> int | None:
-    """Means over zero-padded windows of one size: a convolution of every channel by itself."""
+    """Means over zero-padded windows of one size: a depthwise convolution."""
     pads = _pair(options.get("padding", 0))
     even = options.get("count_include_pad", True) or pads == (0, 0)
     if options.get("ceil_mode") or not even or len(node.shape) != 3:
@@ -203,7 +203,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _padded(w: _Writer, node: Node, options: Any) -> int | None:
-    """Zeros around a map: a convolution of every channel by itself with a single one in its kernel."""
+    """Zeros around a map: a depthwise convolution with a single one in its kernel."""
     pads = list(options.get("pad", ()))
     zeros = not options.get("value") and options.get("mode", "constant") == "constant"
     if not zeros or len(node.shape) != 3 or len(pads) != 4 or min(pads) < 0:

@@ -1,7 +1,7 @@
 """Rules for torch's operations: one entry per rule, or a name in one of the lists below.
 
-A rule takes its arguments by the names of the operation's schema. What it does not take must have its default, or the
-operation is refused: no keyword is ever skipped.
+A rule takes arguments by their names in the operation's schema. Arguments that it does not take must have their
+defaults, or the operation is refused: no keyword is ever ignored.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ._plain_stacks import pair
 from ._torch_export import Arguments, At, Translator
 
 Rule = Callable[[Translator, Arguments], Any]
-# Functions that are constant but for jumps, of which staircase activations are made.
+# Functions that are constant except for jumps, used in staircase activations.
 _STEPS = frozenset(
     """floor ceil round trunc sign sgn heaviside floor_divide fmod remainder argmax argmin bucketize frac
     one_hot""".split()  # noqa: SIM905
 )
-# What gives its input in eval mode.
+# Identities in eval mode.
 _COPIES = frozenset(
     """clone alias detach contiguous lift_fresh_copy lift_fresh dropout feature_dropout alpha_dropout
     feature_alpha_dropout native_dropout positive""".split()  # noqa: SIM905
@@ -33,7 +33,7 @@ _COPIES = frozenset(
 _LIKE = frozenset(
     "zero zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()  # noqa: SIM905
 )
-# Of these the same is said with the images in front, wherever torch has them.
+# Operations that are described the same way with the images first, wherever torch has them.
 _MOVABLE = (ELEMENTWISE | ALONG | set(TURNS)) - {"prelu", "_prelu_kernel", "rrelu"} | set(
     """add sub subtract rsub mul multiply div divide true_divide neg negative linear matmul mm bmm addmm baddbmm relu
     clamp clamp_min mean expand expand_as broadcast_to split split_with_sizes chunk tensor_split unbind index copy fill
@@ -44,9 +44,9 @@ _RESHAPES = "view reshape _unsafe_view flatten squeeze unsqueeze unflatten"
 
 
 def translate(t: Translator, name: str, target: Any, a: Arguments) -> Any:
-    """Apply the rule for an operation: return where its value is, or a constant, or a list of such.
+    """Apply the rule for an operation: return the index of its value, a constant, or a list of these.
 
-    Raise Unsupported where there is no rule.
+    Raise Unsupported if there is no rule.
     """
     value = t.now.meta["val"]
     inputs = [x for x in flat(a.given) if isinstance(x, At)]
@@ -119,7 +119,7 @@ def _max_pool(t: Translator, a: Arguments) -> Any:
 
 
 def _windowed(t: Translator, op: Op, x: At) -> At:
-    """Emit a pooling; images of shape (H, W), which torch pools as if they were channels, get a channel for it."""
+    """Emit a pooling; images of shape (H, W), which torch pools as if they were channels, get a channel."""
     value = t.now.meta["val"]
     shape, after = t.shape(x), t.image_shape(value if isinstance(value, Tensor) else value[0])
     if len(shape) == 3:
@@ -148,7 +148,7 @@ def _avg_pool(t: Translator, a: Arguments) -> Any:
 
 def _adaptive_pool(t: Translator, a: Arguments) -> Any:
     value = t.now.meta["val"]
-    single = isinstance(value, Tensor)  # of maxima the places come too
+    single = isinstance(value, Tensor)  # max pooling also returns indices
     before, after = t.shape(a.given["self"]), t.image_shape(value if single else value[0])
     kernel = (before[-2] // after[-2], before[-1] // after[-1])
     if any(s != k * o for s, k, o in zip(before[-2:], kernel, after[-2:], strict=True)):
@@ -175,9 +175,9 @@ def _mean(t: Translator, a: Arguments) -> Any:
 
 
 def _reshape(t: Translator, a: Arguments) -> Any:
-    """Whatever keeps each image's values in their order."""
+    """Operations that keep the order of each image's values."""
     x = a.take("self")
-    a.given.clear()  # the shape that comes out says it all
+    a.given.clear()  # the output's shape is sufficient
     return _reshaped(t, x, t.image_shape(t.now.meta["val"]))
 
 
@@ -195,7 +195,7 @@ def _expand(t: Translator, a: Arguments) -> Any:
 
 
 def _spread(t: Translator, x: At) -> At:
-    """Return a value repeated over the shape that comes out."""
+    """Return a value broadcast to the output's shape."""
     shape = t.image_shape(t.now.meta["val"])
     if t.shape(x) == shape:
         return x
@@ -244,7 +244,7 @@ def _index(t: Translator, a: Arguments) -> Any:
 
 
 def _filled(t: Translator, a: Arguments) -> Any:
-    """fill and copy: the source, spread over the shape of what is written to."""
+    """fill and copy: the source, broadcast to the shape of the target."""
     a.take("self"), a.take("non_blocking")
     source = a.take("src") if "src" in a.defaults else a.take("value")
     if isinstance(source, At):

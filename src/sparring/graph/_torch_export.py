@@ -1,7 +1,7 @@
 """General lowering: capture what torch computes with torch.export, and translate it operation by operation.
 
-torch.export runs hooks and replaced forwards, and `run_decompositions` resolves what is written in place. What does not
-depend on the image is computed once and kept as a constant. torch.export is imported here, when it is first needed.
+torch.export runs hooks and replaced forward methods, and `run_decompositions` resolves in-place writes. Values that do
+not depend on the image are computed once and kept as constants. torch.export is imported at first use.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from ._quiet import quiet
 
 _PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
 _LARGE = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
-# What gives every image the same, however many there are.
+# Operations that give every image the same, for any number of images.
 _SPREAD = frozenset(
     """full zeros ones empty new_full new_zeros new_ones new_empty expand broadcast_to repeat view reshape
     _unsafe_view""".split()  # noqa: SIM905
 )
 
-# What may be done about an operation without a rule, where nothing better is known.
+# The general way out for an operation without a rule.
 WAY = "write it with layers of torch.nn, or avoid features that need a graph"
 
 
 @dataclass(frozen=True)
 class At:
-    """A value that depends on the image: the index of its node, and where its images lie if not first and alone."""
+    """A value that depends on the image: the index of its node, and the place of its images if not a first axis."""
 
     index: int
     images: Images | None = None
@@ -53,7 +53,8 @@ class At:
 def read_exported(model: nn.Module, example: Tensor, dtype: torch.dtype, *, shared: bool) -> Graph:
     """Return a model in eval mode as a graph with tensors of `dtype`, see `lower`; example: at least two images.
 
-    Raise Unsupported, naming operation, layer and line, for what cannot be captured and for what has no rule.
+    Raise Unsupported, naming operation, layer and line, for a model that cannot be captured and for operations without
+    a rule.
     """
     return Translator(model, _capture(model, example), dtype, shared).run()
 
@@ -63,7 +64,7 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
 
     if isinstance(model, torch.jit.ScriptModule):
         raise Unsupported("a script module cannot be lowered; use the module that it was made from")
-    root, example = _Root(model).eval(), example.clone().requires_grad_()  # as attacks ask: some layers look at that
+    root, example = _Root(model).eval(), example.clone().requires_grad_()  # as in attacks: some layers check this
     try:
         with quiet(), _whole(model), _every_line():
             try:
@@ -71,7 +72,7 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
             except Exception as error:
                 if "specialized it to be a constant" not in str(error):
                     raise
-                # len(x) is a number, whatever the batch: one that occurs nowhere else marks the axis as well.
+                # len(x) is captured as a number: one that occurs nowhere else marks the axis as well.
                 sizes = {size for p in model.parameters() for size in p.shape} | set(example.shape)
                 counts = [next(n for n in primes if all(size % n for size in sizes)) for primes in (_PRIMES, _LARGE)]
                 many = [example.new_empty(n, *example.shape[1:]).requires_grad_() for n in counts]
@@ -92,7 +93,7 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
 
 
 def _differing(model: nn.Module, program: Any, node: fx.Node | None) -> Unsupported:
-    """Return the refusal of a model whose graphs for two numbers of images differ first at a node."""
+    """Return the error for a model whose graphs for two numbers of images differ first at a node."""
     reason = "computes another function for another number of images"
     if node is None or node.op != "call_function":
         return Unsupported(f"{type(model).__name__} {reason}")
@@ -102,7 +103,7 @@ def _differing(model: nn.Module, program: Any, node: fx.Node | None) -> Unsuppor
 
 
 def _spelled() -> list[torch._ops.OpOverload]:
-    """Return the operations that torch itself says with others, which then have rules."""
+    """Return the operations that torch decomposes into others, which then have rules."""
     ops = torch.ops.aten
     return [ops.einsum.default, ops.tensordot.default]
 
@@ -114,18 +115,18 @@ def _in_images(count: int, number: re.Match[str]) -> str:
 
 
 class _Root(nn.Module):
-    """A model that returns its logits alone; paths and parameters of its own begin with "model"."""
+    """A model that returns only its logits; its own paths and parameters begin with "model"."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.model(x.clone()))  # neither leaf nor view of one: it may be written to in place
+        return logits_of(self.model(x.clone()))  # neither a leaf nor a view of one: it may be written to
 
 
 def _within(path: str) -> str:
-    """Return a path of the root as one of the model."""
+    """Convert a path of the root to a path of the model."""
     return path.removeprefix("model").removeprefix(".")
 
 
@@ -148,7 +149,7 @@ def _why(model: nn.Module, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _every_line() -> Iterator[None]:
-    """Let torch note the lines of all functions that a forward calls, of which it drops all not named `forward`."""
+    """Make torch record the lines of all functions that a forward calls; it drops those not named `forward`."""
     tracer: Any = fx.proxy.TracerBase
     torchs, before = str(Path(torch.__file__).parent), tracer._filter_traceback_frames
 
@@ -166,7 +167,7 @@ def _every_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whole(model: nn.Module) -> Iterator[None]:
-    """Make every activation-sparsity module one operation of its own while the model is captured."""
+    """Make every activation-sparsity module a single operation while the model is captured."""
     _define_whole()
     marked: list[nn.Module] = []
     try:
@@ -187,7 +188,7 @@ def _define_whole() -> Any:
     library: Any = torch.library.Library("sparring", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define("whole(Tensor x, str name) -> Tensor")
     library.impl("whole", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
-    return library  # which takes its operation along when it goes
+    return library  # which also removes its operation
 
 
 class Arguments:
@@ -209,7 +210,7 @@ class Arguments:
 
 
 class Translator:
-    """Walk a captured program: fold what is constant, drop what nobody reads, and apply the rules to the rest."""
+    """Walk a captured program: fold constants, drop unread values, and apply the rules to the rest."""
 
     def __init__(self, model: nn.Module, program: Any, dtype: torch.dtype, shared: bool) -> None:
         self.model, self.program, self.dtype, self.shared = model, program, dtype, shared
@@ -218,8 +219,8 @@ class Translator:
         self.now: fx.Node = next(iter(program.graph.nodes))
         self.batch: Any = None
         self.kind = dtype  # of the images
-        self.keeps_axes = False  # whether one image's shape has the images' axis too, see `_moved`
-        # Where constants come from: the path of each, and each parameter in the graph's precision.
+        self.keeps_axes = False  # whether one image's shape includes the images' axis, see `_moved`
+        # The origin of constants: the path of each, and each parameter in the graph's precision.
         self.paths: dict[int, str] = {}
         self.held: dict[int, Tensor] = {}
 
@@ -270,7 +271,7 @@ class Translator:
             self.values[node] = self.cast(self.program.constants[spec.target])
 
     def cast(self, value: Any) -> Any:
-        """Return a constant in the graph's precision; parameters that have it stay the model's own."""
+        """Return a constant in the graph's precision; parameters that already have it are not copied."""
         if isinstance(value, tuple | list):
             return type(value)(self.cast(v) for v in value)
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -293,7 +294,7 @@ class Translator:
                 raise self.refuse(name, "creates a constant that depends on the number of images")
             with torch.no_grad():
                 value = node.target(*self.of(node.args), **self.of(dict(node.kwargs)))
-            # Memory that nobody has written holds anything.
+            # Uninitialised memory has arbitrary content.
             return self.cast(
                 torch.full_like(value, torch.nan) if name.startswith("empty") and value.is_floating_point() else value
             )
@@ -311,7 +312,7 @@ class Translator:
         return result
 
     def of(self, value: Any) -> Any:
-        """Return the value of an argument: At for what depends on the image, tensors and numbers for the rest."""
+        """Return the value of an argument: At if it depends on the image, otherwise a tensor or a number."""
         if isinstance(value, fx.Node):
             if value in self.values:
                 return self.values[value]
@@ -324,7 +325,7 @@ class Translator:
         return value
 
     def size(self, value: Any) -> int:
-        """Return a size where the batch is one image: what is constant is the same for all, and broadcasts."""
+        """Return a size for a batch of one image: constants are the same for all images, and broadcast."""
         if isinstance(value, torch.SymInt):
             return int(value.node.expr.subs({self.batch.node.expr: 1}))
         return self.images_in(value) or int(value)
@@ -342,7 +343,7 @@ class Translator:
         return any(self.images_in(s) or (isinstance(s, torch.SymInt) and not s.node.expr.is_number) for s in sizes)
 
     def emit(self, op: Op, *inputs: At | Tensor, shape: tuple[int, ...] | None = None) -> At:
-        """Append a node, whose shape is that of the operation at hand if none is given; constants become nodes too."""
+        """Append a node, whose default shape is that of the current operation; constants become nodes too."""
         if shape is None:
             shape = self.image_shape(self.now.meta["val"])
         given = tuple(i.index if isinstance(i, At) else self.constant(i, len(shape)).index for i in inputs)
@@ -357,7 +358,7 @@ class Translator:
         return self.emit(Constant(value[0].detach()), shape=tuple(value.shape[1:]))
 
     def image_shape(self, value: Any) -> tuple[int, ...]:
-        """Return one image's shape; refuse what is not a batch of images along its first axis."""
+        """Return one image's shape; refuse values that are not batches of images along their first axis."""
         if isinstance(value, tuple | list):
             value = value[0]
         if self.keeps_axes:
@@ -369,7 +370,7 @@ class Translator:
         return tuple(int(s) for s in value.shape[1:])
 
     def view(self, x: At, shape: tuple[int, ...], images: Images | None = None) -> At:
-        """Return a value in another shape, its images where they are said to lie; one view of another is one."""
+        """Return a value in another shape, with its images in a given place; views of views are merged."""
         index = x.index
         while isinstance(self.nodes[index].op, Flatten | Reshape):
             index = self.nodes[index].inputs[0]
@@ -391,18 +392,18 @@ class Translator:
 
     @property
     def name(self) -> str:
-        """Name the operation at hand, as torch does."""
+        """Return torch's name of the current operation."""
         schema = getattr(self.now.target, "_schema", None)
         return str(self.now.target) if schema is None else schema.name.split("::")[1]
 
     @property
     def path(self) -> str:
-        """Return the path of the module that computes the operation at hand."""
+        """Return the path of the module that computes the current operation."""
         stack = list((self._told("nn_module_stack") or {}).values())
         return _within(stack[-1][0].split("@")[0]) if stack and not stack[-1][0].startswith("_empty") else ""
 
     def _told(self, what: str) -> Any:
-        """Return what torch noted of the operation at hand or, of one that torch added, of what reads it."""
+        """Return torch's metadata of the current operation or, for one that torch added, of its reader."""
         node: fx.Node | None = self.now
         while node is not None and not node.meta.get(what):
             node = next(iter(node.users), None)
@@ -410,7 +411,7 @@ class Translator:
 
     @property
     def line(self) -> str:
-        """Return the line of the user's code that asks for the operation at hand."""
+        """Return the line of the user's code that calls the current operation."""
         text = (self._told("stack_trace") or "").splitlines()
         frames = []
         for place, entry in enumerate(text):
@@ -426,18 +427,18 @@ class Translator:
             raise self.refuse(self.name, f"has no rule for {what} that depend on the image")
 
     def refuse(self, name: str, reason: str, way: str = WAY) -> Unsupported:
-        """Return the error that names the operation at hand, its layer and its line, the reason and the way out."""
+        """Return the error that names the current operation, its layer and its line, the reason and the way out."""
         return Unsupported(f"{title(name, self.path, self.line)} {reason}; {way}")
 
 
 def _home(model: type[nn.Module]) -> str:
-    """Return where forward() begins, for operations of which torch notes nothing (autocast's); "" if it is torch's."""
+    """Return the first line of forward(), for operations without metadata (autocast's); "" if it is torch's."""
     if model.__module__.startswith("torch."):
         return ""
     try:
         lines, number = inspect.getsourcelines(model.forward)
         return _line([(inspect.getfile(model.forward), number, lines[0].strip())])
-    except (OSError, TypeError):  # written in no file
+    except (OSError, TypeError):  # not from a file
         return ""
 
 

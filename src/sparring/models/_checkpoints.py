@@ -20,7 +20,7 @@ from ..files import MIB, explain, load_tensors
 LARGEST = 8192 * MIB
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
-# Where training tools keep the weights, the likeliest first, the outermost level after them, as a mean may stand there;
+# Where training tools store the weights, the likeliest first, then the outermost level, where a mean may be stored;
 # averaged weights only if there are no others.
 KEPT_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "")
 AVERAGED = ("ema", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema")
@@ -74,7 +74,7 @@ def chosen(groups: Mapping[str, dict[str, Tensor]], *, key: str | None = None, a
 
 
 def _refuse_unfinished(names: Mapping[str, object]) -> None:
-    """Raise LookupError where weights are computed from others in a way that their names do not say."""
+    """Raise LookupError if weights are computed from others in a way that their names do not show."""
     for part, cause, way_out in (
         ("lora_A", "belongs to a LoRA adapter that changes the weights", "merge it, in peft with merge_and_unload()"),
         ("parametrizations.", "belongs to a parametrised weight", "remove it with remove_parametrizations()"),
@@ -84,7 +84,7 @@ def _refuse_unfinished(names: Mapping[str, object]) -> None:
 
 
 def _beginning(groups: Mapping[str, dict[str, Tensor]], start: str) -> dict[str, Tensor]:
-    """Return the tensors of the first set in which some names begin so, by the rest of their names."""
+    """Return the tensors of the first set with names that begin so, by the rest of their names."""
     for at, group in groups.items():
         full = {f"{at}.{name}".lstrip("."): value for name, value in group.items()}
         found = {name.removeprefix(f"{start}."): full[name] for name in full if name.startswith(f"{start}.")}
@@ -96,14 +96,14 @@ def _beginning(groups: Mapping[str, dict[str, Tensor]], start: str) -> dict[str,
 
 
 def _rank(name: str, size: int) -> tuple[int, int, int]:
-    """Order the places of weights: known names first, averages after them, large sets before small ones."""
+    """Rank sets of weights: known names first, averages after them, large sets before small ones."""
     root = name.removesuffix(".module")
     known = [*KEPT_UNDER, *AVERAGED]
     return (known.index(root) if root in known else len(known), -size, name.count("."))
 
 
 def _are_weights(name: str, group: Mapping[str, Tensor]) -> bool:
-    """Return whether a set is a network's, and not an optimiser's or a handful of numbers."""
+    """Return whether a set belongs to a network, and not to an optimiser, and is not a handful of numbers."""
     of_training = any(part.lower().lstrip("_").startswith(NOT_WEIGHTS) for part in name.split("."))
     return not of_training and any(value.dim() for value in group.values())
 
@@ -113,7 +113,7 @@ def _named(groups: Mapping[str, object]) -> str:
 
 
 def _groups(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the sets of named tensors in a file, by where they stand, read by a child process."""
+    """Return the sets of named tensors in a file, by their place in it, read by a child process."""
     try:
         more = 4 * path.stat().st_size + 512 * MIB
     except OSError as error:
@@ -167,7 +167,7 @@ def plain_weights(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tup
 
 
 def _prefixes(names: Mapping[str, object]) -> list[str]:
-    """Return the wrappers' prefixes that every name begins with, the outermost first."""
+    """Return the wrappers' prefixes of all names, the outermost first."""
     prefix, found = "", []
     while names:
         own = next((w for w in WRAPPERS if all(name.startswith(prefix + w) for name in names)), None)
@@ -191,7 +191,7 @@ def _apply_masks_(found: dict[str, Tensor]) -> list[str]:
 
 
 def _are_floats(*tensors: Tensor) -> bool:
-    """Return whether tensors hold numbers of one kind that torch computes with."""
+    """Return whether tensors have one floating-point type that torch computes with."""
     return tensors[0].dtype in FLOATS and all(value.dtype == tensors[0].dtype for value in tensors)
 
 
@@ -217,7 +217,7 @@ def _apply_weight_norm_(found: dict[str, Tensor]) -> list[str]:
 
 
 def _is_length(g: Tensor, v: Tensor) -> bool:
-    """Return whether there is a length for all of a direction, or one for each place along one of its axes."""
+    """Return whether a tensor has one length for a whole direction, or one for each place along one of its axes."""
     shapes = [(), *([n if axis == at else 1 for at, n in enumerate(v.shape)] for axis in range(v.dim()))]
     return _are_floats(g, v) and list(g.shape) in map(list, shapes)
 
@@ -240,7 +240,7 @@ def _apply_spectral_norm_(found: dict[str, Tensor]) -> list[str]:
             norms = [torch.dot(u, matrix @ v) for matrix in _as_matrices(w, u, v)]
             if norms:
                 del found[original], found[left], found[right]
-                found[name] = w / max(norms)  # in the other form of a square one, u and v are no singular vectors
+                found[name] = w / max(norms)  # in the other form of a square weight, u and v are not singular vectors
                 made.append(name)
     return made
 

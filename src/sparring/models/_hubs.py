@@ -1,7 +1,7 @@
 """Networks of timm, torchvision and Hugging Face by name: "timm:resnet18", "torchvision:resnet50", "hf:FOLDER".
 
 Each comes with the normalisation, image size and class names of its own configuration. Weights are read from the user's
-cache or folder; nothing is downloaded unless asked for, and pickled weights are read by `read_checkpoint`.
+cache or folder; nothing is downloaded unless requested, and pickled weights are read by `read_checkpoint`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ._architectures import Normalise
 from ._checkpoints import read_checkpoint
 from ._weights import load_weights_
 
-# Torchvision's networks with a second head for training, which their trained weights come with.
+# Torchvision's networks whose trained weights include a second head for training.
 _TWO_HEADED = ("googlenet", "inception_v3")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -56,7 +56,7 @@ class HubModel:
 
 @dataclass(frozen=True)
 class _Hub:
-    """Hold how a library describes a network, builds it with fresh weights, and finds its trained ones."""
+    """How to describe a library's network, build it with new weights, and find its trained ones."""
 
     package: str
     describe: Callable[[str], HubModel]
@@ -123,7 +123,7 @@ def load_hub_weights_(model: nn.Module, name: str, *, classes: int, download: bo
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Turn whatever a library raises over files and networks into a UserError."""
+    """Turn any error of a library about files and networks into a UserError."""
     try:
         yield
     except UserError:
@@ -137,7 +137,7 @@ def _parted(name: str) -> tuple[_Hub, str]:
     hub = HUBS[scheme]
     with _without_torchvision_kernels():
         try:
-            if importlib.util.find_spec("torchvision"):  # which the others import when they first build a network
+            if importlib.util.find_spec("torchvision"):  # the others import it when they first build a network
                 importlib.import_module("torchvision")
             importlib.import_module(hub.package)
         except ImportError as error:
@@ -150,7 +150,7 @@ def _parted(name: str) -> tuple[_Hub, str]:
 
 @contextmanager
 def _without_torchvision_kernels() -> Iterator[None]:
-    """Let torchvision import beside a torch that its compiled operators were not built for.
+    """Import torchvision beside a version of torch for which its compiled operators were not built.
 
     Its classifiers need none of them; only their registration fails ("operator torchvision::nms does not exist").
     """
@@ -188,7 +188,7 @@ def _describe_timm(own: str) -> HubModel:
 
 
 def _imagenet(classes: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the WordNet ids and names of ImageNet's classes, or of its subset of so many, as timm knows them."""
+    """Return the WordNet ids and names of ImageNet's classes, or of its subset of this size, as in timm."""
     if importlib.util.find_spec("timm") is None:
         return (), ()
     import timm
@@ -211,7 +211,7 @@ def _make_timm(own: str, shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def _timm_weights(own: str, download: bool) -> Mapping[str, Tensor] | None:
-    """Load timm's weights by timm's own renaming and resizing; a pickle is unpickled safely before."""
+    """Load timm's weights by timm's own renaming and resizing; a pickle is first unpickled safely."""
     import timm
 
     file = _timm_file(timm.get_pretrained_cfg(own), download)
@@ -226,7 +226,7 @@ def _timm_weights(own: str, download: bool) -> Mapping[str, Tensor] | None:
 
 
 def _timm_file(cfg: Any, download: bool) -> Path | None:
-    """Return timm's file in the cache of Hugging Face's hub, or where older releases of timm left it, in torch's."""
+    """Return timm's file in the cache of Hugging Face's hub or, from older releases of timm, in torch's cache."""
     from huggingface_hub import hf_hub_download, list_repo_files, try_to_load_from_cache
 
     names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
@@ -267,14 +267,14 @@ def _make_torchvision(own: str, shape: tuple[int, ...], classes: int) -> nn.Modu
     if shape[0] != 3:
         raise UserError(f"torchvision's '{own}' needs images of three channels, but these have {shape[0]}")
     options: dict[str, Any] = {"image_size": shape[1]} if own.startswith("vit_") else {}
-    if own in _TWO_HEADED:  # what their trained weights expect
+    if own in _TWO_HEADED:  # as their trained weights expect
         options = {"init_weights": True, "transform_input": True, "aux_logits": False}
     made: nn.Module = models.get_model(own, weights=None, num_classes=classes, **options)
     return made
 
 
 def _torchvision_weights(own: str, download: bool) -> Mapping[str, Tensor] | None:
-    """Let torchvision itself rename and leave out what its file holds, unpickled before."""
+    """Let torchvision itself rename and drop tensors of its file, which is unpickled safely before."""
     from torchvision import models
 
     weights = _torchvision_weights_of(own)
@@ -288,7 +288,7 @@ def _torchvision_weights(own: str, download: bool) -> Mapping[str, Tensor] | Non
 
 
 def _from_url(url: str, download: bool) -> Path | None:
-    """Return the file of a URL in torch's cache; None where it is not there, nor asked for."""
+    """Return the file of a URL in torch's cache; None if it is not there and downloads are off."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not file.exists() and download:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,7 @@ def _from_url(url: str, download: bool) -> Path | None:
 
 
 def _folder(own: str) -> Path:
-    """Return a folder that save_pretrained wrote, by its path or by the name that it has in the hub's cache."""
+    """Return a folder that save_pretrained wrote, by its path or by its name in the hub's cache."""
     from huggingface_hub import snapshot_download
 
     if (Path(own) / "config.json").is_file():
@@ -338,7 +338,7 @@ def _describe_hf(own: str) -> HubModel:
 
 
 def _prepared_by_hf(how: dict[str, Any], side: int) -> tuple[int | tuple[int, int] | None, tuple[int, int]]:
-    """Return what images are resized and cropped to; with `crop_pct` they are stretched from 384 pixels on."""
+    """Return the sizes for resizing and cropping images; with `crop_pct` they are stretched from 384 pixels on."""
     wanted = how.get("size", side)
     edge = wanted.get("shortest_edge") if isinstance(wanted, dict) else None
     whole = _both(wanted, edge or side)
@@ -379,7 +379,7 @@ def _hf_weights(own: str, _download: bool) -> Mapping[str, Tensor] | None:
     model, info = transformers.AutoModelForImageClassification.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
-    if info["missing_keys"]:  # which transformers draws at random
+    if info["missing_keys"]:  # transformers initialises it at random
         raise UserError(
             f"the weights in {own} lack '{min(info['missing_keys'])}'; finish the training of this network first"
         )

@@ -65,7 +65,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
             f"if you trust it, give it as the model with --weights {path}"
         )
     masks = {name.removeprefix(_MASK): tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
-    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+    with torch.device("meta"):  # uses no memory, for any sizes that the file claims
         wanted = {name: value.shape for name, value in blueprint.build().state_dict().items()}
     for name, shape in wanted.items():
         if name in tensors and tensors[name].shape != shape:
@@ -73,7 +73,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
             raise UserError(f"{path}: '{name}' has shape {found}, its model needs {tuple(shape)}")
     if sum(shape.numel() for shape in wanted.values()) > 2 * sum(value.numel() for value in tensors.values()):
         raise UserError(f"{path}: it lacks most of its model's weights")
-    double = any(value.dtype == torch.float64 for value in tensors.values())  # as it was trained with --dtype float64
+    double = any(value.dtype == torch.float64 for value in tensors.values())  # if it was trained with --dtype float64
     model = blueprint.build().to(torch.float64 if double else None)
     load_weights_(model, tensors)
     refuse_unmasked(model, masks, f"{path} was changed after pruning; create it again")

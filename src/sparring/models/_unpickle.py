@@ -1,8 +1,8 @@
 """Read a file of torch.save in a separate process and return only tensors: python _unpickle.py IN OUT BYTES.
 
 torch's restricted unpickler runs nothing that the file names: classes that it does not know are replaced by inert ones,
-and a file that names what Python's own library does (os.system, eval, ...) is refused. The process may take BYTES
-of memory beyond what it has after its imports, write as much, and compute for a minute.
+and a file that names functions of Python's standard library (os.system, eval, ...) is refused. The process may use
+BYTES of memory beyond those after its imports, write as much, and compute for a minute.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 SECONDS = 60
-DEPTH = 6  # of dictionaries within dictionaries
+DEPTH = 6  # levels of nested dictionaries
 LONGEST = 1000  # letters in a name
-# Of Python's own library what settings are made of, besides the built-in types; the rest may do things.
+# Types of Python's standard library that settings use, besides the built-in ones; others may have side effects.
 HARMLESS = {
     *("argparse", "collections", "copyreg", "datetime", "decimal", "enum"),
     *("fractions", "functools", "pathlib", "random", "types", "uuid"),
@@ -32,11 +32,11 @@ HARMLESS = {
 
 
 class Refused(Exception):
-    """Say why a file is not read."""
+    """The reason why a file is not read."""
 
 
 class TakenForDict(type):
-    """Pass for `dict` where torch's unpickler asks by `==` whether it may set items: classes may inherit from it."""
+    """Compare equal to `dict`, as torch's unpickler requires before it sets items: classes may inherit from it."""
 
     def __eq__(cls, other: object) -> bool:
         return other is dict or type.__eq__(cls, other)
@@ -45,7 +45,7 @@ class TakenForDict(type):
 
 
 class Inert(metaclass=TakenForDict):
-    """Stand for an object of a class that is not imported: keep what it held, do nothing."""
+    """A stand-in for an object of a class that is not imported: it keeps the content and does nothing."""
 
     items: dict[Any, Any]
     state: Any
@@ -69,12 +69,12 @@ class Inert(metaclass=TakenForDict):
         return {**(self.state if isinstance(self.state, Mapping) else {}), **self.items}
 
 
-# torch's unpickler appends to lists alone; getattr names a method, or a class within a class.
+# torch's unpickler appends only to lists; getattr names a method, or a class within a class.
 STAND_INS: dict[str, Any] = {"collections.deque": lambda *_: [], "builtins.getattr": lambda *_: Inert}
 
 
 def limit(more: int) -> None:
-    """Bound this process's memory, files and time from here on."""
+    """Limit this process's memory, files and time from now on."""
     status = Path("/proc/self/statm")
     have = int(status.read_text().split()[0]) * resource.getpagesize() if status.exists() else 4 << 30
     for what, most in ((resource.RLIMIT_AS, have + more), (resource.RLIMIT_FSIZE, more)):
@@ -84,10 +84,10 @@ def limit(more: int) -> None:
 
 
 def unpickled(path: Path) -> Any:
-    """Return what a file holds, with inert objects for those of unknown classes."""
+    """Return a file's content, with inert objects for those of unknown classes."""
     try:
         names = get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError):  # the format before torch 1.6, or no such file at all
+    except (ValueError, RuntimeError):  # the format before torch 1.6, or another kind of file
         names = []
     for name in names:
         if not is_harmless(name):
@@ -99,7 +99,7 @@ def unpickled(path: Path) -> Any:
 
 
 def is_harmless(name: str) -> bool:
-    """Return whether what a file names is another package's, which is not imported, or a plain type of Python's own."""
+    """Return whether a name in a file is of another package, which is not imported, or a plain type of Python."""
     *modules, own = name.split(".")
     if modules == ["builtins"]:
         return name in STAND_INS or isinstance(getattr(builtins, own, None), type)
@@ -112,7 +112,7 @@ def is_harmless(name: str) -> bool:
 def branches(
     found: Any, path: str = "", depth: int = DEPTH, seen: set[int] | None = None
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield each group of named tensors in what was unpickled, once, and where: "state_dict", "ema.module", ..."""
+    """Yield each group of named tensors in unpickled content, once, with its place: "state_dict", "ema.module", ..."""
     if not isinstance(found, Inert | Mapping | list | tuple) or id(found) in (seen := seen or set()):
         return
     seen.add(id(found))
@@ -146,7 +146,7 @@ def module_state(found: Inert, prefix: str = "") -> dict[str, Tensor]:
 
 
 def by_name(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return what is named, each by a name of its own that can be printed; raise Refused where names are no such."""
+    """Return named values, each with a unique printable name; raise Refused for other names."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found or len(name) > LONGEST or not name.isprintable():
@@ -156,7 +156,7 @@ def by_name(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def can_be_written(value: Tensor) -> bool:
-    """Return whether safetensors holds such tensors: no quantised, sparse and complex ones, nor those without data."""
+    """Return whether safetensors can store a tensor: not quantised, sparse or complex ones, nor those without data."""
     try:
         save({"": value[(slice(1),) * value.dim()].clone(memory_format=torch.contiguous_format)})
     except Exception:
@@ -165,7 +165,7 @@ def can_be_written(value: Tensor) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Say in a line why torch did not read a file."""
+    """Return in one line why torch did not read a file."""
     text = str(error)
     text = (text.partition("WeightsUnpickler error: ")[2] or text).strip()
     if isinstance(error, MemoryError) or "alloc" in text:
@@ -190,7 +190,7 @@ def main(source: str, target: str, more: str) -> None:
         save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in whole.items()}, target)
     except Refused as error:
         sys.exit(str(error))
-    except Exception as error:  # whatever torch raises for an untrusted file
+    except Exception as error:  # torch can raise anything for an untrusted file
         sys.exit(reason(error))
     print(json.dumps([list(groups), lost]))
 

@@ -13,10 +13,10 @@ from ..errors import UserError
 from ..files import load_tensors
 from ._checkpoints import FLOATS, plain_weights
 
-OURS = "sparring/"  # what a model file holds besides weights
-REPARAMETRISED = ("_orig", "_mask", "_g")  # what torch.nn.utils.prune, spectral_norm and weight_norm make of a name
+OURS = "sparring/"  # what a model file contains besides weights
+REPARAMETRISED = ("_orig", "_mask", "_g")  # suffixes of torch.nn.utils.prune, spectral_norm and weight_norm
 LONGEST = 1000  # letters in a name
-COUNTERS = "num_batches_tracked"  # which checkpoints before torch 0.4.1 lack, and evaluation does not read
+COUNTERS = "num_batches_tracked"  # missing in checkpoints before torch 0.4.1, and not used in evaluation
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str,
     type, not finite, or that the model's own type would round.
     """
     own = model.state_dict()
-    learned = dict(model.named_parameters())  # some buffers take the size of what they are given
+    learned = dict(model.named_parameters())  # some buffers take the size of the loaded tensor
     found, notes = _matched(own, learned, tensors)
     for name, value in found.items():
         _check_kind(name, value, own[name].dtype)
@@ -58,7 +58,7 @@ def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str,
 def _matched(
     own: Mapping[str, Tensor], learned: Collection[str], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return tensors by the model's names, and notes; raise UserError where no reading gives it all that it learns."""
+    """Return tensors by the model's names, and notes; raise UserError if no reading gives all trained tensors."""
     plain, notes = plain_weights(tensors)
     for given, said in ((dict(tensors), ()), (plain, notes)):
         for prefix, inner in _readings(own, given):
@@ -102,20 +102,20 @@ def _read_as(
 
 
 def _place(value: Tensor) -> tuple[object, ...]:
-    """Return what is equal for tied weights alone."""
+    """Return a key that is equal only for tied weights."""
     return (value.data_ptr(), value.shape, value.stride()) if value.numel() else (id(value),)
 
 
 def _parts(
     own: Mapping[str, Tensor], learned: Collection[str], given: Mapping[str, Tensor]
 ) -> dict[str, tuple[dict[str, Tensor], str]]:
-    """Return by prefix the readings of only the tensors under it, and the part of the model that each is of."""
+    """Return, by prefix, the readings of only the tensors under it, with the part of the model for each."""
     under: dict[str, dict[str, Tensor]] = {}
     for name, value in given.items():
         for prefix in _starts([name], 2):
             under.setdefault(prefix, {})[name] = value
     for name in own:
-        for prefix in _starts([name], 2):  # what lies beside it then lies beside the model's own parts
+        for prefix in _starts([name], 2):  # its siblings then correspond to the model's own parts
             under.pop(prefix, None)
     parts: dict[str, tuple[dict[str, Tensor], str]] = {}
     for prefix in sorted(under, key=len):
@@ -127,14 +127,14 @@ def _parts(
 
 
 def _readings(own: Collection[str], given: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield a prefix to take from every given name and one to put there, the likeliest first."""
+    """Yield a prefix to remove from every given name and one to add, the likeliest first."""
     yield "", ""
     yield from ((prefix, "") for prefix in _starts(given) if all(name.startswith(prefix) for name in given))
     yield from (("", prefix) for prefix in _starts(own))
 
 
 def _starts(names: Collection[str], depth: int = 32) -> list[str]:
-    """Return what names begin with, up to a dot, the shortest first."""
+    """Return the prefixes of names, up to a dot, the shortest first."""
     found = {
         ".".join(parts[:at]) + "."
         for name in names
@@ -145,7 +145,7 @@ def _starts(names: Collection[str], depth: int = 32) -> list[str]:
 
 
 def _mismatch(own: Collection[str], given: Collection[str]) -> str:
-    """Say in which names weights and model differ, each with the nearest of the other's."""
+    """Describe in which names weights and model differ, each with the nearest name of the other."""
     missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))
     parts = []
     for what, names, others in (("lack", missing, unknown), ("have", unknown, missing)):
@@ -160,7 +160,7 @@ def _mismatch(own: Collection[str], given: Collection[str]) -> str:
 
 
 def _check_ties(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise UserError for two tensors of which the model, whose weights are tied, can hold only one."""
+    """Raise UserError for two different tensors if the model ties these weights."""
     first: dict[object, str] = {}
     for name, value in found.items():
         other = first.setdefault(_place(own[name]), name)
@@ -169,7 +169,7 @@ def _check_ties(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
 
 
 def _check_kind(name: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Raise UserError for numbers that a tensor of this type would change: integers as weights, or ones it rounds."""
+    """Raise UserError for numbers that a tensor of this type would change: integers as weights, or rounded ones."""
     if value.dtype == dtype:
         return
     if value.is_floating_point() != dtype.is_floating_point or value.dtype not in FLOATS | {torch.int64}:

@@ -196,7 +196,7 @@ class Engine:
 
     @cached_property
     def run_one(self) -> Callable[[Floats], Floats]:
-        """Return a function for the logits of one contiguous image (1, *shape), float32, that raises ValueError for others."""
+        """Return a function for the logits of one image (1, *shape), float32; not contiguous ones raise ValueError."""
         return self.plan(Layout(False, self._lanes)).run_one
 
     def plan(self, layout: Layout) -> ExecutionPlan:

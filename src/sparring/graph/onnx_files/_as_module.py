@@ -1,4 +1,4 @@
-"""A graph as a module of torch, so that a network that was read from a file is a model like any other."""
+"""A graph as a torch module, so that a network from a file is a model like any other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GraphModule(nn.Module):
         self.parts: list[Step] = [*entry, *zip(parts, shifted, strict=True)]
 
     def steps(self, dtype: torch.dtype) -> Sequence[Step]:
-        """Say what is computed; see `Stepwise`."""
+        """Describe the computation; see `Stepwise`."""
         return [(p if isinstance(p, nn.Module) else with_tensors(p, lambda v: v.to(dtype)), i) for p, i in self.parts]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class GraphModule(nn.Module):
 
 
 def _as_layer(op: Op) -> nn.Module | Op:
-    """Return a layer of torch's with an operation's weights; other operations as they are."""
+    """Return a torch layer with an operation's weights; other operations unchanged."""
     match op:
         case Linear(weight=weight, bias=bias):
             layer: nn.Module = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")

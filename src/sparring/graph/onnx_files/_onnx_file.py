@@ -37,7 +37,7 @@ def from_onnx(path: Path | str) -> Graph:
     x = torch.rand(_IMAGES, *graph.nodes[0].shape, generator=torch.Generator().manual_seed(0))
     found, expected = graph(x), run(x)
     if found.shape != expected.shape or not bool(
-        ((found - expected).abs() <= _TOLERANCE * expected.abs().amax()).all()  # NaN is refused, too
+        ((found - expected).abs() <= _TOLERANCE * expected.abs().amax()).all()  # also refuses NaN
     ):
         raise Unsupported(f"{path}: the logits of the graph differ from those of ONNX Runtime; please report this file")
     return graph
@@ -64,7 +64,7 @@ def onnx_runtime(data: bytes) -> Callable[[Tensor], Tensor]:
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its own classes of exceptions, one a status
+    except Exception as error:  # it has its own exception class for each status
         raise Unsupported(f"ONNX Runtime refuses the file: {told(error)}") from error
     (given,) = session.get_inputs()
     shape = [size if isinstance(size, int) else 1 for size in given.shape]

@@ -1,6 +1,6 @@
 """Read an ONNX graph as a graph of plain operations, or refuse it by node and operation.
 
-Whatever the file says of shapes is computed again, without memory, before anything is run.
+All shapes in the file are computed again, without memory, before anything is run.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from .._ops import Affine, Constant, Flatten, Graph, Input, Node, Op, Reshape, e
 from .._passes import needed
 
 _LARGEST = 2**28  # numbers in one tensor
-VALUES = 2**26  # numbers that one operation gives for one image
+VALUES = 2**26  # numbers in an operation's result for one image
 TYPES = {1: torch.float32, 6: torch.int32, 7: torch.int64, 11: torch.float64}  # by ONNX's numbers
 
-Value = int | Tensor  # a node of the graph, or what is the same for every image
+Value = int | Tensor  # a node of the graph, or a constant
 
 
 class Reader:
-    """Read the nodes of an ONNX model one after the other, by rules that take this reader and the node's inputs."""
+    """Read the nodes of an ONNX model one after another, by rules that take this reader and the node's inputs."""
 
     def __init__(self, path: str, model: Any, rules: Mapping[str, Callable[..., Value]]) -> None:
         self.path, self.graph, self.rules = path, model.graph, rules
         self.nodes: list[Node] = []
         self.values: dict[str, Value] = {}
-        self.name = ""  # of the node that is read
+        self.name = ""  # of the current node
 
     def read(self) -> Graph:
-        """Return the graph; raise Unsupported, naming node and operation, for what has no rule."""
+        """Return the graph; raise Unsupported, naming node and operation, for operations without a rule."""
         for tensor in self.graph.initializer:
             self.values[tensor.name] = self.guarded(f"tensor '{tensor.name}'", partial(tensor_of, tensor))
         inputs = [one for one in self.graph.input if one.name not in self.values]
@@ -54,7 +54,7 @@ class Reader:
         return Graph(needed(self.nodes, last))
 
     def guarded(self, what: str, work: Callable[[], Any]) -> Any:
-        """Do some work on the file, in which anything may be written; name the place where it fails."""
+        """Do some work on the untrusted file; name the place where it fails."""
         try:
             return work()
         except UserError:
@@ -63,7 +63,7 @@ class Reader:
             raise Unsupported(f"{self.path}: {what} cannot be read: {told(error)}") from error
 
     def entered(self, given: Any) -> int:
-        """Append the input: of an image's shape, or flat."""
+        """Append the input: with an image's shape, or flat."""
         kind = given.type.tensor_type
         sizes = [one.dim_value or -1 for one in kind.shape.dim]
         if kind.elem_type != 1 or len(sizes) < 2 or sizes[0] not in (-1, 1) or min(sizes[1:]) < 1:
@@ -77,7 +77,7 @@ class Reader:
         return 0
 
     def translate(self, node: Any) -> Value:
-        """Return what a node computes."""
+        """Return the value that a node computes."""
         if node.domain not in ("", "ai.onnx") or (rule := self.rules.get(node.op_type)) is None:
             domain = "" if node.domain in ("", "ai.onnx") else f" of '{node.domain}'"
             raise self.refuse(f"{domain.strip()} has no rule".strip())
@@ -103,18 +103,18 @@ class Reader:
         return tuple(value.shape) if isinstance(value, Tensor) else self.nodes[value].shape
 
     def constant(self, value: Value | None, what: str) -> Tensor:
-        """Return a constant; raise Unsupported for what is computed."""
+        """Return a constant; raise Unsupported for a computed value."""
         if not isinstance(value, Tensor):
             raise self.refuse(f"has {what} that is computed from the image" if value is not None else f"has no {what}")
         return value
 
     def numbers(self, value: Any, what: str) -> list[int]:
-        """Return integers that are given as an attribute, or in a constant tensor."""
+        """Return integers from an attribute or a constant tensor."""
         found = self.constant(value, what).flatten().tolist() if isinstance(value, Value) else value
         return [int(number) for number in found]
 
     def index(self, value: Value) -> int:
-        """Return the node of a value, which is made for a constant."""
+        """Return the node of a value; create one for a constant."""
         return value if isinstance(value, int) else self.emit(Constant(value.float()))
 
     def emit(self, op: Op, *inputs: Value) -> int:
@@ -142,7 +142,7 @@ class Reader:
         return self.emit(Flatten() if len(shape) == 1 else Reshape(shape), source)
 
     def resized(self, x: Value, target: Callable[[Tensor], Tensor]) -> Value:
-        """Apply a function of torch that moves no numbers."""
+        """Apply a torch function that does not move numbers."""
         if isinstance(x, Tensor):
             return target(x)
         after = target(torch.empty(1, *self.shape(x), device="meta")).shape
@@ -161,7 +161,7 @@ class Reader:
         return self.reshaped(flat, shape)
 
     def spread(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return a constant with a number for each of an image's."""
+        """Return a constant with a number for each value of an image."""
         if value.dim() == len(shape) + 1 and len(value) == 1:
             value = value[0]
         if value.dim() > len(shape) or broadcast(value.shape, shape) != shape:
@@ -170,7 +170,7 @@ class Reader:
 
 
 def tensor_of(tensor: Any) -> Tensor:
-    """Return a tensor that lies in the file."""
+    """Return a tensor stored in the file."""
     from onnx import numpy_helper
 
     if tensor.data_location == 1 or tensor.external_data:

@@ -1,6 +1,6 @@
-"""What becomes of each of ONNX's operations: one entry a rule.
+"""Rules for ONNX operations, one entry per rule.
 
-A rule takes a node's inputs by their order and its attributes by their names: others are refused.
+A rule takes a node's inputs by position and its attributes by name; other attributes are refused.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def _transpose(r: Reader, x: Value, *, perm: Sequence[int] = ()) -> Value:
         return x.permute(*(perm or reversed(range(x.dim())))).contiguous()
     sizes = (1, *r.shape(x))
     order = [axis for axis in perm if sizes[axis] > 1]
-    if order == sorted(order) and perm:  # only axes of one place move
+    if order == sorted(order) and perm:  # only axes of length 1 move
         return r.resized(x, lambda v: v.permute(*perm))
     if not perm or perm[0] != 0:
         raise r.refuse("moves the axis of the images; keep it first")
