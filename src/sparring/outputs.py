@@ -48,7 +48,7 @@ def check_module(model: object) -> None:
     """Raise UserError unless the model is an nn.Module with initialised parameters."""
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is a {type(model).__name__}; wrap it in an nn.Module whose forward() calls it")
-    if "eval" in vars(model):  # torch.export puts one there that raises
+    if "eval" in vars(model):  # torch.export installs one that raises
         raise UserError("the model cannot be put in eval mode; use the module that it was exported from")
     lazy = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)]
     if lazy:
@@ -63,7 +63,7 @@ class Door(Opened):
     """A wrapped model that takes images of any floating type and returns logits of the same type.
 
     kind: the type to which images are cast for the model; None keeps their own. copies: the model writes into its input
-    and is given a copy. A class whose logit is at most `floor` is masked. Its logit is replaced by a number just below
+    and gets a copy. A class whose logit is at most `floor` is masked. Its logit is replaced by a number just below
     all others, so that losses stay finite and depend on the remaining classes.
     """
 
@@ -113,7 +113,7 @@ def precision(model: nn.Module, logits: Tensor) -> torch.dtype:
 
 
 class _Trial(NamedTuple):
-    """What became of a pass: the type the model took, whether it wrote into its input, and what it returned."""
+    """Result of a trial pass: the type that the model took, whether it wrote into its input, and its return value."""
 
     kind: torch.dtype
     written: bool
@@ -126,7 +126,7 @@ class _Trial(NamedTuple):
 
 
 def _tried(model: nn.Module, x: Tensor, kinds: Iterable[torch.dtype]) -> _Trial:
-    """Return what a pass of images came to, in the first of these types that the model takes."""
+    """Return the result of a pass of images, in the first of these types that the model accepts."""
     failure: Exception = UserError("it takes no type of number")
     for kind in kinds:
         given = x.to(kind, copy=True)
@@ -134,7 +134,7 @@ def _tried(model: nn.Module, x: Tensor, kinds: Iterable[torch.dtype]) -> _Trial:
             output = model(given)
         except UserError:
             raise
-        except Exception as error:  # whatever a user's own code raises
+        except Exception as error:  # a user's own code can raise anything
             failure = error
             continue
         _check_shape(logits_of(output), len(x))
@@ -143,7 +143,7 @@ def _tried(model: nn.Module, x: Tensor, kinds: Iterable[torch.dtype]) -> _Trial:
 
 
 def _check_shape(logits: Tensor, count: int) -> None:
-    """Raise UserError unless these are two logits or more for each of so many images."""
+    """Raise UserError unless these are at least two logits for each image."""
     shape = tuple(logits.shape)
     if logits.dim() == 2 and len(logits) == count and shape[1] >= 2:
         return
@@ -158,10 +158,10 @@ def _check_shape(logits: Tensor, count: int) -> None:
 
 
 def _floor(logits: Tensor) -> float | None:
-    """Return the logit at which masked classes begin, None where there are none.
+    """Return the logit below which classes are masked, or None if there are none.
 
-    Those of −inf, and those that lie together ten times as low as any other number is large, at most −500: -1e9, -1e4
-    and the lowest number of a type are in use, in place of a logit or added to it. At least two classes are left.
+    Masked are logits of −inf, and groups of logits at most −500 and ten times as low as any other is large: -1e9, -1e4
+    and the lowest number of a type are used, instead of a logit or added to it. At least two classes are left.
     """
     values = logits.double()
     if torch.isneginf(values).any():
@@ -175,9 +175,9 @@ def _floor(logits: Tensor) -> float | None:
 
 
 def _unmasked(logits: Tensor, floor: float) -> Tensor:
-    """Return logits with masked ones replaced by what lies below an image's others by their span and one more."""
+    """Return logits with masked ones replaced by a value below the image's others, by their span plus one."""
     masked = logits <= floor
-    if logits.device.type == "cpu" and not bool(masked.any()):  # elsewhere to ask is to wait
+    if logits.device.type == "cpu" and not bool(masked.any()):  # on other devices asking means waiting
         return logits
     masked &= ~masked.all(1, keepdim=True) | torch.isneginf(logits)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def _unmasked(logits: Tensor, floor: float) -> Tensor:
 
 
 def _balance(entry: Tensor, logits: Tensor) -> None:
-    """Send gradients back at unit size and restore it at the entry: half precision has no numbers below 6e-8."""
+    """Scale gradients to unit size in the backward pass and restore them at the input: half precision ends at 6e-8."""
     sizes: list[Tensor] = []
 
     def down(gradient: Tensor) -> Tensor:
@@ -201,5 +201,5 @@ def _balance(entry: Tensor, logits: Tensor) -> None:
 
 
 def _count(x: Tensor) -> str:
-    """Return how many images there are, and of which shape, in words."""
+    """Describe the number of images and their shape."""
     return f"{len(x)} image{'s' if len(x) > 1 else ''} of shape {tuple(x.shape[1:])}"

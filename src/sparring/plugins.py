@@ -31,7 +31,7 @@ def import_object(path: str) -> Any:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
+    except Exception as error:  # the user's module can raise anything while it is imported
         raise UserError(f"cannot import '{module_name}' for '{path}': {told(error)}") from error
     try:
         found = getattr(module, attribute)
@@ -52,7 +52,7 @@ def look_up(kind: str, name: str, table: Mapping[str, Any]) -> Any:
 
 
 def code_hash(path: str) -> str:
-    """Return the SHA-256 of the file that defines "package.module:name", so that a change is noticed.
+    """Return the SHA-256 of the file that defines "package.module:name", so that changes are detected.
 
     Objects without a source file (typed into an interpreter) have the hash of empty content. Raise the errors of
     `import_object`.
@@ -94,7 +94,7 @@ def _type_of(function: Callable[..., Any], parameter: inspect.Parameter) -> Type
         function = function.func
     try:
         hints = typing.get_type_hints(inspect.unwrap(function))
-    except Exception:  # a user's annotations may be anything
+    except Exception:  # a user's annotations can be anything
         hints = {}
     default = type(parameter.default)
     bare = float if default is int else default if default in (bool, float, str) else Any

@@ -10,17 +10,17 @@ from .errors import UserError
 
 __all__ = ["refuse_refuted"]
 
-# What float32 logits at the decision boundary may move a distance by.
+# How far rounding of float32 logits can move a distance to the decision boundary.
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-5
 
 
 def refuse_refuted(
     proved: Any, reached: Any, *, norm: str, who: str = "", images: Any = None, closed: bool = False
 ) -> None:
-    """Raise UserError where an adversarial example is nearer than the distance that was proved, with both numbers.
+    """Raise UserError, with both numbers, if an adversarial example is nearer than the proved distance.
 
     proved, reached: arrays (N,), certified radii or lower bounds and the distances of adversarial examples in the same
-    norm, infinite or NaN where there is none. who: whose they are; images: the images' numbers (None: from 0).
+    norm, infinite or NaN where there is none. who: the network, in words; images: the images' numbers (None: from 0).
     closed: both are budgets, so that an example within an equal one refutes.
     """
     radius, distance = (np.asarray(values, np.float64) for values in (proved, reached))

@@ -18,7 +18,7 @@ from .outputs import opened
 __all__ = ["Counts", "counts", "made_dense"]
 
 # fmt: off
-# What multiplies with a matrix, and what makes a tensor of it whose zeros are the matrix's, in these places or others.
+# Operations that multiply with a matrix, and those whose result has the matrix's zeros, in the same places or others.
 _PRODUCTS = frozenset({
     "linear", "bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "inner", "einsum",
     "tensordot", "chain_matmul", "embedding", "embedding_bag", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
@@ -115,7 +115,7 @@ def made_dense(model: nn.Module, x: Tensor) -> dict[str, str]:
 
 
 class _Uses(TorchFunctionMode):
-    """Watch what becomes of matrices: `lost` names the first operation by which one loses its zeros."""
+    """Follow matrices through operations: `lost` names the first operation by which one loses its zeros."""
 
     def __init__(self, known: Iterable[Matrix]) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Uses(TorchFunctionMode):
         return result
 
     def _follow(self, value: Tensor, name: str, result: Any) -> None:
-        """Take what an operation makes of a matrix for the same matrix, or the matrix for lost."""
+        """Record an operation's result as the same matrix, or the matrix as lost."""
         for made in result if isinstance(result, tuple | list) else (result,):
             if not isinstance(made, Tensor) or made is value:
                 continue

@@ -1,6 +1,6 @@
 """Divide independent pieces of work among threads; each computes alone.
 
-The products of a network on a few images are too small to be shared out among threads; whole images are not.
+The products of a network on a few images are too small to be divided among threads; whole images are not.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Result = TypeVar("Result")
 
 
 def shared_out(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Iterator[Result]:
-    """Yield the result of each piece in order; as many are worked on at once as torch has threads, each by one.
+    """Yield the result of each piece in order; torch's number of threads work at once, each on one piece.
 
-    Modes such as `torch.no_grad` are each thread's own: `work` must enter them itself.
+    Modes such as `torch.no_grad` are local to a thread: `work` must enter them itself.
     """
     before = torch.get_num_threads()
     threads = min(before, len(pieces))

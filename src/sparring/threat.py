@@ -57,7 +57,7 @@ class Threat(_Threat):
 
 
 def dual(norm: float) -> float:
-    """Return q with 1/p + 1/q = 1; raise Unsupported for l0, which is no norm."""
+    """Return q with 1/p + 1/q = 1; raise Unsupported for l0, which is not a norm."""
     if norm == L0:
         raise Unsupported("l0 is not a norm and has no dual")
     return {LINF: L1, L2: L2, L1: LINF}[norm]

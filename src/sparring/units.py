@@ -26,7 +26,7 @@ __all__ = [
 LINF = math.inf
 L2 = 2.0
 L1 = 1.0
-L0 = 0.0  # how many values differ: no norm, but everybody calls it one
+L0 = 0.0  # number of values that differ: not a norm, but commonly called one
 _NAMES = {LINF: "linf", L2: "l2", L1: "l1", L0: "l0"}
 _SPELLINGS = {spelt: norm for norm, name in _NAMES.items() for spelt in (name[1:], f"{norm:g}", str(norm))}
 _SPELLINGS |= {"infinity": LINF, "∞": LINF}
@@ -58,7 +58,7 @@ def parse_eps(value: str | float) -> float:
         raise UserError(f"eps must be a number such as 0.03, or a fraction such as 8/255, not '{value}'") from None
     if not (math.isfinite(eps) and eps >= 0):
         raise UserError(f"eps must be a finite number >= 0, not {value}")
-    return eps + 0.0  # of −0 too
+    return eps + 0.0  # also for −0
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
@@ -88,7 +88,7 @@ def percent(share: float, decimals: int = 1, *, trim: bool = False) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them."""
+    """Return seconds in readable units."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,13 +1,13 @@
 """Let OpenMP's threads sleep instead of spinning while other processes need the cores.
 
-GNU's OpenMP, which torch brings along, spins at every barrier for milliseconds. On free cores that is fastest; on cores
-that something else also uses, each barrier waits for a thread that is not running while another burns its share: work
-on two threads then takes ten times as long as on one. The environment variables that choose the way to wait are read
-when torch is imported, too late for a notebook. But libgomp itself hardly spins while it manages more threads than
-there are cores, so a few threads that do nothing switch it over, and back. How many threads share the work, and so the
-last bit of every result, stays as it was. Waking a thread that sleeps, on a core that another process holds, takes
-longer than the products of a small network. Where the threads together then get less of the cores than one alone would,
-they take turns on one core (`together`), and work that no thread count changes is left to one thread (`alone`).
+GNU's OpenMP, which torch includes, spins at every barrier for milliseconds. On free cores that is fastest. On shared
+cores, each barrier waits for a thread that is not running while another one spins: work on two threads then takes ten
+times as long as on one. The environment variables for this are read when torch is imported, too late for a notebook.
+But libgomp hardly spins while it manages more threads than there are cores, so a few idle threads switch spinning off,
+and on again. The number of threads that do the work, and so the last bit of every result, does not change. Waking a
+sleeping thread on a core that another process uses takes longer than the products of a small network. If the threads
+together get less of the cores than one thread would, they take turns on one core (`together`), and work whose result
+does not depend on the number of threads is left to one thread (`alone`).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ __all__ = ["alone", "courteous", "crowd", "together"]
 
 NAME = "sparring looks for cores"
 PAUSE = 0.03  # seconds between two looks
-TURNS = 0.3  # seconds on one core, before the threads are let go to see whether they still need it
-LINGER = 1.0  # seconds that a crowd waits for the next call: under load it takes longer to gather than short calls run
-SMALL = 1 << 19  # numbers, on which one thread is done before another that sleeps has woken
-BUSY, FREE = 0.1, 0.03  # seconds a second that threads wait for a core: above it is shared, below it is ours again
+TURNS = 0.3  # seconds on one core, before the threads are released to see whether they still need it
+LINGER = 1.0  # seconds that a crowd waits for the next call: under load, creating it takes longer than short calls
+SMALL = 1 << 19  # numbers that one thread finishes before a sleeping one has woken
+BUSY, FREE = 0.1, 0.03  # seconds per second that threads wait for a core: above, it is shared; below, it is free again
 
 
 @contextmanager
 def courteous() -> Iterator[None]:
-    """Watch, while the work inside runs on several threads, whether they get their cores; if not, let them sleep.
+    """Watch whether the threads of the work inside get their cores; if not, let them sleep.
 
-    Nothing is done where torch has one thread, and where OpenMP or the system is another than GNU's and Linux.
+    Does nothing if torch has one thread, and without GNU's OpenMP or Linux.
     """
     openmp = None if torch.get_num_threads() == 1 else _openmp()
     if openmp is None:
@@ -58,7 +58,7 @@ def courteous() -> Iterator[None]:
 
 @contextmanager
 def alone(count: int) -> Iterator[None]:
-    """Work number by number, on few, without the threads that sleep; the bits of such work do not depend on threads."""
+    """Do elementwise work on few numbers without the sleeping threads; its bits do not depend on threads."""
     threads = torch.get_num_threads()
     if threads == 1 or count >= SMALL or not any(isinstance(t, _Watcher) and t.shared for t in threading.enumerate()):
         yield
@@ -72,13 +72,13 @@ def alone(count: int) -> Iterator[None]:
 
 @contextmanager
 def crowd(openmp: Any, size: int) -> Iterator[None]:
-    """Keep `size` more threads in OpenMP's count, asleep."""
+    """Add `size` sleeping threads to OpenMP's count."""
     here, leave = threading.Event(), threading.Event()
 
     def gather() -> None:
-        openmp.GOMP_parallel(ctypes.CDLL(None).free, None, size + 1, 0)  # of nothing: each thread returns at once
+        openmp.GOMP_parallel(ctypes.CDLL(None).free, None, size + 1, 0)  # no work: each thread returns at once
         here.set()
-        leave.wait()  # the threads live as long as the one that called them
+        leave.wait()  # the threads live as long as the one that created them
 
     host = threading.Thread(target=gather, daemon=True)
     host.start()
@@ -92,7 +92,7 @@ def crowd(openmp: Any, size: int) -> Iterator[None]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Keep this process's threads on the core where its first one is: none then waits for another's core."""
+    """Keep this process's threads on the core of its first one, so that none waits for another's core."""
     own, before, threads = os.sched_getaffinity(os.getpid()), {}, Path("/proc/self/task")
     with suppress(OSError, ValueError, IndexError):
         core = int((threads / str(os.getpid()) / "stat").read_text().rpartition(")")[2].split()[36])
@@ -103,12 +103,12 @@ def together() -> Iterator[None]:
         yield
     finally:
         for thread in (int(path.name) for path in threads.iterdir()):
-            with suppress(OSError):  # a thread that began meanwhile has the affinity of the one that started it
+            with suppress(OSError):  # a thread that started meanwhile has the affinity of its creator
                 os.sched_setaffinity(thread, before.get(thread, own))
 
 
 class _Look(NamedTuple):
-    """When it was, and for how many seconds the threads have waited for cores and run so far."""
+    """The time of a look, and the seconds for which the threads have waited for cores and run so far."""
 
     time: float
     waited: float
@@ -116,17 +116,17 @@ class _Look(NamedTuple):
 
 
 class _Watcher(threading.Thread):
-    """Hold a crowd for as long as the process's threads wait for cores, from one call to the next."""
+    """Keep a crowd as long as the process's threads wait for cores, from one call to the next."""
 
     def __init__(self, openmp: Any) -> None:
         super().__init__(name=NAME, daemon=True)
         self.openmp, self.cores = openmp, len(os.sched_getaffinity(0))
         self.calls, self.shared, self.over = 0, False, False
-        self.small = True  # until a look finds that the threads get on beside each other
+        self.small = True  # until a look finds that each thread has a core
         self.change = threading.Condition()
 
     def comes(self) -> bool:
-        """Count a call, unless this watcher has ended; the outermost looks whether the cores are shared."""
+        """Count a call, unless this watcher has ended; the outermost call checks whether the cores are shared."""
         with self.change:
             if self.calls == 0 and not self.over:
                 self.threads = torch.get_num_threads()
@@ -150,7 +150,7 @@ class _Watcher(threading.Thread):
                     last = self._look(last)
 
     def _look(self, last: _Look | None) -> _Look | None:
-        """Wait a moment, or for a call; from what the last look saw, judge who has the cores."""
+        """Wait a moment, or for a call; judge from the last look whether the cores are shared."""
         with self.change:
             if self.calls == 0:
                 self.over = not self.change.wait_for(lambda: self.calls, LINGER)
@@ -165,7 +165,7 @@ class _Watcher(threading.Thread):
                 self.shared = (now.waited - last.waited) / passed > (FREE if self.shared else BUSY)
                 self.small = (now.ran - last.ran) / passed < 1 / (
                     1 + _others() / self.cores
-                )  # one alone would get that
+                )  # one thread would get that
             return None if self.small and last is not None else now
 
 
@@ -181,7 +181,7 @@ def _openmp() -> Any | None:
 
 
 def _others(system: Path = Path("/proc")) -> int:
-    """Return how many threads of others run on this machine, or wait for a core; 0 where none can tell."""
+    """Return how many threads of other processes run or wait for a core; 0 if unknown."""
     with suppress(OSError, ValueError, IndexError):
         running = int((system / "loadavg").read_text().split()[3].partition("/")[0])
         states = [path.read_text().rpartition(")")[2].split()[0] for path in system.glob("self/task/*/stat")]
@@ -190,10 +190,10 @@ def _others(system: Path = Path("/proc")) -> int:
 
 
 def _waited(without: int) -> float | None:
-    """Return for how many seconds the process's threads, but one, have waited for a core; None if none can tell."""
+    """Return for how many seconds the process's threads, except one, have waited for a core; None if unknown."""
     total, known = 0, False
     for thread in Path("/proc/self/task").iterdir():
-        with suppress(OSError, ValueError, IndexError):  # a thread that has just ended, or a system that does not say
+        with suppress(OSError, ValueError, IndexError):  # a thread that has just ended, or a system without this file
             total += int((thread / "schedstat").read_text().split()[1]) * (thread.name != str(without))
             known = True
     return total / 1e9 if known else None

@@ -15,10 +15,10 @@ from ..errors import DamageError, UserError
 from ..files import canonical_json, finite, read_bounded, read_json, sha256_bytes
 from ._schema import CELLS, READ, Cell, Checkpoint, DatasetFacts, Kind, PlanFile, Record, pruning_kind
 
-# The most that is read, and so the most that is written. A large study's plan.json lists millions of keys.
+# The largest sizes that are read, and therefore written. A large study's plan.json lists millions of keys.
 MAX_PLAN, MAX_RECORD, MAX_OBJECT = 512 << 20, 64 << 20, 1 << 30
 AGAIN = "rerun the study to recompute it, or restore it"
-BEST = " (best epoch)"  # how schema 1 marked cells of that checkpoint
+BEST = " (best epoch)"  # suffix of cells of that checkpoint in schema 1
 CELL: dict[str, Any] = {"seed": int, "method": str, "sparsity": int | float | None, "axis": str, "tasks": list}
 FACTS: dict[str, Any] = {"name": str, **dict.fromkeys(("class_count", "train", "valid", "test"), int)}
 FACTS |= {"classes": list, "shape": list}
@@ -28,15 +28,15 @@ FIELDS |= dict.fromkeys(("inputs", "metrics", "series", "environment", "times", 
 
 
 class Folder:
-    """Name the files of the study in `out`; no file is opened or made."""
+    """The paths of the files of the study in `out`; no file is opened or created."""
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
         self.plan = self.out / "plan.json"
         self.records = self.out / "records"
         self.objects = self.out / "objects"
-        self.scratch = self.out / "scratch"  # what long trainings have so far
-        self.damaged = self.out / "damaged"  # what was set aside
+        self.scratch = self.out / "scratch"  # checkpoints of long trainings
+        self.damaged = self.out / "damaged"  # files that were set aside
         self.locked = self.out / ".lock"
         self.report = self.out / "report.html"
         self.results = self.out / "results.csv"
@@ -57,7 +57,7 @@ class Folder:
 
 
 def is_key(text: Any) -> bool:
-    """Say whether this is a task's key, which is safe as a file name."""
+    """Return whether this is a task's key, which is safe as a file name."""
     return isinstance(text, str) and re.fullmatch("[0-9a-f]{32}", text) is not None
 
 
@@ -94,17 +94,17 @@ def read_plan(out: str | Path) -> PlanFile:
 
 
 def plan_checksum(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of what plan.json holds besides it."""
+    """Return the SHA-256 of the rest of plan.json."""
     return sha256_bytes(canonical_json(finite(content)).encode())
 
 
 def _are(content: Any, kinds: Mapping[str, Any]) -> bool:
-    """Tell whether the named values of a table are of their kinds."""
+    """Return whether the named values of a table have their types."""
     return isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
 
 
 def _cell(content: Mapping[str, Any]) -> Cell:
-    """Return a cell of schema 2; raise ValueError if it is none."""
+    """Return a cell of schema 2; raise ValueError if it is invalid."""
     sound = set(content) == {*CELL, "kind", "checkpoint"} and _are(content, CELL)
     named = sound and content["kind"] in _KINDS and content["checkpoint"] in get_args(Checkpoint)
     if not named or content["axis"] not in ("weights", "activations") or not all(map(is_key, content["tasks"])):
@@ -116,7 +116,7 @@ _KINDS = {name for part in get_args(Kind) for name in get_args(part)}
 
 
 def _told_by_its_label(cell: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a cell of schema 1, of which label, axis and plan said what it was, as one of schema 2."""
+    """Convert a cell of schema 1, which is described by label, axis and plan, to schema 2."""
     method, axis = cell["method"], cell.get("axis", "weights")
     label = method.removesuffix(BEST)
     table: dict[str, Any] = next((one for one in plan.get("pruning") or () if one.get("label") == label), {})

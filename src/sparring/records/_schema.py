@@ -1,8 +1,8 @@
 """The schema of a study's folder: plan.json with its cells, and one record and at most one tensor file per task.
 
-Norms are "linf", "l2", "l1" or "l0", shares lie between 0 and 1, and what is not a finite number is null. Times, which
-vary from run to run, have a place of their own. Files of schema 1 are read too: their cells said in the label what they
-were, and their tensors of images lacked `images`.
+Norms are "linf", "l2", "l1" or "l0", shares are between 0 and 1, and numbers that are not finite are null. Times, which
+vary from run to run, are stored separately. Files of schema 1 are read too: their cells are described by their labels,
+and their tensors of images lack `images`.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from ..files import canonical_json, sha256_bytes
 SCHEMA = 2
 READ = (1, SCHEMA)
 
-# What a cell's network is: as trained, fine-tuned as long as the sparse ones without pruning, one of the other
-# controls, or the result of a [[pruning]], [[activation]] or [[linear]] table.
+# Kinds of networks: as trained, fine-tuned as long as the sparse ones but not pruned, one of the other controls, or the
+# result of a [[pruning]], [[activation]] or [[linear]] table.
 Dense = Literal["reference", "control"]
 Control = Literal["tuned decay", "small dense", "wide sparse"]
 Pruned = Literal["pruned", "random", "channels", "surgery"]
 Kind = Dense | Control | Pruned | Literal["activations", "linear"]
-CELLS: tuple[str, ...] = (*get_args(Dense), *get_args(Control))  # kinds that plans do not name: their own labels
+CELLS: tuple[str, ...] = (*get_args(Dense), *get_args(Control))  # kinds without a name in plans: their own labels
 Checkpoint = Literal["final", "best"]
 
 
 class ObjectFile(TypedDict):
-    """Name a safetensors file in objects/ and the SHA-256 of its content."""
+    """The name of a safetensors file in objects/ and the SHA-256 of its content."""
 
     file: str
     sha256: str
 
 
 class AttackInputs(TypedDict):
-    """Hold the input `attack` of a record; `naive`: without the straight-through pass and transfer that BPDA adds."""
+    """The input `attack` of a record; `naive`: without the straight-through pass and transfer that BPDA adds."""
 
     name: str
     norm: str
-    eps: float | None  # null: the smallest perturbation is looked for
-    naive: NotRequired[bool]  # and whatever options the attack has, as `steps`
+    eps: float | None  # null: look for the smallest perturbation
+    naive: NotRequired[bool]  # and the attack's options, such as `steps`
 
 
 class DatasetFacts(TypedDict):
-    """Hold a data set's name, class names, number of images per split and image shape."""
+    """A data set's name, class names, number of images per split and image shape."""
 
     name: str
     classes: list[str]
@@ -57,10 +57,10 @@ class DatasetFacts(TypedDict):
 
 @dataclass(frozen=True)
 class Cell:
-    """Name one network of the study and the keys of all tasks that made or measured it.
+    """One network of the study and the keys of all tasks that made or measured it.
 
     `method` is a label only. `axis` says what `sparsity` counts: "weights", or the level of an "activations" control.
-    If `sparsity` is None, the method's own rule decides where it ends, and only its "prune" record holds the value.
+    If `sparsity` is None, the method determines it, and only its "prune" record contains the value.
     """
 
     seed: int
@@ -74,7 +74,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """Hold plan.json: the plan's table, its tasks, the data, and the machine and command that ran it."""
+    """The content of plan.json: the plan's table, its tasks, the data, and the machine and command that ran it."""
 
     plan: dict[str, Any]
     cells: tuple[Cell, ...]
@@ -86,12 +86,12 @@ class PlanFile:
 
 @dataclass(frozen=True)
 class Record:
-    """Hold the result of one task (`STAGES`). `error` is None if the task succeeded.
+    """The result of one task (`STAGES`). `error` is None if the task succeeded.
 
-    `key` is the hash of the stage and its inputs. `origin` holds what the inputs do not: the plan's name, the seed and,
-    under `weights`, the SHA-256 of each parent's tensors by key; the oldest records lack it. `environment` holds the
-    versions of sparring and its dependencies, the device and the number type. `folder` is the folder that the record
-    was read from; it is not written.
+    `key` is the hash of the stage and its inputs. `origin` has facts that are not inputs: the plan's name, the seed
+    and, under `weights`, the SHA-256 of each parent's tensors by key; the oldest records lack it. `environment` holds
+    the versions of sparring and its dependencies, the device and the number type. `folder` is the folder that the
+    record was read from; it is not written.
     """
 
     key: str
@@ -99,7 +99,7 @@ class Record:
     inputs: dict[str, Any]
     metrics: dict[str, float | None] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
-    flags: list[dict[str, str]] = field(default_factory=list)  # each a reason for doubt: `name` and `detail`
+    flags: list[dict[str, str]] = field(default_factory=list)  # each has `name` and `detail`
     error: str | None = None
     object: ObjectFile | None = None
     environment: dict[str, Any] = field(default_factory=dict)
@@ -131,16 +131,16 @@ class Record:
 
     def checksum(self) -> str:
         """Return the SHA-256 of everything but times, which may differ between equal runs."""
-        left_out = ("times",) if self.origin else ("times", "origin")  # the first records knew of no origin
+        left_out = ("times",) if self.origin else ("times", "origin")  # the first records have no origin
         content = {name: value for name, value in self.content().items() if name not in left_out}
         return sha256_bytes(canonical_json(content).encode())
 
 
 @dataclass(frozen=True)
 class Holds:
-    """Name what the records of a stage hold: metrics, series, further times, and tensors.
+    """The content of a stage's records: metrics, series, further times, and tensors.
 
-    A tensor has a value an image; `images`, int32, are their places in the split. Names in capitals vary.
+    A tensor has a value per image; `images`, int32, are their positions in the split. Names in capitals vary.
     """
 
     metrics: tuple[str, ...] = ()
@@ -177,10 +177,11 @@ STAGES: Mapping[str, Holds] = {
         ("forwards", "backwards", "success", "robust_accuracy", *_FOUND),
         tensors=("distance", "pixels", "success", *_IMAGES, "clean", "perturbed"),
     ),
-    # what an attack found on the dense control, for attacks on networks with sparse activations
+    # an attack's examples on the dense control, for attacks on networks with sparse activations
     "lend": Holds(tensors=("loanNUMBER",)),
-    # of the sparse network, in the `direction` "to sparse" or "to dense": what fools the network attacked and this one
-    # too (`success`), among images that fool that one and that this one knows when clean (`clean_correct`)
+    # of the sparse network, in the `direction` "to sparse" or "to dense": examples that fool both the attacked network
+    # and this one (`success`), among those that fool the former and that this one classifies correctly when clean
+    # (`clean_correct`)
     "transfer": Holds(("transferred", "robust_accuracy"), tensors=("success", *_IMAGES)),
     # `radius` is 0 where the clean image is misclassified
     "certify": Holds(("radius_mean", "radius_median", "certified_accuracy_EPS"), tensors=("radius", "label", "images")),
@@ -195,7 +196,7 @@ STAGES: Mapping[str, Holds] = {
         times=("search",),
         tensors=("verified_by", "falsified", "stable", "nodes", *_IMAGES),
     ),
-    # `latency` is in seconds an image, one at a time
+    # `latency` is in seconds per image, one at a time
     "deploy": Holds(("bytes_packed", "agreement", "logits_agree"), times=("latency", "latency_torch")),
     # `stands_*`: correct under the examples made on either network
     "ship": Holds(
@@ -208,7 +209,7 @@ STAGES: Mapping[str, Holds] = {
 
 
 def pruning_kind(score: str | None, method: str | None, structure: str | None) -> Pruned:
-    """Return the kind of network that a [[pruning]] table makes."""
+    """Return the kind of network that a [[pruning]] table produces."""
     if score == "random" or method == "bernoulli":
         return "random"
     if structure == "channels":

@@ -45,11 +45,11 @@ class Store(Folder):
 
     def __init__(self, out: str | Path) -> None:
         super().__init__(out)
-        self.found_damaged: list[str] = []  # what this process has set aside
+        self.found_damaged: list[str] = []  # files that this process has set aside
 
     @contextlib.contextmanager
     def lock(self, wait: float = 5.0) -> Iterator[None]:
-        """Hold the folder for writing, and remove what killed writers left in it.
+        """Lock the folder for writing, and remove the temporary files of killed writers.
 
         The lock ends with the process. Raise UserError if another process holds it after `wait` seconds.
         """
@@ -59,7 +59,7 @@ class Store(Folder):
             yield
 
     def prepare(self) -> None:
-        """Make the folders; raise UserError if they are not writable."""
+        """Create the folders; raise UserError if they are not writable."""
         for folder in (self.out, self.records, self.objects, self.scratch):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class Store(Folder):
         if content:
             path = write_atomic(self.object(record.key), content)
             record = replace(record, object={"file": path.name, "sha256": sha256_bytes(content)})
-        # The checksum is of what can be read back, and JSON has no NaN.
+        # The checksum is of the values that can be read back, and JSON has no NaN.
         record = replace(record, metrics=finite(record.metrics), series=finite(record.series), folder=self.out)
         checked = {**record.content(), "sha256": record.checksum()}
         write_json(self.record(record.key), checked, limit=reader.MAX_RECORD)
@@ -120,7 +120,7 @@ class Store(Folder):
         try:
             self.damaged.mkdir(parents=True, exist_ok=True)
             path.replace(self.damaged / path.name)
-        except FileNotFoundError:  # another worker found it too
+        except FileNotFoundError:  # another worker has moved it
             return
         except OSError as error:
             raise explain(error, path, "set aside") from error

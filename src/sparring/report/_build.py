@@ -24,11 +24,11 @@ from .analysis._findings import Findings, find
 from .analysis._linear import LinearStudy, is_linear, linear_claims, read_linear
 from .analysis._looks import dropped_tests, judge_study, note_look, open_study
 
-Named = tuple[str, Question]  # a claim with its p-values, and the study that it is of
+Named = tuple[str, Question]  # a claim with its p-values, and its study
 
 
 class _Judged(NamedTuple):
-    """Hold a study with its claims, not judged yet and judged, and its verdict in words."""
+    """A study with its claims before and after judging, and its verdict in words."""
 
     found: Findings | LinearStudy
     claims: list[Question]
@@ -47,7 +47,7 @@ def write(out: Path | str) -> Path:
 
 
 def publish(out: Path | str) -> tuple[Path, str]:
-    """Do what `write` does, and return the page's path and the summary; the study is read only once."""
+    """Write the report as `write` does, and return the page's path and the summary; the study is read only once."""
     folder, (found, _, rows, told) = Folder(Path(out)), _judged(out)
     if isinstance(found, LinearStudy):
         pictures = linear.pictures(found)
@@ -86,7 +86,7 @@ def read(out: Path | str) -> Report:
 
 
 def _judged(out: Path | str) -> _Judged:
-    """Read and judge a study, which is a look at it, and write that down."""
+    """Read and judge a study, and record this look at it."""
     study = open_study(out)
     if is_linear(study):
         data = read_linear(study)
@@ -152,7 +152,7 @@ class Report:
 
     @cached_property
     def ledger(self) -> list[Row]:
-        """Return the claims that this study can speak of, with their verdicts."""
+        """Return the claims that this study can test, with their verdicts."""
         return ledger(self.findings)
 
     def rows(self) -> list[dict[str, Any]]:

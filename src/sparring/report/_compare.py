@@ -112,7 +112,7 @@ def broken(differences: Sequence[Difference], allowed: Mapping[str, float]) -> l
 
 
 def _chosen(findings: Findings, side: Side) -> tuple[str, float]:
-    """Return the method and sparsity that a side names."""
+    """Return the method and sparsity of a side."""
     known = {(n.method, n.sparsity) for n in findings.study.networks}
     method = side.method if side.method is not None else findings.method
     sparsities = sorted(s for m, s in known if m == method)

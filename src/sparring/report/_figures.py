@@ -1,8 +1,8 @@
 """Draw figures: each is one Vega-Lite specification, rendered once to SVG for the page and for papers.
 
 Sparsity runs on a logit axis, so that 90% to 99.7% is readable, with the dense control at its left edge. Every method
-has a colour (Okabe & Ito's, safe for colour-blind readers), a dash and a shape, so that it survives a grey printer.
-Marks carry their numbers as descriptions, which screen readers, hovering and the arrow keys find.
+has a colour (Okabe & Ito's, safe for colour-blind readers), a dash and a shape, so that figures can be printed in grey.
+Marks have their numbers as descriptions, for screen readers, hovering and the arrow keys.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from . import _numbers as numbers
 from .analysis._findings import Result
 
 Spec = dict[str, Any]
-# One colour fewer than dashes and shapes: what has the first colour again then has another dash and shape.
+# One colour fewer than dashes and shapes: the method that reuses the first colour has another dash and shape.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 DASHES: tuple[list[int], ...] = ([], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3], [10, 3], [12, 3, 2, 3, 2, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
 GREY, INK, FAINT = "#767676", "#222222", "#e6e6e6"
 WIDTH, HEIGHT = 400, 230
-LETTER = 7  # pixels of a title's letter, on average: a title that is wider than its plot takes two lines
+LETTER = 7  # average width of a title's letter in pixels: a title that is wider than its plot takes two lines
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
 CONFIG: Spec = {
     "font": FONT,
@@ -39,7 +39,7 @@ CONFIG: Spec = {
 
 
 def svg(spec: Spec, *, mark: str = "") -> str:
-    """Return a specification drawn as SVG text, with a mark below its title that says what the study is not."""
+    """Return a specification drawn as SVG text, with the plan's mark below its title, such as a warning."""
     complete = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "config": CONFIG, "padding": 4} | spec
     title: Spec = {"text": wrap(spec["title"], spec["width"] // LETTER)} if "title" in spec else {}
     if mark:
@@ -66,7 +66,7 @@ def vertical(title: str) -> Spec:
 
 
 def layer(rows: Sequence[Mapping[str, Any]], mark: Spec, encoding: Spec, *, name: str = "") -> Spec:
-    """Return marks for rows; a name shows in the drawing's classes."""
+    """Return marks for rows; the name becomes a class in the drawing."""
     return {"data": {"values": rows}, "mark": mark, "encoding": encoding} | ({"name": name} if name else {})
 
 
@@ -112,7 +112,7 @@ def gains_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis: 
 
 
 class _Axis:
-    """Place sparsities on the logit axis: 0 stands a step left of the lowest."""
+    """Place sparsities on the logit axis: 0 is one step left of the lowest."""
 
     def __init__(self, sparsities: Sequence[float], what: str) -> None:
         self.title = f"{what} (logit scale)"
@@ -224,8 +224,8 @@ def _gain_layers(result: Result, style: int, x: _Axis, shift: float, legend: Spe
 def heatmap(title: str, rows: Sequence[Mapping[str, Any]], *, x: str, unit: str) -> Spec:
     """Return a table of shares as a heat map with its numbers written in.
 
-    Rows hold `x`, `y` (text), `value` (0-1) and `order`, by which columns are sorted; lines keep the rows' order. `x`
-    is an axis title and `unit` says what a cell shows.
+    Rows have `x`, `y` (text), `value` (0-1) and `order`, by which columns are sorted; lines keep the rows' order. `x`
+    is an axis title and `unit` describes a cell's value.
     """
     shown = [dict(row) | {"shown": f"{100 * row['value']:.3g}"} for row in rows]
     shown = [row | {"text": f"{row['y']}, {row['x']}: {row['shown']}%"} for row in shown]
@@ -258,10 +258,10 @@ def scatter(
     log_y: bool | Literal["symlog"] = False,
     ordinal: bool = False,
 ) -> Spec:
-    """Return points joined in their order, one line per series, with bars where rows hold `low` and `high`.
+    """Return points joined in their order, one line per series, with bars where rows have `low` and `high`.
 
-    Rows hold `x`, `y`, `series`, `order` and `text`. `x` and `y` are axis titles; with `ordinal` the rows' x are names,
-    shown in the order they come in; "symlog" is a log axis that has a zero.
+    Rows have `x`, `y`, `series`, `order` and `text`. `x` and `y` are axis titles; with `ordinal` the rows' x are names,
+    shown in their order; "symlog" is a log axis with a zero.
     """
     names = list(dict.fromkeys(row["series"] for row in rows))
     legend = _legend(names, {name: k for k, name in enumerate(names)})
@@ -271,7 +271,7 @@ def scatter(
         places = list(dict.fromkeys(row["x"] for row in sorted(rows, key=lambda row: row["order"])))
         across = {"field": "x", "type": "ordinal", "sort": places, "axis": {"title": x, "labelAngle": 0}}
     up = {"title": y, "tickCount": 5, "domain": False, "ticks": False, "labelOverlap": "greedy"}
-    if log_y == "symlog":  # of its own Vega marks only the highest decade
+    if log_y == "symlog":  # by default Vega labels only the highest decade
         highest = max(float(row["y"]) for row in rows)
         up["values"] = [0, *(10**k for k in range(16) if 10**k <= highest)]
     scale = {"type": "symlog" if log_y == "symlog" else "log"} if log_y else {"zero": False}
@@ -290,12 +290,12 @@ def scatter(
 
 def overview(panels: Sequence[Spec]) -> Spec:
     """Return figures of curves side by side, two in a row, with one legend for all."""
-    # Layers' names must be unique in a specification: without, each panel would show the first one's data.
+    # Layers' names must be unique in a specification: otherwise each panel would show the first one's data.
     nameless = [
         panel | {"layer": [{k: v for k, v in layer.items() if k != "name"} for layer in panel["layer"]]}
         for panel in panels
     ]
-    # "flush" aligns the axes; spacing then has to leave room for their labels.
+    # "flush" aligns the axes; the spacing must then leave room for their labels.
     return {"concat": nameless, "columns": 2, "bounds": "flush", "spacing": {"row": 104, "column": 72}}
 
 

@@ -53,7 +53,7 @@ def render(data: LinearStudy, pictures: Sequence[Picture], ledger: Sequence[Row]
 
 
 def headline(data: LinearStudy, ledger: Sequence[Row]) -> Verdict:
-    """Return the verdict: what the ledger says of sparsity in each norm and of a penalty, and whether theory holds."""
+    """Return the verdict: the ledger on sparsity in each norm and on a penalty, and whether the theory holds."""
     decided, gaps = tuple(verdicts(ledger)), missing(data.study)
     if not decided:
         few = "The effect of sparsity cannot be tested before all pairs of four classes have finished."
@@ -65,7 +65,7 @@ def headline(data: LinearStudy, ledger: Sequence[Row]) -> Verdict:
 
 
 def _summary(data: LinearStudy) -> str:
-    """Say in one sentence in which norm sparsity gains, over all losses and ways to sparsity."""
+    """Return a sentence on the norms in which sparsity gains, over all losses and ways to sparsity."""
     eps = data.eps[0]
     linf: list[float] = []
     l2: list[float] = []
@@ -90,7 +90,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
-    """Say the ledger's verdicts, a claim for all losses and ways to sparsity at once."""
+    """Return the ledger's verdicts in words, one sentence per claim for all losses and ways to sparsity."""
     for text in dict.fromkeys(row.claim.text for row in ledger):
         told = []
         for row in (row for row in ledger if row.claim.text == text):
@@ -102,7 +102,7 @@ def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
 
 
 def _costs(data: LinearStudy, loss: str, path: str) -> str:
-    """Say what the sparsity best for r_inf costs of accuracy."""
+    """Return a sentence on the accuracy lost at the sparsity that is best for r_inf."""
     step = data.best(loss, path, r_inf(data.eps[0]))
     cost = data.effect(loss, step, lambda p: float(p["accuracy"]), DENSE)
     if cost is None:
@@ -112,7 +112,7 @@ def _costs(data: LinearStudy, loss: str, path: str) -> str:
 
 
 def _box(data: LinearStudy, loss: str) -> str:
-    """Say how far the theorem's form is from what an attack inside the box can do."""
+    """Return a sentence on the difference between the theorem's form and attacks inside the box."""
     inside, outside = (100 * data.mean(loss, DENSE, r_inf(data.eps[0], form)) for form in ("boxed", "unboxed"))
     near, far = (data.mean(loss, DENSE, r_2(form)) for form in ("boxed", "unboxed"))
     return (
@@ -136,12 +136,12 @@ def _agreement(data: LinearStudy) -> str:
 
 
 def _means(data: LinearStudy, loss: str) -> tuple[str, tables.Table]:
-    """Return a loss's steps, means over the pairs, with what they are of."""
+    """Return a loss's steps, means over the pairs, with their paths."""
     eps = data.eps[0]
 
     def markov(p: Point) -> float:
         bound = p["theorem"]["markov"][f"{eps:g}"]
-        return math.inf if bound is None else 100 * float(bound)  # where all weights are zero it is infinite
+        return math.inf if bound is None else 100 * float(bound)  # infinite if all weights are zero
 
     columns: dict[str, Value] = {
         "Accuracy": lambda p: 100 * p["accuracy"],

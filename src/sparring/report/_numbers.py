@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MOST_WRITTEN = 1e5  # larger numbers are written with an exponent
 ABSOLUTE = "absolute"  # a gain in the metric's own unit
-UNIT = 5e-4  # what a unit of a structure, or one weight, makes of a sparsity is not worth a word
+UNIT = 5e-4  # differences by one weight, or one unit of a structure, are not mentioned
 
 
 def percent(share: float) -> str:
@@ -25,12 +25,12 @@ def percent(share: float) -> str:
 
 
 def sparsity(study: Study, method: str, share: float) -> str:
-    """Return a sparsity as "90%" or, where less of all weight matrices is gone, as "90% (of all matrices 6.8%)"."""
+    """Return a sparsity as "90%" or, if less of all weight matrices was removed, as "90% (of all matrices 6.8%)"."""
     return percent(share) + of_all(study, method, [share])
 
 
 def of_all(study: Study, method: str, sparsities: Sequence[float]) -> str:
-    """Return what is gone of all weight matrices, the mean over seeds, as " (of all matrices 6.8%)"; "" if no less."""
+    """Return the share removed of all weight matrices, mean over seeds, as " (of all matrices 6.8%)"; "" if no less."""
     told = [gone for s in sparsities if (gone := _gone(study, method, s)) is not None and gone < s - UNIT]
     if not told or study.kind(method) not in ("pruned", "random", "channels", "surgery"):
         return ""
@@ -39,7 +39,7 @@ def of_all(study: Study, method: str, sparsities: Sequence[float]) -> str:
 
 
 def axis_title(study: Study, *methods: str) -> str:
-    """Return "sparsity", or where less of all weight matrices is gone "sparsity, up to 90% (of all matrices 6.8%)"."""
+    """Return "sparsity", or if less of all weight matrices was removed "sparsity, up to 90% (of all matrices 6.8%)"."""
     for method in methods:
         highest = max((network.sparsity for network in study.of(method)), default=0.0)
         if of_all(study, method, [highest]):
@@ -56,7 +56,7 @@ def _gone(study: Study, method: str, sparsity: float) -> float | None:
 
 
 def span(chosen: Sequence[float], grid: Sequence[float]) -> str:
-    """Return sparsities as "95%", "90% or 95%", or "90% to 99%" where they are neighbours in the grid."""
+    """Return sparsities as "95%", "90% or 95%", or "90% to 99%" if they are neighbours in the grid."""
     places = [grid.index(s) for s in chosen]
     if len(chosen) > 2 and places == list(range(places[0], places[-1] + 1)):
         return f"{percent(chosen[0])} to {percent(chosen[-1])}"
@@ -85,13 +85,13 @@ def level(measure: Measure, one: Effect) -> str:
 
 
 def length(number: float, digits: int = 3) -> str:
-    """Return a distance or radius with so many decimals, or with two digits where these would leave fewer."""
+    """Return a distance or radius with a number of decimals, or with two digits if that would leave fewer."""
     few = number != 0 and abs(number) < 10.0 ** (1 - digits)
     return f"{number:.2g}".replace("-", "−") if few else _fixed(number, digits)
 
 
 def gain_unit(measure: Measure, control: Effect | None = None) -> str:
-    """Return the unit of a metric's gains over a dense control: of one whose mean is zero nothing is a per cent."""
+    """Return the unit of a metric's gains over a dense control: if its mean is zero, there are no per cents."""
     if measure.is_share:
         return "points"
     return "%" if control is None or control.estimate > 0 else ABSOLUTE
@@ -104,7 +104,7 @@ def gain(measure: Measure, one: Effect, control: Effect, *, unit: bool = True) -
 
 
 def shown(measure: Measure, one: Effect, control: Effect) -> Effect:
-    """Return a gain in its unit: points of a share; of a length, whose gain is a logarithm, %."""
+    """Return a gain in its unit: points of a share, or % of a length, whose gain is a logarithm."""
     name = gain_unit(measure, control)
     if name != "%":
         return within_points(one.scaled(100.0)) if name == "points" else one
@@ -113,10 +113,10 @@ def shown(measure: Measure, one: Effect, control: Effect) -> Effect:
 
 
 def signed(one: Effect, unit: str) -> str:
-    """Return a difference in points or % with its interval, and a decimal only where the interval is that sharp."""
+    """Return a difference in points or % with its interval, and a decimal only if the interval is narrow enough."""
     form = ".2g" if unit == ABSOLUTE or one.high > MOST_WRITTEN else f".{1 if one.high - one.low < 4 else 0}f"
     told = (f"{number:+{form}}".replace("-", "−") for number in (one.estimate, one.low, one.high))
-    estimate, low, high = (text if text.strip("+−0.") else text[1:] for text in told)  # a zero has no sign
+    estimate, low, high = (text if text.strip("+−0.") else text[1:] for text in told)  # zero has no sign
     return f"{estimate}% [{low}, {high}]" if unit == "%" else f"{estimate} [{low}, {high}] {unit}".rstrip()
 
 
@@ -127,14 +127,14 @@ def amount(number: float, unit: str) -> str:
 
 
 def detectable(measure: Measure, control: Effect, least: float) -> str:
-    """Return the least gain that would have been seen, in its unit, or "none" where no share can gain as much."""
+    """Return the smallest detectable gain, in its unit, or "none" if no share can gain as much."""
     unit = gain_unit(measure, control)
     number = change(least) if unit == "%" else 100 * least if unit == "points" else least
     return "none" if unit == "points" and number > MOST_POINTS else amount(number, unit)
 
 
 def p_value(p: float) -> str:
-    """Return a p-value as "< 1e-4", "0.0021" or "0.034"; "–" where there is none, as of one seed."""
+    """Return a p-value as "< 1e-4", "0.0021" or "0.034"; "–" if there is none, as with one seed."""
     if math.isnan(p):
         return "–"
     if p <= LEAST_P:
@@ -143,7 +143,7 @@ def p_value(p: float) -> str:
 
 
 def decisive(row: Row) -> str:
-    """Return ", p 0.034", the p-value that a row's verdict rests on, or "" where there is none."""
+    """Return ", p 0.034", the p-value that decides a row's verdict, or "" if there is none."""
     return "" if row.decisive is None or row.question.doubt else f", p {p_value(row.decisive)}"
 
 

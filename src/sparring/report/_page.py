@@ -31,7 +31,7 @@ from .analysis._looks import look_sentences
 from .analysis._metrics import NORMS, pretty, pretty_eps
 from .analysis._records import Network, Study, attack_label
 
-Section = tuple[str, str, tuple[Any, ...]]  # the name of the macro that shows it, heading, and what it shows
+Section = tuple[str, str, tuple[Any, ...]]  # the name of its macro, heading, and content
 Shown = tuple[Panel, str, tables.Table]  # a panel, its caption and its numbers
 Array = NDArray[Any]
 SHOWN = 6
@@ -41,7 +41,7 @@ Shot = dict[str, str]  # the addresses of "clean", "perturbed" and "difference",
 
 @dataclass(frozen=True)
 class Curves:
-    """Hold what a section of curves shows: main panels and others, and the norms and methods to choose from."""
+    """Content of a section of curves: main panels and others, and the norms and methods to choose from."""
 
     main: Sequence[Shown]
     others: Sequence[Shown]
@@ -51,7 +51,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Opening:
-    """Hold what the page opens with: the verdict, the two best figures, what to ship, and the key numbers."""
+    """The top of the page: the verdict, the two best figures, what to ship, and the key numbers."""
 
     verdict: Verdict
     best: Sequence[Picture] = ()
@@ -105,7 +105,7 @@ def judged_sections(study: Study, doubts: Sequence[Doubt] = ()) -> list[Section]
 
 
 def document(study: Study, title: str, subject: str, opening: Opening, sections: Sequence[Section]) -> str:
-    """Return a whole page with the report's style, script and policy, but for sections that show nothing."""
+    """Return a whole page with the report's style, script and policy, without empty sections."""
     script = _templates().get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = [section for section in sections if any(section[2])]
@@ -166,7 +166,7 @@ def _json(table: Mapping[str, object]) -> str:
 
 
 def galleries(findings: Findings) -> list[tuple[str, list[tuple[str, list[Shot]]]]]:
-    """Return the first attacked images of the networks shown, for each main attack: headings, captions and images."""
+    """Return the first attacked images of the shown networks, for each main attack: headings, captions and images."""
     attacks = dict.fromkeys((m.label, m.norm, m.eps) for m in findings.main if m.role in ("budget", "distance"))
     found = []
     for attack, norm, eps in attacks:
@@ -179,7 +179,7 @@ def galleries(findings: Findings) -> list[tuple[str, list[tuple[str, list[Shot]]
 
 
 def first_layers(findings: Findings) -> list[tuple[str, str]]:
-    """Return captions and pictures of the first layers of the networks shown, where they were kept."""
+    """Return captions and pictures of the first layers of the shown networks, if they were kept."""
     kept = ((n, arrays(r, "first_mask", "first_weight")) for n in _shown_pair(findings) for r in n.stage("measure"))
     return [
         (f"First layer: {_who(network)}", data_uri(_tiles(held["first_mask"], held.get("first_weight"))))
@@ -243,7 +243,7 @@ def data_uri(image: Array) -> str:
 def _tiles(mask: Array, weight: Array | None, at_most: int = 60) -> Array:
     """Return a layer's units as tiles on a grid of (rows · (height + 1), columns · (width + 1), 3) bytes.
 
-    Removed weights are white; blue is positive and orange negative, the deeper the larger within the picture.
+    Removed weights are white; blue is positive and orange negative, darker for larger values within the picture.
     """
     kept = _images(mask)[:at_most] != 0
     signed = np.where(kept, -1.0, 0.0) if weight is None else _images(weight)[:at_most] * kept

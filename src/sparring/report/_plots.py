@@ -17,14 +17,14 @@ from .analysis._findings import Findings, Result
 from .analysis._metrics import LIPSCHITZ, NORMS, Measure, pretty, pretty_eps, safe
 from .analysis._records import attack_label
 
-SPANS = 30  # of a training, over which the events of surgery are summed
+SPANS = 30  # spans of a training over which events of surgery are summed
 OVERVIEW_METHODS = 4
 OVERVIEW_SCALE = 1.25  # about 1,200 pixels wide
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Hold a drawn figure: its file's name without the ending, what a reader must know, and how large its PNG is."""
+    """A drawn figure: its file's name without extension, its description, and the scale of its PNG."""
 
     slug: str
     title: str
@@ -35,7 +35,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Panel:
-    """Hold one metric's two figures, its own values and the gains over the dense control, and what they show."""
+    """One metric's two figures, its values and its gains over the dense control, and their content."""
 
     measure: Measure
     results: tuple[Result, ...]
@@ -45,7 +45,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Hold every figure of a report, by the section that shows it."""
+    """All figures of a report, by section."""
 
     weights: Sequence[Panel]
     activations: Sequence[Panel]
@@ -55,7 +55,7 @@ class Drawn:
 
     @property
     def pictures(self) -> list[Picture]:
-        """Return all of them, as they go into files."""
+        """Return all figures, as written to files."""
         panels = [picture for panel in (*self.weights, *self.activations) for picture in (panel.levels, panel.gains)]
         first = [self.overview] if self.overview is not None else []
         return [*first, *panels, *self.layers, *self.comparisons]
@@ -114,7 +114,7 @@ def overview_picture(findings: Findings) -> Picture | None:
 
 
 def density_pictures(findings: Findings) -> list[Picture]:
-    """Return heat maps of each layer's density and activation sparsity, means over seeds, where they were measured."""
+    """Return heat maps of each layer's density and activation sparsity, means over seeds, if measured."""
     wanted = (
         ("density", "Weights kept in each layer", "% of the layer's weights"),
         ("activation_sparsity", "Zero activations after each nonlinearity", "% of activations"),
@@ -146,7 +146,7 @@ def _cells(found: Mapping[tuple[str, float], Sequence[float]]) -> list[dict[str,
 
 
 def comparisons(findings: Findings) -> list[Picture]:
-    """Return the comparisons that this study has records for."""
+    """Return the comparisons for which this study has records."""
     drawn = (_brackets, _verified, _constants, _surgery, _speed, _transfer)
     return [picture for draw in drawn for picture in draw(findings)]
 
@@ -173,7 +173,7 @@ def _brackets(findings: Findings) -> Iterator[Picture]:
 
 
 def _verified(findings: Findings) -> Iterator[Picture]:
-    """Draw, for each budget, what is verified below and what is not falsified above: certified ≤ exact ≤ attack."""
+    """Draw, for each budget, the verified share below and the share not falsified above: certified ≤ exact ≤ attack."""
     every = [one for one in verified(findings) if one.method in (findings.study.control(), findings.method)]
     for norm, eps in dict.fromkeys((one.norm, one.eps) for one in every):
         some = [one for one in every if (one.norm, one.eps) == (norm, eps)]
@@ -226,7 +226,7 @@ def _place(sparsity: float) -> str:
 
 
 def _constants(findings: Findings) -> Iterator[Picture]:
-    """Draw margin and Lipschitz constant apart, and their ratio: each as a multiple of the dense control's."""
+    """Draw margin, Lipschitz constant and their ratio, each as a multiple of the dense control's."""
     names = {"margin": "margin", "lipschitz": "Lipschitz constant L", "ratio": "margin / L"}
     for key in dict.fromkeys((m.norm, m.attack) for m in findings.collected if m.role in LIPSCHITZ):
         chosen = {m.role: m for m in findings.collected if m.role in LIPSCHITZ and (m.norm, m.attack) == key}
@@ -255,7 +255,7 @@ def _multiples(name: str, result: Result) -> Iterator[Mapping[str, str | float]]
 
 
 def _surgery(findings: Findings) -> Iterator[Picture]:
-    """Draw, for each method by surgery, how many weights it pruned and spliced back when, at its highest sparsity."""
+    """Draw, for each method with surgery, when it pruned and spliced back how many weights, at its highest sparsity."""
     for k, method in enumerate(m for m in findings.study.methods if findings.study.kind(m) == "surgery"):
         networks = findings.study.of(method)
         last = [n for n in networks if n.sparsity == networks[-1].sparsity]
@@ -283,7 +283,7 @@ def _over_time(name: str, series: Sequence[Mapping[str, Any]]) -> Iterator[Mappi
 
 
 def _speed(findings: Findings) -> Iterator[Picture]:
-    """Draw robustness against the latency of the packed network, where "deploy" records have it."""
+    """Draw robustness against the latency of the packed network, if "deploy" records have it."""
     measure = findings.first("worst") or findings.first("budget") or findings.first("accuracy")
     rows = [] if measure is None else list(_fast(findings, measure))
     if rows and measure is not None:
@@ -311,7 +311,7 @@ def _fast(findings: Findings, measure: Measure) -> Iterator[Mapping[str, str | f
 
 
 def _transfer(findings: Findings) -> Iterator[Picture]:
-    """Draw which share of the examples that fool one network fool the other too, both ways, means over seeds."""
+    """Draw the share of one network's adversarial examples that also fool the other, both ways, means over seeds."""
     cells: dict[str, dict[tuple[str, float], list[float]]] = defaultdict(lambda: defaultdict(list))
     for network in findings.study.networks:
         for record in network.stage("transfer"):

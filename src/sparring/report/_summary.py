@@ -36,7 +36,7 @@ def subject(findings: Findings) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Hold what a study found in the order of a reader's questions; `str` is plain text in paragraphs.
+    """The findings of a study in the order of a reader's questions; `str` is plain text in paragraphs.
 
     `found`: what sparsity did; `ship`: what to ship; `decided`: the ledger's verdicts on the paper's claims,
     and what would decide the others; `more`: single curves, looks.
@@ -76,7 +76,7 @@ def chosen(findings: Findings) -> float | None:
 
 
 def _happened(findings: Findings) -> str:
-    """Say what sparsity did to each kind of robustness and to accuracy, over the whole curve."""
+    """Return a sentence on the effect of sparsity on each kind of robustness and on accuracy, over the whole curve."""
     found = [result for measure in told(findings) if (result := findings.result(measure))]
     lowest, highest = min(r.sparsities[0] for r in found), max(r.sparsities[-1] for r in found)
     over = " to ".join(dict.fromkeys(map(numbers.percent, (lowest, highest))))
@@ -100,7 +100,7 @@ def _named(measure: Measure) -> str:
 
 
 def _trend(result: Result) -> str:
-    """Say where a metric rises and falls beyond intervals that hold at all sparsities together, and by how much."""
+    """Describe where a metric rises and falls beyond intervals that hold at all sparsities together, and how much."""
     gains = simultaneous(result.gains, generator=np.random.default_rng(DRAWS_SEED))
 
     def most(side: int) -> str:
@@ -121,7 +121,7 @@ def _trend(result: Result) -> str:
 
 
 def _where(result: Result, shown: Sequence[float]) -> str:
-    """Return "from 80% on" where all sparsities from there on are meant, else "at" and their names."""
+    """Return "from 80% on" if it includes all higher sparsities, else "at" and their names."""
     rest = result.sparsities[result.sparsities.index(shown[0]) :]
     if tuple(shown) != rest:
         return f"at {numbers.span(shown, result.sparsities)}"
@@ -129,7 +129,7 @@ def _where(result: Result, shown: Sequence[float]) -> str:
 
 
 def _at(findings: Findings) -> str:
-    """Say what the network to look at costs and keeps: its size and each main metric's change."""
+    """Describe a network's size and each main metric's change."""
     sparsity = chosen(findings)
     if sparsity is None:
         return ""
@@ -147,7 +147,7 @@ def _share(findings: Findings, sparsity: float) -> str:
 
 
 def told(findings: Findings, *, fgsm: bool = False) -> list[Measure]:
-    """Return the metrics that the first sentences speak of: the strongest attack, one distance, accuracy."""
+    """Return the metrics of the first sentences: the strongest attack, one distance, accuracy."""
     strongest = findings.first("worst") or findings.first("budget", "pgd", "apgd") or findings.first("budget")
     wanted = [strongest, findings.first("budget", "fgsm") if fgsm else None]
     wanted += [findings.first("distance", "deepfool") or findings.first("distance"), findings.first("accuracy")]
@@ -166,7 +166,7 @@ def size_ratio(findings: Findings, sparsity: float) -> float | None:
 
 
 def _ship(findings: Findings) -> str:
-    """Say which sparsity to ship, what it costs, what forbids more, and what wider allowances would permit."""
+    """Return a paragraph on the sparsity to ship: its cost, what limits it, and what wider allowances would permit."""
     spot = findings.sweet_spot
     if spot is None:
         return _at(findings)
@@ -195,7 +195,7 @@ def _ship(findings: Findings) -> str:
 
 
 def wider(findings: Findings, factor: float = 2.0) -> float | None:
-    """Return the sweet spot if each metric might lose a multiple of its margin."""
+    """Return the sweet spot with each metric's margin multiplied."""
     watched = {m: r for m in findings.margins if (r := findings.result(m))}
     curves = {m.slug: r.gains for m, r in watched.items()}
     return sweet_spot(curves, {m.slug: factor * findings.margins[m] for m in watched}).sparsity if curves else None
@@ -206,7 +206,7 @@ def _margin(measure: Measure, margin: float) -> str:
 
 
 def _weak(findings: Findings) -> str:
-    """Say that no attack was strong, where none was."""
+    """Return a warning if no attack was strong."""
     if findings.first("worst") or findings.first("budget", "pgd", "apgd"):
         return ""
     if findings.first("budget", "fgsm"):
@@ -215,7 +215,7 @@ def _weak(findings: Findings) -> str:
 
 
 def _few(ledger: Sequence[Row]) -> str:
-    """Say what so few seeds can show, and what more would: the last primary gain that the ledger would reproduce."""
+    """Return a sentence on the gains that few and more seeds can show: the last primary gain that can be reproduced."""
     primary = [row for row in ledger if row.claim.primary and row.question.effect is not None]
     gains = [row for row in primary if row.claim.expects == "above" and row.claim.unit == "points"]
     one = gains[-1].question.effect if gains else None
@@ -232,7 +232,7 @@ def _few(ledger: Sequence[Row]) -> str:
 
 
 def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
-    """Say the ledger's verdicts on the primary claims, those not measured last, together."""
+    """Return the ledger's verdicts on the primary claims; those that were not measured come last, together."""
     primary = [row for row in ledger if row.claim.primary]
     for row in primary:
         if (e := row.effect) is not None:
@@ -248,7 +248,7 @@ def verdicts(ledger: Sequence[Row]) -> Iterator[str]:
 
 
 def _alone(findings: Findings) -> str:
-    """Say what single curves show, corrected for their own sparsities only."""
+    """Return sentences on single curves, corrected only for their own sparsities."""
     found = [r for m in findings.main if m.role != "distance-correct" and (r := findings.result(m))]
     over = [(r, r.over_sparsified) for r in found if r.over_sparsified is not None and r.measure.role != "accuracy"]
     lost = ", ".join(f"{r.measure.phrase} from {_share(findings, s)} on" for r, s in over)
@@ -267,7 +267,7 @@ def _least(result: Result) -> str:
 
 
 def _doubted(findings: Findings) -> str:
-    """Warn of attacks that another attack contradicts."""
+    """Return warnings of attacks that another attack contradicts."""
     if not findings.doubts:
         return ""
     where: dict[str, set[float]] = defaultdict(set)
@@ -281,7 +281,7 @@ def _doubted(findings: Findings) -> str:
 
 
 def missing(study: Study) -> str:
-    """Say which tasks of a study are missing or failed, if any."""
+    """Describe missing and failed tasks of a study, if any."""
     failed = sum(r.error is not None for r in study.records.values())
     parts = [f"{len(study.missing)} tasks have not finished"] if study.missing else []
     parts += [f"{failed} tasks failed"] if failed else []
@@ -319,7 +319,7 @@ _LOSSES = {
 
 
 def _recipe(findings: Findings) -> str:
-    """Say how networks were trained; empty if the plan does not say, or has no networks."""
+    """Describe how networks were trained; empty if the plan has no recipe or no networks."""
     plan = findings.study.plan
     recipe, finetune, training, model = (plan.get(name) for name in ("recipe", "finetune", "training", "model"))
     if not (findings.collected and isinstance(training, dict)):
@@ -350,7 +350,7 @@ def _epochs(recipe: object) -> str:
 
 
 def _attacks(findings: Findings) -> str:
-    """Say which attacks ran on how many test images."""
+    """Describe which attacks ran on how many test images."""
     met: dict[int, list[str]] = {}
     for measure, held in findings.collected.items():
         if measure.role in ("budget", "distance") and measure.split == "test" and measure.name != "smallest" and held:

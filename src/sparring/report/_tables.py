@@ -52,7 +52,7 @@ SCALARS = (
 
 
 class Cell(NamedTuple):
-    """Hold a cell of more than plain text: `mark` is "strong" or a class, `small` what stands below."""
+    """A cell with more than plain text: `mark` is "strong" or a class, `small` is the text below."""
 
     text: str
     mark: str = ""
@@ -61,7 +61,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Hold a table whose first `text` columns are words and the rest numbers."""
+    """A table whose first `text` columns are words and the rest numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
@@ -95,7 +95,7 @@ def key_numbers(findings: Findings, sparsity: float, ledger: Sequence[Row]) -> T
 
 
 def around(findings: Findings, at_most: int = 8) -> Table | None:
-    """Return the sparsities around the one to ship: size, what each costs, and whether losses stay as allowed."""
+    """Return the sparsities around the one to ship: size, costs, and whether losses are within their allowances."""
     measures = words.told(findings)
     results = [r for m in measures if (r := findings.result(m)) is not None]
     at, spot = words.chosen(findings), findings.sweet_spot
@@ -117,7 +117,7 @@ def around(findings: Findings, at_most: int = 8) -> Table | None:
 
 
 def curve_table(results: Sequence[Result]) -> Table:
-    """Return a figure's numbers: level and gain at every sparsity of every method, and of distances the medians."""
+    """Return a figure's numbers: level and gain at every sparsity of every method, and the medians of distances."""
     measure = results[0].measure
     rows = []
     for result in results:
@@ -137,7 +137,7 @@ def _heading(measure: Measure) -> str:
 
 
 def methods(findings: Findings) -> Table | None:
-    """Return each method against random masks (without them: the headline's method) at the same sparsity, or None."""
+    """Return each method against random masks (or else the headline's method) at the same sparsity, or None."""
     found = duels(findings)
     shown = [m for m in findings.main if any(duel.measure == m for duel in found)]
     told: dict[tuple[float, str, str], dict[Measure, str | Cell]] = defaultdict(dict)
@@ -145,7 +145,7 @@ def methods(findings: Findings) -> Table | None:
     for duel in found:
         unit, who = numbers.gain_unit(duel.measure), (duel.sparsity, duel.method, duel.against)
         gain = numbers.signed(duel.effect, unit if unit == "%" else "").replace(", ", f",{FIRM}")
-        text = f"{gain}, " + f"p {numbers.p_value(duel.p)}".replace(" ", FIRM)  # broken around the interval at most
+        text = f"{gain}, " + f"p {numbers.p_value(duel.p)}".replace(" ", FIRM)  # breaks only around the interval
         told[who][duel.measure] = Cell(text, "strong") if duel.significant else text
         seeds[who] = str(duel.effect.seeds)
     rows = [
@@ -164,7 +164,7 @@ def methods(findings: Findings) -> Table | None:
 
 
 def networks(findings: Findings) -> Table:
-    """Return one row a network: what it is, and each test metric (accuracy with its exact binomial interval)."""
+    """Return one row per network: its description, and each test metric (accuracy with its exact binomial interval)."""
     shown = [m for m in findings.collected if m.split == "test"]
     deployed = any(network.stage("deploy") for network in findings.study.networks)
     shares = {network.who: network.metric("covered", "prune") for network in findings.study.networks}
@@ -194,7 +194,7 @@ def networks(findings: Findings) -> Table:
 
 
 def tightness(findings: Findings) -> Table | None:
-    """Return how far attacks are from proofs at each sparsity, and which share of searches ended; None: no proofs."""
+    """Return the gap between attacks and proofs at each sparsity, and the share of solved searches; None: no proofs."""
     rows = []
     for norm in norms(findings):
         searched = {(b.method, b.sparsity): b for b in brackets(findings, norm, exact=True)}
@@ -215,7 +215,7 @@ def tightness(findings: Findings) -> Table | None:
 
 
 def verified(findings: Findings) -> Table | None:
-    """Return what was verified, falsified and left open at each sparsity at one budget; None: nothing was asked."""
+    """Return the shares verified, falsified and undecided at each sparsity at one budget; None: no such records."""
     rows = []
     for one in comparisons.verified(findings):
         gap = "–" if one.gap is None else " to ".join(f"{100 * e.estimate:+.1f}" for e in one.gap).replace("-", "−")
@@ -251,7 +251,7 @@ def _deployed(network: Network) -> list[str]:
 
 
 def shipped(findings: Findings) -> tuple[str, Table] | tuple[()]:
-    """Return what holds of all artefacts together, and a row for each kind; empty: none was held against a network."""
+    """Return a summary of all artefacts, and a row for each kind; empty if none was compared with its network."""
     found = comparisons.shipped(findings)
     if not found:
         return ()
@@ -308,7 +308,7 @@ def ledger_table(rows: Sequence[Row]) -> Table | None:
 
 
 def cost(study: Study) -> Table:
-    """Return what the study cost: seconds by stage, and each attack's mean passes through the network an image."""
+    """Return the cost of the study: seconds by stage, and each attack's mean passes through the network per image."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in study.records.values():
         attack = f"attack: {pretty(attack_label(record))}" if record.stage == "attack" else record.stage
@@ -323,7 +323,7 @@ def cost(study: Study) -> Table:
 
 
 def _passes(records: Sequence[Record]) -> list[str]:
-    """Return an attack's mean passes forwards and backwards an image."""
+    """Return an attack's mean forward and backward passes per image."""
     images = [int(r.inputs["stop"]) - int(r.inputs["start"]) if r.stage == "attack" else 0 for r in records]
     if not sum(images):
         return ["–", "–"]
@@ -332,7 +332,7 @@ def _passes(records: Sequence[Record]) -> list[str]:
 
 
 def flags(study: Study, found: Sequence[Doubt] = ()) -> Table:
-    """Return flags, contradictions, failures and missing tasks, one row for all that differ in numbers only."""
+    """Return flags, contradictions, failures and missing tasks, one row for all that differ only in numbers."""
     raised = [
         (name, detail, network.who, pretty(attack_label(record)) if record.stage == "attack" else record.stage)
         for network in study.networks
@@ -369,7 +369,7 @@ def looks(study: Study) -> Table:
 
 
 def csv_text(findings: Findings) -> str:
-    """Return results.csv: one row a network and metric; what is not known is empty."""
+    """Return results.csv: one row per network and metric; unknown values are empty."""
     target = io.StringIO()
     writer = csv.DictWriter(target, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -378,7 +378,7 @@ def csv_text(findings: Findings) -> str:
 
 
 def csv_rows(findings: Findings) -> list[dict[str, Any]]:
-    """Return one row a network and metric, ready for a data frame; what is not known is None.
+    """Return one row per network and metric, for a data frame; unknown values are None.
 
     Shares are fractions with exact binomial bounds, distances in the norm's own unit; `failed` is the share of images
     on which the search for a distance failed.

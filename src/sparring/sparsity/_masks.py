@@ -69,7 +69,7 @@ def apply_(model: nn.Module, masks: Masks) -> None:
 def applied_(model: nn.Module, masks: Masks) -> Masks:
     """Return factors of parameters that make the weights that layers compute zero where masks are False.
 
-    These are the masks, but for weight_norm, which divides by the norm of a row: of a row without any nonzero weight
+    These are the masks, except for weight_norm, which divides by the norm of a row: in a row without nonzero weights
     one value stays (set to 1 if it was zero), and the gain is zero instead. Raise UserError if nothing is left of a
     layer under spectral_norm, since it cannot be computed.
     """
@@ -118,7 +118,7 @@ def masked(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
 
 
 def targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
-    """Pair each masked parameter with its mask in the parameter's own type and layout, which multiply fastest."""
+    """Pair each masked parameter with its mask in the parameter's type and layout, which are fastest to multiply."""
     parameters = dict(model.named_parameters())
     unknown = set(masks) - set(parameters)
     if unknown:
@@ -156,7 +156,7 @@ def sparsity_of(masks: Masks) -> float:
 
 def collapsed(masks: Masks) -> list[str]:
     """Return the names of weights without any kept entry."""
-    # numpy stops at the first weight that is kept; torch's any() reads them all.
+    # NumPy stops at the first kept weight; torch's any() reads them all.
     return [name for name, mask in masks.items() if mask.dim() > 1 and not mask.detach().cpu().numpy().any()]
 
 

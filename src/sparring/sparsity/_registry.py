@@ -113,7 +113,7 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
     if "score" in known:
         options["score"] = look_up("score", options.get("score", "magnitude"), SCORES)
     if rule:
-        default = known["rule"].default  # methods that allocate differently unless told otherwise have one
+        default = known["rule"].default  # methods with a different default allocation have one
         options["rule"] = _rule(default if isinstance(default, Rule) else Rule(), rule)
         _check_limit(options["rule"].structure, target)
     pruner = factory(sparsity=target, **options, **own)

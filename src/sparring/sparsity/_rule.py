@@ -17,7 +17,7 @@ from ._masks import Batch, Loss, Masks, Scores
 from ._select import NM, Channels, Structure, Unstructured, largest_unit, select
 from .channels._channels import silent, tied_channels
 
-UPDATES = 100  # how often masks change along a schedule unless a plan says otherwise
+UPDATES = 100  # default number of changes of masks along a schedule
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ class Rule:
                 new[matrix.name].view(-1)[scores[matrix.name].flatten().argmax()] = True
         if shape is None:
             return {**masks, **new}
-        # Where weights come back, so must the biases that went with them.
+        # If weights come back, so must the biases that were removed with them.
         kept = {name: mask for name, mask in masks.items() if mask.dim() > 1} if regrow else masks
         return silent(model, {**kept, **new}, shape)
 
     def tolerance(self, masks: Masks) -> float:
-        """Return by how many weights masks may miss a sparsity: half a unit per layer that is counted alone."""
+        """Return by how many weights masks may miss a sparsity: half a unit per separately counted layer."""
         sizes = [largest_unit(size) for size in self.structure.sizes(self.open(masks)).values()]
         return max(sizes) / 2 if self.scope == "global" else sum(sizes) / 2
 
@@ -130,7 +130,7 @@ def _refuse_transposed(model: nn.Module, names: Collection[str]) -> None:
 
 
 def _check_channels(given: Mapping[str, float], tied: Collection[Collection[str]], fixed: Collection[str]) -> None:
-    """Raise UserError for sparsities by hand that whole channels cannot have."""
+    """Raise UserError for given sparsities that whole channels cannot have."""
     for name in fixed:
         if given.get(name):
             raise UserError(f"'{name}' keeps all its channels (classes, or inputs that cannot shrink); set it to 0")
@@ -194,7 +194,7 @@ class Pruner(ABC):
 class Schedule:
     """Change masks from `start` to `stop`, fractions of the training, every `every` optimiser steps.
 
-    With `every` None they change about a hundred times, however short the training: few large cuts cost accuracy.
+    With `every` None they change about a hundred times, for any length of training: few large cuts cost accuracy.
     Raise UserError unless 0 <= start <= stop <= 1 and every >= 1.
     """
 
@@ -217,7 +217,7 @@ class Schedule:
         return min(math.floor(self.start * steps), last), last
 
     def progress(self, step: Step) -> float | None:
-        """Return how much of the schedule is over if the masks change at this step (1 at the last), else None."""
+        """Return the finished fraction of the schedule if the masks change at this step (1 at the last), else None."""
         first, last = self.window(step.steps)
         every = max(1, (last - first) // UPDATES) if self.every is None else self.every
         if not first <= step.number <= last or ((step.number - first) % every and step.number != last):

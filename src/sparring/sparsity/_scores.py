@@ -98,14 +98,14 @@ def wanda(
 
 
 def _hides_inputs(model: nn.Module, matrix: Matrix) -> str | None:
-    """Return the path of a layer whose matrix multiplies something that no hook sees, or None."""
+    """Return the path of a layer whose matrix multiplies a value that no hook sees, or None."""
     owner = model.get_submodule(matrix.path.rpartition(".")[0])
     hidden = not isinstance(matrix.module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return matrix.path if hidden or isinstance(owner, nn.MultiheadAttention) else None
 
 
 def _per_input(norms: Tensor, weight: Tensor) -> Tensor:
-    """Shape norms of a layer's inputs like its weight; a grouped convolution's outputs see their own group only."""
+    """Broadcast norms of a layer's inputs to its weight; outputs of a grouped convolution see only their own group."""
     groups = len(norms) // weight.shape[1]
     rows = norms.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
     return rows.view(len(weight), weight.shape[1], *[1] * (weight.dim() - 2))

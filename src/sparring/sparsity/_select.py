@@ -36,11 +36,11 @@ class Structure:
         return weights
 
     def units(self, scores: Scores) -> Scores:
-        """Return one score per unit; the names may be fewer where layers are pruned together."""
+        """Return one score per unit; there are fewer names if layers are pruned together."""
         return scores
 
     def sizes(self, scores: Scores) -> Mapping[str, Size]:
-        """Return how many weights one unit has, or each of them, for every name that `units` returns."""
+        """Return the number of weights per unit, one or for each unit, for every name that `units` returns."""
         return dict.fromkeys(scores, 1)
 
     def expand(self, units: Masks, scores: Scores) -> Masks:
@@ -74,7 +74,7 @@ class NM(Structure):
     def fitting(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights whose inputs form whole groups; warn about the others; raise UserError if there are none.
 
-        A first layer has as many inputs as an image has channels, a depthwise one has one: they stay dense.
+        A first layer has as many inputs as an image has channels, a depthwise one has one: both stay dense.
         """
         fit = {name: weight for name, weight in weights.items() if weight.shape[1] % self.m == 0}
         others = ", ".join(f"'{name}' ({weights[name].shape[1]} inputs)" for name in weights if name not in fit)
@@ -184,7 +184,7 @@ class Channels(Structure):
         return int(sizes[0]) if bool((sizes == sizes[0]).all()) else sizes
 
     def _groups(self, scores: Scores) -> Iterator[tuple[list[str], list[Tensor], int]]:
-        """Yield weights that lose channels together, the place of each channel among their units, and how many."""
+        """Yield weights that lose channels together, each channel's index among their units, and how many units."""
         coupled = {name: self.coupled[name] for name in scores if name in self.coupled}
         for names in joined(coupled):
             units, places = torch.unique(torch.cat([coupled[name] for name in names]), return_inverse=True)
@@ -281,7 +281,7 @@ def _finish(units: Masks, structure: Structure, scores: Scores, within: Masks | 
 
 
 def _as_it_was(name: str, score: Tensor, within: Masks | None) -> Tensor:
-    """Return the mask of a layer that the structure leaves alone."""
+    """Return the mask of a layer that the structure does not prune."""
     return torch.ones_like(score, dtype=torch.bool) if within is None else within[name]
 
 
@@ -295,7 +295,7 @@ def _candidates(name: str, score: Tensor, within: Masks | None) -> Tensor:
         return score
     if name not in within:
         raise UserError(f"the masks to prune within lack '{name}': check that scores and masks belong together")
-    # 1 − 1/mask is 0 or −inf: far faster than filling by a mask without order, which the processor cannot foresee.
+    # 1 − 1/mask is 0 or −inf: far faster than filling by an irregular mask, whose branches cannot be predicted.
     return score + (1 - within[name].to(score.dtype).reciprocal_())
 
 
@@ -308,7 +308,7 @@ def _protect_best(unit: Tensor, floor: float) -> Tensor:
 
 
 def _keep(units: Sequence[Tensor], sizes: Sequence[Size], sparsity: float, where: str) -> list[Tensor]:
-    """Return masks over units such that `sparsity` of the weights is gone, to one unit."""
+    """Return masks over units that remove `sparsity` of the weights, to one unit."""
     if not 0 <= sparsity <= 1:
         raise UserError(f"sparsity is the fraction removed, between 0 and 1, not {sparsity}")
     total = sum(unit.numel() for unit in units)
@@ -336,23 +336,23 @@ def _keep(units: Sequence[Tensor], sizes: Sequence[Size], sparsity: float, where
 
 
 def largest_unit(size: Size) -> int:
-    """Return how many weights the largest of some units has."""
+    """Return the number of weights of the largest unit."""
     return size if isinstance(size, int) else int(size.max())
 
 
 def _count(unit: Tensor, end: float, value: float) -> int:
-    """Return how often an infinity occurs, given the extreme on its side: usually it is nowhere."""
+    """Return how often an infinity occurs, given the extreme on its side: usually never."""
     return int(np.count_nonzero(_values(unit) == value)) if end == value else 0
 
 
 def _values(unit: Tensor) -> FloatArray:
-    """Return a tensor as a numpy array, which compares several times faster than torch does."""
+    """Return a tensor as a NumPy array, for which comparisons are several times faster than in torch."""
     values: FloatArray = unit.cpu().numpy()
     return values
 
 
 def _removed_of_unequal(units: Sequence[Tensor], sizes: Sequence[Size], wanted: float) -> int:
-    """Return how many of the lowest units come nearest to the wanted number of weights."""
+    """Return how many of the lowest units have nearly the wanted number of weights."""
     order = torch.cat([unit.flatten() for unit in units]).sort(stable=True, descending=True).indices.flip(0)
     weights = torch.cat([torch.as_tensor(s).expand(unit.shape).flatten() for unit, s in zip(units, sizes, strict=True)])
     removed = torch.cat([torch.zeros(1, dtype=torch.int64), weights.to(order.device)[order].cumsum(0).cpu()])
@@ -378,23 +378,23 @@ def largest(units: Sequence[Tensor], keep: int) -> list[Tensor]:
 
 
 def _threshold(values: FloatArray, keep: int) -> float:
-    """Return the keep-th largest value: a sample brackets it, what lies outside is counted and dropped, and so on.
+    """Return the keep-th largest value: a sample brackets it, values outside are counted and dropped, and so on.
 
-    Unlike a plain partition this does not mind if one value prevails, as zeros and −inf do in a pruned network.
+    Unlike a plain partition, this is fast if one value is frequent, as zeros and −inf are in a pruned network.
     """
     while len(values) > _SORTED:
         sample = np.sort(values[:: len(values) // _SAMPLE])
         place = round(len(sample) * (1 - keep / len(values)))
         low, high = sample[max(place - _SLACK, 0)], sample[min(place + _SLACK, len(sample) - 1)]
         above, inside = int(np.count_nonzero(values > high)), values[(low <= values) & (values <= high)]
-        if above >= keep:  # the sample was misleading: all that is known is a side
+        if above >= keep:  # the sample was misleading: only one side is known
             values = values[values > high]
         elif above + len(inside) < keep:
             values, keep = values[values < low], keep - above - len(inside)
         elif low == high:
             return float(low)
         elif 2 * len(inside) > len(values):
-            break  # few distinct values, which are sorted quickly
+            break  # few distinct values, which are fast to sort
         else:
             values, keep = inside, keep - above
     return float(np.sort(values)[len(values) - keep])

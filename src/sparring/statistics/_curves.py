@@ -120,7 +120,7 @@ def joint_errors(one: Curve, *, generator: np.random.Generator, draws: int = 200
 
 
 def _resample(n: int, draws: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Return how often each of n things comes in each draw of n with replacement, (n, draws)."""
+    """Return how often each of n items occurs in each draw of n with replacement, (n, draws)."""
     picked = generator.integers(0, n, size=(n, draws)) + n * np.arange(draws)
     return np.bincount(picked.ravel(), minlength=n * draws).reshape(draws, n).T
 
@@ -142,7 +142,7 @@ def peak(one: Curve, *, generator: np.random.Generator, draws: int = 2000) -> Pe
 
 
 def _may_be_best(k: int, means: NDArray[np.float64], errors: NDArray[np.float64]) -> bool:
-    """Tell whether no other sparsity is significantly better than the k-th."""
+    """Return whether no other sparsity is significantly better than the k-th."""
     others = np.delete(errors, k, axis=0) - errors[k]
     if len(others) == 0:
         return True
@@ -180,7 +180,7 @@ def leave_one_out(
 def _agreement(seeds: int, candidates: int) -> float:
     """Return how much wider Student's t becomes when each seed's value is where the other seeds were best.
 
-    By simulation where there is no effect and nothing but the networks' luck, the same on both kinds of images: the
+    By simulation without an effect, with only variation between networks, which is the same on both sets of images: the
     largest ratio of quantiles, from two-sided 5% to 0.2%.
     """
     generator = np.random.default_rng(1)
@@ -208,7 +208,7 @@ def simultaneous(one: Curve, *, generator: np.random.Generator, draws: int = 200
 def over_sparsified(one: Curve, margin: float = 0.0) -> float | None:
     """Return the sparsity from which on the metric is shown to lose more than its margin, or None.
 
-    Holm's correction runs over the sparsities. A sparsity in this range cannot be a sweet spot.
+    Holm's correction is over the sparsities. A sparsity in this range cannot be a sweet spot.
     """
     alone = [beyond(e, margin) if e.estimate < -margin and e.seeds > 1 else 1.0 for e in one.effects]
     lost = holm(alone, more=one.dropped)

@@ -1,7 +1,7 @@
 """One effect: its estimate, interval and p-value from values of seeds and images.
 
 The model is the crossed one, d[s, i] = μ + a[s] + b[i] + e[s, i]: every seed is tested on the same images, so an image
-that is easy for one seed is easy for the others, and averaging over seeds does not average the images' luck away.
+that is easy for one seed is easy for the others, and averaging over seeds does not remove the variation of images.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # not scipy.stats, which takes a second or two to import
 
-LEVEL = 0.95  # of every interval
-POWER = 0.8  # of a study that is said to see an effect
-INDICATIVE_BELOW = 5  # with fewer seeds than this, words call a result "indicative"
-MOST_POINTS = 100.0  # no share of images can differ by more
-LEAST_P = 1e-4  # no p-value is taken for smaller: nothing vouches for the tails of a few seeds
-LEAST_RATIO = 1e-6  # of a control's mean: what has vanished has no logarithm
-MOST_LOG = 300.0  # beyond it the exponential is only a larger number
-MOST_SEEDS = 10_000  # where a search for the seeds that an effect needs ends
+LEVEL = 0.95  # coverage of every interval
+POWER = 0.8  # power of a study that can detect an effect
+INDICATIVE_BELOW = 5  # with fewer seeds than this, a result is called "indicative"
+MOST_POINTS = 100.0  # the largest difference of shares of images
+LEAST_P = 1e-4  # the smallest p-value: the tails of a few seeds cannot be trusted
+LEAST_RATIO = 1e-6  # of a control's mean: zero has no logarithm
+MOST_LOG = 300.0  # larger exponentials mean nothing
+MOST_SEEDS = 10_000  # the largest number of seeds that is tried
 FIRST_LOOK = 0.8  # of alpha: most studies are run as planned and looked at once
 
 
@@ -115,7 +115,7 @@ def effect(values: ArrayLike) -> Effect:
     if not np.isfinite(d).all():
         raise ValueError("values must be finite: omit failed images with ratio_values")
     if len(d) > 1 and (d == d[0]).all() and np.ptp(d) > 0:
-        d = d[:1]  # copies of one seed are no more than it
+        d = d[:1]  # copies of one seed count as one
     seeds, images = d.shape
     return _student(float(d.mean()), *_crossed_error(d), seeds, images)
 
@@ -150,7 +150,7 @@ def error_of(ms_seed: float, ms_image: float, ms_rest: float, seeds: int, images
     if total <= 0:
         return 0.0, seeds - 1.0
     se = math.sqrt(total / (seeds * images))
-    if seeds == 2:  # Satterthwaite's would be too many: simulated studies then claim 8% false peaks
+    if seeds == 2:  # Satterthwaite's would be too many: simulated studies then claimed 8% false peaks
         return se, 1.0
     ms_seed *= 2 if seeds < INDICATIVE_BELOW else 1
     total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
@@ -165,7 +165,7 @@ def two_sided(one: Effect) -> float:
 
 def _tail(one: Effect, distance: float) -> float:
     """Return Student's lower tail at a distance from a hypothesis, at least 1e-4 / 2, times the price of the look."""
-    if one.se == 0:  # a metric at its end, or copies: nothing tells how far from it the truth may be
+    if one.se == 0:  # a metric at its end, or copies of a seed: the distance of the true value is unknown
         return 1.0
     return one.price * max(LEAST_P / 2, float(special.stdtr(one.df_p, distance / one.se)))
 
@@ -250,7 +250,7 @@ def seeds_needed(one: Effect, *, alpha: float = 0.05) -> int | None:
 
 def with_seeds(one: Effect, seeds: int) -> Effect:
     """Return the effect of a new study with this number of seeds, if all its variation shrank with them."""
-    df = seeds - 1.0 if one.df_p == one.seeds - 1 else one.df_p  # pairs of few things have fewer
+    df = seeds - 1.0 if one.df_p == one.seeds - 1 else one.df_p  # pairs of few members have fewer
     return replace(one, se=one.se * math.sqrt(one.seeds / seeds), df=df, seeds=seeds).priced(look_price(1))
 
 

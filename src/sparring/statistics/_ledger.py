@@ -24,7 +24,7 @@ from ._effects import (
 )
 
 ALPHA = 0.05
-Entry = tuple[bool, Effect | None, float, float]  # primary?, effect, the p-value of being settled, margin
+Entry = tuple[bool, Effect | None, float, float]  # is primary, effect, the p-value of being settled, margin
 Verdict = Literal["reproduced", "opposite", "no effect that matters", "undecided"]
 Expects = Literal["above", "below", "none", "not above"]
 Origin = Literal["paper", "later work", "this project"]
@@ -95,7 +95,7 @@ def ask(
         return Question(claim, effect, doubt=doubt)
     every = (effect, *curve)
     p = min(1.0, effect.p * choices)
-    against = p if claim.expects == "none" or effect.estimate > 0 else 1.0  # of a claim that there is none
+    against = p if claim.expects == "none" or effect.estimate > 0 else 1.0  # for a claim of no effect
     if claim.expects in ("above", "below"):
         opposite = all(e.estimate < 0 if claim.expects == "above" else e.estimate > 0 for e in every)
         against = max(e.p for e in every) if opposite else 1.0
@@ -198,21 +198,21 @@ def reread(row: Mapping[str, Any]) -> Question:
     return replace(known, effect=effect, p=p, p_small=small, p_against=against, p_done=done)
 
 
-# -- families: the primary claims first, then the rest with what settled claims hand on -------------------------------
+# -- families: the primary claims first, then the others with what settled claims pass on -----------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """Hold at which error rates a claim is tested: from a rate on, with a share of it, both in a row of `steps` (n, 2).
+    """The error rates at which a claim is tested: each row of `steps` (n, 2) has an error rate and a share of it.
 
-    `first` is the level of the first claim of its family to be settled, 0 if none was left for it.
+    `first` is the level of the first claim of its family to be settled, 0 if none is left.
     """
 
     steps: NDArray[np.float64]
     first: float
 
     def adjusted(self, p: float) -> float:
-        """Return the smallest error rate of the whole ledger at which this p-value decides, at most 1; NaN stays."""
+        """Return the smallest error rate of the whole ledger at which this p-value decides, at most 1; NaN for NaN."""
         if math.isnan(p):
             return p
         rates = np.maximum(self.steps[:, 0], p / self.steps[:, 1])
@@ -223,9 +223,9 @@ def correct(entries: Sequence[Entry], *, alpha: float) -> list[Levels]:
     """Return the levels of every entry.
 
     A claim can be wrong in two ways, "differs" and "too small to matter", but only one of them can be at a time; so
-    both are tested at its one share of alpha (Shaffer 1986). A claim that is settled, known to lie on one side of zero
-    and of the margin, can be wrong no more: half of its share goes to the primary claims that are left, half to the
-    others (truncated Holm and a parallel gatekeeper: Dmitrienko, Tamhane & Wiens 2008), which have nothing before.
+    both are tested with the same share of alpha (Shaffer 1986). A claim is settled if the sides of zero and of the
+    margin are known, and can then no longer be wrong: half of its share goes to the remaining primary claims, half to
+    the others (truncated Holm and a parallel gatekeeper: Dmitrienko, Tamhane & Wiens 2008), which start with nothing.
     Entries with the same effect and margin are one contrast and count once, as a primary one if any of them is.
     """
     keys = [(None if e is None else (e.estimate, e.se, e.df, e.seeds), margin) for _, e, _, margin in entries]
@@ -244,7 +244,7 @@ def correct(entries: Sequence[Entry], *, alpha: float) -> list[Levels]:
 
 
 def _primary_steps(done: Sequence[float]) -> list[tuple[float, float]]:
-    """Return, with 0, 1, ... claims settled, from which error rate on that is so and the share of one that is left."""
+    """Return, for 0, 1, ... settled claims, the lowest error rate for that and the share of each remaining claim."""
     n, gate = len(done), 0.0
     steps: list[tuple[float, float]] = []
     for settled in range(n + 1):
@@ -256,7 +256,7 @@ def _primary_steps(done: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def _rest_levels(shares: Sequence[tuple[float, float]], done: Sequence[float], n: int, alpha: float) -> Levels:
-    """Return the levels of the claims behind the gate: Holm's, with the share that so many settled ones hand on."""
+    """Return the levels of the claims behind the gate: Holm's, with the share that the settled ones pass on."""
     steps: list[tuple[float, float]] = []
     used = 0.0
     for settled, (opened, _) in enumerate(shares):
@@ -274,7 +274,7 @@ def _rest_levels(shares: Sequence[tuple[float, float]], done: Sequence[float], n
 
 
 class Decision(NamedTuple):
-    """Hold a verdict, why, the corrected p-values (NaN: no such test) and the level that the claim has at first."""
+    """A verdict, its reason, the corrected p-values (NaN: no such test) and the initial level of the claim."""
 
     verdict: Verdict
     why: str
@@ -291,8 +291,8 @@ def decide(questions: Sequence[Question], *, dropped: Sequence[bool] = ()) -> li
     there is "no effect that matters" when it is shown to lie within the margin. A claim of no effect is reproduced by
     the last. Primary claims share 5%; the others use what settled ones pass on (`correct`), so that the chance of any
     false verdict in a ledger is at most 5%. Anything else is undecided, as are all claims with one seed or with an
-    unreliable attack. `dropped` says of each claim that earlier looks tested and this one does not whether it
-    was primary; these are not settled and keep their share.
+    unreliable attack. `dropped` says, for each claim that only earlier looks tested, whether it was primary;
+    these are not settled and keep their share.
     """
     entries = [(q.claim.primary, q.effect, 1.0 if q.doubt else q.p_done, q.claim.margin) for q in questions]
     gone = [(primary, None, 1.0, -1.0 - number) for number, primary in enumerate(dropped)]  # no claim's margin
@@ -354,7 +354,7 @@ def _verdict(q: Question, p: float, p_small: float, p_against: float) -> tuple[V
 
 
 def _takes(q: Question, e: Effect, alpha: float, needed: int | None) -> str:
-    """Say what a decision would take at the level that the claim has at first, 0 where none is left for it."""
+    """Return what a decision would need at the initial level of the claim, 0 if none is left."""
     if alpha == 0:
         return "not tested, because no primary claim is settled"
     least = minimum_detectable_effect(e, alpha=alpha)

@@ -25,7 +25,7 @@ from ..records import (
 from .plans._plan import Plan, refuse_another
 from .plans._task_graph import is_key_of
 
-GRIDS = {"pruning": "sparsities", "activation": "levels"}  # tables that are united by label, each at more points
+GRIDS = {"pruning": "sparsities", "activation": "levels"}  # tables that are merged by label
 CONTROLS = ("decays", "small_dense", "wide_sparse")
 
 
@@ -67,7 +67,7 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> Merged:
 
 
 def _carry_looks(folders: Sequence[Path], out: Path) -> None:
-    """Add to a folder's history the looks that others had at what is now in it; of registrations only its own count."""
+    """Add to a folder's history the looks of others at its new content; only its own registration counts."""
     known = {entry["state"] for entry in read_history(out) if entry["kind"] == "look"}
     for folder in folders:
         for entry in read_history(folder):
@@ -112,7 +112,7 @@ class _Tally:
             raise UserError(f"{folder} has different data from the other folders, under the same name")
 
     def _same_weights(self, record: Record) -> None:
-        """Raise UserError if a record was made from other tensors than those that are kept here under the same key."""
+        """Raise UserError if a record was made from tensors that differ from those stored here under the same key."""
         for key, checksum in record.weights.items():
             parent = self.store.peek(key)
             if parent is not None and parent.object is not None and parent.object["sha256"] != checksum:
@@ -129,13 +129,13 @@ def _parents_first(folder: Path, tally: _Tally) -> Iterator[tuple[Path, Record]]
             tally.refuse(path, error)
         else:
             before[record.key] = sorted(record.weights)
-    for key in TopologicalSorter(before).static_order():  # no circle: a key is the hash of its parents' keys
+    for key in TopologicalSorter(before).static_order():  # no cycles: a key is a hash of its parents' keys
         if key in before:
             yield Folder(folder).record(key), _checked(folder, key)
 
 
 def _checked(folder: Path, key: str) -> Record:
-    """Return an untrusted record; raise UserError unless its own hashes are right."""
+    """Return an untrusted record; raise UserError unless its own hashes are correct."""
     record = read_record(folder, key)
     if record is None:
         raise UserError("it is missing")
@@ -150,12 +150,12 @@ def _tensors_of(record: Record) -> bytes:
     """Return the bytes of an untrusted object; raise UserError unless they match the record."""
     content = tensor_bytes(record)
     if content:
-        load_tensors(Folder(record.folder or "").object(record.key))  # raises where it is no sound file of tensors
+        load_tensors(Folder(record.folder or "").object(record.key))  # raises for an invalid file of tensors
     return content
 
 
 def _agree(one: Record, other: Record) -> bool:
-    """Tell whether two results of a task are the same, to the bit; objects of other schemas cannot be compared."""
+    """Return whether two results of a task are the same, to the bit; objects of other schemas cannot be compared."""
     names = ("metrics", "series", "flags", "error", *(("object",) if one.schema == other.schema else ()))
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
@@ -164,7 +164,7 @@ def _agree(one: Record, other: Record) -> bool:
 
 
 def _united(folder: Path, first: PlanFile, second: PlanFile) -> PlanFile:
-    """Return plan.json of both studies; raise PlanError if they cannot be one."""
+    """Return the merged plan.json of both studies; raise PlanError if they do not match."""
     mine, other = (Plan.from_table(file.plan, source=str(folder)).table() for file in (first, second))
     refuse_another(folder, other, mine)
     if first.dataset != second.dataset:
@@ -174,7 +174,7 @@ def _united(folder: Path, first: PlanFile, second: PlanFile) -> PlanFile:
 
 
 def _grown(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Return the smallest plan that asks for all that either asks for; other settings are the first's."""
+    """Return the smallest plan that includes both; other settings are the first's."""
     asked = [controls for controls in (first["controls"], second["controls"]) if any(map(controls.get, CONTROLS))]
     if len(asked) > 1:
         _refuse_other_controls(first, second)
@@ -183,7 +183,7 @@ def _grown(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def _all_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Unite every setting of a table: lists have the items of both, `seeds` and what is asked for or not the more.
+    """Merge every setting of a table: lists have the items of both, numbers of seeds and switches the larger value.
 
     No `seeds` means all.
     """
@@ -202,7 +202,7 @@ def _more(name: str, mine: Any, other: Any) -> Any:
 
 
 def _refuse_other_controls(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Raise PlanError where a control of one study is another network than the other's of that name."""
+    """Raise PlanError if the two studies have different controls of the same name."""
     mine, other = first["controls"], second["controls"]
     if mine["decays"] and other["decays"] and mine["decays"] != other["decays"]:
         raise PlanError("'tuned decay' was chosen from other controls.decays in one study; use the same ones")
@@ -212,7 +212,7 @@ def _refuse_other_controls(first: dict[str, Any], second: dict[str, Any]) -> Non
 
 
 def _methods(first: dict[str, Any], second: dict[str, Any], name: str, grid: str) -> Iterator[dict[str, Any]]:
-    """Unite methods by label, each with all its seeds and the points of its grid."""
+    """Merge methods by label, each with all its seeds and the points of its grid."""
     others = {method["label"]: method for method in second[name]}
     for method in first[name]:
         other = others.pop(method["label"], method)

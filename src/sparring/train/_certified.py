@@ -44,7 +44,7 @@ def certified(
 
 
 class _Structure:
-    """Remember the graph of the one model that is trained; of its weights nothing is remembered."""
+    """Cache the graph of the trained model, but not its weights."""
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None

@@ -1,6 +1,6 @@
 """The training loop, and its checkpoints.
 
-A checkpoint holds tensors only, nothing is unpickled, and a checksum over all.
+A checkpoint contains only tensors, with a checksum over all; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Fit:
 
 @dataclass
 class State:
-    """Hold everything that a run cut short needs to go on."""
+    """Everything that an interrupted run needs to resume."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -67,7 +67,7 @@ class State:
 
 
 class _NoPruner(Pruner):
-    """Leave the masks as they are."""
+    """Do not change the masks."""
 
     def __call__(self, step: Step) -> Masks:
         return step.masks
@@ -113,7 +113,7 @@ def fit(
         if recipe.epochs == 0 and pruner is not None:
             _prune_untrained_(state, x[: recipe.batch_size], y[: recipe.batch_size], ramp.at(1.0))
         began, first = time.monotonic(), state.epoch
-        # Layers that draw (dropout, stochastic activations) see a fresh, known stream in each epoch.
+        # Layers that draw (dropout, stochastic activations) have a new, known stream in each epoch.
         while state.epoch < recipe.epochs:
             torch.manual_seed(seed * 1_000_003 + state.epoch)
             mean_loss = _epoch(state, x, y, recipe, ramp)
@@ -144,13 +144,13 @@ def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 
 def _held(x: Tensor, y: Tensor, place: torch.device) -> tuple[Tensor, Tensor]:
-    """Return labels on a device, and images if they take less than half of what is free there."""
+    """Return labels on a device, and images if they take less than half of the free memory there."""
     few = place.type != "cpu" and 2 * x.nbytes < free_memory(place)
     return x.to(place) if few else x, y.to(place)
 
 
 def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss) -> None:
-    """Show a pruner the gradient of one batch, as the only step of a training that has none."""
+    """Call a pruner with the gradient of one batch, as the only step of a training without steps."""
     batch = (as_input(x, state.model), y)
     state.model.zero_grad(set_to_none=True)
     with eval_mode(state.model):
@@ -163,7 +163,7 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped) -> 
     train_(model)
     batches = -(-len(x) // recipe.batch_size)
     steps, step = recipe.epochs * batches, state.epoch * batches
-    cycle = -(-steps // state.pruner.cycles)  # iterative pruning starts the schedule anew
+    cycle = -(-steps // state.pruner.cycles)  # iterative pruning restarts the schedule
     order = torch.randperm(len(x), generator=generator)
     total = torch.zeros((), device=y.device)
     behind = state.pruner.dense_weights
@@ -196,7 +196,7 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped) -> 
 
 
 def _momenta(optimizer: Optimizer, targets: list[tuple[nn.Parameter, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the moving averages of masked weights: zeroed too, so that a weight that comes back starts afresh."""
+    """Yield the moving averages of masked weights: they are zeroed too, for weights that come back."""
     for parameter, mask in targets:
         averages = optimizer.state.get(parameter, {})
         yield from ((value, mask) for name, value in averages.items() if name != "step")
@@ -215,13 +215,13 @@ def _score_(state: State, score: Callable[[nn.Module], float] | None) -> float |
 
 
 def _best_is_denser(state: State) -> bool:
-    """Say whether the best epoch lies before the pruning that came since: a denser network is no checkpoint of this."""
+    """Return whether the best epoch is before the latest pruning: its network is too dense to be a checkpoint."""
     held = sum(int(torch.count_nonzero(state.best_state[name])) for name in state.masks)
     return held > sum(int(torch.count_nonzero(mask)) for mask in state.masks.values())
 
 
 def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Pad by 4, crop each image at a place of its own and flip half of them (He et al. 2016, section 4.2)."""
+    """Pad by 4, crop each image at its own position and flip half of them (He et al. 2016, section 4.2)."""
     count, channels, height, width = image.shape
     padded = nn.functional.pad(image, (4, 4, 4, 4))
     top, left = (torch.randint(0, 9, (count, 1), generator=generator) for _ in range(2))
@@ -294,7 +294,7 @@ def load_checkpoint_(state: State, path: Path) -> None:
 
 
 def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return the value in its parameter's place and order in memory: fused optimisers go through both as they lie."""
+    """Return a value on its parameter's device, in its memory layout: fused optimisers read both in memory order."""
     if value.shape != parameter.shape:  # a count of steps
         return value.to(parameter.device)
     return torch.empty_like(parameter.detach()).copy_(value)

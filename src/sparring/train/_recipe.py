@@ -41,7 +41,7 @@ class Recipe:
             ("batch_size", self.batch_size, 1, 1_000_000),
             ("warmup", self.warmup, 0.0, 1.0),
         ):
-            if not low <= value <= high:  # NaN lies nowhere
+            if not low <= value <= high:  # also refuses NaN
                 raise UserError(f"recipe: {name} must lie between {low} and {high}, not {value}")
         if self.optimizer not in ("sgd", "adam", "adamw"):
             raise UserError(f"recipe: optimizer must be 'sgd', 'adam' or 'adamw', not '{self.optimizer}'")
@@ -62,10 +62,10 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 @dataclass
 class Optimizer:
-    """Hold the parameters that a recipe trains, and the moving averages of each, as torch's optimisers name them.
+    """The parameters that a recipe trains, and the moving averages of each, under the names in torch's optimisers.
 
-    SGD, Adam and AdamW by torch's functions: the first object of its classes imports its compiler, which costs 1.7 s a
-    process. The numbers are those of `torch.optim.SGD`, `Adam` and `AdamW` with `fused=True`.
+    SGD, Adam and AdamW use torch's functions: the first object of its classes imports its compiler, which takes 1.7 s
+    per process. The numbers are those of `torch.optim.SGD`, `Adam` and `AdamW` with `fused=True`.
     """
 
     recipe: Recipe

@@ -18,7 +18,7 @@ from ._records import Who
 
 MARGIN = 2.0  # points or %: an effect that does not matter
 DENSE: tuple[Kind, ...] = ("control", "reference")
-# What is asked of other methods: whether they gain too, or whether the headline's method gains more than they do.
+# Claims about other methods: whether they gain too, or whether the headline's method gains more.
 ITSELF: dict[Kind, str] = {
     "random": "random masks gain r_inf too",
     "channels": "pruning whole channels or filters gains r_inf too",
@@ -31,12 +31,12 @@ OVER_IT: dict[Kind, str] = {
 
 
 def ledger(findings: Findings) -> list[Row]:
-    """Return the claims that this study can speak of, each with its test, numbers and verdict."""
+    """Return the claims that this study can test, each with its test, numbers and verdict."""
     return judge_study(findings.study, claims(findings))
 
 
 def claims(findings: Findings) -> list[Question]:
-    """Return the claims that this study can speak of, not yet judged; the paper's own are primary.
+    """Return the claims that this study can test, not yet judged; the paper's own are primary.
 
     Primary are the gain in ℓ∞ and ℓ2 at an appropriate sparsity, the loss of over-sparsified networks, and that the
     ℓ∞ gain survives the strongest attack. The plan fixes them before anything is run.
@@ -64,13 +64,13 @@ def claims(findings: Findings) -> list[Question]:
 
 
 def has_linear_model(findings: Findings) -> bool:
-    """Tell whether the study's model is a linear one."""
+    """Return whether the study's model is linear."""
     model = findings.study.plan.get("model")
     return (model.get("name") if isinstance(model, dict) else model) == "linear"
 
 
 def _gain(findings: Findings, result: Result, place: Place, label: str) -> Question:
-    """Ask for a gain at an appropriate sparsity; of linear networks the paper says that r_2 has none."""
+    """Yield claims of a gain at an appropriate sparsity; for linear networks the paper claims none in r_2."""
     none = has_linear_model(findings) and result.measure.role == "distance"
     kind = "linear" if has_linear_model(findings) else "nonlinear"
     text = f"linear networks gain no {label}" if none else f"{kind} networks gain {label} at an appropriate sparsity"
@@ -80,7 +80,7 @@ def _gain(findings: Findings, result: Result, place: Place, label: str) -> Quest
 
 
 def _losses(findings: Findings, place: Place) -> Iterator[Question]:
-    """Ask what over-sparsified networks lose at the plan's sparsest, which no result has chosen: primary at one eps."""
+    """Yield claims of losses of over-sparsified networks at the plan's highest sparsity; primary at one eps."""
     primary = [findings.first("budget", "fgsm"), findings.first("worst"), findings.first("distance", "deepfool")]
     others = [
         m
@@ -109,7 +109,7 @@ def _losses(findings: Findings, place: Place) -> Iterator[Question]:
 
 
 def _on_correct(findings: Findings, result: Result, sparsity: float, text: str) -> Iterator[Question]:
-    """Ask a loss again of the images that both networks classify correctly: what is not plain accuracy."""
+    """Yield the claim of a loss on the images that both networks classify correctly, which excludes plain accuracy."""
     sides = [_correct_too(findings, result, sparsity, seed) for seed in result.seeds]
     known = {k: pair for k, pair in zip(result.seeds, sides, strict=True) if pair is not None}
     if known:
@@ -134,7 +134,7 @@ def _correct_too(findings: Findings, result: Result, sparsity: float, seed: int)
 
 
 def _survival(findings: Findings, fgsm: Result) -> Iterator[Question]:
-    """Ask of FGSM's best sparsity whether the gain is there under stronger attacks; of the strongest first."""
+    """Yield the claims that the gain at FGSM's best sparsity survives stronger attacks, the strongest first."""
     within = places(findings, fgsm.method).appropriate
     wanted = [findings.first("worst"), findings.first("budget", "pgd", "apgd")]
     for k, measure in enumerate(m for m in wanted if m is not None):
@@ -146,7 +146,7 @@ def _survival(findings: Findings, fgsm: Result) -> Iterator[Question]:
 
 
 def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
-    """Ask how much of a gain over the network as trained is fine-tuning's: what the dense control takes away."""
+    """Yield the claim that part of a gain over the network as trained is due to fine-tuning."""
     control, reference = (findings.study.control(fgsm.method, kind) for kind in DENSE)
     one = difference(findings, fgsm.measure, (control, 0.0), (reference, 0.0))
     if one is not None:
@@ -156,7 +156,7 @@ def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
 
 
 def _other_methods(findings: Findings, fgsm: Result, choice: ChosenGain | None) -> Iterator[Question]:
-    """Ask which part of the gain other ways to a sparse or small network have too."""
+    """Yield claims that other ways to a sparse or small network have the gain too."""
     for method in (m for m in _comparable(findings) if m != fgsm.method):
         kind = findings.study.kind(method)
         if kind in ITSELF:
@@ -184,7 +184,7 @@ def _against(findings: Findings, fgsm: Result, choice: ChosenGain, method: str, 
 
 
 def _chosen_weights(findings: Findings) -> Iterator[Question]:
-    """Ask whether it matters which weights stay: pruned against random masks where both are sparsest."""
+    """Yield the claim that it matters which weights stay: pruned against random masks at the highest sparsity."""
     accuracy = findings.first("accuracy")
     masks = [m for m in _comparable(findings) if findings.study.kind(m) == "random"]
     for method in (m for m in _comparable(findings) if masks and findings.study.kind(m) in ("pruned", "surgery")):
@@ -209,7 +209,7 @@ def _comparable(findings: Findings) -> list[str]:
 
 
 def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Question]:
-    """Ask of each activation-sparse method whether it gains, under the worst case too, and what BPDA leaves of it."""
+    """Yield claims that each method with sparse activations gains, also in the worst case, and what BPDA removes."""
     for method in (m for m in _comparable(findings) if findings.study.kind(m) == "activations"):
         for measure in (fgsm, findings.first("worst")):
             result = findings.result(measure, method)
@@ -230,7 +230,7 @@ def _activations(findings: Findings, fgsm: Measure | None) -> Iterator[Question]
 
 
 def _proofs(findings: Findings) -> Iterator[Question]:
-    """Ask whether what can be proved, not only what attacks fail to break, grows with sparsity."""
+    """Yield claims that certified robustness, not only robustness under attack, grows with sparsity."""
     for measure in (m for m in findings.collected if m.role in ("certified", "lipschitz", "ratio")):
         result = findings.result(measure)
         if result is None:
@@ -249,7 +249,7 @@ def _proofs(findings: Findings) -> Iterator[Question]:
 
 
 def _verified(findings: Findings) -> Iterator[Question]:
-    """Ask whether sparse networks are easier to verify, and apart from that whether they are more robust."""
+    """Yield claims that sparse networks are easier to verify, and separately that they are more robust."""
     for measure in (m for m in findings.collected if m.role == "verified"):
         result, stable = findings.result(measure), findings.result(replace(measure, role="stable"))
         if result is None or stable is None:
@@ -267,9 +267,9 @@ def _verified(findings: Findings) -> Iterator[Question]:
 
 
 def _separated(findings: Findings, result: Result, choice: ChosenGain, kept: Sequence[float], at: str) -> Question:
-    """Ask whether robust accuracy rises, whatever is undecided: only brackets that separate can say so.
+    """Yield the claim that robust accuracy rises, however undecided images turn out: brackets must separate.
 
-    A gain is tested by the least that it can be, what speaks against one by the most that it can be at any sparsity.
+    A gain is tested by its lower end, evidence against one by the largest upper end at any sparsity.
     """
     text = f"robust accuracy rises at an appropriate sparsity, by proof: the brackets separate ({at})"
     told = result.words(*sorted(set(choice.sparsities)))
@@ -285,7 +285,7 @@ def _separated(findings: Findings, result: Result, choice: ChosenGain, kept: Seq
     if asked.effect is None or asked.effect.seeds == 1:
         return asked
     against = max(e.p for e in most) if all(e.estimate < 0 for e in most) else 1.0
-    p = asked.p if asked.effect.estimate > 0 else 1.0  # the least gain below zero proves no loss
+    p = asked.p if asked.effect.estimate > 0 else 1.0  # a lower end below zero does not prove a loss
     small = max(no_gain(e, claim.limit) for e in most)
     if result.gains.dropped:
         small = against = math.nan
@@ -293,7 +293,7 @@ def _separated(findings: Findings, result: Result, choice: ChosenGain, kept: Seq
 
 
 def _transfers(findings: Findings) -> Iterator[Question]:
-    """Ask of the highest appropriate sparsity that was tried, or the lowest of all, whether most examples transfer."""
+    """Yield claims that most examples transfer, at the highest appropriate sparsity with records, else the lowest."""
     for measure in (m for m in findings.collected if m.role in TRANSFER):
         held = {who: one for who, one in findings.collected[measure].items() if one.bottom.any()}
         tried = sorted({sparsity for method, sparsity, _ in held if method == findings.method})
@@ -315,12 +315,12 @@ def _transfers(findings: Findings) -> Iterator[Question]:
         yield ask(replace(claim, test=test, metric=metric), one)
 
 
-# -- a comparison as a question: its unit, its margin, and whether its attacks can be believed ------------------------
+# -- a comparison as a question: its unit, its margin, and whether its attacks are reliable ---------------------------
 
 
 @dataclass(frozen=True)
 class Place:
-    """Hold where a method's accuracy puts its sparsities, before robustness is seen.
+    """A method's sparsities by accuracy, determined before robustness is seen.
 
     `appropriate`: accuracy within the plan's margin of the dense control's; `over`: from the first sparsity that loses
     more than the second margin on. `split` says on which images ("" if accuracy was not measured).
@@ -332,7 +332,7 @@ class Place:
 
 
 def places(findings: Findings, method: str) -> Place:
-    """Return where a method's sparsities lie, by validation accuracy (or by test accuracy, where there is no other)."""
+    """Classify a method's sparsities by validation accuracy (or by test accuracy, if there is no other)."""
     margins = margins_of(findings.study)
     for split in ("valid", "test"):
         result = findings.result(Measure("accuracy", split), method)
@@ -352,7 +352,7 @@ def attacks_of(findings: Findings, measure: Measure) -> str:
 def says(
     kind: str, text: str, expects: Expects = "above", *, primary: bool = False, origin: Origin = "this project"
 ) -> Claim:
-    """Return a claim whose test is not known yet; its key is what kind of claim it is, until a test adds its own."""
+    """Return a claim without a test; its key is the kind of claim, to which a test adds its own."""
     return Claim(text, expects, MARGIN, "points", "", primary=primary, origin=origin, key=kind)
 
 
@@ -363,7 +363,7 @@ def unasked(claim: Claim, measure: Measure, why: str) -> Question:
 
 
 def at_choice(findings: Findings, result: Result, choice: ChosenGain | None, claim: Claim) -> Question:
-    """Return the question whether a method gains over the dense control at a chosen sparsity; None: there is none."""
+    """Return the question whether a method gains over the dense control at a chosen sparsity, or None."""
     if choice is None:
         margin = margins_of(findings.study)["accuracy"]
         return unasked(claim, result.measure, f"no sparsity keeps accuracy within {margin:.2%} of the dense control's")
@@ -382,7 +382,7 @@ def at_choice(findings: Findings, result: Result, choice: ChosenGain | None, cla
 
 
 def at_sparsity(findings: Findings, result: Result, sparsity: float, claim: Claim) -> Question:
-    """Return the question what a method gains over the dense control at a sparsity that no result has chosen."""
+    """Return the question of a method's gain over the dense control at a sparsity that was not chosen by results."""
     claim = replace(claim, test=f"{result.method} at {result.words(sparsity)} − dense control")
     sparse = [(result.method, sparsity, seed) for seed in result.seeds]
     question = about(findings, result, claim, result.gain(sparsity), sparse)
@@ -399,9 +399,9 @@ def about(
     curve: Sequence[Effect] = (),
     choices: int = 1,
 ) -> Question:
-    """Return the question about one effect in a result's unit, in doubt where its attacks are on any network asked."""
+    """Return the question about one effect in a result's unit; unreliable if its attacks are on any network."""
     unit = numbers.gain_unit(result.measure, result.control)
-    absolute = unit == numbers.ABSOLUTE  # of a control whose mean is zero: no telling what would not matter
+    absolute = unit == numbers.ABSOLUTE  # the control's mean is zero, so there is no margin
     metric = claim.metric or result.measure.phrase
     margin, test = 0.0 if absolute else MARGIN, f"{metric}, {claim.test}"
     key = f"{claim.key} {result.measure.slug} {result.method}"
@@ -425,7 +425,7 @@ def across(found: Sequence[Findings]) -> Iterator[tuple[str, Question]]:
     """Yield the claim for every nonlinear and linear study of the same data, with both studies' names.
 
     Asked at the nonlinear networks' highest appropriate sparsity and at the linear ones' whose loss of accuracy is
-    nearest to theirs there, so that no robustness chose either; paired by image, and seed by seed in their order.
+    nearest to theirs there, so that neither was chosen by robustness; paired by image, and seed by seed in their order.
     """
     for one in (f for f in found if not has_linear_model(f)):
         for other in (f for f in found if has_linear_model(f) and f.study.data == one.study.data):
@@ -461,7 +461,7 @@ def _question(one: Findings, other: Findings) -> Question | None:
 
 
 def _accuracy_losses(findings: Findings, sparsities: Sequence[float]) -> dict[float, float]:
-    """Return what networks lose of the dense control's accuracy, on the images that `places` asks."""
+    """Return the networks' losses of accuracy against the dense control, on the images of `places`."""
     split = places(findings, findings.method or "").split
     result = findings.result(Measure("accuracy", split)) if split == "valid" or split == "test" else None
     if result is None:

@@ -47,7 +47,7 @@ def _verdict(one: Effect) -> Verdict:
 
 @dataclass(frozen=True)
 class Shipped:
-    """Hold one kind of network and attack: the records of all seeds, and the difference of standing images' shares."""
+    """One kind of network and attack: the records of all seeds, and the difference of robust accuracies."""
 
     method: str
     sparsity: float
@@ -58,11 +58,11 @@ class Shipped:
 
     @property
     def verdict(self) -> Verdict:
-        """Return whether the artefact is as robust as the network that was studied."""
+        """Return the verdict on whether the artefact is as robust as the studied network."""
         return _verdict(self.effect)
 
     def mean(self, name: str) -> float:
-        """Return the mean of a metric over the seeds that have it, NaN where none has."""
+        """Return the mean of a metric over the seeds that have it, NaN if none has."""
         known = [value for record in self.records if (value := record.metrics.get(name)) is not None]
         return sum(known) / len(known) if known else math.nan
 
@@ -78,7 +78,7 @@ class Shipped:
 
 
 def shipped(findings: Findings) -> list[Shipped]:
-    """Return every kind of network that was held against its artefact."""
+    """Return every kind of network that was compared with its artefact."""
     cells: dict[tuple[str, float, str, str], list[Record]] = defaultdict(list)
     for network in findings.study.networks:
         for record in (r for r in network.stage("ship") if r.object is not None):
@@ -96,7 +96,7 @@ def shipped(findings: Findings) -> list[Shipped]:
 
 @dataclass(frozen=True)
 class Duel:
-    """Hold one metric's paired difference between two methods, in points or per cent; `p` is corrected over all."""
+    """One metric's paired difference between two methods, in points or per cent; `p` is corrected over all."""
 
     measure: Measure
     sparsity: float
@@ -107,12 +107,12 @@ class Duel:
 
     @property
     def significant(self) -> bool:
-        """Tell whether the difference is; one network of each says nothing of methods."""
+        """Return whether the difference is significant; never with one network of each method."""
         return self.p <= 0.05 and self.effect.seeds > 1
 
 
 def yardstick(findings: Findings, checkpoint: Checkpoint = "final") -> str | None:
-    """Return the method that others are held against: random masks, or without them the headline's method."""
+    """Return the method that others are compared with: random masks, or without them the headline's method."""
     here = [m for m in _methods(findings) if findings.study.checkpoint(m) == checkpoint]
     masks = [m for m in here if findings.study.kind(m) == "random"]
     return next((m for m in (*masks, findings.method) if m in here), None)
@@ -147,9 +147,9 @@ def _methods(findings: Findings) -> list[str]:
 
 @dataclass(frozen=True)
 class DistanceBounds:
-    """Hold, for one method and sparsity, medians over correctly classified images of all seeds, all on the same images.
+    """For one method and sparsity, medians over correctly classified images of all seeds, all on the same images.
 
-    The true median lies between `certified` and `attack`, and where searches were made between `lower` and `upper`;
+    The true median is between `certified` and `attack`, and if searches were made between `lower` and `upper`;
     None: there are no such records. `ratio` is the median of attack / certified over images with a positive radius,
     `solved` the share of searches that ended with the exact distance.
     """
@@ -167,7 +167,7 @@ class DistanceBounds:
 
 
 def norms(findings: Findings) -> list[str]:
-    """Return the norms in which anything was proved of a distance."""
+    """Return the norms in which bounds of a distance were proved."""
     certified = [m.norm for m in findings.collected if m.role == "certified"]
     searched = [str(r.inputs["norm"]) for r in findings.study.records.values() if r.stage == "exact" and not r.error]
     return list(dict.fromkeys([*certified, *searched]))
@@ -176,7 +176,7 @@ def norms(findings: Findings) -> list[str]:
 def brackets(findings: Findings, norm: str, *, exact: bool) -> list[DistanceBounds]:
     """Return the dense control's and the headline method's brackets in a norm, in order of sparsity.
 
-    With `exact` on the few images whose distances were searched for, else on all that were certified and attacked.
+    With `exact` on the few images with exact searches, else on all that were certified and attacked.
     """
     found = []
     for method in (findings.study.control(), findings.method or ""):
@@ -220,7 +220,7 @@ def _tested(findings: Findings, network: Network, role: str, norm: str) -> list[
 
 
 def _searched(study: Study, network: Network, norm: str) -> dict[str, PerImage]:
-    """Return what searches for exact distances found: bounds, which are equal, and the attack they began with."""
+    """Return the results of searches for exact distances: bounds, which are equal if solved, and the initial attack."""
     for record in network.stage("exact"):
         if record.inputs["norm"] == norm:
             held = arrays(record, "lower", "upper", "solved", "attack", "clean_correct", "images")
@@ -251,12 +251,12 @@ def _bracket(method: str, sparsity: float, networks: list[dict[str, Floats]]) ->
 
 @dataclass(frozen=True)
 class Verified:
-    """Hold what was asked of one method and sparsity at a fixed eps: shares of all images, means over seeds.
+    """Results of one method and sparsity at a fixed eps: shares of all images, means over seeds.
 
     interval, alpha_crown, verified: proved by these methods, each after the one before, and by the search after both.
-    `gap` are the ends of robust accuracy minus the dense control's on the same images, the least and the most that it
-    can be: verified − the control's not falsified, not falsified − the control's verified; None for dense networks.
-    `eased` is the difference of what is verified.
+    `gap` has the ends of robust accuracy minus the dense control's on the same images, its minimum and maximum:
+    verified − the control's not falsified, not falsified − the control's verified; None for dense networks. `eased` is
+    the difference of verified shares.
     """
 
     norm: str
@@ -276,7 +276,7 @@ class Verified:
 
     @property
     def told(self) -> str:
-        """Say what this row alone shows against the control; empty for the control."""
+        """Describe what this row alone shows against the control; empty for the control."""
         if self.gap is None or self.eased is None:
             return ""
         if self.gap[0].low > 0:
@@ -288,7 +288,7 @@ class Verified:
 
 
 def verified(findings: Findings) -> list[Verified]:
-    """Return what was asked of every method, for each norm and eps in order of sparsity."""
+    """Return the results of every method, for each norm and eps in order of sparsity."""
     return [
         _verified(findings, measure, method, sparsity, records)
         for measure in findings.collected
@@ -336,7 +336,7 @@ def _control(findings: Findings, method: str) -> tuple[str, float]:
 
 
 def gap(findings: Findings, measure: Measure, who: tuple[str, float]) -> tuple[Effect, Effect] | None:
-    """Return the least and the most by which robust accuracy can exceed the control's; None: who is one itself."""
+    """Return the minimum and maximum by which robust accuracy can exceed the control's; None for a control."""
     if findings.study.is_dense(who[0]):
         return None
     proved, open_ = (

@@ -1,6 +1,6 @@
 """Compare a network's attacks with each other: if a weaker attack does better, the stronger one is unreliable.
 
-Records are judged one by one when they are made; these doubts need two of them and are found from the records alone.
+Each record is checked when it is written; these checks need two records, and only records.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ._metrics import (
 )
 from ._records import Study, Who, attack_label
 
-ITERATED = 1.0  # the rung from which on an attack should find in a larger budget what others do in a smaller one
-GATHERED = 3.0  # the rung from which on an attack is taken for a worst case
+ITERATED = 1.0  # the rank from which on an attack should find, in a larger budget, what others find in a smaller one
+GATHERED = 3.0  # the rank from which on an attack counts as a worst case
 NOTABLE = 0.02  # of the images, and at least two of them
-FAR = 0.05  # of the images: `fast` is short of `standard` by 1.5% at most where it hides nothing (benchmarks/gaps.py)
-CHANCE = 1e-3  # of as uneven a count, were both attacks equally strong
+FAR = 0.05  # of the images: `fast` misses at most 1.5% of `standard` without masked gradients (benchmarks/gaps.py)
+CHANCE = 1e-3  # probability of such an uneven count if both attacks were equally strong
 SLACK = 1.05  # of a distance: DeepFool's overshoot is 2%
 DECISIVE = ("masked-gradients", "partial-gradients", "contradicted-distance")  # flags under which nothing is decided
 
@@ -42,7 +42,7 @@ Held = tuple[Measure, PerImage]
 
 @dataclass(frozen=True)
 class Doubt:
-    """Say why an attack's numbers on one network may be wrong; `attack` is its label."""
+    """A reason why an attack's numbers on one network may be wrong; `attack` is its label."""
 
     name: str
     detail: str
@@ -53,7 +53,7 @@ class Doubt:
 def doubts(study: Study, collected: Collected) -> list[Doubt]:
     """Return every contradiction between two attacks on the same network and images, in the plan's order.
 
-    Naive attacks are left out: they are made to be outdone. Raise UserError if an attack refutes a certificate.
+    Naive attacks are omitted: they are expected to be weaker. Raise UserError if an attack refutes a certificate.
     """
     _refuse_refuted(study, collected)
     pixels = math.prod(study.dataset["shape"])
@@ -71,10 +71,10 @@ def doubts(study: Study, collected: Collected) -> list[Doubt]:
 
 
 def suspicion(study: Study, collected: Collected, found: Sequence[Doubt], measure: Measure, whos: Set[Who]) -> str:
-    """Return why a measure decides nothing on some networks, empty if nothing speaks against it.
+    """Return why a measure is unreliable on some networks; empty if it is not.
 
-    Its attacks raised a flag on one of them that says they miss what there is; or a stronger ensemble, which ran on
-    some only, leaves less by more than what matters.
+    Its attacks raised a flag on one of them that they miss adversarial examples; or a stronger ensemble, which ran on
+    only some, leaves notably less robust accuracy.
     """
     asked = {(m.attack, m.naive, m.split, m.eps) for m in parts(collected, measure) if m.attack}
     names = {attack for attack, naive, *_ in asked if not naive}
@@ -101,7 +101,7 @@ def suspicion(study: Study, collected: Collected, found: Sequence[Doubt], measur
 
 
 def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> dict[str, float]:
-    """Return by how much each ensemble lowers a worst case at most that it is no part of, over the networks."""
+    """Return the most, over the networks, by which each ensemble lowers a worst case that does not include it."""
     here = set(parts(collected, worst))
     found: dict[str, float] = {}
     for measure, held in collected.items():
@@ -116,9 +116,9 @@ def _missed(collected: Collected, worst: Measure, whos: Set[Who]) -> dict[str, f
 
 
 def _refuse_refuted(study: Study, collected: Collected) -> None:
-    """Hold every certified radius, exact distance and verified ball against every attack in its norm.
+    """Compare every certified radius, exact distance and verified ball with every attack in its norm.
 
-    Of a ball, any success within its eps is a refutation; else see `refuse_refuted`.
+    Any success within the eps of a verified ball refutes it; for the others see `refuse_refuted`.
     """
     proofs = [(m.norm, who, one) for m, held in collected.items() if m.role == "certified" for who, one in held.items()]
     balls = [
@@ -148,7 +148,7 @@ def _refuse_refuted(study: Study, collected: Collected) -> None:
 
 
 def _against(weak: Held, strong: Held, pixels: int) -> Iterator[tuple[str, str]]:
-    """Yield what the first attack's success says against the second's numbers, as a flag and its detail."""
+    """Yield flags, with details, that the first attack's success raises against the second's numbers."""
     (one, _), (other, _) = weak, strong
     if one.role == other.role == "budget" and one.norm == other.norm:
         yield from _between_budgets(weak, strong)
@@ -179,7 +179,7 @@ def _between_budgets(weak: Held, strong: Held) -> Iterator[tuple[str, str]]:
 
 
 def _extra(weak: Held, strong: Held, *, notable: float = NOTABLE) -> int:
-    """Return how many images more the first attack fools, 0 if few or by chance (McNemar's exact test, one-sided)."""
+    """Return how many more images the first attack fools, 0 if few or by chance (McNemar's exact test, one-sided)."""
     images = common([weak[1].images, strong[1].images])
     stands_strong, stands_weak = (one.at(images).top > 0 for _, one in (strong, weak))
     more, fewer = int((stands_strong & ~stands_weak).sum()), int((stands_weak & ~stands_strong).sum())
@@ -189,7 +189,7 @@ def _extra(weak: Held, strong: Held, *, notable: float = NOTABLE) -> int:
 
 
 def _reach(budget: Measure, norm: str, pixels: int) -> float | None:
-    """Return how long, in another norm, a perturbation within a budget can be; None where that is not known."""
+    """Return the largest length, in another norm, of a perturbation within a budget; None if unknown."""
     assert budget.eps is not None
     if budget.norm == norm:
         return budget.eps
@@ -201,7 +201,7 @@ def _reach(budget: Measure, norm: str, pixels: int) -> float | None:
 
 
 def _beyond(budget: PerImage, distance: PerImage, reach: float) -> int:
-    """Return on how many images a smaller perturbation is known than the minimum-norm attack's, 0 where too few."""
+    """Return on how many images a smaller perturbation is known than the minimum-norm attack's, 0 if few."""
     images = common([budget.images, distance.images])
     one, other = budget.at(images), distance.at(images)
     return _notable(int(((one.top == 0) & (other.found > SLACK * reach)).sum()), len(images))

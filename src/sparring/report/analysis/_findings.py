@@ -27,20 +27,20 @@ from ._cross_checks import Doubt, doubts
 from ._metrics import Collected, Measure, PerImage, collect, common, main_measures, values
 from ._records import Study
 
-MANY_FAILED = 0.01  # of the images: with more failures on either side a distance decides nothing
-DRAWS_SEED = 20260101  # the joint draws are part of the result, so they are always the same
-# What may be lost; "over_sparsified": of validation accuracy, from where on a network is called so.
+MANY_FAILED = 0.01  # of the images: with more failures on either side, a distance decides nothing
+DRAWS_SEED = 20260101  # joint draws are part of the result, so they are fixed
+# Allowed losses; "over_sparsified": the loss of validation accuracy from which on a network is called so.
 DEFAULT_MARGINS = {"accuracy": 0.005, "robust": 0.02, "distance": 0.02, "over_sparsified": 0.02}
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """Hold one metric of one method against sparsity.
+    """One metric of one method against sparsity.
 
     `levels` are the metric's own means with intervals, at each sparsity; `by_seed` (seeds, sparsities) the lines of
     single seeds; `gains` compares with the dense control: differences of shares, logarithms of ratios of lengths (of a
-    control above zero). `margin` is the loss that does not matter, likewise. `left_out` names sparsities without all
-    the seeds. Of distances, `medians` are over the images that count, means over seeds, and `failed` the shares of
+    control above zero). `margin` is the loss that does not matter, in the same unit. `left_out` names sparsities with
+    missing seeds. For distances, `medians` are over the counted images, means over seeds, and `failed` the shares of
     images on which the attack failed, which count as the largest distance found: the dense control's first.
     """
 
@@ -66,7 +66,7 @@ class Result:
         return over_sparsified(self.gains, self.margin)
 
     def words(self, *sparsities: float) -> str:
-        """Return sparsities of the curve in words, with what is gone of all weight matrices where that is less."""
+        """Return sparsities of the curve in words, with the share of all weight matrices if that is less."""
         return numbers.span(sparsities, self.sparsities) + numbers.of_all(self.study, self.method, sparsities)
 
     def failures(self, sparsities: Sequence[float]) -> tuple[float, float]:
@@ -76,13 +76,13 @@ class Result:
         return self.failed[0], max((self.failed[1 + self.sparsities.index(s)] for s in sparsities), default=0.0)
 
     def gain(self, sparsity: float) -> Effect | None:
-        """Return the gain at one sparsity, or None where it was not measured."""
+        """Return the gain at one sparsity, or None if it was not measured."""
         return self.gains.at(sparsity) if sparsity in self.sparsities else None
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """Hold everything that the page, the tables and the verdict say, computed once.
+    """Everything that page, tables and verdict show, computed once.
 
     `method` is that of the headline: the plan's first that chooses weights, since random masks are a baseline.
     The sweet spot does not watch `unwatched` metrics: distances whose searches failed too often, or over a control of
@@ -100,13 +100,13 @@ class Findings:
     unwatched: tuple[Measure, ...] = ()
 
     def result(self, measure: Measure | None, method: str | None = None) -> Result | None:
-        """Return one metric's result for a method (None: the headline's), or None where there is none."""
+        """Return one metric's result for a method (None: the headline's), or None if there is none."""
         name = method if method is not None else self.method
         return None if measure is None or name is None else self.results.get((measure, name))
 
     @property
     def seeds(self) -> int:
-        """Return how many seeds the headline's comparison has."""
+        """Return the number of seeds of the headline's comparison."""
         found = self.result(self.main[0]) if self.main else None
         return len(found.seeds) if found else len({n.seed for n in self.study.networks})
 
@@ -146,13 +146,13 @@ def _headline(study: Study) -> str | None:
 
 
 def margins_of(study: Study) -> dict[str, float]:
-    """Return what may be lost, as fractions: from the plan, else the design's defaults."""
+    """Return the allowed losses, as fractions: from the plan, else the defaults."""
     margins = DEFAULT_MARGINS | {name: float(loss) for name, loss in (study.plan.get("margins") or {}).items()}
     return margins | {"over_sparsified": max(margins["over_sparsified"], margins["accuracy"])}
 
 
 def _margin(measure: Measure, log: bool, margins: Mapping[str, float]) -> float:
-    """Return how much a metric may fall, in its gains' unit; of a control of zero, nothing."""
+    """Return how much a metric may fall, in its gains' unit; 0 for a control of zero."""
     if measure.is_share:
         return margins["accuracy" if measure.role == "accuracy" else "robust"]
     return -math.log1p(-margins["distance"]) if log else 0.0
@@ -161,7 +161,7 @@ def _margin(measure: Measure, log: bool, margins: Mapping[str, float]) -> float:
 def _result(
     study: Study, measure: Measure, method: str, held: Mapping[tuple[str, float, int], PerImage]
 ) -> Result | None:
-    """Compare a method with the dense control on the seeds and images that both have."""
+    """Compare a method with the dense control on their common seeds and images."""
     usable = {who: one for who, one in held.items() if one.bottom.any()}
     control = {seed: one for (name, _, seed), one in usable.items() if name == study.control(method)}
     by_sparsity: dict[float, dict[int, PerImage]] = {}
@@ -201,7 +201,7 @@ def _result(
 
 
 def _level(one: NDArray[np.float64], measure: Measure) -> Effect:
-    """Return a metric's own mean; the interval of a share ends at 0 and 1."""
+    """Return a metric's mean; the interval of a share is clipped to 0 and 1."""
     level = effect(one)
     return replace(level, low=max(level.low, 0.0), high=min(level.high, 1.0)) if measure.is_share else level
 
@@ -211,7 +211,7 @@ def _means(groups: Sequence[Sequence[PerImage]], of: Callable[[PerImage], float]
 
 
 def difference(findings: Findings, measure: Measure, one: tuple[str, float], other: tuple[str, float]) -> Effect | None:
-    """Return the paired difference of a metric between two (method, sparsity), or None where they share no seed."""
+    """Return the paired difference of a metric between two (method, sparsity), or None if they share no seed."""
     held = findings.collected[measure].items()
     sides = [{seed: values for (*who, seed), values in held if tuple(who) == side} for side in (one, other)]
     return paired(findings, measure, *sides)
@@ -233,10 +233,10 @@ def paired(
 
 @dataclass(frozen=True, eq=False)
 class ChosenGain:
-    """Hold the sparsities at which a gain is asked for, one a seed, the gain there, and how they were chosen.
+    """Sparsities chosen to test a gain, one per seed, the gain there, and how they were chosen.
 
     `curve` are the gains at every sparsity that could have been chosen; `choices` counts them, and those that the plan
-    dropped, where the choice was made on the images of the test, else it is 1.
+    dropped, if the choice was made on the images of the test, else it is 1.
     """
 
     sparsities: tuple[float, ...]
@@ -248,10 +248,10 @@ class ChosenGain:
 def choose(
     findings: Findings, result: Result, *, by: Result | None = None, within: Sequence[float] | None = None
 ) -> ChosenGain | None:
-    """Return the gain at the sparsity that is best for another metric (None: its own), without the luck of choosing.
+    """Return the gain at the sparsity that is best for another metric (None: its own), without selection bias.
 
-    Where validation images were attacked, each seed's sparsity is the one best for the other seeds there. Without them
-    the best of the curve is taken, with an interval that holds for all of it. `within` are the sparsities allowed.
+    If validation images were attacked, each seed's sparsity is the best one of the other seeds there. Otherwise the
+    best of the curve is used, with an interval that holds for all of it. `within` are the allowed sparsities.
     """
     by = by if by is not None else result
     every = [s for s in result.sparsities if s in by.sparsities and (within is None or s in within)]
@@ -271,7 +271,7 @@ def choose(
 
 
 def gain_told(result: Result, ledger: Sequence[Row]) -> str:
-    """Return the ledger's verdict on a gain, and where it may be largest if there is one; "" where none was asked."""
+    """Return the ledger's verdict on a gain, and where it may be largest if there is one; "" if it was not tested."""
     row = next((r for r in ledger if r.question.gain == (result.measure.slug, result.method)), None)
     if row is None or row.effect is None:
         return ""
@@ -282,5 +282,5 @@ def gain_told(result: Result, ledger: Sequence[Row]) -> str:
 
 
 def seeds_phrase(seeds: int) -> str:
-    """Return "5 seeds", or "3 seeds (indicative)" where there are too few to say more."""
+    """Return "5 seeds", or "3 seeds (indicative)" if there are too few for more."""
     return numbers.seeds(seeds) + (" (indicative)" if seeds < 5 else "")

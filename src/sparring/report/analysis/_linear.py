@@ -13,15 +13,15 @@ from ._records import Study
 
 Point = Mapping[str, Any]
 Value = Callable[[Point], float]
-Step = tuple[str, float]  # path, and the strength or sparsity on it
+Step = tuple[str, float]  # path, and a strength or sparsity on it
 PATHS = {"magnitude": "magnitude pruning", "l1": "ℓ1 penalty"}  # the ways to sparsity
 NAMES = {**PATHS, "l2": "ℓ2 penalty"}
-DENSE: Step = ("dense", 0.0)  # of each group, the ℓ2 strength that validation accuracy chose
+DENSE: Step = ("dense", 0.0)  # for each group, the ℓ2 strength chosen by validation accuracy
 
 
 @dataclass(frozen=True)
 class Group:
-    """Hold one loss's classifiers of one group of classes."""
+    """One loss's classifiers of one group of classes."""
 
     loss: str
     classes: tuple[int, ...]
@@ -30,7 +30,7 @@ class Group:
 
 @dataclass(frozen=True)
 class LinearStudy:
-    """Hold all groups; `eps` are the budgets that all losses share, the first of them the one that words speak of."""
+    """All groups; `eps` are the budgets that all losses share; sentences are about the first."""
 
     study: Study
     groups: tuple[Group, ...]
@@ -61,7 +61,7 @@ class LinearStudy:
     def effect(self, loss: str, step: Step, value: Value, over: Step | None = None) -> Effect | None:
         """Return the mean over the pairs of a step's value, less that of another step if one is given.
 
-        None without a full set of pairs of four classes at least.
+        None without a full set of pairs of at least four classes.
         """
         pairs = self.pairs(loss)
         images = max((int(group.points[DENSE]["images"]) for group in pairs), default=0)
@@ -89,12 +89,12 @@ class LinearStudy:
 
 
 def is_linear(study: Study) -> bool:
-    """Tell whether a study's plan is of linear classifiers."""
+    """Return whether a study's plan is of linear classifiers."""
     return bool(study.plan.get("linear"))
 
 
 def read_linear(study: Study) -> LinearStudy:
-    """Take the groups out of a study's records; what failed or is not there yet is left out."""
+    """Read the groups from a study's records; failed and missing ones are omitted."""
     groups = []
     for network in study.networks:
         for record in network.stage("linear"):
@@ -107,13 +107,13 @@ def read_linear(study: Study) -> LinearStudy:
 
 
 def r_inf(eps: float, form: str = "boxed") -> Value:
-    """Return what reads accuracy within eps off a classifier: "boxed", "unboxed", or "fgsm" as measured."""
+    """Return a function that reads a classifier's accuracy within eps: "boxed", "unboxed", or "fgsm" as measured."""
     name = form if form == "fgsm" else f"r_inf_{form}"
     return lambda point: float(point[name][f"{eps:g}"])
 
 
 def r_2(form: str = "boxed") -> Value:
-    """Return what reads the mean ℓ2 distance off a classifier: "boxed", "unboxed", "deepfool" or "nearest"."""
+    """Return a function that reads a classifier's mean ℓ2 distance: "boxed", "unboxed", "deepfool" or "nearest"."""
     return lambda point: float(point[f"r_2_{form}"])
 
 

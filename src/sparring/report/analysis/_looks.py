@@ -1,7 +1,8 @@
 """Looks at a study: earlier reports on its folder, sparsities that its plan dropped, and its registration.
 
-A look is a plan with its records, judged. The same plan with the same records is the same look, however often its
-report is made; another one is written to history.jsonl. Later looks pay more for every p-value (`look_price`).
+A look is a judged plan with its records. The same plan with the same records is the same look, however often its
+report is made; another one is written to history.jsonl. At later looks, p-values are multiplied by a larger factor
+(`look_price`).
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from ...statistics import Question, Row, judge
 from .. import _numbers as numbers
 from ._records import Looks, Study, attack_label, load
 
-DISPLAY = ("title", "mark")  # what may change of a plan without changing what it asks
+DISPLAY = ("title", "mark")  # what may change in a plan without changing its questions
 ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")
-# What a look holds: a chain may be whole and hold what no version wrote.
+# Fields of a look: a valid chain may still contain entries that no version wrote.
 LOOK: dict[str, type] = {"look": int, "state": str, "seeds": int, "sparsities": dict, "attacks": list}
 LOOK |= {"records": int, "orphans": int, "unknown": bool, "tests": dict}
 
 
 def open_study(out: Any) -> Study:
-    """Read a study's folder with the look that it stands at; raises as `load` does, and where its history is broken."""
+    """Read a study's folder with its current look; raises as `load` does, and if its history is broken."""
     study = load(out)
     entries = read_history(study.folder)
     folder, orphans = Folder(study.folder), _orphans(study)
@@ -52,10 +53,10 @@ def open_study(out: Any) -> Study:
 
 
 def note_look(study: Study, asked: Sequence[Question]) -> Study:
-    """Write the look that a study stands at to its history, unless it was written last; return the study with it."""
+    """Write a study's current look to its history, unless it is the last entry; return the study with it."""
     looks = study.looks
     noted = bool(looks.entries) and looks.entries[-1]["state"] == looks.state
-    if noted or not os.access(study.folder, os.W_OK):  # who reads a folder that is not his cannot write to it
+    if noted or not os.access(study.folder, os.W_OK):  # a reader of someone else's folder cannot write to it
         return study
     attacks = {attack_label(record) for record in study.records.values() if record.stage == "attack"}
     entry = {
@@ -80,18 +81,18 @@ def note_look(study: Study, asked: Sequence[Question]) -> Study:
 
 
 def dropped_tests(study: Study, asked: Sequence[Question]) -> list[bool]:
-    """Return for each test of earlier looks that is not made any more, and still counts, whether it was primary."""
+    """Return, for each test of earlier looks that is no longer made but still counts, whether it was primary."""
     before = {name: bool(test["primary"]) for entry in study.looks.entries for name, test in entry["tests"].items()}
     return [primary for name, primary in before.items() if name not in {q.claim.key for q in asked}]
 
 
 def judge_study(study: Study, asked: Sequence[Question]) -> list[Row]:
-    """Return a study's claims with their verdicts, at the look that it stands at."""
+    """Return a study's claims with their verdicts, at its current look."""
     return judge(asked, study=study.name, dropped=dropped_tests(study, asked))
 
 
 def _state(study: Study) -> str:
-    """Return the hash of what is judged: the plan, but for its titles, and its records."""
+    """Return the hash of what is judged: the plan without its titles, and its records."""
     plan = {name: value for name, value in study.plan.items() if name not in DISPLAY}
     records = {key: record.checksum() for key, record in study.records.items()}
     return sha256_bytes(canonical_json([plan, records]).encode())
@@ -103,10 +104,10 @@ def _grid(study: Study) -> dict[str, tuple[float, ...]]:
 
 
 def _orphans(study: Study) -> list[Record]:
-    """Return the records in the folder that the plan does not name and that none of its records was made from."""
+    """Return the records in the folder that neither the plan nor the parents of its records name."""
     every = dict(study.records)
     for path in sorted(Folder(study.folder).records.glob("*.json")):
-        with contextlib.suppress(DamageError):  # a damaged one that nobody asked for
+        with contextlib.suppress(DamageError):  # a damaged record that is not needed
             if path.stem not in every and (record := read_record(study.folder, path.stem)) is not None:
                 every[path.stem] = record
     known, fresh = {*study.records, *study.missing}, set(study.records)
@@ -120,7 +121,7 @@ def _orphans(study: Study) -> list[Record]:
 def _dropped(
     study: Study, looks: Sequence[Mapping[str, Any]], orphans: Sequence[Record]
 ) -> dict[str, tuple[float, ...]]:
-    """Return by method the sparsities that were looked at, or pruned to, and are not in the plan any more."""
+    """Return, by method, the sparsities that were looked at, or pruned to, and are no longer in the plan."""
     pruned = {
         (s, _way(r)) for r in orphans if r.stage == "prune" and isinstance(s := r.inputs.get("sparsity"), int | float)
     }
@@ -176,7 +177,7 @@ def _registered(study: Study) -> str:
     entry = study.looks.registered
     if entry is None:
         return "The plan was not registered before the first record."
-    table, plan = entry["table"], study.plan  # what a later version of the plan added does not count
+    table, plan = entry["table"], study.plan  # additions of later versions of the plan do not count
     changed = [name for name in table if name in plan and name not in DISPLAY and table[name] != plan[name]]
     when = f"The plan was registered before the first record, on {entry['time']} ({entry['plan'][:12]})"
     return f"{when}, and has changed since: {', '.join(changed)}." if changed else f"{when}, and has not changed since."

@@ -32,16 +32,16 @@ TENSORS = {
     "transfer": ("clean_correct", "success", "images"),
     "verify": ("verified_by", "falsified", "stable", "images"),
 }
-# In l0 the values of an image count, and beside them its pixels.
+# In l0 the values of an image count, and separately its pixels.
 PIXELS = "l0-pixels"
 NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1", "l0": "ℓ0", PIXELS: "ℓ0 (pixels)"}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Name one metric: what is averaged over images. `attack` is the attack with its options, empty for plain accuracy.
+    """The name of one metric, which is averaged over images. `attack` includes its options, and is empty for accuracy.
 
-    `naive`: without the straight-through pass and transfer that networks with sparse activations call for.
+    `naive`: without the straight-through pass and transfer that networks with sparse activations need.
     """
 
     role: Role
@@ -54,17 +54,17 @@ class Measure:
 
     @property
     def label(self) -> str:
-        """Return the attack as it is shown."""
+        """Return the attack's displayed name."""
         return shown(self.attack, self.naive)
 
     @property
     def is_share(self) -> bool:
-        """Tell whether this is a share (shown in %) of images, or of an image's ReLUs, not a distance."""
+        """Return whether this is a share (shown in %) of images, or of an image's ReLUs, not a distance."""
         return self.role in ("accuracy", "budget", "worst", *TRANSFER, *VERIFIED)
 
     @property
     def slug(self) -> str:
-        """Return a name fit for files and identifiers."""
+        """Return a name for files and identifiers."""
         role, eps = self.role.replace(" ", "-"), "" if self.eps is None else f"{self.eps:g}"
         parts = ("" if role == "budget" else role, self.label, self.norm, eps)
         text = "-".join(part for part in parts if part)
@@ -112,17 +112,17 @@ class Measure:
         return self.short.lower() if self.name == "smallest" else self.short
 
     def change(self, values: Floats, control: Floats) -> Effect:
-        """Return the change over a control, both (seeds, images): of lengths above zero the logarithm of the ratio."""
+        """Return the change over a control, both (seeds, images): for lengths above zero the logarithm of the ratio."""
         logs = not self.is_share and control.mean() > 0
         return effect(log_ratio_values(values, control) if logs else values - control)
 
 
 @dataclass(frozen=True)
 class PerImage:
-    """Hold one metric of one network: the mean is sum(top) / sum(bottom) over the images at these places of a split.
+    """One metric of one network: the mean is sum(top) / sum(bottom) over the images at these positions of a split.
 
     Their order is that of the records and differs between stages: join two metrics by `common` and `at`. `failed` are
-    the images (0 or 1) on which a search for a smallest distance failed, None where nothing can.
+    the images (0 or 1) on which a search for a smallest distance failed, None if there is no search.
     """
 
     images: NDArray[np.int64]
@@ -160,25 +160,25 @@ Collected = dict[Measure, dict[Who, PerImage]]
 
 
 def safe(text: str) -> str:
-    """Return a text as a part of a file's name."""
+    """Return a text that is safe in a file's name."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in text)
 
 
 def pretty(label: str) -> str:
-    """Return an attack's label as the field writes it."""
+    """Return an attack's label in the usual spelling."""
     head, dash, tail = label.partition("-")
     title = ATTACKS[head].title if head in ATTACKS else "Smallest" if head == "smallest" else head
     return title + dash + tail
 
 
 def rung(measure: Measure) -> float:
-    """Return the rank of an attack within a budget; one that has none compares with none."""
+    """Return the rank of an attack within a budget; NaN, which compares with nothing, if it has none."""
     facts = ATTACKS.get(measure.name, OWN_ATTACK)
     return math.nan if facts.rank is None or facts.kind == "minimum-norm" else float(facts.rank)
 
 
 def pretty_eps(eps: float | None) -> str:
-    """Return a budget's eps as the field writes it: "0.1", or "2/255" for one that is no short decimal."""
+    """Return a budget's eps in the usual spelling: "0.1", or "2/255" if it is not a short decimal."""
     if eps is None:
         return ""
     steps, short = round(255 * eps), f"{eps:g}"
@@ -219,7 +219,7 @@ def collect(study: Study) -> Collected:
 
 
 def _of_record(study: Study, record: Record) -> Iterator[tuple[Measure, PerImage]]:
-    """Yield the metrics of a record with their values, none where its tensors are not there."""
+    """Yield the metrics of a record with their values, none if its tensors are missing."""
     held = arrays(record, *TENSORS[record.stage]) if record.stage in TENSORS else {}
     if record.stage == "measure" and "correct_valid" in held:
         count = len(held["correct_valid"])
@@ -267,7 +267,7 @@ def _transferred(record: Record) -> Measure:
 
 
 def measures_of(record: Record) -> list[Measure]:
-    """Return the metrics that an "attack" record is of."""
+    """Return the metrics of an "attack" record."""
     attack, split, naive = record.attack, str(record.inputs["split"]), is_naive(record)
     one = Measure("budget", split, attack_name(record), attack["name"], attack["norm"], naive=naive)
     if attack["eps"] is not None:
@@ -285,7 +285,7 @@ def _shard(images: NDArray[np.int64], held: Mapping[str, NDArray[Any]], role: Ro
 
 
 def _merge(shards: list[PerImage]) -> PerImage:
-    """Return the shards as one; an image that is in two counts once."""
+    """Merge shards; an image that is in two counts once."""
     images = np.concatenate([s.images for s in shards])
     first = np.sort(np.unique(images, return_index=True)[1])
     top, bottom = (np.concatenate([getattr(s, name) for s in shards])[first] for name in ("top", "bottom"))
@@ -294,7 +294,7 @@ def _merge(shards: list[PerImage]) -> PerImage:
 
 
 def _lend_controls(study: Study, found: Collected) -> None:
-    """Give naive attacks the dense networks of their honest twins: without sparse activations the two are the same."""
+    """Copy the dense networks' results to naive attacks: without sparse activations both are the same."""
     for measure, held in found.items():
         if measure.naive:
             twin = found.get(replace(measure, naive=False), {})
@@ -302,10 +302,10 @@ def _lend_controls(study: Study, found: Collected) -> None:
 
 
 def _add_worst(found: Collected) -> None:
-    """Add what all attacks together do to an image: the worst case in a budget, the smallest distance in a norm.
+    """Add the joint result of all attacks on an image: the worst case in a budget, the smallest distance in a norm.
 
-    Attacks that ran on fewer networks than others (a slow one, on one seed) stand for themselves. Where no attack takes
-    more than a single step, what they leave is far from a worst case and is not called one.
+    Attacks that ran on fewer networks than others (a slow one, on one seed) are not included. If no attack takes
+    more than a single step, their result is far from a worst case and is not called one.
     """
     wanted: dict[Measure, None] = {}
     for m in found:
@@ -321,7 +321,7 @@ def _add_worst(found: Collected) -> None:
 
 
 def parts(found: Collected, measure: Measure) -> list[Measure]:
-    """Return the attacks that a measure is made of: itself, or those that ran on most networks for a worst case."""
+    """Return the attacks behind a measure: itself, or, for a worst case, those that ran on most networks."""
     role = "budget" if measure.role == "worst" else measure.role
     if measure.role != "worst" and measure.name != "smallest":
         return [measure]
@@ -332,7 +332,7 @@ def parts(found: Collected, measure: Measure) -> list[Measure]:
 
 
 def _smallest(held: Sequence[PerImage]) -> PerImage:
-    """Return each image's smallest value on the images that all have; a search failed where all of them did."""
+    """Return each image's smallest value on the common images; a search counts as failed if all of them did."""
     images = common([one.images for one in held])
     here = [one.at(images) for one in held]
     top, bottom = np.minimum.reduce([one.top for one in here]), np.maximum.reduce([one.bottom for one in here])
@@ -341,10 +341,10 @@ def _smallest(held: Sequence[PerImage]) -> PerImage:
 
 
 def _cap(found: Collected) -> None:
-    """Give failed searches the largest distance found in a norm, by whichever attack on whichever network.
+    """Give failed searches the largest distance found in a norm, by any attack on any network.
 
-    To leave them out would drop the hardest images, of the networks that are hardest to attack most. One cap for all
-    leaves a smallest distance no larger than its parts. Where nothing was found nothing counts.
+    Omitting them would drop the hardest images, most of all for networks that are hard to attack. With one cap for all,
+    a smallest distance is no larger than its parts. If nothing was found, nothing counts.
     """
     searched = [(m, held) for m, held in found.items() if m.role in ("distance", "distance-correct")]
     caps: dict[tuple[str, str], float] = {}
@@ -361,7 +361,7 @@ def _cap(found: Collected) -> None:
 
 
 def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return the images that are in all of the given sets, in the order of the first."""
+    """Return the images in all of the given sets, in the order of the first."""
     if all(np.array_equal(images[0], other) for other in images[1:]):
         return images[0]
     return images[0][np.isin(images[0], functools.reduce(np.intersect1d, images))]
@@ -370,8 +370,8 @@ def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:
     """Return the few metrics the page opens with: accuracy, FGSM, PGD and worst case at one eps, r_2 in both forms.
 
-    The eps is one at which the study's strongest attack was run, the middle one of several: a worst case without it
-    would be none.
+    The eps is one at which the study's strongest attack was run, the middle one of several: without it there would be
+    no worst case.
     """
     here = [m for m in every if m.split == split]
     budgets = _strongest_budgets(here)
@@ -384,7 +384,7 @@ def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:
     shown += [m for m in attacks if m.name in ("fgsm", "pgd")] or attacks
     fgsm = [m for m in here if (m.role, m.name, m.norm) == ("budget", "fgsm", "linf") and not m.naive]
     if not any(m in attacks for m in fgsm):
-        shown += fgsm[len(fgsm) // 2 :][:1]  # r_inf is asked of it, at another eps if need be
+        shown += fgsm[len(fgsm) // 2 :][:1]  # needed for r_inf, at another eps if necessary
     return [m for m in here if m in shown]
 
 
@@ -407,6 +407,6 @@ def summary(measure: Measure, one: PerImage) -> tuple[float | None, float | None
     """Return one network's metric and, for shares, its exact binomial interval (None where there is none)."""
     if one.bottom.sum() == 0:
         return None, None, None
-    if not measure.is_share or measure.role == "stable":  # of many ReLUs an image
+    if not measure.is_share or measure.role == "stable":  # of many ReLUs per image
         return one.mean, None, None
     return one.mean, *binomial_interval(round(float(one.top.sum())), round(float(one.bottom.sum())))

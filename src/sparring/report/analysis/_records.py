@@ -16,7 +16,7 @@ Who = tuple[str, float, int]  # method, sparsity, seed
 
 @dataclass(frozen=True)
 class Network:
-    """Hold one cell of the study: a network of one seed, method and sparsity (0 to 1, the fraction removed).
+    """One cell of the study: a network of one seed, method and sparsity (0 to 1, the fraction removed).
 
     `axis` says what is sparse: "weights" or "activations"; `kind` and `checkpoint` what the network is.
     """
@@ -31,7 +31,7 @@ class Network:
 
     @property
     def who(self) -> Who:
-        """Return what identifies this network in its study."""
+        """Return the identity of this network in its study."""
         return self.method, self.sparsity, self.seed
 
     def stage(self, name: str) -> list[Record]:
@@ -39,19 +39,19 @@ class Network:
         return [r for r in self.records if r.stage == name and r.error is None]
 
     def metric(self, name: str, stage: str = "measure") -> float | None:
-        """Return a scalar of a stage, or None where it is not known."""
+        """Return a scalar of a stage, or None if unknown."""
         known = (record.metrics.get(name) for record in self.stage(stage))
         return next((float(value) for value in known if value is not None), None)
 
 
 @dataclass(frozen=True)
 class Looks:
-    """Hold the look that a study stands at, counted from 1, and what came before it.
+    """The current look at a study, counted from 1, and earlier ones.
 
-    `state` is the hash of what is judged and `entries` are the looks in the folder's history, this one among them once
-    it was noted. `dropped` are the sparsities by method that were looked at, or have records, and are not in the plan
-    any more; `orphans` is how many records the plan does not name; `registered` the entry that registered the plan;
-    `unknown` says that a report was made before the history began.
+    `state` is the hash of what is judged and `entries` are the looks in the folder's history, including this one once
+    it was written. `dropped` are the sparsities by method that were looked at, or have records, and are no longer in
+    the plan; `orphans` is the number of records that the plan does not name; `registered` the entry that registered the
+    plan; `unknown`: a report was made before the history began.
     """
 
     number: int = 1
@@ -64,13 +64,13 @@ class Looks:
 
     @property
     def price(self) -> float:
-        """Return what p-values are multiplied by."""
+        """Return the factor of p-values."""
         return look_price(self.number)
 
 
 @dataclass(frozen=True)
 class Study:
-    """Hold everything the report may know of a study. `missing` are the keys of tasks without a record."""
+    """All data of a study for its report. `missing` are the keys of tasks without a record."""
 
     folder: Path
     plan: Mapping[str, Any]
@@ -88,12 +88,12 @@ class Study:
 
     @property
     def mark(self) -> str:
-        """Return what the plan wants written into every figure."""
+        """Return the plan's mark for every figure."""
         return str(self.plan.get("mark") or "")
 
     @property
     def data(self) -> object:
-        """Return what identifies the test images: the data's hash where records have it, else the folder."""
+        """Return the identity of the test images: the data's hash if records have it, else the folder."""
         hashes = {r.inputs.get("data") for r in self.records.values() if r.stage == "measure"}
         return hashes if hashes and None not in hashes else self.folder.resolve()
 
@@ -104,7 +104,7 @@ class Study:
 
     @property
     def records(self) -> dict[str, Record]:
-        """Return every record once, by key: networks may share one."""
+        """Return every record once, by key: networks may share records."""
         return {r.key: r for network in self.networks for r in network.records}
 
     @cached_property
@@ -123,15 +123,15 @@ class Study:
         return self._first[method].axis if method in self._first else "weights"
 
     def kind(self, method: str) -> Kind:
-        """Return what kind of network a method makes."""
+        """Return the kind of a method's networks."""
         return self._first[method].kind
 
     def checkpoint(self, method: str | None) -> Checkpoint:
-        """Return the checkpoint that a method's networks are taken at."""
+        """Return the checkpoint of a method's networks."""
         return self._first[method].checkpoint if method in self._first else "final"
 
     def is_dense(self, method: str) -> bool:
-        """Tell whether a method is the dense network as trained or its control, at whichever checkpoint."""
+        """Return whether a method is the dense network as trained or its control, at any checkpoint."""
         return self.kind(method) in ("reference", "control")
 
     def control(self, method: str | None = None, kind: Kind = "control") -> str:
@@ -152,7 +152,7 @@ class Study:
 def load(folder: Path | str) -> Study:
     """Read a study's output folder.
 
-    Raises UserError when plan.json is missing, DamageError when it or a record that it names is not what was written.
+    Raises UserError when plan.json is missing, DamageError if it or a record that it names has changed.
     Records that do not exist (yet) are listed in `missing`.
     """
     file = read_plan(folder)
@@ -174,8 +174,8 @@ def load(folder: Path | str) -> Study:
 def _networks(cells: tuple[Cell, ...], found: Mapping[str, Record | None]) -> Iterator[Network]:
     """Yield a network for each cell.
 
-    Where a method was asked for no sparsity its networks stand at the mean of what they reached, over seeds, so that
-    they can be compared. Networks without a record are left out.
+    Networks of a method without a requested sparsity are placed at the mean of the reached ones, over seeds, so that
+    they can be compared. Networks without a record are omitted.
     """
     reached: dict[str, list[float]] = {}
     records = [tuple(record for key in cell.tasks if (record := found[key]) is not None) for cell in cells]
@@ -191,7 +191,7 @@ def _networks(cells: tuple[Cell, ...], found: Mapping[str, Record | None]) -> It
 
 
 def attack_label(record: Record) -> str:
-    """Return an attack's label as it is shown: "pgd-40", or "pgd-40 (naive)"."""
+    """Return an attack's displayed label: "pgd-40", or "pgd-40 (naive)"."""
     return shown(attack_name(record), is_naive(record))
 
 
@@ -201,7 +201,7 @@ def shown(attack: str, naive: bool) -> str:
 
 
 def attack_name(record: Record) -> str:
-    """Return an attack's name with the options that tell it from others of that name, as "pgd-40"."""
+    """Return an attack's name with the options that distinguish it from others of that name, such as "pgd-40"."""
     attack = {name: value for name, value in record.attack.items() if name not in ("name", "norm", "eps", "naive")}
     options = [str(value) if key == "steps" else f"{key} {value}" for key, value in sorted(attack.items())]
     options.sort(key=lambda text: not text.isdigit())
@@ -209,5 +209,5 @@ def attack_name(record: Record) -> str:
 
 
 def is_naive(record: Record) -> bool:
-    """Tell whether an attack went without the straight-through pass and transfer that sparse activations call for."""
+    """Return whether an attack ran without the straight-through pass and transfer that sparse activations need."""
     return bool(record.attack.get("naive"))

@@ -130,7 +130,7 @@ class StochasticPruning(ActivationSparsifier):
     def sparse(self, x: Tensor) -> Tensor:
         flat = x.flatten(1).clamp_min(0)
         total = flat.detach().sum(1, keepdim=True)
-        # A layer that is silent draws uniformly from zeros: the result is zero all the same.
+        # A layer without activity draws uniformly from zeros: the result is still zero.
         chance = torch.where(total > 0, flat.detach() / total.clamp_min(1e-30), 1 / flat.shape[1])
         draws = max(1, round(self.samples * flat.shape[1]))
         drawn = torch.multinomial(chance, draws, replacement=True, generator=self.generator)
@@ -168,7 +168,7 @@ class MeanSparse(ActivationSparsifier):
         return torch.where((x - mean).abs() <= radius, mean, x).clamp_min(0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        # The buffers get their size, one value per channel, only when they are calibrated.
+        # The buffers get their size, one value per channel, at calibration.
         for name in ("mean", "radius"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
@@ -187,7 +187,7 @@ def _not_negative(value: float, name: str) -> float:
     return value
 
 
-# Classes that are called with a level.
+# Classes that take a level.
 ACTIVATIONS: dict[str, type[Any]] = {
     module.kind: module for module in (ShiftedReLU, Threshold, TopK, Percentile, StochasticPruning, MeanSparse)
 }

@@ -102,7 +102,7 @@ def with_activation_penalty(loss: Loss, strength: float) -> Loss:
 
     def penalised(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         means: list[Tensor] = []
-        # A copy: what follows may write into the value, which the penalty's backward pass needs as it was.
+        # A copy: later operations may write into the value, which the penalty's backward pass needs unchanged.
         with _listening(model, lambda _, value: means.append(value.clone().abs().mean())):
             model(x.clone())
         base = loss(model, x, y, generator)
@@ -113,7 +113,7 @@ def with_activation_penalty(loss: Loss, strength: float) -> Loss:
 
 @contextmanager
 def _listening(model: nn.Module, hear: Hear) -> Iterator[None]:
-    """Call `hear` with name and value of every nonlinearity's output while the model runs once."""
+    """Call `hear` with the name and value of every nonlinearity's output while the model runs once."""
     mode = _Listener(hear)
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -124,7 +124,7 @@ def _listening(model: nn.Module, hear: Hear) -> Iterator[None]:
 
 
 class _Listener(TorchFunctionMode):
-    """See every function that torch runs, and know which module called it."""
+    """Intercept every function that torch runs, with the module that called it."""
 
     def __init__(self, hear: Hear) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _Listener(TorchFunctionMode):
         return value
 
     def _tell(self, name: str, value: Tensor) -> None:
-        # A module that runs several nonlinearities, or runs several times, gets one name for each.
+        # A module that runs several nonlinearities, or runs several times, has one name for each.
         name = name or "model"
         use = self.uses.get(name, 0)
         self.uses[name] = use + 1

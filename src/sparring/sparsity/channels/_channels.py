@@ -99,14 +99,14 @@ def _count(table: Coupling) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What was found out about a model that looked so, and why layers stay whole."""
+    """The cached result for a model of this structure, and why layers stay whole."""
 
     look: object
     coupling: Coupling
     reasons: dict[str, str]
 
 
-# A pruner asks at every change of masks, and the answer does not depend on weights.
+# A pruner needs this at every change of masks, and it does not depend on weights.
 _MODELS: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], _Known]] = WeakKeyDictionary()
 
 
@@ -124,7 +124,7 @@ def _known(model: nn.Module, shape: tuple[int, ...]) -> _Known:
 
 @torch.no_grad()
 def _as_after_training(model: nn.Module) -> nn.Module:
-    """Return a model with other numbers in its vectors, which begin as zeros and ones and so would hide mistakes."""
+    """Return a model with random numbers in its vectors, whose initial zeros and ones would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 and parameter.is_floating_point():
@@ -134,7 +134,7 @@ def _as_after_training(model: nn.Module) -> nn.Module:
 
 
 def _tried(model: nn.Module, table: Coupling, shape: tuple[int, ...]) -> tuple[Coupling, dict[str, str]]:
-    """Return a coupling whose channels the model can do without, and the reasons of layers that stay whole."""
+    """Return a coupling whose channels can be removed from the model, and the reasons for layers that stay whole."""
     spaces = {tuple(names): _units(table, names) for names in joined(table.writers)}
     for names, units in list(spaces.items()):
         if len(units) < 2:  # at least one channel stays
@@ -160,7 +160,7 @@ def _units(table: Coupling, paths: list[str]) -> Tensor:
 
 
 def _problem(model: nn.Module, table: Coupling, spaces: list[Tensor], shape: tuple[int, ...]) -> str | None:
-    """Take one and then half the units of some spaces out of copies of a model; return what is wrong with it then."""
+    """Remove one and then half of the units of some layers from copies of a model; return what then fails."""
     generator = torch.Generator().manual_seed(0)
     problem = None
     for share in (0.0, 0.5):
@@ -196,7 +196,7 @@ def _images(shape: tuple[int, ...]) -> Tensor:
 
 
 def _what_holds(model: nn.Module, known: _Known) -> str:
-    """Say why no layer of a model can lose channels."""
+    """Explain why no layer of a model can lose channels."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for parameter in (p for p in module._parameters.values() if p is not None):
@@ -216,7 +216,7 @@ def _trial(model: nn.Module) -> Iterator[None]:
 
 
 def _dead_(model: nn.Module, table: Coupling) -> Tensor:
-    """Return which units nobody writes, or nobody reads, (units,), and set a model's rows of them to zero, in place."""
+    """Return which units are never written or never read, (units,), and set their rows of a model to zero, in place."""
     dead = torch.zeros(_count(table), dtype=torch.bool)
     while True:
         written, read = torch.zeros_like(dead), torch.zeros_like(dead)
@@ -235,9 +235,9 @@ def _dead_(model: nn.Module, table: Coupling) -> Tensor:
 
 
 def _cut_(model: nn.Module, table: Coupling, dead: Tensor, x: Tensor) -> None:
-    """Take units out of a model, in place; x: some images, float (N, ...).
+    """Remove units from a model, in place; x: some images, float (N, ...).
 
-    Raise Unsupported where one leaves a constant that no bias can take over.
+    Raise Unsupported if one leaves a constant that no bias can replace.
     """
     dead = dead.clone()
     for units in (*table.rows.values(), *table.columns.values()):
@@ -255,7 +255,7 @@ def _cut_(model: nn.Module, table: Coupling, dead: Tensor, x: Tensor) -> None:
 
 
 def _constants(model: nn.Module, gone: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    """Return what the inputs that go give each output of a layer, (outputs,), where that is not zero."""
+    """Return the contribution of removed inputs to each output of a layer, (outputs,), where it is not zero."""
     found: dict[str, Tensor] = {}
 
     def listen(path: str, mask: Tensor) -> Callable[..., None]:
@@ -294,12 +294,12 @@ def _to(x: Tensor, model: nn.Module) -> Tensor:
 
 
 def _difference(masked: nn.Module, smaller: nn.Module, x: Tensor) -> str | None:
-    """Return how two networks' logits of images differ, in double precision where they can be computed so."""
+    """Return how two networks' logits of images differ, in double precision if possible."""
     pair, tolerance = [copy.deepcopy(m).double() for m in (masked, smaller)], _SAME
     try:
         with _trial(pair[0]):
             expected = logits_of(pair[0](_to(x, pair[0])))
-    except Exception:  # the user's forward(), which may know one type only
+    except Exception:  # the user's forward(), which may support only one type
         pair, tolerance = [masked, smaller], 10 * _SAME
         with _trial(masked):
             expected = logits_of(masked(_to(x, masked)))

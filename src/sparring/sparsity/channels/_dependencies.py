@@ -36,17 +36,17 @@ from ...graph import (
 
 __all__ = ["Coupling", "coupling", "joined"]
 
-# What only moves values, or repeats them.
+# Operations that only move or repeat values.
 _MOVES = frozenset(
     """permute transpose movedim select slice narrow flip index_select cat stack roll expand repeat channel_shuffle
     pixel_shuffle pixel_unshuffle""".split()  # noqa: SIM905
 )
-# What each channel of a map does for itself.
+# Operations on each channel of a map separately.
 _WITHIN_CHANNELS = frozenset(
     """avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d
     upsample_bicubic2d reflection_pad2d replication_pad2d""".split()  # noqa: SIM905
 )
-_ALONG = frozenset(["mean", "amax", "amin"])  # of values that are of one unit
+_ALONG = frozenset(["mean", "amax", "amin"])  # of values of one unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class Coupling:
 
 
 def coupling(model: nn.Module, graph: Graph, prunable: Iterable[str]) -> Coupling:
-    """Return which channels of a model go together; graph: its own; prunable: the weights that can lose rows."""
+    """Return which channels of a model are removed together; prunable: the weights that can lose rows."""
     walk = _Walk(graph, _layers(model, set(prunable)))
     for node in graph.nodes:
         walk.units.append(_compact(walk.of(node)))
@@ -86,7 +86,7 @@ def coupling(model: nn.Module, graph: Graph, prunable: Iterable[str]) -> Couplin
 
 
 def _parted(graph: Graph) -> list[list[int]]:
-    """Return the nodes that are equal parts of one value, as chunk() gives them: they stay equal."""
+    """Return the nodes that are equal parts of one value, such as those of chunk(): they stay equal."""
     parts: dict[tuple[int, int, int], list[int]] = {}
     for place, node in enumerate(graph.nodes):
         if isinstance(node.op, Call) and node.op.name == "narrow":
@@ -97,7 +97,7 @@ def _parted(graph: Graph) -> list[list[int]]:
 
 
 def _layers(model: nn.Module, prunable: set[str]) -> dict[str, nn.Module]:
-    """Return the modules that can be cut: layers of torch's whose weights are plain parameters of theirs alone."""
+    """Return the modules that can be cut: torch's layers whose weights are plain, unshared parameters."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     return {
         path: module
@@ -112,7 +112,7 @@ def _layers(model: nn.Module, prunable: set[str]) -> dict[str, nn.Module]:
 
 @dataclass
 class _Walk:
-    """Give every node its units; `pairs` are numbers that are one unit."""
+    """Assign units to every node; `pairs` are numbers of the same unit."""
 
     graph: Graph
     layers: dict[str, nn.Module]
@@ -123,7 +123,7 @@ class _Walk:
     count: int = 1
 
     def of(self, node: Node) -> Tensor:
-        """Return the units of a node, float64 of its shape; those of what has no rule stay."""
+        """Return the units of a node, float64 of its shape; operations without a rule keep all units."""
         inputs = [self.units[i] for i in node.inputs]
         match node.op:
             case Linear() | Conv2d() as op if op.name in self.layers:
@@ -164,13 +164,13 @@ class _Walk:
         return self.fix(*inputs, shape=shape)
 
     def fix(self, *units: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-        """Let units stay; return as many for a shape."""
+        """Keep units; return units that stay, for a shape."""
         for some in units:
             self.join(some, torch.zeros(()))
         return torch.zeros(()).double().expand(shape)
 
     def join(self, left: Tensor, right: Tensor) -> None:
-        """Make units one, where they stand at one place."""
+        """Merge the units at each position."""
         left, right = _once(left), _once(right)
         pairs = torch.stack([left + 0 * right, right + 0 * left]).flatten(1)
         self.pairs.append(torch.unique(pairs, dim=1))
@@ -180,7 +180,7 @@ class _Walk:
         return torch.arange(self.count - count, self.count, dtype=torch.float64)
 
     def _layer(self, op: Linear | Conv2d, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A layer reads units along the axis that it sums over, and writes new ones; one a group, where it has groups.
+        """A layer reads units along the axis that it sums over, and writes new ones; one per group, if it has groups.
 
         A layer that is used twice reads and writes the same both times.
         """
@@ -210,7 +210,7 @@ class _Walk:
         return x[(slice(None), *[slice(1)] * (x.dim() - 1))].expand(shape)
 
     def _together(self, node: Node, name: str) -> Tensor:
-        """Values one by one; what all channels are multiplied with must stay, and other such values keep all."""
+        """Elementwise operations; a factor shared by all channels must stay, and other shared values keep all units."""
         inputs, shape = [self.units[i] for i in node.inputs], node.shape
         varied = set[int]().union(*(_varies(u) for u in inputs))
         same = [any(u.shape[axis] == 1 for axis in varied) for u in inputs]  # for all channels
@@ -246,7 +246,7 @@ class _Walk:
 
 
 def joined(tables: Mapping[str, Tensor]) -> list[list[str]]:
-    """Return the names in groups: those whose units occur in one another."""
+    """Return the names in groups that share units."""
     groups: list[tuple[set[int], list[str]]] = []
     for name, units in tables.items():
         own, names = set(units[units > 0].tolist()), [name]
@@ -265,7 +265,7 @@ def _axes(op: Call, x: Tensor) -> set[int]:
 
 
 def _compact(units: Tensor) -> Tensor:
-    """Return equal units with each axis along which they are equal held once in memory."""
+    """Return equal units in which axes of equal units are stored once."""
     shape = units.shape
     for axis in range(units.dim()):
         first = units.narrow(axis, 0, 1)

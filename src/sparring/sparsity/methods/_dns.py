@@ -31,7 +31,7 @@ class _Surgery(Pruner):
     events: list[tuple[int, int, int]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.exact = self.sparsity is not None  # a c_rate alone leads where it leads
+        self.exact = self.sparsity is not None  # c_rate alone does not determine the sparsity
 
     def __call__(self, step: Step) -> Masks:
         last, masks = last_step(self.stop, step.steps), step.masks
@@ -98,7 +98,7 @@ class _Surgery(Pruner):
         return after
 
     def series(self) -> dict[str, list[int]]:
-        """Return, for every step with surgery, how many entries were pruned and how many spliced back."""
+        """Return, for every step with surgery, how many entries were pruned and how many were spliced back."""
         step, pruned, spliced = zip(*self.events, strict=True) if self.events else ((), (), ())
         return {"step": list(step), "pruned": list(pruned), "spliced": list(spliced)}
 

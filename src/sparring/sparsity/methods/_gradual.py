@@ -18,7 +18,7 @@ from .._select import erdos_renyi_kernel
 
 
 def _cut(step: Step, score: Score, rule: Rule, sparsity: float | Mapping[str, float]) -> Masks:
-    """Return the masks of a sparsity within the present ones, applied to the model."""
+    """Return the masks of a sparsity within the current ones, applied to the model."""
     scores = score(step.model, step.batch, loss=step.loss, generator=step.generator)
     masks = rule.masks(step.model, scores, sparsity, masks=step.masks, batch=step.batch)
     apply_(step.model, masks)
@@ -37,7 +37,7 @@ class _Gradual(Pruner):
         return step.masks if progress is None else _cut(step, self.score, self.rule, self._target(step.masks, progress))
 
     def _target(self, masks: Masks, progress: float) -> float | dict[str, float]:
-        # What is gone stays gone: a network that is already pruned waits until the schedule has caught up.
+        # Removed weights never come back: a network that is already pruned waits until the schedule has caught up.
         now = self.rule.open(masks)
         if not isinstance(self.sparsity, Mapping):
             return max(cubic(progress, self.sparsity), sparsity_of(now))

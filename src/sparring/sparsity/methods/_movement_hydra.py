@@ -97,7 +97,7 @@ class _Hydra(Pruner):
         self.frozen = {name: value.detach().clone() for name, value in model.named_parameters()}
 
     def _slopes(self, step: Step) -> dict[str, Tensor]:
-        """Return the gradient for the masked weights: the training step's own, unless there is a loss of our own."""
+        """Return the gradient for the masked weights: the training step's own, unless there is a separate loss."""
         weights = prunable(step.model)
         if self.loss is None:
             return {n: w.grad for n, w in weights.items() if w.grad is not None}
@@ -128,7 +128,7 @@ class _Swapped(nn.Module):
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.model = [model]  # in a list, so that its parameters do not become this module's
+        self.model = [model]  # in a list, so that its parameters are not registered here
         self.parameters_used = dict(parameters)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,18 +39,18 @@ from ..stages._networks import Context, check_fit, network
 from ._plan import Plan
 from ._tables import PruningSettings
 
-# What holding an artefact against its network takes, as `passes` of facts.
+# Cost of comparing an artefact with its network, as `passes` of facts.
 SHIP = 500.0
-# How much longer an attack takes on a network that draws: seven times it starts, six of them on means over ten draws,
-# of which a network whose first layers do not draw makes little. LeNet-5's took 10 (`fast`) to 15 times (DeepFool).
+# How much longer an attack takes on a network that draws: it runs seven times, six of them on means over ten draws,
+# which cost little if the first layers do not draw. For LeNet-5 it took 10 (`fast`) to 15 times (DeepFool) as long.
 DRAWN = 13.0
 BATCH, SECONDS = 64, 0.3
 
 
 def rehearse(plan: Plan, context: Context) -> None:
-    """Raise UserError for a model of the user's own that fails, and for what the plan's network cannot have.
+    """Raise UserError for a user's model that fails, and for settings that the plan's network does not support.
 
-    Only tables that name a structure, layers or a floor can ask for that; other plans of known models pay nothing.
+    Only tables with a structure, layers or a floor can have these; other plans of known models are not checked.
     """
     depending = [p for p in plan.pruning if p.structure or p.layers or p.spare or p.floor or p.c_rate is not None]
     own = context.factory is not None or ":" in plan.model.name or plan.model.weights is not None
@@ -71,7 +71,7 @@ def rehearse(plan: Plan, context: Context) -> None:
 
 
 def _try_gradient(model: nn.Module, context: Context) -> None:
-    """Raise UserError for a model that answers but cannot be trained."""
+    """Raise UserError for a model that returns logits but cannot be trained."""
     x, y = (part[:2].to(context.device) for part in context.dataset.train)
     try:
         with eval_mode(model):
@@ -97,7 +97,7 @@ def _try(pruning: PruningSettings, plan: Plan, model: nn.Module, batch: Batch) -
 def estimate(tasks: Iterable[AnyTask], context: Context, *, workers: int) -> float | None:
     """Return a rough number of seconds for some tasks, from the speed of the first one's network (half a second).
 
-    None where that network cannot be run: the cells that need it will fail and say why.
+    None if that network cannot be run: the cells that need it will fail with the reason.
     """
     todo = list(tasks)
     if not todo:
@@ -125,7 +125,7 @@ def _passes(inputs: Inputs, context: Context) -> float:
             against = max(1, len(paths.classes or ()) - 1)
             return classifiers * (8.0 * against * paths.train_images + 100.0 * paths.images)
         case Exact(asked=asked):
-            return 1e5 * float(asked.images)  # seconds on end, where a search runs into its limit
+            return 1e5 * float(asked.images)  # many seconds, if a search reaches its limit
         case Verify(asked=asked):
             return 5.0 * (100 + asked.nodes) * float(asked.images)
         case Certify(asked=asked) | Lipschitz(asked=asked):
@@ -136,7 +136,7 @@ def _passes(inputs: Inputs, context: Context) -> float:
 
 
 def _rounds(inputs: Shard) -> float:
-    """Return how much longer an attack takes: it goes again straight through, and over many draws where they differ."""
+    """Return how much longer an attack takes: it runs again straight through, and over draws if there are any."""
     asked = inputs.activation if isinstance(inputs, Attack) else None
     if asked is None or asked.kind not in ACTIVATIONS:
         return 1.0
@@ -151,7 +151,7 @@ def _seconds_per_pass(context: Context, inputs: Inputs) -> float:
     x = as_float(context.dataset.train.x[:BATCH]).to(context.device)
     y = context.dataset.train.y[:BATCH].to(context.device)
     threads = torch.get_num_threads()
-    # The workers have just begun and want this core too, so that what counts is the time it was given.
+    # The workers have just started and compete for this core, so only the processor time counts.
     clock = time.process_time if torch.device(context.device).type == "cpu" else time.perf_counter
     torch.set_num_threads(1)
     try:

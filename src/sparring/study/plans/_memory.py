@@ -1,4 +1,4 @@
-"""Memory that a plan's tasks take, before they begin: the batch size where it is "auto", and a refusal with numbers."""
+"""Memory of a plan's tasks, checked before they begin: set a batch size of "auto", or refuse with numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..stages._inputs import Network
 from ..stages._networks import Context, network
 from ._plan import AUTO, BATCH_SIZE, Plan
 
-# Copies of its images in single precision that an attack's task holds beside the batch that it works on.
+# Copies of its images in single precision that an attack's task holds besides the current batch.
 _COPIES = 4
 
 
 def fitted(plan: Plan, context: Context, workers: int, *, kept: int | None = None) -> Plan:
-    """Return the plan with a number for its batch size; raise PlanError where a worker's share of memory is too small.
+    """Return the plan with a number for its batch size; raise PlanError if a worker's share of memory is too small.
 
-    `kept`: the number that the plan of an earlier run was given. A network that cannot be run says so in its tasks.
+    `kept`: the number in the plan of an earlier run. A network that cannot be run fails in its tasks.
     """
     auto, size = plan.batch_size == AUTO, plan.batch_size if isinstance(plan.batch_size, int) else BATCH_SIZE
     try:

@@ -45,9 +45,16 @@ from ._tables import (
     read_units,
 )
 
-FOUNDATIONS = ("data", "prepare", "model", "recipe", "finetune", "training")  # a plan may grow, but not change in these
+FOUNDATIONS = (
+    "data",
+    "prepare",
+    "model",
+    "recipe",
+    "finetune",
+    "training",
+)  # a plan may grow, but not change these
 MAX_PLAN_BYTES = 1_000_000
-# Images that an attack takes at a time: so many, or "auto", at most so many and what memory allows.
+# Images that an attack takes at a time: a number, or "auto": at most this number, as memory allows.
 BATCH_SIZE, AUTO = 500, "auto"
 MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
 
@@ -96,7 +103,7 @@ class Plan:
     margins: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        safe_name(self.name)  # the output folder is called so
+        safe_name(self.name)  # name of the output folder
         in_range("seeds", self.seeds, 1, 1000)
         if isinstance(self.batch_size, int):
             in_range("batch_size", self.batch_size, 1, 100_000)
@@ -135,7 +142,7 @@ class Plan:
             raise PlanError("controls.wide_sparse needs a [[pruning]] table with a sparsity")
 
     def _check_methods(self, known: set[str]) -> None:
-        """Raise UserError for a table that is narrowed to a method that the plan does not have."""
+        """Raise UserError if a table is narrowed to a method that is not in the plan."""
         tables = (*self.attacks, *self.transfer, *self.certify, *self.lipschitz, *self.verify, *self.shipped)
         for method in (method for table in tables for method in table.methods or ()):
             if method not in known:
@@ -248,7 +255,7 @@ def presets() -> dict[str, str]:
 def read_text(path_or_preset: str | Path) -> tuple[str, str]:
     """Return name and text of a TOML file or of a preset; raise UserError if there is neither.
 
-    A folder of a preset's name, such as the output of its study, does not stand in the preset's way.
+    A folder with a preset's name, such as the output of its study, does not hide the preset.
     """
     path, known = Path(path_or_preset), presets()
     if path.suffix == ".toml" or (path.exists() and not (path.is_dir() and str(path_or_preset) in known)):
@@ -308,7 +315,7 @@ def as_table(value: Any, key: str) -> dict[str, Any]:
 
 
 def refuse_unknown(kind: Any, value: Any, source: str, path: tuple[str, ...]) -> None:
-    """Refuse keys that no field bears, with the nearest match: a misspelt option must not be ignored."""
+    """Refuse unknown keys, with the nearest match: a misspelt option must not be ignored."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
@@ -328,7 +335,7 @@ def refuse_unknown(kind: Any, value: Any, source: str, path: tuple[str, ...]) ->
 
 
 def _nested(kind: Any, key: str) -> list[str]:
-    """Return where a key nearest to this one stands in a table below, as "recipe.epochs" or "pruning.0.score"."""
+    """Return the place of the nearest key in a nested table, such as "recipe.epochs" or "pruning.0.score"."""
     places: dict[str, str] = {}
     for name, hint in typing.get_type_hints(kind).items():
         many = typing.get_origin(hint) is tuple

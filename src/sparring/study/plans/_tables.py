@@ -19,7 +19,7 @@ from ...sparsity import ACTIVATIONS, PruningSpec
 from ...threat import Threat
 from ...units import norm_name, parse_eps, parse_norm
 
-# What every attack takes, and what a plan says of one beside its options.
+# Parameters of every attack, and keys of an attack's table besides its options.
 _CONTRACT = ("model", "x", "y", "norm", "eps", "targets", "generator", "name", "naive", "label")
 _COUNTS = ("steps", "restarts", "queries")
 MOST_NODES = 1_000_000_000
@@ -118,7 +118,7 @@ class PruningSettings(PruningSpec):
         return self.c_rate is not None or self.layers is not None
 
     def grid(self, sparsities: tuple[float, ...]) -> tuple[float | None, ...]:
-        """Return the requested sparsities, given the plan's; None: those that its own rule leads to."""
+        """Return the requested sparsities, given the plan's; None: the method determines them."""
         if self.ends_by_itself:
             return (None,)
         return sparsities if self.sparsities is None else self.sparsities
@@ -222,8 +222,8 @@ class LipschitzSettings(Narrowed):
 class ExactSettings:
     """Compute exact distances of the first `images` images, within `nodes` sub-problems each, at the given sparsities.
 
-    `seconds` of an image are a cap: a record in which a search hit it depends on the machine, and is flagged. Without
-    `nodes` there is no other limit; without sparsities all are asked.
+    `seconds` per image are a cap: a record in which a search reached it depends on the machine, and is flagged. Without
+    `nodes` there is no other limit; without sparsities, all are searched.
     """
 
     images: int = 10
@@ -246,10 +246,10 @@ class ExactSettings:
 
 @dataclass(frozen=True)
 class VerifySettings(Narrowed):
-    """Ask whether the label stands in the whole eps-ball around each of the first `images` images.
+    """Verify that the label is the same in the whole eps-ball around each of the first `images` images.
 
-    Interval arithmetic comes first, then α-CROWN, then a search of `nodes` sub-problems an image. `seconds` of an image
-    are a cap: a record in which a search hit it depends on the machine, and is flagged.
+    Interval arithmetic comes first, then α-CROWN, then a search of `nodes` sub-problems per image. `seconds` per image
+    are a cap: a record in which a search reached it depends on the machine, and is flagged.
     """
 
     heading = "verify"
@@ -269,7 +269,7 @@ class VerifySettings(Narrowed):
 
 @dataclass(frozen=True)
 class ShippedSettings(Narrowed):
-    """Hold what would be shipped against the network itself: accuracy, robustness and certificates of the artefact.
+    """Compare the artefact that would be shipped with its network: accuracy, robustness and certificates.
 
     Its weights are rounded to `values`; the first `images` images that attacks use are attacked by `attack` at eps, on
     the network and on the artefact, and some of them by HopSkipJump with `decisions` steps (0: not) on the artefact.
@@ -293,7 +293,7 @@ class ShippedSettings(Narrowed):
 
     @property
     def judge(self) -> AttackSettings:
-        """Return the attack as an [[attacks]] table would say it."""
+        """Return the attack as an [[attacks]] table."""
         return AttackSettings(self.attack, norm=self.norm, eps=(self.eps,), images=self.images, steps=self.steps)
 
 
@@ -320,7 +320,7 @@ class ActivationSettings:
         _check_narrowing("activation", self.seeds, levels=self.levels)
         for level in self.levels:
             if self.kind in ACTIVATIONS:
-                ACTIVATIONS[self.kind](level)  # refuses a level out of range
+                ACTIVATIONS[self.kind](level)  # raises for a level out of range
             else:
                 in_range("a level of 'l1-penalty'", level, 0, 1e6)
 
@@ -355,7 +355,7 @@ class ControlSettings:
 
 @dataclass(frozen=True)
 class LinearPaths:
-    """Train one loss with both penalties along `l1` and `l2`, and prune by `magnitude` what validation accuracy chose.
+    """Train one loss with both penalties along `l1` and `l2`, and prune the best one by magnitude.
 
     `l1` and `l2` are inverse penalty strengths (scikit-learn's C), `magnitude` sparsities, `eps` budgets in linf. Every
     pair of `classes` (none: of all) is studied, and all classes at once. `train_images` and `images` limit the images
@@ -435,14 +435,14 @@ def check_attack(attack: AttackSettings) -> None:
 
 
 def read_units(table: Any) -> Any:
-    """Return a nested table in which norms and budgets may be spelt as people do ("L2", "8/255") as plans hold them."""
+    """Return a nested table with norms and budgets such as "L2" and "8/255" as plans store them."""
     if isinstance(table, list | tuple):
         return [read_units(item) for item in table]
     if not isinstance(table, dict):
         return table
     units = ("norm", "eps", "radius")
     read = {key: _read_unit(key, value) if key in units else read_units(value) for key, value in table.items()}
-    read |= {"options": table["options"]} if "options" in table else {}  # a part's own, whatever their names
+    read |= {"options": table["options"]} if "options" in table else {}  # a part's own options, with any names
     for name in ("attacks", "transfer", "certify", "linear"):
         for row in (row for row in read.get(name) or () if isinstance(row, dict)):
             row |= {"eps": [row["eps"]]} if isinstance(row.get("eps"), float) else {}
@@ -463,7 +463,7 @@ def included(seeds: int | None, seed: int) -> bool:
 
 
 def _check_narrowing(table: str, seeds: int | None, **lists: tuple[Any, ...] | None) -> None:
-    """Raise PlanError for what would narrow a table to nothing: no seeds, or an empty list."""
+    """Raise PlanError for settings that narrow a table to nothing: no seeds, or an empty list."""
     in_range(f"{table}.seeds", 1 if seeds is None else seeds, 1, 1000)
     for name, values in lists.items():
         if values is not None and not values:
@@ -471,6 +471,6 @@ def _check_narrowing(table: str, seeds: int | None, **lists: tuple[Any, ...] | N
 
 
 def in_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise PlanError unless a number lies in its range."""
+    """Raise PlanError unless a number is in its range."""
     if not low <= value <= high:
         raise PlanError(f"{name} must lie between {low} and {high}, not {value}")

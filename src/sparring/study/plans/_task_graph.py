@@ -31,13 +31,13 @@ from ._tables import ActivationSettings, AttackSettings, PruningSettings, Shippe
 MAX_TASKS = 500_000
 # "package.module:name", and not the structure "2:4" or a file called "a:b.safetensors".
 USERS_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-# What keys were first made with, and so are for ever: the package's version is no part of what a result depends on.
+# The version in keys is fixed forever: results do not depend on the package's version.
 FIRST_KEYS = "0.1.0"
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What keys and network sizes depend on in a data set."""
+    """The facts of a data set on which keys and network sizes depend."""
 
     hash: str
     test: int
@@ -56,7 +56,7 @@ class DataFacts:
 class Work:
     """Collect tasks by key (shared ones once, parents first) and cells.
 
-    `code` holds hashes of users' code by the name it goes by in plans, so that a key changes when the code does.
+    `code` has hashes of users' code by its name in plans, so that a key changes when the code does.
     """
 
     place: Place = CPU
@@ -65,7 +65,7 @@ class Work:
     cells: list[Cell] = field(default_factory=list)
 
     def add(self, inputs: Inputs, *parents: str) -> str:
-        """Add a task unless its equal is there, and return its key."""
+        """Add a task unless an equal one exists, and return its key."""
         own = inputs.table()
         code = {name: self._code_of(name) for name in sorted(_users_names(own))}
         table = whole_table(own, parents, code)
@@ -90,7 +90,7 @@ def _users_names(value: Any) -> set[str]:
 
 
 def _key(stage: str, version: int | str, inputs: dict[str, Any], torch: str, device: str) -> str:
-    """Return the hash of what a result depends on; versions of stages and attacks say when sparring changed it."""
+    """Return the hash of everything that a result depends on, including versions of stages and attacks."""
     identity = {
         "stage": stage,
         "version": version,
@@ -103,7 +103,7 @@ def _key(stage: str, version: int | str, inputs: dict[str, Any], torch: str, dev
 
 
 def is_key_of(key: str, stage: str, inputs: dict[str, Any], environment: dict[str, Any]) -> bool:
-    """Say whether a record's key is the hash of what it says it was made from, by any version of its stage."""
+    """Return whether a record's key is the hash of its stated inputs, by any version of its stage."""
     return stage in STAGES and any(
         key == _key(stage, version, inputs, str(environment.get("torch")), device)
         for version in versions(stage, inputs)
@@ -153,7 +153,7 @@ def _refuse_endless(plan: Plan, data: DataFacts) -> None:
 
 
 class _Seed:
-    """Lay out one seed's networks, all made from one dense network, and their judgement."""
+    """Lay out one seed's networks, all made from one dense network, and their evaluation."""
 
     def __init__(self, work: Work, plan: Plan, data: DataFacts, seed: int) -> None:
         self.work, self.plan, self.data, self.seed = work, plan, data, seed
@@ -255,7 +255,7 @@ class _Seed:
             self._judge("wide sparse", sparsity, "wide sparse", made, model=model)
 
     def _transfers(self, label: str, sparsity: float | None, control: str, key: str) -> list[str]:
-        """Attack the control and try the images on the sparse network, and the other way round."""
+        """Attack the control and try the examples on the sparse network, and vice versa."""
         keys, network = [], Judged(data=self.data.hash, model=self.model)
         for attack in self.plan.transfer:
             if attack.applies(self.seed, label, sparsity):
@@ -275,7 +275,7 @@ class _Seed:
         activation: stages.Activation | None = None,
         surrogate: str | None = None,
     ) -> None:
-        """Add everything that measures and attacks the network that the last task made, and its cell."""
+        """Add all measurements and attacks of the last task's network, and its cell."""
         network = Judged(data=self.data.hash, model=model or self.model, activation=activation)
         made = [t for t in tasks if self.work.tasks[t].stage != "transfer"][-1]
         axis: Literal["weights", "activations"] = "activations" if kind == "activations" else "weights"
@@ -295,7 +295,7 @@ class _Seed:
         made: str,
         surrogate: str | None,
     ) -> list[str]:
-        """Return the tasks that judge a network, of whose weights a share was `removed`."""
+        """Return the tasks that evaluate a network, of whose weights a share was `removed`."""
         keys = [self.work.add(stages.Measure(**vars(network)), made)]
         for attack in self.plan.attacks:
             if attack.applies(self.seed, method, sparsity) and not (attack.naive and surrogate is None):
@@ -312,11 +312,11 @@ class _Seed:
         return keys
 
     def _lend(self, inputs: stages.Attack, surrogate: str) -> str:
-        """Add the same attack on a surrogate, whose examples all networks of a seed are lent."""
+        """Add the same attack on a surrogate, whose examples are transferred to all networks of a seed."""
         return self.work.add(stages.Lend(**{f.name: vars(inputs)[f.name] for f in fields(stages.Lend)}), surrogate)
 
     def _shipment(self, network: Judged, shipped: ShippedSettings) -> stages.Ship:
-        """Return what a comparison of network and artefact depends on."""
+        """Return the inputs of a comparison of network and artefact."""
         images = min(shipped.images, self.data.test)
         proofs = [stages.Proof(norm=c.norm, method=c.method, images=min(c.images, images)) for c in self.plan.certify]
         return stages.Ship(

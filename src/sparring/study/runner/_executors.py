@@ -47,18 +47,18 @@ class Task(Generic[Asked]):
         return self.inputs.stage
 
     def table(self) -> dict[str, Any]:
-        """Return everything that the result depends on, as records hold it."""
+        """Return everything that the result depends on, as stored in records."""
         return whole_table(self.inputs.table(), self.parents, self.code)
 
 
 def whole_table(inputs: dict[str, Any], parents: Sequence[str], code: Mapping[str, str]) -> dict[str, Any]:
-    """Return a task's inputs with its parents and hashes of a user's code, where it has some."""
+    """Return a task's inputs with its parents and hashes of a user's code, if any."""
     return {**inputs, **({"parents": list(parents)} if parents else {}), **({"code": dict(code)} if code else {})}
 
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """Result of a stage: numbers, series, flags, tensors, and times, which alone may vary."""
+    """Result of a stage: numbers, series, flags, tensors, and times, which may vary."""
 
     metrics: dict[str, float | None] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Executor(Protocol):
 
 
 def perform(work: Work, task: AnyTask) -> Done:
-    """Run one task on one thread and turn whatever it raises into an error text."""
+    """Run one task on one thread and turn any exception into an error text."""
     began = time.perf_counter()
     torch.set_num_threads(1)
     stops = False
@@ -115,7 +115,7 @@ def perform(work: Work, task: AnyTask) -> Done:
         stops = isinstance(problem, StorageError)
     except (MemoryError, torch.OutOfMemoryError):
         error = "out of memory; use a smaller batch_size or fewer workers"
-    except BaseException as problem:  # a user's factory or pruner may do anything; it fails this cell alone
+    except BaseException as problem:  # a user's factory or pruner can raise anything; only this cell fails
         if isinstance(problem, KeyboardInterrupt) or (isinstance(problem, SystemExit) and problem.code == TERMINATED):
             raise
         error = told(problem)
@@ -169,7 +169,7 @@ class Processes:
     def submit(self, task: AnyTask) -> None:
         worker = next((w for w in self.workers if w.task is None), None) or self._start()
         worker.task = task
-        # A worker that died while idle is found by wait(), which starts another.
+        # wait() finds a worker that died while idle, and starts another.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             worker.pipe.send(task)
 
@@ -231,7 +231,7 @@ class Processes:
 
 
 def _serve(pipe: Connection, work: Work, driver: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles interrupts
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(driver)
     while True:
@@ -243,7 +243,7 @@ def _serve(pipe: Connection, work: Work, driver: int) -> None:
 
 
 def _die_with(driver: int) -> None:
-    """End this process when the driver is gone: by the kernel where it offers that, else by looking."""
+    """End this process when the driver is gone: by the kernel if possible, else by polling."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != driver:

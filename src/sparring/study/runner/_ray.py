@@ -1,6 +1,6 @@
 """Run tasks on a Ray cluster. Data and tensors use its object store, so no shared file system is needed.
 
-The driver alone writes the output folder. Ray tries a task again elsewhere when its worker or node is lost.
+Only the driver writes to the output folder. Ray retries a task elsewhere when its worker or node is lost.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..stages._networks import Context, Factory
 from ._executors import MAX_DEATHS, AnyTask, Done, TaskOutcome, perform
 
 Stage = Callable[[Context, AnyTask], TaskOutcome]
-# Parents' tensors that are kept in the object store, beside those of tasks under way; Ray spills to disk past its size.
+# Parents' tensors kept in the object store, besides those of running tasks; Ray spills to disk beyond its size.
 KEPT_PARENTS = 256
 # Tasks in the cluster per core (or GPU), so that a worker need not wait for the driver to write the last result.
 QUEUED = 2
@@ -88,7 +88,7 @@ class RayCluster:
         task = self.pending.pop(reference)
         try:
             done: Done = self.ray.get(reference)
-        except UserError:  # the node is not fit to run anything
+        except UserError:  # the node cannot run any task
             raise
         except self.ray.exceptions.RayError as problem:
             reason = str(problem).strip().split("\n")[0]
@@ -135,5 +135,5 @@ def _connected(address: str) -> tuple[ModuleType, bool]:
             f"no Ray cluster at '{address}' ({reason}); start one with `ray start --head`, or omit --ray"
         ) from error
     if main and before is not None:
-        signal.signal(signal.SIGTERM, before)  # Ray's own would end the driver without a word
+        signal.signal(signal.SIGTERM, before)  # Ray's own handler would end the driver silently
     return ray, True

@@ -108,7 +108,7 @@ def run(
     if dataset is None:
         dataset = load(plan.data, request=plan.request())
     with store.lock():
-        read_history(out)  # a broken one is told of before the work, not after
+        read_history(out)  # a damaged history is reported before the work, not after it
         facts = DataFacts.of(dataset)
         code = {} if factory is None else {plan.model.name: fingerprint(factory)}
         context = Context(dataset, store.tensors, store.scratch, place, factory)
@@ -135,7 +135,7 @@ def run(
 
 
 def _slots(workers: int | None, place: Place, ray: str | None) -> int:
-    """Return how many tasks share this machine's memory; of a cluster's machines nothing is known."""
+    """Return how many tasks share this machine's memory; 1 for a cluster, whose machines are unknown."""
     alone = ray is not None or place.device != "cpu"
     return 1 if alone else max(1, available_cores() if workers is None else workers)
 
@@ -163,7 +163,7 @@ def available_cores() -> int:
 
 
 def _labels(cells: Iterable[Cell]) -> dict[str, str]:
-    """Name each task by the last cell that holds it; the dense training, which all share, by the seed alone."""
+    """Name each task by the last cell that contains it; the dense training, which all share, by the seed only."""
     labels: dict[str, str] = {}
     for cell in cells:
         for key in cell.tasks:
@@ -173,14 +173,15 @@ def _labels(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def _origins(plan: Plan, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Say of each task the plan and the seed it belongs to; of one that all share, the first."""
+    """Return each task's plan and seed; the first seed for a shared task."""
     return {key: {"plan": plan.name, "seed": cell.seed} for cell in reversed(cells) for key in cell.tasks}
 
 
 def _write_plan(store: Store, plan: Plan, work: Work, dataset: Dataset, command: str) -> None:
-    """Write plan.json unless it says the same already; refuse a folder that belongs to another plan.
+    """Write plan.json unless it is the same already; refuse a folder that belongs to another plan.
 
-    The latest command stays, as an earlier one may mean another plan by now (a preset changes); without one, the kept.
+    The latest command is stored, since an earlier one may now mean another plan (a preset changes); without one, the
+    stored command stays.
     """
     kept, content = _kept(store, work), _described(plan, work, dataset)
     if kept is not None:
@@ -192,7 +193,7 @@ def _write_plan(store: Store, plan: Plan, work: Work, dataset: Dataset, command:
 
 
 def _kept(store: Store, work: Work) -> PlanFile | None:
-    """Return what plan.json says. A damaged one is set aside and counts as none, if the records are this plan's."""
+    """Return the content of plan.json. A damaged one is set aside and counts as none if the records are this plan's."""
     damaged = False
     if store.plan.exists():
         try:

@@ -1,4 +1,4 @@
-"""Run missing tasks, parents before children, as many at a time as an executor takes."""
+"""Run missing tasks, parents before children, as many at a time as an executor allows."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ...records import Record, Store
 from ...train import is_whole
 from ._executors import AnyTask, Done, Executor
 
-# Tensors that a report reads are smaller, and are checked at every start; larger ones, weights, when they are needed.
+# A report's tensors are smaller, and are checked at every start; larger ones (weights) are checked when needed.
 SMALL_OBJECT = 1 << 20
-FEW = 3  # finished tasks before which the rest is foretold
+FEW = 3  # finished tasks until which the remaining time is predicted
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def execute(
 
 @dataclass
 class _Scheduler:
-    """Hold what is done, running and ready. Each task and each of its parents is looked at once, not once a round."""
+    """Finished, running and ready tasks. Each task and each of its parents is visited once, not once per round."""
 
     order: list[AnyTask]
     store: Store
@@ -97,7 +97,7 @@ class _Scheduler:
     estimate: float | None = None
 
     def recall(self, retry: bool) -> None:
-        """Take what the store has; what a missing task needs is checked byte by byte, however large."""
+        """Load existing records; the inputs of a missing task are checked byte by byte, however large."""
         for task in self.order:
             record = self.store.verify(task.key, at_most=SMALL_OBJECT)
             if record is not None and not (retry and record.error):
@@ -105,7 +105,7 @@ class _Scheduler:
         missing = [task for task in self.order if task.key not in self.records]
         for key in {parent for task in missing for parent in task.parents} & set(self.records):
             if self.store.verify(key) is None:
-                del self.records[key]  # damaged: set aside by the store, to be made again
+                del self.records[key]  # damaged: set aside by the store, and recomputed
         for path in map(self.store.checkpoint, (task.key for task in missing)):
             if path.exists() and not is_whole(path):
                 self.store.set_aside(path)
@@ -116,11 +116,11 @@ class _Scheduler:
         missing = {task.key: task for task in self.order if task.key not in self.records}
         ranks = dict(zip((task.key for task in self.order), _ranks(self.order), strict=True))
         for task in missing.values():
-            # A parent that failed is never done, and so its children are never ready.
+            # A failed parent is never done, so its children are never ready.
             self.waiting.add(task.key, *(p for p in task.parents if p not in self.records or self.records[p].error))
         self.began = time.monotonic()
         self.waiting.prepare()
-        self._hand_out(missing, ranks)  # before anything else: the workers need not wait for an estimate
+        self._hand_out(missing, ranks)  # first, so that the workers need not wait for an estimate
         if foretell is not None and self.watch is not None:
             self.estimate = foretell(list(missing.values()))
         self._tell(None)
@@ -169,7 +169,7 @@ class _Scheduler:
         self._tell(record)
 
     def _hashes(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return the SHA-256 of the tensors that a task read, by the key of the parent that left them."""
+        """Return the SHA-256 of the tensors that a task read, by the key of the parent that wrote them."""
         held = {key: self.records[key].object for key in keys}
         return {key: found["sha256"] for key, found in held.items() if found is not None}
 
@@ -196,10 +196,10 @@ class _Scheduler:
 
 
 def _ranks(tasks: list[AnyTask]) -> list[float]:
-    """Say in which order tasks that are ready are handed out: the plan's, but a first task before its turn.
+    """Return the order in which ready tasks are started: the plan's, but tasks without parents earlier.
 
-    One that waits for nothing (a dense training) goes where the one before it stands. Else the last seed's would start
-    when all others' tasks are done, and one worker would train while the rest waited.
+    Such a task (a dense training) takes the rank of the previous one. Otherwise the last seed's training would start
+    when all other tasks are done, and one worker would train while the others wait.
     """
     ranks = [float(place) for place in range(len(tasks))]
     first = [place for place, task in enumerate(tasks) if not task.parents]
@@ -210,7 +210,7 @@ def _ranks(tasks: list[AnyTask]) -> list[float]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Return the version of every library that a stage computes with."""
+    """Return the version of every library that a stage uses."""
     return {name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn", "safetensors", "llvmlite")}
 
 

@@ -1,4 +1,4 @@
-"""Show the progress of a study: in a line of text, on one line that rewrites itself, in MLflow and in TensorBoard."""
+"""Show the progress of a study: in a line of text, on one line that is overwritten, in MLflow and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def show_progress(event: Event) -> None:
 
 
 def line_of(event: Event) -> str:
-    """Return what an event says: of the first how many tasks there are, else the finished task and what is left."""
+    """Describe an event: the first by the number of tasks, others by the finished task and the remaining ones."""
     if event.record is not None:
         return ", ".join(part for part in (f"[{event.done}/{event.total}] {describe(event)}", rest_of(event)) if part)
     text = f"{event.total} tasks, {event.cached} cached"
@@ -40,7 +40,7 @@ def line_of(event: Event) -> str:
 
 
 def rest_of(event: Event) -> str:
-    """Return the memory in use and the time that is left, as far as it is known."""
+    """Return the memory in use and the remaining time, if known."""
     told = [size_text(event.memory)] if event.memory else []
     told += [f"about {duration(event.estimate)} left"] if event.estimate and event.done < event.total else []
     return ", ".join(told)
@@ -117,7 +117,7 @@ def to_mlflow(uri: str, name: str) -> Iterator[Watcher]:
 
 
 def _forgiving(watch: Watcher, place: str) -> Watcher:
-    """Return a watcher that warns once and falls silent where the other raises: no study ends for want of a witness."""
+    """Return a watcher that warns once and stops if the other raises, so that no study fails for lack of a watcher."""
     broken = False
 
     def forgiving(event: Event) -> None:

@@ -19,7 +19,7 @@ from ._networks import Context, chosen_images, chosen_places, judged
 
 
 def certify(context: Context, task: Task[Certify]) -> TaskOutcome:
-    """Compute certified radii of some images; a network without a sound rule has none, and says why."""
+    """Compute certified radii of some images; a network without a sound rule has none, with a reason."""
     asked = task.inputs.asked
     model, x, y, places = _given(context, task, asked.images)
     try:
@@ -35,7 +35,7 @@ def certify(context: Context, task: Task[Certify]) -> TaskOutcome:
 
 
 def constants(context: Context, task: Task[Lipschitz]) -> TaskOutcome:
-    """Take the margin (numerator) and a local Lipschitz constant (denominator) of each correctly classified image.
+    """Compute the margin (numerator) and a local Lipschitz constant (denominator) of each correctly classified image.
 
     Over classes k the pair with the smallest margin / constant counts, which bounds the distance from below.
     """
@@ -97,7 +97,7 @@ def distances(context: Context, task: Task[Exact]) -> TaskOutcome:
 
 
 def verdicts(context: Context, task: Task[Verify]) -> TaskOutcome:
-    """Ask of each image whether its label stands in the whole ball: by interval, by α-CROWN, by a search."""
+    """Verify for each image that its label is the same in the whole ball: by intervals, by α-CROWN, by a search."""
     asked = task.inputs.asked
     model, x, y, places = _given(context, task, asked.images)
     threat = Threat(parse_norm(asked.norm), asked.eps)
@@ -127,7 +127,7 @@ def verdicts(context: Context, task: Task[Verify]) -> TaskOutcome:
 
 
 def _limits(ended: Sequence[str], seconds: float) -> list[dict[str, str]]:
-    """Return flags for searches that were ended by time or memory, not by their nodes."""
+    """Return flags for searches that time or memory ended, not their number of nodes."""
     why = {
         "time": f"the cap of {seconds:g} seconds; results depend on the machine",
         "memory": "2 GB of open sub-problems",
@@ -141,7 +141,7 @@ def _limits(ended: Sequence[str], seconds: float) -> list[dict[str, str]]:
 
 
 def _given(context: Context, task: Task[Judged], images: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """Return the network on the CPU, and its first images with their labels and places."""
+    """Return the network on the CPU, and its first images with their labels and positions."""
     x, y = chosen_images(context.dataset, "test", 0, images)
     return judged(context, task).cpu(), as_float(x), y, chosen_places(context.dataset, "test", 0, images)
 

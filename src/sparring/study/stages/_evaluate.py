@@ -20,18 +20,18 @@ from ._inputs import Attack, Lend, Measure, Shard, Transfer
 from ._networks import Context, chosen_images, chosen_places, judged, network_of
 
 ACTIVITY_IMAGES = 1000
-# Of a packed network against the network itself, before attacks may go through it.
+# Tolerances between a packed network and the network itself, before attacks may use it.
 LOGIT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-2
 
 
 def measure(context: Context, task: Task[Measure]) -> TaskOutcome:
-    """Count a network and take its accuracies and natural activation sparsity."""
+    """Count a network's weights and measure its accuracies and natural activation sparsity."""
     data = context.dataset
     model = judged(context, task)
     logits, logits_valid = predict(model, data.test.x), predict(model, data.valid.x)
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the network's logits are NaN or infinite; its training diverged")
-    model = model.cpu()  # what follows counts, and has no need of a GPU
+    model = model.cpu()  # the rest only counts, and needs no GPU
     counted = size(model, as_float(data.test.x[:2]))
     shape, flags = tuple(data.test.x.shape[1:]), []
     dense: int | None
@@ -42,7 +42,7 @@ def measure(context: Context, task: Task[Measure]) -> TaskOutcome:
         dense, sparse = None, None
         flags.append({"name": "no-macs", "detail": str(reason)})
     active = activity(model, data.test.x[:ACTIVITY_IMAGES])
-    # Only where some matrix cannot be pruned, or is made dense, do the two shares differ.
+    # The two shares differ only if some matrix cannot be pruned, or is made dense.
     same = (counted.weights, counted.nonzero_weights) == (counted.matrices, counted.nonzero_matrices)
     total = {} if same else {"sparsity_matrices": counted.sparsity_matrices}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
@@ -80,7 +80,7 @@ def measure(context: Context, task: Task[Measure]) -> TaskOutcome:
 
 
 def attack(context: Context, task: Task[Attack]) -> TaskOutcome:
-    """Attack one shard of images; a second parent lends what was found on the dense control (`lend`)."""
+    """Attack one shard of images; a second parent has examples on the dense control to transfer (`lend`)."""
     inputs = task.inputs
     model = judged(context, task)
     x, y = _images(context, inputs)
@@ -121,7 +121,7 @@ def attack(context: Context, task: Task[Attack]) -> TaskOutcome:
 
 
 def lend(context: Context, task: Task[Lend]) -> TaskOutcome:
-    """Attack one shard of images on a network that lends what is found to others: `loan0`, and so on."""
+    """Attack one shard of images on a network whose examples are transferred to others: `loan0`, and so on."""
     inputs = task.inputs
     model, (x, y) = network_of(context, inputs, task.parents[0]).eval(), _images(context, inputs)
     asked = inputs.attack
@@ -148,14 +148,14 @@ def transfer(context: Context, task: Task[Transfer]) -> TaskOutcome:
 
 
 def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[str, str]]]:
-    """Return a network in its packed form, or None and a flag that says why attacks must do without."""
+    """Return a network in its packed form, or None and a flag with the reason why attacks cannot use it."""
     try:
         packed = deploy.pack(model, shape=tuple(x.shape[1:]), images=x)
     except Unsupported as reason:
         return None, [{"name": "no-packed-form", "detail": f"attacked in torch: {reason}"}]
     if not packed.program.whole:
         return None, [{"name": "no-packed-form", "detail": "attacked in torch, which runs parts of it anyway"}]
-    if not packed.native:  # numpy would round otherwise than what other machines record under this key
+    if not packed.native:  # NumPy would round differently from other machines' records under this key
         raise UserError("no kernels can be generated here; run the study with --set kernels=torch")
     through = deploy.PackedModule(packed)
     if _agree(model, through, x):
@@ -164,7 +164,7 @@ def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[st
 
 
 def _agree(model: nn.Module, through: nn.Module, x: Tensor) -> bool:
-    """Compare logits and input gradients of a few images; a maximum of equal values may send a gradient elsewhere."""
+    """Compare logits and input gradients of a few images; a maximum may pass its gradient to another of equal values."""
     logits, gradients = [], []
     for network in (model, through):
         point = x.clone().requires_grad_()
@@ -176,7 +176,7 @@ def _agree(model: nn.Module, through: nn.Module, x: Tensor) -> bool:
 
 
 def _images(context: Context, inputs: Shard) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a task's shard, where its networks are."""
+    """Return the images and labels of a task's shard, on the device of its networks."""
     x, y = chosen_images(context.dataset, inputs.split, inputs.start, inputs.stop)
     return context.place.images(as_float(x)), y.to(context.device)
 
@@ -212,5 +212,5 @@ def _run(
 
 
 def _draws(inputs: Shard, x: Tensor) -> Draws:
-    """Return the random numbers of the images of a shard, each its own by its place in the fixed order of all."""
+    """Return the random numbers of a shard's images, by each image's position in the fixed order of all."""
     return Draws.of(inputs.seed, range(inputs.start, inputs.start + len(x)), x.device)

@@ -24,24 +24,24 @@ from ..plans._tables import (
     attack_named,
 )
 
-CELLS = ("seeds", "methods", "sparsities")  # of a plan's tables: which cells they are for, and so no input
+CELLS = ("seeds", "methods", "sparsities")  # fields of a plan's tables that select cells, and so are not inputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Hold inputs or a part of them, under the names that keys and records have."""
+    """Inputs of a stage or a part of them, under their names in keys and records."""
 
-    spread: ClassVar[str] = ""  # a field whose own table's entries stand in place of it
+    spread: ClassVar[str] = ""  # a field whose table's entries replace it
 
     def table(self) -> dict[str, Any]:
-        """Return plain nested values; a field at its default is left out, so that a new one leaves old keys alone."""
+        """Return plain nested values; a field at its default is omitted, so that new fields do not change old keys."""
         found = {f.name: _plain(value) for f in dataclasses.fields(self) if (value := vars(self)[f.name]) != f.default}
         spread: dict[str, Any] = found.pop(self.spread, {})
         return {**found, **spread}
 
 
 def _plain(value: Any) -> Any:
-    if value is None or type(value) in (str, int, float, bool):  # nearly all are, and there are millions
+    if value is None or type(value) in (str, int, float, bool):  # true for nearly all of millions
         return value
     if isinstance(value, Part):
         return value.table()
@@ -70,7 +70,7 @@ class Network(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Activation(Part):
-    """Name the module that replaces every ReLU; without `test` it is there in training alone."""
+    """Name the module that replaces every ReLU; without `test` it is used only in training."""
 
     kind: str
     level: float
@@ -101,7 +101,7 @@ class Adversary(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile(Part):
-    """Name a file of weights and its content."""
+    """A file of weights and the hash of its content."""
 
     file: str
     sha256: str
@@ -109,7 +109,7 @@ class WeightsFile(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Proof(Part):
-    """Name a certificate of some images."""
+    """A certificate of some images."""
 
     norm: str
     method: str
@@ -126,7 +126,7 @@ class Inputs(Part):
 
     @property
     def initial_seed(self) -> int:
-        """The seed from which the model is initialised, also where it is given weights after that."""
+        """The seed from which the model is initialised, even if weights are loaded afterwards."""
         return 0
 
 
@@ -144,7 +144,7 @@ class Seeded(Inputs):
 
 @dataclass(frozen=True, kw_only=True)
 class Judged(Inputs):
-    """Say which of the parent's networks is judged: with which activations, at which checkpoint."""
+    """Select the parent's network to evaluate: with which activations, at which checkpoint."""
 
     activation: Activation | None = None
     checkpoint: Checkpoint = "final"
@@ -152,7 +152,7 @@ class Judged(Inputs):
 
 @dataclass(frozen=True, kw_only=True)
 class Shard(Seeded):
-    """Say which images of a split are attacked, and how."""
+    """The attacked images of a split, and how they are attacked."""
 
     attack: Adversary
     split: Literal["test", "valid"]
@@ -163,7 +163,7 @@ class Shard(Seeded):
 
 @dataclass(frozen=True, kw_only=True)
 class Given(Inputs):
-    """Take a user's weights for the dense network's."""
+    """Use given weights as the dense network's."""
 
     stage = "train"
     weights: WeightsFile
@@ -182,7 +182,7 @@ class Train(Seeded):
 class Prune(Train):
     """Prune and fine-tune the parent's network; without `pruning` it is the dense control.
 
-    `best`, for networks trained under attack, says what the best epoch is chosen among: once it was of any sparsity.
+    `best`, for adversarial training, says among which epochs the best is chosen: in old records of any sparsity.
     """
 
     stage = "prune"
@@ -211,7 +211,7 @@ class Choose(Inputs):
 
 @dataclass(frozen=True, kw_only=True)
 class Measure(Judged):
-    """Count a network and take its accuracies."""
+    """Count a network's weights and measure its accuracies."""
 
     stage = "measure"
 
@@ -227,7 +227,7 @@ class Attack(Shard, Judged):
 
 @dataclass(frozen=True, kw_only=True)
 class Lend(Shard):
-    """Attack a shard on a network that lends what is found to others."""
+    """Attack a shard on a network whose examples are transferred to others."""
 
     stage = "lend"
 
@@ -251,7 +251,7 @@ class Certify(Judged):
 
 @dataclass(frozen=True, kw_only=True)
 class Lipschitz(Judged):
-    """Take margins and local Lipschitz constants."""
+    """Compute margins and local Lipschitz constants."""
 
     stage = "lipschitz"
     spread = "asked"
@@ -260,7 +260,7 @@ class Lipschitz(Judged):
 
 @dataclass(frozen=True, kw_only=True)
 class Exact(Judged):
-    """Find exact distances."""
+    """Search exact distances."""
 
     stage = "exact"
     spread = "asked"
@@ -269,7 +269,7 @@ class Exact(Judged):
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(Judged):
-    """Ask whether labels stand in whole balls."""
+    """Verify labels in whole balls."""
 
     stage = "verify"
     spread = "asked"
@@ -278,7 +278,7 @@ class Verify(Judged):
 
 @dataclass(frozen=True, kw_only=True)
 class Deploy(Judged):
-    """Hold the artefact against the network on some images."""
+    """Compare the artefact with the network on some images."""
 
     stage = "deploy"
     images: int

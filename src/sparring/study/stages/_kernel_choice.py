@@ -7,14 +7,14 @@ from ..plans._tables import AttackSettings
 
 
 def goes_packed(kernels: str, model: str, sparsity: float | None, attack: AttackSettings) -> bool:
-    """Say whether an attack on a network of a plan's sparsity goes through its packed form.
+    """Return whether an attack on a network of a plan's sparsity uses its packed form.
 
-    `kernels` is the plan's: "torch" never, "packed" always, "auto" by this rule, which knows the plan and nothing of
-    the machine, so that records do not depend on where they were made. Of a user's own model it knows too little.
+    `kernels` is the plan's: "torch" never, "packed" always, "auto" by this rule, which depends on the plan but not on
+    the machine, so that records do not depend on where they were made. It does not apply to a user's own model.
     """
     if kernels != "auto":
         return kernels == "packed"
     if sparsity is None or model not in MODELS:
         return False
-    # Attacks compute fully connected networks by hand, which leaves less to gain.
+    # Attacks have hand-written code for fully connected networks, so there is less to gain.
     return sparsity >= ATTACKS.get(attack.name, OWN_ATTACK).kernels.get(MODELS[model].layers, NEVER)

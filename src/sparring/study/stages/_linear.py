@@ -21,25 +21,25 @@ from ._inputs import Linear
 from ._networks import Context
 
 Point = dict[str, Any]
-EXACT = 1e-9  # relative, for what the theorem says of float64 sums
-# A linear boundary has no curvature to be guided around, so that few of the guided steps do.
+EXACT = 1e-9  # relative tolerance of the theorem's identities in float64
+# A linear boundary has no curvature, so that few guided steps are enough.
 DISTANCE_ATTACKS: dict[str, attacks.Attack] = {
     "deepfool": attacks.deepfool,
     "nearest": functools.partial(attacks.nearest, steps=10, starts=0, polish=5),
 }
-NEAR = 1e-6  # relative, for float64 logits of images within a rounding error of the boundary
+NEAR = 1e-6  # relative tolerance for float64 logits of images within a rounding error of the boundary
 
 
 @dataclass(frozen=True)
 class _Images:
-    """Hold images in [0, 1] of one group of classes, with labels from 0."""
+    """Images in [0, 1] of one group of classes, with labels from 0."""
 
     x: Tensor
     y: Tensor
 
 
 def classify_group(context: Context, task: Task[Linear]) -> TaskOutcome:
-    """Train a loss's penalty paths on some of the classes, prune the one that validation accuracy chose, judge all.
+    """Train a loss's penalty paths on some of the classes, prune the best by validation accuracy, evaluate all.
 
     Every classifier is an entry of the series "points". A flag is raised if an identity of the theorem does not hold or
     an attack falls below the closed form. The metrics are those of the dense classifier that was pruned.
@@ -64,7 +64,7 @@ def classify_group(context: Context, task: Task[Linear]) -> TaskOutcome:
 
 @dataclass(frozen=True)
 class _Classifier:
-    """Hold a model and its place: a step is an inverse penalty strength, or the sparsity pruned to."""
+    """A model and its place: a step is an inverse penalty strength, or the sparsity pruned to."""
 
     path: str
     step: float
@@ -72,7 +72,7 @@ class _Classifier:
 
 
 def _group(split: Split, classes: Sequence[int], most: int) -> _Images:
-    """Return the first images of some classes, in the split's order mixed once, numbered from 0."""
+    """Return the first images of some classes, in a fixed random order of the split, numbered from 0."""
     chosen = torch.isin(split.y, torch.tensor(classes)).nonzero().flatten()
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:most]]
     y = torch.searchsorted(torch.tensor(classes), split.y[chosen])
@@ -84,7 +84,7 @@ def _group(split: Split, classes: Sequence[int], most: int) -> _Images:
 
 
 def _trained(train: _Images, valid: _Images, paths: LinearPaths) -> tuple[float, list[_Classifier]]:
-    """Return the strength of the l2 penalty that validation accuracy chose, and every classifier of every path."""
+    """Return the strength of the l2 penalty chosen by validation accuracy, and every classifier of every path."""
     loss, tolerance = paths.loss, paths.tolerance
     grids = {"l2": list(paths.l2), "l1": list(paths.l1)}
     found = [
@@ -96,7 +96,7 @@ def _trained(train: _Images, valid: _Images, paths: LinearPaths) -> tuple[float,
             strict=True,
         )
     ]
-    # Of equally accurate ones the first: the strongest penalty, as the plan lists them.
+    # The first of equally accurate ones: the strongest penalty, in the plan's order.
     dense = max((one for one in found if one.path == "l2"), key=lambda one: _accuracy(one.model, valid))
     pruned = bounds.linear_pruned(
         train.x,
@@ -117,7 +117,7 @@ def _accuracy(model: nn.Module, images: _Images) -> float:
 
 
 def _judge(model: nn.Module, test: _Images, valid: _Images, eps: Sequence[float]) -> Point:
-    """Return everything that is known of one classifier, exactly and by attack; budgets are keyed by their text."""
+    """Return all results for one classifier, exact and by attack; budgets are keyed by their text."""
     linear = bounds.weights_of(model, tuple(test.x.shape[1:]))
     boxed, unboxed = [(LINF, True), (L2, True)], [(LINF, False), (L2, False)]
     exact = bounds.linear_distances(linear, test.x, test.y, boxed + unboxed)
@@ -127,7 +127,7 @@ def _judge(model: nn.Module, test: _Images, valid: _Images, eps: Sequence[float]
         "accuracy_valid": _accuracy(model, valid),
         **_summary("boxed", exact[:2], eps),
         **_summary("unboxed", exact[2:], eps),
-        # A point of a path is chosen on validation images, so these are all that is needed of them.
+        # A point of a path is chosen on validation images, for which these are sufficient.
         "valid": _summary("boxed", bounds.linear_distances(linear, valid.x, valid.y, boxed), eps),
         **_attacked(model, linear, test, eps, exact[1]),
         "theorem": _theorem(linear, test, eps) if len(linear.weight) == 2 else None,
@@ -142,7 +142,7 @@ def _summary(name: str, distances: list[Tensor], eps: Sequence[float]) -> Point:
 
 
 def _mean(distance: Tensor) -> float:
-    """Return the mean of the finite distances: nothing moves a constant classifier, and attacks may fail."""
+    """Return the mean of the finite distances: a constant classifier has no boundary, and attacks may fail."""
     finite = distance[distance.isfinite()]
     return float(finite.double().mean()) if len(finite) else 0.0
 
@@ -150,10 +150,10 @@ def _mean(distance: Tensor) -> float:
 def _attacked(
     model: nn.Module, linear: bounds.LinearMap, images: _Images, eps: Sequence[float], exact: Tensor
 ) -> Point:
-    """Return accuracy under FGSM, and of DeepFool and `nearest` the mean distance and how far below the exact one.
+    """Return accuracy under FGSM, and for DeepFool and `nearest` the mean distance and how far below the exact one.
 
-    An attack is held against the exact distance where the classifier, multiplied out in float64, is fooled too: in
-    float32 an image close to the boundary may count as wrong while it is right by a rounding error of the logits.
+    An attack is compared with the exact distance if it also fools the classifier multiplied out in float64: in float32
+    an image close to the boundary may count as misclassified because of a rounding error of the logits.
     """
     found: Point = {"fgsm": {}}
     for budget in eps:
@@ -181,16 +181,16 @@ def _theorem(linear: bounds.LinearMap, images: _Images, eps: Sequence[float]) ->
 
 
 def mismatches(point: Point) -> list[str]:
-    """Return what does not hold of a point although theory says that it must; empty where all is well."""
+    """Return the theorem's statements that a point violates; empty if there are none."""
     if point["sparsity"] == 1:
-        return []  # nothing attacks a constant classifier, and its logits may tie
+        return []  # a constant classifier cannot be attacked, and its logits may tie
     found = []
     for name in DISTANCE_ATTACKS:
         if point[f"below_{name}"] > NEAR:
             found.append(
                 f"{name} found a distance below the exact boxed distance, by {point[f'below_{name}']:.2g} of it"
             )
-    spare = 1.5 / point["images"]  # one image may lie on the boundary of its ball, to float32
+    spare = 1.5 / point["images"]  # one image may be on the boundary of its ball, in float32
     for budget, robust in point["fgsm"].items():
         exact = point["r_inf_boxed"][budget]
         if robust < exact - spare or (point["theorem"] is not None and robust > exact + spare):

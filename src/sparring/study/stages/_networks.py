@@ -24,18 +24,18 @@ from ..runner._executors import Task
 from ._inputs import Activation, Inputs, Judged, Network
 
 Factory = Callable[..., nn.Module]
-# How a network's tensors are named in an object: the final weights, those of the best epoch, and the masks.
+# Prefixes of a network's tensors in an object: the final weights, those of the best epoch, and the masks.
 WEIGHTS, BEST, MASK = "model/", "best/", "mask/"
-# An activation "method" that trains with a penalty and puts no module in.
+# An activation "method" that trains with a penalty and inserts no module.
 PENALTY = "l1-penalty"
-# Below this many units in a layer a small dense network is no fair control (design.md, section 6, trap 7).
+# Below this number of units in a layer a small dense network is not a fair control (design.md, section 6, trap 7).
 NARROWEST = 8
 WIDEST = 64.0
 
 
 @dataclass(frozen=True)
 class Context:
-    """What stages share: the data, the source of parents' tensors, and the place of checkpoints of a long training.
+    """Shared context of stages: the data, the source of parents' tensors, and the folder of checkpoints.
 
     `factory` builds the model instead of the plan's, for a user's own code.
     """
@@ -48,7 +48,7 @@ class Context:
 
     @property
     def device(self) -> str:
-        """The device of all networks and of the images that they are given."""
+        """The device of all networks and of their images."""
         return self.place.device
 
 
@@ -82,7 +82,7 @@ def _built(
 def fingerprint(factory: Factory) -> str:
     """Return a hash of the network that a user's factory builds: its printed form and its weights from one seed.
 
-    What its forward() does is not seen: after changing that alone, choose another output folder.
+    Changes that only affect forward() are not detected: choose another output folder after them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -94,7 +94,7 @@ def fingerprint(factory: Factory) -> str:
 def network_of(
     context: Context, inputs: Inputs, key: str, *, activation: Activation | None = None, checkpoint: str = "final"
 ) -> nn.Module:
-    """Build a network with the weights that the task `key` left, with its activation-sparsity modules.
+    """Build a network with the weights of the task `key`, and with its activation-sparsity modules.
 
     Its modules are in the modes in which it was built: a frozen one stays frozen when the network is trained further.
     """
@@ -145,7 +145,7 @@ def trained(out: str | Path, key: str, *, factory: str | None = None) -> nn.Modu
 
 
 def judged(context: Context, task: Task[Judged]) -> nn.Module:
-    """Build the network that a task judges: the first parent's."""
+    """Build the network that a task evaluates: the first parent's."""
     inputs = task.inputs
     return network_of(
         context, inputs, task.parents[0], activation=inputs.activation, checkpoint=inputs.checkpoint
@@ -162,13 +162,13 @@ def with_activation(model: nn.Module, activation: Activation) -> nn.Module:
 def chosen_images(dataset: Dataset, split: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Return images start to stop in a fixed random order of a split, so that the first few are an unbiased sample."""
     part, order = dataset.test if split == "test" else dataset.valid, chosen_places(dataset, split, start, stop)
-    if split == "test" and dataset.drawn is not None:  # they are the first of this order
+    if split == "test" and dataset.drawn is not None:  # the loaded images are the first of this order
         return part.x[start:stop], part.y[start:stop]
     return part.x[order], part.y[order]
 
 
 def chosen_places(dataset: Dataset, split: str, start: int, stop: int) -> Tensor:
-    """Return where in the split the images of `chosen_images` are: the tensor `images` (N,) of their records."""
+    """Return the positions in the split of the images of `chosen_images`: the tensor `images` (N,) of their records."""
     part = dataset.test if split == "test" else dataset.valid
     drawn = dataset.drawn if split == "test" else None
     return (fixed_order(len(part.x)) if drawn is None else drawn)[start:stop].int()
@@ -214,7 +214,7 @@ def widened(model: Network, shape: tuple[int, ...], classes: int, sparsity: floa
 
 
 def _search(model: Network, shape: tuple[int, ...], classes: int, wanted: int, low: float, high: float) -> float:
-    """Return the width, between low and high, whose number of weights is nearest to what is wanted."""
+    """Return the width, between low and high, whose number of weights is nearest to the target."""
 
     def count(width: float) -> int:
         return _weights(_scaled(model, width), shape, classes)[0]

@@ -26,7 +26,7 @@ LOGIT_TOLERANCE = 1e-4
 
 
 def pack(context: Context, task: Task[Deploy]) -> TaskOutcome:
-    """Export a network as users ship it and hold the artefact against it: bytes, logits, predictions, time."""
+    """Export a network as users ship it and compare the artefact with it: bytes, logits, predictions, time."""
     inputs = task.inputs
     model = judged(context, task).cpu()
     x = as_float(context.dataset.test.x[: inputs.images])
@@ -52,7 +52,7 @@ def pack(context: Context, task: Task[Deploy]) -> TaskOutcome:
 
 @torch.no_grad()
 def _latency(answer: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Return the median seconds of one answer."""
+    """Return the median seconds of one prediction."""
     times = []
     for _ in range(LATENCY_ROUNDS):
         began = time.perf_counter()
@@ -62,7 +62,7 @@ def _latency(answer: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 
 def ship(context: Context, task: Task[Ship]) -> TaskOutcome:
-    """Attack and certify the artefact of a network beside the network itself, its values rounded as `values` says."""
+    """Attack and certify a network and its artefact, whose weights are rounded to `values`."""
     inputs = task.inputs
     model = judged(context, task).cpu()
     x, y = chosen_images(context.dataset, "test", 0, inputs.images)
@@ -94,7 +94,7 @@ def ship(context: Context, task: Task[Ship]) -> TaskOutcome:
 
 
 def _refuse_refuted(radius: Tensor, stands: Tensor, norm: str, attack: Adversary) -> None:
-    """Hold certificates against the attack, where that has the same norm and a budget; see `refuse_refuted`."""
+    """Compare certificates with the attack, if that has the same norm and a budget; see `refuse_refuted`."""
     if attack.norm == norm and attack.eps is not None:
         reached = torch.where(stands[: len(radius)], torch.inf, attack.eps)
         refuse_refuted(radius, reached, norm=norm)

@@ -33,19 +33,19 @@ STAGES: dict[str, Callable[[Context, Any], TaskOutcome]] = {
     "linear": classify_group,
 }
 
-# Raised when a stage's meaning changes, so that old results are not taken for new ones. That includes packed kernels
-# that sum in another order: attacks that go through them ("kernels" in their inputs) then end in other bits.
+# Raised when a stage's meaning changes, so that old results are not mistaken for new ones. That includes packed kernels
+# that sum in another order: attacks that use them ("kernels" in their inputs) then differ in the last bits.
 VERSIONS = dict.fromkeys(STAGES, 1) | {"attack": 3, "certify": 2, "exact": 3, "linear": 3, "ship": 2}
-# Raised when what is made of lent examples changes: attacks that have some, of their second parent, run again.
+# Raised when the use of transferred examples changes: attacks that have some, from a second parent, are recomputed.
 LENDING = 1
 # The same for exact distances in l2.
 EXACT_L2 = 1
-# The same for all attacks on networks that draw, and for those of them that look for the smallest perturbation.
+# The same for all attacks on networks that draw, and for the minimum-norm ones among them.
 DRAWN, DRAWN_DISTANCES = 1, 1
 
 
 def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
-    """Return every version that a task with these inputs ever had, the present one last."""
+    """Return every version that a task with these inputs ever had, the current one last."""
     attack, activation = (
         found if isinstance(found := inputs.get(part), Mapping) else {} for part in ("attack", "activation")
     )

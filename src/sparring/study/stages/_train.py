@@ -33,10 +33,10 @@ from ..runner._executors import Task, TaskOutcome
 from ._inputs import Activate, Choose, Given, Prune, Train, WeightsFile
 from ._networks import BEST, MASK, PENALTY, WEIGHTS, Context, network, network_of, with_activation
 
-# The fine-tuning of every network of one seed sees the same order of images, so pairs differ in their masks alone.
+# The fine-tuning of every network of one seed uses the same order of images, so pairs differ only in their masks.
 FINETUNE_SEED = 10_007
 CALIBRATION_IMAGES = 500
-# The best epoch of adversarial training is the one that stands best on these, under this many steps of PGD.
+# The best epoch of adversarial training has the highest accuracy on this number of images under these steps of PGD.
 SCORING_IMAGES, SCORING_STEPS = 500, 10
 
 
@@ -100,7 +100,7 @@ def activate(context: Context, task: Task[Activate]) -> TaskOutcome:
         return _as_it_is(context, model)
 
     def finish(trained: nn.Module) -> nn.Module:
-        """Take the modules out again where they are for training alone; else their levels are those of the end."""
+        """Remove the modules if they are only for training; otherwise set their final levels."""
         if trained is plain:
             return plain
         if activation.test:
@@ -115,7 +115,7 @@ def activate(context: Context, task: Task[Activate]) -> TaskOutcome:
 
 
 def choose(context: Context, task: Task[Choose]) -> TaskOutcome:
-    """Take the parent that is best on the validation split (the first of equals), tensors and all."""
+    """Return the parent that is best on the validation split (the first of equals), with its tensors."""
     scores = [_on_validation(context, network_of(context, task.inputs, key)) for key in task.parents]
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     metrics: dict[str, float | None] = {"accuracy_valid": scores[best], "weight_decay": task.inputs.decays[best]}
@@ -159,7 +159,7 @@ def _fitted(
         metrics |= {} if share is None else {"covered": share}
     if result.best_epoch is not None:
         metrics["best_epoch"] = result.best_epoch
-    # A pruner tells, for instance, how often surgery pruned and spliced.
+    # A pruner reports, for example, how often surgery pruned and spliced.
     series = {"loss": list(result.losses), **({} if pruner is None else pruner.series())}
     if result.scores:
         series["robust_accuracy_valid"] = list(result.scores)
@@ -193,7 +193,7 @@ def robust_score(model: nn.Module, valid: Split, training: TrainingSettings) -> 
 
 
 def training_loss(training: TrainingSettings) -> Loss:
-    """Return the loss that a plan's [training] table names, with the whole eps."""
+    """Return the loss of a plan's [training] table, with the full eps."""
     smoothing = training.label_smoothing or 0.0
     if training.loss == "standard":
         return smoothed(smoothing) if smoothing else cross_entropy
