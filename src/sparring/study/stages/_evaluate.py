@@ -164,7 +164,7 @@ def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, list[dict[st
 
 
 def _agree(model: nn.Module, through: nn.Module, x: Tensor) -> bool:
-    """Compare logits and input gradients of a few images; a maximum may pass its gradient to another of equal values."""
+    """Compare logits and input gradients of a few images; a maximum of equal values may pass it to another."""
     logits, gradients = [], []
     for network in (model, through):
         point = x.clone().requires_grad_()
