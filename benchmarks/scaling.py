@@ -118,7 +118,7 @@ def scheduling(count: int, folder: Path) -> float:
     store = Forgetful(folder)
     store.prepare()
     began = time.perf_counter()
-    records = execute(tasks, store, InProcess(lambda task: TaskOutcome()))
+    records = execute(tasks, store, InProcess(lambda task, tell: TaskOutcome()))
     assert len(records) == count
     return (time.perf_counter() - began) / count * 1e6
 

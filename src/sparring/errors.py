@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ __all__ = [
     "Unsupported",
     "UserError",
     "place",
+    "short_of_memory",
     "told",
 ]
 
@@ -51,6 +53,7 @@ class StorageError(UserError):
     """Signal a disk that is full or fails, or a damaged file: a study stops there, since no network is to blame."""
 
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 MANY = 100  # the most names that are all listed
 
 
@@ -69,15 +72,30 @@ class Unsupported(UserError):
     """Signal an operation that has no sound rule for this model or layer, and say why."""
 
 
+def short_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory is short; torch's RuntimeErrors are told apart by their text."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in _text(error) for words in _NO_MEMORY)
+
+
 def told(error: BaseException) -> str:
     """Describe an exception in one line: its type, its text, and the last line of the user's own code."""
-    try:
-        text = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
-    except Exception:  # a user's own exception may fail even here
-        text = "(its message cannot be read)"
-    where = place(error)
+    text, where = _text(error), place(error)
+    if short_of_memory(error):
+        asked = re.search(r"allocate (\d+) bytes", text)
+        count = f" {int(asked[1]) / 2**30:.1f} GiB more do not fit;" if asked else ""
+        text = f"out of memory:{count} use a smaller model, smaller batches or fewer images"
+        return f"{text}{f' ({where})' if where else ''}"
     text = text if len(text) <= 300 else f"{text[:297]}..."
     return f"{type(error).__name__}{': ' if text else ''}{text}{f' ({where})' if where else ''}"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
+    except Exception:  # a user's own exception may fail even at this
+        return "(its message cannot be read)"
 
 
 def place(error: BaseException) -> str | None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import UserError
+from .ram import available, size_text
 
-__all__ = ["Need", "answers", "answers_at_once", "free_memory", "measured", "size_text", "used_memory"]
+__all__ = ["Need", "answers", "answers_at_once", "free_memory", "measured"]
 
 # On a CPU, peak resident memory over the largest sum of live tensors (kept by the allocator), and the libraries'
 # scratch memory and reordered filters.
@@ -48,11 +46,6 @@ class Need:
             raise UserError(
                 f"{what} takes {size_text(self.of(images))} for {number} and {size_text(free)} are free: {way}"
             )
-
-
-def size_text(count: int) -> str:
-    """Return a number of bytes in readable units."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, count >> 20)} MiB"
 
 
 def measured(work: Callable[[Tensor], object], x: Tensor, *, enough: Callable[[Need], bool] | None = None) -> Need:
@@ -143,55 +136,4 @@ def free_memory(device: str | torch.device = "cpu") -> int:
         return free + torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
     if place.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min(_available(), _left_to_group())
-
-
-def used_memory(process: str | int = "self", *, children: bool = False) -> int:
-    """Return the resident bytes of this process, or the peak if the system reports only that.
-
-    `children`: including those of its child processes, recursively.
-    """
-    with suppress(OSError, ValueError, IndexError):
-        own = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return own + (sum(used_memory(child, children=True) for child in _children(process)) if children else 0)
-    if process != "self":
-        return 0  # it has ended
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def _children(process: str | int) -> list[int]:
-    files = Path(f"/proc/{process}/task").glob("*/children")
-    return [int(child) for file in files for child in file.read_text().split()]
-
-
-def _available(file: Path = Path("/proc/meminfo")) -> int:
-    """Return the available memory of the system; half of all memory if unknown."""
-    with suppress(OSError, ValueError, IndexError):
-        lines = dict(line.split(":") for line in file.read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _left_to_group(system: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the memory that the process's control groups (version 2 or 1) leave; cached file pages count as free."""
-    left = [1 << 62]
-    with suppress(OSError):
-        for line in process.read_text().splitlines():
-            _, kinds, place = line.split(":", 2)
-            if kinds in ("", "memory"):
-                here = system / kinds
-                for folder in (here / place.strip("/"), *(here / place.strip("/")).parents):
-                    if folder.is_relative_to(here):
-                        left += _left_in(folder, kinds)
-    return min(left)
-
-
-def _left_in(folder: Path, kinds: str) -> list[int]:
-    limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-    with suppress(OSError, ValueError):  # "max" means no limit
-        most, now = (int((folder / name).read_text()) for name in (limit, used))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return [max(0, most - now + int(stat.get("inactive_file", 0)))]
-    return []
+    return available()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["bar", "show", "write_over"]
+from .units import duration
+
+__all__ = ["bar", "pace", "show", "write_over"]
 
 WIDTH = 110
 CELLS = 20
@@ -30,6 +32,18 @@ def bar(done: int, total: int) -> str:
     """Return a bar as text, with its numbers."""
     filled = CELLS * done // max(1, total)
     return f"[{'#' * filled}{'.' * (CELLS - filled)}] {done:,} of {total:,}"
+
+
+def pace(done: int, total: int, seconds: float, *, memory: str, what: str = "images", first: int = 0) -> str:
+    """Return how many are done, how many a second, the memory in use, and an estimate of the time for the rest.
+
+    `first` were done before these seconds.
+    """
+    each = seconds / max(1, done - first)
+    rate = (done - first) / max(seconds, 1e-9)
+    fast = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    left = f", about {duration(each * (total - done))} left" if done < total else ""
+    return f"{done} of {total} {what}, {fast} {what}/s, {memory}{left}"
 
 
 def write_over(line: str, end: str) -> None:

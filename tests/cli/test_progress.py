@@ -30,5 +30,7 @@ def test_pace_counts_from_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     pace = Pace()
     now[0] = 15.0
-    assert pace.left(10, 40) == "about 30 s left"
+    assert pace.told(10, 40).startswith("10 of 40 images, 1 images/s, ") and pace.told(10, 40).endswith(
+        ", about 30 s left"
+    )
     assert [duration(s) for s in (1.2, 600, 7200)] == ["2 s", "10 min", "2.0 h"]

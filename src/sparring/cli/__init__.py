@@ -11,7 +11,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from ..errors import TERMINATED, UserError, place, told
+from ..errors import TERMINATED, UserError, place, short_of_memory, told
+from ..ram import bounded
 from ._printing import Aside
 
 __all__ = ["main"]
@@ -40,7 +41,10 @@ def _guarded(app: Callable[..., object]) -> int:
         words = [TRACEBACK, *(word for word in words if word != TRACEBACK)]
         os.environ["SPARRING_TRACEBACK"] = "1"
     try:
-        with contextlib.redirect_stdout(Aside(sys.stdout)) if "--json" in words else contextlib.nullcontext():
+        with (
+            bounded(),
+            contextlib.redirect_stdout(Aside(sys.stdout)) if "--json" in words else contextlib.nullcontext(),
+        ):
             code = app(words, standalone_mode=False)
         if code == INTERRUPTED:  # typer's exception for Ctrl-C
             raise KeyboardInterrupt
@@ -78,10 +82,8 @@ def _sentence(error: BaseException) -> str:
     where, text = place(error), told(error)
     if isinstance(error, UserError):
         return f"{error} ({where})" if where and where not in str(error) else str(error)
-    # torch may run out of memory too: it raises RuntimeErrors that only their text distinguishes
-    short = ("can't allocate memory" in text or "out of memory" in text) and isinstance(error, RuntimeError)
-    if short or isinstance(error, MemoryError):
-        return f"out of memory: use fewer images or smaller batches ({text[:200]})"
+    if short_of_memory(error):
+        return text
     if where is None and isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; free some space and rerun the same command to resume"
     if where is None and isinstance(error, OSError) and error.filename is not None:

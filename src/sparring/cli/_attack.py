@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks, bounds
-from ..data import as_float
 from ..errors import UnknownNameError, UserError
 from ..metrics import distances, pixel_distances, robust_accuracy
 from ..statistics import binomial_interval
@@ -22,7 +21,7 @@ from ..units import duration, norm_name, parse_budgets, parse_norm, percent
 from ._app import AttackOptions, CertifyOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
 from ._progress import shown_images
-from ._sources import open_both, place_for
+from ._sources import float_images, open_both, place_for
 
 
 def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: Where, *, as_json: bool) -> None:
@@ -36,12 +35,13 @@ def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: 
         attacks.refuse_norm(name, norm)
     network, dataset = open_both(model, data, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
+    images = float_images(x, results=len(chosen) * max(1, len(budgets)))
     with shown_images() as progress:
         found = attacks.audit(
-            *place.task(network, as_float(x), y), chosen, norm=norm, eps=budgets, checks=how.checks,
+            *place.task(network, images, y), chosen, norm=norm, eps=budgets, checks=how.checks,
             batch_size=how.batch_size, seed=how.seed, progress=progress,
         )  # fmt: skip
-    rows = [_row(one, as_float(x)) for one in found]
+    rows = [_row(one, images) for one in found]
     if as_json:
         about = {"model": model.model, "data": dataset.name, "images": len(y), **place.facts(network)}
         print_json({**about, "results": rows})
@@ -78,6 +78,7 @@ def _row(audited: attacks.AuditRow, x: Tensor) -> dict[str, Any]:
         "forwards": result.forwards,
         "backwards": result.backwards,
         "seconds": result.seconds,
+        "batch_size": result.batch_size,
         "flags": [{"name": flag.name, "detail": flag.detail} for flag in result.flags],
     }
 
@@ -109,7 +110,7 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
     place = place_for(where, model)
     network, dataset = open_both(model, data, plain=True, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
-    images, generator = as_float(x), torch.Generator().manual_seed(0)
+    images, generator = float_images(x, results=1), torch.Generator().manual_seed(0)
     method = how.method or _chosen(network, images, norm, how.seconds)
     task = place.task(network, images, y)
     with shown_images() as tell:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import attacks
-from ..data import Dataset, as_float
+from ..data import Dataset
 from ..devices import Place
 from ..errors import UnknownNameError, UserError
 from ..records import Folder
@@ -25,7 +25,7 @@ from ..units import parse_eps
 from ._app import CompareOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
 from ._progress import Tell, shown_images
-from ._sources import SAVED, check_named, open_data, open_model, place_for, request_for
+from ._sources import SAVED, check_named, float_images, open_data, open_model, place_for, request_for
 
 DROPPED = 1
 BUDGETED = ("fgsm", "pgd", "fast")
@@ -101,7 +101,7 @@ def _profile(
     """Return per-image values of a model: correct or not, robust under attack or not, smallest distance."""
     model = open_model(source, dataset)[0].eval()
     x, y = chosen_images(dataset, "test", 0, images)
-    task = place.task(model, as_float(x), y)
+    task = place.task(model, float_images(x, results=len(BUDGETED) + 1), y)
     chosen, generator = {name: attacks.ATTACKS[name] for name in BUDGETED}, torch.Generator().manual_seed(0)
     rows = attacks.audit(*task, chosen, eps=[eps], checks=0, progress=tell)[: len(chosen)]
     shown = functools.partial(tell, "nearest")

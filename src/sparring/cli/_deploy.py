@@ -24,7 +24,7 @@ from ..units import parse_eps, percent
 from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions, Where
 from ._printing import print_json, print_table
 from ._progress import shown_images
-from ._sources import check_out, file_of, open_both, open_model, plain_form
+from ._sources import check_out, file_of, float_images, open_both, open_model, plain_form
 
 ONNX_TOLERANCE = 1e-4
 CALIBRATING = 64  # images on which int8 engines are calibrated
@@ -76,7 +76,7 @@ def _write_packed(
     size = _print_size(path, network)
     x, y = chosen_images(dataset, "test", 0, how.images)
     with shown_images() as tell:
-        task = place.model(network), deploy.load(path), as_float(x), y
+        task = place.model(network), deploy.load(path), float_images(x, results=2), y
         found = deploy.ship_report(*task, attacks.pgd, threat, progress=tell)
     _print_cost(found, len(y), threat)
     shares = {name: value for name, value in vars(found).items() if not isinstance(value, Tensor)}

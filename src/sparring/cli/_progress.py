@@ -4,88 +4,147 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
+from ..progress import pace
+from ..ram import size_text, used_memory
 from ..units import duration
 
 PATIENCE = 2.0  # seconds
 
 
 class Pace:
-    """Measure how fast a count grows from now on."""
+    """Measure how fast a count grows from now on, and from the `first` that is done."""
 
-    def __init__(self) -> None:
-        self.began = time.monotonic()
+    def __init__(self, first: int = 0) -> None:
+        self.began, self.first = time.monotonic(), first
 
     @property
     def seconds(self) -> float:
         """Return the seconds so far."""
         return time.monotonic() - self.began
 
-    def left(self, done: int, total: int) -> str:
-        """Return an estimate of the time for the rest, in words."""
-        return f"about {duration(self.seconds / max(1, done) * (total - done))} left"
-
     def told(self, done: int, total: int, what: str = "images") -> str:
-        """Return the number of finished images, images per second, the memory in use, and the remaining time."""
-        from ..memory import size_text, used_memory
-
-        rate = done / max(self.seconds, 1e-9)
-        fast = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        rest = f", {self.left(done, total)}" if done < total else ""
-        return f"{done} of {total} {what}, {fast} {what}/s, {size_text(used_memory())}{rest}"
+        """Return how many are done, how many a second, the memory in use, and the time for the rest."""
+        memory = size_text(used_memory(children=True))
+        return pace(done, total, self.seconds, memory=memory, what=what, first=self.first)
 
 
 Tell = Callable[[str, int, int], None]
 
 
-@contextlib.contextmanager
-def shown_images(what: str = "images") -> Iterator[Tell]:
-    """Yield a function of a name, the finished images and their total, which prints one line or one per tenth.
+class _Line:
+    """Show counts: on one line of a terminal, else in a line for every tenth; what is quick is not shown."""
 
-    `what` names the unit that is counted.
+    def __init__(self, what: str, name: str) -> None:
+        self.what, self.name, self.terminal = what, name, sys.stderr.isatty()
+        self.began, self.pace = Pace(), Pace()
+        self.done, self.total, self.tenth = 0, 0, -1
+
+    def tell(self, name: str, done: int, total: int) -> None:
+        if done == 0 or done < self.done or total != self.total:
+            self.pace, self.tenth = Pace(done), -1
+        self.name, self.done, self.total, tenth = name, done, total, 10 * done // max(1, total)
+        if done > self.pace.first and self.began.seconds >= PATIENCE and (self.terminal or tenth > self.tenth):
+            self.tenth = tenth
+            self.write(f"{name}: {self.pace.told(done, total, self.what)}")
+
+    def write(self, text: str) -> None:
+        print(f"\r{text}\033[K" if self.terminal else f"{text}\n", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def shown_images(what: str = "images", name: str = "preparing") -> Iterator[Tell]:
+    """Yield a function of a name, the images that are done and their number: one line, or one for every tenth.
+
+    `what` is counted instead of images. What tells nothing for two seconds is shown by its seconds and the memory,
+    under the last name; `name` is that of what comes first.
     """
-    paces, tenths = dict[str, Pace](), dict[str, int]()
-    terminal, began = sys.stderr.isatty(), Pace()
+    line = _Line(what, name)
+    with _silence(lambda seconds: line.write(_at_work(line.name, seconds)), every=line.terminal) as heard:
 
-    def tell(name: str, done: int, total: int) -> None:
-        if name not in paces or done == 0:
-            paces[name], tenths[name] = Pace(), 0
-        tenth = 10 * done // max(1, total)
-        if done == 0 or began.seconds < PATIENCE or not (terminal or tenth > tenths[name]):
-            return
-        tenths[name], line = tenth, f"{name}: {paces[name].told(done, total, what)}"
-        print(*(("\r", line, "\033[K") if terminal else (line,)), sep="", end="" if terminal else "\n", file=sys.stderr)
-        sys.stderr.flush()
+        def tell(name: str, done: int, total: int) -> None:
+            heard()
+            line.tell(name, done, total)
 
-    try:
-        yield tell
-    finally:
-        if terminal:
-            print("\r\033[K", end="", file=sys.stderr)
+        try:
+            yield tell
+        finally:
+            if line.terminal:
+                line.write("")
+
+
+def _at_work(name: str, seconds: float) -> str:
+    return f"{name}: {duration(seconds)} so far, {size_text(used_memory(children=True))}"
 
 
 @contextlib.contextmanager
-def shown_bytes() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yield a function of a name, the bytes that are done and their total: bars on a terminal, else plain lines."""
+def _silence(say: Callable[[float], None], *, every: bool) -> Iterator[Callable[[], None]]:
+    """Yield what is to be called when something is told; while it is not, say for how many seconds.
+
+    Say so from the second second on, `every` second, or when twice as many have passed.
+    """
+    ended, last = threading.Event(), [time.monotonic()]
+
+    def watch() -> None:
+        said = 0.0
+        while not ended.wait(PATIENCE / 4):
+            silent = time.monotonic() - last[0]
+            if silent < PATIENCE:
+                said = 0.0
+            elif silent >= (said + 1 if every else 2 * said):
+                said = silent
+                say(silent)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: last.__setitem__(0, time.monotonic())
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def shown_bytes(name: str = "reading the data") -> Iterator[Callable[[str, int, int | None], None]]:
+    """Give what takes a name, the bytes that are done and those of the whole: bars on a terminal, else plain lines.
+
+    What tells of no bytes is shown under `name`, as by `shown_images`.
+    """
+    with contextlib.ExitStack() as stack:
+        draw: Callable[[str, int, int | None], None] | None = None if sys.stderr.isatty() else _tenths()
+
+        def say(seconds: float) -> None:
+            if draw is None or not sys.stderr.isatty():  # a bar moves by itself
+                print(_at_work(name, seconds), file=sys.stderr, flush=True)
+
+        def tell(name: str, done: int, total: int | None) -> None:
+            nonlocal draw
+            heard()
+            draw = draw or stack.enter_context(_bars())
+            draw(name, done, total)
+
+        heard = stack.enter_context(_silence(say, every=False))
+        yield tell
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar, rows = Progress(*columns, console=Console(file=sys.stderr), transient=True), dict[str, TaskID]()
+    rows = dict[str, TaskID]()
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
 
-    def draw(name: str, done: int, total: int | None) -> None:
-        bar.start()
-        if name not in rows:
-            rows[name] = bar.add_task(name)
-        bar.update(rows[name], completed=done, total=total)
+        def draw(name: str, done: int, total: int | None) -> None:
+            if name not in rows:
+                rows[name] = bar.add_task(name)
+            bar.update(rows[name], completed=done, total=total)
 
-    try:
-        yield draw if sys.stderr.isatty() else _tenths()
-    finally:
-        if rows:  # a bar that never began would print an empty line
-            bar.stop()
+        yield draw
 
 
 def _tenths() -> Callable[[str, int, int | None], None]:

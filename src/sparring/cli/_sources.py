@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import data, deploy
-from ..data import EVERYTHING, SPLITS, Dataset, Geometry, Preparation, Request
+from ..data import EVERYTHING, SPLITS, Dataset, Geometry, Preparation, Request, as_float
 from ..devices import Place, place_of
 from ..errors import UnknownNameError, UserError
 from ..files import check_writable, conversion
 from ..graph import GraphModule, from_onnx
+from ..memory import Need, free_memory
 from ..models import (
     MODELS,
     Blueprint,
@@ -36,6 +37,7 @@ from ._progress import shown_bytes
 
 # Extensions of files that contain a whole model: saved for further work, packed for deployment, or from elsewhere.
 PACKED, ONNX = ".sparring", ".onnx"
+COPIES = 5  # of all images, that an attack holds at a time beside its results
 SAVED = (".safetensors", PACKED, ONNX)
 
 
@@ -225,6 +227,13 @@ def say_fresh(name: str, weights: str | None = None) -> None:
     """Warn if training starts from scratch although the network's name may suggest that it is trained."""
     if is_hub_name(name) and weights is None:
         print(f"warning: '{name}' starts from random weights, not from its library's trained ones", file=sys.stderr)
+
+
+def float_images(x: Tensor, *, results: int) -> Tensor:
+    """Return uint8 images as floats; raise UserError where they and the images of so many results do not fit."""
+    held = Need(0, (COPIES + results) * x[:1].numel() * torch.float32.itemsize)
+    held.check(len(x), free_memory(), "keeping images and what attacks make of them")
+    return as_float(x)
 
 
 def file_of(source: ModelSource) -> Path | None:

@@ -149,13 +149,19 @@ def run_merge(sources: list[Path], out: Path | None, *, as_json: bool) -> int:
 
 
 class PlainView:
-    """Print one line for every finished task."""
+    """Print one line for every finished task, and for every tenth of one that takes long."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.fresh = stream, 0
+        self.tenths: dict[str, int] = {}
 
     def show(self, event: Event) -> None:
         self.fresh += event.record is not None
+        if event.under is not None:
+            key, tenth = event.under.task.key, 10 * event.under.done // max(1, event.under.total)
+            if tenth == self.tenths.get(key):
+                return
+            self.tenths[key] = tenth
         print(line_of(event), file=self.stream, flush=True)
 
 
@@ -165,10 +171,13 @@ class LiveView(Live):
     def __init__(self) -> None:
         super().__init__(console=Console(), refresh_per_second=8)
         self.recent: list[str] = []
+        self.under: dict[str, str] = {}
         self.fresh = 0
 
     def show(self, event: Event) -> None:
-        if event.record is None:
+        if event.under is not None:
+            self.under[event.under.task.key] = describe(event)
+        elif event.record is None:
             self.console.print(line_of(event), highlight=False)
         else:
             self.fresh += 1
@@ -179,5 +188,6 @@ class LiveView(Live):
         told = [f"{event.done} done ({event.cached} cached)", f"running {state}", f"{left} waiting"]
         told += [f"{event.failed} failed"] if event.failed else []
         bar = ProgressBar(total=max(1, event.total), completed=event.done, width=60)
+        under = [Text("  " + self.under[task.key]) for task in event.running if task.key in self.under]
         recent = (Text("  " + line, style="dim") for line in self.recent)
-        self.update(Group(bar, Text(" · ".join([*told, rest_of(event)])), *recent))
+        self.update(Group(bar, Text(" · ".join([*told, rest_of(event)])), *under, *recent))

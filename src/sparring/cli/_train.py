@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,10 +29,11 @@ from ..train import EpochProgress, Fit, Recipe, check_memory, fit, predict
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
 from ._printing import print_json
-from ._progress import Pace
+from ._progress import Pace, shown_images
 from ._sources import ONNX, PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for, say_fresh
 
 # Which table of a plan the options of --set belong to.
+FEW = 10  # epochs, whose lines are too far apart to show progress
 _PLACES: dict[type, str] = {Recipe: "recipe", PruningSpec: "pruning.0"}
 
 
@@ -120,19 +122,22 @@ def _fit(
     model: nn.Module, dataset: Dataset, recipe: Recipe, out: Path, options: FitOptions, training: TrainingSettings,
     pruner: Pruner | None = None,
 ) -> Fit:  # fmt: skip
-    check_memory(model, dataset.train.x, recipe)
+    loss = ramped_loss(training)
+    check_memory(model, dataset.train.x, recipe, loss)
     checkpoint = out.with_suffix(".checkpoint.safetensors")
-    result = fit(
-        model,
-        *dataset.train,
-        recipe,
-        seed=options.seed,
-        loss=ramped_loss(training),
-        pruner=pruner,
-        score=None if training.loss == "standard" else lambda m: robust_score(m, dataset.valid, training),
-        checkpoint=checkpoint,
-        progress=None if options.quiet else functools.partial(_show, Pace(), len(dataset.train.x)),
-    )
+    with _shown(len(dataset.train.x), recipe.epochs, quiet=options.quiet) as (epoch, steps):
+        result = fit(
+            model,
+            *dataset.train,
+            recipe,
+            seed=options.seed,
+            loss=loss,
+            pruner=pruner,
+            score=None if training.loss == "standard" else lambda m: robust_score(m, dataset.valid, training),
+            checkpoint=checkpoint,
+            progress=epoch,
+            steps=steps,
+        )
     checkpoint.unlink(missing_ok=True)
     model.cpu()
     return replace(result, masks=_here(result.masks), best_state=_here(result.best_state))
@@ -142,10 +147,26 @@ def _here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in tensors.items()}
 
 
-def _show(pace: Pace, images: int, progress: EpochProgress) -> None:
-    end = "\r" if sys.stdout.isatty() and progress.epoch < progress.epochs else "\n"
-    told = pace.told(progress.epoch * images, progress.epochs * images)
-    print(f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {told}   ", end=end, flush=True)
+@contextlib.contextmanager
+def _shown(images: int, epochs: int, *, quiet: bool) -> Iterator[tuple[Any, Any]]:
+    """Yield what shows epochs, a line for each, and batches: on a terminal in one line, else where epochs are few."""
+    if quiet:
+        yield None, None
+        return
+    terminal, pace, name = sys.stdout.isatty(), Pace(), "training"
+    with shown_images(name=name) as tell:
+
+        def epoch(now: EpochProgress) -> None:
+            nonlocal name
+            name = f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.4f}"
+            if now.epoch == epochs or not terminal:
+                line = f"{name}  {pace.told(now.epoch * images, epochs * images)}"
+                print(f"\r{line}\033[K" if terminal else line, flush=True)
+
+        def steps(done: int, total: int) -> None:
+            tell(name, done, total)
+
+        yield epoch, steps if terminal or epochs < FEW else None
 
 
 def _finish(
@@ -174,7 +195,8 @@ def _told(network: nn.Module, dataset: Dataset, path: Path, *, before: str = "",
     texts: list[str] = []
     found: dict[str, Any] = {"path": str(path)}
     for name, key, split in (("validation", "accuracy_valid", dataset.valid), ("test", "accuracy", dataset.test)):
-        logits = predict(network, split.x)
+        with shown_images() as tell:
+            logits = predict(network, split.x, progress=functools.partial(tell, f"{name} images"))
         share, right = accuracy(logits, split.y), int((logits.argmax(1) == split.y).sum())
         low, high = binomial_interval(right, len(split.y))
         texts.append("{} accuracy {} [{}, {}]".format(name, *(percent(one, 2) for one in (share, low, high))))

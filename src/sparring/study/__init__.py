@@ -25,7 +25,7 @@ from .plans._tables import (
     VerifySettings,
 )
 from .plans._task_graph import DataFacts, lay_out
-from .runner._executors import Executor, InProcess, Processes, Task, TaskOutcome
+from .runner._executors import Executor, InProcess, Processes, Task, TaskOutcome, Tell, Under
 from .runner._ray import RayCluster
 from .runner._run import Progress, available_cores, progress, register, run
 from .runner._schedule import Event, Watcher, environment, execute
@@ -55,7 +55,9 @@ __all__ = [
     "RayCluster",
     "Task",
     "TaskOutcome",
+    "Tell",
     "TrainingSettings",
+    "Under",
     "VerifySettings",
     "Watcher",
     "available_cores",

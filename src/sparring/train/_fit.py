@@ -87,6 +87,7 @@ def fit(
     score: Callable[[nn.Module], float] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[EpochProgress], None] | None = None,
+    steps: Callable[[int, int], None] | None = None,
 ) -> Fit:
     """Train a model in place on uint8 images x (N, C, H, W) and labels y (N,), and leave it in eval mode.
 
@@ -95,9 +96,10 @@ def fit(
     training. Weights outside `masks` stay zero; `pruner` may change the masks after every step; without `masks` it may
     prune all prunable weights. `score` is computed on the (masked) model after each epoch, and the state with the
     highest value is kept, among the epochs in which the model was as sparse as at the end. A recipe without epochs
-    prunes without training. With `checkpoint`, the state is
-    saved after each epoch, and a run that finds the file resumes from it with identical results. One seed, machine and
-    number of threads give one result. Raises UserError if the loss stops being finite.
+    prunes without training. With `checkpoint`, the state is saved after each epoch, and a run that finds the file
+    resumes from it with identical results. One seed, machine and number of threads give one result. `progress` is
+    called after each epoch, `steps` after each batch with the images that are done and those of all epochs. Raises
+    UserError if the loss stops being finite.
     """
     _check(model, x, y)
     x, y = _held(x, y, next(model.parameters()).device)
@@ -116,7 +118,7 @@ def fit(
         # Layers that draw (dropout, stochastic activations) have a new, known stream in each epoch.
         while state.epoch < recipe.epochs:
             torch.manual_seed(seed * 1_000_003 + state.epoch)
-            mean_loss = _epoch(state, x, y, recipe, ramp)
+            mean_loss = _epoch(state, x, y, recipe, ramp, steps)
             state.epoch += 1
             state.losses.append(mean_loss)
             value = _score_(state, score)
@@ -158,7 +160,9 @@ def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss) -> None:
     state.masks = state.pruner(Step(state.model, state.masks, 0, 1, batch, loss, state.generator))
 
 
-def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped) -> float:
+def _epoch(
+    state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped, told: Callable[[int, int], None] | None
+) -> float:
     model, optimizer, generator = state.model, state.optimizer, state.generator
     train_(model)
     batches = -(-len(x) // recipe.batch_size)
@@ -189,6 +193,9 @@ def _epoch(state: State, x: Tensor, y: Tensor, recipe: Recipe, ramp: Ramped) -> 
             multiply_(_momenta(optimizer, masked_now))
         total += value.detach() * len(chosen)
         step += 1
+        if told is not None:
+            done = min((step - state.epoch * batches) * recipe.batch_size, len(x))
+            told(state.epoch * len(x) + done, recipe.epochs * len(x))
     mean = float(total) / len(x)
     if not mean < float("inf"):
         raise UserError(f"training diverged: the loss of epoch {state.epoch + 1} is {mean}; lower recipe.lr")
@@ -233,17 +240,28 @@ def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @courteous()
-def predict(model: nn.Module, x: Tensor, *, batch_size: int | None = None) -> Tensor:
+def predict(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
     """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; every module's mode is restored.
 
-    batch_size None: 500, or as many as memory allows.
+    batch_size None: 500, or as many as memory allows. `progress` gets the number of images that are done, and of all,
+    before each batch.
     """
     place = next((p.device for p in model.parameters()), x.device)
     with torch.no_grad(), eval_mode(model), channels_last(model):
         few = moved(x[:2], place).float().div_(255)
         answer = opened(model, few)
-        batch_size = batch_size or answers_at_once(answer, few)
-        return torch.cat([answer(moved(part, place).float().div_(255)).cpu() for part in torch.split(x, batch_size)])
+        batch_size, logits = batch_size or answers_at_once(answer, few), list[Tensor]()
+        for number, part in enumerate(torch.split(x, batch_size)):
+            if progress is not None:
+                progress(number * batch_size, len(x))
+            logits.append(answer(moved(part, place).float().div_(255)).cpu())
+        return torch.cat(logits)
 
 
 def save_checkpoint(state: State, path: Path) -> None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..devices import moved
 from ..memory import Need, free_memory, measured
 from ..memory_format import channels_last
 from ..modes import eval_mode
-from ..outputs import logits_of
+from ._losses import Loss, Ramped, cross_entropy
 from ._recipe import Recipe
 
+_BEGINNING = 1e-6  # of training: a loss with CROWN-IBP's bounds has these at first, and they take most
 
-def check_memory(model: nn.Module, x: Tensor, recipe: Recipe) -> None:
+
+def check_memory(model: nn.Module, x: Tensor, recipe: Recipe, loss: Loss | Ramped = cross_entropy) -> None:
     """Raise UserError, with the numbers, if batches of uint8 images like x do not fit into the memory that is free."""
     if recipe.epochs and len(x):
         image = as_input(x[:1], model)
-        step_need(model, image, recipe).check(recipe.batch_size, free_memory(image.device), "training")
+        step_need(model, image, recipe, loss).check(recipe.batch_size, free_memory(image.device), "training")
 
 
 def as_input(x: Tensor, model: nn.Module) -> Tensor:
@@ -28,15 +29,16 @@ def as_input(x: Tensor, model: nn.Module) -> Tensor:
     return moved(x, first.device).to(kind).div_(255)
 
 
-def step_need(model: nn.Module, x: Tensor, recipe: Recipe) -> Need:
+def step_need(model: nn.Module, x: Tensor, recipe: Recipe, loss: Loss | Ramped = cross_entropy) -> Need:
     """Return the memory of a training step, with the optimiser's averages; x: float images (N, ...).
 
     It is measured in eval mode, which does not change a model's statistics.
     """
+    first = loss.at(_BEGINNING) if isinstance(loss, Ramped) else loss
 
     def work(images: Tensor) -> None:
         label = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        F.cross_entropy(logits_of(model(images)), label).backward()  # type: ignore[no-untyped-call]
+        first(model, images, label, torch.Generator().manual_seed(0)).backward()  # type: ignore[no-untyped-call]
 
     with eval_mode(model), channels_last(model):
         need = measured(work, x)

@@ -15,7 +15,7 @@ import torch
 from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.records import Store
-from sparring.study import Context, RayCluster, Task, TaskOutcome, execute, run
+from sparring.study import Context, RayCluster, Task, TaskOutcome, Tell, execute, run
 
 from .test_run import Numbered, contents, numbered, tiny_plan
 
@@ -60,7 +60,7 @@ def test_records_equal_those_of_one_process(cluster: Any, few_digits: Dataset, t
     assert not ray.is_initialized()
 
 
-def dies_once(context: Context, task: Task[Any]) -> TaskOutcome:
+def dies_once(context: Context, task: Task[Any], _: Tell) -> TaskOutcome:
     """Kill the worker, once for task 1 and always for task 4; else add one to the parent's tensor."""
     marker = Path(task.inputs.folder) / f"died-{task.inputs.i}"
     if task.inputs.i == 4 or (task.inputs.i == 1 and not marker.exists()):

@@ -17,7 +17,7 @@ from sparring.data import Dataset
 from sparring.errors import UserError
 from sparring.files import sha256_file
 from sparring.records import Store, read_plan
-from sparring.study import DataFacts, Event, InProcess, Plan, Processes, Task, TaskOutcome, execute, lay_out, run
+from sparring.study import DataFacts, Event, InProcess, Plan, Processes, Task, TaskOutcome, Tell, execute, lay_out, run
 from sparring.study.stages._inputs import Inputs, Network
 from sparring.train import _fit as loop
 
@@ -224,7 +224,7 @@ def test_a_record_says_where_it_comes_from(undisturbed: Path) -> None:
 
 
 def test_what_json_cannot_say_is_no_damage(store: Store) -> None:
-    work = lambda task: TaskOutcome({"value": math.nan}, {"splices": [1.0, math.inf]})  # noqa: E731
+    work = lambda task, tell: TaskOutcome({"value": math.nan}, {"splices": [1.0, math.inf]})  # noqa: E731
     execute(_tasks(1), store, InProcess(work))
     (again,) = execute(_tasks(1), store, InProcess(work))
     assert again.metrics == {"value": None} and again.series == {"splices": [1.0, None]} and not store.found_damaged
@@ -259,7 +259,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers: int, problem: BaseException) -> None:
     flag = store.out / "mended"
 
-    def work(task: Task[Any]) -> TaskOutcome:
+    def work(task: Task[Any], _: Tell) -> TaskOutcome:
         if task.inputs.i == 3 and not flag.exists():
             raise problem
         return TaskOutcome({"value": float(task.inputs.i)})
@@ -281,7 +281,7 @@ def test_a_failing_task_fails_alone_and_can_be_tried_again(store: Store, workers
 
 
 def test_a_worker_that_dies_is_replaced(store: Store) -> None:
-    def work(task: Task[Any]) -> TaskOutcome:
+    def work(task: Task[Any], _: Tell) -> TaskOutcome:
         marker = store.out / f"died-{task.inputs.i}"
         if task.inputs.i in (1, 4) and not marker.exists():
             marker.touch()

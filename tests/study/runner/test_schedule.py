@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from sparring.records import Store
 from sparring.study import Task, TaskOutcome, execute
-from sparring.study.runner._executors import Done
+from sparring.study.runner._executors import Done, Under, ignore
 from sparring.study.stages._inputs import Inputs, Network
 
 SEEDS, EACH = 3, 6
@@ -50,6 +51,7 @@ class Clock:
 
     def __init__(self, slots: int) -> None:
         self.slots, self.now, self.idle = slots, 0, 0
+        self.hear: Callable[[Under], None] = ignore
         self.ends: list[tuple[int, Task[Any]]] = []
         self.order: list[Task[Any]] = []
 

@@ -81,7 +81,7 @@ def test_only_what_double_precision_calls_fooled_contradicts_an_exact_distance(
         found = attacks.AttackResult(
             x_adv=moved, success=torch.tensor([True]), distance=(moved - x).flatten(1).norm(dim=1),
             clean_correct=torch.tensor([True]), forwards=1.0, backwards=1.0,
-            flags=(), seconds=0.0,
+            flags=(), seconds=0.0, batch_size=1,
         )  # fmt: skip
         monkeypatch.setattr(classifiers, "_run", lambda *_, found=found: found)
         point = classifiers._attacked(nn.Flatten(), linear, classifiers._Images(x, y), [0.1], 2 * exact * 2**0.5)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from ...draws import Draws, Source
 from ...errors import UserError
 from ...facts import ATTACKS, OWN_ATTACK
+from ...modes import eval_mode
 from ...outputs import Opened, opened
 from ...threat import LINF, Threat, diameter, distance
 from .._gradients import frozen
 from ..algorithms._losses import is_answer, margin_loss
 from ..algorithms._projections import column
-from ._run import AttackResult, draws_for, run
-from ._sanity_checks import Flag, exceeds
-from ._scoring import NOTABLE, TOLERANCE, Attack, budget_of, facts_of, source_for
+from ._run import AttackResult, check_convergence, draws_for, length_of, run
+from ._sanity_checks import Flag, check_inputs, exceeds
+from ._scoring import NOTABLE, TOLERANCE, Attack, budget_of, check_batch, facts_of, source_for
 
 _SILENCE_IMAGES = 4  # each image is attacked alone
 _RETRIES = 3
@@ -60,16 +61,32 @@ def audit(
     """
     found: Found = {}
     draws = Draws.of(seed, range(len(x)), x.device)
-    for name, attack in attacks.items():
-        for threat in _threats(name, attack, norm, eps):
-            title = name if threat.eps is None else f"{name} eps {threat.eps:g}"
-            found[name, threat] = run(
-                model, x, y, attack, threat, batch_size=batch_size, generator=draws, convergence=checks,
-                progress=progress and partial(progress, title),
+    asked = [(name, attack, threat) for name, attack in attacks.items() for threat in _threats(name, attack, norm, eps)]
+    if batch_size is not None:
+        _check_batches(model, x, asked, batch_size)
+    for name, attack, threat in asked:
+        title = name if threat.eps is None else f"{name} eps {threat.eps:g}"
+        shown, longer = (progress and partial(progress, what) for what in (title, f"{title}, four times the steps"))
+        result = run(model, x, y, attack, threat, batch_size=batch_size, generator=draws, progress=shown)
+        if checks and length_of(attack) is not None:
+            flags = check_convergence(
+                model, x, y, attack, threat, result, images=checks, batch_size=batch_size, generator=draws,
+                progress=longer,
             )  # fmt: skip
-    for key, flags in _opinions(found, attacks, (model, x, y), checks, batch_size, draws) if checks else ():
+            result = replace(result, flags=(*result.flags, *flags))
+        found[name, threat] = result
+    for key, flags in _opinions(found, attacks, (model, x, y), checks, batch_size, draws, progress) if checks else ():
         found[key] = replace(found[key], flags=(*found[key].flags, *flags))
     return [AuditRow(name, threat, result) for (name, threat), result in found.items()] + _worst_cases(found)
+
+
+def _check_batches(model: nn.Module, x: Tensor, asked: Sequence[tuple[str, Attack, Threat]], batch_size: int) -> None:
+    """Raise UserError if images are too many for memory, before any attack is run."""
+    check_inputs(x, torch.zeros(len(x), dtype=torch.int64))
+    with eval_mode(model):
+        answer = opened(model, x)
+        for _, attack, threat in asked:
+            check_batch(answer, x, attack, threat, batch_size)
 
 
 def _threats(name: str, attack: Attack, norm: float, eps: Sequence[float]) -> list[Threat]:
@@ -87,6 +104,7 @@ def _opinions(
     images: int,
     batch_size: int | None,
     draws: Draws,
+    progress: Callable[[str, int, int], None] | None,
 ) -> Iterator[tuple[tuple[str, Threat], tuple[Flag, ...]]]:
     """Yield flags against a result: from other attacks, other budgets, no budget at all, and the points that it saw."""
     for threat in {threat for _, threat in found}:
@@ -98,11 +116,14 @@ def _opinions(
         yield from (((name, budgets[eps]), flags) for eps, flags in check_budgets(results).items())
         if budgets and not facts_of(attack).single_step:
             threat = budgets[max(budgets)]
+            wide, silent = (progress and partial(progress, f"{name}, {how}") for how in ("unlimited", "one by one"))
             flags = check_unlimited(
-                *task, attack, norm=threat.norm, images=images, batch_size=batch_size, generator=draws
+                *task, attack, norm=threat.norm, images=images, batch_size=batch_size, generator=draws, progress=wide
             )
             result = found[name, threat]
-            flags += check_silence(*task, attack, threat, result, images=_SILENCE_IMAGES, generator=draws)
+            flags += check_silence(
+                *task, attack, threat, result, images=_SILENCE_IMAGES, generator=draws, progress=silent
+            )
             yield (name, threat), flags
 
 
@@ -143,19 +164,22 @@ def check_unlimited(
     images: int = 64,
     batch_size: int | None = None,
     generator: Source = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Flag, ...]:
     """Return a flag unless the attack fools the images when each pixel may take any value (Athalye et al. 2018).
 
     Remaining images are attacked three more times, because any network may have no gradient around one random start.
     The flag is raised if at least 2 images and 2% of all remain correct. Attacks with a single step (FGSM) are exempt,
-    since one step may not be enough.
+    since one step may not be enough. `progress` is as in `run`.
     """
     threat = Threat(norm, diameter(x, norm))
     rows = torch.arange(min(images, len(x)), device=x.device)
     attacked, draws = 0, draws_for(x, generator)
     for attempt in range(1 + _RETRIES):
         source = draws[rows].at(attempt)
-        result = run(model, x[rows], y[rows], attack, threat, batch_size=batch_size, generator=source)
+        result = run(
+            model, x[rows], y[rows], attack, threat, batch_size=batch_size, generator=source, progress=progress
+        )
         attacked = int(result.clean_correct.sum()) if attempt == 0 else attacked
         rows = rows[result.clean_correct & ~result.success]
         if len(rows) < max(2, NOTABLE * attacked):
@@ -224,17 +248,21 @@ def check_silence(
     *,
     images: int = 16,
     generator: Source = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Flag, ...]:
     """Return a flag if an attack evaluated an adversarial example of an image on which it failed, but returned another.
 
     From the indicators of attack failure (Pintor et al. 2022, "silent success"). The attack runs again, untargeted, on
     the first `images` images on which it failed, one by one, so that every evaluated point belongs to the image.
+    `progress` is as in `run`.
     """
     failed = (result.clean_correct & ~result.success).nonzero().squeeze(1)[:images]
     silent, budget, draws = 0, budget_of(attack, threat), draws_for(x, generator)
     with frozen(model):
         model = opened(model, x)
-        for row in failed.unsqueeze(1):
+        for number, row in enumerate(failed.unsqueeze(1)):
+            if progress is not None:
+                progress(number, len(failed))
             witness = _Witness(model, x[row], y[row], threat)
             source = source_for(attack, draws[row])
             x_adv = attack(witness, x[row], y[row], norm=threat.norm, generator=source, **budget)

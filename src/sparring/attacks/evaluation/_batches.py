@@ -81,4 +81,5 @@ def _joined(parts: Sequence[AttackResult], seconds: float) -> AttackResult:
         backwards=float(share @ torch.tensor([part.backwards for part in parts], dtype=torch.float64)),
         seconds=seconds,
         flags=tuple(reversed(flags.values())),
+        batch_size=max(part.batch_size for part in parts),
     )

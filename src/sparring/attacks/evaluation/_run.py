@@ -62,6 +62,7 @@ class AttackResult:
     clean_correct, success: bool (N,); success is False where clean_correct is False.
     distance: (N,), the norm of each successful perturbation; 0 for images misclassified without an attack, inf where
     the attack failed. forwards, backwards: mean number of passes per attacked image. seconds: total wall time.
+    batch_size: images that were attacked at a time; the last bits of a result may depend on it.
     """
 
     x_adv: Tensor
@@ -72,6 +73,7 @@ class AttackResult:
     backwards: float
     seconds: float
     flags: tuple[Flag, ...]
+    batch_size: int
 
     def shown(self) -> dict[str, str]:
         """Return the values to display, by name."""
@@ -156,10 +158,10 @@ def run(
         check_targets(model, x, y, targets)
         order = Order(attack, threat, x, y, targets, batch_size or 0, draws_for(x, generator), progress)
         result, _ = attack_held(model, others, lent or {}, order, through, draws, Checked(flags))
-    if convergence and _length_of(attack) is not None:
+    if convergence and length_of(attack) is not None:
         flags = check_convergence(
             model, x, y, attack, threat, result, images=convergence, targets=targets, batch_size=batch_size,
-            generator=order.draws,
+            generator=order.draws, progress=progress,
         )  # fmt: skip
         result = replace(result, flags=(*result.flags, *flags))
     return replace(result, seconds=time.perf_counter() - start)
@@ -272,6 +274,7 @@ def attack_held(
         backwards=sum(one.backwards for one in asked) / count,
         seconds=0.0,
         flags=tuple(best.flags),
+        batch_size=order.batch_size,
     ), seen
 
 
@@ -324,14 +327,14 @@ def lend(
 
 def lengthened(attack: Attack, factor: int = 4) -> Attack:
     """Return the attack with `factor` times its steps (or queries); raise UserError if it has neither."""
-    name = _length_of(attack)
+    name = length_of(attack)
     if name is None:
         raise UserError("this attack has neither steps nor queries, so a longer run is not possible")
     function = cast(Callable[..., Tensor], attack)
     return cast(Attack, partial(function, **{name: factor * inspect.signature(function).parameters[name].default}))
 
 
-def _length_of(attack: Attack) -> str | None:
+def length_of(attack: Attack) -> str | None:
     parameters = inspect.signature(cast(Callable[..., Tensor], attack)).parameters
     return next((name for name in _LENGTHS if name in parameters), None)
 
@@ -349,18 +352,23 @@ def check_convergence(
     targets: Tensor | None = None,
     batch_size: int | None = None,
     generator: Source = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Flag, ...]:
     """Return a flag if a run `factor` times as long is clearly better, or worse, on the first correct images.
 
     With eps, the long run is compared with a second run of the normal length, which shows the effect of another random
     start: better means that it fools more images, at least 5% of all and beyond chance (see `exceeds`). Without eps,
     better means that the median distance falls by more than 5%. If the long run is worse, the flag is `weaker-wins`.
+    `progress` is as in `run`.
     """
     rows = result.clean_correct.nonzero().squeeze(1)[:images]
     if len(rows) == 0:
         return ()
     source = draws_for(x, generator)[rows]
-    again = partial(run, model, x[rows], y[rows], threat=threat, targets=select(targets, rows), batch_size=batch_size)
+    again = partial(
+        run, model, x[rows], y[rows], threat=threat, targets=select(targets, rows), batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
     longer = again(attack=lengthened(attack, factor), generator=source.at(LONGER))
     if threat.eps is None:
         ratio = float((longer.distance / result.distance[rows]).nan_to_num(1.0).median())

@@ -451,3 +451,10 @@ def batch_size_for(model: nn.Module, x: Tensor, *, rows: int = 1, draws: int = 1
         return need.of(1) <= free and images_at_once(need, free, x.device) >= max(len(x), _CHECKED)
 
     return images_at_once(need_of(model, x, rows=rows, draws=draws, enough=plenty), free, x.device)
+
+
+def check_batch(model: nn.Module, x: Tensor, attack: Attack, threat: Threat, batch_size: int) -> None:
+    """Raise UserError, with the numbers, if batches of that size, one for each thread, do not fit into free memory."""
+    size = min(batch_size, len(x))
+    threads, rows = min(_threads_for(x), -(-len(x) // size)), facts_of(attack).together(threat.eps)
+    need_of(model, x, rows=rows, draws=threads).check(size, free_memory(x.device), "an attack")

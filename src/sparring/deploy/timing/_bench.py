@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...devices import CPU, Place
 from ...errors import UnknownNameError, UserError
+from ...memory import free_memory, measured
 from ...modes import eval_mode
 from ...sparsity import apply_, magnitude, select
 from ...tally import counts
@@ -92,8 +93,8 @@ def bench(
     engines: names in ENGINES; None for all that are installed. small: a dense network of similar accuracy, as a fair
     alternative, timed in the same engines. images: float images (N, *shape) in [0, 1] for the calibration of int8;
     random ones by default. place: device and dtype of torch's own engines; times then include copies of images and
-    logits. progress: gets a name, the number of finished rounds and their total. Raises UserError for
-    empty batches or no engine in float32, UnknownNameError for an unknown engine.
+    logits. progress: gets a name, the number of finished rounds and their total. Raises UserError for empty batches,
+    batches that do not fit into memory, or no engine in float32, UnknownNameError for an unknown engine.
     """
     if not batches or min(batches) < 1 or rounds < 1:
         raise UserError("a benchmark needs batch sizes and rounds of at least 1")
@@ -105,13 +106,15 @@ def bench(
         images = torch.rand(64, *shape, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder, one_core(), eval_mode(model), eval_mode(small or model):
         place = place or CPU
+        _check_memory(model, images, max(batches))
         networks = [("", Network(model, shape, Path(folder), images, place))]
         if small is not None:
             (Path(folder) / "small").mkdir()
             networks.append((SMALL, Network(small, shape, Path(folder) / "small", images, place)))
         running, left_out = [], {}
         for prefix, network in networks:
-            for name, found in open_engines(network, names):
+            for number, (name, found) in enumerate(open_engines(network, names), 1):
+                progress("engines", number, len(names))
                 if isinstance(found, Unavailable):
                     left_out[prefix + name] = str(found)
                 else:
@@ -121,7 +124,18 @@ def bench(
             raise UserError(f"a benchmark needs an engine in float32, such as packed or torch{reasons}")
         rows = [row for batch in batches for row in _rows(running, batch, rounds, partial(progress, f"batch {batch}"))]
         result = Bench(processor(), peak_flops() / 1e9, rows, left_out, counts(model).matrix_sparsity, None)
-        return replace(result, wins_from=_wins_from(result, networks[0][1], min(batches)))
+        return replace(result, wins_from=_wins_from(result, networks[0][1], min(batches), progress))
+
+
+def _check_memory(model: nn.Module, images: Tensor, batch: int) -> None:
+    """Raise UserError, with the numbers, if torch's forward pass of a batch does not fit into the free memory."""
+    answer = CPU.answers(model, images)
+
+    def work(x: Tensor) -> None:
+        with torch.no_grad():
+            answer(x)
+
+    measured(work, images).check(batch, free_memory(), "a forward pass")
 
 
 @dataclass(frozen=True)
@@ -161,13 +175,14 @@ def _rows(running: list[_Running], batch: int, rounds: int, progress: Callable[[
     return rows
 
 
-def _wins_from(found: Bench, network: Network, batch: int) -> float | None:
+def _wins_from(found: Bench, network: Network, batch: int, progress: Callable[[str, int, int], None]) -> float | None:
     """Return the smallest sparsity above the network's at which its packed form would be the fastest, or None."""
     best = found.fastest(batch, exact=True)
     if best.engine == "packed" or all(row.engine != "packed" for row in found.rows):
         return None
     x = np.random.default_rng(batch).random((batch, *network.shape), np.float32)
-    for sparsity in _DENSER:
+    for number, sparsity in enumerate(_DENSER):
+        progress("sparser networks", number, len(_DENSER))
         if sparsity > found.sparsity and _packed_seconds(network, sparsity, x) * 1e3 < best.milliseconds:
             return sparsity
     return None

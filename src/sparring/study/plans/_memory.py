@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import attacks
 from ...data import as_float
-from ...errors import PlanError, UserError
+from ...errors import PlanError, UserError, short_of_memory, told
 from ...facts import ATTACKS, OWN_ATTACK
 from ...memory import Need, free_memory
 from ...modes import eval_mode
@@ -16,6 +16,7 @@ from ...outputs import opened
 from ...train import step_need
 from ..stages._inputs import Network
 from ..stages._networks import Context, network
+from ..stages._train import ramped_loss
 from ._plan import AUTO, BATCH_SIZE, Plan
 
 # Copies of its images in single precision that an attack's task holds besides the current batch.
@@ -30,8 +31,10 @@ def fitted(plan: Plan, context: Context, workers: int, *, kept: int | None = Non
     auto, size = plan.batch_size == AUTO, plan.batch_size if isinstance(plan.batch_size, int) else BATCH_SIZE
     try:
         model, x = network(context, Network.of(plan.model)), context.place.images(as_float(context.dataset.train.x[:1]))
-        need, step = _attacking(plan, model, x), step_need(model, x, plan.recipe)
-    except Exception:  # a user's own code may raise anything
+        need, step = _attacking(plan, model, x), step_need(model, x, plan.recipe, ramped_loss(plan.training))
+    except Exception as error:  # a user's own code may raise anything
+        if short_of_memory(error):
+            raise PlanError(told(error)) from error
         return replace(plan, batch_size=size)
     free = free_memory(context.device) // workers
     try:

@@ -19,8 +19,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ...errors import TERMINATED, StorageError, UserError, place, told
+from ...errors import TERMINATED, StorageError, UserError, place, short_of_memory, told
 from ...files import pack_tensors
+from ...ram import bounded
 from ..stages._inputs import Inputs
 
 MAX_DEATHS = 3
@@ -72,7 +73,8 @@ class Done:
     """Report a finished task: an outcome, or the error that ended it, and the seconds it took.
 
     The outcome's tensors are sent as `content`, the bytes of a safetensors file, because torch would use shared memory,
-    which is small in containers. `stops` means that storage failed and the study must end.
+    which is small in containers. `stops` means that storage failed and the study must end. `images`: how many the task
+    said that it worked on.
     """
 
     task: Task[Inputs]
@@ -81,14 +83,34 @@ class Done:
     seconds: float
     content: bytes = b""
     stops: bool = False
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Under:
+    """Report a task that is under way: the images that are done, their number, and the seconds so far."""
+
+    task: Task[Inputs]
+    done: int
+    total: int
+    seconds: float
 
 
 AnyTask = Task[Inputs]
-Work = Callable[[AnyTask], TaskOutcome]
+Tell = Callable[[int, int], None]
+Work = Callable[[AnyTask, Tell], TaskOutcome]
+"""Perform a task, and tell meanwhile how many images are done, of how many."""
+
+PATIENCE, PAUSE = 2.0, 1.0  # seconds of a task before it is reported, and between two reports
 
 
 class Executor(Protocol):
-    """Run tasks. `slots` is the largest number of tasks at a time; `wait` blocks until at least one has finished."""
+    """Run tasks. `slots` is the largest number of tasks at a time; `wait` blocks until at least one has finished.
+
+    Meanwhile `hear` is called with tasks that are under way, if the executor can see into them.
+    """
+
+    hear: Callable[[Under], None]
 
     @property
     def slots(self) -> int: ...
@@ -100,25 +122,36 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-def perform(work: Work, task: AnyTask) -> Done:
+def ignore(_: Under) -> None:
+    """Hear of a task, and do nothing."""
+
+
+def perform(work: Work, task: AnyTask, hear: Callable[[Under], None] = ignore) -> Done:
     """Run one task on one thread and turn any exception into an error text."""
     began = time.perf_counter()
     torch.set_num_threads(1)
-    stops = False
+    stops, images, due = False, 0, PATIENCE
+
+    def tell(done: int, total: int) -> None:
+        nonlocal images, due
+        images, seconds = done, time.perf_counter() - began
+        if seconds >= due:
+            due = seconds + PAUSE
+            hear(Under(task, done, total, seconds))
+
     try:
-        outcome = work(task)
+        outcome = work(task, tell)
         content = pack_tensors(outcome.tensors) if outcome.tensors else b""
-        return Done(task, replace(outcome, tensors={}), None, time.perf_counter() - began, content)
+        return Done(task, replace(outcome, tensors={}), None, time.perf_counter() - began, content, images=images)
     except UserError as problem:
         where = place(problem)
         error = f"{problem} ({where})" if where and where not in str(problem) else str(problem)
         stops = isinstance(problem, StorageError)
-    except (MemoryError, torch.OutOfMemoryError):
-        error = "out of memory; use a smaller batch_size or fewer workers"
     except BaseException as problem:  # a user's factory or pruner can raise anything; only this cell fails
         if isinstance(problem, KeyboardInterrupt) or (isinstance(problem, SystemExit) and problem.code == TERMINATED):
             raise
-        error = told(problem)
+        short = short_of_memory(problem)
+        error = "out of memory; use a smaller batch_size or fewer workers" if short else told(problem)
         if "SPARRING_TRACEBACK" in os.environ:
             traceback.print_exception(problem)
     return Done(task, None, error, time.perf_counter() - began, stops=stops)
@@ -130,6 +163,7 @@ class InProcess:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.slots = 1
+        self.hear: Callable[[Under], None] = ignore
         self.queue: list[AnyTask] = []
 
     def submit(self, task: AnyTask) -> None:
@@ -138,7 +172,7 @@ class InProcess:
     def wait(self) -> list[Done]:
         threads = torch.get_num_threads()
         try:
-            return [perform(self.work, self.queue.pop(0))]
+            return [perform(self.work, self.queue.pop(0), self.hear)]
         finally:
             torch.set_num_threads(threads)
 
@@ -163,6 +197,7 @@ class Processes:
     def __init__(self, work: Work, slots: int) -> None:
         self.work = work
         self.slots = slots
+        self.hear: Callable[[Under], None] = ignore
         self.workers: list[_Worker] = []
         self.deaths: dict[str, int] = {}
 
@@ -188,7 +223,10 @@ class Processes:
         assert task is not None
         try:
             if worker.pipe.poll():
-                result: Done = worker.pipe.recv()
+                result: Done | Under = worker.pipe.recv()
+                if isinstance(result, Under):
+                    self.hear(result)
+                    return []
                 worker.task = None
                 return [result]
         except (EOFError, ConnectionResetError, OSError):
@@ -211,7 +249,7 @@ class Processes:
     def _start(self) -> _Worker:
         context = mp.get_context("fork")
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, self.work, os.getpid()), daemon=True)
+        process = context.Process(target=_serve, args=(there, self.work, os.getpid(), self.slots), daemon=True)
         process.start()
         there.close()
         worker = _Worker(process, here)
@@ -230,16 +268,17 @@ class Processes:
             self._bury(worker)
 
 
-def _serve(pipe: Connection, work: Work, driver: int) -> None:
+def _serve(pipe: Connection, work: Work, driver: int, slots: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles interrupts
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(driver)
-    while True:
-        try:
-            task = pipe.recv()
-        except (EOFError, OSError):
-            return
-        pipe.send(perform(work, task))
+    with bounded(slots):
+        while True:
+            try:
+                task = pipe.recv()
+            except (EOFError, OSError):
+                return
+            pipe.send(perform(work, task, pipe.send))
 
 
 def _die_with(driver: int) -> None:

@@ -21,9 +21,9 @@ from ...data import Dataset
 from ...devices import Place
 from ...errors import UserError
 from ..stages._networks import Context, Factory
-from ._executors import MAX_DEATHS, AnyTask, Done, TaskOutcome, perform
+from ._executors import MAX_DEATHS, AnyTask, Done, TaskOutcome, Tell, Under, ignore, perform
 
-Stage = Callable[[Context, AnyTask], TaskOutcome]
+Stage = Callable[[Context, AnyTask, Tell], TaskOutcome]
 # Parents' tensors kept in the object store, besides those of running tasks; Ray spills to disk beyond its size.
 KEPT_PARENTS = 256
 # Tasks in the cluster per core (or GPU), so that a worker need not wait for the driver to write the last result.
@@ -40,6 +40,7 @@ class RayCluster:
     def __init__(self, stage: Stage, context: Context, address: str) -> None:
         self.ray, self.ours = _connected(address)
         self.stage, self.context = stage, context
+        self.hear: Callable[[Under], None] = ignore  # what runs elsewhere is not heard of before its end
         self.gpu = context.device != "cpu"
         resources: dict[str, Any] = {"num_gpus": 1} if self.gpu else {}
         self.perform = self.ray.remote(_perform).options(
@@ -110,7 +111,7 @@ def _perform(
         )
     stage, dataset, factory, place = shared
     context = Context(dataset, dict(zip(task.parents, parents, strict=True)).__getitem__, None, place, factory)
-    return perform(lambda task: stage(context, task), task)
+    return perform(lambda task, tell: stage(context, task, tell), task)
 
 
 def _versions() -> tuple[str, str]:

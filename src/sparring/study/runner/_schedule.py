@@ -19,10 +19,10 @@ import torch
 from ... import __version__
 from ...devices import CPU, Place
 from ...errors import StorageError
-from ...memory import used_memory
+from ...ram import used_memory
 from ...records import Record, Store
 from ...train import is_whole
-from ._executors import AnyTask, Done, Executor
+from ._executors import AnyTask, Done, Executor, Under
 
 # A report's tensors are smaller, and are checked at every start; larger ones (weights) are checked when needed.
 SMALL_OBJECT = 1 << 20
@@ -35,6 +35,8 @@ class Event:
 
     `estimate`: remaining seconds (None: unknown), foretold until three tasks show how long they take. `memory`:
     resident bytes of this process and its workers. `damaged`: the files that were found damaged and set aside so far.
+    `images`: how many the task of the record worked on, as far as it said so. Events in between have no record either,
+    but `under`: a task that takes longer than two seconds, and `label` is its own.
     """
 
     total: int
@@ -47,6 +49,8 @@ class Event:
     estimate: float | None = None
     damaged: tuple[str, ...] = ()
     memory: int = 0
+    images: int = 0
+    under: Under | None = None
 
 
 Watcher = Callable[[Event], None]
@@ -124,6 +128,7 @@ class _Scheduler:
         if foretell is not None and self.watch is not None:
             self.estimate = foretell(list(missing.values()))
         self._tell(None)
+        self.executor.hear = self._hear
         while self.running:
             for done in self.executor.wait():
                 self._keep(done)
@@ -166,19 +171,23 @@ class _Scheduler:
             self.waiting.done(task.key)
         del self.running[task.key]
         self.records[task.key] = record
-        self._tell(record)
+        self._tell(record, images=done.images)
+
+    def _hear(self, under: Under) -> None:
+        self._tell(None, under=under)
 
     def _hashes(self, keys: Iterable[str]) -> dict[str, str]:
         """Return the SHA-256 of the tensors that a task read, by the key of the parent that wrote them."""
         held = {key: self.records[key].object for key in keys}
         return {key: found["sha256"] for key, found in held.items() if found is not None}
 
-    def _tell(self, record: Record | None) -> None:
+    def _tell(self, record: Record | None, *, images: int = 0, under: Under | None = None) -> None:
         if self.watch is None:
             return
         fresh = len(self.records) - self.cached
         if fresh >= FEW:
             self.estimate = (time.monotonic() - self.began) / fresh * (len(self.order) - len(self.records))
+        key = record.key if record is not None else under.task.key if under is not None else ""
         self.watch(
             Event(
                 total=len(self.order),
@@ -187,10 +196,12 @@ class _Scheduler:
                 failed=self.errors,
                 running=tuple(self.running.values()),
                 record=record,
-                label=self.labels.get(record.key, "") if record is not None else "",
+                label=self.labels.get(key, ""),
                 estimate=self.estimate,
                 damaged=tuple(self.store.found_damaged),
                 memory=used_memory(children=True),
+                images=images,
+                under=under,
             )
         )
 

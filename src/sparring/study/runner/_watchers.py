@@ -5,31 +5,33 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError
-from ...memory import size_text
-from ...progress import bar, write_over
-from ...records import Record
+from ...progress import bar, pace, write_over
+from ...ram import size_text
 from ...units import duration
 from ._schedule import Event, Watcher
 
 
 def show_progress(event: Event) -> None:
     """Write the progress of a study over the last line of stderr; a failed task keeps its line. Pass it as `watch`."""
-    told = describe(event) if event.record is not None else ""
+    told = describe(event) if event.record is not None or event.under is not None else ""
     if event.record is not None and event.record.error:
         write_over(told, "\n")
         told = ""
     counts = f"{bar(event.done, event.total)} tasks" + (f", {event.failed} failed" if event.failed else "")
-    counts += f", {len(event.damaged)} damaged" if event.damaged and event.record is None else ""
+    counts += f", {len(event.damaged)} damaged" if event.damaged and not told else ""
     standing = ", ".join(part for part in (counts, rest_of(event)) if part)
     write_over(f"{standing} · {told}" if told else standing, "\n" if event.done == event.total else "")
 
 
 def line_of(event: Event) -> str:
-    """Describe an event: the first by the number of tasks, others by the finished task and the remaining ones."""
+    """Describe an event: the first by the number of tasks, others by their task and the remaining ones."""
+    if event.under is not None:
+        return f"[{event.done}/{event.total}] {describe(event)}"
     if event.record is not None:
         return ", ".join(part for part in (f"[{event.done}/{event.total}] {describe(event)}", rest_of(event)) if part)
     text = f"{event.total} tasks, {event.cached} cached"
@@ -47,10 +49,13 @@ def rest_of(event: Event) -> str:
 
 
 def describe(event: Event) -> str:
-    """Return one line about a finished task."""
-    record = event.record
+    """Return one line about a finished task, or one that is under way."""
+    record, under = event.record, event.under
+    if under is not None:
+        told = pace(under.done, under.total, under.seconds, memory=size_text(event.memory))
+        return f"{event.label} · {what_of(under.task.stage, under.task.table())}: {told}"
     assert record is not None
-    what = what_of(record)
+    what = what_of(record.stage, record.inputs)
     if record.error:
         return f"{event.label} · {what}: failed: {record.error}"
     shown = ("accuracy", "accuracy_valid", "robust_accuracy", "mean_distance", "sparsity", "radius_median")
@@ -58,7 +63,7 @@ def describe(event: Event) -> str:
     flags = f" [{', '.join(flag['name'] for flag in record.flags)}]" if record.flags else ""
     told = f": {', '.join(values)}" if values else ""
     seconds = record.times.get("seconds", 0)
-    images = record.inputs.get("stop", 0) - record.inputs.get("start", 0)
+    images = record.inputs.get("stop", 0) - record.inputs.get("start", 0) or event.images
     rate = f", {images / seconds:,.0f} images/s" if images and seconds else ""
     return f"{event.label} · {what}{told}{flags} ({seconds:.1f} s{rate})"
 
@@ -122,7 +127,7 @@ def _forgiving(watch: Watcher, place: str) -> Watcher:
 
     def forgiving(event: Event) -> None:
         nonlocal broken
-        if broken:
+        if broken or event.under is not None:
             return
         try:
             watch(event)
@@ -143,16 +148,16 @@ def _numbers(event: Event) -> dict[str, float]:
     record = event.record
     if record is None:
         return found
-    place = f"{event.label}/{what_of(record)}".replace(" · ", "/").replace("%", " percent")
+    place = f"{event.label}/{what_of(record.stage, record.inputs)}".replace(" · ", "/").replace("%", " percent")
     place = re.sub(r"[^\w\-./ ]", "_", place)
     metrics = {f"{place}/{name}": value for name, value in record.metrics.items() if value is not None}
     return {**found, **metrics, f"{place}/seconds": record.times.get("seconds", 0.0)}
 
 
-def what_of(record: Record) -> str:
-    """Return a short description of a record's task."""
-    if record.stage not in ("attack", "lend", "transfer"):
-        return record.stage
-    spec = record.attack
+def what_of(stage: str, inputs: Mapping[str, Any]) -> str:
+    """Return a short description of a task, by what its record holds."""
+    if stage not in ("attack", "lend", "transfer"):
+        return stage
+    spec = inputs["attack"]
     budget = f" eps {spec['eps']:g}" if spec["eps"] is not None else ""
-    return ("" if record.stage == "attack" else f"{record.stage} ") + f"{spec['name']} {spec['norm']}{budget}"
+    return ("" if stage == "attack" else f"{stage} ") + f"{spec['name']} {spec['norm']}{budget}"

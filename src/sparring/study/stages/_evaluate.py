@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def attack(context: Context, task: Task[Attack]) -> TaskOutcome:
     loans = [found for loan in task.parents[1:] for _, found in sorted(context.tensors(loan).items())]
     lent = [found.to(context.device) for found in loans]
     through, flags = _packed(model, x[:8]) if inputs.kernels == "packed" else (None, [])
-    result = _run(model, x, y, inputs, {"dense control": lent}, through)
+    result = _run(model, x, y, inputs, {"dense control": lent}, context.tell, through)
     metrics: dict[str, float | None] = {
         "forwards": result.forwards,
         "backwards": result.backwards,
@@ -135,7 +135,7 @@ def transfer(context: Context, task: Task[Transfer]) -> TaskOutcome:
     inputs = task.inputs
     source, target = (network_of(context, inputs, key).eval() for key in task.parents)
     images, y = _images(context, inputs)
-    result = _run(source, images, y, inputs, {})
+    result = _run(source, images, y, inputs, {}, context.tell)
     with torch.no_grad():
         right = torch.cat([target(part).argmax(1) for part in torch.split(images, inputs.batch_size)]) == y
         fooled = torch.cat([target(part).argmax(1) for part in torch.split(result.x_adv, inputs.batch_size)]) != y
@@ -191,6 +191,7 @@ def _run(
     y: Tensor,
     inputs: Shard,
     lent: Mapping[str, Sequence[Tensor]],
+    tell: Callable[[int, int], None],
     through: nn.Module | None = None,
 ) -> attacks.AttackResult:
     if inputs.attack.naive:
@@ -208,6 +209,7 @@ def _run(
         through=through,
         batch_size=inputs.batch_size,
         generator=_draws(inputs, x),
+        progress=tell,
     )
 
 

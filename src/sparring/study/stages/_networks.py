@@ -37,7 +37,8 @@ WIDEST = 64.0
 class Context:
     """Shared context of stages: the data, the source of parents' tensors, and the folder of checkpoints.
 
-    `factory` builds the model instead of the plan's, for a user's own code.
+    `factory` builds the model instead of the plan's, for a user's own code. `tell` gets the images that a long task has
+    done, and their number.
     """
 
     dataset: Dataset
@@ -45,6 +46,7 @@ class Context:
     scratch: Path | None = None
     place: Place = CPU
     factory: Factory | None = None
+    tell: Callable[[int, int], None] = lambda *_: None
 
     @property
     def device(self) -> str:

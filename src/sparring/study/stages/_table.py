@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...facts import ATTACKS, OWN_ATTACK
 from ...sparsity import ACTIVATIONS
-from ..runner._executors import AnyTask, TaskOutcome
+from ..runner._executors import AnyTask, TaskOutcome, Tell
 from ._certify import certify, constants, distances, verdicts
 from ._evaluate import attack, lend, measure, transfer
 from ._linear import classify_group
@@ -69,6 +70,6 @@ def versions(stage: str, inputs: Mapping[str, Any]) -> list[int | str]:
     ]
 
 
-def perform_stage(context: Context, task: AnyTask) -> TaskOutcome:
-    """Run one task."""
-    return STAGES[task.stage](context, task)
+def perform_stage(context: Context, task: AnyTask, tell: Tell) -> TaskOutcome:
+    """Run one task; `tell` gets the images that are done meanwhile, and their number."""
+    return STAGES[task.stage](replace(context, tell=tell), task)

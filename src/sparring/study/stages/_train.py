@@ -145,6 +145,7 @@ def _fitted(
         pruner=pruner,
         score=None if training.loss == "standard" else lambda m: robust_score(m, data.valid, training),
         checkpoint=context.scratch / f"{key}.safetensors" if context.scratch and recipe.epochs > 1 else None,
+        steps=context.tell,
     )
     model = finish(model)
     metrics: dict[str, float | None] = {
