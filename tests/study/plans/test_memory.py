@@ -28,8 +28,9 @@ def context(few_digits: Dataset) -> Context:
 
 def test_auto_is_what_memory_allows(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tiny_plan(batch_size="auto", attacks=[ATTACK], recipe={"batch_size": 1})
-    assert fitted(plan, context, 1).batch_size == 500
+    assert fitted(plan, context, 1).batch_size == fitted(tiny_plan(), context, 1).batch_size == 500
     assert fitted(plan, context, 1, kept=77).batch_size == 77
+    monkeypatch.setattr(_memory, "_LARGE", 0)
     monkeypatch.setattr(_memory, "free_memory", lambda _: 2 * (2 * _SCRATCH + 2**20))
     few = fitted(plan, context, 2).batch_size
     monkeypatch.setattr(_memory, "free_memory", lambda _: 2 * (2 * _SCRATCH + 2**21))
@@ -50,8 +51,7 @@ def test_what_does_not_fit_is_refused_with_the_number(context: Context, monkeypa
 
 def test_the_number_is_written_and_kept(few_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tiny_plan(batch_size="auto", attacks=[ATTACK], seeds=1, sparsities=[0.5])
-    with pytest.raises(PlanError, match="needs a fixed batch size"):
-        register(plan, tmp_path / "other")
+    assert register(plan, tmp_path)["table"]["batch_size"] == "auto"
     first = run(plan, tmp_path, dataset=few_digits, workers=0)
     assert read_plan(tmp_path).plan["batch_size"] == 500
     monkeypatch.setattr(_memory, "free_memory", lambda _: 2 * 150 * 2**20)

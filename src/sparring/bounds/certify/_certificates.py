@@ -165,18 +165,20 @@ def radius(
     """
     check_pixels(x)
     graph, pixels = compacted(prepare(model, tuple(x.shape[1:]), images=x, certified=True), x)
-    if progress is None:
-        return radius_over(graph, pixels, y, norm, method, tolerance)
-    parts = []
-    step = torch.get_num_threads() if heavy(graph) else _images_at_once(graph)
-    for start in range(0, len(x), step):
-        piece = slice(start, start + step)
-        parts.append(radius_over(graph, pixels[piece], y[piece], norm, method, tolerance))
-        progress(min(start + step, len(x)), len(x))
-    return torch.cat(parts)
+    if torch.get_num_threads() == 1 or len(x) < 2 or (tolerance is None and heavy(graph)):
+        return radius_over(graph, pixels, y, norm, method, tolerance, progress)
+
+    def found(piece: slice) -> Tensor:
+        return radius_over(graph, pixels[piece], y[piece], norm, method, tolerance)
+
+    # Searches end at different times: whole ones are shared out, so that no thread waits for another at each step.
+    return over_slices(found, slices(len(x), _images_at_once(graph)), progress)
 
 
-def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, tolerance: float | None = None) -> Tensor:
+def radius_over(
+    graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, tolerance: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:  # fmt: skip
     """Do what `radius` does for a lowered float64 network."""
     limit = float(distance(torch.ones(1, *x.shape[1:]), norm))  # the whole box
     safe = torch.zeros(len(x), dtype=torch.float64)
@@ -187,19 +189,24 @@ def radius_over(graph: Graph, x: Tensor, y: Tensor, norm: float, method: str, to
     x, y = x[index], y[index]
     guess = _linearised(graph, x, y, norm).clamp(1e-6, limit)
     if method in _FINAL and tolerance is None and heavy(graph):
-        safe[index] = _few_passes(graph, x, y, norm, _FINAL[method], clean[index], guess, limit)
+        safe[index] = _few_passes(graph, x, y, norm, _FINAL[method], clean[index], guess, limit, progress)
         return safe
     bracket = Bracket.above_zero(clean[index], clean[index] / guess, limit, tolerance or 1e-3)
     while len(open_ := bracket.open_images()):
+        if progress is not None:
+            progress(len(safe) - len(open_), len(safe))
         value = margins_over(graph, x[open_], y[open_], norm, guess[open_], method).amin(1)
         guess[open_] = bracket.narrow_(open_, guess[open_], value)
     safe[index] = bracket.low
+    if progress is not None:
+        progress(len(safe), len(safe))
     return safe
 
 
 def _few_passes(
-    graph: Graph, x: Tensor, y: Tensor, norm: float, final: Final, margin: Tensor, far: Tensor, limit: float
-) -> Tensor:
+    graph: Graph, x: Tensor, y: Tensor, norm: float, final: Final, margin: Tensor, far: Tensor, limit: float,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:  # fmt: skip
     """Do what `radius_over` does for images whose margins at eps 0 are positive, one by one; see `Search`."""
     near = radius_over(graph, x, y, norm, "crown-interval", _ROUGHLY)
     rows = margin_rows(graph, y)
@@ -211,7 +218,7 @@ def _few_passes(
         )
         return torch.tensor([search.radius(start, limit)], dtype=torch.float64)
 
-    return over_slices(found, [slice(i, i + 1) for i in range(len(x))])
+    return over_slices(found, [slice(i, i + 1) for i in range(len(x))], progress)
 
 
 def _linearised(graph: Graph, x: Tensor, y: Tensor, norm: float) -> Tensor:
@@ -326,14 +333,21 @@ def _between(low: Tensor, high: Tensor, above: Tensor, below: Tensor, slope: Ten
 def slices(count: int, at_most: int) -> list[slice]:
     """Cut `count` images into pieces of `at_most`, or smaller ones where that gives every thread one."""
     step = max(1, min(at_most, -(-count // torch.get_num_threads())))
-    return [slice(i, i + step) for i in range(0, count, step)]
+    return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
 
-def over_slices(work: Callable[[slice], Tensor], pieces: Sequence[slice]) -> Tensor:
+def over_slices(
+    work: Callable[[slice], Tensor], pieces: Sequence[slice], progress: Callable[[int, int], None] | None = None
+) -> Tensor:
     """Return the concatenated results of all pieces, without gradients, computed by several threads."""
 
     def alone(piece: slice) -> Tensor:
         with torch.no_grad():  # each thread has its own switch
             return work(piece)
 
-    return torch.cat(list(shared_out(alone, pieces)))
+    found = []
+    for piece, result in zip(pieces, shared_out(alone, pieces), strict=True):
+        found.append(result)
+        if progress is not None:
+            progress(piece.stop, pieces[-1].stop)
+    return torch.cat(found)

@@ -178,6 +178,8 @@ def _registered(study: Study) -> str:
     if entry is None:
         return "The plan was not registered before the first record."
     table, plan = entry["table"], study.plan  # additions of later versions of the plan do not count
-    changed = [name for name in table if name in plan and name not in DISPLAY and table[name] != plan[name]]
+    settled = {"batch_size"} if table.get("batch_size") == "auto" else set()  # when the study began
+    kept = settled | set(DISPLAY)
+    changed = [name for name in table if name in plan and name not in kept and table[name] != plan[name]]
     when = f"The plan was registered before the first record, on {entry['time']} ({entry['plan'][:12]})"
     return f"{when}, and has changed since: {', '.join(changed)}." if changed else f"{when}, and has not changed since."

@@ -21,6 +21,8 @@ from ._plan import AUTO, BATCH_SIZE, Plan
 
 # Copies of its images in single precision that an attack's task holds besides the current batch.
 _COPIES = 4
+# Up to these bytes "auto" is what every machine takes, so that their records can be merged.
+_LARGE = 2**30
 
 
 def fitted(plan: Plan, context: Context, workers: int, *, kept: int | None = None) -> Plan:
@@ -28,6 +30,8 @@ def fitted(plan: Plan, context: Context, workers: int, *, kept: int | None = Non
 
     `kept`: the number in the plan of an earlier run. A network that cannot be run fails in its tasks.
     """
+    if plan.linear:
+        return replace(plan, batch_size=BATCH_SIZE)
     auto, size = plan.batch_size == AUTO, plan.batch_size if isinstance(plan.batch_size, int) else BATCH_SIZE
     try:
         model, x = network(context, Network.of(plan.model)), context.place.images(as_float(context.dataset.train.x[:1]))
@@ -39,7 +43,8 @@ def fitted(plan: Plan, context: Context, workers: int, *, kept: int | None = Non
     free = free_memory(context.device) // workers
     try:
         if auto:
-            size = kept or attacks.images_at_once(need, free, x.device, most=BATCH_SIZE)
+            whole = need.of(BATCH_SIZE) <= min(free, _LARGE)
+            size = kept or (BATCH_SIZE if whole else attacks.images_at_once(need, free, x.device, most=BATCH_SIZE))
         if plan.attacks:
             need.check(size, free, "an attack")
         recipes = [plan.finetune] if plan.model.weights else [plan.recipe, plan.finetune]

@@ -54,8 +54,9 @@ FOUNDATIONS = (
     "training",
 )  # a plan may grow, but not change these
 MAX_PLAN_BYTES = 1_000_000
-# Images that an attack takes at a time: a number, or "auto": at most this number, as memory allows.
-BATCH_SIZE, AUTO = 500, "auto"
+# Images that an attack takes at a time: "auto" means this number, or fewer if these need more than 1 GiB.
+BATCH_SIZE = 500
+AUTO: Literal["auto"] = "auto"
 MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
 
 
@@ -69,7 +70,7 @@ class Plan:
     another. `shard` is the number of images that one task attacks. `margins` are the losses that the sweet spot allows,
     by metric (design.md, section 2). `kernels` says where attacks on networks with sparse weights run: in torch, on
     sparse kernels, or "auto", a fixed rule that depends on the plan only. A plan with `linear` tables studies linear
-    classifiers only. `batch_size` "auto" becomes a number when the study begins: 500, or as many as memory allows.
+    classifiers only. `batch_size` "auto" becomes a number when the study begins: 500, or fewer of large images.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Plan:
     deploy: bool = False
     shipped: tuple[ShippedSettings, ...] = ()
     kernels: Literal["torch", "packed", "auto"] = "auto"
-    batch_size: int | Literal["auto"] = BATCH_SIZE
+    batch_size: int | Literal["auto"] = AUTO
     shard: int = 1000
     gallery: int = 8
     margins: Mapping[str, float] = field(default_factory=dict)

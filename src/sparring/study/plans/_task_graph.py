@@ -24,7 +24,7 @@ from ..stages._inputs import Adversary, Inputs, Judged, Network
 from ..stages._kernel_choice import goes_packed
 from ..stages._networks import narrowed, widened
 from ..stages._table import STAGES, versions
-from ._plan import Plan, at_checkpoint
+from ._plan import BATCH_SIZE, Plan, at_checkpoint
 from ._tables import ActivationSettings, AttackSettings, PruningSettings, ShippedSettings, TrainingSettings, included
 
 # A task and its record take about a kilobyte of the driver's memory each.
@@ -345,7 +345,6 @@ class _Seed:
     def _attacks(self, network: Judged, attack: AttackSettings, *, packed: bool = False) -> list[stages.Attack]:
         """Return the inputs of one task for each budget and shard. Shards belong to the plan, never to the workers."""
         plan, size = self.plan, self.plan.batch_size
-        assert isinstance(size, int)  # "auto" has become a number
         images = min(attack.images, self.data.test if attack.split == "test" else self.data.valid)
         return [
             stages.Attack(
@@ -354,7 +353,7 @@ class _Seed:
                 split=attack.split,
                 start=start,
                 stop=min(start + plan.shard, images),
-                batch_size=size,
+                batch_size=BATCH_SIZE if isinstance(size, str) else size,
                 gallery=plan.gallery if start == 0 and attack.split == "test" else 0,
                 seed=self.seed,
                 kernels="packed" if packed else "torch",

@@ -20,7 +20,7 @@ from ...records import Cell, PlanFile, Record, Store, read_plan, write_plan
 from ...units import percent
 from ..plans._dry_run import estimate, rehearse
 from ..plans._memory import fitted
-from ..plans._plan import AUTO, Plan, refuse_another
+from ..plans._plan import Plan, refuse_another
 from ..plans._task_graph import DataFacts, Work, lay_out
 from ..stages._networks import Context, Factory, fingerprint
 from ..stages._table import perform_stage
@@ -63,8 +63,6 @@ def register(plan: Plan, out: str | Path) -> dict[str, Any]:
     """
     store = Store(out)
     store.prepare()
-    if plan.batch_size == AUTO:
-        raise PlanError("registration needs a fixed batch size: set batch_size = 500, or less if memory is short")
     table = plan.table()
     name = sha256_bytes(canonical_json(table).encode())
     with store.lock():
@@ -113,7 +111,7 @@ def run(
         code = {} if factory is None else {plan.model.name: fingerprint(factory)}
         context = Context(dataset, store.tensors, store.scratch, place, factory)
         rehearse(plan, context)
-        plan = plan if plan.linear else fitted(plan, context, _slots(workers, place, ray), kept=_kept_size(store))
+        plan = fitted(plan, context, _slots(workers, place, ray), kept=_kept_size(store))
         work = lay_out(plan, facts, place=place, code=code)
         _write_plan(store, plan, work, dataset, command)
         executor = _executor(context, workers, ray)

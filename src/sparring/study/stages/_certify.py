@@ -23,7 +23,7 @@ def certify(context: Context, task: Task[Certify]) -> TaskOutcome:
     asked = task.inputs.asked
     model, x, y, places = _given(context, task, asked.images)
     try:
-        radius = bounds.radius(model, x, y, parse_norm(asked.norm), method=asked.method)
+        radius = bounds.radius(model, x, y, parse_norm(asked.norm), method=asked.method, progress=context.tell)
     except Unsupported as reason:
         return _without("no-certificate", reason)
     metrics: dict[str, float | None] = {
