@@ -11,7 +11,7 @@ from sparring.data import Dataset
 from sparring.errors import PlanError
 from sparring.memory import _SCRATCH
 from sparring.records import read_plan
-from sparring.study import register, run
+from sparring.study import Plan, register, run
 from sparring.study.plans import _memory
 from sparring.study.plans._memory import fitted
 from sparring.study.stages._networks import Context
@@ -28,7 +28,7 @@ def context(few_digits: Dataset) -> Context:
 
 def test_auto_is_what_memory_allows(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tiny_plan(batch_size="auto", attacks=[ATTACK], recipe={"batch_size": 1})
-    assert fitted(plan, context, 1).batch_size == fitted(tiny_plan(), context, 1).batch_size == 500
+    assert plan.batch_size == Plan(name="own").batch_size and fitted(plan, context, 1).batch_size == 500
     assert fitted(plan, context, 1, kept=77).batch_size == 77
     monkeypatch.setattr(_memory, "_LARGE", 0)
     monkeypatch.setattr(_memory, "free_memory", lambda _: 2 * (2 * _SCRATCH + 2**20))
