@@ -127,7 +127,7 @@ class _Trial(NamedTuple):
 
 def _tried(model: nn.Module, x: Tensor, kinds: Iterable[torch.dtype]) -> _Trial:
     """Return the result of a pass of images, in the first of these types that the model accepts."""
-    failure: Exception = UserError("it takes no type of number")
+    failure: Exception = UserError("it accepts no floating-point type")
     for kind in kinds:
         given = x.to(kind, copy=True)
         try:

@@ -329,7 +329,7 @@ def test_doctor_says_when_torchvision_is_for_another_torch(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     said = json.loads(sparring("doctor", "--json").out)["extras"]["torchvision"]
-    assert said.startswith("0.1, does not import beside torch") and "pip install" in said
+    assert said.startswith("0.1, cannot be imported with torch") and "pip install" in said
 
 
 @pytest.mark.parametrize(

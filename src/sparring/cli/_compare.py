@@ -57,7 +57,7 @@ def _drop(text: str) -> tuple[str, float]:
         return metric, float(amount)
     except ValueError:
         raise UserError(
-            f"--max-drop takes a metric and a number, as in --max-drop accuracy 0.5; not '{text}'"
+            f"--max-drop takes a metric and a number, such as --max-drop accuracy 0.5, not '{text}'"
         ) from None
 
 

@@ -99,7 +99,7 @@ def _device(name: str) -> str | None:
         usable_device(name)
     except UserError:
         return None
-    return "tried by the tests" if name == "cpu" else "found; sparring was tried on no such device"
+    return "covered by the tests" if name == "cpu" else "found; sparring was never tested on such a device"
 
 
 def _version(name: str) -> str | None:
@@ -118,7 +118,7 @@ def _torchvision() -> str | None:
     ):
         return found
     return (
-        f"{found}, does not import beside torch {torch.__version__}. sparring's commands do without its operators; for "
-        "other code, such as transformers' Trainer, install both from the index that torch came from: "
+        f"{found}, cannot be imported with torch {torch.__version__}. sparring works without its operators; for other "
+        "code, such as transformers' Trainer, install both from the index that torch came from: "
         f"pip install --force-reinstall torchvision torch=={torch.__version__.partition('+')[0]}"
     )

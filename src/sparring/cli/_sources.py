@@ -168,7 +168,7 @@ def place_for(where: Where, source: ModelSource) -> Place:
         return place_of(where.device, where.dtype)
     if where.device not in ("auto", "cpu") or where.dtype is not None:
         raise UserError(
-            f"{source.model} runs on the CPU, in the numbers that it was packed in; drop --device and --dtype"
+            f"{source.model} runs on the CPU, in the number format that it was packed in; drop --device and --dtype"
         )
     return Place()
 

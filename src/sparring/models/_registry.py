@@ -70,7 +70,7 @@ def build(
         except UserError:
             raise
         except Exception as error:  # a user's own code may raise anything
-            hint = "; factories are given those of shape, classes, mean, std that they name" * (place(error) is None)
+            hint = "; a factory gets shape, classes, mean and std if they are its parameters" * (place(error) is None)
             raise UserError(f"the factory '{name}' fails: {told(error)}{hint}") from error
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__

@@ -150,7 +150,7 @@ def by_name(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found or len(name) > LONGEST or not name.isprintable():
-            raise Refused(f"it holds the name {name[:80]!r}, which is {'there twice' if name in found else 'no name'}")
+            raise Refused(f"it has the name {name[:80]!r}, which {'occurs twice' if name in found else 'is not valid'}")
         found[name] = value
     return found
 

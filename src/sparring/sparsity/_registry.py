@@ -168,7 +168,7 @@ def _check_limit(structure: Structure, target: float | Mapping[str, float] | Non
     if most > limit:
         raise UserError(
             f"{structure.n}:{structure.m} removes {percent(limit, 2)} of the weights and cannot reach "
-            f"{percent(most, 2)}; ask for that sparsity or less"
+            f"{percent(most, 2)}; request at most that"
         )
 
 

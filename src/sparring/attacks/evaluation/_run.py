@@ -421,8 +421,8 @@ def _doubted(
         return None, []
     blind = blind_pixels(seen, x, y, batch_size=batch_size)
     if blind is not None:
-        missed = f"autograd misses what {int(blind.sum())} of {blind.numel()} pixels do"
-        return blind, [Flag("partial-gradients", f"{missed}; finite differences were taken")]
+        missed = f"autograd misses the effect of {int(blind.sum())} of {blind.numel()} pixels"
+        return blind, [Flag("partial-gradients", f"{missed}; finite differences were used")]
     jumps = not masked and "shattered-gradients" in {flag.name for flag in flags}
     return (torch.ones_like(x[0], dtype=torch.bool) if jumps else None), []
 

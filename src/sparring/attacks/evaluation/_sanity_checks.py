@@ -236,7 +236,7 @@ class _Slope:
     def missing(self) -> list[Flag]:
         """Return a flag if the margin, or at least the cross-entropy, has no gradient at all at many images."""
         if (share := _dead(self.gradient)) > _MANY:
-            way_out = "`run` adds a secant backward pass where a layer is dead, else finite differences; see square"
+            way_out = "`run` uses a secant's gradient for dead layers, else finite differences; compare with square"
             return [Flag("zero-gradients", f"at {share:.0%} of the images; {way_out}")]
         pull = self.logits.softmax(1) - functional.one_hot(self.y, self.logits.shape[1])
         if precision(self.model, self.logits) in _SHORT_IN or bool((pull.abs().amax(1) < _FAINT).any()):

@@ -150,7 +150,7 @@ def _fine_tuning(findings: Findings, fgsm: Result) -> Iterator[Question]:
     control, reference = (findings.study.control(fgsm.method, kind) for kind in DENSE)
     one = difference(findings, fgsm.measure, (control, 0.0), (reference, 0.0))
     if one is not None:
-        claim = says("fine-tuning", "fine-tuning alone, without pruning, moves no r_inf", "none")
+        claim = says("fine-tuning", "fine-tuning alone, without pruning, does not change r_inf", "none")
         claim = replace(claim, test="dense control − the network as trained")
         yield about(findings, fgsm, claim, one, [(reference, 0.0, seed) for seed in fgsm.seeds])
 
@@ -196,7 +196,7 @@ def _chosen_weights(findings: Findings) -> Iterator[Question]:
         if one is not None and result is not None:
             share = numbers.sparsity(findings.study, method, max(shared))
             test = f"{method} − {masks[0]}, both at {share}"
-            text = f"weights that were chosen keep more accuracy than random ones ({method})"
+            text = f"chosen weights keep more accuracy than random ones ({method})"
             sides = [(m, max(shared), n.seed) for m in (method, masks[0]) for n in findings.study.of(m, max(shared))]
             claim = says(f"chosen weights, {method}", text)
             yield about(findings, result, replace(claim, test=test), one, sides)

@@ -129,14 +129,14 @@ class Plan:
             if shown.count(label) > 1:
                 raise PlanError(f"two methods have the label '{label}'; give each [[pruning]] table its own label")
         if not self.sparsities and any(not p.ends_by_itself and p.sparsities is None for p in self.pruning):
-            raise PlanError("sparsities is empty, so nothing would be pruned; add some")
+            raise PlanError("sparsities is empty, so nothing would be pruned; give at least one")
         for attack in (*self.attacks, *self.transfer, *(s.judge for s in self.shipped)):
             check_attack(attack)
         self._check_methods({*shown, *labels, *CELLS})
         for pruning in self.pruning:
             if pruning.ends_by_itself and pruning.sparsities is not None:
-                own = "layers lead" if pruning.c_rate is None else "c_rate leads"
-                raise PlanError(f"'{pruning.title}' ends where its {own}; give this or sparsities, not both")
+                own = "layers" if pruning.c_rate is None else "c_rate"
+                raise PlanError(f"'{pruning.title}' gets its sparsity from {own}; give either {own} or sparsities")
             for asked in pruning.grid(self.sparsities) or (0.5,):
                 build_pruner(pruning, asked)
         if self.controls.wide_sparse and self.pruning and self.first_to_a_sparsity is None:

@@ -180,7 +180,7 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
     """Raise UserError unless a model, in eval mode, maps a data set's images to its classes."""
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     if place.type == "meta":
-        raise UserError("the model's parameters are on the device 'meta' and hold no numbers; build it on the CPU")
+        raise UserError("the model's parameters are on the device 'meta' and have no values; build it on the CPU")
     images = as_float(dataset.test.x[:2]).to(place)
     try:
         with torch.no_grad(), eval_mode(model):
