@@ -16,7 +16,7 @@ from sparring.bounds.certify import _crown as crown
 from sparring.bounds.exact_distances._milp import MixedIntegerProgram
 from sparring.bounds.verification._branching import tightened
 from sparring.bounds.verification._budget import Budget
-from sparring.bounds.verification._leaves import Bounder, Leaves, _slopes
+from sparring.bounds.verification._leaves import Bounder, Leaves, slopes_of
 from sparring.bounds.verification._programs import by_linear_program, dual_bound
 from sparring.bounds.verification._question import Question
 from sparring.graph import Graph
@@ -178,6 +178,6 @@ def test_a_linear_program_of_a_sub_problem_is_no_weaker_than_its_multipliers_and
 
 def test_what_a_bound_does_not_depend_on_has_a_slope_of_zero() -> None:
     one, two = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
-    assert [s.tolist() for s in _slopes((2 * one).sum(), [one, two])] == [[2.0] * 3, [0.0] * 2]
-    assert [s.tolist() for s in _slopes(torch.zeros(()), [two])] == [[0.0] * 2]
-    assert _slopes(torch.zeros(()), []) == []
+    assert [s.tolist() for s in slopes_of((2 * one).sum(), [one, two])] == [[2.0] * 3, [0.0] * 2]
+    assert [s.tolist() for s in slopes_of(torch.zeros(()), [two])] == [[0.0] * 2]
+    assert slopes_of(torch.zeros(()), []) == []

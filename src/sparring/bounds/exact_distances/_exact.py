@@ -15,12 +15,14 @@ from ...graph import Graph
 from ...modes import eval_mode
 from ...outputs import opened
 from ...proofs import refuse_refuted
-from ...threat import L2, LINF, distance, norm_name, project, random_point
+from ...threat import L2, LINF, diameter, distance, norm_name, project, random_point
 from ...waiting import courteous
-from .._network import others, prepare
+from .._network import margin_rows, others, prepare
 from ..certify._certificates import margins_over, radius_over
 from ..verification._budget import Budget
-from ._nearest import Question, nearest
+from ._cells import Bounder
+from ._joint import emptied
+from ._nearest import Question, nearest, polished, pools
 
 _GAP = 1e-3
 _STOP = 5e-4  # relative gap at which the search in one class stops
@@ -63,12 +65,12 @@ def exact(
     """Compute the distance from each image to the nearest one with another label in [0, 1], within a budget.
 
     x (N, ...) in [0, 1], labels y (N,). x_adv are the best known adversarial points: the closer they are, the smaller
-    the ball that has to be searched. There is one search per class that CROWN cannot exclude: that of `verify` (for
-    linf with max pooling a mixed-integer program). Only sparse or small networks can be solved. `threads` are HiGHS's
-    threads; they spin while they wait, so use at most as many as there are free cores. To use two cores, run two
-    processes with half of the images each. Each image takes `seconds` of `clock` and `nodes` sub-problems at most;
-    unless seconds bind, results do not depend on the machine's speed. Bounds contain the solver's tolerances of 1e-9
-    and are lowered by 1e-7.
+    the ball that has to be searched. There is one search for all other classes (for linf with max pooling a
+    mixed-integer program for each one that CROWN cannot exclude). Only sparse or
+    small networks can be solved. `threads` are HiGHS's threads; they spin while they wait, so use at most as many as
+    there are free cores. To use two cores, run two processes with half of the images each. Each image takes
+    `seconds` of `clock` and `nodes` sub-problems at most; unless seconds bind, results do not depend on the machine's
+    speed. Bounds are lowered by 1e-7.
 
     Raises UserError if a point contradicts a proof, Unsupported for layers that are not piecewise linear or too large,
     and for max pooling with l2. Source: Tjeng et al. 2019 (the program).
@@ -83,7 +85,7 @@ def exact(
             budget = Budget.of(nodes=nodes, seconds=seconds, clock=clock)
             search = _Search(answer, graph, x[i : i + 1], y[i : i + 1], norm, budget, threads)
             if x_adv is not None:
-                search.offer_(x_adv[i : i + 1])
+                search.keep_(x_adv[i : i + 1])
             found.append((search, *search.run_()))
     return Exact(
         lower=torch.tensor([lower for _, lower, _, _ in found], dtype=torch.float64),
@@ -110,8 +112,9 @@ class _Search:
         self.model, self.graph, self.x, self.y, self.norm = model, graph, x, y, norm
         self.budget, self.threads = budget, threads
         self.best, self.upper = x, math.inf
+        self.classes = others(y, graph.nodes[-1].shape[0])[0].tolist()
 
-    def offer_(self, point: Tensor) -> bool:
+    def keep_(self, point: Tensor) -> bool:
         """Keep a point if the model itself gives it another label and it is the nearest; return whether it was kept."""
         point = point.to(self.x).clamp(0, 1)
         reached = float(distance(point.double() - self.x.double(), self.norm))
@@ -119,25 +122,50 @@ class _Search:
             self.best, self.upper = point, reached
         return better
 
+    def offer_(self, point: Tensor, row: int) -> None:
+        """Move a point where a class may overtake nearer to the image, and keep it, or one just beyond it."""
+        asked = self._asked(self.classes[row])
+        point, _ = polished(asked, point, min(self.upper, diameter(self.x, self.norm))) or (point, 0.0)
+        self._kept_beyond_(point, asked.k)
+
+    def _kept_beyond_(self, point: Tensor, k: int) -> bool:
+        return self.keep_(point) or any(self.keep_(self._beyond(point, k, reach)) for reach in _BEYOND)
+
+    def _asked(self, k: int) -> Question:
+        return Question(self.graph, self.x, int(self.y), k, self.budget, self.threads, self.norm)
+
     def _wrong(self, point: Tensor) -> bool:
         with torch.no_grad():
             return bool((self.model(point).argmax(1) != self.y).all())
 
     def run_(self) -> tuple[float, str, float]:
-        """Search every open class; return the lower bound, the status and the seconds spent."""
+        """Search all classes; return the lower bound, the status and the seconds spent."""
         begin = time.perf_counter()
         if self._wrong(self.x):
             self.upper = 0.0
             return 0.0, "wrong", time.perf_counter() - begin
         certified = float(radius_over(self.graph, self.x, self.y, self.norm, "crown"))
-        lower = math.inf
-        for k in self._open_classes():
-            lower = min(lower, self._search_class_(k, certified))
+        lower = self._by_class(certified) if pools(self.graph) else self._jointly(certified)
         refuse_refuted([max(certified, lower)], [self.upper], norm=norm_name(self.norm))
         lower = min(max(certified, lower), self.upper)
         closed = self.upper == lower or self.upper - lower <= _GAP * min(1, self.upper)
         return lower, "exact" if closed else _ENDED[self.budget.limit], time.perf_counter() - begin
 
+    @torch.no_grad()
+    def _jointly(self, certified: float) -> float:
+        """Return a lower bound from one search for all classes."""
+        if math.isfinite(self.upper):
+            self.offer_(self.best.double(), self.classes.index(self._label()))
+        bounder = Bounder(self.graph, self.x, margin_rows(self.graph, self.y)[0], self.norm)
+        limit = diameter(self.x, self.norm)
+        low = emptied(bounder, self, self.budget, floor=certified, limit=limit, gap=_STOP)
+        return math.inf if low >= limit else max(0.0, low - 1e-7)
+
+    def _by_class(self, certified: float) -> float:
+        """Return a lower bound from a search for each class."""
+        return min([math.inf, *(self._search_class_(k, certified) for k in self._open_classes())])
+
+    @torch.enable_grad()
     def _beyond(self, point: Tensor, k: int, reach: float) -> Tensor:
         """Climb from copies of a boundary point, within reach, to where class k leads by most: (1, ...)."""
         generator = torch.Generator().manual_seed(0)
@@ -167,14 +195,14 @@ class _Search:
         known = math.isfinite(self.upper)
         cap = self._cap() * (1 - _STOP * known)
         bound, points = nearest(
-            Question(self.graph, self.x, int(self.y), k, self.budget, self.threads, self.norm),
+            self._asked(k),
             cap,
             floor=floor,
             start=self.best if known and self._label() == k else None,
             gap=_STOP,
         )
         for point in points:  # nearest first
-            if self.offer_(point) or any(self.offer_(self._beyond(point, k, reach)) for reach in _BEYOND):
+            if self._kept_beyond_(point, k):
                 break
         return max(0.0, bound - 1e-7) if bound < cap or known else math.inf
 

@@ -108,6 +108,14 @@ def _max_pool(program: MixedIntegerProgram, op: MaxPool, z: Expression, box: Int
     return y
 
 
+def linf_distance_(program: MixedIntegerProgram, pixels: Expression, origin: Vector, cap: float) -> int:
+    """Add the linf distance of some pixels from an origin, at most cap; return which variable it is."""
+    size = program.variables_(np.zeros(1), np.array([cap]))[np.zeros(len(origin), dtype=np.intp)]
+    program.rows_((1.0, pixels), (-1.0, size), low=-math.inf, high=origin)
+    program.rows_((1.0, pixels), (1.0, size), low=origin, high=math.inf)
+    return len(program.lower) - 1
+
+
 def tightened(
     graph: Graph,
     bounds: list[Interval],

@@ -27,7 +27,7 @@ from ..verification import _question as verification
 from ..verification._budget import Budget
 from ..verification._question import in_float32
 from ..verification._search import answered
-from ._milp import Expression, MixedIntegerProgram, Vector, encode, tightened
+from ._milp import Expression, MixedIntegerProgram, Vector, encode, linf_distance_, tightened
 
 _SHARE = 0.75  # share of the remaining budget for one question; the rest is for smaller balls, if it stays open
 _TOUCHED = 1e-6  # share of its range within which a unit is at its kink
@@ -79,11 +79,10 @@ def nearest(
     bound (cap or more where there is none below cap) and the points found, float64. Raise Unsupported for max pooling
     with l2.
     """
-    if asked.norm == L2 and _pools(asked.graph):
+    if asked.norm == L2 and pools(asked.graph):
         raise Unsupported("exact l2 distances do not support max pooling; exact linf distances do")
-    move = _moved if asked.norm == LINF else _slid
     found: list[Tensor] = []
-    if start is not None and (moved := move(asked, start.double(), cap)):
+    if start is not None and (moved := polished(asked, start.double(), cap)):
         found, cap = [moved[0]], moved[1] * (1 - gap)
     low, eps = floor, cap
     while not asked.budget.over and asked.budget.seconds > _ENOUGH and low < cap:
@@ -91,7 +90,7 @@ def nearest(
         answer = _overtaken(replace(asked, budget=part), eps)
         asked.budget.take_(part)
         if isinstance(answer, Tensor):
-            point, reached = move(asked, answer, eps) or (answer, eps)
+            point, reached = polished(asked, answer, eps) or (answer, eps)
             found.insert(0, point)
             cap = eps = reached * (1 - gap)
         elif answer:
@@ -103,7 +102,7 @@ def nearest(
 
 def _overtaken(asked: Question, eps: float) -> Tensor | bool:
     """Return a point of the ball with g_k ≥ g_y; True if there is provably none, False if that is open."""
-    if _pools(asked.graph):  # the search splits only ReLUs
+    if pools(asked.graph):  # the search splits only ReLUs
         return _by_program(asked, eps)
     ball = region(asked.x, asked.norm, eps)
     rows = torch.zeros(1, 1, *asked.graph.nodes[-1].shape, dtype=torch.float64)
@@ -119,7 +118,8 @@ def _overtaken(asked: Question, eps: float) -> Tensor | bool:
     return found.status == "verified" if found.point is None else found.point.double()
 
 
-def _pools(graph: Graph) -> bool:
+def pools(graph: Graph) -> bool:
+    """Return whether a network takes maxima over windows."""
     return any(isinstance(node.op, MaxPool) for node in graph.nodes)
 
 
@@ -136,6 +136,11 @@ def _by_program(asked: Question, eps: float) -> Tensor | bool:
     program, values = asked.program(better)
     solution = program.point(asked.lead(program, values), asked.budget, threads=asked.threads)
     return solution.infeasible if solution.values is None else _image(program, asked.x, solution.values)
+
+
+def polished(asked: Question, point: Tensor, cap: float) -> tuple[Tensor, float] | None:
+    """Move a point with g_k ≥ g_y nearer to the image than cap; return it and its distance, None where that fails."""
+    return (_moved if asked.norm == LINF else _slid)(asked, point, cap)
 
 
 def _moved(asked: Question, point: Tensor, cap: float) -> tuple[Tensor, float] | None:
@@ -187,11 +192,7 @@ def _image(program: MixedIntegerProgram, x: Tensor, values: Vector) -> Tensor:
 def _distance_(program: MixedIntegerProgram, pixels: Expression, x: Tensor, cap: float) -> int:
     """Add the linf distance of the pixels that rows depend on, at most cap; return which variable it is."""
     used = np.flatnonzero(_used(program, x.numel()).numpy())
-    moving, origin = pixels[used], x.double().flatten().numpy()[used]
-    size = program.variables_(np.zeros(1), np.array([cap]))[np.zeros(len(used), dtype=np.intp)]
-    program.rows_((1.0, moving), (-1.0, size), low=-math.inf, high=origin)
-    program.rows_((1.0, moving), (1.0, size), low=origin, high=math.inf)
-    return len(program.lower) - 1
+    return linf_distance_(program, pixels[used], x.double().flatten().numpy()[used], cap)
 
 
 def _used(program: MixedIntegerProgram, pixels: int) -> Tensor:

@@ -6,6 +6,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -15,26 +16,26 @@ from .._region import Region
 from ..certify._crown import bound_nodes
 from ..certify._relaxations import Interval, first_layers
 from ._budget import Budget
-from ._leaves import Bounder, Leaves, joined
+from ._leaves import Bounder, Leaves, Some, joined
 
 _ROOT_STEPS, _STEPS = 20, 4  # steps of ascent, for a ball and for each half of a sub-problem
 _WIDE = 2**18  # coefficients of a batch of sub-problems in the widest layer: 2 MB of float64
 _GAIN = 0.02  # share of a sub-problem's gap below which a split's gain is negligible
 
 
-class Queue:
+class Queue(Generic[Some]):
     """Open sub-problems, the one with the lowest bound first."""
 
     def __init__(self) -> None:
-        self.heap: list[tuple[float, int, Leaves]] = []
+        self.heap: list[tuple[float, int, Some]] = []
         self.order = itertools.count()
 
-    def put_(self, leaves: Leaves) -> None:
+    def put_(self, leaves: Some) -> None:
         for i, lower in enumerate(leaves.lower.tolist()):
             one = leaves[torch.tensor([i])]  # a copy: a view would keep its whole batch
             heapq.heappush(self.heap, (lower, next(self.order), one))
 
-    def take_(self, count: int) -> list[Leaves]:
+    def take_(self, count: int) -> list[Some]:
         return [heapq.heappop(self.heap)[2] for _ in range(min(count, len(self.heap)))]
 
     @property
@@ -77,7 +78,7 @@ def _both_sides(
     bounder = Bounder(graph, index, ball, bounds, rows.view(2 * count, 1, *shape), rows.new_zeros(2 * count, 1))
     leaves = bounder.roots(torch.arange(2 * count), _ROOT_STEPS)
     budget.used += len(leaves)
-    queues = [Queue() for _ in range(2 * count)]
+    queues: list[Queue[Leaves]] = [Queue() for _ in range(2 * count)]
     settled = torch.full((2 * count,), math.inf, dtype=torch.float64)  # the lowest bound of what is no longer split
     for number in range(rounds + 1):
         ended = (leaves.lower > 0) | (leaves.score.sum(1) <= -_GAIN * leaves.lower)
@@ -107,7 +108,7 @@ def decided(
     `stuck` bounds a sub-problem without a chord; if that does not close it, any unit is split, and it ends
     when all are. `heard` gets the bound, and the numbers of open and of bounded sub-problems.
     """
-    queue = Queue()
+    queue: Queue[Leaves] = Queue()
     closed: float = math.inf
     leaves = bounder.roots(owner, _ROOT_STEPS)
     size = batch_size(bounder.graph)

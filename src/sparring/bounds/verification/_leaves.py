@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -52,15 +53,15 @@ class Leaves:
     def __len__(self) -> int:
         return len(self.owner)
 
-    def __getitem__(self, some: Tensor | slice) -> Leaves:
-        return Leaves(*(getattr(self, f.name)[some] for f in fields(self)))
+    def __getitem__(self, some: Tensor | slice) -> Self:
+        return type(self)(*(getattr(self, f.name)[some] for f in fields(self)))
 
     @property
     def nbytes(self) -> int:
         """The bytes of one sub-problem's numbers."""
         return sum(value[0].numel() * value.element_size() for f in fields(self) if len(value := getattr(self, f.name)))
 
-    def split(self) -> Leaves:
+    def split(self) -> Self:
         """Return both halves of each sub-problem, cut at the unit with the highest score."""
         twice = self[torch.arange(len(self)).repeat(2)]
         unit = twice.score.argmax(1, keepdim=True)
@@ -69,9 +70,13 @@ class Leaves:
         return twice
 
 
-def joined(parts: list[Leaves]) -> Leaves:
+Some = TypeVar("Some", bound=Leaves)
+
+
+def joined(parts: list[Some]) -> Some:
     """Return all sub-problems in a row."""
-    return Leaves(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Leaves)))
+    made = type(parts[0])
+    return made(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(made)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,7 @@ class Bounder:
         for _ in range(steps if self.open else 0):
             with torch.enable_grad():
                 found = self._value(self.coarse, leaves, rough, alpha, beta, refine=refine)
-                alpha.grad, beta.grad = _slopes(-found.sum(), [alpha, beta])
+                alpha.grad, beta.grad = slopes_of(-found.sum(), [alpha, beta])
             optimiser.step()
             alpha.clamp_(0, 1)
             beta.clamp_min_(0)
@@ -164,7 +169,7 @@ class Bounder:
             both = torch.from_numpy(values).requires_grad_()
             with torch.enable_grad():
                 found = -self._value(self.fine, leaf, lines, *parts(both), refine=True).amax()
-                (slope,) = _slopes(found, [both])
+                (slope,) = slopes_of(found, [both])
             return float(found.detach()), slope.numpy()
 
         start = torch.cat([leaf.alpha.flatten(), leaf.beta.flatten()]).double().numpy()
@@ -213,7 +218,7 @@ class Bounder:
         tracked = {i: line._replace(high_shift=shift) for (i, line), shift in zip(chords.items(), shifts, strict=True)}
         with torch.enable_grad():
             found = self._value(self.fine, leaves, {**lines, **tracked}, alpha, beta, refine=refine)
-            slopes = _slopes(found.sum(), shifts)
+            slopes = slopes_of(found.sum(), shifts)
         gains = [-(g * s.detach()).flatten(1) for g, s in zip(slopes, shifts, strict=True)]
         parts = [gain[:, units] for gain, units in zip(gains, self.open.values(), strict=True)]
         score = torch.cat([*parts, found.new_zeros(len(leaves), 0)], 1)
@@ -248,7 +253,7 @@ def _lines(relaxed: Mapping[int, Relaxation], index: int) -> Lines:
     return found
 
 
-def _slopes(value: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
+def slopes_of(value: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients of a value; zero if it does not depend on them, as for units that the rows do not see."""
     if not value.requires_grad or not of:
         return [torch.zeros_like(one) for one in of]

@@ -1,0 +1,55 @@
+"""Cells in which no unit is open: linear programs for linf, and for l2 more steps on their multipliers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...threat import LINF
+from ..certify._relaxations import Interval
+from ..verification._budget import Budget
+from ..verification._programs import dual_bound
+from ._cells import Bounder, Cells
+from ._milp import encode, linf_distance_
+
+_STEPS = 100
+
+
+def settled(bounder: Bounder, cells: Cells, budget: Budget) -> tuple[Cells, Tensor]:
+    """Bound cells without open units as well as possible; return steps to points that may be the nearest in them."""
+    if bounder.norm != LINF:
+        return bounder.scored(bounder.ascended(cells, _STEPS))
+    found = [_by_program(bounder, cells, i, budget) for i in range(len(cells))]
+    lower = torch.tensor([bound for bound, _ in found], dtype=torch.float64)
+    return cells.bounded_by(lower), torch.stack([step for _, step in found])
+
+
+def _by_program(bounder: Bounder, cells: Cells, i: int, budget: Budget) -> tuple[float, Tensor]:
+    """Minimise the linf distance over one cell; what is believed is the bound that the solver's multipliers give."""
+    bounds = [Interval(*(side[:1] for side in box)) for box in bounder.bounds]
+    low, high = (bounder.by_relu(side[i : i + 1]) for side in (cells.low, cells.high))
+    for index, source in bounder.relus.items():
+        bounds[source] = Interval(low[index], high[index])
+    program, values = encode(bounder.graph, bounds)
+    for index, source in bounder.relus.items():
+        dead = np.flatnonzero((high[index].flatten() <= 0).numpy())
+        program.rows_((1.0, values[source][dead]), low=-math.inf, high=0.0)
+    row = bounder.rows[cells.owner[i]].numpy()
+    program.rows_((1.0, values[-1].times(row[None], np.zeros(1))), low=-math.inf, high=0.0)
+    size = linf_distance_(program, values[0], bounder.x.numpy(), bounder.eps)
+    cost = np.zeros(len(program.lower))
+    cost[size] = 1.0
+    solver = program.highs(relaxed=True)
+    solver.changeColCost(size, 1.0)
+    solver.setOptionValue("time_limit", max(budget.seconds, 0.01))
+    solver.run()
+    solution = solver.getSolution()
+    bound = dual_bound(program, cost, np.array(solution.row_dual)) if solution.dual_valid else -math.inf
+    _, ray, multipliers = solver.getDualRay()
+    if ray and dual_bound(program, 0 * cost, np.array(multipliers)) > 0:
+        bound = bounder.eps  # no point is in the cell
+    step = torch.from_numpy(np.array(solution.col_value)[: len(bounder.x)]) - bounder.x
+    return bound, step
