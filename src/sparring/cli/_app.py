@@ -65,7 +65,9 @@ Resize = Annotated[
     str | None,
     Option(help="Resize your own images: length of the shorter side (such as 256), or HEIGHTxWIDTH to stretch."),
 ]
-Crop = Annotated[str | None, Option(help="Crop your own images at the centre, such as 224 or HEIGHTxWIDTH.")]
+Crop = Annotated[
+    str | None, Option(help="Crop your own images at the centre to this size, such as 224 or HEIGHTxWIDTH.")
+]
 Interpolation = Annotated[
     str | None, Option(help="Interpolate by: bilinear, bicubic, nearest, lanczos, box or hamming.")
 ]
@@ -75,13 +77,16 @@ Classes = Annotated[
 ]
 Limit = Annotated[
     list[str] | None,
-    Option(help="Use at most N images per split, balanced over classes: N or SPLIT=N, such as train=2000; repeatable."),
+    Option(
+        metavar="N|SPLIT=N",
+        help="Use at most N images per split, balanced over classes, such as 500 or train=2000; repeatable.",
+    ),
 ]
 NoCache = Annotated[
     bool, Option("--no-cache", help="Decode images whenever they are used, not once into the cache folder.")
 ]
 Device = Annotated[str, Option(help="Device: cpu, cuda:0, mps, or auto (a CUDA GPU if there is one).")]
-Dtype = Annotated[str | None, Option(help="Type: float32, float64, float16, bfloat16 [default: as stored].")]
+Dtype = Annotated[str | None, Option(help="Number type: float32, float64, float16, bfloat16 [default: as stored].")]
 Eps = Annotated[str, Option(help="Budget of adversarial training, in [0, 1], such as 0.1 or 8/255.")]
 Budgets = Annotated[str, Option(help="Budgets in [0, 1], separated by commas, such as 0.1,8/255.")]
 Images = Annotated[int, Option(help="Number of test images.", min=1)]
@@ -96,7 +101,8 @@ Threads = Annotated[
 ]
 Values = Annotated[str, Option(help="Number format of the weights: fp32, fp16 or int8.")]
 Weights = Annotated[Path | None, Option(help="Safetensors file with the model's weights.")]
-Moments = Annotated[str | None, Option(help="Normalisation passed to a factory, per channel, such as 0.5,0.5,0.5.")]
+Mean = Annotated[str | None, Option(help="Mean per channel, passed to a factory, such as 0.5,0.5,0.5.")]
+Std = Annotated[str | None, Option(help="Standard deviation per channel, passed to a factory, such as 0.5,0.5,0.5.")]
 Model = Annotated[
     str,
     Argument(
@@ -123,7 +129,7 @@ class DataSource:
     classes: Classes = None
     limit: Limit = None
     no_cache: NoCache = False
-    verbose: Annotated[bool, Option("--verbose", help="Name every file and row of the data that is not read.")] = False
+    verbose: Annotated[bool, Option("--verbose", help="Name every ignored file and row of the data.")] = False
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,8 @@ class ModelSource:
 
     model: Model
     weights: Weights = None
-    mean: Moments = None
-    std: Moments = None
+    mean: Mean = None
+    std: Std = None
 
     def named(self) -> tuple[str, Path | None]:
         """Return the model's name, without its file, and the file of weights; raise UserError for two files."""
@@ -183,9 +189,10 @@ class StudySource:
 
     plan: Annotated[str, Argument(help="Name of a preset (see `sparring list presets`) or a TOML file.")] = "quick"
     out: Annotated[Path | None, Option("--out", "-o", help="Output folder [default: out/PLAN].")] = None
-    overrides: Annotated[list[str] | None, Option("--set", help="Override a plan's KEY=VALUE (TOML); repeatable.")] = (
-        None
-    )
+    overrides: Annotated[
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE", help="Change a key of the plan, such as seeds=5 (TOML); repeatable."),
+    ] = None
     model: Annotated[str | None, Option(help="Model name, or your own package.module:factory.")] = None
     weights: Weights = None
     data_dir: DataDir = None
@@ -265,7 +272,7 @@ class TrainOptions:
     out: OutModel
     recipe: Annotated[
         list[str] | None,
-        Option("--set", help="Override the recipe's KEY=VALUE, such as epochs=5; repeatable."),
+        Option("--set", metavar="KEY=VALUE", help="Change the recipe, such as epochs=5; repeatable."),
     ] = None
     width: Annotated[float | None, Option(help="Multiply the model's layer widths by this factor.")] = None
     depth: Annotated[int | None, Option(help="Depth of resnet-32: 6n + 2 layers.")] = None
@@ -330,7 +337,11 @@ class PruneOptions:
     ] = None
     options: Annotated[
         list[str] | None,
-        Option("--set", help="Set KEY=VALUE of the method or the recipe, such as method=dns or epochs=5; repeatable."),
+        Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set an option of the method or the recipe, such as method=dns or epochs=5; repeatable.",
+        ),
     ] = None
 
 
@@ -349,7 +360,11 @@ class AttackOptions:
     attacks: Annotated[str, Option(help="Attacks, separated by commas; see `sparring list attacks`.")] = "fgsm,pgd,fast"
     options: Annotated[
         list[str] | None,
-        Option("--set", help="Set KEY=VALUE for all attacks that have this option, such as steps=100; repeatable."),
+        Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set an option for all attacks that have it, such as steps=100; repeatable.",
+        ),
     ] = None
     norm: Annotated[str, Option(help="Norm: linf, l2, l1 or l0.")] = "linf"
     eps: Budgets = "0.1"
@@ -433,11 +448,16 @@ class CompareOptions:
         list[str] | None, Option(metavar="METRIC AMOUNT", help="Largest allowed drop of a metric; repeatable.")
     ] = None
     methods: Annotated[
-        tuple[str, str] | None, Option(help="The two methods, for studies [default: the headlines' methods].")
+        tuple[str, str] | None,
+        Option(metavar="FIRST SECOND", help="The two methods, for studies [default: the headlines' methods]."),
     ] = None
-    sparsities: Annotated[tuple[float, float] | None, Option(help="The two sparsities, for studies.")] = None
+    sparsities: Annotated[
+        tuple[float, float] | None,
+        Option(metavar="FIRST SECOND", help="The two sparsities, for studies [default: the headlines' sparsities]."),
+    ] = None
     weights: Annotated[
-        list[Path] | None, Option(help="Weights of each model that is not a file; repeat it for the second.")
+        list[Path] | None,
+        Option(metavar="FILE", help="Weights of each model that is not a file; repeat it for the second."),
     ] = None
     eps: Annotated[str, Option(help="Budget of the linf attacks, for models.")] = "0.1"
     images: Annotated[int, Option(help="Number of test images, for models.", min=1)] = 500
