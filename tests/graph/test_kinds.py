@@ -94,7 +94,68 @@ def part_zeroed(net: Net, h: Tensor) -> Tensor:
     return h.relu()
 
 
+def planes_written(net: Net, h: Tensor) -> Tensor:
+    other = torch.zeros_like(h)
+    other[:, :, 1] = h[:, :, 2]
+    h[:, 0].zero_()
+    h[:, 1] = h[:, 3] * 2
+    return h + other
+
+
+def seen_through_a_view(net: Net, h: Tensor) -> Tensor:
+    before, same = h.flatten(1), F.dropout(h, 0.5, training=False)
+    h.relu_()
+    return before + same.flatten(1)
+
+
+def places_written(net: Net, h: Tensor) -> Tensor:
+    h[:, [0, 2]] = 2 * h[:, [1, 3]]
+    h[:, :, :, [1, 3]] = 0.25
+    h[h > 0.5] = -1.0
+    return h
+
+
 COMPUTED: dict[str, Body] = {
+    "places written to": places_written,
+    "an operation that torch says with others": lambda net, h: (
+        F.cosine_similarity(h, h[:, :1] + net.row, 3)[..., None] * torch.addr(net.row, net.row, net.row) + h.mT
+    ),
+    "planes written to": planes_written,
+    "a write seen through a view": seen_through_a_view,
+    "filters for each image": lambda net, h: F.conv2d(
+        h.reshape(1, -1, 4, 4), h.amax(3).view(-1, 2, 2, 2), stride=2, padding=1, groups=2 * len(h)
+    ).view(len(h), 2, 3, 3),
+    "layers on windows": lambda net, h: (
+        F.interpolate(
+            F.max_pool2d(
+                F.conv2d(h.unfold(3, 2, 2).permute(3, 0, 1, 2, 4).flatten(0, 1), torch.ones(4, 2, 2, 1), groups=2), 2, 1
+            ).relu(),
+            (3, 2),
+        )
+        .view(2, len(h), -1)
+        .transpose(0, 1)
+    ),
+    "two batches as one": lambda net, h: torch.sub(*net.conv(torch.cat([h[:, :2], h[:, 2:].flip(3)])).chunk(2)),
+    "the second batch of two": lambda net, h: (
+        torch.cat([h.relu(), h.transpose(2, 3)]).tanh()[len(h) :]
+        + torch.cat([h, 2 * h, -h]).view(3, -1, 4, 4, 4).amax(0)
+    ),
+    "other sizes": lambda net, h: (
+        F.interpolate(h, 7, mode="bilinear", antialias=True)
+        + F.interpolate(F.pad(h, (1, 1, 0, 1), mode="circular"), 7, mode="nearest-exact")
+        + F.interpolate(F.pad(h.flatten(2), (2, 1), mode="reflect"), 49, mode="linear").view(len(h), 4, 7, 7)
+    ),
+    "patches": lambda net, h: (
+        F.fold(F.unfold(h, 2).tanh(), 4, 2) + h.unfold(2, 2, 1).unfold(3, 3, 1).amax((2, 3, 4, 5))[..., None, None]
+    ),
+    "a spatial transformer": lambda net, h: F.grid_sample(
+        h, F.affine_grid(h[:, :2, 1, :3] / 9 + torch.eye(2, 3), list(h.shape), align_corners=False), align_corners=False
+    ),
+    "a fixed grid": lambda net, h: F.grid_sample(
+        h, F.affine_grid(torch.eye(2, 3)[None] / 2, [1, 4, 3, 5], False).expand(len(h), -1, -1, -1), align_corners=True
+    ),
+    "pairs of channels": lambda net, h: (h.mean(3)[:, :, None] * h.mean(3)[:, None])[:, *torch.triu_indices(4, 4)],
+    "a table of places": lambda net, h: h.flatten(2)[:, :, torch.arange(4)[:, None] - torch.arange(3)] + 1,
     "a slice set to zero": part_zeroed,
     "a random slope that is off": lambda net, h: F.rrelu(h, training=net.training) + h,
     "in-place ReLU before a shortcut": in_place_before_shortcut,
@@ -174,6 +235,17 @@ def test_what_torch_computes_is_read(name: str) -> None:
     agree(lambda x: graph(x.double()), model)
 
 
+def test_writes_that_nothing_else_sees_need_no_second_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def block(net: Net, h: Tensor) -> Tensor:
+        out = net.relu(h * 2)
+        out += h
+        return F.dropout(F.leaky_relu_(out).mul_(net.gate).clamp_(max=3), 0.5, net.training)
+
+    model = build(block)
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", lambda *_: pytest.fail("captured again"))
+    agree(lower(model, SHAPE), model)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_same_padding_of_an_even_kernel_is_read() -> None:
     model = build(lambda net, h: F.conv2d(h, torch.ones(4, 1, 2, 4), padding="same", groups=4))
@@ -197,6 +269,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
         "images in the batch|mixes .*images",
     ),
     "products of images": (lambda net, h: torch.einsum("bchw,dchw->bd", h, h).sum(1, keepdim=True), "images"),
+    "parts of two batches": (lambda net, h: torch.cat([h, 2 * h])[1 : len(h) + 1], "images"),
     "images rolled": (lambda net, h: h.roll(1, 0), "'roll'.* batch axis"),
     "the number of images": (lambda net, h: h * h.shape[0], "images"),
     "its length": (lambda net, h: h / len(h), "depend on other images"),

@@ -37,7 +37,7 @@ REFUSED: dict[str, tuple[Callable[[Own, Tensor, Tensor], Tensor], str]] = {
     "rounding": (lambda m, x, h: m.layer(h.round()), "round"),
     "mean over images": (lambda m, x, h: m.layer(h - h.mean(0)), "mean"),
     "weights of images": (lambda m, x, h: h @ h.T @ m.layer(h), "matmul"),
-    "fold": (lambda m, x, h: m.layer(F.fold(F.unfold(x, 2), (4, 4), 2).flatten(1)), "col2im"),
+    "complex numbers": (lambda m, x, h: m.layer(torch.fft.rfft(h, 62).abs()), "_fft_r2c"),
     "rounded quotient": (lambda m, x, h: m.layer(torch.div(h, 3, rounding_mode="floor")), "div"),
     "dropout left on": (lambda m, x, h: m.layer(F.dropout(h)), ""),
 }

@@ -17,6 +17,7 @@ from torch.nn import grad
 
 from ..errors import Unsupported
 from ..graph import (
+    RESAMPLED,
     Affine,
     AvgPool,
     Call,
@@ -71,11 +72,10 @@ _REASONS = dict.fromkeys(
     _QUOTIENT,
 )
 # Linear with coefficients that are not negative, or with the option "weight".
-_MOVED = frozenset(
-    """add permute transpose movedim narrow slice select index_select cat stack expand repeat mean sum roll flip pad
-    constant_pad_nd reflection_pad2d replication_pad2d pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d
-    upsample_bilinear2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d im2col conv1d conv_transpose1d
-    conv_transpose2d""".split()  # noqa: SIM905
+_MOVED = RESAMPLED | frozenset(
+    """add permute transpose movedim narrow slice select index_select cat stack expand repeat mean sum roll flip unfold
+    pad constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle avg_pool1d avg_pool2d adaptive_avg_pool1d
+    adaptive_avg_pool2d im2col col2im conv1d conv_transpose1d conv_transpose2d""".split()  # noqa: SIM905
 )
 
 

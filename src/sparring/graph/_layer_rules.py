@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from ._moved import Images
+from ._moved import AXES, Images, images_of
 from ._ops import RECURRENT, WITHIN, Add, Affine, Call, Conv2d, Linear, ReLU, flat
 from ._plain_stacks import batch_norm, pair
 from ._torch_export import Arguments, At, Translator
@@ -178,6 +179,45 @@ def conv2d(t: Translator, a: Arguments) -> Any:
     return t.emit(Conv2d(name, weight, bias, stride, pair(padding), dilation, a.take("groups")), x)
 
 
+def conv2d_by_image(t: Translator, a: Arguments) -> Any:
+    """A convolution with filters that depend on the image: images as groups of channels, (1, N·C, ...), and filters."""
+    x, weight, stride, padding = (a.take(name) for name in ("input", "weight", "stride", "padding"))
+    dilation, many = pair(a.take("dilation")), (t.now.args[6:] or [a.take("groups")])[0]
+    groups = t.images_in(many.meta["val"] if isinstance(many, fx.Node) else many)  # of one image
+    a.take("groups")
+    after = t.now.meta["val"]
+    (channels, high, wide), (filters, few, *kernel) = t.shape(x)[-3:], t.shape(weight)
+    places = (x.images, weight.images, images_of(t, after))
+    if (
+        not groups
+        or isinstance(padding, str)
+        or places != (Images(1, 1, channels), Images(0, 1, filters), (1, filters))
+    ):
+        raise t.refuse(t.name, "with filters that depend on the image has no rule; give it images as groups")
+    options = {"kernel_size": kernel, "dilation": dilation, "padding": pair(padding), "stride": pair(stride)}
+    unfold = Call("im2col", torch.ops.aten.im2col.default, ("self",), options)
+    sides = [int(side) for side in after.shape[2:]]
+    seen, spots = few * math.prod(kernel), math.prod(sides)
+    parts = t.emit(unfold, t.view(x, (channels, high, wide)), shape=(channels * math.prod(kernel), spots))
+    times = Call("matmul", torch.ops.aten.matmul.default, ("self", "other"))
+    rows = t.view(weight, (groups, filters // groups, seen))
+    found = t.emit(times, rows, t.view(parts, (groups, seen, spots)), shape=(groups, filters // groups, spots))
+    return t.view(found, (1, filters, *sides), Images(1, 1, filters))
+
+
+def conv2d_of_parts(t: Translator, a: Arguments) -> Any:
+    """A convolution of several maps of each image, all in one batch: of three dimensions, with maps as the depth."""
+    x, weight, bias, padding = (a.take(name) for name in ("input", "weight", "bias", "padding"))
+    if x.images is None or x.images.axis or isinstance(padding, str):
+        raise t.refuse(t.name, "mixes or moves the batch axis", "keep images along the first axis")
+    sizes = {name: [1, *pair(a.take(name))] for name in ("stride", "dilation")} | {"padding": [0, *pair(padding)]}
+    options = {"weight": weight.detach().unsqueeze(2), "bias": bias, "groups": a.take("groups"), **sizes}
+    count, (filters, *sides) = t.shape(x)[0], (int(side) for side in t.now.meta["val"].shape[1:])
+    call = Call("conv3d", torch.ops.aten.conv3d.default, ("input",), options)
+    found = t.emit(call, t.turned(x, [1, 0, 2, 3]), shape=(filters, count, *sides))
+    return t.view(t.turned(found, [1, 0, 2, 3]), (count, filters, *sides), x.images)
+
+
 def norm_of_batch(t: Translator, a: Arguments) -> Any:
     first = "self" if "self" in a.defaults else "input"
     x, weight, bias, mean, var = (a.take(n) for n in (first, "weight", "bias", "running_mean", "running_var"))
@@ -221,7 +261,7 @@ def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
     """Keep an operation as it is: tensors that depend on the image are its inputs, the rest are options."""
     if any(t.counts_images(argument) for argument in (*t.now.args, *t.now.kwargs.values())):
         raise t.refuse(name, "uses the number of images as an argument")
-    for axis in ("dim", "dims", "dim0", "dim1", "source", "destination"):
+    for axis in AXES:
         if axis in a.defaults:
             refuse_images_axis(t, name, a.given.get(axis, a.defaults[axis]))
     listed = "tensors" if name in ("cat", "stack") else None
@@ -243,9 +283,10 @@ def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
     computed = [len(t.shape(v)) for v in operands.values() if isinstance(v, At)]
     if len(set(computed)) > 1 and name != "select_scatter":
         raise t.refuse(name, "broadcasts one value per image along another axis", "give both the same number of axes")
-    rank = max(computed)
-    inputs = [v if isinstance(v, At) else padded(t, v, rank) for v in operands.values()]
     values = t.now.meta["val"]
+    less = {"src": 1} if name == "select_scatter" else {}  # axes than what it is written to has
+    rank = len(t.image_shape(values)) if less else max(computed)
+    inputs = [v if isinstance(v, At) else padded(t, v, rank - less.get(str(key), 0)) for key, v in operands.items()]
     if isinstance(values, Tensor):
         return t.emit(Call(name, target, names, given), *inputs)
     parts = []
@@ -258,7 +299,7 @@ def call(t: Translator, name: str, target: Any, a: Arguments) -> Any:
 
 def _is_operand(name: str, key: str, value: Any) -> bool:
     """Return whether a constant replaces a computed value, and is not a weight."""
-    weights = name in WITHIN and name != "scaled_dot_product_attention"
+    weights = name in WITHIN and not name.startswith(("scaled_dot_product_attention", "grid_sampler"))
     return isinstance(value, Tensor) and value.dim() > 0 and not weights and key not in ("index", "weight")
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from ._ops import Call
 
 if TYPE_CHECKING:
     from ._torch_export import Arguments, At, Translator
 
 Shape = tuple[int, ...]
-AXES = ("dim", "dims", "dim0", "dim1", "source", "destination")
+AXES = ("dim", "dims", "dim0", "dim1", "dimension", "source", "destination")
 TURNS = ("transpose", "permute")
 _WAY = "keep images along the first axis"
 
@@ -69,10 +72,63 @@ def moved(t: Translator, a: Arguments, inputs: list[At], outputs: list[Any], rul
         results = rule()
     finally:
         t.keeps_axes = False
-    parts = results if isinstance(results, list) else [results]
-    pairs = zip(parts, outputs, strict=True)
+    pairs = zip(_listed(results), outputs, strict=True)
     placed = [None if r is None else _placed(t, r, t.shape(r), _place(t, value, inputs)) for r, value in pairs]
     return placed if isinstance(results, list) else placed[0]
+
+
+def by_channel(t: Translator, a: Arguments, x: At, rule: Callable[[], Any]) -> Any:
+    """Translate what each channel does for itself, of several maps of each image, as of one map of all their channels.
+
+    Raise Unsupported where the maps are not along the first axis, with the images.
+    """
+    images, (count, channels, *sides) = x.images, t.shape(x)
+    if images is None or images.axis:
+        raise t.refuse(t.name, "mixes or moves the batch axis", _WAY)
+    a.given = {key: _each(value, lambda one: t.view(one, (count * channels, *sides))) for key, value in a.given.items()}
+    t.joins_channels = True
+    try:
+        results = rule()
+    finally:
+        t.joins_channels = False
+    parts = [r and t.view(r, (count, channels, *t.shape(r)[1:]), images) for r in _listed(results)]
+    return parts if isinstance(results, list) else parts[0]
+
+
+def is_over_images(t: Translator, a: Arguments, x: At) -> bool:
+    """Return whether an operation's axis is that along which the images of its first input lie."""
+    axis, images = a.given.get("dim", a.defaults.get("dim")), x.images or FIRST
+    return type(axis) is int and axis % len(t.shape(_whole(t, x))) == images.axis
+
+
+def batches_joined(t: Translator, a: Arguments, inputs: list[At]) -> At:
+    """Translate `cat` of batches, one after another: each image has a part in each."""
+    whole = [_whole(t, x) for x in inputs]
+    images, count = whole[0].images or FIRST, sum((x.images or FIRST).outer for x in whole)
+    a.given.clear()
+    if len({(x.images or FIRST).axis for x in whole} | {(x.images or FIRST).inner for x in whole} - {images.inner}) > 1:
+        raise t.refuse(t.name, "joins values whose images lie along different axes", _WAY)
+    shape = list(t.shape(whole[0]))
+    shape[images.axis] = count * images.inner
+    call = Call("cat", torch.ops.aten.cat.default, (), {"dim": images.axis + 1})
+    return _placed(t, t.emit(call, *whole, shape=tuple(shape)), tuple(shape), replace(images, outer=count))
+
+
+def batches_parted(t: Translator, a: Arguments, x: At, outputs: list[Any], start: int) -> list[At]:
+    """Translate what takes batches apart again that were joined, from a place counted in parts of an image."""
+    x, parts = _whole(t, x), []
+    images = x.images or FIRST
+    a.given.clear()
+    for value in outputs:
+        axis, length = images_of(t, value) or (None, 0)
+        if axis != images.axis or length % images.inner or start % images.inner:
+            raise t.refuse(t.name, "is over the batch axis: the logits of an image would depend on other images", _WAY)
+        shape = tuple(length if i == axis else side for i, side in enumerate(t.shape(x)))
+        options = {"dim": axis + 1, "start": start, "length": length}
+        cut = t.emit(Call("narrow", torch.ops.aten.narrow.default, ("self",), options), x, shape=shape)
+        parts.append(_placed(t, cut, shape, replace(images, outer=length // images.inner)))
+        start += length
+    return parts
 
 
 def reshaped(t: Translator, x: At, after: Tensor) -> At:
@@ -136,6 +192,10 @@ def _whole(t: Translator, x: At) -> At:
 def _placed(t: Translator, x: At, shape: Shape, images: Images) -> At:
     """Return a value in the `shape` that follows from its images' place, with all of torch's axes."""
     return t.view(x, shape[1:]) if images == FIRST else t.view(x, shape, images)
+
+
+def _listed(results: Any) -> list[Any]:
+    return results if isinstance(results, list) else [results]
 
 
 def _each(value: Any, change: Callable[[At], At]) -> Any:

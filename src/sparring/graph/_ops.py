@@ -26,14 +26,21 @@ ELEMENTWISE = frozenset(
 ALONG = frozenset(
     """softmax log_softmax _softmax _log_softmax logsumexp mean sum amax amin prod cumsum cumprod var std norm
     linalg_vector_norm glu permute transpose select slice narrow flip index_select movedim select_scatter slice_scatter
-    sort topk max min median kthvalue any all cat stack roll""".split()  # noqa: SIM905
+    sort topk max min median kthvalue any all cat stack roll unfold""".split()  # noqa: SIM905
+)
+# What fills a map of another size with copies of values, or means of those around.
+RESAMPLED = frozenset(
+    """reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
+    _upsample_bilinear2d_aa""".split()  # noqa: SIM905
 )
 # On the neighbourhood of a value in its own image.
-WITHIN = frozenset(
+WITHIN = RESAMPLED | frozenset(
     """conv1d conv3d conv_transpose1d conv_transpose2d conv_transpose3d layer_norm native_layer_norm group_norm
     instance_norm rms_norm max_pool1d max_pool3d avg_pool1d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool3d
-    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d pad constant_pad_nd reflection_pad2d replication_pad2d
-    pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d upsample_bilinear2d upsample_bicubic2d im2col
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d pad constant_pad_nd pixel_shuffle pixel_unshuffle
+    channel_shuffle upsample_bicubic2d _upsample_bicubic2d_aa im2col col2im grid_sampler grid_sampler_2d grid_sampler_3d
     scaled_dot_product_attention""".split()  # noqa: SIM905
 )
 # All operations that a Call may contain, by torch's name, besides recurrent layers.

@@ -6,6 +6,7 @@ defaults, or the operation is refused: no keyword is ever ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from . import _layer_rules as layers
 from ._layer_rules import affine, as_constant, call, refuse_images_axis
-from ._moved import TURNS, is_moved, moved, reshaped
-from ._ops import ALONG, ELEMENTWISE, RECURRENT, WITHIN, AvgPool, Call, Flatten, MaxPool, Op, Reshape, flat
+from ._moved import TURNS, batches_joined, batches_parted, by_channel, is_moved, is_over_images, moved, reshaped
+from ._ops import ALONG, ELEMENTWISE, RECURRENT, RESAMPLED, WITHIN, AvgPool, Call, Flatten, MaxPool, Op, Reshape, flat
 from ._plain_stacks import pair
 from ._torch_export import Arguments, At, Translator
 
@@ -30,6 +31,8 @@ _COPIES = frozenset(
     """clone alias detach contiguous lift_fresh_copy lift_fresh dropout feature_dropout alpha_dropout
     feature_alpha_dropout native_dropout positive""".split()  # noqa: SIM905
 )
+# What is made of no values: torch says so itself.
+_FACTORIES = frozenset("arange linspace eye full empty zeros ones rand randn randint rand_like randn_like".split())  # noqa: SIM905
 _LIKE = frozenset(
     "zero zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()  # noqa: SIM905
 )
@@ -39,6 +42,12 @@ _MOVABLE = (ELEMENTWISE | ALONG | set(TURNS)) - {"prelu", "_prelu_kernel", "rrel
     clamp clamp_min mean expand expand_as broadcast_to split split_with_sizes chunk tensor_split unbind index copy fill
     batch_norm _native_batch_norm_legit_no_training layer_norm native_layer_norm rms_norm
     scaled_dot_product_attention pad constant_pad_nd""".split()  # noqa: SIM905
+)
+_SPLITS = ["split", "split_with_sizes", "chunk", "tensor_split"]
+# Of maps alone, each channel by itself.
+_BY_CHANNEL = RESAMPLED | set(
+    """max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d
+    upsample_bicubic2d""".split()  # noqa: SIM905
 )
 _RESHAPES = "view reshape _unsafe_view flatten squeeze unsqueeze unflatten"
 
@@ -56,9 +65,28 @@ def translate(t: Translator, name: str, target: Any, a: Arguments) -> Any:
     if name in _RESHAPES.split():
         a.given.clear()
         return reshaped(t, inputs[0], value)
+    if name == "conv2d":
+        rule = layers.conv2d_by_image if isinstance(a.given["weight"], At) else layers.conv2d_of_parts
+        return rule(t, a)
+    if name in _BY_CHANNEL:
+        return by_channel(t, a, inputs[0], lambda: _ruled(t, name, target, a))
+    if name == "cat" and is_over_images(t, a, inputs[0]) and not any(isinstance(v, Tensor) for v in a.given["tensors"]):
+        return batches_joined(t, a, inputs)
+    if (name in _SPLITS or name == "slice") and is_over_images(t, a, inputs[0]):
+        start = t.now.args[2] if name == "slice" and len(t.now.args) > 2 else 0
+        parts = batches_parted(
+            t, a, inputs[0], outputs, t.images_in(getattr(start, "meta", {"val": start})["val"] or 0)
+        )
+        return parts if name in _SPLITS else parts[0]
     if name not in _MOVABLE:
         raise t.refuse(name, "mixes or moves the batch axis", "keep images along the first axis")
     return moved(t, a, inputs, outputs, lambda: _ruled(t, name, target, a))
+
+
+def has_rule(name: str) -> bool:
+    """Return whether an operation is read, or refused, as it is."""
+    known = _COPIES | _LIKE | ELEMENTWISE | ALONG | WITHIN | _STEPS
+    return name in _RULES or name in known or name in _FACTORIES
 
 
 def _ruled(t: Translator, name: str, target: Any, a: Arguments) -> Any:
@@ -77,10 +105,9 @@ def _ruled(t: Translator, name: str, target: Any, a: Arguments) -> Any:
 
 def _copy(t: Translator, a: Arguments) -> Any:
     source = a.take("self") if "self" in a.defaults else a.take("input")
-    a.take("p")
-    a.take("memory_format")
-    result = source
-    return [result, None] if t.name == "native_dropout" else result
+    for name in ("p", "train", "memory_format"):
+        a.take(name)
+    return [source, None] if t.name == "native_dropout" else source
 
 
 def _cast(t: Translator, a: Arguments) -> Any:
@@ -231,16 +258,45 @@ def _split(t: Translator, a: Arguments) -> Any:
 
 
 def _index(t: Translator, a: Arguments) -> Any:
-    """Rows chosen by constant indices along one axis of the image."""
+    """Values chosen by constant whole numbers along axes of the image that follow one another."""
     x, indices = a.take("self"), a.take("indices")
     axes = [axis for axis, index in enumerate(indices) if index is not None]
-    if not isinstance(x, At) or len(axes) != 1 or axes[0] == 0 or not isinstance(indices[axes[0]], Tensor):
-        raise t.refuse(t.name, "with indices along several axes, along the images, or that depend on them has no rule")
-    index = indices[axes[0]]
-    if index.dim() != 1 or index.dtype == torch.bool:
-        raise t.refuse(t.name, "with indices of more than one axis has no rule")
-    options = {"dim": axes[0], "index": index}
-    return t.emit(Call("index_select", torch.ops.aten.index_select.default, ("self",), options), x)
+    chosen = [index for index in indices if isinstance(index, Tensor) and index.dtype == torch.int64]
+    if not isinstance(x, At) or axes[0] == 0 or axes != list(range(axes[0], axes[0] + len(chosen))):
+        raise t.refuse(t.name, "along axes apart, along the images, by a mask or by computed indices has no rule")
+    shape, first, last = t.shape(x), axes[0] - 1, axes[-1]
+    place = torch.zeros((), dtype=torch.int64)  # in the axes as one
+    for size, index in zip(shape[first:last], chosen, strict=True):
+        place = place.to(index) * size + index % size
+    whole = _reshaped(t, x, (*shape[:first], math.prod(shape[first:last]), *shape[last:]))
+    options = {"dim": axes[0], "index": place.flatten()}
+    select = Call("index_select", torch.ops.aten.index_select.default, ("self",), options)
+    picked = t.emit(select, whole, shape=(*shape[:first], place.numel(), *shape[last:]))
+    return _reshaped(t, picked, t.image_shape(t.now.meta["val"]))
+
+
+def _index_put(t: Translator, a: Arguments) -> Any:
+    """Values written where a mask says, one for all, or at constant places along one axis of the image."""
+    x, indices, values = a.take("self"), a.take("indices"), a.take("values")
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    index, shape = indices[axes[0]], t.image_shape(t.now.meta["val"])
+    if isinstance(index, At) and t.shape(index) == shape and isinstance(values, Tensor) and values.numel() == 1:
+        where = Call("where", torch.ops.aten.where.self, ("condition", "self", "other"))
+        inputs = (index, t.constant(values, len(shape)), x if isinstance(x, At) else t.constant(x, len(shape)))
+        return t.emit(where, *inputs, shape=shape)
+    if len(axes) > 1 or axes[0] == 0 or not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() > 1:
+        raise t.refuse(t.name, "along several axes, along the images, or at computed places has no rule")
+    axis, count = axes[0], index.numel()
+    part = (*shape[: axis - 1], count, *shape[axis:])
+    given = values if isinstance(values, At) else t.constant(values.expand(1, *part), len(part))
+    if t.shape(given) != part:
+        raise t.refuse(t.name, "of values that broadcast has no rule")
+    place = torch.arange(shape[axis - 1])  # in what was there and what comes, side by side
+    place[index] = shape[axis - 1] + torch.arange(count)
+    joined = Call("cat", torch.ops.aten.cat.default, (), {"dim": axis})
+    both = t.emit(joined, x, given, shape=(*shape[: axis - 1], shape[axis - 1] + count, *shape[axis:]))
+    options = {"dim": axis, "index": place}
+    return t.emit(Call("index_select", torch.ops.aten.index_select.default, ("self",), options), both, shape=shape)
 
 
 def _filled(t: Translator, a: Arguments) -> Any:
@@ -277,8 +333,9 @@ _TABLE: dict[Rule, str] = {
     _reshape: _RESHAPES,
     _expand: "expand expand_as broadcast_to",
     _repeat: "repeat",
-    _split: "split split_with_sizes chunk tensor_split unbind",
+    _split: " ".join((*_SPLITS, "unbind")),
     _index: "index",
+    _index_put: "index_put",
     _filled: "copy fill",
     _cast: "_to_copy to type_as",
 }

@@ -29,6 +29,7 @@ from ._moved import Images
 from ._ops import Call, Constant, Flatten, Graph, Input, Node, Op, Reshape, SparseActivation, flat, title
 from ._passes import needed
 from ._quiet import quiet
+from ._writes import resolved_
 
 _PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
 _LARGE = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
@@ -56,13 +57,17 @@ def read_exported(model: nn.Module, example: Tensor, dtype: torch.dtype, *, shar
     Raise Unsupported, naming operation, layer and line, for a model that cannot be captured and for operations without
     a rule.
     """
-    return Translator(model, _capture(model, example), dtype, shared).run()
+    program = _capture(model, example)
+    if resolved_(program.graph):
+        with contextlib.suppress(Unsupported):  # torch may decompose what has no rule
+            return Translator(model, program, dtype, shared).run()
+    return Translator(model, _decomposed(model, program), dtype, shared).run()
 
 
 def _capture(model: nn.Module, example: Tensor) -> Any:
     from torch.export import Dim, export
 
-    if isinstance(model, torch.jit.ScriptModule):
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise Unsupported("a script module cannot be lowered; use the module that it was made from")
     root, example = _Root(model).eval(), example.clone().requires_grad_()  # as in attacks: some layers check this
     try:
@@ -70,7 +75,7 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
             try:
                 program = export(root, (example,), dynamic_shapes=({0: Dim("batch", min=2)},), strict=False)
             except Exception as error:
-                if "specialized it to be a constant" not in str(error):
+                if not re.search("specialized it to be a constant|Constraints violated", str(error)):
                     raise
                 # len(x) is captured as a number: one that occurs nowhere else marks the axis as well.
                 sizes = {size for p in model.parameters() for size in p.shape} | set(example.shape)
@@ -84,8 +89,7 @@ def _capture(model: nn.Module, example: Tensor) -> Any:
                     ]
                     if texts[0] != texts[1]:
                         raise _differing(model, program, node) from error
-            known = torch.export.default_decompositions()
-            return program.run_decompositions({op: known[op] for op in _spelled()})
+            return program
     except Unsupported:
         raise
     except Exception as error:  # torch runs the user's forward(), which can raise anything
@@ -102,10 +106,18 @@ def _differing(model: nn.Module, program: Any, node: fx.Node | None) -> Unsuppor
     return translator.refuse(str(node.target).removeprefix("aten.").split(".")[0], reason, "keep images apart")
 
 
-def _spelled() -> list[torch._ops.OpOverload]:
-    """Return the operations that torch decomposes into others, which then have rules."""
-    ops = torch.ops.aten
-    return [ops.einsum.default, ops.tensordot.default]
+def _decomposed(model: nn.Module, program: Any) -> Any:
+    """Return a program that writes to no memory, and in which torch decomposes operations without a rule."""
+    from ._rules import has_rule
+
+    program.graph_module.recompile()
+    known: Any = torch.export.default_decompositions()
+    spelled = {op: said for op, said in known.items() if not has_rule(op._schema.name.split("::")[1])}
+    try:
+        with quiet(), _whole(model), _every_line():
+            return program.run_decompositions(spelled)
+    except Exception as error:  # torch runs the user's own operations again, which can raise anything
+        raise Unsupported(_why(model, error)) from error
 
 
 def _in_images(count: int, number: re.Match[str]) -> str:
@@ -219,7 +231,8 @@ class Translator:
         self.now: fx.Node = next(iter(program.graph.nodes))
         self.batch: Any = None
         self.kind = dtype  # of the images
-        self.keeps_axes = False  # whether one image's shape includes the images' axis, see `_moved`
+        # Whether one image's shape includes the images' axis, or counts channels of all its maps, see `_moved`.
+        self.keeps_axes = self.joins_channels = False
         # The origin of constants: the path of each, and each parameter in the graph's precision.
         self.paths: dict[int, str] = {}
         self.held: dict[int, Tensor] = {}
@@ -363,6 +376,8 @@ class Translator:
             value = value[0]
         if self.keeps_axes:
             return tuple(self.images_in(s) or int(s) for s in value.shape)
+        if self.joins_channels:
+            return (self.images_in(value.shape[0]) * int(value.shape[1]), *(int(s) for s in value.shape[2:]))
         if not value.dim() or self.images_in(value.shape[0]) != 1:
             raise self.refuse(self.name, "mixes or moves the batch axis", "keep images along the first axis")
         if not all(isinstance(s, int) or s.node.expr.is_number for s in value.shape[1:]):

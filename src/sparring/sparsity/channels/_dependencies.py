@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...graph import (
     ELEMENTWISE,
+    RESAMPLED,
     Add,
     Affine,
     AvgPool,
@@ -38,13 +39,13 @@ __all__ = ["Coupling", "coupling", "joined"]
 
 # Operations that only move or repeat values.
 _MOVES = frozenset(
-    """permute transpose movedim select slice narrow flip index_select cat stack roll expand repeat channel_shuffle
-    pixel_shuffle pixel_unshuffle""".split()  # noqa: SIM905
+    """permute transpose movedim select slice narrow flip index_select cat stack roll expand repeat unfold
+    channel_shuffle pixel_shuffle pixel_unshuffle""".split()  # noqa: SIM905
 )
 # Operations on each channel of a map separately.
-_WITHIN_CHANNELS = frozenset(
-    """avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d
-    upsample_bicubic2d reflection_pad2d replication_pad2d""".split()  # noqa: SIM905
+_WITHIN_CHANNELS = RESAMPLED | frozenset(
+    """avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_bicubic2d
+    _upsample_bicubic2d_aa""".split()  # noqa: SIM905
 )
 _ALONG = frozenset(["mean", "amax", "amin"])  # of values of one unit
 
