@@ -2,8 +2,8 @@
 
     python benchmarks/hostile_artefacts.py [--json] [--files 1000] [--seed 0]
 
-Three networks are packed (a residual one in fp32, a convolutional one in int8, one with activation sparsity) and their
-files changed: up to three bytes of the header or of anything, every tenth file cut short, half of all with a checksum
+Networks are packed (a residual one in fp32 and on bytes, convolutional ones in int8 and on bytes, one with activation
+sparsity, in fp16 and on bytes, and others) and their files changed: up to three bytes of the header or of anything, every tenth file cut short, half of all with a checksum
 made right again, so that the checks behind it are reached. What opens is run by the kernels and by numpy. A file may be
 refused with a UserError, or be a sound network whose two runs agree; anything else (another exception, a process that
 died, 60 seconds, 4 GiB) is a failure, and the exit code 1.
@@ -28,7 +28,8 @@ import torch
 from torch import nn
 
 from sparring import deploy
-from sparring.deploy._runtime import run_reference
+from sparring.deploy._reference import run_reference
+from sparring.deploy.rounding._reference import run_rounded
 from sparring.errors import UserError
 from sparring.models import build
 from sparring.sparsity import TopK
@@ -76,9 +77,12 @@ def originals(folder: Path) -> list[bytes]:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(torch.rand(parameter.shape, generator=generator) < 0.1)
-        path = deploy.export(model.eval(), folder / f"{name}.sparring", shape=shape, values=values)
-        deploy.load(path)(np.zeros((1, *shape), np.float32))  # its kernels are made once, here
-        files.append(path.read_bytes())
+        plain = {"shape": shape, "values": values}
+        rounded = {"shape": shape, "values": "int8", "calibrate": torch.rand(16, *shape, generator=generator)}
+        for number, told in enumerate([plain] if name in ("attention", "gated") else [plain, rounded]):
+            path = deploy.export(model.eval(), folder / f"{name}-{number}.sparring", **told)
+            deploy.load(path)(np.zeros((1, *shape), np.float32))  # its kernels are made once, here
+            files.append(path.read_bytes())
     return files
 
 
@@ -127,12 +131,15 @@ def outcome_of(path: Path) -> str:
         packed = deploy.load(path)
         x = np.random.default_rng(0).random((3, *packed.program.shape), np.float32)
         with np.errstate(all="ignore"):
-            found, expected = packed(x), run_reference(packed.program, x)
+            reference = run_rounded if packed.program.rounding else run_reference
+            found, expected = packed(x), reference(packed.program, x)
     except UserError:
         return "refused"
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return "raised"
+    if packed.program.rounding and (found == expected).all():
+        return "sound"
     # Weights that a mutant makes huge round to infinity, and what comes of infinities may differ.
     size = np.abs(expected).max()
     finite = np.isfinite(expected).all() and size < 1e30

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparring import deploy
 from sparring.deploy._artefact import MAGIC, read_program
-from sparring.deploy._runtime import run_reference
+from sparring.deploy._reference import run_reference
 from sparring.errors import UserError
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hostile_artefacts.py"
@@ -45,6 +45,47 @@ def test_what_is_loaded_is_what_was_exported(tmp_path, sparse_model, name, value
     error = (packed(x) - model(x).detach()).abs().max() / expected.abs().max()
     assert error <= {"fp32": 5e-6, "fp16": 2e-3, "int8": 5e-2}[values]
     assert isinstance(packed(x.numpy()), np.ndarray)
+
+
+@pytest.fixture
+def rounded(tmp_path, sparse_model):
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = sparse_model("resnet-32", 0.1, width=0.125)
+    return deploy.export(model, tmp_path / "rounded.sparring", shape=(3, 32, 32), values="int8", calibrate=images)
+
+
+def test_rounded_activations_are_loaded_as_exported_to_the_last_bit(rounded, sparse_model):
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = sparse_model("resnet-32", 0.1, width=0.125)
+    packed, loaded = deploy.pack(model, shape=(3, 32, 32), values="int8", calibrate=images), deploy.load(rounded)
+    assert dict(loaded.program.rounding) == dict(packed.program.rounding) and loaded.native
+    assert (loaded(images) == packed(images)).all()
+    assert (deploy.load(rounded, native=False)(images) == packed(images)).all()
+    error = (packed(images) - model(images).detach()).abs().max() / model(images).abs().max()
+    assert 0 < error < 0.2
+    with pytest.raises(UserError, match="int8"):
+        deploy.pack(model, shape=(3, 32, 32), calibrate=images)
+
+
+def test_hostile_scales_of_activations_are_refused(rounded, tmp_path):
+    listed = parts(rounded)[0]["activations"]
+    (value, scale, zero), *others = listed
+    for activations in (
+        None,
+        [],
+        others,
+        [*listed, [999, 0.1, 0]],
+        [[value, scale], *others],
+        [[value, -scale, zero], *others],
+        [[value, 1e-38, zero], *others],
+        [[value, 1, zero], *others],
+        [[value, scale, 256], *others],
+        [[value, scale, True], *others],
+    ):
+        with pytest.raises(UserError, match=r"mutant\.sparring"):
+            deploy.load(change(rounded, tmp_path / "mutant.sparring", activations=activations))
+    with pytest.raises(UserError, match=r"mutant\.sparring"):
+        deploy.load(change(rounded, tmp_path / "mutant.sparring", values="fp16"))
 
 
 @pytest.mark.parametrize(("sparsity", "exact", "half"), [(0.9, 8.5, 13.9), (0.95, 16, 26.2), (0.98, 38, 60.3)])
@@ -133,7 +174,8 @@ def test_hostile_headers_are_refused(artefact, tmp_path):
     steps = json.loads(artefact.read_bytes()[24:].split(b'"values"')[0].rstrip(b",") + b"}")["steps"]
     sparse = next(s for s in steps if s["op"] == "sparse")
     for fields in (
-        {"format": 3},
+        {"format": 4},
+        {"format": 0},
         {"shape": [3, 1 << 20, 1 << 20]},
         {"shape": [3, 0, 32]},
         {"class_names": ["one"]},

@@ -11,7 +11,7 @@ from sparring.attacks.evaluation._bpda import dense_copy, has_masked_gradients, 
 from sparring.declared import Declared
 from sparring.deploy._compile import compile_model
 from sparring.deploy._program import Scale, Sparse
-from sparring.deploy._runtime import run_reference
+from sparring.deploy._reference import run_reference
 from sparring.errors import Unsupported
 from sparring.models import Normalise
 from sparring.sparsity import MeanSparse, Percentile, ShiftedReLU, Threshold, TopK

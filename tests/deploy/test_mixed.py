@@ -19,7 +19,8 @@ from sparring.deploy._artefact import MAGIC
 from sparring.deploy._compile import compile_model
 from sparring.deploy._mixed import Mixed, spans_of
 from sparring.deploy._program import Dense, Sparse
-from sparring.deploy._runtime import Packed, run_reference
+from sparring.deploy._reference import run_reference
+from sparring.deploy._runtime import Packed
 from sparring.errors import Unsupported, UserError
 from tests.zoo import ZOO
 

@@ -482,6 +482,10 @@ class ExportOptions:
         Option(help="packed (for the sparse runtime) or onnx [default: from the file's extension]."),
     ] = None
     values: Values = "fp32"
+    activations: Annotated[
+        str,
+        Option(help="Number format of the activations: fp32, or int8, calibrated on validation images."),
+    ] = "fp32"
     eps: Annotated[str, Option(help="Budget of the attack on the exported file.")] = "0.1"
     images: Images = 500
     threads: Threads = None

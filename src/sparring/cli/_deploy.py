@@ -41,6 +41,9 @@ def run_export(model: ModelSource, how: ExportOptions, data: DataSource, where: 
         raise UserError(f"--format takes packed or onnx, not '{form}'")
     check_out(how.out, ENDINGS[form])
     _check_values(how.values)
+    possible = ("fp32", "int8") if (form, how.values) == ("packed", "int8") else ("fp32",)
+    if how.activations not in possible:
+        raise UserError("--activations takes fp32, or int8 for a packed file with --values int8")
     place = place_of(where.device, where.dtype)
     network, dataset = open_both(model, data, plain=True, images=how.images, identify=form == "packed")
     if form == "onnx":
@@ -69,7 +72,7 @@ def _write_packed(
     shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
     packed = deploy.pack(
         network, shape=shape, images=few, values=how.values, class_names=dataset.class_names or None,
-        provenance=_provenance(model, dataset),
+        calibrate=_calibrating(dataset) if how.activations == "int8" else None, provenance=_provenance(model, dataset),
     )  # fmt: skip
     print(_gain(packed))
     path = deploy.write_program(packed.program, how.out, values=how.values)
@@ -81,7 +84,14 @@ def _write_packed(
     _print_cost(found, len(y), threat)
     shares = {name: value for name, value in vars(found).items() if not isinstance(value, Tensor)}
     change = {"estimate": found.change.estimate, "low": found.change.low, "high": found.change.high}
-    return {**size, "values": how.values, "images": len(y), "eps": threat.eps, **shares, "change": change}
+    numbers = {"values": how.values, "activations": how.activations}
+    return {**size, **numbers, "images": len(y), "eps": threat.eps, **shares, "change": change}
+
+
+def _calibrating(dataset: Dataset) -> Tensor:
+    """Return the images on which engines in int8 are calibrated: of the validation split, if there is one."""
+    split = dataset.valid if len(dataset.valid.x) else dataset.test
+    return as_float(split.x[:CALIBRATING])
 
 
 def _check_values(values: str) -> None:
@@ -158,12 +168,11 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
     sizes, small = _batches(how.batches), None if how.small is None else ModelSource(how.small)
     network, dataset = open_both(model, data, plain=True, images=CALIBRATING if small is None else None, beside=small)
     rival = None if small is None else plain_form(open_model(small, dataset)[0].eval())
-    split = dataset.valid if len(dataset.valid.x) else dataset.test
     engines = None if how.engines is None else [name.strip() for name in how.engines.split(",")]
     with shown_images("rounds") as tell:
         found = deploy.bench(
-            network, shape=tuple(split.x.shape[1:]), batches=sizes, rounds=how.rounds, small=rival,
-            images=as_float(split.x[:CALIBRATING]), engines=engines, place=place, progress=tell,
+            network, shape=tuple(dataset.test.x.shape[1:]), batches=sizes, rounds=how.rounds, small=rival,
+            images=_calibrating(dataset), engines=engines, place=place, progress=tell,
         )  # fmt: skip
     if how.plot is not None:
         _plot(found, f"{Path(model.model).stem} on one core", how.plot)

@@ -34,6 +34,7 @@ from ._program import (
     Pool,
     Program,
     ReLU,
+    Rounding,
     Scale,
     Shape,
     Snap,
@@ -42,8 +43,9 @@ from ._program import (
     infer_shapes,
     sparse_from_dense,
 )
+from .rounding._tasks import rounded_tasks
 
-FORMAT = 2  # 1: without dense operations, constants and rows; still written for networks that need none
+FORMAT = 3  # 2: without rounded activations; 1: without dense operations, constants and rows either
 MAGIC = b"\x93sparring\r\n\x1a\n\0\0\0"  # 16 bytes; the line ends reveal a transfer in text mode
 _ALIGN = 64
 _DIGEST = 32
@@ -51,6 +53,7 @@ _MOST_BYTES = 1 << 30
 _MOST_STEPS = 10_000
 _MOST_INPUTS = 1_000
 _MOST_SIDE = 1 << 16
+_LEAST_SCALE = 1e-30
 _MOST_WEIGHTS = 1 << 28  # of all layers together, so that many layers cannot share one blob
 
 
@@ -95,13 +98,15 @@ def write_program(program: Program, path: Path | str, *, values: str) -> Path:
     """Write a program that `round_program` has rounded to `values` as an artefact, atomically."""
     blobs = _Blobs()
     header = {
-        "format": 1 if program.whole else FORMAT,
+        "format": FORMAT if program.rounding else 1 if program.whole else 2,
         "shape": list(program.shape),
         "values": values,
         "class_names": list(program.class_names) if program.class_names is not None else None,
         "provenance": program.provenance,
         "steps": [{"inputs": list(s.inputs)} | _describe(s.op, values, blobs) for s in program.steps],
     }
+    if program.rounding:
+        header["activations"] = [[value, told.scale, told.zero] for value, told in sorted(program.rounding.items())]
     text = canonical_json(header).encode()
     start = len(MAGIC) + 8 + len(text)
     body = MAGIC + len(text).to_bytes(8, "little") + text + bytes(-start % _ALIGN) + blobs.data
@@ -215,8 +220,8 @@ class _Reader:
     def program(self) -> Program:
         header = self.header
         version = _field(header, "format", int)
-        if version not in (1, FORMAT):
-            raise UserError(f"the artefact has format {version}, this version of sparring reads 1 and {FORMAT}")
+        if not 1 <= version <= FORMAT:
+            raise UserError(f"the artefact has format {version}, this version of sparring reads 1 to {FORMAT}")
         values = _field(header, "values", str)
         if values not in VALUES:
             raise UserError("the artefact has values of an unknown type")
@@ -234,7 +239,24 @@ class _Reader:
             isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
         ):
             raise UserError("the artefact's class names do not match its logits")
-        return Program(shape, steps, None if names is None else tuple(names), _field(header, "provenance", dict))
+        names = None if names is None else tuple(names)
+        program = Program(shape, steps, names, _field(header, "provenance", dict))
+        return program if version < FORMAT else self._rounded(program, values)
+
+    def _rounded(self, program: Program, values: str) -> Program:
+        """Return the program with the scales of its activations."""
+        listed = _field(self.header, "activations", list)
+        if values != "int8" or not 1 <= len(listed) <= len(program.steps):
+            raise UserError("the artefact has no valid scales of activations")
+        rounding = {}
+        for item in listed:
+            kinds = [type(part) for part in item] if isinstance(item, list) else []
+            if kinds != [int, float, int] or not (_LEAST_SCALE <= item[1] <= 1 / _LEAST_SCALE and 0 <= item[2] < 256):
+                raise UserError(f"the artefact has an activation scale of {str(item)[:40]}")
+            rounding[item[0]] = Rounding(float(np.float32(item[1])), item[2])
+        result = replace(program, rounding=rounding)
+        rounded_tasks(result)  # refuses scales of other values than those that are rounded
+        return result
 
     def _op(self, item: Any, values: str) -> Op:
         kind = _field(item, "op", str)
@@ -481,8 +503,9 @@ def round_values(weight: Floats, values: str) -> Floats:
 def _scales(weight: Floats) -> Floats:
     axes = tuple(range(1, weight.ndim))
     scale = (np.abs(weight).max(axis=axes, keepdims=True, initial=0) / 127).astype(np.float32)
-    result: Floats = np.where(scale > 0, scale, np.float32(1))
-    return result
+    # Up to 16 bits, so that 127 · scale is exact: what is written and read again has the same scales.
+    short: Floats = ((scale.view(np.int32) + 0xFF) & ~0xFF).view(np.float32)
+    return np.where(short > 0, short, np.float32(1))
 
 
 def encode_values(weight: Floats, rows: NDArray[np.int64], kept: Floats, values: str) -> bytes:

@@ -43,10 +43,14 @@ class Equivalent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, classes) of images (N, *shape) in [0, 1]."""
+        return self.values(x)[-1]
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """Return all values of the program for images (N, *shape)."""
         values = [x]
         for layer, inputs in zip(self.layers, self.inputs, strict=True):
             values.append(layer(*(values[i] for i in inputs)))
-        return values[-1]
+        return values
 
     def steps(self, dtype: torch.dtype) -> list[graph.Step]:
         """Describe what forward() computes; see `graph.Stepwise`."""

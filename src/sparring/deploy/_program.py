@@ -189,14 +189,26 @@ class Step:
     inputs: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """A value as bytes: scale · (byte − zero) stands for what is nearest to it."""
+
+    scale: float
+    zero: int
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A network for images of `shape` (channels, height, width), float32 in [0, 1]; see the module's docstring."""
+    """A network for images of `shape` (channels, height, width), float32 in [0, 1]; see the module's docstring.
+
+    `rounding` says which values are rounded to bytes, and how; layers that read them compute in integers.
+    """
 
     shape: Shape
     steps: tuple[Step, ...]
     class_names: tuple[str, ...] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    rounding: Mapping[int, Rounding] = field(default_factory=dict)
 
     @cached_property
     def shapes(self) -> list[Shape]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -10,31 +9,18 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from scipy.sparse import csr_array
 from torch import Tensor, from_numpy, nn
 
 from ..errors import Unsupported, UserError
 from ._artefact import read_program, round_program, write_program
 from ._compile import compile_model
-from ._dense import dense
 from ._mixed import DENSITY, Mixed, Timed, is_dense, ways_of
-from ._program import (
-    Add,
-    Constant,
-    Dense,
-    Flatten,
-    Floats,
-    Op,
-    PackedActivation,
-    Pool,
-    Program,
-    ReLU,
-    Scale,
-    Snap,
-    Sparse,
-)
+from ._program import Floats, Program
+from ._reference import run_reference
 from .kernels._engine import Engine
 from .kernels._native import native_available
+from .rounding._calibrate import calibrate as calibrated
+from .rounding._reference import run_rounded
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -51,10 +37,12 @@ class Packed:
         if threads < 1:
             raise UserError(f"the number of threads must be at least 1, not {threads}")
         self.program = program
-        self._engine = _engine(program, threads) if native and program.whole else None
+        # Gradients are those of the network whose weights alone are rounded.
+        self._engine = _engine(replace(program, rounding={}), threads) if native and program.whole else None
         self._mixed = _mixed(program, threads, timed, self._engine) if native and native_available() else None
         # Small networks take as long as a few Python calls: single images have their own fast path.
-        alone = self._engine if self._mixed is None else None
+        alone = self._mixed or self._engine
+        alone = alone if isinstance(alone, Engine) else None
         self._run_one = self._run if alone is None else alone.run_one
         self._one = None if alone is None else (1, *program.shape)
 
@@ -85,7 +73,9 @@ class Packed:
         if images.shape[1:] != self.program.shape:
             raise UserError(f"the network takes images (N, {self.program.shape}), not {images.shape}")
         run = self._mixed or self._engine
-        return run_reference(self.program, images) if run is None else run.run(images)
+        if run is not None:
+            return run.run(images)
+        return (run_rounded if self.program.rounding else run_reference)(self.program, images)
 
     def gradient(self, x: Tensor, upstream: Tensor) -> Tensor:
         """Return the gradient of sum(upstream · logits) at images x (N, *shape), for upstream (N, classes).
@@ -136,8 +126,10 @@ def _engine(program: Program, threads: int) -> Engine | None:
         return None
 
 
-def _mixed(program: Program, threads: int, timed: bool, engine: Engine | None) -> Mixed | Timed | None:
-    """Return a runner of the program in parts, if that may be necessary or faster."""
+def _mixed(program: Program, threads: int, timed: bool, engine: Engine | None) -> Mixed | Timed | Engine | None:
+    """Return a runner of the program on bytes, or in parts if that may be necessary or faster."""
+    if program.rounding:
+        return _engine(program, threads)
     if engine is not None and not (timed and is_dense(program)):
         return None
     return Timed(ways_of(program, threads=threads, first=engine)) if timed else Mixed(program, DENSITY, threads=threads)
@@ -149,10 +141,11 @@ def pack(
     shape: tuple[int, ...],
     images: Tensor | None = None,
     values: str = "fp32",
+    calibrate: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Packed:
-    """Pack a classifier in memory, as `export` followed by `load`; `shape` and `images` as there.
+    """Pack a classifier in memory, as `export` followed by `load`; arguments as there.
 
     How it runs depends on its weights only, not on timings, so that results are the same to the last bit.
     """
@@ -160,7 +153,10 @@ def pack(
     program = compile_model(model, shape, images=images, class_names=names, provenance=provenance)
     if names is not None and len(names) != program.classes:
         raise UserError(f"{len(names)} class names for {program.classes} logits")
-    return Packed(round_program(program, values))
+    if calibrate is not None and values != "int8":
+        raise UserError(f"rounded activations need weights in int8 (values), not {values!r}")
+    rounded = round_program(program, values)
+    return Packed(rounded if calibrate is None else calibrated(rounded, calibrate))
 
 
 def export(
@@ -170,6 +166,7 @@ def export(
     shape: tuple[int, ...],
     images: Tensor | None = None,
     values: str = "fp32",
+    calibrate: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Path:
@@ -177,10 +174,15 @@ def export(
 
     images (N, *shape) in [0, 1]: a few real images, on which the artefact is compared with the model. `values` is the
     number format of the weights: "fp32" (exact), "fp16" or "int8" (one scale per output unit). `provenance` is any JSON
-    object (study, cell, seed, hashes). Raises Unsupported for a network without a packed form, UserError for weights
-    that are not finite, or too large for fp16.
+    object (study, cell, seed, hashes). `calibrate`: validation images (N, *shape) whose activations determine scales,
+    by which activations are rounded to 8 bits too (with int8 weights only). Raises Unsupported for a network without a
+    packed form, UserError for weights that are not finite, or too large for fp16, and for activations that cannot be
+    rounded.
     """
-    packed = pack(model, shape=shape, images=images, values=values, class_names=class_names, provenance=provenance)
+    packed = pack(
+        model, shape=shape, images=images, values=values, calibrate=calibrate, class_names=class_names,
+        provenance=provenance,
+    )  # fmt: skip
     return write_program(packed.program, path, values=values)
 
 
@@ -194,95 +196,3 @@ def load(path: Path | str, *, threads: int = 1, native: bool = True) -> Packed:
         return Packed(read_program(path), threads=threads, native=native, timed=True)
     except MemoryError as error:
         raise UserError(f"{path}: this network does not fit in memory") from error
-
-
-def run_reference(program: Program, x: Floats) -> Floats:
-    """Return the logits (N, classes) of images x (N, *shape), float32."""
-    values = [x]
-    for step in program.steps:
-        values.append(_evaluate(step.op, *(values[i] for i in step.inputs)))
-    return values[-1]
-
-
-def _evaluate(op: Op, x: Floats, *others: Floats) -> Floats:
-    match op:
-        case Sparse(rows=True):
-            return _sparse(replace(op, rows=False), x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-        case Sparse():
-            return _sparse(op, x)
-        case Constant():
-            return np.repeat(op.value[None], len(x), axis=0)
-        case Dense():
-            return dense(op, *(from_numpy(np.ascontiguousarray(value)) for value in (x, *others))).numpy()
-        case Scale():
-            channels = (1, -1, *[1] * (x.ndim - 2))
-            return x * op.scale.reshape(channels) + op.shift.reshape(channels)
-        case ReLU():
-            return np.maximum(x, np.float32(0))
-        case Pool():
-            return _pool(op, x)
-        case Flatten():
-            return x.reshape(len(x), math.prod(x.shape[1:]))
-        case Add():
-            return x + others[0]
-        case PackedActivation():
-            return _activate(op, x)
-        case Snap():
-            centre, radius = (values.reshape(1, -1, *[1] * (x.ndim - 2)) for values in (op.centre, op.radius))
-            return np.maximum(np.where(np.abs(x - centre) <= radius, centre, x), np.float32(0))
-
-
-def _activate(op: PackedActivation, x: Floats) -> Floats:
-    if op.kind == "shifted-relu":
-        shifted: Floats = np.maximum(x - np.float32(op.number), np.float32(0))
-        return shifted
-    if op.kind == "threshold":
-        return np.where(x > np.float32(op.number), x, np.float32(0))
-    flat = x.reshape(len(x), -1)
-    keep = op.kept(flat.shape[1])
-    best = np.argsort(-flat, axis=1, kind="stable")[:, :keep]
-    result = np.zeros_like(flat)
-    np.put_along_axis(result, best, np.take_along_axis(np.maximum(flat, 0), best, axis=1), axis=1)
-    return result.reshape(x.shape)
-
-
-def _sparse(op: Sparse, x: Floats) -> Floats:
-    out, width = op.shape[0], math.prod(op.shape[1:])
-    weight = csr_array((op.values, op.indices, op.indptr), shape=(out, width))
-    if x.ndim == 2:
-        result: Floats = np.ascontiguousarray((weight @ np.ascontiguousarray(x.T)).T) + op.bias
-        return result
-    padded = np.pad(x, ((0, 0), (0, 0), *((p, p) for p in op.padding)))
-    windows = _windows(padded, (op.shape[2], op.shape[3]), op.stride, op.dilation)  # (N, C, h, w, kh, kw)
-    columns = windows.transpose(1, 4, 5, 0, 2, 3).reshape(width, -1)
-    n, _, height, side = windows.shape[:4]
-    product = (weight @ columns).reshape(out, n, height, side).transpose(1, 0, 2, 3)
-    return np.ascontiguousarray(product) + op.bias[:, None, None]
-
-
-def _pool(op: Pool, x: Floats) -> Floats:
-    (bottom, right) = (_overhang(op, x.shape[axis + 2], axis) for axis in (0, 1))
-    (top, left) = op.padding
-    padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=np.float32(-np.inf))
-    windows = _windows(padded, op.kernel, op.stride, op.dilation)
-    result: Floats = windows.mean(axis=(4, 5), dtype=np.float32) if op.mean else windows.max(axis=(4, 5))
-    return result
-
-
-def _overhang(op: Pool, side: int, axis: int) -> int:
-    """Return the padding after the image with which exactly the counted windows fit."""
-    span = op.dilation[axis] * (op.kernel[axis] - 1) + 1
-    padding, stride = op.padding[axis], op.stride[axis]
-    if not op.ceil_mode:
-        return padding
-    count = -(-(side + 2 * padding - span) // stride) + 1
-    count -= (count - 1) * stride >= side + padding
-    return max(0, (count - 1) * stride + span - side - padding)
-
-
-def _windows(x: Floats, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Floats:
-    """View x (N, C, H, W) as windows (N, C, h, w, kernel height, kernel width)."""
-    span = (dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1)
-    view = np.lib.stride_tricks.sliding_window_view(x, span, axis=(2, 3))
-    result: Floats = view[:, :, :: stride[0], :: stride[1], :: dilation[0], :: dilation[1]]
-    return result

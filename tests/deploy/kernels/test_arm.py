@@ -15,7 +15,7 @@ import pytest
 
 from sparring.deploy._compile import compile_model
 from sparring.deploy._program import Floats, Program
-from sparring.deploy._runtime import run_reference
+from sparring.deploy._reference import run_reference
 from sparring.deploy.kernels._abi import Call, Layout, Run, fields_of, module_of, runner
 from sparring.deploy.kernels._fusion import tasks_of
 from sparring.deploy.kernels._plan import Planner, usual

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparring import deploy
 from sparring.deploy._compile import compile_model
-from sparring.deploy._runtime import run_reference
+from sparring.deploy._reference import run_reference
 from sparring.deploy.kernels import _engine as engine
 from sparring.deploy.kernels import _native as native
 from sparring.deploy.kernels import _plan as planning

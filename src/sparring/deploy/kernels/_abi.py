@@ -115,7 +115,7 @@ def add_runner(code: Code) -> None:
 @cache
 def _sources() -> str:
     """Return a hash of the code that writes kernels, so that a cache never outlives it."""
-    content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
     return hashlib.sha256(content + llvmlite.__version__.encode()).hexdigest()
 
 

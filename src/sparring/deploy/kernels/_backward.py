@@ -12,7 +12,7 @@ from ...errors import Unsupported
 from .._program import Program, Scale, Shape, Snap, Sparse, sparse_from_dense
 from ._abi import Call, Layout, Tiling, kernel_call
 from ._elementwise import Pack, PoolGradient, UnpackImages
-from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View, tasks_of
+from ._fusion import Elementwise, FusedLayer, MaxPool, Move, Sparsify, Task, View, tasks_of
 from ._layout import Buffer
 from ._llvm_ir import Unit
 from ._plan import Planner, factors, sources_of, usual
@@ -105,7 +105,7 @@ class GradientPlanner(Planner):
         return target, other, gate
 
     def _back(self, task: Task) -> list[Call]:
-        if isinstance(task, View):
+        if isinstance(task, Move):
             return []
         upstream = self._gradients[self.base(task.result)]
         match task:

@@ -202,13 +202,13 @@ class PoolMax(_Windows):
         with k.loop(channels) as channel, k.loop(self.sides[2]) as y:
 
             def store(value: Value, x: Value, channel: Value = channel, y: Value = y) -> None:
-                k.store(k.relu(value) if self.relu else value, _pixel(k, target, steps[1], channel, y, x))
+                k.store(self.rectified(k, value) if self.relu else value, _pixel(k, target, steps[1], channel, y, x))
 
             def one(x: Value, channel: Value = channel, y: Value = y, store: Any = store) -> None:
-                value = k.splat(ir.Constant(FLOAT, float("-inf")), self.lanes)
+                value = self.least(k)
                 for row, column, inside in self.taps(k, y, x):
-                    pixel = k.load(_pixel(k, source, steps[0], channel, row, column), vector(self.lanes))
-                    value = k.b.select(inside, k.maximum(pixel, value), value)
+                    pixel = k.load(_pixel(k, source, steps[0], channel, row, column), self.kind(self.lanes))
+                    value = k.b.select(inside, self.larger(k, pixel, value), value)
                 store(value, x)
 
             with k.loop(first) as x:
@@ -219,6 +219,22 @@ class PoolMax(_Windows):
                     store(self._several(k, source, steps[0], channel, y, x), x)
             with k.loop(self.sides[3] - first - whole) as near:
                 one(k.b.add(near, k.number(first + whole)))
+
+    def kind(self, lanes: int) -> Any:
+        """Return the type of a vector."""
+        return vector(lanes)
+
+    def least(self, k: Kernel) -> Value:
+        """Return what no value is below."""
+        return k.splat(ir.Constant(FLOAT, float("-inf")), self.lanes)
+
+    def larger(self, k: Kernel, first: Value, second: Value) -> Value:
+        """Return the maximum of two vectors."""
+        return k.maximum(first, second)
+
+    def rectified(self, k: Kernel, value: Value) -> Value:
+        """Return the maximum of a vector and zero."""
+        return k.relu(value)
 
     def _inside_of_rows(self) -> tuple[int, int]:
         """Return the first window of a row that is inside, and how many from there on form whole vectors."""
@@ -240,10 +256,10 @@ class PoolMax(_Windows):
             for dx in range(self.op.kernel[1]):
                 column = b.add(b.mul(x, k.number(stride[1])), k.number(dx - self.op.padding[1]))
                 place = _pixel(k, source, steps, channel, row, column)
-                value = k.load(place, vector(self.wide))
+                value = k.load(place, self.kind(self.wide))
                 if stride[1] == 2:
-                    value = k.shuffle(value, k.load(k.at(place, 4 * self.wide), vector(self.wide)), even)
-                found = value if found is None else k.maximum(value, found)
+                    value = k.shuffle(value, k.load(k.at(place, 4 * self.wide), self.kind(self.wide)), even)
+                found = value if found is None else self.larger(k, value, found)
         return found
 
 

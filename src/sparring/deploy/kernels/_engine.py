@@ -26,8 +26,9 @@ from ._backward import GradientPlanner
 from ._builtin import add_answer, builtin, reader
 from ._fusion import FusedLayer, Task, tasks_of
 from ._llvm_ir import Unit
-from ._native import Code, cache_folder, host_identity, host_lanes, permutes
-from ._plan import Planner, candidates, usual
+from ._native import Code, cache_folder, host_identity, host_lanes, permutes, way_of_products
+from ._plan import Planner, usual
+from .int8._plan import BytePlanner
 
 _NEAR_CACHE = 1 << 19  # bytes: half of a core's private cache
 _TOLD = slice(int(Run.IMAGES), Run.COUNT + 1)  # images, logits and count at once: numpy is slow with enums
@@ -40,10 +41,12 @@ _ROUNDS = 5
 class Workspace:
     """The memory of one run at a time: an arena, zeroed where padding is read, and the fields of the call."""
 
-    def __init__(self, size: int, fields: NDArray[np.int64]) -> None:
+    def __init__(self, size: int, fills: list[tuple[int, int, int]], fields: NDArray[np.int64]) -> None:
         self._memory = np.zeros(size + 64, np.uint8)
         self.bytes_memory = size
         self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
+        for where, count, byte in fills:
+            ctypes.memset(self.arena + where, byte, count)
         self.call = fields.copy()
         self.call_address = self.call.ctypes.data
 
@@ -54,8 +57,16 @@ class Single(Workspace):
     Asking NumPy for an address takes longer than a small network.
     """
 
-    def __init__(self, size: int, fields: NDArray[np.int64], classes: int, code: Code, segments: int) -> None:
-        super().__init__(size, fields)
+    def __init__(
+        self,
+        size: int,
+        fills: list[tuple[int, int, int]],
+        fields: NDArray[np.int64],
+        classes: int,
+        code: Code,
+        segments: int,
+    ) -> None:
+        super().__init__(size, fills, fields)
         self.logits = np.zeros((1, classes), np.float32)
         self.call[_TOLD] = 0, self.logits.ctypes.data, 1
         self._arguments = np.array([code["run"], self.arena, segments, self.call_address], np.int64)
@@ -96,8 +107,9 @@ class ExecutionPlan:
             }
         )
         self._run = _RUN(code["run"])
-        self._workspace = partial(Workspace, planner.arena_bytes, fields)
-        self._single = partial(Single, planner.arena_bytes, fields, program.classes, code, self._segments_address)
+        memory = planner.arena_bytes, planner.fills(), fields
+        self._workspace = partial(Workspace, *memory)
+        self._single = partial(Single, *memory, program.classes, code, self._segments_address)
         self._idle: list[Workspace] = []
         self._idle_single: list[Single] = []
 
@@ -177,6 +189,7 @@ class Engine:
         self._program = program
         self._tasks = tasks_of(program)
         self._lanes = lanes or host_lanes()
+        self._way = way_of_products()
         self._lookup = lanes is None and permutes()
         self._threads = threads
         self._code = code or Code()
@@ -191,7 +204,8 @@ class Engine:
         pairs, kept = (_convolved(program, tasks) for tasks in (self._tasks, tasks_of(program, whole=False)))
         self._linear = not pairs
         most = min(8, 64 // self._lanes) if self._linear else 4
-        self._units = most if 4 * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
+        width = 1 if program.rounding else 4
+        self._units = most if width * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
         self._gradient_units = most if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
 
     @cached_property
@@ -202,13 +216,18 @@ class Engine:
     def plan(self, layout: Layout) -> ExecutionPlan:
         """Return the plan for a layout, tuned and made at first use."""
         if layout not in self._plans:
-            planner = Planner(self._program, self._tasks, layout, lookup=self._lookup)
-            space = Workspace(planner.arena_bytes, fields_of({Run.UNIT + Unit.OWN: planner.common_bytes}))
+            planner = self._planner(layout)
+            space = Workspace(planner.arena_bytes, [], fields_of({Run.UNIT + Unit.OWN: planner.common_bytes}))
             memory = space.arena, space.call_address + 8 * Run.UNIT
             choose = tuned(planner, self._code, memory, lanes=self._lanes)
             calls = planner.calls(choose)
             self._plans[layout] = ExecutionPlan(self._program, planner, calls, self._code)
         return self._plans[layout]
+
+    def _planner(self, layout: Layout) -> Planner:
+        if self._program.rounding:
+            return BytePlanner(self._program, layout, way=self._way, lookup=self._lookup)
+        return Planner(self._program, self._tasks, layout, lookup=self._lookup)
 
     def run(self, x: Floats) -> Floats:
         """Return the logits of contiguous images (N, *shape)."""
@@ -314,7 +333,7 @@ def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int) -> Callab
 
     `memory` is for one run of the planner's layout; its content is overwritten.
     """
-    choices = candidates(lanes, planner.layout.tiles)
+    choices = planner.choices
     layers = _worth_tuning(planner)
     if not layers:
         return lambda key: choices[0]

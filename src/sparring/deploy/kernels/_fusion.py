@@ -45,11 +45,16 @@ class MaxPool:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """result is source, flattened."""
+class Move:
+    """result is source in another form."""
 
     source: int
     result: int
+
+
+@dataclass(frozen=True, eq=False)
+class View(Move):
+    """result is source, flattened."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +70,7 @@ class Sparsify:
         return isinstance(self.op, PackedActivation)
 
 
-Task = FusedLayer | Elementwise | MaxPool | Sparsify | View
+Task = FusedLayer | Elementwise | MaxPool | Sparsify | Move
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def _absorb(
 ) -> Task | None:
     """Return the task merged with the step that alone reads its result, or None if they cannot be merged."""
     match op:
-        case ReLU() if not isinstance(task, View | Sparsify) and not task.relu:
+        case ReLU() if not isinstance(task, Move | Sparsify) and not task.relu:
             return replace(task, result=result, relu=True)
         case _Capped() if isinstance(task, FusedLayer | Elementwise) and not task.relu:
             return replace(task, result=result, relu=True, cap=op.cap)

@@ -13,7 +13,8 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from ._abi import Call, kernel_call
+from .._program import Sparse
+from ._abi import Call, Table, kernel_call
 from ._fusion import FusedLayer
 from ._layout import Buffer, offsets_of
 from ._llvm_ir import BYTE, FLOAT, INT32, INT64, Kernel, Spec, Turn, Value, vector
@@ -88,6 +89,22 @@ class Tile(Spec):
                     inner.values = [end, *ahead]
                 outer.values = inner.values
 
+    def kind(self) -> Any:
+        """Return the type of an accumulator."""
+        return vector(self.lanes)
+
+    def weight(self, k: Kernel, bits: Value) -> Value:
+        """Return the weight of a nonzero, as 32 bits, in every lane."""
+        return k.splat(k.b.bitcast(bits, FLOAT), self.lanes)
+
+    def add_product(self, k: Kernel, weight: Value, value: Value, total: Value) -> Value:
+        """Return total + weight · value."""
+        return k.multiply_add(weight, value, total)
+
+    def plus(self, k: Kernel, first: Value, second: Value) -> Value:
+        """Return the sum of two accumulators."""
+        return k.b.fadd(first, second)
+
     def _initial(self, k: Kernel, biases: Value, row: Value, block: Value, kept: Value) -> list[Value]:
         def from_bias() -> list[Value]:
             return [k.splat(k.entry(biases, row), self.lanes)] * len(self.reads)
@@ -122,10 +139,9 @@ class Tile(Spec):
 
         def add(nonzero: Value, sums: list[Value]) -> list[Value]:
             point = k.at(here, b.sext(b.trunc(nonzero, INT32), INT64))
-            bits = b.trunc(b.lshr(nonzero, k.number(32)), INT32)
-            weight = k.splat(b.bitcast(bits, FLOAT), self.lanes)
-            loaded = [k.load(k.at(point, read), vector(self.lanes)) for read in self.reads]
-            return [k.multiply_add(weight, value, total) for value, total in zip(loaded, sums, strict=True)]
+            weight = self.weight(k, b.trunc(b.lshr(nonzero, k.number(32)), INT32))
+            loaded = [k.load(k.at(point, read), self.kind()) for read in self.reads]
+            return [self.add_product(k, weight, value, total) for value, total in zip(loaded, sums, strict=True)]
 
         def add_some(turn: Turn) -> None:
             """Take as many nonzeros as there are groups of sums."""
@@ -136,13 +152,14 @@ class Tile(Spec):
             following = [self._nonzero(k, nonzeros, n) for n in numbers]
             turn.values = [*(total for group in added for total in group), *taken[len(groups) :], *following]
 
-        zero = ir.Constant(vector(self.lanes), None)
+        zero = ir.Constant(self.kind(), None)
         carried = [*initial, *[zero] * (count * (self.unroll - 1)), *ahead]
         with k.carry(b.sub(end, k.number(self.unroll - 1)), carried, step=self.unroll, start=start) as turn:
             add_some(turn)
         sums, ahead = turn.values[:-AHEAD], turn.values[-AHEAD:]
         for u in range(1, self.unroll):
-            sums[:count] = [b.fadd(a, c) for a, c in zip(sums[:count], sums[u * count : (u + 1) * count], strict=True)]
+            more = sums[u * count : (u + 1) * count]
+            sums[:count] = [self.plus(k, *two) for two in zip(sums[:count], more, strict=True)]
         if self.unroll > 1:
             with k.carry(end, [*sums[:count], *ahead], start=turn.number) as turn:
                 add_some(turn)
@@ -297,7 +314,15 @@ def rows_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
 
 def lookup_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
     """Return the call of the kernel that computes sixteen rows at once from windows of 32 inputs."""
-    op = task.op
+    tables = lookup_tables(task.op, source)
+    groups = len(tables[0]) - 1
+    biases = np.zeros(16 * groups, np.float32)
+    biases[: len(task.op.bias)] = task.op.bias
+    return kernel_call(Lookup(task.relu), [source.origin, target.origin, groups], (*tables, biases))
+
+
+def lookup_tables(op: Sparse, source: Buffer) -> tuple[Table, Table, Table, Table]:
+    """Return where the slots of each group of rows start, their windows, and their lanes' places and weights."""
     groups, count = -(-op.shape[0] // 16), op.shape[0]
     offsets = np.append(offsets_of(op, source, True), np.iinfo(np.int32).max).astype(np.int64)
     heads, ends = np.zeros((2, groups * 16), np.int64)
@@ -320,10 +345,7 @@ def lookup_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
     weights = _aligned((len(base), 16))
     places[slot, lane] = (offsets[:-1] - base[slot]) // 4
     weights[slot, lane] = op.values
-    biases = np.zeros(16 * groups, np.float32)
-    biases[:count] = op.bias
-    tables = (starts, base, places, weights, biases)
-    return kernel_call(Lookup(task.relu), [source.origin, target.origin, groups], tables)
+    return starts, base, places, weights
 
 
 def _aligned(shape: tuple[int, int]) -> NDArray[np.float32]:

@@ -80,6 +80,16 @@ def permutes() -> bool:
     return host_lanes() == 16
 
 
+@cache
+def way_of_products() -> str:
+    """Return how this host sums four products of bytes: "vnni", "maddubs" (other x86), else "plain"."""
+    features = set(_processor()[1].split(","))
+    if {"+avx512vnni", "+avx512vl"} <= features or ("+avxvnni" in features and host_lanes() < 16):
+        return "vnni"
+    x86 = _llvm().get_default_triple().startswith("x86_64")
+    return "maddubs" if x86 and (host_lanes() < 16 or "+avx512bw" in features) else "plain"
+
+
 def cache_folder() -> Path | None:
     """Return the folder for generated code, created if necessary, or None if other users could access it.
 

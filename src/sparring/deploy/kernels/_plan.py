@@ -49,17 +49,25 @@ class Planner:
     """Assign memory to a program's values and make its kernel calls."""
 
     def __init__(
-        self, program: Program, tasks: list[Task], layout: Layout, *, keep: bool = False, lookup: bool = False
+        self,
+        program: Program,
+        tasks: list[Task],
+        layout: Layout,
+        *,
+        keep: bool = False,
+        lookup: bool = False,
+        shapes: list[Shape] | None = None,
     ) -> None:
         """Place all values; `keep`: each in its own place, so that all can be read after a run.
 
-        lookup: the host supports the kernel `Lookup`.
+        lookup: the host supports the kernel `Lookup`. shapes: of all values, if tasks have more than the program.
         """
         self.program = program
         self.tasks = tasks
         self.layout = layout
-        self._lookup = lookup
-        self.shapes = program.shapes
+        self.lookup = lookup
+        self.shapes = shapes or program.shapes
+        self.choices = candidates(layout.lanes, layout.tiles)
         self.end = 0  # bytes of the memory that all units use in turn
         self.unit_bytes = 0  # bytes of each unit's own memory
         self.buffers: dict[int, Buffer] = {}
@@ -75,8 +83,20 @@ class Planner:
         """Return the place of a value; a flattened one shares the place of the value that it views."""
         base = self.buffers[self.base(value)]
         if value in self._views and base.whole:
-            return replace(base, shape=(self.shapes[value][0], 1, 1))
+            return replace(base, shape=self.shape3(value))
         return base
+
+    def fill(self, value: int) -> int:
+        """Return the byte that lies around a value: that of zero."""
+        return 0
+
+    def fills(self) -> list[tuple[int, int, int]]:
+        """Return (where, bytes, byte) in the arena of what is around values, where that is not zero."""
+        return []
+
+    def copies(self) -> list[tuple[int, Buffer]]:
+        """Return sorted copies, each with the value that it is one of."""
+        return [(task.source, self._split[number]) for number, tasks in self._spreads.items() for task in tasks]
 
     def read_by(self, task: FusedLayer) -> Buffer:
         """Return where a layer reads its input, which for a strided one may be a copy that is sorted for it."""
@@ -104,7 +124,7 @@ class Planner:
     def _sorted(self, task: FusedLayer, pitch: int) -> Buffer:
         _, height, width = self.shapes[task.result]
         computed = (height * (1 + task.pool), width * (1 + task.pool))
-        return split_of(task.op, self.shapes[task.source], computed, pitch)
+        return split_of(task.op, self.shape3(task.source), computed, pitch)
 
     def _place_all(self, keep: bool) -> None:
         """Give every value a place; values of one geometry share places when their lives do not overlap."""
@@ -114,19 +134,19 @@ class Planner:
         # Up to the first linear layer units run one after another, so that each finds its inputs in the caches.
         together = [number for number, task in enumerate(self.tasks) if self._joins_units(task)]
         inner = set() if keep else {v for v, end in last.items() if end < min(together, default=len(self.tasks))}
-        free: dict[tuple[Shape, Pair, bool, bool], list[Buffer]] = {}
+        free: dict[tuple[Shape, Pair, bool, bool, int], list[Buffer]] = {}
         lanes, viewed = self.layout.lanes if self.layout.tiles else 1, set(self._views.values())
         for number, value in enumerate((0, *(task.result for task in self.tasks)), -1):
             if value not in self._views:
                 shape, pad, own = self.shape3(value), pads.get(value, (0, 0)), value not in inner
-                places = free.get((shape, pad, own, value in viewed))
+                places = free.get((shape, pad, own, value in viewed, self.fill(value)))
                 whole = self.layout.tiles or value in viewed or len(self.shapes[value]) == 1
                 align = 4 if whole else ALIGNED
                 new = Buffer(shape, pad, lanes, align=align)
                 self.buffers[value] = places.pop() if places else self.reserve(new, own=own)
             for ended in [] if keep else [v for v, end in last.items() if end == number and v in self.buffers]:
                 buffer = self.buffers[ended]
-                kind = (buffer.shape, buffer.pad, ended not in inner, ended in viewed)
+                kind = (buffer.shape, buffer.pad, ended not in inner, ended in viewed, self.fill(ended))
                 free.setdefault(kind, []).append(buffer)
 
     def shape3(self, value: int) -> tuple[int, int, int]:
@@ -197,12 +217,18 @@ class Planner:
                 case Elementwise():
                     calls.append(self._elementwise(task))
                 case MaxPool():
-                    calls.append(self._max_pool(task))
+                    calls.append(self.max_pool(task))
                 case Sparsify():
                     calls.append(self._sparsify(task))
+                case _:
+                    calls += self.moves(task)
         logits = self.plain(len(self.program.steps))
         lanes = self.layout.lanes if self.layout.tiles else 1
         return [*calls, kernel_call(Unpack(lanes), [logits.origin, self.program.classes])]
+
+    def moves(self, task: Task) -> list[Call]:
+        """Return the calls for a task that only moves values: none for a view."""
+        return []
 
     def pack_images(self) -> tuple[Call, list[Task]]:
         """Return the call that brings images in, normalised if the first task does that, and the remaining tasks."""
@@ -251,7 +277,7 @@ class Planner:
         spec = Pointwise(self.layout.lanes, **parts, cap=cap)
         return kernel_call(spec, arguments, factors(scale))
 
-    def _max_pool(self, task: MaxPool) -> Call:
+    def max_pool(self, task: MaxPool) -> Call:
         source, target, op = self.buffer(task.source), self.buffer(task.result), task.op
         wide = 1 if self.layout.tiles else self.layout.lanes
         spec = PoolMax(target.lanes, (*source.shape[1:], *target.shape[1:]), op, task.relu, wide)
@@ -288,7 +314,7 @@ class Planner:
         source, target = self.read_by(task), self.buffer(task.result)
         flat = len(self.shapes[task.source]) == 1
         if flat and not self.layout.tiles and task.residual is None and task.cap is None:
-            if self._lookup:
+            if self.lookup:
                 return lookup_call(task, source, target)
             if source.size < 4 * MOST_PLACES:
                 return rows_call(task, source, target)
@@ -319,7 +345,8 @@ class Planner:
         spec = replace(
             spec, others=spec.others if other is not None else (), gates=spec.gates if gate is not None else ()
         )
-        per_block = _channels_per_block(choice, cut, task.op, source, flat, spec)
+        spec, rows = self.kind_of(task, spec)
+        per_block = self.per_block(task.op, choice, cut, source, spec, flat=flat)
         blocks = -(-task.op.shape[1] // per_block)
         starts, nonzeros = _nonzeros(task.op, offsets_of(task.op, source, flat), per_block, blocks)
         row, mask = target.inner // 4, np.full(1, -1, np.int32)
@@ -327,10 +354,18 @@ class Planner:
             mask = np.where(np.arange(height * row) % row < width, -1, 0).astype(np.int32)
         spec = replace(spec, blocked=blocks > 1, masked=len(mask) > 1)
         numbers = [len(cut.starts), task.op.shape[0], *(b.outer for b in four[1:]), blocks, self.end]
-        tables = (table, starts, nonzeros, task.op.bias, mask)
+        tables = (table, starts, nonzeros, rows, mask)
         return kernel_call(
             spec, [*(b.origin for b in four), *numbers], tables, per_unit=not (flat and self.layout.tiles)
         )
+
+    def kind_of(self, task: FusedLayer, spec: Tile) -> tuple[Tile, Table]:
+        """Return the kernel of a layer, and the table with an entry for each of its rows."""
+        return spec, task.op.bias
+
+    def per_block(self, op: Sparse, choice: Tiling, cut: Cut, source: Buffer, spec: Tile, *, flat: bool) -> int:
+        """Return how many input channels a layer takes at once."""
+        return _channels_per_block(choice, cut, op, source, flat, spec)
 
     @property
     def common_bytes(self) -> int:

@@ -154,7 +154,7 @@ def _rows(running: list[_Running], batch: int, rounds: int, progress: Callable[[
     for one, timing in zip(running, timings, strict=True):
         found, expected = np.asarray(one.engine.run(x)), run_torch(one.network.reference, x)
         kept, dense = needed[one.network.packed]
-        own = kept if one.name.removeprefix(SMALL) == "packed" else dense
+        own = kept if one.name.removeprefix(SMALL).startswith("packed") else dense
         row = BenchRow(
             one.name,
             one.engine.settings,

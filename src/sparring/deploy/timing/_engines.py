@@ -76,6 +76,15 @@ class Network:
         return export(self.model, self.folder / "net.sparring", shape=self.shape)
 
     @cached_property
+    def packed_int8(self) -> Path:
+        """The artefact with weights and activations in int8. Raise Unavailable where they cannot be rounded."""
+        path = self.folder / "net.int8.sparring"
+        try:
+            return export(self.model, path, shape=self.shape, values="int8", calibrate=self.images)
+        except UserError as error:
+            raise Unavailable(str(error)) from error
+
+    @cached_property
     def onnx(self) -> Path:
         """The ONNX file. Raise Unavailable if the package is missing or the network cannot be exported."""
         _require("onnxscript")
@@ -114,6 +123,12 @@ def _require(package: str) -> None:
 def _packed(network: Network) -> Opened:
     packed = load(network.packed)
     return Opened(packed, "sparse kernels", network.packed.stat().st_size, memory=lambda: packed.bytes_memory)
+
+
+def _packed_int8(network: Network) -> Opened:
+    packed, size = load(network.packed_int8), network.packed_int8.stat().st_size
+    settings = f"sparse kernels on int8 weights and activations, {len(network.images)} images"
+    return Opened(packed, settings, size, exact=False, memory=lambda: packed.bytes_memory)
 
 
 def _torch(network: Network) -> Opened:
@@ -177,6 +192,7 @@ def _openvino(network: Network, *, precision: str) -> Opened:
 
 ENGINES: Mapping[str, Callable[[Network], Opened]] = {
     "packed": _packed,
+    "packed int8": _packed_int8,
     "torch": _torch,
     "torch.compile": _compiled,
     "onnxruntime": _onnxruntime,

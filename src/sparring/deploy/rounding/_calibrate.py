@@ -1,0 +1,57 @@
+"""Choose how values are rounded to bytes: by the smallest and the largest number that images give them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from .._equivalent import Equivalent
+from .._program import Flatten, Program, Rounding, Scale
+from ._tasks import rounded_tasks, values_to_round
+
+_TOGETHER = 64  # images
+
+
+def calibrate(program: Program, images: Tensor) -> Program:
+    """Return a program whose layers read bytes, with scales from images (N, *shape) in [0, 1].
+
+    Values that only normalise the image cover all of [0, 1]. Raise UserError for images of another shape or none, and
+    for a network that cannot be computed so.
+    """
+    if images.shape[1:] != program.shape or not len(images):
+        raise UserError(f"calibration takes images (N, {program.shape}), at least one, not {tuple(images.shape)}")
+    if not program.whole:
+        raise UserError("the network has operations without kernels for bytes; export it without rounded activations")
+    wanted = values_to_round(program)
+    inputs = {0}
+    for number, step in enumerate(program.steps):
+        if isinstance(step.op, Scale | Flatten) and step.inputs[0] in inputs:
+            inputs.add(number + 1)
+    corners = torch.stack([torch.zeros(program.shape), torch.ones(program.shape)])
+    seen, extremes = _ranges(program, wanted, images), _ranges(program, [v for v in wanted if v in inputs], corners)
+    result = replace(program, rounding={v: _rounding(*(extremes.get(v) or seen[v])) for v in wanted})
+    rounded_tasks(result)
+    return result
+
+
+def _ranges(program: Program, wanted: list[int], images: Tensor) -> dict[int, tuple[float, float]]:
+    """Return the smallest and the largest number of each value wanted, zero among them."""
+    network, found = Equivalent(program), dict.fromkeys(wanted, (0.0, 0.0))
+    for part in torch.split(images, _TOGETHER):
+        values = network.values(part)
+        for value in wanted:
+            low, high = (float(v) for v in torch.aminmax(values[value]))
+            found[value] = min(found[value][0], low), max(found[value][1], high)
+    return found
+
+
+def _rounding(low: float, high: float) -> Rounding:
+    """Return the rounding by which 0 stays exact and the range fills a byte."""
+    if not np.isfinite(high - low):
+        raise UserError("activations on the calibration images are NaN or infinite; they cannot be rounded to bytes")
+    scale = float(np.float32((high - low) / 255)) or 1.0
+    return Rounding(scale, int(np.rint(-low / scale)))
