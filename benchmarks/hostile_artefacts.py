@@ -2,11 +2,12 @@
 
     python benchmarks/hostile_artefacts.py [--json] [--files 1000] [--seed 0]
 
-Networks are packed (a residual one in fp32 and on bytes, convolutional ones in int8 and on bytes, one with activation
-sparsity, in fp16 and on bytes, and others) and their files changed: up to three bytes of the header or of anything, every tenth file cut short, half of all with a checksum
-made right again, so that the checks behind it are reached. What opens is run by the kernels and by numpy. A file may be
-refused with a UserError, or be a sound network whose two runs agree; anything else (another exception, a process that
-died, 60 seconds, 4 GiB) is a failure, and the exit code 1.
+Networks are packed (residual and convolutional ones, one with activation sparsity, each also with activations on bytes,
+and two with dense parts) and their files changed: up to three bytes of the header or of anything, every tenth file cut
+short, half of all with a checksum made right again, so that the checks behind it are reached. What opens is run by the
+kernels and by numpy. A file may be refused with a UserError, or be a sound network whose two runs agree (on bytes to the
+last bit); anything else (another exception, a process that died, 60 seconds,
+4 GiB) is a failure, and the exit code 1.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ def originals(folder: Path) -> list[bytes]:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(torch.rand(parameter.shape, generator=generator) < 0.1)
-        plain = {"shape": shape, "values": values}
-        rounded = {"shape": shape, "values": "int8", "calibrate": torch.rand(16, *shape, generator=generator)}
-        for number, told in enumerate([plain] if name in ("attention", "gated") else [plain, rounded]):
-            path = deploy.export(model.eval(), folder / f"{name}-{number}.sparring", **told)
+        images = torch.rand(16, *shape, generator=generator)
+        for calibrate in [None] if name in ("attention", "gated") else [None, images]:
+            numbers, path = values if calibrate is None else "int8", folder / f"{name}.sparring"
+            deploy.export(model.eval(), path, shape=shape, values=numbers, calibrate=calibrate)
             deploy.load(path)(np.zeros((1, *shape), np.float32))  # its kernels are made once, here
             files.append(path.read_bytes())
     return files

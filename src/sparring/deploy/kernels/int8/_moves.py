@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from .._elementwise import PoolMax, transpose
-from .._llvm_ir import BYTE, FLOAT, INT32, Kernel, Spec, Unit, Value, vector
+from .._llvm_ir import BYTE, FLOAT, INT32, INT64, Kernel, Spec, Unit, Value, vector
 from . import _arithmetic as integer
 
 _MAGIC = 12582912.0  # 1.5 · 2^23: added to a small float, it leaves the nearest integer in the lowest bits
@@ -220,7 +220,7 @@ class Flat(Spec):
     """Flatten bytes: four features in a lane, each from a place of its own.
 
     Arguments: input, output (offsets), lanes of the output (each of `lanes` images), places of the features: their
-    lane's offset and the bits before them, int32 each.
+    lane's offset and the bits before them, int64 each.
     """
 
     lanes: int
@@ -232,8 +232,8 @@ class Flat(Spec):
             parts = []
             for byte in range(4):
                 place = b.add(b.mul(number, k.number(8)), k.number(2 * byte))
-                value = k.load(k.at(source, k.index(table, place, INT32)), integer.quads(self.lanes))
-                bits = b.trunc(k.index(table, b.add(place, k.number(1)), INT32), INT32)
+                value = k.load(k.at(source, k.index(table, place, INT64)), integer.quads(self.lanes))
+                bits = b.trunc(k.index(table, b.add(place, k.number(1)), INT64), INT32)
                 shifted = b.lshr(value, k.splat(bits, self.lanes))
                 parts.append(b.and_(shifted, integer.constant(255, self.lanes)))
             k.store(_joined(k, parts), k.at(target, b.mul(number, k.number(4 * self.lanes))))

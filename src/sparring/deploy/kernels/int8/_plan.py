@@ -129,7 +129,7 @@ class BytePlanner(Planner):
         shape = self.shapes[task.source]
         channel, y, x = np.indices(shape).reshape(3, -1)
         count = -(-len(channel) // 4)
-        places = np.zeros((4 * count, 2), np.int32)
+        places = np.zeros((4 * count, 2), np.int64)
         places[: len(channel), 0] = channel // 4 * source.outer + y * source.inner + x * source.pixel
         places[: len(channel), 1] = channel % 4 * 8
         lanes = source.lanes
