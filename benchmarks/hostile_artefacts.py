@@ -5,8 +5,8 @@
 Networks are packed (residual and convolutional ones, one with activation sparsity, each also with activations on bytes,
 and two with dense parts) and their files changed: up to three bytes of the header or of anything, every tenth file cut
 short, half of all with a checksum made right again, so that the checks behind it are reached. What opens is run by the
-kernels and by numpy. A file may be refused with a UserError, or be a sound network whose two runs agree (on bytes to the
-last bit); anything else (another exception, a process that died, 60 seconds,
+kernels and by numpy. A file may be refused with a UserError, or be a sound network whose two runs agree (on bytes to
+the last bit); anything else (another exception, a process that died, 60 seconds,
 4 GiB) is a failure, and the exit code 1.
 """
 
