@@ -105,6 +105,11 @@ CODE = """
     def held(): return Own(lambda z: SimpleNamespace(logits=z))
     def scripted(): return torch.jit.script(NET)
     def plain(): return NET
+    def trained():
+        net = NET
+        nn.init.eye_(net[1].weight)
+        nn.init.zeros_(net[1].bias)
+        return net
     model = NET
     number = 3
 
@@ -312,6 +317,15 @@ def test_traceback_shows_the_rest(own: str, tmp_path: Path, place: str) -> None:
     words = ["--traceback", *words] if place == "before" else [*words, "--traceback"]
     done = run_words(["sparring", *words], tmp_path, os.environ)
     assert done.returncode == 2 and "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1][:6] == "error:"
+
+
+def test_training_of_no_epochs_writes_only_what_was_trained_before(sparring, own: str) -> None:  # type: ignore[no-untyped-def]
+    words = ("train", "--data", "digits", "--out", "o.safetensors", "--set", "epochs=0")
+    for name in ("mlp", f"{own}:plain"):
+        told = one_message(sparring(*words, name), own)
+        assert "epochs=0 trains nothing" in told and not Path("o.safetensors").exists()
+    assert sparring(*words, f"{own}:trained").code == 0 and Path("o.safetensors").exists()
+    assert sparring("prune", *words[1:], f"{own}:trained", "--sparsity", 0.5).code == 0
 
 
 def test_untrained_models_are_named_and_weights_are_compared(sparring, own: str) -> None:  # type: ignore[no-untyped-def]

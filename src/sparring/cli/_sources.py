@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .. import data, deploy
@@ -31,7 +30,7 @@ from ..models import (
     read_weights,
     takes_moments,
 )
-from ..study import check_fit
+from ..study import check_fit, is_untrained
 from ._app import DataSource, ModelSource, StudySource, Where
 from ._progress import shown_bytes
 
@@ -215,7 +214,7 @@ def _put_weights_(model: nn.Module, blueprint: Blueprint, weights: Path | None, 
 def _say_what_is_assumed(source: ModelSource, model: nn.Module, blueprint: Blueprint) -> None:
     """Warn of a user's network with random weights, and of trained weights with the mean and std of other images."""
     name, weights = source.named()
-    if weights is None and _is_untrained(model, blueprint):
+    if weights is None and is_untrained(model, blueprint.build(seed=1)):
         what = "has random weights, so these results are of an untrained network; give --weights to load trained ones"
         print(f"warning: '{name}' {what}", file=sys.stderr)
     elif weights is not None and source.mean is None and takes_moments(name):
@@ -268,12 +267,6 @@ def check_named(source: ModelSource) -> None:
 def is_code(name: str) -> bool:
     """Return whether a model's name is that of a user's factory."""
     return ":" in name and not is_hub_name(name)
-
-
-def _is_untrained(model: nn.Module, blueprint: Blueprint) -> bool:
-    """Return whether another seed gives other parameters, so that they are not trained."""
-    other = dict(blueprint.build(seed=1).named_parameters())
-    return any(not torch.equal(value, other.get(name, value)) for name, value in model.named_parameters())
 
 
 def blueprint_for(source: ModelSource, dataset: Dataset) -> Blueprint:

@@ -24,7 +24,16 @@ from ..metrics import accuracy
 from ..models import Blueprint, read_checkpoint, recipe_settings, save_model
 from ..sparsity import Pruner, PruningSpec, build_pruner, check_reached, counts, covered, sparsity_of
 from ..statistics import binomial_interval
-from ..study import NetworkSettings, Plan, TrainingSettings, check_fit, ramped_loss, refuse_constant, robust_score
+from ..study import (
+    NetworkSettings,
+    Plan,
+    TrainingSettings,
+    check_fit,
+    is_untrained,
+    ramped_loss,
+    refuse_constant,
+    robust_score,
+)
 from ..train import EpochProgress, Fit, Recipe, check_memory, fit, predict
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
@@ -54,6 +63,8 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     recipe = _settings(how.recipe, Recipe, own=recipe_settings(how.model, channels=blueprint.shape[0])).recipe
     model = place.model(blueprint.build(seed=options.seed))
     say_fresh(how.model)
+    if recipe.epochs == 0 and is_untrained(model, place.model(blueprint.build(seed=options.seed + 1))):
+        raise UserError(f"epochs=0 trains nothing, and '{how.model}' has random weights; give epochs=1 or more")
     check_fit(model, dataset)
     if training.certified:
         ibp_initialise_(model, generator=torch.Generator().manual_seed(options.seed))

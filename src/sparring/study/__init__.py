@@ -30,7 +30,7 @@ from .runner._ray import RayCluster
 from .runner._run import Progress, available_cores, progress, register, run
 from .runner._schedule import Event, Watcher, environment, execute
 from .runner._watchers import describe, line_of, rest_of, show_progress, to_mlflow, to_tensorboard
-from .stages._networks import Context, check_fit, chosen_images, load_network_, trained
+from .stages._networks import Context, check_fit, chosen_images, is_untrained, load_network_, trained
 from .stages._train import ramped_loss, refuse_constant, robust_score
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "describe",
     "environment",
     "execute",
+    "is_untrained",
     "lay_out",
     "line_of",
     "load_network_",

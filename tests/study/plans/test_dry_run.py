@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from sparring.data import Dataset
 from sparring.errors import PlanError
+from sparring.models import build
 from sparring.sparsity import LeftDenseWarning
 from sparring.study import Context, Plan, run
 from sparring.study.plans._dry_run import rehearse
@@ -39,6 +41,14 @@ def test_channels_by_hand_must_fit_the_network(few_digits: Dataset) -> None:
     with pytest.raises(PlanError, match=r"'6\.weight' keeps all its channels"):
         rehearse(plan(structure="channels", layers=dict.fromkeys(names, 0.5)), context)
     rehearse(plan(structure="channels", layers=dict(zip(names, (0.5, 0.5, 0.0), strict=True))), context)
+
+
+def test_networks_that_nothing_would_train_are_refused(few_digits: Dataset) -> None:
+    untrained = Plan.from_table(plan().table() | {"recipe": {"epochs": 0}, "finetune": {"epochs": 1}})
+    with pytest.raises(PlanError, match=r"recipe.epochs = 0 trains nothing"):
+        rehearse(untrained, Context(few_digits, lambda key: {}))
+    fixed = build("mlp", shape=(1, 8, 8), classes=10, mean=(0.0,), std=(1.0,), widths=(16,))
+    rehearse(untrained, Context(few_digits, lambda key: {}, factory=lambda: copy.deepcopy(fixed)))  # as if trained
 
 
 def test_nothing_is_written_for_a_plan_that_is_refused(few_digits: Dataset, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from ..stages._inputs import (
     Train,
     Verify,
 )
-from ..stages._networks import Context, check_fit, network
+from ..stages._networks import Context, check_fit, is_untrained, network
 from ._plan import Plan
 from ._tables import PruningSettings
 
@@ -52,6 +52,7 @@ def rehearse(plan: Plan, context: Context) -> None:
 
     Only tables with a structure, layers or a floor can have these; other plans of known models are not checked.
     """
+    _refuse_untrained(plan, context)
     depending = [p for p in plan.pruning if p.structure or p.layers or p.spare or p.floor or p.c_rate is not None]
     own = context.factory is not None or ":" in plan.model.name or plan.model.weights is not None
     if not depending and not own:
@@ -68,6 +69,17 @@ def rehearse(plan: Plan, context: Context) -> None:
             _try(pruning, plan, model, (as_float(train.x[:2]), train.y[:2]))
         except UserError as error:
             raise PlanError(f"pruning method '{pruning.title}': {error}") from error
+
+
+def _refuse_untrained(plan: Plan, context: Context) -> None:
+    """Raise PlanError for dense networks that would never be trained: no epochs, no weights, random initial ones."""
+    if plan.recipe.epochs or plan.model.weights is not None or plan.linear:
+        return
+    if is_untrained(*(network(context, Network.of(plan.model), seed) for seed in (0, 1))):
+        raise PlanError(
+            "recipe.epochs = 0 trains nothing, so every network would start from random weights; set 1 or more, or "
+            "give trained weights as model.weights"
+        )
 
 
 def _try_gradient(model: nn.Module, context: Context) -> None:

@@ -261,7 +261,7 @@ def read_text(path_or_preset: str | Path) -> tuple[str, str]:
     path, known = Path(path_or_preset), presets()
     if path.suffix == ".toml" or (path.exists() and not (path.is_dir() and str(path_or_preset) in known)):
         try:
-            return str(path), read_bounded(path, limit=MAX_PLAN_BYTES).decode()
+            return str(path), read_bounded(path, limit=MAX_PLAN_BYTES).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise PlanError(f"{path} is not a text file in UTF-8: {error}") from error
     if str(path_or_preset) not in known:

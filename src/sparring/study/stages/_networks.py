@@ -198,6 +198,12 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
         )
 
 
+def is_untrained(model: nn.Module, other: nn.Module) -> bool:
+    """Return whether two builds of a network, from two seeds, have other parameters: nothing trained is in them."""
+    found = dict(other.named_parameters())
+    return any(not torch.equal(value, found.get(name, value)) for name, value in model.named_parameters())
+
+
 # -- controls of equal size --------------------------------------------------------------------------------------------
 
 
