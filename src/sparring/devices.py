@@ -43,7 +43,8 @@ class Place:
 
     def model(self, model: nn.Module) -> nn.Module:
         """Move a model there, in place, and return it; raise UserError if it cannot have this type."""
-        wide = [name for name, value in model.state_dict().items() if value.dtype == torch.float64]
+        own = (*model.named_parameters(), *model.named_buffers())
+        wide = [name for name, value in own if value.dtype == torch.float64]
         if self.device.startswith("mps") and self.dtype is None and wide:
             raise UserError(
                 f"'{wide[0]}' is in double precision, which MPS does not support; add --dtype float32 or --device cpu"

@@ -103,10 +103,10 @@ def place(error: BaseException) -> str | None:
     if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         return f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
     cause = place(error.__cause__) if error.__cause__ is not None else None
-    if cause is not None:
+    if isinstance(error, UserError) and cause is not None:  # raised here, from what the user's code raised
         return cause
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         installed = "site-packages" in frame.filename or "dist-packages" in frame.filename
         if not (installed or frame.filename.startswith((*_OTHERS, "<"))):
             return f"{frame.filename}:{frame.lineno}: {frame.line or ''}".rstrip(": ")
-    return None
+    return cause

@@ -82,6 +82,13 @@ CODE = """
     def halting(): return Halting()
     def late(): return Late()
     def mute(): return Fails(Mute())
+    class Chained(Own):
+        def forward(self, x):
+            try:
+                return {}["images"]
+            except KeyError as error:
+                raise RuntimeError("no images") from error
+    def chained(): return Chained()
     def lines(): return Fails(RuntimeError("one\\n\\n  two"))
     def bare(): return Fails(BaseException("bare"))
     def full(): return Fails(OSError(28, "No space left"))
@@ -146,6 +153,7 @@ MISTAKES = {
     "hungry": ("emory", ""),
     "late": ("ValueError: too many images", 'raise ValueError("too many images")'),
     "mute": ("Mute: (its message cannot be read)", "raise self.error"),
+    "chained": ("RuntimeError: no images", 'raise RuntimeError("no images") from error'),
     "lines": ("RuntimeError: one two", "raise self.error"),
     "bare": ("BaseException: bare", "raise self.error"),
     "full": ("No space left", "raise self.error"),

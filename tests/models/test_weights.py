@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +80,16 @@ def test_what_lies_beside_the_network_is_left_out_and_named(wrapped: bool) -> No
 def test_two_networks_beside_each_other_are_told_apart_by_the_user() -> None:
     with pytest.raises(UserError, match=r"several such networks: 'ema\.', 'model\.'; .*--key"):
         load_weights_(network(1), named("model.") | named("ema."))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [Tensor.numpy, Tensor.tolist, Tensor.to_sparse, lambda value: value.to("meta")],
+    ids=["array", "list", "sparse", "meta"],
+)
+def test_what_is_no_dense_tensor_is_named(change: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(UserError, match=r"'1\.weight' in the weights is not a dense tensor with values but a "):
+        load_weights_(network(1), {**STATE, "1.weight": change(STATE["1.weight"])})
 
 
 def tied() -> nn.Sequential:

@@ -36,8 +36,11 @@ def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str,
     If names differ, prefixes of wrappers and the parameters of torch.nn.utils.prune, weight_norm and spectral_norm are
     resolved (`plain_weights`). Weights of a network inside a wrapper, such as one that normalises images, are assigned
     to that network. Raises UserError that names the first tensor that is missing, unknown, of another shape or number
-    type, not finite, or that the model's own type would round.
+    type, no dense tensor, not finite, or that the model's own type would round.
     """
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            raise UserError(f"'{name}' in the weights is not a dense tensor with values but {_described(value)}")
     own = model.state_dict()
     learned = dict(model.named_parameters())  # some buffers take the size of the loaded tensor
     found, notes = _matched(own, learned, tensors)
@@ -53,6 +56,10 @@ def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str,
     except RuntimeError as error:
         raise UserError(f"the weights do not fit the model: {str(error).splitlines()[-1].strip()}") from error
     return notes
+
+
+def _described(value: object) -> str:
+    return f"a {type(value).__name__}" + (f" on {value.device}, {value.layout}" if isinstance(value, Tensor) else "")
 
 
 def _matched(

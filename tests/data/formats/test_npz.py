@@ -48,7 +48,9 @@ def test_arrays_with_their_own_validation_split(tmp_path: Path) -> None:
     assert (len(mine.train.y), len(mine.valid.y)) == (4, 1)
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 4), (8, 8, 4), (8, 8, 2), (2, 8, 8), (3, 8, 3), (1, 8, 1), (1, 8, 3)])
+@pytest.mark.parametrize(
+    "shape", [(4, 4, 4), (8, 8, 4), (8, 8, 2), (3, 8, 4), (1, 8, 2), (2, 8, 8), (3, 8, 3), (1, 8, 1), (1, 8, 3)]
+)
 def test_shapes_with_two_readings_are_refused_with_both(tmp_path: Path, shape: tuple[int, ...]) -> None:
     x = np.zeros((4, *shape), np.uint8)
     (tmp_path / "x.npz").write_bytes(arrays(x_train=x, x_test=x, y_train=[0, 1, 0, 1], y_test=[0, 1, 0, 1]))

@@ -88,8 +88,12 @@ def grey(*shape: int) -> Tensor:
         ([(grey(4), 0)], r"must be \(N, C, H, W\)"),
         ([("a picture", 0)], "must be tensors, not str; convert PIL images"),
         ([{"image": 1}], "must yield images with labels, not dict"),
-        ([(grey(1, 4, 4), 0), (grey(1, 4, 4), 2)], r"not every label from 0 to 2 occurs; .*classes=N"),
-        ([(grey(1, 4, 4), -1)], "not every label"),
+        ([(grey(1, 4, 4), 0), (grey(1, 4, 4), 2)], r"labels are 0 to 2, not all from 0 up; .*classes=N"),
+        ([(grey(1, 4, 4), -1)], "labels are -1 to -1"),
+        ([(grey(8, 8, 3), 0)], r"\(8, 8, 3\) have 8 channels, which come first; .*movedim\(-1, -3\)"),
+        ([(grey(8, 8, 4).byte(), 0)], "have 8 channels"),
+        ([(grey(1, 4, 4) + 1.00001, 0)], r"lie in \[1.00001"),
+        ([(grey(1, 4, 4), [0, 1])], r"one integer, not of shape \(2,\).*argmax"),
         ([lambda: 1 / 0], "the test dataset fails: ZeroDivisionError"),
         ([], "holds no images"),
     ],
@@ -97,3 +101,15 @@ def grey(*shape: int) -> Tensor:
 def test_what_is_refused_has_a_reason(items: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         from_torch(Own(*items))
+
+
+def test_pixels_a_hair_outside_are_clamped() -> None:
+    made = from_torch(Own((grey(1, 4, 4) - 1e-7, 0), (grey(1, 4, 4) + 1 + 2e-7, 1)))
+    assert made.test.x.unique().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, True])
+def test_numbers_that_make_no_sense_are_refused(number: Any) -> None:
+    for name in ("n", "classes"):
+        with pytest.raises(DataError, match=f"{name} must be a whole number of 1 or more"):
+            from_torch(Own((grey(1, 4, 4), 0)), **{name: number})

@@ -27,7 +27,7 @@ MOST = 1 << 50  # bytes: the disk is the limit
 HEADER = 1 << 14
 CHUNK = 1_000  # images
 OPTIONAL = ("x_valid", "y_valid", "class_names", "classes", "layout")
-CHANNELS = (1, 3)
+CHANNELS, ALPHA = (1, 3), (2, 4)  # the latter with transparency, where they stand last
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -35,10 +35,10 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
     """Load an .npz; nothing in it is ever unpickled. Arrays of more than 256 MiB lie in mapped files without a name.
 
     Images x are uint8 from 0 to 255, (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3; with `layout`, "NCHW" or
-    "NHWC", any C. Labels y are integers (N,) or (N, 1) from 0 to classes - 1, each occurring in y_train unless
-    `classes` says how many there are, or `request.classes` names them. Without x_valid and y_valid every tenth training
-    image of a class is held out. Raises DataError, naming file and key, for anything else, also where a shape has two
-    readings.
+    "NHWC", any C. Labels y are integers (N,) or (N, 1) from 0 to classes - 1, each occurring in
+    y_train unless `classes` says how many there are, or `request.classes` names them. Without x_valid and y_valid every
+    tenth training image of a class is held out. Raises DataError, naming file and key, for anything else, also where a
+    shape has two readings.
     """
     arrays = _read(path)
     if request.parts != "all" and all(len(arrays.get(key, ())) == 0 for key in NEEDED[:2]):
@@ -130,9 +130,9 @@ def _images(array: Array, key: str, layout: str | None, path: Path) -> torch.Ten
         )
     if array.ndim == 3:
         return _in_order(array[:, None])
-    first, last = array.shape[1] in CHANNELS, array.shape[3] in CHANNELS
-    if layout is None and first == last:
-        a, b, c = array.shape[1:]
+    a, b, c = array.shape[1:]
+    last = c in CHANNELS
+    if layout is None and (last == (a in CHANNELS) or c in ALPHA):
         raise DataError(
             f"{key} in {path} has images of shape {(a, b, c)}: {a} channels of {b}×{c}, or {a}×{b} with {c} channels? "
             'Say which by an entry layout="NCHW" or layout="NHWC" in the file'

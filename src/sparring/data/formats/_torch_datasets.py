@@ -13,6 +13,8 @@ from torch.utils.data import Dataset as TorchDataset
 from ...errors import DataError, UserError, told
 from .._types import Dataset, Split, fixed_order, from_splits, hold_out
 
+CHANNELS = (1, 3)
+ROUNDING = 1e-6  # by which resizing and rounding bring pixels out of [0, 1]
 TorchData = TorchDataset[Any] | DataLoader[Any]
 
 
@@ -22,12 +24,15 @@ def from_torch(
 ) -> Dataset:  # fmt: skip
     """Make a data set from a torch Dataset or DataLoader of test images, and optionally ones of training images.
 
-    Images are tensors (C, H, W), or (N, C, H, W) from a loader, uint8 or floating in [0, 1]; the latter are rounded to
-    the nearest of 256 values. Labels are integers from 0. `n`: number of test images; from a dataset with a length
-    those that `fixed_order` chooses, otherwise the first. `classes` is the number of classes or their names; without
-    it, every label up to the last must occur. Without `valid`, every tenth image of a class of `train` is held out.
-    Raises DataError for anything else, and for a dataset that fails.
+    Images are tensors (C, H, W), or (N, C, H, W) from a loader, uint8 or floating in [0, 1], give or take 1e-6; the
+    latter are rounded to the nearest of 256 values. Labels are integers from 0. `n`: number of test images; from a
+    dataset with a length those that `fixed_order` chooses, otherwise the first. `classes` is the number of classes or
+    their names; without it, every label up to the last must occur. Without `valid`, every tenth image of a class of
+    `train` is held out. Raises DataError for anything else, and for a dataset that fails.
     """
+    for what, number in (("n", n), ("classes", classes)):
+        if number is not None and not isinstance(number, Sequence) and (type(number) is not int or number < 1):
+            raise DataError(f"{what} must be a whole number of 1 or more, not {number!r}")
     places = _places(dataset, n)
     test = _split(dataset, "test", places, n)
     own = None if train is None else _split(train, "train", _places(train))
@@ -36,7 +41,7 @@ def from_torch(
     y = (test if own is None else own).y
     found = sorted(set(y.tolist()))
     if count is None and not names and found != list(range(len(found))):
-        raise DataError(f"not every label from 0 to {int(y.max())} occurs; give their number with classes=N")
+        raise DataError(f"labels are {found[0]} to {found[-1]}, not all from 0 up; give their number with classes=N")
     if own is not None and held is None:
         own, held = hold_out(own)
     count = count or len(names) or len(found)
@@ -82,8 +87,12 @@ def _batches(data: TorchData, places: list[int] | None) -> Iterator[Any]:
         if not isinstance(item, tuple | list) or len(item) < 2:
             yield item
         else:
-            x, y = item[:2]
-            yield (x[None] if isinstance(x, Tensor) else x), torch.as_tensor(y).reshape(1)
+            x, y = item[0], torch.as_tensor(item[1])
+            if y.numel() != 1:
+                raise DataError(
+                    f"a label must be one integer, not of shape {tuple(y.shape)}; of one-hot ones: argmax()"
+                )
+            yield (x[None] if isinstance(x, Tensor) else x), y.reshape(1)
 
 
 def _batch(item: Any, what: str) -> tuple[Tensor, Tensor]:
@@ -100,14 +109,19 @@ def _batch(item: Any, what: str) -> tuple[Tensor, Tensor]:
             f"{what}: images must be (N, C, H, W) and labels integers (N,), "
             f"not {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
         )
+    if x.shape[1] not in CHANNELS and x.shape[3] in (1, 2, 3, 4):
+        raise DataError(
+            f"{what}: images of shape {tuple(x.shape[1:])} have {x.shape[1]} channels, which come first; if the last "
+            "axis is theirs, move it: x.movedim(-1, -3)"
+        )
     if x.is_floating_point():
         low, high = (float(end) for end in x.detach().aminmax())
-        if not (low >= 0 and high <= 1):
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):
             raise DataError(
-                f"{what}: images lie in [{low:.3g}, {high:.3g}], not in [0, 1]; leave normalisation to the model "
+                f"{what}: images lie in [{low:.9g}, {high:.9g}], not in [0, 1]; leave normalisation to the model "
                 "(remove Normalize), and divide values from 0 to 255 by 255"
             )
-        x = (x.detach().double() * 255).round().to(torch.uint8)
+        x = (x.detach().double() * 255).round().clamp(0, 255).to(torch.uint8)
     if x.dtype != torch.uint8:
         raise DataError(f"{what}: images must be uint8 or floating in [0, 1], not {x.dtype}")
     return x.cpu(), y.to("cpu", torch.int64)
