@@ -90,10 +90,11 @@ def matrices(model: nn.Module) -> list[Matrix]:
         if module._forward_pre_hooks or isinstance(module, _NORMS):
             own = module._parameters.items()
             seen |= {id(p) for n, p in own if isinstance(module, _NORMS) or _is_hooked(module, n)}
+    owners = dict(model.named_modules(remove_duplicate=False))  # scripted modules have no get_submodule()
     for name, parameter in model.named_parameters():
         if name not in found and id(parameter) not in seen and sum(size > 1 for size in parameter.shape) > 1:
             path, _, attribute = name.rpartition(".")
-            owner = model.get_submodule(path)
+            owner = owners[path]
             table = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
             excuse = "an embedding table" if table else f"a parameter of {type(owner).__name__} with unknown use"
             found[name] = Matrix(name, path, owner, attribute, excuse=excuse)

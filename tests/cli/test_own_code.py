@@ -110,6 +110,12 @@ CODE = """
     def named(): return Own(lambda z: {"logits": z})
     def pair(): return Own(lambda z: (z, None))
     def held(): return Own(lambda z: SimpleNamespace(logits=z))
+    def detached(): return Own(lambda z: z.detach())
+    def frozen(): return NET.requires_grad_(False)
+    def half(): return NET.half()
+    def meta():
+        with torch.device("meta"):
+            return NET
     def scripted(): return torch.jit.script(NET)
     def plain(): return NET
     def trained():
@@ -208,6 +214,26 @@ def test_models(sparring, own: str, name: str) -> None:  # type: ignore[no-untyp
 def test_models_that_answer_in_their_own_way(sparring, own: str, name: str) -> None:  # type: ignore[no-untyped-def]
     told = sparring("attack", f"{own}:{name}", *OWN)
     assert told.code == 0 and "fgsm" in told.out and "untrained" in told.err
+
+
+@pytest.mark.parametrize("command", ["train", "prune"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("detached", "no gradient: remove detach()"),
+        ("frozen", "no parameter that can be trained"),
+        ("half", "float16, which rounds small steps away; give --dtype float32"),
+        ("meta", "hold no numbers; build it on the CPU"),
+    ],
+)
+def test_models_that_cannot_be_trained(sparring, own: str, command: str, name: str, said: str) -> None:  # type: ignore[no-untyped-def]
+    words = (f"{own}:{name}" if word == "MODEL" else word for word in COMMANDS[command])
+    assert said in one_message(sparring(*words, "--quiet"), own)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_models_are_trained(sparring, own: str) -> None:  # type: ignore[no-untyped-def]
+    assert sparring("train", f"{own}:scripted", "--out", "o.safetensors", *QUICK).code == 0
 
 
 COMMANDS = {

@@ -61,11 +61,12 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     dataset = open_data(data, request_for([], data, training=True))
     blueprint = replace(blueprint_for(ModelSource(how.model), dataset), width=how.width, depth=how.depth)
     recipe = _settings(how.recipe, Recipe, own=recipe_settings(how.model, channels=blueprint.shape[0])).recipe
-    model = place.model(blueprint.build(seed=options.seed))
+    model = blueprint.build(seed=options.seed)
     say_fresh(how.model)
-    if recipe.epochs == 0 and is_untrained(model, place.model(blueprint.build(seed=options.seed + 1))):
-        raise UserError(f"epochs=0 trains nothing, and '{how.model}' has random weights; give epochs=1 or more")
     check_fit(model, dataset)
+    if recipe.epochs == 0 and is_untrained(model, blueprint.build(seed=options.seed + 1)):
+        raise UserError(f"epochs=0 trains nothing, and '{how.model}' has random weights; give epochs=1 or more")
+    model = place.model(model)
     if training.certified:
         ibp_initialise_(model, generator=torch.Generator().manual_seed(options.seed))
     result = _fit(model, dataset, recipe, how.out, options, training)

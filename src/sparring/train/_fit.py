@@ -25,7 +25,7 @@ from ..outputs import opened
 from ..sparsity import Masks, Pruner, Step, all_ones, masked, multiply_, shown, targets
 from ..waiting import alone, courteous
 from ._losses import Loss, Ramped, cross_entropy
-from ._memory import as_input
+from ._memory import as_input, backward, check_trainable
 from ._recipe import Optimizer, Recipe, learning_rate
 
 
@@ -141,8 +141,7 @@ def _masks(model: nn.Module, masks: Masks | None, pruner: Pruner | None) -> Mask
 def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
     if x.dtype != torch.uint8 or x.dim() != 4 or len(x) != len(y) or len(x) == 0:
         raise UserError(f"training needs uint8 images (N, C, H, W) and as many labels, not {x.dtype} {tuple(x.shape)}")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError("the model has no parameter that can be trained")
+    check_trainable(model)
 
 
 def _held(x: Tensor, y: Tensor, place: torch.device) -> tuple[Tensor, Tensor]:
@@ -156,7 +155,7 @@ def _prune_untrained_(state: State, x: Tensor, y: Tensor, loss: Loss) -> None:
     batch = (as_input(x, state.model), y)
     state.model.zero_grad(set_to_none=True)
     with eval_mode(state.model):
-        loss(state.model, *batch, state.generator).backward()  # type: ignore[no-untyped-call]
+        backward(loss(state.model, *batch, state.generator))
     state.masks = state.pruner(Step(state.model, state.masks, 0, 1, batch, loss, state.generator))
 
 
@@ -180,7 +179,7 @@ def _epoch(
         model.zero_grad(set_to_none=True)
         with shown(masked_now if behind else []):
             value = loss(model, *batch, generator)
-            value.backward()  # type: ignore[no-untyped-call]
+            backward(value)
         with alone(weights):
             optimizer.step(learning_rate(recipe, step % cycle, cycle))
         masks = state.pruner(Step(model, state.masks, step, steps, batch, loss, generator))

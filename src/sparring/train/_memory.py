@@ -1,4 +1,4 @@
-"""Memory that training takes, measured before it begins."""
+"""What training needs, checked before it begins: parameters that can learn, a gradient, and memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import moved
+from ..errors import UserError
 from ..memory import Need, free_memory, measured
 from ..memory_format import channels_last
 from ..modes import eval_mode
@@ -15,8 +16,29 @@ from ._recipe import Recipe
 _BEGINNING = 1e-6  # of training: a loss with CROWN-IBP's bounds has these at first, and they take most
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Raise UserError for a model without parameters that learn, or with some whose type rounds small steps away."""
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
+    if not kinds:
+        raise UserError("the model has no parameter that can be trained")
+    for kind in kinds & {torch.float16, torch.bfloat16}:
+        name = str(kind).removeprefix("torch.")
+        raise UserError(f"the model is in {name}, which rounds small steps away; give --dtype float32 or call .float()")
+
+
+def backward(loss: Tensor) -> None:
+    """Compute the gradient of a loss; raise UserError if it has none."""
+    if not loss.requires_grad:
+        raise UserError("the loss has no gradient: remove detach(), no_grad() and the like from the model's forward()")
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
 def check_memory(model: nn.Module, x: Tensor, recipe: Recipe, loss: Loss | Ramped = cross_entropy) -> None:
-    """Raise UserError, with the numbers, if batches of uint8 images like x do not fit into the memory that is free."""
+    """Raise UserError, with the numbers, if batches of uint8 images like x do not fit into the memory that is free.
+
+    Raise it, too, for a model that cannot be trained.
+    """
+    check_trainable(model)
     if recipe.epochs and len(x):
         image = as_input(x[:1], model)
         step_need(model, image, recipe, loss).check(recipe.batch_size, free_memory(image.device), "training")
@@ -38,7 +60,7 @@ def step_need(model: nn.Module, x: Tensor, recipe: Recipe, loss: Loss | Ramped =
 
     def work(images: Tensor) -> None:
         label = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        first(model, images, label, torch.Generator().manual_seed(0)).backward()  # type: ignore[no-untyped-call]
+        backward(first(model, images, label, torch.Generator().manual_seed(0)))
 
     with eval_mode(model), channels_last(model):
         need = measured(work, x)

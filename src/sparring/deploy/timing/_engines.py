@@ -143,7 +143,7 @@ def _compiled(network: Network) -> Opened:
 
 
 def _bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, Tensor))
 
 
 def run_torch(model: Callable[[Tensor], Tensor], x: Floats) -> Floats:
