@@ -61,12 +61,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     dataset = open_data(data, request_for([], data, training=True))
     blueprint = replace(blueprint_for(ModelSource(how.model), dataset), width=how.width, depth=how.depth)
     recipe = _settings(how.recipe, Recipe, own=recipe_settings(how.model, channels=blueprint.shape[0])).recipe
-    model = blueprint.build(seed=options.seed)
-    say_fresh(how.model)
-    check_fit(model, dataset)
-    if recipe.epochs == 0 and is_untrained(model, blueprint.build(seed=options.seed + 1)):
-        raise UserError(f"epochs=0 trains nothing, and '{how.model}' has random weights; give epochs=1 or more")
-    model = place.model(model)
+    model = place.model(_fresh(blueprint, dataset, recipe, options.seed))
     if training.certified:
         ibp_initialise_(model, generator=torch.Generator().manual_seed(options.seed))
     result = _fit(model, dataset, recipe, how.out, options, training)
@@ -74,6 +69,16 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     refuse_constant(model, dataset.valid)
     if as_json:
         print_json({"model": how.model, "data": dataset.name, **place.facts(model), "written": written})
+
+
+def _fresh(blueprint: Blueprint, dataset: Dataset, recipe: Recipe, seed: int) -> nn.Module:
+    """Return the network to train; raise UserError if it does not fit the data, or if no epoch would train it."""
+    model = blueprint.build(seed=seed)
+    say_fresh(blueprint.name)
+    check_fit(model, dataset)
+    if recipe.epochs == 0 and is_untrained(model, blueprint.build(seed=seed + 1)):
+        raise UserError(f"epochs=0 trains nothing, and '{blueprint.name}' has random weights; give epochs=1 or more")
+    return model
 
 
 def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options: FitOptions, *, as_json: bool) -> None:
