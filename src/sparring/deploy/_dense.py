@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ from ..errors import UserError
 from ._program import MOST_ELEMENTS, Dense, Misfit, Shape
 
 _IMAGES = 3  # a batch on which shapes are inferred
+_TRUTHS = frozenset(
+    """gt lt ge le eq ne logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not isnan isinf where
+    masked_fill""".split()  # noqa: SIM905
+)
 _REFUSED = "the network cannot be computed"
 
 
@@ -30,12 +34,22 @@ def function_of(name: str) -> Callable[..., Any]:
     operation = getattr(getattr(torch.ops.aten, packet, None), overload, None) if packet in graph.CALLS else None
     if not isinstance(operation, torch._ops.OpOverload) or operation._schema.is_mutable:
         raise UserError(f"there is no operation {name[:40]!r}")
-    return operation
+    return partial(_of_numbers, operation) if packet in _TRUTHS else operation
+
+
+def _of_numbers(operation: torch._ops.OpOverload, **given: Any) -> Tensor:
+    """Evaluate an operation on truth values, which are 0 and 1 in a program, as all its values are numbers."""
+    kind = next(value.dtype for value in given.values() if isinstance(value, Tensor))
+    wanted = operation._schema.name.startswith(("aten::logical", "aten::bitwise"))
+    found: Tensor = operation(
+        **{key: v != 0 if wanted or key in ("condition", "mask") else v for key, v in given.items()}
+    )
+    return found.to(kind)
 
 
 def name_of(call: graph.Call) -> str:
     """Return the name under which a Call is packed."""
-    function = call.function
+    function = call.function.args[0] if isinstance(call.function, partial) else call.function
     if isinstance(function, torch._ops.OpOverload):
         return str(function).removeprefix("aten.")
     return call.name

@@ -43,6 +43,8 @@ def lower(
     numbers or depends on other images, and for a graph that differs from the model. Raise UserError if the model does
     not accept such images.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise Unsupported("a script module cannot be lowered; use the module that it was made from")
     with observed(model, shape, images) as seen:
         graph = read_plain(model, shape, dtype or seen.dtype, seen.x.device, shared=dtype is None)
         if graph is None and plain:

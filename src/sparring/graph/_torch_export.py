@@ -67,8 +67,6 @@ def read_exported(model: nn.Module, example: Tensor, dtype: torch.dtype, *, shar
 def _capture(model: nn.Module, example: Tensor) -> Any:
     from torch.export import Dim, export
 
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise Unsupported("a script module cannot be lowered; use the module that it was made from")
     root, example = _Root(model).eval(), example.clone().requires_grad_()  # as in attacks: some layers check this
     try:
         with quiet(), _whole(model), _every_line():

@@ -201,7 +201,8 @@ def _what_holds(model: nn.Module, known: _Known) -> str:
     for path, module in model.named_modules(remove_duplicate=False):
         for parameter in (p for p in module._parameters.values() if p is not None):
             owners.setdefault(id(parameter), []).append(f"'{path}'")
-    reasons = [f"{' and '.join(paths)} share a weight" for paths in owners.values() if len(set(paths)) > 1]
+    tied = dict.fromkeys(" and ".join(paths) for paths in owners.values() if len(set(paths)) > 1)
+    reasons = [f"{paths} share a weight" for paths in tied]
     reasons += [f"'{path}': {reason}" for path, reason in known.reasons.items()]
     last = "the last layer's outputs are the classes"
     if not reasons and len(prunable(model)) > 1:
