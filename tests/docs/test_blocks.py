@@ -23,6 +23,7 @@ from .prepared import prepare_data, prepare_files
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+OUTPUT = re.compile(r"^```sh\n([^`]*?)^```\n\n```text\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MARKS = {"", "by hand", "nightly"}
 # The blocks that do not run, each by its first words: what installs packages of others, needs them, or takes a day.
 HAND = {
@@ -63,6 +64,7 @@ class Step(NamedTuple):
     kind: str
     text: str
     nightly: bool = False
+    shown: str = ""  # what the page says that it prints
 
     @property
     def long(self) -> bool:
@@ -71,13 +73,17 @@ class Step(NamedTuple):
 
 def steps(page: Path) -> list[Step]:
     """Return what a page lets its reader run: each command, with the lines that go on, and each block of Python."""
-    found = []
-    for language, mark, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+    found: list[Step] = []
+    content = page.read_text(encoding="utf-8")
+    outputs = dict(OUTPUT.findall(content))
+    for language, mark, text in BLOCK.findall(content):
         assert mark.strip() in MARKS, f"{page.name}: a block is marked '{mark.strip()}'"
         if mark.strip() == "by hand" or language not in ("sh", "python"):
             continue
         parts = [text] if language == "python" else text.replace("\\\n", " ").strip().splitlines()
         found += [Step(language, part, mark.strip() == "nightly") for part in parts if not part.startswith("make ")]
+        if text in outputs:
+            found[-1] = found[-1]._replace(shown=outputs[text])
     return found
 
 
@@ -159,10 +165,17 @@ def _run(page: Path, home: Path, folder: Path, *, nightly: bool) -> None:
             named[name[1]] = named.get(name[1], "") + step.text
             step = step._replace(text=named[name[1]])
         if nightly or not step.long:
-            _do(step, page, home, folder)
+            printed = _do(step, page, home, folder)
+            if nightly and step.shown:  # with the training that the page names; digits depend on the processor
+                assert _words(step.shown) == _words(printed), f"{step.text}\n{printed}"
 
 
-def _do(step: Step, page: Path, home: Path, folder: Path) -> None:
+def _words(text: str) -> list[str]:
+    return re.sub(r"[\d.,+−-]+", "#", text).split()
+
+
+def _do(step: Step, page: Path, home: Path, folder: Path) -> str:
+    """Run a step and return what it printed."""
     environment = {**os.environ, "HOME": str(home), "SPARRING_DATA": str(home / "data"), "MPLBACKEND": "agg"}
     environment["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     environment["PATH"] = f"{_commands(home)}:{environment['PATH']}"
@@ -176,6 +189,7 @@ def _do(step: Step, page: Path, home: Path, folder: Path) -> None:
     allowed |= {1, 3} if "sparring verify" in step.text else set()  # falsified, unknown
     assert run.returncode in allowed, f"{step.text}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
     assert "Traceback" not in run.stderr, run.stderr
+    return run.stdout
 
 
 def _commands(home: Path) -> Path:

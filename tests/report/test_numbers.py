@@ -35,6 +35,12 @@ def test_a_gain_has_its_unit(measure: Measure, control: float, gain: str) -> Non
     assert numbers.gain_unit(measure, over) in gain
 
 
+def test_an_interval_that_excludes_zero_does_not_show_it() -> None:
+    assert numbers.signed(one(-3.1, -5.96, -0.2), "points") == "−3.1 [−6.0, −0.2] points"
+    assert numbers.signed(one(-3.1, -5.96, -0.6), "points") == "−3 [−6, −1] points"
+    assert numbers.signed(one(0.0, 0.0, 4.0), "points") == "0 [0, +4] points"
+
+
 @pytest.mark.parametrize("low", [-0.1, -1.0, -10.0, -700.0])
 def test_no_interval_of_a_length_reaches_below_minus_100_per_cent(low: float) -> None:
     """A Lipschitz constant had fallen by 99.3% [−116, −83.1]: a constant below zero."""

@@ -62,7 +62,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
     if ":" in blueprint.name and not is_hub_name(blueprint.name):
         raise UserError(
             f"{path} was made by the factory '{blueprint.name}', which is code; "
-            f"if you trust it, give it as the model with --weights {path}"
+            f"if you trust it, give {blueprint.name}@{path} as the model"
         )
     masks = {name.removeprefix(_MASK): tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
     with torch.device("meta"):  # uses no memory, for any sizes that the file claims

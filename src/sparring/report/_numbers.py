@@ -113,8 +113,12 @@ def shown(measure: Measure, one: Effect, control: Effect) -> Effect:
 
 
 def signed(one: Effect, unit: str) -> str:
-    """Return a difference in points or % with its interval, and a decimal only if the interval is narrow enough."""
-    form = ".2g" if unit == ABSOLUTE or one.high > MOST_WRITTEN else f".{1 if one.high - one.low < 4 else 0}f"
+    """Return a difference in points or % with its interval, and a decimal only if one is needed.
+
+    It is needed if the interval is narrow, or if an end of it would be rounded to zero, which it excludes.
+    """
+    sharp = one.high - one.low < 4 or any(0.05 <= abs(end) < 0.5 for end in (one.low, one.high))
+    form = ".2g" if unit == ABSOLUTE or one.high > MOST_WRITTEN else f".{1 if sharp else 0}f"
     told = (f"{number:+{form}}".replace("-", "−") for number in (one.estimate, one.low, one.high))
     estimate, low, high = (text if text.strip("+−0.") else text[1:] for text in told)  # zero has no sign
     return f"{estimate}% [{low}, {high}]" if unit == "%" else f"{estimate} [{low}, {high}] {unit}".rstrip()
