@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import __version__, attacks, deploy
@@ -26,7 +27,7 @@ from ._printing import print_json, print_table
 from ._progress import shown_images
 from ._sources import check_out, file_of, float_images, open_both, open_model, plain_form
 
-ONNX_TOLERANCE = 1e-4
+ONNX_TOLERANCE = 1e-4  # or four roundings of the model's own type
 CALIBRATING = 64  # images on which int8 engines are calibrated
 ENDINGS = {"packed": ".sparring", "onnx": ".onnx"}
 
@@ -128,9 +129,10 @@ def _print_size(path: Path, model: nn.Module) -> dict[str, int]:
 
 def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> float | None:
     error = deploy.onnx_error(path, model, x)
+    own = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
     if error is None:
         print("not checked: ONNX Runtime is not installed (sparring[onnx])")
-    elif error > ONNX_TOLERANCE:
+    elif error > max(ONNX_TOLERANCE, 4 * own):
         raise UserError(
             f"{path}: ONNX Runtime's logits differ by {error:.1e} of the largest logit; do not use this file"
         )

@@ -60,7 +60,7 @@ def _check(how: VerifyOptions, asked: Path | None) -> None:
     if not how.seconds > 0:
         raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
     if (asked is None) == (how.eps == ""):
-        raise UserError("give either a property in VNN-LIB or --eps, not both")
+        raise UserError("give a property in VNN-LIB or --eps, one of them")
     if asked is None and how.counter_example is not None:
         raise UserError("--counter-example needs a property in VNN-LIB; drop it to verify labels of images")
 

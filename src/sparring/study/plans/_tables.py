@@ -75,6 +75,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         in_range("training.label_smoothing", self.label_smoothing or 0.0, 0, 0.99)
         Threat(parse_norm(self.norm), self.eps)
+        if self.loss != "standard" and self.eps == 0:
+            raise PlanError(f"training: {self.loss} needs an eps above 0")
         in_range("training.steps", self.steps, 1, 10_000)
         in_range("training.beta", self.beta, 0, 1e6)
         if self.ramp is not None and not 0 < self.ramp <= 1:
