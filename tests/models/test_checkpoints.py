@@ -144,7 +144,7 @@ def test_what_python_itself_can_do_is_no_settings(name: str) -> None:
 @pytest.mark.parametrize("names", [{1: STATE["0.bias"], "1": STATE["0.bias"]}, {"a\nb": torch.ones(1)}])
 def test_names_that_cannot_be_kept_are_refused(names: dict[Any, Tensor], tmp_path: Path) -> None:
     torch.save(names, tmp_path / "it.pth")
-    with pytest.raises(Refused, match="it holds the name"):
+    with pytest.raises(Refused, match="it has the name"):
         list(branches(unpickled(tmp_path / "it.pth")))
 
 
