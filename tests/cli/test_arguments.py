@@ -48,6 +48,8 @@ MISTAKES = {
     "drop": ("compare", M, M, "--max-drop", "accuracy", "nan"),
     "any drop": ("compare", M, M, "--max-drop", "accuracy", "inf"),
     "drop of what": ("compare", M, M, "--max-drop", "acuracy", "1"),
+    "methods of models": ("compare", M, M, "--methods", "control", "gradual"),
+    "sparsities of models": ("compare", M, M, "--sparsities", "0.5", "0.9"),
     "weights thrice": ("compare", M, M, "--weights", M),
     "seed": ("train", "mlp", "--out", "o.safetensors", "--seed=-1"),
     "huge seed": ("train", "mlp", "--out", "o.safetensors", "--seed", str(2**70)),
@@ -117,6 +119,8 @@ PLANS = {
     "eps must be": "[training]\nloss = 'pgd-at'\neps = -0.1",
     "controls.decays": "[controls]\ndecays = [-1]",
     "did you mean 'recipe.epochs'": "epochs = 3",
+    "key 'seeds' does not take true": "seeds = true",
+    "key 'recipe.epochs' does not take true": "[recipe]\nepochs = true",
 }
 
 

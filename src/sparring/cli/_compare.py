@@ -38,6 +38,8 @@ def run_compare(how: CompareOptions, data: DataSource, where: Where, *, as_json:
     folders = [Folder(Path(name)).plan.exists() for name in (how.first, how.second)]
     if any(folders) and not all(folders):
         raise UserError("compare takes two study folders or two models, not one of each")
+    if not any(folders) and (how.methods or how.sparsities):
+        raise UserError("--methods and --sparsities choose networks of studies; models have none to choose from")
     found = compare(*_sides(how)) if all(folders) else _compare_models(how, eps, allowed, data, where)
     too_much = broken(found, allowed)
     if as_json:

@@ -40,7 +40,7 @@ def run_export(model: ModelSource, how: ExportOptions, data: DataSource, where: 
     threat, form = Threat(LINF, parse_eps(how.eps)), how.format or ("onnx" if how.out.suffix == ".onnx" else "packed")
     if form not in ENDINGS:
         raise UserError(f"--format takes packed or onnx, not '{form}'")
-    check_out(how.out, ENDINGS[form])
+    check_out(how.out, *(ENDINGS.values() if how.format is None else [ENDINGS[form]]))
     _check_values(how.values)
     possible = ("fp32", "int8") if (form, how.values) == ("packed", "int8") else ("fp32",)
     if how.activations not in possible:

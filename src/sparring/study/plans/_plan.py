@@ -316,7 +316,7 @@ def as_table(value: Any, key: str) -> dict[str, Any]:
 
 
 def refuse_unknown(kind: Any, value: Any, source: str, path: tuple[str, ...]) -> None:
-    """Refuse unknown keys, with the nearest match: a misspelt option must not be ignored."""
+    """Refuse unknown keys, with the nearest match: a misspelt option must not be ignored; and true for a number."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
@@ -332,6 +332,8 @@ def refuse_unknown(kind: Any, value: Any, source: str, path: tuple[str, ...]) ->
                 near = difflib.get_close_matches(key, known, n=1) or _nested(kind, key)
                 hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
                 raise PlanError(f"{source}: unknown key '{'.'.join((*path, key))}'{hint}")
+            if isinstance(item, bool) and not {bool, Any} & {hints[key], *typing.get_args(hints[key])}:
+                raise PlanError(f"{source}: key '{'.'.join((*path, key))}' does not take {str(item).lower()}")
             refuse_unknown(hints[key], item, source, (*path, key))
 
 
