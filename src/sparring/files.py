@@ -381,7 +381,9 @@ def _tar_members(
                 if len(data) != info.size:
                     raise EOFError(f"{info.name!r} is cut short")
                 yield info.name, data
-        if file.tell() - archive.offset not in (0, tarfile.BLOCKSIZE):  # of which tarfile says nothing
+        if (
+            file.tell() - archive.offset != tarfile.BLOCKSIZE
+        ):  # no block of zeros ends it, of which tarfile says nothing
             raise EOFError("it is cut short")
 
 

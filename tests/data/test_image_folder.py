@@ -98,7 +98,7 @@ def test_what_would_lose_or_shift_a_class_is_refused(tmp_path: Path, more: Membe
     ("more", "message"),
     [
         ({f"train/cat/{n}.svg": b"x" for n in range(4)}, r"not images: 4 \(train/cat/0.svg, .*, \.\.\.\)"),
-        ({"train/0.png": image()}, r"not images: 1 \(train/0.png\)"),
+        ({"train/0.png": image()}, r"images in no class's folder, not read: 1 \(train/0.png\)"),
         ({f"train/cat/more/{n}.png": image() for n in range(3)}, r"class's folder, not read: 1 \(train/cat/more\)"),
         ({"train/cow/0.png": image(), "train/cow/1.png": image()}, r"classes without images in test/: 1 \(cow\)"),
         ({"valid/dog/0.png": image()}, r"classes without images in valid/: 1 \(cat\)"),
@@ -109,6 +109,22 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, more: Members, me
     for path in laid_out(members() | more, tmp_path):
         with pytest.warns(DataWarning, match=message):
             data.load(str(path))
+
+
+def test_a_class_has_one_name_however_its_accents_are_written(tmp_path: Path) -> None:
+    others = {f"train/e\u0301mu/{n}.png": image() for n in range(2)} | {"test/\u00e9mu/0.png": image()}
+    for path in laid_out(members() | others, tmp_path):
+        assert data.load(str(path)).class_names == ("cat", "dog", "\u00e9mu")
+
+
+def test_names_that_are_not_text_and_links_to_themselves_are_refused(tmp_path: Path) -> None:
+    next(laid_out(members(), tmp_path))
+    (tmp_path / "set/test/cat/9.png").symlink_to("9.png")
+    with pytest.raises(DataError, match=r"cannot read .*cat/9.png: Too many levels"):
+        data.load(str(tmp_path / "set"))
+    (tmp_path / "set/test/cat").rename(tmp_path / "set/test/\udcff")
+    with pytest.raises(DataError, match=r"the folder '\\udcff' has no name in UTF-8; rename it"):
+        data.load(str(tmp_path / "set"))
 
 
 def test_a_list_of_classes_fixes_the_labels(tmp_path: Path) -> None:
@@ -149,7 +165,7 @@ def test_labels_that_do_not_count_as_their_names_do_are_named(tmp_path: Path, cl
         ({"cat/0.png": image(), "dog/0.png": image()}, r"in train/<class>/, only cat/0.png, dog/0.png"),
         ({"Train/cat/0.png": image()}, r"in train/<class>/, only Train/cat/0.png"),
         ({"train/pets/cat/0.png": image()}, r"in train/<class>/, only train/pets/cat"),
-        ({"train/0.png": image()}, r"in train/<class>/, only train/0.png"),
+        ({"train/0.png": image()}, r"in train/<class>/, 1 images in no class.s folder, not read .train/0.png"),
     ],
 )
 def test_a_set_without_a_part_is_refused_and_told_what_it_has(tmp_path: Path, files: Members, message: str) -> None:

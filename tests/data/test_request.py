@@ -160,6 +160,7 @@ def test_lists_of_classes(tmp_path: Path, text: str, names: tuple[str, ...], ids
         (b"a\n\nb", "no name for class 1"),
         (b'{"0": "a", "2": "b"}', "not numbered from 0 to 1"),
         (b'{"x": "a"}', "not a list of classes"),
+        (b'{"x": 0, "y": 0}', "two of its names have one number"),
         (b'["a", 3]', "not names"),
         (b"[[1, 2]]", "not a list of classes"),
         (b"[" * 100_000, "not a list of classes"),

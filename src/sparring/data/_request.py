@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,7 @@ class ClassList:
 
 
 def _plain(text: str) -> str:
-    return text.replace("_", " ").strip().casefold()
+    return unicodedata.normalize("NFC", text).replace("_", " ").strip().casefold()
 
 
 def _table(names: Sequence[str], parts: Callable[[str], list[str]]) -> dict[str, list[int]]:
@@ -162,6 +163,8 @@ def _from_json(content: Any) -> list[str]:
     if isinstance(content, dict) and isinstance(content.get("id2label"), dict):
         content = content["id2label"]  # of a Hugging Face config.json
     if isinstance(content, dict) and content and all(type(number) is int for number in content.values()):
+        if len(set(content.values())) < len(content):
+            raise ValueError("two of its names have one number")
         content = {number: name for name, number in content.items()}  # class_to_idx of torchvision's folders
     if isinstance(content, dict):
         numbers = sorted(map(int, content))

@@ -184,6 +184,16 @@ def test_rows_that_are_left_out_are_counted(tmp_path: Path) -> None:
     ))  # fmt: skip
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_columns_may_be_separated_as_spreadsheets_do(tmp_path: Path, separator: str) -> None:
+    lines = [["path", "label"], ["a.png", "-1"], ["b.png", "1"], ["c.png", "0"]]
+    for name, _ in lines[1:]:
+        (tmp_path / name).write_bytes(image())
+    (tmp_path / "mine.csv").write_text("\n".join(map(separator.join, lines)))
+    with pytest.warns(DataWarning, match=r"without a label: 1 \(a.png\)"):
+        assert data.load(str(tmp_path / "mine.csv"), request=TESTED).test.y.tolist() == [0, 1]
+
+
 def test_a_list_of_paths_as_windows_and_others_write_it(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for name in "ab":
@@ -206,8 +216,10 @@ def test_a_shard_that_repeats_a_name_or_is_cut_short(tmp_path: Path) -> None:
     with pytest.warns(DataWarning, match="images whose name another has: 1"):
         assert data.load(str(tmp_path / "twice.tar"), request=TESTED).test.y.tolist() == [0]
     (tmp_path / "cut.tar").write_bytes(whole[:end] + whole[:300])
-    with pytest.raises(DataError, match=r"cut.tar is damaged \(it is cut short\)"):
-        data.load(str(tmp_path / "cut.tar"), request=TESTED)
+    (tmp_path / "open.tar").write_bytes(whole[:end])  # as a full disk leaves it
+    for name in ("cut", "open"):
+        with pytest.raises(DataError, match=rf"{name}.tar is damaged \(it is cut short\)"):
+            data.load(str(tmp_path / f"{name}.tar"), request=TESTED)
 
 
 def test_shards_whose_members_are_odd(tmp_path: Path) -> None:
@@ -232,7 +244,8 @@ def test_shards_whose_members_are_odd(tmp_path: Path) -> None:
             {"more": [b"x"] * 6, "image": [b"y"] * 6, "img": [b"y"] * 6},
             "one column of images .*, but has image, more, img",
         ),
-        ({"label": None}, "one column of labels, but has none; keep one, or call it 'label'"),
+        ({"label": None}, r"one column of labels \(integers or text\), but has none; keep one, or call it 'label'"),
+        ({"label": [0.0] * 6, "y": None}, "has label of type double"),
         ({"image": [{"bytes": None, "path": "/etc/passwd"}] * 6}, r"#\d+ in .* has no image data"),
         ({"label": [0, 1, 2, 3, 0, 1]}, "class '3' .* list of classes does not name it"),
     ],
@@ -250,6 +263,7 @@ def test_tables_that_are_not_clear_are_refused(tmp_path: Path, changed: dict[str
 
 @arrow
 def test_labels_of_tables(tmp_path: Path) -> None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     found = rows("test", 6)
@@ -262,6 +276,9 @@ def test_labels_of_tables(tmp_path: Path) -> None:
     assert (loaded.classes, sorted(loaded.test.y.tolist())) == (10, [7, 7, 7, 9, 9, 9])
     pq.write_table(table(found, names=(), label=list("ababab")), tmp_path / "test.parquet")
     assert data.load(str(tmp_path / "test.parquet"), request=TESTED).class_names == ("a", "b")
+    category = pa.array(list("dcdcdc")).dictionary_encode()  # as pandas writes one
+    pq.write_table(table(found, names=(), label=category), tmp_path / "test.parquet")
+    assert data.load(str(tmp_path / "test.parquet"), request=TESTED).class_names == ("c", "d")
 
 
 @arrow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from .._decode import MOST_FILE, endings
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 CLASSES = "classes.txt"
 LAYOUT = "{part}/<class>/"
+UNLABELLED = "images without a label"
 IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
 # Members are decoded one by one, each bounded; a whole archive is limited only by the disk.
 MOST_BYTES, MOST_MEMBERS = 1 << 50, 100_000_000
@@ -77,9 +79,9 @@ class Listing:
     def add(self, part: str, label: str, member: str, place: int | None = None) -> None:
         """Add an image of a table or shard; `part` may be "". Leave out an image without a label."""
         if not label:
-            self.leave("images without a label", member)
+            self.leave(UNLABELLED, member)
             return
-        self.count += place is None
+        self.count, label = self.count + (place is None), one_form(label)
         entry = Entry(self.count if place is None else place, part, label, member)
         (self.entries if part else self.flat).append(entry)
         if part:
@@ -100,6 +102,9 @@ class Listing:
                 self.leave("images without a split", entry.member)
             self.flat.clear()
         labels = {entry.label for entry in (*self.entries, *self.flat)}
+        if "-1" in labels and all(label.isdecimal() for label in labels - {"-1"}):
+            self._drop("-1")
+            labels.discard("-1")
         numbers = all(label.isascii() and label.isdecimal() and len(label) < 19 for label in labels)
         self.numbered = numbers and not self.named
         if numbers and not labels <= set(self.named) and self.named:
@@ -114,6 +119,16 @@ class Listing:
             )
             self.folders = {(part, self.named[int(label)]) for part, label in self.folders}
 
+    def _drop(self, label: str) -> None:
+        """Leave out images whose label says that they have none."""
+        for entry in (*self.entries, *self.flat):
+            if entry.label == label:
+                self.leave(UNLABELLED, entry.member)
+        self.entries, self.flat = (
+            [entry for entry in own if entry.label != label] for own in (self.entries, self.flat)
+        )
+        self.folders = {(part, one) for part, one in self.folders if one != label}
+
     def wants(self, member: str) -> bool:
         """Return whether a file is a list of classes, and record any other file; the name of a folder ends in "/"."""
         self.count += 1
@@ -126,22 +141,37 @@ class Listing:
         if len(within) >= depth and within[-2] not in PARTS:
             self.nested.add("/".join(within[:depth]))
         elif member.endswith("/"):
-            self.folders |= {(PARTS[folders[-1]], name)} if folders and folders[-1] in PARTS else set()
+            self.folders |= {(PARTS[folders[-1]], one_form(name))} if folders and folders[-1] in PARTS else set()
         elif part in PARTS:
-            self.folders.add((PARTS[part], folders[-1]))
+            label = one_form(folders[-1])
+            self.folders.add((PARTS[part], label))
             self.named_parts.add(part)
             self.roots.add("/".join(folders[:-2]))
             if image:
-                self.entries.append(Entry(self.count, PARTS[part], folders[-1], member))
+                self.entries.append(Entry(self.count, PARTS[part], label, member))
             else:
                 self.skipped.append(member)
         elif set(folders) & set(PARTS):
-            self.skipped.append(member)
+            self.leave("images in no class's folder, not read", member) if image else self.skipped.append(member)
         elif image:
             self.outside.append(member)
             if folders:
-                self.flat.append(Entry(self.count, "", folders[-1], member))
+                self.flat.append(Entry(self.count, "", one_form(folders[-1]), member))
         return name.lower() == CLASSES and not set(folders) & set(PARTS)
+
+
+def one_form(label: str) -> str:
+    """Return a class's name in one form of Unicode: macOS writes an accent as a letter of its own.
+
+    Raise DataError for a name that is not text.
+    """
+    if label.isascii():
+        return label
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the folder {label!a} has no name in UTF-8; rename it") from None
+    return unicodedata.normalize("NFC", label)
 
 
 def is_image(name: str) -> bool:
@@ -232,7 +262,7 @@ def list_folder(path: Path) -> Listing:
 def _lines(data: bytes, where: str) -> list[str]:
     """Return the non-empty lines of a list of classes."""
     try:
-        return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+        return [one_form(line.strip()) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text; save it as UTF-8") from error
 
@@ -255,7 +285,11 @@ def walk(folder: Path | str, prefix: str, depth: int) -> Iterator[str]:
     except OSError as error:
         raise explain(error, folder, "read") from error
     for entry in entries:
-        if entry.is_dir():
+        try:
+            folder_too = entry.is_dir()
+        except OSError:  # a link to itself, which is refused when it is read
+            folder_too = False
+        if folder_too:
             yield f"{prefix}{entry.name}/"
             if depth > 1:
                 yield from walk(entry.path, f"{prefix}{entry.name}/", depth - 1)

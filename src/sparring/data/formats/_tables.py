@@ -26,6 +26,7 @@ IMAGES = ("image", "img", "images", "jpg", "png", "path", "file", "file_name", "
 LABELS = ("label", "labels", "class", "class_name", "cls", "target", "y")
 PARTED_AS = {**PARTS, "training": "train", "testing": "test"}
 PARTED = ("split", "part", "subset", "set")
+SEPARATORS = (",", ";", "\t")  # as spreadsheets of various countries write; the most frequent in the first line counts
 MOST_TEXT = 1 << 30  # bytes of a CSV file: ten million rows
 MOST_LABEL = 1_000  # letters
 ROWS = 1 << 16  # labels that are read at once
@@ -181,21 +182,29 @@ def _choice(schema: Any, where: str) -> tuple[str, str, list[str]]:
         or (types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
     ]
     classes = _class_labels(schema.metadata or {})
-    plain = [
-        field.name
-        for field in schema
-        if field.name.lower() in LABELS
-        and (types.is_integer(field.type) or types.is_string(field.type) or types.is_large_string(field.type))
-    ]
+    named = {field.name: field.type for field in schema if field.name.lower() in LABELS}
+    plain = [name for name, kind in named.items() if _is_label(types, kind)]
+    odd = [f"{name} of type {kind}" for name, kind in named.items() if name not in plain]
     image = _one(encoded, IMAGES, "images (bytes, or a struct with bytes)", where)
-    label = _one([name for name in schema.names if name in classes] or plain, LABELS, "labels", where)
+    label = _one(
+        [name for name in classes if name in schema.names and _is_label(types, schema.field(name).type)] or plain,
+        LABELS,
+        "labels (integers or text)",
+        where,
+        odd,
+    )
     return image, label, classes.get(label, [])
 
 
-def _one(found: Sequence[str], preferred: Sequence[str], what: str, where: str) -> str:
+def _is_label(types: Any, kind: Any) -> bool:
+    kind = kind.value_type if types.is_dictionary(kind) else kind  # a category of pandas
+    return bool(types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind))
+
+
+def _one(found: Sequence[str], preferred: Sequence[str], what: str, where: str, odd: Sequence[str] = ()) -> str:
     liked = found if len(found) == 1 else [name for name in found if name.lower() in preferred]
     if len(liked) != 1:
-        shown = ", ".join(found) if found else "none"
+        shown = ", ".join(found or odd) or "none"
         raise DataError(
             f"{where} must have one column of {what}, but has {shown}; keep one, or call it '{preferred[0]}'"
         )
@@ -226,7 +235,9 @@ def list_csv(root: Path, files: Sequence[str], named: Sequence[str] = ()) -> Lis
     for file in sorted(files):
         data = read_bounded(root / file, limit=MOST_TEXT)
         try:
-            rows = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+            text = data.decode("utf-8-sig")
+            separator = max(SEPARATORS, key=text.partition("\n")[0].count)
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
             _list_rows(rows, file, listing, root)
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{root / file} is not a CSV file in UTF-8 ({error}); save it as UTF-8") from error
