@@ -27,7 +27,7 @@ from PIL import Image
 
 from sparring.data._cache import decoded, rows_like_first
 from sparring.data._decode import decode, read
-from sparring.data._images import load_images
+from sparring.data._images import MEASURED, load_images
 from sparring.data._pixels import Job, Rows, available_workers, jobs, work
 from sparring.data.formats._listing import Entry, Listing, list_folder
 from sparring.errors import DataError
@@ -214,7 +214,7 @@ def cache_share(folder: Path, images: int, rounds: int) -> dict[str, float]:
     """Return the throughput of making the cache, as a share of that of decoding alone with the same workers."""
     listing, workers = list_folder(folder), available_workers()
     entries = listing.entries[:images]
-    measured = min(images, 10_000 * images // len(listing.entries))  # as of the whole set
+    measured = min(images, MEASURED * images // (SIDE * SIDE * len(listing.entries)))  # as of the whole set
     how = rows_like_first(listing.source, entries, Rows(folder, (1, 0, 0), None, measured))
     shares, rate = [], 0.0
     for _ in range(rounds):

@@ -134,7 +134,6 @@ def test_a_damaged_image_is_named(folder: Path) -> None:
 def test_a_large_set_is_named_by_its_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = data.content_hash(data.load(str(folder)))
     monkeypatch.setattr(_images, "PIXELS", 1000)
-    monkeypatch.setattr(_images, "MEASURED", 150)
     large, direct = data.load(str(folder)), data.load(str(folder), request=Request(cache=False))
     assert len({small, data.content_hash(large), data.content_hash(direct)}) == 2
     assert data.content_hash(large) == data.content_hash(direct)
@@ -144,6 +143,21 @@ def test_a_large_set_is_named_by_its_files(folder: Path, monkeypatch: pytest.Mon
     (folder / "test" / "a" / "000.png").write_bytes((folder / "train" / "a" / "000.png").read_bytes())
     with pytest.warns(match="1 of 50 test images are also training"):
         assert data.content_hash(data.load(str(folder))) != data.content_hash(large)
+
+
+def test_mean_and_std_are_those_of_the_first_images_however_they_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_images, "MEASURED", 30 * 9 * 7)
+    packed = folder.parent / "packed.zip"
+    packed.write_bytes(zipped({str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.png"))}))
+    first = data.load(str(folder))
+    own = first.train.x[:30].double() / 255
+    assert first.mean == pytest.approx(own.mean((0, 2, 3)).tolist())
+    assert first.std == pytest.approx(own.std((0, 2, 3), correction=0).tolist(), rel=1e-6)
+    for path, cache in ((folder, False), (packed, False), (packed, True)):
+        other = data.load(str(path), request=Request(cache=cache))
+        assert (other.mean, other.std) == (first.mean, first.std)
 
 
 def test_a_disk_without_room_is_refused_with_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,8 @@ def decoded(
         if lazy and large and isinstance(source, Files):  # sets of which any image can be read by itself
             return _undecoded(source, rows, how, progress)
         out, found = in_memory(source, rows, how)
-        return Decoded(torch.from_numpy(out), frozenset(found.lossy), tuple(sorted(found.animated)))
+        counts = torch.from_numpy(found.counts) if large else None
+        return Decoded(torch.from_numpy(out), frozenset(found.lossy), tuple(sorted(found.animated)), counts)
     except Coloured:
         how = replace(how, shape=(3, *how.shape[1:]))
         return decoded(source, entries, how, kept=kept, progress=progress, lazy=lazy)

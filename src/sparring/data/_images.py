@@ -26,7 +26,7 @@ from .formats._listing import CLASSES, PARTS, Entry, Listing
 
 PIXELS = 512 << 20  # bytes of pixels up to which a set is identified by its pixels; a larger one by its files
 ALMOST = {**PARTS, "training": "train", "testing": "test"}  # in capitals, or other words
-MEASURED = 10_000  # images of such a set from which mean and deviation are computed
+MEASURED = 50_000_000  # pixels of training images whose mean and deviation are those of the set
 
 
 def load_images(
@@ -116,8 +116,7 @@ def _pixels(
     """Decode images: as grey only if all images of the set are grey, including undecoded ones, by their headers."""
     how = Rows(path, (request.channels or 1, 0, 0), request.geometry, trained)
     how = rows_like_first(listing.source, every, how)
-    if math.prod(how.shape) * trained > PIXELS:
-        how = replace(how, counted=min(trained, MEASURED))
+    how = replace(how, counted=min(trained, -(-MEASURED // math.prod(how.shape[1:]))))
     lazy = not request.cache and request.images is None
     found = decoded(listing.source, every, how, kept=kept, progress=progress, lazy=lazy)
     if found.x.shape[1] == 1:

@@ -88,7 +88,7 @@ def fill(put: Callable[[int, Pixels], None], job: Job, how: Rows) -> Found:
             lossy |= {picture.lossy} - {""}
             animated += [entry.member] if picture.animated else []
             if row < how.counted:
-                counts += np.reshape(picture.image.histogram(), (-1, 256))
+                counts += np.fromiter(picture.image.histogram(), np.int64).reshape(-1, 256)
     return Found([row for row, _, _ in job], hashes, sorted(lossy), animated, counts.tolist())
 
 
@@ -99,12 +99,14 @@ def fill_array(out: Pixels, job: Job, how: Rows) -> Found:
 
 def fill_file(file: Path | int, job: Job, how: Rows) -> Found:
     """Decode images into their rows of the array in a file, given by name or open."""
-    row = np.empty(how.shape, np.uint8)  # stays in the processor's cache; pages of a mapped file cost more than a write
+    row = np.empty(how.shape, np.uint8)
     with open(file, "r+b", buffering=0, closefd=not isinstance(file, int)) as held:
 
         def put(at: int, planes: Pixels) -> None:
-            row[...] = planes
-            os.pwrite(held.fileno(), row.data, at * row.nbytes)
+            if planes.shape != row.shape:  # a grey image among others
+                row[...] = planes
+                planes = row
+            os.pwrite(held.fileno(), planes.data, at * row.nbytes)  # pages of a mapped file cost more
 
         return fill(put, job, how)
 
