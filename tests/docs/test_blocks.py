@@ -167,11 +167,12 @@ def _run(page: Path, home: Path, folder: Path, *, nightly: bool) -> None:
         if nightly or not step.long:
             printed = _do(step, page, home, folder)
             if nightly and step.shown:  # with the training that the page names; digits depend on the processor
-                assert _words(step.shown) == _words(printed), f"{step.text}\n{printed}"
+                missing = {*map(_words, step.shown.splitlines())} - {*map(_words, printed.splitlines())}
+                assert not missing, f"{step.text}: {missing}\n{printed}"
 
 
-def _words(text: str) -> list[str]:
-    return re.sub(r"[\d.,+−-]+", "#", text).split()
+def _words(line: str) -> str:
+    return " ".join(re.sub(r"[\d.,+−-]+", "#", line).split())
 
 
 def _do(step: Step, page: Path, home: Path, folder: Path) -> str:
@@ -189,7 +190,7 @@ def _do(step: Step, page: Path, home: Path, folder: Path) -> str:
     allowed |= {1, 3} if "sparring verify" in step.text else set()  # falsified, unknown
     assert run.returncode in allowed, f"{step.text}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
     assert "Traceback" not in run.stderr, run.stderr
-    return run.stdout
+    return f"{run.stdout}\n{run.stderr}"
 
 
 def _commands(home: Path) -> Path:
