@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,14 @@ def summary_html(findings: Findings, panels: Sequence[Panel], ledger: Sequence[R
 def _templates() -> jinja2.Environment:
     loader = jinja2.PackageLoader(__package__)
     strict = jinja2.StrictUndefined
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    made = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    made.filters["firm"] = _firm
+    return made
+
+
+def _firm(text: str) -> str:
+    """Return a text in which no interval, such as [−34, −18], breaks across lines."""
+    return re.sub(r"\[[^]]*\]", lambda interval: interval[0].replace(" ", tables.FIRM), text)
 
 
 def _curves(findings: Findings, panels: Sequence[Panel], ledger: Sequence[Row]) -> Curves:
@@ -146,14 +154,15 @@ def _caption(panel: Panel, ledger: Sequence[Row]) -> str:
         if told := gain_told(result, ledger):
             parts.append(f"{name}gain: {told}")
         if result.over_sparsified is not None:
-            parts.append(f"{name}loses more than allowed from {result.words(result.over_sparsified)} on (taken alone)")
+            parts.append(f"{name}taken alone, loses more than allowed from {result.words(result.over_sparsified)} on")
         if result.left_out:
             parts.append(f"{name}{', '.join(map(numbers.percent, result.left_out))} omitted because seeds are missing")
     if any(first.failed):
         share = sum(first.failed) / len(first.failed)
         parts.append(f"the attack failed on {100 * share:.2g}% of images, which count with the largest distance found")
     seeds = "1 seed (intervals cover images only)" if len(first.seeds) == 1 else f"{len(first.seeds)} seeds"
-    return "; ".join([*parts, f"{seeds}, {first.images:,} images"]) + "."
+    text = "; ".join([*parts, f"{seeds}, {first.images:,} images"]) + "."
+    return text if len(panel.results) > 1 else text[0].upper() + text[1:]  # a method's label keeps its case
 
 
 def _json(table: Mapping[str, object]) -> str:

@@ -107,13 +107,13 @@ def around(findings: Findings, at_most: int = 8) -> Table | None:
     rows: list[list[str | Cell]] = []
     for s in every[first : first + at_most]:
         ratio = words.size_ratio(findings, s)
-        kept = "exceeded" if spot.at_most is None or s > spot.at_most else "undecided"
-        kept = "kept" if s <= (spot.sparsity or 0) else f"{kept}; kept if doubled" if s <= (wide or 0) else kept
+        met = "exceeded" if spot.at_most is None or s > spot.at_most else "undecided"
+        met = "met" if s <= (spot.sparsity or 0) else f"{met}; met if doubled" if s <= (wide or 0) else met
         gains = [numbers.gain(r.measure, r.gains.at(s), r.control) for r in results]
         name = numbers.sparsity(findings.study, findings.method or "", s)
         mark = Cell(name, "strong") if s == spot.sparsity else name
-        rows.append([mark, "–" if ratio is None else f"{ratio:.1f}×", *gains, kept])
-    return Table(["Sparsity", "Smaller", *map(_heading, measures), "Allowed losses"], rows)
+        rows.append([mark, "–" if ratio is None else f"{ratio:.1f}×", *gains, met])
+    return Table(["Sparsity", "Smaller", *map(_heading, measures), "Allowances"], rows)
 
 
 def curve_table(results: Sequence[Result]) -> Table:
