@@ -97,7 +97,7 @@ class Network:
     def quantised(self) -> Path:
         """The ONNX file in static int8: weights and activations, QDQ, weights per channel."""
         _require("onnxruntime")
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
         images = iter(self.images.numpy())
 
@@ -109,7 +109,11 @@ class Network:
         path = self.folder / "net.int8.onnx"
         logging.disable(logging.WARNING)  # it advises preparing the graph, which torch's exporter has done
         try:
-            quantize_static(self.onnx, path, Images(), quant_format=QuantFormat.QDQ, per_channel=True)
+            # Of the types of activations the unsigned one is up to three times as fast, where there are residual sums.
+            quantize_static(
+                self.onnx, path, Images(), quant_format=QuantFormat.QDQ, per_channel=True,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            )  # fmt: skip
         finally:
             logging.disable(logging.NOTSET)
         return path
@@ -159,7 +163,7 @@ def _onnxruntime(network: Network) -> Opened:
 
 
 def _onnxruntime_int8(network: Network) -> Opened:
-    path, settings = network.quantised, f"static, QDQ, per channel, {len(network.images)} images"
+    path, settings = network.quantised, f"static, QDQ, uint8 × int8 per channel, {len(network.images)} images"
     return Opened(_session(path), settings, path.stat().st_size, exact=False)
 
 

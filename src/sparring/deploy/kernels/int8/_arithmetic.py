@@ -99,6 +99,14 @@ def rounded(k: Kernel, way: str, value: Value, *, far: bool) -> Value:
     return call(k, {8: "llvm.x86.avx.cvt.ps2dq.256", 4: "llvm.x86.sse2.cvtps2dq"}[lanes], quads(lanes), value)
 
 
+def kept(k: Kernel, way: str, value: Value) -> Value:
+    """Return a vector as it is, computed here: LLVM would put it off to where it is used, and keep more registers."""
+    if not packed_lanes(way, lanes_of(value)):
+        return value
+    same = ir.FunctionType(value.type, [value.type])
+    return k.b.asm(same, "", "=x,0" if lanes_of(value) < 16 else "=v,0", [value], side_effect=True)
+
+
 def packed_lanes(way: str, lanes: int) -> bool:
     """Return whether the processor rounds and packs vectors of so many lanes by instructions of its own."""
     return way != PLAIN and lanes in (4, 8, 16)

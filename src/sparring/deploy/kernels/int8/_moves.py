@@ -14,18 +14,15 @@ from .._elementwise import PoolMax, transpose
 from .._llvm_ir import BYTE, FLOAT, INT32, INT64, Kernel, Spec, Unit, Value, vector
 from . import _arithmetic as integer
 
-_MAGIC = 12582912.0  # 1.5 · 2^23: added to a small float, it leaves the nearest integer in the lowest bits
 
-
-def _byte(k: Kernel, value: Value, factor: Value, shift: Value) -> Value:
+def _byte(k: Kernel, way: str, value: Value, factor: Value, shift: Value) -> Value:
     """Return floats as integers from 0 to 255."""
     b, lanes = k.b, integer.lanes_of(value)
     value = b.fadd(b.fmul(value, k.splat(factor, lanes)), k.splat(shift, lanes))
     most = k.splat(ir.Constant(FLOAT, 255.0), lanes)
-    value = k.relu(value)
     value = b.select(b.fcmp_ordered("<", value, most), value, most)
-    moved = b.fadd(value, k.splat(ir.Constant(FLOAT, _MAGIC), lanes))
-    return b.and_(b.bitcast(moved, integer.quads(lanes)), integer.constant(255, lanes))
+    whole, zero = integer.rounded(k, way, value, far=False), integer.constant(0, lanes)
+    return b.select(b.icmp_signed(">", whole, zero), whole, zero)
 
 
 def _joined(k: Kernel, parts: list[Value]) -> Value:
@@ -53,6 +50,7 @@ class Quantise(Spec):
     """
 
     lanes: int
+    way: str
     channels: int
     image: bool = False
 
@@ -72,7 +70,7 @@ class Quantise(Spec):
                 def one(x: Value, lanes: int) -> None:
                     at = b.mul(x, k.number(4))
                     loaded = [k.load(k.at(line, at), vector(lanes)) for line in lines]
-                    parts = [_byte(k, value, *two) for value, two in zip(loaded, numbers, strict=True)]
+                    parts = [_byte(k, self.way, value, *two) for value, two in zip(loaded, numbers, strict=True)]
                     k.store(_joined(k, parts), k.at(written, at))
 
                 k.along(width, self.lanes, one)
@@ -88,6 +86,7 @@ class QuantiseFlat(Spec):
     """
 
     lanes: int
+    way: str
     image: bool = False
 
     def emit(self, k: Kernel) -> None:
@@ -97,7 +96,7 @@ class QuantiseFlat(Spec):
         numbers = [k.load(k.pointer(), FLOAT) for _ in range(2)]
 
         def one(x: Value, lanes: int) -> None:
-            value = _byte(k, k.load(k.at(source, b.mul(x, k.number(4))), vector(lanes)), *numbers)
+            value = _byte(k, self.way, k.load(k.at(source, b.mul(x, k.number(4))), vector(lanes)), *numbers)
             narrow = b.trunc(value, BYTE if lanes == 1 else ir.VectorType(BYTE, lanes))
             b.store(narrow, k.at(target, x), align=1)
 
@@ -114,6 +113,7 @@ class QuantiseTiles(Spec):
     """
 
     lanes: int
+    way: str
     channels: int
     flat: bool = False
 
@@ -135,34 +135,51 @@ class QuantiseTiles(Spec):
             numbers = [[k.entry(table, channel) for table in tables] for channel in channels]
             with k.loop(rows) as row:
                 lines = [b.mul(b.add(b.mul(channel, rows), row), width) for channel in channels]
-                written = k.at(target, b.add(b.mul(number, outer), b.mul(row, inner)))
-
-                def pixels(x: Value, count: int) -> None:
-                    places = [b.mul(b.add(line, x), k.number(4)) for line in lines]
-
-                    def of(image: Value) -> Value:
-                        loaded = [k.load(k.at(image, place), vector(count)) for place in places]
-                        return _joined(k, [_byte(k, v, *two) for v, two in zip(loaded, numbers, strict=True)])
-
-                    self._spread(k, images, of, k.at(written, b.mul(x, k.number(4 * self.lanes))), count)
-
-                k.along(width, 4, pixels)
+                written, start = k.at(target, b.add(b.mul(number, outer), b.mul(row, inner))), k.number(0)
+                for side in (16, 4, 1):
+                    with k.carry(b.sub(width, k.number(side - 1)), step=side, start=start) as turn:
+                        self._pixels(k, images, written, turn.number, lines, numbers, side)
+                    start = turn.number
 
         _fours(k, self.channels, four)
 
+    def _pixels(
+        self,
+        k: Kernel,
+        images: list[Value],
+        target: Value,
+        x: Value,
+        lines: list[Value],
+        numbers: list[list[Value]],
+        count: int,
+    ) -> None:
+        """Move `count` pixels from x on of up to four channels, which begin at `lines` of an image's floats."""
+        b = k.b
+        places = [b.mul(b.add(line, x), k.number(4)) for line in lines]
+
+        def of(image: Value) -> Value:
+            loaded = [k.load(k.at(image, place), vector(count)) for place in places]
+            return _joined(k, [_byte(k, self.way, v, *two) for v, two in zip(loaded, numbers, strict=True)])
+
+        self._spread(k, images, of, k.at(target, b.mul(x, k.number(4 * self.lanes))), count)
+
     def _spread(self, k: Kernel, images: list[Value], of: Callable[[Value], Value], target: Value, count: int) -> None:
         """Store `count` lanes of each image as lanes of as many vectors of images."""
-        for lane in range(0, self.lanes, count):
-            found = transpose(k, [of(image) for image in images[lane : lane + count]])
-            for number, value in enumerate(found):
-                k.store(value, k.at(target, 4 * (number * self.lanes + lane)))
+        side = min(count, 4)
+        for lane in range(0, self.lanes, side):
+            values = [of(image) for image in images[lane : lane + side]]
+            for part in range(0, count, side):
+                order = range(part, part + side)
+                parts = values if count == side else [k.shuffle(value, value, order) for value in values]
+                for number, value in enumerate(transpose(k, parts), part):
+                    k.store(value, k.at(target, 4 * (number * self.lanes + lane)))
 
     def _flat(self, k: Kernel, images: list[Value], target: Value, numbers: list[Value]) -> None:
         b, whole = k.b, self.channels // 16 * 16
 
         def packed(image: Value, x: Value, lanes: int) -> Value:
             """Return neighbours as integers of four bytes each."""
-            bytes_ = _byte(k, k.load(k.at(image, b.mul(x, k.number(4))), vector(lanes)), *numbers)
+            bytes_ = _byte(k, self.way, k.load(k.at(image, b.mul(x, k.number(4))), vector(lanes)), *numbers)
             kind = ir.VectorType(INT32, lanes // 4) if lanes > 4 else INT32
             return b.bitcast(b.trunc(bytes_, ir.VectorType(BYTE, lanes)), kind)
 
@@ -175,7 +192,7 @@ class QuantiseTiles(Spec):
             )  # fmt: skip
         for number in range(self.channels // 4 * 4, self.channels):
             for lane, image in enumerate(images):
-                value = b.trunc(_byte(k, k.load(k.at(image, 4 * number), FLOAT), *numbers), BYTE)
+                value = b.trunc(_byte(k, self.way, k.load(k.at(image, 4 * number), FLOAT), *numbers), BYTE)
                 place = number // 4 * 4 * self.lanes + 4 * lane + number % 4
                 b.store(value, k.at(target, place), align=1)
 
@@ -237,6 +254,38 @@ class Flat(Spec):
                 shifted = b.lshr(value, k.splat(bits, self.lanes))
                 parts.append(b.and_(shifted, integer.constant(255, self.lanes)))
             k.store(_joined(k, parts), k.at(target, b.mul(number, k.number(4 * self.lanes))))
+
+
+@dataclass(frozen=True)
+class FlatRows(Spec):
+    """Flatten the bytes of one image: those of a channel's pixels side by side.
+
+    Arguments: input, output (offsets), rows, pixels in a row, bytes from four channels to the next and from row to row
+    of the input.
+    """
+
+    channels: int
+
+    def emit(self, k: Kernel) -> None:
+        b, source, target = k.b, k.place(), k.place()
+        rows, width, outer, inner = k.integers(4)
+        plane = b.mul(rows, width)
+
+        def four(number: Value, count: int) -> None:
+            first = k.at(target, b.mul(number, b.mul(plane, k.number(4))))
+            lines = [k.at(first, b.mul(plane, k.number(j))) for j in range(count)]
+            with k.loop(rows) as row:
+                read = k.at(source, b.add(b.mul(number, outer), b.mul(row, inner)))
+
+                def move(x: Value, pixels: int) -> None:
+                    found = k.load(k.at(read, b.mul(x, k.number(4))), ir.VectorType(BYTE, 4 * pixels))
+                    for channel, line in enumerate(lines):
+                        part = k.shuffle(found, found, range(channel, 4 * pixels, 4))
+                        b.store(part, k.at(line, b.add(b.mul(row, width), x)), align=1)
+
+                k.along(width, 4, move)
+
+        _fours(k, self.channels, four)
 
 
 @dataclass(frozen=True)

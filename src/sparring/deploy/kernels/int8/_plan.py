@@ -83,14 +83,20 @@ class BytePlanner(Planner):
         tables, count = (task.factor, task.shift), math.prod(self.program.shape)
         flat = len(shape) == 1
         if not self.layout.tiles and flat:
-            return kernel_call(moves.QuantiseFlat(self.layout.lanes, image=True), [0, target.origin, count], tables)
+            return kernel_call(
+                moves.QuantiseFlat(self.layout.lanes, self._way, image=True), [0, target.origin, count], tables
+            )
         channels, height, width = (count, 1, 1) if flat else Planner.shape3(self, task.source)
         factors = tables if flat else tuple(_spread(table, channels) for table in tables)
+        if target.whole:
+            height, width = 1, height * width
         if self.layout.tiles:
             sizes = [target.origin, height, width, target.outer, target.inner, 4 * count]
-            return kernel_call(moves.QuantiseTiles(self.layout.lanes, channels, flat), sizes, factors)
+            return kernel_call(moves.QuantiseTiles(self.layout.lanes, self._way, channels, flat), sizes, factors)
         sizes = [height, width, 4 * height * width, 4 * width, target.outer, target.inner]
-        return kernel_call(moves.Quantise(self.layout.lanes, channels, image=True), [0, target.origin, *sizes], factors)
+        return kernel_call(
+            moves.Quantise(self.layout.lanes, self._way, channels, image=True), [0, target.origin, *sizes], factors
+        )
 
     def moves(self, task: Task) -> list[Call]:
         match task:
@@ -112,10 +118,12 @@ class BytePlanner(Planner):
         source, target = Planner.plain(self, task.source), self.buffer(task.result)
         channels = self.shapes[task.source][0]
         factors = tuple(_spread(table, channels) for table in (task.factor, task.shift))
-        spec = moves.Quantise(self.layout.lanes, channels)
+        spec = moves.Quantise(self.layout.lanes, self._way, channels)
         if target.lanes == 1 and target.inner == 4 and len(task.factor) == 1:
             tables = (task.factor, task.shift)
-            return kernel_call(moves.QuantiseFlat(self.layout.lanes), [source.origin, target.origin, channels], tables)
+            return kernel_call(
+                moves.QuantiseFlat(self.layout.lanes, self._way), [source.origin, target.origin, channels], tables
+            )
         return kernel_call(spec, self._rows(task.source, source, target), factors)
 
     def _dequantise(self, task: Dequantise) -> Call:
@@ -127,13 +135,15 @@ class BytePlanner(Planner):
     def _flatten(self, task: FlatBytes) -> Call:
         source, target = self.buffer(task.source), self.buffer(task.result)
         shape = self.shapes[task.source]
+        if not self.layout.tiles:
+            sizes = [shape[1], shape[2], source.outer, source.inner]
+            return kernel_call(moves.FlatRows(shape[0]), [source.origin, target.origin, *sizes])
         channel, y, x = np.indices(shape).reshape(3, -1)
         count = -(-len(channel) // 4)
         places = np.zeros((4 * count, 2), np.int64)
         places[: len(channel), 0] = channel // 4 * source.outer + y * source.inner + x * source.pixel
         places[: len(channel), 1] = channel % 4 * 8
-        lanes = source.lanes
-        return kernel_call(moves.Flat(lanes), [source.origin, target.origin, count], (places,))
+        return kernel_call(moves.Flat(source.lanes), [source.origin, target.origin, count], (places,))
 
     def max_pool(self, task: MaxPool) -> Call:
         call = super().max_pool(task)
@@ -168,9 +178,8 @@ class BytePlanner(Planner):
 
 
 def _choices(layout: Layout) -> list[Tiling]:
-    if layout.tiles:
-        return [Tiling(n, layout.lanes) for n in (8, 6, 12, 4)]
-    return [Tiling(n, lanes) for lanes in (layout.lanes, max(4, layout.lanes // 2)) for n in (8, 12, 4)]
+    counts = (8, 6, 12, 16) if layout.tiles else (8, 4, 16, 24)
+    return [Tiling(n, layout.lanes) for n in counts]
 
 
 def _spread(table: NDArray[np.float32], channels: int) -> NDArray[np.float32]:

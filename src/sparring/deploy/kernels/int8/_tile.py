@@ -113,7 +113,7 @@ class QuadTile(Tile):
                     found = k.b.sub(found, integer.constant(self.stored.other_zero, lanes))
                 scaled = k.b.fadd(scaled, k.b.fmul(integer.floats(k, found), k.splat(beside, lanes)))
             if self.stored.bytes:
-                result.append(self.stored.finished(k, scaled))
+                result.append(integer.kept(k, self.stored.way, self.stored.finished(k, scaled)))
             else:
                 result.append(k.capped(k.relu(scaled) if self.relu else scaled, self.cap))
         return result
