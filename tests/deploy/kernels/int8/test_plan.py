@@ -49,16 +49,13 @@ def check(program: Program, batches=BATCHES, lanes: int | None = None) -> None:
         assert (run.run(x[:n]) == expected[:n]).all(), n
 
 
-@pytest.mark.parametrize(
-    ("name", "width", "batches"),
-    [("lenet-300-100", None, BATCHES), ("lenet-5", None, BATCHES), ("resnet-32", 0.25, (1, 3, 18))],
-)
-def test_logits_are_the_references(sparse_model, name, width, batches):
+@pytest.mark.parametrize(("name", "width"), [("lenet-300-100", None), ("lenet-5", None), ("resnet-32", 0.125)])
+def test_logits_are_the_references(sparse_model, name, width):
     shape = (1, 28, 28) if "lenet" in name else (3, 32, 32)
-    check(rounded(sparse_model(name, 0.1, width=width), shape), batches)
+    check(rounded(sparse_model(name, 0.1, width=width), shape), (1, 3, 18) if width else BATCHES)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(network=networks(), lanes=st.sampled_from([None, None, 8, 4]))
 def test_any_geometry(sparsify, network, lanes):
     model, shape, density, seed = network

@@ -108,11 +108,12 @@ class QuantiseTiles(Spec):
     """Bring as many images as there are lanes into bytes, one image in each lane; `flat`: neighbours side by side.
 
     Lanes without an image repeat the last one. Unless `flat`, a lane has four channels of a pixel. `channels`: those of
-    an image, floats of a flat one. Arguments: output (offset), rows, floats in a row, bytes from four channels to the
-    next and from row to row in the output, bytes of an image, factors, shifts.
+    an image, floats of a flat one. `wide`: floats that are rounded at once. Arguments: output (offset), rows, floats in
+    a row, bytes from four channels to the next and from row to row in the output, bytes of an image, factors, shifts.
     """
 
     lanes: int
+    wide: int
     way: str
     channels: int
     flat: bool = False
@@ -136,7 +137,7 @@ class QuantiseTiles(Spec):
             with k.loop(rows) as row:
                 lines = [b.mul(b.add(b.mul(channel, rows), row), width) for channel in channels]
                 written, start = k.at(target, b.add(b.mul(number, outer), b.mul(row, inner))), k.number(0)
-                for side in (16, 4, 1):
+                for side in sorted({self.wide, 4, 1}, reverse=True):
                     with k.carry(b.sub(width, k.number(side - 1)), step=side, start=start) as turn:
                         self._pixels(k, images, written, turn.number, lines, numbers, side)
                     start = turn.number
@@ -175,7 +176,8 @@ class QuantiseTiles(Spec):
                     k.store(value, k.at(target, 4 * (number * self.lanes + lane)))
 
     def _flat(self, k: Kernel, images: list[Value], target: Value, numbers: list[Value]) -> None:
-        b, whole = k.b, self.channels // 16 * 16
+        b, wide = k.b, self.wide
+        whole = self.channels // wide * wide
 
         def packed(image: Value, x: Value, lanes: int) -> Value:
             """Return neighbours as integers of four bytes each."""
@@ -183,8 +185,9 @@ class QuantiseTiles(Spec):
             kind = ir.VectorType(INT32, lanes // 4) if lanes > 4 else INT32
             return b.bitcast(b.trunc(bytes_, ir.VectorType(BYTE, lanes)), kind)
 
-        with k.loop(whole, 16) as x:
-            self._spread(k, images, lambda image: packed(image, x, 16), k.at(target, b.mul(x, k.number(self.lanes))), 4)
+        with k.loop(whole, wide) as x:
+            there = k.at(target, b.mul(x, k.number(self.lanes)))
+            self._spread(k, images, lambda image: packed(image, x, wide), there, wide // 4)
         with k.carry(self.channels // 4 * 4, step=4, start=whole) as turn:
             self._spread(
                 k, images, lambda image: packed(image, turn.number, 4),

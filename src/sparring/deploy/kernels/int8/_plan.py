@@ -22,6 +22,7 @@ from .._abi import Call, Layout, Table, Tiling, kernel_call
 from .._fusion import FusedLayer, MaxPool, Task, View
 from .._layout import Buffer, Cut
 from .._matmul import Tile, lookup_tables
+from .._native import host_lanes
 from .._plan import Planner, sources_of
 from . import _moves as moves
 from ._arithmetic import MADDUBS
@@ -92,7 +93,9 @@ class BytePlanner(Planner):
             height, width = 1, height * width
         if self.layout.tiles:
             sizes = [target.origin, height, width, target.outer, target.inner, 4 * count]
-            return kernel_call(moves.QuantiseTiles(self.layout.lanes, self._way, channels, flat), sizes, factors)
+            return kernel_call(
+                moves.QuantiseTiles(self.layout.lanes, host_lanes(), self._way, channels, flat), sizes, factors
+            )
         sizes = [height, width, 4 * height * width, 4 * width, target.outer, target.inner]
         return kernel_call(
             moves.Quantise(self.layout.lanes, self._way, channels, image=True), [0, target.origin, *sizes], factors
