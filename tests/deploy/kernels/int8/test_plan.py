@@ -55,7 +55,7 @@ def test_logits_are_the_references(sparse_model, name, width):
     check(rounded(sparse_model(name, 0.1, width=width), shape), (1, 3, 18) if width else BATCHES)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(network=networks(), lanes=st.sampled_from([None, None, 8, 4]))
 def test_any_geometry(sparsify, network, lanes):
     model, shape, density, seed = network
