@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -95,6 +96,15 @@ def test_a_sparse_network_is_a_smaller_file(tmp_path, sparse_model, sparsity, ex
     for values, floor in (("fp32", exact), ("fp16", half)):
         path = deploy.export(model, tmp_path / "a.sparring", shape=(3, 32, 32), values=values)
         assert dense / path.stat().st_size >= floor
+
+
+def test_the_limit_of_weights_counts_groups_as_torch_holds_them(monkeypatch, tmp_path):
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 3, groups=2), nn.Flatten()).eval()
+    path, held = deploy.export(model, tmp_path / "a.sparring", shape=(64, 5, 5)), 64 * 9 + 64 * 32 * 9
+    for most, fits in ((held, True), (held - 1, False)):
+        monkeypatch.setattr("sparring.deploy._artefact._MOST_WEIGHTS", most)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="above the limit"):
+            deploy.load(path)
 
 
 def test_equal_networks_make_equal_files(tmp_path, sparse_model):

@@ -288,8 +288,7 @@ class _Reader:
     def _sparse(self, item: Any, values: str) -> Sparse:
         out, channels, height, width = self._sides(item, "weight", (4,), 1)
         row = channels * height * width
-        self.weights += out * row
-        if out * row > MOST_ELEMENTS or self.weights > _MOST_WEIGHTS:
+        if out * row > MOST_ELEMENTS:
             raise UserError(f"the artefact has a layer of {out * row} weights, above the limit")
         bias = self._floats(item, "bias", out)  # first, so that `out` is no larger than the file
         count = _field(item, "nonzeros", int)
@@ -300,7 +299,11 @@ class _Reader:
         kept = decode_values(self._blob(item, "kept"), rows, out, values)
         stride, padding, dilation = (self._pair(item, name, least) for name, least in _LAYER_FIELDS)
         shape, over = (out, channels, height, width), item.get("rows", False) is True
-        return Sparse(shape, indptr, indices.astype(np.int32), kept, bias, stride, padding, dilation, over)
+        op = Sparse(shape, indptr, indices.astype(np.int32), kept, bias, stride, padding, dilation, over)
+        self.weights += out * row // (1 if height == width == 1 else op.groups)  # what torch holds of it, if it runs it
+        if self.weights > _MOST_WEIGHTS:
+            raise UserError(f"the artefact has layers of {self.weights} weights, above the limit")
+        return op
 
     def _constant(self, item: Any) -> Floats:
         value = self._option(item.get("value"))
