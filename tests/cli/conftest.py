@@ -36,6 +36,8 @@ def sparring(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
             check_json(str(words[0]), json.loads(found.out, parse_constant=pytest.fail))
         return Result(int(stop.value.code or 0), found.out, found.err)
 
+    # On a busy machine what is quick else shows its progress, which is no message.
+    monkeypatch.setattr("sparring.cli._progress.PATIENCE", 1e6)
     before = signal.getsignal(signal.SIGTERM)
     yield call
     signal.signal(signal.SIGTERM, before)  # else later tests that are told to end would raise the command line's exit

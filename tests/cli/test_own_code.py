@@ -223,7 +223,7 @@ def test_models_that_answer_in_their_own_way(sparring, own: str, name: str) -> N
         ("detached", "no gradient: remove detach()"),
         ("frozen", "no parameter that can be trained"),
         ("half", "float16, which rounds small steps away; give --dtype float32"),
-        ("meta", "hold no numbers; build it on the CPU"),
+        ("meta", "have no values; build it on the CPU"),
     ],
 )
 def test_models_that_cannot_be_trained(sparring, own: str, command: str, name: str, said: str) -> None:  # type: ignore[no-untyped-def]
