@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-gc.set_threshold(50_000, 20, 20)  # thousands of tests live as long as a run: looking through them took a tenth of it
 
 import pytest
 import torch
 
 from sparring import data
 from sparring.data import Dataset, Split
+
+gc.set_threshold(50_000, 20, 20)  # thousands of tests live as long as a run: looking through them took a tenth of it
 
 
 @pytest.fixture(autouse=True, scope="session")
