@@ -81,11 +81,12 @@ def _happened(findings: Findings) -> str:
     lowest, highest = min(r.sparsities[0] for r in found), max(r.sparsities[-1] for r in found)
     over = " to ".join(dict.fromkeys(map(numbers.percent, (lowest, highest))))
     over += numbers.of_all(findings.study, findings.method or "", (lowest, highest))
+    over_seeds = f"over {seeds_phrase(findings.seeds)}; the 95% intervals hold at all sparsities together"
+    only = "for one seed; the 95% intervals cover images only, so another seed may change differently"
     return (
         f"As {subject(findings)} gets sparser (method “{findings.method}”, {over}), "
         f"{'; '.join(f'{_named(r.measure)} {_trend(r)}' for r in found)}. Changes are relative to the dense control, "
-        f"over {seeds_phrase(findings.seeds)}; the 95% intervals "
-        f"{'hold at all sparsities together' if findings.seeds > 1 else 'cover images only'}."
+        f"{over_seeds if findings.seeds > 1 else only}."
     )
 
 
@@ -108,16 +109,17 @@ def _trend(result: Result) -> str:
         gain = numbers.gain(result.measure, gains[k], result.control)
         return f"at {result.words(result.sparsities[k])}: {gain}"
 
-    parts = []
-    for verb, side in (("rises", 1), ("falls", -1)):
+    parts, largest = [], most(1 if max(gains, key=lambda e: abs(e.estimate)).estimate > 0 else -1)
+    if len(result.seeds) == 1:
+        parts.append(f"changes {'most ' if len(gains) > 1 else ''}{largest}")
+    for verb, side in () if parts else (("rises", 1), ("falls", -1)):
         shown = [s for s, e in zip(result.sparsities, gains, strict=True) if (e.low if side > 0 else -e.high) > 0]
-        if shown and len(result.seeds) > 1:
+        if shown:
             told = most(side) if len(shown) == 1 else f"{_where(result, shown)} ({most(side)})"
             parts.append(f"{verb} {told}")
-    up = max(gains, key=lambda e: abs(e.estimate)).estimate > 0
     lost = max(result.failed, default=0.0)
     doubt = f", although the search failed on up to {100 * lost:.2g}% of images" if lost > MANY_FAILED else ""
-    return (" and ".join(parts) or f"is not shown to change ({most(1 if up else -1)})") + doubt
+    return (" and ".join(parts) or f"is not shown to change ({largest})") + doubt
 
 
 def _where(result: Result, shown: Sequence[float]) -> str:
