@@ -7,6 +7,12 @@ so that whatever else the machine does falls on both; ratios are of medians. Row
 over_onnxruntime (dense time over sparse time), over_floor (time over what the nonzeros alone would need at the measured
 peak of one core, multiply-adds on registers, so 1 is perfect), relative_error (of the
 largest logit, against torch), milliseconds.
+
+With `--int8`, instead: kernels on 8-bit weights and activations beside ONNX Runtime's static int8 of the same network
+with all its weights (uint8 activations, int8 weights per channel, calibrated on the same 64 images), on masks of 1 × 4
+blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones. Logits
+must be those of plain integers to the last bit. Rows: over_onnxruntime of the int8 kernels and of the fp32 kernels
+(fp32_...), over_fp32 (fp32 kernels' time over int8 kernels').
 """
 
 from __future__ import annotations
@@ -32,6 +38,9 @@ from torch import nn
 
 from sparring import deploy
 from sparring.deploy import interleaved, peak_flops
+from sparring.deploy.rounding._reference import run_rounded
+from sparring.deploy.timing._engines import ENGINES, Network
+from sparring.devices import CPU
 from sparring.models import build, load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' networks
@@ -93,19 +102,25 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--weights", nargs="*", type=Path, default=[], help="networks written by sparring prune")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--int8", action="store_true", help="time kernels on 8-bit weights and activations")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pairs = map(pruned, arguments.weights) if arguments.weights else random(arguments.networks.split(","))
+    names = arguments.networks.split(",")
+    found = (
+        (row for name in names for row in rows_of_int8(name, arguments.rounds))
+        if arguments.int8
+        else (
+            row
+            for pair in (map(pruned, arguments.weights) if arguments.weights else random(names))
+            for row in rows_of(pair, arguments.rounds)
+        )
+    )
     rows = []
-    for pair in pairs:
-        for row in rows_of(pair, arguments.rounds):
-            rows.append(row)
-            if not arguments.json:
-                print(
-                    " ".join(
-                        f"{key}={value:.4g}" if type(value) is float else f"{key}={value}" for key, value in row.items()
-                    )
-                )
+    for row in found:
+        rows.append(row)
+        if not arguments.json:
+            numbers = ((key, f"{v:.4g}" if type(v) is float else v) for key, v in row.items())
+            print(" ".join(f"{key}={value}" for key, value in numbers), flush=True)
     if arguments.json:
         json.dump(rows, sys.stdout, indent=1)
         print()
@@ -162,14 +177,51 @@ def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
         }
 
 
-def sparse_network(kind: Kind, sparsity: float) -> nn.Module:
+def rows_of_int8(name: str, rounds: int) -> Iterator[dict[str, float | str]]:
+    """Measure a network on 8-bit weights and activations, at its batch sizes."""
+    kind = NETWORKS[name]
+    images = torch.rand(64, *kind.shape, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        rival = ENGINES["onnxruntime int8"](
+            Network(sparse_network(kind, 0.0), kind.shape, Path(folder), images, CPU)
+        ).run
+        for sparsity, blocks in ((sparsity, blocks) for sparsity in SPARSITIES for blocks in (True, False)):
+            model, path = sparse_network(kind, sparsity, blocks=blocks), Path(folder) / "net.sparring"
+            plain = deploy.load(deploy.export(model, path, shape=kind.shape))
+            packed = deploy.load(deploy.export(model, path, shape=kind.shape, values="int8", calibrate=images))
+            assert (packed(images[:2].numpy()) == run_rounded(packed.program, images[:2].numpy())).all()
+            for batch in kind.batches:
+                x = np.random.default_rng(batch).random((batch, *kind.shape), np.float32)
+                int8, fp32, dense = interleaved([partial(run, x) for run in (packed, plain, rival)], rounds=rounds)
+                yield {
+                    "network": name,
+                    "batch": batch,
+                    "sparsity": sparsity,
+                    "mask": "blocks-1x4" if blocks else "random",
+                    "over_onnxruntime": round(dense.median / int8.median, 2),
+                    "fp32_over_onnxruntime": round(dense.median / fp32.median, 2),
+                    "over_fp32": round(fp32.median / int8.median, 2),
+                    "relative_error": relative_error(packed(x), model, x),
+                    "milliseconds": int8.median * 1e3,
+                }
+
+
+def mask_of(weight: torch.Tensor, sparsity: float, generator: torch.Generator, *, blocks: bool) -> torch.Tensor:
+    """Return a random mask, of blocks of four inputs if there are whole ones."""
+    if not blocks or weight.shape[1] % 4:
+        return torch.rand(weight.shape, generator=generator) >= sparsity
+    shape = (weight.shape[0], weight.shape[1] // 4, *weight.shape[2:])
+    return (torch.rand(shape, generator=generator) >= sparsity).repeat_interleave(4, 1)
+
+
+def sparse_network(kind: Kind, sparsity: float, *, blocks: bool = False) -> nn.Module:
     """Build a network with random layer-uniform masks and batch norm statistics of its own activations."""
     torch.manual_seed(0)
     model, generator = kind.build(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if kind.masked(name, parameter):
-                parameter.mul_(torch.rand(parameter.shape, generator=generator) >= sparsity)
+                parameter.mul_(mask_of(parameter, sparsity, generator, blocks=blocks))
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0  # take the statistics of the one batch that follows
