@@ -10,9 +10,9 @@ largest logit, against torch), milliseconds.
 
 With `--int8`, instead: kernels on 8-bit weights and activations beside ONNX Runtime's static int8 of the same network
 with all its weights (uint8 activations, int8 weights per channel, calibrated on the same 64 images), on masks of 1 × 4
-blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones. Logits
-must be those of plain integers to the last bit. Rows: over_onnxruntime of the int8 kernels and of the fp32 kernels
-(fp32_...), over_fp32 (fp32 kernels' time over int8 kernels').
+blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones.
+Logits must be those of plain integers to the last bit. Rows: over_onnxruntime of the int8 kernels and of the fp32
+kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels').
 """
 
 from __future__ import annotations
