@@ -15,6 +15,7 @@ from sparring.sparsity import (
     Blocks,
     Channels,
     CollapsedLayerWarning,
+    Inputs,
     Scores,
     Structure,
     Unstructured,
@@ -39,7 +40,7 @@ def tied_scores(draw: st.DrawFn) -> Scores:
 
 
 sparsities = st.floats(0, 0.95)
-structures = st.sampled_from([Unstructured(), Blocks(2, 1), Blocks(1, 2), Channels()])
+structures = st.sampled_from([Unstructured(), Blocks(2, 1), Blocks(1, 2), Inputs(4), Channels()])
 pytestmark = pytest.mark.filterwarnings("ignore::sparring.sparsity.CollapsedLayerWarning")
 
 
@@ -135,6 +136,17 @@ def test_tied_channels_go_together() -> None:
 def test_scores_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(UserError, match="not finite"):
         select({"a": torch.tensor([[1.0, value]])}, 0.5)
+
+
+def test_blocks_of_inputs_are_channels_at_one_position_and_other_layers_lose_single_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = {"conv": torch.rand(6, 8, 3, 3, generator=generator), "first": torch.rand(6, 1, 5, 5, generator=generator)}
+    masks = select(scores, 0.7, structure=Inputs(4), scope="layer")
+    fours = masks["conv"].view(6, 2, 4, 3, 3)
+    assert (fours == fours[:, :, :1]).all()
+    means = scores["conv"].view(6, 2, 4, 3, 3).mean(2)
+    assert means[fours[:, :, 0]].min() > means[~fours[:, :, 0]].max()
+    assert int((~masks["first"]).sum()) == round(0.7 * 150)
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.1, math.nan])

@@ -16,7 +16,7 @@ from ..units import percent
 from ._masks import Masks
 from ._rule import Pruner, Rule
 from ._scores import SCORES
-from ._select import NM, SCOPES, Blocks, Channels, Structure, Unstructured
+from ._select import NM, SCOPES, Blocks, Channels, Inputs, Structure, Unstructured
 from .methods._dns import dynamic_network_surgery
 from .methods._gradual import bernoulli, gradual, iterative, one_shot, proximal
 from .methods._movement_hydra import hydra, movement
@@ -44,6 +44,7 @@ STRUCTURES: dict[str, Structure] = {
     "blocks-1x4": Blocks(1, 4),
     "blocks-4x1": Blocks(4, 1),
     "blocks-4x4": Blocks(4, 4),
+    "inputs-4": Inputs(4),
     "channels": Channels(),
 }
 
