@@ -257,11 +257,14 @@ def test_a_constant_network_is_written_and_refused(sparring, tmp_path: Path) -> 
 def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-def]
     sparring, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    for values in ("fp32", "int8"):
-        path = tmp_path / f"{values}.sparring"
-        told = sparring("export", models[1], path, "--data", "digits", "--values", values, "--images", 50)
+    for values, activations in (("fp32", "fp32"), ("int8", "int8"), ("int8", "fp32")):
+        path, numbers = tmp_path / f"{values}.sparring", ("--values", values, "--activations", activations)
+        told = sparring("export", models[1], path, "--data", "digits", *numbers, "--images", 50)
         assert told.code == 0 and path.exists() and "times smaller" in told.out and "artefact" in told.out
+        assert bool(deploy.load(path).program.rounding) == (activations == "int8")
         assert "HopSkipJump" in told.out and "artefact − model" in told.out
+    refused = sparring("export", models[1], path, "--data", "digits", "--activations", "int8")
+    assert refused.code == 2 and "--values int8" in refused.err
     program = deploy.load(path).program
     assert program.class_names is not None and len(program.provenance["weights_sha256"]) == 64
     again = sparring("export", models[1], path, "--data", "digits", "--values", "int8", "--images", 50, "--json")

@@ -15,14 +15,15 @@ onnxruntime = pytest.importorskip("onnxruntime")
 SHAPE = (1, 28, 28)
 
 
-@pytest.mark.parametrize("values", ["fp32", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "int8", "int8 activations"])
 def test_what_is_shipped_is_attacked_and_compared(sparse_model, values, monkeypatch):
     model, threat = sparse_model("lenet-5", 0.1), Threat(LINF, 0.1)
     x = torch.rand(55, *SHAPE, generator=torch.Generator().manual_seed(0))
     y = model.eval()(x).argmax(1)
     alone = attacks.run(model, x, y, attacks.fgsm, threat)
     model.train()
-    packed = deploy.pack(model, shape=SHAPE, values=values)
+    calibrate = x if "activations" in values else None
+    packed = deploy.pack(model, shape=SHAPE, values=values.split()[0], calibrate=calibrate)
     asked, run = [], attacks.run
 
     def watched(network, x, y, attack, *rest, **options):
@@ -54,14 +55,14 @@ def test_a_report_without_decisions(sparse_model):
     assert blind.robust_decision is None and blind.change.estimate == 0
 
 
-ENGINES = ("packed", "torch", "onnxruntime", "onnxruntime int8", "openvino")
+ENGINES = ("packed", "packed int8", "torch", "onnxruntime", "onnxruntime int8", "openvino")
 
 
 def test_bench_measures_engines_on_equal_terms(sparse_model):
     model, small = sparse_model("lenet-300-100", 0.1), sparse_model("lenet-300-100", 1, width=0.1)
     found = deploy.bench(model, shape=SHAPE, batches=(1, 5), rounds=2, small=small, engines=ENGINES)
     names = [row.engine for row in found.rows if row.batch == 5]
-    assert {"packed", "torch", "onnxruntime", "onnxruntime int8", "small dense, torch"} <= set(names)
+    assert {"packed", "packed int8", "torch", "onnxruntime", "onnxruntime int8", "small dense, torch"} <= set(names)
     assert set(names) | set(found.left_out) == {*ENGINES, *(f"small dense, {name}" for name in ENGINES)}
     for row in found.rows:
         assert 0 < row.low <= row.milliseconds <= row.high and row.bytes_disk > 0

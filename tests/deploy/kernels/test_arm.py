@@ -12,13 +12,18 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
+import torch
 
+from sparring.deploy._artefact import round_program
 from sparring.deploy._compile import compile_model
 from sparring.deploy._program import Floats, Program
 from sparring.deploy._reference import run_reference
 from sparring.deploy.kernels._abi import Call, Layout, Run, fields_of, module_of, runner
 from sparring.deploy.kernels._fusion import tasks_of
 from sparring.deploy.kernels._plan import Planner, usual
+from sparring.deploy.kernels.int8._plan import BytePlanner
+from sparring.deploy.rounding._calibrate import calibrate
+from sparring.deploy.rounding._reference import run_rounded
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 pytestmark = pytest.mark.skipif(
@@ -39,6 +44,7 @@ static long fields[] = {{{fields}}};
 int main(void) {{
   char *arena = aligned_alloc(64, {arena});
   memset(arena, 0, {arena});
+{fills}
   fields[{at_images}] = (long)images; fields[{at_logits}] = (long)logits; fields[{at_count}] = {count};
   run(arena, segments, fields);
   fwrite(logits, sizeof(float), {logits}, stdout);
@@ -57,9 +63,20 @@ def test_arm_code_computes_the_network(tmp_path: Path, sparse_model, name: str, 
     assert np.abs(found - expected).max() <= 5e-6 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("layout", [Layout(False, LANES), Layout(True, LANES, 2)], ids=["one image", "tiles"])
+def test_arm_code_computes_in_integers(tmp_path: Path, sparse_model, layout: Layout) -> None:  # type: ignore[no-untyped-def]
+    program = round_program(compile_model(sparse_model("resnet-32", 0.2, width=0.25), (3, 8, 8)), "int8")
+    source = np.random.default_rng(0)
+    rounded = calibrate(program, torch.from_numpy(source.random((8, 3, 8, 8), np.float32)))
+    x = source.random((1 if not layout.tiles else layout.together - 1, 3, 8, 8), np.float32)
+    assert (_emulated(rounded, layout, x, tmp_path) == run_rounded(rounded, x)).all()
+
+
 def _emulated(program: Program, layout: Layout, x: Floats, folder: Path) -> Floats:
     """Return the logits of images that a program for Arm computes."""
     planner = Planner(program, tasks_of(program), layout)
+    if program.rounding:
+        planner = BytePlanner(program, layout, way="plain", lookup=False)
     calls = planner.calls(lambda key: usual(LANES))
     specs = {call.spec.name: call.spec for call in calls}
     objects = [
@@ -79,6 +96,7 @@ def _emulated(program: Program, layout: Layout, x: Floats, folder: Path) -> Floa
         declared=_declared(calls), images=_numbers(x.ravel()), logits=len(x) * program.classes, fields=_numbers(fields),
         arena=-(-(planner.arena_bytes + 64) // 64) * 64, at_images=int(Run.IMAGES), at_logits=int(Run.LOGITS),
         at_count=int(Run.COUNT), count=len(x),
+        fills="".join(f"  memset(arena + {at}, {byte}, {size});\n" for at, size, byte in planner.fills()),
     )  # fmt: skip
     (folder / "main.c").write_text(source)
     binary = folder / "network"

@@ -39,19 +39,19 @@ def calibrate(program: Program, images: Tensor) -> Program:
 
 
 def _ranges(program: Program, wanted: list[int], images: Tensor) -> dict[int, tuple[float, float]]:
-    """Return the smallest and the largest number of each value wanted, zero among them."""
+    """Return the smallest and the largest number of each value wanted, zero among them; raise UserError for NaN."""
     network, found = Equivalent(program), dict.fromkeys(wanted, (0.0, 0.0))
     for part in torch.split(images, _TOGETHER):
         values = network.values(part)
         for value in wanted:
             low, high = (float(v) for v in torch.aminmax(values[value]))
+            if not np.isfinite(high - low):
+                raise UserError("activations on the calibration images are NaN or infinite; check images and weights")
             found[value] = min(found[value][0], low), max(found[value][1], high)
     return found
 
 
 def _rounding(low: float, high: float) -> Rounding:
     """Return the rounding by which 0 stays exact and the range fills a byte."""
-    if not np.isfinite(high - low):
-        raise UserError("activations on the calibration images are NaN or infinite; they cannot be rounded to bytes")
     scale = float(np.float32((high - low) / 255)) or 1.0
     return Rounding(scale, int(np.rint(-low / scale)))

@@ -103,7 +103,7 @@ def values_to_round(program: Program) -> list[int]:
         if isinstance(task, FusedLayer):
             read = [task.source] if task.residual is None else [task.source, task.residual]
             found |= {_root(value, producers) for value in read}
-            if task.residual is not None:
+            if task.residual is not None and task.result < len(program.steps):
                 found.add(task.result)
     return sorted(found)
 
