@@ -4,15 +4,16 @@
 
 Networks are packed (residual and convolutional ones, one with activation sparsity, each also with activations on bytes,
 and two with dense parts) and their files changed: up to three bytes of the header or of anything, every tenth file cut
-short, half of all with a checksum made right again, so that the checks behind it are reached. What opens is run by the
-kernels and by numpy. A file may be refused with a UserError, or be a sound network whose two runs agree (on bytes to
-the last bit); anything else (another exception, a process that died, 60 seconds,
-4 GiB) is a failure, and the exit code 1.
+short, half of all with a checksum made right again, so that the checks behind it are reached. What opens is run by
+numpy and by the kernels, on one, three and 19 images, with guard pages around every buffer. A file may be refused with
+a UserError, or be a sound network whose runs agree (on bytes to the last bit); anything else (another exception, a
+process that died, 60 seconds, 4 GiB) is a failure, and the exit code 1. `SPARRING_CPU=avx2` or `sse` tries those kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from guarded import compiled, guard_
 from sparring import deploy
 from sparring.deploy._reference import run_reference
 from sparring.deploy.rounding._reference import run_rounded
@@ -101,11 +103,12 @@ def mutate(original: bytes, trial: int, generator: np.random.Generator) -> bytes
 
 def try_all(files: list[bytes], count: int, seed: int, path: Path) -> dict[str, int]:
     """Open `count` mutants and count the outcomes."""
-    generator, tally = np.random.default_rng(seed), Counter[str]()
+    generator, tally, allocator = np.random.default_rng(seed), Counter[str](), compiled()
+    assert apart(path, past_the_end, allocator) == "died", "the guard pages do not guard"
     for trial in range(count):
         mutant = mutate(files[trial % len(files)], trial // len(files), generator)
         path.write_bytes(mutant)
-        outcome = apart(path, outcome_of)
+        outcome = apart(path, outcome_of, allocator)
         tally[outcome] += 1
         if outcome not in ("refused", "sound"):
             kept = Path(tempfile.gettempdir()) / f"hostile-{trial}.sparring"
@@ -114,7 +117,7 @@ def try_all(files: list[bytes], count: int, seed: int, path: Path) -> dict[str, 
     return {name: tally[name] for name in OUTCOMES}
 
 
-def apart(path: Path, outcome_of: Callable[[Path], str]) -> str:
+def apart(path: Path, outcome_of: Callable[[Path], str], allocator: ctypes.CDLL | None = None) -> str:
     """Open a file in a process of its own and return the outcome."""
     child = os.fork()
     if child == 0:
@@ -122,18 +125,28 @@ def apart(path: Path, outcome_of: Callable[[Path], str]) -> str:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         base = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (base + BYTES, base + BYTES))
+        if allocator is not None:
+            guard_(allocator)
         os._exit(OUTCOMES.index(outcome_of(path)))
     _, status = os.waitpid(child, 0)
     return OUTCOMES[os.WEXITSTATUS(status)] if os.WIFEXITED(status) else "died"
 
 
+def past_the_end(path: Path) -> str:
+    """Write one number behind an array."""
+    array = np.zeros(1000, np.float32)
+    ctypes.memset(array.ctypes.data + array.nbytes, 0, 4)
+    return "sound"
+
+
 def outcome_of(path: Path) -> str:
     try:
         packed = deploy.load(path)
-        x = np.random.default_rng(0).random((3, *packed.program.shape), np.float32)
+        x = np.random.default_rng(0).random((19, *packed.program.shape), np.float32)
         with np.errstate(all="ignore"):
+            found = np.concatenate([packed(x[:1]), packed(x[1:4]), packed(x)])
             reference = run_rounded if packed.program.rounding else run_reference
-            found, expected = packed(x), reference(packed.program, x)
+            expected = reference(packed.program, np.concatenate([x[:4], x]))
     except UserError:
         return "refused"
     except Exception as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from sparring.attacks import AttackResult, run, standard, swift
 from sparring.files import load_tensors, save_tensors
 from sparring.models import Normalise
 from sparring.threat import LINF, Threat
-from sparring.train import Loss, Recipe, adversarial, cross_entropy, fit, trades
+from sparring.train import Loss, Ramped, Recipe, adversarial, cross_entropy, fit, trades
 
 _TIMED = 20  # standing images
 
@@ -35,19 +36,24 @@ class Network(NamedTuple):
     """How a network is trained, and the eps at which it is attacked."""
 
     data: str
-    loss: Loss
+    loss: Loss | Ramped
     eps: float
     seed: int = 0
+
+
+def ramped(loss: Callable[..., Loss], eps: float) -> Ramped:
+    """Return a loss whose eps grows over the first half of training; small networks end constant without that."""
+    return Ramped(lambda share: loss(eps=eps * min(1.0, 2 * share)))
 
 
 NETWORKS = {
     "mnist": Network("mnist", cross_entropy, 0.06),
     "mnist-s1": Network("mnist", cross_entropy, 0.06, 1),
-    "mnist-pgd": Network("mnist", adversarial(eps=0.1), 0.1),
-    "mnist-trades": Network("mnist", trades(eps=0.1), 0.1),
+    "mnist-pgd": Network("mnist", ramped(adversarial, 0.1), 0.1),
+    "mnist-trades": Network("mnist", ramped(trades, 0.1), 0.1),
     "cifar": Network("cifar10-jpeg.zip", cross_entropy, 1 / 255),
-    "cifar-pgd": Network("cifar10-jpeg.zip", adversarial(eps=4 / 255), 4 / 255),
-    "cifar-trades": Network("cifar10-jpeg.zip", trades(eps=4 / 255), 4 / 255),
+    "cifar-pgd": Network("cifar10-jpeg.zip", ramped(adversarial, 4 / 255), 4 / 255),
+    "cifar-trades": Network("cifar10-jpeg.zip", ramped(trades, 4 / 255), 4 / 255),
 }
 
 
