@@ -7,7 +7,8 @@ and two with dense parts) and their files changed: up to three bytes of the head
 short, half of all with a checksum made right again, so that the checks behind it are reached. What opens is run by
 numpy and by the kernels, on one, three and 19 images, with guard pages around every buffer. A file may be refused with
 a UserError, or be a sound network whose runs agree (on bytes to the last bit); anything else (another exception, a
-process that died, 60 seconds, 4 GiB) is a failure, and the exit code 1. `SPARRING_CPU=avx2` or `sse` tries those kernels.
+process that died, 60 seconds, 4 GiB) is a failure, and the exit code 1. The files must be sound before they are
+changed. `SPARRING_CPU=avx2` or `sse` tries those kernels.
 """
 
 from __future__ import annotations
@@ -105,6 +106,9 @@ def try_all(files: list[bytes], count: int, seed: int, path: Path) -> dict[str, 
     """Open `count` mutants and count the outcomes."""
     generator, tally, allocator = np.random.default_rng(seed), Counter[str](), compiled()
     assert apart(path, past_the_end, allocator) == "died", "the guard pages do not guard"
+    for original in files:
+        path.write_bytes(original)
+        assert apart(path, outcome_of, allocator) == "sound"
     for trial in range(count):
         mutant = mutate(files[trial % len(files)], trial // len(files), generator)
         path.write_bytes(mutant)
