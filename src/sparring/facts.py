@@ -90,8 +90,8 @@ ATTACKS = {
     "sigma-zero": AttackFacts("sigma-zero", "Cinà et al. 2025", "minimum-norm", ("l0",), passes=1000),
     "square": AttackFacts("Square", "Andriushchenko et al. 2020", "budget", ("linf", "l2"), "logits", rank=0,
                           passes=400, kernels={}, revision=2),
-    "swift": AttackFacts("swift", "nearest, APGD, MALT (Melamed et al. 2024)", "ensemble", rank=4,
-                         passes=150, rows=16),
+    "swift": AttackFacts("swift", "nearest, APGD, MALT (Melamed et al. 2024), PGD", "ensemble", rank=4,
+                         passes=180, revision=1, rows=16),
     "standard": AttackFacts("standard", "AutoAttack (Croce & Hein 2020)", "ensemble", rank=5, passes=600, revision=4,
                             drawn=1, rows=16),
 }
