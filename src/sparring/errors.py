@@ -84,7 +84,7 @@ def told(error: BaseException) -> str:
     text, where = _text(error), place(error)
     if short_of_memory(error):
         asked = re.search(r"allocate (\d+) bytes", text)
-        count = f" {int(asked[1]) / 2**30:.1f} GiB more do not fit;" if asked else ""
+        count = f" {int(asked[1]) / 2**20:,.0f} MiB more do not fit;" if asked else ""
         text = f"out of memory:{count} use a smaller model, smaller batches or fewer images"
         return f"{text}{f' ({where})' if where else ''}"
     text = text if len(text) <= 300 else f"{text[:297]}..."

@@ -111,9 +111,9 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
     network, dataset = open_both(model, data, plain=True, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
     images, generator = float_images(x, results=1), torch.Generator().manual_seed(0)
-    method = how.method or _chosen(network, images, norm, how.seconds)
     task = place.task(network, images, y)
-    with shown_images() as tell:
+    with shown_images(name="estimating") as tell:
+        method = how.method or _chosen(network, images, norm, how.seconds)
         shown = functools.partial(tell, "nearest")
         attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator, progress=shown).cpu()
         shown = functools.partial(tell, "certify")

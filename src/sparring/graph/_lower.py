@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..declared import Declared
-from ..errors import Unsupported, UserError
+from ..errors import Unsupported, UserError, short_of_memory, told
 from ..modes import eval_mode
 from ..outputs import check_module, logits_of
 from ._ops import Graph, SparseActivation, flat
@@ -113,6 +113,8 @@ def observed(model: nn.Module, shape: tuple[int, ...], images: Tensor | None) ->
             except UserError:
                 raise
             except Exception as error:  # the user's own operations, which can raise anything
+                if short_of_memory(error):
+                    raise UserError(told(error)) from error
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(f"the model does not accept images of shape {tuple(shape)}: {reason}") from error
             if logits.dim() != 2 or len(logits) != len(x):
