@@ -19,7 +19,7 @@ from sparring.data._images import load_images
 from sparring.data._pixels import available_workers
 from sparring.data._undecoded import Decoder, Undecoded
 from sparring.data.formats._listing import Entry, Listing
-from sparring.errors import DataError
+from sparring.errors import DataError, UserError
 from sparring.train import Recipe, fit, predict
 
 from .hostile_parts import image, zipped
@@ -143,6 +143,34 @@ def test_a_large_set_is_named_by_its_files(folder: Path, monkeypatch: pytest.Mon
     (folder / "test" / "a" / "000.png").write_bytes((folder / "train" / "a" / "000.png").read_bytes())
     with pytest.warns(match="1 of 50 test images are also training"):
         assert data.content_hash(data.load(str(folder))) != data.content_hash(large)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "hashes", "json"])
+def test_a_damaged_cache_is_made_again(folder: Path, kind: str) -> None:
+    first = eager(data.load(str(folder)))
+    for path in (folder.parent / "cache" / "sparring" / "images").glob(f"*.{kind}"):
+        path.write_bytes(path.read_bytes()[:20])
+    assert same(eager(data.load(str(folder))), first)
+
+
+def test_a_cache_that_cannot_be_written_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("the file system is read-only")
+
+    monkeypatch.setattr(_cache, "lock", refuse)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(
+        DataError, match=r"cannot be written.*; set XDG_CACHE_HOME to another folder, or add --no-cache"
+    ):
+        data.load(str(folder))
+    monkeypatch.undo()
+    monkeypatch.setattr(_cache, "SMALL", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+    first = eager(data.load(str(folder)))
+    monkeypatch.setattr(_cache, "lock", refuse)
+    monkeypatch.setattr(_cache, "write_json", refuse)
+    (folder / "test" / "a" / "000.png").touch()
+    assert same(eager(data.load(str(folder))), first)
 
 
 def test_mean_and_std_are_those_of_the_first_images_however_they_are_read(

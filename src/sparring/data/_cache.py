@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import time
 import warnings
@@ -54,6 +55,7 @@ SMALL = 16 << 20  # bytes of pixels that are decoded each time: in a second
 SYNCED = 10.0  # seconds of work that an interrupted run may lose
 SAMPLE = 8  # images that are timed
 VERSION = 1
+NAME = re.compile("[0-9a-f]{32}")  # of pixels
 
 
 @dataclass(frozen=True)
@@ -224,29 +226,37 @@ class _Cache:
 
     def open(self) -> Decoded:
         """Return the pixels; decode them first if there are none."""
+        known = self._known()  # without a lock: the folder may be read-only, and the pointer is written last
+        if known is not None:
+            return self._mapped(known)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with lock(self.folder / f"{self.name}.lock", wait=math.inf):
-                known = self._known()
-                return self._mapped(self._make() if known is None else known)
-        except OSError as error:
-            raise explain(error, self.folder, "use") from error
+                return self._mapped(self._known() or self._make())
+        except (OSError, UserError) as error:
+            if not os.access(self.folder, os.W_OK):
+                way = "set XDG_CACHE_HOME to another folder, or add --no-cache"
+                raise DataError(f"{self.folder} cannot be written, so images cannot be cached there; {way}") from error
+            raise explain(error, self.folder, "use") if isinstance(error, OSError) else error from error
 
     def _known(self) -> str | None:
-        """Return the name of the pixels of these files, if they exist and the files have not changed."""
-        path = self.folder / f"{self.name}.json"
-        if not path.exists():
+        """Return the name of the pixels of these files, if they are whole and the files have not changed."""
+        said = _read(self.folder / f"{self.name}.json")
+        content = str(said.get("content"))
+        if not (NAME.fullmatch(content) and self._is_whole(content) and _read(self._file(content, "json"))):
             return None
-        said = read_json(path)
-        content = str(said["content"])
-        if not all(self._file(content, kind).exists() for kind in ("json", "hashes", "pixels")):
-            return None
-        if said["changed"] != self.changed:
+        if said.get("changed") != self.changed:
             hashes = hashes_of(self.source, [entry for _, entry in self.rows])
             if not np.array_equal(hashes, self._array(content, "hashes", "r")):
                 return None
-            self._point(content)
+            with contextlib.suppress(UserError):  # if it cannot be kept, the files are hashed again
+                self._point(content)
         return content
+
+    def _is_whole(self, name: str) -> bool:
+        sizes = {"pixels": len(self.rows) * math.prod(self.how.shape), "hashes": 32 * len(self.rows)}
+        files = {self._file(name, kind): size for kind, size in sizes.items()}
+        return all(file.exists() and file.stat().st_size == size for file, size in files.items())
 
     def _point(self, content: str) -> None:
         write_json(self.folder / f"{self.name}.json", {"content": content, "changed": self.changed})
@@ -270,7 +280,7 @@ class _Cache:
     def _make(self) -> str:
         making = f"{self.name}-{self.changed}"
         log, journal = self._file(making, "log"), []
-        if not (log.exists() and self._file(making, "pixels").exists()):
+        if not (log.exists() and self._is_whole(making)):
             log.unlink(missing_ok=True)
             found = forecast(self.source, self.rows, self.how, self.folder, workers=self.workers)
             found.check()
@@ -318,6 +328,14 @@ class _Cache:
                 sync(json.dumps(found._replace(hashes=[])))
                 tell(len(left))
         return summary
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file of the cache says; nothing if it is missing or damaged."""
+    with contextlib.suppress(UserError):
+        said = read_json(path)
+        return said if isinstance(said, dict) else {}
+    return {}
 
 
 def _tell(progress: Progress | None, what: str, count: int, size: int, left: int) -> None:
