@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 
 # docs/design.md, section 3, lowest first; names on one line are not importing each other.
 LAYERS = [
-    {"declared", "draws", "errors", "facts", "modes", "outputs", "proofs", "ram", "units"},
+    {"children", "declared", "draws", "errors", "facts", "modes", "outputs", "proofs", "ram", "units"},
     {
         "devices",
         "threat",

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from ..children import end_with
 from ..errors import DataError
 from ._decode import Picture, Pixels, decode, header, read, strict
 from ._places import space
@@ -169,7 +170,8 @@ def work(task: Callable[[Job], Result], todo: Iterable[Job], workers: int, *, th
 
 def processes(workers: int) -> ProcessPoolExecutor:
     """Return worker processes, forked: other methods import torch again, which takes longer than a thousand images."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(workers, context, initializer=end_with, initargs=(os.getpid(),))
 
 
 def shared(task: Callable[[Job], Result], todo: Iterable[Job], pool: Executor, workers: int) -> Iterator[Result]:

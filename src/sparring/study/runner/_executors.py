@@ -8,7 +8,6 @@ import multiprocessing as mp
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ...children import end_with
 from ...errors import TERMINATED, StorageError, UserError, place, short_of_memory, told
 from ...files import pack_tensors
 from ...ram import bounded
@@ -285,12 +285,4 @@ def _die_with(driver: int) -> None:
     """End this process when the driver is gone: by the kernel if possible, else by polling."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != driver:
-        os._exit(1)
-
-    def look() -> None:
-        while os.getppid() == driver:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=look, daemon=True).start()
+    end_with(driver)
