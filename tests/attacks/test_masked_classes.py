@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring.attacks import ATTACKS, facts_of, fgsm, run, sigma_zero
+from sparring.attacks import ATTACKS, cw, facts_of, fgsm, run, sigma_zero
 from sparring.outputs import Door, opened
 from sparring.threat import L0, L2, LINF, Threat
 
@@ -20,6 +20,7 @@ FILLS: dict[str, Callable[[Tensor], Tensor]] = {
     "-1e4 added": lambda z: z - 1e4 * MASKED,
     "the lowest": lambda z: z.masked_fill(MASKED, torch.finfo(z.dtype).min),
 }
+QUICK = {"sigma-zero": partial(sigma_zero, steps=60), "cw": partial(cw, steps=200)}
 SLOW = ("cw", "fab", "fab-targeted", "hopskipjump", "square", "standard")
 
 
@@ -46,8 +47,7 @@ def reached(model: nn.Module, x: Tensor, attack: str) -> Tensor:
     least = facts_of(ATTACKS[attack]).kind == "minimum-norm"
     threat = Threat(L0 if attack == "sigma-zero" else L2) if least else Threat(LINF, 0.03)
     y = model(x).argmax(1)
-    chosen = partial(sigma_zero, steps=60) if attack == "sigma-zero" else ATTACKS[attack]
-    result = run(model, x, y, chosen, threat, generator=torch.Generator().manual_seed(0))
+    result = run(model, x, y, QUICK.get(attack, ATTACKS[attack]), threat, generator=torch.Generator().manual_seed(0))
     assert not {flag.name for flag in result.flags} - {"unfinished-search"}
     return result.distance if least else result.success.double()
 
