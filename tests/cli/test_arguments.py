@@ -82,6 +82,8 @@ MISTAKES = {
     "type": ("attack", M, "--dtype", "int8"),
     "out is a file": ("study", "quick", "--out", "file"),
     "pickle": ("attack", "file"),
+    "file that is not there": ("attack", "m.safetensor"),
+    "folder": ("attack", "../"),
     "no weights": ("attack", "mlp", "--weights", "none.safetensors"),
 }
 

@@ -259,6 +259,8 @@ def check_named(source: ModelSource) -> None:
         return
     if Path(name).is_file():
         raise UserError(f"{name} is not a sparring model file ({', '.join(SAVED)}); {conversion(name)}")
+    if name not in MODELS and ("/" in name or Path(name).suffix):
+        raise UserError(f"{name} {'is a folder, not a model file' if Path(name).is_dir() else 'does not exist'}")
     if name not in MODELS:
         raise UnknownNameError("model", name, MODELS)
     if weights is None:
