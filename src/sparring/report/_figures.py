@@ -16,6 +16,7 @@ import vl_convert
 
 from . import _numbers as numbers
 from .analysis._findings import Result
+from .analysis._metrics import PIXELS
 
 Spec = dict[str, Any]
 # One colour fewer than dashes and shapes: the method that reuses the first colour has another dash and shape.
@@ -94,7 +95,8 @@ def levels_figure(results: Sequence[Result], styles: Mapping[str, int], *, axis:
     for result in results:
         layers += _level_layers(result, styles[result.method], x, scale, legend, crowded=len(results) > 2)
     of = "ReLUs" if first.measure.role == "stable" else "images"
-    unit = f"% of {of}" if first.measure.is_share else "distance"
+    length = {"l0": "values", PIXELS: "pixels"}.get(first.measure.norm, "distance")
+    unit = f"% of {of}" if first.measure.is_share else length
     return _chart(first.measure.title, layers, x, unit)
 
 

@@ -231,3 +231,9 @@ def test_failed_records_are_not_used(study):
         study, networks=tuple(dataclasses.replace(n, records=tuple(map(fail, n.records))) for n in study.networks)
     )
     assert collect(broken) == {}
+
+
+def test_without_l2_the_page_opens_with_distances_of_another_norm() -> None:
+    found = [Measure("distance", attack="nearest", name="nearest", norm=norm) for norm in ("l0", "l2", "linf")]
+    assert [m.norm for m in main_measures(found)] == ["l2"]
+    assert [m.norm for m in main_measures([found[0], found[2]])] == ["l0"]

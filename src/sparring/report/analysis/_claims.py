@@ -41,7 +41,7 @@ def claims(findings: Findings) -> list[Question]:
     Primary are the gain in ℓ∞ and ℓ2 at an appropriate sparsity, the loss of over-sparsified networks, and that the
     ℓ∞ gain survives the strongest attack. The plan fixes them before anything is run.
     """
-    fgsm, r_2 = findings.first("budget", "fgsm"), findings.first("distance", "deepfool")
+    fgsm, r_2 = findings.first("budget", "fgsm"), findings.r_2
     asked: list[Question] = []
     if findings.method is not None:
         place = places(findings, findings.method)
@@ -81,7 +81,7 @@ def _gain(findings: Findings, result: Result, place: Place, label: str) -> Quest
 
 def _losses(findings: Findings, place: Place) -> Iterator[Question]:
     """Yield claims of losses of over-sparsified networks at the plan's highest sparsity; primary at one eps."""
-    primary = [findings.first("budget", "fgsm"), findings.first("worst"), findings.first("distance", "deepfool")]
+    primary = [findings.first("budget", "fgsm"), findings.first("worst"), findings.r_2]
     others = [
         m
         for m in findings.collected
@@ -435,7 +435,7 @@ def across(found: Sequence[Findings]) -> Iterator[tuple[str, Question]]:
 
 
 def _question(one: Findings, other: Findings) -> Question | None:
-    measure = one.first("distance", "deepfool")
+    measure = one.r_2
     first, second = one.result(measure), other.result(measure)
     if measure is None or first is None or second is None or first.images != second.images:
         return None

@@ -110,6 +110,11 @@ class Findings:
         found = self.result(self.main[0]) if self.main else None
         return len(found.seeds) if found else len({n.seed for n in self.study.networks})
 
+    @property
+    def r_2(self) -> Measure | None:
+        """Return the paper's measure of l2 robustness, DeepFool's mean distance, or None if it was not measured."""
+        return next((m for m in self.main if (m.role, m.name, m.norm) == ("distance", "deepfool", "l2")), None)
+
     def first(self, role: str, *names: str) -> Measure | None:
         """Return the first main metric with a role, and an attack's name if any are given."""
         return next((m for m in self.main if m.role == role and (not names or m.name in names)), None)
@@ -201,9 +206,10 @@ def _result(
 
 
 def _level(one: NDArray[np.float64], measure: Measure) -> Effect:
-    """Return a metric's mean; the interval of a share is clipped to 0 and 1."""
+    """Return a metric's mean; its interval ends at 0 where no value can be lower, and that of a share at 1."""
     level = effect(one)
-    return replace(level, low=max(level.low, 0.0), high=min(level.high, 1.0)) if measure.is_share else level
+    low = level.low if one.min() < 0 else max(level.low, 0.0)  # only a margin can be negative
+    return replace(level, low=low, high=min(level.high, 1.0) if measure.is_share else level.high)
 
 
 def _means(groups: Sequence[Sequence[PerImage]], of: Callable[[PerImage], float]) -> tuple[float, ...]:

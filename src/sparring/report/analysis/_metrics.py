@@ -370,13 +370,15 @@ def common(images: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 def main_measures(every: list[Measure], split: str = "test") -> list[Measure]:
     """Return the few metrics the page opens with: accuracy, FGSM, PGD and worst case at one eps, r_2 in both forms.
 
-    The eps is one at which the study's strongest attack was run, the middle one of several: without it there would be
-    no worst case.
+    Without distances in l2, those of the first other norm replace r_2. The eps is one at which the study's strongest
+    attack was run, the middle one of several: without it there would be no worst case.
     """
     here = [m for m in every if m.split == split]
     budgets = _strongest_budgets(here)
     budget = budgets[len(budgets) // 2] if budgets else None
-    distances = [m for m in here if m.role in ("distance", "distance-correct") and m.norm == "l2"]
+    distances = [m for m in here if m.role in ("distance", "distance-correct")]
+    norm = min((m.norm for m in distances), key=lambda norm: norm != "l2", default="")
+    distances = [m for m in distances if m.norm == norm]
     shown = [m for m in distances if m.name == "deepfool"] or distances[:2]
     shown += [m for m in distances if m.name == "smallest" and m.role == "distance"]
     shown += [m for m in here if m.role == "accuracy" or (m.role == "worst" and (m.norm, m.eps) == budget)]
