@@ -71,14 +71,16 @@ wheel: $(READY)
 	@cd dist && tried/bin/sparring --version && tried/bin/sparring study quick --set seeds=1 --set 'sparsities=[0.9]' \
 	  --quiet >/dev/null && test -s out/quick/report.html
 
-# Everything: long trainings in pages, networks of other libraries, the suite under each cap. Takes a night
+# Everything: long trainings in pages, networks of other libraries, the suite under each cap. Takes a night, and goes on
+# to its end where a part fails. Needs EXTRAS=all
 nightly: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[timm,torchvision,hf]' accelerate
-	@$(PYTEST) -m nightly
-	@$(BIN)/python benchmarks/models.py --hubs
-	@$(PYTEST)
-	@for cap in avx2 sse; do env $$(grep -v '^\#' .ci/$$cap.env) $(PYTEST) || exit 1; done
+	@failed=0; $(PYTEST) -m nightly || failed=1; \
+	  $(BIN)/python benchmarks/models.py --hubs || failed=1; \
+	  $(PYTEST) || failed=1; \
+	  for cap in avx2 sse; do env $$(grep -v '^\#' .ci/$$cap.env) $(PYTEST) || failed=1; done; \
+	  exit $$failed
 
 setup: $(READY)
 
