@@ -231,6 +231,12 @@ def test_models_that_cannot_be_trained(sparring, own: str, command: str, name: s
     assert said in one_message(sparring(*words, "--quiet"), own)
 
 
+def test_half_a_models_rounding_is_no_fault_of_its_onnx_file(sparring, own: str) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+    told = sparring("export", f"{own}:half", "o.onnx", "--data", "digits", "--images", 10)
+    assert told.code == 0 and "logits agree" in told.out
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_scripted_models_are_trained(sparring, own: str) -> None:  # type: ignore[no-untyped-def]
     assert sparring("train", f"{own}:scripted", "--out", "o.safetensors", *QUICK).code == 0
