@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 
 from ...graph import Graph, ReLU
@@ -22,6 +25,7 @@ from ._half_spaces import Plane, Room
 
 _FALL, _RATE, _RATE_BETA = 0.95, 0.1, 0.2  # of ascent
 _STEPS, _MORE = 4, 3  # of ascent, before and after the units are bounded
+_FALLBACK = 1e-9  # of a unit's range, to its score
 _FEW = 2**17  # coefficients of units that are bounded at once: 1 MB of float64
 
 
@@ -39,6 +43,11 @@ class Cells(Leaves):
     def open(self) -> Tensor:
         """Which units may have either sign, (N, units)."""
         return (self.low < 0) & (self.high > 0)
+
+    @property
+    def known(self) -> Tensor:
+        """The signs of units that are split or bounded in the whole cell, (N, units): 1, −1 or 0."""
+        return torch.where(self.open, 0, torch.where(self.low >= 0, 1, -1)).to(torch.int8)
 
     def bounded_by(self, lower: Tensor) -> Cells:
         """Return the cells where better bounds are known, (N,)."""
@@ -179,6 +188,31 @@ class Bounder:
         found: Tensor = self.room.reach(a, plane, self.eps) + shift + a @ self.x - self.slack
         return found
 
+    def polished(self, cell: Cells, steps: int) -> tuple[Cells, Tensor]:
+        """Bound one cell with the slopes and multipliers that L-BFGS-B ends at, of all known signs; return its step."""
+        lines, count, shape = self._lines(cell), cell.alpha.numel(), cell.alpha.shape
+        held = replace(cell, signs=cell.known)
+
+        def found(both: Tensor) -> tuple[Tensor, Tensor]:
+            return self._value(self._plane(held, lines, both[:count].view(shape), both[count:].view(shape)))
+
+        def negative(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            both = torch.from_numpy(values).requires_grad_()
+            with torch.enable_grad():
+                value = -found(both)[0].sum()
+                (slope,) = slopes_of(value, [both])
+            return float(value.detach()), slope.numpy()
+
+        box = [(0.0, 1.0)] * count + [(0.0, None if known else 0.0) for known in held.signs[0].tolist()]
+        best = torch.cat([cell.alpha.flatten(), cell.beta.flatten()])
+        if count:
+            result = minimize(
+                negative, best.numpy(), jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": steps}
+            )
+            best = torch.from_numpy(np.asarray(result.x))
+        value, step = found(best)
+        return cell.bounded_by(value.clamp_max(self.eps)), step[0]
+
     def scored(self, cells: Cells) -> tuple[Cells, Tensor]:
         """Return cells with what a split of each unit may gain, what its chord costs (Bunel et al. 2020); and steps."""
         lines = self._lines(cells)
@@ -189,5 +223,6 @@ class Bounder:
             value, step = self._value(self._plane(cells, {**lines, **tracked}, cells.alpha, cells.beta))
             slopes = slopes_of(value.sum(), shifts)
         gains = [-(slope * shift.detach()).flatten(1) for slope, shift in zip(slopes, shifts, strict=True)]
-        score = torch.cat([cells.score[:, :0], *gains], 1)
+        wide = torch.minimum(-cells.low, cells.high).clamp_min(0)  # decides where no chord costs anything
+        score = torch.cat([cells.score[:, :0], *gains], 1).clamp_min(0) + _FALLBACK * wide
         return replace(cells, score=torch.where(cells.open, score, 0)), step

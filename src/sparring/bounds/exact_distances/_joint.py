@@ -13,17 +13,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...threat import distance
+from ...threat import LINF, distance
 from ..verification._branching import Queue
 from ..verification._budget import Budget
 from ..verification._leaves import joined
 from ._cells import Bounder, Cells
-from ._half_spaces import Plane
 from ._settled import settled
 
 _BATCH = 32  # cells that are bounded at once
 _HALF, _LAST = 0.5, 0.05  # of what is missing, the next ball's part, and from which share of the goal on all of it
-_LANDINGS, _CLOSE, _CLEAR = 4, 1.02, 1e-6  # times that points are looked at, how near they have to be, and margins
+_FREE = 1e-6  # score up to which no chord of a cell costs anything
+_LANDINGS, _CLEAR = 4, 1e-6  # steps of points to the boundary, and the margin there
 
 
 class Best(Protocol):
@@ -66,33 +66,33 @@ def _searched(bounder: Bounder, cells: Cells, best: Best, budget: Budget, gap: f
         current, steps = bounder.bounded(current)
         budget.used += len(current)
         left = current.lower < bounder.eps
-        ended = (left & (current.score.sum(1) <= 0)).nonzero().squeeze(1)
-        if len(ended):
-            better, steps[ended] = settled(bounder, current[ended], budget)
-            current = current.replaced(ended, better)
+        free = (left & (current.score.sum(1) <= _FREE)).nonzero().squeeze(1)
+        if len(free):
+            better, steps[free] = settled(bounder, current[free], budget)
+            current = current.replaced(free, better)
         if bool(left.any()):
             _land_(bounder, current[left], steps[left], best)
         bounder.eps = min(bounder.eps, best.upper * (1 - gap))  # what holds in a ball holds in smaller ones
-        left &= current.lower < bounder.eps
-        left[ended] = False
+        left = (current.lower < bounder.eps) & current.open.any(1)
         done.append(current[~left])
         queue.put_(current[left])
     return joined(done)
 
 
 def _land_(bounder: Bounder, cells: Cells, steps: Tensor, best: Best) -> None:
-    """Offer the nearest of some points that has another class, after moves to the boundary's tangents there."""
-    rows, shortest = bounder.rows[cells.owner], _CLOSE * best.upper
-    chosen: tuple[Tensor, int] | None = None
-    for _ in range(_LANDINGS):
+    """Move points onto the boundary by Newton's steps, and offer the nearest one that gets there."""
+    rows, room = bounder.rows[cells.owner], bounder.room
+    for _ in range(_LANDINGS + 1):
         with torch.enable_grad():
             at = steps.detach().requires_grad_()
             margin = (bounder.graph((bounder.x + at).view(-1, *bounder.shape[1:])) * rows).sum(1)
             (slope,) = torch.autograd.grad(margin.sum(), at)
-        far = torch.where(margin <= _CLEAR, distance(at, bounder.norm), math.inf).detach()
-        i = int(far.argmin())
-        if float(far[i]) < shortest:
-            shortest, chosen = float(far[i]), (at[i].detach(), int(cells.owner[i]))
-        _, steps = bounder.room.away(Plane(slope, (margin - (slope * at).sum(1)).detach() + _CLEAR))
-    if chosen is not None:
-        best.offer_(bounder.image(chosen[0]), chosen[1])
+        at, margin = at.detach(), margin.detach()
+        free = torch.where(slope > 0, at > room.low, at < room.high)
+        away = torch.where(free, slope.sign() if bounder.norm == LINF else slope, 0)
+        share = (margin + _CLEAR) / (slope * away).sum(1).clamp_min(1e-30)
+        steps = (at - share[:, None] * away).clamp(room.low, room.high)
+    far = torch.where(margin <= _CLEAR, distance(at, bounder.norm), math.inf)
+    i = int(far.argmin())
+    if float(far[i]) < best.upper:
+        best.offer_(bounder.image(at[i]), int(cells.owner[i]))

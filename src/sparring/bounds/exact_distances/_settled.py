@@ -1,4 +1,4 @@
-"""Cells in which no unit is open: linear programs for linf, and for l2 more steps on their multipliers."""
+"""Cells in which no chord costs anything: linear programs for linf, and L-BFGS-B on their multipliers for l2."""
 
 from __future__ import annotations
 
@@ -15,29 +15,37 @@ from ..verification._programs import dual_bound
 from ._cells import Bounder, Cells
 from ._milp import encode, linf_distance_
 
-_STEPS = 100
+_STEPS, _POLISH = 50, 100  # of ascent, and of L-BFGS-B
 
 
 def settled(bounder: Bounder, cells: Cells, budget: Budget) -> tuple[Cells, Tensor]:
-    """Bound cells without open units as well as possible; return steps to points that may be the nearest in them."""
-    if bounder.norm != LINF:
-        return bounder.scored(bounder.ascended(cells, _STEPS))
-    found = [_by_program(bounder, cells, i, budget) for i in range(len(cells))]
-    lower = torch.tensor([bound for bound, _ in found], dtype=torch.float64)
-    return cells.bounded_by(lower), torch.stack([step for _, step in found])
+    """Bound cells in which no chord costs anything as well as possible; return steps to their likely minima.
+
+    For l2 all of them ascend, and L-BFGS-B follows for the nearest one, which may be the nearest counter-example.
+    """
+    if bounder.norm == LINF:
+        found = [_by_program(bounder, cells[i : i + 1], budget) for i in range(len(cells))]
+        lower = torch.tensor([bound for bound, _ in found], dtype=torch.float64).clamp_max(bounder.eps)
+        return cells.bounded_by(lower), torch.stack([step for _, step in found])
+    cells, steps = bounder.scored(bounder.ascended(cells, _STEPS))
+    nearest = cells.lower.argmin()[None]
+    if float(cells.lower[nearest]) < bounder.eps:
+        better, steps[nearest] = bounder.polished(cells[nearest], _POLISH)
+        cells = cells.replaced(nearest, better)
+    return cells, steps
 
 
-def _by_program(bounder: Bounder, cells: Cells, i: int, budget: Budget) -> tuple[float, Tensor]:
+def _by_program(bounder: Bounder, cell: Cells, budget: Budget) -> tuple[float, Tensor]:
     """Minimise the linf distance over one cell; what is believed is the bound that the solver's multipliers give."""
     bounds = [Interval(*(side[:1] for side in box)) for box in bounder.bounds]
-    low, high = (bounder.by_relu(side[i : i + 1]) for side in (cells.low, cells.high))
+    low, high = bounder.by_relu(cell.low), bounder.by_relu(cell.high)
     for index, source in bounder.relus.items():
         bounds[source] = Interval(low[index], high[index])
     program, values = encode(bounder.graph, bounds)
     for index, source in bounder.relus.items():
         dead = np.flatnonzero((high[index].flatten() <= 0).numpy())
         program.rows_((1.0, values[source][dead]), low=-math.inf, high=0.0)
-    row = bounder.rows[cells.owner[i]].numpy()
+    row = bounder.rows[int(cell.owner[0])].numpy()
     program.rows_((1.0, values[-1].times(row[None], np.zeros(1))), low=-math.inf, high=0.0)
     size = linf_distance_(program, values[0], bounder.x.numpy(), bounder.eps)
     cost = np.zeros(len(program.lower))
