@@ -87,11 +87,15 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     check_out(how.out, ".safetensors")
     if source.model.endswith((PACKED, ONNX)):
         raise UserError(f"{source.model} cannot be pruned further; prune the model that it was exported from")
-    pruning = _settings(how.options, PruningSpec, Recipe).pruning[0]
+    settings = _settings(how.options, PruningSpec, Recipe)
+    pruning, trains = settings.pruning[0], settings.recipe.epochs > 0
     place = place_of(options.device, options.dtype, training=True)
     pruner = build_pruner(pruning, how.sparsity)
     check_named(source)
-    dataset = open_data(data, request_for([source], data, training=True))
+    dataset = open_data(data, request_for([source], data, training=trains))
+    if not len(dataset.train.x):
+        print("no training images: scores that depend on images are computed on test images", file=sys.stderr)
+        dataset = replace(dataset, train=dataset.test)
     model, blueprint = open_model(source, dataset, download=data.download)
     own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
     recipe = _settings(how.options, PruningSpec, Recipe, own=own).recipe
@@ -211,7 +215,8 @@ def _told(network: nn.Module, dataset: Dataset, path: Path, *, before: str = "",
     """Print a written network's accuracies with their intervals, and return them."""
     texts: list[str] = []
     found: dict[str, Any] = {"path": str(path)}
-    for name, key, split in (("validation", "accuracy_valid", dataset.valid), ("test", "accuracy", dataset.test)):
+    splits = (("validation", "accuracy_valid", dataset.valid), ("test", "accuracy", dataset.test))
+    for name, key, split in (one for one in splits if len(one[2].x)):
         with shown_images() as tell:
             logits = predict(network, split.x, progress=functools.partial(tell, f"{name} images"))
         share, right = accuracy(logits, split.y), int((logits.argmax(1) == split.y).sum())

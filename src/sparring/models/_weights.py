@@ -47,7 +47,11 @@ def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str,
     for name, value in found.items():
         _check_kind(name, value, own[name].dtype)
         if name in learned and value.shape != own[name].shape:
-            raise UserError(f"'{name}' has shape {tuple(value.shape)} in the weights and {tuple(own[name].shape)} here")
+            rows = value.shape[1:] == own[name].shape[1:]
+            way = "; if its rows are classes, name all of the network's with --classes FILE" if rows else ""
+            raise UserError(
+                f"'{name}' has shape {tuple(value.shape)} in the weights and {tuple(own[name].shape)} here{way}"
+            )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"'{name}' holds NaN or infinite values: the weights are damaged or training diverged")
     _check_ties(own, found)
