@@ -64,7 +64,7 @@ def test_every_command_on_a_trained_network_takes_a_test_split(photos: Path, spa
     pruned = sparring(*words, "--set", "epochs=0")
     assert pruned.code == 0 and "test accuracy" in pruned.out and "validation" not in pruned.out
     assert "no training images: scores that depend on images are computed on test images" in pruned.err
-    assert sparring("compare", net, "pruned.safetensors", *given, "--images", 4, "--eps", 0.01).code == 0
+    assert sparring("compare", net, f"{net}@pruned.safetensors", *given, "--images", 4, "--eps", 0.01).code == 0
     assert sparring("export", net, "net.sparring", *given, "--images", 4).code == 0
     assert len(deploy.load("net.sparring").program.provenance["files_hash"]) == 64
     assert sparring("bench", net, *given, "--rounds", 1, "--batches", 1).code == 0

@@ -88,14 +88,11 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     if source.model.endswith((PACKED, ONNX)):
         raise UserError(f"{source.model} cannot be pruned further; prune the model that it was exported from")
     settings = _settings(how.options, PruningSpec, Recipe)
-    pruning, trains = settings.pruning[0], settings.recipe.epochs > 0
+    pruning = settings.pruning[0]
     place = place_of(options.device, options.dtype, training=True)
     pruner = build_pruner(pruning, how.sparsity)
     check_named(source)
-    dataset = open_data(data, request_for([source], data, training=trains))
-    if not len(dataset.train.x):
-        print("no training images: scores that depend on images are computed on test images", file=sys.stderr)
-        dataset = replace(dataset, train=dataset.test)
+    dataset = _images_for(source, data, settings.recipe)
     model, blueprint = open_model(source, dataset, download=data.download)
     own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
     recipe = _settings(how.options, PruningSpec, Recipe, own=own).recipe
@@ -108,6 +105,15 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     if as_json:
         about = {"model": source.model, "data": dataset.name, **place.facts(model)}
         print_json({**about, "sparsity": sparsity_of(result.masks), **share, "written": written})
+
+
+def _images_for(source: ModelSource, data: DataSource, recipe: Recipe) -> Dataset:
+    """Load the images on which a network is pruned; without epochs, test images are enough."""
+    dataset = open_data(data, request_for([source], data, training=recipe.epochs > 0))
+    if len(dataset.train.x):
+        return dataset
+    print("no training images: scores that depend on images are computed on test images", file=sys.stderr)
+    return replace(dataset, train=dataset.test)
 
 
 def _settings(
