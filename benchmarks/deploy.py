@@ -12,7 +12,8 @@ With `--int8`, instead: kernels on 8-bit weights and activations beside ONNX Run
 with all its weights (uint8 activations, int8 weights per channel, calibrated on the same 64 images), on masks of 1 × 4
 blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones.
 Logits must be those of plain integers to the last bit. Rows: over_onnxruntime of the int8 kernels and of the fp32
-kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels').
+kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels'). Times are the thread's own, without those in which
+other programs have the core.
 """
 
 from __future__ import annotations
@@ -192,7 +193,8 @@ def rows_of_int8(name: str, rounds: int) -> Iterator[dict[str, float | str]]:
             assert (packed(images[:2].numpy()) == run_rounded(packed.program, images[:2].numpy())).all()
             for batch in kind.batches:
                 x = np.random.default_rng(batch).random((batch, *kind.shape), np.float32)
-                int8, fp32, dense = interleaved([partial(run, x) for run in (packed, plain, rival)], rounds=rounds)
+                runs = [partial(run, x) for run in (packed, plain, rival)]
+                int8, fp32, dense = interleaved(runs, rounds=rounds, clock=time.thread_time)
                 yield {
                     "network": name,
                     "batch": batch,

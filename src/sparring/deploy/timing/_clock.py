@@ -41,19 +41,24 @@ def interleaved(
     functions: Sequence[Callable[[], object]],
     *,
     rounds: int = 60,
+    clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Timing]:
-    """Time functions in turns, so that other load on the machine affects all of them equally."""
+    """Time functions in turns, so that other load on the machine affects all of them equally.
+
+    clock: seconds; `time.thread_time` leaves out the time in which other programs have the core, for functions that
+    compute on the calling thread.
+    """
     repeats = [_repeats(function) for function in functions]
     seconds = np.zeros((len(functions), rounds))
     joules = np.full((len(functions), rounds), np.nan)
     for turn in range(rounds):
         progress(turn, rounds)
         for number, (function, repeat) in enumerate(zip(functions, repeats, strict=True)):
-            energy, start = _energy(), time.perf_counter()
+            energy, start = _energy(), clock()
             for _ in range(repeat):
                 function()
-            seconds[number, turn] = (time.perf_counter() - start) / repeat
+            seconds[number, turn] = (clock() - start) / repeat
             after = _energy()
             if energy is not None and after is not None and after > energy:
                 joules[number, turn] = (after - energy) / repeat
