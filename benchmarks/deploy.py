@@ -12,8 +12,8 @@ With `--int8`, instead: kernels on 8-bit weights and activations beside ONNX Run
 with all its weights (uint8 activations, int8 weights per channel, calibrated on the same 64 images), on masks of 1 × 4
 blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones.
 Logits must be those of plain integers to the last bit. Rows: over_onnxruntime of the int8 kernels and of the fp32
-kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels'). Times are the thread's own, without those in which
-other programs have the core.
+kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels'). Times are the thread's own, without those in
+which other programs have the core.
 """
 
 from __future__ import annotations
