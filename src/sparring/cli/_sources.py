@@ -175,7 +175,14 @@ def place_for(where: Where, source: ModelSource) -> Place:
 
 def plain_form(model: nn.Module) -> nn.Module:
     """Return a model that can be analysed: for an artefact the same rounded network in torch's own modules."""
-    return model.equivalent if isinstance(model, deploy.PackedModule) else model
+    if not isinstance(model, deploy.PackedModule):
+        return model
+    if model.packed.program.rounding:
+        raise UserError(
+            "this artefact rounds activations, which only its own kernels do; give the network that it was exported "
+            "from, or export that with --activations fp32"
+        )
+    return model.equivalent
 
 
 def open_model(source: ModelSource, dataset: Dataset, *, download: bool = False) -> tuple[nn.Module, Blueprint]:

@@ -41,8 +41,8 @@ class Packed:
         self._engine = _engine(replace(program, rounding={}), threads) if native and program.whole else None
         self._mixed = _mixed(program, threads, timed, self._engine) if native and native_available() else None
         # Small networks take as long as a few Python calls: single images have their own fast path.
-        alone = self._mixed or self._engine
-        alone = alone if isinstance(alone, Engine) else None
+        self._runner = self._mixed or (None if program.rounding else self._engine)
+        alone = self._runner if isinstance(self._runner, Engine) else None
         self._run_one = self._run if alone is None else alone.run_one
         self._one = None if alone is None else (1, *program.shape)
 
@@ -72,9 +72,8 @@ class Packed:
         images: Floats = np.ascontiguousarray(x, np.float32)
         if images.shape[1:] != self.program.shape:
             raise UserError(f"the network takes images (N, {self.program.shape}), not {images.shape}")
-        run = self._mixed or self._engine
-        if run is not None:
-            return run.run(images)
+        if self._runner is not None:
+            return self._runner.run(images)
         return (run_rounded if self.program.rounding else run_reference)(self.program, images)
 
     def gradient(self, x: Tensor, upstream: Tensor) -> Tensor:
@@ -108,13 +107,12 @@ class Packed:
     @property
     def bytes_memory(self) -> int | None:
         """Return the bytes of the network's tables and values in memory so far; None if NumPy runs it."""
-        run = self._mixed or self._engine
-        return None if run is None else run.bytes_memory
+        return None if self._runner is None else self._runner.bytes_memory
 
     @property
     def native(self) -> bool:
         """Return whether generated kernels run the network, rather than NumPy."""
-        return (self._mixed or self._engine) is not None
+        return self._runner is not None
 
 
 def _engine(program: Program, threads: int) -> Engine | None:
