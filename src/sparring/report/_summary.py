@@ -265,7 +265,7 @@ def _least(result: Result) -> str:
     alpha = 0.05 / (len(result.sparsities) + result.gains.dropped)
     least = max(minimum_detectable_effect(e, alpha=alpha) for e in result.gains.effects)
     told = numbers.detectable(result.measure, result.control, least)
-    return "no effect of any size could have been detected" if told == "none" else f"detectable: {told}"
+    return "none detectable" if told == "none" else f"detectable: {told}"
 
 
 def _doubted(findings: Findings) -> str:

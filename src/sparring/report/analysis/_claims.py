@@ -366,7 +366,7 @@ def at_choice(findings: Findings, result: Result, choice: ChosenGain | None, cla
     """Return the question whether a method gains over the dense control at a chosen sparsity, or None."""
     if choice is None:
         margin = margins_of(findings.study)["accuracy"]
-        return unasked(claim, result.measure, f"no sparsity keeps accuracy within {margin:.2%} of the dense control's")
+        return unasked(claim, result.measure, f"no sparsity loses at most {100 * margin:.3g} points of accuracy")
     chosen = sorted(set(choice.sparsities))
     how = "each seed's chosen by the others on validation images"
     if choice.choices > 1 or len(result.seeds) == 1:
