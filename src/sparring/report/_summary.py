@@ -77,7 +77,9 @@ def chosen(findings: Findings) -> float | None:
 
 def _happened(findings: Findings) -> str:
     """Return a sentence on the effect of sparsity on each kind of robustness and on accuracy, over the whole curve."""
-    found = [result for measure in told(findings) if (result := findings.result(measure))]
+    proved = [m for m in findings.collected if m.role == "verified" and m.split == "test"]
+    measures = [*told(findings), *proved[len(proved) // 2 :][:1]]
+    found = [result for measure in measures if (result := findings.result(measure))]
     lowest, highest = min(r.sparsities[0] for r in found), max(r.sparsities[-1] for r in found)
     over = " to ".join(dict.fromkeys(map(numbers.percent, (lowest, highest))))
     over += numbers.of_all(findings.study, findings.method or "", (lowest, highest))
@@ -96,8 +98,12 @@ def _named(measure: Measure) -> str:
     if measure.role == "distance":
         r_2 = ", r_2" if measure.phrase == "r_2" else ""
         return f"the mean {norm} distance ({pretty(measure.label)}{r_2})"
-    attack = {"worst": "worst-case accuracy", "budget": f"accuracy under {pretty(measure.label)}"}
-    return f"{attack[measure.role]} ({norm}{eps})" if measure.role in attack else measure.short
+    names = {
+        "worst": "worst-case accuracy",
+        "budget": f"accuracy under {pretty(measure.label)}",
+        "verified": "the share of images verified as robust",
+    }
+    return f"{names[measure.role]} ({norm}{eps})" if measure.role in names else measure.short
 
 
 def _trend(result: Result) -> str:

@@ -178,11 +178,11 @@ def rung(measure: Measure) -> float:
 
 
 def pretty_eps(eps: float | None) -> str:
-    """Return a budget's eps in the usual spelling: "0.1", or "2/255" if it is not a short decimal."""
+    """Return a budget's eps in the usual spelling: "0.1", or "2/255" or "0.5/255" if it is not a short decimal."""
     if eps is None:
         return ""
-    steps, short = round(255 * eps), f"{eps:g}"
-    return f"{steps}/255" if len(short) > 5 and steps > 0 and abs(255 * eps - steps) < 1e-3 else short
+    steps, short = round(510 * eps) / 2, f"{eps:g}"
+    return f"{steps:g}/255" if len(short) > 5 and steps > 0 and abs(255 * eps - steps) < 1e-3 else short
 
 
 def collect(study: Study) -> Collected:
