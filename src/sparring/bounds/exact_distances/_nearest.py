@@ -1,9 +1,8 @@
-"""The nearest image at which another class wins: a search in ever smaller balls.
+"""Moves of points to nearer ones of the same class, and the nearest image of one class if the network takes maxima.
 
-Minimising the linf distance directly is slow: it ties every pixel to one variable by two rows, and gives no bound on
-margins. The question "does class k overtake anywhere in this ball?" puts the ball into the pixels' bounds and maximises
-a margin. It is therefore solved for ever smaller balls: each point found is first moved as near as its linear region
-and the neighbouring ones allow (linf: by programs; l2: along the boundary), and the first ball without a point proves
+For the latter, minimising the linf distance directly is slow: it ties every pixel to one variable by two rows, and
+gives no bound on margins. The question "does class k overtake anywhere in this ball?" puts the ball into the pixels'
+bounds and maximises a margin. It is therefore solved for ever smaller balls, and the first one without a point proves
 the distance.
 """
 
@@ -23,10 +22,7 @@ from ...threat import L2, LINF, distance
 from .._region import region
 from ..certify._crown import bound_nodes
 from ..certify._relaxations import Interval, first_layers
-from ..verification import _question as verification
 from ..verification._budget import Budget
-from ..verification._question import in_float32
-from ..verification._search import answered
 from ._milp import Expression, MixedIntegerProgram, Vector, encode, linf_distance_, tightened
 
 _SHARE = 0.75  # share of the remaining budget for one question; the rest is for smaller balls, if it stays open
@@ -87,7 +83,7 @@ def nearest(
     low, eps = floor, cap
     while not asked.budget.over and asked.budget.seconds > _ENOUGH and low < cap:
         part = asked.budget.share(_SHARE)
-        answer = _overtaken(replace(asked, budget=part), eps)
+        answer = _by_program(replace(asked, budget=part), eps)
         asked.budget.take_(part)
         if isinstance(answer, Tensor):
             point, reached = polished(asked, answer, eps) or (answer, eps)
@@ -98,24 +94,6 @@ def nearest(
         else:
             eps = (low + eps) / 2
     return low, found
-
-
-def _overtaken(asked: Question, eps: float) -> Tensor | bool:
-    """Return a point of the ball with g_k ≥ g_y; True if there is provably none, False if that is open."""
-    if pools(asked.graph):  # the search splits only ReLUs
-        return _by_program(asked, eps)
-    ball = region(asked.x, asked.norm, eps)
-    rows = torch.zeros(1, 1, *asked.graph.nodes[-1].shape, dtype=torch.float64)
-    rows[0, 0, asked.y], rows[0, 0, asked.k] = 1.0, -1.0
-
-    def replay(points: Tensor) -> Tensor | None:
-        ahead = asked.ahead(points.double()) >= 0
-        return points[ahead][:1] if bool(ahead.any()) else None
-
-    found = answered(
-        verification.Question(asked.graph, ball, rows, rows.new_zeros(1, 1), in_float32(ball), replay, asked.budget)
-    )
-    return found.status == "verified" if found.point is None else found.point.double()
 
 
 def pools(graph: Graph) -> bool:
