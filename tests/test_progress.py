@@ -62,3 +62,11 @@ def test_a_shorter_line_leaves_nothing_of_a_longer_one() -> None:
         progress.show(1, 2)
     assert notebook.shown() == ["[##########..........] 1 of 2"]
     assert progress.bar(0, 0) == "[....................] 0 of 0"
+
+
+def test_pace_counts_what_was_done_meanwhile() -> None:
+    assert progress.pace(0, 10, 3.0, memory="1 GiB") == "0 of 10 images, 1 GiB"
+    assert (
+        progress.pace(30, 50, 10.0, memory="1 GiB", first=10) == "30 of 50 images, 2 images/s, 1 GiB, about 10 s left"
+    )
+    assert progress.pace(50, 50, 0.01, memory="1 GiB", what="rounds") == "50 of 50 rounds, 5,000 rounds/s, 1 GiB"

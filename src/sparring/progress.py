@@ -39,10 +39,11 @@ def pace(done: int, total: int, seconds: float, *, memory: str, what: str = "ima
 
     `first` were done before these seconds.
     """
-    each = seconds / max(1, done - first)
+    if done == first:
+        return f"{done} of {total} {what}, {memory}"
     rate = (done - first) / max(seconds, 1e-9)
     fast = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-    left = f", about {duration(each * (total - done))} left" if done < total else ""
+    left = f", about {duration((total - done) / rate)} left" if done < total else ""
     return f"{done} of {total} {what}, {fast} {what}/s, {memory}{left}"
 
 

@@ -274,7 +274,7 @@ def attack_held(
         backwards=sum(one.backwards for one in asked) / count,
         seconds=0.0,
         flags=tuple(best.flags),
-        batch_size=order.batch_size,
+        batch_size=min(order.batch_size, len(x)),
     ), seen
 
 

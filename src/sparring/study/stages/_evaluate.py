@@ -28,7 +28,7 @@ def measure(context: Context, task: Task[Measure]) -> TaskOutcome:
     """Count a network's weights and measure its accuracies and natural activation sparsity."""
     data = context.dataset
     model = judged(context, task)
-    logits, logits_valid = predict(model, data.test.x), predict(model, data.valid.x)
+    logits, logits_valid = (predict(model, part.x, progress=context.tell) for part in (data.test, data.valid))
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the network's logits are NaN or infinite; its training diverged")
     model = model.cpu()  # the rest only counts, and needs no GPU
