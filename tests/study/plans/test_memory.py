@@ -56,3 +56,7 @@ def test_the_number_is_written_and_kept(few_digits: Dataset, tmp_path: Path, mon
     assert read_plan(tmp_path).plan["batch_size"] == 500
     monkeypatch.setattr(_memory, "free_memory", lambda _: 2 * 150 * 2**20)
     assert [r.key for r in run(plan, tmp_path, dataset=few_digits, workers=0)] == [r.key for r in first]
+    monkeypatch.setattr(_memory, "free_memory", lambda _: 0)  # which nobody asks for where nothing is missing
+    assert [r.key for r in run(plan, tmp_path, dataset=few_digits, workers=0)] == [r.key for r in first]
+    with pytest.raises(PlanError, match="1 MiB are free"):
+        run(replace(plan, sparsities=(0.5, 0.6)), tmp_path, dataset=few_digits, workers=0)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ...records import Cell, PlanFile, Record, Store, read_plan, write_plan
 from ...units import percent
 from ..plans._dry_run import estimate, rehearse
 from ..plans._memory import fitted
-from ..plans._plan import Plan, refuse_another
+from ..plans._plan import AUTO, BATCH_SIZE, Plan, refuse_another
 from ..plans._task_graph import DataFacts, Work, lay_out
 from ..stages._networks import Context, Factory, fingerprint
 from ..stages._table import perform_stage
@@ -111,8 +111,7 @@ def run(
         code = {} if factory is None else {plan.model.name: fingerprint(factory)}
         context = Context(dataset, store.tensors, store.scratch, place, factory)
         rehearse(plan, context)
-        plan = fitted(plan, context, _slots(workers, place, ray), kept=_kept_size(store))
-        work = lay_out(plan, facts, place=place, code=code)
+        plan, work = _fitted(plan, context, store, _slots(workers, place, ray), facts, code)
         _write_plan(store, plan, work, dataset, command)
         executor = _executor(context, workers, ray)
         foretell = functools.partial(estimate, context=context, workers=executor.slots)
@@ -130,6 +129,19 @@ def run(
             )
         finally:
             executor.close()
+
+
+def _fitted(
+    plan: Plan, context: Context, store: Store, slots: int, facts: DataFacts, code: Mapping[str, str]
+) -> tuple[Plan, Work]:
+    """Return the plan with its batch size, and its tasks; memory is measured only if a task has no record yet."""
+    kept = _kept_size(store)
+    drawn_up = replace(plan, batch_size=kept or BATCH_SIZE) if plan.batch_size == AUTO else plan
+    work = lay_out(drawn_up, facts, place=context.place, code=code)
+    if work.tasks.keys() <= {record.stem for record in store.records.iterdir()}:
+        return drawn_up, work
+    plan = fitted(plan, context, slots, kept=kept)
+    return plan, work if plan == drawn_up else lay_out(plan, facts, place=context.place, code=code)
 
 
 def _slots(workers: int | None, place: Place, ray: str | None) -> int:
