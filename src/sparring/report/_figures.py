@@ -309,6 +309,7 @@ def timings_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     batches, engines = (list(dict.fromkeys(row[name] for row in rows)) for name in ("batch", "engine"))
     data = [_placed(row) for row in rows]
     axis = {"title": "milliseconds per image (log scale); bars: quartiles, ticks: floor", "grid": True}
+    axis |= {"values": [step * 10.0**k for k in range(-7, 5) for step in (1, 3)], "labelOverlap": "greedy"}
     names = [f"batch {batch}" for batch in batches]
     place: Spec = {
         "y": {"field": "engine", "type": "nominal", "sort": engines, "axis": {"title": None, "labelLimit": 220}},

@@ -206,9 +206,9 @@ def _result(
 
 
 def _level(one: NDArray[np.float64], measure: Measure) -> Effect:
-    """Return a metric's mean; its interval ends at 0 where no value can be lower, and that of a share at 1."""
+    """Return a metric's mean; its interval ends at 0, and that of a share at 1."""
     level = effect(one)
-    low = level.low if one.min() < 0 else max(level.low, 0.0)  # only a margin can be negative
+    low = min(level.estimate, max(level.low, 0.0))  # no metric is negative, but the margin of a bound may be
     return replace(level, low=low, high=min(level.high, 1.0) if measure.is_share else level.high)
 
 
