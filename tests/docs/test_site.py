@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -53,16 +54,13 @@ def test_pages_use_no_fonts_or_scripts_of_others(site: Path) -> None:
         assert loaded == [], page
 
 
-def test_the_tutorial_runs_and_its_outputs_are_kept() -> None:
-    path = ROOT / "docs" / "tutorial.ipynb"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
-    spoken = ["print(" in "".join(cell["source"]) for cell in code]
-    assert all(cell["outputs"] for cell, wanted in zip(code, spoken, strict=True) if wanted)
-    names: dict[str, object] = {}
-    for cell in code:
-        exec(compile("".join(cell["source"]), str(path), "exec"), names)
-    assert 0.9 < names["accuracy"](names["dense"]) <= 1  # type: ignore[operator]
+def test_the_tutorial_shows_what_it_prints() -> None:
+    """Digits may differ: the last bits of a training depend on the processor."""
+    content = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))
+    kept = json.dumps([cell["outputs"] for cell in content["cells"] if cell["cell_type"] == "code"], sort_keys=True)
+    made = runpy.run_path(str(ROOT / ".ci" / "notebook"))["executed"](content)
+    shown = json.dumps([cell["outputs"] for cell in made["cells"] if cell["cell_type"] == "code"], sort_keys=True)
+    assert re.sub(r"[\d.+-]+", "#", shown) == re.sub(r"[\d.+-]+", "#", kept), "run: make notebook"
 
 
 @pytest.mark.browser
