@@ -161,7 +161,7 @@ class Bounder:
     def _narrowed(self, cells: Cells) -> Cells:
         """Bound the units of cells in what their half-spaces leave of the ball, a few cells at a time."""
         plane = self._plane(cells, self._lines(cells), cells.alpha, cells.beta)
-        size = max(1, _FEW // (2 * max(self.sizes) * len(self.x)))
+        size = max(1, _FEW // (2 * max(self.sizes, default=1) * len(self.x)))
         parts = [slice(i, i + size) for i in range(0, len(cells), size)]
         return joined([self._narrowed_by(cells[part], Plane(plane.a[part], plane.gap[part])) for part in parts])
 
