@@ -25,6 +25,8 @@ from ._half_spaces import Plane, Room
 
 _FALL, _RATE, _RATE_BETA = 0.95, 0.1, 0.2  # of ascent
 _STEPS, _MORE = 4, 3  # of ascent, before and after the units are bounded
+_MOST = 512  # units of a layer that are bounded again, those whose chords cost most
+_WORK = 2**24  # units times pixels of the cells that are bounded at once
 _FALLBACK = 1e-9  # of a unit's range, to its score
 _FEW = 2**17  # coefficients of units that are bounded at once: 1 MB of float64
 
@@ -73,6 +75,11 @@ class Bounder:
         self.room = Room(norm, -self.x, 1 - self.x)
         self.relus = {i: node.inputs[0] for i, node in enumerate(self.graph.nodes) if isinstance(node.op, ReLU)}
         self.sizes = [math.prod(self.graph.nodes[i].shape) for i in self.relus]
+
+    @property
+    def batch(self) -> int:
+        """How many cells to bound at once: an even number, few of large networks."""
+        return 2 * max(1, min(16, _WORK // (2 * max(1, sum(self.sizes)) * len(self.x))))
 
     def image(self, step: Tensor) -> Tensor:
         """Return the whole image, (1, ...), at a step of the pixels that the network reads."""
@@ -169,6 +176,7 @@ class Bounder:
         low, high, start = cells.low.clone(), cells.high.clone(), 0
         for source, size in zip(self.relus.values(), self.sizes, strict=True):
             open_ = ((low < 0) & (high > 0)).any(0)[start : start + size].nonzero().squeeze(1)
+            open_ = open_[cells.score[:, start + open_].sum(0).topk(min(len(open_), _MOST)).indices]
             if count := len(open_):
                 found = self._units(replace(cells, low=low, high=high), source, open_, plane)
                 units = start + open_

@@ -20,7 +20,6 @@ from ..verification._leaves import joined
 from ._cells import Bounder, Cells
 from ._settled import settled
 
-_BATCH = 32  # cells that are bounded at once
 _HALF, _LAST = 0.5, 0.05  # of what is missing, the next ball's part, and from which share of the goal on all of it
 _FREE = 1e-6  # score up to which no chord of a cell costs anything
 _LANDINGS, _CLEAR = 4, 1e-6  # steps of points to the boundary, and the margin there
@@ -58,11 +57,12 @@ def _searched(bounder: Bounder, cells: Cells, best: Best, budget: Budget, gap: f
     """Split cells until all of them are at least as far away as the ball reaches, or as the budget allows."""
     queue: Queue[Cells] = Queue()
     done = [cells[:0]]
-    waiting = [bounder.again(cells[i : i + _BATCH]) for i in range(0, len(cells), _BATCH)]
+    size = bounder.batch
+    waiting = [bounder.again(cells[i : i + size]) for i in range(0, len(cells), size)]
     while waiting or queue.heap:
         if budget.over or not budget.fits_(len(queue.heap) + sum(map(len, done)), cells.nbytes):
             return joined([*done, *waiting, *queue.take_(len(queue.heap))])
-        current = waiting.pop() if waiting else joined(queue.take_(_BATCH // 2)).split()
+        current = waiting.pop() if waiting else joined(queue.take_(size // 2)).split()
         current, steps = bounder.bounded(current)
         budget.used += len(current)
         left = current.lower < bounder.eps
