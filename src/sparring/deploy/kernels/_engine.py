@@ -189,7 +189,7 @@ class Engine:
         self._program = program
         self._tasks = tasks_of(program)
         self._lanes = lanes or host_lanes()
-        self._way = way_of_products()
+        self._way = way_of_products() if self._lanes <= host_lanes() else "plain"  # no instructions of wider vectors
         self._lookup = lanes is None and permutes()
         self._threads = threads
         self._code = code or Code()
