@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from guarded import compiled, guard_
 from sparring import deploy
 from sparring.deploy._reference import run_reference
 from sparring.deploy.rounding._reference import run_rounded
@@ -38,8 +37,11 @@ from sparring.errors import UserError
 from sparring.models import build
 from sparring.sparsity import TopK
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' networks
 from tests.zoo import ZOO
+
+from guarded import compiled, guard_
 
 OUTCOMES = ("refused", "sound", "disagreed", "raised", "died")
 SECONDS, BYTES = 60, 4 << 30
