@@ -38,4 +38,4 @@ def test_a_model_is_the_same_whenever_it_is_drawn() -> None:
 def test_the_documentation_lists_what_is_supported() -> None:
     text = (ROOT / "docs" / "graph.md").read_text(encoding="utf-8")
     listed = re.findall(r"^- ([^:\n]+)", text, re.M)
-    assert listed == list(SUPPORTED)
+    assert [name for name in listed if name in SUPPORTED] == list(SUPPORTED)  # test_kinds.py reads what is not drawn
