@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import hashlib
 import json
 import os
@@ -127,6 +128,7 @@ def apart(path: Path, outcome_of: Callable[[Path], str], allocator: ctypes.CDLL 
     """Open a file in a process of its own and return the outcome."""
     child = os.fork()
     if child == 0:
+        faulthandler.disable()  # a child that dies is an outcome, and pytest would print it
         signal.alarm(SECONDS)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         base = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -16,6 +16,7 @@ from sparring.deploy._artefact import MAGIC, read_program
 from sparring.deploy._reference import run_reference
 from sparring.errors import UserError
 
+SAMPLES = Path(__file__).parent / "samples"
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hostile_artefacts.py"
 spec = importlib.util.spec_from_file_location("hostile_artefacts", BENCHMARK)
 assert spec is not None and spec.loader is not None
@@ -46,6 +47,16 @@ def test_what_is_loaded_is_what_was_exported(tmp_path, sparse_model, name, value
     error = (packed(x) - model(x).detach()).abs().max() / expected.abs().max()
     assert error <= {"fp32": 5e-6, "fp16": 2e-3, "int8": 5e-2}[values]
     assert isinstance(packed(x.numpy()), np.ndarray)
+
+
+LOGITS = json.loads((SAMPLES / "logits.json").read_text())
+
+
+@pytest.mark.parametrize("name", sorted(LOGITS))
+def test_files_of_every_format_give_what_they_gave_when_they_were_written(name):
+    packed = deploy.load(SAMPLES / f"{name}.sparring")
+    x = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 1, 8, 8)
+    np.testing.assert_allclose(packed(x)[0], LOGITS[name], rtol=0, atol=2e-6)
 
 
 @pytest.fixture
