@@ -71,7 +71,8 @@ def ship_report(
     blind, place = partial(attacks.hopskipjump, steps=decisions), next((p.device for p in model.parameters()), x.device)
     with eval_mode(model):
         shipped, network = PackedModule(packed), opened(model, x[:2].to(place))
-        one, other, third = (partial(progress, f"attack on the {what}") for what in ("model", "artefact", "answers"))
+        stages = ("attack on the model", "attack on the artefact", "decision-based attack on the artefact")
+        one, other, third = (partial(progress, stage) for stage in stages)
         examples = [_attacked(network, x.to(place), y.to(place), attack, threat, one).cpu()]
         examples += [_attacked(shipped, x, y, attack, threat, other)]
         decided = _attacked(shipped, x[:FEW], y[:FEW], blind, threat, third) if decisions else None
