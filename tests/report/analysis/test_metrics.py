@@ -159,7 +159,15 @@ def test_single_steps_alone_make_no_worst_case(study, everywhere, worst):
 
 @pytest.mark.parametrize(
     ("eps", "text"),
-    [(1 / 255, "1/255"), (8 / 255, "8/255"), (0.2, "0.2"), (0.1, "0.1"), (0.00196, "0.00196"), (1.5e-6, "1.5e-06")],
+    [
+        (1 / 255, "1/255"),
+        (0.5 / 255, "0.5/255"),
+        (8 / 255, "8/255"),
+        (0.2, "0.2"),
+        (0.1, "0.1"),
+        (0.00196, "0.00196"),
+        (1.5e-6, "1.5e-06"),
+    ],
 )
 def test_an_eps_is_written_as_the_field_does(eps, text):
     assert Measure("worst", norm="linf", eps=eps).title == f"Worst-case accuracy, ℓ∞ ε = {text}"

@@ -28,6 +28,7 @@ _STEPS, _MORE = 4, 3  # of ascent, before and after the units are bounded
 _MOST = 512  # units of a layer that are bounded again, those whose chords cost most
 _WORK = 2**24  # units times pixels of the cells that are bounded at once
 _FALLBACK = 1e-9  # of a unit's range, to its score
+_ABNORMAL, _INSIDE = 2, 1e-3  # no step is found, at a kink; from a little further inside there often is one
 _FEW = 2**17  # coefficients of units that are bounded at once: 1 MB of float64
 
 
@@ -213,11 +214,12 @@ class Bounder:
 
         box = [(0.0, 1.0)] * count + [(0.0, None if known else 0.0) for known in held.signs[0].tolist()]
         best = torch.cat([cell.alpha.flatten(), cell.beta.flatten()])
-        if count:
-            result = minimize(
-                negative, best.numpy(), jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": steps}
-            )
+        for shift in (0.0, _INSIDE) if count else ():
+            start = best.numpy() + shift
+            result = minimize(negative, start, jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": steps})
             best = torch.from_numpy(np.asarray(result.x))
+            if result.status != _ABNORMAL:
+                break
         value, step = found(best)
         return cell.bounded_by(value.clamp_max(self.eps)), step[0]
 

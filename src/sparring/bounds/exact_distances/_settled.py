@@ -21,17 +21,19 @@ _STEPS, _POLISH = 50, 100  # of ascent, and of L-BFGS-B
 def settled(bounder: Bounder, cells: Cells, budget: Budget) -> tuple[Cells, Tensor]:
     """Bound cells in which no chord costs anything as well as possible; return steps to their likely minima.
 
-    For l2 all of them ascend, and L-BFGS-B follows for the nearest one, which may be the nearest counter-example.
+    For l2 all of them ascend, and L-BFGS-B follows for the nearest one, which may be the nearest counter-example, and
+    for those without open units, which cannot be split.
     """
     if bounder.norm == LINF:
         found = [_by_program(bounder, cells[i : i + 1], budget) for i in range(len(cells))]
         lower = torch.tensor([bound for bound, _ in found], dtype=torch.float64).clamp_max(bounder.eps)
         return cells.bounded_by(lower), torch.stack([step for _, step in found])
     cells, steps = bounder.scored(bounder.ascended(cells, _STEPS))
-    nearest = cells.lower.argmin()[None]
-    if float(cells.lower[nearest]) < bounder.eps:
-        better, steps[nearest] = bounder.polished(cells[nearest], _POLISH)
-        cells = cells.replaced(nearest, better)
+    last = ~cells.open.any(1)
+    last[cells.lower.argmin()] = True
+    for i in (last & (cells.lower < bounder.eps)).nonzero():
+        better, steps[i] = bounder.polished(cells[i], _POLISH)
+        cells = cells.replaced(i, better)
     return cells, steps
 
 

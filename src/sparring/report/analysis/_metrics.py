@@ -182,7 +182,7 @@ def pretty_eps(eps: float | None) -> str:
     if eps is None:
         return ""
     steps, short = round(510 * eps) / 2, f"{eps:g}"
-    return f"{steps:g}/255" if len(short) > 5 and steps > 0 and abs(255 * eps - steps) < 1e-3 else short
+    return f"{steps:g}/255" if len(short) > 5 and steps > 0 and abs(255 * eps - steps) < 1e-6 else short
 
 
 def collect(study: Study) -> Collected:
