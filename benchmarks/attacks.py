@@ -1,6 +1,6 @@
 """Attacks beside their peers: same images, same model, one thread, interleaved medians, every adversarial re-checked.
 
-    python benchmarks/attacks.py [--json] [--only deepfool,minimum-norm:lenet-5,...] [--data-dir DIR]
+    python benchmarks/attacks.py [--json] [--only deepfool,minimum-norm:lenet-5,...] [--data-dir DIR] [--device cuda]
 
 Peers: `pip install 'sparring[peers]'` brings foolbox, ART and pyautoattack, `pip install --no-deps adv-lib
 torchattacks requests` the other two as they are. What is not installed is skipped and named in the result. MNIST and
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="at least so often each contestant")
     parser.add_argument("--seconds", type=float, default=20, help="more rounds, up to 15, while a race is this young")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sparring" / "benchmarks")
+    parser.add_argument("--device", default="cpu", help="where networks and images are: cpu, cuda or cuda:1")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -137,15 +138,21 @@ def race(works: list[Work], options: argparse.Namespace) -> list[dict[str, objec
     """Run works that have everything but our attack in common; return a row for each."""
     first = works[0]
     network = trained(first.network, options.data_dir, options.cache)
-    x, y = correct_images(network, min(first.images, options.images))
-    with frozen(network.model):
+    x, y = (part.to(options.device) for part in correct_images(network, min(first.images, options.images)))
+    with frozen(network.model.to(options.device)):
         eps = halving_eps(network.model, x, y) if first.budget else None
         invited = set(options.peers.split(",")) if options.peers else set(PEERS[first.against])
         rivals = {name: attack for name, attack in peers(first.against, eps).items() if name in invited}
         ours = {work.name: partial(_ours, attack=work.attack, eps=eps) for work in works}
         results = compete({**ours, **rivals}, network.model, x, y, eps, options.rounds, options.seconds)
-    floor = floor_seconds(network.model, x[:1]) * len(x)
-    about = {"network": first.network, "data": network.dataset.name, "images": len(x), "eps": eps}
+    floor = floor_seconds(network.model.cpu(), x[:1].cpu()) * len(x)
+    about = {
+        "network": first.network,
+        "data": network.dataset.name,
+        "images": len(x),
+        "eps": eps,
+        "device": options.device,
+    }
     beside = {name: results[name] for name in rivals}
     return [
         {
@@ -169,7 +176,7 @@ def compete(
 ) -> dict[str, Result]:
     """Let contestants take turns, and judge what each returns.
 
-    Times are the processor's: with one thread the same as the clock's, but little moved by what else runs.
+    On the CPU times are the processor's: with one thread the same as the clock's, but little moved by what else runs.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     reached: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
@@ -181,11 +188,19 @@ def compete(
             break
         for name, attack in contestants.items():
             torch.manual_seed(turn)
-            start = time.process_time()
+            start = seconds(x.device)
             x_adv = attack(model, x, y)
-            times[name].append(time.process_time() - start)
+            times[name].append(seconds(x.device) - start)
             reached[name].append(judge(model, x, x_adv.detach(), y, eps))
     return {name: summary(times[name], reached[name]) for name in contestants}
+
+
+def seconds(device: torch.device) -> float:
+    """Return a time to subtract another from: the processor's, or the clock's when a GPU is done with its work."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def summary(times: list[float], reached: list[tuple[float, float]]) -> Result:
