@@ -80,11 +80,7 @@ class Pack(Spec):
         b, target = k.b, k.place()
         channels, rows, width, outer, inner, image_bytes = k.integers(6)
         tables = k.pointer(), k.pointer()
-        first, last = k.address(self.field), b.sub(k.field(Unit.COUNT), k.number(1))
-        images = []
-        for lane in range(self.lanes):
-            exists = b.icmp_signed("<", k.number(lane), last)
-            images.append(k.at(first, b.mul(b.select(exists, k.number(lane), last), image_bytes)))
+        images = k.images(self.lanes, image_bytes, self.field)
         with k.loop(channels) as channel:
             factors = [k.entry(table, channel) for table in tables if self.scaled]
             with k.loop(rows) as row:

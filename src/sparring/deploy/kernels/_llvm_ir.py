@@ -89,6 +89,15 @@ class Kernel:
         """Return pointer + offset bytes."""
         return self.b.gep(pointer, [self.number(offset)], source_etype=BYTE)
 
+    def images(self, lanes: int, size: Value, field: int = Unit.IMAGES) -> list[Value]:
+        """Return the address of each lane's image of `size` bytes; lanes without one repeat the last."""
+        first, last = self.address(field), self.b.sub(self.field(Unit.COUNT), self.number(1))
+        found = []
+        for lane in range(lanes):
+            exists = self.b.icmp_signed("<", self.number(lane), last)
+            found.append(self.at(first, self.b.mul(self.b.select(exists, self.number(lane), last), size)))
+        return found
+
     def number(self, value: Value | int) -> Value:
         """Return an int64, from a Python number if it is one."""
         return ir.Constant(INT64, value) if isinstance(value, int) else value

@@ -122,11 +122,7 @@ class QuantiseTiles(Spec):
         b, target = k.b, k.place()
         rows, width, outer, inner, image_bytes = k.integers(5)
         tables = k.pointer(), k.pointer()
-        first, last = k.address(Unit.IMAGES), b.sub(k.field(Unit.COUNT), k.number(1))
-        images = []
-        for lane in range(self.lanes):
-            exists = b.icmp_signed("<", k.number(lane), last)
-            images.append(k.at(first, b.mul(b.select(exists, k.number(lane), last), image_bytes)))
+        images = k.images(self.lanes, image_bytes)
         if self.flat:
             self._flat(k, images, target, [k.load(table, FLOAT) for table in tables])
             return
