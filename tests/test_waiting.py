@@ -123,6 +123,9 @@ def test_a_crowd_waits_for_the_next_call_which_looks_itself_who_has_the_cores(
     call(1000)
     assert len(gathered) == 1
     call(0)
+    monkeypatch.setattr(waiting, "_others", lambda: len(os.sched_getaffinity(0)) - 1)  # such as who asked for the call
+    with waiting.courteous():
+        assert not any(t.shared for t in threading.enumerate() if isinstance(t, waiting._Watcher))
     call(1000)
     assert len(gathered) == 2
     monkeypatch.setattr(waiting, "LINGER", 0.0)

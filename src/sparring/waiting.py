@@ -130,7 +130,7 @@ class _Watcher(threading.Thread):
         with self.change:
             if self.calls == 0 and not self.over:
                 self.threads = torch.get_num_threads()
-                self.shared = _others() + self.threads > self.cores
+                self.shared = _others() >= self.cores  # fewer may be one that is about to sleep: looks decide
                 self.change.notify()
             self.calls += not self.over
             return not self.over
