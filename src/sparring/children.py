@@ -1,4 +1,4 @@
-"""Processes that end with the one that began them, also if that is killed."""
+"""Child processes that end with their parent, even if the parent is killed."""
 
 from __future__ import annotations
 

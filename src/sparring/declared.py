@@ -1,4 +1,4 @@
-"""Layers declare what cannot be detected: whether they are stochastic, and whether their gradients mislead attacks."""
+"""What layers declare because it cannot be detected: randomness, and gradients that mislead attacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where models run and in which floating-point type: parse `--device` and `--dtype`, and refuse unavailable ones."""
+"""Devices and floating-point types of models: parse `--device` and `--dtype`, and refuse unavailable ones."""
 
 from __future__ import annotations
 

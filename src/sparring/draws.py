@@ -1,4 +1,4 @@
-"""Random numbers that follow from a seed and an image's number, whatever batch or shard the image is in.
+"""Random numbers that depend only on a seed and an image's number, not on its batch or shard.
 
 They are a hash of a key, one per image, and a counter (splitmix64: Steele, Lea & Flood 2014, figure 14), so that they
 are the same on every device and in every order.

@@ -1,4 +1,4 @@
-"""Facts about attacks, bounds and models as data, without torch, so that every layer can read them.
+"""Facts about attacks, bounds and models: plain data without torch, which every layer can read.
 
 Each table has an entry for each name in the table of functions that it describes (a test holds them equal). All
 other facts, and those about a user's own parts, are read from signatures and docstrings.

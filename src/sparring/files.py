@@ -1,4 +1,4 @@
-"""Safe files: atomic writes, canonical JSON, hashes, kernel locks, untrusted archives and tensors.
+"""Safe file handling: atomic writes, canonical JSON, hashes, locks, untrusted archives and tensors.
 
 Any problem with a file that a user named raises a `UserError` with the file, the cause and the way out.
 """
@@ -317,9 +317,9 @@ def safe_members(
         except _Refused as error:
             raise UserError(f"{path} is refused: {error}") from error
         except (OSError, EOFError, ValueError, RecursionError, NotImplementedError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged ({error}); get it again") from error
+            raise UserError(f"{path} is damaged ({error}); create or download it again") from error
         except (zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
-            raise UserError(f"{path} is damaged ({error}); get it again") from error
+            raise UserError(f"{path} is damaged ({error}); create or download it again") from error
 
 
 def _zip_members(
@@ -353,7 +353,7 @@ def _zip_members(
                         data = room(info.file_size)
                         whole = _fill(memoryview(data), member)
                 if not whole:
-                    raise EOFError(f"{info.filename!r} is cut short")
+                    raise EOFError(f"{info.filename!r} is truncated")
                 yield info.filename, data
 
 
@@ -379,12 +379,12 @@ def _tar_members(
             if content is not None:
                 data = content.read()
                 if len(data) != info.size:
-                    raise EOFError(f"{info.name!r} is cut short")
+                    raise EOFError(f"{info.name!r} is truncated")
                 yield info.name, data
         if (
             file.tell() - archive.offset != tarfile.BLOCKSIZE
         ):  # no block of zeros ends it, of which tarfile says nothing
-            raise EOFError("it is cut short")
+            raise EOFError("it is truncated")
 
 
 def _check_totals(count: int, total: int, max_bytes: int, max_files: int) -> None:

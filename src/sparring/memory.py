@@ -1,4 +1,4 @@
-"""How much memory work on images takes, measured on a few of them, and how much is free."""
+"""Estimate the memory that work on images needs from a few of them, and compare it with what is free."""
 
 from __future__ import annotations
 

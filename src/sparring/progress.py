@@ -1,4 +1,4 @@
-"""Progress as one bar that is drawn over itself, in a terminal and in a notebook.
+"""Show progress as one bar that is redrawn in place, in a terminal or a notebook.
 
 Examples:
     >>> from sparring import progress

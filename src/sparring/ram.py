@@ -1,4 +1,4 @@
-"""Memory of this machine: how much is free, how much is used, and a limit that keeps the system from ending processes.
+"""Memory of this machine: how much is free and used, and a limit that keeps the system from killing processes.
 
 Nothing here imports torch.
 """

@@ -284,7 +284,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "whole numbers": (lambda net, h: (4 * h).int() / 4, "it jumps"),
     "softmax in half precision": (lambda net, h: F.softmax(h, 1, dtype=torch.bfloat16).float(), "rounds, and so jumps"),
     "half precision within": (lambda net, h: h.half().float(), "it rounds, and so jumps"),
-    "memory never written": (lambda net, h: h + 0 * torch.empty_like(h), "differ|other logits|NaN"),
+    "memory never written": (lambda net, h: h + 0 * torch.empty_like(h), "differ|NaN"),
     "a branch on values": (lambda net, h: h if h.sum() > 0 else -h, "branches on a value"),
     "out through numpy": (lambda net, h: h * torch.from_numpy(h.detach().numpy()), "cannot be lowered"),
 }

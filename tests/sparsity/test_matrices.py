@@ -265,7 +265,7 @@ def test_every_pruner_prunes_every_kind_or_refuses(way: str, kind: str) -> None:
     model = _made(KINDS[kind])
     pruner = build_pruner(SPECS[way], 0.7)
     if way == "wanda" and kind in ("lstm", "attention", "transposed"):
-        with pytest.raises(UserError, match="does not show"):
+        with pytest.raises(UserError, match="does not expose"):
             fit(model, IMAGES, Y, Recipe(epochs=4, batch_size=4), pruner=pruner, masks=sparsity.all_ones(model))
         return
     found = fit(model, IMAGES, Y, Recipe(epochs=4, batch_size=4), pruner=pruner, masks=sparsity.all_ones(model))

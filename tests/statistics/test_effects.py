@@ -157,7 +157,7 @@ def test_ratio_values_average_to_the_ratio_and_have_its_jackknife_error():
 
 
 def test_ratio_values_refuse_a_mean_over_nothing():
-    with pytest.raises(ValueError, match="over no images"):
+    with pytest.raises(ValueError, match="over zero images"):
         ratio_values(np.zeros(4), np.zeros(4))
 
 

@@ -41,7 +41,7 @@ def weights_of(model: nn.Module, shape: tuple[int, ...], *, images: Tensor | Non
     rows = torch.eye(classes, dtype=torch.float64)
     for node in reversed(graph.nodes[1:]):
         if not isinstance(node.op, Linear | Conv2d | Affine | AvgPool | Flatten):
-            raise Unsupported(f"the model is not linear: it has an {node.title}")
+            raise Unsupported(f"the model is not linear: it has the {node.title}")
         rows = adjoint(node.op, rows, graph.nodes[node.inputs[0]].shape)
     assert isinstance(graph.nodes[0].op, Input)
     bias = graph(torch.zeros(1, *graph.nodes[0].shape, dtype=torch.float64))[0]

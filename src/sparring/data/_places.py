@@ -1,4 +1,4 @@
-"""Where data are searched, where they are downloaded from, and how files are read.
+"""Where data files are looked for and downloaded from, and how they are read.
 
 Each root, in order, is searched: the caller's, $SPARRING_DATA, the user's cache folder, known system folders.
 Interrupted downloads from the public mirrors are resumed, and checked before the file gets its name.
@@ -242,7 +242,7 @@ def _receive(response: http.client.HTTPResponse, part: Path, here: int, name: st
     """Append a response's content to the part, and return whether the file is complete now."""
     resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
     if resumed and not (response.headers.get("Content-Range") or "").startswith(f"bytes {here}-"):
-        raise _Failed("the server sent another range than requested")
+        raise _Failed("the server sent a different range than was requested")
     here = here if resumed else 0
     length = response.headers.get("Content-Length") or ""
     total = here + int(length) if length.isdecimal() else None

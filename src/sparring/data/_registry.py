@@ -83,7 +83,7 @@ def load(
     if request.classes is not None and kind in ("known", "function"):
         raise DataError(f"'{name}' has its own classes; a list of classes applies only to image and array files")
     if request.valid_seed is not None and kind in ("known", "function"):
-        raise DataError(f"'{name}' has its own validation images; no others are drawn")
+        raise DataError(f"'{name}' has its own validation images; omit valid_seed")
     if kind in ("known", "function"):
         dataset = DATASETS[name](find) if kind == "known" else _from_function(name)
         return limited(dataset, request.limit) if request.limit else dataset

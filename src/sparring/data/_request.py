@@ -1,4 +1,4 @@
-"""What to read of a user's own images: splits, size and classes."""
+"""Which of a user's own images to read, and how: splits, size and classes."""
 
 from __future__ import annotations
 

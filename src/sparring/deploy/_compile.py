@@ -144,7 +144,7 @@ def _activation(op: graph.SparseActivation, channels: int) -> PackedActivation |
     kind = "threshold" if kind == "percentile" else kind  # a calibrated threshold
     if kind not in ACTIVATION_KINDS:
         known = ", ".join((*ACTIVATION_KINDS, "percentile", "mean-sparse"))
-        raise Unsupported(f"layer '{op.name}' ({type(module).__name__}) has no packed form; those of {known} have")
+        raise Unsupported(f"layer '{op.name}' ({type(module).__name__}) has no packed form; only {known} have one")
     number: Any = module.sparsity if kind == "top-k" else module.threshold
     return PackedActivation(kind, float(number))
 

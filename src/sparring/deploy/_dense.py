@@ -1,4 +1,4 @@
-"""Operations without a sparse kernel: torch's own, by name, from a list of those that a graph can hold.
+"""Operations without a sparse kernel: torch's own, from a list of those that a graph can contain.
 
 Shapes are inferred by torch itself, without memory for values, so that a file cannot exceed its limits.
 """

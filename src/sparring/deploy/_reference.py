@@ -1,4 +1,4 @@
-"""What a program computes, in plain NumPy: slow, but each operation as its definition says."""
+"""Reference implementation of programs in plain NumPy: slow, with each operation as it is defined."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
     name = type(model).__name__
     if not _same(_ask(model, x), logits, seen.tolerance):
         raise Unsupported(
-            f"{name} returns other logits in a second pass: it is random or counts its calls; do so only if "
+            f"{name} returns different logits in a second pass: it is random or counts its calls; do so only if "
             "self.training is set, or declare it (`stochastic = True`, with `Declared` as its base class)"
         )
     many = _ask(model, crowd := _crowd(x))
@@ -201,7 +201,7 @@ def check(graph: Graph, model: nn.Module, seen: Observed) -> Graph:
         same = partial(_same, expected=logits, tolerance=seen.tolerance, allowed=_jumped(graph, x))
         if not same(alone) or not same(_ask(model, x[order])[order]) or not same(many[-len(x) :]):
             raise Apart(
-                f"{name} returns other logits for an image in another batch, so they depend on other images and no "
+                f"{name} returns different logits for an image in another batch, so they depend on other images and no "
                 "image can be certified alone; process each image independently in eval mode"
             )
     if not _same(_with_gradients(model, x), logits, seen.tolerance):

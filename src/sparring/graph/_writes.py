@@ -1,4 +1,4 @@
-"""Say what is written in place as operations with results, where nothing else sees the memory that is written to.
+"""Replace writes in place by operations with results, where nothing else sees the memory that is written.
 
 torch's own way, `run_decompositions`, captures the program again, which takes twice as long as the first time.
 """

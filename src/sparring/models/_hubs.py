@@ -143,7 +143,7 @@ def _parted(name: str) -> tuple[_Hub, str]:
         except ImportError as error:
             extra = f"pip install 'sparring[{scheme}]'"
             raise UserError(
-                f"'{name}' needs the package {hub.package}, which does not import ({error}): {extra}"
+                f"'{name}' needs the package {hub.package}, which cannot be imported ({error}): {extra}"
             ) from None
     return hub, own
 

@@ -72,7 +72,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Blueprint, dict[str, Tensor
             found = tuple(tensors[name].shape)
             raise UserError(f"{path}: '{name}' has shape {found}, its model needs {tuple(shape)}")
     if sum(shape.numel() for shape in wanted.values()) > 2 * sum(value.numel() for value in tensors.values()):
-        raise UserError(f"{path}: it lacks most of its model's weights")
+        raise UserError(f"{path} lacks most of its model's weights")
     double = any(value.dtype == torch.float64 for value in tensors.values())  # if it was trained with --dtype float64
     model = blueprint.build().to(torch.float64 if double else None)
     load_weights_(model, tensors)

@@ -189,5 +189,6 @@ def _check_kind(name: str, value: Tensor, dtype: torch.dtype) -> None:
         )
     if not torch.equal(value.to(dtype).to(value.dtype).nan_to_num(), value.nan_to_num()):
         raise UserError(
-            f"'{name}' holds {value.dtype}, which {dtype} would round; save it as {dtype}, or build the model in it"
+            f"'{name}' holds {value.dtype}, which {dtype} would round; save it as {dtype}, "
+            f"or build the model in {value.dtype}"
         )

@@ -1,4 +1,4 @@
-"""The files of a study: their schema, their places, one reader that verifies them, and one writer."""
+"""The files of a study: their schema and paths, one reader that verifies them, and one writer."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def read_record(out: str | Path, key: str) -> Record | None:
 def _parsed(content: Any, out: Path) -> Record:
     """Return a record from its JSON content; raise UserError if a field or the checksum is wrong."""
     if not isinstance(content, dict) or {"origin", *content} != {*FIELDS, "sha256"}:
-        raise UserError("not a record: it has other fields than a record")
+        raise UserError("not a record: its fields are not those of a record")
     content.setdefault("origin", {})
     wrong = [name for name, kind in FIELDS.items() if not isinstance(content[name], kind)]
     if wrong:

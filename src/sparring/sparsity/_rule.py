@@ -95,7 +95,7 @@ class Rule:
         for name, mask in within.items():
             score = scores.get(name) if isinstance(scores, Mapping) else None
             if score is None or score.shape != mask.shape:
-                raise UserError(f"the score returned no tensor for '{name}' with its shape,  {tuple(mask.shape)}")
+                raise UserError(f"the score returned no tensor of shape {tuple(mask.shape)} for '{name}'")
         new = select(
             {name: scores[name] for name in within},
             sparsity,
@@ -124,8 +124,8 @@ def _refuse_transposed(model: nn.Module, names: Collection[str]) -> None:
     for matrix in matrices(model):
         if matrix.name in names and is_transposed(matrix):
             raise UserError(
-                f"'{matrix.name}' is a transposed convolution's, whose rows are inputs; spare it, "
-                "or prune unstructured, without n:m and whole channels"
+                f"'{matrix.name}' belongs to a transposed convolution, whose rows are inputs; spare it, "
+                "or prune single weights instead of n:m or whole channels"
             )
 
 

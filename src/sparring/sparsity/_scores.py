@@ -73,7 +73,7 @@ def wanda(
     for matrix in found:
         hidden = _hides_inputs(model, matrix)
         if hidden:
-            raise UserError(f"wanda needs the input of every weight, which '{hidden}' does not show; use 'magnitude'")
+            raise UserError(f"wanda needs the input of every weight, which '{hidden}' does not expose; use 'magnitude'")
     weights = {m.name: m.value() for m in found}
     squares: dict[str, Tensor] = {}
     names = {id(parameter): name for name, parameter in prunable(model).items()}

@@ -93,7 +93,7 @@ def curve(
     if v.ndim != 3 or v.shape[1:] != c.shape or len(sparsities) != len(v) or len(v) == 0:
         raise ValueError(f"values {v.shape} and control {c.shape} do not fit {len(sparsities)} sparsities")
     if any(a >= b for a, b in itertools.pairwise(sparsities)):
-        raise ValueError(f"sparsities must rise: {list(sparsities)}")
+        raise ValueError(f"sparsities must increase: {list(sparsities)}")
     d = log_ratio_values(v, c) if log else v - c
     effects = tuple(map(effect, d))
     corrected = holm([e.p for e in effects])

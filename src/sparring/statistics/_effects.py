@@ -180,7 +180,7 @@ def ratio_values(numerator: ArrayLike, denominator: ArrayLike) -> NDArray[np.flo
     top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     share = bottom.mean(axis=-1, keepdims=True)
     if (share == 0).any():
-        raise ValueError("a mean over no images does not exist")
+        raise ValueError("the mean over zero images is undefined")
     ratio = top.mean(axis=-1, keepdims=True) / share
     return np.asarray(ratio + (top - ratio * bottom) / share)
 
@@ -309,7 +309,7 @@ def pair_effect(values: Mapping[tuple[int, int], float], *, images: int) -> Effe
     members = sorted({member for pair in values for member in pair})
     n = len(members)
     if n < 4 or set(values) != set(combinations(members, 2)) or not all(map(math.isfinite, values.values())):
-        raise ValueError("need a finite value for every pair (smaller, larger) of four members at least")
+        raise ValueError("need a finite value for every pair (smaller, larger) of at least four members")
     d = np.array(list(values.values()), dtype=np.float64)
     mean, pairs = float(d.mean()), len(d)
     sums = {m: sum(value for pair, value in values.items() if m in pair) for m in members}

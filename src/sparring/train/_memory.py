@@ -1,4 +1,4 @@
-"""What training needs, checked before it begins: parameters that can learn, a gradient, and memory."""
+"""Requirements of training, checked before it begins: trainable parameters, a gradient, and memory."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_a_shard_that_repeats_a_name_or_is_cut_short(tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(whole[:end] + whole[:300])
     (tmp_path / "open.tar").write_bytes(whole[:end])  # as a full disk leaves it
     for name in ("cut", "open"):
-        with pytest.raises(DataError, match=rf"{name}.tar is damaged \(it is cut short\)"):
+        with pytest.raises(DataError, match=rf"{name}.tar is damaged \(it is truncated\)"):
             data.load(str(tmp_path / f"{name}.tar"), request=TESTED)
 
 

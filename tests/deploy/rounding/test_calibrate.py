@@ -109,5 +109,5 @@ def test_what_cannot_be_rounded_is_refused_in_one_sentence():
         calibrate(program_of(Summed(), (4,)), uniform(2, 4))
     biased = nn.Linear(4, 2)
     biased.weight.data.mul_(1e-12)
-    with pytest.raises(UserError, match="too large beside its weights"):
+    with pytest.raises(UserError, match="too large for its weights"):
         calibrate(program_of(biased, (4,)), uniform(2, 4))

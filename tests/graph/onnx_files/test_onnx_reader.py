@@ -147,7 +147,7 @@ def test_data_in_other_files_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "m.onnx", [node("Gemm", "in w b")], FLAT, HEAD)
     model = onnx.load(path)
     onnx.save_model(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
-    with pytest.raises(Unsupported, match="lies in another file"):
+    with pytest.raises(Unsupported, match="is stored in another file"):
         from_onnx(path)
 
 

@@ -1,4 +1,4 @@
-"""What a half-space leaves of a ball in the image range: how far away it is, and how far it reaches.
+"""The part of a ball inside a half-space and the image range: its distance and its extent.
 
 All bounds are duals in which every multiplier is valid, so that their search may stop after a few steps.
 """

@@ -1,4 +1,4 @@
-"""The nearest image of any other class: one search of the sub-problems of all classes, the nearest first.
+"""Search for the nearest image of any other class: the sub-problems of all classes, nearest first.
 
 A cell is a class and the signs of some units. Its linear bound of the margin leaves a half-space, whose distance bounds
 that of the cell. What the half-space leaves of the ball bounds the units in turn, and the less the nearer it is to the

@@ -1,4 +1,4 @@
-"""Moves of points to nearer ones of the same class, and the nearest image of one class if the network takes maxima.
+"""Move points of a class closer, and find the nearest image of one class in networks with max pooling.
 
 For the latter, minimising the linf distance directly is slow: it ties every pixel to one variable by two rows, and
 gives no bound on margins. The question "does class k overtake anywhere in this ball?" puts the ball into the pixels'

@@ -1,4 +1,4 @@
-"""Cells in which no chord costs anything: linear programs for linf, and L-BFGS-B on their multipliers for l2."""
+"""Sub-problems in which no chord loosens the bound: linear programs for linf, and L-BFGS-B on multipliers for l2."""
 
 from __future__ import annotations
 

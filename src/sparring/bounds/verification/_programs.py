@@ -1,4 +1,4 @@
-"""Linear and mixed-integer programs for sub-problems that splits do not make easier."""
+"""Linear and mixed-integer programs for sub-problems that splitting does not make easier."""
 
 from __future__ import annotations
 

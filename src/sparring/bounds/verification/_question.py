@@ -1,4 +1,4 @@
-"""One question to a network: does any output of a region satisfy one of several conjunctions of linear constraints?"""
+"""One question about a network: does any output over a region satisfy one of several sets of linear constraints?"""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class _Reader:
             raise self.refuse(f"it declares {inputs} inputs X_i and {outputs} outputs Y_i; a property has both")
         for letter, found in self.declared.items():
             if max(found) != len(found) - 1:
-                raise self.refuse(f"it declares {letter}_{max(found)}, but not all before it")
+                raise self.refuse(f"it declares {letter}_{max(found)}, but not every {letter}_i before it")
         return Property(inputs, outputs, self.cases(terms, inputs))
 
     def commands(self, text: str) -> Iterator[Expression]:
@@ -185,7 +185,7 @@ class _Reader:
         if letters != {"X"} or len(named) != 1:
             what = "inputs and outputs" if len(letters) == 2 else "several inputs" if letters else "no variable"
             raise self.refuse(
-                f"(<= {_shown(low)} {_shown(high)}) has {what}; bounds are of one input, constraints of outputs only"
+                f"(<= {_shown(low)} {_shown(high)}) has {what}; a bound names one input, a constraint outputs only"
             )
         ((_, at), factor) = next(iter(named.items()))
         bound = {at: max(min(-added / factor, Fraction(_LARGEST)), Fraction(-_LARGEST))}

@@ -112,7 +112,7 @@ def _split(images: Content, labels: Content, count: int) -> Split:
     x, y = read_idx(images), read_idx(labels)
     for content, array, shape in ((images, x, (count, 28, 28)), (labels, y, (count,))):
         if array.shape != shape:
-            raise DataError(f"{content.where} has the shape {array.shape}, not {shape}; get the original file")
+            raise DataError(f"{content.where} has the shape {array.shape}, not {shape}; download the original file")
     return _checked(labels, x[:, None], y)
 
 
@@ -127,13 +127,13 @@ def read_idx(content: Content) -> Bytes:
     """Return the uint8 array in an IDX file, read-only; raise DataError, naming the file, if it is damaged."""
     data = content.data
     if len(data) < 4 or data[:3] != b"\0\0\x08" or not 1 <= data[3] <= 4:
-        raise DataError(f"{content.where} is not an IDX file of bytes; get it again")
+        raise DataError(f"{content.where} is not an IDX file of bytes; download it again")
     start = 4 + 4 * data[3]
     shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4))
     if len(data) != start + math.prod(shape):
         raise DataError(
             f"{content.where} is truncated or damaged: its header promises {start + math.prod(shape):,} bytes "
-            f"for shape {shape}, it has {len(data):,}; get it again"
+            f"for shape {shape}, it has {len(data):,}; download it again"
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
@@ -142,7 +142,7 @@ def _batch(content: Content) -> Split:
     if len(content.data) != RECORDS * RECORD:
         raise DataError(
             f"{content.where} has {len(content.data):,} bytes, not {RECORDS * RECORD:,}: it is truncated, or not a "
-            "file of CIFAR-10's binary version; get it again"
+            "file of CIFAR-10's binary version; download it again"
         )
     records = np.frombuffer(content.data, np.uint8).reshape(RECORDS, RECORD)
     return _checked(content, records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])

@@ -178,14 +178,14 @@ def _renumbered(y: torch.Tensor, names: list[str], listed: ClassList) -> torch.T
 
 def _count_classes(y: torch.Tensor, said: Array | None, key: str, path: Path) -> int:
     if said is not None and (said.size != 1 or said.dtype.kind not in "ui"):
-        raise DataError(f"classes in {path} must be one integer: how many classes there are")
+        raise DataError(f"classes in {path} must be one integer, the number of classes")
     if said is not None:
         return int(said.item())
     present = np.unique(y.numpy())
     if len(present) == 0 or int(present[0]) < 0 or int(present[-1]) != len(present) - 1:
         raise DataError(
             f"{key} in {path} must hold every label from 0 to the last, but holds {_few(present)}; number the "
-            "classes 0, 1, 2, ..., or add the entry classes, how many there are, or give --classes FILE"
+            "classes 0, 1, 2, ..., or add the entry 'classes' with their number, or give --classes FILE"
         )
     return len(present)
 

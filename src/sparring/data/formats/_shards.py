@@ -36,7 +36,7 @@ def list_shards(archives: Mapping[str, Path], where: Path, named: Sequence[str] 
     `named` are the classes that numbers stand for. Raise DataError for an invalid label.
     """
     if odd := [name for name in archives if "#" in name]:
-        raise DataError(f"{odd[0]} in {where}: rename it, without '#'")
+        raise DataError(f"{odd[0]} in {where} has a '#' in its name; rename it")
     source = Packed(archives)
     listing = Listing(source, named=list(named), layout="shards called {part}-*.tar")
     images: dict[str, tuple[int, str]] = {}

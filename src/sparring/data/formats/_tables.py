@@ -101,7 +101,7 @@ def _sound(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, LookupError, TypeError, MemoryError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0][:200]
-        raise DataError(f"{path} is not a valid table ({reason}); get it again") from error
+        raise DataError(f"{path} is not a valid table ({reason}); create or download it again") from error
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def from_torch(
     y = (test if own is None else own).y
     found = sorted(set(y.tolist()))
     if count is None and not names and found != list(range(len(found))):
-        raise DataError(f"labels are {found[0]} to {found[-1]}, not all from 0 up; give their number with classes=N")
+        raise DataError(f"labels from {found[0]} to {found[-1]} have gaps or do not start at 0; give classes=N")
     if own is not None and held is None:
         own, held = hold_out(own)
     count = count or len(names) or len(found)
@@ -90,7 +90,7 @@ def _batches(data: TorchData, places: list[int] | None) -> Iterator[Any]:
             x, y = item[0], torch.as_tensor(item[1])
             if y.numel() != 1:
                 raise DataError(
-                    f"a label must be one integer, not of shape {tuple(y.shape)}; of one-hot ones: argmax()"
+                    f"a label must be one integer, not of shape {tuple(y.shape)}; convert one-hot labels with argmax()"
                 )
             yield (x[None] if isinstance(x, Tensor) else x), y.reshape(1)
 
@@ -111,8 +111,8 @@ def _batch(item: Any, what: str) -> tuple[Tensor, Tensor]:
         )
     if x.shape[1] not in CHANNELS and x.shape[3] in (1, 2, 3, 4):
         raise DataError(
-            f"{what}: images of shape {tuple(x.shape[1:])} have {x.shape[1]} channels, which come first; if the last "
-            "axis is theirs, move it: x.movedim(-1, -3)"
+            f"{what}: images of shape {tuple(x.shape[1:])} have {x.shape[1]} channels, the first axis; if the last "
+            "axis holds the channels, move it: x.movedim(-1, -3)"
         )
     if x.is_floating_point():
         low, high = (float(end) for end in x.detach().aminmax())

@@ -27,7 +27,7 @@ class GradientPlanner(Planner):
     def __init__(self, program: Program, layout: Layout) -> None:
         """Raise Unsupported for the few networks without a backward pass in kernels."""
         if any(isinstance(step.op, Snap) for step in program.steps):
-            raise Unsupported("what snaps to a centre may be above zero without a slope")
+            raise Unsupported("values that snap to a centre can be positive and have no gradient")
         super().__init__(program, tasks_of(program, whole=False), layout, keep=True)
         producers = {task.result: task for task in self.tasks if not isinstance(task, View)}
         self._rectified = {v for v, task in producers.items() if getattr(task, "relu", False)}
@@ -124,7 +124,7 @@ class GradientPlanner(Planner):
         self.plain(value)
         target, other, gate = self._into(value)
         if self.shapes[value] != self.shapes[self.base(value)]:
-            raise Unsupported("a flattened value is read by more than linear layers")
+            raise Unsupported("a flattened value is read by a layer that is not linear")
         return self.pointwise(upstream, target, self.shape3(value), other=other, gate=gate, scale=scale)
 
     def _back_layer(self, task: FusedLayer, upstream: Buffer) -> list[Call]:

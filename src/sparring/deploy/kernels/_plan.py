@@ -163,7 +163,7 @@ class Planner:
         """Return the place of a value if its layout is that of its shape, unlike a view of a padded value."""
         buffer = self.buffer(value)
         if buffer.shape[0] != self.shapes[value][0]:
-            raise Unsupported("a flattened padded value is read by more than linear layers")
+            raise Unsupported("a flattened padded value is read by a layer that is not linear")
         return buffer
 
     def base(self, value: int) -> int:

@@ -1,1 +1,1 @@
-"""Networks on bytes: which values are rounded, to what, and what they compute in integers."""
+"""Networks with int8 activations: which values are rounded and how, and their arithmetic in integers."""

@@ -1,4 +1,4 @@
-"""Choose how values are rounded to bytes: by the smallest and the largest number that images give them."""
+"""Choose how values are rounded to bytes, from their smallest and largest numbers on calibration images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def calibrate(program: Program, images: Tensor) -> Program:
     if images.shape[1:] != program.shape or not len(images):
         raise UserError(f"calibration takes images (N, {program.shape}), at least one, not {tuple(images.shape)}")
     if not program.whole:
-        raise UserError("the network has operations without kernels for bytes; export it without rounded activations")
+        raise UserError("the network has operations without int8 kernels; export it with activations in float32")
     wanted = values_to_round(program)
     inputs = {0}
     for number, step in enumerate(program.steps):

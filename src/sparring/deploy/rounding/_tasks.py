@@ -119,14 +119,14 @@ def _root(value: int, producers: dict[int, Task]) -> int:
 def rounded_tasks(program: Program) -> Rounded:
     """Return what a program with `rounding` computes; raise UserError if it cannot be computed in integers."""
     if not program.whole:
-        raise UserError("the network has operations without kernels for bytes; export it without rounded activations")
+        raise UserError("the network has operations without int8 kernels; export it with activations in float32")
     if set(values_to_round(program)) != set(program.rounding):
         raise UserError("the network's activation scales are not those of the values that its layers read")
     builder = _Builder(program)
     for task in tasks_of(program):
         builder.add(task)
     if len(program.steps) in builder.rounding:
-        raise UserError("the network's logits are read again inside it, for which there are no kernels on bytes")
+        raise UserError("the network reads its logits again, which int8 kernels do not support")
     return Rounded(builder.tasks, builder.shapes, builder.rounding)
 
 
@@ -202,7 +202,7 @@ class _Builder:
         residual = None if task.residual is None else self.bytes_of(task.residual)
         result = self.program.rounding.get(task.result)
         if residual is not None and result is None:
-            raise UserError("the network's logits are a sum, for which there are no kernels on bytes")
+            raise UserError("the network's logits are a sum, which int8 kernels do not support")
         if result is not None:
             self.rounding[task.result] = result
         read = self.rounding[source], None if residual is None else self.rounding[residual]
@@ -234,7 +234,7 @@ def integers_of(task: FusedLayer, source: Rounding, residual: Rounding | None, r
         bias = np.rint(op.bias / unit)
         factor = (unit / (1.0 if result is None else result.scale)).astype(np.float32)
     if not (np.isfinite(factor).all() and (np.abs(bias) < _MOST).all()):
-        raise UserError("a layer's biases are too large beside its weights to be added to their products in 32 bits")
+        raise UserError("a layer's biases are too large for its weights: their sums do not fit in 32 bits")
     low, high = (0, 255) if result is None else _limits(task, result)
     found = Integers(weights, bias.astype(np.int64), factor, source, result, residual, low, high)
     if (found.largest >= _MOST).any():

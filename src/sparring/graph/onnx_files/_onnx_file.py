@@ -1,4 +1,4 @@
-"""Open an ONNX file: its bytes, its graph as ours, and ONNX Runtime on it."""
+"""Open an ONNX file: check its size, read its graph, and run it in ONNX Runtime."""
 
 from __future__ import annotations
 

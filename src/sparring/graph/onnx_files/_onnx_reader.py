@@ -174,7 +174,7 @@ def tensor_of(tensor: Any) -> Tensor:
     from onnx import numpy_helper
 
     if tensor.data_location == 1 or tensor.external_data:
-        raise Unsupported(f"the tensor '{tensor.name}' lies in another file; save the model with its data inside")
+        raise Unsupported(f"the tensor '{tensor.name}' is stored in another file; save the model with its data inside")
     if tensor.data_type not in TYPES:
         raise Unsupported(f"the tensor '{tensor.name}' is of type {tensor.data_type}; use float32 or integers")
     if math.prod(tensor.dims) > _LARGEST or min(tensor.dims, default=0) < 0:

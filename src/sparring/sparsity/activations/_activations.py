@@ -249,7 +249,7 @@ def _rewritten(
     for node in graph.nodes:
         if node.op == "call_function" and "training" in node.kwargs:
             raise UserError(
-                f"the function '{node.name}' would stay in its present mode when the model is traced; "
+                f"the function '{node.name}' would keep its current mode when the model is traced; "
                 "use its module (nn.Dropout) instead"
             )
     for index, node in enumerate(chosen):

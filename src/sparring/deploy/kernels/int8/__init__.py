@@ -1,1 +1,1 @@
-"""Kernels on 8-bit weights and activations: four channels in four bytes, multiplied and summed at once."""
+"""Kernels for 8-bit weights and activations: four channels in four bytes, multiplied and summed together."""

@@ -1,4 +1,4 @@
-"""Kernels that bring values into bytes and back, flatten them, and pool them.
+"""Kernels that convert values to bytes and back, flatten them, and pool them.
 
 A byte is round(x · factor + shift), clamped to 0 … 255; factors and shifts are one per channel, or one for all.
 """

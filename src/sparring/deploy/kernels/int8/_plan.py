@@ -1,4 +1,4 @@
-"""Plan kernel calls of a network on bytes: where four channels lie in a lane, kernels for floats serve unchanged."""
+"""Plan kernel calls of an int8 network: where a lane holds four channels, float kernels are used unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels of layers on bytes: tiles of pixels or images, and linear layers for one image."""
+"""Kernels of int8 layers: tiles of pixels or images, and linear layers for one image."""
 
 from __future__ import annotations
 
