@@ -27,8 +27,8 @@ from PIL import Image
 
 from sparring.data._cache import decoded, rows_like_first
 from sparring.data._decode import decode, read
-from sparring.data._images import MEASURED, load_images
-from sparring.data._pixels import Job, Rows, available_workers, jobs, work
+from sparring.data._images import load_images
+from sparring.data._pixels import MEASURED, Job, Rows, available_workers, jobs, work
 from sparring.data.formats._listing import Entry, Listing, list_folder
 from sparring.errors import DataError
 

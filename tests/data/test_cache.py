@@ -102,13 +102,8 @@ def test_a_file_that_changed_is_decoded_anew(folder: Path) -> None:
 
 def test_a_run_cut_short_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, seen = data.load(str(folder), request=Request(cache=False)), []
-
-    def stop(_: str, done: int, total: int | None) -> None:
-        if done > 60 * 189:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        data.load(str(folder), progress=stop)
+        data.load(str(folder), progress=stop_after(60 * 189))
     assert any(name.endswith(".log") for name in cached(folder))
     log = next((folder.parent / "cache").rglob("*.log"))
     log.write_bytes(log.read_bytes() + b"[[1, 2")  # the line at which it was cut
@@ -173,19 +168,63 @@ def test_a_cache_that_cannot_be_written_is_read(folder: Path, monkeypatch: pytes
     assert same(eager(data.load(str(folder))), first)
 
 
-def test_mean_and_std_are_those_of_the_first_images_however_they_are_read(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_images, "MEASURED", 30 * 9 * 7)
+def moments(x: torch.Tensor) -> list[float]:
+    """Return the mean and the deviation of each channel of images."""
+    values = x.double() / 255
+    return [*values.mean((0, 2, 3)).tolist(), *values.std((0, 2, 3), correction=0).tolist()]
+
+
+def ways(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
+    """Yield one data set as it is read from files and archives, in chunks, by workers, cut short, cached and not."""
     packed = folder.parent / "packed.zip"
     packed.write_bytes(zipped({str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.png"))}))
-    first = data.load(str(folder))
-    own = first.train.x[:30].double() / 255
-    assert first.mean == pytest.approx(own.mean((0, 2, 3)).tolist())
-    assert first.std == pytest.approx(own.std((0, 2, 3), correction=0).tolist(), rel=1e-6)
+    yield data.load(str(folder))
     for path, cache in ((folder, False), (packed, False), (packed, True)):
-        other = data.load(str(path), request=Request(cache=cache))
+        yield data.load(str(path), request=Request(cache=cache))
+    for chunk, workers in ((7, 1), (40, 3)):
+        monkeypatch.setattr(_pixels, "CHUNK", chunk)
+        monkeypatch.setattr(_cache, "available_workers", lambda workers=workers: workers)
+        shutil.rmtree(folder.parent / "cache")
+        with pytest.raises(KeyboardInterrupt):
+            data.load(str(folder), progress=stop_after(60 * 189))
+        yield data.load(str(folder))
+
+
+def stop_after(size: int) -> Callable[[str, int, int | None], None]:
+    """Return progress that ends a run after so many bytes."""
+
+    def stop(_: str, done: int, total: int | None) -> None:
+        if done > size:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_mean_and_std_are_those_of_all_training_images_however_they_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pixels, "MEASURED", 189)
+    first, *others = ways(folder, monkeypatch)
+    assert [*first.mean, *first.std] == pytest.approx(moments(first.train.x), rel=1e-12)
+    for other in others:
         assert (other.mean, other.std) == (first.mean, first.std)
+        assert data.content_hash(other) == data.content_hash(first)
+
+
+def test_a_large_set_is_measured_by_its_first_images_and_named_by_how_many(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_images, "PIXELS", 1000)
+    whole = data.load(str(folder))
+    monkeypatch.setattr(_pixels, "PIXELS", 1000)
+    monkeypatch.setattr(_pixels, "MEASURED", 30 * 9 * 7)
+    first, *others = ways(folder, monkeypatch)
+    assert [*first.mean, *first.std] == pytest.approx(moments(first.train.x[:30]), rel=1e-12)
+    assert whole.mean != first.mean and data.content_hash(whole) != data.content_hash(first)
+    assert all((other.mean, other.std) == (first.mean, first.std) for other in others)
+    assert {data.content_hash(other) for other in others[:1] + others[3:]} == {data.content_hash(first)}
+    assert data.content_hash(others[1]) == data.content_hash(others[2])
+    assert data.load(str(folder), request=Request("test")).identity  # a set without training images has none
 
 
 def test_a_disk_without_room_is_refused_with_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ NAME = re.compile("[0-9a-f]{32}")  # of pixels
 class Decoded:
     """Pixels (N, C, H, W), uint8, and their statistics.
 
-    `counts` (C, 256) count the values of the first `counted` images; `hashes` (N, 32) are of the images' files. Both
+    `counts` (C, 256) count the values of the first `counted` rows; `hashes` (N, 32) are of the images' files. Both
     are missing if images were not decoded, or were few.
     """
 
@@ -146,7 +146,7 @@ def decoders() -> dict[str, str | None]:
 
 
 def _undecoded(source: Source, rows: list[tuple[int, Entry]], how: Rows, progress: Progress | None) -> Decoded:
-    """Return images whose headers are read; the counted ones are decoded."""
+    """Return images whose headers are read; the counted ones are decoded now, the others whenever they are used."""
     found, hashes = Summary(np.zeros((how.shape[0], 256), np.int64)), np.zeros((len(rows), 32), np.uint8)
     left = len(rows) + how.counted
     what = f"{len(rows):,} images hashed, {how.counted:,} decoded for mean and deviation"
@@ -157,7 +157,7 @@ def _undecoded(source: Source, rows: list[tuple[int, Entry]], how: Rows, progres
             hashes[one.rows] = np.frombuffer(b"".join(one.hashes), np.uint8).reshape(-1, 32)
             left -= len(one.rows)
             tell(left)
-    x = Undecoded([entry for _, entry in rows], how.shape, Decoder(source, how))
+    x = Undecoded([entry for _, entry in rows], how.shape, Decoder(source, replace(how, trained=0)))
     animated = tuple(sorted(set(found.animated)))
     return Decoded(x, frozenset(found.lossy), animated, torch.from_numpy(found.counts), hashes)
 

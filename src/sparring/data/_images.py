@@ -17,16 +17,14 @@ from ..errors import DataError, DataWarning, UserError
 from ..files import canonical_json
 from ._cache import Decoded, any_coloured, decoded, decoders, hashes_of, known_hashes, rows_like_first
 from ._decode import Pixels
-from ._pixels import Rows
+from ._pixels import PIXELS, Rows
 from ._places import Progress
 from ._request import EVERYTHING, SPLITS, Request
 from ._types import Dataset, Split, balanced_order, counted, fixed_order, from_splits, hold_out, take, tell_shared
 from ._undecoded import Undecoded
 from .formats._listing import CLASSES, PARTS, Entry, Listing
 
-PIXELS = 512 << 20  # bytes of pixels up to which a set is identified by its pixels; a larger one by its files
 ALMOST = {**PARTS, "training": "train", "testing": "test"}  # in capitals, or other words
-MEASURED = 50_000_000  # pixels of training images whose mean and deviation are those of the set
 
 
 def load_images(
@@ -116,7 +114,6 @@ def _pixels(
     """Decode images: as grey only if all images of the set are grey, including undecoded ones, by their headers."""
     how = Rows(path, (request.channels or 1, 0, 0), request.geometry, trained)
     how = rows_like_first(listing.source, every, how)
-    how = replace(how, counted=min(trained, -(-MEASURED // math.prod(how.shape[1:]))))
     lazy = not request.cache and request.images is None
     found = decoded(listing.source, every, how, kept=kept, progress=progress, lazy=lazy)
     if found.x.shape[1] == 1:
@@ -132,11 +129,16 @@ def _identity(
     listing: Listing, every: list[Entry], y: torch.Tensor, sizes: list[int], classes: int, found: Decoded,
     request: Request,
 ) -> str:  # fmt: skip
-    """Return the hash of a large set's files, labels and preparation; "" for a set that is identified by its pixels."""
+    """Return the hash of a large set's files, labels and preparation; "" for a set that is identified by its pixels.
+
+    Also of how many training images give the mean and deviation, if not all do.
+    """
     if found.x.numel() <= PIXELS:
         return ""
     hashes = hashes_of(listing.source, every) if found.hashes is None else found.hashes
+    measured = 0 if found.counts is None else int(found.counts[0].sum()) // math.prod(found.x.shape[2:])
     what = [classes, sizes, list(found.x.shape[1:]), str(request.geometry and replace(request.geometry, source=""))]
+    what += [measured] if 0 < measured < sizes[0] else []
     digest = hashlib.sha256(canonical_json([what, decoders()]).encode())
     for array in (y.numpy(), hashes):
         digest.update(array.data)

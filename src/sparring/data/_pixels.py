@@ -26,6 +26,8 @@ from .formats._listing import Entry, Source
 
 CHUNK = 64  # images
 FEW = 16  # images that are decoded in this thread
+PIXELS = 512 << 20  # bytes of pixels up to which a set is identified by its pixels; a larger one by its files
+MEASURED = 50_000_000  # pixels whose values are counted of more training images: it takes a quarter of decoding's time
 AHEAD = 3  # chunks queued for each worker: images from an archive wait in memory
 Result = TypeVar("Result")
 
@@ -36,15 +38,19 @@ class Coloured(Exception):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an array: images of a set at `path`, each of `shape` (C, H, W).
-
-    The first `counted` rows are those whose values are counted.
-    """
+    """The rows of an array: images of a set at `path`, each of `shape` (C, H, W); the first `trained` are for training."""
 
     path: Path
     shape: tuple[int, int, int]
     geometry: Geometry | None = None
-    counted: int = 0
+    trained: int = 0
+
+    @property
+    def counted(self) -> int:
+        """Return how many of the first rows have their values counted: all, unless that would take too long."""
+        if self.trained * math.prod(self.shape) <= PIXELS:
+            return self.trained
+        return min(self.trained, -(-MEASURED // math.prod(self.shape[1:])))
 
     def name(self, entry: Entry) -> str:
         """Name an image in messages."""
