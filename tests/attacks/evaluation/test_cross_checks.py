@@ -250,6 +250,8 @@ DETERMINISTIC = [
 
 @pytest.mark.parametrize(("attack", "norm"), DETERMINISTIC)
 def test_batch_size_and_order_move_no_distance(attack: Attack, norm: float, net: nn.Module, images: Tensor) -> None:
+    """In float64, where the rounding of other products sends no search another way."""
+    net, images = copy.deepcopy(net).double(), images.double()
     y = net(images).argmax(1)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     whole = run(net, images, y, attack, Threat(norm))
@@ -257,9 +259,9 @@ def test_batch_size_and_order_move_no_distance(attack: Attack, norm: float, net:
     assert whole.success.all()
     assert torch.equal(whole.success[order], parts.success)
     moved = (whole.distance[order] - parts.distance).abs()
-    # Products of another batch are rounded otherwise, which on some processor sends a search another way.
-    assert int((moved > 2e-3).sum()) <= 1 and bool((moved <= 0.05 * parts.distance + 2e-3).all())
-    assert float(moved.sort().values[:-1].mean()) <= 5e-4
+    # In ℓ1 several vertices are equally far away: the last bit decides with which one `nearest` goes on.
+    assert int((moved > 1e-5).sum()) <= (attack is nearest and norm == L1)
+    assert bool((moved <= 0.05 * parts.distance).all())
 
 
 @pytest.mark.parametrize(("attack", "norm"), [(nearest, L2), (nearest, LINF), (deepfool, L2), (fab, L2), (ddn, L2)])
