@@ -165,7 +165,9 @@ def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
         x = np.random.default_rng(batch).random((batch, *pair.shape), np.float32)
         error = relative_error(packed(x), pair.model, x)
         assert error <= TOLERANCE, (pair.name, batch, pair.sparsity, error)
-        sparse, dense = interleaved([partial(packed, x), partial(pair.session, x)], rounds=rounds)
+        sparse, dense = interleaved(
+            [partial(packed, x), partial(pair.session, x)], rounds=rounds, clock=time.thread_time
+        )
         floor = 2 * batch * deploy.multiplications(packed.program) / peak_flops()
         yield {
             "network": pair.name,

@@ -14,11 +14,11 @@ from __future__ import annotations
 from ._artefact import write_program
 from ._equivalent import Equivalent
 from ._onnx import onnx_error, takes_any_number, to_onnx
-from ._program import Program
+from ._program import Program, multiplications, products
 from ._runtime import Packed, export, load, pack
 from ._ship import Shipped, ship_report
 from ._torch_modules import PackedModule
-from .timing._bench import Bench, BenchRow, bench, multiplications, products, what_to_ship
+from .timing._bench import Bench, BenchRow, bench, what_to_ship
 from .timing._clock import Timing, interleaved, peak_flops
 
 __all__ = [

@@ -231,6 +231,19 @@ class Program:
         return sum(step.op.nonzeros for step in self.steps if isinstance(step.op, Sparse))
 
 
+def products(program: Program) -> tuple[int, int]:
+    """Return the multiplications of one image that sparse kernels can run: (with nonzero weights, with all weights)."""
+    shapes = program.shapes
+    layers = [(step.op, shapes[number + 1]) for number, step in enumerate(program.steps)]
+    kept = [(op, math.prod(shape) // op.shape[0]) for op, shape in layers if isinstance(op, Sparse)]
+    return sum(op.nonzeros * n for op, n in kept), sum(math.prod(op.shape) // op.groups * n for op, n in kept)
+
+
+def multiplications(program: Program) -> int:
+    """Return the number of products of a nonzero weight and an input for one image."""
+    return products(program)[0]
+
+
 def rows_of(op: Op) -> bool:
     """Return whether an operation is a linear layer over the last axis."""
     return isinstance(op, Sparse) and op.rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,10 @@ from ._compile import compile_model
 from ._mixed import DENSITY, Mixed, Timed, is_dense, ways_of
 from ._program import Floats, Program
 from ._reference import run_reference
-from .kernels._engine import Engine
+from .kernels._engine import Engine, no_answer
 from .kernels._native import native_available
 from .rounding._calibrate import calibrate as calibrated
 from .rounding._reference import run_rounded
-
-_FLOAT32 = np.dtype(np.float32)
 
 
 class Packed:
@@ -40,11 +38,8 @@ class Packed:
         # Gradients are those of the network whose weights alone are rounded.
         self._engine = _engine(replace(program, rounding={}), threads) if native and program.whole else None
         self._mixed = _mixed(program, threads, timed, self._engine) if native and native_available() else None
-        # Small networks take as long as a few Python calls: single images have their own fast path.
         self._runner = self._mixed or (None if program.rounding else self._engine)
-        alone = self._runner if isinstance(self._runner, Engine) else None
-        self._run_one = self._run if alone is None else alone.run_one
-        self._one = None if alone is None else (1, *program.shape)
+        self._answer: Callable[[object], Floats | None] = no_answer  # of one image, after the first one
 
     @overload
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -57,11 +52,9 @@ class Packed:
 
         Raise UserError for images of another shape, and for whole numbers.
         """
-        if type(x) is np.ndarray and x.dtype is _FLOAT32 and x.shape == self._one:
-            try:
-                return self._run_one(x)
-            except (BufferError, ValueError):  # not contiguous: NumPy says so in two ways
-                return self._run(x)
+        answer = self._answer(x)
+        if answer is not None:
+            return answer
         if isinstance(x, Tensor):
             return from_numpy(self(x.detach().cpu().numpy()))
         return self._run(x)
@@ -72,6 +65,8 @@ class Packed:
         images: Floats = np.ascontiguousarray(x, np.float32)
         if images.shape[1:] != self.program.shape:
             raise UserError(f"the network takes images (N, {self.program.shape}), not {images.shape}")
+        if isinstance(self._runner, Engine) and len(images) == 1:
+            self._answer = self._runner.answer
         if self._runner is not None:
             return self._runner.run(images)
         return (run_rounded if self.program.rounding else run_reference)(self.program, images)

@@ -19,6 +19,7 @@ from sparring.deploy.kernels._abi import Layout
 from sparring.deploy.kernels._engine import Engine
 from sparring.deploy.kernels._fusion import FusedLayer, tasks_of
 from sparring.deploy.kernels._native import host_lanes
+from sparring.errors import UserError
 from sparring.models import Residual
 from sparring.sparsity import Threshold, TopK
 
@@ -163,6 +164,29 @@ def test_odd_inputs_are_taken_as_they_come(sparse_model):
     assert (packed(one) == packed(np.ascontiguousarray(one))).all()
     assert (packed(np.ascontiguousarray(one, ">f4")) == packed(np.ascontiguousarray(one))).all()
     assert (packed(torch.from_numpy(x).requires_grad_()).numpy() == expected).all()
+
+
+def test_what_answers_one_image_leaves_anything_else_to_others(sparse_model):
+    packed = deploy.pack(sparse_model("lenet-300-100", 0.1), shape=(1, 28, 28))
+    image = np.random.default_rng(0).random((1, 1, 28, 28), np.float32)
+    expected, again = packed(image), packed(image)
+    assert (expected == again).all() and again is not expected
+    double, flat, two = image.astype(np.float64), image.reshape(1, 28, 28), np.concatenate([image, image])
+    others = [
+        double,
+        image.astype(">f4"),
+        flat,
+        image[:, 0],
+        two,
+        image[..., ::-1],
+        torch.from_numpy(image),
+        [1.0],
+        None,
+    ]
+    assert packed._answer(image) is not None and all(packed._answer(other) is None for other in others)
+    assert (packed(double) == expected).all() and (packed(two)[:1] == expected).all()
+    with pytest.raises(UserError, match="takes images"):
+        packed(flat)
 
 
 @pytest.mark.parametrize("name", ["lenet-5", "vgg-like"])

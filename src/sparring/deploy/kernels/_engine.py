@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from ...errors import UserError
 from ...files import read_json, write_json
-from .._program import Floats, Program
+from .._program import Floats, Program, multiplications
 from ._abi import Call, Layout, Run, Tiling, add_cached_kernels, add_kernels, add_runner, fields_of
 from ._backward import GradientPlanner
-from ._builtin import add_answer, builtin, reader
+from ._builtin import add_answer, answer_fields, builtin, reader
 from ._fusion import FusedLayer, Task, tasks_of
 from ._llvm_ir import Unit
 from ._native import Code, cache_folder, host_identity, host_lanes, permutes, way_of_products
@@ -34,14 +34,16 @@ _NEAR_CACHE = 1 << 19  # bytes: half of a core's private cache
 _TOLD = slice(int(Run.IMAGES), Run.COUNT + 1)  # images, logits and count at once: numpy is slow with enums
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 Memory = tuple[int, int]  # the addresses of an arena and of a kernel's call fields
+Fills = list[tuple[int, int, int]]  # where in the arena, bytes, byte
 _SHARE = 0.02  # a layer with less of the network's work than this is not worth tuning
-_ROUNDS = 5
+_ROUNDS, _SHORTEST = 5, 2e-5  # seconds of a round
+_SHORT = 1 << 18  # products for one image, about ten microseconds
 
 
 class Workspace:
     """The memory of one run at a time: an arena, zeroed where padding is read, and the fields of the call."""
 
-    def __init__(self, size: int, fills: list[tuple[int, int, int]], fields: NDArray[np.int64]) -> None:
+    def __init__(self, size: int, fills: Fills, fields: NDArray[np.int64]) -> None:
         self._memory = np.zeros(size + 64, np.uint8)
         self.bytes_memory = size
         self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
@@ -52,34 +54,22 @@ class Workspace:
 
 
 class Single(Workspace):
-    """The memory of runs on one image, whose logits are always written to one place: `answer(image)` runs it.
+    """The memory of runs on one image, whose logits are written to one place: `answer(image)` returns a copy of them.
 
-    Asking NumPy for an address takes longer than a small network.
+    It is None if there are no built-ins. Otherwise it returns None for what is not one image (see `builtin`).
     """
 
     def __init__(
-        self,
-        size: int,
-        fills: list[tuple[int, int, int]],
-        fields: NDArray[np.int64],
-        classes: int,
-        code: Code,
-        segments: int,
+        self, space: tuple[int, Fills, NDArray[np.int64]], program: Program, code: Code, segments: int
     ) -> None:
-        super().__init__(size, fills, fields)
-        self.logits = np.zeros((1, classes), np.float32)
-        self.call[_TOLD] = 0, self.logits.ctypes.data, 1
-        self._arguments = np.array([code["run"], self.arena, segments, self.call_address], np.int64)
-        self._code = code  # keeps the machine code alive
-        self.answer = builtin(code, self._arguments.ctypes.data) or self._through_ctypes
-
-    def _through_ctypes(self, image: Floats) -> int:
-        if not image.flags.c_contiguous:
-            raise ValueError("the image is not contiguous")
-        run, arena, segments, call = self._arguments.tolist()
-        self.call[Run.IMAGES] = image.ctypes.data
-        _RUN(run)(arena, segments, call)
-        return 0
+        super().__init__(*space)
+        self._logits = np.zeros((1, program.classes), np.float32)
+        self.call[_TOLD] = 0, self._logits.ctypes.data, 1
+        self._code, self._copy = code, self._logits.copy  # kept alive, like what they point to
+        run = code["run"], self.arena, segments, self.call_address
+        shape, short = (1, *program.shape), multiplications(program) < _SHORT
+        self._fields = answer_fields(run, self._copy, shape, short=short)
+        self.answer = builtin(code, self._fields)
 
 
 class ExecutionPlan:
@@ -109,9 +99,8 @@ class ExecutionPlan:
         self._run = _RUN(code["run"])
         memory = planner.arena_bytes, planner.fills(), fields
         self._workspace = partial(Workspace, *memory)
-        self._single = partial(Single, *memory, program.classes, code, self._segments_address)
+        self._single = partial(Single, memory, program, code, self._segments_address)
         self._idle: list[Workspace] = []
-        self._idle_single: list[Single] = []
 
     def run(self, images: int, logits: int, count: int) -> None:
         """Read `count` images (contiguous float32) at an address, write their logits to another."""
@@ -130,7 +119,7 @@ class ExecutionPlan:
     def bytes_memory(self) -> int:
         """Return the bytes of tables and of memory for values."""
         tables = sum(table.nbytes for call in self._calls for table in (call.arguments, *call.tables))
-        return tables + sum(space.bytes_memory for space in (*self._idle, *self._idle_single))
+        return tables + sum(space.bytes_memory for space in self._idle)
 
     def run_gradient(self, images: int, upstream: int, gradients: int, count: int, rows: int) -> None:
         """Read images and `rows` gradients of their logits each, write as many of the images (a GradientPlanner's).
@@ -148,16 +137,10 @@ class ExecutionPlan:
                 self._run(space.arena, again if row else self._segments_address, space.call_address)
         self._idle.append(space)
 
-    def run_one(self, image: Floats) -> Floats:
-        """Return the logits of one image (1, *shape), float32; raise ValueError if it is not contiguous."""
-        try:
-            space = self._idle_single.pop()
-        except IndexError:
-            space = self._single()
-        space.answer(image)
-        result = space.logits.copy()
-        self._idle_single.append(space)
-        return result
+    @cached_property
+    def single(self) -> Single:
+        """Return the memory of a plan for one image."""
+        return self._single()
 
 
 def _segments(calls: list[Call], code: Code) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
@@ -209,9 +192,12 @@ class Engine:
         self._gradient_units = most if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
 
     @cached_property
-    def run_one(self) -> Callable[[Floats], Floats]:
-        """Return a function for the logits of one image (1, *shape), float32; not contiguous ones raise ValueError."""
-        return self.plan(Layout(False, self._lanes)).run_one
+    def answer(self) -> Callable[[object], Floats | None]:
+        """Return a function that gives the logits of one image (1, *shape), and None for whatever else.
+
+        It is for one thread at a time, and faster than `run`: a small network takes as long as a few Python calls.
+        """
+        return self.plan(Layout(False, self._lanes)).single.answer or no_answer
 
     def plan(self, layout: Layout) -> ExecutionPlan:
         """Return the plan for a layout, tuned and made at first use."""
@@ -309,6 +295,10 @@ class Engine:
         return parts
 
 
+def no_answer(image: object) -> None:
+    """Return None: whatever an image is, another function has to run it."""
+
+
 def _address(array: Floats) -> int:
     return array.ctypes.data
 
@@ -393,13 +383,17 @@ def _runner(call: Call, code: Code, memory: Memory) -> Callable[[], None]:
 
 
 def _shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
-    """Return the shortest time of each function over a few interleaved rounds, in seconds."""
+    """Return the shortest time of each function over a few interleaved rounds, in seconds; short ones are repeated."""
     times = [float("inf")] * len(runs)
-    for _ in range(_ROUNDS):
+    repeats = 1
+    for turn in range(_ROUNDS + 1):
         for number, run in enumerate(runs):
             start = time.thread_time()  # other work of the machine does not count
-            run()
-            times[number] = min(times[number], time.thread_time() - start)
+            for _ in range(repeats):
+                run()
+            times[number] = min(times[number], (time.thread_time() - start) / repeats)
+        if turn == 0:  # the clock takes as long as a small layer
+            repeats, times = max(1, math.ceil(_SHORTEST / min(times))), [float("inf")] * len(runs)
     return times
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .._program import Sparse
 from ._abi import Call, Table, kernel_call
 from ._fusion import FusedLayer
-from ._layout import Buffer, offsets_of
+from ._layout import ALIGNED, Buffer, offsets_of
 from ._llvm_ir import BYTE, FLOAT, INT32, INT64, Kernel, Spec, Turn, Value, vector
 
 MOST_PLACES = 1 << 16  # what sixteen bits can address
@@ -240,44 +240,50 @@ class Rows(Spec):
 
 @dataclass(frozen=True)
 class Lookup(Spec):
-    """A linear layer for one image, sixteen rows at once: a lane is a row, and reads by itself from 32 inputs.
+    """A linear layer for one image, 16 · `wide` rows at once: a lane is a row, and reads by itself from 32 inputs.
 
-    A slot holds one nonzero (or zero) of each row among 32 neighbouring inputs: where they start, each lane's position
-    among them (bytes), and the weights.
+    A slot holds one nonzero (or zero) of each row among 32 inputs, two cache lines: where they start, each lane's
+    position among them (bytes), and the weights. Loads are the bottleneck, so that two vectors of rows share them.
 
     Arguments: input, output (offsets), groups of rows, group starts (int32), slot starts (int32 bytes into the
-    input), places (16 bytes a slot), weights (16 floats a slot), biases (padded to groups of 16).
+    input), places (16 · `wide` bytes a slot), weights (as many floats), biases (padded to whole groups).
     """
 
     relu: bool
+    wide: int = 1
 
     def emit(self, k: Kernel) -> None:
-        b, sixteen = k.b, vector(16)
+        b, sixteen, wide = k.b, vector(16), self.wide
         source, target, groups = k.place(), k.place(), k.integer()
         starts, windows, places, weights, biases = (k.pointer() for _ in range(5))
         lookup = _intrinsic(k, "llvm.x86.avx512.vpermi2var.ps.512", sixteen, ir.VectorType(INT32, 16), sixteen)
-        zero = ir.Constant(sixteen, None)
 
-        def add(number: Value, ahead: int, total: Value) -> Value:
-            slot = b.add(number, k.number(ahead))
+        def add(slot: Value, totals: list[Value]) -> list[Value]:
             window = k.at(source, k.index(windows, slot, INT32))
-            place = b.load(k.at(places, b.mul(slot, k.number(16))), align=1, typ=ir.VectorType(BYTE, 16))
-            found = b.call(
-                lookup,
-                [k.load(window, sixteen), b.zext(place, ir.VectorType(INT32, 16)), k.load(k.at(window, 64), sixteen)],
-            )
-            return k.multiply_add(k.load(k.at(weights, b.mul(slot, k.number(64))), sixteen), found, total)
+            halves = k.load(window, sixteen), k.load(k.at(window, 64), sixteen)
+            sums = []
+            for number, total in enumerate(totals):
+                line = b.add(b.mul(slot, k.number(wide)), k.number(number))
+                place = b.load(k.at(places, b.mul(line, k.number(16))), align=1, typ=ir.VectorType(BYTE, 16))
+                found = b.call(lookup, [halves[0], b.zext(place, ir.VectorType(INT32, 16)), halves[1]])
+                sums.append(k.multiply_add(k.load(k.at(weights, b.mul(line, k.number(64))), sixteen), found, total))
+            return sums
 
         with k.loop(groups) as group:
             start, end = k.index(starts, group, INT32), k.index(starts, b.add(group, k.number(1)), INT32)
-            first = k.load(k.at(biases, b.mul(group, k.number(64))), sixteen)
-            with k.carry(b.sub(end, k.number(3)), [first, zero, zero, zero], step=4, start=start) as turn:
-                turn.values = [add(turn.number, u, total) for u, total in enumerate(turn.values)]
-            sums = turn.values
-            with k.carry(end, [b.fadd(b.fadd(sums[0], sums[1]), b.fadd(sums[2], sums[3]))], start=turn.number) as turn:
-                turn.values = [add(turn.number, 0, turn.values[0])]
-            (total,) = turn.values
-            k.store(k.relu(total) if self.relu else total, k.at(target, b.mul(group, k.number(64))))
+            rows = [b.mul(b.add(b.mul(group, k.number(wide)), k.number(i)), k.number(64)) for i in range(wide)]
+            first = [k.load(k.at(biases, row), sixteen) for row in rows]
+            zeros = [ir.Constant(sixteen, None)] * (3 * wide)
+            with k.carry(b.sub(end, k.number(3)), [*first, *zeros], step=4, start=start) as turn:
+                four = [turn.values[u * wide : (u + 1) * wide] for u in range(4)]
+                added = [add(b.add(turn.number, k.number(u)), totals) for u, totals in enumerate(four)]
+                turn.values = [total for totals in added for total in totals]
+            four = [turn.values[i::wide] for i in range(wide)]
+            sums = [b.fadd(b.fadd(one, two), b.fadd(three, last)) for one, two, three, last in four]
+            with k.carry(end, sums, start=turn.number) as turn:
+                turn.values = add(turn.number, turn.values)
+            for row, total in zip(rows, turn.values, strict=True):
+                k.store(k.relu(total) if self.relu else total, k.at(target, row))
 
 
 def _intrinsic(k: Kernel, name: str, result: Any, *arguments: Any) -> Any:
@@ -313,43 +319,44 @@ def rows_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
 
 
 def lookup_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
-    """Return the call of the kernel that computes sixteen rows at once from windows of 32 inputs."""
-    tables = lookup_tables(task.op, source)
+    """Return the call of the kernel that computes 16 or 32 rows at once from windows of 32 inputs."""
+    wide = 2 if task.op.shape[0] > 16 else 1
+    tables = lookup_tables(task.op, source, 16 * wide)
     groups = len(tables[0]) - 1
-    biases = np.zeros(16 * groups, np.float32)
+    biases = np.zeros(16 * wide * groups, np.float32)
     biases[: len(task.op.bias)] = task.op.bias
-    return kernel_call(Lookup(task.relu), [source.origin, target.origin, groups], (*tables, biases))
+    return kernel_call(Lookup(task.relu, wide), [source.origin, target.origin, groups], (*tables, biases))
 
 
-def lookup_tables(op: Sparse, source: Buffer) -> tuple[Table, Table, Table, Table]:
-    """Return where the slots of each group of rows start, their windows, and their lanes' places and weights."""
-    groups, count = -(-op.shape[0] // 16), op.shape[0]
+def lookup_tables(op: Sparse, source: Buffer, rows: int) -> tuple[Table, Table, Table, Table]:
+    """Return where the slots of each group of `rows` start, their windows, and their lanes' places and weights."""
+    groups, count = -(-op.shape[0] // rows), op.shape[0]
     offsets = np.append(offsets_of(op, source, True), np.iinfo(np.int32).max).astype(np.int64)
-    heads, ends = np.zeros((2, groups * 16), np.int64)
+    heads, ends = np.zeros((2, groups * rows), np.int64)
     heads[:count], ends[:count] = op.indptr[:-1], op.indptr[1:]
-    heads, ends = heads.reshape(groups, 16), ends.reshape(groups, 16)
+    heads, ends = heads.reshape(groups, rows), ends.reshape(groups, rows)
     firsts: list[NDArray[np.int64]] = []  # by turn and group: where a window begins
-    taken: list[NDArray[np.bool_]] = []  # and the lanes, (groups, 16), whose next nonzero is in it
+    taken: list[NDArray[np.bool_]] = []  # and the lanes, (groups, rows), whose next nonzero is in it
     while (left := heads < ends).any():
         reach = np.where(left, offsets[heads], offsets[-1])
-        firsts.append(reach.min(1))
+        firsts.append(reach.min(1) // ALIGNED * ALIGNED)  # a load across two cache lines takes twice the time
         taken.append(left & (reach < firsts[-1][:, None] + 128))
         heads += taken[-1]
-    turns = np.array(taken, bool).reshape(-1, groups, 16)
+    turns = np.array(taken, bool).reshape(-1, groups, rows)
     open_ = turns.any(2)
     starts = np.concatenate([[0], np.cumsum(open_.sum(0))]).astype(np.int32)
     base = np.array(firsts, np.int32).reshape(-1, groups).T[open_.T]
     group, lane, turn = turns.transpose(1, 2, 0).nonzero()  # in the order of the nonzeros: row by row
     slot = starts[group] + turn
-    places = np.zeros((len(base), 16), np.uint8)
-    weights = _aligned((len(base), 16))
+    places = np.zeros((len(base), rows), np.uint8)
+    weights = _aligned((len(base), rows))
     places[slot, lane] = (offsets[:-1] - base[slot]) // 4
     weights[slot, lane] = op.values
     return starts, base, places, weights
 
 
 def _aligned(shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Return zeros that start at a multiple of 64 bytes: a load across two cache lines takes twice the time."""
+    """Return zeros that start at a multiple of 64 bytes."""
     size = 4 * shape[0] * shape[1]
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

@@ -22,6 +22,7 @@ _LINEAR_BYTES, _LINEAR_READS = 1 << 16, 16  # of a linear layer's block, as meas
 MOST_ACCUMULATORS = 24  # accumulators in 32 registers, beside a weight and spilled addresses
 
 _SMALL = 4  # pixels, up to which an output's sums have several accumulators
+_ROUNDED = 1 / 3  # of a row, which zeros may take so that it ends with a cache line, as fewer loads then cross lines
 _NEAR = 24 * 1024  # bytes of input that fit into the nearest cache beside weights and sums
 
 
@@ -180,7 +181,10 @@ class Planner:
         return pads if self.layout.tiles else self._even(pads)
 
     def _even(self, pads: dict[int, Pair]) -> dict[int, Pair]:
-        """Return pads by which values of one size have rows of one length, except those that are flattened."""
+        """Return pads by which values of one size have rows of one length, except those that are flattened.
+
+        Rows that no layer takes as one end with a cache line.
+        """
         most: dict[Shape, int] = {}
         for task in (None, *self.tasks):
             value = 0 if task is None else task.result
@@ -189,6 +193,11 @@ class Planner:
                 pitch = self._sorted(task, 0).inner // 4
                 needed = max(needed, pitch - self.shapes[value][2])
             most[self.shapes[value][1:]] = max(most.get(self.shapes[value][1:], 0), needed)
+        layers = [task for task in self.tasks if isinstance(task, FusedLayer)]
+        joined = {self.shapes[t.result][1:] for t in layers if not t.pool and t.op.stride == (1, 1)}
+        for shape in most.keys() - joined - {self.program.shape[1:]}:
+            rest = -(shape[-1] + most[shape]) % (ALIGNED // 4)
+            most[shape] += rest if rest <= _ROUNDED * shape[-1] else 0
         viewed = set(self._views.values())
         values = [v for v in (0, *(task.result for task in self.tasks)) if len(self.shapes[v]) == 3 and v not in viewed]
         return pads | {value: (pads.get(value, (0, 0))[0], most[self.shapes[value][1:]]) for value in values}

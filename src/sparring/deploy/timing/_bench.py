@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from ...memory import free_memory, measured
 from ...modes import eval_mode
 from ...sparsity import apply_, magnitude, select
 from ...tally import counts
-from .._program import Program, Sparse
+from .._program import products
 from .._runtime import load
 from ._clock import interleaved, one_core, peak_flops, processor
 from ._engines import ENGINES, Network, Opened, Unavailable, open_engines, run_torch
@@ -220,16 +219,3 @@ def what_to_ship(found: Bench) -> list[str]:
         where = "at no sparsity up to 99%" if found.wins_from is None else f"from about {found.wins_from:.0%} sparsity"
         told.append(f"The sparse kernels would be the fastest {where}; this network has {found.sparsity:.0%}.")
     return told
-
-
-def products(program: Program) -> tuple[int, int]:
-    """Return the multiplications of one image that sparse kernels can run: (with nonzero weights, with all weights)."""
-    shapes = program.shapes
-    layers = [(step.op, shapes[number + 1]) for number, step in enumerate(program.steps)]
-    kept = [(op, math.prod(shape) // op.shape[0]) for op, shape in layers if isinstance(op, Sparse)]
-    return sum(op.nonzeros * n for op, n in kept), sum(math.prod(op.shape) // op.groups * n for op, n in kept)
-
-
-def multiplications(program: Program) -> int:
-    """Return the number of products of a nonzero weight and an input for one image."""
-    return products(program)[0]

@@ -159,7 +159,7 @@ class BytePlanner(Planner):
         flat = len(self.shapes[task.source]) == 1
         if flat and not self.layout.tiles and task.residual is None and task.cap is None and self.lookup:
             told = self._integers[task.result]
-            tables = lookup_tables(task.op, source)
+            tables = lookup_tables(task.op, source, 16)
             groups = len(tables[0]) - 1
             records = np.zeros(16 * groups, RECORD)
             records[: len(told.bias)] = _records(told)
