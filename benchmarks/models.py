@@ -327,7 +327,7 @@ def write_page(names: Sequence[str], heads: Sequence[str], cells: Sequence[Cell]
     counts = Counter(cell.outcome for cell in cells)
     total = f"{sum(cell.seconds for cell in cells) / 60:.0f} minutes of processor time in all"
     counts["not run (–)"] = len(names) * len(heads) - len(cells)
-    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common() if count)
+    said = "Cells: " + ", ".join(f"{outcome} {count}" for outcome, count in counts.most_common() if count)
     first, last = "<!-- matrix: written by benchmarks/models.py -->", "<!-- end of matrix -->"
     before, rest = PAGE.read_text().split(first)
     page = f"{before}{first}\n\n{said}; {total}.\n\n{table(names, heads, cells)}\n\n{last}{rest.split(last)[1]}"

@@ -1,4 +1,4 @@
-"""The tables of theory: `python benchmarks/theory.py certified|tightness|exact|speed|masks WEIGHTS...`.
+"""The tables of theory: `python benchmarks/theory.py certified|tightness|exact|speed|masks|ratios WEIGHTS...`.
 
 WEIGHTS are files of LeNet-300-100 on MNIST: what a study of `paper-lenet-300-100` leaves under objects/, or plain
 weights. One line of JSON is printed for each file (for `exact` also for each image, and with --to FILE appended there:
@@ -10,6 +10,7 @@ exact: which distances a search finds within --seconds of wall time, starting fr
   seconds of one core that it took, which is what remains comparable on a machine that is busy with other work.
 speed: CROWN's images per second of one core's processor time, all margins, by eps, and the dense path's time over it.
 masks: the Bernoulli theorem: constants and margin / constant under random masks, for each layer and for all.
+ratios: medians of product constants and of margin / constant, at radius 0.02 in linf and 0.2 in l2.
 """
 
 from __future__ import annotations
@@ -113,6 +114,15 @@ def masks(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace) -
     }
 
 
+def ratios(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the median constant and the median of margin / constant, in both norms."""
+    found = {}
+    for norm, radius in ((LINF, 0.02), (L2, 0.2)):
+        constant, ratio = bounds.margin_ratios(model, x, y, radius, norm=norm)
+        found[norm_name(norm)] = {"constant": float(constant.median()), "ratio": float(ratio.median())}
+    return found
+
+
 def speed(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """Time CROWN with products that skip zeros and with dense ones: the better of three rounds."""
     found = {}
@@ -154,7 +164,7 @@ def network(path: Path, dataset: Dataset) -> nn.Module:
     return model.eval()
 
 
-TABLES = {"certified": certified, "tightness": tightness, "exact": exact, "masks": masks, "speed": speed}
+TABLES = {"certified": certified, "tightness": tightness, "exact": exact, "masks": masks, "ratios": ratios, "speed": speed}
 
 
 def main() -> None:
