@@ -2,23 +2,23 @@
 
 Random layer-uniform masks (in MobileNetV2 on pointwise layers, in ViT-Tiny on the linear layers of its blocks), or with
 `--weights FILE ...` the networks that `sparring prune` wrote, beside the same network with all its weights; one thread,
-fp32. Outputs are compared before anything is timed. Rounds are interleaved,
-so that whatever else the machine does falls on both; ratios are of medians. Rows: network, batch, sparsity,
-over_onnxruntime (dense time over sparse time), over_floor (time over what the nonzeros alone would need at the measured
-peak of one core, multiply-adds on registers, so 1 is perfect), relative_error (of the
-largest logit, against torch), milliseconds.
+fp32. Outputs are compared before anything is timed. Rounds are interleaved, so that whatever else the machine does
+falls on both; ratios are of medians. Times are the thread's own, without those in which other programs have the core.
+Rows: network, batch, sparsity, over_onnxruntime (dense time over sparse time), over_floor (time over what the nonzeros
+alone would need at the measured peak of one core, multiply-adds on registers, so 1 is perfect), relative_error (of the
+largest logit, against torch; above 5e-6 only if torch itself is half as far from float64), milliseconds.
 
 With `--int8`, instead: kernels on 8-bit weights and activations beside ONNX Runtime's static int8 of the same network
 with all its weights (uint8 activations, int8 weights per channel, calibrated on the same 64 images), on masks of 1 × 4
 blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones.
 Logits must be those of plain integers to the last bit. Rows: over_onnxruntime of the int8 kernels and of the fp32
-kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels'). Times are the thread's own, without those in
-which other programs have the core.
+kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels').
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -164,7 +164,7 @@ def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
     for batch in pair.batches:
         x = np.random.default_rng(batch).random((batch, *pair.shape), np.float32)
         error = relative_error(packed(x), pair.model, x)
-        assert error <= TOLERANCE, (pair.name, batch, pair.sparsity, error)
+        assert error <= TOLERANCE or rounds_alike(packed(x), pair.model, x), (pair.name, batch, pair.sparsity, error)
         sparse, dense = interleaved(
             [partial(packed, x), partial(pair.session, x)], rounds=rounds, clock=time.thread_time
         )
@@ -237,6 +237,13 @@ def relative_error(logits: np.ndarray, model: nn.Module, x: np.ndarray) -> float
     """Return the largest difference to torch's logits over the largest of them."""
     expected = model(torch.from_numpy(x)).detach().numpy()
     return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+def rounds_alike(logits: np.ndarray, model: nn.Module, x: np.ndarray) -> bool:
+    """Return whether logits are at most twice as far from those in float64 as torch's own are in float32."""
+    exact = copy.deepcopy(model).double()(torch.from_numpy(x).double()).detach().numpy()
+    own = model(torch.from_numpy(x)).detach().numpy()
+    return bool(np.abs(logits - exact).max() <= 2 * np.abs(own - exact).max())
 
 
 def checked_session(model: nn.Module, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:

@@ -280,7 +280,8 @@ def _as_shipped(out: Path, content: PlanFile, choice: Choice, values: str) -> di
     who = choice.method, choice.sparsity, choice.seed
     keys = [key for c in content.cells if (c.method, c.sparsity, c.seed) == who for key in c.tasks]
     records = [record for key in keys if (record := read_record(out, key)) is not None]
-    metrics = [r.metrics for r in records if r.stage == "ship" and r.inputs["values"] == values]
+    kinds = [r for r in records if r.stage == "ship" and "activations" not in r.inputs]
+    metrics = [r.metrics for r in kinds if r.inputs["values"] == values]
     return {name: value for found in metrics for name, value in found.items() if value is not None}
 
 

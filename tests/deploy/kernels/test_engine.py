@@ -67,6 +67,7 @@ def test_dense_empty_and_all_zero_layers():
     with torch.no_grad():
         model[2].weight.zero_()
     check(model, (1, 6, 6))
+    check(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten()), (1, 6, 6))  # logits of an image
 
 
 def test_a_capped_relu_is_part_of_the_layer_before_it():

@@ -31,7 +31,10 @@ TABLE: dict[str, Any] = {
     "sparsities": [0.8],
     "checkpoints": ["final", "best"],
     "deploy": True,
-    "shipped": [{"values": "int8", "images": 40, "decisions": 2}],
+    "shipped": [
+        {"values": "int8", "images": 40, "decisions": 2},
+        {"values": "int8", "activations": "int8", "images": 40, "decisions": 0, "methods": ["magnitude"]},
+    ],
     "training": {"loss": "pgd-at", "eps": 0.05, "steps": 2},
     "recipe": {"epochs": 3, "lr": 0.05},
     "finetune": {"epochs": 2},
@@ -224,7 +227,7 @@ def test_the_packed_artefact_answers_as_the_network(study: Finished) -> None:
 
 
 def test_the_rounded_artefact_is_attacked_and_certified(study: Finished) -> None:
-    record = study.one("magnitude", "ship")
+    record, integers = study.of("magnitude", "ship")
     metrics, held = record.metrics, study.store.tensors(record.key)
     assert metrics["agreement"] > 0.9 and 0 < metrics["logit_error"] < 0.05  # type: ignore[operator]
     assert abs(metrics["robust_model"] - metrics["robust_packed"]) < 0.15  # type: ignore[operator]
@@ -233,9 +236,12 @@ def test_the_rounded_artefact_is_attacked_and_certified(study: Finished) -> None
     assert torch.equal(held["radius_model_linf_crown"], exact)
     rounded = held["radius_packed_linf_crown"]
     assert not torch.equal(rounded, exact) and (rounded - exact).abs().max() < 0.2 * exact.max()
-    kind = next(one for one in shipped(find(load(study.store.out))) if one.method == "magnitude")
+    kind, other = (one for one in shipped(find(load(study.store.out))) if one.method == "magnitude")
     assert kind.values == "int8" and kind.verdict in ("equal", "equivalent", "undecided")
     assert any("crown" in name for name, _, _ in kind.radii())
+    assert integers.inputs["activations"] == "int8" and "activations" not in record.inputs
+    assert integers.metrics["agreement"] > 0.9 and integers.metrics["logit_error"] > metrics["logit_error"]  # type: ignore[operator]
+    assert other.values == "int8, activations too" and not [*other.radii()]
     assert study.one("mean-sparse", "ship").metrics["agreement"] > 0.9  # type: ignore[operator]
 
 

@@ -195,7 +195,7 @@ class Planner:
             most[self.shapes[value][1:]] = max(most.get(self.shapes[value][1:], 0), needed)
         layers = [task for task in self.tasks if isinstance(task, FusedLayer)]
         joined = {self.shapes[t.result][1:] for t in layers if not t.pool and t.op.stride == (1, 1)}
-        for shape in most.keys() - joined - {self.program.shape[1:]}:
+        for shape in [s for s in most.keys() - joined - {self.program.shape[1:]} if len(s) == 2]:
             rest = -(shape[-1] + most[shape]) % (ALIGNED // 4)
             most[shape] += rest if rest <= _ROUNDED * shape[-1] else 0
         viewed = set(self._views.values())

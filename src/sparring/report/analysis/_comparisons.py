@@ -85,7 +85,10 @@ def shipped(findings: Findings) -> list[Shipped]:
             attack = record.inputs["attack"]
             norm, eps = NORMS.get(attack["norm"], attack["norm"]), pretty_eps(attack["eps"])
             label = f"{pretty(attack['name'])}, {norm} ε = {eps}"
-            cells[network.method, network.sparsity, record.inputs["values"], label].append(record)
+            values = record.inputs["values"]
+            if record.inputs.get("activations", "fp32") != "fp32":
+                values += ", activations too"
+            cells[network.method, network.sparsity, values, label].append(record)
     found = []
     for cell, records in cells.items():
         held = [arrays(record, "stands_model", "stands_packed") for record in records]

@@ -273,13 +273,15 @@ class VerifySettings(Narrowed):
 class ShippedSettings(Narrowed):
     """Compare the artefact that would be shipped with its network: accuracy, robustness and certificates.
 
-    Its weights are rounded to `values`; the first `images` images that attacks use are attacked by `attack` at eps, on
+    Its weights are rounded to `values`, and with activations = "int8" it computes in integers, calibrated on validation
+    images; such an artefact is not certified. The first `images` images that attacks use are attacked by `attack` at eps, on
     the network and on the artefact, and some of them by HopSkipJump with `decisions` steps (0: not) on the artefact.
     The plan's [[certify]] tables are computed again for these images.
     """
 
     heading = "shipped"
     values: Literal["fp32", "fp16", "int8"] = "int8"
+    activations: Literal["fp32", "int8"] = "fp32"
     images: int = 200
     attack: str = "pgd"
     norm: Literal["linf", "l2"] = "linf"
@@ -292,6 +294,8 @@ class ShippedSettings(Narrowed):
         super().__post_init__()
         in_range("shipped.images", self.images, 1, 100_000)
         in_range("shipped.decisions", self.decisions, 0, 100)
+        if self.activations == "int8" and self.values != "int8":
+            raise PlanError(f"[[shipped]] activations = 'int8' needs values = 'int8', not '{self.values}'")
 
     @property
     def judge(self) -> AttackSettings:

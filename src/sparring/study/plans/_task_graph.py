@@ -318,10 +318,12 @@ class _Seed:
     def _shipment(self, network: Judged, shipped: ShippedSettings) -> stages.Ship:
         """Return the inputs of a comparison of network and artefact."""
         images = min(shipped.images, self.data.test)
-        proofs = [stages.Proof(norm=c.norm, method=c.method, images=min(c.images, images)) for c in self.plan.certify]
+        asked = self.plan.certify if shipped.activations == "fp32" else ()  # certificates are of real arithmetic
+        proofs = [stages.Proof(norm=c.norm, method=c.method, images=min(c.images, images)) for c in asked]
         return stages.Ship(
             **vars(network),
             values=shipped.values,
+            activations=shipped.activations,
             images=images,
             attack=_adversary(shipped.judge, shipped.eps),
             decisions=shipped.decisions,

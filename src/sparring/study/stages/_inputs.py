@@ -290,6 +290,7 @@ class Ship(Judged):
 
     stage = "ship"
     values: Literal["fp32", "fp16", "int8"]
+    activations: Literal["fp32", "int8"] = "fp32"
     images: int
     attack: Adversary
     decisions: int
