@@ -31,6 +31,17 @@ def test_three_seeds_say_what_they_can_show(folder):
     assert gains[-1] == pytest.approx(least, abs=0.51)
 
 
+def test_the_top_of_the_page_says_what_to_ship_and_what_is_not_known(folder):
+    found = find(open_study(folder))
+    rows = ledger(found)
+    short = headline(found, rows).short
+    measured = [row for row in rows if row.claim.primary and row.effect is not None]
+    undecided = sum(row.verdict == "undecided" for row in measured)
+    assert f"{undecided} of {len(measured)} primary claims are undecided" in short
+    box = re.search(r'verdict-box">(.*?)</div>', report.write(folder).read_text(), re.DOTALL)[1]
+    assert "To ship: " in box and f"{undecided} of" in box
+
+
 @pytest.mark.parametrize("seeds", [1, 5])
 def test_one_seed_and_five_do_not(make_study, seeds):
     out = make_study(seeds=seeds, images=60, sparsities=(0.5, 0.9))

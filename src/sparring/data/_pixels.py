@@ -38,7 +38,7 @@ class Coloured(Exception):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an array: images of a set at `path`, each of `shape` (C, H, W); the first `trained` are for training."""
+    """The rows of an array: images at `path`, each of `shape` (C, H, W); the first `trained` are for training."""
 
     path: Path
     shape: tuple[int, int, int]

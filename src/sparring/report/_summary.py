@@ -39,13 +39,15 @@ class Verdict:
     """The findings of a study in the order of a reader's questions; `str` is plain text in paragraphs.
 
     `found`: what sparsity did; `ship`: what to ship; `decided`: the ledger's verdicts on the paper's claims,
-    and what would decide the others; `more`: single curves, looks.
+    and what would decide the others; `more`: single curves, looks; `short`: for the top of the page, what to ship and
+    how many claims are undecided.
     """
 
     found: str
     ship: str = ""
     decided: Sequence[str] = ()
     more: Sequence[str] = ()
+    short: str = ""
 
     def __str__(self) -> str:
         listed = "\n".join(f"- {sentence}" for sentence in (*self.decided, *self.more))
@@ -64,7 +66,8 @@ def headline(findings: Findings, ledger: Sequence[Row]) -> Verdict:
     ship = _ship(findings) if several else f"{ONE_SEED} {_at(findings)}"
     told = " ".join(filter(None, found))
     decided = filter(None, [*verdicts(ledger), _few(ledger)])
-    return Verdict(told, ship, tuple(decided), tuple(filter(None, more)))
+    short = _short(findings, ledger) if several else ""
+    return Verdict(told, ship, tuple(decided), tuple(filter(None, more)), short)
 
 
 def chosen(findings: Findings) -> float | None:
@@ -200,6 +203,16 @@ def _ship(findings: Findings) -> str:
     wide = wider(findings)
     double = f" Twice these losses would allow {_share(findings, wide)}." if wide and wide != spot.sparsity else ""
     return f"{first}. {_at(findings)} Allowed losses: {allowed}.{double}"
+
+
+def _short(findings: Findings, ledger: Sequence[Row]) -> str:
+    """Return one line on what to ship and what is not known."""
+    spot = findings.sweet_spot
+    none = "none of these sparsities is shown to stay within the allowed losses"
+    ship = none if spot is None or spot.sparsity is None else f"{_share(findings, spot.sparsity)} sparsity"
+    measured = [row for row in ledger if row.claim.primary and row.effect is not None]
+    undecided = sum(row.verdict == "undecided" for row in measured)
+    return f"To ship: {ship}. Not known yet: {undecided} of {len(measured)} primary claims are undecided."
 
 
 def wider(findings: Findings, factor: float = 2.0) -> float | None:
