@@ -50,7 +50,7 @@ notebook: $(READY)
 # The picture in README: the first screen of quick's report
 picture: $(READY)
 	@$(BIN)/sparring study quick --out out/quick >/dev/null
-	@chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1345 \
+	@chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1395 \
 	  --screenshot=docs/results/quick.png "file://$(CURDIR)/out/quick/report.html" >/dev/null 2>&1
 
 # README's quickstart shows what `make study` prints, and its table lists all attacks
