@@ -69,7 +69,7 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
             notes, names = [f"{path}: {told}"], list(listed.names)
             classes = len(names)
         else:
-            classes = _count_classes(y, said, f"y_{first}", path)
+            classes = _count_classes(y, said, f"y_{first}")
         train, valid = splits.get("train"), splits.get("valid")
         if train is not None:
             check_split(f"the training split of '{name}'", train, train.x.shape[1:], classes)
@@ -176,15 +176,15 @@ def _renumbered(y: torch.Tensor, names: list[str], listed: ClassList) -> torch.T
     return torch.tensor([numbers[name] for name in names])[y]
 
 
-def _count_classes(y: torch.Tensor, said: Array | None, key: str, path: Path) -> int:
+def _count_classes(y: torch.Tensor, said: Array | None, key: str) -> int:
     if said is not None and (said.size != 1 or said.dtype.kind not in "ui"):
-        raise DataError(f"classes in {path} must be one integer, the number of classes")
+        raise DataError("classes must be one integer, the number of classes")
     if said is not None:
         return int(said.item())
     present = np.unique(y.numpy())
     if len(present) == 0 or int(present[0]) < 0 or int(present[-1]) != len(present) - 1:
         raise DataError(
-            f"{key} in {path} must hold every label from 0 to the last, but holds {_few(present)}; number the "
+            f"{key} must hold every label from 0 to the last, but holds {_few(present)}; number the "
             "classes 0, 1, 2, ..., or add the entry 'classes' with their number, or give --classes FILE"
         )
     return len(present)

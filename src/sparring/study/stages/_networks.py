@@ -186,8 +186,7 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
         with torch.no_grad(), eval_mode(model):
             logits = opened(model, images)(images)
     except UserError as error:
-        shape = tuple(images.shape[1:])
-        raise UserError(f"the model does not accept {dataset.name}'s images of shape {shape}: {error}") from error
+        raise UserError(f"the model does not accept the images of {dataset.name}: {error}") from error
     if bool(logits.isnan().any()):
         raise UserError(f"the model returns NaN for {dataset.name}'s images; check its weights for NaN")
     if logits.shape[1] != dataset.classes:
