@@ -20,6 +20,7 @@ from sparring.data._pixels import available_workers
 from sparring.data._undecoded import Decoder, Undecoded
 from sparring.data.formats._listing import Entry, Listing
 from sparring.errors import DataError, UserError
+from sparring.study import Plan, forecast
 from sparring.train import Recipe, fit, predict
 
 from .hostile_parts import image, zipped
@@ -281,9 +282,24 @@ def test_a_set_of_any_size_is_refused_or_begun_with_the_numbers(
     def stop(what: str, *_: object) -> None:
         raise DataError(f"begun: {what}")
 
+    foreseen: list[Dataset] = []
     with pytest.raises(DataError, match=r"20,000 images decoded once, 3.0 GB in .*, about \d+ ") as told:
-        load_images(tmp_path, "made-up", progress=stop, listing=listing)
+        load_images(tmp_path, "made-up", progress=stop, listing=listing, begin=foreseen.append)
     assert ("are free there" if free == 1 else "begun: ") in str(told.value)
+    sizes = [(len(one.train.x), len(one.valid.x), len(one.test.x), one.classes) for one in foreseen]
+    assert sizes == ([] if free == 1 else [(17_100, 1_900, 1_000, 19)])
+    if foreseen:
+        short = {
+            "name": "p",
+            "data": "d",
+            "model": {"name": "mlp", "widths": [8]},
+            "seeds": 1,
+            "sparsities": [0.5],
+            "pruning": [{}],
+        }
+        assert "on 4,617,000 images" in forecast(
+            Plan.from_table(short | {"recipe": {"epochs": 90, "batch_size": 2}}), foreseen[0], workers=2
+        )
 
 
 def test_images_that_are_not_kept_are_decoded_when_they_are_looked_at(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,9 +48,14 @@ def check_out(path: Path, *endings: str) -> None:
     check_writable(path)
 
 
-def open_data(source: DataSource, request: Request = EVERYTHING) -> Dataset:
-    """Load a data set and print how it was prepared; raise as `data.load` does."""
-    dataset = _loaded(source, request)
+def open_data(
+    source: DataSource, request: Request = EVERYTHING, *, begin: Callable[[Dataset], str] | None = None
+) -> Dataset:
+    """Load a data set and print how it was prepared; raise as `data.load` does.
+
+    What `begin` says of a large set, before its images are decoded, is printed.
+    """
+    dataset = _loaded(source, request, begin)
     for note in dataset.notes:
         print(note, file=sys.stderr)
     for why, names in dataset.left_out.items() if source.verbose else ():
@@ -62,9 +67,15 @@ def open_data(source: DataSource, request: Request = EVERYTHING) -> Dataset:
     return dataset
 
 
-def _loaded(source: DataSource, request: Request) -> Dataset:
+def _loaded(source: DataSource, request: Request, begin: Callable[[Dataset], str] | None) -> Dataset:
+    def tell(dataset: Dataset) -> None:
+        if begin is not None and (said := begin(dataset)):
+            print(said, file=sys.stderr, flush=True)
+
     with shown_bytes() as progress:
-        return data.load(source.data, source.data_dir, request=request, download=source.download, progress=progress)
+        return data.load(
+            source.data, source.data_dir, request=request, download=source.download, progress=progress, begin=tell
+        )
 
 
 def request_for(

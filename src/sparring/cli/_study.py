@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ from .. import report
 from ..devices import place_of
 from ..files import check_writable
 from ..records import Folder, Record
-from ..study import Event, Plan, Watcher, describe, line_of, progress, rest_of, run, to_mlflow, to_tensorboard
+from ..study import Event, Plan, Watcher, describe, forecast, line_of, progress, rest_of, run, to_mlflow, to_tensorboard
 from ..study import merge as merge_studies
 from ..study import register as register_plan
 from ._app import DataSource, ModelSource, StudyOptions, StudySource
@@ -36,7 +37,9 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
     check_writable(out, folder=True)
     place_of(source.device, source.dtype, training=True, here=how.ray is None)
     where = DataSource(plan.data, source.data_dir, source.download)
-    dataset = open_data(where, plan.request(cache=not source.no_cache))
+    foretell = functools.partial(forecast, plan, workers=how.workers, device=source.device, dtype=source.dtype)
+    begin = None if how.ray else foretell  # of a cluster's machines nothing is known
+    dataset = open_data(where, plan.request(cache=not source.no_cache), begin=begin)
     if how.register:
         entry = register_plan(plan, out)
         print(f"registered on {entry['time']}: {entry['plan']}", file=stream, flush=True)

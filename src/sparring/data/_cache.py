@@ -74,25 +74,28 @@ class Decoded:
 
 
 def decoded(
-    source: Source, entries: Sequence[Entry], how: Rows, *, kept: bool, progress: Progress | None, lazy: bool = False
-) -> Decoded:
+    source: Source, entries: Sequence[Entry], how: Rows, *, kept: bool, progress: Progress | None, lazy: bool = False,
+    begin: Callable[[Rows], None] = lambda _: None,
+) -> Decoded:  # fmt: skip
     """Decode images, in this order: few in memory, many that are `kept` once, into the cache.
 
-    Others are `lazy`, decoded whenever they are used, if each is in its own file; else in memory.
+    Others are `lazy`, decoded whenever they are used, if each is in its own file; else in memory. `begin` is told the
+    rows before many are decoded.
     """
     rows = list(enumerate(entries))
     try:
         large = len(entries) * math.prod(how.shape) > SMALL
         if kept and large:
-            return _Cache(source, rows, how, progress).open()
+            return _Cache(source, rows, how, progress, begin).open()
         if lazy and large and isinstance(source, Files):  # sets of which any image can be read by itself
+            begin(how)
             return _undecoded(source, rows, how, progress)
         out, found = in_memory(source, rows, how)
         counts = torch.from_numpy(found.counts) if large else None
         return Decoded(torch.from_numpy(out), frozenset(found.lossy), tuple(sorted(found.animated)), counts)
     except Coloured:
         how = replace(how, shape=(3, *how.shape[1:]))
-        return decoded(source, entries, how, kept=kept, progress=progress, lazy=lazy)
+        return decoded(source, entries, how, kept=kept, progress=progress, lazy=lazy, begin=begin)
 
 
 def rows_like_first(source: Source, entries: Sequence[Entry], how: Rows) -> Rows:
@@ -212,8 +215,11 @@ def forecast(source: Source, rows: Sequence[tuple[int, Entry]], how: Rows, folde
 class _Cache:
     """Rows of images in the user's cache folder."""
 
-    def __init__(self, source: Source, rows: list[tuple[int, Entry]], how: Rows, progress: Progress | None) -> None:
-        self.source, self.rows, self.how, self.progress = source, rows, how, progress
+    def __init__(
+        self, source: Source, rows: list[tuple[int, Entry]], how: Rows, progress: Progress | None,
+        begin: Callable[[Rows], None],
+    ) -> None:  # fmt: skip
+        self.source, self.rows, self.how, self.progress, self.begin = source, rows, how, progress, begin
         self.folder, self.workers = cache_root() / "images", available_workers()
         prepared = (
             None if how.geometry is None else [how.geometry.resize, how.geometry.crop, how.geometry.interpolation]
@@ -284,6 +290,7 @@ class _Cache:
             log.unlink(missing_ok=True)
             found = forecast(self.source, self.rows, self.how, self.folder, workers=self.workers)
             found.check()
+            self.begin(self.how)
             _allocate(self._file(making, "pixels"), found.size)
             _allocate(self._file(making, "hashes"), 32 * len(self.rows))
             log.touch()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +25,14 @@ from ._types import Dataset, Split, balanced_order, counted, fixed_order, from_s
 from ._undecoded import Undecoded
 from .formats._listing import CLASSES, PARTS, Entry, Listing
 
+Begin = Callable[[Dataset], None]
 ALMOST = {**PARTS, "training": "train", "testing": "test"}  # in capitals, or other words
 
 
 def load_images(
-    path: Path, name: str, request: Request = EVERYTHING, progress: Progress | None = None, *, listing: Listing
-) -> Dataset:
+    path: Path, name: str, request: Request = EVERYTHING, progress: Progress | None = None, *, listing: Listing,
+    begin: Begin | None = None,
+) -> Dataset:  # fmt: skip
     """Load images of one size in any format that Pillow decodes, without unpacking anything to disk.
 
     Classes are the folder names in sorted order, or the lines of classes.txt beside train/, which may name more classes
@@ -39,7 +42,7 @@ def load_images(
     order is not that of their numbers. Without valid/ (or val/, validation/), every tenth training image of a class (by
     name) is held out. Each split is in balanced order. A set with images in a lossy format has the format in its name,
     such as "jpeg". A folder of class folders alone is a test split. A limited number of test images is decoded in
-    memory, a whole set of more than 16 MiB of pixels into the cache, which is mapped.
+    memory, a whole set of more than 16 MiB of pixels into the cache, which is mapped. `begin`: as in `load`.
 
     Raises DataError, naming the file, for a damaged image, one of another size, of more than 4,096 pixels a side or of
     16 bits a channel, for a requested part without images, a class without training images, and if the disk
@@ -56,7 +59,8 @@ def load_images(
         if drawn is not None and not kept:
             order["test"] = [order["test"][at] for at in drawn.tolist()]
         every = [entry for own in order.values() for entry in own]
-        found = _pixels(listing, every, len(order.get("train", ())), path, request, kept, progress)
+        tell = functools.partial(_announce, begin, name, every_y, len(labels))
+        found = _pixels(listing, every, len(order.get("train", ())), path, request, kept, progress, tell)
     except UserError as error:
         raise DataError(str(error)) from error
     left_out = _tell(parts, listing, labels, path, found.animated, told=bool(told))
@@ -88,6 +92,16 @@ def _tell_shared(hashes: Pixels | None, sizes: list[int], path: Path) -> None:
     tell_shared(sum(one in seen for one in each[-tested:]), tested, path)
 
 
+def _announce(begin: Begin | None, name: str, every_y: dict[str, torch.Tensor], classes: int, how: Rows) -> None:
+    """Tell of a set before its images are decoded: all of them are one that is drawn at random."""
+    if begin is None or not how.trained:
+        return
+    image = torch.randint(256, (1, *how.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    none = torch.zeros(0, dtype=torch.int64)
+    train, valid, test = (Split(image.expand(len(y), -1, -1, -1), y) for y in (every_y.get(p, none) for p in SPLITS))
+    begin(Dataset(name, train, valid, test, classes, (0.5,) * how.shape[0], (0.25,) * how.shape[0]))
+
+
 def _arranged(
     parts: dict[str, list[Entry]], numbers: dict[str, int], path: Path, request: Request
 ) -> dict[str, list[Entry]]:
@@ -109,13 +123,13 @@ def _arranged(
 
 def _pixels(
     listing: Listing, every: list[Entry], trained: int, path: Path, request: Request, kept: bool,
-    progress: Progress | None,
+    progress: Progress | None, tell: Callable[[Rows], None],
 ) -> Decoded:  # fmt: skip
     """Decode images: as grey only if all images of the set are grey, including undecoded ones, by their headers."""
     how = Rows(path, (request.channels or 1, 0, 0), request.geometry, trained)
     how = rows_like_first(listing.source, every, how)
     lazy = not request.cache and request.images is None
-    found = decoded(listing.source, every, how, kept=kept, progress=progress, lazy=lazy)
+    found = decoded(listing.source, every, how, kept=kept, progress=progress, lazy=lazy, begin=tell)
     if found.x.shape[1] == 1:
         seen = {entry.place for entry in every}
         others = [entry for entry in (*listing.entries, *listing.flat) if entry.place not in seen]

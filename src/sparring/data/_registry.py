@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from ..errors import DataError, UnknownNameError, UserError, told
 from ..files import safe_name
 from ..plugins import import_object
-from ._images import load_images
+from ._images import Begin, load_images
 from ._places import Content, Find, Progress, Source, expand, is_file, is_folder, locate, missing, read, roots
 from ._places import download as fetch
 from ._request import EVERYTHING, Request
@@ -52,7 +52,7 @@ def kind_of(name: str, root: Path | str | None = None) -> Literal["known", "func
 
 def load(
     name: str, root: Path | str | None = None, *, request: Request = EVERYTHING, download: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, begin: Begin | None = None,
 ) -> Dataset:  # fmt: skip
     """Load a data set by its name in `DATASETS`, by a path, or from a user's function "package.module:function".
 
@@ -60,8 +60,9 @@ def load(
 
     Files and names are searched in `root`, $SPARRING_DATA, the user's cache folder and known system folders, in that
     order. With `download`, missing files are downloaded from public servers into the first of these. `progress` reports
-    downloads, and images that are decoded into the cache. `request` says what is read of a user's files, and how. A
-    user's file never gets the name of a built-in set; "-user" is added.
+    downloads, and images that are decoded into the cache. `request` says what is read of a user's files, and how.
+    `begin` is called with a stand-in, in which all images are one and the same, before a large set with training images
+    is decoded, and may refuse it. A user's file never gets the name of a built-in set; "-user" is added.
 
     Raises DataError if files are missing (with a list of names and places), damaged, mislabelled or of a wrong shape,
     and UnknownNameError if there is no such data set.
@@ -92,7 +93,7 @@ def load(
         dataset = load_arrays(path, _label(path), request)
         dataset = limited(dataset, request.limit) if request.limit else dataset
     else:
-        dataset = load_images(path, _label(path), request, progress, listing=_listed(path))
+        dataset = load_images(path, _label(path), request, progress, listing=_listed(path), begin=begin)
     if not dataset.identity and not isinstance(dataset.test.x, Undecoded):
         _tell_shared(dataset, path)
     return dataset

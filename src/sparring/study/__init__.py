@@ -27,7 +27,7 @@ from .plans._tables import (
 from .plans._task_graph import DataFacts, lay_out
 from .runner._executors import Executor, InProcess, Processes, Task, TaskOutcome, Tell, Under
 from .runner._ray import RayCluster
-from .runner._run import Progress, available_cores, progress, register, run
+from .runner._run import Progress, available_cores, forecast, progress, register, run
 from .runner._schedule import Event, Watcher, environment, execute
 from .runner._watchers import describe, line_of, rest_of, show_progress, to_mlflow, to_tensorboard
 from .stages._networks import Context, check_fit, chosen_images, is_untrained, load_network_, trained
@@ -67,6 +67,7 @@ __all__ = [
     "describe",
     "environment",
     "execute",
+    "forecast",
     "is_untrained",
     "lay_out",
     "line_of",

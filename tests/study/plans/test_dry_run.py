@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from sparring.data import Dataset
+from sparring.data import Dataset, Split
 from sparring.errors import PlanError
 from sparring.models import build
 from sparring.sparsity import LeftDenseWarning
-from sparring.study import Context, Plan, run
+from sparring.study import Context, Plan, forecast, run
+from sparring.study.plans import _dry_run, _memory
 from sparring.study.plans._dry_run import rehearse
 
 
@@ -41,6 +44,24 @@ def test_channels_by_hand_must_fit_the_network(few_digits: Dataset) -> None:
     with pytest.raises(PlanError, match=r"'6\.weight' keeps all its channels"):
         rehearse(plan(structure="channels", layers=dict.fromkeys(names, 0.5)), context)
     rehearse(plan(structure="channels", layers=dict(zip(names, (0.5, 0.5, 0.0), strict=True))), context)
+
+
+def test_a_plan_says_before_the_images_are_decoded_how_long_it_trains(
+    few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dry_run, "_seconds_per_pass", lambda *_: 0.001)
+    count = 1_281_167
+    train = Split(few_digits.train.x[:1].expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.int64))
+    large = replace(few_digits, train=train)
+    asked = Plan.from_table(plan().table() | {"seeds": 1, "recipe": {"epochs": 90}, "finetune": {"epochs": 10}})
+    # The pruned network and the control are trained at once, after the dense one: 100 epochs of 1,281 s in turn.
+    said = forecast(asked, large, workers=4)
+    assert "training of 3 networks on 140,928,370 images, counted once an epoch: about 35.6 h, with all else" in said
+    assert "Assumed: 4 at a time, each 1,000 images/s, as measured on random images of 1×8×8" in said
+    assert "about 39.1 h" in forecast(asked, large, workers=1)
+    monkeypatch.setattr(_memory, "free_memory", lambda _: 1000)
+    with pytest.raises(PlanError, match="a worker's share, of 4"):
+        forecast(asked, large, workers=4)
 
 
 def test_networks_that_nothing_would_train_are_refused(few_digits: Dataset) -> None:

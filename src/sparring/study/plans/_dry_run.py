@@ -19,6 +19,7 @@ from ...models import load_weights_, read_weights
 from ...modes import eval_mode
 from ...outputs import logits_of, opened
 from ...sparsity import ACTIVATIONS, Batch, CollapsedLayerWarning, all_ones, build_pruner, magnitude
+from ...units import duration
 from ..runner._executors import AnyTask
 from ..stages._inputs import (
     Activate,
@@ -44,7 +45,7 @@ SHIP = 500.0
 # How much longer an attack takes on a network that draws: it runs seven times, six of them on means over ten draws,
 # which cost little if the first layers do not draw. For LeNet-5 it took 10 (`fast`) to 15 times (DeepFool) as long.
 DRAWN = 13.0
-BATCH, SECONDS = 64, 0.3
+BATCH, VALUES, SECONDS = 64, 2**20, 0.3
 
 
 def rehearse(plan: Plan, context: Context) -> None:
@@ -118,12 +119,47 @@ def estimate(tasks: Iterable[AnyTask], context: Context, *, workers: int) -> flo
         each = _seconds_per_pass(context, todo[0].inputs)
     except Exception:  # a user's factory may raise anything
         return None
-    return sum(_passes(task.inputs, context) for task in todo) * each / max(1, workers)
+    return _passes_in_turn(todo, context, workers) * each
+
+
+def foretold(tasks: Iterable[AnyTask], context: Context, *, workers: int) -> str:
+    """Return a sentence on the time that a plan's training and the rest take, and on what it assumes.
+
+    "" for a plan that trains nothing, or with a network that cannot be run.
+    """
+    todo = list(tasks)
+    trained = [task for task in todo if _is_training(task.inputs)]
+    seconds = estimate(todo, context, workers=workers)
+    if not trained or seconds is None:
+        return ""
+    whole, training = (_passes_in_turn(some, context, workers) for some in (todo, trained))
+    images = sum(_passes(task.inputs, context) for task in trained)
+    shape = "×".join(map(str, context.dataset.train.x.shape[1:]))
+    each = f"{whole / seconds:,.0f}" if whole > 10 * seconds else f"{whole / seconds:.2g}"
+    return (
+        f"training of {len(trained)} networks on {images:,.0f} images, counted once an epoch: about "
+        f"{duration(seconds * training / whole)}, with all else {duration(seconds)}. Assumed: {workers} at a time, "
+        f"each {each} images/s, as measured on random images of {shape}"
+    )
+
+
+def _is_training(inputs: Inputs) -> bool:
+    return isinstance(inputs, Train | Activate) and inputs.recipe is not None and inputs.recipe.epochs > 0
+
+
+def _passes_in_turn(tasks: Iterable[AnyTask], context: Context, workers: int) -> float:
+    """Return the passes of one worker: its share of all, or the longest chain of tasks that wait for each other."""
+    ends, total = dict[str, float](), 0.0
+    for task in tasks:  # parents come first
+        own = _passes(task.inputs, context)
+        total += own
+        ends[task.key] = own + max((ends.get(parent, 0.0) for parent in task.parents), default=0.0)
+    return max([total / max(1, workers), *ends.values()])
 
 
 def _passes(inputs: Inputs, context: Context) -> float:
     match inputs:
-        case Train() | Activate() if inputs.recipe is not None and inputs.recipe.epochs:
+        case Train() | Activate() if inputs.recipe is not None and inputs.recipe.epochs:  # as `_is_training`
             training = inputs.training
             inner = 3 if training.certified else 1 if training.loss == "standard" else training.steps + 1
             return float(len(context.dataset.train.x) * inputs.recipe.epochs * inner)
@@ -160,11 +196,13 @@ def _rounds(inputs: Shard) -> float:
 
 def _seconds_per_pass(context: Context, inputs: Inputs) -> float:
     model = network(context, inputs.model, inputs.initial_seed)
-    x = as_float(context.dataset.train.x[:BATCH]).to(context.device)
-    y = context.dataset.train.y[:BATCH].to(context.device)
+    on_cpu = torch.device(context.device).type == "cpu"  # where many large images take long, and no less time each
+    count = min(BATCH, max(8, VALUES // context.dataset.train.x[0].numel())) if on_cpu else BATCH
+    x = context.place.images(as_float(context.dataset.train.x[:count]))
+    y = context.dataset.train.y[:count].to(context.device)
     threads = torch.get_num_threads()
     # The workers have just started and compete for this core, so only the processor time counts.
-    clock = time.process_time if torch.device(context.device).type == "cpu" else time.perf_counter
+    clock = time.process_time if on_cpu else time.perf_counter
     torch.set_num_threads(1)
     try:
         with channels_last(model):

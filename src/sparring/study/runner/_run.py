@@ -18,7 +18,7 @@ from ...files import canonical_json, sha256_bytes
 from ...history import append_entry, read_history
 from ...records import Cell, PlanFile, Record, Store, read_plan, write_plan
 from ...units import percent
-from ..plans._dry_run import estimate, rehearse
+from ..plans._dry_run import estimate, foretold, rehearse
 from ..plans._memory import fitted
 from ..plans._plan import AUTO, BATCH_SIZE, Plan, refuse_another
 from ..plans._task_graph import DataFacts, Work, lay_out
@@ -129,6 +129,24 @@ def run(
             )
         finally:
             executor.close()
+
+
+def forecast(
+    plan: Plan, dataset: Dataset, *, workers: int | None = None, device: str = "cpu", dtype: str | None = None,
+    factory: Factory | None = None,
+) -> str:  # fmt: skip
+    """Return a sentence on how long a plan takes, after its network has been run on some images of the data.
+
+    The images' values do not matter; pass this as `begin` to `data.load`. "" if nothing is trained. Raises UserError,
+    as `run` would, for settings that the network does not support, and if memory is too small.
+    """
+    place = place_of(device, dtype, training=True)
+    context, slots = Context(dataset, lambda _: {}, place=place, factory=factory), _slots(workers, place, None)
+    rehearse(plan, context)
+    facts = DataFacts("", len(dataset.test.x), len(dataset.valid.x), tuple(dataset.train.x.shape[1:]), dataset.classes)
+    code = {} if factory is None else {plan.model.name: fingerprint(factory)}
+    work = lay_out(fitted(plan, context, slots), facts, place=place, code=code)
+    return foretold(work.tasks.values(), context, workers=slots)
 
 
 def _fitted(
