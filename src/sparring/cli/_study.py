@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from .. import report
+from ..data import Dataset
 from ..devices import place_of
 from ..files import check_writable
 from ..records import Folder, Record
@@ -36,10 +37,7 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
     out, stream = source.out or Path("out") / plan.name, sys.stderr if as_json else sys.stdout
     check_writable(out, folder=True)
     place_of(source.device, source.dtype, training=True, here=how.ray is None)
-    where = DataSource(plan.data, source.data_dir, source.download)
-    foretell = functools.partial(forecast, plan, workers=how.workers, device=source.device, dtype=source.dtype)
-    begin = None if how.ray else foretell  # of a cluster's machines nothing is known
-    dataset = open_data(where, plan.request(cache=not source.no_cache), begin=begin)
+    dataset = _data_of(plan, source, how)
     if how.register:
         entry = register_plan(plan, out)
         print(f"registered on {entry['time']}: {entry['plan']}", file=stream, flush=True)
@@ -57,6 +55,13 @@ def run_study(source: StudySource, how: StudyOptions, *, as_json: bool) -> int:
             device=source.device, dtype=source.dtype, ray=how.ray, command=_command(source),
         )  # fmt: skip
     return _tell(out, records, fresh=view.fresh > 0, as_json=as_json)
+
+
+def _data_of(plan: Plan, source: StudySource, how: StudyOptions) -> Dataset:
+    foretell = functools.partial(forecast, plan, workers=how.workers, device=source.device, dtype=source.dtype)
+    begin = None if how.ray else foretell  # of a cluster's machines nothing is known
+    where = DataSource(plan.data, source.data_dir, source.download)
+    return open_data(where, plan.request(cache=not source.no_cache), begin=begin)
 
 
 def _plan_of(source: StudySource) -> Plan:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from ...graph import Graph, ReLU
@@ -199,6 +198,8 @@ class Bounder:
 
     def polished(self, cell: Cells, steps: int) -> tuple[Cells, Tensor]:
         """Bound one cell with the slopes and multipliers that L-BFGS-B ends at, of all known signs; return its step."""
+        from scipy.optimize import minimize  # here, as importing it takes a third of a second
+
         lines, count, shape = self._lines(cell), cell.alpha.numel(), cell.alpha.shape
         held = replace(cell, signs=cell.known)
 

@@ -10,7 +10,6 @@ from typing import Self, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from ...graph import Add, Affine, Conv2d, Flatten, Graph, Input, Linear, ReLU, Reshape, with_tensors
@@ -160,6 +159,8 @@ class Bounder:
         Return the bound and where the linear bounds of its rows are least in an l2 ball, (K, ...): what remains of a
         sub-problem in which all units are split is convex, so that these points tend to its solution.
         """
+        from scipy.optimize import minimize  # here, as importing it takes a third of a second
+
         lines, shape, count = self._cut(leaf.signs), leaf.alpha.shape, leaf.alpha.numel()
 
         def parts(both: Tensor) -> tuple[Tensor, Tensor]:
