@@ -14,7 +14,7 @@ from sparring.bounds.certify import _crown as crown
 from sparring.bounds.certify import _receptive_field as windows
 from sparring.bounds.certify._crown import bound_nodes
 from sparring.bounds.certify._relaxations import Interval, WindowLines, relax
-from sparring.graph import MaxPool
+from sparring.graph import Conv2d, MaxPool
 from sparring.models import Normalise, Residual
 from sparring.threat import L1, L2, LINF
 
@@ -131,3 +131,11 @@ def test_what_cannot_be_cut_or_gains_nothing_is_left_whole(layers: list[nn.Modul
     last = next(i for i, node in enumerate(graph.nodes) if len(node.shape) == 1)
     assert windows.windows(graph, last - 2) is None
     assert windows.windows(graph, last) is None
+
+
+@pytest.mark.parametrize(("body", "last"), [("padded", "ReLU"), ("uneven maxima", "ReLU"), ("three deep", "ReLU")])
+def test_the_first_layers_end_before_units_that_reach_several_outputs(body: str, last: str) -> None:
+    graph = prepare(network(body), (1, 16, 15))
+    index = windows.stem_of(graph)
+    assert type(graph.nodes[index].op).__name__ == last
+    assert sum(isinstance(node.op, Conv2d) for node in graph.nodes[: index + 1]) == 1

@@ -13,10 +13,11 @@ from ...graph import Constant, Graph, Node, evaluate
 from .._network import LinearOp, Moved, adjoint, moved_back, offset
 from .._region import Region
 from ._open_units import NONLINEAR, refined, wanted
-from ._receptive_field import windows
+from ._receptive_field import Stem, stem_of, windows
 from ._relaxations import Interval, Relaxation, first_layers, propagate, relax
 
-_CHUNK = 2**18  # coefficients of units that are refined at once: 2 MB of float64
+_STEM = 2**24  # coefficients of the first layers as linear functions
+_CHUNK = 2**19  # coefficients of units that are refined at once: 2 MB of float64
 
 
 def lower_bound(
@@ -143,13 +144,14 @@ def bound_nodes(
     feeds = refined(graph) if backward else []
     bounds: list[Interval] = []
     relaxed: dict[int, Relaxation] = {}
+    stems: list[Stem | None] = []
     for index, node in enumerate(graph.nodes):
         if isinstance(node.op, NONLINEAR):
             relaxed[index] = relax(node.op, *(bounds[i] for i in node.inputs))
         here = attained[index] if index in attained else _propagated(node, bounds, region)
         bounds.append(here if known is None else here.within(known[index]))
         if index in feeds and index not in attained:
-            bounds[index] = _refine(graph, index, bounds[index], region, relaxed)
+            bounds[index] = _refine(graph, index, bounds[index], region, relaxed, stems)
     return bounds, relaxed
 
 
@@ -160,21 +162,55 @@ def _propagated(node: Node, bounds: list[Interval], region: Region) -> Interval:
     return propagate(node.op, *(bounds[i] for i in node.inputs))
 
 
-def _refine(graph: Graph, index: int, known: Interval, region: Region, relaxed: Mapping[int, Relaxation]) -> Interval:
-    """Tighten the neurons of a node for which it may count, from windows where neurons see little."""
+def _refine(
+    graph: Graph,
+    index: int,
+    known: Interval,
+    region: Region,
+    relaxed: Mapping[int, Relaxation],
+    stems: list[Stem | None],
+) -> Interval:
+    """Tighten the neurons of a node for which it may count, from windows where neurons see little.
+
+    `stems`, one an image, are added when they are first needed.
+    """
     some, seen = wanted(graph, index, known), windows(graph, index)
     if seen is None:
         return _refined(graph, index, known, some, region, relaxed)
     parts = []
+    if not stems and index > stem_of(graph):  # before, its nodes have no lines
+        pieces = [slice(i, i + 1) for i in range(len(known.lower))]
+        stems += [_stem(graph, {i: lines.of(piece) for i, lines in relaxed.items()}) for piece in pieces]
     for image in (slice(start, start + 1) for start in range(len(known.lower))):  # there are many windows per image
         open_, *here = (seen.by_place(value[image]) for value in (some, *known))
         chosen = _places(open_) if seen.padded else torch.arange(len(open_))
-        network, lines = seen.network(chosen, {i: r.of(image) for i, r in relaxed.items()})
+        network, lines = seen.network(
+            chosen, {i: r.of(image) for i, r in relaxed.items()}, stems[image.start] if stems else None
+        )
         box, reach = Interval(*(value[chosen] for value in here)), seen.region(region[image], chosen)
         found = _refined(network, len(network.nodes) - 1, box, open_[chosen], reach, lines)
         both = (seen.whole(old.index_copy(0, chosen, new)) for old, new in zip(here, found, strict=True))
         parts.append(Interval(*both))
     return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
+
+
+def _stem(graph: Graph, relaxed: Mapping[int, Relaxation]) -> Stem | None:
+    """Return the first layers of a network for one image as linear functions; None if they have none or take much."""
+    index = stem_of(graph)
+    seen = windows(graph, index) if index else None
+    if seen is None:
+        return None
+    channels, *places = graph.nodes[index].shape
+    if 2 * channels * math.prod(places) * math.prod(seen.windows[0].size) * graph.nodes[0].shape[0] > _STEM:
+        return None
+    network, lines = seen.network(torch.arange(math.prod(places)), relaxed)
+    rows = torch.eye(channels, dtype=torch.float64).view(1, channels, channels, 1, 1)
+    rows = rows.expand(math.prod(places), -1, -1, -1, -1)
+    (low, below), (high, above) = (
+        linear_bound(network, len(network.nodes) - 1, sign * rows, lines) for sign in (1, -1)
+    )
+    slopes, shift = torch.cat([low, -high], 1), torch.cat([below, -above], 1)
+    return Stem(index, seen.windows[0], slopes.view(*places, *slopes.shape[1:]), shift.view(*places, -1))
 
 
 def flat(value: Tensor, batch: int = 1) -> Tensor:

@@ -90,13 +90,21 @@ class Windows:
         """Return whether a window reaches beyond the image."""
         return any(self._beyond(index) for index in self.windows)
 
-    def network(self, chosen: Tensor, relaxed: Mapping[int, Relaxation]) -> tuple[Graph, dict[int, Relaxation]]:
+    def network(
+        self, chosen: Tensor, relaxed: Mapping[int, Relaxation], stem: Stem | None = None
+    ) -> tuple[Graph, dict[int, Relaxation]]:
         """Return the network up to the last node, for the windows of chosen places of one image, and its bounds."""
         nodes: list[Node] = []
         lines: dict[int, Relaxation] = {}
         at: dict[int, int] = {}
-        for index in sorted(self.windows):
+        last = stem.index if stem is not None and stem.index in self.windows else 0
+        for index in sorted(i for i in self.windows if i == 0 or i >= last):
             node, sources = self.graph.nodes[index], []
+            if stem is not None and index == last > 0:
+                lines[1] = stem.seen(self.windows[index], *self._at(chosen), self.places)
+                nodes.append(Node(View(), (0,), (node.shape[0], *self.windows[index].size)))  # type: ignore[arg-type]
+                at[index] = 1
+                continue
             for source in node.inputs:
                 sources.append(at[source])
                 if (seen := self._seen(source, index, chosen)) is not None:
@@ -184,6 +192,86 @@ class Windows:
         rows, columns = self._at(chosen)
         seen = seen.unfold(2, size[1], stride[1])[:, rows, columns]
         return seen.movedim((-2, -1), (2, 3)).movedim(1, 0).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class StemLines:
+    """Bounds of a stem's outputs by linear functions of the pixels, as in `Stem`, for windows at some places.
+
+    slopes: (rows, columns, height, width, 2 · C, pixels) of windows at all places; shift: alike, without pixels.
+    """
+
+    slopes: Tensor
+    shift: Tensor
+    rows: Tensor
+    columns: Tensor
+    kernel: Pair
+    stride: Pair
+
+    def of(self, images: slice) -> StemLines:
+        """Return the bounds at some of the places."""
+        return replace(self, rows=self.rows[images], columns=self.columns[images])
+
+    def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
+        """As for Lines, but down to the pixels."""
+        count, sides = a.shape[:2], a.shape[3:]
+        here = a.permute(0, 3, 4, 1, 2).contiguous()
+        signed = torch.cat([here.clamp_min(0), here.clamp_max(0)], 4)
+        slopes, shift = (value[self.rows, self.columns] for value in (self.slopes, self.shift))
+        found = (signed @ slopes).flatten(1, 2).permute(0, 2, 3, 1).flatten(0, 1)
+        shape = [(n - 1) * step + size for n, step, size in zip(sides, self.stride, self.kernel, strict=True)]
+        pixels = F.fold(found, shape, self.kernel, stride=self.stride)
+        return (pixels.view(*count, *pixels.shape[1:]),), (signed @ shift[..., None]).sum((1, 2, 4))
+
+
+@dataclass(frozen=True, eq=False)
+class Stem:
+    """The first layers of a network, up to node `index`, as two linear functions of the pixels for each output.
+
+    window: the pixels seen by the first place; slopes: (H, W, 2 · C, pixels of a window), of the functions below an
+    output and then of those above, of one image; shift: (H, W, 2 · C). CROWN through such layers is the same as through
+    these functions: every unit of theirs reaches one output alone, with a weight that is not negative.
+    """
+
+    index: int
+    window: Window
+    slopes: Tensor
+    shift: Tensor
+
+    def seen(self, window: Window, rows: Tensor, columns: Tensor, places: Pair) -> StemLines:
+        """Return the functions within windows at some of all places; those beyond the image are zero."""
+        slopes, shift = (
+            _unfolded(value, window, places).movedim((-2, -1), (2, 3)) for value in (self.slopes, self.shift)
+        )
+        return StemLines(slopes, shift, rows, columns, self.window.size, self.window.stride)
+
+
+def stem_of(graph: Graph) -> int:
+    """Return the last node of a chain as in `Stem`, 0 if there is none."""
+    last = 0
+    for index, node in enumerate(graph.nodes):
+        if index == 0:
+            continue
+        if node.inputs != (index - 1,) or sum(index - 1 in other.inputs for other in graph.nodes) > 1:
+            break
+        before = isinstance(node.op, Affine | Conv2d) and last == 0
+        tiled = isinstance(node.op, MaxPool) and tile_of(node.op, graph.nodes[index - 1].shape) is not None
+        if isinstance(node.op, ReLU) or tiled:
+            last = index
+        elif not before:
+            break
+    return last
+
+
+def _unfolded(value: Tensor, window: Window, places: Pair) -> Tensor:
+    """Return the windows (rows, columns, ..., height, width) of a value (H, W, ...), a view if it is not padded."""
+    start, size, stride = window
+    for axis in (0, 1):
+        end = start[axis] + (places[axis] - 1) * stride[axis] + size[axis]
+        before, after = max(0, -start[axis]), max(0, end - value.shape[axis])
+        value = F.pad(value, (0, 0) * (value.dim() - 1 - axis) + (before, after))
+        value = value.narrow(axis, max(0, start[axis]), end - start[axis]).unfold(axis, size[axis], stride[axis])
+    return value
 
 
 def windows(graph: Graph, index: int) -> Windows | None:
