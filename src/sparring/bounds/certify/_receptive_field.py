@@ -219,7 +219,7 @@ class StemLines:
         signed = torch.cat([here.clamp_min(0), here.clamp_max(0)], 4)
         slopes, shift = (value[self.rows, self.columns] for value in (self.slopes, self.shift))
         found = (signed @ slopes).flatten(1, 2).permute(0, 2, 3, 1).flatten(0, 1)
-        shape = [(n - 1) * step + size for n, step, size in zip(sides, self.stride, self.kernel, strict=True)]
+        shape = tuple((n - 1) * step + size for n, step, size in zip(sides, self.stride, self.kernel, strict=True))
         pixels = F.fold(found, shape, self.kernel, stride=self.stride)
         return (pixels.view(*count, *pixels.shape[1:]),), (signed @ shift[..., None]).sum((1, 2, 4))
 
