@@ -1,6 +1,7 @@
 """The page in a real browser: it opens offline without a complaint, every figure renders, controls and keys work."""
 
 import importlib.util
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def shown(driver, selector):
 
 def click(driver, selector):
     driver.execute_script("document.querySelector(arguments[0]).click()", selector)
+
+
+def resize(driver, width):
+    """Set the window's width and wait until the page has it, which takes a while on a busy machine."""
+    driver.set_window_size(width, 1000)
+    for _ in range(200):
+        if abs(driver.execute_script("return innerWidth") - width) < 50:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the window did not become {width} pixels wide")
 
 
 def test_it_opens_offline_without_a_message_on_the_console(opened):
@@ -81,9 +92,9 @@ def test_the_arrow_keys_read_the_numbers_out(opened):
 
 
 def test_narrow_screens_do_not_scroll_sideways(opened):
-    opened.set_window_size(500, 900)
+    resize(opened, 500)
     wide = opened.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    opened.set_window_size(1280, 1000)
+    resize(opened, 1280)
     assert wide <= 0
 
 
