@@ -274,8 +274,9 @@ class ShippedSettings(Narrowed):
     """Compare the artefact that would be shipped with its network: accuracy, robustness and certificates.
 
     Its weights are rounded to `values`, and with activations = "int8" it computes in integers, calibrated on validation
-    images; such an artefact is not certified. The first `images` images that attacks use are attacked by `attack` at eps, on
-    the network and on the artefact, and some of them by HopSkipJump with `decisions` steps (0: not) on the artefact.
+    images; such an artefact is not certified. The first `images` images that attacks use are attacked by `attack` at
+    eps, on the network and on the artefact, and some of them by HopSkipJump with `decisions` steps (0: not) on the
+    artefact.
     The plan's [[certify]] tables are computed again for these images.
     """
 
