@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparring.cli._progress import Pace, shown_images
+from sparring.cli._progress import Pace, shown_bytes, shown_images
 from sparring.units import duration
 
 
@@ -34,3 +34,18 @@ def test_pace_counts_from_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> N
         ", about 30 s left"
     )
     assert [duration(s) for s in (1.2, 600, 7200)] == ["2 s", "10 min", "2.0 h"]
+
+
+def test_images_that_are_cached_are_told_by_the_second(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with shown_bytes() as tell:
+        for done in (0, 500, 1000):
+            tell("2,000 images decoded once", done, 1000)
+            now[0] += 4.0
+    first, half, end = capsys.readouterr().err.splitlines()
+    assert first == "2,000 images decoded once"
+    assert half.startswith("  50%, 250 images/s, ") and half.endswith("iB, about 4 s left")
+    assert end.startswith("  100%, 250 images/s, ") and end.endswith("iB")

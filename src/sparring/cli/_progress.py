@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import threading
 import time
@@ -133,28 +134,47 @@ def shown_bytes(name: str = "reading the data") -> Iterator[Callable[[str, int, 
 @contextlib.contextmanager
 def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    rows = dict[str, TaskID]()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[speed]}"))
+    rows, speed = dict[str, TaskID](), _Speed()
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
 
         def draw(name: str, done: int, total: int | None) -> None:
             if name not in rows:
-                rows[name] = bar.add_task(name)
-            bar.update(rows[name], completed=done, total=total)
+                rows[name] = bar.add_task(name, speed="")
+            bar.update(rows[name], completed=done, total=total, speed=speed.told(name, done, total))
 
         yield draw
 
 
+class _Speed:
+    """Tell images a second (of a name that begins with their number), the memory in use, and the time for the rest."""
+
+    def __init__(self) -> None:
+        self.paces: dict[str, Pace] = {}
+
+    def told(self, name: str, done: int, total: int | None) -> str:
+        own = self.paces.setdefault(name, Pace(done))
+        found, memory = re.match(r"([\d,]+) images", name), size_text(used_memory(children=True))
+        if not total or done <= own.first:
+            return memory
+        share = (done - own.first) / total
+        rate = int(found[1].replace(",", "")) * share / max(own.seconds, 1e-9) if found else 0
+        fast = f"{rate:,.0f} images/s, " if found else ""
+        left = f", about {duration(own.seconds * (total - done) / (done - own.first))} left" if done < total else ""
+        return f"{fast}{memory}{left}"
+
+
 def _tenths() -> Callable[[str, int, int | None], None]:
     """Return a function that prints one line at the beginning, and one more for every tenth that is done."""
-    told: dict[str, int] = {}
+    told, speed = dict[str, int](), _Speed()
 
     def tell(name: str, done: int, total: int | None) -> None:
         tenth = 10 * done // total if total else 0
+        fast = speed.told(name, done, total)
         if tenth > told.get(name, -1):
-            print(f"  {10 * tenth}%" if name in told else name, file=sys.stderr, flush=True)
+            print(f"  {10 * tenth}%, {fast}" if name in told else name, file=sys.stderr, flush=True)
         told[name] = tenth
 
     return tell

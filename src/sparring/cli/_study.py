@@ -198,4 +198,5 @@ class LiveView(Live):
         bar = ProgressBar(total=max(1, event.total), completed=event.done, width=60)
         under = [Text("  " + self.under[task.key]) for task in event.running if task.key in self.under]
         recent = (Text("  " + line, style="dim") for line in self.recent)
-        self.update(Group(bar, Text(" · ".join([*told, rest_of(event)])), *under, *recent))
+        state_line = Text("\n" + " · ".join([*told, rest_of(event)]))  # a bar alone does not end its line
+        self.update(Group(bar, state_line, *under, *recent))

@@ -7,19 +7,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..statistics import (
     INDICATIVE_BELOW,
     MOST_POINTS,
     Row,
     minimum_detectable_effect,
-    simultaneous,
     sweet_spot,
     with_seeds,
 )
 from . import _numbers as numbers
-from .analysis._findings import DRAWS_SEED, MANY_FAILED, Findings, Result, seeds_phrase
+from .analysis._findings import MANY_FAILED, Findings, Result, seeds_phrase
 from .analysis._looks import look_sentences
 from .analysis._metrics import NORMS, Measure, pretty, pretty_eps
 from .analysis._records import Study
@@ -111,7 +108,7 @@ def _named(measure: Measure) -> str:
 
 def _trend(result: Result) -> str:
     """Describe where a metric rises and falls beyond intervals that hold at all sparsities together, and how much."""
-    gains = simultaneous(result.gains, generator=np.random.default_rng(DRAWS_SEED))
+    gains = result.simultaneous
 
     def most(side: int) -> str:
         k = max(range(len(gains)), key=lambda k: side * gains[k].estimate)

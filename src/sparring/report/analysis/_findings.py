@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,11 @@ class Result:
     medians: tuple[float, ...]
     failed: tuple[float, ...]
     margin: float
+
+    @functools.cached_property
+    def simultaneous(self) -> list[Effect]:
+        """Return the gains with intervals that hold at all sparsities together."""
+        return simultaneous(self.gains, generator=np.random.default_rng(DRAWS_SEED))
 
     @property
     def over_sparsified(self) -> float | None:
@@ -270,7 +276,7 @@ def choose(
         if found is not None:
             return ChosenGain(found[0], found[1].priced(findings.study.looks.price), effects, 1)
     best = max(every, key=lambda s: by.gains.at(s).estimate)
-    wide = simultaneous(result.gains, generator=np.random.default_rng(DRAWS_SEED))
+    wide = result.simultaneous
     return ChosenGain(
         (best,) * len(result.seeds), wide[result.sparsities.index(best)], effects, len(every) + result.gains.dropped
     )
