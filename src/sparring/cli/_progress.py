@@ -14,6 +14,7 @@ from ..ram import size_text, used_memory
 from ..units import duration
 
 PATIENCE = 2.0  # seconds
+LONG = 40  # characters before a bar
 
 
 class Pace:
@@ -142,7 +143,9 @@ def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
 
         def draw(name: str, done: int, total: int | None) -> None:
             if name not in rows:
-                rows[name] = bar.add_task(name, speed="")
+                if len(name) > LONG:  # or the numbers have no room
+                    bar.console.print(name, highlight=False)
+                rows[name] = bar.add_task(name if len(name) <= LONG else "", speed="")
             bar.update(rows[name], completed=done, total=total, speed=speed.told(name, done, total))
 
         yield draw
