@@ -73,9 +73,7 @@ def exact(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace) -
     proved = bounds.radius(model, x, y, norm)
     for i in range(len(rows), len(x)):
         wall, processor, one = time.perf_counter(), time.process_time(), slice(i, i + 1)
-        found = bounds.exact(
-            model, x[one], y[one], norm, x_adv=attacked.x_adv[one], seconds=options.seconds, threads=options.threads
-        )
+        found = bounds.exact(model, x[one], y[one], norm, x_adv=attacked.x_adv[one], seconds=options.seconds)
         row: dict[str, Any] = {
             "image": i,
             "status": found.status[0],

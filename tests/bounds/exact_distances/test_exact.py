@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import LinearConstraint, linprog, minimize
 from torch import nn
 
-from sparring.bounds import exact, lipschitz, radius
+from sparring.bounds import Exact, exact, lipschitz, radius
 from sparring.errors import Unsupported, UserError
 from sparring.threat import distance
 
@@ -26,6 +26,46 @@ def tiny(seed: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
             parameter.mul_(2)
     x = torch.rand(1, 1, 1, 3)
     return model, x, model(x).argmax(1)
+
+
+def pooled(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    """A network of three inputs that takes two maxima of three units each, and an image."""
+    torch.manual_seed(seed)
+    layers = [
+        nn.Conv2d(1, 2, (1, 2), padding=(0, 1)),
+        nn.ReLU(),
+        nn.MaxPool2d((1, 3), 1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    x = torch.rand(1, 1, 1, 3)
+    return model, x, model(x).argmax(1)
+
+
+def brute_force_of_maxima(model: nn.Sequential, x: torch.Tensor, y: int, norm: float) -> float:
+    """Minimise the distance over the largest entry of every window, which may be 0, and every class."""
+    with torch.no_grad():
+        zero = model[0](torch.zeros(1, 1, 1, 3)).double()
+        matrix = torch.cat([model[0](v.view(1, 1, 1, 3)).double() - zero for v in torch.eye(3)])  # (3, 2, 1, 4)
+    a, b = matrix[:, :, 0].permute(1, 2, 0).numpy(), zero[0, :, 0].numpy()
+    windows = [np.append(a[c, i : i + 3], np.zeros((1, 3)), 0) for c in range(2) for i in range(2)]
+    shifts = [np.append(b[c, i : i + 3], 0.0) for c in range(2) for i in range(2)]
+    weight, bias = (p.detach().double().numpy() for p in model[4].parameters())
+    best = math.inf
+    for largest in itertools.product(range(4), repeat=4):
+        rows = [v - v[k] for v, k in zip(windows, largest, strict=True)]
+        limits = [s[k] - s for s, k in zip(shifts, largest, strict=True)]
+        slope = weight @ np.stack([v[k] for v, k in zip(windows, largest, strict=True)])
+        constant = weight @ np.array([s[k] for s, k in zip(shifts, largest, strict=True)]) + bias
+        for k in {0, 1, 2} - {y}:
+            above = np.vstack([*rows, slope[y] - slope[k]])
+            below = np.concatenate([*limits, [constant[k] - constant[y]]])
+            best = min(best, _smallest(above, below, x.double().flatten().numpy(), norm))
+    return best
 
 
 def brute_force(model: nn.Module, x: torch.Tensor, y: int, norm: float) -> float:
@@ -79,8 +119,16 @@ def _smallest(a: np.ndarray, b: np.ndarray, origin: np.ndarray, norm: float) -> 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_distance_equals_brute_force_over_activation_patterns(seed: int, norm: float) -> None:
     model, x, y = tiny(seed)
-    expected = brute_force(model, x, int(y), norm)
-    found = exact(model, x, y, norm)
+    _agrees(exact(model, x, y, norm), brute_force(model, x, int(y), norm))
+
+
+@pytest.mark.parametrize(("seed", "norm"), [(0, math.inf), (1, math.inf), (1, 2.0)])
+def test_the_distance_equals_brute_force_over_the_largest_entries_of_windows(seed: int, norm: float) -> None:
+    model, x, y = pooled(seed)
+    _agrees(exact(model, x, y, norm), brute_force_of_maxima(model, x, int(y), norm))
+
+
+def _agrees(found: Exact, expected: float) -> None:
     assert found.status == ("exact",)
     if math.isinf(expected):
         assert found.lower.item() == found.upper.item() == math.inf
@@ -89,26 +137,26 @@ def test_the_distance_equals_brute_force_over_activation_patterns(seed: int, nor
         assert found.upper.item() - found.lower.item() <= 1e-3
 
 
-@pytest.mark.parametrize("seed", range(7))
-def test_certified_at_most_exact_at_most_attacked_on_every_layer_kind(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "norm"), [*((seed, math.inf) for seed in range(7)), (3, 2.0), (10, 2.0)])
+def test_certified_at_most_exact_at_most_attacked_on_every_layer_kind(seed: int, norm: float) -> None:
     model, shape = network(seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(1, *shape, generator=generator)
     y = model(x).argmax(1)
-    adversarial = _attacked(model, x, int(y), generator)
-    found = exact(model, x, y, math.inf, x_adv=adversarial, seconds=1.0)  # the order holds whenever it stops
-    attacked = torch.where(model(adversarial).argmax(1) != y, distance(adversarial.double() - x, math.inf), math.inf)
-    certified = radius(model, x, y, math.inf)
+    adversarial = _attacked(model, x, int(y), norm, generator)
+    found = exact(model, x, y, norm, x_adv=adversarial, seconds=1.0)  # the order holds whenever it stops
+    attacked = torch.where(model(adversarial).argmax(1) != y, distance(adversarial.double() - x, norm), math.inf)
+    certified = radius(model, x, y, norm)
     assert (certified <= found.lower + 1e-4).all() and (found.lower <= found.upper).all()
     assert (found.upper <= attacked).all()
     reached = found.upper.isfinite()
     assert (model(found.x_adv).argmax(1) != y)[reached].all()
-    torch.testing.assert_close(distance(found.x_adv.double() - x, math.inf)[reached], found.upper[reached])
+    torch.testing.assert_close(distance(found.x_adv.double() - x, norm)[reached], found.upper[reached])
 
 
-def _attacked(model: nn.Module, x: torch.Tensor, y: int, generator: torch.Generator) -> torch.Tensor:
+def _attacked(model: nn.Module, x: torch.Tensor, y: int, norm: float, generator: torch.Generator) -> torch.Tensor:
     for eps in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
-        points = hostile_points(model, x.double(), y, math.inf, eps, points=50, generator=generator).float()
+        points = hostile_points(model, x.double(), y, norm, eps, points=50, generator=generator).float()
         wrong = model(points).argmax(1) != y
         if wrong.any():
             return points[wrong][:1]

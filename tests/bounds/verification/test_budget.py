@@ -22,10 +22,7 @@ def at(moments: list[float], **limits: Any) -> Budget:
     return Budget(clock=iter(moments).__next__, **limits)
 
 
-def test_shares_are_of_nodes_where_these_are_limited_else_of_seconds() -> None:
-    nodes = Budget(nodes=100, used=20, deadline=math.inf).share(0.75)
-    assert (nodes.nodes, nodes.used) == (60, 0)
-    assert at([10.0, 10.0], deadline=14.0).share(0.75).deadline == 13.0
+def test_no_part_lasts_longer_than_the_whole() -> None:
     assert at([10.0], deadline=14.0).within(9).deadline == 14.0
 
 

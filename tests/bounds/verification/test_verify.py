@@ -14,7 +14,7 @@ from sparring.bounds.verification._vnnlib import Case
 from sparring.errors import Unsupported, UserError
 from sparring.threat import distance
 
-from ..exact_distances.test_exact import brute_force, tiny
+from ..exact_distances.test_exact import brute_force, brute_force_of_maxima, pooled, tiny
 from ..random_networks import hostile_points, network
 
 
@@ -22,7 +22,17 @@ from ..random_networks import hostile_points, network
 @pytest.mark.parametrize("seed", (1, 3, 8, 9))
 def test_the_answer_turns_at_the_exact_distance(seed: int, norm: float) -> None:
     model, x, y = tiny(seed)
-    expected = min(brute_force(model, x, int(y), norm), 1.0)
+    _turns(model, x, y, norm, brute_force(model, x, int(y), norm))
+
+
+@pytest.mark.parametrize("norm", [math.inf, 2.0])
+def test_the_answer_turns_at_the_exact_distance_where_maxima_are_split(norm: float) -> None:
+    model, x, y = pooled(1)
+    _turns(model, x, y, norm, brute_force_of_maxima(model, x, int(y), norm))
+
+
+def _turns(model: nn.Module, x: torch.Tensor, y: torch.Tensor, norm: float, distance_: float) -> None:
+    expected = min(distance_, 1.0)
     (inside,) = verify(model, x, y, norm, expected * 0.999)
     assert inside.status == "verified" and inside.bound > 0 and inside.x_adv is None
     if expected < 0.99:

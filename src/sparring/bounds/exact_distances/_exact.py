@@ -18,11 +18,13 @@ from ...proofs import refuse_refuted
 from ...threat import L2, LINF, diameter, distance, norm_name, project, random_point
 from ...waiting import courteous
 from .._network import margin_rows, others, prepare
-from ..certify._certificates import margins_over, radius_over
+from ..certify._certificates import radius_over
+from ..certify._relaxations import Interval
 from ..verification._budget import Budget
 from ._cells import Bounder
 from ._joint import emptied
-from ._nearest import Question, nearest, polished, pools
+from ._maxima import without_maxima
+from ._nearest import Question, polished
 
 _GAP = 1e-3
 _STOP = 5e-4  # relative gap at which the search in one class stops
@@ -59,31 +61,29 @@ def exact(
     x_adv: Tensor | None = None,
     seconds: float = 60.0,
     nodes: float = math.inf,
-    threads: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Exact:
     """Compute the distance from each image to the nearest one with another label in [0, 1], within a budget.
 
     x (N, ...) in [0, 1], labels y (N,). x_adv are the best known adversarial points: the closer they are, the smaller
-    the ball that has to be searched. There is one search for all other classes (for linf with max pooling a
-    mixed-integer program for each one that CROWN cannot exclude). Only sparse or
-    small networks can be solved. `threads` are HiGHS's threads; they spin while they wait, so use at most as many as
-    there are free cores. To use two cores, run two processes with half of the images each. Each image takes
+    the ball that has to be searched. There is one search for all other classes. Only sparse or
+    small networks can be solved. To use two cores, run two processes with half of the images each. Each image takes
     `seconds` of `clock` and `nodes` sub-problems at most; unless seconds bind, results do not depend on the machine's
     speed. Bounds are lowered by 1e-7.
 
-    Raises UserError if a point contradicts a proof, Unsupported for layers that are not piecewise linear or too large,
-    and for max pooling with l2. Source: Tjeng et al. 2019 (the program).
+    Raises UserError if a point contradicts a proof, Unsupported for layers that are not piecewise linear or too large.
+    Source: Tjeng et al. 2019 (the programs).
     """
     if norm not in (L2, LINF):
         raise UserError(f"exact distances support only linf and l2, not {norm_name(norm)}")
-    graph = prepare(model, tuple(x.shape[1:]), images=x)
+    given = prepare(model, tuple(x.shape[1:]), images=x)
+    graph = without_maxima(given, Interval(torch.zeros_like(x[:1]).double(), torch.ones_like(x[:1]).double()))
     found = []
     with eval_mode(model):
         answer = opened(model, x)
         for i in range(len(x)):
             budget = Budget.of(nodes=nodes, seconds=seconds, clock=clock)
-            search = _Search(answer, graph, x[i : i + 1], y[i : i + 1], norm, budget, threads)
+            search = _Search(answer, given, graph, x[i : i + 1], y[i : i + 1], norm, budget)
             if x_adv is not None:
                 search.keep_(x_adv[i : i + 1])
             found.append((search, *search.run_()))
@@ -97,20 +97,20 @@ def exact(
 
 
 class _Search:
-    """The state of one image's search: the best adversarial point so far."""
+    """The state of one image's search: the best adversarial point so far. `searched` is the graph without maxima."""
 
     def __init__(
         self,
         model: nn.Module,
         graph: Graph,
+        searched: Graph,
         x: Tensor,
         y: Tensor,
         norm: float,
         budget: Budget,
-        threads: int,
     ) -> None:
-        self.model, self.graph, self.x, self.y, self.norm = model, graph, x, y, norm
-        self.budget, self.threads = budget, threads
+        self.model, self.graph, self.searched, self.x, self.y = model, graph, searched, x, y
+        self.norm, self.budget = norm, budget
         self.best, self.upper = x, math.inf
         self.classes = others(y, graph.nodes[-1].shape[0])[0].tolist()
 
@@ -132,7 +132,7 @@ class _Search:
         return self.keep_(point) or any(self.keep_(self._beyond(point, k, reach)) for reach in _BEYOND)
 
     def _asked(self, k: int) -> Question:
-        return Question(self.graph, self.x, int(self.y), k, self.budget, self.threads, self.norm)
+        return Question(self.graph, self.searched, self.x, int(self.y), k, self.budget, self.norm)
 
     def _wrong(self, point: Tensor) -> bool:
         with torch.no_grad():
@@ -145,7 +145,7 @@ class _Search:
             self.upper = 0.0
             return 0.0, "wrong", time.perf_counter() - begin
         certified = float(radius_over(self.graph, self.x, self.y, self.norm, "crown"))
-        lower = self._by_class(certified) if pools(self.graph) else self._jointly(certified)
+        lower = self._jointly(certified)
         refuse_refuted([max(certified, lower)], [self.upper], norm=norm_name(self.norm))
         lower = min(max(certified, lower), self.upper)
         closed = self.upper == lower or self.upper - lower <= _GAP * min(1, self.upper)
@@ -156,14 +156,10 @@ class _Search:
         """Return a lower bound from one search for all classes."""
         if math.isfinite(self.upper):
             self.offer_(self.best.double(), self.classes.index(self._label()))
-        bounder = Bounder(self.graph, self.x, margin_rows(self.graph, self.y)[0], self.norm)
+        bounder = Bounder(self.searched, self.x, margin_rows(self.graph, self.y)[0], self.norm)
         limit = diameter(self.x, self.norm)
         low = emptied(bounder, self, self.budget, floor=certified, limit=limit, gap=_STOP)
         return math.inf if low >= limit else max(0.0, low - 1e-7)
-
-    def _by_class(self, certified: float) -> float:
-        """Return a lower bound from a search for each class."""
-        return min([math.inf, *(self._search_class_(k, certified) for k in self._open_classes())])
 
     @torch.enable_grad()
     def _beyond(self, point: Tensor, k: int, reach: float) -> Tensor:
@@ -180,31 +176,6 @@ class _Search:
             found = (point + project(moved - point, self.norm, reach)).clamp(0, 1)
         logits = self.graph(found)
         return found[[int((logits[:, k] - logits[:, int(self.y)]).argmax())]]
-
-    def _cap(self) -> float:
-        return min(self.upper, float(distance(torch.ones_like(self.x), self.norm)))
-
-    def _open_classes(self) -> list[int]:
-        eps = torch.tensor([self._cap()], dtype=torch.float64)
-        margins = margins_over(self.graph, self.x, self.y, self.norm, eps, "alpha-crown")[0]
-        classes = others(self.y, self.graph.nodes[-1].shape[0])[0]
-        return [int(classes[j]) for j in margins.argsort() if margins[j] <= 0]
-
-    def _search_class_(self, k: int, floor: float) -> float:
-        """Return a lower bound on the distance to class k, which may be anything above the best distance known."""
-        known = math.isfinite(self.upper)
-        cap = self._cap() * (1 - _STOP * known)
-        bound, points = nearest(
-            self._asked(k),
-            cap,
-            floor=floor,
-            start=self.best if known and self._label() == k else None,
-            gap=_STOP,
-        )
-        for point in points:  # nearest first
-            if self._kept_beyond_(point, k):
-                break
-        return max(0.0, bound - 1e-7) if bound < cap or known else math.inf
 
     def _label(self) -> int:
         """Return the model's label of the best point."""

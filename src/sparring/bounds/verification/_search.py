@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from ...errors import Unsupported
 from ...threat import LINF
 from ..certify._crown import bound_nodes
+from ..certify._relaxations import Interval
+from ..exact_distances._maxima import without_maxima
 from ._branching import decided, tightened
 from ._budget import Budget, Limit
 from ._leaves import Bounder, Leaves
@@ -86,6 +88,9 @@ def _proved(asked: Question, budget: Budget, progress: Progress) -> float:
     bounded(bounder, 0)
     _attack(asked.of(open_()), 0)
     bounded(bounder, 20)
+    if len(open_()) and (plain := without_maxima(graph, Interval(asked.ball.lower, asked.ball.upper))) is not graph:
+        graph, last, asked = plain, len(plain.nodes) - 1, replace(asked, graph=plain)
+        bounds, _ = bound_nodes(graph, asked.ball, backward=True)
     for level, rounds in enumerate(_ROUNDS):
         if not len(open_()) or budget.over:
             break
