@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparring import sparsity
 from sparring.errors import UserError
 from sparring.sparsity import (
     METHODS,
@@ -113,3 +114,20 @@ def test_a_users_own_score_and_pruner(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_refusals_name_their_reason(spec: PruningSpec, sparsity: float | None, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         build_pruner(spec, sparsity)
+
+
+@pytest.mark.parametrize("structure", ["2:4", "channels"])
+def test_transposed_convolutions_are_spared_from_structures_of_rows(structure: str) -> None:
+    body = (nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 1))
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(16, 4))
+    spec = sparsity.PruningSpec(method="one-shot", structure=structure)
+    with pytest.warns(sparsity.LeftDenseWarning, match=r"leaves '4.weight' dense"):
+        given = sparsity.spared(spec, model)
+    rule, ones, batch = sparsity.build_pruner(given, 0.5).rule, sparsity.all_ones(model), torch.rand(2, 4, 2, 2)
+    masks = rule.masks(model, sparsity.magnitude(model), 0.5, masks=ones, batch=(batch, torch.zeros(2).long()))
+    assert bool(masks["4.weight"].all()) and float(masks["0.weight"].double().mean()) == 0.5
+    sparsity.apply_(model.eval(), masks)
+    if structure == "channels":
+        small = sparsity.remove_channels(model, masks, (4, 2, 2))
+        assert torch.allclose(small(batch), model(batch), atol=1e-6) and small[0].out_channels == 4
+    assert sparsity.spared(sparsity.PruningSpec(method="one-shot"), model).spare is None

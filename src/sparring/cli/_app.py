@@ -487,7 +487,8 @@ class ExportOptions:
         Option(help="Number format of the activations: fp32, or int8, calibrated on validation images."),
     ] = "fp32"
     eps: Annotated[str, Option(help="Budget of the attack on the exported file.")] = "0.1"
-    images: Images = 500
+    images: Annotated[int, Option(help="Number of test images.", min=2)] = 500
+    seconds: Annotated[float, Option(help="Time budget of this attack: fewer images where they take longer.")] = 600.0
     threads: Threads = None
 
 

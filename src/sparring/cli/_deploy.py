@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from ._progress import shown_images
 from ._sources import check_out, file_of, float_images, open_both, open_model, plain_form
 
 ONNX_TOLERANCE = 1e-4  # or four roundings of the model's own type
+# Passes of one image in the attacks on an exported file: PGD's gradients count as two more, on network and artefact.
+_GRADIENTS, _DECISIONS = 240, 1000
 CALIBRATING = 64  # images on which int8 engines are calibrated
 ENDINGS = {"packed": ".sparring", "onnx": ".onnx"}
 
@@ -71,6 +75,8 @@ def _write_packed(
 ) -> dict[str, Any]:
     """Write a network as an artefact; print and return its size and the cost of shipping it."""
     shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
+    if len(dataset.test.x) < 2:
+        raise UserError("the attack on the exported file compares shares of images: give at least two test images")
     packed = deploy.pack(
         network, shape=shape, images=few, values=how.values, class_names=dataset.class_names or None,
         calibrate=_calibrating(dataset) if how.activations == "int8" else None, provenance=_provenance(model, dataset),
@@ -78,15 +84,31 @@ def _write_packed(
     print(_gain(packed))
     path = deploy.write_program(packed.program, how.out, values=how.values)
     size = _print_size(path, network)
+    model_there, loaded = place.model(network), deploy.load(path)
     x, y = chosen_images(dataset, "test", 0, how.images)
+    count = _affordable(loaded, as_float(x[:1]), len(x), how.seconds)
     with shown_images() as tell:
-        task = place.model(network), deploy.load(path), float_images(x, results=2), y
+        task = model_there, loaded, float_images(x[:count], results=2), y[:count]
         found = deploy.ship_report(*task, attacks.pgd, threat, progress=tell)
-    _print_cost(found, len(y), threat)
+    _print_cost(found, count, threat)
     shares = {name: value for name, value in vars(found).items() if not isinstance(value, Tensor)}
     change = {"estimate": found.change.estimate, "low": found.change.low, "high": found.change.high}
     numbers = {"values": how.values, "activations": how.activations}
-    return {**size, **numbers, "images": len(y), "eps": threat.eps, **shares, "change": change}
+    return {**size, **numbers, "images": count, "eps": threat.eps, **shares, "change": change}
+
+
+def _affordable(packed: deploy.Packed, image: Tensor, most: int, seconds: float) -> int:
+    """Return how many images the attacks can take in a time budget, two at least; say if they are fewer than `most`."""
+    packed(image)  # not timed: it is planned
+    begin = time.perf_counter()
+    packed(image)
+    each = time.perf_counter() - begin
+    cost = {count: each * (count * _GRADIENTS + min(count, 50) * _DECISIONS) for count in range(most, 1, -1)}
+    few = next((count for count, needed in cost.items() if needed <= seconds), 2)
+    if few < most:
+        said = f"attacking {few} of {most} images, which takes about {seconds:g} s: --seconds changes this"
+        print(said, file=sys.stderr, flush=True)
+    return few
 
 
 def _calibrating(dataset: Dataset) -> Tensor:

@@ -22,7 +22,7 @@ from ..errors import UnknownNameError, UserError
 from ..files import save_tensors
 from ..metrics import accuracy
 from ..models import Blueprint, read_checkpoint, recipe_settings, save_model
-from ..sparsity import Pruner, PruningSpec, build_pruner, check_reached, counts, covered, sparsity_of
+from ..sparsity import Pruner, PruningSpec, build_pruner, check_reached, counts, covered, spared, sparsity_of
 from ..statistics import binomial_interval
 from ..study import (
     NetworkSettings,
@@ -90,10 +90,11 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     settings = _settings(how.options, PruningSpec, Recipe)
     pruning = settings.pruning[0]
     place = place_of(options.device, options.dtype, training=True)
-    pruner = build_pruner(pruning, how.sparsity)
+    build_pruner(pruning, how.sparsity)  # refuses what is impossible before data are read
     check_named(source)
     dataset = _images_for(source, data, settings.recipe)
     model, blueprint = open_model(source, dataset, download=data.download)
+    pruner = build_pruner(spared(pruning, model), how.sparsity)
     own = recipe_settings(blueprint.name, channels=blueprint.shape[0], fine_tuning=True)
     recipe = _settings(how.options, PruningSpec, Recipe, own=own).recipe
     result = _fit(place.model(model), dataset, recipe, how.out, options, training, pruner)

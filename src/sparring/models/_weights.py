@@ -49,6 +49,7 @@ def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str,
         if name in learned and value.shape != own[name].shape:
             rows = value.shape[1:] == own[name].shape[1:]
             way = "; if its rows are classes, name all of the network's with --classes FILE" if rows else ""
+            way += ", and give the size of its images with --resize and --crop" if rows else ""
             raise UserError(
                 f"'{name}' has shape {tuple(value.shape)} in the weights and {tuple(own[name].shape)} here{way}"
             )

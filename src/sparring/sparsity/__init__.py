@@ -32,7 +32,7 @@ from ._masks import (
     sparsity_of,
     targets,
 )
-from ._registry import METHODS, STRUCTURES, PruningSpec, build_pruner, covered
+from ._registry import METHODS, STRUCTURES, PruningSpec, build_pruner, covered, spared
 from ._rule import Pruner, Rule, Step, check_reached, cubic
 from ._scores import SCORES, gradients, magnitude, random, snip, taylor, wanda
 from ._select import (
@@ -135,6 +135,7 @@ __all__ = [
     "shown",
     "silent",
     "snip",
+    "spared",
     "sparse_evolution",
     "sparsifiers",
     "sparsity_of",

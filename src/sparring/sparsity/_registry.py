@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
 from ..errors import UnknownNameError, UserError
+from ..matrices import is_transposed, matrices
 from ..plugins import check_options, look_up
 from ..tally import counts
 from ..units import percent
 from ._masks import Masks
 from ._rule import Pruner, Rule
 from ._scores import SCORES
-from ._select import NM, SCOPES, Blocks, Channels, Inputs, Structure, Unstructured
+from ._select import NM, SCOPES, Blocks, Channels, Inputs, LeftDenseWarning, Structure, Unstructured
 from .methods._dns import dynamic_network_surgery
 from .methods._gradual import bernoulli, gradual, iterative, one_shot, proximal
 from .methods._movement_hydra import hydra, movement
@@ -121,6 +123,17 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
     if not isinstance(pruner, Pruner):
         raise UserError(f"'{spec.method}' returned {type(pruner).__name__}, not a pruner (docs/extending.md)")
     return pruner
+
+
+def spared(spec: PruningSpec, model: nn.Module) -> PruningSpec:
+    """Return settings that spare transposed convolutions, whose rows are inputs, from n:m and channels; say which."""
+    structure = STRUCTURES.get(spec.structure or "unstructured")
+    names = tuple(one.name for one in matrices(model) if is_transposed(one) and one.excuse is None)
+    if not names or not isinstance(structure, NM | Channels):
+        return spec
+    text = f"{spec.structure} leaves {', '.join(map(repr, names))} dense: rows of transposed convolutions are inputs"
+    warnings.warn(text, LeftDenseWarning, stacklevel=2)
+    return replace(spec, spare=(*(spec.spare or ()), *names))
 
 
 def _target(

@@ -18,7 +18,7 @@ from ...memory_format import channels_last
 from ...models import load_weights_, read_weights
 from ...modes import eval_mode
 from ...outputs import logits_of, opened
-from ...sparsity import ACTIVATIONS, Batch, CollapsedLayerWarning, all_ones, build_pruner, magnitude
+from ...sparsity import ACTIVATIONS, Batch, CollapsedLayerWarning, all_ones, build_pruner, magnitude, spared
 from ...units import duration
 from ..runner._executors import AnyTask
 from ..stages._inputs import (
@@ -97,7 +97,7 @@ def _try_gradient(model: nn.Module, context: Context) -> None:
 def _try(pruning: PruningSettings, plan: Plan, model: nn.Module, batch: Batch) -> None:
     grid = pruning.grid(plan.sparsities)
     asked = max((sparsity for sparsity in grid if sparsity is not None), default=None)
-    rule, masks = build_pruner(pruning, asked).rule, all_ones(model)
+    rule, masks = build_pruner(spared(pruning, model), asked).rule, all_ones(model)
     target = pruning.layers or (pruning.c_rate if asked is None else asked)
     if isinstance(target, Mapping):
         rule.by_layer(masks, target)

@@ -23,6 +23,7 @@ from ...sparsity import (
     calibrate_,
     check_reached,
     covered,
+    spared,
     sparsity_of,
     with_activation_penalty,
 )
@@ -84,7 +85,7 @@ def prune(context: Context, task: Task[Prune]) -> TaskOutcome:
     """Prune and fine-tune the parent's network; without a method this is the dense control."""
     inputs = task.inputs
     model = network_of(context, inputs, task.parents[0])
-    pruner = None if inputs.pruning is None else build_pruner(inputs.pruning, inputs.sparsity)
+    pruner = None if inputs.pruning is None else build_pruner(spared(inputs.pruning, model), inputs.sparsity)
     return _fitted(context, task.key, inputs, model, seed=FINETUNE_SEED + inputs.seed, pruner=pruner)
 
 
