@@ -139,6 +139,25 @@ def test_numpy_and_native_agree_and_threads_change_nothing(sparse_model):
     assert (again == one(x)[:192]).all()
 
 
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_threads_that_share_every_kernel_change_no_bit(sparse_model, monkeypatch, values):
+    x = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    calibrate = x if values == "int8" else None
+    model = sparse_model("resnet-32", 0.2, width=0.25)
+    one = deploy.pack(model, shape=x.shape[1:], values=values, calibrate=calibrate)
+    batches = [x[:1], x[:9], x, x[3:4], x[4:9]]
+    expected = [one(batch) for batch in batches]
+    monkeypatch.setattr(engine, "_SHARED", 0)
+    three = deploy.Packed(one.program, threads=3)
+    shared, run = [], engine.ExecutionPlan.run_shared
+    monkeypatch.setattr(engine.ExecutionPlan, "run_shared", lambda *given: (shared.append(given), run(*given)))
+    assert all(torch.equal(three(batch), logits) for batch, logits in zip(batches, expected, strict=True))
+    assert len(shared) >= len(batches)
+    with ThreadPoolExecutor(4) as pool:  # one call at a time has the helpers
+        again = list(pool.map(three, batches * 3))
+    assert all(torch.equal(*two) for two in zip(again, expected * 3, strict=True))
+
+
 def test_images_are_answered_alike_with_and_without_builtins(sparse_model, monkeypatch):
     program = deploy.pack(sparse_model("lenet-5", 0.1), shape=(1, 28, 28)).program
     images = [np.random.default_rng(i).random((1, 1, 28, 28), np.float32) for i in range(12)]

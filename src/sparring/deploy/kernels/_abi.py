@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import llvmlite
@@ -14,10 +15,11 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from ._llvm_ir import INT64, POINTER, Kernel, Spec, Unit
+from ._llvm_ir import INT32, INT64, POINTER, WHOLE, Kernel, Spec, Unit, Value
 from ._native import Code
 
 Table = NDArray[np.generic]
+_SPINS = 10_000  # turns of a waiting loop, some ten microseconds
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,16 @@ class Run(IntEnum):
     UNIT_BYTES = 7  # from one unit's own memory to the next
     UPSTREAM = 8  # address of the gradients of the logits
     UPSTREAM_BYTES = 9  # of one image
-    UNIT = 10  # where the fields of `Unit` begin
+    PARTS = 10  # shares of each kernel, which threads take; each of them has its own call
+    COUNTERS = 11  # address of two int64s for each kernel's call: how many shares are taken, and how many are done
+    PASSED = 12  # calls that this thread has passed
+    UNIT = 13  # where the fields of `Unit` begin
 
 
 def fields_of(told: Mapping[int, int]) -> NDArray[np.int64]:
-    """Return the fields of a run by their numbers, zero if not given."""
+    """Return the fields of a run by their numbers, zero if not given; one thread does all the work."""
     fields = np.zeros(Run.UNIT + len(Unit), np.int64)
+    fields[Run.UNIT + Unit.LAST] = WHOLE
     fields[list(told)] = list(told.values())
     return fields
 
@@ -109,7 +115,12 @@ def _identity(names: list[str]) -> str:
 
 def add_runner(code: Code) -> None:
     """Compile the function "run", which executes a plan."""
-    code.add(f"run\0{_sources()}", runner, ["run"])
+    code.add(f"run\0{_sources()}", runner, ["run"], symbols=[("sched_yield", _address_of("sched_yield"))])
+
+
+def _address_of(name: str) -> int:
+    """Return the address of a function of the C library."""
+    return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
 
 
 @cache
@@ -124,6 +135,8 @@ def module_of(specs: list[Spec]) -> str:
     module = ir.Module("sparring")
     for spec in specs:
         kernel = Kernel(module, spec.name)
+        if not spec.shares:
+            kernel.alone()
         spec.emit(kernel)
         kernel.finish()
     return str(module)
@@ -133,9 +146,11 @@ def runner() -> str:
     """Return the LLVM IR of `void run(arena, segments, call)`, which executes a plan in one call, see `Run`.
 
     segments: a count, then for each (1 to run it once for every unit of images that is in use, else 0; operations;
-    address of their table), a table holding a kernel's address and its arguments' address each.
+    address of their table), a table holding a kernel's address and its arguments' address each. Threads may run it
+    together, see `_divide`.
     """
     module = ir.Module("runner")
+    pause = ir.Function(module, ir.FunctionType(INT32, []), "sched_yield")
     k = Kernel(module, "run")
     b = k.b
     image_bytes, logits_bytes, upstream_bytes = (
@@ -143,6 +158,7 @@ def runner() -> str:
     )
     images, lanes, unit_bytes = k.field(Run.COUNT), k.field(Run.LANES), k.field(Run.UNIT_BYTES)
     inner = k.at(k.call, 8 * Run.UNIT)
+    parts = k.field(Run.PARTS)
     used = b.sdiv(b.add(images, b.sub(lanes, k.number(1))), lanes)
     kind = ir.FunctionType(ir.VoidType(), [POINTER, POINTER, POINTER])
     with k.loop(k.load(k.arguments, INT64)) as number:
@@ -165,6 +181,48 @@ def runner() -> str:
                 pair = k.at(table, b.mul(entry, k.number(16)))
                 function = b.inttoptr(k.load(pair, INT64), kind.as_pointer())
                 arguments = b.inttoptr(k.load(k.at(pair, 8), INT64), POINTER)
-                b.call(function, [k.arena, arguments, inner])
+                run = partial(b.call, function, [k.arena, arguments, inner])
+                with b.if_else(b.icmp_signed(">", parts, k.number(1))) as (together, alone):
+                    with together:
+                        _divide(k, run, inner, parts, pause)
+                    with alone:
+                        run()
     k.finish()
     return str(module)
+
+
+def _divide(k: Kernel, run: Callable[[], None], inner: Value, parts: Value, pause: Value) -> None:
+    """Run a kernel together with other threads, each of which takes the next share as long as there is one.
+
+    Then wait until all shares are done. Threads that the system has not started yet are not waited for.
+    """
+    b = k.b
+    number = k.field(Run.PASSED)
+    k.store(b.add(number, k.number(1)), k.at(k.call, 8 * Run.PASSED))
+    taken = k.at(k.address(Run.COUNTERS), b.mul(number, k.number(16)))
+    done, size = k.at(taken, 8), b.sdiv(k.number(WHOLE), parts)
+    take, work, wait, rest, end = (k.function.append_basic_block(n) for n in ("take", "work", "wait", "rest", "end"))
+    b.branch(take)
+    b.position_at_end(take)
+    share = b.atomic_rmw("add", taken, k.number(1), "acq_rel")
+    b.cbranch(b.icmp_signed("<", share, parts), work, wait)
+    b.position_at_end(work)
+    following = b.add(share, k.number(1))
+    last = b.select(b.icmp_signed("==", following, parts), k.number(WHOLE), b.mul(following, size))
+    k.store(b.mul(share, size), k.at(inner, 8 * Unit.FIRST))
+    k.store(last, k.at(inner, 8 * Unit.LAST))
+    run()
+    b.atomic_rmw("add", done, k.number(1), "acq_rel")
+    b.branch(take)
+    b.position_at_end(wait)
+    turns = b.phi(INT64)
+    more = b.add(turns, k.number(1))
+    finished = b.icmp_signed(">=", b.load_atomic(done, "acquire", 8, typ=INT64), parts)
+    b.cbranch(finished, end, rest)
+    b.position_at_end(rest)  # kernels take equally long; later, let other programs run
+    with b.if_then(b.icmp_signed(">", more, k.number(_SPINS))):
+        b.call(pause, [])
+    turns.add_incoming(k.number(0), take)
+    turns.add_incoming(more, b.block)
+    b.branch(wait)
+    b.position_at_end(end)

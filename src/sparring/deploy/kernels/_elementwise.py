@@ -24,6 +24,7 @@ class Pointwise(Spec):
     four the bytes from channel to channel, row to row and column to column, scales, shifts (one per channel).
     """
 
+    shares = True
     lanes: int
     image: bool = False
     scaled: bool = False
@@ -39,7 +40,7 @@ class Pointwise(Spec):
         channels, rows, columns, width = k.integers(4)
         steps = [k.integers(3) for _ in range(4)]
         tables = k.pointer(), k.pointer()
-        with k.loop(channels) as channel:
+        with k.shared(channels) as channel:
             factors = [k.entry(table, channel) for table in tables if self.scaled]
             with k.loop(rows) as row, k.loop(columns) as column:
                 lines = bases
@@ -72,6 +73,7 @@ class Pack(Spec):
     image, scales, shifts.
     """
 
+    shares = True
     lanes: int
     scaled: bool
     field: Unit = Unit.IMAGES
@@ -81,7 +83,7 @@ class Pack(Spec):
         channels, rows, width, outer, inner, image_bytes = k.integers(6)
         tables = k.pointer(), k.pointer()
         images = k.images(self.lanes, image_bytes, self.field)
-        with k.loop(channels) as channel:
+        with k.shared(channels) as channel:
             factors = [k.entry(table, channel) for table in tables if self.scaled]
             with k.loop(rows) as row:
                 line = k.at(target, b.add(b.mul(channel, outer), b.mul(row, inner)))
@@ -188,6 +190,7 @@ class PoolMax(_Windows):
     and column to column.
     """
 
+    shares = True
     relu: bool = False
     wide: int = 1
 
@@ -195,7 +198,7 @@ class PoolMax(_Windows):
         source, target, channels = k.place(), k.place(), k.integer()
         steps = [k.integers(3) for _ in range(2)]
         first, whole = self._inside_of_rows()
-        with k.loop(channels) as channel, k.loop(self.sides[2]) as y:
+        with k.shared(channels) as channel, k.loop(self.sides[2]) as y:
 
             def store(value: Value, x: Value, channel: Value = channel, y: Value = y) -> None:
                 k.store(self.rectified(k, value) if self.relu else value, _pixel(k, target, steps[1], channel, y, x))
@@ -267,6 +270,7 @@ class Spread(Spec):
     row to row. `sides`: rows and columns of the input; `phases`: the remainders that are needed.
     """
 
+    shares = True
     lanes: int
     sides: tuple[int, int]
     stride: tuple[int, int]
@@ -276,7 +280,7 @@ class Spread(Spec):
         b, source, target, channels = k.b, k.place(), k.place(), k.integer()
         (outer, inner), (wide, narrow) = k.integers(2), k.integers(2)
         down, across = self.stride
-        with k.loop(channels) as channel:
+        with k.shared(channels) as channel:
             for phase in sorted({y for y, _ in self.phases}):
                 columns = [x for y, x in self.phases if y == phase]
                 with k.loop(-(-(self.sides[0] - phase) // down)) as y:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +40,7 @@ Fills = list[tuple[int, int, int]]  # where in the arena, bytes, byte
 _SHARE = 0.02  # a layer with less of the network's work than this is not worth tuning
 _ROUNDS, _SHORTEST = 5, 2e-5  # seconds of a round
 _SHORT = 1 << 18  # products for one image, about ten microseconds
+_SHARED = 1 << 24  # products from which on threads share a call
 
 
 class Workspace:
@@ -72,6 +75,15 @@ class Single(Workspace):
         self.answer = builtin(code, self._fields)
 
 
+@dataclass(frozen=True)
+class Crew:
+    """Threads that wait, without spinning, for work of one call at a time; other calls then run on their own thread."""
+
+    process: int
+    helpers: ThreadPoolExecutor
+    lock: Lock
+
+
 class ExecutionPlan:
     """A program compiled for one layout: run it on up to `together` images at a time, from any thread."""
 
@@ -79,6 +91,7 @@ class ExecutionPlan:
         """Take calls in order; those from number `again` on are repeated for every further gradient of an image."""
         layout = planner.layout
         self.together = layout.together
+        self._kernels = len(calls) * layout.units
         self._calls = calls
         self._code = code  # keeps the machine code alive
         add_kernels(code, (call.spec for call in calls))
@@ -113,6 +126,25 @@ class ExecutionPlan:
             call[_TOLD] = images, logits, min(count, together)
             self._run(space.arena, self._segments_address, space.call_address)
             images, logits, count = images + together * self._image, logits + together * self._logits, count - together
+        self._idle.append(space)
+
+    def run_shared(self, images: int, logits: int, count: int, helpers: ThreadPoolExecutor, threads: int) -> None:
+        """Do the same, with every kernel shared by this thread and helpers, on which nothing else may run."""
+        space = self._idle.pop() if self._idle else self._workspace()
+        counters, calls = np.zeros(2 * self._kernels, np.int64), [space.call.copy() for _ in range(threads)]
+        for call in calls:
+            call[Run.PARTS], call[Run.COUNTERS] = threads, counters.ctypes.data
+        run = [partial(self._run, space.arena, self._segments_address, call.ctypes.data) for call in calls]
+        for start in range(0, count, self.together):
+            counters[:] = 0
+            for call in calls:
+                call[Run.IMAGES], call[Run.LOGITS] = images + start * self._image, logits + start * self._logits
+                call[Run.COUNT], call[Run.PASSED] = min(count - start, self.together), 0
+            others = [helpers.submit(one) for one in run[1:]]
+            run[0]()
+            for other in others:
+                if not other.cancel():  # one that has not begun has nothing left to do
+                    other.result()
         self._idle.append(space)
 
     @property
@@ -175,6 +207,7 @@ class Engine:
         self._way = way_of_products() if self._lanes <= host_lanes() else "plain"  # no instructions of wider vectors
         self._lookup = lanes is None and permutes()
         self._threads = threads
+        self._helping: Crew | None = None
         self._code = code or Code()
         add_runner(self._code)
         add_answer(self._code)
@@ -197,6 +230,8 @@ class Engine:
 
         It is for one thread at a time, and faster than `run`: a small network takes as long as a few Python calls.
         """
+        if self._threads > 1 and self._shares(1):
+            return no_answer
         return self.plan(Layout(False, self._lanes)).single.answer or no_answer
 
     def plan(self, layout: Layout) -> ExecutionPlan:
@@ -231,13 +266,34 @@ class Engine:
             plan, images, logits, number = part
             plan.run(source + images, target + logits, number)
 
-        if self._threads > 1 and len(parts) > 1:
-            with ThreadPoolExecutor(self._threads) as pool:
-                list(pool.map(work, parts))
-        else:
+        if self._threads == 1 or not self._shares(count) or not self._crew.lock.acquire(blocking=False):
             for part in parts:
                 work(part)
+            return result
+        helpers = self._crew.helpers
+        try:
+            if len(parts) >= self._threads:  # each computes its own images
+                others = [helpers.submit(work, part) for part in parts[1:]]
+                work(parts[0])
+                for other in others:
+                    other.result()
+            else:
+                for plan, images, logits, number in parts:
+                    plan.run_shared(source + images, target + logits, number, helpers, self._threads)
+        finally:
+            self._crew.lock.release()
         return result
+
+    def _shares(self, count: int) -> bool:
+        """Return whether images are enough work for several threads."""
+        return count * multiplications(self._program) >= _SHARED
+
+    @property
+    def _crew(self) -> Crew:
+        """Return the helpers of this process: a fork has none of its parent's threads."""
+        if self._helping is None or self._helping.process != os.getpid():
+            self._helping = Crew(os.getpid(), ThreadPoolExecutor(self._threads - 1), Lock())
+        return self._helping
 
     @property
     def bytes_memory(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from llvmlite import ir
 
@@ -23,6 +23,10 @@ def vector(lanes: int) -> Any:
     return FLOAT if lanes == 1 else ir.VectorType(FLOAT, lanes)
 
 
+WHOLE_BITS = 16
+WHOLE = 1 << WHOLE_BITS  # of a kernel's work
+
+
 class Unit(IntEnum):
     """A kernel's arguments for one call: int64s about its unit of images."""
 
@@ -31,6 +35,8 @@ class Unit(IntEnum):
     COUNT = 2  # images of this unit
     UPSTREAM = 3  # address of the gradients of the logits
     OWN = 4  # offset in the arena of the unit's own memory
+    FIRST = 5  # the share of the work, from FIRST / WHOLE up to LAST / WHOLE: threads may divide a kernel's rows
+    LAST = 6
 
 
 @dataclass
@@ -162,6 +168,24 @@ class Kernel:
         with self.carry(count, step=step) as turn:
             yield turn.number
 
+    def share(self, count: Value) -> tuple[Value, Value]:
+        """Return where this call's share of some rows begins and ends."""
+        bits = self.number(WHOLE_BITS)
+        first, last = (self.b.lshr(self.b.mul(count, self.field(f)), bits) for f in (Unit.FIRST, Unit.LAST))
+        return first, last
+
+    @contextmanager
+    def shared(self, count: Value) -> Iterator[Value]:
+        """Run the body for each number below count that is in this call's share."""
+        first, last = self.share(count)
+        with self.carry(last, start=first) as turn:
+            yield turn.number
+
+    def alone(self) -> None:
+        """Return at once, unless the call's share is the first one."""
+        with self.b.if_then(self.b.icmp_signed("!=", self.field(Unit.FIRST), self.number(0))):
+            self.b.ret_void()
+
     @contextmanager
     def carry(
         self, end: Value | int, values: Sequence[Value] = (), *, step: int = 1, start: Value | int = 0
@@ -218,7 +242,12 @@ class Kernel:
 
 
 class Spec:
-    """Specification of a kernel: subclasses are frozen dataclasses, equal if their code would be."""
+    """Specification of a kernel: subclasses are frozen dataclasses, equal if their code would be.
+
+    `shares`: each call computes its share of the rows; all others run once, as the first share.
+    """
+
+    shares: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -42,6 +42,7 @@ class Tile(Spec):
     AHEAD more than there are), biases, mask.
     """
 
+    shares = True
     lanes: int
     reads: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
@@ -62,14 +63,15 @@ class Tile(Spec):
         tiles, rows, *row_bytes = k.integers(5)
         blocks, scratch = k.integer(), k.place()
         table, starts, nonzeros, biases, mask = (k.pointer() for _ in range(5))
+        begin, stop = k.share(rows)
         with k.loop(tiles) as tile:
             places = [k.index(table, b.add(b.mul(tile, k.number(4)), k.number(i)), INT64) for i in range(4)]
             here, *outside = (k.at(base, place) for base, place in zip(bases, places, strict=True))
             bits = k.at(mask, places[1])
-            ahead = [self._nonzero(k, nonzeros, k.number(i)) for i in range(AHEAD)]
-            with k.carry(blocks if self.blocked else 1, [k.number(0), *ahead]) as outer:
-                block = outer.number
-                with k.carry(rows, outer.values) as inner:
+            with k.loop(blocks if self.blocked else 1) as block:
+                start = k.index(starts, b.add(b.mul(block, rows), begin), INT32)
+                ahead = [self._nonzero(k, nonzeros, b.add(start, k.number(i))) for i in range(AHEAD)]
+                with k.carry(stop, [start, *ahead], start=begin) as inner:
                     row, (first, *ahead) = inner.number, inner.values
                     kept = k.at(scratch, b.mul(row, k.number(4 * self.lanes * len(self.reads))))
                     number = b.add(b.mul(block, rows), row) if self.blocked else row
@@ -87,7 +89,6 @@ class Tile(Spec):
                                 for i, value in enumerate(sums):
                                     k.store(value, k.at(kept, i * 4 * self.lanes))
                     inner.values = [end, *ahead]
-                outer.values = inner.values
 
     def kind(self) -> Any:
         """Return the type of an accumulator."""
@@ -197,6 +198,7 @@ class Rows(Spec):
     more than there are), weights (8 floats a slot), biases (in groups' order), where each row is stored (int32 bytes).
     """
 
+    shares = True
     relu: bool
 
     def emit(self, k: Kernel) -> None:
@@ -223,7 +225,9 @@ class Rows(Spec):
             three = zip(factors, current, sums, strict=True)
             return [*(k.multiply_add(weight, gathered(quad), total) for weight, quad, total in three), *following]
 
-        with k.carry(groups, [k.number(0), *quads(k.number(0))]) as outer:
+        head, stop = k.share(groups)
+        start = k.index(starts, head, INT32)
+        with k.carry(stop, [start, *quads(start)], start=head) as outer:
             begin, *current = outer.values
             end = k.index(starts, b.add(outer.number, k.number(1)), INT32)
             row = b.mul(outer.number, k.number(32))
@@ -249,6 +253,7 @@ class Lookup(Spec):
     input), places (16 · `wide` bytes a slot), weights (as many floats), biases (padded to whole groups).
     """
 
+    shares = True
     relu: bool
     wide: int = 1
 
@@ -269,7 +274,7 @@ class Lookup(Spec):
                 sums.append(k.multiply_add(k.load(k.at(weights, b.mul(line, k.number(64))), sixteen), found, total))
             return sums
 
-        with k.loop(groups) as group:
+        with k.shared(groups) as group:
             start, end = k.index(starts, group, INT32), k.index(starts, b.add(group, k.number(1)), INT32)
             rows = [b.mul(b.add(b.mul(group, k.number(wide)), k.number(i)), k.number(64)) for i in range(wide)]
             first = [k.load(k.at(biases, row), sixteen) for row in rows]

@@ -49,6 +49,7 @@ class QuadTile(Tile):
     a RECORD for each row in place of biases; it neither takes blocks nor gates.
     """
 
+    shares = False
     stored: Stored = Stored(integer.PLAIN)
 
     def emit(self, k: Kernel) -> None:
