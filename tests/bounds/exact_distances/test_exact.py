@@ -10,6 +10,7 @@ from scipy.optimize import LinearConstraint, linprog, minimize
 from torch import nn
 
 from sparring.bounds import Exact, exact, lipschitz, radius
+from sparring.bounds.exact_distances import _exact
 from sparring.errors import Unsupported, UserError
 from sparring.threat import distance
 
@@ -122,10 +123,23 @@ def test_the_distance_equals_brute_force_over_activation_patterns(seed: int, nor
     _agrees(exact(model, x, y, norm), brute_force(model, x, int(y), norm))
 
 
+@pytest.mark.parametrize("by_program", [0.0, 0.4])
 @pytest.mark.parametrize(("seed", "norm"), [(0, math.inf), (1, math.inf), (1, 2.0)])
-def test_the_distance_equals_brute_force_over_the_largest_entries_of_windows(seed: int, norm: float) -> None:
+def test_the_distance_equals_brute_force_over_the_largest_entries_of_windows(
+    seed: int, norm: float, by_program: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_exact, "_BY_PROGRAM", by_program)
     model, x, y = pooled(seed)
     _agrees(exact(model, x, y, norm), brute_force_of_maxima(model, x, int(y), norm))
+
+
+def test_a_small_network_that_pools_is_solved_without_an_adversarial_point() -> None:
+    torch.manual_seed(1)
+    pool = nn.MaxPool2d((1, 3), 1)
+    layers = [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(2, 3, 2), pool, nn.Flatten(), nn.LazyLinear(3)]
+    model, x = nn.Sequential(*layers).eval(), torch.rand(1, 1, 8, 8)
+    found = exact(model, x, model(x).argmax(1), math.inf)
+    assert found.status == ("exact",) and found.upper.isfinite().all()
 
 
 def _agrees(found: Exact, expected: float) -> None:

@@ -18,15 +18,16 @@ from ...proofs import refuse_refuted
 from ...threat import L2, LINF, diameter, distance, norm_name, project, random_point
 from ...waiting import courteous
 from .._network import margin_rows, others, prepare
-from ..certify._certificates import radius_over
+from ..certify._certificates import margins_over, radius_over
 from ..certify._relaxations import Interval
 from ..verification._budget import Budget
 from ._cells import Bounder
 from ._joint import emptied
 from ._maxima import without_maxima
-from ._nearest import Question, polished
+from ._nearest import Question, nearest, polished, pools
 
 _GAP = 1e-3
+_BY_PROGRAM = 0.4  # share of the budget for mixed-integer programs, in networks with max pooling
 _STOP = 5e-4  # relative gap at which the search in one class stops
 _BEYOND = (1e-7, 1e-6, 1e-5, 3e-5, 1e-4)  # a solution lies on the boundary: replays go this much beyond it
 _CLIMBERS, _CLIMBS = 16, 10
@@ -66,10 +67,11 @@ def exact(
     """Compute the distance from each image to the nearest one with another label in [0, 1], within a budget.
 
     x (N, ...) in [0, 1], labels y (N,). x_adv are the best known adversarial points: the closer they are, the smaller
-    the ball that has to be searched. There is one search for all other classes. Only sparse or
-    small networks can be solved. To use two cores, run two processes with half of the images each. Each image takes
-    `seconds` of `clock` and `nodes` sub-problems at most; unless seconds bind, results do not depend on the machine's
-    speed. Bounds are lowered by 1e-7.
+    the ball that has to be searched. There is one search for all other classes; for linf with max pooling,
+    mixed-integer programs, one for each class that CROWN cannot exclude, come first. Only sparse or small networks can
+    be solved. To use two cores, run two processes with half of the images each. Each image takes `seconds` of `clock`
+    and `nodes` sub-problems at most; unless seconds bind, results do not depend on the machine's speed. Bounds are
+    lowered by 1e-7.
 
     Raises UserError if a point contradicts a proof, Unsupported for layers that are not piecewise linear or too large.
     Source: Tjeng et al. 2019 (the programs).
@@ -132,7 +134,7 @@ class _Search:
         return self.keep_(point) or any(self.keep_(self._beyond(point, k, reach)) for reach in _BEYOND)
 
     def _asked(self, k: int) -> Question:
-        return Question(self.graph, self.searched, self.x, int(self.y), k, self.budget, self.norm)
+        return Question(self.searched, self.x, int(self.y), k, self.budget, self.norm)
 
     def _wrong(self, point: Tensor) -> bool:
         with torch.no_grad():
@@ -145,11 +147,17 @@ class _Search:
             self.upper = 0.0
             return 0.0, "wrong", time.perf_counter() - begin
         certified = float(radius_over(self.graph, self.x, self.y, self.norm, "crown"))
-        lower = self._jointly(certified)
+        lower = certified
+        if self.norm == LINF and pools(self.graph):
+            lower = self._by_class(certified, self.budget.share(_BY_PROGRAM))
+        if not self._closed(lower):
+            lower = self._jointly(lower)
         refuse_refuted([max(certified, lower)], [self.upper], norm=norm_name(self.norm))
         lower = min(max(certified, lower), self.upper)
-        closed = self.upper == lower or self.upper - lower <= _GAP * min(1, self.upper)
-        return lower, "exact" if closed else _ENDED[self.budget.limit], time.perf_counter() - begin
+        return lower, "exact" if self._closed(lower) else _ENDED[self.budget.limit], time.perf_counter() - begin
+
+    def _closed(self, lower: float) -> bool:
+        return self.upper == lower or self.upper - lower <= _GAP * min(1, self.upper)
 
     @torch.no_grad()
     def _jointly(self, certified: float) -> float:
@@ -160,6 +168,37 @@ class _Search:
         limit = diameter(self.x, self.norm)
         low = emptied(bounder, self, self.budget, floor=certified, limit=limit, gap=_STOP)
         return math.inf if low >= limit else max(0.0, low - 1e-7)
+
+    def _by_class(self, certified: float, budget: Budget) -> float:
+        """Return a lower bound from mixed-integer programs for each class."""
+        lower = min([math.inf, *(self._search_class_(k, certified, budget) for k in self._open_classes())])
+        self.budget.take_(budget)
+        return lower
+
+    def _cap(self) -> float:
+        return min(self.upper, float(distance(torch.ones_like(self.x), self.norm)))
+
+    def _open_classes(self) -> list[int]:
+        eps = torch.tensor([self._cap()], dtype=torch.float64)
+        margins = margins_over(self.graph, self.x, self.y, self.norm, eps, "alpha-crown")[0]
+        classes = others(self.y, self.graph.nodes[-1].shape[0])[0]
+        return [int(classes[j]) for j in margins.argsort() if margins[j] <= 0]
+
+    def _search_class_(self, k: int, floor: float, budget: Budget) -> float:
+        """Return a lower bound on the distance to class k, which may be anything above the best distance known."""
+        known = math.isfinite(self.upper)
+        cap = self._cap() * (1 - _STOP * known)
+        bound, points = nearest(
+            Question(self.graph, self.x, int(self.y), k, budget, self.norm),
+            cap,
+            floor=floor,
+            start=self.best if known and self._label() == k else None,
+            gap=_STOP,
+        )
+        for point in points:  # nearest first
+            if self._kept_beyond_(point, k):
+                break
+        return max(0.0, bound - 1e-7) if bound < cap or known else math.inf
 
     @torch.enable_grad()
     def _beyond(self, point: Tensor, k: int, reach: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import highspy
@@ -14,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import Unsupported
-from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, ReLU, Reshape, evaluate, refusal
+from ...graph import Add, Affine, AvgPool, Conv2d, Flatten, Graph, Linear, MaxPool, ReLU, Reshape, evaluate, refusal
 from .._network import LinearOp, offset
-from ..certify._relaxations import Interval
+from ..certify._relaxations import Interval, WindowLines, relax
 from ..verification._budget import Budget
 
 _LARGEST = 2**26  # entries of an operation's dense matrix
@@ -44,6 +45,8 @@ def encode(graph: Graph, bounds: list[Interval]) -> tuple[MixedIntegerProgram, l
             case ReLU():
                 low, high = _flat(box.lower), _flat(box.upper)
                 values.append(_relu(program, source, low, high))
+            case MaxPool():
+                values.append(_max_pool(program, node.op, source, box))
             case _:
                 raise refusal(node, "cannot be solved exactly; use certified radii instead")
     return program, values
@@ -100,12 +103,78 @@ def _relu(program: MixedIntegerProgram, z: Expression, low: Vector, high: Vector
     return result
 
 
+def _max_pool(program: MixedIntegerProgram, op: MaxPool, z: Expression, box: Interval) -> Expression:
+    lines = relax(op, box)
+    assert isinstance(lines, WindowLines)
+    low = np.append(_flat(box.lower), -math.inf)
+    high = np.append(_flat(box.upper), -math.inf)
+    index = lines.index.numpy()
+    floor, ceiling = low[index].max(1), high[index].max(1)
+    y = program.variables_(floor, ceiling)
+    window, place = np.nonzero(high[index] > floor[:, None])
+    entry = index[window, place]
+    a = program.variables_(np.zeros(len(window)), np.ones(len(window)), integer=True)
+    slack = ceiling[window] - low[entry]
+    program.rows_((1.0, y[window]), (-1.0, z[entry]), low=0.0, high=math.inf)
+    program.rows_((1.0, y[window]), (-1.0, z[entry]), (slack, a), low=-math.inf, high=slack)
+    chosen = sparse.csr_matrix((np.ones(len(window)), (window, np.arange(len(window)))), (len(index), len(window)))
+    program.rows_((1.0, a.times(chosen, np.zeros(len(index)))), low=1.0, high=1.0)
+    return y
+
+
 def linf_distance_(program: MixedIntegerProgram, pixels: Expression, origin: Vector, cap: float) -> int:
     """Add the linf distance of some pixels from an origin, at most cap; return which variable it is."""
     size = program.variables_(np.zeros(1), np.array([cap]))[np.zeros(len(origin), dtype=np.intp)]
     program.rows_((1.0, pixels), (-1.0, size), low=-math.inf, high=origin)
     program.rows_((1.0, pixels), (1.0, size), low=origin, high=math.inf)
     return len(program.lower) - 1
+
+
+def tightened(
+    graph: Graph,
+    bounds: list[Interval],
+    program: MixedIntegerProgram,
+    values: list[Expression],
+    *,
+    skip: Container[int],
+    budget: Budget,
+) -> list[Interval] | None:
+    """Bound the inputs of unstable ReLUs by two linear programs each, all rows of the program counted.
+
+    Nodes in `skip` have bounds that rarely improve. Returns None if the program without integrality is infeasible. Each
+    program uses a node of the budget; one that is not solved within it changes nothing.
+    """
+    solver = program.highs(relaxed=True)
+    solver.run()
+    if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+        return None
+    result = list(bounds)
+    for node in graph.nodes:
+        if not isinstance(node.op, ReLU) or node.inputs[0] in skip:
+            continue
+        z, box = values[node.inputs[0]], bounds[node.inputs[0]]
+        low, high = _flat(box.lower).copy(), _flat(box.upper).copy()
+        for unit in np.flatnonzero((low < 0) & (high > 0)):
+            if budget.over:
+                break
+            budget.used += 2
+            row = z[np.array([unit])]
+            columns = row.matrix.indices.astype(np.int32)
+            solver.changeColsCost(len(columns), columns, row.matrix.data)
+            for sense in (highspy.ObjSense.kMinimize, highspy.ObjSense.kMaximize):
+                solver.changeObjectiveSense(sense)
+                solver.run()
+                if solver.getModelStatus() == highspy.HighsModelStatus.kOptimal:
+                    found = solver.getInfo().objective_function_value + row.constant[0]
+                    slack = 1e-7 * (1 + abs(found))  # the solver's tolerances
+                    if sense == highspy.ObjSense.kMinimize:
+                        low[unit] = max(low[unit], found - slack)
+                    else:
+                        high[unit] = min(high[unit], found + slack)
+            solver.changeColsCost(len(columns), columns, np.zeros(len(columns)))
+        shape = box.lower.shape
+        result[node.inputs[0]] = Interval(torch.from_numpy(low).view(shape), torch.from_numpy(high).view(shape))
+    return result
 
 
 Vector = NDArray[np.float64]
@@ -124,6 +193,15 @@ class Expression:
     def times(self, matrix: sparse.csr_matrix, added: Vector) -> Expression:
         """Return matrix · expression + added."""
         return Expression(sparse.csr_matrix(matrix @ self.matrix), matrix @ self.constant + added)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of HiGHS: a bound on all solutions, and a point or None; `infeasible` if there is none."""
+
+    bound: float
+    values: Vector | None
+    infeasible: bool
 
 
 @dataclass(eq=False)
@@ -192,18 +270,37 @@ class MixedIntegerProgram:
         solver.passModel(lp)
         return solver
 
-    def minimise(self, variable: int, budget: Budget, *, gap: float) -> Vector | None:
-        """Return a point where one variable is least, to a relative gap, or the best one found within a budget."""
+    def minimise(self, variable: int, budget: Budget, *, gap: float) -> Solution:
+        """Minimise one variable within a budget, to a relative gap."""
         solver = self.highs()
         solver.changeColCost(variable, 1.0)
         solver.setOptionValue("mip_rel_gap", gap)
+        return self._solved(solver, budget)
+
+    def point(self, objective: Expression, budget: Budget) -> Solution:
+        """Find any point, looking where one objective (1 row) is large, within a budget."""
+        solver = self.highs()
+        columns = objective.matrix.indices.astype(np.int32)
+        solver.changeColsCost(len(columns), columns, -objective.matrix.data)
+        solver.setOptionValue("mip_max_improving_sols", 1)
+        return self._solved(solver, budget)
+
+    def _solved(self, solver: highspy.Highs, budget: Budget) -> Solution:
         solver.setOptionValue("time_limit", max(budget.seconds, 0.01))
         solver.setOptionValue("mip_max_nodes", int(min(max(1, budget.nodes - budget.used), _MOST_NODES)))
         solver.run()
-        info = solver.getInfo()
+        status, info = solver.getModelStatus(), solver.getInfo()
         budget.used += max(1, int(info.mip_node_count))
+        budget.full |= info.mip_node_count >= _MOST_NODES
+        if status == highspy.HighsModelStatus.kInfeasible:
+            return Solution(math.inf, None, True)
         found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-        return np.array(solver.getSolution().col_value) if found else None
+        values = np.array(solver.getSolution().col_value) if found else None
+        if any(self.integer):
+            bound = info.mip_dual_bound if math.isfinite(info.mip_dual_bound) else -math.inf
+        else:
+            bound = info.objective_function_value if status == highspy.HighsModelStatus.kOptimal else -math.inf
+        return Solution(bound, values, False)
 
 
 def _widened(matrix: sparse.csr_matrix, columns: int) -> sparse.csr_matrix:

@@ -1,55 +1,111 @@
-"""Move points of a class closer."""
+"""Move points of a class closer, and find the nearest image of one class in networks with max pooling.
+
+For the latter, minimising the linf distance directly is slow: it ties every pixel to one variable by two rows, and
+gives no bound on margins. The question "does class k overtake anywhere in this ball?" puts the ball into the pixels'
+bounds and maximises a margin. It is therefore solved for ever smaller balls, and the first one without a point proves
+the distance.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...graph import Graph, ReLU
+from ...graph import Graph, MaxPool, ReLU
 from ...threat import L2, LINF, distance
 from .._region import region
 from ..certify._crown import bound_nodes
-from ..certify._relaxations import Interval
+from ..certify._relaxations import Interval, first_layers
 from ..verification._budget import Budget
-from ._milp import Expression, MixedIntegerProgram, Vector, encode, linf_distance_
+from ._milp import Expression, MixedIntegerProgram, Vector, encode, linf_distance_, tightened
 
+_SHARE = 0.75  # share of the remaining budget for one question; the rest is for smaller balls, if it stays open
 _TOUCHED = 1e-6  # share of its range within which a unit is at its kink
 _MOVES = 10
 _NEARER = 1e-4  # relative gain below which a point stays where it is
 _CLEAR = 2e-5  # lead of class k that survives float32
-_LONGEST = 5.0  # seconds of one move
+_LONGEST, _ENOUGH = 5.0, 0.05  # seconds of one move, and the fewest with which one starts
 _SLIDES, _SLIDE, _STRIDES = 100, 1e-6, (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # steps of l2, their least gain and lengths
 _MOST = 1000  # nodes of one move's program, where the budget is in nodes
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """How far from one image x (1, ...) of class y does class k overtake? `searched` is the graph without maxima."""
+    """How far from one image x (1, ...) of class y does class k overtake?"""
 
     graph: Graph
-    searched: Graph
     x: Tensor
     y: int
     k: int
     budget: Budget
     norm: float = LINF
 
-    def program(self, bounds: list[Interval]) -> tuple[MixedIntegerProgram, list[Expression]]:
-        """Encode the network and the demand that class k is ahead."""
-        program, values = encode(self.searched, bounds)
-        lead = program.total((1.0, values[-1][np.array([self.k])]), (-1.0, values[-1][np.array([self.y])]))
-        program.rows_((1.0, lead), low=_CLEAR, high=math.inf)
+    def lead(self, program: MixedIntegerProgram, values: list[Expression]) -> Expression:
+        """Return g_k − g_y."""
+        return program.total((1.0, values[-1][np.array([self.k])]), (-1.0, values[-1][np.array([self.y])]))
+
+    def program(self, bounds: list[Interval], *, by: float = 0.0) -> tuple[MixedIntegerProgram, list[Expression]]:
+        """Encode the network and the demand that class k is ahead, by so much."""
+        program, values = encode(self.graph, bounds)
+        program.rows_((1.0, self.lead(program, values)), low=by, high=math.inf)
         return program, values
 
     def ahead(self, points: Tensor) -> Tensor:
         """Return g_k − g_y at points (N, ...) float64."""
         logits = self.graph(points)
         return logits[:, self.k] - logits[:, self.y]
+
+
+def nearest(
+    asked: Question, cap: float, *, floor: float, start: Tensor | None, gap: float
+) -> tuple[float, list[Tensor]]:
+    """Find the distance to a point with g_k ≥ g_y, if it is below `cap`.
+
+    `floor` is a lower bound known before; `start`, a point of class k within cap, is moved nearer first. Return a lower
+    bound (cap or more where there is none below cap) and the points found, float64.
+    """
+    found: list[Tensor] = []
+    if start is not None and (moved := polished(asked, start.double(), cap)):
+        found, cap = [moved[0]], moved[1] * (1 - gap)
+    low, eps = floor, cap
+    while not asked.budget.over and asked.budget.seconds > _ENOUGH and low < cap:
+        part = asked.budget.share(_SHARE)
+        answer = _by_program(replace(asked, budget=part), eps)
+        asked.budget.take_(part)
+        if isinstance(answer, Tensor):
+            point, reached = polished(asked, answer, eps) or (answer, eps)
+            found.insert(0, point)
+            cap = eps = reached * (1 - gap)
+        elif answer:
+            low, eps = eps, (eps + cap) / 2
+        else:
+            eps = (low + eps) / 2
+    return low, found
+
+
+def pools(graph: Graph) -> bool:
+    """Return whether a network takes maxima over windows."""
+    return any(isinstance(node.op, MaxPool) for node in graph.nodes)
+
+
+def _by_program(asked: Question, eps: float) -> Tensor | bool:
+    """Return a point of the ball with g_k ≥ g_y; True if there is provably none, False if that is open."""
+    ball = region(asked.x, LINF, eps)
+    with torch.no_grad():
+        bounds, _ = bound_nodes(asked.graph, ball, backward=True)
+        attained = first_layers(asked.graph, ball)
+    program, values = asked.program(bounds)
+    better = tightened(asked.graph, bounds, program, values, skip=attained, budget=asked.budget)
+    if better is None:
+        return True
+    program, values = asked.program(better)
+    solution = program.point(asked.lead(program, values), asked.budget)
+    return solution.infeasible if solution.values is None else _image(program, asked.x, solution.values)
 
 
 def polished(asked: Question, point: Tensor, cap: float) -> tuple[Tensor, float] | None:
@@ -66,16 +122,16 @@ def _moved(asked: Question, point: Tensor, cap: float) -> tuple[Tensor, float] |
     result = None
     for _ in range(_MOVES):
         with torch.no_grad():
-            bounds, _ = bound_nodes(asked.searched, region(asked.x, LINF, cap), backward=True)
-        fixed, dead = _signs(asked.searched, bounds, point)
-        program, values = asked.program(fixed)
+            bounds, _ = bound_nodes(asked.graph, region(asked.x, LINF, cap), backward=True)
+        fixed, dead = _signs(asked.graph, bounds, point)
+        program, values = asked.program(fixed, by=_CLEAR)
         for source, units in dead.items():
             program.rows_((1.0, values[source][units]), low=-math.inf, high=0.0)
         size = _distance_(program, values[0], asked.x, cap)
-        found = program.minimise(size, _of_a_move(asked.budget), gap=_NEARER)
-        if found is None or (reached := float(found[size])) > cap * (1 - _NEARER):
+        solution = program.minimise(size, _of_a_move(asked.budget), gap=_NEARER)
+        if solution.values is None or (reached := float(solution.values[size])) > cap * (1 - _NEARER):
             break
-        point, cap = _image(program, asked.x, found), reached
+        point, cap = _image(program, asked.x, solution.values), reached
         result = point, cap
     return result
 

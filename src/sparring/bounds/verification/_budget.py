@@ -57,6 +57,12 @@ class Budget:
         """Return a budget of a number of nodes, at most those that are left."""
         return Budget(min(nodes, self.nodes - self.used), self.deadline, self.clock)
 
+    def share(self, share: float) -> Budget:
+        """Return a budget of a share of what is left: of the nodes where they are limited, else of the seconds."""
+        if math.isfinite(self.nodes):
+            return self.part(share * (self.nodes - self.used))
+        return self.within(share * self.seconds)
+
     def within(self, seconds: float) -> Budget:
         """Return a budget of a number of seconds, at most those that are left."""
         return Budget(self.nodes - self.used, min(self.deadline, self.clock() + seconds), self.clock)
