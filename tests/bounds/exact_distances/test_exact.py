@@ -133,13 +133,13 @@ def test_the_distance_equals_brute_force_over_the_largest_entries_of_windows(
     _agrees(exact(model, x, y, norm), brute_force_of_maxima(model, x, int(y), norm))
 
 
-def test_a_small_network_that_pools_is_solved_without_an_adversarial_point() -> None:
-    torch.manual_seed(1)
-    pool = nn.MaxPool2d((1, 3), 1)
+def test_programs_solve_a_small_network_that_pools() -> None:
+    """Here the search alone reaches its limit."""
+    torch.manual_seed(2)
+    pool = nn.MaxPool2d(2)
     layers = [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(2, 3, 2), pool, nn.Flatten(), nn.LazyLinear(3)]
     model, x = nn.Sequential(*layers).eval(), torch.rand(1, 1, 8, 8)
-    found = exact(model, x, model(x).argmax(1), math.inf)
-    assert found.status == ("exact",) and found.upper.isfinite().all()
+    assert exact(model, x, model(x).argmax(1), math.inf).status == ("exact",)
 
 
 def _agrees(found: Exact, expected: float) -> None:
