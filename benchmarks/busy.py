@@ -33,6 +33,7 @@ MODELS = ("lenet-5", "lenet-300-100")
 UNWATCHED = "import sparring.waiting as w; w._openmp = lambda: None; from sparring.cli import main; main()"
 WATCHED = "from sparring.cli import main; main()"
 BUSY, IDLE = 1.3, 1.05
+SETTLED = 0.5  # seconds after which the threads of the process before have stopped spinning
 
 
 def images(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,6 +153,7 @@ def medians(name: str, ways: Mapping[str, Served | Commands], rounds: int) -> di
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, worker in ways.items():
+            time.sleep(SETTLED)
             taken[way].append(worker.seconds(name))
     return {way: round(statistics.median(times), 3) for way, times in taken.items()}
 

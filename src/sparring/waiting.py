@@ -28,7 +28,7 @@ import torch
 __all__ = ["alone", "courteous", "crowd", "together"]
 
 NAME = "sparring looks for cores"
-PAUSE = 0.03  # seconds between two looks
+PAUSE, LONGEST = 0.03, 0.24  # seconds between two looks: at first, and at most while each finds free cores
 TURNS = 0.3  # seconds on one core, before the threads are released to see whether they still need it
 LINGER = 1.0  # seconds that a crowd waits for the next call: under load, creating it takes longer than short calls
 SMALL = 1 << 19  # numbers that one thread finishes before a sleeping one has woken
@@ -123,13 +123,14 @@ class _Watcher(threading.Thread):
         self.openmp, self.cores = openmp, len(os.sched_getaffinity(0))
         self.calls, self.shared, self.over = 0, False, False
         self.small = True  # until a look finds that each thread has a core
+        self.pause = PAUSE
         self.change = threading.Condition()
 
     def comes(self) -> bool:
         """Count a call, unless this watcher has ended; the outermost call checks whether the cores are shared."""
         with self.change:
             if self.calls == 0 and not self.over:
-                self.threads = torch.get_num_threads()
+                self.threads, self.pause = torch.get_num_threads(), PAUSE
                 self.shared = _others() >= self.cores  # fewer may be one that is about to sleep: looks decide
                 self.change.notify()
             self.calls += not self.over
@@ -155,18 +156,20 @@ class _Watcher(threading.Thread):
             if self.calls == 0:
                 self.over = not self.change.wait_for(lambda: self.calls, LINGER)
                 return None
-            self.change.wait(PAUSE)
+            self.change.wait(self.pause)
             waited = _waited(threading.get_native_id())
             if waited is None or self.calls == 0:
                 return None
             now = _Look(time.perf_counter(), waited, time.process_time())
-            if last is not None:
-                passed = now.time - last.time
-                self.shared = (now.waited - last.waited) / passed > (FREE if self.shared else BUSY)
-                self.small = (now.ran - last.ran) / passed < 1 / (
-                    1 + _others() / self.cores
-                )  # one thread would get that
-            return None if self.small and last is not None else now
+            if last is None:
+                return now
+            passed = now.time - last.time
+            self.shared = (now.waited - last.waited) / passed > (FREE if self.shared else BUSY)
+            self.pause = PAUSE if self.shared else min(2 * self.pause, LONGEST)
+            if not self.shared:
+                return now
+            self.small = (now.ran - last.ran) / passed < 1 / (1 + _others() / self.cores)  # one thread would get that
+            return None if self.small else now
 
 
 @cache

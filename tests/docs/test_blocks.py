@@ -49,6 +49,12 @@ model = models.build("mlp", shape=(1, 28, 28), classes=3, mean=(0.5,), std=(0.3,
 images, y = torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 2, 0])
 """,
     "flags.md": _MODEL,
+    "library.md": """
+import contextlib
+from sparring.models._hubs import _without_torchvision_kernels
+with contextlib.suppress(ImportError), _without_torchvision_kernels():  # transformers imports it where it is installed
+    import torchvision
+""",
     "verification.md": _MODEL,
     "theory.md": f"""{_MODEL}
 from sparring import attacks
