@@ -79,7 +79,7 @@ REFUSED = {
     "no parentheses": ("hello", "outside of parentheses"),
     "too deep": ("(" * 100, "nested"),
     "no variable": ("(declare-const Z_0 Real)", "'Z_0' is declared"),
-    "a gap": ("(declare-const X_1 Real)(declare-const Y_0 Real)", "not all before it"),
+    "a gap": ("(declare-const X_1 Real)(declare-const Y_0 Real)", "not every X_i before it"),
     "an integer": ("(declare-const X_0 Int)", "neither a declaration of a Real"),
     "undeclared": (DECLARED + "(assert (<= X_7 1))", "'X_7' is used"),
     "no bound": (DECLARED + "(assert (<= X_0 1))(assert (<= Y_0 1))", "no lower bound"),
