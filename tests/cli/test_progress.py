@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from sparring.cli import _progress
 from sparring.cli._progress import Pace, shown_bytes, shown_images
+from sparring.graph import quiet
 from sparring.units import duration
 
 
@@ -49,3 +53,12 @@ def test_images_that_are_cached_are_told_by_the_second(
     assert first == "2,000 images decoded once"
     assert half.startswith("  50%, 250 images/s, ") and half.endswith("iB, about 4 s left")
     assert end.startswith("  100%, 250 images/s, ") and end.endswith("iB")
+
+
+def test_what_torch_captures_for_long_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_progress, "PATIENCE", 0.02)
+    with shown_images(), quiet():
+        time.sleep(0.2)
+    assert "preparing: " in capsys.readouterr().err

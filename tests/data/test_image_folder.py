@@ -16,6 +16,7 @@ import torch
 from PIL import Image, features
 
 from sparring import data
+from sparring.data._request import Geometry
 from sparring.errors import DataError, DataWarning
 
 from .hostile_parts import image, zipped
@@ -257,6 +258,20 @@ def test_images_are_turned_as_a_viewer_shows_them(tmp_path: Path, kind: str) -> 
         x = data.load(str(path)).train.x
         assert x.shape[1:] == (3, 12, 8)
         assert float(x[..., 4:].float().mean()) > 240 and float(x[..., :4].float().mean()) < 15
+
+
+@pytest.mark.parametrize("turned", ["0", "1"])
+def test_a_size_that_exif_turned_is_told(tmp_path: Path, turned: str) -> None:
+    exif, plain, sideways = Image.Exif(), io.BytesIO(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("L", (12, 8)).save(plain, "PNG")
+    Image.new("L", (12, 8)).save(sideways, "PNG", exif=exif)
+    mixed = {name: (sideways if f"/{turned}." in name else plain).getvalue() for name in members()}
+    for path in laid_out(mixed, tmp_path):
+        with pytest.raises(DataError, match=r"EXIF orientation is applied.*--resize and --crop"):
+            data.load(str(path))
+        request = data.Request(geometry=Geometry(resize=(8, 8)))
+        assert data.load(str(path), request=request).test.x.shape[1:] == (1, 8, 8)
 
 
 def test_sixteen_bits_a_channel_are_refused(tmp_path: Path) -> None:

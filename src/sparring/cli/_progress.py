@@ -41,7 +41,9 @@ class _Line:
     """Show counts: on one line of a terminal, else in a line for every tenth; what is quick is not shown."""
 
     def __init__(self, what: str, name: str) -> None:
-        self.what, self.name, self.terminal = what, name, sys.stderr.isatty()
+        self.what, self.name = what, name
+        self.stream = sys.stderr  # the one of now: sys.stderr is silenced while torch captures a network
+        self.terminal = self.stream.isatty()
         self.began, self.pace = Pace(), Pace()
         self.done, self.total, self.tenth = 0, 0, -1
 
@@ -54,7 +56,7 @@ class _Line:
             self.write(f"{name}: {self.pace.told(done, total, self.what)}")
 
     def write(self, text: str) -> None:
-        print(f"\r{text}\033[K" if self.terminal else f"{text}\n", end="", file=sys.stderr, flush=True)
+        print(f"\r{text}\033[K" if self.terminal else f"{text}\n", end="", file=self.stream, flush=True)
 
 
 @contextlib.contextmanager

@@ -104,7 +104,8 @@ def rows_like_first(source: Source, entries: Sequence[Entry], how: Rows) -> Rows
     with strict():
         for entry, content in source.contents([first]):
             picture = decode(read(content), how.name(entry), how.geometry)
-            return replace(how, shape=(max(picture.channels, how.shape[0]), *picture.size))
+            shape = (max(picture.channels, how.shape[0]), *picture.size)
+            return replace(how, shape=shape, turned=picture.turned)
     raise DataError(f"{how.name(first)} is missing; was the data set changed while it was read?")
 
 

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 from ..files import read_bounded
@@ -25,6 +25,7 @@ EXCLUDED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
 LOSSY = {"JPEG": "jpeg", "MPO": "jpeg", "JPEG2000": "jpeg2000", "WEBP": "webp", "AVIF": "avif"}
 GREY = ("1", "L", "LA", "La")
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")  # ImageNet contains a few of the last
+SIDEWAYS = (5, 6, 7, 8)  # orientations of EXIF that exchange height and width
 MOST_FILE = 64 << 20
 MOST_SCANS = 32  # a normal progressive JPEG has about ten; each is a pass over all pixels for a few bytes of file
 
@@ -32,12 +33,13 @@ MOST_SCANS = 32  # a normal progressive JPEG has about ten; each is a pass over 
 class Picture(NamedTuple):
     """An 8-bit grey or RGB image, its lossy source format, if any, and whether it is one of several frames.
 
-    `loaded` is the whole image in memory.
+    `turned`: EXIF says that it is shown with height and width exchanged.
     """
 
     image: Image.Image
     lossy: str = ""
     animated: bool = False
+    turned: bool = False
 
     @property
     def channels(self) -> int:
@@ -93,11 +95,12 @@ def decode(data: bytes, where: str, geometry: Geometry | None) -> Picture:
                 raise DataError(f"{where} has pixels of kind {_kind(image)}; save it as 8-bit grey or RGB")
             lossy, animated = _kept(image)
             mode = "L" if image.mode in GREY else "RGB"
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
             image = ImageOps.exif_transpose(image)
             image = image if image.mode == mode else image.convert(mode)
             image = image if geometry is None else geometry(image)
             image.load()
-            return Picture(image, lossy, animated)
+            return Picture(image, lossy, animated, turned)
     except DataError:
         raise
     except UnidentifiedImageError as error:

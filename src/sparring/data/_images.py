@@ -179,7 +179,7 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
     if request.parts != "all" and not parts and not listing.folders and listing.flat:
         places = {entry.member.rpartition("/")[0].rpartition("/")[0] for entry in listing.flat}
         almost = sorted(name for place in places for name in place.split("/") if name.lower() in ALMOST)
-        if almost:
+        if almost and listing.by_folders:
             raise DataError(f"{path} has {almost[0]}/; rename it to {ALMOST[almost[0].lower()]}/")
         if len(places) > 1 and listing.by_folders:
             raise DataError(f"{path} has class folders at several depths; move them to {path}/test/")

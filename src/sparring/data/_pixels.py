@@ -38,12 +38,16 @@ class Coloured(Exception):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an array: images at `path`, each of `shape` (C, H, W); the first `trained` are for training."""
+    """The rows of an array: images at `path`, each of `shape` (C, H, W); the first `trained` are for training.
+
+    `turned`: EXIF data turn the image whose shape is that of all.
+    """
 
     path: Path
     shape: tuple[int, int, int]
     geometry: Geometry | None = None
     trained: int = 0
+    turned: bool = False
 
     @property
     def counted(self) -> int:
@@ -61,8 +65,10 @@ class Rows:
         channels, *size = self.shape
         if picture.size != tuple(size):
             (height, width), (h, w) = picture.size, size
+            exif = " as shown (EXIF orientation is applied)" if picture.turned or self.turned else ""
             raise DataError(
-                f"{self.name(entry)} is {width}×{height}, others are {w}×{h}; resize them, or use --resize and --crop"
+                f"{self.name(entry)} is {width}×{height}{exif}, others are {w}×{h}; resize them, or use --resize and "
+                "--crop"
             )
         if picture.channels > channels:
             raise Coloured

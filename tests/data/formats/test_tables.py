@@ -152,6 +152,15 @@ def test_a_single_file_is_tested(write: Write, tmp_path: Path) -> None:
         data.load(str(path))
 
 
+def test_a_list_without_splits_may_name_images_in_folders_of_parts(tmp_path: Path) -> None:
+    for place in ("test/cat", "Train/dog"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "0.png").write_bytes(image())
+    (tmp_path / "mine.csv").write_text("path,label\ntest/cat/0.png,cat\nTrain/dog/0.png,dog")
+    loaded = data.load(str(tmp_path / "mine.csv"), request=TESTED)
+    assert loaded.test.y.tolist() == [0, 1] and "all its images are test images" in loaded.notes[0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
