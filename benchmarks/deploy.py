@@ -163,8 +163,7 @@ def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
         packed = deploy.load(deploy.export(pair.model, Path(folder) / "net.sparring", shape=pair.shape))
     for batch in pair.batches:
         x = np.random.default_rng(batch).random((batch, *pair.shape), np.float32)
-        error = relative_error(packed(x), pair.model, x)
-        assert error <= TOLERANCE or rounds_alike(packed(x), pair.model, x), (pair.name, batch, pair.sparsity, error)
+        error = checked_error(packed(x), pair.model, x)
         sparse, dense = interleaved(
             [partial(packed, x), partial(pair.session, x)], rounds=rounds, clock=time.thread_time
         )
@@ -237,6 +236,13 @@ def relative_error(logits: np.ndarray, model: nn.Module, x: np.ndarray) -> float
     """Return the largest difference to torch's logits over the largest of them."""
     expected = model(torch.from_numpy(x)).detach().numpy()
     return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+def checked_error(logits: np.ndarray, model: nn.Module, x: np.ndarray) -> float:
+    """Return the relative error; fail where it is too large for rounding."""
+    error = relative_error(logits, model, x)
+    assert error <= TOLERANCE or rounds_alike(logits, model, x), error
+    return error
 
 
 def rounds_alike(logits: np.ndarray, model: nn.Module, x: np.ndarray) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 
-from deploy import NETWORKS, TOLERANCE, relative_error, sparse_network
+from deploy import NETWORKS, checked_error, sparse_network
 from sparring import deploy
 from sparring.deploy.timing._clock import processor
 from sparring.deploy.timing._engines import Network, Opened, open_engines
@@ -48,7 +48,7 @@ def timed(name: str, rounds: int) -> dict[str, Any]:
             packed[sparsity] = deploy.load(
                 deploy.export(model, Path(folder) / f"{sparsity}.sparring", shape=kind.shape)
             )
-            assert relative_error(packed[sparsity](x), model, x) <= 2 * TOLERANCE
+            checked_error(packed[sparsity](x), model, x)
         functions: list[Callable[[np.ndarray], Any]] = [*packed.values(), *rivals.values()]
         runs = [partial(run, x) for run in functions]
         times = [1e3 * t.median for t in deploy.interleaved(runs, rounds=rounds, clock=time.process_time)]

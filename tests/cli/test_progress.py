@@ -47,10 +47,10 @@ def test_images_that_are_cached_are_told_by_the_second(
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     with shown_bytes() as tell:
         for done in (0, 500, 1000):
-            tell("2,000 images decoded once", done, 1000)
+            tell("the rest of them", done, 1000, 2000)
             now[0] += 4.0
     first, half, end = capsys.readouterr().err.splitlines()
-    assert first == "2,000 images decoded once"
+    assert first == "the rest of them"
     assert half.startswith("  50%, 250 images/s, ") and half.endswith("iB, about 4 s left")
     assert end.startswith("  100%, 250 images/s, ") and end.endswith("iB")
 

@@ -75,7 +75,7 @@ def test_what_is_mapped_is_what_was_decoded(folder: Path, monkeypatch: pytest.Mo
     plain, told = eager(data.load(str(folder), request=Request(cache=False))), []
     made = data.load(str(folder), progress=lambda *what: told.append(what))
     assert same(made, plain) and data.content_hash(made) == data.content_hash(plain)
-    assert "200 images decoded once" in told[0][0] and told[-1][1] == told[-1][2] == 200 * 3 * 9 * 7
+    assert "200 images decoded once" in told[0][0] and told[-1][1] == told[-1][2] == 200 * 3 * 9 * 7 and told[-1][3] == 200
     undecoded(monkeypatch)
     assert same(data.load(str(folder)), plain)
 
@@ -108,7 +108,7 @@ def test_a_run_cut_short_goes_on_where_it_stopped(folder: Path, monkeypatch: pyt
     assert any(name.endswith(".log") for name in cached(folder))
     log = next((folder.parent / "cache").rglob("*.log"))
     log.write_bytes(log.read_bytes() + b"[[1, 2")  # the line at which it was cut
-    went_on = data.load(str(folder), progress=lambda what, done, _: seen.append((what, done)))
+    went_on = data.load(str(folder), progress=lambda what, done, *_: seen.append((what, done)))
     assert same(went_on, plain) and "resuming" in seen[0][0] and seen[0][1] > 60 * 189
     assert not any(name.endswith(".log") or "-" in name for name in cached(folder))
 
@@ -191,10 +191,10 @@ def ways(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
         yield data.load(str(folder))
 
 
-def stop_after(size: int) -> Callable[[str, int, int | None], None]:
+def stop_after(size: int) -> Callable[[str, int, int | None, int], None]:
     """Return progress that ends a run after so many bytes."""
 
-    def stop(_: str, done: int, total: int | None) -> None:
+    def stop(_: str, done: int, total: int | None, images: int) -> None:
         if done > size:
             raise KeyboardInterrupt
 

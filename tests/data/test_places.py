@@ -83,11 +83,11 @@ def _left(folder: Path) -> list[str]:
 
 
 def test_download_is_found_and_progress_is_told(mirror: Mirror, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int | None]] = []
+    told: list[tuple[str, int, int | None, int]] = []
     source = _source(mirror.address)
     mirrors.download(source, tmp_path / "numbers", lambda *now: told.append(now))
-    assert told[-1] == ("numbers.gz", len(PACKED), len(PACKED))
-    assert [here for _, here, _ in told] == sorted(here for _, here, _ in told)
+    assert told[-1] == ("numbers.gz", len(PACKED), len(PACKED), 0)
+    assert [here for _, here, *_ in told] == sorted(here for _, here, *_ in told)
     paths = locate(source, [tmp_path])
     assert paths is not None
     assert read(source, paths)[0].data == PLAIN

@@ -32,7 +32,6 @@ from ._sources import check_out, file_of, float_images, open_both, open_model, p
 ONNX_TOLERANCE = 1e-4  # or four roundings of the model's own type
 # Passes of one image in the attacks on an exported file: PGD's gradients count as two more, on network and artefact.
 _GRADIENTS, _DECISIONS = 240, 1000
-CALIBRATING = 64  # images on which int8 engines are calibrated
 ENDINGS = {"packed": ".sparring", "onnx": ".onnx"}
 
 
@@ -106,7 +105,7 @@ def _affordable(packed: deploy.Packed, image: Tensor, most: int, seconds: float)
     cost = {count: each * (count * _GRADIENTS + min(count, 50) * _DECISIONS) for count in range(most, 1, -1)}
     few = next((count for count, needed in cost.items() if needed <= seconds), 2)
     if few < most:
-        said = f"attacking {few} of {most} images, which takes about {seconds:g} s: --seconds changes this"
+        said = f"attacking {few} of {most} images, which takes about {cost[few]:.2g} s: --seconds changes this"
         print(said, file=sys.stderr, flush=True)
     return few
 
@@ -114,7 +113,7 @@ def _affordable(packed: deploy.Packed, image: Tensor, most: int, seconds: float)
 def _calibrating(dataset: Dataset) -> Tensor:
     """Return the images on which engines in int8 are calibrated: of the validation split, if there is one."""
     split = dataset.valid if len(dataset.valid.x) else dataset.test
-    return as_float(split.x[:CALIBRATING])
+    return as_float(split.x[:deploy.CALIBRATING])
 
 
 def _check_values(values: str) -> None:
@@ -190,7 +189,7 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         check_out(how.plot, ".svg", ".png")
     place = place_of(how.device, how.dtype)
     sizes, small = _batches(how.batches), None if how.small is None else ModelSource(how.small)
-    network, dataset = open_both(model, data, plain=True, images=CALIBRATING if small is None else None, beside=small)
+    network, dataset = open_both(model, data, plain=True, images=deploy.CALIBRATING if small is None else None, beside=small)
     rival = None if small is None else plain_form(open_model(small, dataset)[0].eval())
     engines = None if how.engines is None else [name.strip() for name in how.engines.split(",")]
     with shown_images("rounds") as tell:
@@ -302,7 +301,7 @@ def _as_shipped(out: Path, content: PlanFile, choice: Choice, values: str) -> di
     who = choice.method, choice.sparsity, choice.seed
     keys = [key for c in content.cells if (c.method, c.sparsity, c.seed) == who for key in c.tasks]
     records = [record for key in keys if (record := read_record(out, key)) is not None]
-    kinds = [r for r in records if r.stage == "ship" and "activations" not in r.inputs]
+    kinds = [r for r in records if r.stage == "ship" and r.inputs.get("activations", "fp32") == "fp32"]
     metrics = [r.metrics for r in kinds if r.inputs["values"] == values]
     return {name: value for found in metrics for name, value in found.items() if value is not None}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import threading
 import time
@@ -35,6 +34,7 @@ class Pace:
 
 
 Tell = Callable[[str, int, int], None]
+Draw = Callable[[str, int, int | None, int], None]  # a name, bytes done, of how many, images of the whole or 0
 
 
 class _Line:
@@ -112,30 +112,30 @@ def _silence(say: Callable[[float], None], *, every: bool) -> Iterator[Callable[
 
 
 @contextlib.contextmanager
-def shown_bytes(name: str = "reading the data") -> Iterator[Callable[[str, int, int | None], None]]:
-    """Give what takes a name, the bytes that are done and those of the whole: bars on a terminal, else plain lines.
+def shown_bytes(name: str = "reading the data") -> Iterator[Draw]:
+    """Give what takes a name, the bytes that are done, those of the whole, and its images: bars, or plain lines.
 
     What tells of no bytes is shown under `name`, as by `shown_images`.
     """
     with contextlib.ExitStack() as stack:
-        draw: Callable[[str, int, int | None], None] | None = None if sys.stderr.isatty() else _tenths()
+        draw: Draw | None = None if sys.stderr.isatty() else _tenths()
 
         def say(seconds: float) -> None:
             if draw is None or not sys.stderr.isatty():  # a bar moves by itself
                 print(_at_work(name, seconds), file=sys.stderr, flush=True)
 
-        def tell(name: str, done: int, total: int | None) -> None:
+        def tell(name: str, done: int, total: int | None, images: int) -> None:
             nonlocal draw
             heard()
             draw = draw or stack.enter_context(_bars())
-            draw(name, done, total)
+            draw(name, done, total, images)
 
         heard = stack.enter_context(_silence(say, every=False))
         yield tell
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
+def _bars() -> Iterator[Draw]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
@@ -143,41 +143,40 @@ def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
     rows, speed = dict[str, TaskID](), _Speed()
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
 
-        def draw(name: str, done: int, total: int | None) -> None:
+        def draw(name: str, done: int, total: int | None, images: int) -> None:
             if name not in rows:
                 if len(name) > LONG:  # or the numbers have no room
                     bar.console.print(name, highlight=False)
                 rows[name] = bar.add_task(name if len(name) <= LONG else "", speed="")
-            bar.update(rows[name], completed=done, total=total, speed=speed.told(name, done, total))
+            bar.update(rows[name], completed=done, total=total, speed=speed.told(name, done, total, images))
 
         yield draw
 
 
 class _Speed:
-    """Tell images a second (of a name that begins with their number), the memory in use, and the time for the rest."""
+    """Tell images a second, where images are counted, the memory in use, and the time for the rest."""
 
     def __init__(self) -> None:
         self.paces: dict[str, Pace] = {}
 
-    def told(self, name: str, done: int, total: int | None) -> str:
+    def told(self, name: str, done: int, total: int | None, images: int) -> str:
         own = self.paces.setdefault(name, Pace(done))
-        found, memory = re.match(r"([\d,]+) images", name), size_text(used_memory(children=True))
+        memory = size_text(used_memory(children=True))
         if not total or done <= own.first:
             return memory
-        share = (done - own.first) / total
-        rate = int(found[1].replace(",", "")) * share / max(own.seconds, 1e-9) if found else 0
-        fast = f"{rate:,.0f} images/s, " if found else ""
+        rate = images * (done - own.first) / total / max(own.seconds, 1e-9)
+        fast = f"{rate:,.0f} images/s, " if images else ""
         left = f", about {duration(own.seconds * (total - done) / (done - own.first))} left" if done < total else ""
         return f"{fast}{memory}{left}"
 
 
-def _tenths() -> Callable[[str, int, int | None], None]:
+def _tenths() -> Draw:
     """Return a function that prints one line at the beginning, and one more for every tenth that is done."""
     told, speed = dict[str, int](), _Speed()
 
-    def tell(name: str, done: int, total: int | None) -> None:
+    def tell(name: str, done: int, total: int | None, images: int) -> None:
         tenth = 10 * done // total if total else 0
-        fast = speed.told(name, done, total)
+        fast = speed.told(name, done, total, images)
         if tenth > told.get(name, -1):
             print(f"  {10 * tenth}%, {fast}" if name in told else name, file=sys.stderr, flush=True)
         told[name] = tenth

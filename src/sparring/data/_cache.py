@@ -348,7 +348,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _tell(progress: Progress | None, what: str, count: int, size: int, left: int) -> None:
     if progress is not None:
-        progress(what, size * (count - left) // count, size)
+        progress(what, size * (count - left) // count, size, count)
 
 
 @contextlib.contextmanager

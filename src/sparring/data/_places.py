@@ -69,7 +69,8 @@ class Content(NamedTuple):
 Find = Callable[[Source], list[Content]]
 """Return the unpacked content of each of a source's files, in order; loaders call it for their files."""
 
-Progress = Callable[[str, int, int | None], None]
+# A name, the bytes that are done, those of the whole if known, and the images of the whole (0 if they are not counted)
+Progress = Callable[[str, int, int | None, int], None]
 """Receive a file's name, the bytes downloaded so far, and its size in bytes (None: unknown)."""
 
 
@@ -263,7 +264,7 @@ def _receive(response: http.client.HTTPResponse, part: Path, here: int, name: st
                     file.close()  # now, since closing tries to write once more
                 raise explain(error, part, "write") from error
             if progress:
-                progress(name, here, total)
+                progress(name, here, total, 0)
     return total is None or here == total
 
 

@@ -18,10 +18,12 @@ from ._program import Program, multiplications, products
 from ._runtime import Packed, export, load, pack
 from ._ship import Shipped, ship_report
 from ._torch_modules import PackedModule
+from .rounding._calibrate import CALIBRATING
 from .timing._bench import Bench, BenchRow, bench, what_to_ship
 from .timing._clock import Timing, interleaved, peak_flops
 
 __all__ = [
+    "CALIBRATING",
     "Bench",
     "BenchRow",
     "Equivalent",

@@ -17,28 +17,21 @@ from sparring.threat import distance
 from ..random_networks import hostile_points, network
 
 
-def tiny(seed: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def tiny(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     """A network of three inputs and 3 + 2 hidden units, and an image it has no doubt about."""
     torch.manual_seed(seed)
-    layers = [nn.Flatten(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3)]
-    model = nn.Sequential(*layers)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)
-    x = torch.rand(1, 1, 1, 3)
-    return model, x, model(x).argmax(1)
+    return doubled(nn.Flatten(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3))
 
 
 def pooled(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     """A network of three inputs that takes two maxima of three units each, and an image."""
     torch.manual_seed(seed)
-    layers = [
-        nn.Conv2d(1, 2, (1, 2), padding=(0, 1)),
-        nn.ReLU(),
-        nn.MaxPool2d((1, 3), 1),
-        nn.Flatten(),
-        nn.Linear(4, 3),
-    ]
+    convolution = nn.Conv2d(1, 2, (1, 2), padding=(0, 1))
+    return doubled(convolution, nn.ReLU(), nn.MaxPool2d((1, 3), 1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def doubled(*layers: nn.Module) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    """A network with twice the parameters of these layers, an image of three inputs, and the class it is given."""
     model = nn.Sequential(*layers)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -17,7 +17,7 @@ from ._receptive_field import Stem, stem_of, windows
 from ._relaxations import Interval, Relaxation, first_layers, propagate, relax
 
 _STEM = 2**24  # coefficients of the first layers as linear functions
-_CHUNK = 2**19  # coefficients of units that are refined at once: 2 MB of float64
+_CHUNK = 2**19  # coefficients of units that are refined at once: 4 MB of float64
 
 
 def lower_bound(

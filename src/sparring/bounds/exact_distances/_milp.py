@@ -69,7 +69,7 @@ def _matrix(op: LinearOp, shape: tuple[int, ...]) -> tuple[sparse.csr_matrix, Ve
         matrix = _of_convolution(op, shape)
     else:
         if size * math.prod(evaluate(op, torch.zeros(1, *shape, dtype=torch.float64)).shape) > _LARGEST:
-            raise Unsupported("a layer is too large for exact distances; use certified radii instead")
+            raise _too_large()
         columns = evaluate(op, torch.eye(size, dtype=torch.float64).view(size, *shape)).flatten(1)
         matrix = sparse.csr_matrix((columns - (0 if added is None else added)).numpy().T)
     return matrix, np.zeros(matrix.shape[0]) if added is None else added.numpy()
@@ -78,12 +78,18 @@ def _matrix(op: LinearOp, shape: tuple[int, ...]) -> tuple[sparse.csr_matrix, Ve
 def _of_convolution(op: Conv2d, shape: tuple[int, ...]) -> sparse.csr_matrix:
     numbers = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64).view(1, *shape)
     windows = F.unfold(numbers, op.weight.shape[2:], op.dilation, op.padding, op.stride)  # 0 for padding
+    if op.weight.numel() * windows.shape[2] > _LARGEST:
+        raise _too_large()
     columns = windows.view(op.groups, 1, -1, windows.shape[2]).long() - 1
     weight = op.weight.reshape(op.groups, -1, columns.shape[2], 1)
     rows = torch.arange(len(op.weight) * columns.shape[3]).view(op.groups, -1, 1, columns.shape[3])
     kept = (weight != 0) & (columns >= 0)
     values, at, of = (value.expand_as(kept)[kept].numpy() for value in (weight, rows, columns))
     return sparse.csr_matrix((values, (at, of)), (rows.numel(), math.prod(shape)))
+
+
+def _too_large() -> Unsupported:
+    return Unsupported("a layer is too large for exact distances; use certified radii instead")
 
 
 def _relu(program: MixedIntegerProgram, z: Expression, low: Vector, high: Vector) -> Expression:

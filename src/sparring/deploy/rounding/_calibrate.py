@@ -8,24 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ...errors import Unsupported, UserError
 from .._equivalent import Equivalent
 from .._program import Flatten, Program, Rounding, Scale
 from ._tasks import rounded_tasks, values_to_round
 
+CALIBRATING = 64  # images, from which scales follow where nobody says how many
 _TOGETHER = 64  # images
 
 
 def calibrate(program: Program, images: Tensor) -> Program:
     """Return a program whose layers read bytes, with scales from images (N, *shape) in [0, 1].
 
-    Values that only normalise the image cover all of [0, 1]. Raise UserError for images of another shape or none, and
-    for a network that cannot be computed so.
+    Values that only normalise the image cover all of [0, 1]. Raise UserError for images of another shape or none,
+    Unsupported for a network that cannot be computed so.
     """
     if images.shape[1:] != program.shape or not len(images):
         raise UserError(f"calibration takes images (N, {program.shape}), at least one, not {tuple(images.shape)}")
     if not program.whole:
-        raise UserError("the network has operations without int8 kernels; export it with activations in float32")
+        raise Unsupported("the network has operations without int8 kernels; export it with activations in float32")
     wanted = values_to_round(program)
     inputs = {0}
     for number, step in enumerate(program.steps):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import UserError
+from ...errors import Unsupported
 from .._program import Floats, Program, Rounding, Scale, Shape, Sparse
 from ..kernels._fusion import Elementwise, FusedLayer, MaxPool, Move, Task, View, tasks_of
 
@@ -117,16 +117,16 @@ def _root(value: int, producers: dict[int, Task]) -> int:
 
 
 def rounded_tasks(program: Program) -> Rounded:
-    """Return what a program with `rounding` computes; raise UserError if it cannot be computed in integers."""
+    """Return what a program with `rounding` computes; raise Unsupported if it cannot be computed in integers."""
     if not program.whole:
-        raise UserError("the network has operations without int8 kernels; export it with activations in float32")
+        raise Unsupported("the network has operations without int8 kernels; export it with activations in float32")
     if set(values_to_round(program)) != set(program.rounding):
-        raise UserError("the network's activation scales are not those of the values that its layers read")
+        raise Unsupported("the network's activation scales are not those of the values that its layers read")
     builder = _Builder(program)
     for task in tasks_of(program):
         builder.add(task)
     if len(program.steps) in builder.rounding:
-        raise UserError("the network reads its logits again, which int8 kernels do not support")
+        raise Unsupported("the network reads its logits again, which int8 kernels do not support")
     return Rounded(builder.tasks, builder.shapes, builder.rounding)
 
 
@@ -202,7 +202,7 @@ class _Builder:
         residual = None if task.residual is None else self.bytes_of(task.residual)
         result = self.program.rounding.get(task.result)
         if residual is not None and result is None:
-            raise UserError("the network's logits are a sum, which int8 kernels do not support")
+            raise Unsupported("the network's logits are a sum, which int8 kernels do not support")
         if result is not None:
             self.rounding[task.result] = result
         read = self.rounding[source], None if residual is None else self.rounding[residual]
@@ -221,7 +221,7 @@ def _quantise(source: int, result: int, scale: Scale | None, rounding: Rounding)
 
 
 def integers_of(task: FusedLayer, source: Rounding, residual: Rounding | None, result: Rounding | None) -> Integers:
-    """Return what a layer computes; raise UserError if its sums may exceed 32 bits."""
+    """Return what a layer computes; raise Unsupported if its sums may exceed 32 bits."""
     op = task.op
     lengths = np.diff(op.indptr)
     rows = np.repeat(np.arange(op.shape[0]), lengths)
@@ -234,11 +234,11 @@ def integers_of(task: FusedLayer, source: Rounding, residual: Rounding | None, r
         bias = np.rint(op.bias / unit)
         factor = (unit / (1.0 if result is None else result.scale)).astype(np.float32)
     if not (np.isfinite(factor).all() and (np.abs(bias) < _MOST).all()):
-        raise UserError("a layer's biases are too large for its weights: their sums do not fit in 32 bits")
+        raise Unsupported("a layer's biases are too large for its weights: their sums do not fit in 32 bits")
     low, high = (0, 255) if result is None else _limits(task, result)
     found = Integers(weights, bias.astype(np.int64), factor, source, result, residual, low, high)
     if (found.largest >= _MOST).any():
-        raise UserError("a layer's sums may exceed 32 bits; its activations cannot be rounded")
+        raise Unsupported("a layer's sums may exceed 32 bits; its activations cannot be rounded")
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import bounds, deploy
 from ...data import as_float
-from ...errors import Unsupported, UserError
+from ...errors import Unsupported
 from ...outputs import opened
 from ...proofs import refuse_refuted
 from ...threat import parse_norm
@@ -22,7 +22,6 @@ from ._inputs import Adversary, Deploy, Ship
 from ._networks import Context, chosen_images, chosen_places, judged
 
 LATENCY_ROUNDS = 200
-CALIBRATING = 64  # validation images from which the scales of activations follow
 LOGIT_TOLERANCE = 1e-4
 
 
@@ -70,10 +69,10 @@ def ship(context: Context, task: Task[Ship]) -> TaskOutcome:
     images = as_float(x)
     shape, seen = tuple(images.shape[1:]), None
     if inputs.activations == "int8":
-        seen = as_float(chosen_images(context.dataset, "valid", 0, CALIBRATING)[0])
+        seen = as_float(chosen_images(context.dataset, "valid", 0, deploy.CALIBRATING)[0])
     try:
         packed = deploy.pack(model, shape=shape, images=images, values=inputs.values, calibrate=seen)
-    except UserError as reason:
+    except Unsupported as reason:
         return _without(reason)
     found = deploy.ship_report(
         model, packed, images, y, inputs.attack.attack, inputs.attack.threat, decisions=inputs.decisions
@@ -104,5 +103,5 @@ def _refuse_refuted(radius: Tensor, stands: Tensor, norm: str, attack: Adversary
         refuse_refuted(radius, reached, norm=norm)
 
 
-def _without(reason: UserError) -> TaskOutcome:
+def _without(reason: Unsupported) -> TaskOutcome:
     return TaskOutcome(flags=[{"name": "no-packed-form", "detail": str(reason)}])
