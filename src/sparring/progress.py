@@ -18,7 +18,7 @@ WIDTH = 110
 CELLS = 20
 
 
-def show(*told: str | int) -> None:
+def show(*told: str | float) -> None:
     """Draw a bar over the last line of stderr: an optional name, the number that is done, and the total.
 
     Pass it as `progress` to `attacks.run`, `attacks.audit`, `bounds.radius` or `bounds.summary`. In `train.fit`, pass
@@ -34,17 +34,17 @@ def bar(done: int, total: int) -> str:
     return f"[{'#' * filled}{'.' * (CELLS - filled)}] {done:,} of {total:,}"
 
 
-def pace(done: int, total: int, seconds: float, *, memory: str, what: str = "images", first: int = 0) -> str:
+def pace(done: float, total: int, seconds: float, *, memory: str, what: str = "images", first: float = 0) -> str:
     """Return how many are done, how many a second, the memory in use, and an estimate of the time for the rest.
 
     `first` were done before these seconds.
     """
     if done == first:
-        return f"{done} of {total} {what}, {memory}"
+        return f"{int(done)} of {total} {what}, {memory}"
     rate = (done - first) / max(seconds, 1e-9)
     fast = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
     left = f", about {duration((total - done) / rate)} left" if done < total else ""
-    return f"{done} of {total} {what}, {fast} {what}/s, {memory}{left}"
+    return f"{int(done)} of {total} {what}, {fast} {what}/s, {memory}{left}"
 
 
 def write_over(line: str, end: str) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from functools import partial
 
 from ._entry import refuse_norm
+from ._meter import Progress, under
 from .algorithms._apgd import apgd
 from .algorithms._cw import cw
 from .algorithms._ddn import ddn
@@ -65,6 +66,7 @@ __all__ = [
     "AttackResult",
     "AuditRow",
     "Flag",
+    "Progress",
     "apgd",
     "apgd_targeted",
     "audit",
@@ -97,5 +99,6 @@ __all__ = [
     "square",
     "standard",
     "swift",
+    "under",
     "worst_case",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..modes import eval_mode
 from ..outputs import Opened
+from ._meter import Meter
 from .algorithms._losses import Objective, is_answer
 from .fastpath._mlp import ByHand, Dense, pulled
 
@@ -29,7 +30,7 @@ class Probe(Opened):
 
     With draws > 1, logits are averaged over that many random passes, so that every attack uses the expectation (Athalye
     et al. 2018, expectation over transformation). `split` separates a deterministic part, which runs once, from the
-    random part. `hand` is a model that consists of matrices only; passes then use these.
+    random part. `hand` is a model that consists of matrices only; passes then use these. `meter` hears of each pass.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Probe(Opened):
         draws: int = 1,
         hand: ByHand | None = None,
         split: tuple[nn.Module, nn.Module] | None = None,
+        meter: Meter | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -47,6 +49,7 @@ class Probe(Opened):
         self.draws = draws
         self.forwards = 0
         self.backwards = 0
+        self.meter = meter
         self._nonfinite: int | Tensor = 0
 
     @property
@@ -93,7 +96,7 @@ class Probe(Opened):
         Raise whatever a model raises that cannot be copied.
         """
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        return Probe(copy.deepcopy(self.model, cast(dict[int, Any], shared)), hand=self.hand)
+        return Probe(copy.deepcopy(self.model, cast(dict[int, Any], shared)), hand=self.hand, meter=self.meter)
 
     def add_(self, twin: Probe) -> None:
         """Add the counts of a twin."""
@@ -103,6 +106,8 @@ class Probe(Opened):
 
     def _note(self, logits: Tensor, passes: int = 1) -> None:
         self.forwards += len(logits) * passes
+        if self.meter is not None:
+            self.meter.pass_(len(logits) * passes)
         if not on_cpu(logits) or not math.isfinite(logits.sum()):
             self._nonfinite = self._nonfinite + (~is_answer(logits)).sum()
 

@@ -114,8 +114,8 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
     task = place.task(network, images, y)
     with shown_images(name="estimating") as tell:
         method = how.method or _chosen(network, images, norm, how.seconds)
-        shown = functools.partial(tell, "nearest")
-        attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator, progress=shown).cpu()
+        nearest = attacks.under("nearest", tell)
+        attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator, progress=nearest).cpu()
         shown = functools.partial(tell, "certify")
         found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=shown)
     about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}

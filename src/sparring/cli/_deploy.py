@@ -113,7 +113,7 @@ def _affordable(packed: deploy.Packed, image: Tensor, most: int, seconds: float)
 def _calibrating(dataset: Dataset) -> Tensor:
     """Return the images on which engines in int8 are calibrated: of the validation split, if there is one."""
     split = dataset.valid if len(dataset.valid.x) else dataset.test
-    return as_float(split.x[:deploy.CALIBRATING])
+    return as_float(split.x[: deploy.CALIBRATING])
 
 
 def _check_values(values: str) -> None:
@@ -189,7 +189,9 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         check_out(how.plot, ".svg", ".png")
     place = place_of(how.device, how.dtype)
     sizes, small = _batches(how.batches), None if how.small is None else ModelSource(how.small)
-    network, dataset = open_both(model, data, plain=True, images=deploy.CALIBRATING if small is None else None, beside=small)
+    network, dataset = open_both(
+        model, data, plain=True, images=deploy.CALIBRATING if small is None else None, beside=small
+    )
     rival = None if small is None else plain_form(open_model(small, dataset)[0].eval())
     engines = None if how.engines is None else [name.strip() for name in how.engines.split(",")]
     with shown_images("rounds") as tell:

@@ -19,7 +19,7 @@ LONG = 40  # characters before a bar
 class Pace:
     """Measure how fast a count grows from now on, and from the `first` that is done."""
 
-    def __init__(self, first: int = 0) -> None:
+    def __init__(self, first: float = 0) -> None:
         self.began, self.first = time.monotonic(), first
 
     @property
@@ -27,13 +27,13 @@ class Pace:
         """Return the seconds so far."""
         return time.monotonic() - self.began
 
-    def told(self, done: int, total: int, what: str = "images") -> str:
+    def told(self, done: float, total: int, what: str = "images") -> str:
         """Return how many are done, how many a second, the memory in use, and the time for the rest."""
         memory = size_text(used_memory(children=True))
         return pace(done, total, self.seconds, memory=memory, what=what, first=self.first)
 
 
-Tell = Callable[[str, int, int], None]
+Tell = Callable[[str, float, int], None]  # a name, how many are done, and of how many
 Draw = Callable[[str, int, int | None, int], None]  # a name, bytes done, of how many, images of the whole or 0
 
 
@@ -45,15 +45,24 @@ class _Line:
         self.stream = sys.stderr  # the one of now: sys.stderr is silenced while torch captures a network
         self.terminal = self.stream.isatty()
         self.began, self.pace = Pace(), Pace()
-        self.done, self.total, self.tenth = 0, 0, -1
+        self.done, self.total, self.tenth = 0.0, 0, -1.0
 
-    def tell(self, name: str, done: int, total: int) -> None:
+    def tell(self, name: str, done: float, total: int) -> None:
         if done == 0 or done < self.done or total != self.total:
             self.pace, self.tenth = Pace(done), -1
         self.name, self.done, self.total, tenth = name, done, total, 10 * done // max(1, total)
         if done > self.pace.first and self.began.seconds >= PATIENCE and (self.terminal or tenth > self.tenth):
             self.tenth = tenth
             self.write(f"{name}: {self.pace.told(done, total, self.what)}")
+
+    def say_again(self, seconds: float) -> None:
+        """Say what was told last, at the pace that it has now; nothing is told for so many seconds."""
+        known = self.pace.first < self.done < self.total
+        self.write(
+            f"{self.name}: {self.pace.told(self.done, self.total, self.what)}"
+            if known
+            else _at_work(self.name, seconds)
+        )
 
     def write(self, text: str) -> None:
         print(f"\r{text}\033[K" if self.terminal else f"{text}\n", end="", file=self.stream, flush=True)
@@ -67,9 +76,9 @@ def shown_images(what: str = "images", name: str = "preparing") -> Iterator[Tell
     under the last name; `name` is that of what comes first.
     """
     line = _Line(what, name)
-    with _silence(lambda seconds: line.write(_at_work(line.name, seconds)), every=line.terminal) as heard:
+    with _silence(line.say_again, every=line.terminal) as heard:
 
-        def tell(name: str, done: int, total: int) -> None:
+        def tell(name: str, done: float, total: int) -> None:
             heard()
             line.tell(name, done, total)
 

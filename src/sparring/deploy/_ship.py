@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,7 +58,7 @@ def ship_report(
     threat: Threat,
     *,
     decisions: int = 5,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: attacks.Progress | None = None,
 ) -> Shipped:
     """Compare a network with its artefact under an attack, and run HopSkipJump on the artefact.
 
@@ -72,7 +71,7 @@ def ship_report(
     with eval_mode(model):
         shipped, network = PackedModule(packed), opened(model, x[:2].to(place))
         stages = ("attack on the model", "attack on the artefact", "decision-based attack on the artefact")
-        one, other, third = (partial(progress, stage) for stage in stages)
+        one, other, third = (attacks.under(stage, progress) for stage in stages)
         examples = [_attacked(network, x.to(place), y.to(place), attack, threat, one).cpu()]
         examples += [_attacked(shipped, x, y, attack, threat, other)]
         decided = _attacked(shipped, x[:FEW], y[:FEW], blind, threat, third) if decisions else None
@@ -100,7 +99,7 @@ def _attacked(
     y: Tensor,
     attack: attacks.Attack,
     threat: Threat,
-    progress: Callable[[int, int], None],
+    progress: attacks.Progress | None,
 ) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return attacks.run(network, x, y, attack, threat, generator=generator, progress=progress).x_adv

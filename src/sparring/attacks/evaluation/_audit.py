@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise, permutations
 
 import torch
@@ -17,11 +16,12 @@ from ...modes import eval_mode
 from ...outputs import Opened, opened
 from ...threat import LINF, Threat, diameter, distance
 from .._gradients import frozen
+from .._meter import Progress, under
 from ..algorithms._losses import is_answer, margin_loss
 from ..algorithms._projections import column
-from ._run import AttackResult, check_convergence, draws_for, length_of, run
+from ._run import AttackResult, check_convergence, draws_for, run
 from ._sanity_checks import Flag, check_inputs, exceeds
-from ._scoring import NOTABLE, TOLERANCE, Attack, budget_of, check_batch, facts_of, source_for
+from ._scoring import NOTABLE, TOLERANCE, Attack, budget_of, check_batch, facts_of, length_of, source_for
 
 _SILENCE_IMAGES = 4  # each image is attacked alone
 _RETRIES = 3
@@ -49,7 +49,7 @@ def audit(
     checks: int = 128,
     batch_size: int | None = None,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[AuditRow]:
     """Run attacks at each budget, check every result, and add the worst case over all attacks at each budget.
 
@@ -57,7 +57,8 @@ def audit(
     rank, or your own names. A minimum-norm attack runs once, without eps. `checks` is the number of images used by the
     reliability checks (docs/flags.md); 0 disables these, and the comparison of attacks and budgets. Each attack starts
     from `seed`, so that its result does not depend on the other attacks. Raises UserError as `run` does, and for an
-    attack that needs a budget if `eps` is empty. `progress` gets an attack's name and the arguments of `run`'s.
+    attack that needs a budget if `eps` is empty. `progress` is as in `run`; the attack's name comes
+    before the stage.
     """
     found: Found = {}
     draws = Draws.of(seed, range(len(x)), x.device)
@@ -66,7 +67,7 @@ def audit(
         _check_batches(model, x, asked, batch_size)
     for name, attack, threat in asked:
         title = name if threat.eps is None else f"{name} eps {threat.eps:g}"
-        shown, longer = (progress and partial(progress, what) for what in (title, f"{title}, four times the steps"))
+        shown, longer = (under(what, progress) for what in (title, f"{title}, four times the steps"))
         result = run(model, x, y, attack, threat, batch_size=batch_size, generator=draws, progress=shown)
         if checks and length_of(attack) is not None:
             flags = check_convergence(
@@ -104,7 +105,7 @@ def _opinions(
     images: int,
     batch_size: int | None,
     draws: Draws,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Iterator[tuple[tuple[str, Threat], tuple[Flag, ...]]]:
     """Yield flags against a result: from other attacks, other budgets, no budget at all, and the points that it saw."""
     for threat in {threat for _, threat in found}:
@@ -116,7 +117,7 @@ def _opinions(
         yield from (((name, budgets[eps]), flags) for eps, flags in check_budgets(results).items())
         if budgets and not facts_of(attack).single_step:
             threat = budgets[max(budgets)]
-            wide, silent = (progress and partial(progress, f"{name}, {how}") for how in ("unlimited", "one by one"))
+            wide, silent = (under(f"{name}, {how}", progress) for how in ("unlimited", "one by one"))
             flags = check_unlimited(
                 *task, attack, norm=threat.norm, images=images, batch_size=batch_size, generator=draws, progress=wide
             )
@@ -164,7 +165,7 @@ def check_unlimited(
     images: int = 64,
     batch_size: int | None = None,
     generator: Source = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Flag, ...]:
     """Return a flag unless the attack fools the images when each pixel may take any value (Athalye et al. 2018).
 
@@ -248,7 +249,7 @@ def check_silence(
     *,
     images: int = 16,
     generator: Source = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Flag, ...]:
     """Return a flag if an attack evaluated an adversarial example of an image on which it failed, but returned another.
 
@@ -262,7 +263,7 @@ def check_silence(
         model = opened(model, x)
         for number, row in enumerate(failed.unsqueeze(1)):
             if progress is not None:
-                progress(number, len(failed))
+                progress("attacking", number, len(failed))
             witness = _Witness(model, x[row], y[row], threat)
             source = source_for(attack, draws[row])
             x_adv = attack(witness, x[row], y[row], norm=threat.norm, generator=source, **budget)

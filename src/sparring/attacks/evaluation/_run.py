@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from ...threat import Threat
 from ...units import html_table, percent
 from ...waiting import courteous
 from .._gradients import Probe, frozen
+from .._meter import Meter, Progress
 from ..algorithms._projections import select
 from ..fastpath._convnet import read_convolved
 from ..fastpath._mlp import ByHand, read_dense
@@ -48,10 +48,15 @@ from ._scoring import (
     attack_itself,
     attack_single_draws,
     attack_straight_through,
+    length_of,
+    steps_of,
     transfer,
 )
 
-_LENGTHS = ("steps", "queries")
+# Images that a network like LeNet-5 sees while memory is measured, in the checks of a model, while its layers are read,
+# and while autograd is compared with differences.
+_MEASURED, _CHECKED, _READ, _COMPARED = 3, 100, 300, 60
+_PATIENCE = 1.0  # seconds before the preparation is told
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def run(
     generator: Source = None,
     draws: int = 10,
     convergence: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> AttackResult:
     """Attack every correctly classified image and judge the result on a fresh forward pass.
 
@@ -140,7 +145,8 @@ def run(
     counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network with faster
     passes, such as packed kernels: the attack uses it, and the model judges the result. `convergence` is the number of
     images on which a run four times as long shows whether more steps would help (see `check_convergence`). `progress`
-    gets the number of images that are done, and of all, before each batch.
+    gets a stage ("preparing" or "attacking"), how many images are done, and of how many: before each batch, and a few
+    times a second an estimate from the passes of the images in work.
 
     Raises UserError for invalid inputs or models (see docs/flags.md).
     """
@@ -216,10 +222,19 @@ class _Beginning:
     split: PrefixSplit | None
 
 
-def _begin(model: nn.Module, order: Order, draws: int, seen: Checked, seed: int, *, splits: bool) -> _Beginning:
+def _metered(model: nn.Module, order: Order, draws: int) -> Meter:
+    """Return what counts the passes before an attack, by about how many images each check sends through the model."""
+    images = _MEASURED + len(order.x) * (3 * draws + 1 if is_stochastic(model) else 1) + _CHECKED + _READ + _COMPARED
+    return Meter(order.progress, "preparing", images, together=images, patience=_PATIENCE)
+
+
+def _begin(
+    model: nn.Module, order: Order, draws: int, seen: Checked, seed: int, meter: Meter, *, splits: bool
+) -> _Beginning:
     """Compute the images' logits, and check the model by them; `splits`: whether a steady part may run separately."""
     x, y, drawing = order.x, order.y, is_stochastic(model)
-    sized, watch = order.sized(model), Probe(model)
+    sized, watch = order.sized(model), Probe(model, meter=meter)
+    meter.finish_(_MEASURED)
     known = None if drawing else Judge(watch, None, sized, 1, seed + 1).logits(x)
     random, doubts = seen.random, tuple[Flag, ...]()
     if not seen.done:
@@ -229,9 +244,12 @@ def _begin(model: nn.Module, order: Order, draws: int, seen: Checked, seed: int,
     if random:
         known, sized = None, order.sized(model, draws=draws)
         split = split_at_draw(model, x) if splits else None
-        watch = Probe(split.drawing if split else model)
+        watch = Probe(split.drawing if split else model, meter=meter)
     judge = Judge(watch, split and split.steady, sized, 3 * draws + 1 if random else 1, seed + 1)
-    return _Beginning(sized, Best.beginning(judge, known, [*seen.flags, *doubts]), watch, random, split)
+    best = Best.beginning(judge, known, [*seen.flags, *doubts])
+    watch.meter = None
+    meter.finish_(meter.images - _READ - _COMPARED)
+    return _Beginning(sized, best, watch, random, split)
 
 
 def attack_held(
@@ -248,12 +266,15 @@ def attack_held(
     For batches of 0 a size is chosen; checks that were `seen` are not repeated.
     """
     x, seed, before = order.x, order.draws.seed(), state_of(model)
-    begun = _begin(model, order, draws, seen, seed, splits=through is None)
+    meter = _metered(model, order, draws)
+    begun = _begin(model, order, draws, seen, seed, meter, splits=through is None)
     order, random, best = begun.order, begun.random, begun.best
     hand = None if random or through is not None else _by_hand(model, x)
+    meter.finish_(meter.images - _COMPARED)
     probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=begun.split)
     with seeded(model, seed):
         seen = seen if seen.done else _checked(best, model, random, by_hand=hand is not None)
+        meter.finish_(meter.images)
         _attack_in_all_ways(best, probe, model, seen)
         lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
         transfer(best, lenders, lent)
@@ -327,16 +348,10 @@ def lend(
 
 def lengthened(attack: Attack, factor: int = 4) -> Attack:
     """Return the attack with `factor` times its steps (or queries); raise UserError if it has neither."""
-    name = length_of(attack)
-    if name is None:
+    name, steps = length_of(attack), steps_of(attack)
+    if name is None or steps is None:
         raise UserError("this attack has neither steps nor queries, so a longer run is not possible")
-    function = cast(Callable[..., Tensor], attack)
-    return cast(Attack, partial(function, **{name: factor * inspect.signature(function).parameters[name].default}))
-
-
-def length_of(attack: Attack) -> str | None:
-    parameters = inspect.signature(cast(Callable[..., Tensor], attack)).parameters
-    return next((name for name in _LENGTHS if name in parameters), None)
+    return cast(Attack, partial(cast(Callable[..., Tensor], attack), **{name: factor * steps}))
 
 
 def check_convergence(
@@ -352,7 +367,7 @@ def check_convergence(
     targets: Tensor | None = None,
     batch_size: int | None = None,
     generator: Source = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Flag, ...]:
     """Return a flag if a run `factor` times as long is clearly better, or worse, on the first correct images.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from ...plugins import takes
 from ...threads import shared_out
 from ...threat import Threat, distance
 from .._gradients import ROWS_AT_ONCE, Probe, kernels_of, logits_and_pull, on_cpu
+from .._meter import Meter, Progress
 from ..algorithms._losses import dlr, is_answer, margin_loss
 from ..algorithms._pgd import pgd
 from ..algorithms._projections import column, select
@@ -26,6 +28,7 @@ from ._bpda import Differences, is_stochastic, seeded, straight_through
 from ._sanity_checks import Flag
 
 TOLERANCE = 1e-6
+_LENGTHS = ("steps", "queries")
 # Factors by which perturbations are shortened and lengthened if a model draws.
 _SIZES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
 # Another way of attacking must do better on this share of the images to count as a sign of masking.
@@ -74,6 +77,18 @@ def _name_of(attack: Attack) -> str | None:
     return name if name in ATTACKS and _is_built_in(function) else None
 
 
+def length_of(attack: Attack) -> str | None:
+    """Return the name of the parameter that says how long an attack runs, if it has one."""
+    parameters = inspect.signature(cast(Callable[..., Tensor], attack)).parameters
+    return next((name for name in _LENGTHS if name in parameters), None)
+
+
+def steps_of(attack: Attack) -> int | None:
+    """Return the steps (or queries) of an attack, if it has either."""
+    name = length_of(attack)
+    return None if name is None else inspect.signature(cast(Callable[..., Tensor], attack)).parameters[name].default
+
+
 def source_for(attack: Attack, source: Source) -> torch.Generator | None:
     """Return an attack's random numbers: for a user's attack a generator, which the batch's first image seeds."""
     if isinstance(source, Draws) and not _is_built_in(_innermost(attack)):
@@ -101,7 +116,7 @@ def budget_of(attack: Attack, threat: Threat) -> dict[str, Any]:
 class Order:
     """An attack with its images: call it with a model, a mask of the images to attack, and a number for its draws.
 
-    progress: called before each batch, and at the end, with the number of images that are done and their total.
+    progress: as in `run`.
     """
 
     attack: Attack
@@ -111,25 +126,34 @@ class Order:
     targets: Tensor | None
     batch_size: int
     draws: Draws
-    progress: Callable[[int, int], None] | None = None
+    progress: Progress | None = None
 
     def __call__(self, model: nn.Module, wanted: Tensor, turn: int) -> Tensor:
         x_adv, places = self.x.clone(), wanted.nonzero().squeeze(1)
         if len(places) == 0:
             return x_adv
         batches = torch.split(places, self.batch_size)
+        meter = self._metered(model, len(places))
         twins = _twins(model, min(_threads_for(self.x), len(batches))) if _name_of(self.attack) else []
         work = partial(self._attacked, twins or [model], self.draws.at(turn))
         results = shared_out(work, batches) if twins else map(work, batches)
-        for number, rows in enumerate(batches):
-            if self.progress is not None:
-                self.progress(number * self.batch_size, len(places))
+        for number, rows in enumerate(batches, 1):
             x_adv[rows] = next(results).to(x_adv)
+            meter.finish_(min(number * self.batch_size, len(places)))
         for twin in twins:
             cast(Probe, model).add_(cast(Probe, twin))
-        if self.progress is not None:
-            self.progress(len(places), len(places))
+        if isinstance(model, Probe):
+            model.meter = None
         return x_adv
+
+    def _metered(self, model: nn.Module, images: int) -> Meter:
+        """Return what counts the images of the attack, to which a probe tells its passes."""
+        each = max(facts_of(self.attack).passes, steps_of(self.attack) or 0)
+        together = self.batch_size * (_threads_for(self.x) if _name_of(self.attack) else 1)
+        meter = Meter(self.progress, "attacking", images, each=each, together=together)
+        if isinstance(model, Probe):
+            model.meter = meter
+        return meter
 
     def _attacked(self, free: list[nn.Module], draws: Draws, rows: Tensor) -> Tensor:
         """Return the attacked images `rows`, with a model that no other thread uses."""

@@ -209,7 +209,7 @@ def _run(
         through=through,
         batch_size=inputs.batch_size,
         generator=_draws(inputs, x),
-        progress=tell,
+        progress=lambda _, done, images: tell(int(done), images),
     )
 
 
