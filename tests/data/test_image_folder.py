@@ -180,7 +180,14 @@ def test_what_is_almost_right_is_told_how_to_be_right(tmp_path: Path) -> None:
         "capital": ({"Test/cat/0.png": image()}, r"has Test/; rename it to test/"),
         "training": ({"training/cat/0.png": image(), "val.txt": b""}, r"has training/; rename it to train/"),
         "within": ({"mine/test/cat/0.png": image()}, r"is it .*within/mine\?"),
-        "list": ({"images/0.png": image(), "labels.csv": b"path,label"}, r"give .*list/labels.csv if that has their"),
+        "nested": (
+            {"i/train/a/0.png": image(), "all.csv": b"path,label"},
+            r"no folders of classes.*give .*/all.csv if",
+        ),
+        "list": (
+            {"images/0.png": image(), "labels.csv": b"path,label"},
+            r"give .*list/labels.csv if that has the images'",
+        ),
     }
     for name, (files, message) in cases.items():
         for member, content in files.items():

@@ -123,9 +123,10 @@ def _listed_files(path: Path, listing: Listing) -> Listing:
     tables, shards = ([name for name in files if name.lower().endswith(ends)] for ends in (COLUMNAR, TARS))
     lists = [name for name in files if name.lower().endswith(".csv")]
     texts = [name for name in lists if part_of(name)]
-    if listing.flat and lists and not (texts or tables or shards):
+    if lists and not (texts or tables or shards):
+        found = "folders of images" if listing.flat else "no folders of classes in train/ or test/"
         raise DataError(
-            f"{path} has folders of images and {lists[0]}: give {path / lists[0]} if that has their labels, or move "
+            f"{path} has {found}, and {lists[0]}: give {path / lists[0]} if that has the images' labels, or move "
             f"folders that are classes into {path}/test/"
         )
     if tables and shards:
