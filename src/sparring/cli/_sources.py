@@ -33,7 +33,7 @@ from ..models import (
 )
 from ..study import check_fit, is_untrained
 from ._app import DataSource, ModelSource, StudySource, Where
-from ._progress import shown_bytes
+from ._progress import shown_bytes, shown_images
 
 # Extensions of files that contain a whole model: saved for further work, packed for deployment, or from elsewhere.
 PACKED, ONNX = ".sparring", ".onnx"
@@ -169,7 +169,8 @@ def open_both(
     for one in models:
         check_named(one)
     dataset = open_data(source, replace(request_for(models, source, images=images), identify=identify))
-    network = open_model(model, dataset, download=source.download)[0].eval()
+    with shown_images(name="opening the model"):
+        network = open_model(model, dataset, download=source.download)[0].eval()
     return plain_form(network) if plain else network, dataset
 
 
