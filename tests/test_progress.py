@@ -35,7 +35,7 @@ def test_an_attack_shows_one_line() -> None:
     with contextlib.redirect_stderr(notebook := Notebook()):
         attacks.run(model, x, y, attacks.fgsm, Threat(LINF, 0.1), batch_size=1, progress=progress.show)
     assert notebook.getvalue().count("\r") > 60
-    assert notebook.shown() == ["[####################] 64 of 64"]
+    assert notebook.shown() == ["attacking [####################] 64 of 64"]
 
 
 def test_several_attacks_show_a_line_each() -> None:

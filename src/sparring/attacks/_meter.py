@@ -10,12 +10,12 @@ _PAUSE = 0.2  # seconds between two messages from inside a batch
 
 
 def under(name: str, progress: Progress | None) -> Progress | None:
-    """Return progress that tells of each stage with a name before it."""
+    """Return progress that puts a name before each stage."""
     return progress and (lambda stage, done, images: progress(f"{name}, {stage}", done, images))
 
 
 class Meter:
-    """Tell how many images of a stage are done; those in work count by their passes, of which each takes about `each`.
+    """Report the number of images that are done in a stage; an image in work counts by its share of `each` passes.
 
     together: images that are in work at a time. Nothing is told from inside a batch that takes longer than estimated,
     nor at the end of a stage that took less than `patience` seconds.
@@ -26,7 +26,7 @@ class Meter:
     ) -> None:
         self.progress, self.stage, self.images = progress, stage, images
         self.each, self.together = each, together
-        self.done, self.passes = 0, 0
+        self.done, self.passes, self.told = 0, 0.0, 0.0
         self.due = time.monotonic()
         self.long = self.due + patience
         self._tell(0)
@@ -41,11 +41,13 @@ class Meter:
                 self._tell(self.done + in_work)
 
     def finish_(self, images: int) -> None:
-        """Note that so many images are done, and tell it."""
-        self.done, self.passes = images, 0
+        """Set the number of images that are done, and report it."""
+        self.passes = max(0.0, self.passes - self.each * (images - self.done))  # the rest is another batch's
+        self.done = images
         if images < self.images or time.monotonic() >= self.long:
             self._tell(images)
 
     def _tell(self, images: float) -> None:
-        if self.progress is not None:
+        if self.progress is not None and images >= self.told:  # batches of several threads are counted together
+            self.told = images
             self.progress(self.stage, images, self.images)

@@ -189,9 +189,8 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
         check_out(how.plot, ".svg", ".png")
     place = place_of(how.device, how.dtype)
     sizes, small = _batches(how.batches), None if how.small is None else ModelSource(how.small)
-    network, dataset = open_both(
-        model, data, plain=True, images=deploy.CALIBRATING if small is None else None, beside=small
-    )
+    few = deploy.CALIBRATING if small is None else None
+    network, dataset = open_both(model, data, plain=True, images=few, beside=small)
     rival = None if small is None else plain_form(open_model(small, dataset)[0].eval())
     engines = None if how.engines is None else [name.strip() for name in how.engines.split(",")]
     with shown_images("rounds") as tell:

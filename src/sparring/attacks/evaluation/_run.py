@@ -145,8 +145,7 @@ def run(
     counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network with faster
     passes, such as packed kernels: the attack uses it, and the model judges the result. `convergence` is the number of
     images on which a run four times as long shows whether more steps would help (see `check_convergence`). `progress`
-    gets a stage ("preparing" or "attacking"), how many images are done, and of how many: before each batch, and a few
-    times a second an estimate from the passes of the images in work.
+    gets a stage ("preparing" or "attacking"), how many images are done (inside a batch an estimate), and of how many.
 
     Raises UserError for invalid inputs or models (see docs/flags.md).
     """
