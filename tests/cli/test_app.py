@@ -59,6 +59,14 @@ def test_the_overview_cuts_no_description_short(sparring, monkeypatch: pytest.Mo
     assert "doctor" in told and "..." not in told.partition("Commands:")[2]
 
 
+@pytest.mark.parametrize("name", [command.name for command in _app.app.registered_commands])
+def test_help_shows_what_people_type_and_no_name_of_a_type(sparring, name: str) -> None:  # type: ignore[no-untyped-def]
+    told = sparring(name, "--help").out
+    usage = told.partition("\n\n")[0]
+    assert re.fullmatch(rf"Usage: .* {name} \[OPTIONS\]( \[?[A-Z]+\]?(\.\.\.)?)*", " ".join(usage.split()))
+    assert not re.findall(r"<[a-z].*>|\w+\[\w+\]|\{\w+\}|\b(?:str|int|float|Path|range)\b", told)
+
+
 def test_it_prints_its_version(sparring) -> None:  # type: ignore[no-untyped-def]
     told = sparring("--version")
     assert (told.code, told.out) == (0, f"sparring {__version__}\n")

@@ -10,10 +10,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperArgument, TyperCommand
+from typer.models import ArgumentInfo
 
 from ..errors import UserError
 from ..facts import BOUNDS
@@ -28,6 +30,24 @@ app = typer.Typer(
 )
 
 
+class _Command(TyperCommand):
+    """A command whose help writes arguments as people type them: MODEL, neither {model} nor <str>."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; arguments show no type, whatever typer's version."""
+        found: list[Any] = list(super().get_params(ctx))
+        for one in found:
+            if isinstance(one, TyperArgument):
+                shown: Any = one
+                shown.display_type_rich = lambda ctx: None
+                shown.get_usage_pieces = functools.partial(_usage, one)
+        return found
+
+
+def _usage(argument: TyperArgument, ctx: Any) -> list[str]:
+    return [f"{argument.metavar}" if argument.required else f"[{argument.metavar}]"]
+
+
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     """Make a function a command: the fields of its records become options."""
     own = _parameters(function)
@@ -40,14 +60,24 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
         return function(**made, **given)
 
     whole = [one for parameter in own for one in parts.get(parameter.name, [parameter])]
+    for one in whole:
+        _name_value(one)
     call.__signature__ = inspect.Signature(whole)  # type: ignore[attr-defined]
-    return app.command(name=function.__name__.rstrip("_"))(call)
+    return app.command(name=function.__name__.rstrip("_"), cls=_Command)(call)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """Return the parameters of a function or class as keywords, with their annotations resolved."""
     hints, parameters = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     return [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters.values()]
+
+
+def _name_value(parameter: inspect.Parameter) -> None:
+    """Say in a parameter's help what to type, in place of the name of a Python type."""
+    (about,), kind = parameter.annotation.__metadata__, parameter.annotation.__origin__
+    kinds = {str: "TEXT", Path: "PATH", int: "NUMBER", float: "NUMBER"}
+    typed = parameter.name.upper() if isinstance(about, ArgumentInfo) else kinds.get((get_args(kind) or [kind])[0])
+    about.metavar = about.metavar or typed
 
 
 def _take_threads(threads: int | None) -> int | None:
@@ -246,7 +276,7 @@ def status(study: Study, json: Json = False) -> None:
 
 @command
 def merge(
-    sources: Annotated[list[Path], Argument(help="Output folders of studies with the same data, model and recipe.")],
+    sources: Annotated[list[Path], Argument(metavar="STUDY...", help="Output folders of studies with the same data, model and recipe.")],
     out: Annotated[Path | None, Option("--out", "-o", help="Output folder [default: the first folder].")] = None,
     json: Json = False,
 ) -> int:
