@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from sparring import report
+from sparring.study import Plan, run
+
+from .conftest import MANY
 
 pytestmark = pytest.mark.browser
 
@@ -121,23 +124,6 @@ def test_a_verdict_with_a_peak_of_many_sparsities_stays_on_the_page(opened):
     )
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_violation(opened, scheme):
-    found = importlib.util.find_spec("axe_core_python")
-    if found is None:
-        pytest.skip("axe-core comes with axe-core-python, of sparring[all]")
-    opened.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
-    opened.execute_script(Path(found.origin).with_name("axe.min.js").read_text(encoding="utf-8"))
-    opened.set_script_timeout(120)
-    options = {"resultTypes": ["violations"]} | ({} if scheme == "light" else {"runOnly": ["color-contrast"]})
-    run = "axe.run(document, arguments[0]).then(arguments[1])"
-    violations = opened.execute_async_script(run, options)["violations"]
-    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert [(one["id"], [node["html"][:200] for node in one["nodes"][:3]]) for one in violations] == []
-
-
 def test_the_contents_lead_to_every_section(opened):
     script = """return [...document.querySelectorAll('nav a')].map(
         a => [a.textContent.trim(), document.querySelector(a.getAttribute('href')) !== null])"""
@@ -156,3 +142,68 @@ def test_keys_reach_every_control_and_scroll_every_wide_table(opened):
     )
     opened.set_window_size(1280, 1000)
     assert (unreachable, wide) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def pages(make_study, few_digits, tmp_path_factory):
+    """Write a page with every section, one of activations, and one of linear classifiers."""
+    few = {"images": 40, "sparsities": (0.5, 0.9)}
+    whole = make_study(budgets=MANY, methods=("gradual", "random"), extras=True, flag="masked-gradients", **few)
+    activations = make_study(methods=("gradual", "top-k"), **few)
+    linear = tmp_path_factory.mktemp("linear")
+    paths = {"l2": [0.01, 1.0], "l1": [0.5, 5.0], "magnitude": [0.5, 0.9], "classes": [0, 1, 2], "images": 40}
+    table = {"name": "small", "data": "digits", "model": "linear", "linear": [paths | {"eps": [0.1, 0.2]}]}
+    run(Plan.from_table(table), linear, dataset=few_digits, workers=0)
+    return {"whole": report.write(whole), "activations": report.write(activations), "linear": report.write(linear)}
+
+
+# Whatever reaches beyond the window or its own box, outside of frames that scroll, with all parts unfolded.
+CUT = """
+const wide = document.documentElement.clientWidth, found = [];
+for (const e of document.querySelectorAll('main *')) {
+    if (!e.getClientRects().length || (e.closest('svg') && !['svg', 'text'].includes(e.tagName))) continue;
+    const box = e.getBoundingClientRect(), style = getComputedStyle(e);
+    const frame = e.parentElement.closest('.scroll, .long');
+    const outside = !frame && (box.right > wide + 1 || box.left < -1);
+    const over = e.scrollWidth > e.clientWidth + 1 && style.display !== 'inline';
+    const spills = over && (style.overflowX === 'hidden' || (style.overflowX === 'visible' && !frame));
+    const unreachable = over && style.overflowX === 'auto' && e.tabIndex < 0;
+    if (outside || (!e.closest('svg') && (spills || unreachable))) found.push(e.outerHTML.slice(0, 200));
+}
+return found"""
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+@pytest.mark.parametrize("page", ["whole", "activations", "linear"])
+def test_nothing_is_cut_in_narrow_and_wide_windows(driver, pages, page, width):
+    unfolded(driver, pages[page], width)
+    assert driver.execute_script(CUT) == []
+    script = "document.querySelector('h1').style.width = '200vw';" + CUT
+    assert "<h1" in driver.execute_script(script)[0]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [500, 1280])
+@pytest.mark.parametrize("page", ["whole", "linear"])
+def test_axe_finds_no_violation(driver, pages, page, width, scheme):
+    found = importlib.util.find_spec("axe_core_python")
+    if found is None:
+        pytest.skip("axe-core comes with axe-core-python, of sparring[all]")
+    unfolded(driver, pages[page], width)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    driver.execute_script(Path(found.origin).with_name("axe.min.js").read_text(encoding="utf-8"))
+    driver.set_script_timeout(120)
+    options = {"resultTypes": ["violations"]} | ({} if scheme == "light" else {"runOnly": ["color-contrast"]})
+    violations = driver.execute_async_script("axe.run(document, arguments[0]).then(arguments[1])", options)[
+        "violations"
+    ]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert [(one["id"], [node["html"][:200] for node in one["nodes"][:3]]) for one in violations] == []
+
+
+def unfolded(driver, page, width):
+    """Open a page in a window of a width, with every part unfolded."""
+    driver.get(page.as_uri())
+    resize(driver, width)
+    driver.execute_script("for (const e of document.querySelectorAll('details')) e.open = true")

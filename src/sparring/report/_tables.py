@@ -304,7 +304,7 @@ def ledger_table(rows: Sequence[Row]) -> Table | None:
         counts = ("–", "–") if row.effect is None else (str(row.effect.seeds), f"{row.effect.images:,}")
         cells.append([what, verdict, effect, p, *counts])
     head = ["Claim and test", "Verdict", "Effect [95%]", "p", "Seeds", "Images"]
-    return Table(head, cells, text=2) if cells else None
+    return Table(head, cells, text=2, class_="claims") if cells else None
 
 
 def cost(study: Study) -> Table:
