@@ -276,7 +276,10 @@ def status(study: Study, json: Json = False) -> None:
 
 @command
 def merge(
-    sources: Annotated[list[Path], Argument(metavar="STUDY...", help="Output folders of studies with the same data, model and recipe.")],
+    sources: Annotated[
+        list[Path],
+        Argument(metavar="STUDY...", help="Output folders of studies with the same data, model and recipe."),
+    ],
     out: Annotated[Path | None, Option("--out", "-o", help="Output folder [default: the first folder].")] = None,
     json: Json = False,
 ) -> int:

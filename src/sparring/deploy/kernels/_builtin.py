@@ -1,7 +1,10 @@
 """Generated functions as Python built-ins, which cost less per call than ctypes.
 
-Only `_engine` imports this module. It uses only CPython's public functions; if they are missing, `builtin` and `reader`
-return None and ctypes is used.
+One image through LeNet-300-100 at 98% sparsity takes 0.95 µs with these functions and 6.5 µs with ctypes and the checks
+in Python that they replace: without them, the call would cost several times what the network costs (medians, AMD EPYC
+of 2024 with AVX-512, processor time: `python benchmarks/packed.py`). Nothing else justifies this module, so only
+`_engine` imports it. It uses only CPython's public functions; if they are missing, `builtin` and `reader` return None
+and ctypes is used.
 """
 
 from __future__ import annotations
