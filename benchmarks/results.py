@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparring import report
-from sparring.statistics import LEAST_P, Row
+from sparring.statistics import LEAST_P, Effect, Row
 
 KEYS = ("method", "sparsity", "metric", "attack", "norm", "eps", "split")
 
@@ -105,7 +105,7 @@ def claims_table(rows: Sequence[Row], total: int) -> str:
         effect, merged = "–", "–"
         counts = "–"
         if (e := row.effect) is not None:
-            effect = f"{e.estimate:+.3g} [{e.low:+.3g}, {e.high:+.3g}] {row.claim.unit}"
+            effect = _signed(e, row.claim.unit)
             counts = f"{e.seeds} × {e.images:,}"
         if row.merged is not None:
             merged = _told(*row.merged)
@@ -120,6 +120,13 @@ def claims_table(rows: Sequence[Row], total: int) -> str:
         " a verdict rests on is in brackets."
     )
     return "\n".join(lines) + f"\n\n{words} The tests are in [ledger.json](ledger.json).\n"
+
+
+def _signed(e: Effect, unit: str) -> str:
+    digits = 0 if abs(e.estimate) >= 1000 else 1
+    told = (f"{number:+,.{digits}f}".replace("-", "−") for number in (e.estimate, e.low, e.high))
+    estimate, low, high = (text if text.strip("+−0.") else text[1:] for text in told)  # zero has no sign
+    return f"{estimate}% [{low}, {high}]" if unit == "%" else f"{estimate} [{low}, {high}] {unit}"
 
 
 def _told(verdict: str, p: float | None) -> str:

@@ -1,14 +1,17 @@
 """Measure what a study costs beside its work, and what a cell's work costs by stage.
 
-    python benchmarks/scaling.py [--json] [--cells N] [--epochs N]
+    python benchmarks/scaling.py [--json] [--cells N] [--epochs N] [--rounds N]
+
+All but the third are seconds of the processor, so that other work on the machine counts less.
 
 1. A cached study: a plan of N cells (default 1,000) over digits is laid out, every record and object is written by a
    stand-in for the work, and then the plan is run, in a process of its own. That run must find every record and do
    nothing. Measured: seconds of `run` and peak memory of the process, with its libraries.
 2. Scheduling alone: tasks a second through `execute` with work that does nothing, for two sizes (the time per task must
    not grow with their number).
-3. Workers: a short form of the preset `quick` on one worker and on two, alternating. Records must be equal.
-4. Seconds by stage, from the records of 3: docs/scaling.md is built on them.
+3. Seconds by stage of a short form of the preset `quick` in this process: docs/scaling.md is built on them.
+4. Workers: the same on one worker and on two, alternating, by the wall clock, so that the cores must be idle. Records
+   must be equal. `--rounds 0` leaves it out.
 """
 
 from __future__ import annotations
@@ -34,8 +37,6 @@ from sparring.files import pack_tensors
 from sparring.records import DatasetFacts, PlanFile, Record, Store, write_plan
 from sparring.study import DataFacts, Event, InProcess, Plan, Task, TaskOutcome, environment, execute, lay_out, run
 from sparring.study.stages._inputs import Inputs, Network
-
-ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +96,9 @@ def cached(cells: int, folder: Path) -> dict[str, float]:
     events: list[Event] = []
 
     def again() -> dict[str, float]:
-        began = time.perf_counter()
+        began = time.process_time()
         records = run(plan, folder, dataset=dataset, watch=events.append)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         assert len(records) == len(work.tasks) and events[0].cached == events[0].total == len(records)
         return {"seconds": seconds}
 
@@ -117,20 +118,41 @@ def scheduling(count: int, folder: Path) -> float:
     tasks = [Task(key, NOTHING, (keys[i - i % 3],) if i % 3 else ()) for i, key in enumerate(keys)]
     store = Forgetful(folder)
     store.prepare()
-    began = time.perf_counter()
+    began = time.process_time()
     records = execute(tasks, store, InProcess(lambda task, tell: TaskOutcome()))
     assert len(records) == count
-    return (time.perf_counter() - began) / count * 1e6
+    return (time.process_time() - began) / count * 1e6
 
 
-def quick(epochs: int) -> dict[str, Any]:
-    """Run a short form of `quick` on one worker and on two in turn; return their ratio and seconds by stage."""
+def short(epochs: int) -> Plan:
+    """Return a short form of `quick`."""
     changes = [f"recipe.epochs={epochs}", f"finetune.epochs={max(1, epochs // 2)}", "seeds=2", "sparsities=[0.5, 0.9]"]
-    plan = Plan.load("quick", changes)
+    return Plan.load("quick", changes)
+
+
+def stages(plan: Plan) -> dict[str, float]:
+    """Run a plan in this process; return the median of processor seconds of each stage's tasks."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    began = time.process_time()
+
+    def watch(event: Event) -> None:
+        nonlocal began
+        if event.record is not None:
+            inputs = event.record.inputs
+            name = inputs["attack"]["name"] if event.record.stage == "attack" else event.record.stage
+            seconds[name].append(time.process_time() - began)
+        began = time.process_time()
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(plan, folder, dataset=data.load(plan.data), workers=0, watch=watch)
+    return {name: statistics.median(times) for name, times in sorted(seconds.items())}
+
+
+def speedup(plan: Plan, rounds: int) -> dict[str, float]:
+    """Run a plan on one worker and on two in turn; return their medians and the median of ratios."""
     dataset = data.load(plan.data)
     seconds: dict[int, list[float]] = {1: [], 2: []}
-    stages: dict[str, list[float]] = defaultdict(list)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         found = {}
         for workers in (1, 2):
             with tempfile.TemporaryDirectory() as folder:
@@ -138,15 +160,11 @@ def quick(epochs: int) -> dict[str, Any]:
                 records = run(plan, folder, dataset=dataset, workers=workers)
                 seconds[workers].append(time.perf_counter() - began)
             found[workers] = {record.key: (record.metrics, record.object) for record in records}
-            for record in records if workers == 1 else ():
-                name = record.inputs["attack"]["name"] if record.stage == "attack" else record.stage
-                stages[name].append(record.times["seconds"])
         assert found[1] == found[2], "two workers made other records than one"
     return {
         "one_worker": statistics.median(seconds[1]),
         "two_workers": statistics.median(seconds[2]),
         "speedup": statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True)),
-        "stages": {name: statistics.median(times) for name, times in sorted(stages.items())},
     }
 
 
@@ -155,6 +173,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cells", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -163,19 +182,25 @@ def main() -> None:
         result["scheduler_us_per_task"] = {
             str(count): round(scheduling(count, folder / f"{count}"), 1) for count in (1_000, 16_000)
         }
-    result["quick"] = quick(options.epochs)
+    result["stages"] = stages(short(options.epochs))
+    if options.rounds:
+        result["workers"] = speedup(short(options.epochs), options.rounds)
     if options.json:
         print(json.dumps(result))
         return
-    found, short = result["cached"], result["quick"]
+    found = result["cached"]
     print(f"cached study, {found['cells']} cells, {found['tasks']} tasks: {found['seconds']:.2f} s, ", end="")
     print(f"peak {found['peak_mib']:.0f} MiB")
     for count, cost in result["scheduler_us_per_task"].items():
         print(f"scheduler, {count} tasks: {cost:.0f} µs per task")
-    print(f"quick, short: {short['one_worker']:.1f} s on one worker, {short['two_workers']:.1f} s on two ", end="")
-    print(f"({short['speedup']:.2f}×)")
-    for stage, seconds in short["stages"].items():
-        print(f"  {stage}: {seconds:.3f} s")
+    for stage, seconds in result["stages"].items():
+        print(f"{stage}: {seconds:.3f} s")
+    if "workers" in result:
+        print(
+            "quick, short: {one_worker:.1f} s on one worker, {two_workers:.1f} s on two ({speedup:.2f}×)".format_map(
+                result["workers"]
+            )
+        )
 
 
 if __name__ == "__main__":
