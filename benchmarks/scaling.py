@@ -2,13 +2,14 @@
 
     python benchmarks/scaling.py [--json] [--cells N] [--epochs N] [--rounds N]
 
-All but the third are seconds of the processor, so that other work on the machine counts less.
+All but the last are seconds of the processor, so that other work on the machine counts less.
 
 1. A cached study: a plan of N cells (default 1,000) over digits is laid out, every record and object is written by a
    stand-in for the work, and then the plan is run, in a process of its own. That run must find every record and do
    nothing. Measured: seconds of `run` and peak memory of the process, with its libraries.
 2. Scheduling alone: tasks a second through `execute` with work that does nothing, for two sizes (the time per task must
-   not grow with their number).
+   not grow with their number). Beside it, milliseconds for writing a record with the weights of LeNet-300-100 and
+   without, to which the wait for the disk adds.
 3. Seconds by stage of a short form of the preset `quick` in this process: docs/scaling.md is built on them.
 4. Workers: the same on one worker and on two, alternating, by the wall clock, so that the cores must be idle. Records
    must be equal. `--rounds 0` leaves it out.
@@ -124,6 +125,18 @@ def scheduling(count: int, folder: Path) -> float:
     return (time.process_time() - began) / count * 1e6
 
 
+def writing(numbers: int, folder: Path) -> float:
+    """Return the median of milliseconds of writing a record with so many numbers."""
+    store, content, seconds = Store(folder), pack_tensors({"numbers": torch.zeros(numbers)}), []
+    store.prepare()
+    for i in range(50):
+        record = Record(f"{i:032x}", "measure", {}, {"accuracy": 0.5}, environment=environment())
+        began = time.process_time()
+        store.write(record, content)
+        seconds.append(time.process_time() - began)
+    return 1e3 * statistics.median(seconds)
+
+
 def short(epochs: int) -> Plan:
     """Return a short form of `quick`."""
     changes = [f"recipe.epochs={epochs}", f"finetune.epochs={max(1, epochs // 2)}", "seeds=2", "sparsities=[0.5, 0.9]"]
@@ -182,6 +195,7 @@ def main() -> None:
         result["scheduler_us_per_task"] = {
             str(count): round(scheduling(count, folder / f"{count}"), 1) for count in (1_000, 16_000)
         }
+        result["writing_ms"] = {str(n): writing(n, folder / f"writing{n}") for n in (300, 266_610)}
     result["stages"] = stages(short(options.epochs))
     if options.rounds:
         result["workers"] = speedup(short(options.epochs), options.rounds)
@@ -193,6 +207,8 @@ def main() -> None:
     print(f"peak {found['peak_mib']:.0f} MiB")
     for count, cost in result["scheduler_us_per_task"].items():
         print(f"scheduler, {count} tasks: {cost:.0f} µs per task")
+    for numbers, cost in result["writing_ms"].items():
+        print(f"a record of {numbers} numbers: {cost:.1f} ms")
     for stage, seconds in result["stages"].items():
         print(f"{stage}: {seconds:.3f} s")
     if "workers" in result:

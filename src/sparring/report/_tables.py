@@ -108,7 +108,7 @@ def around(findings: Findings, at_most: int = 8) -> Table | None:
     for s in every[first : first + at_most]:
         ratio = words.size_ratio(findings, s)
         met = "exceeded" if spot.at_most is None or s > spot.at_most else "undecided"
-        met = "met" if s <= (spot.sparsity or 0) else f"{met}; met if doubled" if s <= (wide or 0) else met
+        met = "met" if s <= (spot.sparsity or 0) else f"{met}; met at twice the allowance" if s <= (wide or 0) else met
         gains = [numbers.gain(r.measure, r.gains.at(s), r.control) for r in results]
         name = numbers.sparsity(findings.study, findings.method or "", s)
         mark = Cell(name, "strong") if s == spot.sparsity else name
@@ -169,10 +169,10 @@ def networks(findings: Findings) -> Table:
     deployed = any(network.stage("deploy") for network in findings.study.networks)
     shares = {network.who: network.metric("covered", "prune") for network in findings.study.networks}
     structured = any(share is not None for share in shares.values())
-    head = ["Method", "Sparsity", "Seed", "Of all parameters", "Bytes"]
+    head = ["Method", "Sparsity", "Seed", "Sparsity of all parameters", "Bytes"]
     head += ["Covered by n:m"] if structured else []
     head += ["Packed bytes", "ms per image", "in PyTorch", "Agreement"] if deployed else []
-    head += [m.short for m in shown]
+    head += [_heading(m) for m in shown]
     rows = []
     for network in findings.study.networks:
         total, size = network.metric("sparsity_total"), network.metric("bytes_sparse")

@@ -368,7 +368,7 @@ def at_choice(findings: Findings, result: Result, choice: ChosenGain | None, cla
         margin = margins_of(findings.study)["accuracy"]
         return unasked(claim, result.measure, f"no sparsity loses at most {100 * margin:.3g} points of accuracy")
     chosen = sorted(set(choice.sparsities))
-    how = "each seed's chosen by the others on validation images"
+    how = "for each seed the sparsity that the other seeds chose on validation images"
     if choice.choices > 1 or len(result.seeds) == 1:
         how = f"the best of {choice.choices}, corrected for all of them"
     claim = replace(claim, test=f"{result.method} at {result.words(*chosen)} ({how}) − dense control")
