@@ -154,7 +154,8 @@ def stages(plan: Plan) -> dict[str, float]:
             inputs = event.record.inputs
             name = inputs["attack"]["name"] if event.record.stage == "attack" else event.record.stage
             seconds[name].append(time.process_time() - began)
-        began = time.process_time()
+        if event.under is None:  # one of those that come while a task runs
+            began = time.process_time()
 
     with tempfile.TemporaryDirectory() as folder:
         run(plan, folder, dataset=data.load(plan.data), workers=0, watch=watch)
