@@ -451,7 +451,7 @@ class VerifyOptions:
     seconds: Annotated[float, Option(help="Time limit for each image or property, in seconds.")] = 60.0
     images: Images = 100
     counter_example: Annotated[
-        Path | None, Option("--counter-example", help="Result file to write, in the competition's format.")
+        Path | None, Option("--counter-example", help="Result file to write, in VNN-COMP's format.")
     ] = None
     threads: Threads = None
 
@@ -462,7 +462,7 @@ def verify(
     how: VerifyOptions,
     data: DataSource,
     where: Where,
-    property: Annotated[Path | None, Argument(help="Property in VNN-LIB 1; without it give --eps.")] = None,
+    property: Annotated[Path | None, Argument(help="Property in VNN-LIB 1; if you omit it, give --eps.")] = None,
     json: Json = False,
 ) -> int:
     """Verify labels within a budget, or a VNN-LIB property. Exit with code 1 if falsified, 3 if unknown."""
