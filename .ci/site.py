@@ -86,11 +86,12 @@ def commands() -> str:
 
 def _option(parameter: inspect.Parameter) -> str:
     (about,) = parameter.annotation.__metadata__
-    names = [one for one in about.param_decls or () if one.startswith("--")]
+    given = (about.default, *(about.param_decls or ()))  # in an annotation, typer keeps the first name as the default
+    names = [one for one in given if isinstance(one, str) and one.startswith("--")]
     name = names[0] if names else f"--{parameter.name.replace('_', '-')}"
-    argument = type(about).__name__ == "ArgumentInfo"
+    shown = about.metavar if type(about).__name__ == "ArgumentInfo" else f"{name} {about.metavar or ''}".rstrip()
     default = "" if parameter.default in (None, False, "", inspect.Parameter.empty) else f"`{parameter.default}`"
-    return f"| `{parameter.name.upper() if argument else name}` | {default} | {_cell(about.help or '')} |"
+    return f"| `{_cell(shown)}` | {default} | {_cell(about.help or '')} |"
 
 
 def plan_tables() -> str:

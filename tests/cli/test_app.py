@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_help_shows_what_people_type_and_no_name_of_a_type(sparring, name: str) 
     usage = told.partition("\n\n")[0]
     assert re.fullmatch(rf"Usage: .* {name} \[OPTIONS\]( \[?[A-Z]+\]?(\.\.\.)?)*", " ".join(usage.split()))
     assert not re.findall(r"<[a-z].*>|\w+\[\w+\]|\{\w+\}|\b(?:str|int|float|Path|range)\b", told)
+
+
+def test_the_site_lists_the_options_that_help_shows(sparring) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("mkdocs")
+    parts = runpy.run_path(str(Path(__file__).parents[2] / ".ci" / "site.py"))["commands"]().split("### sparring ")[1:]
+    assert len(parts) == len(_app.app.registered_commands)
+    for part in parts:
+        options = {*re.findall(r"^ +(?:-o, )?(--[a-z-]+)", sparring(part.split()[0], "--help").out, re.M)} - {"--help"}
+        assert {*re.findall(r"`(--[a-z-]+)", part)} == options
 
 
 def test_it_prints_its_version(sparring) -> None:  # type: ignore[no-untyped-def]

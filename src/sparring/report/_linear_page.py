@@ -129,7 +129,7 @@ def _agreement(data: LinearStudy) -> str:
     flags = sum(len(record.flags) for record in data.study.records.values())
     raised = "1 flag was" if flags == 1 else f"{flags} flags were"
     return (
-        f"{len(points):,} classifiers were checked against theory, {raised} raised: FGSM's accuracy differs "
+        f"{len(points):,} classifiers were checked against theory, and {raised} raised. FGSM's accuracy differs "
         f"from its boxed closed form by at most {100 * apart:.2g} points on two classes, and DeepFool's mean distance "
         f"exceeds the exact one by {100 * sum(excess) / max(1, len(excess)):.2g}% on average."
     )
@@ -147,15 +147,13 @@ def _means(data: LinearStudy, loss: str) -> tuple[str, tables.Table]:
         "Accuracy": lambda p: 100 * p["accuracy"],
         "FGSM": lambda p: 100 * r_inf(eps, "fgsm")(p),
         "r_inf boxed": lambda p: 100 * r_inf(eps)(p),
-        "unboxed": lambda p: 100 * r_inf(eps, "unboxed")(p),
-        "Markov's bound": lambda p: (
-            100 * (math.inf if (bound := p["theorem"]["markov"][f"{eps:g}"]) is None else bound)
-        ),
+        "r_inf unboxed": lambda p: 100 * r_inf(eps, "unboxed")(p),
+        "Markov's bound": markov,
         "DeepFool": r_2("deepfool"),
-        "failed, %": lambda p: 100 * p["failed_deepfool"],
+        "DeepFool failed, %": lambda p: 100 * p["failed_deepfool"],
         "nearest": r_2("nearest"),
         "r_2 boxed": r_2(),
-        "unboxed ": r_2("unboxed"),
+        "r_2 unboxed": r_2("unboxed"),
         "‖w‖₁/‖w‖₂": lambda p: p["theorem"]["l1"] / max(p["theorem"]["l2"], 1e-30),
     }
     steps = [DENSE, *(step for path in NAMES for step in data.steps(loss, path))]
