@@ -57,7 +57,8 @@ def _violated(seed: int, norm: float, methods: tuple[str, ...], build: Build) ->
     assert torch.allclose(values[-1][:20], exact(points[:20]), atol=1e-9)
     with torch.no_grad():
         margins = [BOUNDS[method](graph, reach, margin_rows(graph, y))[0] for method in methods]
-        nodes = [crown.bound_nodes(graph, reach, backward=backward)[0] for backward in (False, True)]
+        kinds = ((False, False), (True, False), (True, True))
+        nodes = [crown.bound_nodes(graph, reach, backward=back, roughly=rough)[0] for back, rough in kinds]
     beaten = any(bool((margin > gaps + 1e-9).any()) for margin in margins)
     return beaten or any(_outside(v, b) for bounds in nodes for v, b in zip(values, bounds, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import repeat
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from ...graph import Constant, Graph, Node, evaluate
 from .._network import LinearOp, Moved, adjoint, moved_back, offset
 from .._region import Region
+from ._around import around, number_type
 from ._open_units import NONLINEAR, refined, wanted
-from ._receptive_field import Stem, stem_of, windows
+from ._receptive_field import Stem, Windows, stem_of, windows
 from ._relaxations import Interval, Relaxation, first_layers, propagate, relax
 
 _STEM = 2**24  # coefficients of the first layers as linear functions
@@ -93,18 +95,16 @@ def _both_bounds(graph: Graph, start: int, rows: Tensor, region: Region, relaxed
     Does what `lower_bound` does for `rows` and for −`rows`. Instead of the latter's coefficients their sum with the
     former's is pulled back: it is zero wherever no sign is open, and so costs less.
     """
-    low_total, high_total = rows.new_zeros(2, *rows.shape[:2])
+    low_total, high_total = rows.new_zeros(2, *rows.shape[:2], dtype=torch.float64)
     waiting: dict[int, tuple[Tensor, Tensor | None]] = {start: (rows, None)}
     for index in range(start, 0, -1):
         if index not in waiting:
             continue
         (a, both), node = waiting.pop(index), graph.nodes[index]
         if index in relaxed:
-            negatives, added = relaxed[index].pull(_less(both, a), None)
-            high_total += added
-            parts, added = relaxed[index].pull(a, None)
-            low_total += added
-            sums: Iterable[Tensor | None] = [one + two for one, two in zip(parts, negatives, strict=True)]
+            parts, sums, low, high = _through_both(relaxed[index], a, both)
+            low_total += low
+            high_total += high
         else:
             parts, constant = _through(graph, index, a, {}, None)
             sums, more = (repeat(None), None) if both is None else _through(graph, index, both, {}, None)
@@ -114,9 +114,21 @@ def _both_bounds(graph: Graph, start: int, rows: Tensor, region: Region, relaxed
         for source, part, total in zip(node.inputs, parts, sums, strict=False):
             waiting[source] = _plus(waiting[source], (part, total)) if source in waiting else (part, total)
     a, both = waiting[0]
-    low_total += region.minimum(a.flatten(2))
-    high_total += region.minimum(_less(both, a).flatten(2))
+    low_total += region.minimum(a.flatten(2).double())
+    high_total += region.minimum(_less(both, a).flatten(2).double())
     return Interval(low_total, -high_total)
+
+
+def _through_both(
+    lines: Relaxation, a: Tensor, both: Tensor | None
+) -> tuple[tuple[Tensor, ...], Iterable[Tensor | None], Tensor, Tensor]:
+    """Pull a and `both` − a back through lines: the former, the sums of the two, and what each of them adds."""
+    if both is None and (found := lines.pull_both(a)) is not None:
+        part, total, low, high = found
+        return (part,), (total,), low, high
+    negatives, high = lines.pull(_less(both, a), None)
+    parts, low = lines.pull(a, None)
+    return parts, [one + two for one, two in zip(parts, negatives, strict=True)], low, high
 
 
 def _less(both: Tensor | None, a: Tensor) -> Tensor:
@@ -133,12 +145,13 @@ def _pull(op: LinearOp, a: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def bound_nodes(
-    graph: Graph, region: Region, *, backward: bool, known: Sequence[Interval] | None = None
+    graph: Graph, region: Region, *, backward: bool, known: Sequence[Interval] | None = None, roughly: bool = False
 ) -> tuple[list[Interval], dict[int, Relaxation]]:
     """Bound every node's output over a region, and every nonlinear node by lines.
 
     With `backward` the inputs of nonlinear nodes are refined by CROWN; without, all bounds are interval arithmetic.
-    `known` are bounds over a region that contains this one.
+    `roughly`: those of units that see little of the image as in `around`, in a third of the time. `known` are bounds
+    over a region that contains this one.
     """
     attained = first_layers(graph, region)
     feeds = refined(graph) if backward else []
@@ -151,7 +164,7 @@ def bound_nodes(
         here = attained[index] if index in attained else _propagated(node, bounds, region)
         bounds.append(here if known is None else here.within(known[index]))
         if index in feeds and index not in attained:
-            bounds[index] = _refine(graph, index, bounds[index], region, relaxed, stems)
+            bounds[index] = _refine(graph, index, bounds[index], region, relaxed, stems, roughly)
     return bounds, relaxed
 
 
@@ -169,6 +182,7 @@ def _refine(
     region: Region,
     relaxed: Mapping[int, Relaxation],
     stems: list[Stem | None],
+    roughly: bool,
 ) -> Interval:
     """Tighten the neurons of a node for which it may count, from windows where neurons see little.
 
@@ -177,10 +191,26 @@ def _refine(
     some, seen = wanted(graph, index, known), windows(graph, index)
     if seen is None:
         return _refined(graph, index, known, some, region, relaxed)
+    if not roughly:
+        return _in_windows(seen, known, some, region, relaxed, stems)
+    near = around(seen, region, relaxed)
+    box = Interval(*(side - near.value for side in known))
+    found = _in_windows(replace(seen, graph=near.graph), box, some, near.region, near.relaxed, stems)
+    return Interval(found.lower + near.value - near.error, found.upper + near.value + near.error).within(known)
+
+
+def _in_windows(
+    seen: Windows,
+    known: Interval,
+    some: Tensor,
+    region: Region,
+    relaxed: Mapping[int, Relaxation],
+    stems: list[Stem | None],
+) -> Interval:
     parts = []
-    if not stems and index > stem_of(graph):  # before, its nodes have no lines
+    if not stems and seen.index > stem_of(seen.graph):  # before, its nodes have no lines
         pieces = [slice(i, i + 1) for i in range(len(known.lower))]
-        stems += [_stem(graph, {i: lines.of(piece) for i, lines in relaxed.items()}) for piece in pieces]
+        stems += [_stem(seen.graph, {i: lines.of(piece) for i, lines in relaxed.items()}) for piece in pieces]
     for image in (slice(start, start + 1) for start in range(len(known.lower))):  # there are many windows per image
         open_, *here = (seen.by_place(value[image]) for value in (some, *known))
         chosen = _places(open_) if seen.padded else torch.arange(len(open_))
@@ -204,12 +234,12 @@ def _stem(graph: Graph, relaxed: Mapping[int, Relaxation]) -> Stem | None:
     if 2 * channels * math.prod(places) * math.prod(seen.windows[0].size) * graph.nodes[0].shape[0] > _STEM:
         return None
     network, lines = seen.network(torch.arange(math.prod(places)), relaxed)
-    rows = torch.eye(channels, dtype=torch.float64).view(1, channels, channels, 1, 1)
+    rows = torch.eye(channels, dtype=number_type(network)).view(1, channels, channels, 1, 1)
     rows = rows.expand(math.prod(places), -1, -1, -1, -1)
     (low, below), (high, above) = (
         linear_bound(network, len(network.nodes) - 1, sign * rows, lines) for sign in (1, -1)
     )
-    slopes, shift = torch.cat([low, -high], 1), torch.cat([below, -above], 1)
+    slopes, shift = (torch.cat([b - a, -(a + b)], 1) / 2 for a, b in ((high, low), (above, below)))
     return Stem(index, seen.windows[0], slopes.view(*places, *slopes.shape[1:]), shift.view(*places, -1))
 
 
@@ -231,7 +261,8 @@ def _refined(
     width = 2 * max(math.prod(node.shape) for node in graph.nodes[: index + 1])
     for images, units in _groups(flat(some), max(1, _CHUNK // width)):
         here = region[images]
-        rows = lower.new_zeros(*units.shape, lower.shape[1]).scatter_(2, units[..., None], 1.0)
+        rows = lower.new_zeros(*units.shape, lower.shape[1], dtype=number_type(graph))
+        rows.scatter_(2, units[..., None], 1.0)
         lines = {i: r.of(images) for i, r in relaxed.items()}
         low, high = _both_bounds(graph, index, rows.view(*units.shape, *known.lower.shape[1:]), here, lines)
         lower[images] = lower[images].scatter(1, units, torch.maximum(lower[images].gather(1, units), low))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ...graph import Add, Affine, AvgPool, Conv2d, Graph, MaxPool, Node, Op, ReLU
 from .._curves import Curve
 from .._region import Region
-from ._relaxations import Lines, Pulled, Relaxation, WindowLines, pool_windows, tile_of
+from ._relaxations import Lines, Pulled, PulledBoth, Relaxation, WindowLines, pool_windows, tile_of
 
 _WORTH = 0.5  # share of the network's values in a window up to which cutting pays
 _ELEMENTWISE = (Affine, ReLU, Add, Curve)
@@ -68,7 +68,12 @@ class Seen:
 
     def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """Return the coefficients on the whole window; nothing is added."""
-        return (F.pad(a * self.inside[:, None], self.pad),), a.new_zeros(a.shape[:2])
+        return (F.pad(a * self.inside[:, None].to(a.dtype), self.pad),), a.new_zeros(a.shape[:2])
+
+    def pull_both(self, a: Tensor) -> PulledBoth | None:
+        """Do the same for a and −a at once."""
+        (part,), zero = self.pull(a, None)
+        return part, None, zero, zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +144,16 @@ class Windows:
         part = _needed(op, self.windows[index])
         assert isinstance(op, MaxPool) and isinstance(lines, WindowLines) and part is not None
         shape = (lines.shape[0], *part.size)
-        best, slopes, shift = (
-            self._cut(value.view(len(value), *self.graph.nodes[index].shape, -1), index, chosen).flatten(1, 3)
-            for value in (lines.best, lines.slopes, lines.shift)
+        best, slopes, shift, floor = (
+            None
+            if value is None
+            else self._cut(value.view(len(value), *self.graph.nodes[index].shape, -1), index, chosen).flatten(1, 3)
+            for value in (lines.best, lines.slopes, lines.shift, lines.floor)
         )
-        return WindowLines(pool_windows(op, shape), best[..., 0], slopes, shift[..., 0], shape, tile_of(op, shape))
+        assert best is not None and slopes is not None and shift is not None
+        floor = None if floor is None else floor[..., 0]
+        tile = tile_of(op, shape)
+        return WindowLines(pool_windows(op, shape), best[..., 0], slopes, shift[..., 0], shape, tile, floor)
 
     def _seen(self, source: int, reader: int, chosen: Tensor) -> Seen | None:
         """Return the part of a node that a reader sees; None if that is its whole window and lies within the image."""
@@ -165,7 +175,7 @@ class Windows:
         inside = ((rows >= 0) & (rows < sides[0]))[:, None, :, None] & ((columns >= 0) & (columns < sides[1]))[
             :, None, None
         ]
-        return Seen(inside.double(), pad)
+        return Seen(inside, pad)
 
     def _at(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         return chosen // self.places[1], chosen % self.places[1]
@@ -198,7 +208,8 @@ class Windows:
 class StemLines:
     """Bounds of a stem's outputs by linear functions of the pixels, as in `Stem`, for windows at some places.
 
-    slopes: (rows, columns, height, width, 2 · C, pixels) of windows at all places; shift: alike, without pixels.
+    slopes: (rows, columns, height, width, 2 · C, pixels) of windows at all places, the mean of both functions and then
+    half their difference; shift: alike, without pixels.
     """
 
     slopes: Tensor
@@ -214,23 +225,38 @@ class StemLines:
 
     def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """As for Lines, but down to the pixels."""
-        count, sides = a.shape[:2], a.shape[3:]
         here = a.permute(0, 3, 4, 1, 2).contiguous()
-        signed = torch.cat([here.clamp_min(0), here.clamp_max(0)], 4)
+        signed = torch.cat([here, -here.abs()], 4)
         slopes, shift = (value[self.rows, self.columns] for value in (self.slopes, self.shift))
-        found = (signed @ slopes).flatten(1, 2).permute(0, 2, 3, 1).flatten(0, 1)
-        shape = tuple((n - 1) * step + size for n, step, size in zip(sides, self.stride, self.kernel, strict=True))
-        pixels = F.fold(found, shape, self.kernel, stride=self.stride)
-        return (pixels.view(*count, *pixels.shape[1:]),), (signed @ shift[..., None]).sum((1, 2, 4))
+        return (self._pixels(signed @ slopes, a),), (signed @ shift[..., None]).sum((1, 2, 4))
+
+    def pull_both(self, a: Tensor) -> PulledBoth | None:
+        """Do the same for a and −a at once."""
+        here = a.permute(0, 3, 4, 1, 2).contiguous()
+        slopes, shift = (value[self.rows, self.columns].chunk(2, 3) for value in (self.slopes, self.shift))
+        (middle, known), (half, open_) = (
+            (self._pixels(b @ slope, a), (b @ t[..., None]).sum((1, 2, 4), dtype=torch.float64))
+            for b, slope, t in zip((here, here.abs()), slopes, shift, strict=True)
+        )
+        return middle - half, -2 * half, known - open_, -known - open_
+
+    def _pixels(self, found: Tensor, a: Tensor) -> Tensor:
+        """Add up coefficients on the pixels that outputs see, (N, rows, columns, K, pixels), like coefficients a."""
+        sides = zip(a.shape[3:], self.stride, self.kernel, strict=True)
+        shape = tuple((n - 1) * step + size for n, step, size in sides)
+        pixels = found.flatten(1, 2).permute(0, 2, 3, 1).flatten(0, 1)
+        pixels = F.fold(pixels, shape, self.kernel, stride=self.stride)
+        return pixels.view(*a.shape[:2], *pixels.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
 class Stem:
     """The first layers of a network, up to node `index`, as two linear functions of the pixels for each output.
 
-    window: the pixels seen by the first place; slopes: (H, W, 2 · C, pixels of a window), of the functions below an
-    output and then of those above, of one image; shift: (H, W, 2 · C). CROWN through such layers is the same as through
-    these functions: every unit of theirs reaches one output alone, with a weight that is not negative.
+    window: the pixels seen by the first place; slopes: (H, W, 2 · C, pixels of a window), the mean of the functions
+    below and above an output, then half their difference, of one image; shift: (H, W, 2 · C). CROWN through such layers
+    is the same as through these functions: every unit of theirs reaches one output alone, with a weight that is not
+    negative.
     """
 
     index: int

@@ -114,6 +114,8 @@ def _squared(op: LinearOp) -> LinearOp:
 
 
 Pulled = tuple[tuple[Tensor, ...], Tensor]  # coefficients (N, K, ...) on every input, and what is added, (N, K)
+# Coefficients on one input for a, the sum of those for a and −a or None for zero, and what both add.
+PulledBoth = tuple[Tensor, Tensor | None, Tensor, Tensor]
 
 
 class Lines(NamedTuple):
@@ -137,6 +139,25 @@ class Lines(NamedTuple):
         low, high = (self.low_slope.float(), self.low_shift.float()), (self.high_slope.float(), self.high_shift.float())
         return Lines(*low, *high, self.free)
 
+    def around(self, z: Tensor, value: Tensor, *, parallel: bool) -> Lines:
+        """Return lines between deviations from z and from f(z); `parallel` ones where any slope below is valid."""
+        low = torch.where(self.free & parallel, self.high_slope, self.low_slope)
+        low_shift, high_shift = (torch.addcmul(t - value, s, z) for s, t in ((low, self.low_shift), self[2:4]))
+        return Lines(low, low_shift, self.high_slope, high_shift, self.free)
+
+    def size(self, z: Tensor) -> Tensor:
+        """Return the largest size of a line where those of inputs are at most z."""
+        slope, shift = (torch.maximum(one.abs(), two.abs()) for one, two in (self[0:3:2], self[1:4:2]))
+        return slope * z + shift
+
+    def pull_both(self, a: Tensor) -> PulledBoth | None:
+        """Do what `pull` does for a and −a; None if slopes differ."""
+        if not torch.equal(self.low_slope, self.high_slope):
+            return None
+        middle, half = (self.high_shift + self.low_shift)[:, None] / 2, (self.high_shift - self.low_shift)[:, None] / 2
+        known, open_ = ((b * t).flatten(2).sum(2, dtype=torch.float64) for b, t in ((a, middle), (a.abs(), half)))
+        return a * self.high_slope[:, None], None, known - open_, -known - open_
+
     def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """Bound a·f(z), a of shape (N, K, ...), from below by b·z + c: return b (N, K, ...) and c (N, K)."""
         slope = self.low_slope[:, None]
@@ -153,8 +174,8 @@ class Lines(NamedTuple):
 class WindowLines:
     """Bounds of maxima over windows: `index` (out, k) points into the flat input, one past its end for padding.
 
-    The maximum is at least the entry `best` (N, out) of its window and at most slopes·z + shift. `tile` is the window's
-    (height, width) if windows tile the input without overlap.
+    The maximum is at least the entry `best` (N, out) of its window plus `floor` and at most slopes·z + shift. `tile` is
+    the window's (height, width) if windows tile the input without overlap.
     """
 
     index: Tensor
@@ -163,16 +184,43 @@ class WindowLines:
     shift: Tensor
     shape: tuple[int, ...]
     tile: tuple[int, int] | None = None
+    floor: Tensor | None = None
 
     def of(self, images: slice) -> WindowLines:
         """Return the bounds of some of the images."""
-        return replace(self, best=self.best[images], slopes=self.slopes[images], shift=self.shift[images])
+        floor = None if self.floor is None else self.floor[images]
+        return replace(self, best=self.best[images], slopes=self.slopes[images], shift=self.shift[images], floor=floor)
+
+    def around(self, z: Tensor, value: Tensor, *, parallel: bool) -> WindowLines:
+        """Return bounds between deviations from z and from its maxima."""
+        entries = in_windows(z, self.index, empty=0.0)
+        floor = entries.gather(2, self.best[..., None]).squeeze(2) - value.flatten(1)
+        shift = self.shift + (self.slopes * entries).sum(2) - value.flatten(1)
+        return replace(self, floor=floor, shift=shift)
+
+    def size(self, z: Tensor) -> Tensor:
+        """Return the largest size of a bound where those of inputs are at most z, (N, out)."""
+        entries = in_windows(z, self.index, empty=0.0)
+        best = entries.gather(2, self.best[..., None]).squeeze(2)
+        floor = best if self.floor is None else best + self.floor.abs()
+        return torch.maximum(floor, (self.slopes * entries).sum(2) + self.shift.abs())
+
+    def rounded(self) -> WindowLines:
+        """Return the bounds in float32, which need not be valid."""
+        floor = None if self.floor is None else self.floor.float()
+        return replace(self, slopes=self.slopes.float(), shift=self.shift.float(), floor=floor)
+
+    def pull_both(self, a: Tensor) -> PulledBoth | None:
+        """Slopes differ."""
+        return None
 
     def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """As for Lines; a maximum has no slope to optimise."""
         flat = a.flatten(2)
         up, down = flat.clamp_min(0), flat.clamp_max(0)
         shift = (down * self.shift[:, None]).sum(2)
+        if self.floor is not None:
+            shift = shift + (up * self.floor[:, None]).sum(2)
         if self.tile is not None:
             return (self._spread(up, down).view(*a.shape[:2], *self.shape),), shift
         spread = down[..., None] * self.slopes[:, None]
@@ -225,6 +273,10 @@ class ProductLines:
         parts = (_added_up(a * b[:, None], c) for b, c in ((self.two, self.one), (self.one, self.two)))
         return tuple(parts), -shift
 
+    def pull_both(self, a: Tensor) -> PulledBoth | None:
+        """Slopes differ."""
+        return None
+
 
 def _added_up(a: Tensor, like: Tensor) -> Tensor:
     """Add up coefficients (N, K, ...) along the axes over which a value (N, ...) was spread."""
@@ -240,6 +292,9 @@ class Relaxation(Protocol):
 
     def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """Bound a·f(z), a of shape (N, K, ...), from below by b·z + c: b (N, K, ...) for each input, and c (N, K)."""
+
+    def pull_both(self, a: Tensor) -> PulledBoth | None:
+        """Do what `pull` does for a and −a at once; None if that spares nothing."""
 
 
 def relax(op: Op, *inputs: Interval) -> Relaxation:
@@ -302,9 +357,9 @@ def tile_of(op: MaxPool, shape: tuple[int, ...]) -> tuple[int, int] | None:
     return op.kernel if alone and covered else None
 
 
-def in_windows(value: Tensor, index: Tensor) -> Tensor:
+def in_windows(value: Tensor, index: Tensor, *, empty: float = -torch.inf) -> Tensor:
     """Return the values (N, ...) in each window, (N, out, k), with minus infinity for padding."""
-    padded = torch.cat([value.flatten(1), value.new_full((len(value), 1), -torch.inf)], 1)
+    padded = torch.cat([value.flatten(1), value.new_full((len(value), 1), empty)], 1)
     return padded[:, index]
 
 
