@@ -33,6 +33,8 @@ _LENGTHS = ("steps", "queries")
 _SIZES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
 # Another way of attacking must do better on this share of the images to count as a sign of masking.
 NOTABLE = 0.02
+# Forward passes for each unit of `AttackFacts.passes`: between 1 and 3 for most attacks.
+_FORWARD = 2.5
 # The fewest images for a thread.
 _LEAST = 16
 # Tensors of an image's size that an attack keeps for each image, besides the model's.
@@ -148,7 +150,7 @@ class Order:
 
     def _metered(self, model: nn.Module, images: int) -> Meter:
         """Return what counts the images of the attack, to which a probe tells its passes."""
-        each = max(facts_of(self.attack).passes, steps_of(self.attack) or 0)
+        each = max(_FORWARD * facts_of(self.attack).passes, steps_of(self.attack) or 0)
         together = self.batch_size * (_threads_for(self.x) if _name_of(self.attack) else 1)
         meter = Meter(self.progress, "attacking", images, each=each, together=together)
         if isinstance(model, Probe):
