@@ -44,12 +44,14 @@ def deepfool(
     stem = find_stem(model) if norm == L2 else None
     for step in range(steps + 1):
         with torch.no_grad():
-            standing = ~is_past(model(point), y, targets)
+            seen = None if stem is None else stem.look(point)
+            standing = ~is_past(model(point) if seen is None else seen.logits, y, targets)
         x_adv[active] = point
         if step == steps or not bool(standing.any()):
             break
         active, point, y, targets = active[standing], point[standing], y[standing], select(targets, standing)
-        boundary = nearest_boundary(model, point, y, targets, norm=norm, candidates=candidates, stem=stem)
+        seen = seen and seen.of(standing)
+        boundary = nearest_boundary(model, point, y, targets, norm=norm, candidates=candidates, stem=stem, seen=seen)
         push = _PUSH if step > 0 else 0.0
         if norm == L1:  # one pixel, which the box would stop: as many as the box makes necessary
             gain = boundary.gap * (1 + overshoot) + push * boundary.gradient.flatten(1).abs().amax(1)

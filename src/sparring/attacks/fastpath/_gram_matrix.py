@@ -6,8 +6,8 @@ uᵀ(WWᵀ)u. With 300 units and 784 pixels that saves most of what DeepFool spe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,17 @@ from ._mlp import Dense
 
 # Leading eigenvectors in the bounds: a tenth of the products of the whole matrix for 300 units.
 _RANK = 32
+
+
+class Seen(NamedTuple):
+    """Logits (N, classes) of images, and the outputs of every ReLU."""
+
+    logits: Tensor
+    hidden: list[Tensor]
+
+    def of(self, rows: Tensor) -> Seen:
+        """Return those of some images, a mask (N,)."""
+        return Seen(self.logits[rows], [output[rows] for output in self.hidden])
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,14 @@ class Stem:
     basis: Tensor
     tail: float
 
-    def logits_and_pull(self, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the result of the function of this name, with gradients (R, N, units) at the first layer's outputs."""
-        logits, hidden = self.probe.through(self.dense, x)
-        weights = weigh(logits)
-        self.probe.backwards += len(weights) * len(x)
-        return logits, self.dense.back_to_first(weights, hidden)
+    def look(self, x: Tensor) -> Seen:
+        """Pass images x (N, ...) forward."""
+        return Seen(*self.probe.through(self.dense, x))
+
+    def pull(self, seen: Seen, weights: Tensor) -> Tensor:
+        """Return first-layer gradients (R, N, units) of sums of logits with weights (R, N, classes)."""
+        self.probe.backwards += weights.shape[0] * weights.shape[1]
+        return self.dense.back_to_first(weights, seen.hidden)
 
     def nearest(self, gaps: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rival of smallest |gap| / ‖Wᵀu‖, and that norm, for gaps (R, N) and u (R, N, units).
