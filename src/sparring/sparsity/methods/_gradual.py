@@ -140,7 +140,7 @@ def proximal(
     stop: float = 0.6,
     rule: Rule | None = None,
 ) -> Pruner:
-    """Train with an l1 penalty by proximal steps, then keep the largest weights (Parikh & Boyd 2014, section 6.5.2).
+    """Train with an ℓ1 penalty by proximal steps, then keep the largest weights (Parikh & Boyd 2014, section 6.5.2).
 
     After every optimiser step from start to stop, all weights move towards zero by `strength` (learning rate × penalty)
     and stop there. At `stop` the network is pruned to `sparsity` by magnitude, and then fine-tuned.
