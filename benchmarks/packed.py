@@ -12,8 +12,8 @@ Starts: seconds from `load` to the first answer of ResNet-32 at 90%, each in a f
 Calls: microseconds of one call of LeNet-300-100 at 98% with one image, random masks, in turns: through Python built-ins
 (`builtin`) and through ctypes (`ctypes`).
 
-Threads: how many times faster two threads answer 256 images than one, with the same bits, by the clock on the wall:
-only two idle cores tell.
+Threads: how many times faster two threads answer 256 images than one, with the same bits, in elapsed time, which
+needs two idle cores.
 """
 
 from __future__ import annotations
