@@ -30,9 +30,9 @@ class AttackFacts:
     does better than one of the same kind and of higher rank (None: not
     compared). passes: time per image over that of a forward-and-backward pass, between the values of LeNet-300-100
     and of LeNet-5 on MNIST, which differ by a factor of up to three. kernels: how sparse a network of each kind
-    (`ModelFacts.layers`) must be for the attack to gain from packed kernels, as measured (docs/deploy.md); a single
-    step does not make up for packing. rows: input gradients of an image that share one backward pass, and memory, when
-    it looks for the smallest perturbation.
+    (`ModelFacts.layers`) must be for the attack to gain from packed kernels (benchmarks/RESULTS.md); a single step does
+    not make up for packing. rows: input gradients of an image that share one backward pass, and memory, when it looks
+    for the smallest perturbation.
 
     revision: raised when its results change, also for ensembles that contain it: stages with it are recomputed, and all
     other records keep their keys. Also raised separately: `lent`, if only results with transferred examples change;
