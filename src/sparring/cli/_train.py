@@ -181,7 +181,7 @@ def _shown(images: int, epochs: int, *, quiet: bool) -> Iterator[tuple[Any, Any]
     if quiet:
         yield None, None
         return
-    terminal, pace, name = sys.stdout.isatty(), Pace(), "training"
+    terminal, pace, name = sys.stdout.isatty(), Pace(), "training" if epochs else "pruning"
     with shown_images(name=name) as tell:
 
         def epoch(now: EpochProgress) -> None:
