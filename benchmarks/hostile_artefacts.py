@@ -2,8 +2,8 @@
 
     python benchmarks/hostile_artefacts.py [--json] [--files 1000] [--seed 0]
 
-Networks are packed (residual and convolutional ones, one with activation sparsity, each also with activations on bytes,
-and two with dense parts) and their files changed: up to three bytes of the header or of anything, every tenth file cut
+Networks are packed (residual and convolutional ones, one with activation sparsity, one without zeros, each also with
+activations on bytes, and two with dense parts) and their files changed: up to three bytes of the header or of anything, every tenth file cut
 short, half of all with a checksum made right again, so that the checks behind it are reached. What opens is run by
 numpy and by the kernels, on one, three and 19 images, with guard pages around every buffer. A file may be refused with
 a UserError, or be a sound network whose runs agree (on bytes to the last bit); anything else (another exception, a
@@ -72,6 +72,8 @@ def originals(folder: Path) -> list[bytes]:
     winners = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), TopK(0.8), nn.Flatten(), nn.Linear(256, 10))
     torch.manual_seed(0)
     attention, gated = ZOO["attention"](), ZOO["squeeze-excite"]()
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 40, 3, 3), nn.ReLU(), nn.Conv2d(40, 16, 3, 2, 1)]
+    full = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 10))
     files = []
     for name, model, shape, values in (
         ("attention", attention, (1, 8, 8), "fp32"),
@@ -79,10 +81,11 @@ def originals(folder: Path) -> list[bytes]:
         ("residual", residual, (3, 32, 32), "fp32"),
         ("lenet", lenet, (1, 28, 28), "int8"),
         ("winners", winners, (1, 8, 8), "fp16"),
+        ("full", full, (1, 8, 8), "fp32"),
     ):
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() > 1:
+                if parameter.dim() > 1 and name != "full":
                     parameter.mul_(torch.rand(parameter.shape, generator=generator) < 0.1)
         images = torch.rand(16, *shape, generator=generator)
         for calibrate in [None] if name in ("attention", "gated") else [None, images]:

@@ -36,7 +36,7 @@ class Packed:
             raise UserError(f"the number of threads must be at least 1, not {threads}")
         self.program = program
         # Gradients are those of the network whose weights alone are rounded.
-        self._engine = _engine(replace(program, rounding={}), threads) if native and program.whole else None
+        self._engine = _engine(replace(program, rounding={}), threads, timed) if native and program.whole else None
         self._mixed = _mixed(program, threads, timed, self._engine) if native and native_available() else None
         self._runner = self._mixed or (None if program.rounding else self._engine)
         self._answer: Callable[[object], Floats | None] = no_answer  # of one image, after the first one
@@ -110,11 +110,11 @@ class Packed:
         return self._runner is not None
 
 
-def _engine(program: Program, threads: int) -> Engine | None:
+def _engine(program: Program, threads: int, timed: bool) -> Engine | None:
     if not native_available():
         return None
     try:
-        return Engine(program, threads=threads)
+        return Engine(program, threads=threads, alone=timed)
     except Unsupported:
         return None
 
@@ -122,7 +122,7 @@ def _engine(program: Program, threads: int) -> Engine | None:
 def _mixed(program: Program, threads: int, timed: bool, engine: Engine | None) -> Mixed | Timed | Engine | None:
     """Return a runner of the program on bytes, or in parts if that may be necessary or faster."""
     if program.rounding:
-        return _engine(program, threads)
+        return _engine(program, threads, timed)
     if engine is not None and not (timed and is_dense(program)):
         return None
     return Timed(ways_of(program, threads=threads, first=engine)) if timed else Mixed(program, DENSITY, threads=threads)

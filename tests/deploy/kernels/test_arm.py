@@ -18,9 +18,9 @@ from sparring.deploy._artefact import round_program
 from sparring.deploy._compile import compile_model
 from sparring.deploy._program import Floats, Program
 from sparring.deploy._reference import run_reference
-from sparring.deploy.kernels._abi import Call, Layout, Run, fields_of, module_of, runner
+from sparring.deploy.kernels._abi import Call, Layout, Run, Tiling, fields_of, module_of, runner
 from sparring.deploy.kernels._fusion import tasks_of
-from sparring.deploy.kernels._plan import Planner, usual
+from sparring.deploy.kernels._plan import Planner, candidates, usual
 from sparring.deploy.kernels.int8._plan import BytePlanner
 from sparring.deploy.rounding._calibrate import calibrate
 from sparring.deploy.rounding._reference import run_rounded
@@ -72,12 +72,23 @@ def test_arm_code_computes_in_integers(tmp_path: Path, sparse_model, layout: Lay
     assert (_emulated(rounded, layout, x, tmp_path) == run_rounded(rounded, x)).all()
 
 
-def _emulated(program: Program, layout: Layout, x: Floats, folder: Path) -> Floats:
+@pytest.mark.parametrize("layout", [Layout(False, LANES), Layout(True, LANES, 2)], ids=["one image", "tiles"])
+def test_arm_code_computes_dense_layers(tmp_path: Path, sparse_model, layout: Layout) -> None:  # type: ignore[no-untyped-def]
+    program = compile_model(sparse_model("resnet-32", 1.0, width=0.25), (3, 8, 8))
+    count = 1 if not layout.tiles else layout.together - 1
+    x, expected = np.random.default_rng(0).random((count, *program.shape), np.float32), None
+    for choice in [c for c in candidates(LANES, layout.tiles) if c.height > 1 or c.across]:
+        found = _emulated(program, layout, x, tmp_path, choice)
+        expected = run_reference(program, x) if expected is None else expected
+        assert np.abs(found - expected).max() <= 5e-6 * np.abs(expected).max()
+
+
+def _emulated(program: Program, layout: Layout, x: Floats, folder: Path, choice: Tiling | None = None) -> Floats:
     """Return the logits of images that a program for Arm computes."""
     planner = Planner(program, tasks_of(program), layout)
     if program.rounding:
         planner = BytePlanner(program, layout, way="plain", lookup=False)
-    calls = planner.calls(lambda key: usual(LANES))
+    calls = planner.calls(lambda key: choice or usual(LANES))
     specs = {call.spec.name: call.spec for call in calls}
     objects = [
         _object(folder / f"{number}.o", text) for number, text in enumerate((module_of([*specs.values()]), runner()))

@@ -221,6 +221,36 @@ def test_what_is_tuned_never_changes_a_bit(sparse_model, monkeypatch, name):
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("lanes", [4, host_lanes()])
+def test_channels_in_turns_change_no_bit(monkeypatch, lanes):
+    torch.manual_seed(0)
+    deep = [nn.Conv2d(24, 24, 3, stride, 1, groups=24) for stride in (1, 2)]
+    layers = [nn.Conv2d(3, 24, 1), nn.ReLU6(), deep[0], nn.Conv2d(24, 24, 1), nn.ReLU(), deep[1], nn.Conv2d(24, 6, 1)]
+    model = nn.Sequential(*layers, nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(6 * 25, 4)).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[3], model[6]):
+            layer.weight *= torch.rand(layer.weight.shape) < 0.4
+    program, found, turns = compile_model(model, (3, 20, 20)), set(), set()
+    x = np.random.default_rng(0).random((lanes + 1, 3, 20, 20), np.float32)
+    for most in (1 << 30, 1 << 14, 1):
+        monkeypatch.setattr(planning, "_CHAINED", most)
+        run = Engine(program, lanes=lanes)
+        found.add(b"".join(run.run(part).tobytes() for part in (x, x[:1])))
+        turns.add(max(call.turns for plan in run._plans.values() for call in plan._calls))
+    assert len(found) == 1 and len(turns) == 3 and 24 in turns
+
+
+def test_large_images_run_one_by_one_where_asked(sparse_model, monkeypatch):
+    program = compile_model(sparse_model("resnet-32", 0.1, width=0.25), (3, 32, 32))
+    x = np.random.default_rng(0).random((5, 3, 32, 32), np.float32)
+    monkeypatch.setattr(engine, "_FAR_CACHE", 0)
+    alone, together = Engine(program, alone=True, threads=2), Engine(program)
+    assert [(layout.tiles, at, n) for layout, at, n in alone._parts(5)] == [(False, 0, 3), (False, 3, 2)]
+    assert all(layout.tiles for layout, _, _ in together._parts(host_lanes()))
+    assert (alone.run(x) == np.concatenate([alone.run(x[i : i + 1]) for i in range(5)])).all()
+    assert np.abs(alone.run(x) - together.run(x)).max() <= 5e-6 * np.abs(together.run(x)).max()
+
+
 def test_a_second_start_compiles_nothing(sparse_model, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     program = compile_model(sparse_model("lenet-5", 0.1), (1, 28, 28))

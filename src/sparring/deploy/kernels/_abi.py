@@ -43,21 +43,31 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tuning of a layer: maximum of accumulators, lanes of a vector, bytes of input that a block may touch."""
+    """Tuning of a layer: maximum of accumulators of a row, lanes of a vector, bytes of input that a block may touch.
+
+    `height` rows share what they read, in a layer with few zeros; `across`: a lane is a row, and not a pixel.
+    """
 
     accumulators: int = 16
     lanes: int = 16
     block_bytes: int = 0  # 0: all input channels at once
+    height: int = 1
+    across: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One kernel call: its kernel, its arguments, the tables that they point to, and whether it runs once per unit."""
+    """One kernel call: its kernel, its arguments, the tables that they point to, and whether it runs once per unit.
+
+    Neighbouring calls of one chain (0: none) run in turns, each on the same one of `turns` shares of its rows.
+    """
 
     spec: Spec
     arguments: NDArray[np.int64]
     tables: tuple[Table, ...]
     per_unit: bool
+    chain: int = 0
+    turns: int = 1
 
 
 def kernel_call(spec: Spec, arguments: list[int], tables: tuple[Table, ...] = (), *, per_unit: bool = True) -> Call:
@@ -146,8 +156,8 @@ def runner() -> str:
     """Return the LLVM IR of `void run(arena, segments, call)`, which executes a plan in one call, see `Run`.
 
     segments: a count, then for each (1 to run it once for every unit of images that is in use, else 0; operations;
-    address of their table), a table holding a kernel's address and its arguments' address each. Threads may run it
-    together, see `_divide`.
+    address of their table; turns), a table holding a kernel's address and its arguments' address each. Threads may run
+    it together, see `_divide`.
     """
     module = ir.Module("runner")
     pause = ir.Function(module, ir.FunctionType(INT32, []), "sched_yield")
@@ -162,7 +172,7 @@ def runner() -> str:
     used = b.sdiv(b.add(images, b.sub(lanes, k.number(1))), lanes)
     kind = ir.FunctionType(ir.VoidType(), [POINTER, POINTER, POINTER])
     with k.loop(k.load(k.arguments, INT64)) as number:
-        segment = k.at(k.arguments, b.add(b.mul(number, k.number(24)), k.number(8)))
+        segment = k.at(k.arguments, b.add(b.mul(number, k.number(32)), k.number(8)))
         each, count = k.load(segment, INT64), k.load(k.at(segment, 8), INT64)
         table = b.inttoptr(k.load(k.at(segment, 16), INT64), POINTER)
         with k.loop(b.select(b.icmp_signed("!=", each, k.number(0)), used, k.number(1))) as unit:
@@ -177,18 +187,30 @@ def runner() -> str:
             }
             for field, value in told.items():
                 k.store(value, k.at(inner, 8 * field))
-            with k.loop(count) as entry:
+            together = b.icmp_signed(">", parts, k.number(1))
+            turns = b.select(together, k.number(1), k.load(k.at(segment, 24), INT64))
+            with k.loop(turns) as turn, k.loop(count) as entry:
                 pair = k.at(table, b.mul(entry, k.number(16)))
                 function = b.inttoptr(k.load(pair, INT64), kind.as_pointer())
                 arguments = b.inttoptr(k.load(k.at(pair, 8), INT64), POINTER)
                 run = partial(b.call, function, [k.arena, arguments, inner])
-                with b.if_else(b.icmp_signed(">", parts, k.number(1))) as (together, alone):
-                    with together:
+                with b.if_else(together) as (shared, alone):
+                    with shared:
                         _divide(k, run, inner, parts, pause)
                     with alone:
+                        _set_share(k, inner, turn, turns)
                         run()
     k.finish()
     return str(module)
+
+
+def _set_share(k: Kernel, inner: Value, number: Value, parts: Value) -> None:
+    """Tell kernels to compute one of some shares of their rows."""
+    b = k.b
+    following, size = b.add(number, k.number(1)), b.sdiv(k.number(WHOLE), parts)
+    last = b.select(b.icmp_signed("==", following, parts), k.number(WHOLE), b.mul(following, size))
+    k.store(b.mul(number, size), k.at(inner, 8 * Unit.FIRST))
+    k.store(last, k.at(inner, 8 * Unit.LAST))
 
 
 def _divide(k: Kernel, run: Callable[[], None], inner: Value, parts: Value, pause: Value) -> None:
@@ -200,17 +222,14 @@ def _divide(k: Kernel, run: Callable[[], None], inner: Value, parts: Value, paus
     number = k.field(Run.PASSED)
     k.store(b.add(number, k.number(1)), k.at(k.call, 8 * Run.PASSED))
     taken = k.at(k.address(Run.COUNTERS), b.mul(number, k.number(16)))
-    done, size = k.at(taken, 8), b.sdiv(k.number(WHOLE), parts)
+    done = k.at(taken, 8)
     take, work, wait, rest, end = (k.function.append_basic_block(n) for n in ("take", "work", "wait", "rest", "end"))
     b.branch(take)
     b.position_at_end(take)
     share = b.atomic_rmw("add", taken, k.number(1), "acq_rel")
     b.cbranch(b.icmp_signed("<", share, parts), work, wait)
     b.position_at_end(work)
-    following = b.add(share, k.number(1))
-    last = b.select(b.icmp_signed("==", following, parts), k.number(WHOLE), b.mul(following, size))
-    k.store(b.mul(share, size), k.at(inner, 8 * Unit.FIRST))
-    k.store(last, k.at(inner, 8 * Unit.LAST))
+    _set_share(k, inner, share, parts)
     run()
     b.atomic_rmw("add", done, k.number(1), "acq_rel")
     b.branch(take)

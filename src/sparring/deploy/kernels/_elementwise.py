@@ -197,7 +197,7 @@ class PoolMax(_Windows):
     def emit(self, k: Kernel) -> None:
         source, target, channels = k.place(), k.place(), k.integer()
         steps = [k.integers(3) for _ in range(2)]
-        first, whole = self._inside_of_rows()
+        first, whole = self.inside
         with k.shared(channels) as channel, k.loop(self.sides[2]) as y:
 
             def store(value: Value, x: Value, channel: Value = channel, y: Value = y) -> None:
@@ -235,7 +235,8 @@ class PoolMax(_Windows):
         """Return the maximum of a vector and zero."""
         return k.relu(value)
 
-    def _inside_of_rows(self) -> tuple[int, int]:
+    @property
+    def inside(self) -> tuple[int, int]:
         """Return the first window of a row that is inside, and how many from there on form whole vectors."""
         stride, (_, side, _, results) = self.op.stride[1], self.sides
         if self.wide == 1 or stride > 2 or self.op.dilation != (1, 1):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from threading import Lock
 
@@ -33,6 +34,9 @@ from ._plan import Planner, usual
 from .int8._plan import BytePlanner
 
 _NEAR_CACHE = 1 << 19  # bytes: half of a core's private cache
+_FAR_CACHE = (
+    1 << 24
+)  # bytes of values of a layer for as many images as a vector has lanes: no cache of a core holds them
 _TOLD = slice(int(Run.IMAGES), Run.COUNT + 1)  # images, logits and count at once: numpy is slow with enums
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 Memory = tuple[int, int]  # the addresses of an arena and of a kernel's call fields
@@ -176,17 +180,14 @@ class ExecutionPlan:
 
 
 def _segments(calls: list[Call], code: Code) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
-    """Return the runner's segments: calls in order, with those per unit separated from those that run once."""
-    groups: list[list[Call]] = []
-    for call in calls:
-        if not groups or groups[-1][0].per_unit != call.per_unit:
-            groups.append([])
-        groups[-1].append(call)
+    """Return the runner's segments: calls in order, with those per unit, those that run once and chains apart."""
+    groups = [list(group) for _, group in groupby(calls, lambda call: (call.per_unit, call.chain))]
     tables = [
         np.array([[code[call.spec.name], call.arguments.ctypes.data] for call in group], np.int64) for group in groups
     ]
     rows = [
-        (int(group[0].per_unit), len(group), table.ctypes.data) for group, table in zip(groups, tables, strict=True)
+        (int(group[0].per_unit), len(group), table.ctypes.data, group[0].turns)
+        for group, table in zip(groups, tables, strict=True)
     ]
     return np.array([len(rows), *(number for row in rows for number in row)], np.int64), tables
 
@@ -195,10 +196,17 @@ class Engine:
     """Run a program natively on batches of any size, with a plan for each layout of images."""
 
     def __init__(
-        self, program: Program, *, lanes: int | None = None, threads: int = 1, code: Code | None = None
+        self,
+        program: Program,
+        *,
+        lanes: int | None = None,
+        threads: int = 1,
+        code: Code | None = None,
+        alone: bool = False,
     ) -> None:
         """Prepare a program; `lanes` floats make a vector (default: the host's); engines may share their code.
 
+        alone: run large images one by one, so that their values stay in caches; the last bits of sums may then change.
         Raise Unsupported for a program that has steps without a kernel.
         """
         self._program = program
@@ -221,6 +229,7 @@ class Engine:
         self._linear = not pairs
         most = min(8, 64 // self._lanes) if self._linear else 4
         width = 1 if program.rounding else 4
+        self._alone = alone and width * self._lanes * max(pairs, default=0) > _FAR_CACHE
         self._units = most if width * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
         self._gradient_units = most if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
 
@@ -338,6 +347,9 @@ class Engine:
 
         The split depends only on the network and the batch size, since it determines how sums are rounded.
         """
+        if self._alone:
+            share = -(-count // self._threads)
+            return [(Layout(False, self._lanes), at, min(share, count - at)) for at in range(0, count, share)]
         most = self._units * self._lanes
         whole = count // most * most
         share = (-(-whole // (self._threads * most)) * most) or most
@@ -374,15 +386,15 @@ class _Tuning:
     kernels: list[str]
 
 
-def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int) -> Callable[[str], Tiling]:
-    """Return the fastest choice for each layer's key, from an earlier tuning on this host if there was one.
+def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int) -> Callable[[str], Tiling | None]:
+    """Return the fastest choice for each tuned layer's key, from an earlier tuning on this host if there was one.
 
     `memory` is for one run of the planner's layout; its content is overwritten.
     """
     choices = planner.choices
     layers = _worth_tuning(planner)
     if not layers:
-        return lambda key: choices[0]
+        return lambda key: None
     path = _path(sorted(layers), choices)
     found = _remembered(path, layers, len(choices))
     if found is None:
@@ -391,7 +403,7 @@ def tuned(planner: Planner, code: Code, memory: Memory, *, lanes: int) -> Callab
     else:
         add_cached_kernels(code, found.kernels)  # they were compiled together with slower ones
     winners = found.winners
-    return lambda key: choices[winners.get(key, 0)]
+    return lambda key: choices[winners[key]] if key in winners else None
 
 
 def _worth_tuning(planner: Planner) -> dict[str, FusedLayer]:
@@ -414,14 +426,18 @@ def _measure(
     code: Code,
     memory: Memory,
 ) -> _Tuning:
-    calls: dict[str, list[Call]] = {
-        key: [planner.layer(layer, choice) for choice in candidates] for key, layer in layers.items()
+    calls: dict[str, dict[int, Call]] = {
+        key: {n: planner.layer(layer, choice) for n, choice in enumerate(candidates) if planner.suits(layer, choice)}
+        for key, layer in layers.items()
     }
-    names = add_kernels(code, (call.spec for tried in calls.values() for call in tried))
+    names = add_kernels(code, (call.spec for tried in calls.values() for call in tried.values()))
     for layer in layers.values():
         _write_zeros(planner, layer, memory[0])
-    times = {key: _shortest([_runner(call, code, memory) for call in tried]) for key, tried in calls.items()}
-    return _Tuning({key: int(np.argmin(one)) for key, one in times.items()}, names)
+    winners = {}
+    for key, tried in calls.items():
+        times = _shortest([_runner(call, code, memory) for call in tried.values()])
+        winners[key] = list(tried)[int(np.argmin(times))]
+    return _Tuning(winners, names)
 
 
 def _write_zeros(planner: Planner, layer: FusedLayer, arena: int) -> None:

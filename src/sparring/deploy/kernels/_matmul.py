@@ -80,11 +80,11 @@ class Tile(Spec):
                     sums, ahead = self._sum(k, here, nonzeros, first, end, initial, ahead)
                     lines = [k.at(place, b.mul(row, size)) for place, size in zip(outside, row_bytes, strict=True)]
                     if not self.blocked:
-                        self._finish(k, sums, bits, *lines)
+                        self.finish(k, sums, bits, *lines)
                     else:
                         with b.if_else(b.icmp_signed("==", block, b.sub(blocks, k.number(1)))) as (then, otherwise):
                             with then:
-                                self._finish(k, sums, bits, *lines)
+                                self.finish(k, sums, bits, *lines)
                             with otherwise:
                                 for i, value in enumerate(sums):
                                     k.store(value, k.at(kept, i * 4 * self.lanes))
@@ -166,7 +166,8 @@ class Tile(Spec):
                 add_some(turn)
         return turn.values[:count], turn.values[-AHEAD:]
 
-    def _finish(self, k: Kernel, sums: list[Value], bits: Value, target: Value, other: Value, gate: Value) -> None:
+    def finish(self, k: Kernel, sums: list[Value], bits: Value, target: Value, other: Value, gate: Value) -> None:
+        """Store the sums of one row."""
         for number, (group, write) in enumerate(zip(self.groups, self.writes, strict=True)):
             value = sums[group[0]]
             for i in group[1:]:
@@ -312,7 +313,7 @@ def rows_call(task: FusedLayer, source: Buffer, target: Buffer) -> Call:
     slot = starts[row // 8] + np.arange(op.nonzeros) - np.repeat(op.indptr[:-1], lengths)
     places = np.zeros((starts[-1] + 1, 8), np.uint16)
     places[slot, row % 8] = offsets_of(op, source, True) // 4
-    weights = _aligned((max(1, int(starts[-1])), 8))
+    weights = aligned((max(1, int(starts[-1])), 8))
     weights[slot, row % 8] = op.values
     biases = np.zeros(8 * groups, np.float32)
     biases[: len(order)] = op.bias[order]
@@ -354,13 +355,13 @@ def lookup_tables(op: Sparse, source: Buffer, rows: int) -> tuple[Table, Table, 
     group, lane, turn = turns.transpose(1, 2, 0).nonzero()  # in the order of the nonzeros: row by row
     slot = starts[group] + turn
     places = np.zeros((len(base), rows), np.uint8)
-    weights = _aligned((len(base), rows))
+    weights = aligned((len(base), rows))
     places[slot, lane] = (offsets[:-1] - base[slot]) // 4
     weights[slot, lane] = op.values
     return starts, base, places, weights
 
 
-def _aligned(shape: tuple[int, int]) -> NDArray[np.float32]:
+def aligned(shape: tuple[int, int]) -> NDArray[np.float32]:
     """Return zeros that start at a multiple of 64 bytes."""
     size = 4 * shape[0] * shape[1]
     memory = np.zeros(size + 64, np.uint8)

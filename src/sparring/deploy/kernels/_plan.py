@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ...errors import Unsupported
 from .._program import Pair, Program, Scale, Shape, Snap, Sparse
 from ._abi import Call, Layout, Table, Tiling, kernel_call
+from ._dense import Block, Columns, is_full, shared_tables
 from ._elementwise import Largest, Narrow, Pack, Pointwise, PoolMax, Spread, Unpack
 from ._fusion import Elementwise, FusedLayer, MaxPool, Sparsify, Task, View
 from ._layout import ALIGNED, Buffer, Cut, cut_joined, cut_planes, cut_tiles, offsets_of, phases_of, split_of
@@ -23,6 +24,8 @@ MOST_ACCUMULATORS = 24  # accumulators in 32 registers, beside a weight and spil
 
 _SMALL = 4  # pixels, up to which an output's sums have several accumulators
 _ROUNDED = 1 / 3  # of a row, which zeros may take so that it ends with a cache line, as fewer loads then cross lines
+_FULL = 0.5  # of the weights, from which on zeros among them are multiplied too
+_CHAINED = 256 * 1024  # bytes of values that stay in a near cache while a chain of kernels passes over them
 _NEAR = 24 * 1024  # bytes of input that fit into the nearest cache beside weights and sums
 
 
@@ -30,14 +33,17 @@ def candidates(lanes: int, tiles: bool) -> list[Tiling]:
     """Return the choices that are tried; the first is used for layers that are not worth tuning."""
     few, many, half = host_registers() // 2, host_registers() * 3 // 4, max(4, lanes // 2)
     first, all_at_once = Tiling(many, lanes, _NEAR), Tiling(many, lanes)
+    full = [Tiling(n, lanes, height=many // n) for n in (many // 4, many // 8) if n > 1]
     if tiles:
-        return [first, Tiling(few, lanes, _NEAR), all_at_once, Tiling(few, lanes)]
+        return [first, Tiling(few, lanes, _NEAR), all_at_once, Tiling(few, lanes), *full]
     return [
         first,
         all_at_once,
         Tiling(many, half),
         Tiling(many, half, _NEAR),
         *(Tiling(n, lanes, _NEAR) for n in (8, 4)),
+        *full,
+        Tiling(host_registers() - 4, lanes, across=True),
     ]
 
 
@@ -215,25 +221,51 @@ class Planner:
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def calls(self, choose: Callable[[str], Tiling]) -> list[Call]:
-        """Return all kernel calls; `choose` gives the tuned choice for a layer's key."""
+    def calls(self, choose: Callable[[str], Tiling | None]) -> list[Call]:
+        """Return all kernel calls; `choose` gives the tuned choice for a layer's key, None for the usual one."""
         first, tasks = self.pack_images()
-        calls = [first]
-        for task in tasks:
-            match task:
-                case FusedLayer():
-                    calls += [*self._spread(task), self.layer(task, choose(self.key(task)))]
-                case Elementwise():
-                    calls.append(self._elementwise(task))
-                case MaxPool():
-                    calls.append(self.max_pool(task))
-                case Sparsify():
-                    calls.append(self._sparsify(task))
-                case _:
-                    calls += self.moves(task)
+        calls, before = [first], 0  # calls of the task before
+        for number, task in enumerate(tasks):
+            made = self._calls_of(task, choose)
+            if number and made and self._follows(task, tasks[number - 1], calls[-1]):
+                calls[-before:] = self._chained(task, calls[-before:])
+                made = [replace(call, chain=calls[-1].chain, turns=calls[-1].turns) for call in made]
+            calls, before = [*calls, *made], len(made)
         logits = self.plain(len(self.program.steps))
         lanes = self.layout.lanes if self.layout.tiles else 1
         return [*calls, kernel_call(Unpack(lanes), [logits.origin, self.program.classes])]
+
+    def _calls_of(self, task: Task, choose: Callable[[str], Tiling | None]) -> list[Call]:
+        match task:
+            case FusedLayer():
+                return [*self._spread(task), self.layer(task, choose(self.key(task)) or self.usual(task))]
+            case Elementwise():
+                return [self._elementwise(task)]
+            case MaxPool():
+                return [self.max_pool(task)]
+            case Sparsify():
+                return [self._sparsify(task)]
+        return self.moves(task)
+
+    def _follows(self, task: Task, before: Task, call: Call) -> bool:
+        """Return whether each channel of a task's result needs only that channel of the task before, made by a call."""
+        if task.source != before.result or not isinstance(before, FusedLayer) or type(call.spec) is not Tile:
+            return False
+        target = self.buffers[self.base(task.result)].origin
+        if call.chain or target in {self.buffers[self.base(source)].origin for source in sources_of(before)}:
+            return False
+        return isinstance(task, MaxPool) or (isinstance(task, FusedLayer) and _is_depthwise(task.op))
+
+    def _chained(self, task: Task, calls: list[Call]) -> list[Call]:
+        """Return the calls of the task before as part of a chain with a task that follows it channel by channel.
+
+        Then some channels at a time stay in a near cache between the two.
+        """
+        buffers = [self.buffers[self.base(task.source)], self.buffers[self.base(task.result)]]
+        buffers += [self._split[task.result]] if task.result in self._split else []
+        rows, size = buffers[0].shape[0], sum(b.shape[0] * b.outer for b in buffers)
+        turns = max(1, min(rows, -(-size // _CHAINED)))
+        return [*calls[:-1], replace(calls[-1], chain=task.result, turns=turns)] if turns > 1 else calls
 
     def moves(self, task: Task) -> list[Call]:
         """Return the calls for a task that only moves values: none for a view."""
@@ -288,8 +320,9 @@ class Planner:
 
     def max_pool(self, task: MaxPool) -> Call:
         source, target, op = self.buffer(task.source), self.buffer(task.result), task.op
-        wide = 1 if self.layout.tiles else self.layout.lanes
-        spec = PoolMax(target.lanes, (*source.shape[1:], *target.shape[1:]), op, task.relu, wide)
+        wide = [1] if self.layout.tiles else [n for n in (self.layout.lanes, 8, 4, 1) if n <= self.layout.lanes]
+        tried = [PoolMax(target.lanes, (*source.shape[1:], *target.shape[1:]), op, task.relu, n) for n in wide]
+        spec = next((spec for spec in tried if spec.inside[1]), tried[-1])
         strides = [*source.strides, *target.strides]
         return kernel_call(spec, [source.origin, target.origin, target.shape[0], *strides])
 
@@ -320,6 +353,7 @@ class Planner:
 
     def layer(self, task: FusedLayer, choice: Tiling) -> Call:
         """Return the call for one layer."""
+        choice = choice if self.suits(task, choice) else self.choices[0]
         source, target = self.read_by(task), self.buffer(task.result)
         flat = len(self.shapes[task.source]) == 1
         if flat and not self.layout.tiles and task.residual is None and task.cap is None:
@@ -330,6 +364,23 @@ class Planner:
         other = None if task.residual is None else self.buffer(task.residual)
         shape = self.shapes[task.result]
         return self.sums(task, source, target, choice, shape=shape, other=other, gate=None)
+
+    def suits(self, task: FusedLayer, choice: Tiling) -> bool:
+        """Return whether a choice is one for this layer."""
+        if choice.height == 1 and not choice.across:
+            return True
+        # The sums of few pixels are dealt out in turns, so that other rows must have the same nonzeros.
+        few = math.prod(self.shapes[task.result][1:]) <= _SMALL
+        full = len(self.shapes[task.source]) == 3 and is_full(task.op, 1.0 if few else _FULL)
+        if choice.across:
+            return full and not self.layout.tiles and not task.pool and task.op.shape[0] >= choice.lanes
+        return full and task.op.shape[0] >= choice.height
+
+    def usual(self, task: FusedLayer) -> Tiling:
+        """Return the choice for a layer that is not worth tuning."""
+        shared = [choice for choice in self.choices if choice.height > 1 or choice.across]
+        fitting = [choice for choice in shared if self.suits(task, choice)] if is_full(task.op, 1.0) else []
+        return fitting[-1] if fitting else self.choices[0]
 
     def sums(
         self,
@@ -346,27 +397,60 @@ class Planner:
         flat, (height, width) = len(shape) == 1, (*shape[1:], 1, 1)[:2]
         adds = other is not None and other.origin == target.origin
         four = (source, target, other or target, gate or target)
-        cut = self._cut(task, (shape[0], height, width), four, choice, flat=flat, apart=adds)
+        cut, usual = (
+            self._cut(task, (shape[0], height, width), four, one, flat=flat, apart=adds)
+            for one in (choice, self.choices[0])
+        )
+        # Small outputs leave few accumulators, which would wait for one another. This does not depend on tuning, so
+        # that the order of every sum, and its last bit, stay the same.
+        chains = 4 if height * width <= _SMALL and len(usual.read) < 4 else 1
+        if choice.across:
+            return self._columns(task, four, choice, shape, chains, others=other is not None)
         unit = 0
         if flat and self.layout.tiles:
             unit = self.unit_bytes if self.layout.units > 1 else 4 * self.layout.lanes // self.layout.vectors
-        spec, table = _tile(task, cut, four, unit, few=height * width <= _SMALL and len(cut.read) < 4)
+        spec, table = _tile(task, cut, four, unit, chains)
         spec = replace(
             spec, others=spec.others if other is not None else (), gates=spec.gates if gate is not None else ()
         )
         spec, rows = self.kind_of(task, spec)
+        mask = _mask(cut, target, shape)
+        spec = replace(spec, masked=len(mask) > 1)
+        origins, row_bytes = [b.origin for b in four], [b.outer for b in four[1:]]
+        if choice.height > 1:
+            (groups, weighted, *counts), tables = shared_tables(task.op, source, shape, choice.height, spec.unroll)
+            numbers = [len(cut.starts), groups, weighted, *row_bytes, *counts]
+            return kernel_call(Block(spec.unroll, spec, choice.height), [*origins, *numbers], (table, *tables, mask))
         per_block = self.per_block(task.op, choice, cut, source, spec, flat=flat)
         blocks = -(-task.op.shape[1] // per_block)
         starts, nonzeros = _nonzeros(task.op, offsets_of(task.op, source, flat), per_block, blocks)
-        row, mask = target.inner // 4, np.full(1, -1, np.int32)
-        if cut.joined and row > width:
-            mask = np.where(np.arange(height * row) % row < width, -1, 0).astype(np.int32)
-        spec = replace(spec, blocked=blocks > 1, masked=len(mask) > 1)
-        numbers = [len(cut.starts), task.op.shape[0], *(b.outer for b in four[1:]), blocks, self.end]
+        numbers = [len(cut.starts), task.op.shape[0], *row_bytes, blocks, self.end]
         tables = (table, starts, nonzeros, rows, mask)
-        return kernel_call(
-            spec, [*(b.origin for b in four), *numbers], tables, per_unit=not (flat and self.layout.tiles)
-        )
+        spec, once = replace(spec, blocked=blocks > 1), flat and self.layout.tiles
+        return kernel_call(spec, [*origins, *numbers], tables, per_unit=not once)
+
+    def _columns(
+        self,
+        task: FusedLayer,
+        buffers: tuple[Buffer, Buffer, Buffer, Buffer],
+        choice: Tiling,
+        shape: Shape,
+        chains: int,
+        *,
+        others: bool,
+    ) -> Call:
+        """Return the call that computes a layer with a row in each lane."""
+        op, pixels = task.op, math.prod(shape[1:])
+        together = min(pixels, choice.accumulators // chains)
+        wide = min(4, choice.accumulators // (together * chains), op.shape[0] // choice.lanes)
+        cut = cut_tiles((shape[0], shape[1], shape[2]), _stride(op, buffers[0]), 1, 1, together)
+        tile, table = _tile(task, cut, buffers, 0, chains)
+        (groups, weighted, *counts), tables = shared_tables(op, buffers[0], shape, wide * choice.lanes, chains)
+        reads = (tile.reads, tile.writes, tile.others if others else ())
+        spec = Columns(chains, choice.lanes, wide, *reads, relu=task.relu, cap=task.cap)
+        numbers = [len(cut.starts), groups, weighted, *(b.outer for b in buffers[1:]), *counts]
+        mask = np.full(1, -1, np.int32)
+        return kernel_call(spec, [*(b.origin for b in buffers), *numbers], (table, *tables, mask))
 
     def kind_of(self, task: FusedLayer, spec: Tile) -> tuple[Tile, Table]:
         """Return the kernel of a layer, and the table with an entry for each of its rows."""
@@ -425,6 +509,20 @@ class Planner:
         return cut_tiles(shape, stride, pool, 1, 1 if flat else 8)  # pixel by pixel
 
 
+def _mask(cut: Cut, target: Buffer, shape: Shape) -> NDArray[np.int32]:
+    """Return the bits to keep of each pixel of joined rows, none of the zeros between them; else one entry."""
+    row = target.inner // 4
+    if not cut.joined or row == shape[2]:
+        return np.full(1, -1, np.int32)
+    return np.where(np.arange(shape[1] * row) % row < shape[2], -1, 0).astype(np.int32)
+
+
+def _is_depthwise(op: Sparse) -> bool:
+    """Return whether each row of a convolution reads the channel of its own number only."""
+    rows = np.repeat(np.arange(op.shape[0]), np.diff(op.indptr))
+    return op.shape[0] == op.shape[1] and bool((op.indices // math.prod(op.shape[2:]) == rows).all())
+
+
 def _stride(op: Sparse, source: Buffer) -> Pair:
     """Return the stride of a layer on the buffer that it reads; sorting already accounts for it."""
     return (1, 1) if source.phases != (1, 1) else op.stride
@@ -445,11 +543,11 @@ def factors(scale: Scale | None) -> tuple[Table, ...]:
 
 
 def _tile(
-    task: FusedLayer, cut: Cut, buffers: tuple[Buffer, Buffer, Buffer, Buffer], unit: int, *, few: bool
+    task: FusedLayer, cut: Cut, buffers: tuple[Buffer, Buffer, Buffer, Buffer], unit: int, chains: int
 ) -> tuple[Tile, NDArray[np.int64]]:
     """Return the kernel for a cut, and the table of its tiles: an offset for each buffer.
 
-    The buffers are input, output, residual and gate. `few`: the output has few pixels.
+    The buffers are input, output, residual and gate.
     """
     source = buffers[0]
 
@@ -477,9 +575,7 @@ def _tile(
         pair=cut.halve and task.pool,
         relu=task.relu,
         cap=task.cap,
-        # Small outputs leave few accumulators, which would wait for one another. This does not depend on tuning, so
-        # that the order of every sum, and its last bit, stay the same.
-        unroll=4 if few else 1,
+        unroll=chains,
     )
     return spec, np.ascontiguousarray(table, np.int64)
 
@@ -503,7 +599,8 @@ def _channels_per_block(choice: Tiling, cut: Cut, op: Sparse, source: Buffer, fl
     touched = rows * (columns * source.pixel + beyond)
     if cut.joined:
         touched = reach[0] * source.inner + columns * source.pixel + beyond
-    return max(1, min(op.shape[1], choice.block_bytes // (touched * math.prod(source.phases))))
+    inputs = max(1, min(op.shape[1], choice.block_bytes // (touched * math.prod(source.phases))))
+    return inputs if op.nonzeros * inputs >= op.shape[0] * op.shape[1] else op.shape[1]  # a nonzero of each row or more
 
 
 def _nonzeros(op: Sparse, offsets: NDArray[np.int64], per_block: int, blocks: int) -> tuple[Table, Table]:
