@@ -8,6 +8,9 @@ Rows: network, batch, sparsity, over_onnxruntime (dense time over sparse time), 
 alone would need at the measured peak of one core, multiply-adds on registers, so 1 is perfect), relative_error (of the
 largest logit, against torch; above 5e-6 only if torch itself is half as far from float64), milliseconds.
 
+With `--channels`, instead: a ResNet-18 at 32 × 32 that has lost half of the channels of each layer, beside the same
+network, which is dense, in ONNX Runtime.
+
 With `--int8`, instead: kernels on 8-bit weights and activations beside ONNX Runtime's static int8 of the same network
 with all its weights (uint8 activations, int8 weights per channel, calibrated on the same 64 images), on masks of 1 × 4
 blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones.
@@ -43,6 +46,7 @@ from sparring.deploy.rounding._reference import run_rounded
 from sparring.deploy.timing._engines import ENGINES, Network
 from sparring.devices import CPU
 from sparring.models import build, load_model
+from sparring.sparsity import apply_, magnitude, select, silent, tied_channels
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' networks
 from tests.architectures import ResNet, mobilenet_v2
@@ -103,6 +107,7 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--weights", nargs="*", type=Path, default=[], help="networks written by sparring prune")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--channels", action="store_true", help="time a network that has lost channels")
     parser.add_argument("--int8", action="store_true", help="time kernels on 8-bit weights and activations")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -112,7 +117,7 @@ def main() -> None:
         if arguments.int8
         else (
             row
-            for pair in (map(pruned, arguments.weights) if arguments.weights else random(names))
+            for pair in pairs_of(arguments.weights, names, channels=arguments.channels)
             for row in rows_of(pair, arguments.rounds)
         )
     )
@@ -137,6 +142,23 @@ class Pair:
     session: Callable[[np.ndarray], np.ndarray]
     shape: tuple[int, ...]
     batches: tuple[int, ...]
+
+
+def pairs_of(weights: Sequence[Path], names: Sequence[str], *, channels: bool) -> Iterator[Pair]:
+    """Return the networks to time."""
+    if channels:
+        yield without_channels()
+    else:
+        yield from map(pruned, weights) if weights else random(names)
+
+
+def without_channels() -> Pair:
+    """Remove half of the channels of each layer of a ResNet-18, coupled ones together."""
+    model = sparse_network(Kind(partial(ResNet, SMALL, 10, 64, (2, 2, 2, 2), 1), SMALL, (1, 16)), 0.0)
+    structure, fixed = tied_channels(model, SMALL)
+    scores = {name: score for name, score in magnitude(model).items() if name not in fixed}
+    apply_(model, silent(model, select(scores, 0.5, structure=structure, scope="layer"), SMALL))
+    return Pair("resnet-18 channels", 0.5, model, checked_session(model, SMALL), SMALL, (1, 16))
 
 
 def random(names: Sequence[str]) -> Iterator[Pair]:

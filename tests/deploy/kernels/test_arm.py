@@ -137,11 +137,12 @@ def _declared(calls: Sequence[Call]) -> str:
         lines.append(f"static long a{number}[] = {{{','.join(given) or '0'}}};")
         lines.append(f'extern void k{number}(char *, long *, long *) __asm__("{call.spec.name}");')
     heads: list[str] = []
-    for per_unit, group in groupby(range(len(calls)), key=lambda number: calls[number].per_unit):
+    for _, group in groupby(range(len(calls)), key=lambda number: (calls[number].per_unit, calls[number].chain)):
         members, at = list(group), len(heads)
         pairs = ",".join(f"(long)k{number},(long)a{number}" for number in members)
         lines.append(f"static long g{at}[] = {{{pairs}}};")
-        heads.append(f"{int(per_unit)},{len(members)},(long)g{at}")
+        first = calls[members[0]]
+        heads.append(f"{int(first.per_unit)},{len(members)},(long)g{at},{first.turns}")
     return "\n".join([*lines, f"static long segments[] = {{{len(heads)},{','.join(heads)}}};"])
 
 

@@ -249,6 +249,8 @@ class Planner:
 
     def _follows(self, task: Task, before: Task, call: Call) -> bool:
         """Return whether each channel of a task's result needs only that channel of the task before, made by a call."""
+        if self.layout.units > 1:  # they run one after another from kernel to kernel, in the same memory
+            return False
         if task.source != before.result or not isinstance(before, FusedLayer) or type(call.spec) is not Tile:
             return False
         target = self.buffers[self.base(task.result)].origin
