@@ -8,7 +8,7 @@ from torch import nn
 from sparring.deploy._compile import compile_model
 from sparring.deploy.kernels import _engine as engine
 from sparring.deploy.kernels import _plan as planning
-from sparring.deploy.kernels._abi import Layout
+from sparring.deploy.kernels._abi import Layout, Tiling
 from sparring.deploy.kernels._dense import is_full
 from sparring.deploy.kernels._engine import Engine
 from sparring.deploy.kernels._fusion import FusedLayer, tasks_of
@@ -20,15 +20,17 @@ class Blocks(nn.Module):
 
     def __init__(self, side: int, width: int = 20) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3), nn.ReLU6())
+        first, bias = nn.Conv2d(3, width, 7, 2, 3), torch.rand(width)
+        self.stem = nn.Sequential(first, nn.ReLU6())
         self.inner = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
         self.outer = nn.Conv2d(width, width, 3, padding=2, dilation=2)
         self.last = nn.Sequential(nn.Conv2d(width, 37, 3, 2, 1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten())
         with torch.no_grad():
             left = self.last(self.outer(self.inner(self.stem(torch.zeros(1, 3, side, side)))))
-            self.stem[0].weight *= 20  # the cap takes effect
+            first.weight *= 20  # the cap takes effect
             self.outer.weight[3:11] = 0
-            self.outer.bias[4] = 0
+            bias[4] = 0
+            self.outer.bias = nn.Parameter(bias)
         self.head = nn.Linear(left.shape[1], 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +43,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def shared(tiles: bool, lanes: int) -> list[planning.Tiling]:
+def shared(tiles: bool, lanes: int) -> list[Tiling]:
     return [c for c in planning.candidates(lanes, tiles) if c.height > 1 or c.across]
 
 

@@ -54,7 +54,7 @@ class GradientPlanner(Planner):
             buffer = replace(buffer, shape=shape, pad=(pad[0], pad[1]), step=op.stride)
         return self.reserve(buffer)
 
-    def calls(self, choose: Callable[[str], Tiling]) -> list[Call]:
+    def calls(self, choose: Callable[[str], Tiling | None]) -> list[Call]:
         """Return all kernel calls, forward then backward."""
         forward = super().calls(choose)[:-1]
         self.forward_calls = len(forward)

@@ -233,7 +233,7 @@ def shared_tables(
     found = np.where(columns < 0, np.float32(0), dense[:, columns])[groups[:weighted]]
     weights[: weighted * len(columns)] = found.transpose(0, 2, 1).reshape(-1, together)
     rows = order[groups]
-    places = np.where(columns < 0, 0, offsets_of(replace(op, indices=columns), source, False))
+    places = np.where(columns < 0, 0, offsets_of(replace(op, indices=columns.astype(np.int32)), source, False))
     tables = (rows.astype(np.int32), np.append(places, 0).astype(np.int32), weights, op.bias[rows])
     return [len(rows), weighted, len(columns), turned], tables
 
@@ -255,9 +255,10 @@ def _columns(op: Sparse, reads: NDArray[np.bool_], chains: int) -> tuple[NDArray
 
 def _reads(op: Sparse, source: Buffer, shape: Shape) -> NDArray[np.bool_]:
     """Return which columns of the weights multiply at least one pixel of the input."""
-    found = []
+    found: list[NDArray[np.bool_]] = []
     for axis in (0, 1):
         taps, places = np.arange(op.shape[2 + axis])[:, None], np.arange(shape[1 + axis])
         at = places * op.stride[axis] + taps * op.dilation[axis] - op.padding[axis]
-        found.append(((at >= 0) & (at < source.shape[1 + axis] * source.phases[axis])).any(1))
+        inside: NDArray[np.bool_] = (at >= 0) & (at < source.shape[1 + axis] * source.phases[axis])
+        found.append(np.logical_or.reduce(inside, 1))
     return np.tile((found[0][:, None] & found[1]).ravel(), op.shape[1])
