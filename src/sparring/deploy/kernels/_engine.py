@@ -34,9 +34,7 @@ from ._plan import Planner, usual
 from .int8._plan import BytePlanner
 
 _NEAR_CACHE = 1 << 19  # bytes: half of a core's private cache
-_FAR_CACHE = (
-    1 << 24
-)  # bytes of values of a layer for as many images as a vector has lanes: no cache of a core holds them
+_FAR_CACHE = 1 << 24  # bytes of a layer's values, for as many images as a vector has lanes: no cache holds them
 _TOLD = slice(int(Run.IMAGES), Run.COUNT + 1)  # images, logits and count at once: numpy is slow with enums
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 Memory = tuple[int, int]  # the addresses of an arena and of a kernel's call fields
