@@ -53,9 +53,9 @@ from ._scoring import (
     transfer,
 )
 
-# Images that a network like LeNet-5 sees while memory is measured, in the checks of a model, while its layers are read,
-# and while autograd is compared with differences.
-_MEASURED, _CHECKED, _READ, _COMPARED = 3, 100, 300, 60
+# Images that a network like LeNet-5 sees in the checks of a model, while its layers are read, and while autograd is
+# compared with differences.
+_CHECKED, _READ, _COMPARED = 100, 300, 60
 _PATIENCE = 1.0  # seconds before the preparation is told
 
 
@@ -211,7 +211,7 @@ class Checked:
 class _Beginning:
     """State before a model is attacked: the images with a batch size, and whether and where the model draws.
 
-    best: the original images; watch: the model that judges them.
+    best: the original images; watch: the model that judges them; meter: of what comes before the attack.
     """
 
     order: Order
@@ -219,21 +219,20 @@ class _Beginning:
     watch: Probe
     random: bool
     split: PrefixSplit | None
+    meter: Meter
 
 
 def _metered(model: nn.Module, order: Order, draws: int) -> Meter:
     """Return what counts the passes before an attack, by about how many images each check sends through the model."""
-    images = _MEASURED + len(order.x) * (3 * draws + 1 if is_stochastic(model) else 1) + _CHECKED + _READ + _COMPARED
+    images = len(order.x) * (3 * draws + 1 if is_stochastic(model) else 1) + _CHECKED + _READ + _COMPARED
     return Meter(order.progress, "preparing", images, together=images, patience=_PATIENCE)
 
 
-def _begin(
-    model: nn.Module, order: Order, draws: int, seen: Checked, seed: int, meter: Meter, *, splits: bool
-) -> _Beginning:
+def _begin(model: nn.Module, order: Order, draws: int, seen: Checked, seed: int, *, splits: bool) -> _Beginning:
     """Compute the images' logits, and check the model by them; `splits`: whether a steady part may run separately."""
     x, y, drawing = order.x, order.y, is_stochastic(model)
-    sized, watch = order.sized(model), Probe(model, meter=meter)
-    meter.finish_(_MEASURED)
+    sized = order.sized(model)
+    watch = Probe(model, meter=(meter := _metered(model, order, draws)))  # passes that measure memory take longer
     known = None if drawing else Judge(watch, None, sized, 1, seed + 1).logits(x)
     random, doubts = seen.random, tuple[Flag, ...]()
     if not seen.done:
@@ -248,7 +247,7 @@ def _begin(
     best = Best.beginning(judge, known, [*seen.flags, *doubts])
     watch.meter = None
     meter.finish_(meter.images - _READ - _COMPARED)
-    return _Beginning(sized, best, watch, random, split)
+    return _Beginning(sized, best, watch, random, split, meter)
 
 
 def attack_held(
@@ -265,9 +264,8 @@ def attack_held(
     For batches of 0 a size is chosen; checks that were `seen` are not repeated.
     """
     x, seed, before = order.x, order.draws.seed(), state_of(model)
-    meter = _metered(model, order, draws)
-    begun = _begin(model, order, draws, seen, seed, meter, splits=through is None)
-    order, random, best = begun.order, begun.random, begun.best
+    begun = _begin(model, order, draws, seen, seed, splits=through is None)
+    order, random, best, meter = begun.order, begun.random, begun.best, begun.meter
     hand = None if random or through is not None else _by_hand(model, x)
     meter.finish_(meter.images - _COMPARED)
     probe = Probe(through or model, draws=draws if random else 1, hand=hand, split=begun.split)
