@@ -120,12 +120,12 @@ def add_cached_kernels(code: Code, names: list[str]) -> None:
 
 
 def _identity(names: list[str]) -> str:
-    return "\0".join((*sorted(names), _sources()))
+    return "\0".join((*sorted(names), sources()))
 
 
 def add_runner(code: Code) -> None:
     """Compile the function "run", which executes a plan."""
-    code.add(f"run\0{_sources()}", runner, ["run"], symbols=[("sched_yield", _address_of("sched_yield"))])
+    code.add(f"run\0{sources()}", runner, ["run"], symbols=[("sched_yield", _address_of("sched_yield"))])
 
 
 def _address_of(name: str) -> int:
@@ -134,7 +134,7 @@ def _address_of(name: str) -> int:
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """Return a hash of the code that writes kernels, so that a cache never outlives it."""
     content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
     return hashlib.sha256(content + llvmlite.__version__.encode()).hexdigest()

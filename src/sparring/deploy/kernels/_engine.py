@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ...errors import UserError
 from ...files import read_json, write_json
 from .._program import Floats, Program, multiplications
-from ._abi import Call, Layout, Run, Tiling, add_cached_kernels, add_kernels, add_runner, fields_of
+from ._abi import Call, Layout, Run, Tiling, add_cached_kernels, add_kernels, add_runner, fields_of, sources
 from ._backward import GradientPlanner
 from ._builtin import add_answer, answer_fields, builtin, reader
 from ._fusion import FusedLayer, Task, tasks_of
@@ -469,7 +469,7 @@ def _shortest(runs: Sequence[Callable[[], None]]) -> list[float]:
 
 def _path(keys: list[str], candidates: list[Tiling]) -> Path | None:
     folder = cache_folder()
-    identity = "\0".join((*keys, repr(candidates), host_identity()))
+    identity = "\0".join((*keys, repr(candidates), host_identity(), sources()))
     return None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
 
