@@ -65,8 +65,13 @@ def test_the_tutorial_shows_what_it_prints() -> None:
 
 @pytest.mark.browser
 def test_the_search_works_from_disk(site: Path, driver) -> None:  # type: ignore[no-untyped-def]
+    from selenium.webdriver.support.ui import WebDriverWait
+
     driver.get((site / "quickstart.html").as_uri())
-    field = driver.find_element("css selector", "[data-md-component=search-query]")
+    # A busy machine may draw the page late.
+    field = WebDriverWait(driver, 30).until(
+        lambda page: page.find_element("css selector", "[data-md-component=search-query]")
+    )
     field.click()
     field.send_keys("FAB")
     links = "return [...document.querySelectorAll('.md-search-result__link')].map(a => a.href)"
