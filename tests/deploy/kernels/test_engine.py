@@ -237,7 +237,7 @@ def test_channels_in_turns_change_no_bit(monkeypatch, lanes):
         run = Engine(program, lanes=lanes)
         found.add(b"".join(run.run(part).tobytes() for part in (x, x[:1])))
         turns.add(max(call.turns for plan in run._plans.values() for call in plan._calls))
-    assert len(found) == 1 and len(turns) == 3 and 24 in turns
+    assert len(found) == 1 and {1, 24} <= turns
 
 
 def test_large_images_run_one_by_one_where_asked(sparse_model, monkeypatch):
