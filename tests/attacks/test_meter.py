@@ -39,7 +39,7 @@ def test_an_attack_on_a_slow_model_tells_how_far_it_is(monkeypatch: pytest.Monke
     x = torch.rand(8, 1, 4, 4)
     y = model(x).argmax(1)
     told.clear()
-    tell = attacks.under("ddn", lambda stage, done, images: told.append((stage, done, images, now)))
+    tell = attacks.with_title("ddn", lambda stage, done, images: told.append((stage, done, images, now)))
     attacks.run(model, x, y, attacks.ddn, Threat(L2), progress=tell)
     stages = list(dict.fromkeys(stage for stage, *_ in told))
     assert stages == ["ddn, preparing", "ddn, attacking"]

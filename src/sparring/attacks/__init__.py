@@ -19,7 +19,7 @@ from __future__ import annotations
 from functools import partial
 
 from ._entry import refuse_norm
-from ._meter import Progress, under
+from ._meter import Progress, with_title
 from .algorithms._apgd import apgd
 from .algorithms._cw import cw
 from .algorithms._ddn import ddn
@@ -99,6 +99,6 @@ __all__ = [
     "square",
     "standard",
     "swift",
-    "under",
+    "with_title",
     "worst_case",
 ]

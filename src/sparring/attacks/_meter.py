@@ -9,9 +9,9 @@ Progress = Callable[[str, float, int], None]  # a stage, how many images are don
 _PAUSE = 0.2  # seconds between two messages from inside a batch
 
 
-def under(name: str, progress: Progress | None) -> Progress | None:
-    """Return progress that puts a name before each stage."""
-    return progress and (lambda stage, done, images: progress(f"{name}, {stage}", done, images))
+def with_title(title: str, progress: Progress | None) -> Progress | None:
+    """Return progress that puts a title before each stage."""
+    return progress and (lambda stage, done, images: progress(f"{title}, {stage}", done, images))
 
 
 class Meter:

@@ -114,7 +114,7 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
     task = place.task(network, images, y)
     with shown_images(name="estimating") as tell:
         method = how.method or _chosen(network, images, norm, how.seconds)
-        nearest = attacks.under("nearest", tell)
+        nearest = attacks.with_title("nearest", tell)
         attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator, progress=nearest).cpu()
         shown = functools.partial(tell, "certify")
         found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=shown)

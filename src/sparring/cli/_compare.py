@@ -105,7 +105,7 @@ def _profile(
     task = place.task(model, float_images(x, results=len(BUDGETED) + 1), y)
     chosen, generator = {name: attacks.ATTACKS[name] for name in BUDGETED}, torch.Generator().manual_seed(0)
     rows = attacks.audit(*task, chosen, eps=[eps], checks=0, progress=tell)[: len(chosen)]
-    shown = attacks.under("nearest", tell)
+    shown = attacks.with_title("nearest", tell)
     nearest = attacks.run(*task, attacks.nearest, Threat(L2), generator=generator, progress=shown).cpu()
     results = {row.attack: row.result.cpu() for row in rows}
     stands = {f"{name}-linf-{eps:g}": found.clean_correct & ~found.success for name, found in results.items()}

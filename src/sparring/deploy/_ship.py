@@ -71,7 +71,7 @@ def ship_report(
     with eval_mode(model):
         shipped, network = PackedModule(packed), opened(model, x[:2].to(place))
         stages = ("attack on the model", "attack on the artefact", "decision-based attack on the artefact")
-        one, other, third = (attacks.under(stage, progress) for stage in stages)
+        one, other, third = (attacks.with_title(stage, progress) for stage in stages)
         examples = [_attacked(network, x.to(place), y.to(place), attack, threat, one).cpu()]
         examples += [_attacked(shipped, x, y, attack, threat, other)]
         decided = _attacked(shipped, x[:FEW], y[:FEW], blind, threat, third) if decisions else None

@@ -139,7 +139,7 @@ def test_the_stem_finds_the_same_boundary(seed: int, images: Tensor) -> None:
     probe = Probe(net, hand=read_dense(net, images))
     stem = find_stem(probe)
     assert stem is not None
-    full, short = (nearest_boundary(probe, images, y, norm=L2, stem=choice) for choice in (None, stem))
+    full, short = (nearest_boundary(probe, images, y, norm=L2, seen=seen) for seen in (None, stem.look(images)))
     for expected, found in zip(full, short, strict=True):
         assert torch.allclose(expected, found, rtol=1e-4, atol=1e-6)
 
@@ -167,7 +167,7 @@ def test_the_stem_of_a_sparse_network_finds_the_same_boundary() -> None:
         probe = Probe(net, hand=read_dense(net, x))
         stem = find_stem(probe)
         assert stem is not None
-        full, short = (nearest_boundary(probe, x, y, norm=L2, stem=choice) for choice in (None, stem))
+        full, short = (nearest_boundary(probe, x, y, norm=L2, seen=seen) for seen in (None, stem.look(x)))
         torch.testing.assert_close(short.distance, full.distance, rtol=1e-4, atol=1e-6)
 
 
@@ -177,7 +177,9 @@ def test_the_stem_leaves_an_image_without_gradient_where_it_is(images: Tensor) -
     with torch.no_grad():
         net.get_parameter("2.bias")[:] = -100
     probe = Probe(net, hand=read_dense(net, images))
-    boundary = nearest_boundary(probe, images, net(images).argmax(1), norm=L2, stem=find_stem(probe))
+    stem = find_stem(probe)
+    assert stem is not None
+    boundary = nearest_boundary(probe, images, net(images).argmax(1), norm=L2, seen=stem.look(images))
     assert torch.isfinite(boundary.distance).all() and not boundary.gradient.any()
     result = run(net, images, net(images).argmax(1), deepfool, Threat(L2))
     assert torch.isfinite(result.x_adv).all() and torch.isinf(result.distance).all()

@@ -232,12 +232,12 @@ def test_channels_in_turns_change_no_bit(monkeypatch, lanes):
             layer.weight *= torch.rand(layer.weight.shape) < 0.4
     program, found, turns = compile_model(model, (3, 20, 20)), set(), set()
     x = np.random.default_rng(0).random((lanes + 1, 3, 20, 20), np.float32)
-    for most in (1 << 30, 1 << 14, 1):
+    for most in (1 << 30, 1 << 16, 1 << 15, 1 << 14, 1 << 13, 1):
         monkeypatch.setattr(planning, "_CHAINED", most)
         run = Engine(program, lanes=lanes)
         found.add(b"".join(run.run(part).tobytes() for part in (x, x[:1])))
         turns.add(max(call.turns for plan in run._plans.values() for call in plan._calls))
-    assert len(found) == 1 and {1, 24} <= turns
+    assert len(found) == 1 and len(turns) >= 3 and {1, 24} <= turns
 
 
 def test_large_images_run_one_by_one_where_asked(sparse_model, monkeypatch):

@@ -51,7 +51,7 @@ def deepfool(
             break
         active, point, y, targets = active[standing], point[standing], y[standing], select(targets, standing)
         seen = seen and seen.of(standing)
-        boundary = nearest_boundary(model, point, y, targets, norm=norm, candidates=candidates, stem=stem, seen=seen)
+        boundary = nearest_boundary(model, point, y, targets, norm=norm, candidates=candidates, seen=seen)
         push = _PUSH if step > 0 else 0.0
         if norm == L1:  # one pixel, which the box would stop: as many as the box makes necessary
             gain = boundary.gap * (1 + overshoot) + push * boundary.gradient.flatten(1).abs().amax(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...threat import L1, L2, LINF, distance, dual, project
 from .._gradients import ROWS_AT_ONCE, logits_and_pull, on_cpu
-from ..fastpath._gram_matrix import Seen, Stem
+from ..fastpath._gram_matrix import Seen
 from ._losses import is_past, others
 
 if TYPE_CHECKING:
@@ -310,14 +310,13 @@ def nearest_boundary(
     norm: float,
     aims: Tensor | None = None,
     candidates: int | None = None,
-    stem: Stem | None = None,
     seen: Seen | None = None,
 ) -> Boundary:
     """Return the nearest boundary of each image when all differences of logits are linearised at x.
 
     Untargeted, the own class meets all others, or the `candidates` of largest logit, or only the class in `aims`;
-    with `targets` the target meets the strongest other class. For l2 a `stem` that has `seen` the images finds the same
-    boundary at less cost.
+    with `targets` the target meets the strongest other class. For l2 what a stem has `seen` of the images gives the
+    same boundary at less cost.
     """
     chosen: list[Tensor] = []
 
@@ -326,11 +325,11 @@ def nearest_boundary(
         return chosen[0]
 
     images = torch.arange(len(x), device=x.device)
-    if stem is not None and seen is not None:
+    if seen is not None:
         weights = differences(seen.logits)
-        rows, gaps = stem.pull(seen, weights), _gaps(weights, seen.logits)
-        nearest, length = stem.nearest(gaps, rows)
-        gap, gradient = gaps[nearest, images], (rows[nearest, images] @ stem.dense.weights[0]).view_as(x)
+        rows, gaps = seen.pull(weights), _gaps(weights, seen.logits)
+        nearest, length = seen.stem.nearest(gaps, rows)
+        gap, gradient = gaps[nearest, images], (rows[nearest, images] @ seen.stem.dense.weights[0]).view_as(x)
         return Boundary(seen.logits, gap, gradient, gap.abs() / length)
     logits, gradients = logits_and_pull(model, x, differences)
     gaps = _gaps(chosen[0], logits)

@@ -16,7 +16,7 @@ from ...modes import eval_mode
 from ...outputs import Opened, opened
 from ...threat import LINF, Threat, diameter, distance
 from .._gradients import frozen
-from .._meter import Progress, under
+from .._meter import Progress, with_title
 from ..algorithms._losses import is_answer, margin_loss
 from ..algorithms._projections import column
 from ._run import AttackResult, check_convergence, draws_for, run
@@ -57,7 +57,7 @@ def audit(
     rank, or your own names. A minimum-norm attack runs once, without eps. `checks` is the number of images used by the
     reliability checks (docs/flags.md); 0 disables these, and the comparison of attacks and budgets. Each attack starts
     from `seed`, so that its result does not depend on the other attacks. Raises UserError as `run` does, and for an
-    attack that needs a budget if `eps` is empty. `progress` is as in `run`; the attack's name comes
+    attack that needs a budget if `eps` is empty. `progress` is as in `run`, with the attack's name
     before the stage.
     """
     found: Found = {}
@@ -67,7 +67,7 @@ def audit(
         _check_batches(model, x, asked, batch_size)
     for name, attack, threat in asked:
         title = name if threat.eps is None else f"{name} eps {threat.eps:g}"
-        shown, longer = (under(what, progress) for what in (title, f"{title}, four times the steps"))
+        shown, longer = (with_title(what, progress) for what in (title, f"{title}, four times the steps"))
         result = run(model, x, y, attack, threat, batch_size=batch_size, generator=draws, progress=shown)
         if checks and length_of(attack) is not None:
             flags = check_convergence(
@@ -117,7 +117,7 @@ def _opinions(
         yield from (((name, budgets[eps]), flags) for eps, flags in check_budgets(results).items())
         if budgets and not facts_of(attack).single_step:
             threat = budgets[max(budgets)]
-            wide, silent = (under(f"{name}, {how}", progress) for how in ("unlimited", "one by one"))
+            wide, silent = (with_title(f"{name}, {how}", progress) for how in ("unlimited", "one by one"))
             flags = check_unlimited(
                 *task, attack, norm=threat.norm, images=images, batch_size=batch_size, generator=draws, progress=wide
             )

@@ -222,7 +222,7 @@ class _Beginning:
     meter: Meter
 
 
-def _metered(model: nn.Module, order: Order, draws: int) -> Meter:
+def _before_attack(model: nn.Module, order: Order, draws: int) -> Meter:
     """Return what counts the passes before an attack, by about how many images each check sends through the model."""
     images = len(order.x) * (3 * draws + 1 if is_stochastic(model) else 1) + _CHECKED + _READ + _COMPARED
     return Meter(order.progress, "preparing", images, together=images, patience=_PATIENCE)
@@ -232,7 +232,7 @@ def _begin(model: nn.Module, order: Order, draws: int, seen: Checked, seed: int,
     """Compute the images' logits, and check the model by them; `splits`: whether a steady part may run separately."""
     x, y, drawing = order.x, order.y, is_stochastic(model)
     sized = order.sized(model)
-    watch = Probe(model, meter=(meter := _metered(model, order, draws)))  # passes that measure memory take longer
+    watch = Probe(model, meter=(meter := _before_attack(model, order, draws)))  # passes that measure memory take longer
     known = None if drawing else Judge(watch, None, sized, 1, seed + 1).logits(x)
     random, doubts = seen.random, tuple[Flag, ...]()
     if not seen.done:

@@ -19,17 +19,6 @@ from ._mlp import Dense
 _RANK = 32
 
 
-class Seen(NamedTuple):
-    """Logits (N, classes) of images, and the outputs of every ReLU."""
-
-    logits: Tensor
-    hidden: list[Tensor]
-
-    def of(self, rows: Tensor) -> Seen:
-        """Return those of some images, a mask (N,)."""
-        return Seen(self.logits[rows], [output[rows] for output in self.hidden])
-
-
 @dataclass(frozen=True)
 class Stem:
     """A fully connected network under a probe, with G = WWᵀ of its first layer.
@@ -45,12 +34,7 @@ class Stem:
 
     def look(self, x: Tensor) -> Seen:
         """Pass images x (N, ...) forward."""
-        return Seen(*self.probe.through(self.dense, x))
-
-    def pull(self, seen: Seen, weights: Tensor) -> Tensor:
-        """Return first-layer gradients (R, N, units) of sums of logits with weights (R, N, classes)."""
-        self.probe.backwards += weights.shape[0] * weights.shape[1]
-        return self.dense.back_to_first(weights, seen.hidden)
+        return Seen(self, *self.probe.through(self.dense, x))
 
     def nearest(self, gaps: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rival of smallest |gap| / ‖Wᵀu‖, and that norm, for gaps (R, N) and u (R, N, units).
@@ -70,6 +54,23 @@ class Stem:
         norms[open_still] = ((chosen @ self.gram) * chosen).sum(1).clamp_min(0).sqrt().clamp_min(1e-30)
         nearest = torch.where(open_still, size / norms, torch.inf).argmin(0)
         return nearest, norms[nearest, torch.arange(gaps.shape[1], device=gaps.device)]
+
+
+class Seen(NamedTuple):
+    """Logits (N, classes) of images that a stem has passed forward, and the outputs of every ReLU."""
+
+    stem: Stem
+    logits: Tensor
+    hidden: list[Tensor]
+
+    def of(self, rows: Tensor) -> Seen:
+        """Return those of some images, a mask (N,)."""
+        return Seen(self.stem, self.logits[rows], [output[rows] for output in self.hidden])
+
+    def pull(self, weights: Tensor) -> Tensor:
+        """Return first-layer gradients (R, N, units) of sums of logits with weights (R, N, classes)."""
+        self.stem.probe.backwards += weights.shape[0] * weights.shape[1]
+        return self.stem.dense.back_to_first(weights, self.hidden)
 
 
 def find_stem(model: nn.Module) -> Stem | None:

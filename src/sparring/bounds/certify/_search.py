@@ -15,9 +15,7 @@ from ._relaxations import Interval, Relaxation
 
 Final = Callable[[Graph, Region, Tensor, list[Interval], Mapping[int, Relaxation]], Tensor]
 _POWER = 2.7  # power of eps with which CROWN's bounds loosen, as measured on convolutional networks
-_GUESS = (
-    0.7  # where radii lie between a bound that is too small, 0, and one that is too large, 1, as logarithms: 0.4 to 1
-)
+_GUESS = 0.7  # where radii lie between a bound too small, 0, and one too large, 1, in logarithms: measured 0.4 to 1
 _LEAST = 1e-4  # of the linearised radius: interval bounds may be looser for deep networks, or vacuous
 _SMALLEST = 1e-9
 _CLOSE, _ASIDE, _PASSES = 0.03, 0.985, 6
