@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -60,6 +61,18 @@ def test_it_learns_and_is_bit_identical(digits: Dataset) -> None:
     assert same(*states)
     assert accuracy(predict(model, digits.test.x), digits.test.y) > 0.9
     assert not model.training
+
+
+def test_a_slow_model_predicts_in_batches_of_the_seconds_asked(few_digits: Dataset) -> None:
+    class Slow(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.002 * len(x))
+            return super().forward(x.flatten(1))
+
+    model, x, told = Slow(64, 10), few_digits.test.x, list[int]()
+    logits = predict(model, x, seconds=0.05, progress=lambda done, total: told.append(done))
+    assert len(told) >= len(x) / 25 and told == sorted(set(told)), "2 ms an image"
+    assert torch.allclose(logits, predict(model, x), atol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -112,11 +112,12 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
     x, y = chosen_images(dataset, "test", 0, how.images)
     images, generator = float_images(x, results=1), torch.Generator().manual_seed(0)
     task = place.task(network, images, y)
-    with shown_images(name="estimating") as tell:
-        method = how.method or _chosen(network, images, norm, how.seconds)
+    method, takes = _chosen(how, network, images, norm)
+    with shown_images() as tell:
         nearest = attacks.with_title("nearest", tell)
         attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator, progress=nearest).cpu()
-        shown = functools.partial(tell, "certify")
+        shown = functools.partial(tell, f"certify by {method}, about {takes} in all")
+        shown(0, len(y))
         found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=shown)
     about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}
     if as_json:
@@ -138,13 +139,18 @@ def _provable(how: CertifyOptions) -> tuple[float, tuple[float, ...]]:
     return norm, budgets
 
 
-def _chosen(network: nn.Module, images: Tensor, norm: float, seconds: float) -> str:
-    """Print each method's estimated time and the chosen method; return the latter."""
-    each = bounds.estimate(network, images, norm)
-    method = bounds.tightest(each, len(images), seconds)
-    costs = ", ".join(f"{name} {duration(len(images) * cost)}" for name, cost in each.items())
-    print(f"estimated for {len(images)} images: {costs}; --seconds {seconds:g} selects {method}", file=sys.stderr)
-    return method
+def _chosen(how: CertifyOptions, network: nn.Module, images: Tensor, norm: float) -> tuple[str, str]:
+    """Return the method and its estimated time; print the estimates if they choose it."""
+    with shown_images("steps", name := "estimating") as tell:
+        each = bounds.estimate(network, images, norm, progress=functools.partial(tell, name))
+    method = how.method or bounds.tightest(each, len(images), how.seconds)
+    costs = {name: duration(len(images) * cost) for name, cost in each.items()}
+    if how.method is None:
+        said = ", ".join(f"{name} {cost}" for name, cost in costs.items())
+        print(
+            f"estimated for {len(images)} images: {said}; --seconds {how.seconds:g} selects {method}", file=sys.stderr
+        )
+    return method, costs[method]
 
 
 def _as_json(found: bounds.Summary) -> dict[str, Any]:

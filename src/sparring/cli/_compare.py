@@ -23,7 +23,7 @@ from ..threat import L2, LINF, Threat
 from ..units import parse_eps
 from ._app import CompareOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
-from ._progress import Tell, shown_images
+from ._progress import shown_images
 from ._sources import SAVED, check_named, float_images, open_data, open_model, place_for, request_for
 
 DROPPED = 1
@@ -76,8 +76,7 @@ def _compare_models(
     for metric in set(metrics) - known:
         raise UnknownNameError("metric", metric, known)
     dataset = open_data(data, request_for(models, data, images=how.images))
-    with shown_images() as tell:
-        profiles = [_profile(model, dataset, eps, how.images, place_for(where, model), tell) for model in models]
+    profiles = [_profile(model, dataset, eps, how.images, place_for(where, model)) for model in models]
     return compare_values(*profiles, lengths=(DISTANCE,))
 
 
@@ -97,16 +96,17 @@ def _with_weights(names: list[str], weights: list[Path]) -> list[ModelSource]:
 
 
 def _profile(
-    source: ModelSource, dataset: Dataset, eps: float, images: int, place: Place, tell: Tell
+    source: ModelSource, dataset: Dataset, eps: float, images: int, place: Place
 ) -> dict[str, NDArray[np.float64]]:
     """Return per-image values of a model: correct or not, robust under attack or not, smallest distance."""
     model = open_model(source, dataset)[0].eval()
     x, y = chosen_images(dataset, "test", 0, images)
     task = place.task(model, float_images(x, results=len(BUDGETED) + 1), y)
     chosen, generator = {name: attacks.ATTACKS[name] for name in BUDGETED}, torch.Generator().manual_seed(0)
-    rows = attacks.audit(*task, chosen, eps=[eps], checks=0, progress=tell)[: len(chosen)]
-    shown = attacks.with_title("nearest", tell)
-    nearest = attacks.run(*task, attacks.nearest, Threat(L2), generator=generator, progress=shown).cpu()
+    with shown_images() as tell:
+        rows = attacks.audit(*task, chosen, eps=[eps], checks=0, progress=tell)[: len(chosen)]
+        shown = attacks.with_title("nearest", tell)
+        nearest = attacks.run(*task, attacks.nearest, Threat(L2), generator=generator, progress=shown).cpu()
     results = {row.attack: row.result.cpu() for row in rows}
     stands = {f"{name}-linf-{eps:g}": found.clean_correct & ~found.success for name, found in results.items()}
     found = {name: values.double().numpy() for name, values in {"accuracy": nearest.clean_correct, **stands}.items()}

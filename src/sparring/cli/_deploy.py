@@ -22,11 +22,10 @@ from ..records import PlanFile, read_plan, read_record
 from ..report import Choice, pick, png, shipped_verdict, timings_figure
 from ..study import chosen_images, trained
 from ..threat import LINF, Threat
-from ..train import predict
 from ..units import parse_eps, percent
 from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions, Where
 from ._printing import print_json, print_table
-from ._progress import shown_images
+from ._progress import predicted, shown_images
 from ._sources import check_out, file_of, float_images, open_both, open_model, plain_form
 
 ONNX_TOLERANCE = 1e-4  # or four roundings of the model's own type
@@ -206,8 +205,13 @@ def run_bench(model: ModelSource, data: DataSource, how: BenchOptions, *, as_jso
     else:
         _print_bench(found)
         if rival is not None:
-            theirs, ours = (accuracy(predict(one, dataset.test.x), dataset.test.y) for one in (rival, network))
-            print(f"test accuracy: this network {percent(ours, 2)}, the small dense one {percent(theirs, 2)}")
+            _print_accuracies(network, rival, dataset)
+
+
+def _print_accuracies(network: nn.Module, rival: nn.Module, dataset: Dataset) -> None:
+    x, y = dataset.test
+    ours, theirs = (accuracy(predicted(one, x, "test images"), y) for one in (network, rival))
+    print(f"test accuracy: this network {percent(ours, 2)}, the small dense one {percent(theirs, 2)}")
 
 
 def _batches(text: str) -> tuple[int, ...]:

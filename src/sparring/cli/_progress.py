@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+from torch import Tensor, nn
+
 from ..progress import pace
 from ..ram import size_text, used_memory
+from ..train import predict
 from ..units import duration
 
 PATIENCE = 2.0  # seconds
@@ -87,6 +91,12 @@ def shown_images(what: str = "images", name: str = "preparing") -> Iterator[Tell
         finally:
             if line.terminal:
                 line.write("")
+
+
+def predicted(model: nn.Module, x: Tensor, name: str) -> Tensor:
+    """Return the logits (N, classes) of uint8 images, and show how many are done."""
+    with shown_images() as tell:
+        return predict(model, x, seconds=PATIENCE / 2, progress=functools.partial(tell, name))
 
 
 def _at_work(name: str, seconds: float) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from ._progress import shown_bytes, shown_images
 
 # Extensions of files that contain a whole model: saved for further work, packed for deployment, or from elsewhere.
 PACKED, ONNX = ".sparring", ".onnx"
+_STEPS = 4  # of opening a model: build it, read its weights, try it, and see whether it is trained
 COPIES = 5  # of all images, that an attack holds at a time beside its results
 SAVED = (".safetensors", PACKED, ONNX)
 
@@ -169,8 +171,7 @@ def open_both(
     for one in models:
         check_named(one)
     dataset = open_data(source, replace(request_for(models, source, images=images), identify=identify))
-    with shown_images(name="opening the model"):
-        network = open_model(model, dataset, download=source.download)[0].eval()
+    network = open_model(model, dataset, download=source.download)[0].eval()
     return plain_form(network) if plain else network, dataset
 
 
@@ -204,8 +205,19 @@ def open_model(source: ModelSource, dataset: Dataset, *, download: bool = False)
     fetched with `download`. Raise UserError if the model does not accept the data's images or has another number of
     classes.
     """
+    with shown_images("steps", name := "opening the model") as tell:
+        model, blueprint, notes = _opened(source, dataset, download, functools.partial(tell, name))
+    for note in notes:
+        print(note, file=sys.stderr)
+    return model, blueprint
+
+
+def _opened(
+    source: ModelSource, dataset: Dataset, download: bool, tell: Callable[[int, int], None]
+) -> tuple[nn.Module, Blueprint, list[str]]:
     name, weights = source.named()
     model: nn.Module
+    notes = list[str]()
     if name.endswith(PACKED):
         model, blueprint = deploy.PackedModule(deploy.load(name)), blueprint_for(source, dataset)
     elif name.endswith(ONNX):
@@ -215,12 +227,12 @@ def open_model(source: ModelSource, dataset: Dataset, *, download: bool = False)
     else:
         blueprint = blueprint_for(source, dataset)
         model = blueprint.build()
-        for note in _put_weights_(model, blueprint, weights, download):
-            print(f"{weights or name}: {note}", file=sys.stderr)
+        tell(1, _STEPS)
+        notes += [f"{weights or name}: {note}" for note in _put_weights_(model, blueprint, weights, download)]
+    tell(2, _STEPS)
     check_fit(model, dataset)
-    if is_code(name):
-        _say_what_is_assumed(source, model, blueprint)
-    return model, blueprint
+    tell(3, _STEPS)
+    return model, blueprint, [*notes, *_assumed(source, model, blueprint)] if is_code(name) else notes
 
 
 def _put_weights_(model: nn.Module, blueprint: Blueprint, weights: Path | None, download: bool) -> tuple[str, ...]:
@@ -231,15 +243,15 @@ def _put_weights_(model: nn.Module, blueprint: Blueprint, weights: Path | None, 
     return ()
 
 
-def _say_what_is_assumed(source: ModelSource, model: nn.Module, blueprint: Blueprint) -> None:
-    """Warn of a user's network with random weights, and of trained weights with the mean and std of other images."""
+def _assumed(source: ModelSource, model: nn.Module, blueprint: Blueprint) -> Iterator[str]:
+    """Yield warnings: of random weights, and of trained ones with the mean and std of other images."""
     name, weights = source.named()
     if weights is None and is_untrained(model, blueprint.build(seed=1)):
         what = "has random weights, so these results are of an untrained network; give --weights to load trained ones"
-        print(f"warning: '{name}' {what}", file=sys.stderr)
+        yield f"warning: '{name}' {what}"
     elif weights is not None and source.mean is None and takes_moments(name):
         what = f"uses the mean and std of {blueprint.data}; if it was trained with others, give --mean and --std"
-        print(f"warning: '{name}' {what}", file=sys.stderr)
+        yield f"warning: '{name}' {what}"
 
 
 def say_fresh(name: str, weights: str | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -34,11 +33,11 @@ from ..study import (
     refuse_constant,
     robust_score,
 )
-from ..train import EpochProgress, Fit, Recipe, check_memory, fit, predict
+from ..train import EpochProgress, Fit, Recipe, check_memory, fit
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
 from ._printing import print_json
-from ._progress import Pace, shown_images
+from ._progress import Pace, predicted, shown_images
 from ._sources import ONNX, PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for, say_fresh
 
 # Which table of a plan the options of --set belong to.
@@ -66,7 +65,7 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
         ibp_initialise_(model, generator=torch.Generator().manual_seed(options.seed))
     result = _fit(model, dataset, recipe, how.out, options, training)
     written = _finish(model, blueprint, dataset, result, training, how.out)
-    refuse_constant(model, dataset.valid)
+    refuse_constant(predicted(model, dataset.valid.x, "validation images"), dataset.valid.y)
     if as_json:
         print_json({"model": how.model, "data": dataset.name, **place.facts(model), "written": written})
 
@@ -224,8 +223,7 @@ def _told(network: nn.Module, dataset: Dataset, path: Path, *, before: str = "",
     found: dict[str, Any] = {"path": str(path)}
     splits = (("validation", "accuracy_valid", dataset.valid), ("test", "accuracy", dataset.test))
     for name, key, split in (one for one in splits if len(one[2].x)):
-        with shown_images() as tell:
-            logits = predict(network, split.x, progress=functools.partial(tell, f"{name} images"))
+        logits = predicted(network, split.x, f"{name} images")
         share, right = accuracy(logits, split.y), int((logits.argmax(1) == split.y).sum())
         low, high = binomial_interval(right, len(split.y))
         texts.append("{} accuracy {} [{}, {}]".format(name, *(percent(one, 2) for one in (share, low, high))))

@@ -244,23 +244,33 @@ def predict(
     x: Tensor,
     *,
     batch_size: int | None = None,
+    seconds: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Return the logits (N, classes), on the CPU, of uint8 images in eval mode; every module's mode is restored.
 
-    batch_size None: 500, or as many as memory allows. `progress` gets the number of images that are done, and of all,
-    before each batch.
+    batch_size None: 500, or as many as memory and about so many seconds a batch allow. `progress` gets the number of
+    images that are done, and of all, before each batch.
     """
     place = next((p.device for p in model.parameters()), x.device)
     with torch.no_grad(), eval_mode(model), channels_last(model):
         few = moved(x[:2], place).float().div_(255)
         answer = opened(model, few)
         batch_size, logits = batch_size or answers_at_once(answer, few), list[Tensor]()
+        if seconds is not None:
+            batch_size = min(batch_size, _in_time(answer, few, seconds))
         for number, part in enumerate(torch.split(x, batch_size)):
             if progress is not None:
                 progress(number * batch_size, len(x))
             logits.append(answer(moved(part, place).float().div_(255)).cpu())
         return torch.cat(logits)
+
+
+def _in_time(answer: Callable[[Tensor], Tensor], few: Tensor, seconds: float) -> int:
+    """Return how many images a model evaluates in so many seconds, one at least, at the speed of a few."""
+    begin = time.monotonic()
+    answer(few)
+    return max(1, int(seconds * len(few) / max(1e-9, time.monotonic() - begin)))
 
 
 def save_checkpoint(state: State, path: Path) -> None:

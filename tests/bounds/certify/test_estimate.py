@@ -36,6 +36,13 @@ def test_every_method_has_an_estimate_and_convolutions_cost_more() -> None:
     assert 0 < small["crown"] < large["crown"] < large["alpha-crown"]
 
 
+def test_an_estimate_tells_its_steps() -> None:
+    told: list[tuple[int, int]] = []
+    model, x, _ = padded()
+    estimate(model, x, math.inf, progress=lambda done, total: told.append((done, total)))
+    assert told == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def padded(seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

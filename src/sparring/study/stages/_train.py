@@ -50,14 +50,15 @@ def train(context: Context, task: Task[Train] | Task[Given]) -> TaskOutcome:
     if inputs.training.certified:
         ibp_initialise_(model, generator=torch.Generator().manual_seed(inputs.initial_seed))
     outcome = _fitted(context, task.key, inputs, model, seed=inputs.seed)
-    refuse_constant(model, context.dataset.valid)
+    valid = context.dataset.valid
+    refuse_constant(predict(model, valid.x), valid.y)
     return outcome
 
 
-def refuse_constant(model: nn.Module, valid: Split) -> None:
-    """Raise UserError if a model predicts one class for all images although they have several."""
-    answers = set(predict(model, valid.x).argmax(1).tolist())
-    if len(answers) == 1 and len(set(valid.y.tolist())) > 1:
+def refuse_constant(logits: Tensor, y: Tensor) -> None:
+    """Raise UserError if a model predicts one class for all validation images although they have several."""
+    answers = set(logits.argmax(1).tolist())
+    if len(answers) == 1 and len(set(y.tolist())) > 1:
         raise UserError(
             f"the trained network predicts class {answers.pop()} for every validation image, so pruning or attacking "
             "it is meaningless; train with a lower lr or for more epochs, or let eps grow in adversarial training "
