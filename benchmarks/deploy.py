@@ -85,7 +85,32 @@ def own(name: str, shape: tuple[int, ...], batches: tuple[int, ...], **options: 
     return Kind(partial(build, name, shape=shape, classes=10, **scaling, **options), shape, batches)
 
 
+class LinearBlock(nn.Module):
+    """The linear layers of a transformer's block; the values take the place of what attention makes of them."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(wide, 3 * wide), nn.Linear(wide, wide)
+        self.fc1, self.fc2 = nn.Linear(wide, 4 * wide), nn.Linear(4 * wide, wide)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.proj(self.qkv(x)[..., -x.shape[-1] :])
+        return x + self.fc2(self.fc1(x))
+
+
+class LinearLayers(nn.Module):
+    """The linear layers of a transformer's blocks, and the mean over tokens as logits: (N, tokens, width)."""
+
+    def __init__(self, wide: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(LinearBlock(wide) for _ in range(depth)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x).mean(1)
+
+
 DIGIT, SMALL, PHOTOGRAPH = (1, 28, 28), (3, 32, 32), (3, 224, 224)
+TOKENS = (197, 192)  # of ViT-Tiny at 224
 VIT_TINY: dict[str, Any] = {"width": 192, "depth": 12, "heads": 3, "patch": 16, "ratio": 4}
 NETWORKS = {
     "lenet-300-100": own("lenet-300-100", DIGIT, (1, 64)),
@@ -96,6 +121,7 @@ NETWORKS = {
     "resnet-50": Kind(partial(ResNet, PHOTOGRAPH, 1000, 64, (3, 4, 6, 3), 4), PHOTOGRAPH, (1, 16)),
     "mobilenet-v2": Kind(partial(mobilenet_v2, PHOTOGRAPH, 1000), PHOTOGRAPH, (1,), pointwise),
     "vit-tiny": Kind(partial(ViT, FusedAttention, PHOTOGRAPH, 1000, **VIT_TINY), PHOTOGRAPH, (1, 16), in_blocks),
+    "vit-tiny-linear": Kind(partial(LinearLayers, TOKENS[1], 12), TOKENS, (1, 16), in_blocks),
 }
 SPARSITIES = (0.9, 0.95, 0.98)
 TOLERANCE = 5e-6

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,46 @@ def test_however_it_is_cut_a_program_gives_the_same(density: float) -> None:
         model = sparse(name, 0.25)
         program = compile_model(model, SHAPE)
         assert_close(torch.from_numpy(Mixed(program, density).run(images(9).numpy())), model, images(9))
+
+
+class Tokens(nn.Module):
+    """Linear layers over the last axis, in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(21, 53), nn.Linear(37, 70), nn.Linear(70, 21)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.third(F.relu(self.second(self.first(x)[..., 16:])))).mean(1)
+
+
+def tokens(count: int) -> tuple[nn.Module, Mixed, Tensor]:
+    """Return a sparse network for `count` tokens, what runs it, and three images."""
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(torch.rand(weight.shape) < 0.3)
+    return model, Mixed(compile_model(model, (count, 21)), 1.0), torch.rand(3, count, 21)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [2, 5, 16, 21, 22, 23, 24, 43, 65, 66, 69, 197])
+def test_any_number_of_rows_gives_the_models_logits(count: int) -> None:
+    """Rows that are left over make the last tile longer."""
+    model, mixed, x = tokens(count)
+    assert_close(torch.from_numpy(mixed.run(x.numpy())), model, x)
+    assert_close(torch.from_numpy(mixed.run(x[:1].numpy())), model, x[:1])
+
+
+def test_parts_share_memory_but_not_between_threads() -> None:
+    mixed = tokens(69)[1]
+    batches = [torch.rand(3, 69, 21).numpy() for _ in range(8)]
+    alone = [mixed.run(batch) for batch in batches]
+    assert len(mixed._room) == 1
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(mixed.run, batches * 20))
+    assert all((a == b).all() for a, b in zip(alone * 20, together, strict=True))
 
 
 def test_sparse_kernels_get_all_layers_up_to_the_density() -> None:

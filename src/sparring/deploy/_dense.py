@@ -69,10 +69,10 @@ def _typed(value: Any, dtype: torch.dtype) -> Any:
     return dtype if value is torch.float32 else value
 
 
-def dense(op: Dense, *inputs: Tensor) -> Tensor:
+def dense(call: graph.Call, *inputs: Tensor) -> Tensor:
     """Evaluate an operation on batches; raise UserError if torch cannot."""
     try:
-        return graph.called(call_of(op), *inputs)
+        return graph.called(call, *inputs)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{_REFUSED}: {str(error).splitlines()[0][:200]}") from error
 

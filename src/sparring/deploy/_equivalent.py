@@ -116,10 +116,10 @@ class _Constant(_Operation):
 class _Dense(_Operation):
     def __init__(self, op: Dense) -> None:
         super().__init__()
-        self.op = op
+        self.op, self._call = op, call_of(op)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return dense(self.op, *inputs)
+        return dense(self._call, *inputs)
 
     def step(self, dtype: torch.dtype, inputs: tuple[int, ...]) -> graph.Step:
         return call_of(self.op, dtype), inputs

@@ -16,7 +16,7 @@ from torch import Tensor, from_numpy, nn
 from ..errors import Unsupported
 from ._equivalent import Equivalent, module_of
 from ._program import Add, Constant, Dense, Flatten, Floats, Program, ReLU, Shape, Sparse, Step, rows_of
-from .kernels._engine import Engine
+from .kernels._engine import Arena, Engine
 from .kernels._native import Code
 
 DENSITY = 0.3  # up to which sparse kernels are usually faster than dense ones
@@ -100,6 +100,7 @@ class Mixed:
         self._last = {value: number for number, step in enumerate(program.steps) for value in step.inputs}
         self._parts: list[tuple[tuple[int, ...], int, Callable[..., Tensor]]] = []
         self._engines: list[_Kernels] = []
+        self._room: list[Arena] = []  # which stays in a near cache while parts use it in turn
         at = 0
         while at < len(program.steps):
             span = spans.get(at)
@@ -108,7 +109,7 @@ class Mixed:
                 self._parts.append((step.inputs, at + 1, module_of(step.op, program.shapes[step.inputs[0]])))
                 at += 1
             else:
-                self._engines.append(_Kernels(program, span, threads, code))
+                self._engines.append(_Kernels(program, span, threads, code, self._room))
                 self._parts.append(((span.source,), span.stop, self._engines[-1]))
                 at = span.stop
 
@@ -133,13 +134,14 @@ class Mixed:
         """Return the bytes of the kernels' tables and values, and of torch's tensors."""
         modules = [run for _, _, run in self._parts if isinstance(run, nn.Module)]
         held = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        return sum(t.numel() * t.element_size() for t in held) + sum(e.bytes_memory for e in self._engines)
+        tensors, shared = sum(t.numel() * t.element_size() for t in held), sum(arena.size for arena in self._room)
+        return tensors + shared + sum(e.bytes_memory for e in self._engines)
 
 
 class _Kernels:
     """One span of a program on sparse kernels, or on torch if the kernels cannot plan it."""
 
-    def __init__(self, program: Program, span: Span, threads: int, code: Code) -> None:
+    def __init__(self, program: Program, span: Span, threads: int, code: Code, room: list[Arena]) -> None:
         steps = [_moved(program.steps[at], span) for at in range(span.start, span.stop)]
         shapes = program.shapes
         self._shape, self._result = shapes[span.source], shapes[span.stop]
@@ -147,7 +149,7 @@ class _Kernels:
         if not span.rows and len(self._result) > 1:
             steps.append(Step(Flatten(), (len(steps),)))
         self._own, self._part = own, Program(own, tuple(steps))
-        self._engine: Engine | None = Engine(self._part, threads=threads, code=code)
+        self._engine: Engine | None = Engine(self._part, threads=threads, code=code, rows=room if span.rows else None)
         self._dense: nn.Module | None = None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from torch import from_numpy
 
-from ._dense import dense
+from ._dense import call_of, dense
 from ._program import (
     Add,
     Constant,
@@ -46,7 +46,7 @@ def evaluate(op: Op, x: Floats, *others: Floats) -> Floats:
         case Constant():
             return np.repeat(op.value[None], len(x), axis=0)
         case Dense():
-            return dense(op, *(from_numpy(np.ascontiguousarray(value)) for value in (x, *others))).numpy()
+            return dense(call_of(op), *(from_numpy(np.ascontiguousarray(value)) for value in (x, *others))).numpy()
         case Scale():
             channels = (1, -1, *[1] * (x.ndim - 2))
             return x * op.scale.reshape(channels) + op.shift.reshape(channels)

@@ -40,6 +40,11 @@ class Layout:
         """Return the images of one run."""
         return self.lanes * self.units if self.tiles else 1
 
+    @property
+    def side(self) -> int:
+        """Return how many images are transposed at once: a vector of 16, else 4."""
+        return 16 if self.lanes // self.vectors == 16 else 4
+
 
 @dataclass(frozen=True)
 class Tiling:

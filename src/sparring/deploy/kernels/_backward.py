@@ -70,7 +70,7 @@ class GradientPlanner(Planner):
             raise Unsupported("the logits of this network are read again inside it, or are a view of padded values")
         backward = [
             kernel_call(
-                Pack(self.layout.lanes, False, Unit.UPSTREAM),
+                Pack(self.layout.lanes, False, self.layout.side, Unit.UPSTREAM),
                 [logits.origin, 1, 1, classes, 0, 0, 4 * classes],
                 factors(None),
             )

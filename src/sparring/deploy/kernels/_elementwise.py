@@ -50,7 +50,7 @@ class Pointwise(Spec):
                 def one(x: Value, lanes: int, lines: list[Value] = lines, factors: list[Value] = factors) -> None:
                     self._one(k, lines, x, factors, lanes)
 
-                k.along(width, self.lanes, one)
+                k.along(width, (self.lanes,), one)
 
     def _one(self, k: Kernel, lines: list[Value], x: Value, factors: list[Value], lanes: int) -> None:
         source, target, other, gate = (k.at(line, k.b.mul(x, k.number(4))) for line in lines)
@@ -68,14 +68,15 @@ class Pointwise(Spec):
 class Pack(Spec):
     """Transpose as many images as there are lanes into tiles: out[place][lane] = image[lane][place] · scale + shift.
 
-    Lanes without an image repeat the last one. `field` of the call says where the images are. Arguments: output
-    (offset), channels, rows, floats in a row, bytes from channel to channel and row to row in the output, bytes of an
-    image, scales, shifts.
+    Lanes without an image repeat the last one. `field` of the call says where the images are, `side` how many of them
+    are transposed at once. Arguments: output (offset), channels, rows, floats in a row, bytes from channel to channel
+    and row to row in the output, bytes of an image, scales, shifts.
     """
 
     shares = True
     lanes: int
     scaled: bool
+    side: int = 4
     field: Unit = Unit.IMAGES
 
     def emit(self, k: Kernel) -> None:
@@ -104,13 +105,14 @@ class Pack(Spec):
                         for i, value in enumerate(transpose(k, found)):
                             write(value, b.add(x, k.number(i)), lane)
 
-                k.along(width, 4, move)
+                k.along(width, (self.side, 4), move)
 
 
 def transpose(k: Kernel, rows: list[Value]) -> list[Value]:
     """Transpose as many vectors as they have lanes: interleave the two halves, again and again.
 
-    Kernels use vectors of four: moving floats between the halves of longer vectors is slow on many processors.
+    Kernels use vectors of four, or of 16 on AVX-512: processors with vectors of eight may be slow at moving floats
+    between halves.
     """
     lanes = len(rows)
     low = [i // 2 + lanes * (i % 2) for i in range(lanes)]
@@ -123,9 +125,10 @@ def transpose(k: Kernel, rows: list[Value]) -> list[Value]:
 
 @dataclass(frozen=True)
 class Unpack(Spec):
-    """Write logits to the call's output. Arguments: input (offset), classes."""
+    """Write logits to the call's output. Arguments: input (offset), classes. `side`: see Pack."""
 
     lanes: int
+    side: int = 4
 
     def emit(self, k: Kernel) -> None:
         b, source, classes = k.b, k.place(), k.integer()
@@ -140,13 +143,14 @@ class Unpack(Spec):
                 start = b.add(b.mul(b.add(image, k.number(i)), classes), logit)
                 k.store(value, k.at(target, b.mul(start, k.number(4))))
 
-        squares, whole = (b.and_(n, k.number(-4 if self.lanes > 1 else 0)) for n in (count, classes))
-        with k.loop(squares, 4) as image, k.loop(whole, 4) as logit:
-            move(image, logit, 4)
-        with k.loop(count) as image:
-            first = b.select(b.icmp_signed("<", image, squares), whole, k.number(0))
-            with k.carry(classes, start=first) as turn:
-                move(image, turn.number, 1)
+        images, logits = k.number(0), k.number(0)  # what larger squares have covered
+        for side in sorted({self.side, 4, 1} if self.lanes > 1 else {1}, reverse=True):
+            most, whole = (b.and_(n, k.number(-side)) for n in (count, classes))
+            with k.loop(most, side) as image:
+                first = b.select(b.icmp_signed("<", image, images), logits, k.number(0))
+                with k.carry(whole, start=first, step=side) as turn:
+                    move(image, turn.number, side)
+            images, logits = most, whole
 
 
 @dataclass(frozen=True)
@@ -385,7 +389,7 @@ class UnpackImages(Spec):
                         for value, image in zip(found, images[lane : lane + pixels], strict=True):
                             k.store(value, k.at(image, place))
 
-                k.along(width, 4, move)
+                k.along(width, (4,), move)
 
 
 class _Walk:
@@ -438,7 +442,7 @@ class Narrow(Spec):
                 def one(x: Value, lanes: int, lines: list[Value] = lines, numbers: list[Value] = numbers) -> None:
                     self._one(k, lines, x, numbers, lanes)
 
-                k.along(walk.width, self.lanes, one)
+                k.along(walk.width, (self.lanes,), one)
 
     def _one(self, k: Kernel, lines: list[Value], x: Value, numbers: list[Value], lanes: int) -> None:
         b, (source, target) = k.b, (k.at(pointer, k.b.mul(x, k.number(4))) for pointer in lines)

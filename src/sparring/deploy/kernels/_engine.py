@@ -45,15 +45,21 @@ _SHORT = 1 << 18  # products for one image, about ten microseconds
 _SHARED = 1 << 24  # products from which on threads share a call
 
 
+class Arena:
+    """Memory for values, all zero at first."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self._memory = size, np.zeros(size + 64, np.uint8)
+        self.address = self._memory.ctypes.data + -self._memory.ctypes.data % 64
+
+
 class Workspace:
     """The memory of one run at a time: an arena, zeroed where padding is read, and the fields of the call."""
 
     def __init__(self, size: int, fills: Fills, fields: NDArray[np.int64]) -> None:
-        self._memory = np.zeros(size + 64, np.uint8)
-        self.bytes_memory = size
-        self.arena = self._memory.ctypes.data + -self._memory.ctypes.data % 64
+        self.arena = Arena(size)
         for where, count, byte in fills:
-            ctypes.memset(self.arena + where, byte, count)
+            ctypes.memset(self.arena.address + where, byte, count)
         self.call = fields.copy()
         self.call_address = self.call.ctypes.data
 
@@ -71,7 +77,7 @@ class Single(Workspace):
         self._logits = np.zeros((1, program.classes), np.float32)
         self.call[_TOLD] = 0, self._logits.ctypes.data, 1
         self._code, self._copy = code, self._logits.copy  # kept alive, like what they point to
-        run = code["run"], self.arena, segments, self.call_address
+        run = code["run"], self.arena.address, segments, self.call_address
         shape, short = (1, *program.shape), multiplications(program) < _SHORT
         self._fields = answer_fields(run, self._copy, shape, short=short)
         self.answer = builtin(code, self._fields)
@@ -89,8 +95,20 @@ class Crew:
 class ExecutionPlan:
     """A program compiled for one layout: run it on up to `together` images at a time, from any thread."""
 
-    def __init__(self, program: Program, planner: Planner, calls: list[Call], code: Code, *, again: int = 0) -> None:
-        """Take calls in order; those from number `again` on are repeated for every further gradient of an image."""
+    def __init__(
+        self,
+        program: Program,
+        planner: Planner,
+        calls: list[Call],
+        code: Code,
+        *,
+        again: int = 0,
+        room: list[Arena] | None = None,
+    ) -> None:
+        """Take calls in order; those from number `again` on are repeated for every further gradient of an image.
+
+        room: idle memory for values, which plans share (if none of them reads padding).
+        """
         layout = planner.layout
         self.together = layout.together
         self._kernels = len(calls) * layout.units
@@ -113,30 +131,43 @@ class ExecutionPlan:
         )
         self._run = _RUN(code["run"])
         memory = planner.arena_bytes, planner.fills(), fields
-        self._workspace = partial(Workspace, *memory)
+        self._room, self._size = room, planner.arena_bytes
+        self._workspace = partial(Workspace, 0, *memory[1:]) if room is not None else partial(Workspace, *memory)
         self._single = partial(Single, memory, program, code, self._segments_address)
         self._idle: list[Workspace] = []
 
     def run(self, images: int, logits: int, count: int) -> None:
         """Read `count` images (contiguous float32) at an address, write their logits to another."""
+        space = self._take()
+        call, together = space.call, self.together
+        while count > 0:
+            call[_TOLD] = images, logits, min(count, together)
+            self._run(space.arena.address, self._segments_address, space.call_address)
+            images, logits, count = images + together * self._image, logits + together * self._logits, count - together
+        self._give(space)
+
+    def _take(self) -> Workspace:
         try:
             space = self._idle.pop()
         except IndexError:
             space = self._workspace()
-        call, together = space.call, self.together
-        while count > 0:
-            call[_TOLD] = images, logits, min(count, together)
-            self._run(space.arena, self._segments_address, space.call_address)
-            images, logits, count = images + together * self._image, logits + together * self._logits, count - together
+        if self._room is not None:
+            space.arena = self._room.pop() if self._room else space.arena
+            space.arena = space.arena if space.arena.size >= self._size else Arena(self._size)
+        return space
+
+    def _give(self, space: Workspace) -> None:
+        if self._room is not None:
+            self._room.append(space.arena)
         self._idle.append(space)
 
     def run_shared(self, images: int, logits: int, count: int, helpers: ThreadPoolExecutor, threads: int) -> None:
         """Do the same, with every kernel shared by this thread and helpers, on which nothing else may run."""
-        space = self._idle.pop() if self._idle else self._workspace()
+        space = self._take()
         counters, calls = np.zeros(2 * self._kernels, np.int64), [space.call.copy() for _ in range(threads)]
         for call in calls:
             call[Run.PARTS], call[Run.COUNTERS] = threads, counters.ctypes.data
-        run = [partial(self._run, space.arena, self._segments_address, call.ctypes.data) for call in calls]
+        run = [partial(self._run, space.arena.address, self._segments_address, call.ctypes.data) for call in calls]
         for start in range(0, count, self.together):
             counters[:] = 0
             for call in calls:
@@ -147,20 +178,20 @@ class ExecutionPlan:
             for other in others:
                 if not other.cancel():  # one that has not begun has nothing left to do
                     other.result()
-        self._idle.append(space)
+        self._give(space)
 
     @property
     def bytes_memory(self) -> int:
         """Return the bytes of tables and of memory for values."""
         tables = sum(table.nbytes for call in self._calls for table in (call.arguments, *call.tables))
-        return tables + sum(space.bytes_memory for space in self._idle)
+        return tables + sum(space.arena.size for space in self._idle if self._room is None)
 
     def run_gradient(self, images: int, upstream: int, gradients: int, count: int, rows: int) -> None:
         """Read images and `rows` gradients of their logits each, write as many of the images (a GradientPlanner's).
 
         The forward pass of some images is run once for all their rows, while its values are in a cache.
         """
-        space = self._idle.pop() if self._idle else self._workspace()
+        space = self._take()
         call, together = space.call, self.together
         again = self._again.ctypes.data
         for start in range(0, count, together):
@@ -168,8 +199,8 @@ class ExecutionPlan:
             for row in range(rows):
                 at = row * count + start
                 call[Run.LOGITS], call[Run.UPSTREAM] = gradients + at * self._image, upstream + at * self._logits
-                self._run(space.arena, again if row else self._segments_address, space.call_address)
-        self._idle.append(space)
+                self._run(space.arena.address, again if row else self._segments_address, space.call_address)
+        self._give(space)
 
     @cached_property
     def single(self) -> Single:
@@ -201,10 +232,12 @@ class Engine:
         threads: int = 1,
         code: Code | None = None,
         alone: bool = False,
+        rows: list[Arena] | None = None,
     ) -> None:
         """Prepare a program; `lanes` floats make a vector (default: the host's); engines may share their code.
 
         alone: run large images one by one, so that their values stay in caches; the last bits of sums may then change.
+        rows: images are rows of matrices; idle memory for their values, which engines share.
         Raise Unsupported for a program that has steps without a kernel.
         """
         self._program = program
@@ -227,6 +260,7 @@ class Engine:
         self._linear = not pairs
         most = min(8, 64 // self._lanes) if self._linear else 4
         width = 1 if program.rounding else 4
+        self._rows = rows
         self._alone = alone and width * self._lanes * max(pairs, default=0) > _FAR_CACHE
         self._units = most if width * self._lanes * max(pairs, default=0) <= _NEAR_CACHE else 1
         self._gradient_units = most if 8 * self._lanes * sum(kept) <= _NEAR_CACHE else 1
@@ -246,10 +280,10 @@ class Engine:
         if layout not in self._plans:
             planner = self._planner(layout)
             space = Workspace(planner.arena_bytes, [], fields_of({Run.UNIT + Unit.OWN: planner.common_bytes}))
-            memory = space.arena, space.call_address + 8 * Run.UNIT
+            memory = space.arena.address, space.call_address + 8 * Run.UNIT
             choose = tuned(planner, self._code, memory, lanes=self._lanes)
             calls = planner.calls(choose)
-            self._plans[layout] = ExecutionPlan(self._program, planner, calls, self._code)
+            self._plans[layout] = ExecutionPlan(self._program, planner, calls, self._code, room=self._rows)
         return self._plans[layout]
 
     def _planner(self, layout: Layout) -> Planner:
@@ -350,6 +384,8 @@ class Engine:
             return [(Layout(False, self._lanes), at, min(share, count - at)) for at in range(0, count, share)]
         most = self._units * self._lanes
         whole = count // most * most
+        if self._rows is not None and whole and 0 < count - whole <= self._lanes:
+            whole -= most  # a longer tile takes less time than two, or than one by one
         share = (-(-whole // (self._threads * most)) * most) or most
         layout = self._tiles(self._lanes, self._units)
         parts = [(layout, at, min(share, whole - at)) for at in range(0, whole, share)]

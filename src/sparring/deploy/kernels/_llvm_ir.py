@@ -209,14 +209,13 @@ class Kernel:
                 phi.add_incoming(result, last)
         turn.number, turn.values = ends[0], ends[1:]
 
-    def along(self, width: Value, lanes: int, body: Callable[[Value, int], None]) -> None:
-        """Run body(x, lanes) for the vectors of a row of `width` floats, then body(x, 1) for each remaining float."""
-        whole = self.b.mul(self.b.sdiv(width, self.number(lanes)), self.number(lanes))
-        with self.loop(whole, lanes) as x:
-            body(x, lanes)
-        if lanes > 1:
-            with self.loop(self.b.sub(width, whole)) as rest:
-                body(self.b.add(whole, rest), 1)
+    def along(self, width: Value, sizes: Sequence[int], body: Callable[[Value, int], None]) -> None:
+        """Run body(x, size) along a row of `width` floats: for the largest vectors that fit, then for shorter ones."""
+        start = self.number(0)
+        for size in sorted({*sizes, 1}, reverse=True):
+            with self.carry(self.b.sub(width, self.number(size - 1)), step=size, start=start) as turn:
+                body(turn.number, size)
+            start = turn.number
 
     def choose(self, condition: Value, one: Any, other: Any) -> list[Value]:
         """Return the values of one() if the condition holds, else those of other(), running only that."""

@@ -233,7 +233,7 @@ class Planner:
             calls, before = [*calls, *made], len(made)
         logits = self.plain(len(self.program.steps))
         lanes = self.layout.lanes if self.layout.tiles else 1
-        return [*calls, kernel_call(Unpack(lanes), [logits.origin, self.program.classes])]
+        return [*calls, kernel_call(Unpack(lanes, self.layout.side), [logits.origin, self.program.classes])]
 
     def _calls_of(self, task: Task, choose: Callable[[str], Tiling | None]) -> list[Call]:
         match task:
@@ -287,7 +287,7 @@ class Planner:
         both = factors(scale)
         if self.layout.tiles:
             arguments = [target.origin, channels, rows, width, target.outer, target.inner, image * target.shape[0]]
-            return kernel_call(Pack(self.layout.lanes, scale is not None), arguments, both), rest
+            return kernel_call(Pack(self.layout.lanes, scale is not None, self.layout.side), arguments, both), rest
         strides = [image, 4 * target.shape[2], 0, *target.strides, *[0] * 6]
         arguments = [0, target.origin, 0, 0, channels, rows, 1, width, *strides]
         return kernel_call(Pointwise(self.layout.lanes, image=True, scaled=scale is not None), arguments, both), rest

@@ -73,7 +73,7 @@ class Quantise(Spec):
                     parts = [_byte(k, self.way, value, *two) for value, two in zip(loaded, numbers, strict=True)]
                     k.store(_joined(k, parts), k.at(written, at))
 
-                k.along(width, self.lanes, one)
+                k.along(width, (self.lanes,), one)
 
         _fours(k, self.channels, four)
 
@@ -100,7 +100,7 @@ class QuantiseFlat(Spec):
             narrow = b.trunc(value, BYTE if lanes == 1 else ir.VectorType(BYTE, lanes))
             b.store(narrow, k.at(target, x), align=1)
 
-        k.along(width, self.lanes, one)
+        k.along(width, (self.lanes,), one)
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,12 @@ class QuantiseTiles(Spec):
             numbers = [[k.entry(table, channel) for table in tables] for channel in channels]
             with k.loop(rows) as row:
                 lines = [b.mul(b.add(b.mul(channel, rows), row), width) for channel in channels]
-                written, start = k.at(target, b.add(b.mul(number, outer), b.mul(row, inner))), k.number(0)
-                for side in sorted({self.wide, 4, 1}, reverse=True):
-                    with k.carry(b.sub(width, k.number(side - 1)), step=side, start=start) as turn:
-                        self._pixels(k, images, written, turn.number, lines, numbers, side)
-                    start = turn.number
+                written = k.at(target, b.add(b.mul(number, outer), b.mul(row, inner)))
+
+                def some(x: Value, side: int) -> None:
+                    self._pixels(k, images, written, x, lines, numbers, side)
+
+                k.along(width, (self.wide, 4), some)
 
         _fours(k, self.channels, four)
 
@@ -226,7 +227,7 @@ class Dequantise(Spec):
                         whole = b.sub(integer.byte_of(k, found, byte), integer.constant(self.zero, lanes))
                         k.store(b.fmul(integer.floats(k, whole), k.splat(scale, lanes)), k.at(line, at))
 
-                k.along(width, self.lanes, one)
+                k.along(width, (self.lanes,), one)
 
         _fours(k, self.channels, four)
 
@@ -282,7 +283,7 @@ class FlatRows(Spec):
                         part = k.shuffle(found, found, range(channel, 4 * pixels, 4))
                         b.store(part, k.at(line, b.add(b.mul(row, width), x)), align=1)
 
-                k.along(width, 4, move)
+                k.along(width, (4,), move)
 
         _fours(k, self.channels, four)
 
