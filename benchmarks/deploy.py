@@ -16,6 +16,10 @@ with all its weights (uint8 activations, int8 weights per channel, calibrated on
 blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones.
 Logits must be those of plain integers to the last bit. Rows: over_onnxruntime of the int8 kernels and of the fp32
 kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels').
+
+With `--threads`, instead: one process with two threads beside two processes with one thread each, which run side by
+side. Logits must be equal to the last bit. Times are wall-clock times, so other programs must be idle. Rows:
+over_processes (images per second of the threads over those of the processes), milliseconds of one call of each.
 """
 
 from __future__ import annotations
@@ -23,13 +27,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +141,12 @@ def main() -> None:
     parser.add_argument("--weights", nargs="*", type=Path, default=[], help="networks written by sparring prune")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--channels", action="store_true", help="time a network that has lost channels")
+    parser.add_argument("--threads", action="store_true", help="time two threads beside two processes")
     parser.add_argument("--int8", action="store_true", help="time kernels on 8-bit weights and activations")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = arguments.networks.split(",")
+    rows_of = rows_of_threads if arguments.threads else rows_of_pair
     found = (
         (row for name in names for row in rows_of_int8(name, arguments.rounds))
         if arguments.int8
@@ -205,7 +214,7 @@ def pruned(path: Path) -> Pair:
     return Pair(path.stem, 1 - kept, model.eval(), session, blueprint.shape, (1, 64))
 
 
-def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
+def rows_of_pair(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
     """Measure one network at its batch sizes."""
     with tempfile.TemporaryDirectory() as folder:
         packed = deploy.load(deploy.export(pair.model, Path(folder) / "net.sparring", shape=pair.shape))
@@ -225,6 +234,61 @@ def rows_of(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
             "relative_error": error,
             "milliseconds": sparse.median * 1e3,
         }
+
+
+def rows_of_threads(pair: Pair, rounds: int) -> Iterator[dict[str, float | str]]:
+    """Measure two threads beside two processes, at each batch size."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = deploy.export(pair.model, Path(folder) / "net.sparring", shape=pair.shape)
+        one, two = deploy.load(path), deploy.load(path, threads=2)
+        for batch in pair.batches:
+            x = np.random.default_rng(batch).random((batch, *pair.shape), np.float32)
+            assert (two(x) == one(x)).all()
+            with beside(path, x) as other:
+                times = [(*other(partial(one, x)), seconds(partial(two, x))) for _ in range(rounds)]
+            mine, its, threads = np.median(times, axis=0)
+            yield {
+                "network": pair.name,
+                "batch": batch,
+                "sparsity": pair.sparsity,
+                "over_processes": round((mine + its) / 4 / threads, 3),
+                "threads_milliseconds": threads * 1e3,
+                "processes_milliseconds": (mine + its) / 2 * 1e3,
+            }
+
+
+@contextmanager
+def beside(path: Path, x: np.ndarray) -> Iterator[Callable[[Callable[[], object]], tuple[float, float]]]:
+    """Yield a function that times a call here and, in another process, that of a file on images at the same time."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, path, x), daemon=True)
+    process.start()
+    here.recv()
+
+    def both(call: Callable[[], object]) -> tuple[float, float]:
+        here.send(True)
+        return seconds(call), here.recv()
+
+    yield both
+    here.send(False)
+    process.join()
+
+
+def serve(pipe: Connection, path: Path, x: np.ndarray) -> None:
+    """Run a file on images whenever asked, and say how long it took."""
+    packed = deploy.load(path)
+    packed(x)
+    pipe.send(None)
+    while pipe.recv():
+        pipe.send(seconds(partial(packed, x)))
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Return how long a call takes, in seconds."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def rows_of_int8(name: str, rounds: int) -> Iterator[dict[str, float | str]]:
