@@ -1,6 +1,6 @@
 """Sparse kernels beside ONNX Runtime: `python benchmarks/deploy.py [--json] [--networks lenet-5,...] [--rounds N]`.
 
-Random layer-uniform masks (in MobileNetV2 on pointwise layers, in ViT-Tiny on the linear layers of its blocks), or with
+Random layer-uniform masks of some `--sparsities` (in MobileNetV2 on pointwise layers, in ViT-Tiny on the linear layers of its blocks), or with
 `--weights FILE ...` the networks that `sparring prune` wrote, beside the same network with all its weights; one thread,
 fp32. Outputs are compared before anything is timed. Rounds are interleaved, so that whatever else the machine does
 falls on both; ratios are of medians. Times are the thread's own, without those in which other programs have the core.
@@ -130,7 +130,6 @@ NETWORKS = {
     "vit-tiny": Kind(partial(ViT, FusedAttention, PHOTOGRAPH, 1000, **VIT_TINY), PHOTOGRAPH, (1, 16), in_blocks),
     "vit-tiny-linear": Kind(partial(LinearLayers, TOKENS[1], 12), TOKENS, (1, 16), in_blocks),
 }
-SPARSITIES = (0.9, 0.95, 0.98)
 TOLERANCE = 5e-6
 
 
@@ -139,20 +138,21 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print rows as JSON and nothing else")
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--weights", nargs="*", type=Path, default=[], help="networks written by sparring prune")
+    parser.add_argument("--sparsities", default="0.9,0.95,0.98", help="of random masks")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--channels", action="store_true", help="time a network that has lost channels")
     parser.add_argument("--threads", action="store_true", help="time two threads beside two processes")
     parser.add_argument("--int8", action="store_true", help="time kernels on 8-bit weights and activations")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    names = arguments.networks.split(",")
+    names, sparsities = arguments.networks.split(","), [float(part) for part in arguments.sparsities.split(",")]
     rows_of = rows_of_threads if arguments.threads else rows_of_pair
     found = (
-        (row for name in names for row in rows_of_int8(name, arguments.rounds))
+        (row for name in names for row in rows_of_int8(name, sparsities, arguments.rounds))
         if arguments.int8
         else (
             row
-            for pair in pairs_of(arguments.weights, names, channels=arguments.channels)
+            for pair in pairs_of(arguments.weights, names, sparsities, channels=arguments.channels)
             for row in rows_of(pair, arguments.rounds)
         )
     )
@@ -179,12 +179,14 @@ class Pair:
     batches: tuple[int, ...]
 
 
-def pairs_of(weights: Sequence[Path], names: Sequence[str], *, channels: bool) -> Iterator[Pair]:
+def pairs_of(
+    weights: Sequence[Path], names: Sequence[str], sparsities: Sequence[float], *, channels: bool
+) -> Iterator[Pair]:
     """Return the networks to time."""
     if channels:
         yield without_channels()
     else:
-        yield from map(pruned, weights) if weights else random(names)
+        yield from map(pruned, weights) if weights else random(names, sparsities)
 
 
 def without_channels() -> Pair:
@@ -196,12 +198,12 @@ def without_channels() -> Pair:
     return Pair("resnet-18 channels", 0.5, model, checked_session(model, SMALL), SMALL, (1, 16))
 
 
-def random(names: Sequence[str]) -> Iterator[Pair]:
+def random(names: Sequence[str], sparsities: Sequence[float]) -> Iterator[Pair]:
     """Make networks with random masks."""
     for name in names:
         kind = NETWORKS[name]
         session = checked_session(sparse_network(kind, 0.0), kind.shape)
-        for sparsity in SPARSITIES:
+        for sparsity in sparsities:
             yield Pair(name, sparsity, sparse_network(kind, sparsity), session, kind.shape, kind.batches)
 
 
@@ -291,7 +293,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def rows_of_int8(name: str, rounds: int) -> Iterator[dict[str, float | str]]:
+def rows_of_int8(name: str, sparsities: Sequence[float], rounds: int) -> Iterator[dict[str, float | str]]:
     """Measure a network on 8-bit weights and activations, at its batch sizes."""
     kind = NETWORKS[name]
     images = torch.rand(64, *kind.shape, generator=torch.Generator().manual_seed(0))
@@ -299,7 +301,7 @@ def rows_of_int8(name: str, rounds: int) -> Iterator[dict[str, float | str]]:
         rival = ENGINES["onnxruntime int8"](
             Network(sparse_network(kind, 0.0), kind.shape, Path(folder), images, CPU)
         ).run
-        for sparsity, blocks in ((sparsity, blocks) for sparsity in SPARSITIES for blocks in (True, False)):
+        for sparsity, blocks in ((sparsity, blocks) for sparsity in sparsities for blocks in (True, False)):
             model, path = sparse_network(kind, sparsity, blocks=blocks), Path(folder) / "net.sparring"
             plain = deploy.load(deploy.export(model, path, shape=kind.shape))
             packed = deploy.load(deploy.export(model, path, shape=kind.shape, values="int8", calibrate=images))
