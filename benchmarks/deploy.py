@@ -1,9 +1,10 @@
 """Sparse kernels beside ONNX Runtime: `python benchmarks/deploy.py [--json] [--networks lenet-5,...] [--rounds N]`.
 
-Random layer-uniform masks of some `--sparsities` (in MobileNetV2 on pointwise layers, in ViT-Tiny on the linear layers of its blocks), or with
-`--weights FILE ...` the networks that `sparring prune` wrote, beside the same network with all its weights; one thread,
-fp32. Outputs are compared before anything is timed. Rounds are interleaved, so that whatever else the machine does
-falls on both; ratios are of medians. Times are the thread's own, without those in which other programs have the core.
+Random layer-uniform masks of some `--sparsities` (in MobileNetV2 on pointwise layers, in ViT-Tiny on the linear layers
+of its blocks), or with `--weights FILE ...` the networks that `sparring prune` wrote, beside the same network with all
+its weights; one thread, fp32. Outputs are compared before anything is timed. Rounds are interleaved, so that whatever
+else the machine does falls on both; ratios are of medians. Times are the thread's own, without those in which other
+programs have the core.
 Rows: network, batch, sparsity, over_onnxruntime (dense time over sparse time), over_floor (time over what the nonzeros
 alone would need at the measured peak of one core, multiply-adds on registers, so 1 is perfect), relative_error (of the
 largest logit, against torch; above 5e-6 only if torch itself is half as far from float64), milliseconds.
